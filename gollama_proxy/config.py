@@ -27,8 +27,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from gollama_proxy.settings import (
+    FLAGS,
     SECTIONS,
     TEXT,
+    VARIABLES,
     WORKER_KEYS,
     Auth,
     Config,
@@ -45,7 +47,7 @@ _Section = TypeVar("_Section")
 
 
 class ConfigError(Exception):
-    """A setting that cannot be used; the text is one line for the person who wrote it."""
+    """A setting that cannot be used; the text is one line for whoever wrote it."""
 
 
 def load(
@@ -102,7 +104,7 @@ def _load_section(
 ) -> _Section:
     table = document.get(section, {})
     if not isinstance(table, dict):
-        raise ConfigError(f"{section} = {table!r}: must be a table, [{section}]")
+        raise ConfigError(f"{section} = {_shown(table)}: must be a table, [{section}]")
     entries = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
     _refuse_unknown(f"{section}.", table, list(entries))
     values: dict[str, Any] = {}
@@ -111,7 +113,7 @@ def _load_section(
         given = [
             (key, table.get(name)),
             (f"{key} ({env})", environ.get(env)),
-            (f"{key} (--{name.replace('_', '-')})", flags.get(key)),
+            (f"{key} ({FLAGS.get(key)})", flags.get(key)),
         ]
         for source, value in given:
             if value is not None:
@@ -138,19 +140,27 @@ def _refuse_unknown(prefix: str, table: Mapping[str, Any], known: list[str]) -> 
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
-            raise ConfigError(f"{prefix}{name}: no such setting; {hint}")
+            shown = name if name.isprintable() else _shown(name)
+            raise ConfigError(f"{prefix}{shown}: no such setting; {hint}")
 
 
 def _refuse_misspelt_variables(
     environ: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """A typing error in a variable would otherwise silently change nothing."""
-    known = {row.env for row in settings()}
-    known |= {str(row.get("api_key_env")) for row in rows}
+    """A typing error in a variable would otherwise silently change nothing.
+
+    Not every GOLLAMA_... is one: Kubernetes sets GOLLAMA_SERVICE_HOST and more for a
+    service of that name.
+    """
+    known = {row.env for row in settings()} | VARIABLES.keys()
+    own_keys = {row.get("api_key_env") for row in rows}
+    sections = {name.split("_")[1].lower() for name in known}
     for name in environ:
-        head, _, section = name.partition("_")
-        section = section.partition("_")[0].lower()
-        if head == "GOLLAMA" and section in SECTIONS and name not in known:
+        head, _, rest = name.partition("_")
+        section = rest.partition("_")[0].lower()
+        if head != "GOLLAMA" or name in known | own_keys:
+            continue
+        if difflib.get_close_matches(section, sections, n=1, cutoff=0.8):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{name}: no such environment variable{hint}")
@@ -201,7 +211,8 @@ def _parse_url(where: str, url: str) -> Origin:
     """Check a worker's URL part by part, so that the message can name the part."""
 
     def refuse(why: str) -> ConfigError:
-        return ConfigError(f"{where} = {_shown(url)}: {why}; expected http://host:port")
+        shown = _shown(re.sub("//.*@", "//...@", url))  # may hold a password
+        return ConfigError(f"{where} = {shown}: {why}; expected http://host:port")
 
     if not url:
         raise refuse("is missing")
@@ -258,7 +269,7 @@ def _load_api_key(
 def _load_secrets(environ: Mapping[str, str]) -> tuple[bytes, ...]:
     secrets: list[bytes] = []
     for name in ("GOLLAMA_JWT_SECRET", "GOLLAMA_JWT_SECRET_PREVIOUS"):
-        secret = environ.get(name, "").encode()
+        secret = environ.get(name, "").encode(errors="surrogateescape")
         if not secret:
             continue
         if len(secret) < MIN_SECRET_BYTES:  # RFC 7518, 3.2: as long as the hash output
@@ -274,7 +285,7 @@ def _load_public_keys(auth: Auth) -> tuple[str, ...]:
     if auth.algorithm == "HS256":
         if auth.public_key_file:
             raise ConfigError(
-                f"auth.public_key_file = {auth.public_key_file!r}: HS256 uses a secret; "
+                f"auth.public_key_file = {auth.public_key_file!r}: HS256 has a secret; "
                 "set auth.algorithm to RS256, ES256 or EdDSA"
             )
         return ()

@@ -290,6 +290,20 @@ SECTIONS: dict[str, type[Any]] = {
     "log": Log,
     "metrics": Metrics,
 }
+# The few settings that are typed often enough to have a flag.
+FLAGS = {
+    "server.host": "--host",
+    "server.port": "--port",
+    "server.insecure_bind": "--insecure-bind",
+    "auth.mode": "--auth",
+    "log.level": "--log-level",
+}
+# Read from the environment alone, or replacing a part of the file that has no key.
+VARIABLES = {
+    "GOLLAMA_JWT_SECRET": "secret that tokens are signed with, for HS256",
+    "GOLLAMA_JWT_SECRET_PREVIOUS": "the one before it, accepted during a rotation",
+    "GOLLAMA_WORKERS": "base URLs of workers, instead of the file's [[workers]]",
+}
 WORKER_KEYS = {
     "url": "base URL, http or https (required)",
     "name": "how replies, logs and metrics call it; default host:port",

@@ -1,0 +1,390 @@
+"""The command line: `gollama-proxy serve`, `token`, `check` and `demo`.
+
+Exit status: 0 when done, 1 when a worker is not well or running answers were cut, 2 for
+a setting or flag that cannot be used, 130 after Ctrl-C where there is nothing to drain.
+Whatever ends in 2 says why on one line: the key, its value, and what is allowed.
+
+A command imports what it needs when it runs, so that `token` and `--help` answer before
+the server's libraries would have been read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gollama_proxy import __version__
+from gollama_proxy.config import ConfigError, load, require_keys
+from gollama_proxy.settings import (
+    FLAGS,
+    VARIABLES,
+    Config,
+    Row,
+    Server,
+    WorkerConfig,
+    settings,
+)
+
+if TYPE_CHECKING:
+    from gollama_proxy.edge.app import Hub
+    from gollama_proxy.upstream.probe import Report
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    try:
+        args = _parse(argv)
+        run: Callable[[argparse.Namespace], int] = args.run
+        return run(args)
+    except ConfigError as exc:
+        print("gollama-proxy:", " ".join(str(exc).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+# --- Reading the command line -----------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tell a wrong flag like a wrong setting: on one line, with what is allowed."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
+        raise ConfigError(f"{message}; allowed: {usage}")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    # A flag's beginning is not taken for the flag: a typing error would pass for it.
+    parser = _Parser(
+        prog="gollama-proxy",
+        description="One OpenAI-compatible address in front of llama.cpp machines.",
+        allow_abbrev=False,
+    )
+    version = f"gollama-proxy {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Any], int], help: str) -> _Parser:
+        sub: _Parser = commands.add_parser(
+            name, help=help, description=help, allow_abbrev=False
+        )
+        sub.set_defaults(run=run, parser=sub)
+        sub.add_argument("-c", "--config", metavar="FILE", help="settings, in TOML")
+        return sub
+
+    serve = command("serve", _serve, "run the hub")
+    serve.formatter_class = argparse.RawDescriptionHelpFormatter
+    serve.epilog = "\n".join(_describe_settings())
+    token = command("token", _token, "print a token for a client")
+    token.add_argument("--sub", required=True, help="who the token speaks for")
+    token.add_argument("--expires", default="30d", help="45s, 90m, 12h, 30d (default)")
+    token.add_argument(
+        "--model", action="append", default=[], help="allow only these, such as 'qwen*'"
+    )
+    token.add_argument("--scope", action="append", default=[], help="allow more: admin")
+    token.add_argument(
+        "--private-key", metavar="FILE", help="PEM file to sign with, for all but HS256"
+    )
+    command("check", _check, "validate the settings and probe every worker")
+    demo = command("demo", _demo, "run the hub in front of two small llama-servers")
+    demo.add_argument("--llama-server", metavar="PATH", help="the program to start")
+    demo.add_argument("--model", metavar="FILE", help="GGUF file to start it with")
+    for fronting in (serve, demo):
+        _add_setting_flags(fronting)
+
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # said by the command's parser, as its flags are the allowed ones
+        args.parser.error(f"{' '.join(unknown)}: not a flag of this command")
+    return args
+
+
+def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    for row in settings():
+        if row.key in FLAGS:
+            flag: dict[str, Any] = {"dest": row.key, "help": row.help}
+            if row.default is False:
+                flag |= {"action": "store_const", "const": True}
+            else:
+                flag["metavar"] = row.key.rpartition(".")[2].upper()
+            parser.add_argument(FLAGS[row.key], **flag)
+    parser.add_argument(
+        "--worker",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="llama-server to send requests to (repeatable)",
+    )
+
+
+def _describe_settings() -> Iterator[str]:
+    yield "settings (TOML key, environment variable, default; flags win over both):"
+    for row in settings():
+        yield f"\n  {row.key}   {row.env}   {_show_default(row)}"
+        yield f"      {row.help}"
+        yield f"      {row.allowed}"
+    yield "\nenvironment variables without a TOML key:\n"
+    yield from (f"  {name}\n      {text}" for name, text in VARIABLES.items())
+
+
+def _show_default(row: Row) -> str:
+    """Spell a default as TOML does, sizes in the unit that a person would use."""
+    if row.allowed.startswith("bytes"):
+        shift, unit = (10, "KiB") if row.default % (1 << 20) else (20, "MiB")
+        return f'"{row.default >> shift}{unit}"'
+    return f"{row.default:g}" if type(row.default) is float else json.dumps(row.default)
+
+
+def _load(
+    args: argparse.Namespace, environ: Mapping[str, str], workers: Sequence[str] = ()
+) -> Config:
+    flags = {key: getattr(args, key, None) for key in FLAGS}
+    return load(args.config, environ, flags, workers)
+
+
+# --- serve ------------------------------------------------------------------------
+
+
+def _serve(args: argparse.Namespace) -> int:
+    config = _load(args, os.environ, args.worker)
+    require_keys(config)
+
+    def announce(url: str) -> None:
+        log.info("listening on %s", url)
+        if not config.workers:
+            log.warning("no worker is configured; every request will be refused")
+
+    return _run(lambda signals: _front(signals, config, announce))
+
+
+def _run(command: Callable[[_Signals], Coroutine[Any, Any, int]]) -> int:
+    import uvloop
+
+    async def listening_to_signals() -> int:
+        return await command(_Signals(asyncio.get_running_loop()))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(listening_to_signals())
+
+
+class _Signals:
+    """The first SIGINT or SIGTERM asks for the end, the second one insists."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.asked = asyncio.Event()
+        self.insisted = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._receive)
+
+    def _receive(self) -> None:
+        (self.insisted if self.asked.is_set() else self.asked).set()
+
+    def __repr__(self) -> str:
+        asked, insisted = self.asked.is_set(), self.insisted.is_set()
+        return f"<_Signals asked={asked} insisted={insisted}>"
+
+
+async def _front(
+    signals: _Signals, config: Config, announce: Callable[[str], None]
+) -> int:
+    """Run a hub until a signal; return 1 when running answers had to be cut."""
+    from gollama_proxy.edge.app import Hub
+    from gollama_proxy.ops import accesslog
+
+    accesslog.configure(config.log)
+    hub = Hub(config)
+    try:
+        await hub.start()
+    except OSError as exc:
+        raise _refuse_address(config.server, exc) from exc
+    try:
+        announce(hub.url)
+        await signals.asked.wait()
+        grace = config.server.drain
+        log.info("draining for %g s at most; a second signal cuts answers", grace)
+    finally:
+        clean = await _drain(hub, signals)
+    return 0 if clean else 1
+
+
+def _refuse_address(server: Server, exc: OSError) -> ConfigError:
+    host = f"server.host = {server.host!r}"
+    port = f"server.port = {server.port}"
+    if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
+        return ConfigError(f"{host}: must be an address of this machine")
+    if exc.errno == errno.EADDRINUSE:
+        return ConfigError(f"{port}: already in use; must be a free port, or 0 for any")
+    if exc.errno == errno.EACCES:
+        return ConfigError(f"{port}: not permitted; must be 1024 or above")
+    return ConfigError(f"{host}, {port}: cannot be listened on: {exc.strerror or exc}")
+
+
+async def _drain(hub: Hub, signals: _Signals) -> bool:
+    draining = asyncio.create_task(hub.drain(), name="drain")
+    insisting = asyncio.create_task(signals.insisted.wait(), name="second-signal")
+    await asyncio.wait((draining, insisting), return_when=asyncio.FIRST_COMPLETED)
+    clean = draining.done()
+    if not clean:
+        log.warning("second signal: cutting what still runs")
+        await hub.abort()
+    insisting.cancel()
+    await draining
+    return clean
+
+
+# --- token ------------------------------------------------------------------------
+
+
+def _token(args: argparse.Namespace) -> int:
+    from gollama_proxy.edge.auth import mint
+
+    _refuse_unprintable("--sub", [args.sub])
+    _refuse_unprintable("--model", args.model)
+    _refuse_unprintable("--scope", args.scope)
+    lifetime = _parse_lifetime(args.expires)
+    config = _load(args, os.environ)
+    auth = config.auth
+    source, key = _find_signing_key(config, args.private_key)
+    try:
+        token = mint(
+            key,
+            auth.algorithm,
+            args.sub,
+            lifetime,
+            models=args.model,
+            scopes=args.scope,
+            issuer=auth.issuer,
+            audience=auth.audience,
+        )
+    except ValueError as exc:
+        raise ConfigError(f"{source}: {exc}") from exc
+    print(token)
+    return 0
+
+
+def _refuse_unprintable(flag: str, values: Sequence[str]) -> None:
+    for value in values:
+        if not value.strip() or not value.isprintable():
+            raise ConfigError(f"{flag} = {value!r}: must be printable, and not empty")
+
+
+def _parse_lifetime(text: str) -> float:
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+    scale = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    lifetime = int(match[1]) * scale[match[2]] if match else 0
+    if not 0 < lifetime <= 3650 * 86_400:
+        allowed = "45s, 90m, 12h or 30d, from 1s to 3650d"
+        raise ConfigError(f"--expires = {text!r}: must be a time such as {allowed}")
+    return lifetime
+
+
+def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
+    algorithm = config.auth.algorithm
+    if algorithm == "HS256":
+        if file is not None:
+            raise ConfigError(
+                f"--private-key = {file!r}: HS256 signs with GOLLAMA_JWT_SECRET; "
+                "set auth.algorithm to RS256, ES256 or EdDSA"
+            )
+        if not os.environ.get("GOLLAMA_JWT_SECRET"):
+            raise ConfigError(
+                "GOLLAMA_JWT_SECRET: is not set; must be the hub's secret"
+            )
+        return "GOLLAMA_JWT_SECRET", config.secrets[0]
+    if file is None:
+        raise ConfigError(f"--private-key: {algorithm} needs a PEM file to sign with")
+    source = f"--private-key = {file!r}"
+    try:
+        return source, Path(file).read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"{source}: cannot be read: {exc.strerror}") from exc
+
+
+# --- check ------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> int:
+    config = _load(args, os.environ)
+    try:
+        require_keys(config)
+    except ConfigError as exc:  # fine here; the secret is often only in the service
+        print("note:", exc, file=sys.stderr)
+    if not config.workers:
+        print("No worker is configured: add [[workers]] to the file, each with a url,")
+        print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")
+        return 1
+    reports = asyncio.run(_examine_all(config))
+    _print_table(config, reports)
+    return 0 if all(report.state == "ready" for report in reports) else 1
+
+
+async def _examine_all(config: Config) -> list[Report]:
+    from gollama_proxy.upstream.probe import examine
+
+    health = config.health
+    return await asyncio.gather(*(examine(each, health) for each in config.workers))
+
+
+def _print_table(config: Config, reports: Sequence[Report]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # A pipe has no width: whatever reads it gets whole URLs on whole lines.
+    console = Console(width=None if sys.stdout.isatty() else 10_000)
+    table = Table(box=None, pad_edge=False)
+    for title in "name", "url", "state", "models", "slots", "context", "build / reason":
+        table.add_column(title, overflow="fold")
+    colours = {"ready": "green", "loading": "yellow", "down": "red"}
+    for worker, report in zip(config.workers, reports, strict=True):
+        # Workers choose some words: no markup, and nothing that a terminal obeys.
+        name, url, state, *rest = [
+            Text("".join(c if c.isprintable() else "?" for c in cell) or "-")
+            for cell in _describe_worker(worker, report)
+        ]
+        state.stylize(colours[report.state])
+        table.add_row(name, url, state, *rest)
+    console.print(table)
+
+
+def _describe_worker(worker: WorkerConfig, report: Report) -> Iterator[str]:
+    yield from (worker.name, worker.url, report.state, ", ".join(report.models))
+    for number in (report.slots, report.context):
+        yield "" if number is None else str(number)
+    yield report.build if report.state == "ready" else report.reason
+
+
+# --- demo -------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from gollama_proxy import demo
+
+    try:
+        return _run(
+            lambda signals: demo.run(
+                partial(_load, args),
+                partial(_front, signals),
+                signals.asked,
+                workers=args.worker,
+                llama_server=args.llama_server,
+                model=args.model,
+            )
+        )
+    except demo.DemoError as exc:
+        print(exc, file=sys.stderr)
+        return exc.status

@@ -1,0 +1,134 @@
+"""The hub: its parts, its routes, its life from start to drain."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import aiohttp
+from aiohttp import web
+
+from gollama_proxy.edge.auth import Authenticator
+from gollama_proxy.edge.catalogue import Catalogue
+from gollama_proxy.edge.dispatch import Dispatcher, Routes
+from gollama_proxy.edge.inference import Inference
+from gollama_proxy.edge.server import Server
+from gollama_proxy.edge.status import Status
+from gollama_proxy.ops.metrics import Metrics
+from gollama_proxy.routing.registry import Registry
+from gollama_proxy.routing.worker import Worker
+from gollama_proxy.settings import Config
+from gollama_proxy.upstream import probe
+from gollama_proxy.upstream.pinger import Pinger
+from gollama_proxy.upstream.pool import ConnectionPool
+from gollama_proxy.wire.openai import ENDPOINTS
+
+logger = logging.getLogger(__name__)
+
+
+class Hub:
+    """Puts the parts together; nothing else knows all of them."""
+
+    def __init__(
+        self, config: Config, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.draining = False
+        self.registry = Registry(config, clock)
+        self.connections = {
+            worker.name: ConnectionPool(worker, config, clock)
+            for worker in config.workers
+        }
+        self.metrics = Metrics(self.registry)
+        self.authenticator = Authenticator(config)
+        self.pinger = Pinger(self.registry.workers, config.health, self._ping)
+        self.dispatcher = Dispatcher(self._routes(clock), config, self.metrics, clock)
+        self._session: aiohttp.ClientSession | None = None
+        self._runner: web.ServerRunner | None = None
+
+    def __repr__(self) -> str:
+        state = "draining" if self.draining else "running" if self._runner else "new"
+        return f"<Hub {state} workers={len(self.registry.workers)}>"
+
+    def _routes(self, clock: Callable[[], float]) -> Routes:
+        status = Status(
+            lambda: self.registry.ready and not self.draining,
+            self.metrics,
+            None if self.config.metrics.open else self.authenticator,
+        )
+        catalogue = Catalogue(self.authenticator, self.registry)
+        inference = Inference(
+            self.config, self.authenticator, self.registry, self.connections, clock
+        )
+        return {
+            "/livez": {"GET": status.live},
+            "/readyz": {"GET": status.ready},
+            "/health": {"GET": status.ready},
+            "/metrics": {"GET": status.metrics},
+            "/v1/models": {"GET": catalogue.list_models},
+            "/models": {"GET": catalogue.list_models},
+            "/v1/models/": {"GET": catalogue.show_model},
+            "/models/": {"GET": catalogue.show_model},
+            **{path: {"POST": inference.handle} for path in ENDPOINTS},
+        }
+
+    async def _ping(self, worker: Worker) -> probe.Finding:
+        assert self._session is not None
+        return await probe.ping(self._session, worker.config, self.config.health)
+
+    # --- Life ---------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen, and start to look after the workers; none of them has to be there.
+
+        Raises:
+            OSError: the address is taken or not ours.
+        """
+        server = self.config.server
+        runner = web.ServerRunner(
+            Server(self.dispatcher, self.config), shutdown_timeout=1.0
+        )
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, server.host, server.port, backlog=1024).start()
+        except BaseException:
+            await runner.cleanup()
+            raise
+        self._runner = runner
+        self._session = probe.new_session()
+        self.pinger.start()
+
+    @property
+    def url(self) -> str:
+        """The address that clients use, with the port that was really taken."""
+        assert self._runner is not None, self
+        host, port = self._runner.addresses[0][:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def ready(self) -> None:
+        """Wait until every worker has been asked once how it is."""
+        await self.pinger.first_round()
+
+    async def drain(self) -> None:
+        """Stop accepting, let running answers end within the limit, release all."""
+        if self._runner is None:
+            return
+        self.draining = True
+        runner, self._runner = self._runner, None
+        for site in runner.sites:
+            await site.stop()
+        if runner.server is not None:
+            runner.server.pre_shutdown()
+        await self.dispatcher.finish(self.config.server.drain)
+        await runner.cleanup()
+        await self.pinger.stop()
+        for connections in self.connections.values():
+            connections.close()
+        if self._session is not None:
+            await self._session.close()
+
+    async def abort(self) -> None:
+        """Cut everything now; a `drain` that is under way then returns at once."""
+        self.dispatcher.cut()
+        await self.drain()

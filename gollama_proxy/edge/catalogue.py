@@ -1,0 +1,97 @@
+"""`/v1/models`: what all workers serve, as one list."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from gollama_proxy.edge.auth import Authenticator, Principal
+from gollama_proxy.edge.server import json_response
+from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.routing.registry import Registry, may_use
+from gollama_proxy.routing.worker import Worker
+from gollama_proxy.wire.errors import Code, RequestError
+
+
+class Catalogue:
+    """Answers from the registry alone; no worker is asked."""
+
+    def __init__(self, authenticator: Authenticator, registry: Registry) -> None:
+        self._authenticator = authenticator
+        self._registry = registry
+        # llama-server says "now" at every call; clients compare, so ours stays.
+        self._created = int(time.time())
+
+    def __repr__(self) -> str:
+        return f"<Catalogue of {self._registry!r}>"
+
+    async def list_models(
+        self, request: web.BaseRequest, record: Record
+    ) -> web.Response:
+        """Answer `GET /v1/models`."""
+        principal = self._authenticate(request, record)
+        data = [self._entry(name) for name in self._names(principal)]
+        return json_response(msgspec.json.encode({"object": "list", "data": data}))
+
+    async def show_model(
+        self, request: web.BaseRequest, record: Record
+    ) -> web.Response:
+        """Answer `GET /v1/models/{id}`; an id may hold slashes."""
+        principal = self._authenticate(request, record)
+        name = request["name"]
+        if name not in self._names(principal):
+            text = f"The model {name!r} does not exist."
+            raise RequestError(Code.MODEL_NOT_FOUND, text, param="model")
+        return json_response(msgspec.json.encode(self._entry(name)))
+
+    def _authenticate(self, request: web.BaseRequest, record: Record) -> Principal:
+        given = request.headers.getall("Authorization", ())
+        principal = self._authenticator.authenticate(given)
+        record.subject = principal.subject
+        return principal
+
+    def _names(self, principal: Principal) -> list[str]:
+        models, aliases = self._registry.models(), self._registry.aliases()
+        names = models + [name for name in aliases if name not in models]
+        return [
+            name
+            for name in names
+            if may_use(principal.models, name)
+            or may_use(principal.models, aliases.get(name, name))
+        ]
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        model = self._registry.aliases().get(name, name)
+        workers = self._registry.pool(model).workers
+        contexts = [c for w in workers if (c := _context(w, model)) is not None]
+        states = {worker.state.value for worker in workers}
+        extra: dict[str, Any] = {
+            "state": "ready" if "ready" in states else min(states, default="down"),
+            "context": max(contexts, default=None),
+            "workers": [
+                {
+                    "name": worker.name,
+                    "state": worker.state.value,
+                    "context": _context(worker, model),
+                    "slots": worker.description and worker.description.slots,
+                }
+                for worker in workers
+            ],
+        }
+        if model != name:
+            extra["alias_of"] = model
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "gollama",
+            "gollama": extra,
+        }
+
+
+def _context(worker: Worker, model: str) -> int | None:
+    models = worker.description.models if worker.description else ()
+    return next((m.context for m in models if m.name == model), None)

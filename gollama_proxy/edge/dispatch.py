@@ -1,0 +1,199 @@
+"""What every request passes on its way in, and every reply on its way out.
+
+In: the head is checked, the request gets its id, its path is looked up.  Out: an error
+becomes a reply, the hub's headers are added, and the one outcome is recorded, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from gollama_proxy.edge.server import SERVER, error_response
+from gollama_proxy.ops import accesslog
+from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.ops.metrics import Metrics
+from gollama_proxy.settings import Config
+from gollama_proxy.wire import headers
+from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.BaseRequest, Record], Awaitable[web.StreamResponse]]
+# Path → method → handler.  A path that ends with a slash takes a name behind it.
+Routes = Mapping[str, Mapping[str, Handler]]
+
+
+class Dispatcher:
+    """Finds the handler of a request, and sees its outcome."""
+
+    def __init__(
+        self,
+        routes: Routes,
+        config: Config,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._routes = routes
+        self._parents = [path for path in routes if path.endswith("/")]
+        self._metrics = metrics
+        self._clock = clock
+        self._head_limit = config.limits.head
+        self._origins = frozenset(config.server.cors_origins)
+        self._running: set[asyncio.Task[object]] = set()
+        self._cutting = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher running={len(self._running)}>"
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Handle one request; every request ends here, in exactly one outcome."""
+        record = Record(
+            id=headers.request_id(request.raw_headers, secrets.token_hex(8)),
+            method=request.method,
+            remote=request.remote or "",
+            started=self._clock(),
+        )
+        record.headers = {"Server": SERVER, "X-Request-Id": record.id}
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        self._idle.clear()
+        try:
+            return await self._answer(request, record)
+        except asyncio.CancelledError:
+            if self._cutting and not request.writer.output_size:
+                task.uncancel()  # the client is still there, and was told nothing yet
+                return self._close_down(record)
+            record.outcome = record.outcome or "client_gone"
+            record.status = record.status or 499  # nginx's code for it, in logs only
+            raise
+        finally:
+            self._running.discard(task)
+            if not self._running:
+                self._idle.set()
+            record.duration = self._clock() - record.started
+            self._metrics.observe(record)
+            accesslog.write(record)
+
+    async def _answer(
+        self, request: web.BaseRequest, record: Record
+    ) -> web.StreamResponse:
+        try:
+            self._admit_origin(request, record)
+            headers.check_head(
+                request.method, request.version, request.raw_headers, self._head_limit
+            )
+            handler = self._route(request, record)
+            response = await handler(request, record)
+        except ProxyError as exc:
+            response = self._refuse(exc, record)
+            if isinstance(exc, RequestError) and not request.content.is_eof():
+                response.force_close()  # the body that nobody read is in the way
+        except ConnectionError:  # the client left between two steps
+            record.outcome = "client_gone"
+            return web.Response(status=499)
+        except Exception as exc:
+            logger.exception("request %s failed", record.id)
+            detail = type(exc).__name__
+            internal = HubError(Code.INTERNAL, "The hub failed.", detail=detail)
+            response = self._refuse(internal, record)
+        if not response.prepared:
+            response.headers.update(record.headers)
+        record.status = response.status
+        record.outcome = record.outcome or "complete"
+        return response
+
+    def _refuse(self, error: ProxyError, record: Record) -> web.Response:
+        record.outcome = "error"
+        record.error = error.code
+        record.detail = error.detail
+        response = error_response(error)
+        if error.code is Code.METHOD_NOT_ALLOWED and error.param:
+            response.headers["Allow"] = error.param
+        return response
+
+    # --- Finding the handler ------------------------------------------------------
+
+    def _route(self, request: web.BaseRequest, record: Record) -> Handler:
+        """Look the path up, as it was sent: nothing is decoded or normalised first.
+
+        Raises:
+            RequestError: 404 or 405.
+        """
+        path = request.raw_path.partition("?")[0]
+        methods = None if path in self._parents else self._routes.get(path)
+        for parent in self._parents if methods is None else ():
+            if path.startswith(parent) and path != parent:
+                request["name"] = unquote(path.removeprefix(parent))
+                methods, path = self._routes[parent], parent
+        if methods is None:
+            text = f"There is no {request.method} {request.raw_path[:200]!r} here."
+            raise RequestError(Code.UNKNOWN_URL, text)
+        record.route = path
+        method = "GET" if request.method == "HEAD" else request.method
+        if method == "OPTIONS" and "Access-Control-Allow-Origin" in record.headers:
+            return _answer_preflight
+        handler = methods.get(method)
+        if handler is None:
+            allowed = ", ".join(sorted(methods))
+            text = f"{request.method} is not allowed on {path}; allowed: {allowed}."
+            raise RequestError(Code.METHOD_NOT_ALLOWED, text, param=allowed)
+        return handler
+
+    def _admit_origin(self, request: web.BaseRequest, record: Record) -> None:
+        """Let the pages that are configured read the replies (Fetch standard, 3.2)."""
+        origin = request.headers.get("Origin")
+        if origin in self._origins and origin is not None:
+            record.headers |= {
+                "Access-Control-Allow-Origin": origin,
+                "Access-Control-Expose-Headers": "Retry-After, X-Gollama-Worker, "
+                "X-Gollama-Attempts, X-Gollama-Queue-Ms, X-Request-Id",
+                "Vary": "Origin",
+            }
+
+    # --- Ending -------------------------------------------------------------------
+
+    async def finish(self, limit: float) -> None:
+        """Wait for running requests, at most `limit` seconds; then cut the rest."""
+        try:
+            async with asyncio.timeout(limit):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("cutting %d running requests", len(self._running))
+        self.cut()
+        await self._idle.wait()
+
+    def cut(self) -> None:
+        """Cancel every running request; its client is told if that is possible."""
+        self._cutting = True
+        for task in self._running:
+            task.cancel()
+
+    def _close_down(self, record: Record) -> web.Response:
+        text = "The hub is shutting down."
+        response = self._refuse(HubError(Code.DRAINING, text, retry_after=2), record)
+        response.headers.update(record.headers)
+        response.force_close()
+        record.status = response.status
+        return response
+
+
+async def _answer_preflight(request: web.BaseRequest, record: Record) -> web.Response:
+    """Answer a browser that asks whether it may ask; no worker is touched."""
+    return web.Response(
+        status=204,
+        headers={
+            "Access-Control-Allow-Methods": "GET, POST",
+            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Request-Id",
+            "Access-Control-Max-Age": "600",
+        },
+    )

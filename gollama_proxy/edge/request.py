@@ -1,0 +1,168 @@
+"""Reads a request body within its limits: the fields for routing, the replay window.
+
+A body within the window is kept whole, so that it can be sent again.  Of a larger one
+the window is kept, and the rest streams through `rest()` in constant memory, checked on
+its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from gollama_proxy.settings import Config
+from gollama_proxy.wire import fields
+from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.openai import Endpoint
+
+# A client earns a second of patience with each so many bytes (as mod_reqtimeout does).
+LEAST_RATE = 16 << 10
+
+
+class Incoming:
+    """A request body on its way in."""
+
+    def __init__(
+        self, request: web.BaseRequest, endpoint: Endpoint, config: Config
+    ) -> None:
+        self.endpoint = endpoint
+        self.length = request.content_length
+        self.complete = False
+        self._content = request.content
+        self._limit = config.limits.body
+        self._grace = config.timeouts.body
+        self._waited = 0.0
+        self._size = 0
+        self._kept: list[bytes] = []
+        self._scanner = fields.FieldScanner()
+        if self.length is not None and self.length > self._limit:
+            raise self._too_large()
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else "unfinished"
+        return f"<Incoming {self.endpoint.path} {self._size} bytes {state}>"
+
+    # --- The part that is kept ----------------------------------------------------
+
+    async def read(self, window: int) -> None:
+        """Read until the body is complete, or so many bytes of it are kept.
+
+        Raises:
+            RequestError: 400, 408 or 413, saying what is wrong with the body.
+        """
+        while not self.complete and self._size < window:
+            piece = await self._next_piece()
+            if piece:
+                self._kept.append(piece)
+        if self.complete:
+            fields.check_json(b"".join(self._kept))
+        self._check_types()
+
+    @property
+    def model(self) -> str | None:
+        """The model that the client named, as far as the body was read."""
+        field = self._scanner.found.get("model")
+        return fields.text_of(field) if field and field.kind == '"' else None
+
+    @property
+    def stream(self) -> bool:
+        field = self._scanner.found.get("stream")
+        return field is not None and field.raw == b"true"
+
+    def body(self, model: str) -> bytes:
+        """Give what was kept, with the model's name as its worker calls it.
+
+        Not a byte of anything else changes.  A `model` that has not been reached yet
+        stays as it is: the worker serves only one, or it would have been looked for.
+        """
+        kept = b"".join(self._kept)
+        field = self._scanner.found.get("model")
+        if field is not None and field.kind == '"':
+            if fields.text_of(field) == model:
+                return kept
+            start, end, text = field.start, field.end, fields.encode(model)
+        elif not self.complete:
+            return kept
+        elif field is not None:  # null
+            start, end, text = field.start, field.end, fields.encode(model)
+        else:
+            start = end = self._scanner.opened_at
+            comma = b"" if self._scanner.is_empty_object else b","
+            text = b'"model":' + fields.encode(model) + comma
+        if self.length is not None:
+            self.length += len(text) - (end - start)
+        return kept[:start] + text + kept[end:]
+
+    # --- The part that streams through --------------------------------------------
+
+    async def rest(self) -> AsyncIterator[bytes]:
+        """Yield what follows the kept part, as it comes.
+
+        Raises:
+            RequestError: as `read` does; the worker must not see the body end well.
+        """
+        while not self.complete:
+            piece = await self._next_piece()
+            self._check_types()
+            if piece:
+                yield piece
+
+    async def _next_piece(self) -> bytes:
+        patience = self._grace + self._size / LEAST_RATE - self._waited
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with asyncio.timeout(patience):
+                piece = await self._content.readany()
+        except TimeoutError:
+            text = "The request body came too slowly."
+            raise RequestError(Code.BODY_TIMEOUT, text) from None
+        except (web.RequestPayloadError, HttpProcessingError) as exc:
+            text = "The request body is not framed as HTTP asks for."
+            raise RequestError(Code.BAD_REQUEST, text, detail=str(exc)) from None
+        self._waited += loop.time() - began
+        self._size += len(piece)
+        if self._size > self._limit:
+            raise self._too_large()
+        self._scanner.feed(piece)
+        if self._content.at_eof():
+            self._scanner.finish()
+            self.complete = True
+        return piece
+
+    # --- Checks -------------------------------------------------------------------
+
+    def _check_types(self) -> None:
+        found = self._scanner.found
+        expected = {"model": ('"n', "a string"), "stream": ("tfn", "a boolean")}
+        for name in ("max_tokens", "max_completion_tokens", "n_predict"):
+            expected[name] = ("0n", "a number")
+        for name in self.endpoint.arrays:
+            expected[name] = ("[", "an array")
+        for name, (kinds, what) in expected.items():
+            if name in found and found[name].kind not in kinds:
+                text = f"`{name}` must be {what}."
+                raise RequestError(Code.INVALID_VALUE, text, param=name)
+
+    def _too_large(self) -> RequestError:
+        text = f"The request body is larger than {self._limit} bytes."
+        return RequestError(Code.BODY_TOO_LARGE, text)
+
+
+def answer_expectation(request: web.BaseRequest) -> None:
+    """Say `100 Continue` to a client that waits for it; to be called when it may go on.
+
+    Raises:
+        RequestError: 417, it expects something else (RFC 9110, 10.1.1).
+    """
+    expected = request.headers.get("Expect")
+    if expected is None or request.version < (1, 1):
+        return
+    if expected.lower() != "100-continue":
+        text = "The only expectation that is met is '100-continue'."
+        raise RequestError(Code.EXPECTATION_FAILED, text)
+    if request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -1,0 +1,95 @@
+"""aiohttp's low-level server, with the edges filed off.
+
+Its parser, limits, keep-alive and life cycle are used as they are; what is changed is
+that a request which is no HTTP gets an answer in the hub's own words, and that its
+bytes do not get into a log.  The low-level server has no router, so nobody answers
+`Expect: 100-continue` before authentication.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+
+from gollama_proxy.settings import Config
+from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
+
+SERVER = "gollama-proxy"
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Server(web.Server):
+    """Makes a protocol for each client connection."""
+
+    def __init__(self, handler: Handler, config: Config) -> None:
+        super().__init__(handler, handler_cancellation=True)
+        self._options: dict[str, Any] = {
+            "access_log": None,
+            "auto_decompress": False,
+            # The only deadline that aiohttp has for a request head is this one.
+            "keepalive_timeout": config.server.keepalive,
+            # How long to listen to a body that nobody wants (413), so that the client
+            # gets to read the answer before the connection is reset.
+            "lingering_time": 2.0,
+            "max_line_size": config.limits.head,
+            "max_field_size": config.limits.head,
+        }
+
+    def __call__(self) -> web.RequestHandler:
+        loop = asyncio.get_running_loop()
+        return _Protocol(self, loop=loop, **self._options)
+
+
+class _Protocol(web.RequestHandler):
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what the parser refused, or what went wrong below the handler."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has been begun already")
+        error: ProxyError
+        if isinstance(exc, LineTooLong):
+            text = "A line of the request head is too long."
+            error = RequestError(Code.HEAD_TOO_LARGE, text)
+        elif status == 400:
+            text = "The request is not valid HTTP/1.1."
+            error = RequestError(Code.BAD_REQUEST, text)
+        else:
+            logger.error("error below the request handler", exc_info=exc)
+            error = HubError(Code.INTERNAL, "The hub failed.")
+        response = error_response(error)
+        response.force_close()
+        return response
+
+
+def error_response(error: ProxyError) -> web.Response:
+    """Tell an error to a client that has not been told anything yet."""
+    headers = {"Server": SERVER}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if error.code is Code.INVALID_API_KEY:
+        headers["WWW-Authenticate"] = "Bearer"
+    return web.Response(
+        status=error.code.status,
+        body=error.body(),
+        content_type="application/json",
+        headers=headers,
+    )
+
+
+def json_response(body: bytes, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=body, content_type="application/json")

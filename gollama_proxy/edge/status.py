@@ -1,0 +1,48 @@
+"""What machines ask the hub about itself: is it alive, is it ready, its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from gollama_proxy.edge.auth import Authenticator
+from gollama_proxy.edge.server import json_response
+from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.ops.metrics import CONTENT_TYPE, Metrics
+
+
+class Status:
+    """Probes are open and give no detail; metrics want a token."""
+
+    def __init__(
+        self,
+        is_ready: Callable[[], bool],
+        metrics: Metrics,
+        authenticator: Authenticator | None,
+    ) -> None:
+        self._is_ready = is_ready
+        self._metrics = metrics
+        self._authenticator = authenticator  # None: metrics are open
+
+    def __repr__(self) -> str:
+        return f"<Status ready={self._is_ready()}>"
+
+    async def live(self, request: web.BaseRequest, record: Record) -> web.Response:
+        """Answer `GET /livez`: the process answers, whatever the workers do."""
+        return json_response(b'{"status":"ok"}')
+
+    async def ready(self, request: web.BaseRequest, record: Record) -> web.Response:
+        """Answer `GET /readyz` and `/health`: 200 if some worker can be used."""
+        if self._is_ready():
+            return json_response(b'{"status":"ok"}')
+        return json_response(b'{"status":"no worker is ready"}', status=503)
+
+    async def metrics(self, request: web.BaseRequest, record: Record) -> web.Response:
+        """Answer `GET /metrics`."""
+        if self._authenticator is not None:
+            given = request.headers.getall("Authorization", ())
+            record.subject = self._authenticator.authenticate(given).subject
+        return web.Response(
+            body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE}
+        )

@@ -1,0 +1,133 @@
+"""One line for each request: who, what, where, how it ended.
+
+No prompt, no answer, no token and no header of a client ever gets into it; names that a
+client chose are quoted, so that they cannot forge a line.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from gollama_proxy.settings import Log
+
+access = logging.getLogger("gollama_proxy.access")
+
+_PLAIN = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one request; filled in along its path, told once at its end."""
+
+    id: str
+    method: str
+    route: str = "other"  # a route of the table, never the path that a client made up
+    remote: str = ""
+    subject: str = ""
+    model: str = ""  # as a worker calls it, never as the client did
+    worker: str = ""
+    attempts: int = 0
+    status: int = 0
+    outcome: str = ""
+    error: str = ""
+    detail: str = ""
+    stream: bool = False
+    bytes: int = 0
+    tokens: int = 0
+    started: float = 0.0  # monotonic seconds, as all times here
+    queued: float = 0.0
+    first_byte: float | None = None
+    duration: float = 0.0
+    headers: dict[str, str] = field(default_factory=dict)  # that every reply carries
+
+    def line(self) -> dict[str, Any]:
+        """Choose what the log shows."""
+        shown: dict[str, Any] = {
+            "remote": self.remote,
+            "subject": self.subject,
+            "method": self.method,
+            "route": self.route,
+            "status": self.status,
+            "outcome": self.outcome,
+            "error": self.error,
+            "detail": self.detail,
+            "model": self.model,
+            "worker": self.worker,
+            "attempts": self.attempts,
+            "first_byte_ms": None
+            if self.first_byte is None
+            else round(self.first_byte * 1000, 1),
+            "duration_ms": round(self.duration * 1000, 1),
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "id": self.id,
+        }
+        return {key: value for key, value in shown.items() if value not in ("", None, 0)}
+
+
+def write(record: Record) -> None:
+    """Log the end of a request."""
+    access.info("request", extra={"fields": record.line()})
+
+
+# --- Setting up -------------------------------------------------------------------
+
+
+def configure(log: Log) -> None:
+    """Send the program's log to standard error, in the configured form."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log.format == "json" else TextFormatter())
+    logging.basicConfig(handlers=[handler], level=log.level.upper(), force=True)
+    access.setLevel(logging.INFO if log.access else logging.CRITICAL)
+    # aiohttp logs each malformed request with its bytes and a traceback.
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
+
+
+class TextFormatter(logging.Formatter):
+    """`time level message key=value …`, for people and grep."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{_timestamp(record)} {record.levelname.lower()} {record.getMessage()}"
+        for key, value in getattr(record, "fields", {}).items():
+            line += f" {key}={_quoted(value)}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object on a line, for machines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": _timestamp(record),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{stamp}.{int(record.msecs):03d}Z"
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else msgspec.json.encode(text).decode()
+
+
+def new_record(id: str, method: str, remote: str, clock: Callable[[], float]) -> Record:
+    """Begin the record of a request."""
+    return Record(id=id, method=method, remote=remote, started=clock())

@@ -1,0 +1,126 @@
+"""What Prometheus sees.
+
+Label values are bounded: routes are those of the table, models and workers those of the
+registry.  Nothing that a client made up becomes a label, so no client can grow them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from gollama_proxy import __version__
+from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.routing.registry import Registry
+from gollama_proxy.routing.worker import State
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Prompt processing takes from milliseconds on a GPU to minutes on a laptop.
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+# A `_created` series beside every counter doubles the page and tells nobody anything.
+disable_created_metrics()
+
+
+class Metrics:
+    """The hub's own registry, so that two hubs in one process stay apart."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._collectors = CollectorRegistry()
+        ProcessCollector(registry=self._collectors)
+        self._collectors.register(_WorkerCollector(registry))
+        self._requests = Counter(
+            "gollama_requests",
+            "Requests that have ended.",
+            ["route", "status", "model", "worker"],
+            registry=self._collectors,
+        )
+        self._outcomes = Counter(
+            "gollama_outcomes",
+            "How requests ended: complete, an error code, or client_gone.",
+            ["outcome"],
+            registry=self._collectors,
+        )
+        self._first_byte = Histogram(
+            "gollama_time_to_first_byte_seconds",
+            "From the request's head to the first byte or event of the answer.",
+            ["route", "model", "worker"],
+            buckets=_SECONDS,
+            registry=self._collectors,
+        )
+        self._duration = Histogram(
+            "gollama_request_duration_seconds",
+            "From the request's head to the end of the answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._collectors,
+        )
+        self._tokens = Counter(
+            "gollama_tokens_relayed",
+            "Generated tokens, as the worker counted them, else events.",
+            ["model", "worker"],
+            registry=self._collectors,
+        )
+
+    def __repr__(self) -> str:
+        return "<Metrics>"
+
+    def observe(self, record: Record) -> None:
+        """Count a request that has ended."""
+        where = (record.model, record.worker)
+        self._requests.labels(record.route, str(record.status), *where).inc()
+        self._outcomes.labels(record.error or record.outcome).inc()
+        self._duration.labels(record.route).observe(record.duration)
+        if record.first_byte is not None:
+            self._first_byte.labels(record.route, *where).observe(record.first_byte)
+        if record.tokens:
+            self._tokens.labels(*where).inc(record.tokens)
+
+    def exposition(self) -> bytes:
+        """Render all metrics in the text format."""
+        return generate_latest(self._collectors)
+
+
+class _WorkerCollector(Collector):
+    """Reads the live records of the workers at the moment of a scrape."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        build = GaugeMetricFamily(
+            "gollama_build_info", "Version of the hub.", labels=["version"]
+        )
+        build.add_metric([__version__], 1)
+        yield build
+        up = GaugeMetricFamily(
+            "gollama_worker_up", "1 while requests are sent to it.", labels=["worker"]
+        )
+        state = GaugeMetricFamily(
+            "gollama_worker_state", "1 for its state.", labels=["worker", "state"]
+        )
+        in_flight = GaugeMetricFamily(
+            "gollama_in_flight", "Requests on it right now.", labels=["worker"]
+        )
+        slots = GaugeMetricFamily(
+            "gollama_worker_slots", "Generations it runs at once.", labels=["worker"]
+        )
+        for worker in self._registry.workers:
+            up.add_metric([worker.name], worker.available)
+            in_flight.add_metric([worker.name], worker.in_flight)
+            for each in State:
+                state.add_metric([worker.name, each.value], worker.state is each)
+            if worker.description is not None and worker.description.slots:
+                slots.add_metric([worker.name], worker.description.slots)
+        yield from (up, state, in_flight, slots)

@@ -1,0 +1,1 @@
+"""Decisions: no sockets, no tasks, no wall clock."""

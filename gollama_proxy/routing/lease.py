@@ -1,0 +1,63 @@
+"""What a request holds on a worker, given back exactly once, with an outcome."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from types import TracebackType
+
+
+class Outcome(enum.Enum):
+    """How an attempt ended, as far as the worker is concerned."""
+
+    COMPLETE = "complete"
+    REFUSED = "refused"  # the worker answered, with an error of the request's making
+    CLIENT_GONE = "client gone"
+    HUB_STOPPED = "hub stopped"
+    WORKER_FAILED = "worker failed"
+
+
+class Lease:
+    """A place on one worker.
+
+    `heard_at` is the moment of the worker's last byte (monotonic seconds); the relay
+    writes it at every read, and the pinger believes it more than a late `/health`.
+
+    Used as a context manager, it cannot leak: what nobody released counts as a client
+    that left, or as a bug in the hub; the worker is not blamed for either.
+    """
+
+    __slots__ = ("_give_back", "heard_at", "outcome", "taken_at", "worker")
+
+    def __init__(
+        self,
+        worker: str,
+        clock: Callable[[], float],
+        give_back: Callable[[Lease, Outcome], None],
+    ) -> None:
+        self.worker = worker
+        self.taken_at = clock()
+        self.heard_at = float("-inf")
+        self.outcome: Outcome | None = None
+        self._give_back = give_back
+
+    def __repr__(self) -> str:
+        held = self.outcome.name if self.outcome is not None else "held"
+        return f"<Lease on {self.worker} {held}>"
+
+    def release(self, outcome: Outcome) -> None:
+        """Give the place back; only the first call counts."""
+        if self.outcome is None:
+            self.outcome = outcome
+            self._give_back(self, outcome)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release(Outcome.CLIENT_GONE)

@@ -1,0 +1,155 @@
+"""The live list of workers, and which of them serve the model that a client names."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from gollama_proxy.routing.policies import Policy, RoundRobin
+from gollama_proxy.routing.worker import Worker
+from gollama_proxy.settings import Config, Models
+from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
+
+# How long a client should wait before it asks again: a recheck or two of the pinger.
+RETRY_AFTER = 2
+
+
+class Pool(NamedTuple):
+    """The workers that serve one model name, in the configured order."""
+
+    model: str
+    workers: tuple[Worker, ...]
+
+    @property
+    def available(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.available]
+
+
+class Registry:
+    """Workers by configuration, models by what the workers told.
+
+    `allowed` arguments are the patterns of a token's `models` claim; None allows all.
+    """
+
+    def __init__(
+        self, config: Config, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.workers = [
+            Worker(worker, config.health, clock, index)
+            for index, worker in enumerate(config.workers)
+        ]
+        self.policy: Policy = RoundRobin()
+        self._models: Models = config.models
+
+    def __repr__(self) -> str:
+        return f"<Registry {self.workers!r}>"
+
+    # --- What there is ------------------------------------------------------------
+
+    def models(self) -> list[str]:
+        """List the names of all models that any worker was seen to serve."""
+        names: dict[str, None] = {}
+        for worker in self.workers:
+            for model in worker.description.models if worker.description else ():
+                names[model.name] = None
+        return list(names)
+
+    def aliases(self) -> dict[str, str]:
+        """List the configured other names, and the model that each stands for."""
+        return dict(self._models.aliases)
+
+    def pool(self, model: str) -> Pool:
+        return Pool(model, tuple(w for w in self.workers if w.serves(model)))
+
+    def only_model(self) -> str | None:
+        """Name the one model that every worker serves, if there is just one.
+
+        A request then needs no name: llama-server ignores it anyway.
+        """
+        names = self.models()
+        if len(names) != 1 or self._models.strict_models:
+            return None
+        return names[0]
+
+    @property
+    def ready(self) -> bool:
+        return any(worker.available for worker in self.workers)
+
+    # --- Whom to ask --------------------------------------------------------------
+
+    def resolve(self, name: str | None, allowed: Sequence[str] | None) -> Pool:
+        """Find the pool for the model that a client named, or named not.
+
+        Raises:
+            RequestError: 400 no name, 403 the token does not allow it, 404 unknown.
+            NoWorkerError: 503, nobody has been reached yet, so that nothing is known.
+        """
+        models = self.models()
+        if not models:
+            raise self._nobody(name, self.workers)
+        model = self._resolve_name(name, models)
+        if model is None and name is None:
+            text = f"`model` is missing. {self._offer(models, allowed)}"
+            raise RequestError(Code.MODEL_MISSING, text, param="model")
+        if model is None:
+            text = f"The model {name!r} does not exist. {self._offer(models, allowed)}"
+            raise RequestError(Code.MODEL_NOT_FOUND, text, param="model")
+        if not (may_use(allowed, model) or (name and may_use(allowed, name))):
+            text = f"Your token does not allow the model {name or model!r}."
+            raise RequestError(Code.MODEL_NOT_ALLOWED, text, param="model")
+        return self.pool(model)
+
+    def choose(self, pool: Pool) -> Worker:
+        """Pick an available worker of the pool.
+
+        Raises:
+            NoWorkerError: 503 with `retry_after`; the text says who is in what state.
+        """
+        available = pool.available
+        if not available:
+            raise self._nobody(pool.model, pool.workers)
+        return self.policy.pick(pool.model, available)
+
+    def _resolve_name(self, name: str | None, models: list[str]) -> str | None:
+        aliases = self._models.aliases
+        if name is not None:
+            name = aliases.get(name, name)
+            if name in models:
+                return name
+            if self._models.strict_models:
+                return None
+        default = self._models.default_model
+        return aliases.get(default, default) or self.only_model()
+
+    # --- How to say no ------------------------------------------------------------
+
+    def _offer(self, models: Iterable[str], allowed: Sequence[str] | None) -> str:
+        names = sorted({*models, *self._models.aliases})
+        names = [name for name in names if may_use(allowed, name)]
+        text = f"Available: {', '.join(names) or 'nothing that your token allows'}."
+        unseen = [w.name for w in self.workers if w.description is None]
+        if unseen:
+            text += f" Not reached yet: {', '.join(unseen)}."
+        return text
+
+    def _nobody(self, model: str | None, workers: Sequence[Worker]) -> NoWorkerError:
+        what = f"the model {model!r}" if model else "this request"
+        if not self.workers:
+            text = f"No worker serves {what}: the hub has none configured."
+        else:
+            states = Counter(worker.state.value for worker in workers or self.workers)
+            told = ", ".join(f"{n} {state}" for state, n in states.items())
+            whose = "serve it" if workers else "known, none seen to serve it"
+            count = len(workers or self.workers)
+            text = f"No worker is available for {what}: {count} {whose} ({told})."
+        return NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
+
+
+def may_use(allowed: Sequence[str] | None, model: str) -> bool:
+    """Tell whether a `models` claim covers a model name; patterns are shell-like."""
+    if allowed is None:
+        return True
+    return any(fnmatchcase(model, pattern) for pattern in allowed)

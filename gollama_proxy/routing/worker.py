@@ -1,0 +1,191 @@
+"""One worker as the hub knows it: its health, what it serves, what it is doing.
+
+Health is a state machine, driven by the pinger's checks.  All of it is in this file:
+
+    STARTING ──ok──▶ READY ◀──ok── LOADING        STARTING: nobody answered yet
+        │              │  ╲──loading──▶             LOADING: it answers "Loading model"
+        └──fell──▶   DOWN ◀──fell── (all)           DOWN: out, until `rise` good checks
+
+A failed check of a worker that is READY counts; the `fall`th in a row takes it out.
+One that was not READY has nothing to lose: its first failed check takes it to DOWN.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gollama_proxy.routing.lease import Lease, Outcome
+from gollama_proxy.settings import Health, WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DOWN = "down"
+
+
+class Event(enum.Enum):
+    ROSE = "enough good checks"
+    LOADING = "it is loading its model"
+    FELL = "enough failed checks"
+
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.STARTING, Event.ROSE): State.READY,
+    (State.STARTING, Event.LOADING): State.LOADING,
+    (State.STARTING, Event.FELL): State.DOWN,
+    (State.LOADING, Event.ROSE): State.READY,
+    (State.LOADING, Event.LOADING): State.LOADING,
+    (State.LOADING, Event.FELL): State.DOWN,
+    (State.READY, Event.ROSE): State.READY,
+    (State.READY, Event.LOADING): State.LOADING,
+    (State.READY, Event.FELL): State.DOWN,
+    (State.DOWN, Event.ROSE): State.READY,
+    (State.DOWN, Event.LOADING): State.LOADING,
+    (State.DOWN, Event.FELL): State.DOWN,
+}
+
+
+class Check(enum.Enum):
+    """What one ping has shown."""
+
+    OK = "ok"
+    LOADING = "loading"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as one worker serves it."""
+
+    name: str
+    context: int | None = None  # tokens of one slot
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a worker told about itself; None where it did not."""
+
+    models: tuple[Model, ...] = ()
+    slots: int | None = None
+    context: int | None = None  # tokens of one slot
+    build: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """The live record of one worker.  `clock` gives monotonic seconds."""
+
+    config: WorkerConfig
+    health: Health
+    clock: Callable[[], float]
+    index: int = 0  # place in the configuration, from 0
+    state: State = State.STARTING
+    reason: str = "not reached yet"
+    description: Description | None = None  # None until it was reached once
+    leases: set[Lease] = field(default_factory=set)
+    checked_at: float | None = None
+    # Called on every suspicion, so that the pinger looks at once.
+    on_suspicion: Callable[[], None] | None = None
+    _good: int = 0
+    _bad: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Worker {self.name} {self.state.name} in_flight={self.in_flight} "
+            f"good={self._good} bad={self._bad}>"
+        )
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def available(self) -> bool:
+        return self.state is State.READY
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.leases)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it failed a check lately, and has not fallen yet."""
+        return self.state is State.READY and self._bad > 0
+
+    def serves(self, model: str) -> bool:
+        return self.description is not None and any(
+            model == served.name for served in self.description.models
+        )
+
+    # --- What a request does ------------------------------------------------------
+
+    def lease(self) -> Lease:
+        """Take a place on this worker; whoever takes it gives it back, once."""
+        lease = Lease(self.name, self.clock, self._give_back)
+        self.leases.add(lease)
+        return lease
+
+    def _give_back(self, lease: Lease, outcome: Outcome) -> None:
+        self.leases.discard(lease)
+        if outcome is Outcome.WORKER_FAILED:
+            self._bad += 1
+            self._good = 0
+            if self.on_suspicion is not None:
+                self.on_suspicion()
+
+    def heard_since(self, moment: float) -> bool:
+        """Tell whether any running answer had a byte since then."""
+        return any(lease.heard_at >= moment for lease in self.leases)
+
+    # --- What the pinger sees -----------------------------------------------------
+
+    def observe(
+        self, check: Check, reason: str, description: Description | None = None
+    ) -> None:
+        """Take the result of one ping; `description` is what it learnt, if anything."""
+        now = self.clock()
+        self.checked_at = now
+        if description is not None:
+            self.description = description
+        if check is Check.FAILED and self.heard_since(now - self.health.timeout):
+            # Bursts starve llama-server's HTTP threads, and /health with them, while
+            # tokens flow.  Who talks is alive.
+            return
+        event = self._count(check)
+        if event is not None:
+            self._step(event, reason)
+
+    def _count(self, check: Check) -> Event | None:
+        match check:
+            case Check.OK:
+                self._good, self._bad = self._good + 1, 0
+                needed = self.health.rise if self.state is State.DOWN else 1
+                return Event.ROSE if self._good >= needed else None
+            case Check.LOADING:
+                self._good = self._bad = 0
+                return Event.LOADING
+            case Check.FAILED:
+                self._good, self._bad = 0, self._bad + 1
+                needed = self.health.fall if self.state is State.READY else 1
+                return Event.FELL if self._bad >= needed else None
+
+    def _step(self, event: Event, reason: str) -> None:
+        before, self.state = self.state, TRANSITIONS[self.state, event]
+        self.reason = reason
+        if self.state is not before:
+            level = logging.WARNING if self.state is State.DOWN else logging.INFO
+            logger.log(
+                level,
+                "worker %s: %s -> %s (%s)",
+                self.name,
+                before.value,
+                self.state.value,
+                reason,
+            )

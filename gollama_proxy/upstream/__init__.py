@@ -1,0 +1,1 @@
+"""What touches workers: connections, relayed bytes, health."""

@@ -1,0 +1,221 @@
+"""One HTTP/1.1 connection to a worker, as a bare asyncio protocol.
+
+The body of an answer goes to a receiver by plain calls, one for each read of the
+socket: no task, no queue and no future between a worker's token and its client.
+
+What llama-server does and HTTP does not say (see also `pool.py`): it closes after every
+event stream although it announced keep-alive, loses pipelined requests, and keeps a
+connection open after an error answer that says `Connection: close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from typing import NoReturn, Protocol, cast
+
+import httptools
+
+# What a worker may make us hold for an answer's head; llama-server's is 250 bytes.
+MAX_HEAD = 64 << 10
+
+
+class Receiver(Protocol):
+    """Who gets an answer; the calls come in this order, and one of the last two."""
+
+    def head_received(
+        self, status: int, headers: list[tuple[bytes, bytes]]
+    ) -> None: ...
+
+    def body_received(self, data: bytes) -> None: ...
+
+    def answer_ended(self) -> None:
+        """The answer is complete, as far as HTTP can tell."""
+
+    def answer_lost(self, reason: str, *, malformed: bool) -> None:
+        """The connection ended too early, or what came is no HTTP."""
+
+
+class State(enum.Enum):
+    IDLE = "idle"  # connected, nothing is asked
+    ACTIVE = "active"  # a request is out, its answer not complete
+    CLOSED = "closed"
+
+
+class Connection(asyncio.Protocol):
+    """A connection that carries one request at a time."""
+
+    def __init__(self) -> None:
+        self.state = State.IDLE
+        self.used = 0  # requests sent
+        self.idle_since = 0.0
+        self._transport: asyncio.Transport | None = None
+        self._receiver: Receiver | None = None
+        self._parts: list[bytes] = []
+        # httptools looks its callbacks up once, when the parser is made: a bound
+        # `list.append` saves a Python frame for each token.
+        self.on_body = self._parts.append
+        self._parser = httptools.HttpResponseParser(self)
+        self._feed = self._parser.feed_data
+        self._reset_answer()
+        self._reusable = True
+        self._write_waiter: asyncio.Future[None] | None = None
+        self._writing_paused = False
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.state.name} used={self.used}>"
+
+    @property
+    def reusable(self) -> bool:
+        """Whether another request may follow: asked when an answer has ended."""
+        return self.state is State.IDLE and self._reusable
+
+    def _reset_answer(self) -> None:
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._head_size = 0
+        self._head_done = False
+        self._ended = False
+        self._fault = ""
+        self._delimited = False  # by a length or by chunks, so that EOF is no end
+
+    # --- Sending the request ------------------------------------------------------
+
+    def start(self, receiver: Receiver) -> None:
+        """Bind the connection to the one who gets the next answer."""
+        assert self.state is State.IDLE, self
+        self.state = State.ACTIVE
+        self.used += 1
+        self._receiver = receiver
+        self._reset_answer()
+
+    def write(self, data: bytes) -> None:
+        """Send a part of the request; without effect once the connection is gone."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the worker has taken most of what was written."""
+        if self._writing_paused and self.state is not State.CLOSED:
+            self._write_waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._write_waiter
+            finally:
+                self._write_waiter = None
+
+    def pause_reading(self) -> None:
+        """Let TCP tell the worker to wait."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def close(self) -> None:
+        """Hang up at once, which is also how a generation is cancelled."""
+        self.state = State.CLOSED
+        self._receiver = None
+        if self._transport is not None:
+            self._transport.abort()
+            self._transport = None
+        self._wake_writer()
+
+    # --- Receiving the answer -----------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._receiver is None:
+            # An answer that nobody asked for; the next request would get it.
+            self.close()
+            return
+        fault = ""
+        try:
+            self._feed(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
+            fault = self._fault or f"malformed answer: {exc}"
+        parts = self._parts
+        if parts:
+            body = parts[0] if len(parts) == 1 else b"".join(parts)
+            parts.clear()
+            self._receiver.body_received(body)
+        if self._ended:
+            # What follows a complete answer is no part of it.
+            self._reusable = self._reusable and not fault
+            self._end()
+        elif fault:
+            self._lose(fault, malformed=True)
+        elif not self._head_done:
+            self._head_size += len(data)
+            if self._head_size > MAX_HEAD:
+                self._lose(f"a head larger than {MAX_HEAD} bytes", malformed=True)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_done:  # a trailer: nobody reads it
+            return
+        self._headers.append((name, value))
+        if name.lower() in (b"content-length", b"transfer-encoding"):
+            self._delimited = True
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status == 100:  # RFC 9110, 15.2: to be skipped by who did not ask for it
+            self._headers = []
+            return
+        if not 200 <= status < 300 and not 400 <= status < 600:
+            self._stop_parser(f"unexpected status {status}")
+        if status in (204, 205):
+            self._delimited = True
+        self._head_done = True
+        if not self._parser.should_keep_alive() or not self._delimited:
+            self._reusable = False
+        if self._receiver is not None:
+            self._receiver.head_received(status, self._headers)
+
+    def on_message_complete(self) -> None:
+        if self._ended:
+            self._stop_parser("a second answer")
+        self._ended = self._head_done  # an interim answer (100) ends nothing
+
+    def _stop_parser(self, fault: str) -> NoReturn:
+        """Leave a parser callback; httptools wraps what it raises."""
+        self._fault = fault
+        raise ValueError(fault)
+
+    def _end(self) -> None:
+        receiver, self._receiver = self._receiver, None
+        self.state = State.IDLE
+        if receiver is not None:
+            receiver.answer_ended()
+
+    def _lose(self, reason: str, *, malformed: bool = False) -> None:
+        receiver = self._receiver
+        self.close()
+        if receiver is not None:
+            receiver.answer_lost(reason, malformed=malformed)
+
+    # --- What the transport says --------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def eof_received(self) -> bool:
+        return False  # close; nothing can be asked on a connection that says no more
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._head_done and not self._delimited and exc is None:
+            self._end()  # RFC 9112, 6.3, 8: a body that ends with the connection
+            self.state = State.CLOSED
+            return
+        reason = "connection closed by the worker" if exc is None else str(exc)
+        self._lose(reason or type(exc).__name__)
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
+        if self._write_waiter is not None and not self._write_waiter.done():
+            self._write_waiter.set_result(None)

@@ -1,0 +1,95 @@
+"""The health loop: one supervised task for each worker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+
+from gollama_proxy.routing.worker import State, Worker
+from gollama_proxy.settings import Health
+from gollama_proxy.upstream import probe
+
+logger = logging.getLogger(__name__)
+
+Ping = Callable[[Worker], Awaitable[probe.Finding]]
+# ± this share, so that hubs and workers started together do not stay in step.
+JITTER = 0.1
+
+
+class Pinger:
+    """Asks every worker how it is, and tells its record.
+
+    A worker in good health is asked every `interval`; one that is loading or in doubt
+    every `recheck`; one that is down ever less often, up to `interval`.  A request that
+    failed on a worker has it asked at once.
+    """
+
+    def __init__(self, workers: Sequence[Worker], health: Health, ping: Ping) -> None:
+        self._workers = workers
+        self._health = health
+        self._ping = ping
+        self._tasks: list[asyncio.Task[None]] = []
+        self._first_round = {worker.name: asyncio.Event() for worker in workers}
+        self._suspected = {worker.name: asyncio.Event() for worker in workers}
+
+    def __repr__(self) -> str:
+        running = sum(not task.done() for task in self._tasks)
+        return f"<Pinger running={running} of {len(self._workers)}>"
+
+    def start(self) -> None:
+        """Start one task for each worker; `stop` ends them."""
+        for worker in self._workers:
+            worker.on_suspicion = self._suspected[worker.name].set
+            task = asyncio.create_task(
+                self._supervise(worker), name=f"pinger {worker.name}"
+            )
+            self._tasks.append(task)
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._tasks.clear()
+
+    async def first_round(self) -> None:
+        """Wait until every worker has been asked once."""
+        for event in self._first_round.values():
+            await event.wait()
+
+    async def _supervise(self, worker: Worker) -> None:
+        """Keep the loop alive: a health check that died silently is worse than none."""
+        while True:
+            try:
+                await self._watch(worker)
+            except Exception:
+                logger.exception("pinger of worker %s failed; it goes on", worker.name)
+                await asyncio.sleep(self._health.recheck)
+
+    async def _watch(self, worker: Worker) -> None:
+        suspected = self._suspected[worker.name]
+        wait = 0.0
+        while True:
+            suspected.clear()
+            was_down = worker.state is State.DOWN
+            finding = await self._ping(worker)
+            worker.observe(finding.check, finding.reason, finding.description)
+            self._first_round[worker.name].set()
+            wait = next_wait(worker, self._health, wait if was_down else 0.0)
+            jitter = random.uniform(1 - JITTER, 1 + JITTER)
+            try:
+                async with asyncio.timeout(wait * jitter):
+                    await suspected.wait()
+            except TimeoutError:
+                pass
+
+
+def next_wait(worker: Worker, health: Health, last: float) -> float:
+    """Decide how long to wait for the next ping of a worker, in seconds."""
+    if worker.state is State.READY and not worker.in_doubt:
+        return health.interval
+    if worker.state is State.DOWN:
+        return min(max(health.recheck, last * 1.5), health.interval)
+    return min(health.recheck, health.interval)

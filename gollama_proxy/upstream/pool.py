@@ -1,0 +1,82 @@
+"""The connections to one worker: dialled, kept for a moment, handed out again.
+
+llama-server says `Keep-Alive: timeout=5, max=100` and means it for plain answers only:
+it closes after every event stream, and 5.0 s after the last request.  So a connection
+is kept for less than that, and whoever gets a used one must be ready to find it dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+
+from gollama_proxy.settings import Config, WorkerConfig
+from gollama_proxy.upstream.connection import Connection
+from gollama_proxy.wire.errors import Code, WorkerError
+
+
+class ConnectionPool:
+    """Idle connections to one worker, the freshest on top."""
+
+    def __init__(
+        self, worker: WorkerConfig, config: Config, clock: Callable[[], float]
+    ) -> None:
+        self.worker = worker
+        self._connect_timeout = config.timeouts.connect
+        self._keepalive = config.upstream.keepalive
+        self._capacity = config.upstream.idle
+        self._clock = clock
+        self._idle: list[Connection] = []
+        https = worker.origin.scheme == "https"
+        self._tls = ssl.create_default_context() if https else None
+
+    def __repr__(self) -> str:
+        return f"<ConnectionPool {self.worker.name} idle={len(self._idle)}>"
+
+    def reuse(self) -> Connection | None:
+        """Hand out an idle connection; None where there is none fit for use."""
+        oldest = self._clock() - self._keepalive
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable and connection.idle_since > oldest:
+                return connection
+            connection.close()
+        return None
+
+    async def dial(self) -> Connection:
+        """Connect.
+
+        Raises:
+            WorkerError: 502, it cannot be reached; 504, not within the connect timeout.
+        """
+        origin = self.worker.origin
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                loop = asyncio.get_running_loop()
+                _, connection = await loop.create_connection(
+                    Connection, origin.host, origin.port, ssl=self._tls
+                )
+        except TimeoutError as exc:
+            text = (
+                f"Worker {self.worker.name} did not accept a connection "
+                f"within {self._connect_timeout:g} s."
+            )
+            raise WorkerError(Code.WORKER_TIMEOUT, text) from exc
+        except OSError as exc:  # also name resolution and TLS
+            text = f"Worker {self.worker.name} cannot be reached."
+            raise WorkerError(Code.WORKER_UNREACHABLE, text, detail=str(exc)) from exc
+        return connection
+
+    def give_back(self, connection: Connection) -> None:
+        """Take a connection whose answer has ended; keep it only if it can go on."""
+        if connection.reusable and len(self._idle) < self._capacity:
+            connection.idle_since = self._clock()
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def close(self) -> None:
+        """Hang up every idle connection."""
+        while self._idle:
+            self._idle.pop().close()

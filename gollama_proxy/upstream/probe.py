@@ -1,0 +1,177 @@
+"""What a worker says about itself: alive or loading, models, slots, context, build.
+
+Only what answers from llama-server's HTTP threads is asked: `/health`, `/v1/models` and
+`/props`.  `/slots` and `/metrics` wait for the running batch, for 20 s and more, and
+wake a sleeping server.  A server without `/props`, or with another idea of `/health`,
+is a good worker all the same; what it does not tell stays unknown.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import aiohttp
+import msgspec
+
+from gollama_proxy.routing.worker import Check, Description, Model
+from gollama_proxy.settings import Health, WorkerConfig
+
+# A worker's lists are small; more is a mistake or an attack.
+MAX_ANSWER = 4 << 20
+
+
+class Finding(NamedTuple):
+    """The result of one ping."""
+
+    check: Check
+    reason: str
+    description: Description | None = None
+
+
+class Report(NamedTuple):
+    """One row of `gollama-proxy check`."""
+
+    state: str  # "ready", "loading" or "down"
+    reason: str
+    models: tuple[str, ...] = ()
+    slots: int | None = None
+    context: int | None = None
+    build: str = ""
+
+
+def new_session() -> aiohttp.ClientSession:
+    """Make the client for the control plane: no cookies, no pool, no environment."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+        auto_decompress=False,
+    )
+
+
+async def examine(worker: WorkerConfig, health: Health) -> Report:
+    """Look at a worker once, in a session of its own; never raises for a bad worker."""
+    async with new_session() as session:
+        finding = await ping(session, worker, health)
+    state = {Check.OK: "ready", Check.LOADING: "loading", Check.FAILED: "down"}
+    described = finding.description or Description()
+    return Report(
+        state[finding.check],
+        finding.reason,
+        tuple(model.name for model in described.models),
+        described.slots,
+        described.context,
+        described.build,
+    )
+
+
+async def ping(
+    session: aiohttp.ClientSession, worker: WorkerConfig, health: Health
+) -> Finding:
+    """Check that a worker lives, and learn what it serves."""
+    timeout = aiohttp.ClientTimeout(total=health.timeout)
+    try:
+        status, body = await _get(session, worker, "/health", timeout)
+        if status == 503 and b"oading" in body:
+            return Finding(Check.LOADING, "loading model")
+        if status in (401, 403):
+            return Finding(Check.FAILED, f"/health answered {status}: needs a key")
+        if status >= 500 and status != 501:
+            return Finding(Check.FAILED, f"/health answered {status}")
+        description = await _learn(session, worker, timeout)
+    except TimeoutError:
+        return Finding(Check.FAILED, f"no answer within {health.timeout:g} s")
+    except aiohttp.ClientConnectorError as exc:
+        return Finding(Check.FAILED, exc.strerror or "cannot be reached")
+    except (aiohttp.ClientError, OSError, _OddAnswer) as exc:
+        return Finding(Check.FAILED, str(exc) or type(exc).__name__)
+    return Finding(Check.OK, "ok", description)
+
+
+async def _learn(
+    session: aiohttp.ClientSession, worker: WorkerConfig, timeout: aiohttp.ClientTimeout
+) -> Description:
+    status, body = await _get(session, worker, "/v1/models", timeout)
+    if status in (401, 403):
+        raise _OddAnswer(f"/v1/models answered {status}: a wrong or missing API key")
+    if status != 200:
+        raise _OddAnswer(f"/v1/models answered {status}")
+    models = _read(body, _ModelList, "/v1/models").data
+    status, body = await _get(session, worker, "/props", timeout)
+    props = _Props()
+    if status == 200:
+        try:
+            props = msgspec.json.decode(body, type=_Props)
+        except msgspec.DecodeError:
+            pass  # another server's idea of /props
+    settings = props.default_generation_settings or _Settings()
+    context = settings.n_ctx
+    return Description(
+        models=tuple(
+            Model(model.id, (model.meta and model.meta.n_ctx) or context)
+            for model in models
+        ),
+        slots=props.total_slots,
+        context=context or next((m.meta.n_ctx for m in models if m.meta), None),
+        build=props.build_info,
+    )
+
+
+async def _get(
+    session: aiohttp.ClientSession,
+    worker: WorkerConfig,
+    path: str,
+    timeout: aiohttp.ClientTimeout,
+) -> tuple[int, bytes]:
+    origin = worker.origin
+    headers = {"Authorization": f"Bearer {worker.api_key}"} if worker.api_key else {}
+    async with session.get(
+        f"{origin.scheme}://{origin.authority}{origin.prefix}{path}",
+        headers=headers,
+        timeout=timeout,
+        allow_redirects=False,
+    ) as response:
+        body = await response.content.read(MAX_ANSWER + 1)
+        while len(body) <= MAX_ANSWER and not response.content.at_eof():
+            body += await response.content.read(MAX_ANSWER + 1 - len(body))
+        if len(body) > MAX_ANSWER:
+            raise _OddAnswer(f"{path} answered more than {MAX_ANSWER} bytes")
+        return response.status, body
+
+
+# --- The parts of the answers that are read ---------------------------------------
+# tools/server/README.md of llama.cpp; other servers leave most of it out.
+
+
+class _Meta(msgspec.Struct):
+    n_ctx: int | None = None
+
+
+class _Model(msgspec.Struct):
+    id: str
+    meta: _Meta | None = None
+
+
+class _ModelList(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Settings(msgspec.Struct):
+    n_ctx: int | None = None
+
+
+class _Props(msgspec.Struct):
+    total_slots: int | None = None
+    build_info: str = ""
+    default_generation_settings: _Settings | None = None
+
+
+def _read(body: bytes, kind: type[Any], path: str) -> Any:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as exc:
+        raise _OddAnswer(f"{path} answered what cannot be read: {exc}") from None
+
+
+class _OddAnswer(Exception):
+    """A worker that answers, but not as one that could be used."""

@@ -1,0 +1,287 @@
+"""The bytes of one answer, from a worker to one client.
+
+A relay has three phases, told by which method receives the body:
+
+    _hold ─────▶ _forward ─────▶ _ignore
+    until status and first        the fast lane: worker's read →      once the answer
+    bytes are known, so that      client's transport, one plain       has ended, or
+    a bad worker can still be     call for each read, no task         nobody wants it
+    told from a good one          switch
+
+When the client does not keep up, the worker's socket is not read until the client's
+buffer has drained; TCP does the rest.  Whether a stream is complete is judged from its
+last kilobytes when it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, Protocol
+
+from gollama_proxy.routing.lease import Lease
+from gollama_proxy.upstream.connection import Connection
+from gollama_proxy.wire import sse
+from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.openai import Ending
+
+# What may be held before the first event is complete; then it goes on as it is.
+HOLD_LIMIT = 256 << 10
+_TAIL_PARTS = 16
+
+
+class _WriteProtocol(Protocol):
+    @property
+    def writing_paused(self) -> bool: ...
+
+
+class Client(NamedTuple):
+    """Where the bytes go: what a relay needs of a client's connection."""
+
+    transport: asyncio.WriteTransport
+    protocol: _WriteProtocol
+    drain: Callable[[], Awaitable[None]]
+    chunked: bool  # frame each write as a chunk (RFC 9112, 7.1)
+
+    def write(self, data: bytes) -> None:
+        """Queue bytes for the client; without effect once it is gone."""
+        try:
+            self.transport.write(
+                b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+            )
+        except RuntimeError:
+            pass  # uvloop: closed a moment ago; the handler is being cancelled
+
+
+class ClientStalledError(Exception):
+    """The client did not read for too long."""
+
+
+class Relay:
+    """Receives one answer and passes it on."""
+
+    def __init__(
+        self,
+        worker: str,
+        connection: Connection,
+        lease: Lease,
+        ending: Ending,
+        clock: Callable[[], float],
+    ) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.opened_at: float | None = None
+        self.bytes = 0
+        self.events = 0
+        self.body_received: Callable[[bytes], None] = self._hold
+        self._worker = worker
+        self._connection = connection
+        self._lease = lease
+        self._ending = ending
+        self._clock = clock
+        self._held: list[bytes] = []
+        self._tail: list[bytes] = []
+        self._client: Client | None = None
+        self._blocked = False
+        self._ended = False
+        self._error: ProxyError | None = None
+        self._wakeup: asyncio.Future[None] | None = None
+
+    def __repr__(self) -> str:
+        phase = self.body_received.__name__.strip("_")
+        return (
+            f"<Relay from {self._worker} {phase} status={self.status} "
+            f"bytes={self.bytes}{' blocked' if self._blocked else ''}>"
+        )
+
+    # --- Until the first bytes are known ------------------------------------------
+
+    async def opened(self) -> None:
+        """Wait for the status and the first bytes of the body, or its first event.
+
+        Raises:
+            WorkerError: the worker was lost before, or sent no HTTP.
+        """
+        while self.opened_at is None and not self._ended and self._error is None:
+            await self._sleep()
+        if self.opened_at is None:
+            self.opened_at = self._clock()
+            if self._error is not None:
+                raise self._error
+
+    @property
+    def is_event_stream(self) -> bool:
+        return self.header(b"content-type").startswith(b"text/event-stream")
+
+    @property
+    def untouched(self) -> bool:
+        """Whether not one byte of an answer has come."""
+        return self.status == 0
+
+    @property
+    def spares_connection(self) -> bool:
+        """Whether the worker's connection can be expected to go on after this answer.
+
+        llama-server closes after every event stream, whatever it announced.
+        """
+        return self.status < 500 and not self.is_event_stream and self._ended
+
+    def header(self, wanted: bytes) -> bytes:
+        """Read a header of the answer, in lower case; empty where it has none."""
+        values = [v for name, v in self.headers if name.lower() == wanted]
+        return values[-1].lower() if values else b""
+
+    def held_body(self) -> bytes | None:
+        """Give the whole body where the answer has ended already, else None."""
+        return b"".join(self._held) if self._ended else None
+
+    def early_error(self) -> sse.EventError | None:
+        """Read the error that a stream began with: it should have been a status."""
+        if not self.is_event_stream:
+            return None
+        data = sse.first_data(b"".join(self._held))
+        return None if data is None else sse.error_in(data)
+
+    async def whole(self) -> None:
+        """Wait until a short answer, such as an error, has come completely.
+
+        Raises:
+            WorkerError: the worker was lost before.
+        """
+        while not (self._ended or self._error or self._blocked):
+            await self._sleep()
+        if self._error is not None:
+            raise self._error
+
+    def fail(self, error: ProxyError) -> None:
+        """End the wait for an answer from outside: its request could not be sent."""
+        self._error = self._error or error
+        self._wake()
+
+    # --- The fast lane ------------------------------------------------------------
+
+    async def run(self, client: Client, write_timeout: float) -> None:
+        """Pass the answer on until it has ended.
+
+        A stream that lacks its `[DONE]` but has a finish_reason gets it.
+
+        Raises:
+            WorkerError: the answer is not complete; what came of it was passed on.
+            ClientStalledError: the client did not read for `write_timeout` seconds.
+        """
+        self._client = client
+        self.body_received = self._forward
+        held, self._held = self._held, []
+        for data in held:
+            self._forward(data)
+        while self._blocked or not (self._ended or self._error):
+            if self._blocked:
+                await self._drain(client, write_timeout)
+            else:
+                await self._sleep()
+        self.body_received = _ignore
+        self._finish(client)
+
+    async def _drain(self, client: Client, write_timeout: float) -> None:
+        try:
+            async with asyncio.timeout(write_timeout):
+                await client.drain()
+        except TimeoutError:
+            raise ClientStalledError from None
+        self._blocked = False
+        self._connection.resume_reading()
+
+    def _finish(self, client: Client) -> None:
+        """Judge the end of the answer, and add what a complete one may lack."""
+        if not (self.is_event_stream and self.status == 200):
+            if self._error is not None:
+                raise self._error
+            return
+        verdict = sse.judge(self.tail, self._ending)
+        if not verdict.complete:
+            if verdict.failed:
+                text = "The worker ended the answer with an error."
+                raise ToldError(Code.WORKER_INCOMPLETE, text)
+            raise self._error or WorkerError(
+                Code.WORKER_INCOMPLETE,
+                f"Worker {self._worker} ended the answer before it was complete.",
+            )
+        if self._ending is Ending.DONE and not verdict.done:
+            client.write(sse.DONE)
+
+    @property
+    def tail(self) -> bytes:
+        """The last bytes that were passed on, `sse.TAIL` of them at least."""
+        return b"".join(self._tail)
+
+    # --- Receiver: what the connection calls ---------------------------------------
+
+    def head_received(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self._lease.heard_at = self._clock()
+        self.status = status
+        self.headers = headers
+
+    def _hold(self, data: bytes) -> None:
+        self._lease.heard_at = self._clock()
+        self._held.append(data)
+        held = b"".join(self._held)
+        if len(held) > HOLD_LIMIT:
+            self._connection.pause_reading()
+            self._blocked = True  # until `run` has made room
+        elif self.is_event_stream and sse.first_data(held) is None:
+            return
+        self._open()
+
+    def _forward(self, data: bytes) -> None:
+        self._lease.heard_at = self._clock()
+        self.bytes += len(data)
+        self.events += data.count(b"data: {")
+        self._tail.append(data)
+        if len(self._tail) > _TAIL_PARTS or len(data) > sse.TAIL:
+            self._tail[:] = [self.tail[-sse.TAIL :]]
+        client = self._client
+        assert client is not None
+        client.write(data)
+        if client.protocol.writing_paused and not self._blocked:
+            self._blocked = True
+            self._connection.pause_reading()
+            self._wake()
+
+    def answer_ended(self) -> None:
+        self._ended = True
+        self._wake()
+
+    def answer_lost(self, reason: str, *, malformed: bool) -> None:
+        if malformed:
+            text = f"Worker {self._worker} sent what is no HTTP answer."
+            error = WorkerError(Code.WORKER_PROTOCOL, text, detail=reason)
+        else:
+            text = f"The connection to worker {self._worker} was lost."
+            error = WorkerError(Code.WORKER_LOST, text, detail=reason)
+        self.fail(error)
+
+    def _open(self) -> None:
+        if self.opened_at is None:
+            self.opened_at = self._clock()
+            self._wake()
+
+    # --- Waiting ------------------------------------------------------------------
+
+    async def _sleep(self) -> None:
+        self._wakeup = asyncio.get_running_loop().create_future()
+        try:
+            await self._wakeup
+        finally:
+            self._wakeup = None
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+
+class ToldError(WorkerError):
+    """A broken answer whose client has the worker's own error event already."""
+
+
+def _ignore(data: bytes) -> None:
+    pass

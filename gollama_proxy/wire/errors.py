@@ -1,0 +1,165 @@
+"""What can go wrong, told once: code, status, type and whose fault it is.
+
+    ProxyError
+    ├── RequestError      the client's request cannot be served as it is
+    ├── NoWorkerError     nobody is there to serve it now; waiting helps
+    ├── WorkerError       a worker was tried and let us down
+    └── HubError          the hub itself: draining, or a bug
+
+Every error that a client sees is one of these codes, in the shape of the OpenAI API:
+
+    {"error": {"message": "…", "type": "…", "param": null, "code": "…"}}
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import assert_never
+
+import msgspec
+
+
+class Code(enum.StrEnum):
+    """The `code` of an error body: stable, for programs."""
+
+    # The request
+    BAD_REQUEST = "bad_request"
+    INVALID_JSON = "invalid_json"
+    INVALID_VALUE = "invalid_value"
+    MODEL_MISSING = "model_missing"
+    INVALID_API_KEY = "invalid_api_key"
+    MODEL_NOT_ALLOWED = "model_not_allowed"
+    SCOPE_MISSING = "scope_missing"
+    MODEL_NOT_FOUND = "model_not_found"
+    UNKNOWN_URL = "unknown_url"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    BODY_TIMEOUT = "body_timeout"
+    BODY_TOO_LARGE = "body_too_large"
+    UNSUPPORTED_ENCODING = "unsupported_encoding"
+    EXPECTATION_FAILED = "expectation_failed"
+    HEAD_TOO_LARGE = "head_too_large"
+    UNSUPPORTED_TRANSFER_ENCODING = "unsupported_transfer_encoding"
+    UNSUPPORTED_HTTP_VERSION = "unsupported_http_version"
+    # The workers
+    NO_WORKER = "no_worker_available"
+    WORKER_UNREACHABLE = "worker_unreachable"
+    WORKER_LOST = "worker_connection_lost"
+    WORKER_PROTOCOL = "worker_bad_response"
+    WORKER_INCOMPLETE = "worker_incomplete_answer"
+    WORKER_REFUSED_KEY = "worker_refused_key"
+    WORKER_TIMEOUT = "worker_timeout"
+    # The hub
+    REQUEST_TIMEOUT = "request_timeout"
+    DRAINING = "hub_draining"
+    INTERNAL = "internal_error"
+
+    @property
+    def status(self) -> int:
+        """The HTTP status, which the official SDKs map to their exceptions."""
+        match self:
+            case (
+                Code.BAD_REQUEST
+                | Code.INVALID_JSON
+                | Code.INVALID_VALUE
+                | Code.MODEL_MISSING
+            ):
+                return 400
+            case Code.INVALID_API_KEY:
+                return 401
+            case Code.MODEL_NOT_ALLOWED | Code.SCOPE_MISSING:
+                return 403
+            case Code.MODEL_NOT_FOUND | Code.UNKNOWN_URL:
+                return 404
+            case Code.METHOD_NOT_ALLOWED:
+                return 405
+            case Code.BODY_TIMEOUT:
+                return 408
+            case Code.BODY_TOO_LARGE:
+                return 413
+            case Code.UNSUPPORTED_ENCODING:
+                return 415
+            case Code.EXPECTATION_FAILED:
+                return 417
+            case Code.HEAD_TOO_LARGE:
+                return 431
+            case Code.INTERNAL:
+                return 500
+            case Code.UNSUPPORTED_TRANSFER_ENCODING:
+                return 501
+            case (
+                Code.WORKER_UNREACHABLE
+                | Code.WORKER_LOST
+                | Code.WORKER_PROTOCOL
+                | Code.WORKER_INCOMPLETE
+                | Code.WORKER_REFUSED_KEY
+            ):
+                return 502
+            case Code.NO_WORKER | Code.DRAINING:
+                return 503
+            case Code.WORKER_TIMEOUT | Code.REQUEST_TIMEOUT:
+                return 504
+            case Code.UNSUPPORTED_HTTP_VERSION:
+                return 505
+            case _:
+                assert_never(self)
+
+    @property
+    def type(self) -> str:
+        """The `type` of an error body, as the OpenAI API groups them."""
+        if self is Code.INVALID_API_KEY:
+            return "authentication_error"
+        if self.status == 403:
+            return "permission_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+
+class ProxyError(Exception):
+    """A request that ends with an error told to its client.
+
+    `retry_after` is in seconds; `detail` is for the log only: it may name what a client
+    has no business to know.
+    """
+
+    def __init__(
+        self,
+        code: Code,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: int | None = None,
+        detail: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+        self.detail = detail
+
+    def body(self) -> bytes:
+        """Encode the JSON body that a client sees."""
+        return error_body(self.message, self.code.type, self.code, self.param)
+
+
+class RequestError(ProxyError):
+    """The client's request cannot be served as it is; no worker was touched."""
+
+
+class NoWorkerError(ProxyError):
+    """Nobody is there to serve the request now."""
+
+
+class WorkerError(ProxyError):
+    """A worker was tried and let us down."""
+
+
+class HubError(ProxyError):
+    """The hub itself stands in the way."""
+
+
+def error_body(
+    message: str, type: str, code: str | None, param: str | None = None
+) -> bytes:
+    """Encode an error as the OpenAI API does."""
+    error = {"message": message, "type": type, "param": param, "code": code}
+    return msgspec.json.encode({"error": error})

@@ -1,0 +1,309 @@
+"""The few fields of a request body that routing needs, found while it streams in.
+
+A body can be 200 MB of base64 and `model` can be its last field, so it is read once, in
+the pieces in which it arrives, and nothing but the wanted values is kept.  The regular
+expressions run over strings in C.
+
+Theory of operation.  The scanner walks the top level of one JSON object (RFC 8259):
+
+    START ──{──▶ KEY ──"key":──▶ VALUE ──▶ AFTER ──,──▶ KEY
+                  │}                         │}
+                  ▼                          ▼
+                 END ◀───────────────────────┘
+
+A value that nobody wants is passed over in STRING or NESTED, which need no memory.  A
+token that is cut by the end of a piece waits in `_rest` for the next one.
+
+What is checked here: that the body is UTF-8, that it is an object, that no wanted field
+occurs twice (two parsers would disagree on which one counts), and that it is not nested
+deeper than `MAX_DEPTH`.  The grammar inside of nested values is left to `check_json`,
+for bodies that are kept, and to the worker for those that stream through.
+"""
+
+from __future__ import annotations
+
+import codecs
+import enum
+import re
+from typing import NamedTuple
+
+import msgspec
+
+from gollama_proxy.wire.errors import Code, RequestError
+
+MAX_DEPTH = 128
+# A key, a number or a wanted string must fit; vLLM and OpenAI names are below 100.
+MAX_TOKEN = 4096
+
+WANTED = frozenset(
+    {
+        "documents",
+        "max_completion_tokens",
+        "max_tokens",
+        "messages",
+        "model",
+        "n_predict",
+        "stream",
+        "tokens",
+    }
+)
+
+_SPACE = re.compile(rb"[ \t\r\n]*+")
+_STRING = re.compile(rb'"((?:[^"\\\x00-\x1f]++|\\.)*+)"', re.DOTALL)
+_SCALAR = re.compile(rb"[^\s,{}\[\]\":]++")
+# Possessive (`++`, `*+`): a failed match must not try every shorter one.
+_IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_IN_NESTED = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+_NUMBER = re.compile(rb"-?(?:0|[1-9]\d{0,18})(?:\.\d+)?(?:[eE][+-]?\d{1,3})?")
+
+
+class State(enum.Enum):
+    START = "before the object"
+    KEY = "before a key"
+    VALUE = "before a value"
+    STRING = "inside of a string"
+    NESTED = "inside of an array or object"
+    AFTER = "after a value"
+    END = "after the object"
+
+
+class Field(NamedTuple):
+    """One wanted value: its bytes as sent ("" of a nested one) and where they are."""
+
+    kind: str  # first character of the JSON value: one of `"[{tfn` or "0" for numbers
+    raw: bytes
+    start: int
+    end: int
+
+
+class FieldScanner:
+    """Find the wanted top-level fields of a JSON object that is fed in pieces."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Field] = {}
+        self.opened_at = 0  # offset of the byte behind the opening brace
+        self._state = State.START
+        self._depth = 0  # of the nested value that is passed over
+        self._key = ""
+        self._first_key = True
+        self._rest = b""  # an unfinished token
+        self._offset = 0  # of `_rest` in the body
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+
+    def __repr__(self) -> str:
+        return f"<FieldScanner {self._state.name} found={sorted(self.found)}>"
+
+    @property
+    def is_empty_object(self) -> bool:
+        return self._first_key
+
+    def feed(self, piece: bytes) -> None:
+        """Take the next piece of the body.
+
+        Raises:
+            RequestError: the body is no JSON object, or not one that is accepted.
+        """
+        self._check_utf8(piece)
+        text = self._rest + piece if self._rest else piece
+        at = 0
+        while at < len(text):
+            if self._state in _SPACED:
+                at = _end(_SPACE, text, at)
+                if at == len(text):
+                    break
+            reached = self._step(text, at)
+            if reached is None:  # a token goes on in the next piece
+                break
+            at = reached
+        self._rest = text[at:]
+        self._offset += at
+        if len(self._rest) > MAX_TOKEN:
+            name = repr(self._key) if self._state is State.VALUE else "a key"
+            raise _invalid(f"{name} is longer than {MAX_TOKEN} bytes")
+
+    def finish(self) -> None:
+        """Say that the body has ended.
+
+        Raises:
+            RequestError: it ended too early.
+        """
+        self._check_utf8(b"", final=True)
+        if self._state is not State.END:
+            what = "is empty" if self._state is State.START else "ends too early"
+            raise _invalid(f"the body {what}")
+
+    # --- One step for each state --------------------------------------------------
+
+    def _step(self, text: bytes, at: int) -> int | None:
+        match self._state:
+            case State.START:
+                return self._open(text, at)
+            case State.KEY:
+                return self._read_key(text, at)
+            case State.VALUE:
+                return self._read_value(text, at)
+            case State.STRING:
+                return self._pass_string(text, at)
+            case State.NESTED:
+                return self._pass_nested(text, at)
+            case State.AFTER:
+                return self._read_separator(text, at)
+            case State.END:
+                raise _invalid("something follows the object")
+
+    def _open(self, text: bytes, at: int) -> int:
+        if text[at : at + 1] != b"{":
+            raise _invalid("the body must be an object")
+        self.opened_at = self._offset + at + 1
+        self._state = State.KEY
+        return at + 1
+
+    def _read_key(self, text: bytes, at: int) -> int | None:
+        if text[at : at + 1] == b"}" and self._first_key:
+            self._state = State.END
+            return at + 1
+        if text[at : at + 1] != b'"':
+            raise _invalid(f"a key was expected at byte {self._offset + at}")
+        match = _STRING.match(text, at)
+        if match is None:
+            return None
+        colon = _end(_SPACE, text, match.end())
+        if colon == len(text):
+            return None
+        if text[colon : colon + 1] != b":":
+            raise _invalid(f"':' was expected at byte {self._offset + colon}")
+        self._key = _decode(match[0])
+        if self._key in self.found:
+            raise _invalid(f"the key {self._key!r} occurs twice")
+        self._first_key = False
+        self._state = State.VALUE
+        return colon + 1
+
+    def _read_value(self, text: bytes, at: int) -> int | None:
+        first = text[at : at + 1]
+        wanted = self._key in WANTED
+        if first == b'"' and not wanted:
+            self._state = State.STRING
+            return at + 1
+        if first in (b"{", b"["):
+            if wanted:
+                self._keep(first.decode(), b"", at, at)
+            self._state, self._depth = State.NESTED, 1
+            return at + 1
+        if first == b'"':
+            match = _STRING.match(text, at)
+            if match is None:
+                return None
+        else:
+            match = _SCALAR.match(text, at)
+            if match is None:
+                raise _invalid(f"a value was expected at byte {self._offset + at}")
+            if match.end() == len(text):  # the number may go on
+                return None
+        if wanted:
+            kind = chr(match[0][0])
+            number = _NUMBER.fullmatch(match[0])
+            self._keep("0" if number else kind, match[0], at, match.end())
+        self._state = State.AFTER
+        return match.end()
+
+    def _pass_string(self, text: bytes, at: int) -> int | None:
+        end = _end(_IN_STRING, text, at)
+        if end == at and end < len(text) and text[end : end + 1] == b"\\":
+            return None  # half of an escape
+        if end < len(text) and text[end : end + 1] == b'"':
+            self._state = State.NESTED if self._depth else State.AFTER
+            return end + 1
+        return end
+
+    def _pass_nested(self, text: bytes, at: int) -> int:
+        at = _end(_IN_NESTED, text, at)
+        if at == len(text):
+            return at
+        match text[at : at + 1]:
+            case b'"':  # a string that does not end in this piece
+                self._state = State.STRING
+            case b"{" | b"[":
+                self._depth += 1
+                if self._depth >= MAX_DEPTH:
+                    raise _invalid(f"it is nested deeper than {MAX_DEPTH} levels")
+            case _:
+                self._depth -= 1
+                if not self._depth:
+                    self._state = State.AFTER
+        return at + 1
+
+    def _read_separator(self, text: bytes, at: int) -> int:
+        match text[at : at + 1]:
+            case b",":
+                self._state = State.KEY
+            case b"}":
+                self._state = State.END
+            case _:
+                where = self._offset + at
+                raise _invalid(f"',' or '}}' was expected at byte {where}")
+        return at + 1
+
+    # --- Helpers ------------------------------------------------------------------
+
+    def _keep(self, kind: str, raw: bytes, start: int, end: int) -> None:
+        offset = self._offset
+        self.found[self._key] = Field(kind, raw, offset + start, offset + end)
+
+    def _check_utf8(self, piece: bytes, *, final: bool = False) -> None:
+        if piece.isascii() and not self._utf8.getstate()[0] and not final:
+            return  # nearly always, and much cheaper
+        try:
+            self._utf8.decode(piece, final)
+        except UnicodeDecodeError:
+            raise _invalid("the body is not UTF-8") from None
+
+
+_SPACED = frozenset({State.START, State.KEY, State.VALUE, State.AFTER, State.END})
+
+
+def check_json(body: bytes) -> None:
+    """Check the grammar of a whole body that the scanner has accepted.
+
+    Raises:
+        RequestError: it is no JSON.
+    """
+    try:
+        _grammar.decode(body)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        why = str(exc).removeprefix("JSON is malformed: ")
+        raise _invalid(why) from None
+
+
+_grammar = msgspec.json.Decoder(msgspec.Raw)
+_string = msgspec.json.Decoder(str)
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return _string.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise _invalid("a string holds an invalid escape") from None
+
+
+def text_of(field: Field) -> str:
+    """Decode a wanted string.
+
+    Raises:
+        RequestError: it holds an invalid escape, such as half a surrogate pair.
+    """
+    return _decode(field.raw)
+
+
+def encode(text: str) -> bytes:
+    """Encode a string as JSON."""
+    return msgspec.json.encode(text)
+
+
+def _end(pattern: re.Pattern[bytes], text: bytes, at: int) -> int:
+    match = pattern.match(text, at)
+    return match.end() if match else at
+
+
+def _invalid(why: str) -> RequestError:
+    return RequestError(Code.INVALID_JSON, f"The body is not valid JSON: {why}.")

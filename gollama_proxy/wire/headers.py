@@ -1,0 +1,147 @@
+"""Headers: what is accepted, what crosses to a worker, what comes back.
+
+Towards a worker only what is listed goes: a hub with a dozen JSON routes needs few
+headers, and what nobody listed cannot smuggle, cannot leak a credential, and cannot
+switch on a feature of the worker (`X-Conversation-Id` keeps a generation alive after
+its client left).
+
+Back to the client everything goes but what belongs to one hop (RFC 9110, 7.6.1), what
+speaks for the worker instead of the hub, and what is named in `Connection`.  What the
+hub adds is added last, so that no `Connection: x-request-id` can take it away again
+(golang/go#50580).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from gollama_proxy.wire.errors import Code, RequestError
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+# Client → worker.  Everything else that a worker gets is written by the hub.
+FORWARDED = frozenset({b"accept", b"accept-language", b"traceparent", b"tracestate"})
+
+HOP_BY_HOP = frozenset(
+    {
+        b"alt-svc",
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+# Worker → client: the hub writes its own, or the worker has no say in it.
+OWNED = frozenset(
+    {
+        b"cache-control",
+        b"content-length",
+        b"date",
+        b"server",
+        b"set-cookie",
+        b"www-authenticate",
+        b"x-accel-buffering",
+        b"x-request-id",
+    }
+)
+OWNED_PREFIXES = (b"access-control-", b"x-gollama-")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# RFC 9110, 5.5: visible characters, spaces and tabs.  obs-text (0x80 and up) is left
+# out: two programs rarely agree on what it means.
+_FIELD_VALUE = re.compile(rb"[\t\x20-\x7e]*")
+
+
+def check_head(
+    method: str, version: tuple[int, int], headers: Headers, limit: int
+) -> None:
+    """Refuse a request head that could be read in two ways, or is too large.
+
+    The parser in front has refused most of what is malformed already; this is what it
+    lets through and a proxy must not.
+
+    Raises:
+        RequestError: 400, 405, 413, 415, 431, 501 or 505, naming the header.
+    """
+    if version not in ((1, 0), (1, 1)):
+        text = f"HTTP/{version[0]}.{version[1]} is not supported; use HTTP/1.1."
+        raise RequestError(Code.UNSUPPORTED_HTTP_VERSION, text)
+    if method == "CONNECT":
+        text = "CONNECT is not supported: this is no tunnel."
+        raise RequestError(Code.METHOD_NOT_ALLOWED, text)
+    total = 0
+    for name, value in headers:
+        total += len(name) + len(value) + 4  # ": " and CRLF
+        lowered = name.lower()
+        if lowered == b"transfer-encoding" and value.lower() != b"chunked":
+            # RFC 9112, 6.1: a server that does not understand a coding answers 501.
+            raise RequestError(
+                Code.UNSUPPORTED_TRANSFER_ENCODING,
+                "Transfer-Encoding must be exactly 'chunked'.",
+            )
+        if lowered == b"content-encoding" and value.lower() != b"identity":
+            raise RequestError(
+                Code.UNSUPPORTED_ENCODING,
+                "Content-Encoding is not supported; send the body as plain JSON.",
+            )
+        if lowered == b"upgrade":
+            raise RequestError(
+                Code.BAD_REQUEST, "Upgrade is not supported; use plain HTTP/1.1."
+            )
+        # Some servers read Content_Length as Content-Length (Envoy refuses it, too).
+        if lowered in (b"content_length", b"transfer_encoding"):
+            text = f"Header {name.decode('ascii', 'replace')!r} is ambiguous."
+            raise RequestError(Code.BAD_REQUEST, text)
+    if total > limit:
+        text = f"The request head is larger than {limit} bytes."
+        raise RequestError(Code.HEAD_TOO_LARGE, text)
+
+
+def request_id(headers: Iterable[tuple[bytes, bytes]], fallback: str) -> str:
+    """Take the client's `X-Request-Id` where it is harmless, else `fallback`."""
+    given = [value for name, value in headers if name.lower() == b"x-request-id"]
+    if len(given) == 1:
+        text = given[0].decode("latin-1")
+        if _REQUEST_ID.fullmatch(text):
+            return text
+    return fallback
+
+
+def to_worker(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """Choose which of a client's headers a worker gets to see."""
+    dropped = _named_in_connection(headers)
+    return [
+        (name, value)
+        for name, value in headers
+        if (lowered := name.lower()) in FORWARDED
+        and lowered not in dropped
+        and _FIELD_VALUE.fullmatch(value)
+    ]
+
+
+def to_client(headers: Headers) -> list[tuple[str, str]]:
+    """Choose which of a worker's headers a client gets to see."""
+    dropped = HOP_BY_HOP | OWNED | _named_in_connection(headers)
+    return [
+        (name.decode("ascii"), value.decode("ascii"))
+        for name, value in headers
+        if (lowered := name.lower()) not in dropped
+        and not lowered.startswith(OWNED_PREFIXES)
+        and name.isascii()
+        and _FIELD_VALUE.fullmatch(value)
+    ]
+
+
+def _named_in_connection(headers: Headers) -> set[bytes]:
+    """Collect what any `Connection` header names; the first may be empty (go#46313)."""
+    named: set[bytes] = set()
+    for name, value in headers:
+        if name.lower() == b"connection":
+            named.update(token.strip().lower() for token in value.split(b","))
+    return named

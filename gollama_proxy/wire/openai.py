@@ -1,0 +1,59 @@
+"""The surface: which paths there are, and how an answer on each of them ends.
+
+Nothing is forwarded that is not in this table.  A llama-server also has paths that run
+commands, load files and change its settings (tools/server/README.md of llama.cpp); they
+are not here, so they cannot be reached.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+
+class Ending(enum.Enum):
+    """What marks the end of a complete event stream, where the body's end does not.
+
+    An HTTP body can end cleanly although the answer was cut: llama-server's router
+    does it when a child dies.
+    """
+
+    DONE = "[DONE]"  # OpenAI chat and completions; a finish_reason will do
+    STOP = '"stop":true'  # llama-server's native completion
+    NAMED = "a closing event"  # Anthropic messages, OpenAI responses
+    BODY = "the body's own end"  # routes that do not stream
+
+
+class Endpoint(NamedTuple):
+    """One POST route and the path it has on a worker."""
+
+    path: str  # also the `route` label of metrics and logs
+    ending: Ending = Ending.BODY
+    arrays: tuple[str, ...] = ()  # fields that have to be JSON arrays where present
+
+
+# Every accepted spelling of a path.  A worker gets the spelling that the client used:
+# `/completions` and `/embedding` of llama-server answer otherwise than their cousins
+# under `/v1`.
+ENDPOINTS: dict[str, Endpoint] = {
+    endpoint.path: endpoint
+    for endpoint in (
+        Endpoint("/v1/chat/completions", Ending.DONE, ("messages",)),
+        Endpoint("/chat/completions", Ending.DONE, ("messages",)),
+        Endpoint("/v1/completions", Ending.DONE),
+        Endpoint("/v1/embeddings"),
+        Endpoint("/embeddings"),
+        Endpoint("/v1/rerank", arrays=("documents",)),
+        Endpoint("/rerank", arrays=("documents",)),
+        Endpoint("/v1/responses", Ending.NAMED),
+        Endpoint("/responses", Ending.NAMED),
+        Endpoint("/v1/messages", Ending.NAMED, ("messages",)),
+        Endpoint("/v1/messages/count_tokens", arrays=("messages",)),
+        Endpoint("/completion", Ending.STOP),
+        Endpoint("/completions", Ending.STOP),
+        Endpoint("/infill", Ending.STOP),
+        Endpoint("/tokenize"),
+        Endpoint("/detokenize", arrays=("tokens",)),
+        Endpoint("/apply-template", arrays=("messages",)),
+    )
+}

@@ -1,0 +1,111 @@
+"""Server-sent events, as far as a relay has to understand them.
+
+A relay does not parse a stream.  It looks at the first event (is it an error that
+should have been a status?), counts events with one scan of each read, and judges from
+the last few kilobytes whether the answer was complete.  The format is that of the HTML
+standard, section 9.2.6: events end with a blank line, lines with LF, CR or CRLF.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import msgspec
+
+from gollama_proxy.wire.openai import Ending
+
+DONE = b"data: [DONE]\n\n"
+# What a proxy on the way must not do to a stream (nginx buffers unless it is told).
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+# How much of a stream's end is kept; llama-server's last events take about 1 KiB.
+TAIL = 4096
+
+_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+# A JSON string holds no bare quote and no line end, so none of what follows can be
+# found in a model's words.
+_DONE_LINE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\][\r\n]")
+_MARKS = {
+    Ending.DONE: re.compile(_DONE_LINE.pattern + rb'|"finish_reason"\s*:\s*"'),
+    Ending.STOP: re.compile(rb'"stop"\s*:\s*true'),
+    Ending.NAMED: re.compile(
+        rb"(?:^|[\r\n])event: ?"
+        rb"(?:message_stop|response\.(?:completed|incomplete|failed))[\r\n]"
+    ),
+    Ending.BODY: re.compile(rb""),
+}
+_TOKENS = re.compile(
+    rb'"(?:completion_tokens|output_tokens|predicted_n)"\s*:\s*(\d{1,12})'
+)
+_ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"\s*:|event: ?error[\r\n])')
+
+
+class Verdict(NamedTuple):
+    """What the end of an event stream says about it."""
+
+    complete: bool  # the mark of a complete answer was seen
+    done: bool  # a `[DONE]` was seen
+    failed: bool  # the worker itself told an error
+
+
+def judge(tail: bytes, ending: Ending) -> Verdict:
+    """Read the end of a stream, its last `TAIL` bytes at least."""
+    return Verdict(
+        complete=_MARKS[ending].search(tail) is not None,
+        done=_DONE_LINE.search(tail) is not None,
+        failed=_ERROR_EVENT.search(tail) is not None,
+    )
+
+
+def generated_tokens(tail: bytes) -> int | None:
+    """Read how many tokens the worker says it generated; None where it does not say."""
+    counts = _TOKENS.findall(tail)
+    return int(counts[-1]) if counts else None
+
+
+def first_data(held: bytes) -> bytes | None:
+    """Find the data of the first event that has some.
+
+    None while it is not complete.  Comments and events without data, such as the pings
+    of llama-server, are passed over.
+    """
+    start = 0
+    for blank in _BLANK_LINE.finditer(held):
+        lines = _LINE_END.split(held[start : blank.start()])
+        data = [line[5:].lstrip(b" ") for line in lines if line.startswith(b"data:")]
+        if data:
+            return b"\n".join(data)
+        start = blank.end()
+    return None
+
+
+class EventError(msgspec.Struct):
+    """The `error` object of an event, as llama-server and OpenAI write it."""
+
+    message: str = ""
+    type: str = "server_error"
+    code: int | str | None = None
+
+
+class _ErrorEvent(msgspec.Struct):
+    error: EventError
+
+
+_decoder = msgspec.json.Decoder(_ErrorEvent)
+
+
+def error_in(data: bytes) -> EventError | None:
+    """Read an event that is an error; None when it is anything else."""
+    if b'"error"' not in data[:64]:
+        return None
+    try:
+        return _decoder.decode(data).error
+    except msgspec.DecodeError:
+        return None
+
+
+def error_event(body: bytes, *, named: bool) -> bytes:
+    """Frame an error body as an event; `named` for APIs whose events have names."""
+    name = b"event: error\n" if named else b""
+    return b"%bdata: %b\n\n" % (name, body)
