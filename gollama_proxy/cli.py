@@ -162,35 +162,44 @@ def _load(
 def _serve(args: argparse.Namespace) -> int:
     config = _load(args, os.environ, args.worker)
     require_keys(config)
+    return _run(lambda signals: _front(signals, config, _log_address))
 
-    def announce(url: str) -> None:
-        log.info("listening on %s", url)
-        if not config.workers:
-            log.warning("no worker is configured; every request will be refused")
 
-    return _run(lambda signals: _front(signals, config, announce))
+async def _log_address(hub: Hub) -> None:
+    log.info("listening on %s", hub.url)
+    await hub.ready()
+    if not hub.config.workers:
+        log.warning("no worker is configured: every request will be refused")
+    elif not hub.registry.ready:
+        log.warning("no worker can be used: requests are refused until one can")
 
 
 def _run(command: Callable[[_Signals], Coroutine[Any, Any, int]]) -> int:
     import uvloop
 
-    async def listening_to_signals() -> int:
-        return await command(_Signals(asyncio.get_running_loop()))
+    async def hearing_signals() -> int:
+        loop, signals = asyncio.get_running_loop(), _Signals()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, signals.receive)
+        try:
+            return await command(signals)
+        finally:
+            for number in numbers:  # a uvloop that is closed still has them
+                loop.remove_signal_handler(number)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(listening_to_signals())
+        return runner.run(hearing_signals())
 
 
 class _Signals:
     """The first SIGINT or SIGTERM asks for the end, the second one insists."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.insisted = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._receive)
 
-    def _receive(self) -> None:
+    def receive(self) -> None:
         (self.insisted if self.asked.is_set() else self.asked).set()
 
     def __repr__(self) -> str:
@@ -199,7 +208,9 @@ class _Signals:
 
 
 async def _front(
-    signals: _Signals, config: Config, announce: Callable[[str], None]
+    signals: _Signals,
+    config: Config,
+    announce: Callable[[Hub], Coroutine[Any, Any, None]],
 ) -> int:
     """Run a hub until a signal; return 1 when running answers had to be cut."""
     from gollama_proxy.edge.app import Hub
@@ -212,8 +223,10 @@ async def _front(
     except OSError as exc:
         raise _refuse_address(config.server, exc) from exc
     try:
-        announce(hub.url)
-        await signals.asked.wait()
+        async with asyncio.TaskGroup() as group:
+            announcing = group.create_task(announce(hub), name="announce")
+            await signals.asked.wait()
+            announcing.cancel()
         grace = config.server.drain
         log.info("draining for %g s at most; a second signal cuts answers", grace)
     finally:

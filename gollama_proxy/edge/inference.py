@@ -179,7 +179,7 @@ class Inference:
         transport = request.transport
         if transport is None or writer is None:
             raise ConnectionResetError("the client left")
-        client = Client(transport, request.protocol, writer.drain, response.chunked)
+        client = Client(transport, writer.drain, response.chunked)
         error: ProxyError | None = None
         try:
             await relay.run(client, self._config.timeouts.write)

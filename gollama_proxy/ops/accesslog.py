@@ -70,7 +70,9 @@ class Record:
             "bytes": self.bytes,
             "id": self.id,
         }
-        return {key: value for key, value in shown.items() if value not in ("", None, 0)}
+        return {
+            key: value for key, value in shown.items() if value not in ("", None, 0)
+        }
 
 
 def write(record: Record) -> None:
