@@ -3,7 +3,8 @@
 The servers end with this process, whatever way it ends.  While it can act, it drains
 the hub, then sends them SIGTERM, and SIGKILL 3 s later.  When it was killed itself,
 Linux does it: each server asked for SIGKILL at its parent's death.  Other systems have
-no such request: there the servers stay after a `kill -9` of the hub.
+no such request: there the servers stay after a `kill -9` of the hub, or the end of its
+terminal.
 """
 
 from __future__ import annotations
@@ -272,15 +273,11 @@ def _announce(config: Config, model: str) -> Announce:
     question = {"role": "user", "content": "Tell me three things about the sea."}
     body = {"model": model, "stream": True, "max_tokens": 200, "messages": [question]}
     curl = ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
-    token = ""
-    if config.auth.mode == "jwt":
+    token, auth = "", config.auth
+    if auth.mode == "jwt":
+        key = config.secrets[0]
         token = mint(
-            config.secrets[0],
-            config.auth.algorithm,
-            "demo",
-            LIFETIME,
-            issuer=config.auth.issuer,
-            audience=config.auth.audience,
+            key, "HS256", "demo", LIFETIME, issuer=auth.issuer, audience=auth.audience
         )
         curl += ["-H", f"Authorization: Bearer {token}"]
 

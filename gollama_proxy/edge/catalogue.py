@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 from aiohttp import web
@@ -41,7 +42,8 @@ class Catalogue:
     ) -> web.Response:
         """Answer `GET /v1/models/{id}`; an id may hold slashes."""
         principal = self._authenticate(request, record)
-        name = request["name"]
+        path = request.raw_path.partition("?")[0]
+        name = unquote(path.removeprefix(record.route))
         if name not in self._names(principal):
             text = f"The model {name!r} does not exist."
             raise RequestError(Code.MODEL_NOT_FOUND, text, param="model")

@@ -11,7 +11,6 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from urllib.parse import unquote
 
 from aiohttp import web
 
@@ -133,7 +132,6 @@ class Dispatcher:
         methods = None if path in self._parents else self._routes.get(path)
         for parent in self._parents if methods is None else ():
             if path.startswith(parent) and path != parent:
-                request["name"] = unquote(path.removeprefix(parent))
                 methods, path = self._routes[parent], parent
         if methods is None:
             text = f"There is no {request.method} {request.raw_path[:200]!r} here."

@@ -1,0 +1,87 @@
+"""Fixtures and rules for all tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from tests.real.llama import LlamaServer
+
+_SERVERS = pytest.StashKey[list[LlamaServer]]()
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run every asynchronous test on the event loop of production."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+# --- Real workers -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model: 3000 tokens/s, and it only stops at `max_tokens`."""
+    return _write_model(tmp_path_factory, "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model of 100 tokens/s: its streams last long enough to cut them."""
+    return _write_model(tmp_path_factory, "slow.gguf", layers=400, dim=32, ctx=8192)
+
+
+@pytest.fixture(scope="session")
+def embed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model for `--embedding` and `--reranking`."""
+    return _write_model(
+        tmp_path_factory, "embed.gguf", name="tiny-embed", embedding=True
+    )
+
+
+def _write_model(factory: pytest.TempPathFactory, file: str, **arguments: Any) -> Path:
+    # Here, because numpy is slow to import and few tests need it.
+    from tests.real.gguf_tiny import write_tiny_gguf
+
+    return write_tiny_gguf(factory.mktemp("models") / file, **arguments)
+
+
+@pytest.fixture
+def llama_server(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Callable[..., LlamaServer]]:
+    """Start real workers: `llama_server(model, name=…, slots=…, ctx=…, args=(…))`.
+
+    With `start=False` the server is only made.  All end with the test.
+    """
+    servers = request.node.stash.setdefault(_SERVERS, [])
+
+    def make(
+        model: Path, *, start: bool = True, name: str = "tiny", **options: Any
+    ) -> LlamaServer:
+        log = tmp_path / f"llama-server-{len(servers) + 1}.log"
+        server = LlamaServer(model, log, name=name, **options)
+        servers.append(server)
+        return server.start() if start else server
+
+    yield make
+    for server in servers:
+        server.kill()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the servers wrote beside a test that failed."""
+    report = yield
+    if report.failed:
+        for server in item.stash.get(_SERVERS, []):
+            report.sections.append((repr(server), server.tail()))
+    return report

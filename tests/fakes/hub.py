@@ -1,0 +1,174 @@
+"""A hub in this process, with real sockets on both sides, that may leave nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import jwt
+
+from gollama_proxy import config
+from gollama_proxy.edge.app import Hub
+from tests.fakes.client import Response, Wire
+
+SECRET = "0123456789abcdef" * 4
+MINT = "mint a token"  # instead of a token: one is made, with the default claims
+
+_GRACE = 5.0  # for tasks that were cancelled to end
+
+
+class HasUrl(Protocol):
+    """A worker, fake or real."""
+
+    @property
+    def url(self) -> str: ...
+
+
+class RunningHub:
+    """What a test holds of a hub that runs."""
+
+    def __init__(self, hub: Hub, claims: Mapping[str, Any]) -> None:
+        self.hub = hub
+        self.url: str = hub.url
+        address = urlsplit(hub.url)
+        assert address.hostname is not None
+        assert address.port is not None
+        self.host = address.hostname
+        self.port = address.port
+        self._claims = claims
+        self._wires: list[Wire] = []
+
+    def __repr__(self) -> str:
+        return f"<RunningHub {self.url}>"
+
+    def token(self, sub: str = "alice", **claims: Any) -> str:
+        """Mint a token; a claim that is None is left out."""
+        return mint(**{"sub": sub, **self._claims, **claims})
+
+    async def wire(self, *, receive_buffer: int | None = None) -> Wire:
+        """Connect a client; it is closed with the hub at the latest."""
+        wire = await Wire.connect(self.host, self.port, receive_buffer=receive_buffer)
+        self._wires.append(wire)
+        return wire
+
+    async def open(
+        self,
+        path: str,
+        payload: Any,
+        token: str | None = MINT,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        receive_buffer: int | None = None,
+    ) -> Wire:
+        """Send a request on a connection of its own and return that, unread."""
+        wire = await self.wire(receive_buffer=receive_buffer)
+        token = self.token() if token is MINT else token
+        await wire.post(path, payload, token, headers=headers)
+        return wire
+
+    async def post(
+        self,
+        path: str,
+        payload: Any,
+        token: str | None = MINT,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+    ) -> Response:
+        """Send a request and return the whole answer."""
+        async with await self.open(path, payload, token, headers=headers) as wire:
+            return await wire.read_response()
+
+    async def get(
+        self,
+        path: str,
+        token: str | None = MINT,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+    ) -> Response:
+        """Send a request without a body and return the whole answer."""
+        async with await self.wire() as wire:
+            token = self.token() if token is MINT else token
+            await wire.get(path, token, headers=headers)
+            return await wire.read_response()
+
+    def close_clients(self) -> None:
+        for wire in self._wires:
+            wire.close()
+
+
+@contextlib.asynccontextmanager
+async def running_hub(
+    *workers: HasUrl | str,
+    claims: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+    ready: bool = True,
+    **settings: Any,
+) -> AsyncIterator[RunningHub]:
+    """Run a hub on a free port; leaving the block checks that nothing is left of it.
+
+    Settings are given as `health__interval=0.05`.  With `ready`, the block begins when
+    each worker has been pinged once.  `claims` go into every token that is minted.
+    """
+    before = asyncio.all_tasks()
+    urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
+    variables = {"GOLLAMA_JWT_SECRET": SECRET}
+    for name, value in settings.items():
+        variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = _spelled(value)
+    variables |= environ or {}
+    loaded = config.load(file, variables, {"server.port": 0}, urls)
+    hub = Hub(loaded)
+    running = None
+    try:
+        await hub.start()
+        running = RunningHub(hub, claims or {})
+        if ready:
+            async with asyncio.timeout(10):
+                await hub.ready()
+        yield running
+    finally:
+        if running is not None:
+            running.close_clients()
+        await hub.abort()
+    # Not reached when the block failed: its own error says more.
+    await _assert_no_tasks(before)
+    held = {str(worker): worker.in_flight for worker in hub.registry.workers}
+    assert not any(held.values()), f"still in flight after the end: {held}"
+
+
+def mint(secret: str = SECRET, algorithm: str = "HS256", **claims: Any) -> str:
+    """Sign a token, valid for an hour; a claim that is None is left out."""
+    now = int(time.time())
+    claims = {"iat": now, "exp": now + 3600, **claims}
+    claims = {name: value for name, value in claims.items() if value is not None}
+    return jwt.encode(claims, secret, algorithm)
+
+
+def _spelled(value: Any) -> str:
+    """Spell a setting as an environment variable does."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case Mapping():
+            return ",".join(f"{name}={target}" for name, target in value.items())
+        case list() | tuple():
+            return " ".join(map(str, value))
+        case _:
+            return str(value)
+
+
+async def _assert_no_tasks(before: set[asyncio.Task[Any]]) -> None:
+    left = {
+        task
+        for task in asyncio.all_tasks() - before
+        # The fakes' own tasks end with the fakes.
+        if not task.get_name().startswith("fake ")
+    }
+    if left:
+        _, left = await asyncio.wait(left, timeout=_GRACE)
+    assert not left, f"the hub left tasks: {left}"

