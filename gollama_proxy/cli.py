@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
 import json
 import logging
 import os
 import re
-import signal
-import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,7 +29,6 @@ from gollama_proxy.settings import (
     VARIABLES,
     Config,
     Row,
-    Server,
     WorkerConfig,
     settings,
 )
@@ -162,7 +158,9 @@ def _load(
 def _serve(args: argparse.Namespace) -> int:
     config = _load(args, os.environ, args.worker)
     require_keys(config)
-    return _run(lambda signals: _front(signals, config, _log_address))
+    from gollama_proxy import lifecycle
+
+    return lifecycle.run(lambda signals: lifecycle.front(signals, config, _log_address))
 
 
 async def _log_address(hub: Hub) -> None:
@@ -172,91 +170,6 @@ async def _log_address(hub: Hub) -> None:
         log.warning("no worker is configured: every request will be refused")
     elif not hub.registry.ready:
         log.warning("no worker can be used: requests are refused until one can")
-
-
-def _run(command: Callable[[_Signals], Coroutine[Any, Any, int]]) -> int:
-    import uvloop
-
-    async def hearing_signals() -> int:
-        loop, signals = asyncio.get_running_loop(), _Signals()
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        for number in numbers:
-            loop.add_signal_handler(number, signals.receive)
-        try:
-            return await command(signals)
-        finally:
-            for number in numbers:  # a uvloop that is closed still has them
-                loop.remove_signal_handler(number)
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(hearing_signals())
-
-
-class _Signals:
-    """The first SIGINT or SIGTERM asks for the end, the second one insists."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.insisted = asyncio.Event()
-
-    def receive(self) -> None:
-        (self.insisted if self.asked.is_set() else self.asked).set()
-
-    def __repr__(self) -> str:
-        asked, insisted = self.asked.is_set(), self.insisted.is_set()
-        return f"<_Signals asked={asked} insisted={insisted}>"
-
-
-async def _front(
-    signals: _Signals,
-    config: Config,
-    announce: Callable[[Hub], Coroutine[Any, Any, None]],
-) -> int:
-    """Run a hub until a signal; return 1 when running answers had to be cut."""
-    from gollama_proxy.edge.app import Hub
-    from gollama_proxy.ops import accesslog
-
-    accesslog.configure(config.log)
-    hub = Hub(config)
-    try:
-        await hub.start()
-    except OSError as exc:
-        raise _refuse_address(config.server, exc) from exc
-    try:
-        async with asyncio.TaskGroup() as group:
-            announcing = group.create_task(announce(hub), name="announce")
-            await signals.asked.wait()
-            announcing.cancel()
-        grace = config.server.drain
-        log.info("draining for %g s at most; a second signal cuts answers", grace)
-    finally:
-        clean = await _drain(hub, signals)
-    return 0 if clean else 1
-
-
-def _refuse_address(server: Server, exc: OSError) -> ConfigError:
-    host = f"server.host = {server.host!r}"
-    port = f"server.port = {server.port}"
-    if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
-        return ConfigError(f"{host}: must be an address of this machine")
-    if exc.errno == errno.EADDRINUSE:
-        return ConfigError(f"{port}: already in use; must be a free port, or 0 for any")
-    if exc.errno == errno.EACCES:
-        return ConfigError(f"{port}: not permitted; must be 1024 or above")
-    return ConfigError(f"{host}, {port}: cannot be listened on: {exc.strerror or exc}")
-
-
-async def _drain(hub: Hub, signals: _Signals) -> bool:
-    draining = asyncio.create_task(hub.drain(), name="drain")
-    insisting = asyncio.create_task(signals.insisted.wait(), name="second-signal")
-    await asyncio.wait((draining, insisting), return_when=asyncio.FIRST_COMPLETED)
-    clean = draining.done()
-    if not clean:
-        log.warning("second signal: cutting what still runs")
-        await hub.abort()
-    insisting.cancel()
-    await draining
-    return clean
 
 
 # --- token ------------------------------------------------------------------------
@@ -385,14 +298,13 @@ def _describe_worker(worker: WorkerConfig, report: Report) -> Iterator[str]:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from gollama_proxy import demo
+    from gollama_proxy import demo, lifecycle
 
     try:
-        return _run(
+        return lifecycle.run(
             lambda signals: demo.run(
                 partial(_load, args),
-                partial(_front, signals),
-                signals.asked,
+                signals,
                 workers=args.worker,
                 llama_server=args.llama_server,
                 model=args.model,

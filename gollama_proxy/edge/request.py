@@ -17,6 +17,7 @@ from gollama_proxy.settings import Config
 from gollama_proxy.wire import fields
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.openai import Endpoint
+from gollama_proxy.wire.whole import read_whole
 
 # A client earns a second of patience with each so many bytes (as mod_reqtimeout does).
 LEAST_RATE = 16 << 10
@@ -38,6 +39,7 @@ class Incoming:
         self._size = 0
         self._kept: list[bytes] = []
         self._scanner = fields.FieldScanner()
+        self._found = self._scanner.found
         if self.length is not None and self.length > self._limit:
             raise self._too_large()
 
@@ -57,19 +59,19 @@ class Incoming:
             piece = await self._next_piece()
             if piece:
                 self._kept.append(piece)
-        if self.complete:
+        if self.complete and self._found is self._scanner.found:
             fields.check_json(b"".join(self._kept))
         self._check_types()
 
     @property
     def model(self) -> str | None:
         """The model that the client named, as far as the body was read."""
-        field = self._scanner.found.get("model")
+        field = self._found.get("model")
         return fields.text_of(field) if field and field.kind == '"' else None
 
     @property
     def stream(self) -> bool:
-        field = self._scanner.found.get("stream")
+        field = self._found.get("stream")
         return field is not None and field.raw == b"true"
 
     def body(self, model: str) -> bytes:
@@ -79,7 +81,7 @@ class Incoming:
         stays as it is: the worker serves only one, or it would have been looked for.
         """
         kept = b"".join(self._kept)
-        field = self._scanner.found.get("model")
+        field = self._found.get("model")
         if field is not None and field.kind == '"':
             if fields.text_of(field) == model:
                 return kept
@@ -127,16 +129,23 @@ class Incoming:
         self._size += len(piece)
         if self._size > self._limit:
             raise self._too_large()
-        self._scanner.feed(piece)
-        if self._content.at_eof():
-            self._scanner.finish()
-            self.complete = True
+        self._scan(piece)
         return piece
+
+    def _scan(self, piece: bytes) -> None:
+        ended = self._content.at_eof()
+        if ended and len(piece) == self._size and (found := read_whole(piece)):
+            self._found = found
+        else:
+            self._scanner.feed(piece)
+            if ended:
+                self._scanner.finish()
+        self.complete = ended
 
     # --- Checks -------------------------------------------------------------------
 
     def _check_types(self) -> None:
-        found = self._scanner.found
+        found = self._found
         expected = {"model": ('"n', "a string"), "stream": ("tfn", "a boolean")}
         for name in ("max_tokens", "max_completion_tokens", "n_predict"):
             expected[name] = ("0n", "a number")

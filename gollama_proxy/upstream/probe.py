@@ -8,6 +8,7 @@ is a good worker all the same; what it does not tell stays unknown.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -82,10 +83,17 @@ async def ping(
     except TimeoutError:
         return Finding(Check.FAILED, f"no answer within {health.timeout:g} s")
     except aiohttp.ClientConnectorError as exc:
-        return Finding(Check.FAILED, exc.strerror or "cannot be reached")
+        return Finding(Check.FAILED, _why_unreachable(exc))
     except (aiohttp.ClientError, OSError, _OddAnswer) as exc:
         return Finding(Check.FAILED, str(exc) or type(exc).__name__)
     return Finding(Check.OK, "ok", description)
+
+
+def _why_unreachable(exc: aiohttp.ClientConnectorError) -> str:
+    number = exc.os_error.errno
+    if number is not None and number > 0:
+        return os.strerror(number).lower()
+    return exc.os_error.strerror or "cannot be reached"  # name resolution, TLS
 
 
 async def _learn(

@@ -76,6 +76,16 @@ class Field(NamedTuple):
     end: int
 
 
+def classify(raw: bytes, start: int) -> Field:
+    """Describe a JSON value that begins at `start`; of a nested one, only that it is."""
+    kind = chr(raw[0])
+    if kind in "[{":
+        return Field(kind, b"", start, start)
+    if _NUMBER.fullmatch(raw):
+        kind = "0"
+    return Field(kind, raw, start, start + len(raw))
+
+
 class FieldScanner:
     """Find the wanted top-level fields of a JSON object that is fed in pieces."""
 
@@ -187,7 +197,7 @@ class FieldScanner:
             return at + 1
         if first in (b"{", b"["):
             if wanted:
-                self._keep(first.decode(), b"", at, at)
+                self.found[self._key] = classify(first, self._offset + at)
             self._state, self._depth = State.NESTED, 1
             return at + 1
         if first == b'"':
@@ -201,9 +211,7 @@ class FieldScanner:
             if match.end() == len(text):  # the number may go on
                 return None
         if wanted:
-            kind = chr(match[0][0])
-            number = _NUMBER.fullmatch(match[0])
-            self._keep("0" if number else kind, match[0], at, match.end())
+            self.found[self._key] = classify(match[0], self._offset + at)
         self._state = State.AFTER
         return match.end()
 
@@ -245,10 +253,6 @@ class FieldScanner:
         return at + 1
 
     # --- Helpers ------------------------------------------------------------------
-
-    def _keep(self, kind: str, raw: bytes, start: int, end: int) -> None:
-        offset = self._offset
-        self.found[self._key] = Field(kind, raw, offset + start, offset + end)
 
     def _check_utf8(self, piece: bytes, *, final: bool = False) -> None:
         if piece.isascii() and not self._utf8.getstate()[0] and not final:

@@ -1,0 +1,646 @@
+"""The command line: what it says, what it returns, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, Self
+from urllib.parse import urlsplit
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from gollama_proxy import __version__, demo
+from gollama_proxy.cli import main
+from gollama_proxy.config import ConfigError
+from gollama_proxy.lifecycle import Signals
+from gollama_proxy.settings import VARIABLES, Config, Health, WorkerConfig, settings
+from gollama_proxy.upstream.probe import Report
+from tests.fakes.client import Wire
+from tests.fakes.replies import chunk, sse_head, token
+from tests.fakes.script import send, stall
+from tests.fakes.worker import ScriptedWorker
+
+SECRET = "0123456789abcdef" * 2
+DEADLINE = 20.0
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Keep the settings of whoever runs the tests out of them."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    clean["GOLLAMA_JWT_SECRET"] = SECRET
+    monkeypatch.setattr(os, "environ", clean)
+    return clean
+
+
+class Program:
+    """`gollama-proxy …` as a process, watched through what it writes."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.output = ""
+
+    def __repr__(self) -> str:
+        return f"<Program pid={self.process.pid} status={self.process.returncode}>"
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(
+        cls, *arguments: str, environ: Mapping[str, str]
+    ) -> AsyncIterator[Self]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gollama_proxy", *arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environ,
+            cwd=Path(__file__).parent.parent,
+        )
+        try:
+            yield cls(process)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
+
+    async def until(self, pattern: str) -> re.Match[str]:
+        """Read on until the output matches."""
+        assert self.process.stdout is not None
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while not (match := re.search(pattern, self.output)):
+                    line = await self.process.stdout.readline()
+                    assert line, f"{self!r} never wrote {pattern!r}:\n{self.output}"
+                    self.output += line.decode()
+        except TimeoutError:
+            raise AssertionError(f"{self!r}: no {pattern!r}:\n{self.output}") from None
+        return match
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def ended(self) -> int:
+        """Wait for the end; `output` is whole then."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(DEADLINE):
+            self.output += (await self.process.stdout.read()).decode()
+            return await self.process.wait()
+
+
+async def until_ready(port: int) -> None:
+    """Wait until a hub has found a worker."""
+    async with asyncio.timeout(DEADLINE):
+        while True:
+            async with await Wire.connect("127.0.0.1", port) as wire:
+                await wire.get("/readyz", None)
+                if (await wire.read_response()).status == 200:
+                    return
+            await asyncio.sleep(0.02)
+
+
+def one_line(capsys: Output) -> str:
+    """Return what a command that ended with status 2 said."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("gollama-proxy: ")
+    assert captured.err.endswith("\n")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# --- Flags ------------------------------------------------------------------------
+
+
+def test_the_version(capsys: Output) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"gollama-proxy {__version__}\n"
+
+
+def test_help_names_the_commands(capsys: Output) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert re.findall(r"^    (\w+) ", text, re.MULTILINE) == [
+        "serve",
+        "token",
+        "check",
+        "demo",
+    ]
+
+
+def test_serve_help_lists_every_setting(capsys: Output) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["serve", "--help"])
+    text = capsys.readouterr().out
+    for row in settings():
+        assert re.search(
+            rf"^  {row.key}   {row.env}   \S.*\n      {re.escape(row.help)}\n"
+            rf"      {re.escape(row.allowed)}$",
+            text,
+            re.MULTILINE,
+        ), row.key
+    for default in ('"127.0.0.1"', " 8000\n", '"64MiB"', '"16KiB"', " 4096\n", " 30\n"):
+        assert default in text
+    for name in VARIABLES:
+        assert f"  {name}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "allowed"),
+    [
+        ([], "required: COMMAND", "COMMAND ..."),
+        (["run"], "'run'", "'serve', 'token', 'check', 'demo'"),
+        (["serve", "--prot", "9"], "--prot 9: not a flag", "[--port PORT]"),
+        (["serve", "--work", "http://a"], "--work", "[--worker URL]"),
+        (["serve", "--port"], "--port: expected one argument", "[--port PORT]"),
+        (["serve", "--port", "x"], "(--port) = 'x'", "from 0 to 65,535"),
+        (["serve", "--auth", "none"], "(--auth) = 'none'", "one of jwt, off"),
+        (["serve", "--log-level", "x"], "(--log-level) = 'x'", "one of debug"),
+        (["serve", "--worker", "a:1"], "workers[0].url = 'a:1'", "http://host:port"),
+        (["serve", "-c", "no\n.toml"], "no .toml: cannot be read", "No such file"),
+        (["serve", "--auth", "off", "--host", "::"], "'::'", "--insecure-bind"),
+        (["check", "--port", "1"], "--port 1", "[-c FILE]"),
+        (["check", "-c", "/nowhere"], "/nowhere: cannot be read", "No such file"),
+        (["token"], "--sub", "--sub SUB"),
+        (["token", "--sub", " "], "--sub = ' '", "printable, and not empty"),
+        (["token", "--sub", "a\x1b"], r"--sub = 'a\x1b'", "printable, and not empty"),
+        (["token", "--sub", "a", "--model", ""], "--model = ''", "not empty"),
+        (["token", "--sub", "a", "--scope", ""], "--scope = ''", "not empty"),
+        (["demo", "--model", "/nowhere"], "--model = '/nowhere'", "a GGUF file"),
+        (["demo", "--llama-server", "/"], "--llama-server = '/'", "executable file"),
+        (
+            ["demo", "--worker", "x", "--model", "y"],
+            "workers[0].url = 'x'",
+            "host:port",
+        ),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    argv: list[str], key: str, allowed: str, capsys: Output
+) -> None:
+    assert main(argv) == 2
+    text = one_line(capsys)
+    assert key in text
+    assert allowed in text
+
+
+def test_serve_without_a_secret(environ: dict[str, str], capsys: Output) -> None:
+    del environ["GOLLAMA_JWT_SECRET"]
+    assert main(["serve"]) == 2
+    assert "GOLLAMA_JWT_SECRET: is not set" in one_line(capsys)
+
+
+# --- serve ------------------------------------------------------------------------
+
+
+class StageHub:
+    """A hub that does nothing but sends the signals which a test asks for."""
+
+    url = "http://127.0.0.1:8000"
+    start_error: OSError | None = None
+    signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
+    calls: ClassVar[list[str]] = []
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.registry = SimpleNamespace(ready=False)
+        self.cut = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<StageHub {self.calls}>"
+
+    async def start(self) -> None:
+        self.calls.append("start")
+        if self.start_error is not None:
+            raise self.start_error
+
+    async def ready(self) -> None:
+        self.calls.append("ready")
+        signal.raise_signal(self.signals[0])
+
+    async def drain(self) -> None:
+        self.calls.append("drain")
+        if len(self.signals) > 1:
+            signal.raise_signal(self.signals[1])
+            await self.cut.wait()
+
+    async def abort(self) -> None:
+        self.calls.append("abort")
+        self.cut.set()
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> type[StageHub]:
+    class Stage(StageHub):
+        calls: ClassVar[list[str]] = []
+
+    monkeypatch.setattr("gollama_proxy.lifecycle.Hub", Stage)
+    monkeypatch.setattr("gollama_proxy.ops.accesslog.configure", lambda log: None)
+    return Stage
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_drains(
+    number: signal.Signals, stage: type[StageHub], caplog: pytest.LogCaptureFixture
+) -> None:
+    stage.signals = (number,)
+    before = signal.getsignal(number)
+    with caplog.at_level("INFO", "gollama_proxy"):
+        assert main(["serve"]) == 0
+    assert stage.calls == ["start", "ready", "drain"]
+    assert "listening on http://127.0.0.1:8000" in caplog.text
+    assert "no worker is configured" in caplog.text
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_cuts(
+    stage: type[StageHub], caplog: pytest.LogCaptureFixture
+) -> None:
+    stage.signals = (signal.SIGTERM, signal.SIGINT)
+    assert main(["serve", "--worker", "http://127.0.0.1:1"]) == 1
+    assert stage.calls == ["start", "ready", "drain", "abort"]
+    assert "no worker can be used" in caplog.text
+
+
+async def test_signals_show_what_came() -> None:
+    signals = Signals()
+    signals.receive()
+    assert repr(signals) == "<Signals asked=True insisted=False>"
+    signals.receive()
+    assert signals.insisted.is_set()
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.EADDRINUSE, "x"), "server.port = 8000: already in use; must be"),
+        (OSError(errno.EACCES, "x"), "server.port = 8000: not permitted; must be 1024"),
+        (
+            OSError(errno.EADDRNOTAVAIL, "x"),
+            "server.host = '127.0.0.1': must be an address of this machine",
+        ),
+        (
+            socket.gaierror(-2, "Name or service not known"),
+            "server.host = '127.0.0.1': must be an address of this machine",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            "server.port = 8000: cannot be listened on: Too many open files",
+        ),
+        (OSError("odd"), "cannot be listened on: odd"),
+    ],
+)
+def test_an_address_that_cannot_be_listened_on(
+    error: OSError, text: str, stage: type[StageHub], capsys: Output
+) -> None:
+    stage.start_error = error
+    assert main(["serve"]) == 2
+    assert text in one_line(capsys)
+
+
+async def test_the_port_in_use(environ: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        async with Program.running("serve", "--port", str(port), environ=environ) as it:
+            assert await it.ended() == 2
+    assert it.output == (
+        f"gollama-proxy: server.port = {port}: already in use; "
+        "must be a free port, or 0 for any\n"
+    )
+
+
+async def test_serve_starts_with_no_worker_that_can_be_reached(
+    environ: dict[str, str],
+) -> None:
+    environ["GOLLAMA_LOG_FORMAT"] = "json"
+    arguments = ("serve", "--port", "0", "--worker", "http://127.0.0.1:1")
+    async with Program.running(*arguments, environ=environ) as hub:
+        match = await hub.until(r"listening on (http://127\.0\.0\.1:\d+)")
+        address = urlsplit(match[1])
+        assert address.hostname
+        assert address.port
+        async with await Wire.connect(address.hostname, address.port) as wire:
+            await wire.get("/livez", None)
+            assert (await wire.read_response()).status == 200
+        await hub.until("no worker can be used")
+        hub.signal(signal.SIGTERM)
+        assert await hub.ended() == 0
+    assert "Traceback" not in hub.output
+
+
+async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) -> None:
+    async with ScriptedWorker() as worker:
+        worker.script(send(sse_head() + chunk(token("a") + token("b"))), stall())
+        arguments = ("serve", "--port", "0", "--auth", "off", "--worker", worker.url)
+        async with Program.running(*arguments, environ=environ) as hub:
+            match = await hub.until(r"listening on http://127\.0\.0\.1:(\d+)")
+            await until_ready(int(match[1]))
+            async with await Wire.connect("127.0.0.1", int(match[1])) as wire:
+                question = {"model": "tiny", "stream": True, "messages": []}
+                await wire.post("/v1/chat/completions", question, None)
+                assert await wire.read_event() is not None
+                hub.signal(signal.SIGINT)
+                await hub.until("draining")
+                started = time.monotonic()
+                hub.signal(signal.SIGTERM)
+                assert await hub.ended() == 1
+                assert time.monotonic() - started < 10
+    assert "Traceback" not in hub.output
+
+
+# --- token ------------------------------------------------------------------------
+
+
+def minted(capsys: Output) -> str:
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert re.fullmatch(r"[\w.-]+\n", captured.out)
+    return captured.out.strip()
+
+
+def test_a_token_says_who_and_until_when(capsys: Output) -> None:
+    assert main(["token", "--sub", "alice"]) == 0
+    claims = jwt.decode(minted(capsys), SECRET, ["HS256"])
+    assert claims["sub"] == "alice"
+    assert claims["exp"] - claims["iat"] == 30 * 86_400
+    assert abs(claims["iat"] - time.time()) < 60
+    assert claims.keys() == {"sub", "iat", "exp"}
+
+
+def test_a_token_with_everything(environ: dict[str, str], capsys: Output) -> None:
+    environ |= {"GOLLAMA_AUTH_ISSUER": "home", "GOLLAMA_AUTH_AUDIENCE": "hub"}
+    argv = [
+        "token",
+        "--sub",
+        "a",
+        "--model",
+        "qwen*",
+        "--model",
+        "x",
+        "--scope",
+        "admin",
+    ]
+    assert main(argv) == 0
+    claims = jwt.decode(
+        minted(capsys), SECRET, ["HS256"], audience="hub", issuer="home"
+    )
+    assert claims["models"] == ["qwen*", "x"]
+    assert claims["scope"] == "admin"
+
+
+@pytest.mark.parametrize(
+    ("text", "lifetime"),
+    [
+        ("45s", 45),
+        ("90m", 5400),
+        ("12h", 43_200),
+        ("1d", 86_400),
+        ("3650d", 315_360_000),
+    ],
+)
+def test_a_lifetime(text: str, lifetime: int, capsys: Output) -> None:
+    assert main(["token", "--sub", "a", "--expires", text]) == 0
+    claims = jwt.decode(minted(capsys), SECRET, ["HS256"])
+    assert claims["exp"] - claims["iat"] == lifetime
+
+
+@pytest.mark.parametrize(
+    "text", ["0d", "-1d", "3651d", "999999999999d", "30", "30D", "1.5h", "d", "", "1d "]
+)
+def test_a_wrong_lifetime(text: str, capsys: Output) -> None:
+    assert main(["token", "--sub", "a", f"--expires={text}"]) == 2
+    said = one_line(capsys)
+    assert f"--expires = {text!r}: must be a time such as 45s, 90m, 12h or 30d" in said
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_a_token_needs_the_current_secret(
+    previous: bool, environ: dict[str, str], capsys: Output
+) -> None:
+    del environ["GOLLAMA_JWT_SECRET"]
+    if previous:
+        environ["GOLLAMA_JWT_SECRET_PREVIOUS"] = SECRET
+    assert main(["token", "--sub", "a"]) == 2
+    assert "GOLLAMA_JWT_SECRET: is not set; must be the hub's" in one_line(capsys)
+
+
+@pytest.fixture
+def key_files(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    makers: dict[str, Callable[[], Any]] = {
+        "RS256": lambda: rsa.generate_private_key(65_537, 2048),
+        "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
+        "EdDSA": ed25519.Ed25519PrivateKey.generate,
+    }
+
+    def make(algorithm: str) -> tuple[Path, Path]:
+        key = makers[algorithm]()
+        private, public = tmp_path / "private.pem", tmp_path / "public.pem"
+        private.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        public.write_bytes(
+            key.public_key().public_bytes(
+                serialization.Encoding.PEM,
+                serialization.PublicFormat.SubjectPublicKeyInfo,
+            )
+        )
+        return private, public
+
+    return make
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+def test_a_token_signed_with_a_private_key(
+    algorithm: str,
+    key_files: Callable[[str], tuple[Path, Path]],
+    tmp_path: Path,
+    capsys: Output,
+) -> None:
+    private, public = key_files(algorithm)
+    file = tmp_path / "gollama.toml"
+    file.write_text(f"[auth]\nalgorithm='{algorithm}'\npublic_key_file='{public}'")
+    argv = ["token", "-c", str(file), "--sub", "bob", "--private-key", str(private)]
+    assert main(argv) == 0
+    claims = jwt.decode(minted(capsys), public.read_bytes(), [algorithm])
+    assert claims["sub"] == "bob"
+
+
+def test_a_wrong_private_key(
+    key_files: Callable[[str], tuple[Path, Path]],
+    environ: dict[str, str],
+    tmp_path: Path,
+    capsys: Output,
+) -> None:
+    argv = ["token", "--sub", "a"]
+    assert main([*argv, "--private-key", "k"]) == 2
+    assert "--private-key = 'k': HS256 signs with GOLLAMA_JWT" in one_line(capsys)
+
+    _, public = key_files("ES256")
+    environ["GOLLAMA_AUTH_ALGORITHM"] = "ES256"
+    environ["GOLLAMA_AUTH_PUBLIC_KEY_FILE"] = str(public)
+    assert main(argv) == 2
+    assert "--private-key: ES256 needs a PEM file" in one_line(capsys)
+    assert main([*argv, "--private-key", str(tmp_path / "none")]) == 2
+    assert "none': cannot be read: No such file" in one_line(capsys)
+    (tmp_path / "bad").write_text("secret words")
+    assert main([*argv, "--private-key", str(tmp_path / "bad")]) == 2
+    said = one_line(capsys)
+    assert "bad': " in said
+    assert "ES256" in said
+    assert "secret words" not in said
+
+
+# --- check ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> dict[str, Report]:
+    """Set what each worker answers, by name."""
+    answers: dict[str, Report] = {}
+
+    async def examine(worker: WorkerConfig, health: Health) -> Report:
+        return answers[worker.name]
+
+    monkeypatch.setattr("gollama_proxy.upstream.probe.examine", examine)
+    return answers
+
+
+def test_check_without_workers(environ: dict[str, str], capsys: Output) -> None:
+    del environ["GOLLAMA_JWT_SECRET"]
+    assert main(["check"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("No worker is configured: ")
+    assert captured.err.startswith("note: GOLLAMA_JWT_SECRET: is not set")
+
+
+def test_check_shows_what_each_worker_is(
+    reports: dict[str, Report], environ: dict[str, str], capsys: Output
+) -> None:
+    long = "http://" + "a" * 60 + ".example.net:8080/with/a/prefix"
+    environ["GOLLAMA_WORKERS"] = f"http://a http://b {long}"
+    reports["a:80"] = Report("ready", "ok", ("qwen", "llama"), 4, 2048, "b10068")
+    reports["b:80"] = Report("loading", "loading model")
+    reports[long[7:]] = Report("down", "\x1b[31mrefused [bold]:smile:")
+    assert main(["check"]) == 1
+    rows = [
+        re.split(r"\s{2,}", line.strip())
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    titles = ["name", "url", "state", "models", "slots", "context", "build / reason"]
+    assert rows == [
+        titles,
+        ["a:80", "http://a", "ready", "qwen, llama", "4", "2048", "b10068"],
+        ["b:80", "http://b", "loading", "-", "-", "-", "loading model"],
+        [long[7:], long, "down", "-", "-", "-", "?[31mrefused [bold]:smile:"],
+    ]
+
+
+def test_check_folds_rather_than_cuts_on_a_terminal(
+    reports: dict[str, Report],
+    environ: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Output,
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    environ |= {"GOLLAMA_WORKERS": "http://a", "COLUMNS": "60", "TERM": "xterm"}
+    models = tuple(f"model-number-{number}" for number in range(9))
+    reports["a:80"] = Report("ready", "ok", models, 4, 2048, "b10068")
+    assert main(["check"]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b[32mready" in text
+    assert "…" not in text
+    for number in range(9):
+        assert f"-{number}" in text
+
+
+def test_ctrl_c_leaves_no_traceback(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    async def examine(worker: WorkerConfig, health: Health) -> Report:
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+    monkeypatch.setattr("gollama_proxy.upstream.probe.examine", examine)
+    environ["GOLLAMA_WORKERS"] = "http://a"
+    assert main(["check"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+async def test_check_of_a_worker_that_answers(
+    environ: dict[str, str], capsys: Output
+) -> None:
+    async with ScriptedWorker("qwen", "llama", slots=3, n_ctx=512) as worker:
+        environ["GOLLAMA_WORKERS"] = worker.url
+        assert await asyncio.to_thread(main, ["check"]) == 0
+        row = capsys.readouterr().out.splitlines()[1].split()
+        shown = [worker.name, worker.url, "ready", "qwen,", "llama", "3", "512"]
+        assert row == [*shown, worker.build]
+        await worker.down()
+        assert await asyncio.to_thread(main, ["check"]) == 1
+        assert f"{worker.url}  down" in capsys.readouterr().out
+
+
+# --- demo -------------------------------------------------------------------------
+
+
+def test_demo_passes_on_what_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]
+) -> None:
+    given: dict[str, Any] = {}
+
+    async def run(load: demo.Load, signals: Signals, **options: Any) -> int:
+        given.update(options, port=load(environ, ["http://b"]).server.port)
+        return 7
+
+    monkeypatch.setattr(demo, "run", run)
+    argv = ["demo", "--port", "9", "--worker", "http://a", "--worker", "http://b"]
+    assert main([*argv, "--llama-server", "x", "--model", "y"]) == 7
+    assert given == {
+        "workers": ["http://a", "http://b"],
+        "llama_server": "x",
+        "model": "y",
+        "port": 9,
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (demo.DemoError("two\nlines", 1), 1, "two\nlines\n"),
+        (ConfigError("wrong"), 2, "gollama-proxy: wrong\n"),
+    ],
+)
+def test_demo_that_fails(
+    error: Exception,
+    status: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Output,
+) -> None:
+    async def run(*_: Any, **__: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(demo, "run", run)
+    assert main(["demo"]) == status
+    assert capsys.readouterr().err == text

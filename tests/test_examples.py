@@ -1,0 +1,413 @@
+"""The examples work as they stand, and promise nothing that they do not keep."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gollama_proxy.settings import Server, settings
+from tests.fakes import replies
+from tests.fakes.hub import running_hub
+from tests.fakes.script import chat_stream, reset, send
+from tests.fakes.worker import ScriptedWorker
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+# --- openai_client.py -------------------------------------------------------------
+
+
+@dataclass
+class Ended:
+    status: int
+    answer: str  # standard output
+    told: str  # standard error
+
+
+async def run_client(url: str, token: str, *more: str) -> Ended:
+    command = [sys.executable, str(EXAMPLES / "openai_client.py"), "hello"]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    environ |= {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": token}
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        *("--retries", "0", *more),
+        env=environ,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        answer, told = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    assert "Traceback" not in told.decode()
+    return Ended(process.returncode, answer.decode(), told.decode())
+
+
+async def test_client_streams_an_answer_and_tells_about_it() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        ended = await run_client(hub.url, hub.token())
+    assert ended.status == 0, ended
+    assert ended.answer == " no towu\n"
+    assert f"models: {replies.MODEL}" in ended.told
+    assert re.search(r"worker: 127\.0\.0\.1:\d+", ended.told), "header was not read"
+    assert "20 + 3 tokens" in ended.told
+    assert "finish='stop'" in ended.told
+
+
+async def test_client_tells_that_the_hub_does_not_accept_its_token() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        ended = await run_client(hub.url, "nonsense")
+    assert ended.status == 1
+    assert "does not accept this token (401)" in ended.told
+
+
+async def test_client_tells_that_the_model_is_not_known() -> None:
+    async with ScriptedWorker("one", "two") as worker, running_hub(worker) as hub:
+        ended = await run_client(hub.url, hub.token(), "--model", "three")
+    assert ended.status == 1
+    assert "does not know this model or address (404)" in ended.told
+
+
+async def test_client_tells_when_to_try_again_where_no_worker_is_ready() -> None:
+    async with ScriptedWorker() as worker:
+        worker.loading = True
+        async with running_hub(worker) as hub:
+            ended = await run_client(hub.url, hub.token(), "--model", replies.MODEL)
+    assert ended.status == 1
+    assert re.search(r"refused \(503\): .* Try again in \d+ s\.", ended.told), ended
+
+
+async def test_client_tells_of_an_error_in_mid_stream() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        head_and_two_tokens = chat_stream([" no", " to"])[:3]
+        worker.default(*head_and_two_tokens, reset())
+        ended = await run_client(hub.url, hub.token())
+    assert ended.status == 1, ended
+    assert "The answer broke off" in ended.told
+
+
+async def test_client_takes_no_answer_without_a_finish_reason_for_a_whole_one() -> None:
+    body = replies.chunk(replies.role()) + replies.chunk(replies.token(" no"))
+    cut = replies.sse_head() + body + replies.last_chunk()
+    async with ScriptedWorker() as worker:
+        worker.default(send(cut))
+        # Without the hub, which would tell of this by an error event.
+        ended = await run_client(worker.url, "any")
+    assert ended.status == 1
+    assert ended.answer == " no\n"
+    assert "without a finish reason" in ended.told
+
+
+async def test_client_tells_that_nobody_answers() -> None:
+    async with ScriptedWorker() as worker:
+        url = worker.url
+    ended = await run_client(url, "any")
+    assert ended.status == 1
+    assert f"The hub at {url}/v1 cannot be reached" in ended.told
+
+
+# --- locustfile.py ----------------------------------------------------------------
+
+
+@pytest.fixture
+def locustfile(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Import the locustfile beside a stand-in for locust.
+
+    The real one is no dependency of ours, and importing it would patch the sockets of
+    this whole process.
+    """
+
+    class HttpUser:
+        pass
+
+    class StopUser(Exception):
+        pass
+
+    class RequestException(Exception):
+        pass
+
+    fired: list[dict[str, Any]] = []
+    request = SimpleNamespace(fire=lambda **meta: fired.append(meta))
+    stand_ins = {
+        "locust": {
+            "HttpUser": HttpUser,
+            "between": lambda low, high: (low, high),
+            "events": SimpleNamespace(request=request, fired=fired),
+            "task": lambda function: function,
+        },
+        "locust.exception": {"StopUser": StopUser},
+        "requests": {},
+        "requests.exceptions": {"RequestException": RequestException},
+    }
+    for name, members in stand_ins.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("GOLLAMA_TOKEN", "GOLLAMA_MODEL", "GOLLAMA_MAX_TOKENS"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("x", EXAMPLES / "locustfile.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WHOLE = (
+    replies.role() + replies.ping(),
+    replies.token(" no"),
+    replies.token(" to"),
+    replies.token("wu"),
+    replies.finish(usage=replies.usage_of(5)) + replies.done(),
+)
+
+
+def test_locust_measures_from_the_request_to_the_last_token(
+    locustfile: ModuleType,
+) -> None:
+    answer = locustfile.Answer()
+    for when, piece in zip((10.1, 10.25, 10.5, 11.25, 11.3), WHOLE, strict=True):
+        answer.feed(piece, when)
+    assert answer.problem() == ""
+    assert answer.size == sum(map(len, WHOLE))
+    # The first event has no text; the usage says that the three others were 5 tokens.
+    assert dict(answer.metrics(10.0)) == pytest.approx(
+        {"TTFT": 250.0, "GAP": 750.0, "tok/s": 4 / 1.0}
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_locust_reads_a_stream_however_it_is_cut(
+    locustfile: ModuleType, size: int, line_end: bytes
+) -> None:
+    answer = locustfile.Answer()
+    stream = b"".join(WHOLE).replace(b"\n", line_end)
+    for at in range(0, len(stream), size):
+        answer.feed(stream[at : at + size], 1.0 + at)
+    assert answer.problem() == ""
+    assert answer.first > 0
+
+
+@pytest.mark.parametrize(
+    ("stream", "problem"),
+    [
+        (b"".join(WHOLE[:-1]), "stream ended without [DONE]"),
+        (WHOLE[0] + replies.error_event("worker lost"), "error event: worker lost"),
+        (WHOLE[0] + replies.error_event("x") + replies.done(), "error event: x"),
+        (b'data: {"x"\n\n' + replies.done(), "not a chat event: b'{\"x\"'"),
+        (b"", "stream ended without [DONE]"),
+    ],
+)
+def test_locust_counts_what_is_no_whole_answer_as_a_failure(
+    locustfile: ModuleType, stream: bytes, problem: str
+) -> None:
+    answer = locustfile.Answer()
+    answer.feed(stream, 1.0)
+    assert answer.problem() == problem
+
+
+def test_locust_makes_up_no_speed_from_a_single_moment(locustfile: ModuleType) -> None:
+    answer = locustfile.Answer()
+    assert answer.metrics(0.0) == []
+    answer.feed(b"".join(WHOLE), 1.0)
+    assert dict(answer.metrics(0.5)) == {"TTFT": 500.0}
+
+
+class Reply:
+    """What locust's client returns for `catch_response=True`."""
+
+    def __init__(self, status: int, pieces: list[Any], body: Any = None) -> None:
+        self.status_code = status
+        self.request_meta: dict[str, Any] = {}
+        self.failures: list[str] = []
+        self.failure = self.failures.append
+        self.error = OSError("refused")
+        self._pieces = pieces
+        self._body = body
+
+    def __enter__(self) -> Reply:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def json(self) -> Any:
+        return self._body
+
+    def iter_content(self, chunk_size: int | None) -> Any:
+        assert chunk_size is None, "a block that has to fill up falsifies the TTFT"
+        for piece in self._pieces:
+            if isinstance(piece, type):
+                raise piece
+            yield piece
+
+
+def chat(locustfile: ModuleType, reply: Reply) -> list[dict[str, Any]]:
+    user = locustfile.ChatUser()
+    user.model = "tiny"
+    user.client = SimpleNamespace(post=lambda *args, **kwargs: reply)
+    user.chat()
+    fired: list[dict[str, Any]] = locustfile.events.fired
+    return fired
+
+
+def test_locust_reports_rows_of_its_own_for_a_whole_answer(
+    locustfile: ModuleType,
+) -> None:
+    reply = Reply(200, list(WHOLE))
+    fired = chat(locustfile, reply)
+    assert [row["request_type"] for row in fired] == ["TTFT", "GAP", "tok/s"]
+    assert {row["name"] for row in fired} == {"tiny"}
+    assert reply.failures == []
+    assert reply.request_meta["response_length"] == sum(map(len, WHOLE))
+    assert reply.request_meta["response_time"] >= fired[0]["response_time"]
+
+
+def test_locust_reports_a_refusal_a_cut_and_a_lost_connection_as_failures(
+    locustfile: ModuleType,
+) -> None:
+    busy = Reply(503, [], {"error": {"message": "queue is full"}})
+    cut = Reply(200, list(WHOLE[:-1]))
+    lost = Reply(200, [WHOLE[0], locustfile.RequestException])
+    unreached = Reply(0, [])
+    for reply in (busy, cut, lost, unreached):
+        assert chat(locustfile, reply) == []
+    assert busy.failures == ["status 503: queue is full"]
+    assert cut.failures == ["stream ended without [DONE]"]
+    assert lost.failures == ["connection lost: RequestException"]
+    assert unreached.failures == ["status 0: OSError"]
+
+
+def test_locust_takes_the_first_model_and_its_token(
+    locustfile: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Reply(200, [], {"data": [{"id": "qwen"}, {"id": "tiny"}]})
+    user = locustfile.ChatUser()
+    user.client = SimpleNamespace(headers={}, get=lambda *args, **kwargs: listed)
+    monkeypatch.setattr(locustfile, "TOKEN", "secret")
+    user.on_start()
+    assert user.model == "qwen"
+    assert user.client.headers == {"Authorization": "Bearer secret"}
+    listed = Reply(401, [], {"error": {"message": "no"}})
+    with pytest.raises(locustfile.StopUser):
+        user.on_start()
+    assert listed.failures == ["no model is listed: status 401: no"]
+
+
+# --- chat.html --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (EXAMPLES / "chat.html").read_text("utf-8")
+
+
+def test_page_loads_nothing_from_elsewhere(page: str) -> None:
+    addresses = set(re.findall(r"https?://[^\s\"'`<>)]+", page))
+    assert all(a.startswith("http://127.0.0.1:") for a in addresses), addresses
+    assert not re.search(r"<(script|img|iframe|object|embed)\b[^>]*\bsrc\b", page)
+    assert not re.search(r"@import|url\(|\bimport\s*\(|importScripts", page)
+    assert re.findall(r"<link\b[^>]*>", page) == ['<link rel="icon" href="data:,">']
+    assert "default-src 'none'" in page, "the browser should hold it to that"
+    others = {path.name for path in EXAMPLES.iterdir()} - {"chat.html"}
+    assert not [n for n in others if n.endswith((".js", ".css", ".html"))]
+
+
+def test_page_never_makes_markup_of_text(page: str) -> None:
+    forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser"
+    forbidden += r"|createContextualFragment|setHTML|\beval\b|new Function|srcdoc"
+    assert not re.search(forbidden, page)
+
+
+def test_page_labels_every_field(page: str) -> None:
+    fields = re.findall(r"<(?:input|select|textarea)\b[^>]*\bid=\"([^\"]+)\"", page)
+    assert sorted(fields) == ["address", "model", "system", "token", "words"]
+    for field in fields:
+        assert re.search(rf'<label [^>]*for="{field}"', page), field
+
+
+def test_page_names_a_setting_that_exists(page: str) -> None:
+    named = set(re.findall(r"GOLLAMA_[A-Z_]+", page))
+    assert named == {"GOLLAMA_SERVER_CORS_ORIGINS"}
+    assert named <= {row.env for row in settings()}
+
+
+# --- gollama-proxy.service --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unit() -> dict[str, dict[str, list[str]]]:
+    """Read the unit as systemd does: a name may come twice, a line may go on."""
+    sections: dict[str, dict[str, list[str]]] = {}
+    section: dict[str, list[str]] = {}
+    text = (EXAMPLES / "gollama-proxy.service").read_text("utf-8")
+    for line in text.replace("\\\n", " ").splitlines():
+        if not line.strip() or line.startswith(("#", ";")):
+            continue
+        if header := re.fullmatch(r"\[(\w+)\]", line):
+            section = sections.setdefault(header[1], {})
+            continue
+        name, equals, value = line.partition("=")
+        assert equals, line
+        assert name.isalnum(), line
+        section.setdefault(name, []).append(value.strip())
+    return sections
+
+
+def test_unit_gives_the_drain_its_time(unit: dict[str, dict[str, list[str]]]) -> None:
+    service = unit["Service"]
+    assert set(unit) == {"Unit", "Service", "Install"}
+    assert float(service["TimeoutStopSec"][0]) > Server().drain
+    assert service["KillSignal"] == ["SIGTERM"]
+    assert service["Restart"] == ["on-failure"]
+
+
+def test_unit_starts_the_hub_with_what_it_installs(
+    unit: dict[str, dict[str, list[str]]],
+) -> None:
+    service = unit["Service"]
+    program, *arguments = service["ExecStart"][0].split()
+    assert program == "/opt/gollama-proxy/.venv/bin/gollama-proxy"
+    assert arguments == ["serve", "-c", "/etc/gollama-proxy/gollama.toml"]
+    assert service["EnvironmentFile"] == ["/etc/gollama-proxy/secret.env"]
+    text = (EXAMPLES / "gollama-proxy.service").read_text("utf-8")
+    assert "umask 077" in text, "the secret must not be readable to others"
+
+
+def test_unit_gives_no_privileges(unit: dict[str, dict[str, list[str]]]) -> None:
+    service = unit["Service"]
+    for name in ("DynamicUser", "NoNewPrivileges", "PrivateTmp", "ProtectHome"):
+        assert service[name] == ["yes"], name
+    assert service["ProtectSystem"] == ["strict"]
+    assert service["CapabilityBoundingSet"] == [""]
+    assert service["SystemCallFilter"][0] == "@system-service"
+
+
+# --- README.md --------------------------------------------------------------------
+
+
+def test_readme_tells_of_every_example() -> None:
+    text = (EXAMPLES / "README.md").read_text("utf-8")
+    told = set(re.findall(r"\]\(([^)]+)\)", text))
+    files = {p.name for p in EXAMPLES.iterdir() if p.is_file()} - {"README.md"}
+    assert told == files
+
+
+def test_readme_names_only_settings_that_exist() -> None:
+    text = (EXAMPLES / "README.md").read_text("utf-8")
+    own = {"GOLLAMA_TOKEN"}  # the locustfile's
+    named = set(re.findall(r"\bGOLLAMA_[A-Z_]+", text)) - own
+    assert named <= {row.env for row in settings()}

@@ -1,0 +1,152 @@
+"""Each setting is declared once, and what is declared is what people are told."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from gollama_proxy.settings import (
+    FLAG,
+    FLAGS,
+    ORIGINS,
+    SECTIONS,
+    TABLE,
+    TEXT,
+    Config,
+    Kind,
+    Origin,
+    choice,
+    number,
+    seconds,
+    settings,
+    size,
+    variable,
+)
+
+ROWS = list(settings())
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "parsed"),
+    [
+        (number(1, 9, whole=True), 9, 9),
+        (number(1, 9, whole=True), " 9 ", 9),
+        (number(1, 9, whole=True), 3.0, 3),
+        (number(1, 9), 1, 1.0),
+        (seconds(), "0.5", 0.5),
+        (seconds(), 86_400, 86_400.0),
+        (size(), 0, 0),
+        (size(), "64MiB", 64 << 20),
+        (size(), " 1 gib ", 1 << 30),
+        (size(), "2KiB", 2048),
+        (size(), "7 B", 7),
+        (choice("a", "b"), "b", "b"),
+        (FLAG, True, True),
+        (FLAG, "Yes", True),
+        (FLAG, "0", False),
+        (TEXT, "Grüße", "Grüße"),
+        (TABLE, {"gpt": "qwen"}, {"gpt": "qwen"}),
+        (TABLE, " gpt = qwen , a=b,", {"gpt": "qwen", "a": "b"}),
+        (TABLE, "", {}),
+        (ORIGINS, ["http://localhost:3000"], ("http://localhost:3000",)),
+        (ORIGINS, "https://a.example, http://[::1]:80", None),
+        (ORIGINS, "", ()),
+    ],
+)
+def test_a_value_is_read(kind: Kind, value: Any, parsed: Any) -> None:
+    if parsed is None:
+        parsed = tuple(value.split(", "))
+    result = kind.parse(value)
+    assert result == parsed
+    assert type(result) is type(parsed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (number(1, 9, whole=True), 0),
+        (number(1, 9, whole=True), 10),
+        (number(1, 9, whole=True), 3.5),
+        (number(1, 9, whole=True), "3.0"),
+        (number(1, 9, whole=True), True),
+        (number(1, 9, whole=True), [3]),
+        (number(1, 9, whole=True), "three"),
+        (seconds(), float("nan")),
+        (seconds(), float("inf")),
+        (seconds(), "-1"),
+        (size(), 1.5),
+        (size(), True),
+        (size(), "64MB"),
+        (size(), "MiB"),
+        (size(), "-1"),
+        (size(10), "9"),
+        (size(0, 10), 11),
+        (choice("a"), "A"),
+        (choice("a"), ["a"]),
+        (FLAG, 1),
+        (FLAG, "maybe"),
+        (TEXT, 3),
+        (TEXT, "two\nlines"),
+        (TABLE, ["a"]),
+        (TABLE, "a"),
+        (TABLE, {"a": 1}),
+        (TABLE, {"a": ""}),
+        (TABLE, {"": "b"}),
+        (ORIGINS, {"a": "b"}),
+        (ORIGINS, "*"),
+        (ORIGINS, ["http://localhost:3000/"]),
+        (ORIGINS, [3]),
+    ],
+)
+def test_a_value_is_refused(kind: Kind, value: Any) -> None:
+    with pytest.raises(ValueError):
+        kind.parse(value)
+
+
+def test_every_default_is_allowed() -> None:
+    kinds = {
+        f"{section}.{name}": entry.metadata["kind"]
+        for section, cls in SECTIONS.items()
+        for name, entry in cls.__dataclass_fields__.items()
+    }
+    for row in ROWS:
+        given = list(row.default) if isinstance(row.default, tuple) else row.default
+        assert kinds[row.key].parse(given) == row.default, row.key
+
+
+def test_rows_are_whole_and_in_the_order_of_the_sections() -> None:
+    assert len({row.key for row in ROWS}) == len({row.env for row in ROWS}) == len(ROWS)
+    assert list(dict.fromkeys(row.key.partition(".")[0] for row in ROWS)) == list(
+        SECTIONS
+    )
+    for row in ROWS:
+        assert row.help, row.key
+        assert row.allowed, row.key
+        assert row.help.isprintable(), row.key
+        assert row.env == variable(*row.key.split(".")), row.key
+
+
+def test_every_flag_is_for_a_setting() -> None:
+    assert FLAGS.keys() <= {row.key for row in ROWS}
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = Config()
+    with pytest.raises(FrozenInstanceError):
+        config.server.port = 1  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        config.workers = ()  # type: ignore[misc]
+
+
+def test_two_configs_do_not_share_their_aliases() -> None:
+    assert Config().models.aliases is not Config().models.aliases
+
+
+@pytest.mark.parametrize(
+    ("host", "authority"),
+    [("10.0.0.11", "10.0.0.11:8080"), ("::1", "[::1]:8080"), ("gpu", "gpu:8080")],
+)
+def test_authority_brackets_ipv6(host: str, authority: str) -> None:
+    assert Origin("http", host, 8080, "").authority == authority
