@@ -130,14 +130,14 @@ def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
 def _describe_settings() -> Iterator[str]:
     yield "settings (TOML key, environment variable, default; flags win over both):"
     for row in settings():
-        yield f"\n  {row.key}   {row.env}   {_show_default(row)}"
+        yield f"\n  {row.key}   {row.env}   {show_default(row)}"
         yield f"      {row.help}"
         yield f"      {row.allowed}"
     yield "\nenvironment variables without a TOML key:\n"
     yield from (f"  {name}\n      {text}" for name, text in VARIABLES.items())
 
 
-def _show_default(row: Row) -> str:
+def show_default(row: Row) -> str:
     """Spell a default as TOML does, sizes in the unit that a person would use."""
     if row.allowed.startswith("bytes"):
         shift, unit = (10, "KiB") if row.default % (1 << 20) else (20, "MiB")

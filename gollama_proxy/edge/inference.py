@@ -176,6 +176,7 @@ class Inference:
         """Pass an answer on; its status goes out now and cannot be taken back."""
         response = _begin_response(request, relay, record)
         writer = await response.prepare(request)
+        record.status = relay.status
         transport = request.transport
         if transport is None or writer is None:
             raise ConnectionResetError("the client left")

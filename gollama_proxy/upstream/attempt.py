@@ -151,6 +151,8 @@ class Attempt:
             except ProxyError as exc:
                 relay.fail(exc)
                 return
+            except ConnectionError:
+                return  # the client left, and its handler is being cancelled
             limit = asyncio.get_running_loop().time() + self._timeouts.first_token
             if relay.opened_at is None:
                 deadline.reschedule(limit)

@@ -29,7 +29,6 @@ class Code(enum.StrEnum):
     MODEL_MISSING = "model_missing"
     INVALID_API_KEY = "invalid_api_key"
     MODEL_NOT_ALLOWED = "model_not_allowed"
-    SCOPE_MISSING = "scope_missing"
     MODEL_NOT_FOUND = "model_not_found"
     UNKNOWN_URL = "unknown_url"
     METHOD_NOT_ALLOWED = "method_not_allowed"
@@ -66,7 +65,7 @@ class Code(enum.StrEnum):
                 return 400
             case Code.INVALID_API_KEY:
                 return 401
-            case Code.MODEL_NOT_ALLOWED | Code.SCOPE_MISSING:
+            case Code.MODEL_NOT_ALLOWED:
                 return 403
             case Code.MODEL_NOT_FOUND | Code.UNKNOWN_URL:
                 return 404

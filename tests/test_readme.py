@@ -1,0 +1,40 @@
+"""The README says what the program does: its tables are checked against the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gollama_proxy.cli import show_default
+from gollama_proxy.settings import settings
+from gollama_proxy.wire.errors import Code
+from gollama_proxy.wire.openai import ENDPOINTS
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_every_setting_is_in_the_table() -> None:
+    """With the default, the limits and the help that the program has."""
+    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    for row in settings():
+        line = (
+            f"| `{row.key}` | `{show_default(row)}` | {row.help}; {row.allowed} |"
+        )
+        assert line in rows
+
+
+def test_the_rule_for_variables_holds() -> None:
+    for row in settings():
+        assert row.env == "GOLLAMA_" + row.key.replace(".", "_").upper()
+
+
+def test_every_error_is_explained() -> None:
+    told = dict(re.findall(r"^\| (\d{3}) \| `(\w+)`", README, re.MULTILINE))
+    codes = re.findall(r"^\| (\d{3}) \| `(\w+)`", README, re.MULTILINE)
+    assert told
+    assert sorted(codes) == sorted((str(code.status), code.value) for code in Code)
+
+
+def test_every_route_is_named() -> None:
+    for path in ENDPOINTS:
+        assert f"`{path}`" in README
