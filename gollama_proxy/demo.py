@@ -279,7 +279,7 @@ def _announce(config: Config, model: str) -> Announce:
         await hub.ready()
         command = shlex.join(["curl", "-N", f"{hub.url}/v1/chat/completions", *curl])
         print(f"\nThe hub is ready: {hub.url}")
-        print(f"\nA token for 30 days:\n\n{token}" if token else "\nNo token needed.")
+        print(f"\nA token:\n\n{token}" if token else "\nNo token needed.")
         print(f"\nAn answer, streamed:\n\n{command}\n\nCtrl-C ends it.", flush=True)
 
     return announce

@@ -44,7 +44,7 @@ def read_whole(body: bytes) -> dict[str, Field] | None:
             if len(field.raw) > MAX_TOKEN:
                 return None
     match = _MODEL.search(body)
-    if match is None or "model" not in found:
+    if match is None or "model" not in found or not found["model"].raw:
         return None
     found["model"] = classify(found["model"].raw, match.end())
     return found
