@@ -89,7 +89,7 @@ class Registry:
         """
         models = self.models()
         if not models:
-            raise self._nobody(name, self.workers)
+            raise self._nobody(name, ())
         model = self._resolve_name(name, models)
         if model is None and name is None:
             text = f"`model` is missing. {self._offer(models, allowed)}"
@@ -97,7 +97,10 @@ class Registry:
         if model is None:
             text = f"The model {name!r} does not exist. {self._offer(models, allowed)}"
             raise RequestError(Code.MODEL_NOT_FOUND, text, param="model")
-        if not (may_use(allowed, model) or (name and may_use(allowed, name))):
+        # An alias may be allowed in place of its model.  Any other name that stands for
+        # a model is the client's own invention, and allows nothing.
+        alias = name if name is not None and name in self._models.aliases else model
+        if not (may_use(allowed, model) or may_use(allowed, alias)):
             text = f"Your token does not allow the model {name or model!r}."
             raise RequestError(Code.MODEL_NOT_ALLOWED, text, param="model")
         return self.pool(model)

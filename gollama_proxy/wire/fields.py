@@ -70,7 +70,7 @@ class State(enum.Enum):
 class Field(NamedTuple):
     """One wanted value: its bytes as sent ("" of a nested one) and where they are."""
 
-    kind: str  # first character of the JSON value: one of `"[{tfn` or "0" for numbers
+    kind: str  # one of `"`, `[`, `{`, `t`, `f`, `n`, `0` for a number, `?` for neither
     raw: bytes
     start: int
     end: int
@@ -83,6 +83,8 @@ def classify(raw: bytes, start: int) -> Field:
         return Field(kind, b"", start, start)
     if _NUMBER.fullmatch(raw):
         kind = "0"
+    elif kind != '"' and raw not in (b"true", b"false", b"null"):
+        kind = "?"  # no JSON; whoever checks the grammar will say so
     return Field(kind, raw, start, start + len(raw))
 
 
@@ -127,9 +129,8 @@ class FieldScanner:
             at = reached
         self._rest = text[at:]
         self._offset += at
-        if len(self._rest) > MAX_TOKEN:
-            name = repr(self._key) if self._state is State.VALUE else "a key"
-            raise _invalid(f"{name} is longer than {MAX_TOKEN} bytes")
+        what = repr(self._key) if self._state is State.VALUE else "a key"
+        self._check_length(self._rest, what)
 
     def finish(self) -> None:
         """Say that the body has ended.
@@ -177,6 +178,7 @@ class FieldScanner:
         match = _STRING.match(text, at)
         if match is None:
             return None
+        self._check_length(match[0], "a key")
         colon = _end(_SPACE, text, match.end())
         if colon == len(text):
             return None
@@ -211,6 +213,7 @@ class FieldScanner:
             if match.end() == len(text):  # the number may go on
                 return None
         if wanted:
+            self._check_length(match[0], repr(self._key))
             self.found[self._key] = classify(match[0], self._offset + at)
         self._state = State.AFTER
         return match.end()
@@ -253,6 +256,10 @@ class FieldScanner:
         return at + 1
 
     # --- Helpers ------------------------------------------------------------------
+
+    def _check_length(self, token: bytes, what: str) -> None:
+        if len(token) > MAX_TOKEN:
+            raise _invalid(f"{what} is longer than {MAX_TOKEN} bytes")
 
     def _check_utf8(self, piece: bytes, *, final: bool = False) -> None:
         if piece.isascii() and not self._utf8.getstate()[0] and not final:

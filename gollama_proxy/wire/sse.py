@@ -21,13 +21,14 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 # How much of a stream's end is kept; llama-server's last events take about 1 KiB.
 TAIL = 4096
 
-_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+# Atomic, lest a CRLF be taken for two line ends.
+_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r){2}")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 # A JSON string holds no bare quote and no line end, so none of what follows can be
 # found in a model's words.
 _DONE_LINE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\][\r\n]")
 _MARKS = {
-    Ending.DONE: re.compile(_DONE_LINE.pattern + rb'|"finish_reason"\s*:\s*"'),
+    Ending.DONE: re.compile(_DONE_LINE.pattern + rb'|"finish_reason"\s*:\s*"[^"]'),
     Ending.STOP: re.compile(rb'"stop"\s*:\s*true'),
     Ending.NAMED: re.compile(
         rb"(?:^|[\r\n])event: ?"
@@ -101,7 +102,7 @@ def error_in(data: bytes) -> EventError | None:
         return None
     try:
         return _decoder.decode(data).error
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
