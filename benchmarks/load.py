@@ -198,7 +198,7 @@ async def _open(job: Job, tally: Tally) -> list[Client]:
     loop = asyncio.get_running_loop()
     opening = asyncio.Semaphore(OPENING_AT_ONCE)
     kind = StreamClient if job.max_tokens else RequestClient
-    clients = []
+    clients: list[Client] = []
     for number in range(job.clients):
         await opening.acquire()
         client = kind(job, number, tally)

@@ -7,6 +7,10 @@ Everything runs on this machine, and only on its loopback interface: a worker th
 streams at a fixed pace, the proxies, and the clients, each in its own process.  The
 proxies take turns within each round, so whatever else the machine does meets all of
 them; a ratio is always of two figures of the same round.
+
+Tokens arrive as from workers that decode a batch: some ten of them within a moment, a
+thousand times a second.  Were each to come alone, a wake-up of the proxy would be added
+to it; every figure would be higher and the ratios smaller.
 """
 
 from __future__ import annotations
@@ -14,8 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
-import json
 import os
 import platform
 import resource
@@ -24,16 +26,23 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import Job
+from benchmarks.measure import (
+    REQUEST_CLIENTS,
+    REQUEST_SECONDS,
+    REQUEST_WARM_UP,
+    WARM_UP,
+    Sample,
+    measure,
+    request_job,
+    stream_job,
+)
+from benchmarks.paced_worker import SLOTS
 from benchmarks.proxies import (
     BenchmarkError,
     Hub,
@@ -41,32 +50,12 @@ from benchmarks.proxies import (
     PlainProxy,
     Proxy,
     free_port,
-    last_words,
     spawn,
     until_answered,
 )
 
 PROXIES: dict[str, type[Proxy]] = {"hub": Hub, "nginx": Nginx, "plain": PlainProxy}
-WARM_UP = 2.0
-REQUEST_CLIENTS = 32
-REQUEST_SECONDS = 3.0
-REQUEST_WARM_UP = 0.5
-# Streams that any proxy here can open in a second; they last that much longer.
-OPENED_PER_SECOND = 400
 MEMORY_GOAL = 150 << 20
-
-
-# --- Measuring --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One proxy's cost in one round."""
-
-    microseconds: float  # of CPU time, per token or per short request
-    rate: float  # of those, per second
-    memory: int
-    peak: int  # clients at once
 
 
 @dataclass
@@ -76,94 +65,6 @@ class Result:
     name: str
     tokens: list[Sample] = field(default_factory=list)
     requests: list[Sample] = field(default_factory=list)
-
-
-class Load:
-    """The client process: what is asked of it and what it says."""
-
-    def __init__(self, child: asyncio.subprocess.Process, log: Path) -> None:
-        self._child = child
-        self._log = log
-
-    @classmethod
-    @contextlib.asynccontextmanager
-    async def running(cls, job: Job, folder: Path) -> AsyncIterator[Load]:
-        log = folder / "load.log"
-        async with spawn([sys.executable, "-m", "benchmarks.load"], log) as child:
-            load = cls(child, log)
-            await load._tell(json.dumps(dataclasses.asdict(job)))
-            yield load
-
-    async def hear(self, event: str) -> dict[str, Any]:
-        """Wait for the next thing the clients say.
-
-        Raises:
-            BenchmarkError: when it is not this event.
-        """
-        assert self._child.stdout
-        line = await self._child.stdout.readline()
-        said = json.loads(line) if line else {"event": last_words(self._log)}
-        if said["event"] != event:
-            raise BenchmarkError(f"no {event!r} from the clients, but {said}")
-        return said
-
-    async def count(self) -> int:
-        await self._tell("count")
-        return (await self.hear("count"))["count"]
-
-    async def _tell(self, line: str) -> None:
-        assert self._child.stdin
-        self._child.stdin.write(line.encode() + b"\n")
-        # Should the clients be gone: `hear` finds out, and knows their last words.
-        with contextlib.suppress(ConnectionError):
-            await self._child.stdin.drain()
-
-
-async def measure(proxy: Proxy, job: Job, warm_up: float, seconds: float) -> Sample:
-    """Put the job's load on a proxy and take what it costs while all clients are open.
-
-    Raises:
-        BenchmarkError: when an answer was broken or a token did not arrive.
-    """
-    try:
-        async with (
-            asyncio.timeout(warm_up + seconds + 90),
-            Load.running(job, proxy.folder) as load,
-        ):
-            await load.hear("open")
-            await asyncio.sleep(warm_up)
-            clock = asyncio.get_running_loop().time
-            started, cpu, count = clock(), proxy.cpu_seconds(), await load.count()
-            await asyncio.sleep(seconds)
-            cpu, count = proxy.cpu_seconds() - cpu, await load.count() - count
-            seconds, memory = clock() - started, proxy.memory()
-            end = await load.hear("end")
-    except TimeoutError:
-        raise BenchmarkError(f"{proxy.name}: no end of the load in sight") from None
-    except psutil.NoSuchProcess:
-        raise BenchmarkError(f"{proxy.name} ended: {last_words(proxy.log)}") from None
-    expected = job.clients * job.max_tokens
-    if end["broken"] or (expected and end["count"] != expected):
-        tokens = f", {end['count']:,} of {expected:,} tokens" if expected else ""
-        raise BenchmarkError(
-            f"{proxy.name} lost answers: {end['complete']:,} of {job.clients:,}"
-            f" complete{tokens}; {end['broken']}"
-        )
-    if not count:
-        raise BenchmarkError(f"{proxy.name}: nothing arrived in {seconds:.0f} s")
-    return Sample(cpu / count * 1e6, count / seconds, memory, end["peak"])
-
-
-def stream_job(proxy: Proxy, streams: int, rate: float, seconds: float) -> Job:
-    """Ask for streams that all last until the measuring is over."""
-    lasting = streams / OPENED_PER_SECOND + WARM_UP + seconds + 0.5
-    tokens = ceil(rate * lasting)
-    return Job(proxy.port, streams, max_tokens=tokens, bearers=proxy.bearers)
-
-
-def request_job(proxy: Proxy) -> Job:
-    seconds = REQUEST_WARM_UP + REQUEST_SECONDS + 0.2
-    return Job(proxy.port, REQUEST_CLIENTS, seconds=seconds, bearers=proxy.bearers)
 
 
 # --- The two runs -----------------------------------------------------------------
@@ -202,18 +103,17 @@ async def many(options: argparse.Namespace, console: Console) -> None:
     if sample.peak < streams:
         raise BenchmarkError(f"only {sample.peak:,} streams were open at once")
     held = "under" if sample.memory < MEMORY_GOAL else "OVER"
+    goal = _mebibytes(MEMORY_GOAL)
     per_stream = (sample.memory - idle) / streams / 1024
-    console.print(
-        f"{sample.peak:,} streams open at once through one hub process,"
-        f" {rate:g} tokens/s each\n"
-        f"every token of every stream arrived: {streams * job.max_tokens:,}\n"
-        f"resident memory {_mebibytes(sample.memory)}, {held} the goal of"
-        f" {_mebibytes(MEMORY_GOAL)}; idle {_mebibytes(idle)},"
-        f" {per_stream:.1f} KiB per stream\n"
-        f"{sample.microseconds:.1f} µs of CPU time per token,"
-        f" {sample.rate:,.0f} tokens/s in all",
-        highlight=False,
-    )
+    lines = [
+        f"{sample.peak:,} streams of {rate:g} tokens/s, all open at once",
+        f"{streams * job.max_tokens:,} tokens, all arrived",
+        f"{_mebibytes(sample.memory)} of memory, {held} the goal of {goal}",
+        f"  {_mebibytes(idle)} when idle, {per_stream:.1f} KiB per stream",
+        f"{sample.microseconds:.1f} µs of CPU time per token",
+        f"{sample.rate:,.0f} tokens per second",
+    ]
+    console.print("\n".join(lines), highlight=False)
     _warn_of_pace(hub.name, [sample], streams * rate, console)
 
 
@@ -326,6 +226,8 @@ def _parse() -> argparse.Namespace:
         if value is not None and value <= 0:
             parser.error(f"--{name} {value:g}: must be above 0")
         setattr(options, name, default if value is None else value)
+    if options.streams > SLOTS:
+        parser.error(f"--streams {options.streams}: the worker has {SLOTS} slots")
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: must be above 0")
     return options
