@@ -77,7 +77,7 @@ class Inference:
     ) -> web.StreamResponse:
         principal = self._authenticate(request, record)
         incoming, pool = await self._read(request, ENDPOINTS[record.route], principal)
-        record.model, record.stream = pool.model, incoming.stream
+        record.model = pool.model
         worker = self._registry.choose(pool)
         connections = self._connections[worker.name]
         with worker.lease() as lease:
@@ -86,6 +86,7 @@ class Inference:
                 connections, lease, self._config.timeouts, self._clock
             ) as attempt:
                 relay = await self._forward(request, incoming, pool, attempt, lease)
+                del incoming  # an answer may last for minutes, and needs none of it
                 record.first_byte = self._clock() - record.started
                 early = relay.early_error()
                 if early is not None:
@@ -174,9 +175,19 @@ class Inference:
         deadline: asyncio.Timeout,
     ) -> web.StreamResponse:
         """Pass an answer on; its status goes out now and cannot be taken back."""
+        body = relay.held_body()
+        if (
+            body is not None and not relay.is_event_stream
+        ):  # a short one is here already
+            lease.release(Outcome.COMPLETE)
+            record.bytes, record.tokens = len(body), sse.generated_tokens(body) or 0
+            kept = headers.to_client(relay.headers)
+            return web.Response(status=relay.status, body=body, headers=kept)
         response = _begin_response(request, relay, record)
         writer = await response.prepare(request)
         record.status = relay.status
+        for sent in (record.headers, response.headers):
+            sent.clear()  # with 4,000 streams they would be 6 MB that nobody reads
         transport = request.transport
         if transport is None or writer is None:
             raise ConnectionResetError("the client left")

@@ -113,6 +113,8 @@ class Incoming:
                 yield piece
 
     async def _next_piece(self) -> bytes:
+        if self._content.is_eof():  # what has come already takes no time
+            return self._take(self._content.read_nowait())
         patience = self._grace + self._size / LEAST_RATE - self._waited
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -126,13 +128,13 @@ class Incoming:
             text = "The request body is not framed as HTTP asks for."
             raise RequestError(Code.BAD_REQUEST, text, detail=str(exc)) from None
         self._waited += loop.time() - began
+        return self._take(piece)
+
+    def _take(self, piece: bytes) -> bytes:
+        """Count a piece and look at it."""
         self._size += len(piece)
         if self._size > self._limit:
             raise self._too_large()
-        self._scan(piece)
-        return piece
-
-    def _scan(self, piece: bytes) -> None:
         ended = self._content.at_eof()
         if ended and len(piece) == self._size and (found := read_whole(piece)):
             self._found = found
@@ -141,6 +143,7 @@ class Incoming:
             if ended:
                 self._scanner.finish()
         self.complete = ended
+        return piece
 
     # --- Checks -------------------------------------------------------------------
 

@@ -39,7 +39,6 @@ class Record:
     outcome: str = ""
     error: str = ""
     detail: str = ""
-    stream: bool = False
     bytes: int = 0
     tokens: int = 0
     started: float = 0.0  # monotonic seconds, as all times here
@@ -89,6 +88,8 @@ def configure(log: Log) -> None:
     handler.setFormatter(JsonFormatter() if log.format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=log.level.upper(), force=True)
     access.setLevel(logging.INFO if log.access else logging.CRITICAL)
+    # What no line shows need not be looked up for each.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # aiohttp logs each malformed request with its bytes and a traceback.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
 

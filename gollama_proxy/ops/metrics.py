@@ -7,6 +7,7 @@ registry.  Nothing that a client made up becomes a label, so no client can grow 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -29,6 +30,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
+_Metric = TypeVar("_Metric", Counter, Histogram)
+
 # A `_created` series beside every counter doubles the page and tells nobody anything.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -37,6 +40,7 @@ class Metrics:
     """The hub's own registry, so that two hubs in one process stay apart."""
 
     def __init__(self, registry: Registry) -> None:
+        self._known: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._collectors = CollectorRegistry()
         ProcessCollector(registry=self._collectors)
         self._collectors.register(_WorkerCollector(registry))
@@ -78,14 +82,25 @@ class Metrics:
 
     def observe(self, record: Record) -> None:
         """Count a request that has ended."""
-        where = (record.model, record.worker)
-        self._requests.labels(record.route, str(record.status), *where).inc()
-        self._outcomes.labels(record.error or record.outcome).inc()
-        self._duration.labels(record.route).observe(record.duration)
+        model, worker = record.model, record.worker
+        self._series(
+            self._requests, record.route, str(record.status), model, worker
+        ).inc()
+        self._series(self._outcomes, record.error or record.outcome).inc()
+        self._series(self._duration, record.route).observe(record.duration)
         if record.first_byte is not None:
-            self._first_byte.labels(record.route, *where).observe(record.first_byte)
+            series = self._series(self._first_byte, record.route, model, worker)
+            series.observe(record.first_byte)
         if record.tokens:
-            self._tokens.labels(*where).inc(record.tokens)
+            self._series(self._tokens, model, worker).inc(record.tokens)
+
+    def _series(self, metric: _Metric, *labels: str) -> _Metric:
+        """Look one series up; the library takes a lock and more for it each time."""
+        key = (metric, labels)
+        series = self._known.get(key)
+        if series is None:
+            series = self._known[key] = metric.labels(*labels)
+        return series
 
     def exposition(self) -> bytes:
         """Render all metrics in the text format."""

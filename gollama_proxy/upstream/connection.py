@@ -75,6 +75,29 @@ class State(enum.Enum):
 class Connection(asyncio.Protocol):
     """A connection that carries one request at a time."""
 
+    __slots__ = (
+        "_at_chunk_end",
+        "_between_chunks",
+        "_delimited",
+        "_ended",
+        "_fault",
+        "_feed",
+        "_head_done",
+        "_head_size",
+        "_headers",
+        "_parser",
+        "_parts",
+        "_receiver",
+        "_reusable",
+        "_transport",
+        "_write_waiter",
+        "_writing_paused",
+        "idle_since",
+        "on_body",
+        "state",
+        "used",
+    )
+
     def __init__(self) -> None:
         self.state = State.IDLE
         self.used = 0  # requests sent
@@ -217,8 +240,9 @@ class Connection(asyncio.Protocol):
         self._head_done = True
         if not self._parser.should_keep_alive() or not self._delimited:
             self._reusable = False
+        headers, self._headers = self._headers, []
         if self._receiver is not None:
-            self._receiver.head_received(status, self._headers)
+            self._receiver.head_received(status, headers)
 
     def on_message_complete(self) -> None:
         if self._ended:

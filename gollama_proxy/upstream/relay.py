@@ -30,7 +30,8 @@ HOLD_LIMIT = 256 << 10
 # What a client may leave unread in the hub before its worker is paused.  It is the
 # high-water mark of the transport, below which `drain` would not wait.
 WRITE_BUFFER = 64 << 10
-_TAIL_PARTS = 16
+_TAIL_CHUNKS = 8
+_TAIL_KEPT = 6
 
 
 class Client(NamedTuple):
@@ -38,14 +39,12 @@ class Client(NamedTuple):
 
     transport: asyncio.WriteTransport
     drain: Callable[[], Awaitable[None]]
-    chunked: bool  # frame each write as a chunk (RFC 9112, 7.1)
+    chunked: bool  # frame each write as a chunk
 
     def write(self, data: bytes) -> None:
         """Queue bytes that are the hub's own; without effect once the client is gone."""
         if not self.transport.is_closing():
-            self.transport.write(
-                b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
-            )
+            self.transport.write(_frame(data) if self.chunked else data)
 
 
 class ClientStalledError(Exception):
@@ -66,6 +65,7 @@ class Relay:
         "_error",
         "_held",
         "_lease",
+        "_marked",
         "_tail",
         "_wakeup",
         "_worker",
@@ -75,6 +75,7 @@ class Relay:
         "chunk_received",
         "events",
         "headers",
+        "is_event_stream",
         "opened_at",
         "status",
     )
@@ -88,6 +89,7 @@ class Relay:
         clock: Callable[[], float],
     ) -> None:
         self.status = 0
+        self.is_event_stream = False
         self.headers: list[tuple[bytes, bytes]] = []
         self.opened_at: float | None = None
         self.bytes = 0
@@ -100,7 +102,8 @@ class Relay:
         self._ending = ending
         self._clock = clock
         self._held: list[bytes] = []
-        self._tail: list[bytes] = []
+        self._tail: list[bytes] = []  # of chunks, framed
+        self._marked = False  # the end was announced, long before it came
         self._chunked = False
         self._write: Callable[[bytes], None] = _ignore
         self._buffered: Callable[[], int] = int
@@ -130,10 +133,6 @@ class Relay:
             self.opened_at = self._clock()
             if self._error is not None:
                 raise self._error
-
-    @property
-    def is_event_stream(self) -> bool:
-        return self.header(b"content-type").startswith(b"text/event-stream")
 
     @property
     def untouched(self) -> bool:
@@ -196,6 +195,7 @@ class Relay:
         self._buffered = client.transport.get_write_buffer_size
         self.body_received = self._forward
         self.chunk_received = self._forward_chunk
+        self.headers = []  # not needed any more, in what may last for minutes
         held, self._held = self._held, []
         for data in held:
             self._forward(data)
@@ -223,7 +223,7 @@ class Relay:
                 raise self._error
             return
         verdict = sse.judge(self.tail, self._ending)
-        if not verdict.complete:
+        if not (verdict.complete or self._marked):
             if verdict.failed:
                 text = "The worker ended the answer with an error."
                 raise ToldError(Code.WORKER_INCOMPLETE, text)
@@ -237,7 +237,7 @@ class Relay:
     @property
     def tail(self) -> bytes:
         """The last bytes that were passed on, `sse.TAIL` of them at least."""
-        return b"".join(self._tail)
+        return b"".join(chunk[chunk.index(b"\n") + 1 : -2] for chunk in self._tail)
 
     # --- Receiver: what the connection calls ---------------------------------------
 
@@ -245,6 +245,8 @@ class Relay:
         self._lease.heard_at = self._clock()
         self.status = status
         self.headers = headers
+        kind = self.header(b"content-type")
+        self.is_event_stream = kind.startswith(b"text/event-stream")
 
     def _hold(self, data: bytes) -> None:
         self._lease.heard_at = self._clock()
@@ -261,8 +263,11 @@ class Relay:
         self._hold(chunk[start:-2])
 
     def _forward(self, data: bytes) -> None:
-        frame = b"%x\r\n%b\r\n" % (len(data), data)
+        frame = _frame(data)
         self._forward_chunk(frame, len(frame) - len(data) - 2)
+        self.events += data.count(b"data: {") - 1
+        if len(data) > sse.TAIL:
+            self._cut_tail()
 
     def _forward_chunk(self, chunk: bytes, start: int) -> None:
         """Pass a whole chunk on: the way of every token, at a few microseconds each.
@@ -270,20 +275,29 @@ class Relay:
         The books are kept here and not in a helper, which would cost as much again:
         when, how much, how many events, and the end of it all.
         """
-        data = chunk[start:-2]
         self._lease.heard_at = self._clock()
-        self.bytes += len(data)
-        self.events += data.count(b"data: {")
+        self.bytes += len(chunk) - start - 2
+        self.events += 1  # llama-server sends one in a chunk
         tail = self._tail
-        tail.append(data)
-        if len(tail) > _TAIL_PARTS or len(data) > sse.TAIL:
-            tail[:] = [b"".join(tail)[-sse.TAIL :]]
+        tail.append(chunk)
+        if len(tail) > _TAIL_CHUNKS:
+            self._cut_tail()
         try:
-            self._write(chunk if self._chunked else data)
+            self._write(chunk if self._chunked else chunk[start:-2])
         except RuntimeError:
             return  # uvloop: closed a moment ago; the handler is being cancelled
         if self._buffered() > WRITE_BUFFER:
             self._block()
+
+    def _cut_tail(self) -> None:
+        """Let go of what is too old to be of use for judging the end."""
+        if self._ending is Ending.NAMED:  # its mark may have a long event behind it
+            self._marked = self._marked or sse.judge(self.tail, self._ending).complete
+        recent = self._tail[-_TAIL_KEPT:]
+        if sse.TAIL <= sum(map(len, recent)) <= 2 * sse.TAIL:
+            self._tail = recent
+        else:  # tiny ones, or huge ones
+            self._tail = [_frame(self.tail[-sse.TAIL :])]
 
     def _block(self) -> None:
         if not self._blocked:
@@ -325,6 +339,11 @@ class Relay:
 
 class ToldError(WorkerError):
     """A broken answer whose client has the worker's own error event already."""
+
+
+def _frame(data: bytes) -> bytes:
+    """Frame data as one chunk (RFC 9112, 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def _ignore(*body: object) -> None:

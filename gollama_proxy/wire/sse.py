@@ -18,8 +18,8 @@ from gollama_proxy.wire.openai import Ending
 DONE = b"data: [DONE]\n\n"
 # What a proxy on the way must not do to a stream (nginx buffers unless it is told).
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-# How much of a stream's end is kept; llama-server's last events take about 1 KiB.
-TAIL = 4096
+# How much of a stream's end is kept; llama-server's last events take 1.2 KiB.
+TAIL = 1400
 
 # Atomic, lest a CRLF be taken for two line ends.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r){2}")
