@@ -11,7 +11,7 @@ PORT    ?= 8000
 RUFF    := $(BIN)/ruff
 RUFF_OPTIONS := --isolated --line-length 88 --target-version py311
 RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T10,TID,UP,W \
-	--ignore A002,ASYNC109,PT011,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
+	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
 .PHONY: help install run test cov lint types format bench clean
