@@ -1,6 +1,6 @@
 """The command line: `gollama-proxy serve`, `token`, `check` and `demo`.
 
-Exit status: 0 when done, 1 when a worker is not well or running answers were cut, 2 for
+Exit status: 0 when done, 1 when a worker is not well or a second signal cut, 2 for
 a setting or flag that cannot be used, 130 after Ctrl-C where there is nothing to drain.
 Whatever ends in 2 says why on one line: the key, its value, and what is allowed.
 

@@ -65,7 +65,7 @@ async def run(
     llama_server: str | None = None,
     model: str | None = None,
 ) -> int:
-    """Front the given workers, or two llama-servers of our own, until a signal asks for the end.
+    """Front the given workers, or two llama-servers of our own, until a signal.
 
     `load` makes a configuration from an environment and workers.
     """

@@ -61,7 +61,7 @@ async def front(
     config: Config,
     announce: Announce,
 ) -> int:
-    """Run a hub until a signal; return 1 when running answers had to be cut."""
+    """Run a hub until a signal; return 1 when a second one cut answers."""
     accesslog.configure(config.log)
     # Thousands of streams are long-lived and hardly ever garbage: collecting by the
     # default, at every 700 new objects, costs a tenth of a short request.

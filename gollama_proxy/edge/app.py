@@ -87,7 +87,8 @@ class Hub:
         """
         server = self.config.server
         runner = web.ServerRunner(
-            Server(self.dispatcher, self.config), shutdown_timeout=1.0
+            Server(self.dispatcher, self.config, self.dispatcher.refused),
+            shutdown_timeout=1.0,
         )
         await runner.setup()
         try:
@@ -118,8 +119,6 @@ class Hub:
         runner, self._runner = self._runner, None
         for site in runner.sites:
             await site.stop()
-        if runner.server is not None:
-            runner.server.pre_shutdown()
         await self.dispatcher.finish(self.config.server.drain)
         await runner.cleanup()
         await self.pinger.stop()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jwt
 
+from gollama_proxy.config import ConfigError
 from gollama_proxy.settings import Config
 from gollama_proxy.wire.errors import Code, RequestError
 
@@ -58,6 +59,8 @@ class Authenticator:
         self._keys: Sequence[bytes | str] = config.secrets
         if config.auth.algorithm != "HS256":
             self._keys = config.public_keys
+            for key in self._keys:
+                _check_key(config, key)
         self._clock = clock
         self._known: OrderedDict[bytes, Principal] = OrderedDict()
         self._decoder = jwt.PyJWT({"enforce_minimum_key_length": True})
@@ -161,6 +164,16 @@ class Authenticator:
         return Principal(subject, models, frozenset(scope.split()), expires)
 
 
+def _check_key(config: Config, key: bytes | str) -> None:
+    algorithm = config.auth.algorithm
+    try:
+        jwt.get_algorithm_by_name(algorithm).prepare_key(key)
+    except (jwt.PyJWTError, ValueError, TypeError) as exc:
+        file = config.auth.public_key_file
+        text = f"auth.public_key_file = {file!r}: holds a key that is not {algorithm}"
+        raise ConfigError(text) from exc
+
+
 def _seconds(claims: Mapping[str, Any], name: str) -> float:
     value = claims[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -214,5 +227,5 @@ def mint(
         return jwt.PyJWT({"enforce_minimum_key_length": True}).encode(
             claims, key, algorithm
         )
-    except (jwt.PyJWTError, TypeError, ValueError) as exc:
+    except (jwt.PyJWTError, AttributeError, TypeError, ValueError) as exc:
         raise ValueError(f"the key cannot sign {algorithm}: {exc}") from exc

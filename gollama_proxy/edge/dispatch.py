@@ -18,6 +18,7 @@ from gollama_proxy.edge.server import SERVER, error_response
 from gollama_proxy.ops import accesslog
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.ops.metrics import Metrics
+from gollama_proxy.routing.registry import RETRY_AFTER
 from gollama_proxy.settings import Config
 from gollama_proxy.wire import headers
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[web.BaseRequest, Record], Awaitable[web.StreamResponse]]
 # Path → method → handler.  A path that ends with a slash takes a name behind it.
 Routes = Mapping[str, Mapping[str, Handler]]
+
+
+# nginx's status for a client that left before it was answered; only logs show it.
+GONE = 499
 
 
 class Dispatcher:
@@ -46,6 +51,7 @@ class Dispatcher:
         self._head_limit = config.limits.head
         self._origins = frozenset(config.server.cors_origins)
         self._running: set[asyncio.Task[object]] = set()
+        self._draining = False
         self._cutting = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -73,15 +79,25 @@ class Dispatcher:
                 task.uncancel()  # the client is still there, and was told nothing yet
                 return self._close_down(record)
             record.outcome = record.outcome or "client_gone"
-            record.status = record.status or 499  # nginx's code for it, in logs only
+            record.status = record.status or GONE
             raise
         finally:
             self._running.discard(task)
             if not self._running:
                 self._idle.set()
-            record.duration = self._clock() - record.started
-            self._metrics.observe(record)
-            accesslog.write(record)
+            self._conclude(record)
+
+    def refused(self, request: web.BaseRequest, error: ProxyError) -> None:
+        """Record a request that was no HTTP, and so never came to be handled."""
+        remote, now = request.remote or "", self._clock()
+        record = Record(id="-", method="-", remote=remote, started=now)
+        record.status = self._refuse(error, record).status
+        self._conclude(record)
+
+    def _conclude(self, record: Record) -> None:
+        record.duration = self._clock() - record.started
+        self._metrics.observe(record)
+        accesslog.write(record)
 
     async def _answer(
         self, request: web.BaseRequest, record: Record
@@ -92,19 +108,23 @@ class Dispatcher:
                 request.method, request.version, request.raw_headers, self._head_limit
             )
             handler = self._route(request, record)
+            if self._draining and request.method == "POST":
+                raise draining()
             response = await handler(request, record)
         except ProxyError as exc:
             response = self._refuse(exc, record)
             if isinstance(exc, RequestError) and not request.content.is_eof():
                 response.force_close()  # the body that nobody read is in the way
         except ConnectionError:  # the client left between two steps
-            record.outcome = "client_gone"
-            return web.Response(status=499)
+            record.outcome, record.status = "client_gone", GONE
+            return web.Response(status=GONE)
         except Exception as exc:
             logger.exception("request %s failed", record.id)
             detail = type(exc).__name__
             internal = HubError(Code.INTERNAL, "The hub failed.", detail=detail)
             response = self._refuse(internal, record)
+        if self._draining:
+            response.force_close()
         if not response.prepared:
             response.headers.update(record.headers)
         record.status = response.status
@@ -115,10 +135,7 @@ class Dispatcher:
         record.outcome = "error"
         record.error = error.code
         record.detail = error.detail
-        response = error_response(error)
-        if error.code is Code.METHOD_NOT_ALLOWED and error.param:
-            response.headers["Allow"] = error.param
-        return response
+        return error_response(error)
 
     # --- Finding the handler ------------------------------------------------------
 
@@ -144,7 +161,7 @@ class Dispatcher:
         if handler is None:
             allowed = ", ".join(sorted(methods))
             text = f"{request.method} is not allowed on {path}; allowed: {allowed}."
-            raise RequestError(Code.METHOD_NOT_ALLOWED, text, param=allowed)
+            raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow=allowed)
         return handler
 
     def _admit_origin(self, request: web.BaseRequest, record: Record) -> None:
@@ -161,7 +178,11 @@ class Dispatcher:
     # --- Ending -------------------------------------------------------------------
 
     async def finish(self, limit: float) -> None:
-        """Wait for running requests, at most `limit` seconds; then cut the rest."""
+        """Wait for running requests, at most `limit` seconds; then cut the rest.
+
+        What comes on a connection that is open already is refused from now on.
+        """
+        self._draining = True
         try:
             async with asyncio.timeout(limit):
                 await self._idle.wait()
@@ -177,12 +198,16 @@ class Dispatcher:
             task.cancel()
 
     def _close_down(self, record: Record) -> web.Response:
-        text = "The hub is shutting down."
-        response = self._refuse(HubError(Code.DRAINING, text, retry_after=2), record)
+        response = self._refuse(draining(), record)
         response.headers.update(record.headers)
         response.force_close()
         record.status = response.status
         return response
+
+
+def draining() -> HubError:
+    """Say that the hub is about to end."""
+    return HubError(Code.DRAINING, "The hub is shutting down.", retry_after=RETRY_AFTER)
 
 
 async def _answer_preflight(request: web.BaseRequest, record: Record) -> web.Response:
@@ -191,7 +216,8 @@ async def _answer_preflight(request: web.BaseRequest, record: Record) -> web.Res
         status=204,
         headers={
             "Access-Control-Allow-Methods": "GET, POST",
-            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Request-Id",
+            # SDKs send headers of their own; the asterisk does not cover this one.
+            "Access-Control-Allow-Headers": "Authorization, Content-Type, *",
             "Access-Control-Max-Age": "600",
         },
     )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from aiohttp import web
 
 from gollama_proxy.edge.auth import Authenticator, Principal
+from gollama_proxy.edge.dispatch import draining
 from gollama_proxy.edge.request import Incoming, answer_expectation
 from gollama_proxy.edge.server import json_response
 from gollama_proxy.ops.accesslog import Record
@@ -111,11 +112,10 @@ class Inference:
     # --- Authenticate -------------------------------------------------------------
 
     def _authenticate(self, request: web.BaseRequest, record: Record) -> Principal:
-        """Before a byte of the body is read, and before `100 Continue`."""
+        """Before a byte of the body is read, and before a client is told to send it."""
         given = request.headers.getall("Authorization", ())
         principal = self._authenticator.authenticate(given)
         record.subject = principal.subject
-        answer_expectation(request)
         return principal
 
     # --- Read ---------------------------------------------------------------------
@@ -126,6 +126,7 @@ class Inference:
         """Read as much of the body as it takes to know who may answer it."""
         limits = self._config.limits
         incoming = Incoming(request, endpoint, self._config)
+        answer_expectation(request)
         await incoming.read(limits.replay_window)
         indifferent = self._registry.only_model() and principal.models is None
         if incoming.model is None and not indifferent:
@@ -302,7 +303,3 @@ def _break_off(client: Client, relay: Relay, error: ProxyError, record: Record) 
 def _took_too_long(limit: float) -> HubError:
     text = f"The request took more than {limit:g} s."
     return HubError(Code.REQUEST_TIMEOUT, text)
-
-
-def draining() -> HubError:
-    return HubError(Code.DRAINING, "The hub is shutting down.", retry_after=RETRY_AFTER)

@@ -24,13 +24,16 @@ SERVER = "gollama-proxy"
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+Refused = Callable[[web.BaseRequest, ProxyError], None]
 
 
 class Server(web.Server):
     """Makes a protocol for each client connection."""
 
-    def __init__(self, handler: Handler, config: Config) -> None:
+    def __init__(self, handler: Handler, config: Config, refused: Refused) -> None:
+        """Make a server; `refused` hears of requests that never get to `handler`."""
         super().__init__(handler, handler_cancellation=True)
+        self.refused = refused
         self._options: dict[str, Any] = {
             "access_log": None,
             "auto_decompress": False,
@@ -45,11 +48,27 @@ class Server(web.Server):
 
     def __call__(self) -> web.RequestHandler:
         loop = asyncio.get_running_loop()
-        return _Protocol(self, loop=loop, **self._options)
+        return _Protocol(self, self.refused, loop=loop, **self._options)
 
 
 class _Protocol(web.RequestHandler):
-    __slots__ = ()
+    __slots__ = ("_refused",)
+
+    def __init__(self, server: Server, refused: Refused, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._refused = refused
+
+    def data_received(self, data: bytes) -> None:
+        """Let a body that is framed wrongly fail at once.
+
+        aiohttp's parser tells it as the next request, and whoever waits for the rest
+        of the body would wait on.
+        """
+        super().data_received(data)
+        request = self._current_request
+        if self._messages and request is not None and not request.content.is_eof():
+            text = "malformed chunk"  # the parser's own words quote the body
+            request.content.set_exception(web.RequestPayloadError(text))
 
     def handle_error(
         self,
@@ -73,6 +92,7 @@ class _Protocol(web.RequestHandler):
             error = HubError(Code.INTERNAL, "The hub failed.")
         response = error_response(error)
         response.force_close()
+        self._refused(request, error)
         return response
 
 
@@ -81,6 +101,8 @@ def error_response(error: ProxyError) -> web.Response:
     headers = {"Server": SERVER}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
+    if error.allow:
+        headers["Allow"] = error.allow
     if error.code is Code.INVALID_API_KEY:
         headers["WWW-Authenticate"] = "Bearer"
     return web.Response(

@@ -6,15 +6,13 @@ client chose are quoted, so that they cannot forge a line.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-
-import msgspec
 
 from gollama_proxy.settings import Log
 
@@ -57,7 +55,7 @@ class Record:
             "status": self.status,
             "outcome": self.outcome,
             "error": self.error,
-            "detail": self.detail,
+            "detail": self.detail[:200],
             "model": self.model,
             "worker": self.worker,
             "attempts": self.attempts,
@@ -118,7 +116,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
+        return _encode(line)
 
 
 def _timestamp(record: logging.LogRecord) -> str:
@@ -128,9 +126,9 @@ def _timestamp(record: logging.LogRecord) -> str:
 
 def _quoted(value: object) -> str:
     text = str(value)
-    return text if _PLAIN.fullmatch(text) else msgspec.json.encode(text).decode()
+    return text if _PLAIN.fullmatch(text) else _encode(text)
 
 
-def new_record(id: str, method: str, remote: str, clock: Callable[[], float]) -> Record:
-    """Begin the record of a request."""
-    return Record(id=id, method=method, remote=remote, started=clock())
+def _encode(value: Any) -> str:
+    """Encode as JSON, whatever it holds: half a surrogate must not cost a line."""
+    return json.dumps(value, separators=(",", ":"))

@@ -42,7 +42,7 @@ class Client(NamedTuple):
     chunked: bool  # frame each write as a chunk
 
     def write(self, data: bytes) -> None:
-        """Queue bytes that are the hub's own; without effect once the client is gone."""
+        """Queue bytes of the hub's own; without effect once the client is gone."""
         if not self.transport.is_closing():
             self.transport.write(_frame(data) if self.chunked else data)
 

@@ -115,8 +115,8 @@ class Code(enum.StrEnum):
 class ProxyError(Exception):
     """A request that ends with an error told to its client.
 
-    `retry_after` is in seconds; `detail` is for the log only: it may name what a client
-    has no business to know.
+    `retry_after` is in seconds; `allow` lists the methods of a path; `detail` is for
+    the log only: it may name what a client has no business to know.
     """
 
     def __init__(
@@ -126,6 +126,7 @@ class ProxyError(Exception):
         *,
         param: str | None = None,
         retry_after: int | None = None,
+        allow: str = "",
         detail: str = "",
     ) -> None:
         super().__init__(message)
@@ -133,6 +134,7 @@ class ProxyError(Exception):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.allow = allow
         self.detail = detail
 
     def body(self) -> bytes:

@@ -77,7 +77,7 @@ class Field(NamedTuple):
 
 
 def classify(raw: bytes, start: int) -> Field:
-    """Describe a JSON value that begins at `start`; of a nested one, only that it is."""
+    """Describe a JSON value that begins at `start`; a nested one without its bytes."""
     kind = chr(raw[0])
     if kind in "[{":
         return Field(kind, b"", start, start)

@@ -74,7 +74,7 @@ def check_head(
         raise RequestError(Code.UNSUPPORTED_HTTP_VERSION, text)
     if method == "CONNECT":
         text = "CONNECT is not supported: this is no tunnel."
-        raise RequestError(Code.METHOD_NOT_ALLOWED, text)
+        raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow="GET, POST")
     total = 0
     for name, value in headers:
         total += len(name) + len(value) + 4  # ": " and CRLF
