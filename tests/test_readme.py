@@ -17,9 +17,7 @@ def test_every_setting_is_in_the_table() -> None:
     """With the default, the limits and the help that the program has."""
     rows = [line for line in README.splitlines() if line.startswith("| `")]
     for row in settings():
-        line = (
-            f"| `{row.key}` | `{show_default(row)}` | {row.help}; {row.allowed} |"
-        )
+        line = f"| `{row.key}` | `{show_default(row)}` | {row.help}; {row.allowed} |"
         assert line in rows
 
 

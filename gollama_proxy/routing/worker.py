@@ -16,6 +16,7 @@ import enum
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from gollama_proxy.routing.lease import Lease, Outcome
 from gollama_proxy.settings import Health, WorkerConfig
@@ -175,6 +176,8 @@ class Worker:
                 self._good, self._bad = 0, self._bad + 1
                 needed = self.health.fall if self.state is State.READY else 1
                 return Event.FELL if self._bad >= needed else None
+            case _:
+                assert_never(check)
 
     def _step(self, event: Event, reason: str) -> None:
         before, self.state = self.state, TRANSITIONS[self.state, event]

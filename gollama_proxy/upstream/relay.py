@@ -291,7 +291,7 @@ class Relay:
 
     def _cut_tail(self) -> None:
         """Let go of what is too old to be of use for judging the end."""
-        if self._ending is Ending.NAMED:  # its mark may have a long event behind it
+        if self._ending is not Ending.DONE:  # a mark may have a long event behind it
             self._marked = self._marked or sse.judge(self.tail, self._ending).complete
         recent = self._tail[-_TAIL_KEPT:]
         if sse.TAIL <= sum(map(len, recent)) <= 2 * sse.TAIL:

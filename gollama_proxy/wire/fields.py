@@ -25,7 +25,7 @@ from __future__ import annotations
 import codecs
 import enum
 import re
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import msgspec
 
@@ -161,6 +161,8 @@ class FieldScanner:
                 return self._read_separator(text, at)
             case State.END:
                 raise _invalid("something follows the object")
+            case _:
+                assert_never(self._state)
 
     def _open(self, text: bytes, at: int) -> int:
         if text[at : at + 1] != b"{":
@@ -178,8 +180,8 @@ class FieldScanner:
         match = _STRING.match(text, at)
         if match is None:
             return None
-        self._check_length(match[0], "a key")
         colon = _end(_SPACE, text, match.end())
+        self._check_length(text[at:colon], "a key")
         if colon == len(text):
             return None
         if text[colon : colon + 1] != b":":
@@ -212,8 +214,8 @@ class FieldScanner:
                 raise _invalid(f"a value was expected at byte {self._offset + at}")
             if match.end() == len(text):  # the number may go on
                 return None
+        self._check_length(match[0], repr(self._key))
         if wanted:
-            self._check_length(match[0], repr(self._key))
             self.found[self._key] = classify(match[0], self._offset + at)
         self._state = State.AFTER
         return match.end()

@@ -79,6 +79,10 @@ def check_head(
     for name, value in headers:
         total += len(name) + len(value) + 4  # ": " and CRLF
         lowered = name.lower()
+        if lowered == b"transfer-encoding" and version == (1, 0):
+            # RFC 9112, 6.1: such framing is faulty, even if it can be guessed at.
+            text = "Transfer-Encoding needs HTTP/1.1."
+            raise RequestError(Code.BAD_REQUEST, text)
         if lowered == b"transfer-encoding" and value.lower() != b"chunked":
             # RFC 9112, 6.1: a server that does not understand a coding answers 501.
             raise RequestError(

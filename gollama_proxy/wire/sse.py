@@ -29,7 +29,7 @@ _LINE_END = re.compile(rb"\r\n|\n|\r")
 _DONE_LINE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\][\r\n]")
 _MARKS = {
     Ending.DONE: re.compile(_DONE_LINE.pattern + rb'|"finish_reason"\s*:\s*"[^"]'),
-    Ending.STOP: re.compile(rb'"stop"\s*:\s*true'),
+    Ending.STOP: re.compile(rb'"stop"\s*:\s*true|"stop_type"\s*:\s*"(?!none)'),
     Ending.NAMED: re.compile(
         rb"(?:^|[\r\n])event: ?"
         rb"(?:message_stop|response\.(?:completed|incomplete|failed))[\r\n]"

@@ -27,6 +27,8 @@ def default_answer(worker: ScriptedWorker, request: Request) -> Script:
         return (send(replies.error_reply(500, str(exc))),)  # sic, not 400
     stream = isinstance(body, dict) and body.get("stream") is True
     model = worker.models[0]
+    if request.path == "/completions":  # without the /v1 it is the native route
+        path = "/completion"
     match path:
         case "/chat/completions" if stream:
             usage = bool((body.get("stream_options") or {}).get("include_usage"))

@@ -1,0 +1,117 @@
+"""A hub in a process of its own, so that its memory can be measured."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.fakes.client import DEADLINE, Wire, request_head
+from tests.fakes.hub import SECRET, mint
+
+
+class HubProcess:
+    """What a test holds of such a hub."""
+
+    def __init__(self, pid: int, port: int) -> None:
+        self.port = port
+        self._process = psutil.Process(pid)
+
+    def __repr__(self) -> str:
+        return f"<HubProcess {self._process.pid} on port {self.port}>"
+
+    def resident(self) -> int:
+        """Return the bytes of memory that it has now."""
+        return int(self._process.memory_info().rss)
+
+    async def open(
+        self,
+        path: str,
+        payload: Any,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        receive_buffer: int | None = None,
+    ) -> Wire:
+        """Send a request on a connection of its own and return that, unread."""
+        wire = await Wire.connect("127.0.0.1", self.port, receive_buffer=receive_buffer)
+        await wire.post(path, payload, mint(sub="alice"), headers=headers)
+        return wire
+
+    async def open_head(self, path: str, headers: Iterable[tuple[str, str]]) -> Wire:
+        """Send the head of a request; its body is left to the test."""
+        wire = await Wire.connect("127.0.0.1", self.port)
+        await wire.send(request_head("POST", path, mint(sub="alice"), headers))
+        return wire
+
+    @contextlib.asynccontextmanager
+    async def growing_less_than(self, limit: int) -> AsyncIterator[None]:
+        """Check that its memory never grows by more in this block than the limit."""
+        before = peak = self.resident()
+
+        async def watch() -> None:
+            nonlocal peak
+            while True:
+                await asyncio.sleep(0.01)
+                peak = max(peak, self.resident())
+
+        watching = asyncio.create_task(watch(), name="fake watch on memory")
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.wait([watching])
+        grown = max(peak, self.resident()) - before
+        assert grown < limit, f"{self!r} grew by {grown} bytes"
+
+
+@contextlib.asynccontextmanager
+async def hub_process(url: str, **settings: Any) -> AsyncIterator[HubProcess]:
+    """Run `gollama-proxy serve` with one worker, and wait until it is ready."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    environ |= {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_SERVER_DRAIN": "0"}
+    for name, value in settings.items():
+        environ[f"GOLLAMA_{name.replace('__', '_').upper()}"] = str(value)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gollama_proxy"),
+        *("serve", "--port", "0", "--worker", url),
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env=environ,
+        cwd=Path(__file__).parent.parent.parent,
+    )
+    try:
+        assert process.stderr is not None
+        output = b""
+        async with asyncio.timeout(2 * DEADLINE):
+            while not (match := re.search(rb"listening on \S+:(\d+)", output)):
+                line = await process.stderr.readline()
+                assert line, f"the hub did not start:\n{output.decode()}"
+                output += line
+            hub = HubProcess(process.pid, int(match[1]))
+            await _ready(hub)
+        yield hub
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            async with asyncio.timeout(DEADLINE):
+                await process.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+
+async def _ready(hub: HubProcess) -> None:
+    while True:
+        async with await Wire.connect("127.0.0.1", hub.port) as wire:
+            await wire.get("/readyz")
+            if (await wire.read_response()).status == 200:
+                return
+        await asyncio.sleep(0.02)

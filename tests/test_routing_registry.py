@@ -1,0 +1,403 @@
+"""Which workers may answer a request, and what a client is told where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from gollama_proxy.routing.registry import RETRY_AFTER, Pool, Registry, may_use
+from gollama_proxy.routing.worker import Check, Description, Model, State, Worker
+from gollama_proxy.settings import Config, Health, Models, Origin, WorkerConfig
+from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
+from tests.fakes.clock import Clock
+
+
+def registry(
+    *workers: str | None, clock: Clock | None = None, **models: Any
+) -> Registry:
+    """Make one with workers `w0`, `w1` and so on that serve these models.
+
+    "a b" is a worker that serves two; None one that was not reached yet.
+    """
+    configs = tuple(
+        WorkerConfig(
+            f"http://10.0.0.{index}:8080",
+            Origin("http", f"10.0.0.{index}", 8080, ""),
+            f"w{index}",
+        )
+        for index in range(len(workers))
+    )
+    made = Registry(
+        Config(workers=configs, models=Models(**models), health=Health(fall=1)),
+        clock or Clock(),
+    )
+    for worker, served in zip(made.workers, workers, strict=True):
+        if served is not None:
+            told = Description(tuple(Model(name) for name in served.split()))
+            worker.observe(Check.OK, "ok", told)
+    return made
+
+
+def take_out(*workers: Worker, check: Check = Check.FAILED) -> None:
+    for worker in workers:
+        worker.observe(check, "by the test")
+        assert not worker.available
+
+
+def names(pool: Pool) -> list[str]:
+    return [worker.name for worker in pool.workers]
+
+
+def refused(
+    made: Registry, name: str | None, allowed: Sequence[str] | None = None
+) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        made.resolve(name, allowed)
+    return caught.value
+
+
+def nobody(made: Registry, name: str | None) -> NoWorkerError:
+    """Ask for a model that nobody can serve now, and return what was said."""
+    with pytest.raises(NoWorkerError) as caught:
+        made.choose(made.resolve(name, None))
+    error = caught.value
+    assert (error.code, error.code.status) == (Code.NO_WORKER, 503)
+    assert error.retry_after == RETRY_AFTER > 0
+    return error
+
+
+# --- What there is ----------------------------------------------------------------
+
+
+def test_workers_keep_the_order_of_the_configuration() -> None:
+    made = registry("a", "b", None)
+    assert [(w.name, w.index) for w in made.workers] == [
+        ("w0", 0),
+        ("w1", 1),
+        ("w2", 2),
+    ]
+    assert repr(made).startswith("<Registry [<Worker w0 READY")
+
+
+def test_the_hubs_clock_is_the_clock_of_its_workers() -> None:
+    clock = Clock(5.0)
+    assert registry("a", clock=clock).workers[0].checked_at == 5.0
+
+
+def test_a_model_is_listed_once_however_many_serve_it() -> None:
+    assert registry("b a", None, "a c").models() == ["b", "a", "c"]
+    assert registry(None).models() == []
+    assert registry().models() == []
+
+
+def test_a_model_is_listed_while_its_workers_are_down() -> None:
+    """A client that asks for it is told to wait, and not that it does not exist."""
+    made = registry("a", "b")
+    take_out(*made.workers)
+    assert made.models() == ["a", "b"]
+
+
+def test_the_aliases_are_a_copy() -> None:
+    made = registry("a", aliases={"gpt": "a"})
+    made.aliases()["gpt"] = "b"
+    assert made.aliases() == {"gpt": "a"}
+
+
+def test_a_pool_has_the_workers_that_serve_the_model_whatever_their_state() -> None:
+    made = registry("a b", "b", "a", None)
+    take_out(made.workers[0])
+    pool = made.pool("a")
+    assert (pool.model, names(pool)) == ("a", ["w0", "w2"])
+    assert pool.available == [made.workers[2]]
+    assert names(made.pool("A")) == []
+
+
+def test_the_hub_is_ready_when_any_worker_is() -> None:
+    made = registry("a", "a")
+    take_out(made.workers[0])
+    assert made.ready
+    take_out(made.workers[1], check=Check.LOADING)
+    assert not made.ready
+    assert not registry(None).ready
+    assert not registry().ready
+
+
+@pytest.mark.parametrize(
+    ("workers", "strict", "only"),
+    [
+        (("a", "a", None), False, "a"),
+        (("a",), True, None),
+        (("a", "b"), False, None),
+        (("a b",), False, None),
+        ((None,), False, None),
+        ((), False, None),
+    ],
+)
+def test_the_only_model_is_the_one_that_needs_no_name(
+    workers: tuple[str | None, ...], strict: bool, only: str | None
+) -> None:
+    assert registry(*workers, strict_models=strict).only_model() == only
+
+
+# --- Names ------------------------------------------------------------------------
+
+
+def test_a_model_is_found_by_its_name() -> None:
+    made = registry("a", "b", "a")
+    assert made.resolve("a", None) == Pool("a", (made.workers[0], made.workers[2]))
+
+
+def test_an_alias_stands_for_its_model() -> None:
+    made = registry("a", "b", aliases={"gpt-4o": "b"})
+    pool = made.resolve("gpt-4o", None)
+    assert (pool.model, names(pool)) == ("b", ["w1"])
+
+
+def test_an_alias_goes_before_a_model_of_the_same_name() -> None:
+    """So that a name can be taken over without touching the workers."""
+    made = registry("a", "b", aliases={"a": "b"})
+    assert made.resolve("a", None).model == "b"
+
+
+def test_an_alias_of_an_alias_is_no_model() -> None:
+    made = registry("a", "b", aliases={"x": "y", "y": "a"})
+    assert refused(made, "x").code is Code.MODEL_NOT_FOUND
+
+
+@pytest.mark.parametrize("name", [None, "", "gpt-4o", "A"])
+def test_a_single_model_answers_to_any_name_and_to_none(name: str | None) -> None:
+    """As llama-server does; clients are configured with all kinds of names."""
+    assert registry("a", "a").resolve(name, None).model == "a"
+
+
+@pytest.mark.parametrize("name", [None, "", "gpt-4o", "A"])
+def test_the_default_model_answers_to_unknown_names_and_to_none(
+    name: str | None,
+) -> None:
+    made = registry("a", "b", default_model="b")
+    assert made.resolve(name, None).model == "b"
+    assert made.resolve("a", None).model == "a"
+
+
+def test_the_default_model_goes_before_the_only_one() -> None:
+    """It is configured; that its worker is not reached yet does not change the name."""
+    made = registry("a", None, default_model="b")
+    assert made.resolve(None, None) == Pool("b", ())
+
+
+def test_the_default_model_may_be_an_alias() -> None:
+    made = registry("a", "b", default_model="std", aliases={"std": "b"})
+    assert made.resolve(None, None).model == "b"
+
+
+@pytest.mark.parametrize("default", ["", "a"])
+def test_strict_models_refuse_an_unknown_name(default: str) -> None:
+    made = registry("a", strict_models=True, default_model=default)
+    error = refused(made, "gpt-4o")
+    assert (error.code, error.param) == (Code.MODEL_NOT_FOUND, "model")
+    assert made.resolve("a", None).model == "a"
+
+
+def test_strict_models_still_know_aliases_and_a_default_for_no_name() -> None:
+    made = registry("a", strict_models=True, default_model="a", aliases={"gpt-4o": "a"})
+    assert made.resolve("gpt-4o", None).model == "a"
+    assert made.resolve(None, None).model == "a"
+
+
+def test_strict_models_refuse_no_name_even_where_there_is_one_model() -> None:
+    error = refused(registry("a", strict_models=True), None)
+    assert (error.code, error.param) == (Code.MODEL_MISSING, "model")
+
+
+# --- 400 and 404 ------------------------------------------------------------------
+
+
+def test_an_unknown_name_is_answered_with_the_names_there_are() -> None:
+    made = registry("b", "a", None, None, aliases={"gpt": "a"})
+    error = refused(made, "it's")
+    assert error.code is Code.MODEL_NOT_FOUND
+    assert error.code.status == 404
+    assert error.param == "model"
+    assert error.message == (
+        'The model "it\'s" does not exist. Available: a, b, gpt. '
+        "Not reached yet: w2, w3."
+    )
+
+
+def test_a_missing_name_is_answered_with_the_names_there_are() -> None:
+    error = refused(registry("a", "b"), None)
+    assert (error.code, error.code.status) == (Code.MODEL_MISSING, 400)
+    assert error.message == "`model` is missing. Available: a, b."
+
+
+@pytest.mark.parametrize("name", [None, "c"])
+def test_nobody_is_told_of_models_that_the_token_does_not_allow(
+    name: str | None,
+) -> None:
+    made = registry("a1", "a2", "b", aliases={"a-gpt": "b"})
+    assert "Available: a-gpt, a1, a2." in refused(made, name, ["a*"]).message
+    error = refused(made, name, ["x*"])
+    assert error.message.endswith("Available: nothing that your token allows.")
+
+
+# --- 403 --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("allowed", "model", "covered"),
+    [
+        (None, "anything", True),
+        ([], "a", False),
+        (["a"], "a", True),
+        (["a"], "A", False),
+        (["a"], "ab", False),
+        (["a*"], "ab", True),
+        (["a*"], "ba", False),
+        (["*"], "", True),
+        (["qwen?.[57]b"], "qwen2.7b", True),
+        (["qwen?.[57]b"], "qwen2.6b", False),
+        (["a", "b"], "b", True),
+        (["org/*"], "org/sub/model", True),
+        (["a.b"], "axb", False),
+    ],
+)
+def test_the_patterns_of_a_token_are_those_of_a_shell(
+    allowed: list[str] | None, model: str, covered: bool
+) -> None:
+    assert may_use(allowed, model) is covered
+
+
+@pytest.mark.parametrize("allowed", [["a"], ["a*"], ["x", "?"]])
+def test_a_token_reaches_the_models_that_it_allows(allowed: list[str]) -> None:
+    made = registry("a", "b", aliases={"gpt": "a"})
+    assert made.resolve("a", allowed).model == "a"
+    assert made.resolve("gpt", allowed).model == "a"
+
+
+@pytest.mark.parametrize("allowed", [[], ["a"], ["B"]])
+def test_a_token_does_not_reach_what_it_does_not_allow(allowed: list[str]) -> None:
+    error = refused(registry("a", "b"), "b", allowed)
+    assert (error.code, error.code.status) == (Code.MODEL_NOT_ALLOWED, 403)
+    assert error.param == "model"
+    assert error.message == "Your token does not allow the model 'b'."
+
+
+def test_a_token_may_be_for_an_alias_and_not_for_the_name_behind_it() -> None:
+    made = registry("a", "b", aliases={"gpt": "b"})
+    assert made.resolve("gpt", ["gpt"]).model == "b"
+    assert refused(made, "b", ["gpt"]).code is Code.MODEL_NOT_ALLOWED
+
+
+def test_a_refusal_names_what_the_client_named() -> None:
+    """And not the model behind an alias, which it may not know."""
+    error = refused(registry("a", "b", aliases={"gpt": "b"}), "gpt", ["a"])
+    assert error.message == "Your token does not allow the model 'gpt'."
+
+
+def test_a_model_that_is_taken_for_want_of_a_name_must_be_allowed_too() -> None:
+    made = registry("big", "small", default_model="big")
+    error = refused(made, None, ["small"])
+    assert error.message == "Your token does not allow the model 'big'."
+    assert refused(registry("big"), None, ["small"]).code is Code.MODEL_NOT_ALLOWED
+    assert refused(registry("big"), "", ["small"]).code is Code.MODEL_NOT_ALLOWED
+
+
+@pytest.mark.parametrize("name", ["small-x", "small*", "small"])
+@pytest.mark.parametrize("default", ["", "big"])
+def test_an_invented_name_that_a_token_allows_is_no_way_to_another_model(
+    name: str, default: str
+) -> None:
+    """The model that stands in for an unknown name must be allowed itself."""
+    error = refused(registry("big", default_model=default), name, ["small*"])
+    assert error.code is Code.MODEL_NOT_ALLOWED
+    made = registry("big", default_model=default, aliases={"small-x": "big"})
+    assert (
+        made.resolve("small-x", ["small*"]).model == "big"
+    )  # configured, not invented
+
+
+def test_whether_a_model_is_allowed_does_not_depend_on_who_is_up() -> None:
+    made = registry("a", "b")
+    take_out(*made.workers)
+    assert refused(made, "b", ["a"]).code is Code.MODEL_NOT_ALLOWED
+
+
+# --- 503 --------------------------------------------------------------------------
+
+
+def test_without_workers_the_reason_is_the_configuration() -> None:
+    assert nobody(registry(), "a").message == (
+        "No worker serves the model 'a': the hub has none configured."
+    )
+    assert nobody(registry(), None).message == (
+        "No worker serves this request: the hub has none configured."
+    )
+
+
+@pytest.mark.parametrize("name", ["a", None])
+def test_while_nothing_is_known_yet_a_client_is_told_to_wait(name: str | None) -> None:
+    """404 would be wrong: the model may be on a worker that is starting."""
+    made = registry(None, None, None)
+    take_out(made.workers[1])
+    what = "the model 'a'" if name else "this request"
+    assert nobody(made, name).message == (
+        f"No worker is available for {what}: "
+        "3 known, none seen to serve it (2 starting, 1 down)."
+    )
+
+
+def test_a_pool_that_is_down_is_told_with_its_counts_and_states() -> None:
+    made = registry("a", "a", "a", "b")
+    take_out(made.workers[0], made.workers[2])
+    take_out(made.workers[1], check=Check.LOADING)
+    assert nobody(made, "a").message == (
+        "No worker is available for the model 'a': 3 serve it (2 down, 1 loading)."
+    )
+    assert made.choose(made.resolve("b", None)) is made.workers[3]
+
+
+def test_a_default_model_that_nobody_serves_yet_is_told_with_all_workers() -> None:
+    made = registry("a", None, default_model="b")
+    assert nobody(made, None).message == (
+        "No worker is available for the model 'b': "
+        "2 known, none seen to serve it (1 ready, 1 starting)."
+    )
+
+
+def test_a_worker_that_is_not_ready_does_not_hide_the_names_that_are_known() -> None:
+    made = registry("a", None)
+    take_out(made.workers[0])
+    assert nobody(made, "a").message.endswith("1 serve it (1 down).")
+
+
+# --- Choosing ---------------------------------------------------------------------
+
+
+def test_available_workers_have_their_turns() -> None:
+    made = registry("a", "b", "a", "a")
+    pool = made.resolve("a", None)
+    assert [made.choose(pool).name for _ in range(4)] == ["w0", "w2", "w3", "w0"]
+
+
+@pytest.mark.parametrize("check", [Check.FAILED, Check.LOADING])
+def test_a_worker_that_is_not_ready_is_not_chosen(check: Check) -> None:
+    made = registry("a", "a", "a")
+    pool = made.resolve("a", None)
+    take_out(made.workers[1], check=check)
+    assert {made.choose(pool).name for _ in range(6)} == {"w0", "w2"}
+    made.workers[1].observe(Check.OK, "ok")
+    assert made.workers[1].state is State.READY
+    assert {made.choose(pool).name for _ in range(6)} == {"w0", "w1", "w2"}
+
+
+def test_a_pool_shows_who_is_available_now_and_not_when_it_was_made() -> None:
+    """Between the two a client may have waited for minutes."""
+    made = registry("a", "a")
+    pool = made.resolve("a", None)
+    take_out(*made.workers)
+    with pytest.raises(NoWorkerError):
+        made.choose(pool)
+    made.workers[1].observe(Check.OK, "ok")
+    assert made.choose(pool) is made.workers[1]

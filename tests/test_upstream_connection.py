@@ -1,0 +1,793 @@
+"""A worker's bytes become one answer, however they are cut, or one loss."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+
+import h11
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gollama_proxy.upstream.connection import (
+    MAX_FAST,
+    MAX_HEAD,
+    Connection,
+    State,
+)
+from tests.fakes.replies import chunk, head, last_chunk
+from tests.fakes.script import (
+    Step,
+    close,
+    expect_eof,
+    not_read_body,
+    read_body,
+    reset,
+    send,
+    stall,
+)
+from tests.fakes.worker import ScriptedWorker
+
+CHUNKED = head(200, [("Transfer-Encoding", "chunked")])
+SHORT = head(200, [("Content-Length", "2")]) + b"{}"
+# Reads that look like whole chunks, or like the beginning of one.
+TRAPS = (
+    b"5\r\nhello\r\n",
+    b"3\r\nabc\r\n",
+    b"a\r\n0123456789\r\n",
+    b"0\r\n\r\n",
+    b"1",
+    b"\r\n",
+    b"\n",
+)
+
+properties = settings(deadline=None, database=None)
+
+
+class Link(asyncio.Transport):
+    """A transport without a socket: the test plays the worker's side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.aborted = False
+        self.reading = True
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        assert not self.aborted, "written behind the end"
+        self.written += bytes(data)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def pause_reading(self) -> None:
+        assert not self.aborted
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        assert not self.aborted
+        self.reading = True
+
+
+class Recorder:
+    """Receives an answer, and fails on what a receiver need not be ready for."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.parts: list[bytes] = []
+        self.whole_chunks = 0
+        self.ended = False
+        self.lost: tuple[str, bool] | None = None
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.parts)
+
+    @property
+    def over(self) -> bool:
+        return self.ended or self.lost is not None
+
+    @property
+    def malformed(self) -> bool:
+        return self.lost is not None and self.lost[1]
+
+    def head_received(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        assert not self.status, "a second head"
+        assert not self.over
+        self.status, self.headers = status, headers
+
+    def body_received(self, data: bytes) -> None:
+        assert self.status, "a body without a head"
+        assert not self.over, "a body behind the end"
+        assert data
+        self.parts.append(data)
+
+    def chunk_received(self, chunk: bytes, start: int) -> None:
+        data = chunk[start:-2]
+        assert chunk == b"%x\r\n%b\r\n" % (len(data), data), "framed otherwise"
+        self.whole_chunks += 1
+        self.body_received(data)
+
+    def answer_ended(self) -> None:
+        assert self.status, "an end without a head"
+        assert not self.over, "a second end"
+        self.ended = True
+
+    def answer_lost(self, reason: str, *, malformed: bool) -> None:
+        assert not self.over, "a second end"
+        assert reason
+        self.lost = reason, malformed
+
+
+def connect() -> tuple[Connection, Link]:
+    connection, link = Connection(), Link()
+    connection.connection_made(link)
+    return connection, link
+
+
+def ask() -> tuple[Connection, Link, Recorder]:
+    """A connection with a request under way."""
+    connection, link = connect()
+    recorder = Recorder()
+    connection.start(recorder)
+    return connection, link, recorder
+
+
+def receive(*reads: bytes) -> tuple[Connection, Link, Recorder]:
+    connection, link, recorder = ask()
+    for data in reads:
+        if connection.state is State.CLOSED:
+            break  # an aborted transport delivers nothing more
+        connection.data_received(data)
+    return connection, link, recorder
+
+
+def cut(data: bytes, ends: Iterable[int]) -> list[bytes]:
+    """Cut bytes into reads that end at these places."""
+    places = sorted({0, len(data), *ends})
+    return [data[i:j] for i, j in pairwise(places)]
+
+
+# --- Chunked bodies: the parser's way and the fast lane ---------------------------
+
+
+@st.composite
+def chunked_answers(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
+    """A body, and an answer that carries it as the reads in which it comes."""
+    part = st.sampled_from(TRAPS) | st.binary(min_size=1, max_size=20)
+    chunks = st.lists(st.lists(part, min_size=1, max_size=4), max_size=6)
+    extensions = st.sampled_from(["", "", "", ";a", ";a=b", ';a="b c"'])
+    formats = st.sampled_from(["x", "x", "x", "X", "04x", "04X"])
+    wire, body = CHUNKED, b""
+    marks = {len(wire)}  # places where a cut is of interest
+    for parts in draw(chunks):
+        data = b"".join(parts)
+        size = format(len(data), draw(formats)) + draw(extensions)
+        marks |= {len(wire) + 1, len(wire) + len(size), len(wire) + len(size) + 2}
+        wire += size.encode() + b"\r\n"
+        for piece in parts:
+            wire += piece
+            marks.add(len(wire))
+        wire += b"\r\n"
+        marks |= {len(wire) - 1, len(wire)}
+        body += data
+    wire += draw(st.sampled_from([b"0", b"000", b"0;a=b"])) + b"\r\n"
+    marks.add(len(wire))
+    wire += draw(st.sampled_from([b"", b"", b"X-Trailer: 5\r\n"])) + b"\r\n"
+    places = st.sampled_from(sorted(marks)) | st.integers(0, len(wire))
+    return body, cut(wire, draw(st.sets(places, max_size=30)))
+
+
+@settings(properties, max_examples=150)
+@given(chunked_answers())
+@example(
+    (
+        b"a" + bytes(19),
+        [CHUNKED + b"1\r\na\r\n1", b"3\r\n" + bytes(19) + b"\r\n0\r\n\r\n"],
+    )
+)
+def test_a_chunked_body_is_the_same_however_it_is_framed_and_cut(
+    answer: tuple[bytes, list[bytes]],
+) -> None:
+    body, reads = answer
+    connection, _, recorder = receive(*reads)
+    assert recorder.body == body
+    assert recorder.ended
+    assert connection.reusable
+
+
+@settings(properties, max_examples=100)
+@given(st.lists(st.binary(min_size=1, max_size=300), max_size=5), st.data())
+def test_whole_chunks_pass_unparsed_in_any_order_with_others(
+    bodies: list[bytes], data: st.DataObject
+) -> None:
+    """Each chunk is a read, or is cut in two: only the former take the fast lane."""
+    reads = [CHUNKED + chunk(b"first")]
+    whole = 0
+    for body in bodies:
+        framed = chunk(body)
+        # A read that is only the end of a CRLF is no clue for the one behind it.
+        place = data.draw(st.integers(0, len(framed) - 2))
+        reads += cut(framed, [place])
+        whole += not place
+    recorder = receive(*reads, last_chunk())[2]
+    assert recorder.body == b"first" + b"".join(bodies)
+    assert recorder.whole_chunks == whole
+    assert recorder.ended
+
+
+@pytest.mark.parametrize("read", [b"3\r\nabcde", b"3\r\nabc\r!", b"3\r\nabc\n\n"])
+def test_a_chunk_without_its_end_is_no_chunk(read: bytes) -> None:
+    """Of the right length, between two others."""
+    _, _, recorder = receive(CHUNKED + chunk(b"a"), read)
+    assert recorder.body == b"aabc"
+    assert recorder.malformed
+
+
+def test_half_a_size_line_at_the_end_of_a_read_is_no_place_between_chunks() -> None:
+    """What follows looks like a whole chunk of 3, and is the head of one of 0x13."""
+    _, _, recorder = receive(CHUNKED + chunk(b"a") + b"1", b"3\r\nabc\r\n")
+    assert recorder.parts == [b"a", b"abc\r\n"]
+    assert recorder.whole_chunks == 0
+
+
+@pytest.mark.parametrize("read", [b"5\r\nhello\r\n", b"0\r\n\r\n", b"1", b"1\r\n"])
+def test_a_chunk_inside_of_a_chunk_is_text(read: bytes) -> None:
+    """A model that writes about HTTP must not end its own answer."""
+    size = b"%x\r\n" % (len(read) * 2)
+    reads = [CHUNKED + chunk(b"a") + size, read, read, b"\r\n", last_chunk()]
+    _, _, recorder = receive(*reads)
+    assert recorder.body == b"a" + read * 2
+    assert recorder.whole_chunks == 0
+    assert recorder.ended
+
+
+@pytest.mark.parametrize(
+    ("read", "data"),
+    [
+        (b"05\r\nhello\r\n", b"hello"),
+        (b"5;a=b\r\nhello\r\n", b"hello"),
+        (b"A\r\n0123456789\r\n", b"0123456789"),  # llama-server writes lower case
+        (b"5\r\nhello\r\n5\r\nworld\r\n", b"helloworld"),
+    ],
+)
+def test_what_is_no_canonical_chunk_is_parsed(read: bytes, data: bytes) -> None:
+    _, _, recorder = receive(CHUNKED + chunk(b"a"), read, chunk(b"!"), last_chunk())
+    assert recorder.parts == [b"a", data, b"!"]
+    assert recorder.whole_chunks == 1
+    assert recorder.ended
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_large_chunks_are_parsed(over: int) -> None:
+    """The table of the fast lane ends somewhere, and nothing is lost there."""
+    framing = len(chunk(bytes(MAX_FAST - 100))) - (MAX_FAST - 100)
+    data = bytes(MAX_FAST - framing + over)
+    framed = chunk(data)
+    assert len(framed) == MAX_FAST + over
+    _, _, recorder = receive(CHUNKED + chunk(b"a"), framed, last_chunk())
+    assert recorder.body == b"a" + data
+    assert recorder.whole_chunks == (over < 0)
+    assert recorder.ended
+
+
+def test_chunks_that_come_in_one_read_are_one_part() -> None:
+    """One call for each read, however many events are in it."""
+    reads = [CHUNKED, b"".join(chunk(b"%d" % n) for n in range(9)) + last_chunk()]
+    assert receive(*reads)[2].parts == [b"012345678"]
+
+
+def test_no_chunk_is_taken_for_whole_before_the_first_was_parsed() -> None:
+    """Directly behind the head the parser knows better than a table."""
+    _, _, recorder = receive(CHUNKED, b"3\r\nabc\r\n", b"3\r\ndef\r\n", last_chunk())
+    assert recorder.parts == [b"abc", b"def"]
+    assert recorder.whole_chunks == 1
+
+
+def test_a_chunk_of_a_body_with_a_length_is_text() -> None:
+    reads = [head(200, [("Content-Length", "16")]), *[b"3\r\nabc\r\n"] * 2]
+    _, _, recorder = receive(*reads)
+    assert recorder.body == b"3\r\nabc\r\n" * 2
+    assert recorder.whole_chunks == 0
+    assert recorder.ended
+
+
+@settings(properties, max_examples=60)
+@given(st.binary(max_size=300), st.sets(st.integers(0, 400)))
+def test_a_body_with_a_length_is_the_same_however_it_is_cut(
+    body: bytes, ends: set[int]
+) -> None:
+    wire = head(200, [("Content-Length", str(len(body)))]) + body
+    connection, _, recorder = receive(*cut(wire, (e for e in ends if e < len(wire))))
+    assert (recorder.body, recorder.ended) == (body, True)
+    assert connection.reusable
+
+
+@settings(properties, max_examples=60)
+@given(st.binary(max_size=300), st.sets(st.integers(0, 400)))
+def test_a_body_that_ends_with_the_connection(body: bytes, ends: set[int]) -> None:
+    """As an HTTP/1.0 server sends it (RFC 9112, 6.3, 8)."""
+    wire = head(200, version="1.0") + body
+    connection, _, recorder = receive(*cut(wire, (e for e in ends if e < len(wire))))
+    assert not recorder.over
+    connection.connection_lost(None)
+    assert (recorder.body, recorder.ended) == (body, True)
+    assert connection.state is State.CLOSED
+    assert not connection.reusable
+
+
+# --- Heads ------------------------------------------------------------------------
+
+
+def test_status_and_headers_come_as_they_were_sent() -> None:
+    """In their order, with their case, repeated ones, and empty values."""
+    sent = [("B-b", "1"), ("a", ""), ("B-b", "2"), ("Content-Length", "0")]
+    recorder = receive(head(418, sent))[2]
+    assert recorder.status == 418
+    assert recorder.headers == [(k.encode(), v.encode()) for k, v in sent]
+    assert recorder.ended
+
+
+def test_trailers_are_no_headers() -> None:
+    """What comes behind the body cannot say anything about it any more."""
+    reads = [CHUNKED + chunk(b"a"), b"0\r\nContent-Type: evil\r\n", b"\r\n"]
+    _, _, recorder = receive(*reads)
+    assert recorder.headers == [(b"Transfer-Encoding", b"chunked")]
+    assert recorder.ended
+
+
+@pytest.mark.parametrize("status", [200, 201, 299, 400, 404, 500, 503, 599])
+def test_final_statuses(status: int) -> None:
+    line = f"HTTP/1.1 {status} \r\nContent-Length: 0\r\n\r\n".encode()
+    recorder = receive(line)[2]
+    assert (recorder.status, recorder.ended) == (status, True)
+
+
+@pytest.mark.parametrize("status", [101, 102, 103, 199, 301, 302, 304, 399, 600, 999])
+def test_what_a_worker_has_no_business_to_answer_is_a_loss(status: int) -> None:
+    """No redirect is followed, nothing is upgraded, nothing unknown is passed on."""
+    upgrade = b"Connection: upgrade\r\nUpgrade: h2c\r\nLocation: http://10.0.0.1/\r\n"
+    line = b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n" % status
+    connection, link, recorder = receive(line + upgrade + b"\r\n")
+    assert recorder.malformed
+    assert recorder.lost == (f"unexpected status {status}", True)
+    assert connection.state is State.CLOSED
+    assert link.aborted
+
+
+@pytest.mark.parametrize("headers", [[], [("Content-Length", "5")]])
+def test_an_answer_without_content_ends_with_its_head(
+    headers: list[tuple[str, str]],
+) -> None:
+    """Whatever its head says (RFC 9110, 15.3.5)."""
+    connection, _, recorder = receive(head(204, headers))
+    assert (recorder.status, recorder.body, recorder.ended) == (204, b"", True)
+    assert connection.reusable
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_interim_answers_are_skipped(whole: bool) -> None:
+    """Nobody asked for `100 Continue`; it may come all the same."""
+    wire = head(100, [("X-Interim", "1")]) * 3 + SHORT
+    reads = [wire] if whole else cut(wire, range(len(wire)))
+    connection, _, recorder = receive(*reads)
+    assert recorder.headers == [(b"Content-Length", b"2")]
+    assert (recorder.status, recorder.body, recorder.ended) == (200, b"{}", True)
+    assert connection.reusable
+
+
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [
+        (b"", head(100)),
+        (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n" * 50),
+        (b"HTTP/1.1 200 ", b"O" * 1000),
+        (b"HTTP/1.1 200 OK\r\nX-A: ", b"b" * 1000),
+        (b"HTTP/1.1 200 OK\r\nX-", b"A" * 1000),
+    ],
+    ids=["interim answers", "headers", "reason", "value", "name"],
+)
+def test_a_head_without_an_end_is_a_loss(first: bytes, more: bytes) -> None:
+    """It is held up to a limit."""
+    connection, link, recorder = ask()
+    received = 0
+    for data in (first, *[more] * (2 * MAX_HEAD // len(more))):
+        if data and not recorder.over:
+            connection.data_received(data)
+            received += len(data)
+    assert recorder.lost == (f"a head larger than {MAX_HEAD} bytes", True)
+    assert MAX_HEAD < received <= MAX_HEAD + len(more)
+    assert link.aborted
+
+
+# --- What is no HTTP --------------------------------------------------------------
+
+MALFORMED = {
+    "no http": b"SSH-2.0-OpenSSH_9.2p1\r\n",
+    "http/0.9": b"<html>hello</html>",
+    "an event": b'data: {"choices":[]}\n\n',
+    "zeros": bytes(100),
+    "tls alert": b"\x15\x03\x03\x00\x02\x02\x28",
+    "a request": b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "version": b"HTTP/3.7 200 OK\r\nContent-Length: 0\r\n\r\n",
+    "status": b"HTTP/1.1 2xx OK\r\nContent-Length: 0\r\n\r\n",
+    "bare lf": b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",
+    "no colon": b"HTTP/1.1 200 OK\r\nContent-Length 2\r\n\r\n{}",
+    "space before colon": b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\n{}",
+    "nul in a header": b"HTTP/1.1 200 OK\r\nX: a\0b\r\nContent-Length: 2\r\n\r\n{}",
+    "cr in a header": b"HTTP/1.1 200 OK\r\nX: a\rb\r\nContent-Length: 2\r\n\r\n{}",
+    "length and chunks": head(
+        200, [("Content-Length", "5"), ("Transfer-Encoding", "chunked")]
+    ),
+    "chunks and length": head(
+        200, [("Transfer-Encoding", "chunked"), ("Content-Length", "5")]
+    ),
+    "two lengths": head(200, [("Content-Length", "2"), ("Content-Length", "2")]),
+    "negative length": head(200, [("Content-Length", "-2")]),
+    "length of words": head(200, [("Content-Length", "two")]),
+    "endless length": head(200, [("Content-Length", "9" * 30)]),
+    "chunk size": CHUNKED + b"xyz\r\n",
+    "negative chunk": CHUNKED + b"-5\r\nhello\r\n",
+    "0x chunk": CHUNKED + b"0x5\r\nhello\r\n",
+    "giant chunk": CHUNKED + b"f" * 17 + b"\r\n",
+    "no chunk size": CHUNKED + b"\r\nhello\r\n",
+    "chunk longer than said": CHUNKED + b"3\r\nhello\r\n",
+    "chunk with bare lf": CHUNKED + b"3\nabc\n",
+    "no crlf behind a chunk": CHUNKED + b"3\r\nabc3\r\nabc\r\n",
+    "second chunk size": CHUNKED + chunk(b"hello") + b"what?\r\n",
+}
+
+
+@pytest.mark.parametrize("step", [1, 7, 1 << 20], ids=["1", "7", "whole"])
+@pytest.mark.parametrize("wire", MALFORMED.values(), ids=MALFORMED.keys())
+def test_what_is_no_http_is_one_loss(wire: bytes, step: int) -> None:
+    """However it is cut; the connection is hung up, and never used again."""
+    reads = cut(wire, range(0, len(wire), step))
+    connection, link, recorder = receive(*reads)
+    assert recorder.malformed
+    assert connection.state is State.CLOSED
+    assert link.aborted
+    assert not connection.reusable
+    connection.connection_lost(None)  # which the event loop says next
+
+
+def test_the_body_in_front_of_a_fault_is_passed_on() -> None:
+    """A client may have what was good of an answer before it hears of the end."""
+    _, _, recorder = receive(CHUNKED + chunk(b"good") + b"bad\r")
+    assert recorder.body == b"good"
+    recorder = receive(CHUNKED, chunk(b"good") + b"bad!")[2]
+    assert recorder.body == b"good"
+    assert recorder.malformed
+
+
+@settings(properties, max_examples=80)
+@given(st.data())
+def test_garbage_never_gets_out_of_the_protocol(data: st.DataObject) -> None:
+    """A good answer with some bytes changed: an end, a loss, or a wait for more.
+
+    Where it ends and h11, which is strict, also reads an answer, it is the same one.
+    """
+    wire = bytearray(
+        head(200, [("X-A", "b"), ("Transfer-Encoding", "chunked")])
+        + chunk(b'data: {"a":1}\n\n')
+        + chunk(b"data: [DONE]\n\n")
+        + last_chunk()
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(wire) - 1))
+        wire[place] = data.draw(st.sampled_from(b"\0\r\n :;09afxHT\xff"))
+    ends = data.draw(st.sets(st.integers(0, len(wire) - 1)))
+    connection, _, recorder = receive(*cut(bytes(wire), ends))
+    connection.connection_lost(None)
+    assert recorder.over
+    told = told_by_h11(bytes(wire))
+    if recorder.ended and told is not None:
+        assert recorder.body == told
+
+
+def told_by_h11(wire: bytes) -> bytes | None:
+    """Read an answer with another parser; None where it refuses it."""
+    parser = h11.Connection(h11.CLIENT)
+    parser.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+    parser.send(h11.EndOfMessage())
+    parser.receive_data(wire)
+    body = b""
+    try:
+        parser.receive_data(b"")
+        while not isinstance(event := parser.next_event(), h11.EndOfMessage):
+            if isinstance(event, h11.Data):
+                body += event.data
+    except h11.RemoteProtocolError:
+        return None
+    return body
+
+
+# --- Early ends -------------------------------------------------------------------
+
+COMPLETE = {
+    "length": SHORT,
+    "chunks": CHUNKED + chunk(b"hello") + chunk(b"world") + last_chunk(),
+    "trailer": CHUNKED + chunk(b"hello") + b"0\r\nX: y\r\n\r\n",
+    "interim": head(100) + SHORT,
+}
+
+
+@pytest.mark.parametrize("error", [None, ConnectionResetError("reset by peer")])
+@pytest.mark.parametrize("wire", COMPLETE.values(), ids=COMPLETE.keys())
+def test_an_end_of_the_connection_anywhere_is_one_loss(
+    wire: bytes, error: Exception | None
+) -> None:
+    """But behind the last byte, where it is no event at all."""
+    for length in range(len(wire) + 1):
+        connection, _, recorder = receive(wire[:length])
+        assert connection.eof_received() is False  # which closes the transport
+        connection.connection_lost(error)
+        if length == len(wire):
+            assert recorder.ended
+        else:
+            assert recorder.lost is not None
+            assert not recorder.malformed
+            assert ("reset" in recorder.lost[0]) == (error is not None)
+        assert connection.state is State.CLOSED
+        assert not connection.reusable
+
+
+def test_a_body_without_any_framing_ends_with_fin_and_not_with_a_reset() -> None:
+    wire = head(200) + b"hello"
+    for length in range(len(wire) + 1):
+        for error in (None, ConnectionResetError("reset by peer")):
+            connection, _, recorder = receive(wire[:length])
+            connection.connection_lost(error)
+            assert recorder.ended == (error is None and length >= len(head(200)))
+            assert recorder.over
+
+
+def test_an_error_without_words_has_a_name() -> None:
+    connection, _, recorder = ask()
+    connection.connection_lost(TimeoutError())
+    assert recorder.lost == ("TimeoutError", False)
+
+
+def test_nobody_is_told_of_what_happens_after_the_hang_up() -> None:
+    connection, link, recorder = receive(CHUNKED + chunk(b"a"))
+    connection.close()
+    assert link.aborted
+    connection.close()  # twice is once
+    connection.data_received(chunk(b"b"))
+    connection.connection_lost(None)
+    assert recorder.parts == [b"a"]
+    assert not recorder.over
+
+
+# --- One answer after the other ---------------------------------------------------
+
+
+def test_a_connection_carries_one_request_at_a_time() -> None:
+    connection, _, _ = ask()
+    assert not connection.reusable
+    assert repr(connection) == "<Connection ACTIVE used=1>"
+    with pytest.raises(AssertionError):
+        connection.start(Recorder())
+
+
+@pytest.mark.parametrize(
+    "wire", [SHORT, CHUNKED + chunk(b"{}") + last_chunk(), head(204)]
+)
+def test_a_complete_answer_leaves_nothing_to_the_next(wire: bytes) -> None:
+    connection, _ = connect()
+    for number in range(1, 4):
+        recorder = Recorder()
+        connection.start(recorder)
+        connection.data_received(wire)
+        assert recorder.ended
+        assert len(recorder.headers) <= 1
+        assert connection.reusable
+        assert connection.used == number
+    connection.connection_lost(None)
+    assert not connection.reusable
+
+
+def test_the_next_answer_does_not_begin_between_chunks() -> None:
+    """Its first read may look like anything."""
+    connection, _ = connect()
+    connection.start(Recorder())
+    for data in (CHUNKED + chunk(b"a"), chunk(b"b"), last_chunk()):
+        connection.data_received(data)
+    connection.start(recorder := Recorder())
+    connection.data_received(chunk(b"c"))
+    assert recorder.malformed
+    assert not recorder.parts
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        head(200, [("Connection", "close"), ("Content-Length", "2")]) + b"{}",
+        head(200, [("Content-Length", "2")], version="1.0") + b"{}",
+        SHORT + b"!",  # bytes behind the end
+        SHORT + b"HTTP/1.1 700 what\r\n\r\n",
+        CHUNKED + last_chunk() + b"5\r\nhello\r\n",
+    ],
+)
+def test_an_answer_that_is_complete_may_be_the_last(wire: bytes) -> None:
+    connection, _, recorder = receive(wire)
+    assert recorder.ended
+    assert not connection.reusable
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_an_answer_that_nobody_asked_for_ends_the_connection(used: int) -> None:
+    """The next request would get it."""
+    connection, link = connect()
+    for _ in range(used):
+        connection.start(Recorder())
+        connection.data_received(SHORT)
+    connection.data_received(SHORT)
+    assert connection.state is State.CLOSED
+    assert not connection.reusable
+    assert link.aborted
+
+
+# --- Sending ----------------------------------------------------------------------
+
+
+async def test_drain_waits_for_as_long_as_the_worker_does_not_read() -> None:
+    connection, link, _ = ask()
+    await connection.drain()  # nothing to wait for
+    connection.pause_writing()
+    waiting = asyncio.create_task(connection.drain())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    connection.resume_writing()
+    await waiting
+    await connection.drain()
+    assert link.written == b""
+
+
+@pytest.mark.parametrize("how", ["close", "lost", "malformed"])
+async def test_drain_ends_with_the_connection(how: str) -> None:
+    connection, _, _ = ask()
+    connection.pause_writing()
+    waiting = asyncio.create_task(connection.drain())
+    await asyncio.sleep(0)
+    if how == "close":
+        connection.close()
+    elif how == "lost":
+        connection.connection_lost(ConnectionResetError())
+    else:
+        connection.data_received(b"what?")
+    async with asyncio.timeout(5):
+        await waiting
+    await connection.drain()  # without a wait, from now on
+    connection.resume_writing()
+
+
+async def test_drain_can_be_cancelled() -> None:
+    connection, _, _ = ask()
+    connection.pause_writing()
+    waiting = asyncio.create_task(connection.drain())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    connection.resume_writing()  # in the same breath
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    connection.pause_writing()
+    waiting = asyncio.create_task(connection.drain())
+    await asyncio.sleep(0)
+    connection.resume_writing()
+    await waiting
+
+
+def test_a_connection_that_is_gone_takes_bytes_without_a_word() -> None:
+    connection, link, _ = ask()
+    connection.write(b"one")
+    connection.pause_reading()
+    assert not link.reading
+    connection.resume_reading()
+    assert link.reading
+    link.abort()
+    connection.write(b"two")
+    connection.pause_reading()
+    connection.resume_reading()
+    connection.connection_lost(None)
+    connection.write(b"three")
+    connection.pause_reading()
+    connection.resume_reading()
+    assert link.written == b"one"
+    assert link.reading
+
+
+# --- With sockets -----------------------------------------------------------------
+
+
+class Waiting(Recorder):
+    """A recorder that can be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done = asyncio.Event()
+
+    def answer_ended(self) -> None:
+        super().answer_ended()
+        self.done.set()
+
+    def answer_lost(self, reason: str, *, malformed: bool) -> None:
+        super().answer_lost(reason, malformed=malformed)
+        self.done.set()
+
+
+@asynccontextmanager
+async def asked(
+    worker: ScriptedWorker, *, length: int = 0
+) -> AsyncIterator[tuple[Connection, Waiting]]:
+    """A request to a worker, without its body."""
+    loop = asyncio.get_running_loop()
+    _, connection = await loop.create_connection(Connection, "127.0.0.1", worker.port)
+    recorder = Waiting()
+    connection.start(recorder)
+    connection.write(
+        b"POST / HTTP/1.1\r\nHost: w\r\nContent-Length: %d\r\n\r\n" % length
+    )
+    try:
+        yield connection, recorder
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("wire", "end", "complete"),
+    [
+        (SHORT, stall, True),
+        (head(200) + b"hello", close, True),
+        (head(200) + b"hello", reset, False),
+        (CHUNKED + chunk(b"hello"), close, False),
+        (CHUNKED + chunk(b"hello"), reset, False),
+        (b"", close, False),
+        (b"", reset, False),
+    ],
+)
+async def test_ends_as_the_kernel_tells_them(
+    wire: bytes, end: Callable[[], Step], complete: bool
+) -> None:
+    async with ScriptedWorker() as worker:
+        worker.script(send(wire), end())
+        async with asked(worker) as (connection, recorder):
+            async with asyncio.timeout(5):
+                await recorder.done.wait()
+            assert recorder.ended == complete
+            assert not recorder.malformed
+            assert connection.reusable == (wire == SHORT)
+
+
+async def test_a_hang_up_reaches_the_worker_at_once() -> None:
+    async with ScriptedWorker() as worker:
+        worker.script(send(CHUNKED + chunk(b"a")), expect_eof(1.0))
+        async with asked(worker) as (connection, recorder):
+            await worker.received()
+            connection.close()
+            await worker.idle(1.0)
+            assert not recorder.over
+
+
+async def test_a_writer_that_outruns_its_worker_has_to_wait() -> None:
+    async with ScriptedWorker(receive_buffer=4096) as worker:
+        worker.script(read_body(1000), not_read_body(), stall())
+        async with asked(worker, length=1 << 30) as (connection, _):
+            for _ in range(1000):
+                connection.write(bytes(64 << 10))
+                waiting = asyncio.create_task(connection.drain())
+                await asyncio.sleep(0)
+                if not waiting.done():
+                    break
+            else:
+                raise AssertionError("the writer was never told to wait")
+            connection.close()
+            async with asyncio.timeout(5):
+                await waiting

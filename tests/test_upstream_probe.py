@@ -1,0 +1,303 @@
+"""What a ping makes of a worker: good, loading, or failed, and what it serves."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gollama_proxy import config
+from gollama_proxy.routing.worker import Check, Description, Model
+from gollama_proxy.settings import Health, WorkerConfig
+from gollama_proxy.upstream import probe
+from gollama_proxy.upstream.probe import MAX_ANSWER, Finding, Report
+from tests.fakes.replies import head, json_reply, not_found
+from tests.fakes.script import Script, answer, close, reset, send, stall
+from tests.fakes.worker import ScriptedWorker
+
+HEALTH = Health(timeout=5.0)
+
+
+def configured(url: str, key: str = "") -> WorkerConfig:
+    worker = config.load(None, {}, {}, [url]).workers[0]
+    return WorkerConfig(worker.url, worker.origin, worker.name, key)
+
+
+async def ping(
+    worker: ScriptedWorker, key: str = "", *, timeout: float = 5.0
+) -> Finding:
+    async with probe.new_session() as session:
+        return await probe.ping(
+            session, configured(worker.url, key), Health(timeout=timeout)
+        )
+
+
+async def test_a_good_worker_tells_everything() -> None:
+    async with ScriptedWorker("a", "b", slots=3, n_ctx=512, build="b1-ab") as worker:
+        finding = await ping(worker)
+        asked = [request.target for request in worker.control]
+    assert finding == Finding(
+        Check.OK, "ok", Description((Model("a", 512), Model("b", 512)), 3, 512, "b1-ab")
+    )
+    assert asked == ["/health", "/v1/models", "/props"], "and nothing else"
+
+
+async def test_nothing_is_kept_between_two_questions() -> None:
+    """An idle connection costs llama-server a thread, a cookie costs everybody."""
+    async with ScriptedWorker() as worker:
+        worker.on(
+            "/health", send(head(200, [("Set-Cookie", "a=b"), ("Content-Length", "0")]))
+        )
+        async with probe.new_session() as session:
+            for _ in range(2):
+                await probe.ping(session, configured(worker.url), HEALTH)
+        assert worker.connections == len(worker.control) == 6
+        assert not any(request.values("cookie") for request in worker.control)
+        assert all(
+            request.values("connection") == ["close"] for request in worker.control
+        )
+
+
+@pytest.mark.parametrize(("key", "sent"), [("", []), ("sk-1", ["Bearer sk-1"])])
+async def test_the_workers_key_goes_with_every_question(
+    key: str, sent: list[str]
+) -> None:
+    async with ScriptedWorker() as worker:
+        await ping(worker, key)
+        assert [request.values("authorization") for request in worker.control] == [
+            sent
+        ] * 3
+
+
+async def test_a_worker_behind_a_prefix() -> None:
+    async with ScriptedWorker("a") as worker:
+        worker.on("/llama/v1/models", *answer({"data": [{"id": "b"}]}))
+        async with probe.new_session() as session:
+            finding = await probe.ping(
+                session, configured(worker.url + "/llama"), HEALTH
+            )
+    assert finding.description == Description((Model("b"),))
+
+
+# --- Workers that tell less -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        (send(not_found()),),
+        answer({"error": "no"}, 501),
+        answer(["another", "idea"]),
+        answer({"total_slots": "four"}),
+        (send(head(200, [("Content-Length", "3")]) + b"abc"),),
+        (send(head(302, [("Location", "/"), ("Content-Length", "0")])),),
+    ],
+)
+async def test_a_worker_without_usable_props_is_good(script: Script) -> None:
+    """vLLM and others have none; slots and build stay unknown."""
+    async with ScriptedWorker("a", n_ctx=512) as worker:
+        worker.on("/props", *script)
+        finding = await ping(worker)
+    assert finding.check is Check.OK
+    assert finding.description == Description((Model("a", 512),), None, 512, "")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        (send(not_found()),),
+        answer({"error": "no"}, 501),
+        (send(head(204)),),
+        (send(head(302, [("Location", "/"), ("Content-Length", "0")])),),
+        (send(head(200, [("Content-Length", "2")]) + b"OK"),),
+    ],
+)
+async def test_a_worker_without_our_idea_of_health_is_good(script: Script) -> None:
+    """Ollama has no /health; what counts is that models are listed."""
+    async with ScriptedWorker("a") as worker:
+        worker.on("/health", *script)
+        assert (await ping(worker)).check is Check.OK
+
+
+@pytest.mark.parametrize(
+    ("listed", "props", "models"),
+    [
+        ([], {}, ()),
+        ([{"id": "a"}], {}, (Model("a"),)),
+        ([{"id": "a", "meta": None}], {}, (Model("a"),)),
+        ([{"id": "a", "meta": {}}], {}, (Model("a"),)),
+        ([{"id": "a", "meta": {"n_ctx": None}}], {}, (Model("a"),)),
+        (
+            [{"id": "a", "meta": {"n_ctx": 7}}, {"id": "b"}],
+            {"default_generation_settings": {"n_ctx": 9}},
+            (Model("a", 7), Model("b", 9)),
+        ),
+        ([{"id": "a", "object": "model", "owned_by": 1}], {}, (Model("a"),)),
+        ([{"id": "é/ü:7b"}], {}, (Model("é/ü:7b"),)),
+    ],
+)
+async def test_models_and_their_context(
+    listed: list[Any], props: dict[str, Any], models: tuple[Model, ...]
+) -> None:
+    """A model's own context first, then the worker's, else unknown."""
+    async with ScriptedWorker() as worker:
+        worker.on("/v1/models", *answer({"data": listed}))
+        worker.on("/props", *answer(props))
+        finding = await ping(worker)
+    assert finding.check is Check.OK
+    assert finding.description is not None
+    assert finding.description.models == models
+
+
+# --- Workers that are not well ----------------------------------------------------
+
+
+async def test_loading_is_a_finding_of_its_own() -> None:
+    async with ScriptedWorker() as worker:
+        worker.loading = True
+        assert await ping(worker) == Finding(Check.LOADING, "loading model")
+        assert len(worker.control) == 1
+
+
+ODD_MODELS = {
+    "404": ((send(not_found()),), "/v1/models answered 404"),
+    "500": (answer({}, 500), "/v1/models answered 500"),
+    "401": (answer({}, 401), "/v1/models answered 401: a wrong or missing API key"),
+    "403": (answer({}, 403), "/v1/models answered 403: a wrong or missing API key"),
+    "redirect": (
+        (send(head(302, [("Location", "/props"), ("Content-Length", "0")])),),
+        "/v1/models answered 302",
+    ),
+    "array": (answer([]), "/v1/models answered what cannot be read"),
+    "no data": (answer({"models": []}), "/v1/models answered what cannot be read"),
+    "number": (
+        answer({"data": [{"id": 7}]}),
+        "/v1/models answered what cannot be read",
+    ),
+    "null": (answer({"data": [None]}), "/v1/models answered what cannot be read"),
+    "text": (
+        (send(head(200, [("Content-Length", "2")]) + b"hi"),),
+        "/v1/models answered what cannot be read",
+    ),
+    "nested": (
+        (send(head(200, [("Content-Length", "100000")]) + b"[" * 100_000),),
+        "/v1/models answered what cannot be read",
+    ),
+    "endless": (
+        (send(head(200) + b" " * (MAX_ANSWER + 1)), stall()),
+        f"/v1/models answered more than {MAX_ANSWER} bytes",
+    ),
+    "cut": ((send(head(200, [("Content-Length", "99")]) + b"{}"), close()), "Response"),
+    "reset": ((send(head(200, [("Content-Length", "99")])), reset()), ""),
+    "garbage": ((send(b"garbage\r\n\r\n"), close()), ""),
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"), ODD_MODELS.values(), ids=ODD_MODELS.keys()
+)
+async def test_a_worker_whose_models_cannot_be_listed_has_failed(
+    script: Script, reason: str
+) -> None:
+    """It could not be routed to; the reason says what is the matter."""
+    async with ScriptedWorker() as worker:
+        worker.on("/v1/models", *script)
+        finding = await ping(worker)
+    assert finding.check is Check.FAILED
+    assert finding.description is None
+    assert finding.reason.startswith(reason)
+    assert finding.reason
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (answer({}, 500), "/health answered 500"),
+        (answer({"error": "busy"}, 503), "/health answered 503"),
+        (answer({}, 401), "/health answered 401: needs a key"),
+        (answer({}, 403), "/health answered 403: needs a key"),
+        ((reset(),), ""),
+        ((close(),), ""),
+        ((send(b"\0" * 100), close()), ""),
+    ],
+)
+async def test_a_worker_whose_health_is_bad_has_failed(
+    script: Script, reason: str
+) -> None:
+    async with ScriptedWorker() as worker:
+        worker.on("/health", *script)
+        finding = await ping(worker)
+        # aiohttp asks once more where a connection died unanswered.
+        assert {request.path for request in worker.control} == {"/health"}
+    assert finding.check is Check.FAILED
+    assert finding.reason.startswith(reason)
+    assert finding.reason
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/props"])
+@pytest.mark.parametrize("script", [(), (send(head(200, [("Content-Length", "9")])),)])
+async def test_every_question_has_a_deadline(path: str, script: Script) -> None:
+    async with ScriptedWorker() as worker:
+        worker.on(path, *script, stall())
+        finding = await ping(worker, timeout=0.05)
+        await worker.idle(1.0)
+    assert finding == Finding(Check.FAILED, "no answer within 0.05 s")
+
+
+async def test_a_worker_that_refuses_has_failed() -> None:
+    async with ScriptedWorker(up=False) as worker:
+        finding = await ping(worker)
+    assert finding.check is Check.FAILED
+    assert "refused" in finding.reason.lower()
+
+
+async def test_a_worker_without_tls_where_it_is_expected_has_failed() -> None:
+    async with ScriptedWorker() as worker, probe.new_session() as session:
+        url = worker.url.replace("http:", "https:")
+        finding = await probe.ping(session, configured(url), HEALTH)
+        worker.violations.clear()  # a TLS handshake is no HTTP
+    assert finding.check is Check.FAILED
+    assert finding.reason
+
+
+async def test_the_proxy_of_the_environment_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Workers are on the LAN, and prompts have no business anywhere else."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    async with ScriptedWorker() as worker:
+        assert (await ping(worker)).check is Check.OK
+
+
+# --- One look ---------------------------------------------------------------------
+
+
+async def test_examine_tells_a_good_worker() -> None:
+    async with ScriptedWorker("a", slots=2, n_ctx=64, build="b9") as worker:
+        report = await probe.examine(configured(worker.url), HEALTH)
+    assert report == Report("ready", "ok", ("a",), 2, 64, "b9")
+
+
+async def test_examine_tells_a_worker_that_is_loading() -> None:
+    async with ScriptedWorker() as worker:
+        worker.loading = True
+        report = await probe.examine(configured(worker.url), HEALTH)
+    assert report == Report("loading", "loading model")
+
+
+async def test_examine_tells_a_worker_that_is_down() -> None:
+    async with ScriptedWorker(up=False) as worker:
+        report = await probe.examine(configured(worker.url), HEALTH)
+    assert (report.state, report.models) == ("down", ())
+
+
+async def test_a_list_in_many_pieces_is_read_whole() -> None:
+    body = json.dumps({"data": [{"id": f"m{n}"} for n in range(20_000)]}).encode()
+    reply = json_reply(json.loads(body))
+    async with ScriptedWorker() as worker:
+        parts = [send(reply[i : i + 30_000]) for i in range(0, len(reply), 30_000)]
+        worker.on("/v1/models", *parts)
+        finding = await ping(worker)
+    assert finding.description is not None
+    assert len(finding.description.models) == 20_000

@@ -1,0 +1,764 @@
+"""The scanner sees what a JSON parser sees, however the body is cut, or refuses it."""
+
+from __future__ import annotations
+
+import json
+import math
+import tracemalloc
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.fields import (
+    MAX_DEPTH,
+    MAX_TOKEN,
+    WANTED,
+    Field,
+    FieldScanner,
+    check_json,
+    encode,
+    text_of,
+)
+
+thorough = settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def scan(*pieces: bytes) -> FieldScanner:
+    scanner = FieldScanner()
+    for piece in pieces:
+        scanner.feed(piece)
+    scanner.finish()
+    return scanner
+
+
+def refusal(*pieces: bytes) -> str:
+    """Scan what must not be accepted, and return why it was not."""
+    with pytest.raises(RequestError) as caught:
+        scan(*pieces)
+    assert caught.value.code is Code.INVALID_JSON
+    return caught.value.message
+
+
+def halves(body: bytes) -> Iterable[list[bytes]]:
+    """Cut at every byte into two, and then into single bytes."""
+    for at in range(len(body) + 1):
+        yield [body[:at], body[at:]]
+    yield [body[at : at + 1] for at in range(len(body))]
+
+
+def pieces_of(body: bytes, cuts: Iterable[int]) -> list[bytes]:
+    at = sorted({0, len(body), *(cut % (len(body) + 1) for cut in cuts)})
+    return [body[start:end] for start, end in pairwise(at)]
+
+
+class Seen(NamedTuple):
+    """All that can be learnt from a scanner; None of a body that it refused."""
+
+    found: dict[str, Field]
+    opened_at: int
+    is_empty_object: bool
+
+
+def outcome(pieces: Iterable[bytes]) -> Seen | None:
+    """Scan anything; what is neither accepted nor a `RequestError` fails the test."""
+    try:
+        scanner = scan(*pieces)
+    except RequestError:
+        return None
+    return Seen(scanner.found, scanner.opened_at, scanner.is_empty_object)
+
+
+# --- What is found ----------------------------------------------------------------
+
+
+def test_the_wanted_fields_are_found_with_their_places() -> None:
+    body = b' { "model" : "qwen", "messages":[{"model":"x"}],"stream":true, "a":1}\n'
+    found = scan(body).found
+    assert found == {
+        "model": Field('"', b'"qwen"', 13, 19),
+        "messages": Field("[", b"", 32, 32),
+        "stream": Field("t", b"true", 57, 61),
+    }
+    assert body[13:19] == b'"qwen"'
+
+
+def test_what_routing_needs_is_wanted() -> None:
+    assert {
+        "model",
+        "stream",
+        "max_tokens",
+        "max_completion_tokens",
+        "n_predict",
+        "messages",
+        "documents",
+        "tokens",
+    } == WANTED
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ('"x"', '"'),
+        ("[1]", "["),
+        ('{"a":1}', "{"),
+        ("true", "t"),
+        ("false", "f"),
+        ("null", "n"),
+        ("0", "0"),
+        ("-0", "0"),
+        ("7", "0"),
+        ("-12.50", "0"),
+        ("1e9", "0"),
+        ("1.5E+300", "0"),
+        ("1" + "0" * 18, "0"),
+    ],
+)
+def test_the_kind_of_a_value_is_its_first_character(value: str, kind: str) -> None:
+    field = scan(b'{"max_tokens":%b}' % value.encode()).found["max_tokens"]
+    assert field.kind == kind
+    assert field.raw == (b"" if kind in "[{" else value.encode())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("1" + "0" * 19, "-" + "9" * 20, "1e1000"),
+        *("01", "00", "0x1", "1.", ".5", "+1", "1e", "1_0", "-", "NaN"),
+        *("tru", "truex", "True", "nul", "nulll", "f", "x", "é"),
+    ],
+)
+@pytest.mark.parametrize("key", ["max_tokens", "stream", "model"])
+def test_what_parsers_disagree_on_is_of_no_kind(value: str, key: str) -> None:
+    """Too large for 64 bits, or no JSON at all: whoever asks for a kind refuses it."""
+    body = f'{{"{key}":{value}}}'.encode()
+    start = len(key) + 4
+    assert scan(body).found == {key: Field("?", value.encode(), start, len(body) - 1)}
+
+
+@pytest.mark.parametrize("where", ["[%b]", "{%b}", '"%b"', '["%b"]', '{"a":["%b"]}'])
+def test_what_is_inside_of_another_value_is_not_found(where: str) -> None:
+    inner = b'"model":"evil"'
+    if '"%b"' in where:
+        inner = json.dumps(inner.decode())[1:-1].encode()
+    elif where == "[%b]":
+        inner = b'{"model":"evil"}, "model"'
+    body = b'{"x":%b,"model":"good"}' % (where.encode() % inner)
+    assert text_of(scan(body).found["model"]) == "good"
+
+
+@pytest.mark.parametrize("body", [b"{}", b" \t\r\n{ \t\r\n} \t\r\n"])
+def test_an_empty_object_is_told_from_one_with_fields(body: bytes) -> None:
+    for pieces in halves(body):
+        scanner = scan(*pieces)
+        assert scanner.is_empty_object
+        assert scanner.opened_at == body.index(b"{") + 1
+        assert scanner.found == {}
+    assert not scan(b'{"a":1}').is_empty_object
+
+
+def test_empty_pieces_change_nothing() -> None:
+    assert scan(b"", b'{"model"', b"", b':"a"', b"", b"}", b"").found == {
+        "model": Field('"', b'"a"', 9, 12)
+    }
+
+
+def test_a_scanner_tells_where_it_is() -> None:
+    scanner = FieldScanner()
+    assert repr(scanner) == "<FieldScanner START found=[]>"
+    scanner.feed(b'{"stream":true,"model":"a", "x":[')
+    assert repr(scanner) == "<FieldScanner NESTED found=['model', 'stream']>"
+
+
+def test_a_field_is_known_as_soon_as_it_is_complete() -> None:
+    """Routing does not wait for 200 MB of images behind the model's name."""
+    scanner = FieldScanner()
+    scanner.feed(b'{"model":"qwen')
+    assert scanner.found == {}
+    scanner.feed(b'"')
+    assert text_of(scanner.found["model"]) == "qwen"
+    scanner.feed(b',"messages":[')
+    assert scanner.found["messages"].kind == "["
+
+
+# --- Against a parser -------------------------------------------------------------
+
+
+@st.composite
+def spelled(draw: st.DrawFn, value: str) -> str:
+    """Write a string as JSON in one of its many spellings."""
+    plain = json.dumps(value, ensure_ascii=draw(st.booleans()))[1:-1]
+    if draw(st.booleans()):
+        units = value.encode("utf-16-be")
+        spelling = draw(st.sampled_from(["\\u{:04x}", "\\u{:04X}"]))
+        plain = "".join(
+            spelling.format(units[at] << 8 | units[at + 1])
+            for at in range(0, len(units), 2)
+        )
+    return f'"{plain}"'
+
+
+space = st.text(" \t\r\n", max_size=2)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ['"', "\\", "{[", "]}", '\\"model":', "é", "🦙", "\x00", "\u2028"]
+    )
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=4) | st.just("model"), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+other_keys = st.text(max_size=6).filter(
+    lambda key: key not in WANTED
+) | st.sampled_from(["Model", "model ", "models", "", "\\", '"'])
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> bytes:
+    """Build an object with wanted keys, once each, among others, twice perhaps."""
+    wanted = draw(st.lists(st.sampled_from(sorted(WANTED)), max_size=4, unique=True))
+    keys = draw(st.permutations([*wanted, *draw(st.lists(other_keys, max_size=3))]))
+    members = []
+    for key in keys:
+        value = json.dumps(
+            draw(values),
+            ensure_ascii=draw(st.booleans()),
+            indent=draw(st.sampled_from([None, 1])),
+        )
+        before, behind = draw(space), draw(space)
+        members.append(f"{before}{draw(spelled(key))}{behind}:{before}{value}{behind}")
+    return f"{draw(space)}{{{','.join(members)}{draw(space)}}}{draw(space)}".encode()
+
+
+cuts = st.lists(st.integers(0, 1 << 16), max_size=8)
+
+
+@thorough
+@given(documents(), cuts)
+def test_the_scanner_finds_what_a_parser_finds(body: bytes, cut_at: list[int]) -> None:
+    """The same fields with the same values, and each exactly where it says it is."""
+    found = scan(*pieces_of(body, cut_at)).found
+    parsed = json.loads(body)
+    assert set(found) == WANTED & set(parsed)
+    for name, field in found.items():
+        value = parsed[name]
+        if isinstance(value, (list, dict)):
+            assert field.kind == ("[" if isinstance(value, list) else "{")
+            assert (field.raw, field.end) == (b"", field.start)
+            assert body[field.start : field.start + 1] == field.kind.encode()
+            continue
+        assert body[field.start : field.end] == field.raw
+        assert json.loads(field.raw) == value
+        if isinstance(value, str):
+            assert field.kind == '"'
+            assert text_of(field) == value
+        elif value is None or isinstance(value, bool):
+            assert field.kind == json.dumps(value)[0]
+        elif abs(value) < 10**18:
+            assert field.kind == "0"
+
+
+@settings(thorough, max_examples=40)
+@given(documents())
+def test_a_body_cut_at_any_byte_is_the_same_body(body: bytes) -> None:
+    whole = outcome([body])
+    assert whole is not None
+    for pieces in halves(body):
+        assert outcome(pieces) == whole
+
+
+@thorough
+@given(documents(), st.text())
+def test_a_model_can_be_put_in_where_the_scanner_says(body: bytes, name: str) -> None:
+    """In place of the old name, or first of all; nothing else changes."""
+    scanner = scan(body)
+    parsed = json.loads(body)
+    old = scanner.found.get("model")
+    if old is None:
+        at, comma = scanner.opened_at, b"" if scanner.is_empty_object else b","
+        changed = body[:at] + b'"model":' + encode(name) + comma + body[at:]
+    elif old.raw:
+        changed = body[: old.start] + encode(name) + body[old.end :]
+    else:
+        return  # an array or an object: refused, not replaced
+    assert json.loads(changed) == parsed | {"model": name}
+    assert text_of(scan(changed).found["model"]) == name
+
+
+@thorough
+@given(st.text())
+def test_a_name_comes_back_as_it_was(name: str) -> None:
+    assert text_of(Field('"', encode(name), 0, 0)) == name
+    assert json.loads(encode(name)) == name
+
+
+# --- Arbitrary bytes --------------------------------------------------------------
+
+scraps = st.sampled_from(
+    [
+        *(bytes([byte]) for byte in b'{}[]",:\\ 0-.e\n\x00\x0b\x1f'),
+        *(b'"model"', b'"mod\\u0065l"', b'"stream"', b'"a"', b'"messages"'),
+        *(b"true", b"null", b"12", b"1e5", b"NaN", b"\\u00", b"\\ud83d", b"\\n"),
+        *("é".encode(), "🦙".encode(), b"\xc3", b"\x80", b"\xed\xa0\x80", b"\xff"),
+    ]
+)
+debris = st.lists(scraps, max_size=12).map(b"".join)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """Build a document and break it in a place or two, perhaps."""
+    body = draw(documents())
+    for _ in range(draw(st.integers(0, 2))):
+        at = draw(st.integers(0, len(body)))
+        body = body[:at] + draw(debris) + body[at + draw(st.integers(0, 3)) :]
+    return body
+
+
+anything = damaged() | debris.map(b"{".__add__) | debris | st.binary(max_size=40)
+
+
+@settings(thorough, max_examples=300)
+@given(anything, cuts)
+@example(b"", [])
+@example(b"\xef\xbb\xbf{}", [])
+@example(b'{"model":"\\', [9])
+@example(b'{"a":"\\', [7])
+@example(b'{"a":"x\\"y"}', [8])
+def test_whatever_comes_is_accepted_or_refused_wherever_it_is_cut(
+    body: bytes, cut_at: list[int]
+) -> None:
+    """No other exception, and no second opinion because of how TCP cut it."""
+    assert outcome(pieces_of(body, cut_at)) == outcome([body])
+
+
+@settings(thorough, max_examples=300)
+@given(anything)
+@example(b'{"model":"a","model":"b"}')
+@example(b'{"stream":tru}')
+@example(b'{"a":"\xc3\xa9\x01"}')
+@example(b'{"a":[}}')
+@example(b'{"a":"\\ud800"}')
+def test_what_scanner_and_grammar_accept_every_parser_reads_alike(body: bytes) -> None:
+    """A worker must not see another model than the one that was routed and allowed."""
+    seen = outcome([body])
+    if seen is None:
+        return
+    try:
+        check_json(body)
+    except RequestError:
+        return
+    parsed = json.loads(body.decode(), parse_int=float, parse_constant=_no_constant)
+    assert set(seen.found) == WANTED & set(parsed)
+    model = seen.found.get("model")
+    if model is not None and model.kind == '"':
+        assert text_of(model) == parsed["model"]
+    else:
+        assert not isinstance(parsed.get("model"), str)
+    stream = seen.found.get("stream")
+    is_true = stream is not None and stream.raw == b"true"
+    assert is_true is (parsed.get("stream") is True)
+
+
+def _no_constant(name: str) -> float:
+    raise AssertionError(f"{name} is no JSON")
+
+
+# --- Keys that occur twice --------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", sorted(WANTED))
+@pytest.mark.parametrize("first", ['"a"', "1", "[]", "{}", "null"])
+def test_a_wanted_key_that_occurs_twice_is_refused(key: str, first: str) -> None:
+    """Two parsers disagree on which of them counts; that would bypass a token."""
+    body = f'{{"{key}": {first}, "x": 1, "{key}": "b"}}'.encode()
+    assert f"the key {key!r} occurs twice" in refusal(body)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        rb"mod\u0065l",
+        rb"\u006dodel",
+        rb"\u006D\u006F\u0064\u0065\u006C",
+        rb"mode\u006c",
+    ],
+)
+def test_a_key_is_the_same_however_it_is_spelled(spelling: bytes) -> None:
+    for one, two in ((b"model", spelling), (spelling, b"model"), (spelling, spelling)):
+        body = b'{"%b":"a","%b":"b"}' % (one, two)
+        for pieces in halves(body):
+            assert "the key 'model' occurs twice" in refusal(*pieces)
+    assert text_of(scan(b'{"%b":"a"}' % spelling).found["model"]) == "a"
+
+
+def test_a_key_in_another_case_is_another_key() -> None:
+    assert text_of(scan(b'{"Model":"a","model":"b","MODEL":"c"}').found["model"]) == "b"
+
+
+def test_what_is_not_wanted_may_occur_twice() -> None:
+    assert scan(b'{"a":1,"a":2}').found == {}
+
+
+# --- Nesting ----------------------------------------------------------------------
+
+
+def nested(depth: int, opening: bytes = b"[", closing: bytes = b"]") -> bytes:
+    """Build an object that is so many levels deep, itself included."""
+    return b'{"a":' + opening * (depth - 1) + b"0" + closing * (depth - 1) + b"}"
+
+
+@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_a_body_may_be_so_deep_and_no_deeper(opening: bytes, closing: bytes) -> None:
+    body = nested(MAX_DEPTH, opening, closing)
+    scan(body)
+    check_json(body)
+    assert f"deeper than {MAX_DEPTH} levels" in refusal(
+        nested(MAX_DEPTH + 1, opening, closing)
+    )
+
+
+@pytest.mark.parametrize("key", [b"a", b"messages", b"model"])
+def test_a_depth_bomb_is_refused_before_it_ends(key: bytes) -> None:
+    scanner = FieldScanner()
+    with pytest.raises(RequestError, match="nested deeper"):
+        scanner.feed(b'{"%b":' % key + b"[" * 1_000_000)
+    scanner = FieldScanner()
+    scanner.feed(b'{"%b":' % key)
+    with pytest.raises(RequestError, match="nested deeper"):  # noqa: PT012
+        for _ in range(MAX_DEPTH):
+            scanner.feed(b"[")
+
+
+def test_brackets_in_strings_and_siblings_are_no_depth() -> None:
+    scan(b'{"a":["' + b"[{" * 500 + b'"],"b":"' + b"[{" * 500 + b'"}')
+    scan(b'{"a":[' + b",".join([b"[[]]"] * 500) + b"]}")
+    scan(b"{" + b",".join(b'"%d":[[[]]]' % n for n in range(500)) + b"}")
+
+
+# --- Text -------------------------------------------------------------------------
+
+TEXTS = ["é", "ß\u0080", "\u07ff\u0800", "漢字", "\ud7ff\ue000\uffff", "🦙\U0010ffff"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    "form", ['{"model":"%s"}', '{"%s":1,"model":"x"}', '{"a":"%s"}', '{"a":["%s",1]}']
+)
+def test_a_character_may_be_cut_at_every_byte(form: str, text: str) -> None:
+    body = (form % text).encode()
+    whole = outcome([body])
+    assert whole is not None
+    for pieces in halves(body):
+        assert outcome(pieces) == whole
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"\x80",
+        b"\xbf\xbf",
+        b"\xc3",
+        b"\xc3(",
+        b"\xc3a\xa9",
+        b"\xc0\x80",
+        b"\xe0\x80\x80",
+        b"\xed\xa0\x80",
+        b"\xf0\x9f\xa6",
+        b"\xf4\x90\x80\x80",
+        b"\xf5\x80\x80\x80",
+        b"\xfe",
+        b"\xff",
+    ],
+)
+@pytest.mark.parametrize("form", [b'{"model":"%b"}', b'{"a":["%b"]}', b'{"a":"%b"}'])
+def test_what_is_not_utf_8_is_refused_wherever_it_is_cut(
+    form: bytes, bad: bytes
+) -> None:
+    """Overlong, a surrogate, too large, or cut: each parser replaces it its own way."""
+    for pieces in halves(form % bad):
+        assert "not UTF-8" in refusal(*pieces)
+
+
+def test_a_body_that_ends_in_the_middle_of_a_character_is_refused() -> None:
+    assert "not UTF-8" in refusal(b'{"a":"', "é".encode()[:1])
+
+
+@pytest.mark.parametrize(
+    "bad", [rb"\ud800", rb"\udc00", rb"\ud800x", rb"\udc00\ud800", rb"\ud800\u0041"]
+)
+def test_half_a_surrogate_pair_is_no_text(bad: bytes) -> None:
+    """Python reads it, and cannot encode it; llama-server refuses it."""
+    with pytest.raises(RequestError) as caught:
+        text_of(scan(b'{"model":"%b"}' % bad).found["model"])
+    assert caught.value.code is Code.INVALID_JSON
+    assert "invalid escape" in refusal(b'{"%b":1}' % bad)
+    with pytest.raises(RequestError):
+        check_json(b'{"a":"%b"}' % bad)
+
+
+def test_a_surrogate_pair_is_one_character() -> None:
+    for pieces in halves(rb'{"model":"\ud83e\udd99"}'):
+        assert text_of(scan(*pieces).found["model"]) == "🦙"
+
+
+@pytest.mark.parametrize("bad", [rb"\x41", rb"\u00", rb"\u00g0", rb"\'", b"\\\n"])
+def test_an_invalid_escape_is_no_text(bad: bytes) -> None:
+    assert "invalid escape" in refusal(b'{"%b":1}' % bad)
+    with pytest.raises(RequestError):
+        text_of(scan(b'{"model":"%b"}' % bad).found["model"])
+
+
+@pytest.mark.parametrize("control", [b"\x00", b"\n", b"\t", b"\x1f"])
+def test_a_control_character_in_a_key_or_a_name_is_refused(control: bytes) -> None:
+    for form in (b'{"mod%bel":"a"}', b'{"model":"a%bb"}'):
+        for pieces in halves(form % control):
+            refusal(*pieces)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        rb"a\"b",
+        rb"\\",
+        rb"\\\"",
+        rb"\\\\",
+        rb"\"",
+        rb"\/\b\f\n\r\t",
+        rb"\",\"model\":\"x",
+    ],
+)
+def test_an_escaped_quote_ends_no_string(text: bytes) -> None:
+    forms = (b'{"%b":1,"model":"m"}', b'{"a":"%b","model":"m"}')
+    for form in (*forms, b'{"a":["%b"],"model":"m"}', b'{"a":{"%b":2},"model":"m"}'):
+        body = form % text
+        assert json.loads(body)["model"] == "m"
+        for pieces in halves(body):
+            assert text_of(scan(*pieces).found["model"]) == "m"
+
+
+# --- What is no JSON object -------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [b"", b" ", b"\r\n\t "])
+def test_an_empty_body_is_refused_as_such(body: bytes) -> None:
+    assert "the body is empty" in refusal(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[]", b'"x"', b"null", b"1", b"x", b"}", b"\xef\xbb\xbf{}", b"\x00{}", b"\x0b{}"],
+)
+def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
+    assert "must be an object" in refusal(body)
+
+
+def test_utf_16_is_refused() -> None:
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32-le"):
+        refusal('{"model":"a"}'.encode(encoding))
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"{a:1}", "a key was expected at byte 1"),
+        (b"{,}", "a key was expected at byte 1"),
+        (b'{"a":1,}', "a key was expected at byte 7"),
+        (b'{"a":1,,"b":2}', "a key was expected at byte 7"),
+        (b'{"a" 1}', "':' was expected at byte 5"),
+        (b'{"a"}', "':' was expected at byte 4"),
+        (b'{"a":}', "a value was expected at byte 5"),
+        (b'{"a"::1}', "a value was expected at byte 5"),
+        (b'{"a":,"b":1}', "a value was expected at byte 5"),
+        (b'{"a":]}', "a value was expected at byte 5"),
+        (b'{"a":1 2}', "',' or '}' was expected at byte 7"),
+        (b'{"a":1:2}', "',' or '}' was expected at byte 6"),
+        (b'{"a":1]', "',' or '}' was expected at byte 6"),
+        (b'{"a":[]]}', "',' or '}' was expected at byte 7"),
+        (b'{"a":"b" "c"}', "',' or '}' was expected at byte 9"),
+        (b'{"a":1\x0b}', "',' or '}' was expected at byte 6"),
+        (b"{}{}", "something follows the object"),
+        (b'{"model":"a"} {"model":"b"}', "something follows the object"),
+        (b"{} \n x", "something follows the object"),
+        (b"{}\x00", "something follows the object"),
+        (b"{}}", "something follows the object"),
+    ],
+)
+def test_a_mistake_on_the_top_level_is_refused_with_its_place(
+    body: bytes, why: str
+) -> None:
+    for pieces in halves(body):
+        assert why in refusal(*pieces)
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        b'{"model":"a\\nb","stream":true,"max_tokens":12,"x":{"y":["z",1,null]},"w":-1.5}',
+        b'{"x":"y"}',
+        b"{}",
+    ],
+)
+def test_a_body_that_ends_too_early_is_refused_wherever_it_ends(whole: bytes) -> None:
+    scan(whole)
+    for end in range(1, len(whole)):
+        assert "the body ends too early" in refusal(whole[:end])
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        (b'{"a":[1,]}', "byte 8"),
+        (b'{"a":[}}', "byte 6"),
+        (b'{"a":{"b":1]}', "byte 11"),
+        (b'{"a":{"b"}}', "byte 9"),
+        (b'{"a":[1 2]}', "byte 8"),
+        (b'{"a":tru}', "byte"),
+        (b'{"a":NaN}', "byte 5"),
+        (b'{"a":[Infinity]}', "byte 6"),
+        (b'{"a":-}', "byte 6"),
+        (b'{"a":01}', "byte 6"),
+        (b'{"a":1.}', "byte 7"),
+        (b'{"a":1e}', "byte 7"),
+        (b'{"a":"\x01"}', "byte 6"),
+        (b'{"a":["\n"]}', "byte 7"),
+        (b'{"a":"\\x"}', "byte 7"),
+        (b'{"a":"x\\\n"}', "byte 8"),
+        (b'{"a":["\\\n"]}', "byte 8"),
+    ],
+)
+def test_a_mistake_inside_of_a_value_is_seen_by_the_grammar(
+    body: bytes, where: str
+) -> None:
+    """The scanner passes over what nobody wants; `check_json` reads what is kept."""
+    scan(body)
+    with pytest.raises(RequestError, match=where) as caught:
+        check_json(body)
+    assert caught.value.code is Code.INVALID_JSON
+    assert caught.value.message.startswith("The body is not valid JSON: ")
+    assert "malformed" not in caught.value.message  # it says so already
+
+
+def test_numbers_of_any_size_are_json() -> None:
+    for number in (b"9" * 4000, b"-" + b"9" * 400, b"1e999", b"0." + b"0" * 400 + b"1"):
+        body = b'{"a":[%b],"b":%b}' % (number, number)
+        scan(body)
+        check_json(body)
+    assert math.isinf(json.loads("1e999"))
+
+
+# --- Limits -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b'{"model":"', "'model'"),
+        (b'{"model":', "'model'"),
+        (b'{"max_tokens":', "'max_tokens'"),
+        (b'{"', "a key"),
+    ],
+)
+def test_a_key_or_a_wanted_value_without_end_is_refused(
+    start: bytes, name: str
+) -> None:
+    """It would be kept until memory is full."""
+    scanner = FieldScanner()
+    scanner.feed(start)
+    with pytest.raises(RequestError) as caught:  # noqa: PT012
+        for _ in range(MAX_TOKEN + 1):
+            scanner.feed(b"1")
+    assert f"{name} is longer than {MAX_TOKEN} bytes" in caught.value.message
+
+
+def test_a_name_may_be_as_long_as_the_limit() -> None:
+    name = b"m" * (MAX_TOKEN - 2)
+    body = b'{"model":"%b"}' % name
+    scanner = scan(*(body[at : at + 1] for at in range(len(body))))
+    assert text_of(scanner.found["model"]) == name.decode()
+
+
+@pytest.mark.parametrize("form", [b'{"model":"%b"}', b'{"%b":1}', b'{"n_predict":%b}'])
+def test_what_is_too_long_is_too_long_wherever_it_is_cut(form: bytes) -> None:
+    body = form % (b"1" * (MAX_TOKEN + 1))
+    for at in (0, 10, 99, MAX_TOKEN, MAX_TOKEN + 10, len(body) - 2):
+        assert f"longer than {MAX_TOKEN} bytes" in refusal(body[:at], body[at:])
+
+
+@pytest.mark.parametrize(
+    "filler",
+    [
+        b"A" * 65_536,
+        b'\\"' * 32_768,
+        "é".encode() * 32_768,
+        b"A" * 65_535 + b"\\",
+    ],
+)
+@pytest.mark.parametrize("start", [b'{"x":"', b'{"messages":["', b'{"x":[{"y":"'])
+def test_what_is_passed_over_takes_no_memory(start: bytes, filler: bytes) -> None:
+    """An image of 200 MB in front of the model's name is read and forgotten."""
+    scanner = FieldScanner()
+    scanner.feed(start)
+    tracemalloc.start()
+    try:
+        scanner.feed(filler)
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(8):
+            scanner.feed(filler)
+        now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert now - before < 4096
+    assert peak - before < 4 * len(filler)  # the decoded piece, while it is checked
+
+
+def test_a_long_body_is_scanned_to_its_end() -> None:
+    image = b'{"type":"image_url","url":"data:image/png;base64,%b"}' % (
+        b"iVBO" * 65_536
+    )
+    body = b'{"messages":[%b,%b],"model":"qwen"}' % (image, image)
+    pieces = pieces_of(body, range(0, len(body), 65_521))
+    found = scan(*pieces).found
+    assert (found["messages"].kind, text_of(found["model"])) == ("[", "qwen")
+    assert body[found["model"].start : found["model"].end] == b'"qwen"'
+
+
+def view(body: bytes) -> dict[str, Any]:
+    return {name: field.kind for name, field in scan(body).found.items()}
+
+
+def test_a_real_request_is_understood() -> None:
+    """What the OpenAI SDK sends."""
+    body = json.dumps(
+        {
+            "messages": [{"role": "user", "content": 'Say "hi" to {model}'}],
+            "model": "qwen2.5:7b",
+            "max_completion_tokens": 64,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": 0.2,
+            "tools": None,
+        }
+    )
+    assert view(body.encode()) == {
+        "messages": "[",
+        "model": '"',
+        "max_completion_tokens": "0",
+        "stream": "t",
+    }

@@ -1,0 +1,369 @@
+"""What is not listed does not reach a worker; what belongs to one hop ends there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.headers import (
+    FORWARDED,
+    HOP_BY_HOP,
+    OWNED,
+    check_head,
+    request_id,
+    to_client,
+    to_worker,
+)
+
+LIMIT = 16 << 10
+JSON = (b"Content-Type", b"application/json")
+HOST = (b"Host", b"hub:8000")
+
+
+def lines(*text: str) -> list[tuple[bytes, bytes]]:
+    """Read `Name: value` lines as a parser would."""
+    pairs = [line.partition(":") for line in text]
+    return [(n.encode("latin-1"), v.strip().encode("latin-1")) for n, _, v in pairs]
+
+
+def refusal(
+    *headers: tuple[bytes, bytes],
+    method: str = "POST",
+    version: tuple[int, int] = (1, 1),
+    limit: int = LIMIT,
+) -> RequestError:
+    """Check a head that must be refused, and return why."""
+    with pytest.raises(RequestError) as caught:
+        check_head(method, version, headers, limit)
+    return caught.value
+
+
+# --- What is accepted -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [(1, 0), (1, 1)])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS", "BREW"])
+def test_an_ordinary_head_is_accepted(method: str, version: tuple[int, int]) -> None:
+    """Which methods a path has is for the routes to say."""
+    headers = lines("Host: hub", "Content-Length: 5", "Content-Type: application/json")
+    check_head(method, version, headers, LIMIT)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Transfer-Encoding: chunked",
+        "TRANSFER-ENCODING: Chunked",
+        "Content-Encoding: identity",
+        "content-encoding: IDENTITY",
+        "Accept-Encoding: gzip",
+        "Connection: upgrade",
+        "TE: trailers",
+    ],
+)
+def test_what_changes_nothing_about_the_framing_is_accepted(line: str) -> None:
+    check_head("POST", (1, 1), lines(line), LIMIT)
+
+
+@pytest.mark.parametrize("version", [(0, 9), (1, 2), (2, 0), (3, 0), (11, 1)])
+def test_only_http_1_0_and_1_1_are_spoken(version: tuple[int, int]) -> None:
+    error = refusal(HOST, version=version)
+    assert error.code is Code.UNSUPPORTED_HTTP_VERSION
+    assert f"HTTP/{version[0]}.{version[1]} " in error.message
+
+
+def test_the_hub_is_no_tunnel() -> None:
+    error = refusal(HOST, method="CONNECT")
+    assert error.code is Code.METHOD_NOT_ALLOWED
+    assert error.allow  # RFC 9110, 15.5.6: a 405 names the methods that there are
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "gzip",
+        "gzip, chunked",
+        "chunked, chunked",
+        "chunked, identity",
+        "identity",
+        "xchunked",
+        "chunked;q=1",
+        '"chunked"',
+        "chunked\x0b",
+        "chun ked",
+    ],
+)
+def test_a_transfer_coding_other_than_chunked_is_refused(value: str) -> None:
+    """Two programs that read such a list differently see two different requests."""
+    header = (b"transfer-Encoding", value.encode())
+    error = refusal(HOST, header)
+    assert (error.code, error.code.status) == (Code.UNSUPPORTED_TRANSFER_ENCODING, 501)
+
+
+def test_a_second_transfer_coding_is_refused_behind_a_good_one() -> None:
+    headers = lines("Transfer-Encoding: chunked", "Transfer-Encoding: gzip")
+    assert refusal(*headers).code is Code.UNSUPPORTED_TRANSFER_ENCODING
+
+
+@pytest.mark.parametrize("value", ["gzip", "GZIP", "deflate", "br", "identity, gzip"])
+def test_a_compressed_body_is_refused_and_not_passed_on_unread(value: str) -> None:
+    """A bomb inside, or a `model` that routing cannot see."""
+    error = refusal((b"CONTENT-Encoding", value.encode()))
+    assert error.code is Code.UNSUPPORTED_ENCODING
+    assert "plain JSON" in error.message
+
+
+@pytest.mark.parametrize("value", ["h2c", "websocket", ""])
+def test_an_upgrade_is_refused(value: str) -> None:
+    error = refusal(HOST, (b"UpGrade", value.encode()))
+    assert error.code is Code.BAD_REQUEST
+    assert "Upgrade" in error.message
+
+
+@pytest.mark.parametrize(
+    "name", ["Content_Length", "content_length", "TRANSFER_ENCODING"]
+)
+def test_a_name_that_some_servers_read_as_framing_is_refused(name: str) -> None:
+    error = refusal(HOST, (name.encode(), b"5"))
+    assert error.code is Code.BAD_REQUEST
+    assert repr(name) in error.message  # the client is told which header
+
+
+def test_a_head_may_be_as_large_as_the_limit_and_not_a_byte_larger() -> None:
+    """What counts is what is sent: the name, `: `, the value and the line end."""
+    exact = sum(len(b"%b: %b\r\n" % header) for header in (HOST, JSON))
+    check_head("POST", (1, 1), (HOST, JSON), exact)
+    error = refusal(HOST, JSON, limit=exact - 1)
+    assert error.code is Code.HEAD_TOO_LARGE
+    assert str(exact - 1) in error.message
+
+
+def test_many_small_headers_are_as_large_as_one_big_one() -> None:
+    assert refusal(*[(b"a", b"")] * 4000).code is Code.HEAD_TOO_LARGE
+
+
+# --- The request id ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given_id", ["a", "A-9_z.0", "0" * 64])
+def test_a_harmless_request_id_of_the_client_is_taken(given_id: str) -> None:
+    headers = [HOST, (b"x-request-ID", given_id.encode())]
+    assert request_id(headers, "ours") == given_id
+
+
+@pytest.mark.parametrize(
+    "given_id",
+    ["", "0" * 65, "a b", "a\tb", "a\n", "a\r\nX: y", "é", "a/b", 'a"b', "<b>", "a,b"],
+)
+def test_any_other_request_id_is_replaced(given_id: str) -> None:
+    """It goes into logs and replies: no quotes, no line ends, no length of its own."""
+    headers = [(b"X-Request-Id", given_id.encode("latin-1"))]
+    assert request_id(headers, "ours") == "ours"
+
+
+def test_of_two_request_ids_neither_is_taken() -> None:
+    headers = lines("X-Request-Id: one", "X-REQUEST-ID: two")
+    assert request_id(headers, "ours") == "ours"
+
+
+def test_without_a_request_id_there_is_ours() -> None:
+    assert request_id(iter([HOST]), "ours") == "ours"
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=80), max_size=3))
+def test_whatever_comes_the_request_id_is_harmless(values: list[bytes]) -> None:
+    chosen = request_id([(b"X-Request-Id", value) for value in values], "ours")
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", chosen)
+
+
+# --- Client → worker --------------------------------------------------------------
+
+
+def test_only_what_is_listed_reaches_a_worker_and_it_does_unchanged() -> None:
+    headers = lines(
+        "Accept: text/event-stream",
+        "ACCEPT-Language: de, en;q=0.5",
+        "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        "Tracestate: vendor=1",
+    )
+    assert to_worker([HOST, *headers, JSON]) == headers
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "X-Conversation-Id",
+        "x-conversation-id",
+        "Authorization",
+        "AUTHORIZATION",
+        "Proxy-Authorization",
+        "Cookie",
+        "X-Api-Key",
+        "X-Request-Id",
+        "X-Forwarded-For",
+        "Forwarded",
+        "Host",
+        "Content-Length",
+        "Content-Type",
+        "Content-Encoding",
+        "Accept-Encoding",
+        "Transfer-Encoding",
+        "Connection",
+        "Keep-Alive",
+        "TE",
+        "Trailer",
+        "Upgrade",
+        "Expect",
+        "Origin",
+        "User-Agent",
+        "X-Gollama-Worker",
+        "Accept_Language",
+        "Accept ",
+        "",
+    ],
+)
+def test_credentials_framing_and_switches_never_reach_a_worker(name: str) -> None:
+    assert to_worker([(name.encode(), b"x")]) == []
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.binary(max_size=30), st.binary(max_size=30)), max_size=6))
+def test_whatever_comes_a_worker_gets_listed_names_and_one_line_each(
+    headers: list[tuple[bytes, bytes]],
+) -> None:
+    headers = [*headers, *((b"Accept", value) for _, value in headers)]
+    for name, value in to_worker(headers):
+        assert name.lower() in FORWARDED
+        assert not set(value) - set(range(0x20, 0x7F)) - {0x09}
+
+
+@pytest.mark.parametrize("bad", [b"a\r\nX-Api-Key: k", b"a\nb", b"\x00", b"caf\xe9"])
+def test_a_value_that_two_programs_may_read_differently_goes_nowhere(
+    bad: bytes,
+) -> None:
+    assert to_worker([(b"Accept", bad)]) == []
+    assert to_client([(b"X-Note", bad)]) == []
+
+
+CONNECTIONS = [
+    pytest.param(["Connection: {}"], id="plain"),
+    pytest.param(["CONNECTION: {}"], id="name in capitals"),
+    pytest.param(["Connection:", "Connection: {}"], id="the first is empty"),
+    pytest.param(["Connection: close", "connection: {}"], id="the second"),
+    pytest.param(["Connection: {}", "connection: close"], id="not the last"),
+    pytest.param(["Connection: close, {}"], id="in a list"),
+    pytest.param(["Connection: ,, {} ,"], id="among empty elements"),
+    pytest.param(["Connection: close,{},x"], id="without spaces"),
+]
+
+
+@pytest.mark.parametrize("spelled", ["accept", "Accept", "ACCEPT"])
+@pytest.mark.parametrize("connection", CONNECTIONS)
+def test_a_client_can_name_a_header_that_is_for_the_hub_alone(
+    connection: list[str], spelled: str
+) -> None:
+    named = lines(*(line.format(spelled) for line in connection))
+    assert to_worker([(b"Accept", b"*/*"), *named]) == []
+    assert to_worker([*named, (b"aCCept", b"*/*")]) == []
+
+
+@pytest.mark.parametrize("spelled", ["x-note", "X-Note", "X-NOTE"])
+@pytest.mark.parametrize("connection", CONNECTIONS)
+def test_a_worker_can_name_a_header_that_is_for_the_hub_alone(
+    connection: list[str], spelled: str
+) -> None:
+    named = lines(*(line.format(spelled) for line in connection))
+    assert to_client([(b"X-Note", b"1"), *named]) == []
+    assert to_client([*named, (b"x-nOTE", b"1")]) == []
+
+
+def test_what_connection_does_not_name_stays() -> None:
+    """`Connection: accept` is not `accept-language`, and no empty name drops all."""
+    headers = lines("Accept-Language: de", "Connection: accept, , keep-alive")
+    assert to_worker(headers) == lines("Accept-Language: de")
+    assert to_client(lines("X-Notes: 1", "Connection: x-note,")) == [("X-Notes", "1")]
+
+
+# --- Worker → client --------------------------------------------------------------
+
+
+def test_a_client_gets_what_a_worker_says_about_its_answer() -> None:
+    headers = lines(
+        "Content-Type: application/json; charset=utf-8",
+        "X-Anything: with\tspaces  inside",
+        "Retry-After: 3",
+        "Vary: Accept",
+        "vary: Origin",
+    )
+    assert to_client(headers) == [(n.decode(), v.decode()) for n, v in headers]
+
+
+@pytest.mark.parametrize("name", sorted(HOP_BY_HOP | OWNED))
+def test_what_belongs_to_one_hop_or_to_the_hub_ends_at_the_hub(name: bytes) -> None:
+    assert to_client([(name, b"x"), (name.title(), b"x"), (name.upper(), b"x")]) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Connection",
+        "Keep-Alive",
+        "Proxy-Authenticate",
+        "Proxy-Connection",
+        "TE",
+        "Trailer",
+        "Transfer-Encoding",
+        "Upgrade",
+        "Content-Length",
+        "Date",
+        "Server",
+        "Set-Cookie",
+        "WWW-Authenticate",
+        "X-Request-Id",
+        "Access-Control-Allow-Origin",
+        "access-control-allow-credentials",
+        "X-Gollama-Worker",
+        "x-gollama-anything",
+        "X-Accel-Buffering",
+        "Cache-Control",
+    ],
+)
+def test_a_worker_does_not_speak_for_the_hub(name: str) -> None:
+    """Spelled out here, so that no name leaves the lists by accident."""
+    assert to_client([(name.encode(), b"x")]) == []
+
+
+def test_a_header_whose_name_is_not_ascii_is_dropped() -> None:
+    assert to_client([(b"X-Caf\xe9", b"1"), (b"X-Ok", b"1")]) == [("X-Ok", "1")]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(sorted(HOP_BY_HOP | OWNED)) | st.binary(max_size=12),
+            st.binary(max_size=20) | st.just(b"connection, x"),
+        ),
+        max_size=8,
+    )
+)
+def test_whatever_a_worker_sends_nothing_of_its_hop_comes_through(
+    headers: list[tuple[bytes, bytes]],
+) -> None:
+    for name, value in to_client(headers):
+        assert name.lower().encode() not in HOP_BY_HOP | OWNED
+        assert (name.encode(), value.encode()) in headers
+
+
+def test_transfer_encoding_needs_http_1_1() -> None:
+    """RFC 9112, 6.1: such framing is faulty."""
+    chunked = [(b"Transfer-Encoding", b"chunked")]
+    check_head("POST", (1, 1), chunked, 1024)
+    with pytest.raises(RequestError, match=r"needs HTTP/1\.1"):
+        check_head("POST", (1, 0), chunked, 1024)

@@ -1,0 +1,71 @@
+"""What is not in the table of routes cannot be reached; each route has its end."""
+
+from __future__ import annotations
+
+import pytest
+
+from gollama_proxy.wire.fields import WANTED
+from gollama_proxy.wire.openai import ENDPOINTS, Ending, Endpoint
+
+MARKED = {
+    Ending.DONE: {"/v1/chat/completions", "/chat/completions", "/v1/completions"},
+    Ending.STOP: {"/completion", "/completions", "/infill"},
+    Ending.NAMED: {"/v1/responses", "/responses", "/v1/messages"},
+    Ending.BODY: {
+        "/v1/embeddings",
+        "/embeddings",
+        "/v1/rerank",
+        "/rerank",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+    },
+}
+
+
+@pytest.mark.parametrize("ending", list(Ending))
+def test_every_route_has_the_ending_that_its_api_has(ending: Ending) -> None:
+    paths = {path for path, route in ENDPOINTS.items() if route.ending is ending}
+    assert paths == MARKED[ending]
+
+
+def test_the_key_of_a_route_is_the_path_that_a_worker_gets() -> None:
+    assert all(path == endpoint.path for path, endpoint in ENDPOINTS.items())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/props",
+        "/slots",
+        "/slots/0",
+        "/tools",
+        "/lora-adapters",
+        "/models/load",
+        "/models/unload",
+        "/metrics",
+        "/v1",
+        "/",
+        "",
+    ],
+)
+def test_what_changes_or_reveals_a_worker_is_not_reachable(path: str) -> None:
+    assert path not in ENDPOINTS
+
+
+def test_both_spellings_of_a_route_ask_for_the_same_arrays() -> None:
+    """A path with and without `/v1` must not differ in what it lets through."""
+    for path, endpoint in ENDPOINTS.items():
+        cousin = ENDPOINTS.get(f"/v1{path}", endpoint)
+        assert cousin.arrays == endpoint.arrays
+
+
+def test_an_array_that_is_asked_for_is_one_that_the_scanner_looks_for() -> None:
+    arrays = {name for endpoint in ENDPOINTS.values() for name in endpoint.arrays}
+    assert arrays == {"messages", "documents", "tokens"}
+    assert arrays <= WANTED
+
+
+def test_a_route_that_says_nothing_else_does_not_stream() -> None:
+    assert Endpoint("/x") == ("/x", Ending.BODY, ())

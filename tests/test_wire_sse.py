@@ -1,0 +1,458 @@
+"""A relay reads the first event and the last bytes, and is not fooled by either."""
+
+from __future__ import annotations
+
+import json
+from itertools import cycle
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gollama_proxy.wire.errors import Code, WorkerError
+from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.sse import (
+    DONE,
+    STREAM_HEADERS,
+    TAIL,
+    EventError,
+    Verdict,
+    error_event,
+    error_in,
+    first_data,
+    generated_tokens,
+    judge,
+)
+from tests.fakes import replies
+
+NOTHING = Verdict(complete=False, done=False, failed=False)
+STREAMED = [Ending.DONE, Ending.STOP, Ending.NAMED]
+LINE_ENDS = pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"])
+
+
+def native(content: str, *, stop: bool) -> bytes:
+    """Build an event of llama-server's own /completion."""
+    told: dict[str, Any] = {"index": 0, "content": content, "tokens": [1], "stop": stop}
+    if stop:
+        told |= {"model": "tiny", "tokens_predicted": 3, "stop_type": "limit"}
+        told["timings"] = replies.timings_of(3)
+    return replies.event(told)
+
+
+def anthropic(type: str, **more: Any) -> bytes:
+    return replies.named_event({"type": type, **more})
+
+
+def responses(type: str, **more: Any) -> bytes:
+    return replies.named_event({"type": f"response.{type}", **more})
+
+
+# --- The first event --------------------------------------------------------------
+
+
+@LINE_ENDS
+def test_the_data_of_the_first_event_is_found(eol: bytes) -> None:
+    held = eol.join([b'data: {"a":1}', b"", b'data: {"b":2}', b"", b""])
+    assert first_data(held) == b'{"a":1}'
+
+
+@LINE_ENDS
+def test_an_event_is_not_seen_before_its_blank_line_is_complete(eol: bytes) -> None:
+    """Whatever the pieces in which it comes; of a CRLF the CR is enough."""
+    event = b"id: 7" + eol + b"data: one" + eol + b"data: two" + eol + eol[:1]
+    for cut in range(len(event)):
+        assert first_data(event[:cut]) is None
+    assert first_data(event) == first_data(event + eol[1:]) == b"one\ntwo"
+
+
+@LINE_ENDS
+def test_comments_pings_and_events_without_data_are_passed_over(eol: bytes) -> None:
+    before = [
+        b":",
+        b"",
+        b": ping",
+        b"",
+        b"event: ping",
+        b"id: 3",
+        b"",
+        b"",
+        b"retry: 5",
+    ]
+    held = eol.join([*before, b"", b": why", b"data: x", b"event: y", b"", b""])
+    assert first_data(held) == b"x"
+    assert first_data(eol.join([*before, b"", b""])) is None
+
+
+def test_the_pings_of_llama_server_are_no_answer() -> None:
+    assert first_data(replies.ping() * 3) is None
+    held = replies.ping() * 3 + replies.role() + replies.token("a")
+    data = first_data(held)
+    assert data is not None
+    assert json.loads(data)["choices"][0]["delta"]["role"] == "assistant"
+
+
+def test_the_name_of_an_event_is_not_its_data() -> None:
+    assert first_data(b"event: data: x\ndatum: y\n:data: z\n\n") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "data"),
+    [(b"data:x", b"x"), (b"data: x", b"x"), (b"data:", b""), (b"data: a: b", b"a: b")],
+)
+def test_the_space_behind_the_colon_is_not_data(line: bytes, data: bytes) -> None:
+    assert first_data(line + b"\n\n") == data
+
+
+def test_before_a_byte_came_there_is_no_event() -> None:
+    assert first_data(b"") is None
+
+
+LINE = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=9).map(
+    str.encode
+)
+
+
+@settings(deadline=None)
+@given(
+    noise=st.lists(LINE.map(b": ".__add__) | st.just(b""), max_size=4),
+    data=st.lists(LINE.filter(lambda line: not line.startswith(b" ")), min_size=1),
+    eols=st.lists(st.sampled_from([b"\n", b"\r\n", b"\r"]), min_size=1),
+    behind=st.binary(max_size=20),
+)
+@example(noise=[], data=[b"x"], eols=[b"\n", b"\r\n"], behind=b"")
+@example(noise=[], data=[b"x"], eols=[b"\r\n", b"\n"], behind=b"")
+@example(noise=[], data=[b"x"], eols=[b"\n", b"\r"], behind=b"")
+def test_first_data_reads_what_the_standard_reads(
+    noise: list[bytes], data: list[bytes], eols: list[bytes], behind: bytes
+) -> None:
+    """HTML standard, 9.2.6: the data lines of an event, joined with line feeds.
+
+    Each line may have another end, if only a CR and an LF stay apart.
+    """
+    held = b""
+    ends = cycle(eols)
+    for line in [*noise, *(b"data: " + line for line in data), b""]:
+        end = next(ends)
+        held += line + (b"\r" if (held + line)[-1:] == b"\r" and end == b"\n" else end)
+    assert first_data(held + behind) == b"\n".join(data)
+
+
+# --- How a stream ended -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("usage", [None, replies.usage_of()])
+@pytest.mark.parametrize("reason", ["stop", "length", "tool_calls"])
+def test_a_chat_is_complete_with_its_done(
+    reason: str, usage: dict[str, Any] | None
+) -> None:
+    tail = replies.token("a") + replies.finish(reason, usage=usage) + replies.done()
+    assert judge(tail, Ending.DONE) == Verdict(complete=True, done=True, failed=False)
+
+
+def test_a_chat_is_complete_with_a_finish_reason_but_lacks_its_done() -> None:
+    """The relay adds it then; SDKs wait for it."""
+    verdict = judge(replies.token("a") + replies.finish(), Ending.DONE)
+    assert verdict == Verdict(complete=True, done=False, failed=False)
+
+
+def test_a_done_without_a_finish_reason_is_enough() -> None:
+    """The servers that send no finish_reason do send this."""
+    verdict = judge(replies.token("a") + replies.done(), Ending.DONE)
+    assert verdict == Verdict(complete=True, done=True, failed=False)
+
+
+@pytest.mark.parametrize(
+    "spelled", [b'"finish_reason" : "stop"', b'"finish_reason":"x"']
+)
+def test_the_spacing_of_a_finish_reason_does_not_matter(spelled: bytes) -> None:
+    assert judge(b"data: {%b}\n\n" % spelled, Ending.DONE).complete
+
+
+@pytest.mark.parametrize("spelled", [b"null", b'""', b'"'])
+def test_a_finish_reason_that_says_nothing_ends_nothing(spelled: bytes) -> None:
+    """Some servers send an empty one with every event."""
+    assert judge(b'data: {"finish_reason":%b' % spelled, Ending.DONE) == NOTHING
+
+
+def test_a_text_completion_ends_with_its_finish_reason() -> None:
+    first = replies.event(replies.text_completion("a", reason=None, last=False))
+    last = replies.event(replies.text_completion("", reason="length"))
+    assert not judge(first, Ending.DONE).complete
+    assert judge(first + last, Ending.DONE).complete
+
+
+@pytest.mark.parametrize(
+    "done", [b"data: [DONE]\n\n", b"data:[DONE]\n\n", b"data: [DONE]\r\n\r\n"]
+)
+def test_a_done_is_seen_at_the_very_beginning_and_with_any_line_end(
+    done: bytes,
+) -> None:
+    assert judge(done, Ending.DONE).done
+    assert judge(b"data: {}\r\r" + done.replace(b"\r\n", b"\r"), Ending.DONE).done
+
+
+@pytest.mark.parametrize("cut", range(1, len(b"data: [DONE]\n")))
+def test_half_a_done_is_none(cut: int) -> None:
+    tail = replies.token("a") + b"data: [DONE]\n"[:cut]
+    assert judge(tail, Ending.DONE) == NOTHING
+
+
+def test_a_native_completion_is_complete_when_it_says_stop() -> None:
+    assert judge(native("a", stop=False), Ending.STOP) == NOTHING
+    assert judge(native("a", stop=False) + native("", stop=True), Ending.STOP).complete
+    assert judge(b'data: {"stop" : true}\n\n', Ending.STOP).complete
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        anthropic("message_stop"),
+        anthropic("message_stop").replace(b"\n", b"\r\n"),
+        b"event:message_stop\ndata: {}\n\n",
+        responses("completed", response={}),
+        responses("incomplete", response={}),
+        responses("failed", response={}),
+    ],
+)
+def test_a_stream_with_named_events_is_complete_with_its_last_one(last: bytes) -> None:
+    before = anthropic("content_block_delta", delta={"text": "a"})
+    assert judge(before, Ending.NAMED) == NOTHING
+    assert judge(before + last, Ending.NAMED).complete
+    assert judge(last, Ending.NAMED).complete
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        anthropic("message_delta", delta={"stop_reason": "end_turn"}),
+        anthropic("message_stopped"),
+        anthropic("content_block_stop"),
+        responses("in_progress"),
+        responses("output_text.done"),
+        responses("completed_"),
+        b"event: responseXcompleted\n\n",
+        b"data: event: message_stop\n\n",
+    ],
+)
+def test_another_named_event_ends_nothing(event: bytes) -> None:
+    assert judge(event, Ending.NAMED) == NOTHING
+
+
+@pytest.mark.parametrize("tail", [b"", b"{}", replies.token("a")])
+def test_a_body_that_is_no_stream_is_complete_when_it_ends(tail: bytes) -> None:
+    assert judge(tail, Ending.BODY) == Verdict(complete=True, done=False, failed=False)
+
+
+@pytest.mark.parametrize("ending", STREAMED)
+def test_the_mark_of_another_api_does_not_count(ending: Ending) -> None:
+    marks = {
+        Ending.DONE: replies.finish() + replies.done(),
+        Ending.STOP: native("", stop=True),
+        Ending.NAMED: anthropic("message_stop"),
+    }
+    for other in STREAMED:
+        assert judge(marks[other], ending).complete is (other is ending)
+
+
+@pytest.mark.parametrize("ending", STREAMED)
+@pytest.mark.parametrize(
+    "error",
+    [
+        replies.error_event("Context size has been exceeded."),
+        b'data:{"error" : {}}\n\n',
+        b'event: error\ndata: {"type":"error"}\n\n',
+        b"event:error\r\ndata: x\r\n\r\n",
+    ],
+)
+def test_an_error_that_the_worker_told_is_seen(error: bytes, ending: Ending) -> None:
+    told = Verdict(complete=False, done=False, failed=True)
+    assert judge(error, ending) == told
+    assert judge(replies.token("a") + error, ending) == told
+
+
+@pytest.mark.parametrize("ending", STREAMED)
+@pytest.mark.parametrize(
+    "line",
+    [b"data: [DONE]", b'data: {"error":{}}', b"event: error", b"event: message_stop"],
+)
+def test_a_mark_that_does_not_begin_its_line_is_none(
+    line: bytes, ending: Ending
+) -> None:
+    """In a comment, in the name of an event, or behind the other kind of data."""
+    for before in (b": ", b"event: ", b"data: ", b"id: ", b" "):
+        assert judge(before + line + b"\n\n", ending) == NOTHING
+
+
+@pytest.mark.parametrize("ending", STREAMED)
+@pytest.mark.parametrize("tail", [b"", replies.ping() * 4, replies.role()])
+def test_a_stream_that_just_stops_is_not_complete(tail: bytes, ending: Ending) -> None:
+    assert judge(tail, ending) == NOTHING
+
+
+QUOTES = [
+    "data: [DONE]\n\n",
+    "\r\ndata: [DONE]\r\n",
+    '"finish_reason":"stop"',
+    '{"finish_reason": "length"}',
+    '"stop":true',
+    '"stop" : true',
+    '"stop_type":"limit"',
+    "\nevent: message_stop\n",
+    "\r\nevent: response.completed\r\n",
+    'data: {"error": {"message": "x"}}\n\n',
+    "\nevent: error\n",
+    '"completion_tokens":7',
+    '"predicted_n": 7, "output_tokens": 7',
+    "\\",
+    '\\"',
+]
+
+
+@pytest.mark.parametrize("words", QUOTES)
+def test_what_a_model_says_ends_no_stream(words: str) -> None:
+    """Nor does the tail, which begins anywhere: in the middle of a word, say."""
+    arguments = [{"index": 0, "function": {"arguments": json.dumps({"x": words})}}]
+    tool_call = {"choices": [{"delta": {"tool_calls": arguments}}]}
+    delta = {"type": "text_delta", "text": words}
+    tail = replies.token(words) + native(words, stop=False) + replies.event(tool_call)
+    tail += anthropic("content_block_delta", index=0, delta=delta)
+    for start in range(len(tail)):
+        for ending in STREAMED:
+            assert judge(tail[start:], ending) == NOTHING
+        assert generated_tokens(tail[start:]) is None
+
+
+@settings(deadline=None)
+@given(
+    words=st.lists(st.text(max_size=5) | st.sampled_from(QUOTES), max_size=5),
+    start=st.integers(0, 400),
+)
+def test_no_words_of_a_model_end_a_stream(words: list[str], start: int) -> None:
+    tail = (replies.token("".join(words)) + native("".join(words), stop=False))[start:]
+    for ending in STREAMED:
+        assert judge(tail, ending) == NOTHING
+    assert generated_tokens(tail) is None
+
+
+def test_what_is_kept_of_a_stream_holds_its_last_events() -> None:
+    """The widest end there is: a finish, usage with timings, and `[DONE]`."""
+    last = replies.finish(usage=replies.usage_of(9), tokens=9) + replies.done()
+    tail = (replies.token("x" * TAIL) + last)[-TAIL:]
+    assert tail.endswith(last)
+    assert judge(tail, Ending.DONE) == Verdict(complete=True, done=True, failed=False)
+    assert generated_tokens(tail) == 9
+
+
+# --- How many tokens --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tail", "count"),
+    [
+        (replies.finish(tokens=41) + replies.done(), 41),
+        (replies.finish(usage=replies.usage_of(42), tokens=42) + replies.done(), 42),
+        (native("", stop=True), 3),
+        (anthropic("message_delta", usage={"output_tokens": 12}), 12),
+        (b'data: {"usage": {"completion_tokens" : 0}}\n\n', 0),
+        (replies.token("a") + replies.done(), None),
+        (b"", None),
+        (b'{"completion_tokens":null}', None),
+        (b'{"completion_tokens_details":{"reasoning_tokens":5}}', None),
+        (b'{"prompt_tokens":5,"prompt_n":6}', None),
+    ],
+)
+def test_the_worker_says_how_many_tokens_it_made(
+    tail: bytes, count: int | None
+) -> None:
+    assert generated_tokens(tail) == count
+
+
+def test_the_last_count_is_the_one_that_counts() -> None:
+    """Some servers send the usage so far with every event."""
+    running = b"".join(
+        b'data: {"usage":{"completion_tokens":%d}}\n\n' % n for n in (1, 2)
+    )
+    assert generated_tokens(running) == 2
+
+
+# --- Errors as events -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (
+            b'{"error":{"code":500,"message":"boom","type":"server_error"}}',
+            EventError("boom", "server_error", 500),
+        ),
+        (
+            b'{"error": {"message": "no", "code": "rate_limit", "param": null}}',
+            EventError("no", "server_error", "rate_limit"),
+        ),
+        (
+            b'{"type":"error","error":{"type":"overloaded_error","message":"Busy"}}',
+            EventError("Busy", "overloaded_error", None),
+        ),
+        (b'{"error":{}}', EventError()),
+    ],
+)
+def test_an_event_that_is_an_error_is_read(data: bytes, error: EventError) -> None:
+    assert error_in(data) == error
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[DONE]",
+        b'{"error":null,"choices":[]}',
+        b'{"error":"text"}',
+        b'{"error":{"message":',
+        b'{"id":"error","choices":[]}',
+        b'"error"',
+        json.dumps({"content": '"error": {"message": "x"}'}).encode(),
+        json.dumps({"choices": [], "pad": "x" * 64, "error": {}}).encode(),
+        b'{"error":{"message":"caf\xe9"}}',
+        b'{"error":{"message":"\\ud800"}}',
+        b'{"error":{},"x":' + b"[" * 100_000,
+    ],
+)
+def test_an_event_that_is_anything_else_is_no_error(data: bytes) -> None:
+    assert error_in(data) is None
+
+
+def test_the_first_event_of_an_answer_is_no_error() -> None:
+    for event in (replies.role(), replies.token('"error"'), native("a", stop=False)):
+        data = first_data(event)
+        assert data is not None
+        assert error_in(data) is None
+
+
+def test_an_error_of_the_hub_is_an_event_of_the_api() -> None:
+    error = WorkerError(Code.WORKER_LOST, "The worker\nwas lost.")
+    event = error_event(error.body(), named=False)
+    assert event == b"data: " + error.body() + b"\n\n"
+    assert first_data(event) == error.body()
+    assert error_in(error.body()) == EventError(
+        "The worker\nwas lost.", "server_error", "worker_connection_lost"
+    )
+    assert judge(event, Ending.DONE).failed
+
+
+def test_an_error_has_a_name_where_events_have_names() -> None:
+    event = error_event(b'{"error":{}}', named=True)
+    assert event == b'event: error\ndata: {"error":{}}\n\n'
+    assert judge(event, Ending.NAMED).failed
+
+
+# --- What the hub adds ------------------------------------------------------------
+
+
+def test_the_done_that_the_hub_adds_is_the_one_that_workers_send() -> None:
+    assert replies.done() == DONE
+    assert judge(DONE, Ending.DONE).done
+
+
+def test_a_stream_asks_that_nobody_on_the_way_keeps_it() -> None:
+    assert STREAM_HEADERS == {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
