@@ -41,7 +41,8 @@ def nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Clients come and go; that is no event for whoever runs the hub."""
     yield
     gc.collect()  # a task whose exception nobody has seen tells it now
-    noise = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    records = [*caplog.get_records("call"), *caplog.get_records("teardown")]
+    noise = [record for record in records if record.levelno >= logging.WARNING]
     assert not noise, [record.getMessage() for record in noise]
 
 
@@ -52,6 +53,16 @@ async def in_flight(hub: RunningHub, number: int, timeout: float = 1.0) -> None:
         while True:
             if sum(worker.in_flight for worker in workers) == number:
                 return
+            await asyncio.sleep(0.002)
+
+
+async def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
+    """Wait for the line of a request in the access log."""
+    async with asyncio.timeout(1):
+        while True:
+            lines = [r for r in caplog.records if r.name == "gollama_proxy.access"]
+            if lines:
+                return [line.__dict__["fields"] for line in lines]
             await asyncio.sleep(0.002)
 
 
@@ -171,13 +182,14 @@ def name_of(stage: Stage) -> str:
 @pytest.mark.parametrize("how", [Wire.abort, Wire.close, Wire.half_close])
 @pytest.mark.parametrize("stage", STAGES, ids=name_of)
 async def test_a_client_that_leaves_takes_its_request_along(
-    stage: Stage, how: Callable[[Wire], None]
+    stage: Stage, how: Callable[[Wire], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The worker is hung up within a second and not blamed; the hub goes on.
 
     A client that only ends its sending side counts as gone: so it is to llama-server,
     and a hub that waited would generate for nobody.
     """
+    caplog.set_level(logging.INFO, "gollama_proxy.access")
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, limits__replay_window=WINDOW) as hub,
@@ -195,6 +207,9 @@ async def test_a_client_that_leaves_takes_its_request_along(
         assert record.state is State.READY
         assert not record.in_doubt
         assert len(worker.control) == pings, "nobody was suspected"
+        [line] = await logged(caplog)
+        assert line["outcome"] == "client_gone" or stage is in_an_error
+        assert "error" not in line
         assert (await hub.post(CHAT, WHOLE)).status == 200
         assert len(worker.requests) == len(reached) + 1
 

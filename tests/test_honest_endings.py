@@ -569,11 +569,16 @@ async def test_a_gateway_in_front_of_a_worker_is_at_fault(status: int) -> None:
 @pytest.mark.parametrize("end", [reset(), close()])
 async def test_an_error_that_is_cut_is_a_loss(end: Step) -> None:
     """Half of its JSON would help nobody."""
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, health__interval=RARELY) as hub,
+    ):
+        pinged = asyncio.create_task(worker.pinged(3))
         worker.script(send(head(400, [("Content-Length", "100")]) + b'{"err'), end)
         response = await hub.post(CHAT, WHOLE)
-    assert response.status == 502
-    assert error_of(response)["code"] == "worker_connection_lost"
+        assert response.status == 502
+        assert error_of(response)["code"] == "worker_connection_lost"
+        await pinged
 
 
 @pytest.mark.parametrize(

@@ -199,9 +199,9 @@ async def test_a_model_in_front_is_found(chunked: bool) -> None:
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
 async def test_a_model_is_looked_for_where_it_matters(chunked: bool) -> None:
     """Up to a second, larger window; what was read on the way is sent first."""
-    body = prompt(3 * WINDOW, behind=',"model":"b","messages":[]')
+    body = prompt(LARGE, behind=',"model":"b","messages":[]')
     async with a_worker("a") as one, a_worker("b") as two:
-        async with running(one, two) as hub:
+        async with running(one, two, limits__model_window=2 * LARGE) as hub:
             assert (await post(hub, body, chunked=chunked)).status == 200
         assert not one.requests
         assert [request.body for request in two.requests] == [body]
@@ -317,6 +317,16 @@ async def test_a_client_may_wait_to_be_told_to_continue() -> None:
         [request] = worker.requests
         assert request.header("expect") is None
         assert request.body == body
+
+
+async def test_nothing_else_can_be_expected() -> None:
+    async with a_worker() as worker, running(worker) as hub:
+        headers = [("Expect", "miracles"), ("Content-Length", "100")]
+        async with await hub.open(CHAT, b"", headers=headers) as wire:
+            response = await wire.read_response()
+        assert response.status == 417
+        assert code_of(response) == "expectation_failed"
+        assert not worker.requests
 
 
 # --- Bodies that turn out bad -----------------------------------------------------

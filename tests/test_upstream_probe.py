@@ -46,17 +46,17 @@ async def test_a_good_worker_tells_everything() -> None:
 async def test_nothing_is_kept_between_two_questions() -> None:
     """An idle connection costs llama-server a thread, a cookie costs everybody."""
     async with ScriptedWorker() as worker:
-        worker.on(
-            "/health", send(head(200, [("Set-Cookie", "a=b"), ("Content-Length", "0")]))
-        )
+        cookie = [("Set-Cookie", "a=b"), ("Content-Length", "0")]
+        worker.on("/health", send(head(200, cookie)))
+        # aiohttp takes no cookies from addresses at all.
+        named = configured(worker.url.replace("127.0.0.1", "localhost"))
         async with probe.new_session() as session:
             for _ in range(2):
-                await probe.ping(session, configured(worker.url), HEALTH)
+                assert (await probe.ping(session, named, HEALTH)).check is Check.OK
         assert worker.connections == len(worker.control) == 6
-        assert not any(request.values("cookie") for request in worker.control)
-        assert all(
-            request.values("connection") == ["close"] for request in worker.control
-        )
+        for request in worker.control:
+            assert request.values("connection") == ["close"]
+            assert not request.values("cookie")
 
 
 @pytest.mark.parametrize(("key", "sent"), [("", []), ("sk-1", ["Bearer sk-1"])])

@@ -575,6 +575,18 @@ async def test_a_finished_stream_gets_the_done_that_it_lacks(lost: str) -> None:
     assert stage.sent == chunk(role()) + chunk(finish()) + chunk(done())
 
 
+@pytest.mark.parametrize("size", [100, 10_000])
+@pytest.mark.parametrize("number", [1, 30])
+async def test_a_mark_may_have_long_events_behind_it(number: int, size: int) -> None:
+    """Of a response, the closing event holds all of its text once more."""
+    stage = Stage(Ending.NAMED)
+    stage.sink.room.set()
+    closing = b"event: response.completed\n"
+    rest = [b"data: " + b"x" * size + b"\n"] * number
+    await stage.play(*MESSAGE, closing, *rest, b"\n")
+    assert stage.sent.endswith(chunk(b"\n"))
+
+
 INCOMPLETE = {
     "no finish": (Ending.DONE, [role(), token("a")]),
     "finish in the text": (Ending.DONE, [token('"finish_reason":"stop"')]),
