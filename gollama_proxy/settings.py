@@ -170,6 +170,9 @@ class Limits:
         size(4 << 10, 1 << 30),
         "body kept for another attempt; a larger one streams through",
     )
+    answer: int = setting(
+        16 << 20, size(4 << 10), "largest answer that is assembled from a stream"
+    )
     model_window: int = setting(
         16 << 20,
         size(4 << 10, 1 << 30),
@@ -183,6 +186,13 @@ class Timeouts:
     first_token: float = setting(
         300.0, seconds(0.01), "from the request to the first event of the answer"
     )
+    allowance: float = setting(
+        10.0,
+        seconds(0.01),
+        "first event of a stream while others could take over, and time for its prompt",
+    )
+    gap: float = setting(30.0, seconds(0.01), "between two events of a stream")
+    silence: float = setting(45.0, seconds(0.01), "between two bytes of an answer")
     body: float = setting(
         30.0, seconds(0.01), "waiting for a request body, beside 1 s for each 16 KiB"
     )
@@ -204,12 +214,60 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True)
+class Breaker:
+    consecutive: int = setting(
+        5, number(1, 1000, whole=True), "failures in a row that open a breaker"
+    )
+    failure_rate: float = setting(
+        0.5, number(0.01, 1), "part of the calls in the window that may fail"
+    )
+    slow_rate: float = setting(
+        0.8, number(0.01, 1), "part of the calls in the window that may be slow"
+    )
+    minimum_calls: int = setting(
+        10, number(1, 10_000, whole=True), "calls before a rate says anything"
+    )
+    window: float = setting(30.0, seconds(0.1), "how far back calls are counted")
+    open: float = setting(5.0, seconds(0.01), "first time without traffic; doubles")
+    open_max: float = setting(15.0, seconds(0.01), "longest time without traffic")
+    jitter: float = setting(
+        0.2, number(0, 1), "part by which these times vary, more or less"
+    )
+    proofs: int = setting(
+        2, number(1, 100, whole=True), "good canaries in a row that close it again"
+    )
+    ramp: float = setting(10.0, seconds(0), "how long the share then rises")
+    busy_max: float = setting(
+        60.0, seconds(0), "how much of a worker's own Retry-After is believed"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    attempts: int = setting(
+        3, number(1, 10, whole=True), "workers to try before a byte of the answer"
+    )
+    ratio: float = setting(
+        0.1, number(0, 1), "part of the recent requests that may be tried again"
+    )
+    floor: int = setting(
+        3, number(0, 1000, whole=True), "retries in 10 s that are always allowed"
+    )
+    patience: float = setting(
+        5.0, seconds(0), "how long to wait for the only worker when it is busy"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Upstream:
     keepalive: float = setting(
         4.0, seconds(0), "idle time of a worker connection (llama-server: 5 s)"
     )
     idle: int = setting(
         32, number(0, 10_000, whole=True), "idle connections kept for each worker"
+    )
+    assemble: bool = setting(
+        True, FLAG, "ask for a stream where the client wants none, and assemble it"
     )
 
 
@@ -269,6 +327,8 @@ class Config:
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
     health: Health = field(default_factory=Health)
+    breaker: Breaker = field(default_factory=Breaker)
+    retry: Retry = field(default_factory=Retry)
     upstream: Upstream = field(default_factory=Upstream)
     models: Models = field(default_factory=Models)
     log: Log = field(default_factory=Log)
@@ -285,6 +345,8 @@ SECTIONS: dict[str, type[Any]] = {
     "limits": Limits,
     "timeouts": Timeouts,
     "health": Health,
+    "breaker": Breaker,
+    "retry": Retry,
     "upstream": Upstream,
     "models": Models,
     "log": Log,

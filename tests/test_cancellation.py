@@ -46,24 +46,29 @@ def nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not noise, [record.getMessage() for record in noise]
 
 
-async def in_flight(hub: RunningHub, number: int, timeout: float = 1.0) -> None:
-    """Wait until this many requests are held by workers."""
-    workers = hub.hub.registry.workers
+async def until(reached: Callable[[], bool], timeout: float = 1.0) -> None:
+    """Wait for what nobody tells, at most a second."""
     async with asyncio.timeout(timeout):
         while True:
-            if sum(worker.in_flight for worker in workers) == number:
+            if reached():
                 return
             await asyncio.sleep(0.002)
 
 
+async def in_flight(hub: RunningHub, number: int, timeout: float = 1.0) -> None:
+    """Wait until this many requests are held by workers."""
+    workers = hub.hub.registry.workers
+    await until(lambda: sum(w.in_flight for w in workers) == number, timeout)
+
+
 async def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
     """Wait for the line of a request in the access log."""
-    async with asyncio.timeout(1):
-        while True:
-            lines = [r for r in caplog.records if r.name == "gollama_proxy.access"]
-            if lines:
-                return [line.__dict__["fields"] for line in lines]
-            await asyncio.sleep(0.002)
+
+    def lines() -> list[logging.LogRecord]:
+        return [r for r in caplog.records if r.name == "gollama_proxy.access"]
+
+    await until(lambda: bool(lines()))
+    return [line.__dict__["fields"] for line in lines()]
 
 
 async def settled(progress: Callable[[], int]) -> int:
@@ -328,6 +333,8 @@ async def test_a_client_that_leaves_takes_nobody_else_along() -> None:
         for wire in wires[::2]:
             wire.abort()
         await in_flight(hub, 3)
+        # Their scripts have to be over, lest they take a permit.
+        await until(lambda: sum(r.finished.is_set() for r in worker.requests) == 3)
         for _ in range(3 * 9):
             gate.release()
         for wire in wires[1::2]:

@@ -476,9 +476,10 @@ async def test_an_answer_that_is_cut_is_seen_to_be_cut(
         (400, "exceed_context_size_error"),
         (404, "not_found_error"),
         (422, "invalid_request_error"),
-        (429, "rate_limit_error"),
         (500, "server_error"),
         (501, "not_supported_error"),
+        (502, "server_error"),
+        (504, "server_error"),
     ],
 )
 async def test_a_workers_error_passes_as_it_is(
@@ -552,18 +553,32 @@ async def test_a_worker_that_is_loading_is_asked_for_later(
         await pinged
 
 
-@pytest.mark.parametrize("status", [502, 504])
-async def test_a_gateway_in_front_of_a_worker_is_at_fault(status: int) -> None:
-    """Its words pass; the worker behind it is suspected."""
+@pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
+async def test_a_worker_that_is_busy_is_heard_and_looked_at(
+    payload: dict[str, Any],
+) -> None:
+    """Its 429 passes as it is; to be busy is no failure."""
+    reply = error_reply(429, "because", "rate_limit_error")
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, health__interval=RARELY) as hub,
     ):
         pinged = asyncio.create_task(worker.pinged(3))
+        worker.script(send(reply))
+        response = await hub.post(CHAT, payload)
+        assert response.status == 429
+        assert response.body == reply.partition(b"\r\n\r\n")[2]
+        await pinged
+        assert not the_worker(hub).in_doubt
+
+
+@pytest.mark.parametrize("status", [502, 504])
+async def test_the_words_of_a_gateway_in_front_of_a_worker_pass(status: int) -> None:
+    """Whatever their shape: they are not the hub's, and say more than it could."""
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(json_reply({"error": "upstream"}, status)))
         response = await hub.post(CHAT, WHOLE)
-        assert (response.status, response.json()) == (status, {"error": "upstream"})
-        await pinged
+    assert (response.status, response.json()) == (status, {"error": "upstream"})
 
 
 @pytest.mark.parametrize("end", [reset(), close()])

@@ -505,6 +505,10 @@ async def test_nothing_of_a_conversation_gets_into_a_log(
             limits__body=32_768,
             timeouts__body=0.1,
             models__default_model="tiny",
+            # However badly it behaves here, the worker goes on being asked.
+            breaker__busy_max=0,
+            breaker__consecutive=1000,
+            breaker__minimum_calls=1000,
         ) as hub,
     ):
         mint = hub.token

@@ -312,6 +312,9 @@ def test_a_worker_that_talks_and_says_that_it_loads_is_believed() -> None:
 
 # --- Leases and suspicion ---------------------------------------------------------
 
+# The ends of an attempt that have the worker asked how it is.
+BLAMED = (Outcome.WORKER_FAILED, Outcome.SLOW, Outcome.BUSY)
+
 
 def test_a_lease_knows_its_worker_and_its_moment() -> None:
     clock = Clock(70.0)
@@ -320,15 +323,18 @@ def test_a_lease_knows_its_worker_and_its_moment() -> None:
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
-def test_only_a_failure_of_the_worker_makes_it_suspect(outcome: Outcome) -> None:
-    """Clients that leave and bad requests say nothing about a worker."""
+def test_what_is_the_workers_own_doing_makes_it_suspect(outcome: Outcome) -> None:
+    """Clients that leave and bad requests say nothing about a worker.
+
+    One that is slow or busy is looked at as well, but only a failure counts.
+    """
     worker = make(State.READY)
     suspicions: list[int] = []
     worker.on_suspicion = lambda: suspicions.append(worker.in_flight)
     worker.lease().release(outcome)
-    blamed = outcome is Outcome.WORKER_FAILED
-    assert suspicions == ([0] if blamed else [])  # the place is free when it is told
-    assert worker.in_doubt is blamed
+    # The place is free when it is told.
+    assert suspicions == ([0] if outcome in BLAMED else [])
+    assert worker.in_doubt is (outcome is Outcome.WORKER_FAILED)
     assert worker.available  # until a check has failed as well
 
 
@@ -339,13 +345,26 @@ def test_failed_requests_shorten_the_way_down() -> None:
     assert after(worker, Check.FAILED) == [State.DOWN]
 
 
-def test_failed_requests_alone_take_no_worker_out() -> None:
+def test_failed_requests_alone_leave_the_health_as_it_is() -> None:
     """Its health check is asked at once; the requests may have been the reason."""
     worker = make(State.READY, fall=2)
     for _ in range(9):
         worker.lease().release(Outcome.WORKER_FAILED)
-    assert worker.available
+    assert worker.state is State.READY
     assert after(worker, Check.OK, Check.FAILED) == [State.READY, State.READY]
+
+
+def test_failed_requests_open_the_breaker_which_good_checks_do_not_close() -> None:
+    """A process can be in good `/health` with its GPU gone."""
+    worker = make(State.READY)
+    failures = worker.limits.consecutive
+    for _ in range(failures - 1):
+        worker.lease().release(Outcome.WORKER_FAILED)
+    assert worker.available
+    worker.lease().release(Outcome.WORKER_FAILED)
+    assert not worker.available
+    assert after(worker, Check.OK, Check.OK) == [State.READY, State.READY]
+    assert not worker.available
 
 
 def test_a_failed_request_interrupts_the_way_up() -> None:
@@ -395,8 +414,8 @@ class Leases(RuleBasedStateMachine):
         if place.outcome is None:
             place.outcome = outcome
             self.held.discard(place.lease)
+            self.blamed += outcome in BLAMED
             if outcome is Outcome.WORKER_FAILED:
-                self.blamed += 1
                 self.bad, self.good = self.bad + 1, 0
 
     @rule(target=leases)
@@ -450,13 +469,14 @@ class Leases(RuleBasedStateMachine):
         assert all(lease.outcome is None for lease in self.held)
 
     @invariant()
-    def each_failure_is_told_once(self) -> None:
+    def each_suspicion_is_told_once(self) -> None:
         assert self.suspicions == self.blamed
 
     @invariant()
     def health_is_what_the_checks_say(self) -> None:
         assert self.worker.state is self.state
-        assert self.worker.available is (self.state is State.READY)
+        works = self.worker.breaker.available  # which has books and a test of its own
+        assert self.worker.available is (self.state is State.READY and works)
         assert self.worker.in_doubt is (self.state is State.READY and self.bad > 0)
 
     def teardown(self) -> None:

@@ -13,7 +13,14 @@ import pytest
 from gollama_proxy import config
 from gollama_proxy.routing.lease import Outcome
 from gollama_proxy.routing.registry import Registry
-from gollama_proxy.routing.worker import Check, Description, Model, State, Worker
+from gollama_proxy.routing.worker import (
+    SUSPICIOUS,
+    Check,
+    Description,
+    Model,
+    State,
+    Worker,
+)
 from gollama_proxy.settings import Health
 from gollama_proxy.upstream.pinger import Pinger, next_wait
 from gollama_proxy.upstream.probe import Finding
@@ -203,20 +210,19 @@ async def test_a_worker_is_asked_again_after_the_interval() -> None:
         assert worker.state is State.READY
 
 
-async def test_a_failed_request_has_its_worker_asked_at_once() -> None:
+@pytest.mark.parametrize("outcome", sorted(SUSPICIOUS, key=str))
+async def test_a_suspicion_has_its_worker_asked_at_once(outcome: Outcome) -> None:
     """Nobody waits for the interval to find out."""
     found = workers(2)
     pings = Pings(GOOD)
     async with pinging(found, Health(interval=NEVER), pings):
         await pings.reached(2)
-        found[1].lease().release(Outcome.WORKER_FAILED)
+        found[1].lease().release(outcome)
         await pings.reached(3)
     assert pings.asked[2:] == [found[1].name]
 
 
-@pytest.mark.parametrize(
-    "outcome", [o for o in Outcome if o is not Outcome.WORKER_FAILED]
-)
+@pytest.mark.parametrize("outcome", [o for o in Outcome if o not in SUSPICIOUS])
 async def test_no_other_outcome_has_a_worker_asked(outcome: Outcome) -> None:
     [worker] = workers()
     pings = Pings(GOOD)

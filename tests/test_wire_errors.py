@@ -45,6 +45,7 @@ TABLE = {
     "no_worker_available": (503, "server_error"),
     "hub_draining": (503, "server_error"),
     "worker_timeout": (504, "server_error"),
+    "worker_slow": (504, "server_error"),
     "request_timeout": (504, "server_error"),
     "unsupported_http_version": (505, "server_error"),
 }

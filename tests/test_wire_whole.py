@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.wire.errors import RequestError
@@ -21,10 +21,19 @@ from gollama_proxy.wire.fields import (
 from gollama_proxy.wire.whole import read_whole
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
+NAMES = st.text(max_size=8)
 VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3)
+    ),
+    max_leaves=10,
 )
-BODIES = st.dictionaries(st.sampled_from(sorted(WANTED)) | st.text(max_size=8), VALUES)
+BODIES = st.dictionaries(st.sampled_from(sorted(WANTED)) | NAMES, VALUES, max_size=6)
+# What is measured here is what is found, not how busy the machine is.
+UNHURRIED = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def scan(body: bytes) -> dict[str, Field]:
@@ -48,6 +57,7 @@ def agree(body: bytes) -> bool:
     return True
 
 
+@UNHURRIED
 @given(BODIES, st.sampled_from([None, 2]), st.booleans())
 def test_both_ways_find_the_same(
     fields: dict[str, Any], indent: int | None, ascii_only: bool
@@ -61,6 +71,7 @@ def test_what_is_no_json_is_left_to_the_scanner(body: bytes) -> None:
     agree(b'{"model":"m","x":' + body + b"}")
 
 
+@UNHURRIED
 @given(BODIES, st.data())
 def test_a_damaged_body_is_accepted_by_both_or_by_the_scanner_alone(
     fields: dict[str, Any], data: st.DataObject

@@ -22,6 +22,7 @@ from gollama_proxy.settings import Config
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.pinger import Pinger
 from gollama_proxy.upstream.pool import ConnectionPool
+from gollama_proxy.upstream.sweep import Sweep
 from gollama_proxy.wire.openai import ENDPOINTS
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Hub:
         self.metrics = Metrics(self.registry)
         self.authenticator = Authenticator(config)
         self.pinger = Pinger(self.registry.workers, config.health, self._ping)
+        self.sweep = Sweep(self.registry.workers, config.timeouts, self._prove, clock)
         self.dispatcher = Dispatcher(self._routes(clock), config, self.metrics, clock)
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.ServerRunner | None = None
@@ -59,7 +61,12 @@ class Hub:
         )
         catalogue = Catalogue(self.authenticator, self.registry)
         inference = Inference(
-            self.config, self.authenticator, self.registry, self.connections, clock
+            self.config,
+            self.authenticator,
+            self.registry,
+            self.connections,
+            self.sweep,
+            clock,
         )
         return {
             "/livez": {"GET": status.live},
@@ -76,6 +83,11 @@ class Hub:
     async def _ping(self, worker: Worker) -> probe.Finding:
         assert self._session is not None
         return await probe.ping(self._session, worker.config, self.config.health)
+
+    async def _prove(self, worker: Worker, model: str) -> bool:
+        assert self._session is not None
+        limit = self.config.timeouts.allowance
+        return await probe.prove(self._session, worker.config, model, limit)
 
     # --- Life ---------------------------------------------------------------------
 
@@ -99,6 +111,7 @@ class Hub:
         self._runner = runner
         self._session = probe.new_session()
         self.pinger.start()
+        self.sweep.start()
 
     @property
     def url(self) -> str:
@@ -121,6 +134,7 @@ class Hub:
             await site.stop()
         await self.dispatcher.finish(self.config.server.drain)
         await runner.cleanup()
+        await self.sweep.stop()
         await self.pinger.stop()
         for connections in self.connections.values():
             connections.close()

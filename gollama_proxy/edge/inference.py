@@ -14,17 +14,30 @@ from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
+from gollama_proxy.edge.answer import (
+    Refusal,
+    begin_response,
+    break_off,
+    read_refusal,
+    refusal_of,
+    whole_response,
+)
+from gollama_proxy.edge.assembly import assemble, can_assemble
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.dispatch import draining
 from gollama_proxy.edge.request import Incoming, answer_expectation
 from gollama_proxy.edge.server import json_response
 from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.routing.breaker import Verdict
 from gollama_proxy.routing.lease import Lease, Outcome
-from gollama_proxy.routing.registry import RETRY_AFTER, Pool, Registry
+from gollama_proxy.routing.registry import Pool, Registry
+from gollama_proxy.routing.retry import Attempts
+from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Config
-from gollama_proxy.upstream.attempt import Attempt, Outgoing
+from gollama_proxy.upstream.attempt import Attempt, Outgoing, Patience
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.upstream.relay import Client, ClientStalledError, Relay, ToldError
+from gollama_proxy.upstream.relay import Client, ClientStalledError, Relay
+from gollama_proxy.upstream.sweep import Sweep
 from gollama_proxy.wire import headers, sse
 from gollama_proxy.wire.errors import (
     Code,
@@ -33,9 +46,8 @@ from gollama_proxy.wire.errors import (
     ProxyError,
     RequestError,
     WorkerError,
-    error_body,
 )
-from gollama_proxy.wire.openai import ENDPOINTS, Ending, Endpoint
+from gollama_proxy.wire.openai import ENDPOINTS, Endpoint
 
 
 class Inference:
@@ -47,12 +59,14 @@ class Inference:
         authenticator: Authenticator,
         registry: Registry,
         connections: Mapping[str, ConnectionPool],
+        sweep: Sweep,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._authenticator = authenticator
         self._registry = registry
         self._connections = connections
+        self._sweep = sweep
         self._clock = clock
 
     def __repr__(self) -> str:
@@ -79,25 +93,116 @@ class Inference:
         principal = self._authenticate(request, record)
         incoming, pool = await self._read(request, ENDPOINTS[record.route], principal)
         record.model = pool.model
-        worker = self._registry.choose(pool)
+        attempts = self._registry.attempts(pool)
+        last: Refusal | None = None
+        while True:
+            try:
+                worker = self._registry.choose(pool, attempts)
+            except NoWorkerError:
+                if last is None:
+                    raise
+                return _tell(last, record)
+            relayed = await self._attempt(
+                request, incoming, pool, worker, attempts, record, deadline
+            )
+            if not isinstance(relayed, Refusal):
+                return relayed
+            last = relayed
+            pause = self._pause_before_retry(last, incoming, pool, attempts)
+            if pause is None:
+                return _tell(last, record)
+            await asyncio.sleep(pause)
+
+    def _pause_before_retry(
+        self, refusal: Refusal, incoming: Incoming, pool: Pool, attempts: Attempts
+    ) -> float | None:
+        """Decide whether to try again; None if this is final."""
+        if refusal.failure is None or not incoming.complete:
+            return None
+        return attempts.retry_after(refusal.failure, pool.available, refusal.busy)
+
+    async def _attempt(
+        self,
+        request: web.BaseRequest,
+        incoming: Incoming,
+        pool: Pool,
+        worker: Worker,
+        attempts: Attempts,
+        record: Record,
+        deadline: asyncio.Timeout,
+    ) -> web.StreamResponse | Refusal:
+        """Have one worker try; a refusal leaves the client untouched."""
+        attempts.begin(worker)
         connections = self._connections[worker.name]
         with worker.lease() as lease:
             self._note_attempt(lease, record)
+            lease.prompt_bytes = incoming.size
             async with Attempt(
                 connections, lease, self._config.timeouts, self._clock
             ) as attempt:
-                relay = await self._forward(request, incoming, pool, attempt, lease)
-                del incoming  # an answer may last for minutes, and needs none of it
+                outgoing = self._outgoing(request, incoming, pool)
+                assembling = self._assembles(incoming, outgoing, attempts)
+                if assembling is not None:
+                    outgoing = outgoing._replace(
+                        body=assembling, length=len(assembling)
+                    )
+                patience = None
+                if assembling is not None or (incoming.complete and incoming.stream):
+                    patience = Patience(
+                        worker.pace.allowance(incoming.size),
+                        lambda: attempts.has_other(pool.available),
+                    )
+                try:
+                    relay = await attempt.send(outgoing, patience)
+                except WorkerError as exc:
+                    lease.release(refusal_of(exc).outcome)
+                    return refusal_of(exc)
+                refusal = await read_refusal(relay, worker.name)
+                if refusal is not None:
+                    if refusal.busy is not None:
+                        worker.breaker.busy(refusal.busy)
+                    lease.release(refusal.outcome)
+                    return refusal
                 record.first_byte = self._clock() - record.started
-                early = relay.early_error()
-                if early is not None:
-                    record.outcome = "refused"
-                    lease.release(Outcome.REFUSED)
-                    return _promote_error(early)
-                if relay.status >= 400:
-                    record.outcome = "refused"
-                    return await self._pass_error(relay, lease)
+                lease.first_token = self._clock() - lease.taken_at
+                if assembling is not None and relay.is_event_stream:
+                    answer = await self._assemble(relay, incoming, lease, record)
+                    if isinstance(answer, web.Response):
+                        self._blame(attempts, worker, pool.model)
+                    return answer
+                self._blame(attempts, worker, pool.model)
                 return await self._relay(request, relay, lease, record, deadline)
+
+    def _assembles(
+        self, incoming: Incoming, outgoing: Outgoing, attempts: Attempts
+    ) -> bytes | None:
+        """Give the body that asks for a stream in place of an answer in one piece."""
+        wanted = self._config.upstream.assemble and not attempts.as_sent
+        if not wanted or not incoming.complete or incoming.stream:
+            return None
+        return can_assemble(incoming.endpoint, outgoing.body)
+
+    async def _assemble(
+        self, relay: Relay, incoming: Incoming, lease: Lease, record: Record
+    ) -> web.Response | Refusal:
+        """Fold a stream into the answer; until it is whole, others can take over."""
+        limit = self._config.limits.answer
+        with self._sweep.watching(relay):
+            answer = await assemble(relay, incoming.endpoint, limit)
+        if isinstance(answer, Refusal):
+            lease.release(answer.outcome)
+            return answer
+        self._measure(relay, lease)
+        lease.release(Outcome.COMPLETE)
+        record.bytes, record.tokens = len(answer), sse.generated_tokens(answer) or 0
+        return json_response(answer)
+
+    def _blame(self, attempts: Attempts, worker: Worker, model: str) -> None:
+        """Settle whose fault a 5xx was, now that somebody has done better."""
+        for culprit in attempts.succeeded():
+            culprit.breaker_of(model).record(Verdict.FAILURE)
+        if model in worker.model_breakers:
+            worker.breaker_of(model).record(Verdict.SUCCESS)
 
     def _note_attempt(self, lease: Lease, record: Record) -> None:
         record.worker = lease.worker
@@ -142,28 +247,18 @@ class Inference:
 
     # --- Forward ------------------------------------------------------------------
 
-    async def _forward(
-        self,
-        request: web.BaseRequest,
-        incoming: Incoming,
-        pool: Pool,
-        attempt: Attempt,
-        lease: Lease,
-    ) -> Relay:
-        """Send the request to the worker; wait for the first bytes of its answer."""
+    def _outgoing(
+        self, request: web.BaseRequest, incoming: Incoming, pool: Pool
+    ) -> Outgoing:
+        """Make the request as a worker gets to see it."""
         body = incoming.body(pool.model)
-        outgoing = Outgoing(
+        return Outgoing(
             incoming.endpoint,
             headers.to_worker(request.raw_headers),
             body,
             None if incoming.complete else incoming.rest(),
             len(body) if incoming.complete else incoming.length,
         )
-        try:
-            return await attempt.send(outgoing)
-        except WorkerError:
-            lease.release(Outcome.WORKER_FAILED)
-            raise
 
     # --- Relay --------------------------------------------------------------------
 
@@ -176,17 +271,16 @@ class Inference:
         deadline: asyncio.Timeout,
     ) -> web.StreamResponse:
         """Pass an answer on; its status goes out now and cannot be taken back."""
-        body = relay.held_body()
-        if (
-            body is not None and not relay.is_event_stream
-        ):  # a short one is here already
+        whole = whole_response(relay)
+        if whole is not None:
             lease.release(Outcome.COMPLETE)
+            body = relay.held_body() or b""
             record.bytes, record.tokens = len(body), sse.generated_tokens(body) or 0
-            kept = headers.to_client(relay.headers)
-            return web.Response(status=relay.status, body=body, headers=kept)
-        response = _begin_response(request, relay, record)
+            return whole
+        response = begin_response(request, relay, record)
         writer = await response.prepare(request)
         record.status = relay.status
+        framed = response.chunked or response.content_length is not None
         for sent in (record.headers, response.headers):
             sent.clear()  # with 4,000 streams they would be 6 MB that nobody reads
         transport = request.transport
@@ -195,15 +289,21 @@ class Inference:
         client = Client(transport, writer.drain, response.chunked)
         error: ProxyError | None = None
         try:
-            await relay.run(client, self._config.timeouts.write)
+            with self._sweep.watching(relay):
+                await relay.run(client, self._config.timeouts.write)
             await response.write_eof()
+            self._measure(relay, lease)
             lease.release(Outcome.COMPLETE)
         except ClientStalledError:
             lease.release(Outcome.CLIENT_GONE)
             record.outcome, record.error = "client_gone", "client_stalled"
-            transport.abort()
+            if framed:
+                transport.abort()
+            else:
+                client.reset()
         except WorkerError as exc:
-            lease.release(Outcome.WORKER_FAILED)
+            slow = exc.code is Code.WORKER_SLOW
+            lease.release(Outcome.SLOW if slow else Outcome.WORKER_FAILED)
             error = exc
         except ProxyError as exc:  # the client's own body was at fault
             lease.release(Outcome.REFUSED)
@@ -221,83 +321,26 @@ class Inference:
             record.bytes = relay.bytes
             record.tokens = sse.generated_tokens(relay.tail) or relay.events
             if error is not None:
-                _break_off(client, relay, error, record)
+                break_off(client, relay, error, record, framed=framed)
         return response
 
-    # --- End ----------------------------------------------------------------------
-
-    async def _pass_error(self, relay: Relay, lease: Lease) -> web.Response:
-        """Pass a worker's refusal on as it was, but for what only the hub can mend.
-
-        A 500 of llama-server often means a bad request, so nobody is blamed for it.
-        """
-        worker, status = lease.worker, relay.status
-        failed = status in (401, 403, 502, 503, 504)
-        try:
-            await relay.whole()
-        except WorkerError:
-            failed = True
-            raise
-        finally:
-            lease.release(Outcome.WORKER_FAILED if failed else Outcome.REFUSED)
-        if status in (401, 403):
-            text = f"Worker {worker} refuses the key that the hub has for it."
-            raise WorkerError(Code.WORKER_REFUSED_KEY, text)
-        if status == 503:
-            text = f"Worker {worker} is loading its model or too busy."
-            raise NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
-        body = relay.held_body()
-        if not body:  # llama-server's 413 and 415 say nothing; people want to read why
-            text = f"Worker {worker} answered {status} without a reason."
-            kind = "invalid_request_error" if status < 500 else "server_error"
-            return json_response(error_body(text, kind, None), status)
-        return web.Response(
-            status=status, body=body, headers=headers.to_client(relay.headers)
-        )
+    def _measure(self, relay: Relay, lease: Lease) -> None:
+        """Note what a complete stream tells about the speed of its worker."""
+        if relay.is_event_stream and relay.opened_at is not None:
+            lease.seconds = lease.heard_at - relay.opened_at
+            lease.tokens = sse.generated_tokens(relay.tail) or relay.events
 
 
-def _promote_error(early: sse.EventError) -> web.Response:
-    """Give a stream that began with an error the status that it should have had."""
-    code = early.code
-    status = code if isinstance(code, int) and 400 <= code < 600 else 502
-    return json_response(error_body(early.message, early.type, None), status)
+def _tell(refusal: Refusal, record: Record) -> web.Response:
+    """Give a client the refusal that nobody could make up for.
 
-
-def _begin_response(
-    request: web.BaseRequest, relay: Relay, record: Record
-) -> web.StreamResponse:
-    response = web.StreamResponse(
-        status=relay.status, headers=headers.to_client(relay.headers)
-    )
-    response.headers.update(record.headers)
-    length = relay.header(b"content-length")
-    if relay.is_event_stream:
-        response.headers.update(sse.STREAM_HEADERS)
-    if length and not relay.is_event_stream:
-        response.content_length = int(length)
-    elif request.version >= (1, 1):
-        response.enable_chunked_encoding()
-    else:  # HTTP/1.0: the body ends with the connection
-        response.force_close()
-    return response
-
-
-def _break_off(client: Client, relay: Relay, error: ProxyError, record: Record) -> None:
-    """End an answer that is not complete so that nobody can think it is.
-
-    A stream gets an error event; nothing gets its last chunk.  `close` still sends what
-    is buffered, the error event among it, which `abort` would throw away.
+    Raises:
+        ProxyError: where it is one.
     """
-    record.outcome, record.error, record.detail = "error", error.code, error.detail
-    if relay.is_event_stream:
-        if not isinstance(error, ToldError):
-            named = ENDPOINTS[record.route].ending is Ending.NAMED
-            client.write(sse.error_event(error.body(), named=named))
-        client.transport.close()
-    elif client.chunked or relay.header(b"content-length"):
-        client.transport.close()
-    else:  # only a reset tells an HTTP/1.0 client that something is missing
-        client.transport.abort()
+    if isinstance(refusal.told, ProxyError):
+        raise refusal.told
+    record.outcome = "refused"
+    return refusal.told
 
 
 def _took_too_long(limit: float) -> HubError:

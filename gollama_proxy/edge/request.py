@@ -36,7 +36,7 @@ class Incoming:
         self._limit = config.limits.body
         self._grace = config.timeouts.body
         self._waited = 0.0
-        self._size = 0
+        self.size = 0
         self._kept: list[bytes] = []
         self._scanner = fields.FieldScanner()
         self._found = self._scanner.found
@@ -45,7 +45,7 @@ class Incoming:
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
-        return f"<Incoming {self.endpoint.path} {self._size} bytes {state}>"
+        return f"<Incoming {self.endpoint.path} {self.size} bytes {state}>"
 
     # --- The part that is kept ----------------------------------------------------
 
@@ -55,7 +55,7 @@ class Incoming:
         Raises:
             RequestError: 400, 408 or 413, saying what is wrong with the body.
         """
-        while not self.complete and self._size < window:
+        while not self.complete and self.size < window:
             piece = await self._next_piece()
             if piece:
                 self._kept.append(piece)
@@ -115,7 +115,7 @@ class Incoming:
     async def _next_piece(self) -> bytes:
         if self._content.is_eof():  # what has come already takes no time
             return self._take(self._content.read_nowait())
-        patience = self._grace + self._size / LEAST_RATE - self._waited
+        patience = self._grace + self.size / LEAST_RATE - self._waited
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
@@ -132,11 +132,11 @@ class Incoming:
 
     def _take(self, piece: bytes) -> bytes:
         """Count a piece and look at it."""
-        self._size += len(piece)
-        if self._size > self._limit:
+        self.size += len(piece)
+        if self.size > self._limit:
             raise self._too_large()
         ended = self._content.at_eof()
-        if ended and len(piece) == self._size and (found := read_whole(piece)):
+        if ended and len(piece) == self.size and (found := read_whole(piece)):
             self._found = found
         else:
             self._scanner.feed(piece)

@@ -70,6 +70,11 @@ class _Protocol(web.RequestHandler):
             text = "malformed chunk"  # the parser's own words quote the body
             request.content.set_exception(web.RequestPayloadError(text))
 
+    def eof_received(self) -> None:
+        """Take a client that ends its side as gone, whatever it has left unread."""
+        if self.transport is not None and self.transport.get_write_buffer_size():
+            self.transport.abort()
+
     def handle_error(
         self,
         request: web.BaseRequest,

@@ -17,11 +17,12 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gollama_proxy import __version__
 from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.routing.breaker import State as BreakerState
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.worker import State
 
@@ -70,6 +71,12 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._collectors,
         )
+        self._retries = Counter(
+            "gollama_retries",
+            "Attempts beyond the first, before a byte of an answer was out.",
+            ["model"],
+            registry=self._collectors,
+        )
         self._tokens = Counter(
             "gollama_tokens_relayed",
             "Generated tokens, as the worker counted them, else events.",
@@ -91,6 +98,8 @@ class Metrics:
         if record.first_byte is not None:
             series = self._series(self._first_byte, record.route, model, worker)
             series.observe(record.first_byte)
+        if record.attempts > 1:
+            self._series(self._retries, model).inc(record.attempts - 1)
         if record.tokens:
             self._series(self._tokens, model, worker).inc(record.tokens)
 
@@ -113,7 +122,7 @@ class _WorkerCollector(Collector):
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         build = GaugeMetricFamily(
             "gollama_build_info", "Version of the hub.", labels=["version"]
         )
@@ -131,6 +140,16 @@ class _WorkerCollector(Collector):
         slots = GaugeMetricFamily(
             "gollama_worker_slots", "Generations it runs at once.", labels=["worker"]
         )
+        breaker = GaugeMetricFamily(
+            "gollama_breaker_state",
+            "1 for the state of its breaker.",
+            labels=["worker", "state"],
+        )
+        transitions = CounterMetricFamily(
+            "gollama_breaker_transitions",
+            "How often its breaker came into a state.",
+            labels=["worker", "state"],
+        )
         for worker in self._registry.workers:
             up.add_metric([worker.name], worker.available)
             in_flight.add_metric([worker.name], worker.in_flight)
@@ -138,4 +157,9 @@ class _WorkerCollector(Collector):
                 state.add_metric([worker.name, each.value], worker.state is each)
             if worker.description is not None and worker.description.slots:
                 slots.add_metric([worker.name], worker.description.slots)
-        yield from (up, state, in_flight, slots)
+            for phase in BreakerState:
+                now = worker.breaker.state is phase
+                breaker.add_metric([worker.name, phase.value], now)
+                count = worker.breaker.transitions[phase]
+                transitions.add_metric([worker.name, phase.value], count)
+        yield from (up, state, in_flight, slots, breaker, transitions)

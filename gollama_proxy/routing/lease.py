@@ -11,6 +11,8 @@ class Outcome(enum.Enum):
     """How an attempt ended, as far as the worker is concerned."""
 
     COMPLETE = "complete"
+    SLOW = "slow"  # no event for too long, while the worker is there
+    BUSY = "busy"  # it said so: 429, or loading its model
     REFUSED = "refused"  # the worker answered, with an error of the request's making
     CLIENT_GONE = "client gone"
     HUB_STOPPED = "hub stopped"
@@ -27,7 +29,18 @@ class Lease:
     that left, or as a bug in the hub; the worker is not blamed for either.
     """
 
-    __slots__ = ("_give_back", "heard_at", "outcome", "taken_at", "worker")
+    __slots__ = (
+        "_give_back",
+        "first_token",
+        "generation",
+        "heard_at",
+        "outcome",
+        "prompt_bytes",
+        "seconds",
+        "taken_at",
+        "tokens",
+        "worker",
+    )
 
     def __init__(
         self,
@@ -39,6 +52,12 @@ class Lease:
         self.taken_at = clock()
         self.heard_at = float("-inf")
         self.outcome: Outcome | None = None
+        self.generation = 0  # of the worker's breaker, when the lease was taken
+        # What a complete answer tells about the worker's speed; 0 is not known.
+        self.prompt_bytes = 0
+        self.first_token = 0.0  # seconds from the request to the first event
+        self.seconds = 0.0  # from the first event to the last
+        self.tokens = 0
         self._give_back = give_back
 
     def __repr__(self) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from gollama_proxy.routing.budget import RetryBudget
 from gollama_proxy.routing.policies import Policy, RoundRobin
-from gollama_proxy.routing.worker import Worker
+from gollama_proxy.routing.retry import Attempts
+from gollama_proxy.routing.slowness import Expectations
+from gollama_proxy.routing.worker import State, Worker
 from gollama_proxy.settings import Config, Models
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
@@ -25,7 +30,17 @@ class Pool(NamedTuple):
 
     @property
     def available(self) -> list[Worker]:
-        return [worker for worker in self.workers if worker.available]
+        return [worker for worker in self.workers if worker.can_serve(self.model)]
+
+    def reopens_in(self) -> float:
+        """Tell the seconds until some worker that is out may be proved good again."""
+        waits = [
+            max(worker.breaker.opens_in(), of_model.opens_in() if of_model else 0.0)
+            for worker in self.workers
+            for of_model in [worker.model_breakers.get(self.model)]
+            if worker.state is State.READY
+        ]
+        return min(waits, default=0.0)
 
 
 class Registry:
@@ -38,10 +53,22 @@ class Registry:
         self, config: Config, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.workers = [
-            Worker(worker, config.health, clock, index)
+            Worker(
+                worker,
+                config.health,
+                clock,
+                index,
+                limits=config.breaker,
+                expectations=Expectations(
+                    base=config.timeouts.allowance, hard=config.timeouts.first_token
+                ),
+            )
             for index, worker in enumerate(config.workers)
         ]
         self.policy: Policy = RoundRobin()
+        self.budget = RetryBudget(config.retry.ratio, config.retry.floor, clock=clock)
+        self._retry = config.retry
+        self._rng = random.Random()
         self._models: Models = config.models
 
     def __repr__(self) -> str:
@@ -105,16 +132,25 @@ class Registry:
             raise RequestError(Code.MODEL_NOT_ALLOWED, text, param="model")
         return self.pool(model)
 
-    def choose(self, pool: Pool) -> Worker:
-        """Pick an available worker of the pool.
+    def choose(self, pool: Pool, attempts: Attempts | None = None) -> Worker:
+        """Pick an available worker of the pool for the next attempt of a request.
+
+        A worker that has just recovered is passed over now and then.
 
         Raises:
             NoWorkerError: 503 with `retry_after`; the text says who is in what state.
         """
-        available = pool.available
-        if not available:
-            raise self._nobody(pool.model, pool.workers)
-        return self.policy.pick(pool.model, available)
+        candidates = pool.available
+        if attempts is not None:
+            candidates = attempts.candidates(candidates)
+        if not candidates:
+            raise self._nobody(pool.model, pool.workers, pool.reopens_in())
+        turns = [worker for worker in candidates if worker.breaker.turn()]
+        return self.policy.pick(pool.model, turns or candidates)
+
+    def attempts(self, pool: Pool) -> Attempts:
+        """Begin the count of a request's attempts."""
+        return Attempts(pool.model, self._retry, self.budget, self._rng)
 
     def _resolve_name(self, name: str | None, models: list[str]) -> str | None:
         aliases = self._models.aliases
@@ -138,17 +174,28 @@ class Registry:
             text += f" Not reached yet: {', '.join(unseen)}."
         return text
 
-    def _nobody(self, model: str | None, workers: Sequence[Worker]) -> NoWorkerError:
+    def _nobody(
+        self, model: str | None, workers: Sequence[Worker], reopens_in: float = 0.0
+    ) -> NoWorkerError:
         what = f"the model {model!r}" if model else "this request"
         if not self.workers:
             text = f"No worker serves {what}: the hub has none configured."
         else:
-            states = Counter(worker.state.value for worker in workers or self.workers)
+            states = Counter(_state_of(worker) for worker in workers or self.workers)
             told = ", ".join(f"{n} {state}" for state, n in states.items())
             whose = "serve it" if workers else "known, none seen to serve it"
             count = len(workers or self.workers)
             text = f"No worker is available for {what}: {count} {whose} ({told})."
-        return NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
+        wait = max(RETRY_AFTER, math.ceil(reopens_in))
+        return NoWorkerError(Code.NO_WORKER, text, retry_after=wait)
+
+
+def _state_of(worker: Worker) -> str:
+    """Name what keeps a worker from being used, as an operator would."""
+    if worker.state is State.READY and not worker.breaker.available:
+        closed = worker.breaker.closed
+        return "busy" if closed else f"breaker {worker.breaker.state.value}"
+    return worker.state.value
 
 
 def may_use(allowed: Sequence[str] | None, model: str) -> bool:

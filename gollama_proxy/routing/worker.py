@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import enum
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from gollama_proxy.routing.breaker import Breaker, Verdict
 from gollama_proxy.routing.lease import Lease, Outcome
+from gollama_proxy.routing.slowness import Expectations, Pace
+from gollama_proxy.settings import Breaker as Limits
 from gollama_proxy.settings import Health, WorkerConfig
 
 logger = logging.getLogger(__name__)
@@ -61,6 +65,10 @@ class Check(enum.Enum):
     FAILED = "failed"
 
 
+# Ends of an attempt after which the pinger had better look at once.
+SUSPICIOUS = frozenset({Outcome.WORKER_FAILED, Outcome.SLOW, Outcome.BUSY})
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model as one worker serves it."""
@@ -92,10 +100,21 @@ class Worker:
     description: Description | None = None  # None until it was reached once
     leases: set[Lease] = field(default_factory=set)
     checked_at: float | None = None
+    limits: Limits = field(default_factory=Limits)
+    expectations: Expectations = field(default_factory=Expectations)
+    rng: random.Random = field(default_factory=random.Random)
+    breaker: Breaker = field(init=False)
+    pace: Pace = field(init=False)
+    # Bad statuses are held against a worker and the model asked for, not the machine.
+    model_breakers: dict[str, Breaker] = field(default_factory=dict)
     # Called on every suspicion, so that the pinger looks at once.
     on_suspicion: Callable[[], None] | None = None
     _good: int = 0
     _bad: int = 0
+
+    def __post_init__(self) -> None:
+        self.breaker = Breaker(self.name, self.limits, self.clock, self.rng)
+        self.pace = Pace(self.clock, self.expectations)
 
     def __repr__(self) -> str:
         return (
@@ -109,7 +128,26 @@ class Worker:
 
     @property
     def available(self) -> bool:
-        return self.state is State.READY
+        return self.state is State.READY and self.breaker.available
+
+    def can_serve(self, model: str) -> bool:
+        """Whether a request for this model may be sent now."""
+        breaker = self.model_breakers.get(model)
+        return self.available and (breaker is None or breaker.available)
+
+    def breaker_of(self, model: str) -> Breaker:
+        """Find, or make, the breaker for one model on this worker."""
+        if model not in self.model_breakers:
+            name = f"{self.name} {model}"
+            self.model_breakers[model] = Breaker(
+                name, self.limits, self.clock, self.rng
+            )
+        return self.model_breakers[model]
+
+    def context_of(self, model: str) -> int | None:
+        """Tell the tokens of one slot for a model; None if it is not known."""
+        models = self.description.models if self.description else ()
+        return next((m.context for m in models if m.name == model), None)
 
     @property
     def in_flight(self) -> int:
@@ -130,16 +168,48 @@ class Worker:
     def lease(self) -> Lease:
         """Take a place on this worker; whoever takes it gives it back, once."""
         lease = Lease(self.name, self.clock, self._give_back)
+        lease.generation = self.breaker.generation
         self.leases.add(lease)
         return lease
 
     def _give_back(self, lease: Lease, outcome: Outcome) -> None:
+        beside = len(self.leases)
         self.leases.discard(lease)
+        self.breaker.record(self._judge(lease, outcome, beside), lease.generation)
         if outcome is Outcome.WORKER_FAILED:
             self._bad += 1
             self._good = 0
-            if self.on_suspicion is not None:
-                self.on_suspicion()
+        if outcome in SUSPICIOUS and self.on_suspicion is not None:
+            self.on_suspicion()
+
+    def _judge(self, lease: Lease, outcome: Outcome, beside: int) -> Verdict:
+        """Say what an attempt has shown about this worker."""
+        match outcome:
+            case Outcome.COMPLETE:
+                slow = self.pace.is_slow(lease.tokens, lease.seconds, beside)
+                self.pace.learn(
+                    lease.prompt_bytes,
+                    lease.first_token,
+                    lease.tokens,
+                    lease.seconds,
+                    beside,
+                )
+                return Verdict.SLOW if slow else Verdict.SUCCESS
+            case Outcome.SLOW:
+                if not lease.first_token:
+                    self.pace.missed()
+                return Verdict.SLOW
+            case Outcome.WORKER_FAILED:
+                return Verdict.FAILURE
+            case (
+                Outcome.BUSY
+                | Outcome.REFUSED
+                | Outcome.CLIENT_GONE
+                | Outcome.HUB_STOPPED
+            ):
+                return Verdict.NEUTRAL
+            case _:
+                assert_never(outcome)
 
     def heard_since(self, moment: float) -> bool:
         """Tell whether any running answer had a byte since then."""

@@ -26,6 +26,13 @@ class Outgoing(NamedTuple):
     length: int | None = None  # of the whole body, None if it is not known
 
 
+class Patience(NamedTuple):
+    """How long to wait for the first event while others could take over."""
+
+    allowance: float  # seconds
+    somebody_else: Callable[[], bool]
+
+
 class Attempt:
     """Holds the connection of an attempt and gives it back, whatever happens.
 
@@ -47,6 +54,7 @@ class Attempt:
         self._connection: Connection | None = None
         self._relay: Relay | None = None
         self._upload: asyncio.Task[None] | None = None
+        self._sent = True  # the whole request
 
     def __repr__(self) -> str:
         return f"<Attempt on {self._lease.worker} {self._connection!r}>"
@@ -56,7 +64,8 @@ class Attempt:
 
     async def __aexit__(self, *exc_info: object) -> None:
         if self._connection is not None:
-            if self._relay is not None and self._relay.spares_connection:
+            relay = self._relay
+            if relay is not None and relay.spares_connection and self._sent:
                 self._pool.give_back(self._connection)
             else:
                 self._connection.close()
@@ -64,7 +73,7 @@ class Attempt:
             self._upload.cancel()
             await asyncio.wait([self._upload])
 
-    async def send(self, request: Outgoing) -> Relay:
+    async def send(self, request: Outgoing, patience: Patience | None = None) -> Relay:
         """Send the request and wait for the first bytes of its answer.
 
         A used connection that turns out dead before a byte of the answer came costs
@@ -72,20 +81,22 @@ class Attempt:
         sent once more on a fresh one (RFC 9112, 9.3.1).
 
         Raises:
-            WorkerError: not reached, lost, no HTTP, or silent for too long.
+            WorkerError: not reached, lost, no HTTP, or silent for too long; slow, if
+                `patience` has run out and somebody else can take over.
             ProxyError: the client did not deliver the rest of its body.
         """
-        connection = self._pool.reuse()
-        if connection is not None and request.rest is None:
+        # What streams cannot be sent twice.
+        connection = self._pool.reuse() if request.rest is None else None
+        if connection is not None:
             try:
-                return await self._exchange(connection, request)
+                return await self._exchange(connection, request, patience)
             except _StaleError:
                 pass
-        elif connection is not None:  # what streams cannot be sent twice
-            self._pool.give_back(connection)
-        return await self._exchange(await self._pool.dial(), request)
+        return await self._exchange(await self._pool.dial(), request, patience)
 
-    async def _exchange(self, connection: Connection, request: Outgoing) -> Relay:
+    async def _exchange(
+        self, connection: Connection, request: Outgoing, patience: Patience | None
+    ) -> Relay:
         self._connection = connection
         stale = connection.used > 0
         self._relay = relay = Relay(
@@ -102,7 +113,7 @@ class Attempt:
                 if request.rest is not None:
                     deadline.reschedule(None)  # the body has limits of its own
                     self._start_upload(connection, relay, request, deadline)
-                await relay.opened()
+                await self._wait(relay, patience)
         except TimeoutError:
             raise WorkerError(
                 Code.WORKER_TIMEOUT,
@@ -110,10 +121,21 @@ class Attempt:
                 f"within {self._timeouts.first_token:g} s.",
             ) from None
         except WorkerError as exc:
-            if stale and relay.untouched and exc.code is Code.WORKER_LOST:
+            if stale and connection.untouched and exc.code is Code.WORKER_LOST:
                 raise _StaleError from exc
             raise
         return relay
+
+    async def _wait(self, relay: Relay, patience: Patience | None) -> None:
+        """Wait within the allowance, and beyond it only if there is nobody else."""
+        try:
+            async with asyncio.timeout(patience.allowance if patience else None):
+                await relay.opened()
+        except TimeoutError:
+            if patience is None or patience.somebody_else():
+                text = f"Worker {self._lease.worker} was too slow to begin."
+                raise WorkerError(Code.WORKER_SLOW, text) from None
+            await relay.opened()
 
     def _head(self, request: Outgoing) -> bytes:
         origin = self._pool.worker.origin
@@ -157,6 +179,7 @@ class Attempt:
             if relay.opened_at is None:
                 deadline.reschedule(limit)
 
+        self._sent = False
         self._upload = asyncio.create_task(upload(), name="upload to a worker")
 
     async def _send_rest(self, connection: Connection, request: Outgoing) -> None:
@@ -168,9 +191,19 @@ class Attempt:
             connection.write(
                 b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
             )
-            await connection.drain()
+            await self._drain(connection)
         if chunked:
             connection.write(b"0\r\n\r\n")
+        self._sent = True
+
+    async def _drain(self, connection: Connection) -> None:
+        limit = self._timeouts.first_token
+        try:
+            async with asyncio.timeout(limit):
+                await connection.drain()
+        except TimeoutError:
+            text = f"Worker {self._lease.worker} took nothing within {limit:g} s."
+            raise WorkerError(Code.WORKER_TIMEOUT, text) from None
 
 
 class _StaleError(Exception):

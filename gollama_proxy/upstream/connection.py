@@ -123,6 +123,11 @@ class Connection(asyncio.Protocol):
         """Whether another request may follow: asked when an answer has ended."""
         return self.state is State.IDLE and self._reusable
 
+    @property
+    def untouched(self) -> bool:
+        """Whether not one byte of an answer has come."""
+        return not (self._head_done or self._head_size)
+
     def _reset_answer(self) -> None:
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_size = 0
@@ -244,9 +249,11 @@ class Connection(asyncio.Protocol):
         if self._receiver is not None:
             self._receiver.head_received(status, headers)
 
-    def on_message_complete(self) -> None:
+    def on_message_begin(self) -> None:
         if self._ended:
-            self._stop_parser("a second answer")
+            self._stop_parser("bytes behind the answer")
+
+    def on_message_complete(self) -> None:
         self._ended = self._head_done  # an interim answer (100) ends nothing
 
     def _stop_parser(self, fault: str) -> NoReturn:

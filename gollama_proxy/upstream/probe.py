@@ -9,6 +9,7 @@ is a good worker all the same; what it does not tell stays unknown.
 from __future__ import annotations
 
 import os
+import ssl
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -91,9 +92,35 @@ async def ping(
 
 def _why_unreachable(exc: aiohttp.ClientConnectorError) -> str:
     number = exc.os_error.errno
+    if isinstance(exc.os_error, ssl.SSLError):  # its errno is one of OpenSSL's
+        return f"TLS failed: {exc.os_error}"
     if number is not None and number > 0:
         return os.strerror(number).lower()
     return exc.os_error.strerror or "cannot be reached"  # name resolution, TLS
+
+
+async def prove(
+    session: aiohttp.ClientSession, worker: WorkerConfig, model: str, limit: float
+) -> bool:
+    """Have a worker generate one token: the canary of a half-open breaker.
+
+    Whatever is no failure of the server proves it; an embedding server has no chat.
+    """
+    message = {"role": "user", "content": "hi"}
+    body = {"model": model, "messages": [message], "max_tokens": 1}
+    timeout = aiohttp.ClientTimeout(total=limit)
+    try:
+        async with session.post(
+            _url(worker, "/v1/chat/completions"),
+            data=msgspec.json.encode(body),
+            headers={"Content-Type": "application/json", **_key(worker)},
+            timeout=timeout,
+            allow_redirects=False,
+        ) as response:
+            await response.content.read(MAX_ANSWER)
+            return response.status < 500 or response.status == 501
+    except (TimeoutError, aiohttp.ClientError, OSError):
+        return False
 
 
 async def _learn(
@@ -110,7 +137,7 @@ async def _learn(
     if status == 200:
         try:
             props = msgspec.json.decode(body, type=_Props)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             pass  # another server's idea of /props
     settings = props.default_generation_settings or _Settings()
     context = settings.n_ctx
@@ -131,11 +158,9 @@ async def _get(
     path: str,
     timeout: aiohttp.ClientTimeout,
 ) -> tuple[int, bytes]:
-    origin = worker.origin
-    headers = {"Authorization": f"Bearer {worker.api_key}"} if worker.api_key else {}
     async with session.get(
-        f"{origin.scheme}://{origin.authority}{origin.prefix}{path}",
-        headers=headers,
+        _url(worker, path),
+        headers=_key(worker),
         timeout=timeout,
         allow_redirects=False,
     ) as response:
@@ -145,6 +170,15 @@ async def _get(
         if len(body) > MAX_ANSWER:
             raise _OddAnswer(f"{path} answered more than {MAX_ANSWER} bytes")
         return response.status, body
+
+
+def _url(worker: WorkerConfig, path: str) -> str:
+    origin = worker.origin
+    return f"{origin.scheme}://{origin.authority}{origin.prefix}{path}"
+
+
+def _key(worker: WorkerConfig) -> dict[str, str]:
+    return {"Authorization": f"Bearer {worker.api_key}"} if worker.api_key else {}
 
 
 # --- The parts of the answers that are read ---------------------------------------
@@ -177,7 +211,7 @@ class _Props(msgspec.Struct):
 def _read(body: bytes, kind: type[Any], path: str) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise _OddAnswer(f"{path} answered what cannot be read: {exc}") from None
 
 

@@ -16,6 +16,8 @@ last kilobytes when it has ended.
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -26,12 +28,14 @@ from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
 
 # What may be held before the first event is complete; then it goes on as it is.
+_LINGER_ZERO = struct.pack("ii", 1, 0)
 HOLD_LIMIT = 256 << 10
 # What a client may leave unread in the hub before its worker is paused.  It is the
 # high-water mark of the transport, below which `drain` would not wait.
 WRITE_BUFFER = 64 << 10
 _TAIL_CHUNKS = 8
 _TAIL_KEPT = 6
+_COLON = ord(":")
 
 
 class Client(NamedTuple):
@@ -45,6 +49,13 @@ class Client(NamedTuple):
         """Queue bytes of the hub's own; without effect once the client is gone."""
         if not self.transport.is_closing():
             self.transport.write(_frame(data) if self.chunked else data)
+
+    def reset(self) -> None:
+        """Hang up with RST: without chunks and length, FIN says that all is well."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+        self.transport.abort()
 
 
 class ClientStalledError(Exception):
@@ -66,6 +77,8 @@ class Relay:
         "_held",
         "_lease",
         "_marked",
+        "_progress_at",
+        "_seen",
         "_tail",
         "_wakeup",
         "_worker",
@@ -109,6 +122,8 @@ class Relay:
         self._buffered: Callable[[], int] = int
         self._blocked = False
         self._ended = False
+        self._seen = 0  # events, at the last look of the sweep
+        self._progress_at = 0.0
         self._error: ProxyError | None = None
         self._wakeup: asyncio.Future[None] | None = None
 
@@ -207,6 +222,22 @@ class Relay:
         self.body_received = self.chunk_received = _ignore
         self._finish(client)
 
+    def check(self, now: float, gap: float, silence: float) -> None:
+        """Look whether the answer goes on; called about once a second.
+
+        While the client is the one who blocks, the clocks stand still.
+        """
+        if self._blocked or self.events != self._seen or not self._progress_at:
+            self._seen, self._progress_at = self.events, now
+        elif self.is_event_stream and now - self._progress_at > gap:
+            self._stall(f"no event for {gap:g} s")
+        elif now - max(self._lease.heard_at, self._progress_at) > silence:
+            self._stall(f"no byte for {silence:g} s")
+
+    def _stall(self, reason: str) -> None:
+        text = f"Worker {self._worker} stopped in the middle of its answer."
+        self.fail(WorkerError(Code.WORKER_SLOW, text, detail=reason))
+
     async def _drain(self, client: Client, write_timeout: float) -> None:
         try:
             async with asyncio.timeout(write_timeout):
@@ -218,12 +249,17 @@ class Relay:
 
     def _finish(self, client: Client) -> None:
         """Judge the end of the answer, and add what a complete one may lack."""
-        if not (self.is_event_stream and self.status == 200):
+        if self._ending is Ending.BODY or not (
+            self.is_event_stream and self.status == 200
+        ):
             if self._error is not None:
                 raise self._error
             return
         verdict = sse.judge(self.tail, self._ending)
-        if not (verdict.complete or self._marked):
+        rest = sse.unfinished(self.tail)
+        # An end that broke off within its [DONE] can be completed.
+        whole = not rest or (self._ending is Ending.DONE and sse.DONE.startswith(rest))
+        if not (whole and (verdict.complete or self._marked)):
             if verdict.failed:
                 text = "The worker ended the answer with an error."
                 raise ToldError(Code.WORKER_INCOMPLETE, text)
@@ -231,8 +267,8 @@ class Relay:
                 Code.WORKER_INCOMPLETE,
                 f"Worker {self._worker} ended the answer before it was complete.",
             )
-        if self._ending is Ending.DONE and not verdict.done:
-            client.write(sse.DONE)
+        if self._ending is Ending.DONE and (rest or not verdict.done):
+            client.write(sse.DONE.removeprefix(rest))
 
     @property
     def tail(self) -> bytes:
@@ -255,6 +291,7 @@ class Relay:
         if len(held) > HOLD_LIMIT:
             self._connection.pause_reading()
             self._blocked = True  # until `run` has made room
+            self._wake()
         elif self.is_event_stream and sse.first_data(held) is None:
             return
         self._open()
@@ -265,7 +302,8 @@ class Relay:
     def _forward(self, data: bytes) -> None:
         frame = _frame(data)
         self._forward_chunk(frame, len(frame) - len(data) - 2)
-        self.events += data.count(b"data: {") - 1
+        if data[0] != _COLON:
+            self.events += data.count(b"data: {") - 1
         if len(data) > sse.TAIL:
             self._cut_tail()
 
@@ -277,7 +315,8 @@ class Relay:
         """
         self._lease.heard_at = self._clock()
         self.bytes += len(chunk) - start - 2
-        self.events += 1  # llama-server sends one in a chunk
+        if chunk[start] != _COLON:  # a comment, such as a ping, is no event
+            self.events += 1  # llama-server sends one in a chunk
         tail = self._tail
         tail.append(chunk)
         if len(tail) > _TAIL_CHUNKS:

@@ -47,6 +47,7 @@ class Code(enum.StrEnum):
     WORKER_INCOMPLETE = "worker_incomplete_answer"
     WORKER_REFUSED_KEY = "worker_refused_key"
     WORKER_TIMEOUT = "worker_timeout"
+    WORKER_SLOW = "worker_slow"
     # The hub
     REQUEST_TIMEOUT = "request_timeout"
     DRAINING = "hub_draining"
@@ -95,7 +96,7 @@ class Code(enum.StrEnum):
                 return 502
             case Code.NO_WORKER | Code.DRAINING:
                 return 503
-            case Code.WORKER_TIMEOUT | Code.REQUEST_TIMEOUT:
+            case Code.WORKER_TIMEOUT | Code.WORKER_SLOW | Code.REQUEST_TIMEOUT:
                 return 504
             case Code.UNSUPPORTED_HTTP_VERSION:
                 return 505

@@ -36,6 +36,7 @@ _MARKS = {
     ),
     Ending.BODY: re.compile(rb""),
 }
+_REASONS = re.compile(rb'"finish_reason"\s*:\s*(null|""|"[^"]+")')
 _TOKENS = re.compile(
     rb'"(?:completion_tokens|output_tokens|predicted_n)"\s*:\s*(\d{1,12})'
 )
@@ -52,11 +53,24 @@ class Verdict(NamedTuple):
 
 def judge(tail: bytes, ending: Ending) -> Verdict:
     """Read the end of a stream, its last `TAIL` bytes at least."""
-    return Verdict(
-        complete=_MARKS[ending].search(tail) is not None,
-        done=_DONE_LINE.search(tail) is not None,
-        failed=_ERROR_EVENT.search(tail) is not None,
-    )
+    done = _DONE_LINE.search(tail) is not None
+    if ending is Ending.DONE:  # of several choices each has a reason; the last counts
+        reasons = _REASONS.findall(tail)
+        complete = done or (
+            bool(reasons) and len(reasons[-1]) > 2 and reasons[-1] != b"null"
+        )
+    else:
+        complete = _MARKS[ending].search(tail) is not None
+    failed = _ERROR_EVENT.search(tail) is not None
+    return Verdict(complete, done, failed)
+
+
+def unfinished(tail: bytes) -> bytes:
+    """Give what follows the last blank line: a part of an event."""
+    end = 0
+    for blank in _BLANK_LINE.finditer(tail):
+        end = blank.end()
+    return tail[end:]
 
 
 def generated_tokens(tail: bytes) -> int | None:

@@ -117,7 +117,12 @@ async def running_hub(
     """
     before = asyncio.all_tasks()
     urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
-    variables = {"GOLLAMA_JWT_SECRET": SECRET}
+    # What a worker does is what the client sees, unless a test wants more.
+    variables = {
+        "GOLLAMA_JWT_SECRET": SECRET,
+        "GOLLAMA_RETRY_ATTEMPTS": "1",
+        "GOLLAMA_UPSTREAM_ASSEMBLE": "false",
+    }
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = _spelled(value)
     variables |= environ or {}

@@ -1,0 +1,164 @@
+"""What a client gets of a worker's answer: a refusal, a beginning, a broken end."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from aiohttp import web
+
+from gollama_proxy.edge.server import json_response
+from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.routing.lease import Outcome
+from gollama_proxy.routing.registry import RETRY_AFTER
+from gollama_proxy.routing.retry import Failure
+from gollama_proxy.upstream.relay import Client, Relay, ToldError
+from gollama_proxy.wire import headers, sse
+from gollama_proxy.wire.errors import (
+    Code,
+    NoWorkerError,
+    ProxyError,
+    WorkerError,
+    error_body,
+)
+from gollama_proxy.wire.openai import ENDPOINTS, Ending
+
+# What an attempt has failed of, by the error that it ended with.
+FAILURES = {
+    Code.WORKER_UNREACHABLE: Failure.UNREACHABLE,
+    Code.WORKER_LOST: Failure.RESET,
+    Code.WORKER_PROTOCOL: Failure.MALFORMED,
+    Code.WORKER_TIMEOUT: Failure.SILENT,
+    Code.WORKER_SLOW: Failure.SLOW,
+    Code.WORKER_INCOMPLETE: Failure.RESET,
+}
+# How a prompt is refused that is too long for one worker (llama-server, OpenAI).
+_OVERFLOW = (b"exceed_context_size_error", b"context_length_exceeded")
+
+
+class Refusal(NamedTuple):
+    """An attempt that came to nothing before a byte of an answer was passed on."""
+
+    told: web.Response | ProxyError  # to the client, if nobody else is asked
+    outcome: Outcome  # for the worker
+    failure: Failure | None = None  # None: it would be the same everywhere
+    busy: float | None = None  # seconds that the worker asks to be left alone
+
+
+def refusal_of(error: WorkerError) -> Refusal:
+    """Describe an attempt that ended with an error of the connection."""
+    failure = FAILURES[error.code]
+    slow = failure is Failure.SLOW
+    outcome = Outcome.SLOW if slow else Outcome.WORKER_FAILED
+    return Refusal(error, outcome, failure)
+
+
+def refusal_of_a_stream() -> Refusal:
+    """Describe a stream that does not hold the answer: the request goes as it was."""
+    text = "The worker's stream has not what its answer has."
+    error = WorkerError(Code.WORKER_PROTOCOL, text)
+    return Refusal(error, Outcome.REFUSED, Failure.STREAM)
+
+
+async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
+    """Read whether a worker refuses; None if this is an answer to be passed on."""
+    early = relay.early_error()
+    if early is not None:
+        return promote(early)
+    if relay.status < 400:
+        return None
+    try:
+        await relay.whole()
+    except WorkerError as exc:
+        return refusal_of(exc)
+    status, body = relay.status, relay.held_body() or b""
+    if status in (401, 403):
+        text = f"Worker {worker} refuses the key that the hub has for it."
+        error = WorkerError(Code.WORKER_REFUSED_KEY, text)
+        return Refusal(error, Outcome.WORKER_FAILED, Failure.KEY)
+    if status == 503:
+        text = f"Worker {worker} is loading its model or too busy."
+        away = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
+        return Refusal(away, Outcome.BUSY, Failure.BUSY, _retry_after(relay))
+    told = _pass_on(relay, worker, body)
+    if status == 429:
+        return Refusal(told, Outcome.BUSY, Failure.BUSY, _retry_after(relay))
+    if any(word in body for word in _OVERFLOW):
+        return Refusal(told, Outcome.REFUSED, Failure.CONTEXT)
+    # A 500 of llama-server often means a bad request, so nobody is blamed for it yet.
+    failed = status >= 500 and status != 501
+    return Refusal(told, Outcome.REFUSED, Failure.STATUS if failed else None)
+
+
+def promote(early: sse.EventError) -> Refusal:
+    """Give a stream that began with an error the status that it should have had."""
+    code = early.code
+    status = code if isinstance(code, int) and 400 <= code < 600 else 502
+    told = json_response(error_body(early.message, early.type, None), status)
+    failure = Failure.STATUS if status >= 500 else None
+    return Refusal(told, Outcome.REFUSED, failure)
+
+
+def _pass_on(relay: Relay, worker: str, body: bytes) -> web.Response:
+    """Pass a refusal on as it was; where it says nothing, say who it was."""
+    if not body:  # llama-server's 413 and 415 are empty, and people want to read why
+        text = f"Worker {worker} answered {relay.status} without a reason."
+        kind = "invalid_request_error" if relay.status < 500 else "server_error"
+        return json_response(error_body(text, kind, None), relay.status)
+    kept = headers.to_client(relay.headers)
+    return web.Response(status=relay.status, body=body, headers=kept)
+
+
+def _retry_after(relay: Relay) -> float:
+    """Read how long a busy worker wants to be left alone; 1 s if it does not say."""
+    given = relay.header(b"retry-after")
+    return float(given) if given.isdigit() else 1.0
+
+
+def whole_response(relay: Relay) -> web.Response | None:
+    """Make a response of a short answer that is here already; None of any other."""
+    body = relay.held_body()
+    if body is None or relay.is_event_stream:
+        return None
+    kept = headers.to_client(relay.headers)
+    return web.Response(status=relay.status, body=body, headers=kept)
+
+
+def begin_response(
+    request: web.BaseRequest, relay: Relay, record: Record
+) -> web.StreamResponse:
+    """Make the head of an answer whose body will be relayed."""
+    kept = headers.to_client(relay.headers)
+    response = web.StreamResponse(status=relay.status, headers=kept)
+    response.headers.update(record.headers)
+    length = relay.header(b"content-length")
+    if relay.is_event_stream:
+        response.headers.update(sse.STREAM_HEADERS)
+    if length and not relay.is_event_stream:
+        response.content_length = int(length)
+    elif request.version >= (1, 1):
+        response.enable_chunked_encoding()
+    else:  # HTTP/1.0: the body ends with the connection
+        response.force_close()
+    return response
+
+
+def break_off(
+    client: Client, relay: Relay, error: ProxyError, record: Record, *, framed: bool
+) -> None:
+    """End an answer that is not complete so that nobody can think it is.
+
+    A stream gets an error event; nothing gets its last chunk.  `close` still sends what
+    is buffered, the error event among it, which `abort` would throw away.  `framed`
+    says that the client knows where the body has to end.
+    """
+    record.outcome, record.error, record.detail = "error", error.code, error.detail
+    if relay.is_event_stream:
+        if not isinstance(error, ToldError):
+            named = ENDPOINTS[record.route].ending is Ending.NAMED
+            half = b"\n\n" if sse.unfinished(relay.tail) else b""
+            client.write(half + sse.error_event(error.body(), named=named))
+        client.transport.close()
+    elif framed:
+        client.transport.close()
+    else:  # only a reset tells an HTTP/1.0 client that something is missing
+        client.reset()

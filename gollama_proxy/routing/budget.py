@@ -1,0 +1,98 @@
+"""How many retries the hub may spend: a share of the traffic, and a few on top.
+
+Retries help while few requests fail.  When many do, they are load that comes at the
+worst moment: three attempts each turn an overload into three overloads.  So retries
+are paid for by requests.  At every withdrawal, within the last `window` seconds,
+
+    retries  <=  ratio x requests + floor
+
+as in Finagle's RetryBudget and in chapter 21 of Google's SRE book ("Handling
+Overload"), which allow a fifth and a tenth.  The floor is for quiet hubs: a tenth of
+four requests is nothing, and a single lost answer should still be tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# Into how many parts a window is cut.  Ten keep the error below a tenth of the window.
+BUCKETS = 10
+
+
+class RetryBudget:
+    """Lets a retry pass while the recent requests pay for it."""
+
+    __slots__ = ("_requests", "_retries", "floor", "ratio")
+
+    def __init__(
+        self,
+        ratio: float = 0.1,
+        floor: int = 3,
+        window: float = 10.0,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self.ratio = ratio
+        self.floor = floor
+        self._requests = Recent(window, clock)
+        self._retries = Recent(window, clock)
+
+    def __repr__(self) -> str:
+        spent, requests = self._retries.count, self._requests.count
+        return f"<RetryBudget {spent} of {self._allowed:g} spent, {requests} requests>"
+
+    def deposit(self) -> None:
+        """Count a request; once for each, whatever its number of attempts."""
+        self._requests.add()
+
+    def withdraw(self) -> bool:
+        """Ask for one retry, which is spent if the answer is True."""
+        if self._retries.count + 1 > self._allowed:
+            return False
+        self._retries.add()
+        return True
+
+    @property
+    def _allowed(self) -> float:
+        return self.ratio * self._requests.count + self.floor
+
+
+class Recent:
+    """Counts what happened in the last `span` seconds, at constant cost.
+
+    Time is cut into buckets, and the oldest leaves as a whole.  What is counted is
+    therefore the last nine to ten tenths of the span, and never more than the span.
+    """
+
+    __slots__ = ("_buckets", "_clock", "_count", "_tick", "_width")
+
+    def __init__(self, span: float, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._width = span / BUCKETS
+        self._buckets = [0] * BUCKETS  # a ring: tick t is at t % BUCKETS
+        self._tick = self._now()
+        self._count = 0
+
+    def __repr__(self) -> str:
+        return f"<Recent {self.count} in {self._width * BUCKETS:g} s>"
+
+    @property
+    def count(self) -> int:
+        self._expire()
+        return self._count
+
+    def add(self) -> None:
+        self._expire()
+        self._buckets[self._tick % BUCKETS] += 1
+        self._count += 1
+
+    def _expire(self) -> None:
+        now = self._now()
+        # After a long pause each bucket is emptied once, and not once for each round.
+        for tick in range(max(self._tick, now - BUCKETS) + 1, now + 1):
+            self._count -= self._buckets[tick % BUCKETS]
+            self._buckets[tick % BUCKETS] = 0
+        self._tick = now
+
+    def _now(self) -> int:
+        return int(self._clock() / self._width)

@@ -1,0 +1,103 @@
+"""Once a second: do the answers go on, and are broken workers good again?
+
+One task looks after all running answers, so that no timer is armed for a token.  The
+same round sends the canaries: one-token generations of the hub's own, which are the
+only thing that a worker gets while its breaker is half-open.  A good `/health` proves
+nothing there; the process can be well and its GPU gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+from gollama_proxy.routing.breaker import Permit
+from gollama_proxy.routing.worker import State, Worker
+from gollama_proxy.settings import Timeouts
+from gollama_proxy.upstream.relay import Relay
+
+logger = logging.getLogger(__name__)
+
+PERIOD = 1.0
+Prove = Callable[[Worker, str], Awaitable[bool]]
+
+
+class Sweep:
+    """Watches answers and half-open breakers."""
+
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        timeouts: Timeouts,
+        prove: Prove,
+        clock: Callable[[], float],
+    ) -> None:
+        self._workers = workers
+        self._timeouts = timeouts
+        self._prove = prove
+        self._clock = clock
+        self._relays: set[Relay] = set()
+        self._canaries: set[asyncio.Task[None]] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Sweep answers={len(self._relays)} canaries={len(self._canaries)}>"
+
+    @contextlib.contextmanager
+    def watching(self, relay: Relay) -> Iterator[None]:
+        """Look after an answer for as long as it is relayed."""
+        self._relays.add(relay)
+        try:
+            yield
+        finally:
+            self._relays.discard(relay)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="sweep")
+
+    async def stop(self) -> None:
+        tasks = [*self._canaries, *([self._task] if self._task else [])]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD)
+            try:
+                self.round()
+            except Exception:
+                logger.exception("a sweep failed; the next one comes")
+
+    def round(self) -> None:
+        """Look at everything once."""
+        now = self._clock()
+        for relay in tuple(self._relays):
+            relay.check(now, self._timeouts.gap, self._timeouts.silence)
+        for worker in self._workers:
+            if worker.state is State.READY:
+                self._send_canaries(worker)
+
+    # --- Canaries -----------------------------------------------------------------
+
+    def _send_canaries(self, worker: Worker) -> None:
+        models = worker.description.models if worker.description else ()
+        suspects = [(model, b) for model, b in worker.model_breakers.items()]
+        if models:  # any of them proves the machine
+            suspects.append((models[0].name, worker.breaker))
+        for model, breaker in suspects:
+            permit = breaker.permit()
+            if permit is not None:
+                task = asyncio.create_task(
+                    self._send_canary(worker, model, permit),
+                    name=f"canary {worker.name}",
+                )
+                self._canaries.add(task)
+                task.add_done_callback(self._canaries.discard)
+
+    async def _send_canary(self, worker: Worker, model: str, permit: Permit) -> None:
+        with permit:
+            permit.settle(await self._prove(worker, model))

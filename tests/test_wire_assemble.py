@@ -1,0 +1,440 @@
+"""A stream folded into one answer: what went in comes out, or nothing does."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gollama_proxy.wire.assemble import (
+    Assembler,
+    AssemblyError,
+    LostTextError,
+    streaming_body,
+)
+from tests.fakes import replies
+
+Kind = Literal["chat", "text"]
+LIMIT = 1 << 20
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "m", "prompt": "hi"}
+
+
+def fold(stream: bytes, kind: Kind = "chat", limit: int = LIMIT) -> dict[str, Any]:
+    assembler = Assembler(kind, limit)
+    assembler.feed(stream)
+    answer: dict[str, Any] = json.loads(assembler.finish())
+    return answer
+
+
+def delta(delta: Any, index: int = 0, **choice: Any) -> bytes:
+    reason = choice.pop("finish_reason", None)
+    choices = [{"index": index, "delta": delta, "finish_reason": reason, **choice}]
+    return replies.event({"id": "x", "choices": choices})
+
+
+def usage(tokens: int = 3) -> bytes:
+    """Build the closing event of others: no choice, and the usage of all."""
+    return replies.event({"id": "x", "choices": [], "usage": replies.usage_of(tokens)})
+
+
+def end(reason: str = "stop", index: int = 0, **choice: Any) -> bytes:
+    return delta({}, index, finish_reason=reason, **choice)
+
+
+# --- The request ------------------------------------------------------------------
+
+
+def ask(**fields: Any) -> dict[str, Any] | None:
+    body = streaming_body(json.dumps(fields).encode())
+    return None if body is None else json.loads(body)
+
+
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize("stream", [{}, {"stream": False}, {"stream": None}])
+@pytest.mark.parametrize("request_", [CHAT, TEXT, {}])
+def test_a_stream_with_usage_is_asked_for(
+    request_: dict[str, Any], stream: dict[str, Any]
+) -> None:
+    assert ask(**request_, **stream) == request_ | STREAM
+
+
+def test_all_values_stay_as_they_are_byte_for_byte() -> None:
+    """Numbers and strings would else be written otherwise: 1.0e3, \\u00e9, 1E400."""
+    values = [rb'{ "a" :1.0e3,"b":[ 1E400 , "\u00e9\/"] }', b'"\xc3\xa9"', b"-0.0"]
+    body = b'{"messages":%b, "x" : %b ,"temperature":%b}' % tuple(values)
+    streaming = streaming_body(body)
+    assert streaming is not None
+    assert all(value in streaming for value in values)
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=5).map("x{}".format),
+        st.text() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
+    )
+)
+def test_no_other_field_changes(fields: dict[str, Any]) -> None:
+    assert ask(**fields) == fields | STREAM
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": True},
+        {"stream": 0},  # llama-server will refuse it
+        {"stream": "false"},
+        {"stream_options": {}},
+        {"stream_options": {"include_usage": False}},
+        # A stream would lose the end of an answer, or have more of it.
+        {"stop": "x"},
+        {"stop": ["x"]},
+        {"n_indent": 2},
+        {"continue_final_message": True},
+        {"continue_final_message": "content"},
+        {"reasoning_format": "deepseek-legacy"},
+        {"reasoning_format": "of the future"},
+        # Of a chat, it would not tell all of them.
+        {**CHAT, "logprobs": True},
+        {**CHAT, "n_probs": 1},
+    ],
+)
+def test_what_a_stream_would_not_tell_is_not_asked_for(fields: dict[str, Any]) -> None:
+    assert ask(**fields) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": None},
+        {"stop": ""},
+        {"stop": []},
+        {"n_indent": 0},
+        {"continue_final_message": False},
+        {"stream_options": None},
+        {"reasoning_format": "auto"},
+        {"logprobs": 5, **TEXT},
+        {"n_probs": 2, **TEXT},
+        {"logprobs": False, **CHAT},
+        {"timings_per_token": True, "return_progress": True},
+    ],
+)
+def test_what_makes_no_difference_is_no_obstacle(fields: dict[str, Any]) -> None:
+    assert ask(**fields) == fields | STREAM
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b'{"a":}', b"null", b'{"\xff":1}', b"[" * 100_000]
+)
+def test_what_is_no_object_is_left_to_the_worker(body: bytes) -> None:
+    assert streaming_body(body) is None
+
+
+def test_an_escaped_name_is_the_same_field() -> None:
+    assert streaming_body(rb'{"st\u006fp":["x"]}') is None
+    assert streaming_body(rb'{"stre\u0061m":true}') is None
+
+
+# --- Whole answers, in any cuts ---------------------------------------------------
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+NAMES = st.sampled_from(["content", "reasoning_content", "refusal", "reasoning"])
+CALLS = st.lists(st.tuples(TEXTS, TEXTS), max_size=2)
+LOGPROB = st.fixed_dictionaries({"token": TEXTS, "logprob": st.floats(-99, 0)})
+
+
+@st.composite
+def chat_choices(draw: st.DrawFn, index: int) -> tuple[dict[str, Any], list[bytes]]:
+    """Draw a choice, and the events that tell it."""
+    message: dict[str, Any] = {"role": "assistant", "content": ""}
+    events = [delta({"role": "assistant", "content": None}, index)]
+    logprobs: list[Any] = []
+    for name, text in draw(st.lists(st.tuples(NAMES, TEXTS), min_size=1)):
+        message[name] = message.get(name, "") + text
+        told = draw(st.lists(LOGPROB, max_size=2))
+        logprobs += told
+        choice = {"logprobs": {"content": told}} if told else {}
+        events.append(delta({name: text}, index, **choice))
+    for number, (name, arguments) in enumerate(draw(CALLS)):
+        function = {"name": name, "arguments": arguments}
+        call = {"type": "function", "id": f"c{number}", "function": function}
+        message.setdefault("tool_calls", []).append(call)
+        cut = draw(st.integers(0, len(arguments)))
+        first = {"index": number, **call, "function": {"name": name}}
+        events.append(delta({"tool_calls": [first]}, index))
+        for part in (arguments[:cut], arguments[cut:]):
+            piece = {"index": number, "function": {"arguments": part}}
+            events.append(delta({"tool_calls": [piece]}, index))
+    reason = draw(st.sampled_from(["stop", "tool_calls"]))
+    events.append(end(reason, index))
+    choice = {"finish_reason": reason, "index": index, "message": message}
+    return choice | ({"logprobs": {"content": logprobs}} if logprobs else {}), events
+
+
+@st.composite
+def chat_streams(draw: st.DrawFn) -> tuple[list[Any], list[bytes]]:
+    """Draw choices, and their events in turns."""
+    drawn = [draw(chat_choices(index)) for index in range(draw(st.integers(1, 3)))]
+    waiting = [events[:] for _, events in drawn]
+    events = []
+    while any(waiting):
+        source = draw(st.sampled_from([events for events in waiting if events]))
+        events.append(source.pop(0))
+    return [choice for choice, _ in drawn], events
+
+
+@st.composite
+def cut(draw: st.DrawFn, stream: bytes) -> list[bytes]:
+    cuts = sorted(draw(st.lists(st.integers(0, len(stream)), max_size=20)))
+    return [stream[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
+
+
+@given(st.data(), chat_streams(), st.sampled_from([b"\n", b"\r\n", b"\r"]))
+def test_what_was_told_in_pieces_is_answered_as_one(
+    data: st.DataObject, drawn: tuple[list[Any], list[bytes]], newline: bytes
+) -> None:
+    """Whatever the cuts and the line ends are, and whatever stands between events."""
+    choices, events = drawn
+    between = data.draw(st.sampled_from([b"", b":\n\n", b"event: x\nid: 1\n"]))
+    stream = between.join([*events, usage(1), replies.done()])
+    assembler = Assembler("chat", LIMIT)
+    for piece in data.draw(cut(stream.replace(b"\n", newline))):
+        assembler.feed(piece)
+    answer = json.loads(assembler.finish())
+    assert answer.pop("choices") == choices
+    assert answer == {
+        "id": "x",
+        "object": "chat.completion",
+        "usage": replies.usage_of(1),
+    }
+
+
+@given(st.lists(st.tuples(TEXTS, st.lists(LOGPROB)), min_size=1))
+def test_texts_and_their_probabilities_are_joined(
+    told: list[tuple[str, list[Any]]],
+) -> None:
+    """The last event of llama-server has a null for them, which does not undo them."""
+    choice = {"index": 0, "finish_reason": None}
+    events = [
+        {
+            "text": text,
+            "logprobs": {"content": probabilities} if probabilities else None,
+        }
+        for text, probabilities in told
+    ]
+    stream = b"".join(replies.event({"choices": [choice | event]}) for event in events)
+    last = replies.text_completion("", reason="stop")
+    last["usage"] = replies.usage_of(1)
+    stream += replies.event(last) + replies.done()
+    answer = fold(stream, "text")
+    logprobs = [value for _, values in told for value in values]
+    assert answer["choices"] == [
+        {
+            "text": "".join(text for text, _ in told),
+            "index": 0,
+            "logprobs": {"content": logprobs} if logprobs else None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert answer == last | {"choices": answer["choices"]}
+
+
+def test_an_answer_has_the_fields_of_llama_server() -> None:
+    stream = replies.role() + replies.token("a") + replies.token(" b")
+    stream += replies.finish("length", usage=replies.usage_of(2), tokens=2)
+    expected = replies.chat_completion("a b", reason="length", tokens=2)
+    assert fold(stream + replies.done()) == expected
+
+
+# --- Odd events -------------------------------------------------------------------
+
+
+def test_the_usage_of_the_first_choice_counts_in_llama_server() -> None:
+    """It comes behind the last event of each choice, in any order of them."""
+    first = delta({"content": "a"}) + end() + usage(1)
+    second = delta({"content": "b"}, 1) + end(index=1) + usage(2)
+    for stream in (first + second, second + first):
+        assert fold(stream)["usage"]["completion_tokens"] == 1
+
+
+def test_the_one_usage_of_others_is_behind_all_choices() -> None:
+    stream = delta({"content": "a"}) + delta({"content": "b"}, 1)
+    stream += end() + end(index=1) + usage(7)
+    assert fold(stream)["usage"]["completion_tokens"] == 7
+
+
+def test_a_stream_without_usage_needs_its_done() -> None:
+    """Else the usage may have been cut off, or another choice."""
+    stream = delta({"content": "a"}) + end()
+    with pytest.raises(AssemblyError, match="before the answer was complete"):
+        fold(stream)
+    assert "usage" not in fold(stream + replies.done())
+
+
+def test_other_fields_of_the_last_event_stay() -> None:
+    choices = [{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}]
+    event = {"choices": choices, "usage": None, "service_tier": "x", "y": [1.50]}
+    answer = fold(replies.event(event) + replies.done())
+    assert (answer["service_tier"], answer["y"]) == ("x", [1.5])
+
+
+def test_events_that_tell_nothing_are_passed_over() -> None:
+    odd = b"data: null\n\ndata:\n\ndata: {}\n\n\n:\n\nretry: 5\n\ndata\n\n"
+    stream = odd + delta({"content": "a"}) + odd + end() + odd + usage() + odd
+    assert fold(stream)["choices"][0]["message"]["content"] == "a"
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
+def test_data_of_several_lines_is_one_event(newline: bytes) -> None:
+    """Also byte by byte: the LF of a CRLF is no line of its own."""
+    event = b'data: {"choices":\ndata:[{"delta":{"content":"a"},\ndata:"index":0}]}\n\n'
+    assembler = Assembler("chat", LIMIT)
+    for byte in (event + end() + usage()).replace(b"\n", newline):
+        assembler.feed(bytes([byte]))
+    assert b'"content":"a"' in assembler.finish()
+
+
+def test_nothing_counts_behind_the_done() -> None:
+    stream = delta({"content": "a"}) + end() + replies.done() + b"data: nonsense\n\n"
+    assert fold(stream)["choices"][0]["message"]["content"] == "a"
+
+
+def test_what_is_told_again_is_not_doubled() -> None:
+    """Some servers tell the role, or the name of a call, with each delta."""
+    call = {"index": 0, "id": "i", "type": "function", "function": {"name": "f"}}
+    told = delta({"role": "assistant", "tool_calls": [call]})
+    message = fold(told + told + end() + usage())["choices"][0]["message"]
+    function = {"name": "f", "arguments": ""}
+    calls = [{"type": "function", "function": function, "id": "i"}]
+    assert message == {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def test_a_null_stays_where_no_text_comes() -> None:
+    """The content alone is never null, as in llama-server."""
+    stream = delta({"content": None, "refusal": None, "annotations": []})
+    stream += delta({"content": "a", "tool_calls": []}, logprobs=None) + end() + usage()
+    choice = fold(stream)["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "a", "refusal": None}
+    assert choice["logprobs"] is None
+
+
+def test_lists_of_probabilities_may_be_null() -> None:
+    def told(content: Any, refusal: Any) -> bytes:
+        logprobs = {"content": content, "refusal": refusal}
+        return delta({"content": "a"}, logprobs=logprobs)
+
+    stream = told([1], None) + told([2], None) + told(None, [3]) + end() + usage()
+    logprobs = fold(stream)["choices"][0]["logprobs"]
+    assert logprobs == {"content": [1, 2], "refusal": [3]}
+
+
+# --- What is no answer ------------------------------------------------------------
+
+
+def test_no_cut_off_stream_is_an_answer() -> None:
+    """Not one byte may be missing before the event with usage is complete."""
+    stream = replies.role() + replies.token("a")
+    stream += replies.finish("stop", usage=replies.usage_of())
+    for length in range(len(stream)):
+        with pytest.raises(AssemblyError):
+            fold(stream[:length])
+    fold(stream)
+
+
+def test_a_done_without_the_end_of_each_choice_is_no_answer() -> None:
+    stream = delta({"content": "a"}) + delta({"content": "b"}, 1) + end()
+    for cut_off in (b"", delta({"content": "a"}), stream):
+        with pytest.raises(AssemblyError, match="before the answer was complete"):
+            fold(cut_off + replies.done())
+
+
+@pytest.mark.parametrize("event", ["%b", "event: error\n%b"])
+def test_the_workers_own_error_is_told(event: str) -> None:
+    told = event.encode() % replies.error_event("no such luck", 503)
+    with pytest.raises(AssemblyError, match="by an error") as caught:
+        fold(replies.token("a") + told)
+    error = caught.value.error
+    assert error is not None
+    assert (error.message, error.code) == ("no such luck", 503)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b"data: nonsense\n\n",
+        b'data: {"choices":[{"delta":{"content":"\\ud800"}}]}\n\n',
+        b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n',
+        b'data: {"choices":[{"delta":{"content":%b}}]}\n\n' % (b"[" * 100_000),
+        b'data: {"choices":[{"delta":{"content":7}}]}\n\n',
+        b'data: {"choices":[{"delta":{"audio":{"data":"x"}}}]}\n\n',
+        b'data: {"choices":[{"delta":{"tool_calls":[{"id":"no index"}]}}]}\n\n',
+        b'data: {"choices":[{"delta":{"images":[{"index":0}]}}]}\n\n',
+    ],
+)
+def test_what_cannot_be_folded_is_no_answer(event: bytes) -> None:
+    with pytest.raises(AssemblyError, match="cannot be") as caught:
+        fold(event)
+    assert caught.value.error is None
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_an_answer_whose_text_was_not_told_is_none(kind: Kind, reason: str) -> None:
+    """llama-server has it raw, such as '<tool_call>{"na', but not in the stream."""
+    stream = delta({"role": "assistant", "content": None}) + end(reason) + usage(5)
+    with pytest.raises(LostTextError):
+        fold(stream, kind)
+
+
+def test_an_answer_that_stops_at_once_is_empty() -> None:
+    """Its one token is the end of turn."""
+    answer = fold(replies.role() + replies.finish("stop", usage=replies.usage_of(1)))
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": ""}
+
+
+def feed_often(assembler: Assembler, data: bytes, times: int) -> None:
+    for _ in range(times):
+        assembler.feed(data)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        delta({"content": "x" * 100}),
+        delta({"tool_calls": [{"index": 0, "function": {"arguments": "x" * 100}}]}),
+        delta({"content": ""}, logprobs={"content": ["x" * 100]}),
+    ],
+    ids=["text", "arguments", "logprobs"],
+)
+def test_an_answer_has_a_limit(event: bytes) -> None:
+    with pytest.raises(AssemblyError, match="longer than 10000 characters"):
+        feed_often(Assembler("chat", 10_000), event, 100)
+
+
+def test_choices_and_calls_count_even_if_they_are_empty() -> None:
+    calls = (delta({"tool_calls": [{"index": n}]}) for n in range(1000))
+    for events in (calls, (delta({}, n) for n in range(1000))):
+        with pytest.raises(AssemblyError, match="longer than"):
+            fold(b"".join(events), limit=100_000)
+
+
+@pytest.mark.parametrize("piece", [b"x", b"data: x\n"], ids=["line", "event"])
+def test_what_never_ends_has_a_limit(piece: bytes) -> None:
+    with pytest.raises(AssemblyError, match="longer than"):
+        feed_often(Assembler("chat", 1000), piece, 1001)
+
+
+def test_a_long_answer_of_short_events_is_no_matter() -> None:
+    """What counts is the answer, which is a fraction of what its events take."""
+    assembler = Assembler("chat", 10_000)
+    feed_often(assembler, delta({"content": "x"}), 5000)
+    assembler.feed(end() + usage())
+    assert b"x" * 5000 in assembler.finish()
+    assert re.fullmatch(r"<Assembler size=\d+ open>", repr(assembler))
