@@ -93,7 +93,12 @@ class Hub(Proxy):
         return [sys.executable, "-m", "gollama_proxy", *serve]
 
     def environment(self) -> dict[str, str]:
-        return {"GOLLAMA_JWT_SECRET": self._secret}
+        # A short request is to cost what passing it on costs: from a worker at a fixed
+        # pace, an answer that is assembled would take as long as its stream.
+        return {
+            "GOLLAMA_JWT_SECRET": self._secret,
+            "GOLLAMA_UPSTREAM_ASSEMBLE": "false",
+        }
 
 
 class Nginx(Proxy):

@@ -25,16 +25,15 @@ from gollama_proxy.edge.answer import (
 from gollama_proxy.edge.assembly import assemble, can_assemble
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.dispatch import draining
+from gollama_proxy.edge.job import Job
 from gollama_proxy.edge.request import Incoming, answer_expectation
 from gollama_proxy.edge.server import json_response
 from gollama_proxy.ops.accesslog import Record
-from gollama_proxy.routing.breaker import Verdict
 from gollama_proxy.routing.lease import Lease, Outcome
 from gollama_proxy.routing.registry import Pool, Registry
-from gollama_proxy.routing.retry import Attempts
 from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Config
-from gollama_proxy.upstream.attempt import Attempt, Outgoing, Patience
+from gollama_proxy.upstream.attempt import Attempt, Outgoing
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.upstream.relay import Client, ClientStalledError, Relay
 from gollama_proxy.upstream.sweep import Sweep
@@ -94,6 +93,7 @@ class Inference:
         incoming, pool = await self._read(request, ENDPOINTS[record.route], principal)
         record.model = pool.model
         attempts = self._registry.attempts(pool)
+        job = Job(request, record, deadline, incoming, pool, attempts)
         last: Refusal | None = None
         while True:
             try:
@@ -102,107 +102,39 @@ class Inference:
                 if last is None:
                     raise
                 return _tell(last, record)
-            relayed = await self._attempt(
-                request, incoming, pool, worker, attempts, record, deadline
-            )
-            if not isinstance(relayed, Refusal):
-                return relayed
-            last = relayed
-            pause = self._pause_before_retry(last, incoming, pool, attempts)
+            answer = await self._attempt(job, worker)
+            if not isinstance(answer, Refusal):
+                return answer
+            last = answer
+            pause = job.pause_before_retry(last)
             if pause is None:
                 return _tell(last, record)
             await asyncio.sleep(pause)
 
-    def _pause_before_retry(
-        self, refusal: Refusal, incoming: Incoming, pool: Pool, attempts: Attempts
-    ) -> float | None:
-        """Decide whether to try again; None if this is final."""
-        if refusal.failure is None or not incoming.complete:
-            return None
-        return attempts.retry_after(refusal.failure, pool.available, refusal.busy)
-
-    async def _attempt(
-        self,
-        request: web.BaseRequest,
-        incoming: Incoming,
-        pool: Pool,
-        worker: Worker,
-        attempts: Attempts,
-        record: Record,
-        deadline: asyncio.Timeout,
-    ) -> web.StreamResponse | Refusal:
+    async def _attempt(self, job: Job, worker: Worker) -> web.StreamResponse | Refusal:
         """Have one worker try; a refusal leaves the client untouched."""
-        attempts.begin(worker)
-        connections = self._connections[worker.name]
+        job.attempts.begin(worker)
+        connections, timeouts = self._connections[worker.name], self._config.timeouts
         with worker.lease() as lease:
-            self._note_attempt(lease, record)
-            lease.prompt_bytes = incoming.size
-            async with Attempt(
-                connections, lease, self._config.timeouts, self._clock
-            ) as attempt:
-                outgoing = self._outgoing(request, incoming, pool)
-                assembling = self._assembles(incoming, outgoing, attempts)
-                if assembling is not None:
-                    outgoing = outgoing._replace(
-                        body=assembling, length=len(assembling)
-                    )
-                patience = None
-                if assembling is not None or (incoming.complete and incoming.stream):
-                    patience = Patience(
-                        worker.pace.allowance(incoming.size),
-                        lambda: attempts.has_other(pool.available),
-                    )
-                try:
-                    relay = await attempt.send(outgoing, patience)
-                except WorkerError as exc:
-                    lease.release(refusal_of(exc).outcome)
-                    return refusal_of(exc)
-                refusal = await read_refusal(relay, worker.name)
-                if refusal is not None:
-                    if refusal.busy is not None:
-                        worker.breaker.busy(refusal.busy)
-                    lease.release(refusal.outcome)
-                    return refusal
-                record.first_byte = self._clock() - record.started
+            self._note_attempt(lease, job.record)
+            lease.prompt_bytes = job.incoming.size
+            async with Attempt(connections, lease, timeouts, self._clock) as attempt:
+                relay = await self._forward(job, worker, attempt)
+                if isinstance(relay, Refusal):
+                    if relay.busy is not None:
+                        worker.breaker.busy(relay.busy)
+                    lease.release(relay.outcome)
+                    return relay
+                job.record.first_byte = self._clock() - job.record.started
                 lease.first_token = self._clock() - lease.taken_at
-                if assembling is not None and relay.is_event_stream:
-                    answer = await self._assemble(relay, incoming, lease, record)
-                    if isinstance(answer, web.Response):
-                        self._blame(attempts, worker, pool.model)
-                    return answer
-                self._blame(attempts, worker, pool.model)
-                return await self._relay(request, relay, lease, record, deadline)
-
-    def _assembles(
-        self, incoming: Incoming, outgoing: Outgoing, attempts: Attempts
-    ) -> bytes | None:
-        """Give the body that asks for a stream in place of an answer in one piece."""
-        wanted = self._config.upstream.assemble and not attempts.as_sent
-        if not wanted or not incoming.complete or incoming.stream:
-            return None
-        return can_assemble(incoming.endpoint, outgoing.body)
-
-    async def _assemble(
-        self, relay: Relay, incoming: Incoming, lease: Lease, record: Record
-    ) -> web.Response | Refusal:
-        """Fold a stream into the answer; until it is whole, others can take over."""
-        limit = self._config.limits.answer
-        with self._sweep.watching(relay):
-            answer = await assemble(relay, incoming.endpoint, limit)
-        if isinstance(answer, Refusal):
-            lease.release(answer.outcome)
-            return answer
-        self._measure(relay, lease)
-        lease.release(Outcome.COMPLETE)
-        record.bytes, record.tokens = len(answer), sse.generated_tokens(answer) or 0
-        return json_response(answer)
-
-    def _blame(self, attempts: Attempts, worker: Worker, model: str) -> None:
-        """Settle whose fault a 5xx was, now that somebody has done better."""
-        for culprit in attempts.succeeded():
-            culprit.breaker_of(model).record(Verdict.FAILURE)
-        if model in worker.model_breakers:
-            worker.breaker_of(model).record(Verdict.SUCCESS)
+                answer: web.StreamResponse | Refusal
+                if job.assembling and relay.is_event_stream:
+                    answer = await self._assemble(job, relay, lease)
+                else:
+                    answer = await self._relay(job, relay, lease)
+                if lease.outcome is Outcome.COMPLETE:
+                    job.settle_blame(worker)
+                return answer
 
     def _note_attempt(self, lease: Lease, record: Record) -> None:
         record.worker = lease.worker
@@ -247,30 +179,54 @@ class Inference:
 
     # --- Forward ------------------------------------------------------------------
 
-    def _outgoing(
-        self, request: web.BaseRequest, incoming: Incoming, pool: Pool
-    ) -> Outgoing:
-        """Make the request as a worker gets to see it."""
-        body = incoming.body(pool.model)
-        return Outgoing(
+    async def _forward(
+        self, job: Job, worker: Worker, attempt: Attempt
+    ) -> Relay | Refusal:
+        """Send the request to a worker; wait until it is known whether it answers."""
+        incoming = job.incoming
+        body = incoming.body(job.pool.model)
+        job.assembling = False
+        if self._config.upstream.assemble and job.may_assemble:
+            streaming = can_assemble(incoming.endpoint, body)
+            job.assembling = streaming is not None
+            body = streaming or body
+        outgoing = Outgoing(
             incoming.endpoint,
-            headers.to_worker(request.raw_headers),
+            headers.to_worker(job.request.raw_headers),
             body,
-            None if incoming.complete else incoming.rest(),
-            len(body) if incoming.complete else incoming.length,
+            None if incoming.replayable else incoming.rest(),
+            len(body) if incoming.replayable else incoming.length,
         )
+        streams = job.assembling or (incoming.replayable and incoming.stream)
+        try:
+            relay = await attempt.send(
+                outgoing, job.patience_with(worker) if streams else None
+            )
+        except WorkerError as exc:
+            return refusal_of(exc)
+        return await read_refusal(relay, worker.name) or relay
 
     # --- Relay --------------------------------------------------------------------
 
-    async def _relay(
-        self,
-        request: web.BaseRequest,
-        relay: Relay,
-        lease: Lease,
-        record: Record,
-        deadline: asyncio.Timeout,
-    ) -> web.StreamResponse:
+    async def _assemble(
+        self, job: Job, relay: Relay, lease: Lease
+    ) -> web.Response | Refusal:
+        """Fold a stream into the answer; until it is whole, others can take over."""
+        limit = self._config.limits.answer
+        with self._sweep.watching(relay):
+            answer = await assemble(relay, job.incoming.endpoint, limit)
+        if isinstance(answer, Refusal):
+            lease.release(answer.outcome)
+            return answer
+        _measure(relay, lease)
+        lease.release(Outcome.COMPLETE)
+        job.record.bytes = len(answer)
+        job.record.tokens = sse.generated_tokens(answer) or 0
+        return json_response(answer)
+
+    async def _relay(self, job: Job, relay: Relay, lease: Lease) -> web.StreamResponse:
         """Pass an answer on; its status goes out now and cannot be taken back."""
+        request, record = job.request, job.record
         whole = whole_response(relay)
         if whole is not None:
             lease.release(Outcome.COMPLETE)
@@ -292,7 +248,7 @@ class Inference:
             with self._sweep.watching(relay):
                 await relay.run(client, self._config.timeouts.write)
             await response.write_eof()
-            self._measure(relay, lease)
+            _measure(relay, lease)
             lease.release(Outcome.COMPLETE)
         except ClientStalledError:
             lease.release(Outcome.CLIENT_GONE)
@@ -312,7 +268,7 @@ class Inference:
             if transport.is_closing():
                 raise  # the client left: lease and attempt see to the rest
             lease.release(Outcome.HUB_STOPPED)
-            expired = deadline.expired()
+            expired = job.deadline.expired()
             limit = self._config.timeouts.request
             error = _took_too_long(limit) if expired else draining()
             if not expired:
@@ -324,11 +280,12 @@ class Inference:
                 break_off(client, relay, error, record, framed=framed)
         return response
 
-    def _measure(self, relay: Relay, lease: Lease) -> None:
-        """Note what a complete stream tells about the speed of its worker."""
-        if relay.is_event_stream and relay.opened_at is not None:
-            lease.seconds = lease.heard_at - relay.opened_at
-            lease.tokens = sse.generated_tokens(relay.tail) or relay.events
+
+def _measure(relay: Relay, lease: Lease) -> None:
+    """Note what a complete stream tells about the speed of its worker."""
+    if relay.is_event_stream and relay.opened_at is not None:
+        lease.seconds = lease.heard_at - relay.opened_at
+        lease.tokens = sse.generated_tokens(relay.tail) or relay.events
 
 
 def _tell(refusal: Refusal, record: Record) -> web.Response:

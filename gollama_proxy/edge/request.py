@@ -32,6 +32,7 @@ class Incoming:
         self.endpoint = endpoint
         self.length = request.content_length
         self.complete = False
+        self._streamed = False  # a part of it was passed on, and not kept
         self._content = request.content
         self._limit = config.limits.body
         self._grace = config.timeouts.body
@@ -62,6 +63,11 @@ class Incoming:
         if self.complete and self._found is self._scanner.found:
             fields.check_json(b"".join(self._kept))
         self._check_types()
+
+    @property
+    def replayable(self) -> bool:
+        """Whether all of it is here, to be sent or to be sent once more."""
+        return self.complete and not self._streamed
 
     @property
     def model(self) -> str | None:
@@ -106,6 +112,7 @@ class Incoming:
         Raises:
             RequestError: as `read` does; the worker must not see the body end well.
         """
+        self._streamed = True
         while not self.complete:
             piece = await self._next_piece()
             self._check_types()
