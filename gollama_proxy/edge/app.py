@@ -84,7 +84,7 @@ class Hub:
         assert self._session is not None
         return await probe.ping(self._session, worker.config, self.config.health)
 
-    async def _prove(self, worker: Worker, model: str) -> bool:
+    async def _prove(self, worker: Worker, model: str) -> bool | None:
         assert self._session is not None
         limit = self.config.timeouts.allowance
         return await probe.prove(self._session, worker.config, model, limit)

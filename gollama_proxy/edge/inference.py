@@ -204,7 +204,9 @@ class Inference:
             )
         except WorkerError as exc:
             return refusal_of(exc)
-        return await read_refusal(relay, worker.name) or relay
+        with self._sweep.watching(relay):
+            refusal = await read_refusal(relay, worker.name)
+        return refusal or relay
 
     # --- Relay --------------------------------------------------------------------
 

@@ -101,10 +101,11 @@ def _why_unreachable(exc: aiohttp.ClientConnectorError) -> str:
 
 async def prove(
     session: aiohttp.ClientSession, worker: WorkerConfig, model: str, limit: float
-) -> bool:
+) -> bool | None:
     """Have a worker generate one token: the canary of a half-open breaker.
 
     Whatever is no failure of the server proves it; an embedding server has no chat.
+    None when it is busy or loading its model, which proves nothing.
     """
     message = {"role": "user", "content": "hi"}
     body = {"model": model, "messages": [message], "max_tokens": 1}
@@ -117,7 +118,10 @@ async def prove(
             timeout=timeout,
             allow_redirects=False,
         ) as response:
-            await response.content.read(MAX_ANSWER)
+            async for _ in response.content.iter_chunked(64 << 10):
+                pass  # to its end, which a broken one does not have
+            if response.status in (429, 503):
+                return None
             return response.status < 500 or response.status == 501
     except (TimeoutError, aiohttp.ClientError, OSError):
         return False

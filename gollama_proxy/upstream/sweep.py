@@ -21,7 +21,7 @@ from gollama_proxy.upstream.relay import Relay
 logger = logging.getLogger(__name__)
 
 PERIOD = 1.0
-Prove = Callable[[Worker, str], Awaitable[bool]]
+Prove = Callable[[Worker, str], Awaitable[bool | None]]
 
 
 class Sweep:
@@ -85,7 +85,8 @@ class Sweep:
 
     def _send_canaries(self, worker: Worker) -> None:
         models = worker.description.models if worker.description else ()
-        suspects = [(model, b) for model, b in worker.model_breakers.items()]
+        # While the machine itself is out or busy, nothing is asked about its models.
+        suspects = [*worker.model_breakers.items()] if worker.breaker.available else []
         if models:  # any of them proves the machine
             suspects.append((models[0].name, worker.breaker))
         for model, breaker in suspects:

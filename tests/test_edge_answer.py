@@ -1,0 +1,361 @@
+"""What is made of a worker's answer: who is told what, and who is to blame."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, cast
+
+import pytest
+from aiohttp import HttpVersion, HttpVersion10, HttpVersion11, web
+from aiohttp.test_utils import make_mocked_request
+
+from gollama_proxy.edge.answer import (
+    FAILURES,
+    Refusal,
+    begin_response,
+    break_off,
+    read_refusal,
+    refusal_of,
+    refusal_of_a_stream,
+    whole_response,
+)
+from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.routing.lease import Lease, Outcome
+from gollama_proxy.routing.retry import Failure
+from gollama_proxy.upstream.connection import Connection
+from gollama_proxy.upstream.relay import Client, Relay, ToldError
+from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.openai import Ending
+from tests.fakes.clock import Clock
+from tests.fakes.replies import error_event, event, ping, role
+
+JSON = (b"Content-Type", b"application/json; charset=utf-8")
+EVENTS = (b"Content-Type", b"text/event-stream")
+REFUSED, BUSY, FAILED = Outcome.REFUSED, Outcome.BUSY, Outcome.WORKER_FAILED
+
+
+def received(
+    status: int, body: bytes = b"", *headers: tuple[bytes, bytes], ended: bool = True
+) -> Relay:
+    """Make a relay that has received an answer."""
+    clock = Clock()
+    lease = Lease("w", clock, lambda lease, outcome: None)
+    relay = Relay("w", cast(Connection, None), lease, Ending.DONE, clock)
+    relay.head_received(status, list(headers or (JSON,)))
+    if body:
+        relay.body_received(body)
+    if ended:
+        relay.answer_ended()
+    return relay
+
+
+def worded(kind: str = "server_error") -> bytes:
+    error = {"code": 400, "message": "because", "type": kind}
+    return json.dumps({"error": error}).encode()
+
+
+async def refusal(relay: Relay) -> Refusal:
+    async with asyncio.timeout(5):
+        found = await read_refusal(relay, "w")
+    assert found is not None
+    return found
+
+
+def response_of(refusal: Refusal) -> web.Response:
+    assert isinstance(refusal.told, web.Response)
+    return refusal.told
+
+
+def error_of(refusal: Refusal) -> ProxyError:
+    assert isinstance(refusal.told, ProxyError)
+    return refusal.told
+
+
+# --- Answers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "relay",
+    [
+        received(200, b"{}"),
+        received(200, b"{", ended=False),
+        received(200, role(), EVENTS, ended=False),
+        received(200, ping() + role(), EVENTS),
+        received(204),
+    ],
+)
+async def test_what_is_no_refusal_is_passed_on(relay: Relay) -> None:
+    assert await read_refusal(relay, "w") is None
+
+
+def test_a_short_answer_goes_out_in_one_piece() -> None:
+    whole = whole_response(received(200, b'{"a":1}'))
+    assert whole is not None
+    assert (whole.status, whole.body) == (200, b'{"a":1}')
+    assert whole.headers["Content-Type"] == JSON[1].decode()
+
+
+def test_a_long_answer_and_a_stream_do_not() -> None:
+    assert whole_response(received(200, b"{", ended=False)) is None
+    assert whole_response(received(200, role(), EVENTS)) is None
+
+
+# --- Refusals ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "outcome", "failure"),
+    [
+        (400, "invalid_request_error", REFUSED, None),
+        (400, "exceed_context_size_error", REFUSED, Failure.CONTEXT),
+        (400, "context_length_exceeded", REFUSED, Failure.CONTEXT),
+        (413, "exceed_context_size_error", REFUSED, Failure.CONTEXT),
+        (404, "not_found_error", REFUSED, None),
+        (422, "invalid_request_error", REFUSED, None),
+        (429, "rate_limit_error", BUSY, Failure.BUSY),
+        (500, "server_error", REFUSED, Failure.STATUS),
+        (500, "exceed_context_size_error", REFUSED, Failure.CONTEXT),
+        (501, "not_supported_error", REFUSED, None),
+        (502, "server_error", REFUSED, Failure.STATUS),
+        (504, "server_error", REFUSED, Failure.STATUS),
+        (599, "server_error", REFUSED, Failure.STATUS),
+    ],
+)
+async def test_a_workers_words_are_passed_on_and_judged(
+    status: int, kind: str, outcome: Outcome, failure: Failure | None
+) -> None:
+    found = await refusal(received(status, worded(kind)))
+    assert (found.outcome, found.failure) == (outcome, failure)
+    told = response_of(found)
+    assert (told.status, told.body) == (status, worded(kind))
+    assert told.headers["Content-Type"] == JSON[1].decode()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_refused_key_is_the_hubs_own(status: int) -> None:
+    found = await refusal(received(status, worded("authentication_error")))
+    assert (found.outcome, found.failure, found.busy) == (FAILED, Failure.KEY, None)
+    assert error_of(found).code is Code.WORKER_REFUSED_KEY
+
+
+@pytest.mark.parametrize("body", [b"", worded("unavailable_error")])
+async def test_a_503_says_to_come_back(body: bytes) -> None:
+    found = await refusal(received(503, body))
+    assert (found.outcome, found.failure) == (BUSY, Failure.BUSY)
+    assert error_of(found).code is Code.NO_WORKER
+    assert (error_of(found).retry_after or 0) > 0
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        (None, 1.0),
+        (b"0", 0.0),
+        (b"30", 30.0),
+        (b"", 1.0),
+        (b"-3", 1.0),
+        (b"1.5", 1.0),
+        (b"Fri, 31 Dec 1999 23:59:59 GMT", 1.0),
+        ("٣".encode(), 1.0),
+        (b"9" * 400, float("inf")),
+    ],
+)
+async def test_how_long_a_busy_worker_is_left_alone(
+    status: int, given: bytes | None, seconds: float
+) -> None:
+    """As it asks, in seconds; one second where it does not say so."""
+    headers = [JSON] if given is None else [JSON, (b"Retry-After", given)]
+    assert (await refusal(received(status, worded(), *headers))).busy == seconds
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (413, "invalid_request_error"),
+        (415, "invalid_request_error"),
+        (500, "server_error"),
+    ],
+)
+async def test_a_refusal_without_words_gets_some(status: int, kind: str) -> None:
+    told = response_of(await refusal(received(status)))
+    assert told.status == status
+    assert isinstance(told.body, bytes)
+    assert json.loads(told.body)["error"] == {
+        "message": f"Worker w answered {status} without a reason.",
+        "type": kind,
+        "param": None,
+        "code": None,
+    }
+
+
+@pytest.mark.parametrize("malformed", [True, False])
+async def test_a_refusal_that_is_cut_is_a_loss(malformed: bool) -> None:
+    relay = received(400, b'{"err', ended=False)
+    reading = asyncio.create_task(refusal(relay))
+    await asyncio.sleep(0)
+    assert not reading.done()
+    relay.answer_lost("reset", malformed=malformed)
+    found = await reading
+    failure = Failure.MALFORMED if malformed else Failure.RESET
+    assert (found.outcome, found.failure) == (FAILED, failure)
+
+
+# --- Streams that begin with an error ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "failure"),
+    [
+        (400, 400, None),
+        (499, 499, None),
+        (500, 500, Failure.STATUS),
+        (599, 599, Failure.STATUS),
+        (399, 502, Failure.STATUS),
+        (600, 502, Failure.STATUS),
+        ("e", 502, Failure.STATUS),
+        (None, 502, Failure.STATUS),
+    ],
+)
+async def test_a_stream_that_begins_with_an_error_gets_its_status(
+    code: Any, status: int, failure: Failure | None
+) -> None:
+    first = event({"error": {"code": code, "message": "because", "type": "oh"}})
+    found = await refusal(received(200, ping() + first, EVENTS))
+    assert (found.outcome, found.failure) == (REFUSED, failure)
+    told = response_of(found)
+    assert told.status == status
+    assert isinstance(told.body, bytes)
+    error = json.loads(told.body)["error"]
+    assert (error["message"], error["type"]) == ("because", "oh")
+
+
+async def test_a_stream_that_ends_with_an_error_is_a_stream() -> None:
+    relay = received(200, role() + error_event("late"), EVENTS)
+    assert await read_refusal(relay, "w") is None
+
+
+# --- Errors of the connection -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "failure"),
+    [
+        (Code.WORKER_UNREACHABLE, FAILED, Failure.UNREACHABLE),
+        (Code.WORKER_LOST, FAILED, Failure.RESET),
+        (Code.WORKER_INCOMPLETE, FAILED, Failure.RESET),
+        (Code.WORKER_PROTOCOL, FAILED, Failure.MALFORMED),
+        (Code.WORKER_TIMEOUT, FAILED, Failure.SILENT),
+        (Code.WORKER_SLOW, Outcome.SLOW, Failure.SLOW),
+    ],
+)
+def test_an_error_of_the_connection_is_told_as_it_is(
+    code: Code, outcome: Outcome, failure: Failure
+) -> None:
+    error = WorkerError(code, "because")
+    assert refusal_of(error) == Refusal(error, outcome, failure)
+
+
+def test_every_error_of_a_worker_has_its_failure() -> None:
+    """But a refused key, which is no error of the connection."""
+    codes = {code for code in Code if code.startswith("worker_")}
+    assert set(FAILURES) == codes - {Code.WORKER_REFUSED_KEY}
+
+
+def test_a_stream_that_is_of_no_use_is_nobodys_fault() -> None:
+    found = refusal_of_a_stream()
+    assert (found.outcome, found.failure) == (REFUSED, Failure.STREAM)
+    assert error_of(found).code is Code.WORKER_PROTOCOL
+
+
+# --- Heads and ends ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "headers", "chunked", "length"),
+    [
+        (HttpVersion11, (JSON,), True, None),
+        (HttpVersion11, (EVENTS,), True, None),
+        (HttpVersion11, (JSON, (b"Content-Length", b"7")), False, 7),
+        (HttpVersion11, (EVENTS, (b"Content-Length", b"7")), True, None),
+        (HttpVersion10, (JSON, (b"Content-Length", b"7")), False, 7),
+        (HttpVersion10, (EVENTS,), False, None),
+    ],
+)
+def test_how_a_client_knows_where_an_answer_ends(
+    version: HttpVersion,
+    headers: tuple[tuple[bytes, bytes], ...],
+    chunked: bool,
+    length: int | None,
+) -> None:
+    """By its length, by its last chunk, or by the end of the connection."""
+    request = make_mocked_request("POST", "/", version=version)
+    relay = received(200, b"", *headers, ended=False)
+    record = Record("id", "POST", headers={"X-Gollama-Worker": "w"})
+    response = begin_response(request, relay, record)
+    assert (response.chunked, response.content_length) == (chunked, length)
+    closes = not (chunked or length)
+    assert response.keep_alive is (False if closes else None)
+    assert response.headers["X-Gollama-Worker"] == "w"
+
+
+class Transport(asyncio.WriteTransport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.end = ""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += bytes(data)
+
+    def is_closing(self) -> bool:
+        return bool(self.end)
+
+    def close(self) -> None:
+        self.end = self.end or "closed"
+
+    def abort(self) -> None:
+        self.end = self.end or "reset"
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+
+async def no_drain() -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("route", "error", "written"),
+    [
+        ("/v1/chat/completions", WorkerError, b"data: {"),
+        ("/v1/messages", WorkerError, b"event: error\ndata: {"),
+        ("/v1/chat/completions", ToldError, b""),
+    ],
+)
+def test_a_broken_stream_ends_with_one_error_event(
+    route: str, error: type[ProxyError], written: bytes
+) -> None:
+    """And not with a second one, where the worker's own was passed on."""
+    transport = Transport()
+    client = Client(transport, no_drain, chunked=False)
+    relay = received(200, b"", EVENTS, ended=False)
+    record = Record("id", "POST", route)
+    because = error(Code.WORKER_LOST, "because", detail="reset")
+    break_off(client, relay, because, record, framed=True)
+    assert transport.written.startswith(written)
+    assert bool(transport.written) is bool(written)
+    assert transport.end == "closed"
+    told = (record.outcome, record.error, record.detail)
+    assert told == ("error", "worker_connection_lost", "reset")
+
+
+@pytest.mark.parametrize(("framed", "end"), [(True, "closed"), (False, "reset")])
+def test_a_broken_answer_is_not_added_to(framed: bool, end: str) -> None:
+    """Where only the connection's end tells of the answer's, it ends with a reset."""
+    transport = Transport()
+    client = Client(transport, no_drain, chunked=False)
+    error = WorkerError(Code.WORKER_LOST, "because")
+    relay = received(200, b"{", ended=False)
+    break_off(client, relay, error, Record("id", "POST"), framed=framed)
+    assert (transport.written, transport.end) == (b"", end)
