@@ -23,6 +23,9 @@ from gollama_proxy.wire.whole import read_whole
 LEAST_RATE = 16 << 10
 
 
+_SPENT = fields.FieldScanner()
+
+
 class Incoming:
     """A request body on its way in."""
 
@@ -103,6 +106,11 @@ class Incoming:
         if self.length is not None:
             self.length += len(text) - (end - start)
         return kept[:start] + text + kept[end:]
+
+    def forget(self) -> None:
+        """Let go of what was kept: the answer has begun, nothing is sent again."""
+        if self.replayable:
+            self._kept, self._found, self._scanner = [], {}, _SPENT
 
     # --- The part that streams through --------------------------------------------
 
