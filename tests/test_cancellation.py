@@ -14,7 +14,16 @@ import pytest
 from gollama_proxy.routing.worker import State
 from tests.fakes.client import Wire
 from tests.fakes.hub import RunningHub, running_hub
-from tests.fakes.replies import chunk, head, ping, role, sse_head, token
+from tests.fakes.replies import (
+    chunk,
+    done,
+    finish,
+    head,
+    ping,
+    role,
+    sse_head,
+    token,
+)
 from tests.fakes.script import expect_eof, notify, read_body, send, stream_of, wait
 from tests.fakes.worker import ScriptedWorker
 
@@ -339,3 +348,23 @@ async def test_a_client_that_leaves_takes_nobody_else_along() -> None:
             gate.release()
         for wire in wires[1::2]:
             assert len(await wire.read_events()) == 12
+
+
+async def test_a_client_that_leaves_after_done_has_had_it_all(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """SDKs hang up as soon as they have read [DONE]; the worker is to be credited."""
+    caplog.set_level("INFO", "gollama_proxy.access")
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        events = chunk(token("a")) + chunk(finish()) + chunk(done())
+        worker.script(send(sse_head() + events), expect_eof())
+        wire = await hub.open("/v1/chat/completions", {"messages": [], "stream": True})
+        await wire.read_until(b"[DONE]")
+        wire.abort()
+        await worker.idle()
+        [served] = hub.hub.registry.workers
+        async with asyncio.timeout(5):
+            while served.in_flight:
+                await asyncio.sleep(0)
+    [record] = [r for r in caplog.records if r.name == "gollama_proxy.access"]
+    assert record.fields["outcome"] == "complete"  # type: ignore[attr-defined]

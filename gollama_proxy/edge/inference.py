@@ -270,6 +270,10 @@ class Inference:
             error = exc
         except asyncio.CancelledError:
             if transport.is_closing():
+                if relay.told_all:  # SDKs hang up as soon as they have read [DONE]
+                    record.outcome = "complete"
+                    _measure(relay, lease)
+                    lease.release(Outcome.COMPLETE)
                 raise  # the client left: lease and attempt see to the rest
             lease.release(Outcome.HUB_STOPPED)
             expired = job.deadline.expired()

@@ -271,6 +271,12 @@ class Relay:
             client.write(sse.DONE.removeprefix(rest))
 
     @property
+    def told_all(self) -> bool:
+        """Whether a stream has come to its mark, if not to the end of its body."""
+        verdict = sse.judge(self.tail, self._ending)
+        return self.is_event_stream and (verdict.complete or self._marked)
+
+    @property
     def tail(self) -> bytes:
         """The last bytes that were passed on, `sse.TAIL` of them at least."""
         return b"".join(chunk[chunk.index(b"\n") + 1 : -2] for chunk in self._tail)
