@@ -149,10 +149,10 @@ async def test_a_stream_is_open_with_its_first_whole_event(
     stage = Stage()
     opening = asyncio.create_task(stage.relay.opened())
     await steps()
-    assert stage.relay.untouched
+    assert stage.relay.status == 0
     stage.clock.advance(1)
     stage.relay.head_received(200, EVENTS)
-    assert not stage.relay.untouched
+    assert stage.relay.status != 0
     assert stage.relay.is_event_stream
     for part in (ping(), b"event: start\n\n", b": a comment\n\n", b"data: ", b"{}\n"):
         deliver(stage.relay, part)

@@ -104,6 +104,10 @@ def _pass_on(relay: Relay, worker: str, body: bytes) -> web.Response:
         text = f"Worker {worker} answered {relay.status} without a reason."
         kind = "invalid_request_error" if relay.status < 500 else "server_error"
         return json_response(error_body(text, kind, None), relay.status)
+    return _as_it_is(relay, body)
+
+
+def _as_it_is(relay: Relay, body: bytes) -> web.Response:
     kept = headers.to_client(relay.headers)
     return web.Response(status=relay.status, body=body, headers=kept)
 
@@ -119,8 +123,7 @@ def whole_response(relay: Relay) -> web.Response | None:
     body = relay.held_body()
     if body is None or relay.is_event_stream:
         return None
-    kept = headers.to_client(relay.headers)
-    return web.Response(status=relay.status, body=body, headers=kept)
+    return _as_it_is(relay, body)
 
 
 def begin_response(

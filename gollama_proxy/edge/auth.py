@@ -17,8 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jwt
+from aiohttp import web
 
 from gollama_proxy.config import ConfigError
+from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.settings import Config
 from gollama_proxy.wire.errors import Code, RequestError
 
@@ -68,6 +70,16 @@ class Authenticator:
     def __repr__(self) -> str:
         mode = "off" if self._off else self._auth.algorithm
         return f"<Authenticator {mode} keys={len(self._keys)} known={len(self._known)}>"
+
+    def identify(self, request: web.BaseRequest, record: Record) -> Principal:
+        """Tell who sent a request, and note it in its record.
+
+        Raises:
+            AuthError: as `authenticate` does.
+        """
+        principal = self.authenticate(request.headers.getall("Authorization", ()))
+        record.subject = principal.subject
+        return principal
 
     def authenticate(self, headers: Sequence[str]) -> Principal:
         """Tell who sent a request, from the values of its `Authorization` headers.

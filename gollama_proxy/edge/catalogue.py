@@ -13,7 +13,6 @@ from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.server import json_response
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.registry import Registry, may_use
-from gollama_proxy.routing.worker import Worker
 from gollama_proxy.wire.errors import Code, RequestError
 
 
@@ -33,7 +32,7 @@ class Catalogue:
         self, request: web.BaseRequest, record: Record
     ) -> web.Response:
         """Answer `GET /v1/models`."""
-        principal = self._authenticate(request, record)
+        principal = self._authenticator.identify(request, record)
         data = [self._entry(name) for name in self._names(principal)]
         return json_response(msgspec.json.encode({"object": "list", "data": data}))
 
@@ -41,19 +40,13 @@ class Catalogue:
         self, request: web.BaseRequest, record: Record
     ) -> web.Response:
         """Answer `GET /v1/models/{id}`; an id may hold slashes."""
-        principal = self._authenticate(request, record)
+        principal = self._authenticator.identify(request, record)
         path = request.raw_path.partition("?")[0]
         name = unquote(path.removeprefix(record.route))
         if name not in self._names(principal):
             text = f"The model {name!r} does not exist."
             raise RequestError(Code.MODEL_NOT_FOUND, text, param="model")
         return json_response(msgspec.json.encode(self._entry(name)))
-
-    def _authenticate(self, request: web.BaseRequest, record: Record) -> Principal:
-        given = request.headers.getall("Authorization", ())
-        principal = self._authenticator.authenticate(given)
-        record.subject = principal.subject
-        return principal
 
     def _names(self, principal: Principal) -> list[str]:
         models, aliases = self._registry.models(), self._registry.aliases()
@@ -68,7 +61,7 @@ class Catalogue:
     def _entry(self, name: str) -> dict[str, Any]:
         model = self._registry.aliases().get(name, name)
         workers = self._registry.pool(model).workers
-        contexts = [c for w in workers if (c := _context(w, model)) is not None]
+        contexts = [c for w in workers if (c := w.context_of(model)) is not None]
         states = {worker.state.value for worker in workers}
         extra: dict[str, Any] = {
             "state": "ready" if "ready" in states else min(states, default="down"),
@@ -77,7 +70,7 @@ class Catalogue:
                 {
                     "name": worker.name,
                     "state": worker.state.value,
-                    "context": _context(worker, model),
+                    "context": worker.context_of(model),
                     "slots": worker.description and worker.description.slots,
                 }
                 for worker in workers
@@ -92,8 +85,3 @@ class Catalogue:
             "owned_by": "gollama",
             "gollama": extra,
         }
-
-
-def _context(worker: Worker, model: str) -> int | None:
-    models = worker.description.models if worker.description else ()
-    return next((m.context for m in models if m.name == model), None)

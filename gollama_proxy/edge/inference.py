@@ -89,7 +89,8 @@ class Inference:
     async def _serve(
         self, request: web.BaseRequest, record: Record, deadline: asyncio.Timeout
     ) -> web.StreamResponse:
-        principal = self._authenticate(request, record)
+        # Before a byte of the body is read, and before a client is told to send it.
+        principal = self._authenticator.identify(request, record)
         incoming, pool = await self._read(request, ENDPOINTS[record.route], principal)
         record.model = pool.model
         attempts = self._registry.attempts(pool)
@@ -146,36 +147,32 @@ class Inference:
             "X-Gollama-Queue-Ms": str(round(record.queued * 1000)),
         }
 
-    # --- Authenticate -------------------------------------------------------------
-
-    def _authenticate(self, request: web.BaseRequest, record: Record) -> Principal:
-        """Before a byte of the body is read, and before a client is told to send it."""
-        given = request.headers.getall("Authorization", ())
-        principal = self._authenticator.authenticate(given)
-        record.subject = principal.subject
-        return principal
-
     # --- Read ---------------------------------------------------------------------
 
     async def _read(
         self, request: web.BaseRequest, endpoint: Endpoint, principal: Principal
     ) -> tuple[Incoming, Pool]:
         """Read as much of the body as it takes to know who may answer it."""
-        limits = self._config.limits
         incoming = Incoming(request, endpoint, self._config)
         answer_expectation(request)
-        await incoming.read(limits.replay_window)
-        indifferent = self._registry.only_model() and principal.models is None
-        if incoming.model is None and not indifferent:
-            await incoming.read(limits.model_window)
-        if incoming.model is None and not (incoming.complete or indifferent):
-            text = (
-                f"`model` was not among the first {limits.model_window} bytes of the "
-                "body; put it in front of what is long."
-            )
-            raise RequestError(Code.MODEL_MISSING, text, param="model")
+        await incoming.read(self._config.limits.replay_window)
+        if incoming.model is None and not incoming.complete:
+            await self._look_further(incoming, principal)
         pool = self._registry.resolve(incoming.model, principal.models)
         return incoming, pool
+
+    async def _look_further(self, incoming: Incoming, principal: Principal) -> None:
+        """Read on until `model` comes, unless it makes no difference."""
+        if self._registry.only_model() and principal.models is None:
+            return
+        window = self._config.limits.model_window
+        await incoming.read(window)
+        if incoming.model is None and not incoming.complete:
+            text = (
+                f"`model` was not among the first {window} bytes of the body; "
+                "put it in front of what is long."
+            )
+            raise RequestError(Code.MODEL_MISSING, text, param="model")
 
     # --- Forward ------------------------------------------------------------------
 
@@ -262,8 +259,7 @@ class Inference:
             else:
                 client.reset()
         except WorkerError as exc:
-            slow = exc.code is Code.WORKER_SLOW
-            lease.release(Outcome.SLOW if slow else Outcome.WORKER_FAILED)
+            lease.release(refusal_of(exc).outcome)
             error = exc
         except ProxyError as exc:  # the client's own body was at fault
             lease.release(Outcome.REFUSED)
@@ -283,7 +279,7 @@ class Inference:
                 raise
         finally:
             record.bytes = relay.bytes
-            record.tokens = sse.generated_tokens(relay.tail) or relay.events
+            record.tokens = relay.tokens
             if error is not None:
                 break_off(client, relay, error, record, framed=framed)
         return response
@@ -293,7 +289,7 @@ def _measure(relay: Relay, lease: Lease) -> None:
     """Note what a complete stream tells about the speed of its worker."""
     if relay.is_event_stream and relay.opened_at is not None:
         lease.seconds = lease.heard_at - relay.opened_at
-        lease.tokens = sse.generated_tokens(relay.tail) or relay.events
+        lease.tokens = relay.tokens
 
 
 def _tell(refusal: Refusal, record: Record) -> web.Response:

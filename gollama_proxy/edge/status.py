@@ -41,8 +41,7 @@ class Status:
     async def metrics(self, request: web.BaseRequest, record: Record) -> web.Response:
         """Answer `GET /metrics`."""
         if self._authenticator is not None:
-            given = request.headers.getall("Authorization", ())
-            record.subject = self._authenticator.authenticate(given).subject
+            self._authenticator.identify(request, record)
         return web.Response(
             body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE}
         )

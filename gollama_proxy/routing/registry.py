@@ -80,7 +80,7 @@ class Registry:
         """List the names of all models that any worker was seen to serve."""
         names: dict[str, None] = {}
         for worker in self.workers:
-            for model in worker.description.models if worker.description else ():
+            for model in worker.models:
                 names[model.name] = None
         return list(names)
 

@@ -144,10 +144,14 @@ class Worker:
             )
         return self.model_breakers[model]
 
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """What it was last seen to serve."""
+        return self.description.models if self.description else ()
+
     def context_of(self, model: str) -> int | None:
         """Tell the tokens of one slot for a model; None if it is not known."""
-        models = self.description.models if self.description else ()
-        return next((m.context for m in models if m.name == model), None)
+        return next((m.context for m in self.models if m.name == model), None)
 
     @property
     def in_flight(self) -> int:
@@ -159,9 +163,7 @@ class Worker:
         return self.state is State.READY and self._bad > 0
 
     def serves(self, model: str) -> bool:
-        return self.description is not None and any(
-            model == served.name for served in self.description.models
-        )
+        return any(model == served.name for served in self.models)
 
     # --- What a request does ------------------------------------------------------
 

@@ -11,7 +11,7 @@ from gollama_proxy.routing.lease import Lease
 from gollama_proxy.settings import Timeouts
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.upstream.relay import Relay
+from gollama_proxy.upstream.relay import Relay, frame
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Endpoint
 
@@ -188,9 +188,7 @@ class Attempt:
         if chunked and request.body:
             connection.write(b"\r\n")
         async for piece in request.rest:
-            connection.write(
-                b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
-            )
+            connection.write(frame(piece) if chunked else piece)
             await self._drain(connection)
         if chunked:
             connection.write(b"0\r\n\r\n")

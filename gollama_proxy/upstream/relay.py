@@ -28,7 +28,6 @@ from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
 
 # What may be held before the first event is complete; then it goes on as it is.
-_LINGER_ZERO = struct.pack("ii", 1, 0)
 HOLD_LIMIT = 256 << 10
 # What a client may leave unread in the hub before its worker is paused.  It is the
 # high-water mark of the transport, below which `drain` would not wait.
@@ -36,6 +35,7 @@ WRITE_BUFFER = 64 << 10
 _TAIL_CHUNKS = 8
 _TAIL_KEPT = 6
 _COLON = ord(":")
+_LINGER_ZERO = struct.pack("ii", 1, 0)
 
 
 class Client(NamedTuple):
@@ -48,7 +48,7 @@ class Client(NamedTuple):
     def write(self, data: bytes) -> None:
         """Queue bytes of the hub's own; without effect once the client is gone."""
         if not self.transport.is_closing():
-            self.transport.write(_frame(data) if self.chunked else data)
+            self.transport.write(frame(data) if self.chunked else data)
 
     def reset(self) -> None:
         """Hang up with RST: without chunks and length, FIN says that all is well."""
@@ -148,11 +148,6 @@ class Relay:
             self.opened_at = self._clock()
             if self._error is not None:
                 raise self._error
-
-    @property
-    def untouched(self) -> bool:
-        """Whether not one byte of an answer has come."""
-        return self.status == 0
 
     @property
     def spares_connection(self) -> bool:
@@ -277,6 +272,11 @@ class Relay:
         return self.is_event_stream and (verdict.complete or self._marked)
 
     @property
+    def tokens(self) -> int:
+        """How many tokens came, as the worker counted them, else by events."""
+        return sse.generated_tokens(self.tail) or self.events
+
+    @property
     def tail(self) -> bytes:
         """The last bytes that were passed on, `sse.TAIL` of them at least."""
         return b"".join(chunk[chunk.index(b"\n") + 1 : -2] for chunk in self._tail)
@@ -306,8 +306,8 @@ class Relay:
         self._hold(chunk[start:-2])
 
     def _forward(self, data: bytes) -> None:
-        frame = _frame(data)
-        self._forward_chunk(frame, len(frame) - len(data) - 2)
+        chunk = frame(data)
+        self._forward_chunk(chunk, len(chunk) - len(data) - 2)
         if data[0] != _COLON:
             self.events += data.count(b"data: {") - 1
         if len(data) > sse.TAIL:
@@ -342,7 +342,7 @@ class Relay:
         if sse.TAIL <= sum(map(len, recent)) <= 2 * sse.TAIL:
             self._tail = recent
         else:  # tiny ones, or huge ones
-            self._tail = [_frame(self.tail[-sse.TAIL :])]
+            self._tail = [frame(self.tail[-sse.TAIL :])]
 
     def _block(self) -> None:
         if not self._blocked:
@@ -386,7 +386,7 @@ class ToldError(WorkerError):
     """A broken answer whose client has the worker's own error event already."""
 
 
-def _frame(data: bytes) -> bytes:
+def frame(data: bytes) -> bytes:
     """Frame data as one chunk (RFC 9112, 7.1)."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 

@@ -84,11 +84,10 @@ class Sweep:
     # --- Canaries -----------------------------------------------------------------
 
     def _send_canaries(self, worker: Worker) -> None:
-        models = worker.description.models if worker.description else ()
         # While the machine itself is out or busy, nothing is asked about its models.
         suspects = [*worker.model_breakers.items()] if worker.breaker.available else []
-        if models:  # any of them proves the machine
-            suspects.append((models[0].name, worker.breaker))
+        if worker.models:  # any of them proves the machine
+            suspects.append((worker.models[0].name, worker.breaker))
         for model, breaker in suspects:
             permit = breaker.permit()
             if permit is not None:
