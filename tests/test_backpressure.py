@@ -21,6 +21,7 @@ from tests.fakes.replies import (
     token,
 )
 from tests.fakes.script import Script, close, event_stream, send, stream_of
+from tests.fakes.waiting import settled
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -37,18 +38,6 @@ def stream_of_megabytes(number: int) -> Script:
 def body_of_megabytes(number: int) -> Script:
     length = ("Content-Length", str(number * MIB))
     return (send(head(200, [length])), *[send(bytes(MIB))] * number)
-
-
-async def settled(progress: Callable[[], int]) -> int:
-    """Wait until something does not move any more; return how far it came."""
-    before, still = -1, 0
-    async with asyncio.timeout(20):
-        while still < 10:
-            await asyncio.sleep(0.02)
-            now = progress()
-            still = still + 1 if now == before else 0
-            before = now
-    return before
 
 
 async def released(hub: RunningHub, timeout: float = 2.0) -> None:

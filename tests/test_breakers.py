@@ -6,9 +6,10 @@ The sweep comes once a second by itself; here it comes when a test says so.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from gollama_proxy.routing.breaker import Breaker, State, Verdict
 from gollama_proxy.upstream import sweep
+from tests.fakes import waiting
 from tests.fakes.clock import Clock
 from tests.fakes.exchange import Request
 from tests.fakes.hub import RunningHub, running_hub
@@ -47,6 +49,8 @@ from tests.fakes.script import (
 )
 from tests.fakes.worker import ScriptedWorker
 
+until = functools.partial(waiting.until, timeout=10.0)
+
 CHAT = "/v1/chat/completions"
 EMBED = "/v1/embeddings"
 STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
@@ -59,13 +63,6 @@ FAILURES = 5  # in a row open a breaker
 @pytest.fixture(autouse=True)
 def _no_sweep_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "PERIOD", RARELY)
-
-
-async def until(reached: Callable[[], bool], timeout: float = 10.0) -> None:
-    """Wait for what only time brings."""
-    async with asyncio.timeout(timeout):
-        while not reached():
-            await asyncio.sleep(0.001)
 
 
 def breaker_of(hub: RunningHub, worker: ScriptedWorker) -> Breaker:

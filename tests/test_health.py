@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gollama_proxy import config
-from gollama_proxy.edge.app import Hub
 from gollama_proxy.routing.worker import Check, State, Worker
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.probe import Finding
-from tests.fakes.hub import SECRET, RunningHub, running_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, not_found, role, sse_head, token
 from tests.fakes.script import answer, close, event_stream, reset, send, stall, wait
 from tests.fakes.worker import ScriptedWorker
@@ -349,19 +346,6 @@ async def test_a_worker_without_llama_servers_own_routes_is_usable(path: str) ->
 # --- Keys -------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def hub_with_file(file: Path, **environ: str) -> AsyncIterator[RunningHub]:
-    """Run a hub on a settings file, which is where workers have keys."""
-    environ |= {"GOLLAMA_JWT_SECRET": SECRET}
-    hub = Hub(config.load(file, environ, {"server.port": 0}))
-    await hub.start()
-    try:
-        await hub.ready()
-        yield RunningHub(hub, {})
-    finally:
-        await hub.abort()
-
-
 async def test_each_worker_is_pinged_with_its_own_key(tmp_path: Path) -> None:
     file = tmp_path / "gollama.toml"
     async with ScriptedWorker() as one, ScriptedWorker() as two:
@@ -369,7 +353,7 @@ async def test_each_worker_is_pinged_with_its_own_key(tmp_path: Path) -> None:
             f'[[workers]]\nurl = "{one.url}"\napi_key_env = "KEY_ONE"\n'
             f'[[workers]]\nurl = "{two.url}"\n'
         )
-        async with hub_with_file(file, KEY_ONE="sk-one") as hub:
+        async with running_hub(file=file, environ={"KEY_ONE": "sk-one"}) as hub:
             assert await status(hub) == 200
         keys = [request.values("authorization") for request in one.control]
         assert keys == [["Bearer sk-one"]] * 3

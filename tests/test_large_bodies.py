@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +33,7 @@ from tests.fakes.script import (
     read_body,
     send,
 )
+from tests.fakes.waiting import settled
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -120,18 +121,6 @@ def pieces(before: bytes, behind: bytes, number: int) -> Iterator[bytes]:
     for place in range(number):
         yield b"%08d" % place + piece
     yield b'"%b}' % behind
-
-
-async def settled(progress: Callable[[], int]) -> int:
-    """Wait until something does not move any more; return how far it came."""
-    before, still = -1, 0
-    async with asyncio.timeout(20):
-        while still < 10:
-            await asyncio.sleep(0.02)
-            now = progress()
-            still = still + 1 if now == before else 0
-            before = now
-    return before
 
 
 @pytest.mark.parametrize(

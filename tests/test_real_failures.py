@@ -13,12 +13,12 @@ import pytest
 
 from gollama_proxy.routing.breaker import State
 from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.waiting import DEADLINE, until
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
 
 Start = Callable[..., LlamaServer]
-DEADLINE = 20.0
 # Quick enough for a test: an overdue first token after half a second.
 IMPATIENT: dict[str, Any] = {
     "retry__attempts": 3,
@@ -46,12 +46,6 @@ async def one_stream(hub: RunningHub) -> tuple[str, float]:
     assert ending.clean
     assert b"data: [DONE]" in ending.raw
     return ending.response.header("x-gollama-worker") or "", first
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def test_a_stopped_worker_fails_nobody_and_is_taken_back(

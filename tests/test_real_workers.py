@@ -18,12 +18,12 @@ import pytest
 from gollama_proxy.routing.worker import State
 from tests.fakes.client import TruncatedError, Wire
 from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.waiting import DEADLINE, until
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
 
 Start = Callable[..., LlamaServer]
-DEADLINE = 20.0
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -38,13 +38,6 @@ async def client_of(hub: RunningHub) -> AsyncIterator[openai.AsyncOpenAI]:
         base_url=base, api_key=hub.token(), max_retries=0, timeout=DEADLINE
     ) as client:
         yield client
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another process does, and nothing in this one can announce."""
-    async with asyncio.timeout(DEADLINE):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 # --- The official client ----------------------------------------------------------

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy import config
-from gollama_proxy.edge.app import Hub
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.client import Wire
-from tests.fakes.hub import SECRET, RunningHub, running_hub
+from tests.fakes.hub import running_hub
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -391,19 +387,6 @@ async def test_what_is_the_clients_own_never_reaches_a_worker() -> None:
     assert request.header("accept") == "text/event-stream"
 
 
-@asynccontextmanager
-async def hub_with_file(file: Path, **environ: str) -> AsyncIterator[RunningHub]:
-    """Run a hub on a settings file, which is where workers have keys."""
-    environ |= {"GOLLAMA_JWT_SECRET": SECRET}
-    hub = Hub(config.load(file, environ, {"server.port": 0}))
-    await hub.start()
-    try:
-        await hub.ready()
-        yield RunningHub(hub, {})
-    finally:
-        await hub.abort()
-
-
 async def test_each_worker_gets_its_own_key(tmp_path: Path) -> None:
     """From the environment or a file; never that of the client, nor of another."""
     file = tmp_path / "gollama.toml"
@@ -414,7 +397,7 @@ async def test_each_worker_gets_its_own_key(tmp_path: Path) -> None:
             f'[[workers]]\nurl = "{two.url}"\napi_key_file = "{tmp_path / "key"}"\n'
             f'[[workers]]\nurl = "{no.url}"\n'
         )
-        async with hub_with_file(file, KEY_ONE="sk-one") as hub:
+        async with running_hub(file=file, environ={"KEY_ONE": "sk-one"}) as hub:
             for _ in range(3):
                 assert (await hub.post(CHAT, WHOLE)).status == 200
         for worker, keys in (
