@@ -299,6 +299,7 @@ def _describe_worker(worker: WorkerConfig, report: Report) -> Iterator[str]:
 
 def _demo(args: argparse.Namespace) -> int:
     from gollama_proxy import demo, lifecycle
+    from gollama_proxy.children import ChildError
 
     try:
         return lifecycle.run(
@@ -310,6 +311,6 @@ def _demo(args: argparse.Namespace) -> int:
                 model=args.model,
             )
         )
-    except demo.DemoError as exc:
-        print(exc, file=sys.stderr)
+    except ChildError as exc:
+        print("gollama-proxy:", exc, file=sys.stderr)
         return exc.status

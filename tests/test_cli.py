@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from gollama_proxy import __version__, demo
+from gollama_proxy.children import ChildError
 from gollama_proxy.cli import main
 from gollama_proxy.config import ConfigError
 from gollama_proxy.lifecycle import Signals
@@ -49,7 +50,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 class Program:
-    """`gollama-proxy …` as a process, watched through what it writes."""
+    """`gollama-proxy …`, or a script, as a process watched through what it writes."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -61,10 +62,13 @@ class Program:
     @classmethod
     @contextlib.asynccontextmanager
     async def running(
-        cls, *arguments: str, environ: Mapping[str, str]
+        cls,
+        *arguments: str,
+        environ: Mapping[str, str],
+        program: Sequence[str] = ("-m", "gollama_proxy"),
     ) -> AsyncIterator[Self]:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "gollama_proxy", *arguments),
+            *(sys.executable, *program, *arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -627,7 +631,7 @@ def test_demo_passes_on_what_it_is_given(
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
-        (demo.DemoError("two\nlines", 1), 1, "two\nlines\n"),
+        (ChildError("two\nlines", 1), 1, "gollama-proxy: two\nlines\n"),
         (ConfigError("wrong"), 2, "gollama-proxy: wrong\n"),
     ],
 )

