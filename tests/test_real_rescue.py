@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.wire.rescue import Splice, Told, can_rescue, closing, continuation
+from gollama_proxy.wire.continuation import can_rescue, continuation, exhausted
+from gollama_proxy.wire.splice import Splice
+from gollama_proxy.wire.told import Told, closing
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
@@ -103,7 +105,7 @@ def check(
     second: LlamaServer,
     chat: bool,
     change: Callable[[bytes], bytes] = bytes,  # what the second worker makes of it
-    **options: bool,
+    **options: Any,
 ) -> None:
     """Break one answer at `CUTS` of its chunks; each continued one must be the same."""
     body = request(chat)
@@ -120,17 +122,19 @@ def check(
         told = Told.parse(relayed, chat)
         assert told is not None
         assert told.mend == b""
+        assert not exhausted(body, told), place
         asked = continuation(body, told, chat)
-        assert asked is not None, place
         splice = Splice(told, chat, **options)
         stream = stream_of(second, CHAT if chat else TEXT, change(asked))
-        rest = b"".join(map(splice.feed, stream)) + splice.finish()
+        rest = b"".join(event for data in stream for event in splice.feed(data))
+        assert splice.told.text == text
+        rest += splice.finish()
         assert read(relayed + rest) == (text, once), f"cut behind chunk {place}"
         assert usage_of(rest) == usage, f"cut behind chunk {place}"
     relayed = b"".join(chunks[: last + 1])
     told = Told.parse(relayed, chat)
     assert told is not None
-    assert continuation(body, told, chat) is None
+    assert exhausted(body, told)
     closed = relayed + closing(told, chat)
     assert read(closed) == (text, once)
 

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.fields import (
     MAX_DEPTH,
+    MAX_NAMES,
     MAX_TOKEN,
     WANTED,
     Field,
     FieldScanner,
     check_json,
     encode,
+    take_names,
     text_of,
 )
 
@@ -99,6 +101,7 @@ def test_what_routing_needs_is_wanted() -> None:
         "messages",
         "documents",
         "tokens",
+        "fallbacks",
     } == WANTED
 
 
@@ -762,3 +765,69 @@ def test_a_real_request_is_understood() -> None:
         "max_completion_tokens": "0",
         "stream": "t",
     }
+
+
+# --- A list of names that is for the hub alone ------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "names", "rest"),
+    [
+        (b'{"to":["a","b"]}', ("a", "b"), b"{}"),
+        (b'{"to":[]}', (), b"{}"),
+        (b'{"x":1e0,"to":["a"],"y":[ 1.0 ]}', ("a",), b'{"x":1e0,"y":[ 1.0 ]}'),
+        (b' { "to" : [ "a" ] , "x" : {"to":["b"]} } ', ("a",), b'{"x":{"to":["b"]}}'),
+        (rb'{"t\u006f":["\u0061 \"b\""],"x":"\u0061"}', ('a "b"',), rb'{"x":"\u0061"}'),
+        ('{"é":"🍌","to":["ü"]}'.encode(), ("ü",), '{"é":"🍌"}'.encode()),
+    ],
+)
+def test_names_are_taken_out_of_a_body(
+    body: bytes, names: tuple[str, ...], rest: bytes
+) -> None:
+    """Not a byte of another value changes."""
+    assert take_names(body, "to") == (names, rest)
+
+
+@given(
+    st.dictionaries(st.text(max_size=5), st.text() | st.lists(st.floats(0, 9))),
+    st.lists(st.text(max_size=5), max_size=MAX_NAMES),
+    st.integers(0, 9),
+    st.booleans(),
+)
+def test_what_is_left_of_a_body_means_the_same(
+    fields: dict[str, Any], names: list[str], place: int, escape: bool
+) -> None:
+    fields.pop("to", None)
+    items = list(fields.items())
+    items.insert(place, ("to", names))
+    body = json.dumps(dict(items), ensure_ascii=escape).encode()
+    taken, rest = take_names(body, "to")
+    assert list(taken) == names
+    assert list(json.loads(rest).items()) == list(fields.items())
+    check_json(rest)
+    scan(rest)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"null",
+        b'"a"',
+        b"7",
+        b'{"a":"b"}',
+        b"[7]",
+        b"[null]",
+        b'["a",["b"]]',
+        b"[%b]" % b",".join([b'"a"'] * (MAX_NAMES + 1)),
+    ],
+)
+def test_what_is_no_list_of_names_is_refused(value: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        take_names(b'{"x":1,"to":%b}' % value, "to")
+    assert (caught.value.code, caught.value.param) == (Code.INVALID_VALUE, "to")
+    assert caught.value.message == "`to` must be a list of at most 8 names."
+
+
+def test_there_may_be_as_many_names_as_the_limit() -> None:
+    names = [str(number) for number in range(MAX_NAMES)]
+    assert take_names(json.dumps({"to": names}).encode(), "to") == (tuple(names), b"{}")

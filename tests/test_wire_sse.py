@@ -20,15 +20,21 @@ from gollama_proxy.wire.sse import (
     Verdict,
     error_event,
     error_in,
-    first_data,
+    events_in,
     generated_tokens,
     judge,
+    opens,
+    unfinished,
 )
 from tests.fakes import replies
 
 NOTHING = Verdict(complete=False, done=False, failed=False)
 STREAMED = [Ending.DONE, Ending.STOP, Ending.NAMED]
 LINE_ENDS = pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"])
+
+
+def first_data(held: bytes) -> bytes | None:
+    return next(events_in(held), None)
 
 
 def native(content: str, *, stop: bool) -> bytes:
@@ -136,6 +142,155 @@ def test_first_data_reads_what_the_standard_reads(
         end = next(ends)
         held += line + (b"\r" if (held + line)[-1:] == b"\r" and end == b"\n" else end)
     assert first_data(held + behind) == b"\n".join(data)
+
+
+@LINE_ENDS
+def test_the_data_of_each_event_is_found(eol: bytes) -> None:
+    """Each of them when it is complete, and the half one behind them never."""
+    lines = [b"data: one", b"", b": ping", b"", b"data: two", b"data: 2", b"", b""]
+    held = eol.join([*lines, b"event: x", b"", b"data: three", b"", b"data: half"])
+    assert list(events_in(held)) == [b"one", b"two\n2", b"three"]
+
+
+@settings(deadline=None)
+@given(
+    data=st.lists(st.lists(LINE.map(bytes.lstrip), min_size=1, max_size=3), max_size=4),
+    eol=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    cut=st.integers(0, 200),
+)
+def test_what_is_cut_off_takes_no_event_with_it(
+    data: list[list[bytes]], eol: bytes, cut: int
+) -> None:
+    """Of what has come, nobody sees more or less than of the whole."""
+    events = [
+        eol.join([*(b"data: " + line for line in lines), b"", b""]) for lines in data
+    ]
+    held = b"".join(events)
+    read = list(events_in(held))
+    assert read == [b"\n".join(lines) for lines in data]
+    some = list(events_in(held[:cut]))
+    assert some == read[: len(some)]
+    assert len(some) >= sum(
+        len(b"".join(events[: n + 1])) <= cut for n in range(len(events))
+    )
+
+
+# --- Whether a stream has begun in earnest ----------------------------------------
+
+
+def chat(_reason: str | None = None, **delta: Any) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": _reason}
+    return replies.event({"id": "x", "choices": [choice]})
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        replies.role(),
+        chat(role="assistant"),
+        chat(role="assistant", content=""),  # OpenAI, vLLM
+        chat(role="assistant", content=None, refusal=None, tool_calls=[]),
+        chat(role="assistant", content="", reasoning_content=""),
+        chat(),
+        chat("", content=""),
+        replies.event({"choices": [{"index": 0, "text": "", "finish_reason": None}]}),
+        replies.event({"choices": [{}]}),
+        replies.event({"choices": [{"delta": None}, {"text": None}]}),
+        replies.ping(),
+        b": OPENROUTER PROCESSING\n\n",
+        b"event: start\nid: 7\n\n",
+        b"",
+    ],
+)
+def test_who_only_says_that_it_will_speak_has_not_begun(event: bytes) -> None:
+    """Other servers than llama-server do so before they have read the prompt."""
+    assert not opens(event, Ending.DONE)
+    assert not opens(event * 3, Ending.DONE)
+    assert opens(event * 3 + replies.token("a"), Ending.DONE)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        replies.token("a"),
+        replies.token(" "),
+        chat(role="assistant", content="a"),
+        chat(reasoning_content="hm"),
+        chat(reasoning="hm"),
+        chat(refusal="no"),
+        chat(tool_calls=[{"index": 0}]),
+        chat("stop"),
+        chat("length", content=""),
+        replies.finish(),
+        replies.event(replies.text_completion("a", reason=None, last=False)),
+        replies.event(replies.text_completion("", reason="stop")),
+        replies.event({"choices": [{}, {"index": 1, "delta": {"content": "a"}}]}),
+        replies.event({"choices": [], "usage": replies.usage_of()}),
+        replies.event({"choices": [{}], "prompt_progress": {"processed": 1}}),
+        replies.event({}),
+        replies.error_event("no"),
+        replies.done(),
+        b"data: 7\n\n",
+        b"data:\n\n",
+        b'data: {"choices":7}\n\n',
+        b'data: {"choices":[7]}\n\n',
+        b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n',
+        b"data: " + b"[" * 99_999 + b"\n\n",
+    ],
+)
+def test_a_stream_begins_with_the_first_event_that_has_something(event: bytes) -> None:
+    """Whatever it is: what cannot be read is not ours to judge."""
+    assert opens(event, Ending.DONE)
+    assert opens(replies.ping() + replies.role() + event, Ending.DONE)
+    assert not opens(event[:-1], Ending.DONE)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        anthropic("message_start", message={"content": []}),
+        anthropic("content_block_start", index=0),
+        anthropic("ping"),
+        responses("created", response={}),
+        responses("queued"),
+        responses("in_progress"),
+        responses("output_item.added", item={}),
+        responses("content_part.added"),
+        b'event: message_start\ndata: {"message": {}, "type" : "message_start"}\n\n',
+    ],
+)
+def test_the_preamble_of_an_api_with_named_events_is_no_beginning(event: bytes) -> None:
+    assert not opens(event, Ending.NAMED)
+    word = anthropic("content_block_delta", delta={"text": "a"})
+    assert opens(event + word, Ending.NAMED)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        anthropic("content_block_delta", delta={"text": "a"}),
+        anthropic("message_delta"),
+        anthropic("message_stop"),
+        anthropic("pings"),
+        responses("output_text.delta", delta="a"),
+        responses("completed"),
+        responses("failed"),
+        b'event: error\ndata: {"type":"error"}\n\n',
+        b"data: nonsense\n\n",
+        anthropic("content_block_delta", delta={"text": '"type":"message_start"'}),
+    ],
+)
+def test_any_other_event_with_a_name_is_a_beginning(event: bytes) -> None:
+    assert opens(event, Ending.NAMED)
+    assert opens(anthropic("message_start") + anthropic("ping") + event, Ending.NAMED)
+
+
+@pytest.mark.parametrize("ending", [Ending.STOP, Ending.BODY])
+def test_elsewhere_any_event_is_a_beginning(ending: Ending) -> None:
+    assert opens(native("", stop=False), ending)
+    assert opens(replies.role(), ending)
+    assert not opens(replies.ping(), ending)
+    assert not opens(native("a", stop=False)[:-1], ending)
 
 
 # --- How a stream ended -----------------------------------------------------------
@@ -342,6 +497,18 @@ def test_what_is_kept_of_a_stream_holds_its_last_events() -> None:
     assert tail.endswith(last)
     assert judge(tail, Ending.DONE) == Verdict(complete=True, done=True, failed=False)
     assert generated_tokens(tail) == 9
+
+
+@LINE_ENDS
+@pytest.mark.parametrize(
+    "half", [b"", b"data: [DO", b": ping", b"data: {}\n", b"x\r\ny"]
+)
+def test_what_follows_the_last_blank_line_is_half_an_event(
+    half: bytes, eol: bytes
+) -> None:
+    assert unfinished(half) == half
+    assert unfinished(replies.token("a").replace(b"\n", eol) + half) == half
+    assert unfinished(b"half" + eol * 2 + b"data: x" + eol * 2 + half) == half
 
 
 # --- How many tokens --------------------------------------------------------------

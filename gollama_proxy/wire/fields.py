@@ -25,7 +25,7 @@ from __future__ import annotations
 import codecs
 import enum
 import re
-from typing import NamedTuple, assert_never
+from typing import Annotated, NamedTuple, assert_never
 
 import msgspec
 
@@ -34,10 +34,13 @@ from gollama_proxy.wire.errors import Code, RequestError
 MAX_DEPTH = 128
 # A key, a number or a wanted string must fit; vLLM and OpenAI names are below 100.
 MAX_TOKEN = 4096
+# Models that a request may name beside its first one; each can cost three attempts.
+MAX_NAMES = 8
 
 WANTED = frozenset(
     {
         "documents",
+        "fallbacks",
         "max_completion_tokens",
         "max_tokens",
         "messages",
@@ -290,6 +293,10 @@ def check_json(body: bytes) -> None:
 
 _grammar = msgspec.json.Decoder(msgspec.Raw)
 _string = msgspec.json.Decoder(str)
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_names = msgspec.json.Decoder(
+    Annotated[tuple[str, ...], msgspec.Meta(max_length=MAX_NAMES)]
+)
 
 
 def _decode(raw: bytes) -> str:
@@ -306,6 +313,21 @@ def text_of(field: Field) -> str:
         RequestError: it holds an invalid escape, such as half a surrogate pair.
     """
     return _decode(field.raw)
+
+
+def take_names(body: bytes, key: str) -> tuple[tuple[str, ...], bytes]:
+    """Take a list of names out of a whole body; give it, and the rest of the body.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    rest = _object.decode(body)
+    try:
+        names = _names.decode(rest.pop(key))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = f"`{key}` must be a list of at most {MAX_NAMES} names."
+        raise RequestError(Code.INVALID_VALUE, text, param=key) from None
+    return names, msgspec.json.encode(rest)
 
 
 def encode(text: str) -> bytes:

@@ -9,7 +9,8 @@ standard, section 9.2.6: events end with a blank line, lines with LF, CR or CRLF
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -79,20 +80,66 @@ def generated_tokens(tail: bytes) -> int | None:
     return int(counts[-1]) if counts else None
 
 
-def first_data(held: bytes) -> bytes | None:
-    """Find the data of the first event that has some.
+def events_in(held: bytes) -> Iterator[bytes]:
+    """Yield the data of each event that is complete and has some.
 
-    None while it is not complete.  Comments and events without data, such as the pings
-    of llama-server, are passed over.
+    Comments and events without data, such as the pings of llama-server, are passed
+    over.
     """
     start = 0
     for blank in _BLANK_LINE.finditer(held):
         lines = _LINE_END.split(held[start : blank.start()])
         data = [line[5:].lstrip(b" ") for line in lines if line.startswith(b"data:")]
         if data:
-            return b"\n".join(data)
+            yield b"\n".join(data)
         start = blank.end()
-    return None
+
+
+def opens(held: bytes, ending: Ending) -> bool:
+    """Tell whether a stream has begun in earnest: with an event that carries content.
+
+    One that only says who is going to speak is sent before a token is generated, by
+    servers other than llama-server even before the prompt is read.
+    """
+    return any(_carries(data, ending) for data in events_in(held))
+
+
+def _carries(data: bytes, ending: Ending) -> bool:
+    if ending is Ending.NAMED:
+        return _PREAMBLE.search(data) is None
+    if ending is not Ending.DONE:
+        return True
+    try:
+        event = _opening.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return True  # not ours to judge
+    if not event.choices or event.prompt_progress is not None:
+        return True  # an error, usage; or progress that the client has asked for
+    return any(
+        choice.finish_reason
+        or choice.text
+        or any(v for name, v in (choice.delta or {}).items() if name != "role")
+        for choice in event.choices
+    )
+
+
+class _OpeningChoice(msgspec.Struct):
+    delta: dict[str, Any] | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Opening(msgspec.Struct):
+    choices: list[_OpeningChoice] | None = None
+    prompt_progress: Any = None
+
+
+_opening = msgspec.json.Decoder(_Opening)
+# The events of Anthropic's and OpenAI's newer API that come before the first word.
+_PREAMBLE = re.compile(
+    rb'"type"\s*:\s*"(?:message_start|content_block_start|ping|response\.(?:created|'
+    rb'queued|in_progress|output_item\.added|content_part\.added))"'
+)
 
 
 class EventError(msgspec.Struct):

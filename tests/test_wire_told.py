@@ -1,0 +1,224 @@
+"""What a client has of a broken answer is read, and what was cut is completed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from gollama_proxy.wire.told import Told, closing
+from tests.fakes import replies
+from tests.fakes.streams import (
+    chat_chunk,
+    chat_event,
+    chat_stream,
+    delta,
+    dump,
+    parsed,
+    read,
+    spliced,
+    text_stream,
+)
+
+# --- What the client has ----------------------------------------------------------
+
+
+def test_what_was_told_does_not_show() -> None:
+    told = parsed(chat_stream(["secret"], reason=None))
+    assert repr(told) == "<Told 6 characters, 1 tokens, open>"
+
+
+def test_the_broken_answer_is_read() -> None:
+    told = parsed(b":\n\n" + chat_stream(["a", "b", " c"], reason=None))
+    assert (told.id, told.created, told.model) == ("chatcmpl-1", 1, "tiny")
+    assert (told.text, told.tokens, told.mend) == ("ab c", 3, b"")
+    assert told.role_seen
+    assert not told.finished
+    assert not told.reasoning_open
+
+
+def test_the_count_of_a_worker_is_better_than_that_of_events() -> None:
+    """One event can hold the tokens of a whole character, or of a whole line."""
+    choice = delta(content="🍌")
+    timings: dict[str, Any] = {"timings": {"predicted_n": 3}}
+    assert parsed(dump(chat_chunk(choice, **timings))).tokens == 3
+    usage: dict[str, Any] = {"usage": {"completion_tokens": 4}}
+    assert parsed(dump(chat_chunk(choice, **usage))).tokens == 4
+
+
+def test_a_finished_answer_needs_no_more_than_its_end() -> None:
+    stream = chat_stream(["a"])
+    assert parsed(stream).done
+    cut = parsed(stream.removesuffix(replies.done()))
+    assert cut.finished
+    assert not cut.done
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_an_answer_that_still_thinks_is_told_from_one_that_has_thought(
+    key: str,
+) -> None:
+    thought = chat_event(**{key: "hm"})
+    assert parsed(thought).reasoning_open
+    assert not parsed(thought + chat_stream(["a"], reason=None)).reasoning_open
+
+
+@pytest.mark.parametrize(
+    "relayed",
+    [
+        b"",
+        b":\n\n",
+        replies.done(),
+        b"data: {}\n\n",
+        b"data: nonsense\n\n",
+        b'data: {"choices":7}\n\n',
+        dump({"choices": [delta(content="a")]}),
+        chat_stream(["a"], reason=None) + replies.error_event("out of memory"),
+        dump(chat_chunk(delta(content="a"), delta(content="b"))),
+        dump(chat_chunk({"index": 1, "delta": {"content": "a"}})),
+        chat_event(tool_calls=[{"index": 0}]),
+        chat_event(refusal="no"),
+    ],
+)
+def test_what_cannot_be_understood_is_not_continued(relayed: bytes) -> None:
+    assert Told.parse(relayed, chat=True) is None
+
+
+# --- Cut in mid-event -------------------------------------------------------------
+
+WORDS = ["Hi", ' "Ü\\', "\n", "🍌", " end"]
+
+
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("escape", [False, True])
+def test_a_cut_at_any_byte_is_mended_or_refused(escape: bool, eol: bytes) -> None:
+    """Whatever follows, the client sees whole events and every character once."""
+    whole = "".join(WORDS)
+    stream = chat_stream(WORDS, escape=escape).replace(b"\n", eol)
+    first = stream.index(b'"content":"')
+    refused = 0
+    for cut in range(first, len(stream)):
+        relayed = stream[:cut]
+        told = Told.parse(relayed, chat=True)
+        if told is None:
+            refused += 1
+            continue
+        assert whole.startswith(told.text)
+        if told.finished:
+            seen = read(relayed + told.mend + closing(told, chat=True))
+        else:
+            rest = chat_stream([told.text, whole[len(told.text) :]], id="chatcmpl-2")
+            seen = read(spliced(relayed, rest))
+        assert seen == (whole, 1, ["stop"], {("chatcmpl-1", 1, "tiny")}, [], 1), cut
+    # What is cut: the first text, characters and escapes, the last event.
+    assert refused / (len(stream) - first) < 0.4
+    assert all(
+        Told.parse(stream[: at + 2 * len(eol)], chat=True) is not None
+        for at in range(first, len(stream))
+        if stream[at:].startswith(2 * eol)
+    )
+
+
+def test_a_text_completion_that_was_cut_is_mended() -> None:
+    stream = text_stream(["ab", "cd"], reason=None)
+    cut = stream.rindex(b'd","index"')
+    told = parsed(stream[:cut], chat=False)
+    assert (told.text, told.tokens) == ("abc", 2)
+    seen = read(spliced(stream[:cut], text_stream(["de"]), chat=False))
+    assert (seen.text, seen.reasons, seen.done) == ("abcde", ["stop"], 1)
+
+
+@pytest.mark.parametrize("half", [b"\n", b"\ndata: {", b'data: {"choices":['])
+def test_more_blank_lines_than_needed_do_no_harm(half: bytes) -> None:
+    first, second = replies.role(), replies.token("a")
+    relayed = first + b"\n" + second + half
+    stream = b"\n:\n\n\n" + chat_stream(["ab"])
+    out = spliced(relayed, stream)
+    assert read(out).text == "ab"
+    assert out.count(b":\n\n") == 1
+
+
+@pytest.mark.parametrize("half", [b"data: [DO", b'data: {"choices":[', b"da"])
+def test_behind_the_finish_reason_only_the_end_is_missing(half: bytes) -> None:
+    relayed = chat_stream(["a"]).removesuffix(replies.done()) + half
+    told = parsed(relayed)
+    assert told.finished
+    seen = read(relayed + told.mend + closing(told, chat=True))
+    assert (seen.text, seen.reasons, seen.done) == ("a", ["stop"], 1)
+
+
+def test_half_an_end_is_completed_to_the_end_itself() -> None:
+    told = parsed(chat_stream(["a"])[:-6])
+    assert (told.done, told.mend) == (True, replies.done()[-6:])
+
+
+@pytest.mark.parametrize("half", [b":", b": ping", b":\n", b': data: {"a'])
+def test_half_a_comment_is_ended(half: bytes) -> None:
+    relayed = chat_stream(["a"], reason=None) + half
+    assert read(spliced(relayed, chat_stream(["ab"]))).text == "ab"
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        b"proxy error: Failed to read connection",  # the router of llama-server
+        b"event: x",
+        b"id: 7\nretry: 3",
+        b"daily: news",
+    ],
+)
+def test_half_a_line_that_can_be_no_data_is_ended(half: bytes) -> None:
+    """Events without data reach nobody, so a blank line makes it harmless."""
+    relayed = chat_stream(["a", "b"], reason=None)
+    told = parsed(relayed + half)
+    assert told == replace(parsed(relayed + half + b"\n\n"), mend=b"\n\n")
+    assert (told.text, told.tokens) == ("ab", 2)
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        b"data: {7",
+        b'data: {"choices":7',
+        b"event: x\n",
+        b"event: x\nda",
+        b": ping\ndata: {",
+        b"event: x\ndata: {",
+    ],
+)
+def test_half_of_something_else_is_not_mended(half: bytes) -> None:
+    assert Told.parse(chat_stream(["a"], reason=None) + half, chat=True) is None
+
+
+def test_the_first_event_cannot_be_mended() -> None:
+    role = chat_stream([], reason=None)
+    assert Told.parse(role[:-20], chat=True) is None
+    assert parsed(role[:-1]).text == ""
+
+
+@pytest.mark.parametrize("half", [b"d", b"data", b"data:", b"data: {"])
+def test_before_there_was_a_text_nothing_tells_how_an_event_ends(half: bytes) -> None:
+    role, relayed = chat_stream([], reason=None), chat_stream(["a"], reason=None)
+    assert Told.parse(role + half, chat=True) is None
+    assert read(spliced(relayed + half, chat_stream(["ab"]))).text == "ab"
+
+
+# --- Nothing is left to generate --------------------------------------------------
+
+
+def test_an_answer_of_max_tokens_is_closed_for_its_length() -> None:
+    relayed = chat_stream(["a", "b"], reason=None)
+    seen = read(relayed + closing(parsed(relayed), chat=True))
+    assert seen == ("ab", 1, ["length"], {("chatcmpl-1", 1, "tiny")}, [], 1)
+    relayed = text_stream(["a", "b"], reason=None)
+    seen = read(relayed + closing(parsed(relayed, chat=False), chat=False))
+    assert (seen.text, seen.reasons, seen.done) == ("ab", ["length"], 1)
+
+
+def test_closing_what_is_closed_adds_nothing() -> None:
+    """But what was cut, which the hub writes before anything else."""
+    stream = chat_stream(["a"])
+    for relayed, mend in ((stream, b""), (stream[:-1], b"\n")):
+        told = parsed(relayed)
+        assert (closing(told, chat=True), told.mend) == (b"", mend)
