@@ -12,6 +12,25 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 ALGORITHMS = ("HS256", "RS256", "ES256", "EdDSA")
+# The paths of `wire/openai.py`, as far as settings name them.
+STREAMED = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
+ROUTES = (
+    *STREAMED,
+    "/v1/embeddings",
+    "/embeddings",
+    "/v1/rerank",
+    "/rerank",
+    "/v1/responses",
+    "/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/completion",
+    "/completions",
+    "/infill",
+    "/tokenize",
+    "/detokenize",
+    "/apply-template",
+)
 
 
 # --- Kinds of values --------------------------------------------------------------
@@ -67,6 +86,27 @@ def choice(*names: str) -> Kind:
     return Kind(parse, "one of " + ", ".join(names))
 
 
+def some_of(names: tuple[str, ...], allowed: str) -> Kind:
+    def parse(value: Any) -> tuple[str, ...]:
+        chosen = _parse_list(value)
+        if not set(chosen) <= set(names):
+            raise ValueError
+        return chosen
+
+    return Kind(parse, allowed)
+
+
+def _parse_list(value: Any) -> tuple[str, ...]:
+    """Read a list of words; the environment has commas or spaces between them."""
+    if isinstance(value, str):
+        value = [part for part in re.split(r"[,\s]+", value) if part]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    if not all(isinstance(word, str) and word for word in value):
+        raise ValueError
+    return tuple(value)
+
+
 def _parse_flag(value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -94,15 +134,26 @@ def _parse_table(value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def _parse_lists(value: Any) -> dict[str, tuple[str, ...]]:
+    """Read models and those behind each of them, none of them twice."""
+    if isinstance(value, str):  # the environment's spelling: "a=b|c,d=b"
+        table = _parse_table(value)
+        value = {name: re.split(r"\s*\|\s*", rest) for name, rest in table.items()}
+    if not isinstance(value, dict):
+        raise ValueError
+    lists = {name: _parse_list(names) for name, names in value.items()}
+    for name, names in lists.items():
+        if not name or len({name, *names}) != 1 + len(names) or not names:
+            raise ValueError
+    return lists
+
+
 def _parse_origins(value: Any) -> tuple[str, ...]:
     """Read exact origins (RFC 6454, 6.1: scheme, host and port, nothing behind)."""
-    if isinstance(value, str):
-        value = [part for part in re.split(r"[,\s]+", value) if part]
-    if not isinstance(value, list):
+    origins = _parse_list(value)
+    if not all(map(_ORIGIN.fullmatch, origins)):
         raise ValueError
-    if not all(isinstance(v, str) and _ORIGIN.fullmatch(v) for v in value):
-        raise ValueError
-    return tuple(value)
+    return origins
 
 
 _ORIGIN = re.compile(
@@ -111,6 +162,9 @@ _ORIGIN = re.compile(
 FLAG = Kind(_parse_flag, "true or false")
 TEXT = Kind(_parse_text, "text on one line")
 TABLE = Kind(_parse_table, 'a table such as { "gpt-4o-mini" = "qwen" }')
+LISTS = Kind(
+    _parse_lists, 'a table of lists of other names such as { "big" = ["small"] }'
+)
 ORIGINS = Kind(_parse_origins, "a list of origins such as http://localhost:3000")
 PORT = number(0, 65_535, whole=True)
 
@@ -240,6 +294,9 @@ class Breaker:
     busy_max: float = setting(
         60.0, seconds(0), "how much of a worker's own Retry-After is believed"
     )
+    canary: bool = setting(
+        True, FLAG, "prove a worker by a token of the hub's own, not by a request"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,10 +308,30 @@ class Retry:
         0.1, number(0, 1), "part of the recent requests that may be tried again"
     )
     floor: int = setting(
-        3, number(0, 1000, whole=True), "retries in 10 s that are always allowed"
+        10, number(0, 1000, whole=True), "retries in 10 s that are always allowed"
     )
     patience: float = setting(
         5.0, seconds(0), "how long to wait for the only worker when it is busy"
+    )
+    once: tuple[str, ...] = setting(
+        (),
+        some_of(ROUTES, "a list of POST paths such as /v1/responses"),
+        "paths on which what a worker may have begun is not tried again",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    enabled: bool = setting(
+        True, FLAG, "continue an answer that broke off on another worker"
+    )
+    kept: int = setting(
+        256 << 10,
+        size(1 << 10, 1 << 30),
+        "events of an answer that are remembered; a longer one is not continued",
+    )
+    attempts: int = setting(
+        5, number(1, 100, whole=True), "continuations of one answer, in all"
     )
 
 
@@ -266,8 +343,10 @@ class Upstream:
     idle: int = setting(
         32, number(0, 10_000, whole=True), "idle connections kept for each worker"
     )
-    assemble: bool = setting(
-        True, FLAG, "ask for a stream where the client wants none, and assemble it"
+    assemble: tuple[str, ...] = setting(
+        STREAMED,
+        some_of(STREAMED, "a list, of " + ", ".join(STREAMED)),
+        "paths on which an answer in one piece is assembled from a stream",
     )
 
 
@@ -280,6 +359,9 @@ class Models:
         False, FLAG, "refuse unknown names even where only one model is served"
     )
     aliases: Mapping[str, str] = setting({}, TABLE, "other names for a model")
+    fallbacks: Mapping[str, tuple[str, ...]] = setting(
+        {}, LISTS, "models that answer when nobody of the first one can"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +411,7 @@ class Config:
     health: Health = field(default_factory=Health)
     breaker: Breaker = field(default_factory=Breaker)
     retry: Retry = field(default_factory=Retry)
+    rescue: Rescue = field(default_factory=Rescue)
     upstream: Upstream = field(default_factory=Upstream)
     models: Models = field(default_factory=Models)
     log: Log = field(default_factory=Log)
@@ -347,6 +430,7 @@ SECTIONS: dict[str, type[Any]] = {
     "health": Health,
     "breaker": Breaker,
     "retry": Retry,
+    "rescue": Rescue,
     "upstream": Upstream,
     "models": Models,
     "log": Log,

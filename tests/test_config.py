@@ -68,6 +68,22 @@ def refusal(
         ("health.fall = 1979-05-27", "health.fall = ", "a whole number from 1 to 100"),
         ("models.aliases = ['a']", "models.aliases = ['a']", "a table such as"),
         ("models.aliases.gpt = 3", "models.aliases = {'gpt': 3}", "a table such as"),
+        ("models.fallbacks = ['a']", "models.fallbacks = ['a']", "table of lists"),
+        ("models.fallbacks.big = 7", "fallbacks = {'big': 7}", "table of lists"),
+        ("models.fallbacks.big = []", "fallbacks = {'big': []}", "table of lists"),
+        ("models.fallbacks.big = ['big']", "{'big': ['big']}", "of other names"),
+        ("models.fallbacks.a = ['b', 'b']", "{'a': ['b', 'b']}", "of other names"),
+        ("models.fallbacks.a = [7]", "fallbacks = {'a': [7]}", "table of lists"),
+        ("upstream.assemble = true", "upstream.assemble = True", "a list, of /v1/chat"),
+        (
+            "upstream.assemble = ['/v1/embeddings']",
+            "upstream.assemble = ['/v1/embeddings']",
+            "a list, of /v1/chat/completions",
+        ),
+        ("retry.once = ['/v1/nothing']", "retry.once = ['/v1/nothing']", "POST paths"),
+        ("retry.once = [['/v1/rerank']]", "retry.once = [['/v1", "POST paths"),
+        ("rescue.attempts = 0", "rescue.attempts = 0", "from 1 to 100"),
+        ("breaker.canary = 'maybe'", "breaker.canary = 'maybe'", "true or false"),
         ("log.level = 'loud'", "log.level = 'loud'", "debug, info, warning, error"),
         ("log.format = 'xml'", "log.format = 'xml'", "one of text, json"),
         (f"log.level = '{'x' * 99}'", "log.level = 'xxx", "...: must be one of"),
@@ -135,6 +151,10 @@ def test_no_file(tmp_path: Path) -> None:
         ({"GOLLAMA_LOG_ACCESS": "perhaps"}, "GOLLAMA_LOG_ACCESS", "true or false"),
         ({"GOLLAMA_LOG_LEVEL": "\udcff"}, "GOLLAMA_LOG_LEVEL", "one of debug"),
         ({"GOLLAMA_AUTH_ISSUER": "\udcff"}, "'\\udcff'", "text on one line"),
+        ({"GOLLAMA_MODELS_FALLBACKS": "big=big"}, "= 'big=big'", "of other names"),
+        ({"GOLLAMA_MODELS_FALLBACKS": "big"}, "FALLBACKS) = 'big'", "table of lists"),
+        ({"GOLLAMA_UPSTREAM_ASSEMBLE": "true"}, "_ASSEMBLE) = 'true'", "a list, of"),
+        ({"GOLLAMA_RETRY_ONCE": "/v1/rerank, /x"}, "/v1/rerank, /x", "POST paths"),
         ({"GOLLAMA_SERVER_PROT": "1"}, "_PROT: no such", "GOLLAMA_SERVER_PORT?"),
         ({"GOLLAMA_SERVR_PORT": "1"}, "_SERVR_PORT: no such", "GOLLAMA_SERVER_PORT?"),
         ({"GOLLAMA_WORKER": "http://a"}, "GOLLAMA_WORKER: ", "GOLLAMA_WORKERS?"),
@@ -274,6 +294,33 @@ def test_a_flag_wins_over_the_environment_over_the_file(tmp_path: Path) -> None:
     server = load(file, environ, flags).server
     assert (server.port, server.drain, server.keepalive) == (3, 2, 1)
     assert server.host == "127.0.0.1"
+
+
+def test_fallbacks_of_the_environment_over_those_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "gollama.toml"
+    file.write_text("[models.fallbacks]\nbig = ['medium', 'small']\n")
+    assert load(file).models.fallbacks == {"big": ("medium", "small")}
+    environ = {"GOLLAMA_MODELS_FALLBACKS": "big=medium|small,other=x"}
+    expected = {"big": ("medium", "small"), "other": ("x",)}
+    assert load(file, environ).models.fallbacks == expected
+    assert load(file, {"GOLLAMA_MODELS_FALLBACKS": ""}).models.fallbacks == {}
+
+
+def test_lists_of_paths(tmp_path: Path) -> None:
+    file = tmp_path / "gollama.toml"
+    file.write_text(
+        "[upstream]\nassemble = ['/v1/completions']\n[retry]\nonce = ['/v1/rerank']\n"
+    )
+    config = load(file)
+    assert config.upstream.assemble == ("/v1/completions",)
+    assert config.retry.once == ("/v1/rerank",)
+    environ = {
+        "GOLLAMA_UPSTREAM_ASSEMBLE": "",
+        "GOLLAMA_RETRY_ONCE": "/v1/embeddings, /v1/rerank",
+    }
+    config = load(file, environ)
+    assert config.upstream.assemble == ()
+    assert config.retry.once == ("/v1/embeddings", "/v1/rerank")
 
 
 def test_workers_of_flags_over_the_environment_over_the_file(tmp_path: Path) -> None:
@@ -425,3 +472,5 @@ def test_what_the_example_suggests_can_be_used(tmp_path: Path) -> None:
     assert [worker.name for worker in config.workers] == ["attic"]
     assert config.workers[0].api_key == "k"
     assert "gpt-4o-mini" in config.models.aliases
+    assert all(config.models.fallbacks.values())
+    assert config.models.fallbacks

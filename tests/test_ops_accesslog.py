@@ -359,7 +359,7 @@ async def test_each_request_makes_one_line_however_it_ends(
         worker.script(*event_stream(error_event("no", 503)))
         assert (await hub.post(CHAT, stream)).status == 503
         await ends("refused", 503)
-        worker.script(send(sse_head() + chunk(role())), close())
+        worker.script(send(sse_head() + chunk(role() + token("a"))), close())
         await (await hub.open(CHAT, stream)).read_to_end()
         await ends("error", 200, "worker_connection_lost")
         worker.script(reset())

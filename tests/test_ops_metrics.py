@@ -322,4 +322,4 @@ async def test_a_name_that_the_only_worker_ignores_is_no_label_either() -> None:
         assert (await hub.post(CHAT, {"model": "canary", "messages": []})).status == 200
         response = await hub.get("/metrics")
         assert b"canary" not in response.body
-        assert values_of(parse(response.body), "model") == {"qwen"}
+        assert values_of(parse(response.body), "model") == {"", "qwen"}

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gollama_proxy.routing.breaker import (
     TRANSITIONS,
     Breaker,
+    Cause,
     Event,
     IllegalStepError,
     Limits,
@@ -26,9 +27,10 @@ from gollama_proxy.routing.breaker import (
 )
 from tests.fakes.clock import Clock
 
-GOOD, SLOW, BAD, NEUTRAL = (
+GOOD, SLOW, HUNG, BAD, NEUTRAL = (
     Verdict.SUCCESS,
     Verdict.SLOW,
+    Verdict.HUNG,
     Verdict.FAILURE,
     Verdict.NEUTRAL,
 )
@@ -135,6 +137,10 @@ def test_its_repr_tells_all_and_changes_nothing() -> None:
         ([BAD, SLOW] * 5 + [BAD], "6 of 11 failed in 30 s"),
         ([GOOD] * 2 + [SLOW] * 8, "8 of 10 slow in 30 s"),
         ([BAD] * 2 + [SLOW] * 8, "8 of 10 slow in 30 s"),
+        ([HUNG] * 5, "5 failures in a row"),
+        ([BAD, HUNG, HUNG, NEUTRAL, BAD, HUNG], "5 failures in a row"),
+        ([GOOD, *[HUNG] * 4] * 2, "8 of 10 slow in 30 s"),
+        ([GOOD, *[HUNG, SLOW] * 2] * 2, "8 of 10 slow in 30 s"),
     ],
 )
 def test_it_trips_at_the_last_straw_and_not_before(
@@ -157,6 +163,9 @@ def test_it_trips_at_the_last_straw_and_not_before(
         pytest.param([GOOD, GOOD, BAD] * 100, id="a third fails"),
         pytest.param([GOOD, SLOW, SLOW, SLOW] * 100, id="three quarters slow"),
         pytest.param([SLOW] * 9, id="too few slow ones"),
+        pytest.param([HUNG] * 4 + [SLOW] + [HUNG] * 4, id="hangs, and slow between"),
+        pytest.param([GOOD, HUNG, HUNG, HUNG] * 100, id="three quarters hang"),
+        pytest.param([GOOD, BAD, HUNG] * 100, id="a third fails, a third hangs"),
         pytest.param([NEUTRAL] * 1000, id="clients leave"),
         pytest.param([BAD] * 4 + [NEUTRAL] * 99, id="clients leave a bad one"),
         pytest.param([BAD, GOOD] * 4 + [BAD] + [GOOD] * 9, id="good news"),
@@ -191,7 +200,7 @@ def test_failures_in_a_row_count_however_far_apart_they_are() -> None:
 def test_late_results_do_not_move_a_breaker_that_has_tripped(state: State) -> None:
     breaker, _ = make(state)
     generation = breaker.generation
-    record(breaker, *[GOOD, BAD, SLOW, NEUTRAL] * 50)
+    record(breaker, *[GOOD, BAD, SLOW, HUNG, NEUTRAL] * 50)
     assert (breaker.state, breaker.generation) == (state, generation)
 
 
@@ -207,6 +216,28 @@ def test_stragglers_of_a_breakdown_do_not_trip_it_again() -> None:
     for _ in range(5):
         breaker.record(BAD, breaker.generation)
     assert not breaker.available
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "cause"),
+    [
+        ([BAD] * 5, Cause.CONSECUTIVE),
+        ([GOOD, BAD] * 5, Cause.FAILURE_RATE),
+        ([GOOD] * 2 + [SLOW] * 8, Cause.SLOW_RATE),
+        ([HUNG] * 5, Cause.CONSECUTIVE),
+        ([GOOD, *[HUNG] * 4] * 2, Cause.SLOW_RATE),
+    ],
+)
+def test_what_has_opened_it_is_counted(verdicts: list[Verdict], cause: Cause) -> None:
+    breaker, clock = make()
+    record(breaker, *verdicts)
+    assert breaker.causes == {cause: 1}
+    for number in (1, 2):
+        clock.advance(breaker.opens_in())
+        prove(breaker, True, None, False)
+        assert breaker.causes == {cause: 1, Cause.PROOF: number}
+    breaker.reset("by the test")
+    assert breaker.causes.total() == 3 == breaker.transitions[State.OPEN]
 
 
 # --- Busy is not broken -----------------------------------------------------------
@@ -247,6 +278,44 @@ def test_a_busy_worker_is_not_asked_for_a_proof() -> None:
     assert breaker.permit() is None
     clock.advance(1)
     assert breaker.permit() is not None
+
+
+# --- Whom it lets in --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("canary", [True, False])
+@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize("state", list(State))
+def test_a_request_may_come_while_it_is_closed_or_as_a_proof_where_that_is_wanted(
+    state: State, busy: bool, canary: bool
+) -> None:
+    breaker, clock = make(state, Limits(jitter=0.0, canary=canary))
+    if busy:
+        breaker.busy(1)
+    proves = state is State.HALF_OPEN and not canary
+    assert breaker.admits is (not busy and (state is State.CLOSED or proves))
+    assert breaker.available is (not busy and state is State.CLOSED)
+    clock.advance(1)
+    assert breaker.admits is (state is State.CLOSED or proves)
+
+
+def test_requests_prove_one_at_a_time() -> None:
+    breaker, _ = make(State.HALF_OPEN, Limits(jitter=0.0, canary=False))
+    for good in (None, True, True):
+        assert breaker.admits
+        permit = take(breaker)
+        assert not breaker.admits
+        permit.settle(good)
+    assert breaker.admits
+    assert breaker.available
+
+
+def test_asking_who_is_let_in_takes_the_step_that_time_has_made() -> None:
+    breaker, clock = make(State.OPEN, Limits(jitter=0.0, canary=False))
+    assert not breaker.admits
+    clock.advance(5)
+    assert breaker.admits
+    assert breaker.state is State.HALF_OPEN
 
 
 # --- Open, and open for longer ----------------------------------------------------
@@ -461,6 +530,46 @@ def test_a_reset_makes_the_worker_as_good_as_new(state: State) -> None:
     assert breaker.opens_in() == 5
 
 
+# --- Away for a while -------------------------------------------------------------
+
+
+def test_a_worker_that_was_away_need_not_rest_any_longer() -> None:
+    """It may have been repaired, and what it was does not count against it."""
+    breaker, clock = make(State.OPEN)
+    clock.advance(5)
+    prove(breaker, False)
+    assert breaker.opens_in() == 10
+    breaker.renew()
+    assert (breaker.state, breaker.opens_in()) == (State.HALF_OPEN, 0)
+    prove(breaker, False)
+    assert breaker.opens_in() == 5
+
+
+def test_a_proof_goes_on_though_the_worker_was_away() -> None:
+    breaker, clock = make(State.HALF_OPEN)
+    prove(breaker, True)
+    permit = take(breaker)
+    breaker.renew()
+    assert breaker.permit() is None
+    clock.advance(1)
+    permit.settle(True)
+    assert breaker.closed
+
+
+def test_a_good_worker_that_was_away_begins_anew() -> None:
+    """With no past, and a share that rises: its cache is empty, its disk is cold."""
+    breaker, clock = make()
+    record(breaker, *[BAD] * 4)
+    breaker.renew()
+    assert breaker.available
+    assert sum(breaker.turn() for _ in range(100)) in (9, 10)
+    record(breaker, *[BAD] * 4)
+    assert breaker.available
+    clock.advance(10)
+    assert all(breaker.turn() for _ in range(100))
+    assert not breaker.transitions
+
+
 # --- No flapping ------------------------------------------------------------------
 
 
@@ -516,11 +625,15 @@ class Model:
         if self.state is not State.CLOSED or verdict is NEUTRAL:
             return
         self.past.append((now, verdict))
-        row = [verdict for _, verdict in self.past[-5:]]
-        window = [v for at, v in self.past if int(at / 3) > int(now / 3) - 10]
-        share = window.count(verdict) / len(window) if len(window) >= 10 else 0
-        limit = {BAD: 0.5, SLOW: 0.8, GOOD: 2.0}[verdict]
-        if row == [BAD] * 5 or share >= limit:
+        row = [verdict in (BAD, HUNG) for _, verdict in self.past[-5:]]
+        kinds = {HUNG: SLOW}
+        kind = kinds.get(verdict, verdict)
+        window = [
+            kinds.get(v, v) for at, v in self.past if int(at / 3) > int(now / 3) - 10
+        ]
+        share = window.count(kind) / len(window) if len(window) >= 10 else 0
+        limit = {BAD: 0.5, SLOW: 0.8, GOOD: 2.0}[kind]
+        if row == [True] * 5 or share >= limit:
             self.open(now, calm=now - self.since >= 30)
 
     def open(self, now: float, *, calm: bool) -> None:
@@ -538,7 +651,7 @@ class Model:
 class Breakers(RuleBasedStateMachine):
     """A breaker and its model live through the same, and must agree throughout."""
 
-    verdicts: ClassVar = st.sampled_from([GOOD, SLOW, BAD, BAD, NEUTRAL])
+    verdicts: ClassVar = st.sampled_from([GOOD, SLOW, HUNG, BAD, BAD, NEUTRAL])
 
     def __init__(self) -> None:
         super().__init__()

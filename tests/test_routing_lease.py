@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 
@@ -37,6 +38,13 @@ def test_a_new_lease_is_held_since_now_and_heard_nothing(ledger: Ledger) -> None
     assert lease.heard_at < float("-1e300")  # earlier than any clock may say
     assert ledger.returned == []
     assert repr(lease) == "<Lease on w1 held>"
+
+
+def test_a_new_lease_proves_nothing_and_may_take_for_ever(ledger: Ledger) -> None:
+    """Until whoever hands it out knows better."""
+    lease = ledger.lease()
+    assert lease.permits == ()
+    assert lease.allowance == math.inf
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gollama_proxy.routing.budget import RetryBudget
-from gollama_proxy.routing.retry import AGAIN, PAUSE, Attempts, Failure
+from gollama_proxy.routing.pool import Pool
+from gollama_proxy.routing.retry import (
+    AGAIN,
+    BEGUN,
+    FREE,
+    LATER,
+    PAUSE,
+    Attempts,
+    Failure,
+)
 from gollama_proxy.routing.worker import Check, Description, Model, Worker
 from gollama_proxy.settings import Health, Origin, Retry, WorkerConfig
 from tests.fakes.clock import Clock
@@ -16,6 +28,7 @@ from tests.fakes.clock import Clock
 # What is tried again elsewhere and not on the same worker, whoever else is there.
 ELSEWHERE = [
     Failure.UNREACHABLE,
+    Failure.LOADING,
     Failure.RESET,
     Failure.STATUS,
     Failure.BUSY,
@@ -26,17 +39,54 @@ ELSEWHERE = [
 ]
 
 
-def worker(name: str, context: int | None = 1024) -> Worker:
+def worker(
+    name: str,
+    context: int | None = 1024,
+    *,
+    models: Sequence[str] = ("tiny",),
+    clock: Clock | None = None,
+) -> Worker:
     origin = Origin("http", "127.0.0.1", 8080, "")
     config = WorkerConfig("http://127.0.0.1:8080", origin, name)
-    made = Worker(config, Health(), Clock())
-    made.observe(Check.OK, "ok", Description((Model("tiny", context),)))
+    made = Worker(config, Health(fall=1), clock or Clock())
+    told = Description(tuple(Model(model, context) for model in models))
+    made.observe(Check.OK, "ok", told)
     return made
 
 
-def attempts(budget: RetryBudget | None = None, **limits: Any) -> Attempts:
-    budget = budget or RetryBudget(1.0, 1000, clock=Clock())
-    return Attempts("tiny", Retry(**limits), budget, random.Random(7))
+def take_out(worker: Worker) -> None:
+    worker.observe(Check.FAILED, "by the test")
+    assert not worker.available
+
+
+def bring_back(worker: Worker) -> None:
+    worker.observe(Check.OK, "by the test")
+    assert worker.available
+
+
+def attempts(
+    *workers: Worker,
+    fallbacks: Sequence[Sequence[Worker]] = (),
+    budget: RetryBudget | None = None,
+    continuations: int = 0,
+    once: bool = False,
+    **limits: Any,
+) -> Attempts:
+    pools = [Pool("tiny", workers)]
+    pools += [Pool(f"other{n}", tuple(some)) for n, some in enumerate(fallbacks, 1)]
+    return Attempts(
+        pools,
+        Retry(**limits),
+        budget or RetryBudget(1.0, 1000, clock=Clock()),
+        random.Random(7),
+        continuations=continuations,
+        once=once,
+    )
+
+
+def broke() -> RetryBudget:
+    """Make a budget that allows nothing."""
+    return RetryBudget(0.0, 0, clock=Clock())
 
 
 def failed(made: Attempts, *tried: Worker) -> Attempts:
@@ -50,42 +100,63 @@ def failed(made: Attempts, *tried: Worker) -> Attempts:
 
 def test_at_first_everybody_may_try() -> None:
     a, b = worker("a"), worker("b")
-    made = attempts()
-    assert made.candidates([a, b]) == [a, b]
-    assert made.has_other([a, b])
-    assert made.candidates([]) == []
-    assert not made.has_other([])
+    made = attempts(a, b)
+    assert made.candidates() == [a, b]
+    assert made.has_other()
+    for nobody in (attempts(), made):
+        take_out(a)
+        take_out(b)
+        assert nobody.candidates() == []
+        assert not nobody.has_other()
 
 
 def test_whoever_has_had_an_attempt_comes_behind_whoever_has_not() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
-    assert failed(attempts(), a).candidates([a, b, c]) == [b, c]
-    assert failed(attempts(), a, b).candidates([a, b, c]) == [c]
+    assert failed(attempts(a, b, c), a).candidates() == [b, c]
+    assert failed(attempts(a, b, c), a, b).candidates() == [c]
 
 
 def test_when_all_have_had_one_it_is_the_last_ones_once_more() -> None:
+    """But only where that has been decided: one is not asked again for being there."""
     a, b = worker("a"), worker("b")
-    made = failed(attempts(), a, b)
-    assert made.candidates([a, b]) == [b]
-    assert not made.has_other([a, b])
+    made = failed(attempts(a, b), a, b)
+    assert made.candidates() == []
+    assert made.retry_after(Failure.RESET)
+    assert made.candidates() == [b]
+    assert not made.has_other()
+    made.begin(b)
+    assert made.candidates() == []
+
+
+def test_whoever_comes_back_meanwhile_goes_before_the_last_one() -> None:
+    a, b = worker("a"), worker("b")
+    take_out(b)
+    made = failed(attempts(a, b), a)
+    assert made.retry_after(Failure.RESET)
+    assert made.candidates() == [a]
+    bring_back(b)
+    assert made.candidates() == [b]
 
 
 def test_one_that_is_not_available_any_more_is_not_asked_once_more() -> None:
     """Nor is the one before it, which failed as well."""
     a, b = worker("a"), worker("b")
-    assert failed(attempts(), a, b).candidates([a]) == []
+    made = failed(attempts(a, b), a, b)
+    assert made.retry_after(Failure.RESET)
+    take_out(b)
+    assert made.candidates() == []
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_nobody_is_left_when_the_attempts_are_used_up(limit: int) -> None:
     workers = [worker(name) for name in "abcd"]
-    made = attempts(attempts=limit)
+    made = attempts(*workers, attempts=limit)
     for each in workers[:limit]:
-        assert made.has_other(workers)
+        assert made.has_other()
         made.begin(each)
-    assert not made.has_other(workers)
+    assert not made.has_other()
     for failure in ELSEWHERE:
-        assert made.retry_after(failure, workers, 0.0) is None
+        assert made.retry_after(failure, 0.0) is None
 
 
 # --- The table --------------------------------------------------------------------
@@ -95,42 +166,55 @@ def test_nobody_is_left_when_the_attempts_are_used_up(limit: int) -> None:
 def test_another_worker_is_asked_at_once(failure: Failure) -> None:
     """A busy one's Retry-After is for itself."""
     a, b = worker("a"), worker("b")
-    assert failed(attempts(), a).retry_after(failure, [a, b], 30.0) == 0.0
+    made = failed(attempts(a, b), a)
+    assert made.retry_after(failure, 30.0) == 0.0
+    assert made.candidates() == [b]
 
 
-@pytest.mark.parametrize("failure", [f for f in ELSEWHERE if f is not Failure.BUSY])
+@pytest.mark.parametrize("failure", [f for f in ELSEWHERE if f not in LATER])
 def test_the_only_worker_is_asked_once_more_for_what_may_pass(
     failure: Failure,
 ) -> None:
     a = worker("a")
-    pause = failed(attempts(), a).retry_after(failure, [a], 0.0)
+    made = failed(attempts(a), a)
+    pause = made.retry_after(failure, 0.0)
     if failure in (Failure.RESET, Failure.STATUS):
         assert pause is not None
         assert PAUSE[0] <= pause <= PAUSE[1]
+        assert made.candidates() == [a]
     else:
         assert pause is None
+        assert made.candidates() == []
+
+
+def test_what_would_be_the_same_everywhere_is_not_tried_again() -> None:
+    made = attempts(worker("a"), worker("b"), fallbacks=[[worker("c")]])
+    assert failed(made, made.candidates()[0]).retry_after(None, 0.0) is None
+    assert made.pool.model == "tiny"
 
 
 def test_the_pause_varies_so_that_those_who_failed_together_do_not_return_so() -> None:
     a = worker("a")
-    made = RetryBudget(1.0, 1000, clock=Clock())
+    budget = RetryBudget(1.0, 1000, clock=Clock())
     rng = random.Random(7)
     pauses = set()
     for _ in range(10):
-        one = Attempts("tiny", Retry(), made, rng)
-        pauses.add(failed(one, a).retry_after(Failure.RESET, [a]))
+        one = Attempts([Pool("tiny", (a,))], Retry(), budget, rng)
+        pauses.add(failed(one, a).retry_after(Failure.RESET))
     assert len(pauses) == 10
 
 
-@pytest.mark.parametrize("failure", sorted(AGAIN, key=str))
+@pytest.mark.parametrize("failure", sorted(AGAIN | LATER, key=str))
 def test_nobody_is_asked_a_third_time(failure: Failure) -> None:
     a = worker("a")
-    made = failed(attempts(attempts=9), a)
-    assert made.retry_after(failure, [a]) is not None
+    made = failed(attempts(a, attempts=9), a)
+    assert made.retry_after(failure, 0.0) is not None
     made.begin(a)
-    assert made.retry_after(failure, [a]) is None
+    assert made.retry_after(failure, 0.0) is None
+    assert made.candidates() == []
 
 
+@pytest.mark.parametrize("failure", sorted(LATER, key=str))
 @pytest.mark.parametrize(
     ("asked", "patience", "waits"),
     [
@@ -144,12 +228,12 @@ def test_nobody_is_asked_a_third_time(failure: Failure) -> None:
     ],
 )
 def test_the_only_worker_is_waited_for_if_it_is_busy_for_a_short_time(
-    asked: float | None, patience: float, waits: bool
+    failure: Failure, asked: float | None, patience: float, waits: bool
 ) -> None:
     """A little longer than it asks for: whoever is early is sent away again."""
     a = worker("a")
-    made = failed(attempts(patience=patience), a)
-    pause = made.retry_after(Failure.BUSY, [a], asked)
+    made = failed(attempts(a, patience=patience), a)
+    pause = made.retry_after(failure, asked)
     assert (pause is not None) is waits
     if pause is not None:
         assert asked is not None
@@ -157,7 +241,15 @@ def test_the_only_worker_is_waited_for_if_it_is_busy_for_a_short_time(
 
 
 def test_a_busy_worker_is_waited_for_though_it_is_not_available_meanwhile() -> None:
-    assert failed(attempts(), worker("a")).retry_after(Failure.BUSY, [], 1.0)
+    clock = Clock()
+    a = worker("a", clock=clock)
+    made = failed(attempts(a), a)
+    a.breaker.busy(1.0)
+    pause = made.retry_after(Failure.BUSY, 1.0)
+    assert pause
+    assert made.candidates() == []
+    clock.advance(pause)
+    assert made.candidates() == [a]
 
 
 # --- Prompts that are too long ----------------------------------------------------
@@ -165,17 +257,17 @@ def test_a_busy_worker_is_waited_for_though_it_is_not_available_meanwhile() -> N
 
 def test_a_prompt_that_is_too_long_goes_to_a_worker_with_more_context() -> None:
     small, same, large = worker("a"), worker("b"), worker("c", 4096)
-    made = failed(attempts(), small)
-    assert made.retry_after(Failure.CONTEXT, [small, same, large]) == 0.0
-    assert made.candidates([small, same, large]) == [large]
+    made = failed(attempts(small, same, large), small)
+    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.candidates() == [large]
 
 
 def test_where_nobody_has_more_context_nobody_is_asked() -> None:
     """Nor the same worker, which has none either."""
     small, same, smaller = worker("a"), worker("b"), worker("c", 512)
-    made = failed(attempts(), small)
-    assert made.retry_after(Failure.CONTEXT, [small, same, smaller]) is None
-    assert made.candidates([small, same, smaller]) == []
+    made = failed(attempts(small, same, smaller), small)
+    assert made.retry_after(Failure.CONTEXT) is None
+    assert made.candidates() == []
 
 
 @pytest.mark.parametrize(("one", "other"), [(None, 4096), (1024, None), (None, None)])
@@ -183,33 +275,44 @@ def test_a_context_that_is_not_known_is_not_more(
     one: int | None, other: int | None
 ) -> None:
     a, b = worker("a", one), worker("b", other)
-    made = failed(attempts(), a)
-    assert made.retry_after(Failure.CONTEXT, [a, b]) is None
+    made = failed(attempts(a, b), a)
+    assert made.retry_after(Failure.CONTEXT) is None
 
 
 def test_every_step_leads_to_more_context() -> None:
     a, b, c = worker("a", 1024), worker("b", 2048), worker("c", 4096)
-    made = failed(attempts(), a)
-    assert made.retry_after(Failure.CONTEXT, [a, b, c]) == 0.0
+    made = failed(attempts(a, b, c), a)
+    assert made.retry_after(Failure.CONTEXT) == 0.0
     made.begin(b)
-    assert made.retry_after(Failure.CONTEXT, [a, b, c]) == 0.0
-    assert made.candidates([a, b, c]) == [c]
+    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.candidates() == [c]
 
 
 def test_what_failed_otherwise_is_not_given_to_a_smaller_worker() -> None:
     small, large = worker("a"), worker("b", 4096)
-    made = failed(attempts(), small)
-    made.retry_after(Failure.CONTEXT, [small, large])
+    made = failed(attempts(small, large), small)
+    made.retry_after(Failure.CONTEXT)
     made.begin(large)
-    assert made.retry_after(Failure.RESET, [small, large])
-    assert made.candidates([small, large]) == [large]
+    assert made.retry_after(Failure.RESET)
+    assert made.candidates() == [large]
 
 
 def test_a_prompt_that_is_too_long_costs_no_retry() -> None:
     """It was refused unread, and it is not for an outage that it is sent again."""
     small, large = worker("a"), worker("b", 4096)
-    made = failed(attempts(RetryBudget(0.0, 0, clock=Clock())), small)
-    assert made.retry_after(Failure.CONTEXT, [small, large]) == 0.0
+    made = failed(attempts(small, large, budget=broke()), small)
+    assert made.retry_after(Failure.CONTEXT) == 0.0
+
+
+def test_a_prompt_that_is_too_long_may_fit_a_fallback() -> None:
+    """One that has more context, that is; whoever has not is passed over."""
+    small = worker("a", 1024)
+    same, large = worker("b", 1024, models=["other1"]), worker("c", models=["other2"])
+    large.observe(Check.OK, "ok", Description((Model("other2", 4096),)))
+    made = failed(attempts(small, fallbacks=[[same], [large]], budget=broke()), small)
+    assert made.has_other()
+    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert (made.pool.model, made.candidates()) == ("other2", [large])
 
 
 # --- Streams in place of answers --------------------------------------------------
@@ -218,11 +321,11 @@ def test_a_prompt_that_is_too_long_costs_no_retry() -> None:
 def test_a_request_that_has_to_be_sent_as_it_was_is_a_new_one() -> None:
     """Whoever has tried may try again, at once, and it costs no retry."""
     a, b = worker("a"), worker("b")
-    made = failed(attempts(RetryBudget(0.0, 0, clock=Clock())), a)
+    made = failed(attempts(a, b, budget=broke()), a)
     assert not made.as_sent
-    assert made.retry_after(Failure.STREAM, [a, b]) == 0.0
+    assert made.retry_after(Failure.STREAM) == 0.0
     assert made.as_sent
-    assert made.candidates([a, b]) == [a, b]
+    assert made.candidates() == [a, b]
 
 
 # --- The budget -------------------------------------------------------------------
@@ -232,45 +335,100 @@ def test_a_retry_is_paid_for() -> None:
     a, b = worker("a"), worker("b")
     budget = RetryBudget(0.0, 2, clock=Clock())
     for allowed in (True, True, False):
-        pause = failed(attempts(budget), a).retry_after(Failure.RESET, [a, b])
-        assert (pause is not None) is allowed
+        made = failed(attempts(a, b, budget=budget), a)
+        assert (made.retry_after(Failure.RESET) is not None) is allowed
+
+
+@pytest.mark.parametrize("failure", ELSEWHERE)
+def test_what_has_cost_the_worker_nothing_is_free(failure: Failure) -> None:
+    a, b = worker("a"), worker("b")
+    made = failed(attempts(a, b, budget=broke()), a)
+    assert (made.retry_after(failure) == 0.0) is (failure in FREE)
+    assert (failure in FREE) is (failure in (Failure.UNREACHABLE, Failure.LOADING))
+
+
+def test_waiting_for_a_worker_that_loads_is_free_and_for_a_busy_one_is_not() -> None:
+    for failure in LATER:
+        a = worker("a")
+        made = failed(attempts(a, budget=broke()), a)
+        free = failure is Failure.LOADING
+        assert (made.retry_after(failure, 1.0) is not None) is free
+
+
+def test_without_a_retry_left_nobody_is_waiting_to_take_over() -> None:
+    """But a fallback, which is free; and asking spends nothing."""
+    a, b, c = worker("a"), worker("b"), worker("c")
+    budget = RetryBudget(0.0, 1, clock=Clock())
+    made = failed(attempts(a, b, budget=budget, continuations=5), a)
+    assert all(made.has_other() for _ in range(9))
+    assert made.retry_after(Failure.RESET) == 0.0
+    assert not made.has_other()
+    assert attempts(a, b, fallbacks=[[c]], budget=budget).has_other()
+    made.resume()
+    assert made.has_other()
 
 
 def test_what_is_not_tried_again_costs_nothing() -> None:
     a, b = worker("a"), worker("b")
     budget = RetryBudget(0.0, 1, clock=Clock())
-    assert failed(attempts(budget), a).retry_after(Failure.KEY, [a]) is None
-    assert failed(attempts(budget), a).retry_after(Failure.KEY, [a, b]) == 0.0
+    assert failed(attempts(a, budget=budget), a).retry_after(Failure.KEY) is None
+    assert failed(attempts(a, b, budget=budget), a).retry_after(Failure.KEY) == 0.0
 
 
 def test_every_request_pays_once() -> None:
     """A tenth of ten requests is a retry."""
     a, b = worker("a"), worker("b")
     budget = RetryBudget(0.1, 0, clock=Clock())
-    made = [failed(attempts(budget), a) for _ in range(9)]
-    assert made[0].retry_after(Failure.RESET, [a, b]) is None
-    failed(attempts(budget), a)
-    assert made[0].retry_after(Failure.RESET, [a, b]) == 0.0
-    assert made[1].retry_after(Failure.RESET, [a, b]) is None
+    made = [failed(attempts(a, b, budget=budget), a) for _ in range(9)]
+    assert made[0].retry_after(Failure.RESET) is None
+    failed(attempts(a, b, budget=budget), a)
+    assert made[0].retry_after(Failure.RESET) == 0.0
+    assert made[1].retry_after(Failure.RESET) is None
 
 
 # --- Whose fault a 5xx was --------------------------------------------------------
 
 
-def test_a_5xx_is_held_against_those_whom_another_worker_outdid() -> None:
-    a, b, c = worker("a"), worker("b"), worker("c")
-    made = attempts()
-    for each in (a, b):
+def test_a_5xx_is_held_against_the_one_whom_another_worker_outdid() -> None:
+    a, b = worker("a"), worker("b")
+    made = failed(attempts(a, b), a)
+    assert made.retry_after(Failure.STATUS) == 0.0
+    made.begin(b)
+    assert made.succeeded() == [a]
+
+
+def test_a_5xx_that_two_workers_tell_is_believed() -> None:
+    """Nobody else is asked then, not even a fallback, and nobody is blamed."""
+    a, b, c, d = (worker(name) for name in "abcd")
+    made = failed(attempts(a, b, c, fallbacks=[[d]]), a)
+    assert made.retry_after(Failure.STATUS) == 0.0
+    made.begin(b)
+    assert made.has_other()
+    assert made.retry_after(Failure.STATUS) is None
+
+
+def test_a_5xx_that_one_worker_tells_twice_is_not_believed() -> None:
+    a, b = worker("a"), worker("b")
+    made = failed(attempts(a, fallbacks=[[b]]), a)
+    assert made.retry_after(Failure.STATUS)
+    made.begin(a)
+    assert made.retry_after(Failure.STATUS) == 0.0
+    assert made.candidates() == [b]
+
+
+def test_another_failure_between_two_5xx_changes_nothing() -> None:
+    a, b, c, d = (worker(name) for name in "abcd")
+    made = failed(attempts(a, b, c, d, attempts=9), a)
+    for failure, each in ((Failure.STATUS, b), (Failure.RESET, c)):
+        assert made.retry_after(failure) == 0.0
         made.begin(each)
-        made.retry_after(Failure.STATUS, [a, b, c])
-    made.begin(c)
-    assert made.succeeded() == [a, b]
+    assert made.retry_after(Failure.STATUS) is None
 
 
 def test_a_worker_that_does_better_itself_is_not_to_blame() -> None:
     a = worker("a")
-    made = failed(attempts(), a)
-    made.retry_after(Failure.STATUS, [a])
+    made = failed(attempts(a), a)
+    made.retry_after(Failure.STATUS)
     made.begin(a)
     assert made.succeeded() == []
 
@@ -278,11 +436,387 @@ def test_a_worker_that_does_better_itself_is_not_to_blame() -> None:
 @pytest.mark.parametrize("failure", [f for f in Failure if f is not Failure.STATUS])
 def test_other_failures_are_held_against_a_worker_elsewhere(failure: Failure) -> None:
     a, b = worker("a"), worker("b", 4096)
-    made = failed(attempts(), a)
-    made.retry_after(failure, [a, b])
+    made = failed(attempts(a, b), a)
+    made.retry_after(failure)
     made.begin(b)
     assert made.succeeded() == []
 
 
+# --- Fallbacks --------------------------------------------------------------------
+
+
+def test_where_nobody_is_there_the_fallback_is_asked() -> None:
+    """The next one that has somebody; the answer may then take what it takes."""
+    a, b, c = worker("a"), worker("b"), worker("c")
+    take_out(a)
+    take_out(b)
+    made = attempts(a, fallbacks=[[b], [], [c]])
+    assert made.has_other()
+    assert made.candidates() == [c]
+    assert made.pool == Pool("other3", (c,))
+    assert repr(made) == "<Attempts 0 of 3 on 'other3'>"
+    assert made.candidates() == [c]
+
+
+def test_where_nobody_of_a_fallback_is_there_either_nobody_is_asked() -> None:
+    a, b = worker("a"), worker("b")
+    take_out(a)
+    take_out(b)
+    made = attempts(a, fallbacks=[[b]])
+    assert not made.has_other()
+    assert made.candidates() == []
+
+
+def test_a_fallback_that_is_there_waits_for_the_model_that_was_asked_for() -> None:
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = attempts(a, b, fallbacks=[[c]])
+    assert made.candidates() == [a, b]
+    assert failed(made, a).retry_after(Failure.RESET) == 0.0
+    assert made.candidates() == [b]
+
+
+@pytest.mark.parametrize("failure", ELSEWHERE)
+@pytest.mark.parametrize("limit", [1, 2])
+def test_when_the_attempts_are_used_up_the_fallback_has_as_many(
+    failure: Failure, limit: int
+) -> None:
+    """At once, and it is not paid for."""
+    first = [worker(name) for name in "abc"]
+    second = [worker(name) for name in "def"]
+    budget = RetryBudget(0.0, limit - 1, clock=Clock())
+    made = attempts(*first, fallbacks=[second], budget=budget, attempts=limit)
+    asked: list[Worker] = []
+    while (some := made.candidates()) and len(asked) < 10:
+        asked.append(some[0])
+        made.begin(some[0])
+        if made.retry_after(failure, 30.0) is None:
+            break
+    expected = [*first[:limit], *second[:limit]]
+    if failure is Failure.STATUS and limit == 2:
+        expected = first[:2]  # they are believed
+    assert asked == expected
+
+
+def test_a_retry_that_cannot_be_paid_for_is_the_fallbacks() -> None:
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = failed(attempts(a, b, fallbacks=[[c]], budget=broke()), a)
+    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.candidates() == [c]
+
+
+def test_the_only_worker_has_its_second_chance_before_a_fallback() -> None:
+    a, b = worker("a"), worker("b")
+    made = failed(attempts(a, fallbacks=[[b]]), a)
+    assert made.retry_after(Failure.RESET)
+    assert made.candidates() == [a]
+    made.begin(a)
+    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.candidates() == [b]
+
+
+def test_a_worker_may_try_again_with_the_other_model() -> None:
+    a = worker("a", models=["tiny", "other1"])
+    made = failed(attempts(a, fallbacks=[[a]], attempts=1), a)
+    assert made.retry_after(Failure.RESET) == 0.0
+    assert (made.pool.model, made.candidates(), made.tried) == ("other1", [a], [])
+
+
+def test_a_fallback_that_does_better_blames_nobody() -> None:
+    """Another model proves nothing about the first one."""
+    a, b = worker("a"), worker("b")
+    made = failed(attempts(a, fallbacks=[[b]], attempts=1), a)
+    assert made.retry_after(Failure.STATUS) == 0.0
+    made.begin(b)
+    assert made.succeeded() == []
+
+
+def test_two_models_that_answer_5xx_are_not_two_workers_that_agree() -> None:
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = failed(attempts(a, fallbacks=[[b], [c]], attempts=1), a)
+    for each in (b, c):
+        assert made.retry_after(Failure.STATUS) == 0.0
+        assert made.candidates() == [each]
+        made.begin(each)
+    assert made.retry_after(Failure.STATUS) is None
+
+
+def test_a_fallback_counts_as_somebody_who_could_take_over() -> None:
+    a, b = worker("a"), worker("b")
+    made = failed(attempts(a, fallbacks=[[b]]), a)
+    assert made.has_other()
+    take_out(b)
+    assert not made.has_other()
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.lists(st.sampled_from([*ELSEWHERE, Failure.CONTEXT]), min_size=60, max_size=60),
+)
+def test_whatever_happens_it_comes_to_an_end(
+    sizes: list[int], limit: int, failures: list[Failure]
+) -> None:
+    """Each model has its attempts, and no worker more than two of them."""
+    pools = [
+        [worker(f"{n}{m}", m) for m in range(size)] for n, size in enumerate(sizes)
+    ]
+    budget = RetryBudget(0.0, 1000, clock=Clock())
+    made = attempts(*pools[0], fallbacks=pools[1:], budget=budget, attempts=limit)
+    asked: list[str] = []
+    for failure in failures:
+        some = made.candidates()
+        if not some:
+            break
+        asked.append(some[0].name)
+        made.begin(some[0])
+        if made.retry_after(failure, 0.0) is None:
+            break
+    else:
+        pytest.fail("it goes on and on")
+    assert asked == sorted(asked, key=lambda name: name[0])
+    for number in range(len(pools)):
+        of_pool = [name for name in asked if name[0] == str(number)]
+        assert len(of_pool) <= limit
+        assert all(of_pool.count(name) <= 2 for name in of_pool)
+        again = [name for name in of_pool if of_pool.count(name) > 1]
+        assert again == of_pool[len(of_pool) - len(again) :], "others come first"
+
+
+# --- At most once -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", [*ELSEWHERE, Failure.CONTEXT])
+def test_what_a_worker_may_have_begun_is_not_tried_again_where_that_is_wanted(
+    failure: Failure,
+) -> None:
+    """Not by a fallback either; what it surely has not begun is."""
+    a, b = worker("a", 1024), worker("b", 4096, models=["tiny", "other1"])
+    for made in (attempts(a, b, once=True), attempts(a, fallbacks=[[b]], once=True)):
+        failed(made, a)
+        assert (made.retry_after(failure, 30.0) is None) is (failure in BEGUN)
+        assert made.candidates() == [b]  # who is there is not the question
+
+
+def test_what_may_have_begun_is_told_from_what_surely_has_not() -> None:
+    refused = {Failure.UNREACHABLE, Failure.LOADING, Failure.BUSY, Failure.KEY}
+    assert set(Failure) - BEGUN == refused | {Failure.CONTEXT, Failure.STREAM}
+
+
+def test_where_it_is_not_tried_again_nobody_is_waiting_to_take_over() -> None:
+    """So that a worker is not given up for being slow."""
+    a, b, c = worker("a"), worker("b"), worker("c")
+    assert not attempts(a, b, fallbacks=[[c]], once=True).has_other()
+    assert attempts(a, b, fallbacks=[[c]], once=True).candidates() == [a, b]
+
+
+# --- Answers that broke off -------------------------------------------------------
+
+
+def resumed(made: Attempts, worker: Worker) -> Attempts:
+    """Have an answer of this worker break off in its middle."""
+    made.begin(worker)
+    made.resume()
+    return made
+
+
+def test_an_answer_that_broke_off_goes_on_with_another_worker_unpaid() -> None:
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = attempts(a, b, fallbacks=[[c]], budget=broke(), continuations=5)
+    resumed(made, a)
+    assert made.has_other()
+    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.candidates() == [b]
+
+
+def test_it_may_go_on_though_the_attempts_were_used_up() -> None:
+    """What it took to begin with the answer does not count any more."""
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = failed(attempts(a, b, c, attempts=2, continuations=5), a)
+    resumed(made, b)
+    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.candidates() == [c]
+
+
+def test_who_failed_before_may_go_on_when_nobody_else_is_left() -> None:
+    """It may have been started anew; but whoever has stalled would stall again."""
+    a, b, c, d = worker("a"), worker("b"), worker("c"), worker("d")
+    made = resumed(attempts(a, b, c, d, continuations=9), a)
+    for each, failure in ((b, Failure.SLOW), (c, Failure.RESET), (d, Failure.RESET)):
+        assert made.retry_after(Failure.RESET) == 0.0
+        made.begin(each)
+        made.retry_after(failure)
+    assert made.candidates() == [a, c]
+
+
+def test_the_only_worker_may_break_off_more_than_once() -> None:
+    a = worker("a")
+    made = attempts(a, continuations=3)
+    for _ in range(3):
+        resumed(made, a)
+        assert made.retry_after(Failure.RESET) is not None
+        assert made.candidates() == [a]
+
+
+def test_then_a_fallback_goes_on_before_the_same_worker_does() -> None:
+    a, b = worker("a"), worker("b")
+    made = resumed(attempts(a, fallbacks=[[b]], continuations=5), a)
+    assert made.has_other()
+    assert made.retry_after(Failure.RESET) == 0.0
+    assert (made.pool.model, made.candidates()) == ("other1", [b])
+
+
+@pytest.mark.parametrize("failure", ELSEWHERE)
+def test_at_last_the_same_worker_goes_on(failure: Failure) -> None:
+    """Where it would have been asked once more for an answer that had not begun."""
+    a = worker("a")
+    made = resumed(attempts(a, continuations=5, budget=broke(), attempts=1), a)
+    assert not made.has_other()
+    pause = made.retry_after(failure, 0.0)
+    assert (pause is not None) is (failure in AGAIN | LATER)
+    assert made.candidates() == ([a] if failure in AGAIN | LATER else [])
+
+
+@pytest.mark.parametrize("continuations", [0, 1, 3])
+def test_there_are_only_so_many_continuations_of_an_answer(continuations: int) -> None:
+    """Whether the next one breaks off as well or fails before it has begun."""
+    for breaks in (True, False):
+        workers = [worker(str(number)) for number in range(9)]
+        made = attempts(
+            *workers, fallbacks=[[worker("f")]], continuations=continuations, attempts=9
+        )
+        resumed(made, workers[0])
+        for each in workers[1 : continuations + 1]:
+            assert made.retry_after(Failure.RESET) == 0.0
+            made.begin(each)
+            if breaks:
+                made.resume()
+        assert made.retry_after(Failure.RESET) is None
+
+
+def test_without_continuations_left_nobody_is_waiting_to_take_over() -> None:
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = resumed(attempts(a, b, c, continuations=1), a)
+    assert made.has_other()
+    assert not failed(made, b).has_other()
+
+
+def test_without_continuations_left_a_fallback_is_not_waiting_either() -> None:
+    """Or the last one would be given up for being slow, and nobody take over."""
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = resumed(attempts(a, b, fallbacks=[[c]], continuations=1), a)
+    made.begin(b)
+    assert made.retry_after(Failure.SLOW) is None
+    assert not made.has_other()
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    st.integers(0, 5),
+    st.lists(
+        st.sampled_from([*ELSEWHERE, "breaks off", "is asked for all"]),
+        min_size=60,
+        max_size=60,
+    ),
+)
+def test_whatever_happens_to_the_rest_it_comes_to_an_end(
+    sizes: list[int], continuations: int, events: list[Failure | str]
+) -> None:
+    pools = [[worker(f"{n}{m}") for m in range(size)] for n, size in enumerate(sizes)]
+    made = attempts(
+        worker("first"), *pools[0], fallbacks=pools[1:], continuations=continuations
+    )
+    resumed(made, made.candidates()[0])
+    pause = made.retry_after(Failure.RESET)
+    number = 0
+    for event in events:
+        some = made.candidates()
+        if pause is None or not some:
+            break
+        number += 1
+        made.begin(some[0])
+        if event == "is asked for all":
+            pause = 0.0 if made.repeat() else made.retry_after(Failure.STATUS)
+        elif event == "breaks off":
+            made.resume()
+            pause = made.retry_after(Failure.RESET)
+        else:
+            assert isinstance(event, Failure)
+            pause = made.retry_after(event, 0.0)
+    else:
+        pytest.fail("it goes on and on")
+    assert number <= continuations
+
+
+def test_who_has_broken_off_comes_behind_who_has_not() -> None:
+    """Two bad workers do not play an answer to and fro while a good one is there."""
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = attempts(a, b, c, continuations=5)
+    for each, others in ((a, [b, c]), (b, [c]), (c, [a, b])):
+        resumed(made, each)
+        assert made.retry_after(Failure.RESET) == 0.0
+        assert made.candidates() == others
+
+
+def test_a_5xx_from_before_is_not_held_against_anybody() -> None:
+    """The answer that broke off has shown nothing, and what follows is another one."""
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = failed(attempts(a, b, c, continuations=5), a)
+    assert made.retry_after(Failure.STATUS) == 0.0
+    resumed(made, b)
+    assert made.retry_after(Failure.RESET) == 0.0
+    made.begin(c)
+    assert made.succeeded() == []
+
+
+# --- The same worker, asked for something else ------------------------------------
+
+
+def test_the_last_worker_is_asked_for_something_else_whoever_else_is_there() -> None:
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = resumed(attempts(a, b, c, continuations=5), a)
+    made.begin(b)
+    assert made.repeat()
+    assert made.candidates() == [b]
+    made.begin(b)
+    assert made.candidates() == [c]
+
+
+def test_one_that_is_gone_meanwhile_is_not_waited_for() -> None:
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = resumed(attempts(a, b, c, continuations=5), a)
+    made.begin(b)
+    assert made.repeat()
+    for _ in range(3):
+        b.observe(Check.REFUSED, "connection refused")
+    assert made.candidates() == [c]
+
+
+def test_that_counts_as_a_continuation() -> None:
+    a, b = worker("a"), worker("b")
+    made = resumed(attempts(a, b, continuations=2), a)
+    made.begin(b)
+    assert made.repeat()
+    made.begin(b)
+    assert not made.repeat()
+    assert made.retry_after(Failure.RESET) is None
+
+
+def test_without_a_continuation_left_the_last_worker_is_not_asked_again() -> None:
+    a, b = worker("a"), worker("b")
+    made = resumed(attempts(a, b, continuations=1), a)
+    made.begin(b)
+    assert not made.repeat()
+    assert made.candidates() == []
+
+
+def test_an_answer_that_has_not_begun_has_its_attempts_for_that() -> None:
+    a, b = worker("a"), worker("b")
+    made = failed(attempts(a, b, attempts=2), a)
+    assert made.repeat()
+    made.begin(a)
+    assert not made.repeat()
+
+
 def test_attempts_say_how_many_they_are() -> None:
-    assert repr(failed(attempts(), worker("a"))) == "<Attempts 1 of 3>"
+    a = worker("a")
+    assert repr(failed(attempts(a), a)) == "<Attempts 1 of 3 on 'tiny'>"

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from itertools import product
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    precondition,
+    rule,
+)
 
+from gollama_proxy.routing.breaker import Breaker, Verdict
+from gollama_proxy.routing.breaker import State as BreakerState
 from gollama_proxy.routing.lease import Lease, Outcome
 from gollama_proxy.routing.worker import (
     TRANSITIONS,
@@ -21,6 +31,7 @@ from gollama_proxy.routing.worker import (
     State,
     Worker,
 )
+from gollama_proxy.settings import Breaker as Limits
 from gollama_proxy.settings import Health, Origin, WorkerConfig
 from tests.fakes.clock import Clock
 
@@ -37,10 +48,11 @@ def make(
     rise: int = 1,
     timeout: float = 5.0,
     clock: Clock | None = None,
+    limits: Limits | None = None,
 ) -> Worker:
     """Make a worker that has come to a state the way workers do."""
     health = Health(fall=fall, rise=rise, timeout=timeout)
-    worker = Worker(CONFIG, health, clock or Clock())
+    worker = Worker(CONFIG, health, clock or Clock(), limits=limits or Limits())
     if state is State.READY:
         worker.observe(Check.OK, "ok")
     elif state is State.LOADING:
@@ -91,6 +103,7 @@ def test_an_event_leads_to_its_state_wherever_it_finds_the_worker(
         (Check.OK, State.READY),
         (Check.LOADING, State.LOADING),
         (Check.FAILED, State.DOWN),
+        (Check.REFUSED, State.DOWN),
     ],
 )
 def test_with_fall_and_rise_of_one_each_check_decides(
@@ -101,7 +114,9 @@ def test_with_fall_and_rise_of_one_each_check_decides(
 
 @pytest.mark.parametrize("state", list(State))
 def test_only_a_ready_worker_is_available(state: State) -> None:
-    assert make(state).available is (state is State.READY)
+    worker = make(state)
+    assert worker.available is worker.admits is (state is State.READY)
+    assert worker.is_down is (state is State.DOWN)
 
 
 # --- Counting checks --------------------------------------------------------------
@@ -210,6 +225,9 @@ def test_it_serves_the_models_that_it_told_and_no_others() -> None:
     assert worker.serves("tiny")
     assert not worker.serves("Qwen")
     assert not worker.serves("")
+    assert worker.context_of("qwen") == 4096
+    assert worker.context_of("tiny") is None
+    assert worker.context_of("Qwen") is None
 
 
 def test_what_was_learnt_stays_when_a_check_learns_nothing() -> None:
@@ -310,10 +328,21 @@ def test_a_worker_that_talks_and_says_that_it_loads_is_believed() -> None:
     assert after(worker, Check.LOADING) == [State.LOADING]
 
 
+def test_where_nobody_listens_any_more_what_was_heard_before_does_not_count() -> None:
+    """The last bytes of a process that has died may be very young."""
+    clock = Clock()
+    worker = make(State.READY, fall=1, clock=clock)
+    worker.lease().heard_at = clock()
+    assert after(worker, Check.FAILED) == [State.READY]
+    assert after(worker, Check.REFUSED) == [State.DOWN]
+
+
 # --- Leases and suspicion ---------------------------------------------------------
 
 # The ends of an attempt that have the worker asked how it is.
 BLAMED = (Outcome.WORKER_FAILED, Outcome.SLOW, Outcome.BUSY)
+# Those that count like a failed check.
+FAILED = (Outcome.WORKER_FAILED, Outcome.SLOW)
 
 
 def test_a_lease_knows_its_worker_and_its_moment() -> None:
@@ -326,7 +355,7 @@ def test_a_lease_knows_its_worker_and_its_moment() -> None:
 def test_what_is_the_workers_own_doing_makes_it_suspect(outcome: Outcome) -> None:
     """Clients that leave and bad requests say nothing about a worker.
 
-    One that is slow or busy is looked at as well, but only a failure counts.
+    One that is busy is looked at as well, but only a failure counts, or a hang.
     """
     worker = make(State.READY)
     suspicions: list[int] = []
@@ -334,14 +363,15 @@ def test_what_is_the_workers_own_doing_makes_it_suspect(outcome: Outcome) -> Non
     worker.lease().release(outcome)
     # The place is free when it is told.
     assert suspicions == ([0] if outcome in BLAMED else [])
-    assert worker.in_doubt is (outcome is Outcome.WORKER_FAILED)
+    assert worker.in_doubt is (outcome in FAILED)
     assert worker.available  # until a check has failed as well
 
 
-def test_failed_requests_shorten_the_way_down() -> None:
+@pytest.mark.parametrize("outcome", FAILED)
+def test_failed_requests_shorten_the_way_down(outcome: Outcome) -> None:
     worker = make(State.READY, fall=3)
     for _ in range(2):
-        worker.lease().release(Outcome.WORKER_FAILED)
+        worker.lease().release(outcome)
     assert after(worker, Check.FAILED) == [State.DOWN]
 
 
@@ -375,6 +405,268 @@ def test_a_failed_request_interrupts_the_way_up() -> None:
     assert after(worker, Check.OK, Check.OK) == [State.DOWN, State.READY]
 
 
+# --- Clients that leave -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("waited", "allowance", "first_token", "slow"),
+    [
+        (2.1, 2.0, 0.0, True),
+        (2.0, 2.0, 0.0, False),
+        (1.0, 2.0, 0.0, False),
+        (2.1, 2.0, 1.0, False),
+        (9e9, math.inf, 0.0, False),
+    ],
+)
+def test_whoever_leaves_after_a_hang_has_left_because_of_it(
+    waited: float, allowance: float, first_token: float, slow: bool
+) -> None:
+    """A worker that hangs is not protected by its clients' impatience."""
+    clock = Clock()
+    worker = make(State.READY, clock=clock, limits=Limits(window=1e12))
+    for _ in range(worker.limits.consecutive):
+        with worker.lease() as lease:
+            lease.allowance, lease.first_token = allowance, first_token
+            clock.advance(waited)
+        assert lease.outcome is Outcome.CLIENT_GONE
+    assert worker.available is not slow
+    assert f"slow={5 * slow} " in repr(worker.breaker)
+    assert not worker.in_doubt
+
+
+# --- Proofs -----------------------------------------------------------------------
+
+PROVING = Limits(jitter=0.0, canary=False)
+PROOFS = {
+    Outcome.COMPLETE: True,
+    Outcome.SLOW: False,
+    Outcome.WORKER_FAILED: False,
+    Outcome.ERRED: False,
+    Outcome.BUSY: None,
+    Outcome.REFUSED: None,
+    Outcome.CLIENT_GONE: None,
+    Outcome.HUB_STOPPED: None,
+}
+
+
+def trip(breaker: Breaker) -> None:
+    for _ in range(breaker.limits.consecutive):
+        breaker.record(Verdict.FAILURE)
+    assert breaker.state is BreakerState.OPEN
+
+
+def half_open(
+    *models: str, machine: bool = True, limits: Limits = PROVING
+) -> tuple[Worker, Clock]:
+    """Make a worker that has to prove itself, or one of its models."""
+    clock = Clock()
+    worker = make(State.READY, clock=clock, limits=limits)
+    breakers = [worker.breaker_of(model) for model in models]
+    breakers += [worker.breaker] * machine
+    for breaker in breakers:
+        trip(breaker)
+    clock.advance(5)
+    assert all(breaker.state is BreakerState.HALF_OPEN for breaker in breakers)
+    return worker, clock
+
+
+@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("canary", [True, False])
+def test_only_without_canaries_a_request_may_prove_a_worker(
+    canary: bool, state: State
+) -> None:
+    """And only one that is there: it is not for requests to find that out."""
+    worker, _ = half_open(limits=Limits(jitter=0.0, canary=canary))
+    worker.state = state
+    assert worker.can_serve("qwen") is (state is State.READY and not canary)
+    assert worker.admits is worker.can_serve("qwen")
+    assert not worker.available
+    worker, _ = half_open("qwen", machine=False, limits=worker.limits)
+    worker.state = state
+    assert worker.can_serve("qwen") is (state is State.READY and not canary)
+    assert worker.can_serve("tiny") is (state is State.READY)
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+@pytest.mark.parametrize("machine", [True, False])
+def test_the_outcome_of_a_request_is_the_proof(outcome: Outcome, machine: bool) -> None:
+    worker, _ = half_open(*[] if machine else ["qwen"], machine=machine)
+    breaker = worker.breaker if machine else worker.breaker_of("qwen")
+    for _ in range(2):
+        if breaker.state is BreakerState.HALF_OPEN:
+            worker.lease("qwen").release(outcome)
+    assert (
+        breaker.state
+        is {
+            True: BreakerState.CLOSED,
+            False: BreakerState.OPEN,
+            None: BreakerState.HALF_OPEN,
+        }[PROOFS[outcome]]
+    )
+    assert (breaker.permit() is not None) is (PROOFS[outcome] is None)
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_a_request_proves_the_machine_and_the_model_at_once(outcome: Outcome) -> None:
+    worker, _ = half_open("qwen")
+    for _ in range(2):
+        if worker.can_serve("qwen"):
+            worker.lease("qwen").release(outcome)
+    assert worker.breaker.state is worker.breaker_of("qwen").state
+    assert worker.breaker.transitions == worker.breaker_of("qwen").transitions
+
+
+def test_one_request_at_a_time_proves_a_worker() -> None:
+    worker, _ = half_open("qwen")
+    lease = worker.lease("qwen")
+    assert not worker.can_serve("qwen")
+    assert not worker.can_serve("tiny")
+    lease.release(Outcome.REFUSED)
+    assert worker.can_serve("qwen")
+    assert worker.can_serve("tiny")
+
+
+def test_one_request_at_a_time_proves_a_model_and_the_others_are_not_kept_away() -> (
+    None
+):
+    worker, _ = half_open("qwen", machine=False)
+    lease = worker.lease("qwen")
+    assert not worker.can_serve("qwen")
+    assert worker.can_serve("tiny")
+    other = worker.lease("tiny")
+    assert (len(lease.permits), len(other.permits)) == (1, 0)
+    other.release(Outcome.COMPLETE)
+    assert not worker.can_serve("qwen")
+
+
+def test_whoever_leaves_in_the_middle_of_a_proof_gives_it_back() -> None:
+    worker, clock = half_open()
+    with pytest.raises(ValueError), worker.lease("qwen"):
+        assert not worker.can_serve("qwen")
+        raise ValueError
+    assert worker.can_serve("qwen")
+    with worker.lease("qwen") as lease:
+        lease.allowance = 2.0
+        clock.advance(2.1)
+    assert worker.breaker.state is BreakerState.OPEN
+
+
+def test_a_canary_keeps_requests_away_while_it_proves() -> None:
+    worker, _ = half_open("qwen")
+    canary = worker.breaker.permit()
+    assert canary is not None
+    assert not worker.can_serve("qwen")
+    lease = worker.lease("qwen")
+    assert len(lease.permits) == 1  # that of the model
+    lease.release(Outcome.REFUSED)
+    assert worker.breaker.permit() is None
+    canary.settle(None)
+    assert worker.can_serve("qwen")
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_a_request_from_before_proves_nothing(outcome: Outcome) -> None:
+    clock = Clock()
+    worker = make(State.READY, clock=clock, limits=PROVING)
+    before = worker.lease("qwen")
+    trip(worker.breaker)
+    clock.advance(5)
+    proving = worker.lease("qwen")
+    before.release(outcome)
+    assert worker.breaker.state is BreakerState.HALF_OPEN
+    assert not worker.can_serve("qwen")
+    proving.release(Outcome.COMPLETE)
+    assert worker.can_serve("qwen")
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_a_proof_of_an_earlier_time_changes_nothing(outcome: Outcome) -> None:
+    worker, clock = half_open()
+    late = worker.lease()
+    worker.breaker.reset("replaced")
+    trip(worker.breaker)
+    clock.advance(5)
+    current = worker.lease()
+    late.release(outcome)
+    assert worker.breaker.state is BreakerState.HALF_OPEN
+    assert not worker.can_serve("qwen")
+    current.release(Outcome.REFUSED)
+    assert worker.can_serve("qwen")
+
+
+@pytest.mark.parametrize("check", [Check.FAILED, Check.REFUSED, Check.LOADING])
+def test_a_worker_that_comes_back_from_the_dead_may_prove_itself_at_once(
+    check: Check,
+) -> None:
+    """It has perhaps been repaired, and its models with it."""
+    worker = make(State.READY, fall=1, limits=PROVING)
+    breakers = [worker.breaker, worker.breaker_of("qwen")]
+    for breaker in breakers:
+        trip(breaker)
+    after(worker, Check.OK)
+    assert all(breaker.state is BreakerState.OPEN for breaker in breakers)
+    after(worker, check, Check.OK)
+    assert all(breaker.state is BreakerState.HALF_OPEN for breaker in breakers)
+    assert worker.can_serve("qwen")
+
+
+def test_a_model_that_fails_keeps_away_its_own_requests_only() -> None:
+    worker = make(State.READY)
+    breaker = worker.breaker_of("qwen")
+    assert worker.breaker_of("qwen") is breaker is not worker.breaker_of("tiny")
+    trip(breaker)
+    assert (worker.can_serve("qwen"), worker.can_serve("tiny")) == (False, True)
+    assert worker.available
+
+
+# --- Speed ------------------------------------------------------------------------
+
+
+def test_each_model_has_a_speed_of_its_own() -> None:
+    worker = make(State.READY)
+    before = worker.pace_of("qwen").allowance(10_000)
+    lease = worker.lease("qwen")
+    lease.prompt_bytes, lease.first_token = 10_000, 1.0
+    lease.release(Outcome.COMPLETE)
+    assert worker.pace_of("qwen").allowance(10_000) < before
+    assert worker.pace_of("tiny").allowance(10_000) == before
+
+
+def answer(worker: Worker, clock: Clock, tokens: int, model: str = "qwen") -> None:
+    lease = worker.lease(model)
+    lease.first_token, lease.seconds, lease.tokens = 1.0, 10.0, tokens
+    clock.advance(10)
+    lease.release(Outcome.COMPLETE)
+
+
+def test_a_complete_answer_is_slow_if_the_worker_was_four_times_as_fast() -> None:
+    """With this model, that is."""
+    clock = Clock()
+    worker = make(State.READY, clock=clock, limits=Limits(window=1e9, minimum_calls=20))
+    for _ in range(10):
+        answer(worker, clock, 600)
+        answer(worker, clock, 20, "large")
+    assert "slow=0" in repr(worker.breaker)
+    answer(worker, clock, 100)
+    answer(worker, clock, 100, "large")
+    assert "slow=1" in repr(worker.breaker)
+
+
+def test_a_first_token_that_was_missed_lowers_what_is_expected() -> None:
+    worker = make(State.READY)
+    pace = worker.pace_of("qwen")
+    pace.learn(100_000, 0.1, 0, 0.0)
+    fast = pace.rate
+    lease = worker.lease("qwen")
+    lease.first_token = 1.0
+    lease.release(Outcome.SLOW)
+    assert pace.rate == fast  # it stalled later on
+    worker.lease("tiny").release(Outcome.SLOW)
+    assert pace.rate == fast
+    worker.lease("qwen").release(Outcome.SLOW)
+    assert pace.rate < fast
+
+
 def test_a_record_of_a_worker_tells_what_it_is_doing() -> None:
     worker = make(State.READY)
     worker.lease()
@@ -396,13 +688,17 @@ class Leases(RuleBasedStateMachine):
     class Place:
         lease: Lease
         outcome: Outcome | None = None
+        proves: int | None = None  # the generation of the breaker that it may prove
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.worker = make(State.READY, fall=3, rise=2, clock=self.clock)
+        limits = Limits(consecutive=2, open=1, jitter=0.0, canary=False)
+        self.worker = make(State.READY, fall=3, rise=2, clock=self.clock, limits=limits)
         self.worker.on_suspicion = self.suspect
         self.held: set[Lease] = set()
+        self.proving: dict[Leases.Place, None] = {}  # the oldest first
+        self.proofs: dict[int, int] = {}  # good ones, by generation
         self.suspicions = self.blamed = 0
         self.bad = self.good = 0
         self.state = State.READY
@@ -410,34 +706,87 @@ class Leases(RuleBasedStateMachine):
     def suspect(self) -> None:
         self.suspicions += 1
 
-    def end(self, place: Place, outcome: Outcome) -> None:
+    @property
+    def proof(self) -> Place | None:
+        """The request that is the proof of the breaker now."""
+        generation = self.worker.breaker.generation
+        proofs = [place for place in self.proving if place.proves == generation]
+        assert len(proofs) <= 1
+        return proofs[0] if proofs else None
+
+    def end(self, place: Place, outcome: Outcome, before: int) -> None:
+        """Note an end; `before` was the generation of the breaker."""
         if place.outcome is None:
             place.outcome = outcome
             self.held.discard(place.lease)
             self.blamed += outcome in BLAMED
-            if outcome is Outcome.WORKER_FAILED:
+            if outcome in FAILED:
                 self.bad, self.good = self.bad + 1, 0
+            if place.proves is not None:
+                self.proving.pop(place)
+            if place.proves is not None and place.proves == before:
+                self.judge(before, PROOFS[outcome])
+
+    def judge(self, generation: int, good: bool | None) -> None:
+        breaker = self.worker.breaker
+        proofs = self.proofs[generation] = self.proofs.get(generation, 0) + bool(good)
+        if good is False:
+            assert breaker.state is BreakerState.OPEN
+        elif proofs < 2:
+            assert breaker.state is BreakerState.HALF_OPEN
+            assert breaker.generation == generation
+        else:
+            assert breaker.closed
 
     @rule(target=leases)
     def take(self) -> Place:
+        breaker = self.worker.breaker
+        due = breaker.state is BreakerState.HALF_OPEN and self.proof is None
         lease = self.worker.lease()
         self.held.add(lease)
-        return self.Place(lease)
+        assert len(lease.permits) == due
+        place = self.Place(lease, proves=breaker.generation if due else None)
+        if due:
+            self.proving[place] = None
+        return place
+
+    @precondition(lambda self: self.worker.breaker.closed)
+    @rule(long=st.booleans())
+    def break_down(self, long: bool) -> None:
+        for _ in range(self.worker.limits.consecutive):
+            self.release(self.take(), Outcome.WORKER_FAILED)
+        assert self.worker.breaker.state is BreakerState.OPEN
+        if long:
+            self.clock.advance(self.worker.breaker.opens_in())
+
+    @precondition(lambda self: self.proving)
+    @rule(outcome=st.sampled_from(Outcome))
+    def prove(self, outcome: Outcome) -> None:
+        """End a request that was let in as a proof, be it in time or too late."""
+        self.release(next(iter(self.proving)), outcome)
+
+    @precondition(lambda self: not self.worker.breaker.closed)
+    @rule()
+    def replace(self) -> None:
+        """Have the worker be as good as new, whatever is still on its way."""
+        self.worker.breaker.reset("by the test")
 
     @rule(place=leases, outcome=st.sampled_from(Outcome))
     def release(self, place: Place, outcome: Outcome) -> None:
         """Release it, perhaps not for the first time."""
+        before = self.worker.breaker.generation
         place.lease.release(outcome)
-        self.end(place, outcome)
+        self.end(place, outcome, before)
 
     @rule(place=consumes(leases), outcome=st.none() | st.sampled_from(Outcome))
     def leave(self, place: Place, outcome: Outcome | None) -> None:
         """Leave its block, and release it there or not."""
+        before = self.worker.breaker.generation
         with place.lease:
             if outcome is not None:
                 place.lease.release(outcome)
-                self.end(place, outcome)
-        self.end(place, Outcome.CLIENT_GONE)
+                self.end(place, outcome, before)
+        self.end(place, Outcome.CLIENT_GONE, before)
 
     @rule(place=leases)
     def hear(self, place: Place) -> None:
@@ -457,7 +806,9 @@ class Leases(RuleBasedStateMachine):
         elif check is Check.LOADING:
             self.good = self.bad = 0
             self.state = State.LOADING
-        elif all(self.clock() - lease.heard_at > 5 for lease in self.held):
+        elif check is Check.REFUSED or all(
+            self.clock() - lease.heard_at > 5 for lease in self.held
+        ):
             self.good, self.bad = 0, self.bad + 1
             if self.state is not State.READY or self.bad >= 3:
                 self.state = State.DOWN
@@ -467,6 +818,16 @@ class Leases(RuleBasedStateMachine):
         assert self.worker.in_flight == len(self.held)
         assert self.worker.leases == self.held
         assert all(lease.outcome is None for lease in self.held)
+
+    @invariant()
+    def one_request_at_a_time_is_a_proof(self) -> None:
+        breaker = self.worker.breaker
+        if breaker.state is BreakerState.HALF_OPEN:
+            assert breaker.admits is (self.proof is None)
+        else:
+            assert breaker.admits is breaker.closed
+        ready = self.state is State.READY
+        assert self.worker.can_serve("qwen") is (ready and breaker.admits)
 
     @invariant()
     def each_suspicion_is_told_once(self) -> None:
@@ -483,7 +844,9 @@ class Leases(RuleBasedStateMachine):
         for lease in list(self.held):
             lease.release(Outcome.HUB_STOPPED)
         assert self.worker.in_flight == 0
+        if self.worker.breaker.state is BreakerState.HALF_OPEN:
+            assert self.worker.breaker.permit() is not None
 
 
 TestLeases = Leases.TestCase
-TestLeases.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestLeases.settings = settings(deadline=None, max_examples=150, stateful_step_count=30)

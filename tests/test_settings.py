@@ -10,8 +10,11 @@ import pytest
 from gollama_proxy.settings import (
     FLAG,
     FLAGS,
+    LISTS,
     ORIGINS,
+    ROUTES,
     SECTIONS,
+    STREAMED,
     TABLE,
     TEXT,
     Config,
@@ -22,10 +25,13 @@ from gollama_proxy.settings import (
     seconds,
     settings,
     size,
+    some_of,
     variable,
 )
+from gollama_proxy.wire.openai import ENDPOINTS, Ending
 
 ROWS = list(settings())
+SOME = some_of(("a", "b", "/c"), "a list of letters")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +59,25 @@ ROWS = list(settings())
         (ORIGINS, ["http://localhost:3000"], ("http://localhost:3000",)),
         (ORIGINS, "https://a.example, http://[::1]:80", None),
         (ORIGINS, "", ()),
+        (SOME, ["b", "a"], ("b", "a")),
+        (SOME, ("/c",), ("/c",)),
+        (SOME, [], ()),
+        (SOME, "b", ("b",)),
+        (SOME, " a, b\t/c,", ("a", "b", "/c")),
+        (SOME, "", ()),
+        (LISTS, {"big": ["medium", "small"]}, {"big": ("medium", "small")}),
+        (LISTS, {"a": ["b"], "b": ["a"]}, {"a": ("b",), "b": ("a",)}),
+        (LISTS, {"big": "medium, small"}, {"big": ("medium", "small")}),
+        (LISTS, {}, {}),
+        (
+            LISTS,
+            "big=medium|small,other=x",
+            {"big": ("medium", "small"), "other": ("x",)},
+        ),
+        (LISTS, " big = medium , other=x,", {"big": ("medium",), "other": ("x",)}),
+        (LISTS, "big = medium | small", {"big": ("medium", "small")}),
+        (LISTS, "org/big:7b=org/small:1b", {"org/big:7b": ("org/small:1b",)}),
+        (LISTS, "", {}),
     ],
 )
 def test_a_value_is_read(kind: Kind, value: Any, parsed: Any) -> None:
@@ -98,6 +123,34 @@ def test_a_value_is_read(kind: Kind, value: Any, parsed: Any) -> None:
         (ORIGINS, "*"),
         (ORIGINS, ["http://localhost:3000/"]),
         (ORIGINS, [3]),
+        (SOME, ["d"]),
+        (SOME, "a, d"),
+        (SOME, ["A"]),
+        (SOME, [["a"]]),
+        (SOME, [""]),
+        (SOME, [1]),
+        (SOME, {"a": "b"}),
+        (SOME, True),
+        (SOME, False),
+        (LISTS, {"big": ["small", "big"]}),
+        (LISTS, {"big": ["small", "small"]}),
+        (LISTS, {"big": []}),
+        (LISTS, {"big": ""}),
+        (LISTS, {"big": 7}),
+        (LISTS, {"big": [7]}),
+        (LISTS, {"big": [""]}),
+        (LISTS, {"big": {"small": 1}}),
+        (LISTS, {"a": ["b"], "big": ["big"]}),
+        (LISTS, {"": ["small"]}),
+        (LISTS, ["big", "small"]),
+        (LISTS, 7),
+        (LISTS, "big"),
+        (LISTS, "big="),
+        (LISTS, "=small"),
+        (LISTS, "big=big"),
+        (LISTS, "big=small|small"),
+        (LISTS, "big=|"),
+        (LISTS, "big=small||tiny"),
     ],
 )
 def test_a_value_is_refused(kind: Kind, value: Any) -> None:
@@ -142,6 +195,14 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_two_configs_do_not_share_their_aliases() -> None:
     assert Config().models.aliases is not Config().models.aliases
+    assert Config().models.fallbacks is not Config().models.fallbacks
+
+
+def test_the_paths_that_settings_can_name_are_those_of_the_hub() -> None:
+    """They are written out a second time, as settings import nothing."""
+    assert tuple(ENDPOINTS) == ROUTES
+    done = [path for path, end in ENDPOINTS.items() if end.ending is Ending.DONE]
+    assert tuple(done) == STREAMED
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ async def test_every_question_has_a_deadline(path: str, script: Script) -> None:
 async def test_a_worker_that_refuses_has_failed() -> None:
     async with ScriptedWorker(up=False) as worker:
         finding = await ping(worker)
-    assert finding.check is Check.FAILED
+    assert finding.check is Check.REFUSED
     assert "refused" in finding.reason.lower()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import pytest
@@ -27,9 +28,15 @@ class Looks:
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, float, float]] = []
+        self.silent = 0.0
+        self.abandoned = False
 
-    def check(self, now: float, gap: float, silence: float) -> None:
+    def check(self, now: float, gap: float, silence: float) -> float:
         self.seen.append((now, gap, silence))
+        return self.silent
+
+    def abandon(self) -> None:
+        self.abandoned = True
 
 
 class Canaries:
@@ -70,12 +77,17 @@ class Stage:
         assert breaker.state is Circuit.HALF_OPEN
         return breaker
 
+    def watching(self, relay: Looks) -> AbstractContextManager[None]:
+        """Watch an answer of the first worker."""
+        return self.sweep.watching(cast(Relay, relay), self.workers[0])
+
     async def settle(self, good: bool) -> None:
         """Let the running canaries come to an end."""
         for result in self.prove.results:
             if not result.done():
                 result.set_result(good)
-        await asyncio.gather(*self.sweep._canaries)
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     async def round(self) -> int:
         """Count the canaries that a round sends."""
@@ -92,9 +104,9 @@ class Stage:
 def test_every_answer_is_looked_at_while_it_is_relayed_and_no_longer() -> None:
     stage = Stage()
     one, other = Looks(), Looks()
-    with stage.sweep.watching(cast(Relay, one)):
+    with stage.watching(one):
         stage.sweep.round()
-        with stage.sweep.watching(cast(Relay, other)):
+        with stage.watching(other):
             assert repr(stage.sweep) == "<Sweep answers=2 canaries=0>"
             stage.clock.advance(1)
             stage.sweep.round()
@@ -105,7 +117,7 @@ def test_every_answer_is_looked_at_while_it_is_relayed_and_no_longer() -> None:
 
 def test_an_answer_that_breaks_is_not_looked_at_any_more() -> None:
     stage = Stage()
-    with pytest.raises(RuntimeError), stage.sweep.watching(cast(Relay, Looks())):
+    with pytest.raises(RuntimeError), stage.watching(Looks()):
         raise RuntimeError
     assert repr(stage.sweep) == "<Sweep answers=0 canaries=0>"
 
@@ -113,18 +125,17 @@ def test_an_answer_that_breaks_is_not_looked_at_any_more() -> None:
 def test_a_look_may_end_an_answer() -> None:
     """The set of answers changes under the round's hands."""
     stage = Stage()
-    watched = stage.sweep.watching
 
     class Ending(Looks):
-        def check(self, now: float, gap: float, silence: float) -> None:
-            super().check(now, gap, silence)
-            stage.sweep._relays.discard(cast(Relay, self))
+        def check(self, now: float, gap: float, silence: float) -> float:
+            stage.sweep._relays.pop(cast(Relay, self))
+            return super().check(now, gap, silence)
 
     answers = [Ending() for _ in range(3)]
     with (
-        watched(cast(Relay, answers[0])),
-        watched(cast(Relay, answers[1])),
-        watched(cast(Relay, answers[2])),
+        stage.watching(answers[0]),
+        stage.watching(answers[1]),
+        stage.watching(answers[2]),
     ):
         stage.sweep.round()
         stage.sweep.round()
@@ -148,7 +159,8 @@ async def test_a_worker_that_has_to_prove_itself_gets_one_canary_at_a_time() -> 
     assert stage.prove.asked == [("b", "m")]
     await stage.settle(True)
     assert breaker.state is Circuit.HALF_OPEN
-    assert await stage.round() == 1
+    assert stage.prove.asked == [("b", "m")] * 2  # the next one goes at once
+    assert await stage.round() == 0
     await stage.settle(True)
     assert breaker.closed
     assert await stage.round() == 0
@@ -166,8 +178,8 @@ async def test_a_bad_canary_opens_the_breaker_again() -> None:
 async def test_a_model_that_has_to_prove_itself_is_asked_for_by_its_name() -> None:
     stage = Stage()
     breaker = stage.half_open(stage.workers[0].breaker_of("n"))
+    assert await stage.round() == 1
     for _ in range(2):
-        assert await stage.round() == 1
         await stage.settle(True)
     assert stage.prove.asked == [("a", "n")] * 2
     assert breaker.closed
@@ -183,8 +195,8 @@ async def test_while_a_worker_is_out_its_models_prove_nothing() -> None:
     assert worker.breaker.state is Circuit.OPEN
     assert await stage.round() == 0
     stage.clock.advance(worker.breaker.opens_in())
+    assert await stage.round() == 1
     for _ in range(2):
-        assert await stage.round() == 1
         await stage.settle(True)
     assert worker.breaker.closed
     assert model.state is Circuit.HALF_OPEN
@@ -234,6 +246,29 @@ async def test_a_canary_that_is_cancelled_proves_nothing() -> None:
     assert repr(stage.sweep) == "<Sweep answers=0 canaries=0>"
 
 
+def test_an_answer_that_falls_silent_makes_the_pinger_look() -> None:
+    stage = Stage()
+    [worker] = stage.workers
+    looks: list[bool] = []
+    worker.on_suspicion = lambda: looks.append(True)
+    answer = Looks()
+    with stage.watching(answer):
+        for silent, looked in ((sweep.SUSPICIOUS, 0), (sweep.SUSPICIOUS + 1, 1)):
+            answer.silent = silent
+            stage.sweep.round()
+            assert len(looks) == looked
+    assert not answer.abandoned
+
+
+def test_the_answers_of_a_worker_that_is_down_are_given_up() -> None:
+    stage = Stage()
+    answer = Looks()
+    with stage.watching(answer):
+        stage.workers[0].observe(Check.REFUSED, "connection refused")
+        stage.sweep.round()
+    assert answer.abandoned
+
+
 # --- The task ---------------------------------------------------------------------
 
 
@@ -246,16 +281,17 @@ async def test_the_rounds_go_on_after_one_that_failed(
     rounds: list[Any] = []
 
     class Broken(Looks):
-        def check(self, now: float, gap: float, silence: float) -> None:
+        def check(self, now: float, gap: float, silence: float) -> float:
             rounds.append(now)
             if len(rounds) == 3:
                 enough.set()
             if len(rounds) == 1:
                 raise RuntimeError("a bug")
+            return 0.0
 
     with (
         caplog.at_level(logging.ERROR),
-        stage.sweep.watching(cast(Relay, Broken())),
+        stage.watching(Broken()),
     ):
         stage.sweep.start()
         async with asyncio.timeout(5):

@@ -33,6 +33,8 @@ class Record:
     model: str = ""  # as a worker calls it, never as the client did
     worker: str = ""
     attempts: int = 0
+    rescued: int = 0  # how often the answer went on elsewhere
+    fell_back: str = ""  # the model that was asked for, if another one answered
     status: int = 0
     outcome: str = ""
     error: str = ""
@@ -59,6 +61,8 @@ class Record:
             "model": self.model,
             "worker": self.worker,
             "attempts": self.attempts,
+            "rescued": self.rescued,
+            "fell_back": self.fell_back,
             "first_byte_ms": None
             if self.first_byte is None
             else round(self.first_byte * 1000, 1),

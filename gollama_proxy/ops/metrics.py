@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from gollama_proxy import __version__
 from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.routing.breaker import Cause
 from gollama_proxy.routing.breaker import State as BreakerState
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.worker import State
@@ -73,8 +74,20 @@ class Metrics:
         )
         self._retries = Counter(
             "gollama_retries",
-            "Attempts beyond the first, before a byte of an answer was out.",
+            "Attempts beyond the first, of requests that had several.",
             ["model"],
+            registry=self._collectors,
+        )
+        self._rescues = Counter(
+            "gollama_rescues",
+            "Continuations of an answer that had broken off, by how it ended.",
+            ["model", "outcome"],
+            registry=self._collectors,
+        )
+        self._fallbacks = Counter(
+            "gollama_fallbacks",
+            "Requests for a model that went to another one.",
+            ["model", "fallback"],
             registry=self._collectors,
         )
         self._tokens = Counter(
@@ -100,6 +113,11 @@ class Metrics:
             series.observe(record.first_byte)
         if record.attempts > 1:
             self._series(self._retries, model).inc(record.attempts - 1)
+        if record.rescued:
+            outcome = record.error or record.outcome
+            self._series(self._rescues, model, outcome).inc(record.rescued)
+        if record.fell_back:
+            self._series(self._fallbacks, record.fell_back, model).inc()
         if record.tokens:
             self._series(self._tokens, model, worker).inc(record.tokens)
 
@@ -140,16 +158,6 @@ class _WorkerCollector(Collector):
         slots = GaugeMetricFamily(
             "gollama_worker_slots", "Generations it runs at once.", labels=["worker"]
         )
-        breaker = GaugeMetricFamily(
-            "gollama_breaker_state",
-            "1 for the state of its breaker.",
-            labels=["worker", "state"],
-        )
-        transitions = CounterMetricFamily(
-            "gollama_breaker_transitions",
-            "How often its breaker came into a state.",
-            labels=["worker", "state"],
-        )
         for worker in self._registry.workers:
             up.add_metric([worker.name], worker.available)
             in_flight.add_metric([worker.name], worker.in_flight)
@@ -157,9 +165,32 @@ class _WorkerCollector(Collector):
                 state.add_metric([worker.name, each.value], worker.state is each)
             if worker.description is not None and worker.description.slots:
                 slots.add_metric([worker.name], worker.description.slots)
-            for phase in BreakerState:
-                now = worker.breaker.state is phase
-                breaker.add_metric([worker.name, phase.value], now)
-                count = worker.breaker.transitions[phase]
-                transitions.add_metric([worker.name, phase.value], count)
-        yield from (up, state, in_flight, slots, breaker, transitions)
+        yield from (up, state, in_flight, slots)
+        yield from self._collect_breakers()
+
+    def _collect_breakers(self) -> Iterator[Metric]:
+        """Tell of each worker's breaker, and under a `model` of those of its models."""
+        labels = ["worker", "model"]
+        state = GaugeMetricFamily(
+            "gollama_breaker_state", "1 for its state.", labels=[*labels, "state"]
+        )
+        transitions = CounterMetricFamily(
+            "gollama_breaker_transitions",
+            "How often a breaker came into a state.",
+            labels=[*labels, "state"],
+        )
+        openings = CounterMetricFamily(
+            "gollama_breaker_openings",
+            "How often a breaker was opened, and by what.",
+            labels=[*labels, "cause"],
+        )
+        for worker in self._registry.workers:
+            for model, breaker in {"": worker.breaker, **worker.model_breakers}.items():
+                where = [worker.name, model]
+                for each in BreakerState:
+                    state.add_metric([*where, each.value], breaker.state is each)
+                    count = breaker.transitions[each]
+                    transitions.add_metric([*where, each.value], count)
+                for cause in Cause:
+                    openings.add_metric([*where, cause.value], breaker.causes[cause])
+        yield from (state, transitions, openings)

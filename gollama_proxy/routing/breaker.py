@@ -18,6 +18,8 @@ CLOSED     Every request ends with a `record()` of its verdict.  Three things tr
            breaker: failures in a row (the worker is dead), the failure rate of the last
            `window` seconds (it is ill), the slow rate (it drowns).  Rates need
            `minimum_calls`, and only bad news trips: a good answer is no occasion.
+           A hang counts for the slow rate and in the row: a worker that says nothing
+           any more would else be outvoted by what it did half a minute ago.
 
 OPEN       Nothing goes in for `open` seconds, doubled each time up to `open_max`, and
            give or take a `jitter`, lest breakers that tripped together return together.
@@ -25,7 +27,8 @@ OPEN       Nothing goes in for `open` seconds, doubled each time up to `open_max
            at worst.  A whole `window` of being CLOSED makes the doubling forgotten.
 
 HALF_OPEN  `permit()` hands out one permit at a time, for a request that takes a real
-           token: a process can be in good `/health` with its GPU gone.  `proofs` good
+           token: a process can be in good `/health` with its GPU gone.  It is a canary
+           of the hub's own, or with `canary` off the request of a user.  `proofs` good
            ones in a row close the breaker, a bad one opens it.  A permit always comes
            back; cancelled, it proves nothing.
 
@@ -81,6 +84,15 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 }
 
 
+class Cause(enum.Enum):
+    """What has opened a breaker, in few enough words for a metric."""
+
+    CONSECUTIVE = "failures in a row"
+    FAILURE_RATE = "failure rate"
+    SLOW_RATE = "slow rate"
+    PROOF = "failed proof"
+
+
 class IllegalStepError(Exception):
     """An event that cannot happen in this state: a bug in the hub."""
 
@@ -89,7 +101,8 @@ class Verdict(enum.Enum):
     """What a request has shown about the worker."""
 
     SUCCESS = "succeeded"
-    SLOW = "slow"  # it completed, but slowly, or after a stall
+    SLOW = "slow"  # it completed, but slowly
+    HUNG = "hung"  # nothing came for too long, and it was given up: slow, and failed
     FAILURE = "failed"
     NEUTRAL = "neutral"  # nothing: the client left, or asked for the impossible
 
@@ -104,6 +117,7 @@ class Breaker:
         self.reason = "never tripped"
         self.generation = 0  # how many steps were taken
         self.transitions: Counter[State] = Counter()  # how often each was entered
+        self.causes: Counter[Cause] = Counter()  # how often each has opened it
         self._clock, self._rng = clock, rng
         self._state = State.CLOSED
         self._busy_until = -math.inf
@@ -139,6 +153,16 @@ class Breaker:
     def available(self) -> bool:
         return self.closed and self._clock() >= self._busy_until
 
+    @property
+    def admits(self) -> bool:
+        """Whether a request may come: as one of many, or alone, as a proof."""
+        return self.available or (not self.limits.canary and self._offers_permit)
+
+    @property
+    def _offers_permit(self) -> bool:
+        resting = self.state is not State.HALF_OPEN or self.opens_in()
+        return not (resting or self._permit_out)
+
     def opens_in(self) -> float:
         """Tell how long it will surely take nothing, not even a proof; 0 if it may."""
         until = self._busy_until
@@ -171,12 +195,17 @@ class Breaker:
         late = generation is not None and generation != self.generation
         if late or self.state is not State.CLOSED or verdict is Verdict.NEUTRAL:
             return
+        failed = verdict in (Verdict.FAILURE, Verdict.HUNG)
+        if verdict is Verdict.HUNG:
+            verdict = Verdict.SLOW
         self._recent[verdict].add()
-        self._in_a_row = self._in_a_row + 1 if verdict is Verdict.FAILURE else 0
-        reason = self._objection(verdict)
-        if reason is not None:
+        self._in_a_row = self._in_a_row + 1 if failed else 0
+        objection = self._objection(verdict)
+        if objection is not None:
             if self._clock() - self._closed_at >= self.limits.window:
                 self._open_time = 0.0
+            cause, reason = objection
+            self.causes[cause] += 1
             self._step(Event.TRIPPED, reason)
 
     def busy(self, seconds: float) -> None:
@@ -186,25 +215,42 @@ class Breaker:
 
     def permit(self) -> Permit | None:
         """Hand out the right to prove that the worker works, if this is the time."""
-        if self.state is not State.HALF_OPEN or self._permit_out or self.opens_in():
+        if not self._offers_permit:
             return None
         self._permit_out = True
         return Permit(self, self.generation)
+
+    def renew(self) -> None:
+        """Say that the worker was away and is back, and may be another one by now.
+
+        That proves nothing, so an open breaker stays open until the proofs, which can
+        begin at once.  A closed one forgets the past, and its share rises by degrees.
+        """
+        now = self._clock()
+        if self.closed:
+            self._closed_at = now
+            self._forget_the_past()
+        else:
+            self._rested_at, self._open_time = min(self._rested_at, now), 0.0
 
     def reset(self, reason: str) -> None:
         """Close at once and forget everything: the worker is as good as new."""
         self._step(Event.RESET, reason)
         self._closed_at = self._busy_until = -math.inf  # no ramp and no doubling
 
-    def _objection(self, verdict: Verdict) -> str | None:
+    def _objection(self, verdict: Verdict) -> tuple[Cause, str] | None:
         limits = self.limits
         if self._in_a_row >= limits.consecutive:
-            return f"{self._in_a_row} failures in a row"
-        rates = {Verdict.FAILURE: limits.failure_rate, Verdict.SLOW: limits.slow_rate}
-        calls, bad = self._calls, self._recent[verdict].count
-        if calls < limits.minimum_calls or bad / calls < rates.get(verdict, math.inf):
+            return Cause.CONSECUTIVE, f"{self._in_a_row} failures in a row"
+        if verdict is Verdict.SUCCESS:
             return None
-        return f"{bad} of {calls} {verdict.value} in {limits.window:g} s"
+        slow = verdict is Verdict.SLOW
+        cause = Cause.SLOW_RATE if slow else Cause.FAILURE_RATE
+        rate = limits.slow_rate if slow else limits.failure_rate
+        calls, bad = self._calls, self._recent[verdict].count
+        if calls < limits.minimum_calls or bad / calls < rate:
+            return None
+        return cause, f"{bad} of {calls} {verdict.value} in {limits.window:g} s"
 
     @property
     def _calls(self) -> int:
@@ -221,6 +267,7 @@ class Breaker:
             return
         self._permit_out = False
         if good is False:
+            self.causes[Cause.PROOF] += 1
             self._step(Event.DISPROVED, "the proof failed")
         elif good:
             self._proofs += 1

@@ -47,10 +47,15 @@ class RetryBudget:
 
     def withdraw(self) -> bool:
         """Ask for one retry, which is spent if the answer is True."""
-        if self._retries.count + 1 > self._allowed:
+        if not self.suffices:
             return False
         self._retries.add()
         return True
+
+    @property
+    def suffices(self) -> bool:
+        """Whether a retry would be allowed now."""
+        return self._retries.count + 1 <= self._allowed
 
     @property
     def _allowed(self) -> float:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from types import TracebackType
+
+from gollama_proxy.routing.breaker import Permit
 
 
 class Outcome(enum.Enum):
@@ -14,6 +17,7 @@ class Outcome(enum.Enum):
     SLOW = "slow"  # no event for too long, while the worker is there
     BUSY = "busy"  # it said so: 429, or loading its model
     REFUSED = "refused"  # the worker answered, with an error of the request's making
+    ERRED = "erred"  # it answered 5xx, and whose fault that was is not known
     CLIENT_GONE = "client gone"
     HUB_STOPPED = "hub stopped"
     WORKER_FAILED = "worker failed"
@@ -26,15 +30,19 @@ class Lease:
     writes it at every read, and the pinger believes it more than a late `/health`.
 
     Used as a context manager, it cannot leak: what nobody released counts as a client
-    that left, or as a bug in the hub; the worker is not blamed for either.
+    that left, or as a bug in the hub; the worker is not blamed for either, unless the
+    client has waited for longer than `allowance` for a first token.
     """
 
     __slots__ = (
         "_give_back",
+        "allowance",
         "first_token",
         "generation",
         "heard_at",
+        "model",
         "outcome",
+        "permits",
         "prompt_bytes",
         "seconds",
         "taken_at",
@@ -52,7 +60,10 @@ class Lease:
         self.taken_at = clock()
         self.heard_at = float("-inf")
         self.outcome: Outcome | None = None
+        self.model = ""
         self.generation = 0  # of the worker's breaker, when the lease was taken
+        self.permits: tuple[Permit, ...] = ()  # of breakers that are half-open
+        self.allowance = math.inf  # seconds that the first token may take
         # What a complete answer tells about the worker's speed; 0 is not known.
         self.prompt_bytes = 0
         self.first_token = 0.0  # seconds from the request to the first event

@@ -8,10 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 from gollama_proxy.routing.budget import RetryBudget
 from gollama_proxy.routing.policies import Policy, RoundRobin
+from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.retry import Attempts
 from gollama_proxy.routing.slowness import Expectations
 from gollama_proxy.routing.worker import State, Worker
@@ -20,27 +20,6 @@ from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
 # How long a client should wait before it asks again: a recheck or two of the pinger.
 RETRY_AFTER = 2
-
-
-class Pool(NamedTuple):
-    """The workers that serve one model name, in the configured order."""
-
-    model: str
-    workers: tuple[Worker, ...]
-
-    @property
-    def available(self) -> list[Worker]:
-        return [worker for worker in self.workers if worker.can_serve(self.model)]
-
-    def reopens_in(self) -> float:
-        """Tell the seconds until some worker that is out may be proved good again."""
-        waits = [
-            max(worker.breaker.opens_in(), of_model.opens_in() if of_model else 0.0)
-            for worker in self.workers
-            for of_model in [worker.model_breakers.get(self.model)]
-            if worker.state is State.READY
-        ]
-        return min(waits, default=0.0)
 
 
 class Registry:
@@ -68,8 +47,13 @@ class Registry:
         self.policy: Policy = RoundRobin()
         self.budget = RetryBudget(config.retry.ratio, config.retry.floor, clock=clock)
         self._retry = config.retry
+        self._rescue = config.rescue
         self._rng = random.Random()
         self._models: Models = config.models
+        self._fallbacks = {
+            self._models.aliases.get(name, name): names
+            for name, names in self._models.fallbacks.items()
+        }
 
     def __repr__(self) -> str:
         return f"<Registry {self.workers!r}>"
@@ -103,7 +87,7 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        return any(worker.available for worker in self.workers)
+        return any(worker.admits for worker in self.workers)
 
     # --- Whom to ask --------------------------------------------------------------
 
@@ -117,7 +101,8 @@ class Registry:
         models = self.models()
         if not models:
             raise self._nobody(name, ())
-        model = self._resolve_name(name, models)
+        # One that has a fallback is known, though nobody was seen yet to serve it.
+        model = self._resolve_name(name, [*models, *self._fallbacks])
         if model is None and name is None:
             text = f"`model` is missing. {self._offer(models, allowed)}"
             raise RequestError(Code.MODEL_MISSING, text, param="model")
@@ -132,25 +117,55 @@ class Registry:
             raise RequestError(Code.MODEL_NOT_ALLOWED, text, param="model")
         return self.pool(model)
 
-    def choose(self, pool: Pool, attempts: Attempts | None = None) -> Worker:
-        """Pick an available worker of the pool for the next attempt of a request.
+    def attempts(
+        self,
+        pool: Pool,
+        path: str,
+        fallbacks: Sequence[str] = (),
+        allowed: Sequence[str] | None = None,
+    ) -> Attempts:
+        """Begin the count of the attempts of a request on this path.
 
-        A worker that has just recovered is passed over now and then.
+        `fallbacks` are the client's own wishes; without any, the configured ones of the
+        model count.  Those that its token does not allow are passed over.
+        """
+        aliases = self._models.aliases
+        wanted = fallbacks or self._fallbacks.get(pool.model, ())
+        models = dict.fromkeys(
+            model
+            for name in wanted
+            for model in [aliases.get(name, name)]
+            if may_use(allowed, name) or may_use(allowed, model)
+        )
+        pools = [self.pool(model) for model in models if model != pool.model]
+        return Attempts(
+            [pool, *pools],
+            self._retry,
+            self.budget,
+            self._rng,
+            continuations=self._rescue.attempts if self._rescue.enabled else 0,
+            once=path in self._retry.once,
+        )
+
+    def choose(self, attempts: Attempts) -> Worker:
+        """Pick an available worker for the next attempt of a request.
+
+        A worker that has just recovered leaves most of its turns to the others.
 
         Raises:
             NoWorkerError: 503 with `retry_after`; the text says who is in what state.
         """
-        candidates = pool.available
-        if attempts is not None:
-            candidates = attempts.candidates(candidates)
+        asked_for = attempts.pool
+        candidates = attempts.candidates()
         if not candidates:
-            raise self._nobody(pool.model, pool.workers, pool.reopens_in())
-        turns = [worker for worker in candidates if worker.breaker.turn()]
-        return self.policy.pick(pool.model, turns or candidates)
-
-    def attempts(self, pool: Pool) -> Attempts:
-        """Begin the count of a request's attempts."""
-        return Attempts(pool.model, self._retry, self.budget, self._rng)
+            raise self._nobody(
+                asked_for.model, asked_for.workers, asked_for.reopens_in()
+            )
+        while True:
+            worker = self.policy.pick(attempts.pool.model, candidates)
+            if worker.breaker.turn() or len(candidates) == 1:
+                return worker
+            candidates = [other for other in candidates if other is not worker]
 
     def _resolve_name(self, name: str | None, models: list[str]) -> str | None:
         aliases = self._models.aliases

@@ -15,7 +15,8 @@ prompts first.  Hence the learnt rate **falls fast and rises slowly**:
 * A prompt that is still in the worker's cache is read in no time.  Ten of them in a row
   lift the rate by less than the factor (`multiple`) that the allowance has in hand, and
   the next prompt that is read in earnest brings it down again.
-* Short prompts are not measured: their time is latency and not reading.
+* The time of a short prompt is latency rather than reading.  So it can show that the
+  worker is faster than was thought, and never that it is slower.
 * The answers that complete are the survivors.  Were the rate too high, long prompts
   would be cut off, never complete and never correct it.  So `missed()` lowers it.
 
@@ -99,9 +100,11 @@ class Pace:
         from the first token to the last.  What measures nothing is ignored.
         """
         known = self.expectations
-        if prompt_bytes >= known.least_bytes and 0 < first_token < math.inf:
-            slowest, fastest = self.rate * known.rate_fall, self.rate * known.rate_rise
-            self.rate = _clamp(prompt_bytes / first_token, slowest, fastest)
+        if prompt_bytes > 0 and 0 < first_token < math.inf:
+            rate = prompt_bytes / first_token
+            if prompt_bytes >= known.least_bytes or rate > self.rate:
+                slowest = self.rate * known.rate_fall
+                self.rate = _clamp(rate, slowest, self.rate * known.rate_rise)
         if self._measures(tokens, seconds):
             baseline = self._baselines.get(_level(beside))
             if baseline is None:

@@ -63,6 +63,7 @@ class Check(enum.Enum):
     OK = "ok"
     LOADING = "loading"
     FAILED = "failed"
+    REFUSED = "refused"  # nobody listens there
 
 
 # Ends of an attempt after which the pinger had better look at once.
@@ -104,7 +105,8 @@ class Worker:
     expectations: Expectations = field(default_factory=Expectations)
     rng: random.Random = field(default_factory=random.Random)
     breaker: Breaker = field(init=False)
-    pace: Pace = field(init=False)
+    # Each of its models has a speed of its own.
+    paces: dict[str, Pace] = field(default_factory=dict)
     # Bad statuses are held against a worker and the model asked for, not the machine.
     model_breakers: dict[str, Breaker] = field(default_factory=dict)
     # Called on every suspicion, so that the pinger looks at once.
@@ -114,7 +116,6 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.breaker = Breaker(self.name, self.limits, self.clock, self.rng)
-        self.pace = Pace(self.clock, self.expectations)
 
     def __repr__(self) -> str:
         return (
@@ -127,13 +128,22 @@ class Worker:
         return self.config.name
 
     @property
+    def is_down(self) -> bool:
+        return self.state is State.DOWN
+
+    @property
     def available(self) -> bool:
         return self.state is State.READY and self.breaker.available
+
+    @property
+    def admits(self) -> bool:
+        """Whether a request may come, be it as the proof of a half-open breaker."""
+        return self.state is State.READY and self.breaker.admits
 
     def can_serve(self, model: str) -> bool:
         """Whether a request for this model may be sent now."""
         breaker = self.model_breakers.get(model)
-        return self.available and (breaker is None or breaker.available)
+        return self.admits and (breaker is None or breaker.admits)
 
     def breaker_of(self, model: str) -> Breaker:
         """Find, or make, the breaker for one model on this worker."""
@@ -143,6 +153,12 @@ class Worker:
                 name, self.limits, self.clock, self.rng
             )
         return self.model_breakers[model]
+
+    def pace_of(self, model: str) -> Pace:
+        """Find, or make, what is known of the speed of one model on this worker."""
+        if model not in self.paces:
+            self.paces[model] = Pace(self.clock, self.expectations)
+        return self.paces[model]
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -167,9 +183,16 @@ class Worker:
 
     # --- What a request does ------------------------------------------------------
 
-    def lease(self) -> Lease:
-        """Take a place on this worker; whoever takes it gives it back, once."""
+    def lease(self, model: str = "") -> Lease:
+        """Take a place on this worker; whoever takes it gives it back, once.
+
+        Where a breaker is half-open, the lease is its proof.
+        """
         lease = Lease(self.name, self.clock, self._give_back)
+        lease.model = model
+        breakers = [self.breaker, self.model_breakers.get(model)]
+        permits = [breaker.permit() for breaker in breakers if breaker is not None]
+        lease.permits = tuple(permit for permit in permits if permit is not None)
         lease.generation = self.breaker.generation
         self.leases.add(lease)
         return lease
@@ -177,19 +200,23 @@ class Worker:
     def _give_back(self, lease: Lease, outcome: Outcome) -> None:
         beside = len(self.leases)
         self.leases.discard(lease)
-        self.breaker.record(self._judge(lease, outcome, beside), lease.generation)
-        if outcome is Outcome.WORKER_FAILED:
+        verdict = self._judge(lease, outcome, beside)
+        for permit in lease.permits:
+            permit.settle(_proof(verdict, outcome))
+        self.breaker.record(verdict, lease.generation)
+        if outcome in (Outcome.WORKER_FAILED, Outcome.SLOW):
             self._bad += 1
             self._good = 0
-        if outcome in SUSPICIOUS and self.on_suspicion is not None:
-            self.on_suspicion()
+        if outcome in SUSPICIOUS:
+            self.suspect()
 
     def _judge(self, lease: Lease, outcome: Outcome, beside: int) -> Verdict:
         """Say what an attempt has shown about this worker."""
         match outcome:
             case Outcome.COMPLETE:
-                slow = self.pace.is_slow(lease.tokens, lease.seconds, beside)
-                self.pace.learn(
+                pace = self.pace_of(lease.model)
+                slow = pace.is_slow(lease.tokens, lease.seconds, beside)
+                pace.learn(
                     lease.prompt_bytes,
                     lease.first_token,
                     lease.tokens,
@@ -199,19 +226,24 @@ class Worker:
                 return Verdict.SLOW if slow else Verdict.SUCCESS
             case Outcome.SLOW:
                 if not lease.first_token:
-                    self.pace.missed()
-                return Verdict.SLOW
+                    self.pace_of(lease.model).missed()
+                return Verdict.HUNG
             case Outcome.WORKER_FAILED:
                 return Verdict.FAILURE
-            case (
-                Outcome.BUSY
-                | Outcome.REFUSED
-                | Outcome.CLIENT_GONE
-                | Outcome.HUB_STOPPED
-            ):
+            case Outcome.CLIENT_GONE:
+                # Whoever leaves after a hang has left because of it.
+                waited = self.clock() - lease.taken_at
+                hung = not lease.first_token and waited > lease.allowance
+                return Verdict.HUNG if hung else Verdict.NEUTRAL
+            case Outcome.BUSY | Outcome.REFUSED | Outcome.ERRED | Outcome.HUB_STOPPED:
                 return Verdict.NEUTRAL
             case _:
                 assert_never(outcome)
+
+    def suspect(self) -> None:
+        """Have the pinger look at once."""
+        if self.on_suspicion is not None:
+            self.on_suspicion()
 
     def heard_since(self, moment: float) -> bool:
         """Tell whether any running answer had a byte since then."""
@@ -244,7 +276,7 @@ class Worker:
             case Check.LOADING:
                 self._good = self._bad = 0
                 return Event.LOADING
-            case Check.FAILED:
+            case Check.FAILED | Check.REFUSED:
                 self._good, self._bad = 0, self._bad + 1
                 needed = self.health.fall if self.state is State.READY else 1
                 return Event.FELL if self._bad >= needed else None
@@ -254,6 +286,9 @@ class Worker:
     def _step(self, event: Event, reason: str) -> None:
         before, self.state = self.state, TRANSITIONS[self.state, event]
         self.reason = reason
+        if self.state is State.READY and before in (State.DOWN, State.LOADING):
+            for breaker in (self.breaker, *self.model_breakers.values()):
+                breaker.renew()
         if self.state is not before:
             level = logging.WARNING if self.state is State.DOWN else logging.INFO
             logger.log(
@@ -264,3 +299,12 @@ class Worker:
                 self.state.value,
                 reason,
             )
+
+
+def _proof(verdict: Verdict, outcome: Outcome) -> bool | None:
+    """Say what a request has proved that was let in to prove a worker."""
+    if outcome is Outcome.ERRED:
+        return False
+    if verdict is Verdict.NEUTRAL:
+        return None
+    return verdict is Verdict.SUCCESS

@@ -55,10 +55,10 @@ async def examine(worker: WorkerConfig, health: Health) -> Report:
     """Look at a worker once, in a session of its own; never raises for a bad worker."""
     async with new_session() as session:
         finding = await ping(session, worker, health)
-    state = {Check.OK: "ready", Check.LOADING: "loading", Check.FAILED: "down"}
+    state = {Check.OK: "ready", Check.LOADING: "loading"}
     described = finding.description or Description()
     return Report(
-        state[finding.check],
+        state.get(finding.check, "down"),
         finding.reason,
         tuple(model.name for model in described.models),
         described.slots,
@@ -84,7 +84,9 @@ async def ping(
     except TimeoutError:
         return Finding(Check.FAILED, f"no answer within {health.timeout:g} s")
     except aiohttp.ClientConnectorError as exc:
-        return Finding(Check.FAILED, _why_unreachable(exc))
+        refused = isinstance(exc.os_error, ConnectionRefusedError)
+        check = Check.REFUSED if refused else Check.FAILED
+        return Finding(check, _why_unreachable(exc))
     except (aiohttp.ClientError, OSError, _OddAnswer) as exc:
         return Finding(Check.FAILED, str(exc) or type(exc).__name__)
     return Finding(Check.OK, "ok", description)

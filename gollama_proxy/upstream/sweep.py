@@ -13,7 +13,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-from gollama_proxy.routing.breaker import Permit
+from gollama_proxy.routing.breaker import Breaker, Permit
 from gollama_proxy.routing.worker import State, Worker
 from gollama_proxy.settings import Timeouts
 from gollama_proxy.upstream.relay import Relay
@@ -21,6 +21,8 @@ from gollama_proxy.upstream.relay import Relay
 logger = logging.getLogger(__name__)
 
 PERIOD = 1.0
+# Seconds without a byte of an answer, after which the pinger had better look.
+SUSPICIOUS = 5.0
 Prove = Callable[[Worker, str], Awaitable[bool | None]]
 
 
@@ -38,7 +40,7 @@ class Sweep:
         self._timeouts = timeouts
         self._prove = prove
         self._clock = clock
-        self._relays: set[Relay] = set()
+        self._relays: dict[Relay, Worker] = {}
         self._canaries: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -46,13 +48,13 @@ class Sweep:
         return f"<Sweep answers={len(self._relays)} canaries={len(self._canaries)}>"
 
     @contextlib.contextmanager
-    def watching(self, relay: Relay) -> Iterator[None]:
-        """Look after an answer for as long as it is relayed."""
-        self._relays.add(relay)
+    def watching(self, relay: Relay, worker: Worker) -> Iterator[None]:
+        """Look after a worker's answer for as long as it is relayed."""
+        self._relays[relay] = worker
         try:
             yield
         finally:
-            self._relays.discard(relay)
+            self._relays.pop(relay, None)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="sweep")
@@ -75,10 +77,14 @@ class Sweep:
     def round(self) -> None:
         """Look at everything once."""
         now = self._clock()
-        for relay in tuple(self._relays):
-            relay.check(now, self._timeouts.gap, self._timeouts.silence)
+        for relay, worker in tuple(self._relays.items()):
+            silent = relay.check(now, self._timeouts.gap, self._timeouts.silence)
+            if silent > SUSPICIOUS:
+                worker.suspect()
+            if worker.is_down:
+                relay.abandon()
         for worker in self._workers:
-            if worker.state is State.READY:
+            if worker.state is State.READY and worker.limits.canary:
                 self._send_canaries(worker)
 
     # --- Canaries -----------------------------------------------------------------
@@ -92,12 +98,19 @@ class Sweep:
             permit = breaker.permit()
             if permit is not None:
                 task = asyncio.create_task(
-                    self._send_canary(worker, model, permit),
+                    self._send_canary(worker, model, breaker, permit),
                     name=f"canary {worker.name}",
                 )
                 self._canaries.add(task)
                 task.add_done_callback(self._canaries.discard)
 
-    async def _send_canary(self, worker: Worker, model: str, permit: Permit) -> None:
-        with permit:
-            permit.settle(await self._prove(worker, model))
+    async def _send_canary(
+        self, worker: Worker, model: str, breaker: Breaker, first: Permit
+    ) -> None:
+        """Send one canary after another, for as long as they are good and wanted."""
+        permit: Permit | None = first
+        while permit is not None:
+            with permit:
+                good = await self._prove(worker, model)
+                permit.settle(good)
+            permit = breaker.permit() if good else None

@@ -1,0 +1,112 @@
+"""Who of those that serve a model can be asked now, and when the others can."""
+
+from __future__ import annotations
+
+import pytest
+
+from gollama_proxy.routing.breaker import Verdict
+from gollama_proxy.routing.pool import Pool
+from gollama_proxy.routing.worker import Check, Worker
+from gollama_proxy.settings import Breaker, Health, Origin, WorkerConfig
+from tests.fakes.clock import Clock
+
+STEADY = Breaker(jitter=0.0)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def worker(clock: Clock, *, ready: bool = True, limits: Breaker = STEADY) -> Worker:
+    config = WorkerConfig("http://a:80", Origin("http", "a", 80, ""), "a")
+    made = Worker(config, Health(fall=1), clock, limits=limits)
+    made.observe(Check.OK if ready else Check.FAILED, "by the test")
+    return made
+
+
+def trip(worker: Worker, model: str | None = None) -> None:
+    breaker = worker.breaker_of(model) if model else worker.breaker
+    for _ in range(worker.limits.consecutive):
+        breaker.record(Verdict.FAILURE)
+    assert not breaker.closed
+
+
+# --- Who is available -------------------------------------------------------------
+
+
+def test_those_that_are_ready_are_available_in_their_order(clock: Clock) -> None:
+    a, b, c = worker(clock), worker(clock, ready=False), worker(clock)
+    pool = Pool("tiny", (a, b, c))
+    assert pool.available == [a, c]
+    b.observe(Check.OK, "by the test")
+    a.observe(Check.LOADING, "by the test")
+    assert pool.available == [b, c]
+    assert Pool("tiny", ()).available == []
+
+
+def test_one_that_fails_is_not_and_neither_is_one_that_fails_with_this_model(
+    clock: Clock,
+) -> None:
+    a, b, c = worker(clock), worker(clock), worker(clock)
+    trip(a)
+    trip(b, "tiny")
+    trip(c, "other")
+    assert Pool("tiny", (a, b, c)).available == [c]
+    assert Pool("other", (a, b, c)).available == [b]
+
+
+def test_one_that_asked_for_a_break_is_available_when_it_is_over(clock: Clock) -> None:
+    a = worker(clock)
+    pool = Pool("tiny", (a,))
+    a.breaker.busy(2)
+    assert pool.available == []
+    clock.advance(2)
+    assert pool.available == [a]
+
+
+def test_one_that_is_to_prove_itself_by_a_request_is_available_for_that(
+    clock: Clock,
+) -> None:
+    for canary in (True, False):
+        a = worker(clock, limits=Breaker(jitter=0.0, canary=canary))
+        trip(a)
+        clock.advance(a.breaker.opens_in())
+        assert Pool("tiny", (a,)).available == ([] if canary else [a])
+
+
+# --- When it opens again ----------------------------------------------------------
+
+
+def test_a_pool_opens_again_with_the_first_of_its_workers(clock: Clock) -> None:
+    a, b = worker(clock), worker(clock)
+    pool = Pool("tiny", (a, b))
+    assert pool.reopens_in() == 0
+    trip(a)
+    clock.advance(2)
+    trip(b)
+    assert pool.reopens_in() == 3
+    b.breaker.reset("by the test")
+    assert pool.reopens_in() == 0
+
+
+def test_a_worker_opens_again_when_both_its_breakers_do(clock: Clock) -> None:
+    a = worker(clock)
+    trip(a)
+    clock.advance(2)
+    trip(a, "tiny")
+    assert Pool("tiny", (a,)).reopens_in() == 5
+    assert Pool("other", (a,)).reopens_in() == 3
+    clock.advance(4)
+    assert Pool("tiny", (a,)).reopens_in() == 1
+
+
+def test_a_worker_that_is_down_will_not_open_by_waiting(clock: Clock) -> None:
+    a, b = worker(clock), worker(clock, ready=False)
+    trip(a)
+    trip(b)
+    clock.advance(2)
+    b.breaker.reset("by the test")
+    assert Pool("tiny", (a, b)).reopens_in() == 3
+    assert Pool("tiny", (b,)).reopens_in() == 0
+    assert Pool("tiny", ()).reopens_in() == 0
