@@ -38,6 +38,12 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def brisk_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model in between: many streams of it at once can still be cut."""
+    return _write_model(tmp_path_factory, "brisk.gguf", layers=60, dim=32, ctx=8192)
+
+
+@pytest.fixture(scope="session")
 def embed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model for `--embedding` and `--reranking`."""
     return _write_model(

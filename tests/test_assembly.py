@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gollama_proxy.settings import STREAMED
 from tests.fakes.hub import running_hub
 from tests.fakes.replies import chunk, error_event, last_chunk, role, sse_head, token
 from tests.fakes.script import answer, chat_stream, reset, send, stall
@@ -17,7 +18,7 @@ from tests.test_real_workers import Start, busy_slots
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
-ASSEMBLING: dict[str, Any] = {"upstream__assemble": True}
+ASSEMBLING: dict[str, Any] = {"upstream__assemble": list(STREAMED)}
 
 
 async def test_the_worker_is_asked_for_a_stream_and_the_client_gets_an_answer() -> None:
@@ -43,6 +44,17 @@ async def test_what_cannot_be_assembled_goes_as_it_is() -> None:
         worker.script(*answer({"ok": True}))
         assert (await hub.post(CHAT, body)).json() == {"ok": True}
         assert worker.requests[0].json() == body
+
+
+async def test_on_a_path_with_one_try_nothing_is_assembled() -> None:
+    """It may turn out at the end that the request has to be made once more."""
+    async with (
+        ScriptedWorker("tiny") as worker,
+        running_hub(worker, retry__once=[CHAT], **ASSEMBLING) as hub,
+    ):
+        worker.script(*answer({"ok": True}))
+        assert (await hub.post(CHAT, BODY)).json() == {"ok": True}
+        assert worker.requests[0].json() == BODY
 
 
 async def test_a_worker_that_does_not_stream_is_passed_on() -> None:
@@ -150,7 +162,7 @@ async def test_the_answer_is_the_one_that_the_server_gives_itself(
     server = llama_server(tiny_model)
     body = BODY | {"max_tokens": 12, "temperature": 0, "seed": 1}
     answers = []
-    for assembling in (True, False):
+    for assembling in (STREAMED, ()):
         async with running_hub(server, upstream__assemble=assembling) as hub:
             got = (await hub.post(CHAT, body)).json()
             for own in ("id", "created", "timings"):

@@ -58,6 +58,7 @@ WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
 RARELY = 3600  # seconds between pings
 TRIES: dict[str, Any] = {"retry__attempts": 3, "retry__ratio": 1, "retry__floor": 1000}
 FAILURES = 5  # in a row open a breaker
+BEGUN = role() + token("a")
 
 
 @pytest.fixture(autouse=True)
@@ -214,8 +215,8 @@ ENDS: dict[str, tuple[Script, bool]] = {
     "reset": ((reset(),), True),
     "closed": ((close(),), True),
     "garbage": ((send(b"SSH-2.0\r\n\r\n"), close()), True),
-    "cut": ((send(sse_head() + chunk(role())), reset()), True),
-    "ended early": ((send(sse_head() + chunk(role()) + last_chunk()), close()), True),
+    "cut": ((send(sse_head() + chunk(BEGUN)), reset()), True),
+    "ended early": ((send(sse_head() + chunk(BEGUN) + last_chunk()), close()), True),
     "401": ((send(error_reply(401, "no", "authentication_error")),), True),
     "400": ((send(error_reply(400, "no", "invalid_request_error")),), False),
     "404": ((send(error_reply(404, "no", "not_found_error")),), False),
@@ -262,6 +263,28 @@ async def test_clients_that_leave_open_no_breaker() -> None:
 # --- Back in ----------------------------------------------------------------------
 
 
+async def test_a_client_that_leaves_after_a_hang_has_left_because_of_it() -> None:
+    """Before the allowance is over nobody is to blame; behind it, the worker is."""
+    clock = Clock()
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, health__interval=RARELY) as hub,
+    ):
+        [record] = hub.hub.registry.workers
+        record.clock = clock
+        breaker = record.breaker
+        for waited, slow in ((5, 0), (30, 1)):
+            worker.script(notify("here"), expect_eof())
+            async with await hub.open(CHAT, STREAM) as wire:
+                await worker.reached("here")
+                worker.event("here").clear()
+                clock.advance(waited)
+                wire.abort()
+            await until(lambda: not record.in_flight)
+            assert count(breaker, Verdict.SLOW) == slow
+            assert count(breaker, Verdict.FAILURE) == 0
+
+
 async def test_no_request_of_a_user_gets_to_a_worker_that_has_to_prove_itself() -> None:
     async with broken(state=State.HALF_OPEN) as (worker, hub):
         responses = await asyncio.gather(*(hub.post(CHAT, STREAM) for _ in range(50)))
@@ -274,10 +297,14 @@ async def test_no_request_of_a_user_gets_to_a_worker_that_has_to_prove_itself() 
 async def test_good_canaries_close_a_breaker() -> None:
     async with broken(state=State.HALF_OPEN) as (worker, hub):
         breaker = breaker_of(hub, worker)
-        await proofs(hub)
+        worker.script(*answer({"choices": []}))
+        worker.script(notify("second"), wait("go"), *answer({"choices": []}))
+        hub.hub.sweep.round()
+        await worker.reached("second")  # at once behind the first
         assert breaker.state is State.HALF_OPEN
         assert (await hub.post(CHAT, STREAM)).status == 503
-        await proofs(hub)
+        worker.release("go")
+        await asyncio.gather(*hub.hub.sweep._canaries)
         assert breaker.closed
         assert len(worker.requests) == 2
         assert all(map(is_canary, worker.requests))
@@ -305,9 +332,10 @@ async def test_there_is_one_canary_at_a_time() -> None:
         for _ in range(10):
             hub.hub.sweep.round()
         assert len(hub.hub.sweep._canaries) == 1
+        assert len(worker.requests) == 1
         worker.release("go")
         await asyncio.gather(*hub.hub.sweep._canaries)
-        assert len(worker.requests) == 1
+        assert len(worker.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -336,6 +364,133 @@ async def test_a_hub_that_stops_does_not_wait_for_its_canaries() -> None:
         hub.hub.sweep.round()
         await worker.received(1)
     # Leaving the hub's block finds no task of it.
+
+
+async def test_what_a_breaker_does_shows_in_the_metrics_and_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """State, transitions and causes, of the machine and of a model."""
+    async with broken(metrics__open=True) as (worker, hub):
+        [record] = hub.hub.registry.workers
+        record.breaker_of("tiny").record(Verdict.FAILURE)
+        page = (await hub.get("/metrics")).body.decode()
+    machine, model = (f'model="{name}"' for name in ("", "tiny"))
+    where = f'worker="{worker.name}"'
+    cause = 'cause="failures in a row"'
+    for line in (
+        f'gollama_breaker_state{{{machine},state="open",{where}}} 1.0',
+        f'gollama_breaker_state{{{model},state="closed",{where}}} 1.0',
+        f'gollama_breaker_transitions_total{{{machine},state="open",{where}}} 1.0',
+        f"gollama_breaker_openings_total{{{cause},{machine},{where}}} 1.0",
+    ):
+        assert line in page
+    said = f"worker {worker.name}: breaker closed -> open (5 failures in a row)"
+    assert said in caplog.messages
+
+
+# --- Without canaries -------------------------------------------------------------
+
+
+async def test_without_canaries_one_request_at_a_time_proves_a_worker() -> None:
+    """A hundred at once: one goes there, the others do not wait for what it shows."""
+    async with broken(state=State.HALF_OPEN, breaker__canary=False) as (worker, hub):
+        worker.default(notify("here"), wait("go"), *answer({"choices": []}))
+        first = asyncio.create_task(hub.post(CHAT, WHOLE))
+        await worker.reached("here")
+        others = await asyncio.gather(*(hub.post(CHAT, WHOLE) for _ in range(99)))
+        assert {response.status for response in others} == {503}
+        worker.release("go")
+        assert (await first).status == 200
+        assert len(worker.requests) == 1
+        breaker = breaker_of(hub, worker)
+        assert breaker.state is State.HALF_OPEN
+        assert (await hub.post(CHAT, WHOLE)).status == 200
+        assert breaker.state is State.CLOSED
+        await proofs(hub)
+        assert len(worker.requests) == 2
+
+
+async def test_a_request_that_proves_a_worker_bad_goes_to_the_next_one() -> None:
+    async with (
+        ScriptedWorker() as bad,
+        ScriptedWorker() as good,
+        running_hub(
+            bad,
+            good,
+            health__interval=RARELY,
+            breaker__canary=False,
+            breaker__open=0.05,
+            breaker__open_max=0.05,
+            breaker__jitter=0,
+            **TRIES,
+        ) as hub,
+    ):
+        bad.default(reset())
+        breaker = breaker_of(hub, bad)
+        while breaker.state is not State.OPEN:
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        await until(lambda: breaker.state is State.HALF_OPEN)
+        bad.requests.clear()
+        for _ in range(2):  # one of them has the turn of the bad one
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        assert breaker.reason == "the proof failed"
+        assert len(bad.requests) == 1
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_a_proof_that_shows_nothing_leaves_its_place_to_the_next(
+    leaves: bool,
+) -> None:
+    """The permit comes back, whether the client leaves or has asked for too much."""
+    async with broken(state=State.HALF_OPEN, breaker__canary=False) as (worker, hub):
+        if leaves:
+            worker.script(notify("here"), expect_eof())
+            async with await hub.open(CHAT, STREAM) as wire:
+                await worker.reached("here")
+                wire.abort()
+            await worker.idle()
+        else:
+            worker.script(send(error_reply(400, "no", "invalid_request_error")))
+            assert (await hub.post(CHAT, WHOLE)).status == 400
+        [record] = hub.hub.registry.workers
+        await until(lambda: not record.in_flight)
+        assert breaker_of(hub, worker).state is State.HALF_OPEN
+        assert (await hub.post(CHAT, WHOLE)).status == 200
+
+
+async def test_a_model_that_a_request_has_to_prove() -> None:
+    """A 5xx of it is a bad proof, whoever is to blame."""
+    settings: dict[str, Any] = {
+        "breaker__consecutive": 1,
+        "breaker__canary": False,
+        "breaker__open": 0.05,
+        "breaker__open_max": 0.05,
+        "breaker__jitter": 0,
+        **TRIES,
+    }
+    async with (
+        ScriptedWorker() as bad,
+        ScriptedWorker() as good,
+        running_hub(bad, good, health__interval=RARELY, **settings) as hub,
+    ):
+        bad.default(send(error_reply(500, "no")))
+        record = hub.hub.registry.workers[0]
+        while record.breaker_of("tiny").state is not State.OPEN:
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        breaker = record.breaker_of("tiny")
+        await until(lambda: breaker.state is State.HALF_OPEN)
+        assert record.breaker.state is State.CLOSED
+        for _ in range(2):
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        assert breaker.reason == "the proof failed"
+        await until(lambda: breaker.state is State.HALF_OPEN)
+        bad.default(*answer({"choices": []}))
+        while breaker.state is State.HALF_OPEN:
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        assert breaker.state is State.CLOSED
+
+
+# --- Models -----------------------------------------------------------------------
 
 
 async def test_a_model_that_fails_takes_the_other_models_of_its_worker_along_not() -> (
@@ -409,7 +564,8 @@ async def test_a_stream_that_stops_is_ended_and_its_worker_is_slow() -> None:
         breaker = breaker_of(hub, worker)
         assert count(breaker, Verdict.SLOW) == 1
         assert count(breaker, Verdict.FAILURE) == 0
-        assert not hub.hub.registry.workers[0].in_doubt
+        [record] = hub.hub.registry.workers
+        await until(lambda: not record.in_doubt)  # the pinger has looked at once
 
 
 async def test_an_event_now_and_then_is_enough() -> None:
@@ -435,7 +591,7 @@ async def test_slow_answers_open_a_breaker() -> None:
     async with watched(breaker__minimum_calls=5) as (worker, hub, clock):
         worker.script(*stream_of(2))
         await hub.post(CHAT, STREAM)
-        worker.default(send(sse_head() + chunk(role())), expect_eof())
+        worker.default(send(sse_head() + chunk(BEGUN)), expect_eof())
         for _ in range(4):
             assert breaker_of(hub, worker).closed
             async with await hub.open(CHAT, STREAM) as wire:
@@ -453,9 +609,10 @@ async def test_a_comment_shows_that_a_worker_lives_and_not_that_it_works() -> No
     async with watched() as (worker, hub, clock):
         pings = asyncio.Semaphore(0)
         steps = [step for _ in range(4) for step in (wait(pings), send(chunk(ping())))]
-        worker.script(send(sse_head() + chunk(role())), *steps, expect_eof())
+        worker.script(send(sse_head() + chunk(BEGUN)), *steps, expect_eof())
         async with await hub.open(CHAT, STREAM) as wire:
-            await wire.read_event()
+            for _ in range(2):
+                await wire.read_event()
             hub.hub.sweep.round()
             for _ in range(3):
                 clock.advance(10)

@@ -14,25 +14,28 @@ from gollama_proxy.edge.answer import (
     FAILURES,
     Refusal,
     begin_response,
-    break_off,
     read_refusal,
     refusal_of,
-    refusal_of_a_stream,
+    refusal_of_assembly,
     whole_response,
 )
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.lease import Lease, Outcome
 from gollama_proxy.routing.retry import Failure
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.upstream.relay import Client, Relay, ToldError
+from gollama_proxy.upstream.relay import Relay
+from gollama_proxy.wire.assemble import AssemblyError, LostTextError
+from gollama_proxy.wire.chunks import DivergedError, UnreadableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.sse import EventError
 from tests.fakes.clock import Clock
-from tests.fakes.replies import error_event, event, ping, role
+from tests.fakes.replies import error_event, event, ping, role, token
 
 JSON = (b"Content-Type", b"application/json; charset=utf-8")
 EVENTS = (b"Content-Type", b"text/event-stream")
 REFUSED, BUSY, FAILED = Outcome.REFUSED, Outcome.BUSY, Outcome.WORKER_FAILED
+ERRED = Outcome.ERRED
 
 
 def received(
@@ -114,12 +117,12 @@ def test_a_long_answer_and_a_stream_do_not() -> None:
         (404, "not_found_error", REFUSED, None),
         (422, "invalid_request_error", REFUSED, None),
         (429, "rate_limit_error", BUSY, Failure.BUSY),
-        (500, "server_error", REFUSED, Failure.STATUS),
+        (500, "server_error", ERRED, Failure.STATUS),
         (500, "exceed_context_size_error", REFUSED, Failure.CONTEXT),
         (501, "not_supported_error", REFUSED, None),
-        (502, "server_error", REFUSED, Failure.STATUS),
-        (504, "server_error", REFUSED, Failure.STATUS),
-        (599, "server_error", REFUSED, Failure.STATUS),
+        (502, "server_error", ERRED, Failure.STATUS),
+        (504, "server_error", ERRED, Failure.STATUS),
+        (599, "server_error", ERRED, Failure.STATUS),
     ],
 )
 async def test_a_workers_words_are_passed_on_and_judged(
@@ -142,7 +145,7 @@ async def test_a_refused_key_is_the_hubs_own(status: int) -> None:
 @pytest.mark.parametrize("body", [b"", worded("unavailable_error")])
 async def test_a_503_says_to_come_back(body: bytes) -> None:
     found = await refusal(received(503, body))
-    assert (found.outcome, found.failure) == (BUSY, Failure.BUSY)
+    assert (found.outcome, found.failure) == (BUSY, Failure.LOADING)
     assert error_of(found).code is Code.NO_WORKER
     assert (error_of(found).retry_after or 0) > 0
 
@@ -223,7 +226,8 @@ async def test_a_stream_that_begins_with_an_error_gets_its_status(
 ) -> None:
     first = event({"error": {"code": code, "message": "because", "type": "oh"}})
     found = await refusal(received(200, ping() + first, EVENTS))
-    assert (found.outcome, found.failure) == (REFUSED, failure)
+    outcome = REFUSED if failure is None else ERRED
+    assert (found.outcome, found.failure) == (outcome, failure)
     told = response_of(found)
     assert told.status == status
     assert isinstance(told.body, bytes)
@@ -231,9 +235,12 @@ async def test_a_stream_that_begins_with_an_error_gets_its_status(
     assert (error["message"], error["type"]) == ("because", "oh")
 
 
-async def test_a_stream_that_ends_with_an_error_is_a_stream() -> None:
-    relay = received(200, role() + error_event("late"), EVENTS)
-    assert await read_refusal(relay, "w") is None
+@pytest.mark.parametrize("begun", [role(), role() + token("a")])
+async def test_so_does_one_of_which_nothing_was_passed_on_yet(begun: bytes) -> None:
+    relay = received(200, begun + error_event("late"), EVENTS)
+    found = await refusal(relay)
+    assert (found.outcome, found.failure) == (ERRED, Failure.STATUS)
+    assert response_of(found).status == 500
 
 
 # --- Errors of the connection -----------------------------------------------------
@@ -263,13 +270,54 @@ def test_every_error_of_a_worker_has_its_failure() -> None:
     assert set(FAILURES) == codes - {Code.WORKER_REFUSED_KEY}
 
 
+@pytest.mark.parametrize("error", [DivergedError, UnreadableError])
+def test_what_cannot_be_the_rest_of_an_answer_is_no_failure(
+    error: type[DivergedError],
+) -> None:
+    """The worker was asked for too much; somebody else would do no better."""
+    raised = error("another text")
+    assert refusal_of(raised) == Refusal(raised, REFUSED, None)
+
+
+# --- Streams that make up no answer -----------------------------------------------
+
+
 def test_a_stream_that_is_of_no_use_is_nobodys_fault() -> None:
-    found = refusal_of_a_stream()
+    """The request goes out again as it was."""
+    found = refusal_of_assembly(LostTextError("no text"))
     assert (found.outcome, found.failure) == (REFUSED, Failure.STREAM)
     assert error_of(found).code is Code.WORKER_PROTOCOL
 
 
-# --- Heads and ends ---------------------------------------------------------------
+def test_a_stream_that_makes_up_no_answer_is_malformed() -> None:
+    found = refusal_of_assembly(AssemblyError("an event cannot be read"))
+    assert (found.outcome, found.failure) == (FAILED, Failure.MALFORMED)
+    assert error_of(found).code is Code.WORKER_PROTOCOL
+    assert error_of(found).detail == "an event cannot be read"
+    assert "event" not in error_of(found).message
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "outcome", "failure"),
+    [
+        (400, 400, REFUSED, None),
+        (500, 500, ERRED, Failure.STATUS),
+        (None, 502, ERRED, Failure.STATUS),
+    ],
+)
+def test_an_error_in_a_stream_becomes_the_answers_own(
+    code: int | None, status: int, outcome: Outcome, failure: Failure | None
+) -> None:
+    error = AssemblyError("it told an error", EventError("because", "oh", code))
+    found = refusal_of_assembly(error)
+    assert (found.outcome, found.failure) == (outcome, failure)
+    told = response_of(found)
+    assert told.status == status
+    assert isinstance(told.body, bytes)
+    assert json.loads(told.body)["error"]["message"] == "because"
+
+
+# --- Heads ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -298,64 +346,3 @@ def test_how_a_client_knows_where_an_answer_ends(
     closes = not (chunked or length)
     assert response.keep_alive is (False if closes else None)
     assert response.headers["X-Gollama-Worker"] == "w"
-
-
-class Transport(asyncio.WriteTransport):
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = b""
-        self.end = ""
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.written += bytes(data)
-
-    def is_closing(self) -> bool:
-        return bool(self.end)
-
-    def close(self) -> None:
-        self.end = self.end or "closed"
-
-    def abort(self) -> None:
-        self.end = self.end or "reset"
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
-
-
-async def no_drain() -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("route", "error", "written"),
-    [
-        ("/v1/chat/completions", WorkerError, b"data: {"),
-        ("/v1/messages", WorkerError, b"event: error\ndata: {"),
-        ("/v1/chat/completions", ToldError, b""),
-    ],
-)
-def test_a_broken_stream_ends_with_one_error_event(
-    route: str, error: type[ProxyError], written: bytes
-) -> None:
-    """And not with a second one, where the worker's own was passed on."""
-    transport = Transport()
-    client = Client(transport, no_drain, chunked=False)
-    relay = received(200, b"", EVENTS, ended=False)
-    record = Record("id", "POST", route)
-    because = error(Code.WORKER_LOST, "because", detail="reset")
-    break_off(client, relay, because, record, framed=True)
-    assert transport.written.startswith(written)
-    assert bool(transport.written) is bool(written)
-    assert transport.end == "closed"
-    told = (record.outcome, record.error, record.detail)
-    assert told == ("error", "worker_connection_lost", "reset")
-
-
-@pytest.mark.parametrize(("framed", "end"), [(True, "closed"), (False, "reset")])
-def test_a_broken_answer_is_not_added_to(framed: bool, end: str) -> None:
-    """Where only the connection's end tells of the answer's, it ends with a reset."""
-    transport = Transport()
-    client = Client(transport, no_drain, chunked=False)
-    error = WorkerError(Code.WORKER_LOST, "because")
-    relay = received(200, b"{", ended=False)
-    break_off(client, relay, error, Record("id", "POST"), framed=framed)
-    assert (transport.written, transport.end) == (b"", end)

@@ -139,6 +139,14 @@ async def test_the_fields_for_routing_are_found() -> None:
         (CHAT, '{"max_tokens": "7"}', "max_tokens"),
         (CHAT, '{"max_tokens": [7]}', "max_tokens"),
         (CHAT, '{"max_completion_tokens": true}', "max_completion_tokens"),
+        (CHAT, '{"fallbacks": "small"}', "fallbacks"),
+        (CHAT, '{"fallbacks": null}', "fallbacks"),
+        (CHAT, '{"fallbacks": {"small": 1}}', "fallbacks"),
+        (CHAT, '{"fallbacks": [7]}', "fallbacks"),
+        (CHAT, '{"fallbacks": ["a", null]}', "fallbacks"),
+        (CHAT, '{"fallbacks": [["a"]]}', "fallbacks"),
+        (CHAT, json.dumps({"fallbacks": ["a"] * 9}), "fallbacks"),
+        ("/v1/embeddings", '{"model": "m", "fallbacks": 7}', "fallbacks"),
         ("/completion", '{"n_predict": "7"}', "n_predict"),
         ("/v1/rerank", '{"documents": "a"}', "documents"),
         ("/detokenize", '{"tokens": "a"}', "tokens"),
@@ -194,6 +202,8 @@ NO_JSON = [
     b'{"a":"\n"}',
     b'{"a":"\\x"}',
     b'{"model":"\\ud800"}',
+    b'{"fallbacks":["\\ud800"]}',
+    b'{"fallbacks":["a",]}',
     b"\xef\xbb\xbf{}",
     b'{"a":' + b"[" * 200 + b"]" * 200 + b"}",
     b'{"model":"a","model":"b"}',
@@ -274,6 +284,94 @@ async def test_it_does_not_matter_where_a_body_is_cut(data: st.DataObject) -> No
     assert json.loads(read.body("another")) == {**whole, "model": "another"}
 
 
+# --- Fallbacks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "fallbacks", "expected"),
+    [
+        ('{"model":"m","fallbacks":["a","b"]}', ("a", "b"), '{"model":"m"}'),
+        ('{"fallbacks":["a"],"x":1e0,"model":"m"}', ("a",), '{"x":1e0,"model":"m"}'),
+        ('{"fallbacks":["a"]}', ("a",), '{"model":"m"}'),
+        ('{"fallbacks":[],"x":[ 1.0 ]}', (), '{"model":"m","x":[ 1.0 ]}'),
+        ('{"model":null,"fallbacks":["a"]}', ("a",), '{"model":"m"}'),
+        (' { "fallbacks" : ["a"] , "model" : "n" } ', ("a",), '{"model":"m"}'),
+        (r'{"f\u0061llbacks":["\u00e4"],"model":"m"}', ("ä",), '{"model":"m"}'),
+        ('{"model":"m","x":{"fallbacks":["a"]}}', (), None),
+        ('{"model":"m","x":"fallbacks"}', (), None),
+    ],
+)
+async def test_the_fallbacks_are_for_the_hub_and_not_for_the_worker(
+    body: str, fallbacks: tuple[str, ...], expected: str | None
+) -> None:
+    """Not a byte of another value changes, and the length is that of what is left."""
+    for read in (
+        await read_whole(body.encode()),
+        await read_in_pieces(body.encode(), length=None),
+    ):
+        assert read.fallbacks == fallbacks
+        sent = read.body("m")
+        assert sent == (expected or body).encode()
+        assert read.length == (len(sent) if read.length is not None else None)
+        assert json.loads(read.body("other"))["model"] == "other"
+        await read.read(1 << 20)  # nothing is left to read, or to take
+        assert read.fallbacks == fallbacks
+
+
+async def read_in_pieces(body: bytes, length: int | None) -> Incoming:
+    read = incoming(Body(*pieces_of(body, 5)), length=length)
+    await read.read(1 << 20)
+    return read
+
+
+@given(st.data())
+async def test_what_is_left_without_the_fallbacks_means_the_same(
+    data: st.DataObject,
+) -> None:
+    fields: dict[str, Any] = data.draw(
+        st.dictionaries(st.sampled_from("abcd"), st.text() | st.lists(st.integers()))
+    )
+    names = data.draw(st.lists(st.text(max_size=9), max_size=8))
+    whole = {**fields, "model": data.draw(st.text(max_size=20)), "stream": True}
+    keys = data.draw(st.permutations([*whole, "fallbacks"]))
+    sent = {key: names if key == "fallbacks" else whole[key] for key in keys}
+    body = json.dumps(sent, ensure_ascii=data.draw(st.booleans())).encode()
+    size = data.draw(st.integers(1, len(body)))
+    read = incoming(Body(*pieces_of(body, size)), length=len(body))
+    await read.read(1 << 20)
+    assert (read.fallbacks, read.model) == (tuple(names), whole["model"])
+    assert (read.stream, read.replayable) == (True, True)
+    left = read.body(whole["model"])
+    assert json.loads(left) == whole
+    assert read.size == read.length == len(left)
+    assert json.loads(read.body("another")) == {**whole, "model": "another"}
+
+
+async def test_fallbacks_in_a_body_that_streams_through_stay_in_it() -> None:
+    """It cannot be sent again, so they are of no use; their type is still checked."""
+    body = b'{"fallbacks":["a"],"x":"' + b"x" * 100 + b'"}'
+    read = incoming(Body(*pieces_of(body, 30)), length=len(body))
+    await read.read(30)
+    assert read.fallbacks == ()
+    assert b"".join([read.body("m"), *await rest_of(read)]) == body
+    body = b'{"x":"' + b"x" * 100 + b'","fallbacks":"a"}'
+    read = incoming(Body(*pieces_of(body, 30)), length=len(body))
+    await read.read(30)
+    with pytest.raises(RequestError) as error:
+        await rest_of(read)
+    assert refusal(error) == (Code.INVALID_VALUE, "fallbacks")
+
+
+async def test_fallbacks_that_occur_twice_are_refused() -> None:
+    for body in (
+        b'{"model":"m","fallbacks":["a"],"fallbacks":["b"]}',
+        rb'{"model":"m","fallbacks":["a"],"f\u0061llbacks":["b"]}',
+    ):
+        with pytest.raises(RequestError) as error:
+            await read_whole(body)
+        assert refusal(error) == (Code.INVALID_JSON, None)
+
+
 # --- The window -------------------------------------------------------------------
 
 
@@ -346,6 +444,23 @@ async def test_the_rest_is_checked_on_its_way() -> None:
     with pytest.raises(RequestError) as error:
         await rest_of(read)
     assert refusal(error) == (Code.INVALID_JSON, None)
+
+
+async def test_what_is_not_sent_again_is_let_go() -> None:
+    """The answer has begun, and may take minutes."""
+    read = await read_whole(BODY)
+    read.forget()
+    assert (read.model, read.complete) == (None, True)
+    assert repr(read) == f"<Incoming {CHAT} {len(BODY)} bytes complete>"
+
+
+async def test_what_is_still_being_sent_is_not() -> None:
+    read = incoming(Body(*pieces_of(BODY, 70)), length=len(BODY))
+    await read.read(70)
+    assert (read.model, read.complete) == ("qwen", False)
+    read.forget()
+    assert read.model == "qwen"
+    assert await rest_of(read) == [BODY[70:]]
 
 
 # --- Limits -----------------------------------------------------------------------

@@ -109,7 +109,7 @@ async def test_it_takes_some_successes_in_a_row_to_rise() -> None:
 
 async def test_the_others_go_on() -> None:
     async with ScriptedWorker() as one, ScriptedWorker() as two:
-        async with running_hub(one, two, **QUICK) as hub:
+        async with running_hub(one, two, **QUICK, breaker__ramp=0) as hub:
             await one.down()
             await until_state(hub, State.DOWN)
             for _ in range(6):
@@ -233,7 +233,7 @@ async def test_a_worker_that_emits_tokens_is_not_taken_out() -> None:
         steps = [
             step for _ in range(1000) for step in (wait(gate), send(chunk(token("a"))))
         ]
-        worker.script(send(sse_head() + chunk(role())), *steps)
+        worker.script(send(sse_head() + chunk(role() + token("a"))), *steps)
         async with await hub.open(CHAT, STREAM) as wire:
             assert await wire.read_event() == role()
             worker.hang_health = True

@@ -203,7 +203,8 @@ async def test_a_client_connection_outlives_a_failed_request() -> None:
 
 # --- In the middle of a stream ----------------------------------------------------
 
-EVENTS = [role() + token("a"), token("b"), ping(), token("c")]
+BEGUN = role() + token("a")
+EVENTS = [BEGUN, token("b"), ping(), token("c")]
 PREFIX = b"".join(EVENTS)
 LOST, INCOMPLETE, MALFORMED = (
     "worker_connection_lost",
@@ -298,8 +299,8 @@ async def test_a_stream_may_break_off_at_any_byte(place: int, broken: bool) -> N
 @pytest.mark.parametrize(
     ("path", "events"),
     [
-        ("/v1/messages", [named_event({"type": "message_start"})]),
-        ("/v1/responses", [named_event({"type": "response.created"})]),
+        ("/v1/messages", [named_event({"type": "content_block_delta"})]),
+        ("/v1/responses", [named_event({"type": "response.output_text.delta"})]),
     ],
 )
 async def test_where_events_have_names_the_error_has_one(
@@ -337,13 +338,21 @@ async def test_the_workers_own_error_is_told_once(last: bytes) -> None:
     """It went to the client already; only the end is missing then."""
     error = error_event("the output cannot be parsed")
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        worker.script(send(sse_head() + chunk(role()) + chunk(error) + last), close())
-        ending = await ended(hub, STREAM)
-    body = ending.response.body
-    assert body.startswith(role() + error)
+        worker.script(
+            send(sse_head() + chunk(BEGUN)),
+            wait("read"),
+            send(chunk(error) + last),
+            close(),
+        )
+        async with await hub.open(CHAT, STREAM) as wire:
+            await wire.read_event()
+            worker.release("read")
+            ending = await wire.read_to_end()
+    body = b"".join(ending.raw.partition(BEGUN)[1:])
+    assert error in body
     assert body.count(b'"error"') == 1
     if done() not in last:
-        assert body == role() + error
+        assert ending.response.body.endswith(token("a") + error)
         assert not ending.clean
 
 
@@ -664,10 +673,10 @@ async def test_a_request_has_a_limit_in_its_stream(path: str) -> None:
         ScriptedWorker() as worker,
         running_hub(worker, timeouts__request=0.4) as hub,
     ):
-        worker.script(send(sse_head() + chunk(role())), notify("sent"), expect_eof(1.0))
+        worker.script(send(sse_head() + chunk(BEGUN)), notify("sent"), expect_eof(1.0))
         ending = await ended(hub, STREAM, path)
         named = path != CHAT
-        assert_broken_off(ending, role(), "request_timeout", named=named)
+        assert_broken_off(ending, BEGUN, "request_timeout", named=named)
         await worker.idle(1.0)
         assert the_worker(hub).in_flight == 0
         assert not the_worker(hub).in_doubt
@@ -709,7 +718,7 @@ async def test_a_worker_whose_upload_fails_is_lost() -> None:
 async def test_a_hub_that_is_cut_off_says_so_in_its_streams() -> None:
     """Before the first byte with a status, afterwards with an event."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        worker.script(send(sse_head() + chunk(role())), expect_eof(5.0))
+        worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof(5.0))
         worker.script(expect_eof(5.0))
         async with (
             await hub.open(CHAT, STREAM) as streaming,
@@ -718,7 +727,8 @@ async def test_a_hub_that_is_cut_off_says_so_in_its_streams() -> None:
             assert await streaming.read_event() == role()
             await worker.received(2)
             aborting = asyncio.create_task(hub.hub.abort())
-            assert_broken_off(await streaming.read_to_end(), b"", "hub_draining")
+            ending = await streaming.read_to_end()
+            assert_broken_off(ending, token("a"), "hub_draining")
             response = await waiting.read_response()
             await aborting
     assert response.status == 503

@@ -117,8 +117,9 @@ async def test_a_connection_with_half_a_request_is_not_used_again(status: int) -
 # --- 4, 5: test_honest_endings.py -------------------------------------------------
 
 FINISH = finish("stop")
+BEGUN = role() + token("a")
 DECISIVE = {
-    "chat": (CHAT, role(), FINISH),
+    "chat": (CHAT, role() + token("a"), FINISH),
     "completion": (
         "/completion",
         event({"content": "a"}),
@@ -126,7 +127,8 @@ DECISIVE = {
     ),
     "messages": (
         "/v1/messages",
-        named_event({"type": "message_start"}),
+        named_event({"type": "message_start"})
+        + named_event({"type": "content_block_delta"}),
         named_event({"type": "message_stop"}),
     ),
 }
@@ -154,12 +156,12 @@ async def test_half_a_closing_event_closes_nothing(
 async def test_the_error_is_an_event_of_its_own(half: bytes) -> None:
     """Behind half an event too: a client parses line by line."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        worker.script(send(sse_head() + chunk(role()) + chunk(half)), reset())
+        worker.script(send(sse_head() + chunk(BEGUN) + chunk(half)), reset())
         ending = await ended(hub, STREAM)
     *_, last, nothing = ending.response.body.split(b"\n\n")
     assert nothing == b""
     assert last.lstrip(b"\n").startswith(b'data: {"error":{')
-    assert ending.response.body.startswith(role() + half)
+    assert ending.response.body.startswith(BEGUN + half)
 
 
 # --- 6: test_honest_endings.py ----------------------------------------------------

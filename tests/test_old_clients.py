@@ -251,7 +251,7 @@ async def test_a_refused_request_does_not_take_the_next_one_along() -> None:
 async def test_nothing_is_answered_behind_a_stream_that_broke_off() -> None:
     """The client cannot tell where the next answer would begin."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        worker.script(*event_stream(role())[:-2], close())
+        worker.script(*event_stream(role() + token("a"))[:-2], close())
         async with await hub.wire() as wire:
             await wire.send(post_bytes(hub, stream(1)) + post_bytes(hub, whole(2)))
             ending = await wire.read_to_end()

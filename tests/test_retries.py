@@ -403,6 +403,43 @@ async def test_a_larger_worker_that_fails_is_not_made_up_for_by_a_smaller_one() 
         assert (len(small.requests), len(large.requests)) == (1, 2)
 
 
+# --- Paths on which nothing is done twice -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "again"),
+    [
+        ("reset", False),
+        ("500", False),
+        ("garbage", False),
+        ("loading", True),
+        ("429", True),
+        ("401", True),
+    ],
+)
+async def test_what_a_worker_may_have_begun_can_be_barred_from_a_second_try(
+    fault: str, again: bool
+) -> None:
+    """What it has refused unread may still go elsewhere; so may other paths."""
+    async with two(retry__once=[CHAT]) as (bad, _, hub):
+        bad.script(*FAULTS[fault])
+        response = await hub.post(CHAT, WHOLE)
+        assert response.header("x-gollama-attempts") == str(1 + again)
+        assert (response.status == 200) is again
+        bad.script(reset())
+        body = {"input": "hello"}
+        assert (await hub.post("/v1/embeddings", body)).status == 200
+
+
+async def test_a_path_with_one_try_is_waited_for() -> None:
+    """Though somebody else could take over."""
+    async with two(retry__once=[CHAT], timeouts__allowance=0.05) as (slow, other, hub):
+        slow.script(pause(0.3), *event_stream(role() + token("wu") + finish()))
+        response = await hub.post(CHAT, STREAM)
+        assert response.header("x-gollama-attempts") == "1"
+        assert not other.requests
+
+
 # --- Whose fault a 500 was --------------------------------------------------------
 
 
@@ -521,7 +558,7 @@ UNBREAKABLE = {
 @pytest.mark.parametrize("fault", ["reset", "500", "garbage"])
 async def test_an_outage_is_not_multiplied(fault: str) -> None:
     """Of 100 requests a tenth may be tried again, and three on top."""
-    async with two(**UNBREAKABLE) as (first, second, hub):
+    async with two(retry__floor=3, **UNBREAKABLE) as (first, second, hub):
         for worker in (first, second):
             worker.default(*FAULTS[fault])
         responses = await asyncio.gather(*(hub.post(CHAT, WHOLE) for _ in range(100)))
@@ -531,6 +568,15 @@ async def test_an_outage_is_not_multiplied(fault: str) -> None:
             int(response.header("x-gollama-attempts") or "") for response in responses
         )
         assert 100 + 3 <= attempts <= 100 + 10 + 3
+
+
+@pytest.mark.parametrize("fault", ["gone", "loading"])
+async def test_what_costs_a_worker_nothing_costs_no_retry(fault: str) -> None:
+    async with two(retry__ratio=0, retry__floor=0, **UNBREAKABLE) as (bad, good, hub):
+        if fault == "gone":
+            await bad.down()
+        bad.default(send(loading()))
+        assert answered(await hub.post(CHAT, WHOLE), good, 2)
 
 
 async def test_a_quiet_hub_can_afford_a_few_retries() -> None:

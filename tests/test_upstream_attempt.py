@@ -26,6 +26,7 @@ from tests.fakes.replies import (
     json_reply,
     role,
     sse_head,
+    token,
 )
 from tests.fakes.script import (
     Step,
@@ -166,7 +167,9 @@ async def test_an_answered_request_leaves_its_connection_to_the_next() -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        (send(sse_head() + chunk(role()) + b"0\r\n\r\n"),),  # kept open, for once
+        (
+            send(sse_head() + chunk(role() + token("a")) + b"0\r\n\r\n"),
+        ),  # kept open, for once
         (send(error_reply(400, "no")),),  # says `Connection: close`
         (send(head(500, [("Content-Length", "0")])),),
         (send(head(503, [("Content-Length", "2")]) + b"{}"),),
@@ -190,7 +193,7 @@ async def test_answers_after_which_a_connection_is_hung_up(
 async def test_an_attempt_that_is_left_early_hangs_up() -> None:
     """Which is how llama-server is told to stop generating."""
     async with ScriptedWorker() as worker, bench(worker.url) as made:
-        worker.script(send(sse_head() + chunk(role())), expect_eof(1.0))
+        worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof(1.0))
         async with made.attempt() as attempt:
             relay = await attempt.send(outgoing())
             assert relay.status == 200

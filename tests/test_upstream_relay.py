@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import cast
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from gollama_proxy.routing.lease import Lease
+from gollama_proxy.upstream.client import Client, ClientStalledError, ToldError
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.upstream.relay import (
-    HOLD_LIMIT,
-    WRITE_BUFFER,
-    Client,
-    ClientStalledError,
-    Relay,
-    ToldError,
-)
+from gollama_proxy.upstream.relay import HOLD_LIMIT, WRITE_BUFFER, Relay
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.errors import Code, ProxyError, RequestError, WorkerError
 from gollama_proxy.wire.openai import Ending
@@ -51,28 +48,20 @@ class Line:
         self.reading = True
 
 
-class Sink(asyncio.WriteTransport):
-    """A client's transport whose buffer the test fills and empties."""
+class Sink:
+    """A client's connection whose buffer the test fills and empties."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.writes: list[bytes] = []
         self.buffered = 0
-        self.closing = False
         self.broken = False
         self.room = asyncio.Event()
         self.drains = 0
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: bytes) -> None:
         if self.broken:
             raise RuntimeError("unable to perform operation on <TCPTransport closed>")
-        self.writes.append(cast(bytes, data))
-
-    def is_closing(self) -> bool:
-        return self.closing
-
-    def get_write_buffer_size(self) -> int:
-        return self.buffered
+        self.writes.append(data)
 
     async def drain(self) -> None:
         self.drains += 1
@@ -90,7 +79,9 @@ class Stage:
         self.lease = Lease("w", self.clock, lambda lease, outcome: None)
         connection = cast(Connection, self.line)
         self.relay = Relay("w", connection, self.lease, ending, self.clock)
-        self.client = Client(self.sink, self.sink.drain, chunked)
+        self.client = Client(
+            self.sink.write, self.sink.drain, lambda: self.sink.buffered, chunked
+        )
 
     @property
     def sent(self) -> bytes:
@@ -105,20 +96,20 @@ class Stage:
         for part in parts:
             self.relay.body_received(part)
 
-    async def run(self, write_timeout: float = 5.0) -> None:
-        await self.relay.run(self.client, write_timeout)
+    async def run(self, write_timeout: float = 5.0, keep: int = 0) -> None:
+        await self.relay.run(self.client, write_timeout, keep)
 
-    def running(self, write_timeout: float = 5.0) -> asyncio.Task[None]:
-        return asyncio.create_task(self.run(write_timeout))
+    def running(self, keep: int = 0) -> asyncio.Task[None]:
+        return asyncio.create_task(self.run(keep=keep))
 
-    async def play(self, *parts: bytes, lost: str = "") -> None:
+    async def play(self, *parts: bytes, lost: str = "", keep: int = 0) -> None:
         """Receive a whole stream and its end, and pass it on."""
         self.stream(*parts)
         if lost:
             self.relay.answer_lost(lost, malformed=False)
         else:
             self.relay.answer_ended()
-        await self.run()
+        await self.run(keep=keep)
 
 
 async def steps(number: int = 5) -> None:
@@ -166,6 +157,62 @@ async def test_a_stream_is_open_with_its_first_whole_event(
     deliver(stage.relay, token("more"))
     await stage.relay.opened()  # as often as one likes
     assert stage.relay.opened_at == stage.clock.now - 1
+
+
+async def test_a_stream_is_not_open_before_it_has_something_to_tell() -> None:
+    """Who is going to speak is told by some before they have read the prompt."""
+    stage = Stage()
+    opening = asyncio.create_task(stage.relay.opened())
+    stage.stream(role(), ping(), role())
+    await steps()
+    assert not opening.done()
+    stage.parts(token("a"))
+    await opening
+    stage.relay.answer_ended()
+    assert stage.relay.held_body() == role() + ping() + role() + token("a")
+
+
+@pytest.mark.parametrize(
+    ("ending", "parts"),
+    [
+        (Ending.DONE, []),
+        (Ending.DONE, [ping(), role()]),
+        (Ending.DONE, [b"proxy error: Failed to read"]),
+        (Ending.DONE, [token("a")[:-1]]),
+        (Ending.STOP, [ping()]),
+        (Ending.NAMED, [named_event({"type": "message_start"})]),
+    ],
+)
+async def test_a_stream_that_ends_before_it_has_told_anything_is_a_failure(
+    ending: Ending, parts: list[bytes]
+) -> None:
+    """In time for somebody else to be asked."""
+    stage = Stage(ending)
+    opening = asyncio.create_task(stage.relay.opened())
+    stage.stream(*parts)
+    stage.relay.answer_ended()
+    with pytest.raises(WorkerError) as info:
+        await opening
+    assert info.value.code is Code.WORKER_INCOMPLETE
+    assert not isinstance(info.value, ToldError)
+
+
+@pytest.mark.parametrize(
+    ("ending", "last"),
+    [
+        (Ending.DONE, b"data: [DONE]\n"),  # its blank line is all that it lacks
+        (Ending.DONE, error_event("no")[:-1]),
+        (Ending.STOP, event({"stop": True})[:-1]),
+        (Ending.BODY, ping()),
+    ],
+)
+async def test_a_stream_that_ends_with_its_mark_has_told_all_there_is(
+    ending: Ending, last: bytes
+) -> None:
+    stage = Stage(ending)
+    stage.stream(last)
+    stage.relay.answer_ended()
+    await stage.relay.opened()
 
 
 @pytest.mark.parametrize("headers", [JSON, []])
@@ -288,11 +335,31 @@ def test_an_error_as_the_first_event_is_found() -> None:
     assert (error.message, error.type, error.code) == ("no", "server_error", 503)
 
 
-@pytest.mark.parametrize("parts", [(token("error"), error_event("late")), (ping(),)])
-def test_an_error_later_on_is_not_early(parts: tuple[bytes, ...]) -> None:
+@pytest.mark.parametrize("before", [ping(), role(), role() + token("a")])
+def test_an_error_is_early_until_something_was_passed_on(before: bytes) -> None:
+    """What is held can be taken back."""
     stage = Stage()
-    stage.stream(*parts)
+    stage.stream(before + error_event("late"))
+    error = stage.relay.early_error()
+    assert error is not None
+    assert error.message == "late"
+
+
+@pytest.mark.parametrize("part", [token("error"), ping(), error_event("half")[:-1]])
+def test_without_an_error_event_there_is_no_early_error(part: bytes) -> None:
+    stage = Stage()
+    stage.stream(part)
     assert stage.relay.early_error() is None
+
+
+async def test_an_error_later_on_is_not_early() -> None:
+    stage = Stage()
+    stage.stream(token("a"))
+    running = stage.running()
+    await steps()
+    stage.parts(error_event("late"))
+    assert stage.relay.early_error() is None
+    running.cancel()
 
 
 def test_an_error_body_is_not_an_event() -> None:
@@ -410,7 +477,7 @@ async def test_a_client_of_old_gets_no_chunks(
     running = stage.running()
     await steps()
     deliver(stage.relay, token("a"))
-    stage.client.write(b"own")
+    stage.client.send(b"own")
     assert stage.sent == role() + token("a") + b"own"
     running.cancel()
 
@@ -436,6 +503,17 @@ async def test_the_books_are_kept(deliver: Callable[[Relay, bytes], None]) -> No
     running.cancel()
 
 
+async def test_the_workers_own_count_of_tokens_is_better_than_that_of_events() -> None:
+    stage = Stage()
+    stage.stream(role(), token("a"), token("b"))
+    running = stage.running()
+    await steps()
+    assert stage.relay.tokens == 3
+    stage.parts(finish(tokens=7))
+    assert stage.relay.tokens == 7
+    running.cancel()
+
+
 @pytest.mark.parametrize("size", [1, 7, 300, sse.TAIL - 1, sse.TAIL, 3 * sse.TAIL])
 async def test_the_end_is_kept_and_little_else(
     size: int, deliver: Callable[[Relay, bytes], None]
@@ -454,6 +532,87 @@ async def test_the_end_is_kept_and_little_else(
         assert len(tail) >= min(len(body), sse.TAIL)
         assert len(tail) <= 16 * max(size, sse.TAIL)
     running.cancel()
+
+
+# --- What is remembered -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 240, sse.TAIL - 1, sse.TAIL, 3 * sse.TAIL])
+@pytest.mark.parametrize("number", [0, 1, 5, 12, 13, 60])
+async def test_all_that_was_passed_on_is_remembered(
+    number: int, size: int, deliver: Callable[[Relay, bytes], None]
+) -> None:
+    """What was held, and what came then, however it is cut."""
+    stage = Stage()
+    stage.stream(ping(), role())
+    running = stage.running(keep=1 << 20)
+    await steps()
+    body = ping() + role()
+    for count in range(number):
+        part = (b"%d," % count * size)[:size]
+        deliver(stage.relay, part)
+        body += part
+    assert stage.relay.relayed() == body
+    running.cancel()
+
+
+SIZES = st.lists(
+    st.sampled_from([1, 2, 50, 240, 999, sse.TAIL, 20_000]) | st.integers(1, 3000),
+    max_size=40,
+)
+
+
+@given(SIZES, st.booleans(), st.booleans())
+@example([1] * 13 + [20_000], True, True)
+@example([20_000] + [1] * 13, False, True)
+@example([240] * 25, True, False)
+async def test_huge_and_tiny_parts_are_remembered_alike(
+    sizes: list[int], whole: bool, chunked: bool
+) -> None:
+    stage = Stage(chunked=chunked)
+    stage.stream(role())
+    running = stage.running(keep=1 << 20)
+    await steps()
+    body = role()
+    for number, size in enumerate(sizes):
+        part = (token(str(number)) * (1 + size // 200))[:size]
+        if whole:
+            framed = chunk(part)
+            stage.relay.chunk_received(framed, len(framed) - len(part) - 2)
+        else:
+            stage.parts(part)
+        body += part
+    assert stage.relay.relayed() == body
+    running.cancel()
+
+
+@pytest.mark.parametrize("number", [1, 7, 13, 14, 100])
+async def test_no_more_is_remembered_than_is_worth_it(number: int) -> None:
+    parts = [token(str(count)) for count in range(number)]
+    size = len(b"".join([role(), *parts]))
+    kept = {1: False, size - 1: False, size: True, size + 1: True}
+    for keep, remembered in kept.items():
+        stage = Stage()
+        with pytest.raises(WorkerError):
+            await stage.play(role(), *parts, lost="reset", keep=keep)
+        assert stage.relay.bytes == size
+        expected = b"".join([role(), *parts]) if remembered else None
+        assert stage.relay.relayed() == expected
+
+
+@pytest.mark.parametrize("number", [0, 3, 30])
+async def test_without_a_wish_nothing_is_remembered(number: int) -> None:
+    stage = Stage()
+    with pytest.raises(WorkerError):
+        await stage.play(role(), *[token("a")] * number, lost="reset")
+    assert stage.relay.relayed() is None
+
+
+async def test_what_the_hub_adds_is_not_remembered() -> None:
+    stage = Stage()
+    await stage.play(role(), finish(), keep=1 << 20)
+    assert stage.sent.endswith(chunk(done()))
+    assert stage.relay.relayed() == role() + finish()
 
 
 # --- A client that does not keep up -----------------------------------------------
@@ -525,14 +684,6 @@ async def test_a_client_that_left_a_moment_ago() -> None:
         await running
 
 
-def test_own_bytes_are_not_written_to_a_client_that_left() -> None:
-    stage = Stage()
-    stage.client.write(b"one")
-    stage.sink.closing = True
-    stage.client.write(b"two")
-    assert stage.sent == chunk(b"one")
-
-
 async def test_what_comes_behind_the_end_is_not_passed_on() -> None:
     stage = Stage()
     await stage.play(role(), done())
@@ -540,6 +691,103 @@ async def test_what_comes_behind_the_end_is_not_passed_on() -> None:
     stage.parts(token("late"))
     stage.relay.chunk_received(chunk(token("late")), 4)
     assert stage.sent == before
+
+
+# --- An answer that does not go on ------------------------------------------------
+
+
+async def test_a_stream_that_stops_is_ended_by_whoever_looks_at_it() -> None:
+    stage = Stage()
+    stage.stream(role())
+    running = stage.running()
+    await steps()
+    for seconds in (1, 4, 5):
+        stage.relay.check(now=100 + seconds, gap=5, silence=50)
+    await steps()
+    assert not running.done()
+    stage.parts(ping())  # is no event
+    stage.relay.check(now=106.1, gap=5, silence=50)
+    with pytest.raises(WorkerError) as info:
+        await running
+    error = info.value
+    assert (error.code, error.detail) == (Code.WORKER_SLOW, "no event for 5 s")
+
+
+async def test_whoever_looks_is_told_for_how_long_nothing_was_heard() -> None:
+    stage = Stage()
+    stage.stream(role())
+    running = stage.running()
+    await steps()
+    look = functools.partial(stage.relay.check, gap=50, silence=50)
+    assert look(stage.clock.advance(1)) == 0  # it begins with the first look
+    assert look(stage.clock.advance(3)) == 3
+    stage.parts(ping())  # is heard, though it is no event
+    assert look(stage.clock.advance(2)) == 2
+    stage.parts(token("a"))
+    assert look(stage.clock.advance(4)) == 0
+    running.cancel()
+
+
+async def test_a_worker_that_is_down_is_not_waited_for() -> None:
+    stage = Stage()
+    stage.stream(role())
+    running = stage.running()
+    await steps()
+    stage.relay.abandon()
+    with pytest.raises(WorkerError) as info:
+        await running
+    error = info.value
+    assert (error.code, error.detail) == (Code.WORKER_SLOW, "the worker is down")
+
+
+async def test_each_event_starts_the_clock_anew() -> None:
+    stage = Stage()
+    stage.stream(role())
+    running = stage.running()
+    await steps()
+    for seconds in range(1, 100, 4):
+        stage.parts(token("a"))
+        stage.relay.check(now=seconds, gap=5, silence=50)
+    await steps()
+    assert not running.done()
+    running.cancel()
+
+
+async def test_an_answer_in_one_piece_need_only_be_heard() -> None:
+    stage = Stage()
+    stage.relay.head_received(200, JSON)
+    stage.parts(b"{")
+    running = stage.running()
+    await steps()
+    for _ in range(3):
+        stage.relay.check(stage.clock.advance(40), gap=5, silence=50)
+        stage.parts(b" ")
+    await steps()
+    assert not running.done()
+    stage.relay.check(stage.clock.advance(40), gap=5, silence=50)
+    stage.relay.check(stage.clock.advance(51), gap=5, silence=50)
+    with pytest.raises(WorkerError) as info:
+        await running
+    assert info.value.detail == "no byte for 50 s"
+
+
+async def test_while_the_client_does_not_read_the_clock_stands_still() -> None:
+    stage = Stage()
+    stage.stream(role())
+    stage.sink.buffered = WRITE_BUFFER + 1
+    running = stage.running()
+    await steps()
+    for seconds in range(1, 1000, 100):
+        stage.relay.check(now=seconds, gap=5, silence=50)
+    assert not running.done()
+    stage.sink.room.set()
+    await steps()
+    stage.relay.check(now=906, gap=5, silence=50)
+    await steps()
+    assert not running.done()
+    stage.relay.check(now=907, gap=5, silence=50)
+    with pytest.raises(WorkerError):
+        await running
 
 
 # --- The end ----------------------------------------------------------------------
@@ -566,6 +814,21 @@ async def test_a_complete_stream_ends_well(
     stage = Stage(ending)
     await stage.play(*parts, lost=lost)
     assert stage.sent == b"".join(map(chunk, parts))
+
+
+@pytest.mark.parametrize(("ending", "parts"), COMPLETE.values(), ids=COMPLETE.keys())
+async def test_with_its_mark_a_stream_has_told_all(
+    ending: Ending, parts: list[bytes]
+) -> None:
+    """Whoever leaves then has not missed anything."""
+    stage = Stage(ending)
+    stage.stream()
+    running = stage.running()
+    await steps()
+    assert not stage.relay.told_all
+    stage.parts(*parts)
+    assert stage.relay.told_all
+    running.cancel()
 
 
 @pytest.mark.parametrize("lost", ["", "reset"])

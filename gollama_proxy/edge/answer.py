@@ -1,4 +1,4 @@
-"""What a client gets of a worker's answer: a refusal, a beginning, a broken end."""
+"""What a client gets of a worker's answer: a refusal, or a beginning."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.lease import Outcome
 from gollama_proxy.routing.registry import RETRY_AFTER
 from gollama_proxy.routing.retry import Failure
-from gollama_proxy.upstream.relay import Client, Relay, ToldError
+from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.wire import headers, sse
+from gollama_proxy.wire.assemble import AssemblyError, LostTextError
+from gollama_proxy.wire.chunks import DivergedError
 from gollama_proxy.wire.errors import (
     Code,
     NoWorkerError,
@@ -20,7 +22,6 @@ from gollama_proxy.wire.errors import (
     WorkerError,
     error_body,
 )
-from gollama_proxy.wire.openai import ENDPOINTS, Ending
 
 # What an attempt has failed of, by the error that it ended with.
 FAILURES = {
@@ -46,17 +47,24 @@ class Refusal(NamedTuple):
 
 def refusal_of(error: WorkerError) -> Refusal:
     """Describe an attempt that ended with an error of the connection."""
+    if isinstance(error, DivergedError):  # well meant; it was asked for too much
+        return Refusal(error, Outcome.REFUSED)
     failure = FAILURES[error.code]
     slow = failure is Failure.SLOW
     outcome = Outcome.SLOW if slow else Outcome.WORKER_FAILED
     return Refusal(error, outcome, failure)
 
 
-def refusal_of_a_stream() -> Refusal:
-    """Describe a stream that does not hold the answer: the request goes as it was."""
-    text = "The worker's stream has not what its answer has."
-    error = WorkerError(Code.WORKER_PROTOCOL, text)
-    return Refusal(error, Outcome.REFUSED, Failure.STREAM)
+def refusal_of_assembly(error: AssemblyError) -> Refusal:
+    """Describe a stream that makes up no answer."""
+    if error.error is not None:
+        return promote(error.error)
+    if isinstance(error, LostTextError):  # the request goes as it was
+        text = "The worker's stream has not what its answer has."
+        lost = WorkerError(Code.WORKER_PROTOCOL, text)
+        return Refusal(lost, Outcome.REFUSED, Failure.STREAM)
+    text = "The worker's stream cannot be made into an answer."
+    return refusal_of(WorkerError(Code.WORKER_PROTOCOL, text, detail=str(error)))
 
 
 async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
@@ -78,15 +86,14 @@ async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
     if status == 503:
         text = f"Worker {worker} is loading its model or too busy."
         away = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
-        return Refusal(away, Outcome.BUSY, Failure.BUSY, _retry_after(relay))
+        return Refusal(away, Outcome.BUSY, Failure.LOADING, _retry_after(relay))
     told = _pass_on(relay, worker, body)
     if status == 429:
         return Refusal(told, Outcome.BUSY, Failure.BUSY, _retry_after(relay))
     if any(word in body for word in _OVERFLOW):
         return Refusal(told, Outcome.REFUSED, Failure.CONTEXT)
     # A 500 of llama-server often means a bad request, so nobody is blamed for it yet.
-    failed = status >= 500 and status != 501
-    return Refusal(told, Outcome.REFUSED, Failure.STATUS if failed else None)
+    return _status_refusal(told, failed=status >= 500 and status != 501)
 
 
 def promote(early: sse.EventError) -> Refusal:
@@ -94,8 +101,13 @@ def promote(early: sse.EventError) -> Refusal:
     code = early.code
     status = code if isinstance(code, int) and 400 <= code < 600 else 502
     told = json_response(error_body(early.message, early.type, None), status)
-    failure = Failure.STATUS if status >= 500 else None
-    return Refusal(told, Outcome.REFUSED, failure)
+    return _status_refusal(told, failed=status >= 500)
+
+
+def _status_refusal(told: web.Response, *, failed: bool) -> Refusal:
+    if failed:
+        return Refusal(told, Outcome.ERRED, Failure.STATUS)
+    return Refusal(told, Outcome.REFUSED)
 
 
 def _pass_on(relay: Relay, worker: str, body: bytes) -> web.Response:
@@ -143,25 +155,3 @@ def begin_response(
     else:  # HTTP/1.0: the body ends with the connection
         response.force_close()
     return response
-
-
-def break_off(
-    client: Client, relay: Relay, error: ProxyError, record: Record, *, framed: bool
-) -> None:
-    """End an answer that is not complete so that nobody can think it is.
-
-    A stream gets an error event; nothing gets its last chunk.  `close` still sends what
-    is buffered, the error event among it, which `abort` would throw away.  `framed`
-    says that the client knows where the body has to end.
-    """
-    record.outcome, record.error, record.detail = "error", error.code, error.detail
-    if relay.is_event_stream:
-        if not isinstance(error, ToldError):
-            named = ENDPOINTS[record.route].ending is Ending.NAMED
-            half = b"\n\n" if sse.unfinished(relay.tail) else b""
-            client.write(half + sse.error_event(error.body(), named=named))
-        client.transport.close()
-    elif framed:
-        client.transport.close()
-    else:  # only a reset tells an HTTP/1.0 client that something is missing
-        client.reset()

@@ -16,28 +16,29 @@ from aiohttp import web
 
 from gollama_proxy.edge.answer import (
     Refusal,
-    begin_response,
-    break_off,
     read_refusal,
     refusal_of,
+    refusal_of_assembly,
     whole_response,
 )
-from gollama_proxy.edge.assembly import assemble, can_assemble
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.dispatch import draining
-from gollama_proxy.edge.job import Job
+from gollama_proxy.edge.job import WAIT, Job
 from gollama_proxy.edge.request import Incoming, answer_expectation
-from gollama_proxy.edge.server import json_response
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.lease import Lease, Outcome
-from gollama_proxy.routing.registry import Pool, Registry
+from gollama_proxy.routing.registry import Registry
+from gollama_proxy.routing.retry import Attempts, Failure
 from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Config
 from gollama_proxy.upstream.attempt import Attempt, Outgoing
+from gollama_proxy.upstream.client import ClientStalledError
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.upstream.relay import Client, ClientStalledError, Relay
+from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.upstream.sweep import Sweep
 from gollama_proxy.wire import headers, sse
+from gollama_proxy.wire.assemble import AssemblyError
+from gollama_proxy.wire.chunks import DivergedError
 from gollama_proxy.wire.errors import (
     Code,
     HubError,
@@ -91,54 +92,75 @@ class Inference:
     ) -> web.StreamResponse:
         # Before a byte of the body is read, and before a client is told to send it.
         principal = self._authenticator.identify(request, record)
-        incoming, pool = await self._read(request, ENDPOINTS[record.route], principal)
-        record.model = pool.model
-        attempts = self._registry.attempts(pool)
-        job = Job(request, record, deadline, incoming, pool, attempts)
-        last: Refusal | None = None
+        endpoint = ENDPOINTS[record.route]
+        incoming, attempts = await self._read(request, endpoint, principal)
+        record.model = model = attempts.pool.model
+        job = Job(request, record, deadline, incoming, attempts, self._config, model)
+        try:
+            return await self._have_answered(job)
+        except ProxyError as exc:
+            if not job.begun:
+                raise
+            return job.break_off(exc)
+        except asyncio.CancelledError:
+            # Whoever has a part of an answer is told that there will be no more.
+            if not job.begun or job.client_left:
+                raise
+            expired = deadline.expired()
+            limit = self._config.timeouts.request
+            response = job.break_off(_took_too_long(limit) if expired else draining())
+            if not expired:
+                raise
+            return response
+
+    async def _have_answered(self, job: Job) -> web.StreamResponse:
+        """Have one worker after another try, until the client has a whole answer."""
         while True:
             try:
-                worker = self._registry.choose(pool, attempts)
+                worker = self._registry.choose(job.attempts)
             except NoWorkerError:
-                if last is None:
+                if job.may_wait():
+                    await asyncio.sleep(WAIT)
+                    continue
+                if job.last is None:
                     raise
-                return _tell(last, record)
+                return job.give_up()
             answer = await self._attempt(job, worker)
             if not isinstance(answer, Refusal):
                 return answer
-            last = answer
-            pause = job.pause_before_retry(last)
-            if pause is None:
-                return _tell(last, record)
-            await asyncio.sleep(pause)
+            if job.rescue is not None and job.rescue.exhausted:
+                return await job.close()
+            pause = job.pause_before_next(answer)
+            if pause is None and not (answer.failure and job.may_wait()):
+                return job.give_up()
+            await asyncio.sleep(WAIT if pause is None else pause)
 
     async def _attempt(self, job: Job, worker: Worker) -> web.StreamResponse | Refusal:
-        """Have one worker try; a refusal leaves the client untouched."""
+        """Have one worker try; after a refusal it is another one's turn."""
         job.attempts.begin(worker)
         connections, timeouts = self._connections[worker.name], self._config.timeouts
-        with worker.lease() as lease:
-            self._note_attempt(lease, job.record)
-            lease.prompt_bytes = job.incoming.size
+        with worker.lease(job.attempts.pool.model) as lease:
+            self._note_attempt(lease, job)
             async with Attempt(connections, lease, timeouts, self._clock) as attempt:
-                relay = await self._forward(job, worker, attempt)
+                relay = await self._forward(job, worker, attempt, lease)
                 if isinstance(relay, Refusal):
                     if relay.busy is not None:
                         worker.breaker.busy(relay.busy)
                     lease.release(relay.outcome)
                     return relay
-                job.record.first_byte = self._clock() - job.record.started
-                lease.first_token = self._clock() - lease.taken_at
-                answer: web.StreamResponse | Refusal
-                if job.assembling and relay.is_event_stream:
-                    answer = await self._assemble(job, relay, lease)
-                else:
-                    answer = await self._relay(job, relay, lease)
+                now = self._clock()
+                lease.first_token = now - lease.taken_at
+                if job.record.first_byte is None:
+                    job.record.first_byte = now - job.record.started
+                answer = await self._relay(job, worker, relay, lease)
                 if lease.outcome is Outcome.COMPLETE:
                     job.settle_blame(worker)
                 return answer
 
-    def _note_attempt(self, lease: Lease, record: Record) -> None:
-        record.worker = lease.worker
+    def _note_attempt(self, lease: Lease, job: Job) -> None:
+        record = job.record
+        record.model, record.worker = job.attempts.pool.model, lease.worker
+        record.fell_back = job.model if job.model != record.model else ""
         record.attempts += 1
         record.queued = lease.taken_at - record.started
         record.headers |= {
@@ -151,7 +173,7 @@ class Inference:
 
     async def _read(
         self, request: web.BaseRequest, endpoint: Endpoint, principal: Principal
-    ) -> tuple[Incoming, Pool]:
+    ) -> tuple[Incoming, Attempts]:
         """Read as much of the body as it takes to know who may answer it."""
         incoming = Incoming(request, endpoint, self._config)
         answer_expectation(request)
@@ -159,7 +181,10 @@ class Inference:
         if incoming.model is None and not incoming.complete:
             await self._look_further(incoming, principal)
         pool = self._registry.resolve(incoming.model, principal.models)
-        return incoming, pool
+        attempts = self._registry.attempts(
+            pool, endpoint.path, incoming.fallbacks, principal.models
+        )
+        return incoming, attempts
 
     async def _look_further(self, incoming: Incoming, principal: Principal) -> None:
         """Read on until `model` comes, unless it makes no difference."""
@@ -177,16 +202,10 @@ class Inference:
     # --- Forward ------------------------------------------------------------------
 
     async def _forward(
-        self, job: Job, worker: Worker, attempt: Attempt
+        self, job: Job, worker: Worker, attempt: Attempt, lease: Lease
     ) -> Relay | Refusal:
         """Send the request to a worker; wait until it is known whether it answers."""
-        incoming = job.incoming
-        body = incoming.body(job.pool.model)
-        job.assembling = False
-        if self._config.upstream.assemble and job.may_assemble:
-            streaming = can_assemble(incoming.endpoint, body)
-            job.assembling = streaming is not None
-            body = streaming or body
+        incoming, body = job.incoming, job.prepare()
         outgoing = Outgoing(
             incoming.endpoint,
             headers.to_worker(job.request.raw_headers),
@@ -194,95 +213,71 @@ class Inference:
             None if incoming.replayable else incoming.rest(),
             len(body) if incoming.replayable else incoming.length,
         )
-        streams = job.assembling or (incoming.replayable and incoming.stream)
+        patience = job.patience_with(worker)
+        lease.prompt_bytes = incoming.size
+        if patience is not None:
+            lease.allowance = patience.allowance
         try:
-            relay = await attempt.send(
-                outgoing, job.patience_with(worker) if streams else None
-            )
+            relay = await attempt.send(outgoing, patience)
         except WorkerError as exc:
-            return refusal_of(exc)
-        with self._sweep.watching(relay):
-            refusal = await read_refusal(relay, worker.name)
-        return refusal or relay
+            refusal = refusal_of(exc)
+            if not attempt.connected:  # whatever it was, the worker knows nothing of it
+                refusal = refusal._replace(failure=Failure.UNREACHABLE)
+            return refusal
+        with self._sweep.watching(relay, worker):
+            refused = await read_refusal(relay, worker.name)
+        if refused is None and job.rescue is not None and not relay.is_event_stream:
+            return refusal_of(DivergedError("it does not stream"))
+        return refused or relay
 
     # --- Relay --------------------------------------------------------------------
 
-    async def _assemble(
-        self, job: Job, relay: Relay, lease: Lease
-    ) -> web.Response | Refusal:
-        """Fold a stream into the answer; until it is whole, others can take over."""
-        limit = self._config.limits.answer
-        with self._sweep.watching(relay):
-            answer = await assemble(relay, job.incoming.endpoint, limit)
-        if isinstance(answer, Refusal):
-            lease.release(answer.outcome)
-            return answer
-        _measure(relay, lease)
-        lease.release(Outcome.COMPLETE)
-        job.record.bytes = len(answer)
-        job.record.tokens = sse.generated_tokens(answer) or 0
-        return json_response(answer)
-
-    async def _relay(self, job: Job, relay: Relay, lease: Lease) -> web.StreamResponse:
-        """Pass an answer on; its status goes out now and cannot be taken back."""
-        request, record = job.request, job.record
+    async def _relay(
+        self, job: Job, worker: Worker, relay: Relay, lease: Lease
+    ) -> web.StreamResponse | Refusal:
+        """Pass an answer on, from its beginning or from where another one broke off."""
+        record, write_timeout = job.record, self._config.timeouts.write
         whole = whole_response(relay)
         if whole is not None:
             lease.release(Outcome.COMPLETE)
             body = relay.held_body() or b""
             record.bytes, record.tokens = len(body), sse.generated_tokens(body) or 0
             return whole
-        response = begin_response(request, relay, record)
-        writer = await response.prepare(request)
-        record.status = relay.status
-        framed = response.chunked or response.content_length is not None
-        # With 4,000 streams, what nobody reads any more would be 15 MB.
-        for sent in (record.headers, response.headers):
-            sent.clear()
-        job.incoming.forget()
-        transport = request.transport
-        if transport is None or writer is None:
-            raise ConnectionResetError("the client left")
-        client = Client(transport, writer.drain, response.chunked)
-        error: ProxyError | None = None
+        client = await job.open(relay, worker)
         try:
-            with self._sweep.watching(relay):
-                await relay.run(client, self._config.timeouts.write)
-            await response.write_eof()
-            _measure(relay, lease)
-            lease.release(Outcome.COMPLETE)
+            with self._sweep.watching(relay, worker):
+                await relay.run(client, write_timeout, job.kept)
+            response = await job.finish()
         except ClientStalledError:
             lease.release(Outcome.CLIENT_GONE)
-            record.outcome, record.error = "client_gone", "client_stalled"
-            if framed:
-                transport.abort()
-            else:
-                client.reset()
+            return job.drop_client()
+        except AssemblyError as exc:
+            return _released(lease, refusal_of_assembly(exc))
         except WorkerError as exc:
-            lease.release(refusal_of(exc).outcome)
-            error = exc
-        except ProxyError as exc:  # the client's own body was at fault
+            job.broke_off(relay, exc)
+            return _released(lease, refusal_of(exc))
+        except ProxyError:  # the client's own body was at fault
             lease.release(Outcome.REFUSED)
-            error = exc
+            raise
         except asyncio.CancelledError:
-            if transport.is_closing():
-                if relay.told_all:  # SDKs hang up as soon as they have read [DONE]
-                    record.outcome = "complete"
-                    _measure(relay, lease)
-                    lease.release(Outcome.COMPLETE)
-                raise  # the client left: lease and attempt see to the rest
-            lease.release(Outcome.HUB_STOPPED)
-            expired = job.deadline.expired()
-            limit = self._config.timeouts.request
-            error = _took_too_long(limit) if expired else draining()
-            if not expired:
-                raise
+            if job.client_left and relay.told_all:
+                # SDKs hang up as soon as they have read [DONE].
+                record.outcome = "complete"
+                _measure(relay, lease)
+                lease.release(Outcome.COMPLETE)
+            elif not job.client_left:
+                lease.release(Outcome.HUB_STOPPED)
+            raise
         finally:
-            record.bytes = relay.bytes
-            record.tokens = relay.tokens
-            if error is not None:
-                break_off(client, relay, error, record, framed=framed)
+            job.count(relay)
+        _measure(relay, lease)
+        lease.release(Outcome.COMPLETE)
         return response
+
+
+def _released(lease: Lease, refusal: Refusal) -> Refusal:
+    lease.release(refusal.outcome)
+    return refusal
 
 
 def _measure(relay: Relay, lease: Lease) -> None:
@@ -290,18 +285,6 @@ def _measure(relay: Relay, lease: Lease) -> None:
     if relay.is_event_stream and relay.opened_at is not None:
         lease.seconds = lease.heard_at - relay.opened_at
         lease.tokens = relay.tokens
-
-
-def _tell(refusal: Refusal, record: Record) -> web.Response:
-    """Give a client the refusal that nobody could make up for.
-
-    Raises:
-        ProxyError: where it is one.
-    """
-    if isinstance(refusal.told, ProxyError):
-        raise refusal.told
-    record.outcome = "refused"
-    return refusal.told
 
 
 def _took_too_long(limit: float) -> HubError:

@@ -8,16 +8,26 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from gollama_proxy.edge.answer import Refusal
+from gollama_proxy.edge.delivery import Delivery, Stream, Whole
 from gollama_proxy.edge.request import Incoming
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.breaker import Verdict
-from gollama_proxy.routing.registry import Pool
-from gollama_proxy.routing.retry import Attempts
+from gollama_proxy.routing.retry import Attempts, Failure
 from gollama_proxy.routing.worker import Worker
+from gollama_proxy.settings import Config
 from gollama_proxy.upstream.attempt import Patience
+from gollama_proxy.upstream.client import Client, ToldError
+from gollama_proxy.upstream.relay import Relay
+from gollama_proxy.upstream.rescue import Rescue
+from gollama_proxy.wire.assemble import streaming_body
+from gollama_proxy.wire.errors import ProxyError, WorkerError
+from gollama_proxy.wire.openai import Ending
+
+# Seconds between two looks whether somebody is there to go on with an answer.
+WAIT = 0.25
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Job:
     """What the steps of the path hand on to each other."""
 
@@ -25,33 +35,203 @@ class Job:
     record: Record
     deadline: asyncio.Timeout
     incoming: Incoming
-    pool: Pool
     attempts: Attempts
-    assembling: bool = False  # the worker was asked for a stream in place of an answer
+    config: Config
+    model: str  # that was asked for
+    body: bytes = b""  # as the worker gets it, or got it, to begin an answer with
+    delivery: Delivery | None = None
+    rescue: Rescue | None = None
+    lost: ProxyError | None = None  # why an answer that has begun broke off
+    last: Refusal | None = None
+    waited: float = 0.0  # seconds, for somebody to go on with an answer
+
+    def __repr__(self) -> str:  # without what a user wrote
+        return f"<Job {self.record.id} {self.attempts!r} {self.delivery!r}>"
 
     @property
-    def may_assemble(self) -> bool:
+    def begun(self) -> bool:
+        """Whether the client has a part of the answer."""
+        return self.delivery is not None and self.delivery.begun
+
+    @property
+    def client_left(self) -> bool:
+        transport = self.request.transport
+        return transport is None or transport.is_closing()
+
+    # --- Asking -------------------------------------------------------------------
+
+    @property
+    def streams(self) -> bool:
+        """Whether the worker is asked for a stream, whatever the client wants."""
+        if self.rescue is not None or isinstance(self.delivery, Whole):
+            return True
+        return self.incoming.replayable and self.incoming.stream
+
+    def prepare(self) -> bytes:
+        """Write what the next worker is asked for."""
+        incoming, model = self.incoming, self.attempts.pool.model
+        if self.rescue is not None:
+            return self.rescue.request(model)
+        self.body, self.delivery = incoming.body(model), None
+        if self._may_assemble and (body := streaming_body(self.body)) is not None:
+            limit = self.config.limits.answer
+            self.body = body
+            self.delivery = Whole(incoming.endpoint, self.record, limit)
+        return self.body
+
+    @property
+    def _may_assemble(self) -> bool:
         return (
-            self.incoming.replayable
+            self.incoming.endpoint.path in self.config.upstream.assemble
+            and self.incoming.replayable
             and not self.incoming.stream
-            and not self.attempts.as_sent
+            # Whether a stream has all of the answer shows at its end, and then it has
+            # to be asked for again.
+            and not (self.attempts.as_sent or self.attempts.once)
         )
 
-    def patience_with(self, worker: Worker) -> Patience:
+    def patience_with(self, worker: Worker) -> Patience | None:
         """Say how long the first event may take while others could take over."""
-        allowance = worker.pace.allowance(self.incoming.size)
-        return Patience(allowance, lambda: self.attempts.has_other(self.pool.available))
-
-    def pause_before_retry(self, refusal: Refusal) -> float | None:
-        """Decide whether to try again; None if this is final."""
-        if refusal.failure is None or not self.incoming.replayable:
+        if not self.streams:
             return None
-        available = self.pool.available
-        return self.attempts.retry_after(refusal.failure, available, refusal.busy)
+        allowance = worker.pace_of(self.attempts.pool.model).allowance(
+            self.incoming.size
+        )
+        return Patience(allowance, self.attempts.has_other, lambda: worker.is_down)
+
+    # --- Answering ----------------------------------------------------------------
+
+    async def open(self, relay: Relay, worker: Worker) -> Client:
+        """Begin the answer, or go on with it; tell where the worker's bytes go."""
+        if self.delivery is None or not relay.is_event_stream:
+            self.delivery = Stream(self.request, self.record)
+        client = await self.delivery.open(relay)
+        if not self._could_be_rescued(relay):
+            self.body = b""
+        if self.begun:
+            self.incoming.forget()
+        if self.rescue is None:
+            return client
+        model = self.attempts.pool.model
+        return self.rescue.client_of(client, worker, model, relay.fail)
+
+    @property
+    def kept(self) -> int:
+        """How much of the answer is worth remembering."""
+        return self.config.rescue.kept if self.body and self.rescue is None else 0
+
+    def _could_be_rescued(self, relay: Relay) -> bool:
+        return (
+            self.config.rescue.enabled
+            and self.incoming.endpoint.ending is Ending.DONE
+            and self.incoming.replayable
+            and relay.is_event_stream
+        )
+
+    async def finish(self) -> web.StreamResponse:
+        """End an answer that is complete.
+
+        Raises:
+            WorkerError: what another worker has sent is not the rest of it.
+            AssemblyError: a stream makes up no answer.
+        """
+        assert self.delivery is not None, self
+        if self.rescue is not None:
+            self.rescue.finish()
+            self.record.rescued = self.rescue.count
+        return await self.delivery.finish()
+
+    async def close(self) -> web.StreamResponse:
+        """End an answer of which nothing is left to generate."""
+        assert self.delivery is not None, self
+        assert self.rescue is not None, self
+        self.delivery.send(self.rescue.closing())
+        return await self.delivery.finish()
+
+    def count(self, relay: Relay) -> None:
+        """Add what a worker gave of the answer."""
+        if self.begun:  # else it is counted as a whole
+            self.record.bytes += relay.bytes
+            self.record.tokens += relay.tokens
+
+    # --- When it goes wrong -------------------------------------------------------
+
+    def broke_off(self, relay: Relay, error: WorkerError) -> None:
+        """Take in that an answer broke off, and see whether it can go on elsewhere."""
+        assert self.delivery is not None, self
+        self.lost = self.lost or error
+        if self.rescue is not None:
+            if self.rescue.broke():
+                self.record.rescued = self.rescue.count
+                self.attempts.resume()
+            if self.rescue.told.reasoning_open:
+                self.rescue = None
+            return
+        if not self.body or isinstance(error, ToldError):
+            return
+        chat = self.incoming.endpoint.path.endswith("chat/completions")
+        model, relayed = self.attempts.pool.model, relay.relayed()
+        self.rescue = Rescue.begin(self.body, model, chat, relayed)
+        if self.rescue is not None:
+            self.delivery.send(self.rescue.told.mend)
+            self.attempts.resume()
+
+    def pause_before_next(self, refusal: Refusal) -> float | None:
+        """Decide whether somebody is asked again, and when; None if this is final."""
+        self.last = refusal
+        if not self.incoming.replayable or (self.begun and self.rescue is None):
+            return None
+        refuses = refusal.failure in (None, Failure.STATUS)
+        if self.rescue is not None and refuses and self._ask_for_all():
+            # Not every server lets a client begin an answer for it.
+            return 0.0 if self.attempts.repeat() else None
+        return self.attempts.retry_after(refusal.failure, refusal.busy)
+
+    def may_wait(self) -> bool:
+        """Say whether to wait a moment, as nobody is there to go on with an answer.
+
+        A worker that was killed is often started again by whoever looks after it.
+        """
+        if self.rescue is None or not self.attempts.some_left:
+            return False
+        self.waited += WAIT
+        return self.waited <= self.config.retry.patience
+
+    def _ask_for_all(self) -> bool:
+        """Have the last worker begin anew; False if it has done so."""
+        assert self.rescue is not None, self
+        if self.begun:
+            return self.rescue.ask_for_all()
+        self.rescue = None  # it need not even say the same
+        return True
+
+    def give_up(self) -> web.Response:
+        """Tell the client what nobody could make up for.
+
+        Raises:
+            ProxyError: that is one, or the client has a part of an answer already.
+        """
+        if self.lost is not None and (self.begun or self.rescue is not None):
+            raise self.lost  # a refusal to go on is nothing that the client asked for
+        assert self.last is not None, self
+        if isinstance(self.last.told, ProxyError):
+            raise self.last.told
+        self.record.outcome = "refused"
+        return self.last.told
+
+    def break_off(self, error: ProxyError) -> web.StreamResponse:
+        """End an answer that has begun and cannot be completed."""
+        assert self.delivery is not None, self
+        return self.delivery.break_off(error)
+
+    def drop_client(self) -> web.StreamResponse:
+        """Hang up on a client that does not read."""
+        assert isinstance(self.delivery, Stream), self
+        return self.delivery.drop()
 
     def settle_blame(self, worker: Worker) -> None:
         """Settle whose fault a 5xx was, now that somebody has done better."""
-        model = self.pool.model
+        model = self.attempts.pool.model
         for culprit in self.attempts.succeeded():
             culprit.breaker_of(model).record(Verdict.FAILURE)
         if model in worker.model_breakers:

@@ -41,6 +41,7 @@ class Incoming:
         self._grace = config.timeouts.body
         self._waited = 0.0
         self.size = 0
+        self.fallbacks: tuple[str, ...] = ()  # models that the client names itself
         self._kept: list[bytes] = []
         self._scanner = fields.FieldScanner()
         self._found = self._scanner.found
@@ -66,6 +67,17 @@ class Incoming:
         if self.complete and self._found is self._scanner.found:
             fields.check_json(b"".join(self._kept))
         self._check_types()
+        if self.complete and "fallbacks" in self._found:
+            self._take_fallbacks()
+
+    def _take_fallbacks(self) -> None:
+        """Take what is for the hub out of what is for the worker."""
+        self.fallbacks, body = fields.take_names(b"".join(self._kept), "fallbacks")
+        self.size = self.length = len(body)
+        self._kept = [body]
+        self._scanner = fields.FieldScanner()
+        self._scanner.feed(body)
+        self._found = self._scanner.found
 
     @property
     def replayable(self) -> bool:
@@ -167,7 +179,7 @@ class Incoming:
         expected = {"model": ('"n', "a string"), "stream": ("tfn", "a boolean")}
         for name in ("max_tokens", "max_completion_tokens", "n_predict"):
             expected[name] = ("0n", "a number")
-        for name in self.endpoint.arrays:
+        for name in (*self.endpoint.arrays, "fallbacks"):
             expected[name] = ("[", "an array")
         for name, (kinds, what) in expected.items():
             if name in found and found[name].kind not in kinds:

@@ -9,11 +9,15 @@ from typing import NamedTuple
 from gollama_proxy import __version__
 from gollama_proxy.routing.lease import Lease
 from gollama_proxy.settings import Timeouts
+from gollama_proxy.upstream.client import frame
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.upstream.relay import Relay, frame
+from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Endpoint
+
+# Seconds between two looks whether somebody should take over.
+LOOK = 1.0
 
 
 class Outgoing(NamedTuple):
@@ -31,6 +35,7 @@ class Patience(NamedTuple):
 
     allowance: float  # seconds
     somebody_else: Callable[[], bool]
+    hopeless: Callable[[], bool]  # the worker is known to be out by now
 
 
 class Attempt:
@@ -72,6 +77,11 @@ class Attempt:
         if self._upload is not None:
             self._upload.cancel()
             await asyncio.wait([self._upload])
+
+    @property
+    def connected(self) -> bool:
+        """Whether a worker may have seen anything of the request."""
+        return self._connection is not None
 
     async def send(self, request: Outgoing, patience: Patience | None = None) -> Relay:
         """Send the request and wait for the first bytes of its answer.
@@ -127,15 +137,22 @@ class Attempt:
         return relay
 
     async def _wait(self, relay: Relay, patience: Patience | None) -> None:
-        """Wait within the allowance, and beyond it only if there is nobody else."""
-        try:
-            async with asyncio.timeout(patience.allowance if patience else None):
-                await relay.opened()
-        except TimeoutError:
-            if patience is None or patience.somebody_else():
-                text = f"Worker {self._lease.worker} was too slow to begin."
-                raise WorkerError(Code.WORKER_SLOW, text) from None
+        """Wait within the allowance, and beyond it only while there is nobody else."""
+        if patience is None:
             await relay.opened()
+            return
+        until = self._clock() + patience.allowance
+        while True:
+            left = until - self._clock()
+            try:
+                async with asyncio.timeout(min(left, LOOK) if left > 0 else LOOK):
+                    await relay.opened()
+                return
+            except TimeoutError:
+                overdue = self._clock() >= until or patience.hopeless()
+                if overdue and patience.somebody_else():
+                    text = f"Worker {self._lease.worker} was too slow to begin."
+                    raise WorkerError(Code.WORKER_SLOW, text) from None
 
     def _head(self, request: Outgoing) -> bytes:
         origin = self._pool.worker.origin

@@ -16,50 +16,29 @@ last kilobytes when it has ended.
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from collections.abc import Callable
 
 from gollama_proxy.routing.lease import Lease
+from gollama_proxy.upstream.client import (
+    Client,
+    ClientStalledError,
+    ToldError,
+    frame,
+)
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.transcript import Transcript
 
 # What may be held before the first event is complete; then it goes on as it is.
 HOLD_LIMIT = 256 << 10
 # What a client may leave unread in the hub before its worker is paused.  It is the
 # high-water mark of the transport, below which `drain` would not wait.
 WRITE_BUFFER = 64 << 10
-_TAIL_CHUNKS = 8
+_TAIL_CHUNKS = 16
 _TAIL_KEPT = 6
 _COLON = ord(":")
-_LINGER_ZERO = struct.pack("ii", 1, 0)
-
-
-class Client(NamedTuple):
-    """Where the bytes go: what a relay needs of a client's connection."""
-
-    transport: asyncio.WriteTransport
-    drain: Callable[[], Awaitable[None]]
-    chunked: bool  # frame each write as a chunk
-
-    def write(self, data: bytes) -> None:
-        """Queue bytes of the hub's own; without effect once the client is gone."""
-        if not self.transport.is_closing():
-            self.transport.write(frame(data) if self.chunked else data)
-
-    def reset(self) -> None:
-        """Hang up with RST: without chunks and length, FIN says that all is well."""
-        sock = self.transport.get_extra_info("socket")
-        if sock is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
-        self.transport.abort()
-
-
-class ClientStalledError(Exception):
-    """The client did not read for too long."""
 
 
 class Relay:
@@ -75,11 +54,14 @@ class Relay:
         "_ending",
         "_error",
         "_held",
+        "_kept",
         "_lease",
         "_marked",
+        "_noted",
         "_progress_at",
         "_seen",
         "_tail",
+        "_transcript",
         "_wakeup",
         "_worker",
         "_write",
@@ -116,6 +98,11 @@ class Relay:
         self._clock = clock
         self._held: list[bytes] = []
         self._tail: list[bytes] = []  # of chunks, framed
+        self._noted = 0  # how many of them are in the transcript
+        self._kept = 0  # bytes that may be kept in the transcript
+        self._transcript: Transcript | None = (
+            None  # of what is not in the tail any more
+        )
         self._marked = False  # the end was announced, long before it came
         self._chunked = False
         self._write: Callable[[bytes], None] = _ignore
@@ -137,10 +124,10 @@ class Relay:
     # --- Until the first bytes are known ------------------------------------------
 
     async def opened(self) -> None:
-        """Wait for the status and the first bytes of the body, or its first event.
+        """Wait for the status and the first bytes, of a stream those with content.
 
         Raises:
-            WorkerError: the worker was lost before, or sent no HTTP.
+            WorkerError: the worker was lost before, sent no HTTP, or ended too early.
         """
         while self.opened_at is None and not self._ended and self._error is None:
             await self._sleep()
@@ -148,6 +135,8 @@ class Relay:
             self.opened_at = self._clock()
             if self._error is not None:
                 raise self._error
+            if self._tells_all and not any(sse.judge(self._all_held, self._ending)):
+                raise self._incomplete()
 
     @property
     def spares_connection(self) -> bool:
@@ -162,16 +151,20 @@ class Relay:
         values = [v for name, v in self.headers if name.lower() == wanted]
         return values[-1].lower() if values else b""
 
+    @property
+    def _all_held(self) -> bytes:
+        return b"".join(self._held)
+
     def held_body(self) -> bytes | None:
         """Give the whole body where the answer has ended already, else None."""
-        return b"".join(self._held) if self._ended else None
+        return self._all_held if self._ended else None
 
     def early_error(self) -> sse.EventError | None:
         """Read the error that a stream began with: it should have been a status."""
         if not self.is_event_stream:
             return None
-        data = sse.first_data(b"".join(self._held))
-        return None if data is None else sse.error_in(data)
+        told = map(sse.error_in, sse.events_in(self._all_held))
+        return next((error for error in told if error is not None), None)
 
     async def whole(self) -> None:
         """Wait until a short answer, such as an error, has come completely.
@@ -191,8 +184,8 @@ class Relay:
 
     # --- The fast lane ------------------------------------------------------------
 
-    async def run(self, client: Client, write_timeout: float) -> None:
-        """Pass the answer on until it has ended.
+    async def run(self, client: Client, write_timeout: float, keep: int = 0) -> None:
+        """Pass the answer on until it has ended, and remember `keep` bytes of it.
 
         A stream that lacks its `[DONE]` but has a finish_reason gets it.
 
@@ -201,8 +194,10 @@ class Relay:
             ClientStalledError: the client did not read for `write_timeout` seconds.
         """
         self._chunked = client.chunked
-        self._write = client.transport.write
-        self._buffered = client.transport.get_write_buffer_size
+        self._write = client.write
+        self._buffered = client.buffered
+        self._kept = keep
+        self._transcript = Transcript() if keep else None
         self.body_received = self._forward
         self.chunk_received = self._forward_chunk
         self.headers = []  # not needed any more, in what may last for minutes
@@ -217,17 +212,24 @@ class Relay:
         self.body_received = self.chunk_received = _ignore
         self._finish(client)
 
-    def check(self, now: float, gap: float, silence: float) -> None:
+    def check(self, now: float, gap: float, silence: float) -> float:
         """Look whether the answer goes on; called about once a second.
 
-        While the client is the one who blocks, the clocks stand still.
+        While the client is the one who blocks, the clocks stand still.  Returns for
+        how many seconds nothing was heard.
         """
         if self._blocked or self.events != self._seen or not self._progress_at:
             self._seen, self._progress_at = self.events, now
-        elif self.is_event_stream and now - self._progress_at > gap:
+        silent = now - max(self._lease.heard_at, self._progress_at)
+        if self.is_event_stream and now - self._progress_at > gap:
             self._stall(f"no event for {gap:g} s")
-        elif now - max(self._lease.heard_at, self._progress_at) > silence:
+        elif silent > silence:
             self._stall(f"no byte for {silence:g} s")
+        return silent
+
+    def abandon(self) -> None:
+        """Give up on a worker that is known to be out."""
+        self._stall("the worker is down")
 
     def _stall(self, reason: str) -> None:
         text = f"Worker {self._worker} stopped in the middle of its answer."
@@ -244,9 +246,7 @@ class Relay:
 
     def _finish(self, client: Client) -> None:
         """Judge the end of the answer, and add what a complete one may lack."""
-        if self._ending is Ending.BODY or not (
-            self.is_event_stream and self.status == 200
-        ):
+        if not self._tells_all:
             if self._error is not None:
                 raise self._error
             return
@@ -258,12 +258,19 @@ class Relay:
             if verdict.failed:
                 text = "The worker ended the answer with an error."
                 raise ToldError(Code.WORKER_INCOMPLETE, text)
-            raise self._error or WorkerError(
-                Code.WORKER_INCOMPLETE,
-                f"Worker {self._worker} ended the answer before it was complete.",
-            )
+            raise self._error or self._incomplete()
         if self._ending is Ending.DONE and (rest or not verdict.done):
-            client.write(sse.DONE.removeprefix(rest))
+            client.send(sse.DONE.removeprefix(rest))
+
+    @property
+    def _tells_all(self) -> bool:
+        """Whether this is a stream that says itself when it is complete."""
+        streams = self.is_event_stream and self.status == 200
+        return streams and self._ending is not Ending.BODY
+
+    def _incomplete(self) -> WorkerError:
+        text = f"Worker {self._worker} ended the answer before it was complete."
+        return WorkerError(Code.WORKER_INCOMPLETE, text)
 
     @property
     def told_all(self) -> bool:
@@ -275,6 +282,14 @@ class Relay:
     def tokens(self) -> int:
         """How many tokens came, as the worker counted them, else by events."""
         return sse.generated_tokens(self.tail) or self.events
+
+    def relayed(self) -> bytes | None:
+        """Give all that was passed on; None if that was more than was to be kept."""
+        transcript, self._transcript = self._transcript, None
+        if transcript is None or self.bytes > self._kept:
+            return None
+        transcript.add(self._tail[self._noted :])
+        return transcript.body()
 
     @property
     def tail(self) -> bytes:
@@ -293,12 +308,12 @@ class Relay:
     def _hold(self, data: bytes) -> None:
         self._lease.heard_at = self._clock()
         self._held.append(data)
-        held = b"".join(self._held)
+        held = self._all_held
         if len(held) > HOLD_LIMIT:
             self._connection.pause_reading()
             self._blocked = True  # until `run` has made room
             self._wake()
-        elif self.is_event_stream and sse.first_data(held) is None:
+        elif self.is_event_stream and not sse.opens(held, self._ending):
             return
         self._open()
 
@@ -336,6 +351,10 @@ class Relay:
 
     def _cut_tail(self) -> None:
         """Let go of what is too old to be of use for judging the end."""
+        if self._transcript is not None:
+            self._transcript.add(self._tail[self._noted :])
+            if self.bytes > self._kept:
+                self._transcript = None
         if self._ending is not Ending.DONE:  # a mark may have a long event behind it
             self._marked = self._marked or sse.judge(self.tail, self._ending).complete
         recent = self._tail[-_TAIL_KEPT:]
@@ -343,6 +362,7 @@ class Relay:
             self._tail = recent
         else:  # tiny ones, or huge ones
             self._tail = [frame(self.tail[-sse.TAIL :])]
+        self._noted = len(self._tail)
 
     def _block(self) -> None:
         if not self._blocked:
@@ -380,15 +400,6 @@ class Relay:
     def _wake(self) -> None:
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
-
-
-class ToldError(WorkerError):
-    """A broken answer whose client has the worker's own error event already."""
-
-
-def frame(data: bytes) -> bytes:
-    """Frame data as one chunk (RFC 9112, 7.1)."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def _ignore(*body: object) -> None:

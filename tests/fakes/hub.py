@@ -121,7 +121,8 @@ async def running_hub(
     variables = {
         "GOLLAMA_JWT_SECRET": SECRET,
         "GOLLAMA_RETRY_ATTEMPTS": "1",
-        "GOLLAMA_UPSTREAM_ASSEMBLE": "false",
+        "GOLLAMA_RESCUE_ENABLED": "false",
+        "GOLLAMA_UPSTREAM_ASSEMBLE": "",
     }
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = _spelled(value)

@@ -1,0 +1,205 @@
+"""When nobody of a model can answer, the models behind it do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests.fakes.client import Response
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.replies import error_reply, loading
+from tests.fakes.script import Script, chat_stream, expect_eof, reset, send
+from tests.fakes.worker import ScriptedWorker
+
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
+STREAM = BODY | {"stream": True}
+
+
+@asynccontextmanager
+async def family(
+    **settings: Any,
+) -> AsyncIterator[tuple[ScriptedWorker, ScriptedWorker, ScriptedWorker, RunningHub]]:
+    """Run a hub with a big, a medium and a small model, and as many workers."""
+    settings = {
+        "models__fallbacks": "big=medium|small",
+        "retry__attempts": 2,
+        "health__interval": 3600,
+        **settings,
+    }
+    async with (
+        ScriptedWorker("big") as big,
+        ScriptedWorker("medium") as medium,
+        ScriptedWorker("small") as small,
+        running_hub(big, medium, small, **settings) as hub,
+    ):
+        yield big, medium, small, hub
+
+
+def answered(response: Response, worker: ScriptedWorker, attempts: int) -> bool:
+    """Check that this is an answer of that worker, which says its own model's name."""
+    assert response.status == 200, response.body
+    assert response.header("x-gollama-worker") == worker.name
+    assert response.header("x-gollama-attempts") == str(attempts)
+    assert f'"model":"{worker.models[0]}"'.encode() in response.body
+    return True
+
+
+FAULTS: dict[str, Script] = {
+    "reset": (reset(),),
+    "loading": (send(loading()),),
+    "429": (send(error_reply(429, "later", "rate_limit_error")),),
+    "500": (send(error_reply(500, "oh")),),
+    "401": (send(error_reply(401, "no", "authentication_error")),),
+}
+
+
+@pytest.mark.parametrize("payload", [BODY, STREAM], ids=["whole", "stream"])
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_fallback_answers_when_the_attempts_are_used_up(
+    fault: str, payload: dict[str, Any]
+) -> None:
+    async with family(retry__patience=0) as (big, medium, small, hub):
+        big.default(*FAULTS[fault])
+        again = 2 if fault in ("reset", "500") else 1
+        response = await hub.post(CHAT, payload | {"model": "big"})
+        assert answered(response, medium, again + 1)
+        assert len(big.requests) == again
+        assert medium.requests[0].json() == payload | {"model": "medium"}
+        assert not small.requests
+
+
+async def test_a_fallback_answers_when_nobody_is_there() -> None:
+    async with family() as (big, medium, small, hub):
+        await big.down()
+        await medium.down()
+        response = await hub.post(CHAT, BODY | {"model": "big"})
+        assert answered(response, small, 3)
+
+
+async def test_a_model_that_nobody_was_seen_to_serve_has_its_fallback() -> None:
+    """Its machine was off when the hub was started."""
+    async with (
+        ScriptedWorker("big", up=False) as big,
+        ScriptedWorker("small") as small,
+        running_hub(big, small, models__fallbacks="big=small") as hub,
+    ):
+        response = await hub.post(CHAT, BODY | {"model": "big"})
+        assert answered(response, small, 1)
+
+
+async def test_a_fallback_takes_over_when_the_first_token_is_overdue() -> None:
+    async with family(timeouts__allowance=0.05) as (big, medium, _, hub):
+        big.script(expect_eof())
+        response = await hub.post(CHAT, STREAM | {"model": "big"})
+        assert answered(response, medium, 2)
+        await big.idle()
+
+
+async def test_fallbacks_are_not_paid_from_the_budget() -> None:
+    async with family(retry__ratio=0, retry__floor=0) as (big, medium, small, hub):
+        big.default(reset())
+        medium.script(reset())
+        response = await hub.post(CHAT, BODY | {"model": "big"})
+        assert answered(response, medium, 3)
+        assert not small.requests
+
+
+async def test_what_would_be_the_same_everywhere_does_not_fall_back() -> None:
+    async with family() as (big, medium, small, hub):
+        big.script(send(error_reply(400, "no", "invalid_request_error")))
+        response = await hub.post(CHAT, BODY | {"model": "big"})
+        assert response.status == 400
+        assert not medium.requests
+        assert not small.requests
+
+
+async def test_a_prompt_that_is_too_long_goes_to_a_fallback_with_more_context() -> None:
+    async with (
+        ScriptedWorker("big", n_ctx=1024) as big,
+        ScriptedWorker("tight", n_ctx=1024) as tight,
+        ScriptedWorker("long", n_ctx=4096) as long,
+        running_hub(big, tight, long, models__fallbacks="big=tight|long") as hub,
+    ):
+        big.default(send(error_reply(400, "no", "exceed_context_size_error")))
+        response = await hub.post(CHAT, BODY | {"model": "big"})
+        assert answered(response, long, 2)
+        assert not tight.requests
+
+
+async def test_when_nobody_can_the_last_refusal_is_told() -> None:
+    async with family() as (*workers, hub):
+        for worker in workers:
+            worker.default(send(error_reply(429, f"of {worker.models[0]}")))
+        response = await hub.post(CHAT, BODY | {"model": "big"})
+        assert response.status == 429
+        assert response.json()["error"]["message"] == "of small"
+
+
+# --- The client's own wishes ------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload", [BODY, STREAM], ids=["whole", "stream"])
+async def test_a_request_may_name_its_own(payload: dict[str, Any]) -> None:
+    """They come in place of the configured ones; the worker does not see them."""
+    async with family() as (big, medium, small, hub):
+        big.default(reset())
+        wished = payload | {"model": "big", "fallbacks": ["small"]}
+        assert answered(await hub.post(CHAT, wished), small, 3)
+        assert small.requests[0].json() == payload | {"model": "small"}
+        assert "fallbacks" not in big.requests[0].json()
+        assert not medium.requests
+
+
+async def test_a_token_that_does_not_allow_a_fallback_does_not_get_it() -> None:
+    async with family() as (big, medium, small, hub):
+        big.default(reset())
+        token = hub.token(models=["big", "small"])
+        configured = await hub.post(CHAT, BODY | {"model": "big"}, token)
+        assert answered(configured, small, 3)
+        wished = BODY | {"model": "big", "fallbacks": ["medium"]}
+        assert (await hub.post(CHAT, wished, token)).status == 502
+        assert not medium.requests
+
+
+@pytest.mark.parametrize(
+    "wished", ["small", 7, {"a": 1}, [1], [["small"]], ["x"] * 9, [None]], ids=str
+)
+async def test_bad_wishes_are_refused(wished: Any) -> None:
+    async with family() as (big, _, _, hub):
+        response = await hub.post(CHAT, BODY | {"model": "big", "fallbacks": wished})
+        assert response.status == 400
+        assert response.json()["error"]["param"] == "fallbacks"
+        assert not big.requests
+
+
+async def test_nothing_but_the_wishes_is_taken_out_of_a_body() -> None:
+    body = {"fallbacks": ["small"], "model": "big", "é": [1.50, "\u2028"], **BODY}
+    async with family() as (big, _, _, hub):
+        await hub.post(CHAT, json.dumps(body, ensure_ascii=False).encode())
+        del body["fallbacks"]
+        assert big.requests[0].json() == body
+
+
+async def test_an_alias_may_have_a_fallback_and_be_one() -> None:
+    async with family(
+        models__aliases="huge=big,tiny=small", models__fallbacks="huge=tiny"
+    ) as (big, _, small, hub):
+        big.default(reset())
+        assert answered(await hub.post(CHAT, BODY | {"model": "huge"}), small, 3)
+
+
+# --- What is told about it --------------------------------------------------------
+
+
+async def test_a_fallback_shows_in_the_metrics() -> None:
+    async with family(metrics__open=True) as (big, medium, _, hub):
+        big.default(reset())
+        medium.script(*chat_stream(["a"], model="medium"))
+        await hub.post(CHAT, STREAM | {"model": "big"})
+        page = (await hub.get("/metrics")).body.decode()
+    assert 'gollama_fallbacks_total{fallback="medium",model="big"} 1.0' in page
