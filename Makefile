@@ -7,6 +7,8 @@ STAMP   := $(VENV)/.installed
 # Empty: two llama-servers with a small real model are started as workers.
 WORKERS ?=
 PORT    ?= 8000
+# Another checkout, whose hub `make bench` is to measure beside this one.
+BEFORE  ?=
 # Ruff has no setup.cfg reader, so its settings are here.
 RUFF    := $(BIN)/ruff
 RUFF_OPTIONS := --isolated --line-length 88 --target-version py311
@@ -14,7 +16,7 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
-.PHONY: help install run test cov lint types format bench clean
+.PHONY: help install run test cov lint types format soak bench bench-faults clean
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -22,7 +24,10 @@ help:
 	@echo "make cov      the same, with branch coverage"
 	@echo "make lint     ruff and the import contracts"
 	@echo "make types    mypy, strict"
+	@echo "make soak     20,000 requests with faults, after which nothing may be left"
 	@echo "make bench    cost per relayed token beside nginx and a plain aiohttp proxy"
+	@echo "              (or BEFORE=DIR: beside the hub of another checkout)"
+	@echo "make bench-faults  what a stopped worker costs the clients of the others"
 	@echo "make format   let ruff reformat"
 	@echo "make clean    remove the virtual environment and caches"
 
@@ -65,8 +70,14 @@ format: $(STAMP)
 	$(RUFF) format $(RUFF_OPTIONS) $(SOURCES)
 	$(RUFF) check --fix --select I $(RUFF_OPTIONS) $(SOURCES)
 
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak
+
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.relay
+	$(BIN)/python -m benchmarks.relay $(if $(BEFORE),--before "$(BEFORE)")
+
+bench-faults: $(STAMP)
+	$(BIN)/python -m benchmarks.faults
 
 clean:
 	rm -rf $(VENV) build *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis

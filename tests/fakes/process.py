@@ -1,4 +1,4 @@
-"""A hub in a process of its own, so that its memory can be measured."""
+"""A hub in a process of its own, so that its memory and its files can be counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import psutil
 from tests.fakes.client import DEADLINE, Wire, request_head
 from tests.fakes.hub import SECRET, mint
 
+_MERE_NEWS = re.compile(rb"\S+Z (?:debug|info|warning) ")
+
 
 class HubProcess:
     """What a test holds of such a hub."""
 
     def __init__(self, pid: int, port: int) -> None:
         self.port = port
+        self.complaints: deque[str] = deque(maxlen=1000)  # what it logs beyond warnings
         self._process = psutil.Process(pid)
 
     def __repr__(self) -> str:
@@ -30,6 +34,21 @@ class HubProcess:
     def resident(self) -> int:
         """Return the bytes of memory that it has now."""
         return int(self._process.memory_info().rss)
+
+    def descriptors(self) -> int:
+        """Return the number of files and sockets that it has open now."""
+        return int(self._process.num_fds())
+
+    async def metrics(self) -> str:
+        async with await Wire.connect("127.0.0.1", self.port) as wire:
+            await wire.get("/metrics", mint(sub="alice"))
+            return (await wire.read_response()).body.decode()
+
+    async def listen_to(self, stderr: asyncio.StreamReader) -> None:
+        """Read its log, or it would wait for a reader in the end."""
+        async for line in stderr:
+            if not _MERE_NEWS.match(line):
+                self.complaints.append(line.decode().rstrip())
 
     async def open(
         self,
@@ -72,20 +91,23 @@ class HubProcess:
 
 
 @contextlib.asynccontextmanager
-async def hub_process(url: str, **settings: Any) -> AsyncIterator[HubProcess]:
-    """Run `gollama-proxy serve` with one worker, and wait until it is ready."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
-    environ |= {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_SERVER_DRAIN": "0"}
+async def hub_process(
+    *urls: str, environ: Mapping[str, str] | None = None, **settings: Any
+) -> AsyncIterator[HubProcess]:
+    """Run `gollama-proxy serve` with these workers, and wait until it is ready."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    variables |= {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_SERVER_DRAIN": "0"}
     for name, value in settings.items():
-        environ[f"GOLLAMA_{name.replace('__', '_').upper()}"] = str(value)
+        variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = str(value)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gollama_proxy"),
-        *("serve", "--port", "0", "--worker", url),
+        *(sys.executable, "-m", "gollama_proxy", "serve", "--port", "0"),
+        *(argument for url in urls for argument in ("--worker", url)),
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
-        env=environ,
+        env=variables | dict(environ or {}),
         cwd=Path(__file__).parent.parent.parent,
     )
+    listening: asyncio.Task[None] | None = None
     try:
         assert process.stderr is not None
         output = b""
@@ -95,6 +117,9 @@ async def hub_process(url: str, **settings: Any) -> AsyncIterator[HubProcess]:
                 assert line, f"the hub did not start:\n{output.decode()}"
                 output += line
             hub = HubProcess(process.pid, int(match[1]))
+            listening = asyncio.create_task(
+                hub.listen_to(process.stderr), name="fake reader of a log"
+            )
             await _ready(hub)
         yield hub
     finally:
@@ -102,7 +127,9 @@ async def hub_process(url: str, **settings: Any) -> AsyncIterator[HubProcess]:
             process.terminate()
         try:
             async with asyncio.timeout(DEADLINE):
-                await process.communicate()
+                if listening is not None:
+                    await listening  # to the end of the log
+                await process.wait()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

@@ -90,6 +90,12 @@ async def pause(exchange: Exchange, seconds: float) -> None:
 
 
 @_step
+async def give_way(exchange: Exchange) -> None:
+    """Let everybody else have a turn of the event loop."""
+    await asyncio.sleep(0)
+
+
+@_step
 async def stall(exchange: Exchange) -> None:
     """Do nothing until the peer hangs up."""
     await exchange.unless_hung_up(asyncio.get_running_loop().create_future())

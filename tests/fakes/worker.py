@@ -88,6 +88,10 @@ class ScriptedWorker:
         return f"http://{self.name}"
 
     @property
+    def listening(self) -> bool:
+        return self._server is not None
+
+    @property
     def open(self) -> int:
         """Count the connections that exist now."""
         return len(self._open)
