@@ -79,6 +79,7 @@ class Client(asyncio.Protocol):
         self._tally = tally
         self._parser = httptools.HttpResponseParser(self)
         self._over = False
+        self.flaw = ""  # why it is not complete, once it has ended
         loop = asyncio.get_running_loop()
         self.started: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
@@ -105,7 +106,7 @@ class Client(asyncio.Protocol):
     def _end(self, flaw: str = "") -> None:
         if self._over:
             return
-        self._over = True
+        self._over, self.flaw = True, flaw
         self._tally.open -= 1
         if flaw:
             self._tally.broken[flaw] += 1

@@ -15,8 +15,9 @@ from typing import Any
 
 import psutil
 
+from benchmarks.children import BenchmarkError, last_words, spawn
 from benchmarks.load import Job
-from benchmarks.proxies import BenchmarkError, Proxy, last_words, spawn
+from benchmarks.proxies import Proxy
 
 WARM_UP = 2.0
 REQUEST_CLIENTS = 32

@@ -1,42 +1,40 @@
-"""The proxies that are measured, and how any child process is started and ended."""
+"""The proxies that are measured: how each is started, and what it has used up."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import ctypes
+import functools
 import os
+import re
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import jwt
 import psutil
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.children import (
+    ROOT,
+    BenchmarkError,
+    free_port,
+    inherited,
+    spawn,
+    until_answered,
+)
+
 # Debian keeps nginx where only root's PATH looks.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
-GRACE = 5.0
-READY_WITHIN = 15.0
-
-
-class BenchmarkError(Exception):
-    """Why there is no result; the text is for the person who ran the benchmark."""
-
-
-# --- The proxies ------------------------------------------------------------------
 
 
 class Proxy:
     """A proxy in front of one worker; a subclass says how it is started."""
 
     name = ""
+    checkout = ROOT  # where Python finds its modules
 
     def __init__(self, worker_port: int, folder: Path) -> None:
         self.port = free_port()
@@ -58,7 +56,8 @@ class Proxy:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run the proxy, ready for requests, while the context lasts."""
-        async with spawn(self.command(), self.log, self.environment()) as child:
+        command, environment = self.command(), self.environment()
+        async with spawn(command, self.log, environment, self.checkout) as child:
             await until_answered(self.port, self.bearers[0], child, self.log)
             process = psutil.Process(child.pid)
             self._processes = [process, *process.children(recursive=True)]
@@ -74,18 +73,18 @@ class Proxy:
 
 
 class Hub(Proxy):
-    """This repository's hub as it comes, with authentication."""
+    """The hub of a checkout, this one or another, as it comes: with authentication."""
 
     name = "gollama_proxy"
 
     def __init__(self, worker_port: int, folder: Path) -> None:
         super().__init__(worker_port, folder)
-        self._secret = secrets.token_hex(32)
+        self.secret = secrets.token_hex(32)
         self.bearers = [self._mint(f"user-{number}") for number in range(16)]
 
     def _mint(self, subject: str) -> str:
         claims = {"sub": subject, "exp": int(time.time()) + 86_400}
-        return jwt.encode(claims, self._secret, algorithm="HS256")
+        return jwt.encode(claims, self.secret, algorithm="HS256")
 
     def command(self) -> list[str]:
         worker = f"http://127.0.0.1:{self.worker_port}"
@@ -93,12 +92,59 @@ class Hub(Proxy):
         return [sys.executable, "-m", "gollama_proxy", *serve]
 
     def environment(self) -> dict[str, str]:
-        # A short request is to cost what passing it on costs: from a worker at a fixed
-        # pace, an answer that is assembled would take as long as its stream.
-        return {
-            "GOLLAMA_JWT_SECRET": self._secret,
-            "GOLLAMA_UPSTREAM_ASSEMBLE": "false",
-        }
+        return {"GOLLAMA_JWT_SECRET": self.secret, **_passing_on(self.checkout)}
+
+
+def before(folder: Path) -> type[Hub]:
+    """Make the kind of proxy that is the hub of another checkout."""
+
+    class Before(Hub):
+        name = "before"
+        checkout = folder
+
+    return Before
+
+
+def _passing_on(checkout: Path) -> dict[str, str]:
+    """Have short requests cost what passing them on costs.
+
+    From a worker at a fixed pace, an answer that is assembled would take as long as its
+    stream.  What can be set depends on how old a hub is, so it is asked.
+    """
+    variable = "GOLLAMA_UPSTREAM_ASSEMBLE"
+    # Its name with the default, the help, what is allowed: a line each.
+    row = re.search(rf"{variable} .*\n.*\n +(.*)", _help(checkout))
+    if row is None:
+        return {}
+    # Else a list of the routes to assemble.
+    return {variable: "false" if row[1] == "true or false" else ""}
+
+
+@functools.cache
+def _help(checkout: Path) -> str:
+    """Have the hub of a checkout tell its settings.
+
+    Raises:
+        BenchmarkError: when it is not that checkout's hub that Python finds.
+    """
+    program = (
+        "import gollama_proxy; from gollama_proxy.cli import main;"
+        "print(gollama_proxy.__file__); main(['serve', '--help'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=checkout,
+        env=inherited(),
+        capture_output=True,
+        text=True,
+    )
+    file, _, told = done.stdout.partition("\n")
+    if not told:
+        why = done.stderr.strip().rpartition("\n")[2]
+        raise BenchmarkError(f"the hub in {checkout} does not start: {why}")
+    if Path(file).resolve().parent != checkout.resolve() / "gollama_proxy":
+        raise BenchmarkError(f"there is no hub in {checkout}: Python finds {file}")
+    return told
 
 
 class Nginx(Proxy):
@@ -177,104 +223,3 @@ class PlainProxy(Proxy):
         worker = f"http://127.0.0.1:{self.worker_port}"
         options = ["--port", str(self.port), "--worker", worker]
         return [sys.executable, "-m", "benchmarks.plain_proxy", *options]
-
-
-# --- Children ---------------------------------------------------------------------
-
-_prctl = getattr(ctypes.CDLL(None), "prctl", None)
-_PR_SET_PDEATHSIG = 1
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this child should its parent be killed (Linux only)."""
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-@contextlib.asynccontextmanager
-async def spawn(
-    command: list[str], log: Path, environment: Mapping[str, str] | None = None
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a child while the context lasts; what it writes to stderr goes to the log."""
-    # The reader's own settings of the hub must not change what is measured.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
-    child = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=_opened(log),
-        cwd=ROOT,
-        env={**inherited, **(environment or {})},
-        start_new_session=True,
-        preexec_fn=_end_with_parent,
-    )
-    try:
-        yield child
-    finally:
-        await _end(child)
-
-
-def _opened(log: Path) -> int:
-    return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-
-async def _end(child: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        child.terminate()
-    try:
-        async with asyncio.timeout(GRACE):
-            await child.wait()
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        await child.wait()
-
-
-async def until_answered(
-    port: int, bearer: str, child: asyncio.subprocess.Process, log: Path
-) -> None:
-    """Wait until a chat completion is answered with 200.
-
-    Raises:
-        BenchmarkError: when it ended, or was not ready in time.
-    """
-    request = (
-        "POST /v1/chat/completions HTTP/1.1\r\n"
-        f"Host: 127.0.0.1:{port}\r\n"
-        f"Authorization: Bearer {bearer}\r\n"
-        "Content-Type: application/json\r\nConnection: close\r\n"
-        "Content-Length: 71\r\n\r\n"
-        '{"model": "paced", "messages": [{"role": "user", "content": "Ready?"}]}'
-    )
-    status = b"no answer"
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(READY_WITHIN):
-            while child.returncode is None:
-                with contextlib.suppress(OSError):
-                    status = await _status(port, request.encode())
-                if status.startswith(b"HTTP/1.1 200 "):
-                    return
-                await asyncio.sleep(0.1)
-    what = "is not ready" if child.returncode is None else "ended"
-    raise BenchmarkError(f"{log.stem} {what}: {status.decode()}; {last_words(log)}")
-
-
-async def _status(port: int, request: bytes) -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(request)
-        return (await reader.readline()).strip()
-    finally:
-        writer.close()
-
-
-def last_words(log: Path) -> str:
-    """Return the end of what a child wrote to stderr."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return "\n".join(lines[-5:]) or "no word on stderr"
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]

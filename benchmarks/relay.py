@@ -2,6 +2,8 @@
 
     python -m benchmarks.relay            CPU time per token and per short request
     python -m benchmarks.relay --many     4,000 streams at once through one hub
+    python -m benchmarks.relay --before DIR
+                                          the hub beside that of another checkout
 
 Everything runs on this machine, and only on its loopback interface: a worker that
 streams at a fixed pace, the proxies, and the clients, each in its own process.  The
@@ -32,6 +34,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.children import BenchmarkError, free_port, spawn, until_answered
 from benchmarks.measure import (
     REQUEST_CLIENTS,
     REQUEST_SECONDS,
@@ -43,16 +46,8 @@ from benchmarks.measure import (
     stream_job,
 )
 from benchmarks.paced_worker import SLOTS
-from benchmarks.proxies import (
-    BenchmarkError,
-    Hub,
-    Nginx,
-    PlainProxy,
-    Proxy,
-    free_port,
-    spawn,
-    until_answered,
-)
+from benchmarks.proxies import Hub, Nginx, PlainProxy, Proxy, before
+from benchmarks.report import mebibytes, signed_spread, spread, table
 
 PROXIES: dict[str, type[Proxy]] = {"hub": Hub, "nginx": Nginx, "plain": PlainProxy}
 MEMORY_GOAL = 150 << 20
@@ -73,12 +68,10 @@ class Result:
 async def compare(options: argparse.Namespace, console: Console) -> None:
     """Measure the proxies in turns and print what they cost."""
     streams, rate, seconds = options.streams, options.rate, options.seconds
-    kinds = [PROXIES[name] for name in options.proxy or PROXIES]
+    kinds = options.kinds
     results = {kind: Result(kind.name) for kind in kinds}
     async with _running(kinds, rate) as proxies:
         for turn in range(options.rounds):
-            first = turn % len(proxies)
-            proxies = proxies[first:] + proxies[:first]
             with console.status(f"round {turn + 1} of {options.rounds}"):
                 for proxy in proxies:
                     job = stream_job(proxy, streams, rate, seconds)
@@ -89,6 +82,7 @@ async def compare(options: argparse.Namespace, console: Console) -> None:
                         proxy, request_job(proxy), REQUEST_WARM_UP, REQUEST_SECONDS
                     )
                     results[type(proxy)].requests.append(sample)
+            proxies = [*proxies[1:], proxies[0]]
     _print_comparison(results, options, console)
 
 
@@ -103,13 +97,13 @@ async def many(options: argparse.Namespace, console: Console) -> None:
     if sample.peak < streams:
         raise BenchmarkError(f"only {sample.peak:,} streams were open at once")
     held = "under" if sample.memory < MEMORY_GOAL else "OVER"
-    goal = _mebibytes(MEMORY_GOAL)
+    goal = mebibytes(MEMORY_GOAL)
     per_stream = (sample.memory - idle) / streams / 1024
     lines = [
         f"{sample.peak:,} streams of {rate:g} tokens/s, all open at once",
         f"{streams * job.max_tokens:,} tokens, all arrived",
-        f"{_mebibytes(sample.memory)} of memory, {held} the goal of {goal}",
-        f"  {_mebibytes(idle)} when idle, {per_stream:.1f} KiB per stream",
+        f"{mebibytes(sample.memory)} of memory, {held} the goal of {goal}",
+        f"  {mebibytes(idle)} when idle, {per_stream:.1f} KiB per stream",
         f"{sample.microseconds:.1f} µs of CPU time per token",
         f"{sample.rate:,.0f} tokens per second",
     ]
@@ -150,51 +144,58 @@ def _print_comparison(
         highlight=False,
     )
     nginx = results.get(Nginx)
-    tokens = _table(f"{streams} streams of {rate:g} tokens/s", "µs per token")
-    requests = _table(
+    tokens = _cost_table(f"{streams} streams of {rate:g} tokens/s", "µs per token")
+    requests = _cost_table(
         f"{REQUEST_CLIENTS} clients with short requests", "µs per request"
     )
     for result in results.values():
-        for table, samples, base, digits in (
+        for costs, samples, base, digits in (
             (tokens, result.tokens, nginx.tokens if nginx else [], 1),
             (requests, result.requests, nginx.requests if nginx else [], 0),
         ):
-            table.add_row(
+            costs.add_row(
                 result.name,
-                _spread([sample.microseconds for sample in samples], digits),
+                spread([sample.microseconds for sample in samples], digits),
                 _ratios(samples, base),
                 f"{median(sample.rate for sample in samples):,.0f}",
-                _mebibytes(max(sample.memory for sample in samples)),
+                mebibytes(max(sample.memory for sample in samples)),
             )
     console.print("", tokens, "", requests, sep="\n")
-    for result in results.values():
+    for kind, result in results.items():
+        if issubclass(kind, Hub) and kind is not Hub:
+            _print_difference(results[Hub], result, kind.checkout, console)
         _warn_of_pace(result.name, result.tokens, streams * rate, console)
 
 
-def _table(title: str, cost: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("", min_width=13)
-    for heading in (cost, "nginx = 1", "per second", "memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.columns[1].min_width = table.columns[2].min_width = 18
-    return table
+def _print_difference(
+    hub: Result, before: Result, checkout: Path, console: Console
+) -> None:
+    console.print(
+        f"\n{hub.name} - {before.name} ({checkout}), round by round:\n"
+        f"  {_differences(hub.tokens, before.tokens, 1)} µs per token\n"
+        f"  {_differences(hub.requests, before.requests, 0)} µs per request",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _differences(samples: list[Sample], base: list[Sample], digits: int) -> str:
+    pairs = zip(samples, base, strict=True)
+    differences = [one.microseconds - other.microseconds for one, other in pairs]
+    return signed_spread(differences, digits)
+
+
+def _cost_table(title: str, cost: str) -> Table:
+    made = table(title, cost, "nginx = 1", "per second", "memory")
+    for column, width in zip(made.columns, (13, 18, 18), strict=False):
+        column.min_width = width
+    return made
 
 
 def _ratios(samples: list[Sample], base: list[Sample]) -> str:
     pairs = zip(samples, base, strict=False)
     ratios = [one.microseconds / other.microseconds for one, other in pairs]
-    return _spread(ratios, 2) if ratios else "-"
-
-
-def _spread(values: list[float], digits: int) -> str:
-    middle, low, high = (
-        f"{value:.{digits}f}" for value in (median(values), min(values), max(values))
-    )
-    return f"{middle} ({low} - {high})"
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / (1 << 20):.0f} MiB"
+    return spread(ratios, 2) if ratios else "-"
 
 
 def _warn_of_pace(
@@ -215,6 +216,12 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--many", action="store_true", help="4,000 streams of a hub")
     parser.add_argument("--proxy", action="append", choices=PROXIES, help="only this")
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="DIR",
+        help="beside the hub of that checkout (and what --proxy names)",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, help="at once (200; many: 4000)")
     parser.add_argument("--rate", type=float, help="tokens/s of a stream (50; 5)")
@@ -230,7 +237,20 @@ def _parse() -> argparse.Namespace:
         parser.error(f"--streams {options.streams}: the worker has {SLOTS} slots")
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: must be above 0")
+    if options.before and options.many:
+        parser.error("--before: with --many there is one hub alone")
+    if options.before and not (options.before / "gollama_proxy").is_dir():
+        parser.error(f"--before {options.before}: has no gollama_proxy in it")
+    options.kinds = _kinds(options)
     return options
+
+
+def _kinds(options: argparse.Namespace) -> list[type[Proxy]]:
+    """Choose what is measured; a difference needs both of its hubs."""
+    if options.before is None:
+        return [PROXIES[name] for name in options.proxy or PROXIES]
+    others = [PROXIES[name] for name in options.proxy or [] if name != "hub"]
+    return [before(options.before.resolve()), Hub, *others]
 
 
 def _raise_file_limit(streams: int) -> None:
@@ -257,7 +277,7 @@ def main() -> int:
     options, console = _parse(), Console()
     try:
         _raise_file_limit(options.streams)
-        if not options.many and "nginx" in (options.proxy or PROXIES):
+        if not options.many and Nginx in options.kinds:
             Nginx.path()
         asyncio.run(_run(options, console))
     except BenchmarkError as exc:

