@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import io
 import os
 import re
+import signal
 import sys
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+from rich.console import Console
 
 from gollama_proxy.settings import Server, settings
 from tests.fakes import replies
 from tests.fakes.hub import running_hub
 from tests.fakes.script import chat_stream, reset, send
+from tests.fakes.waiting import gone
 from tests.fakes.worker import ScriptedWorker
+from tests.real.llama import binary
+from tests.test_cli import Program
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -305,6 +314,236 @@ def test_locust_takes_the_first_model_and_its_token(
     with pytest.raises(locustfile.StopUser):
         user.on_start()
     assert listed.failures == ["no model is listed: status 401: no"]
+
+
+# --- chaos.py ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def chaos_environ(tmp_path: Path) -> dict[str, str]:
+    """Have it run what is tested, with the hub's defaults, and write into a folder."""
+    (tmp_path / "logs").mkdir()
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    return {
+        **clean,
+        "PYTHONPATH": str(EXAMPLES.parent),
+        "TMPDIR": str(tmp_path / "logs"),
+    }
+
+
+def chaos(
+    *arguments: str, environ: Mapping[str, str]
+) -> AbstractAsyncContextManager[Program]:
+    program = [str(EXAMPLES / "chaos.py")]
+    return Program.running(*arguments, environ=environ, program=program)
+
+
+def row(output: str, text: str) -> int:
+    """Read a number of the table."""
+    numbers = re.findall(rf"^ *(\d+) +{re.escape(text)}", output, re.MULTILINE)
+    assert len(numbers) == 1, output
+    return int(numbers[0])
+
+
+@pytest.mark.real
+async def test_chaos_without_a_hit_leaves_every_answer_whole(
+    tiny_model: Path, chaos_environ: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = ["--llama-server", str(binary()), "--model", str(tiny_model)]
+    arguments += ["--workers", "2", "--every", "0", "--requests", "30"]
+    async with chaos(*arguments, environ=chaos_environ) as it:
+        assert await it.ended() == 0, it.output
+    assert "16 of 16 prompts have one right text" in it.output
+    assert row(it.output, "of 30 requests ended") == 30
+    assert row(it.output, "complete") == 30
+    for text in ("another text", "error event", "truncated", "refused", "rescued"):
+        assert row(it.output, text) == 0
+    assert row(it.output, "hits on workers") == 0
+    assert re.search(r"to the first token( +\d+\.\d\d){3} ", it.output)
+    assert not list((tmp_path / "logs").iterdir()), "nobody will want to read these"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+async def test_chaos_leaves_no_process_behind(
+    number: signal.Signals,
+    tiny_model: Path,
+    chaos_environ: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    own_model = tmp_path / "own.gguf"
+    own_model.symlink_to(tiny_model)
+    arguments = ["--llama-server", str(binary()), "--model", str(own_model)]
+    arguments += ["--workers", "2", "--requests", "1000000", "--tokens", "200"]
+    arguments += ["--every", "0.4", "--down", "0.1", "--signal", "kill"]
+    async with chaos(*arguments, environ=chaos_environ) as it:
+        await it.until(r"(?s)SIGKILL to .*SIGKILL to ")
+        children = psutil.Process(it.process.pid).children(recursive=True)
+        assert any("gollama_proxy" in child.cmdline() for child in children)
+        it.signal(number)
+        status = await it.ended()
+    assert "Traceback" not in it.output
+    if number is signal.SIGINT:
+        assert status == 1, it.output
+        assert row(it.output, "hits on workers: ") >= 2
+        assert row(it.output, "complete") >= 0
+    # Beside those that were seen, some may have been just about to come back.
+    servers = [p.pid for p in psutil.process_iter() if is_using(own_model, p)]
+    await gone(*servers, *(child.pid for child in children))
+
+
+def is_using(model: Path, process: psutil.Process) -> bool:
+    try:
+        return str(model) in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("--clients", "0", "a whole number from 1 to 48"),
+        ("--every", "nan", "seconds from 0 to 86400"),
+        ("--signal", "hup", "'kill', 'stop', 'term'"),
+        ("--model", "/nowhere", "a GGUF file"),
+        ("--request", "1", "unrecognized"),
+    ],
+)
+async def test_chaos_tells_of_a_wrong_flag_on_one_line(
+    flag: str, value: str, allowed: str, chaos_environ: dict[str, str], tmp_path: Path
+) -> None:
+    async with chaos(flag, value, environ=chaos_environ) as it:
+        assert await it.ended() == 2, it.output
+    assert it.output.startswith("chaos: ")
+    assert it.output.count("\n") == 1
+    assert flag in it.output
+    assert allowed in it.output
+    assert not list((tmp_path / "logs").iterdir())
+
+
+@pytest.fixture(scope="module")
+def report() -> ModuleType:
+    name = "chaos_report"
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RIGHT = " no towu"
+HEAD, *_, END = WHOLE
+STRANGER = replies.token("wu").replace(replies.ID.encode(), b"chatcmpl-other")
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+@pytest.mark.parametrize(
+    ("stream", "outcome", "detail"),
+    [
+        (b"".join(WHOLE), "COMPLETE", ""),
+        (b"".join(WHOLE).replace(b"wu", b"we"), "DIFFERENT", ""),
+        (b"".join([*WHOLE[:2], *WHOLE[1:]]), "DIFFERENT", ""),
+        (b"".join([*WHOLE[:3], STRANGER, END]), "DIFFERENT", "two answers in one"),
+        (b"".join([*WHOLE, replies.done()]), "DIFFERENT", "two answers in one"),
+        (b"".join([*WHOLE, replies.finish()]), "DIFFERENT", "two answers in one"),
+        (HEAD + replies.error_event("lost"), "ERROR", "500"),
+        (b'data: {"error":{"code":"worker_slow"}}\n\n' + END, "ERROR", "worker_slow"),
+        (b"".join(WHOLE[:4]), "TRUNCATED", "without [DONE]"),
+        (b"".join([*WHOLE[:4], replies.finish()]), "TRUNCATED", "without [DONE]"),
+        (
+            b"".join([*WHOLE[:4], replies.done()]),
+            "TRUNCATED",
+            "without a finish_reason",
+        ),
+        (HEAD + replies.token(" no")[:-9] + b"\n\n", "TRUNCATED", "within an event"),
+        (b"", "TRUNCATED", "without [DONE]"),
+    ],
+)
+def test_chaos_tells_answers_apart(
+    report: ModuleType, stream: bytes, outcome: str, detail: str, size: int
+) -> None:
+    answer = report.Answer(0.0)
+    answer.begin()
+    for at in range(0, len(stream), size):
+        answer.feed(stream[at : at + size], 1.0 + at)
+    assert answer.judge(RIGHT) == (report.Outcome[outcome], detail)
+    answer.lose("what follows a broken answer")
+    lost = outcome in ("COMPLETE", "DIFFERENT") or "without" in detail
+    assert (answer.judge(RIGHT).detail == "what follows a broken answer") is lost
+
+
+def test_chaos_tells_a_refusal_by_its_code(report: ModuleType) -> None:
+    for body, detail in (
+        (b'{"error":{"code":"no_worker_available"}}', "503 no_worker_available"),
+        (b"<html>", "503"),
+    ):
+        answer = report.Answer(0.0)
+        answer.refuse(503, body)
+        assert answer.judge(RIGHT) == (report.Outcome.REFUSED, detail)
+    answer = report.Answer(0.0)
+    answer.lose("ClientConnectorError")
+    assert answer.judge(RIGHT) == (report.Outcome.REFUSED, "ClientConnectorError")
+
+
+def test_chaos_measures_an_answer_that_was_rescued(report: ModuleType) -> None:
+    answer = report.Answer(10.0)
+    answer.begin()
+    pieces = [*WHOLE[:3], b": gollama rescued 1\n\n: gollama rescued 2\n\n", *WHOLE[3:]]
+    for when, piece in zip((10.1, 10.25, 10.5, 11, 11.25, 11.3), pieces, strict=True):
+        answer.feed(piece, when)
+    assert answer.judge(RIGHT).outcome is report.Outcome.COMPLETE
+    assert answer.rescues == 2
+    assert answer.first == pytest.approx(0.25)
+    assert answer.pause == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "outcome"),
+    [
+        ([*WHOLE[:1], b": gollama rescued 1\n\n", *WHOLE[1:]], "REWORDED"),
+        ([*WHOLE, b": gollama rescued 1\n\n"], "DIFFERENT"),
+        (WHOLE, "DIFFERENT"),
+    ],
+    ids=["behind a rescue", "before it", "without one"],
+)
+def test_chaos_lets_a_rescued_answer_go_on_in_other_words(
+    report: ModuleType, pieces: list[bytes], outcome: str
+) -> None:
+    answer = report.Answer(0.0)
+    answer.begin()
+    for piece in pieces:
+        answer.feed(piece, 1.0)
+    right = answer.text[:2] + "other words"
+    assert answer.judge(right).outcome is report.Outcome[outcome]
+
+
+def test_chaos_counts_to_a_table(report: ModuleType) -> None:
+    tally = report.Tally(3)
+    for verdict, rescues in (
+        (report.Verdict(report.Outcome.COMPLETE), 2),
+        (report.Verdict(report.Outcome.ERROR, "worker_slow"), 1),
+        (report.Verdict(report.Outcome.COMPLETE), 0),
+    ):
+        answer = report.Answer(0.0)
+        answer.attempts, answer.rescues, answer.first = 2, rescues, 0.5
+        tally.add(answer, verdict)
+    tally.hits.update(["kill", "stop", "kill"])
+    assert tally.line() == "3/3 2 complete, 1 error event, 2 rescued, 3 hits"
+    assert not tally.perfect
+    console = Console(file=io.StringIO(), width=80)
+    console.print(tally.tables())
+    text = console.file.getvalue()
+    assert row(text, "  worker_slow") == 1
+    assert row(text, "rescued in their middle, 1 completely") == 2
+    assert row(text, "took more than one attempt") == 3
+    assert row(text, "hits on workers: 2 kill, 1 stop") == 3
+    assert re.search(r"to the first token( +0\.50){3} ", text)
+
+
+def test_chaos_shows_where_a_text_is_another_one(report: ModuleType) -> None:
+    told = report.difference("a red fox", "a red hen")
+    assert told == "another text from character 6: 'hen' instead of 'fox'"
 
 
 # --- chat.html --------------------------------------------------------------------

@@ -1,0 +1,320 @@
+"""Kill workers under load, and see what the clients of a hub notice of it.
+
+    python examples/chaos.py
+    python examples/chaos.py --every 10 --signal kill --signal stop --down 40
+
+Real llama-servers and a hub are started, and asked by many clients at once.  Every few
+seconds a worker is hit by a signal, and comes back on the same port.  Answers are
+streamed at temperature 0, so that each has one right text: the one that a worker gave
+before it all began.  The hub takes its settings from GOLLAMA_… variables, as always.
+
+Exit status: 0 if every request was answered completely and with the right text (a
+rescued one up to where it broke off, at least), 1 if not, 2 for a wrong flag.  Ctrl-C
+ends it, and shows what there was to see until then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import aiohttp
+from chaos_pool import SIGNALS, Pool, first_of
+from chaos_report import Answer, Outcome, Tally, difference
+from rich.console import Console
+from rich.live import Live
+
+from gollama_proxy import lifecycle, llama
+from gollama_proxy.children import ChildError
+from gollama_proxy.config import ConfigError
+from gollama_proxy.lifecycle import Signals
+
+PROMPTS = (
+    "Tell me three things about the sea.",
+    "Why is the sky blue?",
+    "Write a haiku about rivers.",
+    "Explain rain to a child.",
+    "What is a good breakfast?",
+    "Name five animals of the forest.",
+    "How does a bicycle work?",
+    "Tell me a short story about a fox.",
+    "What do bees do in winter?",
+    "Give me a recipe for pancakes.",
+    "Why do we sleep?",
+    "Describe an old map.",
+    "What is chess?",
+    "How are bridges built?",
+    "Tell me about the moon.",
+    "Why are leaves green?",
+)
+PROMPT_TOKENS = 256  # for the longest of them, in the template of any model
+# More than a hub is silent by its own defaults, so that its own words are what counts.
+PATIENCE = aiohttp.ClientTimeout(total=None, sock_read=400)
+# Who was refused waits like a person does; a busy loop would be refused for nothing.
+BREATH = 1.0
+DAY = 86_400
+
+Say = Callable[[str], None]
+
+
+def main() -> int:
+    """Read the flags, let it happen, and return the exit status."""
+    args = _parse()
+    try:
+        return lifecycle.run(lambda signals: run(args, signals))
+    except ConfigError as exc:
+        print("chaos:", exc, file=sys.stderr)
+        return 2
+    except ChildError as exc:
+        print("chaos:", exc, file=sys.stderr)
+        return exc.status
+
+
+async def run(args: argparse.Namespace, signals: Signals) -> int:
+    """Let it happen to its end, or until a signal; then show what clients saw."""
+    binary, weights = llama.find(args.llama_server, args.model)
+    folder = Path(tempfile.mkdtemp(prefix="gollama-chaos-"))
+    slots, context = args.slots, PROMPT_TOKENS + args.tokens
+    start = partial(
+        llama.start, binary, weights, folder=folder, slots=slots, context=context
+    )
+    tally = Tally(args.requests)
+    console = Console(highlight=False, markup=False, emoji=False)
+    unscathed = False
+    try:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=PATIENCE
+        ) as session:
+            pool = Pool(session, args.workers, start, folder)
+            clients = Clients(session, llama.name(weights), args.tokens)
+            happening = _happen(args, pool, clients, tally, console)
+            await first_of(happening, signals.asked.wait())
+        unscathed = tally.ended == tally.count(Outcome.COMPLETE)
+    finally:
+        if tally.ended or tally.hits:
+            console.print(tally.tables())
+        if unscathed:
+            shutil.rmtree(folder)
+        else:
+            console.print(f"What the hub and the workers wrote: {folder}")
+    return 0 if tally.perfect else 1
+
+
+async def _happen(
+    args: argparse.Namespace,
+    pool: Pool,
+    clients: Clients,
+    tally: Tally,
+    console: Console,
+) -> None:
+    began = time.monotonic()
+
+    def stamp(text: str) -> str:
+        return f"{time.monotonic() - began:6.1f} s  {text}"
+
+    def say(text: str) -> None:
+        console.print(stamp(text), soft_wrap=True)
+
+    async with pool.running():
+        say("workers: " + ", ".join(worker.url for worker in pool.workers))
+        say(f"hub: {pool.url}")
+        await first_of(clients.learn(pool), pool.watch())
+        say(f"{len(clients.texts)} of {len(PROMPTS)} prompts have one right text")
+        with Live(
+            console=console,
+            get_renderable=lambda: stamp(tally.line()),
+            auto_refresh=False,
+            transient=True,
+        ) as live:
+            await first_of(
+                clients.load(args, pool.url, tally, say),
+                _haunt(args, pool, tally, say),
+                pool.watch(live.refresh),
+            )
+
+
+async def _haunt(args: argparse.Namespace, pool: Pool, tally: Tally, say: Say) -> None:
+    """Hit a worker every few seconds."""
+    rng = random.Random(f"hits {args.seed}")
+    async with asyncio.TaskGroup() as group:
+        while True:
+            await (asyncio.sleep(args.every) if args.every else asyncio.Event().wait())
+            victim = pool.choose_victim(rng)
+            how = rng.choice(args.signal)
+            if victim is None:
+                say("no worker to hit: the others are not back yet")
+                continue
+            say(f"SIG{how.upper()} to {victim.url}")
+            tally.hits[how] += 1
+            group.create_task(pool.hit(victim, how, args.down), name=victim.url)
+
+
+# --- The clients ------------------------------------------------------------------
+
+
+class Clients:
+    """Ask for streamed answers, and know which text is right."""
+
+    def __init__(self, session: aiohttp.ClientSession, model: str, tokens: int) -> None:
+        self.texts: dict[str, str] = {}  # the right one for each prompt
+        self._session = session
+        self._fields = {
+            "model": model,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+            # What is in a cache is not computed in the same batches, and a last bit
+            # can tip the scales between two words.
+            "cache_prompt": False,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Clients with {len(self.texts)} prompts>"
+
+    async def learn(self, pool: Pool) -> None:
+        """Ask the workers themselves.
+
+        Each prompt is asked of one alone, and among all others of another.  Where that
+        makes a difference, as sums are rounded in another order, no text is right.
+        """
+        first, last = pool.workers[0].url, pool.workers[-1].url
+
+        async def ask_alone() -> list[Answer]:
+            return [await self._ask(first, prompt, close=True) for prompt in PROMPTS]
+
+        asking = (self._ask(last, prompt, close=True) for prompt in PROMPTS)
+        alone, among = await asyncio.gather(ask_alone(), asyncio.gather(*asking))
+        for prompt, one, other in zip(PROMPTS, alone, among, strict=True):
+            outcome, detail = one.judge(one.text)
+            if outcome is not Outcome.COMPLETE:
+                told = f"{outcome.value} {detail}"
+                raise ChildError(f"{first} cannot be worked with: {told}", 1)
+            if one.text == other.text:
+                self.texts[prompt] = one.text
+        if not self.texts:
+            raise ChildError("no text comes twice, even at temperature 0", 1)
+
+    async def load(
+        self, args: argparse.Namespace, url: str, tally: Tally, say: Say
+    ) -> None:
+        """Ask the hub, many clients at once, until all requests are made."""
+        rng = random.Random(f"prompts {args.seed}")
+        prompts = (rng.choice(list(self.texts)) for _ in range(args.requests))
+        async with asyncio.TaskGroup() as group:
+            for number in range(args.clients):
+                client = self._work(prompts, url, tally, say)
+                group.create_task(client, name=f"client {number}")
+
+    async def _work(
+        self, prompts: Iterable[str], url: str, tally: Tally, say: Say
+    ) -> None:
+        for prompt in prompts:
+            answer, expected = await self._ask(url, prompt), self.texts[prompt]
+            verdict = answer.judge(expected)
+            tally.add(answer, verdict)
+            if verdict.outcome is Outcome.DIFFERENT:
+                say(difference(expected, answer.text))
+            if verdict.outcome is Outcome.REFUSED:
+                await asyncio.sleep(BREATH)
+
+    async def _ask(self, url: str, prompt: str, *, close: bool = False) -> Answer:
+        message = {"role": "user", "content": prompt}
+        asking = self._session.post(
+            f"{url}/v1/chat/completions",
+            json={**self._fields, "messages": [message]},
+            # llama-server closes after every stream, but says so only if it was told.
+            headers={"Connection": "close"} if close else None,
+        )
+        answer = Answer(time.monotonic())
+        try:
+            async with asking as response:
+                answer.attempts = int(response.headers.get("X-Gollama-Attempts", 1))
+                if response.status != 200:
+                    answer.refuse(response.status, await response.read())
+                    return answer
+                answer.begin()
+                async for piece in response.content.iter_any():
+                    answer.feed(piece, time.monotonic())
+        except (aiohttp.ClientError, OSError) as exc:  # a timeout is one, too
+            answer.lose(type(exc).__name__)
+        return answer
+
+
+# --- Flags ------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tell a wrong flag on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"chaos: {message}\n")
+
+
+def _parse() -> argparse.Namespace:
+    parser = _Parser(
+        prog="chaos",
+        description="Kill workers under load, and see what the hub's clients notice.",
+        epilog="The hub takes its settings from GOLLAMA_… variables, as always.",
+        allow_abbrev=False,
+    )
+
+    def add(flag: str, kind: Callable[[str], object], default: Any, help: str) -> None:
+        text = help if default is None else f"{help} (%(default)s)"
+        metavar = {int: "N", float: "S"}.get(type(default), "PATH")
+        parser.add_argument(
+            flag, type=kind, default=default, metavar=metavar, help=text
+        )
+
+    add("--workers", _whole(1, 64), 3, "llama-servers to start")
+    add("--slots", _whole(1, 64), 4, "answers that each of them generates at once")
+    # One llama-server may be left for all; more would wait for its HTTP threads.
+    add("--clients", _whole(1, 48), 8, "requests at once")
+    add("--requests", _whole(1, 10_000_000), 500, "requests in all")
+    add("--tokens", _whole(1, 100_000), 64, "longest answer")
+    add("--every", _seconds, 5.0, "seconds between two hits; 0 is never")
+    add("--down", _seconds, 1.0, "seconds until a worker is started or goes on again")
+    add("--seed", int, 1, "another one hits others and asks in another order")
+    add("--llama-server", str, None, "program to start, else the one that is installed")
+    add("--model", str, None, "GGUF file, else the small one that is installed")
+    parser.add_argument(
+        "--signal",
+        action="append",
+        choices=SIGNALS,
+        help="what hits a worker (repeatable, kill): stop is SIGSTOP, later SIGCONT",
+    )
+    args = parser.parse_args()
+    args.signal = args.signal or ["kill"]
+    return args
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if text.isdecimal() and len(text) < 10 and low <= int(text) <= high:
+            return int(text)
+        allowed = f"must be a whole number from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r}: {allowed}")
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if 0 <= seconds <= DAY:
+        return seconds
+    raise argparse.ArgumentTypeError(f"{text!r}: must be seconds from 0 to {DAY}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
