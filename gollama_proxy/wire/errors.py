@@ -27,8 +27,10 @@ class Code(enum.StrEnum):
     INVALID_JSON = "invalid_json"
     INVALID_VALUE = "invalid_value"
     MODEL_MISSING = "model_missing"
+    CONTEXT_LENGTH = "context_length_exceeded"
     INVALID_API_KEY = "invalid_api_key"
     MODEL_NOT_ALLOWED = "model_not_allowed"
+    PRIORITY_NOT_ALLOWED = "priority_not_allowed"
     MODEL_NOT_FOUND = "model_not_found"
     UNKNOWN_URL = "unknown_url"
     METHOD_NOT_ALLOWED = "method_not_allowed"
@@ -36,9 +38,13 @@ class Code(enum.StrEnum):
     BODY_TOO_LARGE = "body_too_large"
     UNSUPPORTED_ENCODING = "unsupported_encoding"
     EXPECTATION_FAILED = "expectation_failed"
+    RATE_LIMITED = "rate_limit_exceeded"
     HEAD_TOO_LARGE = "head_too_large"
     UNSUPPORTED_TRANSFER_ENCODING = "unsupported_transfer_encoding"
     UNSUPPORTED_HTTP_VERSION = "unsupported_http_version"
+    # The line in front of the workers
+    QUEUE_FULL = "queue_full"
+    QUEUE_TIMEOUT = "queue_timeout"
     # The workers
     NO_WORKER = "no_worker_available"
     WORKER_UNREACHABLE = "worker_unreachable"
@@ -62,11 +68,12 @@ class Code(enum.StrEnum):
                 | Code.INVALID_JSON
                 | Code.INVALID_VALUE
                 | Code.MODEL_MISSING
+                | Code.CONTEXT_LENGTH
             ):
                 return 400
             case Code.INVALID_API_KEY:
                 return 401
-            case Code.MODEL_NOT_ALLOWED:
+            case Code.MODEL_NOT_ALLOWED | Code.PRIORITY_NOT_ALLOWED:
                 return 403
             case Code.MODEL_NOT_FOUND | Code.UNKNOWN_URL:
                 return 404
@@ -80,6 +87,8 @@ class Code(enum.StrEnum):
                 return 415
             case Code.EXPECTATION_FAILED:
                 return 417
+            case Code.RATE_LIMITED | Code.QUEUE_FULL:
+                return 429
             case Code.HEAD_TOO_LARGE:
                 return 431
             case Code.INTERNAL:
@@ -94,7 +103,7 @@ class Code(enum.StrEnum):
                 | Code.WORKER_REFUSED_KEY
             ):
                 return 502
-            case Code.NO_WORKER | Code.DRAINING:
+            case Code.NO_WORKER | Code.QUEUE_TIMEOUT | Code.DRAINING:
                 return 503
             case Code.WORKER_TIMEOUT | Code.WORKER_SLOW | Code.REQUEST_TIMEOUT:
                 return 504
@@ -110,6 +119,10 @@ class Code(enum.StrEnum):
             return "authentication_error"
         if self.status == 403:
             return "permission_error"
+        if self.status == 429:
+            # OpenAI itself names the exhausted resource here ("requests", "tokens");
+            # its SDKs go by the status, Anthropic's by this word.
+            return "rate_limit_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
 
 
