@@ -16,7 +16,6 @@ was loaded.  Secrets never show in a `repr`.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 import tomllib
@@ -29,7 +28,6 @@ from urllib.parse import urlsplit
 from gollama_proxy.settings import (
     FLAGS,
     SECTIONS,
-    TEXT,
     VARIABLES,
     WORKER_KEYS,
     Auth,
@@ -81,6 +79,7 @@ def load(
     )
     _refuse_misspelt_variables(environ, rows)
     _check_exposure(config)
+    _check_aliases(config.models.aliases)
     return config
 
 
@@ -117,12 +116,11 @@ def _load_section(
         ]
         for source, value in given:
             if value is not None:
-                values[name] = _parse(source, value, entry)
+                values[name] = _parse(source, value, entry.metadata["kind"])
     return cls(**values)
 
 
-def _parse(source: str, value: Any, entry: dataclasses.Field[Any]) -> Any:
-    kind: Kind = entry.metadata["kind"]
+def _parse(source: str, value: Any, kind: Kind) -> Any:
     try:
         return kind.parse(value)
     except (ValueError, OverflowError):
@@ -131,7 +129,10 @@ def _parse(source: str, value: Any, entry: dataclasses.Field[Any]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -190,9 +191,10 @@ def _load_workers(
     for number_, row in enumerate(rows):
         where = f"workers[{number_}]"
         _refuse_unknown(f"{where}.", row, list(WORKER_KEYS))
-        for key, value in row.items():
-            if not isinstance(value, str) or not value.isprintable():
-                raise ConfigError(f"{where}.{key} = {_shown(value)}: must be {TEXT[1]}")
+        values = {
+            key: _parse(f"{where}.{key}", value, WORKER_KEYS[key])
+            for key, value in row.items()
+        }
         origin = _parse_url(f"{where}.url", row.get("url", ""))
         name = row.get("name") or origin.authority + origin.prefix
         for other in workers:
@@ -203,7 +205,9 @@ def _load_workers(
                 text = f"{where}.name = {name!r}: taken by {other.url!r}"
                 raise ConfigError(f"{text}; each needs a name of its own")
         key = _load_api_key(where, row, environ)
-        workers.append(WorkerConfig(row["url"], origin, name, key))
+        keys = ("slots", "models", "weight", "vram_gib")
+        told = {name: values[name] for name in keys if name in values}
+        workers.append(WorkerConfig(row["url"], origin, name, key, **told))
     return tuple(workers)
 
 
@@ -261,6 +265,24 @@ def _load_api_key(
     if not re.fullmatch(r"[!-~]+", key):  # RFC 9110, 5.5: what a field may hold
         raise ConfigError(f"{source}: holds no usable key (printable ASCII, no spaces)")
     return key
+
+
+# --- Models -----------------------------------------------------------------------
+
+
+def _check_aliases(aliases: Mapping[str, str]) -> None:
+    """Refuse an alias of an alias: it is followed once, and not where it says."""
+    for alias, model in aliases.items():
+        names = [alias, model]
+        while names[-1] in aliases and names[-1] not in names[:-1]:
+            names.append(aliases[names[-1]])
+        way = _cut(" -> ".join(map(repr, names)))
+        if names[-1] in aliases:
+            text = f"models.aliases = {way}: must not be a loop"
+            raise ConfigError(f"{text}; an alias stands for the name of a model")
+        if len(names) > 2:
+            text = f"models.aliases = {way}: must be one step"
+            raise ConfigError(f"{text}; let {alias!r} stand for {names[-1]!r}")
 
 
 # --- Secrets ----------------------------------------------------------------------

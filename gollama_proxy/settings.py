@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 ALGORITHMS = ("HS256", "RS256", "ES256", "EdDSA")
+# Those of `routing/policies/`.
+POLICIES = ("round_robin", "weighted", "least_busy", "fastest")
 # The paths of `wire/openai.py`, as far as settings name them.
 STREAMED = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
 ROUTES = (
@@ -123,6 +125,14 @@ def _parse_text(value: Any) -> str:
     return value
 
 
+def _parse_names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError
+    if not all(isinstance(name, str) and name.strip() for name in value):
+        raise ValueError
+    return tuple(_parse_text(name) for name in value)
+
+
 def _parse_table(value: Any) -> dict[str, str]:
     if isinstance(value, str):  # the environment's spelling: "a=b,c=d"
         pairs = [part.partition("=") for part in value.split(",") if part.strip()]
@@ -161,6 +171,7 @@ _ORIGIN = re.compile(
 )
 FLAG = Kind(_parse_flag, "true or false")
 TEXT = Kind(_parse_text, "text on one line")
+NAMES = Kind(_parse_names, 'a list of model names such as ["qwen*"], each on one line')
 TABLE = Kind(_parse_table, 'a table such as { "gpt-4o-mini" = "qwen" }')
 LISTS = Kind(
     _parse_lists, 'a table of lists of other names such as { "big" = ["small"] }'
@@ -252,6 +263,27 @@ class Timeouts:
     )
     write: float = setting(60.0, seconds(0.01), "a client that does not read")
     request: float = setting(0.0, seconds(), "a whole request; 0 is no limit")
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    size: int = setting(
+        256, number(0, 10_000, whole=True), "requests that may wait for a free slot"
+    )
+    timeout: float = setting(60.0, seconds(0.01), "how long each of them may wait")
+    notice: float = setting(
+        1.0,
+        seconds(0),
+        "waiting before a client of a stream is told of it; 0 is never",
+    )
+    max_concurrency: int = setting(
+        0,
+        number(0, 10_000, whole=True),
+        "requests of one subject that may run at once; 0 is no limit",
+    )
+    overcommit: int = setting(
+        0, number(0, 10_000, whole=True), "requests sent to a worker beyond its slots"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +383,13 @@ class Upstream:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    policy: str = setting(
+        "round_robin", choice(*POLICIES), "how one of the workers that can is picked"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Models:
     default_model: str = setting(
         "", TEXT, "model for a request that names none, or an unknown one"
@@ -400,6 +439,10 @@ class WorkerConfig:
     origin: Origin
     name: str
     api_key: str = field(default="", repr=False)
+    slots: int | None = None  # None: as it says itself
+    models: tuple[str, ...] = ()  # shell-like patterns; empty: what it lists
+    weight: float | None = None  # None: as its memory says
+    vram_gib: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,11 +451,13 @@ class Config:
     auth: Auth = field(default_factory=Auth)
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
+    queue: Queue = field(default_factory=Queue)
     health: Health = field(default_factory=Health)
     breaker: Breaker = field(default_factory=Breaker)
     retry: Retry = field(default_factory=Retry)
     rescue: Rescue = field(default_factory=Rescue)
     upstream: Upstream = field(default_factory=Upstream)
+    routing: Routing = field(default_factory=Routing)
     models: Models = field(default_factory=Models)
     log: Log = field(default_factory=Log)
     metrics: Metrics = field(default_factory=Metrics)
@@ -427,11 +472,13 @@ SECTIONS: dict[str, type[Any]] = {
     "auth": Auth,
     "limits": Limits,
     "timeouts": Timeouts,
+    "queue": Queue,
     "health": Health,
     "breaker": Breaker,
     "retry": Retry,
     "rescue": Rescue,
     "upstream": Upstream,
+    "routing": Routing,
     "models": Models,
     "log": Log,
     "metrics": Metrics,
@@ -450,11 +497,16 @@ VARIABLES = {
     "GOLLAMA_JWT_SECRET_PREVIOUS": "the one before it, accepted during a rotation",
     "GOLLAMA_WORKERS": "base URLs of workers, instead of the file's [[workers]]",
 }
+# The keys of a [[workers]] table.
 WORKER_KEYS = {
-    "url": "base URL, http or https (required)",
-    "name": "how replies, logs and metrics call it; default host:port",
-    "api_key_env": "environment variable that holds the worker's API key",
-    "api_key_file": "file that holds it",
+    "url": TEXT,  # base URL, http or https; the only one that has to be there
+    "name": TEXT,  # how replies, logs and metrics call it; default host:port
+    "api_key_env": TEXT,  # environment variable that holds the worker's API key
+    "api_key_file": TEXT,  # file that holds it
+    "slots": number(1, 10_000, whole=True),  # answers at once; default as it says
+    "models": NAMES,  # what it answers to, where that is not what it lists
+    "weight": number(0.01, 10_000),  # its share; default what vram_gib says, else 1
+    "vram_gib": number(0.01, 10_000),  # memory of its graphics cards, in GiB
 }
 
 

@@ -84,6 +84,41 @@ def refusal(
         ("retry.once = [['/v1/rerank']]", "retry.once = [['/v1", "POST paths"),
         ("rescue.attempts = 0", "rescue.attempts = 0", "from 1 to 100"),
         ("breaker.canary = 'maybe'", "breaker.canary = 'maybe'", "true or false"),
+        (
+            "models.aliases = { a = 'a' }",
+            "models.aliases = 'a' -> 'a': must not be a loop",
+            "stands for the name of a model",
+        ),
+        (
+            "models.aliases = { x = 'a', a = 'b', b = 'a' }",
+            "models.aliases = 'x' -> 'a' -> 'b' -> 'a': must not be a loop",
+            "stands for the name of a model",
+        ),
+        (
+            "models.aliases = { gpt = 'big', big = 'qwen', other = 'qwen' }",
+            "models.aliases = 'gpt' -> 'big' -> 'qwen': must be one step",
+            "let 'gpt' stand for 'qwen'",
+        ),
+        (
+            'models.aliases = { a = "b\\nc", "b\\nc" = "d" }',
+            r"models.aliases = 'a' -> 'b\nc' -> 'd': must be one step",
+            "let 'a' stand for 'd'",
+        ),
+        (
+            "[models.aliases]\n"
+            + "\n".join(f"name{n:02} = 'name{n + 1:02}'" for n in range(50)),
+            "models.aliases = 'name00' -> 'name01' ->",
+            "...: must be one step; let 'name00' stand for 'name50'",
+        ),
+        ("queue.size = -1", "queue.size = -1", "a whole number from 0 to 10,000"),
+        ("queue.timeout = 0", "queue.timeout = 0", "seconds from 0.01"),
+        ("queue.notice = true", "queue.notice = True", "seconds from 0 to 86,400"),
+        ("queue.max_concurrency = 1.5", "queue.max_concurrency = 1.5", "whole number"),
+        (
+            "routing.policy = 'magic'",
+            "routing.policy = 'magic'",
+            "one of round_robin, ",
+        ),
         ("log.level = 'loud'", "log.level = 'loud'", "debug, info, warning, error"),
         ("log.format = 'xml'", "log.format = 'xml'", "one of text, json"),
         (f"log.level = '{'x' * 99}'", "log.level = 'xxx", "...: must be one of"),
@@ -96,6 +131,31 @@ def refusal(
         ("workers = 'http://a'", "workers = 'http://a'", "tables, [[workers]]"),
         ("workers = ['http://a']", "workers = ['http://a']", "tables, [[workers]]"),
         ("[[workers]]\nurl = 1", "workers[0].url = 1", "text on one line"),
+        *(
+            (
+                f"[[workers]]\nurl = 'http://a'\nmodels = {models}",
+                f"workers[0].models = {shown}",
+                'a list of model names such as ["qwen*"]',
+            )
+            for models, shown in [
+                ("'qwen*'", "'qwen*'"),
+                ("[]", "[]"),
+                ("['']", "['']"),
+                ("['a', ' ']", "['a', ' ']"),
+                ("['a', 7]", "['a', 7]"),
+                ('["a\\nb"]', r"['a\nb']"),
+                ("{ a = 'b' }", "{'a': 'b'}"),
+            ]
+        ),
+        ("[[workers]]\nweight = -1", "workers[0].weight = -1", "from 0.01 to 10,000"),
+        ("[[workers]]\nweight = 0", "workers[0].weight = 0", "from 0.01 to 10,000"),
+        ("[[workers]]\nweight = nan", "workers[0].weight = nan", "a number from 0.01"),
+        ("[[workers]]\nweight = true", "workers[0].weight = True", "a number from"),
+        ("[[workers]]\nvram_gib = 0", "workers[0].vram_gib = 0", "from 0.01"),
+        ("[[workers]]\nvram_gib = '24G'", "workers[0].vram_gib = '24G'", "a number"),
+        ("[[workers]]\nslots = 0", "workers[0].slots = 0", "whole number from 1"),
+        ("[[workers]]\nslots = 1.5", "workers[0].slots = 1.5", "whole number from 1"),
+        ("[[workers]]\nslot = 1", "workers[0].slot: no such", "did you mean slots?"),
         ("[[workers]]\nname = 'a'", "workers[0].url = ''", "expected http://host:port"),
         ("[[workers]]\nuri = 'a'", "workers[0].uri: no such", "did you mean url?"),
         (
@@ -373,6 +433,46 @@ def test_a_worker_key_from_the_environment_or_a_file(tmp_path: Path) -> None:
     assert second.name == "attic"
 
 
+def test_the_models_of_a_worker_are_stated_by_hand(tmp_path: Path) -> None:
+    file = tmp_path / "gollama.toml"
+    file.write_text(
+        """
+        [[workers]]
+        url = "http://a"
+        models = ["qwen*", "C:\\\\models\\\\a, b.gguf"]
+        [[workers]]
+        url = "http://b"
+        """
+    )
+    first, second = load(file).workers
+    assert first.models == ("qwen*", r"C:\models\a, b.gguf")
+    assert second.models == ()
+
+
+def test_several_aliases_of_one_model(tmp_path: Path) -> None:
+    file = tmp_path / "gollama.toml"
+    file.write_text("[models.aliases]\na = 'qwen'\nb = 'qwen'\n")
+    assert load(file).models.aliases == {"a": "qwen", "b": "qwen"}
+
+
+def test_what_a_worker_can_carry(tmp_path: Path) -> None:
+    file = tmp_path / "gollama.toml"
+    file.write_text(
+        """
+        [[workers]]
+        url = "http://a"
+        [[workers]]
+        url = "http://b"
+        weight = 2
+        vram_gib = 24
+        slots = 4
+        """
+    )
+    plain, told = load(file).workers
+    assert (plain.weight, plain.vram_gib, plain.slots) == (None, None, None)
+    assert (told.weight, told.vram_gib, told.slots) == (2.0, 24.0, 4)
+
+
 def test_every_public_key_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "keys.pem"
     file.write_text("old\n" + PEM.format("A") + "new\n" + PEM.format("B"))
@@ -471,6 +571,7 @@ def test_what_the_example_suggests_can_be_used(tmp_path: Path) -> None:
     config = load(file, {"ATTIC_API_KEY": "k"})
     assert [worker.name for worker in config.workers] == ["attic"]
     assert config.workers[0].api_key == "k"
+    assert config.workers[0].weight == 2.5
     assert "gpt-4o-mini" in config.models.aliases
     assert all(config.models.fallbacks.values())
     assert config.models.fallbacks

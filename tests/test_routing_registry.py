@@ -34,17 +34,20 @@ def registry(
     retry: Retry | None = None,
     rescue: Rescue | None = None,
     breaker: Breaker | None = None,
+    stated: Sequence[str] = (),
     **models: Any,
 ) -> Registry:
     """Make one with workers `w0`, `w1` and so on that serve these models.
 
-    "a b" is a worker that serves two; None one that was not reached yet.
+    "a b" is a worker that serves two; None one that was not reached yet.  The models of
+    the first are `stated` by hand.
     """
     configs = tuple(
         WorkerConfig(
             f"http://10.0.0.{index}:8080",
             Origin("http", f"10.0.0.{index}", 8080, ""),
             f"w{index}",
+            models=() if index else tuple(stated),
         )
         for index in range(len(workers))
     )
@@ -135,6 +138,35 @@ def test_a_model_is_listed_while_its_workers_are_down() -> None:
     made = registry("a", "b")
     take_out(*made.workers)
     assert made.models() == ["a", "b"]
+
+
+# --- Models stated by hand --------------------------------------------------------
+
+
+def test_a_worker_with_stated_models_is_in_their_pools() -> None:
+    made = registry("a qwen2", "a", stated=["qwen*", "b"])
+    assert made.models() == ["qwen2", "b", "a"]
+    assert names(made.resolve("qwen2", None)) == ["w0"]
+    assert names(made.resolve("b", None)) == ["w0"]
+    assert names(made.resolve("a", None)) == ["w1"]
+
+
+def test_a_model_that_matches_a_stated_pattern_is_known_though_nobody_lists_it() -> (
+    None
+):
+    made = registry("x", "a", stated=["qwen*"], aliases={"gpt": "qwen9"})
+    assert made.models() == ["a"]
+    for name in ("qwen3", "qwen9", "gpt"):
+        assert names(made.resolve(name, None)) == ["w0"]
+    assert made.resolve("gpt", None).model == "qwen9"
+    assert made.resolve("qwen3", ["qwen*"]).model == "qwen3"
+    assert refused(made, "qwen3", ["a"]).code is Code.MODEL_NOT_ALLOWED
+
+
+def test_stated_models_are_known_before_their_worker_was_reached() -> None:
+    made = registry(None, stated=["qwen", "phi"])
+    assert "1 serve it (1 starting)" in nobody(made, "qwen").message
+    assert refused(made, "other").code is Code.MODEL_NOT_FOUND
 
 
 def test_the_aliases_are_a_copy() -> None:

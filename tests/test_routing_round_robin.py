@@ -9,27 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.routing.policies import Policy, RoundRobin
-from gollama_proxy.routing.worker import Worker
-from gollama_proxy.settings import Health, Origin, WorkerConfig
-from tests.fakes.clock import Clock
+from gollama_proxy.routing.policies import Ask, Policy, RoundRobin
+from tests.fakes.pool import worker
 
-
-def make(index: int) -> Worker:
-    origin = Origin("http", "127.0.0.1", 8080 + index, "")
-    config = WorkerConfig(f"http://{origin.authority}", origin, f"w{index}")
-    return Worker(config, Health(), Clock(), index)
-
-
-WORKERS = [make(index) for index in range(6)]
+WORKERS = tuple(worker(index) for index in range(6))
 
 
 def turns(
     policy: Policy, count: int, *indexes: int, model: str = "qwen"
 ) -> Sequence[int]:
-    """Ask so many times, with these workers available; tell who was picked."""
-    available = [WORKERS[index] for index in sorted(indexes)]
-    return [policy.pick(model, available).index for _ in range(count)]
+    """Ask so many times, while these workers fit; tell who was picked."""
+    picked = []
+    for _ in range(count):
+        chosen = policy.pick(Ask(model), WORKERS, lambda w: w.index in indexes)
+        assert chosen is not None
+        picked.append(chosen.index)
+    return picked
 
 
 def test_each_has_its_turn_in_the_configured_order() -> None:
@@ -104,6 +99,30 @@ def test_whoever_comes_and_goes_nobody_who_stays_is_passed_over(
                 others[chosen] += 1
                 assert others[chosen] <= 1
             since[chosen] = Counter()
+
+
+def test_where_nobody_fits_nobody_is_picked_and_no_turn_is_lost() -> None:
+    policy = RoundRobin()
+    assert turns(policy, 1, 0, 1) == [0]
+    assert policy.pick(Ask("qwen"), WORKERS, lambda w: False) is None
+    assert policy.pick(Ask("qwen"), (), lambda w: True) is None
+    assert turns(policy, 1, 0, 1) == [1]
+
+
+def test_no_more_workers_are_asked_than_it_takes() -> None:
+    asked = []
+    policy = RoundRobin()
+    turns(policy, 2, *range(6))
+    policy.pick(Ask("qwen"), WORKERS, lambda w: not asked.append(w) and w.index == 4)
+    assert asked == [WORKERS[2], WORKERS[3], WORKERS[4]]
+
+
+def test_workers_may_leave_the_pool_and_others_join_it() -> None:
+    policy = RoundRobin()
+    ask, all_fit = Ask("qwen"), lambda w: True
+    assert policy.pick(ask, WORKERS[1:4], all_fit) is WORKERS[1]
+    assert policy.pick(ask, WORKERS[3:], all_fit) is WORKERS[3]
+    assert policy.pick(ask, WORKERS[:4], all_fit) is WORKERS[0]
 
 
 def test_it_tells_whose_turn_was_the_last() -> None:

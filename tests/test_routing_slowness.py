@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gollama_proxy.routing.slowness import Expectations, Pace
+from gollama_proxy.routing.speed import Prefill
 from tests.fakes.clock import Clock
 
 KIB = 1024
@@ -294,3 +295,11 @@ def test_expectations_can_be_other_ones() -> None:
     write(pace, clock, 60)
     assert pace.is_slow(29, 1.0)
     assert not pace.is_slow(31, 1.0)
+
+
+def test_what_is_learnt_helps_to_choose_between_workers_too() -> None:
+    pace = Pace(Clock())
+    pace.learn(10_000, 2.0, 100, 5.0, 4, Prefill(tokens=1000, cached=0, seconds=1.0))
+    assert (pace.speed.reads, pace.speed.writes(4)) == (10_000, 20)
+    pace.learn(0, 0.0, 7, 0.001, 4)  # too short to say anything
+    assert pace.speed.writes(4) == 20

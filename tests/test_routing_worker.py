@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -22,7 +22,9 @@ from hypothesis.stateful import (
 from gollama_proxy.routing.breaker import Breaker, Verdict
 from gollama_proxy.routing.breaker import State as BreakerState
 from gollama_proxy.routing.lease import Lease, Outcome
+from gollama_proxy.routing.speed import Prefill
 from gollama_proxy.routing.worker import (
+    MOST_SLOTS,
     TRANSITIONS,
     Check,
     Description,
@@ -30,6 +32,8 @@ from gollama_proxy.routing.worker import (
     Model,
     State,
     Worker,
+    is_plain,
+    matches,
 )
 from gollama_proxy.settings import Breaker as Limits
 from gollama_proxy.settings import Health, Origin, WorkerConfig
@@ -245,6 +249,114 @@ def test_another_model_takes_the_place_of_the_last_one() -> None:
     worker.observe(Check.OK, "ok", Description((Model("llama"),)))
     assert worker.serves("llama")
     assert not worker.serves("qwen")
+
+
+# --- Models stated by hand --------------------------------------------------------
+
+
+def stated(*models: str) -> Worker:
+    return Worker(replace(CONFIG, models=models), Health(), Clock())
+
+
+def test_it_answers_to_the_models_that_are_stated_whatever_it_lists() -> None:
+    worker = stated("qwen*", "llama-3.1-8b")
+    for _ in range(2):
+        assert worker.serves("qwen2.5")
+        assert worker.serves("llama-3.1-8b")
+        assert not worker.serves("tiny")
+        assert not worker.serves("Qwen2.5")
+        worker.observe(Check.OK, "ok", ABOUT)
+
+
+def test_its_models_are_those_listed_that_match_and_the_plain_names() -> None:
+    worker = stated("q*", "llama", "tin?", "[ab]", "llama", "qwen")
+    assert worker.models == (Model("llama"), Model("qwen"))
+    listed = (Model("x"), Model("qwen", 9, True), Model("tiny"), Model("a"))
+    worker.observe(Check.OK, "ok", Description(listed, context=7))
+    assert worker.models == (
+        Model("qwen", 9, True),
+        Model("tiny"),
+        Model("a"),
+        Model("llama", 7),
+    )
+    assert (worker.context_of("qwen"), worker.context_of("llama")) == (9, 7)
+
+
+def test_some_model_is_known_as_soon_as_any_is() -> None:
+    """One that it serves, or one that it lists, or one that it has answered to."""
+    worker = stated("qwen*")
+    assert worker.some_model is None
+    lease = worker.lease("qwen3")
+    lease.release(Outcome.COMPLETE)
+    assert worker.some_model == "qwen3"
+    worker.observe(Check.OK, "ok", Description((Model("model.gguf"),)))
+    assert worker.some_model == "model.gguf"
+    worker.observe(Check.OK, "ok", Description((Model("m.gguf"), Model("qwen2"))))
+    assert worker.some_model == "qwen2"
+    assert make().some_model is None
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("qwen", True), ("a/b:7b-q4_k.gguf", True), ("q*", False), ("?", False)],
+)
+def test_a_name_is_told_from_a_pattern(name: str, plain: bool) -> None:
+    assert is_plain(name) is plain
+    assert matches("qwen", [name]) is (name in ("qwen", "q*"))
+
+
+def test_slots_are_those_that_it_told_last() -> None:
+    worker = make()
+    assert (worker.slots, worker.free) == (None, math.inf)
+    worker.observe(Check.OK, "ok", ABOUT)
+    assert worker.slots == 4
+    worker.observe(Check.OK, "ok")
+    assert worker.slots == 4
+    worker.observe(Check.OK, "ok", Description(slots=8))
+    assert worker.slots == 8
+    worker.observe(Check.OK, "ok", Description())
+    assert worker.slots is None
+
+
+def test_configured_slots_are_not_asked_for() -> None:
+    config = replace(CONFIG, slots=2)
+    worker = Worker(config, Health(), Clock())
+    assert worker.slots == 2
+    worker.observe(Check.OK, "ok", ABOUT)
+    assert worker.slots == 2
+
+
+def test_free_are_the_slots_that_no_lease_has() -> None:
+    worker = make()
+    worker.observe(Check.OK, "ok", Description(slots=2))
+    leases = [worker.lease() for _ in range(3)]
+    assert worker.free == -1
+    for lease in leases:
+        lease.release(Outcome.COMPLETE)
+    assert worker.free == 2
+
+
+@pytest.mark.parametrize("slots", [0, -1, MOST_SLOTS + 1, 1 << 62])
+def test_slots_that_cannot_be_are_not_believed_and_told_once(
+    slots: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = make()
+    for _ in range(3):
+        worker.observe(Check.OK, "ok", Description(slots=slots))
+        assert (worker.slots, worker.free) == (None, math.inf)
+    told = [line for line in caplog.messages if "slots" in line]
+    assert told == [f"worker w1: says it has {slots} slots"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "vram_gib", "result"),
+    [(None, None, 1.0), (2.5, None, 2.5), (None, 24.0, 24.0), (2.5, 24.0, 2.5)],
+)
+def test_the_weight_is_what_is_configured_else_the_memory(
+    weight: float | None, vram_gib: float | None, result: float
+) -> None:
+    config = replace(CONFIG, weight=weight, vram_gib=vram_gib)
+    assert Worker(config, Health(), Clock()).weight == result
 
 
 def test_each_check_has_its_moment() -> None:
@@ -637,6 +749,29 @@ def answer(worker: Worker, clock: Clock, tokens: int, model: str = "qwen") -> No
     lease.first_token, lease.seconds, lease.tokens = 1.0, 10.0, tokens
     clock.advance(10)
     lease.release(Outcome.COMPLETE)
+
+
+def test_prompts_are_unread_until_the_answer_begins() -> None:
+    worker = make(State.READY)
+    assert worker.unread == 0
+    first, second = worker.lease("qwen"), worker.lease("tiny")
+    first.prompt_bytes, second.prompt_bytes = 100, 20
+    assert worker.unread == 120
+    first.first_token = 0.5
+    assert worker.unread == 20
+    second.release(Outcome.CLIENT_GONE)
+    assert worker.unread == 0
+
+
+def test_what_a_worker_tells_of_its_cache_is_taken_into_account() -> None:
+    worker = make(State.READY)
+    lease = worker.lease("qwen")
+    lease.prompt_bytes, lease.first_token = 8000, 1.0
+    lease.tokens, lease.seconds = 100, 2.0
+    lease.prefill = Prefill(tokens=500, cached=1500, seconds=0.5)
+    lease.release(Outcome.COMPLETE)
+    speed = worker.pace_of("qwen").speed
+    assert (speed.reads, speed.writes(1)) == (4000, 50)
 
 
 def test_a_complete_answer_is_slow_if_the_worker_was_four_times_as_fast() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from gollama_proxy.routing.breaker import Permit
+from gollama_proxy.routing.speed import Prefill
 
 
 class Outcome(enum.Enum):
@@ -43,8 +44,10 @@ class Lease:
         "model",
         "outcome",
         "permits",
+        "prefill",
         "prompt_bytes",
         "seconds",
+        "slot",
         "taken_at",
         "tokens",
         "worker",
@@ -61,6 +64,7 @@ class Lease:
         self.heard_at = float("-inf")
         self.outcome: Outcome | None = None
         self.model = ""
+        self.slot = True  # it takes one of the worker's slots
         self.generation = 0  # of the worker's breaker, when the lease was taken
         self.permits: tuple[Permit, ...] = ()  # of breakers that are half-open
         self.allowance = math.inf  # seconds that the first token may take
@@ -69,6 +73,7 @@ class Lease:
         self.first_token = 0.0  # seconds from the request to the first event
         self.seconds = 0.0  # from the first event to the last
         self.tokens = 0
+        self.prefill: Prefill | None = None  # as the worker tells it
         self._give_back = give_back
 
     def __repr__(self) -> str:

@@ -7,14 +7,13 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
 
 from gollama_proxy.routing.budget import RetryBudget
-from gollama_proxy.routing.policies import Policy, RoundRobin
+from gollama_proxy.routing.policies import Ask, Policy, make
 from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.retry import Attempts
 from gollama_proxy.routing.slowness import Expectations
-from gollama_proxy.routing.worker import State, Worker
+from gollama_proxy.routing.worker import State, Worker, matches
 from gollama_proxy.settings import Config, Models
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
@@ -38,18 +37,20 @@ class Registry:
                 clock,
                 index,
                 limits=config.breaker,
+                overcommit=config.queue.overcommit,
                 expectations=Expectations(
                     base=config.timeouts.allowance, hard=config.timeouts.first_token
                 ),
             )
             for index, worker in enumerate(config.workers)
         ]
-        self.policy: Policy = RoundRobin()
         self.budget = RetryBudget(config.retry.ratio, config.retry.floor, clock=clock)
         self._retry = config.retry
         self._rescue = config.rescue
         self._rng = random.Random()
+        self.policy: Policy = make(config.routing.policy, clock, self._rng)
         self._models: Models = config.models
+        self._pools: dict[str, Pool] = {}
         self._fallbacks = {
             self._models.aliases.get(name, name): names
             for name, names in self._models.fallbacks.items()
@@ -61,7 +62,7 @@ class Registry:
     # --- What there is ------------------------------------------------------------
 
     def models(self) -> list[str]:
-        """List the names of all models that any worker was seen to serve."""
+        """List the names of all models that any worker is known to serve."""
         names: dict[str, None] = {}
         for worker in self.workers:
             for model in worker.models:
@@ -72,8 +73,19 @@ class Registry:
         """List the configured other names, and the model that each stands for."""
         return dict(self._models.aliases)
 
+    def alias_of(self, name: str | None) -> str:
+        """Give a name back if it is configured to stand for a model, else nothing."""
+        return name if name is not None and name in self._models.aliases else ""
+
     def pool(self, model: str) -> Pool:
-        return Pool(model, tuple(w for w in self.workers if w.serves(model)))
+        """Give the pool of a model: the same object for as long as it is the same."""
+        workers = tuple(worker for worker in self.workers if worker.serves(model))
+        pool = self._pools.get(model)
+        if pool is None or pool.workers != workers:
+            pool = Pool(model, workers)
+            if workers:  # or clients could grow it by names that they make up
+                self._pools[model] = pool
+        return pool
 
     def only_model(self) -> str | None:
         """Name the one model that every worker serves, if there is just one.
@@ -147,10 +159,8 @@ class Registry:
             once=path in self._retry.once,
         )
 
-    def choose(self, attempts: Attempts) -> Worker:
-        """Pick an available worker for the next attempt of a request.
-
-        A worker that has just recovered leaves most of its turns to the others.
+    def candidates(self, attempts: Attempts) -> list[Worker]:
+        """List who may have the next attempt of a request.
 
         Raises:
             NoWorkerError: 503 with `retry_after`; the text says who is in what state.
@@ -161,17 +171,36 @@ class Registry:
             raise self._nobody(
                 asked_for.model, asked_for.workers, asked_for.reopens_in()
             )
+        return candidates
+
+    def pick(self, attempts: Attempts, candidates: Sequence[Worker]) -> Worker:
+        """Pick one of the candidates for the next attempt of a request.
+
+        A worker that has just recovered leaves most of its turns to the others.
+        """
+        model, workers = attempts.pool
+        ask = Ask(model, attempts.prompt_bytes, attempts.max_tokens)
+        left = set(candidates)
         while True:
-            worker = self.policy.pick(attempts.pool.model, candidates)
-            if worker.breaker.turn() or len(candidates) == 1:
+            worker = self.policy.pick(ask, workers, left.__contains__)
+            assert worker is not None, self
+            if len(left) == 1 or worker.breaker.turn():
                 return worker
-            candidates = [other for other in candidates if other is not worker]
+            left.discard(worker)
+
+    def choose(self, attempts: Attempts) -> Worker:
+        """Pick an available worker, whatever it has to do.
+
+        Raises:
+            NoWorkerError: as `candidates` does.
+        """
+        return self.pick(attempts, self.candidates(attempts))
 
     def _resolve_name(self, name: str | None, models: list[str]) -> str | None:
         aliases = self._models.aliases
         if name is not None:
             name = aliases.get(name, name)
-            if name in models:
+            if name in models or self.pool(name).workers:
                 return name
             if self._models.strict_models:
                 return None
@@ -215,6 +244,4 @@ def _state_of(worker: Worker) -> str:
 
 def may_use(allowed: Sequence[str] | None, model: str) -> bool:
     """Tell whether a `models` claim covers a model name; patterns are shell-like."""
-    if allowed is None:
-        return True
-    return any(fnmatchcase(model, pattern) for pattern in allowed)
+    return allowed is None or matches(model, allowed)

@@ -95,6 +95,7 @@ class Attempts:
         """
         self.pool = pools[0]
         self.tried: list[Worker] = []  # of the pool
+        self.prompt_bytes = self.max_tokens = 0  # of the request; 0 is not known
         self.as_sent = False  # a stream in place of an answer has been of no use
         self._fallbacks = list(pools[1:])
         self._limits = limits
@@ -139,9 +140,10 @@ class Attempts:
         if self.once or (self._resuming and not self.some_left):
             return False
         paid = self._free or self._budget.suffices
-        return (paid and self._has_another()) or any(
-            map(self._fitting, self._fallbacks)
-        )
+        others = self._others() if paid and self.some_left else []
+        for fallback in self._fallbacks:
+            others += self._fitting(fallback)
+        return any(worker.free > 0 for worker in others)
 
     def begin(self, worker: Worker) -> None:
         """Note who has got the attempt."""

@@ -41,6 +41,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gollama_proxy.routing.speed import Prefill, Speed
+
 
 @dataclass(frozen=True, slots=True)
 class Expectations:
@@ -69,7 +71,7 @@ class Pace:
     one in question included.
     """
 
-    __slots__ = ("_baselines", "_clock", "expectations", "rate")
+    __slots__ = ("_baselines", "_clock", "expectations", "rate", "speed")
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class Pace:
     ) -> None:
         self.expectations = expectations
         self.rate = expectations.rate  # prefill, in bytes of the prompt per second
+        self.speed = Speed()  # for who has to choose between workers
         self._clock = clock
         self._baselines: dict[int, _Baseline] = {}
 
@@ -93,6 +96,7 @@ class Pace:
         tokens: int,
         seconds: float,
         beside: int = 1,
+        told: Prefill | None = None,
     ) -> None:
         """Take in a completed answer.
 
@@ -100,12 +104,14 @@ class Pace:
         from the first token to the last.  What measures nothing is ignored.
         """
         known = self.expectations
+        self.speed.read(prompt_bytes, first_token, told)
         if prompt_bytes > 0 and 0 < first_token < math.inf:
             rate = prompt_bytes / first_token
             if prompt_bytes >= known.least_bytes or rate > self.rate:
                 slowest = self.rate * known.rate_fall
                 self.rate = _clamp(rate, slowest, self.rate * known.rate_rise)
         if self._measures(tokens, seconds):
+            self.speed.wrote(tokens, seconds, beside)
             baseline = self._baselines.get(_level(beside))
             if baseline is None:
                 baseline = _Baseline(known.answers, known.half_life, self._clock())

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import assert_never
 
 from gollama_proxy.routing.breaker import Breaker, Verdict
@@ -26,6 +28,8 @@ from gollama_proxy.settings import Breaker as Limits
 from gollama_proxy.settings import Health, WorkerConfig
 
 logger = logging.getLogger(__name__)
+
+MOST_SLOTS = 10_000  # that a worker is believed to have, or may be configured with
 
 
 class State(enum.Enum):
@@ -76,6 +80,7 @@ class Model:
 
     name: str
     context: int | None = None  # tokens of one slot
+    loaded: bool | None = None  # None where the worker does not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,8 @@ class Worker:
     state: State = State.STARTING
     reason: str = "not reached yet"
     description: Description | None = None  # None until it was reached once
+    slots: int | None = field(init=False)  # None: not known, and not limited
+    weight: float = field(init=False)  # its share beside the others'
     leases: set[Lease] = field(default_factory=set)
     checked_at: float | None = None
     limits: Limits = field(default_factory=Limits)
@@ -109,13 +116,20 @@ class Worker:
     paces: dict[str, Pace] = field(default_factory=dict)
     # Bad statuses are held against a worker and the model asked for, not the machine.
     model_breakers: dict[str, Breaker] = field(default_factory=dict)
-    # Called on every suspicion, so that the pinger looks at once.
+    # Called on every suspicion, so that the pinger looks at once,
     on_suspicion: Callable[[], None] | None = None
+    # and when a slot may have come free.
+    on_free: Callable[[], None] | None = None
+    overcommit: int = 0  # requests beyond its slots
     _good: int = 0
     _bad: int = 0
+    _odd_slots: int | None = None
+    _taken: int = 0  # slots
 
     def __post_init__(self) -> None:
         self.breaker = Breaker(self.name, self.limits, self.clock, self.rng)
+        self.slots = self.config.slots
+        self.weight = self.config.weight or self.config.vram_gib or 1.0
 
     def __repr__(self) -> str:
         return (
@@ -156,14 +170,30 @@ class Worker:
 
     def pace_of(self, model: str) -> Pace:
         """Find, or make, what is known of the speed of one model on this worker."""
-        if model not in self.paces:
-            self.paces[model] = Pace(self.clock, self.expectations)
-        return self.paces[model]
+        pace = self.paces.get(model)
+        if pace is None:
+            pace = self.paces[model] = Pace(self.clock, self.expectations)
+        return pace
 
     @property
     def models(self) -> tuple[Model, ...]:
-        """What it was last seen to serve."""
-        return self.description.models if self.description else ()
+        """What it serves, as far as there are names: last seen, or stated by hand."""
+        seen = self.description.models if self.description else ()
+        if not self.config.models:
+            return seen
+        seen = tuple(model for model in seen if self.serves(model.name))
+        names = dict.fromkeys(name for name in self.config.models if is_plain(name))
+        for model in seen:
+            names.pop(model.name, None)
+        context = self.description.context if self.description else None
+        return (*seen, *(Model(name, context) for name in names))
+
+    @property
+    def some_model(self) -> str | None:
+        """Name one to prove the machine by; None if none is known."""
+        seen = self.description.models if self.description else ()
+        names = (model.name for model in (*self.models, *seen))
+        return next(names, next(iter(self.paces), None))
 
     def context_of(self, model: str) -> int | None:
         """Tell the tokens of one slot for a model; None if it is not known."""
@@ -174,32 +204,51 @@ class Worker:
         return len(self.leases)
 
     @property
+    def free(self) -> float:
+        """Tell how many more requests it can take; below 0 if it has too many.
+
+        Infinite where the number of slots is not known.
+        """
+        if self.slots is None:
+            return math.inf
+        return self.slots + self.overcommit - self._taken
+
+    @property
+    def unread(self) -> int:
+        """Bytes of the prompts of which no answer has begun."""
+        return sum(lease.prompt_bytes for lease in self.leases if not lease.first_token)
+
+    @property
     def in_doubt(self) -> bool:
         """Whether it failed a check lately, and has not fallen yet."""
         return self.state is State.READY and self._bad > 0
 
     def serves(self, model: str) -> bool:
+        if self.config.models:
+            return matches(model, self.config.models)
         return any(model == served.name for served in self.models)
 
     # --- What a request does ------------------------------------------------------
 
-    def lease(self, model: str = "") -> Lease:
+    def lease(self, model: str = "", *, slot: bool = True) -> Lease:
         """Take a place on this worker; whoever takes it gives it back, once.
 
         Where a breaker is half-open, the lease is its proof.
         """
         lease = Lease(self.name, self.clock, self._give_back)
-        lease.model = model
+        lease.model, lease.slot = model, slot
         breakers = [self.breaker, self.model_breakers.get(model)]
         permits = [breaker.permit() for breaker in breakers if breaker is not None]
         lease.permits = tuple(permit for permit in permits if permit is not None)
         lease.generation = self.breaker.generation
         self.leases.add(lease)
+        self._taken += slot
         return lease
 
     def _give_back(self, lease: Lease, outcome: Outcome) -> None:
         beside = len(self.leases)
         self.leases.discard(lease)
+        self._taken -= lease.slot
         verdict = self._judge(lease, outcome, beside)
         for permit in lease.permits:
             permit.settle(_proof(verdict, outcome))
@@ -209,6 +258,8 @@ class Worker:
             self._good = 0
         if outcome in SUSPICIOUS:
             self.suspect()
+        if self.on_free is not None:
+            self.on_free()
 
     def _judge(self, lease: Lease, outcome: Outcome, beside: int) -> Verdict:
         """Say what an attempt has shown about this worker."""
@@ -222,6 +273,7 @@ class Worker:
                     lease.tokens,
                     lease.seconds,
                     beside,
+                    lease.prefill,
                 )
                 return Verdict.SLOW if slow else Verdict.SUCCESS
             case Outcome.SLOW:
@@ -259,6 +311,7 @@ class Worker:
         self.checked_at = now
         if description is not None:
             self.description = description
+            self.slots = self.config.slots or self._believed(description.slots)
         if check is Check.FAILED and self.heard_since(now - self.health.timeout):
             # Bursts starve llama-server's HTTP threads, and /health with them, while
             # tokens flow.  Who talks is alive.
@@ -266,6 +319,17 @@ class Worker:
         event = self._count(check)
         if event is not None:
             self._step(event, reason)
+        if self.on_free is not None:
+            self.on_free()
+
+    def _believed(self, slots: int | None) -> int | None:
+        """Pass on a number of slots that can be true; complain of others once."""
+        if slots is None or 1 <= slots <= MOST_SLOTS:
+            return slots
+        if slots != self._odd_slots:
+            self._odd_slots = slots
+            logger.warning("worker %s: says it has %d slots", self.name, slots)
+        return None
 
     def _count(self, check: Check) -> Event | None:
         match check:
@@ -308,3 +372,13 @@ def _proof(verdict: Verdict, outcome: Outcome) -> bool | None:
     if verdict is Verdict.NEUTRAL:
         return None
     return verdict is Verdict.SUCCESS
+
+
+def matches(model: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a model is among those named; patterns are shell-like."""
+    return any(fnmatchcase(model, pattern) for pattern in patterns)
+
+
+def is_plain(name: str) -> bool:
+    """Tell a name from a pattern."""
+    return not any(sign in name for sign in "*?[")

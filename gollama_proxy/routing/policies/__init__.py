@@ -1,6 +1,52 @@
-"""How a worker is picked from the available ones: one policy, one file."""
+"""How a worker is picked from those that fit: one policy, one file."""
 
-from gollama_proxy.routing.policies.base import Policy
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from gollama_proxy.routing.policies.affinity import Affinity
+from gollama_proxy.routing.policies.base import Ask, Fits, Policy
+from gollama_proxy.routing.policies.fastest import Fastest
+from gollama_proxy.routing.policies.least_busy import LeastBusy
 from gollama_proxy.routing.policies.round_robin import RoundRobin
+from gollama_proxy.routing.policies.weighted import Weighted
 
-__all__ = ["Policy", "RoundRobin"]
+__all__ = [
+    "Affinity",
+    "Ask",
+    "Fastest",
+    "Fits",
+    "LeastBusy",
+    "Policy",
+    "RoundRobin",
+    "Weighted",
+    "make",
+]
+
+
+def make(
+    name: str,
+    clock: Callable[[], float],
+    rng: random.Random,
+    *,
+    patient: bool = False,
+) -> Policy:
+    """Make the policy of this name, one of `settings.POLICIES`.
+
+    `clock` gives monotonic seconds.  A `patient` one may turn down a worker that fits,
+    to have a request wait for a better one.
+    """
+    match name:
+        case "round_robin":
+            return RoundRobin()
+        case "weighted":
+            return Weighted()
+        case "least_busy":
+            return LeastBusy(rng)
+        case "fastest":
+            return Fastest(rng)
+        case "affinity":
+            return Affinity(Fastest(rng), clock, patient=patient)
+        case _:
+            raise ValueError(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gollama_proxy.routing.policies.base import Ask, Fits, place_behind
 from gollama_proxy.routing.worker import Worker
 
 
@@ -20,9 +21,12 @@ class RoundRobin:
     def __repr__(self) -> str:
         return f"<RoundRobin last={self._last}>"
 
-    def pick(self, model: str, available: Sequence[Worker]) -> Worker:
+    def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         """Choose the next worker behind the one that had the last turn."""
-        last = self._last.get(model, -1)
-        chosen = next((w for w in available if w.index > last), available[0])
-        self._last[model] = chosen.index
-        return chosen
+        first = place_behind(workers, self._last.get(ask.model, -1))
+        for place in range(first, first + len(workers)):
+            worker = workers[place % len(workers)]
+            if fits(worker):
+                self._last[ask.model] = worker.index
+                return worker
+        return None
