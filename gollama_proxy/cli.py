@@ -35,6 +35,7 @@ from gollama_proxy.settings import (
 
 if TYPE_CHECKING:
     from gollama_proxy.edge.app import Hub
+    from gollama_proxy.routing.ticket import Priority
     from gollama_proxy.upstream.probe import Report
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--model", action="append", default=[], help="allow only these, such as 'qwen*'"
     )
     token.add_argument("--scope", action="append", default=[], help="allow more: admin")
+    for flag, what in _LIMITS.items():
+        token.add_argument(flag, metavar="N", help=f"allow so many {what}")
+    token.add_argument("--priority", help="highest class: interactive (default), batch")
     token.add_argument(
         "--private-key", metavar="FILE", help="PEM file to sign with, for all but HS256"
     )
@@ -174,6 +178,12 @@ async def _log_address(hub: Hub) -> None:
 
 # --- token ------------------------------------------------------------------------
 
+_LIMITS = {
+    "--rpm": "requests a minute",
+    "--tpm": "tokens a minute",
+    "--max-concurrency": "requests at once",
+}
+
 
 def _token(args: argparse.Namespace) -> int:
     from gollama_proxy.edge.auth import mint
@@ -182,6 +192,7 @@ def _token(args: argparse.Namespace) -> int:
     _refuse_unprintable("--model", args.model)
     _refuse_unprintable("--scope", args.scope)
     lifetime = _parse_lifetime(args.expires)
+    limits, priority = _parse_limits(args), _parse_priority(args.priority)
     config = _load(args, os.environ)
     auth = config.auth
     source, key = _find_signing_key(config, args.private_key)
@@ -195,6 +206,8 @@ def _token(args: argparse.Namespace) -> int:
             scopes=args.scope,
             issuer=auth.issuer,
             audience=auth.audience,
+            limits=limits,
+            priority=priority,
         )
     except ValueError as exc:
         raise ConfigError(f"{source}: {exc}") from exc
@@ -216,6 +229,30 @@ def _parse_lifetime(text: str) -> float:
         allowed = "45s, 90m, 12h or 30d, from 1s to 3650d"
         raise ConfigError(f"--expires = {text!r}: must be a time such as {allowed}")
     return lifetime
+
+
+def _parse_limits(args: argparse.Namespace) -> dict[str, int]:
+    limits = {}
+    for flag in _LIMITS:
+        name = flag.removeprefix("--").replace("-", "_")
+        text = getattr(args, name)
+        if text is not None:
+            if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < 1:
+                raise ConfigError(f"{flag} = {text!r}: must be a whole number from 1")
+            limits[name] = int(text)
+    return limits
+
+
+def _parse_priority(text: str | None) -> Priority | None:
+    from gollama_proxy.routing.ticket import Priority
+
+    if text is None:
+        return None
+    try:
+        return Priority(text)
+    except ValueError:
+        known = ", ".join(Priority)
+        raise ConfigError(f"--priority = {text!r}: must be one of {known}") from None
 
 
 def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:

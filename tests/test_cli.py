@@ -408,6 +408,31 @@ def test_a_token_with_everything(environ: dict[str, str], capsys: Output) -> Non
     assert claims["scope"] == "admin"
 
 
+def test_a_token_with_limits(capsys: Output) -> None:
+    argv = ["token", "--sub", "a", "--rpm", "60", "--tpm=100000"]
+    argv += ["--max-concurrency", "4", "--priority", "batch"]
+    assert main(argv) == 0
+    claims = jwt.decode(minted(capsys), SECRET, ["HS256"])
+    assert (claims["rpm"], claims["tpm"]) == (60, 100_000)
+    assert (claims["max_concurrency"], claims["priority"]) == (4, "batch")
+
+
+@pytest.mark.parametrize("flag", ["--rpm", "--tpm", "--max-concurrency"])
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "1.5", "1e3", "x", "", " 1", "٣", "9" * 16]
+)
+def test_a_wrong_limit(flag: str, text: str, capsys: Output) -> None:
+    assert main(["token", "--sub", "a", f"{flag}={text}"]) == 2
+    assert f"{flag} = {text!r}: must be a whole number from 1" in one_line(capsys)
+
+
+@pytest.mark.parametrize("text", ["urgent", "BATCH", ""])
+def test_a_wrong_priority(text: str, capsys: Output) -> None:
+    assert main(["token", "--sub", "a", f"--priority={text}"]) == 2
+    said = one_line(capsys)
+    assert f"--priority = {text!r}: must be one of interactive, batch" in said
+
+
 @pytest.mark.parametrize(
     ("text", "lifetime"),
     [

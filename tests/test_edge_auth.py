@@ -29,6 +29,7 @@ from gollama_proxy.edge.auth import (
     Principal,
     mint,
 )
+from gollama_proxy.routing.ticket import Priority
 from gollama_proxy.settings import Auth, Config
 from gollama_proxy.wire.errors import Code, RequestError
 from tests.fakes.clock import Clock
@@ -256,6 +257,29 @@ REFUSED: dict[str, str] = {
     "scope a number": signed(scope=7),
     "scope null": signed(scope=None),
     "scope true": signed(scope=True),
+    **{
+        f"{name} {what}": signed(**{name: value})
+        for name in ("rpm", "tpm", "max_concurrency")
+        for what, value in {
+            "a string": "60",
+            "a fraction": 60.5,
+            "no integer": 60.0,
+            "true": True,
+            "null": None,
+            "a list": [60],
+            "zero": 0,
+            "negative": -1,
+        }.items()
+    },
+    "rpm NaN": raw_claim("rpm", "NaN"),
+    "rpm 1e400": raw_claim("rpm", "1e400"),
+    "priority unknown": signed(priority="urgent"),
+    "priority in upper case": signed(priority="BATCH"),
+    "priority empty": signed(priority=""),
+    "priority null": signed(priority=None),
+    "priority a number": signed(priority=1),
+    "priority a list": signed(priority=["batch"]),
+    "priority a table": signed(priority={"batch": True}),
     "jti a number": signed(jti=7),
     # Headers of the token
     "kid a number": forge({"alg": "HS256", "kid": 7}),
@@ -290,6 +314,12 @@ def test_a_token_that_is_not_good_is_refused(name: str) -> None:
     assert error.code is Code.INVALID_API_KEY
     assert error.detail, "the log should know why"
     assert REFUSED[name] not in error.detail or not REFUSED[name]
+
+
+@pytest.mark.parametrize("name", ["rpm", "tpm", "max_concurrency", "priority"])
+def test_the_log_names_the_claim_that_is_wrong(name: str) -> None:
+    error = refused(authenticator(), bearer(signed(**{name: [7]})))
+    assert error.detail.startswith(f"{name} is no ")
 
 
 def test_every_refusal_reads_the_same() -> None:
@@ -407,6 +437,21 @@ ACCEPTED: dict[str, tuple[str, Principal]] = {
     "aud and iss that nobody asked for": (
         signed(aud=["a", "b"], iss="https://x"),
         Principal("alice", expires=NOW + 3600 + LEEWAY),
+    ),
+    "limits": (
+        signed(rpm=60, tpm=10**15, max_concurrency=1, priority="batch"),
+        Principal(
+            "alice",
+            expires=NOW + 3600 + LEEWAY,
+            rpm=60,
+            tpm=10**15,
+            max_concurrency=1,
+            priority=Priority.BATCH,
+        ),
+    ),
+    "one limit": (
+        signed(tpm=1, priority="interactive"),
+        Principal("alice", expires=NOW + 3600 + LEEWAY, tpm=1),
     ),
     "claims that nobody knows": (
         signed(admin=True, jti="1", scp=["admin"]),
@@ -801,6 +846,15 @@ def test_what_is_minted_is_accepted() -> None:
         "alice", ("qwen*",), frozenset({"admin", "metrics"}), NOW + 3600
     )
     assert who.authenticate(bearer(token)) == expected
+
+
+def test_limits_are_minted_as_they_are_read() -> None:
+    limits = {"rpm": 1, "tpm": 2, "max_concurrency": 3}
+    token = mint(
+        SECRET, "HS256", "alice", 60, limits=limits, priority=Priority.BATCH, now=NOW
+    )
+    who = authenticator().authenticate(bearer(token))
+    assert (who.rpm, who.tpm, who.max_concurrency, who.priority) == (1, 2, 3, "batch")
 
 
 def test_a_minted_token_says_no_more_than_it_was_asked_to() -> None:

@@ -18,6 +18,7 @@ from gollama_proxy.edge.dispatch import Dispatcher, Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.ops.metrics import Metrics
+from gollama_proxy.routing.admission import Line
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.settings import Config
 from gollama_proxy.wire.errors import (
@@ -124,7 +125,7 @@ async def dispatching(
     routes: Routes, clock: Callable[[], float] | None = None, **sections: Any
 ) -> AsyncIterator[Running]:
     loaded = Config(**sections)
-    metrics = Metrics(Registry(loaded))
+    metrics = Metrics(Registry(loaded), Line(loaded.queue, Clock()))
     dispatcher = Dispatcher(routes, loaded, metrics, clock or Clock())
     runner = web.ServerRunner(
         Server(dispatcher, loaded, dispatcher.refused), shutdown_timeout=1

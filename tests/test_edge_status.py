@@ -8,8 +8,10 @@ import pytest
 
 from gollama_proxy.edge.status import Status
 from gollama_proxy.ops.metrics import Metrics
+from gollama_proxy.routing.admission import Line
 from gollama_proxy.routing.registry import Registry
-from gollama_proxy.settings import Config
+from gollama_proxy.settings import Config, Queue
+from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
 from tests.fakes.worker import ScriptedWorker
 
@@ -138,5 +140,5 @@ async def test_metrics_have_no_second_token_in_the_query() -> None:
 
 
 def test_it_shows_what_it_is() -> None:
-    metrics = Metrics(Registry(Config()))
+    metrics = Metrics(Registry(Config()), Line(Queue(), Clock()))
     assert repr(Status(lambda: True, metrics, None)) == "<Status ready=True>"

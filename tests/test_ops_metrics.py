@@ -12,9 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from gollama_proxy import __version__, config
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.ops.metrics import Metrics
+from gollama_proxy.routing.admission import Line
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.worker import Check, Description, Model
-from gollama_proxy.settings import Config
+from gollama_proxy.settings import Config, Queue
 from gollama_proxy.wire.errors import Code
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
@@ -66,7 +67,7 @@ async def scraped_until(hub: RunningHub, reached: Callable[[Samples], bool]) -> 
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics(Registry(Config()))
+    return Metrics(Registry(Config()), Line(Queue(), Clock()))
 
 
 # --- Counting ---------------------------------------------------------------------
@@ -130,7 +131,7 @@ def test_an_error_says_more_than_an_outcome(metrics: Metrics) -> None:
 
 
 def test_two_hubs_in_a_process_count_for_themselves() -> None:
-    one, two = (Metrics(Registry(Config())) for _ in range(2))
+    one, two = (Metrics(Registry(Config()), Line(Queue(), Clock())) for _ in range(2))
     one.observe(Record("1", "GET", outcome="complete"))
     assert "gollama_outcomes_total" in names_of(parse(one.exposition()))
     assert "gollama_outcomes_total" not in names_of(parse(two.exposition()))
@@ -159,7 +160,7 @@ def test_workers_are_shown_as_they_are_at_the_moment() -> None:
     clock = Clock()
     loaded = config.load(None, {}, {}, ["http://a:1", "http://b:2"])
     registry = Registry(loaded, clock)
-    metrics = Metrics(registry)
+    metrics = Metrics(registry, Line(Queue(), Clock()))
     a, b = registry.workers
 
     samples = parse(metrics.exposition())

@@ -90,6 +90,12 @@ async def test_a_worker_behind_a_prefix() -> None:
         answer({"error": "no"}, 501),
         answer(["another", "idea"]),
         answer({"total_slots": "four"}),
+        (
+            send(
+                head(200, [("Content-Length", "200006")])
+                + b'{"x":%b%b}' % (b"[" * 100_000, b"]" * 100_000)
+            ),
+        ),
         (send(head(200, [("Content-Length", "3")]) + b"abc"),),
         (send(head(302, [("Location", "/"), ("Content-Length", "0")])),),
     ],
@@ -135,6 +141,22 @@ async def test_a_worker_without_our_idea_of_health_is_good(script: Script) -> No
         ),
         ([{"id": "a", "object": "model", "owned_by": 1}], {}, (Model("a"),)),
         ([{"id": "é/ü:7b"}], {}, (Model("é/ü:7b"),)),
+        *(
+            ([{"id": "a", "status": status}], {}, (Model("a", None, loaded),))
+            for status, loaded in [
+                ({"value": "loaded", "args": ["-m", "a.gguf"]}, True),
+                ({"value": "unloaded"}, False),
+                ({"value": "loading"}, False),
+                ({"value": "sleeping"}, False),
+                ({"value": "unloaded", "failed": True, "exit_code": 1}, False),
+                ({"value": None}, None),
+                ({"value": True}, None),
+                ({}, None),
+                ("loaded", None),
+                (["loaded"], None),
+                (None, None),
+            ]
+        ),
     ],
 )
 async def test_models_and_their_context(
@@ -182,6 +204,15 @@ ODD_MODELS = {
     ),
     "nested": (
         (send(head(200, [("Content-Length", "100000")]) + b"[" * 100_000),),
+        "/v1/models answered what cannot be read",
+    ),
+    "nested where nobody looks": (
+        (
+            send(
+                head(200, [("Content-Length", "200023")])
+                + b'{"data":[{"id":"","x":%b%b}]}' % (b"[" * 100_000, b"]" * 100_000)
+            ),
+        ),
         "/v1/models answered what cannot be read",
     ),
     "endless": (

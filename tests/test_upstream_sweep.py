@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -234,6 +235,17 @@ async def test_a_worker_that_told_of_no_model_cannot_be_asked() -> None:
     assert await stage.round() == 0
     stage.workers[0].description = None
     assert await stage.round() == 0
+
+
+async def test_where_patterns_are_stated_a_model_that_is_listed_proves_it() -> None:
+    """Of those it answers to no name is known; any answer proves the machine."""
+    stage = Stage()
+    [worker] = stage.workers
+    worker.config = replace(worker.config, models=("qwen*",))
+    stage.half_open(worker.breaker)
+    assert await stage.round() == 1
+    assert stage.prove.asked == [("a", "m")]
+    await stage.settle(True)
 
 
 async def test_a_canary_that_is_cancelled_proves_nothing() -> None:

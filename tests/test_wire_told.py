@@ -124,7 +124,7 @@ def test_a_text_completion_that_was_cut_is_mended() -> None:
     stream = text_stream(["ab", "cd"], reason=None)
     cut = stream.rindex(b'd","index"')
     told = parsed(stream[:cut], chat=False)
-    assert (told.text, told.tokens) == ("abc", 2)
+    assert (told.text, told.tokens, told.halved) == ("abc", 2, True)
     seen = read(spliced(stream[:cut], text_stream(["de"]), chat=False))
     assert (seen.text, seen.reasons, seen.done) == ("abcde", ["stop"], 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
 from aiohttp import web
 
 from gollama_proxy.edge.server import json_response
@@ -22,6 +23,7 @@ from gollama_proxy.wire.errors import (
     WorkerError,
     error_body,
 )
+from gollama_proxy.wire.rename import renamed
 
 # What an attempt has failed of, by the error that it ended with.
 FAILURES = {
@@ -130,25 +132,57 @@ def _retry_after(relay: Relay) -> float:
     return float(given) if given.isdigit() else 1.0
 
 
-def whole_response(relay: Relay) -> web.Response | None:
-    """Make a response of a short answer that is here already; None of any other."""
+def one_line(told: web.Response) -> bytes:
+    """Write the body of an error so that it can be the data of an event."""
+    try:
+        assert isinstance(told.body, bytes), told
+        return msgspec.json.encode(msgspec.json.decode(told.body))
+    except (ValueError, RecursionError):
+        text = "A worker refused the request without a reason that could be read."
+        return error_body(text, "server_error", None)
+
+
+def whole_response(
+    relay: Relay, names: tuple[str, str] | None = None
+) -> web.Response | None:
+    """Make a response of a short answer that is here already; None of any other.
+
+    `names` are those of its model, as the worker and as the client calls it.
+    """
     body = relay.held_body()
     if body is None or relay.is_event_stream:
         return None
-    return _as_it_is(relay, body)
+    return _as_it_is(relay, body if names is None else renamed(body, *names))
 
 
 def begin_response(
-    request: web.BaseRequest, relay: Relay, record: Record
+    request: web.BaseRequest, relay: Relay, record: Record, *, sized: bool = True
 ) -> web.StreamResponse:
-    """Make the head of an answer whose body will be relayed."""
+    """Make the head of an answer whose body will be relayed, and `sized` as it is."""
     kept = headers.to_client(relay.headers)
     response = web.StreamResponse(status=relay.status, headers=kept)
     response.headers.update(record.headers)
-    length = relay.header(b"content-length")
     if relay.is_event_stream:
         response.headers.update(sse.STREAM_HEADERS)
-    if length and not relay.is_event_stream:
+    events = relay.is_event_stream
+    length = relay.header(b"content-length") if sized and not events else b""
+    return _framed(request, response, length)
+
+
+def begin_early(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+    """Make the head of an event stream of which nothing is known yet."""
+    response = web.StreamResponse()
+    response.content_type = "text/event-stream"
+    response.headers.update(record.headers)
+    response.headers.update(sse.STREAM_HEADERS)
+    return _framed(request, response, b"")
+
+
+def _framed(
+    request: web.BaseRequest, response: web.StreamResponse, length: bytes
+) -> web.StreamResponse:
+    """Say how the client will know where the body ends."""
+    if length:
         response.content_length = int(length)
     elif request.version >= (1, 1):
         response.enable_chunked_encoding()

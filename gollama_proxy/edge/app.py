@@ -14,8 +14,10 @@ from gollama_proxy.edge.catalogue import Catalogue
 from gollama_proxy.edge.dispatch import Dispatcher, Routes
 from gollama_proxy.edge.inference import Inference
 from gollama_proxy.edge.server import Server
+from gollama_proxy.edge.slots import Slots
 from gollama_proxy.edge.status import Status
 from gollama_proxy.ops.metrics import Metrics
+from gollama_proxy.routing.admission import Line
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Config
@@ -41,10 +43,18 @@ class Hub:
             worker.name: ConnectionPool(worker, config, clock)
             for worker in config.workers
         }
-        self.metrics = Metrics(self.registry)
+        line = Line(config.queue, clock)
+        self.metrics = Metrics(self.registry, line)
         self.authenticator = Authenticator(config)
         self.pinger = Pinger(self.registry.workers, config.health, self._ping)
-        self.sweep = Sweep(self.registry.workers, config.timeouts, self._prove, clock)
+        self.slots = Slots(self.registry, line, clock)
+        self.sweep = Sweep(
+            self.registry.workers,
+            config.timeouts,
+            self._prove,
+            clock,
+            then=self.slots.look_again,
+        )
         self.dispatcher = Dispatcher(self._routes(clock), config, self.metrics, clock)
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.ServerRunner | None = None
@@ -66,6 +76,7 @@ class Hub:
             self.registry,
             self.connections,
             self.sweep,
+            self.slots,
             clock,
         )
         return {

@@ -21,9 +21,11 @@ from aiohttp import web
 
 from gollama_proxy.config import ConfigError
 from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.routing.ticket import Priority
 from gollama_proxy.settings import Config
 from gollama_proxy.wire.errors import Code, RequestError
 
+LIMITS = ("rpm", "tpm", "max_concurrency")  # claims that are numbers, or absent
 MAX_TOKEN = 8 << 10  # bytes; checked before anything is decoded
 _CHALLENGE = "Bearer"
 
@@ -35,6 +37,11 @@ class Principal(NamedTuple):
     models: tuple[str, ...] | None = None  # shell-like patterns; None allows all
     scopes: frozenset[str] = frozenset()
     expires: float = float("inf")  # Unix time, leeway included
+    # Limits of the subject; None is none.
+    rpm: int | None = None  # requests a minute
+    tpm: int | None = None  # tokens a minute
+    max_concurrency: int | None = None  # requests that run at once
+    priority: Priority = Priority.INTERACTIVE  # the highest class it may use
 
 
 ANONYMOUS = Principal("anonymous", scopes=frozenset({"admin"}))
@@ -173,7 +180,14 @@ class Authenticator:
         scope = claims.get("scope", "")
         if not isinstance(scope, str):  # RFC 8693, 4.2: one string, spaces between
             raise AuthError("scope is no string")
-        return Principal(subject, models, frozenset(scope.split()), expires)
+        return Principal(
+            subject,
+            models,
+            frozenset(scope.split()),
+            expires,
+            **{name: _limit(claims, name) for name in LIMITS},
+            priority=_priority(claims),
+        )
 
 
 def _check_key(config: Config, key: bytes | str) -> None:
@@ -201,6 +215,22 @@ def _strings(value: object, name: str) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _limit(claims: Mapping[str, Any], name: str) -> int | None:
+    if name not in claims:
+        return None
+    value = claims[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise AuthError(f"{name} is no whole number from 1")
+    return value
+
+
+def _priority(claims: Mapping[str, Any]) -> Priority:
+    try:
+        return Priority(claims.get("priority", Priority.INTERACTIVE))
+    except ValueError:
+        raise AuthError("priority is no class that there is") from None
+
+
 # --- Tokens of our own ------------------------------------------------------------
 
 
@@ -214,9 +244,13 @@ def mint(
     scopes: Sequence[str] = (),
     issuer: str = "",
     audience: str = "",
+    limits: Mapping[str, int] | None = None,
+    priority: Priority | None = None,
     now: float | None = None,
 ) -> str:
     """Sign a token; `key` is the secret, or a private key in PEM; seconds throughout.
+
+    `limits` are of those in `LIMITS`.
 
     Raises:
         ValueError: the key does not fit the algorithm.
@@ -231,6 +265,9 @@ def mint(
         claims["models"] = list(models)
     if scopes:
         claims["scope"] = " ".join(scopes)
+    claims |= limits or {}
+    if priority is not None:
+        claims["priority"] = priority
     if issuer:
         claims["iss"] = issuer
     if audience:

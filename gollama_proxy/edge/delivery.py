@@ -16,7 +16,7 @@ from typing import Protocol
 
 from aiohttp import web
 
-from gollama_proxy.edge.answer import begin_response
+from gollama_proxy.edge.answer import begin_early, begin_response, one_line
 from gollama_proxy.edge.server import json_response
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.upstream.client import Client, ToldError
@@ -25,6 +25,7 @@ from gollama_proxy.wire import sse
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.errors import ProxyError
 from gollama_proxy.wire.openai import ENDPOINTS, Ending, Endpoint
+from gollama_proxy.wire.rename import Renamer, renamed
 
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
@@ -32,7 +33,13 @@ _LINGER_ZERO = struct.pack("ii", 1, 0)
 class Delivery(Protocol):
     """What the path of a request knows of either."""
 
-    begun: bool  # the client has a part of it, which cannot be taken back
+    @property
+    def begun(self) -> bool:
+        """Whether its head is out, so that there can be no other status."""
+
+    @property
+    def fed(self) -> bool:
+        """Whether the client has a part of it, which cannot be taken back."""
 
     async def open(self, relay: Relay) -> Client:
         """Begin with what a worker sends, if that has not been done."""
@@ -46,6 +53,9 @@ class Delivery(Protocol):
     def break_off(self, error: ProxyError) -> web.StreamResponse:
         """End what is not, so that nobody can think it is."""
 
+    def refuse(self, told: web.Response) -> web.StreamResponse:
+        """Tell what a worker has refused it with."""
+
 
 class Stream:
     """An answer that is passed on as it comes."""
@@ -53,10 +63,14 @@ class Stream:
     _client: Client
     _response: web.StreamResponse
     _transport: asyncio.Transport
-    _relay: Relay  # of which the client sees each byte
 
-    def __init__(self, request: web.BaseRequest, record: Record) -> None:
+    def __init__(
+        self, request: web.BaseRequest, record: Record, renamer: Renamer | None = None
+    ) -> None:
+        """Make one; a `renamer` gives its model the name that the client knows."""
         self.begun = False
+        self._renamer = renamer
+        self._relay: Relay | None = None  # of which the client sees each byte
         self._request = request
         self._record = record
         self._framed = False  # the client knows where the body has to end
@@ -71,19 +85,50 @@ class Stream:
         Raises:
             ConnectionResetError: the client has left.
         """
-        if self.begun:
+        if not self.begun:
+            sized = self._renamer is None
+            response = begin_response(self._request, relay, self._record, sized=sized)
+            await self._begin(response)
+        self._relay = self._relay or relay
+        if self._renamer is None:
             return self._client
-        response = begin_response(self._request, relay, self._record)
+        drain, buffered = self._client.drain, self._client.buffered
+        return Client(self._rename, drain, buffered, chunked=False)
+
+    def _rename(self, data: bytes) -> None:
+        assert self._renamer is not None, self
+        self._client.send(self._renamer.feed(data))
+
+    def _send_rest(self) -> None:
+        """Send what may have been the beginning of a name."""
+        if self._renamer is not None:
+            self._client.send(self._renamer.finish())
+
+    async def tell(self, comment: bytes) -> None:
+        """Tell a client that waits how it stands: the head of its stream goes out.
+
+        Raises:
+            ConnectionResetError: the client has left.
+        """
+        if not self.begun:
+            await self._begin(begin_early(self._request, self._record))
+        self._client.send(b": %b\n\n" % comment)
+
+    @property
+    def fed(self) -> bool:
+        return self._relay is not None
+
+    async def _begin(self, response: web.StreamResponse) -> None:
         writer = await response.prepare(self._request)
         transport = self._request.transport
         if transport is None or writer is None:
             raise ConnectionResetError("the client left")
-        self._record.status = relay.status
+        self._record.status = response.status
         self._framed = response.chunked or response.content_length is not None
         # With 4,000 streams, what nobody reads any more would be 15 MB.
         for sent in (self._record.headers, response.headers):
             sent.clear()
-        self._response, self._transport, self._relay = response, transport, relay
+        self._response, self._transport = response, transport
         self.begun = True
         self._client = Client(
             transport.write,
@@ -91,13 +136,14 @@ class Stream:
             transport.get_write_buffer_size,
             response.chunked,
         )
-        return self._client
 
     def send(self, data: bytes) -> None:
+        self._send_rest()
         self._client.send(data)
         self._mended = True
 
     async def finish(self) -> web.StreamResponse:
+        self._send_rest()
         await self._response.write_eof()
         return self._response
 
@@ -109,17 +155,29 @@ class Stream:
         """
         record = self._record
         record.outcome, record.error, record.detail = "error", error.code, error.detail
-        events = self._relay.is_event_stream
+        relay = self._relay
+        self._send_rest()
+        events = relay is None or relay.is_event_stream
         if events and not isinstance(error, ToldError):
-            if not self._mended and sse.unfinished(self._relay.tail):
+            if relay is not None and not self._mended and sse.unfinished(relay.tail):
                 self._client.send(b"\n\n")
-            named = ENDPOINTS[record.route].ending is Ending.NAMED
-            self._client.send(sse.error_event(error.body(), named=named))
-        if events or self._framed:
+            self._end_by(error.body())
+        elif events or self._framed:
             self._transport.close()
         else:
             self._reset()
         return self._response
+
+    def refuse(self, told: web.Response) -> web.StreamResponse:
+        """Tell as an event what would have been the answer if there were no head."""
+        self._record.outcome = "refused"
+        self._end_by(one_line(told))
+        return self._response
+
+    def _end_by(self, error: bytes) -> None:
+        named = ENDPOINTS[self._record.route].ending is Ending.NAMED
+        self._client.send(sse.error_event(error, named=named))
+        self._transport.close()
 
     def drop(self) -> web.StreamResponse:
         """Hang up on a client that does not read; what it has not taken is lost."""
@@ -142,9 +200,17 @@ class Stream:
 class Whole:
     """An answer that the client wants in one piece, and a worker gives as a stream."""
 
-    begun = False
+    begun = fed = False
 
-    def __init__(self, endpoint: Endpoint, record: Record, limit: int) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        record: Record,
+        limit: int,
+        names: tuple[str, str] | None = None,
+    ) -> None:
+        """Make one of at most `limit` bytes; `names` are the model's, old and new."""
+        self._names = names
         chat = endpoint.path.endswith("chat/completions")
         self._record = record
         self._assembler = Assembler("chat" if chat else "text", limit)
@@ -172,13 +238,19 @@ class Whole:
         if self._error is not None:
             raise self._error
         answer = self._assembler.finish()
+        if self._names is not None:
+            answer = renamed(answer, *self._names)
         record = self._record
         record.bytes, record.tokens = len(answer), self._assembler.tokens
+        record.prompt_tokens = sse.prompt_tokens(answer)
         return json_response(answer)
 
     def break_off(self, error: ProxyError) -> web.StreamResponse:
         """Tell the error; the client has heard nothing yet."""
         raise error
+
+    def refuse(self, told: web.Response) -> web.StreamResponse:
+        return told
 
 
 async def _no_wait() -> None:

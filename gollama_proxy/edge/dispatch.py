@@ -171,7 +171,10 @@ class Dispatcher:
             record.headers |= {
                 "Access-Control-Allow-Origin": origin,
                 "Access-Control-Expose-Headers": "Retry-After, X-Gollama-Worker, "
-                "X-Gollama-Attempts, X-Gollama-Queue-Ms, X-Request-Id",
+                "X-Gollama-Attempts, X-Gollama-Queue-Ms, X-Request-Id, "
+                "X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, "
+                "X-RateLimit-Reset-Requests, X-RateLimit-Limit-Tokens, "
+                "X-RateLimit-Remaining-Tokens, X-RateLimit-Reset-Tokens",
                 "Vary": "Origin",
             }
 

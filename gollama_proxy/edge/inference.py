@@ -25,10 +25,13 @@ from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.dispatch import draining
 from gollama_proxy.edge.job import WAIT, Job
 from gollama_proxy.edge.request import Incoming, answer_expectation
+from gollama_proxy.edge.slots import Claim, Entry, Seat, Slots
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.lease import Lease, Outcome
+from gollama_proxy.routing.quota import Quotas
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.retry import Attempts, Failure
+from gollama_proxy.routing.ticket import choose_priority
 from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Config
 from gollama_proxy.upstream.attempt import Attempt, Outgoing
@@ -60,6 +63,7 @@ class Inference:
         registry: Registry,
         connections: Mapping[str, ConnectionPool],
         sweep: Sweep,
+        slots: Slots,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
@@ -67,6 +71,8 @@ class Inference:
         self._registry = registry
         self._connections = connections
         self._sweep = sweep
+        self._slots = slots
+        self._quotas = Quotas(clock)
         self._clock = clock
 
     def __repr__(self) -> str:
@@ -93,9 +99,20 @@ class Inference:
         # Before a byte of the body is read, and before a client is told to send it.
         principal = self._authenticator.identify(request, record)
         endpoint = ENDPOINTS[record.route]
+        claim = self._claim(request, principal)
+        standing = self._quotas.take(principal.subject, principal.rpm, principal.tpm)
+        record.headers |= standing.headers()
+        if not standing.allowed:
+            raise standing.error()
         incoming, attempts = await self._read(request, endpoint, principal)
         record.model = model = attempts.pool.model
-        job = Job(request, record, deadline, incoming, attempts, self._config, model)
+        entry = Entry(attempts, claim)
+        job = Job(
+            request, record, deadline, incoming, attempts, entry, self._config, model
+        )
+        job.alias = self._registry.alias_of(incoming.model)
+        if job.may_tell:
+            entry.tell(job.tell_place, self._config.queue.notice)
         try:
             return await self._have_answered(job)
         except ProxyError as exc:
@@ -112,12 +129,22 @@ class Inference:
             if not expired:
                 raise
             return response
+        finally:
+            self._slots.leave(entry)
+            used = record.prompt_tokens + record.tokens
+            self._quotas.spend(principal.subject, used)
+
+    def _claim(self, request: web.BaseRequest, principal: Principal) -> Claim:
+        limit = principal.max_concurrency or self._config.queue.max_concurrency
+        asked = request.headers.get("X-Gollama-Priority")
+        priority = choose_priority(asked, principal.priority)
+        return Claim(principal.subject, priority, limit)
 
     async def _have_answered(self, job: Job) -> web.StreamResponse:
         """Have one worker after another try, until the client has a whole answer."""
         while True:
             try:
-                worker = self._registry.choose(job.attempts)
+                worker, lease = await self._admit(job)
             except NoWorkerError:
                 if job.may_wait():
                     await asyncio.sleep(WAIT)
@@ -125,7 +152,7 @@ class Inference:
                 if job.last is None:
                     raise
                 return job.give_up()
-            answer = await self._attempt(job, worker)
+            answer = await self._attempt(job, worker, lease)
             if not isinstance(answer, Refusal):
                 return answer
             if job.rescue is not None and job.rescue.exhausted:
@@ -135,11 +162,21 @@ class Inference:
                 return job.give_up()
             await asyncio.sleep(WAIT if pause is None else pause)
 
-    async def _attempt(self, job: Job, worker: Worker) -> web.StreamResponse | Refusal:
+    async def _admit(self, job: Job) -> Seat:
+        """Choose a worker, and take a slot of it if it needs one for this."""
+        if job.incoming.endpoint.slot:
+            return await self._slots.take(job.entry)
+        worker = self._registry.choose(job.attempts)
+        return worker, worker.lease(job.attempts.pool.model, slot=False)
+
+    async def _attempt(
+        self, job: Job, worker: Worker, lease: Lease
+    ) -> web.StreamResponse | Refusal:
         """Have one worker try; after a refusal it is another one's turn."""
-        job.attempts.begin(worker)
-        connections, timeouts = self._connections[worker.name], self._config.timeouts
-        with worker.lease(job.attempts.pool.model) as lease:
+        with lease:
+            job.attempts.begin(worker)
+            connections = self._connections[worker.name]
+            timeouts = self._config.timeouts
             self._note_attempt(lease, job)
             async with Attempt(connections, lease, timeouts, self._clock) as attempt:
                 relay = await self._forward(job, worker, attempt, lease)
@@ -184,6 +221,7 @@ class Inference:
         attempts = self._registry.attempts(
             pool, endpoint.path, incoming.fallbacks, principal.models
         )
+        attempts.prompt_bytes, attempts.max_tokens = incoming.size, incoming.max_tokens
         return incoming, attempts
 
     async def _look_further(self, incoming: Incoming, principal: Principal) -> None:
@@ -226,7 +264,8 @@ class Inference:
             return refusal
         with self._sweep.watching(relay, worker):
             refused = await read_refusal(relay, worker.name)
-        if refused is None and job.rescue is not None and not relay.is_event_stream:
+        promised = job.rescue is not None or job.begun
+        if refused is None and promised and not relay.is_event_stream:
             return refusal_of(DivergedError("it does not stream"))
         return refused or relay
 
@@ -237,11 +276,12 @@ class Inference:
     ) -> web.StreamResponse | Refusal:
         """Pass an answer on, from its beginning or from where another one broke off."""
         record, write_timeout = job.record, self._config.timeouts.write
-        whole = whole_response(relay)
+        whole = whole_response(relay, job.names)
         if whole is not None:
             lease.release(Outcome.COMPLETE)
             body = relay.held_body() or b""
             record.bytes, record.tokens = len(body), sse.generated_tokens(body) or 0
+            record.prompt_tokens = sse.prompt_tokens(body)
             return whole
         client = await job.open(relay, worker)
         try:

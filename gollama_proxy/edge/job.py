@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -10,8 +11,10 @@ from aiohttp import web
 from gollama_proxy.edge.answer import Refusal
 from gollama_proxy.edge.delivery import Delivery, Stream, Whole
 from gollama_proxy.edge.request import Incoming
+from gollama_proxy.edge.slots import EVERY, Entry
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.breaker import Verdict
+from gollama_proxy.routing.outlook import Place
 from gollama_proxy.routing.retry import Attempts, Failure
 from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Config
@@ -19,12 +22,16 @@ from gollama_proxy.upstream.attempt import Patience
 from gollama_proxy.upstream.client import Client, ToldError
 from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.upstream.rescue import Rescue
+from gollama_proxy.wire import sse
 from gollama_proxy.wire.assemble import streaming_body
 from gollama_proxy.wire.errors import ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.rename import Renamer
 
 # Seconds between two looks whether somebody is there to go on with an answer.
 WAIT = 0.25
+# Seconds of silence from which on a client is told that its prompt is being read.
+PROCESSING_AFTER = 15.0
 
 
 @dataclass(slots=True, repr=False)
@@ -36,22 +43,30 @@ class Job:
     deadline: asyncio.Timeout
     incoming: Incoming
     attempts: Attempts
+    entry: Entry
     config: Config
-    model: str  # that was asked for
+    model: str  # that was asked for, as its workers call it
+    alias: str = ""  # as the client calls it, if otherwise
     body: bytes = b""  # as the worker gets it, or got it, to begin an answer with
     delivery: Delivery | None = None
     rescue: Rescue | None = None
     lost: ProxyError | None = None  # why an answer that has begun broke off
     last: Refusal | None = None
     waited: float = 0.0  # seconds, for somebody to go on with an answer
+    told_at: float = 0.0  # seconds of an attempt, when its client was told of it
 
     def __repr__(self) -> str:  # without what a user wrote
         return f"<Job {self.record.id} {self.attempts!r} {self.delivery!r}>"
 
     @property
     def begun(self) -> bool:
-        """Whether the client has a part of the answer."""
+        """Whether the head of the answer is out."""
         return self.delivery is not None and self.delivery.begun
+
+    @property
+    def fed(self) -> bool:
+        """Whether the client has a part of the answer."""
+        return self.delivery is not None and self.delivery.fed
 
     @property
     def client_left(self) -> bool:
@@ -72,11 +87,13 @@ class Job:
         incoming, model = self.incoming, self.attempts.pool.model
         if self.rescue is not None:
             return self.rescue.request(model)
-        self.body, self.delivery = incoming.body(model), None
+        self.body = incoming.body(model)
+        if not self.begun:
+            self.delivery = None
         if self._may_assemble and (body := streaming_body(self.body)) is not None:
             limit = self.config.limits.answer
             self.body = body
-            self.delivery = Whole(incoming.endpoint, self.record, limit)
+            self.delivery = Whole(incoming.endpoint, self.record, limit, self.names)
         return self.body
 
     @property
@@ -97,18 +114,61 @@ class Job:
         allowance = worker.pace_of(self.attempts.pool.model).allowance(
             self.incoming.size
         )
-        return Patience(allowance, self.attempts.has_other, lambda: worker.is_down)
+        self.told_at = 0.0
+        return Patience(
+            allowance,
+            self.attempts.has_other,
+            lambda: worker.is_down,
+            self.tell_progress,
+        )
+
+    @property
+    def names(self) -> tuple[str, str] | None:
+        """The model's name and the client's for it; a fallback keeps its own."""
+        model = self.attempts.pool.model
+        return (model, self.alias) if self.alias and model == self.model else None
+
+    def _new_stream(self) -> Stream:
+        renamer = Renamer(*self.names) if self.names is not None else None
+        return Stream(self.request, self.record, renamer)
+
+    # --- Telling a client that waits ----------------------------------------------
+
+    @property
+    def may_tell(self) -> bool:
+        """Whether the client reads events, so that a comment does no harm."""
+        incoming = self.incoming
+        events = incoming.endpoint.ending is not Ending.BODY
+        return events and incoming.replayable and incoming.stream
+
+    async def tell_place(self, place: Place) -> None:
+        """Tell the client of its place in the line."""
+        eta = "" if place.eta is None else f" eta {math.ceil(place.eta)}s"
+        await self._tell(f"queued {place.position}/{place.waiting}{eta}")
+
+    async def tell_progress(self, waited: float) -> None:
+        """Tell the client that its prompt is being read, if that takes long."""
+        if self.fed or not self.may_tell or not self.config.queue.notice:
+            return
+        if waited >= self.told_at + (EVERY if self.begun else PROCESSING_AFTER):
+            self.told_at = waited
+            await self._tell("processing")
+
+    async def _tell(self, comment: str) -> None:
+        if not isinstance(self.delivery, Stream):
+            self.delivery = self._new_stream()
+        await self.delivery.tell(comment.encode())
 
     # --- Answering ----------------------------------------------------------------
 
     async def open(self, relay: Relay, worker: Worker) -> Client:
         """Begin the answer, or go on with it; tell where the worker's bytes go."""
         if self.delivery is None or not relay.is_event_stream:
-            self.delivery = Stream(self.request, self.record)
+            self.delivery = self._new_stream()
         client = await self.delivery.open(relay)
         if not self._could_be_rescued(relay):
             self.body = b""
-        if self.begun:
+        if self.fed:
             self.incoming.forget()
         if self.rescue is None:
             return client
@@ -150,9 +210,10 @@ class Job:
 
     def count(self, relay: Relay) -> None:
         """Add what a worker gave of the answer."""
-        if self.begun:  # else it is counted as a whole
+        if self.fed:  # else it is counted as a whole
             self.record.bytes += relay.bytes
             self.record.tokens += relay.tokens
+            self.record.prompt_tokens = sse.prompt_tokens(relay.tail)
 
     # --- When it goes wrong -------------------------------------------------------
 
@@ -179,7 +240,7 @@ class Job:
     def pause_before_next(self, refusal: Refusal) -> float | None:
         """Decide whether somebody is asked again, and when; None if this is final."""
         self.last = refusal
-        if not self.incoming.replayable or (self.begun and self.rescue is None):
+        if not self.incoming.replayable or (self.fed and self.rescue is None):
             return None
         refuses = refusal.failure in (None, Failure.STATUS)
         if self.rescue is not None and refuses and self._ask_for_all():
@@ -200,23 +261,25 @@ class Job:
     def _ask_for_all(self) -> bool:
         """Have the last worker begin anew; False if it has done so."""
         assert self.rescue is not None, self
-        if self.begun:
+        if self.fed:
             return self.rescue.ask_for_all()
         self.rescue = None  # it need not even say the same
         return True
 
-    def give_up(self) -> web.Response:
+    def give_up(self) -> web.StreamResponse:
         """Tell the client what nobody could make up for.
 
         Raises:
             ProxyError: that is one, or the client has a part of an answer already.
         """
-        if self.lost is not None and (self.begun or self.rescue is not None):
+        if self.lost is not None and (self.fed or self.rescue is not None):
             raise self.lost  # a refusal to go on is nothing that the client asked for
         assert self.last is not None, self
         if isinstance(self.last.told, ProxyError):
             raise self.last.told
         self.record.outcome = "refused"
+        if self.begun and self.delivery is not None:
+            return self.delivery.refuse(self.last.told)
         return self.last.told
 
     def break_off(self, error: ProxyError) -> web.StreamResponse:

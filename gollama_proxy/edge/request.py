@@ -91,6 +91,15 @@ class Incoming:
         return fields.text_of(field) if field and field.kind == '"' else None
 
     @property
+    def max_tokens(self) -> int:
+        """The longest answer that the client wants, in tokens; 0 if it does not say."""
+        for name in ("max_completion_tokens", "max_tokens", "n_predict"):
+            field = self._found.get(name)
+            if field is not None and field.kind == "0" and field.raw.isdigit():
+                return int(field.raw)
+        return 0
+
+    @property
     def stream(self) -> bool:
         field = self._found.get("stream")
         return field is not None and field.raw == b"true"

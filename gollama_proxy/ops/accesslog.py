@@ -41,6 +41,7 @@ class Record:
     detail: str = ""
     bytes: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0
     started: float = 0.0  # monotonic seconds, as all times here
     queued: float = 0.0
     first_byte: float | None = None

@@ -22,9 +22,11 @@ from prometheus_client.registry import Collector
 
 from gollama_proxy import __version__
 from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.routing.admission import Line
 from gollama_proxy.routing.breaker import Cause
 from gollama_proxy.routing.breaker import State as BreakerState
 from gollama_proxy.routing.registry import Registry
+from gollama_proxy.routing.ticket import Priority
 from gollama_proxy.routing.worker import State
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -41,11 +43,11 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 class Metrics:
     """The hub's own registry, so that two hubs in one process stay apart."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, line: Line) -> None:
         self._known: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._collectors = CollectorRegistry()
         ProcessCollector(registry=self._collectors)
-        self._collectors.register(_WorkerCollector(registry))
+        self._collectors.register(_WorkerCollector(registry, line))
         self._requests = Counter(
             "gollama_requests",
             "Requests that have ended.",
@@ -137,8 +139,8 @@ class Metrics:
 class _WorkerCollector(Collector):
     """Reads the live records of the workers at the moment of a scrape."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, registry: Registry, line: Line) -> None:
+        self._registry, self._line = registry, line
 
     def collect(self) -> Iterator[Metric]:
         build = GaugeMetricFamily(
@@ -165,8 +167,16 @@ class _WorkerCollector(Collector):
                 state.add_metric([worker.name, each.value], worker.state is each)
             if worker.description is not None and worker.description.slots:
                 slots.add_metric([worker.name], worker.description.slots)
-        yield from (up, state, in_flight, slots)
+        yield from (up, state, in_flight, slots, self._collect_queue())
         yield from self._collect_breakers()
+
+    def _collect_queue(self) -> Metric:
+        waiting = GaugeMetricFamily(
+            "gollama_queue_waiting", "Requests that wait for a slot.", labels=["class"]
+        )
+        for priority in Priority:
+            waiting.add_metric([str(priority)], self._line.waiting(priority))
+        return waiting
 
     def _collect_breakers(self) -> Iterator[Metric]:
         """Tell of each worker's breaker, and under a `model` of those of its models."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 from gollama_proxy import __version__
@@ -36,6 +36,7 @@ class Patience(NamedTuple):
     allowance: float  # seconds
     somebody_else: Callable[[], bool]
     hopeless: Callable[[], bool]  # the worker is known to be out by now
+    tell: Callable[[float], Awaitable[None]]  # how many seconds it has been by now
 
 
 class Attempt:
@@ -141,7 +142,8 @@ class Attempt:
         if patience is None:
             await relay.opened()
             return
-        until = self._clock() + patience.allowance
+        began = self._clock()
+        until = began + patience.allowance
         while True:
             left = until - self._clock()
             try:
@@ -153,6 +155,7 @@ class Attempt:
                 if overdue and patience.somebody_else():
                     text = f"Worker {self._lease.worker} was too slow to begin."
                     raise WorkerError(Code.WORKER_SLOW, text) from None
+                await patience.tell(self._clock() - began)
 
     def _head(self, request: Outgoing) -> bytes:
         origin = self._pool.worker.origin

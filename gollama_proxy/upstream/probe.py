@@ -143,13 +143,17 @@ async def _learn(
     if status == 200:
         try:
             props = msgspec.json.decode(body, type=_Props)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except _UNREADABLE:
             pass  # another server's idea of /props
     settings = props.default_generation_settings or _Settings()
     context = settings.n_ctx
     return Description(
         models=tuple(
-            Model(model.id, (model.meta and model.meta.n_ctx) or context)
+            Model(
+                model.id,
+                (model.meta and model.meta.n_ctx) or context,
+                _is_loaded(model.status),
+            )
             for model in models
         ),
         slots=props.total_slots,
@@ -198,6 +202,7 @@ class _Meta(msgspec.Struct):
 class _Model(msgspec.Struct):
     id: str
     meta: _Meta | None = None
+    status: Any = None  # of a router; other servers may call anything by that name
 
 
 class _ModelList(msgspec.Struct):
@@ -214,11 +219,21 @@ class _Props(msgspec.Struct):
     default_generation_settings: _Settings | None = None
 
 
+# The last one for arrays in arrays in arrays.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
 def _read(body: bytes, kind: type[Any], path: str) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except _UNREADABLE as exc:
         raise _OddAnswer(f"{path} answered what cannot be read: {exc}") from None
+
+
+def _is_loaded(status: object) -> bool | None:
+    """Read a router's `{"value": "loaded", …}`; None for anything of another shape."""
+    value = status.get("value") if isinstance(status, dict) else None
+    return value == "loaded" if isinstance(value, str) else None
 
 
 class _OddAnswer(Exception):

@@ -254,7 +254,8 @@ class Relay:
         rest = sse.unfinished(self.tail)
         # An end that broke off within its [DONE] can be completed.
         whole = not rest or (self._ending is Ending.DONE and sse.DONE.startswith(rest))
-        if not (whole and (verdict.complete or self._marked)):
+        late = verdict.failed and not verdict.done  # behind its finish_reason
+        if late or not (whole and (verdict.complete or self._marked)):
             if verdict.failed:
                 text = "The worker ended the answer with an error."
                 raise ToldError(Code.WORKER_INCOMPLETE, text)

@@ -35,11 +35,14 @@ class Sweep:
         timeouts: Timeouts,
         prove: Prove,
         clock: Callable[[], float],
+        then: Callable[[], None] | None = None,
     ) -> None:
+        """Make one; it does not begin by itself.  `then` is called in each round."""
         self._workers = workers
         self._timeouts = timeouts
         self._prove = prove
         self._clock = clock
+        self._then = then
         self._relays: dict[Relay, Worker] = {}
         self._canaries: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
@@ -86,14 +89,16 @@ class Sweep:
         for worker in self._workers:
             if worker.state is State.READY and worker.limits.canary:
                 self._send_canaries(worker)
+        if self._then is not None:
+            self._then()
 
     # --- Canaries -----------------------------------------------------------------
 
     def _send_canaries(self, worker: Worker) -> None:
         # While the machine itself is out or busy, nothing is asked about its models.
         suspects = [*worker.model_breakers.items()] if worker.breaker.available else []
-        if worker.models:  # any of them proves the machine
-            suspects.append((worker.models[0].name, worker.breaker))
+        if (model := worker.some_model) is not None:  # any of them proves the machine
+            suspects.append((model, worker.breaker))
         for model, breaker in suspects:
             permit = breaker.permit()
             if permit is not None:

@@ -76,7 +76,8 @@ def exhausted(body: bytes, told: Told) -> bool:
     """
     fields = _fields_decoder.decode(body)
     limits = [limit for name in _LIMITS if (limit := _limit(fields, name)) > 0]
-    return bool(told.text) and any(limit <= told.tokens for limit in limits)
+    whole = told.tokens - told.halved
+    return bool(told.text) and any(limit <= whole for limit in limits)
 
 
 def for_model(body: bytes, model: str) -> bytes:
@@ -94,7 +95,7 @@ def continuation(body: bytes, told: Told, chat: bool) -> bytes:
     for name in _LIMITS:
         limit = _limit(fields, name)
         if limit > 0:  # others mean: no limit
-            fields[name] = msgspec.Raw(b"%d" % (limit - told.tokens))
+            fields[name] = msgspec.Raw(b"%d" % max(limit - told.tokens, 1))
     if chat:
         messages = msgspec.json.decode(fields["messages"], type=list[msgspec.Raw])
         message = {"role": "assistant", "content": told.text}

@@ -50,7 +50,7 @@ OWNED = frozenset(
         b"x-request-id",
     }
 )
-OWNED_PREFIXES = (b"access-control-", b"x-gollama-")
+OWNED_PREFIXES = (b"access-control-", b"x-gollama-", b"x-ratelimit-")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # RFC 9110, 5.5: visible characters, spaces and tabs.  obs-text (0x80 and up) is left

@@ -30,6 +30,7 @@ class Endpoint(NamedTuple):
     path: str  # also the `route` label of metrics and logs
     ending: Ending = Ending.BODY
     arrays: tuple[str, ...] = ()  # fields that have to be JSON arrays where present
+    slot: bool = True  # a worker takes one of its slots for it
 
 
 # Every accepted spelling of a path.  A worker gets the spelling that the client used:
@@ -48,12 +49,12 @@ ENDPOINTS: dict[str, Endpoint] = {
         Endpoint("/v1/responses", Ending.NAMED),
         Endpoint("/responses", Ending.NAMED),
         Endpoint("/v1/messages", Ending.NAMED, ("messages",)),
-        Endpoint("/v1/messages/count_tokens", arrays=("messages",)),
+        Endpoint("/v1/messages/count_tokens", arrays=("messages",), slot=False),
         Endpoint("/completion", Ending.STOP),
         Endpoint("/completions", Ending.STOP),
         Endpoint("/infill", Ending.STOP),
-        Endpoint("/tokenize"),
-        Endpoint("/detokenize", arrays=("tokens",)),
-        Endpoint("/apply-template", arrays=("messages",)),
+        Endpoint("/tokenize", slot=False),
+        Endpoint("/detokenize", arrays=("tokens",), slot=False),
+        Endpoint("/apply-template", arrays=("messages",), slot=False),
     )
 }

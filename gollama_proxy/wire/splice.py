@@ -84,6 +84,7 @@ class Splice:
             finished=self._finished,
             done=self._done,
             mend=b"",
+            halved=self._told.halved and not self._passed,
         )
 
     def feed(self, data: bytes) -> Iterator[bytes]:

@@ -41,6 +41,8 @@ _REASONS = re.compile(rb'"finish_reason"\s*:\s*(null|""|"[^"]+")')
 _TOKENS = re.compile(
     rb'"(?:completion_tokens|output_tokens|predicted_n)"\s*:\s*(\d{1,12})'
 )
+_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,12})')
+_PROMPT_PARTS = re.compile(rb'"(?:prompt_n|cache_n)"\s*:\s*(\d{1,12})')
 _ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"\s*:|event: ?error[\r\n])')
 
 
@@ -78,6 +80,16 @@ def generated_tokens(tail: bytes) -> int | None:
     """Read how many tokens the worker says it generated; None where it does not say."""
     counts = _TOKENS.findall(tail)
     return int(counts[-1]) if counts else None
+
+
+def prompt_tokens(tail: bytes) -> int:
+    """Read how many tokens the prompt had; 0 where the worker does not say.
+
+    Without usage, llama-server's timings tell those that were read and those that were
+    in its cache.
+    """
+    counts = _PROMPT.findall(tail)
+    return int(counts[-1]) if counts else sum(map(int, _PROMPT_PARTS.findall(tail)))
 
 
 def events_in(held: bytes) -> Iterator[bytes]:

@@ -39,6 +39,7 @@ class Told(msgspec.Struct, frozen=True):
     finished: bool = False  # with a finish_reason: no rescue is needed
     done: bool = False  # with `[DONE]`, too
     mend: bytes = b""  # completes the event that was cut; counted in all of the above
+    halved: bool = False  # the last token may be only half of one
 
     def __repr__(self) -> str:  # without what was told
         state = "finished" if self.finished else "open"
@@ -48,7 +49,7 @@ class Told(msgspec.Struct, frozen=True):
     def parse(cls, relayed: bytes, chat: bool) -> Self | None:
         """Read the body that was relayed; None when it cannot be continued."""
         *whole, half = BLANK_LINE.split(relayed)
-        half = half.lstrip(b"\r\n")
+        half, halved = half.lstrip(b"\r\n"), False
         mend = b"\n" if relayed.endswith(b"\r") else b""  # it may have been a CRLF
         try:
             events = [event for event in map(read_event, whole) if event is not None]
@@ -58,6 +59,7 @@ class Told(msgspec.Struct, frozen=True):
                 mend = mended[len(half) :]
                 if (event := read_event(mended)) is not None:
                     events.append(event)
+                    halved = bool(event.text) and mend.startswith(b'"')
         except WorkerError:
             return None
         first = next((event.chunk for event in events if event.chunk.id), None)
@@ -78,6 +80,7 @@ class Told(msgspec.Struct, frozen=True):
             finished=any(event.finish for event in events),
             done=END in events,
             mend=mend,
+            halved=halved,
         )
 
 
