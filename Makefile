@@ -16,7 +16,7 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
-.PHONY: help install run test cov lint types format soak bench bench-faults clean
+.PHONY: help install run test cov lint types format soak bench bench-faults clean simulate
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench    cost per relayed token beside nginx and a plain aiohttp proxy"
 	@echo "              (or BEFORE=DIR: beside the hub of another checkout)"
 	@echo "make bench-faults  what a stopped worker costs the clients of the others"
+	@echo "make simulate the routing policies with 1,000 unequal workers, in simulated time"
 	@echo "make format   let ruff reformat"
 	@echo "make clean    remove the virtual environment and caches"
 
@@ -78,6 +79,10 @@ bench: $(STAMP)
 
 bench-faults: $(STAMP)
 	$(BIN)/python -m benchmarks.faults
+
+simulate: $(STAMP)
+	$(BIN)/python -m benchmarks.simulate
+	$(BIN)/python -m benchmarks.simulate --small
 
 clean:
 	rm -rf $(VENV) build *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis

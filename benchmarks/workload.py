@@ -1,0 +1,82 @@
+"""What is asked in a simulation: conversations of several turns, and single requests.
+
+The requests are the same for each policy, however long the answers take: what comes
+next in a conversation depends on nothing but its number.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+
+from benchmarks.machines import BYTES_PER_TOKEN, MODEL, Request
+from gollama_proxy.routing.policies import Ask
+
+ONE_SHOTS = 0.5  # of the requests; the others are turns
+TURNS = 4.0  # of a conversation, on average
+PAUSE = 10.0  # seconds before the next turn
+SYSTEM = 300  # tokens that all begin with; so are those below, on average
+NEW_TOKENS = 40  # of each turn
+FIRST_TOKENS = 1000  # of the first turn, and of a one-shot request
+ANSWER = 150
+BOUNDARIES = 8  # of a conversation, as in `routing/affinity.py`
+SUBJECTS = 50
+
+
+def workload(streams: int, rate: float, rng: random.Random) -> Iterator[Request]:
+    """Yield first turns and one-shot requests, in the order in which they arrive."""
+    now, count, conversation = 0.0, 0, 0
+    multi = (1 - ONE_SHOTS) / TURNS
+    share = multi / (multi + ONE_SHOTS)  # of the conversations among the arrivals
+    while count < streams:
+        now += rng.expovariate(rate * (multi + ONE_SHOTS))
+        conversation += 1
+        goes_on = rng.random() < share
+        turns = 1 + int(rng.expovariate(-math.log(1 - 1 / TURNS))) if goes_on else 1
+        count += turns
+        prompt = SYSTEM + _length(FIRST_TOKENS, rng)
+        yield Request(
+            conversation,
+            1,
+            turns,
+            f"subject {rng.randrange(SUBJECTS)}",
+            SYSTEM,
+            prompt,
+            _length(ANSWER, rng),
+            now,
+        )
+
+
+def next_turn(last: Request, now: float) -> Request:
+    """Go on with a conversation; the same in each run, whatever came before."""
+    rng = random.Random(last.conversation << 8 | last.turn)
+    return Request(
+        last.conversation,
+        last.turn + 1,
+        last.turns,
+        last.subject,
+        last.system,
+        last.prompt + last.answer + _length(NEW_TOKENS, rng),
+        _length(ANSWER, rng),
+        now + rng.expovariate(1 / PAUSE),
+    )
+
+
+def ask_of(request: Request) -> Ask:
+    first = max(1, request.turn - BOUNDARIES + 1)
+    return Ask(
+        MODEL,
+        request.prompt * BYTES_PER_TOKEN,
+        0,
+        request.subject,
+        tuple(
+            hash((request.conversation, turn))
+            for turn in range(first, request.turn + 1)
+        ),
+    )
+
+
+def _length(mean: float, rng: random.Random) -> int:
+    """Draw a length as prompts and answers have it: most are short, few are long."""
+    return 8 + int(rng.lognormvariate(math.log(mean) - 0.32, 0.8))
