@@ -70,7 +70,7 @@ async def test_what_nobody_reads_stays_with_the_worker(
 
 
 async def test_many_clients_that_do_not_read_cost_little_each() -> None:
-    async with ScriptedWorker() as worker, hub_process(worker.url) as hub:
+    async with ScriptedWorker(slots=64) as worker, hub_process(worker.url) as hub:
         worker.default(*stream_of_megabytes(50))
         async with hub.growing_less_than(40 * MIB):
             wires = [
@@ -120,7 +120,7 @@ async def test_a_client_that_stops_reading_is_dropped() -> None:
 async def test_a_client_that_reads_slowly_is_not_dropped() -> None:
     """What counts is that it goes on, not how long it takes."""
     async with (
-        ScriptedWorker() as worker,
+        ScriptedWorker(slots=64) as worker,
         running_hub(worker, timeouts__write=1.0) as hub,
     ):
         worker.script(*event_stream(role(), *[token("x" * 50_000)] * 200, done()))

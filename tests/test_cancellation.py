@@ -334,7 +334,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing() -> None:
 
 async def test_a_client_that_leaves_takes_nobody_else_along() -> None:
     gate = asyncio.Semaphore(0)
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+    async with ScriptedWorker(slots=64) as worker, running_hub(worker) as hub:
         worker.default(*stream_of(10, gate))
         wires = [await hub.open(CHAT, STREAM) for _ in range(6)]
         for wire in wires:

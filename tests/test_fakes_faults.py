@@ -113,6 +113,8 @@ def test_a_broken_answer_can_be_gone_on_with(task: Task, echo: bool) -> None:
         told = Told.parse(stream[:place], task.chat)
         if not told or told.finished or exhausted(body, told):
             continue
+        if told.halved and task.limit is not None and told.tokens >= task.limit:
+            continue  # what the other half takes, every worker counts for itself
         asked = continuation(body, told, task.chat)
         order = Order.read(task.path, json.loads(asked))
         assert order is not None
@@ -183,6 +185,18 @@ async def test_one_that_vanishes_comes_back() -> None:
         assert "rate=0.0" in repr(faults)
 
 
+@pytest.mark.parametrize("fault", [Fault.CUT, Fault.HALF_EVENT])
+def test_where_tokens_are_counted_none_is_cut_in_two(fault: Fault) -> None:
+    for task in (Task(7, 30, 12), Task(7, 30, 12, chat=False), Task(7, 30, usage=True)):
+        order = Order.read(task.path, task.payload)
+        assert order is not None
+        faults = Always(fault)
+        for _ in range(50):
+            half = faults.script(order)[-4 if fault is Fault.HALF_EVENT else -3]
+            assert half.name == "send"
+            assert len(half.arguments[0]) < 40  # the text begins later
+
+
 def test_a_schedule_is_a_function_of_its_seed() -> None:
     def drawn(seed: int) -> list[Fault | None]:
         return [Faults(seed, 0.5).fault_of(key, 1) for key in range(100)]
@@ -250,6 +264,13 @@ def test_no_flaw_passes_for_a_complete_answer(flaw: str) -> None:
     assert flawed != events
     with pytest.raises(DishonestError):
         judge(task, ended(b"".join(flawed)))
+
+
+def test_comments_are_no_part_of_an_answer() -> None:
+    """Not even the hub's own, that another worker goes on with it."""
+    events = stream_of(TASK)
+    events[5:5] = [b":\n\n", b": gollama rescued 1\n\n"]
+    assert judge(TASK, ended(b"".join(events))) is Verdict.COMPLETE
 
 
 def test_usage_is_for_those_who_ask() -> None:

@@ -356,6 +356,21 @@ async def test_the_workers_own_error_is_told_once(last: bytes) -> None:
         assert not ending.clean
 
 
+async def test_an_error_behind_the_finish_reason_is_no_good_end() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        late = chunk(finish()) + chunk(error_event("late")) + last_chunk()
+        worker.script(
+            send(sse_head() + chunk(BEGUN)), wait("read"), send(late), close()
+        )
+        async with await hub.open(CHAT, STREAM) as wire:
+            await wire.read_event()
+            worker.release("read")
+            ending = await wire.read_to_end()
+    assert not ending.clean
+    assert b"[DONE]" not in ending.raw
+    assert ending.raw.count(b'"error"') == 1
+
+
 # --- Streams that are complete ----------------------------------------------------
 
 

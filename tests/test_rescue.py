@@ -273,6 +273,18 @@ async def test_what_is_left_of_max_tokens_is_asked_for_and_usage_is_of_both() ->
     assert usage["total_tokens"] == 24 + len(FIRST)
 
 
+async def test_half_of_the_last_token_is_not_all_of_it() -> None:
+    async with pool() as ([bad, good], hub):
+        half = token(" fox").partition(b"ox")[0]
+        bad.script(*partial(close(), texts=FIRST[:3], tail=half))
+        good.script(*continued(echo=[" One day, a f"], rest=["ox"], reason="length"))
+        ending = await asked(hub, BODY | {"max_tokens": 4})
+        assert good.requests[0].json()["max_tokens"] == 1
+    assert ending.clean
+    seen = read(ending)
+    assert (seen.text, seen.reasons) == (" One day, a fox", ["length"])
+
+
 async def test_nobody_is_asked_for_an_answer_that_lacks_only_its_end() -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset(), texts=[*FIRST, *REST]))

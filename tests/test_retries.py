@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.routing.breaker import Breaker, Verdict
+from gollama_proxy.routing.policies import Ask, Fits
 from gollama_proxy.routing.worker import Worker
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
@@ -98,8 +99,8 @@ async def two(**settings: Any) -> AsyncIterator[tuple[Any, Any, RunningHub]]:
 class InOrder:
     """A policy for tests: the first worker that there is."""
 
-    def pick(self, model: str, available: Sequence[Worker]) -> Worker:
-        return available[0]
+    def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
+        return next(filter(fits, workers), None)
 
 
 def records(hub: RunningHub) -> list[Worker]:

@@ -97,7 +97,7 @@ async def test_a_worker_that_was_started_anew_between_two_requests() -> None:
 
 
 async def test_many_idle_connections_that_die_at_once() -> None:
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+    async with ScriptedWorker(slots=64) as worker, running_hub(worker) as hub:
         for _ in range(3):
             gate = asyncio.Event()
             asked = len(worker.requests)

@@ -173,7 +173,7 @@ async def test_an_event_of_a_megabyte_passes() -> None:
 async def test_streams_do_not_mix() -> None:
     """Many at once, released token by token, in turns."""
     gates = [asyncio.Semaphore(0) for _ in range(20)]
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+    async with ScriptedWorker(slots=64) as worker, running_hub(worker) as hub:
         for number, gate in enumerate(gates):
             texts = [f" {number}.{n}" for n in range(10)]
             worker.script(*chat_stream(texts, pace=gate))

@@ -30,6 +30,7 @@ class Books(logging.Handler):
     def __enter__(self) -> Self:
         access.addHandler(self)
         access.setLevel(logging.INFO)
+        access.propagate = False  # or each line would be shown with a failure, too
         return self
 
     def __exit__(
@@ -40,3 +41,4 @@ class Books(logging.Handler):
     ) -> None:
         access.removeHandler(self)
         access.setLevel(self._level_before)
+        access.propagate = True

@@ -33,6 +33,8 @@ OUTAGE = 0.05  # seconds for which a worker that vanishes refuses connections
 # Part of the chunks that have a ping before them, or that are not as llama-server makes
 # them: an event in two.
 _ODD_CHUNKS = 0.1
+# Bytes of an event, and of a chunk, that come before any text.
+_BEFORE_TEXT = len(b'data: {"choices":[{"text":"')
 
 
 class Fault(enum.Enum):
@@ -208,10 +210,10 @@ def _streamed(
     chunks = _framed(groups[:told], rng)
     if fault is Fault.HALF_EVENT:
         part = groups[told][0]
-        chunks.append(chunk(part[: rng.randrange(1, len(part))]))
+        chunks.append(chunk(part[: _place_of_a_cut(part, order, rng)]))
     if fault is Fault.CUT:
-        stream = b"".join(chunks)
-        chunks = [stream[: rng.randrange(1, len(stream))]]
+        part = chunk(b"".join(groups[told]))
+        chunks.append(part[: _place_of_a_cut(part, order, rng)])
     # The hub gets a chance to see each part of it for itself.
     parts = [step for part in chunks for step in (send(part), give_way())]
     return (send(sse_head()), *parts, *_ENDS[fault])
@@ -236,18 +238,32 @@ _ENDS: dict[Fault | None, Script] = {
 
 
 def _number_told(groups: int, fault: Fault | None, rng: random.Random) -> int:
-    """Say how many groups of events come; the last two are the reason and the mark."""
+    """Say how many groups of events come.
+
+    The last two are the reason and the mark: all there is where the text was told.
+    """
     match fault:
-        case None | Fault.NO_LAST_CHUNK | Fault.CUT:
+        case None | Fault.NO_LAST_CHUNK:
             return groups
         case Fault.NO_DONE:
             return groups - 1
         case Fault.ERROR_FIRST:
             return 0
+        case Fault.CUT:
+            return rng.randrange(groups)
         case Fault.ERROR_LATER:
-            return rng.randrange(1, max(groups - 1, 2))
+            return rng.randint(0 if groups == 2 else 1, groups - 2)
         case _:
             return rng.randrange(1, groups)
+
+
+def _place_of_a_cut(part: bytes, order: Order, rng: random.Random) -> int:
+    """Choose where a chunk or an event is cut.
+
+    Half a token cannot be counted.  So where tokens are, a cut leaves none of its text.
+    """
+    counted = order.limited or order.usage
+    return rng.randrange(1, _BEFORE_TEXT if counted else len(part))
 
 
 def _framed(groups: list[list[bytes]], rng: random.Random) -> list[bytes]:

@@ -135,6 +135,7 @@ class Order(NamedTuple):
     chat: bool
     stream: bool
     usage: bool
+    limited: bool
     generated: Generated
     told: str
 
@@ -152,12 +153,14 @@ class Order(NamedTuple):
         if asked is None:
             return None
         words, key, told = int(asked[1]), int(asked[2]), asked[3]
+        limit = body.get("max_tokens")
         if chat and body["messages"][-1]["role"] == "assistant":
             told = body["messages"][-1]["content"]
-        generated = generate(key, words, told, body.get("max_tokens"))
+        generated = generate(key, words, told, limit)
         stream = body.get("stream") is True
         usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        return cls(key, chat, stream, usage, generated, told)
+        limited = limit is not None
+        return cls(key, chat, stream, usage, limited, generated, told)
 
 
 def _last_of_user(body: Mapping[str, Any]) -> str:
