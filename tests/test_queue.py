@@ -196,8 +196,11 @@ async def test_a_slot_that_comes_just_when_its_client_leaves_is_not_lost() -> No
 
 async def test_a_load_test_delays_a_chat_by_one_generation_at_most() -> None:
     async with crowded() as (worker, hub, slots):
-        loads = [sent(hub, f"load{n}", hub.token("load")) for n in range(30)]
-        await waiting(slots, 29)
+        loads: list[asyncio.Task[Response]] = []
+        while len(loads) < 30:  # one by one, so that their order is known
+            loads.append(sent(hub, f"load{len(loads)}", hub.token("load")))
+            await worker.received(1)
+            await waiting(slots, len(loads) - 1)
         chat = sent(hub, "chat", hub.token("alice"))
         await waiting(slots, 30)
         worker.release("go")

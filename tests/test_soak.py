@@ -101,7 +101,9 @@ async def test_a_thousand_requests_leave_nothing() -> None:
         await until(lambda: Inventory().tasks == before.tasks)
         after = Inventory()
         assert not crowd.flaws
-        assert not after.ours - before.ours  # what was known of a ping may be gone
+        # What is learnt, and pings, come and go; a leak would be of each request.
+        grown = after.ours - before.ours
+        assert grown.total() < REQUESTS // 100, grown
         assert after.tasks == before.tasks
         assert after.files <= before.files
         assert after.objects < before.objects + OBJECTS
