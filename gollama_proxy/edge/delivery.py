@@ -60,6 +60,19 @@ class Delivery(Protocol):
 class Stream:
     """An answer that is passed on as it comes."""
 
+    __slots__ = (
+        "_client",
+        "_framed",
+        "_mended",
+        "_record",
+        "_relay",
+        "_renamer",
+        "_request",
+        "_response",
+        "_transport",
+        "begun",
+    )
+
     _client: Client
     _response: web.StreamResponse
     _transport: asyncio.Transport

@@ -163,6 +163,8 @@ class Slots:
 class Entry:
     """One request's way in, and its place in the line while it has one."""
 
+    __slots__ = ("_claim", "_notice", "_seated", "_tell", "attempts", "ticket")
+
     def __init__(self, attempts: Attempts, claim: Claim) -> None:
         self.attempts = attempts
         self.ticket: Ticket | None = None

@@ -79,6 +79,27 @@ _BELIEVED = 2  # so many workers that say the same
 class Attempts:
     """The attempts of one request: on its model's pool, then on its fallbacks'."""
 
+    __slots__ = (
+        "_again",
+        "_budget",
+        "_continuations",
+        "_fallbacks",
+        "_free",
+        "_least_context",
+        "_limits",
+        "_repeat",
+        "_resuming",
+        "_rng",
+        "_stalled",
+        "_suspects",
+        "as_sent",
+        "max_tokens",
+        "once",
+        "pool",
+        "prompt_bytes",
+        "tried",
+    )
+
     def __init__(
         self,
         pools: Sequence[Pool],

@@ -36,7 +36,7 @@ HOLD_LIMIT = 256 << 10
 # What a client may leave unread in the hub before its worker is paused.  It is the
 # high-water mark of the transport, below which `drain` would not wait.
 WRITE_BUFFER = 64 << 10
-_TAIL_CHUNKS = 16
+_TAIL_CHUNKS = 12
 _TAIL_KEPT = 6
 _COLON = ord(":")
 

@@ -34,11 +34,14 @@ class Transcript:
         """Take some more chunks, framed and whole."""
         if not chunks:
             return
-        head, foot = self._head, self._foot
-        if not head:
-            self._learn(chunks[-1])
-            self._batches.append(chunks)
+        if not self._head:
+            learnt = self._learn(chunks[-1])
+            # The first one is like no other: it says who speaks.
+            self._batches.append(chunks[:1] if learnt else chunks)
+            chunks = chunks[1:] if learnt else ()
+        if not chunks:
             return
+        head, foot = self._head, self._foot
         behind, before = len(head), -len(foot)
         least = len(head) + len(foot)  # or the two could overlap
         words = [
@@ -55,12 +58,13 @@ class Transcript:
         else:
             self._batches.append(chunks)
 
-    def _learn(self, chunk: bytes) -> None:
-        """Take what surrounds the word of an event."""
+    def _learn(self, chunk: bytes) -> bool:
+        """Take what surrounds the word of an event, if it has one."""
         word = _WORD.search(chunk)
         if word is not None:
             self._head = chunk[chunk.index(b"\n") + 1 : word.start(1)]
             self._foot = chunk[word.end(1) :]
+        return word is not None
 
     def body(self) -> bytes:
         """Give all of it again, without the frames."""
