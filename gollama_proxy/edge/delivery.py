@@ -224,9 +224,8 @@ class Whole:
     ) -> None:
         """Make one of at most `limit` bytes; `names` are the model's, old and new."""
         self._names = names
-        chat = endpoint.path.endswith("chat/completions")
         self._record = record
-        self._assembler = Assembler("chat" if chat else "text", limit)
+        self._assembler = Assembler("chat" if endpoint.chat else "text", limit)
         self._error: AssemblyError | None = None
 
     def __repr__(self) -> str:

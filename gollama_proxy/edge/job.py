@@ -230,8 +230,8 @@ class Job:
             return
         if not self.body or isinstance(error, ToldError):
             return
-        chat = self.incoming.endpoint.path.endswith("chat/completions")
         model, relayed = self.attempts.pool.model, relay.relayed()
+        chat = self.incoming.endpoint.chat
         self.rescue = Rescue.begin(self.body, model, chat, relayed)
         if self.rescue is not None:
             self.delivery.send(self.rescue.told.mend)

@@ -32,6 +32,11 @@ class Endpoint(NamedTuple):
     arrays: tuple[str, ...] = ()  # fields that have to be JSON arrays where present
     slot: bool = True  # a worker takes one of its slots for it
 
+    @property
+    def chat(self) -> bool:
+        """Whether its answers are messages, and not texts."""
+        return self.path.endswith("chat/completions")
+
 
 # Every accepted spelling of a path.  A worker gets the spelling that the client used:
 # `/completions` and `/embedding` of llama-server answer otherwise than their cousins
