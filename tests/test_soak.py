@@ -35,6 +35,7 @@ QUICK: dict[str, Any] = {
     "timeouts__allowance": 0.1,
     "timeouts__first_token": 0.4,
     "timeouts__silence": 0.4,
+    "server__keepalive": 5,  # what is only kept is gone by the deadline
     "rescue__enabled": True,
     "upstream__assemble": STREAMED,
     "health__interval": 3600,  # no ping is under way when stock is taken
