@@ -26,6 +26,7 @@ from benchmarks.simulation import (
     ROUNDS,
     LeastConnections,
     Maker,
+    Patient,
     Result,
     simulate,
 )
@@ -58,7 +59,7 @@ POLICIES: dict[str, Maker] = {
     "fastest": lambda clock, rng: Fastest(rng),
     "affinity_least_busy": lambda clock, rng: Affinity(LeastBusy(rng), clock),
     "affinity_fastest": lambda clock, rng: Affinity(Fastest(rng), clock),
-    "affinity_patient": lambda clock, rng: Affinity(Fastest(rng), clock, patient=True),
+    "affinity_patient": lambda clock, rng: Patient(Fastest(rng), clock),
 }
 
 

@@ -34,7 +34,7 @@ Clock = Callable[[], float]
 Maker = Callable[[Clock, random.Random], Policy]
 
 
-class LeastConnections:
+class LeastConnections(Policy):
     """What nginx calls least_conn: the fewest open connections, in turn."""
 
     def __init__(self) -> None:
@@ -44,6 +44,13 @@ class LeastConnections:
         self._turn += 1
         first = self._turn % len(workers)
         return min(chain(workers[first:], workers[:first]), key=_in_flight)
+
+
+class Patient(Affinity):
+    """Affinity for requests that all have the time to wait for their worker."""
+
+    def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
+        return super().pick(ask._replace(patience=math.inf), workers, fits)
 
 
 # --- How it goes ------------------------------------------------------------------
@@ -75,7 +82,7 @@ class Run:
         self._order = 0
         self._free = sum(kind.slots for kind in self.kinds)
         self._blind = isinstance(self.policy, LeastConnections)
-        self._patient = isinstance(self.policy, Affinity) and self.policy.patient
+        self._patient = isinstance(self.policy, Patient)
         self._line: deque[Request] = deque()
 
     def go(

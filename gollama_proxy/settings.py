@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 ALGORITHMS = ("HS256", "RS256", "ES256", "EdDSA")
 # Those of `routing/policies/`.
-POLICIES = ("round_robin", "weighted", "least_busy", "fastest")
+POLICIES = ("round_robin", "weighted", "least_busy", "fastest", "affinity")
 # The paths of `wire/openai.py`, as far as settings name them.
 STREAMED = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
 ROUTES = (
@@ -94,6 +94,16 @@ def some_of(names: tuple[str, ...], allowed: str) -> Kind:
         if not set(chosen) <= set(names):
             raise ValueError
         return chosen
+
+    return Kind(parse, allowed)
+
+
+def table_of(names: tuple[str, ...], allowed: str) -> Kind:
+    def parse(value: Any) -> dict[str, str]:
+        table = _parse_table(value)
+        if not set(table.values()) <= set(names):
+            raise ValueError
+        return table
 
     return Kind(parse, allowed)
 
@@ -386,6 +396,11 @@ class Upstream:
 class Routing:
     policy: str = setting(
         "round_robin", choice(*POLICIES), "how one of the workers that can is picked"
+    )
+    policies: Mapping[str, str] = setting(
+        {},
+        table_of(POLICIES, 'a table of policies such as { "qwen*" = "affinity" }'),
+        "other policies for some models; of several patterns the first one counts",
     )
 
 

@@ -33,7 +33,7 @@ INNERS: list[Callable[[], Policy]] = [
 ]
 
 
-class Fixed:
+class Fixed(Policy):
     """Stands in for the other policy: picks one worker, whatever fits."""
 
     def __init__(self, chosen: Worker | None) -> None:
@@ -45,8 +45,14 @@ class Fixed:
         return self.chosen
 
 
-def ask(*prefixes: int, size: int = 8000, subject: str = "alice") -> Ask:
-    return Ask(MODEL, size, 0, subject, prefixes)
+def ask(
+    *prefixes: int, size: int = 8000, subject: str = "alice", patience: float = 0.0
+) -> Ask:
+    return Ask(MODEL, size, 0, subject, prefixes, patience)
+
+
+def patient(*prefixes: int) -> Ask:
+    return ask(*prefixes, patience=60)
 
 
 def equals(count: int, *, slots: int = 4) -> tuple[Worker, ...]:
@@ -64,11 +70,11 @@ def warm(made: Affinity, where: Worker, *prefixes: int, size: int = 8000) -> Non
 
 
 def setting(
-    count: int = 2, *, patient: bool = False, slots: int = 4
+    count: int = 2, *, slots: int = 4
 ) -> tuple[Affinity, Fixed, tuple[Worker, ...], Clock]:
     """Make a conversation (1) on the first worker; others would go to the second."""
     clock, workers = Clock(), equals(count, slots=slots)
-    made = Affinity(Fixed(None), clock, patient=patient)
+    made = Affinity(Fixed(None), clock)
     warm(made, workers[0], 1)
     made.inner = inner = Fixed(workers[1])
     return made, inner, workers, clock
@@ -174,29 +180,30 @@ def test_what_was_worse_than_usual_is_compared_with_who_would_have_it_now() -> N
     assert made.pick(ask(1, 2, 3), workers, has_room) is workers[1]
 
 
-@pytest.mark.parametrize("patient", [False, True])
-def test_a_worker_that_cannot_have_it_is_left(patient: bool) -> None:
-    made, _, workers, _ = setting(patient=patient)
+@pytest.mark.parametrize("patience", [0, 60])
+def test_a_worker_that_cannot_have_it_is_left(patience: float) -> None:
+    made, _, workers, _ = setting()
     workers[0].health = workers[0].health.__class__(fall=1)
     workers[0].observe(Check.FAILED, "gone")
     fits = [workers[1]].__contains__
-    assert made.pick(ask(1, 2), workers, fits) is workers[1]
-    assert made.pick(ask(1, 2, 3), workers, lambda w: True) is workers[1]
+    assert made.pick(ask(1, 2, patience=patience), workers, fits) is workers[1]
+    again = ask(1, 2, 3, patience=patience)
+    assert made.pick(again, workers, lambda w: True) is workers[1]
 
 
 def test_a_worker_that_was_tried_already_is_left_though_it_has_room() -> None:
-    made, _, workers, _ = setting(patient=True)
-    assert made.pick(ask(1, 2), workers, [workers[1]].__contains__) is workers[1]
+    made, _, workers, _ = setting()
+    assert made.pick(patient(1, 2), workers, [workers[1]].__contains__) is workers[1]
 
 
 def test_a_worker_that_is_no_longer_in_the_pool_is_left() -> None:
-    made, _, workers, _ = setting(patient=True)
-    assert made.pick(ask(1, 2), workers[1:], lambda w: True) is workers[1]
+    made, _, workers, _ = setting()
+    assert made.pick(patient(1, 2), workers[1:], lambda w: True) is workers[1]
     occupy(workers[0], 4)
     warm(made, workers[0], 9)
     workers[0].observe(Check.OK, "ok", Description((Model("another"),), slots=4))
     made.inner = Fixed(workers[1])
-    assert made.pick(ask(9, 10), workers[1:], has_room) is workers[1]
+    assert made.pick(patient(9, 10), workers[1:], has_room) is workers[1]
 
 
 def test_a_cold_cache_is_found_out() -> None:
@@ -226,24 +233,24 @@ def test_nobody_fits() -> None:
         max_size=60,
     ),
     st.sampled_from(INNERS),
-    st.booleans(),
+    st.sampled_from([0.0, 60.0]),
     st.sampled_from([3, 20]),
 )
 @settings(deadline=None)
 def test_who_does_not_fit_is_never_picked(
     requests: list[tuple[int, int, int]],
     inner: Callable[[], Policy],
-    patient: bool,
+    patience: float,
     count: int,
 ) -> None:
-    made = Affinity(inner(), Clock(), 16, patient=patient)
+    made = Affinity(inner(), Clock(), 16)
     workers = equals(count, slots=2)
     for conversation, turn, out in requests:
         said = [conversation * 100 + number for number in range(turn)]
         fits = lambda w, o=out: w.free > 0 and w.index != o  # noqa: E731
-        chosen = made.pick(ask(*said), workers, fits)
+        chosen = made.pick(ask(*said, patience=patience), workers, fits)
         if chosen is None:
-            assert patient or not any(map(fits, workers))
+            assert patience or not any(map(fits, workers))
             continue
         assert fits(chosen)
         occupy(chosen)
@@ -261,45 +268,53 @@ def test_without_patience_a_full_worker_is_left() -> None:
 
 def test_with_patience_it_is_waited_for_as_long_as_that_is_worth_it() -> None:
     """Four answers of 4 s each: a slot is free in a second, or soon thereafter."""
-    made, _, workers, clock = setting(patient=True)
+    made, _, workers, clock = setting()
     teach(workers[0], None, 25, beside=4)
     occupy(workers[0], 4)
     worth = PRICE * 8 - 4 / 4
-    assert made.pick(ask(1, 2), workers, has_room) is None
+    assert made.pick(patient(1, 2), workers, has_room) is None
     clock.advance(worth - 0.1)
-    assert made.pick(ask(1, 2), workers, has_room) is None
+    assert made.pick(patient(1, 2), workers, has_room) is None
     clock.advance(0.2)
-    assert made.pick(ask(1, 2), workers, has_room) is workers[1]
-    assert made.pick(ask(1, 2, 3), workers, has_room) is workers[1]
+    assert made.pick(patient(1, 2), workers, has_room) is workers[1]
+    assert made.pick(patient(1, 2, 3), workers, has_room) is workers[1]
 
 
 def test_when_its_worker_is_free_it_goes_there_and_the_wait_is_forgotten() -> None:
-    made, _, workers, clock = setting(patient=True)
+    made, _, workers, clock = setting()
     teach(workers[0], None, 25, beside=4)
     leases = occupy(workers[0], 4)
-    assert made.pick(ask(1, 2), workers, has_room) is None
+    assert made.pick(patient(1, 2), workers, has_room) is None
     workers[0].leases.remove(leases[0])
     clock.advance(20)
     made.inner = Fixed(workers[0])
-    assert made.pick(ask(1, 2), (workers[0],), has_room) is workers[0]
+    assert made.pick(patient(1, 2), (workers[0],), has_room) is workers[0]
     occupy(workers[0])
     made.inner = Fixed(workers[1])
     clock.advance(20)
-    assert made.pick(ask(1, 2, 3), workers, has_room) is None
+    assert made.pick(patient(1, 2, 3), workers, has_room) is None
 
 
 def test_it_leaves_a_slot_that_is_offered_to_the_next_in_the_line() -> None:
-    made, _, workers, _ = setting(patient=True)
+    made, _, workers, _ = setting()
     teach(workers[0], None, 25, beside=4)
     occupy(workers[0], 4)
-    assert made.pick(ask(1, 2), workers[1:], has_room) is None
-    assert made.pick(ask(5), workers[1:], has_room) is workers[1]
+    assert made.pick(patient(1, 2), workers[1:], has_room) is None
+    assert made.pick(patient(5), workers[1:], has_room) is workers[1]
+
+
+def test_nobody_waits_for_longer_than_there_is_time() -> None:
+    made, _, workers, _ = setting()
+    teach(workers[0], None, 25, beside=4)
+    occupy(workers[0], 4)
+    assert made.pick(ask(1, 2, patience=1.1), workers, has_room) is None
+    assert made.pick(ask(1, 2, patience=0.9), workers, has_room) is workers[1]
 
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_who_knows_no_speed_does_not_wait(reads: bool) -> None:
     workers = pool(4, 4)
-    made = Affinity(Fixed(None), Clock(), patient=True)
+    made = Affinity(Fixed(None), Clock())
     warm(made, workers[0], 1)
     occupy(workers[0], 4)
     made.inner = Fixed(workers[1])
@@ -307,7 +322,7 @@ def test_who_knows_no_speed_does_not_wait(reads: bool) -> None:
         teach(workers[1], 1000, None)
     else:
         teach(workers[0], None, 50)
-    assert made.pick(ask(1, 2), workers, has_room) is workers[1]
+    assert made.pick(patient(1, 2), workers, has_room) is workers[1]
 
 
 def test_it_tells_what_it_knows() -> None:

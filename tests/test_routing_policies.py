@@ -36,14 +36,7 @@ def made(name: str) -> Policy:
 
 
 def test_each_name_is_a_policy() -> None:
-    assert {name: type(made(name)) for name in (*POLICIES, "affinity")} == KINDS
-
-
-def test_only_who_wants_it_gets_a_patient_one() -> None:
-    for patient in (False, True):
-        policy = make("affinity", Clock(), random.Random(1), patient=patient)
-        assert isinstance(policy, Affinity)
-        assert policy.patient is patient
+    assert {name: type(made(name)) for name in POLICIES} == KINDS
 
 
 def test_a_name_that_is_none() -> None:

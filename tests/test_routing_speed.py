@@ -13,6 +13,21 @@ from gollama_proxy.routing.speed import KEPT, LEVELS, SHARED, Prefill, Speed
 KIB = 1024
 
 
+@pytest.mark.parametrize(
+    "told", [Prefill(0, 0), Prefill(5, 3, 1.5), Prefill(1, 0, 1e9)]
+)
+def test_what_can_be_true(told: Prefill) -> None:
+    assert told.possible
+
+
+@pytest.mark.parametrize(
+    "told",
+    [Prefill(-1, 0, 1), Prefill(1, -1, 1), Prefill(1, 1, -1), Prefill(1, 1, math.inf)],
+)
+def test_what_cannot(told: Prefill) -> None:
+    assert not told.possible
+
+
 def test_nothing_is_known_of_who_has_answered_nothing() -> None:
     speed = Speed()
     assert speed.reads is None

@@ -23,6 +23,7 @@ from gollama_proxy.wire.fields import (
     FieldScanner,
     check_json,
     encode,
+    messages_of,
     take_names,
     text_of,
 )
@@ -78,6 +79,16 @@ def outcome(pieces: Iterable[bytes]) -> Seen | None:
 
 
 # --- What is found ----------------------------------------------------------------
+
+
+def test_the_messages_of_a_body() -> None:
+    body = b'{"model":"x", "messages": [ {"role":"user"},  7 ]}'
+    assert [bytes(item) for item in messages_of(body)] == [
+        b'{"role":"user"}',
+        b"7",
+    ]
+    for other in (b"{}", b'{"messages":7}', b"[]", b"{", b"[" * 2000):
+        assert messages_of(other) == []
 
 
 def test_the_wanted_fields_are_found_with_their_places() -> None:

@@ -24,6 +24,7 @@ from gollama_proxy.wire.sse import (
     generated_tokens,
     judge,
     opens,
+    reading,
     unfinished,
 )
 from tests.fakes import replies
@@ -623,3 +624,29 @@ def test_the_done_that_the_hub_adds_is_the_one_that_workers_send() -> None:
 
 def test_a_stream_asks_that_nobody_on_the_way_keeps_it() -> None:
     assert STREAM_HEADERS == {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+@pytest.mark.parametrize(
+    ("tail", "told"),
+    [
+        ('"timings":{"cache_n":236,"prompt_n":1,"prompt_ms":31}', (1, 236, 0.031)),
+        ('"timings":{"prompt_n":7,"prompt_ms":1e3}', (7, 0, 1.0)),
+        ('"timings":{"prompt_n":-7,"prompt_ms":5,"cache_n":2}', (-7, 2, 0.005)),
+        (
+            '"timings":{"prompt_n":1} "timings":{"prompt_n":2,"prompt_ms":2}',
+            (2, 0, 0.002),
+        ),
+        ('"timings":{"prompt_n":"x","prompt_ms":1}', None),
+        ('"timings":{"prompt_n":1e999,"prompt_ms":1}', None),
+        ('"timings":{"prompt_n":1}', None),
+        (
+            '"usage":{"prompt_tokens":20,"prompt_tokens_details":{"cached_tokens":15}}',
+            (5, 15, 0.0),
+        ),
+        ('"usage":{"input_tokens":9,"cache_read_input_tokens":9}', (0, 9, 0.0)),
+        ('"usage":{"prompt_tokens":20}', None),
+        ("", None),
+    ],
+)
+def test_how_a_prompt_was_read(tail: str, told: tuple[int, int, float] | None) -> None:
+    assert reading(tail.encode()) == told

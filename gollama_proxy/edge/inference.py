@@ -28,9 +28,11 @@ from gollama_proxy.edge.request import Incoming, answer_expectation
 from gollama_proxy.edge.slots import Claim, Entry, Seat, Slots
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.lease import Lease, Outcome
+from gollama_proxy.routing.policies import Ask
 from gollama_proxy.routing.quota import Quotas
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.retry import Attempts, Failure
+from gollama_proxy.routing.speed import Prefill
 from gollama_proxy.routing.ticket import choose_priority
 from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Config
@@ -221,7 +223,14 @@ class Inference:
         attempts = self._registry.attempts(
             pool, endpoint.path, incoming.fallbacks, principal.models
         )
-        attempts.prompt_bytes, attempts.max_tokens = incoming.size, incoming.max_tokens
+        follows = endpoint.slot and self._registry.policy_of(pool.model).follows
+        attempts.ask = Ask(
+            pool.model,
+            incoming.size,
+            incoming.max_tokens,
+            principal.subject,
+            incoming.prefixes() if follows else (),
+        )
         return incoming, attempts
 
     async def _look_further(self, incoming: Incoming, principal: Principal) -> None:
@@ -278,8 +287,9 @@ class Inference:
         record, write_timeout = job.record, self._config.timeouts.write
         whole = whole_response(relay, job.names)
         if whole is not None:
-            lease.release(Outcome.COMPLETE)
             body = relay.held_body() or b""
+            self._learn(job, worker, lease, body)
+            lease.release(Outcome.COMPLETE)
             record.bytes, record.tokens = len(body), sse.generated_tokens(body) or 0
             record.prompt_tokens = sse.prompt_tokens(body)
             return whole
@@ -304,6 +314,7 @@ class Inference:
                 # SDKs hang up as soon as they have read [DONE].
                 record.outcome = "complete"
                 _measure(relay, lease)
+                self._learn(job, worker, lease, relay.tail)
                 lease.release(Outcome.COMPLETE)
             elif not job.client_left:
                 lease.release(Outcome.HUB_STOPPED)
@@ -311,8 +322,15 @@ class Inference:
         finally:
             job.count(relay)
         _measure(relay, lease)
+        self._learn(job, worker, lease, relay.tail)
         lease.release(Outcome.COMPLETE)
         return response
+
+    def _learn(self, job: Job, worker: Worker, lease: Lease, tail: bytes) -> None:
+        """Take in what a worker tells at the end about how it has read the prompt."""
+        if (told := sse.reading(tail)) is not None:
+            lease.prefill = Prefill(*told)
+            self._registry.learn(job.attempts, worker, lease.prefill)
 
 
 def _released(lease: Lease, refusal: Refusal) -> Refusal:

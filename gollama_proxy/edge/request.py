@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from gollama_proxy.routing import affinity
 from gollama_proxy.settings import Config
 from gollama_proxy.wire import fields
 from gollama_proxy.wire.errors import Code, RequestError
@@ -98,6 +99,12 @@ class Incoming:
             if field is not None and field.kind == "0" and field.raw.isdigit():
                 return int(field.raw)
         return 0
+
+    def prefixes(self) -> tuple[int, ...]:
+        """Tell what its conversation begins with; nothing where it is none."""
+        if not self.replayable or "messages" not in self._found:
+            return ()
+        return affinity.prefixes(fields.messages_of(b"".join(self._kept)))
 
     @property
     def stream(self) -> bool:

@@ -51,8 +51,10 @@ class Slots:
         self.line = line
         self._registry = registry
         self._clock = clock
+        # Seconds that somebody waits who could go in, at most.
+        self._patience = line.limits.timeout / 2
         self._waiters: dict[Ticket, _Waiter] = {}
-        # Had their turn, and may not have the slots that are free.
+        # Had their turn, and may not have the slots that are free, or do not want them.
         self._held_up: list[Ticket] = []
         line.on_displaced = self._displace
         for worker in registry.workers:
@@ -74,8 +76,11 @@ class Slots:
             candidates = self._registry.candidates(entry.attempts)
             free = [worker for worker in candidates if worker.free > 0]
             if free and entry.goes_in(self.line):
-                worker = self._registry.pick(entry.attempts, free)
-                return worker, worker.lease(entry.attempts.pool.model)
+                # It may wait for another worker than those, if there is room.
+                patience = self._patience if self.line.has_room else 0.0
+                worker = self._registry.pick(entry.attempts, free, patience)
+                if worker is not None:
+                    return worker, worker.lease(entry.attempts.pool.model)
             seat = await self._wait(entry)
             if seat is not None:
                 return seat
@@ -150,7 +155,10 @@ class Slots:
         free = [worker for worker in attempts.candidates() if worker.free > 0]
         if not free:
             return False
-        worker = self._registry.pick(attempts, free)
+        patience = ticket.joined_at + self._patience - self._clock()
+        worker = self._registry.pick(attempts, free, max(patience, 0.0))
+        if worker is None:
+            return False
         future.set_result((worker, worker.lease(attempts.pool.model)))
         return True
 

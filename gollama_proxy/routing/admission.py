@@ -120,7 +120,7 @@ class Line:
         Raises:
             NoWorkerError: 429, there is no room.
         """
-        if len(self) >= self.limits.size:
+        if not self.has_room:
             self._make_room(subject, model, priority)
         who = self._subject(subject, limit)
         ticket = self._new_ticket(subject, model, priority, first)
@@ -169,6 +169,11 @@ class Line:
         self._forget(who)
 
     # --- What it says -------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more can wait without taking another one's place."""
+        return len(self) < self.limits.size
 
     def waiting(self, priority: Priority) -> int:
         return self._crowds[priority].total

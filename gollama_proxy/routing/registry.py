@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from gollama_proxy.routing.budget import RetryBudget
-from gollama_proxy.routing.policies import Ask, Policy, make
+from gollama_proxy.routing.policies import Policy, make
 from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.retry import Attempts
 from gollama_proxy.routing.slowness import Expectations
+from gollama_proxy.routing.speed import Prefill
 from gollama_proxy.routing.worker import State, Worker, matches
 from gollama_proxy.settings import Config, Models
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
@@ -48,7 +49,11 @@ class Registry:
         self._retry = config.retry
         self._rescue = config.rescue
         self._rng = random.Random()
-        self.policy: Policy = make(config.routing.policy, clock, self._rng)
+        names = (config.routing.policy, *config.routing.policies.values())
+        self._policies = {
+            name: make(name, clock, self._rng) for name in dict.fromkeys(names)
+        }
+        self._routing = config.routing
         self._models: Models = config.models
         self._pools: dict[str, Pool] = {}
         self._fallbacks = {
@@ -86,6 +91,16 @@ class Registry:
             if workers:  # or clients could grow it by names that they make up
                 self._pools[model] = pool
         return pool
+
+    def policy_of(self, model: str) -> Policy:
+        """Give the policy by which the workers of a model are picked.
+
+        Models with the same policy share its object, which keeps them apart.
+        """
+        for pattern, name in self._routing.policies.items():
+            if matches(model, (pattern,)):
+                return self._policies[name]
+        return self._policies[self._routing.policy]
 
     def only_model(self) -> str | None:
         """Name the one model that every worker serves, if there is just one.
@@ -173,20 +188,31 @@ class Registry:
             )
         return candidates
 
-    def pick(self, attempts: Attempts, candidates: Sequence[Worker]) -> Worker:
+    def pick(
+        self, attempts: Attempts, candidates: Sequence[Worker], patience: float = 0.0
+    ) -> Worker | None:
         """Pick one of the candidates for the next attempt of a request.
 
-        A worker that has just recovered leaves most of its turns to the others.
+        A worker that has just recovered leaves most of its turns to the others.  None
+        if the request had better wait for a worker that is no candidate yet, for which
+        it has so many seconds of `patience`.
         """
         model, workers = attempts.pool
-        ask = Ask(model, attempts.prompt_bytes, attempts.max_tokens)
+        policy, ask = self.policy_of(model), attempts.ask
+        if patience and ask.prefixes:
+            ask = ask._replace(patience=patience)
         left = set(candidates)
         while True:
-            worker = self.policy.pick(ask, workers, left.__contains__)
-            assert worker is not None, self
-            if len(left) == 1 or worker.breaker.turn():
+            worker = policy.pick(ask, workers, left.__contains__)
+            if worker is None or len(left) == 1 or worker.breaker.turn():
                 return worker
             left.discard(worker)
+
+    def learn(self, attempts: Attempts, worker: Worker, told: Prefill) -> None:
+        """Take in how a worker has read the prompt of a request that it answered."""
+        if told.possible:
+            policy = self.policy_of(attempts.pool.model)
+            policy.learn(attempts.ask, worker, told.cached, told.tokens + told.cached)
 
     def choose(self, attempts: Attempts) -> Worker:
         """Pick an available worker, whatever it has to do.
@@ -194,7 +220,9 @@ class Registry:
         Raises:
             NoWorkerError: as `candidates` does.
         """
-        return self.pick(attempts, self.candidates(attempts))
+        worker = self.pick(attempts, self.candidates(attempts))
+        assert worker is not None, self  # as it has no patience
+        return worker
 
     def _resolve_name(self, name: str | None, models: list[str]) -> str | None:
         aliases = self._models.aliases

@@ -33,6 +33,7 @@ import random
 from collections.abc import Sequence
 
 from gollama_proxy.routing.budget import RetryBudget
+from gollama_proxy.routing.policies import Ask
 from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Retry
@@ -93,10 +94,9 @@ class Attempts:
         "_stalled",
         "_suspects",
         "as_sent",
-        "max_tokens",
+        "ask",
         "once",
         "pool",
-        "prompt_bytes",
         "tried",
     )
 
@@ -116,7 +116,7 @@ class Attempts:
         """
         self.pool = pools[0]
         self.tried: list[Worker] = []  # of the pool
-        self.prompt_bytes = self.max_tokens = 0  # of the request; 0 is not known
+        self.ask = Ask(self.pool.model)  # what is known of the request
         self.as_sent = False  # a stream in place of an answer has been of no use
         self._fallbacks = list(pools[1:])
         self._limits = limits
@@ -211,6 +211,7 @@ class Attempts:
         """Move on to the next fallback that has somebody; False if none has."""
         while self._fallbacks:
             self.pool = self._fallbacks.pop(0)
+            self.ask = self.ask._replace(model=self.pool.model)
             if self._fitting(self.pool):
                 self.tried.clear()
                 self._suspects.clear()

@@ -34,7 +34,12 @@ class Prefill(NamedTuple):
 
     tokens: int  # that it has read
     cached: int  # that it had in its cache
-    seconds: float
+    seconds: float = 0.0  # 0 is not known
+
+    @property
+    def possible(self) -> bool:
+        """Tell whether it can be true at all."""
+        return self.tokens >= 0 and self.cached >= 0 and 0 <= self.seconds < math.inf
 
     def plausible_in(self, seconds: float) -> bool:
         """Tell whether it can be true of an answer that began after so many seconds."""

@@ -24,6 +24,7 @@ from typing import assert_never
 from gollama_proxy.routing.breaker import Breaker, Verdict
 from gollama_proxy.routing.lease import Lease, Outcome
 from gollama_proxy.routing.slowness import Expectations, Pace
+from gollama_proxy.routing.speed import Prefill
 from gollama_proxy.settings import Breaker as Limits
 from gollama_proxy.settings import Health, WorkerConfig
 
@@ -124,6 +125,7 @@ class Worker:
     _good: int = 0
     _bad: int = 0
     _odd_slots: int | None = None
+    _odd_timings: bool = False
     _taken: int = 0  # slots
 
     def __post_init__(self) -> None:
@@ -265,6 +267,7 @@ class Worker:
         """Say what an attempt has shown about this worker."""
         match outcome:
             case Outcome.COMPLETE:
+                self._check(lease.prefill)
                 pace = self.pace_of(lease.model)
                 slow = pace.is_slow(lease.tokens, lease.seconds, beside)
                 pace.learn(
@@ -291,6 +294,18 @@ class Worker:
                 return Verdict.NEUTRAL
             case _:
                 assert_never(outcome)
+
+    def _check(self, told: Prefill | None) -> None:
+        """Complain, once, of what it tells about its reading if that cannot be true."""
+        if told is not None and not told.possible and not self._odd_timings:
+            self._odd_timings = True
+            logger.warning(
+                "worker %s: says it read %s tokens in %s s, beside %s in its cache",
+                self.name,
+                told.tokens,
+                told.seconds,
+                told.cached,
+            )
 
     def suspect(self) -> None:
         """Have the pinger look at once."""

@@ -293,6 +293,13 @@ def check_json(body: bytes) -> None:
 
 _grammar = msgspec.json.Decoder(msgspec.Raw)
 _string = msgspec.json.Decoder(str)
+
+
+class _Conversation(msgspec.Struct):
+    messages: list[msgspec.Raw] = []
+
+
+_conversation = msgspec.json.Decoder(_Conversation)
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _names = msgspec.json.Decoder(
     Annotated[tuple[str, ...], msgspec.Meta(max_length=MAX_NAMES)]
@@ -328,6 +335,14 @@ def take_names(body: bytes, key: str) -> tuple[tuple[str, ...], bytes]:
         text = f"`{key}` must be a list of at most {MAX_NAMES} names."
         raise RequestError(Code.INVALID_VALUE, text, param=key) from None
     return names, msgspec.json.encode(rest)
+
+
+def messages_of(body: bytes) -> list[msgspec.Raw]:
+    """Give the items of `messages` of a whole body as sent; empty without any."""
+    try:
+        return _conversation.decode(body).messages
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return []
 
 
 def encode(text: str) -> bytes:

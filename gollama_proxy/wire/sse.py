@@ -43,6 +43,10 @@ _TOKENS = re.compile(
 )
 _PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,12})')
 _PROMPT_PARTS = re.compile(rb'"(?:prompt_n|cache_n)"\s*:\s*(\d{1,12})')
+# What follows the last of these is what the worker tells of how it read the prompt.
+_TIMINGS = re.compile(rb'"timings"\s*:\s*\{([^{}]*)\}')
+_TIMING = re.compile(rb'"(prompt_n|cache_n|prompt_ms)"\s*:\s*([-+.\deE]{1,32})')
+_CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"\s*:\s*(\d{1,12})')
 _ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"\s*:|event: ?error[\r\n])')
 
 
@@ -90,6 +94,25 @@ def prompt_tokens(tail: bytes) -> int:
     """
     counts = _PROMPT.findall(tail)
     return int(counts[-1]) if counts else sum(map(int, _PROMPT_PARTS.findall(tail)))
+
+
+def reading(tail: bytes) -> tuple[int, int, float] | None:
+    """Read how a prompt was read: tokens that were, tokens from the cache, seconds.
+
+    llama-server tells it in `timings`; others tell in `usage` what was cached, and no
+    time, which is 0 then.  None where nothing is told.  It need not be possible.
+    """
+    timings = _TIMINGS.findall(tail)
+    if timings:
+        told = dict(_TIMING.findall(timings[-1]))
+        try:
+            read, seconds = float(told[b"prompt_n"]), float(told[b"prompt_ms"]) / 1000
+            return int(read), int(float(told.get(b"cache_n", 0))), seconds
+        except (KeyError, ValueError, OverflowError):
+            return None
+    cached = _CACHED.findall(tail)
+    prompt = prompt_tokens(tail)
+    return (prompt - int(cached[-1]), int(cached[-1]), 0.0) if cached else None
 
 
 def events_in(held: bytes) -> Iterator[bytes]:

@@ -25,17 +25,10 @@ __all__ = [
 ]
 
 
-def make(
-    name: str,
-    clock: Callable[[], float],
-    rng: random.Random,
-    *,
-    patient: bool = False,
-) -> Policy:
+def make(name: str, clock: Callable[[], float], rng: random.Random) -> Policy:
     """Make the policy of this name, one of `settings.POLICIES`.
 
-    `clock` gives monotonic seconds.  A `patient` one may turn down a worker that fits,
-    to have a request wait for a better one.
+    `clock` gives monotonic seconds.
     """
     match name:
         case "round_robin":
@@ -47,6 +40,6 @@ def make(
         case "fastest":
             return Fastest(rng)
         case "affinity":
-            return Affinity(Fastest(rng), clock, patient=patient)
+            return Affinity(Fastest(rng), clock)
         case _:
             raise ValueError(name)

@@ -16,10 +16,10 @@ the first tokens of all requests come soonest at a price of 4.
 if that would be better, or is not known, the other policy is asked whom it would choose
 now; most turns go back without it.
 
-When every slot of the warm worker is taken, a `patient` policy has the request wait (it
-picks nobody) rather than go elsewhere, for as long as that costs less than the reading,
-at the same price.  Another request of the line can have the slot that it leaves, so
-nothing stands idle.  This is for a caller that asks again when a slot is free.
+When every slot of the warm worker is taken, a request that has the `patience` waits (it
+is given nobody) rather than go elsewhere, for as long as that costs less than the
+reading, at the same price.  Another request of the line can have the slot that it
+leaves, so nothing stands idle.
 """
 
 from __future__ import annotations
@@ -37,20 +37,16 @@ OF_LATE = 1.0  # seconds for which the other policy's last choices say something
 RATE = 0.25  # by which each of them counts
 
 
-class Affinity:
+class Affinity(Policy):
     """Choose the worker that holds the conversation; of new ones, as `inner` does."""
 
+    follows = True
+
     def __init__(
-        self,
-        inner: Policy,
-        clock: Callable[[], float],
-        size: int = SIZE,
-        *,
-        patient: bool = False,
+        self, inner: Policy, clock: Callable[[], float], size: int = SIZE
     ) -> None:
         """Begin; at most `size` beginnings of conversations are remembered."""
         self.inner = inner
-        self.patient = patient
         self._clock = clock
         self._memory = Memory(size)
         self._usual: dict[str, _Usual] = {}
@@ -59,10 +55,7 @@ class Affinity:
         return f"<Affinity {self._memory!r} {self.inner!r}>"
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
-        """Choose the warm worker unless another one is worth the reading.
-
-        A patient one may choose nobody, though somebody fits.
-        """
+        """Choose the warm worker unless another one is worth the reading."""
         match = self._memory.find(ask) if ask.prefixes else None
         warm = match is not None and _has(workers, match.worker) and fits(match.worker)
         chosen: Worker | None
@@ -82,11 +75,7 @@ class Affinity:
     def learn(
         self, ask: Ask, worker: Worker, cached_tokens: int, prompt_tokens: int
     ) -> None:
-        """Take in how much of a prompt the worker has found in its cache.
-
-        `prompt_tokens` are all of them, as in `usage`; in llama-server's `timings` they
-        are `cache_n + prompt_n`, and `cached_tokens` is `cache_n`.
-        """
+        """Correct what was expected of the worker's cache."""
         self._memory.verify(ask, worker, cached_tokens, prompt_tokens)
 
     def _choose(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
@@ -111,7 +100,7 @@ class Affinity:
     def _waits(self, ask: Ask, match: Match, other: Worker) -> bool:
         """Decide whether a request rather waits for its worker than goes elsewhere."""
         worker, model = match.worker, ask.model
-        if not self.patient or worker is other or worker.free > 0:
+        if not ask.patience or worker is other or worker.free > 0:
             return False
         if not (worker.can_serve(model) and worker.serves(model)):
             return False  # it would be waiting for more than a slot
@@ -125,7 +114,8 @@ class Affinity:
         # Its answers are at all stages: one of n is ready within an nth of their time.
         wait = expected_tokens(worker, ask) / writes / worker.in_flight
         saved = match.cached * match.trust / reads
-        return now - place.awaited_since + wait < PRICE * saved
+        waited = now - place.awaited_since
+        return wait < ask.patience and waited + wait < PRICE * saved
 
 
 class _Usual:

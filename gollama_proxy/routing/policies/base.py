@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 from gollama_proxy.routing.worker import Worker
 
@@ -20,10 +20,14 @@ class Ask(NamedTuple):
     max_tokens: int = 0  # 0: not said
     subject: str = ""
     prefixes: tuple[int, ...] = ()  # of the conversation, the shortest first
+    patience: float = 0.0  # seconds for which it may still wait for a better worker
 
 
-class Policy(Protocol):
+class Policy:
     """Picks a worker; keeps what state it needs, and knows no sockets."""
+
+    # Whether it looks at the `prefixes`, and is to `learn()`.
+    follows: ClassVar[bool] = False
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         """Choose one of a pool's workers that `fits`; None if none does.
@@ -35,9 +39,19 @@ class Policy(Protocol):
 
         When one worker of a full pool becomes free, it can be offered alone to those
         who wait: `workers` has just that one then, and nobody looks for it among all.
-        Only a policy that was made `patient` may turn down a worker that fits.
+        Only a request with some `patience` may be given nobody though somebody fits; it
+        will be asked for again when a slot comes free, or a second later.
         """
-        ...
+        raise NotImplementedError
+
+    def learn(
+        self, ask: Ask, worker: Worker, cached_tokens: int, prompt_tokens: int
+    ) -> None:
+        """Take in how much of a prompt the worker has found in its cache.
+
+        `prompt_tokens` are all of them, as in `usage`; in llama-server's `timings` they
+        are `cache_n + prompt_n`, and `cached_tokens` is `cache_n`.
+        """
 
 
 def place_behind(workers: Sequence[Worker], index: int) -> int:

@@ -10,6 +10,10 @@ that something becomes known: one request pays for what all later ones need.  Wh
 is at it, nobody knows how long that takes, and it comes behind all others.  Among such
 workers the declared weight decides, which is all there is.
 
+Times that are nearly the same are taken for the same, and those workers have their
+turns.  An estimate is not as exact as that; and of equal machines one would have all
+requests as long as it is idle, and only its prompt cache would be of use.
+
 What is known grows old where nobody asks.  A worker that was slow one morning would
 never be asked again while others are free, and its speed would stay that of the
 morning.  So the expected time of an idle worker halves with every `FORGOTTEN` picks for
@@ -19,21 +23,21 @@ others' speed gets one request in some six hundred.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 
-from gollama_proxy.routing.policies.base import Ask, Fits
+from gollama_proxy.routing.policies.base import Ask, Fits, Policy
 from gollama_proxy.routing.policies.candidates import SMALL, Candidates
 from gollama_proxy.routing.policies.least_busy import ASSUMED_SLOTS
 from gollama_proxy.routing.worker import Worker
 
 FORGOTTEN = 64  # picks, for each worker of the pool
+NEAR = 1.15  # times the shortest time, which is as good
 
 UNKNOWN_IDLE, KNOWN, UNKNOWN_BUSY = range(3)
 
 
-class Fastest:
+class Fastest(Policy):
     """Choose by expected time, of all in a small pool and of two in a large one."""
 
     def __init__(self, rng: random.Random) -> None:
@@ -51,11 +55,12 @@ class Fastest:
         chosen, small = found[0], len(workers) <= SMALL
         picks = self._picks_of(ask.model) if small else _NONE
         if len(found) > 1:
-            tokens, least = expected_tokens(chosen, ask), _LAST
-            for worker in found:
-                rank = _rank(worker, ask, tokens, picks, len(workers))
-                if rank < least:
-                    chosen, least = worker, rank
+            tokens = expected_tokens(chosen, ask)
+            kind, least = _rank(chosen, ask, tokens, picks, len(workers))
+            for worker in found[1:]:
+                rank, time = _rank(worker, ask, tokens, picks, len(workers))
+                if rank < kind or (rank == kind and time * NEAR < least):
+                    chosen, kind, least = worker, rank, time
         if small:  # else the lot is fair enough
             picks.note(chosen)
             self._candidates.chose(ask, chosen)
@@ -90,20 +95,19 @@ class _Picks:
 
 
 _NONE = _Picks()
-_LAST = (math.inf, math.inf)
 
 
 def _rank(
     worker: Worker, ask: Ask, tokens: float, picks: _Picks, pool: int
 ) -> tuple[float, float]:
-    """Rank a worker; the lowest one is chosen."""
+    """Rank a worker; the lowest one is chosen, by what is known and then by time."""
     seconds = expected_seconds(worker, ask, tokens)
     if worker.leases:
         if seconds is None:
             return UNKNOWN_BUSY, len(worker.leases) / worker.weight
         return KNOWN, seconds
     if seconds is None:
-        return UNKNOWN_IDLE, -worker.weight
+        return UNKNOWN_IDLE, 1 / worker.weight
     return KNOWN, seconds * 0.5 ** (picks.since(worker) / (FORGOTTEN * pool))
 
 

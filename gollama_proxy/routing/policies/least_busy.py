@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from gollama_proxy.routing.policies.base import Ask, Fits
+from gollama_proxy.routing.policies.base import Ask, Fits, Policy
 from gollama_proxy.routing.policies.candidates import Candidates
 from gollama_proxy.routing.worker import Worker
 
 ASSUMED_SLOTS = 4  # of a worker that does not tell: llama-server's own default
 
 
-class LeastBusy:
+class LeastBusy(Policy):
     """Choose the emptiest worker, of all in a small pool and of two in a large one."""
 
     def __init__(self, rng: random.Random) -> None:

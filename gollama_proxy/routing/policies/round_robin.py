@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gollama_proxy.routing.policies.base import Ask, Fits, place_behind
+from gollama_proxy.routing.policies.base import Ask, Fits, Policy, place_behind
 from gollama_proxy.routing.worker import Worker
 
 
-class RoundRobin:
+class RoundRobin(Policy):
     """Go round the workers of each model.
 
     What is remembered is the last worker and not a counter: when one drops out or

@@ -15,14 +15,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from gollama_proxy.routing.policies.base import Ask, Fits
+from gollama_proxy.routing.policies.base import Ask, Fits, Policy
 from gollama_proxy.routing.worker import Worker
 
 # When a worker is due, and its place in the configuration, which decides a tie.
 _Due = tuple[float, int, Worker]
 
 
-class Weighted:
+class Weighted(Policy):
     """Go round the workers of each model by their weights; O(log n)."""
 
     def __init__(self) -> None:
