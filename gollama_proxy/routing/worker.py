@@ -218,7 +218,11 @@ class Worker:
     @property
     def unread(self) -> int:
         """Bytes of the prompts of which no answer has begun."""
-        return sum(lease.prompt_bytes for lease in self.leases if not lease.first_token)
+        unread = 0  # a loop, as this is asked for every choice
+        for lease in self.leases:
+            if not lease.first_token:
+                unread += lease.prompt_bytes
+        return unread
 
     @property
     def in_doubt(self) -> bool:

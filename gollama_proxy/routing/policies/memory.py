@@ -37,6 +37,7 @@ class Place:
 
     __slots__ = (
         "awaited_since",
+        "cache",
         "distance",
         "expected",
         "size",
@@ -45,8 +46,9 @@ class Place:
         "worker",
     )
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, cache: _Cache) -> None:
         self.worker = worker
+        self.cache = cache  # the worker's
         self.whole = 0  # its longest prefix
         self.size = 0  # bytes of its last request
         self.stamp = 0  # requests that the worker had by then
@@ -102,23 +104,28 @@ class Memory:
 
     def hold(self, ask: Ask, worker: Worker, match: Match | None) -> None:
         """Note that a worker gets a request, and what was found of it before."""
-        cache = self._cache(ask.model, worker)
+        if match is not None and match.worker is worker:
+            cache = match.place.cache
+        else:
+            cache = self._cache(ask.model, worker)
         cache.served += 1
-        if not ask.prefixes:
+        prefixes = ask.prefixes
+        if not prefixes:
             return
         salt, new = _salt(ask), 0
         if match is not None and match.whole:
-            place, new = match.place, min(match.depth, len(ask.prefixes) - 1)
+            place, new = match.place, min(match.depth, len(prefixes) - 1)
             place.expected = 0.0
             if match.worker is worker:
                 place.expected = match.cached / max(ask.prompt_bytes, 1)
                 place.distance = match.distance
+            place.worker, place.cache = worker, cache
         else:
-            place = Place(worker)
-        place.worker, place.size, place.stamp = worker, ask.prompt_bytes, cache.served
-        place.whole = ask.prefixes[-1] ^ salt
+            place = Place(worker, cache)
+        place.size, place.stamp = ask.prompt_bytes, cache.served
+        place.whole = prefixes[-1] ^ salt
         place.awaited_since = None
-        for prefix in ask.prefixes[new:]:
+        for prefix in prefixes[new:] if new else prefixes:
             self._note(prefix ^ salt, place)
         while len(self._prefixes) > self.size:
             self._prefixes.popitem(last=False)
@@ -147,7 +154,7 @@ class Memory:
             cached = float(place.size if place.size < size else size)
         else:  # a guess; nobody has counted the bytes
             cached = size * depth / (len(ask.prefixes) + 1)
-        cache = self._cache(ask.model, worker)
+        cache = place.cache
         distance = cache.served - place.stamp
         trust = cache.trust(distance)
         return Match(place, worker, depth, whole, cached, distance, trust)
