@@ -1,0 +1,33 @@
+"""Programs of other people that a test may need, and not every machine has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import NoReturn
+
+import pytest
+
+# Set by .ci/run, which has installed them all: there, a test that is skipped tells
+# nobody anything.
+_CI = "GOLLAMA_CI"
+
+
+def require(program: str, *, package: str) -> str:
+    """Give the path of a program; `package` is what Debian calls the one it is in.
+
+    Without it the test is skipped, and fails in CI.
+    """
+    # Debian keeps servers out of the way of who is not root.
+    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    found = shutil.which(program, path=path)
+    if found is None:
+        missing(f"{program} is not there (apt-get install {package})")
+    return found
+
+
+def missing(what: str) -> NoReturn:
+    """Skip the test for lack of something; in CI, fail."""
+    if os.environ.get(_CI):
+        pytest.fail(what, pytrace=False)
+    pytest.skip(what)
