@@ -390,6 +390,11 @@ class Upstream:
         some_of(STREAMED, "a list, of " + ", ".join(STREAMED)),
         "paths on which an answer in one piece is assembled from a stream",
     )
+    usage: str = setting(
+        "limited",
+        choice("never", "limited", "always"),
+        "of which streams a worker is asked for the usage if it is no llama-server",
+    )
 
 
 @dataclass(frozen=True, slots=True)

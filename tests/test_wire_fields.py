@@ -113,6 +113,7 @@ def test_what_routing_needs_is_wanted() -> None:
         "documents",
         "tokens",
         "fallbacks",
+        "stream_options",
     } == WANTED
 
 
@@ -775,6 +776,7 @@ def test_a_real_request_is_understood() -> None:
         "model": '"',
         "max_completion_tokens": "0",
         "stream": "t",
+        "stream_options": "{",
     }
 
 

@@ -26,6 +26,7 @@ from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.errors import ProxyError
 from gollama_proxy.wire.openai import ENDPOINTS, Ending, Endpoint
 from gollama_proxy.wire.rename import Renamer, renamed
+from gollama_proxy.wire.usage import UsageHider
 
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
@@ -57,16 +58,27 @@ class Delivery(Protocol):
         """Tell what a worker has refused it with."""
 
 
+class Filter(Protocol):
+    """Changes a body on its way, in whatever pieces it comes."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take a piece; return what is decided by now."""
+
+    def finish(self) -> bytes:
+        """Return what was held back until more is known."""
+
+
 class Stream:
     """An answer that is passed on as it comes."""
 
     __slots__ = (
         "_client",
+        "_filters",
         "_framed",
+        "_hider",
         "_mended",
         "_record",
         "_relay",
-        "_renamer",
         "_request",
         "_response",
         "_transport",
@@ -82,7 +94,8 @@ class Stream:
     ) -> None:
         """Make one; a `renamer` gives its model the name that the client knows."""
         self.begun = False
-        self._renamer = renamer
+        self._filters: list[Filter] = [] if renamer is None else [renamer]
+        self._hider: UsageHider | None = None  # is the first of them
         self._relay: Relay | None = None  # of which the client sees each byte
         self._request = request
         self._record = record
@@ -92,6 +105,19 @@ class Stream:
     def __repr__(self) -> str:
         return f"<Stream {'begun' if self.begun else 'not begun'}>"
 
+    def hide_usage(self) -> None:
+        """Leave out what the hub alone has asked for; to be called before `open`."""
+        if self._hider is None:  # not twice, when an answer goes on elsewhere
+            self._hider = UsageHider()
+            self._filters.insert(0, self._hider)
+
+    def withdraw(self) -> bytes:
+        """Drop the half event that may have been usage; return it.
+
+        So a worker that dies in the middle of what the hub alone wanted does no harm.
+        """
+        return b"" if self._hider is None else self._hider.withdraw()
+
     async def open(self, relay: Relay) -> Client:
         """Send the head, unless it is out.
 
@@ -99,23 +125,26 @@ class Stream:
             ConnectionResetError: the client has left.
         """
         if not self.begun:
-            sized = self._renamer is None
+            sized = not self._filters
             response = begin_response(self._request, relay, self._record, sized=sized)
             await self._begin(response)
         self._relay = self._relay or relay
-        if self._renamer is None:
+        if not self._filters:
             return self._client
         drain, buffered = self._client.drain, self._client.buffered
-        return Client(self._rename, drain, buffered, chunked=False)
+        return Client(self._filter, drain, buffered, chunked=False)
 
-    def _rename(self, data: bytes) -> None:
-        assert self._renamer is not None, self
-        self._client.send(self._renamer.feed(data))
+    def _filter(self, data: bytes) -> None:
+        for each in self._filters:
+            data = each.feed(data)
+        self._client.send(data)
 
     def _send_rest(self) -> None:
-        """Send what may have been the beginning of a name."""
-        if self._renamer is not None:
-            self._client.send(self._renamer.finish())
+        """Send what was held back, as there will be no more of it."""
+        rest = b""
+        for each in self._filters:
+            rest = each.feed(rest) + each.finish()
+        self._client.send(rest)
 
     async def tell(self, comment: bytes) -> None:
         """Tell a client that waits how it stands: the head of its stream goes out.

@@ -113,6 +113,7 @@ class Inference:
             request, record, deadline, incoming, attempts, entry, self._config, model
         )
         job.alias = self._registry.alias_of(incoming.model)
+        job.counted = self._counts(principal)
         if job.may_tell:
             entry.tell(job.tell_place, self._config.queue.notice)
         try:
@@ -135,6 +136,12 @@ class Inference:
             self._slots.leave(entry)
             used = record.prompt_tokens + record.tokens
             self._quotas.spend(principal.subject, used)
+
+    def _counts(self, principal: Principal) -> bool:
+        """Say whether a worker has to be asked what its answer took."""
+        whose = self._config.upstream.usage
+        limited = whose == "limited" and principal.tpm is not None
+        return limited or whose == "always"
 
     def _claim(self, request: web.BaseRequest, principal: Principal) -> Claim:
         limit = principal.max_concurrency or self._config.queue.max_concurrency
@@ -252,7 +259,7 @@ class Inference:
         self, job: Job, worker: Worker, attempt: Attempt, lease: Lease
     ) -> Relay | Refusal:
         """Send the request to a worker; wait until it is known whether it answers."""
-        incoming, body = job.incoming, job.prepare()
+        incoming, body = job.incoming, job.prepare(worker)
         outgoing = Outgoing(
             incoming.endpoint,
             headers.to_worker(job.request.raw_headers),

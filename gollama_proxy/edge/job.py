@@ -27,6 +27,7 @@ from gollama_proxy.wire.assemble import streaming_body
 from gollama_proxy.wire.errors import ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.rename import Renamer
+from gollama_proxy.wire.usage import asking
 
 # Seconds between two looks whether somebody is there to go on with an answer.
 WAIT = 0.25
@@ -47,6 +48,8 @@ class Job:
     config: Config
     model: str  # that was asked for, as its workers call it
     alias: str = ""  # as the client calls it, if otherwise
+    counted: bool = False  # its tokens have to be known exactly
+    hides_usage: bool = False  # the hub has asked for it, and the client has not
     body: bytes = b""  # as the worker gets it, or got it, to begin an answer with
     delivery: Delivery | None = None
     rescue: Rescue | None = None
@@ -82,19 +85,33 @@ class Job:
             return True
         return self.incoming.replayable and self.incoming.stream
 
-    def prepare(self) -> bytes:
+    def prepare(self, worker: Worker) -> bytes:
         """Write what the next worker is asked for."""
         incoming, model = self.incoming, self.attempts.pool.model
         if self.rescue is not None:
             return self.rescue.request(model)
         self.body = incoming.body(model)
+        self.hides_usage = False
         if not self.begun:
             self.delivery = None
         if self._may_assemble and (body := streaming_body(self.body)) is not None:
             limit = self.config.limits.answer
             self.body = body
             self.delivery = Whole(incoming.endpoint, self.record, limit, self.names)
+        elif self._may_ask_usage(worker) and (body := asking(self.body)) is not None:
+            self.body, self.hides_usage = body, True
         return self.body
+
+    def _may_ask_usage(self, worker: Worker) -> bool:
+        """Say whether a stream would not be counted otherwise.
+
+        A llama-server tells its `timings` in any case; asked for usage, it would tell
+        them with it, and so they would be hidden from a client that reads them.
+        """
+        incoming = self.incoming
+        counts = incoming.endpoint.ending is Ending.DONE
+        streams = incoming.replayable and incoming.stream
+        return self.counted and counts and streams and not worker.is_llama_server
 
     @property
     def _may_assemble(self) -> bool:
@@ -165,6 +182,9 @@ class Job:
         """Begin the answer, or go on with it; tell where the worker's bytes go."""
         if self.delivery is None or not relay.is_event_stream:
             self.delivery = self._new_stream()
+        if self.hides_usage and relay.is_event_stream:
+            assert isinstance(self.delivery, Stream), self
+            self.delivery.hide_usage()
         client = await self.delivery.open(relay)
         if not self._could_be_rescued(relay):
             self.body = b""
@@ -231,6 +251,8 @@ class Job:
         if not self.body or isinstance(error, ToldError):
             return
         model, relayed = self.attempts.pool.model, relay.relayed()
+        if relayed is not None and isinstance(self.delivery, Stream):
+            relayed = relayed.removesuffix(self.delivery.withdraw())
         chat = self.incoming.endpoint.chat
         self.rescue = Rescue.begin(self.body, model, chat, relayed)
         if self.rescue is not None:

@@ -144,6 +144,11 @@ class Worker:
         return self.config.name
 
     @property
+    def is_llama_server(self) -> bool:
+        """Whether it has told its build, as no other server does."""
+        return self.description is not None and bool(self.description.build)
+
+    @property
     def is_down(self) -> bool:
         return self.state is State.DOWN
 

@@ -100,7 +100,7 @@ class Rescue:
             self._chat,
             regenerate=self._asked_for_all,
             # A llama-server goes on where it is told to, even if it repeats nothing.
-            must_echo=not (worker.description and worker.description.build),
+            must_echo=not worker.is_llama_server,
             model=None if model == self._model else model,
         )
         self._splicer = splicer = _Splicer(splice, client, self.count + 1, fail)

@@ -47,6 +47,7 @@ WANTED = frozenset(
         "model",
         "n_predict",
         "stream",
+        "stream_options",
         "tokens",
     }
 )
