@@ -4,6 +4,9 @@ VENV    := .venv
 PYTHON  ?= python3
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+# OpenAI's client for Node, of the last line for Node 18 and 20; it needs no package.
+NODE_SDK   := openai@6.49.0
+NODE_STAMP := $(VENV)/node/$(NODE_SDK)
 # Empty: two llama-servers with a small real model are started as workers.
 WORKERS ?=
 PORT    ?= 8000
@@ -16,11 +19,12 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
-.PHONY: help install run test cov lint types format soak bench bench-faults clean simulate
+.PHONY: help install node run test cov lint types format soak bench bench-faults clean simulate
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
 	@echo "make test     the whole test suite, real llama-server included"
+	@echo "make node     OpenAI's client for Node, which the tests use where it is"
 	@echo "make cov      the same, with branch coverage"
 	@echo "make lint     ruff and the import contracts"
 	@echo "make types    mypy, strict"
@@ -44,6 +48,13 @@ $(STAMP): setup.cfg setup.py Makefile
 	@touch $@
 
 install: $(STAMP)
+
+$(NODE_STAMP): | $(STAMP)
+	npm install --prefix $(@D) --no-save --ignore-scripts --no-audit --no-fund \
+	  --loglevel=error $(NODE_SDK)
+	@touch $@
+
+node: $(NODE_STAMP)
 
 run: $(STAMP)
 	@exec $(BIN)/gollama-proxy demo --port $(PORT) $(foreach url,$(WORKERS),--worker $(url))
