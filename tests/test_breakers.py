@@ -18,6 +18,7 @@ import pytest
 from gollama_proxy.routing.breaker import Breaker, State, Verdict
 from gollama_proxy.upstream import sweep
 from tests.fakes import waiting
+from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.exchange import Request
 from tests.fakes.hub import RunningHub, running_hub
@@ -51,11 +52,7 @@ from tests.fakes.worker import ScriptedWorker
 
 until = functools.partial(waiting.until, timeout=10.0)
 
-CHAT = "/v1/chat/completions"
 EMBED = "/v1/embeddings"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
-RARELY = 3600  # seconds between pings
 TRIES: dict[str, Any] = {"retry__attempts": 3, "retry__ratio": 1, "retry__floor": 1000}
 FAILURES = 5  # in a row open a breaker
 BEGUN = role() + token("a")

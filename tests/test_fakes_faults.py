@@ -12,9 +12,10 @@ import pytest
 from gollama_proxy.wire.continuation import continuation, exhausted
 from gollama_proxy.wire.splice import Splice
 from gollama_proxy.wire.told import Told
+from tests.fakes.asks import CHAT
 from tests.fakes.client import Ending, Response
 from tests.fakes.faults import Fault, Faults
-from tests.fakes.generation import CHAT, Order, Task, generate, stream_events, word
+from tests.fakes.generation import Order, Task, generate, stream_events, word
 from tests.fakes.replies import done, error_event, finish, role, token
 from tests.fakes.traffic import Leave, Visitor
 from tests.fakes.verdict import DishonestError, Verdict, judge

@@ -16,6 +16,7 @@ from gollama_proxy.edge import job
 from gollama_proxy.edge.slots import Slots
 from gollama_proxy.settings import POLICIES
 from gollama_proxy.upstream import attempt
+from tests.fakes.asks import CHAT, RARELY
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import error_reply, json_reply
@@ -32,8 +33,6 @@ from tests.fakes.script import (
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
-
 
 def ask(name: str = "x", **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": name}], **fields}
@@ -49,7 +48,7 @@ async def crowded(
     slots: int = 1, **settings: Any
 ) -> AsyncIterator[tuple[ScriptedWorker, RunningHub, Slots]]:
     """Run a hub and a worker that answers when the test releases `go`."""
-    settings = {"health__interval": 3600, **settings}
+    settings = {"health__interval": RARELY, **settings}
     async with (
         ScriptedWorker(slots=slots) as worker,
         running_hub(worker, **settings) as hub,
@@ -268,7 +267,7 @@ async def test_a_request_that_failed_goes_before_those_that_wait() -> None:
     async with (
         ScriptedWorker(slots=1) as bad,
         ScriptedWorker(slots=1) as good,
-        running_hub(bad, good, retry__attempts=3, health__interval=3600) as hub,
+        running_hub(bad, good, retry__attempts=3, health__interval=RARELY) as hub,
     ):
         bad.script(notify("asked"), wait("fail"), reset())
         good.default(wait("go"), *answer({"choices": []}))
@@ -357,7 +356,9 @@ async def test_a_client_that_does_not_stream_is_not_told() -> None:
         await worker.received(1)
         waits = sent(hub, "b")
         await waiting(slots, 1)
-        await asyncio.sleep(0.1)  # several notices long
+        # Whoever comes later and is told shows that it would have been told by now.
+        async with await hub.open(CHAT, ask("c", **STREAM)) as wire:
+            assert await wire.read_event() == b": queued 2/2\n\n"
         worker.release("go")
         assert (await waits).json() == {"choices": []}
         await running
@@ -412,7 +413,7 @@ async def test_another_worker_can_still_take_over_behind_a_notice() -> None:
             good,
             queue__notice=0.05,
             retry__attempts=3,
-            health__interval=3600,
+            health__interval=RARELY,
         ) as hub,
     ):
         for worker in (bad, good):
@@ -478,7 +479,7 @@ async def test_every_policy_uses_every_slot_and_no_more(policy: str) -> None:
     async with (
         ScriptedWorker(slots=1) as one,
         ScriptedWorker(slots=3) as two,
-        running_hub(one, two, routing__policy=policy, health__interval=3600) as hub,
+        running_hub(one, two, routing__policy=policy, health__interval=RARELY) as hub,
     ):
         for worker in (one, two):
             worker.default(wait("go"), *answer({"choices": []}))

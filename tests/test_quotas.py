@@ -7,34 +7,31 @@ from typing import Any
 import openai
 import pytest
 
+from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.hub import running_hub
 from tests.fakes.replies import usage_of
 from tests.fakes.script import answer, chat_stream
 from tests.fakes.worker import ScriptedWorker
-
-CHAT = "/v1/chat/completions"
-BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
-STREAM = BODY | {"stream": True}
 
 
 async def test_requests_a_minute_are_counted_and_told() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         token = hub.token(rpm=2)
         for left in ("1", "0"):
-            response = await hub.post(CHAT, BODY, token)
+            response = await hub.post(CHAT, WHOLE, token)
             assert response.status == 200
             assert response.header("x-ratelimit-limit-requests") == "2"
             assert response.header("x-ratelimit-remaining-requests") == left
-        response = await hub.post(CHAT, BODY, token)
+        response = await hub.post(CHAT, WHOLE, token)
         assert response.status == 429
         assert response.json()["error"]["code"] == "rate_limit_exceeded"
         assert "rpm = 2" in response.json()["error"]["message"]
         assert 1 <= int(response.header("retry-after") or "") <= 61
         assert len(worker.requests) == 2
-        assert (await hub.post(CHAT, BODY, hub.token("bob", rpm=2))).status == 200
+        assert (await hub.post(CHAT, WHOLE, hub.token("bob", rpm=2))).status == 200
 
 
-@pytest.mark.parametrize("payload", [BODY, STREAM], ids=["whole", "stream"])
+@pytest.mark.parametrize("payload", [WHOLE, STREAM], ids=["whole", "stream"])
 async def test_tokens_a_minute_are_those_of_prompt_and_answer(
     payload: dict[str, Any],
 ) -> None:
@@ -67,7 +64,7 @@ async def test_the_official_client_sees_a_rate_limit() -> None:
 async def test_a_request_that_is_refused_touches_no_worker_and_no_body() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         token = hub.token(rpm=1)
-        await hub.post(CHAT, BODY, token)
+        await hub.post(CHAT, WHOLE, token)
         async with await hub.wire() as wire:
             await wire.post(CHAT, b"", token, headers=[("Content-Length", "9999999")])
             assert (await wire.read_response()).status == 429

@@ -13,6 +13,7 @@ from gollama_proxy.routing.breaker import Verdict
 from gollama_proxy.settings import STREAMED
 from gollama_proxy.upstream import sweep
 from tests.fakes import replies
+from tests.fakes.asks import CHAT, RARELY, STREAM, TEXT
 from tests.fakes.client import Ending
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
@@ -46,12 +47,7 @@ from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 from tests.test_retries import InOrder
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-BODY: dict[str, Any] = {
-    "model": "tiny",
-    "messages": [{"role": "user", "content": "hello"}],
-    "stream": True,
-}
+BODY = {"model": "tiny", **STREAM}
 FIRST = [" One", " day", ", a", " fox", " met"]  # what the first worker gets to say
 REST = [" a", " crow", "."]
 WHOLE = "".join(FIRST + REST)
@@ -137,7 +133,7 @@ async def pool(
         "retry__attempts": 3,
         "retry__ratio": 0,
         "retry__floor": 0,  # a rescue is not paid from the budget
-        "health__interval": 3600,
+        "health__interval": RARELY,
         **settings,
     }
     async with AsyncExitStack() as stack:

@@ -13,6 +13,7 @@ import pytest
 from gollama_proxy.routing.breaker import Breaker, Verdict
 from gollama_proxy.routing.policies import Ask, Fits
 from gollama_proxy.routing.worker import Worker
+from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
@@ -40,10 +41,6 @@ from tests.fakes.script import (
 )
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
-RARELY = 3600  # seconds between pings: whoever is asked, is asked by a request
 PAYLOADS = pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.routing.worker import Worker
+from tests.fakes.asks import CHAT, STREAM, TEXT
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chat_completion,
@@ -38,12 +39,7 @@ from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import LlamaServer
 from tests.test_retries import InOrder
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-BODY: dict[str, Any] = {
-    "model": "tiny",
-    "messages": [{"role": "user", "content": "hello"}],
-    "stream": True,
-}
+BODY = {"model": "tiny", **STREAM}
 ASKED = {"include_usage": True}
 TPM = 1000
 NEWS, USAGE, _ = (

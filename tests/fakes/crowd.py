@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from tests.fakes.asks import CHAT
 from tests.fakes.client import TruncatedError
 from tests.fakes.faults import Faults
-from tests.fakes.generation import CHAT
 from tests.fakes.hub import mint
 from tests.fakes.traffic import Visitor, random_leave, random_task
 from tests.fakes.verdict import DishonestError, Verdict

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tests.fakes import replies
+from tests.fakes.asks import CHAT, TEXT
 from tests.fakes.replies import event
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PROMPT_TOKENS = 20  # of every task, as the workers count them
 
 # What a relay could take for something else, or cut where it must not be cut.
