@@ -76,6 +76,7 @@ async def test_a_worker_never_gets_more_than_it_has_slots() -> None:
     async with crowded(slots=4) as (worker, hub, slots):
         clients = [sent(hub, str(n)) for n in range(40)]
         await waiting(slots, 36)
+        await worker.received(4)
         assert len(worker.requests) == 4
         [record] = hub.hub.registry.workers
         assert record.in_flight == 4
@@ -123,6 +124,7 @@ async def test_some_more_than_there_are_slots_can_be_allowed() -> None:
     async with crowded(queue__overcommit=2) as (worker, hub, slots):
         clients = [sent(hub, str(n)) for n in range(4)]
         await waiting(slots, 1)
+        await worker.received(3)
         assert len(worker.requests) == 3
         worker.release("go")
         await asyncio.gather(*clients)
@@ -250,6 +252,7 @@ async def test_a_subject_has_no_more_running_than_it_may() -> None:
         token = hub.token("greedy", max_concurrency=2)
         greedy = [sent(hub, f"greedy{n}", token) for n in range(5)]
         await waiting(slots, 3)
+        await worker.received(2)
         assert len(worker.requests) == 2
         other = sent(hub, "other", hub.token("bob"))
         await worker.received(3)
@@ -485,6 +488,8 @@ async def test_every_policy_uses_every_slot_and_no_more(policy: str) -> None:
             worker.default(wait("go"), *answer({"choices": []}))
         clients = [sent(hub, str(n)) for n in range(12)]
         await waiting(hub.hub.slots, 8)
+        await one.received(1)
+        await two.received(3)
         assert (len(one.requests), len(two.requests)) == (1, 3)
         one.release("go")
         two.release("go")
