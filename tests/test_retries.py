@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.routing.breaker import Breaker, Verdict
-from gollama_proxy.routing.policies import Ask, Fits
+from gollama_proxy.routing.policies import Ask, Fits, Policy
 from gollama_proxy.routing.worker import Worker
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Response
@@ -93,7 +93,7 @@ async def two(**settings: Any) -> AsyncIterator[tuple[Any, Any, RunningHub]]:
         yield first, second, hub
 
 
-class InOrder:
+class InOrder(Policy):
     """A policy for tests: the first worker that there is."""
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:

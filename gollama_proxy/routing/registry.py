@@ -49,11 +49,13 @@ class Registry:
         self._retry = config.retry
         self._rescue = config.rescue
         self._rng = random.Random()
-        names = (config.routing.policy, *config.routing.policies.values())
+        routing = config.routing
+        names = {routing.policy, *routing.policies.values()}
+        made = {name: make(name, clock, self._rng) for name in names}
+        self.policy: Policy = made[routing.policy]  # of models that have no other
         self._policies = {
-            name: make(name, clock, self._rng) for name in dict.fromkeys(names)
+            pattern: made[name] for pattern, name in routing.policies.items()
         }
-        self._routing = config.routing
         self._models: Models = config.models
         self._pools: dict[str, Pool] = {}
         self._fallbacks = {
@@ -97,10 +99,10 @@ class Registry:
 
         Models with the same policy share its object, which keeps them apart.
         """
-        for pattern, name in self._routing.policies.items():
+        for pattern, policy in self._policies.items():
             if matches(model, (pattern,)):
-                return self._policies[name]
-        return self._policies[self._routing.policy]
+                return policy
+        return self.policy
 
     def only_model(self) -> str | None:
         """Name the one model that every worker serves, if there is just one.
