@@ -123,6 +123,7 @@ async def running_hub(
         "GOLLAMA_RETRY_ATTEMPTS": "1",
         "GOLLAMA_RESCUE_ENABLED": "false",
         "GOLLAMA_UPSTREAM_ASSEMBLE": "",
+        "GOLLAMA_ROUTING_POLICY": "round_robin",
     }
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = _spelled(value)
