@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from gollama_proxy import addresses
 from gollama_proxy.settings import (
     FLAGS,
     SECTIONS,
@@ -227,7 +228,8 @@ def _parse_url(where: str, url: str) -> Origin:
         raise refuse(str(exc)) from None
     if parts.scheme not in ("http", "https"):
         raise refuse("the scheme must be http or https")
-    if not parts.hostname or not re.fullmatch(r"[\w.:%-]+", parts.hostname, re.ASCII):
+    host = parts.hostname
+    if not host or not re.fullmatch(r"[\w.:%-]+", host, re.ASCII):
         raise refuse("the host is missing or malformed")
     if "@" in parts.netloc:
         raise refuse("a user name or password does not belong into it")
@@ -235,13 +237,17 @@ def _parse_url(where: str, url: str) -> Origin:
         raise refuse("a query or fragment does not belong into it")
     if port == 0:
         raise refuse("port 0 cannot be connected to")
+    if why := addresses.why_refused(host):
+        raise refuse(f"the host {why}")
+    if (address := addresses.parse(host)) is not None and not addresses.is_plain(host):
+        raise refuse(f"the host must be written {address}")
     if not re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII) or ".." in parts.path:
         raise refuse("the path is malformed")
     default = 443 if parts.scheme == "https" else 80
     prefix = parts.path.rstrip("/")
     # People paste the address that an OpenAI client wants.
     prefix = prefix.removesuffix("/v1")
-    return Origin(parts.scheme, parts.hostname, port or default, prefix)
+    return Origin(parts.scheme, host, port or default, prefix)
 
 
 def _load_api_key(

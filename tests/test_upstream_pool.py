@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -209,6 +210,44 @@ async def test_a_worker_that_does_not_accept_has_a_deadline() -> None:
     error = info.value
     assert error.code is Code.WORKER_TIMEOUT
     assert error.message.endswith("did not accept a connection within 0.05 s.")
+
+
+def name_stands_for(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """Have every name stand for these IPv4 addresses."""
+
+    async def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
+            for address in addresses
+        ]
+
+    monkeypatch.setattr(uvloop.Loop, "getaddrinfo", getaddrinfo)
+
+
+async def test_the_addresses_of_a_name_are_tried_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name_stands_for(monkeypatch, "127.0.0.2", "127.0.0.1")
+    async with ScriptedWorker() as worker:
+        pool = pool_of(f"http://gpu.lan:{worker.port}")
+        connection = await pool.dial()
+        assert worker.connections == 1
+        connection.close()
+        await worker.down()
+        with pytest.raises(WorkerError, match="cannot be reached") as info:
+            await pool.dial()
+    assert "refused" in info.value.detail
+
+
+async def test_a_name_that_was_turned_to_elsewhere_is_not_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name_stands_for(monkeypatch, "169.254.169.254")
+    with pytest.raises(WorkerError) as info:
+        await pool_of("http://gpu.lan").dial()
+    assert info.value.code is Code.WORKER_UNREACHABLE
+    assert info.value.message == "Worker gpu.lan:80 cannot be reached."
+    assert "which is a cloud's metadata service" in info.value.detail
 
 
 async def test_dialling_can_be_cancelled() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import pytest
+import uvloop
 
 from gollama_proxy import config
 from gollama_proxy.routing.worker import Check, Description, Model
@@ -57,6 +59,23 @@ async def test_nothing_is_kept_between_two_questions() -> None:
         for request in worker.control:
             assert request.values("connection") == ["close"]
             assert not request.values("cookie")
+
+
+async def test_a_name_is_not_followed_to_where_no_worker_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("169.254.169.254", 80))]
+
+    monkeypatch.setattr(uvloop.Loop, "getaddrinfo", getaddrinfo)
+    async with probe.new_session() as session:
+        named = configured("http://gpu.lan", "sk-1")
+        finding = await probe.ping(session, named, HEALTH)
+        assert await probe.prove(session, named, "a", 1.0) is False
+    assert finding.check is Check.FAILED
+    assert finding.reason == (
+        "gpu.lan stands for 169.254.169.254, which is a cloud's metadata service"
+    )
 
 
 @pytest.mark.parametrize(("key", "sent"), [("", []), ("sk-1", ["Bearer sk-1"])])

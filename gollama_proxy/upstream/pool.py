@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from gollama_proxy.settings import Config, WorkerConfig
 from gollama_proxy.upstream.connection import Connection
+from gollama_proxy.upstream.resolver import resolve
 from gollama_proxy.wire.errors import Code, WorkerError
 
 
@@ -50,13 +51,9 @@ class ConnectionPool:
         Raises:
             WorkerError: 502, it cannot be reached; 504, not within the connect timeout.
         """
-        origin = self.worker.origin
         try:
             async with asyncio.timeout(self._connect_timeout):
-                loop = asyncio.get_running_loop()
-                _, connection = await loop.create_connection(
-                    Connection, origin.host, origin.port, ssl=self._tls
-                )
+                return await self._connect()
         except TimeoutError as exc:
             text = (
                 f"Worker {self.worker.name} did not accept a connection "
@@ -66,7 +63,26 @@ class ConnectionPool:
         except OSError as exc:  # also name resolution and TLS
             text = f"Worker {self.worker.name} cannot be reached."
             raise WorkerError(Code.WORKER_UNREACHABLE, text, detail=str(exc)) from exc
-        return connection
+
+    async def _connect(self) -> Connection:
+        """Try the addresses of a worker one by one; raises the last one's OSError."""
+        origin = self.worker.origin
+        loop = asyncio.get_running_loop()
+        failure = OSError()
+        for address in await resolve(origin.host, origin.port):
+            try:
+                _, connection = await loop.create_connection(
+                    Connection,
+                    address,
+                    origin.port,
+                    ssl=self._tls,
+                    server_hostname=origin.host if self._tls else None,
+                )
+            except OSError as exc:
+                failure = exc
+            else:
+                return connection
+        raise failure
 
     def give_back(self, connection: Connection) -> None:
         """Take a connection whose answer has ended; keep it only if it can go on."""

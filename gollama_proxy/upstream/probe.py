@@ -17,6 +17,7 @@ import msgspec
 
 from gollama_proxy.routing.worker import Check, Description, Model
 from gollama_proxy.settings import Health, WorkerConfig
+from gollama_proxy.upstream.resolver import Resolver
 
 # A worker's lists are small; more is a mistake or an attack.
 MAX_ANSWER = 4 << 20
@@ -44,7 +45,7 @@ class Report(NamedTuple):
 def new_session() -> aiohttp.ClientSession:
     """Make the client for the control plane: no cookies, no pool, no environment."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True, resolver=Resolver()),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
         auto_decompress=False,
