@@ -170,14 +170,22 @@ def _parse_lists(value: Any) -> dict[str, tuple[str, ...]]:
 
 def _parse_origins(value: Any) -> tuple[str, ...]:
     """Read exact origins (RFC 6454, 6.1: scheme, host and port, nothing behind)."""
-    origins = _parse_list(value)
-    if not all(map(_ORIGIN.fullmatch, origins)):
+    return tuple(map(_parse_origin, _parse_list(value)))
+
+
+def _parse_origin(text: str) -> str:
+    """Read one origin; it is compared with what a browser sends, byte by byte."""
+    match = _ORIGIN.fullmatch(text)
+    if match is None or int(match["port"] or 1) not in range(1, 65_536):
         raise ValueError
-    return origins
+    scheme, host, port = match.groups()
+    if port is None or int(port) == {"http": 80, "https": 443}[scheme]:
+        return f"{scheme}://{host}"  # a browser leaves it out (RFC 6454, 6.2)
+    return f"{scheme}://{host}:{int(port)}"
 
 
 _ORIGIN = re.compile(
-    r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?"
+    r"(?P<scheme>https?)://(?P<host>[a-z0-9.-]+|\[[0-9a-f:]+\])(?::(?P<port>[0-9]{1,5}))?"
 )
 FLAG = Kind(_parse_flag, "true or false")
 TEXT = Kind(_parse_text, "text on one line")

@@ -155,7 +155,11 @@ class Dispatcher:
             raise RequestError(Code.UNKNOWN_URL, text)
         record.route = path
         method = "GET" if request.method == "HEAD" else request.method
-        if method == "OPTIONS" and "Access-Control-Allow-Origin" in record.headers:
+        if (
+            method == "OPTIONS"
+            and "Access-Control-Allow-Origin" in record.headers
+            and "Access-Control-Request-Method" in request.headers
+        ):
             return _answer_preflight
         handler = methods.get(method)
         if handler is None:
@@ -165,17 +169,24 @@ class Dispatcher:
         return handler
 
     def _admit_origin(self, request: web.BaseRequest, record: Record) -> None:
-        """Let the pages that are configured read the replies (Fetch standard, 3.2)."""
-        origin = request.headers.get("Origin")
-        if origin in self._origins and origin is not None:
+        """Let the pages that are configured read the replies (Fetch standard, 3.2).
+
+        Who is not let in hears nothing of it; the browser then keeps the reply to
+        itself.  Whoever has more than one origin, has none.
+        """
+        if not self._origins:
+            return
+        # For caches, of every reply: it would be another one for another page.
+        record.headers["Vary"] = "Origin"
+        origins = request.headers.getall("Origin", ())
+        if len(origins) == 1 and origins[0] in self._origins:
             record.headers |= {
-                "Access-Control-Allow-Origin": origin,
+                "Access-Control-Allow-Origin": origins[0],
                 "Access-Control-Expose-Headers": "Retry-After, X-Gollama-Worker, "
                 "X-Gollama-Attempts, X-Gollama-Queue-Ms, X-Request-Id, "
                 "X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, "
                 "X-RateLimit-Reset-Requests, X-RateLimit-Limit-Tokens, "
                 "X-RateLimit-Remaining-Tokens, X-RateLimit-Reset-Tokens",
-                "Vary": "Origin",
             }
 
     # --- Ending -------------------------------------------------------------------
@@ -215,12 +226,14 @@ def draining() -> HubError:
 
 async def _answer_preflight(request: web.BaseRequest, record: Record) -> web.Response:
     """Answer a browser that asks whether it may ask; no worker is touched."""
-    return web.Response(
-        status=204,
-        headers={
-            "Access-Control-Allow-Methods": "GET, POST",
-            # SDKs send headers of their own; the asterisk does not cover this one.
-            "Access-Control-Allow-Headers": "Authorization, Content-Type, *",
-            "Access-Control-Max-Age": "600",
-        },
-    )
+    headers = {
+        "Access-Control-Allow-Methods": "GET, POST",
+        # SDKs send headers of their own; the asterisk does not cover this one.
+        "Access-Control-Allow-Headers": "Authorization, Content-Type, *",
+        "Access-Control-Max-Age": "600",
+    }
+    if request.headers.get("Access-Control-Request-Private-Network") == "true":
+        # A public page asks for a hub in a private network (WICG, Private Network
+        # Access); it is as much as its origin was let in for.
+        headers["Access-Control-Allow-Private-Network"] = "true"
+    return web.Response(status=204, headers=headers)
