@@ -15,6 +15,7 @@ import uvloop
 
 from gollama_proxy.config import ConfigError
 from gollama_proxy.edge.app import Hub
+from gollama_proxy.edge.server import require_parser
 from gollama_proxy.ops import accesslog
 from gollama_proxy.settings import Config, Server
 
@@ -62,6 +63,7 @@ async def front(
     announce: Announce,
 ) -> int:
     """Run a hub until a signal; return 1 when a second one cut answers."""
+    require_parser()
     accesslog.configure(config.log)
     # Thousands of streams are long-lived and hardly ever garbage: collecting by the
     # default, at every 700 new objects, costs a tenth of a short request.

@@ -13,9 +13,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aiohttp import web
+from aiohttp import http_parser, web
 from aiohttp.http_exceptions import LineTooLong
 
+from gollama_proxy.config import ConfigError
 from gollama_proxy.settings import Config
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
 
@@ -25,6 +26,23 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Refused = Callable[[web.BaseRequest, ProxyError], None]
+
+
+def require_parser() -> None:
+    """Refuse to serve with aiohttp's parser in Python.
+
+    It is slower, more lenient in what it takes for HTTP, and most of aiohttp's
+    advisories about request smuggling were about it alone.
+
+    Raises:
+        ConfigError: the one in C is missing, or AIOHTTP_NO_EXTENSIONS is set.
+    """
+    parser = http_parser.HttpRequestParser
+    if parser is http_parser.HttpRequestParserPy:
+        raise ConfigError(
+            "aiohttp: runs without its parser in C; must be installed from a wheel, or "
+            "built with a compiler, and AIOHTTP_NO_EXTENSIONS not be set"
+        )
 
 
 class Server(web.Server):
