@@ -16,14 +16,14 @@ import json
 import logging
 import os
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gollama_proxy import __version__
-from gollama_proxy.config import ConfigError, load, require_keys
+from gollama_proxy.config import ConfigError, load, read_secret, require_keys
 from gollama_proxy.settings import (
     FLAGS,
     VARIABLES,
@@ -146,7 +146,9 @@ def show_default(row: Row) -> str:
     if row.allowed.startswith("bytes"):
         shift, unit = (10, "KiB") if row.default % (1 << 20) else (20, "MiB")
         return f'"{row.default >> shift}{unit}"'
-    return f"{row.default:g}" if type(row.default) is float else json.dumps(row.default)
+    if type(row.default) is float:
+        return f"{row.default:.12g}"
+    return json.dumps(row.default)
 
 
 def _load(
@@ -195,6 +197,10 @@ def _token(args: argparse.Namespace) -> int:
     limits, priority = _parse_limits(args), _parse_priority(args.priority)
     config = _load(args, os.environ)
     auth = config.auth
+    if auth.max_lifetime and lifetime > auth.max_lifetime:
+        longest = f"must be {auth.max_lifetime:.0f}s (auth.max_lifetime) or less"
+        raise ConfigError(f"--expires = {args.expires!r}: {longest}")
+    token_id = secrets.token_hex(8)
     source, key = _find_signing_key(config, args.private_key)
     try:
         token = mint(
@@ -208,9 +214,11 @@ def _token(args: argparse.Namespace) -> int:
             audience=auth.audience,
             limits=limits,
             priority=priority,
+            token_id=token_id,
         )
     except ValueError as exc:
         raise ConfigError(f"{source}: {exc}") from exc
+    print(f"note: to revoke it: jti:{token_id}", file=sys.stderr)
     print(token)
     return 0
 
@@ -263,6 +271,8 @@ def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
                 f"--private-key = {file!r}: HS256 signs with GOLLAMA_JWT_SECRET; "
                 "set auth.algorithm to RS256, ES256 or EdDSA"
             )
+        if config.auth.secret_file:
+            return "auth.secret_file", config.secrets[0]
         if not os.environ.get("GOLLAMA_JWT_SECRET"):
             raise ConfigError(
                 "GOLLAMA_JWT_SECRET: is not set; must be the hub's secret"
@@ -271,10 +281,7 @@ def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
     if file is None:
         raise ConfigError(f"--private-key: {algorithm} needs a PEM file to sign with")
     source = f"--private-key = {file!r}"
-    try:
-        return source, Path(file).read_bytes()
-    except OSError as exc:
-        raise ConfigError(f"{source}: cannot be read: {exc.strerror}") from exc
+    return source, read_secret(source, file)
 
 
 # --- check ------------------------------------------------------------------------

@@ -10,13 +10,15 @@ A setting has three spellings, and the later one wins:
     --port 8000                       a flag, for the few that are typed often
 
 `load()` raises `ConfigError` for what cannot be used; its text is one line that names
-the key, the value and what is allowed.  Nothing is read later: what is running is what
-was loaded.  Secrets never show in a `repr`.
+the key, the value and what is allowed.  Nothing is read later, but the list of revoked
+tokens: what is running is what was loaded.  Secrets never show in a `repr`, and their
+files must not be open to everybody.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -35,12 +37,16 @@ from gollama_proxy.settings import (
     Config,
     Kind,
     Origin,
+    Revoked,
     WorkerConfig,
     settings,
     variable,
 )
 
 MIN_SECRET_BYTES = 32
+# Larger than any of these files is.
+MAX_SECRET_FILE = 64 << 10
+MAX_REVOKED_FILE = 16 << 20
 
 _Section = TypeVar("_Section")
 
@@ -71,12 +77,13 @@ def load(
         for name, cls in SECTIONS.items()
     }
     rows = _worker_rows(document, environ, workers)
-    secrets = _load_secrets(environ)
+    auth = sections["auth"]
     config = Config(
         **sections,
         workers=_load_workers(rows, environ),
-        secrets=secrets,
-        public_keys=_load_public_keys(sections["auth"]),
+        secrets=_load_secrets(auth, environ),
+        public_keys=_load_public_keys(auth),
+        revoked=read_revoked(auth.revoked) if auth.revoked else Revoked(),
     )
     _refuse_misspelt_variables(environ, rows)
     _check_exposure(config)
@@ -261,11 +268,7 @@ def _load_api_key(
         source = f"{where}.api_key_env = {env!r}"
     elif file:
         source = f"{where}.api_key_file = {file!r}"
-        try:
-            key = Path(file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as exc:
-            why = getattr(exc, "strerror", None) or "not text"
-            raise ConfigError(f"{source}: cannot be read: {why}") from exc
+        key = read_secret(source, file).decode(errors="replace").strip()
     else:
         return ""
     if not re.fullmatch(r"[!-~]+", key):  # RFC 9110, 5.5: what a field may hold
@@ -294,19 +297,53 @@ def _check_aliases(aliases: Mapping[str, str]) -> None:
 # --- Secrets ----------------------------------------------------------------------
 
 
-def _load_secrets(environ: Mapping[str, str]) -> tuple[bytes, ...]:
-    secrets: list[bytes] = []
-    for name in ("GOLLAMA_JWT_SECRET", "GOLLAMA_JWT_SECRET_PREVIOUS"):
-        secret = environ.get(name, "").encode(errors="surrogateescape")
-        if not secret:
-            continue
-        if len(secret) < MIN_SECRET_BYTES:  # RFC 7518, 3.2: as long as the hash output
-            raise ConfigError(
-                f"{name}: has {len(secret)} bytes; HS256 needs at least "
-                f"{MIN_SECRET_BYTES} (try: openssl rand -hex 32)"
-            )
-        secrets.append(secret)
-    return tuple(secrets)
+def read_secret(source: str, file: str) -> bytes:
+    """Read a file that holds a secret; `source` begins the line that refuses it.
+
+    Raises:
+        ConfigError: it cannot be read, is too large, or everybody can get at it.
+    """
+    try:
+        with Path(file).open("rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            if mode & 0o007:
+                text = f"{source}: everybody can get at it (mode {mode & 0o777:04o})"
+                raise ConfigError(f"{text}; must be for its owner only: chmod 600")
+            content = stream.read(MAX_SECRET_FILE + 1)
+    except OSError as exc:
+        raise ConfigError(f"{source}: cannot be read: {exc.strerror}") from exc
+    if len(content) > MAX_SECRET_FILE:
+        raise ConfigError(f"{source}: must not be larger than {MAX_SECRET_FILE} bytes")
+    return content
+
+
+def _load_secrets(auth: Auth, environ: Mapping[str, str]) -> tuple[bytes, ...]:
+    names = ("GOLLAMA_JWT_SECRET", "GOLLAMA_JWT_SECRET_PREVIOUS")
+    given = {name: environ[name] for name in names if environ.get(name)}
+    if not auth.secret_file:
+        return tuple(
+            _check_secret(name, text.encode(errors="surrogateescape"))
+            for name, text in given.items()
+        )
+    source = f"auth.secret_file = {auth.secret_file!r}"
+    if given:
+        raise ConfigError(f"{source}: must not be set beside {next(iter(given))}")
+    if auth.algorithm != "HS256":
+        raise ConfigError(f"{source}: {auth.algorithm} has a key, no secret")
+    secrets = read_secret(source, auth.secret_file).split()
+    if not 1 <= len(secrets) <= len(names):
+        text = "must hold the secret, and the one before it while that is good, too"
+        raise ConfigError(f"{source}: has {len(secrets)} words; {text}")
+    return tuple(_check_secret(source, secret) for secret in secrets)
+
+
+def _check_secret(source: str, secret: bytes) -> bytes:
+    if len(secret) < MIN_SECRET_BYTES:  # RFC 7518, 3.2: as long as the hash output
+        raise ConfigError(
+            f"{source}: has {len(secret)} bytes; HS256 needs at least "
+            f"{MIN_SECRET_BYTES} (try: openssl rand -hex 32)"
+        )
+    return secret
 
 
 def _load_public_keys(auth: Auth) -> tuple[str, ...]:
@@ -332,6 +369,40 @@ def _load_public_keys(auth: Auth) -> tuple[str, ...]:
     return keys
 
 
+def read_revoked(file: str) -> Revoked:
+    """Read whose tokens are refused: a line for each, `jti:…` or `sub:…`.
+
+    Empty lines and those that begin with # say nothing.  Spaces around a line, and
+    behind its colon, are no part of it.
+
+    Raises:
+        ConfigError: it cannot be read, or a line is neither; the line is not shown, as
+            it may be a token.
+    """
+    source = f"auth.revoked = {file!r}"
+    try:
+        with Path(file).open("rb") as stream:
+            content = stream.read(MAX_REVOKED_FILE + 1)
+        if len(content) > MAX_REVOKED_FILE:
+            limit = f"must not be larger than {MAX_REVOKED_FILE} bytes"
+            raise ConfigError(f"{source}: {limit}")
+        lines = content.decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        why = getattr(exc, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{source}: cannot be read: {why}") from exc
+    found: dict[str, set[str]] = {"jti": set(), "sub": set()}
+    for number, line in enumerate(lines, start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        kind, _, value = line.partition(":")
+        if kind not in found or not value.strip():
+            text = "must be jti: or sub: and what it stands for, or a comment with #"
+            raise ConfigError(f"{source}: line {number} {text}")
+        found[kind].add(value.strip())
+    return Revoked(frozenset(found["jti"]), frozenset(found["sub"]))
+
+
 def _check_exposure(config: Config) -> None:
     """Refuse what would let strangers in."""
     loopback = config.server.host in ("localhost", "::1") or re.fullmatch(
@@ -349,5 +420,5 @@ def require_keys(config: Config) -> None:
     if config.auth.mode == "jwt" and not (config.secrets or config.public_keys):
         raise ConfigError(
             "GOLLAMA_JWT_SECRET: is not set; set it to 32 bytes or more "
-            "(openssl rand -hex 32), or give --auth off"
+            "(openssl rand -hex 32), or auth.secret_file, or give --auth off"
         )

@@ -71,9 +71,10 @@ async def run(
 
 def _load_signing(load: Load, workers: Sequence[str]) -> Config:
     environ = dict(os.environ)
-    if not environ.get("GOLLAMA_JWT_SECRET"):
-        environ["GOLLAMA_JWT_SECRET"] = secrets.token_hex(32)
     config = load(environ, workers)
+    if not config.secrets:
+        environ["GOLLAMA_JWT_SECRET"] = secrets.token_hex(32)
+        config = load(environ, workers)
     if config.auth.mode == "jwt" and config.auth.algorithm != "HS256":
         algorithm = config.auth.algorithm
         raise ConfigError(f"auth.algorithm = {algorithm!r}: must be HS256 in the demo")
@@ -136,7 +137,12 @@ def _announce(config: Config, model: str) -> Announce:
     if auth.mode == "jwt":
         key = config.secrets[0]
         token = mint(
-            key, "HS256", "demo", LIFETIME, issuer=auth.issuer, audience=auth.audience
+            key,
+            "HS256",
+            "demo",
+            min(LIFETIME, auth.max_lifetime or LIFETIME),
+            issuer=auth.issuer,
+            audience=auth.audience,
         )
         curl += ["-H", f"Authorization: Bearer {token}"]
 

@@ -238,6 +238,17 @@ class Auth:
     )
     issuer: str = setting("", TEXT, "required `iss` of a token; empty checks none")
     audience: str = setting("", TEXT, "required `aud` of a token; empty checks none")
+    secret_file: str = setting(
+        "", TEXT, "file with the secret for HS256, instead of GOLLAMA_JWT_SECRET"
+    )
+    revoked: str = setting(
+        "", TEXT, "file of tokens and subjects that are refused; read as it changes"
+    )
+    max_lifetime: float = setting(
+        366 * 86_400.0,
+        seconds(0, 3_660 * 86_400),
+        "longest time that a token may still be valid; 0 is no limit",
+    )
     leeway: float = setting(30.0, seconds(0, 300), "clock difference to forgive")
     cache_size: int = setting(
         4096, number(0, 1_000_000, whole=True), "verified tokens to remember"
@@ -445,6 +456,13 @@ class Metrics:
     open: bool = setting(False, FLAG, "let /metrics be read without a token")
 
 
+class Revoked(NamedTuple):
+    """Whose tokens are refused although they are signed and valid."""
+
+    tokens: frozenset[str] = frozenset()  # by their `jti`
+    subjects: frozenset[str] = frozenset()  # by their `sub`
+
+
 class Origin(NamedTuple):
     """Where a worker lives: what a connection and its `Host` header need."""
 
@@ -493,6 +511,7 @@ class Config:
     # The current HS256 secret first, then the one that is being rotated out.
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
     public_keys: tuple[str, ...] = field(default=(), repr=False)
+    revoked: Revoked = field(default=Revoked(), repr=False)
 
 
 SECTIONS: dict[str, type[Any]] = {

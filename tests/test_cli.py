@@ -373,9 +373,13 @@ async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) ->
 
 def minted(capsys: Output) -> str:
     captured = capsys.readouterr()
-    assert captured.err == ""
+    told = re.fullmatch(r"note: to revoke it: jti:([0-9a-f]{16})\n", captured.err)
+    assert told
     assert re.fullmatch(r"[\w.-]+\n", captured.out)
-    return captured.out.strip()
+    token = captured.out.strip()
+    claims = jwt.decode(token, options={"verify_signature": False})
+    assert claims["jti"] == told[1]
+    return token
 
 
 def test_a_token_says_who_and_until_when(capsys: Output) -> None:
@@ -384,7 +388,7 @@ def test_a_token_says_who_and_until_when(capsys: Output) -> None:
     assert claims["sub"] == "alice"
     assert claims["exp"] - claims["iat"] == 30 * 86_400
     assert abs(claims["iat"] - time.time()) < 60
-    assert claims.keys() == {"sub", "iat", "exp"}
+    assert claims.keys() == {"sub", "iat", "exp", "jti"}
 
 
 def test_a_token_with_everything(environ: dict[str, str], capsys: Output) -> None:
@@ -440,10 +444,18 @@ def test_a_wrong_priority(text: str, capsys: Output) -> None:
         ("90m", 5400),
         ("12h", 43_200),
         ("1d", 86_400),
+        ("366d", 31_622_400),
         ("3650d", 315_360_000),
     ],
 )
-def test_a_lifetime(text: str, lifetime: int, capsys: Output) -> None:
+def test_a_lifetime(
+    text: str, lifetime: int, environ: dict[str, str], capsys: Output
+) -> None:
+    if text == "3650d":
+        assert main(["token", "--sub", "a", "--expires", text]) == 2
+        said = one_line(capsys)
+        assert "--expires = '3650d': must be 31622400s (auth.max_lifetime)" in said
+        environ["GOLLAMA_AUTH_MAX_LIFETIME"] = "0"
     assert main(["token", "--sub", "a", "--expires", text]) == 0
     claims = jwt.decode(minted(capsys), SECRET, ["HS256"])
     assert claims["exp"] - claims["iat"] == lifetime
@@ -469,6 +481,18 @@ def test_a_token_needs_the_current_secret(
     assert "GOLLAMA_JWT_SECRET: is not set; must be the hub's" in one_line(capsys)
 
 
+def test_a_token_signed_with_the_secret_of_a_file(
+    environ: dict[str, str], tmp_path: Path, capsys: Output
+) -> None:
+    del environ["GOLLAMA_JWT_SECRET"]
+    file = tmp_path / "secrets"
+    file.write_text(f"{SECRET}\n{'p' * 32}\n")
+    file.chmod(0o600)
+    environ["GOLLAMA_AUTH_SECRET_FILE"] = str(file)
+    assert main(["token", "--sub", "a"]) == 0
+    assert jwt.decode(minted(capsys), SECRET, ["HS256"])["sub"] == "a"
+
+
 @pytest.fixture
 def key_files(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
     makers: dict[str, Callable[[], Any]] = {
@@ -487,6 +511,7 @@ def key_files(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
                 serialization.NoEncryption(),
             )
         )
+        private.chmod(0o600)
         public.write_bytes(
             key.public_key().public_bytes(
                 serialization.Encoding.PEM,
@@ -532,6 +557,10 @@ def test_a_wrong_private_key(
     assert main([*argv, "--private-key", str(tmp_path / "none")]) == 2
     assert "none': cannot be read: No such file" in one_line(capsys)
     (tmp_path / "bad").write_text("secret words")
+    (tmp_path / "bad").chmod(0o644)
+    assert main([*argv, "--private-key", str(tmp_path / "bad")]) == 2
+    assert "bad': everybody can get at it (mode 0644)" in one_line(capsys)
+    (tmp_path / "bad").chmod(0o600)
     assert main([*argv, "--private-key", str(tmp_path / "bad")]) == 2
     said = one_line(capsys)
     assert "bad': " in said

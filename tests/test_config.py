@@ -10,12 +10,25 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.config import ConfigError, load, require_keys
-from gollama_proxy.settings import Config, Origin, settings
+from gollama_proxy.config import (
+    MAX_REVOKED_FILE,
+    ConfigError,
+    load,
+    read_revoked,
+    require_keys,
+)
+from gollama_proxy.settings import Config, Origin, Revoked, settings
 
 SECRET = "s" * 32
 EXAMPLE = Path(__file__).parent.parent / "examples" / "gollama.toml"
 PEM = "-----BEGIN PUBLIC KEY-----\nMCow{}\n-----END PUBLIC KEY-----\n"
+
+
+def private(file: Path, content: str | bytes) -> Path:
+    """Write a file that only its owner can read."""
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    file.chmod(0o600)
+    return file
 
 
 def refusal(
@@ -326,11 +339,10 @@ def test_a_wrong_url(url: str, why: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"two words"])
 def test_a_key_file_without_a_key(content: bytes, tmp_path: Path) -> None:
-    file = tmp_path / "key"
-    file.write_bytes(content)
+    file = private(tmp_path / "key", content)
     row = f"[[workers]]\nurl = 'http://a'\napi_key_file = '{file}'"
     text = refusal(row, folder=tmp_path)
-    assert text.startswith(f"workers[0].api_key_file = '{file}': ")
+    assert text.startswith(f"workers[0].api_key_file = '{file}': holds no usable key")
     assert "two words" not in text
 
 
@@ -435,7 +447,7 @@ def test_a_url_is_taken_apart(url: str, origin: Origin) -> None:
 
 
 def test_a_worker_key_from_the_environment_or_a_file(tmp_path: Path) -> None:
-    (tmp_path / "key").write_text("from-file\n")
+    private(tmp_path / "key", "from-file\n")
     file = tmp_path / "gollama.toml"
     file.write_text(
         f"""
@@ -515,8 +527,83 @@ def test_both_secrets_the_current_one_first() -> None:
     require_keys(config)
 
 
+def test_the_secret_of_a_file_and_the_one_before_it(tmp_path: Path) -> None:
+    file = private(tmp_path / "secrets", b"\xff" * 32 + b"\n")
+    environ = {"GOLLAMA_AUTH_SECRET_FILE": str(file)}
+    assert load(environ=environ).secrets == (b"\xff" * 32,)
+    private(file, f"{SECRET}\r\n{'p' * 32}")
+    file.chmod(0o640)  # a group may read it, such as that of a container
+    config = load(environ=environ)
+    assert config.secrets == (SECRET.encode(), b"p" * 32)
+    require_keys(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens", "subjects"),
+    [
+        ("", (), ()),
+        ("\n\n", (), ()),
+        ("# jti:a\n  # sub:b\n#\n", (), ()),
+        ("jti:a", ("a",), ()),
+        ("jti:a\njti:b\nsub:alice\njti:a\n", ("a", "b"), ("alice",)),
+        ("  jti: a \r\nsub:\tbob  \r\n", ("a",), ("bob",)),
+        ("\ufeffjti:a\n", ("a",), ()),  # as Windows' editor saves it
+        ("sub:https://issuer/alice:1\n", (), ("https://issuer/alice:1",)),
+        ("sub:alice # on leave\n", (), ("alice # on leave",)),
+        (
+            "sub:Zo\u00eb \U0001f600\nsub:a\u2028b\n",
+            (),
+            ("Zo\u00eb \U0001f600", "a\u2028b"),
+        ),
+    ],
+)
+def test_a_list_of_the_revoked(
+    content: str, tokens: Sequence[str], subjects: Sequence[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "revoked"
+    file.write_bytes(content.encode())
+    config = load(environ={"GOLLAMA_AUTH_REVOKED": str(file)})
+    assert config.revoked == Revoked(frozenset(tokens), frozenset(subjects))
+    assert config.revoked == read_revoked(str(file))
+    assert not any(name in repr(config) for name in subjects)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("jti", 1),
+        ("jti:", 1),
+        ("sub: \n", 1),
+        (":a", 1),
+        ("\n# x\nJTI:a", 3),
+        ("jti :a", 1),
+        ("alice", 1),
+        ("jti:a sub:b\niss:x", 2),
+        ("eyJhbGciOiJIUzI1NiJ9.hunter2.x", 1),
+    ],
+)
+def test_a_list_of_the_revoked_that_is_none(
+    content: str, line: int, tmp_path: Path
+) -> None:
+    (tmp_path / "revoked").write_text(content)
+    environ = {"GOLLAMA_AUTH_REVOKED": str(tmp_path / "revoked")}
+    text = refusal(environ=environ, folder=tmp_path)
+    assert f"revoked': line {line} must be jti: or sub: and what" in text
+    assert "hunter2" not in text
+
+
+def test_a_list_of_the_revoked_has_an_end(tmp_path: Path) -> None:
+    longest = "jti:a\n" + "#" * (MAX_REVOKED_FILE - 6)
+    file = tmp_path / "revoked"
+    file.write_text(longest)
+    assert read_revoked(str(file)) == Revoked(frozenset({"a"}))
+    file.write_text(longest + "#")
+    with pytest.raises(ConfigError, match="must not be larger than 16777216 bytes"):
+        read_revoked(str(file))
+
+
 def test_no_secret_shows(tmp_path: Path) -> None:
-    (tmp_path / "key").write_text("hunter2-key")
+    private(tmp_path / "key", "hunter2-key")
     file = tmp_path / "gollama.toml"
     file.write_text(f'[[workers]]\nurl = "http://a"\napi_key_file = "{tmp_path}/key"')
     config = load(file, {"GOLLAMA_JWT_SECRET": "hunter2" * 5})

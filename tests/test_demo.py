@@ -8,17 +8,18 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import jwt
 import psutil
 import pytest
 
-from gollama_proxy import children, demo, llama
+from gollama_proxy import children, config, demo, llama
 from gollama_proxy.cli import main
-from gollama_proxy.settings import Health, WorkerConfig
+from gollama_proxy.settings import Auth, Config, Health, WorkerConfig
 from gollama_proxy.upstream.probe import Report
 from tests.fakes.client import Wire
 from tests.fakes.waiting import gone
@@ -204,6 +205,42 @@ def test_the_demo_cannot_sign_with_a_public_key(
     environ["GOLLAMA_AUTH_PUBLIC_KEY_FILE"] = str(key)
     assert main(["demo", "--worker", "http://a"]) == 2
     assert "auth.algorithm = 'ES256': must be HS256 in the demo" in one_line(capsys)
+
+
+def test_the_demo_signs_with_the_secret_that_is_there(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    def load(environ: Mapping[str, str], workers: Sequence[str]) -> Config:
+        return config.load(None, environ, {}, workers)
+
+    assert demo._load_signing(load, []).secrets == (SECRET.encode(),)
+    del environ["GOLLAMA_JWT_SECRET"]
+    [made] = demo._load_signing(load, []).secrets
+    assert len(made) == 64
+    file = tmp_path / "secret"
+    file.write_text("s" * 32)
+    file.chmod(0o600)
+    environ["GOLLAMA_AUTH_SECRET_FILE"] = str(file)
+    assert demo._load_signing(load, []).secrets == (b"s" * 32,)
+
+
+@pytest.mark.parametrize(
+    ("longest", "lifetime"), [(0, 30 * 86_400), (366 * 86_400, 30 * 86_400), (60, 60)]
+)
+async def test_the_token_of_the_demo_lives_no_longer_than_it_may(
+    longest: float, lifetime: int, capsys: Output
+) -> None:
+    class Hub:
+        url = "http://127.0.0.1:8000"
+
+        async def ready(self) -> None:
+            pass
+
+    loaded = Config(auth=Auth(max_lifetime=longest), secrets=(SECRET.encode(),))
+    await demo._announce(loaded, "any")(cast(Any, Hub()))
+    [token] = re.findall(r"^eyJ\S+$", capsys.readouterr().out, re.MULTILINE)
+    claims = jwt.decode(token, SECRET, ["HS256"])
+    assert claims["exp"] - claims["iat"] == lifetime
 
 
 # --- What it takes ----------------------------------------------------------------

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
-import hmac
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jwt
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy import config
@@ -30,50 +27,25 @@ from gollama_proxy.edge.auth import (
     mint,
 )
 from gollama_proxy.routing.ticket import Priority
-from gollama_proxy.settings import Auth, Config
+from gollama_proxy.settings import Auth, Config, Revoked
 from gollama_proxy.wire.errors import Code, RequestError
+from tests.fakes import tokens
 from tests.fakes.clock import Clock
 from tests.fakes.hub import SECRET as HUB_SECRET
 from tests.fakes.hub import mint as mint_for_hub
 from tests.fakes.hub import running_hub
+from tests.fakes.tokens import PUBLIC_KEY_ALGORITHMS, b64, key_pair
 from tests.fakes.worker import ScriptedWorker
 
 NOW = 1_800_000_000
 LEEWAY = 30
+YEAR = 366 * 86_400  # auth.max_lifetime
 SECRET = b"the secret of the tests, 32 bytes"
 OTHER_SECRET = b"another secret of the tests, 32+ bytes"
 CLAIMS = {"sub": "alice", "iat": NOW, "exp": NOW + 3600}
-PUBLIC_KEY_ALGORITHMS = ("RS256", "ES256", "EdDSA")
 
 
 # --- Keys and tokens --------------------------------------------------------------
-
-
-class KeyPair(NamedTuple):
-    private: str  # PEM
-    public: str
-
-
-@functools.cache
-def key_pair(algorithm: str, number: int = 0) -> KeyPair:
-    """Make a key, once; `number` tells keys of one algorithm apart."""
-    key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
-    match algorithm:
-        case "RS256":
-            key = rsa.generate_private_key(65537, 2048)
-        case "ES256":
-            key = ec.generate_private_key(ec.SECP256R1())
-        case _:
-            key = ed25519.Ed25519PrivateKey.generate()
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return KeyPair(private.decode(), public.decode())
 
 
 def authenticator(
@@ -92,28 +64,8 @@ def authenticator_of(algorithm: str, *public_keys: str) -> Authenticator:
     return Authenticator(loaded, Clock(NOW))
 
 
-def b64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
-def forge(
-    header: Any,
-    claims: Any = None,
-    key: bytes = SECRET,
-    *,
-    hash_: Callable[..., Any] = hashlib.sha256,
-    signature: bytes | None = None,
-) -> str:
-    """Build a token by hand, so that each part of it can be wrong; bytes stay."""
-    claims = CLAIMS if claims is None else claims
-    parts = [
-        part if isinstance(part, bytes) else json.dumps(part).encode()
-        for part in (header, claims)
-    ]
-    signed = ".".join(map(b64, parts))
-    if signature is None:
-        signature = hmac.new(key, signed.encode(), hash_).digest()
-    return f"{signed}.{b64(signature)}"
+def forge(header: Any, claims: Any = None, key: bytes = SECRET, **more: Any) -> str:
+    return tokens.forge(header, CLAIMS if claims is None else claims, key, **more)
 
 
 def signed(claims: Any = None, key: bytes = SECRET, **more: Any) -> str:
@@ -169,6 +121,11 @@ REFUSED: dict[str, str] = {
     "dots": "..",
     "four segments": signed() + ".a",
     "no signature": signed().rpartition(".")[0] + ".",
+    "padding": signed() + "=",
+    "padding within": signed().replace(".", "=.", 1),
+    "standard base64": signed(padding="~~~???>>>" * 3).translate(
+        str.maketrans("-_", "+/")
+    ),
     "header is no base64": "!" + signed(),
     "header is no JSON": forge(b"alg=HS256"),
     "header is no UTF-8": forge(b'{"alg":"HS256","x":"\xff"}'),
@@ -224,6 +181,8 @@ REFUSED: dict[str, str] = {
     "exp Infinity": raw_claim("exp", "Infinity"),
     "exp 1e400": raw_claim("exp", "1e400"),
     "exp 2**53": signed(exp=2**53),
+    "exp in milliseconds": signed(exp=1000 * (NOW + 3600)),
+    "exp a bit too far ahead": signed(exp=NOW + YEAR + LEEWAY + 1),
     "exp of 5000 digits": raw_claim("exp", "9" * 5000),
     "exp just passed": signed(exp=NOW - LEEWAY),
     "exp long passed": signed(exp=1),
@@ -281,6 +240,8 @@ REFUSED: dict[str, str] = {
     "priority a list": signed(priority=["batch"]),
     "priority a table": signed(priority={"batch": True}),
     "jti a number": signed(jti=7),
+    "jti null": signed(jti=None),
+    "jti a list": signed(jti=["a1"]),
     # Headers of the token
     "kid a number": forge({"alg": "HS256", "kid": 7}),
     "kid null": forge({"alg": "HS256", "kid": None}),
@@ -398,9 +359,9 @@ ACCEPTED: dict[str, tuple[str, Principal]] = {
         signed(exp=NOW + 0.5),
         Principal("alice", expires=NOW + 0.5 + LEEWAY),
     ),
-    "exp far ahead": (
-        signed(exp=2**53 - 1),
-        Principal("alice", expires=float(2**53 - 1 + LEEWAY)),
+    "exp as far ahead as may be": (
+        signed(exp=NOW + YEAR + LEEWAY),
+        Principal("alice", expires=float(NOW + YEAR + 2 * LEEWAY)),
     ),
     "nbf within the leeway": (
         signed(nbf=NOW + LEEWAY),
@@ -714,6 +675,7 @@ def test_a_token_with_one_bit_flipped_is_refused() -> None:
 @example(position=-1, byte=ord(" "))
 @example(position=-1, byte=ord("."))
 @example(position=0, byte=ord(" "))
+@settings(deadline=None)  # the first one makes the key
 def test_a_token_with_one_other_byte_is_refused(
     algorithm: str, position: int, byte: int
 ) -> None:
@@ -826,6 +788,79 @@ def test_no_secret_and_no_token_shows() -> None:
         assert hidden not in shown.replace(str(who._keys), "")
 
 
+# --- Whom nobody wants any more ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("revoked", "detail"),
+    [
+        (Revoked(tokens=frozenset({"a1"})), "jti is revoked"),
+        (Revoked(subjects=frozenset({"alice"})), "sub is revoked"),
+        (Revoked(frozenset({"a1"}), frozenset({"alice"})), "sub is revoked"),
+    ],
+)
+def test_who_is_revoked_is_refused_at_once(revoked: Revoked, detail: str) -> None:
+    """Also a token that was good a moment ago, and until it is revoked no more."""
+    who = authenticator()
+    token = signed(jti="a1")
+    for _ in range(2):
+        assert who.authenticate(bearer(token)).subject == "alice"
+        who.revoke(revoked)
+        for _ in range(2):
+            assert refused(who, bearer(token)).detail == detail
+        who.revoke(Revoked())
+    from_the_start = Authenticator(
+        Config(secrets=(SECRET,), revoked=revoked), Clock(NOW)
+    )
+    assert refused(from_the_start, bearer(token)).detail == detail
+
+
+def test_nobody_else_is_revoked() -> None:
+    who = authenticator()
+    who.revoke(Revoked(frozenset({"a1", "alice"}), frozenset({"a2", "Alice", "alic"})))
+    for claims in ({}, {"jti": "a2"}, {"jti": "A1"}, {"jti": ""}, {"jti": "a1x"}):
+        assert who.authenticate(bearer(signed(claims))).subject == "alice"
+
+
+def test_spaces_around_a_name_revoke_nobody_else_and_save_nobody() -> None:
+    """A line of the file cannot have them."""
+    who = authenticator()
+    who.revoke(Revoked(frozenset({"a1"}), frozenset({"bob"})))
+    assert refused(who, bearer(signed(jti=" a1\n"))).detail == "jti is revoked"
+    assert refused(who, bearer(signed(sub="\tbob "))).detail == "sub is revoked"
+
+
+def test_a_revoked_token_was_signed_well() -> None:
+    """The log must not take a forged one for it."""
+    who = authenticator()
+    who.revoke(Revoked(subjects=frozenset({"alice"})))
+    assert "ignature" in refused(who, bearer(signed(key=OTHER_SECRET))).detail
+
+
+# --- How long a token may live ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("longest", "leeway", "exp", "good"),
+    [
+        (60, 0, NOW + 60, True),
+        (60, 0, NOW + 61, False),
+        (60, 10, NOW + 70, True),  # a clock that is ahead of ours
+        (60, 10, NOW + 71, False),
+        (0, 0, 2**53 - 1, True),
+    ],
+)
+def test_a_token_lives_as_long_as_it_may(
+    longest: float, leeway: float, exp: int, good: bool
+) -> None:
+    who = authenticator(max_lifetime=longest, leeway=leeway)
+    if good:
+        assert who.authenticate(bearer(signed(exp=exp))).subject == "alice"
+    else:
+        detail = refused(who, bearer(signed(exp=exp))).detail
+        assert detail == "exp lies further ahead than auth.max_lifetime"
+
+
 # --- Tokens of our own ------------------------------------------------------------
 
 
@@ -860,7 +895,16 @@ def test_limits_are_minted_as_they_are_read() -> None:
 def test_a_minted_token_says_no_more_than_it_was_asked_to() -> None:
     token = mint(SECRET, "HS256", "alice", 60, now=NOW)
     claims = jwt.decode(token, options={"verify_signature": False})
+    assert re.fullmatch("[0-9a-f]{16}", claims.pop("jti"))
     assert claims == {"sub": "alice", "iat": NOW, "exp": NOW + 60}
+
+
+def test_each_minted_token_has_a_name_of_its_own() -> None:
+    minted = [mint(SECRET, "HS256", "alice", 60, now=NOW) for _ in range(2)]
+    minted.append(mint(SECRET, "HS256", "alice", 60, token_id="laptop", now=NOW))
+    names = [jwt.decode(t, options={"verify_signature": False})["jti"] for t in minted]
+    assert names[2] == "laptop"
+    assert len(set(names)) == 3
 
 
 @pytest.mark.parametrize("algorithm", PUBLIC_KEY_ALGORITHMS)
@@ -950,7 +994,7 @@ async def test_every_refusal_is_the_same_bytes_to_a_client() -> None:
 
     assert len({seen(answer) for answer in answers.values()}) == 1
     one = answers["garbage"]
-    assert one.header("www-authenticate") == "Bearer"
+    assert one.header("www-authenticate") == 'Bearer error="invalid_token"'
     assert one.header("content-type") == "application/json"
     assert one.json()["error"]["code"] == "invalid_api_key"
     assert HUB_SECRET not in repr(one)

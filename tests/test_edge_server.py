@@ -284,7 +284,7 @@ async def test_aiohttp_keeps_no_access_log(caplog: pytest.LogCaptureFixture) -> 
         (RequestError(Code.INVALID_JSON, "No JSON."), {}),
         (NoWorkerError(Code.NO_WORKER, "Nobody.", retry_after=2), {"Retry-After": "2"}),
         (HubError(Code.DRAINING, "Bye.", retry_after=0), {"Retry-After": "0"}),
-        (AuthError("the cause"), {"WWW-Authenticate": "Bearer"}),
+        (AuthError("the cause"), {"WWW-Authenticate": 'Bearer error="invalid_token"'}),
     ],
 )
 def test_an_error_becomes_an_answer(error: Any, headers: dict[str, str]) -> None:

@@ -110,7 +110,9 @@ async def test_metrics_want_a_token() -> None:
         for token in (None, "x", hub.token(exp=1)):
             response = await hub.get("/metrics", token)
             assert response.status == 401
-            assert response.header("www-authenticate") == "Bearer"
+            assert response.header("www-authenticate") == (
+                'Bearer error="invalid_token"'
+            )
             assert json.loads(response.body)["error"]["code"] == "invalid_api_key"
         response = await hub.get("/metrics")
         assert response.status == 200

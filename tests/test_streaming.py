@@ -391,6 +391,7 @@ async def test_each_worker_gets_its_own_key(tmp_path: Path) -> None:
     """From the environment or a file; never that of the client, nor of another."""
     file = tmp_path / "gollama.toml"
     (tmp_path / "key").write_text("sk-two\n")
+    (tmp_path / "key").chmod(0o600)
     async with ScriptedWorker() as one, ScriptedWorker() as two, ScriptedWorker() as no:
         file.write_text(
             f'[[workers]]\nurl = "{one.url}"\napi_key_env = "KEY_ONE"\n'

@@ -13,6 +13,7 @@ from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.catalogue import Catalogue
 from gollama_proxy.edge.dispatch import Dispatcher, Routes
 from gollama_proxy.edge.inference import Inference
+from gollama_proxy.edge.revocation import Revocation
 from gollama_proxy.edge.server import Server
 from gollama_proxy.edge.slots import Slots
 from gollama_proxy.edge.status import Status
@@ -46,6 +47,9 @@ class Hub:
         line = Line(config.queue, clock)
         self.metrics = Metrics(self.registry, line)
         self.authenticator = Authenticator(config)
+        self.revocation = Revocation(
+            config.auth.revoked, config.revoked, self.authenticator.revoke
+        )
         self.pinger = Pinger(self.registry.workers, config.health, self._ping)
         self.slots = Slots(self.registry, line, clock)
         self.sweep = Sweep(
@@ -123,6 +127,7 @@ class Hub:
         self._session = probe.new_session()
         self.pinger.start()
         self.sweep.start()
+        self.revocation.start()
 
     @property
     def url(self) -> str:
@@ -145,6 +150,7 @@ class Hub:
             await site.stop()
         await self.dispatcher.finish(self.config.server.drain)
         await runner.cleanup()
+        await self.revocation.stop()
         await self.sweep.stop()
         await self.pinger.stop()
         for connections in self.connections.values():

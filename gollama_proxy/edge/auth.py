@@ -5,12 +5,17 @@ refusal looks the same to the client; the reason is for the log.
 
 Checking a signature costs some 20 µs for HS256 and 100 and more for the others, and a
 chat front-end sends the same token with each request.  So a good token is remembered,
-by its hash, until it expires; a bad one never is.
+by its hash, until it expires or somebody is revoked; a bad one never is.
+
+A token is checked when its request comes in, and then never again: an answer that runs
+may go on when its token expires or is revoked.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +27,13 @@ from aiohttp import web
 from gollama_proxy.config import ConfigError
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.ticket import Priority
-from gollama_proxy.settings import Config
+from gollama_proxy.settings import Config, Revoked
 from gollama_proxy.wire.errors import Code, RequestError
 
 LIMITS = ("rpm", "tpm", "max_concurrency")  # claims that are numbers, or absent
 MAX_TOKEN = 8 << 10  # bytes; checked before anything is decoded
-_CHALLENGE = "Bearer"
+# RFC 7515, 7.1 and 2: without padding, so that no token has a second spelling.
+_COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 
 class Principal(NamedTuple):
@@ -70,6 +76,7 @@ class Authenticator:
             self._keys = config.public_keys
             for key in self._keys:
                 _check_key(config, key)
+        self._revoked = config.revoked
         self._clock = clock
         self._known: OrderedDict[bytes, Principal] = OrderedDict()
         self._decoder = jwt.PyJWT({"enforce_minimum_key_length": True})
@@ -111,6 +118,11 @@ class Authenticator:
             self._remember(digest, principal)
         return principal
 
+    def revoke(self, revoked: Revoked) -> None:
+        """Refuse these from now on, and no others; remembered tokens included."""
+        self._revoked = revoked
+        self._known.clear()
+
     # --- What was verified before -------------------------------------------------
 
     def _recall(self, digest: bytes) -> Principal | None:
@@ -131,6 +143,8 @@ class Authenticator:
     # --- Verification -------------------------------------------------------------
 
     def _verify(self, token: str) -> Principal:
+        if not _COMPACT.fullmatch(token):
+            raise AuthError("not three parts of base64url")
         error = AuthError("no key is configured")
         for key in self._keys:
             try:
@@ -168,12 +182,19 @@ class Authenticator:
         expires = _seconds(claims, "exp") + leeway
         if expires <= now:
             raise AuthError("token has expired")
+        longest = self._auth.max_lifetime
+        if longest and expires - 2 * leeway > now + longest:
+            raise AuthError("exp lies further ahead than auth.max_lifetime")
         for name in ("nbf", "iat"):
             if name in claims and _seconds(claims, name) - leeway > now:
                 raise AuthError(f"{name} lies in the future")
         subject = claims["sub"]
         if not isinstance(subject, str) or not subject.strip():
             raise AuthError("sub is no name")
+        if subject.strip() in self._revoked.subjects:
+            raise AuthError("sub is revoked")
+        if claims.get("jti", "").strip() in self._revoked.tokens:
+            raise AuthError("jti is revoked")
         models = claims.get("models")
         if models is not None:
             models = _strings(models, "models")
@@ -246,11 +267,13 @@ def mint(
     audience: str = "",
     limits: Mapping[str, int] | None = None,
     priority: Priority | None = None,
+    token_id: str = "",
     now: float | None = None,
 ) -> str:
     """Sign a token; `key` is the secret, or a private key in PEM; seconds throughout.
 
-    `limits` are of those in `LIMITS`.
+    `limits` are of those in `LIMITS`.  `token_id` is its `jti`, by which it can be
+    revoked; a random one by default.
 
     Raises:
         ValueError: the key does not fit the algorithm.
@@ -260,6 +283,7 @@ def mint(
         "sub": subject,
         "iat": issued,
         "exp": issued + int(lifetime),
+        "jti": token_id or secrets.token_hex(8),
     }
     if models:
         claims["models"] = list(models)

@@ -127,7 +127,9 @@ def error_response(error: ProxyError) -> web.Response:
     if error.allow:
         headers["Allow"] = error.allow
     if error.code is Code.INVALID_API_KEY:
-        headers["WWW-Authenticate"] = "Bearer"
+        # RFC 6750, 3.1, has no error for a request without a token; here all refusals
+        # are the same, so that none tells how far a guess got.
+        headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
     return web.Response(
         status=error.code.status,
         body=error.body(),

@@ -1,0 +1,146 @@
+"""A token that is taken back opens nothing any more, a moment later and for good."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gollama_proxy.edge import revocation
+from gollama_proxy.edge.revocation import Revocation
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.script import stream_of
+from tests.fakes.worker import ScriptedWorker
+
+CHAT = "/v1/chat/completions"
+STREAM = {"messages": [], "stream": True}
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second is a long time for a test."""
+    monkeypatch.setattr(revocation, "PERIOD", 0.002)
+
+
+@contextlib.asynccontextmanager
+async def hub_with(
+    file: Path, *workers: ScriptedWorker, **settings: Any
+) -> AsyncIterator[RunningHub]:
+    async with running_hub(*workers, auth__revoked=file, **settings) as hub:
+        yield hub
+
+
+async def status(hub: RunningHub, token: str) -> int:
+    return (await hub.post(CHAT, {"messages": []}, token)).status
+
+
+async def becomes(hub: RunningHub, token: str, expected: int) -> None:
+    """Wait until a token gets another answer."""
+    async with asyncio.timeout(10):
+        while await status(hub, token) != expected:
+            pass
+
+
+async def test_a_token_is_taken_back_and_given_again(tmp_path: Path) -> None:
+    file = tmp_path / "revoked"
+    file.write_text("# jti:a1 sub:alice\n")
+    async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
+        lost, kept = hub.token(jti="a1"), hub.token(jti="a2")
+        bob = hub.token("bob", jti="b1")
+        assert [await status(hub, t) for t in (lost, kept, bob)] == [200] * 3
+        with file.open("a") as stream:
+            stream.write("jti:a1\n")
+        await becomes(hub, lost, 401)
+        assert [await status(hub, t) for t in (kept, bob)] == [200] * 2
+        # Everything of hers, also what is signed from now on.
+        file.write_text("sub:alice\n")
+        await becomes(hub, kept, 401)
+        assert await status(hub, hub.token(jti="a3")) == 401
+        assert await status(hub, bob) == 200
+        refused = len(worker.requests)
+        assert await status(hub, lost) == 401
+        assert (await hub.get("/v1/models", lost)).status == 401
+        assert (await hub.get("/metrics", lost)).status == 401
+        assert len(worker.requests) == refused
+        file.write_text("")
+        await becomes(hub, lost, 200)
+        assert await status(hub, kept) == 200
+
+
+async def test_who_is_on_the_list_at_the_start_is_never_let_in(tmp_path: Path) -> None:
+    file = tmp_path / "revoked"
+    file.write_text("sub:alice\n")
+    async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
+        assert await status(hub, hub.token()) == 401
+        assert worker.requests == []
+
+
+async def test_a_file_that_is_lost_lets_nobody_in_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "revoked"
+    file.write_text("sub:alice\n")
+    async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
+        file.unlink()
+        async with asyncio.timeout(10):
+            while "the last good list stays" not in caplog.text:
+                await asyncio.sleep(0.001)
+        assert await status(hub, hub.token()) == 401
+        assert await status(hub, hub.token("bob")) == 200
+
+
+async def test_an_answer_that_runs_goes_on(tmp_path: Path) -> None:
+    """Tokens are checked at the door, and only there."""
+    file = tmp_path / "revoked"
+    file.write_text("")
+    async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
+        worker.script(*stream_of(3, "go"))
+        wire = await hub.open(CHAT, STREAM)
+        assert await wire.read_event()
+        file.write_text("sub:alice\n")
+        await becomes(hub, hub.token(), 401)
+        worker.release("go")
+        ending = await wire.read_to_end()
+        assert ending.clean
+        assert ending.response.body.endswith(b"data: [DONE]\n\n")
+        # Its connection is kept, and is as much worth as any other.
+        await wire.post(CHAT, STREAM, hub.token())
+        assert (await wire.read_response()).status == 401
+
+
+async def test_a_token_that_expires_in_mid_stream_was_good_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        now = 2_000_000_000.0
+        monkeypatch.setattr(hub.hub.authenticator, "_clock", lambda: now)
+        token = hub.token(iat=int(now), exp=int(now) + 60)
+        worker.script(*stream_of(3, "go"))
+        wire = await hub.open(CHAT, STREAM, token)
+        assert await wire.read_event()
+        now += 3_600
+        worker.release("go")
+        assert (await wire.read_events())[-1] == b"data: [DONE]\n\n"
+        assert await status(hub, token) == 401
+
+
+async def test_no_request_looks_at_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "revoked"
+    file.write_text("jti:x\n")
+    looks: list[str] = []
+    monkeypatch.setattr(revocation, "PERIOD", 3_600)
+    monkeypatch.setattr(Revocation, "_stat", lambda self: looks.append("stat"))
+    async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
+        file.write_text("sub:alice\n")
+        for _ in range(20):
+            assert await status(hub, hub.token()) == 200
+        assert looks == []
+        monkeypatch.undo()
+        await hub.hub.revocation.check()
+        assert await status(hub, hub.token()) == 401
