@@ -118,6 +118,71 @@ def test_a_compressed_body_is_refused_and_not_passed_on_unread(value: str) -> No
     assert "plain JSON" in error.message
 
 
+def test_it_is_told_whether_the_body_comes_in_chunks() -> None:
+    chunked = lines("Host: hub", "Transfer-Encoding: chunked", "Accept: */*")
+    assert check_head("POST", (1, 1), chunked, LIMIT)
+    length = lines("Host: hub", "Content-Length: 5", "Content-Encoding: identity")
+    assert not check_head("POST", (1, 1), length, LIMIT)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "hub",
+        "hub:8000",
+        "hub:",
+        "HUB.local",
+        "my_hub-1.example.",
+        "10.0.0.1:80",
+        "[::1]",
+        "[fe80::1%25eth0]:8000",
+        "[::ffff:10.0.0.1]",
+        "xn--bcher-kva.example",
+        "b%C3%BCcher",
+        "~",
+    ],
+)
+def test_a_name_or_an_address_is_a_host(value: str) -> None:
+    check_head("POST", (1, 1), [(b"hOst", value.encode())], LIMIT)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hub evil",
+        "hub\tevil",
+        "hub@evil",
+        "a:b@hub",
+        "hub/",
+        "hub?x",
+        "hub#x",
+        "http://hub",
+        "hub,evil",
+        "hub;evil",
+        "hub:80:80",
+        "hub:http",
+        "hub:-1",
+        "hub:80 ",
+        ":80",
+        "[::1",
+        "::1]",
+        "::1",
+        "[]",
+        "[::1]x",
+        "h\xffb",
+        "hub\\evil",
+        "<hub>",
+        '"hub"',
+        "hub\n",
+    ],
+)
+def test_what_is_no_name_and_no_address_is_no_host(value: str) -> None:
+    error = refusal((b"HOST", value.encode("latin-1")))
+    assert error.code is Code.BAD_REQUEST
+    assert "Host" in error.message
+
+
 @pytest.mark.parametrize("value", ["h2c", "websocket", ""])
 def test_an_upgrade_is_refused(value: str) -> None:
     error = refusal(HOST, (b"UpGrade", value.encode()))
@@ -324,6 +389,10 @@ def test_what_belongs_to_one_hop_or_to_the_hub_ends_at_the_hub(name: bytes) -> N
         "Date",
         "Server",
         "Set-Cookie",
+        "Set-Cookie2",
+        "Clear-Site-Data",
+        "Refresh",
+        "Strict-Transport-Security",
         "WWW-Authenticate",
         "X-Request-Id",
         "Access-Control-Allow-Origin",

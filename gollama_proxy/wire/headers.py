@@ -37,14 +37,19 @@ HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-# Worker → client: the hub writes its own, or the worker has no say in it.
+# Worker → client: the hub writes its own, or the worker has no say in it, because to a
+# browser it would speak for all that is at the hub's address.
 OWNED = frozenset(
     {
         b"cache-control",
+        b"clear-site-data",
         b"content-length",
         b"date",
+        b"refresh",
         b"server",
         b"set-cookie",
+        b"set-cookie2",
+        b"strict-transport-security",
         b"www-authenticate",
         b"x-accel-buffering",
         b"x-request-id",
@@ -53,21 +58,36 @@ OWNED = frozenset(
 OWNED_PREFIXES = (b"access-control-", b"x-gollama-", b"x-ratelimit-")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# RFC 3986, 3.2: a name or an address, and a port.  Left out is what the grammar allows
+# in a name and nobody has in one: the comma and its like, at which a list could be cut.
+_HOST = re.compile(rb"(?:(?:[A-Za-z0-9._~%-]+|\[[A-Za-z0-9:.%]+\])(?::[0-9]*)?)?")
 # RFC 9110, 5.5: visible characters, spaces and tabs.  obs-text (0x80 and up) is left
 # out: two programs rarely agree on what it means.
 _FIELD_VALUE = re.compile(rb"[\t\x20-\x7e]*")
 
 
+# What few requests have; all others are passed over at the cost of one look-up.
+_SUSPECT = frozenset(
+    {
+        b"content-encoding",
+        b"content_length",
+        b"transfer-encoding",
+        b"transfer_encoding",
+        b"upgrade",
+    }
+)
+
+
 def check_head(
     method: str, version: tuple[int, int], headers: Headers, limit: int
-) -> None:
+) -> bool:
     """Refuse a request head that could be read in two ways, or is too large.
 
     The parser in front has refused most of what is malformed already; this is what it
-    lets through and a proxy must not.
+    lets through and a proxy must not.  Returns whether the body comes in chunks.
 
     Raises:
-        RequestError: 400, 405, 413, 415, 431, 501 or 505, naming the header.
+        RequestError: 400, 405, 415, 431, 501 or 505, naming the header.
     """
     if version not in ((1, 0), (1, 1)):
         text = f"HTTP/{version[0]}.{version[1]} is not supported; use HTTP/1.1."
@@ -76,35 +96,45 @@ def check_head(
         text = "CONNECT is not supported: this is no tunnel."
         raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow="GET, POST")
     total = 0
+    chunked = False
     for name, value in headers:
         total += len(name) + len(value) + 4  # ": " and CRLF
         lowered = name.lower()
-        if lowered == b"transfer-encoding" and version == (1, 0):
-            # RFC 9112, 6.1: such framing is faulty, even if it can be guessed at.
-            text = "Transfer-Encoding needs HTTP/1.1."
-            raise RequestError(Code.BAD_REQUEST, text)
-        if lowered == b"transfer-encoding" and value.lower() != b"chunked":
-            # RFC 9112, 6.1: a server that does not understand a coding answers 501.
-            raise RequestError(
-                Code.UNSUPPORTED_TRANSFER_ENCODING,
-                "Transfer-Encoding must be exactly 'chunked'.",
-            )
-        if lowered == b"content-encoding" and value.lower() != b"identity":
-            raise RequestError(
-                Code.UNSUPPORTED_ENCODING,
-                "Content-Encoding is not supported; send the body as plain JSON.",
-            )
-        if lowered == b"upgrade":
-            raise RequestError(
-                Code.BAD_REQUEST, "Upgrade is not supported; use plain HTTP/1.1."
-            )
-        # Some servers read Content_Length as Content-Length (Envoy refuses it, too).
-        if lowered in (b"content_length", b"transfer_encoding"):
-            text = f"Header {name.decode('ascii', 'replace')!r} is ambiguous."
-            raise RequestError(Code.BAD_REQUEST, text)
+        if lowered == b"host":
+            if not _HOST.fullmatch(value):  # RFC 9112, 3.2
+                text = "Host is no name or address, with or without a port."
+                raise RequestError(Code.BAD_REQUEST, text)
+        elif lowered in _SUSPECT:
+            _check_field(name, value, version)
+            chunked = chunked or lowered == b"transfer-encoding"
     if total > limit:
         text = f"The request head is larger than {limit} bytes."
         raise RequestError(Code.HEAD_TOO_LARGE, text)
+    return chunked
+
+
+def _check_field(name: bytes, value: bytes, version: tuple[int, int]) -> None:
+    lowered = name.lower()
+    if lowered == b"transfer-encoding":
+        if version == (1, 0):
+            # RFC 9112, 6.1: such framing is faulty, even if it can be guessed at.
+            text = "Transfer-Encoding needs HTTP/1.1."
+            raise RequestError(Code.BAD_REQUEST, text)
+        if value.lower() != b"chunked":
+            # RFC 9112, 6.1: a server that does not understand a coding answers 501.
+            text = "Transfer-Encoding must be exactly 'chunked'."
+            raise RequestError(Code.UNSUPPORTED_TRANSFER_ENCODING, text)
+    elif lowered == b"content-encoding":
+        if value.lower() != b"identity":
+            text = "Content-Encoding is not supported; send the body as plain JSON."
+            raise RequestError(Code.UNSUPPORTED_ENCODING, text)
+    elif lowered == b"upgrade":
+        text = "Upgrade is not supported; use plain HTTP/1.1."
+        raise RequestError(Code.BAD_REQUEST, text)
+    else:
+        # Some servers read Content_Length as Content-Length (Envoy refuses it, too).
+        text = f"Header {name.decode()!r} is ambiguous."
+        raise RequestError(Code.BAD_REQUEST, text)
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]], fallback: str) -> str:
