@@ -28,7 +28,7 @@ from gollama_proxy.wire.errors import (
     ProxyError,
     RequestError,
 )
-from tests.fakes.client import Response, Wire
+from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.clock import Clock
 
 ORIGIN = "http://localhost:3000"
@@ -456,7 +456,97 @@ async def test_an_answer_that_went_out_already_is_left_as_it_is() -> None:
         assert (line["status"], line["outcome"]) == (200, "complete")
 
 
+# --- The connection after chunks --------------------------------------------------
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_connection_ends_with_a_request_in_chunks(begun: bool) -> None:
+    """And says so."""
+
+    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+        body = await request.content.read()
+        if not begun:
+            return web.Response(body=body)
+        response = web.StreamResponse(headers=record.headers)
+        response.content_length = len(body)
+        await response.prepare(request)
+        await response.write(body)
+        return response
+
+    routes: Routes = {"/b": {"POST": handler}}
+    chunked = [("Transfer-Encoding", "chunked")]
+    async with dispatching(routes) as running, await running.connect() as wire:
+        await wire.send(request_head("POST", "/b", None, chunked))
+        await wire.send(b"5\r\nhello\r\n0\r\n\r\n")
+        response = await wire.read_response()
+        assert response.body == b"hello"
+        assert response.header("connection") == "close"
+        assert await wire.read_eof() == b""
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_trailer_is_no_field_of_the_next_request(together: bool) -> None:
+    """The parser takes it for one: it would speak for who sent the trailer."""
+    asked: list[str | None] = []
+
+    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+        asked.append(request.headers.get("Authorization"))
+        return web.Response(body=await request.content.read())
+
+    routes: Routes = {"/b": {"POST": handler}}
+    chunked = [("Transfer-Encoding", "chunked")]
+    carrier = request_head("POST", "/b", None, chunked)
+    carrier += b"5\r\nhello\r\n0\r\nX: y\r\nAuthorization: Bearer x\r\n\r\n"
+    victim = request_head("POST", "/b", None, [("Content-Length", "0")])
+    async with dispatching(routes) as running, await running.connect() as wire:
+        for sent in [carrier + victim] if together else [carrier, victim]:
+            await wire.send(sent)
+            await asyncio.sleep(0)
+        assert (await wire.read_response()).status == 200
+        assert await wire.read_eof() == b""
+    assert asked == [None]
+
+
 # --- The connection after an error ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "header", "status"),
+    [
+        ("POST /a HTTP/1.1", "Upgrade: h2c", 400),
+        ("POST /a HTTP/1.1", "Host: a b", 400),
+        ("POST /a HTTP/1.1", "Content_Length: 5", 400),
+        ("POST /a HTTP/1.1", "Content-Encoding: gzip", 415),
+        ("POST /a HTTP/2.0", "X: y", 505),
+        ("CONNECT hub:80 HTTP/1.1", "X: y", 405),
+    ],
+)
+async def test_a_head_that_can_be_read_in_two_ways_ends_the_connection(
+    line: str, header: str, status: int
+) -> None:
+    """Although the body is there: nobody knows where its sender has it end."""
+    host = "" if header.startswith("Host") else "Host: hub\r\n"
+    head = f"{line}\r\n{host}{header}\r\nContent-Length: 5\r\n\r\n"
+    async with dispatching(ROUTES) as running, await running.connect() as wire:
+        await wire.send(head.encode() + b"hello")
+        response = await wire.read_response()
+        assert response.status == status
+        assert response.header("connection") == "close"
+        assert await wire.read_eof() == b""
+        assert (await running.recorded())["status"] == status
+
+
+@pytest.mark.parametrize("version", ["0.9", "2.0", "3.0"])
+async def test_the_hub_does_not_claim_to_speak_a_version_that_it_does_not(
+    version: str,
+) -> None:
+    async with dispatching(ROUTES) as running, await running.connect() as wire:
+        await wire.send(request_head("GET", "/a", version=version))
+        answer = await wire.read_eof()
+    if version == "3.0":  # nor does the parser
+        assert answer.startswith(b"HTTP/1.0 400 ")
+    else:
+        assert answer.startswith(b"HTTP/1.1 505 ")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from gollama_proxy.edge.auth import AuthError
 from gollama_proxy.edge.server import (
     Handler,
     Server,
+    answer_in_http_1_1,
     error_response,
     json_response,
 )
@@ -189,6 +190,46 @@ async def test_nobody_is_told_to_go_on_before_the_handler_says_so() -> None:
         headers = [("Expect", "100-continue"), ("Content-Length", "5")]
         await wire.send(request_head("POST", "/", None, headers))
         assert (await wire.read_until(b"\r\n")).startswith(b"HTTP/1.1 401 ")
+
+
+async def test_a_body_that_is_framed_wrongly_fails_at_once_and_quietly(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The handler hears of it while it waits; nobody listens on, or logs the body."""
+    faults: list[str] = []
+    reading = asyncio.Event()
+
+    async def read(request: web.BaseRequest) -> web.StreamResponse:
+        reading.set()
+        try:
+            return web.Response(body=await request.content.read())
+        except web.RequestPayloadError as exc:
+            faults.append(str(exc))
+            return web.Response(status=400)
+
+    async with serving(read) as address, await Wire.connect(*address) as wire:
+        chunked = [("Transfer-Encoding", "chunked")]
+        await wire.send(request_head("POST", "/", None, chunked) + b"5\r\nhello\r\n")
+        await reading.wait()
+        await wire.send(b"canary\r\n")
+        assert (await wire.read_response(timeout=1.0)).status == 400
+        assert await wire.read_eof(timeout=1.0) == b""
+    assert faults == ["malformed chunk"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1", "2.0"])
+async def test_an_answer_can_be_had_in_a_version_that_is_spoken(version: str) -> None:
+    async def refuse(request: web.BaseRequest) -> web.StreamResponse:
+        assert f"{request.version[0]}.{request.version[1]}" == version
+        answer_in_http_1_1(request)
+        response = web.Response(status=505)
+        response.force_close()
+        return response
+
+    async with serving(refuse) as address, await Wire.connect(*address) as wire:
+        await wire.send(request_head("GET", "/", version=version))
+        assert (await wire.read_eof()).startswith(b"HTTP/1.1 505 ")
 
 
 async def test_a_compressed_body_is_not_unpacked() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from gollama_proxy.edge.server import SERVER, error_response
+from gollama_proxy.edge.server import SERVER, answer_in_http_1_1, error_response
 from gollama_proxy.ops import accesslog
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.ops.metrics import Metrics
@@ -102,16 +102,25 @@ class Dispatcher:
     async def _answer(
         self, request: web.BaseRequest, record: Record
     ) -> web.StreamResponse:
+        # Whether the connection ends with this request: whoever sends a head that could
+        # be read in two ways may mean anything by what follows.  So does one in chunks:
+        # aiohttp (3.14.5) takes the last trailer behind them for a field of the next
+        # request, and a trailer can say `Authorization`.
+        last = True
         try:
             self._admit_origin(request, record)
-            headers.check_head(
+            last = headers.check_head(
                 request.method, request.version, request.raw_headers, self._head_limit
             )
+            if last:
+                record.headers["Connection"] = "close"
             handler = self._route(request, record)
             if self._draining and request.method == "POST":
                 raise draining()
             response = await handler(request, record)
         except ProxyError as exc:
+            if exc.code is Code.UNSUPPORTED_HTTP_VERSION:
+                answer_in_http_1_1(request)
             response = self._refuse(exc, record)
             if isinstance(exc, RequestError) and not request.content.is_eof():
                 response.force_close()  # the body that nobody read is in the way
@@ -123,7 +132,7 @@ class Dispatcher:
             detail = type(exc).__name__
             internal = HubError(Code.INTERNAL, "The hub failed.", detail=detail)
             response = self._refuse(internal, record)
-        if self._draining:
+        if last or self._draining:
             response.force_close()
         if not response.prepared:
             response.headers.update(record.headers)

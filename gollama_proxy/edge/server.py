@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aiohttp import http_parser, web
+from aiohttp import HttpVersion11, http_parser, web
 from aiohttp.http_exceptions import LineTooLong
 
 from gollama_proxy.config import ConfigError
@@ -87,6 +87,7 @@ class _Protocol(web.RequestHandler):
         if self._messages and request is not None and not request.content.is_eof():
             text = "malformed chunk"  # the parser's own words quote the body
             request.content.set_exception(web.RequestPayloadError(text))
+            self._lingering_time = 0.0  # nothing more is to be had of it
 
     def eof_received(self) -> None:
         """Take a client that ends its side as gone, whatever it has left unread."""
@@ -136,6 +137,15 @@ def error_response(error: ProxyError) -> web.Response:
         content_type="application/json",
         headers=headers,
     )
+
+
+def answer_in_http_1_1(request: web.BaseRequest) -> None:
+    """Have a request answered in a version that the hub speaks.
+
+    aiohttp repeats the one that the client has asked in (RFC 9110, 6.2: a server must
+    not claim one that it does not conform to).
+    """
+    request._cache["version"] = HttpVersion11
 
 
 def json_response(body: bytes, status: int = 200) -> web.Response:
