@@ -181,8 +181,14 @@ async def test_how_long_a_busy_worker_is_left_alone(
         (500, "server_error"),
     ],
 )
-async def test_a_refusal_without_words_gets_some(status: int, kind: str) -> None:
-    told = response_of(await refusal(received(status)))
+@pytest.mark.parametrize(
+    "body", [b"", b"\r\n", b"<html>\r\n<h1>Bad Gateway</h1></html>", b"No.", b"[1]"]
+)
+async def test_a_refusal_without_words_gets_some(
+    status: int, kind: str, body: bytes
+) -> None:
+    """A proxy before a worker answers in HTML, which no SDK reads."""
+    told = response_of(await refusal(received(status, body)))
     assert told.status == status
     assert isinstance(told.body, bytes)
     assert json.loads(told.body)["error"] == {

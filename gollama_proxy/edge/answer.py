@@ -113,8 +113,12 @@ def _status_refusal(told: web.Response, *, failed: bool) -> Refusal:
 
 
 def _pass_on(relay: Relay, worker: str, body: bytes) -> web.Response:
-    """Pass a refusal on as it was; where it says nothing, say who it was."""
-    if not body:  # llama-server's 413 and 415 are empty, and people want to read why
+    """Pass a refusal on as it was; where it says nothing, say who it was.
+
+    llama-server's 413 and 415 are empty, and a proxy before a worker has pages in HTML:
+    SDKs read JSON, and people want to read why.
+    """
+    if not body.lstrip().startswith(b"{"):
         text = f"Worker {worker} answered {relay.status} without a reason."
         kind = "invalid_request_error" if relay.status < 500 else "server_error"
         return json_response(error_body(text, kind, None), relay.status)

@@ -1,0 +1,80 @@
+"""A real nginx between two of those that a test has."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from benchmarks.children import free_port, last_words, spawn
+from tests.fakes.tools import require
+from tests.fakes.waiting import until
+
+# What a person writes who has read no further than `proxy_pass`: HTTP/1.0 towards the
+# upstream, a connection for each request, and answers that are buffered.
+PLAIN = ""
+# What is recommended for streams: kept connections, and nothing is held back, neither
+# of an answer nor of a request.
+STREAMING = """
+    proxy_http_version 1.1;
+    proxy_set_header Connection "";
+    proxy_buffering off;
+    proxy_request_buffering off;
+"""
+_CONFIGURATION = """
+    daemon off;
+    worker_processes 1;
+    pid {folder}/nginx.pid;
+    error_log {folder}/errors.log warn;
+    events {{ worker_connections 1024; }}
+    http {{
+        access_log off;
+        client_body_temp_path {folder}/body;
+        proxy_temp_path {folder}/proxy;
+        fastcgi_temp_path {folder}/fastcgi;
+        scgi_temp_path {folder}/scgi;
+        uwsgi_temp_path {folder}/uwsgi;
+        # Whoever waits for the rest of something odd, is not to wait for long.
+        client_header_timeout 2s;
+        client_body_timeout 2s;
+        keepalive_timeout 2s;
+        upstream upstream {{
+            server 127.0.0.1:{upstream} max_fails=0;
+            keepalive 8;
+        }}
+        server {{
+            listen 127.0.0.1:{port};
+            location / {{
+                proxy_pass http://upstream;
+                {directives}
+            }}
+        }}
+    }}
+"""
+
+
+@contextlib.asynccontextmanager
+async def running_nginx(
+    upstream: int, folder: Path, directives: str = PLAIN
+) -> AsyncIterator[int]:
+    """Run nginx in front of a port; yields its own.  It keeps its files in `folder`."""
+    program = require("nginx", package="nginx-light")
+    port = free_port()
+    configuration = folder / "nginx.conf"
+    configuration.write_text(
+        _CONFIGURATION.format(
+            folder=folder, port=port, upstream=upstream, directives=directives
+        )
+    )
+    errors = folder / "errors.log"
+    command = [program, "-p", str(folder), "-c", str(configuration), "-e", str(errors)]
+    async with spawn(command, folder / "stderr.log") as child:
+        await until(lambda: child.returncode is not None or _accepts(port))
+        assert child.returncode is None, last_words(errors)
+        yield port
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
