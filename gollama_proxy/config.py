@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from gollama_proxy import addresses
+from gollama_proxy.names import Aliases
 from gollama_proxy.settings import (
     FLAGS,
     SECTIONS,
@@ -279,14 +280,13 @@ def _load_api_key(
 # --- Models -----------------------------------------------------------------------
 
 
-def _check_aliases(aliases: Mapping[str, str]) -> None:
+def _check_aliases(table: Mapping[str, str]) -> None:
     """Refuse an alias of an alias: it is followed once, and not where it says."""
-    for alias, model in aliases.items():
-        names = [alias, model]
-        while names[-1] in aliases and names[-1] not in names[:-1]:
-            names.append(aliases[names[-1]])
+    aliases = Aliases(table)
+    for alias in table:
+        names = aliases.way(alias)
         way = _cut(" -> ".join(map(repr, names)))
-        if names[-1] in aliases:
+        if names[-1] in names[:-1]:
             text = f"models.aliases = {way}: must not be a loop"
             raise ConfigError(f"{text}; an alias stands for the name of a model")
         if len(names) > 2:

@@ -436,7 +436,9 @@ class Models:
     strict_models: bool = setting(
         False, FLAG, "refuse unknown names even where only one model is served"
     )
-    aliases: Mapping[str, str] = setting({}, TABLE, "other names for a model")
+    aliases: Mapping[str, str] = setting(
+        {}, TABLE, 'other names for a model, "gpt-*" too'
+    )
     fallbacks: Mapping[str, tuple[str, ...]] = setting(
         {}, LISTS, "models that answer when nobody of the first one can"
     )

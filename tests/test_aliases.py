@@ -76,6 +76,27 @@ async def test_a_long_answer_that_is_passed_on_in_pieces_is_not_cut() -> None:
     assert response.json() == json.loads(body) | {"model": "gpt-4o"}
 
 
+async def test_a_name_that_a_wildcard_has_caught_is_named_too() -> None:
+    """Whatever it is made of."""
+    odd = 'gpt-"\n\\é'
+    async with aliased(models__aliases={"gpt-*": "qwen"}) as (worker, hub):
+        for name in ("gpt-7", odd):
+            worker.script(*chat_stream([TRAP, " b"], model="qwen"))
+            streamed = await hub.post(CHAT, STREAM | {"model": name})
+            events = [e for e in streamed.body.split(b"\n\n") if b"choices" in e]
+            assert {json.loads(event[6:])["model"] for event in events} == {name}
+        assert all(each.json()["model"] == "qwen" for each in worker.requests)
+        plain = await hub.post(CHAT, STREAM | {"model": "qwen"})
+        assert b"gpt-" not in plain.body
+        shown = (await hub.get("/v1/models/gpt-7")).json()
+        assert (shown["id"], shown["gollama"]["alias_of"]) == ("gpt-7", "qwen")
+        listed = (await hub.get("/v1/models")).json()["data"]
+        assert [row["id"] for row in listed] == ["qwen"]
+        token = hub.token(models=["gpt-7"])
+        assert (await hub.get("/v1/models/gpt-7", token)).status == 404
+        assert (await hub.post(CHAT, STREAM | {"model": "gpt-7"}, token)).status == 403
+
+
 async def test_a_fallback_keeps_its_own_name() -> None:
     async with (
         ScriptedWorker("qwen") as big,

@@ -123,6 +123,16 @@ def refusal(
             "models.aliases = 'name00' -> 'name01' ->",
             "...: must be one step; let 'name00' stand for 'name50'",
         ),
+        (
+            "models.aliases = { 'a*' = 'b1', 'b*' = 'a1' }",
+            "models.aliases = 'a*' -> 'b1' -> 'a1' -> 'b1': must not be a loop",
+            "stands for the name of a model",
+        ),
+        (
+            "models.aliases = { 'gpt-*' = 'llama-3', 'llama-*' = 'qwen' }",
+            "models.aliases = 'gpt-*' -> 'llama-3' -> 'qwen': must be one step",
+            "let 'gpt-*' stand for 'qwen'",
+        ),
         ("queue.size = -1", "queue.size = -1", "a whole number from 0 to 10,000"),
         ("queue.timeout = 0", "queue.timeout = 0", "seconds from 0.01"),
         ("queue.notice = true", "queue.notice = True", "seconds from 0 to 86,400"),
@@ -485,6 +495,14 @@ def test_several_aliases_of_one_model(tmp_path: Path) -> None:
     file = tmp_path / "gollama.toml"
     file.write_text("[models.aliases]\na = 'qwen'\nb = 'qwen'\n")
     assert load(file).models.aliases == {"a": "qwen", "b": "qwen"}
+
+
+def test_a_wildcard_may_be_for_what_the_other_aliases_leave(tmp_path: Path) -> None:
+    file = tmp_path / "gollama.toml"
+    table = {"gpt-*": "gpt-oss", "gpt-4o": "gpt-big", "*": "qwen", "fast": "llama"}
+    rows = "\n".join(f"'{alias}' = '{model}'" for alias, model in table.items())
+    file.write_text(f"[models.aliases]\n{rows}\n")
+    assert load(file).models.aliases == table
 
 
 def test_what_a_worker_can_carry(tmp_path: Path) -> None:

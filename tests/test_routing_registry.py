@@ -184,6 +184,24 @@ def test_a_pool_has_the_workers_that_serve_the_model_whatever_their_state() -> N
     assert names(made.pool("A")) == []
 
 
+def test_what_a_worker_tells_anew_is_known_at_once() -> None:
+    made = registry("a", "b")
+    pool = made.pool("a")
+    assert made.pool("a") is pool
+    assert made.least_context(pool) is None
+    first, second = made.workers
+    second.observe(Check.OK, "ok", Description((Model("a", 512), Model("c"))))
+    assert made.models() == ["a", "c"]
+    assert names(made.pool("a")) == ["w0", "w1"]
+    assert made.least_context(made.pool("a")) == 512
+    first.observe(Check.OK, "ok", Description((Model("a", 256),)))
+    assert made.least_context(made.pool("a")) == 256
+    grown = made.pool("a")
+    first.observe(Check.OK, "ok", Description((Model("a", 1024),)))
+    assert made.pool("a") is grown
+    assert made.least_context(grown) == 512
+
+
 def test_the_hub_is_ready_when_any_worker_is() -> None:
     made = registry("a", "a")
     take_out(made.workers[0])
@@ -279,6 +297,69 @@ def test_strict_models_still_know_aliases_and_a_default_for_no_name() -> None:
 def test_strict_models_refuse_no_name_even_where_there_is_one_model() -> None:
     error = refused(registry("a", strict_models=True), None)
     assert (error.code, error.param) == (Code.MODEL_MISSING, "model")
+
+
+# --- Wildcards among the aliases --------------------------------------------------
+
+
+def test_a_wildcard_catches_what_is_no_alias_and_not_served() -> None:
+    table = {"*": "a", "gpt-*": "b", "gpt-4o": "a"}
+    made = registry("a", "b gpt-oss", aliases=table)
+    asked = {"x": "a", "gpt-4o": "a", "gpt-5": "b", "gpt-oss": "gpt-oss", "b": "b"}
+    for name, model in asked.items():
+        assert made.resolve(name, None).model == model
+        assert made.alias_of(name) == (name if name in ("x", "gpt-4o", "gpt-5") else "")
+    assert made.alias_of(None) == ""
+    assert made.aliases() == {"gpt-4o": "a"}
+
+
+def test_a_wildcard_leaves_the_models_alone_that_should_be_there() -> None:
+    made = registry("a", None, aliases={"*": "a"}, fallbacks={"big": ("a",)})
+    assert made.resolve("big", None).model == "big"
+    stated = registry(None, "a", aliases={"*": "a"}, stated=["qwen*"])
+    assert stated.resolve("qwen9", None).model == "qwen9"
+
+
+def test_a_wildcard_goes_before_the_default_and_holds_where_models_are_strict() -> None:
+    made = registry(
+        "a", "b", aliases={"gpt-*": "b"}, default_model="gpt-9", strict_models=True
+    )
+    assert made.resolve("gpt-4", None).model == "b"
+    assert made.resolve(None, None).model == "b"
+    assert refused(made, "x").code is Code.MODEL_NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("allowed", "allows"),
+    [
+        (["b"], True),
+        (["*"], True),
+        (["gpt-*"], True),  # to the letter
+        (["gpt-4"], False),
+        (["gpt-4*"], False),
+        (["gpt-?"], False),
+        (["g*"], False),
+        (["a"], False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["gpt-4", "gpt-4o", "gpt-*"])
+def test_a_name_that_a_client_makes_up_allows_nothing(
+    name: str, allowed: list[str], allows: bool
+) -> None:
+    made = registry("a", "b", aliases={"gpt-*": "b"})
+    if allows:
+        assert made.resolve(name, allowed).model == "b"
+    else:
+        assert refused(made, name, allowed).code is Code.MODEL_NOT_ALLOWED
+    fallbacks = made.attempts(made.pool("a"), CHAT, [name], allowed)
+    assert [pool.model for pool in fallbacks.pools] == ["a", "b"][: 1 + allows]
+
+
+def test_an_alias_that_leads_to_the_default_allows_only_its_own_model() -> None:
+    made = registry("a", "b", aliases={"gpt": "gone"}, default_model="b")
+    assert made.resolve("gpt", ["b"]).model == "b"
+    assert refused(made, "gpt", ["gpt"]).code is Code.MODEL_NOT_ALLOWED
 
 
 # --- 400 and 404 ------------------------------------------------------------------

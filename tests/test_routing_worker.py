@@ -32,8 +32,6 @@ from gollama_proxy.routing.worker import (
     Model,
     State,
     Worker,
-    is_plain,
-    matches,
 )
 from gollama_proxy.settings import Breaker as Limits
 from gollama_proxy.settings import Health, Origin, WorkerConfig
@@ -294,15 +292,6 @@ def test_some_model_is_known_as_soon_as_any_is() -> None:
     worker.observe(Check.OK, "ok", Description((Model("m.gguf"), Model("qwen2"))))
     assert worker.some_model == "qwen2"
     assert make().some_model is None
-
-
-@pytest.mark.parametrize(
-    ("name", "plain"),
-    [("qwen", True), ("a/b:7b-q4_k.gguf", True), ("q*", False), ("?", False)],
-)
-def test_a_name_is_told_from_a_pattern(name: str, plain: bool) -> None:
-    assert is_plain(name) is plain
-    assert matches("qwen", [name]) is (name in ("qwen", "q*"))
 
 
 def test_slots_are_those_that_it_told_last() -> None:

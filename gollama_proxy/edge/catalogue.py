@@ -43,7 +43,7 @@ class Catalogue:
         principal = self._authenticator.identify(request, record)
         path = request.raw_path.partition("?")[0]
         name = unquote(path.removeprefix(record.route))
-        if name not in self._names(principal):
+        if not (name in self._names(principal) or self._is_caught(principal, name)):
             text = f"The model {name!r} does not exist."
             raise RequestError(Code.MODEL_NOT_FOUND, text, param="model")
         return json_response(msgspec.json.encode(self._entry(name)))
@@ -58,8 +58,18 @@ class Catalogue:
             or may_use(principal.models, aliases.get(name, name))
         ]
 
+    def _is_caught(self, principal: Principal, name: str) -> bool:
+        """Tell whether a name that is not in the list stands for a model all the same.
+
+        Some clients look a model up before they use it.
+        """
+        if not self._registry.alias_of(name):
+            return False
+        model = self._registry.model_of(name)
+        return self._registry.allows(principal.models, name, model)
+
     def _entry(self, name: str) -> dict[str, Any]:
-        model = self._registry.aliases().get(name, name)
+        model = self._registry.model_of(name)
         workers = self._registry.pool(model).workers
         contexts = [c for w in workers if (c := w.context_of(model)) is not None]
         states = {worker.state.value for worker in workers}

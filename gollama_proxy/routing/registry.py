@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from gollama_proxy.names import Aliases, is_plain
 from gollama_proxy.routing.budget import RetryBudget
 from gollama_proxy.routing.policies import Policy, make
 from gollama_proxy.routing.pool import Pool
@@ -57,11 +58,18 @@ class Registry:
             pattern: made[name] for pattern, name in routing.policies.items()
         }
         self._models: Models = config.models
+        self._aliases = Aliases(config.models.aliases)
         self._pools: dict[str, Pool] = {}
         self._fallbacks = {
             self._models.aliases.get(name, name): names
             for name, names in self._models.fallbacks.items()
         }
+        # What holds until some worker tells something else.
+        self._names: dict[str, None] | None = None
+        self._settled: set[str] = set()  # models whose pool is as it should be
+        self._least: dict[str, int | None] = {}  # context, by model
+        for worker in self.workers:
+            worker.on_told = self._forget
 
     def __repr__(self) -> str:
         return f"<Registry {self.workers!r}>"
@@ -70,28 +78,43 @@ class Registry:
 
     def models(self) -> list[str]:
         """List the names of all models that any worker is known to serve."""
-        names: dict[str, None] = {}
-        for worker in self.workers:
-            for model in worker.models:
-                names[model.name] = None
-        return list(names)
+        return list(self._known())
+
+    def _known(self) -> dict[str, None]:
+        if self._names is None:
+            self._names = {
+                model.name: None for worker in self.workers for model in worker.models
+            }
+        return self._names
+
+    def _forget(self) -> None:
+        """Take in that a worker serves something else than before."""
+        self._names = None
+        self._settled.clear()
+        self._least.clear()
 
     def aliases(self) -> dict[str, str]:
-        """List the configured other names, and the model that each stands for."""
-        return dict(self._models.aliases)
+        """List the configured other names, and the model that each stands for.
+
+        Patterns are no names.
+        """
+        return self._aliases.names
 
     def alias_of(self, name: str | None) -> str:
         """Give a name back if it is configured to stand for a model, else nothing."""
-        return name if name is not None and name in self._models.aliases else ""
+        return name if name is not None and self._alias_key(name) is not None else ""
 
     def pool(self, model: str) -> Pool:
         """Give the pool of a model: the same object for as long as it is the same."""
-        workers = tuple(worker for worker in self.workers if worker.serves(model))
         pool = self._pools.get(model)
+        if pool is not None and model in self._settled:
+            return pool
+        workers = tuple(worker for worker in self.workers if worker.serves(model))
         if pool is None or pool.workers != workers:
             pool = Pool(model, workers)
-            if workers:  # or clients could grow it by names that they make up
-                self._pools[model] = pool
+        if workers:  # or clients could grow it by names that they make up
+            self._pools[model] = pool
+            self._settled.add(model)
         return pool
 
     def policy_of(self, model: str) -> Policy:
@@ -104,15 +127,24 @@ class Registry:
                 return policy
         return self.policy
 
+    def least_context(self, pool: Pool) -> int | None:
+        """Tell the smallest context in a pool, in tokens; None if none is known."""
+        model, workers = pool
+        if model not in self._least:
+            contexts = [worker.context_of(model) for worker in workers]
+            known = [context for context in contexts if context is not None]
+            self._least[model] = min(known, default=None)
+        return self._least[model]
+
     def only_model(self) -> str | None:
         """Name the one model that every worker serves, if there is just one.
 
         A request then needs no name: llama-server ignores it anyway.
         """
-        names = self.models()
+        names = self._known()
         if len(names) != 1 or self._models.strict_models:
             return None
-        return names[0]
+        return next(iter(names))
 
     @property
     def ready(self) -> bool:
@@ -127,24 +159,57 @@ class Registry:
             RequestError: 400 no name, 403 the token does not allow it, 404 unknown.
             NoWorkerError: 503, nobody has been reached yet, so that nothing is known.
         """
-        models = self.models()
+        models = self._known()
         if not models:
             raise self._nobody(name, ())
-        # One that has a fallback is known, though nobody was seen yet to serve it.
-        model = self._resolve_name(name, [*models, *self._fallbacks])
+        model = self._resolve_name(name)
         if model is None and name is None:
             text = f"`model` is missing. {self._offer(models, allowed)}"
             raise RequestError(Code.MODEL_MISSING, text, param="model")
         if model is None:
             text = f"The model {name!r} does not exist. {self._offer(models, allowed)}"
             raise RequestError(Code.MODEL_NOT_FOUND, text, param="model")
-        # An alias may be allowed in place of its model.  Any other name that stands for
-        # a model is the client's own invention, and allows nothing.
-        alias = name if name is not None and name in self._models.aliases else model
-        if not (may_use(allowed, model) or may_use(allowed, alias)):
+        if not self.allows(allowed, name, model):
             text = f"Your token does not allow the model {name or model!r}."
             raise RequestError(Code.MODEL_NOT_ALLOWED, text, param="model")
         return self.pool(model)
+
+    def allows(
+        self, allowed: Sequence[str] | None, name: str | None, model: str
+    ) -> bool:
+        """Tell whether a token allows the model that a client's name stands for.
+
+        An alias may be allowed in place of its model.  Any other name that stands for a
+        model is the client's own invention, and allows nothing.  That goes for names
+        that a wildcard catches, too: what has to be in the claim is the wildcard as it
+        is configured, to the letter, lest `llama-x` be a way through `*` to any model.
+        """
+        if may_use(allowed, model):
+            return True
+        key = None if name is None else self._alias_key(name)
+        if allowed is None or key is None or self._aliases[key] != model:
+            return False
+        return may_use(allowed, key) if is_plain(key) else key in allowed
+
+    def model_of(self, name: str) -> str:
+        """Tell the model that a name stands for; a name that is no alias is its own."""
+        key = self._alias_key(name)
+        return name if key is None else self._aliases[key]
+
+    def _alias_key(self, name: str) -> str | None:
+        """Find the alias that a name is, or the wildcard that catches it.
+
+        A model that is served is not caught, so that `*` is for the rest.
+        """
+        if name in self._aliases:
+            return name
+        key = self._aliases.pattern(name)
+        return None if key is None or self._is_served(name) else key
+
+    def _is_served(self, model: str) -> bool:
+        # One that has a fallback is known, though nobody was seen yet to serve it.
+        known = model in self._known() or model in self._fallbacks
+        return known or bool(self.pool(model).workers)
 
     def attempts(
         self,
@@ -158,13 +223,12 @@ class Registry:
         `fallbacks` are the client's own wishes; without any, the configured ones of the
         model count.  Those that its token does not allow are passed over.
         """
-        aliases = self._models.aliases
         wanted = fallbacks or self._fallbacks.get(pool.model, ())
         models = dict.fromkeys(
             model
             for name in wanted
-            for model in [aliases.get(name, name)]
-            if may_use(allowed, name) or may_use(allowed, model)
+            for model in [self.model_of(name)]
+            if self.allows(allowed, name, model)
         )
         pools = [self.pool(model) for model in models if model != pool.model]
         return Attempts(
@@ -226,21 +290,20 @@ class Registry:
         assert worker is not None, self  # as it has no patience
         return worker
 
-    def _resolve_name(self, name: str | None, models: list[str]) -> str | None:
-        aliases = self._models.aliases
+    def _resolve_name(self, name: str | None) -> str | None:
         if name is not None:
-            name = aliases.get(name, name)
-            if name in models or self.pool(name).workers:
-                return name
+            model = self.model_of(name)
+            if self._is_served(model):
+                return model
             if self._models.strict_models:
                 return None
         default = self._models.default_model
-        return aliases.get(default, default) or self.only_model()
+        return self.model_of(default) if default else self.only_model()
 
     # --- How to say no ------------------------------------------------------------
 
     def _offer(self, models: Iterable[str], allowed: Sequence[str] | None) -> str:
-        names = sorted({*models, *self._models.aliases})
+        names = sorted({*models, *self.aliases()})
         names = [name for name in names if may_use(allowed, name)]
         text = f"Available: {', '.join(names) or 'nothing that your token allows'}."
         unseen = [w.name for w in self.workers if w.description is None]

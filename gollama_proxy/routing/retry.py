@@ -198,6 +198,11 @@ class Attempts:
             return self._continuations > 0
         return len(self.tried) < self._limits.attempts
 
+    @property
+    def pools(self) -> list[Pool]:
+        """The pools that are left: this one, and those of the fallbacks behind it."""
+        return [self.pool, *self._fallbacks]
+
     def _fitting(self, pool: Pool) -> list[Worker]:
         if not self._least_context:
             return pool.available

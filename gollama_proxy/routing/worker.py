@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import assert_never
 
+from gollama_proxy.names import is_plain
 from gollama_proxy.routing.breaker import Breaker, Verdict
 from gollama_proxy.routing.lease import Lease, Outcome
 from gollama_proxy.routing.slowness import Expectations, Pace
@@ -119,8 +120,10 @@ class Worker:
     model_breakers: dict[str, Breaker] = field(default_factory=dict)
     # Called on every suspicion, so that the pinger looks at once,
     on_suspicion: Callable[[], None] | None = None
-    # and when a slot may have come free.
+    # when a slot may have come free,
     on_free: Callable[[], None] | None = None
+    # and when it serves something else than before.
+    on_told: Callable[[], None] | None = None
     overcommit: int = 0  # requests beyond its slots
     _good: int = 0
     _bad: int = 0
@@ -334,8 +337,10 @@ class Worker:
         now = self.clock()
         self.checked_at = now
         if description is not None:
-            self.description = description
+            changed, self.description = self.description != description, description
             self.slots = self.config.slots or self._believed(description.slots)
+            if changed and self.on_told is not None:
+                self.on_told()
         if check is Check.FAILED and self.heard_since(now - self.health.timeout):
             # Bursts starve llama-server's HTTP threads, and /health with them, while
             # tokens flow.  Who talks is alive.
@@ -401,8 +406,3 @@ def _proof(verdict: Verdict, outcome: Outcome) -> bool | None:
 def matches(model: str, patterns: Iterable[str]) -> bool:
     """Tell whether a model is among those named; patterns are shell-like."""
     return any(fnmatchcase(model, pattern) for pattern in patterns)
-
-
-def is_plain(name: str) -> bool:
-    """Tell a name from a pattern."""
-    return not any(sign in name for sign in "*?[")
