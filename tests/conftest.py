@@ -69,7 +69,7 @@ def llama_server(
     servers = request.node.stash.setdefault(_SERVERS, [])
 
     def make(
-        model: Path, *, start: bool = True, name: str = "tiny", **options: Any
+        model: Path | None, *, start: bool = True, name: str = "tiny", **options: Any
     ) -> LlamaServer:
         log = tmp_path / f"llama-server-{len(servers) + 1}.log"
         server = LlamaServer(model, log, name=name, **options)

@@ -54,12 +54,14 @@ async def test_an_entry_has_the_fields_of_openai_and_one_more() -> None:
                     "gollama": {
                         "state": "ready",
                         "context": 512,
+                        "loaded": None,
                         "workers": [
                             {
                                 "name": worker.name,
                                 "state": "ready",
                                 "context": 512,
                                 "slots": 3,
+                                "loaded": None,
                             }
                         ],
                     },
@@ -198,6 +200,7 @@ async def test_an_alias_of_what_nobody_serves_is_down() -> None:
         expected: dict[str, Any] = {
             "state": "down",
             "context": None,
+            "loaded": None,
             "workers": [],
             "alias_of": "llama",
         }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gollama_proxy.routing.breaker import Verdict
-from gollama_proxy.routing.pool import Pool
-from gollama_proxy.routing.worker import Check, Worker
+from gollama_proxy.routing.lease import Outcome
+from gollama_proxy.routing.pool import LOAD_AFTER, Pool
+from gollama_proxy.routing.worker import Check, Description, Model, Worker
 from gollama_proxy.settings import Breaker, Health, Origin, WorkerConfig
 from tests.fakes.clock import Clock
 
@@ -73,6 +74,63 @@ def test_one_that_is_to_prove_itself_by_a_request_is_available_for_that(
         trip(a)
         clock.advance(a.breaker.opens_in())
         assert Pool("tiny", (a,)).available == ([] if canary else [a])
+
+
+# --- Who has the model loaded -----------------------------------------------------
+
+
+def router(clock: Clock, model: Model, slots: int = 1) -> Worker:
+    made = worker(clock)
+    made.observe(Check.OK, "ok", Description((model,), slots=slots))
+    return made
+
+
+WARM, COLD = Model("tiny", loaded=True), Model("tiny", loaded=False)
+LOADING = Model("tiny", loaded=False, loading=True)
+
+
+def test_those_that_have_it_loaded_go_first_and_those_that_do_not_tell(
+    clock: Clock,
+) -> None:
+    cold, warm, silent = (
+        router(clock, each) for each in (COLD, WARM, Model("tiny", loaded=None))
+    )
+    pool = Pool("tiny", (cold, warm, silent))
+    assert pool.available == [warm, silent]
+    assert pool.able == [cold, warm, silent]
+    assert pool.preferred([cold]) == [cold]
+    assert pool.preferred([warm]) == [warm]
+    assert pool.preferred([]) == []
+    trip(warm)
+    trip(silent)
+    assert pool.available == [cold]
+
+
+def test_one_that_is_loading_it_goes_before_one_that_would_have_to_begin(
+    clock: Clock,
+) -> None:
+    cold, loading, asked = (router(clock, each) for each in (COLD, LOADING, COLD))
+    pool = Pool("tiny", (cold, loading, asked))
+    assert pool.available == [loading]
+    lease = asked.lease("tiny")
+    assert lease.loads
+    assert pool.available == [loading, asked]
+    lease.release(Outcome.WORKER_FAILED)
+    assert pool.available == [loading]
+
+
+def test_when_all_are_full_for_long_another_one_is_to_load_it(clock: Clock) -> None:
+    cold, warm, other = (router(clock, each) for each in (COLD, WARM, WARM))
+    pool = Pool("tiny", (cold, warm, other))
+    lease = warm.lease("tiny")
+    clock.advance(1.0)
+    other.lease("tiny")
+    clock.advance(LOAD_AFTER - 0.5)
+    assert pool.available == [warm, other]
+    clock.advance(0.5)
+    assert pool.available == [cold, warm, other]
+    lease.release(Outcome.COMPLETE)
+    assert pool.available == [warm, other]
 
 
 # --- When it opens again ----------------------------------------------------------

@@ -294,6 +294,98 @@ def test_some_model_is_known_as_soon_as_any_is() -> None:
     assert make().some_model is None
 
 
+# --- What it has loaded -----------------------------------------------------------
+
+
+def router(*models: Model, clock: Clock | None = None, slots: int = 1) -> Worker:
+    made = make(clock=clock)
+    made.observe(Check.OK, "ok", Description(models, slots=slots))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("loaded", "loading", "loads", "cold"),
+    [
+        (None, False, False, False),
+        (True, False, False, False),
+        (False, False, True, True),
+        (False, True, True, False),
+    ],
+)
+def test_what_is_not_loaded_has_to_be(
+    loaded: bool | None, loading: bool, loads: bool, cold: bool
+) -> None:
+    worker = router(Model("a", None, loaded, loading), Model("b"))
+    assert (worker.loads("a"), worker.is_cold("a")) == (loads, cold)
+    assert worker.has_loaded("a") is loaded
+    assert not worker.loads("b")
+    assert worker.has_loaded("b") is worker.has_loaded("c") is None
+    assert worker.lease("a").loads is loads
+    assert not worker.lease("b").loads
+
+
+def test_an_answer_shows_that_its_model_is_loaded() -> None:
+    worker, looks = router(Model("a", loaded=False)), []
+    worker.on_suspicion = lambda: looks.append("now")
+    first, second = worker.lease("a"), worker.lease("a")
+    assert first.loads
+    assert second.loads
+    worker.has_answered(first)
+    assert looks == ["now"]  # another model may have made room for it
+    assert worker.has_loaded("a")
+    third = worker.lease("a")
+    second.release(Outcome.REFUSED)
+    assert looks == ["now", "now"]
+    worker.has_answered(third)
+    assert not third.loads
+    assert looks == ["now", "now"]
+    worker.observe(Check.OK, "ok", Description((Model("a", loaded=False),)))
+    assert worker.is_cold("a") is False  # somebody waits for it
+    for lease in (first, second, third):
+        lease.release(Outcome.COMPLETE)
+    assert worker.is_cold("a")
+
+
+def test_the_time_of_a_load_tells_nothing_about_reading() -> None:
+    clock = Clock()
+    worker = router(Model("a", loaded=False), clock=clock)
+    lease = worker.lease("a")
+    lease.prompt_bytes, lease.first_token = 10_000, 100.0
+    lease.tokens, lease.seconds = 20, 2.0
+    lease.release(Outcome.COMPLETE)
+    pace = worker.pace_of("a")
+    assert pace.rate == pace.expectations.rate
+    assert pace.speed.reads is None
+    assert pace.speed.writes() == 10.0
+
+
+def test_a_slot_that_is_taken_again_at_once_was_not_free() -> None:
+    clock = Clock()
+    worker = router(Model("a"), clock=clock)
+    assert worker.full_for == 0.0
+    lease = worker.lease("a")
+    clock.advance(3.0)
+    assert worker.full_for == 3.0
+    seen, leases = [], []
+
+    def hand_out() -> None:
+        seen.append(worker.full_for)
+        leases.append(worker.lease("a"))
+
+    worker.on_free = hand_out
+    lease.release(Outcome.COMPLETE)
+    assert seen == [0.0]
+    assert worker.full_for == 3.0
+    worker.on_free = None
+    leases[0].release(Outcome.COMPLETE)
+    clock.advance(3.0)
+    worker.lease("a")
+    clock.advance(1.0)
+    assert worker.full_for == 1.0
+    worker.observe(Check.OK, "ok", Description((Model("a"),), slots=2))
+    assert worker.full_for == 0.0
+
+
 def test_slots_are_those_that_it_told_last() -> None:
     worker = make()
     assert (worker.slots, worker.free) == (None, math.inf)

@@ -160,12 +160,17 @@ async def test_a_worker_without_our_idea_of_health_is_good(script: Script) -> No
         ),
         ([{"id": "a", "object": "model", "owned_by": 1}], {}, (Model("a"),)),
         ([{"id": "é/ü:7b"}], {}, (Model("é/ü:7b"),)),
+        (  # as a router says it
+            [{"id": "a"}],
+            {"default_generation_settings": {"params": None, "n_ctx": 0}},
+            (Model("a"),),
+        ),
         *(
-            ([{"id": "a", "status": status}], {}, (Model("a", None, loaded),))
-            for status, loaded in [
+            ([{"id": "a", "status": status}], {}, (Model("a", None, *loaded),))
+            for status, *loaded in [
                 ({"value": "loaded", "args": ["-m", "a.gguf"]}, True),
                 ({"value": "unloaded"}, False),
-                ({"value": "loading"}, False),
+                ({"value": "loading"}, False, True),
                 ({"value": "sleeping"}, False),
                 ({"value": "unloaded", "failed": True, "exit_code": 1}, False),
                 ({"value": None}, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import unquote
 
@@ -76,12 +77,14 @@ class Catalogue:
         extra: dict[str, Any] = {
             "state": "ready" if "ready" in states else min(states, default="down"),
             "context": max(contexts, default=None),
+            "loaded": _any_of(worker.has_loaded(model) for worker in workers),
             "workers": [
                 {
                     "name": worker.name,
                     "state": worker.state.value,
                     "context": worker.context_of(model),
                     "slots": worker.description and worker.description.slots,
+                    "loaded": worker.has_loaded(model),
                 }
                 for worker in workers
             ],
@@ -95,3 +98,8 @@ class Catalogue:
             "owned_by": "gollama",
             "gollama": extra,
         }
+
+
+def _any_of(told: Iterable[bool | None]) -> bool | None:
+    """Tell whether any says yes, or else any no; None where nobody says anything."""
+    return max((each for each in told if each is not None), default=None)

@@ -196,6 +196,7 @@ class Inference:
                     return relay
                 now = self._clock()
                 lease.first_token = now - lease.taken_at
+                worker.has_answered(lease)
                 if job.record.first_byte is None:
                     job.record.first_byte = now - job.record.started
                 answer = await self._relay(job, worker, relay, lease)
@@ -267,7 +268,7 @@ class Inference:
             None if incoming.replayable else incoming.rest(),
             len(body) if incoming.replayable else incoming.length,
         )
-        patience = job.patience_with(worker)
+        patience = job.patience_with(worker, loads=lease.loads)
         lease.prompt_bytes = incoming.size
         if patience is not None:
             lease.allowance = patience.allowance

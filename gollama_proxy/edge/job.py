@@ -57,6 +57,7 @@ class Job:
     last: Refusal | None = None
     waited: float = 0.0  # seconds, for somebody to go on with an answer
     told_at: float = 0.0  # seconds of an attempt, when its client was told of it
+    loading: bool = False  # the worker of this attempt has to load the model first
 
     def __repr__(self) -> str:  # without what a user wrote
         return f"<Job {self.record.id} {self.attempts!r} {self.delivery!r}>"
@@ -124,14 +125,18 @@ class Job:
             and not (self.attempts.as_sent or self.attempts.once)
         )
 
-    def patience_with(self, worker: Worker) -> Patience | None:
-        """Say how long the first event may take while others could take over."""
+    def patience_with(self, worker: Worker, *, loads: bool) -> Patience | None:
+        """Say how long the first event may take while others could take over.
+
+        To load a model takes as long as it takes, and others would have to load it too.
+        """
         if not self.streams:
             return None
-        allowance = worker.pace_of(self.attempts.pool.model).allowance(
-            self.incoming.size
-        )
-        self.told_at = 0.0
+        pace = worker.pace_of(self.attempts.pool.model)
+        allowance = pace.expectations.hard
+        if not loads:
+            allowance = pace.allowance(self.incoming.size)
+        self.told_at, self.loading = 0.0, loads
         return Patience(
             allowance,
             self.attempts.has_other,
@@ -164,12 +169,19 @@ class Job:
         await self._tell(f"queued {place.position}/{place.waiting}{eta}")
 
     async def tell_progress(self, waited: float) -> None:
-        """Tell the client that its prompt is being read, if that takes long."""
-        if self.fed or not self.may_tell or not self.config.queue.notice:
+        """Tell the client what the worker does before it answers, if that takes long.
+
+        It reads the prompt, or loads the model, which may well be the longer part.
+        """
+        notice = self.config.queue.notice
+        if self.fed or not self.may_tell or not notice:
             return
-        if waited >= self.told_at + (EVERY if self.begun else PROCESSING_AFTER):
+        interval = EVERY if self.begun else PROCESSING_AFTER
+        if self.loading and not self.told_at:
+            interval = notice
+        if waited >= self.told_at + interval:
             self.told_at = waited
-            await self._tell("processing")
+            await self._tell("loading model" if self.loading else "processing")
 
     async def _tell(self, comment: str) -> None:
         if not isinstance(self.delivery, Stream):

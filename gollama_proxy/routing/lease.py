@@ -41,6 +41,7 @@ class Lease:
         "first_token",
         "generation",
         "heard_at",
+        "loads",
         "model",
         "outcome",
         "permits",
@@ -65,6 +66,7 @@ class Lease:
         self.outcome: Outcome | None = None
         self.model = ""
         self.slot = True  # it takes one of the worker's slots
+        self.loads = False  # the worker has to load the model first
         self.generation = 0  # of the worker's breaker, when the lease was taken
         self.permits: tuple[Permit, ...] = ()  # of breakers that are half-open
         self.allowance = math.inf  # seconds that the first token may take

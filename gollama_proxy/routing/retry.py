@@ -149,7 +149,7 @@ class Attempts:
             return []
         available = self._fitting(self.pool)
         last = [w for w in available if w in self.tried[-1:]] if self._again else []
-        others = self._others()
+        others = self.pool.preferred(self._others())
         if self._repeat and last:
             return last
         if others or last:
@@ -205,10 +205,10 @@ class Attempts:
 
     def _fitting(self, pool: Pool) -> list[Worker]:
         if not self._least_context:
-            return pool.available
+            return pool.able
         return [
             worker
-            for worker in pool.available
+            for worker in pool.able
             if (worker.context_of(pool.model) or 0) > self._least_context
         ]
 

@@ -83,6 +83,7 @@ class Model:
     name: str
     context: int | None = None  # tokens of one slot
     loaded: bool | None = None  # None where the worker does not tell
+    loading: bool = False  # it is about to be loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,9 @@ class Worker:
     _odd_slots: int | None = None
     _odd_timings: bool = False
     _taken: int = 0  # slots
+    _full_since: float | None = None
+    # Models that a request to it would have to wait for, beside those loading already.
+    _unloaded: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.breaker = Breaker(self.name, self.limits, self.clock, self.rng)
@@ -224,6 +228,43 @@ class Worker:
         return self.slots + self.overcommit - self._taken
 
     @property
+    def full_for(self) -> float:
+        """Tell the seconds since which every slot was taken, or taken again at once."""
+        if self._full_since is None or self.free > 0:
+            return 0.0
+        return self.clock() - self._full_since
+
+    def loads(self, model: str) -> bool:
+        """Tell whether a request for this model would have to wait until it is loaded.
+
+        llama-server's router mode loads a model when it is asked for it, and may drop
+        another one for that.
+        """
+        return model in self._unloaded
+
+    def has_loaded(self, model: str) -> bool | None:
+        """Tell whether a model is loaded; None if the worker does not tell."""
+        told = next((m.loaded for m in self.models if m.name == model), None)
+        return None if told is None else model not in self._unloaded
+
+    def is_cold(self, model: str) -> bool:
+        """Tell whether a request for this model would be what starts its load."""
+        if model not in self._unloaded:
+            return False
+        told = self.description.models if self.description else ()
+        loading = any(each.loading for each in told if each.name == model)
+        return not (loading or any(lease.model == model for lease in self.leases))
+
+    def has_answered(self, lease: Lease) -> None:
+        """Take in the beginning of an answer, or a refusal: its model is loaded by now.
+
+        Another one may have made room for it, so the pinger had better look.
+        """
+        if lease.loads:
+            self._unloaded.discard(lease.model)
+            self.suspect()
+
+    @property
     def unread(self) -> int:
         """Bytes of the prompts of which no answer has begun."""
         unread = 0  # a loop, as this is asked for every choice
@@ -255,9 +296,17 @@ class Worker:
         permits = [breaker.permit() for breaker in breakers if breaker is not None]
         lease.permits = tuple(permit for permit in permits if permit is not None)
         lease.generation = self.breaker.generation
+        lease.loads = model in self._unloaded
         self.leases.add(lease)
         self._taken += slot
+        self._note_room()
         return lease
+
+    def _note_room(self) -> None:
+        if self.free > 0:
+            self._full_since = None
+        elif self._full_since is None:
+            self._full_since = self.clock()
 
     def _give_back(self, lease: Lease, outcome: Outcome) -> None:
         beside = len(self.leases)
@@ -272,8 +321,11 @@ class Worker:
             self._good = 0
         if outcome in SUSPICIOUS:
             self.suspect()
+        if outcome is Outcome.REFUSED:
+            self.has_answered(lease)
         if self.on_free is not None:
             self.on_free()
+        self._note_room()  # a slot that went from one request to the next was not free
 
     def _judge(self, lease: Lease, outcome: Outcome, beside: int) -> Verdict:
         """Say what an attempt has shown about this worker."""
@@ -283,7 +335,7 @@ class Worker:
                 pace = self.pace_of(lease.model)
                 slow = pace.is_slow(lease.tokens, lease.seconds, beside)
                 pace.learn(
-                    lease.prompt_bytes,
+                    0 if lease.loads else lease.prompt_bytes,  # not a time of reading
                     lease.first_token,
                     lease.tokens,
                     lease.seconds,
@@ -339,6 +391,8 @@ class Worker:
         if description is not None:
             changed, self.description = self.description != description, description
             self.slots = self.config.slots or self._believed(description.slots)
+            self._unloaded = {m.name for m in description.models if m.loaded is False}
+            self._note_room()
             if changed and self.on_told is not None:
                 self.on_told()
         if check is Check.FAILED and self.heard_since(now - self.health.timeout):

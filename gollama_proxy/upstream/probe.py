@@ -115,9 +115,9 @@ async def prove(
     timeout = aiohttp.ClientTimeout(total=limit)
     try:
         async with session.post(
-            _url(worker, "/v1/chat/completions"),
+            url_of(worker, "/v1/chat/completions"),
             data=msgspec.json.encode(body),
-            headers={"Content-Type": "application/json", **_key(worker)},
+            headers={"Content-Type": "application/json", **key_of(worker)},
             timeout=timeout,
             allow_redirects=False,
         ) as response:
@@ -147,13 +147,13 @@ async def _learn(
         except _UNREADABLE:
             pass  # another server's idea of /props
     settings = props.default_generation_settings or _Settings()
-    context = settings.n_ctx
+    context = settings.n_ctx or None  # a router says 0, as it has no model itself
     return Description(
         models=tuple(
             Model(
                 model.id,
                 (model.meta and model.meta.n_ctx) or context,
-                _is_loaded(model.status),
+                *_loaded(model.status),
             )
             for model in models
         ),
@@ -170,8 +170,8 @@ async def _get(
     timeout: aiohttp.ClientTimeout,
 ) -> tuple[int, bytes]:
     async with session.get(
-        _url(worker, path),
-        headers=_key(worker),
+        url_of(worker, path),
+        headers=key_of(worker),
         timeout=timeout,
         allow_redirects=False,
     ) as response:
@@ -183,12 +183,14 @@ async def _get(
         return response.status, body
 
 
-def _url(worker: WorkerConfig, path: str) -> str:
+def url_of(worker: WorkerConfig, path: str) -> str:
+    """Give the address of a route of a worker."""
     origin = worker.origin
     return f"{origin.scheme}://{origin.authority}{origin.prefix}{path}"
 
 
-def _key(worker: WorkerConfig) -> dict[str, str]:
+def key_of(worker: WorkerConfig) -> dict[str, str]:
+    """Give the header with a worker's key, if it has one."""
     return {"Authorization": f"Bearer {worker.api_key}"} if worker.api_key else {}
 
 
@@ -231,10 +233,15 @@ def _read(body: bytes, kind: type[Any], path: str) -> Any:
         raise _OddAnswer(f"{path} answered what cannot be read: {exc}") from None
 
 
-def _is_loaded(status: object) -> bool | None:
-    """Read a router's `{"value": "loaded", …}`; None for anything of another shape."""
+def _loaded(status: object) -> tuple[bool | None, bool]:
+    """Read whether a model is loaded, and whether it is loading, as a router tells.
+
+    That is `{"value": "loaded", …}`; anything of another shape tells nothing.
+    """
     value = status.get("value") if isinstance(status, dict) else None
-    return value == "loaded" if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None, False
+    return value == "loaded", value == "loading"
 
 
 class _OddAnswer(Exception):

@@ -60,7 +60,7 @@ def _control_answer(worker: ScriptedWorker, path: str) -> Script:
         case "/health":
             return answer(replies.health())
         case "/models":
-            return answer(replies.models(worker.models, worker.n_ctx))
+            return answer(replies.models(worker.models, worker.n_ctx, worker.status))
         case "/props":
             return answer(
                 replies.props(

@@ -225,8 +225,11 @@ def not_found() -> bytes:
     return json_reply({"error": error}, 404)
 
 
-def models(names: Iterable[str], n_ctx: int) -> dict[str, Any]:
-    names = list(names)
+def models(
+    names: Iterable[str], n_ctx: int, status: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """List models; with a `status` of each as a router does."""
+    names, status = list(names), status or {}
     return {
         "models": [
             {
@@ -263,6 +266,7 @@ def models(names: Iterable[str], n_ctx: int) -> dict[str, Any]:
                     "size": 525568,
                     "ftype": "all F32",
                 },
+                **({"status": {"value": status[name]}} if name in status else {}),
             }
             for name in names
         ],

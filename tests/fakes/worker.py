@@ -27,6 +27,7 @@ class ScriptedWorker:
     """One fake llama-server on a port of its own; use it with `async with`.
 
     Attributes can be changed while it runs: `models`, `slots`, `n_ctx`, `build`,
+    `status` (of a model, as a router tells: "loaded", "unloaded", "loading"),
     `loading` (503 on every path) and `hang_health` (GET /health is never answered).
     """
 
@@ -44,6 +45,7 @@ class ScriptedWorker:
         self.slots = slots
         self.n_ctx = n_ctx
         self.build = build
+        self.status: dict[str, str] = {}
         self.loading = False
         self.hang_health = False
         self.keep_body = keep_body

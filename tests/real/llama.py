@@ -49,12 +49,14 @@ def binary() -> Path:
 class LlamaServer:
     """One llama-server; start it from the main thread only.
 
+    Without a `model` it is a router, whose `args` say where the models are.
+
     The kernel counts a thread that ends as the death of the parent.
     """
 
     def __init__(
         self,
-        model: Path,
+        model: Path | None,
         log: Path,
         *,
         name: str = "tiny",
@@ -65,7 +67,9 @@ class LlamaServer:
         self.name = name
         self.log = log
         self.port = 0  # chosen by the server at its first start, kept from then on
-        self._arguments = ["-m", str(model), "--alias", name, "--host", "127.0.0.1"]
+        self._arguments = ["--host", "127.0.0.1"]
+        if model is not None:  # else it is a router
+            self._arguments += ["-m", str(model), "--alias", name]
         self._arguments += ["-np", str(slots), "-c", str(ctx), "-t", "1"]
         # A burst of connections would otherwise wait for HTTP threads.
         self._arguments += ["--threads-http", "64", "--sse-ping-interval", "5", *args]

@@ -1,0 +1,62 @@
+"""Real llama-servers in router mode: models are loaded when they are asked for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.waiting import until
+from tests.real.llama import LlamaServer
+
+pytestmark = pytest.mark.real
+
+CHAT = "/v1/chat/completions"
+
+
+def ask(model: str, **fields: Any) -> dict[str, Any]:
+    message = {"role": "user", "content": "hello"}
+    return {"model": model, "messages": [message], "max_tokens": 8, **fields}
+
+
+async def loaded(hub: RunningHub, model: str) -> list[bool | None]:
+    row = (await hub.get(f"/v1/models/{model}")).json()
+    return [worker["loaded"] for worker in row["gollama"]["workers"]]
+
+
+async def test_a_router_loads_on_demand_and_who_has_a_model_is_preferred(
+    tiny_model: Path,
+    llama_server: Callable[..., LlamaServer],
+    tmp_path: Path,
+) -> None:
+    for name in ("alpha", "beta"):
+        (tmp_path / "models").mkdir(exist_ok=True)
+        shutil.copy(tiny_model, tmp_path / "models" / f"{name}.gguf")
+    mode = ("--models-dir", str(tmp_path / "models"), "--models-max", "1")
+    servers = [llama_server(None, name=name, args=mode) for name in ("one", "two")]
+    async with running_hub(*servers, health__interval=3600) as hub:
+        workers = hub.hub.registry.workers
+        assert await loaded(hub, "alpha") == await loaded(hub, "beta") == [False] * 2
+        assert workers[0].context_of("alpha") is None
+        first = await hub.post(CHAT, ask("alpha"))
+        assert first.json()["model"] == "alpha"
+        home = first.header("x-gollama-worker")
+        for _ in range(4):
+            again = await hub.post(CHAT, ask("alpha", stream=True))
+            assert again.header("x-gollama-worker") == home
+            assert b"[DONE]" in again.body
+        # The pinger has looked, and learnt the context with it.
+        [at] = [index for index, each in enumerate(workers) if each.name == home]
+        await until(lambda: workers[at].context_of("alpha") == 1024)
+        assert await loaded(hub, "alpha") == [index == at for index in (0, 1)]
+        # The other model has the other worker to go to, but may evict as well.
+        other = await hub.post(CHAT, ask("beta"))
+        assert other.status == 200
+        there = other.header("x-gollama-worker")
+        [at] = [index for index, each in enumerate(workers) if each.name == there]
+        await until(lambda: workers[at].has_loaded("alpha") is False)
+        assert await loaded(hub, "beta") == [index == at for index in (0, 1)]
