@@ -115,7 +115,7 @@ def _cut(body: bytes, places: list[int]) -> Iterator[bytes]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def worker() -> AsyncIterator[ScriptedWorker]:
-    async with ScriptedWorker(MODEL) as worker:
+    async with ScriptedWorker(MODEL, n_ctx=1 << 20) as worker:
         yield worker
 
 

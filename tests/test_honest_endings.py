@@ -497,7 +497,7 @@ async def test_an_answer_that_is_cut_is_seen_to_be_cut(
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
-        (400, "exceed_context_size_error"),
+        (400, "invalid_request_error"),
         (404, "not_found_error"),
         (422, "invalid_request_error"),
         (500, "server_error"),

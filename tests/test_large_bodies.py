@@ -44,7 +44,7 @@ OK = answer(chat_completion("hello"))
 
 
 def a_worker(*models: str) -> ScriptedWorker:
-    return ScriptedWorker(*models, keep_body=2 * LARGE)
+    return ScriptedWorker(*models, keep_body=2 * LARGE, n_ctx=1 << 24)
 
 
 def running(worker: ScriptedWorker, *more: ScriptedWorker, **settings: Any) -> Any:

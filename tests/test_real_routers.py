@@ -60,3 +60,22 @@ async def test_a_router_loads_on_demand_and_who_has_a_model_is_preferred(
         [at] = [index for index, each in enumerate(workers) if each.name == there]
         await until(lambda: workers[at].has_loaded("alpha") is False)
         assert await loaded(hub, "beta") == [index == at for index in (0, 1)]
+
+
+async def test_a_prompt_is_counted_by_a_router(
+    tiny_model: Path, llama_server: Callable[..., LlamaServer], tmp_path: Path
+) -> None:
+    """Once the model is loaded; a count is no reason to load it."""
+    (tmp_path / "models").mkdir()
+    shutil.copy(tiny_model, tmp_path / "models" / "alpha.gguf")
+    mode = ("--models-dir", str(tmp_path / "models"))
+    async with running_hub(llama_server(None, args=mode)) as hub:
+        [worker] = hub.hub.registry.workers
+        long = ask("alpha", messages=[{"role": "user", "content": "zo " * 3000}])
+        first = await hub.post(CHAT, long)
+        assert first.status == 400  # in the worker's words, as nothing was known
+        assert "3020 tokens" in first.json()["error"]["message"]
+        await until(lambda: worker.context_of("alpha") == 1024)
+        second = await hub.post(CHAT, long)
+        assert second.json()["error"]["code"] == "context_length_exceeded"
+        assert second.header("x-gollama-worker") is None

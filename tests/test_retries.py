@@ -375,15 +375,13 @@ async def test_a_prompt_that_is_too_long_goes_to_a_larger_worker_and_nowhere_els
         assert small.requests
 
 
-async def test_a_prompt_that_is_too_long_for_all_is_refused_in_the_workers_words() -> (
-    None
-):
+async def test_a_prompt_that_is_too_long_for_all_is_refused_once() -> None:
     async with two() as (first, second, hub):
         first.default(*overflow())
         second.default(*overflow())
         response = await hub.post(CHAT, WHOLE)
         assert response.status == 400
-        assert response.json()["error"]["type"] == "exceed_context_size_error"
+        assert response.json()["error"]["code"] == "context_length_exceeded"
         assert len(first.requests) + len(second.requests) == 1
 
 

@@ -315,6 +315,54 @@ def test_a_prompt_that_is_too_long_may_fit_a_fallback() -> None:
     assert (made.pool.model, made.candidates()) == ("other2", [large])
 
 
+# --- Prompts that were counted ----------------------------------------------------
+
+
+def test_a_prompt_goes_only_where_it_fits() -> None:
+    """It needs room for one token of the answer, too."""
+    small, exact, large = worker("a"), worker("b", 2000), worker("c", 2001)
+    unknown = worker("d", None)
+    made = attempts(small, exact, large, unknown)
+    made.needs["tiny"] = 2000
+    assert made.candidates() == [large, unknown]
+    assert made.fitting(made.pool) == [large, unknown]
+
+
+def test_the_pools_that_are_left_are_named() -> None:
+    a, b = worker("a"), worker("b", models=["other1"])
+    made = attempts(a, fallbacks=[[b]])
+    assert [pool.model for pool in made.pools] == ["tiny", "other1"]
+    take_out(a)
+    assert made.candidates() == [b]
+    assert [pool.model for pool in made.pools] == ["other1"]
+
+
+def test_whether_it_fits_somewhere_does_not_depend_on_who_is_there() -> None:
+    small, large = worker("a"), worker("b", 4096)
+    take_out(large)
+    made = attempts(small, large)
+    made.needs["tiny"] = 2000
+    assert made.fitting(made.pool) == []
+    assert made.fits_somewhere
+    made.needs["tiny"] = 5000
+    assert not made.fits_somewhere
+
+
+def test_each_model_counts_for_itself() -> None:
+    first, second = worker("a"), worker("b", models=["other1"])
+    made = attempts(first, fallbacks=[[second]])
+    made.needs = {"tiny": 2000, "other1": 900}
+    assert made.fits_somewhere
+    assert made.candidates() == [second]
+    assert made.pool.model == "other1"
+    made.needs["other1"] = 1024
+    assert not made.fits_somewhere
+    error = made.too_long(1500)
+    assert error is not None
+    assert "tiny on a 1024, other1 on b 1024" in error.message
+    assert attempts(worker("a", None)).too_long(1500) is None
+
+
 # --- Streams in place of answers --------------------------------------------------
 
 

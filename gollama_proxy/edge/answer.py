@@ -45,6 +45,7 @@ class Refusal(NamedTuple):
     outcome: Outcome  # for the worker
     failure: Failure | None = None  # None: it would be the same everywhere
     busy: float | None = None  # seconds that the worker asks to be left alone
+    tokens: int = 0  # of a prompt that was too long, if the worker has told
 
 
 def refusal_of(error: WorkerError) -> Refusal:
@@ -93,7 +94,8 @@ async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
     if status == 429:
         return Refusal(told, Outcome.BUSY, Failure.BUSY, _retry_after(relay))
     if any(word in body for word in _OVERFLOW):
-        return Refusal(told, Outcome.REFUSED, Failure.CONTEXT)
+        tokens = sse.refused_tokens(body)
+        return Refusal(told, Outcome.REFUSED, Failure.CONTEXT, tokens=tokens)
     # A 500 of llama-server often means a bad request, so nobody is blamed for it yet.
     return _status_refusal(told, failed=status >= 500 and status != 501)
 

@@ -12,6 +12,7 @@ from aiohttp import web
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.catalogue import Catalogue
 from gollama_proxy.edge.dispatch import Dispatcher, Routes
+from gollama_proxy.edge.fitting import Fitting
 from gollama_proxy.edge.inference import Inference
 from gollama_proxy.edge.revocation import Revocation
 from gollama_proxy.edge.server import Server
@@ -22,7 +23,7 @@ from gollama_proxy.routing.admission import Line
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Config
-from gollama_proxy.upstream import probe
+from gollama_proxy.upstream import probe, tokenizer
 from gollama_proxy.upstream.pinger import Pinger
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.upstream.sweep import Sweep
@@ -81,6 +82,7 @@ class Hub:
             self.connections,
             self.sweep,
             self.slots,
+            Fitting(self.registry, self._count),
             clock,
         )
         return {
@@ -103,6 +105,12 @@ class Hub:
         assert self._session is not None
         limit = self.config.timeouts.allowance
         return await probe.prove(self._session, worker.config, model, limit)
+
+    async def _count(
+        self, worker: Worker, path: str, model: str, body: bytes
+    ) -> int | None:
+        assert self._session is not None
+        return await tokenizer.count(self._session, worker.config, path, model, body)
 
     # --- Life ---------------------------------------------------------------------
 

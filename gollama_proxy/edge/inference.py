@@ -23,6 +23,7 @@ from gollama_proxy.edge.answer import (
 )
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.dispatch import draining
+from gollama_proxy.edge.fitting import Fitting
 from gollama_proxy.edge.job import WAIT, Job
 from gollama_proxy.edge.request import Incoming, answer_expectation
 from gollama_proxy.edge.slots import Claim, Entry, Seat, Slots
@@ -66,6 +67,7 @@ class Inference:
         connections: Mapping[str, ConnectionPool],
         sweep: Sweep,
         slots: Slots,
+        fitting: Fitting,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
@@ -74,6 +76,7 @@ class Inference:
         self._connections = connections
         self._sweep = sweep
         self._slots = slots
+        self._fitting = fitting
         self._quotas = Quotas(clock)
         self._clock = clock
 
@@ -136,6 +139,7 @@ class Inference:
             self._slots.leave(entry)
             used = record.prompt_tokens + record.tokens
             self._quotas.spend(principal.subject, used)
+            self._fitting.learn(incoming, record.model, record.prompt_tokens)
 
     def _counts(self, principal: Principal) -> bool:
         """Say whether a worker has to be asked what its answer took."""
@@ -152,6 +156,7 @@ class Inference:
     async def _have_answered(self, job: Job) -> web.StreamResponse:
         """Have one worker after another try, until the client has a whole answer."""
         while True:
+            await self._fitting.check(job.incoming, job.attempts)
             try:
                 worker, lease = await self._admit(job)
             except NoWorkerError:

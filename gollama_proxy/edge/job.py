@@ -276,6 +276,8 @@ class Job:
         self.last = refusal
         if not self.incoming.replayable or (self.fed and self.rescue is None):
             return None
+        if refusal.tokens:
+            self.attempts.needs[self.attempts.pool.model] = refusal.tokens
         refuses = refusal.failure in (None, Failure.STATUS)
         if self.rescue is not None and refuses and self._ask_for_all():
             # Not every server lets a client begin an answer for it.
@@ -309,6 +311,10 @@ class Job:
         if self.lost is not None and (self.fed or self.rescue is not None):
             raise self.lost  # a refusal to go on is nothing that the client asked for
         assert self.last is not None, self
+        if self.last.failure is Failure.CONTEXT:
+            too_long = self.attempts.too_long(self.last.tokens)
+            if too_long is not None:  # else the worker has said it better
+                raise too_long
         if isinstance(self.last.told, ProxyError):
             raise self.last.told
         self.record.outcome = "refused"

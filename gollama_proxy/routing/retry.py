@@ -33,10 +33,12 @@ import random
 from collections.abc import Sequence
 
 from gollama_proxy.routing.budget import RetryBudget
+from gollama_proxy.routing.context import too_long
 from gollama_proxy.routing.policies import Ask
 from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Retry
+from gollama_proxy.wire.errors import RequestError
 
 
 class Failure(enum.Enum):
@@ -88,6 +90,7 @@ class Attempts:
         "_free",
         "_least_context",
         "_limits",
+        "_pools",
         "_repeat",
         "_resuming",
         "_rng",
@@ -95,6 +98,8 @@ class Attempts:
         "_suspects",
         "as_sent",
         "ask",
+        "begun",
+        "needs",
         "once",
         "pool",
         "tried",
@@ -117,7 +122,10 @@ class Attempts:
         self.pool = pools[0]
         self.tried: list[Worker] = []  # of the pool
         self.ask = Ask(self.pool.model)  # what is known of the request
+        self.begun = False  # somebody has been asked, of this pool or of another
+        self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
         self.as_sent = False  # a stream in place of an answer has been of no use
+        self._pools = tuple(pools)
         self._fallbacks = list(pools[1:])
         self._limits = limits
         self._budget = budget
@@ -147,7 +155,7 @@ class Attempts:
         """
         if self._resuming and not self.some_left:
             return []
-        available = self._fitting(self.pool)
+        available = self.fitting(self.pool)
         last = [w for w in available if w in self.tried[-1:]] if self._again else []
         others = self.pool.preferred(self._others())
         if self._repeat and last:
@@ -163,12 +171,13 @@ class Attempts:
         paid = self._free or self._budget.suffices
         others = self._others() if paid and self.some_left else []
         for fallback in self._fallbacks:
-            others += self._fitting(fallback)
+            others += self.fitting(fallback)
         return any(worker.free > 0 for worker in others)
 
     def begin(self, worker: Worker) -> None:
         """Note who has got the attempt."""
         self.tried.append(worker)
+        self.begun = True
         self._again = self._repeat = False
         if self._resuming:
             self._continuations -= 1
@@ -184,7 +193,7 @@ class Attempts:
         when nobody else is left.  They may have been started anew; but whoever has
         stalled would stall again.
         """
-        available = self._fitting(self.pool)
+        available = self.fitting(self.pool)
         untried = [worker for worker in available if worker not in self.tried]
         if untried or not self._resuming:
             return untried
@@ -203,21 +212,40 @@ class Attempts:
         """The pools that are left: this one, and those of the fallbacks behind it."""
         return [self.pool, *self._fallbacks]
 
-    def _fitting(self, pool: Pool) -> list[Worker]:
-        if not self._least_context:
+    def fitting(self, pool: Pool) -> list[Worker]:
+        """List who can be asked and has enough context, as far as is known."""
+        if not (self._least_context or self.needs):
             return pool.able
-        return [
-            worker
-            for worker in pool.able
-            if (worker.context_of(pool.model) or 0) > self._least_context
-        ]
+        return [worker for worker in pool.able if self._fits(worker, pool.model)]
+
+    @property
+    def fits_somewhere(self) -> bool:
+        """Whether anybody has enough context, be it somebody who is out."""
+        return any(
+            self._fits(worker, pool.model)
+            for pool in self.pools
+            for worker in pool.workers
+        )
+
+    def _fits(self, worker: Worker, model: str) -> bool:
+        context = worker.context_of(model)
+        if context is None:  # let it try, but not after somebody has refused
+            return not self._least_context
+        return context > max(self._least_context, self.needs.get(model, 0))
+
+    def too_long(self, tokens: int) -> RequestError | None:
+        """Say that nobody has enough context for a prompt of so many tokens.
+
+        None if nothing is known of any context.
+        """
+        return too_long(self._pools, tokens)
 
     def _fall_back(self) -> bool:
         """Move on to the next fallback that has somebody; False if none has."""
         while self._fallbacks:
             self.pool = self._fallbacks.pop(0)
             self.ask = self.ask._replace(model=self.pool.model)
-            if self._fitting(self.pool):
+            if self.fitting(self.pool):
                 self.tried.clear()
                 self._suspects.clear()
                 self._free = True

@@ -47,6 +47,7 @@ _PROMPT_PARTS = re.compile(rb'"(?:prompt_n|cache_n)"\s*:\s*(\d{1,12})')
 _TIMINGS = re.compile(rb'"timings"\s*:\s*\{([^{}]*)\}')
 _TIMING = re.compile(rb'"(prompt_n|cache_n|prompt_ms)"\s*:\s*([-+.\deE]{1,32})')
 _CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"\s*:\s*(\d{1,12})')
+_REFUSED = re.compile(rb'"n_prompt_tokens"\s*:\s*(\d{1,12})')
 _ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"\s*:|event: ?error[\r\n])')
 
 
@@ -113,6 +114,12 @@ def reading(tail: bytes) -> tuple[int, int, float] | None:
     cached = _CACHED.findall(tail)
     prompt = prompt_tokens(tail)
     return (prompt - int(cached[-1]), int(cached[-1]), 0.0) if cached else None
+
+
+def refused_tokens(body: bytes) -> int:
+    """Read how many tokens a prompt had that a worker found too long; 0 if unsaid."""
+    counts = _REFUSED.findall(body)
+    return int(counts[-1]) if counts else 0
 
 
 def events_in(held: bytes) -> Iterator[bytes]:

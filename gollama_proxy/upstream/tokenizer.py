@@ -1,0 +1,114 @@
+"""How many tokens a prompt has: counted by a worker that is to answer it.
+
+These routes of llama-server run beside its slots (tools/server/README.md of llama.cpp).
+The count is the one that it would refuse the prompt by; only pictures are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from gollama_proxy.settings import WorkerConfig
+from gollama_proxy.upstream.probe import key_of, url_of
+
+# Seconds; llama-server takes 0.2 s for a prompt of a megabyte.
+LIMIT = 2.0
+PIECE = 64 << 10
+MAX_ANSWER = 16 << 20  # the tokens of the largest prompt that can be sent twice
+
+# Routes that count what another one would be asked.
+_COUNTED_BY = {
+    "/v1/messages": "/v1/messages/count_tokens",
+    "/v1/responses": "/v1/responses/input_tokens",
+    "/responses": "/v1/responses/input_tokens",
+}
+
+
+class _Asked(msgspec.Struct):
+    prompt: Any = None
+
+
+class _Answer(msgspec.Struct):
+    prompt: str = ""  # of /apply-template
+    tokens: list[int] = []  # of /tokenize
+    input_tokens: int = 0  # of the routes above
+
+
+async def count(
+    session: aiohttp.ClientSession,
+    worker: WorkerConfig,
+    path: str,
+    model: str,
+    body: bytes,
+) -> int | None:
+    """Have a worker count the tokens of a request for this path and model.
+
+    None if that cannot be said, or not soon enough.
+    """
+    try:
+        if path in _COUNTED_BY:
+            answer = await _ask(session, worker, _COUNTED_BY[path], body)
+            return answer.input_tokens or None
+        prompt: object
+        if path.endswith("chat/completions"):
+            prompt = (await _ask(session, worker, "/apply-template", body)).prompt
+        else:
+            prompt = msgspec.json.decode(body, type=_Asked).prompt
+        if not isinstance(prompt, str) or not prompt:  # a list, of tokens or of prompts
+            return None
+        question = {
+            "model": model,  # a router wants to know
+            "content": prompt,
+            "add_special": True,
+            "parse_special": True,
+        }
+        answer = await _ask(session, worker, "/tokenize", msgspec.json.encode(question))
+    except (
+        TimeoutError,
+        aiohttp.ClientError,
+        OSError,
+        msgspec.DecodeError,
+        UnicodeDecodeError,
+        RecursionError,
+        _NoAnswer,
+    ):
+        return None
+    return len(answer.tokens) or None
+
+
+async def _ask(
+    session: aiohttp.ClientSession, worker: WorkerConfig, path: str, body: bytes
+) -> _Answer:
+    async with session.post(
+        url_of(worker, path),
+        data=_pieces(body),
+        headers={
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **key_of(worker),
+        },
+        timeout=aiohttp.ClientTimeout(total=LIMIT),
+        allow_redirects=False,
+    ) as response:
+        if response.status != 200:
+            raise _NoAnswer
+        data = bytearray()
+        async for piece in response.content.iter_chunked(PIECE):
+            data += piece
+            if len(data) > MAX_ANSWER:
+                raise _NoAnswer
+    return msgspec.json.decode(data, type=_Answer)
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    """Send a body bit by bit, so that a large one lets others have their turn."""
+    for start in range(0, len(body), PIECE):
+        yield body[start : start + PIECE]
+
+
+class _NoAnswer(Exception):
+    """What came tells nothing."""
