@@ -171,7 +171,8 @@ async def test_what_a_worker_gets_is_written_in_one_way(
         assert token.encode() not in request.head
     else:  # what aiohttp knows only once, came twice
         assert response.status == 400
-        assert worker.requests == []
+        # Of a body that streams through, the worker may have got all but the end.
+        assert [each.sent for each in worker.requests] in ([], [0])
 
 
 @pytest.mark.parametrize("chunked", [True, False])
