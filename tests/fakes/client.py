@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 
 import h11
 
-DEADLINE = 10.0  # of every wait: a test that hangs should say on what
+DEADLINE = 20.0  # of every wait: a test that hangs should say on what
 
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
