@@ -9,12 +9,13 @@ import functools
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 GRACE = 5.0
 READY_WITHIN = 15.0
+LOOK_EVERY = 0.1
 
 
 class BenchmarkError(Exception):
@@ -88,13 +89,16 @@ async def until_answered(
     Raises:
         BenchmarkError: when it ended, or was not ready in time.
     """
+    body = (
+        '{"model": "paced", "max_tokens": 1,'
+        ' "messages": [{"role": "user", "content": "Ready?"}]}'
+    )
     request = (
         "POST /v1/chat/completions HTTP/1.1\r\n"
         f"Host: 127.0.0.1:{port}\r\n"
         f"Authorization: Bearer {bearer}\r\n"
         "Content-Type: application/json\r\nConnection: close\r\n"
-        "Content-Length: 71\r\n\r\n"
-        '{"model": "paced", "messages": [{"role": "user", "content": "Ready?"}]}'
+        f"Content-Length: {len(body)}\r\n\r\n{body}"
     )
     status = b"no answer"
     with contextlib.suppress(TimeoutError):
@@ -104,9 +108,25 @@ async def until_answered(
                     status = await _status(port, request.encode())
                 if status.startswith(b"HTTP/1.1 200 "):
                     return
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(LOOK_EVERY)
     what = "is not ready" if child.returncode is None else "ended"
     raise BenchmarkError(f"{log.stem} {what}: {status.decode()}; {last_words(log)}")
+
+
+async def until(what: str, ask: Callable[[], Awaitable[bool]], limit: float) -> None:
+    """Ask a child again and again until it says yes.
+
+    Raises:
+        BenchmarkError: when it is gone, or did not in so many seconds.
+    """
+    try:
+        async with asyncio.timeout(limit):
+            while not await ask():
+                await asyncio.sleep(LOOK_EVERY)
+    except TimeoutError:
+        raise BenchmarkError(f"no {what} in {limit:.0f} s") from None
+    except OSError as exc:
+        raise BenchmarkError(f"no {what}: {exc}") from None
 
 
 async def _status(port: int, request: bytes) -> bytes:

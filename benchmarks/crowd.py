@@ -6,20 +6,80 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from benchmarks.load import Job, StreamClient, Tally
+from benchmarks.load import Client, Job, StreamClient, Tally
 
 END_WITHIN = 60.0
+
+
+class Call(Protocol):
+    """One request of a client, as far as a crowd has to do with it."""
+
+    ended: asyncio.Future[None]
+
+    def give_up(self) -> None: ...
+
+
+C = TypeVar("C", bound=Call)
+# What a client does, given its number, the list for its calls, and the sign to leave.
+Come = Callable[[int, list[C], asyncio.Event], Coroutine[None, None, None]]
+
+
+@contextlib.asynccontextmanager
+async def crowd(clients: int, come: Come[C]) -> AsyncIterator[list[C]]:
+    """Have clients come while the context lasts, and see the last ones off.
+
+    Their calls are in the order in which they began; each has ended after the context.
+    """
+    calls: list[C] = []
+    leaving = asyncio.Event()
+    here = [
+        asyncio.create_task(come(number, calls, leaving), name=f"client {number}")
+        for number in range(clients)
+    ]
+    try:
+        yield calls
+        leaving.set()
+        left, _ = await asyncio.wait(here, timeout=END_WITHIN)
+        for each in left:
+            each.result()  # raises what should never happen
+    finally:
+        for each in here:
+            each.cancel()
+        await asyncio.gather(*here, return_exceptions=True)
+    for call in calls:
+        if not call.ended.done():
+            call.give_up()
+
+
+async def connect(client: Client, port: int) -> None:
+    """Have a client ask, and wait until it has its answer, or its flaw."""
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.create_connection(lambda: client, "127.0.0.1", port)
+    except OSError as exc:
+        client.refuse(str(exc))
+    await client.ended
+
+
+# --- Visits -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Habit:
     """How clients come: each pauses after every answer, this long on average."""
 
-    pause: float
+    pause: float  # seconds
     seed: str  # the same pauses for the same seed
+
+    def rng(self, client: int) -> random.Random:
+        return random.Random(f"{self.seed} {client}")
+
+    async def rest(self, rng: random.Random) -> None:
+        await asyncio.sleep(rng.uniform(0, 2 * self.pause))
 
 
 class Visit(StreamClient):
@@ -35,14 +95,9 @@ class Visit(StreamClient):
     def __repr__(self) -> str:
         return f"<Visit {self.first} {self.worker} {self.flaw!r}>"
 
-    def refuse(self, why: str) -> None:
-        """End what never came to be connected."""
-        self.flaw = why
-        self.ended.set_result(None)
-
     def give_up(self) -> None:
         self._hear()
-        self._end("no end in sight")
+        super().give_up()
 
     def data_received(self, data: bytes) -> None:
         self._hear()
@@ -68,48 +123,17 @@ class Visit(StreamClient):
             self._heard = now
 
 
-@contextlib.asynccontextmanager
-async def crowd(job: Job, habit: Habit) -> AsyncIterator[list[Visit]]:
-    """Have the job's clients come while the context lasts, and see the last ones off.
+def visiting(job: Job, habit: Habit) -> Come[Visit]:
+    """Have each client ask the job's question again and again."""
 
-    The visits are in the order in which they began; each has ended after the context.
-    """
-    visits: list[Visit] = []
-    leaving = asyncio.Event()
-    come = [
-        asyncio.create_task(
-            _come(job, habit, number, visits, leaving), name=f"client {number}"
-        )
-        for number in range(job.clients)
-    ]
-    try:
-        yield visits
-        leaving.set()
-        left, _ = await asyncio.wait(come, timeout=END_WITHIN)
-        for each in left:
-            each.result()  # raises what should never happen
-    finally:
-        for each in come:
-            each.cancel()
-        await asyncio.gather(*come, return_exceptions=True)
-    for visit in visits:
-        if not visit.ended.done():
-            visit.give_up()
+    async def come(number: int, visits: list[Visit], leaving: asyncio.Event) -> None:
+        rng, tally = habit.rng(number), Tally()
+        while True:
+            await habit.rest(rng)
+            if leaving.is_set():
+                return
+            visit = Visit(job, number, tally)
+            visits.append(visit)
+            await connect(visit, job.port)
 
-
-async def _come(
-    job: Job, habit: Habit, number: int, visits: list[Visit], leaving: asyncio.Event
-) -> None:
-    loop, tally = asyncio.get_running_loop(), Tally()
-    rng = random.Random(f"{habit.seed} {number}")
-    while True:
-        await asyncio.sleep(rng.uniform(0, 2 * habit.pause))
-        if leaving.is_set():
-            return
-        visit = Visit(job, number, tally)
-        visits.append(visit)
-        try:
-            await loop.create_connection(lambda v=visit: v, "127.0.0.1", job.port)
-        except OSError as exc:
-            visit.refuse(str(exc))
-        await visit.ended
+    return come

@@ -28,21 +28,18 @@ begins when all of them have been answered, and the load is that of (a) again.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import platform
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, quantiles
 
-import uvloop
 from rich.console import Console
 
-from benchmarks.children import BenchmarkError
-from benchmarks.llama import find_binary, llama_servers
+from benchmarks.command import run
+from benchmarks.llama import Build, llama_servers
 from benchmarks.report import spread, table
 from benchmarks.scene import PAUSE, SHARE_SECONDS, TOKENS, Calm, Fault, Scene
 
@@ -56,7 +53,7 @@ async def measure(options: argparse.Namespace, console: Console) -> None:
     faults: list[Fault] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
-        async with llama_servers(WORKERS, folder) as servers:
+        async with llama_servers([Build()] * WORKERS, folder) as servers:
             scene = Scene(
                 servers,
                 folder,
@@ -150,24 +147,9 @@ def _parse() -> argparse.Namespace:
     return options
 
 
-async def _run(options: argparse.Namespace, console: Console) -> None:
-    task = asyncio.current_task()
-    assert task
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    await measure(options, console)
-
-
 def main() -> int:
     options, console = _parse(), Console()
-    try:
-        find_binary()
-        uvloop.run(_run(options, console))
-    except BenchmarkError as exc:
-        print(f"benchmarks: {exc}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        return 130
-    return 0
+    return run(lambda: measure(options, console))
 
 
 if __name__ == "__main__":

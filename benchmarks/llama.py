@@ -7,13 +7,31 @@ import importlib
 import shutil
 import signal
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.children import BenchmarkError, free_port, spawn, until_answered
 
-SLOTS = 4
-CONTEXT = 256  # of a slot
+
+@dataclass(frozen=True)
+class Build:
+    """What a server runs: a model of random weights, and slots for it."""
+
+    layers: int = 2  # twice as many make it half as fast
+    width: int = 64  # the wider, the more a prompt costs beside an answer
+    slots: int = 4
+    context: int = 256  # of a slot
+
+    def model(self, folder: Path) -> Path:
+        """Give its file, which is written once."""
+        path = folder / f"tiny-{self.layers}-{self.width}.gguf"
+        if not path.exists():
+            # Here, because numpy is slow to import.
+            from tests.real.gguf_tiny import write_tiny_gguf
+
+            write_tiny_gguf(path, layers=self.layers, dim=self.width)
+        return path
 
 
 class LlamaServer:
@@ -44,20 +62,19 @@ class LlamaServer:
 
 
 @contextlib.asynccontextmanager
-async def llama_servers(count: int, folder: Path) -> AsyncIterator[list[LlamaServer]]:
+async def llama_servers(
+    builds: Sequence[Build], folder: Path
+) -> AsyncIterator[list[LlamaServer]]:
     """Run llama-servers, ready for requests, while the context lasts."""
-    binary, model = find_binary(), folder / "tiny.gguf"
-    # Here, because numpy is slow to import.
-    from tests.real.gguf_tiny import write_tiny_gguf
-
-    write_tiny_gguf(model)
+    binary = find_binary()
     async with contextlib.AsyncExitStack() as stack:
         servers = []
-        for _ in range(count):
+        for build in builds:
             port = free_port()
-            command = [str(binary), "--model", str(model), "--alias", "tiny"]
+            model = str(build.model(folder))
+            command = [str(binary), "--model", model, "--alias", "tiny"]
             command += ["--host", "127.0.0.1", "--port", str(port), "-t", "1"]
-            command += ["-np", str(SLOTS), "-c", str(SLOTS * CONTEXT)]
+            command += ["-np", str(build.slots), "-c", str(build.slots * build.context)]
             # Each connection holds a thread.
             command += ["--threads-http", "64"]
             log = folder / f"llama-server-{port}.log"

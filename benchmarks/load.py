@@ -48,15 +48,20 @@ class Job:
         }
         if self.max_tokens:
             document |= {"stream": True, "max_tokens": self.max_tokens}
-        body = json.dumps(document).encode()
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\n"
-            f"Host: 127.0.0.1:{self.port}\r\n"
-            f"Authorization: Bearer {self.bearers[client % len(self.bearers)]}\r\n"
-            "Content-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        return head.encode() + body
+        return spell(self.port, self.bearers[client % len(self.bearers)], document)
+
+
+def spell(port: int, bearer: str, document: dict[str, Any]) -> bytes:
+    """Spell the request for a chat completion."""
+    body = json.dumps(document).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\n"
+        f"Host: 127.0.0.1:{port}\r\n"
+        f"Authorization: Bearer {bearer}\r\n"
+        "Content-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 @dataclass
@@ -73,9 +78,8 @@ class Tally:
 class Client(asyncio.Protocol):
     """One connection; `started` and `ended` are always resolved, never failed."""
 
-    def __init__(self, job: Job, number: int, tally: Tally) -> None:
-        self._job = job
-        self._request = job.request(number)
+    def __init__(self, request: bytes, tally: Tally) -> None:
+        self._request = request
         self._tally = tally
         self._parser = httptools.HttpResponseParser(self)
         self._over = False
@@ -99,6 +103,14 @@ class Client(asyncio.Protocol):
         except httptools.HttpParserError as exc:
             self._end(f"not HTTP: {exc}")
 
+    def refuse(self, why: str) -> None:
+        """End what never came to be connected."""
+        self.flaw = why
+        self.ended.set_result(None)
+
+    def give_up(self) -> None:
+        self._end("no end in sight")
+
     def _start(self) -> None:
         if not self.started.done():
             self.started.set_result(None)
@@ -121,7 +133,8 @@ class StreamClient(Client):
     """Reads one stream and judges at its end whether all of it came."""
 
     def __init__(self, job: Job, number: int, tally: Tally) -> None:
-        super().__init__(job, number, tally)
+        super().__init__(job.request(number), tally)
+        self._max_tokens = job.max_tokens
         self._tokens = 0
         self._tail = b""
 
@@ -136,11 +149,11 @@ class StreamClient(Client):
         self._tally.count += tokens
 
     def on_message_complete(self) -> None:
-        missing = self._job.max_tokens - self._tokens
+        missing = self._max_tokens - self._tokens
         if (status := self._parser.get_status_code()) != 200:
             self._end(f"status {status}")
         elif missing:
-            self._end(f"{missing} of {self._job.max_tokens} tokens missing")
+            self._end(f"{missing} of {self._max_tokens} tokens missing")
         elif not self._tail.endswith(DONE):
             self._end("no [DONE]")
         else:
@@ -151,6 +164,9 @@ class RequestClient(Client):
     """Asks again as soon as it is answered, until it is told to stop."""
 
     stopping = False
+
+    def __init__(self, job: Job, number: int, tally: Tally) -> None:
+        super().__init__(job.request(number), tally)
 
     def on_message_complete(self) -> None:
         self._start()

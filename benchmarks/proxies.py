@@ -11,18 +11,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import jwt
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.children import (
+    READY_WITHIN,
     ROOT,
     BenchmarkError,
+    fetch,
     free_port,
     inherited,
     spawn,
+    until,
     until_answered,
 )
 
@@ -31,21 +35,22 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
 
 
 class Proxy:
-    """A proxy in front of one worker; a subclass says how it is started."""
+    """A proxy in front of workers; a subclass says how it is started."""
 
     name = ""
     checkout = ROOT  # where Python finds its modules
 
-    def __init__(self, worker_port: int, folder: Path) -> None:
+    def __init__(self, workers: Sequence[int], folder: Path) -> None:
+        """Prepare it, for the workers at these ports."""
         self.port = free_port()
-        self.worker_port = worker_port
+        self.workers = workers
         self.folder = folder
         self.log = folder / f"{self.name.partition(' ')[0]}.log"
         self.bearers = ["none"]
         self._processes: list[psutil.Process] = []
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} :{self.port} before :{self.worker_port}>"
+        return f"<{type(self).__name__} :{self.port} before {self.workers}>"
 
     def command(self) -> list[str]:
         raise NotImplementedError
@@ -77,28 +82,74 @@ class Hub(Proxy):
 
     name = "gollama_proxy"
 
-    def __init__(self, worker_port: int, folder: Path) -> None:
-        super().__init__(worker_port, folder)
+    def __init__(self, workers: Sequence[int], folder: Path) -> None:
+        super().__init__(workers, folder)
         self.secret = secrets.token_hex(32)
         self.bearers = [self._mint(f"user-{number}") for number in range(16)]
+        self.settings: dict[str, str] = {}  # what is not as it comes
 
     def _mint(self, subject: str) -> str:
         claims = {"sub": subject, "exp": int(time.time()) + 86_400}
         return jwt.encode(claims, self.secret, algorithm="HS256")
 
     def command(self) -> list[str]:
-        worker = f"http://127.0.0.1:{self.worker_port}"
-        serve = ["serve", "--port", str(self.port), "--worker", worker]
+        serve = ["serve", "--port", str(self.port), *self.worker_options()]
         return [sys.executable, "-m", "gollama_proxy", *serve]
 
+    def worker_options(self) -> list[str]:
+        return [f"--worker=http://127.0.0.1:{worker}" for worker in self.workers]
+
     def environment(self) -> dict[str, str]:
-        return {"GOLLAMA_JWT_SECRET": self.secret, **_passing_on(self.checkout)}
+        settings = {f"GOLLAMA_{name}": text for name, text in self.settings.items()}
+        return {"GOLLAMA_JWT_SECRET": self.secret, **settings}
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with super().running():
+            # It has answered, so one of them is there.
+            for worker in self.workers if len(self.workers) > 1 else ():
+                ask = functools.partial(self.sends_to, worker)
+                await until("worker of the hub", ask, READY_WITHIN)
+            yield
+
+    async def sends_to(self, worker: int) -> bool:
+        """Ask whether it would send this worker a request now."""
+        return await self._gauge("gollama_worker_up", worker=_name(worker)) == 1
+
+    async def breaker_closed(self, worker: int) -> bool:
+        labels = {"worker": _name(worker), "state": "closed"}
+        return await self._gauge("gollama_breaker_state", **labels) == 1
+
+    async def _gauge(self, name: str, **labels: str) -> float | None:
+        page = await fetch(self.port, "/metrics", self.bearers[0])
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if sample.name == name and sample.labels == labels:
+                    return sample.value
+        return None
 
 
-def before(folder: Path) -> type[Hub]:
+def _name(worker: int) -> str:
+    """Tell what the hub calls a worker."""
+    return f"127.0.0.1:{worker}"
+
+
+class PassingHub(Hub):
+    """The hub, with short requests that cost what passing them on costs.
+
+    From a worker at a fixed pace, an answer that is assembled would take as long as its
+    stream.
+    """
+
+    def __init__(self, workers: Sequence[int], folder: Path) -> None:
+        super().__init__(workers, folder)
+        self.settings |= _passing_on(self.checkout)
+
+
+def before(folder: Path) -> type[PassingHub]:
     """Make the kind of proxy that is the hub of another checkout."""
 
-    class Before(Hub):
+    class Before(PassingHub):
         name = "before"
         checkout = folder
 
@@ -106,18 +157,14 @@ def before(folder: Path) -> type[Hub]:
 
 
 def _passing_on(checkout: Path) -> dict[str, str]:
-    """Have short requests cost what passing them on costs.
-
-    From a worker at a fixed pace, an answer that is assembled would take as long as its
-    stream.  What can be set depends on how old a hub is, so it is asked.
-    """
-    variable = "GOLLAMA_UPSTREAM_ASSEMBLE"
+    """Have no answer assembled; how to say so depends on how old a hub is."""
+    name = "UPSTREAM_ASSEMBLE"
     # Its name with the default, the help, what is allowed: a line each.
-    row = re.search(rf"{variable} .*\n.*\n +(.*)", _help(checkout))
+    row = re.search(rf"GOLLAMA_{name} .*\n.*\n +(.*)", _help(checkout))
     if row is None:
         return {}
     # Else a list of the routes to assemble.
-    return {variable: "false" if row[1] == "true or false" else ""}
+    return {name: "false" if row[1] == "true or false" else ""}
 
 
 @functools.cache
@@ -151,6 +198,7 @@ class Nginx(Proxy):
     """nginx with one worker process, passing on each piece as it comes."""
 
     name = "nginx"
+    balance = ""  # round-robin
     CONFIGURATION = """
         daemon off;
         worker_processes 1;
@@ -165,7 +213,8 @@ class Nginx(Proxy):
             scgi_temp_path {folder}/scgi;
             uwsgi_temp_path {folder}/uwsgi;
             upstream worker {{
-                server 127.0.0.1:{worker_port};
+                {balance}
+                {servers}
                 keepalive 64;
                 keepalive_requests 1000000;
             }}
@@ -204,9 +253,13 @@ class Nginx(Proxy):
 
     def command(self) -> list[str]:
         configuration = self.folder / "nginx.conf"
+        servers = (f"server 127.0.0.1:{worker};" for worker in self.workers)
         configuration.write_text(
             self.CONFIGURATION.format(
-                folder=self.folder, port=self.port, worker_port=self.worker_port
+                folder=self.folder,
+                port=self.port,
+                balance=self.balance,
+                servers=" ".join(servers),
             )
         )
         errors = str(self.folder / "nginx-error.log")
@@ -215,11 +268,11 @@ class Nginx(Proxy):
 
 
 class PlainProxy(Proxy):
-    """aiohttp's server and client with a loop between them."""
+    """aiohttp's server and client with a loop between them, before one worker."""
 
     name = "plain aiohttp"
 
     def command(self) -> list[str]:
-        worker = f"http://127.0.0.1:{self.worker_port}"
+        worker = f"http://127.0.0.1:{self.workers[0]}"
         options = ["--port", str(self.port), "--worker", worker]
         return [sys.executable, "-m", "benchmarks.plain_proxy", *options]

@@ -18,12 +18,10 @@ to it; every figure would be higher and the ratios smaller.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import os
 import platform
 import resource
-import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -35,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.children import BenchmarkError, free_port, spawn, until_answered
+from benchmarks.command import run
 from benchmarks.measure import (
     REQUEST_CLIENTS,
     REQUEST_SECONDS,
@@ -46,10 +45,14 @@ from benchmarks.measure import (
     stream_job,
 )
 from benchmarks.paced_worker import SLOTS
-from benchmarks.proxies import Hub, Nginx, PlainProxy, Proxy, before
+from benchmarks.proxies import Nginx, PassingHub, PlainProxy, Proxy, before
 from benchmarks.report import mebibytes, signed_spread, spread, table
 
-PROXIES: dict[str, type[Proxy]] = {"hub": Hub, "nginx": Nginx, "plain": PlainProxy}
+PROXIES: dict[str, type[Proxy]] = {
+    "hub": PassingHub,
+    "nginx": Nginx,
+    "plain": PlainProxy,
+}
 MEMORY_GOAL = 150 << 20
 
 
@@ -89,7 +92,7 @@ async def compare(options: argparse.Namespace, console: Console) -> None:
 async def many(options: argparse.Namespace, console: Console) -> None:
     """Hold many slow streams open through one hub and print what it takes."""
     streams, rate, seconds = options.streams, options.rate, options.seconds
-    async with _running([Hub], rate) as (hub,):
+    async with _running([PassingHub], rate) as (hub,):
         idle = hub.memory()
         with console.status(f"{streams:,} streams"):
             job = stream_job(hub, streams, rate, seconds)
@@ -122,7 +125,7 @@ async def _running(
         command += ["--port", str(port), "--rate", str(rate)]
         worker = await stack.enter_async_context(spawn(command, log))
         await until_answered(port, "none", worker, log)
-        proxies = [kind(port, folder) for kind in kinds]
+        proxies = [kind([port], folder) for kind in kinds]
         for proxy in proxies:
             await stack.enter_async_context(proxy.running())
         yield proxies
@@ -162,8 +165,8 @@ def _print_comparison(
             )
     console.print("", tokens, "", requests, sep="\n")
     for kind, result in results.items():
-        if issubclass(kind, Hub) and kind is not Hub:
-            _print_difference(results[Hub], result, kind.checkout, console)
+        if issubclass(kind, PassingHub) and kind is not PassingHub:
+            _print_difference(results[PassingHub], result, kind.checkout, console)
         _warn_of_pace(result.name, result.tokens, streams * rate, console)
 
 
@@ -250,7 +253,7 @@ def _kinds(options: argparse.Namespace) -> list[type[Proxy]]:
     if options.before is None:
         return [PROXIES[name] for name in options.proxy or PROXIES]
     others = [PROXIES[name] for name in options.proxy or [] if name != "hub"]
-    return [before(options.before.resolve()), Hub, *others]
+    return [before(options.before.resolve()), PassingHub, *others]
 
 
 def _raise_file_limit(streams: int) -> None:
@@ -266,26 +269,16 @@ def _raise_file_limit(streams: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-async def _run(options: argparse.Namespace, console: Console) -> None:
-    task = asyncio.current_task()
-    assert task
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    await (many if options.many else compare)(options, console)
-
-
 def main() -> int:
     options, console = _parse(), Console()
-    try:
+
+    async def work() -> None:
         _raise_file_limit(options.streams)
         if not options.many and Nginx in options.kinds:
             Nginx.path()
-        asyncio.run(_run(options, console))
-    except BenchmarkError as exc:
-        print(f"benchmarks: {exc}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        return 130
-    return 0
+        await (many if options.many else compare)(options, console)
+
+    return run(work)
 
 
 if __name__ == "__main__":

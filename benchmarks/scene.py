@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from benchmarks.children import BenchmarkError, fetch
-from benchmarks.crowd import Habit, Visit, crowd
+from benchmarks.children import BenchmarkError, until
+from benchmarks.crowd import Habit, Visit, crowd, visiting
 from benchmarks.llama import LlamaServer
 from benchmarks.load import Job
 from benchmarks.proxies import Hub
@@ -21,7 +19,6 @@ from benchmarks.proxies import Hub
 TOKENS = 32
 PAUSE = 0.2
 WARM_UP = 3.0
-LOOK_EVERY = 0.1
 OUT_WITHIN = 120.0
 BACK_WITHIN = 60.0
 SHARE_SECONDS = 2.0
@@ -49,46 +46,6 @@ class Fault:
     out_by: str
     back_after: float  # its end
     shares: list[float]  # of the requests, span by span, once it was back
-
-
-# --- The hub ----------------------------------------------------------------------
-
-
-class Front(Hub):
-    """The hub in front of several workers, as it comes but for one setting."""
-
-    def __init__(
-        self, workers: Sequence[LlamaServer], folder: Path, allowance: float
-    ) -> None:
-        super().__init__(workers[0].port, folder)
-        self._others = workers[1:]
-        self._allowance = allowance
-
-    def command(self) -> list[str]:
-        others = [f"--worker=http://{worker.name}" for worker in self._others]
-        return [*super().command(), *others]
-
-    def environment(self) -> dict[str, str]:
-        return {
-            "GOLLAMA_JWT_SECRET": self.secret,
-            "GOLLAMA_TIMEOUTS_ALLOWANCE": str(self._allowance),
-        }
-
-    async def sends_to(self, worker: LlamaServer) -> bool:
-        """Ask whether it would send this worker a request now."""
-        return await self._gauge("gollama_worker_up", worker=worker.name) == 1
-
-    async def breaker_closed(self, worker: LlamaServer) -> bool:
-        labels = {"worker": worker.name, "state": "closed"}
-        return await self._gauge("gollama_breaker_state", **labels) == 1
-
-    async def _gauge(self, name: str, **labels: str) -> float | None:
-        page = await fetch(self.port, "/metrics", self.bearers[0])
-        for family in text_string_to_metric_families(page):
-            for sample in family.samples:
-                if sample.name == name and sample.labels == labels:
-                    return sample.value
-        return None
 
 
 # --- The two runs -----------------------------------------------------------------
@@ -137,15 +94,15 @@ class Scene:
             await asyncio.sleep(WARM_UP)
             with victim.stopped():
                 stopped = time.monotonic()
-                await _until(lambda: hub.sends_to(victim), False, OUT_WITHIN)
+                await until("a worker out", lambda: _is_out(hub, victim), OUT_WITHIN)
                 out_after = time.monotonic() - stopped
-                by = "health" if await hub.breaker_closed(victim) else "breaker"
+                by = "health" if await hub.breaker_closed(victim.port) else "breaker"
                 # Some clients still wait for it, and are missing in the load.
                 await asyncio.wait([visit.ended for visit in visits])
                 began = time.monotonic()
                 await asyncio.sleep(self._seconds)
             woken = time.monotonic()
-            await _until(lambda: hub.sends_to(victim), True, BACK_WITHIN)
+            await until("a worker back", lambda: hub.sends_to(victim.port), BACK_WITHIN)
             back = time.monotonic()
             await asyncio.sleep(SHARES * SHARE_SECONDS)
         flawed = [visit for visit in visits if visit.flaw]
@@ -165,30 +122,18 @@ class Scene:
     @contextlib.asynccontextmanager
     async def _load(
         self, workers: Sequence[LlamaServer], turn: int
-    ) -> AsyncIterator[tuple[Front, list[Visit]]]:
+    ) -> AsyncIterator[tuple[Hub, list[Visit]]]:
         """Run clients, and a fresh hub that knows nothing of earlier rounds."""
-        hub = Front(workers, self._folder, self._allowance)
+        hub = Hub([worker.port for worker in workers], self._folder)
+        hub.settings["TIMEOUTS_ALLOWANCE"] = str(self._allowance)
         job = Job(hub.port, self._clients, max_tokens=TOKENS, bearers=hub.bearers)
-        async with hub.running():
-            for worker in workers:
-                await _until(lambda w=worker: hub.sends_to(w), True, BACK_WITHIN)
-            async with crowd(job, Habit(PAUSE, f"round {turn}")) as visits:
-                yield hub, visits
+        come = visiting(job, Habit(PAUSE, f"round {turn}"))
+        async with hub.running(), crowd(job.clients, come) as visits:
+            yield hub, visits
 
 
-async def _until(
-    ask: Callable[[], Awaitable[bool]], answer: bool, limit: float
-) -> None:
-    """Ask the hub whether it sends to a worker until this is the answer."""
-    try:
-        async with asyncio.timeout(limit):
-            while await ask() is not answer:
-                await asyncio.sleep(LOOK_EVERY)
-    except TimeoutError:
-        what = "in" if answer else "out"
-        raise BenchmarkError(f"a worker was not {what} in {limit:.0f} s") from None
-    except OSError as exc:
-        raise BenchmarkError(f"the hub is gone: {exc}") from None
+async def _is_out(hub: Hub, worker: LlamaServer) -> bool:
+    return not await hub.sends_to(worker.port)
 
 
 # --- What the visits tell ---------------------------------------------------------
