@@ -2,136 +2,25 @@
 
     python -m benchmarks.paced_worker --port 9001 --rate 50
 
-It speaks the part of llama-server that a proxy meets: the chunked event stream with
-its connection closed at the end, the kept-open JSON answer, /health, /v1/models and
-/props.  Every stream gets the same bytes, encoded once at the start.
+It speaks the part of llama-server that a proxy meets (`llama_wire.py`).  Every stream
+gets the same bytes, encoded once at the start.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import time
 from typing import Any
 
-import httptools
 import uvloop
 
-MODEL = "paced"
+from benchmarks import llama_wire
+from benchmarks.llama_wire import STREAM_START, TOKEN_CHUNK, pages, stream_end
+
 SLOTS = 4096
-CONTEXT = 4096
 # libuv's timers count in milliseconds: a finer tick would not be kept.
 TICK = 0.001
-
-
-# --- What is on the wire ----------------------------------------------------------
-
-
-def _event(choice: dict[str, Any], **more: Any) -> bytes:
-    document = {
-        "choices": [{"finish_reason": None, "index": 0, **choice}],
-        "created": 1_795_346_022,
-        "id": "chatcmpl-S5QmFoA4tGzUoVBZVxwSXaJvhGKMtpiY",
-        "model": MODEL,
-        "system_fingerprint": "b10068-571d0d5",
-        "object": "chat.completion.chunk",
-        **more,
-    }
-    return b"data: " + _encode(document) + b"\n\n"
-
-
-def _encode(document: Any) -> bytes:
-    return json.dumps(document, separators=(",", ":")).encode()
-
-
-def _chunk(body: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(body), body)
-
-
-def _answer(document: Any, status: bytes = b"200 OK") -> bytes:
-    body = _encode(document)
-    head = b"HTTP/1.1 %b\r\nServer: llama.cpp\r\nContent-Length: %d\r\n"
-    return head % (status, len(body)) + b"Content-Type: application/json\r\n\r\n" + body
-
-
-STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\n"
-    b"Keep-Alive: timeout=5, max=100\r\n"
-    b"Transfer-Encoding: chunked\r\n"
-    b"Access-Control-Allow-Origin: \r\n"
-    b"X-Accel-Buffering: no\r\n"
-    b"Server: llama.cpp\r\n"
-    b"Content-Type: text/event-stream\r\n\r\n"
-)
-ROLE_EVENT = _event({"delta": {"role": "assistant", "content": None}})
-TOKEN_EVENT = _event({"delta": {"content": " we"}})
-TOKEN_CHUNK = _chunk(TOKEN_EVENT)
-# llama-server sends the role and the first token as one HTTP chunk.
-STREAM_START = STREAM_HEAD + _chunk(ROLE_EVENT + TOKEN_EVENT)
-
-COMPLETION = _answer(
-    {
-        "choices": [
-            {
-                "finish_reason": "stop",
-                "index": 0,
-                "message": {"role": "assistant", "content": "Yes."},
-            }
-        ],
-        "created": 1_795_346_022,
-        "model": MODEL,
-        "system_fingerprint": "b10068-571d0d5",
-        "object": "chat.completion",
-        "usage": {"completion_tokens": 3, "prompt_tokens": 12, "total_tokens": 15},
-        "id": "chatcmpl-S5QmFoA4tGzUoVBZVxwSXaJvhGKMtpiY",
-    }
-)
-NOT_FOUND = _answer(
-    {"error": {"code": 404, "message": "File Not Found", "type": "not_found_error"}},
-    b"404 Not Found",
-)
-PAGES = {
-    b"/health": _answer({"status": "ok"}),
-    b"/props": _answer(
-        {
-            "default_generation_settings": {"n_ctx": CONTEXT},
-            "total_slots": SLOTS,
-            "model_alias": MODEL,
-            "build_info": MODEL,
-        }
-    ),
-    b"/v1/models": _answer(
-        {
-            "object": "list",
-            "data": [
-                {
-                    "id": MODEL,
-                    "object": "model",
-                    "created": 1_795_346_022,
-                    "owned_by": "llamacpp",
-                    "meta": {"n_ctx": CONTEXT, "n_ctx_train": CONTEXT},
-                }
-            ],
-        }
-    ),
-}
-
-
-def _stream_end(tokens: int, seconds: float) -> bytes:
-    timings = {
-        "cache_n": 0,
-        "prompt_n": 12,
-        "prompt_ms": 1.0,
-        "prompt_per_token_ms": 0.083,
-        "prompt_per_second": 12_000.0,
-        "predicted_n": tokens,
-        "predicted_ms": seconds * 1000,
-        "predicted_per_token_ms": seconds * 1000 / tokens,
-        "predicted_per_second": tokens / max(seconds, 1e-3),
-    }
-    finish = _event({"finish_reason": "length", "delta": {}}, timings=timings)
-    return _chunk(finish) + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 # --- Pace -------------------------------------------------------------------------
@@ -159,7 +48,7 @@ class Stream:
             self.transport.write(TOKEN_CHUNK)
             return True
         seconds = time.monotonic() - self.started
-        self.transport.write(_stream_end(self.tokens, seconds))
+        self.transport.write(stream_end(0, 12, 0.001, self.tokens, seconds))
         self.transport.close()
         return False
 
@@ -216,62 +105,30 @@ class Wheel:
 # --- Connections ------------------------------------------------------------------
 
 
-class Connection(asyncio.Protocol):
-    """Answers the requests of one connection, one after another."""
+class Connection(llama_wire.Connection):
+    """Begins a stream with each request for one."""
 
-    def __init__(self, wheel: Wheel) -> None:
+    def __init__(self, wheel: Wheel, answers: dict[bytes, bytes]) -> None:
+        super().__init__(answers)
         self._wheel = wheel
-        self._parser = httptools.HttpRequestParser(self)
         self._stream: Stream | None = None
-        self._path = b""
-        self._body = b""
-
-    def __repr__(self) -> str:
-        return f"<Connection {self._path!r} {self._stream}>"
-
-    def connection_made(self, transport: asyncio.WriteTransport) -> None:
-        self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._stream:
             self._wheel.remove(self._stream)
 
-    def data_received(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError:
-            self._transport.abort()
-
-    # The names below are httptools'.
-
-    def on_message_begin(self) -> None:
-        self._path = self._body = b""
-
-    def on_url(self, url: bytes) -> None:
-        self._path += url
-
-    def on_body(self, body: bytes) -> None:
-        self._body += body
-
-    def on_message_complete(self) -> None:
-        if self._path != b"/v1/chat/completions":
-            self._transport.write(PAGES.get(self._path, NOT_FOUND))
-            return
-        request = json.loads(self._body)
-        if not request.get("stream"):
-            self._transport.write(COMPLETION)
-            return
-        self._stream = Stream(self._transport, max(1, request.get("max_tokens", 16)))
-        self._transport.write(STREAM_START)
+    def stream(self, request: dict[str, Any]) -> None:
+        self._stream = Stream(self.transport, max(1, request.get("max_tokens", 16)))
+        self.transport.write(STREAM_START)
         self._wheel.add(self._stream)
 
 
 async def serve(port: int, rate: float) -> None:
     """Listen on a port of the loopback interface until cancelled."""
-    wheel = Wheel(rate)
+    wheel, answers = Wheel(rate), pages(SLOTS)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: Connection(wheel), "127.0.0.1", port, backlog=SLOTS
+        lambda: Connection(wheel, answers), "127.0.0.1", port, backlog=SLOTS
     )
     await server.serve_forever()
 

@@ -35,7 +35,7 @@ def workload(streams: int, rate: float, rng: random.Random) -> Iterator[Request]
         goes_on = rng.random() < share
         turns = 1 + int(rng.expovariate(-math.log(1 - 1 / TURNS))) if goes_on else 1
         count += turns
-        prompt = SYSTEM + _length(FIRST_TOKENS, rng)
+        prompt = SYSTEM + length(FIRST_TOKENS, rng)
         yield Request(
             conversation,
             1,
@@ -43,7 +43,7 @@ def workload(streams: int, rate: float, rng: random.Random) -> Iterator[Request]
             f"subject {rng.randrange(SUBJECTS)}",
             SYSTEM,
             prompt,
-            _length(ANSWER, rng),
+            length(ANSWER, rng),
             now,
         )
 
@@ -57,8 +57,8 @@ def next_turn(last: Request, now: float) -> Request:
         last.turns,
         last.subject,
         last.system,
-        last.prompt + last.answer + _length(NEW_TOKENS, rng),
-        _length(ANSWER, rng),
+        last.prompt + last.answer + length(NEW_TOKENS, rng),
+        length(ANSWER, rng),
         now + rng.expovariate(1 / PAUSE),
     )
 
@@ -77,6 +77,6 @@ def ask_of(request: Request) -> Ask:
     )
 
 
-def _length(mean: float, rng: random.Random) -> int:
+def length(mean: float, rng: random.Random) -> int:
     """Draw a length as prompts and answers have it: most are short, few are long."""
     return 8 + int(rng.lognormvariate(math.log(mean) - 0.32, 0.8))
