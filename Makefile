@@ -12,6 +12,8 @@ WORKERS ?=
 PORT    ?= 8000
 # Another checkout, whose hub `make bench` is to measure beside this one.
 BEFORE  ?=
+# The program to compare with; empty: the one on the PATH, if there is one.
+VLLM_ROUTER ?=
 # Ruff has no setup.cfg reader, so its settings are here.
 RUFF    := $(BIN)/ruff
 RUFF_OPTIONS := --isolated --line-length 88 --target-version py311
@@ -19,7 +21,7 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
-.PHONY: help install node run test cov lint types format soak bench bench-faults clean simulate
+.PHONY: help install node run test cov lint types format soak bench bench-faults bench-routing clean simulate
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -32,6 +34,8 @@ help:
 	@echo "make bench    cost per relayed token beside nginx and a plain aiohttp proxy"
 	@echo "              (or BEFORE=DIR: beside the hub of another checkout)"
 	@echo "make bench-faults  what a stopped worker costs the clients of the others"
+	@echo "make bench-routing the routing policies before unequal workers, beside nginx"
+	@echo "              and vllm-router (VLLM_ROUTER=PATH), as a Markdown table"
 	@echo "make simulate the routing policies with 1,000 unequal workers, in simulated time"
 	@echo "make format   let ruff reformat"
 	@echo "make clean    remove the virtual environment and caches"
@@ -90,6 +94,9 @@ bench: $(STAMP)
 
 bench-faults: $(STAMP)
 	$(BIN)/python -m benchmarks.faults
+
+bench-routing: $(STAMP)
+	@$(BIN)/python -m benchmarks.routing $(if $(VLLM_ROUTER),--vllm-router "$(VLLM_ROUTER)")
 
 simulate: $(STAMP)
 	$(BIN)/python -m benchmarks.simulate

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import shutil
 import signal
+import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ class LlamaServer:
         """What the hub calls it."""
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
         """Hold it while the context lasts: its port accepts, and nothing is said."""
@@ -84,6 +89,20 @@ async def llama_servers(
             await until_answered(port, "none", process, log)
             servers.append(LlamaServer(process, port))
         yield servers
+
+
+@contextlib.asynccontextmanager
+async def taking_turns(
+    servers: Sequence[LlamaServer], folder: Path
+) -> AsyncIterator[None]:
+    """Have servers share the cores by turns while the context lasts."""
+    pids = [str(server.pid) for server in servers]
+    command = [sys.executable, "-m", "benchmarks.throttle", *pids]
+    async with spawn(command, folder / "throttle.log") as child:
+        yield
+        assert child.stdin
+        child.stdin.close()
+        await child.wait()
 
 
 def find_binary() -> Path:

@@ -17,6 +17,13 @@ def table(title: str, *headings: str) -> Table:
     return made
 
 
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Spell a table whose first column has names and whose others have figures."""
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    lines = (headings, rule, *rows)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Tell the median, and the lowest and the highest."""
     middle, low, high = (f"{value:.{digits}f}" for value in _marks(values))
