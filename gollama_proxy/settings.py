@@ -419,7 +419,7 @@ class Upstream:
 @dataclass(frozen=True, slots=True)
 class Routing:
     policy: str = setting(
-        "round_robin", choice(*POLICIES), "how one of the workers that can is picked"
+        "affinity", choice(*POLICIES), "how one of the workers that can is picked"
     )
     policies: Mapping[str, str] = setting(
         {},
