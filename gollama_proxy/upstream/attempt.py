@@ -9,6 +9,7 @@ from typing import NamedTuple
 from gollama_proxy import __version__
 from gollama_proxy.routing.lease import Lease
 from gollama_proxy.settings import Timeouts
+from gollama_proxy.tasks import spawn
 from gollama_proxy.upstream.client import frame
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import ConnectionPool
@@ -200,7 +201,7 @@ class Attempt:
                 deadline.reschedule(limit)
 
         self._sent = False
-        self._upload = asyncio.create_task(upload(), name="upload to a worker")
+        self._upload = spawn(upload(), "upload to a worker")
 
     async def _send_rest(self, connection: Connection, request: Outgoing) -> None:
         assert request.rest is not None

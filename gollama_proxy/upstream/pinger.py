@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from gollama_proxy.routing.worker import State, Worker
 from gollama_proxy.settings import Health
+from gollama_proxy.tasks import spawn
 from gollama_proxy.upstream import probe
 
 logger = logging.getLogger(__name__)
@@ -42,10 +43,7 @@ class Pinger:
         """Start one task for each worker; `stop` ends them."""
         for worker in self._workers:
             worker.on_suspicion = self._suspected[worker.name].set
-            task = asyncio.create_task(
-                self._supervise(worker), name=f"pinger {worker.name}"
-            )
-            self._tasks.append(task)
+            self._tasks.append(spawn(self._supervise(worker), f"pinger {worker.name}"))
 
     async def stop(self) -> None:
         for task in self._tasks:

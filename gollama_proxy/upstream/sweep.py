@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from gollama_proxy.routing.breaker import Breaker, Permit
 from gollama_proxy.routing.worker import State, Worker
 from gollama_proxy.settings import Timeouts
+from gollama_proxy.tasks import spawn
 from gollama_proxy.upstream.relay import Relay
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Sweep:
             self._relays.pop(relay, None)
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="sweep")
+        self._task = spawn(self._run(), "sweep")
 
     async def stop(self) -> None:
         tasks = [*self._canaries, *([self._task] if self._task else [])]
@@ -102,9 +103,9 @@ class Sweep:
         for model, breaker in suspects:
             permit = breaker.permit()
             if permit is not None:
-                task = asyncio.create_task(
+                task = spawn(
                     self._send_canary(worker, model, breaker, permit),
-                    name=f"canary {worker.name}",
+                    f"canary {worker.name}",
                 )
                 self._canaries.add(task)
                 task.add_done_callback(self._canaries.discard)
