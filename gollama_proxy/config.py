@@ -88,6 +88,7 @@ def load(
     )
     _refuse_misspelt_variables(environ, rows)
     _check_exposure(config)
+    _check_tls(config)
     _check_aliases(config.models.aliases)
     return config
 
@@ -214,7 +215,8 @@ def _load_workers(
                 text = f"{where}.name = {name!r}: taken by {other.url!r}"
                 raise ConfigError(f"{text}; each needs a name of its own")
         key = _load_api_key(where, row, environ)
-        keys = ("slots", "models", "weight", "vram_gib")
+        _check_worker_tls(where, origin, values)
+        keys = ("slots", "models", "weight", "vram_gib", *_WORKER_TLS)
         told = {name: values[name] for name in keys if name in values}
         workers.append(WorkerConfig(row["url"], origin, name, key, **told))
     return tuple(workers)
@@ -256,6 +258,21 @@ def _parse_url(where: str, url: str) -> Origin:
     # People paste the address that an OpenAI client wants.
     prefix = prefix.removesuffix("/v1")
     return Origin(parts.scheme, host, port or default, prefix)
+
+
+_WORKER_TLS = ("ca_file", "client_certificate", "client_key")
+
+
+def _check_worker_tls(where: str, origin: Origin, values: Mapping[str, Any]) -> None:
+    for name in _WORKER_TLS:
+        if values.get(name) and origin.scheme != "https":
+            text = (
+                f"{where}.{name} = {values[name]!r}: is for a worker with an https URL"
+            )
+            raise ConfigError(text)
+    if values.get("client_key") and not values.get("client_certificate"):
+        text = f"{where}.client_key = {values['client_key']!r}: needs"
+        raise ConfigError(f"{text} client_certificate beside it")
 
 
 def _load_api_key(
@@ -404,15 +421,40 @@ def read_revoked(file: str) -> Revoked:
 
 
 def _check_exposure(config: Config) -> None:
-    """Refuse what would let strangers in."""
+    """Refuse what would let strangers in.
+
+    TLS alone keeps nobody out; certificates that clients must have do.
+    """
     loopback = config.server.host in ("localhost", "::1") or re.fullmatch(
         r"127(\.\d{1,3}){3}", config.server.host
     )
-    if config.auth.mode == "off" and not loopback and not config.server.insecure_bind:
+    server = config.server
+    guarded = loopback or server.insecure_bind or server.tls_client_ca
+    if config.auth.mode == "off" and not guarded:
         raise ConfigError(
-            f"server.host = {config.server.host!r}: without authentication only "
-            "a loopback address is allowed, unless --insecure-bind is given"
+            f"server.host = {server.host!r}: without authentication only "
+            "a loopback address is allowed, unless --insecure-bind is given "
+            "or server.tls_client_ca set"
         )
+
+
+def _check_tls(config: Config) -> None:
+    """Load every certificate once, so that a wrong one is told before anything runs."""
+    server = config.server
+    for name in ("tls_key", "tls_client_ca"):
+        if getattr(server, name) and not server.tls_certificate:
+            text = f"server.{name} = {getattr(server, name)!r}: needs"
+            raise ConfigError(f"{text} server.tls_certificate beside it")
+    https = [each for each in config.workers if each.origin.scheme == "https"]
+    if not (https or server.tls_certificate):
+        return  # `ssl` takes longer to import than a token to be made
+    from gollama_proxy import tls
+
+    try:
+        tls.for_server(server)
+        tls.for_workers(https)
+    except tls.TlsError as exc:
+        raise ConfigError(str(exc)) from exc
 
 
 def require_keys(config: Config) -> None:

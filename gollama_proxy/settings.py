@@ -225,6 +225,15 @@ class Server:
     drain: float = setting(
         30.0, seconds(0), "how long running answers may go on after SIGTERM"
     )
+    tls_certificate: str = setting(
+        "", TEXT, "PEM file with the certificate chain; makes it https"
+    )
+    tls_key: str = setting(
+        "", TEXT, "PEM file with its private key; empty: in the same file"
+    )
+    tls_client_ca: str = setting(
+        "", TEXT, "PEM file with CAs; clients must have a certificate of one of them"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +281,14 @@ class Limits:
         size(4 << 10, 1 << 30),
         "how far into a body `model` is looked for where routing depends on it",
     )
+    connections: int = setting(
+        8000, number(1, 1_000_000, whole=True), "client connections, in all"
+    )
+    connections_per_address: int = setting(
+        0,
+        number(0, 1_000_000, whole=True),
+        "of one address, of IPv6 one /64; 0 is no limit",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +307,7 @@ class Timeouts:
     body: float = setting(
         30.0, seconds(0.01), "waiting for a request body, beside 1 s for each 16 KiB"
     )
+    handshake: float = setting(10.0, seconds(0.01), "TLS with a client to be set up")
     write: float = setting(60.0, seconds(0.01), "a client that does not read")
     request: float = setting(0.0, seconds(), "a whole request; 0 is no limit")
 
@@ -491,6 +509,9 @@ class WorkerConfig:
     models: tuple[str, ...] = ()  # shell-like patterns; empty: what it lists
     weight: float | None = None  # None: as its memory says
     vram_gib: float | None = None
+    ca_file: str = ""  # empty: the CAs of the system
+    client_certificate: str = ""
+    client_key: str = ""  # empty: in the same file
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,6 +577,9 @@ WORKER_KEYS = {
     "models": NAMES,  # what it answers to, where that is not what it lists
     "weight": number(0.01, 10_000),  # its share; default what vram_gib says, else 1
     "vram_gib": number(0.01, 10_000),  # memory of its graphics cards, in GiB
+    "ca_file": TEXT,  # PEM: the only CAs that its certificate may come from
+    "client_certificate": TEXT,  # PEM: what the hub shows to it
+    "client_key": TEXT,  # PEM: the key of that, if it is not in the same file
 }
 
 

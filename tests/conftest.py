@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import uvloop
+from blockbuster import BlockBuster, blockbuster_ctx
 
+from tests.fakes.authority import Authority
 from tests.real.llama import LlamaServer
 
 _SERVERS = pytest.StashKey[list[LlamaServer]]()
@@ -20,6 +22,38 @@ def pytest_asyncio_loop_factories(
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run every asynchronous test on the event loop of production."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+# Where the event loop may be blocked, and why.
+_MAY_BLOCK = {
+    # /proc is memory, and only a scrape reads it.
+    "prometheus_client/process_collector.py": {"collect"},
+    # Before there is a hub: settings are read, programs and models looked for.
+    "gollama_proxy/config.py": {"load"},
+    "gollama_proxy/tls.py": {"for_server", "for_workers"},
+    "gollama_proxy/llama.py": {"find"},
+    "gollama_proxy/demo.py": {"_start_servers"},
+    # A llama-server of the demo has died: its last words are read, and all ends.
+    "gollama_proxy/children.py": {"check"},
+    # What a test calls in the hub's place.
+    "tests/test_demo.py": {"examine"},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_blocking() -> Iterator[BlockBuster]:
+    """Let whatever of the hub blocks the event loop fail: files, locks, sleeps."""
+    with blockbuster_ctx("gollama_proxy") as blockbuster:
+        for function in blockbuster.functions.values():
+            for file, functions in _MAY_BLOCK.items():
+                function.can_block_in(file, functions)
+        yield blockbuster
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    """A certificate authority that nobody knows of but who is told."""
+    return Authority(tmp_path / "authority")
 
 
 # --- Real workers -----------------------------------------------------------------

@@ -238,6 +238,9 @@ class StageHub:
         self.calls.append("ready")
         signal.raise_signal(self.signals[0])
 
+    def reload(self) -> None:
+        self.calls.append("reload")
+
     async def drain(self) -> None:
         self.calls.append("drain")
         if len(self.signals) > 1:

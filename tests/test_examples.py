@@ -611,6 +611,7 @@ def test_unit_gives_the_drain_its_time(unit: dict[str, dict[str, list[str]]]) ->
     assert set(unit) == {"Unit", "Service", "Install"}
     assert float(service["TimeoutStopSec"][0]) > Server().drain
     assert service["KillSignal"] == ["SIGTERM"]
+    assert service["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
     assert service["Restart"] == ["on-failure"]
 
 

@@ -317,6 +317,7 @@ def test_a_body_that_ends_with_the_connection(body: bytes, ends: set[int]) -> No
     wire = head(200, version="1.0") + body
     connection, _, recorder = receive(*cut(wire, (e for e in ends if e < len(wire))))
     assert not recorder.over
+    connection.eof_received()
     connection.connection_lost(None)
     assert (recorder.body, recorder.ended) == (body, True)
     assert connection.state is State.CLOSED
@@ -544,9 +545,19 @@ def test_a_body_without_any_framing_ends_with_fin_and_not_with_a_reset() -> None
     for length in range(len(wire) + 1):
         for error in (None, ConnectionResetError("reset by peer")):
             connection, _, recorder = receive(wire[:length])
+            if error is None:
+                connection.eof_received()
             connection.connection_lost(error)
             assert recorder.ended == (error is None and length >= len(head(200)))
             assert recorder.over
+
+
+def test_a_body_without_any_framing_that_tls_did_not_end_is_cut() -> None:
+    """A FIN alone proves nothing there: anybody on the way can send one."""
+    connection, _, recorder = receive(head(200) + b"hello")
+    connection.connection_lost(None)
+    assert recorder.lost is not None
+    assert not recorder.ended
 
 
 def test_an_error_without_words_has_a_name() -> None:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from gollama_proxy import config
+from gollama_proxy.tls import for_workers
 from gollama_proxy.upstream.connection import Connection, State
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.errors import Code, WorkerError
@@ -35,7 +36,9 @@ def pool_of(url: str, clock: Clock | None = None, **settings: Any) -> Connection
         f"GOLLAMA_{k.replace('__', '_').upper()}": f"{settings[k]}" for k in settings
     }
     loaded = config.load(None, environ, {}, [url])
-    return ConnectionPool(loaded.workers[0], loaded, clock or Clock())
+    [worker] = loaded.workers
+    tls = for_workers([worker]).get(worker.name)
+    return ConnectionPool(worker, loaded, clock or Clock(), tls)
 
 
 class Ignore:
@@ -342,7 +345,7 @@ async def test_a_certificate_that_nobody_trusts_is_refused(certificate: Path) ->
         with pytest.raises(WorkerError) as info:
             await pool_of(f"https://127.0.0.1:{port}").dial()
     assert info.value.code is Code.WORKER_UNREACHABLE
-    assert "CERTIFICATE_VERIFY_FAILED" in info.value.detail
+    assert info.value.detail == "TLS: certificate not accepted: self-signed certificate"
 
 
 async def test_a_certificate_of_another_host_is_refused(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import aiohttp
 from aiohttp import web
 
+from gollama_proxy import tls
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.catalogue import Catalogue
 from gollama_proxy.edge.dispatch import Dispatcher, Routes
@@ -18,7 +19,9 @@ from gollama_proxy.edge.revocation import Revocation
 from gollama_proxy.edge.server import Server
 from gollama_proxy.edge.slots import Slots
 from gollama_proxy.edge.status import Status
+from gollama_proxy.ops.connections import Connections
 from gollama_proxy.ops.metrics import Metrics
+from gollama_proxy.ops.reload import Reloader
 from gollama_proxy.routing.admission import Line
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.worker import Worker
@@ -41,12 +44,17 @@ class Hub:
         self.config = config
         self.draining = False
         self.registry = Registry(config, clock)
+        self._tls = tls.for_server(config.server)
+        self._worker_tls = tls.for_workers(config.workers)
         self.connections = {
-            worker.name: ConnectionPool(worker, config, clock)
+            worker.name: ConnectionPool(
+                worker, config, clock, self._worker_tls.get(worker.name)
+            )
             for worker in config.workers
         }
         line = Line(config.queue, clock)
-        self.metrics = Metrics(self.registry, line)
+        self.clients = Connections(config.limits, clock)
+        self.metrics = Metrics(self.registry, line, self.clients)
         self.authenticator = Authenticator(config)
         self.revocation = Revocation(
             config.auth.revoked, config.revoked, self.authenticator.revoke
@@ -61,6 +69,8 @@ class Hub:
             then=self.slots.look_again,
         )
         self.dispatcher = Dispatcher(self._routes(clock), config, self.metrics, clock)
+        credentials = {*self._worker_tls.values(), *([self._tls] if self._tls else [])}
+        self._reloader = Reloader([each for each in credentials if each.renewable])
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.ServerRunner | None = None
 
@@ -99,18 +109,24 @@ class Hub:
 
     async def _ping(self, worker: Worker) -> probe.Finding:
         assert self._session is not None
-        return await probe.ping(self._session, worker.config, self.config.health)
+        known = self._worker_tls.get(worker.name)
+        health = self.config.health
+        return await probe.ping(self._session, worker.config, health, known)
 
     async def _prove(self, worker: Worker, model: str) -> bool | None:
         assert self._session is not None
         limit = self.config.timeouts.allowance
-        return await probe.prove(self._session, worker.config, model, limit)
+        known = self._worker_tls.get(worker.name)
+        return await probe.prove(self._session, worker.config, model, limit, known)
 
     async def _count(
         self, worker: Worker, path: str, model: str, body: bytes
     ) -> int | None:
         assert self._session is not None
-        return await tokenizer.count(self._session, worker.config, path, model, body)
+        known = self._worker_tls.get(worker.name)
+        return await tokenizer.count(
+            self._session, worker.config, path, model, body, known
+        )
 
     # --- Life ---------------------------------------------------------------------
 
@@ -122,7 +138,13 @@ class Hub:
         """
         server = self.config.server
         runner = web.ServerRunner(
-            Server(self.dispatcher, self.config, self.dispatcher.refused),
+            Server(
+                self.dispatcher,
+                self.config,
+                self.dispatcher.refused,
+                self.clients,
+                self._tls,
+            ),
             shutdown_timeout=1.0,
         )
         await runner.setup()
@@ -136,13 +158,23 @@ class Hub:
         self.pinger.start()
         self.sweep.start()
         self.revocation.start()
+        self._reloader.start()
+
+    def reload(self) -> None:
+        """Read certificates again, soon; what runs is not disturbed."""
+        self._reloader.ask()
 
     @property
     def url(self) -> str:
         """The address that clients use, with the port that was really taken."""
         assert self._runner is not None, self
         host, port = self._runner.addresses[0][:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._tls is None else "https"
+        return (
+            f"{scheme}://[{host}]:{port}"
+            if ":" in host
+            else f"{scheme}://{host}:{port}"
+        )
 
     async def ready(self) -> None:
         """Wait until every worker has been asked once how it is."""
@@ -159,6 +191,7 @@ class Hub:
         await self.dispatcher.finish(self.config.server.drain)
         await runner.cleanup()
         await self.revocation.stop()
+        await self._reloader.stop()
         await self.sweep.stop()
         await self.pinger.stop()
         for connections in self.connections.values():

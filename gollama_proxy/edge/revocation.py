@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from gollama_proxy.config import ConfigError, read_revoked
 from gollama_proxy.settings import Revoked
+from gollama_proxy.tasks import spawn
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Revocation:
     def start(self) -> None:
         """Begin to look after the file, if there is one; `stop` ends it."""
         if self._file:
-            self._task = asyncio.create_task(self._run(), name="revocation")
+            self._task = spawn(self._run(), "revocation")
 
     async def stop(self) -> None:
         if self._task is not None:

@@ -2,25 +2,33 @@
 
 Its parser, limits, keep-alive and life cycle are used as they are; what is changed is
 that a request which is no HTTP gets an answer in the hub's own words, and that its
-bytes do not get into a log.  The low-level server has no router, so nobody answers
-`Expect: 100-continue` before authentication.
+bytes do not get into a log; that connections are counted; and that a client which does
+not read cannot hold one for ever.  The low-level server has no router, so nobody
+answers `Expect: 100-continue` before authentication.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import HttpVersion11, http_parser, web
 from aiohttp.http_exceptions import LineTooLong
 
 from gollama_proxy.config import ConfigError
+from gollama_proxy.edge.gate import Gate, Terms, peer
+from gollama_proxy.ops.connections import Connections
 from gollama_proxy.settings import Config
+from gollama_proxy.tls import Credentials
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
 
 SERVER = "gollama-proxy"
+# Seconds by which the deadline of an answer (`timeouts.write`) comes before that of its
+# connection: the one knows what to do about the worker, and what to log.
+_GRACE = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +56,33 @@ def require_parser() -> None:
 class Server(web.Server):
     """Makes a protocol for each client connection."""
 
-    def __init__(self, handler: Handler, config: Config, refused: Refused) -> None:
-        """Make a server; `refused` hears of requests that never get to `handler`."""
+    def __init__(
+        self,
+        handler: Handler,
+        config: Config,
+        refused: Refused,
+        clients: Connections | None = None,
+        tls: Credentials | None = None,
+    ) -> None:
+        """Make a server; `refused` hears of requests that never get to `handler`.
+
+        It speaks HTTPS if it is given credentials.
+        """
         super().__init__(handler, handler_cancellation=True)
         self.refused = refused
+        self.clients = clients or Connections(config.limits, time.monotonic)
+        self.patience = config.timeouts.write + _GRACE
+        self._terms: Terms | None = None
+        if tls is not None:
+            self._terms = Terms(
+                tls,
+                self.clients,
+                self._make,
+                config.timeouts.handshake,
+                config.timeouts.write,
+                self.patience,
+                set(),
+            )
         self._options: dict[str, Any] = {
             "access_log": None,
             "auto_decompress": False,
@@ -64,17 +95,73 @@ class Server(web.Server):
             "max_field_size": config.limits.head,
         }
 
-    def __call__(self) -> web.RequestHandler:
-        loop = asyncio.get_running_loop()
-        return _Protocol(self, self.refused, loop=loop, **self._options)
+    def __call__(self) -> Any:
+        """Make the protocol of a connection that has just been accepted."""
+        return _Counted(self) if self._terms is None else Gate(self._terms)
+
+    def _make(self) -> _Protocol:
+        return _Protocol(self)
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """Hang up on everybody; who is not served yet is not waited for."""
+        if self._terms is not None:
+            for gate in tuple(self._terms.shaking):
+                gate.abort()
+        await super().shutdown(timeout)
+
+    def options(self) -> dict[str, Any]:
+        return {"loop": asyncio.get_running_loop(), **self._options}
 
 
 class _Protocol(web.RequestHandler):
-    __slots__ = ("_refused",)
+    """One connection, as far as HTTP is concerned."""
 
-    def __init__(self, server: Server, refused: Refused, **options: Any) -> None:
-        super().__init__(server, **options)
-        self._refused = refused
+    __slots__ = ("_deadline", "_patience", "_refused", "_wire")
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server, **server.options())
+        self._refused = server.refused
+        self._patience = server.patience
+        self._deadline: asyncio.TimerHandle | None = None
+        # aiohttp lets go of its own reference before all has been sent.
+        self._wire: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._wire = self.transport
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._wire = None
+        self._expect_progress(None)
+        super().connection_lost(exc)
+
+    # --- A client that does not read ----------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_progress(self._patience)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._expect_progress(None)
+
+    async def start(self) -> None:
+        """Serve, and then give the client some time to take what is left."""
+        try:
+            await super().start()
+        finally:
+            if self._wire is not None:
+                self._expect_progress(self._patience)
+
+    def _expect_progress(self, limit: float | None) -> None:
+        """Hang up after so many seconds, unless there is another call before."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if limit is not None and self._wire is not None:
+            self._deadline = self._loop.call_later(limit, self._wire.abort)
+
+    # --- Requests that are none ---------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """Let a body that is framed wrongly fail at once.
@@ -118,6 +205,32 @@ class _Protocol(web.RequestHandler):
         response.force_close()
         self._refused(request, error)
         return response
+
+
+class _Counted(_Protocol):
+    """A connection that no gate has counted."""
+
+    __slots__ = ("_address", "_clients")
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server)
+        self._clients: Connections | None = server.clients
+        self._address = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert self._clients is not None, self
+        if self._clients.by_address:
+            self._address = peer(transport)
+        if self._clients.enter(self._address):
+            super().connection_made(transport)
+        else:
+            self._clients = None
+            cast(asyncio.Transport, transport).abort()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._clients is not None:
+            self._clients.leave(self._address)
+        super().connection_lost(exc)
 
 
 def error_response(error: ProxyError) -> web.Response:

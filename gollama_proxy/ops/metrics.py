@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from gollama_proxy import __version__
 from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.ops.connections import Connections
 from gollama_proxy.routing.admission import Line
 from gollama_proxy.routing.breaker import Cause
 from gollama_proxy.routing.breaker import State as BreakerState
@@ -43,11 +44,15 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 class Metrics:
     """The hub's own registry, so that two hubs in one process stay apart."""
 
-    def __init__(self, registry: Registry, line: Line) -> None:
+    def __init__(
+        self, registry: Registry, line: Line, clients: Connections | None = None
+    ) -> None:
         self._known: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._collectors = CollectorRegistry()
         ProcessCollector(registry=self._collectors)
         self._collectors.register(_WorkerCollector(registry, line))
+        if clients is not None:
+            self._collectors.register(_ClientCollector(clients))
         self._requests = Counter(
             "gollama_requests",
             "Requests that have ended.",
@@ -204,3 +209,25 @@ class _WorkerCollector(Collector):
                 for cause in Cause:
                     openings.add_metric([*where, cause.value], breaker.causes[cause])
         yield from (state, transitions, openings)
+
+
+class _ClientCollector(Collector):
+    """Reads how many clients there are at the moment of a scrape."""
+
+    def __init__(self, clients: Connections) -> None:
+        self._clients = clients
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "gollama_connections",
+            "Connections of clients right now.",
+            value=self._clients.open,
+        )
+        refused = CounterMetricFamily(
+            "gollama_connections_refused",
+            "Connections that were turned away: too many, or no TLS with them.",
+            labels=["reason"],
+        )
+        for kind, count in self._clients.refused.items():
+            refused.add_metric([kind], count)
+        yield refused

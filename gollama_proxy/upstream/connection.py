@@ -23,6 +23,8 @@ from typing import NoReturn, Protocol, cast
 
 import httptools
 
+from gollama_proxy.tls import explain
+
 # What a worker may make us hold for an answer's head; llama-server's is 250 bytes.
 MAX_HEAD = 64 << 10
 
@@ -80,6 +82,7 @@ class Connection(asyncio.Protocol):
         "_between_chunks",
         "_delimited",
         "_ended",
+        "_eof",
         "_fault",
         "_feed",
         "_head_done",
@@ -112,6 +115,7 @@ class Connection(asyncio.Protocol):
         self._feed = self._parser.feed_data
         self._reset_answer()
         self._reusable = True
+        self._eof = False  # it was said, which over TLS is more than a FIN
         self._write_waiter: asyncio.Future[None] | None = None
         self._writing_paused = False
 
@@ -279,16 +283,21 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def eof_received(self) -> bool:
+        self._eof = True
         return False  # close; nothing can be asked on a connection that says no more
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        if self._head_done and not self._delimited and exc is None:
-            self._end()  # RFC 9112, 6.3, 8: a body that ends with the connection
+        if self._head_done and not self._delimited and self._eof and exc is None:
+            # RFC 9112, 6.3, 8: a body that ends with the connection; and 9.8: TLS that
+            # ended without `close_notify` was cut.
+            self._end()
             self.state = State.CLOSED
             return
-        reason = "connection closed by the worker" if exc is None else str(exc)
-        self._lose(reason or type(exc).__name__)
+        if exc is None:
+            self._lose("connection closed by the worker")
+        else:
+            self._lose(explain(exc) or str(exc) or type(exc).__name__)
 
     def pause_writing(self) -> None:
         self._writing_paused = True

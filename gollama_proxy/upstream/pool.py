@@ -8,10 +8,10 @@ is kept for less than that, and whoever gets a used one must be ready to find it
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Callable
 
 from gollama_proxy.settings import Config, WorkerConfig
+from gollama_proxy.tls import Credentials, explain
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.resolver import resolve
 from gollama_proxy.wire.errors import Code, WorkerError
@@ -21,16 +21,21 @@ class ConnectionPool:
     """Idle connections to one worker, the freshest on top."""
 
     def __init__(
-        self, worker: WorkerConfig, config: Config, clock: Callable[[], float]
+        self,
+        worker: WorkerConfig,
+        config: Config,
+        clock: Callable[[], float],
+        tls: Credentials | None = None,
     ) -> None:
+        """Make a pool; an https worker needs credentials to be met with."""
+        assert (worker.origin.scheme == "https") == (tls is not None), worker
         self.worker = worker
         self._connect_timeout = config.timeouts.connect
         self._keepalive = config.upstream.keepalive
         self._capacity = config.upstream.idle
         self._clock = clock
         self._idle: list[Connection] = []
-        https = worker.origin.scheme == "https"
-        self._tls = ssl.create_default_context() if https else None
+        self._tls = tls
 
     def __repr__(self) -> str:
         return f"<ConnectionPool {self.worker.name} idle={len(self._idle)}>"
@@ -61,12 +66,15 @@ class ConnectionPool:
             )
             raise WorkerError(Code.WORKER_TIMEOUT, text) from exc
         except OSError as exc:  # also name resolution and TLS
-            text = f"Worker {self.worker.name} cannot be reached."
-            raise WorkerError(Code.WORKER_UNREACHABLE, text, detail=str(exc)) from exc
+            why = explain(exc)
+            text = f"Worker {self.worker.name} cannot be reached{why and ': '}{why}."
+            detail = why or str(exc)
+            raise WorkerError(Code.WORKER_UNREACHABLE, text, detail=detail) from exc
 
     async def _connect(self) -> Connection:
         """Try the addresses of a worker one by one; raises the last one's OSError."""
         origin = self.worker.origin
+        context = None if self._tls is None else self._tls.context
         loop = asyncio.get_running_loop()
         failure = OSError()
         for address in await resolve(origin.host, origin.port):
@@ -75,8 +83,8 @@ class ConnectionPool:
                     Connection,
                     address,
                     origin.port,
-                    ssl=self._tls,
-                    server_hostname=origin.host if self._tls else None,
+                    ssl=context,
+                    server_hostname=origin.host if context else None,
                 )
             except OSError as exc:
                 failure = exc

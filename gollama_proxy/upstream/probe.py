@@ -17,6 +17,7 @@ import msgspec
 
 from gollama_proxy.routing.worker import Check, Description, Model
 from gollama_proxy.settings import Health, WorkerConfig
+from gollama_proxy.tls import Credentials, explain, for_workers
 from gollama_proxy.upstream.resolver import Resolver
 
 # A worker's lists are small; more is a mistake or an attack.
@@ -42,20 +43,42 @@ class Report(NamedTuple):
     build: str = ""
 
 
-def new_session() -> aiohttp.ClientSession:
-    """Make the client for the control plane: no cookies, no pool, no environment."""
+def new_session(*, pooled: bool = False) -> aiohttp.ClientSession:
+    """Make the client for the control plane: no cookies, no environment.
+
+    Nor a pool, in what goes on for long: a worker closes idle connections at any time.
+    """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True, resolver=Resolver()),
+        connector=aiohttp.TCPConnector(
+            limit=0, force_close=not pooled, resolver=Resolver()
+        ),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
         auto_decompress=False,
     )
 
 
+class Target(NamedTuple):
+    """Whom to ask, and by what means."""
+
+    session: aiohttp.ClientSession
+    worker: WorkerConfig
+    tls: ssl.SSLContext | bool
+
+
+def target_of(
+    session: aiohttp.ClientSession, worker: WorkerConfig, tls: Credentials | None
+) -> Target:
+    return Target(session, worker, True if tls is None else tls.context)
+
+
 async def examine(worker: WorkerConfig, health: Health) -> Report:
     """Look at a worker once, in a session of its own; never raises for a bad worker."""
-    async with new_session() as session:
-        finding = await ping(session, worker, health)
+    tls = for_workers([worker]).get(worker.name)
+    # With a pool, closing it ends all connections.  Else TLS would still be about to
+    # say good-bye when the loop of a short command is closed.
+    async with new_session(pooled=True) as session:
+        finding = await ping(session, worker, health, tls)
     state = {Check.OK: "ready", Check.LOADING: "loading"}
     described = finding.description or Description()
     return Report(
@@ -69,19 +92,23 @@ async def examine(worker: WorkerConfig, health: Health) -> Report:
 
 
 async def ping(
-    session: aiohttp.ClientSession, worker: WorkerConfig, health: Health
+    session: aiohttp.ClientSession,
+    worker: WorkerConfig,
+    health: Health,
+    tls: Credentials | None = None,
 ) -> Finding:
     """Check that a worker lives, and learn what it serves."""
+    target = target_of(session, worker, tls)
     timeout = aiohttp.ClientTimeout(total=health.timeout)
     try:
-        status, body = await _get(session, worker, "/health", timeout)
+        status, body = await _get(target, "/health", timeout)
         if status == 503 and b"oading" in body:
             return Finding(Check.LOADING, "loading model")
         if status in (401, 403):
             return Finding(Check.FAILED, f"/health answered {status}: needs a key")
         if status >= 500 and status != 501:
             return Finding(Check.FAILED, f"/health answered {status}")
-        description = await _learn(session, worker, timeout)
+        description = await _learn(target, timeout)
     except TimeoutError:
         return Finding(Check.FAILED, f"no answer within {health.timeout:g} s")
     except aiohttp.ClientConnectorError as exc:
@@ -89,21 +116,26 @@ async def ping(
         check = Check.REFUSED if refused else Check.FAILED
         return Finding(check, _why_unreachable(exc))
     except (aiohttp.ClientError, OSError, _OddAnswer) as exc:
-        return Finding(Check.FAILED, str(exc) or type(exc).__name__)
+        reason = explain(exc.__cause__ or exc) or str(exc) or type(exc).__name__
+        return Finding(Check.FAILED, reason)
     return Finding(Check.OK, "ok", description)
 
 
 def _why_unreachable(exc: aiohttp.ClientConnectorError) -> str:
-    number = exc.os_error.errno
-    if isinstance(exc.os_error, ssl.SSLError):  # its errno is one of OpenSSL's
-        return f"TLS failed: {exc.os_error}"
+    number = exc.os_error.errno  # of TLS, one of OpenSSL's
+    if why := explain(exc.os_error):
+        return why
     if number is not None and number > 0:
         return os.strerror(number).lower()
-    return exc.os_error.strerror or "cannot be reached"  # name resolution, TLS
+    return exc.os_error.strerror or "cannot be reached"  # name resolution
 
 
 async def prove(
-    session: aiohttp.ClientSession, worker: WorkerConfig, model: str, limit: float
+    session: aiohttp.ClientSession,
+    worker: WorkerConfig,
+    model: str,
+    limit: float,
+    tls: Credentials | None = None,
 ) -> bool | None:
     """Have a worker generate one token: the canary of a half-open breaker.
 
@@ -120,6 +152,7 @@ async def prove(
             headers={"Content-Type": "application/json", **key_of(worker)},
             timeout=timeout,
             allow_redirects=False,
+            ssl=True if tls is None else tls.context,
         ) as response:
             async for _ in response.content.iter_chunked(64 << 10):
                 pass  # to its end, which a broken one does not have
@@ -130,16 +163,14 @@ async def prove(
         return False
 
 
-async def _learn(
-    session: aiohttp.ClientSession, worker: WorkerConfig, timeout: aiohttp.ClientTimeout
-) -> Description:
-    status, body = await _get(session, worker, "/v1/models", timeout)
+async def _learn(target: Target, timeout: aiohttp.ClientTimeout) -> Description:
+    status, body = await _get(target, "/v1/models", timeout)
     if status in (401, 403):
         raise _OddAnswer(f"/v1/models answered {status}: a wrong or missing API key")
     if status != 200:
         raise _OddAnswer(f"/v1/models answered {status}")
     models = _read(body, _ModelList, "/v1/models").data
-    status, body = await _get(session, worker, "/props", timeout)
+    status, body = await _get(target, "/props", timeout)
     props = _Props()
     if status == 200:
         try:
@@ -164,16 +195,14 @@ async def _learn(
 
 
 async def _get(
-    session: aiohttp.ClientSession,
-    worker: WorkerConfig,
-    path: str,
-    timeout: aiohttp.ClientTimeout,
+    target: Target, path: str, timeout: aiohttp.ClientTimeout
 ) -> tuple[int, bytes]:
-    async with session.get(
-        url_of(worker, path),
-        headers=key_of(worker),
+    async with target.session.get(
+        url_of(target.worker, path),
+        headers=key_of(target.worker),
         timeout=timeout,
         allow_redirects=False,
+        ssl=target.tls,
     ) as response:
         body = await response.content.read(MAX_ANSWER + 1)
         while len(body) <= MAX_ANSWER and not response.content.at_eof():

@@ -13,7 +13,8 @@ import aiohttp
 import msgspec
 
 from gollama_proxy.settings import WorkerConfig
-from gollama_proxy.upstream.probe import key_of, url_of
+from gollama_proxy.tls import Credentials
+from gollama_proxy.upstream.probe import Target, key_of, target_of, url_of
 
 # Seconds; llama-server takes 0.2 s for a prompt of a megabyte.
 LIMIT = 2.0
@@ -44,18 +45,20 @@ async def count(
     path: str,
     model: str,
     body: bytes,
+    tls: Credentials | None = None,
 ) -> int | None:
     """Have a worker count the tokens of a request for this path and model.
 
     None if that cannot be said, or not soon enough.
     """
+    target = target_of(session, worker, tls)
     try:
         if path in _COUNTED_BY:
-            answer = await _ask(session, worker, _COUNTED_BY[path], body)
+            answer = await _ask(target, _COUNTED_BY[path], body)
             return answer.input_tokens or None
         prompt: object
         if path.endswith("chat/completions"):
-            prompt = (await _ask(session, worker, "/apply-template", body)).prompt
+            prompt = (await _ask(target, "/apply-template", body)).prompt
         else:
             prompt = msgspec.json.decode(body, type=_Asked).prompt
         if not isinstance(prompt, str) or not prompt:  # a list, of tokens or of prompts
@@ -66,7 +69,7 @@ async def count(
             "add_special": True,
             "parse_special": True,
         }
-        answer = await _ask(session, worker, "/tokenize", msgspec.json.encode(question))
+        answer = await _ask(target, "/tokenize", msgspec.json.encode(question))
     except (
         TimeoutError,
         aiohttp.ClientError,
@@ -80,19 +83,18 @@ async def count(
     return len(answer.tokens) or None
 
 
-async def _ask(
-    session: aiohttp.ClientSession, worker: WorkerConfig, path: str, body: bytes
-) -> _Answer:
-    async with session.post(
-        url_of(worker, path),
+async def _ask(target: Target, path: str, body: bytes) -> _Answer:
+    async with target.session.post(
+        url_of(target.worker, path),
         data=_pieces(body),
         headers={
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
-            **key_of(worker),
+            **key_of(target.worker),
         },
         timeout=aiohttp.ClientTimeout(total=LIMIT),
         allow_redirects=False,
+        ssl=target.tls,
     ) as response:
         if response.status != 200:
             raise _NoAnswer

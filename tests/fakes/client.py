@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
@@ -293,6 +294,94 @@ class Wire:
                 yield
         except TimeoutError:
             raise AssertionError(f"{self!r}: no {what} within {timeout} s") from None
+
+
+class TlsWire(Wire):
+    """The same over TLS, of which nothing is hidden either.
+
+    `close` and `abort` send no `close_notify`, as clients that die do not; `notify`
+    does.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.notified = False  # the peer has said that it is done
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+
+    async def shake_hands(self, context: ssl.SSLContext, name: str) -> Self:
+        """Set TLS up with a peer of this name.
+
+        Raises:
+            ssl.SSLError: it came to nothing.
+            ConnectionError: the peer hung up.
+        """
+        self.tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_hostname=name
+        )
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while True:
+                    try:
+                        self.tls.do_handshake()
+                        break
+                    except ssl.SSLWantReadError:
+                        await self._flush()
+                        if not await self._fill():
+                            raise ConnectionResetError("no handshake") from None
+            await self._flush()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    async def hello(self, context: ssl.SSLContext, name: str) -> None:
+        """Send the first half of a handshake."""
+        tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.do_handshake()
+        await self._flush()
+
+    async def hung_up(self) -> None:
+        """Wait until the peer hangs up, whatever it sends before, below TLS."""
+        async with self._deadline(DEADLINE, "hang-up of the peer"):
+            while await self._fill():
+                pass
+
+    async def send(self, data: bytes) -> None:
+        self.tls.write(data)
+        await self._flush()
+
+    async def notify(self) -> None:
+        """Send `close_notify`, and stay ready to read."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.tls.unwrap()
+        await self._flush()
+
+    async def _receive(self) -> bool:
+        while not self._eof:
+            try:
+                data = self.tls.read(256 << 10)
+                self.notified = self._eof = not data
+                self._inbox += data
+                return bool(data)
+            except ssl.SSLWantReadError:
+                await self._flush()
+                self._eof = not await self._fill()
+            except ssl.SSLZeroReturnError:
+                self.notified = self._eof = True
+        return False
+
+    async def _flush(self) -> None:
+        await super().send(self._outgoing.read())
+
+    async def _fill(self) -> bool:
+        try:
+            data = await asyncio.get_running_loop().sock_recv(self._sock, 256 << 10)
+        except ConnectionError:
+            data = b""
+            self._reset = True
+        self._incoming.write(data) if data else self._incoming.write_eof()
+        return bool(data)
 
 
 def request_head(

@@ -104,8 +104,8 @@ class Exchange(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = self.transport = cast(asyncio.Transport, transport)
         # `send()` returns when the kernel has everything: that is what back-pressure
-        # is measured with.
-        transport.set_write_buffer_limits(high=0)
+        # is measured with.  (That of TLS is over a limit of 0 with nothing in it.)
+        transport.set_write_buffer_limits(high=0 if self.worker.tls is None else 1)
         self.worker._open.add(self)
         self.worker.connections += 1
         self.number = self.worker.connections
@@ -122,7 +122,7 @@ class Exchange(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._note_hang_up()
-        return True  # the script decides when our side ends
+        return self.worker.tls is None  # the script decides when our side ends
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._note_hang_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import jwt
 
 from gollama_proxy import config
 from gollama_proxy.edge.app import Hub
-from tests.fakes.client import Response, Wire
+from tests.fakes.client import Response, TlsWire, Wire
 
 SECRET = "0123456789abcdef" * 4
 MINT = "mint a token"  # instead of a token: one is made, with the default claims
@@ -32,8 +33,11 @@ class HasUrl(Protocol):
 class RunningHub:
     """What a test holds of a hub that runs."""
 
-    def __init__(self, hub: Hub, claims: Mapping[str, Any]) -> None:
+    def __init__(
+        self, hub: Hub, claims: Mapping[str, Any], trust: ssl.SSLContext | None = None
+    ) -> None:
         self.hub = hub
+        self.trust = trust  # what clients have, where it speaks https
         self.url: str = hub.url
         address = urlsplit(hub.url)
         assert address.hostname is not None
@@ -52,7 +56,12 @@ class RunningHub:
 
     async def wire(self, *, receive_buffer: int | None = None) -> Wire:
         """Connect a client; it is closed with the hub at the latest."""
-        wire = await Wire.connect(self.host, self.port, receive_buffer=receive_buffer)
+        address = self.host, self.port
+        if self.trust is None:
+            wire = await Wire.connect(*address, receive_buffer=receive_buffer)
+        else:
+            plain = await TlsWire.connect(*address, receive_buffer=receive_buffer)
+            wire = await plain.shake_hands(self.trust, self.host)
         self._wires.append(wire)
         return wire
 
@@ -108,12 +117,14 @@ async def running_hub(
     environ: Mapping[str, str] | None = None,
     file: Path | None = None,
     ready: bool = True,
+    trust: ssl.SSLContext | None = None,
     **settings: Any,
 ) -> AsyncIterator[RunningHub]:
     """Run a hub on a free port; leaving the block checks that nothing is left of it.
 
     Settings are given as `health__interval=0.05`.  With `ready`, the block begins when
-    each worker has been pinged once.  `claims` go into every token that is minted.
+    each worker has been pinged once.  `claims` go into every token that is minted, and
+    `trust` is what the clients of an https hub have.
     """
     before = asyncio.all_tasks()
     urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
@@ -133,7 +144,7 @@ async def running_hub(
     running = None
     try:
         await hub.start()
-        running = RunningHub(hub, claims or {})
+        running = RunningHub(hub, claims or {}, trust)
         if ready:
             async with asyncio.timeout(10):
                 await hub.ready()

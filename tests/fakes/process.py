@@ -24,6 +24,7 @@ class HubProcess:
     """What a test holds of such a hub."""
 
     def __init__(self, pid: int, port: int) -> None:
+        self.pid = pid
         self.port = port
         self.complaints: deque[str] = deque(maxlen=1000)  # what it logs beyond warnings
         self._process = psutil.Process(pid)
@@ -92,15 +93,21 @@ class HubProcess:
 
 @contextlib.asynccontextmanager
 async def hub_process(
-    *urls: str, environ: Mapping[str, str] | None = None, **settings: Any
+    *urls: str,
+    environ: Mapping[str, str] | None = None,
+    module: str = "gollama_proxy",
+    **settings: Any,
 ) -> AsyncIterator[HubProcess]:
-    """Run `gollama-proxy serve` with these workers, and wait until it is ready."""
+    """Run `gollama-proxy serve` with these workers, and wait until it is ready.
+
+    Another `module` is one that runs the same command and does more.
+    """
     variables = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
     variables |= {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_SERVER_DRAIN": "0"}
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = str(value)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gollama_proxy", "serve", "--port", "0"),
+        *(sys.executable, "-m", module, "serve", "--port", "0"),
         *(argument for url in urls for argument in ("--worker", url)),
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,

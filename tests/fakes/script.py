@@ -102,6 +102,12 @@ async def stall(exchange: Exchange) -> None:
 
 
 @_step
+async def kill(exchange: Exchange) -> None:
+    """End as a process that dies with all sent: FIN, and over TLS no more than that."""
+    exchange.kill()
+
+
+@_step
 async def reset(exchange: Exchange) -> None:
     """End the connection with RST, as a machine does that came back without it."""
     exchange.reset()

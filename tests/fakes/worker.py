@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -40,6 +41,7 @@ class ScriptedWorker:
         keep_body: int = 1 << 20,
         receive_buffer: int | None = None,
         up: bool = True,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.models = list(models or [replies.MODEL])
         self.slots = slots
@@ -66,6 +68,7 @@ class ScriptedWorker:
         self._server: asyncio.Server | None = None
         self._receive_buffer = receive_buffer
         self._start_up = up
+        self.tls = tls  # for connections from now on
         # Bound and never listening: the port stays ours while the worker is down, and
         # whoever connects meanwhile is refused.
         self._reservation = _bind(0)
@@ -87,7 +90,7 @@ class ScriptedWorker:
 
     @property
     def url(self) -> str:
-        return f"http://{self.name}"
+        return f"{'http' if self.tls is None else 'https'}://{self.name}"
 
     @property
     def listening(self) -> bool:
@@ -131,7 +134,9 @@ class ScriptedWorker:
         if self._receive_buffer is not None:  # accepted sockets inherit it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Exchange(self), sock=sock)
+        self._server = await loop.create_server(
+            lambda: Exchange(self), sock=sock, ssl=self.tls
+        )
 
     async def down(self, *, connections: bool = True) -> None:
         """Refuse connections from now on; by default the open ones end, too.
