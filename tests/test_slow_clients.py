@@ -1,0 +1,246 @@
+"""Clients that take their time have only so much of it, and cost the others none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+from gollama_proxy.edge import server
+from tests.fakes.authority import Authority
+from tests.fakes.client import Wire, request_head
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.process import HubProcess, hub_process
+from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
+from tests.fakes.script import close, send
+from tests.fakes.tools import require
+from tests.fakes.waiting import until
+from tests.fakes.worker import ScriptedWorker
+
+CHAT = "/v1/chat/completions"
+QUESTION = {"messages": [{"role": "user", "content": "hello"}]}
+MIB = 1 << 20
+
+
+@pytest.fixture(params=["http", "https"])
+def transport(request: pytest.FixtureRequest, authority: Authority) -> dict[str, Any]:
+    """What a hub is started with to speak the one or the other."""
+    if request.param == "http":
+        return {}
+    return {"trust": authority.client(), **authority.issue().settings}
+
+
+@contextlib.asynccontextmanager
+async def dripping(wire: Wire, data: bytes) -> AsyncIterator[None]:
+    """Send a byte every 50 ms, until nobody takes any more."""
+
+    async def drip() -> None:
+        with contextlib.suppress(OSError):
+            for byte in data:
+                await wire.send(bytes([byte]))
+                await asyncio.sleep(0.05)
+
+    task = asyncio.create_task(drip())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@contextlib.asynccontextmanager
+async def within(low: float, high: float) -> AsyncIterator[None]:
+    began = time.monotonic()
+    yield
+    assert low <= time.monotonic() - began < high
+
+
+async def gone(hub: RunningHub) -> None:
+    """Wait until the hub has no client."""
+    await until(lambda: hub.hub.clients.open == 0, 15)
+
+
+# --- Slow to send -----------------------------------------------------------------
+
+
+async def test_a_head_has_a_deadline(transport: dict[str, Any]) -> None:
+    async with running_hub(server__keepalive=1, **transport) as hub:
+        async with await hub.wire() as wire, within(0.9, 1.5):
+            async with dripping(wire, b"GET / HTTP/1.1\r\nX: " + b"x" * 500):
+                await wire.read_eof()
+        await gone(hub)
+
+
+@pytest.mark.parametrize("requests", [0, 1])
+async def test_an_idle_connection_is_closed(
+    requests: int, transport: dict[str, Any]
+) -> None:
+    async with running_hub(server__keepalive=1, **transport) as hub:
+        async with await hub.wire() as wire:
+            for _ in range(requests):
+                await wire.get("/livez")
+                await wire.read_response()
+            async with within(0.9, 1.5):
+                await wire.read_eof()
+
+
+async def test_a_body_has_a_deadline(transport: dict[str, Any]) -> None:
+    async with running_hub(timeouts__body=0.5, **transport) as hub:
+        async with await hub.wire() as wire:
+            head = [("Content-Length", "1000"), ("Content-Type", "application/json")]
+            await wire.send(request_head("POST", CHAT, hub.token(), head))
+            async with within(0.45, 0.9), dripping(wire, b'{"messages": [' * 50):
+                response = await wire.read_response()
+            assert response.status == 408
+            assert response.json()["error"]["code"] == "body_timeout"
+            await wire.read_eof()
+        await gone(hub)
+
+
+# --- Slow to read -----------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_GRACE", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_answer_in_one_piece_is_not_kept_for_ever(
+    transport: dict[str, Any],
+) -> None:
+    """It is out of the path of a request by then, but in memory."""
+    settings = {"upstream__assemble": CHAT, "timeouts__write": 0.2}
+    async with ScriptedWorker() as worker:
+        async with running_hub(worker, **settings, **transport) as hub:
+            worker.script(
+                send(sse_head() + chunk(role())),
+                *[send(chunk(token("x" * MIB)))] * 10,
+                send(chunk(finish() + done()) + last_chunk()),
+                close(),
+            )
+            wire = await hub.open(CHAT, QUESTION, receive_buffer=4096)
+            await worker.received()
+            await gone(hub)
+            assert not (await wire.read_to_end()).clean
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_pipelined_requests_whose_answers_nobody_reads(
+    transport: dict[str, Any],
+) -> None:
+    names = [f"model-{number}-{'x' * 2000}" for number in range(100)]
+    async with ScriptedWorker(*names) as worker:
+        async with running_hub(worker, timeouts__write=0.2, **transport) as hub:
+            wire = await hub.wire(receive_buffer=4096)
+            await wire.send(request_head("GET", "/v1/models", hub.token()) * 50)
+            await gone(hub)
+
+
+# --- Many of them -----------------------------------------------------------------
+
+CONNECTIONS = 500
+SECONDS = 3
+# Below this, a p99 tells of the machine and not of the hub.
+NOISE = 0.005
+_ATTACK = f"-c {CONNECTIONS} -r {CONNECTIONS // 2} -l {SECONDS + 1} -i 1 -p 5"
+_MODES = {
+    "slow heads": "-H -u {}/v1/models",
+    "slow bodies": f"-B -t POST -s 8192 -u {{}}{CHAT}",
+    "ranges": "-R -t HEAD -u {}/livez",
+    "slow readers": "-X -w 10 -y 20 -n 1 -z 8 -u {}/v1/models",
+}
+
+
+@pytest.mark.timeout(120)
+async def test_500_slow_clients_do_not_slow_down_a_good_one() -> None:
+    """The p99 of its answers stays under twice that of an idle hub.
+
+    The idle hub is another one in the same seconds, so that whatever else the machine
+    does, the attacker's own work included, concerns both; and there is one more try.
+    """
+    program = require("slowhttptest", package="slowhttptest")
+    names = ["tiny", *(f"model-{number}-{'x' * 1000}" for number in range(100))]
+    settings = {
+        "auth__mode": "off",
+        "log__access": "false",
+        "server__keepalive": 2,
+        "timeouts__body": 2,
+        "timeouts__write": 2,
+    }
+    async with (
+        ScriptedWorker(*names, slots=64) as worker,
+        hub_process(worker.url, **settings) as hub,
+        hub_process(worker.url, **settings) as other,
+    ):
+        await asyncio.gather(latencies(hub, 0.5), latencies(other, 0.5))  # warm
+        for mode, arguments in _MODES.items():
+            for last in (False, True):
+                attacked, idle, peak = await under_attack(
+                    hub, other, program, arguments
+                )
+                # A range says nothing to the hub: these are answered, and gone.
+                assert peak >= CONNECTIONS / 5 or mode == "ranges", mode
+                told = f"{mode}: p99 {attacked * 1e3:.1f}, idle {idle * 1e3:.1f} ms"
+                print(told)
+                if attacked < 2 * max(idle, NOISE):
+                    break
+                assert not last, told
+            # All of them are gone soon after.
+            await until(lambda: hub.descriptors() < 50)
+        assert not hub.complaints
+
+
+async def under_attack(
+    hub: HubProcess, other: HubProcess, program: str, arguments: str
+) -> tuple[float, float, int]:
+    """Give the p99 of a good client of each hub, and how many files the first had."""
+    url = f"http://127.0.0.1:{hub.port}"
+    process = await asyncio.create_subprocess_exec(
+        program,
+        *f"{arguments.format(url)} {_ATTACK}".split(),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    peak = 0
+
+    async def count() -> None:
+        nonlocal peak
+        while True:
+            peak = max(peak, hub.descriptors())
+            await asyncio.sleep(0.1)
+
+    counting = asyncio.create_task(count())
+    try:
+        attacked, idle = await asyncio.gather(
+            latencies(hub, SECONDS), latencies(other, SECONDS)
+        )
+        return p99(attacked), p99(idle), peak
+    finally:
+        counting.cancel()
+        await asyncio.wait([counting])
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def latencies(hub: HubProcess, seconds: float) -> list[float]:
+    """Ask again and again on one connection; give how long each answer took."""
+    taken = []
+    end = time.monotonic() + seconds
+    async with await Wire.connect("127.0.0.1", hub.port) as wire:
+        while (began := time.monotonic()) < end:
+            await wire.post(CHAT, {**QUESTION, "model": "tiny"})
+            assert (await wire.read_response()).status == 200
+            taken.append(time.monotonic() - began)
+            await asyncio.sleep(0.002)
+    return taken
+
+
+def p99(taken: Sequence[float]) -> float:
+    return sorted(taken)[int(len(taken) * 0.99)]
