@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 
 from gollama_proxy import settings
+from gollama_proxy.edge import server as edge_server
 from gollama_proxy.edge.auth import AuthError
 from gollama_proxy.edge.server import (
     Handler,
@@ -25,6 +26,7 @@ from gollama_proxy.edge.server import (
 from gollama_proxy.settings import Config
 from gollama_proxy.wire.errors import Code, HubError, NoWorkerError, RequestError
 from tests.fakes.client import Wire, request_head
+from tests.fakes.waiting import until
 
 GET = b"GET / HTTP/1.1\r\nHost: hub\r\n\r\n"
 
@@ -291,6 +293,41 @@ async def test_a_head_that_drips_is_not_waited_for() -> None:
         await wire.read_eof(3)
         task.cancel()
         await asyncio.wait([task])
+
+
+@pytest.mark.parametrize("how", ["close", "keep"])
+async def test_what_is_left_of_an_answer_is_not_kept_for_ever(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transport that is closed waits until all is sent, and a client may never read.
+
+    Less than what would pause the writer is left here, so that nobody was told.
+    """
+    monkeypatch.setattr(edge_server, "_GRACE", 0.1)
+    left = asyncio.get_running_loop().create_future()
+
+    async def leave(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        if how == "close":
+            response.force_close()
+        await response.prepare(request)
+        transport = request.transport
+        assert transport is not None
+        while not transport.get_write_buffer_size():
+            transport.write(b"x" * 1000)
+            await asyncio.sleep(0)
+        left.set_result(transport)
+        return response
+
+    limits = settings.Timeouts(write=0.1)
+    config = Config(server=settings.Server(keepalive=0.2), timeouts=limits)
+    async with serving(leave, config) as address:
+        async with await Wire.connect(*address, receive_buffer=4096) as wire:
+            await wire.send(GET)
+            transport = await left
+            assert 0 < transport.get_write_buffer_size() < 64 << 10
+            await until(lambda: transport.get_extra_info("socket").fileno() < 0, 5)
 
 
 async def test_an_answer_arrives_although_its_client_is_still_sending() -> None:
