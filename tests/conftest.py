@@ -31,7 +31,7 @@ _MAY_BLOCK = {
     # Before there is a hub: settings are read, programs and models looked for.
     "gollama_proxy/config.py": {"load"},
     "gollama_proxy/tls.py": {"for_server", "for_workers"},
-    "gollama_proxy/llama.py": {"find"},
+    "gollama_proxy/llama.py": {"find", "_find_model"},
     "gollama_proxy/demo.py": {"_start_servers"},
     # A llama-server of the demo has died: its last words are read, and all ends.
     "gollama_proxy/children.py": {"check"},

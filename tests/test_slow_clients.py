@@ -161,10 +161,11 @@ async def test_500_slow_clients_do_not_slow_down_a_good_one() -> None:
     """The p99 of its answers stays under twice that of an idle hub.
 
     The idle hub is another one in the same seconds, so that whatever else the machine
-    does, the attacker's own work included, concerns both; and there is one more try.
+    does, the attacker's own work included, concerns both.  A mode may be tried again.
     """
     program = require("slowhttptest", package="slowhttptest")
-    names = ["tiny", *(f"model-{number}-{'x' * 1000}" for number in range(100))]
+    # Much to read, and little work to write it.
+    names = ["tiny", *(f"model-{number}-{'x' * 10_000}" for number in range(10))]
     settings = {
         "auth__mode": "off",
         "log__access": "false",
@@ -179,7 +180,7 @@ async def test_500_slow_clients_do_not_slow_down_a_good_one() -> None:
     ):
         await asyncio.gather(latencies(hub, 0.5), latencies(other, 0.5))  # warm
         for mode, arguments in _MODES.items():
-            for last in (False, True):
+            for last in (False, False, True):
                 attacked, idle, peak = await under_attack(
                     hub, other, program, arguments
                 )
