@@ -16,6 +16,7 @@ from gollama_proxy.edge import job
 from gollama_proxy.edge.slots import Slots
 from gollama_proxy.settings import POLICIES
 from gollama_proxy.upstream import attempt
+from gollama_proxy.upstream.pool import SPACING
 from tests.fakes.asks import CHAT, RARELY
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
@@ -84,6 +85,20 @@ async def test_a_worker_never_gets_more_than_it_has_slots() -> None:
         assert {each.status for each in await asyncio.gather(*clients)} == {200}
         assert len(worker.requests) == 40
     assert not len(slots.line)
+
+
+async def test_a_burst_beyond_the_threads_of_a_worker_is_spaced() -> None:
+    async with crowded() as (worker, hub, _):
+        running = sent(hub, "a")
+        await worker.received(1)
+        worker.on("/tokenize", wait("go"), *answer({"tokens": []}))
+        began = time.monotonic()
+        posts = [hub.post("/tokenize", {"content": "x"}) for _ in range(6)]
+        clients = [asyncio.create_task(each, name="fake client") for each in posts]
+        await worker.received(7)  # one slot, four threads, and two on top
+        assert time.monotonic() - began >= 2 * SPACING
+        worker.release("go")
+        await asyncio.gather(running, *clients)
 
 
 async def test_a_worker_that_does_not_tell_its_slots_is_not_limited() -> None:

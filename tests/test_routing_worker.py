@@ -36,6 +36,7 @@ from gollama_proxy.routing.worker import (
 from gollama_proxy.settings import Breaker as Limits
 from gollama_proxy.settings import Health, Origin, WorkerConfig
 from tests.fakes.clock import Clock
+from tests.fakes.pool import pool
 
 CONFIG = WorkerConfig(
     "http://10.0.0.11:8080", Origin("http", "10.0.0.11", 8080, ""), "w1"
@@ -1066,3 +1067,18 @@ class Leases(RuleBasedStateMachine):
 
 TestLeases = Leases.TestCase
 TestLeases.settings = settings(deadline=None, max_examples=150, stateful_step_count=30)
+
+
+# --- Bursts ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slots", "taken", "surplus"), [(4, 7, 0), (4, 9, 2), (None, 99, 0)]
+)
+def test_requests_beyond_the_threads(
+    slots: int | None, taken: int, surplus: int
+) -> None:
+    worker = pool(slots)[0]
+    for _ in range(taken):
+        worker.lease(slot=False)
+    assert worker.surplus() == surplus

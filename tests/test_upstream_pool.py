@@ -20,8 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from gollama_proxy import config
 from gollama_proxy.tls import for_workers
+from gollama_proxy.upstream import pool as pools
 from gollama_proxy.upstream.connection import Connection, State
-from gollama_proxy.upstream.pool import ConnectionPool
+from gollama_proxy.upstream.pool import SPACING, ConnectionPool
 from gollama_proxy.wire.errors import Code, WorkerError
 from tests.fakes.clock import Clock
 from tests.fakes.replies import head
@@ -57,6 +58,29 @@ async def dial_and_use(pool: ConnectionPool, answer: bytes = SHORT) -> Connectio
     connection.start(Ignore())
     connection.data_received(answer)
     return connection
+
+
+# --- Bursts -----------------------------------------------------------------------
+
+
+async def test_connections_on_top_are_spaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async with ScriptedWorker() as worker:
+        surplus, clock = iter([0, -1, 1, 2, 1, 0, 1]), Clock()
+        pool = pool_of(worker.url, clock)
+        pool._surplus = lambda: next(surplus)
+        monkeypatch.setattr(pools.asyncio, "sleep", sleep)
+        made = [await pool.dial() for _ in range(6)]
+        clock.advance(10)
+        made.append(await pool.dial())
+        monkeypatch.undo()
+        assert waits == pytest.approx([0, SPACING, 2 * SPACING, 0])
+        for connection in made:
+            connection.close()
 
 
 # --- Handing out ------------------------------------------------------------------

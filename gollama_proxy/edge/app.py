@@ -48,9 +48,13 @@ class Hub:
         self._worker_tls = tls.for_workers(config.workers)
         self.connections = {
             worker.name: ConnectionPool(
-                worker, config, clock, self._worker_tls.get(worker.name)
+                worker.config,
+                config,
+                clock,
+                self._worker_tls.get(worker.name),
+                worker.surplus,
             )
-            for worker in config.workers
+            for worker in self.registry.workers
         }
         line = Line(config.queue, clock)
         self.clients = Connections(config.limits, clock)

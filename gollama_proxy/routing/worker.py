@@ -31,6 +31,7 @@ from gollama_proxy.settings import Health, WorkerConfig
 
 logger = logging.getLogger(__name__)
 
+SPARE = 3  # threads of a llama-server, beside one for each slot
 MOST_SLOTS = 10_000  # that a worker is believed to have, or may be configured with
 
 
@@ -226,6 +227,14 @@ class Worker:
         if self.slots is None:
             return math.inf
         return self.slots + self.overcommit - self._taken
+
+    def surplus(self) -> int:
+        """Tell how many more requests it has than threads, if that is above 0.
+
+        llama-server has four threads more than slots (`--threads-http`), of which one
+        is for pings.
+        """
+        return 0 if self.slots is None else self.in_flight - self.slots - SPARE
 
     @property
     def full_for(self) -> float:

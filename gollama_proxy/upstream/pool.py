@@ -3,6 +3,11 @@
 llama-server says `Keep-Alive: timeout=5, max=100` and means it for plain answers only:
 it closes after every event stream, and 5.0 s after the last request.  So a connection
 is kept for less than that, and whoever gets a used one must be ready to find it dead.
+
+A llama-server has four threads more than slots, and a burst of more connections than
+that can leave it without one for any other, `/health` included, for as long as the
+answers take (cpp-httplib, `ThreadPool::enqueue`).  The hub sends no more requests than
+there are slots; whatever comes on top of that, be it without a slot, is spaced.
 """
 
 from __future__ import annotations
@@ -16,6 +21,9 @@ from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.resolver import resolve
 from gollama_proxy.wire.errors import Code, WorkerError
 
+# Seconds between two connections that come on top; at 50 ms none was seen to hang.
+SPACING = 0.05
+
 
 class ConnectionPool:
     """Idle connections to one worker, the freshest on top."""
@@ -26,8 +34,12 @@ class ConnectionPool:
         config: Config,
         clock: Callable[[], float],
         tls: Credentials | None = None,
+        surplus: Callable[[], int] = int,
     ) -> None:
-        """Make a pool; an https worker needs credentials to be met with."""
+        """Make a pool; an https worker needs credentials to be met with.
+
+        `surplus` tells how many more requests than threads the worker has, if above 0.
+        """
         assert (worker.origin.scheme == "https") == (tls is not None), worker
         self.worker = worker
         self._connect_timeout = config.timeouts.connect
@@ -36,6 +48,8 @@ class ConnectionPool:
         self._clock = clock
         self._idle: list[Connection] = []
         self._tls = tls
+        self._surplus = surplus
+        self._next_at = 0.0  # when one more may be dialled on top
 
     def __repr__(self) -> str:
         return f"<ConnectionPool {self.worker.name} idle={len(self._idle)}>"
@@ -56,6 +70,8 @@ class ConnectionPool:
         Raises:
             WorkerError: 502, it cannot be reached; 504, not within the connect timeout.
         """
+        if self._surplus() > 0:
+            await asyncio.sleep(self._spacing())
         try:
             async with asyncio.timeout(self._connect_timeout):
                 return await self._connect()
@@ -70,6 +86,13 @@ class ConnectionPool:
             text = f"Worker {self.worker.name} cannot be reached{why and ': '}{why}."
             detail = why or str(exc)
             raise WorkerError(Code.WORKER_UNREACHABLE, text, detail=detail) from exc
+
+    def _spacing(self) -> float:
+        """Take the next place in a row of connections; tell the seconds until then."""
+        now = self._clock()
+        at = max(now, self._next_at)
+        self._next_at = at + SPACING
+        return at - now
 
     async def _connect(self) -> Connection:
         """Try the addresses of a worker one by one; raises the last one's OSError."""
