@@ -21,7 +21,7 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
-.PHONY: help install node run test cov lint types format soak bench bench-faults bench-routing clean simulate
+.PHONY: help install node run test cov lint types format soak fuzz mutants bench bench-faults bench-routing clean simulate
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -31,6 +31,8 @@ help:
 	@echo "make lint     ruff and the import contracts"
 	@echo "make types    mypy, strict"
 	@echo "make soak     20,000 requests with faults, after which nothing may be left"
+	@echo "make fuzz     bytes that nobody thought of, for every reader, a minute each"
+	@echo "make mutants  faults put into the code one by one, which the tests must notice"
 	@echo "make bench    cost per relayed token beside nginx and a plain aiohttp proxy"
 	@echo "              (or BEFORE=DIR: beside the hub of another checkout)"
 	@echo "make bench-faults  what a stopped worker costs the clients of the others"
@@ -89,6 +91,21 @@ format: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak
 
+# Parts of the program that must not be wrong; a pattern of mutmut, all by default.
+MUTANTS ?= gollama_proxy.*
+FUZZ    := request stream assembly renaming hiding transcript rescue answer
+SECONDS_EACH ?= 60
+
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	for target in $(FUZZ); do \
+	  $(BIN)/python -m tests.fuzz $$target $(SECONDS_EACH) || exit 1; done
+
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mutants]'
+	$(BIN)/mutmut run '$(MUTANTS)'
+	$(BIN)/python -m tests.mutants
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.relay $(if $(BEFORE),--before "$(BEFORE)")
 
@@ -103,4 +120,4 @@ simulate: $(STAMP)
 	$(BIN)/python -m benchmarks.simulate --small
 
 clean:
-	rm -rf $(VENV) build *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis mutants

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from gollama_proxy.upstream.connection import (
     MAX_FAST,
     MAX_HEAD,
+    MAX_HEADERS,
+    PAYS_FOR,
     Connection,
     State,
 )
@@ -388,7 +390,7 @@ def test_interim_answers_are_skipped(whole: bool) -> None:
     ("first", "more"),
     [
         (b"", head(100)),
-        (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n" * 50),
+        (b"HTTP/1.1 200 OK\r\n", b"X-A: %b\r\n" % (b"b" * 1000)),
         (b"HTTP/1.1 200 ", b"O" * 1000),
         (b"HTTP/1.1 200 OK\r\nX-A: ", b"b" * 1000),
         (b"HTTP/1.1 200 OK\r\nX-", b"A" * 1000),
@@ -406,6 +408,66 @@ def test_a_head_without_an_end_is_a_loss(first: bytes, more: bytes) -> None:
     assert recorder.lost == (f"a head larger than {MAX_HEAD} bytes", True)
     assert MAX_HEAD < received <= MAX_HEAD + len(more)
     assert link.aborted
+
+
+def test_no_more_headers_are_taken_than_a_server_would_send() -> None:
+    lines = b"X-A: b\r\n" * (MAX_HEADERS - 1)
+    fits = b"HTTP/1.1 200 OK\r\n" + lines + b"Content-Length: 0\r\n%b\r\n"
+    assert receive(fits % b"")[2].ended
+    _, link, recorder = receive(fits % b"X-A: b\r\n")
+    assert recorder.lost == (f"more than {MAX_HEADERS} headers", True)
+    assert link.aborted
+
+
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [
+        (b"5;", b"a" * 1000),
+        (b"", b"1;%b\r\nx\r\n" % (b"a" * 1000)),
+        (chunk(b"hello") + b"0\r\n", b"X: %b\r\n" % (b"a" * 1000)),
+        (chunk(b"hello") + b"0\r\nX: ", b"a" * 1000),
+        (b"", b"0" * 1000),
+    ],
+    ids=["an extension", "extensions", "trailers", "a trailer", "zeros"],
+)
+def test_a_body_that_is_all_framing_is_a_loss(first: bytes, more: bytes) -> None:
+    """Of what nobody reads, no more is taken than of a head."""
+    connection, link, recorder = ask()
+    connection.data_received(CHUNKED + first)
+    received = 0
+    while not recorder.over and received < 3 * MAX_HEAD:
+        connection.data_received(more)
+        received += len(more)
+    assert recorder.malformed
+    assert received <= 1.1 * MAX_HEAD
+    assert link.aborted
+
+
+def test_the_smallest_chunks_pay_for_themselves() -> None:
+    """One byte in each, for as long as anybody likes, and some extensions, too."""
+    connection, _, recorder = ask()
+    connection.data_received(CHUNKED)
+    piece = b"1;a=bcdefgh\r\nx\r\n" * 100
+    assert len(piece) <= (1 + PAYS_FOR) * 100
+    for _ in range(3 * MAX_HEAD // len(piece)):
+        connection.data_received(piece)
+    connection.data_received(last_chunk())
+    assert recorder.ended
+
+
+def test_a_connection_that_ended_before_it_was_asked_is_a_loss() -> None:
+    """The worker spoke unasked, or left in the moment between two turns."""
+    for data in (SHORT, b""):
+        connection, _ = connect()
+        if data:
+            connection.data_received(data)
+        else:
+            connection.connection_lost(None)
+        recorder = Recorder()
+        connection.start(recorder)
+        assert recorder.lost == ("closed before it was asked", False)
+        connection.write(b"POST")
+        assert connection.state is State.CLOSED
 
 
 # --- What is no HTTP --------------------------------------------------------------
@@ -442,6 +504,11 @@ MALFORMED = {
     "chunk longer than said": CHUNKED + b"3\r\nhello\r\n",
     "chunk with bare lf": CHUNKED + b"3\nabc\n",
     "no crlf behind a chunk": CHUNKED + b"3\r\nabc3\r\nabc\r\n",
+    "http/2": head(200, [("Content-Length", "0")]).replace(b"1.1", b"2.0", 1),
+    "compressed": head(200, [("Content-Encoding", "gzip"), ("Content-Length", "2")]),
+    "compressed chunks": head(200, [("Transfer-Encoding", "gzip, chunked")]),
+    "chunks, compressed": head(200, [("Transfer-Encoding", "chunked, gzip")]),
+    "unknown coding": head(200, [("Transfer-Encoding", "xchunked")]),
     "second chunk size": CHUNKED + chunk(b"hello") + b"what?\r\n",
 }
 
@@ -457,6 +524,12 @@ def test_what_is_no_http_is_one_loss(wire: bytes, step: int) -> None:
     assert link.aborted
     assert not connection.reusable
     connection.connection_lost(None)  # which the event loop says next
+
+
+@pytest.mark.parametrize("name", ["identity", "Identity"])
+def test_a_coding_that_is_none_is_no_fault(name: str) -> None:
+    coded = head(200, [("Content-Encoding", name), ("Transfer-Encoding", "CHUNKED")])
+    assert receive(coded + chunk(b"hello") + last_chunk())[2].body == b"hello"
 
 
 def test_the_body_in_front_of_a_fault_is_passed_on() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import socket
 from typing import Any
@@ -13,7 +15,14 @@ from gollama_proxy import config
 from gollama_proxy.routing.worker import Check, Description, Model
 from gollama_proxy.settings import Health, WorkerConfig
 from gollama_proxy.upstream import probe
-from gollama_proxy.upstream.probe import MAX_ANSWER, Finding, Report
+from gollama_proxy.upstream.probe import (
+    MAX_ANSWER,
+    MAX_NAME,
+    MOST_CONTEXT,
+    MOST_MODELS,
+    Finding,
+    Report,
+)
 from tests.fakes.replies import head, json_reply, not_found
 from tests.fakes.script import Script, answer, close, reset, send, stall
 from tests.fakes.worker import ScriptedWorker
@@ -243,9 +252,16 @@ ODD_MODELS = {
         (send(head(200) + b" " * (MAX_ANSWER + 1)), stall()),
         f"/v1/models answered more than {MAX_ANSWER} bytes",
     ),
-    "cut": ((send(head(200, [("Content-Length", "99")]) + b"{}"), close()), "Response"),
+    "cut": (
+        (send(head(200, [("Content-Length", "99")]) + b"{}"), close()),
+        "its answer broke off",
+    ),
     "reset": ((send(head(200, [("Content-Length", "99")])), reset()), ""),
-    "garbage": ((send(b"garbage\r\n\r\n"), close()), ""),
+    "garbage": ((send(b"garbage\r\n\r\n"), close()), "sent what is no HTTP answer"),
+    "no names": (
+        answer({"data": [{"id": ""}, {"id": "\x1b[2J"}]}),
+        "/v1/models has no name",
+    ),
 }
 
 
@@ -348,11 +364,95 @@ async def test_examine_tells_a_worker_that_is_down() -> None:
 
 
 async def test_a_list_in_many_pieces_is_read_whole() -> None:
-    body = json.dumps({"data": [{"id": f"m{n}"} for n in range(20_000)]}).encode()
+    body = json.dumps({"data": [{"id": f"m{n}"} for n in range(MOST_MODELS)]}).encode()
     reply = json_reply(json.loads(body))
     async with ScriptedWorker() as worker:
         parts = [send(reply[i : i + 30_000]) for i in range(0, len(reply), 30_000)]
         worker.on("/v1/models", *parts)
         finding = await ping(worker)
     assert finding.description is not None
-    assert len(finding.description.models) == 20_000
+    assert len(finding.description.models) == MOST_MODELS
+
+
+# --- What is too much, or cannot be true ------------------------------------------
+
+
+async def described(**answers: Any) -> Description:
+    """Ping a worker that says so on `/v1/models` (`models`) or `/props` (`props`)."""
+    paths = {"models": "/v1/models", "props": "/props"}
+    async with ScriptedWorker() as worker:
+        for name, told in answers.items():
+            worker.on(paths[name], *answer(told))
+        finding = await ping(worker)
+    assert finding.check is Check.OK, finding
+    assert finding.description is not None
+    return finding.description
+
+
+async def test_of_too_many_models_the_first_ones_are_known() -> None:
+    """Each request looks through all of them."""
+    listed = [{"id": f"m{n}"} for n in range(MOST_MODELS + 5)]
+    names = [model.name for model in (await described(models={"data": listed})).models]
+    assert names == [f"m{n}" for n in range(MOST_MODELS)]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "two\nlines", "\x1b[31m", "a\x00b", "\u2028", "x" * (MAX_NAME + 1)]
+)
+async def test_a_name_that_could_not_be_told_is_passed_over(name: str) -> None:
+    """Names get into logs, terminals and replies."""
+    models = {"data": [{"id": name}, {"id": "x" * MAX_NAME}, {"id": "modèle 7b"}]}
+    names = [model.name for model in (await described(models=models)).models]
+    assert names == ["x" * MAX_NAME, "modèle 7b"]
+
+
+@pytest.mark.parametrize("context", [-1, 0, MOST_CONTEXT + 1, 10**400])
+async def test_a_context_that_cannot_be_true_is_not_known(context: int) -> None:
+    settings = {"default_generation_settings": {"n_ctx": context}}
+    models = {"data": [{"id": "a", "meta": {"n_ctx": context}}, {"id": "b"}]}
+    told = await described(models=models, props=settings)
+    assert told.context is None
+    assert [model.context for model in told.models] == [None, None]
+
+
+@pytest.mark.parametrize("slots", [10**400, -(10**400), 1 << 31, 2.5, "4"])
+async def test_slots_that_are_no_number_are_not_known(slots: object) -> None:
+    """Such as could not even be shown in the metrics."""
+    assert (await described(props={"total_slots": slots})).slots is None
+
+
+async def test_the_name_of_a_build_is_short_and_printable() -> None:
+    assert (await described(props={"build_info": "b" * 5000})).build == "b" * 100
+    assert (await described(props={"build_info": "\x1b[2J"})).build == ""
+
+
+def flood_with_interim_answers(listener: socket.socket) -> None:
+    """Be a worker faster than any event loop, until the hub hangs up."""
+    peer, _ = listener.accept()
+    with peer, contextlib.suppress(OSError):
+        peer.recv(1000)
+        while True:
+            peer.sendall(head(100) * 10_000)
+
+
+async def test_a_flood_of_interim_answers_leaves_others_their_turns() -> None:
+    """aiohttp skips them one by one; in large reads nothing else would ever happen."""
+    turns = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0.001)
+            turns += 1
+
+    health = Health(timeout=0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        other = asyncio.create_task(take_turns())
+        flooding = asyncio.to_thread(flood_with_interim_answers, listener)
+        async with asyncio.TaskGroup() as group, probe.new_session() as session:
+            group.create_task(flooding)
+            finding = await probe.ping(session, configured(url), health)
+        other.cancel()
+    assert finding.reason == "no answer within 0.5 s"
+    assert turns > 50

@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from gollama_proxy.routing.lease import Lease
 from gollama_proxy.upstream.client import Client, ClientStalledError, ToldError
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.upstream.relay import HOLD_LIMIT, WRITE_BUFFER, Relay
+from gollama_proxy.upstream.relay import (
+    HOLD_LIMIT,
+    MOST_HELD,
+    WRITE_BUFFER,
+    Relay,
+)
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.errors import Code, ProxyError, RequestError, WorkerError
 from gollama_proxy.wire.openai import Ending
@@ -287,6 +292,17 @@ async def test_waiting_can_be_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await opening
     await stage.relay.opened()
+
+
+async def test_many_small_pieces_go_on_as_one() -> None:
+    """Each piece that was held costs a write; what matters is that none is lost."""
+    stage = Stage()
+    pings = [b": %d\n\n" % number for number in range(MOST_HELD)]
+    await stage.play(*pings, role() + token("a"), finish() + done())
+    assert len(stage.sink.writes) == 1
+    for ping_ in pings:
+        assert ping_ in stage.sent
+    assert token("a") in stage.sent
 
 
 async def test_no_more_is_held_than_the_limit() -> None:

@@ -17,6 +17,7 @@ from gollama_proxy.wire.sse import (
     STREAM_HEADERS,
     TAIL,
     EventError,
+    Gatherer,
     Verdict,
     error_event,
     error_in,
@@ -24,6 +25,7 @@ from gollama_proxy.wire.sse import (
     generated_tokens,
     judge,
     opens,
+    prompt_tokens,
     reading,
     unfinished,
 )
@@ -53,6 +55,71 @@ def anthropic(type: str, **more: Any) -> bytes:
 
 def responses(type: str, **more: Any) -> bytes:
     return replies.named_event({"type": f"response.{type}", **more})
+
+
+# --- Whole events -----------------------------------------------------------------
+
+_some_lines = st.lists(
+    st.sampled_from([b"data: a", b"", b": c", b"data: b\xff", b"\n", b"\r", b"\r\n"]),
+    max_size=12,
+)
+
+
+@settings(deadline=None, database=None)
+@given(
+    lines=_some_lines,
+    eol=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    sizes=st.lists(st.integers(1, 9), max_size=30),
+)
+@example(lines=[b"data: a", b"", b""], eol=b"\r\n", sizes=[1] * 30)
+def test_pieces_are_gathered_to_whole_events(
+    lines: list[bytes], eol: bytes, sizes: list[int]
+) -> None:
+    """What comes out is what went in, and each event is there with its blank line."""
+    data = b"".join(line + eol for line in lines)
+    gatherer, whole, at = Gatherer(), b"", 0
+    for size in [*sizes, len(data)]:
+        piece = data[at : at + size]
+        at += len(piece)
+        whole += gatherer.feed(piece)
+        rest = data[len(whole) : at]
+        assert whole + rest == data[:at]
+        assert gatherer.size == len(rest)
+        assert not list(events_in(rest)), "an event is held that is complete"
+    assert list(events_in(whole)) == list(events_in(data))
+
+
+def test_a_gatherer_tells_how_much_it_holds_and_not_what() -> None:
+    gatherer = Gatherer()
+    assert gatherer.feed(b"data: a\n\ndata: secret") == b"data: a\n\n"
+    assert repr(gatherer) == "<Gatherer, 12 bytes of an event>"
+
+
+def test_a_byte_is_looked_at_once() -> None:
+    """A thousand pieces of one event are joined when it ends, and not before."""
+    gatherer = Gatherer()
+    for _ in range(1000):
+        assert gatherer.feed(b"x") == b""
+    assert len(gatherer._rest) == 1000
+    assert gatherer.feed(b"\n\ny") == b"x" * 1000 + b"\n\n"
+    assert gatherer._rest == [b"y"]
+
+
+# --- Numbers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [b"100000000", b"9" * 400, b"-3", b"1e3", b"2.5"])
+def test_a_count_that_cannot_be_true_is_none(number: bytes) -> None:
+    tail = b'{"usage":{"completion_tokens":%b,"prompt_tokens":%b}' % (number, number)
+    tail += b',"timings":{"prompt_n":%b,"cache_n":%b}}' % (number, number)
+    assert generated_tokens(tail) is None
+    assert prompt_tokens(tail) == 0
+
+
+def test_a_large_count_is_one() -> None:
+    tail = b'{"usage":{"completion_tokens":99999999,"prompt_tokens": 10000000}}'
+    assert generated_tokens(tail) == 99_999_999
+    assert prompt_tokens(tail) == 10_000_000
 
 
 # --- The first event --------------------------------------------------------------

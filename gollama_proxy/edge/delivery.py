@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Callable
 from typing import Protocol
 
 from aiohttp import web
@@ -256,11 +257,13 @@ class Whole:
         self._record = record
         self._assembler = Assembler("chat" if endpoint.chat else "text", limit)
         self._error: AssemblyError | None = None
+        self._fail: Callable[[AssemblyError], None] = _ignore
 
     def __repr__(self) -> str:
         return f"<Whole {self._assembler!r}>"
 
     async def open(self, relay: Relay) -> Client:
+        self._fail = relay.fail
         return Client(self.send, _no_wait, int, chunked=False)
 
     def send(self, data: bytes) -> None:
@@ -269,6 +272,7 @@ class Whole:
                 self._assembler.feed(data)
             except AssemblyError as exc:
                 self._error = exc
+                self._fail(exc)  # or the worker would go on and on, for nobody
 
     async def finish(self) -> web.StreamResponse:
         """Give the answer that the stream stands for.
@@ -296,3 +300,7 @@ class Whole:
 
 async def _no_wait() -> None:
     """Memory takes everything at once."""
+
+
+def _ignore(error: AssemblyError) -> None:
+    """Nobody is there to be told."""

@@ -27,6 +27,11 @@ from gollama_proxy.tls import explain
 
 # What a worker may make us hold for an answer's head; llama-server's is 250 bytes.
 MAX_HEAD = 64 << 10
+MAX_HEADERS = 128  # as many as aiohttp takes of a client; llama-server sends eight
+# A byte of the body pays for so many of its framing.  The smallest chunk has five, but
+# extensions and trailers (RFC 9112, 7.1) can be as long as a worker likes; what is not
+# paid for may come to `MAX_HEAD`, the head included.
+PAYS_FOR = 16
 
 
 # Chunks up to this size can take the fast lane; an event is some 240 bytes.
@@ -85,8 +90,8 @@ class Connection(asyncio.Protocol):
         "_eof",
         "_fault",
         "_feed",
+        "_framing",
         "_head_done",
-        "_head_size",
         "_headers",
         "_parser",
         "_parts",
@@ -130,11 +135,11 @@ class Connection(asyncio.Protocol):
     @property
     def untouched(self) -> bool:
         """Whether not one byte of an answer has come."""
-        return not (self._head_done or self._head_size)
+        return not (self._head_done or self._framing)
 
     def _reset_answer(self) -> None:
         self._headers: list[tuple[bytes, bytes]] = []
-        self._head_size = 0
+        self._framing = 0  # bytes that are no body, and not paid for by any
         self._head_done = False
         self._ended = False
         self._fault = ""
@@ -146,11 +151,14 @@ class Connection(asyncio.Protocol):
 
     def start(self, receiver: Receiver) -> None:
         """Bind the connection to the one who gets the next answer."""
-        assert self.state is State.IDLE, self
-        self.state = State.ACTIVE
+        assert self.state is not State.ACTIVE, self
         self.used += 1
-        self._receiver = receiver
         self._reset_answer()
+        if self.state is State.CLOSED:  # by a worker that left, or spoke unasked
+            receiver.answer_lost("closed before it was asked", malformed=False)
+            return
+        self.state = State.ACTIVE
+        self._receiver = receiver
 
     def write(self, data: bytes) -> None:
         """Send a part of the request; without effect once the connection is gone."""
@@ -209,27 +217,44 @@ class Connection(asyncio.Protocol):
         # Half a size line behind the chunk would have no CRLF, a whole one a callback.
         self._between_chunks = self._at_chunk_end and data.endswith(b"\r\n")
         parts = self._parts
+        framing = self._framing + len(data)
         if parts:
             body = parts[0] if len(parts) == 1 else b"".join(parts)
             parts.clear()
+            framing = max(0, framing - (1 + PAYS_FOR) * len(body))
             receiver.body_received(body)
+        self._framing = framing
         if self._ended:
             # What follows a complete answer is no part of it.
             self._reusable = self._reusable and not fault
             self._end()
         elif fault:
             self._lose(fault, malformed=True)
-        elif not self._head_done:
-            self._head_size += len(data)
-            if self._head_size > MAX_HEAD:
-                self._lose(f"a head larger than {MAX_HEAD} bytes", malformed=True)
+        elif framing > MAX_HEAD:
+            what = "framing" if self._head_done else "a head"
+            self._lose(f"{what} larger than {MAX_HEAD} bytes", malformed=True)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._head_done:  # a trailer: nobody reads it
             return
+        if len(self._headers) == MAX_HEADERS:
+            self._stop_parser(f"more than {MAX_HEADERS} headers")
         self._headers.append((name, value))
-        if name.lower() in (b"content-length", b"transfer-encoding"):
-            self._delimited = True
+        match name.lower():
+            case b"content-length":
+                self._delimited = True
+            case b"transfer-encoding":
+                # RFC 9112, 6.1: no other coding without being asked for it by a TE.
+                if value.lower() != b"chunked":
+                    self._stop_parser("a transfer coding that nobody asked for")
+                self._delimited = True
+            case b"content-encoding":
+                # Nobody asked for it either, so the client may not know it; and in what
+                # is compressed, no end could be told from a cut.
+                if value.lower() != b"identity":
+                    self._stop_parser("a content coding that nobody asked for")
+            case _:
+                pass
 
     def on_chunk_header(self) -> None:
         self._at_chunk_end = False
@@ -239,6 +264,8 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
+        if self._parser.get_http_version() not in ("1.0", "1.1"):
+            self._stop_parser("neither HTTP/1.0 nor HTTP/1.1")
         if status == 100:  # RFC 9110, 15.2: to be skipped by who did not ask for it
             self._headers = []
             return

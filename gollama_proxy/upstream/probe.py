@@ -9,8 +9,9 @@ is a good worker all the same; what it does not tell stays unknown.
 from __future__ import annotations
 
 import os
+import socket
 import ssl
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import aiohttp
 import msgspec
@@ -21,7 +22,14 @@ from gollama_proxy.tls import Credentials, explain, for_workers
 from gollama_proxy.upstream.resolver import Resolver
 
 # A worker's lists are small; more is a mistake or an attack.
-MAX_ANSWER = 4 << 20
+MAX_ANSWER = 1 << 20
+MOST_MODELS = 1000  # of one worker; each request looks through their names
+MAX_NAME = 512  # characters of a model's name, which may be the path of its file
+MOST_CONTEXT = 1 << 30  # tokens
+# What the kernel may hold of an answer, and so what one read can bring.  aiohttp skips
+# any number of `100 Continue`, and with reads of 256 KiB of them nobody else had a turn
+# of the event loop until the timeout.
+RECEIVE_BUFFER = 8 << 10
 
 
 class Finding(NamedTuple):
@@ -50,12 +58,22 @@ def new_session(*, pooled: bool = False) -> aiohttp.ClientSession:
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
-            limit=0, force_close=not pooled, resolver=Resolver()
+            limit=0,
+            force_close=not pooled,
+            resolver=Resolver(),
+            socket_factory=_new_socket,
         ),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
         auto_decompress=False,
     )
+
+
+def _new_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+    return made
 
 
 class Target(NamedTuple):
@@ -115,6 +133,10 @@ async def ping(
         refused = isinstance(exc.os_error, ConnectionRefusedError)
         check = Check.REFUSED if refused else Check.FAILED
         return Finding(check, _why_unreachable(exc))
+    except aiohttp.ClientResponseError:  # its text quotes what the worker has sent
+        return Finding(Check.FAILED, "sent what is no HTTP answer")
+    except aiohttp.ClientPayloadError:
+        return Finding(Check.FAILED, "its answer broke off")
     except (aiohttp.ClientError, OSError, _OddAnswer) as exc:
         reason = explain(exc.__cause__ or exc) or str(exc) or type(exc).__name__
         return Finding(Check.FAILED, reason)
@@ -169,7 +191,7 @@ async def _learn(target: Target, timeout: aiohttp.ClientTimeout) -> Description:
         raise _OddAnswer(f"/v1/models answered {status}: a wrong or missing API key")
     if status != 200:
         raise _OddAnswer(f"/v1/models answered {status}")
-    models = _read(body, _ModelList, "/v1/models").data
+    models = _models_in(body)
     status, body = await _get(target, "/props", timeout)
     props = _Props()
     if status == 200:
@@ -178,20 +200,40 @@ async def _learn(target: Target, timeout: aiohttp.ClientTimeout) -> Description:
         except _UNREADABLE:
             pass  # another server's idea of /props
     settings = props.default_generation_settings or _Settings()
-    context = settings.n_ctx or None  # a router says 0, as it has no model itself
+    context = _sane(settings.n_ctx)  # a router says 0, as it has no model itself
     return Description(
         models=tuple(
             Model(
                 model.id,
-                (model.meta and model.meta.n_ctx) or context,
+                (model.meta and _sane(model.meta.n_ctx)) or context,
                 *_loaded(model.status),
             )
             for model in models
         ),
         slots=props.total_slots,
-        context=context or next((m.meta.n_ctx for m in models if m.meta), None),
-        build=props.build_info,
+        context=context or next((_sane(m.meta.n_ctx) for m in models if m.meta), None),
+        build=props.build_info[:100] if props.build_info.isprintable() else "",
     )
+
+
+def _models_in(body: bytes) -> list[_Model]:
+    """Read the models of a list that can be offered to somebody."""
+    path = "/v1/models"
+    listed = _read(body, _ModelList, path).data[:MOST_MODELS]
+    models = [_read(bytes(item), _Model, path) for item in listed]
+    usable = [model for model in models if _is_name(model.id)]
+    if models and not usable:
+        raise _OddAnswer(f"{path} has no name that can be used")
+    return usable
+
+
+def _is_name(text: str) -> bool:
+    """Tell a name from what would break a line of the log, or a terminal."""
+    return 0 < len(text) <= MAX_NAME and text.isprintable()
+
+
+def _sane(context: int | None) -> int | None:
+    return context if context is not None and 0 < context <= MOST_CONTEXT else None
 
 
 async def _get(
@@ -238,7 +280,7 @@ class _Model(msgspec.Struct):
 
 
 class _ModelList(msgspec.Struct):
-    data: list[_Model]
+    data: list[msgspec.Raw]
 
 
 class _Settings(msgspec.Struct):
@@ -246,7 +288,7 @@ class _Settings(msgspec.Struct):
 
 
 class _Props(msgspec.Struct):
-    total_slots: int | None = None
+    total_slots: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
     build_info: str = ""
     default_generation_settings: _Settings | None = None
 

@@ -27,12 +27,14 @@ from gollama_proxy.upstream.client import (
 )
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire import sse
+from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.transcript import Transcript
 
 # What may be held before the first event is complete; then it goes on as it is.
 HOLD_LIMIT = 256 << 10
+MOST_HELD = 100  # pieces, to be passed on one by one
 # What a client may leave unread in the hub before its worker is paused.  It is the
 # high-water mark of the transport, below which `drain` would not wait.
 WRITE_BUFFER = 64 << 10
@@ -53,7 +55,9 @@ class Relay:
         "_ended",
         "_ending",
         "_error",
+        "_gatherer",
         "_held",
+        "_held_size",
         "_kept",
         "_lease",
         "_marked",
@@ -97,6 +101,8 @@ class Relay:
         self._ending = ending
         self._clock = clock
         self._held: list[bytes] = []
+        self._held_size = 0  # bytes
+        self._gatherer: sse.Gatherer | None = None
         self._tail: list[bytes] = []  # of chunks, framed
         self._noted = 0  # how many of them are in the transcript
         self._kept = 0  # bytes that may be kept in the transcript
@@ -111,7 +117,7 @@ class Relay:
         self._ended = False
         self._seen = 0  # events, at the last look of the sweep
         self._progress_at = 0.0
-        self._error: ProxyError | None = None
+        self._error: ProxyError | AssemblyError | None = None
         self._wakeup: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
@@ -177,8 +183,8 @@ class Relay:
         if self._error is not None:
             raise self._error
 
-    def fail(self, error: ProxyError) -> None:
-        """End the wait for an answer from outside: its request could not be sent."""
+    def fail(self, error: ProxyError | AssemblyError) -> None:
+        """End the answer from outside: it cannot be asked for, or made use of."""
         self._error = self._error or error
         self._wake()
 
@@ -191,6 +197,7 @@ class Relay:
 
         Raises:
             WorkerError: the answer is not complete; what came of it was passed on.
+            AssemblyError: whoever puts it together has said that it cannot be done.
             ClientStalledError: the client did not read for `write_timeout` seconds.
         """
         self._chunked = client.chunked
@@ -200,9 +207,10 @@ class Relay:
         self._transcript = Transcript() if keep else None
         self.body_received = self._forward
         self.chunk_received = self._forward_chunk
-        self.headers = []  # not needed any more, in what may last for minutes
+        # Not needed any more, in what may last for minutes.
+        self.headers, self._gatherer = [], None
         held, self._held = self._held, []
-        for data in held:
+        for data in held if len(held) <= MOST_HELD else [b"".join(held)]:
             self._forward(data)
         while self._blocked or not (self._ended or self._error):
             if self._blocked:
@@ -305,17 +313,21 @@ class Relay:
         self.headers = headers
         kind = self.header(b"content-type")
         self.is_event_stream = kind.startswith(b"text/event-stream")
+        if self.is_event_stream:
+            self._gatherer = sse.Gatherer()
 
     def _hold(self, data: bytes) -> None:
         self._lease.heard_at = self._clock()
         self._held.append(data)
-        held = self._all_held
-        if len(held) > HOLD_LIMIT:
+        self._held_size += len(data)
+        if self._held_size > HOLD_LIMIT:
             self._connection.pause_reading()
             self._blocked = True  # until `run` has made room
             self._wake()
-        elif self.is_event_stream and not sse.opens(held, self._ending):
-            return
+        elif self._gatherer is not None:
+            events = self._gatherer.feed(data)
+            if not events or not sse.opens(events, self._ending):
+                return
         self._open()
 
     def _hold_chunk(self, chunk: bytes, start: int) -> None:

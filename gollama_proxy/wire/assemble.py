@@ -257,6 +257,7 @@ class Assembler:
             return
         try:
             event = _event.decode(data)
+            data.decode()  # also in the fields that are taken over unread
         except _UNREADABLE as exc:
             raise AssemblyError(f"an event cannot be read: {exc}") from None
         if event is None:  # llama-server, for a prompt that has nothing to tell yet

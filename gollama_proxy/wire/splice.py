@@ -23,9 +23,11 @@ from gollama_proxy.wire.chunks import (
     read_event,
 )
 from gollama_proxy.wire.errors import Code, WorkerError
-from gollama_proxy.wire.sse import DONE
+from gollama_proxy.wire.sse import DONE, Gatherer
 from gollama_proxy.wire.told import Told
 
+# Of one event, which is held until it is complete; those of llama-server have 240.
+MAX_EVENT = 1 << 20  # bytes
 # So much of the text so far does not come again by accident.
 _SURE = 16
 
@@ -61,7 +63,7 @@ class Splice:
         # Nobody repeats a prompt, unless asked.
         self._aligned = not text or not (chat or regenerate)
         self._held = ""  # may be a repetition
-        self._rest = b""  # an unfinished event
+        self._gatherer = Gatherer()
         self._passed: list[str] = []  # the pieces of text that were news
         self._role_seen = told.role_seen
         self._thinking = False  # the last that the client got is a thought
@@ -94,8 +96,10 @@ class Splice:
             DivergedError: this is not the rest of the answer.
             WorkerError: the worker tells an error.
         """
-        *events, self._rest = BLANK_LINE.split(self._rest + data)
-        for event in events:
+        events = self._gatherer.feed(data)
+        if self._gatherer.size > MAX_EVENT:
+            raise DivergedError(f"an event of more than {MAX_EVENT} bytes")
+        for event in BLANK_LINE.split(events) if events else ():
             if news := self._pass(event.lstrip(b"\r\n")):
                 yield news
 
@@ -173,7 +177,10 @@ class Splice:
 
     def _rewrite(self, event: Event, text: str) -> dict[str, Any]:
         told = self._told
-        chunk: dict[str, Any] = msgspec.json.decode(event.data)
+        try:
+            chunk: dict[str, Any] = msgspec.json.decode(event.data)
+        except (ValueError, RecursionError) as exc:  # in fields that nobody has read
+            raise UnreadableError(f"an event that cannot be read: {exc}") from None
         chunk |= self._names
         if self._finished:
             chunk["choices"] = []  # nothing but usage is wanted any more

@@ -38,16 +38,19 @@ _MARKS = {
     Ending.BODY: re.compile(rb""),
 }
 _REASONS = re.compile(rb'"finish_reason"\s*:\s*(null|""|"[^"]+")')
+# A number that is longer cannot be true, and whoever believed it would charge it to the
+# subject's tokens a minute.
+_COUNT = rb"\s*:\s*(\d{1,8})(?![\d.eE])"
 _TOKENS = re.compile(
-    rb'"(?:completion_tokens|output_tokens|predicted_n)"\s*:\s*(\d{1,12})'
+    rb'"(?:completion_tokens|output_tokens|predicted_n)"%b' % _COUNT,
 )
-_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,12})')
-_PROMPT_PARTS = re.compile(rb'"(?:prompt_n|cache_n)"\s*:\s*(\d{1,12})')
+_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"%b' % _COUNT)
+_PROMPT_PARTS = re.compile(rb'"(?:prompt_n|cache_n)"%b' % _COUNT)
 # What follows the last of these is what the worker tells of how it read the prompt.
 _TIMINGS = re.compile(rb'"timings"\s*:\s*\{([^{}]*)\}')
 _TIMING = re.compile(rb'"(prompt_n|cache_n|prompt_ms)"\s*:\s*([-+.\deE]{1,32})')
-_CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"\s*:\s*(\d{1,12})')
-_REFUSED = re.compile(rb'"n_prompt_tokens"\s*:\s*(\d{1,12})')
+_CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"%b' % _COUNT)
+_REFUSED = re.compile(rb'"n_prompt_tokens"%b' % _COUNT)
 _ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"\s*:|event: ?error[\r\n])')
 
 
@@ -144,6 +147,37 @@ def opens(held: bytes, ending: Ending) -> bool:
     servers other than llama-server even before the prompt is read.
     """
     return any(_carries(data, ending) for data in events_in(held))
+
+
+class Gatherer:
+    """Gathers the pieces of a stream into whole events; a byte is looked at once.
+
+    A worker may send comments for as long as it likes, one in a read, or an event that
+    never ends.
+    """
+
+    __slots__ = ("_edge", "_rest", "size")
+
+    def __init__(self) -> None:
+        self.size = 0  # bytes of an unfinished event
+        self._rest: list[bytes] = []
+        self._edge = b""  # its last bytes, where a blank line may have begun
+
+    def __repr__(self) -> str:
+        return f"<Gatherer, {self.size} bytes of an event>"
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next piece; return the events that are complete by it, if any."""
+        self._rest.append(data)
+        self.size += len(data)
+        edge, whole = self._edge + data, b""
+        if _BLANK_LINE.search(edge):
+            text = b"".join(self._rest)
+            edge = unfinished(text)
+            whole = text.removesuffix(edge)
+            self._rest, self.size = [edge], len(edge)
+        self._edge = edge[-3:]
+        return whole
 
 
 def _carries(data: bytes, ending: Ending) -> bool:

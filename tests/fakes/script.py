@@ -67,6 +67,14 @@ async def send(exchange: Exchange, data: bytes) -> None:
 
 
 @_step
+async def flood(exchange: Exchange, data: bytes) -> None:
+    """Write the same bytes again and again, until the peer hangs up."""
+    while True:
+        await exchange.write(data)
+        await asyncio.sleep(0)  # the kernel may always have taken all of it
+
+
+@_step
 async def wait(exchange: Exchange, barrier: Barrier) -> None:
     """Wait for an event (a name is one of `worker.event()`), or take a permit."""
     if isinstance(barrier, str):

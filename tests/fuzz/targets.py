@@ -1,0 +1,363 @@
+"""What must hold for any bytes at all: the targets of `make fuzz`.
+
+Each takes bytes and raises if a promise is broken: `AssertionError` where an answer is
+wrong, anything else where an exception came out that nobody declared.  What is read in
+pieces is read whole, byte by byte and in random pieces, with one result.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+from gollama_proxy.routing.affinity import prefixes
+from gollama_proxy.upstream.connection import Connection, State
+from gollama_proxy.wire import fields, sse
+from gollama_proxy.wire.assemble import Assembler, AssemblyError, streaming_body
+from gollama_proxy.wire.continuation import can_rescue, continuation, exhausted
+from gollama_proxy.wire.errors import RequestError, WorkerError
+from gollama_proxy.wire.fields import Field, FieldScanner, check_json
+from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.rename import Renamer, renamed
+from gollama_proxy.wire.splice import Splice
+from gollama_proxy.wire.told import Told
+from gollama_proxy.wire.transcript import Transcript
+from gollama_proxy.wire.usage import UsageHider, asking
+from gollama_proxy.wire.whole import read_whole
+
+T = TypeVar("T")
+
+LIMIT = 1 << 20  # of an assembled answer
+BYTEWISE = 600  # bytes; longer inputs are not taken apart byte by byte
+
+
+def ways_to_cut(data: bytes) -> list[list[bytes]]:
+    """Cut data in several ways, which are the same for the same data."""
+    ways = [[data]]
+    if 1 < len(data) <= BYTEWISE:
+        ways.append([data[at : at + 1] for at in range(len(data))])
+    rng = random.Random(zlib.crc32(data))
+    for _ in range(2):
+        ends = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(6)))
+        pieces = [data[i:j] for i, j in zip([0, *ends], [*ends, None], strict=True)]
+        ways.append([piece for piece in pieces if piece])
+    return ways
+
+
+def same_for_all(data: bytes, read: Callable[[Sequence[bytes]], T]) -> T:
+    """Read data in every way; all have to give the same."""
+    first, *others = [read(pieces) for pieces in ways_to_cut(data)]
+    for other in others:
+        assert other == first, (first, other)
+    return first
+
+
+# --- Requests ---------------------------------------------------------------------
+
+
+def request(data: bytes) -> None:
+    """A body is refused, or read as any other JSON parser reads it."""
+    found = same_for_all(data, _scan)
+    whole = read_whole(data)
+    for fields_found, placed in ((found, True), (whole, False)):
+        if fields_found is not None:
+            _check_fields(data, fields_found, placed=placed)
+    if found is not None and whole is not None:
+        assert whole.keys() == found.keys()
+        assert whole["model"] == found["model"]
+    if found is not None:
+        _derive(data, found)
+
+
+def _check_fields(data: bytes, found: dict[str, Field], *, placed: bool) -> None:
+    parsed = _parse(data)
+    assert isinstance(parsed, dict), parsed
+    assert found.keys() == parsed.keys() & fields.WANTED
+    for name, field in found.items():
+        _compare(name, field, parsed[name])
+        if placed or name == "model":
+            assert data[field.start : field.end] == field.raw
+
+
+def _scan(pieces: Sequence[bytes]) -> dict[str, Field] | None:
+    scanner = FieldScanner()
+    try:
+        for piece in pieces:
+            scanner.feed(piece)
+        scanner.finish()
+        check_json(b"".join(pieces))
+    except RequestError:
+        return None
+    return scanner.found
+
+
+def _parse(data: bytes) -> Any:
+    """Parse as strictly as the standard library can; numbers stay as they are spelt."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in items]
+        top.append(names)
+        return dict(items)
+
+    top: list[list[str]] = []
+    parsed = json.loads(
+        data.decode(),
+        parse_constant=refuse,
+        parse_int=lambda text: (text,),
+        parse_float=lambda text: (text,),
+        object_pairs_hook=pairs,
+    )
+    wanted = [name for name in top[-1] if name in fields.WANTED]
+    assert len(wanted) == len(set(wanted)), f"one of {wanted} counts twice"
+    return parsed
+
+
+def _compare(name: str, field: Field, value: Any) -> None:
+    kinds = {str: '"', list: "[", dict: "{", bool: "tf", type(None): "n", tuple: "0?"}
+    assert field.kind in kinds[type(value)], (name, field, value)
+    if isinstance(value, str):
+        try:
+            assert fields.text_of(field) == value, (field, value)
+        except RequestError:
+            assert any("\ud800" <= sign <= "\udfff" for sign in value), value
+    elif isinstance(value, tuple):
+        assert field.raw.decode() == value[0]
+    elif isinstance(value, bool):
+        assert field.kind == ("t" if value else "f")
+
+
+def _derive(data: bytes, found: dict[str, Field]) -> None:
+    """Do what is done with a body that was accepted."""
+    if "fallbacks" in found:
+        try:
+            names, rest = fields.take_names(data, "fallbacks")
+            assert len(names) <= fields.MAX_NAMES
+            assert "fallbacks" not in json.loads(rest, parse_int=str)
+        except RequestError:
+            pass
+    streamed = streaming_body(data)
+    if streamed is not None:
+        assert json.loads(streamed, parse_int=str)["stream"] is True
+    for chat in (True, False):
+        if can_rescue(data, chat):
+            told = Told("i", 1, "m", "so far", 2)
+            if not exhausted(data, told):
+                assert b"so far" in continuation(data, told, chat)
+    if data.strip(b" \t\r\n{}"):
+        asked = asking(data)
+        if asked is not None:
+            options = json.loads(asked, parse_int=str)["stream_options"]
+            assert options == {"include_usage": True}
+    prefixes(data)
+
+
+# --- Event streams ----------------------------------------------------------------
+
+
+def stream(data: bytes) -> None:
+    """What is said of a stream: never an exception, and no word is taken back."""
+    for ending in Ending:
+        sse.judge(data, ending)
+        if sse.opens(data[: len(data) // 2], ending):
+            assert sse.opens(data, ending)
+    for event in sse.events_in(data):
+        sse.error_in(event)
+    assert data.endswith(sse.unfinished(data))
+    assert sse.prompt_tokens(data) >= 0
+    assert (sse.generated_tokens(data) or 0) >= 0
+
+
+def assembly(data: bytes) -> None:
+    """A stream makes up one answer or none, wherever it was cut."""
+    for kind in ("chat", "text"):
+        same_for_all(data, lambda pieces, kind=kind: _assemble(pieces, kind))  # type: ignore[misc]
+
+
+def _assemble(pieces: Sequence[bytes], kind: Literal["chat", "text"]) -> Any:
+    assembler = Assembler(kind, LIMIT)
+    try:
+        for piece in pieces:
+            assembler.feed(piece)
+        answer = assembler.finish()
+    except AssemblyError as exc:
+        return type(exc)
+    json.loads(answer)
+    return answer
+
+
+def renaming(data: bytes) -> None:
+    """A name is replaced, wherever it was cut, and nothing else is.
+
+    What is no JSON may come out in more than one way, but not without its name.
+    """
+    if b"old" not in data and b"\\" not in data:
+        assert same_for_all(data, _rename) == data
+    lines = [line.removeprefix(b"data: ") for line in data.splitlines()]
+    parts = [data] if _is_json(data) else lines
+    if not all(map(_is_json, parts)):
+        return
+    new = same_for_all(data, _rename)
+    assert new == renamed(data, "old", "new")
+    if parts == [data] and b"\\" not in data:  # an escaped key is left alone
+        after = json.loads(new, object_pairs_hook=list)
+        assert repr(after) == repr(
+            _with_new_name(json.loads(data, object_pairs_hook=list))
+        )
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _rename(pieces: Sequence[bytes]) -> bytes:
+    renamer = Renamer("old", "new")
+    return b"".join(map(renamer.feed, pieces)) + renamer.finish()
+
+
+def _with_new_name(value: Any) -> Any:
+    if isinstance(value, tuple):  # a pair of an object
+        name, inner = value
+        named = name == "model" and inner == "old"
+        return (name, "new" if named else _with_new_name(inner))
+    return [*map(_with_new_name, value)] if isinstance(value, list) else value
+
+
+def hiding(data: bytes) -> None:
+    """Usage that nobody asked for is left out, wherever it was cut; all else passes."""
+    told = same_for_all(data, _hide)
+    if b'"usage"' not in data:
+        assert told == data
+
+
+def _hide(pieces: Sequence[bytes]) -> bytes:
+    hider = UsageHider()
+    return b"".join(map(hider.feed, pieces)) + hider.finish()
+
+
+def transcript(data: bytes) -> None:
+    """What was relayed comes back as it was; a zero byte is where chunks are cut."""
+    bodies = [body for body in data.split(b"\x00\x00") if body]
+    chunks = [b"%x\r\n%b\r\n" % (len(body), body) for body in bodies]
+    rng = random.Random(zlib.crc32(data))
+    kept, at = Transcript(), 0
+    while at < len(chunks):
+        step = rng.randrange(1, 8)
+        kept.add(chunks[at : at + step])
+        at += step
+    assert kept.body() == b"".join(bodies)
+
+
+def rescue(data: bytes) -> None:
+    """What broke off is gone on with or not; `\\x00\\x00` is where it broke."""
+    relayed, _, rest = data.partition(b"\x00\x00")
+    for chat in (True, False):
+        told = Told.parse(relayed, chat)
+        if told is None:
+            continue
+        again = Told.parse(relayed + told.mend, chat)
+        assert again is not None, told.mend
+        assert (again.text, again.mend) == (told.text, b""), (told, again)
+        for regenerate in (True, False):
+            same_for_all(
+                rest,
+                lambda pieces, told=told, chat=chat, again=regenerate: _splice(  # type: ignore[misc]
+                    pieces, told, chat, again
+                ),
+            )
+
+
+def _splice(pieces: Sequence[bytes], told: Told, chat: bool, regenerate: bool) -> Any:
+    splice = Splice(told, chat, regenerate=regenerate)
+    events: list[bytes] = []
+    try:
+        for piece in pieces:
+            events += splice.feed(piece)
+        events.append(splice.finish())
+    except WorkerError as exc:
+        events.append(type(exc).__name__.encode())
+    return b"".join(events), splice.told.text
+
+
+# --- Answers of a worker ----------------------------------------------------------
+
+
+class Recorder:
+    """Takes what a connection makes of a worker's bytes."""
+
+    def __init__(self) -> None:
+        self.head: Any = None
+        self.body = b""
+        self.end: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Recorder {self.head!r} {self.body!r} {self.end}>"
+
+    def head_received(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        assert self.head is None, "a second head"
+        assert self.end is None
+        self.head = (status, headers)
+
+    def body_received(self, data: bytes) -> None:
+        assert self.head is not None, "a body without a head"
+        assert self.end is None, "a body behind the end"
+        assert data
+        self.body += data
+
+    def chunk_received(self, chunk: bytes, start: int) -> None:
+        size = int(chunk[: start - 2], 16)
+        assert len(chunk) == start + size + 2
+        self.body_received(chunk[start:-2])
+
+    def answer_ended(self) -> None:
+        assert self.end is None, "a second end"
+        self.end = "ended"
+
+    def answer_lost(self, reason: str, *, malformed: bool) -> None:
+        assert self.end is None, "a second end"
+        assert len(reason) < 200
+        self.end = "malformed" if malformed else "lost"
+
+
+def answer(data: bytes) -> None:
+    """A worker's bytes mean one thing, whatever packets they come in."""
+    same_for_all(data, _receive)
+
+
+def _receive(pieces: Sequence[bytes]) -> Any:
+    connection, recorder = Connection(), Recorder()
+    connection.start(recorder)
+    for piece in pieces:
+        connection.data_received(piece)
+        if connection.state is not State.ACTIVE:
+            break
+    if connection.state is State.ACTIVE:
+        connection.connection_lost(None)
+    assert recorder.end is not None
+    # How much of a malformed answer came through depends on its packets.
+    body = recorder.body if recorder.end == "ended" else b""
+    return recorder.head if recorder.end == "ended" else None, body, recorder.end
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target
+    for target in (
+        request,
+        stream,
+        assembly,
+        renaming,
+        hiding,
+        transcript,
+        rescue,
+        answer,
+    )
+}

@@ -1,0 +1,40 @@
+"""The targets of `make fuzz`, without a fuzzer: their seeds, and seeds gone wrong."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.seeds import SEEDS
+from tests.fuzz.targets import TARGETS
+
+ALL = [(name, seed) for name, seeds in SEEDS.items() for seed in seeds]
+
+
+@pytest.mark.parametrize(("name", "seed"), ALL, ids=lambda value: repr(value)[:60])
+def test_every_seed_keeps_the_promises(name: str, seed: bytes) -> None:
+    TARGETS[name](seed)
+
+
+def test_every_target_has_seeds() -> None:
+    assert SEEDS.keys() == TARGETS.keys()
+
+
+@st.composite
+def broken(draw: st.DrawFn, name: str) -> bytes:
+    """A seed with bytes cut out, put in, or another seed in its middle."""
+    pool = st.sampled_from([seed[:3000] for seed in SEEDS[name]])
+    data = draw(pool)
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(data)))
+        to = draw(st.integers(at, min(len(data), at + 20)))
+        data = data[:at] + draw(st.binary(max_size=4) | pool) + data[to:]
+    return data
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=150, deadline=None, database=None)
+@given(draw=st.data())
+def test_no_mutation_of_a_seed_breaks_a_promise(name: str, draw: st.DataObject) -> None:
+    TARGETS[name](draw.draw(broken(name)))
