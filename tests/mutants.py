@@ -23,7 +23,9 @@ def main() -> int:
     for file in sorted(NOTED.rglob("*.meta")):
         codes = json.loads(file.read_text())["exit_code_by_key"].values()
         states = [status_by_exit_code[code] for code in codes]
-        tried = Counter(state in KILLED for state in states if state in KILLED | SURVIVED)
+        tried = Counter(
+            state in KILLED for state in states if state in KILLED | SURVIVED
+        )
         if tried:
             share = tried[True] / tried.total()
             bad += share < LEAST

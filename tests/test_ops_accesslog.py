@@ -176,14 +176,96 @@ def test_any_other_message_is_written_in_the_same_form(
     line = formatter.format(entry)
     assert "warning" in line
     assert "worker a" in line
+    words = "said by a user"
     try:
-        raise ZeroDivisionError("why")
+        raise ZeroDivisionError(words)
     except ZeroDivisionError:
         entry.exc_info = sys.exc_info()
     line = formatter.format(entry)
-    assert "ZeroDivisionError: why" in line
+    assert "ZeroDivisionError" in line
+    assert words not in line
     if isinstance(formatter, JsonFormatter):
         assert "Traceback" in json.loads(line)["exception"]
+
+
+def text_of(message: str, error: BaseException | None = None, name: str = "x") -> str:
+    """Write a line of the text log, without its time."""
+    info = None if error is None else (type(error), error, error.__traceback__)
+    entry = logging.LogRecord(name, logging.ERROR, "", 0, message, None, info)
+    return TextFormatter().format(entry).partition(" ")[2]
+
+
+@pytest.mark.parametrize(
+    "name", ["two\nlines", "\x1b[31mred", "\u2028", "\x00", "a\r\nb", "\ud800"]
+)
+def test_a_message_is_one_line_that_a_terminal_can_show(name: str) -> None:
+    line = text_of(f"worker {name}: é")
+    assert line.isprintable()
+    assert line.startswith("error worker ")
+
+
+def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
+    try:
+        raise error from cause
+    except BaseException as exc:
+        return exc
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("secret"), "ValueError"),
+        (OSError(13, "secret"), "PermissionError: Permission denied"),
+        (OSError("secret"), "OSError"),
+        (
+            ExceptionGroup("secret", [ValueError("secret"), KeyError("secret")]),
+            "ExceptionGroup of ValueError, KeyError",
+        ),
+    ],
+)
+def test_of_an_exception_its_kind_and_place_are_told(
+    error: BaseException, told: str
+) -> None:
+    text = text_of("failed", raised(error))
+    assert text.startswith("error failed\nTraceback (most recent call last):\n  File ")
+    assert "in raised" in text
+    assert text.endswith("\n" + told)
+    assert "secret" not in text
+
+
+def test_what_led_to_an_exception_comes_first() -> None:
+    text = text_of("failed", raised(ValueError("b"), raised(KeyError("a"))))
+    assert text.index("KeyError") < text.index("which led to") < text.index("ValueErr")
+    hidden = ValueError("b")
+    hidden.__context__, hidden.__suppress_context__ = raised(KeyError("a")), True
+    assert "KeyError" not in text_of("failed", hidden)
+
+
+def test_no_more_causes_are_told_than_a_few() -> None:
+    error: BaseException = ValueError("first")
+    for _ in range(100):
+        error = raised(TypeError("next"), error)
+    assert text_of("failed", error).count("Traceback") == accesslog.MOST_CAUSES
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "Executing <Task name='a' exception=E('secret')> took 0.123 seconds",
+            "Executing <Task name='a'> took 0.123 seconds",
+        ),
+        (
+            "Executing <Future finished result='secret> took it'> took 1.5 seconds",
+            "Executing <Future finished> took 1.5 seconds",
+        ),
+        ("Task was destroyed\ntask: <Task result='secret'>", "Task was destroyed"),
+    ],
+)
+def test_what_asyncio_lists_of_what_was_involved_is_left_out(
+    said: str, told: str
+) -> None:
+    assert text_of(said, name="asyncio") == f"error {told}"
 
 
 # --- Setting up -------------------------------------------------------------------

@@ -49,6 +49,9 @@ class Principal(NamedTuple):
     max_concurrency: int | None = None  # requests that run at once
     priority: Priority = Priority.INTERACTIVE  # the highest class it may use
 
+    def __repr__(self) -> str:  # without the rest of what its token says
+        return f"<Principal {self.subject!r}>"
+
 
 ANONYMOUS = Principal("anonymous", scopes=frozenset({"admin"}))
 
@@ -152,7 +155,8 @@ class Authenticator:
             except jwt.InvalidSignatureError as exc:
                 error = AuthError(str(exc))  # perhaps signed with the other key
             except (jwt.PyJWTError, ValueError, TypeError) as exc:
-                raise AuthError(str(exc)) from None
+                # What follows a colon quotes the token, which may be anything at all.
+                raise AuthError(str(exc).partition(":")[0]) from None
             else:
                 return self._principal(claims)
         raise error from None

@@ -160,7 +160,9 @@ class Dispatcher:
             if path.startswith(parent) and path != parent:
                 methods, path = self._routes[parent], parent
         if methods is None:
-            text = f"There is no {request.method} {request.raw_path[:200]!r} here."
+            # Without a query or `user:password@`: they are in enough logs already.
+            what = repr(path[:200]) if path.startswith("/") else "such a target"
+            text = f"There is no {request.method} {what} here."
             raise RequestError(Code.UNKNOWN_URL, text)
         record.route = path
         method = "GET" if request.method == "HEAD" else request.method

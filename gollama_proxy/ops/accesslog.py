@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,9 @@ from gollama_proxy.settings import Log
 
 access = logging.getLogger("gollama_proxy.access")
 
+# What a task or future has come to, in its `repr`.
+_OF_A_TASK = re.compile(r" (?:exception|result)=.*(?=> took [\d.]+ seconds\Z|>\Z)")
+MOST_CAUSES = 5  # of an exception, that are told
 _PLAIN = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
 
 
@@ -103,11 +108,11 @@ class TextFormatter(logging.Formatter):
     """`time level message key=value …`, for people and grep."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_timestamp(record)} {record.levelname.lower()} {record.getMessage()}"
+        line = f"{_timestamp(record)} {record.levelname.lower()} {_message(record)}"
         for key, value in getattr(record, "fields", {}).items():
             line += f" {key}={_quoted(value)}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            line += "\n" + _traceback(record.exc_info[1])
         return line
 
 
@@ -118,12 +123,43 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, Any] = {
             "time": _timestamp(record),
             "level": record.levelname.lower(),
-            "message": record.getMessage(),
+            "message": _message(record),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = _traceback(record.exc_info[1])
         return _encode(line)
+
+
+def _message(record: logging.LogRecord) -> str:
+    """Give the text of a record, on one line."""
+    text = record.getMessage()
+    if record.name == "asyncio":  # what follows are the `repr`s of what was involved
+        text = _OF_A_TASK.sub("", text.partition("\n")[0])
+    return text if text.isprintable() else _encode(text)[1:-1]
+
+
+def _traceback(error: BaseException | None) -> str:
+    """Tell what kind of exception it was, and where; not what it says.
+
+    Its words may quote what a user wrote: `int("…")` and many others do.
+    """
+    told: list[str] = []
+    while error is not None and len(told) < MOST_CAUSES:
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        told.append(f"Traceback (most recent call last):\n{frames}{_kind(error)}")
+        hidden = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or hidden
+    return "\n\nwhich led to\n\n".join(reversed(told))
+
+
+def _kind(error: BaseException) -> str:
+    name = type(error).__qualname__
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{name}: {os.strerror(error.errno)}"
+    if isinstance(error, BaseExceptionGroup):
+        return f"{name} of {', '.join(map(_kind, error.exceptions))}"
+    return name
 
 
 def _timestamp(record: logging.LogRecord) -> str:

@@ -30,6 +30,9 @@ class Outgoing(NamedTuple):
     rest: AsyncIterator[bytes] | None = None
     length: int | None = None  # of the whole body, None if it is not known
 
+    def __repr__(self) -> str:  # without what a client wrote
+        return f"<Outgoing to {self.endpoint.path}, {self.length} bytes>"
+
 
 class Patience(NamedTuple):
     """How long to wait for the first event while others could take over."""

@@ -22,6 +22,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
+from gollama_proxy.wire.private import Private
 from gollama_proxy.wire.sse import EventError
 
 _LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # a CR at the end may be half of a CRLF
@@ -80,12 +81,12 @@ def streaming_body(body: bytes) -> bytes | None:
 # --- One choice -------------------------------------------------------------------
 
 
-class _Function(msgspec.Struct):
+class _Function(Private):
     name: str | None = None
     arguments: str | None = None
 
 
-class _CallDelta(msgspec.Struct):
+class _CallDelta(Private):
     index: int
     id: str | None = None
     type: str | None = None
@@ -95,7 +96,7 @@ class _CallDelta(msgspec.Struct):
 _Logprobs = dict[str, list[Raw] | None]
 
 
-class _ChoiceDelta(msgspec.Struct):
+class _ChoiceDelta(Private):
     index: int = 0
     delta: dict[str, str | list[_CallDelta] | None] | None = None
     text: str | None = None
@@ -142,7 +143,7 @@ class _Choice:
             if not isinstance(value, list):
                 grown += self.texts.add(name, value)
             elif value and name != "tool_calls":
-                raise AssemblyError(f"{name!r} of a delta cannot be folded")
+                raise AssemblyError("a list in a delta cannot be folded")
             else:
                 grown += sum(map(self._fold_call, value))
         return grown
@@ -199,7 +200,7 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
-class _Event(msgspec.Struct):
+class _Event(Private):
     choices: list[_ChoiceDelta] | None = None
     usage: _Usage | None = None
     error: EventError | None = None

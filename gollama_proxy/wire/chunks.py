@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from gollama_proxy.wire.errors import Code, WorkerError
+from gollama_proxy.wire.private import Private
 
 # Atomic, lest a CRLF be taken for two line ends.
 BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r){2}")
@@ -26,7 +27,7 @@ class UnreadableError(DivergedError):
     """An event that is no JSON, or not of the shape that it should have."""
 
 
-class _Delta(msgspec.Struct):
+class _Delta(Private):
     role: str | None = None
     content: str | None = None
     reasoning_content: str | None = None  # llama-server
@@ -36,7 +37,7 @@ class _Delta(msgspec.Struct):
     refusal: str | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(Private):
     index: int = 0
     delta: _Delta | None = None
     text: str | None = None
@@ -57,7 +58,7 @@ class _Timings(msgspec.Struct):
     predicted_n: int = 0
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(Private):
     id: str = ""
     created: int = 0
     model: str = ""
@@ -76,6 +77,9 @@ class Event(NamedTuple):
     role: bool = False
     reasoning: bool = False
     finish: bool = False
+
+    def __repr__(self) -> str:  # without what it says
+        return f"<Event of {len(self.data)} bytes>"
 
     @property
     def tokens(self) -> int:
@@ -109,7 +113,7 @@ def read_event(event: bytes) -> Event | None:
         raise UnreadableError(f"an event that cannot be read: {exc}") from None
     if chunk.error is not None:
         text = "The worker ended the answer with an error."
-        raise WorkerError(Code.WORKER_INCOMPLETE, text, detail=str(chunk.error))
+        raise WorkerError(Code.WORKER_INCOMPLETE, text)  # its words may quote a prompt
     if not chunk.choices:
         return Event(data, chunk)
     choice = chunk.choices[0]

@@ -151,6 +151,9 @@ class ProxyError(Exception):
         self.allow = allow
         self.detail = detail
 
+    def __repr__(self) -> str:  # the message may quote what its client wrote
+        return f"<{type(self).__name__} {self.code}>"
+
     def body(self) -> bytes:
         """Encode the JSON body that a client sees."""
         return error_body(self.message, self.code.type, self.code, self.param)

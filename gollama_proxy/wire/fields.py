@@ -79,6 +79,9 @@ class Field(NamedTuple):
     start: int
     end: int
 
+    def __repr__(self) -> str:  # without what a client wrote
+        return f"<Field {self.kind} at {self.start}>"
+
 
 def classify(raw: bytes, start: int) -> Field:
     """Describe a JSON value that begins at `start`; a nested one without its bytes."""

@@ -53,7 +53,7 @@ class Renamer:
         )
 
     def __repr__(self) -> str:
-        return f"<Renamer {self._old!r} to {self._new.decode()} held={len(self._held)}>"
+        return f"<Renamer of {self._old!r} held={len(self._held)}>"
 
     def feed(self, data: bytes) -> bytes:
         """Take a piece of the body; return what is decided by now."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.private import Private
 
 DONE = b"data: [DONE]\n\n"
 # What a proxy on the way must not do to a stream (nginx buffers unless it is told).
@@ -199,13 +200,13 @@ def _carries(data: bytes, ending: Ending) -> bool:
     )
 
 
-class _OpeningChoice(msgspec.Struct):
+class _OpeningChoice(Private):
     delta: dict[str, Any] | None = None
     text: str | None = None
     finish_reason: str | None = None
 
 
-class _Opening(msgspec.Struct):
+class _Opening(Private):
     choices: list[_OpeningChoice] | None = None
     prompt_progress: Any = None
 
@@ -218,7 +219,7 @@ _PREAMBLE = re.compile(
 )
 
 
-class EventError(msgspec.Struct):
+class EventError(Private):
     """The `error` object of an event, as llama-server and OpenAI write it."""
 
     message: str = ""
@@ -226,7 +227,7 @@ class EventError(msgspec.Struct):
     code: int | str | None = None
 
 
-class _ErrorEvent(msgspec.Struct):
+class _ErrorEvent(Private):
     error: EventError
 
 

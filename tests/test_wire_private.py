@@ -1,0 +1,23 @@
+"""A struct with words of users in it tells its kind only."""
+
+from __future__ import annotations
+
+import msgspec
+
+from gollama_proxy.wire.private import Private
+
+
+class Said(Private):
+    text: str
+    inner: Said | None = None
+
+
+def test_neither_it_nor_what_is_in_it_is_shown() -> None:
+    said = Said("secret", Said("other"))
+    assert repr(said) == "<Said>"
+    assert repr([said]) == "[<Said>]"
+
+
+def test_it_is_a_struct_all_the_same() -> None:
+    assert msgspec.json.decode(b'{"text":"a"}', type=Said) == Said("a")
+    assert msgspec.json.encode(Said("a")) == b'{"text":"a","inner":null}'
