@@ -1,7 +1,8 @@
 """What Prometheus sees.
 
-Label values are bounded: routes are those of the table, models and workers those of the
-registry.  Nothing that a client made up becomes a label, so no client can grow them.
+Label values are bounded: routes are those of the table, workers and models those of the
+registry.  Where a worker serves `qwen*`, clients can make up models; so the first
+`MOST_MODELS` have labels of their own, and what comes then is "other".
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.ticket import Priority
 from gollama_proxy.routing.worker import State
 
+MOST_MODELS = 200
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Prompt processing takes from milliseconds on a GPU to minutes on a laptop.
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -48,6 +50,7 @@ class Metrics:
         self, registry: Registry, line: Line, clients: Connections | None = None
     ) -> None:
         self._known: dict[tuple[Any, tuple[str, ...]], Any] = {}
+        self._models = {""}  # that have labels of their own
         self._collectors = CollectorRegistry()
         ProcessCollector(registry=self._collectors)
         self._collectors.register(_WorkerCollector(registry, line))
@@ -109,7 +112,7 @@ class Metrics:
 
     def observe(self, record: Record) -> None:
         """Count a request that has ended."""
-        model, worker = record.model, record.worker
+        model, worker = self._label(record.model), record.worker
         self._series(
             self._requests, record.route, str(record.status), model, worker
         ).inc()
@@ -124,9 +127,18 @@ class Metrics:
             outcome = record.error or record.outcome
             self._series(self._rescues, model, outcome).inc(record.rescued)
         if record.fell_back:
-            self._series(self._fallbacks, record.fell_back, model).inc()
+            fell_back = self._label(record.fell_back)
+            self._series(self._fallbacks, fell_back, model).inc()
         if record.tokens:
             self._series(self._tokens, model, worker).inc(record.tokens)
+
+    def _label(self, model: str) -> str:
+        """Name a model, or call it one of the others when there are many."""
+        if model not in self._models:
+            if len(self._models) > MOST_MODELS:
+                return "other"
+            self._models.add(model)
+        return model
 
     def _series(self, metric: _Metric, *labels: str) -> _Metric:
         """Look one series up; the library takes a lock and more for it each time."""

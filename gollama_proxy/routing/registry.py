@@ -12,6 +12,7 @@ from gollama_proxy.names import Aliases, is_plain
 from gollama_proxy.routing.budget import RetryBudget
 from gollama_proxy.routing.policies import Policy, make
 from gollama_proxy.routing.pool import Pool
+from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.retry import Attempts
 from gollama_proxy.routing.slowness import Expectations
 from gollama_proxy.routing.speed import Prefill
@@ -59,7 +60,7 @@ class Registry:
         }
         self._models: Models = config.models
         self._aliases = Aliases(config.models.aliases)
-        self._pools: dict[str, Pool] = {}
+        self._pools = Remembered[str, Pool]()
         self._fallbacks = {
             self._models.aliases.get(name, name): names
             for name, names in self._models.fallbacks.items()

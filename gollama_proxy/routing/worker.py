@@ -24,6 +24,7 @@ from typing import assert_never
 from gollama_proxy.names import is_plain
 from gollama_proxy.routing.breaker import Breaker, Verdict
 from gollama_proxy.routing.lease import Lease, Outcome
+from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.slowness import Expectations, Pace
 from gollama_proxy.routing.speed import Prefill
 from gollama_proxy.settings import Breaker as Limits
@@ -117,9 +118,9 @@ class Worker:
     rng: random.Random = field(default_factory=random.Random)
     breaker: Breaker = field(init=False)
     # Each of its models has a speed of its own.
-    paces: dict[str, Pace] = field(default_factory=dict)
+    paces: dict[str, Pace] = field(default_factory=Remembered)
     # Bad statuses are held against a worker and the model asked for, not the machine.
-    model_breakers: dict[str, Breaker] = field(default_factory=dict)
+    model_breakers: dict[str, Breaker] = field(default_factory=Remembered)
     # Called on every suspicion, so that the pinger looks at once,
     on_suspicion: Callable[[], None] | None = None
     # when a slot may have come free,

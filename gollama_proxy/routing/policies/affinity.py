@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from gollama_proxy.routing.policies.base import Ask, Fits, Policy, place_behind
 from gollama_proxy.routing.policies.fastest import expected_seconds, expected_tokens
 from gollama_proxy.routing.policies.memory import SIZE, Match, Memory
+from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.worker import Worker
 
 PRICE = 4.0  # of reading a prompt anew
@@ -49,7 +50,7 @@ class Affinity(Policy):
         self.inner = inner
         self._clock = clock
         self._memory = Memory(size)
-        self._usual: dict[str, _Usual] = {}
+        self._usual = Remembered[str, _Usual]()
 
     def __repr__(self) -> str:
         return f"<Affinity {self._memory!r} {self.inner!r}>"

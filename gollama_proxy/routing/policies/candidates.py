@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from gollama_proxy.routing.policies.base import Ask, Fits, place_behind
+from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.worker import Worker
 
 SMALL = 8  # workers that are all compared
@@ -38,8 +39,8 @@ class Candidates:
     ) -> None:
         self._capacity = capacity
         self._rng = rng
-        self._lots: dict[str, _Lots] = {}
-        self._last: dict[str, int] = {}
+        self._lots = Remembered[str, _Lots]()
+        self._last = Remembered[str, int]()
 
     def __repr__(self) -> str:
         return f"<Candidates last={self._last}>"

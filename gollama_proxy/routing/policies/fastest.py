@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from gollama_proxy.routing.policies.base import Ask, Fits, Policy
 from gollama_proxy.routing.policies.candidates import SMALL, Candidates
 from gollama_proxy.routing.policies.least_busy import ASSUMED_SLOTS
+from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.worker import Worker
 
 FORGOTTEN = 64  # picks, for each worker of the pool
@@ -42,7 +43,7 @@ class Fastest(Policy):
 
     def __init__(self, rng: random.Random) -> None:
         self._candidates = Candidates(_capacity, rng)
-        self._picks: dict[str, _Picks] = {}
+        self._picks = Remembered[str, _Picks]()
 
     def __repr__(self) -> str:
         return f"<Fastest {self._candidates!r}>"

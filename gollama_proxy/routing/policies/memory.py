@@ -23,10 +23,12 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from gollama_proxy.routing.policies.base import Ask
+from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.worker import Worker
 
 SIZE = 32_768  # prefixes that are remembered, in some 10 MB
 SHARED = 4  # conversations with the same beginning, before it is no sign of any
+CACHES = 20_000  # models on workers, of which is known what they keep
 LEVELS = 12  # distances that are told apart: 0, 1, 2-3, 4-7 … 1024+
 RATE = 0.25  # by which trust moves towards what was found
 LEAST_TRUST = 0.1  # so that a worker is still asked, and can prove itself
@@ -84,7 +86,7 @@ class Memory:
         self.size = size
         # Each prefix with its last place, and the number of places that it has had.
         self._prefixes: OrderedDict[int, tuple[Place, int]] = OrderedDict()
-        self._caches: dict[tuple[str, Worker], _Cache] = {}
+        self._caches = Remembered[tuple[str, Worker], _Cache](CACHES)
 
     def __repr__(self) -> str:
         return f"<Memory of {len(self)} prefixes>"

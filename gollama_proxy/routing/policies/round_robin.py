@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gollama_proxy.routing.policies.base import Ask, Fits, Policy, place_behind
+from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.worker import Worker
 
 
@@ -16,7 +17,7 @@ class RoundRobin(Policy):
     """
 
     def __init__(self) -> None:
-        self._last: dict[str, int] = {}
+        self._last = Remembered[str, int]()
 
     def __repr__(self) -> str:
         return f"<RoundRobin last={self._last}>"

@@ -16,6 +16,7 @@ import heapq
 from collections.abc import Sequence
 
 from gollama_proxy.routing.policies.base import Ask, Fits, Policy
+from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.worker import Worker
 
 # When a worker is due, and its place in the configuration, which decides a tie.
@@ -26,7 +27,7 @@ class Weighted(Policy):
     """Go round the workers of each model by their weights; O(log n)."""
 
     def __init__(self) -> None:
-        self._rounds: dict[str, _Round] = {}
+        self._rounds = Remembered[str, _Round]()
 
     def __repr__(self) -> str:
         return f"<Weighted {self._rounds}>"
