@@ -753,3 +753,59 @@ def test_over_all_models_of_a_worker_no_subject_has_two_turns_while_another_wait
             since[had] = ""
         if rng.random() < 0.7:
             line.leave(ticket)
+
+
+# --- What each ticket and each model has for itself -------------------------------
+
+
+def test_a_ticket_says_whose_it_is_from_the_first_moment() -> None:
+    """Whether it goes in past the line or waits; the numbers rise."""
+    line = make()
+    admitted = line.admit("a", "m", BATCH)
+    assert admitted is not None
+    joined = line.join("b", "other", BATCH)
+    for ticket, subject, model in ((admitted, "a", "m"), (joined, "b", "other")):
+        told = (ticket.subject, ticket.model, ticket.priority, ticket.first)
+        assert told == (subject, model, BATCH, False)
+    assert 0 < admitted.number < joined.number
+
+
+def test_a_refusal_tells_of_its_own_models_pace() -> None:
+    """Not of that of another model, in front of which more are waiting."""
+    clock = Clock()
+    line = make(8, clock=clock)
+    wait(line, "abcdefgh", "slow")
+    for _ in range(4):
+        clock.advance(3)
+        assert line.next(["slow"]) is not None
+    (late,) = wait(line, "x", "slow")
+    wait(line, "pqr", "new")
+    for refusal in (line.no_room("slow"), line.too_late(late)):
+        assert refusal.retry_after == 15
+    assert line.no_room("new").retry_after == RETRY_AFTER
+    with pytest.raises(NoWorkerError) as caught:
+        line.join("x", "slow")
+    assert caught.value.retry_after == 15
+
+
+def test_every_turn_is_counted_and_every_refusal() -> None:
+    line = make(2)
+    wait(line, "ab", priority=BATCH)
+    refused(line, "a", BATCH)
+    refused(line, "b", BATCH)
+    assert turns(line) == "ab"
+    assert line.turns == {BATCH: 2}
+    assert line.refused == {BATCH: 2}
+
+
+def test_with_room_for_one_a_round_is_one_turn() -> None:
+    """So ever new subjects cannot keep out one that had its turn."""
+    line = make(1)
+    had = ""
+    for subject in "abcb":
+        wait(line, subject)
+        had += turns(line, ends=True)
+    assert had == "abcb"
+    [lane] = [line._lane("m", INTERACTIVE)]
+    lane.had_turn("a")
+    assert lane.over

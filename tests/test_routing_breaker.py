@@ -714,3 +714,32 @@ class Breakers(RuleBasedStateMachine):
 
 TestBreakers = Breakers.TestCase
 TestBreakers.settings = settings(max_examples=200, stateful_step_count=40)
+
+
+# --- Counts -----------------------------------------------------------------------
+
+
+def test_a_new_breaker_has_taken_no_step() -> None:
+    assert make()[0].generation == 0
+
+
+def test_each_opening_is_counted_with_its_cause() -> None:
+    breaker, clock = make()
+    for count in (1, 2, 3):
+        record(breaker, *[BAD] * STEADY.consecutive)
+        assert breaker.causes == {Cause.CONSECUTIVE: count}
+        clock.advance(breaker.opens_in())
+        prove(breaker, True, True)
+    clock.advance(1000)
+    record(breaker, *[BAD] * STEADY.consecutive)
+    clock.advance(breaker.opens_in())
+    prove(breaker, False)
+    assert breaker.causes == {Cause.CONSECUTIVE: 4, Cause.PROOF: 1}
+
+
+def test_a_worker_that_has_just_recovered_passes_its_first_turns() -> None:
+    """It has a tenth of them, so about the tenth is its first."""
+    breaker, _ = make(State.HALF_OPEN)
+    prove(breaker, True, True)
+    turns = [breaker.turn() for _ in range(12)]
+    assert 9 <= turns.index(True) <= 10

@@ -237,3 +237,30 @@ def test_the_order_foretells_the_turns(came: list[str], before: int) -> None:
     driver.wait("".join(came[half:]))
     foretold = [ticket.number for ticket in driver.lane.order()]
     assert [driver.turn().number for _ in foretold] == foretold
+
+
+def test_who_goes_first_has_one_place_and_not_two() -> None:
+    """It was waiting already, for this round or for the next one."""
+    for late in (False, True):
+        driver = Driver()
+        driver.wait("ab")
+        driver.wait("c", late=late)
+        driver.wait("c", first=True)
+        assert list(driver.lane._now).count("c") == 1
+        assert "c" not in driver.lane._after
+        assert driver.turns(2) == "ca"
+
+
+def test_a_subject_comes_back_as_one_that_has_something_running_or_has_not() -> None:
+    """Under its limit again, it has its turn in this round if nothing of it runs."""
+    for running, ring in ((0, "_now"), (1, "_after")):
+        driver = Driver()
+        driver.wait("a")
+        subject = Subject("a")
+        subject.lanes[driver.lane] = None
+        subject.limit, subject.running = running + 1, running + 1
+        subject.review()
+        assert not driver.lane.open
+        subject.running = running
+        subject.review()
+        assert list(getattr(driver.lane, ring)) == ["a"]

@@ -85,6 +85,7 @@ def test_every_kind_of_error_is_a_proxy_error(cls: type[ProxyError]) -> None:
 def test_an_error_asks_for_no_retry_and_tells_no_detail_unless_it_is_given() -> None:
     error = RequestError(Code.BAD_REQUEST, "No.")
     assert (error.param, error.retry_after, error.detail) == (None, None, "")
+    assert error.allow == ""
 
 
 def test_the_body_has_the_shape_of_the_openai_api() -> None:
@@ -103,6 +104,11 @@ def test_all_four_keys_are_there_even_when_they_are_null() -> None:
     assert decoded(error_body("m", "t", None)) == {
         "error": {"message": "m", "type": "t", "param": None, "code": None}
     }
+
+
+def test_its_repr_tells_which_error_it_is_and_quotes_nobody() -> None:
+    error = RequestError(Code.MODEL_NOT_FOUND, "No 'secret' here.", detail="secret")
+    assert repr(error) == "<RequestError model_not_found>"
 
 
 def test_the_detail_never_reaches_a_client() -> None:
