@@ -34,6 +34,11 @@ WORKERS = 10
 POLICIES = ["round_robin", "weighted", "least_busy", "fastest", "affinity"]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_of_other_tests() -> None:
+    gc.collect()
+
+
 def tables_of(kinds: str = "gollama_proxy") -> Iterator[tuple[str, Sized]]:
     """Yield what every object of the hub holds that has a length."""
     for owner in gc.get_objects():
@@ -128,7 +133,7 @@ def test_those_who_wait_are_no_more_than_the_queue_takes(tmp_path: Path) -> None
             continue
         tickets.append(ticket)
     for name, table in tables_of("gollama_proxy.routing"):
-        assert len(table) <= MOST, name
+        assert len(table) <= getattr(table, "most", MOST), name
     for ticket in tickets:
         line.leave(ticket)
     assert len(line) == 0

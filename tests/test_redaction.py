@@ -110,7 +110,8 @@ class Witness:
             module = str(type(each).__module__)
             if module.startswith("gollama_proxy."):
                 # An alias is a setting, and settings show themselves.
-                but = (ALIAS,) if module == "gollama_proxy.settings" else ()
+                setting = module in ("gollama_proxy.settings", "gollama_proxy.names")
+                but = (ALIAS,) if setting else ()
                 name = f"the repr of a {type(each).__qualname__}"
                 self.search(name, repr(each), but=but)
 

@@ -17,6 +17,7 @@ from gollama_proxy.wire.assemble import (
     streaming_body,
 )
 from tests.fakes import replies
+from tests.fakes.streams import chat_stream
 
 Kind = Literal["chat", "text"]
 LIMIT = 1 << 20
@@ -445,3 +446,13 @@ def test_a_long_answer_of_short_events_is_no_matter() -> None:
     assembler.feed(end() + usage())
     assert b"x" * 5000 in assembler.finish()
     assert re.fullmatch(r"<Assembler size=\d+ open>", repr(assembler))
+
+
+@pytest.mark.parametrize("where", [b'"created"', b'"model"'])
+def test_no_answer_is_made_of_what_is_no_utf_8(where: bytes) -> None:
+    """Fields are taken over unread, and would get into the answer as they are."""
+    stream = chat_stream(["a"]).replace(where, b'"x":"\xff",' + where)
+    with pytest.raises(AssemblyError):
+        assembled = Assembler("chat", 1 << 20)
+        assembled.feed(stream)
+        assembled.finish()

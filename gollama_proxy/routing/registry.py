@@ -67,8 +67,8 @@ class Registry:
         }
         # What holds until some worker tells something else.
         self._names: dict[str, None] | None = None
-        self._settled: set[str] = set()  # models whose pool is as it should be
-        self._least: dict[str, int | None] = {}  # context, by model
+        self._settled = Remembered[str, None]()  # models whose pool is as it should be
+        self._least = Remembered[str, int | None]()  # context, by model
         for worker in self.workers:
             worker.on_told = self._forget
 
@@ -115,7 +115,7 @@ class Registry:
             pool = Pool(model, workers)
         if workers:  # or clients could grow it by names that they make up
             self._pools[model] = pool
-            self._settled.add(model)
+            self._settled[model] = None
         return pool
 
     def policy_of(self, model: str) -> Policy:
