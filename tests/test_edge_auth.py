@@ -13,6 +13,7 @@ from typing import Any
 
 import jwt
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from gollama_proxy.edge.auth import (
     Principal,
     mint,
 )
+from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.ticket import Priority
 from gollama_proxy.settings import Auth, Config, Revoked
 from gollama_proxy.wire.errors import Code, RequestError
@@ -1013,3 +1015,58 @@ async def test_every_route_with_substance_has_the_same_door(path: str) -> None:
             known = await hub.post(path, {"messages": [], "input": "x"})
     assert (strange.status, known.status) == (401, 200)
     assert strange.body == refused(authenticator(), []).body()
+
+
+# --- What is said of it -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "cause"),
+    [
+        ([], "0 Authorization headers"),
+        (["Basic YTpi"], "not a Bearer token"),
+        (bearer("a.b"), "not three parts of base64url"),
+        (bearer(signed(sub=" ")), "sub is no name"),
+        (bearer(signed(models="qwen")), "models is no list of strings"),
+        (bearer(signed(scope=["admin"])), "scope is no string"),
+        (bearer(signed(exp=1 << 53)), "exp is out of range"),
+        (
+            bearer(forge({"alg": "HS256", "crit": ["secret"], "secret": 1})),
+            "Unsupported critical extension",  # and not which: a token may say anything
+        ),
+    ],
+)
+def test_the_log_has_the_cause_and_the_client_has_not(
+    headers: list[str], cause: str
+) -> None:
+    error = refused(authenticator(), headers)
+    assert error.detail == cause
+    assert error.message == (
+        "Missing or invalid token. Send 'Authorization: Bearer <token>' "
+        "with a token of this hub."
+    )
+
+
+def test_a_principal_shows_whom_it_is_and_not_what_else_its_token_says() -> None:
+    principal = authenticator().authenticate(bearer(signed(models=["secret"])))
+    assert repr(principal) == "<Principal 'alice'>"
+    assert principal.models == ("secret",)
+
+
+def test_a_key_of_another_kind_is_named_by_its_file() -> None:
+    loaded = Config(
+        auth=Auth(algorithm="ES256", public_key_file="keys.pem"),
+        public_keys=("no key",),
+    )
+    with pytest.raises(ConfigError) as caught:
+        Authenticator(loaded)
+    text = "auth.public_key_file = 'keys.pem': holds a key that is not ES256"
+    assert str(caught.value) == text
+
+
+async def test_the_record_of_a_request_names_its_subject() -> None:
+    record = Record("1", "POST")
+    headers = {"Authorization": f"Bearer {signed()}"}
+    request = make_mocked_request("POST", "/", headers=headers)
+    assert authenticator().identify(request, record).subject == "alice"
+    assert record.subject == "alice"

@@ -436,3 +436,51 @@ def test_transfer_encoding_needs_http_1_1() -> None:
     check_head("POST", (1, 1), chunked, 1024)
     with pytest.raises(RequestError, match=r"needs HTTP/1\.1"):
         check_head("POST", (1, 0), chunked, 1024)
+
+
+# --- What is said of it -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "text"),
+    [
+        (
+            "Transfer-Encoding: gzip, chunked",
+            Code.UNSUPPORTED_TRANSFER_ENCODING,
+            "Transfer-Encoding must be exactly 'chunked'.",
+        ),
+        (
+            "Content-Encoding: gzip",
+            Code.UNSUPPORTED_ENCODING,
+            "Content-Encoding is not supported; send the body as plain JSON.",
+        ),
+        (
+            "Upgrade: h2c",
+            Code.BAD_REQUEST,
+            "Upgrade is not supported; use plain HTTP/1.1.",
+        ),
+        (
+            "Content_Length: 5",
+            Code.BAD_REQUEST,
+            "Header 'Content_Length' is ambiguous.",
+        ),
+        (
+            "Host: a b",
+            Code.BAD_REQUEST,
+            "Host is no name or address, with or without a port.",
+        ),
+    ],
+)
+def test_a_refusal_says_what_to_change(line: str, code: Code, text: str) -> None:
+    error = refusal(*lines(line))
+    assert (error.code, error.message) == (code, text)
+
+
+def test_the_words_for_old_clients_and_for_tunnels() -> None:
+    error = refusal(*lines("Transfer-Encoding: chunked"), version=(1, 0))
+    told = (error.code, error.message)
+    assert told == (Code.BAD_REQUEST, "Transfer-Encoding needs HTTP/1.1.")
+    error = refusal(HOST, method="CONNECT")
+    assert error.code is Code.METHOD_NOT_ALLOWED
+    assert error.message == "CONNECT is not supported: this is no tunnel."
+    assert error.allow == "GET, POST"
