@@ -28,6 +28,7 @@ from gollama_proxy.tls import explain
 # What a worker may make us hold for an answer's head; llama-server's is 250 bytes.
 MAX_HEAD = 64 << 10
 MAX_HEADERS = 128  # as many as aiohttp takes of a client; llama-server sends eight
+_FRAMING = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
 # A byte of the body pays for so many of its framing.  The smallest chunk has five, but
 # extensions and trailers (RFC 9112, 7.1) can be as long as a worker likes; what is not
 # paid for may come to `MAX_HEAD`, the head included.
@@ -240,21 +241,22 @@ class Connection(asyncio.Protocol):
         if len(self._headers) == MAX_HEADERS:
             self._stop_parser(f"more than {MAX_HEADERS} headers")
         self._headers.append((name, value))
-        match name.lower():
-            case b"content-length":
-                self._delimited = True
-            case b"transfer-encoding":
-                # RFC 9112, 6.1: no other coding without being asked for it by a TE.
-                if value.lower() != b"chunked":
-                    self._stop_parser("a transfer coding that nobody asked for")
-                self._delimited = True
-            case b"content-encoding":
-                # Nobody asked for it either, so the client may not know it; and in what
-                # is compressed, no end could be told from a cut.
-                if value.lower() != b"identity":
-                    self._stop_parser("a content coding that nobody asked for")
-            case _:
-                pass
+        lowered = name.lower()
+        if lowered in _FRAMING:
+            self._check_framing(lowered, value.lower())
+
+    def _check_framing(self, name: bytes, value: bytes) -> None:
+        """Look at a header that says how to read the body."""
+        if name == b"content-encoding":
+            # Nobody asked for one (RFC 9110, 12.5.3), so the client may not know it; and
+            # in what is compressed, no end could be told from a cut.
+            if value != b"identity":
+                self._stop_parser("a content coding that nobody asked for")
+            return
+        # RFC 9112, 7.4: no other transfer coding either, where no TE has asked for it.
+        if name == b"transfer-encoding" and value != b"chunked":
+            self._stop_parser("a transfer coding that nobody asked for")
+        self._delimited = True
 
     def on_chunk_header(self) -> None:
         self._at_chunk_end = False
