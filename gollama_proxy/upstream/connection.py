@@ -248,7 +248,7 @@ class Connection(asyncio.Protocol):
     def _check_framing(self, name: bytes, value: bytes) -> None:
         """Look at a header that says how to read the body."""
         if name == b"content-encoding":
-            # Nobody asked for one (RFC 9110, 12.5.3), so the client may not know it; and
+            # Nobody asked for one (RFC 9110, 12.5.3): the client may not know it; and
             # in what is compressed, no end could be told from a cut.
             if value != b"identity":
                 self._stop_parser("a content coding that nobody asked for")
