@@ -92,14 +92,19 @@ class Inference:
             ProxyError: what the client is to be told, if it has been told nothing yet.
         """
         limit = self._config.timeouts.request
+        if not limit:
+            return await self._serve(request, record)
         try:
-            async with asyncio.timeout(limit or None) as deadline:
+            async with asyncio.timeout(limit) as deadline:
                 return await self._serve(request, record, deadline)
         except TimeoutError:
             raise _took_too_long(limit) from None
 
     async def _serve(
-        self, request: web.BaseRequest, record: Record, deadline: asyncio.Timeout
+        self,
+        request: web.BaseRequest,
+        record: Record,
+        deadline: asyncio.Timeout | None = None,
     ) -> web.StreamResponse:
         # Before a byte of the body is read, and before a client is told to send it.
         principal = self._authenticator.identify(request, record)
@@ -112,9 +117,7 @@ class Inference:
         incoming, attempts = await self._read(request, endpoint, principal)
         record.model = model = attempts.pool.model
         entry = Entry(attempts, claim)
-        job = Job(
-            request, record, deadline, incoming, attempts, entry, self._config, model
-        )
+        job = Job(request, record, incoming, attempts, entry, self._config, model)
         job.alias = self._registry.alias_of(incoming.model)
         job.counted = self._counts(principal)
         if job.may_tell:
@@ -129,7 +132,7 @@ class Inference:
             # Whoever has a part of an answer is told that there will be no more.
             if not job.begun or job.client_left:
                 raise
-            expired = deadline.expired()
+            expired = deadline is not None and deadline.expired()
             limit = self._config.timeouts.request
             response = job.break_off(_took_too_long(limit) if expired else draining())
             if not expired:
@@ -236,7 +239,7 @@ class Inference:
         attempts = self._registry.attempts(
             pool, endpoint.path, incoming.fallbacks, principal.models
         )
-        follows = endpoint.slot and self._registry.policy_of(pool.model).follows
+        follows = endpoint.slot and self._registry.follows(pool)
         attempts.ask = Ask(
             pool.model,
             incoming.size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from dataclasses import dataclass
 
@@ -41,7 +40,6 @@ class Job:
 
     request: web.BaseRequest
     record: Record
-    deadline: asyncio.Timeout
     incoming: Incoming
     attempts: Attempts
     entry: Entry

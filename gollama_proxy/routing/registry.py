@@ -137,6 +137,10 @@ class Registry:
             self._least[model] = min(known, default=None)
         return self._least[model]
 
+    def follows(self, pool: Pool) -> bool:
+        """Whether it matters which conversation a request belongs to."""
+        return len(pool.workers) > 1 and self.policy_of(pool.model).follows
+
     def only_model(self) -> str | None:
         """Name the one model that every worker serves, if there is just one.
 
@@ -265,6 +269,8 @@ class Registry:
         it has so many seconds of `patience`.
         """
         model, workers = attempts.pool
+        if len(workers) == 1:
+            return candidates[0]
         policy, ask = self.policy_of(model), attempts.ask
         if patience and ask.prefixes:
             ask = ask._replace(patience=patience)
