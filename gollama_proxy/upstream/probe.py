@@ -24,7 +24,7 @@ from gollama_proxy.upstream.resolver import Resolver
 # A worker's lists are small; more is a mistake or an attack.
 MAX_ANSWER = 1 << 20
 MOST_MODELS = 1000  # of one worker; each request looks through their names
-MAX_NAME = 512  # characters of a model's name, which may be the path of its file
+MAX_NAME = 4000  # characters of a model's name: a path, and what a request can name
 MOST_CONTEXT = 1 << 30  # tokens
 # What the kernel may hold of an answer, and so what one read can bring.  aiohttp skips
 # any number of `100 Continue`, and with reads of 256 KiB of them nobody else had a turn
