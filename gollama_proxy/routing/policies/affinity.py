@@ -10,7 +10,7 @@ request would go otherwise, and have its whole prompt read:
 
 What is read anew has a price beyond the time of its own request: while a prompt is
 read, the other answers of that worker stand nearly still.  In `benchmarks/simulate.py`
-the first tokens of all requests come soonest at a price of 4.
+the first tokens of all requests come soonest at a price of 8 (of 4, 6 and 8).
 
 *There* is first what the other policy's choices have taken of late, on average.  Only
 if that would be better, or is not known, the other policy is asked whom it would choose
@@ -33,7 +33,7 @@ from gollama_proxy.routing.policies.memory import SIZE, Match, Memory
 from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.worker import Worker
 
-PRICE = 4.0  # of reading a prompt anew
+PRICE = 8.0  # of reading a prompt anew
 OF_LATE = 1.0  # seconds for which the other policy's last choices say something
 RATE = 0.25  # by which each of them counts
 
