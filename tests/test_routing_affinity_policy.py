@@ -146,7 +146,7 @@ def test_a_busy_worker_is_left_when_that_costs_more_than_the_reading() -> None:
     """It would take PRICE * 8 s to read the prompt anew, and 2 s to answer."""
     made, _, workers, clock = setting()
     clock.advance(OF_LATE)
-    occupy(workers[0], unread=31_000)
+    occupy(workers[0], unread=int(PRICE * 8000) - 1000)
     assert made.pick(ask(1, 2), workers, has_room) is workers[0]
     occupy(workers[0], unread=2000)
     assert made.pick(ask(1, 2), workers, has_room) is workers[1]
@@ -214,7 +214,7 @@ def test_a_cold_cache_is_found_out() -> None:
         made.pick(ask(number, number + 1), workers, has_room)
         made.learn(ask(number, number + 1), workers[0], 0, 2000)
     made.inner = Fixed(workers[1])
-    occupy(workers[0], unread=8000)
+    occupy(workers[0], unread=16_000)
     clock.advance(OF_LATE)
     assert made.pick(ask(1, 2), workers, has_room) is workers[1]
 
