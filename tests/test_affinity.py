@@ -108,14 +108,27 @@ async def test_a_policy_for_some_models_only() -> None:
 
 
 async def test_what_is_not_generated_is_no_part_of_a_conversation() -> None:
-    async with ScriptedWorker() as worker, running_hub(worker, **settings()) as hub:
-        worker.on("/v1/messages/count_tokens", *answer({"input_tokens": 20}))
+    async with (
+        ScriptedWorker() as one,
+        ScriptedWorker() as two,
+        running_hub(one, two, **settings()) as hub,
+    ):
+        for worker in (one, two):
+            worker.on("/v1/messages/count_tokens", *answer({"input_tokens": 20}))
         await hub.post("/v1/completions", {"prompt": "no conversation"})
         await hub.post("/v1/messages/count_tokens", turn("x", 1))
         policy = hub.hub.registry.policy_of(replies.MODEL)
         assert "<Memory of 0 prefixes>" in repr(policy)
         await hub.post(CHAT, turn("x", 1))
         assert "<Memory of 1 prefixes>" in repr(policy)
+
+
+async def test_with_one_worker_there_is_nothing_to_remember() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **settings()) as hub:
+        for number in (1, 2):
+            assert (await hub.post(CHAT, turn("x", number))).status == 200
+        policy = hub.hub.registry.policy_of(replies.MODEL)
+        assert "<Memory of 0 prefixes>" in repr(policy)
 
 
 # --- Is it true? ------------------------------------------------------------------
