@@ -12,21 +12,10 @@ import pytest
 
 from gollama_proxy import llama
 from tests.test_cli import environ
+from tests.test_demo import program
 
-__all__ = ["environ"]  # a fixture: nothing of the caller's settings gets into a test
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Callable[[str], Path]:
-    """Write what is started instead of llama-server: a shell script."""
-
-    def write(script: str) -> Path:
-        file = tmp_path / "llama-server"
-        file.write_text(f"#!/bin/sh\n{script}\n")
-        file.chmod(0o755)
-        return file
-
-    return write
+# Fixtures: nothing of the caller's settings gets into a test, and what is started.
+__all__ = ["environ", "program"]
 
 
 def test_llama_server_on_the_path_comes_before_the_package(

@@ -41,6 +41,7 @@ from collections.abc import Callable, Collection
 from gollama_proxy.routing.crowd import Crowd
 from gollama_proxy.routing.lane import Lane, Subject
 from gollama_proxy.routing.outlook import Outlook, Place
+from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.ticket import Priority, State, Ticket
 from gollama_proxy.settings import Queue
 from gollama_proxy.wire.errors import Code, NoWorkerError
@@ -69,7 +70,7 @@ class Line:
         # By model.  The lanes of a class are kept while anybody waits in it: who has
         # had a turn must not be forgotten before the others have.
         self._lanes: dict[Priority, dict[str, Lane]] = {p: {} for p in Priority}
-        self._outlooks: dict[str, Outlook] = {}
+        self._outlooks = Remembered[str, Outlook](REMEMBERED)
 
     def __repr__(self) -> str:
         counts = " ".join(f"{p}={crowd.total}" for p, crowd in self._crowds.items())
@@ -325,8 +326,6 @@ class Line:
 
     def _outlook(self, model: str) -> Outlook:
         if model not in self._outlooks:
-            if len(self._outlooks) >= REMEMBERED:
-                del self._outlooks[next(iter(self._outlooks))]
             self._outlooks[model] = Outlook(self._clock)
         return self._outlooks[model]
 
