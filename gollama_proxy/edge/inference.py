@@ -329,18 +329,22 @@ class Inference:
             if job.client_left and relay.told_all:
                 # SDKs hang up as soon as they have read [DONE].
                 record.outcome = "complete"
-                _measure(relay, lease)
-                self._learn(job, worker, lease, relay.tail)
-                lease.release(Outcome.COMPLETE)
+                self._complete(job, worker, relay, lease)
             elif not job.client_left:
                 lease.release(Outcome.HUB_STOPPED)
             raise
         finally:
             job.count(relay)
-        _measure(relay, lease)
+        self._complete(job, worker, relay, lease)
+        return response
+
+    def _complete(self, job: Job, worker: Worker, relay: Relay, lease: Lease) -> None:
+        """Give back the place of a stream that is complete, with what it tells."""
+        if relay.is_event_stream and relay.opened_at is not None:
+            lease.seconds = lease.heard_at - relay.opened_at
+            lease.tokens = relay.tokens
         self._learn(job, worker, lease, relay.tail)
         lease.release(Outcome.COMPLETE)
-        return response
 
     def _learn(self, job: Job, worker: Worker, lease: Lease, tail: bytes) -> None:
         """Take in what a worker tells at the end about how it has read the prompt."""
@@ -352,13 +356,6 @@ class Inference:
 def _released(lease: Lease, refusal: Refusal) -> Refusal:
     lease.release(refusal.outcome)
     return refusal
-
-
-def _measure(relay: Relay, lease: Lease) -> None:
-    """Note what a complete stream tells about the speed of its worker."""
-    if relay.is_event_stream and relay.opened_at is not None:
-        lease.seconds = lease.heard_at - relay.opened_at
-        lease.tokens = relay.tokens
 
 
 def _took_too_long(limit: float) -> HubError:
