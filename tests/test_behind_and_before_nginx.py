@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from tests.corpora.smuggling import BODY, MODEL, PAYLOADS, Payload
 from tests.fakes.client import Ending, Wire
-from tests.fakes.hub import mint, running_hub
+from tests.fakes.hub import mint, plain_hub
 from tests.fakes.nginx import PLAIN, STREAMING, running_nginx
 from tests.fakes.replies import (
     chunk,
@@ -46,7 +46,7 @@ async def nginx_before(
     worker: ScriptedWorker, folder: Path, directives: str
 ) -> AsyncIterator[int]:
     """Run nginx → hub → worker; yields the port of the first."""
-    async with running_hub(worker) as hub:
+    async with plain_hub(worker) as hub:
         async with running_nginx(hub.port, folder, directives) as port:
             yield port
 
@@ -57,7 +57,7 @@ async def nginx_behind(
 ) -> AsyncIterator[int]:
     """Run hub → nginx → worker; yields the port of the first."""
     async with running_nginx(worker.port, folder, directives) as port:
-        async with running_hub(f"http://127.0.0.1:{port}") as hub:
+        async with plain_hub(f"http://127.0.0.1:{port}") as hub:
             yield hub.port
 
 

@@ -21,7 +21,7 @@ from tests.fakes import waiting
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.exchange import Request
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import RunningHub, plain_hub
 from tests.fakes.replies import (
     chunk,
     done,
@@ -96,7 +96,7 @@ async def broken(
     settings = {"health__interval": RARELY, "breaker__jitter": 0, **settings}
     async with (
         ScriptedWorker(*models) as worker,
-        running_hub(worker, **settings) as hub,
+        plain_hub(worker, **settings) as hub,
     ):
         worker.default(reset())
         for _ in range(FAILURES):
@@ -122,7 +122,7 @@ async def test_a_worker_that_is_in_good_health_and_cannot_generate_is_taken_out(
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        running_hub(bad, good, health__interval=0.02, breaker__open=60, **TRIES) as hub,
+        plain_hub(bad, good, health__interval=0.02, breaker__open=60, **TRIES) as hub,
     ):
         bad.default(*fault)
         for _ in range(3 * FAILURES):
@@ -144,7 +144,7 @@ async def test_canaries_are_all_that_a_broken_worker_gets() -> None:
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        running_hub(
+        plain_hub(
             bad,
             good,
             health__interval=0.02,
@@ -182,7 +182,7 @@ async def test_a_worker_that_fails_fast_attracts_no_load(fault: Script) -> None:
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        running_hub(
+        plain_hub(
             bad, good, health__interval=RARELY, breaker__busy_max=60, **TRIES
         ) as hub,
     ):
@@ -228,7 +228,7 @@ ENDS: dict[str, tuple[Script, bool]] = {
 @pytest.mark.parametrize("end", ENDS)
 async def test_what_a_breaker_counts_as_a_failure(end: str) -> None:
     script, failed = ENDS[end]
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
         worker.script(*script)
         async with await hub.open(CHAT, STREAM) as wire:
             await wire.read_to_end()
@@ -242,7 +242,7 @@ async def test_what_a_breaker_counts_as_a_failure(end: str) -> None:
 async def test_clients_that_leave_open_no_breaker() -> None:
     async with (
         ScriptedWorker() as worker,
-        running_hub(worker, breaker__minimum_calls=1) as hub,
+        plain_hub(worker, breaker__minimum_calls=1) as hub,
     ):
         worker.default(notify("here"), *stream_of(2, "never"))
         for n in range(2 * FAILURES):
@@ -265,7 +265,7 @@ async def test_a_client_that_leaves_after_a_hang_has_left_because_of_it() -> Non
     clock = Clock()
     async with (
         ScriptedWorker() as worker,
-        running_hub(worker, health__interval=RARELY) as hub,
+        plain_hub(worker, health__interval=RARELY) as hub,
     ):
         [record] = hub.hub.registry.workers
         record.clock = clock
@@ -411,7 +411,7 @@ async def test_a_request_that_proves_a_worker_bad_goes_to_the_next_one() -> None
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        running_hub(
+        plain_hub(
             bad,
             good,
             health__interval=RARELY,
@@ -468,7 +468,7 @@ async def test_a_model_that_a_request_has_to_prove() -> None:
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        running_hub(bad, good, health__interval=RARELY, **settings) as hub,
+        plain_hub(bad, good, health__interval=RARELY, **settings) as hub,
     ):
         bad.default(send(error_reply(500, "no")))
         record = hub.hub.registry.workers[0]
@@ -497,7 +497,7 @@ async def test_a_model_that_fails_takes_the_other_models_of_its_worker_along_not
     async with (
         ScriptedWorker("ill", "well") as bad,
         ScriptedWorker("ill") as good,
-        running_hub(
+        plain_hub(
             bad,
             good,
             health__interval=RARELY,
@@ -534,7 +534,7 @@ async def watched(
 ) -> AsyncIterator[tuple[ScriptedWorker, RunningHub, Clock]]:
     """Run a worker and a hub whose sweep has a clock that the test advances."""
     settings = {"health__interval": RARELY, **settings}
-    async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
+    async with ScriptedWorker() as worker, plain_hub(worker, **settings) as hub:
         clock = Clock(time.monotonic())
         hub.hub.sweep._clock = clock
         yield worker, hub, clock

@@ -17,7 +17,7 @@ from gollama_proxy.ops import reload
 from gollama_proxy.routing.worker import State
 from tests.fakes.authority import Authority, Pair
 from tests.fakes.client import TlsWire, TruncatedError, Wire
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import RunningHub, plain_hub
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, notify, reset, send, stall, stream_of, wait
 from tests.fakes.waiting import settled, until
@@ -39,9 +39,7 @@ async def hub_of(
     authority: Authority, pair: Pair, *workers: ScriptedWorker, **settings: Any
 ) -> AsyncIterator[RunningHub]:
     trust = settings.pop("trust", authority.client())
-    async with running_hub(
-        *workers, trust=trust, **pair.settings, **settings
-    ) as running:
+    async with plain_hub(*workers, trust=trust, **pair.settings, **settings) as running:
         yield running
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.client import Response
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import RunningHub, plain_hub
 from tests.fakes.replies import error_reply, loading
 from tests.fakes.script import Script, chat_stream, expect_eof, reset, send
 from tests.fakes.worker import ScriptedWorker
@@ -35,7 +35,7 @@ async def family(
         ScriptedWorker("big") as big,
         ScriptedWorker("medium") as medium,
         ScriptedWorker("small") as small,
-        running_hub(big, medium, small, **settings) as hub,
+        plain_hub(big, medium, small, **settings) as hub,
     ):
         yield big, medium, small, hub
 
@@ -86,7 +86,7 @@ async def test_a_model_that_nobody_was_seen_to_serve_has_its_fallback() -> None:
     async with (
         ScriptedWorker("big", up=False) as big,
         ScriptedWorker("small") as small,
-        running_hub(big, small, models__fallbacks="big=small") as hub,
+        plain_hub(big, small, models__fallbacks="big=small") as hub,
     ):
         response = await hub.post(CHAT, BODY | {"model": "big"})
         assert answered(response, small, 1)
@@ -123,7 +123,7 @@ async def test_a_prompt_that_is_too_long_goes_to_a_fallback_with_more_context() 
         ScriptedWorker("big", n_ctx=1024) as big,
         ScriptedWorker("tight", n_ctx=1024) as tight,
         ScriptedWorker("long", n_ctx=4096) as long,
-        running_hub(big, tight, long, models__fallbacks="big=tight|long") as hub,
+        plain_hub(big, tight, long, models__fallbacks="big=tight|long") as hub,
     ):
         big.default(send(error_reply(400, "no", "exceed_context_size_error")))
         response = await hub.post(CHAT, BODY | {"model": "big"})

@@ -23,7 +23,7 @@ from gollama_proxy.upstream.attempt import Attempt, Outgoing
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.authority import Authority, Pair
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import RunningHub, plain_hub
 from tests.fakes.replies import chunk, done, finish, head, role, sse_head, token
 from tests.fakes.script import close, kill, reset, send, stall, stream_of
 from tests.fakes.waiting import until
@@ -46,7 +46,7 @@ async def hub_before(
 ) -> AsyncIterator[RunningHub]:
     file = folder / "gollama.toml"
     await asyncio.to_thread(file.write_text, described(worker, **keys))
-    async with running_hub(file=file, **settings) as hub:
+    async with plain_hub(file=file, **settings) as hub:
         yield hub
 
 
@@ -224,7 +224,7 @@ async def test_a_worker_that_refuses_the_hub(
         )
         file = tmp_path / "gollama.toml"
         await asyncio.to_thread(file.write_text, row)
-        async with running_hub(file=file, health__fall=1) as hub:
+        async with plain_hub(file=file, health__fall=1) as hub:
             why = "TLS: tlsv13 alert certificate required"
             assert f"worker attic: starting -> down ({why})" in caplog.text
             pool = hub.hub.connections["attic"]

@@ -7,6 +7,7 @@ import contextlib
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -19,6 +20,14 @@ from tests.fakes.client import Response, TlsWire, Wire
 
 SECRET = "0123456789abcdef" * 4
 MINT = "mint a token"  # instead of a token: one is made, with the default claims
+
+# Switches off what makes up for a worker's faults, or changes what it is asked.
+PLAIN = {
+    "retry__attempts": 1,
+    "rescue__enabled": False,
+    "upstream__assemble": "",
+    "routing__policy": "round_robin",
+}
 
 _GRACE = 5.0  # for tasks that were cancelled to end
 
@@ -124,18 +133,11 @@ async def running_hub(
 
     Settings are given as `health__interval=0.05`.  With `ready`, the block begins when
     each worker has been pinged once.  `claims` go into every token that is minted, and
-    `trust` is what the clients of an https hub have.
+    `trust` is what the clients of an https hub have.  All else is as in production.
     """
     before = asyncio.all_tasks()
     urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
-    # What a worker does is what the client sees, unless a test wants more.
-    variables = {
-        "GOLLAMA_JWT_SECRET": SECRET,
-        "GOLLAMA_RETRY_ATTEMPTS": "1",
-        "GOLLAMA_RESCUE_ENABLED": "false",
-        "GOLLAMA_UPSTREAM_ASSEMBLE": "",
-        "GOLLAMA_ROUTING_POLICY": "round_robin",
-    }
+    variables = {"GOLLAMA_JWT_SECRET": SECRET}
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = _spelled(value)
     variables |= environ or {}
@@ -157,6 +159,13 @@ async def running_hub(
     await _assert_no_tasks(before)
     held = {str(worker): worker.in_flight for worker in hub.registry.workers}
     assert not any(held.values()), f"still in flight after the end: {held}"
+
+
+def plain_hub(
+    *workers: HasUrl | str, **settings: Any
+) -> AbstractAsyncContextManager[RunningHub]:
+    """Run a hub that repairs nothing: the client sees what a worker does."""
+    return running_hub(*workers, **(PLAIN | settings))
 
 
 def mint(secret: str = SECRET, algorithm: str = "HS256", **claims: Any) -> str:
