@@ -335,7 +335,10 @@ def _describe_worker(worker: WorkerConfig, report: Report) -> Iterator[str]:
     yield from (worker.name, worker.url, report.state, ", ".join(report.models))
     for number in (report.slots, report.context):
         yield "" if number is None else str(number)
-    yield report.build if report.state == "ready" else report.reason
+    if report.state == "ready":
+        yield ", ".join(text for text in (report.build, report.note) if text)
+    else:
+        yield report.reason
 
 
 # --- demo -------------------------------------------------------------------------

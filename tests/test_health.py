@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 from gollama_proxy.routing.worker import Check, State, Worker
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.probe import Finding
-from tests.fakes.hub import RunningHub, plain_hub
-from tests.fakes.replies import chunk, done, not_found, role, sse_head, token
+from tests.fakes.hub import RunningHub, plain_hub, running_hub
+from tests.fakes.replies import chunk, done, head, not_found, role, sse_head, token
 from tests.fakes.script import answer, close, event_stream, reset, send, stall, wait
 from tests.fakes.worker import ScriptedWorker
 
@@ -421,3 +422,26 @@ async def test_what_happens_to_a_worker_is_logged_once(
         f"worker {worker.name}: down -> ready",
     ]
     assert [line.levelname for line in lines] == ["INFO", "WARNING", "INFO"]
+
+
+# --- What stands in front of a worker ---------------------------------------------
+
+
+async def test_a_worker_behind_a_proxy_that_compresses_serves() -> None:
+    """nginx (`gzip_types`) and Caddy (`encode`) do so, some whether asked or not."""
+    packed = gzip.compress(b'{"object":"list","data":[{"id":"tiny"}]}')
+    fields = [("Content-Encoding", "gzip"), ("Content-Length", str(len(packed)))]
+    async with ScriptedWorker() as worker:
+        worker.on("/v1/models", send(head(200, fields) + packed))
+        async with running_hub(worker) as hub:
+            assert the_worker(hub).state is State.READY
+            assert (await hub.post(CHAT, WHOLE)).status == 200
+
+
+async def test_a_worker_with_an_odd_entry_serves_the_others() -> None:
+    listed = {"data": [{"id": "tiny"}, {"id": None}, "small"]}
+    async with ScriptedWorker() as worker:
+        worker.on("/v1/models", *answer(listed))
+        async with running_hub(worker, models__strict_models=True) as hub:
+            assert (await hub.post(CHAT, WHOLE | {"model": "tiny"})).status == 200
+            assert (await hub.post(CHAT, WHOLE | {"model": "small"})).status == 404

@@ -302,3 +302,20 @@ async def test_a_hub_without_workers_asks_nobody() -> None:
     pinger.start()
     await pinger.first_round()
     await pinger.stop()
+
+
+async def test_an_oddity_of_a_worker_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    odd = GOOD._replace(note="/v1/models is odd")
+    again = odd._replace(note="/v1/models is odd in another way")
+    pings = Pings(odd, again, GOOD, odd, GOOD)
+    watched = workers(2)
+    health = Health(interval=0.01, recheck=0.01)
+    async with pinging(watched, health, pings):
+        await pings.reached(12)
+    told = [record for record in caplog.records if "odd" in record.message]
+    assert {record.levelname for record in told} == {"WARNING"}
+    names = [record.message.partition(": ")[0] for record in told]
+    assert len(names) == len(set(names)), names
+    assert f"worker {watched[0].name}: /v1/models is odd" in caplog.text

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import socket
+import zlib
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from gollama_proxy.upstream.probe import (
     Report,
 )
 from tests.fakes.replies import head, json_reply, not_found
-from tests.fakes.script import Script, answer, close, reset, send, stall
+from tests.fakes.script import Script, answer, close, flood, reset, send, stall
 from tests.fakes.worker import ScriptedWorker
 
 HEALTH = Health(timeout=5.0)
@@ -108,6 +110,51 @@ async def test_a_worker_behind_a_prefix() -> None:
     assert finding.description == Description((Model("b"),))
 
 
+# --- Compression ------------------------------------------------------------------
+
+
+def compressed(body: bytes, coding: str = "gzip") -> bytes:
+    """Build an answer as a compressing proxy in front of a worker would."""
+    pack = {"gzip": gzip.compress, "deflate": zlib.compress}[coding]
+    data = pack(body)
+    fields = [("Content-Encoding", coding), ("Content-Length", str(len(data)))]
+    return head(200, fields) + data
+
+
+async def test_no_question_asks_for_compression() -> None:
+    async with ScriptedWorker() as worker, probe.new_session() as session:
+        described = configured(worker.url)
+        await probe.ping(session, described, HEALTH)
+        await probe.prove(session, described, "a", 1.0)
+        asked = [*worker.control, *worker.requests]
+    assert len(asked) == 4
+    assert [each.values("accept-encoding") for each in asked] == [["identity"]] * 4
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+async def test_answers_that_are_compressed_all_the_same_are_read(coding: str) -> None:
+    models = {"data": [{"id": "a"}, {"id": "b"}]}
+    props = {"total_slots": 3, "build_info": "b1"}
+    async with ScriptedWorker() as worker:
+        for path, told in {
+            "/health": {"status": "ok"},
+            "/v1/models": models,
+            "/props": props,
+        }.items():
+            worker.on(path, send(compressed(json.dumps(told).encode(), coding)))
+        finding = await ping(worker)
+    told = Description((Model("a"), Model("b")), 3, None, "b1")
+    assert finding == Finding(Check.OK, "ok", told)
+
+
+async def test_a_worker_is_seen_to_load_through_compression() -> None:
+    loading = json.dumps({"error": {"message": "Loading model"}}).encode()
+    answer_ = compressed(loading).replace(b"200 OK", b"503 Service Unavailable")
+    async with ScriptedWorker() as worker:
+        worker.on("/health", send(answer_))
+        assert (await ping(worker)).check is Check.LOADING
+
+
 # --- Workers that tell less -------------------------------------------------------
 
 
@@ -126,6 +173,13 @@ async def test_a_worker_behind_a_prefix() -> None:
         ),
         (send(head(200, [("Content-Length", "3")]) + b"abc"),),
         (send(head(302, [("Location", "/"), ("Content-Length", "0")])),),
+        (send(head(200) + b" " * (MAX_ANSWER + 1)), close()),
+        (send(compressed(bytes(64 << 20))),),
+        (
+            send(
+                head(200, [("Content-Encoding", "br"), ("Content-Length", "1")]) + b"?"
+            ),
+        ),
     ],
 )
 async def test_a_worker_without_usable_props_is_good(script: Script) -> None:
@@ -145,6 +199,14 @@ async def test_a_worker_without_usable_props_is_good(script: Script) -> None:
         (send(head(204)),),
         (send(head(302, [("Location", "/"), ("Content-Length", "0")])),),
         (send(head(200, [("Content-Length", "2")]) + b"OK"),),
+        (
+            send(
+                head(200, [("Content-Encoding", "br"), ("Content-Length", "1")]) + b"?"
+            ),
+        ),
+        (send(head(200) + b" " * (MAX_ANSWER + 1)), close()),
+        answer({"status": None}),
+        answer([7]),
     ],
 )
 async def test_a_worker_without_our_idea_of_health_is_good(script: Script) -> None:
@@ -168,6 +230,22 @@ async def test_a_worker_without_our_idea_of_health_is_good(script: Script) -> No
             (Model("a", 7), Model("b", 9)),
         ),
         ([{"id": "a", "object": "model", "owned_by": 1}], {}, (Model("a"),)),
+        *(
+            ([{"id": "a", "meta": meta}], {}, (Model("a"),))
+            for meta in [7, "x", [], {"n_ctx": "512"}, {"n_ctx": {}}, {"n_ctx": 1.5}]
+        ),
+        ([{"id": "a"}, {"id": "a", "meta": {"n_ctx": 7}}], {}, (Model("a"),)),
+        *(
+            ([{"id": "a"}], props, (Model("a", 9),))
+            for odd in [None, 7, "x", [], {}]
+            for props in [
+                {
+                    "total_slots": odd,
+                    "build_info": odd,
+                    "default_generation_settings": {"n_ctx": 9, "params": odd},
+                }
+            ]
+        ),
         ([{"id": "é/ü:7b"}], {}, (Model("é/ü:7b"),)),
         (  # as a router says it
             [{"id": "a"}],
@@ -205,6 +283,86 @@ async def test_models_and_their_context(
     assert finding.description.models == models
 
 
+ODD_ENTRIES = [
+    None,
+    7,
+    "b",
+    [],
+    {},
+    {"id": None},
+    {"id": 7},
+    {"id": ["b"]},
+    {"id": ""},
+    {"name": "b"},
+]
+
+
+@pytest.mark.parametrize("odd", ODD_ENTRIES, ids=repr)
+async def test_an_odd_entry_costs_no_other(odd: Any) -> None:
+    async with ScriptedWorker() as worker:
+        worker.on("/v1/models", *answer({"data": [{"id": "a"}, odd, {"id": "c"}]}))
+        finding = await ping(worker)
+    assert finding.check is Check.OK
+    assert finding.description is not None
+    assert [model.name for model in finding.description.models] == ["a", "c"]
+    assert finding.note == "/v1/models has entries without a usable name: 1, skipped"
+
+
+async def test_an_entry_with_bytes_that_are_no_text_costs_no_other() -> None:
+    body = b'{"data": [{"id": "\xff"}, {"id": "b", "owned_by": "\xff"}, {"id": "c"}]}'
+    async with ScriptedWorker() as worker:
+        fields = [("Content-Length", str(len(body)))]
+        worker.on("/v1/models", send(head(200, fields) + body))
+        finding = await ping(worker)
+    assert finding.description is not None
+    assert "c" in [model.name for model in finding.description.models]
+
+
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        ({"data": None}, []),
+        ({"data": []}, []),
+        ({"data": None, "models": [{"model": "a"}]}, ["a"]),
+        (
+            {"models": [{"name": "a:7b", "model": "a:7b"}, {"model": "b"}]},
+            ["a:7b", "b"],
+        ),
+        ({"models": []}, []),
+        ({"data": {}, "models": [{"model": "a"}]}, ["a"]),
+        ({"data": [{"id": "a"}], "models": [{"model": "b"}]}, ["a"]),
+        ({"data": [{"id": "a"}], "models": 7}, ["a"]),
+    ],
+    ids=repr,
+)
+async def test_a_list_of_another_shape_is_a_list(listed: Any, names: list[str]) -> None:
+    """Go writes an empty list as null; Ollama's own list is called `models`."""
+    told = await described(models=listed)
+    assert [model.name for model in told.models] == names
+
+
+@pytest.mark.parametrize("odd", [None, "x", [], {}, 7.5, True], ids=repr)
+@pytest.mark.parametrize(
+    "field", ["total_slots", "build_info", "default_generation_settings"]
+)
+async def test_an_odd_property_costs_no_other(field: str, odd: Any) -> None:
+    props = {
+        "total_slots": 3,
+        "build_info": "b1",
+        "default_generation_settings": {"n_ctx": 512},
+    }
+    told = await described(models={"data": [{"id": "a"}]}, props=props | {field: odd})
+    expected = {"total_slots": 3, "build_info": "b1", "context": 512}
+    seen = {
+        "total_slots": told.slots,
+        "build_info": told.build,
+        "context": told.context,
+    }
+    field = field.replace("default_generation_settings", "context")
+    del expected[field], seen[field]
+    assert seen == expected
+
+
 # --- Workers that are not well ----------------------------------------------------
 
 
@@ -225,12 +383,38 @@ ODD_MODELS = {
         "/v1/models answered 302",
     ),
     "array": (answer([]), "/v1/models answered what cannot be read"),
-    "no data": (answer({"models": []}), "/v1/models answered what cannot be read"),
-    "number": (
-        answer({"data": [{"id": 7}]}),
-        "/v1/models answered what cannot be read",
+    "no data": (answer({"object": "list"}), "/v1/models has no list of models"),
+    "no list": (answer({"data": "many"}), "/v1/models has no list of models"),
+    "number": (answer({"data": [{"id": 7}]}), "/v1/models has no name"),
+    "null": (answer({"data": [None]}), "/v1/models has no name"),
+    "unknown coding": (
+        (
+            send(
+                head(200, [("Content-Encoding", "br"), ("Content-Length", "2")]) + b"{}"
+            ),
+        ),
+        "/v1/models answered with an unknown content coding",
     ),
-    "null": (answer({"data": [None]}), "/v1/models answered what cannot be read"),
+    "wrong coding": (
+        (
+            send(
+                head(200, [("Content-Encoding", "gzip"), ("Content-Length", "2")])
+                + b"{}"
+            ),
+        ),
+        "/v1/models answered with data that are not in their content coding",
+    ),
+    "bomb": (
+        (send(compressed(bytes(64 << 20))),),
+        f"/v1/models answered more than {MAX_ANSWER} bytes",
+    ),
+    "bomb that goes on": (
+        (
+            send(head(200, [("Content-Encoding", "gzip")])),
+            flood(gzip.compress(bytes(1 << 20))),
+        ),
+        f"/v1/models answered more than {MAX_ANSWER} bytes",
+    ),
     "text": (
         (send(head(200, [("Content-Length", "2")]) + b"hi"),),
         "/v1/models answered what cannot be read",

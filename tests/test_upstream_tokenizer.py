@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from gollama_proxy import config
 from gollama_proxy.upstream import probe, tokenizer
-from tests.fakes.replies import error_reply, json_reply
+from tests.fakes.replies import error_reply, head, json_reply
 from tests.fakes.script import Script, answer, send, stall
 from tests.fakes.worker import ScriptedWorker
 
@@ -45,6 +46,22 @@ async def test_a_chat_is_counted_as_its_template_writes_it() -> None:
             "add_special": True,
             "parse_special": True,
         }
+
+
+def compressed(obj: Any) -> bytes:
+    """Build an answer as a compressing proxy in front of a worker would."""
+    data = gzip.compress(json.dumps(obj).encode())
+    fields = [("Content-Encoding", "gzip"), ("Content-Length", str(len(data)))]
+    return head(200, fields) + data
+
+
+async def test_compression_is_not_asked_for_and_understood() -> None:
+    async with ScriptedWorker() as worker:
+        worker.on("/apply-template", send(compressed({"prompt": "<user>hello"})))
+        worker.on("/tokenize", send(compressed({"tokens": [1, 22, 333, 4]})))
+        assert await counted(worker) == 4
+        asked = [request.values("accept-encoding") for request in worker.requests]
+    assert asked == [["identity"]] * 2
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/completion"])
@@ -89,6 +106,8 @@ async def test_what_is_no_text_is_not_counted(prompt: Any) -> None:
         answer(["a"]),
         (send(json_reply({"prompt": "a"}).replace(b"{", b"[")),),
         (send(b"no HTTP at all\r\n\r\n"),),
+        (send(compressed({"prompt": "a"}).replace(b"gzip", b"zstd")),),
+        (send(compressed({"prompt": "a"}).replace(b"gzip", b"deflate")),),
         (stall(),),
     ],
 )
@@ -115,6 +134,8 @@ async def test_an_endless_answer_is_none(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tokenizer, "MAX_ANSWER", 1000)
     async with ScriptedWorker() as worker:
         worker.on("/tokenize", *answer({"tokens": [1] * 600}))
+        assert await counted(worker) is None
+        worker.on("/tokenize", send(compressed({"tokens": [1] * 600})))
         assert await counted(worker) is None
 
 

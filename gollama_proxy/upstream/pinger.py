@@ -34,6 +34,7 @@ class Pinger:
         self._tasks: list[asyncio.Task[None]] = []
         self._first_round = {worker.name: asyncio.Event() for worker in workers}
         self._suspected = {worker.name: asyncio.Event() for worker in workers}
+        self._noted: set[str] = set()  # workers of which an oddity was logged
 
     def __repr__(self) -> str:
         running = sum(not task.done() for task in self._tasks)
@@ -74,6 +75,9 @@ class Pinger:
             was_down = worker.state is State.DOWN
             finding = await self._ping(worker)
             worker.observe(finding.check, finding.reason, finding.description)
+            if finding.note and worker.name not in self._noted:
+                self._noted.add(worker.name)
+                logger.warning("worker %s: %s", worker.name, finding.note)
             self._first_round[worker.name].set()
             wait = next_wait(worker, self._health, wait if was_down else 0.0)
             jitter = random.uniform(1 - JITTER, 1 + JITTER)

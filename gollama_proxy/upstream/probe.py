@@ -3,15 +3,18 @@
 Only what answers from llama-server's HTTP threads is asked: `/health`, `/v1/models` and
 `/props`.  `/slots` and `/metrics` wait for the running batch, for 20 s and more, and
 wake a sleeping server.  A server without `/props`, or with another idea of `/health`,
-is a good worker all the same; what it does not tell stays unknown.
+is a good worker all the same; what it does not tell stays unknown.  So does what it
+tells in another shape: each field is read by itself, and costs no other.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import ssl
-from typing import Annotated, Any, NamedTuple
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated, NamedTuple, TypeVar
 
 import aiohttp
 import msgspec
@@ -20,6 +23,7 @@ from gollama_proxy.routing.worker import Check, Description, Model
 from gollama_proxy.settings import Health, WorkerConfig
 from gollama_proxy.tls import Credentials, explain, for_workers
 from gollama_proxy.upstream.resolver import Resolver
+from gollama_proxy.wire.coding import CodingError, Unpacker
 
 # A worker's lists are small; more is a mistake or an attack.
 MAX_ANSWER = 1 << 20
@@ -31,6 +35,8 @@ MOST_CONTEXT = 1 << 30  # tokens
 # of the event loop until the timeout.
 RECEIVE_BUFFER = 8 << 10
 
+_T = TypeVar("_T")
+
 
 class Finding(NamedTuple):
     """The result of one ping."""
@@ -38,6 +44,7 @@ class Finding(NamedTuple):
     check: Check
     reason: str
     description: Description | None = None
+    note: str = ""  # what is odd about a good worker; quotes nothing that it sent
 
 
 class Report(NamedTuple):
@@ -49,11 +56,14 @@ class Report(NamedTuple):
     slots: int | None = None
     context: int | None = None
     build: str = ""
+    note: str = ""
 
 
 def new_session(*, pooled: bool = False) -> aiohttp.ClientSession:
-    """Make the client for the control plane: no cookies, no environment.
+    """Make the client for the control plane: no cookies, no environment, no coding.
 
+    A server in front of a worker may compress all the same, so bodies are read by
+    `read_body`, which bounds what they are unpacked to; aiohttp would not.
     Nor a pool, in what goes on for long: a worker closes idle connections at any time.
     """
     return aiohttp.ClientSession(
@@ -64,6 +74,7 @@ def new_session(*, pooled: bool = False) -> aiohttp.ClientSession:
             socket_factory=_new_socket,
         ),
         cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"Accept-Encoding": "identity"},
         trust_env=False,
         auto_decompress=False,
     )
@@ -106,6 +117,7 @@ async def examine(worker: WorkerConfig, health: Health) -> Report:
         described.slots,
         described.context,
         described.build,
+        finding.note,
     )
 
 
@@ -119,14 +131,14 @@ async def ping(
     target = target_of(session, worker, tls)
     timeout = aiohttp.ClientTimeout(total=health.timeout)
     try:
-        status, body = await _get(target, "/health", timeout)
+        status, body = await _get_if_readable(target, "/health", timeout)
         if status == 503 and b"oading" in body:
             return Finding(Check.LOADING, "loading model")
         if status in (401, 403):
             return Finding(Check.FAILED, f"/health answered {status}: needs a key")
         if status >= 500 and status != 501:
             return Finding(Check.FAILED, f"/health answered {status}")
-        description = await _learn(target, timeout)
+        description, note = await _learn(target, timeout)
     except TimeoutError:
         return Finding(Check.FAILED, f"no answer within {health.timeout:g} s")
     except aiohttp.ClientConnectorError as exc:
@@ -140,7 +152,7 @@ async def ping(
     except (aiohttp.ClientError, OSError, _OddAnswer) as exc:
         reason = explain(exc.__cause__ or exc) or str(exc) or type(exc).__name__
         return Finding(Check.FAILED, reason)
-    return Finding(Check.OK, "ok", description)
+    return Finding(Check.OK, "ok", description, note)
 
 
 def _why_unreachable(exc: aiohttp.ClientConnectorError) -> str:
@@ -185,46 +197,59 @@ async def prove(
         return False
 
 
-async def _learn(target: Target, timeout: aiohttp.ClientTimeout) -> Description:
+async def _learn(
+    target: Target, timeout: aiohttp.ClientTimeout
+) -> tuple[Description, str]:
+    """Ask what a worker serves; the text says what is odd about its list."""
     status, body = await _get(target, "/v1/models", timeout)
     if status in (401, 403):
         raise _OddAnswer(f"/v1/models answered {status}: a wrong or missing API key")
     if status != 200:
         raise _OddAnswer(f"/v1/models answered {status}")
-    models = _models_in(body)
-    status, body = await _get(target, "/props", timeout)
-    props = _Props()
-    if status == 200:
-        try:
-            props = msgspec.json.decode(body, type=_Props)
-        except _UNREADABLE:
-            pass  # another server's idea of /props
-    settings = props.default_generation_settings or _Settings()
+    listed, note = _models_in(body)
+    status, body = await _get_if_readable(target, "/props", timeout)
+    props = (_told(body, _Props) if status == 200 else None) or _Props()
+    settings = _told(props.default_generation_settings, _Settings) or _Settings()
     context = _sane(settings.n_ctx)  # a router says 0, as it has no model itself
-    return Description(
+    own = [_sane((_told(entry.meta, _Meta) or _Meta()).n_ctx) for entry in listed]
+    build = _told(props.build_info, str) or ""
+    description = Description(
         models=tuple(
-            Model(
-                model.id,
-                (model.meta and _sane(model.meta.n_ctx)) or context,
-                *_loaded(model.status),
-            )
-            for model in models
+            Model(entry.name, tokens or context, *_loaded(entry.status))
+            for entry, tokens in zip(listed, own, strict=True)
         ),
-        slots=props.total_slots,
-        context=context or next((_sane(m.meta.n_ctx) for m in models if m.meta), None),
-        build=props.build_info[:100] if props.build_info.isprintable() else "",
+        slots=_told(props.total_slots, _Slots),
+        context=context or next((tokens for tokens in own if tokens), None),
+        build=build[:100] if build.isprintable() else "",
     )
+    return description, note
 
 
-def _models_in(body: bytes) -> list[_Model]:
-    """Read the models of a list that can be offered to somebody."""
-    path = "/v1/models"
-    listed = _read(body, _ModelList, path).data[:MOST_MODELS]
-    models = [_read(bytes(item), _Model, path) for item in listed]
-    usable = [model for model in models if _is_name(model.id)]
-    if models and not usable:
-        raise _OddAnswer(f"{path} has no name that can be used")
-    return usable
+def _models_in(body: bytes) -> tuple[list[_Entry], str]:
+    """Read the entries of a list that can be offered to somebody, each name once.
+
+    The text says how many cannot.
+    """
+    answer = _told(body, _ModelList)
+    if answer is None:
+        raise _OddAnswer("/v1/models answered what cannot be read")
+    listed = _told(answer.data, list[msgspec.Raw])
+    if listed is None:  # as Ollama lists them
+        listed = _told(answer.models, list[msgspec.Raw])
+    if listed is None and bytes(answer.data) != b"null":  # Go's empty list
+        raise _OddAnswer("/v1/models has no list of models")
+    found: dict[str, _Entry] = {}
+    odd = 0
+    for item in listed or ():
+        entry = _told(item, _Entry) or _Entry()
+        if not _is_name(entry.name):
+            odd += 1
+        elif len(found) < MOST_MODELS:
+            found.setdefault(entry.name, entry)
+    if odd and not found:
+        raise _OddAnswer("/v1/models has no name that can be used")
+    note = f"/v1/models has entries without a usable name: {odd}, skipped"
+    return list(found.values()), note if odd else ""
 
 
 def _is_name(text: str) -> bool:
@@ -232,26 +257,67 @@ def _is_name(text: str) -> bool:
     return 0 < len(text) <= MAX_NAME and text.isprintable()
 
 
-def _sane(context: int | None) -> int | None:
-    return context if context is not None and 0 < context <= MOST_CONTEXT else None
+def _sane(context: msgspec.Raw) -> int | None:
+    tokens = _told(context, int)
+    return tokens if tokens is not None and 0 < tokens <= MOST_CONTEXT else None
+
+
+async def _get_if_readable(
+    target: Target, path: str, timeout: aiohttp.ClientTimeout
+) -> tuple[int, bytes]:
+    """Ask what a worker may answer as it likes; an unreadable body counts as none."""
+    async with _asked(target, path, timeout) as response:
+        try:
+            return response.status, await read_body(response, MAX_ANSWER)
+        except (CodingError, TooLargeError):
+            return response.status, b""
 
 
 async def _get(
     target: Target, path: str, timeout: aiohttp.ClientTimeout
 ) -> tuple[int, bytes]:
-    async with target.session.get(
+    async with _asked(target, path, timeout) as response:
+        try:
+            return response.status, await read_body(response, MAX_ANSWER)
+        except TooLargeError as exc:
+            raise _OddAnswer(f"{path} answered {exc}") from None
+        except CodingError as exc:
+            raise _OddAnswer(f"{path} answered with {exc}") from None
+
+
+def _asked(
+    target: Target, path: str, timeout: aiohttp.ClientTimeout
+) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    return target.session.get(
         url_of(target.worker, path),
         headers=key_of(target.worker),
         timeout=timeout,
         allow_redirects=False,
         ssl=target.tls,
-    ) as response:
-        body = await response.content.read(MAX_ANSWER + 1)
-        while len(body) <= MAX_ANSWER and not response.content.at_eof():
-            body += await response.content.read(MAX_ANSWER + 1 - len(body))
-        if len(body) > MAX_ANSWER:
-            raise _OddAnswer(f"{path} answered more than {MAX_ANSWER} bytes")
-        return response.status, body
+    )
+
+
+async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """Read the body of an answer, unpacked if it had to be.
+
+    Raises:
+        TooLargeError: it has, or unpacks to, more bytes than `limit`.
+        CodingError: it is compressed in a way that cannot be read.
+    """
+    unpacker = Unpacker(", ".join(response.headers.getall("Content-Encoding", ())))
+    body = bytearray()
+    async for data in response.content.iter_chunked(64 << 10):
+        for piece in unpacker.feed(data):
+            body += piece
+            if len(body) > limit:
+                raise TooLargeError(f"more than {limit} bytes")
+            await asyncio.sleep(0)  # a bomb must not hold up everybody else
+    unpacker.end()
+    return bytes(body)
+
+
+class TooLargeError(Exception):
+    """An answer beyond its limit."""
 
 
 def url_of(worker: WorkerConfig, path: str) -> str:
@@ -269,50 +335,60 @@ def key_of(worker: WorkerConfig) -> dict[str, str]:
 # tools/server/README.md of llama.cpp; other servers leave most of it out.
 
 
+class _Settings(msgspec.Struct):
+    n_ctx: msgspec.Raw = msgspec.Raw()
+
+
 class _Meta(msgspec.Struct):
-    n_ctx: int | None = None
+    n_ctx: msgspec.Raw = msgspec.Raw()
 
 
-class _Model(msgspec.Struct):
-    id: str
-    meta: _Meta | None = None
-    status: Any = None  # of a router; other servers may call anything by that name
+class _Entry(msgspec.Struct):
+    id: msgspec.Raw = msgspec.Raw()
+    model: msgspec.Raw = msgspec.Raw()  # the `id` of Ollama's own list
+    meta: msgspec.Raw = msgspec.Raw()
+    # Of a router; other servers may call anything by that name.
+    status: msgspec.Raw = msgspec.Raw()
+
+    @property
+    def name(self) -> str:
+        return _told(self.id, str) or _told(self.model, str) or ""
 
 
 class _ModelList(msgspec.Struct):
-    data: list[msgspec.Raw]
+    data: msgspec.Raw = msgspec.Raw()
+    models: msgspec.Raw = msgspec.Raw()
 
 
-class _Settings(msgspec.Struct):
-    n_ctx: int | None = None
+class _Status(msgspec.Struct):
+    value: msgspec.Raw = msgspec.Raw()
 
 
 class _Props(msgspec.Struct):
-    total_slots: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
-    build_info: str = ""
-    default_generation_settings: _Settings | None = None
+    total_slots: msgspec.Raw = msgspec.Raw()
+    build_info: msgspec.Raw = msgspec.Raw()
+    default_generation_settings: msgspec.Raw = msgspec.Raw()
 
 
-# The last one for arrays in arrays in arrays.
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_Slots = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 
 
-def _read(body: bytes, kind: type[Any], path: str) -> Any:
+def _told(raw: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
+    """Read a field, or a whole answer; None if it is missing, or of another shape."""
     try:
-        return msgspec.json.decode(body, type=kind)
-    except _UNREADABLE as exc:
-        raise _OddAnswer(f"{path} answered what cannot be read: {exc}") from None
+        return msgspec.json.decode(raw, type=kind)
+    # The last one for arrays in arrays in arrays.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
-def _loaded(status: object) -> tuple[bool | None, bool]:
+def _loaded(status: msgspec.Raw) -> tuple[bool | None, bool]:
     """Read whether a model is loaded, and whether it is loading, as a router tells.
 
     That is `{"value": "loaded", …}`; anything of another shape tells nothing.
     """
-    value = status.get("value") if isinstance(status, dict) else None
-    if not isinstance(value, str):
-        return None, False
-    return value == "loaded", value == "loading"
+    value = _told((_told(status, _Status) or _Status()).value, str)
+    return (None if value is None else value == "loaded"), value == "loading"
 
 
 class _OddAnswer(Exception):

@@ -14,7 +14,15 @@ import msgspec
 
 from gollama_proxy.settings import WorkerConfig
 from gollama_proxy.tls import Credentials
-from gollama_proxy.upstream.probe import Target, key_of, target_of, url_of
+from gollama_proxy.upstream.probe import (
+    Target,
+    TooLargeError,
+    key_of,
+    read_body,
+    target_of,
+    url_of,
+)
+from gollama_proxy.wire.coding import CodingError
 
 # Seconds; llama-server takes 0.2 s for a prompt of a megabyte.
 LIMIT = 2.0
@@ -77,6 +85,8 @@ async def count(
         msgspec.DecodeError,
         UnicodeDecodeError,
         RecursionError,
+        CodingError,
+        TooLargeError,
         _NoAnswer,
     ):
         return None
@@ -98,11 +108,7 @@ async def _ask(target: Target, path: str, body: bytes) -> _Answer:
     ) as response:
         if response.status != 200:
             raise _NoAnswer
-        data = bytearray()
-        async for piece in response.content.iter_chunked(PIECE):
-            data += piece
-            if len(data) > MAX_ANSWER:
-                raise _NoAnswer
+        data = await read_body(response, MAX_ANSWER)
     return msgspec.json.decode(data, type=_Answer)
 
 
