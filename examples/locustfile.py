@@ -33,9 +33,9 @@ from requests.exceptions import RequestException
 TOKEN = os.environ.get("GOLLAMA_TOKEN", "")
 MODEL = os.environ.get("GOLLAMA_MODEL", "")
 MAX_TOKENS = int(os.environ.get("GOLLAMA_MAX_TOKENS", "128"))
-# To connect, and between two reads: beyond what the hub itself allows (60 s in its
+# To connect, and between two reads: beyond what the hub itself allows (300 s in its
 # queue, 300 s for a first token), so that the hub's own words are what is counted.
-PATIENCE = (5, 400)
+PATIENCE = (5, 700)
 SUBJECTS = ("rain", "bridges", "bees", "old maps", "bread", "chess", "tides", "owls")
 WISHES = (
     "Tell me one surprising fact about {}.",

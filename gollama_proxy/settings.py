@@ -317,7 +317,7 @@ class Queue:
     size: int = setting(
         256, number(0, 10_000, whole=True), "requests that may wait for a free slot"
     )
-    timeout: float = setting(60.0, seconds(0.01), "how long each of them may wait")
+    timeout: float = setting(300.0, seconds(0.01), "how long each of them may wait")
     notice: float = setting(
         1.0,
         seconds(0),

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gollama_proxy.edge.slots import Slots
-from gollama_proxy.routing.worker import Worker
+from gollama_proxy import config
+from gollama_proxy.edge.slots import Claim, Entry, Slots
+from gollama_proxy.routing.admission import Line
+from gollama_proxy.routing.lease import Outcome
+from gollama_proxy.routing.registry import Registry
+from gollama_proxy.routing.retry import Attempts
+from gollama_proxy.routing.worker import Check, Description, Model, Worker
 from tests.fakes import replies
 from tests.fakes.client import Response
+from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, plain_hub
 from tests.fakes.script import answer, chat_stream, event_stream, wait
 from tests.fakes.waiting import until
@@ -221,6 +227,38 @@ async def test_who_has_waited_for_long_enough_goes_elsewhere() -> None:
         response = await hub.post(CHAT, turn("x", 2))
         assert response.status == 200
         assert asked(other) == ["x asks 2"]
+
+
+class Recorded(Registry):
+    """Records the patience of those who could go in."""
+
+    def pick(
+        self, attempts: Attempts, candidates: Sequence[Worker], patience: float = 0.0
+    ) -> Worker | None:
+        self.patience = patience
+        return super().pick(attempts, candidates, patience)
+
+
+@pytest.mark.parametrize(
+    ("environ", "patience"),
+    [
+        ({}, 30.0),
+        ({"GOLLAMA_QUEUE_TIMEOUT": "3600"}, 30.0),
+        ({"GOLLAMA_QUEUE_TIMEOUT": "20"}, 10.0),
+    ],
+)
+async def test_the_wait_for_a_warm_worker_does_not_grow_with_the_queues_timeout(
+    environ: dict[str, str], patience: float
+) -> None:
+    loaded = config.load(None, environ, {}, ["http://127.0.0.1:1"])
+    registry = Recorded(loaded, Clock())
+    told = Description((Model("tiny"),), slots=1)
+    registry.workers[0].observe(Check.OK, "ok", told)
+    slots = Slots(registry, Line(loaded.queue, Clock()), Clock())
+    attempts = registry.attempts(registry.pool("tiny"), CHAT)
+    _, lease = await slots.take(Entry(attempts, Claim("alice")))
+    lease.release(Outcome.COMPLETE)
+    assert registry.patience == patience
 
 
 async def test_where_nobody_may_wait_nobody_does() -> None:

@@ -22,6 +22,10 @@ from gollama_proxy.routing.worker import Worker
 
 # Seconds between two comments to a client that waits.
 EVERY = 5.0
+# Longest wait, in seconds, for the worker that has a conversation in its prompt cache
+# while another one is free.  It does not grow with `queue.timeout`: that is how long
+# people rather wait than fail, and here nobody would fail.
+MOST_PATIENCE = 30.0
 
 Tell = Callable[[Place], Awaitable[None]]
 Seat = tuple[Worker, Lease]
@@ -51,8 +55,7 @@ class Slots:
         self.line = line
         self._registry = registry
         self._clock = clock
-        # Seconds that somebody waits who could go in, at most.
-        self._patience = line.limits.timeout / 2
+        self._patience = min(MOST_PATIENCE, line.limits.timeout / 2)
         self._waiters: dict[Ticket, _Waiter] = {}
         # Had their turn, and may not have the slots that are free, or do not want them.
         self._held_up: list[Ticket] = []
