@@ -89,7 +89,7 @@ class Hub(Proxy):
         self.settings: dict[str, str] = {}  # what is not as it comes
 
     def _mint(self, subject: str) -> str:
-        claims = {"sub": subject, "exp": int(time.time()) + 86_400}
+        claims = {"sub": subject, "exp": int(time.time()) + 86_400, "scope": "metrics"}
         return jwt.encode(claims, self.secret, algorithm="HS256")
 
     def command(self) -> list[str]:

@@ -93,7 +93,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     token.add_argument(
         "--model", action="append", default=[], help="allow only these, such as 'qwen*'"
     )
-    token.add_argument("--scope", action="append", default=[], help="allow more: admin")
+    token.add_argument("--scope", action="append", default=[], help=_SCOPES)
     for flag, what in _LIMITS.items():
         token.add_argument(flag, metavar="N", help=f"allow so many {what}")
     token.add_argument("--priority", help="highest class: interactive (default), batch")
@@ -180,6 +180,11 @@ async def _log_address(hub: Hub) -> None:
 
 # --- token ------------------------------------------------------------------------
 
+_SCOPES = (
+    "allow more: metrics (GET /metrics), or admin, which allows no more than that "
+    "as there is no admin API yet"
+)
+
 _LIMITS = {
     "--rpm": "requests a minute",
     "--tpm": "tokens a minute",
@@ -219,6 +224,9 @@ def _token(args: argparse.Namespace) -> int:
     except ValueError as exc:
         raise ConfigError(f"{source}: {exc}") from exc
     print(f"note: to revoke it: jti:{token_id}", file=sys.stderr)
+    if "admin" in args.scope:
+        text = "scope admin allows /metrics and nothing else: there is no admin API yet"
+        print(f"note: {text}", file=sys.stderr)
     print(token)
     return 0
 

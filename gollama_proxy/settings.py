@@ -473,7 +473,9 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    open: bool = setting(False, FLAG, "let /metrics be read without a token")
+    open: bool = setting(
+        False, FLAG, "let /metrics be read without a token of scope metrics"
+    )
 
 
 class Revoked(NamedTuple):

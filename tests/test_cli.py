@@ -405,14 +405,25 @@ def test_a_token_with_everything(environ: dict[str, str], capsys: Output) -> Non
         "--model",
         "x",
         "--scope",
-        "admin",
+        "metrics",
     ]
     assert main(argv) == 0
     claims = jwt.decode(
         minted(capsys), SECRET, ["HS256"], audience="hub", issuer="home"
     )
     assert claims["models"] == ["qwen*", "x"]
-    assert claims["scope"] == "admin"
+    assert claims["scope"] == "metrics"
+
+
+def test_the_scope_admin_promises_no_more_than_it_does(capsys: Output) -> None:
+    assert main(["token", "--sub", "a", "--scope", "admin"]) == 0
+    assert "allows /metrics and nothing else" in capsys.readouterr().err
+    assert main(["token", "--sub", "a", "--scope", "metrics"]) == 0
+    assert "admin" not in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["token", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "admin, which allows no more than that as there is no admin API yet" in shown
 
 
 def test_a_token_with_limits(capsys: Output) -> None:

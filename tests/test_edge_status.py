@@ -12,7 +12,7 @@ from gollama_proxy.routing.admission import Line
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.settings import Config, Queue
 from tests.fakes.clock import Clock
-from tests.fakes.hub import plain_hub
+from tests.fakes.hub import plain_hub, running_hub
 from tests.fakes.worker import ScriptedWorker
 
 PROBES = ("/livez", "/readyz", "/health")
@@ -120,6 +120,34 @@ async def test_metrics_want_a_token() -> None:
             "text/plain; version=0.0.4; charset=utf-8"
         )
         assert b"gollama_build_info" in response.body
+
+
+@pytest.mark.parametrize("scope", ["metrics", "admin", "x metrics"])
+async def test_metrics_are_for_tokens_with_the_scope(scope: str) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        response = await hub.get("/metrics", hub.token(scope=scope))
+        assert response.status == 200
+
+
+@pytest.mark.parametrize("scope", [None, "", "Metrics", "metrics2", "admin,metrics"])
+async def test_metrics_are_not_for_other_tokens(scope: str | None) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        response = await hub.get("/metrics", hub.token(scope=scope))
+        assert response.status == 403
+        error = response.json()["error"]
+        assert error["code"] == "insufficient_scope"
+        assert error["type"] == "permission_error"
+        challenge = response.header("www-authenticate")
+        assert challenge == 'Bearer error="insufficient_scope"'
+        assert b"gollama_" not in response.body
+
+
+async def test_metrics_are_open_where_there_is_no_authentication() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, auth__mode="off") as hub,
+    ):
+        assert (await hub.get("/metrics", None)).status == 200
 
 
 async def test_metrics_can_be_opened_for_a_scraper_without_a_token() -> None:

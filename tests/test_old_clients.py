@@ -270,9 +270,10 @@ async def test_head_is_get_without_a_body(path: str) -> None:
     """With the headers that GET would have, and the connection goes on."""
     async with ScriptedWorker() as worker, plain_hub(worker) as hub:
         async with await hub.wire() as wire:
-            await wire.get(path, hub.token(), method="HEAD")
+            token = hub.token(scope="metrics")
+            await wire.get(path, token, method="HEAD")
             bare = await wire.read_response()
-            await wire.get(path, hub.token())
+            await wire.get(path, token)
             full = await wire.read_response()
     assert bare.status == full.status == 200
     assert bare.body == b""

@@ -29,6 +29,7 @@ TABLE = {
     "invalid_api_key": (401, "authentication_error"),
     "model_not_allowed": (403, "permission_error"),
     "priority_not_allowed": (403, "permission_error"),
+    "insufficient_scope": (403, "permission_error"),
     "model_not_found": (404, "invalid_request_error"),
     "unknown_url": (404, "invalid_request_error"),
     "method_not_allowed": (405, "invalid_request_error"),

@@ -244,6 +244,8 @@ def error_response(error: ProxyError) -> web.Response:
         # RFC 6750, 3.1, has no error for a request without a token; here all refusals
         # are the same, so that none tells how far a guess got.
         headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
+    elif error.code is Code.INSUFFICIENT_SCOPE:
+        headers["WWW-Authenticate"] = 'Bearer error="insufficient_scope"'
     return web.Response(
         status=error.code.status,
         body=error.body(),

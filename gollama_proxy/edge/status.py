@@ -10,10 +10,14 @@ from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.server import json_response
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.ops.metrics import CONTENT_TYPE, Metrics
+from gollama_proxy.wire.errors import Code, RequestError
+
+# Metrics name every worker and model, which is more than a user has to know.
+_MAY_SCRAPE = frozenset({"metrics", "admin"})
 
 
 class Status:
-    """Probes are open and give no detail; metrics want a token."""
+    """Probes are open and give no detail; metrics want a token with a scope."""
 
     def __init__(
         self,
@@ -41,7 +45,10 @@ class Status:
     async def metrics(self, request: web.BaseRequest, record: Record) -> web.Response:
         """Answer `GET /metrics`."""
         if self._authenticator is not None:
-            self._authenticator.identify(request, record)
+            principal = self._authenticator.identify(request, record)
+            if principal.scopes.isdisjoint(_MAY_SCRAPE):
+                text = "Your token does not allow this: it needs the scope metrics."
+                raise RequestError(Code.INSUFFICIENT_SCOPE, text)
         return web.Response(
             body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE}
         )

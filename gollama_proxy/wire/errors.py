@@ -31,6 +31,7 @@ class Code(enum.StrEnum):
     INVALID_API_KEY = "invalid_api_key"
     MODEL_NOT_ALLOWED = "model_not_allowed"
     PRIORITY_NOT_ALLOWED = "priority_not_allowed"
+    INSUFFICIENT_SCOPE = "insufficient_scope"
     MODEL_NOT_FOUND = "model_not_found"
     UNKNOWN_URL = "unknown_url"
     METHOD_NOT_ALLOWED = "method_not_allowed"
@@ -73,7 +74,11 @@ class Code(enum.StrEnum):
                 return 400
             case Code.INVALID_API_KEY:
                 return 401
-            case Code.MODEL_NOT_ALLOWED | Code.PRIORITY_NOT_ALLOWED:
+            case (
+                Code.MODEL_NOT_ALLOWED
+                | Code.PRIORITY_NOT_ALLOWED
+                | Code.INSUFFICIENT_SCOPE
+            ):
                 return 403
             case Code.MODEL_NOT_FOUND | Code.UNKNOWN_URL:
                 return 404

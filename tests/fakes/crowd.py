@@ -52,7 +52,7 @@ class Crowd:
         self._faults = faults
         self._seed = seed
         self._visitors = visitors
-        self._token = mint(sub="alice", exp=int(time.time()) + 86_400)
+        self._token = mint(sub="alice", exp=int(time.time()) + 86_400, scope="metrics")
 
     def __repr__(self) -> str:
         return f"<Crowd {self.ended} requests ended, {len(self.flaws)} flaws>"

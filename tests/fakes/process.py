@@ -42,7 +42,7 @@ class HubProcess:
 
     async def metrics(self) -> str:
         async with await Wire.connect("127.0.0.1", self.port) as wire:
-            await wire.get("/metrics", mint(sub="alice"))
+            await wire.get("/metrics", mint(sub="alice", scope="metrics"))
             return (await wire.read_response()).body.decode()
 
     async def listen_to(self, stderr: asyncio.StreamReader) -> None:
