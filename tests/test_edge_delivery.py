@@ -324,7 +324,7 @@ async def test_a_whole_is_put_together_from_what_was_written(size: int) -> None:
     answer = json.loads(response.body)
     assert answer["choices"][0]["message"]["content"] == "Good day"
     assert answer["object"] == "chat.completion"
-    assert (record.tokens, record.bytes) == (3, len(response.body))
+    assert record.bytes == len(response.body)
 
 
 @pytest.mark.parametrize("route", [TEXT, "/chat/completions"])
@@ -369,15 +369,7 @@ async def test_what_makes_up_no_answer_is_an_error_at_its_end(
     with pytest.raises(AssemblyError, match=why) as caught:
         await delivery.finish()
     assert type(caught.value) is error
-    assert (record.bytes, record.tokens) == (0, 0)
-
-
-async def test_the_tokens_of_a_whole_are_those_that_its_client_is_told_of() -> None:
-    """The timings are those of the last worker, which may have gone on for another."""
-    delivery, record = whole()
-    delivery.send(chat_stream(["Good ", "day"], usage=usage_of(7)))
-    assert (await answer_of(delivery))["usage"]["completion_tokens"] == 7
-    assert record.tokens == 7
+    assert record.bytes == 0
 
 
 async def test_the_first_thing_that_is_wrong_counts() -> None:

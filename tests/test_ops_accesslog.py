@@ -405,6 +405,7 @@ async def test_an_answer_makes_one_line(log: Collector) -> None:
             "attempts": 1,
             "first_byte_ms": line["first_byte_ms"],
             "duration_ms": line["duration_ms"],
+            "prompt_tokens": 20,
             "tokens": 3,
             "bytes": len(response.body),
             "id": response.header("x-request-id"),

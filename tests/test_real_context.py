@@ -12,6 +12,8 @@ import pytest
 
 from gollama_proxy import config
 from gollama_proxy.upstream import probe, tokenizer
+from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.usage import read
 from tests.fakes.hub import plain_hub
 from tests.real.llama import LlamaServer
 
@@ -61,9 +63,8 @@ async def test_the_count_is_the_workers_own(
             session, worker, path, "tiny", json.dumps(body).encode()
         )
         async with session.post(server.url + path, json={**body, "stream": False}) as r:
-            answer = await r.json()
-    usage = answer.get("usage") or {"prompt_tokens": answer.get("tokens_evaluated")}
-    assert told == usage.get("prompt_tokens", usage.get("input_tokens"))
+            answer = await r.read()
+    assert told == read(ENDPOINTS[path].api, answer).prompt
 
 
 async def test_a_prompt_goes_to_the_worker_whose_context_it_fits(

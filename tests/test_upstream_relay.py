@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 from collections.abc import Callable
 from typing import cast
 
@@ -519,14 +520,20 @@ async def test_the_books_are_kept(deliver: Callable[[Relay, bytes], None]) -> No
     running.cancel()
 
 
-async def test_the_workers_own_count_of_tokens_is_better_than_that_of_events() -> None:
-    stage = Stage()
-    stage.stream(role(), token("a"), token("b"))
+USAGE = {"input_tokens": 1, "cache_read_input_tokens": 289, "output_tokens": 1}
+
+
+@pytest.mark.parametrize("ending", list(Ending))
+async def test_the_usage_that_a_stream_begins_with_is_kept(ending: Ending) -> None:
+    """A `message_start` is long gone when the stream ends; others tell it there."""
+    stage = Stage(ending)
+    start = named_event({"type": "message_start", "message": {"usage": USAGE}})
+    delta = named_event({"type": "content_block_delta", "usage": {"input_tokens": 7}})
+    stage.stream(start, delta)
     running = stage.running()
     await steps()
-    assert stage.relay.tokens == 3
-    stage.parts(finish(tokens=7))
-    assert stage.relay.tokens == 7
+    expected = {} if ending is Ending.DONE else USAGE
+    assert json.loads(stage.relay.began or b"{}") == expected
     running.cancel()
 
 

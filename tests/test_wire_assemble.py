@@ -48,13 +48,6 @@ def end(reason: str = "stop", index: int = 0, **choice: Any) -> bytes:
     return delta({}, index, finish_reason=reason, **choice)
 
 
-def test_the_tokens_are_those_of_the_usage() -> None:
-    assembler = Assembler("chat", LIMIT)
-    assert assembler.tokens == 0
-    assembler.feed(delta({"content": "a"}) + end() + usage(7))
-    assert assembler.tokens == 7
-
-
 # --- The request ------------------------------------------------------------------
 
 

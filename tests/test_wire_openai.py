@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gollama_proxy.wire.fields import WANTED
-from gollama_proxy.wire.openai import ENDPOINTS, Ending, Endpoint
+from gollama_proxy.wire.openai import ENDPOINTS, Api, Ending, Endpoint
 
 MARKED = {
     Ending.DONE: {"/v1/chat/completions", "/chat/completions", "/v1/completions"},
@@ -28,6 +28,29 @@ MARKED = {
 def test_every_route_has_the_ending_that_its_api_has(ending: Ending) -> None:
     paths = {path for path, route in ENDPOINTS.items() if route.ending is ending}
     assert paths == MARKED[ending]
+
+
+def test_every_route_belongs_to_one_api() -> None:
+    of = {api: {p for p, e in ENDPOINTS.items() if e.api is api} for api in Api}
+    assert of[Api.ANTHROPIC] == {"/v1/messages", "/v1/messages/count_tokens"}
+    assert of[Api.RESPONSES] >= {"/v1/responses", "/responses"}
+    assert of[Api.OPENAI] >= {
+        "/v1/chat/completions",
+        "/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/rerank",
+    }
+    assert of[Api.NATIVE] >= {
+        "/completion",
+        "/completions",
+        "/infill",
+        "/embeddings",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+    }
 
 
 def test_the_key_of_a_route_is_the_path_that_a_worker_gets() -> None:

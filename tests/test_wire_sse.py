@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.wire.errors import Code, WorkerError
-from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.openai import Api, Ending
 from gollama_proxy.wire.sse import (
     DONE,
     STREAM_HEADERS,
@@ -22,13 +22,11 @@ from gollama_proxy.wire.sse import (
     error_event,
     error_in,
     events_in,
-    generated_tokens,
     judge,
     opens,
-    prompt_tokens,
-    reading,
     unfinished,
 )
+from gollama_proxy.wire.usage import Usage, read_end
 from tests.fakes import replies
 
 NOTHING = Verdict(complete=False, done=False, failed=False)
@@ -103,23 +101,6 @@ def test_a_byte_is_looked_at_once() -> None:
     assert len(gatherer._rest) == 1000
     assert gatherer.feed(b"\n\ny") == b"x" * 1000 + b"\n\n"
     assert gatherer._rest == [b"y"]
-
-
-# --- Numbers ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [b"100000000", b"9" * 400, b"-3", b"1e3", b"2.5"])
-def test_a_count_that_cannot_be_true_is_none(number: bytes) -> None:
-    tail = b'{"usage":{"completion_tokens":%b,"prompt_tokens":%b}' % (number, number)
-    tail += b',"timings":{"prompt_n":%b,"cache_n":%b}}' % (number, number)
-    assert generated_tokens(tail) is None
-    assert prompt_tokens(tail) == 0
-
-
-def test_a_large_count_is_one() -> None:
-    tail = b'{"usage":{"completion_tokens":99999999,"prompt_tokens": 10000000}}'
-    assert generated_tokens(tail) == 99_999_999
-    assert prompt_tokens(tail) == 10_000_000
 
 
 # --- The first event --------------------------------------------------------------
@@ -526,7 +507,9 @@ QUOTES = [
     'data: {"error": {"message": "x"}}\n\n',
     "\nevent: error\n",
     '"completion_tokens":7',
-    '"predicted_n": 7, "output_tokens": 7',
+    '"usage":{"prompt_tokens":1,"input_tokens":1,"output_tokens": 7}',
+    '"timings":{"predicted_n": 7}',
+    '"tokens_evaluated":7,"tokens_predicted": 7}',
     "\\",
     '\\"',
 ]
@@ -543,7 +526,8 @@ def test_what_a_model_says_ends_no_stream(words: str) -> None:
     for start in range(len(tail)):
         for ending in STREAMED:
             assert judge(tail[start:], ending) == NOTHING
-        assert generated_tokens(tail[start:]) is None
+        for api in Api:
+            assert read_end(api, tail[start:]) == Usage()
 
 
 @settings(deadline=None)
@@ -555,7 +539,8 @@ def test_no_words_of_a_model_end_a_stream(words: list[str], start: int) -> None:
     tail = (replies.token("".join(words)) + native("".join(words), stop=False))[start:]
     for ending in STREAMED:
         assert judge(tail, ending) == NOTHING
-    assert generated_tokens(tail) is None
+    for api in Api:
+        assert read_end(api, tail) == Usage()
 
 
 def test_what_is_kept_of_a_stream_holds_its_last_events() -> None:
@@ -564,7 +549,7 @@ def test_what_is_kept_of_a_stream_holds_its_last_events() -> None:
     tail = (replies.token("x" * TAIL) + last)[-TAIL:]
     assert tail.endswith(last)
     assert judge(tail, Ending.DONE) == Verdict(complete=True, done=True, failed=False)
-    assert generated_tokens(tail) == 9
+    assert read_end(Api.OPENAI, tail).generated == 9
 
 
 @LINE_ENDS
@@ -577,38 +562,6 @@ def test_what_follows_the_last_blank_line_is_half_an_event(
     assert unfinished(half) == half
     assert unfinished(replies.token("a").replace(b"\n", eol) + half) == half
     assert unfinished(b"half" + eol * 2 + b"data: x" + eol * 2 + half) == half
-
-
-# --- How many tokens --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("tail", "count"),
-    [
-        (replies.finish(tokens=41) + replies.done(), 41),
-        (replies.finish(usage=replies.usage_of(42), tokens=42) + replies.done(), 42),
-        (native("", stop=True), 3),
-        (anthropic("message_delta", usage={"output_tokens": 12}), 12),
-        (b'data: {"usage": {"completion_tokens" : 0}}\n\n', 0),
-        (replies.token("a") + replies.done(), None),
-        (b"", None),
-        (b'{"completion_tokens":null}', None),
-        (b'{"completion_tokens_details":{"reasoning_tokens":5}}', None),
-        (b'{"prompt_tokens":5,"prompt_n":6}', None),
-    ],
-)
-def test_the_worker_says_how_many_tokens_it_made(
-    tail: bytes, count: int | None
-) -> None:
-    assert generated_tokens(tail) == count
-
-
-def test_the_last_count_is_the_one_that_counts() -> None:
-    """Some servers send the usage so far with every event."""
-    running = b"".join(
-        b'data: {"usage":{"completion_tokens":%d}}\n\n' % n for n in (1, 2)
-    )
-    assert generated_tokens(running) == 2
 
 
 # --- Errors as events -------------------------------------------------------------
@@ -691,29 +644,3 @@ def test_the_done_that_the_hub_adds_is_the_one_that_workers_send() -> None:
 
 def test_a_stream_asks_that_nobody_on_the_way_keeps_it() -> None:
     assert STREAM_HEADERS == {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-@pytest.mark.parametrize(
-    ("tail", "told"),
-    [
-        ('"timings":{"cache_n":236,"prompt_n":1,"prompt_ms":31}', (1, 236, 0.031)),
-        ('"timings":{"prompt_n":7,"prompt_ms":1e3}', (7, 0, 1.0)),
-        ('"timings":{"prompt_n":-7,"prompt_ms":5,"cache_n":2}', (-7, 2, 0.005)),
-        (
-            '"timings":{"prompt_n":1} "timings":{"prompt_n":2,"prompt_ms":2}',
-            (2, 0, 0.002),
-        ),
-        ('"timings":{"prompt_n":"x","prompt_ms":1}', None),
-        ('"timings":{"prompt_n":1e999,"prompt_ms":1}', None),
-        ('"timings":{"prompt_n":1}', None),
-        (
-            '"usage":{"prompt_tokens":20,"prompt_tokens_details":{"cached_tokens":15}}',
-            (5, 15, 0.0),
-        ),
-        ('"usage":{"input_tokens":9,"cache_read_input_tokens":9}', (0, 9, 0.0)),
-        ('"usage":{"prompt_tokens":20}', None),
-        ("", None),
-    ],
-)
-def test_how_a_prompt_was_read(tail: str, told: tuple[int, int, float] | None) -> None:
-    assert reading(tail.encode()) == told

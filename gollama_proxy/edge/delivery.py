@@ -285,9 +285,7 @@ class Whole:
         answer = self._assembler.finish()
         if self._names is not None:
             answer = renamed(answer, *self._names)
-        record = self._record
-        record.bytes, record.tokens = len(answer), self._assembler.tokens
-        record.prompt_tokens = sse.prompt_tokens(answer)
+        self._record.bytes = len(answer)
         return json_response(answer)
 
     def break_off(self, error: ProxyError) -> web.StreamResponse:

@@ -14,7 +14,6 @@ from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.retry import Attempts
 from gollama_proxy.routing.worker import Worker
-from gollama_proxy.wire.openai import Ending
 
 # Asks a worker how many tokens a body for a path and a model has; None is not known.
 Count = Callable[[Worker, str, str, bytes], Awaitable[int | None]]
@@ -32,9 +31,21 @@ class Fitting:
         return f"<Fitting {self._prompts!r}>"
 
     def learn(self, incoming: Incoming, model: str, tokens: int) -> None:
-        """Take in how many tokens a prompt had, as its answer tells; 0 is not known."""
-        if incoming.endpoint.ending is not Ending.BODY:
+        """Take in how many tokens a prompt had, as its answer tells."""
+        if incoming.endpoint.generates:
             self._prompts.learn(model, incoming.size, tokens)
+
+    def likely_tokens(self, model: str, size: int) -> int:
+        """Estimate the tokens of a text of so many bytes."""
+        return self._prompts.likely_tokens(model, size)
+
+    def estimate(self, incoming: Incoming, attempts: Attempts) -> int:
+        """Estimate the tokens of a prompt that a worker has read without a count."""
+        pool = attempts.pool
+        counted = attempts.needs.get(pool.model)
+        size = incoming.length or incoming.size
+        tokens = counted or self._prompts.likely_tokens(pool.model, size)
+        return min(tokens, _largest_context(pool) or tokens)
 
     async def check(self, incoming: Incoming, attempts: Attempts) -> None:
         """See who can take the prompt, and let the attempts know.
@@ -44,7 +55,7 @@ class Fitting:
         Raises:
             RequestError: 400, it fits nowhere, and nobody has been asked yet.
         """
-        if incoming.endpoint.ending is Ending.BODY:  # nothing is generated
+        if not incoming.endpoint.generates:
             return
         pools = attempts.pools
         for pool in pools:
@@ -92,9 +103,13 @@ class Fitting:
         """
         size = incoming.length or incoming.size
         tokens = self._prompts.likely_tokens(pool.model, size)
-        contexts = [worker.context_of(pool.model) for worker in pool.workers]
-        known = [context for context in contexts if context is not None]
-        return tokens if tokens < max(known, default=0) else 0
+        return tokens if tokens < _largest_context(pool) else 0
+
+
+def _largest_context(pool: Pool) -> int:
+    """Find the largest context of a pool; 0 if none is known."""
+    contexts = [worker.context_of(pool.model) for worker in pool.workers]
+    return max((context for context in contexts if context is not None), default=0)
 
 
 def _is_there(pool: Pool) -> bool:

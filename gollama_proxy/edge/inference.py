@@ -42,7 +42,7 @@ from gollama_proxy.upstream.client import ClientStalledError
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.upstream.sweep import Sweep
-from gollama_proxy.wire import headers, sse
+from gollama_proxy.wire import headers, usage
 from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.chunks import DivergedError
 from gollama_proxy.wire.errors import (
@@ -54,6 +54,7 @@ from gollama_proxy.wire.errors import (
     WorkerError,
 )
 from gollama_proxy.wire.openai import ENDPOINTS, Endpoint
+from gollama_proxy.wire.usage import Usage
 
 
 class Inference:
@@ -140,9 +141,7 @@ class Inference:
             return response
         finally:
             self._slots.leave(entry)
-            used = record.prompt_tokens + record.tokens
-            self._quotas.spend(principal.subject, used)
-            self._fitting.learn(incoming, record.model, record.prompt_tokens)
+            self._spend(job, principal.subject)
 
     def _counts(self, principal: Principal) -> bool:
         """Say whether a worker has to be asked what its answer took."""
@@ -291,6 +290,7 @@ class Inference:
             refused = await read_refusal(relay, worker.name)
         promised = job.rescue is not None or job.begun
         if refused is None and promised and not relay.is_event_stream:
+            self._count(job, relay, usage.read(incoming.endpoint.api, relay.held))
             return refusal_of(DivergedError("it does not stream"))
         return refused or relay
 
@@ -301,19 +301,21 @@ class Inference:
     ) -> web.StreamResponse | Refusal:
         """Pass an answer on, from its beginning or from where another one broke off."""
         record, write_timeout = job.record, self._config.timeouts.write
+        api = job.incoming.endpoint.api
         whole = whole_response(relay, job.names)
         if whole is not None:
-            body = relay.held_body() or b""
-            self._learn(job, worker, lease, body)
-            lease.release(Outcome.COMPLETE)
-            record.bytes, record.tokens = len(body), sse.generated_tokens(body) or 0
-            record.prompt_tokens = sse.prompt_tokens(body)
+            told = usage.read(api, relay.held)
+            self._count(job, relay, told)
+            self._complete(job, worker, relay, lease, told)
+            record.bytes = len(relay.held)
             return whole
-        client = await job.open(relay, worker)
+        complete = False
         try:
+            client = await job.open(relay, worker)
             with self._sweep.watching(relay, worker):
                 await relay.run(client, write_timeout, job.kept)
             response = await job.finish()
+            complete = True
         except ClientStalledError:
             lease.release(Outcome.CLIENT_GONE)
             return job.drop_client()
@@ -329,28 +331,57 @@ class Inference:
             if job.client_left and relay.told_all:
                 # SDKs hang up as soon as they have read [DONE].
                 record.outcome = "complete"
-                self._complete(job, worker, relay, lease)
+                complete = True
             elif not job.client_left:
                 lease.release(Outcome.HUB_STOPPED)
             raise
         finally:
-            job.count(relay)
-        self._complete(job, worker, relay, lease)
+            told = usage.read_end(api, relay.tail, relay.began)
+            self._count(job, relay, told)
+            if complete:
+                self._complete(job, worker, relay, lease, told)
         return response
 
-    def _complete(self, job: Job, worker: Worker, relay: Relay, lease: Lease) -> None:
-        """Give back the place of a stream that is complete, with what it tells."""
+    def _complete(
+        self, job: Job, worker: Worker, relay: Relay, lease: Lease, told: Usage
+    ) -> None:
+        """Give back the place of an answer that is complete, with what it tells."""
         if relay.is_event_stream and relay.opened_at is not None:
             lease.seconds = lease.heard_at - relay.opened_at
-            lease.tokens = relay.tokens
-        self._learn(job, worker, lease, relay.tail)
+            lease.tokens = told.generated or relay.events
+        if told.reading is not None:
+            lease.prefill = Prefill(*told.reading)
+            self._registry.learn(job.attempts, worker, lease.prefill)
         lease.release(Outcome.COMPLETE)
 
-    def _learn(self, job: Job, worker: Worker, lease: Lease, tail: bytes) -> None:
-        """Take in what a worker tells at the end about how it has read the prompt."""
-        if (told := sse.reading(tail)) is not None:
-            lease.prefill = Prefill(*told)
-            self._registry.learn(job.attempts, worker, lease.prefill)
+    # --- Charge -------------------------------------------------------------------
+
+    def _count(self, job: Job, relay: Relay, told: Usage) -> None:
+        """Add what one attempt gave of an answer, whether or not that was complete.
+
+        A prompt counts once, however many workers have read it.
+        """
+        incoming, model = job.incoming, job.attempts.pool.model
+        if not incoming.endpoint.slot:
+            return
+        generated = told.generated
+        if relay.is_event_stream:
+            generated = generated or max(relay.events, 1)
+        elif generated is None and incoming.endpoint.generates:
+            generated = self._fitting.likely_tokens(
+                model, relay.bytes or len(relay.held)
+            )
+        job.count(relay, told.prompt or 0, generated or 0)
+        if told.prompt and job.rescue is None:  # else it is longer than the request
+            self._fitting.learn(incoming, model, told.prompt)
+
+    def _spend(self, job: Job, subject: str) -> None:
+        """Charge the subject, at the end of its request."""
+        record = job.record
+        if job.answered and not record.prompt_tokens:
+            estimate = self._fitting.estimate(job.incoming, job.attempts)
+            record.prompt_tokens = estimate
+        self._quotas.spend(subject, record.prompt_tokens + record.tokens)
 
 
 def _released(lease: Lease, refusal: Refusal) -> Refusal:

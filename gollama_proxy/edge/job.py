@@ -21,7 +21,6 @@ from gollama_proxy.upstream.attempt import Patience
 from gollama_proxy.upstream.client import Client, ToldError
 from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.upstream.rescue import Rescue
-from gollama_proxy.wire import sse
 from gollama_proxy.wire.assemble import streaming_body
 from gollama_proxy.wire.errors import ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
@@ -53,6 +52,7 @@ class Job:
     rescue: Rescue | None = None
     lost: ProxyError | None = None  # why an answer that has begun broke off
     last: Refusal | None = None
+    answered: bool = False  # a worker has begun to generate
     waited: float = 0.0  # seconds, for somebody to go on with an answer
     told_at: float = 0.0  # seconds of an attempt, when its client was told of it
     loading: bool = False  # the worker of this attempt has to load the model first
@@ -238,12 +238,13 @@ class Job:
         self.delivery.send(self.rescue.closing())
         return await self.delivery.finish()
 
-    def count(self, relay: Relay) -> None:
-        """Add what a worker gave of the answer."""
+    def count(self, relay: Relay, prompt: int, generated: int) -> None:
+        """Add what a worker gave of the answer, with the tokens of it."""
+        self.answered = True
         if self.fed:  # else it is counted as a whole
             self.record.bytes += relay.bytes
-            self.record.tokens += relay.tokens
-            self.record.prompt_tokens = sse.prompt_tokens(relay.tail)
+        self.record.tokens += generated
+        self.record.prompt_tokens = max(self.record.prompt_tokens, prompt)
 
     # --- When it goes wrong -------------------------------------------------------
 

@@ -46,7 +46,7 @@ class Record:
     error: str = ""
     detail: str = ""
     bytes: int = 0
-    tokens: int = 0
+    tokens: int = 0  # generated, in all attempts
     prompt_tokens: int = 0
     started: float = 0.0  # monotonic seconds, as all times here
     queued: float = 0.0
@@ -74,6 +74,7 @@ class Record:
             if self.first_byte is None
             else round(self.first_byte * 1000, 1),
             "duration_ms": round(self.duration * 1000, 1),
+            "prompt_tokens": self.prompt_tokens,
             "tokens": self.tokens,
             "bytes": self.bytes,
             "id": self.id,

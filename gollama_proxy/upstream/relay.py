@@ -26,7 +26,7 @@ from gollama_proxy.upstream.client import (
     frame,
 )
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.wire import sse
+from gollama_proxy.wire import sse, usage
 from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
@@ -69,6 +69,7 @@ class Relay:
         "_wakeup",
         "_worker",
         "_write",
+        "began",
         "body_received",
         "bytes",
         "chunk_received",
@@ -91,6 +92,7 @@ class Relay:
         self.is_event_stream = False
         self.headers: list[tuple[bytes, bytes]] = []
         self.opened_at: float | None = None
+        self.began = b""  # the usage that its beginning tells
         self.bytes = 0
         self.events = 0
         self.body_received: Callable[[bytes], None] = self._hold
@@ -141,7 +143,7 @@ class Relay:
             self.opened_at = self._clock()
             if self._error is not None:
                 raise self._error
-            if self._tells_all and not any(sse.judge(self._all_held, self._ending)):
+            if self._tells_all and not any(sse.judge(self.held, self._ending)):
                 raise self._incomplete()
 
     @property
@@ -158,18 +160,19 @@ class Relay:
         return values[-1].lower() if values else b""
 
     @property
-    def _all_held(self) -> bytes:
+    def held(self) -> bytes:
+        """What has come of the body, until it is passed on."""
         return b"".join(self._held)
 
     def held_body(self) -> bytes | None:
         """Give the whole body where the answer has ended already, else None."""
-        return self._all_held if self._ended else None
+        return self.held if self._ended else None
 
     def early_error(self) -> sse.EventError | None:
         """Read the error that a stream began with: it should have been a status."""
         if not self.is_event_stream:
             return None
-        told = map(sse.error_in, sse.events_in(self._all_held))
+        told = map(sse.error_in, sse.events_in(self.held))
         return next((error for error in told if error is not None), None)
 
     async def whole(self) -> None:
@@ -210,6 +213,8 @@ class Relay:
         # Not needed any more, in what may last for minutes.
         self.headers, self._gatherer = [], None
         held, self._held = self._held, []
+        if self._ending is not Ending.DONE or not self.is_event_stream:
+            self.began = usage.beginning(b"".join(held))
         for data in held if len(held) <= MOST_HELD else [b"".join(held)]:
             self._forward(data)
         while self._blocked or not (self._ended or self._error):
@@ -286,11 +291,6 @@ class Relay:
         """Whether a stream has come to its mark, if not to the end of its body."""
         verdict = sse.judge(self.tail, self._ending)
         return self.is_event_stream and (verdict.complete or self._marked)
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens came, as the worker counted them, else by events."""
-        return sse.generated_tokens(self.tail) or self.events
 
     def relayed(self) -> bytes | None:
         """Give all that was passed on; None if that was more than was to be kept."""

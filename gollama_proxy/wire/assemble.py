@@ -225,11 +225,6 @@ class Assembler:
         self._tokens = 0
         self._done = False
 
-    @property
-    def tokens(self) -> int:
-        """How many were generated, as the usage of the answer says."""
-        return self._tokens
-
     def __repr__(self) -> str:
         return f"<Assembler size={self._size} {'done' if self._done else 'open'}>"
 

@@ -24,6 +24,15 @@ class Ending(enum.Enum):
     BODY = "the body's own end"  # routes that do not stream
 
 
+class Api(enum.Enum):
+    """Whose definitions the fields of a route's answers follow."""
+
+    OPENAI = "openai"  # chat, completions, embeddings; rerank, which has OpenAI's usage
+    RESPONSES = "responses"
+    ANTHROPIC = "anthropic"
+    NATIVE = "native"  # llama-server's own
+
+
 class Endpoint(NamedTuple):
     """One POST route and the path it has on a worker."""
 
@@ -36,6 +45,21 @@ class Endpoint(NamedTuple):
     def chat(self) -> bool:
         """Whether its answers are messages, and not texts."""
         return self.path.endswith("chat/completions")
+
+    @property
+    def generates(self) -> bool:
+        """Whether its answers are generated token by token."""
+        return self.ending is not Ending.BODY
+
+    @property
+    def api(self) -> Api:
+        """Whose route it is; llama-server has some of OpenAI's without a `/v1` too."""
+        if "/messages" in self.path:
+            return Api.ANTHROPIC
+        if "/responses" in self.path:
+            return Api.RESPONSES
+        openai = self.path.startswith(("/v1/", "/chat/", "/rerank"))
+        return Api.OPENAI if openai else Api.NATIVE
 
 
 # Every accepted spelling of a path.  A worker gets the spelling that the client used:

@@ -39,19 +39,8 @@ _MARKS = {
     Ending.BODY: re.compile(rb""),
 }
 _REASONS = re.compile(rb'"finish_reason"\s*:\s*(null|""|"[^"]+")')
-# A number that is longer cannot be true, and whoever believed it would charge it to the
-# subject's tokens a minute.
-_COUNT = rb"\s*:\s*(\d{1,8})(?![\d.eE])"
-_TOKENS = re.compile(
-    rb'"(?:completion_tokens|output_tokens|predicted_n)"%b' % _COUNT,
-)
-_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"%b' % _COUNT)
-_PROMPT_PARTS = re.compile(rb'"(?:prompt_n|cache_n)"%b' % _COUNT)
-# What follows the last of these is what the worker tells of how it read the prompt.
-_TIMINGS = re.compile(rb'"timings"\s*:\s*\{([^{}]*)\}')
-_TIMING = re.compile(rb'"(prompt_n|cache_n|prompt_ms)"\s*:\s*([-+.\deE]{1,32})')
-_CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"%b' % _COUNT)
-_REFUSED = re.compile(rb'"n_prompt_tokens"%b' % _COUNT)
+# A number that is longer cannot be true.
+_REFUSED = re.compile(rb'"n_prompt_tokens"\s*:\s*(\d{1,8})(?![\d.eE])')
 _ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"\s*:|event: ?error[\r\n])')
 
 
@@ -83,41 +72,6 @@ def unfinished(tail: bytes) -> bytes:
     for blank in _BLANK_LINE.finditer(tail):
         end = blank.end()
     return tail[end:]
-
-
-def generated_tokens(tail: bytes) -> int | None:
-    """Read how many tokens the worker says it generated; None where it does not say."""
-    counts = _TOKENS.findall(tail)
-    return int(counts[-1]) if counts else None
-
-
-def prompt_tokens(tail: bytes) -> int:
-    """Read how many tokens the prompt had; 0 where the worker does not say.
-
-    Without usage, llama-server's timings tell those that were read and those that were
-    in its cache.
-    """
-    counts = _PROMPT.findall(tail)
-    return int(counts[-1]) if counts else sum(map(int, _PROMPT_PARTS.findall(tail)))
-
-
-def reading(tail: bytes) -> tuple[int, int, float] | None:
-    """Read how a prompt was read: tokens that were, tokens from the cache, seconds.
-
-    llama-server tells it in `timings`; others tell in `usage` what was cached, and no
-    time, which is 0 then.  None where nothing is told.  It need not be possible.
-    """
-    timings = _TIMINGS.findall(tail)
-    if timings:
-        told = dict(_TIMING.findall(timings[-1]))
-        try:
-            read, seconds = float(told[b"prompt_n"]), float(told[b"prompt_ms"]) / 1000
-            return int(read), int(float(told.get(b"cache_n", 0))), seconds
-        except (KeyError, ValueError, OverflowError):
-            return None
-    cached = _CACHED.findall(tail)
-    prompt = prompt_tokens(tail)
-    return (prompt - int(cached[-1]), int(cached[-1]), 0.0) if cached else None
 
 
 def refused_tokens(body: bytes) -> int:

@@ -15,12 +15,12 @@ from typing import Any, Literal, TypeVar
 
 from gollama_proxy.routing.affinity import prefixes
 from gollama_proxy.upstream.connection import Connection, State
-from gollama_proxy.wire import fields, sse
+from gollama_proxy.wire import fields, sse, usage
 from gollama_proxy.wire.assemble import Assembler, AssemblyError, streaming_body
 from gollama_proxy.wire.continuation import can_rescue, continuation, exhausted
 from gollama_proxy.wire.errors import RequestError, WorkerError
 from gollama_proxy.wire.fields import Field, FieldScanner, check_json
-from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.openai import Api, Ending
 from gollama_proxy.wire.rename import Renamer, renamed
 from gollama_proxy.wire.splice import Splice
 from gollama_proxy.wire.told import Told
@@ -169,8 +169,13 @@ def stream(data: bytes) -> None:
     for event in sse.events_in(data):
         sse.error_in(event)
     assert data.endswith(sse.unfinished(data))
-    assert sse.prompt_tokens(data) >= 0
-    assert (sse.generated_tokens(data) or 0) >= 0
+    for api in Api:
+        for told in (
+            usage.read(api, data),
+            usage.read_end(api, data, usage.beginning(data)),
+        ):
+            assert (told.prompt or 0) >= 0
+            assert (told.generated or 0) >= 0
 
 
 def assembly(data: bytes) -> None:
