@@ -62,7 +62,8 @@ async def spawn(
 
 def inherited() -> dict[str, str]:
     """Leave out the reader's own settings: they must not change what is measured."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    return clean | {"GOLLAMA_CONFIG": os.devnull}
 
 
 def _opened(log: Path) -> int:

@@ -2,7 +2,8 @@
 
 Exit status: 0 when done, 1 when a worker is not well or a second signal cut, 2 for
 a setting or flag that cannot be used, 130 after Ctrl-C where there is nothing to drain.
-Whatever ends in 2 says why on one line: the key, its value, and what is allowed.
+Whatever ends in 2 says why, each mistake on one line: the key, its value, and what is
+allowed.  All commands find the settings file in the same places.
 
 A command imports what it needs when it runs, so that `token` and `--help` answer before
 the server's libraries would have been read.
@@ -19,11 +20,14 @@ import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gollama_proxy import __version__
-from gollama_proxy.config import ConfigError, load, read_secret, require_keys
+from gollama_proxy.config import PLACES, load, locate, require_keys
+from gollama_proxy.keys import read_secret
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.settings import (
     FLAGS,
     VARIABLES,
@@ -48,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except ConfigError as exc:
-        print("gollama-proxy:", " ".join(str(exc).splitlines()), file=sys.stderr)
+        for mistake in exc.args:
+            print("gollama-proxy:", " ".join(mistake.splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -63,6 +68,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
         raise ConfigError(f"{message}; allowed: {usage}")
+
+
+_FILE = (
+    "settings, in TOML; default: the file that GOLLAMA_CONFIG names, else "
+    + ", else ".join(PLACES)
+)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,7 +92,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             name, help=help, description=help, allow_abbrev=False
         )
         sub.set_defaults(run=run, parser=sub)
-        sub.add_argument("-c", "--config", metavar="FILE", help="settings, in TOML")
+        sub.add_argument("-c", "--config", metavar="FILE", help=_FILE)
         return sub
 
     serve = command("serve", _serve, "run the hub")
@@ -152,10 +163,22 @@ def show_default(row: Row) -> str:
 
 
 def _load(
-    args: argparse.Namespace, environ: Mapping[str, str], workers: Sequence[str] = ()
+    args: argparse.Namespace,
+    environ: Mapping[str, str],
+    workers: Sequence[str] = (),
+    **options: bool,
 ) -> Config:
     flags = {key: getattr(args, key, None) for key in FLAGS}
-    return load(args.config, environ, flags, workers)
+    return load(locate(args.config, environ), environ, flags, workers, **options)
+
+
+def _source(config: Config) -> str:
+    """Say where the settings are from."""
+    return f"settings are from {config.file or 'no file'}"
+
+
+def _note(text: str) -> None:
+    print("note:", text, file=sys.stderr)
 
 
 # --- serve ------------------------------------------------------------------------
@@ -170,6 +193,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 async def _log_address(hub: Hub) -> None:
+    log.info("%s", _source(hub.config))
     log.info("listening on %s", hub.url)
     await hub.ready()
     if not hub.config.workers:
@@ -193,14 +217,14 @@ _LIMITS = {
 
 
 def _token(args: argparse.Namespace) -> int:
-    from gollama_proxy.edge.auth import mint
+    from gollama_proxy.edge.auth import Authenticator, AuthError, mint
 
     _refuse_unprintable("--sub", [args.sub])
     _refuse_unprintable("--model", args.model)
     _refuse_unprintable("--scope", args.scope)
     lifetime = _parse_lifetime(args.expires)
     limits, priority = _parse_limits(args), _parse_priority(args.priority)
-    config = _load(args, os.environ)
+    config = _load(args, os.environ, for_tokens=True)
     auth = config.auth
     if auth.max_lifetime and lifetime > auth.max_lifetime:
         longest = f"must be {auth.max_lifetime:.0f}s (auth.max_lifetime) or less"
@@ -223,10 +247,18 @@ def _token(args: argparse.Namespace) -> int:
         )
     except ValueError as exc:
         raise ConfigError(f"{source}: {exc}") from exc
-    print(f"note: to revoke it: jti:{token_id}", file=sys.stderr)
+    asking = replace(config, auth=replace(auth, mode="jwt"))
+    try:
+        Authenticator(asking).authenticate([f"Bearer {token}"])
+    except AuthError as exc:
+        text = f"the hub would refuse such a token: {exc.detail}"
+        raise ConfigError(f"{source}: {text}") from exc
+    _note(_source(config))
+    _note(f"to revoke it: jti:{token_id}")
     if "admin" in args.scope:
-        text = "scope admin allows /metrics and nothing else: there is no admin API yet"
-        print(f"note: {text}", file=sys.stderr)
+        _note("scope admin allows /metrics and no more: there is no admin API yet")
+    if auth.mode == "off":
+        _note("auth.mode is off: the hub asks for no token")
     print(token)
     return 0
 
@@ -297,10 +329,11 @@ def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
 
 def _check(args: argparse.Namespace) -> int:
     config = _load(args, os.environ)
+    _note(_source(config))
     try:
         require_keys(config)
     except ConfigError as exc:  # fine here; the secret is often only in the service
-        print("note:", exc, file=sys.stderr)
+        _note(str(exc))
     if not config.workers:
         print("No worker is configured: add [[workers]] to the file, each with a url,")
         print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")

@@ -9,32 +9,37 @@ A setting has three spellings, and the later one wins:
 
     --port 8000                       a flag, for the few that are typed often
 
-`load()` raises `ConfigError` for what cannot be used; its text is one line that names
-the key, the value and what is allowed.  Nothing is read later, but the list of revoked
-tokens: what is running is what was loaded.  Secrets never show in a `repr`, and their
-files must not be open to everybody.
+`load()` raises `ConfigError` for what cannot be used, with one line for each mistake
+that names the key, the value and what is allowed.  Nothing is read later but the list
+of revoked tokens and certificates: what is running is what was loaded.  Secrets never
+show in a `repr`.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from gollama_proxy import addresses
+from gollama_proxy.keys import (
+    load_public_keys,
+    load_secrets,
+    read_revoked,
+    read_secret,
+)
+from gollama_proxy.mistakes import ConfigError, Mistakes, cut, shown
 from gollama_proxy.names import Aliases
 from gollama_proxy.settings import (
     FLAGS,
     SECTIONS,
     VARIABLES,
     WORKER_KEYS,
-    Auth,
     Config,
     Kind,
     Origin,
@@ -44,16 +49,30 @@ from gollama_proxy.settings import (
     variable,
 )
 
-MIN_SECRET_BYTES = 32
-# Larger than any of these files is.
-MAX_SECRET_FILE = 64 << 10
-MAX_REVOKED_FILE = 16 << 20
+# Where the settings file is looked for if nobody says where it is.
+PLACES = ("gollama.toml", "/etc/gollama-proxy/gollama.toml")
 
 _Section = TypeVar("_Section")
 
 
-class ConfigError(Exception):
-    """A setting that cannot be used; the text is one line for whoever wrote it."""
+def locate(given: str | None, environ: Mapping[str, str]) -> str | None:
+    """Find the settings file: the given one, GOLLAMA_CONFIG's, or one of `PLACES`.
+
+    None if there is none.  One that is there and cannot be read is found all the same.
+    """
+    if given is not None:
+        return given
+    return environ.get("GOLLAMA_CONFIG") or next(filter(_is_there, PLACES), None)
+
+
+def _is_there(file: str) -> bool:
+    try:
+        Path(file).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def load(
@@ -61,36 +80,66 @@ def load(
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
     workers: Sequence[str] = (),
+    *,
+    for_tokens: bool = False,
 ) -> Config:
     """Read the file, the environment and the flags, in rising order of precedence.
 
     `flags` maps keys such as ``"server.port"`` to values; None means not given.
     Workers given as flags or in GOLLAMA_WORKERS replace those of the file.
+    `for_tokens` leaves out the workers and all certificates: whoever makes tokens may
+    have no access to what the hub needs for them.
 
     Raises:
-        ConfigError: with one line that names the key, the value and what is allowed.
+        ConfigError: a line for each mistake, with the key, the value and what is
+            allowed.
     """
     environ = environ or {}
     document = _read_document(file) if file is not None else {}
-    _refuse_unknown("", document, [*SECTIONS, "workers"])
-    sections = {
-        name: _load_section(name, cls, document, environ, flags or {})
-        for name, cls in SECTIONS.items()
-    }
-    rows = _worker_rows(document, environ, workers)
-    auth = sections["auth"]
+    mistakes = Mistakes()
+    mistakes.collect(_refuse_unknown, "", document, [*SECTIONS, "workers"])
+    sections: dict[str, Any] = {}
+    sound = set()  # what can be asked if it goes together with something else
+    for name, cls in SECTIONS.items():
+        before = len(mistakes)
+        table = mistakes.collect(_table_of, document, name) or {}
+        sections[name] = _load_section(name, cls, table, environ, flags or {}, mistakes)
+        if len(mistakes) == before:
+            sound.add(name)
+    rows = mistakes.collect(_worker_rows, document, environ, workers) or []
+    mistakes.collect(_refuse_misspelt_variables, environ, rows)
+    before = len(mistakes)
     config = Config(
         **sections,
-        workers=_load_workers(rows, environ),
-        secrets=_load_secrets(auth, environ),
-        public_keys=_load_public_keys(auth),
-        revoked=read_revoked(auth.revoked) if auth.revoked else Revoked(),
+        workers=() if for_tokens else _load_workers(rows, environ, mistakes),
+        file=str(file or ""),
     )
-    _refuse_misspelt_variables(environ, rows)
-    _check_exposure(config)
-    _check_tls(config)
-    _check_aliases(config.models.aliases)
+    if len(mistakes) == before:
+        sound.add("workers")
+    if "auth" in sound:
+        config = _with_keys(config, environ, mistakes)
+    if {"auth", "server"} <= sound:
+        mistakes.collect(_check_exposure, config)
+    if {"server", "workers"} <= sound and not for_tokens:
+        mistakes.collect(_check_tls, config)
+    if "models" in sound:
+        mistakes.collect(_check_aliases, config.models.aliases)
+    mistakes.check()
     return config
+
+
+def _with_keys(
+    config: Config, environ: Mapping[str, str], mistakes: Mistakes
+) -> Config:
+    auth, revoked = config.auth, None
+    if auth.revoked:
+        revoked = mistakes.collect(read_revoked, auth.revoked)
+    return replace(
+        config,
+        secrets=mistakes.collect(load_secrets, auth, environ) or (),
+        public_keys=mistakes.collect(load_public_keys, auth) or (),
+        revoked=revoked or Revoked(),
+    )
 
 
 def _read_document(file: str | Path) -> dict[str, Any]:
@@ -104,18 +153,24 @@ def _read_document(file: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: not valid TOML: {exc}") from exc
 
 
+def _table_of(document: Mapping[str, Any], section: str) -> dict[str, Any]:
+    table = document.get(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{section} = {shown(table)}: must be a table, [{section}]")
+    return table
+
+
 def _load_section(
     section: str,
     cls: type[_Section],
-    document: Mapping[str, Any],
+    table: Mapping[str, Any],
     environ: Mapping[str, str],
     flags: Mapping[str, Any],
+    mistakes: Mistakes,
 ) -> _Section:
-    table = document.get(section, {})
-    if not isinstance(table, dict):
-        raise ConfigError(f"{section} = {_shown(table)}: must be a table, [{section}]")
+    """Read a section; what is wrong in it has its default."""
     entries = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
-    _refuse_unknown(f"{section}.", table, list(entries))
+    mistakes.collect(_refuse_unknown, f"{section}.", table, list(entries))
     values: dict[str, Any] = {}
     for name, entry in entries.items():
         key, env = f"{section}.{name}", variable(section, name)
@@ -126,7 +181,10 @@ def _load_section(
         ]
         for source, value in given:
             if value is not None:
-                values[name] = _parse(source, value, entry.metadata["kind"])
+                kind = entry.metadata["kind"]
+                parsed = mistakes.collect(_parse, source, value, kind)
+                if parsed is not None:
+                    values[name] = parsed
     return cls(**values)
 
 
@@ -134,25 +192,20 @@ def _parse(source: str, value: Any, kind: Kind) -> Any:
     try:
         return kind.parse(value)
     except (ValueError, OverflowError):
-        text = f"{source} = {_shown(value)}: must be {kind.allowed}"
+        text = f"{source} = {shown(value)}: must be {kind.allowed}"
         raise ConfigError(text) from None
 
 
-def _shown(value: Any) -> str:
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _refuse_unknown(prefix: str, table: Mapping[str, Any], known: list[str]) -> None:
+    unknown = []
     for name in table:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
-            shown = name if name.isprintable() else _shown(name)
-            raise ConfigError(f"{prefix}{shown}: no such setting; {hint}")
+            spelt = name if name.isprintable() else shown(name)
+            unknown.append(f"{prefix}{spelt}: no such setting; {hint}")
+    if unknown:
+        raise ConfigError(*unknown)
 
 
 def _refuse_misspelt_variables(
@@ -164,17 +217,20 @@ def _refuse_misspelt_variables(
     service of that name.
     """
     known = {row.env for row in settings()} | VARIABLES.keys()
-    own_keys = {row.get("api_key_env") for row in rows}
+    own_keys = [row.get("api_key_env") for row in rows]
     sections = {name.split("_")[1].lower() for name in known}
+    misspelt = []
     for name in environ:
         head, _, rest = name.partition("_")
         section = rest.partition("_")[0].lower()
-        if head != "GOLLAMA" or name in known | own_keys:
+        if head != "GOLLAMA" or name in known or name in own_keys:
             continue
         if difflib.get_close_matches(section, sections, n=1, cutoff=0.8):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{name}: no such environment variable{hint}")
+            misspelt.append(f"{name}: no such environment variable{hint}")
+    if misspelt:
+        raise ConfigError(*misspelt)
 
 
 # --- Workers ----------------------------------------------------------------------
@@ -190,44 +246,65 @@ def _worker_rows(
         return [{"url": url} for url in urls if url]
     rows = document.get("workers", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"workers = {_shown(rows)}: must be tables, [[workers]]")
+        raise ConfigError(f"workers = {shown(rows)}: must be tables, [[workers]]")
     return rows
 
 
 def _load_workers(
-    rows: Sequence[Mapping[str, Any]], environ: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]], environ: Mapping[str, str], mistakes: Mistakes
 ) -> tuple[WorkerConfig, ...]:
     workers: list[WorkerConfig] = []
     for number_, row in enumerate(rows):
         where = f"workers[{number_}]"
-        _refuse_unknown(f"{where}.", row, list(WORKER_KEYS))
-        values = {
-            key: _parse(f"{where}.{key}", value, WORKER_KEYS[key])
-            for key, value in row.items()
-        }
-        origin = _parse_url(f"{where}.url", row.get("url", ""))
-        name = row.get("name") or origin.authority + origin.prefix
-        for other in workers:
-            if other.origin == origin:
-                text = f"{where}.url = {row['url']!r}: the same worker as {other.url!r}"
-                raise ConfigError(f"{text}; each may be named once")
-            if other.name == name:
-                text = f"{where}.name = {name!r}: taken by {other.url!r}"
-                raise ConfigError(f"{text}; each needs a name of its own")
-        key = _load_api_key(where, row, environ)
-        _check_worker_tls(where, origin, values)
-        keys = ("slots", "models", "weight", "vram_gib", *_WORKER_TLS)
-        told = {name: values[name] for name in keys if name in values}
-        workers.append(WorkerConfig(row["url"], origin, name, key, **told))
+        worker = mistakes.collect(_load_worker, where, row, environ)
+        if worker is not None:
+            mistakes.collect(_refuse_second, where, worker, workers)
+            workers.append(worker)
     return tuple(workers)
+
+
+def _load_worker(
+    where: str, row: Mapping[str, Any], environ: Mapping[str, str]
+) -> WorkerConfig:
+    mistakes = Mistakes()
+    mistakes.collect(_refuse_unknown, f"{where}.", row, list(WORKER_KEYS))
+    values: dict[str, Any] = {
+        key: mistakes.collect(_parse, f"{where}.{key}", value, WORKER_KEYS[key])
+        for key, value in row.items()
+        if key in WORKER_KEYS
+    }
+    url, origin = values.get("url", ""), None
+    if url or not mistakes:  # else it may be there, and misspelt
+        origin = mistakes.collect(_parse_url, f"{where}.url", url)
+    mistakes.check()
+    assert origin is not None, row
+    key = mistakes.collect(_load_api_key, where, values, environ) or ""
+    mistakes.collect(_check_worker_tls, where, origin, values)
+    mistakes.check()
+    name = values.get("name") or origin.authority + origin.prefix
+    keys = ("slots", "models", "weight", "vram_gib", *_WORKER_TLS)
+    told = {name: values[name] for name in keys if name in values}
+    return WorkerConfig(url, origin, name, key, **told)
+
+
+def _refuse_second(
+    where: str, worker: WorkerConfig, others: Sequence[WorkerConfig]
+) -> None:
+    for other in others:
+        if other.origin == worker.origin:
+            text = f"{where}.url = {worker.url!r}: the same worker as {other.url!r}"
+            raise ConfigError(f"{text}; each may be named once")
+        if other.name == worker.name:
+            text = f"{where}.name = {worker.name!r}: taken by {other.url!r}"
+            raise ConfigError(f"{text}; each needs a name of its own")
 
 
 def _parse_url(where: str, url: str) -> Origin:
     """Check a worker's URL part by part, so that the message can name the part."""
 
     def refuse(why: str) -> ConfigError:
-        shown = _shown(re.sub("//.*@", "//...@", url))  # may hold a password
-        return ConfigError(f"{where} = {shown}: {why}; expected http://host:port")
+        safe = shown(re.sub("//.*@", "//...@", url))  # it may hold a password
+        return ConfigError(f"{where} = {safe}: {why}; expected http://host:port")
 
     if not url:
         raise refuse("is missing")
@@ -284,6 +361,9 @@ def _load_api_key(
     if env:
         key = environ.get(env, "")
         source = f"{where}.api_key_env = {env!r}"
+        if not key:
+            text = "is not set; must be an environment variable with the worker's key"
+            raise ConfigError(f"{source}: {text}")
     elif file:
         source = f"{where}.api_key_file = {file!r}"
         key = read_secret(source, file).decode(errors="replace").strip()
@@ -302,7 +382,7 @@ def _check_aliases(table: Mapping[str, str]) -> None:
     aliases = Aliases(table)
     for alias in table:
         names = aliases.way(alias)
-        way = _cut(" -> ".join(map(repr, names)))
+        way = cut(" -> ".join(map(repr, names)))
         if names[-1] in names[:-1]:
             text = f"models.aliases = {way}: must not be a loop"
             raise ConfigError(f"{text}; an alias stands for the name of a model")
@@ -311,113 +391,7 @@ def _check_aliases(table: Mapping[str, str]) -> None:
             raise ConfigError(f"{text}; let {alias!r} stand for {names[-1]!r}")
 
 
-# --- Secrets ----------------------------------------------------------------------
-
-
-def read_secret(source: str, file: str) -> bytes:
-    """Read a file that holds a secret; `source` begins the line that refuses it.
-
-    Raises:
-        ConfigError: it cannot be read, is too large, or everybody can get at it.
-    """
-    try:
-        with Path(file).open("rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
-            if mode & 0o007:
-                text = f"{source}: everybody can get at it (mode {mode & 0o777:04o})"
-                raise ConfigError(f"{text}; must be for its owner only: chmod 600")
-            content = stream.read(MAX_SECRET_FILE + 1)
-    except OSError as exc:
-        raise ConfigError(f"{source}: cannot be read: {exc.strerror}") from exc
-    if len(content) > MAX_SECRET_FILE:
-        raise ConfigError(f"{source}: must not be larger than {MAX_SECRET_FILE} bytes")
-    return content
-
-
-def _load_secrets(auth: Auth, environ: Mapping[str, str]) -> tuple[bytes, ...]:
-    names = ("GOLLAMA_JWT_SECRET", "GOLLAMA_JWT_SECRET_PREVIOUS")
-    given = {name: environ[name] for name in names if environ.get(name)}
-    if not auth.secret_file:
-        return tuple(
-            _check_secret(name, text.encode(errors="surrogateescape"))
-            for name, text in given.items()
-        )
-    source = f"auth.secret_file = {auth.secret_file!r}"
-    if given:
-        raise ConfigError(f"{source}: must not be set beside {next(iter(given))}")
-    if auth.algorithm != "HS256":
-        raise ConfigError(f"{source}: {auth.algorithm} has a key, no secret")
-    secrets = read_secret(source, auth.secret_file).split()
-    if not 1 <= len(secrets) <= len(names):
-        text = "must hold the secret, and the one before it while that is good, too"
-        raise ConfigError(f"{source}: has {len(secrets)} words; {text}")
-    return tuple(_check_secret(source, secret) for secret in secrets)
-
-
-def _check_secret(source: str, secret: bytes) -> bytes:
-    if len(secret) < MIN_SECRET_BYTES:  # RFC 7518, 3.2: as long as the hash output
-        raise ConfigError(
-            f"{source}: has {len(secret)} bytes; HS256 needs at least "
-            f"{MIN_SECRET_BYTES} (try: openssl rand -hex 32)"
-        )
-    return secret
-
-
-def _load_public_keys(auth: Auth) -> tuple[str, ...]:
-    if auth.algorithm == "HS256":
-        if auth.public_key_file:
-            raise ConfigError(
-                f"auth.public_key_file = {auth.public_key_file!r}: HS256 has a secret; "
-                "set auth.algorithm to RS256, ES256 or EdDSA"
-            )
-        return ()
-    source = f"auth.public_key_file = {auth.public_key_file!r}"
-    if not auth.public_key_file:
-        raise ConfigError(f"{source}: {auth.algorithm} needs a PEM file")
-    try:
-        text = Path(auth.public_key_file).read_text()
-    except (OSError, UnicodeDecodeError) as exc:
-        why = getattr(exc, "strerror", None) or "not text"
-        raise ConfigError(f"{source}: cannot be read: {why}") from exc
-    pattern = r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----"
-    keys = tuple(re.findall(pattern, text, re.DOTALL))
-    if not keys:
-        raise ConfigError(f"{source}: holds no PEM block BEGIN PUBLIC KEY")
-    return keys
-
-
-def read_revoked(file: str) -> Revoked:
-    """Read whose tokens are refused: a line for each, `jti:…` or `sub:…`.
-
-    Empty lines and those that begin with # say nothing.  Spaces around a line, and
-    behind its colon, are no part of it.
-
-    Raises:
-        ConfigError: it cannot be read, or a line is neither; the line is not shown, as
-            it may be a token.
-    """
-    source = f"auth.revoked = {file!r}"
-    try:
-        with Path(file).open("rb") as stream:
-            content = stream.read(MAX_REVOKED_FILE + 1)
-        if len(content) > MAX_REVOKED_FILE:
-            limit = f"must not be larger than {MAX_REVOKED_FILE} bytes"
-            raise ConfigError(f"{source}: {limit}")
-        lines = content.decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        why = getattr(exc, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"{source}: cannot be read: {why}") from exc
-    found: dict[str, set[str]] = {"jti": set(), "sub": set()}
-    for number, line in enumerate(lines, start=1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        kind, _, value = line.partition(":")
-        if kind not in found or not value.strip():
-            text = "must be jti: or sub: and what it stands for, or a comment with #"
-            raise ConfigError(f"{source}: line {number} {text}")
-        found[kind].add(value.strip())
-    return Revoked(frozenset(found["jti"]), frozenset(found["sub"]))
+# --- What does not go together ----------------------------------------------------
 
 
 def _check_exposure(config: Config) -> None:
@@ -439,7 +413,11 @@ def _check_exposure(config: Config) -> None:
 
 
 def _check_tls(config: Config) -> None:
-    """Load every certificate once, so that a wrong one is told before anything runs."""
+    """Load every certificate once, so that a wrong one is found before anything runs.
+
+    Raises:
+        ConfigError: a line for each that cannot be used.
+    """
     server = config.server
     for name in ("tls_key", "tls_client_ca"):
         if getattr(server, name) and not server.tls_certificate:
@@ -450,11 +428,11 @@ def _check_tls(config: Config) -> None:
         return  # `ssl` takes longer to import than a token to be made
     from gollama_proxy import tls
 
-    try:
-        tls.for_server(server)
-        tls.for_workers(https)
-    except tls.TlsError as exc:
-        raise ConfigError(str(exc)) from exc
+    mistakes = Mistakes()
+    mistakes.collect(tls.for_server, server)
+    for worker in https:
+        mistakes.collect(tls.for_workers, [worker])
+    mistakes.check()
 
 
 def require_keys(config: Config) -> None:

@@ -26,10 +26,10 @@ from pathlib import Path
 
 from gollama_proxy import llama
 from gollama_proxy.children import Child, ChildError
-from gollama_proxy.config import ConfigError
 from gollama_proxy.edge.app import Hub
 from gollama_proxy.edge.auth import mint
 from gollama_proxy.lifecycle import Announce, Signals, front
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.settings import Config, Health
 from gollama_proxy.upstream.probe import examine
 

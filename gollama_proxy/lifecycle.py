@@ -16,9 +16,9 @@ from typing import Any
 
 import uvloop
 
-from gollama_proxy.config import ConfigError
 from gollama_proxy.edge.app import Hub
 from gollama_proxy.edge.server import require_parser
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.ops import accesslog
 from gollama_proxy.settings import Config, Server
 from gollama_proxy.tasks import spawn

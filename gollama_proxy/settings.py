@@ -533,6 +533,7 @@ class Config:
     log: Log = field(default_factory=Log)
     metrics: Metrics = field(default_factory=Metrics)
     workers: tuple[WorkerConfig, ...] = ()
+    file: str = field(default="", compare=False)  # where they were read, if from one
     # The current HS256 secret first, then the one that is being rotated out.
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
     public_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -565,6 +566,7 @@ FLAGS = {
 }
 # Read from the environment alone, or replacing a part of the file that has no key.
 VARIABLES = {
+    "GOLLAMA_CONFIG": "settings file, where -c names none",
     "GOLLAMA_JWT_SECRET": "secret that tokens are signed with, for HS256",
     "GOLLAMA_JWT_SECRET_PREVIOUS": "the one before it, accepted during a rotation",
     "GOLLAMA_WORKERS": "base URLs of workers, instead of the file's [[workers]]",

@@ -14,16 +14,14 @@ import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gollama_proxy.keys import read_secret
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.settings import Server, WorkerConfig
 
 logger = logging.getLogger(__name__)
 
 # The only protocol that the hub speaks, said to whoever asks (RFC 7301).
 _ALPN = ["http/1.1"]
-
-
-class TlsError(Exception):
-    """A certificate, key or CA that cannot be used; one line that names its setting."""
 
 
 # --- Making a context -------------------------------------------------------------
@@ -33,7 +31,7 @@ def server_context(server: Server) -> ssl.SSLContext:
     """Make the context that clients meet.
 
     Raises:
-        TlsError: a file cannot be used.
+        ConfigError: a file cannot be used.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     _set_up(context)
@@ -54,7 +52,7 @@ def worker_context(worker: WorkerConfig) -> ssl.SSLContext:
     Without a CA of its own, those of the system are trusted.
 
     Raises:
-        TlsError: a file cannot be used.
+        ConfigError: a file cannot be used.
     """
     where = f"worker {worker.name}: "
     if worker.ca_file:
@@ -80,11 +78,14 @@ def _set_up(context: ssl.SSLContext) -> None:
 def _load_pair(
     context: ssl.SSLContext, certificate: tuple[str, str], key: tuple[str, str]
 ) -> None:
-    """Load a certificate and its key, which may be in the same file."""
-    for name, file in (certificate, key):
-        if file:
-            _check_readable(name, file)
+    """Load a certificate and its key, which may be in the same file.
+
+    The file that the key is in must not be open to everybody.
+    """
+    _check_readable(*certificate)
     blamed = key if key[1] else certificate
+    if key[1] or _has_pem(certificate[1], "PRIVATE KEY"):
+        read_secret(f"{blamed[0]} = {blamed[1]!r}", blamed[1])
     try:
         context.load_cert_chain(certificate[1], key[1] or None, _no_password)
     except _EncryptedError:
@@ -128,8 +129,8 @@ def _read(file: str) -> bytes:
         return b""
 
 
-def _unusable(name: str, file: str, why: str) -> TlsError:
-    return TlsError(f"{name} = {file!r}: {why}")
+def _unusable(name: str, file: str, why: str) -> ConfigError:
+    return ConfigError(f"{name} = {file!r}: {why}")
 
 
 class _EncryptedError(Exception):
@@ -153,7 +154,7 @@ class Credentials:
         """Load it.
 
         Raises:
-            TlsError: a file cannot be used.
+            ConfigError: a file cannot be used.
         """
         self._files = [Path(file) for file in files if file]
         self._make = make
@@ -178,7 +179,7 @@ class Credentials:
         self._seen = seen
         try:
             self.context = self._make()
-        except TlsError as exc:
+        except ConfigError as exc:
             logger.error("%s; going on with what was loaded before", exc)
         else:
             names = ", ".join(map(str, self._files))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from blockbuster import BlockBuster, blockbuster_ctx
 
 from tests.fakes.authority import Authority
 from tests.real.llama import LlamaServer
+
+# A settings file that lies about is no part of any test.
+os.environ["GOLLAMA_CONFIG"] = os.devnull
 
 _SERVERS = pytest.StashKey[list[LlamaServer]]()
 

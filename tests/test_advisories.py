@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import os
 import re
 import subprocess
 import sys
@@ -13,8 +12,9 @@ from pathlib import Path
 import pytest
 from aiohttp import http_parser
 
-from gollama_proxy.config import ConfigError
 from gollama_proxy.edge.server import require_parser
+from gollama_proxy.mistakes import ConfigError
+from tests.fakes import environment
 
 ROOT = Path(__file__).parent.parent
 # The first version without a hole that is known, and what the last one was.
@@ -60,7 +60,7 @@ def test_the_parser_in_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_hub_without_the_parser_in_c_does_not_start() -> None:
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    environ = environment.bare()
     environ |= {"AIOHTTP_NO_EXTENSIONS": "1", "GOLLAMA_JWT_SECRET": "s" * 32}
     done = subprocess.run(
         [sys.executable, "-m", "gollama_proxy", "serve", "--port", "0"],

@@ -22,13 +22,14 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from gollama_proxy import __version__, demo
+from gollama_proxy import __version__, config, demo
 from gollama_proxy.children import ChildError
 from gollama_proxy.cli import main
-from gollama_proxy.config import ConfigError
 from gollama_proxy.lifecycle import Signals
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.settings import VARIABLES, Config, Health, WorkerConfig, settings
 from gollama_proxy.upstream.probe import Report
+from tests.fakes import environment
 from tests.fakes.client import Wire
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stall
@@ -43,7 +44,7 @@ Output = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Keep the settings of whoever runs the tests out of them."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    clean = environment.bare()
     clean["GOLLAMA_JWT_SECRET"] = SECRET
     monkeypatch.setattr(os, "environ", clean)
     return clean
@@ -376,7 +377,10 @@ async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) ->
 
 def minted(capsys: Output) -> str:
     captured = capsys.readouterr()
-    told = re.fullmatch(r"note: to revoke it: jti:([0-9a-f]{16})\n", captured.err)
+    told = re.fullmatch(
+        r"note: settings are from \S+\nnote: to revoke it: jti:([0-9a-f]{16})\n",
+        captured.err,
+    )
     assert told
     assert re.fullmatch(r"[\w.-]+\n", captured.out)
     token = captured.out.strip()
@@ -417,7 +421,7 @@ def test_a_token_with_everything(environ: dict[str, str], capsys: Output) -> Non
 
 def test_the_scope_admin_promises_no_more_than_it_does(capsys: Output) -> None:
     assert main(["token", "--sub", "a", "--scope", "admin"]) == 0
-    assert "allows /metrics and nothing else" in capsys.readouterr().err
+    assert "allows /metrics and no more" in capsys.readouterr().err
     assert main(["token", "--sub", "a", "--scope", "metrics"]) == 0
     assert "admin" not in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"^0$"):
@@ -582,6 +586,154 @@ def test_a_wrong_private_key(
     assert "secret words" not in said
 
 
+def test_a_private_key_that_is_not_the_hubs(
+    key_files: Callable[[str], tuple[Path, Path]],
+    environ: dict[str, str],
+    tmp_path: Path,
+    capsys: Output,
+) -> None:
+    _, public = key_files("EdDSA")
+    public = public.rename(tmp_path / "hub.pem")
+    private, _ = key_files("EdDSA")
+    environ["GOLLAMA_AUTH_ALGORITHM"] = "EdDSA"
+    environ["GOLLAMA_AUTH_PUBLIC_KEY_FILE"] = str(public)
+    assert main(["token", "--sub", "a", "--private-key", str(private)]) == 2
+    said = one_line(capsys)
+    assert "private.pem': the hub would refuse such a token: " in said
+    assert "ignature" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "cause"),
+    [
+        (["--sub", "mallory"], "sub is revoked"),
+        (["--sub", "a" * 8000], "token too long"),
+    ],
+)
+def test_a_token_that_the_hub_would_refuse_is_not_made(
+    argv: list[str],
+    cause: str,
+    environ: dict[str, str],
+    tmp_path: Path,
+    capsys: Output,
+) -> None:
+    file = tmp_path / "revoked"
+    file.write_text("sub:mallory\n")
+    environ["GOLLAMA_AUTH_REVOKED"] = str(file)
+    assert main(["token", *argv]) == 2
+    assert f"the hub would refuse such a token: {cause}" in one_line(capsys)
+
+
+def test_a_token_needs_nothing_of_the_workers(
+    environ: dict[str, str], tmp_path: Path, capsys: Output
+) -> None:
+    """Whoever makes tokens may have no access to their keys, nor to the hub's."""
+    file = tmp_path / "gollama.toml"
+    file.write_text(
+        "[server]\ntls_certificate = '/nowhere'\n"
+        "[[workers]]\nurl = 'https://10.0.0.1'\napi_key_env = 'MAC_KEY'\n"
+    )
+    environ["GOLLAMA_CONFIG"] = str(file)
+    assert main(["token", "--sub", "a"]) == 0
+    minted(capsys)
+    assert main(["serve"]) == 2
+    assert "MAC_KEY" in capsys.readouterr().err
+
+
+def test_a_token_of_a_hub_without_authentication_says_so(
+    environ: dict[str, str], capsys: Output
+) -> None:
+    environ["GOLLAMA_AUTH_MODE"] = "off"
+    assert main(["token", "--sub", "a"]) == 0
+    assert (
+        "note: auth.mode is off: the hub asks for no token\n" in capsys.readouterr().err
+    )
+
+
+# --- The settings file ------------------------------------------------------------
+
+
+@pytest.fixture
+def places(
+    tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Path]:
+    """Settings files that tell themselves apart by the issuer of a token."""
+    del environ["GOLLAMA_CONFIG"]
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    files = {
+        "flag": tmp_path / "flag.toml",
+        "variable": tmp_path / "variable.toml",
+        "here": here / "gollama.toml",
+        "etc": tmp_path / "etc.toml",
+    }
+    for name, file in files.items():
+        file.write_text(f"[auth]\nissuer = '{name}'\n")
+    monkeypatch.setattr(config, "PLACES", ("gollama.toml", str(files["etc"])))
+    return files
+
+
+def issuer(capsys: Output, *argv: str) -> str | None:
+    assert main(["token", "--sub", "a", *argv]) == 0
+    claims = jwt.decode(minted(capsys), options={"verify_signature": False})
+    found: str | None = claims.get("iss")
+    return found
+
+
+def test_where_the_settings_file_is_looked_for(
+    places: dict[str, Path], environ: dict[str, str], capsys: Output
+) -> None:
+    environ["GOLLAMA_CONFIG"] = str(places["variable"])
+    assert issuer(capsys, "-c", str(places["flag"])) == "flag"
+    assert issuer(capsys) == "variable"
+    environ["GOLLAMA_CONFIG"] = ""
+    assert issuer(capsys) == "here"
+    places["here"].unlink()
+    assert issuer(capsys) == "etc"
+    places["etc"].unlink()
+    assert main(["token", "--sub", "a"]) == 0
+    assert "note: settings are from no file\n" in capsys.readouterr().err
+
+
+def test_the_places_are_these() -> None:
+    assert config.PLACES == ("gollama.toml", "/etc/gollama-proxy/gollama.toml")
+
+
+def test_a_settings_file_that_is_named_has_to_be_there(
+    places: dict[str, Path], environ: dict[str, str], capsys: Output
+) -> None:
+    for argv in (["-c", "nowhere"], ["-c", ""]):
+        assert main(["check", *argv]) == 2
+        assert "cannot be read" in one_line(capsys)
+    environ["GOLLAMA_CONFIG"] = "nowhere"
+    assert main(["check"]) == 2
+    assert "nowhere: cannot be read: No such file" in one_line(capsys)
+
+
+def test_a_settings_file_that_cannot_be_read_is_not_passed_over(
+    places: dict[str, Path], capsys: Output
+) -> None:
+    """Its settings would count for the hub, and not for the token."""
+    places["here"].unlink()
+    places["here"].symlink_to(places["here"])
+    assert main(["token", "--sub", "a"]) == 2
+    assert "gollama.toml: cannot be read: Too many levels" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_every_command_says_where_its_settings_are_from(
+    command: str,
+    places: dict[str, Path],
+    stage: type[StageHub],
+    caplog: pytest.LogCaptureFixture,
+    capsys: Output,
+) -> None:
+    caplog.set_level("INFO")
+    main([command])
+    assert "settings are from gollama.toml" in capsys.readouterr().err + caplog.text
+
+
 # --- check ------------------------------------------------------------------------
 
 
@@ -602,7 +754,7 @@ def test_check_without_workers(environ: dict[str, str], capsys: Output) -> None:
     assert main(["check"]) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith("No worker is configured: ")
-    assert captured.err.startswith("note: GOLLAMA_JWT_SECRET: is not set")
+    assert "\nnote: GOLLAMA_JWT_SECRET: is not set" in captured.err
 
 
 def test_check_shows_what_each_worker_is(
@@ -656,7 +808,7 @@ def test_ctrl_c_leaves_no_traceback(
     monkeypatch.setattr("gollama_proxy.upstream.probe.examine", examine)
     environ["GOLLAMA_WORKERS"] = "http://a"
     assert main(["check"]) == 130
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", f"note: settings are from {os.devnull}\n")
 
 
 async def test_check_of_a_worker_that_answers(

@@ -10,13 +10,9 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.config import (
-    MAX_REVOKED_FILE,
-    ConfigError,
-    load,
-    read_revoked,
-    require_keys,
-)
+from gollama_proxy.config import load, require_keys
+from gollama_proxy.keys import MAX_REVOKED_FILE, read_revoked
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.settings import Config, Origin, Revoked, settings
 
 SECRET = "s" * 32
@@ -47,7 +43,7 @@ def refusal(
     with pytest.raises(ConfigError) as caught:
         load(file, environ, flags, workers)
     text = str(caught.value)
-    assert text.isprintable()
+    assert all(line.isprintable() for line in text.split("\n"))
     return text
 
 
@@ -170,14 +166,46 @@ def refusal(
                 ("{ a = 'b' }", "{'a': 'b'}"),
             ]
         ),
-        ("[[workers]]\nweight = -1", "workers[0].weight = -1", "from 0.01 to 10,000"),
-        ("[[workers]]\nweight = 0", "workers[0].weight = 0", "from 0.01 to 10,000"),
-        ("[[workers]]\nweight = nan", "workers[0].weight = nan", "a number from 0.01"),
-        ("[[workers]]\nweight = true", "workers[0].weight = True", "a number from"),
-        ("[[workers]]\nvram_gib = 0", "workers[0].vram_gib = 0", "from 0.01"),
-        ("[[workers]]\nvram_gib = '24G'", "workers[0].vram_gib = '24G'", "a number"),
-        ("[[workers]]\nslots = 0", "workers[0].slots = 0", "whole number from 1"),
-        ("[[workers]]\nslots = 1.5", "workers[0].slots = 1.5", "whole number from 1"),
+        (
+            "[[workers]]\nurl = 'http://a'\nweight = -1",
+            "workers[0].weight = -1",
+            "from 0.01 to 10,000",
+        ),
+        (
+            "[[workers]]\nurl = 'http://a'\nweight = 0",
+            "workers[0].weight = 0",
+            "from 0.01 to 10,000",
+        ),
+        (
+            "[[workers]]\nurl = 'http://a'\nweight = nan",
+            "workers[0].weight = nan",
+            "a number from 0.01",
+        ),
+        (
+            "[[workers]]\nurl = 'http://a'\nweight = true",
+            "workers[0].weight = True",
+            "a number from",
+        ),
+        (
+            "[[workers]]\nurl = 'http://a'\nvram_gib = 0",
+            "workers[0].vram_gib = 0",
+            "from 0.01",
+        ),
+        (
+            "[[workers]]\nurl = 'http://a'\nvram_gib = '24G'",
+            "workers[0].vram_gib = '24G'",
+            "a number",
+        ),
+        (
+            "[[workers]]\nurl = 'http://a'\nslots = 0",
+            "workers[0].slots = 0",
+            "whole number from 1",
+        ),
+        (
+            "[[workers]]\nurl = 'http://a'\nslots = 1.5",
+            "workers[0].slots = 1.5",
+            "whole number from 1",
+        ),
         ("[[workers]]\nslot = 1", "workers[0].slot: no such", "did you mean slots?"),
         ("[[workers]]\nname = 'a'", "workers[0].url = ''", "expected http://host:port"),
         ("[[workers]]\nuri = 'a'", "workers[0].uri: no such", "did you mean url?"),
@@ -199,7 +227,7 @@ def refusal(
         (
             "[[workers]]\nurl = 'http://a'\napi_key_env = 'NOT_SET'",
             "workers[0].api_key_env = 'NOT_SET'",
-            "printable ASCII",
+            "is not set; must be an environment variable",
         ),
         (
             "[[workers]]\nurl = 'http://a'\napi_key_file = '/nowhere/key'",

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy.cli import main
+from tests.fakes import environment
 
 SECRET = "canary-secret-of-the-hub-0123456789"
 KEY = "canary-key-of-a-worker"
@@ -30,7 +31,7 @@ Output = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An environment with good secrets, and no other setting."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    clean = environment.bare()
     clean |= {"GOLLAMA_JWT_SECRET": SECRET, "DESK_KEY": KEY}
     monkeypatch.setattr(os, "environ", clean)
     # Some mistakes are only seen when the hub is made; the tests' log is not its own.
@@ -305,3 +306,80 @@ def test_a_process_that_was_set_wrongly_ends_with_2(
     told = rf"gollama-proxy: workers\[0\]\.api_key_file = '{folder}/open': .*600\n"
     assert re.fullmatch(told, done.stderr)
     assert stat.S_IMODE((folder / "open").stat().st_mode) == 0o604, "and left alone"
+
+
+# --- Many at once -----------------------------------------------------------------
+
+
+def test_all_mistakes_are_told_at_once(folder: Path, capsys: Output) -> None:
+    """Each on its line, and none that only follows from another."""
+    file = folder / "gollama.toml"
+    file.write_text(
+        f"""
+[sever]
+[server]
+port = 70000
+prot = 1
+hots = 2
+[auth]
+algorithm = "RS512"
+public_key_file = "{folder}/public.pem"
+[queue]
+size = -1
+[models]
+aliases = {{ a = "b", b = "a" }}
+[[workers]]
+url = "ftp://10.0.0.1"
+slots = 0
+[[workers]]
+url = "http://10.0.0.2"
+api_key_env = "MAC_KEY"
+client_key = "x"
+[[workers]]
+uri = "http://10.0.0.3"
+"""
+    )
+    for command in ("check", "serve"):
+        assert main([command, "-c", str(file)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        lines = captured.err.splitlines()
+        assert [line.split(" = ")[0].split(": ")[1] for line in lines] == [
+            "sever",
+            "server.prot",
+            "server.hots",
+            "server.port",
+            "auth.algorithm",
+            "queue.size",
+            "workers[0].slots",
+            "workers[0].url",
+            "workers[1].api_key_env",
+            "workers[1].client_key",
+            "workers[2].uri",
+            "models.aliases",
+        ]
+        assert all(line.startswith("gollama-proxy: ") for line in lines)
+        assert "'MAC_KEY': is not set" in captured.err
+
+
+def test_mistakes_of_the_environment_are_told_beside_those_of_the_file(
+    folder: Path, environ: dict[str, str], capsys: Output
+) -> None:
+    file = folder / "gollama.toml"
+    file.write_text("queue.size = -1")
+    environ |= {"GOLLAMA_HEALTH_FALL": "x", "GOLLAMA_HEALTH_RAISE": "1"}
+    assert main(["check", "-c", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 3
+    for key in ("queue.size", "health.fall", "GOLLAMA_HEALTH_RAISE"):
+        assert f"gollama-proxy: {key}" in told
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_a_variable_that_is_not_set_is_called_so(
+    value: str | None, folder: Path, environ: dict[str, str], capsys: Output
+) -> None:
+    if value is not None:
+        environ["MAC_KEY"] = value
+    told = refusal(WORKER + "api_key_env = 'MAC_KEY'", folder, capsys)
+    assert told.startswith("workers[0].api_key_env = 'MAC_KEY': is not set")

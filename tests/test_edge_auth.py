@@ -18,7 +18,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy import config
-from gollama_proxy.config import ConfigError
 from gollama_proxy.edge.auth import (
     ANONYMOUS,
     MAX_TOKEN,
@@ -27,6 +26,7 @@ from gollama_proxy.edge.auth import (
     Principal,
     mint,
 )
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.ticket import Priority
 from gollama_proxy.settings import Auth, Config, Revoked

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from gollama_proxy.settings import Server, settings
-from tests.fakes import replies
+from tests.fakes import environment, replies
 from tests.fakes.hub import plain_hub
 from tests.fakes.script import chat_stream, reset, send
 from tests.fakes.waiting import gone
@@ -323,7 +323,7 @@ def test_locust_takes_the_first_model_and_its_token(
 def chaos_environ(tmp_path: Path) -> dict[str, str]:
     """Have it run what is tested, with the hub's defaults, and write into a folder."""
     (tmp_path / "logs").mkdir()
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    clean = environment.bare()
     return {
         **clean,
         "PYTHONPATH": str(EXAMPLES.parent),

@@ -272,6 +272,12 @@ async def _when_all_are_down(stage: Stage) -> Wire:
     return await stage.ask()
 
 
+async def _scraping(stage: Stage) -> Wire:
+    wire = await stage.hub.wire()
+    await wire.get(f"/metrics?key={QUERY}", stage.token)
+    return wire
+
+
 async def _in_a_drain(stage: Stage) -> Wire:
     wire = await stage.ask()
     await wire.read_head()
@@ -320,6 +326,9 @@ CASES: dict[str, Case] = {
         Code.PRIORITY_NOT_ALLOWED,
         act=asking(headers=[("X-Gollama-Priority", "interactive")]),
         claims={"priority": "batch"},
+    ),
+    "scope": Case(
+        Code.INSUFFICIENT_SCOPE, act=_scraping, claims={"scope": f"{CLAIM} b"}
     ),
     "path": Case(Code.UNKNOWN_URL, act=asking(path=f"/v1/nothing?{QUERY}")),
     "absolute path": Case(

@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from gollama_proxy import config, tls
-from gollama_proxy.config import ConfigError
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.settings import Origin, Server, WorkerConfig
 from tests.fakes.authority import Authority, Pair
 
@@ -39,6 +39,7 @@ def test_a_certificate_and_its_key_in_one_file(authority: Authority) -> None:
     pair = authority.issue()
     both = Path(pair.certificate).read_text() + Path(pair.key).read_text()
     Path(pair.certificate).write_text(both)
+    Path(pair.certificate).chmod(0o600)
     tls.server_context(server_of(pair, tls_key=""))
 
 
@@ -122,9 +123,23 @@ def no_ca(pair: Pair) -> dict[str, str]:
     return {"tls_client_ca": pair.key}
 
 
+def open_key(pair: Pair) -> dict[str, str]:
+    Path(pair.key).chmod(0o644)
+    return {}
+
+
+def open_key_in_the_same_file(pair: Pair) -> dict[str, str]:
+    both = Path(pair.certificate).read_text() + Path(pair.key).read_text()
+    Path(pair.certificate).write_text(both)
+    Path(pair.certificate).chmod(0o644)
+    return {"tls_key": ""}
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
+        (open_key, "127.0.0.1.key': everybody can get at it (mode 0644)"),
+        (open_key_in_the_same_file, "127.0.0.1.pem': everybody can get at it"),
         (no_file, "server.tls_certificate = '/nowhere': cannot be read: No such file"),
         (no_key, "server.tls_key = '/nowhere': cannot be read: No such file or"),
         (empty, "127.0.0.1.pem': holds no PEM certificate"),
@@ -141,7 +156,7 @@ def test_what_cannot_be_used_is_told_on_one_line(
 ) -> None:
     pair = authority.issue()
     server = server_of(pair, **spoil(pair))
-    with pytest.raises(tls.TlsError) as info:
+    with pytest.raises(ConfigError) as info:
         tls.server_context(server)
     text = str(info.value)
     assert text.startswith("server.tls_")
@@ -167,7 +182,7 @@ def test_what_cannot_be_used_is_told_on_one_line(
     ],
 )
 def test_what_cannot_be_used_for_a_worker(keys: dict[str, str], told: str) -> None:
-    with pytest.raises(tls.TlsError, match=told):
+    with pytest.raises(ConfigError, match=told):
         tls.worker_context(worker_of(**keys))
 
 

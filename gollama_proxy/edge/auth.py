@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jwt
 from aiohttp import web
 
-from gollama_proxy.config import ConfigError
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.ticket import Priority
 from gollama_proxy.settings import Config, Revoked

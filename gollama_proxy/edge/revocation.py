@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from gollama_proxy.config import ConfigError, read_revoked
+from gollama_proxy.keys import read_revoked
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.settings import Revoked
 from gollama_proxy.tasks import spawn
 

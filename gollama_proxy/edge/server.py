@@ -18,8 +18,8 @@ from typing import Any, cast
 from aiohttp import HttpVersion11, http_parser, web
 from aiohttp.http_exceptions import LineTooLong
 
-from gollama_proxy.config import ConfigError
 from gollama_proxy.edge.gate import Gate, Terms, peer
+from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.ops.connections import Connections
 from gollama_proxy.settings import Config
 from gollama_proxy.tls import Credentials

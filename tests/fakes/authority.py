@@ -54,6 +54,7 @@ class Authority:
         certificate = b"".join(blob.bytes() for blob in leaf.cert_chain_pems)
         Path(pair.certificate).write_bytes(certificate)
         leaf.private_key_pem.write_to_path(pair.key)
+        Path(pair.key).chmod(0o600)
         return pair
 
     def server(self, pair: Pair) -> ssl.SSLContext:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import sys
 from collections import deque
@@ -14,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from tests.fakes import environment
 from tests.fakes.client import DEADLINE, Wire, request_head
 from tests.fakes.hub import SECRET, mint
 
@@ -102,7 +102,7 @@ async def hub_process(
 
     Another `module` is one that runs the same command and does more.
     """
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    variables = environment.bare()
     variables |= {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_SERVER_DRAIN": "0"}
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = str(value)
