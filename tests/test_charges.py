@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,43 @@ import pytest
 
 from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.hub import RunningHub, running_hub
-from tests.fakes.replies import named_event
-from tests.fakes.script import answer, event_stream
+from tests.fakes.replies import (
+    chunk,
+    error_event,
+    event,
+    head,
+    last_chunk,
+    named_event,
+    ping,
+    role,
+    sse_head,
+    timings_of,
+)
+from tests.fakes.replies import token as word
+from tests.fakes.script import (
+    Script,
+    answer,
+    chat_stream,
+    event_stream,
+    expect_eof,
+    give_way,
+    notify,
+    reset,
+    send,
+    wait,
+)
+from tests.fakes.streams import chat_chunk, delta, dump
+from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import LlamaServer
+from tests.test_retries import InOrder
 
 TPM = 100_000
+
+
+def begun(*events: bytes) -> Script:
+    """Stream these, and nothing that ends it."""
+    return send(sse_head()), *(send(chunk(each)) for each in events)
 
 
 async def left(hub: RunningHub, token: str) -> int:
@@ -135,3 +169,235 @@ async def test_counting_costs_nothing_at_a_real_server(
 ) -> None:
     async with running_hub(llama_server(tiny_model)) as hub:
         assert await cost(hub, "/v1/messages/count_tokens", CHATTED) == 0
+
+
+# --- However it ends --------------------------------------------------------------
+
+
+class Log(logging.Handler):
+    """Keeps the lines of the access log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[dict[str, Any]] = []
+        self.arrived = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = vars(record)["fields"]
+        if fields["route"] != "/tokenize":
+            self.lines.append(fields)
+            self.arrived.set()
+
+    def forget(self) -> None:
+        self.lines.clear()
+        self.arrived.clear()
+
+    async def line(self) -> dict[str, Any]:
+        """Wait for the one request of this test to end."""
+        async with asyncio.timeout(10):
+            await self.arrived.wait()
+        [line] = self.lines
+        return line
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[Log]:
+    access, handler = logging.getLogger("gollama_proxy.access"), Log()
+    access.addHandler(handler)
+    with caplog.at_level(logging.INFO, access.name):
+        yield handler
+    access.removeHandler(handler)
+
+
+WHOLE = {"model": "tiny", **CHATTED}
+# As no worker has said: four bytes each.
+PROMPT_TOKENS = len(json.dumps(WHOLE)) // 4
+STREAMED = WHOLE | {"stream": True}
+
+
+@asynccontextmanager
+async def charged(hub: RunningHub, log: Log) -> AsyncIterator[tuple[str, list[int]]]:
+    """Give a token, and then what its one request has cost: prompt, and answer."""
+    token, costs = hub.token(tpm=TPM), list[int]()
+    before = await left(hub, token)
+    yield token, costs
+    line = await log.line()
+    costs += [line.get("prompt_tokens", 0), line.get("tokens", 0)]
+    assert before - await left(hub, token) == sum(costs), line
+
+
+async def relayed(hub: RunningHub, events: int) -> None:
+    """Wait until so many events of all running answers have come."""
+    relays = hub.hub.sweep._relays
+    await until(lambda: sum(relay.events for relay in relays) >= events)
+
+
+async def test_a_client_that_leaves_in_a_stream_is_charged(log: Log) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.on(CHAT, *begun(role() + word("a"), word("b")), expect_eof())
+        async with charged(hub, log) as (token, costs):
+            async with await hub.open(CHAT, STREAMED, token) as wire:
+                for _ in range(3):
+                    await wire.read_event()
+    assert costs == [len(json.dumps(STREAMED)) // 4, 3]
+    assert log.lines[0]["outcome"] == "client_gone"
+
+
+async def test_a_client_that_leaves_before_its_whole_answer_is_there_is_charged(
+    log: Log,
+) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.on(CHAT, *begun(role() + word("a"), word("b")), expect_eof())
+        async with charged(hub, log) as (token, costs):
+            async with await hub.open(CHAT, WHOLE, token):
+                await relayed(hub, 3)
+    assert costs == [PROMPT_TOKENS, 3]
+    assert log.lines[0]["outcome"] == "client_gone"
+
+
+async def test_what_the_worker_has_said_by_then_counts(log: Log) -> None:
+    """A stream with `timings_per_token` tells all the time, a message at its start."""
+    timed = chat_chunk(delta(content="a"), timings=timings_of(2, 1, 289))
+    start = {"type": "message_start", "message": MESSAGE | {"usage": CACHED}}
+    text = {"type": "content_block_delta", "delta": {"text": "a"}}
+    for path, events, tokens in (
+        (CHAT, [role() + word("a"), dump(timed)], 2),
+        ("/v1/messages", [named_event(start) + named_event(text)], 2),
+        ("/completion", [native(1) + native(2), native(3)], 3),
+    ):
+        log.forget()
+        async with ScriptedWorker() as worker, running_hub(worker) as hub:
+            worker.on(path, *begun(*events), expect_eof())
+            async with charged(hub, log) as (token, costs):
+                async with await hub.open(path, STREAMED, token) as wire:
+                    for _ in range(b"".join(events).count(b"data: ")):
+                        await wire.read_event()
+        assert costs == [290, tokens], path
+
+
+def native(number: int) -> bytes:
+    return event({"content": "a", "tokens_predicted": number, "tokens_evaluated": 290})
+
+
+async def test_a_client_that_leaves_before_anything_is_generated_is_not_charged(
+    log: Log,
+) -> None:
+    """Even the role is told by some servers before they have read the prompt."""
+    for stream in (True, False):
+        log.forget()
+        async with ScriptedWorker() as worker, running_hub(worker) as hub:
+            worker.on(CHAT, *begun(ping(), role()), notify("sent"), expect_eof())
+            async with charged(hub, log) as (token, costs):
+                async with await hub.open(CHAT, WHOLE | {"stream": stream}, token):
+                    await worker.reached("sent")
+        assert costs == [0, 0]
+
+
+async def test_an_answer_that_breaks_off_is_charged(log: Log) -> None:
+    async with (
+        ScriptedWorker() as worker,
+        # Nobody is to go on with it.
+        running_hub(worker, rescue__enabled=False, retry__attempts=1) as hub,
+    ):
+        worker.on(CHAT, *begun(role() + word("a")), reset())
+        async with charged(hub, log) as (token, costs):
+            async with await hub.open(CHAT, STREAMED, token) as wire:
+                await wire.read_to_end()
+    assert costs == [len(json.dumps(STREAMED)) // 4, 2]
+    assert log.lines[0]["error"] == "worker_connection_lost"
+
+
+async def test_an_answer_that_ends_with_an_error_is_charged(log: Log) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        error = send(chunk(error_event("no")) + last_chunk())
+        worker.on(CHAT, *begun(role() + word("a"), word("b")), wait("go"), error)
+        async with charged(hub, log) as (token, costs):
+            async with await hub.open(CHAT, STREAMED, token) as wire:
+                for _ in range(3):
+                    await wire.read_event()
+                worker.release("go")
+                await wire.read_to_end()
+    assert costs == [len(json.dumps(STREAMED)) // 4, 4]
+
+
+async def test_what_came_with_an_error_is_charged(log: Log) -> None:
+    """Nobody has seen it: the error became a status.  An error alone costs nothing."""
+    for events, tokens in ((word("a") + word("b"), 2), (role(), 0)):
+        async with (
+            ScriptedWorker() as worker,
+            running_hub(worker, retry__attempts=1) as hub,
+        ):
+            worker.on(CHAT, *event_stream(events + error_event("no")))
+            async with charged(hub, log) as (token, costs):
+                assert (await hub.post(CHAT, STREAMED, token)).status == 500
+        prompt = len(json.dumps(STREAMED)) // 4
+        assert costs == [prompt if tokens else 0, tokens]
+        log.forget()
+
+
+async def test_what_a_worker_generated_before_another_one_did_it_is_charged(
+    log: Log,
+) -> None:
+    """The prompt counts once; the answer that was lost had three events."""
+    async with (
+        ScriptedWorker() as bad,
+        ScriptedWorker() as good,
+        running_hub(bad, good, rescue__enabled=False) as hub,
+    ):
+        hub.hub.registry.policy = InOrder()
+        bad.on(CHAT, *begun(role() + word("a"), word("b")), reset())
+        good.on(CHAT, *chat_stream(["a"] * 5, usage=True))
+        async with charged(hub, log) as (token, costs):
+            assert (await hub.post(CHAT, WHOLE, token)).status == 200
+    assert costs == [20, 3 + 5]
+
+
+async def test_a_hub_that_stops_logs_what_was_generated(log: Log) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.on(CHAT, *begun(role() + word("a")), expect_eof())
+        async with await hub.open(CHAT, STREAMED) as wire:
+            for _ in range(2):
+                await wire.read_event()
+            hub.hub.dispatcher.cut()
+            line = await log.line()
+    assert (line["prompt_tokens"], line["tokens"]) == (PROMPT_TOKENS + 4, 2)
+
+
+async def test_an_answer_that_nobody_has_counted_costs_by_its_size(log: Log) -> None:
+    """`response_fields` of a llama-server leaves out whatever a client wants."""
+    body = {"prompt": "x" * 400, "response_fields": ["content"]}
+    content = {"content": "y" * 8000}
+    for headers in ([], [("Transfer-Encoding", "chunked")]):
+        log.forget()
+        async with ScriptedWorker() as worker, running_hub(worker) as hub:
+            if headers:
+                data = json.dumps(content).encode()
+                worker.on(
+                    "/completion",
+                    send(head(200, headers)),
+                    send(chunk(data[:9])),
+                    give_way(),
+                    send(chunk(data[9:])),
+                    send(last_chunk()),
+                )
+            else:
+                worker.on("/completion", *answer(content))
+            async with charged(hub, log) as (token, costs):
+                assert (await hub.post("/completion", body, token)).status == 200
+        [prompt, tokens] = costs
+        assert 400 // 4 <= prompt <= 500 // 4
+        assert 2000 <= tokens <= 2010
+
+
+async def test_leaving_an_answer_that_shows_nothing_costs_the_time(log: Log) -> None:
+    """In one piece, it is generated unseen; here by a worker that is very fast."""
+    body = WHOLE | {"stop": ["."], "max_tokens": 77}
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        pace = hub.hub.registry.workers[0].pace_of("tiny")
+        pace.speed.read(10**12, 1.0)
+        pace.speed.wrote(10**12, 1.0)
+        worker.on(CHAT, expect_eof())
+        async with charged(hub, log) as (token, costs):
+            async with await hub.open(CHAT, body, token):
+                await worker.received()
+    assert costs == [len(json.dumps(body)) // 4, 77]

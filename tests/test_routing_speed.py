@@ -148,6 +148,17 @@ def test_what_says_nothing_about_writing(tokens: int, seconds: float) -> None:
     assert speed.tokens == 256
 
 
+def test_an_answer_that_nobody_sees_is_as_long_as_its_time() -> None:
+    speed = Speed()
+    assert speed.generated(1000, 60.0) == 0
+    speed.wrote(100, 2.0)
+    assert speed.generated(1000, 60.0) == 0, "how long it reads is not known"
+    speed.read(1000, 0.5)
+    assert speed.generated(4000, 1.0) == 0, "it reads"
+    assert speed.generated(4000, 3.0) == 50
+    assert speed.generated(4000, 3.0, 2) == int(50 * SHARED)
+
+
 def test_it_knows_how_long_answers_are() -> None:
     speed = Speed()
     speed.wrote(50, 1.0)

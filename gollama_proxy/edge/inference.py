@@ -22,6 +22,7 @@ from gollama_proxy.edge.answer import (
     whole_response,
 )
 from gollama_proxy.edge.auth import Authenticator, Principal
+from gollama_proxy.edge.charges import Charges
 from gollama_proxy.edge.dispatch import draining
 from gollama_proxy.edge.fitting import Fitting
 from gollama_proxy.edge.job import WAIT, Job
@@ -79,6 +80,7 @@ class Inference:
         self._slots = slots
         self._fitting = fitting
         self._quotas = Quotas(clock)
+        self._charges = Charges(self._quotas, fitting, clock)
         self._clock = clock
 
     def __repr__(self) -> str:
@@ -141,7 +143,7 @@ class Inference:
             return response
         finally:
             self._slots.leave(entry)
-            self._spend(job, principal.subject)
+            self._charges.settle(job, principal.subject)
 
     def _counts(self, principal: Principal) -> bool:
         """Say whether a worker has to be asked what its answer took."""
@@ -286,13 +288,20 @@ class Inference:
             if not attempt.connected:  # whatever it was, the worker knows nothing of it
                 refusal = refusal._replace(failure=Failure.UNREACHABLE)
             return refusal
+        except asyncio.CancelledError:
+            self._charges.add_unseen(job, worker, lease)
+            raise
         with self._sweep.watching(relay, worker):
             refused = await read_refusal(relay, worker.name)
+        if refused is not None:
+            self._charges.add_refused(job, relay)
+            return refused
         promised = job.rescue is not None or job.begun
-        if refused is None and promised and not relay.is_event_stream:
-            self._count(job, relay, usage.read(incoming.endpoint.api, relay.held))
+        if promised and not relay.is_event_stream:
+            told = usage.read(incoming.endpoint.api, relay.held)
+            self._charges.add(job, relay, told)
             return refusal_of(DivergedError("it does not stream"))
-        return refused or relay
+        return relay
 
     # --- Relay --------------------------------------------------------------------
 
@@ -305,7 +314,7 @@ class Inference:
         whole = whole_response(relay, job.names)
         if whole is not None:
             told = usage.read(api, relay.held)
-            self._count(job, relay, told)
+            self._charges.add(job, relay, told)
             self._complete(job, worker, relay, lease, told)
             record.bytes = len(relay.held)
             return whole
@@ -336,8 +345,10 @@ class Inference:
                 lease.release(Outcome.HUB_STOPPED)
             raise
         finally:
+            if job.fed:  # else it is counted as a whole
+                record.bytes += relay.bytes
             told = usage.read_end(api, relay.tail, relay.began)
-            self._count(job, relay, told)
+            self._charges.add(job, relay, told)
             if complete:
                 self._complete(job, worker, relay, lease, told)
         return response
@@ -353,35 +364,6 @@ class Inference:
             lease.prefill = Prefill(*told.reading)
             self._registry.learn(job.attempts, worker, lease.prefill)
         lease.release(Outcome.COMPLETE)
-
-    # --- Charge -------------------------------------------------------------------
-
-    def _count(self, job: Job, relay: Relay, told: Usage) -> None:
-        """Add what one attempt gave of an answer, whether or not that was complete.
-
-        A prompt counts once, however many workers have read it.
-        """
-        incoming, model = job.incoming, job.attempts.pool.model
-        if not incoming.endpoint.slot:
-            return
-        generated = told.generated
-        if relay.is_event_stream:
-            generated = generated or max(relay.events, 1)
-        elif generated is None and incoming.endpoint.generates:
-            generated = self._fitting.likely_tokens(
-                model, relay.bytes or len(relay.held)
-            )
-        job.count(relay, told.prompt or 0, generated or 0)
-        if told.prompt and job.rescue is None:  # else it is longer than the request
-            self._fitting.learn(incoming, model, told.prompt)
-
-    def _spend(self, job: Job, subject: str) -> None:
-        """Charge the subject, at the end of its request."""
-        record = job.record
-        if job.answered and not record.prompt_tokens:
-            estimate = self._fitting.estimate(job.incoming, job.attempts)
-            record.prompt_tokens = estimate
-        self._quotas.spend(subject, record.prompt_tokens + record.tokens)
 
 
 def _released(lease: Lease, refusal: Refusal) -> Refusal:

@@ -238,11 +238,9 @@ class Job:
         self.delivery.send(self.rescue.closing())
         return await self.delivery.finish()
 
-    def count(self, relay: Relay, prompt: int, generated: int) -> None:
-        """Add what a worker gave of the answer, with the tokens of it."""
+    def count(self, prompt: int, generated: int) -> None:
+        """Add the tokens that a worker has read and generated in one attempt."""
         self.answered = True
-        if self.fed:  # else it is counted as a whole
-            self.record.bytes += relay.bytes
         self.record.tokens += generated
         self.record.prompt_tokens = max(self.record.prompt_tokens, prompt)
 

@@ -77,6 +77,16 @@ class Speed:
             return None
         return self._table[min(beside.bit_length(), LEVELS) - 1]
 
+    def generated(self, prompt_bytes: int, seconds: float, beside: int = 1) -> int:
+        """Estimate the tokens of an answer that has taken so many seconds by now.
+
+        0 if too little is known of the worker.
+        """
+        writes = self.writes(beside)
+        if writes is None or self.reads is None:
+            return 0
+        return int(max(seconds - prompt_bytes / self.reads, 0.0) * writes)
+
     # --- What it hears ------------------------------------------------------------
 
     def read(

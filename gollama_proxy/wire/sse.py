@@ -104,6 +104,12 @@ def opens(held: bytes, ending: Ending) -> bool:
     return any(_carries(data, ending) for data in events_in(held))
 
 
+def content_events(held: bytes, ending: Ending) -> int:
+    """Count the events that carry content, and are no error."""
+    events = [data for data in events_in(held) if _carries(data, ending)]
+    return sum(error_in(data) is None for data in events)
+
+
 class Gatherer:
     """Gathers the pieces of a stream into whole events; a byte is looked at once.
 
