@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 
@@ -30,7 +30,7 @@ class Aliases:
     @property
     def names(self) -> dict[str, str]:
         """The names, without the patterns, and the models that they stand for."""
-        return {key: model for key, model in self._table.items() if is_plain(key)}
+        return {key: model for key, model in self._table.items() if is_name(key)}
 
     def __contains__(self, name: str) -> bool:
         """Tell whether a name is in the table as it is."""
@@ -42,7 +42,7 @@ class Aliases:
 
     def pattern(self, name: str) -> str | None:
         """Find the pattern that catches a name."""
-        return next((each for each in self._patterns if fnmatchcase(name, each)), None)
+        return next((each for each in self._patterns if matches(name, (each,))), None)
 
     def way(self, key: str) -> list[str]:
         """Follow a key to its model, and on for as long as that is an alias again.
@@ -54,13 +54,35 @@ class Aliases:
         names = [key, self._table[key]]
         while names[-1] not in names[:-1]:
             found = self.key(names[-1])
-            if found is None or found == key or fnmatchcase(key, found):
+            if found is None or found == key or matches(key, (found,)):
                 break
             names.append(self._table[found])
             key = found
         return names
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a name is covered by one of these shell-like patterns.
+
+    Names of models hold brackets (`claude[1m]`), so a bracket in a pattern also stands
+    for itself: `x[1m]*` matches `x[1m]-fast` as well as `x1-fast`.
+    """
+    for pattern in patterns:
+        if fnmatchcase(name, pattern):
+            return True
+        if "[" in pattern and fnmatchcase(name, pattern.replace("[", "[[]")):
+            return True
+    return False
+
+
 def is_plain(name: str) -> bool:
     """Tell a name from a pattern."""
     return not any(sign in name for sign in "*?[")
+
+
+def is_name(key: str) -> bool:
+    """Return whether a client may use this as the name of a model.
+
+    Unlike asterisks and question marks, brackets do occur in names.
+    """
+    return not any(sign in key for sign in "*?")

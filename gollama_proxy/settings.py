@@ -169,7 +169,10 @@ def _parse_lists(value: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _parse_origins(value: Any) -> tuple[str, ...]:
-    """Read exact origins (RFC 6454, 6.1: scheme, host and port, nothing behind)."""
+    """Read exact origins (RFC 6454, 6.1: scheme, host and port, nothing behind).
+
+    Desktop apps and browser extensions have schemes of their own.
+    """
     return tuple(map(_parse_origin, _parse_list(value)))
 
 
@@ -179,14 +182,20 @@ def _parse_origin(text: str) -> str:
     if match is None or int(match["port"] or 1) not in range(1, 65_536):
         raise ValueError
     scheme, host, port = match.groups()
-    if port is None or int(port) == {"http": 80, "https": 443}[scheme]:
+    if scheme in _DEFAULT_PORTS and _HOST.fullmatch(host) is None:
+        raise ValueError
+    if port is None or int(port) == _DEFAULT_PORTS.get(scheme):
         return f"{scheme}://{host}"  # a browser leaves it out (RFC 6454, 6.2)
     return f"{scheme}://{host}:{int(port)}"
 
 
 _ORIGIN = re.compile(
-    r"(?P<scheme>https?)://(?P<host>[a-z0-9.-]+|\[[0-9a-f:]+\])(?::(?P<port>[0-9]{1,5}))?"
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[A-Za-z0-9._~-]+|\[[0-9a-f:]+\])"
+    r"(?::(?P<port>[0-9]{1,5}))?"
 )
+# A browser lowers the names of hosts, but not what stands there for other schemes.
+_HOST = re.compile(r"[a-z0-9.-]+|\[[0-9a-f:]+\]")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 FLAG = Kind(_parse_flag, "true or false")
 TEXT = Kind(_parse_text, "text on one line")
 NAMES = Kind(_parse_names, 'a list of model names such as ["qwen*"], each on one line')
@@ -194,7 +203,9 @@ TABLE = Kind(_parse_table, 'a table such as { "gpt-4o-mini" = "qwen" }')
 LISTS = Kind(
     _parse_lists, 'a table of lists of other names such as { "big" = ["small"] }'
 )
-ORIGINS = Kind(_parse_origins, "a list of origins such as http://localhost:3000")
+ORIGINS = Kind(
+    _parse_origins, "a list of origins such as http://localhost:3000 or app://name"
+)
 PORT = number(0, 65_535, whole=True)
 
 

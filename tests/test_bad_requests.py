@@ -449,26 +449,6 @@ HEADS: dict[str, tuple[list[tuple[str, str]], int, str]] = {
         417,
         "expectation_failed",
     ),
-    "Upgrade: websocket": (
-        [
-            ("Connection", "Upgrade"),
-            ("Upgrade", "websocket"),
-            ("Sec-WebSocket-Version", "13"),
-            ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
-        ],
-        400,
-        "bad_request",
-    ),
-    "Upgrade: h2c": (
-        [
-            ("Connection", "Upgrade, HTTP2-Settings"),
-            ("Upgrade", "h2c"),
-            ("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA"),
-        ],
-        400,
-        "bad_request",
-    ),
-    "Upgrade alone": ([("Upgrade", "h2c")], 400, "bad_request"),
     "two hosts": ([("Host", "hub"), ("Host", "other")], 400, "bad_request"),
     "a second Authorization": (
         [("Authorization", "Bearer x")],

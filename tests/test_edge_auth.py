@@ -35,7 +35,7 @@ from tests.fakes import tokens
 from tests.fakes.clock import Clock
 from tests.fakes.hub import SECRET as HUB_SECRET
 from tests.fakes.hub import mint as mint_for_hub
-from tests.fakes.hub import plain_hub
+from tests.fakes.hub import plain_hub, running_hub
 from tests.fakes.tokens import PUBLIC_KEY_ALGORITHMS, b64, key_pair
 from tests.fakes.worker import ScriptedWorker
 
@@ -969,7 +969,7 @@ async def test_every_refusal_is_the_same_bytes_to_a_client() -> None:
             [("Authorization", f"Bearer {mint_for_hub('x' * 32, sub='alice')}")],
         ),
         ("unsigned", [("Authorization", f"Bearer {forge({'alg': 'none'})}")]),
-        ("an API key", [("X-Api-Key", good)]),
+        ("an API key", [("X-Api-Key", good + "x")]),
         ("a cookie", [("Cookie", f"token={good}")]),
         ("through a proxy", [("Proxy-Authorization", f"Bearer {good}")]),
     ]
@@ -1043,7 +1043,7 @@ def test_the_log_has_the_cause_and_the_client_has_not(
     assert error.detail == cause
     assert error.message == (
         "Missing or invalid token. Send 'Authorization: Bearer <token>' "
-        "with a token of this hub."
+        "or 'x-api-key: <token>' with a token of this hub."
     )
 
 
@@ -1070,3 +1070,66 @@ async def test_the_record_of_a_request_names_its_subject() -> None:
     request = make_mocked_request("POST", "/", headers=headers)
     assert authenticator().identify(request, record).subject == "alice"
     assert record.subject == "alice"
+
+
+# --- x-api-key --------------------------------------------------------------------
+
+
+def test_a_token_may_come_as_an_api_key_alone_or_beside_itself() -> None:
+    who, token = authenticator(), signed()
+    for headers in ([], bearer(token)):
+        assert who.authenticate(headers, [token]).subject == "alice"
+
+
+@pytest.mark.parametrize(
+    ("headers", "api_keys"),
+    [
+        ([], ["", ""]),
+        ([], [signed(), signed()]),
+        ([], [""]),
+        ([], ["sk-ant-1"]),
+        ([], bearer(signed())),
+        (bearer(signed()), [signed(sub="bob")]),
+        (bearer(signed(sub="bob")), [signed()]),
+        (bearer(signed()), [""]),
+        (bearer(""), [signed()]),
+        (["Basic YTpi"], [signed()]),
+        (bearer(signed()), [signed(), signed()]),
+        (bearer(signed()) * 2, [signed()]),
+        ([], [signed(exp=NOW - 60)]),
+        ([], ["x" * (MAX_TOKEN + 1)]),
+    ],
+)
+def test_two_tokens_or_a_bad_one_are_refused(
+    headers: list[str], api_keys: list[str]
+) -> None:
+    who = authenticator()
+    with pytest.raises(AuthError) as caught:
+        who.authenticate(headers, api_keys)
+    assert caught.value.message == refused(authenticator(), []).message
+    assert not any(key in caught.value.detail for key in api_keys if key)
+
+
+def test_an_api_key_is_remembered_and_revoked_as_the_same_token(
+    verifications: list[str],
+) -> None:
+    who, token = authenticator(), signed()
+    who.authenticate(bearer(token))
+    who.authenticate([], [token])
+    assert len(verifications) == 1
+    who.revoke(Revoked(subjects=frozenset({"alice"})))
+    with pytest.raises(AuthError):
+        who.authenticate([], [token])
+
+
+async def test_an_api_key_opens_every_route_and_reaches_no_worker() -> None:
+    body = {"max_tokens": 5, "messages": [{"role": "user", "content": "hello"}]}
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        token = hub.token()
+        keys = [("X-API-Key", token), ("anthropic-version", "2023-06-01")]
+        for path in ("/v1/messages", "/v1/chat/completions"):
+            assert (await hub.post(path, body, None, headers=keys)).status == 200
+        assert (await hub.get("/v1/models", None, headers=keys)).status == 200
+        other = [("x-api-key", hub.token("bob"))]
+        assert (await hub.post("/v1/messages", body, headers=other)).status == 401
+        assert not any(token.encode() in request.head for request in worker.requests)

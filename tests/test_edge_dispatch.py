@@ -513,7 +513,6 @@ async def test_a_trailer_is_no_field_of_the_next_request(together: bool) -> None
 @pytest.mark.parametrize(
     ("line", "header", "status"),
     [
-        ("POST /a HTTP/1.1", "Upgrade: h2c", 400),
         ("POST /a HTTP/1.1", "Host: a b", 400),
         ("POST /a HTTP/1.1", "Content_Length: 5", 400),
         ("POST /a HTTP/1.1", "Content-Encoding: gzip", 415),

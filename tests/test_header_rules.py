@@ -114,7 +114,7 @@ async def test_a_client_cannot_take_away_what_it_is_told(connection: Headers) ->
         ("Trailer", "X-Digest"),
         ("Alt-Svc", 'h2=":443"'),
         ("Cookie", "a=b"),
-        ("X-Api-Key", "sk"),
+        ("Api-Key", "sk"),
         ("X-Conversation-Id", "conv-1"),
         ("X-Forwarded-For", "10.0.0.1"),
         ("X-Real-Ip", "10.0.0.1"),

@@ -155,7 +155,18 @@ HEADERS: dict[str, list[tuple[str, str]]] = {
     "in quotes": [("Authorization", f'Bearer "{GOOD}"')],
     "a space in the token": [("Authorization", f"Bearer {_HEAD}. {_CLAIMS}")],
     "to a proxy": [("Proxy-Authorization", f"Bearer {GOOD}")],
-    "as an API key": [("X-Api-Key", GOOD), ("Api-Key", GOOD)],
+    "as an API key of another kind": [("Api-Key", GOOD)],
+    "two API keys": [("X-Api-Key", GOOD)] * 2,
+    "a bad API key": [("X-Api-Key", f"{GOOD}x")],
+    "an API key with a scheme": [("X-Api-Key", f"Bearer {GOOD}")],
+    "a good token, and another API key": [
+        ("Authorization", f"Bearer {GOOD}"),
+        ("X-Api-Key", "sk-ant-1"),
+    ],
+    "a good API key, and another token": [
+        ("Authorization", "Bearer x"),
+        ("X-Api-Key", GOOD),
+    ],
     "in a cookie": [("Cookie", f"token={GOOD}; Authorization=Bearer {GOOD}")],
     "with an underscore": [("X-Authorization", f"Bearer {GOOD}")],
 }

@@ -489,7 +489,7 @@ PROMPT, ANSWER, HEADER, QUERY, PATH, NAME, GARBAGE = (
     for what in ("prompt", "answer", "header", "query", "path", "model", "garbage")
 )
 MESSAGES = {"messages": [{"role": "user", "content": PROMPT}]}
-HEADERS = [("User-Agent", HEADER), ("X-Api-Key", HEADER), ("Cookie", HEADER)]
+HEADERS = [("User-Agent", HEADER), ("Api-Key", HEADER), ("Cookie", HEADER)]
 
 
 async def post(hub: RunningHub, payload: Any, path: str = CHAT) -> Wire:

@@ -72,7 +72,7 @@ BODY = {"model": ALIAS, "messages": [{"role": "user", "content": PROMPT}]}
 STREAM = {**BODY, "stream": True}
 HEADERS = [
     ("Cookie", HEADER),
-    ("X-Api-Key", HEADER),
+    ("Api-Key", HEADER),
     ("Referer", f"http://{USER}:{USER}@a/?{QUERY}"),
     ("User-Agent", HEADER),
     ("Traceparent", HEADER),
@@ -295,7 +295,6 @@ async def _and_leave(stage: Stage) -> Wire:
 
 CASES: dict[str, Case] = {
     # The request
-    "upgrade": Case(Code.BAD_REQUEST, act=sending(f"Upgrade: {HEADER}")),
     "bad head": Case(
         Code.BAD_REQUEST, act=sending(f"X: {HEADER}\x00", f"{HEADER}\x01: a")
     ),

@@ -1,5 +1,8 @@
 """Token in, Principal out: JWT bearer tokens (RFC 7519), checked as RFC 8725 asks.
 
+A token comes in `Authorization`, or in `x-api-key`, as Anthropic's SDKs send it; where
+a request has both, they must hold the same one.
+
 The algorithm is the configuration's choice, never the token's (RFC 8725, 3.1).  Every
 refusal looks the same to the client; the reason is for the log.
 
@@ -63,13 +66,13 @@ class AuthError(RequestError):
         super().__init__(
             Code.INVALID_API_KEY,
             "Missing or invalid token. Send 'Authorization: Bearer <token>' "
-            "with a token of this hub.",
+            "or 'x-api-key: <token>' with a token of this hub.",
             detail=cause,
         )
 
 
 class Authenticator:
-    """Checks `Authorization` headers.  `clock` gives Unix time in seconds."""
+    """Checks the tokens of requests.  `clock` gives Unix time in seconds."""
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time) -> None:
         self._off = config.auth.mode == "off"
@@ -94,24 +97,27 @@ class Authenticator:
         Raises:
             AuthError: as `authenticate` does.
         """
-        principal = self.authenticate(request.headers.getall("Authorization", ()))
+        principal = self.authenticate(
+            request.headers.getall("Authorization", ()),
+            request.headers.getall("X-Api-Key", ()),
+        )
         record.subject = principal.subject
         return principal
 
-    def authenticate(self, headers: Sequence[str]) -> Principal:
-        """Tell who sent a request, from the values of its `Authorization` headers.
+    def authenticate(
+        self, headers: Sequence[str], api_keys: Sequence[str] = ()
+    ) -> Principal:
+        """Tell who sent a request.
+
+        `headers` are the values of its `Authorization` headers, `api_keys` those of
+        its `x-api-key` headers.
 
         Raises:
-            AuthError: there is not exactly one, or its token is not good.
+            AuthError: they do not hold exactly one token, or it is not good.
         """
         if self._off:
             return ANONYMOUS
-        if len(headers) != 1:
-            raise AuthError(f"{len(headers)} Authorization headers")
-        scheme, _, token = headers[0].partition(" ")
-        if scheme.lower() != "bearer":  # RFC 9110, 11.1: case-insensitive
-            raise AuthError("not a Bearer token")
-        token = token.strip(" ")
+        token = _token_in(headers, api_keys)
         if len(token) > MAX_TOKEN:
             raise AuthError("token too long")
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
@@ -213,6 +219,27 @@ class Authenticator:
             **{name: _limit(claims, name) for name in LIMITS},
             priority=_priority(claims),
         )
+
+
+def _token_in(headers: Sequence[str], api_keys: Sequence[str]) -> str:
+    """Return the one token of a request.
+
+    Raises:
+        AuthError: a header is repeated, both differ, or there is none.
+    """
+    if len(api_keys) > 1:
+        raise AuthError(f"{len(api_keys)} x-api-key headers")
+    if not headers and api_keys:
+        return api_keys[0].strip(" ")
+    if len(headers) != 1:
+        raise AuthError(f"{len(headers)} Authorization headers")
+    scheme, _, token = headers[0].partition(" ")
+    if scheme.lower() != "bearer":  # RFC 9110, 11.1: case-insensitive
+        raise AuthError("not a Bearer token")
+    token = token.strip(" ")
+    if api_keys and api_keys[0].strip(" ") != token:
+        raise AuthError("Authorization and x-api-key differ")
+    return token
 
 
 def _check_key(config: Config, key: bytes | str) -> None:

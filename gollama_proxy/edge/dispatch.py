@@ -103,9 +103,7 @@ class Dispatcher:
         self, request: web.BaseRequest, record: Record
     ) -> web.StreamResponse:
         # Whether the connection ends with this request: whoever sends a head that could
-        # be read in two ways may mean anything by what follows.  So does one in chunks:
-        # aiohttp (3.14.5) takes the last trailer behind them for a field of the next
-        # request, and a trailer can say `Authorization`.
+        # be read in two ways may mean anything by what follows.
         last = True
         try:
             self._admit_origin(request, record)
@@ -239,8 +237,9 @@ async def _answer_preflight(request: web.BaseRequest, record: Record) -> web.Res
     """Answer a browser that asks whether it may ask; no worker is touched."""
     headers = {
         "Access-Control-Allow-Methods": "GET, POST",
-        # SDKs send headers of their own; the asterisk does not cover this one.
-        "Access-Control-Allow-Headers": "Authorization, Content-Type, *",
+        # SDKs send headers of their own; the asterisk does not cover the first one,
+        # and older browsers do not know it.
+        "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key, *",
         "Access-Control-Max-Age": "600",
     }
     if request.headers.get("Access-Control-Request-Private-Network") == "true":

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from gollama_proxy.names import Aliases, is_plain
+from gollama_proxy.names import Aliases, is_name, matches
 from gollama_proxy.routing.budget import RetryBudget
 from gollama_proxy.routing.policies import Policy, make
 from gollama_proxy.routing.pool import Pool
@@ -16,7 +16,7 @@ from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.retry import Attempts
 from gollama_proxy.routing.slowness import Expectations
 from gollama_proxy.routing.speed import Prefill
-from gollama_proxy.routing.worker import State, Worker, matches
+from gollama_proxy.routing.worker import State, Worker
 from gollama_proxy.settings import Config, Models
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
@@ -194,7 +194,9 @@ class Registry:
         key = None if name is None else self._alias_key(name)
         if allowed is None or key is None or self._aliases[key] != model:
             return False
-        return may_use(allowed, key) if is_plain(key) else key in allowed
+        if key == name and is_name(key):
+            return may_use(allowed, key)
+        return key in allowed
 
     def model_of(self, name: str) -> str:
         """Tell the model that a name stands for; a name that is no alias is its own."""

@@ -16,12 +16,11 @@ import enum
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import assert_never
 
-from gollama_proxy.names import is_plain
+from gollama_proxy.names import is_name, is_plain, matches
 from gollama_proxy.routing.breaker import Breaker, Verdict
 from gollama_proxy.routing.lease import Lease, Outcome
 from gollama_proxy.routing.remembered import Remembered
@@ -199,6 +198,10 @@ class Worker:
             return seen
         seen = tuple(model for model in seen if self.serves(model.name))
         names = dict.fromkeys(name for name in self.config.models if is_plain(name))
+        if self.description is not None:
+            for name in filter(is_name, self.config.models):
+                if not any(matches(model.name, (name,)) for model in seen):
+                    names[name] = None  # `x[1m]` is no pattern for any of them
         for model in seen:
             names.pop(model.name, None)
         context = self.description.context if self.description else None
@@ -465,8 +468,3 @@ def _proof(verdict: Verdict, outcome: Outcome) -> bool | None:
     if verdict is Verdict.NEUTRAL:
         return None
     return verdict is Verdict.SUCCESS
-
-
-def matches(model: str, patterns: Iterable[str]) -> bool:
-    """Tell whether a model is among those named; patterns are shell-like."""
-    return any(fnmatchcase(model, pattern) for pattern in patterns)

@@ -76,6 +76,7 @@ _SUSPECT = frozenset(
         b"upgrade",
     }
 )
+_LAST = frozenset({b"transfer-encoding", b"upgrade"})
 
 
 def check_head(
@@ -84,7 +85,13 @@ def check_head(
     """Refuse a request head that could be read in two ways, or is too large.
 
     The parser in front has refused most of what is malformed already; this is what it
-    lets through and a proxy must not.  Returns whether the body comes in chunks.
+    lets through and a proxy must not.  Returns whether the connection has to end with
+    this request, as what follows could be read in two ways:
+
+    * behind a body in chunks: aiohttp (3.14.5) takes the last trailer for a field of
+      the next request, and a trailer can say `Authorization`;
+    * behind an `Upgrade`, which is ignored (RFC 9110, 7.8): aiohttp's parser stops
+      behind such a request and drops what came with it.
 
     Raises:
         RequestError: 400, 405, 415, 431, 501 or 505, naming the header.
@@ -96,7 +103,7 @@ def check_head(
         text = "CONNECT is not supported: this is no tunnel."
         raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow="GET, POST")
     total = 0
-    chunked = False
+    last = False
     for name, value in headers:
         total += len(name) + len(value) + 4  # ": " and CRLF
         lowered = name.lower()
@@ -106,11 +113,11 @@ def check_head(
                 raise RequestError(Code.BAD_REQUEST, text)
         elif lowered in _SUSPECT:
             _check_field(name, value, version)
-            chunked = chunked or lowered == b"transfer-encoding"
+            last = last or lowered in _LAST
     if total > limit:
         text = f"The request head is larger than {limit} bytes."
         raise RequestError(Code.HEAD_TOO_LARGE, text)
-    return chunked
+    return last
 
 
 def _check_field(name: bytes, value: bytes, version: tuple[int, int]) -> None:
@@ -128,10 +135,7 @@ def _check_field(name: bytes, value: bytes, version: tuple[int, int]) -> None:
         if value.lower() != b"identity":
             text = "Content-Encoding is not supported; send the body as plain JSON."
             raise RequestError(Code.UNSUPPORTED_ENCODING, text)
-    elif lowered == b"upgrade":
-        text = "Upgrade is not supported; use plain HTTP/1.1."
-        raise RequestError(Code.BAD_REQUEST, text)
-    else:
+    elif lowered != b"upgrade":
         # Some servers read Content_Length as Content-Length (Envoy refuses it, too).
         text = f"Header {name.decode()!r} is ambiguous."
         raise RequestError(Code.BAD_REQUEST, text)

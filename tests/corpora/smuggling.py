@@ -681,11 +681,27 @@ for _protocol in (b"websocket", b"h2c", b"TLS/1.0", b"chunked", b""):
         f"GET with Upgrade: {_protocol.decode()}",
         "what follows is another protocol to some, a request to others",
         _post(*_upgrade, line=b"GET /livez HTTP/1.1"),
+        ((200,), (200,)),
+    )
+    _add(
+        f"Upgrade: {_protocol.decode()} with a body",
+        "is ignored (RFC 9110, 7.8), and nothing behind the request is read",
+        _post(*_upgrade, _LENGTH, body=BODY),
+        _LAST_SERVED,
+        strict=False,
+    )
+    _add(
+        f"Upgrade: {_protocol.decode()} with a body in chunks",
+        "is ignored (RFC 9110, 7.8), and nothing behind the request is read",
+        _post(*_upgrade, _CHUNKED, body=_CHUNKS),
+        _LAST_SERVED,
+        strict=False,
     )
 _add(
     "Upgrade without Connection",
     "means nothing to some (RFC 9110, 7.8)",
     _post(b"Upgrade: h2c", _LENGTH, body=BODY),
+    _LAST_SERVED,
 )
 
 # --- Refused for other reasons: the body is no request ----------------------------
