@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import socket
@@ -12,9 +11,16 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.wire.continuation import can_rescue, continuation, exhausted
+from gollama_proxy.wire.chunks import DivergedError
+from gollama_proxy.wire.continuation import (
+    can_continue,
+    can_rescue,
+    continuation,
+    exhausted,
+)
 from gollama_proxy.wire.splice import Splice
 from gollama_proxy.wire.told import Told, closing
+from tests.fakes.streams import read_calls
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
@@ -23,14 +29,49 @@ Start = Callable[..., LlamaServer]
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 CUTS = 12
-# How a worker may take the request for the rest.
-WAYS: dict[str, tuple[tuple[str, ...], dict[str, bool]]] = {
-    "as it is sent": ((), {"must_echo": True}),
-    "without a word of it": (
-        ("continue_final_message", "add_generation_prompt", "echo"),
-        {"must_echo": True},  # as older builds do
+# What builds do not know of the request for the rest.
+UNKNOWN: dict[str, tuple[str, ...]] = {
+    "as it is sent": (),
+    "to a build that repeats unasked": (
+        "continue_final_message",
+        "add_generation_prompt",
+        "echo",
     ),
-    "without repeating": (("echo",), {}),
+}
+# One that wraps thoughts in the text, and takes them out of those of earlier turns.
+THINKING = """{%- for message in messages %}
+{%- if message.role == 'assistant' %}{%- set content = message.content %}
+{%- if '</think>' in content %}{%- set content = content.split('</think>')[-1] %}
+{%- endif %}{{- '<|im_start|>assistant\\n' + content + '<|im_end|>\\n' }}
+{%- else %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+# With the tiny model's weights: a call at once, which ends, and has no blanks.
+PAINT: dict[str, Any] = {
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "paint",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"colour": {"enum": ["red", "blue"]}},
+                    "required": ["colour"],
+                },
+            },
+        }
+    ],
+    "tool_choice": "required",
+    "logit_bias": {"8": 100, "9": 90, "3": 200, "19": -100, "20": -100},
+    "max_tokens": 99,
+}
+FORM: dict[str, Any] = {
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"schema": {"enum": ["a long answer", "another one"]}},
+    },
+    "logit_bias": {"19": -100, "20": -100},
 }
 
 
@@ -70,8 +111,11 @@ def request(chat: bool, **fields: Any) -> bytes:
     return json.dumps({**asked, "temperature": 0, "max_tokens": 32, **fields}).encode()
 
 
-def read(stream: bytes) -> tuple[str, list[str]]:
-    """Return the text, and all that has to be there exactly once."""
+def read(stream: bytes) -> tuple[str, list[tuple[str, str]], list[str]]:
+    """Return the text, the calls, and all that has to be there exactly once.
+
+    The ids of calls are made up anew for each answer.
+    """
     assert stream.endswith(b"data: [DONE]\n\n")
     chunks = chunks_of(stream)
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
@@ -81,7 +125,7 @@ def read(stream: bytes) -> tuple[str, list[str]]:
     once += [c["finish_reason"] for c in choices if c["finish_reason"]]
     once += sorted({chunk["id"] for chunk in chunks})
     once += ["[DONE]"] * stream.count(b"data: [DONE]")
-    return text, once
+    return text, [(name, text) for _, name, text in read_calls(stream).values()], once
 
 
 def usage_of(stream: bytes) -> dict[str, int]:
@@ -100,74 +144,216 @@ def without(body: bytes, names: tuple[str, ...]) -> bytes:
     return json.dumps({k: v for k, v in fields.items() if k not in names}).encode()
 
 
+def rest_of(
+    second: LlamaServer,
+    path: str,
+    body: bytes,
+    told: Told,
+    unknown: tuple[str, ...] = (),
+) -> tuple[bytes, bool]:
+    """Ask for the rest as the hub does; say also whether it was a continuation."""
+    chat = path == CHAT
+    for goes_on in (True, False):
+        if goes_on and not can_continue(body, told, chat):
+            continue
+        asked = without(continuation(body, told, chat), unknown) if goes_on else body
+        splice = Splice(told, chat, regenerate=not goes_on)
+        stream = stream_of(second, path, asked)
+        try:
+            rest = b"".join(event for data in stream for event in splice.feed(data))
+        except DivergedError:
+            assert goes_on, "not even the whole answer is the same"
+            continue
+        return rest + splice.finish(), goes_on
+    raise AssertionError("unreachable")
+
+
 def check(
     first: LlamaServer,
     second: LlamaServer,
-    chat: bool,
-    change: Callable[[bytes], bytes] = bytes,  # what the second worker makes of it
-    **options: Any,
-) -> None:
-    """Break one answer at `CUTS` of its chunks; each continued one must be the same."""
-    body = request(chat)
+    path: str = CHAT,
+    *,
+    cuts: int = CUTS,
+    unknown: tuple[str, ...] = (),
+    **fields: Any,
+) -> set[bool]:
+    """Break one answer at many of its chunks; each one must come out the same.
+
+    Return how it was gone on with: as a continuation, or by asking for all again.
+    """
+    body = request(path == CHAT, **fields)
+    chat = path == CHAT
     assert can_rescue(body, chat)
-    chunks = stream_of(first, CHAT if chat else TEXT, body)
+    chunks = stream_of(first, path, body)
     assert all(chunk.endswith(b"\n\n") for chunk in chunks), "half events do occur"
     unbroken = b"".join(chunks)
-    text, once = read(unbroken)
-    usage = usage_of(unbroken)
-    assert len(once) == (4 if chat else 3)
+    seen, usage = read(unbroken), usage_of(unbroken)
     last = len(chunks) - 3  # chunks; behind it come a token, the end and `[DONE]`
-    for place in sorted({1 + (last - 1) * i // (CUTS - 1) for i in range(CUTS)}):
+    ways = set()
+    for place in sorted({1 + (last - 1) * i // (cuts - 1) for i in range(cuts)}):
         relayed = b"".join(chunks[:place])
-        told = Told.parse(relayed, chat)
+        told = Told.parse(relayed)
         assert told is not None
         assert told.mend == b""
         assert not exhausted(body, told), place
-        asked = continuation(body, told, chat)
-        splice = Splice(told, chat, **options)
-        stream = stream_of(second, CHAT if chat else TEXT, change(asked))
-        rest = b"".join(event for data in stream for event in splice.feed(data))
-        assert splice.told.text == text
-        rest += splice.finish()
-        assert read(relayed + rest) == (text, once), f"cut behind chunk {place}"
+        rest, goes_on = rest_of(second, path, body, told, unknown)
+        assert read(relayed + rest) == seen, f"cut behind chunk {place}"
         assert usage_of(rest) == usage, f"cut behind chunk {place}"
-    relayed = b"".join(chunks[: last + 1])
-    told = Told.parse(relayed, chat)
-    assert told is not None
-    assert exhausted(body, told)
-    closed = relayed + closing(told, chat)
-    assert read(closed) == (text, once)
+        ways.add(goes_on)
+    return ways
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("unknown", UNKNOWN.values(), ids=UNKNOWN)
 def test_a_broken_chat_is_the_unbroken_one(
-    way: str, tiny_model: Path, llama_server: Start
+    unknown: tuple[str, ...], tiny_model: Path, llama_server: Start
 ) -> None:
     """Text, usage, role, finish_reason and id are as if nothing had happened."""
-    unknown, options = WAYS[way]
     first, second = llama_server(tiny_model), llama_server(tiny_model)
-    check(first, second, True, lambda body: without(body, unknown), **options)
+    assert True in check(first, second, unknown=unknown)
+
+
+def test_a_build_that_repeats_nothing_is_asked_for_all_of_it(
+    tiny_model: Path, llama_server: Start
+) -> None:
+    first, second = llama_server(tiny_model), llama_server(tiny_model)
+    assert check(first, second, unknown=("echo",)) == {False}
 
 
 def test_a_broken_text_is_the_unbroken_one(
     tiny_model: Path, llama_server: Start
 ) -> None:
-    check(llama_server(tiny_model), llama_server(tiny_model), chat=False)
+    first, second = llama_server(tiny_model), llama_server(tiny_model)
+    assert check(first, second, TEXT) == {True}
 
 
-def test_an_answer_can_be_asked_for_again(
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_an_answer_that_lacks_only_its_end_gets_it(
+    path: str, tiny_model: Path, llama_server: Start
+) -> None:
+    chat, server = path == CHAT, llama_server(tiny_model)
+    body = request(chat)
+    chunks = stream_of(server, path, body)
+    relayed = b"".join(chunks[:-2])
+    told = Told.parse(relayed)
+    assert told is not None
+    assert exhausted(body, told)
+    seen = read(relayed + closing(told, chat))
+    assert seen == read(b"".join(chunks))
+
+
+def test_an_agents_text_goes_on(tiny_model: Path, llama_server: Start) -> None:
+    """With tools a build tells no white space in front of what it repeats."""
+    first, second = llama_server(tiny_model), llama_server(tiny_model)
+    assert True in check(first, second, tools=PAINT["tools"])
+
+
+@pytest.mark.parametrize("fields", [PAINT, FORM], ids=["a call", "a form"])
+def test_every_cut_of_what_is_held_to_a_grammar_is_made_up_for(
+    fields: dict[str, Any], tiny_model: Path, llama_server: Start
+) -> None:
+    first, second = llama_server(tiny_model), llama_server(tiny_model)
+    assert check(first, second, cuts=99, **fields) == {False}
+
+
+def test_a_call_behind_a_text_is_made_up_for_as_well(
     tiny_model: Path, llama_server: Start
 ) -> None:
-    """What the client has of it is left out."""
+    """In the continuation, which is forced to call."""
     first, second = llama_server(tiny_model), llama_server(tiny_model)
-    check(first, second, True, lambda _: request(chat=True), regenerate=True)
+    chunks = stream_of(first, CHAT, request(chat=True, tools=PAINT["tools"]))
+    relayed = b"".join(chunks[:9])
+    told = Told.parse(relayed)
+    assert told is not None
+    body = request(chat=True, **PAINT | {"tool_choice": "auto"})
+    forced = json.loads(continuation(body, told, chat=True)) | {
+        "tool_choice": "required"
+    }
+    splice = Splice(told, chat=True)
+    stream = b"".join(stream_of(second, CHAT, json.dumps(forced).encode()))
+    rest = b"".join(splice.feed(stream)) + splice.finish()
+    text, calls, once = read(relayed + rest)
+    assert (text, calls) == (told.text, [("paint", '{"colour": "red"}')])
+    assert "tool_calls" in once
 
 
 def test_real_sentences_go_on(talking_model: Path, llama_server: Start) -> None:
     """The same with words of several tokens, line ends and a model that can stop."""
     first = llama_server(talking_model, slots=1, ctx=512)
     second = llama_server(talking_model, slots=1, ctx=512)
-    for unknown, options in WAYS.values():
-        change = functools.partial(without, names=unknown)
-        check(first, second, True, change, **options)
-    check(first, second, chat=False)
+    for unknown in UNKNOWN.values():
+        assert True in check(first, second, unknown=unknown)
+    assert check(first, second, TEXT) == {True}
+
+
+def test_a_template_that_leaves_out_what_was_begun_proves_nothing(
+    talking_model: Path, llama_server: Start
+) -> None:
+    """So all of it is asked for again, although the model tells the same by itself."""
+    args = ("--skip-chat-parsing",)
+    first = llama_server(talking_model, slots=1, ctx=512, args=args)
+    second = llama_server(talking_model, slots=1, ctx=512, args=args)
+    assert check(first, second) == {False}
+
+
+@pytest.fixture
+def thinking(
+    talking_model: Path, llama_server: Start, tmp_path: Path
+) -> Callable[..., LlamaServer]:
+    """Start a server whose template has a place for thoughts."""
+    template = tmp_path / "thinking.jinja"
+    template.write_text(THINKING)
+
+    def start(*args: str) -> LlamaServer:
+        args = ("--jinja", "--chat-template-file", str(template), *args)
+        return llama_server(talking_model, slots=1, ctx=512, args=args)
+
+    return start
+
+
+def test_a_repetition_is_known_behind_what_the_template_puts_there(
+    thinking: Callable[..., LlamaServer],
+) -> None:
+    """It may go on in other words, as its prompt has another beginning."""
+    first, second = (thinking("--reasoning-format", "none") for _ in range(2))
+    body = request(chat=True)
+    chunks = stream_of(first, CHAT, body)
+    for place in range(5, len(chunks) - 3, 5):
+        relayed = b"".join(chunks[:place])
+        told = Told.parse(relayed)
+        assert told is not None
+        rest, goes_on = rest_of(second, CHAT, body, told)
+        assert goes_on
+        text, _, once = read(relayed + rest)
+        assert text.startswith(told.text)
+        assert text.count(told.text) == 1
+        assert "<think>" not in text
+        assert len(once) == 4
+
+
+def test_an_answer_goes_on_as_it_would_have_behind_its_thoughts(
+    thinking: Callable[..., LlamaServer],
+) -> None:
+    """The model does not think by itself, so its thoughts are put into its mouth."""
+    first, second = thinking(), thinking()
+    thoughts = "A fox is red, so the story is about a red dress."
+    asked = json.loads(request(chat=True))
+    message = {"role": "assistant", "reasoning_content": thoughts, "content": "Once,"}
+    asked["messages"].append(message)
+    asked |= {"continue_final_message": True, "add_generation_prompt": False}
+    chunks = stream_of(first, CHAT, json.dumps(asked | {"echo": True}).encode())
+    seen = read(b"".join(chunks))
+    plain = read(b"".join(stream_of(first, CHAT, request(chat=True))))
+    assert seen[0] != plain[0], "the thoughts make no difference"
+    body = request(chat=True)
+    for place in range(4, len(chunks) - 3, 3):
+        relayed = b"".join(chunks[:place])
+        told = Told.parse(relayed)
+        assert told is not None
+        assert told.reasoning == thoughts
+        limit = told.tokens + len(chunks) - 2 - place
+        body = request(chat=True, max_tokens=limit)
+        rest, goes_on = rest_of(second, CHAT, body, told)
+        assert goes_on
+        out = relayed + rest
+        assert read(out) == seen, f"cut behind chunk {place}"
+        assert out.count(b'"reasoning_content"') == 1

@@ -31,7 +31,7 @@ from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.upstream.sweep import Sweep
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.assemble import Assembler, _event
-from gollama_proxy.wire.chunks import read_event
+from gollama_proxy.wire.chunks import Span, read_event
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.fields import classify
 from gollama_proxy.wire.openai import ENDPOINTS
@@ -626,7 +626,7 @@ def test_what_is_read_of_an_answer_shows_nothing() -> None:
     read = read_event(token(ANSWER).strip())
     assert read is not None
     folded = _event.decode(token(ANSWER)[6:].strip())
-    told = Told("i", 1, "m", ANSWER, 1)
+    told = Told("i", 1, "m", (Span("text", ANSWER),), 1)
     outgoing = Outgoing(ENDPOINTS[CHAT], [(b"a", ANSWER.encode())], ANSWER.encode())
     error = sse.error_in(error_event(ANSWER)[6:])
     field_ = classify(f'"{ANSWER}"'.encode(), 0)

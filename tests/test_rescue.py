@@ -12,6 +12,7 @@ import pytest
 from gollama_proxy.routing.breaker import Verdict
 from gollama_proxy.settings import STREAMED
 from gollama_proxy.upstream import sweep
+from gollama_proxy.wire.told import Told
 from tests.fakes import replies
 from tests.fakes.asks import CHAT, RARELY, STREAM, TEXT
 from tests.fakes.client import Ending
@@ -43,6 +44,7 @@ from tests.fakes.script import (
     stall,
     wait,
 )
+from tests.fakes.streams import arguments, call, chat_event, read_calls
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 from tests.test_retries import InOrder
@@ -205,13 +207,13 @@ async def test_an_answer_that_stalls_goes_on_elsewhere(
 
 # --- How another worker goes on ---------------------------------------------------
 
-WAYS: dict[str, list[str]] = {
-    "with all of it": ["".join(FIRST)],
-    "with all of it, piece by piece": FIRST,
-    "with nothing of it": [],
-    "without the space in front": ["".join(FIRST).lstrip()],
-    "with another space in front": [" " + "".join(FIRST)],
-    "with all of it and a word": ["".join(FIRST) + " a"],
+WAYS: dict[str, str] = {
+    "with all of it": "".join(FIRST),
+    "without the space in front": "".join(FIRST).lstrip(),
+    "with another space in front": " " + "".join(FIRST),
+    "with all of it and a word": "".join(FIRST) + " a",
+    "behind thoughts of nothing": "<think></think>" + "".join(FIRST),
+    "behind a line that its template adds": "assistant\n" + "".join(FIRST),
 }
 
 
@@ -220,8 +222,42 @@ async def test_what_was_told_is_not_told_again(way: str) -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset()))
         rest = REST[1:] if "word" in way else REST
-        good.script(*continued(echo=WAYS[way], rest=rest))
+        good.script(*continued(echo=[WAYS[way]], rest=rest))
         assert complete(await asked(hub))
+        assert len(good.requests) == 1
+
+
+UNPROVED: dict[str, list[str]] = {
+    "without a word of it": REST,
+    "in pieces": FIRST + REST,
+    "in pieces behind a line that its template adds": ["assistant\n", *FIRST, *REST],
+    "in another form": [" <p>One day</p>, a fox met", *REST],
+    "behind too much": ["x" * 200 + "".join(FIRST), *REST],
+}
+
+
+@pytest.mark.parametrize(
+    "build", [replies.BUILD, ""], ids=["llama-server", "another server"]
+)
+@pytest.mark.parametrize("way", UNPROVED)
+async def test_what_proves_nothing_is_not_believed(way: str, build: str) -> None:
+    """All of it is asked for again, and that is no other attempt."""
+    bad, good = ScriptedWorker(), ScriptedWorker(build=build)
+    async with pool(bad, good, rescue__attempts=1) as (_, hub):
+        bad.script(*partial(reset()))
+        good.script(*chat_stream(UNPROVED[way]))
+        good.script(*chat_stream(FIRST + REST))
+        assert complete(await asked(hub))
+        assert good.requests[1].json() == BODY
+
+
+async def test_one_token_is_not_proof_enough() -> None:
+    """Any answer may begin with it, and go on with it."""
+    async with pool() as ([bad, good], hub):
+        bad.script(*partial(reset(), texts=FIRST[:1]))
+        good.script(*chat_stream(FIRST + REST))
+        assert complete(await asked(hub))
+        assert good.requests[0].json() == BODY
 
 
 async def test_a_text_is_continued_behind_its_prompt() -> None:
@@ -444,15 +480,178 @@ async def test_at_the_first_difference_it_ends_honestly() -> None:
     assert broken_off(ending, "worker_connection_lost")
 
 
-async def test_a_server_that_is_no_llama_server_has_to_repeat_what_was_told() -> None:
-    """It would hardly say so if it took the question for a new one."""
-    bad, other = ScriptedWorker(), ScriptedWorker(build="")
-    async with pool(bad, other) as (_, hub):
+@pytest.mark.parametrize("status", [400, 500])
+async def test_a_refusal_to_go_on_costs_no_attempt(status: int) -> None:
+    async with pool(rescue__attempts=1) as ([bad, good], hub):
         bad.script(*partial(reset()))
-        other.script(*chat_stream(REST))
-        other.script(*chat_stream(FIRST + REST))
+        good.script(send(error_reply(status, "no prefill", "invalid_request_error")))
+        good.script(*chat_stream(FIRST + REST))
         assert complete(await asked(hub))
-        assert len(other.requests) == 2
+
+
+async def test_what_one_worker_tells_otherwise_another_may_go_on_with() -> None:
+    workers = [ScriptedWorker() for _ in range(3)]
+    async with pool(*workers) as ([bad, other, good], hub):
+        bad.script(*partial(reset()))
+        other.script(send(error_reply(400, "no prefill", "invalid_request_error")))
+        other.script(*chat_stream(["Another", " one"]))
+        good.script(*continued())
+        assert complete(await asked(hub))
+
+
+# --- Thoughts ---------------------------------------------------------------------
+
+THOUGHTS = ["two and", " two"]
+
+
+def thought(text: str) -> bytes:
+    return chat_event(reasoning_content=text).replace(b"chatcmpl-1", ID)
+
+
+ID = replies.ID.encode()
+THINKING = [role(), *map(thought, THOUGHTS)]
+
+
+def stream_of(*events: bytes, then: tuple[Step, ...] | None = None) -> tuple[Step, ...]:
+    """Send events; `then` is what comes behind them, instead of an end."""
+    sent = (send(chunk(each.replace(b"chatcmpl-1", ID))) for each in events)
+    end = (send(chunk(done()) + last_chunk()), close())
+    return (send(sse_head()), *sent, *(end if then is None else then))
+
+
+def reasoning_of(ending: Ending) -> str:
+    """Read what the client got before the end, be it an error."""
+    told = Told.parse(ending.response.body.partition(b'data: {"error"')[0])
+    assert told is not None
+    return told.reasoning
+
+
+async def test_an_answer_goes_on_behind_its_thoughts() -> None:
+    """A model without them would go on as one that has not thought."""
+    async with pool() as ([bad, good], hub):
+        bad.script(*stream_of(*THINKING, *map(token, FIRST), then=(reset(),)))
+        again = [role(), thought("".join(THOUGHTS)), token("".join(FIRST) + REST[0])]
+        good.script(*stream_of(*again, *map(token, REST[1:]), finish()))
+        ending = await asked(hub)
+        [request] = good.requests
+    assert complete(ending)
+    assert reasoning_of(ending) == "".join(THOUGHTS)
+    assert request.json()["messages"][-1] == {
+        "role": "assistant",
+        "content": "".join(FIRST),
+        "reasoning_content": "".join(THOUGHTS),
+    }
+
+
+async def test_thoughts_that_broke_off_are_asked_for_again() -> None:
+    async with pool() as ([bad, good], hub):
+        bad.script(*stream_of(*THINKING, then=(reset(),)))
+        answer = map(token, FIRST + REST)
+        good.script(*stream_of(*THINKING, thought("."), *answer, finish()))
+        ending = await asked(hub)
+        assert good.requests[0].json() == BODY
+    assert complete(ending)
+    assert reasoning_of(ending) == "".join(THOUGHTS) + "."
+
+
+async def test_other_thoughts_are_the_end_of_the_answer() -> None:
+    async with pool() as ([bad, good], hub):
+        bad.script(*stream_of(*THINKING, then=(reset(),)))
+        good.script(*stream_of(role(), thought("two or"), token(" 3"), finish()))
+        ending = await asked(hub)
+    assert broken_off(ending, "worker_connection_lost", "")
+    assert reasoning_of(ending) == "".join(THOUGHTS)
+
+
+# --- Tools ------------------------------------------------------------------------
+
+AGENT = BODY | {"tools": [{"type": "function", "function": {"name": "paint"}}]}
+CALLING = [
+    role(),
+    *map(token, FIRST),
+    call("paint", "{", id="first"),
+    arguments('"colour"'),
+    arguments(': "red"}'),
+]
+CALLED = {0: ("first", "paint", '{"colour": "red"}')}
+SAME_CALL = [each.replace(b'"first"', b'"second"') for each in CALLING]
+END_OF_CALL = chat_event("tool_calls")
+
+
+async def test_an_agents_answer_goes_on_as_any_other() -> None:
+    """As long as it has called no tool, and it may call one behind it."""
+    async with pool() as ([bad, good], hub):
+        bad.script(*partial(reset()))
+        again = [role(), token("".join(FIRST)), *CALLING[1 + len(FIRST) :]]
+        good.script(*stream_of(*again, END_OF_CALL))
+        ending = await asked(hub, AGENT)
+        [request] = good.requests
+    assert request.json()["tools"] == AGENT["tools"]
+    assert request.json()["messages"][-1]["content"] == "".join(FIRST)
+    assert ending.clean
+    assert read_calls(ending.response.body) == CALLED
+    seen = read(ending)
+    assert (seen.text, seen.reasons, seen.done) == ("".join(FIRST), ["tool_calls"], 1)
+
+
+@pytest.mark.parametrize("place", range(2 + len(FIRST), len(CALLING) + 1))
+async def test_a_call_that_broke_off_is_asked_for_again(place: int) -> None:
+    """And goes on under the id that the client knows."""
+    body = AGENT | {"seed": 7, "temperature": 0.5, "max_tokens": 99}
+    async with pool() as ([bad, good], hub):
+        bad.script(*stream_of(*CALLING[:place], then=(reset(),)))
+        good.script(*stream_of(*SAME_CALL, END_OF_CALL))
+        ending = await asked(hub, body)
+        assert [each.json() for each in good.requests] == [body]
+    assert ending.clean
+    assert read_calls(ending.response.body) == CALLED
+    seen = read(ending)
+    assert (seen.text, seen.roles, seen.done) == ("".join(FIRST), 1, 1)
+    assert seen.reasons == ["tool_calls"]
+    assert seen.comments == ["gollama rescued 1"]
+
+
+async def test_another_call_is_the_end_of_the_answer() -> None:
+    async with pool() as ([bad, good], hub):
+        bad.script(*stream_of(*CALLING[:-1], then=(reset(),)))
+        other = arguments('"color": "red"}')
+        good.script(*stream_of(*SAME_CALL[:-2], other, END_OF_CALL))
+        ending = await asked(hub, AGENT)
+    assert broken_off(ending, "worker_connection_lost")
+    assert read_calls(ending.response.body) == {0: ("first", "paint", '{"colour"')}
+
+
+# --- Answers in a form --------------------------------------------------------------
+
+FORMS: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+    {"json_schema": {"type": "object"}},
+    {"grammar": 'root ::= "a"'},
+    {"tool_choice": "required"},
+    {"messages": [{"role": "assistant", "content": "I"}]},
+]
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=str)
+async def test_what_a_grammar_holds_to_is_asked_for_again(
+    fields: dict[str, Any],
+) -> None:
+    """It would begin in the middle of the text."""
+    async with pool() as ([bad, good], hub):
+        bad.script(*partial(reset()))
+        good.script(*chat_stream(FIRST + REST))
+        assert complete(await asked(hub, AGENT | fields))
+        assert [each.json() for each in good.requests] == [AGENT | fields]
+
+
+@pytest.mark.parametrize("fields", FORMS[:1], ids=str)
+async def test_another_text_in_that_form_is_the_end(fields: dict[str, Any]) -> None:
+    async with pool() as ([bad, good], hub):
+        bad.script(*partial(reset()))
+        good.script(*chat_stream([*FIRST[:-1], " ate", *REST]))
+        ending = await asked(hub, BODY | fields)
+    assert broken_off(ending, "worker_connection_lost")
 
 
 # --- What is not continued --------------------------------------------------------
@@ -471,9 +670,6 @@ def broken_off(ending: Ending, code: str, text: str = "".join(FIRST)) -> bool:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        {"response_format": {"type": "json_object"}},
-        {"grammar": 'root ::= "a"'},
         {"n": 2},
         {"logprobs": True},
     ],
@@ -485,29 +681,6 @@ async def test_what_cannot_go_on_ends_with_an_error(fields: dict[str, Any]) -> N
         ending = await asked(hub, BODY | fields)
         assert not good.requests
     assert broken_off(ending, "worker_connection_lost")
-
-
-async def test_open_thoughts_are_not_continued() -> None:
-    thought = event(
-        {
-            "id": replies.ID,
-            "created": 1,
-            "model": "tiny",
-            "object": "chat.completion.chunk",
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": None,
-                    "delta": {"role": "assistant", "reasoning_content": "hm"},
-                }
-            ],
-        }
-    )
-    async with pool() as ([bad, good], hub):
-        bad.script(send(sse_head() + chunk(thought)), reset())
-        ending = await asked(hub)
-        assert not good.requests
-    assert broken_off(ending, "worker_connection_lost", "")
 
 
 async def test_an_error_that_the_worker_told_itself_is_the_end() -> None:
@@ -605,6 +778,17 @@ async def test_an_answer_in_one_piece_that_nobody_continues_begins_anew() -> Non
         assert good.requests[1].json()["messages"] == PIECE["messages"]
     assert response.status == 200
     assert response.json()["choices"][0]["message"]["content"] == "Another"
+
+
+async def test_a_call_in_one_piece_that_broke_off_begins_anew() -> None:
+    """Nobody has to make the same one, as the client has nothing of it."""
+    async with pool(**ASSEMBLING, retry__floor=9) as ([bad, good], hub):
+        bad.script(*stream_of(*CALLING[:-1], then=(reset(),)))
+        usage = finish(usage=usage_of())
+        good.script(*stream_of(role(), call("wash", "{}"), END_OF_CALL, usage))
+        response = await hub.post(CHAT, PIECE | {"tools": AGENT["tools"]})
+    [called] = response.json()["choices"][0]["message"]["tool_calls"]
+    assert called["function"] == {"name": "wash", "arguments": "{}"}
 
 
 async def test_a_worker_that_answers_in_one_piece_does_not_go_on() -> None:

@@ -783,7 +783,9 @@ def test_whatever_happens_to_the_rest_it_comes_to_an_end(
         number += 1
         made.begin(some[0])
         if event == "is asked for all":
-            pause = 0.0 if made.repeat() else made.retry_after(Failure.STATUS)
+            made.repeat()
+            made.begin(made.candidates()[0])
+            pause = made.retry_after(Failure.STATUS)
         elif event == "breaks off":
             made.resume()
             pause = made.retry_after(Failure.RESET)
@@ -823,7 +825,7 @@ def test_the_last_worker_is_asked_for_something_else_whoever_else_is_there() -> 
     a, b, c = worker("a"), worker("b"), worker("c")
     made = resumed(attempts(a, b, c, continuations=5), a)
     made.begin(b)
-    assert made.repeat()
+    made.repeat()
     assert made.candidates() == [b]
     made.begin(b)
     assert made.candidates() == [c]
@@ -833,36 +835,22 @@ def test_one_that_is_gone_meanwhile_is_not_waited_for() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     made = resumed(attempts(a, b, c, continuations=5), a)
     made.begin(b)
-    assert made.repeat()
+    made.repeat()
     for _ in range(3):
         b.observe(Check.REFUSED, "connection refused")
     assert made.candidates() == [c]
 
 
-def test_that_counts_as_a_continuation() -> None:
-    a, b = worker("a"), worker("b")
-    made = resumed(attempts(a, b, continuations=2), a)
+def test_that_is_the_same_continuation() -> None:
+    """Or a refusal to go on would cost the one that begins anew."""
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = resumed(attempts(a, b, c, continuations=1), a)
     made.begin(b)
-    assert made.repeat()
+    assert not made.some_left
+    made.repeat()
+    assert made.some_left
     made.begin(b)
-    assert not made.repeat()
     assert made.retry_after(Failure.RESET) is None
-
-
-def test_without_a_continuation_left_the_last_worker_is_not_asked_again() -> None:
-    a, b = worker("a"), worker("b")
-    made = resumed(attempts(a, b, continuations=1), a)
-    made.begin(b)
-    assert not made.repeat()
-    assert made.candidates() == []
-
-
-def test_an_answer_that_has_not_begun_has_its_attempts_for_that() -> None:
-    a, b = worker("a"), worker("b")
-    made = failed(attempts(a, b, attempts=2), a)
-    assert made.repeat()
-    made.begin(a)
-    assert not made.repeat()
 
 
 def test_attempts_say_how_many_they_are() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from gollama_proxy.wire.chunks import (
     END,
     DivergedError,
     Event,
+    Span,
     UnreadableError,
+    joined,
     read_event,
 )
 from gollama_proxy.wire.errors import Code, WorkerError
@@ -50,7 +53,7 @@ def test_what_has_no_data_is_no_event(raw: bytes) -> None:
 def test_data_may_take_several_lines_among_others(eol: bytes) -> None:
     lines = [b"event: x", b'data: {"choices":', b": why", b'data:[],"id":"a"}']
     event = event_of(eol.join(lines))
-    assert event.data == b'{"choices":\n[],"id":"a"}'
+    assert event.fields == {"choices": [], "id": "a"}
     assert event.chunk.id == "a"
 
 
@@ -59,7 +62,7 @@ def test_data_may_take_several_lines_among_others(eol: bytes) -> None:
 )
 def test_the_end_is_known_by_its_name(raw: bytes) -> None:
     assert read_event(raw) is END
-    assert (END.text, END.role, END.finish, END.tokens) == ("", False, False, 0)
+    assert (END.spans, END.role, END.finish, END.tokens) == ([], False, False, 0)
 
 
 # --- What it says -----------------------------------------------------------------
@@ -69,16 +72,51 @@ def test_the_end_is_known_by_its_name(raw: bytes) -> None:
     ("raw", "said"),
     [
         (chat_event(role="assistant", content=None), {"role": True}),
-        (chat_event(content="a"), {"text": "a"}),
+        (chat_event(content="a"), {"spans": [Span("text", "a")]}),
         (chat_event(content=""), {}),
-        (chat_event(reasoning_content="hm"), {"reasoning": True}),
-        (chat_event(reasoning="hm"), {"reasoning": True}),
+        (chat_event(reasoning_content="hm"), {"spans": [Span("reasoning", "hm")]}),
+        (chat_event(reasoning="hm"), {"spans": [Span("reasoning", "hm")]}),
+        (
+            chat_event(
+                reasoning="hm", reasoning_content="hm"
+            ),  # as vLLM did for a time
+            {"spans": [Span("reasoning", "hm")]},
+        ),
+        (
+            chat_event(content="a", reasoning_content="hm"),
+            {"spans": [Span("reasoning", "hm"), Span("text", "a")]},
+        ),
+        (chat_event(refusal="no"), {"spans": [Span("refusal", "no")]}),
+        (
+            chat_event(function_call={"name": "f", "arguments": "{"}),
+            {"spans": [Span("name", "f"), Span("arguments", "{")]},
+        ),
+        (
+            chat_event(
+                tool_calls=[
+                    {"index": 1, "id": "x", "function": {"name": "f", "arguments": ""}},
+                    {"index": 2, "function": {"arguments": "{"}},
+                ]
+            ),
+            {"spans": [Span("name", "f", 1), Span("arguments", "{", 2)]},
+        ),
+        (
+            chat_event(tool_calls=[{"id": "x", "function": {"name": "f"}}]),
+            {"spans": [Span("name", "f", 0)]},  # Ollama counts no calls
+        ),
+        (chat_event(tool_calls=[{"index": 0}, {"function": None}]), {}),
         (chat_event(reasoning_content="", reasoning=None), {}),
         (chat_event("stop"), {"finish": True}),
-        (chat_event("length", content="a"), {"finish": True, "text": "a"}),
-        (chat_event("", content="a"), {"text": "a"}),
+        (
+            chat_event("length", content="a"),
+            {"finish": True, "spans": [Span("text", "a")]},
+        ),
+        (chat_event("", content="a"), {"spans": [Span("text", "a")]}),
         (chat_event(tool_calls=[], function_call=None, refusal=""), {}),
-        (dump(replies.text_completion("b", reason=None, last=False)), {"text": "b"}),
+        (
+            dump(replies.text_completion("b", reason=None, last=False)),
+            {"spans": [Span("text", "b")]},
+        ),
         (dump(replies.text_completion("", reason="stop")), {"finish": True}),
         (dump({"choices": [{}]}), {}),
         (dump({"choices": [{"delta": None, "text": None}]}), {}),
@@ -89,10 +127,36 @@ def test_the_end_is_known_by_its_name(raw: bytes) -> None:
 )
 def test_an_event_says_what_news_it_has(raw: bytes, said: dict[str, Any]) -> None:
     event = event_of(raw)
-    nothing = {"text": "", "role": False, "reasoning": False, "finish": False}
+    nothing = {"spans": [], "role": False, "finish": False}
     told = {name: getattr(event, name) for name in nothing}
     assert told == {**nothing, **said}
-    assert b"data: %b\n\n" % event.data == raw
+    assert event.fields == json.loads(raw[6:])
+
+
+def test_what_an_event_says_can_be_changed_where_it_stands() -> None:
+    raw = chat_event(
+        reasoning="hm",
+        reasoning_content="hm",
+        content="a",
+        tool_calls=[{"index": 0, "function": {"name": "f", "arguments": "{}"}}],
+    )
+    event = event_of(raw)
+    for place, text in zip(event.places, ("", "b", "", "}"), strict=True):
+        place.put(text)
+    [choice] = event.fields["choices"]
+    calls = [{"index": 0, "function": {"arguments": "}"}}]
+    assert choice["delta"] == {"content": "b", "tool_calls": calls}
+
+
+def test_neighbours_that_are_pieces_of_the_same_are_joined() -> None:
+    a, b, other = Span("text", "a"), Span("text", "b"), Span("name", "f", 0)
+    assert joined([a, b, other, a]) == (Span("text", "ab"), other, a)
+    assert joined([Span("name", "f", 1), other]) == (Span("name", "f", 1), other)
+
+
+def test_a_span_does_not_show_what_it_says() -> None:
+    [place] = event_of(chat_event(content="secret")).places
+    assert repr(place) == "<Place of <Span of 6 characters, text>>"
 
 
 def test_an_event_has_the_names_of_its_answer() -> None:
@@ -131,6 +195,9 @@ def test_the_worker_may_say_how_many_tokens_there_are(
         b'data: {"choices":7}',
         b'data: {"choices":[7]}',
         b'data: {"choices":[{"delta":{"content":7}}]}',
+        b'data: {"choices":[{"delta":{"tool_calls":[7]}}]}',
+        b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":7}}]}}]}',
+        b'data: {"x":1e999}',
         b'data: {"id":"\xff"}',
         b'data: {"id":"\\ud800"}',
         b"data: " + b"[" * 99_999,
@@ -148,12 +215,9 @@ def test_what_is_no_chunk_cannot_be_read(raw: bytes) -> None:
     [
         (dump(chat_chunk(delta(content="a"), delta(content="b"))), "more than one"),
         (dump(chat_chunk({"index": 1, "delta": {"content": "a"}})), "more than one"),
-        (chat_event(tool_calls=[{"index": 0}]), "tool call"),
-        (chat_event(function_call={"name": "f"}), "tool call"),
-        (chat_event(refusal="no"), "refusal"),
     ],
 )
-def test_a_chunk_of_an_answer_that_has_more_than_text(raw: bytes, why: str) -> None:
+def test_a_chunk_of_one_of_several_answers(raw: bytes, why: str) -> None:
     """It can be read, so nobody has to guess what it is."""
     with pytest.raises(DivergedError) as caught:
         read_event(raw)
@@ -173,4 +237,5 @@ def test_an_error_is_the_workers_own(error: Any) -> None:
 
 
 def test_a_null_is_no_error() -> None:
-    assert event_of(dump(chat_chunk(delta(content="a"), error=None))).text == "a"
+    event = event_of(dump(chat_chunk(delta(content="a"), error=None)))
+    assert event.spans == [Span("text", "a")]

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 
 from gollama_proxy.wire.continuation import (
+    can_continue,
     can_rescue,
     continuation,
     exhausted,
     for_model,
 )
 from tests.fakes.streams import (
+    arguments,
+    call,
     chat_body,
     chat_chunk,
+    chat_event,
     chat_stream,
     delta,
     dump,
@@ -33,6 +37,7 @@ from tests.fakes.streams import (
         {},
         {"n": 1, "tools": [], "logprobs": False, "response_format": {"type": "text"}},
         {"tools": None, "grammar": "", "best_of": None, "max_tokens": None},
+        {"tools": [{"type": "function"}], "response_format": {"type": "json_object"}},
         {"max_tokens": 10, "temperature": 0.5, "stop": ["\n"], "seed": 1},
     ],
 )
@@ -44,27 +49,99 @@ def test_plain_requests_can_be_rescued(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function"}]},
-        {"functions": [{}]},
-        {"response_format": {"type": "json_object"}},
-        {"json_schema": {}},
-        {"grammar": "root ::= 'a'"},
-        {"guided_choice": ["a", "b"]},
         {"n": 2},
         {"best_of": 3},
         {"logprobs": True},
         {"logprobs": 0},
-        {"echo": True},
-        {"suffix": "the end"},
         {"audio": {"voice": "x"}},
-        {"continue_final_message": True},
-        {"add_generation_prompt": False},
         {"max_tokens": "10"},
     ],
 )
-def test_what_cannot_be_continued_is_not(fields: dict[str, Any]) -> None:
+def test_what_cannot_be_compared_does_not_go_on(fields: dict[str, Any]) -> None:
     assert not can_rescue(chat_body(**fields), chat=True)
     assert not can_rescue(text_body(**fields), chat=False)
+
+
+CHAT = parsed(chat_stream(["One", " day"], reason=None))
+TEXT = parsed(text_stream([" upon"], reason=None))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tools": [{"type": "function"}], "tool_choice": "auto"},
+        {"tools": [{"type": "function"}], "tool_choice": None},
+        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"functions": [{}]},
+        {"response_format": {"type": "text"}, "grammar": "", "suffix": None},
+    ],
+)
+def test_tools_that_nobody_has_called_do_not_matter(fields: dict[str, Any]) -> None:
+    """Agents declare them in every request."""
+    for body, told, chat in (
+        (chat_body(**fields), CHAT, True),
+        (text_body(**fields), TEXT, False),
+    ):
+        assert can_rescue(body, chat)
+        assert can_continue(body, told, chat)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function"}], "tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"function_call": {"name": "f"}},
+        {"response_format": {"type": "json_object"}},
+        {"json_schema": {}},
+        {"grammar": "root ::= 'a'"},
+        {"guided_choice": ["a", "b"]},
+        {"structured_outputs": {"json": {}}},
+        {"echo": True},
+        {"suffix": "the end"},
+        {"continue_final_message": True},
+        {"add_generation_prompt": False},
+    ],
+)
+def test_what_cannot_be_begun_for_a_worker_is_asked_for_again(
+    fields: dict[str, Any],
+) -> None:
+    for body, told, chat in (
+        (chat_body(**fields), CHAT, True),
+        (text_body(**fields), TEXT, False),
+    ):
+        assert can_rescue(body, chat)
+        assert not can_continue(body, told, chat)
+
+
+@pytest.mark.parametrize(
+    "relayed",
+    [
+        chat_stream([], reason=None),  # there is nothing to go on from
+        chat_event(reasoning_content="hm") * 2,  # nor are thoughts that are not over
+        chat_stream(["One", " day"], reason=None) + call("paint"),
+        chat_stream(["One", " day"], reason=None) + chat_event(reasoning="hm"),
+        chat_event(refusal="no") * 2,
+        # What may come again without being a repetition.
+        chat_stream(["One"], reason=None),
+        chat_stream(["--", "--"], reason=None),
+        chat_stream(["\n", " ", "\n"], reason=None),
+        chat_stream(["\n", "|", "\n"], reason=None),
+    ],
+)
+def test_what_nothing_proves_is_asked_for_again(relayed: bytes) -> None:
+    assert can_rescue(chat_body(), chat=True)
+    assert not can_continue(chat_body(), parsed(relayed), chat=True)
+
+
+def test_a_text_is_its_own_proof() -> None:
+    """What comes behind a prompt goes on with it."""
+    told = parsed(text_stream(["-"], reason=None))
+    assert can_continue(text_body(), told, chat=False)
+    assert not can_continue(text_body(prompt=[1, 2]), told, chat=False)
+    told = parsed(text_stream([], reason="stop"))
+    assert not can_continue(text_body(), told, chat=False)
 
 
 def test_pictures_do_not_matter() -> None:
@@ -74,22 +151,25 @@ def test_pictures_do_not_matter() -> None:
     assert can_rescue(chat_body(messages=[message]), chat=True)
 
 
-@pytest.mark.parametrize(
-    "messages", [[], None, "hello", [{}], [{"role": "assistant", "content": "I"}]]
-)
-def test_a_chat_needs_messages_and_the_last_is_not_the_assistants(
-    messages: Any,
-) -> None:
+@pytest.mark.parametrize("messages", [[], None, "hello", [{}]])
+def test_a_chat_needs_messages(messages: Any) -> None:
     assert not can_rescue(chat_body(messages=messages), chat=True)
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [1, 2, 3], None])
-def test_a_prompt_is_one_string(prompt: Any) -> None:
+def test_an_answer_that_the_client_has_begun_is_asked_for_again() -> None:
+    body = chat_body(messages=[{"role": "assistant", "content": "I"}])
+    assert can_rescue(body, chat=True)
+    assert not can_continue(body, CHAT, chat=True)
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], {}, 7, None])
+def test_a_prompt_is_one(prompt: Any) -> None:
     assert not can_rescue(text_body(prompt=prompt), chat=False)
+    assert can_rescue(text_body(prompt=[1, 2, 3]), chat=False)
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"{", b"{}", b'{"prompt":"\xff"}', b'{"tools":' + b"[" * 9999]
+    "body", [b"", b"[]", b"{", b"{}", b'{"prompt":"\xff"}', b'{"n":' + b"[" * 9999]
 )
 def test_nonsense_cannot_be_rescued(body: bytes) -> None:
     assert not can_rescue(body, chat=True)
@@ -111,17 +191,29 @@ def test_the_text_so_far_becomes_the_assistants_unfinished_message() -> None:
 
 
 def test_the_text_so_far_is_put_behind_a_prompt() -> None:
-    told = parsed(text_stream([" upon", " a"], reason=None), chat=False)
+    told = parsed(text_stream([" upon", " a"], reason=None))
     asked = continuation(text_body(n_predict=3, max_tokens=None), told, chat=False)
     expected = {"model": "tiny", "prompt": "Once upon a", "n_predict": 1}
     assert json.loads(asked) == {**expected, "max_tokens": None}
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_without_a_text_so_far_the_request_is_sent_as_it_was(chat: bool) -> None:
-    body = chat_body()
-    told = parsed(chat_stream([], reason=None))
-    assert continuation(body, told, chat) == body
+def test_thoughts_stand_in_the_message_before_the_text() -> None:
+    """Or a model would go on as one that has not thought."""
+    thought = chat_event(reasoning_content="two and") + chat_event(reasoning=" two")
+    told = parsed(thought + chat_stream(["That", " is"], reason=None))
+    asked = json.loads(continuation(chat_body(max_tokens=9), told, chat=True))
+    assert asked["messages"][-1] == {
+        "role": "assistant",
+        "content": "That is",
+        "reasoning_content": "two and two",
+    }
+    assert asked["max_tokens"] == 5
+
+
+def test_blank_thoughts_are_none() -> None:
+    told = parsed(chat_event(reasoning="\n") + chat_stream(["a", "b"], reason=None))
+    asked = json.loads(continuation(chat_body(), told, chat=True))
+    assert "reasoning_content" not in asked["messages"][-1]
 
 
 def test_another_model_is_asked_for_the_same() -> None:
@@ -158,8 +250,13 @@ def test_without_a_limit_there_is_always_more() -> None:
     assert not exhausted(chat_body(), parsed(chat_stream(["a"] * 99, reason=None)))
 
 
-def test_an_answer_that_has_no_text_yet_is_begun_anew() -> None:
-    """What it has taken to think does not count: it will be thought again."""
+def test_an_answer_of_which_there_is_nothing_yet_is_begun_anew() -> None:
     told = parsed(dump(chat_chunk(delta(content=""), usage={"completion_tokens": 4})))
-    assert (told.text, told.tokens) == ("", 4)
+    assert (told.spans, told.tokens) == ((), 4)
     assert not exhausted(chat_body(max_tokens=4), told)
+
+
+def test_thoughts_and_calls_are_tokens_as_well() -> None:
+    for begun in (chat_event(reasoning="hm") * 2, call("f", "{") + arguments("}")):
+        assert exhausted(chat_body(max_tokens=2), parsed(begun))
+        assert not exhausted(chat_body(max_tokens=3), parsed(begun))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from gollama_proxy.wire.chunks import DivergedError, UnreadableError
+from gollama_proxy.wire.chunks import DivergedError, Span, UnreadableError
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.splice import MAX_EVENT, Splice
 from gollama_proxy.wire.told import closing
 from tests.fakes import replies
 from tests.fakes.streams import (
+    arguments,
+    call,
     chat_chunk,
     chat_event,
     chat_stream,
@@ -24,6 +26,7 @@ from tests.fakes.streams import (
     dump,
     parsed,
     read,
+    read_calls,
     spliced,
     text_stream,
 )
@@ -42,7 +45,7 @@ def fed(splice: Splice, data: bytes) -> bytes:
 
 def cut_at(data: str, places: Iterable[int]) -> list[str]:
     edges = [0, *sorted(place for place in places if place < len(data)), len(data)]
-    return [data[a:b] for a, b in pairwise(edges) if a < b]
+    return [data[a:b] for a, b in itertools.pairwise(edges) if a < b]
 
 
 # --- However it begins, however it is cut -----------------------------------------
@@ -58,6 +61,9 @@ PLACES = st.lists(st.integers(1, 400), max_size=6)
 CUTS = st.lists(st.integers(1, 3000), max_size=12)
 
 
+WRAPPERS = ["<think></think>", "<think>\n\n</think>\n\n", "assistant\n", "x" * 128]
+
+
 class Case(NamedTuple):
     before: list[str]
     after: list[str]
@@ -67,18 +73,18 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    way = draw(st.sampled_from(["whole", "pieces", "none", "less", "more", "again"]))
+    way = draw(st.sampled_from(["whole", "less", "more", "wrapped", "again"]))
     before, after = draw(TOKENS), draw(TOKENS)
-    if way in ("less", "more"):
+    if way in ("less", "more", "wrapped"):
         before = [draw(st.sampled_from(" \n")) + TEXT, *before]
     told, rest = "".join(before), "".join(after)
-    if way == "none":  # what begins alike could be an echo
-        assume(rest[0] not in {told[0], told.lstrip()[:1], " "})
-        return Case(before, after, after, regenerate=False)
-    echo = {"less": told[1:], "more": " " + told}.get(way, told)
-    if way in ("pieces", "again"):
-        pieces = cut_at(echo + rest, draw(PLACES))
-        return Case(before, after, pieces, regenerate=way == "again")
+    if way == "again":
+        pieces = cut_at(told + rest, draw(PLACES))
+        return Case(before, after, pieces, regenerate=True)
+    wrapped = draw(st.sampled_from(WRAPPERS)) + told
+    echo = {"less": told.lstrip(), "more": " " + told, "wrapped": wrapped}.get(
+        way, told
+    )
     joined = draw(st.booleans())  # llama-server's first token comes with the echo
     second = [echo + after[0], *after[1:]] if joined else [echo, *after]
     return Case(before, after, second, regenerate=False)
@@ -86,7 +92,6 @@ def cases(draw: st.DrawFn) -> Case:
 
 @given(cases(), CUTS, st.booleans(), st.sampled_from([b"\n", b"\r\n", b"\r"]))
 @example(Case(["a"], ["a"], ["aa"], False), [], False, b"\n")
-@example(Case(["\n"], ["\n"], ["\n", "\n"], False), [], False, b"\n")
 @example(Case([" ", TEXT], [" "], [TEXT, " "], False), [1, 2, 3], True, b"\r\n")
 def test_a_client_sees_one_answer(
     case: Case, cuts: list[int], escape: bool, eol: bytes
@@ -98,7 +103,11 @@ def test_a_client_sees_one_answer(
     stream = b":\n\n" + stream
     stream = stream.replace(b"\n", eol)
     edges = [0, *sorted(cut for cut in cuts if cut < len(stream)), len(stream)]
-    out = [event for a, b in pairwise(edges) for event in splice.feed(stream[a:b])]
+    out = [
+        event
+        for a, b in itertools.pairwise(edges)
+        for event in splice.feed(stream[a:b])
+    ]
     assert all(event.endswith(b"\n\n") for event in out)
     assert all(event.count(b"\n\n") == 1 for event in out)
     seen = read(relayed + b"".join(out) + splice.finish())
@@ -117,11 +126,15 @@ def test_a_prompt_is_never_repeated(before: list[str], after: list[str]) -> None
 
 
 def test_text_passes_as_soon_as_it_is_new() -> None:
-    splice = splice_behind(chat_stream(["a", "b"], reason=None))
+    relayed = chat_stream(["a", "b"], reason=None)
+    splice = splice_behind(relayed, regenerate=True)
     assert fed(splice, chat_event(content="a")) == b""
     assert fed(splice, b":\n\n") == b":\n\n"
+    assert "held" in repr(splice)
     assert read(fed(splice, chat_event(content="bc"))).text == "c"
-    assert repr(splice) == "<Splice behind 2 characters, aligned>"
+    assert (
+        repr(splice) == "<Splice behind <Told 2 characters, 2 tokens, open>, aligned>"
+    )
 
 
 def test_events_are_given_one_by_one() -> None:
@@ -129,7 +142,7 @@ def test_events_are_given_one_by_one() -> None:
     splice = splice_behind(BEGUN)
     assert isinstance(splice.feed(b""), Iterator)
     events = splice.feed(
-        chat_event(content="ab") + b":\n\n" + chat_event(tool_calls=[{"index": 0}])
+        chat_event(content="ab") + b":\n\n" + dump(chat_chunk(delta(), delta()))
     )
     assert read(next(events)).text == "b"
     assert next(events) == b":\n\n"
@@ -181,10 +194,20 @@ def test_the_timings_are_those_of_the_second_worker() -> None:
 
 
 def test_a_last_event_with_text_is_aligned_like_any_other() -> None:
-    """Text that was held back, as it could be a repetition, comes with the end."""
     relayed = chat_stream(["ab", "ab"], reason=None)
-    for last, expected in (("ababc", "ababc"), ("a", "ababa"), ("", "abab")):
-        assert read(spliced(relayed, chat_event("stop", content=last))).text == expected
+    for last, regenerate in itertools.product(("ababc", "abab"), (True, False)):
+        end = chat_event("stop", content=last)
+        assert read(spliced(relayed, end, regenerate=regenerate)).text == last
+
+
+@pytest.mark.parametrize("last", ["", "ab", "b"])
+@pytest.mark.parametrize("regenerate", [True, False])
+def test_an_end_before_all_was_repeated_is_none(last: str, regenerate: bool) -> None:
+    splice = splice_behind(
+        chat_stream(["ab", "ab"], reason=None), regenerate=regenerate
+    )
+    with pytest.raises(DivergedError):
+        fed(splice, chat_event("stop", content=last))
 
 
 def test_whatever_follows_the_end_is_dropped() -> None:
@@ -206,19 +229,6 @@ def test_the_end_is_added_where_it_lacks() -> None:
     assert (seen.reasons, seen.done) == (["stop"], 1)
 
 
-@pytest.mark.parametrize("told", [" " * 20, "\n\n"])
-@pytest.mark.parametrize("rest", ["x", "\nx"])
-def test_white_space_alone_proves_no_repetition(told: str, rest: str) -> None:
-    seen = read(spliced(chat_stream([told], reason=None), chat_stream([rest])))
-    assert seen.text == told + rest
-
-
-def test_even_white_space_is_not_told_twice() -> None:
-    stream = chat_stream([" " * 8, " " * 12, "x"])
-    seen = read(spliced(chat_stream([" " * 20], reason=None), stream))
-    assert seen.text == " " * 20 + "x"
-
-
 # --- What else passes -------------------------------------------------------------
 
 
@@ -237,9 +247,44 @@ def test_thoughts_are_not_repeated() -> None:
     thought = chat_event(reasoning_content="hm")
     relayed = thought + chat_stream(["a"], reason=None)
     stream = thought + chat_stream(["ab"])
+    for regenerate in (True, False):
+        out = spliced(relayed, stream, regenerate=regenerate)
+        assert read(out).text == "ab"
+        assert out.count(b'"hm"') == 1
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        [chat_event(reasoning_content="hm.\n"), chat_event(content=TEXT + " So")],
+        [chat_event(reasoning_content="hm.", content=TEXT + " So")],
+        [chat_event(content=TEXT + " So")],  # its template has no place for them
+        [chat_event(content=f"<think>\nhm.\n</think>\n\n{TEXT} So")],
+        [chat_event(reasoning_content=" hm.\n"), chat_event(content=TEXT + " So")],
+    ],
+)
+def test_thoughts_may_be_repeated_in_any_form_or_not_at_all(echo: list[bytes]) -> None:
+    thoughts = chat_event(reasoning_content="hm") + chat_event(reasoning=".\n")
+    relayed = thoughts + chat_stream([TEXT], reason=None)
+    out = spliced(relayed, b"".join([replies.role(), *echo]) + chat_event("stop"))
+    assert (read(out).text, read(out).roles) == (TEXT + " So", 1)
+    assert parsed(out).reasoning == "hm.\n"
+
+
+def test_thoughts_that_broke_off_go_on_where_they_were() -> None:
+    thoughts = [chat_event(reasoning_content=text) for text in ("hm", ", so", "!")]
+    relayed = replies.role() + b"".join(thoughts[:2])
+    stream = replies.role() + b"".join(thoughts) + chat_stream(["ab"])
     out = spliced(relayed, stream, regenerate=True)
-    assert read(out).text == "ab"
-    assert out.count(b'"hm"') == 1
+    assert parsed(out).spans == (Span("reasoning", "hm, so!"), Span("text", "ab"))
+
+
+def test_thoughts_may_follow_a_text() -> None:
+    """Some models think between what they say."""
+    splice = splice_behind(BEGUN, regenerate=True)
+    assert fed(splice, chat_event(content="ab"))
+    assert b'"hm"' in fed(splice, chat_event(reasoning_content="hm"))
+    assert splice.told.spans == (Span("text", "ab"), Span("reasoning", "hm"))
 
 
 def test_events_without_data_are_dropped() -> None:
@@ -283,9 +328,14 @@ def test_another_model_goes_on_under_its_own_name() -> None:
         (chat_stream([TEXT.rstrip(), "\tAnd"]), {}),  # its space was cut off
         (chat_stream(["One night."]), {"regenerate": True}),
         (chat_stream(["One day"]), {"regenerate": True}),
-        (chat_stream(["And so on."]), {"must_echo": True}),
+        (chat_stream(["And so on."]), {}),
+        (chat_stream([TEXT[:9], TEXT[9:], "And so on."]), {}),  # generated anew
+        (chat_stream(["assistant\n", TEXT, "And so on."]), {}),
+        (chat_stream(["x" * 129 + TEXT]), {}),
         (chat_event(reasoning_content="hm"), {}),
-        (chat_event(tool_calls=[{"index": 0}]), {}),
+        (chat_event(reasoning_content="hm"), {"regenerate": True}),
+        (call("paint"), {}),
+        (call("paint"), {"regenerate": True}),
         (dump(chat_chunk({"index": 1, "delta": {"content": "a"}})), {}),
         (b"data: {\n\n", {}),
         (b"data: [" + b"[" * 9999 + b"\n\n", {}),
@@ -301,11 +351,25 @@ def test_what_cannot_be_the_rest_is_refused(
     assert caught.value.detail
 
 
-def test_thoughts_behind_the_text_are_refused() -> None:
-    splice = splice_behind(BEGUN, regenerate=True)
-    assert fed(splice, chat_event(content="ab"))
-    with pytest.raises(DivergedError, match="could not continue"):
-        fed(splice, chat_event(reasoning_content="hm"))
+def test_a_short_text_behind_a_wrapper_is_no_repetition() -> None:
+    """It may be found in any words."""
+    splice = splice_behind(chat_stream(["h", "e"], reason=None))
+    with pytest.raises(DivergedError):
+        fed(splice, chat_event(content="<think></think>he"))
+
+
+def test_an_answer_that_repeats_itself_is_no_repetition() -> None:
+    """What does not echo goes on as it began, piece by piece."""
+    splice = splice_behind(chat_stream(["la ", "la "], reason=None))
+    with pytest.raises(DivergedError):
+        fed(splice, chat_stream(["la ", "la ", "la!"]))
+
+
+def test_a_continuation_does_not_think_again() -> None:
+    relayed = chat_event(reasoning_content="hm") + chat_stream([TEXT], reason=None)
+    splice = splice_behind(relayed)
+    with pytest.raises(DivergedError):
+        fed(splice, chat_event(reasoning_content="hm, well"))
 
 
 def test_an_error_of_the_second_worker_is_its_own() -> None:
@@ -353,7 +417,7 @@ def test_it_knows_what_the_client_has_by_then(
 
 
 def test_what_was_held_back_is_not_told() -> None:
-    splice = splice_behind(chat_stream(["ab"], reason=None))
+    splice = splice_behind(chat_stream(["ab"], reason=None), regenerate=True)
     assert fed(splice, chat_event(role="assistant") + chat_event(content="a")) == b""
     assert splice.told == parsed(chat_stream(["ab"], reason=None))
 
@@ -380,15 +444,97 @@ def test_an_answer_that_was_finished_and_then_broke_needs_its_end_only() -> None
     assert (seen.text, seen.reasons, seen.done) == ("ab", ["stop"], 1)
 
 
-def test_an_answer_that_thinks_when_it_breaks_off_again_is_not_to_be_continued() -> (
-    None
-):
-    """Or the client would have the thoughts of two."""
+def test_thoughts_that_were_passed_on_are_known() -> None:
     splice = splice_behind(chat_stream([], reason=None))
     assert b'"hm"' in fed(splice, chat_event(reasoning_content="hm"))
-    assert splice.told.reasoning_open
+    assert (splice.told.reasoning, splice.told.is_plain) == ("hm", False)
     fed(splice, chat_event(content="a"))
-    assert not splice.told.reasoning_open
+    assert (splice.told.tokens, splice.told.pieces) == (2, 1)
+    assert splice.told.is_plain
+
+
+# --- Calls ------------------------------------------------------------------------
+
+CALLS = [
+    replies.role(),
+    chat_event(content="Let me"),
+    chat_event(content=" paint."),
+    call("paint", "{", id="first-0"),
+    arguments('"colour"'),
+    arguments(': "red"}'),
+    call("wash", "", id="first-1", index=1),
+    arguments("{}", index=1),
+    chat_event("tool_calls"),
+    replies.done(),
+]
+# The same from another run, in other pieces; ids are made up each time.
+SAME = [
+    replies.role(),
+    chat_event(content="Let me paint."),
+    call("paint", '{"colour": ', id="second-0"),
+    chat_event(
+        tool_calls=[{"index": 0, "id": "second-0", "function": {"arguments": '"red"}'}}]
+    ),
+    call("wash", "{}", id="second-1", index=1),
+    chat_event("tool_calls"),
+    replies.done(),
+]
+
+
+@pytest.mark.parametrize("place", range(1, len(CALLS) - 1))
+def test_a_call_that_broke_off_goes_on_where_it_was(place: int) -> None:
+    """Under the id that the client knows, wherever the two streams were cut."""
+    relayed = b"".join(CALLS[:place])
+    for stream in (SAME, [event.replace(b"first-", b"second-") for event in CALLS]):
+        out = spliced(relayed, b"".join(stream), regenerate=True)
+        run = ["first" if place > at else "second" for at in (3, 6)]
+        assert read_calls(out) == {
+            0: (f"{run[0]}-0", "paint", '{"colour": "red"}'),
+            1: (f"{run[1]}-1", "wash", "{}"),
+        }
+        assert read(out)[:3] == ("Let me paint.", 1, ["tool_calls"])
+        assert b"[]" not in out
+
+
+def test_a_call_may_follow_in_a_continuation() -> None:
+    splice = splice_behind(b"".join(CALLS[:3]))
+    stream = [CALLS[0], chat_event(content="Let me paint."), *SAME[2:]]
+    rest = fed(splice, b"".join(stream))
+    assert read_calls(rest) == read_calls(b"".join(SAME))
+    assert splice.told.finished
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        call("paint", '{"color": "red"}'),
+        call("wash", "{"),
+        call("paint", "{", index=1),
+        chat_event(content="No."),
+        chat_event("tool_calls"),
+    ],
+)
+def test_another_call_is_refused(other: bytes) -> None:
+    splice = splice_behind(b"".join(CALLS[:5]), regenerate=True)
+    with pytest.raises(DivergedError):
+        fed(splice, b"".join(CALLS[:3]) + other)
+
+
+def test_calls_that_share_an_index_stay_apart() -> None:
+    """Some servers count each of them as the first."""
+    stream = [CALLS[0], call("a", "{}", id="1"), call("b", "{}", id="2")]
+    stream += [chat_event("tool_calls"), replies.done()]
+    other = [event.replace(b'"id":"', b'"id":"other-') for event in stream]
+    out = spliced(b"".join(stream[:2]), b"".join(other), regenerate=True)
+    assert read_calls(out) == {0: ("other-2", "ab", "{}{}")}
+    assert parsed(out).spans == parsed(b"".join(stream)).spans
+
+
+def test_a_call_as_it_was_called_before_goes_on() -> None:
+    begin = chat_event(function_call={"name": "f", "arguments": "{"})
+    end = chat_event(function_call={"arguments": "}"}) + chat_event("function_call")
+    out = spliced(replies.role() + begin, begin + end, regenerate=True)
+    assert parsed(out).spans == (Span("name", "f"), Span("arguments", "{}"))
 
 
 # --- What is not to be held, or read ----------------------------------------------

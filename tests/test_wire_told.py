@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from gollama_proxy.wire.chunks import Span
 from gollama_proxy.wire.told import Told, closing
 from tests.fakes import replies
 from tests.fakes.streams import (
+    arguments,
+    call,
     chat_chunk,
     chat_event,
     chat_stream,
@@ -17,6 +20,7 @@ from tests.fakes.streams import (
     dump,
     parsed,
     read,
+    read_calls,
     spliced,
     text_stream,
 )
@@ -33,9 +37,10 @@ def test_the_broken_answer_is_read() -> None:
     told = parsed(b":\n\n" + chat_stream(["a", "b", " c"], reason=None))
     assert (told.id, told.created, told.model) == ("chatcmpl-1", 1, "tiny")
     assert (told.text, told.tokens, told.mend) == ("ab c", 3, b"")
+    assert told.spans == (Span("text", "ab c"),)
+    assert (told.pieces, told.is_plain) == (3, True)
     assert told.role_seen
     assert not told.finished
-    assert not told.reasoning_open
 
 
 def test_the_count_of_a_worker_is_better_than_that_of_events() -> None:
@@ -60,8 +65,29 @@ def test_an_answer_that_still_thinks_is_told_from_one_that_has_thought(
     key: str,
 ) -> None:
     thought = chat_event(**{key: "hm"})
-    assert parsed(thought).reasoning_open
-    assert not parsed(thought + chat_stream(["a"], reason=None)).reasoning_open
+    told = parsed(thought + thought)
+    assert (told.reasoning, told.text, told.tokens) == ("hmhm", "", 2)
+    assert not told.is_plain
+    told = parsed(thought + chat_stream(["a"], reason=None))
+    assert (told.reasoning, told.text, told.tokens, told.pieces) == ("hm", "a", 2, 1)
+    assert told.is_plain
+
+
+def test_an_answer_that_calls_a_tool_is_more_than_a_text() -> None:
+    begun = chat_stream(["Let me", " see."], reason=None)
+    told = parsed(begun + call("paint", "{") + arguments('"a"') + arguments(": 1"))
+    assert told.spans == (
+        Span("text", "Let me see."),
+        Span("name", "paint", 0),
+        Span("arguments", '{"a": 1', 0),
+    )
+    assert (told.text, told.tokens, told.pieces) == ("Let me see.", 5, 2)
+    assert not told.is_plain
+
+
+def test_thoughts_between_texts_are_no_beginning_of_a_message() -> None:
+    thought = chat_event(reasoning_content="hm")
+    assert not parsed(chat_stream(["a"], reason=None) + thought).is_plain
 
 
 @pytest.mark.parametrize(
@@ -77,12 +103,10 @@ def test_an_answer_that_still_thinks_is_told_from_one_that_has_thought(
         chat_stream(["a"], reason=None) + replies.error_event("out of memory"),
         dump(chat_chunk(delta(content="a"), delta(content="b"))),
         dump(chat_chunk({"index": 1, "delta": {"content": "a"}})),
-        chat_event(tool_calls=[{"index": 0}]),
-        chat_event(refusal="no"),
     ],
 )
 def test_what_cannot_be_understood_is_not_continued(relayed: bytes) -> None:
-    assert Told.parse(relayed, chat=True) is None
+    assert Told.parse(relayed) is None
 
 
 # --- Cut in mid-event -------------------------------------------------------------
@@ -100,7 +124,7 @@ def test_a_cut_at_any_byte_is_mended_or_refused(escape: bool, eol: bytes) -> Non
     refused = 0
     for cut in range(first, len(stream)):
         relayed = stream[:cut]
-        told = Told.parse(relayed, chat=True)
+        told = Told.parse(relayed)
         if told is None:
             refused += 1
             continue
@@ -114,7 +138,7 @@ def test_a_cut_at_any_byte_is_mended_or_refused(escape: bool, eol: bytes) -> Non
     # What is cut: the first text, characters and escapes, the last event.
     assert refused / (len(stream) - first) < 0.4
     assert all(
-        Told.parse(stream[: at + 2 * len(eol)], chat=True) is not None
+        Told.parse(stream[: at + 2 * len(eol)]) is not None
         for at in range(first, len(stream))
         if stream[at:].startswith(2 * eol)
     )
@@ -123,10 +147,36 @@ def test_a_cut_at_any_byte_is_mended_or_refused(escape: bool, eol: bytes) -> Non
 def test_a_text_completion_that_was_cut_is_mended() -> None:
     stream = text_stream(["ab", "cd"], reason=None)
     cut = stream.rindex(b'd","index"')
-    told = parsed(stream[:cut], chat=False)
+    told = parsed(stream[:cut])
     assert (told.text, told.tokens, told.halved) == ("abc", 2, True)
     seen = read(spliced(stream[:cut], text_stream(["de"]), chat=False))
     assert (seen.text, seen.reasons, seen.done) == ("abcde", ["stop"], 1)
+
+
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n"])
+def test_thoughts_and_calls_that_were_cut_are_mended(eol: bytes) -> None:
+    """What comes behind it is asked for as a whole, and compared."""
+    events = [replies.role(), chat_event(reasoning_content="hm")]
+    events += [chat_event(reasoning_content=", so"), chat_event(content="I")]
+    events += [chat_event(content=" see."), call("paint", "{"), arguments('"a"')]
+    events += [arguments(": 1"), arguments("}"), chat_event("tool_calls")]
+    whole = b"".join([*events, replies.done()]).replace(b"\n", eol)
+    refused = 0
+    for cut in range(len(events[0]), len(whole)):
+        relayed = whole[:cut]
+        if (told := Told.parse(relayed)) is None:
+            refused += 1
+            continue
+        if told.finished:
+            out = relayed + told.mend + closing(told, chat=True)
+        else:
+            out = spliced(relayed, whole, regenerate=True)
+        calls = read_calls(out)
+        assert calls == {0: ("call-1", "paint", '{"a": 1}')}, cut
+        assert read(out)[:3] == ("I see.", 1, ["tool_calls"]), cut
+        assert parsed(out).reasoning == "hm, so", cut
+    # What is cut: the first event of a kind, and the last one.
+    assert refused / len(whole) < 0.4
 
 
 @pytest.mark.parametrize("half", [b"\n", b"\ndata: {", b'data: {"choices":['])
@@ -188,19 +238,19 @@ def test_half_a_line_that_can_be_no_data_is_ended(half: bytes) -> None:
     ],
 )
 def test_half_of_something_else_is_not_mended(half: bytes) -> None:
-    assert Told.parse(chat_stream(["a"], reason=None) + half, chat=True) is None
+    assert Told.parse(chat_stream(["a"], reason=None) + half) is None
 
 
 def test_the_first_event_cannot_be_mended() -> None:
     role = chat_stream([], reason=None)
-    assert Told.parse(role[:-20], chat=True) is None
+    assert Told.parse(role[:-20]) is None
     assert parsed(role[:-1]).text == ""
 
 
 @pytest.mark.parametrize("half", [b"d", b"data", b"data:", b"data: {"])
 def test_before_there_was_a_text_nothing_tells_how_an_event_ends(half: bytes) -> None:
     role, relayed = chat_stream([], reason=None), chat_stream(["a"], reason=None)
-    assert Told.parse(role + half, chat=True) is None
+    assert Told.parse(role + half) is None
     assert read(spliced(relayed + half, chat_stream(["ab"]))).text == "ab"
 
 
@@ -212,7 +262,7 @@ def test_an_answer_of_max_tokens_is_closed_for_its_length() -> None:
     seen = read(relayed + closing(parsed(relayed), chat=True))
     assert seen == ("ab", 1, ["length"], {("chatcmpl-1", 1, "tiny")}, [], 1)
     relayed = text_stream(["a", "b"], reason=None)
-    seen = read(relayed + closing(parsed(relayed, chat=False), chat=False))
+    seen = read(relayed + closing(parsed(relayed), chat=False))
     assert (seen.text, seen.reasons, seen.done) == ("ab", ["length"], 1)
 
 

@@ -320,7 +320,7 @@ class Inference:
             return whole
         complete = False
         try:
-            client = await job.open(relay, worker)
+            client = await job.open(relay)
             with self._sweep.watching(relay, worker):
                 await relay.run(client, write_timeout, job.kept)
             response = await job.finish()

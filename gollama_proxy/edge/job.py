@@ -188,7 +188,7 @@ class Job:
 
     # --- Answering ----------------------------------------------------------------
 
-    async def open(self, relay: Relay, worker: Worker) -> Client:
+    async def open(self, relay: Relay) -> Client:
         """Begin the answer, or go on with it; tell where the worker's bytes go."""
         if self.delivery is None or not relay.is_event_stream:
             self.delivery = self._new_stream()
@@ -202,8 +202,7 @@ class Job:
             self.incoming.forget()
         if self.rescue is None:
             return client
-        model = self.attempts.pool.model
-        return self.rescue.client_of(client, worker, model, relay.fail)
+        return self.rescue.client_of(client, self.attempts.pool.model, relay.fail)
 
     @property
     def kept(self) -> int:
@@ -254,8 +253,8 @@ class Job:
             if self.rescue.broke():
                 self.record.rescued = self.rescue.count
                 self.attempts.resume()
-            if self.rescue.told.reasoning_open:
-                self.rescue = None
+                if not self._goes_on(self.rescue):
+                    self.rescue = None
             return
         if not self.body or isinstance(error, ToldError):
             return
@@ -263,10 +262,19 @@ class Job:
         if relayed is not None and isinstance(self.delivery, Stream):
             relayed = relayed.removesuffix(self.delivery.withdraw())
         chat = self.incoming.endpoint.chat
-        self.rescue = Rescue.begin(self.body, model, chat, relayed)
-        if self.rescue is not None:
-            self.delivery.send(self.rescue.told.mend)
+        rescue = Rescue.begin(self.body, model, chat, relayed)
+        if rescue is not None and self._goes_on(rescue):
+            self.rescue = rescue
+            self.delivery.send(rescue.told.mend)
             self.attempts.resume()
+
+    def _goes_on(self, rescue: Rescue) -> bool:
+        """Whether what is there of an answer is of use.
+
+        A client that has nothing of it may as well get another one, so there is no need
+        to have the same one generated again.
+        """
+        return self.fed or rescue.exhausted or rescue.can_continue
 
     def pause_before_next(self, refusal: Refusal) -> float | None:
         """Decide whether somebody is asked again, and when; None if this is final."""
@@ -275,11 +283,15 @@ class Job:
             return None
         if refusal.tokens:
             self.attempts.needs[self.attempts.pool.model] = refusal.tokens
-        refuses = refusal.failure in (None, Failure.STATUS)
-        if self.rescue is not None and refuses and self._ask_for_all():
-            # Not every server lets a client begin an answer for it.
-            return 0.0 if self.attempts.repeat() else None
-        return self.attempts.retry_after(refusal.failure, refusal.busy)
+        failure = refusal.failure
+        if self.rescue is not None and failure in (None, Failure.STATUS):
+            if self._ask_for_all():
+                # Not every server lets a client begin an answer for it.
+                self.attempts.repeat()
+                return 0.0
+            # Another worker has taken this request, so it is not the request's fault.
+            failure = failure or Failure.MALFORMED
+        return self.attempts.retry_after(failure, refusal.busy)
 
     def may_wait(self) -> bool:
         """Say whether to wait a moment, as nobody is there to go on with an answer.

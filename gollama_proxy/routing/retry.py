@@ -316,12 +316,13 @@ class Attempts:
         self._suspects.clear()
         self._free = self._resuming = True
 
-    def repeat(self) -> bool:
-        """Have the last worker asked for something else; False if that is too much."""
-        if not self.some_left:
-            return False
+    def repeat(self) -> None:
+        """Have the last worker asked for something else, in the same attempt.
+
+        It has refused to go on with an answer, or not proved that it does.
+        """
+        self._continuations += 1
         self._again = self._repeat = True
-        return True
 
     def succeeded(self) -> list[Worker]:
         """Name those whose 5xx another worker has shown to be their own fault."""

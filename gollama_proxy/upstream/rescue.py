@@ -4,9 +4,9 @@
      ▲                                             │
      ╰───────────────── broke() ◀──────────────────╯  it, too, breaks off: once more
 
-Nothing is parsed while all is well; this begins when the damage is done.  A worker that
-will not have an answer begun for it is asked for all of it again (`ask_for_all`), and
-believed for as long as it says the same.
+Nothing is parsed while all is well; this begins when the damage is done.  An answer
+that cannot be begun for a worker, and one that it does not prove to have gone on with,
+is asked for as a whole again (`ask_for_all`), and has to be the same.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
-from gollama_proxy.routing.worker import Worker
 from gollama_proxy.upstream.client import Client
 from gollama_proxy.wire.continuation import (
+    can_continue,
     can_rescue,
     continuation,
     exhausted,
@@ -39,12 +39,12 @@ class Rescue:
         self._body = body
         self._model = model
         self._chat = chat
-        self._for_all = False  # the next worker is asked for the whole answer
+        self._for_all = False  # the next request is for the whole answer
         self._asked_for_all = False
         self._splicer: _Splicer | None = None
 
     def __repr__(self) -> str:
-        return f"<Rescue {self.count} behind {len(self.told.text)} characters>"
+        return f"<Rescue {self.count} behind {self.told!r}>"
 
     @classmethod
     def begin(
@@ -53,10 +53,8 @@ class Rescue:
         """Look at what was relayed; None where it cannot go on."""
         if relayed is None or not can_rescue(body, chat):
             return None
-        told = Told.parse(relayed, chat)
-        if told is None or told.reasoning_open:
-            return None
-        return cls(body, model, chat, told)
+        told = Told.parse(relayed)
+        return None if told is None else cls(body, model, chat, told)
 
     @property
     def exhausted(self) -> bool:
@@ -69,16 +67,22 @@ class Rescue:
 
     # --- What to ask --------------------------------------------------------------
 
+    @property
+    def can_continue(self) -> bool:
+        """Whether a worker can go on where the answer broke off."""
+        return can_continue(self._body, self.told, self._chat)
+
     def request(self, model: str) -> bytes:
         """Write what the next worker is asked for."""
         body = self._body if model == self._model else for_model(self._body, model)
-        self._asked_for_all, self._for_all = self._for_all, False
+        self._asked_for_all = self._for_all or not self.can_continue
+        self._for_all = False
         if self._asked_for_all:
             return body
         return continuation(body, self.told, self._chat)
 
     def ask_for_all(self) -> bool:
-        """Have the next request be the first one again; False if it has been that."""
+        """Have the next request be the first one again; False if the last was that."""
         self._for_all = not self._asked_for_all
         return self._for_all
 
@@ -87,7 +91,6 @@ class Rescue:
     def client_of(
         self,
         client: Client,
-        worker: Worker,
         model: str,
         fail: Callable[[ProxyError], None],
     ) -> Client:
@@ -99,8 +102,6 @@ class Rescue:
             self.told,
             self._chat,
             regenerate=self._asked_for_all,
-            # A llama-server goes on where it is told to, even if it repeats nothing.
-            must_echo=not worker.is_llama_server,
             model=None if model == self._model else model,
         )
         self._splicer = splicer = _Splicer(splice, client, self.count + 1, fail)

@@ -1,9 +1,19 @@
 """The stream of another worker, turned into the rest of a client's.
 
-What comes is compared with what the client has, and never assumed: a worker repeats the
-text so far as its first piece, or in pieces, or with a space more or less in front, or
-not at all.  Whatever cannot be the rest of the answer raises `DivergedError` before a
-byte of it is passed on.
+The one rule: what comes has to begin with all that the client has, span by span, and
+only what is behind it is passed on.  That is a proof, whatever the worker has made of
+the request: if it was asked for the whole answer again and gives the same one, byte for
+byte, its rest is the rest; and if it was asked to go on and repeats what it goes on
+from, it has read that.  Anything else raises `DivergedError` before a byte of it is
+passed on.
+
+A continuation is asked to repeat (`echo`), and servers do it as their templates and
+parsers will.  So the repetition may lack the white space in front, have a wrapper in
+front of it (`<think></think>`), and be without the thoughts.  In return it has to be
+*one* event, the first one with text: nobody generates a text of several tokens at once.
+One that comes in pieces has been generated anew, by a worker that did not see what it
+should go on from, or is the rest of an answer that repeats itself, from a worker that
+does not echo.  Neither can be told from the other, and both are refused.
 """
 
 from __future__ import annotations
@@ -18,26 +28,30 @@ from gollama_proxy.wire.chunks import (
     END,
     DivergedError,
     Event,
+    Place,
+    Span,
     UnreadableError,
     Usage,
+    joined,
     read_event,
 )
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.sse import DONE, Gatherer
-from gollama_proxy.wire.told import Told
+from gollama_proxy.wire.told import Told, holds_text
 
 # Of one event, which is held until it is complete; those of llama-server have 240.
 MAX_EVENT = 1 << 20  # bytes
-# So much of the text so far does not come again by accident.
+# So much of a text does not occur by accident in the words that another one begins
+# with, so a wrapper may stand in front of it.
 _SURE = 16
+_WRAPPER = 128  # characters, beside the thoughts that it may wrap
 
 
 class Splice:
     """Turns the stream of another worker into the rest of the client's.
 
     With `regenerate` the worker was sent the original body, and has to repeat what was
-    told.  With `must_echo` one that does not repeat it is not believed.  A `model` is
-    named in place of the one that began, where another one goes on.
+    told.  A `model` is named in place of the one that began, where another one goes on.
     """
 
     def __init__(
@@ -46,43 +60,38 @@ class Splice:
         chat: bool,
         *,
         regenerate: bool = False,
-        must_echo: bool = False,
         model: str | None = None,
     ) -> None:
-        text = told.text
         self._told = told
         self._names = {"id": told.id, "created": told.created}
         self._names["model"] = model or told.model
         self._chat = chat
         self._regenerate = regenerate
-        self._strict = regenerate or must_echo
-        self._known = [text]  # what a repetition may look like
-        if len(text) >= _SURE and not regenerate:
-            self._known += [" " + text, text.lstrip() or text]
-        self._sure = min(_SURE, len(text.rstrip()) or len(text))
-        # Nobody repeats a prompt, unless asked.
-        self._aligned = not text or not (chat or regenerate)
-        self._held = ""  # may be a repetition
+        # What has to come again.  A prompt does not: the text goes on behind it.
+        self._missing = list(told.spans) if chat or regenerate else []
+        self._calls = {span.call for span in told.spans if span.kind == "name"}
         self._gatherer = Gatherer()
-        self._passed: list[str] = []  # the pieces of text that were news
+        self._passed: list[Span] = []  # what was news
+        self._tokens = 0  # events with news
+        self._pieces = 0  # those with text
         self._role_seen = told.role_seen
-        self._thinking = False  # the last that the client got is a thought
         self._finished = False
         self._done = False
 
     def __repr__(self) -> str:
-        state = "complete" if self._finished else "aligned" if self._aligned else "held"
-        return f"<Splice behind {len(self._told.text)} characters, {state}>"
+        state = "held" if self._missing else "aligned"
+        state = "complete" if self._finished else state
+        return f"<Splice behind {self._told!r}, {state}>"
 
     @property
     def told(self) -> Told:
         """What the client has by now, should this worker break off as well."""
         return msgspec.structs.replace(
             self._told,
-            text=self._told.text + "".join(self._passed),
-            tokens=self._told.tokens + len(self._passed),
+            spans=joined([*self._told.spans, *self._passed]),
+            tokens=self._told.tokens + self._tokens,
+            pieces=self._told.pieces + self._pieces,
             role_seen=self._role_seen,
-            reasoning_open=self._thinking,
             finished=self._finished,
             done=self._done,
             mend=b"",
@@ -114,13 +123,15 @@ class Splice:
             raise WorkerError(Code.WORKER_INCOMPLETE, text)
         return self._end()
 
+    # --- One event ----------------------------------------------------------------
+
     def _pass(self, raw: bytes) -> bytes:
         try:
             event = read_event(raw)
         except UnreadableError:
-            if not self._aligned:
+            if self._missing:
                 raise
-            # Whoever it is for can make of it what he will.
+            # The client would have got it without a rescue, too.
             return b"" if self._done else raw + b"\n\n"
         if event is None:
             return raw + b"\n\n" if raw.startswith(b":") else b""
@@ -134,80 +145,102 @@ class Splice:
 
     def _pass_chunk(self, event: Event) -> bytes:
         """Pass on what is news; behind a finish_reason, only usage is."""
-        text, finish, opens, thinks = "", False, False, False
+        news: list[Span] = []
+        finish, opens = False, False
         if not self._finished:
-            thinks = self._thinks(event)
-            text, finish = self._align(event.text, event.finish), event.finish
+            news, finish = self._take(event.places), event.finish
             opens = event.role and not self._role_seen
+            if finish and self._missing:
+                raise DivergedError("it ends before it has come so far")
         usage = event.chunk.usage is not None and not self._done
-        if not (text or finish or opens or thinks or usage):
+        if not (news or finish or opens or usage):
             return b""
-        chunk = self._rewrite(event, text)
+        chunk = self._rewrite(event)
         self._role_seen |= opens
         self._finished |= finish
-        if text:
-            self._passed.append(text)
-        self._thinking = not text and (thinks or self._thinking)
+        if news:
+            self._passed += news
+            self._tokens += 1
+            self._pieces += holds_text(news)
         return b"data: %b\n\n" % msgspec.json.encode(chunk)
 
-    def _thinks(self, event: Event) -> bool:
-        """Say whether there are thoughts to be passed on: not behind any text."""
-        if not event.reasoning or not self._told.text:
-            return event.reasoning
-        if self._regenerate and not self._aligned:
-            return False  # the same as the client has seen
-        raise DivergedError("it is thinking again")
+    # --- What the client has, and what is news ------------------------------------
 
-    def _align(self, text: str, last: bool) -> str:
-        """Return as much of the text as the client does not have."""
-        if self._aligned:
-            return text
-        held = self._held = self._held + text
-        for known in self._known:
-            if held.startswith(known):
-                self._aligned = True
-                return held[len(known) :]
-        if not last and any(known.startswith(held) for known in self._known):
-            return ""  # not yet to be told
-        agreed = max(_agreeing(known, held) for known in self._known)
-        if self._strict or agreed >= self._sure:
-            raise DivergedError(f"another text after {agreed} characters")
-        self._aligned = True
-        return held
+    def _take(self, places: tuple[Place, ...]) -> list[Span]:
+        """Compare what an event holds; leave in it what is news, and return that."""
+        news = []
+        for place in places:
+            span = place.span
+            rest = self._behind_known(span) if self._missing else span.text
+            if rest != span.text:
+                place.put(rest)
+            if rest:
+                news.append(span._replace(text=rest))
+        return news
 
-    def _rewrite(self, event: Event, text: str) -> dict[str, Any]:
-        told = self._told
-        try:
-            chunk: dict[str, Any] = msgspec.json.decode(event.data)
-        except (ValueError, RecursionError) as exc:  # in fields that nobody has read
-            raise UnreadableError(f"an event that cannot be read: {exc}") from None
-        chunk |= self._names
+    def _behind_known(self, span: Span) -> str:
+        """Take what has to come next from a span; return what is behind that."""
+        if not self._regenerate:
+            span = self._read_echo(span)
+        known = self._missing.pop(0)
+        if (span.kind, span.call) == (known.kind, known.call):
+            if known.text.startswith(span.text):  # there is more to come
+                if known.text != span.text:
+                    rest = known.text[len(span.text) :]
+                    self._missing.insert(0, known._replace(text=rest))
+                return ""
+            if span.text.startswith(known.text) and not self._missing:
+                return span.text[len(known.text) :]
+        raise DivergedError(f"another {span.kind}")
+
+    def _read_echo(self, span: Span) -> Span:
+        """Read a repetition, which is told in another form, as what it repeats."""
+        known, *behind = self._missing
+        if span.kind == known.kind == "reasoning":
+            if span.text.strip() == known.text.strip():
+                return known
+        elif span.kind == "text":
+            wrapper = _WRAPPER
+            if known.kind == "reasoning":  # they are not told, or in the text
+                wrapper += len(known.text)
+                known, *_ = self._missing = behind
+            for text in (known.text, known.text.lstrip()):
+                at = span.text.find(text, 0, wrapper + len(text))
+                if at == 0 or (at > 0 and len(text) >= _SURE):
+                    rest = span.text[at + len(text) :]
+                    return span._replace(text=known.text + rest)
+        raise DivergedError(f"{span.kind} that repeats nothing")
+
+    def _rewrite(self, event: Event) -> dict[str, Any]:
+        chunk = event.fields | self._names
         if self._finished:
             chunk["choices"] = []  # nothing but usage is wanted any more
         for choice in chunk.get("choices") or ():
             if not self._chat:
-                choice["text"] = text
+                choice["text"] = choice.get("text") or ""
                 continue
-            barred = {"content"}
+            delta = choice["delta"] = choice.get("delta") or {}
             if self._role_seen:
-                barred.add("role")
-            if told.text:
-                barred |= {"reasoning_content", "reasoning"}
-            delta = choice.get("delta") or {}
-            choice["delta"] = {k: v for k, v in delta.items() if k not in barred}
-            if text:
-                choice["delta"]["content"] = text
+                delta.pop("role", None)
+            calls = delta.pop("tool_calls", None) or ()
+            if left := list(filter(self._goes_on, calls)):
+                delta["tool_calls"] = left
         if event.chunk.usage:
-            before = 0 if self._regenerate else told.tokens
+            before = 0 if self._regenerate else self._told.tokens
             chunk["usage"] |= _merge(event.chunk.usage, before)
         return chunk
 
+    def _goes_on(self, call: dict[str, Any]) -> bool:
+        """Whether anything of a call is left; one that the client knows keeps its id.
 
-def _agreeing(one: str, other: str) -> int:
-    """Count the characters that both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    shorter = min(len(one), len(other))
-    return next((at for at, (a, b) in pairs if a != b), shorter)
+        Servers make up ids anew for each answer.
+        """
+        function = call.get("function") or {}
+        if "name" in function or (call.get("index") or 0) not in self._calls:
+            return True
+        call.pop("id", None)
+        call.pop("type", None)
+        return bool(function)
 
 
 def _merge(usage: Usage, before: int) -> dict[str, Any]:

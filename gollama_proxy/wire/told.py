@@ -2,27 +2,39 @@
 
 A cut in mid-event.  A client that has `data: {"choices":[…"content":" wor` cannot be
 made to forget it: any line end would have it parse half a JSON object.  So the event is
-completed.  Events of one stream differ in their text only, so the last whole one
-supplies whatever the half one lacks (`mend`), and the text counts as far as it came.
-Where that cannot be done, because half a character, an escape, or an event without text
-was cut, there is no rescue.  llama-server sends whole events in a chunk, so nothing of
-this happens to who relays whole chunks.
+completed.  Events of one stream differ in their text only, so one of the last whole
+ones supplies whatever the half one lacks (`mend`), and the text counts as far as it
+came.  Where that cannot be done, because half a character, an escape, or an event
+without text was cut, there is no rescue.  llama-server sends whole events in a chunk,
+and a relay that passes on whole chunks sees nothing of this.
 """
 
 from __future__ import annotations
 
 import re
+from itertools import chain, islice
 from typing import Any, Self
 
 import msgspec
 
-from gollama_proxy.wire.chunks import BLANK_LINE, END, DivergedError, read_event
+from gollama_proxy.wire.chunks import (
+    BLANK_LINE,
+    END,
+    DivergedError,
+    Kind,
+    Span,
+    joined,
+    read_event,
+)
 from gollama_proxy.wire.errors import WorkerError
 from gollama_proxy.wire.sse import DONE
 
 # A text in an event.  JSON strings hold no bare quote, so no words can look like it.
-_CONTENT = re.compile(rb'"content"\s*:\s*"((?:[^"\\]++|\\.)*+)"')
-_TEXT = re.compile(rb'"text"\s*:\s*"((?:[^"\\]++|\\.)*+)"')
+WORD = re.compile(
+    rb'"(?:content|text|reasoning_content|reasoning|arguments)"\s*:\s*'
+    rb'"((?:[^"\\]++|\\.)*+)"'
+)
+_MODELS = 4  # so many texts of the last events are tried for one that was cut
 _IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+')
 
 
@@ -32,21 +44,22 @@ class Told(msgspec.Struct, frozen=True):
     id: str
     created: int
     model: str
-    text: str
-    tokens: int  # at least; events with text where the worker did not count
+    spans: tuple[Span, ...]  # no two neighbours are pieces of the same
+    tokens: int  # at least; events with a span where the worker did not count
+    pieces: int = 0  # events that the text came in
     role_seen: bool = True
-    reasoning_open: bool = False  # it was thinking when it broke: no rescue
     finished: bool = False  # with a finish_reason: no rescue is needed
     done: bool = False  # with `[DONE]`, too
     mend: bytes = b""  # completes the event that was cut; counted in all of the above
     halved: bool = False  # the last token may be only half of one
 
     def __repr__(self) -> str:  # without what was told
+        size = sum(len(span.text) for span in self.spans)
         state = "finished" if self.finished else "open"
-        return f"<Told {len(self.text)} characters, {self.tokens} tokens, {state}>"
+        return f"<Told {size} characters, {self.tokens} tokens, {state}>"
 
     @classmethod
-    def parse(cls, relayed: bytes, chat: bool) -> Self | None:
+    def parse(cls, relayed: bytes) -> Self | None:
         """Read the body that was relayed; None when it cannot be continued."""
         *whole, half = BLANK_LINE.split(relayed)
         half, halved = half.lstrip(b"\r\n"), False
@@ -55,36 +68,55 @@ class Told(msgspec.Struct, frozen=True):
             events = [event for event in map(read_event, whole) if event is not None]
             if half:
                 finished = any(event.finish for event in events)
-                mended = _complete(half, whole, chat, finished)
+                mended = _complete(half, whole, finished)
                 mend = mended[len(half) :]
                 if (event := read_event(mended)) is not None:
                     events.append(event)
-                    halved = bool(event.text) and mend.startswith(b'"')
+                    halved = bool(event.places) and mend.startswith(b'"')
         except WorkerError:
             return None
         first = next((event.chunk for event in events if event.chunk.id), None)
         if first is None:
             return None
-        text = "".join(event.text for event in events)
         return cls(
             id=first.id,
             created=first.created,
             model=first.model,
-            text=text,
+            spans=joined(chain.from_iterable(event.spans for event in events)),
             tokens=max(
-                sum(1 for event in events if event.text),
+                sum(1 for event in events if event.places),
                 max(event.tokens for event in events),
             ),
+            pieces=sum(holds_text(event.spans) for event in events),
             role_seen=any(event.role for event in events),
-            reasoning_open=not text and any(event.reasoning for event in events),
             finished=any(event.finish for event in events),
             done=END in events,
             mend=mend,
             halved=halved,
         )
 
+    @property
+    def text(self) -> str:
+        return self._all("text")
 
-def _complete(half: bytes, whole: list[bytes], chat: bool, finished: bool) -> bytes:
+    @property
+    def reasoning(self) -> str:
+        return self._all("reasoning")
+
+    def _all(self, kind: Kind) -> str:
+        return "".join(span.text for span in self.spans if span.kind == kind)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a text, perhaps behind thoughts, and nothing else."""
+        return [span.kind for span in self.spans] in (["text"], ["reasoning", "text"])
+
+
+def holds_text(spans: list[Span]) -> bool:
+    return any(span.kind == "text" for span in spans)
+
+
+def _complete(half: bytes, whole: list[bytes], finished: bool) -> bytes:
     """Complete an event that was cut.
 
     Raises:
@@ -94,11 +126,12 @@ def _complete(half: bytes, whole: list[bytes], chat: bool, finished: bool) -> by
         return half + b"\n\n"
     if finished and DONE.startswith(half):
         return DONE
-    search = (_CONTENT if chat else _TEXT).search
-    match = next(filter(None, map(search, reversed(whole))), None)
-    if match is not None:
-        head = match.string[: match.start(1)].lstrip(b"\r\n")
-        foot = match.string[match.end(1) :] + b"\n\n"
+    words = chain.from_iterable(map(WORD.finditer, reversed(whole)))
+    for word in islice(words, _MODELS):
+        head = word.string[: word.start(1)].lstrip(b"\r\n")
+        foot = word.string[word.end(1) :] + b"\n\n"
+        if not _is_empty(head + foot):
+            continue
         if head.startswith(half):
             return head + foot
         in_text = _IN_STRING.match(half, len(head))
@@ -112,6 +145,12 @@ def _complete(half: bytes, whole: list[bytes], chat: bool, finished: bool) -> by
     # It lacks nothing but its blank line, or is no event: the router of llama-server
     # writes "proxy error: …" behind a stream whose child has died.
     return half + b"\n\n"
+
+
+def _is_empty(event: bytes) -> bool:
+    """Whether an event adds nothing to an answer, not even the name of a call."""
+    read = read_event(event)
+    return read is not None and not (read.places or read.finish)
 
 
 def closing(told: Told, chat: bool) -> bytes:

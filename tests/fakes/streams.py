@@ -45,6 +45,18 @@ def chat_event(_reason: str | None = None, **fields: Any) -> bytes:
     return dump(chat_chunk(delta(_reason, **fields)))
 
 
+def call(name: str, text: str = "", id: str = "call-1", index: int = 0) -> bytes:
+    """Build the event with which llama-server begins a call."""
+    function = {"name": name, "arguments": text}
+    begun = {"index": index, "id": id, "type": "function", "function": function}
+    return chat_event(tool_calls=[begun])
+
+
+def arguments(text: str, index: int = 0) -> bytes:
+    """Build the event of some more of a call's arguments."""
+    return chat_event(tool_calls=[{"index": index, "function": {"arguments": text}}])
+
+
 def chat_stream(
     pieces: Iterable[str],
     *,
@@ -109,12 +121,29 @@ def read(stream: bytes) -> Seen:
     )
 
 
+def read_calls(stream: bytes) -> dict[int, tuple[str, str, str]]:
+    """Fold the calls of a stream as SDKs do: id, name and arguments, by their index."""
+    calls: dict[int, list[str]] = {}
+    for event in stream.replace(b"\r\n", b"\n").split(b"\n\n"):
+        data = event.strip(b"\n").removeprefix(b"data: ")
+        if not data.startswith(b"{"):
+            continue
+        for choice in json.loads(data).get("choices", ()):
+            for each in choice.get("delta", {}).get("tool_calls", ()):
+                known = calls.setdefault(each["index"], ["", "", ""])
+                function = each.get("function", {})
+                known[0] = each.get("id", known[0])
+                known[1] += function.get("name", "")
+                known[2] += function.get("arguments", "")
+    return {index: (told[0], told[1], told[2]) for index, told in calls.items()}
+
+
 # --- Broken answers ---------------------------------------------------------------
 
 
-def parsed(relayed: bytes, *, chat: bool = True) -> Told:
+def parsed(relayed: bytes) -> Told:
     """Read what a client has, which can be gone on with."""
-    told = Told.parse(relayed, chat)
+    told = Told.parse(relayed)
     assert told is not None
     return told
 
@@ -123,7 +152,7 @@ def spliced(
     relayed: bytes, stream: bytes, *, chat: bool = True, **options: Any
 ) -> bytes:
     """Return all that a client gets whose answer goes on with `stream`."""
-    told = parsed(relayed, chat=chat)
+    told = parsed(relayed)
     splice = Splice(told, chat, **options)
     rest = b"".join(splice.feed(stream)) + splice.finish()
     return relayed + told.mend + rest

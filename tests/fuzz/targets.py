@@ -17,7 +17,13 @@ from gollama_proxy.routing.affinity import prefixes
 from gollama_proxy.upstream.connection import Connection, State
 from gollama_proxy.wire import fields, sse, usage
 from gollama_proxy.wire.assemble import Assembler, AssemblyError, streaming_body
-from gollama_proxy.wire.continuation import can_rescue, continuation, exhausted
+from gollama_proxy.wire.chunks import Span
+from gollama_proxy.wire.continuation import (
+    can_continue,
+    can_rescue,
+    continuation,
+    exhausted,
+)
 from gollama_proxy.wire.errors import RequestError, WorkerError
 from gollama_proxy.wire.fields import Field, FieldScanner, check_json
 from gollama_proxy.wire.openai import Api, Ending
@@ -146,8 +152,8 @@ def _derive(data: bytes, found: dict[str, Field]) -> None:
         assert json.loads(streamed, parse_int=str)["stream"] is True
     for chat in (True, False):
         if can_rescue(data, chat):
-            told = Told("i", 1, "m", "so far", 2)
-            if not exhausted(data, told):
+            told = Told("i", 1, "m", (Span("text", "so far"),), 2, pieces=2)
+            if not exhausted(data, told) and can_continue(data, told, chat):
                 assert b"so far" in continuation(data, told, chat)
     if data.strip(b" \t\r\n{}"):
         asked = asking(data)
@@ -266,12 +272,12 @@ def rescue(data: bytes) -> None:
     """What broke off is gone on with or not; `\\x00\\x00` is where it broke."""
     relayed, _, rest = data.partition(b"\x00\x00")
     for chat in (True, False):
-        told = Told.parse(relayed, chat)
+        told = Told.parse(relayed)
         if told is None:
             continue
-        again = Told.parse(relayed + told.mend, chat)
+        again = Told.parse(relayed + told.mend)
         assert again is not None, told.mend
-        assert (again.text, again.mend) == (told.text, b""), (told, again)
+        assert (again.spans, again.mend) == (told.spans, b""), (told, again)
         for regenerate in (True, False):
             same_for_all(
                 rest,
@@ -290,7 +296,7 @@ def _splice(pieces: Sequence[bytes], told: Told, chat: bool, regenerate: bool) -
         events.append(splice.finish())
     except WorkerError as exc:
         events.append(type(exc).__name__.encode())
-    return b"".join(events), splice.told.text
+    return b"".join(events), splice.told.spans
 
 
 # --- Answers of a worker ----------------------------------------------------------
