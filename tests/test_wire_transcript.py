@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gollama_proxy.wire.transcript import Transcript
 from tests.fakes import replies
 from tests.fakes.replies import chunk
-from tests.fakes.streams import chat_event, dump
+from tests.fakes.streams import arguments, call, chat_event, dump
 
 
 def filled(*batches: Iterable[bytes]) -> Transcript:
@@ -118,6 +118,30 @@ def test_it_is_learnt_from_the_first_batch_that_ends_with_a_word() -> None:
         tracemalloc.stop()
     assert transcript.body() == b"".join([*first, *words])
     assert used < len(b"".join(words)) / 5
+
+
+def test_it_is_learnt_anew_when_thoughts_end_or_a_call_begins() -> None:
+    words = [f" {number}" for number in range(200)]
+    thoughts = [chat_event(reasoning_content=word) for word in words]
+    calls = [call("paint"), *map(arguments, words)]
+    events = [replies.role(), *thoughts, *map(replies.token, words), *calls]
+    tracemalloc.start()
+    try:
+        transcript = Transcript()
+        for at in range(0, len(events), 6):
+            transcript.add([chunk(data) for data in events[at : at + 6]])
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert transcript.body() == b"".join(events)
+    assert used < len(b"".join(events)) / 6
+
+
+def test_what_changes_with_each_event_is_not_learnt_for_ever() -> None:
+    events = [dump({"n": n, "content": "x" * n}) for n in range(100)]
+    transcript = filled(*([event] for event in events))
+    assert transcript.body() == b"".join(events)
+    assert transcript._learnt == 8
 
 
 # --- What looks like a word and is none -------------------------------------------
