@@ -53,10 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except ConfigError as exc:
         for mistake in exc.args:
-            print("gollama-proxy:", " ".join(mistake.splitlines()), file=sys.stderr)
+            _complain(" ".join(mistake.splitlines()))
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _complain(text: str) -> None:
+    from gollama_proxy.ops.accesslog import journal_reads, prioritised
+
+    text = f"gollama-proxy: {text}"
+    if journal_reads(sys.stderr):
+        text = prioritised(text, logging.ERROR)
+    print(text, file=sys.stderr)
 
 
 # --- Reading the command line -----------------------------------------------------
@@ -400,5 +409,5 @@ def _demo(args: argparse.Namespace) -> int:
             )
         )
     except ChildError as exc:
-        print("gollama-proxy:", exc, file=sys.stderr)
+        _complain(str(exc))
         return exc.status

@@ -373,7 +373,7 @@ async def test_what_a_breaker_does_shows_in_the_metrics_and_in_the_log(
         page = (await hub.get("/metrics")).body.decode()
     machine, model = (f'model="{name}"' for name in ("", "tiny"))
     where = f'worker="{worker.name}"'
-    cause = 'cause="failures in a row"'
+    cause = 'cause="consecutive"'
     for line in (
         f'gollama_breaker_state{{{machine},state="open",{where}}} 1.0',
         f'gollama_breaker_state{{{model},state="closed",{where}}} 1.0',

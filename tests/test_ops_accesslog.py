@@ -6,9 +6,11 @@ import asyncio
 import base64
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,8 @@ from gollama_proxy.ops.accesslog import JsonFormatter, Record, TextFormatter
 from gollama_proxy.settings import Log
 from gollama_proxy.wire.errors import Code
 from tests.fakes.client import Wire, request_head
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.clock import Clock
+from tests.fakes.hub import RunningHub, plain_hub, running_hub
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -30,6 +33,7 @@ from tests.fakes.replies import (
     token,
 )
 from tests.fakes.script import (
+    Script,
     answer,
     chat_stream,
     close,
@@ -389,6 +393,158 @@ def log() -> Iterator[Collector]:
         root.removeHandler(collector)
 
 
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/api/chat?key=secret", "/api/chat"),
+        ("/v1/v1/models", "/v1/v1/models"),
+        ("/a%0Ab/\x7f\xe9", "/a%0Ab/\x7f\xe9"),
+        ("/" + "x" * 5000, "/" + "x" * (accesslog.MOST_PATH - 1)),
+        ("http://user:password@hub/a", None),
+        ("*", None),
+    ],
+)
+async def test_a_path_that_is_none_is_logged_so_that_a_wrong_base_url_can_be_found(
+    path: str, shown: str | None, log: Collector
+) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        wire = await hub.wire()
+        head_ = f"GET {path} HTTP/1.1\r\nHost: hub\r\n\r\n"
+        await wire.send(head_.encode("latin-1"))
+        assert (await wire.read_response()).status in (400, 404)
+        [line] = await log.lines(1)
+    found = line.get("path")
+    if shown is None or found is None or not shown.isascii():
+        assert found is None or "password" not in found
+    else:
+        assert found == shown
+    [entry] = log.access
+    text = TextFormatter().format(entry)
+    assert text.isascii()
+    assert text.isprintable()
+
+
+async def test_the_path_of_a_route_is_not_logged(log: Collector) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        await hub.get("/v1/models/some-name")
+        [line] = await log.lines(1)
+    assert "path" not in line
+    assert "some-name" not in str(line)
+
+
+HALF = (send(sse_head() + chunk(role() + token("a"))),)
+
+
+@pytest.mark.parametrize(
+    ("script", "level"),
+    [
+        (chat_stream(["a", "b"]), "INFO"),
+        ((*HALF, reset()), "WARNING"),
+        ((*HALF, send(chunk(error_event("no"))), close()), "WARNING"),
+        ((send(error_reply(400, "no")),), "INFO"),
+        ((send(error_reply(500, "no")),), "WARNING"),
+        ((send(b"nonsense\r\n\r\n"), close()), "WARNING"),
+    ],
+)
+async def test_a_broken_answer_is_a_warning(
+    script: Script, level: str, log: Collector
+) -> None:
+    async with ScriptedWorker() as worker:
+        worker.default(*script)
+        # Nobody makes up for it, and the worker stays in.
+        async with running_hub(
+            worker, retry__attempts=1, rescue__enabled=False, upstream__assemble=""
+        ) as hub:
+            ask = {"messages": [], "stream": True}
+            async with await hub.open(CHAT, ask) as wire:
+                await wire.read_to_end()
+            await log.lines(1)
+    [entry] = log.access
+    assert entry.levelname == level
+
+
+async def test_a_client_that_leaves_is_no_warning(log: Collector) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.default(*HALF, stall())
+        async with await hub.open(CHAT, {"messages": [], "stream": True}) as wire:
+            assert await wire.read_event()
+        await log.lines(1)
+    assert [entry.levelname for entry in log.access] == ["INFO"]
+
+
+async def test_each_loss_of_a_worker_in_use_is_told_though_others_make_up_for_it(
+    log: Collector,
+) -> None:
+    """Not only where a ping happens to see it: else a worker dies and nobody hears."""
+    async with (
+        ScriptedWorker() as bad,
+        ScriptedWorker() as good,
+        # Only what is asked of it shows what it is like.
+        running_hub(
+            bad, good, routing__policy="round_robin", health__interval=3600
+        ) as hub,
+    ):
+        bad.default(reset())
+        while not bad.requests:
+            ask = {"messages": [], "stream": True}
+            assert (await hub.post(CHAT, ask)).status == 200
+    told = [r for r in log.records if "lost while it had a request" in r.getMessage()]
+    assert [record.levelname for record in told] == ["WARNING"]
+    assert told[0].getMessage().startswith(f"worker {bad.name}: lost")
+
+
+# --- Now and then -----------------------------------------------------------------
+
+
+def test_what_happens_often_is_told_now_and_then() -> None:
+    sparse = accesslog.Sparse(clock := Clock(), 10.0)
+    assert [sparse.count("a") for _ in range(3)] == [1, 0, 0]
+    assert sparse.count("b") == 1
+    clock.advance(9.9)
+    assert sparse.count("a") == 0
+    clock.advance(0.1)
+    assert sparse.count("a") == 4
+    assert sparse.count("a") == 0
+    assert repr(sparse) == "<Sparse untold=1>"
+
+
+# --- systemd ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("logs_of_its_own")
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lines_carry_their_priority_where_the_journal_reads_them(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "journal").open("w+") as journal:
+        stat = os.fstat(journal.fileno())
+        monkeypatch.setattr(sys, "stderr", journal)
+        monkeypatch.setenv("JOURNAL_STREAM", f"{stat.st_dev}:{stat.st_ino}")
+        accesslog.configure(Log(format=form, level="debug"))
+        logger = logging.getLogger("gollama_proxy.test")
+        for level in ("debug", "info", "warning", "error", "critical"):
+            getattr(logger, level)("said")
+        journal.seek(0)
+        assert [line[:3] for line in journal] == ["<7>", "<6>", "<4>", "<3>", "<2>"]
+
+
+def test_each_line_of_a_traceback_has_the_priority() -> None:
+    assert accesslog.prioritised("a\nb", logging.ERROR) == "<3>a\n<3>b"
+
+
+@pytest.mark.usefixtures("logs_of_its_own")
+@pytest.mark.parametrize("stream", ["", "0:0", "8:1"])
+def test_lines_carry_no_priority_elsewhere(
+    stream: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", stream)
+    accesslog.configure(Log())
+    logging.getLogger("gollama_proxy.test").warning("said")
+    assert not capsys.readouterr().err.startswith("<")
+
+
 async def test_an_answer_makes_one_line(log: Collector) -> None:
     async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
         response = await hub.post(CHAT, {"messages": []})
@@ -523,7 +679,7 @@ async def everything(hub: RunningHub, worker: ScriptedWorker) -> AsyncIterator[W
     ):
         yield await post(hub, wrong)
     yield await post(hub, {"model": NAME, **MESSAGES})
-    yield await post(hub, MESSAGES, f"/{PATH}")
+    yield await post(hub, MESSAGES, "/no/such/path")
     yield await post(hub, MESSAGES, f"/v1/models/{PATH}")
     yield await hub.open(CHAT, MESSAGES, f"{PROMPT}.{PROMPT}.{PROMPT}", headers=HEADERS)
     yield await hub.open(CHAT, MESSAGES, hub.token(exp=1), headers=HEADERS)
@@ -615,6 +771,9 @@ async def test_nothing_of_a_conversation_gets_into_a_log(
         + repr(vars(record))
         for record in log.records
     )
+    # What helps to find a wrong base URL, in the log alone.
+    assert "/no/such/path" in written
+    assert "/no/such/path" not in metrics
     for text in (written, metrics):
         assert "canary" not in text
         for minted in tokens:

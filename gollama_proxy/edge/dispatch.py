@@ -159,7 +159,9 @@ class Dispatcher:
                 methods, path = self._routes[parent], parent
         if methods is None:
             # Without a query or `user:password@`: they are in enough logs already.
-            what = repr(path[:200]) if path.startswith("/") else "such a target"
+            if path.startswith("/"):
+                record.path = path
+            what = repr(path[:200]) if record.path else "such a target"
             text = f"There is no {request.method} {what} here."
             raise RequestError(Code.UNKNOWN_URL, text)
         record.route = path

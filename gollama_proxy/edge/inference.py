@@ -10,6 +10,7 @@ the lease and the attempt give back what they hold on the way out.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 
 from aiohttp import web
@@ -28,7 +29,7 @@ from gollama_proxy.edge.fitting import Fitting
 from gollama_proxy.edge.job import WAIT, Job
 from gollama_proxy.edge.request import Incoming, answer_expectation
 from gollama_proxy.edge.slots import Claim, Entry, Seat, Slots
-from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.ops.accesslog import Record, Sparse
 from gollama_proxy.routing.lease import Lease, Outcome
 from gollama_proxy.routing.policies import Ask
 from gollama_proxy.routing.quota import Quotas
@@ -57,6 +58,13 @@ from gollama_proxy.wire.errors import (
 from gollama_proxy.wire.openai import ENDPOINTS, Endpoint
 from gollama_proxy.wire.usage import Usage
 
+logger = logging.getLogger(__name__)
+
+# Ends of an answer after which nothing is left of the connection.
+_LOSSES = frozenset({Code.WORKER_LOST, Code.WORKER_INCOMPLETE})
+# Seconds between two lines about losses of one worker.
+LOG_EVERY = 1.0
+
 
 class Inference:
     """Handles every route that a worker answers."""
@@ -79,6 +87,7 @@ class Inference:
         self._sweep = sweep
         self._slots = slots
         self._fitting = fitting
+        self._losses = Sparse(clock, LOG_EVERY)
         self._quotas = Quotas(clock)
         self._charges = Charges(self._quotas, fitting, clock)
         self._clock = clock
@@ -173,12 +182,22 @@ class Inference:
             answer = await self._attempt(job, worker, lease)
             if not isinstance(answer, Refusal):
                 return answer
+            self._note_loss(worker, answer)
             if job.rescue is not None and job.rescue.exhausted:
                 return await job.close()
             pause = job.pause_before_next(answer)
             if pause is None and not (answer.failure and job.may_wait()):
                 return job.give_up()
             await asyncio.sleep(WAIT if pause is None else pause)
+
+    def _note_loss(self, worker: Worker, refusal: Refusal) -> None:
+        """Log that a worker was lost while it had a request; retries hide it."""
+        error = refusal.told
+        if not isinstance(error, WorkerError) or error.code not in _LOSSES:
+            return
+        if count := self._losses.count(worker.name):
+            text = "worker %s: lost while it had a request: %d times (%s)"
+            logger.warning(text, worker.name, count, error.detail or error.code)
 
     async def _admit(self, job: Job) -> Seat:
         """Choose a worker, and take a slot of it if it needs one for this."""

@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 import re
 import sys
 import time
 import traceback
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from gollama_proxy.settings import Log
 
@@ -23,6 +26,7 @@ access = logging.getLogger("gollama_proxy.access")
 
 # What a task or future has come to, in its `repr`.
 _OF_A_TASK = re.compile(r" (?:exception|result)=.*(?=> took [\d.]+ seconds\Z|>\Z)")
+MOST_PATH = 200  # characters of a path that is none, which may be as long as a head
 MOST_CAUSES = 5  # of an exception, that are told
 _PLAIN = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
 
@@ -34,6 +38,7 @@ class Record:
     id: str
     method: str
     route: str = "other"  # a route of the table, never the path that a client made up
+    path: str = ""  # that path, if there is no route for it
     remote: str = ""
     subject: str = ""
     model: str = ""  # as a worker calls it, never as the client did
@@ -61,6 +66,7 @@ class Record:
             "subject": self.subject,
             "method": self.method,
             "route": self.route,
+            "path": self.path[:MOST_PATH],
             "status": self.status,
             "outcome": self.outcome,
             "error": self.error,
@@ -85,8 +91,35 @@ class Record:
 
 
 def write(record: Record) -> None:
-    """Log the end of a request."""
-    access.info("request", extra={"fields": record.line()})
+    """Log the end of a request; one that went wrong on this side is a warning."""
+    broken = record.outcome == "error" and record.status < 400
+    level = logging.WARNING if broken or record.status >= 500 else logging.INFO
+    access.log(level, "request", extra={"fields": record.line()})
+
+
+class Sparse:
+    """Counts what may happen often, and lets a line about it be written now and then.
+
+    `clock` gives monotonic seconds, and `every` is between two lines of one kind.
+    """
+
+    def __init__(self, clock: Callable[[], float], every: float) -> None:
+        self._clock = clock
+        self._every = every
+        self._last: dict[str, float] = {}
+        self._untold: Counter[str] = Counter()
+
+    def __repr__(self) -> str:
+        return f"<Sparse untold={self._untold.total()}>"
+
+    def count(self, kind: str) -> int:
+        """Count one; return how many there were since the last line, 0 for no line."""
+        self._untold[kind] += 1
+        now = self._clock()
+        if now - self._last.get(kind, -math.inf) < self._every:
+            return 0
+        self._last[kind] = now
+        return self._untold.pop(kind)
 
 
 # --- Setting up -------------------------------------------------------------------
@@ -95,7 +128,7 @@ def write(record: Record) -> None:
 def configure(log: Log) -> None:
     """Send the program's log to standard error, in the configured form."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log.format == "json" else TextFormatter())
+    handler.setFormatter(_formatter(log))
     logging.basicConfig(handlers=[handler], level=log.level.upper(), force=True)
     access.setLevel(logging.INFO if log.access else logging.CRITICAL)
     # What no line shows need not be looked up for each.
@@ -103,6 +136,47 @@ def configure(log: Log) -> None:
     logging._srcfile = None  # documented: logging HOWTO, "Optimization"
     # aiohttp logs each malformed request with its bytes and a traceback.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
+
+
+def _formatter(log: Log) -> logging.Formatter:
+    chosen = JsonFormatter() if log.format == "json" else TextFormatter()
+    return JournalFormatter(chosen) if journal_reads(sys.stderr) else chosen
+
+
+def journal_reads(stream: TextIO) -> bool:
+    """Tell whether a stream goes to systemd's journal (systemd.exec(5))."""
+    try:
+        stat = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # one that is no file
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+
+
+def prioritised(text: str, level: int) -> str:
+    """Begin each line with its priority, as the journal reads it (sd-daemon(3))."""
+    priority = next(number for least, number in _PRIORITIES if level >= least)
+    return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+
+
+# syslog's, by the least level of Python that they are for.
+_PRIORITIES = (
+    (logging.CRITICAL, 2),
+    (logging.ERROR, 3),
+    (logging.WARNING, 4),
+    (logging.INFO, 6),
+    (logging.NOTSET, 7),
+)
+
+
+class JournalFormatter(logging.Formatter):
+    """Another form, with the priority of each line in front."""
+
+    def __init__(self, form: logging.Formatter) -> None:
+        super().__init__()
+        self._form = form
+
+    def format(self, record: logging.LogRecord) -> str:
+        return prioritised(self._form.format(record), record.levelno)
 
 
 class TextFormatter(logging.Formatter):

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
+from gollama_proxy.ops.accesslog import Sparse
 from gollama_proxy.settings import Limits
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,7 @@ class Connections:
         self._limit = limits.connections
         self._each = limits.connections_per_address
         self._by_address: Counter[str] = Counter()
-        self._clock = clock
-        self._told: dict[str, tuple[float, int]] = {}  # when, and the count by then
+        self._sparse = Sparse(clock, LOG_EVERY)
 
     def __repr__(self) -> str:
         return f"<Connections open={self.open} of {self._limit}>"
@@ -69,11 +69,8 @@ class Connections:
     def refuse(self, kind: str, why: str) -> None:
         """Count a connection that was turned away, and tell of it now and then."""
         self.refused[kind] += 1
-        now, count = self._clock(), self.refused[kind]
-        last, before = self._told.get(kind, (now - LOG_EVERY, 0))
-        if now - last >= LOG_EVERY:
-            self._told[kind] = now, count
-            logger.warning("refused connections: %d (%s)", count - before, why)
+        if count := self._sparse.count(kind):
+            logger.warning("refused connections: %d (%s)", count, why)
 
 
 def household(address: str) -> str:

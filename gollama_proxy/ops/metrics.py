@@ -219,7 +219,8 @@ class _WorkerCollector(Collector):
                     count = breaker.transitions[each]
                     transitions.add_metric([*where, each.value], count)
                 for cause in Cause:
-                    openings.add_metric([*where, cause.value], breaker.causes[cause])
+                    count = breaker.causes[cause]
+                    openings.add_metric([*where, cause.name.lower()], count)
         yield from (state, transitions, openings)
 
 
