@@ -319,6 +319,30 @@ async def test_a_refusal_says_what_each_worker_offers(tokens: int | None) -> Non
             assert f"the prompt has {tokens or 'more'}" in message
 
 
+@pytest.mark.parametrize("path", [CHAT, "/completion"])
+async def test_the_error_has_the_numbers_as_fields(path: str) -> None:
+    """Whoever finds out: the hub, or a worker, whose words are kept."""
+    async with pair() as (small, large, hub):
+        for worker in (small, large):
+            worker.default(send(overflow(9000)))
+        asked = {"prompt": "x"} if path != CHAT else ask(10)
+        errors = [(await hub.post(path, asked)).json()["error"]]
+        counting(small, 9000)
+        counting(large, 9000)
+        long = {"prompt": "x" * 20_000} if path != CHAT else ask(20_000)
+        errors.append((await hub.post(path, long)).json()["error"])
+    assert "too long. The workers offer: " in errors[0]["message"]
+    phrase = "request (9000 tokens) exceeds the available context size (4096 tokens)"
+    assert phrase in errors[1]["message"]
+    for error in errors:
+        assert (error["n_prompt_tokens"], error["n_ctx"]) == (9000, 4096)
+        assert (error["type"], error["code"]) == (
+            ("invalid_request_error", "context_length_exceeded")
+            if path == CHAT
+            else ("exceed_context_size_error", 400)
+        )
+
+
 async def test_how_long_a_worker_found_it_saves_the_next_ones() -> None:
     async with (
         ScriptedWorker(n_ctx=1024) as small,
@@ -340,7 +364,9 @@ async def test_where_no_context_is_known_the_worker_has_the_last_word() -> None:
         worker.default(send(overflow(9000)))
         async with plain_hub(worker) as hub:
             response = await hub.post(CHAT, ask(10))
-        assert response.json()["error"]["message"] == "too long"
+        error = response.json()["error"]
+        assert (error["message"], error["n_prompt_tokens"]) == ("too long", 9000)
+        assert error["code"] == "context_length_exceeded"
 
 
 async def test_who_has_been_told_something_gets_it_as_an_event() -> None:

@@ -161,6 +161,7 @@ CASES = {
     "chat, grammar": thought('Grüße 😀\r\n\t"\\/\x7f'),
     "chat, not cached": CHAT | {"cache_prompt": False},
     "chat, prefilled": CHAT | {"messages": PREFILLED},
+    "chat, tokens": CHAT | {"return_tokens": True, "verbose": False},
     "chat, progress": CHAT | {"timings_per_token": True, "return_progress": True},
     "tool call": CHAT | TOOL_CALL,
     "tool call, cut in its name's wake": CHAT | TOOL_CALL | {"max_tokens": 20},
@@ -172,6 +173,7 @@ CASES = {
     "text that stops at once": TEXT | END_OF_TURN,
     "text, echo": TEXT | {"echo": True},  # which llama-server does not heed
     "text, not cached": TEXT | {"cache_prompt": False},
+    "text, tokens": TEXT | {"return_tokens": True, "verbose": None},
     "text, progress": TEXT | {"timings_per_token": True, "return_progress": True},
     "text, logprobs": TEXT | {"logprobs": 3},
     "text that stops at once, logprobs": TEXT | {"logprobs": 3} | END_OF_TURN,
@@ -302,6 +304,21 @@ def test_text_that_is_lost_is_noticed(
     assert raw in ('<tool_call>{"name', "�")
     with pytest.raises(LostTextError):
         assert both.assembled
+
+
+@pytest.mark.parametrize("request_", [CHAT, TEXT], ids=["chat", "text"])
+def test_what_a_verbose_server_adds_is_not_in_a_stream(
+    tiny: LlamaServer, llama_server: Start, tiny_model: Path, request_: dict[str, Any]
+) -> None:
+    """`__verbose` has the text as the model wrote it, asked for by client or server."""
+    asked = Both(tiny, request_ | {"verbose": True})
+    assert asked.streaming_body is None
+    always = Both(llama_server(tiny_model, args=("--verbose",)), request_)
+    assert always.streaming_body is not None
+    for both in (asked, always):
+        assert both.whole["__verbose"]["content"]
+        with pytest.raises(LostTextError):
+            assert both.assembled
 
 
 @pytest.mark.parametrize("request_", [CHAT, TEXT], ids=["chat", "text"])

@@ -14,7 +14,7 @@ from gollama_proxy import config
 from gollama_proxy.upstream import probe, tokenizer
 from gollama_proxy.wire.openai import ENDPOINTS
 from gollama_proxy.wire.usage import read
-from tests.fakes.hub import plain_hub
+from tests.fakes.hub import plain_hub, running_hub
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
@@ -95,3 +95,37 @@ async def test_the_official_client_knows_a_prompt_that_fits_nowhere(
                 await client.chat.completions.create(**ask(300))
     assert caught.value.code == "context_length_exceeded"
     assert "maximum context length is 256 tokens" in caught.value.message
+    assert isinstance(caught.value.body, dict)
+    assert caught.value.body["n_prompt_tokens"] > 300
+    assert caught.value.body["n_ctx"] == 256
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, ask(300)),  # the hub finds out
+        ("/v1/completions", {"prompt": [5] * 300}),  # it does not count those
+        ("/completion", {"prompt": "zo mi " * 300}),
+        ("/infill", {"input_prefix": "zo mi " * 300, "input_suffix": "a"}),
+    ],
+)
+async def test_the_error_of_a_prompt_that_is_too_long_has_all_that_the_servers_has(
+    path: str,
+    body: dict[str, Any],
+    tiny_model: Path,
+    llama_server: Callable[..., LlamaServer],
+) -> None:
+    server = llama_server(tiny_model, slots=1, ctx=256)
+    async with running_hub(server) as hub, probe.new_session() as session:
+        async with session.post(server.url + path, json=body) as response:
+            direct = (await response.json())["error"]
+        response = await hub.post(path, {"model": "tiny", **body})
+    error = response.json()["error"]
+    assert response.status == direct["code"] == 400
+    assert direct["message"] in error["message"]
+    for name in ("n_prompt_tokens", "n_ctx"):
+        assert error[name] == direct[name]
+    if path.startswith("/v1/"):
+        assert error["code"] == "context_length_exceeded"
+    else:
+        assert (error["type"], error["code"]) == (direct["type"], 400)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from gollama_proxy.routing.context import (
@@ -9,6 +11,7 @@ from gollama_proxy.routing.context import (
     MARGIN,
     MOST_OFFERS,
     THINNEST,
+    Overflow,
     Prompts,
     too_long,
 )
@@ -81,10 +84,63 @@ def test_the_error_says_what_each_worker_offers() -> None:
     assert (error.code, error.code.status) == (Code.CONTEXT_LENGTH, 400)
     assert error.code.type == "invalid_request_error"
     assert error.message == (
-        "This model's maximum context length is 4096 tokens, and the prompt has 5000. "
-        "It must have fewer. The workers offer: "
+        "This model's maximum context length is 4096 tokens, and the prompt has 5000: "
+        "request (5000 tokens) exceeds the available context size (4096 tokens), "
+        "try increasing it. The workers offer: "
         "qwen on w0 4096, qwen on w1 1024, phi on w1 512."
     )
+    assert error.fields == {"n_prompt_tokens": 5000, "n_ctx": 4096}
+
+
+def test_llama_servers_own_routes_have_its_own_type() -> None:
+    pools = [Pool("qwen", (offering(0, ("qwen", 4096)),))]
+    error = too_long(pools, 5000, native=True)
+    assert error is not None
+    told = json.loads(error.body())["error"]
+    assert (told["type"], told["code"]) == ("exceed_context_size_error", 400)
+    assert (told["n_prompt_tokens"], told["n_ctx"]) == (5000, 4096)
+
+
+def test_the_words_and_the_numbers_of_a_refusal_are_kept() -> None:
+    refusal = Overflow("the request exceeds what I have.", 5000, 1024)
+    error = too_long([Pool("qwen", (offering(0, ("qwen", 4096)),))], 0, refusal)
+    assert error is not None
+    assert "has 5000: the request exceeds what I have. The workers" in error.message
+    assert error.fields == {"n_prompt_tokens": 5000, "n_ctx": 4096}
+    # Nothing else is known of the worker.
+    error = too_long([Pool("qwen", (offering(0, ("qwen", None)),))], 0, refusal)
+    assert error is not None
+    assert error.message == "the request exceeds what I have."
+    assert error.fields == {"n_prompt_tokens": 5000, "n_ctx": 1024}
+
+
+def test_a_refusal_without_words_or_numbers_is_one() -> None:
+    error = too_long([Pool("qwen", (offering(0, ("qwen", None)),))], 0, Overflow(""))
+    assert error is not None
+    assert "request exceeds the available context size, try" in error.message
+    assert not error.fields
+
+
+@pytest.mark.parametrize(
+    ("body", "refusal"),
+    [
+        (
+            b'{"error":{"code":400,"message":"m","n_prompt_tokens":9,"n_ctx":5}}',
+            Overflow("m", 9, 5),
+        ),
+        (b'{"error":{"message":"m","type":"t"}}', Overflow("m")),
+        (b'{"error":{"message":"m","n_ctx":-5}}', Overflow("")),
+        (b'{"error":{"message":"m","n_prompt_tokens":100000000}}', Overflow("")),
+        (b'{"error":"m"}', Overflow("")),
+        (b"\xff", Overflow("")),
+    ],
+)
+def test_a_refusal_is_read(body: bytes, refusal: Overflow) -> None:
+    assert Overflow.read(body) == refusal
+
+
+def test_a_refusal_shows_nothing_of_what_a_worker_quotes() -> None:
+    assert repr(Overflow("secret", 9, 5)) == "<Overflow of 9 tokens in 5>"
 
 
 def test_it_does_not_say_what_nobody_knows() -> None:
@@ -92,7 +148,7 @@ def test_it_does_not_say_what_nobody_knows() -> None:
     assert too_long([Pool("qwen", (silent,))], 7) is None
     error = too_long([Pool("qwen", (silent, small))], 0)
     assert error is not None
-    assert "the prompt has more. " in error.message
+    assert "the prompt has more: request exceeds the available " in error.message
     assert error.message.endswith("offer: qwen on w1 512.")
 
 

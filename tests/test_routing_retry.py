@@ -357,10 +357,11 @@ def test_each_model_counts_for_itself() -> None:
     assert made.pool.model == "other1"
     made.needs["other1"] = 1024
     assert not made.fits_somewhere
-    error = made.too_long(1500)
+    error = made.too_long()
     assert error is not None
+    assert "the prompt has 2000" in error.message
     assert "tiny on a 1024, other1 on b 1024" in error.message
-    assert attempts(worker("a", None)).too_long(1500) is None
+    assert attempts(worker("a", None)).too_long() is None
 
 
 # --- Streams in place of answers --------------------------------------------------

@@ -102,6 +102,7 @@ def test_no_other_field_changes(fields: dict[str, Any]) -> None:
         {"continue_final_message": "content"},
         {"reasoning_format": "deepseek-legacy"},
         {"reasoning_format": "of the future"},
+        {"verbose": True},
         # Of a chat, it would not tell all of them.
         {**CHAT, "logprobs": True},
         {**CHAT, "n_probs": 1},
@@ -121,6 +122,7 @@ def test_what_a_stream_would_not_tell_is_not_asked_for(fields: dict[str, Any]) -
         {"continue_final_message": False},
         {"stream_options": None},
         {"reasoning_format": "auto"},
+        {"verbose": False},
         {"logprobs": 5, **TEXT},
         {"n_probs": 2, **TEXT},
         {"logprobs": False, **CHAT},

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gollama_proxy.edge.server import json_response
 from gollama_proxy.ops.accesslog import Record
+from gollama_proxy.routing.context import OVERFLOW_TYPE, Overflow
 from gollama_proxy.routing.lease import Outcome
 from gollama_proxy.routing.registry import RETRY_AFTER
 from gollama_proxy.routing.retry import Failure
@@ -35,7 +36,7 @@ FAILURES = {
     Code.WORKER_INCOMPLETE: Failure.RESET,
 }
 # How a prompt is refused that is too long for one worker (llama-server, OpenAI).
-_OVERFLOW = (b"exceed_context_size_error", b"context_length_exceeded")
+_OVERFLOW = (OVERFLOW_TYPE.encode(), Code.CONTEXT_LENGTH.encode())
 
 
 class Refusal(NamedTuple):
@@ -45,7 +46,7 @@ class Refusal(NamedTuple):
     outcome: Outcome  # for the worker
     failure: Failure | None = None  # None: it would be the same everywhere
     busy: float | None = None  # seconds that the worker asks to be left alone
-    tokens: int = 0  # of a prompt that was too long, if the worker has told
+    overflow: Overflow | None = None  # the prompt was too long
 
 
 def refusal_of(error: WorkerError) -> Refusal:
@@ -94,8 +95,8 @@ async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
     if status == 429:
         return Refusal(told, Outcome.BUSY, Failure.BUSY, _retry_after(relay))
     if any(word in body for word in _OVERFLOW):
-        tokens = sse.refused_tokens(body)
-        return Refusal(told, Outcome.REFUSED, Failure.CONTEXT, tokens=tokens)
+        overflow = Overflow.read(body)
+        return Refusal(told, Outcome.REFUSED, Failure.CONTEXT, overflow=overflow)
     # A 500 of llama-server often means a bad request, so nobody is blamed for it yet.
     return _status_refusal(told, failed=status >= 500 and status != 501)
 

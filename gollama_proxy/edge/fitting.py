@@ -14,6 +14,7 @@ from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.routing.retry import Attempts
 from gollama_proxy.routing.worker import Worker
+from gollama_proxy.wire.openai import Api
 
 # Asks a worker how many tokens a body for a path and a model has; None is not known.
 Count = Callable[[Worker, str, str, bytes], Awaitable[int | None]]
@@ -68,7 +69,8 @@ class Fitting:
                 return
         if attempts.begun or attempts.fits_somewhere:
             return
-        error = attempts.too_long(next(iter(attempts.needs.values()), 0))
+        native = incoming.endpoint.api is Api.NATIVE
+        error = attempts.too_long(native=native)
         if error is not None:
             raise error
 

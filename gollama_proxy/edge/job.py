@@ -23,7 +23,7 @@ from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.upstream.rescue import Rescue
 from gollama_proxy.wire.assemble import streaming_body
 from gollama_proxy.wire.errors import ProxyError, WorkerError
-from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.openai import Api, Ending
 from gollama_proxy.wire.rename import Renamer
 from gollama_proxy.wire.usage import asking
 
@@ -281,8 +281,8 @@ class Job:
         self.last = refusal
         if not self.incoming.replayable or (self.fed and self.rescue is None):
             return None
-        if refusal.tokens:
-            self.attempts.needs[self.attempts.pool.model] = refusal.tokens
+        if refusal.overflow is not None and refusal.overflow.tokens:
+            self.attempts.needs[self.attempts.pool.model] = refusal.overflow.tokens
         failure = refusal.failure
         if self.rescue is not None and failure in (None, Failure.STATUS):
             if self._ask_for_all():
@@ -320,10 +320,11 @@ class Job:
         if self.lost is not None and (self.fed or self.rescue is not None):
             raise self.lost  # a refusal to go on is nothing that the client asked for
         assert self.last is not None, self
-        if self.last.failure is Failure.CONTEXT:
-            too_long = self.attempts.too_long(self.last.tokens)
-            if too_long is not None:  # else the worker has said it better
-                raise too_long
+        if self.last.overflow is not None:
+            native = self.incoming.endpoint.api is Api.NATIVE
+            too_long = self.attempts.too_long(self.last.overflow, native=native)
+            assert too_long is not None, self
+            raise too_long
         if isinstance(self.last.told, ProxyError):
             raise self.last.told
         self.record.outcome = "refused"

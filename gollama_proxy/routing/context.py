@@ -23,15 +23,20 @@ nothing is ever refused for its size; only a count can do that.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated, NamedTuple, Self
+
+import msgspec
 
 from gollama_proxy.routing.pool import Pool
 from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.private import Private
 
 MARGIN = 1.5
 LEAST_BYTES = 1024  # of a request that tells something; shorter ones are mostly syntax
 RISE = 0.05  # of the way to a less dense prompt, with each one
 DENSEST, THINNEST = 1.0, 8.0  # bytes for each token that are believed
 MOST_OFFERS = 8  # that an error lists
+OVERFLOW_TYPE = "exceed_context_size_error"  # llama-server's own
 
 
 class Prompts:
@@ -63,10 +68,38 @@ class Prompts:
         return int(size / self._densities.get(model, 4 * DENSEST))
 
 
-def too_long(pools: Iterable[Pool], tokens: int) -> RequestError | None:
-    """Say that a prompt fits nowhere, and what each worker offers.
+class Overflow(NamedTuple):
+    """A worker's refusal of a prompt that is too long; 0 is what it did not say."""
 
-    `tokens` is 0 where nobody has counted them.  None if no context is known.
+    message: str
+    tokens: int = 0
+    context: int = 0
+
+    def __repr__(self) -> str:  # the message is not the hub's own
+        return f"<Overflow of {self.tokens} tokens in {self.context}>"
+
+    @classmethod
+    def read(cls, body: bytes) -> Self:
+        """Read an error of llama-server, or another one in the shape of OpenAI's."""
+        try:
+            error = _refusal.decode(body).error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return cls("")
+        return cls(error.message, error.n_prompt_tokens, error.n_ctx)
+
+
+def too_long(
+    pools: Iterable[Pool],
+    tokens: int,
+    refusal: Overflow | None = None,
+    *,
+    native: bool = False,
+) -> RequestError | None:
+    """Make the error of a prompt that fits nowhere, with what each worker offers.
+
+    `tokens` is 0 where nobody has counted them; `refusal` is the last worker's, if one
+    was asked.  None if no context is known, and no worker has refused.  With `native`,
+    it has llama-server's own type.
     """
     offers = {
         (pool.model, worker.name): context
@@ -74,15 +107,46 @@ def too_long(pools: Iterable[Pool], tokens: int) -> RequestError | None:
         for worker in pool.workers
         if (context := worker.context_of(pool.model)) is not None
     }
-    if not offers:
+    if not offers and refusal is None:
         return None
-    count = f"has {tokens}" if tokens else "has more"
-    # The first words are OpenAI's own, by which some clients know this error.
-    text = (
-        f"This model's maximum context length is {max(offers.values())} tokens, "
-        f"and the prompt {count}. It must have fewer. The workers offer: "
+    said = refusal or Overflow("")
+    tokens = said.tokens or tokens
+    context = max(offers.values(), default=said.context)
+    counts = {"n_prompt_tokens": tokens, "n_ctx": context}
+    fields: dict[str, object] = {name: n for name, n in counts.items() if n}
+    if native:
+        fields |= {"type": OVERFLOW_TYPE, "code": Code.CONTEXT_LENGTH.status}
+    text = said.message or (
+        f"request{_in_words(tokens)} exceeds the available context size"
+        f"{_in_words(context)}, try increasing it"
     )
-    told = [f"{model} on {name} {n}" for (model, name), n in offers.items()]
-    more = f" and {len(told) - MOST_OFFERS} more" if len(told) > MOST_OFFERS else ""
-    text += ", ".join(told[:MOST_OFFERS]) + more + "."
-    return RequestError(Code.CONTEXT_LENGTH, text)
+    if offers:
+        # Some clients know this error by OpenAI's words, some by llama-server's.
+        told = [f"{model} on {name} {n}" for (model, name), n in offers.items()]
+        more = f" and {len(told) - MOST_OFFERS} more" if len(told) > MOST_OFFERS else ""
+        text = (
+            f"This model's maximum context length is {context} tokens, and the prompt "
+            f"has {tokens or 'more'}: {text.rstrip('.')}. "
+            f"The workers offer: {', '.join(told[:MOST_OFFERS])}{more}."
+        )
+    return RequestError(Code.CONTEXT_LENGTH, text, fields=fields)
+
+
+def _in_words(tokens: int) -> str:
+    return f" ({tokens} tokens)" if tokens else ""
+
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, lt=10**8)]  # more cannot be true
+
+
+class _Error(Private):
+    message: str = ""
+    n_prompt_tokens: _Tokens = 0
+    n_ctx: _Tokens = 0
+
+
+class _Refusal(Private):
+    error: _Error
+
+
+_refusal = msgspec.json.Decoder(_Refusal)

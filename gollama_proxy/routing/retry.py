@@ -33,7 +33,7 @@ import random
 from collections.abc import Sequence
 
 from gollama_proxy.routing.budget import RetryBudget
-from gollama_proxy.routing.context import too_long
+from gollama_proxy.routing.context import Overflow, too_long
 from gollama_proxy.routing.policies import Ask
 from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.worker import Worker
@@ -233,12 +233,15 @@ class Attempts:
             return not self._least_context
         return context > max(self._least_context, self.needs.get(model, 0))
 
-    def too_long(self, tokens: int) -> RequestError | None:
-        """Say that nobody has enough context for a prompt of so many tokens.
+    def too_long(
+        self, refusal: Overflow | None = None, *, native: bool = False
+    ) -> RequestError | None:
+        """Make the error of a prompt for which no worker has enough context.
 
-        None if nothing is known of any context.
+        None if nothing is known of any context, and no worker has refused.
         """
-        return too_long(self._pools, tokens)
+        counted = next(iter(self.needs.values()), 0)
+        return too_long(self._pools, counted, refusal, native=native)
 
     def _fall_back(self) -> bool:
         """Move on to the next fallback that has somebody; False if none has."""

@@ -56,6 +56,8 @@ _TOLD = {
     "n_indent": (b"null", b"0"),
     # The message that is continued is a part of the answer, but not of the stream.
     "continue_final_message": (b"null", b"false"),
+    # The text in `__verbose` is that of a whole answer, as the model has written it.
+    "verbose": (b"null", b"false"),
     # "deepseek-legacy" has a switch (`reasoning_in_content`) for streams only.
     "reasoning_format": (b"null", b'"none"', b'"auto"', b'"deepseek"'),
 }
@@ -204,6 +206,7 @@ class _Event(Private):
     choices: list[_ChoiceDelta] | None = None
     usage: _Usage | None = None
     error: EventError | None = None
+    verbose: Raw | UnsetType = msgspec.field(default=UNSET, name="__verbose")
 
 
 _event = msgspec.json.Decoder(_Event | None)
@@ -260,6 +263,8 @@ class Assembler:
             return
         if event.error is not None:
             raise AssemblyError("the worker ended the answer by an error", event.error)
+        if event.verbose is not UNSET:  # a llama-server that runs with `--verbose`
+            raise LostTextError("the stream did not tell the text of `__verbose`")
         for delta in event.choices or ():
             self._latest = delta.index
             self._size += self._choices[delta.index].fold(delta)

@@ -14,9 +14,13 @@ Every error that a client sees is one of these codes, in the shape of the OpenAI
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import assert_never
 
 import msgspec
+
+NO_FIELDS: Mapping[str, object] = MappingProxyType({})
 
 
 class Code(enum.StrEnum):
@@ -135,7 +139,8 @@ class ProxyError(Exception):
     """A request that ends with an error told to its client.
 
     `retry_after` is in seconds; `allow` lists the methods of a path; `detail` is for
-    the log only: it may name what a client has no business to know.
+    the log only: it may name what a client has no business to know.  `fields` are more
+    of the error's object, or stand in place of the usual ones.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class ProxyError(Exception):
         retry_after: int | None = None,
         allow: str = "",
         detail: str = "",
+        fields: Mapping[str, object] = NO_FIELDS,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -155,13 +161,16 @@ class ProxyError(Exception):
         self.retry_after = retry_after
         self.allow = allow
         self.detail = detail
+        self.fields = fields
 
     def __repr__(self) -> str:  # the message may quote what its client wrote
         return f"<{type(self).__name__} {self.code}>"
 
     def body(self) -> bytes:
         """Encode the JSON body that a client sees."""
-        return error_body(self.message, self.code.type, self.code, self.param)
+        return error_body(
+            self.message, self.code.type, self.code, self.param, self.fields
+        )
 
 
 class RequestError(ProxyError):
@@ -181,8 +190,12 @@ class HubError(ProxyError):
 
 
 def error_body(
-    message: str, type: str, code: str | None, param: str | None = None
+    message: str,
+    type: str,
+    code: str | None,
+    param: str | None = None,
+    fields: Mapping[str, object] = NO_FIELDS,
 ) -> bytes:
     """Encode an error as the OpenAI API does."""
-    error = {"message": message, "type": type, "param": param, "code": code}
+    error = {"message": message, "type": type, "param": param, "code": code, **fields}
     return msgspec.json.encode({"error": error})

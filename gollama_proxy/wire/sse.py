@@ -39,8 +39,6 @@ _MARKS = {
     Ending.BODY: re.compile(rb""),
 }
 _REASONS = re.compile(rb'"finish_reason"\s*:\s*(null|""|"[^"]+")')
-# A number that is longer cannot be true.
-_REFUSED = re.compile(rb'"n_prompt_tokens"\s*:\s*(\d{1,8})(?![\d.eE])')
 _ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"\s*:|event: ?error[\r\n])')
 
 
@@ -72,12 +70,6 @@ def unfinished(tail: bytes) -> bytes:
     for blank in _BLANK_LINE.finditer(tail):
         end = blank.end()
     return tail[end:]
-
-
-def refused_tokens(body: bytes) -> int:
-    """Read how many tokens a prompt had that a worker found too long; 0 if unsaid."""
-    counts = _REFUSED.findall(body)
-    return int(counts[-1]) if counts else 0
 
 
 def events_in(held: bytes) -> Iterator[bytes]:
