@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -28,19 +29,20 @@ from gollama_proxy import __version__
 from gollama_proxy.config import PLACES, load, locate, require_keys
 from gollama_proxy.keys import read_secret
 from gollama_proxy.mistakes import ConfigError
+from gollama_proxy.names import is_plain
 from gollama_proxy.settings import (
     FLAGS,
     VARIABLES,
     Config,
     Row,
-    WorkerConfig,
     settings,
 )
 
 if TYPE_CHECKING:
     from gollama_proxy.edge.app import Hub
     from gollama_proxy.routing.ticket import Priority
-    from gollama_proxy.upstream.probe import Report
+    from gollama_proxy.routing.worker import Worker
+    from gollama_proxy.upstream.probe import Finding
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +203,10 @@ def _serve(args: argparse.Namespace) -> int:
     return lifecycle.run(lambda signals: lifecycle.front(signals, config, _log_address))
 
 
+# Seconds after which names that nobody serves are told whoever has not been reached.
+_KNOWN_WITHIN = 60.0
+
+
 async def _log_address(hub: Hub) -> None:
     log.info("%s", _source(hub.config))
     log.info("listening on %s", hub.url)
@@ -209,6 +215,12 @@ async def _log_address(hub: Hub) -> None:
         log.warning("no worker is configured: every request will be refused")
     elif not hub.registry.ready:
         log.warning("no worker can be used: requests are refused until one can")
+    # Some may load a model for a while; who is not there by then is named as such.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_KNOWN_WITHIN):
+            await hub.known()
+    for text in hub.registry.unserved() if hub.config.workers else ():
+        log.warning("%s", text)
 
 
 # --- token ------------------------------------------------------------------------
@@ -347,19 +359,30 @@ def _check(args: argparse.Namespace) -> int:
         print("No worker is configured: add [[workers]] to the file, each with a url,")
         print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")
         return 1
-    reports = asyncio.run(_examine_all(config))
-    _print_table(config, reports)
-    return 0 if all(report.state == "ready" for report in reports) else 1
+    from gollama_proxy.routing.registry import Registry
+
+    # What is told here goes into the table, and not into a log as well.
+    logging.getLogger("gollama_proxy").addHandler(logging.NullHandler())
+    registry = Registry(config)
+    findings = asyncio.run(_examine_all(config))
+    for worker, finding in zip(registry.workers, findings, strict=True):
+        worker.observe(finding.check, finding.reason, finding.description)
+    _print_table(registry.workers, [finding.note for finding in findings])
+    unserved = registry.unserved()
+    for text in unserved:
+        print(text)
+    ready = all(worker.state.value == "ready" for worker in registry.workers)
+    return 0 if ready and not unserved else 1
 
 
-async def _examine_all(config: Config) -> list[Report]:
+async def _examine_all(config: Config) -> list[Finding]:
     from gollama_proxy.upstream.probe import examine
 
     health = config.health
     return await asyncio.gather(*(examine(each, health) for each in config.workers))
 
 
-def _print_table(config: Config, reports: Sequence[Report]) -> None:
+def _print_table(workers: Sequence[Worker], notes: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -370,25 +393,29 @@ def _print_table(config: Config, reports: Sequence[Report]) -> None:
     for title in "name", "url", "state", "models", "slots", "context", "build / reason":
         table.add_column(title, overflow="fold")
     colours = {"ready": "green", "loading": "yellow", "down": "red"}
-    for worker, report in zip(config.workers, reports, strict=True):
+    for worker, note in zip(workers, notes, strict=True):
         # Workers choose some words: no markup, and nothing that a terminal obeys.
         name, url, state, *rest = [
             Text("".join(c if c.isprintable() else "?" for c in cell) or "-")
-            for cell in _describe_worker(worker, report)
+            for cell in _describe_worker(worker, note)
         ]
-        state.stylize(colours[report.state])
+        state.stylize(colours[worker.state.value])
         table.add_row(name, url, state, *rest)
     console.print(table)
 
 
-def _describe_worker(worker: WorkerConfig, report: Report) -> Iterator[str]:
-    yield from (worker.name, worker.url, report.state, ", ".join(report.models))
-    for number in (report.slots, report.context):
+def _describe_worker(worker: Worker, note: str) -> Iterator[str]:
+    """Show what is in force: what the settings state goes before what it says."""
+    yield from (worker.name, worker.config.url, worker.state.value)
+    patterns = (name for name in worker.config.models if not is_plain(name))
+    yield ", ".join([*patterns, *(model.name for model in worker.models)])
+    told = worker.description
+    for number in (worker.slots, told and told.context):
         yield "" if number is None else str(number)
-    if report.state == "ready":
-        yield ", ".join(text for text in (report.build, report.note) if text)
+    if told is None:
+        yield worker.reason
     else:
-        yield report.reason
+        yield ", ".join(text for text in (told.build, note) if text)
 
 
 # --- demo -------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from gollama_proxy.edge.app import Hub
 from gollama_proxy.edge.auth import mint
 from gollama_proxy.lifecycle import Announce, Signals, front
 from gollama_proxy.mistakes import ConfigError
+from gollama_proxy.routing.worker import Check
 from gollama_proxy.settings import Config, Health
 from gollama_proxy.upstream.probe import examine
 
@@ -113,8 +114,8 @@ async def _wait_until_loaded(
     while not stop.is_set():
         for server in servers:
             server.check()
-        reports = await asyncio.gather(*(examine(w, health) for w in config.workers))
-        if all(report.state == "ready" for report in reports):
+        findings = await asyncio.gather(*(examine(w, health) for w in config.workers))
+        if all(finding.check is Check.OK for finding in findings):
             return True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), 0.1)
@@ -125,8 +126,10 @@ async def _wait_until_loaded(
 
 
 async def _ask_for_a_model(config: Config) -> str:
-    reports = await asyncio.gather(*(examine(w, config.health) for w in config.workers))
-    return next((name for report in reports for name in report.models), "any")
+    health = config.health
+    findings = await asyncio.gather(*(examine(w, health) for w in config.workers))
+    described = [each.description for each in findings if each.description]
+    return next((model.name for told in described for model in told.models), "any")
 
 
 def _announce(config: Config, model: str) -> Announce:

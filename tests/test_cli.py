@@ -27,8 +27,9 @@ from gollama_proxy.children import ChildError
 from gollama_proxy.cli import main
 from gollama_proxy.lifecycle import Signals
 from gollama_proxy.mistakes import ConfigError
+from gollama_proxy.routing.worker import Check, Description, Model
 from gollama_proxy.settings import VARIABLES, Config, Health, WorkerConfig, settings
-from gollama_proxy.upstream.probe import Report
+from gollama_proxy.upstream.probe import Finding
 from tests.fakes import environment
 from tests.fakes.client import Wire
 from tests.fakes.replies import chunk, sse_head, token
@@ -224,7 +225,7 @@ class StageHub:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.registry = SimpleNamespace(ready=False)
+        self.registry = SimpleNamespace(ready=False, unserved=list)
         self.cut = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -238,6 +239,9 @@ class StageHub:
     async def ready(self) -> None:
         self.calls.append("ready")
         signal.raise_signal(self.signals[0])
+
+    async def known(self) -> None:
+        pass
 
     def reload(self) -> None:
         self.calls.append("reload")
@@ -350,6 +354,20 @@ async def test_serve_starts_with_no_worker_that_can_be_reached(
         hub.signal(signal.SIGTERM)
         assert await hub.ended() == 0
     assert "Traceback" not in hub.output
+
+
+async def test_serve_warns_once_of_names_that_nobody_serves(
+    environ: dict[str, str],
+) -> None:
+    environ["GOLLAMA_MODELS_ALIASES"] = "gpt=nobody,good=qwen"
+    async with ScriptedWorker("qwen") as worker:
+        arguments = ("serve", "--port", "0", "--worker", worker.url)
+        async with Program.running(*arguments, environ=environ) as hub:
+            match = await hub.until(r"warning models.aliases: 'gpt': no worker serves")
+            assert match
+            hub.signal(signal.SIGTERM)
+            assert await hub.ended() == 0
+    assert hub.output.count("no worker serves") == 1
 
 
 async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) -> None:
@@ -738,15 +756,20 @@ def test_every_command_says_where_its_settings_are_from(
 
 
 @pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch) -> dict[str, Report]:
+def findings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Finding]:
     """Set what each worker answers, by name."""
-    answers: dict[str, Report] = {}
+    answers: dict[str, Finding] = {}
 
-    async def examine(worker: WorkerConfig, health: Health) -> Report:
+    async def examine(worker: WorkerConfig, health: Health) -> Finding:
         return answers[worker.name]
 
     monkeypatch.setattr("gollama_proxy.upstream.probe.examine", examine)
     return answers
+
+
+def found(*models: str, note: str = "") -> Finding:
+    told = Description(tuple(Model(name) for name in models), 4, 2048, "b10068")
+    return Finding(Check.OK, "ok", told, note)
 
 
 def test_check_without_workers(environ: dict[str, str], capsys: Output) -> None:
@@ -758,13 +781,13 @@ def test_check_without_workers(environ: dict[str, str], capsys: Output) -> None:
 
 
 def test_check_shows_what_each_worker_is(
-    reports: dict[str, Report], environ: dict[str, str], capsys: Output
+    findings: dict[str, Finding], environ: dict[str, str], capsys: Output
 ) -> None:
     long = "http://" + "a" * 60 + ".example.net:8080/with/a/prefix"
     environ["GOLLAMA_WORKERS"] = f"http://a http://b {long}"
-    reports["a:80"] = Report("ready", "ok", ("qwen", "llama"), 4, 2048, "b10068")
-    reports["b:80"] = Report("loading", "loading model")
-    reports[long[7:]] = Report("down", "\x1b[31mrefused [bold]:smile:")
+    findings["a:80"] = found("qwen", "llama")
+    findings["b:80"] = Finding(Check.LOADING, "loading model")
+    findings[long[7:]] = Finding(Check.FAILED, "\x1b[31mrefused [bold]:smile:")
     assert main(["check"]) == 1
     rows = [
         re.split(r"\s{2,}", line.strip())
@@ -779,16 +802,74 @@ def test_check_shows_what_each_worker_is(
     ]
 
 
+def table(capsys: Output) -> list[list[str]]:
+    lines = capsys.readouterr().out.splitlines()
+    return [re.split(r"\s{2,}", line.strip()) for line in lines[1:]]
+
+
+def test_check_shows_what_is_in_force(
+    findings: dict[str, Finding], tmp_path: Path, capsys: Output
+) -> None:
+    """Slots and models as the settings state them, and not as the worker does."""
+    file = tmp_path / "gollama.toml"
+    file.write_text(
+        "[[workers]]\nurl = 'http://a'\nslots = 2\nmodels = ['qwen*', 'phi']\n"
+        "[[workers]]\nurl = 'http://b'\nslots = 3\nmodels = ['phi']\n"
+    )
+    findings["a:80"] = found("qwen-7b", "llama", note="odd")
+    findings["b:80"] = Finding(Check.REFUSED, "refused")
+    assert main(["check", "-c", str(file)]) == 1
+    assert table(capsys) == [
+        [
+            "a:80",
+            "http://a",
+            "ready",
+            "qwen*, qwen-7b, phi",
+            "2",
+            "2048",
+            "b10068, odd",
+        ],
+        ["b:80", "http://b", "down", "phi", "3", "-", "refused"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("models", "told"),
+    [
+        ("aliases = { gpt = 'nobody' }", "models.aliases: 'gpt': no worker serves"),
+        ("fallbacks = { qwen = ['nobody'] }", "models.fallbacks: 'qwen': no worker"),
+        ("fallbacks = { nobody = ['qwen'] }", "models.fallbacks: 'nobody': no worker"),
+        ("default_model = 'nobody'", "models.default_model: no worker serves"),
+    ],
+)
+def test_check_tells_of_names_that_nobody_serves(
+    models: str,
+    told: str,
+    findings: dict[str, Finding],
+    tmp_path: Path,
+    capsys: Output,
+) -> None:
+    file = tmp_path / "gollama.toml"
+    file.write_text(f"[models]\n{models}\n[[workers]]\nurl = 'http://a'\n")
+    findings["a:80"] = found("qwen")
+    assert main(["check", "-c", str(file)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(told)
+    assert "'nobody'" in last
+    findings["a:80"] = found("qwen", "nobody")
+    assert main(["check", "-c", str(file)]) == 0
+    assert "no worker serves" not in capsys.readouterr().out
+
+
 def test_check_folds_rather_than_cuts_on_a_terminal(
-    reports: dict[str, Report],
+    findings: dict[str, Finding],
     environ: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: Output,
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     environ |= {"GOLLAMA_WORKERS": "http://a", "COLUMNS": "60", "TERM": "xterm"}
-    models = tuple(f"model-number-{number}" for number in range(9))
-    reports["a:80"] = Report("ready", "ok", models, 4, 2048, "b10068")
+    findings["a:80"] = found(*(f"model-number-{number}" for number in range(9)))
     assert main(["check"]) == 0
     text = capsys.readouterr().out
     assert "\x1b[32mready" in text
@@ -800,7 +881,7 @@ def test_check_folds_rather_than_cuts_on_a_terminal(
 def test_ctrl_c_leaves_no_traceback(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
-    async def examine(worker: WorkerConfig, health: Health) -> Report:
+    async def examine(worker: WorkerConfig, health: Health) -> Finding:
         signal.raise_signal(signal.SIGINT)
         await asyncio.get_running_loop().create_future()
         raise AssertionError

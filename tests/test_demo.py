@@ -19,8 +19,9 @@ import pytest
 
 from gollama_proxy import children, config, demo, llama
 from gollama_proxy.cli import main
+from gollama_proxy.routing.worker import Check
 from gollama_proxy.settings import Auth, Config, Health, WorkerConfig
-from gollama_proxy.upstream.probe import Report
+from gollama_proxy.upstream.probe import Finding
 from tests.fakes.client import Wire
 from tests.fakes.waiting import gone
 from tests.fakes.worker import ScriptedWorker
@@ -312,10 +313,10 @@ def test_ctrl_c_while_loading_ends_even_a_stubborn_server(
     pids = model.with_name("pids")
     file = program("trap '' TERM; echo $$ >> ${0%/*}/pids; while :; do sleep 0.1; done")
 
-    async def examine(worker: WorkerConfig, health: Health) -> Report:
+    async def examine(worker: WorkerConfig, health: Health) -> Finding:
         if pids.exists() and len(pids.read_text().split()) == demo.SERVERS:
             signal.raise_signal(signal.SIGINT)
-        return Report("loading", "loading model")
+        return Finding(Check.LOADING, "loading model")
 
     monkeypatch.setattr(demo, "examine", examine)
     monkeypatch.setattr(children, "GRACE", 0.2)

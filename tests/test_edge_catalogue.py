@@ -13,7 +13,7 @@ from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.catalogue import Catalogue
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.settings import Config
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, plain_hub, running_hub
 from tests.fakes.worker import ScriptedWorker
 
 
@@ -193,10 +193,16 @@ async def test_an_alias_in_the_place_of_a_model_is_listed_once() -> None:
 
 
 async def test_an_alias_of_what_nobody_serves_is_down() -> None:
+    """And the route agrees: the only model does not answer in its place."""
     async with (
         ScriptedWorker("qwen") as worker,
-        plain_hub(worker, models__aliases={"gpt": "llama"}) as hub,
+        running_hub(worker, models__aliases={"gpt": "llama"}) as hub,
     ):
+        chat = {"model": "gpt", "messages": []}
+        response = await hub.post("/v1/chat/completions", chat)
+        assert response.status == 503
+        assert response.json()["error"]["code"] == "no_worker_available"
+        assert not worker.requests
         expected: dict[str, Any] = {
             "state": "down",
             "context": None,

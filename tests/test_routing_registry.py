@@ -251,7 +251,46 @@ def test_an_alias_goes_before_a_model_of_the_same_name() -> None:
 
 def test_an_alias_of_an_alias_is_no_model() -> None:
     made = registry("a", "b", aliases={"x": "y", "y": "a"})
-    assert refused(made, "x").code is Code.MODEL_NOT_FOUND
+    assert made.resolve("x", None) == Pool("y", ())
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt-4o"])
+@pytest.mark.parametrize("models", [{}, {"default_model": "a"}], ids=repr)
+@pytest.mark.parametrize("workers", [("a",), ("a", "a"), ("a", "b")], ids=repr)
+def test_an_alias_stands_for_no_other_model_than_its_own(
+    name: str, models: dict[str, Any], workers: tuple[str, ...]
+) -> None:
+    """While nobody serves that, nobody answers, least of all another model."""
+    made = registry(*workers, aliases={"gpt": "gone", "gpt-*": "gone"}, **models)
+    pool = made.resolve(name, None)
+    assert pool == Pool("gone", ())
+    with pytest.raises(NoWorkerError, match="'gone'"):
+        made.candidates(made.attempts(pool, CHAT))
+
+
+def test_names_that_nobody_serves_are_told() -> None:
+    made = registry(
+        "a",
+        "b",
+        aliases={"good": "a", "gpt": "gone", "x-*": "b c"},
+        fallbacks={"a": ("b", "smal"), "bgi": ("good",)},
+        default_model="gpt",
+    )
+    assert made.unserved() == [
+        "models.default_model: no worker serves 'gone'",
+        "models.aliases: 'gpt': no worker serves 'gone'",
+        "models.aliases: 'x-*': no worker serves 'b c'",
+        "models.fallbacks: 'a': no worker serves 'smal'",
+        "models.fallbacks: 'bgi': no worker serves 'bgi'",
+    ]
+
+
+def test_a_name_may_be_served_by_a_worker_that_was_not_reached_yet() -> None:
+    made = registry("a", None, aliases={"good": "a", "gpt": "big"})
+    assert made.unserved() == [
+        "models.aliases: 'gpt': no worker serves 'big' (not reached yet: w1)"
+    ]
+    assert registry("a", aliases={"good": "a"}).unserved() == []
 
 
 @pytest.mark.parametrize("name", [None, "", "gpt-4o", "A"])
@@ -356,10 +395,11 @@ def test_a_name_that_a_client_makes_up_allows_nothing(
     assert [pool.model for pool in fallbacks.pools] == ["a", "b"][: 1 + allows]
 
 
-def test_an_alias_that_leads_to_the_default_allows_only_its_own_model() -> None:
+def test_an_alias_of_what_nobody_serves_allows_only_its_own_model() -> None:
     made = registry("a", "b", aliases={"gpt": "gone"}, default_model="b")
-    assert made.resolve("gpt", ["b"]).model == "b"
-    assert refused(made, "gpt", ["gpt"]).code is Code.MODEL_NOT_ALLOWED
+    assert made.resolve("gpt", ["gpt"]) == Pool("gone", ())
+    assert made.resolve("gpt", ["gone"]) == Pool("gone", ())
+    assert refused(made, "gpt", ["b"]).code is Code.MODEL_NOT_ALLOWED
 
 
 # --- 400 and 404 ------------------------------------------------------------------

@@ -319,3 +319,16 @@ async def test_an_oddity_of_a_worker_is_logged_once(
     names = [record.message.partition(": ")[0] for record in told]
     assert len(names) == len(set(names)), names
     assert f"worker {watched[0].name}: /v1/models is odd" in caplog.text
+
+
+async def test_workers_are_known_when_each_has_said_what_it_serves() -> None:
+    pings = Pings(LOADING, BAD, GOOD)
+    [worker] = workers()
+    health = Health(interval=0.01, recheck=0.01)
+    async with pinging([worker], health, pings) as pinger:
+        known = asyncio.ensure_future(pinger.described())
+        await pings.reached(2)
+        assert not known.done()
+        async with asyncio.timeout(5):
+            await known
+    assert worker.description is not None

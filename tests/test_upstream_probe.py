@@ -23,7 +23,6 @@ from gollama_proxy.upstream.probe import (
     MOST_CONTEXT,
     MOST_MODELS,
     Finding,
-    Report,
 )
 from tests.fakes.replies import head, json_reply, not_found
 from tests.fakes.script import Script, answer, close, flood, reset, send, stall
@@ -531,20 +530,21 @@ async def test_the_proxy_of_the_environment_is_not_used(
 async def test_examine_tells_a_good_worker() -> None:
     async with ScriptedWorker("a", slots=2, n_ctx=64, build="b9") as worker:
         report = await probe.examine(configured(worker.url), HEALTH)
-    assert report == Report("ready", "ok", ("a",), 2, 64, "b9")
+    told = Description((Model("a", 64),), 2, 64, "b9")
+    assert report == Finding(Check.OK, "ok", told)
 
 
 async def test_examine_tells_a_worker_that_is_loading() -> None:
     async with ScriptedWorker() as worker:
         worker.loading = True
         report = await probe.examine(configured(worker.url), HEALTH)
-    assert report == Report("loading", "loading model")
+    assert report == Finding(Check.LOADING, "loading model")
 
 
 async def test_examine_tells_a_worker_that_is_down() -> None:
     async with ScriptedWorker(up=False) as worker:
         report = await probe.examine(configured(worker.url), HEALTH)
-    assert (report.state, report.models) == ("down", ())
+    assert (report.check, report.description) == (Check.REFUSED, None)
 
 
 async def test_a_list_in_many_pieces_is_read_whole() -> None:

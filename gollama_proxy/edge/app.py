@@ -184,6 +184,10 @@ class Hub:
         """Wait until every worker has been asked once how it is."""
         await self.pinger.first_round()
 
+    async def known(self) -> None:
+        """Wait until every worker has said what it serves."""
+        await self.pinger.described()
+
     async def drain(self) -> None:
         """Stop accepting, let running answers end within the limit, release all."""
         if self._runner is None:

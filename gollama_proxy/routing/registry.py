@@ -151,6 +151,27 @@ class Registry:
             return None
         return next(iter(names))
 
+    def unserved(self) -> list[str]:
+        """Tell of each name in the settings that leads to a model of no worker."""
+        models, told = self._models, []
+        if models.default_model:
+            told.append(("default_model", models.default_model))
+        told += [(f"aliases: {key!r}", key) for key in models.aliases]
+        for key, fallbacks in models.fallbacks.items():
+            where = f"fallbacks: {key!r}"
+            told += [(where, key), *((where, name) for name in fallbacks)]
+        unseen = self._unseen()
+        more = f" (not reached yet: {', '.join(unseen)})" if unseen else ""
+        return [
+            f"models.{where}: no worker serves {model!r}{more}"
+            for where, name in told
+            for model in [models.aliases.get(name) or self.model_of(name)]
+            if not self.pool(model).workers
+        ]
+
+    def _unseen(self) -> list[str]:
+        return [worker.name for worker in self.workers if worker.description is None]
+
     @property
     def ready(self) -> bool:
         return any(worker.admits for worker in self.workers)
@@ -302,7 +323,8 @@ class Registry:
     def _resolve_name(self, name: str | None) -> str | None:
         if name is not None:
             model = self.model_of(name)
-            if self._is_served(model):
+            # An alias stands for its model and no other, whether that is served or not.
+            if self.alias_of(name) or self._is_served(model):
                 return model
             if self._models.strict_models:
                 return None
@@ -315,8 +337,7 @@ class Registry:
         names = sorted({*models, *self.aliases()})
         names = [name for name in names if may_use(allowed, name)]
         text = f"Available: {', '.join(names) or 'nothing that your token allows'}."
-        unseen = [w.name for w in self.workers if w.description is None]
-        if unseen:
+        if unseen := self._unseen():
             text += f" Not reached yet: {', '.join(unseen)}."
         return text
 

@@ -33,6 +33,7 @@ class Pinger:
         self._ping = ping
         self._tasks: list[asyncio.Task[None]] = []
         self._first_round = {worker.name: asyncio.Event() for worker in workers}
+        self._described = {worker.name: asyncio.Event() for worker in workers}
         self._suspected = {worker.name: asyncio.Event() for worker in workers}
         self._noted: set[str] = set()  # workers of which an oddity was logged
 
@@ -58,6 +59,11 @@ class Pinger:
         for event in self._first_round.values():
             await event.wait()
 
+    async def described(self) -> None:
+        """Wait until every worker has said what it serves."""
+        for event in self._described.values():
+            await event.wait()
+
     async def _supervise(self, worker: Worker) -> None:
         """Keep the loop alive: a health check that died silently is worse than none."""
         while True:
@@ -79,6 +85,8 @@ class Pinger:
                 self._noted.add(worker.name)
                 logger.warning("worker %s: %s", worker.name, finding.note)
             self._first_round[worker.name].set()
+            if worker.description is not None:
+                self._described[worker.name].set()
             wait = next_wait(worker, self._health, wait if was_down else 0.0)
             jitter = random.uniform(1 - JITTER, 1 + JITTER)
             try:

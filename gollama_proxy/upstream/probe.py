@@ -47,18 +47,6 @@ class Finding(NamedTuple):
     note: str = ""  # what is odd about a good worker; quotes nothing that it sent
 
 
-class Report(NamedTuple):
-    """One row of `gollama-proxy check`."""
-
-    state: str  # "ready", "loading" or "down"
-    reason: str
-    models: tuple[str, ...] = ()
-    slots: int | None = None
-    context: int | None = None
-    build: str = ""
-    note: str = ""
-
-
 def new_session(*, pooled: bool = False) -> aiohttp.ClientSession:
     """Make the client for the control plane: no cookies, no environment, no coding.
 
@@ -101,24 +89,13 @@ def target_of(
     return Target(session, worker, True if tls is None else tls.context)
 
 
-async def examine(worker: WorkerConfig, health: Health) -> Report:
+async def examine(worker: WorkerConfig, health: Health) -> Finding:
     """Look at a worker once, in a session of its own; never raises for a bad worker."""
     tls = for_workers([worker]).get(worker.name)
     # With a pool, closing it ends all connections.  Else TLS would still be about to
     # say good-bye when the loop of a short command is closed.
     async with new_session(pooled=True) as session:
-        finding = await ping(session, worker, health, tls)
-    state = {Check.OK: "ready", Check.LOADING: "loading"}
-    described = finding.description or Description()
-    return Report(
-        state.get(finding.check, "down"),
-        finding.reason,
-        tuple(model.name for model in described.models),
-        described.slots,
-        described.context,
-        described.build,
-        finding.note,
-    )
+        return await ping(session, worker, health, tls)
 
 
 async def ping(
