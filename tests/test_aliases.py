@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.settings import STREAMED
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chat_completion, head
 from tests.fakes.script import answer, chat_stream, reset, send
 from tests.fakes.worker import ScriptedWorker
@@ -29,7 +29,7 @@ async def aliased(**settings: Any) -> AsyncIterator[tuple[ScriptedWorker, Runnin
     settings = {"models__aliases": {"gpt-4o": "qwen"}, **settings}
     async with (
         ScriptedWorker("qwen") as worker,
-        plain_hub(worker, **settings) as hub,
+        running_hub(worker, **settings) as hub,
     ):
         yield worker, hub
 
@@ -101,7 +101,7 @@ async def test_a_fallback_keeps_its_own_name() -> None:
     async with (
         ScriptedWorker("qwen") as big,
         ScriptedWorker("phi") as small,
-        plain_hub(
+        running_hub(
             big,
             small,
             models__aliases={"gpt-4o": "qwen"},
@@ -120,7 +120,7 @@ async def test_a_rescued_answer_keeps_the_name_that_the_client_knows() -> None:
     async with (
         ScriptedWorker("qwen") as bad,
         ScriptedWorker("qwen") as good,
-        plain_hub(
+        running_hub(
             bad,
             good,
             models__aliases={"gpt-4o": "qwen"},

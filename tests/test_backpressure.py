@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from gollama_proxy.routing.worker import State
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import hub_process
 from tests.fakes.replies import (
     chunk,
@@ -84,7 +84,7 @@ async def test_many_clients_that_do_not_read_cost_little_each() -> None:
 
 
 async def test_a_client_that_pauses_for_a_moment_gets_everything() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*stream_of_megabytes(24))
         async with await hub.open(CHAT, STREAM, receive_buffer=256 << 10) as wire:
             assert await wire.read_event() == role()
@@ -99,7 +99,7 @@ async def test_a_client_that_stops_reading_is_dropped() -> None:
     """At the write deadline; the worker is free then, and not blamed."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, timeouts__write=0.2) as hub,
+        running_hub(worker, timeouts__write=0.2) as hub,
     ):
         pings = len(worker.control)
         worker.script(*stream_of_megabytes(100))
@@ -121,7 +121,7 @@ async def test_a_client_that_reads_slowly_is_not_dropped() -> None:
     """What counts is that it goes on, not how long it takes."""
     async with (
         ScriptedWorker(slots=64) as worker,
-        plain_hub(worker, timeouts__write=1.0) as hub,
+        running_hub(worker, timeouts__write=1.0) as hub,
     ):
         worker.script(*event_stream(role(), *[token("x" * 50_000)] * 200, done()))
         async with await hub.open(CHAT, STREAM, receive_buffer=4096) as wire:
@@ -135,7 +135,7 @@ async def test_a_client_that_reads_slowly_is_not_dropped() -> None:
 
 
 async def test_one_that_does_not_read_keeps_nobody_waiting() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*stream_of_megabytes(100))
         idle = await hub.open(CHAT, STREAM, receive_buffer=4096)
         request = await worker.received()
@@ -151,7 +151,7 @@ async def test_tokens_to_a_client_that_does_not_read_come_when_it_does() -> None
     number = 40_000
     tokens = [token(f" {n}") for n in range(number)]
     packs = [b"".join(map(chunk, tokens[i : i + 500])) for i in range(0, number, 500)]
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(
             send(sse_head() + chunk(role())),
             *map(send, packs),
@@ -170,7 +170,7 @@ async def test_a_client_that_comes_back_too_late_has_half_an_answer() -> None:
     """And can tell: neither the length nor the last chunk is there."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, timeouts__write=0.1) as hub,
+        running_hub(worker, timeouts__write=0.1) as hub,
     ):
         worker.script(*body_of_megabytes(50))
         wire = await hub.open(CHAT, STREAM, receive_buffer=4096)

@@ -12,7 +12,7 @@ import pytest
 
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.client import Response, request_head
-from tests.fakes.hub import RunningHub, mint, plain_hub
+from tests.fakes.hub import RunningHub, mint, running_hub
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -49,7 +49,7 @@ async def hub_of_two_models(**settings: Any) -> AsyncIterator[RunningHub]:
     async with (
         ScriptedWorker("qwen") as one,
         ScriptedWorker("phi") as two,
-        plain_hub(one, two, **settings) as hub,
+        running_hub(one, two, **settings) as hub,
     ):
         yield hub
         for worker in (one, two):
@@ -344,7 +344,7 @@ async def test_what_is_wrong_beyond_the_window_does_not_reach_its_end(
     async with (
         ScriptedWorker("qwen") as worker,
         ScriptedWorker("phi") as other,
-        plain_hub(
+        running_hub(
             worker, other, limits__body=65_536, limits__replay_window=WINDOW
         ) as hub,
     ):
@@ -653,7 +653,7 @@ async def test_a_page_asks_without_a_token_and_without_a_worker() -> None:
 
 async def test_a_client_that_made_a_mistake_may_try_again() -> None:
     """On the same connection, if its request was read to its end."""
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.post(CHAT, b"[]", hub.token())
             assert (await wire.read_response()).status == 400
@@ -666,7 +666,7 @@ async def test_a_client_that_made_a_mistake_may_try_again() -> None:
 
 async def test_broken_framing_of_a_body_is_told_at_once() -> None:
     """Nobody waits for the rest of a body that can have none."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         wire = await hub.wire()
         chunked = [("Transfer-Encoding", "chunked"), ("Expect", "100-continue")]
         await wire.send(request_head("POST", CHAT, hub.token(), chunked))

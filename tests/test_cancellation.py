@@ -13,7 +13,7 @@ import pytest
 
 from gollama_proxy.routing.worker import State
 from tests.fakes.client import Wire
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chunk,
     done,
@@ -206,7 +206,7 @@ async def test_a_client_that_leaves_takes_its_request_along(
     caplog.set_level(logging.INFO, "gollama_proxy.access")
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, limits__replay_window=WINDOW) as hub,
+        running_hub(worker, limits__replay_window=WINDOW) as hub,
     ):
         pings = len(worker.control)
         wire = await stage(worker, hub)
@@ -233,7 +233,7 @@ async def test_a_client_that_leaves_with_everything_full(
     how: Callable[[Wire], None],
 ) -> None:
     """Its bytes in the hub and in the kernels are in nobody's way."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         wire = await write_blocked(worker, hub)
         [request] = worker.requests
         how(wire)
@@ -266,7 +266,7 @@ async def test_a_client_that_leaves_while_its_worker_is_dialled(
 ) -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, timeouts__connect=30) as hub,
+        running_hub(worker, timeouts__connect=30) as hub,
     ):
         await worker.down()
         with full_backlog(worker.port):
@@ -286,7 +286,7 @@ async def test_a_client_that_leaves_while_its_worker_does_not_read(
     """Its socket is not read either, so it is missed when the worker reads on."""
     async with (
         ScriptedWorker(receive_buffer=4096) as worker,
-        plain_hub(worker, limits__replay_window=WINDOW, limits__body=1 << 30) as hub,
+        running_hub(worker, limits__replay_window=WINDOW, limits__body=1 << 30) as hub,
     ):
         worker.script(read_body(1000), wait("again"), read_body())
         wire = await hub.wire()
@@ -317,7 +317,7 @@ async def test_a_client_that_leaves_while_its_worker_does_not_read(
 
 async def test_clients_that_leave_at_any_moment_leave_nothing() -> None:
     """Aborted after each of many delays; the hub's exit checks for tasks and leases."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.default(*stream_of(20, 0.0005))
         for number in range(60):
             wire = await hub.open(CHAT, STREAM)
@@ -334,7 +334,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing() -> None:
 
 async def test_a_client_that_leaves_takes_nobody_else_along() -> None:
     gate = asyncio.Semaphore(0)
-    async with ScriptedWorker(slots=64) as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker(slots=64) as worker, running_hub(worker) as hub:
         worker.default(*stream_of(10, gate))
         wires = [await hub.open(CHAT, STREAM) for _ in range(6)]
         for wire in wires:
@@ -355,7 +355,7 @@ async def test_a_client_that_leaves_after_done_has_had_it_all(
 ) -> None:
     """SDKs hang up as soon as they have read [DONE]; the worker is to be credited."""
     caplog.set_level("INFO", "gollama_proxy.access")
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         events = chunk(token("a")) + chunk(finish()) + chunk(done())
         worker.script(send(sse_head() + events), expect_eof())
         wire = await hub.open("/v1/chat/completions", {"messages": [], "stream": True})

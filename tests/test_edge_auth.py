@@ -35,7 +35,7 @@ from tests.fakes import tokens
 from tests.fakes.clock import Clock
 from tests.fakes.hub import SECRET as HUB_SECRET
 from tests.fakes.hub import mint as mint_for_hub
-from tests.fakes.hub import plain_hub, running_hub
+from tests.fakes.hub import running_hub
 from tests.fakes.tokens import PUBLIC_KEY_ALGORITHMS, b64, key_pair
 from tests.fakes.worker import ScriptedWorker
 
@@ -974,7 +974,7 @@ async def test_every_refusal_is_the_same_bytes_to_a_client() -> None:
         ("through a proxy", [("Proxy-Authorization", f"Bearer {good}")]),
     ]
     payload: dict[str, Any] = {"messages": []}
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         answers = {}
         for name, headers in causes:
             headers = [*headers, ("X-Request-Id", "the-same")]
@@ -1006,7 +1006,7 @@ async def test_every_refusal_is_the_same_bytes_to_a_client() -> None:
     "path", ["/v1/chat/completions", "/v1/embeddings", "/v1/models", "/metrics"]
 )
 async def test_every_route_with_substance_has_the_same_door(path: str) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         if path in ("/v1/models", "/metrics"):
             strange = await hub.get(path, None)
             known = await hub.get(path)

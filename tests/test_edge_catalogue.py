@@ -13,7 +13,7 @@ from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.catalogue import Catalogue
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.settings import Config
-from tests.fakes.hub import RunningHub, plain_hub, running_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.worker import ScriptedWorker
 
 
@@ -37,7 +37,7 @@ async def test_an_entry_has_the_fields_of_openai_and_one_more() -> None:
     before = int(time.time())
     async with (
         ScriptedWorker("qwen", slots=3, n_ctx=512) as worker,
-        plain_hub(worker) as hub,
+        running_hub(worker) as hub,
     ):
         response = await hub.get("/v1/models")
         assert response.header("content-type") == "application/json"
@@ -74,7 +74,7 @@ async def test_an_entry_has_the_fields_of_openai_and_one_more() -> None:
 
 
 async def test_the_shorter_paths_and_repeated_calls_say_the_same() -> None:
-    async with ScriptedWorker("qwen", "phi") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen", "phi") as worker, running_hub(worker) as hub:
         bodies = {
             (await hub.get(path)).body
             for path in ("/v1/models", "/models", "/v1/models?x", "/models")
@@ -88,7 +88,7 @@ async def test_the_shorter_paths_and_repeated_calls_say_the_same() -> None:
 
 
 async def test_no_worker_is_asked() -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         connections, pings = worker.connections, len(worker.control)
         for path in ("/v1/models", "/v1/models/qwen", "/v1/models/phi"):
             await hub.get(path)
@@ -98,7 +98,7 @@ async def test_no_worker_is_asked() -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/qwen", "/models/phi"])
 async def test_a_stranger_learns_nothing(path: str) -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         for token in (None, "x"):
             response = await hub.get(path, token)
             assert response.status == 401
@@ -112,7 +112,7 @@ async def test_workers_with_the_same_model_share_an_entry() -> None:
     async with (
         ScriptedWorker("qwen", n_ctx=1024, slots=1) as one,
         ScriptedWorker("phi", "qwen", n_ctx=4096, slots=2) as two,
-        plain_hub(one, two) as hub,
+        running_hub(one, two) as hub,
     ):
         assert await listed(hub) == ["qwen", "phi"]
         extra = (await entry(hub, "qwen"))["gollama"]
@@ -130,7 +130,7 @@ async def test_a_model_whose_workers_are_down_stays_and_says_so() -> None:
     async with (
         ScriptedWorker("qwen") as one,
         ScriptedWorker("qwen") as two,
-        plain_hub(
+        running_hub(
             one, two, health__interval=0.02, health__recheck=0.02, health__fall=1
         ) as hub,
     ):
@@ -155,13 +155,13 @@ async def test_a_worker_that_was_never_reached_has_no_entry() -> None:
     async with (
         ScriptedWorker("qwen") as one,
         ScriptedWorker("phi", up=False) as two,
-        plain_hub(one, two) as hub,
+        running_hub(one, two) as hub,
     ):
         assert await listed(hub) == ["qwen"]
 
 
 async def test_without_any_worker_the_list_is_empty() -> None:
-    async with plain_hub() as hub:
+    async with running_hub() as hub:
         response = await hub.get("/v1/models")
         assert (response.status, response.json()["data"]) == (200, [])
         assert (await hub.get("/v1/models/qwen")).status == 404
@@ -173,7 +173,7 @@ async def test_without_any_worker_the_list_is_empty() -> None:
 async def test_an_alias_is_an_entry_of_its_own() -> None:
     async with (
         ScriptedWorker("qwen", n_ctx=512) as worker,
-        plain_hub(worker, models__aliases={"gpt-4o-mini": "qwen"}) as hub,
+        running_hub(worker, models__aliases={"gpt-4o-mini": "qwen"}) as hub,
     ):
         assert await listed(hub) == ["qwen", "gpt-4o-mini"]
         row, alias = await entry(hub, "qwen"), await entry(hub, "gpt-4o-mini")
@@ -186,7 +186,7 @@ async def test_an_alias_is_an_entry_of_its_own() -> None:
 async def test_an_alias_in_the_place_of_a_model_is_listed_once() -> None:
     async with (
         ScriptedWorker("qwen", "phi") as worker,
-        plain_hub(worker, models__aliases={"phi": "qwen"}) as hub,
+        running_hub(worker, models__aliases={"phi": "qwen"}) as hub,
     ):
         assert await listed(hub) == ["qwen", "phi"]
         assert (await entry(hub, "phi"))["gollama"]["alias_of"] == "qwen"
@@ -236,7 +236,7 @@ async def test_a_token_sees_what_it_may_use(
 ) -> None:
     async with (
         ScriptedWorker("qwen-4b", "qwen-8b", "phi") as worker,
-        plain_hub(worker, models__aliases={"gpt": "phi"}) as hub,
+        running_hub(worker, models__aliases={"gpt": "phi"}) as hub,
     ):
         assert await listed(hub, models=patterns) == names
         for name in ("qwen-4b", "qwen-8b", "phi", "gpt"):
@@ -246,7 +246,7 @@ async def test_a_token_sees_what_it_may_use(
 
 
 async def test_what_a_token_may_not_use_does_not_exist() -> None:
-    async with ScriptedWorker("qwen", "phi") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen", "phi") as worker, running_hub(worker) as hub:
         token = hub.token(models=["qwen"])
         hidden = await hub.get("/v1/models/phi", token)
         absent = await hub.get("/v1/models/phx", token)
@@ -275,7 +275,7 @@ async def test_what_a_token_may_not_use_does_not_exist() -> None:
     ],
 )
 async def test_any_name_can_be_asked_for(name: str) -> None:
-    async with ScriptedWorker(name) as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker(name) as worker, running_hub(worker) as hub:
         assert await listed(hub) == [name]
         assert (await entry(hub, quote(name, safe="")))["id"] == name
         assert (await entry(hub, quote(name, safe="/:+")))["id"] == name
@@ -287,7 +287,7 @@ async def test_any_name_can_be_asked_for(name: str) -> None:
     "path", ["x", "qwen/", "/qwen", "QWEN", "qwen%00", "qwen%0A", "%ff", "qwen%20"]
 )
 async def test_a_model_that_does_not_exist_is_not_found(path: str) -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         response = await hub.get(f"/v1/models/{path}")
         error = response.json()["error"]
         assert (response.status, error["code"]) == (404, "model_not_found")
@@ -297,7 +297,7 @@ async def test_a_model_that_does_not_exist_is_not_found(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models/", "/models/", "/v1/models/?x", "/v1/"])
 async def test_a_path_without_a_name_is_no_path(path: str) -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         response = await hub.get(path)
         assert (response.status, response.json()["error"]["code"]) == (
             404,

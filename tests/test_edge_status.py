@@ -12,7 +12,7 @@ from gollama_proxy.routing.admission import Line
 from gollama_proxy.routing.registry import Registry
 from gollama_proxy.settings import Config, Queue
 from tests.fakes.clock import Clock
-from tests.fakes.hub import plain_hub, running_hub
+from tests.fakes.hub import running_hub
 from tests.fakes.worker import ScriptedWorker
 
 PROBES = ("/livez", "/readyz", "/health")
@@ -21,7 +21,7 @@ NOT_READY = {"status": "no worker is ready"}
 
 
 async def test_a_hub_with_a_worker_is_alive_and_ready() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for path in PROBES:
             response = await hub.get(path, None)
             assert (response.status, response.json()) == (200, READY)
@@ -30,7 +30,7 @@ async def test_a_hub_with_a_worker_is_alive_and_ready() -> None:
 
 
 async def test_a_hub_without_a_worker_is_alive_and_not_ready() -> None:
-    async with ScriptedWorker(up=False) as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker(up=False) as worker, running_hub(worker) as hub:
         assert (await hub.get("/livez", None)).status == 200
         for path in ("/readyz", "/health"):
             response = await hub.get(path, None)
@@ -40,7 +40,7 @@ async def test_a_hub_without_a_worker_is_alive_and_not_ready() -> None:
 async def test_a_hub_is_not_ready_before_it_knows_a_worker() -> None:
     async with ScriptedWorker() as worker:
         worker.hang_health = True
-        async with plain_hub(worker, ready=False) as hub:
+        async with running_hub(worker, ready=False) as hub:
             await worker.pinged()
             assert (await hub.get("/readyz", None)).status == 503
             assert (await hub.get("/livez", None)).status == 200
@@ -49,7 +49,7 @@ async def test_a_hub_is_not_ready_before_it_knows_a_worker() -> None:
 async def test_readiness_follows_the_workers() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, health__interval=0.02, health__recheck=0.02) as hub,
+        running_hub(worker, health__interval=0.02, health__recheck=0.02) as hub,
     ):
         assert (await hub.get("/readyz", None)).status == 200
         worker.loading = True
@@ -66,14 +66,14 @@ async def test_one_of_two_workers_is_enough() -> None:
     async with (
         ScriptedWorker() as one,
         ScriptedWorker(up=False) as two,
-        plain_hub(one, two) as hub,
+        running_hub(one, two) as hub,
     ):
         assert (await hub.get("/readyz", None)).status == 200
 
 
 @pytest.mark.parametrize("path", PROBES)
 async def test_a_probe_gives_no_detail_and_touches_no_worker(path: str) -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         pings = len(worker.control)
         for token in (None, "x", hub.token()):
             response = await hub.get(path, token)
@@ -86,7 +86,7 @@ async def test_a_probe_gives_no_detail_and_touches_no_worker(path: str) -> None:
 
 @pytest.mark.parametrize("path", PROBES)
 async def test_a_probe_may_ask_for_the_head_alone(path: str) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.get(path, method="HEAD")
             response = await wire.read_response()
@@ -95,7 +95,7 @@ async def test_a_probe_may_ask_for_the_head_alone(path: str) -> None:
 
 
 async def test_readiness_ends_when_the_drain_begins() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         hub.hub.draining = True
         assert (await hub.get("/readyz", None)).status == 503
         assert (await hub.get("/health", None)).status == 503
@@ -106,7 +106,7 @@ async def test_readiness_ends_when_the_drain_begins() -> None:
 
 
 async def test_metrics_want_a_token() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for token in (None, "x", hub.token(exp=1)):
             response = await hub.get("/metrics", token)
             assert response.status == 401
@@ -153,7 +153,7 @@ async def test_metrics_are_open_where_there_is_no_authentication() -> None:
 async def test_metrics_can_be_opened_for_a_scraper_without_a_token() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, metrics__open=True) as hub,
+        running_hub(worker, metrics__open=True) as hub,
     ):
         for token in (None, "x"):
             response = await hub.get("/metrics", token)
@@ -164,7 +164,7 @@ async def test_metrics_can_be_opened_for_a_scraper_without_a_token() -> None:
 
 
 async def test_metrics_have_no_second_token_in_the_query() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         response = await hub.get(f"/metrics?token={hub.token()}", None)
         assert response.status == 401
 

@@ -23,7 +23,7 @@ from gollama_proxy.upstream import sweep
 from tests.fakes.books import Books
 from tests.fakes.faults import Fault, Faults
 from tests.fakes.generation import Task
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import MODEL
 from tests.fakes.traffic import Visitor, random_leave, random_task
 from tests.fakes.verdict import Verdict
@@ -127,7 +127,7 @@ async def running(seed: int, plan: Plan) -> AsyncIterator[Run]:
     faults = Faults(seed, plan.rate)
     async with (
         faults.workers(plan.contexts) as workers,
-        plain_hub(*workers, **plan.settings) as hub,
+        running_hub(*workers, **plan.settings) as hub,
     ):
         with Books() as books:
             yield Run(hub, faults, books)

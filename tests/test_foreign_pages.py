@@ -12,7 +12,7 @@ import re
 import pytest
 
 from tests.fakes.client import Response
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import head
 from tests.fakes.script import send, stream_of
 from tests.fakes.worker import ScriptedWorker
@@ -61,7 +61,7 @@ def words(value: str) -> set[str]:
 
 async def test_no_page_is_let_in_unless_it_is_listed() -> None:
     """By default there is no CORS at all: the browser keeps every answer."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for path in PATHS:
             answer = await preflight(hub, path, PAGE)
             assert (answer.status, cors(answer)) == (405, {}), path
@@ -107,7 +107,7 @@ async def test_what_only_looks_like_a_listed_page(origin: str) -> None:
     listed = [PAGE, OTHER]
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__cors_origins=listed) as hub,
+        running_hub(worker, server__cors_origins=listed) as hub,
     ):
         answer = await preflight(hub, CHAT, origin)
         assert (answer.status, cors(answer)) == (405, {})
@@ -119,7 +119,7 @@ async def test_what_only_looks_like_a_listed_page(origin: str) -> None:
 
 
 async def test_two_origins_are_none() -> None:
-    async with plain_hub(server__cors_origins=[PAGE, OTHER]) as hub:
+    async with running_hub(server__cors_origins=[PAGE, OTHER]) as hub:
         for second in (PAGE, OTHER, "http://evil.example"):
             answer = await preflight(hub, CHAT, PAGE, ("origin", second))
             assert (answer.status, cors(answer)) == (405, {})
@@ -127,7 +127,7 @@ async def test_two_origins_are_none() -> None:
 
 async def test_a_default_port_is_left_out_as_browsers_do() -> None:
     listed = ["https://chat.example:443", "http://desk.lan:80"]
-    async with plain_hub(server__cors_origins=listed) as hub:
+    async with running_hub(server__cors_origins=listed) as hub:
         for origin in ("https://chat.example", "http://desk.lan"):
             answer = await preflight(hub, CHAT, origin)
             assert answer.header("access-control-allow-origin") == origin
@@ -140,7 +140,7 @@ async def test_a_default_port_is_left_out_as_browsers_do() -> None:
 async def test_a_listed_page_may_ask_before_it_has_a_token(origin: str) -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__cors_origins=[PAGE, OTHER]) as hub,
+        running_hub(worker, server__cors_origins=[PAGE, OTHER]) as hub,
     ):
         for path in PATHS:
             answer = await preflight(hub, path, origin)
@@ -161,7 +161,7 @@ async def test_a_listed_page_may_ask_before_it_has_a_token(origin: str) -> None:
 
 
 async def test_a_preflight_opens_no_path_that_is_not_there() -> None:
-    async with plain_hub(server__cors_origins=[PAGE]) as hub:
+    async with running_hub(server__cors_origins=[PAGE]) as hub:
         for path in ("/props", "/slots", "/v1", "/v1/chat/completions/", "/v1/models/"):
             answer = await preflight(hub, path, PAGE)
             assert answer.status == 404
@@ -170,7 +170,7 @@ async def test_a_preflight_opens_no_path_that_is_not_there() -> None:
 
 
 async def test_options_without_a_question_is_a_wrong_method() -> None:
-    async with plain_hub(server__cors_origins=[PAGE]) as hub:
+    async with running_hub(server__cors_origins=[PAGE]) as hub:
         async with await hub.wire() as wire:
             await wire.get(CHAT, method="OPTIONS", headers=[("Origin", PAGE)])
             answer = await wire.read_response()
@@ -180,7 +180,7 @@ async def test_options_without_a_question_is_a_wrong_method() -> None:
 async def test_a_public_page_may_call_a_hub_in_a_private_network() -> None:
     """If it is listed and its browser asks for it."""
     asks = ("Access-Control-Request-Private-Network", "true")
-    async with plain_hub(server__cors_origins=[OTHER]) as hub:
+    async with running_hub(server__cors_origins=[OTHER]) as hub:
         answer = await preflight(hub, CHAT, OTHER, asks)
         assert answer.header("access-control-allow-private-network") == "true"
         answer = await preflight(hub, CHAT, OTHER, (asks[0], "false"))
@@ -193,7 +193,7 @@ async def test_a_listed_page_reads_every_answer_and_its_headers() -> None:
     origin = [("Origin", PAGE)]
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__cors_origins=[PAGE], auth__leeway=0) as hub,
+        running_hub(worker, server__cors_origins=[PAGE], auth__leeway=0) as hub,
     ):
         limited = hub.token("bob", rpm=1, tpm=100_000)
         answers = [
@@ -236,7 +236,7 @@ async def test_a_worker_has_no_say_in_it() -> None:
     ]
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__cors_origins=[PAGE]) as hub,
+        running_hub(worker, server__cors_origins=[PAGE]) as hub,
     ):
         for origin, allowed in ((PAGE, PAGE), ("https://evil.example", None)):
             worker.script(send(head(200, headers) + b"{}"))
