@@ -11,7 +11,7 @@ import pytest
 
 from gollama_proxy.routing import pool
 from gollama_proxy.upstream import attempt
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import answer, chat_stream, expect_eof, reset, wait
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
@@ -34,7 +34,7 @@ async def routers(
     async with AsyncExitStack() as stack:
         for worker in workers:
             await stack.enter_async_context(worker)
-        hub = await stack.enter_async_context(plain_hub(*workers, **settings))
+        hub = await stack.enter_async_context(running_hub(*workers, **settings))
         yield workers, hub
 
 

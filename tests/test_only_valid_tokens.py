@@ -18,7 +18,7 @@ import jwt
 import pytest
 
 from tests.fakes.client import Response, Wire, request_head
-from tests.fakes.hub import SECRET, RunningHub, mint, plain_hub
+from tests.fakes.hub import SECRET, RunningHub, mint, running_hub
 from tests.fakes.tokens import PUBLIC_KEY_ALGORITHMS, b64, forge, key_pair
 from tests.fakes.worker import ScriptedWorker
 
@@ -201,7 +201,7 @@ async def test_every_bad_token_gets_the_same_401_and_no_worker(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "gollama_proxy.access")
-    async with ScriptedWorker() as worker, plain_hub(worker, **STRICT) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **STRICT) as hub:
         answers = {}
         for name, headers in headers_of_all():
             answers[name] = await ask(hub, headers)
@@ -228,12 +228,12 @@ async def test_every_bad_token_gets_the_same_401_and_no_worker(
 
 async def test_a_token_of_64_kib_is_too_much_for_the_head_or_for_a_token() -> None:
     long = [("Authorization", "Bearer " + "x" * (64 << 10))]
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         assert (await ask(hub, long)).status == 431
         untouched(worker)
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, limits__head="1MiB") as hub,
+        running_hub(worker, limits__head="1MiB") as hub,
     ):
         for token in ("x" * (64 << 10), signed(padding="x" * (64 << 10))):
             answer = await ask(hub, [("Authorization", f"Bearer {token}")])
@@ -254,7 +254,7 @@ async def test_no_odd_byte_gets_a_token_through(where: str, byte: int) -> None:
     }[where]
     start = request_head("POST", CHAT, headers=[("Content-Length", str(len(BODY)))])
     message = start[:-2] + b"Authorization: " + line + b"\r\n\r\n" + BODY
-    async with ScriptedWorker() as worker, plain_hub(worker, **STRICT) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **STRICT) as hub:
         async with await hub.wire() as wire:
             await wire.send(message)
             status = (await wire.read_response()).status
@@ -269,7 +269,7 @@ async def flips_are_refused(token: bytes, **settings: Any) -> None:
     """Send a token once with each of its bits flipped."""
     start = request_head("POST", CHAT, headers=[("Content-Length", str(len(BODY)))])
     start = start[:-2] + b"Authorization: Bearer "
-    async with ScriptedWorker() as worker, plain_hub(worker, **settings) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
         wire: Wire | None = None
         for position in range(len(token)):
             for bit in range(8):
@@ -327,7 +327,7 @@ async def test_a_public_key_opens_for_its_private_key_alone(
         ),
     ]
     settings = {"auth__algorithm": configured, "auth__public_key_file": file}
-    async with ScriptedWorker() as worker, plain_hub(worker, **settings) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
         for token in bad:
             answer = await ask(hub, [("Authorization", f"Bearer {token}")])
             assert answer.status == 401
@@ -355,7 +355,7 @@ async def test_a_public_key_opens_for_its_private_key_alone(
     ],
 )
 async def test_what_is_good_is_let_in(value: str) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker, **STRICT) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **STRICT) as hub:
         assert (await ask(hub, [("Authorization", value)])).status == 200
         # No worker gets to see whose request it was.
         assert worker.requests[0].header("authorization") is None

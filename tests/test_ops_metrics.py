@@ -18,7 +18,7 @@ from gollama_proxy.routing.worker import Check, Description, Model
 from gollama_proxy.settings import Config, Queue
 from gollama_proxy.wire.errors import Code
 from tests.fakes.clock import Clock
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, finish, last_chunk, sse_head, token
 from tests.fakes.script import close, send, stream_of
 from tests.fakes.worker import ScriptedWorker
@@ -197,7 +197,7 @@ def test_workers_are_shown_as_they_are_at_the_moment() -> None:
 
 
 async def test_a_stream_is_counted_when_it_has_ended() -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         worker.script(*stream_of(7))
         wire = await hub.open(CHAT, {"messages": [], "stream": True})
         await wire.read_events()
@@ -215,7 +215,7 @@ async def test_a_stream_is_counted_when_it_has_ended() -> None:
 
 
 async def test_events_are_counted_where_a_worker_counts_no_tokens() -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         last = finish("stop", {})
         worker.script(
             send(sse_head()),
@@ -233,7 +233,7 @@ async def test_events_are_counted_where_a_worker_counts_no_tokens() -> None:
 
 
 async def test_in_flight_is_what_runs_right_now() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         steps = asyncio.Semaphore(0)
         worker.default(*stream_of(2, steps))
         payload = {"messages": [], "stream": True}
@@ -252,7 +252,7 @@ async def test_in_flight_is_what_runs_right_now() -> None:
 
 
 async def test_a_client_that_leaves_is_counted_as_that() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*stream_of(2, "never"))
         wire = await hub.open(CHAT, {"messages": [], "stream": True})
         assert await wire.read_event()
@@ -265,7 +265,7 @@ async def test_a_client_that_leaves_is_counted_as_that() -> None:
 
 
 async def test_a_refusal_is_counted_by_its_code() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         await hub.post(CHAT, b"no JSON")
         await hub.post(CHAT, {}, "no token")
         await hub.get("/nowhere")
@@ -297,7 +297,7 @@ async def make_up(hub: RunningHub, word: str) -> None:
 async def test_nothing_that_a_client_makes_up_becomes_a_label() -> None:
     async with (
         ScriptedWorker("qwen", "phi") as worker,
-        plain_hub(worker, models__aliases={"alias": "phi"}) as hub,
+        running_hub(worker, models__aliases={"alias": "phi"}) as hub,
     ):
         await make_up(hub, "canary-0")
         before = (await scrape(hub)).keys() | (await scrape(hub)).keys()
@@ -319,7 +319,7 @@ async def test_nothing_that_a_client_makes_up_becomes_a_label() -> None:
 
 
 async def test_a_name_that_the_only_worker_ignores_is_no_label_either() -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         assert (await hub.post(CHAT, {"model": "canary", "messages": []})).status == 200
         response = await hub.get("/metrics")
         assert b"canary" not in response.body

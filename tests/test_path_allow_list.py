@@ -10,7 +10,7 @@ import pytest
 
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.client import request_head
-from tests.fakes.hub import plain_hub
+from tests.fakes.hub import running_hub
 from tests.fakes.worker import ScriptedWorker
 from tests.test_bad_requests import BODY, CHAT, GOOD, ask, check, hub_of_two_models
 
@@ -266,7 +266,7 @@ async def test_a_hub_is_no_tunnel(line: str, status: int) -> None:
 @pytest.mark.parametrize("path", ENDPOINTS)
 async def test_a_worker_gets_the_path_and_no_query(path: str, query: str) -> None:
     """llama-server takes settings from it, and keys."""
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         await hub.post(path + query, BODY)
         [request] = worker.requests
     assert (request.method, request.target) == ("POST", path)

@@ -19,7 +19,7 @@ from gollama_proxy.upstream import attempt
 from gollama_proxy.upstream.pool import SPACING
 from tests.fakes.asks import CHAT, RARELY
 from tests.fakes.client import Response
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import error_reply, json_reply
 from tests.fakes.script import (
     answer,
@@ -52,7 +52,7 @@ async def crowded(
     settings = {"health__interval": RARELY, **settings}
     async with (
         ScriptedWorker(slots=slots) as worker,
-        plain_hub(worker, **settings) as hub,
+        running_hub(worker, **settings) as hub,
     ):
         worker.default(wait("go"), *answer({"choices": []}))
         yield worker, hub, hub.hub.slots
@@ -285,7 +285,7 @@ async def test_a_request_that_failed_goes_before_those_that_wait() -> None:
     async with (
         ScriptedWorker(slots=1) as bad,
         ScriptedWorker(slots=1) as good,
-        plain_hub(bad, good, retry__attempts=3, health__interval=RARELY) as hub,
+        running_hub(bad, good, retry__attempts=3, health__interval=RARELY) as hub,
     ):
         bad.script(notify("asked"), wait("fail"), reset())
         good.default(wait("go"), *answer({"choices": []}))
@@ -309,7 +309,7 @@ async def test_when_all_that_serve_a_model_are_gone_nobody_waits_for_them() -> N
     async with (
         ScriptedWorker("big", slots=1) as big,
         ScriptedWorker("small") as small,
-        plain_hub(
+        running_hub(
             big,
             small,
             models__fallbacks="big=small",
@@ -426,7 +426,7 @@ async def test_another_worker_can_still_take_over_behind_a_notice() -> None:
     async with (
         ScriptedWorker(slots=1) as bad,
         ScriptedWorker(slots=1) as good,
-        plain_hub(
+        running_hub(
             bad,
             good,
             queue__notice=0.05,
@@ -497,7 +497,7 @@ async def test_every_policy_uses_every_slot_and_no_more(policy: str) -> None:
     async with (
         ScriptedWorker(slots=1) as one,
         ScriptedWorker(slots=3) as two,
-        plain_hub(one, two, routing__policy=policy, health__interval=RARELY) as hub,
+        running_hub(one, two, routing__policy=policy, health__interval=RARELY) as hub,
     ):
         for worker in (one, two):
             worker.default(wait("go"), *answer({"choices": []}))

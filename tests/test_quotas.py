@@ -8,14 +8,14 @@ import openai
 import pytest
 
 from tests.fakes.asks import CHAT, STREAM, WHOLE
-from tests.fakes.hub import plain_hub
+from tests.fakes.hub import running_hub
 from tests.fakes.replies import usage_of
 from tests.fakes.script import answer, chat_stream
 from tests.fakes.worker import ScriptedWorker
 
 
 async def test_requests_a_minute_are_counted_and_told() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         token = hub.token(rpm=2)
         for left in ("1", "0"):
             response = await hub.post(CHAT, WHOLE, token)
@@ -36,7 +36,7 @@ async def test_tokens_a_minute_are_those_of_prompt_and_answer(
     payload: dict[str, Any],
 ) -> None:
     """As the worker counts them, whether or not the client has asked for usage."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         token = hub.token(tpm=30)
         usage = usage_of(5, 20)
         if payload is STREAM:
@@ -51,7 +51,7 @@ async def test_tokens_a_minute_are_those_of_prompt_and_answer(
 
 
 async def test_the_official_client_sees_a_rate_limit() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         client = openai.AsyncOpenAI(
             base_url=f"{hub.url}/v1", api_key=hub.token(rpm=1), max_retries=0
         )
@@ -62,7 +62,7 @@ async def test_the_official_client_sees_a_rate_limit() -> None:
 
 
 async def test_a_request_that_is_refused_touches_no_worker_and_no_body() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         token = hub.token(rpm=1)
         await hub.post(CHAT, WHOLE, token)
         async with await hub.wire() as wire:

@@ -16,7 +16,7 @@ from gollama_proxy.wire.told import Told
 from tests.fakes import replies
 from tests.fakes.asks import CHAT, RARELY, STREAM, TEXT
 from tests.fakes.client import Ending
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chunk,
     done,
@@ -142,7 +142,7 @@ async def pool(
         made = list(workers) or [ScriptedWorker(), ScriptedWorker()]
         for worker in made:
             await stack.enter_async_context(worker)
-        hub = await stack.enter_async_context(plain_hub(*made, **settings))
+        hub = await stack.enter_async_context(running_hub(*made, **settings))
         hub.hub.registry.policy = InOrder()
         yield made, hub
 

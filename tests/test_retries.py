@@ -15,7 +15,7 @@ from gollama_proxy.routing.policies import Ask, Fits, Policy
 from gollama_proxy.routing.worker import Worker
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Response
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chunk,
     error_event,
@@ -87,7 +87,7 @@ async def two(**settings: Any) -> AsyncIterator[tuple[Any, Any, RunningHub]]:
     async with (
         ScriptedWorker() as first,
         ScriptedWorker() as second,
-        plain_hub(first, second, **settings) as hub,
+        running_hub(first, second, **settings) as hub,
     ):
         hub.hub.registry.policy = InOrder()
         yield first, second, hub
@@ -198,7 +198,7 @@ async def test_so_many_attempts_as_are_set_and_no_more() -> None:
         workers[1],
         workers[2],
         workers[3],
-        plain_hub(*workers, retry__attempts=3, health__interval=RARELY) as hub,
+        running_hub(*workers, retry__attempts=3, health__interval=RARELY) as hub,
     ):
         for worker in workers:
             worker.default(reset())
@@ -238,7 +238,7 @@ async def test_a_stream_that_begins_with_the_clients_mistake_is_not_tried_again(
 @asynccontextmanager
 async def one(**settings: Any) -> AsyncIterator[tuple[ScriptedWorker, RunningHub]]:
     settings = {"retry__attempts": 3, "health__interval": RARELY, **settings}
-    async with ScriptedWorker() as worker, plain_hub(worker, **settings) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
         yield worker, hub
 
 
@@ -359,7 +359,7 @@ async def test_a_prompt_that_is_too_long_goes_to_a_larger_worker_and_nowhere_els
         ScriptedWorker(n_ctx=1024) as small,
         ScriptedWorker(n_ctx=1024) as as_small,
         ScriptedWorker(n_ctx=4096) as large,
-        plain_hub(
+        running_hub(
             small, as_small, large, retry__attempts=3, health__interval=RARELY
         ) as hub,
     ):
@@ -389,7 +389,7 @@ async def test_a_larger_worker_that_fails_is_not_made_up_for_by_a_smaller_one() 
     async with (
         ScriptedWorker(n_ctx=1024) as small,
         ScriptedWorker(n_ctx=4096) as large,
-        plain_hub(small, large, retry__attempts=3, health__interval=RARELY) as hub,
+        running_hub(small, large, retry__attempts=3, health__interval=RARELY) as hub,
     ):
         small.default(*overflow())
         large.script(reset())

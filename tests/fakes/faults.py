@@ -1,7 +1,7 @@
 """Workers that do their tasks, or fail at them in a way that a seed decides.
 
     faults = Faults(seed=7, rate=0.3)
-    async with faults.workers() as workers, plain_hub(*workers) as hub:
+    async with faults.workers() as workers, running_hub(*workers) as hub:
 
 What happens to the n-th time that a task comes to a worker is a function of the seed,
 the task and n, whichever worker it is and whatever else is going on.
