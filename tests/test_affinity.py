@@ -21,7 +21,7 @@ from gollama_proxy.routing.worker import Check, Description, Model, Worker
 from tests.fakes import replies
 from tests.fakes.client import Response
 from tests.fakes.clock import Clock
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import answer, chat_stream, event_stream, wait
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
@@ -68,7 +68,7 @@ async def test_each_turn_goes_where_the_first_one_was(stream: bool) -> None:
         ScriptedWorker() as one,
         ScriptedWorker() as two,
         ScriptedWorker() as three,
-        plain_hub(one, two, three, **settings()) as hub,
+        running_hub(one, two, three, **settings()) as hub,
     ):
         names = [f"client {number}" for number in range(9)]
         for number in (1, 2, 3):
@@ -86,7 +86,7 @@ async def test_the_same_words_of_another_subject_are_another_conversation() -> N
     async with (
         ScriptedWorker() as one,
         ScriptedWorker() as two,
-        plain_hub(one, two, **settings()) as hub,
+        running_hub(one, two, **settings()) as hub,
     ):
         await hub.post(CHAT, turn("x", 1), hub.token("alice"))
         busy, other = (one, two) if one.requests else (two, one)
@@ -98,11 +98,12 @@ async def test_a_policy_for_some_models_only() -> None:
     async with (
         ScriptedWorker() as one,
         ScriptedWorker() as two,
-        plain_hub(
+        running_hub(
             one,
             two,
             health__interval=3600,
             routing__policies={"other*": "affinity", "t?ny": "affinity"},
+            routing__policy="round_robin",
         ) as hub,
     ):
         registry = hub.hub.registry
@@ -117,7 +118,7 @@ async def test_what_is_not_generated_is_no_part_of_a_conversation() -> None:
     async with (
         ScriptedWorker() as one,
         ScriptedWorker() as two,
-        plain_hub(one, two, **settings()) as hub,
+        running_hub(one, two, **settings()) as hub,
     ):
         for worker in (one, two):
             worker.on("/v1/messages/count_tokens", *answer({"input_tokens": 20}))
@@ -130,7 +131,7 @@ async def test_what_is_not_generated_is_no_part_of_a_conversation() -> None:
 
 
 async def test_with_one_worker_there_is_nothing_to_remember() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker, **settings()) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **settings()) as hub:
         for number in (1, 2):
             assert (await hub.post(CHAT, turn("x", number))).status == 200
         policy = hub.hub.registry.policy_of(replies.MODEL)
@@ -151,7 +152,7 @@ async def test_with_one_worker_there_is_nothing_to_remember() -> None:
 async def test_impossible_timings_are_ignored_and_complained_of_once(
     timings: dict[str, float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker, **settings()) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **settings()) as hub:
         end = replies.finish(timings=timings).replace(b"Infinity", b"1e999")
         worker.default(*event_stream(replies.token("hello"), end, replies.done()))
         with caplog.at_level(logging.WARNING, "gollama_proxy.routing.worker"):
@@ -164,7 +165,7 @@ async def test_impossible_timings_are_ignored_and_complained_of_once(
 
 
 async def test_nonsense_in_place_of_timings_is_passed_over() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker, **settings()) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **settings()) as hub:
         for timings in ({"prompt_n": "x"}, {"prompt_n": None, "prompt_ms": []}, {}):
             end = replies.finish(timings=timings)
             worker.script(*event_stream(replies.token("hello"), end, replies.done()))
@@ -188,7 +189,7 @@ async def occupied(
     async with (
         ScriptedWorker(slots=1) as one,
         ScriptedWorker(slots=1) as two,
-        plain_hub(one, two, **settings(**more)) as hub,
+        running_hub(one, two, **settings(**more)) as hub,
     ):
         await hub.post(CHAT, turn("x", 1))
         warm, other = (one, two) if one.requests else (two, one)
@@ -286,7 +287,7 @@ async def test_real_servers_find_the_second_turn_in_their_cache(
 ) -> None:
     """What the servers themselves count; each has a slot for each conversation."""
     servers = [llama_server(tiny_model, slots=4) for _ in range(2)]
-    async with plain_hub(*servers, **settings()) as hub:
+    async with running_hub(*servers, **settings()) as hub:
         shares: list[float] = []
         for name in ("a", "b", "c", "d"):
             messages: list[dict[str, Any]] = [SYSTEM]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.settings import STREAMED
-from tests.fakes.hub import plain_hub
+from tests.fakes.hub import running_hub
 from tests.fakes.replies import chunk, error_event, last_chunk, role, sse_head, token
 from tests.fakes.script import answer, chat_stream, reset, send, stall
 from tests.fakes.worker import ScriptedWorker
@@ -24,7 +24,7 @@ ASSEMBLING: dict[str, Any] = {"upstream__assemble": list(STREAMED)}
 async def test_the_worker_is_asked_for_a_stream_and_the_client_gets_an_answer() -> None:
     async with (
         ScriptedWorker("tiny") as worker,
-        plain_hub(worker, **ASSEMBLING) as hub,
+        running_hub(worker, **ASSEMBLING) as hub,
     ):
         worker.script(*chat_stream(["Good ", "day"], model="tiny", usage=True))
         got = await hub.post(CHAT, BODY)
@@ -39,7 +39,7 @@ async def test_what_cannot_be_assembled_goes_as_it_is() -> None:
     body = BODY | {"stop": ["\n"]}
     async with (
         ScriptedWorker("tiny") as worker,
-        plain_hub(worker, **ASSEMBLING) as hub,
+        running_hub(worker, **ASSEMBLING) as hub,
     ):
         worker.script(*answer({"ok": True}))
         assert (await hub.post(CHAT, body)).json() == {"ok": True}
@@ -50,7 +50,7 @@ async def test_on_a_path_with_one_try_nothing_is_assembled() -> None:
     """It may turn out at the end that the request has to be made once more."""
     async with (
         ScriptedWorker("tiny") as worker,
-        plain_hub(worker, retry__once=[CHAT], **ASSEMBLING) as hub,
+        running_hub(worker, retry__once=[CHAT], **ASSEMBLING) as hub,
     ):
         worker.script(*answer({"ok": True}))
         assert (await hub.post(CHAT, BODY)).json() == {"ok": True}
@@ -60,7 +60,7 @@ async def test_on_a_path_with_one_try_nothing_is_assembled() -> None:
 async def test_a_worker_that_does_not_stream_is_passed_on() -> None:
     async with (
         ScriptedWorker("tiny") as worker,
-        plain_hub(worker, **ASSEMBLING) as hub,
+        running_hub(worker, **ASSEMBLING) as hub,
     ):
         worker.script(*answer({"ok": True}))
         assert (await hub.post(CHAT, BODY)).json() == {"ok": True}
@@ -71,7 +71,8 @@ async def test_another_worker_takes_over_in_the_middle_of_an_answer() -> None:
     async with (
         ScriptedWorker("tiny") as one,
         ScriptedWorker("tiny") as two,
-        plain_hub(one, two, retry__attempts=2, **ASSEMBLING) as hub,
+        # Asked for again and not continued: of two texts the second is the answer.
+        running_hub(one, two, rescue__enabled=False) as hub,
     ):
         begun = send(sse_head() + chunk(role()) + chunk(token("Bad")))
         one.script(begun, reset())
@@ -84,10 +85,10 @@ async def test_another_worker_takes_over_in_the_middle_of_an_answer() -> None:
 async def test_an_error_in_the_stream_has_the_workers_words_and_status() -> None:
     async with (
         ScriptedWorker("tiny") as worker,
-        plain_hub(worker, **ASSEMBLING) as hub,
+        running_hub(worker, **ASSEMBLING) as hub,
     ):
         broken = chunk(role()) + chunk(error_event("no grammar for this"))
-        worker.script(send(sse_head() + broken + last_chunk()))
+        worker.default(send(sse_head() + broken + last_chunk()))
         got = await hub.post(CHAT, BODY)
     assert got.status == 500
     assert got.json()["error"]["message"] == "no grammar for this"
@@ -97,7 +98,7 @@ async def test_a_stream_without_the_text_is_asked_for_again_as_it_was() -> None:
     """An answer that was cut in a half tool call has its raw text only unstreamed."""
     async with (
         ScriptedWorker("tiny") as worker,
-        plain_hub(worker, **ASSEMBLING) as hub,
+        running_hub(worker, **ASSEMBLING) as hub,
     ):
         worker.script(*chat_stream([], reason="length", model="tiny", usage=True))
         worker.script(*answer({"ok": True}))
@@ -109,7 +110,7 @@ async def test_a_stream_without_the_text_is_asked_for_again_as_it_was() -> None:
 async def test_an_answer_that_is_too_large_is_refused() -> None:
     async with (
         ScriptedWorker("tiny") as worker,
-        plain_hub(worker, limits__answer=4096, **ASSEMBLING) as hub,
+        running_hub(worker, limits__answer=4096, **ASSEMBLING) as hub,
     ):
         worker.script(*chat_stream(["word " * 2000], model="tiny", usage=True))
         got = await hub.post(CHAT, BODY)
@@ -119,7 +120,7 @@ async def test_an_answer_that_is_too_large_is_refused() -> None:
 async def test_a_stream_that_stalls_is_cut_by_the_gap_clock() -> None:
     async with (
         ScriptedWorker("tiny") as worker,
-        plain_hub(worker, timeouts__gap=0.01, **ASSEMBLING) as hub,
+        running_hub(worker, timeouts__gap=0.01, **ASSEMBLING) as hub,
     ):
         worker.script(send(sse_head() + chunk(role()) + chunk(token("a"))), stall())
         wire = await hub.open(CHAT, BODY)
@@ -142,7 +143,7 @@ async def test_a_client_that_leaves_frees_the_slot_beside_a_busy_one(
     """llama-server itself would not notice: another slot is generating."""
     server = llama_server(slow_model, args=("--slots",))
     body = BODY | {"max_tokens": 2000}
-    async with plain_hub(server, **ASSEMBLING) as hub:
+    async with running_hub(server, **ASSEMBLING) as hub:
         other = await hub.open(CHAT, body | {"stream": True})
         await other.read_event()
         leaving = await hub.open(CHAT, body)
@@ -163,7 +164,7 @@ async def test_the_answer_is_the_one_that_the_server_gives_itself(
     body = BODY | {"max_tokens": 12, "temperature": 0, "seed": 1}
     answers = []
     for assembling in (STREAMED, ()):
-        async with plain_hub(server, upstream__assemble=assembling) as hub:
+        async with running_hub(server, upstream__assemble=assembling) as hub:
             got = (await hub.post(CHAT, body)).json()
             for own in ("id", "created", "timings"):
                 assert got.pop(own)

@@ -21,7 +21,7 @@ from tests.fakes import waiting
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.exchange import Request
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chunk,
     done,
@@ -53,7 +53,14 @@ from tests.fakes.worker import ScriptedWorker
 until = functools.partial(waiting.until, timeout=10.0)
 
 EMBED = "/v1/embeddings"
-TRIES: dict[str, Any] = {"retry__attempts": 3, "retry__ratio": 1, "retry__floor": 1000}
+# Requests that are all alike go to one worker after the other, not to the good one only.
+TRIES: dict[str, Any] = {
+    "retry__ratio": 1,
+    "retry__floor": 1000,
+    "routing__policy": "round_robin",
+}
+# A request is one call, which the breaker counts: no second one makes up for it.
+ONE_CALL: dict[str, Any] = {"retry__attempts": 1, "rescue__enabled": False}
 FAILURES = 5  # in a row open a breaker
 BEGUN = role() + token("a")
 
@@ -93,10 +100,10 @@ async def broken(
     """
     if state is State.HALF_OPEN:
         settings = {"breaker__open": 0.05, "breaker__open_max": 0.05, **settings}
-    settings = {"health__interval": RARELY, "breaker__jitter": 0, **settings}
+    settings = {"health__interval": RARELY, "breaker__jitter": 0} | ONE_CALL | settings
     async with (
         ScriptedWorker(*models) as worker,
-        plain_hub(worker, **settings) as hub,
+        running_hub(worker, **settings) as hub,
     ):
         worker.default(reset())
         for _ in range(FAILURES):
@@ -122,7 +129,7 @@ async def test_a_worker_that_is_in_good_health_and_cannot_generate_is_taken_out(
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        plain_hub(bad, good, health__interval=0.02, breaker__open=60, **TRIES) as hub,
+        running_hub(bad, good, health__interval=0.02, breaker__open=60, **TRIES) as hub,
     ):
         bad.default(*fault)
         for _ in range(3 * FAILURES):
@@ -144,7 +151,7 @@ async def test_canaries_are_all_that_a_broken_worker_gets() -> None:
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        plain_hub(
+        running_hub(
             bad,
             good,
             health__interval=0.02,
@@ -182,7 +189,7 @@ async def test_a_worker_that_fails_fast_attracts_no_load(fault: Script) -> None:
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        plain_hub(
+        running_hub(
             bad, good, health__interval=RARELY, breaker__busy_max=60, **TRIES
         ) as hub,
     ):
@@ -228,7 +235,7 @@ ENDS: dict[str, tuple[Script, bool]] = {
 @pytest.mark.parametrize("end", ENDS)
 async def test_what_a_breaker_counts_as_a_failure(end: str) -> None:
     script, failed = ENDS[end]
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_CALL) as hub:
         worker.script(*script)
         async with await hub.open(CHAT, STREAM) as wire:
             await wire.read_to_end()
@@ -242,7 +249,7 @@ async def test_what_a_breaker_counts_as_a_failure(end: str) -> None:
 async def test_clients_that_leave_open_no_breaker() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, breaker__minimum_calls=1) as hub,
+        running_hub(worker, breaker__minimum_calls=1) as hub,
     ):
         worker.default(notify("here"), *stream_of(2, "never"))
         for n in range(2 * FAILURES):
@@ -265,7 +272,7 @@ async def test_a_client_that_leaves_after_a_hang_has_left_because_of_it() -> Non
     clock = Clock()
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, health__interval=RARELY) as hub,
+        running_hub(worker, health__interval=RARELY) as hub,
     ):
         [record] = hub.hub.registry.workers
         record.clock = clock
@@ -411,7 +418,7 @@ async def test_a_request_that_proves_a_worker_bad_goes_to_the_next_one() -> None
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        plain_hub(
+        running_hub(
             bad,
             good,
             health__interval=RARELY,
@@ -468,7 +475,7 @@ async def test_a_model_that_a_request_has_to_prove() -> None:
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        plain_hub(bad, good, health__interval=RARELY, **settings) as hub,
+        running_hub(bad, good, health__interval=RARELY, **settings) as hub,
     ):
         bad.default(send(error_reply(500, "no")))
         record = hub.hub.registry.workers[0]
@@ -497,7 +504,7 @@ async def test_a_model_that_fails_takes_the_other_models_of_its_worker_along_not
     async with (
         ScriptedWorker("ill", "well") as bad,
         ScriptedWorker("ill") as good,
-        plain_hub(
+        running_hub(
             bad,
             good,
             health__interval=RARELY,
@@ -533,8 +540,8 @@ async def watched(
     **settings: Any,
 ) -> AsyncIterator[tuple[ScriptedWorker, RunningHub, Clock]]:
     """Run a worker and a hub whose sweep has a clock that the test advances."""
-    settings = {"health__interval": RARELY, **settings}
-    async with ScriptedWorker() as worker, plain_hub(worker, **settings) as hub:
+    settings = {"health__interval": RARELY} | ONE_CALL | settings
+    async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
         clock = Clock(time.monotonic())
         hub.hub.sweep._clock = clock
         yield worker, hub, clock

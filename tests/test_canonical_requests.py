@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.fakes.client import Wire, request_head
 from tests.fakes.exchange import Request
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.worker import ScriptedWorker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -121,7 +121,12 @@ async def worker() -> AsyncIterator[ScriptedWorker]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def hub(worker: ScriptedWorker) -> AsyncIterator[RunningHub]:
-    async with plain_hub(worker, limits__replay_window=WINDOW) as hub:
+    async with running_hub(
+        # A body is compared byte by byte: no answer is assembled.
+        worker,
+        limits__replay_window=WINDOW,
+        upstream__assemble="",
+    ) as hub:
         yield hub
 
 

@@ -17,7 +17,7 @@ from gollama_proxy.ops import reload
 from gollama_proxy.routing.worker import State
 from tests.fakes.authority import Authority, Pair
 from tests.fakes.client import TlsWire, TruncatedError, Wire
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, notify, reset, send, stall, stream_of, wait
 from tests.fakes.waiting import settled, until
@@ -39,7 +39,9 @@ async def hub_of(
     authority: Authority, pair: Pair, *workers: ScriptedWorker, **settings: Any
 ) -> AsyncIterator[RunningHub]:
     trust = settings.pop("trust", authority.client())
-    async with plain_hub(*workers, trust=trust, **pair.settings, **settings) as running:
+    async with running_hub(
+        *workers, trust=trust, **pair.settings, **settings
+    ) as running:
         yield running
 
 
@@ -213,7 +215,11 @@ async def test_a_stream_of_http_1_0_ends_with_a_notice(
 async def test_a_broken_answer_is_seen_to_be_broken(
     authority: Authority, pair: Pair
 ) -> None:
-    async with ScriptedWorker() as worker, hub_of(authority, pair, worker) as hub:
+    async with (
+        ScriptedWorker() as worker,
+        # How it broke off is for the client to see: it is not continued.
+        hub_of(authority, pair, worker, rescue__enabled=False) as hub,
+    ):
         worker.script(send(sse_head() + chunk(role()) + chunk(token("a"))), reset())
         async with await hub.open(CHAT, STREAM) as wire:
             ending = await wire.read_to_end()

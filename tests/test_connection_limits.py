@@ -16,7 +16,7 @@ from gollama_proxy import lifecycle
 from gollama_proxy.settings import Config, Limits
 from tests.fakes.authority import Authority
 from tests.fakes.client import TlsWire, Wire
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import HubProcess, hub_process
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
@@ -53,7 +53,7 @@ async def test_who_comes_too_many_is_hung_up(
 ) -> None:
     """At once, before a byte; whoever leaves makes room."""
     limits = {f"limits__{setting}": 3}
-    async with plain_hub(**limits, **transport) as hub:
+    async with running_hub(**limits, **transport) as hub:
         inside = await silent(hub, 3)
         await until(lambda: hub.hub.clients.open == 3)
         [outside] = await silent(hub, 1)
@@ -70,7 +70,7 @@ async def test_who_comes_too_many_is_hung_up(
 
 
 async def test_one_address_does_not_keep_out_another() -> None:
-    async with plain_hub(limits__connections_per_address=1) as hub:
+    async with running_hub(limits__connections_per_address=1) as hub:
         inside = await silent(hub, 1)
         await until(lambda: hub.hub.clients.open == 1)
         reader, writer = await asyncio.open_connection(

@@ -15,7 +15,7 @@ import pytest
 from gollama_proxy import config
 from gollama_proxy.edge.app import Hub
 from tests.fakes.client import Response, Wire, request_head
-from tests.fakes.hub import SECRET, plain_hub
+from tests.fakes.hub import SECRET, running_hub
 from tests.fakes.replies import head
 from tests.fakes.script import read_body, send, stall, stream_of, wait
 from tests.fakes.worker import ScriptedWorker
@@ -32,7 +32,7 @@ def new_hub(host: str = "127.0.0.1", port: int = 0, *workers: str) -> Hub:
 
 @contextlib.asynccontextmanager
 async def nothing_left() -> AsyncIterator[None]:
-    """Check that a hub without `plain_hub` leaves no task either."""
+    """Check that a hub without `running_hub` leaves no task either."""
     before = asyncio.all_tasks()
     yield
     left = asyncio.all_tasks() - before
@@ -117,7 +117,7 @@ async def test_the_url_of_an_ipv6_address_has_brackets() -> None:
 
 
 async def test_no_worker_has_to_be_there() -> None:
-    async with ScriptedWorker(up=False) as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker(up=False) as worker, running_hub(worker) as hub:
         assert (await hub.get("/livez", None)).status == 200
         response = await hub.post(CHAT, {"messages": []})
         assert (response.status, error_code(response)) == (503, "no_worker_available")
@@ -127,7 +127,7 @@ async def test_no_worker_has_to_be_there() -> None:
 async def test_ready_waits_until_each_worker_was_asked() -> None:
     async with ScriptedWorker() as one, ScriptedWorker() as two:
         two.on("/health", send(b""), stall())
-        async with plain_hub(one, two, ready=False, health__timeout=0.05) as hub:
+        async with running_hub(one, two, ready=False, health__timeout=0.05) as hub:
             ready = asyncio.create_task(hub.hub.ready())
             await one.pinged()
             assert not ready.done()
@@ -139,7 +139,7 @@ async def test_ready_waits_until_each_worker_was_asked() -> None:
 
 
 async def test_a_drain_lets_a_running_stream_finish() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         steps = asyncio.Semaphore(0)
         worker.script(*stream_of(4, steps))
         wire = await hub.open(CHAT, STREAM)
@@ -160,7 +160,7 @@ async def test_a_drain_lets_a_running_stream_finish() -> None:
 
 @pytest.mark.parametrize("begun", [True, False])
 async def test_a_drain_lets_a_document_finish(begun: bool) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         document = b'{"whole":true}'
         start = head(200, [("Content-Length", str(len(document)))]) + document[:5]
         steps = [send(start), wait("go")] if begun else [wait("go"), send(start)]
@@ -178,7 +178,7 @@ async def test_a_drain_lets_a_document_finish(begun: bool) -> None:
 
 
 async def test_nobody_new_is_let_in_during_a_drain() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*stream_of(2, "go"))
         wire = await hub.open(CHAT, STREAM)
         assert await wire.read_event()
@@ -193,7 +193,7 @@ async def test_nobody_new_is_let_in_during_a_drain() -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"GET /livez HT"])
 async def test_a_connection_without_a_request_is_hung_up(sent: bytes) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         wire = await hub.wire()
         await wire.get("/livez")
         assert (await wire.read_response()).status == 200
@@ -203,7 +203,7 @@ async def test_a_connection_without_a_request_is_hung_up(sent: bytes) -> None:
 
 
 async def test_a_kept_connection_does_not_hold_up_a_drain() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         wire = await hub.wire()
         worker.script(*stream_of(2, "go"))
         await wire.post(CHAT, STREAM, hub.token())
@@ -219,7 +219,12 @@ async def test_a_kept_connection_does_not_hold_up_a_drain() -> None:
 async def test_a_drain_ends_what_belongs_to_the_hub() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, health__interval=0.02) as hub,
+        running_hub(
+            # A worker closes behind a stream: what is assembled keeps no connection.
+            worker,
+            health__interval=0.02,
+            upstream__assemble="",
+        ) as hub,
     ):
         await worker.pinged(2)
         assert (await hub.post(CHAT, {"messages": []})).status == 200
@@ -230,7 +235,7 @@ async def test_a_drain_ends_what_belongs_to_the_hub() -> None:
 
 
 async def test_a_drain_without_requests_is_over_at_once() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         await within(1, drain(hub.hub))
         await within(1, drain(hub.hub))  # and so is the second
         await hub.hub.abort()
@@ -242,7 +247,7 @@ async def test_a_drain_without_requests_is_over_at_once() -> None:
 async def test_a_stream_that_does_not_finish_in_time_is_told() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__drain=0.02) as hub,
+        running_hub(worker, server__drain=0.02) as hub,
     ):
         worker.script(*stream_of(3, "never"))
         wire = await hub.open(CHAT, STREAM)
@@ -270,7 +275,7 @@ async def test_a_stream_that_does_not_finish_in_time_is_told() -> None:
 async def test_a_stream_with_named_events_is_told_by_name() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__drain=0.02) as hub,
+        running_hub(worker, server__drain=0.02) as hub,
     ):
         worker.script(*stream_of(3, "never"))
         wire = await hub.open("/v1/messages", STREAM)
@@ -284,7 +289,7 @@ async def test_a_stream_with_named_events_is_told_by_name() -> None:
 async def test_half_a_document_is_not_ended_well() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__drain=0.02) as hub,
+        running_hub(worker, server__drain=0.02) as hub,
     ):
         headers = [("Content-Type", "application/json"), ("Content-Length", "100")]
         worker.script(send(head(200, headers) + b'{"half":'), stall())
@@ -299,7 +304,7 @@ async def test_half_a_document_is_not_ended_well() -> None:
 async def test_a_request_that_got_no_answer_yet_is_told() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__drain=0.02) as hub,
+        running_hub(worker, server__drain=0.02) as hub,
     ):
         worker.script(stall())
         wire = await hub.open(CHAT, {"messages": []})
@@ -319,7 +324,7 @@ async def test_a_request_that_is_still_arriving_is_told(size: int) -> None:
     """Within the replay window no worker has it; beyond, one has a part of it."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__drain=0.02, limits__replay_window=4096) as hub,
+        running_hub(worker, server__drain=0.02, limits__replay_window=4096) as hub,
     ):
         worker.script(read_body())
         wire = await hub.wire()
@@ -344,7 +349,7 @@ async def test_a_request_that_is_still_arriving_is_told(size: int) -> None:
 async def test_an_abort_ends_a_drain_that_is_under_way() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__drain=3600) as hub,
+        running_hub(worker, server__drain=3600) as hub,
     ):
         worker.script(*stream_of(3, "never"))
         wire = await hub.open(CHAT, STREAM)
@@ -362,7 +367,7 @@ async def test_an_abort_ends_a_drain_that_is_under_way() -> None:
 async def test_an_abort_does_not_wait() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, server__drain=3600) as hub,
+        running_hub(worker, server__drain=3600) as hub,
     ):
         worker.default(stall())
         wires = [await hub.open(CHAT, {"messages": []}) for _ in range(3)]
@@ -385,8 +390,8 @@ async def test_two_hubs_in_one_process_do_not_know_each_other() -> None:
     async with (
         ScriptedWorker("qwen") as one,
         ScriptedWorker("phi") as two,
-        plain_hub(one) as first,
-        plain_hub(two) as second,
+        running_hub(one) as first,
+        running_hub(two) as second,
     ):
 
         async def models(hub: Any) -> list[str]:
@@ -401,7 +406,7 @@ async def test_two_hubs_in_one_process_do_not_know_each_other() -> None:
 @pytest.mark.parametrize("path", ["/readyz", CHAT])
 async def test_a_kept_connection_is_answered_during_a_drain(path: str) -> None:
     """With 503, and closed: nothing that is sent on it may vanish in silence."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*stream_of(2, "go"))
         stream = await hub.open(CHAT, {"messages": [], "stream": True})
         assert await stream.read_event()

@@ -11,7 +11,7 @@ import pytest
 
 from gollama_proxy.upstream import tokenizer
 from tests.fakes.client import Response
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import MODEL, chat_completion, error_reply, json_reply
 from tests.fakes.script import answer, chat_stream, reset, send, stall, wait
 from tests.fakes.worker import ScriptedWorker
@@ -54,11 +54,17 @@ def told(response: Response) -> str:
 async def pair(
     small: int = 1024, large: int = 4096, **settings: Any
 ) -> AsyncIterator[tuple[ScriptedWorker, ScriptedWorker, RunningHub]]:
-    settings = {"health__interval": 3600, "retry__attempts": 2, **settings}
+    settings = {
+        "health__interval": 3600,
+        "retry__attempts": 2,
+        # The prompts are all alike, and where they can go they are to go in turn.
+        "routing__policy": "round_robin",
+        **settings,
+    }
     async with (
         ScriptedWorker(n_ctx=small) as one,
         ScriptedWorker(n_ctx=large) as two,
-        plain_hub(one, two, **settings) as hub,
+        running_hub(one, two, **settings) as hub,
     ):
         yield one, two, hub
 
@@ -151,7 +157,7 @@ async def family(
     async with (
         ScriptedWorker("big", n_ctx=first) as big,
         ScriptedWorker("other", n_ctx=second) as other,
-        plain_hub(big, other, models__fallbacks="big=other", **settings) as hub,
+        running_hub(big, other, models__fallbacks="big=other", **settings) as hub,
     ):
         yield big, other, hub
 
@@ -233,14 +239,14 @@ async def test_a_count_is_no_reason_to_load_a_model() -> None:
         ScriptedWorker(n_ctx=1024) as warm,
     ):
         cold.status, warm.status = {MODEL: "unloaded"}, {MODEL: "loaded"}
-        async with plain_hub(cold, warm, health__interval=3600) as hub:
+        async with running_hub(cold, warm, health__interval=3600) as hub:
             counting(warm, 2000)
             counting(cold, 2000)
             for _ in range(2):
                 told(await hub.post(CHAT, ask(6000)))
             assert (counts(cold), counts(warm)) == (0, 2)
         warm.status = {MODEL: "unloaded"}
-        async with plain_hub(cold, warm, health__interval=3600) as hub:
+        async with running_hub(cold, warm, health__interval=3600) as hub:
             assert (await hub.post(CHAT, ask(6000))).status == 200
             assert (counts(cold), counts(warm)) == (0, 2)
             assert sum(served(cold, warm)) == 1
@@ -250,7 +256,7 @@ async def test_a_context_that_is_not_known_takes_what_comes() -> None:
     async with ScriptedWorker() as worker:
         worker.on("/props", send(error_reply(404, "no")))
         worker.on("/v1/models", *answer({"data": [{"id": "x"}]}))
-        async with plain_hub(worker) as hub:
+        async with running_hub(worker) as hub:
             assert (await hub.post(CHAT, ask(100_000))).status == 200
         assert served(worker) == [1]
         assert not counts(worker)
@@ -348,7 +354,7 @@ async def test_how_long_a_worker_found_it_saves_the_next_ones() -> None:
         ScriptedWorker(n_ctx=1024) as small,
         ScriptedWorker(n_ctx=2048) as medium,
         ScriptedWorker(n_ctx=4096) as large,
-        plain_hub(small, medium, large, retry__attempts=3) as hub,
+        running_hub(small, medium, large, retry__attempts=3) as hub,
     ):
         small.default(send(overflow(3000)))
         large.default(*chat_stream(["a"]))
@@ -362,7 +368,7 @@ async def test_where_no_context_is_known_the_worker_has_the_last_word() -> None:
         worker.on("/props", send(error_reply(404, "no")))
         worker.on("/v1/models", *answer({"data": [{"id": "x"}]}))
         worker.default(send(overflow(9000)))
-        async with plain_hub(worker) as hub:
+        async with running_hub(worker) as hub:
             response = await hub.post(CHAT, ask(10))
         error = response.json()["error"]
         assert (error["message"], error["n_prompt_tokens"]) == ("too long", 9000)
@@ -373,7 +379,7 @@ async def test_who_has_been_told_something_gets_it_as_an_event() -> None:
     async with ScriptedWorker(slots=1) as worker:
         worker.script(wait("go"), *answer(chat_completion("a")))
         worker.default(send(overflow(9000)))
-        async with plain_hub(worker, queue__notice=0.05) as hub:
+        async with running_hub(worker, queue__notice=0.05) as hub:
             busy = asyncio.create_task(hub.post(CHAT, ask(1)), name="busy")
             await worker.received()
             async with await hub.open(CHAT, ask(1, stream=True)) as wire:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from gollama_proxy.settings import Server, settings
 from tests.fakes import environment, replies
-from tests.fakes.hub import plain_hub
+from tests.fakes.hub import running_hub
 from tests.fakes.script import chat_stream, reset, send
 from tests.fakes.waiting import gone
 from tests.fakes.worker import ScriptedWorker
@@ -65,7 +65,7 @@ async def run_client(url: str, token: str, *more: str) -> Ended:
 
 
 async def test_client_streams_an_answer_and_tells_about_it() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         ended = await run_client(hub.url, hub.token())
     assert ended.status == 0, ended
     assert ended.answer == " no towu\n"
@@ -76,14 +76,14 @@ async def test_client_streams_an_answer_and_tells_about_it() -> None:
 
 
 async def test_client_tells_that_the_hub_does_not_accept_its_token() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         ended = await run_client(hub.url, "nonsense")
     assert ended.status == 1
     assert "does not accept this token (401)" in ended.told
 
 
 async def test_client_tells_that_the_model_is_not_known() -> None:
-    async with ScriptedWorker("one", "two") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("one", "two") as worker, running_hub(worker) as hub:
         ended = await run_client(hub.url, hub.token(), "--model", "three")
     assert ended.status == 1
     assert "does not know this model or address (404)" in ended.told
@@ -92,14 +92,14 @@ async def test_client_tells_that_the_model_is_not_known() -> None:
 async def test_client_tells_when_to_try_again_where_no_worker_is_ready() -> None:
     async with ScriptedWorker() as worker:
         worker.loading = True
-        async with plain_hub(worker) as hub:
+        async with running_hub(worker) as hub:
             ended = await run_client(hub.url, hub.token(), "--model", replies.MODEL)
     assert ended.status == 1
     assert re.search(r"refused \(503\): .* Try again in \d+ s\.", ended.told), ended
 
 
 async def test_client_tells_of_an_error_in_mid_stream() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         head_and_two_tokens = chat_stream([" no", " to"])[:3]
         worker.default(*head_and_two_tokens, reset())
         ended = await run_client(hub.url, hub.token())

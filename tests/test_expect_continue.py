@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fakes.client import Wire, request_head
-from tests.fakes.hub import RunningHub, mint, plain_hub
+from tests.fakes.hub import RunningHub, mint, running_hub
 from tests.fakes.worker import ScriptedWorker
 from tests.test_bad_requests import BODY, CHAT, GOOD, check, hub_of_two_models
 
@@ -99,7 +99,7 @@ async def test_who_announces_too_much_is_not_told_to_send_it() -> None:
 
 
 async def test_who_has_used_up_his_requests_is_not_told_to_go_on() -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         token = hub.token(rpm=1)
         assert (await hub.post(CHAT, GOOD, token)).status == 200
         async with await hub.wire() as wire:
@@ -146,14 +146,18 @@ async def goes_on(hub: RunningHub, worker: ScriptedWorker, value: str) -> None:
 
 @pytest.mark.parametrize("value", ["100-continue", "100-Continue", "100-CONTINUE"])
 async def test_who_is_let_in_is_told_to_go_on_before_the_body_comes(value: str) -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    # The body is compared byte by byte: no answer is assembled.
+    async with (
+        ScriptedWorker("qwen") as worker,
+        running_hub(worker, upstream__assemble="") as hub,
+    ):
         await goes_on(hub, worker, value)
         assert worker.requests[0].body == BODY
         assert worker.requests[0].header("expect") is None
 
 
 async def test_each_request_of_a_connection_is_let_in_for_itself() -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             for _ in range(2):
                 await expect(wire, hub.token())

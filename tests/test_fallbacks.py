@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.client import Response
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import error_reply, loading
 from tests.fakes.script import Script, chat_stream, expect_eof, reset, send
 from tests.fakes.worker import ScriptedWorker
@@ -18,6 +18,12 @@ from tests.fakes.worker import ScriptedWorker
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
 STREAM = BODY | {"stream": True}
+
+
+def sent(payload: dict[str, Any], model: str) -> dict[str, Any]:
+    """Return what a worker is asked for; one piece is assembled from a stream."""
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    return payload | {"model": model} | ({} if payload.get("stream") else streamed)
 
 
 @asynccontextmanager
@@ -35,7 +41,7 @@ async def family(
         ScriptedWorker("big") as big,
         ScriptedWorker("medium") as medium,
         ScriptedWorker("small") as small,
-        plain_hub(big, medium, small, **settings) as hub,
+        running_hub(big, medium, small, **settings) as hub,
     ):
         yield big, medium, small, hub
 
@@ -69,7 +75,7 @@ async def test_a_fallback_answers_when_the_attempts_are_used_up(
         response = await hub.post(CHAT, payload | {"model": "big"})
         assert answered(response, medium, again + 1)
         assert len(big.requests) == again
-        assert medium.requests[0].json() == payload | {"model": "medium"}
+        assert medium.requests[0].json() == sent(payload, "medium")
         assert not small.requests
 
 
@@ -86,7 +92,7 @@ async def test_a_model_that_nobody_was_seen_to_serve_has_its_fallback() -> None:
     async with (
         ScriptedWorker("big", up=False) as big,
         ScriptedWorker("small") as small,
-        plain_hub(big, small, models__fallbacks="big=small") as hub,
+        running_hub(big, small, models__fallbacks="big=small") as hub,
     ):
         response = await hub.post(CHAT, BODY | {"model": "big"})
         assert answered(response, small, 1)
@@ -123,7 +129,7 @@ async def test_a_prompt_that_is_too_long_goes_to_a_fallback_with_more_context() 
         ScriptedWorker("big", n_ctx=1024) as big,
         ScriptedWorker("tight", n_ctx=1024) as tight,
         ScriptedWorker("long", n_ctx=4096) as long,
-        plain_hub(big, tight, long, models__fallbacks="big=tight|long") as hub,
+        running_hub(big, tight, long, models__fallbacks="big=tight|long") as hub,
     ):
         big.default(send(error_reply(400, "no", "exceed_context_size_error")))
         response = await hub.post(CHAT, BODY | {"model": "big"})
@@ -150,7 +156,7 @@ async def test_a_request_may_name_its_own(payload: dict[str, Any]) -> None:
         big.default(reset())
         wished = payload | {"model": "big", "fallbacks": ["small"]}
         assert answered(await hub.post(CHAT, wished), small, 3)
-        assert small.requests[0].json() == payload | {"model": "small"}
+        assert small.requests[0].json() == sent(payload, "small")
         assert "fallbacks" not in big.requests[0].json()
         assert not medium.requests
 
@@ -182,7 +188,7 @@ async def test_nothing_but_the_wishes_is_taken_out_of_a_body() -> None:
     async with family() as (big, _, _, hub):
         await hub.post(CHAT, json.dumps(body, ensure_ascii=False).encode())
         del body["fallbacks"]
-        assert big.requests[0].json() == body
+        assert big.requests[0].json() == sent(body, "big")
 
 
 async def test_an_alias_may_have_a_fallback_and_be_one() -> None:

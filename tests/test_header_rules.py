@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.client import Response
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -71,7 +71,7 @@ async def ask(hub: RunningHub, headers: Headers, body: Any = WHOLE) -> Response:
 @pytest.mark.parametrize("connection", named("accept", "traceparent"))
 async def test_what_a_client_names_is_for_the_hub_alone(connection: Headers) -> None:
     others = [("Accept", "text/event-stream"), ("Traceparent", "00-1-1-01")]
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         await ask(hub, [*others, ("Accept-Language", "de"), *connection])
         await ask(hub, [*connection, *others, ("Accept-Language", "de")])
         for request in worker.requests:
@@ -85,7 +85,7 @@ async def test_what_a_client_names_is_for_the_hub_alone(connection: Headers) -> 
 async def test_a_client_cannot_take_away_what_the_hub_says(
     connection: Headers,
 ) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         await ask(hub, connection)
         [request] = worker.requests
     assert sorted(name for name, _ in request.headers) == TO_WORKER
@@ -97,7 +97,7 @@ async def test_a_client_cannot_take_away_what_the_hub_says(
 @pytest.mark.parametrize("connection", named("x-request-id", "server", "date"))
 async def test_a_client_cannot_take_away_what_it_is_told(connection: Headers) -> None:
     """golang/go#50580"""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         response = await ask(hub, [*connection, ("X-Request-Id", "mine")])
     assert {name for name, _ in response.headers} >= set(TO_CLIENT)
     assert response.header("x-request-id") == "mine"
@@ -132,7 +132,7 @@ async def test_a_client_cannot_take_away_what_it_is_told(connection: Headers) ->
     ],
 )
 async def test_what_is_not_listed_reaches_no_worker(name: str, value: str) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         await ask(hub, [(name, value)])
         [request] = worker.requests
     assert sorted(name for name, _ in request.headers) == TO_WORKER
@@ -146,7 +146,7 @@ async def test_what_is_not_listed_reaches_no_worker(name: str, value: str) -> No
 async def test_a_request_id_that_could_do_harm_comes_back_in_no_reply(
     value: str, body: Any
 ) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         response = await hub.post(CHAT, body, headers=[("X-Request-Id", value)])
     given = response.header("x-request-id") or ""
     assert len(given) == 16
@@ -198,7 +198,7 @@ def answers(headers: Headers) -> dict[str, Script]:
 @pytest.mark.parametrize("kind", answers([]))
 async def test_a_worker_does_not_speak_for_the_hub(kind: str) -> None:
     passing = [("X-Model-Hash", "abc"), ("Vary", "Accept")]
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*answers([*STRIPPED, *passing])[kind])
         response = await hub.post(CHAT, STREAM if kind == "a stream" else WHOLE)
     assert response.body == (EVENTS if kind == "a stream" else BODY)
@@ -227,7 +227,7 @@ async def test_what_a_worker_names_is_for_the_hub_alone(
     connection: Headers, kind: str
 ) -> None:
     note = ("X-Note", "1")
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for headers in ([note, *connection], [*connection, note]):
             worker.script(*answers(headers)[kind])
             response = await hub.post(CHAT, STREAM if kind == "a stream" else WHOLE)
@@ -243,7 +243,7 @@ async def test_a_trailer_of_a_worker_goes_nowhere(body: Any) -> None:
     headers = [("Content-Type", kind), ("Transfer-Encoding", "chunked")]
     sent = EVENTS if body is STREAM else BODY
     trailers = b"0\r\nSet-Cookie: canary\r\nContent-Length: 3\r\n\r\n"
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for _ in range(2):  # nor is it one of the next answer
             worker.script(send(head(200, headers) + chunk(sent) + trailers))
             async with await hub.open(CHAT, body) as wire:
@@ -269,7 +269,7 @@ async def test_an_interim_answer_or_a_redirect_is_a_bad_gateway(
     async with (
         ScriptedWorker("tiny") as worker,
         ScriptedWorker("other") as elsewhere,
-        plain_hub(worker) as hub,
+        running_hub(worker) as hub,
     ):
         headers = [
             ("Location", LOCATION.format(elsewhere.name)),
@@ -293,7 +293,11 @@ async def test_an_interim_answer_or_a_redirect_is_a_bad_gateway(
 @pytest.mark.parametrize("times", [1, 3])
 async def test_100_continue_is_the_beginning_of_an_answer_and_none(times: int) -> None:
     """The one that a worker may send unasked (RFC 9110, 15.2); no client sees it."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    # The client is to see what became of the second one: it is not tried again.
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, retry__attempts=1) as hub,
+    ):
         good = answer(chat_completion("good"))
         worker.script(*[send(head(100, [("X-Note", "1")]))] * times, *good)
         async with await hub.open(CHAT, WHOLE) as wire:

@@ -14,7 +14,7 @@ import pytest
 from gollama_proxy.routing.worker import Check, State, Worker
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.probe import Finding
-from tests.fakes.hub import RunningHub, plain_hub, running_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, head, not_found, role, sse_head, token
 from tests.fakes.script import answer, close, event_stream, reset, send, stall, wait
 from tests.fakes.worker import ScriptedWorker
@@ -54,7 +54,7 @@ async def status(hub: RunningHub, path: str = "/readyz") -> int:
 
 
 async def test_a_worker_that_dies_is_out_and_comes_back() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker, **QUICK) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **QUICK) as hub:
         assert await status(hub) == 200
         await worker.down()
         await until_state(hub, State.DOWN)
@@ -76,7 +76,7 @@ async def test_it_takes_some_failures_in_a_row_to_fall(fall: int) -> None:
     """Each of them is a whole ping; one good one and the count begins anew."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, **QUICK, health__fall=fall) as hub,
+        running_hub(worker, **QUICK, health__fall=fall) as hub,
     ):
         seen: list[tuple[Check, State]] = []
         record = the_worker(hub)
@@ -97,7 +97,7 @@ async def test_it_takes_some_failures_in_a_row_to_fall(fall: int) -> None:
 async def test_it_takes_some_successes_in_a_row_to_rise() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, **QUICK, health__rise=3) as hub,
+        running_hub(worker, **QUICK, health__rise=3) as hub,
     ):
         await worker.down()
         await until_state(hub, State.DOWN)
@@ -110,7 +110,10 @@ async def test_it_takes_some_successes_in_a_row_to_rise() -> None:
 
 async def test_the_others_go_on() -> None:
     async with ScriptedWorker() as one, ScriptedWorker() as two:
-        async with plain_hub(one, two, **QUICK, breaker__ramp=0) as hub:
+        # In turn, so that each of them is asked if it can be.
+        async with running_hub(
+            one, two, **QUICK, breaker__ramp=0, routing__policy="round_robin"
+        ) as hub:
             await one.down()
             await until_state(hub, State.DOWN)
             for _ in range(6):
@@ -133,7 +136,7 @@ async def test_loading_is_a_state_of_its_own() -> None:
     """Not ready and not down: it comes without having to rise."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, **QUICK, health__rise=100) as hub,
+        running_hub(worker, **QUICK, health__rise=100) as hub,
     ):
         worker.loading = True
         await until_state(hub, State.LOADING)
@@ -150,7 +153,7 @@ async def test_loading_is_a_state_of_its_own() -> None:
 async def test_a_hub_may_start_with_a_worker_that_is_loading() -> None:
     async with ScriptedWorker() as worker:
         worker.loading = True
-        async with plain_hub(
+        async with running_hub(
             worker, health__interval=RARELY, health__recheck=0.02
         ) as hub:
             assert the_worker(hub).state is State.LOADING
@@ -178,7 +181,7 @@ async def test_a_failed_request_has_the_worker_asked_at_once(script: Any) -> Non
     """The interval is an hour: nothing else can have caused the ping."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, health__interval=RARELY, health__recheck=RARELY) as hub,
+        running_hub(worker, health__interval=RARELY, health__recheck=RARELY) as hub,
     ):
         worker.script(*script)
         pinged = asyncio.create_task(worker.pinged(3))
@@ -192,7 +195,7 @@ async def test_a_request_that_finds_its_worker_dead_takes_it_out() -> None:
     """With one failed ping behind it, where one is enough."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(
+        running_hub(
             worker, health__interval=RARELY, health__recheck=RARELY, health__fall=1
         ) as hub,
     ):
@@ -206,7 +209,7 @@ async def test_a_worker_in_doubt_is_asked_more_often() -> None:
     """By the recheck, until it is known to be down; not by the interval."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(
+        running_hub(
             worker, health__interval=RARELY, health__recheck=0.02, health__fall=3
         ) as hub,
     ):
@@ -223,7 +226,7 @@ async def test_a_worker_that_emits_tokens_is_not_taken_out() -> None:
     gate = asyncio.Semaphore(0)
     async with (
         ScriptedWorker() as worker,
-        plain_hub(
+        running_hub(
             worker,
             health__interval=0.02,
             health__recheck=0.02,
@@ -251,7 +254,9 @@ async def test_a_worker_that_emits_tokens_is_not_taken_out() -> None:
 async def test_a_worker_that_emits_nothing_is_taken_out() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, **(QUICK | {"health__timeout": 0.05}), health__fall=2) as hub,
+        running_hub(
+            worker, **(QUICK | {"health__timeout": 0.05}), health__fall=2
+        ) as hub,
     ):
         worker.script(stall())
         async with await hub.open(CHAT, STREAM):
@@ -270,7 +275,7 @@ async def test_a_hub_starts_without_workers_and_picks_them_up() -> None:
         ScriptedWorker("a", up=False) as one,
         ScriptedWorker("b", up=False) as two,
     ):
-        async with plain_hub(one, two, **QUICK) as hub:
+        async with running_hub(one, two, **QUICK) as hub:
             assert await status(hub) == 503
             assert await status(hub, "/health") == 503
             assert await status(hub, "/livez") == 200
@@ -294,7 +299,7 @@ async def test_a_hub_starts_without_workers_and_picks_them_up() -> None:
 async def test_models_are_learnt_again_at_recovery() -> None:
     """It may have been started with another one."""
     async with ScriptedWorker("old", slots=1, n_ctx=64) as worker:
-        async with plain_hub(worker, **QUICK) as hub:
+        async with running_hub(worker, **QUICK) as hub:
             assert (await hub.post(CHAT, WHOLE | {"model": "old"})).status == 200
             await worker.down()
             await until_state(hub, State.DOWN)
@@ -312,7 +317,7 @@ async def test_models_are_learnt_again_at_recovery() -> None:
 
 
 async def test_models_are_learnt_again_while_all_is_well() -> None:
-    async with ScriptedWorker("old") as worker, plain_hub(worker, **QUICK) as hub:
+    async with ScriptedWorker("old") as worker, running_hub(worker, **QUICK) as hub:
         worker.models = ["new"]
         record = the_worker(hub)
         await until(lambda: record.serves("new"), "relearnt")
@@ -323,7 +328,7 @@ async def test_models_are_learnt_again_while_all_is_well() -> None:
 async def test_a_worker_that_is_down_still_counts_for_what_it_served() -> None:
     """Its model is not unknown, but not available: waiting helps."""
     async with ScriptedWorker("a") as one, ScriptedWorker("b") as two:
-        async with plain_hub(one, two, **QUICK) as hub:
+        async with running_hub(one, two, **QUICK) as hub:
             await one.down()
             await until_state(hub, State.DOWN, 0)
             response = await hub.post(CHAT, WHOLE | {"model": "a"})
@@ -337,7 +342,7 @@ async def test_a_worker_that_is_down_still_counts_for_what_it_served() -> None:
 async def test_a_worker_without_llama_servers_own_routes_is_usable(path: str) -> None:
     async with ScriptedWorker() as worker:
         worker.on(path, send(not_found()))
-        async with plain_hub(worker) as hub:
+        async with running_hub(worker) as hub:
             assert await status(hub) == 200
             assert (await hub.post(CHAT, STREAM)).body.endswith(done())
 
@@ -352,7 +357,7 @@ async def test_each_worker_is_pinged_with_its_own_key(tmp_path: Path) -> None:
             f'[[workers]]\nurl = "{one.url}"\napi_key_env = "KEY_ONE"\n'
             f'[[workers]]\nurl = "{two.url}"\n'
         )
-        async with plain_hub(file=file, environ={"KEY_ONE": "sk-one"}) as hub:
+        async with running_hub(file=file, environ={"KEY_ONE": "sk-one"}) as hub:
             assert await status(hub) == 200
         keys = [request.values("authorization") for request in one.control]
         assert keys == [["Bearer sk-one"]] * 3
@@ -363,7 +368,7 @@ async def test_a_worker_with_another_key_is_not_used() -> None:
     """And whoever looks for the reason finds it."""
     async with ScriptedWorker() as worker:
         worker.on("/v1/models", *answer({"error": {}}, 401))
-        async with plain_hub(worker) as hub:
+        async with running_hub(worker) as hub:
             assert the_worker(hub).state is State.DOWN
             assert "API key" in the_worker(hub).reason
 
@@ -384,7 +389,7 @@ async def test_a_ping_that_raises_is_survived(
         return await ping(*args)
 
     monkeypatch.setattr(probe, "ping", sometimes)
-    async with ScriptedWorker() as worker, plain_hub(worker, **QUICK) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **QUICK) as hub:
         broken.set()
 
         def told() -> int:
@@ -407,7 +412,7 @@ async def test_what_happens_to_a_worker_is_logged_once(
 ) -> None:
     """Each change of state is one line; a ping that changes nothing is none."""
     caplog.set_level(logging.INFO, "gollama_proxy.routing")
-    async with ScriptedWorker() as worker, plain_hub(worker, **QUICK) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **QUICK) as hub:
         await worker.pinged(9)
         await worker.down()
         await until_state(hub, State.DOWN)

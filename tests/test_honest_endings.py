@@ -13,7 +13,7 @@ from gollama_proxy.routing.worker import State, Worker
 from gollama_proxy.wire.openai import ENDPOINTS, Ending
 from tests.fakes import client
 from tests.fakes.client import Response
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chunk,
     done,
@@ -50,6 +50,9 @@ CHAT = "/v1/chat/completions"
 STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
 WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
 RARELY = 3600  # seconds between pings: no test sees two by themselves
+# What one attempt came to is for the client to see: nothing makes up for it.
+ONE_TRY = {"retry__attempts": 1}
+NO_RESCUE = {"rescue__enabled": False}
 
 
 def error_of(response: Response) -> dict[str, Any]:
@@ -141,10 +144,11 @@ async def test_a_worker_that_fails_before_its_answer_is_an_error_with_a_status(
     """Nothing of it has gone out yet, so the client gets plain JSON; never a 200."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(
+        running_hub(
             worker,
             timeouts__first_token=0.1 if status == 504 else 10,
             health__interval=RARELY,
+            **ONE_TRY,
         ) as hub,
     ):
         worker.script(*script)
@@ -166,7 +170,9 @@ async def test_a_worker_that_fails_before_its_answer_is_an_error_with_a_status(
 async def test_a_worker_that_refuses_is_unreachable() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, health__interval=RARELY, health__fall=100) as hub,
+        running_hub(
+            worker, health__interval=RARELY, health__fall=100, **ONE_TRY
+        ) as hub,
     ):
         await worker.down()
         response = await hub.post(CHAT, STREAM)
@@ -177,7 +183,9 @@ async def test_a_worker_that_refuses_is_unreachable() -> None:
 async def test_a_worker_that_does_not_accept_is_a_timeout() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, timeouts__connect=0.05, health__interval=RARELY) as hub,
+        running_hub(
+            worker, timeouts__connect=0.05, health__interval=RARELY, **ONE_TRY
+        ) as hub,
     ):
         await worker.down()
         with socket.socket() as listener, socket.socket() as a, socket.socket() as b:
@@ -193,7 +201,7 @@ async def test_a_worker_that_does_not_accept_is_a_timeout() -> None:
 
 
 async def test_a_client_connection_outlives_a_failed_request() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.script(reset())
         async with await hub.wire() as wire:
             for status in (502, 200):
@@ -254,7 +262,7 @@ async def test_a_stream_that_breaks_off_ends_with_one_error(
     """And without its last chunk, so that nobody takes it for complete."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, health__interval=RARELY) as hub,
+        running_hub(worker, health__interval=RARELY, **NO_RESCUE) as hub,
     ):
         worker.script(send(sse_head()), *(send(chunk(e)) for e in EVENTS), *end)
         pinged = asyncio.create_task(worker.pinged(3))
@@ -267,7 +275,7 @@ async def test_a_stream_that_breaks_off_ends_with_one_error(
 @pytest.mark.parametrize("number", range(1, len(EVENTS)))
 @pytest.mark.parametrize("end", [reset(), close()], ids=["reset", "close"])
 async def test_a_stream_may_break_off_behind_any_event(number: int, end: Step) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
         worker.script(send(sse_head()), *(send(chunk(e)) for e in EVENTS[:number]), end)
         ending = await ended(hub, STREAM)
     assert_broken_off(ending, b"".join(EVENTS[:number]), LOST)
@@ -281,7 +289,7 @@ FRAMED = b"".join(map(chunk, EVENTS))
 async def test_a_stream_may_break_off_at_any_byte(place: int, broken: bool) -> None:
     """In a chunk, in its size, in an event; by a cut or by bytes that are no chunk."""
     end = (send(bytes(300)), stall()) if broken else (reset(),)
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
         worker.script(send(sse_head() + FRAMED[:place]), *end)
         ending = await ended(hub, STREAM)
     assert ending.response.status == 200
@@ -306,7 +314,7 @@ async def test_a_stream_may_break_off_at_any_byte(place: int, broken: bool) -> N
 async def test_where_events_have_names_the_error_has_one(
     path: str, events: list[bytes]
 ) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*event_stream(*events))
         ending = await ended(hub, STREAM, path)
     prefix = b"".join(events)
@@ -316,7 +324,7 @@ async def test_where_events_have_names_the_error_has_one(
 async def test_what_the_router_says_when_its_child_dies_is_no_end() -> None:
     """Bare text behind the events, and a clean end of the chunks."""
     text = b"proxy error: Failed to read connection"
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
         worker.script(*event_stream(role(), token("a"), text))
         ending = await ended(hub, STREAM)
     assert not ending.clean
@@ -337,7 +345,7 @@ async def test_what_the_router_says_when_its_child_dies_is_no_end() -> None:
 async def test_the_workers_own_error_is_told_once(last: bytes) -> None:
     """It went to the client already; only the end is missing then."""
     error = error_event("the output cannot be parsed")
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(
             send(sse_head() + chunk(BEGUN)),
             wait("read"),
@@ -357,7 +365,7 @@ async def test_the_workers_own_error_is_told_once(last: bytes) -> None:
 
 
 async def test_an_error_behind_the_finish_reason_is_no_good_end() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         late = chunk(finish()) + chunk(error_event("late")) + last_chunk()
         worker.script(
             send(sse_head() + chunk(BEGUN)), wait("read"), send(late), close()
@@ -410,7 +418,7 @@ async def test_a_complete_stream_ends_well_however_its_connection_does(
     path: str, events: list[bytes], how: str
 ) -> None:
     """Its own mark counts, which is another one on each route; nothing is added."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*endings(*events)[how])
         async with await hub.open(path, STREAM) as wire:
             for part in events:
@@ -425,7 +433,7 @@ async def test_a_complete_stream_ends_well_however_its_connection_does(
 async def test_a_finished_stream_gets_the_done_that_it_lacks(how: str) -> None:
     """Clients wait for it; a finish_reason says that nothing else is missing."""
     events = [role(), token("a"), finish("length")]
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*endings(*events)[how])
         async with await hub.open(CHAT, STREAM) as wire:
             for part in events:
@@ -447,7 +455,7 @@ async def test_no_words_of_a_model_make_an_answer_complete(
     path: str, events: list[bytes]
 ) -> None:
     """And no mark of another route."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
         worker.script(*event_stream(*events))
         ending = await ended(hub, STREAM, path)
     named = ENDPOINTS[path].ending is Ending.NAMED
@@ -479,7 +487,7 @@ async def test_an_answer_that_is_cut_is_seen_to_be_cut(
     version: str, wire: bytes, end: Step
 ) -> None:
     """By its length, or by the last chunk that is missing; nothing is put into it."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(wire), wait("seen"), end)
         async with await hub.wire() as asking:
             await asking.post(CHAT, WHOLE, hub.token(), version=version)
@@ -511,7 +519,7 @@ async def test_a_workers_error_passes_as_it_is(
 ) -> None:
     """A 500 of llama-server often means a bad request: nobody is blamed for it."""
     reply = error_reply(status, "because", kind)
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         pings = len(worker.control)
         worker.script(send(reply))
         response = await hub.post(CHAT, payload)
@@ -533,7 +541,7 @@ async def test_a_workers_error_passes_as_it_is(
 )
 async def test_an_error_without_words_gets_some(status: int, kind: str) -> None:
     """llama-server's 413 is empty, and SDKs show what is in the body."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.script(send(head(status, [("Content-Length", "0")])), close())
         response = await hub.post(CHAT, WHOLE)
     assert response.status == status
@@ -547,7 +555,7 @@ async def test_a_worker_that_refuses_the_hubs_key_is_at_fault(status: int) -> No
     """A client with a 401 would look for the mistake in its own token."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, health__interval=RARELY) as hub,
+        running_hub(worker, health__interval=RARELY, **ONE_TRY) as hub,
     ):
         pinged = asyncio.create_task(worker.pinged(3))
         worker.script(
@@ -566,7 +574,7 @@ async def test_a_worker_that_is_loading_is_asked_for_later(
 ) -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, health__interval=RARELY) as hub,
+        running_hub(worker, health__interval=RARELY, **ONE_TRY) as hub,
     ):
         pinged = asyncio.create_task(worker.pinged(3))
         worker.script(send(loading()))
@@ -585,7 +593,7 @@ async def test_a_worker_that_is_busy_is_heard_and_looked_at(
     reply = error_reply(429, "because", "rate_limit_error")
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, health__interval=RARELY) as hub,
+        running_hub(worker, health__interval=RARELY, **ONE_TRY) as hub,
     ):
         pinged = asyncio.create_task(worker.pinged(3))
         worker.script(send(reply))
@@ -599,7 +607,7 @@ async def test_a_worker_that_is_busy_is_heard_and_looked_at(
 @pytest.mark.parametrize("status", [502, 504])
 async def test_the_words_of_a_gateway_in_front_of_a_worker_pass(status: int) -> None:
     """Whatever their shape: they are not the hub's, and say more than it could."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.script(send(json_reply({"error": "upstream"}, status)))
         response = await hub.post(CHAT, WHOLE)
     assert (response.status, response.json()) == (status, {"error": "upstream"})
@@ -610,7 +618,7 @@ async def test_an_error_that_is_cut_is_a_loss(end: Step) -> None:
     """Half of its JSON would help nobody."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, health__interval=RARELY) as hub,
+        running_hub(worker, health__interval=RARELY, **ONE_TRY) as hub,
     ):
         pinged = asyncio.create_task(worker.pinged(3))
         worker.script(send(head(400, [("Content-Length", "100")]) + b'{"err'), end)
@@ -637,7 +645,7 @@ async def test_a_stream_that_begins_with_an_error_is_an_error(
 ) -> None:
     """With the status that it should have had, not 200 and an event."""
     first = event({"error": {"code": told, "message": "because", "type": "oh"}})
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         pings = len(worker.control)
         worker.script(*event_stream(ping(), first))
         response = await hub.post(CHAT, STREAM)
@@ -655,7 +663,7 @@ async def test_a_stream_that_begins_with_an_error_is_an_error(
 async def test_a_request_has_a_limit_before_its_answer() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, timeouts__request=0.1) as hub,
+        running_hub(worker, timeouts__request=0.1) as hub,
     ):
         worker.script(expect_eof(1.0))
         response = await hub.post(CHAT, STREAM)
@@ -670,7 +678,7 @@ async def test_a_request_has_a_limit_before_its_answer() -> None:
 async def test_a_request_has_a_limit_before_its_body() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, timeouts__request=0.1) as hub,
+        running_hub(worker, timeouts__request=0.1) as hub,
         await hub.wire() as wire,
     ):
         length = [("Content-Length", "100")]
@@ -686,7 +694,7 @@ async def test_a_request_has_a_limit_in_its_stream(path: str) -> None:
     """What came is the client's; the worker is hung up, and not blamed."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, timeouts__request=0.4) as hub,
+        running_hub(worker, timeouts__request=0.4) as hub,
     ):
         worker.script(send(sse_head() + chunk(BEGUN)), notify("sent"), expect_eof(1.0))
         ending = await ended(hub, STREAM, path)
@@ -700,7 +708,7 @@ async def test_a_request_has_a_limit_in_its_stream(path: str) -> None:
 async def test_a_request_has_a_limit_in_an_answer_that_is_no_stream() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, timeouts__request=0.4) as hub,
+        running_hub(worker, timeouts__request=0.4) as hub,
     ):
         worker.script(
             send(head(200, [("Content-Length", "9")]) + b"{"), expect_eof(1.0)
@@ -715,7 +723,7 @@ async def test_a_worker_whose_upload_fails_is_lost() -> None:
     """It hung up in the middle of a large body."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, limits__replay_window=4096) as hub,
+        running_hub(worker, limits__replay_window=4096) as hub,
     ):
         worker.script(read_body(50_000), reset())
         body = b'{"model":"tiny","messages":[],"prompt":"' + b"x" * 100_000
@@ -732,7 +740,7 @@ async def test_a_worker_whose_upload_fails_is_lost() -> None:
 
 async def test_a_hub_that_is_cut_off_says_so_in_its_streams() -> None:
     """Before the first byte with a status, afterwards with an event."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof(5.0))
         worker.script(expect_eof(5.0))
         async with (

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gollama_proxy.routing.worker import State
 from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.exchange import Exchange
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import hub_process
 from tests.fakes.replies import (
     chat_completion,
@@ -50,7 +50,8 @@ def a_worker(*models: str) -> ScriptedWorker:
 def running(worker: ScriptedWorker, *more: ScriptedWorker, **settings: Any) -> Any:
     """A hub whose windows are small, so that bodies need not be large."""
     small = {"limits__replay_window": WINDOW, "limits__model_window": 4 * WINDOW}
-    return plain_hub(worker, *more, **{**small, **settings})
+    # Bodies are compared byte by byte: none is asked for as a stream.
+    return running_hub(worker, *more, upstream__assemble="", **{**small, **settings})
 
 
 def prompt(length: int, *, before: str = "", behind: str = "") -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from gollama_proxy.routing.worker import Check
 from gollama_proxy.upstream import probe
 from tests.fakes.client import Wire
-from tests.fakes.hub import plain_hub
+from tests.fakes.hub import running_hub
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -58,6 +58,8 @@ CHAT = "/v1/chat/completions"
 STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
 WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
 OK = answer(chat_completion("hello"))
+# How a broken answer ends is for the client to see: it is not continued.
+NO_RESCUE = {"rescue__enabled": False}
 
 # --- 1: test_upstream_connection.py, test_stale_connections.py --------------------
 
@@ -75,7 +77,7 @@ def test_what_follows_an_answer_in_the_same_read_is_no_part_of_it(length: int) -
 
 async def test_a_second_answer_does_not_reach_the_next_client() -> None:
     evil = head(200, [("Content-Length", "700")]) + b"{"
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(json_reply({"n": 1}) + evil))
         assert (await hub.post(CHAT, WHOLE)).json() == {"n": 1}
         worker.script(*answer({"n": 2}))
@@ -88,7 +90,11 @@ async def test_a_second_answer_does_not_reach_the_next_client() -> None:
 
 @pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 200 OK\r\nContent-", head(100)])
 async def test_one_byte_of_an_answer_and_it_is_not_asked_again(part: bytes) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    # One try: that it is not asked again as a stale connection would be.
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, retry__attempts=1) as hub,
+    ):
         worker.script(*OK)
         worker.script(send(part), reset())
         assert (await hub.post(CHAT, WHOLE)).status == 200
@@ -142,7 +148,7 @@ DECISIVE = {
 async def test_half_a_closing_event_closes_nothing(
     missing: int, path: str, first: bytes, last: bytes, end: object
 ) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
         worker.script(send(sse_head() + chunk(first) + chunk(last[:-missing])), end)
         ending = await ended(hub, STREAM, path)
     assert not ending.clean
@@ -155,7 +161,7 @@ async def test_half_a_closing_event_closes_nothing(
 )
 async def test_the_error_is_an_event_of_its_own(half: bytes) -> None:
     """Behind half an event too: a client parses line by line."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
         worker.script(send(sse_head() + chunk(BEGUN) + chunk(half)), reset())
         ending = await ended(hub, STREAM)
     *_, last, nothing = ending.response.body.split(b"\n\n")
@@ -170,7 +176,7 @@ async def test_the_error_is_an_event_of_its_own(half: bytes) -> None:
 async def test_one_choice_of_two_that_finished_is_not_the_answer() -> None:
     """`"n": 2`: the other one went on, and was cut."""
     other = token("more").replace(b'"index":0', b'"index":1')
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*event_stream(role(), FINISH, other)[:-2], reset())
         ending = await ended(hub, STREAM | {"n": 2})
     assert_broken_off(ending, role() + FINISH + other, "worker_connection_lost")
@@ -184,7 +190,7 @@ async def test_a_reset_tells_an_http_1_0_client_that_something_is_missing(
     end: object,
 ) -> None:
     chunks = head(200, [("Transfer-Encoding", "chunked")]) + chunk(CUT)
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(chunks), wait("seen"), end)
         async with await hub.wire() as wire:
             await wire.post(CHAT, WHOLE, hub.token(), version="1.0")
@@ -197,7 +203,7 @@ async def test_a_reset_tells_an_http_1_0_client_that_something_is_missing(
 async def test_an_http_1_0_client_that_is_dropped_can_tell() -> None:
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, timeouts__write=0.1) as hub,
+        running_hub(worker, timeouts__write=0.1) as hub,
     ):
         worker.script(*stream_of_megabytes(50))
         wire = await hub.wire(receive_buffer=4096)
@@ -213,7 +219,7 @@ async def test_an_http_1_0_client_that_is_dropped_can_tell() -> None:
 
 async def test_an_error_that_is_too_long_is_replaced() -> None:
     large = b"x" * (1 << 20)
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(
             send(head(400, [("Content-Length", str(len(large)))])), send(large)
         )
@@ -248,7 +254,7 @@ async def test_a_worker_without_tls_is_not_told_as_a_matter_of_permissions() -> 
 
 
 async def test_a_client_that_half_closes_with_everything_full() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         wire = await write_blocked(worker, hub)
         wire.half_close()
         async with asyncio.timeout(2):
@@ -308,7 +314,7 @@ async def test_an_upload_does_not_make_an_idle_connection_younger() -> None:
 
 
 async def test_a_stream_on_a_route_that_has_none_is_cut_visibly() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(sse_head() + chunk(role())), reset())
         ending = await ended(hub, WHOLE, "/tokenize")
     assert not ending.clean
@@ -321,7 +327,7 @@ async def test_a_client_that_left_is_not_logged_as_refused(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "gollama_proxy.access")
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         (await in_an_error(worker, hub)).abort()
         [line] = await logged(caplog)
     assert line["outcome"] == "client_gone"
@@ -334,7 +340,7 @@ async def test_a_client_that_left_is_not_logged_as_refused(
 async def test_what_came_of_a_cut_answer_is_not_thrown_away(received: int) -> None:
     """Its length tells that it is cut; every byte in front of the cut arrives."""
     length = ("Content-Length", str(10 << 20))
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(head(200, [length])), *[send(bytes(1 << 16))] * 60, close())
         async with await hub.open(CHAT, WHOLE, receive_buffer=received) as wire:
             request = await worker.received()

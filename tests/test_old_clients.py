@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.fakes.client import Response, request_head
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -46,7 +46,7 @@ async def test_an_http_1_0_client_gets_a_stream_up_to_the_end_of_its_connection(
     headers: list[tuple[str, str]],
 ) -> None:
     """Chunks are unknown to it; keep-alive would leave it without an end."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*event_stream(role(), token("a"), finish() + done()))
         async with await hub.wire() as wire:
             await wire.post(CHAT, STREAM, hub.token(), headers=headers, version="1.0")
@@ -61,7 +61,7 @@ async def test_an_http_1_0_client_gets_a_stream_up_to_the_end_of_its_connection(
 
 async def test_an_http_1_0_client_sees_each_event_at_once() -> None:
     gate = asyncio.Semaphore(0)
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*stream_of(10, gate))
         async with await hub.wire() as wire:
             await wire.post(CHAT, STREAM, hub.token(), version="1.0")
@@ -72,7 +72,7 @@ async def test_an_http_1_0_client_sees_each_event_at_once() -> None:
 
 
 async def test_an_http_1_0_client_that_does_not_keep_alive_is_hung_up() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.post(CHAT, WHOLE, hub.token(), version="1.0")
             response = await wire.read_response()
@@ -83,7 +83,7 @@ async def test_an_http_1_0_client_that_does_not_keep_alive_is_hung_up() -> None:
 
 async def test_an_http_1_0_client_may_keep_its_connection() -> None:
     """It has to be told so, as the default is another one."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             for _ in range(3):
                 await wire.post(CHAT, WHOLE, hub.token(), headers=KEEP, version="1.0")
@@ -94,7 +94,7 @@ async def test_an_http_1_0_client_may_keep_its_connection() -> None:
 
 
 async def test_an_answer_in_chunks_reaches_an_http_1_0_client_without_them() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         framing = head(200, [("Transfer-Encoding", "chunked")])
         parts = [send(chunk(b"x" * 1000))] * 500
         worker.script(send(framing), *parts, send(last_chunk()))
@@ -106,7 +106,11 @@ async def test_an_answer_in_chunks_reaches_an_http_1_0_client_without_them() -> 
 
 
 async def test_an_http_1_0_client_hears_of_a_stream_that_broke_off() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    # Where it is not continued, that is.
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, rescue__enabled=False) as hub,
+    ):
         worker.script(*event_stream(role(), token("a"))[:-2], reset())
         async with await hub.wire() as wire:
             await wire.post(CHAT, STREAM, hub.token(), version="1.0")
@@ -122,7 +126,7 @@ async def test_an_http_1_0_client_hears_of_a_stream_that_broke_off() -> None:
 async def test_an_http_1_0_client_gets_errors_with_a_length(
     path: str, token_: str | None, status: int
 ) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.post(path, WHOLE, token_, version="1.0")
             response = await wire.read_response()
@@ -132,7 +136,7 @@ async def test_an_http_1_0_client_gets_errors_with_a_length(
 
 
 async def test_an_http_1_0_client_need_not_name_a_host() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.send(b"GET /livez HTTP/1.0\r\n\r\n")
             assert (await wire.read_response()).status == 200
@@ -140,7 +144,7 @@ async def test_an_http_1_0_client_need_not_name_a_host() -> None:
 
 async def test_an_http_1_0_client_is_not_told_to_continue() -> None:
     """`100 Continue` came with HTTP/1.1 (RFC 9110, 10.1.1)."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         headers = [("Expect", "100-continue")]
         async with await hub.wire() as wire:
             await wire.post(CHAT, WHOLE, hub.token(), headers=headers, version="1.0")
@@ -154,7 +158,7 @@ async def test_an_http_1_0_client_is_not_told_to_continue() -> None:
 @pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
 async def test_a_client_that_wants_to_close_is_hung_up(payload: object) -> None:
     """Behind a whole answer, framed as ever."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.post(CHAT, payload, hub.token(), headers=CLOSE)
             response = await wire.read_response()
@@ -167,7 +171,11 @@ async def test_a_client_that_wants_to_close_is_hung_up(payload: object) -> None:
 
 async def test_a_client_that_closes_keeps_nobody_from_the_worker() -> None:
     """Its connection and that of the hub are two."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    # A worker closes behind a stream: what is assembled keeps no connection.
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, upstream__assemble="") as hub,
+    ):
         for _ in range(3):
             async with await hub.open(CHAT, WHOLE, headers=CLOSE) as wire:
                 assert (await wire.read_response()).status == 200
@@ -193,7 +201,7 @@ def stream(number: int) -> bytes:
 
 async def test_pipelined_requests_are_answered_in_their_order() -> None:
     """One at a time: llama-server loses what is pipelined, so it never is."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             worker.script(*chat_stream(["first"]))
             bodies = [stream(1), whole(2), stream(3), whole(4)]
@@ -204,14 +212,14 @@ async def test_pipelined_requests_are_answered_in_their_order() -> None:
                 (await wire.read_response()).header("content-type") for _ in bodies[1:]
             ]
         assert token("first") in first.body
-        events, json = "text/event-stream", "application/json; charset=utf-8"
+        events, json = "text/event-stream", "application/json"
         assert kinds == [events, json, events, json]
         assert [request.json()["n"] for request in worker.requests] == [1, 2, 3, 4]
 
 
 async def test_a_pipelined_request_waits_for_the_stream_in_front() -> None:
     """Its worker is not asked before, and its answer does not get in between."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             worker.script(*chat_stream(["a", "b"], pace="go"))
             await wire.send(post_bytes(hub, stream(1)) + post_bytes(hub, whole(2)))
@@ -231,7 +239,7 @@ async def test_a_pipelined_request_waits_for_the_stream_in_front() -> None:
 @pytest.mark.parametrize("token_", [None, "nonsense"])
 async def test_each_pipelined_request_needs_its_own_token(token_: str | None) -> None:
     poison = request_head("POST", CHAT, token_, [("Content-Length", "2")]) + b"{}"
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.send(post_bytes(hub, whole(1)) + poison)
             assert (await wire.read_response()).status == 200
@@ -241,7 +249,7 @@ async def test_each_pipelined_request_needs_its_own_token(token_: str | None) ->
 
 async def test_a_refused_request_does_not_take_the_next_one_along() -> None:
     refused = request_head("GET", "/nope")
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.send(refused + post_bytes(hub, whole(1)))
             assert (await wire.read_response()).status == 404
@@ -250,7 +258,7 @@ async def test_a_refused_request_does_not_take_the_next_one_along() -> None:
 
 async def test_nothing_is_answered_behind_a_stream_that_broke_off() -> None:
     """The client cannot tell where the next answer would begin."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*event_stream(role() + token("a"))[:-2], close())
         async with await hub.wire() as wire:
             await wire.send(post_bytes(hub, stream(1)) + post_bytes(hub, whole(2)))
@@ -268,7 +276,7 @@ async def test_nothing_is_answered_behind_a_stream_that_broke_off() -> None:
 )
 async def test_head_is_get_without_a_body(path: str) -> None:
     """With the headers that GET would have, and the connection goes on."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             token = hub.token(scope="metrics")
             await wire.get(path, token, method="HEAD")
@@ -284,7 +292,7 @@ async def test_head_is_get_without_a_body(path: str) -> None:
 
 @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
 async def test_head_is_not_allowed_where_get_is_not(path: str) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.get(path, hub.token(), method="HEAD")
             response = await wire.read_response()

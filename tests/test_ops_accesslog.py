@@ -21,7 +21,7 @@ from gollama_proxy.settings import Log
 from gollama_proxy.wire.errors import Code
 from tests.fakes.client import Wire, request_head
 from tests.fakes.clock import Clock
-from tests.fakes.hub import RunningHub, plain_hub, running_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -546,7 +546,7 @@ def test_lines_carry_no_priority_elsewhere(
 
 
 async def test_an_answer_makes_one_line(log: Collector) -> None:
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         response = await hub.post(CHAT, {"messages": []})
         [line] = await log.lines(1)
         assert line == {
@@ -573,7 +573,7 @@ async def test_each_request_makes_one_line_however_it_ends(
     log: Collector,
 ) -> None:
     stream = {"messages": [], "stream": True}
-    async with ScriptedWorker("qwen") as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         expected = []
 
         async def ends(outcome: str, status: int, error: str | None = None) -> None:
@@ -620,7 +620,7 @@ async def test_each_request_makes_one_line_however_it_ends(
 async def test_requests_on_one_connection_make_a_line_each(
     log: Collector,
 ) -> None:
-    async with plain_hub() as hub, await hub.wire() as wire:
+    async with running_hub() as hub, await hub.wire() as wire:
         await wire.send(request_head("GET", "/livez") * 3)
         for _ in range(3):
             assert (await wire.read_response()).status == 200
@@ -629,7 +629,7 @@ async def test_requests_on_one_connection_make_a_line_each(
 
 async def test_a_subject_cannot_forge_a_line(log: Collector) -> None:
     forged = "alice\n2027-01-15T08:00:00.000Z info request subject=bob"
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         await hub.get("/v1/models", hub.token(sub=forged))
         [line] = await log.lines(1)
     assert line["subject"] == forged
@@ -739,7 +739,7 @@ async def test_nothing_of_a_conversation_gets_into_a_log(
     requests, tokens = 0, set()
     async with (
         ScriptedWorker("tiny", "other") as worker,
-        plain_hub(
+        running_hub(
             worker,
             limits__body=32_768,
             timeouts__body=0.1,
@@ -791,7 +791,7 @@ async def test_no_token_can_suppress_its_line(
 
     A stranger gets one into the reason of a refusal, without a signature.
     """
-    async with plain_hub() as hub:
+    async with running_hub() as hub:
         token = hub.token(sub="bob\ud800")
         if who == "stranger":
             header = b'{"alg":"HS256","crit":["\\ud800"]}'
@@ -802,7 +802,7 @@ async def test_no_token_can_suppress_its_line(
 
 
 async def test_what_is_no_http_has_a_line(log: Collector) -> None:
-    async with plain_hub() as hub, await hub.wire() as wire:
+    async with running_hub() as hub, await hub.wire() as wire:
         await wire.send(b"hello\r\n\r\n")
         assert (await wire.read_response()).status == 400
         [line] = await log.lines(1)

@@ -10,7 +10,7 @@ import pytest
 
 from gollama_proxy.routing.breaker import State
 from tests.fakes.clock import Clock
-from tests.fakes.hub import plain_hub
+from tests.fakes.hub import running_hub
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -24,7 +24,7 @@ async def test_when_all_are_down_it_is_said_at_once_and_one_that_returns_serves(
     async with (
         ScriptedWorker() as one,
         ScriptedWorker() as two,
-        plain_hub(
+        running_hub(
             one, two, health__interval=0.05, health__recheck=0.05, health__fall=1
         ) as hub,
     ):
@@ -55,7 +55,13 @@ async def test_the_share_of_a_worker_that_returns_rises_with_time(
     async with (
         ScriptedWorker() as returned,
         ScriptedWorker() as other,
-        plain_hub(returned, other, health__interval=3600, breaker__ramp=10) as hub,
+        running_hub(
+            returned,
+            other,
+            health__interval=3600,
+            breaker__ramp=10,
+            routing__policy="round_robin",  # shares are counted
+        ) as hub,
     ):
         breaker = hub.hub.registry.workers[0].breaker
         breaker._clock = clock

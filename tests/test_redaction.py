@@ -38,7 +38,7 @@ from gollama_proxy.wire.openai import ENDPOINTS
 from gollama_proxy.wire.told import Told
 from tests.fakes.client import Wire, request_head
 from tests.fakes.exchange import Exchange
-from tests.fakes.hub import SECRET, RunningHub, mint, plain_hub
+from tests.fakes.hub import SECRET, RunningHub, mint, running_hub
 from tests.fakes.replies import (
     chunk,
     done,
@@ -489,9 +489,12 @@ async def stage_of(case: Case, witness: Witness, tmp: Path) -> AsyncIterator[Sta
         settings = {
             "models__aliases": {ALIAS: "tiny"},
             "health__recheck": 0.05,
+            # The client gets the error, unless it is about how it is made up for.
+            "retry__attempts": 1,
+            "rescue__enabled": False,
             **case.settings,
         }
-        async with plain_hub(file=file, environ={"KEY": KEY}, **settings) as hub:
+        async with running_hub(file=file, environ={"KEY": KEY}, **settings) as hub:
             hub.hub.registry.policy = InOrder()
             for worker, script in zip(cycle((one, two)), case.scripts, strict=False):
                 worker.script(*script)

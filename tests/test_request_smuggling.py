@@ -19,7 +19,7 @@ import pytest_asyncio
 from gollama_proxy.edge import server
 from tests.corpora.smuggling import BODY, CHAT, GOOD, MODEL, PAYLOADS, POISON, Payload
 from tests.fakes.client import Wire
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.worker import ScriptedWorker
 
 # One hub for all of them: a connection each is what they are about.
@@ -34,7 +34,8 @@ async def worker() -> AsyncIterator[ScriptedWorker]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def hub(worker: ScriptedWorker) -> AsyncIterator[RunningHub]:
-    async with plain_hub(worker) as hub:
+    # Bodies are compared byte by byte: none is asked for as a stream.
+    async with running_hub(worker, upstream__assemble="") as hub:
         yield hub
 
 

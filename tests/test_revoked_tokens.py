@@ -12,7 +12,7 @@ import pytest
 
 from gollama_proxy.edge import revocation
 from gollama_proxy.edge.revocation import Revocation
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import stream_of
 from tests.fakes.worker import ScriptedWorker
 
@@ -30,7 +30,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 async def hub_with(
     file: Path, *workers: ScriptedWorker, **settings: Any
 ) -> AsyncIterator[RunningHub]:
-    async with plain_hub(*workers, auth__revoked=file, **settings) as hub:
+    async with running_hub(*workers, auth__revoked=file, **settings) as hub:
         yield hub
 
 
@@ -115,7 +115,7 @@ async def test_an_answer_that_runs_goes_on(tmp_path: Path) -> None:
 async def test_a_token_that_expires_in_mid_stream_was_good_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         now = 2_000_000_000.0
         monkeypatch.setattr(hub.hub.authenticator, "_clock", lambda: now)
         token = hub.token(iat=int(now), exp=int(now) + 60)

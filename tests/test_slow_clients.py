@@ -13,7 +13,7 @@ import pytest
 from gollama_proxy.edge import server
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire, request_head
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import HubProcess, hub_process
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, send
@@ -68,7 +68,7 @@ async def gone(hub: RunningHub) -> None:
 
 
 async def test_a_head_has_a_deadline(transport: dict[str, Any]) -> None:
-    async with plain_hub(server__keepalive=1, **transport) as hub:
+    async with running_hub(server__keepalive=1, **transport) as hub:
         async with await hub.wire() as wire, within(0.9, 1.5):
             async with dripping(wire, b"GET / HTTP/1.1\r\nX: " + b"x" * 500):
                 await wire.read_eof()
@@ -79,7 +79,7 @@ async def test_a_head_has_a_deadline(transport: dict[str, Any]) -> None:
 async def test_an_idle_connection_is_closed(
     requests: int, transport: dict[str, Any]
 ) -> None:
-    async with plain_hub(server__keepalive=1, **transport) as hub:
+    async with running_hub(server__keepalive=1, **transport) as hub:
         async with await hub.wire() as wire:
             for _ in range(requests):
                 await wire.get("/livez")
@@ -89,7 +89,7 @@ async def test_an_idle_connection_is_closed(
 
 
 async def test_a_body_has_a_deadline(transport: dict[str, Any]) -> None:
-    async with plain_hub(timeouts__body=0.5, **transport) as hub:
+    async with running_hub(timeouts__body=0.5, **transport) as hub:
         async with await hub.wire() as wire:
             head = [("Content-Length", "1000"), ("Content-Type", "application/json")]
             await wire.send(request_head("POST", CHAT, hub.token(), head))
@@ -116,7 +116,7 @@ async def test_an_answer_in_one_piece_is_not_kept_for_ever(
     """It is out of the path of a request by then, but in memory."""
     settings = {"upstream__assemble": CHAT, "timeouts__write": 0.2}
     async with ScriptedWorker() as worker:
-        async with plain_hub(worker, **settings, **transport) as hub:
+        async with running_hub(worker, **settings, **transport) as hub:
             worker.script(
                 send(sse_head() + chunk(role())),
                 *[send(chunk(token("x" * MIB)))] * 10,
@@ -135,7 +135,7 @@ async def test_pipelined_requests_whose_answers_nobody_reads(
 ) -> None:
     names = [f"model-{number}-{'x' * 2000}" for number in range(100)]
     async with ScriptedWorker(*names) as worker:
-        async with plain_hub(worker, timeouts__write=0.2, **transport) as hub:
+        async with running_hub(worker, timeouts__write=0.2, **transport) as hub:
             wire = await hub.wire(receive_buffer=4096)
             await wire.send(request_head("GET", "/v1/models", hub.token()) * 50)
             await gone(hub)

@@ -17,7 +17,7 @@ from gollama_proxy.settings import STREAMED
 from gollama_proxy.upstream import sweep
 from tests.fakes.crowd import Crowd
 from tests.fakes.faults import Faults
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import MODEL
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
@@ -95,7 +95,7 @@ async def stock_of_rest(
 @pytest.mark.timeout(4 * LONG)
 async def test_a_thousand_requests_leave_nothing() -> None:
     faults = Faults("soak", RATE)
-    async with faults.workers() as workers, plain_hub(*workers, **QUICK) as hub:
+    async with faults.workers() as workers, running_hub(*workers, **QUICK) as hub:
         crowd = Crowd(hub.port, faults, seed=1, visitors=16)
         await crowd.send(WARM_UP)
         before = await stock_of_rest(hub, faults, workers)

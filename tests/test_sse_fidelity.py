@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.client import Wire, request_head
-from tests.fakes.hub import RunningHub, mint, plain_hub
+from tests.fakes.hub import RunningHub, mint, running_hub
 from tests.fakes.process import hub_process
 from tests.fakes.replies import (
     chunk,
@@ -109,7 +109,7 @@ async def test_each_event_is_seen_before_the_next_one_is_sent(
     middle: list[bytes], bom: bool
 ) -> None:
     opening = (BOM if bom else b"") + OPENING
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         pieces = [*map(chunk, middle), chunk(ENDING) + last_chunk()]
         async with stream_of(hub, worker, chunk(opening), pieces) as (tap, gate):
             sent = opening
@@ -133,7 +133,7 @@ async def test_every_byte_is_seen_before_the_next_one_is_sent(
     body = b"".join(middle) + ENDING
     places = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
     parts = [body[start:end] for start, end in pairwise(places)]
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         pieces = [*map(chunk, parts)]
         async with stream_of(hub, worker, chunk(OPENING), pieces) as (tap, gate):
             sent = OPENING
@@ -156,7 +156,7 @@ async def test_a_chunk_that_is_cut_is_seen_as_far_as_it_came(
     wire = b"".join(chunk(event) for event in middle)
     places = sorted({0, len(wire), *(cut for cut in cuts if cut < len(wire))})
     parts = [wire[start:end] for start, end in pairwise(places)]
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with stream_of(hub, worker, chunk(OPENING), parts) as (tap, gate):
             await tap.has(OPENING)
             for number in range(1, len(parts) + 1):
@@ -181,7 +181,7 @@ async def test_a_line_of_a_megabyte_passes_between_two_others(eol: bytes) -> Non
     line = b"data: " + "\N{BANANA}".encode() * (1 << 18) + eol + eol
     wire = chunk(OPENING) + chunk(line) + chunk(ENDING) + last_chunk()
     parts = [wire[at : at + 65_537] for at in range(0, len(wire), 65_537)]
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(sse_head()), *map(send, parts), close())
         response = await hub.post(CHAT, STREAM)
     assert response.body == OPENING + line + ENDING

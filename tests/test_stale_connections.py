@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from gollama_proxy.routing.worker import State
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chat_completion, chunk, head, json_reply, role, sse_head
 from tests.fakes.script import Script, answer, close, pause, reset, send, stall, wait
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
 OK = answer(chat_completion("hello"))
+# What a stale connection does is seen by itself: a failure is not tried anew.
+ONE_TRY = {"retry__attempts": 1}
 
 
 def numbered(number: int, **more: Any) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def assert_not_blamed(hub: RunningHub) -> None:
 @pytest.mark.parametrize("end", [close(), reset()], ids=["close", "reset"])
 async def test_a_worker_that_closes_behind_each_answer(end: Any) -> None:
     """Having announced keep-alive; 200 times, and each request is executed once."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         pings = len(worker.control)
         # A reset takes along what was not received yet.
         worker.default(*OK, *[pause(0.001)] * (end == reset()), end)
@@ -64,7 +66,7 @@ async def test_a_worker_that_closes_behind_each_answer(end: Any) -> None:
 async def test_a_worker_that_closes_just_when_the_next_request_comes() -> None:
     """After up to 3 ms, of which a request takes one: some races are lost."""
     rolled = random.Random(7)
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for _ in range(400):
             worker.script(*OK, pause(rolled.uniform(0, 0.003)), close())
         results = await asyncio.gather(
@@ -78,7 +80,7 @@ async def test_a_worker_that_closes_just_when_the_next_request_comes() -> None:
 async def test_a_worker_that_says_when_it_is_the_last() -> None:
     """As llama-server does with its 100th answer on a connection."""
     last = head(200, [("Content-Length", "2"), ("Connection", "close")]) + b"{}"
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for number in range(60):
             worker.script(send(last) if number % 5 == 4 else send(json_reply({})))
         assert await ask_one_after_the_other(hub, 60) == [200] * 60
@@ -86,7 +88,7 @@ async def test_a_worker_that_says_when_it_is_the_last() -> None:
 
 
 async def test_a_worker_that_was_started_anew_between_two_requests() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for number in range(5):
             response = await hub.post(CHAT, numbered(number))
             assert response.status == 200
@@ -97,7 +99,7 @@ async def test_a_worker_that_was_started_anew_between_two_requests() -> None:
 
 
 async def test_many_idle_connections_that_die_at_once() -> None:
-    async with ScriptedWorker(slots=64) as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker(slots=64) as worker, running_hub(worker) as hub:
         for _ in range(3):
             gate = asyncio.Event()
             asked = len(worker.requests)
@@ -117,7 +119,7 @@ async def test_many_idle_connections_that_die_at_once() -> None:
 
 async def test_streams_are_never_put_on_a_connection_that_had_one() -> None:
     """llama-server closes behind each, whatever it announced; nothing is retried."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for number in range(50):
             response = await hub.post(CHAT, numbered(number, stream=True))
             assert response.status == 200
@@ -134,7 +136,7 @@ async def test_a_used_connection_that_dies_unanswered_is_asked_again(
     end: Any, stream: bool
 ) -> None:
     """The one case in which a request may be executed twice (RFC 9112, 9.3.1)."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*OK)
         worker.script(end)
         assert (await hub.post(CHAT, numbered(1))).status == 200
@@ -147,7 +149,7 @@ async def test_a_used_connection_that_dies_unanswered_is_asked_again(
 @pytest.mark.parametrize("stream", [False, True])
 async def test_it_is_asked_again_once(stream: bool) -> None:
     """A worker that dies on a fresh connection dies of the request."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.script(*OK)
         worker.default(close())
         assert (await hub.post(CHAT, numbered(1))).status == 200
@@ -169,7 +171,7 @@ async def test_it_is_asked_again_once(stream: bool) -> None:
 )
 async def test_what_was_begun_is_not_asked_again(script: Script) -> None:
     """On a used connection as little as on a fresh one."""
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.script(*OK)
         worker.script(*script)
         assert (await hub.post(CHAT, numbered(1))).status == 200
@@ -179,7 +181,7 @@ async def test_what_was_begun_is_not_asked_again(script: Script) -> None:
 
 @pytest.mark.parametrize("end", [close(), reset()], ids=["close", "reset"])
 async def test_a_fresh_connection_that_dies_is_not_asked_again(end: Any) -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.script(end)
         assert (await hub.post(CHAT, numbered(1))).status == 502
         assert executions(worker) == {"number 1": 1}
@@ -189,7 +191,7 @@ async def test_a_silent_worker_is_not_asked_again() -> None:
     """It may be thinking."""
     async with (
         ScriptedWorker() as worker,
-        plain_hub(worker, timeouts__first_token=0.2) as hub,
+        running_hub(worker, timeouts__first_token=0.2) as hub,
     ):
         worker.script(*OK)
         worker.script(stall())
@@ -201,7 +203,7 @@ async def test_a_silent_worker_is_not_asked_again() -> None:
 async def test_bytes_that_nobody_asked_for_are_no_answer() -> None:
     """A worker that talks on an idle connection is hung up, not listened to."""
     late = json_reply({"whose": "nobody's"})
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*OK, pause(0.005), send(late))
         assert (await hub.post(CHAT, numbered(1))).status == 200
         await worker.idle(2.0)

@@ -12,7 +12,7 @@ import pytest
 
 from gollama_proxy.routing.worker import Worker
 from tests.fakes.asks import CHAT, STREAM, TEXT
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -55,7 +55,7 @@ async def other_server(
     """Run a hub, and a worker that tells no build: it is no llama-server."""
     async with (
         ScriptedWorker(build="") as worker,
-        plain_hub(worker, **settings) as hub,
+        running_hub(worker, **settings) as hub,
     ):
         yield worker, hub
 
@@ -115,7 +115,7 @@ async def test_whose_streams_are_counted_is_a_setting(
 
 
 async def test_a_llama_server_is_not_asked_and_its_timings_stay() -> None:
-    async with ScriptedWorker() as worker, plain_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
         response = await hub.post(CHAT, BODY, hub.token(tpm=TPM))
     assert worker.requests[0].json() == BODY
     assert b'"timings"' in response.body
@@ -203,7 +203,12 @@ async def test_an_error_is_passed_on() -> None:
 
 async def test_what_was_held_back_is_told_before_an_error() -> None:
     half = b'data: {"model":"tiny","choi'
-    async with other_server(models__aliases={"a": "tiny"}) as (worker, hub):
+    # The error is what comes next where nothing is continued.
+    settings: dict[str, Any] = {
+        "models__aliases": {"a": "tiny"},
+        "rescue__enabled": False,
+    }
+    async with other_server(**settings) as (worker, hub):
         begun = chunk(role() + token("a")) + chunk(half)
         worker.script(send(sse_head() + begun), reset())
         async with await hub.open(
@@ -240,7 +245,7 @@ async def rescued(
     async with (
         ScriptedWorker(build="") as bad,
         ScriptedWorker(build="") as good,
-        plain_hub(bad, good, rescue__enabled=True, retry__attempts=2) as hub,
+        running_hub(bad, good, rescue__enabled=True, retry__attempts=2) as hub,
     ):
         hub.hub.registry.policy = InOrder()
         bad.script(send(sse_head()), send(chunk(begun)), reset())
@@ -296,7 +301,7 @@ async def test_it_is_for_the_worker_that_answers() -> None:
     async with (
         ScriptedWorker(build="") as other,
         ScriptedWorker() as llama,
-        plain_hub(other, llama, retry__attempts=2) as hub,
+        running_hub(other, llama, retry__attempts=2) as hub,
     ):
         other.default(reset())
         llama.default(*chat_stream(["a", "b"], usage=True))
@@ -316,7 +321,7 @@ async def test_the_usage_of_a_real_server_is_hidden(
     """Of one that is taken for another: the stream is as if nobody had asked."""
     server = llama_server(tiny_model)
     body = BODY | {"max_tokens": 8, "temperature": 0, "n": 2}
-    async with plain_hub(server) as hub:
+    async with running_hub(server) as hub:
         plain = await hub.post(CHAT, body)
         monkeypatch.setattr(Worker, "is_llama_server", False)
         hidden = await hub.post(CHAT, body, hub.token(tpm=TPM))

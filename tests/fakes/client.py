@@ -114,7 +114,7 @@ class Wire:
         method: str = "GET",
     ) -> None:
         """Send a request without a body."""
-        self._method = method
+        self._expect(method)
         await self.send(request_head(method, path, token, headers))
 
     async def post(
@@ -127,7 +127,7 @@ class Wire:
         version: str = "1.1",
     ) -> None:
         """Send a request with a body: bytes as they are, anything else as JSON."""
-        self._method = "POST"
+        self._expect("POST")
         body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         given = list(headers)
         if not any(name.lower() == "content-type" for name, _ in given):
@@ -229,6 +229,12 @@ class Wire:
         self._sock.close()
 
     # --- Below --------------------------------------------------------------------
+
+    def _expect(self, method: str) -> None:
+        """Read the next answer as that to this method, behind a stream that has ended."""
+        self._method = method
+        if self._complete:
+            self._begin()
 
     def _begin(self) -> None:
         """Get ready for the next answer."""
