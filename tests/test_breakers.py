@@ -53,7 +53,7 @@ from tests.fakes.worker import ScriptedWorker
 until = functools.partial(waiting.until, timeout=10.0)
 
 EMBED = "/v1/embeddings"
-# Requests that are all alike go to one worker after the other, not to the good one only.
+# Requests that are all alike go to the workers in turn, not to the good one only.
 TRIES: dict[str, Any] = {
     "retry__ratio": 1,
     "retry__floor": 1000,

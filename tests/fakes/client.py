@@ -231,7 +231,7 @@ class Wire:
     # --- Below --------------------------------------------------------------------
 
     def _expect(self, method: str) -> None:
-        """Read the next answer as that to this method, behind a stream that has ended."""
+        """Read what comes next as the answer to this method."""
         self._method = method
         if self._complete:
             self._begin()
