@@ -60,7 +60,7 @@ NAMES = [
     "transfer_encoding2",
     "user-agent",
     "via",
-    "x-api-key",
+    "api-key",
     "x-conversation-id",
     "x-forwarded-for",
     "x-forwarded-host",

@@ -249,9 +249,13 @@ def assert_broken_off(
         rest = rest.removeprefix(b"event: error\n")
     assert rest.startswith(b"data: ")
     assert rest.endswith(b"\n\n")
-    error = json.loads(rest.removeprefix(b"data: "))["error"]
+    event = json.loads(rest.removeprefix(b"data: "))
+    error = event.get("error", event)  # flat on /v1/responses
     assert error["code"] == code
-    assert error["type"] == "server_error"
+    if named:
+        assert event["type"] == "error"
+    else:
+        assert error["type"] == "server_error"
     assert b"[DONE]" not in rest
 
 

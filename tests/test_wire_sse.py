@@ -10,7 +10,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.openai import Api, Ending
 from gollama_proxy.wire.sse import (
     DONE,
@@ -19,7 +18,6 @@ from gollama_proxy.wire.sse import (
     EventError,
     Gatherer,
     Verdict,
-    error_event,
     error_in,
     events_in,
     judge,
@@ -617,21 +615,30 @@ def test_the_first_event_of_an_answer_is_no_error() -> None:
         assert error_in(data) is None
 
 
-def test_an_error_of_the_hub_is_an_event_of_the_api() -> None:
-    error = WorkerError(Code.WORKER_LOST, "The worker\nwas lost.")
-    event = error_event(error.body(), named=False)
-    assert event == b"data: " + error.body() + b"\n\n"
-    assert first_data(event) == error.body()
-    assert error_in(error.body()) == EventError(
-        "The worker\nwas lost.", "server_error", "worker_connection_lost"
-    )
-    assert judge(event, Ending.DONE).failed
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"code":500,"message":"no","type":"server_error"}',  # llama-server
+        b'{"type":"error","code":500,"message":"no"}',
+        b'{"type":"error","message":"no","param":null}',
+    ],
+)
+def test_an_error_may_have_no_object_around_it(data: bytes) -> None:
+    error = error_in(data)
+    assert error is not None
+    assert error.message == "no"
 
 
-def test_an_error_has_a_name_where_events_have_names() -> None:
-    event = error_event(b'{"error":{}}', named=True)
-    assert event == b'event: error\ndata: {"error":{}}\n\n'
-    assert judge(event, Ending.NAMED).failed
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"type":"message_start","message":{"role":"assistant"}}',
+        b'{"type":"x","message":"no","code":"a"}',
+        b'{"message":"no"}',
+    ],
+)
+def test_a_message_alone_is_no_error(data: bytes) -> None:
+    assert error_in(data) is None
 
 
 # --- What the hub adds ------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import msgspec
 from aiohttp import web
 
 from gollama_proxy.edge.server import json_response
@@ -14,7 +13,7 @@ from gollama_proxy.routing.lease import Outcome
 from gollama_proxy.routing.registry import RETRY_AFTER
 from gollama_proxy.routing.retry import Failure
 from gollama_proxy.upstream.relay import Relay
-from gollama_proxy.wire import headers, sse
+from gollama_proxy.wire import headers, shapes, sse
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError
 from gollama_proxy.wire.chunks import DivergedError
 from gollama_proxy.wire.errors import (
@@ -24,6 +23,7 @@ from gollama_proxy.wire.errors import (
     WorkerError,
     error_body,
 )
+from gollama_proxy.wire.openai import Api
 from gollama_proxy.wire.rename import renamed
 
 # What an attempt has failed of, by the error that it ended with.
@@ -139,14 +139,11 @@ def _retry_after(relay: Relay) -> float:
     return float(given) if given.isdigit() else 1.0
 
 
-def one_line(told: web.Response) -> bytes:
-    """Write the body of an error so that it can be the data of an event."""
-    try:
-        assert isinstance(told.body, bytes), told
-        return msgspec.json.encode(msgspec.json.decode(told.body))
-    except (ValueError, RecursionError):
-        text = "A worker refused the request without a reason that could be read."
-        return error_body(text, "server_error", None)
+def in_shape_of(api: Api, told: web.Response) -> web.Response:
+    """Give a worker's refusal the shape that errors of this API have."""
+    assert isinstance(told.body, bytes), told
+    told.body = shapes.status_body(api, told.status, told.body)
+    return told
 
 
 def whole_response(

@@ -17,16 +17,17 @@ from typing import Protocol
 
 from aiohttp import web
 
-from gollama_proxy.edge.answer import begin_early, begin_response, one_line
+from gollama_proxy.edge.answer import begin_early, begin_response
 from gollama_proxy.edge.server import json_response
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.upstream.client import Client, ToldError
 from gollama_proxy.upstream.relay import Relay
-from gollama_proxy.wire import sse
+from gollama_proxy.wire import shapes, sse
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.errors import ProxyError
 from gollama_proxy.wire.openai import ENDPOINTS, Ending, Endpoint
 from gollama_proxy.wire.rename import Renamer, renamed
+from gollama_proxy.wire.shapes import ErrorReshaper
 from gollama_proxy.wire.usage import UsageHider
 
 _LINGER_ZERO = struct.pack("ii", 1, 0)
@@ -129,11 +130,18 @@ class Stream:
             sized = not self._filters
             response = begin_response(self._request, relay, self._record, sized=sized)
             await self._begin(response)
-        self._relay = self._relay or relay
+        if self._relay is None:
+            self._relay = relay
+            if relay.is_event_stream and self._endpoint.ending is Ending.NAMED:
+                self._filters.append(ErrorReshaper(self._endpoint.api))
         if not self._filters:
             return self._client
         drain, buffered = self._client.drain, self._client.buffered
         return Client(self._filter, drain, buffered, chunked=False)
+
+    @property
+    def _endpoint(self) -> Endpoint:
+        return ENDPOINTS[self._record.route]
 
     def _filter(self, data: bytes) -> None:
         for each in self._filters:
@@ -204,7 +212,7 @@ class Stream:
         if events and not isinstance(error, ToldError):
             if relay is not None and not self._mended and sse.unfinished(relay.tail):
                 self._client.send(b"\n\n")
-            self._end_by(error.body())
+            self._end_by(error.code.status, error.body())
         elif events or self._framed:
             self._transport.close()
         else:
@@ -214,12 +222,14 @@ class Stream:
     def refuse(self, told: web.Response) -> web.StreamResponse:
         """Tell as an event what would have been the answer if there were no head."""
         self._record.outcome = "refused"
-        self._end_by(one_line(told))
+        assert isinstance(told.body, bytes), told
+        self._end_by(told.status, told.body)
         return self._response
 
-    def _end_by(self, error: bytes) -> None:
-        named = ENDPOINTS[self._record.route].ending is Ending.NAMED
-        self._client.send(sse.error_event(error, named=named))
+    def _end_by(self, status: int, error: bytes) -> None:
+        before = self._relay.tail if self._relay is not None else b""
+        event = shapes.error_event(self._endpoint.api, status, error, before)
+        self._client.send(event)
         self._transport.close()
 
     def drop(self) -> web.StreamResponse:

@@ -22,6 +22,7 @@ from gollama_proxy.routing.registry import RETRY_AFTER
 from gollama_proxy.settings import Config
 from gollama_proxy.wire import headers
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
+from gollama_proxy.wire.openai import api_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Dispatcher:
         except asyncio.CancelledError:
             if self._cutting and not request.writer.output_size:
                 task.uncancel()  # the client is still there, and was told nothing yet
-                return self._close_down(record)
+                return self._close_down(request, record)
             record.outcome = record.outcome or "client_gone"
             record.status = record.status or GONE
             raise
@@ -91,7 +92,7 @@ class Dispatcher:
         """Record a request that was no HTTP, and so never came to be handled."""
         remote, now = request.remote or "", self._clock()
         record = Record(id="-", method="-", remote=remote, started=now)
-        record.status = self._refuse(error, record).status
+        record.status = self._refuse(error, request, record).status
         self._conclude(record)
 
     def _conclude(self, record: Record) -> None:
@@ -119,7 +120,7 @@ class Dispatcher:
         except ProxyError as exc:
             if exc.code is Code.UNSUPPORTED_HTTP_VERSION:
                 answer_in_http_1_1(request)
-            response = self._refuse(exc, record)
+            response = self._refuse(exc, request, record)
             if isinstance(exc, RequestError) and not request.content.is_eof():
                 response.force_close()  # the body that nobody read is in the way
         except ConnectionError:  # the client left between two steps
@@ -129,7 +130,7 @@ class Dispatcher:
             logger.exception("request %s failed", record.id)
             detail = type(exc).__name__
             internal = HubError(Code.INTERNAL, "The hub failed.", detail=detail)
-            response = self._refuse(internal, record)
+            response = self._refuse(internal, request, record)
         if last or self._draining:
             response.force_close()
         if not response.prepared:
@@ -138,11 +139,13 @@ class Dispatcher:
         record.outcome = record.outcome or "complete"
         return response
 
-    def _refuse(self, error: ProxyError, record: Record) -> web.Response:
+    def _refuse(
+        self, error: ProxyError, request: web.BaseRequest, record: Record
+    ) -> web.Response:
         record.outcome = "error"
         record.error = error.code
         record.detail = error.detail
-        return error_response(error)
+        return error_response(error, api_of(request.raw_path))
 
     # --- Finding the handler ------------------------------------------------------
 
@@ -222,8 +225,8 @@ class Dispatcher:
         for task in self._running:
             task.cancel()
 
-    def _close_down(self, record: Record) -> web.Response:
-        response = self._refuse(draining(), record)
+    def _close_down(self, request: web.BaseRequest, record: Record) -> web.Response:
+        response = self._refuse(draining(), request, record)
         response.headers.update(record.headers)
         response.force_close()
         record.status = response.status

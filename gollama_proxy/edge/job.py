@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from gollama_proxy.edge.answer import Refusal
+from gollama_proxy.edge.answer import Refusal, in_shape_of
 from gollama_proxy.edge.delivery import Delivery, Stream, Whole
 from gollama_proxy.edge.request import Incoming
 from gollama_proxy.edge.slots import EVERY, Entry
@@ -330,7 +330,7 @@ class Job:
         self.record.outcome = "refused"
         if self.begun and self.delivery is not None:
             return self.delivery.refuse(self.last.told)
-        return self.last.told
+        return in_shape_of(self.incoming.endpoint.api, self.last.told)
 
     def break_off(self, error: ProxyError) -> web.StreamResponse:
         """End an answer that has begun and cannot be completed."""

@@ -23,7 +23,9 @@ from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.ops.connections import Connections
 from gollama_proxy.settings import Config
 from gollama_proxy.tls import Credentials
+from gollama_proxy.wire import shapes
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
+from gollama_proxy.wire.openai import Api
 
 SERVER = "gollama-proxy"
 # Seconds by which the deadline of an answer (`timeouts.write`) comes before that of its
@@ -233,7 +235,7 @@ class _Counted(_Protocol):
         super().connection_lost(exc)
 
 
-def error_response(error: ProxyError) -> web.Response:
+def error_response(error: ProxyError, api: Api = Api.OPENAI) -> web.Response:
     """Tell an error to a client that has not been told anything yet."""
     headers = {"Server": SERVER}
     if error.retry_after is not None:
@@ -248,7 +250,7 @@ def error_response(error: ProxyError) -> web.Response:
         headers["WWW-Authenticate"] = 'Bearer error="insufficient_scope"'
     return web.Response(
         status=error.code.status,
-        body=error.body(),
+        body=shapes.status_body(api, error.code.status, error.body()),
         content_type="application/json",
         headers=headers,
     )

@@ -53,13 +53,21 @@ class Endpoint(NamedTuple):
 
     @property
     def api(self) -> Api:
-        """Whose route it is; llama-server has some of OpenAI's without a `/v1` too."""
-        if "/messages" in self.path:
-            return Api.ANTHROPIC
-        if "/responses" in self.path:
-            return Api.RESPONSES
-        openai = self.path.startswith(("/v1/", "/chat/", "/rerank"))
-        return Api.OPENAI if openai else Api.NATIVE
+        """Whose route it is."""
+        return api_of(self.path)
+
+
+def api_of(path: str) -> Api:
+    """Return whose route a path is, or would be.
+
+    llama-server has some of OpenAI's without a `/v1`, too.
+    """
+    if path.startswith("/v1/messages"):
+        return Api.ANTHROPIC
+    if path.startswith(("/v1/responses", "/responses")):
+        return Api.RESPONSES
+    openai = path.startswith(("/v1/", "/chat/", "/rerank"))
+    return Api.OPENAI if openai else Api.NATIVE
 
 
 # Every accepted spelling of a path.  A worker gets the spelling that the client used:

@@ -180,23 +180,28 @@ class EventError(Private):
 
 
 class _ErrorEvent(Private):
-    error: EventError
+    error: EventError | None = None
+    # llama-server's event on `/v1/messages`, and that of Responses, have no object
+    # around what they tell.
+    type: str = ""
+    message: str = ""
+    code: int | str | None = None
 
 
 _decoder = msgspec.json.Decoder(_ErrorEvent)
+_ERROR_START = re.compile(rb'.{0,63}"(?:error"|message"\s*:\s*")', re.DOTALL)
 
 
 def error_in(data: bytes) -> EventError | None:
     """Read an event that is an error; None when it is anything else."""
-    if b'"error"' not in data[:64]:
+    if _ERROR_START.match(data) is None:
         return None
     try:
-        return _decoder.decode(data).error
+        event = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-
-
-def error_event(body: bytes, *, named: bool) -> bytes:
-    """Frame an error body as an event; `named` for APIs whose events have names."""
-    name = b"event: error\n" if named else b""
-    return b"%bdata: %b\n\n" % (name, body)
+    if event.error is not None:
+        return event.error
+    if event.type == "error" or (event.message and isinstance(event.code, int)):
+        return EventError(event.message, event.type, event.code)
+    return None

@@ -1,0 +1,212 @@
+"""Errors in the shape of the API that was called, so that its SDKs show the reason.
+
+    as a status
+      OpenAI, Responses, llama-server   {"error": {"message", "type", …}}
+      Anthropic                         {"type": "error", "error": {"type", "message"}}
+    in a stream
+      OpenAI, llama-server              the same, as data
+      Anthropic                         the same, as an event of the name `error`
+      Responses                         {"type": "error", "code", "message", "param",
+                                        "sequence_number"}, as an event of that name
+
+What is converted has OpenAI's shape, or whatever a worker says: llama-server has one
+shape for all of its routes, and others have theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from gollama_proxy.wire.openai import Api
+
+# The longest event that is looked at as a whole; an error has a few hundred bytes.
+MOST_HELD = 64 << 10
+_NO_REASON = "A worker refused the request without a reason that could be read."
+
+_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r){2}")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d{1,8})(?![\d.eE])')
+# How an event begins that is an error, from llama-server and from the APIs themselves.
+_BEGINNINGS = (
+    b"event: error",
+    b"event:error",
+    b'data: {"error"',
+    b'data:{"error"',
+    b'data: {"type":"error"',
+    b'data: {"type": "error"',
+)
+
+
+# --- As a status ------------------------------------------------------------------
+
+
+def status_body(api: Api, status: int, body: bytes) -> bytes:
+    """Give an error body the shape that its API has for one with a status."""
+    if api is not Api.ANTHROPIC or _is_anthropic(body):
+        return body
+    error = {**_read(body), "type": _anthropic_type(status)}
+    return msgspec.json.encode({"type": "error", "error": error})
+
+
+def _is_anthropic(body: bytes) -> bool:
+    told = _decoded(body)
+    return isinstance(told, dict) and told.get("type") == "error" and "error" in told
+
+
+def _anthropic_type(status: int) -> str:
+    """Return the `type` that Anthropic's API has for an error of this status."""
+    match status:
+        case 401:
+            return "authentication_error"
+        case 403:
+            return "permission_error"
+        case 404:
+            return "not_found_error"
+        case 413:
+            return "request_too_large"
+        case 429:
+            return "rate_limit_error"
+        case 503 | 529:
+            return "overloaded_error"
+        case 504:
+            return "timeout_error"
+        case _:
+            return "invalid_request_error" if status < 500 else "api_error"
+
+
+# --- In a stream ------------------------------------------------------------------
+
+
+def error_event(api: Api, status: int, body: bytes, before: bytes = b"") -> bytes:
+    """Write an error as the last event of a stream.
+
+    `status` is what it would have been without a stream, and `before` the end of what
+    the client has got.
+    """
+    match api:
+        case Api.ANTHROPIC:
+            body = _one_line(status_body(api, status, body))
+            return b"event: error\ndata: %b\n\n" % body
+        case Api.RESPONSES:
+            error = _read(body)
+            event = {"type": "error", **_responses(error, before)}
+            return b"event: error\ndata: %b\n\n" % msgspec.json.encode(event)
+        case Api.OPENAI | Api.NATIVE:
+            return b"data: %b\n\n" % _one_line(body)
+
+
+def _responses(error: dict[str, Any], before: bytes) -> dict[str, Any]:
+    """Write what OpenAI's reference lists for the `error` event of Responses."""
+    code, kind = error.get("code"), error.pop("type", None)
+    if not isinstance(code, str):  # llama-server has the status there
+        code = kind if isinstance(kind, str) else None
+    numbers = _SEQUENCE.findall(before)
+    number = int(numbers[-1]) + 1 if numbers else 0
+    return {"param": None, "sequence_number": number, **error, "code": code}
+
+
+def _one_line(body: bytes) -> bytes:
+    """Write an error body so that it can be the data of an event."""
+    told = _decoded(body)
+    if told is None:
+        error = {"message": _NO_REASON, "type": "server_error"}
+        told = {"error": {**error, "param": None, "code": None}}
+    return msgspec.json.encode(told)
+
+
+def _read(body: bytes) -> dict[str, Any]:
+    """Read the fields of an error, whatever its shape; `message` is a string."""
+    told = _decoded(body)
+    if isinstance(told, dict) and isinstance(told.get("error"), dict | str):
+        told = told["error"]
+    if isinstance(told, str):
+        return {"message": told}
+    error: dict[str, Any] = {"message": _NO_REASON}
+    if isinstance(told, dict):
+        error |= told
+        if not isinstance(error["message"], str):
+            error["message"] = _NO_REASON
+        if "message" not in told and isinstance(told.get("detail"), str):  # FastAPI
+            error["message"] = told["detail"]
+    return error
+
+
+def _decoded(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+class ErrorReshaper:
+    """Gives the error events of a worker's stream the shape of the API.
+
+    It is for the APIs whose events have names: there, llama-server writes an error
+    as none of their clients expects it.  What is no error passes as it comes.
+    """
+
+    __slots__ = ("_api", "_held", "_inside", "_last")
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._held = b""  # the beginning of an event that may be an error
+        self._inside = False  # of an event that is none
+        self._last = b""  # that was passed on
+
+    def __repr__(self) -> str:
+        return f"<ErrorReshaper {self._api.value} held={len(self._held)}>"
+
+    def feed(self, data: bytes) -> bytes:
+        """Take a piece of the stream; return what is decided by now."""
+        plain = not (self._held or self._inside) and b"error" not in data
+        if plain and data.endswith(b"\n\n"):  # whole events, as nearly always
+            self._last = data
+            return data
+        data = self._held + data
+        pieces: list[bytes] = []
+        start = 0
+        for blank in _BLANK_LINE.finditer(data):
+            event = data[start : blank.end()]
+            if not self._inside and event.startswith(_BEGINNINGS):
+                event = self._reshaped(event)
+            self._inside = False
+            pieces.append(event)
+            start = blank.end()
+        rest = data[start:]
+        if self._inside or not _may_be_error(rest):
+            self._inside = self._inside or bool(rest)
+            pieces.append(rest)
+            rest = b""
+        self._held = rest
+        passed = b"".join(pieces)
+        self._last = passed or self._last
+        return passed
+
+    def finish(self) -> bytes:
+        """Return what was held back, as there will be no more."""
+        held, self._held = self._held, b""
+        return held
+
+    def _reshaped(self, event: bytes) -> bytes:
+        lines = _LINE_END.split(event)
+        data = [line[5:].strip(b" ") for line in lines if line.startswith(b"data:")]
+        body = b"\n".join(data)
+        return error_event(self._api, _status_of(body), body, self._last)
+
+
+def _may_be_error(rest: bytes) -> bool:
+    if len(rest) > MOST_HELD:
+        return False
+    return bool(rest) and any(
+        rest.startswith(beginning) or beginning.startswith(rest)
+        for beginning in _BEGINNINGS
+    )
+
+
+def _status_of(body: bytes) -> int:
+    """Return the status that an error event stands for; llama-server names it."""
+    code = _read(body).get("code")
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
