@@ -25,7 +25,8 @@ SOURCES := gollama_proxy tests examples benchmarks setup.py
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
-	@echo "make test     the whole test suite, real llama-server included"
+	@echo "make test     the whole test suite, real llama-server included (with another one:"
+	@echo "              GOLLAMA_TEST_LLAMA_SERVER=/path/to/llama-server make test)"
 	@echo "make node     OpenAI's client for Node, which the tests use where it is"
 	@echo "make cov      the same, with branch coverage"
 	@echo "make lint     ruff and the import contracts"

@@ -66,7 +66,7 @@ async def test_what_nobody_reads_stays_with_the_worker(
             assert await settled(lambda: request.sent) < 50 * MIB
         assert not request.finished.is_set()
         wire.abort()
-        await worker.idle(1.0)
+        await worker.idle()
 
 
 async def test_many_clients_that_do_not_read_cost_little_each() -> None:

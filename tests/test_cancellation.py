@@ -103,28 +103,28 @@ async def uploading_the_window(worker: ScriptedWorker, hub: RunningHub) -> Wire:
 
 async def without_a_byte_back(worker: ScriptedWorker, hub: RunningHub) -> Wire:
     """llama-server says nothing at all until it has a free slot."""
-    worker.script(expect_eof(1.0))
+    worker.script(expect_eof())
     wire = await hub.open(CHAT, STREAM)
     await worker.received()
     return wire
 
 
 async def without_a_stream(worker: ScriptedWorker, hub: RunningHub) -> Wire:
-    worker.script(expect_eof(1.0))
+    worker.script(expect_eof())
     wire = await hub.open(CHAT, WHOLE)
     await worker.received()
     return wire
 
 
 async def behind_the_head(worker: ScriptedWorker, hub: RunningHub) -> Wire:
-    worker.script(send(sse_head() + chunk(ping())), notify("sent"), expect_eof(1.0))
+    worker.script(send(sse_head() + chunk(ping())), notify("sent"), expect_eof())
     wire = await hub.open(CHAT, STREAM)
     await worker.reached("sent")
     return wire
 
 
 async def in_the_stream(worker: ScriptedWorker, hub: RunningHub) -> Wire:
-    worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof(1.0))
+    worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())
     wire = await hub.open(CHAT, STREAM)
     assert await wire.read_event() == role()
     return wire
@@ -132,7 +132,7 @@ async def in_the_stream(worker: ScriptedWorker, hub: RunningHub) -> Wire:
 
 async def in_a_long_answer(worker: ScriptedWorker, hub: RunningHub) -> Wire:
     length = ("Content-Length", "1000")
-    worker.script(send(head(200, [length]) + b"{"), expect_eof(1.0))
+    worker.script(send(head(200, [length]) + b"{"), expect_eof())
     wire = await hub.open(CHAT, WHOLE)
     await wire.read_head()
     return wire
@@ -141,7 +141,7 @@ async def in_a_long_answer(worker: ScriptedWorker, hub: RunningHub) -> Wire:
 async def in_an_error(worker: ScriptedWorker, hub: RunningHub) -> Wire:
     """Nothing was passed on: an error is read whole first."""
     length = ("Content-Length", "1000")
-    worker.script(send(head(400, [length]) + b"{"), notify("sent"), expect_eof(1.0))
+    worker.script(send(head(400, [length]) + b"{"), notify("sent"), expect_eof())
     wire = await hub.open(CHAT, WHOLE)
     await worker.reached("sent")
     return wire
@@ -159,14 +159,14 @@ async def write_blocked(worker: ScriptedWorker, hub: RunningHub) -> Wire:
 
 async def uploading(worker: ScriptedWorker, hub: RunningHub) -> Wire:
     """The worker has a part of the body, and waits for more."""
-    worker.script(read_body(len(PROMPT)), notify("read"), expect_eof(1.0))
+    worker.script(read_body(len(PROMPT)), notify("read"), expect_eof())
     wire = await hub.open(CHAT, PROMPT, headers=[("Content-Length", "10000000")])
     await worker.reached("read")
     return wire
 
 
 async def uploading_in_chunks(worker: ScriptedWorker, hub: RunningHub) -> Wire:
-    worker.script(read_body(len(PROMPT)), notify("read"), expect_eof(1.0))
+    worker.script(read_body(len(PROMPT)), notify("read"), expect_eof())
     wire = await hub.wire()
     lines = ["POST /v1/chat/completions HTTP/1.1", "Host: hub"]
     lines += [f"Authorization: Bearer {hub.token()}", "Transfer-Encoding: chunked"]
@@ -309,7 +309,7 @@ async def test_a_client_that_leaves_while_its_worker_does_not_read(
         how(wire)
         worker.release("again")
         await in_flight(hub, 0)
-        await worker.idle(1.0)
+        await worker.idle()
         [request] = worker.requests
         assert not request.complete
         assert not hub.hub.registry.workers[0].in_doubt

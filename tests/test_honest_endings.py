@@ -120,14 +120,14 @@ FAULTS = {
         502,
         "worker_bad_response",
     ),
-    "silence": ((expect_eof(1.0),), 504, "worker_timeout"),
+    "silence": ((expect_eof(),), 504, "worker_timeout"),
     "silence behind a head": (
-        (send(sse_head()), expect_eof(1.0)),
+        (send(sse_head()), expect_eof()),
         504,
         "worker_timeout",
     ),
     "nothing but pings": (
-        (send(sse_head()), *[send(chunk(ping()))] * 3, expect_eof(1.0)),
+        (send(sse_head()), *[send(chunk(ping()))] * 3, expect_eof()),
         504,
         "worker_timeout",
     ),
@@ -160,7 +160,7 @@ async def test_a_worker_that_fails_before_its_answer_is_an_error_with_a_status(
         assert error["type"] == "server_error"
         assert worker.name in error["message"]
         assert response.header("x-gollama-worker") == worker.name
-        await worker.idle(1.0)
+        await worker.idle()
         assert len(worker.requests) == 1
         await pinged  # which only the failure can have caused
         assert the_worker(hub).state is State.READY
@@ -271,7 +271,7 @@ async def test_a_stream_that_breaks_off_ends_with_one_error(
         worker.script(send(sse_head()), *(send(chunk(e)) for e in EVENTS), *end)
         pinged = asyncio.create_task(worker.pinged(3))
         assert_broken_off(await ended(hub, STREAM), PREFIX + last, code)
-        await worker.idle(1.0)
+        await worker.idle()
         await pinged  # the worker was suspected
         assert the_worker(hub).in_flight == 0
 
@@ -530,7 +530,7 @@ async def test_a_workers_error_passes_as_it_is(
         assert response.status == status
         assert response.body == reply.partition(b"\r\n\r\n")[2]
         assert response.header("content-type") == "application/json; charset=utf-8"
-        await worker.idle(1.0)
+        await worker.idle()
         assert not the_worker(hub).in_doubt
         assert len(worker.control) == pings
 
@@ -653,7 +653,7 @@ async def test_a_stream_that_begins_with_an_error_is_an_error(
         pings = len(worker.control)
         worker.script(*event_stream(ping(), first))
         response = await hub.post(CHAT, STREAM)
-        await worker.idle(1.0)
+        await worker.idle()
         assert response.status == status
         error = error_of(response)
         assert (error["message"], error["type"]) == ("because", "oh")
@@ -669,13 +669,13 @@ async def test_a_request_has_a_limit_before_its_answer() -> None:
         ScriptedWorker() as worker,
         running_hub(worker, timeouts__request=0.1) as hub,
     ):
-        worker.script(expect_eof(1.0))
+        worker.script(expect_eof())
         response = await hub.post(CHAT, STREAM)
         assert response.status == 504
         error = error_of(response)
         assert error["code"] == "request_timeout"
         assert error["message"] == "The request took more than 0.1 s."
-        await worker.idle(1.0)
+        await worker.idle()
         assert not the_worker(hub).in_doubt
 
 
@@ -700,11 +700,11 @@ async def test_a_request_has_a_limit_in_its_stream(path: str) -> None:
         ScriptedWorker() as worker,
         running_hub(worker, timeouts__request=0.4) as hub,
     ):
-        worker.script(send(sse_head() + chunk(BEGUN)), notify("sent"), expect_eof(1.0))
+        worker.script(send(sse_head() + chunk(BEGUN)), notify("sent"), expect_eof())
         ending = await ended(hub, STREAM, path)
         named = path != CHAT
         assert_broken_off(ending, BEGUN, "request_timeout", named=named)
-        await worker.idle(1.0)
+        await worker.idle()
         assert the_worker(hub).in_flight == 0
         assert not the_worker(hub).in_doubt
 
@@ -715,12 +715,12 @@ async def test_a_request_has_a_limit_in_an_answer_that_is_no_stream() -> None:
         running_hub(worker, timeouts__request=0.4) as hub,
     ):
         worker.script(
-            send(head(200, [("Content-Length", "9")]) + b"{"), expect_eof(1.0)
+            send(head(200, [("Content-Length", "9")]) + b"{"), expect_eof()
         )
         ending = await ended(hub, WHOLE)
         assert ending.response.body == b"{"
         assert not ending.clean
-        await worker.idle(1.0)
+        await worker.idle()
 
 
 async def test_a_worker_whose_upload_fails_is_lost() -> None:
@@ -745,8 +745,8 @@ async def test_a_worker_whose_upload_fails_is_lost() -> None:
 async def test_a_hub_that_is_cut_off_says_so_in_its_streams() -> None:
     """Before the first byte with a status, afterwards with an event."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof(5.0))
-        worker.script(expect_eof(5.0))
+        worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())
+        worker.script(expect_eof())
         async with (
             await hub.open(CHAT, STREAM) as streaming,
             await hub.open(CHAT, STREAM) as waiting,

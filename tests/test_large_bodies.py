@@ -353,7 +353,7 @@ async def test_a_body_that_turns_out_bad_is_never_completed(
         response = await post(hub, body, chunked=chunked)
         assert response.status == 400
         assert code_of(response) == code
-        await worker.idle(1.0)
+        await worker.idle()
         assert not any(request.complete for request in worker.requests)
         assert len(worker.requests) <= 1
         assert len(worker.control) == pings, "nobody was suspected"
@@ -378,7 +378,7 @@ async def test_a_body_that_grows_beyond_the_limit_is_never_completed() -> None:
             response = await wire.read_response()
         assert response.status == 413
         assert code_of(response) == "body_too_large"
-        await worker.idle(1.0)
+        await worker.idle()
         assert not worker.requests[0].complete
 
 
@@ -392,7 +392,7 @@ async def test_a_body_that_stops_coming_is_given_up() -> None:
             response = await wire.read_response()
         assert response.status == 408
         assert code_of(response) == "body_timeout"
-        await worker.idle(1.0)
+        await worker.idle()
         assert not worker.requests[0].complete
 
 
@@ -405,7 +405,7 @@ async def test_chunks_that_are_none_are_a_bad_request(length: int) -> None:
         async with await post_chunked(hub, body, end=b"what?\r\n") as wire:
             response = await wire.read_response(timeout=2)
         assert response.status == 400
-        await worker.idle(1.0)
+        await worker.idle()
         assert not any(request.complete for request in worker.requests)
 
 
@@ -433,12 +433,12 @@ async def test_a_refusal_does_not_wait_for_the_rest_of_the_body(
     reply: bytes, status: int, text: str
 ) -> None:
     async with a_worker() as worker, running(worker) as hub:
-        worker.script(read_body(50_000), send(reply), expect_eof(1.0))
+        worker.script(read_body(50_000), send(reply), expect_eof())
         async with half_sent(hub) as wire:
             response = await wire.read_response()
         assert response.status == status
         assert text in response.json()["error"]["message"]
-        await worker.idle(1.0)
+        await worker.idle()
         [record] = hub.hub.registry.workers
         assert record.in_flight == 0
         assert not record.in_doubt
@@ -448,11 +448,11 @@ async def test_an_answer_does_not_wait_for_the_rest_of_the_body() -> None:
     """Odd, but allowed; its connection is not used again."""
     reply = head(200, [("Content-Length", "2"), ("Connection", "close")]) + b"{}"
     async with a_worker() as worker, running(worker) as hub:
-        worker.script(read_body(50_000), send(reply), expect_eof(1.0))
+        worker.script(read_body(50_000), send(reply), expect_eof())
         async with half_sent(hub) as wire:
             response = await wire.read_response()
         assert (response.status, response.body) == (200, b"{}")
-        await worker.idle(1.0)
+        await worker.idle()
 
 
 async def test_the_first_event_has_no_deadline_while_the_client_sends() -> None:
@@ -477,7 +477,7 @@ async def test_the_first_event_has_a_deadline_behind_the_body() -> None:
         a_worker() as worker,
         running(worker, timeouts__first_token=0.1) as hub,
     ):
-        worker.script(read_body(), expect_eof(1.0))
+        worker.script(read_body(), expect_eof())
         response = await post(hub, prompt(LARGE))
         assert response.status == 504
         assert code_of(response) == "worker_timeout"

@@ -14,7 +14,7 @@ from gollama_proxy import config
 from gollama_proxy.upstream import probe, tokenizer
 from gollama_proxy.wire.openai import ENDPOINTS
 from gollama_proxy.wire.usage import read
-from tests.fakes.hub import plain_hub, running_hub
+from tests.fakes.hub import running_hub
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
@@ -72,7 +72,7 @@ async def test_a_prompt_goes_to_the_worker_whose_context_it_fits(
 ) -> None:
     small = llama_server(tiny_model, slots=1, ctx=256)
     large = llama_server(tiny_model, slots=1, ctx=1024)
-    async with plain_hub(small, large) as hub:
+    async with running_hub(small, large) as hub:
         for _ in range(3):
             response = await hub.post(CHAT, ask(40))
             assert response.status == 200
@@ -88,7 +88,7 @@ async def test_a_prompt_goes_to_the_worker_whose_context_it_fits(
 async def test_the_official_client_knows_a_prompt_that_fits_nowhere(
     tiny_model: Path, llama_server: Callable[..., LlamaServer]
 ) -> None:
-    async with plain_hub(llama_server(tiny_model, slots=1, ctx=256)) as hub:
+    async with running_hub(llama_server(tiny_model, slots=1, ctx=256)) as hub:
         client = openai.AsyncOpenAI(base_url=f"{hub.url}/v1", api_key=hub.token())
         async with client:
             with pytest.raises(openai.BadRequestError) as caught:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from gollama_proxy.routing.breaker import State
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.waiting import DEADLINE, until
 from tests.real.llama import LlamaServer
 
@@ -55,7 +55,7 @@ async def test_a_stopped_worker_fails_nobody_and_is_taken_back(
 ) -> None:
     """SIGSTOP: it accepts connections and says nothing, the worst kind of dead."""
     servers = [llama_server(tiny_model, slots=16, ctx=16 * 256) for _ in range(3)]
-    async with plain_hub(*servers, **IMPATIENT) as hub:
+    async with running_hub(*servers, **IMPATIENT) as hub:
         stopped = hub.hub.registry.workers[0]
         allowance = stopped.pace_of("tiny").allowance(200)  # bytes, of the whole body
         servers[0].signal(signal.SIGSTOP)
@@ -82,7 +82,7 @@ async def test_a_killed_worker_fails_no_new_request(
 ) -> None:
     """What it had not begun to answer goes to the others."""
     servers = [llama_server(tiny_model, slots=16, ctx=16 * 256) for _ in range(2)]
-    async with plain_hub(*servers, **IMPATIENT) as hub:
+    async with running_hub(*servers, **IMPATIENT) as hub:
         servers[0].signal(signal.SIGKILL)
         results = await asyncio.gather(*(one_stream(hub) for _ in range(20)))
         alive = hub.hub.registry.workers[1].name
@@ -181,7 +181,7 @@ async def test_a_worker_is_killed_in_mid_answer_and_all_answers_are_whole(
 ) -> None:
     """Thirty at once on three workers, each the same to the last character."""
     servers = [llama_server(brisk_model, slots=16, ctx=16 * 256) for _ in range(3)]
-    async with plain_hub(*servers, **RESCUE) as hub:
+    async with running_hub(*servers, **RESCUE) as hub:
         expected = await unbroken(hub)
         prompts, lost = PROMPTS * 6, 10
         victim = hub.hub.registry.workers[0]
@@ -203,7 +203,7 @@ async def test_a_worker_that_is_told_to_end_takes_no_answer_along(
 ) -> None:
     """SIGTERM: llama-server does not drain, and may even fall silent before it ends."""
     servers = [llama_server(brisk_model, slots=4, ctx=4 * 256) for _ in range(2)]
-    async with plain_hub(*servers, timeouts__gap=2, **RESCUE) as hub:
+    async with running_hub(*servers, timeouts__gap=2, **RESCUE) as hub:
         expected = await unbroken(hub)
         results = await hit_in_mid_answer(
             hub, PROMPTS[:4], lambda: servers[0].signal(signal.SIGTERM)
@@ -217,7 +217,7 @@ async def test_a_worker_that_is_stopped_in_mid_answer_is_not_waited_for(
 ) -> None:
     """SIGSTOP: the connection lives, and no event comes any more."""
     servers = [llama_server(brisk_model, slots=4, ctx=4 * 256) for _ in range(2)]
-    async with plain_hub(*servers, timeouts__gap=1, **RESCUE) as hub:
+    async with running_hub(*servers, timeouts__gap=1, **RESCUE) as hub:
         expected = await unbroken(hub)
         try:
             results = await hit_in_mid_answer(
@@ -234,7 +234,7 @@ async def test_a_worker_that_is_restarted_is_taken_back_once_it_has_loaded(
 ) -> None:
     """It refuses, then says that it is loading, and nobody notices either."""
     servers = [llama_server(tiny_model, slots=16, ctx=16 * 256) for _ in range(2)]
-    async with plain_hub(*servers, **RESCUE) as hub:
+    async with running_hub(*servers, **RESCUE) as hub:
         for _ in range(3):
             servers[0].signal(signal.SIGKILL)
             servers[0].wait()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.waiting import until
 from tests.real.llama import LlamaServer
 
@@ -38,7 +38,7 @@ async def test_a_router_loads_on_demand_and_who_has_a_model_is_preferred(
         shutil.copy(tiny_model, tmp_path / "models" / f"{name}.gguf")
     mode = ("--models-dir", str(tmp_path / "models"), "--models-max", "1")
     servers = [llama_server(None, name=name, args=mode) for name in ("one", "two")]
-    async with plain_hub(*servers, health__interval=3600) as hub:
+    async with running_hub(*servers, health__interval=3600) as hub:
         workers = hub.hub.registry.workers
         assert await loaded(hub, "alpha") == await loaded(hub, "beta") == [False] * 2
         assert workers[0].context_of("alpha") is None
@@ -69,7 +69,7 @@ async def test_a_prompt_is_counted_by_a_router(
     (tmp_path / "models").mkdir()
     shutil.copy(tiny_model, tmp_path / "models" / "alpha.gguf")
     mode = ("--models-dir", str(tmp_path / "models"))
-    async with plain_hub(llama_server(None, args=mode)) as hub:
+    async with running_hub(llama_server(None, args=mode)) as hub:
         [worker] = hub.hub.registry.workers
         long = ask("alpha", messages=[{"role": "user", "content": "zo " * 3000}])
         first = await hub.post(CHAT, long)

@@ -17,7 +17,7 @@ import pytest
 
 from gollama_proxy.routing.worker import State
 from tests.fakes.client import TruncatedError, Wire
-from tests.fakes.hub import RunningHub, plain_hub
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.waiting import DEADLINE, until
 from tests.real.llama import LlamaServer
 
@@ -47,7 +47,7 @@ async def test_the_openai_client_completes(
     tiny_model: Path, llama_server: Start
 ) -> None:
     """The greedy text of the test model is known (it is the same in every build)."""
-    async with plain_hub(llama_server(tiny_model)) as hub, client_of(hub) as client:
+    async with running_hub(llama_server(tiny_model)) as hub, client_of(hub) as client:
         answer = await client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": "hello"}],
@@ -62,7 +62,7 @@ async def test_the_openai_client_completes(
 
 async def test_the_openai_client_streams(tiny_model: Path, llama_server: Start) -> None:
     """Pieces of a stream make up the text of the answer that is not streamed."""
-    async with plain_hub(llama_server(tiny_model)) as hub, client_of(hub) as client:
+    async with running_hub(llama_server(tiny_model)) as hub, client_of(hub) as client:
         stream = await client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": "hello"}],
@@ -84,7 +84,7 @@ async def test_the_openai_client_sees_models_and_errors_as_its_own(
     tiny_model: Path, llama_server: Start
 ) -> None:
     async with (
-        plain_hub(llama_server(tiny_model), models__strict_models=True) as hub,
+        running_hub(llama_server(tiny_model), models__strict_models=True) as hub,
         client_of(hub) as client,
     ):
         assert [model.id async for model in client.models.list()] == ["tiny"]
@@ -106,7 +106,7 @@ async def test_the_openai_client_sees_models_and_errors_as_its_own(
 async def test_a_name_that_nobody_serves_goes_to_the_only_model(
     tiny_model: Path, llama_server: Start
 ) -> None:
-    async with plain_hub(llama_server(tiny_model)) as hub, client_of(hub) as client:
+    async with running_hub(llama_server(tiny_model)) as hub, client_of(hub) as client:
         answer = await client.chat.completions.create(
             model="gpt-4o-mini",
             messages=[{"role": "user", "content": "hello"}],
@@ -146,7 +146,7 @@ async def test_the_rest_of_the_surface(
             "content",
         ),
     }
-    async with plain_hub(*workers) as hub:
+    async with running_hub(*workers) as hub:
         for path, (body, key) in requests.items():
             answer = await hub.post(path, body)
             assert answer.status == 200, (path, answer)
@@ -167,7 +167,7 @@ async def test_every_kind_of_stream_ends_cleanly(
 ) -> None:
     """How llama-server marks the end on each route is what the hub looks for."""
     body = chat(stream=True, prompt="zo", n_predict=8, input="zo", max_output_tokens=8)
-    async with plain_hub(llama_server(tiny_model)) as hub:
+    async with running_hub(llama_server(tiny_model)) as hub:
         async with await hub.open(path, body) as wire:
             ending = await wire.read_to_end()
         assert ending.clean
@@ -186,7 +186,7 @@ async def test_fifty_streams_are_shared_evenly_and_all_complete(
         llama_server(tiny_model, slots=32, ctx=32 * 256),
         llama_server(tiny_model, slots=32, ctx=32 * 256),
     ]
-    async with plain_hub(*workers) as hub, client_of(hub) as client:
+    async with running_hub(*workers) as hub, client_of(hub) as client:
 
         async def one() -> tuple[str, int]:
             raw = await client.chat.completions.with_raw_response.create(
@@ -221,7 +221,7 @@ async def test_a_client_that_leaves_frees_the_slot(
     slow_model: Path, llama_server: Start
 ) -> None:
     server = llama_server(slow_model, args=("--slots",))
-    async with plain_hub(server) as hub:
+    async with running_hub(server) as hub:
         async with await hub.open(
             "/v1/chat/completions", chat(stream=True, max_tokens=1000)
         ) as wire:
@@ -247,7 +247,7 @@ async def test_a_worker_that_is_killed_ends_its_answer_honestly(
 ) -> None:
     """The client gets what came, an error event, and no end that looks like one."""
     server = llama_server(slow_model)
-    async with plain_hub(server) as hub:
+    async with running_hub(server) as hub:
         async with await hub.open(
             "/v1/chat/completions", chat(stream=True, max_tokens=1000)
         ) as wire:
@@ -263,7 +263,7 @@ async def test_a_worker_that_comes_back_with_another_model_is_picked_up(
 ) -> None:
     """No restart of the hub: down is noticed, and what it serves is learnt again."""
     server = llama_server(tiny_model)
-    async with plain_hub(server, health__recheck=0.02, health__interval=0.1) as hub:
+    async with running_hub(server, health__recheck=0.02, health__interval=0.1) as hub:
         worker = hub.hub.registry.workers[0]
         assert (await hub.post("/v1/chat/completions", chat())).status == 200
         server.kill()
@@ -289,7 +289,7 @@ async def test_a_worker_behind_a_key_is_used_with_it(
     settings = tmp_path / "gollama.toml"
     settings.write_text(f'[[workers]]\nurl = "{server.url}"\napi_key_env = "LAB_KEY"\n')
     environ = {"LAB_KEY": "worker-key-1"}
-    async with plain_hub(environ=environ, file=settings) as hub:
+    async with running_hub(environ=environ, file=settings) as hub:
         answer = await hub.post("/v1/chat/completions", chat())
         assert answer.status == 200
         assert b"worker-key-1" not in json.dumps(answer.headers).encode() + answer.body

@@ -193,23 +193,23 @@ async def test_answers_after_which_a_connection_is_hung_up(
 async def test_an_attempt_that_is_left_early_hangs_up() -> None:
     """Which is how llama-server is told to stop generating."""
     async with ScriptedWorker() as worker, bench(worker.url) as made:
-        worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof(1.0))
+        worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())
         async with made.attempt() as attempt:
             relay = await attempt.send(outgoing())
             assert relay.status == 200
             assert repr(attempt) == "<Attempt on w <Connection ACTIVE used=1>>"
-        await worker.idle(1.0)
+        await worker.idle()
 
 
 async def test_an_attempt_that_is_cancelled_hangs_up() -> None:
     async with ScriptedWorker() as worker, bench(worker.url) as made:
-        worker.script(expect_eof(1.0))
+        worker.script(expect_eof())
         exchange = asyncio.create_task(made.exchange())
         await worker.received()
         exchange.cancel()
         with pytest.raises(asyncio.CancelledError):
             await exchange
-        await worker.idle(1.0)
+        await worker.idle()
 
 
 async def test_an_attempt_that_never_began_leaves_nothing() -> None:
@@ -306,10 +306,10 @@ async def test_the_first_event_has_a_deadline(script: tuple[Step, ...]) -> None:
         ScriptedWorker() as worker,
         bench(worker.url, timeouts__first_token=0.1) as made,
     ):
-        worker.script(*script, expect_eof(1.0))
+        worker.script(*script, expect_eof())
         with pytest.raises(WorkerError) as info:
             await made.exchange()
-        await worker.idle(1.0)
+        await worker.idle()
     assert info.value.code is Code.WORKER_TIMEOUT
     assert info.value.message == "Worker w sent nothing within 0.1 s."
 
@@ -327,7 +327,7 @@ async def test_the_deadline_does_not_run_while_the_body_is_on_its_way() -> None:
         ScriptedWorker() as worker,
         bench(worker.url, timeouts__first_token=0.1) as made,
     ):
-        worker.script(read_body(), expect_eof(1.0))
+        worker.script(read_body(), expect_eof())
         with pytest.raises(WorkerError) as info:
             await made.exchange(outgoing(rest=slowly(), length=len(BODY) + 1))
         assert gate.is_set()
@@ -350,7 +350,7 @@ async def test_a_body_that_turns_out_bad_is_not_completed() -> None:
             worker.script(read_body())
             with pytest.raises(RequestError, match="twice"):
                 await made.exchange(outgoing(rest=bad(), length=length))
-            await worker.idle(1.0)
+            await worker.idle()
             assert not (await worker.received()).complete
 
 
@@ -371,7 +371,7 @@ async def test_an_answer_may_come_before_the_body_has_gone() -> None:
         relay = await made.exchange(outgoing(rest=endless(), length=1 << 30))
         assert relay.status == 413
         assert ended.is_set()
-        await worker.idle(1.0)
+        await worker.idle()
 
 
 async def test_a_worker_that_does_not_read_stops_the_upload() -> None:

