@@ -13,6 +13,7 @@ from gollama_proxy.settings import STREAMED
 from tests.fakes.hub import running_hub
 from tests.fakes.replies import chunk, error_event, last_chunk, role, sse_head, token
 from tests.fakes.script import answer, chat_stream, reset, send, stall
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 from tests.test_real_workers import Start, busy_slots
 
@@ -147,7 +148,7 @@ async def test_a_client_that_leaves_frees_the_slot_beside_a_busy_one(
         other = await hub.open(CHAT, body | {"stream": True})
         await other.read_event()
         leaving = await hub.open(CHAT, body)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE):
             while await busy_slots(server) < 2:
                 await asyncio.sleep(0.05)
             leaving.abort()

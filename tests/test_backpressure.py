@@ -21,7 +21,7 @@ from tests.fakes.replies import (
     token,
 )
 from tests.fakes.script import Script, close, event_stream, send, stream_of
-from tests.fakes.waiting import settled
+from tests.fakes.waiting import DEADLINE, settled
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -105,7 +105,7 @@ async def test_a_client_that_stops_reading_is_dropped() -> None:
         worker.script(*stream_of_megabytes(100))
         wire = await hub.open(CHAT, STREAM, receive_buffer=4096)
         request = await worker.received()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await request.closed_by_peer.wait()
         await released(hub)
         [record] = hub.hub.registry.workers

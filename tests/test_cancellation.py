@@ -25,6 +25,7 @@ from tests.fakes.replies import (
     token,
 )
 from tests.fakes.script import expect_eof, notify, read_body, send, stream_of, wait
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -83,7 +84,7 @@ async def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
 async def settled(progress: Callable[[], int]) -> int:
     """Wait until something does not move any more; return how far it came."""
     before, still = -1, 0
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         while still < 5:
             await asyncio.sleep(0.01)
             now = progress()
@@ -214,7 +215,7 @@ async def test_a_client_that_leaves_takes_its_request_along(
         await in_flight(hub, len(reached))
         how(wire)
         for request in reached:
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(DEADLINE):
                 await request.closed_by_peer.wait()
         await in_flight(hub, 0)
         [record] = hub.hub.registry.workers
@@ -237,7 +238,7 @@ async def test_a_client_that_leaves_with_everything_full(
         wire = await write_blocked(worker, hub)
         [request] = worker.requests
         how(wire)
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(DEADLINE):
             await request.closed_by_peer.wait()
         await in_flight(hub, 0)
         [record] = hub.hub.registry.workers
@@ -363,7 +364,7 @@ async def test_a_client_that_leaves_after_done_has_had_it_all(
         wire.abort()
         await worker.idle()
         [served] = hub.hub.registry.workers
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             while served.in_flight:
                 await asyncio.sleep(0)
     [record] = [r for r in caplog.records if r.name == "gollama_proxy.access"]

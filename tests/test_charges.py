@@ -40,7 +40,7 @@ from tests.fakes.script import (
     wait,
 )
 from tests.fakes.streams import chat_chunk, delta, dump
-from tests.fakes.waiting import until
+from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import LlamaServer
 from tests.test_retries import InOrder
@@ -194,7 +194,7 @@ class Log(logging.Handler):
 
     async def line(self) -> dict[str, Any]:
         """Wait for the one request of this test to end."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             await self.arrived.wait()
         [line] = self.lines
         return line

@@ -20,7 +20,7 @@ from tests.fakes.client import TlsWire, TruncatedError, Wire
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, notify, reset, send, stall, stream_of, wait
-from tests.fakes.waiting import settled, until
+from tests.fakes.waiting import DEADLINE, settled, until
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -147,7 +147,7 @@ async def test_a_drain_does_not_wait_for_a_handshake(
     async with hub_of(authority, pair) as hub:
         async with await TlsWire.connect(hub.host, hub.port) as wire:
             await until(lambda: hub.hub.clients.open == 1)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE):
                 await hub.hub.drain()
             await wire.hung_up()
 
@@ -260,7 +260,7 @@ async def test_a_client_that_leaves_frees_its_worker(
         if left is not None:
             await left
         request = await worker.received()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(DEADLINE):
             await request.closed_by_peer.wait()
         await released(hub)
         [record] = hub.hub.registry.workers
@@ -279,7 +279,7 @@ async def test_a_client_that_half_closes_with_everything_full(
         request = await worker.received()
         await settled(lambda: request.sent)
         wire.half_close()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(DEADLINE):
             await request.closed_by_peer.wait()
         await released(hub)
 
@@ -319,7 +319,7 @@ async def test_a_client_that_stops_reading_is_dropped(
         worker.script(send(sse_head()), *[send(chunk(event))] * 100, stall())
         wire = await hub.open(CHAT, STREAM, receive_buffer=4096)
         request = await worker.received()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await request.closed_by_peer.wait()
         await released(hub)
         await until(lambda: hub.hub.clients.open == 0, 5)
@@ -432,7 +432,7 @@ async def test_a_drain_lets_streams_end(authority: Authority, pair: Pair) -> Non
             assert notified(wire)
             wire.close()
             idle.close()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE):
                 await draining
 
 
@@ -450,5 +450,5 @@ async def test_a_drain_cuts_visibly_at_its_limit(
                 assert not ending.clean
                 assert b"hub_draining" in ending.raw
                 wire.close()
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(DEADLINE):
                     await draining

@@ -18,7 +18,7 @@ from tests.fakes.authority import Authority
 from tests.fakes.client import TlsWire, Wire
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import HubProcess, hub_process
-from tests.fakes.waiting import until
+from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -77,7 +77,7 @@ async def test_one_address_does_not_keep_out_another() -> None:
             hub.host, hub.port, local_addr=("127.0.0.2", 0)
         )
         writer.write(b"GET /livez HTTP/1.1\r\nHost: hub\r\n\r\n")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
         writer.close()
         await writer.wait_closed()

@@ -31,6 +31,7 @@ from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.sse import EventError
 from tests.fakes.clock import Clock
 from tests.fakes.replies import error_event, event, ping, role, token
+from tests.fakes.waiting import DEADLINE
 
 JSON = (b"Content-Type", b"application/json; charset=utf-8")
 EVENTS = (b"Content-Type", b"text/event-stream")
@@ -59,7 +60,7 @@ def worded(kind: str = "server_error") -> bytes:
 
 
 async def refusal(relay: Relay) -> Refusal:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         found = await read_refusal(relay, "w")
     assert found is not None
     return found

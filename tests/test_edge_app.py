@@ -18,6 +18,7 @@ from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.hub import SECRET, running_hub
 from tests.fakes.replies import head
 from tests.fakes.script import read_body, send, stall, stream_of, wait
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -265,7 +266,7 @@ async def test_a_stream_that_does_not_finish_in_time_is_told() -> None:
         assert error["code"] == "hub_draining"
         assert error.keys() == {"message", "type", "param", "code"}
         request = worker.requests[0]
-        await asyncio.wait_for(request.closed_by_peer.wait(), 5)
+        await asyncio.wait_for(request.closed_by_peer.wait(), DEADLINE)
         # The worker did nothing wrong.
         [known] = hub.hub.registry.workers
         assert known.available
@@ -316,7 +317,7 @@ async def test_a_request_that_got_no_answer_yet_is_told() -> None:
         assert response.header("connection") == "close"
         assert response.header("x-gollama-worker") == worker.name
         assert await wire.read_eof() == b""
-        await asyncio.wait_for(request.closed_by_peer.wait(), 5)
+        await asyncio.wait_for(request.closed_by_peer.wait(), DEADLINE)
 
 
 @pytest.mark.parametrize("size", [100, 100_000])
@@ -372,7 +373,7 @@ async def test_an_abort_does_not_wait() -> None:
         worker.default(stall())
         wires = [await hub.open(CHAT, {"messages": []}) for _ in range(3)]
         await worker.received(3)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await hub.hub.abort()
         for wire in wires:
             assert error_code(await wire.read_response()) == "hub_draining"

@@ -30,6 +30,7 @@ from gollama_proxy.wire.errors import (
 )
 from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.clock import Clock
+from tests.fakes.waiting import DEADLINE
 
 ORIGIN = "http://localhost:3000"
 
@@ -97,7 +98,7 @@ class Running:
 
     async def recorded(self, n: int = 1) -> dict[str, Any]:
         """Wait until `n` requests have had their outcome; return the last."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             while len(self.lines) < n:
                 self.written.clear()
                 await self.written.wait()
@@ -670,7 +671,7 @@ async def test_a_preflight_on_an_unknown_path_is_not_found() -> None:
 async def test_nothing_running_is_finished_at_once() -> None:
     async with dispatching(ROUTES) as running:
         await running.get("/a")
-        await asyncio.wait_for(running.dispatcher.finish(60), 5)
+        await asyncio.wait_for(running.dispatcher.finish(60), DEADLINE)
 
 
 async def test_running_requests_may_finish() -> None:
@@ -686,7 +687,7 @@ async def test_running_requests_may_finish() -> None:
             await asyncio.sleep(0)
             assert not finish.done()
             waiting.go_on.set()
-            await asyncio.wait_for(finish, 5)
+            await asyncio.wait_for(finish, DEADLINE)
             assert (await one.read_response()).body == b"done"
             assert (await two.read_response()).body == b"done"
         assert running.outcomes() == {"complete": 2}
@@ -705,7 +706,7 @@ async def test_who_was_told_nothing_yet_is_told_why(
         await wire.get("/a", headers=[("Origin", ORIGIN)])
         await waiting.started.acquire()
         if how == "finish":
-            await asyncio.wait_for(running.dispatcher.finish(0.01), 5)
+            await asyncio.wait_for(running.dispatcher.finish(0.01), DEADLINE)
             assert "cutting 1 running request" in caplog.text
         else:
             running.dispatcher.cut()
@@ -730,7 +731,7 @@ async def test_an_answer_that_was_begun_is_cut_and_not_ended_well() -> None:
     ):
         await wire.get("/a")
         await waiting.started.acquire()
-        await asyncio.wait_for(running.dispatcher.finish(0), 5)
+        await asyncio.wait_for(running.dispatcher.finish(0), DEADLINE)
         ending = await wire.read_to_end()
         assert not ending.clean
         assert ending.raw.count(b"HTTP/1.1") == 1
@@ -757,7 +758,7 @@ async def test_a_handler_that_tidies_up_is_waited_for() -> None:
             done, _ = await asyncio.wait([finish], timeout=0.02)
             assert not done
             tidy.set()
-            await asyncio.wait_for(finish, 5)
+            await asyncio.wait_for(finish, DEADLINE)
             assert json.loads((await wire.read_response()).body)
 
 

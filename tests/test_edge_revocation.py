@@ -14,6 +14,7 @@ from gollama_proxy.edge import revocation
 from gollama_proxy.edge.revocation import Revocation
 from gollama_proxy.settings import Revoked
 from tests.fakes.clock import Clock
+from tests.fakes.waiting import DEADLINE
 
 HOUR = 3_600
 
@@ -188,7 +189,7 @@ async def test_it_looks_by_itself_until_it_is_stopped(
     it = List(tmp_path, "jti:a\n")
     watch = Revocation(str(it.file), Revoked(), changed)
     watch.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         while "the next comes" not in caplog.text:
             await asyncio.sleep(0.001)
         it.write("jti:b\n")

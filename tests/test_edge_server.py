@@ -26,7 +26,7 @@ from gollama_proxy.edge.server import (
 from gollama_proxy.settings import Config
 from gollama_proxy.wire.errors import Code, HubError, NoWorkerError, RequestError
 from tests.fakes.client import Wire, request_head
-from tests.fakes.waiting import until
+from tests.fakes.waiting import DEADLINE, until
 
 GET = b"GET / HTTP/1.1\r\nHost: hub\r\n\r\n"
 
@@ -259,7 +259,7 @@ async def test_a_handler_ends_when_its_client_leaves() -> None:
 
     async with serving(linger) as address, await Wire.connect(*address) as wire:
         await wire.send(GET)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await started.wait()
             wire.close()
             await cancelled.wait()

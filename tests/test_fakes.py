@@ -39,6 +39,7 @@ from tests.fakes.script import (
     stream_of,
     wait,
 )
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import LlamaServer
 
@@ -280,7 +281,7 @@ async def test_expect_eof_sees_every_kind_of_hang_up(how: str) -> None:
             await wire.post(CHAT, STREAM)
             await worker.reached("sent")
             getattr(wire, how)()
-            await asyncio.wait_for(worker.requests[0].finished.wait(), 5)
+            await asyncio.wait_for(worker.requests[0].finished.wait(), DEADLINE)
             await worker.idle()
 
 
@@ -374,7 +375,7 @@ async def test_body_can_be_read_in_part() -> None:
         async with await connect(worker) as wire:
             sending = asyncio.create_task(wire.post(CHAT, body))
             request = await worker.received()
-            await asyncio.wait_for(request.finished.wait(), 5)
+            await asyncio.wait_for(request.finished.wait(), DEADLINE)
             await asyncio.wait({sending})
             sending.exception()
         assert 1000 <= request.body_length < len(body)

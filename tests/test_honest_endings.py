@@ -714,9 +714,7 @@ async def test_a_request_has_a_limit_in_an_answer_that_is_no_stream() -> None:
         ScriptedWorker() as worker,
         running_hub(worker, timeouts__request=0.4) as hub,
     ):
-        worker.script(
-            send(head(200, [("Content-Length", "9")]) + b"{"), expect_eof()
-        )
+        worker.script(send(head(200, [("Content-Length", "9")]) + b"{"), expect_eof())
         ending = await ended(hub, WHOLE)
         assert ending.response.body == b"{"
         assert not ending.clean

@@ -50,7 +50,7 @@ from tests.fakes.script import (
     stall,
     stream_of,
 )
-from tests.fakes.waiting import until
+from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 from tests.test_upstream_probe import ping
 
@@ -356,7 +356,7 @@ async def test_an_answer_without_an_end_costs_no_memory() -> None:
         await wire.read_head()
         before = psutil.Process().memory_info().rss
         most, received = 0, 0
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE):
             while data := await asyncio.get_running_loop().sock_recv(wire._sock, MIB):
                 received += len(data)
                 most = max(most, psutil.Process().memory_info().rss)

@@ -33,7 +33,7 @@ from tests.fakes.script import (
     read_body,
     send,
 )
-from tests.fakes.waiting import settled
+from tests.fakes.waiting import DEADLINE, settled
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -160,7 +160,7 @@ async def test_200_megabytes_cost_the_hub_next_to_nothing(
         async with hub.growing_less_than(16 * MIB):
             async with await hub.open_head(CHAT, [framing]) as wire:
                 uploading = asyncio.create_task(upload(wire))
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(DEADLINE):
                     await digest.halfway.wait()
                 assert await settled(lambda: sent) < 100 * MIB
                 digest.go_on.set()

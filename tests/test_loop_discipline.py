@@ -14,6 +14,7 @@ from tests.fakes.authority import Authority
 from tests.fakes.process import HubProcess, hub_process
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, send
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -54,7 +55,7 @@ async def test_no_callback_takes_long_under_load(tmp_path: Path) -> None:
             environ={"PROBE_FILE": str(probe)},
             log__access="false",
         ) as hub:
-            async with asyncio.timeout(40), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(DEADLINE), asyncio.TaskGroup() as group:
                 for number in range(STREAMS):
                     group.create_task(ask(hub, stream=number % 3 > 0))
                 for _ in range(4):

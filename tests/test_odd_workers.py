@@ -35,6 +35,7 @@ from tests.fakes.script import (
     stall,
     wait,
 )
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 from tests.test_backpressure import stream_of_megabytes
 from tests.test_cancellation import (
@@ -257,7 +258,7 @@ async def test_a_client_that_half_closes_with_everything_full() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         wire = await write_blocked(worker, hub)
         wire.half_close()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(DEADLINE):
             await worker.requests[0].closed_by_peer.wait()
         await in_flight(hub, 0)
 

@@ -43,6 +43,7 @@ from tests.fakes.script import (
     stall,
     stream_of,
 )
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -371,7 +372,7 @@ class Collector(logging.Handler):
 
     async def lines(self, count: int) -> list[dict[str, Any]]:
         """Wait for so many: a client sees an answer's end before it is logged."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             while len(self.access) < count:
                 self.arrived.clear()
                 await self.arrived.wait()

@@ -21,6 +21,7 @@ from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, finish, last_chunk, sse_head, token
 from tests.fakes.script import close, send, stream_of
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -59,7 +60,7 @@ async def scrape(hub: RunningHub) -> Samples:
 
 async def scraped_until(hub: RunningHub, reached: Callable[[Samples], bool]) -> Samples:
     """Scrape until it is so: a client sees an answer's end before it is counted."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         while not reached(samples := await scrape(hub)):
             pass
     return samples

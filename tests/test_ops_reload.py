@@ -8,6 +8,7 @@ import pytest
 
 from gollama_proxy.ops import reload
 from gollama_proxy.ops.reload import Reloader
+from tests.fakes.waiting import DEADLINE
 
 
 class Item:
@@ -25,7 +26,7 @@ class Item:
 
 
 async def looked(item: Item, times: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         while len(item.looks) < times:
             await asyncio.sleep(0.005)
 

@@ -11,6 +11,7 @@ import pytest
 from gollama_proxy.routing.breaker import State
 from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -30,7 +31,7 @@ async def test_when_all_are_down_it_is_said_at_once_and_one_that_returns_serves(
     ):
         await one.down()
         await two.down()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             while hub.hub.registry.ready:
                 await asyncio.sleep(0.01)
         began = time.monotonic()
@@ -39,7 +40,7 @@ async def test_when_all_are_down_it_is_said_at_once_and_one_that_returns_serves(
         assert response.status == 503
         assert int(response.header("retry-after") or "") >= 1
         await two.up()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await two.pinged()
             while (response := await hub.post(CHAT, BODY)).status != 200:
                 await asyncio.sleep(0.01)

@@ -14,6 +14,7 @@ from gollama_proxy.edge import revocation
 from gollama_proxy.edge.revocation import Revocation
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import stream_of
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -40,7 +41,7 @@ async def status(hub: RunningHub, token: str) -> int:
 
 async def becomes(hub: RunningHub, token: str, expected: int) -> None:
     """Wait until a token gets another answer."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         while await status(hub, token) != expected:
             pass
 
@@ -86,7 +87,7 @@ async def test_a_file_that_is_lost_lets_nobody_in_again(
     file.write_text("sub:alice\n")
     async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
         file.unlink()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             while "the last good list stays" not in caplog.text:
                 await asyncio.sleep(0.001)
         assert await status(hub, hub.token()) == 401

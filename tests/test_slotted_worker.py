@@ -11,6 +11,7 @@ from benchmarks.crowd import connect
 from benchmarks.engine import Pace
 from benchmarks.llama_wire import WORD, pages
 from benchmarks.slotted_worker import Connection, Server, Spec
+from tests.fakes.waiting import DEADLINE
 
 SPEC = Spec(Pace(0.002, 0.0, 0.00001), slots=1, kept=0, token=3.0)
 
@@ -67,7 +68,7 @@ async def test_who_leaves_gives_the_slot_back() -> None:
         tasks = [
             asyncio.ensure_future(connect(each, port)) for each in (long, waits, last)
         ]
-        await asyncio.wait_for(long.started, 10)
+        await asyncio.wait_for(long.started, DEADLINE)
         waits.give_up()
         long.give_up()
         _, late = await asyncio.wait(tasks, timeout=10)

@@ -34,6 +34,7 @@ from tests.fakes.replies import (
     token,
 )
 from tests.fakes.script import close, send, wait
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -83,7 +84,7 @@ class Tap:
 
     async def has(self, expected: bytes) -> None:
         """Wait until the body has come to just this, and to no more."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             while len(self.body) < len(expected):
                 await self.wire._advance()
                 self.body += bytes(self.wire._body)

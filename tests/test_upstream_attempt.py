@@ -40,6 +40,7 @@ from tests.fakes.script import (
     stall,
     wait,
 )
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
@@ -70,7 +71,7 @@ class Bench:
 
     async def exchange(self, request: Outgoing | None = None) -> Relay:
         """Send a request, wait for its whole answer, and leave the attempt."""
-        async with asyncio.timeout(10), self.attempt() as attempt:
+        async with asyncio.timeout(DEADLINE), self.attempt() as attempt:
             relay = await attempt.send(request or outgoing())
             await relay.whole()
             return relay
@@ -390,7 +391,7 @@ async def test_a_worker_that_does_not_read_stops_the_upload() -> None:
         exchange = asyncio.create_task(made.exchange(request))
         await worker.reached("enough")
         before = -1
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             while taken != before:  # as long as buffers of the kernel fill
                 before = taken
                 await asyncio.sleep(0.05)

@@ -31,6 +31,7 @@ from tests.fakes.script import (
     send,
     stall,
 )
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHUNKED = head(200, [("Transfer-Encoding", "chunked")])
@@ -747,7 +748,7 @@ async def test_drain_ends_with_the_connection(how: str) -> None:
         connection.connection_lost(ConnectionResetError())
     else:
         connection.data_received(b"what?")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         await waiting
     await connection.drain()  # without a wait, from now on
     connection.resume_writing()
@@ -843,7 +844,7 @@ async def test_ends_as_the_kernel_tells_them(
     async with ScriptedWorker() as worker:
         worker.script(send(wire), end())
         async with asked(worker) as (connection, recorder):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE):
                 await recorder.done.wait()
             assert recorder.ended == complete
             assert not recorder.malformed
@@ -873,5 +874,5 @@ async def test_a_writer_that_outruns_its_worker_has_to_wait() -> None:
             else:
                 raise AssertionError("the writer was never told to wait")
             connection.close()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE):
                 await waiting

@@ -25,6 +25,7 @@ from gollama_proxy.settings import Health
 from gollama_proxy.upstream.pinger import Pinger, next_wait
 from gollama_proxy.upstream.probe import Finding
 from tests.fakes.clock import Clock
+from tests.fakes.waiting import DEADLINE
 
 GOOD = Finding(Check.OK, "ok", Description((Model("tiny"),)))
 LOADING = Finding(Check.LOADING, "loading model")
@@ -57,7 +58,7 @@ class Pings:
         return finding
 
     async def reached(self, number: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             while len(self.asked) < number:
                 self._changed.clear()
                 await self._changed.wait()
@@ -182,7 +183,7 @@ async def test_every_worker_is_asked_at_once_and_on_its_own() -> None:
         assert not first.done()
         hang.set()
         await told.reached(3)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await first
         assert found[0].state is State.READY
     assert repr(pinger) == "<Pinger running=0 of 3>"
@@ -329,6 +330,6 @@ async def test_workers_are_known_when_each_has_said_what_it_serves() -> None:
         known = asyncio.ensure_future(pinger.described())
         await pings.reached(2)
         assert not known.done()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await known
     assert worker.description is not None

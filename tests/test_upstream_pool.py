@@ -26,6 +26,7 @@ from gollama_proxy.upstream.pool import SPACING, ConnectionPool
 from gollama_proxy.wire.errors import Code, WorkerError
 from tests.fakes.clock import Clock
 from tests.fakes.replies import head
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 SHORT = head(200, [("Content-Length", "2")]) + b"{}"
@@ -359,7 +360,7 @@ async def test_a_worker_behind_tls(
         connection = await pool_of(f"https://127.0.0.1:{port}").dial()
         connection.start(answered := Answered())
         connection.write(b"GET / HTTP/1.1\r\n\r\n")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await answered.ended.wait()
         connection.close()
 

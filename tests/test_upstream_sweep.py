@@ -20,6 +20,7 @@ from gollama_proxy.upstream import sweep
 from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.upstream.sweep import Sweep
 from tests.fakes.clock import Clock
+from tests.fakes.waiting import DEADLINE
 
 LIMITS = Limits(jitter=0.0)
 
@@ -306,7 +307,7 @@ async def test_the_rounds_go_on_after_one_that_failed(
         stage.watching(Broken()),
     ):
         stage.sweep.start()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await enough.wait()
         await stage.sweep.stop()
     assert [record.getMessage() for record in caplog.records] == [

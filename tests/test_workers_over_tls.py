@@ -26,7 +26,7 @@ from tests.fakes.authority import Authority, Pair
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, finish, head, role, sse_head, token
 from tests.fakes.script import close, kill, reset, send, stall, stream_of
-from tests.fakes.waiting import until
+from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -112,7 +112,7 @@ async def test_a_client_that_leaves_frees_it(
             await wire.read_event()
             wire.close()
             request = await worker.received()
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(DEADLINE):
                 await request.closed_by_peer.wait()
 
 

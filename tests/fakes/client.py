@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import h11
 
-DEADLINE = 20.0  # of every wait: a test that hangs should say on what
+from tests.fakes.waiting import DEADLINE
 
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 

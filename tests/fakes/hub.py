@@ -7,7 +7,6 @@ import contextlib
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -17,20 +16,12 @@ import jwt
 from gollama_proxy import config
 from gollama_proxy.edge.app import Hub
 from tests.fakes.client import Response, TlsWire, Wire
+from tests.fakes.waiting import DEADLINE
 
 SECRET = "0123456789abcdef" * 4
 MINT = "mint a token"  # instead of a token: one is made, with the default claims
 
-# Switches off what makes up for a worker's faults, or changes what it is asked.
-PLAIN = {
-    "retry__attempts": 1,
-    "rescue__enabled": False,
-    "upstream__assemble": "",
-    "routing__policy": "round_robin",
-}
-
 _SCOPES = {"/metrics": {"scope": "metrics"}}  # what a GET takes beside a token
-_GRACE = 5.0  # for tasks that were cancelled to end
 
 
 class HasUrl(Protocol):
@@ -150,7 +141,7 @@ async def running_hub(
         await hub.start()
         running = RunningHub(hub, claims or {}, trust)
         if ready:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE):
                 await hub.ready()
         yield running
     finally:
@@ -161,13 +152,6 @@ async def running_hub(
     await _assert_no_tasks(before)
     held = {str(worker): worker.in_flight for worker in hub.registry.workers}
     assert not any(held.values()), f"still in flight after the end: {held}"
-
-
-def plain_hub(
-    *workers: HasUrl | str, **settings: Any
-) -> AbstractAsyncContextManager[RunningHub]:
-    """Run a hub that repairs nothing: the client sees what a worker does."""
-    return running_hub(*workers, **(PLAIN | settings))
 
 
 def mint(secret: str = SECRET, algorithm: str = "HS256", **claims: Any) -> str:
@@ -201,5 +185,5 @@ async def _assert_no_tasks(before: set[asyncio.Task[Any]]) -> None:
         and task is not asyncio.current_task()
     }
     if left:
-        _, left = await asyncio.wait(left, timeout=_GRACE)
+        _, left = await asyncio.wait(left, timeout=DEADLINE)
     assert not left, f"the hub left tasks: {left}"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from tests.fakes import replies
 from tests.fakes.replies import MODEL, chunk, last_chunk, sse_head
+from tests.fakes.waiting import DEADLINE
 
 if TYPE_CHECKING:
     from tests.fakes.exchange import Exchange
@@ -128,7 +129,7 @@ async def close(exchange: Exchange) -> None:
 
 
 @_step
-async def expect_eof(exchange: Exchange, timeout: float = 5.0) -> None:
+async def expect_eof(exchange: Exchange, timeout: float = DEADLINE) -> None:
     """Wait for the peer to hang up; the worker's exit fails when it does not."""
     try:
         async with asyncio.timeout(timeout):

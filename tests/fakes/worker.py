@@ -20,8 +20,7 @@ from tests.fakes import replies
 from tests.fakes.answers import CONTROL
 from tests.fakes.exchange import Exchange, Request
 from tests.fakes.script import Script, Step, send, stall
-
-DEADLINE = 10.0  # of the waits below: a test that hangs should say on what
+from tests.fakes.waiting import DEADLINE
 
 
 class ScriptedWorker:
