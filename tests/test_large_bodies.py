@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.routing.worker import State
+from gollama_proxy.routing.worker import Check, Description, Model, State
+from tests.fakes.backlog import full_backlog
 from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.exchange import Exchange
 from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.pool import InOrder
 from tests.fakes.process import hub_process
 from tests.fakes.replies import (
     chat_completion,
@@ -494,3 +496,58 @@ async def test_what_streams_is_not_sent_twice() -> None:
         assert [request.reused for request in worker.requests] == [False, False]
         [record] = hub.hub.registry.workers
         assert record.state is State.READY
+
+
+# --- Workers that cannot be reached -----------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def unreachable(way: str) -> AsyncIterator[str]:
+    """The address of a worker that takes no connection, or no TLS."""
+    if way == "no answer":
+        with full_backlog() as url:
+            yield url
+        return
+    async with ScriptedWorker(up=way == "no TLS") as worker:
+        yield {
+            "refused": worker.url,
+            "no such name": f"http://no-such-name.invalid:{worker.port}",
+            "no TLS": f"https://{worker.name}",
+        }[way]
+        worker.violations.clear()  # a TLS hello is no request
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
+@pytest.mark.parametrize("way", ["refused", "no such name", "no answer", "no TLS"])
+async def test_a_large_body_goes_elsewhere_if_its_worker_cannot_be_reached(
+    way: str, chunked: bool
+) -> None:
+    """Nothing of it has been consumed, so nothing is lost."""
+    quiet = {"health__interval": 3600, "health__recheck": 3600}
+    async with (
+        unreachable(way) as url,
+        a_worker() as good,
+        running_hub(
+            url,
+            good,
+            limits__replay_window=WINDOW,
+            limits__model_window=4 * WINDOW,
+            timeouts__connect=0.1,
+            breaker__ramp=0,
+            models__aliases={"an-alias": "tiny"},
+            **quiet,
+        ) as hub,
+    ):
+        hub.hub.registry.policy = InOrder()
+        [bad, _] = hub.hub.registry.workers
+        bad.observe(Check.OK, "by the test", Description((Model("tiny"),)))
+        good.script(read_body(), *OK)
+        body = prompt(LARGE, before='"model":"an-alias",')
+        response = await post(hub, body, chunked=chunked)
+        assert response.status == 200
+        assert response.header("x-gollama-attempts") == "2"
+        [request] = good.requests
+        sent = prompt(LARGE, before='"model":"tiny",')
+        assert request.body == sent
+        told = None if chunked else str(len(sent))
+        assert request.header("content-length") == told

@@ -8,7 +8,7 @@ import datetime
 import ipaddress
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from gollama_proxy.upstream import pool as pools
 from gollama_proxy.upstream.connection import Connection, State
 from gollama_proxy.upstream.pool import SPACING, ConnectionPool
 from gollama_proxy.wire.errors import Code, WorkerError
+from tests.fakes.backlog import full_backlog
 from tests.fakes.clock import Clock
 from tests.fakes.replies import head
 from tests.fakes.waiting import DEADLINE
@@ -214,20 +215,6 @@ async def test_a_worker_that_refuses_is_unreachable() -> None:
     assert error.code is Code.WORKER_UNREACHABLE
     assert error.message == f"Worker {worker.name} cannot be reached."
     assert "refused" in error.detail
-
-
-@contextlib.contextmanager
-def full_backlog() -> Iterator[str]:
-    """Yield the URL of a listener whose queue is full: it leaves every SYN alone."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(
-            socket.create_server(("127.0.0.1", 0), backlog=0)
-        )
-        for _ in range(2):  # the kernel adds one place
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(listener.getsockname())
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 async def test_a_worker_that_does_not_accept_has_a_deadline() -> None:

@@ -294,7 +294,7 @@ class Inference:
             headers.to_worker(job.request.raw_headers),
             body,
             None if incoming.replayable else incoming.rest(),
-            len(body) if incoming.replayable else incoming.length,
+            len(body) if incoming.replayable else incoming.length_behind(body),
         )
         patience = job.patience_with(worker, loads=lease.loads)
         lease.prompt_bytes = incoming.size

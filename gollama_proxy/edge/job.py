@@ -279,7 +279,7 @@ class Job:
     def pause_before_next(self, refusal: Refusal) -> float | None:
         """Decide whether somebody is asked again, and when; None if this is final."""
         self.last = refusal
-        if not self.incoming.replayable or (self.fed and self.rescue is None):
+        if not self.incoming.untouched or (self.fed and self.rescue is None):
             return None
         if refusal.overflow is not None and refusal.overflow.tokens:
             self.attempts.needs[self.attempts.pool.model] = refusal.overflow.tokens

@@ -86,6 +86,11 @@ class Incoming:
         return self.complete and not self._streamed
 
     @property
+    def untouched(self) -> bool:
+        """Whether it can still be sent from its beginning, if only once."""
+        return not self._streamed
+
+    @property
     def model(self) -> str | None:
         """The model that the client named, as far as the body was read."""
         field = self._found.get("model")
@@ -131,9 +136,11 @@ class Incoming:
             start = end = self._scanner.opened_at
             comma = b"" if self._scanner.is_empty_object else b","
             text = b'"model":' + fields.encode(model) + comma
-        if self.length is not None:
-            self.length += len(text) - (end - start)
         return kept[:start] + text + kept[end:]
+
+    def length_behind(self, body: bytes) -> int | None:
+        """Return the length of `body` and the rest; None if that is not known."""
+        return None if self.length is None else self.length - self.size + len(body)
 
     def forget(self) -> None:
         """Let go of what was kept: the answer has begun, nothing is sent again."""

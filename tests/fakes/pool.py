@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from gollama_proxy.routing.lease import Lease
+from gollama_proxy.routing.policies import Ask, Fits, Policy
 from gollama_proxy.routing.worker import Check, Description, Model, Worker
 from gollama_proxy.settings import Health, Origin, WorkerConfig
 from tests.fakes.clock import Clock
@@ -71,3 +72,10 @@ def among(*some: Worker) -> Callable[[Worker], bool]:
 
 def indexes(workers: Sequence[Worker]) -> list[int]:
     return [each.index for each in workers]
+
+
+class InOrder(Policy):
+    """A policy for tests: the first worker that there is."""
+
+    def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
+        return next(filter(fits, workers), None)
