@@ -532,6 +532,35 @@ async def test_a_model_that_fails_takes_the_other_models_of_its_worker_along_not
         assert [request.json()["model"] for request in bad.requests] == ["ill", "ill"]
 
 
+async def test_a_model_that_is_unavailable_for_ever_is_broken() -> None:
+    """Its canaries find its return; until then they are all that it is asked."""
+    async with (
+        ScriptedWorker("ill", "well") as worker,
+        running_hub(
+            worker,
+            health__interval=RARELY,
+            breaker__busy_max=0,
+            breaker__open=0.05,
+            breaker__open_max=0.05,
+            breaker__consecutive=3,
+        ) as hub,
+    ):
+        worker.default(send(error_reply(503, "no")))
+        [record] = hub.hub.registry.workers
+        breaker = record.breaker_of("ill")
+        for _ in range(3):
+            if breaker.closed:
+                await hub.post(CHAT, {"model": "ill", **STREAM})
+        assert breaker.transitions[State.OPEN] == 1
+        worker.default(*stream_of(2))
+        assert (await hub.post(CHAT, {"model": "well", **STREAM})).status == 200
+        worker.default(*answer({"choices": []}))
+        await until(lambda: breaker.state is State.HALF_OPEN)
+        await proofs(hub)
+        await proofs(hub)
+        assert breaker.closed
+
+
 # --- Slow -------------------------------------------------------------------------
 
 

@@ -160,8 +160,13 @@ async def test_a_503_says_to_come_back(body: bytes) -> None:
         (b"30", 30.0),
         (b"", 1.0),
         (b"-3", 1.0),
-        (b"1.5", 1.0),
-        (b"Fri, 31 Dec 1999 23:59:59 GMT", 1.0),
+        (b"1.5", 1.5),
+        (b"1.5.", 1.0),
+        (b"soon", 1.0),
+        (b"nan", 1.0),
+        (b"Fri, 31 Dec 1999 23:59:59 GMT", 0.0),
+        (b"Fri, 31 Dec 1999 23:59:59", 0.0),
+        (b"Fri, 99 Dec 1999 23:59:59 GMT", 1.0),
         ("٣".encode(), 1.0),
         (b"9" * 400, float("inf")),
     ],
@@ -172,6 +177,15 @@ async def test_how_long_a_busy_worker_is_left_alone(
     """As it asks, in seconds; one second where it does not say so."""
     headers = [JSON] if given is None else [JSON, (b"Retry-After", given)]
     assert (await refusal(received(status, worded(), *headers))).busy == seconds
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_moment_is_read_by_the_clock_of_the_worker(status: int) -> None:
+    date = (b"Date", b"Tue, 01 Jan 2030 10:00:00 GMT")
+    until = (b"Retry-After", b"Tue, 01 Jan 2030 10:00:30 GMT")
+    assert (await refusal(received(status, worded(), JSON, date, until))).busy == 30
+    later = (b"Retry-After", b"Tue, 01 Jan 9999 10:00:00 GMT")
+    assert ((await refusal(received(status, worded(), JSON, later))).busy or 0) > 1e9
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,50 @@ async def test_a_prompt_that_is_too_long_goes_to_a_fallback_with_more_context() 
         assert not tight.requests
 
 
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_model_that_is_only_busy_has_its_fallback_on_the_same_machine(
+    status: int,
+) -> None:
+    """For the request that it refuses, and for those that come while it is busy."""
+    async with (
+        ScriptedWorker("big", "small") as worker,
+        running_hub(
+            worker, models__fallbacks="big=small", health__interval=3600
+        ) as hub,
+    ):
+        reply = error_reply(status, "later").replace(
+            b"\r\n", b"\r\nRetry-After: 30\r\n", 1
+        )
+        worker.script(send(reply))
+        for attempts in (2, 1):
+            response = await hub.post(CHAT, BODY | {"model": "big"})
+            assert response.status == 200
+            assert response.header("x-gollama-attempts") == str(attempts)
+        asked = [request.json()["model"] for request in worker.requests]
+        assert asked == ["big", "small", "small"]
+
+
+async def test_an_error_that_two_workers_agree_on_is_not_told_before_a_fallback() -> (
+    None
+):
+    async with (
+        ScriptedWorker("big") as one,
+        ScriptedWorker("big") as two,
+        ScriptedWorker("small") as small,
+        running_hub(
+            one, two, small, models__fallbacks="big=small", health__interval=3600
+        ) as hub,
+    ):
+        for worker in (one, two):
+            worker.default(send(error_reply(500, "no eyes")))
+        response = await hub.post(CHAT, BODY | {"model": "big"})
+        assert answered(response, small, 3)
+        small.default(send(error_reply(500, "no eyes either")))
+        response = await hub.post(CHAT, BODY | {"model": "big"})
+        assert response.json()["error"]["message"] == "no eyes either"
+        assert response.status == 500
+
+
 async def test_when_nobody_can_the_last_refusal_is_told() -> None:
     async with family() as (*workers, hub):
         for worker in workers:

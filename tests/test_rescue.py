@@ -449,6 +449,26 @@ async def test_a_fallback_goes_on_before_the_same_worker_does() -> None:
     assert b'"model":"small"' in ending.raw
 
 
+async def test_a_fallback_goes_on_before_a_worker_that_has_failed_the_answer() -> None:
+    """Two workers of the model have, and the fallback has not."""
+    one, two, small = ScriptedWorker("big"), ScriptedWorker("big"), ScriptedWorker("s")
+    async with pool(one, two, small, models__fallbacks="big=s") as (_, hub):
+        one.script(*partial(reset(), texts=FIRST[:2]))
+        two.script(*partial(reset(), texts=["".join(FIRST[:2]), *FIRST[2:]]))
+        small.script(*continued(model="s"))
+        assert complete(await asked(hub, BODY | {"model": "big"}), rescued=2)
+        assert (len(one.requests), len(two.requests)) == (1, 1)
+
+
+async def test_what_a_worker_refuses_uses_up_no_continuation() -> None:
+    """So that it can still be asked for the whole answer again."""
+    async with pool(rescue__attempts=1) as ([bad, good], hub):
+        bad.script(*partial(reset()))
+        good.script(send(error_reply(400, "no prefill", "invalid_request_error")))
+        good.script(*chat_stream(FIRST + REST))
+        assert complete(await asked(hub))
+
+
 # --- Workers that let nobody begin an answer for them -----------------------------
 
 

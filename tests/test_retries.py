@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from gollama_proxy.routing.breaker import Breaker, Verdict
-from gollama_proxy.routing.policies import Ask, Fits, Policy
 from gollama_proxy.routing.worker import Worker
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.pool import InOrder
 from tests.fakes.replies import (
     chunk,
     error_event,
@@ -91,13 +91,6 @@ async def two(**settings: Any) -> AsyncIterator[tuple[Any, Any, RunningHub]]:
     ):
         hub.hub.registry.policy = InOrder()
         yield first, second, hub
-
-
-class InOrder(Policy):
-    """A policy for tests: the first worker that there is."""
-
-    def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
-        return next(filter(fits, workers), None)
 
 
 def records(hub: RunningHub) -> list[Worker]:
@@ -324,6 +317,51 @@ async def test_a_busy_worker_that_can_be_asked_at_once_is(again: str) -> None:
         assert answered(await hub.post(CHAT, WHOLE), worker, 2)
 
 
+@pytest.mark.parametrize("asked", ["86400", "9" * 400])
+async def test_a_worker_cannot_ask_for_more_time_than_it_may_have(asked: str) -> None:
+    """Beyond that it is not believed, so that a short limit makes it worth waiting."""
+    async with one(breaker__busy_max=0.1) as (worker, hub):
+        worker.script(*busy(asked))
+        assert answered(await hub.post(CHAT, WHOLE), worker, 2)
+
+
+async def test_a_request_that_comes_while_the_only_worker_is_busy_waits_as_well() -> (
+    None
+):
+    """No longer than for `retry.patience`; what is to last longer is told at once."""
+    async with one(breaker__busy_max=0.3) as (worker, hub):
+        [record] = records(hub)
+        record.breaker_of("tiny").busy(0.3)
+        assert not record.can_serve("tiny")
+        assert answered(await hub.post(CHAT, WHOLE), worker, 1)
+    async with one() as (worker, hub):
+        records(hub)[0].breaker_of("tiny").busy(30)
+        response = await hub.post(CHAT, WHOLE)
+        assert response.status == 503
+        assert b"1 busy" in response.body
+        assert response.header("retry-after") == "30"
+        assert not worker.requests
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_busy_with_one_model_is_not_busy_with_another(status: int) -> None:
+    refuses = send(
+        with_headers(error_reply(status, "later"), ("Retry-After", "30")),
+    )
+    async with (
+        ScriptedWorker("one", "other") as worker,
+        running_hub(worker, health__interval=RARELY) as hub,
+    ):
+        worker.script(refuses)
+        refused = await hub.post(CHAT, WHOLE | {"model": "one"})
+        assert refused.status == status
+        for _ in range(2):
+            response = await hub.post(CHAT, WHOLE | {"model": "other"})
+            assert response.status == 200
+        assert (await hub.post(CHAT, WHOLE | {"model": "one"})).status == 503
+        assert len(worker.requests) == 3
+
+
 async def test_a_worker_that_is_busy_for_long_is_not_waited_for() -> None:
     """Its 429 goes to the client with the moment to come back at."""
     async with one() as (worker, hub):
@@ -516,14 +554,12 @@ async def test_a_whole_answer_that_is_cut_is_not_tried_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["reset", "500", "loading", "429", "garbage", "gone", "overflow"]
+    "fault", ["reset", "500", "loading", "429", "garbage", "overflow"]
 )
 async def test_a_body_beyond_the_replay_window_is_not_tried_again(fault: str) -> None:
     """It is not there any more."""
     async with two(limits__replay_window=4096) as (bad, good, hub):
-        if fault == "gone":
-            await bad.down()
-        bad.default(*({**FAULTS, "gone": (), "overflow": overflow()}[fault]))
+        bad.default(*({**FAULTS, "overflow": overflow()}[fault]))
         payload = {"model": "tiny", "messages": [], "padding": "x" * 300_000}
         response = await hub.post(CHAT, payload)
         assert response.status >= 400

@@ -280,6 +280,54 @@ def test_a_busy_worker_is_not_asked_for_a_proof() -> None:
     assert breaker.permit() is not None
 
 
+def test_it_is_left_alone_for_as_long_as_it_may_ask_for() -> None:
+    breaker, _ = make()
+    assert breaker.busy(3) == 3
+    assert breaker.busy(1e9) == STEADY.busy_max
+
+
+def test_to_be_unavailable_again_and_again_is_to_be_broken() -> None:
+    """Canaries find out when it is good again, as of any that is broken."""
+    breaker, clock = make()
+    for _ in range(STEADY.consecutive - 1):
+        breaker.busy(1, unavailable=True)
+        clock.advance(1)
+    assert breaker.closed
+    breaker.busy(1, unavailable=True)
+    assert breaker.state is State.OPEN
+    assert breaker.causes[Cause.CONSECUTIVE] == 1
+    clock.advance(breaker.opens_in())
+    breaker.busy(1, unavailable=True)
+    assert breaker.state is State.HALF_OPEN
+    clock.advance(1)
+    prove(breaker, True, True)
+    assert breaker.closed
+
+
+def test_requests_that_were_under_way_together_are_unavailable_once() -> None:
+    breaker, _ = make()
+    for _ in range(9 * STEADY.consecutive):
+        breaker.busy(1, unavailable=True)
+    assert breaker.closed
+
+
+def test_a_worker_with_too_many_requests_is_never_broken() -> None:
+    breaker, clock = make()
+    for _ in range(9 * STEADY.consecutive):
+        breaker.busy(1)
+        clock.advance(1)
+    assert breaker.closed
+
+
+def test_a_good_answer_ends_a_row_of_being_unavailable() -> None:
+    breaker, clock = make()
+    for _ in range(9 * STEADY.consecutive):
+        breaker.busy(1, unavailable=True)
+        clock.advance(1)
+        record(breaker, GOOD)
+    assert breaker.closed
+
+
 # --- Whom it lets in --------------------------------------------------------------
 
 

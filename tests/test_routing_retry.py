@@ -15,6 +15,7 @@ from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.retry import (
     AGAIN,
     BEGUN,
+    DECLINED,
     FREE,
     LATER,
     PAUSE,
@@ -36,6 +37,7 @@ ELSEWHERE = [
     Failure.SILENT,
     Failure.MALFORMED,
     Failure.KEY,
+    Failure.MODEL,
 ]
 
 
@@ -156,7 +158,20 @@ def test_nobody_is_left_when_the_attempts_are_used_up(limit: int) -> None:
         made.begin(each)
     assert not made.has_other()
     for failure in ELSEWHERE:
-        assert made.retry_after(failure, 0.0) is None
+        if failure is not Failure.UNREACHABLE:
+            assert made.retry_after(failure, 0.0) is None
+
+
+def test_a_worker_that_was_not_reached_uses_up_no_attempt() -> None:
+    """Of as many as there are, the one that can be reached gets the request."""
+    workers = [worker(name) for name in "abcd"]
+    made = attempts(*workers, attempts=1, budget=broke())
+    for each in workers[:3]:
+        made.begin(each)
+        assert made.retry_after(Failure.UNREACHABLE) == 0.0
+    assert made.candidates() == workers[3:]
+    made.begin(workers[3])
+    assert made.retry_after(Failure.RESET) is None
 
 
 # --- The table --------------------------------------------------------------------
@@ -271,12 +286,24 @@ def test_where_nobody_has_more_context_nobody_is_asked() -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), [(None, 4096), (1024, None), (None, None)])
-def test_a_context_that_is_not_known_is_not_more(
+def test_a_context_that_is_not_known_may_be_more(
     one: int | None, other: int | None
 ) -> None:
     a, b = worker("a", one), worker("b", other)
-    made = failed(attempts(a, b), a)
-    assert made.retry_after(Failure.CONTEXT) is None
+    for made in (attempts(a, b), attempts(a, fallbacks=[[b]])):
+        failed(made, a)
+        assert made.retry_after(Failure.CONTEXT) == 0.0
+        assert made.candidates() == [b]
+
+
+def test_a_context_that_is_known_to_be_more_goes_before_one_that_is_not_known() -> None:
+    a, b, c = worker("a", None), worker("b", None), worker("c", 4096)
+    made = failed(attempts(a, b, c), a)
+    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.candidates() == [c]
+    made.begin(c)
+    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.candidates() == [b]
 
 
 def test_every_step_leads_to_more_context() -> None:
@@ -393,7 +420,8 @@ def test_what_has_cost_the_worker_nothing_is_free(failure: Failure) -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b, budget=broke()), a)
     assert (made.retry_after(failure) == 0.0) is (failure in FREE)
-    assert (failure in FREE) is (failure in (Failure.UNREACHABLE, Failure.LOADING))
+    free = (Failure.UNREACHABLE, Failure.LOADING, Failure.MODEL)
+    assert (failure in FREE) is (failure in free)
 
 
 def test_waiting_for_a_worker_that_loads_is_free_and_for_a_busy_one_is_not() -> None:
@@ -447,13 +475,25 @@ def test_a_5xx_is_held_against_the_one_whom_another_worker_outdid() -> None:
 
 
 def test_a_5xx_that_two_workers_tell_is_believed() -> None:
-    """Nobody else is asked then, not even a fallback, and nobody is blamed."""
-    a, b, c, d = (worker(name) for name in "abcd")
-    made = failed(attempts(a, b, c, fallbacks=[[d]]), a)
+    """No other worker of the model is asked then, and none is blamed."""
+    a, b, c = (worker(name) for name in "abc")
+    made = failed(attempts(a, b, c), a)
     assert made.retry_after(Failure.STATUS) == 0.0
     made.begin(b)
     assert made.has_other()
     assert made.retry_after(Failure.STATUS) is None
+
+
+def test_a_fallback_is_asked_before_a_5xx_that_is_believed_is_told() -> None:
+    """Another model may read what this one cannot."""
+    a, b, c, d = (worker(name) for name in "abcd")
+    made = failed(attempts(a, b, c, fallbacks=[[d]]), a)
+    assert made.retry_after(Failure.STATUS) == 0.0
+    made.begin(b)
+    assert made.retry_after(Failure.STATUS) == 0.0
+    assert made.candidates() == [d]
+    made.begin(d)
+    assert made.succeeded() == []
 
 
 def test_a_5xx_that_one_worker_tells_twice_is_not_believed() -> None:
@@ -540,10 +580,9 @@ def test_when_the_attempts_are_used_up_the_fallback_has_as_many(
         made.begin(some[0])
         if made.retry_after(failure, 30.0) is None:
             break
-    expected = [*first[:limit], *second[:limit]]
-    if failure is Failure.STATUS and limit == 2:
-        expected = first[:2]  # they are believed
-    assert asked == expected
+    if failure is Failure.UNREACHABLE:  # uses up none of them
+        limit = 3
+    assert asked == [*first[:limit], *second[:limit]]
 
 
 def test_a_retry_that_cannot_be_paid_for_is_the_fallbacks() -> None:
@@ -625,7 +664,12 @@ def test_whatever_happens_it_comes_to_an_end(
     assert asked == sorted(asked, key=lambda name: name[0])
     for number in range(len(pools)):
         of_pool = [name for name in asked if name[0] == str(number)]
-        assert len(of_pool) <= limit
+        unreached = sum(
+            failure is Failure.UNREACHABLE
+            for name, failure in zip(asked, failures, strict=False)
+            if name[0] == str(number)
+        )
+        assert len(of_pool) <= limit + unreached
         assert all(of_pool.count(name) <= 2 for name in of_pool)
         again = [name for name in of_pool if of_pool.count(name) > 1]
         assert again == of_pool[len(of_pool) - len(again) :], "others come first"
@@ -684,6 +728,51 @@ def test_it_may_go_on_though_the_attempts_were_used_up() -> None:
     resumed(made, b)
     assert made.retry_after(Failure.RESET) == 0.0
     assert made.candidates() == [c]
+
+
+def test_a_fallback_goes_on_before_those_that_have_failed_the_answer() -> None:
+    """Then they do, with the model that was asked for, and the last one at last."""
+    a, b, f = worker("a"), worker("b"), worker("f")
+    made = resumed(attempts(a, b, fallbacks=[[f]], continuations=9), a)
+    order = []
+    for _ in range(5):
+        assert made.retry_after(Failure.RESET) is not None
+        some = made.candidates()
+        order.append((made.pool.model, some[0]))
+        resumed(made, some[0])
+    assert order == [
+        ("tiny", b),
+        ("other1", f),
+        ("tiny", a),
+        ("tiny", b),
+        ("tiny", a),
+    ]
+
+
+@pytest.mark.parametrize("failure", [*ELSEWHERE, Failure.CONTEXT])
+def test_who_did_not_take_the_request_has_not_failed_its_answer(
+    failure: Failure,
+) -> None:
+    """A busy worker may be free by the time at which another one's answer breaks."""
+    a, b, f = worker("a", 1024), worker("b", 4096), worker("f", 4096)
+    made = failed(attempts(a, b, fallbacks=[[f]], continuations=5), a)
+    assert made.retry_after(failure) == 0.0
+    resumed(made, b)
+    assert made.retry_after(Failure.RESET) == 0.0
+    expected = [a] if failure in DECLINED else [f]
+    assert made.candidates() == expected
+
+
+def test_an_answer_of_a_fallback_may_go_back_to_the_model_that_was_asked_for() -> None:
+    """Its workers were out when it began."""
+    a, f, g = worker("a"), worker("f"), worker("g")
+    take_out(a)
+    made = attempts(a, fallbacks=[[f], [g]], continuations=5)
+    resumed(made, made.candidates()[0])
+    assert made.pool.model == "other1"
+    bring_back(a)
+    assert made.retry_after(Failure.RESET) == 0.0
+    assert (made.pool.model, made.candidates()) == ("tiny", [a])
 
 
 def test_who_failed_before_may_go_on_when_nobody_else_is_left() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from aiohttp import web
@@ -37,6 +40,8 @@ FAILURES = {
 }
 # How a prompt is refused that is too long for one worker (llama-server, OpenAI).
 _OVERFLOW = (OVERFLOW_TYPE.encode(), Code.CONTEXT_LENGTH.encode())
+
+_SECONDS = re.compile(r"\d+(?:\.\d*)?")
 
 
 class Refusal(NamedTuple):
@@ -134,9 +139,27 @@ def _as_it_is(relay: Relay, body: bytes) -> web.Response:
 
 
 def _retry_after(relay: Relay) -> float:
-    """Read how long a busy worker wants to be left alone; 1 s if it does not say."""
-    given = relay.header(b"retry-after")
-    return float(given) if given.isdigit() else 1.0
+    """Read how long a busy worker wants to be left alone; 1 s if it does not say.
+
+    In seconds, or until a date (RFC 9110, 10.2.3), which is read by the worker's clock
+    if it tells the time; a moment that has passed is 0 s away.
+    """
+    given = relay.header(b"retry-after").decode("latin-1")
+    if _SECONDS.fullmatch(given):
+        return float(given)
+    until = _moment(given)
+    if until is None:
+        return 1.0
+    now = _moment(relay.header(b"date").decode("latin-1")) or datetime.now(UTC)
+    return max((until - now).total_seconds(), 0.0)
+
+
+def _moment(date: str) -> datetime | None:
+    try:
+        moment = parsedate_to_datetime(date)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def in_shape_of(api: Api, told: web.Response) -> web.Response:

@@ -173,7 +173,7 @@ class Inference:
             try:
                 worker, lease = await self._admit(job)
             except NoWorkerError:
-                if job.may_wait():
+                if job.may_wait() or job.may_wait_for_busy():
                     await asyncio.sleep(WAIT)
                     continue
                 if job.last is None:
@@ -219,7 +219,7 @@ class Inference:
                 relay = await self._forward(job, worker, attempt, lease)
                 if isinstance(relay, Refusal):
                     if relay.busy is not None:
-                        worker.breaker.busy(relay.busy)
+                        relay = _left_alone(worker, lease.model, relay)
                     lease.release(relay.outcome)
                     return relay
                 now = self._clock()
@@ -388,6 +388,14 @@ class Inference:
 def _released(lease: Lease, refusal: Refusal) -> Refusal:
     lease.release(refusal.outcome)
     return refusal
+
+
+def _left_alone(worker: Worker, model: str, refusal: Refusal) -> Refusal:
+    """Leave a busy worker alone with a model, for as long as it may ask for that."""
+    assert refusal.busy is not None, refusal
+    unavailable = refusal.failure is Failure.LOADING
+    breaker = worker.breaker_of(model)
+    return refusal._replace(busy=breaker.busy(refusal.busy, unavailable=unavailable))
 
 
 def _took_too_long(limit: float) -> HubError:

@@ -300,8 +300,16 @@ class Job:
         """
         if self.rescue is None or not self.attempts.some_left:
             return False
+        return self._wait(WAIT)
+
+    def may_wait_for_busy(self) -> bool:
+        """Return whether to wait a moment for a worker that will soon be free again."""
+        return self._wait(self.attempts.busy_for())
+
+    def _wait(self, seconds: float) -> bool:
+        left = self.config.retry.patience - self.waited
         self.waited += WAIT
-        return self.waited <= self.config.retry.patience
+        return seconds <= left
 
     def _ask_for_all(self) -> bool:
         """Have the last worker begin anew; False if it has done so."""

@@ -37,8 +37,12 @@ CLOSED     once more, the worker's share of the turns rises from a tenth to all 
 
 There is no timer: who asks for the state looks at the clock, and takes the step RESTED
 if it is time.  Stale news changes nothing: every step begins a new *generation*, and
-verdicts and permits of an earlier one are ignored.  A worker that is merely `busy()`
-(429, "Loading model") has not failed; it is left alone for a while, in any state.
+verdicts and permits of an earlier one are ignored.
+
+A worker that is merely `busy()` (429, 503 "Loading model") has not failed; it is left
+alone for a while, in any state.  That belongs to the model that was asked for, so it is
+told to the breaker of the model.  One that is *unavailable* (503) again and again, each
+time after it was left alone, is broken: that counts as failures in a row.
 """
 
 from __future__ import annotations
@@ -202,16 +206,22 @@ class Breaker:
         self._in_a_row = self._in_a_row + 1 if failed else 0
         objection = self._objection(verdict)
         if objection is not None:
-            if self._clock() - self._closed_at >= self.limits.window:
-                self._open_time = 0.0
-            cause, reason = objection
-            self.causes[cause] += 1
-            self._step(Event.TRIPPED, reason)
+            self._trip(*objection)
 
-    def busy(self, seconds: float) -> None:
-        """Leave the worker alone for a while, as it asked; this is no failure."""
-        until = self._clock() + min(seconds, self.limits.busy_max)
-        self._busy_until = max(self._busy_until, until)
+    def busy(self, seconds: float, *, unavailable: bool = False) -> float:
+        """Leave the worker alone for a while, as it asked; this is no failure.
+
+        But to be `unavailable` for ever is one.  Requests that were under way together
+        count once.  Returns for how long it is left alone, at most `busy_max` seconds.
+        """
+        now = self._clock()
+        seconds = min(seconds, self.limits.busy_max)
+        if unavailable and now >= self._busy_until and self.state is State.CLOSED:
+            self._in_a_row += 1
+            if self._in_a_row >= self.limits.consecutive:
+                self._trip(Cause.CONSECUTIVE, f"unavailable {self._in_a_row} times")
+        self._busy_until = max(self._busy_until, now + seconds)
+        return seconds
 
     def permit(self) -> Permit | None:
         """Hand out the right to prove that the worker works, if this is the time."""
@@ -237,6 +247,12 @@ class Breaker:
         """Close at once and forget everything: the worker is as good as new."""
         self._step(Event.RESET, reason)
         self._closed_at = self._busy_until = -math.inf  # no ramp and no doubling
+
+    def _trip(self, cause: Cause, reason: str) -> None:
+        if self._clock() - self._closed_at >= self.limits.window:
+            self._open_time = 0.0
+        self.causes[cause] += 1
+        self._step(Event.TRIPPED, reason)
 
     def _objection(self, verdict: Verdict) -> tuple[Cause, str] | None:
         limits = self.limits

@@ -10,6 +10,7 @@ help.  Nobody asks a second worker to load what a first one is loading already.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from gollama_proxy.routing.worker import State, Worker
@@ -43,12 +44,20 @@ class Pool(NamedTuple):
             return workers
         return loaded
 
+    def busy_for(self) -> float:
+        """Return the seconds until some worker is no longer busy; inf if none is."""
+        waits = [
+            worker.opens_in(self.model)
+            for worker in self.workers
+            if worker.is_busy_with(self.model)
+        ]
+        return min(waits, default=math.inf)
+
     def reopens_in(self) -> float:
         """Tell the seconds until some worker that is out may be proved good again."""
         waits = [
-            max(worker.breaker.opens_in(), of_model.opens_in() if of_model else 0.0)
+            worker.opens_in(self.model)
             for worker in self.workers
-            for of_model in [worker.model_breakers.get(self.model)]
             if worker.state is State.READY
         ]
         return min(waits, default=0.0)

@@ -348,7 +348,9 @@ class Registry:
         if not self.workers:
             text = f"No worker serves {what}: the hub has none configured."
         else:
-            states = Counter(_state_of(worker) for worker in workers or self.workers)
+            states = Counter(
+                _state_of(worker, model) for worker in workers or self.workers
+            )
             told = ", ".join(f"{n} {state}" for state, n in states.items())
             whose = "serve it" if workers else "known, none seen to serve it"
             count = len(workers or self.workers)
@@ -357,12 +359,12 @@ class Registry:
         return NoWorkerError(Code.NO_WORKER, text, retry_after=wait)
 
 
-def _state_of(worker: Worker) -> str:
+def _state_of(worker: Worker, model: str | None) -> str:
     """Name what keeps a worker from being used, as an operator would."""
-    if worker.state is State.READY and not worker.breaker.available:
-        closed = worker.breaker.closed
-        return "busy" if closed else f"breaker {worker.breaker.state.value}"
-    return worker.state.value
+    if worker.state is not State.READY or worker.can_serve(model or ""):
+        return worker.state.value
+    shut = [b.state.value for b in worker.breakers(model or "") if not b.closed]
+    return f"breaker {shut[0]}" if shut else "busy"
 
 
 def may_use(allowed: Sequence[str] | None, model: str) -> bool:

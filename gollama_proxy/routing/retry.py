@@ -7,28 +7,41 @@ multiply the load.  Another worker comes before the same one again:
     failure                     another worker      the only one, once more
     ────────────────────────    ────────────────    ──────────────────────────────
     UNREACHABLE                 at once, for free   no
-    LOADING                     at once, for free   after its Retry-After, if short
+    LOADING (503)               at once, for free   after its Retry-After, if short
     RESET, STATUS (5xx)         at once             after a short pause
     BUSY (429)                  at once             after its Retry-After, if short
     SLOW, SILENT                at once             no: it would be as slow again
     MALFORMED, KEY              at once             no
+    MODEL (another answers)     at once, for free   no
     CONTEXT (prompt too long)   with a larger one   no
     STREAM (cannot be folded)   at once, and without asking for a stream
 
-What was refused unread has cost the worker nothing, so it is free.  A 500 may be the
-request's own fault (llama-server answers so to bad UTF-8, and to an image for a text
-model): nobody is blamed for it until another worker did better, and when two of them
-say the same, it is believed.
+What was refused unread has cost the worker nothing, so it is free; a worker that was
+not even reached uses up none of the attempts.  A 500 may be the request's own fault
+(llama-server answers so to bad UTF-8, and to an image for a text model): nobody is
+blamed for it until another worker did better, and when two of them say the same, it is
+believed, and only the fallbacks are left to try.
 
 When the attempts are used up, or nobody of a pool is there, the model's *fallbacks*
-come, each with attempts of its own, which are not paid for.  They come earlier for an
-answer that broke off in its middle (`resume`): another worker, then a fallback, and the
-same worker last.
+come, each with attempts of its own, which are not paid for.  A pool that is only busy
+(`busy_for`) counts as one where nobody is there.  After CONTEXT, a worker or a fallback
+of which no context is known may be tried, behind those that are known to have more.
+
+An answer that broke off in its middle (`resume`) goes on with
+
+    1. workers of the same model that have not failed this answer,
+    2. the other models: the one that was asked for, its fallbacks,
+    3. workers that have failed it already and have not stalled,
+    4. the last one, once more.
+
+Each of these uses up one of the continuations, unless the worker refuses what it is
+asked for and is asked for something else (`repeat`).
 """
 
 from __future__ import annotations
 
 import enum
+import math
 import random
 from collections.abc import Sequence
 
@@ -53,6 +66,7 @@ class Failure(enum.Enum):
     SILENT = "silent"
     MALFORMED = "malformed"
     KEY = "key"
+    MODEL = "model"
     CONTEXT = "context"
     STREAM = "stream"
 
@@ -63,8 +77,10 @@ AGAIN = frozenset({Failure.RESET, Failure.STATUS})
 LATER = frozenset({Failure.BUSY, Failure.LOADING})
 # The worker has fallen silent.
 HANGS = frozenset({Failure.SLOW, Failure.SILENT})
-# What has cost the worker nothing.
-FREE = frozenset({Failure.UNREACHABLE, Failure.LOADING, Failure.CONTEXT})
+# What is not worth a retry of the budget: it adds no load to an outage.
+FREE = frozenset({Failure.UNREACHABLE, Failure.LOADING, Failure.MODEL, Failure.CONTEXT})
+# The worker did not take the request, so it has not failed it.
+DECLINED = frozenset({Failure.UNREACHABLE, Failure.LOADING, Failure.BUSY})
 # What a worker may have begun to do by then.
 BEGUN = frozenset(
     {
@@ -73,6 +89,7 @@ BEGUN = frozenset(
         Failure.SLOW,
         Failure.SILENT,
         Failure.MALFORMED,
+        Failure.MODEL,
     }
 )
 PAUSE = (0.05, 0.15)  # seconds, between two attempts on the same worker
@@ -86,23 +103,25 @@ class Attempts:
         "_again",
         "_budget",
         "_continuations",
-        "_fallbacks",
+        "_declined",
         "_free",
+        "_last",
         "_least_context",
         "_limits",
+        "_place",
         "_pools",
         "_repeat",
         "_resuming",
         "_rng",
         "_stalled",
         "_suspects",
+        "_tried",
+        "_unreached",
         "as_sent",
         "ask",
         "begun",
         "needs",
         "once",
-        "pool",
-        "tried",
     )
 
     def __init__(
@@ -119,14 +138,13 @@ class Attempts:
 
         With `once`, what a worker may have begun is not tried again.
         """
-        self.pool = pools[0]
-        self.tried: list[Worker] = []  # of the pool
-        self.ask = Ask(self.pool.model)  # what is known of the request
+        self.ask = Ask(pools[0].model)  # what is known of the request
         self.begun = False  # somebody has been asked, of this pool or of another
         self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
         self.as_sent = False  # a stream in place of an answer has been of no use
         self._pools = tuple(pools)
-        self._fallbacks = list(pools[1:])
+        self._place = 0  # of the pool whose turn it is
+        self._tried: list[list[Worker]] = [[] for _ in pools]
         self._limits = limits
         self._budget = budget
         self._rng = rng
@@ -134,6 +152,9 @@ class Attempts:
         self.once = once
         self._resuming = False
         self._free = False  # nothing is paid for any more
+        self._last: Worker | None = None  # who has had the last attempt
+        self._unreached = 0  # attempts on this pool that cost nothing
+        self._declined: list[Worker] = []  # workers that did not take the request
         self._stalled: list[Worker] = []  # workers that fell silent
         self._suspects: list[Worker] = []  # of a 5xx that may be the request's fault
         self._least_context = 0  # a worker must have more than this
@@ -147,80 +168,105 @@ class Attempts:
 
     # --- Who ----------------------------------------------------------------------
 
+    @property
+    def pool(self) -> Pool:
+        """The pool whose turn it is."""
+        return self._pools[self._place]
+
+    @property
+    def tried(self) -> list[Worker]:
+        """The workers of this pool that have had an attempt."""
+        return self._tried[self._place]
+
     def candidates(self) -> list[Worker]:
         """Choose who may take the next attempt: those that have not had one.
 
         Where all have, it is the last one's, once more, if `retry_after` has said so.
-        Where nobody is there, it is the next fallback's.
+        Where nobody is there, it is the next fallback's.  An answer that broke off goes
+        to the fallbacks first, and then to those that have failed it before.
         """
         if self._resuming and not self.some_left:
             return []
-        available = self.fitting(self.pool)
-        last = [w for w in available if w in self.tried[-1:]] if self._again else []
-        others = self.pool.preferred(self._others())
+        last = [w for w in self.fitting(self.pool) if w is self._last and self._again]
         if self._repeat and last:
             return last
-        if others or last:
-            return others or last
-        return self.candidates() if self._fall_back() else []
+        others = self._untried(self._place)
+        if others:
+            return self.pool.preferred(others)
+        if last and not self._resuming:
+            return last
+        if self._fall_back():
+            return self.candidates()
+        return self._go_back() or last
 
     def has_other(self) -> bool:
         """Tell whether somebody is left to take over, and may."""
         if self.once or (self._resuming and not self.some_left):
             return False
         paid = self._free or self._budget.suffices
-        others = self._others() if paid and self.some_left else []
-        for fallback in self._fallbacks:
-            others += self.fitting(fallback)
+        others = self._untried(self._place) if paid and self.some_left else []
+        for place in self._fallbacks():
+            others += self._untried(place)
+        if self._resuming:
+            others += [worker for some in self._failed().values() for worker in some]
         return any(worker.free > 0 for worker in others)
 
     def begin(self, worker: Worker) -> None:
         """Note who has got the attempt."""
         self.tried.append(worker)
+        self._last = worker
         self.begun = True
         self._again = self._repeat = False
         if self._resuming:
             self._continuations -= 1
 
-    def _has_another(self) -> bool:
-        """Tell whether the pool has another worker to try."""
-        return self.some_left and bool(self._others())
+    def _untried(self, place: int) -> list[Worker]:
+        """List the workers of a pool that may be asked and have not been."""
+        tried = self._tried[place]
+        return [w for w in self.fitting(self._pools[place]) if w not in tried]
 
-    def _others(self) -> list[Worker]:
-        """List who may have the next attempt beside the one who had the last.
+    def _failed(self) -> dict[int, list[Worker]]:
+        """List who may go on with an answer that they have failed before, by pool.
 
-        For an answer that broke off these are also those that have failed it before,
-        when nobody else is left.  They may have been started anew; but whoever has
-        stalled would stall again.
+        They may have been started anew; but a worker that has stalled would stall
+        again, and the last one is asked again only if `retry_after` says so.
         """
-        available = self.fitting(self.pool)
-        untried = [worker for worker in available if worker not in self.tried]
-        if untried or not self._resuming:
-            return untried
-        barred = [*self._stalled, *self.tried[-1:]]
-        return [worker for worker in available if worker not in barred]
+        barred = [*self._stalled, self._last]
+        some = {
+            place: [worker for worker in self.fitting(pool) if worker not in barred]
+            for place, pool in enumerate(self._pools)
+        }
+        return {place: workers for place, workers in some.items() if workers}
 
     @property
     def some_left(self) -> bool:
         """Whether there may be another attempt on this pool, if there is somebody."""
         if self._resuming:
             return self._continuations > 0
-        return len(self.tried) < self._limits.attempts
+        return len(self.tried) - self._unreached < self._limits.attempts
 
     @property
     def pools(self) -> list[Pool]:
-        """The pools that are left: this one, and those of the fallbacks behind it."""
-        return [self.pool, *self._fallbacks]
+        """The pools that are left: this one, and those that may come behind it."""
+        return [self.pool, *(self._pools[place] for place in self._fallbacks())]
 
     def fitting(self, pool: Pool) -> list[Worker]:
-        """List who can be asked and has enough context, as far as is known."""
+        """List who can be asked and has enough context, as far as is known.
+
+        Once a worker has refused the prompt, those that are known to have more context
+        go before those of which nothing is known.
+        """
         if not (self._least_context or self.needs):
             return pool.able
-        return [worker for worker in pool.able if self._fits(worker, pool.model)]
+        model = pool.model
+        able = [worker for worker in pool.able if self._fits(worker, model)]
+        if not self._least_context:
+            return able
+        return [w for w in able if w.context_of(model) is not None] or able
 
     @property
     def fits_somewhere(self) -> bool:
-        """Whether anybody has enough context, be it somebody who is out."""
+        """Whether anybody may have enough context, be it somebody who is out."""
         return any(
             self._fits(worker, pool.model)
             for pool in self.pools
@@ -229,9 +275,8 @@ class Attempts:
 
     def _fits(self, worker: Worker, model: str) -> bool:
         context = worker.context_of(model)
-        if context is None:  # let it try, but not after somebody has refused
-            return not self._least_context
-        return context > max(self._least_context, self.needs.get(model, 0))
+        least = max(self._least_context, self.needs.get(model, 0))
+        return context is None or context > least
 
     def too_long(
         self, refusal: Overflow | None = None, *, native: bool = False
@@ -243,17 +288,41 @@ class Attempts:
         counted = next(iter(self.needs.values()), 0)
         return too_long(self._pools, counted, refusal, native=native)
 
+    def busy_for(self) -> float:
+        """Return the seconds until some worker is no longer busy; inf if none is."""
+        return min((pool.busy_for() for pool in self.pools), default=math.inf)
+
+    def _fallbacks(self) -> list[int]:
+        """List the places of the pools that may be turned to next.
+
+        An answer that broke off may also go back to the model that was asked for.
+        """
+        if not self._resuming:
+            return list(range(self._place + 1, len(self._pools)))
+        return [n for n in range(len(self._pools)) if n != self._place]
+
     def _fall_back(self) -> bool:
         """Move on to the next fallback that has somebody; False if none has."""
-        while self._fallbacks:
-            self.pool = self._fallbacks.pop(0)
-            self.ask = self.ask._replace(model=self.pool.model)
-            if self.fitting(self.pool):
-                self.tried.clear()
-                self._suspects.clear()
+        for place in self._fallbacks():
+            if self._untried(place):
+                self._turn_to(place)
                 self._free = True
                 return True
         return False
+
+    def _go_back(self) -> list[Worker]:
+        """Let those go on with an answer that broke off who have failed it before."""
+        failed = self._failed() if self._resuming else {}
+        if failed:
+            self._turn_to(min(failed))
+        return failed.get(self._place, [])
+
+    def _turn_to(self, place: int) -> None:
+        if place != self._place:
+            self._place = place
+            self.ask = self.ask._replace(model=self.pool.model)
+            self._suspects.clear()
+            self._unreached = 0
 
     # --- Whether ------------------------------------------------------------------
 
@@ -269,25 +338,34 @@ class Attempts:
             return None
         if self._resuming and not self.some_left:
             return None
-        worker = self.tried[-1]
         if failure is Failure.STREAM:
             self.as_sent = True
             self.tried.clear()
             return 0.0
-        if failure is Failure.STATUS:
-            self._suspects.append(worker)
-            if len(set(map(id, self._suspects))) >= _BELIEVED:
-                return None
-        if failure in HANGS:
-            self._stalled.append(worker)
-        if failure is Failure.CONTEXT:
-            self._least_context = worker.context_of(self.pool.model) or 1 << 60
-        if self._resuming and not self._has_another() and self._fall_back():
-            return 0.0
-        pause = 0.0 if self._has_another() else self._pause_for_the_same(failure, asked)
+        if self._note(failure, self.tried[-1]):
+            return 0.0 if self._fall_back() else None
+        another = self.some_left and bool(self._untried(self._place))
+        if self._resuming and not another:
+            another = self._fall_back() or bool(self._go_back())
+        pause = 0.0 if another else self._pause_for_the_same(failure, asked)
         if pause is not None and self._may_spend(failure):
             return pause
         return 0.0 if self._fall_back() else None
+
+    def _note(self, failure: Failure, worker: Worker) -> bool:
+        """Note how a worker has failed; return whether a 5xx is believed by now."""
+        if failure in HANGS:
+            self._stalled.append(worker)
+        if failure in DECLINED:
+            self._declined.append(worker)
+        if failure is Failure.UNREACHABLE:
+            self._unreached += 1
+        if failure is Failure.CONTEXT:
+            context = worker.context_of(self.pool.model) or 1
+            self._least_context = max(self._least_context, context)
+        if failure is Failure.STATUS:
+            self._suspects.append(worker)
+        return len(set(map(id, self._suspects))) >= _BELIEVED
 
     def _may_spend(self, failure: Failure) -> bool:
         return self._free or failure in FREE or self._budget.withdraw()
@@ -313,9 +391,13 @@ class Attempts:
 
         What follows is not paid for.  Each of these attempts saves what was generated
         so far, and there is one for each answer that was lost, not for each request.
+        Workers that did not take the request have not failed the answer.
         """
         last = self.tried[-1]
-        self.tried = [worker for worker in self.tried if worker is not last] + [last]
+        passed = [*self._declined, last]
+        self._tried = [[w for w in some if w not in passed] for some in self._tried]
+        self.tried.append(last)
+        self._declined.clear()
         self._suspects.clear()
         self._free = self._resuming = True
 

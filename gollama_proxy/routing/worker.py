@@ -174,6 +174,23 @@ class Worker:
         breaker = self.model_breakers.get(model)
         return self.admits and (breaker is None or breaker.admits)
 
+    def is_busy_with(self, model: str) -> bool:
+        """Whether it has asked to be left alone with this model, and no more than that.
+
+        One that is out, or whose breaker is open, is not merely busy.
+        """
+        sound = all(breaker.closed for breaker in self.breakers(model))
+        return self.state is State.READY and sound and self.opens_in(model) > 0
+
+    def opens_in(self, model: str) -> float:
+        """Return the seconds for which it will surely take nothing for this model."""
+        return max(breaker.opens_in() for breaker in self.breakers(model))
+
+    def breakers(self, model: str) -> list[Breaker]:
+        """List the breakers that stand before a request for this model."""
+        of_model = self.model_breakers.get(model)
+        return [self.breaker] if of_model is None else [self.breaker, of_model]
+
     def breaker_of(self, model: str) -> Breaker:
         """Find, or make, the breaker for one model on this worker."""
         if model not in self.model_breakers:
@@ -305,8 +322,7 @@ class Worker:
         """
         lease = Lease(self.name, self.clock, self._give_back)
         lease.model, lease.slot = model, slot
-        breakers = [self.breaker, self.model_breakers.get(model)]
-        permits = [breaker.permit() for breaker in breakers if breaker is not None]
+        permits = [breaker.permit() for breaker in self.breakers(model)]
         lease.permits = tuple(permit for permit in permits if permit is not None)
         lease.generation = self.breaker.generation
         lease.loads = model in self._unloaded
