@@ -175,7 +175,7 @@ async def test_after_the_hard_limit_another_worker_answers_for_a_silent_one() ->
 
 async def test_the_other_worker_gets_the_very_same_request() -> None:
     body = json.dumps({"messages": [], "n": 1, "model": "tiny"}, indent=3).encode()
-    async with two() as (bad, good, hub):
+    async with two(upstream__assemble="") as (bad, good, hub):
         bad.script(reset())
         await hub.post(CHAT, body, headers=[("traceparent", "00-1-2-03")])
         [was], [again] = bad.requests, good.requests
@@ -532,7 +532,7 @@ async def test_a_good_answer_ends_a_row_of_500s() -> None:
 
 
 async def test_nothing_is_tried_again_once_a_byte_is_out() -> None:
-    async with two() as (bad, good, hub):
+    async with two(rescue__enabled=False) as (bad, good, hub):
         bad.script(send(sse_head() + chunk(role() + token("wu"))), stall())
         async with await hub.open(CHAT, STREAM) as wire:
             assert await wire.read_event()
