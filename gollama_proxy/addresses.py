@@ -88,6 +88,12 @@ def parse(host: str) -> IPAddress | None:
         return None
 
 
+def is_loopback(host: str) -> bool:
+    """Say whether a host is this machine alone."""
+    address = parse(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
 def is_plain(host: str) -> bool:
     """Say whether a host is an address in the one spelling that all programs share."""
     try:

@@ -1,4 +1,4 @@
-"""The command line: `gollama-proxy serve`, `token`, `check` and `demo`.
+"""The command line: `gollama-proxy serve`, `secret`, `token`, `check` and `demo`.
 
 Exit status: 0 when done, 1 when a worker is not well or a second signal cut, 2 for
 a setting or flag that cannot be used, 130 after Ctrl-C where there is nothing to drain.
@@ -19,15 +19,16 @@ import logging
 import os
 import re
 import secrets
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from gollama_proxy import __version__
 from gollama_proxy.config import PLACES, load, locate, require_keys
-from gollama_proxy.keys import read_secret
+from gollama_proxy.keys import MIN_SECRET_BYTES, read_secret
 from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.names import is_plain
 from gollama_proxy.settings import (
@@ -109,6 +110,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     serve = command("serve", _serve, "run the hub")
     serve.formatter_class = argparse.RawDescriptionHelpFormatter
     serve.epilog = "\n".join(_describe_settings())
+    text = "print a new secret to sign tokens with; a file it goes to gets mode 0600"
+    command("secret", _secret, text)
     token = command("token", _token, "print a token for a client")
     token.add_argument("--sub", required=True, help="who the token speaks for")
     token.add_argument("--expires", default="30d", help="45s, 90m, 12h, 30d (default)")
@@ -221,6 +224,30 @@ async def _log_address(hub: Hub) -> None:
             await hub.known()
     for text in hub.registry.unserved() if hub.config.workers else ():
         log.warning("%s", text)
+
+
+# --- secret -----------------------------------------------------------------------
+
+
+def _secret(args: argparse.Namespace) -> int:
+    _keep_from_others(sys.stdout)
+    print(secrets.token_hex(MIN_SECRET_BYTES))
+    return 0
+
+
+def _keep_from_others(stream: TextIO) -> None:
+    """Let nobody but its owner read a file that the shell has opened for all."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # one that is no file
+        return
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode) and mode & 0o077:
+        try:
+            os.fchmod(number, 0o600)
+        except OSError as exc:
+            text = "standard output: must be a file for its owner only"
+            raise ConfigError(f"{text} (chmod: {exc.strerror})") from exc
 
 
 # --- token ------------------------------------------------------------------------

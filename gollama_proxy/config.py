@@ -399,11 +399,12 @@ def _check_exposure(config: Config) -> None:
 
     TLS alone keeps nobody out; certificates that clients must have do.
     """
-    loopback = config.server.host in ("localhost", "::1") or re.fullmatch(
-        r"127(\.\d{1,3}){3}", config.server.host
-    )
     server = config.server
-    guarded = loopback or server.insecure_bind or server.tls_client_ca
+    guarded = (
+        addresses.is_loopback(server.host)
+        or server.insecure_bind
+        or server.tls_client_ca
+    )
     if config.auth.mode == "off" and not guarded:
         raise ConfigError(
             f"server.host = {server.host!r}: without authentication only "
@@ -440,5 +441,5 @@ def require_keys(config: Config) -> None:
     if config.auth.mode == "jwt" and not (config.secrets or config.public_keys):
         raise ConfigError(
             "GOLLAMA_JWT_SECRET: is not set; set it to 32 bytes or more "
-            "(openssl rand -hex 32), or auth.secret_file, or give --auth off"
+            "(gollama-proxy secret), or auth.secret_file, or give --auth off"
         )

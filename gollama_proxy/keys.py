@@ -63,7 +63,7 @@ def _check_secret(source: str, secret: bytes) -> bytes:
     if len(secret) < MIN_SECRET_BYTES:  # RFC 7518, 3.2: as long as the hash output
         raise ConfigError(
             f"{source}: has {len(secret)} bytes; HS256 needs at least "
-            f"{MIN_SECRET_BYTES} (try: openssl rand -hex 32)"
+            f"{MIN_SECRET_BYTES} (try: gollama-proxy secret)"
         )
     return secret
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import uvloop
 
+from gollama_proxy import addresses
 from gollama_proxy.edge.app import Hub
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.mistakes import ConfigError
@@ -97,6 +98,7 @@ async def front(
         await hub.start()
     except OSError as exc:
         raise _refuse_address(config.server, exc) from exc
+    _warn_of_plain_text(config.server)
     # What is there by now stays: looking through all the modules again and again would
     # hold the event loop for 30 ms each time.
     gc.collect()
@@ -150,6 +152,15 @@ def _fit(config: Config, files: int) -> Config:
         room,
     )
     return replace(config, limits=replace(limits, connections=room))
+
+
+def _warn_of_plain_text(server: Server) -> None:
+    if not server.tls_certificate and not addresses.is_loopback(server.host):
+        logger.warning(
+            "server.host = %r without TLS: tokens and prompts can be read on the "
+            "network; set server.tls_certificate, or put a proxy with TLS in front",
+            server.host,
+        )
 
 
 def _refuse_address(server: Server, exc: OSError) -> ConfigError:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gollama_proxy.addresses import (
+    is_loopback,
     is_plain,
     parse,
     why_address_refused,
@@ -143,3 +144,22 @@ def test_an_address_within_another_is_judged_as_itself(
 def test_whatever_a_host_is_it_gets_an_answer(host: str) -> None:
     if host.isascii() and "\0" not in host:
         assert why_refused(host) in ("", METADATA, LINK_LOCAL, MULTICAST, NOWHERE)
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("127.1", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("localhost.example", False),
+        ("", False),
+    ],
+)
+def test_whether_a_host_is_this_machine_alone(host: str, local: bool) -> None:
+    assert is_loopback(host) is local

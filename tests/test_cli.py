@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from gollama_proxy.routing.worker import Check, Description, Model
 from gollama_proxy.settings import VARIABLES, Config, Health, WorkerConfig, settings
 from gollama_proxy.upstream.probe import Finding
 from tests.fakes import environment
+from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stall
@@ -144,6 +146,7 @@ def test_help_names_the_commands(capsys: Output) -> None:
     text = capsys.readouterr().out
     assert re.findall(r"^    (\w+) ", text, re.MULTILINE) == [
         "serve",
+        "secret",
         "token",
         "check",
         "demo",
@@ -171,7 +174,7 @@ def test_serve_help_lists_every_setting(capsys: Output) -> None:
     ("argv", "key", "allowed"),
     [
         ([], "required: COMMAND", "COMMAND ..."),
-        (["run"], "'run'", "'serve', 'token', 'check', 'demo'"),
+        (["run"], "'run'", "'serve', 'secret', 'token', 'check', 'demo'"),
         (["serve", "--prot", "9"], "--prot 9: not a flag", "[--port PORT]"),
         (["serve", "--work", "http://a"], "--work", "[--worker URL]"),
         (["serve", "--port"], "--port: expected one argument", "[--port PORT]"),
@@ -370,6 +373,67 @@ async def test_serve_warns_once_of_names_that_nobody_serves(
     assert hub.output.count("no worker serves") == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({}, False),
+        ({"GOLLAMA_SERVER_HOST": "127.0.0.2"}, False),
+        ({"GOLLAMA_SERVER_HOST": "localhost"}, False),
+        ({"GOLLAMA_SERVER_HOST": "::1"}, False),
+        ({"GOLLAMA_SERVER_HOST": "0.0.0.0"}, True),
+        ({"GOLLAMA_SERVER_HOST": "::"}, True),
+        ({"GOLLAMA_SERVER_HOST": "hub.lan"}, True),
+        ({"GOLLAMA_SERVER_HOST": "0.0.0.0", "TLS": "1"}, False),
+    ],
+)
+def test_listening_beyond_the_machine_without_tls_is_warned_of_once(
+    settings: dict[str, str],
+    warned: bool,
+    stage: type[StageHub],
+    environ: dict[str, str],
+    authority: Authority,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if settings.pop("TLS", ""):
+        pair = authority.issue()
+        environ["GOLLAMA_SERVER_TLS_CERTIFICATE"] = pair.certificate
+        environ["GOLLAMA_SERVER_TLS_KEY"] = pair.key
+    environ |= settings
+    assert main(["serve"]) == 0
+    told = [text for text in caplog.messages if "without TLS" in text]
+    assert len(told) == warned
+
+
+async def test_sighup_says_what_it_did_and_what_it_cannot(
+    environ: dict[str, str], authority: Authority, tmp_path: Path
+) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.write_text("sub:alice\nsub:bob\n")
+    pair = authority.issue()
+    environ |= {
+        "GOLLAMA_AUTH_REVOKED": str(revoked),
+        "GOLLAMA_SERVER_TLS_CERTIFICATE": pair.certificate,
+        "GOLLAMA_SERVER_TLS_KEY": pair.key,
+    }
+    async with Program.running("serve", "--port", "0", environ=environ) as hub:
+        await hub.until("no worker is configured")
+        hub.signal(signal.SIGHUP)
+        await hub.until("reading certificates and revoked tokens again; all other")
+        await hub.until("(?s)loaded .*revoked are|revoked are .*loaded ")
+        assert "revoked are 0 tokens and 2 subjects" in hub.output
+        hub.signal(signal.SIGTERM)
+        assert await hub.ended() == 0
+
+
+async def test_sighup_without_anything_to_read_says_so(environ: dict[str, str]) -> None:
+    async with Program.running("serve", "--port", "0", environ=environ) as hub:
+        await hub.until("no worker is configured")
+        hub.signal(signal.SIGHUP)
+        await hub.until("reading nothing .* again; all other settings need a restart")
+        hub.signal(signal.SIGTERM)
+        assert await hub.ended() == 0
+
+
 async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) -> None:
     async with ScriptedWorker() as worker:
         worker.script(send(sse_head() + chunk(token("a") + token("b"))), stall())
@@ -388,6 +452,44 @@ async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) ->
                 assert await hub.ended() == 1
                 assert time.monotonic() - started < 10
     assert "Traceback" not in hub.output
+
+
+# --- secret -----------------------------------------------------------------------
+
+
+def test_a_secret_is_new_and_good_enough(
+    environ: dict[str, str], capsys: Output
+) -> None:
+    made = set()
+    for _ in range(3):
+        assert main(["secret"]) == 0
+        secret = capsys.readouterr().out
+        assert re.fullmatch(r"[0-9a-f]{64}\n", secret)
+        made.add(secret)
+        environ["GOLLAMA_JWT_SECRET"] = secret.strip()
+        assert main(["token", "--sub", "a"]) == 0
+        jwt.decode(minted(capsys), secret.strip(), ["HS256"])
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o666, 0o640, 0o600])
+def test_the_file_of_a_secret_is_for_its_owner(
+    mode: int, environ: dict[str, str], tmp_path: Path, capsys: Output
+) -> None:
+    """As in `gollama-proxy secret > gollama.secret`; what comes of it can be used."""
+    file = tmp_path / "gollama.secret"
+    file.touch()
+    file.chmod(mode)
+    with file.open("w") as opened:
+        command = [sys.executable, "-m", "gollama_proxy", "secret"]
+        subprocess.run(
+            command, stdout=opened, env=environ, timeout=DEADLINE, check=True
+        )
+    assert file.stat().st_mode & 0o777 == 0o600
+    del environ["GOLLAMA_JWT_SECRET"]
+    environ["GOLLAMA_AUTH_SECRET_FILE"] = str(file)
+    assert main(["token", "--sub", "a"]) == 0
+    minted(capsys)
 
 
 # --- token ------------------------------------------------------------------------

@@ -204,3 +204,21 @@ async def test_without_a_file_nothing_runs() -> None:
     watch.start()
     assert not [t for t in asyncio.all_tasks() if t.get_name() == "revocation"]
     await watch.stop()
+
+
+async def test_whoever_asks_hears_what_is_in_it(
+    tmp_path: Path, reads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    it = List(tmp_path, "sub:alice\n")
+    await it.watch.check()
+    for _ in range(2):
+        await it.watch.check(always=True)
+    assert caplog.messages == ["revoked are 0 tokens and 1 subjects"] * 3
+    assert it.told == [of(sub=("alice",))]
+    assert len(reads) == 3
+    caplog.clear()
+    it.write("nonsense\n")
+    await it.watch.check()
+    await it.watch.check(always=True)
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * 2

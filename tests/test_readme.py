@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gollama_proxy.cli import show_default
+import pytest
+
+from gollama_proxy.cli import main, show_default
 from gollama_proxy.settings import settings
 from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.openai import ENDPOINTS
@@ -31,6 +33,19 @@ def test_every_error_is_explained() -> None:
     codes = re.findall(r"^\| (\d{3}) \| `(\w+)`", README, re.MULTILINE)
     assert told
     assert sorted(codes) == sorted((str(code.status), code.value) for code in Code)
+
+
+def test_the_commands_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """With their flags: what is pasted has to work."""
+    pattern = r"^ {4}[^\n]*?gollama-proxy ([a-z]+)((?:[^\n#)]|\\\n)*)"
+    used = re.findall(pattern, README, re.MULTILINE)
+    assert {"secret", "check", "serve", "token"} <= {command for command, _ in used}
+    for command, rest in used:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        for flag in re.findall(r"--[a-z-]+", rest):
+            assert flag in shown, (command, flag)
 
 
 def test_every_route_is_named() -> None:

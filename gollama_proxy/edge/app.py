@@ -165,8 +165,15 @@ class Hub:
         self._reloader.start()
 
     def reload(self) -> None:
-        """Read certificates again, soon; what runs is not disturbed."""
+        """Read certificates and revocations again, soon; what runs is not disturbed."""
+        what = ["certificates"] if self._reloader.items else []
+        what += ["revoked tokens"] if self.config.auth.revoked else []
+        logger.info(
+            "reading %s again; all other settings need a restart",
+            " and ".join(what) or "nothing (there are no certificates or revocations)",
+        )
         self._reloader.ask()
+        self.revocation.ask()
 
     @property
     def url(self) -> str:

@@ -53,6 +53,7 @@ class Revocation:
         self._version: tuple[int, ...] | None = None
         self._trouble = ""
         self._task: asyncio.Task[None] | None = None
+        self._asked = asyncio.Event()
 
     def __repr__(self) -> str:
         tokens, subjects = map(len, self._revoked)
@@ -71,24 +72,37 @@ class Revocation:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(PERIOD)
             try:
-                await self.check()
+                async with asyncio.timeout(PERIOD):
+                    await self._asked.wait()
+            except TimeoutError:
+                pass
+            always = self._asked.is_set()
+            self._asked.clear()
+            try:
+                await self.check(always=always)
             except Exception:
                 logger.exception("a look at the revoked tokens failed; the next comes")
 
-    async def check(self) -> None:
-        """Look at the file once, and read it if it may have changed."""
+    def ask(self) -> None:
+        """Have the file read again soon, and the log say what is in it."""
+        self._asked.set()
+
+    async def check(self, *, always: bool = False) -> None:
+        """Look at the file once; read it if it may have changed, or `always`."""
+        if always:
+            self._version = None
         look = await asyncio.to_thread(self._look)
         self._version = look.version
-        if look.trouble and look.trouble != self._trouble:
+        if look.trouble and (always or look.trouble != self._trouble):
             logger.error("%s; the last good list stays", look.trouble)
         self._trouble = look.trouble
         if look.revoked is not None:
             self._revoked = look.revoked
-            tokens, subjects = map(len, look.revoked)
-            logger.info("revoked are %d tokens and %d subjects", tokens, subjects)
             self._changed(look.revoked)
+        if look.revoked is not None or (always and not look.trouble):
+            tokens, subjects = map(len, self._revoked)
+            logger.info("revoked are %d tokens and %d subjects", tokens, subjects)
 
     # --- In the thread ------------------------------------------------------------
 

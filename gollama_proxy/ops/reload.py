@@ -25,16 +25,16 @@ class Reloader:
     """Looks at files every few seconds, and at once when it is asked to."""
 
     def __init__(self, items: Sequence[Renewable]) -> None:
-        self._items = items
+        self.items = items
         self._asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<Reloader of {len(self._items)}>"
+        return f"<Reloader of {len(self.items)}>"
 
     def start(self) -> None:
         """Start to look; `stop` ends it.  Where there is nothing, nothing runs."""
-        if self._items:
+        if self.items:
             self._task = spawn(self._run(), "reload")
 
     async def stop(self) -> None:
@@ -55,7 +55,7 @@ class Reloader:
                 pass
             always = self._asked.is_set()
             self._asked.clear()
-            for item in self._items:
+            for item in self.items:
                 try:
                     # Files may be on a disk that sleeps, or on another machine.
                     await asyncio.to_thread(item.refresh, always=always)
