@@ -11,28 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from gollama_proxy.wire.openai import ENDPOINTS, Ending
+
 ALGORITHMS = ("HS256", "RS256", "ES256", "EdDSA")
 # Those of `routing/policies/`.
 POLICIES = ("round_robin", "weighted", "least_busy", "fastest", "affinity")
-# The paths of `wire/openai.py`, as far as settings name them.
-STREAMED = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
-ROUTES = (
-    *STREAMED,
-    "/v1/embeddings",
-    "/embeddings",
-    "/v1/rerank",
-    "/rerank",
-    "/v1/responses",
-    "/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/completion",
-    "/completions",
-    "/infill",
-    "/tokenize",
-    "/detokenize",
-    "/apply-template",
-)
+ROUTES = tuple(ENDPOINTS)
+# Those whose answers can be assembled from a stream.
+STREAMED = tuple(path for path, e in ENDPOINTS.items() if e.ending is Ending.DONE)
 
 
 # --- Kinds of values --------------------------------------------------------------

@@ -13,9 +13,7 @@ from gollama_proxy.settings import (
     LISTS,
     NAMES,
     ORIGINS,
-    ROUTES,
     SECTIONS,
-    STREAMED,
     TABLE,
     TEXT,
     Config,
@@ -29,7 +27,6 @@ from gollama_proxy.settings import (
     some_of,
     variable,
 )
-from gollama_proxy.wire.openai import ENDPOINTS, Ending
 
 ROWS = list(settings())
 SOME = some_of(("a", "b", "/c"), "a list of letters")
@@ -221,13 +218,6 @@ def test_a_config_cannot_be_changed() -> None:
 def test_two_configs_do_not_share_their_aliases() -> None:
     assert Config().models.aliases is not Config().models.aliases
     assert Config().models.fallbacks is not Config().models.fallbacks
-
-
-def test_the_paths_that_settings_can_name_are_those_of_the_hub() -> None:
-    """They are written out a second time, as settings import nothing."""
-    assert tuple(ENDPOINTS) == ROUTES
-    done = [path for path, end in ENDPOINTS.items() if end.ending is Ending.DONE]
-    assert tuple(done) == STREAMED
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ class Hub:
             "/livez": {"GET": status.live},
             "/readyz": {"GET": status.ready},
             "/health": {"GET": status.ready},
+            "/v1/health": {"GET": status.ready},
             "/metrics": {"GET": status.metrics},
             "/v1/models": {"GET": catalogue.list_models},
             "/models": {"GET": catalogue.list_models},

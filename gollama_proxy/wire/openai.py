@@ -1,8 +1,9 @@
 """The surface: which paths there are, and how an answer on each of them ends.
 
-Nothing is forwarded that is not in this table.  A llama-server also has paths that run
-commands, load files and change its settings (tools/server/README.md of llama.cpp); they
-are not here, so they cannot be reached.
+Nothing is forwarded that is not in the table `ENDPOINTS`.  A llama-server also has
+paths that run commands, load files and change its settings; `REFUSED` lists them, with
+the reasons, so that each of its routes has been decided on (tools/server/server.cpp of
+llama.cpp, b11434).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def api_of(path: str) -> Api:
         return Api.ANTHROPIC
     if path.startswith(("/v1/responses", "/responses")):
         return Api.RESPONSES
-    openai = path.startswith(("/v1/", "/chat/", "/rerank"))
+    openai = path.startswith(("/v1/", "/chat/", "/rerank", "/audio/"))
     return Api.OPENAI if openai else Api.NATIVE
 
 
@@ -81,11 +82,20 @@ ENDPOINTS: dict[str, Endpoint] = {
         Endpoint("/v1/completions", Ending.DONE),
         Endpoint("/v1/embeddings"),
         Endpoint("/embeddings"),
+        Endpoint("/embedding"),
         Endpoint("/v1/rerank", arrays=("documents",)),
+        Endpoint("/v1/reranking", arrays=("documents",)),
         Endpoint("/rerank", arrays=("documents",)),
+        Endpoint("/reranking", arrays=("documents",)),
+        Endpoint("/v1/systemone"),
         Endpoint("/v1/responses", Ending.NAMED),
         Endpoint("/responses", Ending.NAMED),
         Endpoint("/v1/messages", Ending.NAMED, ("messages",)),
+        # Counting tokens generates nothing.
+        Endpoint("/v1/chat/completions/input_tokens", arrays=("messages",), slot=False),
+        Endpoint("/chat/completions/input_tokens", arrays=("messages",), slot=False),
+        Endpoint("/v1/responses/input_tokens", slot=False),
+        Endpoint("/responses/input_tokens", slot=False),
         Endpoint("/v1/messages/count_tokens", arrays=("messages",), slot=False),
         Endpoint("/completion", Ending.STOP),
         Endpoint("/completions", Ending.STOP),
@@ -94,4 +104,29 @@ ENDPOINTS: dict[str, Endpoint] = {
         Endpoint("/detokenize", arrays=("tokens",), slot=False),
         Endpoint("/apply-template", arrays=("messages",), slot=False),
     )
+}
+
+# The routes of llama-server that no client reaches, and why.  Those of its health,
+# metrics and models the hub answers itself.
+REFUSED = {
+    "GET /props": "shows paths and templates of one worker",
+    "POST /props": "changes the settings of a worker for everybody",
+    "GET /slots": "shows what others have asked",
+    "POST /slots/:id_slot": "writes and reads files, and erases the caches of others",
+    "GET /lora-adapters": "shows paths of one worker",
+    "POST /lora-adapters": "changes the answers of a worker for everybody",
+    "POST /models": "downloads models",
+    "DELETE /models": "deletes models",
+    "POST /models/load": "takes memory from the models of others",
+    "POST /models/unload": "takes a model from others",
+    "GET /models/sse": "shows the models of one worker, with their command lines",
+    "POST /v1/chat/completions/control": "acts on anybody's answer by its id",
+    "GET /v1/stream": "gives an answer to anybody who knows the conversation's name",
+    "DELETE /v1/stream": "ends the answer of anybody",
+    "POST /v1/streams/lookup": "shows which conversations run",
+    "GET /tools": "shows what a worker can run",
+    "POST /tools": "runs commands",
+    "GET /cors-proxy": "fetches any URL from where the worker is",
+    "POST /cors-proxy": "fetches any URL from where the worker is",
+    "POST /predict": "calls any route by a name in its body",
 }
