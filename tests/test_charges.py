@@ -35,6 +35,7 @@ from tests.fakes.script import (
     expect_eof,
     give_way,
     notify,
+    read_body,
     reset,
     send,
     wait,
@@ -161,6 +162,24 @@ async def test_the_same_request_costs_the_same_on_every_route(
         assert len(set(costs.values())) == 1, costs
         [total] = set(costs.values())
         assert total > 250
+
+
+@pytest.mark.real
+async def test_several_answers_cost_as_many(
+    llama_server: Callable[..., LlamaServer], tiny_model: Path
+) -> None:
+    """The prompt counts once, whether they come in one piece or as a stream."""
+    body = CHATTED | {"model": "tiny", "max_tokens": 4, "n": 3}
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    async with running_hub(llama_server(tiny_model)) as hub:
+        one = await cost(hub, CHAT, body | {"n": 1})
+        for more in ({}, {"stop": ["no such"]}, {"stream": True}, usage):
+            assert await cost(hub, CHAT, body | more) == one + 2 * 4, more
+        native = {"prompt": PROMPT, "n_predict": 4}
+        one = await cost(hub, "/completion", native)
+        for more in ({}, {"stream": True}):
+            several = native | {"n_cmpl": 2, **more}
+            assert await cost(hub, "/completion", several) == one + 4, more
 
 
 @pytest.mark.real
@@ -401,3 +420,26 @@ async def test_leaving_an_answer_that_shows_nothing_costs_the_time(log: Log) -> 
             async with await hub.open(CHAT, body, token):
                 await worker.received()
     assert costs == [len(json.dumps(body)) // 4, 77]
+
+
+async def test_a_stream_that_has_not_begun_costs_no_time(log: Log) -> None:
+    """Nor does a body that the worker has only got a part of."""
+    stream = json.dumps(STREAMED | {"pad": "x" * 8000}).encode()
+    whole = json.dumps(WHOLE | {"pad": "x" * 5000}).encode()[:-1]
+    half = [("Content-Length", "9999")]
+    for body, headers in ((stream, []), (whole, half)):
+        async with (
+            ScriptedWorker() as worker,
+            running_hub(worker, limits__replay_window=4096) as hub,
+        ):
+            pace = hub.hub.registry.workers[0].pace_of("tiny")
+            pace.speed.read(10**12, 1.0)
+            pace.speed.wrote(10**12, 1.0)
+            worker.on(CHAT, notify("asked"), expect_eof())
+            if headers:
+                worker.on(CHAT, read_body(100), notify("asked"), expect_eof())
+            async with charged(hub, log) as (token, costs):
+                async with await hub.open(CHAT, body, token, headers=headers):
+                    await worker.reached("asked")
+        assert costs == [0, 0]
+        log.forget()

@@ -108,6 +108,8 @@ def test_what_routing_needs_is_wanted() -> None:
         "stream",
         "max_tokens",
         "max_completion_tokens",
+        "n",
+        "n_cmpl",
         "n_predict",
         "messages",
         "documents",

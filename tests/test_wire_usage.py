@@ -393,7 +393,23 @@ def test_an_answer_has_the_usage_of_its_api(
 def test_several_answers_in_a_list_are_added() -> None:
     body = json.dumps([NATIVE, NATIVE | {"tokens_predicted": 5}, {}]).encode()
     assert read(Api.NATIVE, body) == Usage(580, 9)
+    assert read(Api.NATIVE, body, answers=2) == Usage(290, 9)
     assert read(Api.NATIVE, b'[{"index":0,"embedding":[[0.5]]}]') == Usage()
+
+
+def test_of_several_answers_a_llama_server_tells_of_one() -> None:
+    """Others tell of all, and have no timings."""
+    choices: list[object] = [{}, {}, {}]
+    body = whole(choices=choices, usage=OPENAI, timings=TIMINGS)
+    assert read(Api.OPENAI, body) == TIMED._replace(generated=12)
+    assert read(Api.OPENAI, whole(choices=choices, usage=OPENAI)) == COUNTED
+    end = finish(timings=TIMINGS, usage=OPENAI)
+    assert read_end(Api.OPENAI, end, answers=3) == TIMED._replace(generated=12)
+    assert read_end(Api.OPENAI, event({"usage": OPENAI}), answers=3) == COUNTED
+    all_of_them = finish(timings=TIMINGS, usage=OPENAI | {"completion_tokens": 9})
+    assert read_end(Api.OPENAI, all_of_them, answers=3).generated == 9
+    assert read_end(Api.RESPONSES, end, answers=3).generated == 4
+    assert read(Api.OPENAI, whole(choices=5, timings=TIMINGS)) == Usage()
 
 
 @pytest.mark.parametrize(

@@ -61,13 +61,17 @@ class Charges:
         the time that it has taken counts, at the speed that the worker is known for.
         """
         incoming = job.incoming
-        if job.streams or not incoming.endpoint.generates:
+        streams = job.streams or incoming.stream
+        if streams or not (incoming.endpoint.generates and incoming.complete):
+            return
+        if lease.loads:  # how much of the time it took is not known
             return
         speed = worker.pace_of(lease.model).speed
         seconds = self._clock() - lease.taken_at
         generated = speed.generated(incoming.size, seconds, worker.in_flight)
         if generated:
-            job.count(0, min(generated, incoming.max_tokens or generated))
+            most = incoming.max_tokens or generated
+            job.count(0, min(generated, most) * incoming.answers)
 
     def settle(self, job: Job, subject: str) -> None:
         """Charge the subject, at the end of its request."""

@@ -329,10 +329,10 @@ class Inference:
     ) -> web.StreamResponse | Refusal:
         """Pass an answer on, from its beginning or from where another one broke off."""
         record, write_timeout = job.record, self._config.timeouts.write
-        api = job.incoming.endpoint.api
+        api, answers = job.incoming.endpoint.api, job.incoming.answers
         whole = whole_response(relay, job.names)
         if whole is not None:
-            told = usage.read(api, relay.held)
+            told = usage.read(api, relay.held, answers)
             self._charges.add(job, relay, told)
             self._complete(job, worker, relay, lease, told)
             record.bytes = len(relay.held)
@@ -366,7 +366,7 @@ class Inference:
         finally:
             if job.fed:  # else it is counted as a whole
                 record.bytes += relay.bytes
-            told = usage.read_end(api, relay.tail, relay.began)
+            told = usage.read_end(api, relay.tail, relay.began, answers)
             self._charges.add(job, relay, told)
             if complete:
                 self._complete(job, worker, relay, lease, told)
@@ -378,7 +378,8 @@ class Inference:
         """Give back the place of an answer that is complete, with what it tells."""
         if relay.is_event_stream and relay.opened_at is not None:
             lease.seconds = lease.heard_at - relay.opened_at
-            lease.tokens = told.generated or relay.events
+            tokens = told.generated or relay.events
+            lease.tokens = tokens // job.incoming.answers
         if told.reading is not None:
             lease.prefill = Prefill(*told.reading)
             self._registry.learn(job.attempts, worker, lease.prefill)

@@ -43,6 +43,7 @@ class Incoming:
         self._waited = 0.0
         self.size = 0
         self.fallbacks: tuple[str, ...] = ()  # models that the client names itself
+        self.answers = 1  # that the client wants to its prompt
         self._kept: list[bytes] = []
         self._scanner = fields.FieldScanner()
         self._found = self._scanner.found
@@ -68,6 +69,7 @@ class Incoming:
         if self.complete and self._found is self._scanner.found:
             fields.check_json(b"".join(self._kept))
         self._check_types()
+        self.answers = max(1, self._number("n", "n_cmpl"))
         if self.complete and "fallbacks" in self._found:
             self._take_fallbacks()
 
@@ -99,7 +101,11 @@ class Incoming:
     @property
     def max_tokens(self) -> int:
         """The longest answer that the client wants, in tokens; 0 if it does not say."""
-        for name in ("max_completion_tokens", "max_tokens", "n_predict"):
+        return self._number("max_completion_tokens", "max_tokens", "n_predict")
+
+    def _number(self, *names: str) -> int:
+        """Read the first of these fields that is a natural number, else 0."""
+        for name in names:
             field = self._found.get(name)
             if field is not None and field.kind == "0" and field.raw.isdigit():
                 return int(field.raw)

@@ -45,6 +45,8 @@ WANTED = frozenset(
         "max_tokens",
         "messages",
         "model",
+        "n",
+        "n_cmpl",
         "n_predict",
         "stream",
         "stream_options",

@@ -190,25 +190,31 @@ class _Answer(msgspec.Struct):
     timings: Any = None
     tokens_evaluated: Any = None
     tokens_predicted: Any = None
+    choices: msgspec.Raw = msgspec.Raw(b"[]")
 
 
 _answer = msgspec.json.Decoder(_Answer | list[_Answer])
 _fields = msgspec.json.Decoder(dict[str, Any])
+_choices = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-def read(api: Api, body: bytes) -> Usage:
-    """Read the usage of a whole answer; of several in a list, the sum."""
+def read(api: Api, body: bytes, answers: int = 1) -> Usage:
+    """Read the usage of a whole answer; of several in a list, the sum.
+
+    `answers` is how many there are to each prompt, which counts once.
+    """
     try:
         decoded = _answer.decode(body)
+        if isinstance(decoded, _Answer):
+            return _read_one(api, decoded)
+        usages = [_read_one(api, each) for each in decoded]
     except _UNREADABLE:
         return Usage()
-    if isinstance(decoded, _Answer):
-        return _read_one(api, decoded)
-    usages = [_read_one(api, each) for each in decoded]
     prompts = [each.prompt for each in usages if each.prompt is not None]
     generated = [each.generated for each in usages if each.generated is not None]
     return Usage(
-        sum(prompts) if prompts else None, sum(generated) if generated else None
+        sum(prompts) // answers if prompts else None,
+        sum(generated) if generated else None,
     )
 
 
@@ -219,7 +225,8 @@ def _read_one(api: Api, answer: _Answer) -> Usage:
     }
     usage = answer.usage if isinstance(answer.usage, dict) else {}
     timings = answer.timings if isinstance(answer.timings, dict) else {}
-    return _usage_of(api, usage | native, timings)
+    answers = len(_choices.decode(answer.choices)) or 1 if timings else 1
+    return _usage_of(api, usage | native, timings, answers)
 
 
 def beginning(head: bytes) -> bytes:
@@ -232,10 +239,11 @@ def beginning(head: bytes) -> bytes:
     return match[1] if match is not None else b""
 
 
-def read_end(api: Api, tail: bytes, began: bytes = b"") -> Usage:
+def read_end(api: Api, tail: bytes, began: bytes = b"", answers: int = 1) -> Usage:
     """Read the usage of a stream, or of any answer of which only the end was kept.
 
     `began` is what its `beginning` said.  What was generated is said at the end alone.
+    `answers` is how many there are to the prompt.
     """
     first = _decoded(began)
     first = {k: v for k, v in first.items() if k not in _GENERATED}
@@ -243,7 +251,8 @@ def read_end(api: Api, tail: bytes, began: bytes = b"") -> Usage:
     last = {k: v for k, v in last.items() if v or k not in first}
     if api is Api.NATIVE:
         last |= {k.decode(): int(v) for k, v in _NATIVE_COUNT.findall(tail)}
-    return _usage_of(api, first | last, _decoded(_last(_TIMINGS_OBJECT, tail)))
+    timings = _decoded(_last(_TIMINGS_OBJECT, tail))
+    return _usage_of(api, first | last, timings, answers)
 
 
 def _last(pattern: re.Pattern[bytes], tail: bytes) -> bytes:
@@ -261,9 +270,10 @@ def _decoded(fields: bytes) -> dict[str, Any]:
 # --- The definitions --------------------------------------------------------------
 
 _GENERATED = ("completion_tokens", "output_tokens")
+_SEVERAL = (Api.OPENAI, Api.NATIVE)  # may answer a prompt more than once
 
 
-def _usage_of(api: Api, usage: _Fields, timings: _Fields) -> Usage:
+def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage:
     """Read the fields as their API defines them, and else llama-server's timings."""
     match api:
         case Api.ANTHROPIC:
@@ -292,7 +302,11 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields) -> Usage:
         parts = [_count(timings.get(name)) for name in ("prompt_n", "cache_n")]
         read = [part for part in parts if part is not None]
         prompt = _either(prompt, sum(read) if read else None)
-        generated = _either(generated, _count(timings.get("predicted_n")))
+        predicted = _count(timings.get("predicted_n"))
+        if generated is None or generated == predicted:
+            # A llama-server tells of one of several answers; the others are as long.
+            several = answers if api in _SEVERAL else 1
+            generated = predicted and predicted * several
         return Usage(prompt, generated, _timed(timings))
     if prompt is None or cached is None:
         return Usage(prompt, generated)
