@@ -186,11 +186,6 @@ def _load(
     return load(locate(args.config, environ), environ, flags, workers, **options)
 
 
-def _source(config: Config) -> str:
-    """Say where the settings are from."""
-    return f"settings are from {config.file or 'no file'}"
-
-
 def _note(text: str) -> None:
     print("note:", text, file=sys.stderr)
 
@@ -211,7 +206,6 @@ _KNOWN_WITHIN = 60.0
 
 
 async def _log_address(hub: Hub) -> None:
-    log.info("%s", _source(hub.config))
     log.info("listening on %s", hub.url)
     await hub.ready()
     if not hub.config.workers:
@@ -301,7 +295,7 @@ def _token(args: argparse.Namespace) -> int:
     except AuthError as exc:
         text = f"the hub would refuse such a token: {exc.detail}"
         raise ConfigError(f"{source}: {text}") from exc
-    _note(_source(config))
+    _note(config.source)
     _note(f"to revoke it: jti:{token_id}")
     if "admin" in args.scope:
         _note("scope admin allows /metrics and no more: there is no admin API yet")
@@ -376,12 +370,16 @@ def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from gollama_proxy.edge.auth import Authenticator
+
     config = _load(args, os.environ)
-    _note(_source(config))
+    _note(config.source)
     try:
         require_keys(config)
     except ConfigError as exc:  # fine here; the secret is often only in the service
         _note(str(exc))
+    else:
+        Authenticator(config)  # refuses keys of another algorithm, as the hub does
     if not config.workers:
         print("No worker is configured: add [[workers]] to the file, each with a url,")
         print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")

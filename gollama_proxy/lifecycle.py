@@ -98,6 +98,7 @@ async def front(
         await hub.start()
     except OSError as exc:
         raise _refuse_address(config.server, exc) from exc
+    logger.info("%s", config.source)
     _warn_of_plain_text(config.server)
     # What is there by now stays: looking through all the modules again and again would
     # hold the event loop for 30 ms each time.

@@ -531,6 +531,12 @@ class Config:
     metrics: Metrics = field(default_factory=Metrics)
     workers: tuple[WorkerConfig, ...] = ()
     file: str = field(default="", compare=False)  # where they were read, if from one
+
+    @property
+    def source(self) -> str:
+        """Say where the settings are from."""
+        return f"settings are from {self.file or 'no file'}"
+
     # The current HS256 secret first, then the one that is being rotated out.
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
     public_keys: tuple[str, ...] = field(default=(), repr=False)

@@ -308,6 +308,16 @@ def test_a_process_that_was_set_wrongly_ends_with_2(
     assert stat.S_IMODE((folder / "open").stat().st_mode) == 0o604, "and left alone"
 
 
+def test_check_finds_a_key_of_another_algorithm(folder: Path, capsys: Output) -> None:
+    """It was seen only when the hub was made."""
+    file = folder / "gollama.toml"
+    file.write_text(
+        f"[auth]\nalgorithm = 'ES256'\npublic_key_file = '{folder}/public.pem'\n"
+    )
+    assert main(["check", "-c", str(file)]) == 2
+    assert "holds a key that is not ES256" in capsys.readouterr().err
+
+
 # --- Many at once -----------------------------------------------------------------
 
 
