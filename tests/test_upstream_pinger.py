@@ -322,8 +322,9 @@ async def test_an_oddity_of_a_worker_is_logged_once(
     assert f"worker {watched[0].name}: /v1/models is odd" in caplog.text
 
 
-async def test_workers_are_known_when_each_has_said_what_it_serves() -> None:
-    pings = Pings(LOADING, BAD, GOOD)
+@pytest.mark.parametrize("last", [GOOD, BAD])
+async def test_workers_are_known_when_each_has_loaded_or_is_down(last: Finding) -> None:
+    pings = Pings(LOADING, LOADING, last)
     [worker] = workers()
     health = Health(interval=0.01, recheck=0.01)
     async with pinging([worker], health, pings) as pinger:
@@ -332,4 +333,4 @@ async def test_workers_are_known_when_each_has_said_what_it_serves() -> None:
         assert not known.done()
         async with asyncio.timeout(DEADLINE):
             await known
-    assert worker.description is not None
+    assert (worker.description is not None) is (last is GOOD)

@@ -193,7 +193,7 @@ class Hub:
         await self.pinger.first_round()
 
     async def known(self) -> None:
-        """Wait until every worker has said what it serves."""
+        """Wait until every worker has said what it serves, or was down."""
         await self.pinger.described()
 
     async def drain(self) -> None:

@@ -60,7 +60,7 @@ class Pinger:
             await event.wait()
 
     async def described(self) -> None:
-        """Wait until every worker has said what it serves."""
+        """Wait until every worker has said what it serves, or was down."""
         for event in self._described.values():
             await event.wait()
 
@@ -85,7 +85,7 @@ class Pinger:
                 self._noted.add(worker.name)
                 logger.warning("worker %s: %s", worker.name, finding.note)
             self._first_round[worker.name].set()
-            if worker.description is not None:
+            if worker.description is not None or worker.is_down:
                 self._described[worker.name].set()
             wait = next_wait(worker, self._health, wait if was_down else 0.0)
             jitter = random.uniform(1 - JITTER, 1 + JITTER)
