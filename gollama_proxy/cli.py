@@ -17,18 +17,13 @@ import contextlib
 import json
 import logging
 import os
-import re
-import secrets
-import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from gollama_proxy import __version__
+from gollama_proxy import __version__, minting
 from gollama_proxy.config import PLACES, load, locate, require_keys
-from gollama_proxy.keys import MIN_SECRET_BYTES, read_secret
 from gollama_proxy.mistakes import ConfigError
 from gollama_proxy.names import is_plain
 from gollama_proxy.settings import (
@@ -41,7 +36,6 @@ from gollama_proxy.settings import (
 
 if TYPE_CHECKING:
     from gollama_proxy.edge.app import Hub
-    from gollama_proxy.routing.ticket import Priority
     from gollama_proxy.routing.worker import Worker
     from gollama_proxy.upstream.probe import Finding
 
@@ -113,18 +107,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "print a new secret to sign tokens with; a file it goes to gets mode 0600"
     command("secret", _secret, text)
     token = command("token", _token, "print a token for a client")
-    token.add_argument("--sub", required=True, help="who the token speaks for")
-    token.add_argument("--expires", default="30d", help="45s, 90m, 12h, 30d (default)")
-    token.add_argument(
-        "--model", action="append", default=[], help="allow only these, such as 'qwen*'"
-    )
-    token.add_argument("--scope", action="append", default=[], help=_SCOPES)
-    for flag, what in _LIMITS.items():
-        token.add_argument(flag, metavar="N", help=f"allow so many {what}")
-    token.add_argument("--priority", help="highest class: interactive (default), batch")
-    token.add_argument(
-        "--private-key", metavar="FILE", help="PEM file to sign with, for all but HS256"
-    )
+    minting.add_flags(token)
     command("check", _check, "validate the settings and probe every worker")
     demo = command("demo", _demo, "run the hub in front of two small llama-servers")
     demo.add_argument("--llama-server", metavar="PATH", help="the program to start")
@@ -186,10 +169,6 @@ def _load(
     return load(locate(args.config, environ), environ, flags, workers, **options)
 
 
-def _note(text: str) -> None:
-    print("note:", text, file=sys.stderr)
-
-
 # --- serve ------------------------------------------------------------------------
 
 
@@ -220,150 +199,15 @@ async def _log_address(hub: Hub) -> None:
         log.warning("%s", text)
 
 
-# --- secret -----------------------------------------------------------------------
+# --- secret and token -------------------------------------------------------------
 
 
 def _secret(args: argparse.Namespace) -> int:
-    _keep_from_others(sys.stdout)
-    print(secrets.token_hex(MIN_SECRET_BYTES))
-    return 0
-
-
-def _keep_from_others(stream: TextIO) -> None:
-    """Let nobody but its owner read a file that the shell has opened for all."""
-    try:
-        number = stream.fileno()
-    except (OSError, ValueError):  # one that is no file
-        return
-    mode = os.fstat(number).st_mode
-    if stat.S_ISREG(mode) and mode & 0o077:
-        try:
-            os.fchmod(number, 0o600)
-        except OSError as exc:
-            text = "standard output: must be a file for its owner only"
-            raise ConfigError(f"{text} (chmod: {exc.strerror})") from exc
-
-
-# --- token ------------------------------------------------------------------------
-
-_SCOPES = (
-    "allow more: metrics (GET /metrics), or admin, which allows no more than that "
-    "as there is no admin API yet"
-)
-
-_LIMITS = {
-    "--rpm": "requests a minute",
-    "--tpm": "tokens a minute",
-    "--max-concurrency": "requests at once",
-}
+    return minting.print_secret()
 
 
 def _token(args: argparse.Namespace) -> int:
-    from gollama_proxy.edge.auth import Authenticator, AuthError, mint
-
-    _refuse_unprintable("--sub", [args.sub])
-    _refuse_unprintable("--model", args.model)
-    _refuse_unprintable("--scope", args.scope)
-    lifetime = _parse_lifetime(args.expires)
-    limits, priority = _parse_limits(args), _parse_priority(args.priority)
-    config = _load(args, os.environ, for_tokens=True)
-    auth = config.auth
-    if auth.max_lifetime and lifetime > auth.max_lifetime:
-        longest = f"must be {auth.max_lifetime:.0f}s (auth.max_lifetime) or less"
-        raise ConfigError(f"--expires = {args.expires!r}: {longest}")
-    token_id = secrets.token_hex(8)
-    source, key = _find_signing_key(config, args.private_key)
-    try:
-        token = mint(
-            key,
-            auth.algorithm,
-            args.sub,
-            lifetime,
-            models=args.model,
-            scopes=args.scope,
-            issuer=auth.issuer,
-            audience=auth.audience,
-            limits=limits,
-            priority=priority,
-            token_id=token_id,
-        )
-    except ValueError as exc:
-        raise ConfigError(f"{source}: {exc}") from exc
-    asking = replace(config, auth=replace(auth, mode="jwt"))
-    try:
-        Authenticator(asking).authenticate([f"Bearer {token}"])
-    except AuthError as exc:
-        text = f"the hub would refuse such a token: {exc.detail}"
-        raise ConfigError(f"{source}: {text}") from exc
-    _note(config.source)
-    _note(f"to revoke it: jti:{token_id}")
-    if "admin" in args.scope:
-        _note("scope admin allows /metrics and no more: there is no admin API yet")
-    if auth.mode == "off":
-        _note("auth.mode is off: the hub asks for no token")
-    print(token)
-    return 0
-
-
-def _refuse_unprintable(flag: str, values: Sequence[str]) -> None:
-    for value in values:
-        if not value.strip() or not value.isprintable():
-            raise ConfigError(f"{flag} = {value!r}: must be printable, and not empty")
-
-
-def _parse_lifetime(text: str) -> float:
-    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
-    scale = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-    lifetime = int(match[1]) * scale[match[2]] if match else 0
-    if not 0 < lifetime <= 3650 * 86_400:
-        allowed = "45s, 90m, 12h or 30d, from 1s to 3650d"
-        raise ConfigError(f"--expires = {text!r}: must be a time such as {allowed}")
-    return lifetime
-
-
-def _parse_limits(args: argparse.Namespace) -> dict[str, int]:
-    limits = {}
-    for flag in _LIMITS:
-        name = flag.removeprefix("--").replace("-", "_")
-        text = getattr(args, name)
-        if text is not None:
-            if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < 1:
-                raise ConfigError(f"{flag} = {text!r}: must be a whole number from 1")
-            limits[name] = int(text)
-    return limits
-
-
-def _parse_priority(text: str | None) -> Priority | None:
-    from gollama_proxy.routing.ticket import Priority
-
-    if text is None:
-        return None
-    try:
-        return Priority(text)
-    except ValueError:
-        known = ", ".join(Priority)
-        raise ConfigError(f"--priority = {text!r}: must be one of {known}") from None
-
-
-def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
-    algorithm = config.auth.algorithm
-    if algorithm == "HS256":
-        if file is not None:
-            raise ConfigError(
-                f"--private-key = {file!r}: HS256 signs with GOLLAMA_JWT_SECRET; "
-                "set auth.algorithm to RS256, ES256 or EdDSA"
-            )
-        if config.auth.secret_file:
-            return "auth.secret_file", config.secrets[0]
-        if not os.environ.get("GOLLAMA_JWT_SECRET"):
-            raise ConfigError(
-                "GOLLAMA_JWT_SECRET: is not set; must be the hub's secret"
-            )
-        return "GOLLAMA_JWT_SECRET", config.secrets[0]
-    if file is None:
-        raise ConfigError(f"--private-key: {algorithm} needs a PEM file to sign with")
-    source = f"--private-key = {file!r}"
-    return source, read_secret(source, file)
+    return minting.print_token(args, partial(_load, args, os.environ, for_tokens=True))
 
 
 # --- check ------------------------------------------------------------------------
@@ -373,11 +217,11 @@ def _check(args: argparse.Namespace) -> int:
     from gollama_proxy.edge.auth import Authenticator
 
     config = _load(args, os.environ)
-    _note(config.source)
+    minting.note(config.source)
     try:
         require_keys(config)
     except ConfigError as exc:  # fine here; the secret is often only in the service
-        _note(str(exc))
+        minting.note(str(exc))
     else:
         Authenticator(config)  # refuses keys of another algorithm, as the hub does
     if not config.workers:
