@@ -74,12 +74,16 @@ CACHED = {"cache_read_input_tokens": 289, "input_tokens": 1}
 MESSAGE = {"type": "message", "role": "assistant", "content": [], "model": "tiny"}
 
 
-async def test_a_prompt_from_the_cache_costs_as_much_as_any() -> None:
+async def test_a_prompt_from_the_cache_costs_as_much_as_any(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Anthropic's `input_tokens` are only those that were not in the cache."""
     whole = MESSAGE | {"usage": CACHED | {"output_tokens": 4}}
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.on("/v1/messages", *answer(whole))
         assert await cost(hub, "/v1/messages", STREAM | {"stream": False}) == 294
+    # Such as that it has read -288 tokens.
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("words", [1, 1000])

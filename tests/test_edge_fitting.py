@@ -285,19 +285,24 @@ async def test_a_body_beyond_the_replay_window_goes_by_its_size() -> None:
 # --- What is learnt ---------------------------------------------------------------
 
 
-async def test_what_answers_tell_of_their_prompts_saves_the_count() -> None:
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+async def test_what_answers_tell_of_their_prompts_saves_the_count(path: str) -> None:
+    """Also those of Anthropic's API, which leaves out what was in the cache."""
     async with pair() as (small, large, hub):
         usage = {"prompt_tokens": 500, "completion_tokens": 1, "total_tokens": 501}
+        if path != CHAT:
+            usage = {"input_tokens": 5, "cache_read_input_tokens": 495}
         whole = chat_completion("a") | {"usage": usage}
+        del whole["timings"]
         for worker in (small, large):
             counting(worker, 500)
             worker.default(send(json_reply(whole)))
         asked = ask(3000, n=1)  # in one piece, and counted by the answer
-        for path in ("/completion", CHAT):
-            body = asked if path == CHAT else {"prompt": "x" * 3000}
-            assert (await hub.post(path, body)).status == 200
+        for route in ("/completion", path):
+            body = {"prompt": "x" * 3000} if route == "/completion" else asked
+            assert (await hub.post(route, body)).status == 200
         assert counts(small, large) == 1
-        assert (await hub.post(CHAT, ask(3500))).status == 200
+        assert (await hub.post(path, ask(3500))).status == 200
         assert counts(small, large) == 1
         assert (await hub.post(CHAT, ask(5000))).status == 200
         assert counts(small, large) == 2

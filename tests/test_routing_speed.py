@@ -150,9 +150,8 @@ def test_what_says_nothing_about_writing(tokens: int, seconds: float) -> None:
 
 def test_an_answer_that_nobody_sees_is_as_long_as_its_time() -> None:
     speed = Speed()
-    assert speed.generated(1000, 60.0) == 0
+    assert speed.generated(1000, 60.0) == 55, "slow, as nothing is known"
     speed.wrote(100, 2.0)
-    assert speed.generated(1000, 60.0) == 0, "how long it reads is not known"
     speed.read(1000, 0.5)
     assert speed.generated(4000, 1.0) == 0, "it reads"
     assert speed.generated(4000, 3.0) == 50

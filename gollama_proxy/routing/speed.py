@@ -26,6 +26,8 @@ from typing import NamedTuple
 KEPT = 0.9  # of the past, with each answer
 USUAL_TOKENS = 256.0  # of an answer, until one was seen
 SHARED = 0.7  # speed of each answer when there are twice as many
+LEAST_READS = 200.0  # bytes/s: a large model on a CPU
+LEAST_WRITES = 1.0  # tokens/s
 LEVELS = 8  # numbers of parallel answers that are told apart: 1, 2-3, 4-7 … 128+
 
 
@@ -80,12 +82,10 @@ class Speed:
     def generated(self, prompt_bytes: int, seconds: float, beside: int = 1) -> int:
         """Estimate the tokens of an answer that has taken so many seconds by now.
 
-        0 if too little is known of the worker.
+        A worker of which nothing is known is taken for a slow one.
         """
-        writes = self.writes(beside)
-        if writes is None or self.reads is None:
-            return 0
-        return int(max(seconds - prompt_bytes / self.reads, 0.0) * writes)
+        reads, writes = self.reads or LEAST_READS, self.writes(beside) or LEAST_WRITES
+        return int(max(seconds - prompt_bytes / reads, 0.0) * writes)
 
     # --- What it hears ------------------------------------------------------------
 
