@@ -334,3 +334,43 @@ async def test_workers_are_known_when_each_has_loaded_or_is_down(last: Finding) 
         async with asyncio.timeout(DEADLINE):
             await known
     assert (worker.description is not None) is (last is GOOD)
+
+
+async def test_a_look_waits_for_a_ping_that_begins_now() -> None:
+    """One that is under way may have begun too early to see what is the matter."""
+    [worker] = workers()
+    begun, go = asyncio.Semaphore(0), asyncio.Semaphore(0)
+
+    async def ping(asked: Worker) -> Finding:
+        begun.release()
+        await go.acquire()
+        return GOOD
+
+    async with asyncio.timeout(DEADLINE), pinging([worker], Health(), ping) as pinger:
+        await begun.acquire()
+        look = asyncio.create_task(pinger.look(worker))
+        go.release()
+        await begun.acquire()
+        assert not look.done()
+        go.release()
+        assert await look
+
+
+@pytest.mark.parametrize(
+    ("found", "well"),
+    [(GOOD, True), (BAD, False), (LOADING, False), (RuntimeError("no"), False)],
+)
+async def test_a_look_tells_whether_the_worker_is_well(
+    found: Finding | Exception, well: bool
+) -> None:
+    [worker] = workers()
+    pings = Pings(GOOD, found, GOOD)
+    health = Health(recheck=0.01)
+    async with asyncio.timeout(DEADLINE), pinging([worker], health, pings) as pinger:
+        await pings.reached(1)
+        leaves = asyncio.create_task(pinger.look(worker))
+        looks = [pinger.look(worker) for _ in range(2)]
+        waiting = asyncio.gather(*looks)
+        await asyncio.sleep(0)
+        leaves.cancel()
+        assert await waiting == [well, well]

@@ -76,6 +76,13 @@ def refusal_of_assembly(error: AssemblyError) -> Refusal:
     return refusal_of(WorkerError(Code.WORKER_PROTOCOL, text, detail=str(error)))
 
 
+def refusal_of_another(worker: str, model: str) -> Refusal:
+    """Describe an answer of a model that was not asked for."""
+    text = f"Worker {worker} does not serve the model {model!r} any more."
+    away = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
+    return Refusal(away, Outcome.REFUSED, Failure.MODEL)
+
+
 async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
     """Read whether a worker refuses; None if this is an answer to be passed on."""
     early = relay.early_error()

@@ -97,6 +97,7 @@ class Hub:
             self.sweep,
             self.slots,
             Fitting(self.registry, self._count),
+            self.pinger.look,
             clock,
         )
         return {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
@@ -19,6 +19,7 @@ from gollama_proxy.edge.answer import (
     Refusal,
     read_refusal,
     refusal_of,
+    refusal_of_another,
     refusal_of_assembly,
     whole_response,
 )
@@ -44,7 +45,7 @@ from gollama_proxy.upstream.client import ClientStalledError
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.upstream.sweep import Sweep
-from gollama_proxy.wire import headers, usage
+from gollama_proxy.wire import headers, identity, usage
 from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.chunks import DivergedError
 from gollama_proxy.wire.errors import (
@@ -78,8 +79,10 @@ class Inference:
         sweep: Sweep,
         slots: Slots,
         fitting: Fitting,
+        look: Callable[[Worker], Awaitable[bool]],
         clock: Callable[[], float],
     ) -> None:
+        """Make one; `look` pings a worker at once and returns whether it is well."""
         self._config = config
         self._authenticator = authenticator
         self._registry = registry
@@ -87,6 +90,7 @@ class Inference:
         self._sweep = sweep
         self._slots = slots
         self._fitting = fitting
+        self._look = look
         self._losses = Sparse(clock, LOG_EVERY)
         self._quotas = Quotas(clock)
         self._charges = Charges(self._quotas, fitting, clock)
@@ -312,6 +316,9 @@ class Inference:
             raise
         with self._sweep.watching(relay, worker):
             refused = await read_refusal(relay, worker.name)
+            if refused is None and not await self._is_asked_for(job, worker, relay):
+                model = job.attempts.pool.model
+                refused = refusal_of_another(worker.name, model)
         if refused is not None:
             self._charges.add_refused(job, relay)
             return refused
@@ -321,6 +328,27 @@ class Inference:
             self._charges.add(job, relay, told)
             return refusal_of(DivergedError("it does not stream"))
         return relay
+
+    async def _is_asked_for(self, job: Job, worker: Worker, relay: Relay) -> bool:
+        """Return whether an answer comes from the model that was asked for.
+
+        A worker may have been started with another one since the last ping, so it is
+        looked at before an answer is passed on that has a name which is new.
+        """
+        held, model = relay.held, job.attempts.pool.model
+        worker.see_build(identity.build_of(held))
+        name = identity.first_model(held)
+        if name is None or worker.answer_names.knows(model, name):
+            return True
+        if not relay.is_event_stream:
+            try:
+                await relay.whole()
+            except WorkerError:
+                return True  # what that means is judged when it is passed on
+        name = identity.model_of(relay.held, events=relay.is_event_stream)
+        if name is None or worker.answer_names.knows(model, name):
+            return True
+        return await self._look(worker) and worker.accepts_name(model, name)
 
     # --- Relay --------------------------------------------------------------------
 

@@ -67,6 +67,7 @@ class Registry:
         }
         # What holds until some worker tells something else.
         self._names: dict[str, None] | None = None
+        self._once = Remembered[str, None]()  # names that were known at some time
         self._settled = Remembered[str, None]()  # models whose pool is as it should be
         self._least = Remembered[str, int | None]()  # context, by model
         for worker in self.workers:
@@ -86,6 +87,8 @@ class Registry:
             self._names = {
                 model.name: None for worker in self.workers for model in worker.models
             }
+            for name in self._names:
+                self._once[name] = None
         return self._names
 
     def _forget(self) -> None:
@@ -93,6 +96,7 @@ class Registry:
         self._names = None
         self._settled.clear()
         self._least.clear()
+        self._known()  # lest a name be missed that no request asks for
 
     def aliases(self) -> dict[str, str]:
         """List the configured other names, and the model that each stands for.
@@ -328,6 +332,8 @@ class Registry:
                 return model
             if self._models.strict_models:
                 return None
+            if model in self._once and not self._models.default_model:
+                return None  # a model that has gone, and not a name that was made up
         default = self._models.default_model
         return self.model_of(default) if default else self.only_model()
 

@@ -23,6 +23,7 @@ from typing import assert_never
 from gollama_proxy.names import is_name, is_plain, matches
 from gollama_proxy.routing.breaker import Breaker, Verdict
 from gollama_proxy.routing.lease import Lease, Outcome
+from gollama_proxy.routing.naming import AnswerNames
 from gollama_proxy.routing.remembered import Remembered
 from gollama_proxy.routing.slowness import Expectations, Pace
 from gollama_proxy.routing.speed import Prefill
@@ -96,6 +97,11 @@ class Description:
     context: int | None = None  # tokens of one slot
     build: str = ""
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What changes when another server answers at the same address."""
+        return (self.build, *(model.name for model in self.models))
+
 
 @dataclass(slots=True, eq=False)
 class Worker:
@@ -120,6 +126,7 @@ class Worker:
     paces: dict[str, Pace] = field(default_factory=Remembered)
     # Bad statuses are held against a worker and the model asked for, not the machine.
     model_breakers: dict[str, Breaker] = field(default_factory=Remembered)
+    answer_names: AnswerNames = field(default_factory=AnswerNames)
     # Called on every suspicion, so that the pinger looks at once,
     on_suspicion: Callable[[], None] | None = None
     # when a slot may have come free,
@@ -131,6 +138,9 @@ class Worker:
     _bad: int = 0
     _odd_slots: int | None = None
     _odd_timings: bool = False
+    _odd_build: str = ""
+    # Models that it has listed and does not list any more.
+    _gone: Remembered[str, None] = field(default_factory=Remembered)
     _taken: int = 0  # slots
     _full_since: float | None = None
     # Models that a request to it would have to wait for, beside those loading already.
@@ -219,8 +229,8 @@ class Worker:
             for name in filter(is_name, self.config.models):
                 if not any(matches(model.name, (name,)) for model in seen):
                     names[name] = None  # `x[1m]` is no pattern for any of them
-        for model in seen:
-            names.pop(model.name, None)
+        for name in (*(model.name for model in seen), *self._gone):
+            names.pop(name, None)
         context = self.description.context if self.description else None
         return (*seen, *(Model(name, context) for name in names))
 
@@ -310,8 +320,27 @@ class Worker:
 
     def serves(self, model: str) -> bool:
         if self.config.models:
-            return matches(model, self.config.models)
+            return model not in self._gone and matches(model, self.config.models)
         return any(model == served.name for served in self.models)
+
+    # --- Whose answers these are --------------------------------------------------
+
+    def accepts_name(self, model: str, name: str) -> bool:
+        """Return whether an answer that names a model is of the one asked for.
+
+        To be called for a name that is new, when the worker has just been looked at.
+        """
+        described = self.description.models if self.description else ()
+        listed = {each.name for each in described}
+        stated = self.serves(model)
+        return self.answer_names.accept(model, name, listed, stated=stated)
+
+    def see_build(self, build: str) -> None:
+        """Take in the build that an answer names; another one is looked at, once."""
+        known = self.description.build if self.description else ""
+        if build and known and build not in (known, self._odd_build):
+            self._odd_build = build
+            self.suspect()
 
     # --- What a request does ------------------------------------------------------
 
@@ -418,7 +447,11 @@ class Worker:
         now = self.clock()
         self.checked_at = now
         if description is not None:
-            changed, self.description = self.description != description, description
+            before, self.description = self.description, description
+            changed = before != description
+            self._note_gone(before, description)
+            if before is None or before.identity != description.identity:
+                self.answer_names.forget()
             self.slots = self.config.slots or self._believed(description.slots)
             self._unloaded = {m.name for m in description.models if m.loaded is False}
             self._note_room()
@@ -433,6 +466,12 @@ class Worker:
             self._step(event, reason)
         if self.on_free is not None:
             self.on_free()
+
+    def _note_gone(self, before: Description | None, now: Description) -> None:
+        for model in before.models if before else ():
+            self._gone[model.name] = None
+        for model in now.models:
+            self._gone.pop(model.name, None)
 
     def _believed(self, slots: int | None) -> int | None:
         """Pass on a number of slots that can be true; complain of others once."""
@@ -463,6 +502,7 @@ class Worker:
         before, self.state = self.state, TRANSITIONS[self.state, event]
         self.reason = reason
         if self.state is State.READY and before in (State.DOWN, State.LOADING):
+            self.answer_names.forget()
             for breaker in (self.breaker, *self.model_breakers.values()):
                 breaker.renew()
         if self.state is not before:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-from gollama_proxy.routing.worker import State, Worker
+from gollama_proxy.routing.worker import Check, State, Worker
 from gollama_proxy.settings import Health
 from gollama_proxy.tasks import spawn
 from gollama_proxy.upstream import probe
@@ -35,6 +36,9 @@ class Pinger:
         self._first_round = {worker.name: asyncio.Event() for worker in workers}
         self._described = {worker.name: asyncio.Event() for worker in workers}
         self._suspected = {worker.name: asyncio.Event() for worker in workers}
+        self._looking: dict[str, list[asyncio.Future[bool]]] = {
+            worker.name: [] for worker in workers
+        }
         self._noted: set[str] = set()  # workers of which an oddity was logged
 
     def __repr__(self) -> str:
@@ -64,6 +68,13 @@ class Pinger:
         for event in self._described.values():
             await event.wait()
 
+    async def look(self, worker: Worker) -> bool:
+        """Ask a worker now, and wait; return whether it is well."""
+        seen: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._looking[worker.name].append(seen)
+        self._suspected[worker.name].set()
+        return await seen
+
     async def _supervise(self, worker: Worker) -> None:
         """Keep the loop alive: a health check that died silently is worse than none."""
         while True:
@@ -79,8 +90,10 @@ class Pinger:
         while True:
             suspected.clear()
             was_down = worker.state is State.DOWN
-            finding = await self._ping(worker)
-            worker.observe(finding.check, finding.reason, finding.description)
+            with self._telling(worker) as told:
+                finding = await self._ping(worker)
+                worker.observe(finding.check, finding.reason, finding.description)
+                told.append(finding.check is Check.OK)
             if finding.note and worker.name not in self._noted:
                 self._noted.add(worker.name)
                 logger.warning("worker %s: %s", worker.name, finding.note)
@@ -94,6 +107,18 @@ class Pinger:
                     await suspected.wait()
             except TimeoutError:
                 pass
+
+    @contextlib.contextmanager
+    def _telling(self, worker: Worker) -> Iterator[list[bool]]:
+        """Answer those who have asked for a look that begins now, however it ends."""
+        looking, self._looking[worker.name] = self._looking[worker.name], []
+        found: list[bool] = []
+        try:
+            yield found
+        finally:
+            for each in looking:
+                if not each.done():
+                    each.set_result(any(found))
 
 
 def next_wait(worker: Worker, health: Health, last: float) -> float:
