@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -429,18 +428,13 @@ HEADS: dict[str, tuple[list[tuple[str, str]], int, str]] = {
         400,
         "bad_request",
     ),
-    "a gzip body": (
-        [("Content-Length", "5"), ("Content-Encoding", "gzip")],
-        415,
-        "unsupported_encoding",
-    ),
     "a Brotli body": (
         [("Content-Length", "5"), ("Content-Encoding", "br")],
         415,
         "unsupported_encoding",
     ),
     "a body of two codings": (
-        [("Content-Length", "5"), ("Content-Encoding", "identity, gzip")],
+        [("Content-Length", "5"), ("Content-Encoding", "gzip, gzip")],
         415,
         "unsupported_encoding",
     ),
@@ -588,15 +582,6 @@ async def test_the_body_of_a_wrong_request_is_not_taken_for_a_request(
             await wire.get("/livez", headers=[("Connection", "close")])
         left = await wire.read_eof()
         assert left.count(b"HTTP/1.1 ") == left.count(b'{"status":"ok"}') <= 1
-
-
-async def test_a_gzip_body_is_not_unpacked() -> None:
-    async with hub_of_two_models() as hub:
-        packed = gzip.compress(BODY)
-        for coding in ("gzip", "GZIP", "x-gzip", "deflate", "zstd"):
-            headers = [("Content-Encoding", coding)]
-            response = await hub.post(CHAT, packed, headers=headers)
-            check(response, 415, "unsupported_encoding")
 
 
 # --- Time -------------------------------------------------------------------------

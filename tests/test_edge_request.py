@@ -204,7 +204,7 @@ NO_JSON = [
     b'{"model":"\\ud800"}',
     b'{"fallbacks":["\\ud800"]}',
     b'{"fallbacks":["a",]}',
-    b"\xef\xbb\xbf{}",
+    b"\xef\xbb{}",
     b'{"a":' + b"[" * 200 + b"]" * 200 + b"}",
     b'{"model":"a","model":"b"}',
     b'{"model":"a","mod\\u0065l":"b"}',

@@ -89,4 +89,4 @@ def test_an_empty_body_is_empty_in_every_coding() -> None:
 def test_its_repr_holds_no_data() -> None:
     unpacker = Unpacker("gzip")
     list(unpacker.feed(CODED["gzip"][:-1]))
-    assert repr(unpacker) == "<Unpacker packed=True wbits=31>"
+    assert repr(unpacker) == "<Unpacker of gzip>"

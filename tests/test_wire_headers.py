@@ -112,14 +112,6 @@ def test_a_second_transfer_coding_is_refused_behind_a_good_one() -> None:
     assert refusal(*headers).code is Code.UNSUPPORTED_TRANSFER_ENCODING
 
 
-@pytest.mark.parametrize("value", ["gzip", "GZIP", "deflate", "br", "identity, gzip"])
-def test_a_compressed_body_is_refused_and_not_passed_on_unread(value: str) -> None:
-    """A bomb inside, or a `model` that routing cannot see."""
-    error = refusal((b"CONTENT-Encoding", value.encode()))
-    assert error.code is Code.UNSUPPORTED_ENCODING
-    assert "plain JSON" in error.message
-
-
 @pytest.mark.parametrize("line", ["Transfer-Encoding: chunked", "UPGRADE: h2c"])
 def test_a_connection_ends_with_what_may_hide_another_request(line: str) -> None:
     assert check_head("POST", (1, 1), lines("Host: hub", line, "Accept: */*"), LIMIT)
@@ -443,11 +435,6 @@ def test_transfer_encoding_needs_http_1_1() -> None:
             "Transfer-Encoding: gzip, chunked",
             Code.UNSUPPORTED_TRANSFER_ENCODING,
             "Transfer-Encoding must be exactly 'chunked'.",
-        ),
-        (
-            "Content-Encoding: gzip",
-            Code.UNSUPPORTED_ENCODING,
-            "Content-Encoding is not supported; send the body as plain JSON.",
         ),
         (
             "Content_Length: 5",

@@ -2,13 +2,14 @@
 
 A body within the window is kept whole, so that it can be sent again.  Of a larger one
 the window is kept, and the rest streams through `rest()` in constant memory, checked on
-its way.
+its way.  A compressed body is unpacked as it comes, and all limits are those of what is
+in it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -16,6 +17,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from gollama_proxy.routing import affinity
 from gollama_proxy.settings import Config
 from gollama_proxy.wire import fields
+from gollama_proxy.wire.coding import CODINGS, CodingError, Unpacker, coding_of
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.openai import Endpoint
 from gollama_proxy.wire.whole import read_whole
@@ -23,6 +25,7 @@ from gollama_proxy.wire.whole import read_whole
 # A client earns a second of patience with each so many bytes (as mod_reqtimeout does).
 LEAST_RATE = 16 << 10
 
+_BOM = b"\xef\xbb\xbf"
 
 _SPENT = fields.FieldScanner()
 
@@ -41,6 +44,12 @@ class Incoming:
         self._limit = config.limits.body
         self._grace = config.timeouts.body
         self._waited = 0.0
+        self._received = 0  # bytes, as they were sent
+        self._ended = False  # no more will be received
+        self._opening = b""  # what may become a byte order mark
+        coding = coding_of(request.headers.getall("Content-Encoding", ()))
+        self._unpacker = _unpacker_of(coding) if coding else None
+        self._unpacked: Iterator[bytes] = iter(())  # what the last piece holds yet
         self.size = 0
         self.fallbacks: tuple[str, ...] = ()  # models that the client names itself
         self.answers = 1  # that the client wants to its prompt
@@ -49,6 +58,8 @@ class Incoming:
         self._found = self._scanner.found
         if self.length is not None and self.length > self._limit:
             raise self._too_large()
+        if coding:
+            self.length = None  # that of the plain body is not known yet
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
@@ -169,9 +180,26 @@ class Incoming:
                 yield piece
 
     async def _next_piece(self) -> bytes:
+        if self._unpacker is None:
+            piece = await self._receive()
+            return self._take(piece, ended=self._ended)
+        try:
+            while (part := next(self._unpacked, None)) is None:
+                if self._ended:
+                    self._unpacker.end()
+                    return self._take(b"", ended=True)
+                self._unpacked = self._unpacker.feed(await self._receive())
+        except CodingError as exc:
+            text = f"The request body is no {self._unpacker.coding}: {exc}."
+            raise RequestError(Code.BAD_REQUEST, text) from None
+        await asyncio.sleep(0)  # others have their turn, however much is packed
+        return self._take(part, ended=False)
+
+    async def _receive(self) -> bytes:
+        """Receive the next piece, as it was sent."""
         if self._content.is_eof():  # what has come already takes no time
-            return self._take(self._content.read_nowait())
-        patience = self._grace + self.size / LEAST_RATE - self._waited
+            return self._note(self._content.read_nowait())
+        patience = self._grace + self._received / LEAST_RATE - self._waited
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
@@ -184,14 +212,22 @@ class Incoming:
             text = "The request body is not framed as HTTP asks for."
             raise RequestError(Code.BAD_REQUEST, text, detail=str(exc)) from None
         self._waited += loop.time() - began
-        return self._take(piece)
+        return self._note(piece)
 
-    def _take(self, piece: bytes) -> bytes:
+    def _note(self, piece: bytes) -> bytes:
+        self._received += len(piece)
+        if self._received > self._limit:
+            raise self._too_large()
+        self._ended = self._content.at_eof()
+        return piece
+
+    def _take(self, piece: bytes, *, ended: bool) -> bytes:
         """Count a piece and look at it."""
+        if not self.size and (self._opening or piece[:1] == _BOM[:1]):
+            piece = self._without_bom(piece, ended)
         self.size += len(piece)
         if self.size > self._limit:
             raise self._too_large()
-        ended = self._content.at_eof()
         if ended and len(piece) == self.size and (found := read_whole(piece)):
             self._found = found
         else:
@@ -200,6 +236,19 @@ class Incoming:
                 self._scanner.finish()
         self.complete = ended
         return piece
+
+    def _without_bom(self, piece: bytes, ended: bool) -> bytes:
+        """Leave out a byte order mark, which parsers may ignore (RFC 8259, 8.1)."""
+        opening = self._opening + piece
+        if len(opening) < len(_BOM) and _BOM.startswith(opening) and not ended:
+            self._opening = opening
+            return b""
+        self._opening = b""
+        if not opening.startswith(_BOM):
+            return opening
+        if self.length is not None:
+            self.length -= len(_BOM)
+        return opening.removeprefix(_BOM)
 
     # --- Checks -------------------------------------------------------------------
 
@@ -218,6 +267,14 @@ class Incoming:
     def _too_large(self) -> RequestError:
         text = f"The request body is larger than {self._limit} bytes."
         return RequestError(Code.BODY_TOO_LARGE, text)
+
+
+def _unpacker_of(coding: str) -> Unpacker:
+    try:
+        return Unpacker(coding)
+    except CodingError:
+        text = f"Content-Encoding must be one of {', '.join(CODINGS)}, or none."
+        raise RequestError(Code.UNSUPPORTED_ENCODING, text) from None
 
 
 def answer_expectation(request: web.BaseRequest) -> None:

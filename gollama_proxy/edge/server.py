@@ -24,6 +24,7 @@ from gollama_proxy.ops.connections import Connections
 from gollama_proxy.settings import Config
 from gollama_proxy.tls import Credentials
 from gollama_proxy.wire import shapes
+from gollama_proxy.wire.coding import CODINGS
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
 from gollama_proxy.wire.openai import Api
 
@@ -242,6 +243,8 @@ def error_response(error: ProxyError, api: Api = Api.OPENAI) -> web.Response:
         headers["Retry-After"] = str(error.retry_after)
     if error.allow:
         headers["Allow"] = error.allow
+    if error.code is Code.UNSUPPORTED_ENCODING:  # RFC 9110, 15.5.16
+        headers["Accept-Encoding"] = ", ".join(CODINGS)
     if error.code is Code.INVALID_API_KEY:
         # RFC 6750, 3.1, has no error for a request without a token; here all refusals
         # are the same, so that none tells how far a guess got.

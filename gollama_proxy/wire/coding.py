@@ -1,13 +1,30 @@
-"""Content codings: gzip and deflate (RFC 9110, 8.4.1), unpacked in small pieces."""
+"""Content codings, unpacked in small pieces.
+
+gzip and deflate (RFC 9110, 8.4.1), and zstd (RFC 8878) where Python has it.
+"""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+CODINGS: tuple[str, ...] = ("gzip", "deflate")
+_ERRORS: tuple[type[Exception], ...] = (zlib.error,)
+try:
+    from compression import zstd
+except ImportError:  # before Python 3.14
+    pass
+else:
+    CODINGS += ("zstd",)
+    _ERRORS += (zstd.ZstdError,)
 
 # Largest piece that one step yields: a kilobyte can stand for a megabyte of zeros.
 PIECE = 64 << 10
+# Parts of a body that were packed one by one; each costs more than its bytes.
+MOST_MEMBERS = 64
 _GZIP, _ZLIB, _RAW = 31, 15, -15  # zlib's `wbits`
+_ZSTD_WINDOW = 23  # RFC 9659: nobody has to have a window of more than 8 MiB
 
 
 class CodingError(Exception):
@@ -21,17 +38,17 @@ class Unpacker:
         """Make one for the value of a `Content-Encoding` header, or for "".
 
         Raises:
-            CodingError: the coding is none of identity, gzip and deflate.
+            CodingError: the coding is neither identity nor one of `CODINGS`.
         """
         coding = coding.strip().lower()
-        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        self.coding = "" if coding == "identity" else coding.removeprefix("x-")
+        if self.coding and self.coding not in CODINGS:
             raise CodingError("an unknown content coding")
-        self._packed = coding not in ("", "identity")
-        self._wbits = 0 if coding == "deflate" else _GZIP  # 0: seen from the first byte
-        self._stream: zlib._Decompress | None = None
+        self._stream: Any = None  # a decompressor of the standard library
+        self._members = 0
 
     def __repr__(self) -> str:
-        return f"<Unpacker packed={self._packed} wbits={self._wbits}>"
+        return f"<Unpacker of {self.coding or 'identity'}>"
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Unpack some more; the iterator has to be exhausted, or the body given up.
@@ -39,23 +56,37 @@ class Unpacker:
         Raises:
             CodingError: the data are not in the coding.
         """
-        if not self._packed:
+        if not self.coding:
             if data:
                 yield data
             return
-        while data:
+        full = False  # the last piece was, so there may be more without more data
+        while data or full:
             if self._stream is None:
-                self._stream = zlib.decompressobj(self._wbits or _wbits_of(data[0]))
+                self._stream = self._next_member(data)
             try:
-                piece = self._stream.decompress(data, PIECE)
-            except zlib.error:
+                piece: bytes = self._stream.decompress(data, PIECE)
+            except _ERRORS:
                 raise CodingError("data that are not in their content coding") from None
             if piece:
                 yield piece
-            data = self._stream.unconsumed_tail
             if self._stream.eof:
                 # RFC 1952, 2.2: another member may follow.
                 data, self._stream = self._stream.unused_data, None
+                full = False
+            else:  # zstd keeps by itself what it has not read
+                data = getattr(self._stream, "unconsumed_tail", b"")
+                full = len(piece) == PIECE
+
+    def _next_member(self, data: bytes) -> Any:
+        self._members += 1
+        if self._members > MOST_MEMBERS:
+            raise CodingError("more members than anybody needs")
+        if self.coding == "zstd":
+            limit = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}
+            return zstd.ZstdDecompressor(options=limit)
+        deflate = self.coding == "deflate"
+        return zlib.decompressobj(_wbits_of(data[0]) if deflate else _GZIP)
 
     def end(self) -> None:
         """Check that the data were complete.
@@ -65,6 +96,12 @@ class Unpacker:
         """
         if self._stream is not None:
             raise CodingError("data that end in the middle of their content coding")
+
+
+def coding_of(values: Iterable[str]) -> str:
+    """Join the values of `Content-Encoding` headers, without what changes nothing."""
+    names = [name.strip() for value in values for name in value.split(",")]
+    return ", ".join(name for name in names if name.lower() not in ("", "identity"))
 
 
 def _wbits_of(first: int) -> int:

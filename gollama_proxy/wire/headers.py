@@ -69,7 +69,6 @@ _FIELD_VALUE = re.compile(rb"[\t\x20-\x7e]*")
 # What few requests have; all others are passed over at the cost of one look-up.
 _SUSPECT = frozenset(
     {
-        b"content-encoding",
         b"content_length",
         b"transfer-encoding",
         b"transfer_encoding",
@@ -94,7 +93,7 @@ def check_head(
       behind such a request and drops what came with it.
 
     Raises:
-        RequestError: 400, 405, 415, 431, 501 or 505, naming the header.
+        RequestError: 400, 405, 431, 501 or 505, naming the header.
     """
     if version not in ((1, 0), (1, 1)):
         text = f"HTTP/{version[0]}.{version[1]} is not supported; use HTTP/1.1."
@@ -131,10 +130,6 @@ def _check_field(name: bytes, value: bytes, version: tuple[int, int]) -> None:
             # RFC 9112, 6.1: a server that does not understand a coding answers 501.
             text = "Transfer-Encoding must be exactly 'chunked'."
             raise RequestError(Code.UNSUPPORTED_TRANSFER_ENCODING, text)
-    elif lowered == b"content-encoding":
-        if value.lower() != b"identity":
-            text = "Content-Encoding is not supported; send the body as plain JSON."
-            raise RequestError(Code.UNSUPPORTED_ENCODING, text)
     elif lowered != b"upgrade":
         # Some servers read Content_Length as Content-Length (Envoy refuses it, too).
         text = f"Header {name.decode()!r} is ambiguous."
