@@ -65,10 +65,10 @@ async def until(reached: Callable[[], bool], timeout: float = 1.0) -> None:
             await asyncio.sleep(0.002)
 
 
-async def in_flight(hub: RunningHub, number: int, timeout: float = 1.0) -> None:
+async def in_flight(hub: RunningHub, number: int) -> None:
     """Wait until this many requests are held by workers."""
     workers = hub.hub.registry.workers
-    await until(lambda: sum(w.in_flight for w in workers) == number, timeout)
+    await until(lambda: sum(w.in_flight for w in workers) == number)
 
 
 async def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
@@ -223,7 +223,7 @@ async def test_a_client_that_leaves_takes_its_request_along(
         assert not record.in_doubt
         assert len(worker.control) == pings, "nobody was suspected"
         [line] = await logged(caplog)
-        assert line["outcome"] == "client_gone" or stage is in_an_error
+        assert line["outcome"] == "client_gone", stage
         assert "error" not in line
         assert (await hub.post(CHAT, WHOLE)).status == 200
         assert len(worker.requests) == len(reached) + 1
@@ -326,7 +326,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing() -> None:
                 await asyncio.sleep(0)
             (wire.abort if number % 2 else wire.close)()
         await in_flight(hub, 0)
-        await worker.idle(2.0)
+        await worker.idle()
         [record] = hub.hub.registry.workers
         assert record.state is State.READY
         assert not record.in_doubt

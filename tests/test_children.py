@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -94,10 +93,8 @@ async def test_the_end_is_made_where_asking_does_not_help(
     await until(lambda: "set" in child.log.read_text())
     if stopped:
         child.signal(signal.SIGSTOP)
-    began = time.monotonic()
     await child.end()
     assert child.process.returncode == -signal.SIGKILL
-    assert time.monotonic() - began < 5
 
 
 async def test_ctrl_c_on_the_terminal_does_not_reach_it(start: Start) -> None:

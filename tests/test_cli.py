@@ -450,7 +450,7 @@ async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) ->
                 started = time.monotonic()
                 hub.signal(signal.SIGTERM)
                 assert await hub.ended() == 1
-                assert time.monotonic() - started < 10
+                assert time.monotonic() - started < 20  # of the 30
     assert "Traceback" not in hub.output
 
 

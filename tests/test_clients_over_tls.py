@@ -56,7 +56,7 @@ def notified(wire: Wire) -> bool:
 
 
 async def released(hub: RunningHub) -> None:
-    await until(lambda: not any(w.in_flight for w in hub.hub.registry.workers), 5)
+    await until(lambda: not any(w.in_flight for w in hub.hub.registry.workers))
 
 
 # --- The connection ---------------------------------------------------------------
@@ -265,7 +265,7 @@ async def test_a_client_that_leaves_frees_its_worker(
         await released(hub)
         [record] = hub.hub.registry.workers
         assert record.state is State.READY
-        await until(lambda: hub.hub.clients.open == 0, 5)
+        await until(lambda: hub.hub.clients.open == 0)
 
 
 async def test_a_client_that_half_closes_with_everything_full(
@@ -322,7 +322,7 @@ async def test_a_client_that_stops_reading_is_dropped(
         async with asyncio.timeout(DEADLINE):
             await request.closed_by_peer.wait()
         await released(hub)
-        await until(lambda: hub.hub.clients.open == 0, 5)
+        await until(lambda: hub.hub.clients.open == 0)
         assert not hub.hub.registry.workers[0].in_doubt
         ending = await wire.read_to_end()
         assert not ending.clean
@@ -401,7 +401,7 @@ async def test_clients_without_a_certificate_are_refused(
             assert (await hub.post(CHAT, QUESTION, None)).status == 401
             assert (await hub.post(CHAT, QUESTION)).status == 200
             assert hub.hub.clients.refused["handshake"] == 3
-            await until(lambda: hub.hub.clients.open == 0, 5)
+            await until(lambda: hub.hub.clients.open == 0)
 
 
 # --- The end ----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import MODEL, chat_completion, error_reply, json_reply
 from tests.fakes.script import answer, chat_stream, reset, send, stall, wait
+from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -136,12 +137,15 @@ async def test_it_is_refused_at_once_though_all_slots_are_taken() -> None:
 
 
 async def test_one_that_fits_but_is_away_is_waited_for() -> None:
-    async with pair(retry__attempts=1) as (small, large, hub):
+    async with pair(retry__attempts=1, health__fall=1) as (small, large, hub):
         counting(small, 2000)
         await large.down()
         assert (await hub.post(CHAT, ask(6000))).status == 502  # it is not known yet
+        away = hub.hub.registry.workers[1]
+        await until(lambda: not away.available)
         response = await hub.post(CHAT, ask(6000))
-        assert response.status in (502, 503)
+        assert response.status == 503
+        assert int(response.header("retry-after") or "") > 0
         assert served(small) == [0]
 
 

@@ -220,7 +220,7 @@ async def test_a_client_that_ends_its_side(house: House) -> None:
             raw = house.gates[1]._raw
             await settled(raw.get_write_buffer_size)
             wire.half_close()
-            await until(lambda: "lost" in echo.heard, 2)
+            await until(lambda: "lost" in echo.heard)
 
 
 def test_a_peer_that_has_gone_has_no_address() -> None:

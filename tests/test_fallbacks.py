@@ -99,7 +99,7 @@ async def test_a_model_that_nobody_was_seen_to_serve_has_its_fallback() -> None:
 
 
 async def test_a_fallback_takes_over_when_the_first_token_is_overdue() -> None:
-    async with family(timeouts__allowance=0.05) as (big, medium, _, hub):
+    async with family(timeouts__allowance=1) as (big, medium, _, hub):
         big.script(expect_eof())
         response = await hub.post(CHAT, STREAM | {"model": "big"})
         assert answered(response, medium, 2)

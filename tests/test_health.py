@@ -17,6 +17,7 @@ from gollama_proxy.upstream.probe import Finding
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, head, not_found, role, sse_head, token
 from tests.fakes.script import answer, close, event_stream, reset, send, stall, wait
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -30,7 +31,9 @@ def the_worker(hub: RunningHub, place: int = 0) -> Worker:
     return hub.hub.registry.workers[place]
 
 
-async def until(reached: Callable[[], bool], what: str, timeout: float = 5.0) -> None:
+async def until(
+    reached: Callable[[], bool], what: str, timeout: float = DEADLINE
+) -> None:
     try:
         async with asyncio.timeout(timeout):
             while True:
@@ -230,7 +233,7 @@ async def test_a_worker_that_emits_tokens_is_not_taken_out() -> None:
             worker,
             health__interval=0.02,
             health__recheck=0.02,
-            health__timeout=0.25,
+            health__timeout=1,
             health__fall=1,
         ) as hub,
     ):
@@ -255,7 +258,7 @@ async def test_a_worker_that_emits_nothing_is_taken_out() -> None:
     async with (
         ScriptedWorker() as worker,
         running_hub(
-            worker, **(QUICK | {"health__timeout": 0.05}), health__fall=2
+            worker, **(QUICK | {"health__timeout": 0.5}), health__fall=2
         ) as hub,
     ):
         worker.script(stall())

@@ -698,7 +698,7 @@ async def test_a_request_has_a_limit_in_its_stream(path: str) -> None:
     """What came is the client's; the worker is hung up, and not blamed."""
     async with (
         ScriptedWorker() as worker,
-        running_hub(worker, timeouts__request=0.4) as hub,
+        running_hub(worker, timeouts__request=1) as hub,
     ):
         worker.script(send(sse_head() + chunk(BEGUN)), notify("sent"), expect_eof())
         ending = await ended(hub, STREAM, path)
@@ -712,7 +712,7 @@ async def test_a_request_has_a_limit_in_its_stream(path: str) -> None:
 async def test_a_request_has_a_limit_in_an_answer_that_is_no_stream() -> None:
     async with (
         ScriptedWorker() as worker,
-        running_hub(worker, timeouts__request=0.4) as hub,
+        running_hub(worker, timeouts__request=1) as hub,
     ):
         worker.script(send(head(200, [("Content-Length", "9")]) + b"{"), expect_eof())
         ending = await ended(hub, WHOLE)

@@ -23,6 +23,7 @@ from gollama_proxy.ops.accesslog import TextFormatter
 from gollama_proxy.routing.worker import Check
 from gollama_proxy.upstream import sweep
 from gollama_proxy.upstream.connection import MAX_HEAD, MAX_HEADERS
+from gollama_proxy.upstream.relay import HOLD_LIMIT
 from gollama_proxy.wire.splice import MAX_EVENT
 from tests.fakes.client import Ending
 from tests.fakes.hub import RunningHub, running_hub
@@ -44,6 +45,7 @@ from tests.fakes.script import (
     chat_stream,
     close,
     flood,
+    give_way,
     pause,
     reset,
     send,
@@ -199,6 +201,9 @@ HARMLESS: dict[str, tuple[Script, int, bytes]] = {
 }
 
 
+COMMENT = b": \n\n"
+
+
 class Scene(NamedTuple):
     """A hub with a good stream through it, and a worker that is up to something."""
 
@@ -276,9 +281,8 @@ async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("script", REFUSED.values(), ids=REFUSED)
 async def test_what_is_no_answer_is_a_bad_gateway(script: Script, stream: bool) -> None:
-    async with beside_a_good_stream(
-        retry__attempts=1
-    ) as scene:  # it would be asked again
+    # Or it would be asked again.
+    async with beside_a_good_stream(retry__attempts=1) as scene:
         ending = await scene.attack(script, stream=stream)
         assert ending.clean
         assert ending.response.status == 502
@@ -316,8 +320,8 @@ async def test_what_does_no_harm_passes_without_the_harm(
 
 
 async def test_a_head_that_drips_is_cut_at_the_deadline() -> None:
-    drip = [step for _ in range(100) for step in (pause(0.02), send(b"X: a\r\n"))]
-    async with beside_a_good_stream(timeouts__first_token=0.3) as scene:
+    drip = [step for _ in range(999) for step in (pause(0.02), send(b"X: a\r\n"))]
+    async with beside_a_good_stream(timeouts__first_token=1) as scene:
         ending = await scene.attack((send(b"HTTP/1.1 200 OK\r\n"), *drip), stream=True)
     assert ending.response.status == 504
     assert ending.response.json()["error"]["code"] == "worker_timeout"
@@ -334,10 +338,20 @@ async def test_an_event_that_drips_is_cut_at_the_gap() -> None:
 
 async def test_comments_before_the_first_event_cost_little() -> None:
     """Each byte is looked at once: thousands of reads, and others have their turns."""
-    script = (send(sse_head()), flood(chunk(b": \n\n")))
-    async with beside_a_good_stream(timeouts__first_token=1) as scene:
+    script = (send(sse_head()), *[send(chunk(COMMENT)), give_way()] * 5000, stall())
+    async with beside_a_good_stream() as scene:
         ending = await scene.attack(script, stream=True)
     assert ending.response.status == 504
+
+
+async def test_more_comments_than_are_held_are_the_beginning_of_an_answer() -> None:
+    script = (send(sse_head()), *[send(chunk(COMMENT * 1000))] * 100, stall())
+    assert len(COMMENT) * 1000 * 100 > HOLD_LIMIT
+    async with beside_a_good_stream(rescue__enabled=False) as scene:
+        ending = await scene.attack(script, stream=True)
+    assert ending.response.status == 200
+    assert not ending.clean
+    assert b'"worker_slow"' in ending.response.body
 
 
 # --- Memory -----------------------------------------------------------------------

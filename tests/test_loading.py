@@ -124,7 +124,7 @@ async def test_who_has_it_loaded_is_as_slow_as_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attempt, "LOOK", 0.02)
-    settings = {"queue__notice": 0.1, "timeouts__allowance": 0.05}
+    settings = {"queue__notice": 0.1, "timeouts__allowance": 0.5}
     async with routers("loaded", "loaded", **settings) as ((one, two), hub):
         for record in hub.hub.registry.workers:
             record.pace_of("tiny").rate = FAST

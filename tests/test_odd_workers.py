@@ -115,7 +115,7 @@ async def test_a_connection_with_half_a_request_is_not_used_again(status: int) -
         async with half_sent(hub) as wire:
             assert (await wire.read_response()).status == status
             async with await hub.open(CHAT, WHOLE) as other:
-                response = await other.read_response(timeout=2)
+                response = await other.read_response()
         assert response.status == 200
         assert response.json() != {}
         assert worker.requests[0].body_length < 200_000
@@ -210,7 +210,7 @@ async def test_an_http_1_0_client_that_is_dropped_can_tell() -> None:
         wire = await hub.wire(receive_buffer=4096)
         await wire.post(CHAT, STREAM, hub.token(), version="1.0")
         await worker.received()
-        await worker.idle(5.0)
+        await worker.idle()
         ending = await wire.read_to_end()
     assert ending.reset
 
@@ -225,7 +225,7 @@ async def test_an_error_that_is_too_long_is_replaced() -> None:
             send(head(400, [("Content-Length", str(len(large)))])), send(large)
         )
         async with await hub.open(CHAT, WHOLE) as wire:
-            response = await wire.read_response(timeout=2)
+            response = await wire.read_response()
     assert response.status == 400
     assert len(response.json()["error"]["message"]) < 200
 
@@ -291,7 +291,7 @@ async def test_a_worker_that_stops_reading_has_a_deadline(leaves: bool) -> None:
         await asyncio.wait([uploading])
         if leaves:
             wire.abort()
-        await in_flight(hub, 0, timeout=2.0)
+        await in_flight(hub, 0)
         if not leaves:
             assert (await wire.read_response()).status == 504
 

@@ -197,7 +197,7 @@ async def test_an_answer_that_stalls_goes_on_elsewhere(
 ) -> None:
     """And the worker is hung up on, which ends its generation, and counts as slow."""
     monkeypatch.setattr(sweep, "PERIOD", 0.02)
-    async with pool(timeouts__gap=0.1) as ([bad, good], hub):
+    async with pool(timeouts__gap=0.5) as ([bad, good], hub):
         bad.script(*partial(expect_eof()))
         good.script(*continued())
         assert complete(await asked(hub))
@@ -749,7 +749,7 @@ async def test_a_client_that_leaves_during_a_rescue_takes_it_along() -> None:
 
 
 async def test_a_client_is_told_when_the_time_runs_out_during_a_rescue() -> None:
-    async with pool(timeouts__request=0.3) as ([bad, good], hub):
+    async with pool(timeouts__request=1) as ([bad, good], hub):
         bad.script(*partial(reset()))
         good.script(stall())
         ending = await asked(hub)

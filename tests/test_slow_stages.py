@@ -24,7 +24,8 @@ from tests.fakes.waiting import until
 from tests.test_retries import CHAT, records, two
 
 LONG = "word " * 40_000  # 200 KB
-QUICK: dict[str, Any] = {"timeouts__allowance": 0.1, "timeouts__gap": 0.15}
+# Short for what is silent for ever, and long for what is not.
+QUICK: dict[str, Any] = {"timeouts__allowance": 0.5, "timeouts__gap": 0.5}
 
 
 def ask(prompt: str) -> dict[str, Any]:
@@ -56,7 +57,7 @@ async def test_a_short_prompt_that_is_silent_is_slow() -> None:
 
 async def test_a_long_prompt_may_be_silent_for_as_long_as_it_takes_to_read() -> None:
     async with two(**QUICK) as (first, second, hub):
-        first.script(pause(0.4), *chat_stream(["a"]))
+        first.script(pause(0.8), *chat_stream(["a"]))
         assert await worker_of(hub, LONG) == first.name
         assert slow(records(hub)[0]) == 0
         assert not second.requests
@@ -92,7 +93,7 @@ async def test_a_slow_client_is_no_slow_worker() -> None:
                 lambda: any("blocked" in repr(r) for r in hub.hub.sweep._relays)
             )
             swept = hub.hub.sweep._clock()
-            await until(lambda: hub.hub.sweep._clock() > swept + 0.5)
+            await until(lambda: hub.hub.sweep._clock() > swept + 1)
             assert worker.in_flight == 1
             assert slow(worker) == 0
         await first.idle()

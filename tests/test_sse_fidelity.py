@@ -193,9 +193,9 @@ async def test_a_line_of_a_megabyte_passes_between_two_others(eol: bytes) -> Non
 STREAMS = 50
 TOKENS = 20
 PACE = 0.02  # seconds
-# Seconds that may be added: to an event in the middle, and to 99 in 100.  At rest it is
-# less than 2 ms for the latter; the limit is for machines with other things to do.
-MOST_ADDED = {50: 0.005, 99: 0.025}
+# Seconds that may be added to the quickest tenth of the events.  A hub that collects
+# them delays these, too; how long the others take is up to the machine.
+MOST_ADDED = {10: 0.005}
 ROUNDS = 5  # of which one has to find the machine in a good moment
 
 

@@ -191,7 +191,7 @@ async def test_a_silent_worker_is_not_asked_again() -> None:
     """It may be thinking."""
     async with (
         ScriptedWorker() as worker,
-        running_hub(worker, timeouts__first_token=0.2) as hub,
+        running_hub(worker, timeouts__first_token=1) as hub,
     ):
         worker.script(*OK)
         worker.script(stall())
@@ -206,7 +206,7 @@ async def test_bytes_that_nobody_asked_for_are_no_answer() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*OK, pause(0.005), send(late))
         assert (await hub.post(CHAT, numbered(1))).status == 200
-        await worker.idle(2.0)
+        await worker.idle()
         response = await hub.post(CHAT, numbered(2))
         assert response.status == 200
         assert "whose" not in response.json()

@@ -273,7 +273,7 @@ async def test_a_used_connection_that_was_not_dead_is_not_tried_again(
     """The request may have been executed."""
     async with (
         ScriptedWorker() as worker,
-        bench(worker.url, timeouts__first_token=0.2) as made,
+        bench(worker.url, timeouts__first_token=1) as made,
     ):
         await stale(worker, made, *script)
         with pytest.raises(WorkerError) as info:
