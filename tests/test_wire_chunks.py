@@ -141,8 +141,8 @@ def test_what_an_event_says_can_be_changed_where_it_stands() -> None:
         tool_calls=[{"index": 0, "function": {"name": "f", "arguments": "{}"}}],
     )
     event = event_of(raw)
-    for place, text in zip(event.places, ("", "b", "", "}"), strict=True):
-        place.put(text)
+    for leaf, text in zip(event.leaves, ("", "b", "", "}"), strict=True):
+        leaf.put(text)
     [choice] = event.fields["choices"]
     calls = [{"index": 0, "function": {"arguments": "}"}}]
     assert choice["delta"] == {"content": "b", "tool_calls": calls}
@@ -155,8 +155,8 @@ def test_neighbours_that_are_pieces_of_the_same_are_joined() -> None:
 
 
 def test_a_span_does_not_show_what_it_says() -> None:
-    [place] = event_of(chat_event(content="secret")).places
-    assert repr(place) == "<Place of <Span of 6 characters, text>>"
+    [leaf] = event_of(chat_event(content="secret")).leaves
+    assert repr(leaf) == "<Leaf of <Span of 6 characters, text>>"
 
 
 def test_an_event_has_the_names_of_its_answer() -> None:

@@ -60,7 +60,7 @@ def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
     )
 
 
-class Place(NamedTuple):
+class Leaf(NamedTuple):
     """Where a span stands in the JSON of an event."""
 
     span: Span
@@ -68,7 +68,7 @@ class Place(NamedTuple):
     keys: tuple[str, ...]  # all of which hold the same text
 
     def __repr__(self) -> str:
-        return f"<Place of {self.span!r}>"
+        return f"<Leaf of {self.span!r}>"
 
     def put(self, text: str) -> None:
         """Have another text stand there, or none."""
@@ -79,7 +79,7 @@ class Place(NamedTuple):
                 del self.holder[key]
 
 
-def _places(choice: dict[str, Any]) -> Iterator[Place]:
+def _leaves(choice: dict[str, Any]) -> Iterator[Leaf]:
     delta = choice.get("delta") or {}
     named: tuple[tuple[Kind, dict[str, Any], tuple[str, ...]], ...] = (
         ("reasoning", delta, ("reasoning_content", "reasoning")),  # llama-server, vLLM
@@ -89,7 +89,7 @@ def _places(choice: dict[str, Any]) -> Iterator[Place]:
     )
     for kind, holder, names in named:
         if keys := tuple(name for name in names if holder.get(name)):
-            yield Place(Span(kind, holder[keys[0]]), holder, keys)
+            yield Leaf(Span(kind, holder[keys[0]]), holder, keys)
     calls = [
         (call.get("index") or 0, call.get("function"))
         for call in delta.get("tool_calls") or ()
@@ -98,7 +98,7 @@ def _places(choice: dict[str, Any]) -> Iterator[Place]:
     for index, function in [(NO_CALL, delta.get("function_call")), *calls]:
         for part in ("name", "arguments"):
             if function and function.get(part):
-                yield Place(Span(part, function[part], index), function, (part,))
+                yield Leaf(Span(part, function[part], index), function, (part,))
 
 
 # --- One event --------------------------------------------------------------------
@@ -158,21 +158,21 @@ class _Chunk(Private):
 class Event(NamedTuple):
     """One event, read: its JSON, the part of it that matters, and where its texts are.
 
-    `fields` may be changed through its `places`.
+    `fields` may be changed through its `leaves`.
     """
 
     fields: dict[str, Any]
     chunk: _Chunk
-    places: tuple[Place, ...] = ()
+    leaves: tuple[Leaf, ...] = ()
     role: bool = False
     finish: bool = False
 
     def __repr__(self) -> str:  # without what it says
-        return f"<Event of {len(self.places)} spans>"
+        return f"<Event of {len(self.leaves)} spans>"
 
     @property
     def spans(self) -> list[Span]:
-        return [place.span for place in self.places]
+        return [leaf.span for leaf in self.leaves]
 
     @property
     def tokens(self) -> int:
@@ -216,7 +216,7 @@ def read_event(event: bytes) -> Event | None:
     return Event(
         fields,
         chunk,
-        tuple(_places(fields["choices"][0])),
+        tuple(_leaves(fields["choices"][0])),
         choice.delta is not None and choice.delta.role is not None,
         bool(choice.finish_reason),
     )

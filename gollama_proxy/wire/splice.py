@@ -28,7 +28,7 @@ from gollama_proxy.wire.chunks import (
     END,
     DivergedError,
     Event,
-    Place,
+    Leaf,
     Span,
     UnreadableError,
     Usage,
@@ -148,7 +148,7 @@ class Splice:
         news: list[Span] = []
         finish, opens = False, False
         if not self._finished:
-            news, finish = self._take(event.places), event.finish
+            news, finish = self._take(event.leaves), event.finish
             opens = event.role and not self._role_seen
             if finish and self._missing:
                 raise DivergedError("it ends before it has come so far")
@@ -166,14 +166,14 @@ class Splice:
 
     # --- What the client has, and what is news ------------------------------------
 
-    def _take(self, places: tuple[Place, ...]) -> list[Span]:
+    def _take(self, leaves: tuple[Leaf, ...]) -> list[Span]:
         """Compare what an event holds; leave in it what is news, and return that."""
         news = []
-        for place in places:
-            span = place.span
+        for leaf in leaves:
+            span = leaf.span
             rest = self._behind_known(span) if self._missing else span.text
             if rest != span.text:
-                place.put(rest)
+                leaf.put(rest)
             if rest:
                 news.append(span._replace(text=rest))
         return news

@@ -72,7 +72,7 @@ class Told(msgspec.Struct, frozen=True):
                 mend = mended[len(half) :]
                 if (event := read_event(mended)) is not None:
                     events.append(event)
-                    halved = bool(event.places) and mend.startswith(b'"')
+                    halved = bool(event.leaves) and mend.startswith(b'"')
         except WorkerError:
             return None
         first = next((event.chunk for event in events if event.chunk.id), None)
@@ -84,7 +84,7 @@ class Told(msgspec.Struct, frozen=True):
             model=first.model,
             spans=joined(chain.from_iterable(event.spans for event in events)),
             tokens=max(
-                sum(1 for event in events if event.places),
+                sum(1 for event in events if event.leaves),
                 max(event.tokens for event in events),
             ),
             pieces=sum(holds_text(event.spans) for event in events),
@@ -150,7 +150,7 @@ def _complete(half: bytes, whole: list[bytes], finished: bool) -> bytes:
 def _is_empty(event: bytes) -> bool:
     """Whether an event adds nothing to an answer, not even the name of a call."""
     read = read_event(event)
-    return read is not None and not (read.places or read.finish)
+    return read is not None and not (read.leaves or read.finish)
 
 
 def closing(told: Told, chat: bool) -> bytes:
