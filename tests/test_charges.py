@@ -278,6 +278,20 @@ async def test_a_client_that_leaves_before_its_whole_answer_is_there_is_charged(
     assert log.lines[0]["outcome"] == "client_gone"
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_a_client_that_leaves_a_real_server_is_charged(
+    stream: bool, log: Log, llama_server: Callable[..., LlamaServer], slow_model: Path
+) -> None:
+    body = WHOLE | {"stream": stream, "max_tokens": 2000}
+    async with running_hub(llama_server(slow_model)) as hub:
+        async with charged(hub, log) as (token, costs):
+            async with await hub.open(CHAT, body, token):
+                await relayed(hub, 10)
+    assert costs[0] == len(json.dumps(body)) // 4
+    assert costs[1] >= 10
+
+
 async def test_what_the_worker_has_said_by_then_counts(log: Log) -> None:
     """A stream with `timings_per_token` tells all the time, a message at its start."""
     timed = chat_chunk(delta(content="a"), timings=timings_of(2, 1, 289))
