@@ -187,6 +187,22 @@ async def test_several_answers_cost_as_many(
 
 
 @pytest.mark.real
+async def test_several_prompts_cost_as_many(
+    llama_server: Callable[..., LlamaServer], tiny_model: Path
+) -> None:
+    """A llama-server tells of one of them; the others are estimated by their size."""
+    async with running_hub(llama_server(tiny_model)) as hub:
+        for path, limit in (
+            ("/v1/completions", "max_tokens"),
+            ("/completion", "n_predict"),
+        ):
+            for more in ({}, {"stream": True}, {"stop": ["no such"]}):
+                body = {"model": "tiny", limit: 4, "prompt": ["x", PROMPT], **more}
+                size = len(json.dumps(body))
+                assert size // 8 + 8 <= await cost(hub, path, body) <= size + 8, more
+
+
+@pytest.mark.real
 async def test_counting_costs_nothing_at_a_real_server(
     llama_server: Callable[..., LlamaServer], tiny_model: Path
 ) -> None:

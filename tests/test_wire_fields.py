@@ -22,6 +22,7 @@ from gollama_proxy.wire.fields import (
     Field,
     FieldScanner,
     check_json,
+    count_prompts,
     encode,
     messages_of,
     take_names,
@@ -846,3 +847,24 @@ def test_what_is_no_list_of_names_is_refused(value: bytes) -> None:
 def test_there_may_be_as_many_names_as_the_limit() -> None:
     names = [str(number) for number in range(MAX_NAMES)]
     assert take_names(json.dumps({"to": names}).encode(), "to") == (tuple(names), b"{}")
+
+
+# --- Several prompts --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        (b'{"prompt":"a"}', 1),
+        (b'{"prompt":["a","b","c"]}', 3),
+        (b'{"prompt" : [ [1,2], [3] ]}', 2),
+        (b'{"prompt":[1,2,3]}', 1),
+        (b'{"prompt":[1,"a",3]}', 1),
+        (b'{"prompt":[]}', 1),
+        (b'{"prompt":"\\"prompt\\":[1]","x":{"prompt":["a","b"]}}', 1),
+        (b'{"prompt":["a"', 1),
+        (b"", 1),
+    ],
+)
+def test_the_prompts_of_a_completion_are_counted(body: bytes, count: int) -> None:
+    assert count_prompts(body) == count

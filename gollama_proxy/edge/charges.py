@@ -45,9 +45,14 @@ class Charges:
         elif generated is None and incoming.endpoint.generates:
             size = relay.bytes or len(relay.held)
             generated = self._fitting.likely_tokens(model, size)
-        job.count(told.prompt or 0, generated or 0)
-        if told.prompt and job.rescue is None:  # else it is longer than the request
-            self._fitting.learn(incoming, model, told.prompt)
+        prompt = told.prompt or 0
+        if incoming.prompts > 1:
+            if told.reading is not None and told.reading.seconds:  # of one of them
+                likely = self._fitting.likely_tokens(model, incoming.size)
+                prompt = max(prompt, likely)
+        elif prompt and job.rescue is None:  # else it is longer than the request
+            self._fitting.learn(incoming, model, prompt)
+        job.count(prompt, generated or 0)
 
     def add_refused(self, job: Job, relay: Relay) -> None:
         """Add an attempt that ended with an error, if something came before that."""

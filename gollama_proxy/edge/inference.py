@@ -357,7 +357,8 @@ class Inference:
     ) -> web.StreamResponse | Refusal:
         """Pass an answer on, from its beginning or from where another one broke off."""
         record, write_timeout = job.record, self._config.timeouts.write
-        api, answers = job.incoming.endpoint.api, job.incoming.answers
+        incoming = job.incoming
+        api, answers = incoming.endpoint.api, incoming.answers
         whole = whole_response(relay, job.names)
         if whole is not None:
             told = usage.read(api, relay.held, answers)
@@ -394,6 +395,7 @@ class Inference:
         finally:
             if job.fed:  # else it is counted as a whole
                 record.bytes += relay.bytes
+            answers *= incoming.prompts
             told = usage.read_end(api, relay.tail, relay.began, answers)
             self._charges.add(job, relay, told)
             if complete:
@@ -407,7 +409,7 @@ class Inference:
         if relay.is_event_stream and relay.opened_at is not None:
             lease.seconds = lease.heard_at - relay.opened_at
             tokens = told.generated or relay.events
-            lease.tokens = tokens // job.incoming.answers
+            lease.tokens = tokens // (job.incoming.answers * job.incoming.prompts)
         if told.reading is not None:
             lease.prefill = Prefill(*told.reading)
             self._registry.learn(job.attempts, worker, lease.prefill)

@@ -52,7 +52,8 @@ class Incoming:
         self._unpacked: Iterator[bytes] = iter(())  # what the last piece holds yet
         self.size = 0
         self.fallbacks: tuple[str, ...] = ()  # models that the client names itself
-        self.answers = 1  # that the client wants to its prompt
+        self.prompts = 1  # that are in it
+        self.answers = 1  # that the client wants to each of them
         self._kept: list[bytes] = []
         self._scanner = fields.FieldScanner()
         self._found = self._scanner.found
@@ -81,6 +82,8 @@ class Incoming:
             fields.check_json(b"".join(self._kept))
         self._check_types()
         self.answers = max(1, self._number("n", "n_cmpl"))
+        if self.complete and self.endpoint.generates and "messages" not in self._found:
+            self.prompts = fields.count_prompts(b"".join(self._kept))
         if self.complete and "fallbacks" in self._found:
             self._take_fallbacks()
 

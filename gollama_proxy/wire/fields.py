@@ -363,3 +363,28 @@ def _end(pattern: re.Pattern[bytes], text: bytes, at: int) -> int:
 
 def _invalid(why: str) -> RequestError:
     return RequestError(Code.INVALID_JSON, f"The body is not valid JSON: {why}.")
+
+
+# --- Several prompts in one request -----------------------------------------------
+
+_PROMPTS = re.compile(rb'"prompt"[ \t\r\n]*+:[ \t\r\n]*+\[')
+
+
+class _Prompts(msgspec.Struct):
+    prompt: list[msgspec.Raw] = []
+
+
+_prompts = msgspec.json.Decoder(_Prompts)
+
+
+def count_prompts(body: bytes) -> int:
+    """Count the prompts of a completion: texts or lists of tokens in a list."""
+    if _PROMPTS.search(body) is None:
+        return 1
+    try:
+        prompts = _prompts.decode(body).prompt
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 1  # it is not the field itself that looks like one
+    if any(bytes(each)[:1].isdigit() for each in prompts):
+        return 1  # of tokens, and maybe of texts between them
+    return max(1, len(prompts))
