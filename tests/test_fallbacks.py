@@ -9,10 +9,20 @@ from typing import Any
 
 import pytest
 
+from gollama_proxy.routing.worker import Worker
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
-from tests.fakes.replies import error_reply, loading
-from tests.fakes.script import Script, chat_stream, expect_eof, reset, send
+from tests.fakes.pool import InOrder
+from tests.fakes.replies import error_event, error_reply, loading, not_found
+from tests.fakes.script import (
+    Script,
+    answer,
+    chat_stream,
+    event_stream,
+    expect_eof,
+    reset,
+    send,
+)
 from tests.fakes.worker import ScriptedWorker
 
 CHAT = "/v1/chat/completions"
@@ -53,6 +63,11 @@ def answered(response: Response, worker: ScriptedWorker, attempts: int) -> bool:
     assert response.header("x-gollama-attempts") == str(attempts)
     assert f'"model":"{worker.models[0]}"'.encode() in response.body
     return True
+
+
+def worker_of(hub: RunningHub, worker: ScriptedWorker) -> Worker:
+    """Find the record of a worker."""
+    return next(w for w in hub.hub.registry.workers if w.name == worker.name)
 
 
 FAULTS: dict[str, Script] = {
@@ -158,6 +173,88 @@ async def test_a_model_that_is_only_busy_has_its_fallback_on_the_same_machine(
             assert response.header("x-gollama-attempts") == str(attempts)
         asked = [request.json()["model"] for request in worker.requests]
         assert asked == ["big", "small", "small"]
+
+
+VLLM = (
+    "This model's maximum context length is 4096 tokens. However, you requested 5000 "
+    "tokens (4500 in the messages, 500 in the completion). Please reduce the length of "
+    "the messages or completion."
+)
+
+
+def no_llama(worker: ScriptedWorker, **fields: Any) -> None:
+    """Have it be a server that is asked for its models and has no `/props`."""
+    entry = {"id": worker.models[0], "object": "model", **fields}
+    worker.on("/v1/models", *answer({"object": "list", "data": [entry]}))
+    worker.on("/props", send(not_found()))
+
+
+def early(message: str) -> Script:
+    """A stream that begins with an error, in place of a status."""
+    return event_stream(error_event(message, 400))
+
+
+@pytest.mark.parametrize("payload", [BODY, STREAM], ids=["whole", "stream"])
+@pytest.mark.parametrize("status", [400, 413, 422, 500])
+async def test_a_prompt_too_long_for_another_server_goes_to_a_fallback(
+    status: int, payload: dict[str, Any]
+) -> None:
+    """One that says nothing of its context, be it at first or at all."""
+    async with (
+        ScriptedWorker("big") as big,
+        ScriptedWorker("small") as small,
+        running_hub(
+            big, small, models__fallbacks="big=small", health__interval=3600
+        ) as hub,
+    ):
+        for worker in (big, small):
+            no_llama(worker)
+            await hub.hub.pinger.look(worker_of(hub, worker))
+        big.default(send(error_reply(status, VLLM, "BadRequestError")))
+        response = await hub.post(CHAT, payload | {"model": "big"})
+        assert answered(response, small, 2)
+        assert worker_of(hub, big).context_of("big") == 4096
+        assert worker_of(hub, big).breaker.closed
+        small.default(send(error_reply(400, "the prompt is too long for me")))
+        response = await hub.post(CHAT, payload | {"model": "big"})
+        assert response.status == 400
+
+
+async def test_an_overflow_that_a_stream_begins_with_is_one() -> None:
+    async with (
+        ScriptedWorker("big") as big,
+        ScriptedWorker("small") as small,
+        running_hub(
+            big, small, models__fallbacks="big=small", health__interval=3600
+        ) as hub,
+    ):
+        for worker in (big, small):
+            no_llama(worker)
+            await hub.hub.pinger.look(worker_of(hub, worker))
+        big.default(*early(VLLM))
+        for payload in (BODY, STREAM):
+            response = await hub.post(CHAT, payload | {"model": "big"})
+            assert answered(response, small, 2)
+
+
+async def test_a_worker_that_is_known_to_have_more_context_goes_first() -> None:
+    """As a vLLM tells in its list; the one that refused has told it in words."""
+    async with (
+        ScriptedWorker("big") as tight,
+        ScriptedWorker("big") as unknown,
+        ScriptedWorker("big") as large,
+        running_hub(tight, unknown, large, health__interval=3600) as hub,
+    ):
+        hub.hub.registry.policy = InOrder()
+        no_llama(tight)
+        no_llama(unknown)
+        no_llama(large, max_model_len=8192)
+        for worker in (tight, unknown, large):
+            await hub.hub.pinger.look(worker_of(hub, worker))
+        tight.default(send(error_reply(400, VLLM, "BadRequestError")))
+        response = await hub.post(CHAT, BODY | {"model": "big"})
+        assert answered(response, large, 2)
+        assert not unknown.requests
 
 
 async def test_an_error_that_two_workers_agree_on_is_not_told_before_a_fallback() -> (

@@ -11,13 +11,13 @@ from gollama_proxy.routing.context import (
     MARGIN,
     MOST_OFFERS,
     THINNEST,
-    Overflow,
     Prompts,
     too_long,
 )
 from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.worker import Check, Description, Model, Worker
 from gollama_proxy.wire.errors import Code
+from gollama_proxy.wire.overflow import Overflow
 from tests.fakes.pool import worker
 
 
@@ -119,28 +119,6 @@ def test_a_refusal_without_words_or_numbers_is_one() -> None:
     assert error is not None
     assert "request exceeds the available context size, try" in error.message
     assert not error.fields
-
-
-@pytest.mark.parametrize(
-    ("body", "refusal"),
-    [
-        (
-            b'{"error":{"code":400,"message":"m","n_prompt_tokens":9,"n_ctx":5}}',
-            Overflow("m", 9, 5),
-        ),
-        (b'{"error":{"message":"m","type":"t"}}', Overflow("m")),
-        (b'{"error":{"message":"m","n_ctx":-5}}', Overflow("")),
-        (b'{"error":{"message":"m","n_prompt_tokens":100000000}}', Overflow("")),
-        (b'{"error":"m"}', Overflow("")),
-        (b"\xff", Overflow("")),
-    ],
-)
-def test_a_refusal_is_read(body: bytes, refusal: Overflow) -> None:
-    assert Overflow.read(body) == refusal
-
-
-def test_a_refusal_shows_nothing_of_what_a_worker_quotes() -> None:
-    assert repr(Overflow("secret", 9, 5)) == "<Overflow of 9 tokens in 5>"
 
 
 def test_it_does_not_say_what_nobody_knows() -> None:

@@ -1082,3 +1082,58 @@ def test_requests_beyond_the_threads(
     for _ in range(taken):
         worker.lease(slot=False)
     assert worker.surplus() == surplus
+
+
+# --- What is learnt from answers --------------------------------------------------
+
+
+def test_a_context_that_is_not_listed_is_learnt_from_a_refusal() -> None:
+    worker = make(State.READY)
+    told: list[str] = []
+    worker.on_told = lambda: told.append("told")
+    worker.observe(Check.OK, "ok", ABOUT)
+    told.clear()
+    worker.learn_context("tiny", 0)
+    assert worker.context_of("tiny") is None
+    for tokens in (2048, 2048, 1024):
+        worker.learn_context("tiny", tokens)
+        assert worker.context_of("tiny") == tokens
+    assert len(told) == 2, "once for each news"
+    worker.learn_context("qwen", 1)
+    assert worker.context_of("qwen") == 4096, "what it lists is believed"
+
+
+def test_what_was_learnt_from_answers_is_forgotten_with_the_server_that_gave_them() -> (
+    None
+):
+    other = Description((Model("tiny"),), build="b2")
+    worker = make(State.READY)
+    worker.observe(Check.OK, "ok", ABOUT)
+
+    def learn() -> None:
+        worker.learn_context("tiny", 2048)
+        assert worker.accepts_name("tiny", "/tiny.gguf")
+
+    def is_forgotten() -> bool:
+        known = worker.answer_names.knows("tiny", "/tiny.gguf")
+        return not known and worker.context_of("tiny") is None
+
+    learn()
+    worker.observe(Check.OK, "ok", ABOUT)
+    assert not is_forgotten()
+    worker.observe(Check.OK, "ok", other)
+    assert is_forgotten()
+    learn()
+    after(worker, Check.LOADING, Check.OK)
+    assert is_forgotten()
+
+
+def test_another_build_in_an_answer_is_suspicious_once() -> None:
+    worker = make(State.READY)
+    looks: list[str] = []
+    worker.on_suspicion = lambda: looks.append("look")
+    worker.see_build("b1")  # nothing is known of its own
+    worker.observe(Check.OK, "ok", Description((Model("tiny"),), build="b1"))
+    for build in ("", "b1", "b2", "b2", "b1"):
+        worker.see_build(build)
+    assert len(looks) == 1

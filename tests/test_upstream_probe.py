@@ -234,6 +234,15 @@ async def test_a_worker_without_our_idea_of_health_is_good(script: Script) -> No
             for meta in [7, "x", [], {"n_ctx": "512"}, {"n_ctx": {}}, {"n_ctx": 1.5}]
         ),
         ([{"id": "a"}, {"id": "a", "meta": {"n_ctx": 7}}], {}, (Model("a"),)),
+        ([{"id": "a", "max_model_len": 7}], {}, (Model("a", 7),)),  # vLLM, SGLang
+        ([{"id": "a", "max_model_len": None}], {}, (Model("a"),)),
+        ([{"id": "a", "context_length": 9}], {}, (Model("a", 9),)),
+        ([{"id": "a", "context_window": "9"}], {}, (Model("a"),)),
+        (
+            [{"id": "a", "loaded_context_length": 7, "context_length": 9}],
+            {},
+            (Model("a", 7),),
+        ),
         *(
             ([{"id": "a"}], props, (Model("a", 9),))
             for odd in [None, 7, "x", [], {}]

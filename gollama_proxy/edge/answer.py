@@ -11,7 +11,6 @@ from aiohttp import web
 
 from gollama_proxy.edge.server import json_response
 from gollama_proxy.ops.accesslog import Record
-from gollama_proxy.routing.context import OVERFLOW_TYPE, Overflow
 from gollama_proxy.routing.lease import Outcome
 from gollama_proxy.routing.registry import RETRY_AFTER
 from gollama_proxy.routing.retry import Failure
@@ -27,6 +26,7 @@ from gollama_proxy.wire.errors import (
     error_body,
 )
 from gollama_proxy.wire.openai import Api
+from gollama_proxy.wire.overflow import Overflow
 from gollama_proxy.wire.rename import renamed
 
 # What an attempt has failed of, by the error that it ended with.
@@ -38,8 +38,6 @@ FAILURES = {
     Code.WORKER_SLOW: Failure.SLOW,
     Code.WORKER_INCOMPLETE: Failure.RESET,
 }
-# How a prompt is refused that is too long for one worker (llama-server, OpenAI).
-_OVERFLOW = (OVERFLOW_TYPE.encode(), Code.CONTEXT_LENGTH.encode())
 
 _SECONDS = re.compile(r"\d+(?:\.\d*)?")
 
@@ -106,8 +104,7 @@ async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
     told = _pass_on(relay, worker, body)
     if status == 429:
         return Refusal(told, Outcome.BUSY, Failure.BUSY, _retry_after(relay))
-    if any(word in body for word in _OVERFLOW):
-        overflow = Overflow.read(body)
+    if (overflow := Overflow.read(body)) is not None:
         return Refusal(told, Outcome.REFUSED, Failure.CONTEXT, overflow=overflow)
     # A 500 of llama-server often means a bad request, so nobody is blamed for it yet.
     return _status_refusal(told, failed=status >= 500 and status != 501)
@@ -118,6 +115,9 @@ def promote(early: sse.EventError) -> Refusal:
     code = early.code
     status = code if isinstance(code, int) and 400 <= code < 600 else 502
     told = json_response(error_body(early.message, early.type, None), status)
+    overflow = Overflow.of(early.message, (early.type, code))
+    if overflow is not None:
+        return Refusal(told, Outcome.REFUSED, Failure.CONTEXT, overflow=overflow)
     return _status_refusal(told, failed=status >= 500)
 
 

@@ -222,6 +222,8 @@ class Inference:
             async with Attempt(connections, lease, timeouts, self._clock) as attempt:
                 relay = await self._forward(job, worker, attempt, lease)
                 if isinstance(relay, Refusal):
+                    if relay.overflow is not None:
+                        worker.learn_context(lease.model, relay.overflow.context)
                     if relay.busy is not None:
                         relay = _left_alone(worker, lease.model, relay)
                     lease.release(relay.outcome)

@@ -23,20 +23,16 @@ nothing is ever refused for its size; only a count can do that.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, NamedTuple, Self
-
-import msgspec
 
 from gollama_proxy.routing.pool import Pool
 from gollama_proxy.wire.errors import Code, RequestError
-from gollama_proxy.wire.private import Private
+from gollama_proxy.wire.overflow import OVERFLOW_TYPE, Overflow
 
 MARGIN = 1.5
 LEAST_BYTES = 1024  # of a request that tells something; shorter ones are mostly syntax
 RISE = 0.05  # of the way to a less dense prompt, with each one
 DENSEST, THINNEST = 1.0, 8.0  # bytes for each token that are believed
 MOST_OFFERS = 8  # that an error lists
-OVERFLOW_TYPE = "exceed_context_size_error"  # llama-server's own
 
 
 class Prompts:
@@ -66,26 +62,6 @@ class Prompts:
     def likely_tokens(self, model: str, size: int) -> int:
         """Tell how many tokens it has if it is text like that of the others."""
         return int(size / self._densities.get(model, 4 * DENSEST))
-
-
-class Overflow(NamedTuple):
-    """A worker's refusal of a prompt that is too long; 0 is what it did not say."""
-
-    message: str
-    tokens: int = 0
-    context: int = 0
-
-    def __repr__(self) -> str:  # the message is not the hub's own
-        return f"<Overflow of {self.tokens} tokens in {self.context}>"
-
-    @classmethod
-    def read(cls, body: bytes) -> Self:
-        """Read an error of llama-server, or another one in the shape of OpenAI's."""
-        try:
-            error = _refusal.decode(body).error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return cls("")
-        return cls(error.message, error.n_prompt_tokens, error.n_ctx)
 
 
 def too_long(
@@ -134,19 +110,3 @@ def too_long(
 
 def _in_words(tokens: int) -> str:
     return f" ({tokens} tokens)" if tokens else ""
-
-
-_Tokens = Annotated[int, msgspec.Meta(ge=0, lt=10**8)]  # more cannot be true
-
-
-class _Error(Private):
-    message: str = ""
-    n_prompt_tokens: _Tokens = 0
-    n_ctx: _Tokens = 0
-
-
-class _Refusal(Private):
-    error: _Error
-
-
-_refusal = msgspec.json.Decoder(_Refusal)

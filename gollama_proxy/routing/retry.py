@@ -46,12 +46,13 @@ import random
 from collections.abc import Sequence
 
 from gollama_proxy.routing.budget import RetryBudget
-from gollama_proxy.routing.context import Overflow, too_long
+from gollama_proxy.routing.context import too_long
 from gollama_proxy.routing.policies import Ask
 from gollama_proxy.routing.pool import Pool
 from gollama_proxy.routing.worker import Worker
 from gollama_proxy.settings import Retry
 from gollama_proxy.wire.errors import RequestError
+from gollama_proxy.wire.overflow import Overflow
 
 
 class Failure(enum.Enum):

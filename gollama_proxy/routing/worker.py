@@ -139,6 +139,8 @@ class Worker:
     _odd_slots: int | None = None
     _odd_timings: bool = False
     _odd_build: str = ""
+    # Of models whose context it does not list: what its refusals say.
+    _contexts: Remembered[str, int] = field(default_factory=Remembered)
     # Models that it has listed and does not list any more.
     _gone: Remembered[str, None] = field(default_factory=Remembered)
     _taken: int = 0  # slots
@@ -243,7 +245,8 @@ class Worker:
 
     def context_of(self, model: str) -> int | None:
         """Tell the tokens of one slot for a model; None if it is not known."""
-        return next((m.context for m in self.models if m.name == model), None)
+        listed = next((m.context for m in self.models if m.name == model), None)
+        return listed or self._contexts.get(model)
 
     @property
     def in_flight(self) -> int:
@@ -451,7 +454,7 @@ class Worker:
             changed = before != description
             self._note_gone(before, description)
             if before is None or before.identity != description.identity:
-                self.answer_names.forget()
+                self._forget_another()
             self.slots = self.config.slots or self._believed(description.slots)
             self._unloaded = {m.name for m in description.models if m.loaded is False}
             self._note_room()
@@ -466,6 +469,19 @@ class Worker:
             self._step(event, reason)
         if self.on_free is not None:
             self.on_free()
+
+    def learn_context(self, model: str, tokens: int) -> None:
+        """Take in the context of a model that a refusal tells; 0 is not known."""
+        known = self.context_of(model)
+        if tokens and known in (None, self._contexts.get(model)) and known != tokens:
+            self._contexts[model] = tokens
+            if self.on_told is not None:
+                self.on_told()
+
+    def _forget_another(self) -> None:
+        """Forget what was learnt from answers: another server may give them now."""
+        self.answer_names.forget()
+        self._contexts.clear()
 
     def _note_gone(self, before: Description | None, now: Description) -> None:
         for model in before.models if before else ():
@@ -502,7 +518,7 @@ class Worker:
         before, self.state = self.state, TRANSITIONS[self.state, event]
         self.reason = reason
         if self.state is State.READY and before in (State.DOWN, State.LOADING):
-            self.answer_names.forget()
+            self._forget_another()
             for breaker in (self.breaker, *self.model_breakers.values()):
                 breaker.renew()
         if self.state is not before:

@@ -188,7 +188,7 @@ async def _learn(
     props = (_told(body, _Props) if status == 200 else None) or _Props()
     settings = _told(props.default_generation_settings, _Settings) or _Settings()
     context = _sane(settings.n_ctx)  # a router says 0, as it has no model itself
-    own = [_sane((_told(entry.meta, _Meta) or _Meta()).n_ctx) for entry in listed]
+    own = [entry.context for entry in listed]
     build = _told(props.build_info, str) or ""
     description = Description(
         models=tuple(
@@ -324,12 +324,28 @@ class _Entry(msgspec.Struct):
     id: msgspec.Raw = msgspec.Raw()
     model: msgspec.Raw = msgspec.Raw()  # the `id` of Ollama's own list
     meta: msgspec.Raw = msgspec.Raw()
+    max_model_len: msgspec.Raw = msgspec.Raw()  # vLLM, SGLang
+    loaded_context_length: msgspec.Raw = msgspec.Raw()  # LM Studio
+    context_length: msgspec.Raw = msgspec.Raw()
+    context_window: msgspec.Raw = msgspec.Raw()
     # Of a router; other servers may call anything by that name.
     status: msgspec.Raw = msgspec.Raw()
 
     @property
     def name(self) -> str:
         return _told(self.id, str) or _told(self.model, str) or ""
+
+    @property
+    def context(self) -> int | None:
+        """The tokens of its context, by whichever field tells them."""
+        told = (
+            (_told(self.meta, _Meta) or _Meta()).n_ctx,
+            self.max_model_len,
+            self.loaded_context_length,
+            self.context_window,
+            self.context_length,
+        )
+        return next(filter(None, map(_sane, told)), None)
 
 
 class _ModelList(msgspec.Struct):
