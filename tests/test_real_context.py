@@ -72,7 +72,8 @@ async def test_a_prompt_goes_to_the_worker_whose_context_it_fits(
 ) -> None:
     small = llama_server(tiny_model, slots=1, ctx=256)
     large = llama_server(tiny_model, slots=1, ctx=1024)
-    async with running_hub(small, large) as hub:
+    # In turns, so that only the context keeps a prompt from the small one.
+    async with running_hub(small, large, routing__policy="round_robin") as hub:
         for _ in range(3):
             response = await hub.post(CHAT, ask(40))
             assert response.status == 200
