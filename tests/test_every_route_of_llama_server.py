@@ -33,6 +33,8 @@ POST /v1/chat/completions
 POST /v1/chat/completions/control
 POST /v1/responses
 POST /responses
+POST /v1/audio/transcriptions
+POST /audio/transcriptions
 POST /v1/messages
 POST /infill
 POST /embedding

@@ -13,6 +13,7 @@ from gollama_proxy.upstream.probe import Description
 from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
 from tests.fakes.worker import ScriptedWorker
+from tests.test_routing_worker import CONFIG
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
@@ -89,8 +90,6 @@ def test_what_a_class_catches_needs_the_class_in_the_token_to_the_letter() -> No
 
 
 def test_a_worker_may_be_stated_to_serve_such_a_name() -> None:
-    from tests.test_routing_worker import CONFIG
-
     worker = Worker(replace(CONFIG, models=("x[1m]", "y[12]")), Health(), Clock())
     assert worker.serves("x[1m]")
     assert not worker.serves("x[2m]")

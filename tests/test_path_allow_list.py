@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from gollama_proxy.wire.openai import ENDPOINTS
+from tests.fakes.asks import FORM, FORM_TYPE
 from tests.fakes.client import request_head
 from tests.fakes.hub import running_hub
 from tests.fakes.worker import ScriptedWorker
@@ -268,6 +269,8 @@ async def test_a_hub_is_no_tunnel(line: str, status: int) -> None:
 async def test_a_worker_gets_the_path_and_no_query(path: str, query: str) -> None:
     """llama-server takes settings from it, and keys."""
     async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
-        await hub.post(path + query, BODY)
+        form = ENDPOINTS[path].form
+        headers = [("Content-Type", FORM_TYPE if form else "application/json")]
+        await hub.post(path + query, FORM if form else BODY, headers=headers)
         [request] = worker.requests
     assert (request.method, request.target) == ("POST", path)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.wire.openai import ENDPOINTS
+from tests.fakes.asks import JSON_ROUTES
 from tests.fakes.client import Wire
 from tests.fakes.hub import running_hub
 from tests.fakes.replies import (
@@ -203,7 +203,7 @@ async def directly(worker: ScriptedWorker, path: str, payload: Any) -> Any:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("path", JSON_ROUTES)
 async def test_every_route_passes_what_the_worker_answers(
     path: str, stream: bool
 ) -> None:

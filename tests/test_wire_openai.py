@@ -10,6 +10,7 @@ from gollama_proxy.wire.openai import ENDPOINTS, Api, Ending, Endpoint
 MARKED = {
     Ending.DONE: {"/v1/chat/completions", "/chat/completions", "/v1/completions"},
     Ending.STOP: {"/completion", "/completions", "/infill"},
+    Ending.TRANSCRIPT: {"/v1/audio/transcriptions", "/audio/transcriptions"},
     Ending.NAMED: {"/v1/responses", "/responses", "/v1/messages"},
     Ending.BODY: {
         "/v1/embeddings",
@@ -99,4 +100,4 @@ def test_an_array_that_is_asked_for_is_one_that_the_scanner_looks_for() -> None:
 
 
 def test_a_route_that_says_nothing_else_does_not_stream() -> None:
-    assert Endpoint("/x") == ("/x", Ending.BODY, (), True)
+    assert Endpoint("/x") == ("/x", Ending.BODY, (), True, False)

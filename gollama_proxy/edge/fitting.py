@@ -33,7 +33,7 @@ class Fitting:
 
     def learn(self, incoming: Incoming, model: str, tokens: int) -> None:
         """Take in how many tokens a prompt had, as its answer tells."""
-        if incoming.endpoint.generates:
+        if incoming.endpoint.prompt_has_size:
             self._prompts.learn(model, incoming.size, tokens)
 
     def likely_tokens(self, model: str, size: int) -> int:
@@ -42,6 +42,8 @@ class Fitting:
 
     def estimate(self, incoming: Incoming, attempts: Attempts) -> int:
         """Estimate the tokens of a prompt that a worker has read without a count."""
+        if incoming.endpoint.form:
+            return 0
         pool = attempts.pool
         counted = attempts.needs.get(pool.model)
         size = incoming.length or incoming.size
@@ -56,7 +58,7 @@ class Fitting:
         Raises:
             RequestError: 400, it fits nowhere, and nobody has been asked yet.
         """
-        if not incoming.endpoint.generates:
+        if not incoming.endpoint.prompt_has_size:
             return
         pools = attempts.pools
         for pool in pools:

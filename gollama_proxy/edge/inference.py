@@ -301,6 +301,7 @@ class Inference:
             body,
             None if incoming.replayable else incoming.rest(),
             len(body) if incoming.replayable else incoming.length_behind(body),
+            incoming.content_type,
         )
         patience = job.patience_with(worker, loads=lease.loads)
         lease.prompt_bytes = incoming.size

@@ -19,6 +19,7 @@ from gollama_proxy.settings import Config
 from gollama_proxy.wire import fields
 from gollama_proxy.wire.coding import CODINGS, CodingError, Unpacker, coding_of
 from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.form import FormScanner, boundary_of, content_type_of
 from gollama_proxy.wire.openai import Endpoint
 from gollama_proxy.wire.whole import read_whole
 
@@ -55,7 +56,12 @@ class Incoming:
         self.prompts = 1  # that are in it
         self.answers = 1  # that the client wants to each of them
         self._kept: list[bytes] = []
-        self._scanner = fields.FieldScanner()
+        self._scanner: fields.FieldScanner | FormScanner = fields.FieldScanner()
+        self.content_type = b"application/json"  # as a worker gets it
+        if endpoint.form:
+            boundary = boundary_of(request.headers.get("Content-Type", ""))
+            self._scanner = FormScanner(boundary)
+            self.content_type = content_type_of(boundary)
         self._found = self._scanner.found
         if self.length is not None and self.length > self._limit:
             raise self._too_large()
@@ -78,7 +84,8 @@ class Incoming:
             piece = await self._next_piece()
             if piece:
                 self._kept.append(piece)
-        if self.complete and self._found is self._scanner.found:
+        scanned = self._found is self._scanner.found
+        if self.complete and scanned and not self.endpoint.form:
             fields.check_json(b"".join(self._kept))
         self._check_types()
         self.answers = max(1, self._number("n", "n_cmpl"))
@@ -147,15 +154,9 @@ class Incoming:
         if field is not None and field.kind == '"':
             if fields.text_of(field) == model:
                 return kept
-            start, end, text = field.start, field.end, fields.encode(model)
         elif not self.complete:
             return kept
-        elif field is not None:  # null
-            start, end, text = field.start, field.end, fields.encode(model)
-        else:
-            start = end = self._scanner.opened_at
-            comma = b"" if self._scanner.is_empty_object else b","
-            text = b'"model":' + fields.encode(model) + comma
+        start, end, text = self._scanner.renaming(field, model)
         return kept[:start] + text + kept[end:]
 
     def length_behind(self, body: bytes) -> int | None:
@@ -231,7 +232,8 @@ class Incoming:
         self.size += len(piece)
         if self.size > self._limit:
             raise self._too_large()
-        if ended and len(piece) == self.size and (found := read_whole(piece)):
+        whole = ended and len(piece) == self.size and not self.endpoint.form
+        if whole and (found := read_whole(piece)):
             self._found = found
         else:
             self._scanner.feed(piece)

@@ -29,6 +29,7 @@ class Outgoing(NamedTuple):
     body: bytes  # all of it, or what came before `rest`
     rest: AsyncIterator[bytes] | None = None
     length: int | None = None  # of the whole body, None if it is not known
+    content_type: bytes = b"application/json"
 
     def __repr__(self) -> str:  # without what a client wrote
         return f"<Outgoing to {self.endpoint.path}, {self.length} bytes>"
@@ -168,7 +169,7 @@ class Attempt:
             % (origin.prefix.encode(), request.endpoint.path.encode()),
             b"Host: " + origin.authority.encode(),
             b"User-Agent: gollama-proxy/" + __version__.encode(),
-            b"Content-Type: application/json",
+            b"Content-Type: " + request.content_type,
         ]
         if self._pool.worker.api_key:
             lines.append(b"Authorization: Bearer " + self._pool.worker.api_key.encode())

@@ -118,6 +118,13 @@ class FieldScanner:
     def is_empty_object(self) -> bool:
         return self._first_key
 
+    def renaming(self, found: Field | None, model: str) -> tuple[int, int, bytes]:
+        """Return where to write which bytes so that a worker sees this model."""
+        if found is not None:
+            return found.start, found.end, encode(model)
+        comma = b"" if self.is_empty_object else b","
+        return self.opened_at, self.opened_at, b'"model":' + encode(model) + comma
+
     def feed(self, piece: bytes) -> None:
         """Take the next piece of the body.
 

@@ -22,6 +22,7 @@ class Ending(enum.Enum):
     DONE = "[DONE]"  # OpenAI chat and completions; a finish_reason will do
     STOP = '"stop":true'  # llama-server's native completion
     NAMED = "a closing event"  # Anthropic messages, OpenAI responses
+    TRANSCRIPT = "transcript.text.done"  # OpenAI transcriptions; a `[DONE]` will do
     BODY = "the body's own end"  # routes that do not stream
 
 
@@ -41,6 +42,7 @@ class Endpoint(NamedTuple):
     ending: Ending = Ending.BODY
     arrays: tuple[str, ...] = ()  # fields that have to be JSON arrays where present
     slot: bool = True  # a worker takes one of its slots for it
+    form: bool = False  # its body is a multipart form with a file, and not JSON
 
     @property
     def chat(self) -> bool:
@@ -51,6 +53,11 @@ class Endpoint(NamedTuple):
     def generates(self) -> bool:
         """Whether its answers are generated token by token."""
         return self.ending is not Ending.BODY
+
+    @property
+    def prompt_has_size(self) -> bool:
+        """Whether the size of a body says how many tokens its prompt has."""
+        return self.generates and not self.form
 
     @property
     def api(self) -> Api:
@@ -88,6 +95,8 @@ ENDPOINTS: dict[str, Endpoint] = {
         Endpoint("/rerank", arrays=("documents",)),
         Endpoint("/reranking", arrays=("documents",)),
         Endpoint("/v1/systemone"),
+        Endpoint("/v1/audio/transcriptions", Ending.TRANSCRIPT, form=True),
+        Endpoint("/audio/transcriptions", Ending.TRANSCRIPT, form=True),
         Endpoint("/v1/responses", Ending.NAMED),
         Endpoint("/responses", Ending.NAMED),
         Endpoint("/v1/messages", Ending.NAMED, ("messages",)),

@@ -36,6 +36,9 @@ _MARKS = {
         rb"(?:^|[\r\n])event: ?"
         rb"(?:message_stop|response\.(?:completed|incomplete|failed))[\r\n]"
     ),
+    Ending.TRANSCRIPT: re.compile(
+        _DONE_LINE.pattern + rb'|"type"\s*:\s*"transcript\.text\.done"'
+    ),
     Ending.BODY: re.compile(rb""),
 }
 _REASONS = re.compile(rb'"finish_reason"\s*:\s*(null|""|"[^"]+")')

@@ -289,9 +289,15 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage
             cached = _cached(usage.get("input_tokens_details"))
             generated = _count(usage.get("output_tokens"))
         case _:
-            prompt = _count(usage.get("prompt_tokens"))
+            # Transcriptions name them as Responses does.
+            prompt = _either(
+                _count(usage.get("prompt_tokens")), _count(usage.get("input_tokens"))
+            )
             cached = _cached(usage.get("prompt_tokens_details"))
-            generated = _count(usage.get("completion_tokens"))
+            generated = _either(
+                _count(usage.get("completion_tokens")),
+                _count(usage.get("output_tokens")),
+            )
             if prompt is None and generated is None:  # of rerankers
                 prompt = _count(usage.get("total_tokens"))
             if api is Api.NATIVE:

@@ -21,6 +21,8 @@ def default_answer(worker: ScriptedWorker, request: Request) -> Script:
     path = request.path.removeprefix("/v1")
     if request.method == "GET":
         return _control_answer(worker, path)
+    if path == "/audio/transcriptions":  # its body is a form
+        return answer({"type": "transcript.text.done", "text": "hello"})
     try:
         body = json.loads(request.body) if request.body else {}
     except ValueError as exc:
@@ -49,6 +51,10 @@ def default_answer(worker: ScriptedWorker, request: Request) -> Script:
             return event_stream(*(replies.named_event(obj) for obj in _MESSAGE_EVENTS))
         case "/responses" if stream:
             return event_stream(*(replies.named_event(obj) for obj in _RESPONSE_EVENTS))
+        case "/embedding":
+            return answer(_ANSWERS["/embeddings"])
+        case "/reranking":
+            return answer(_ANSWERS["/rerank"])
         case _ if path in _ANSWERS:
             return answer(_ANSWERS[path])
         case _:
@@ -154,6 +160,9 @@ _ANSWERS: dict[str, dict[str, Any]] = {
     "/detokenize": {"content": "hello"},
     "/apply-template": {"prompt": "<|im_start|>user\nhello<|im_end|>\n"},
     "/messages/count_tokens": {"input_tokens": 3},
+    "/chat/completions/input_tokens": {"input_tokens": 3},
+    "/responses/input_tokens": {"input_tokens": 3},
+    "/systemone": {"decisions": []},
     "/messages": {**_MESSAGE, "content": [_TEXT], "stop_reason": "max_tokens"},
     "/responses": _RESPONSE,
 }

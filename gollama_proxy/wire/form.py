@@ -1,0 +1,234 @@
+"""The few form fields that routing needs, found while a multipart body streams in.
+
+A form carries a file, such as the sound of `/v1/audio/transcriptions`, so it is read
+once, in the pieces in which it arrives, and nothing but the wanted values is kept:
+
+    --boundary CRLF head CRLF CRLF content CRLF --boundary CRLF … --boundary--
+
+It is read more strictly than RFC 2046 asks for: no text before the first boundary or
+behind the last, no spaces behind one, no field without a plain name.  What two parsers
+could read in two ways could be the model of another request.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import assert_never
+
+from gollama_proxy.wire import fields
+from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.fields import MAX_TOKEN, Field
+
+# Bytes that the head of one part may have, and parts that a form may have.
+MAX_HEAD = 4096
+MAX_PARTS = 128
+WANTED = frozenset({"max_tokens", "model", "stream"})
+
+# RFC 2046, 5.1.1, without the space and with what need not be in quotes only.
+_BOUNDARY = re.compile(
+    r'multipart/form-data\s*;\s*boundary=(?:"([0-9A-Za-z\'()+_,./:=?-]{1,70})"'
+    r"|([0-9A-Za-z'+_.-]{1,70}))",
+    re.IGNORECASE,
+)
+# A semicolon in quotes ends a parameter for llama-server, and so could make a name of a
+# part of a file's.
+_NAME = re.compile(
+    rb'form-data((?:; ?(?:[a-z]+="[^"\\;\r\n]*"|filename\*=[^"\\; ]+))+)', re.IGNORECASE
+)
+_PARAMETER = re.compile(rb'; ?([a-z]+)="([^"]*)"', re.IGNORECASE)
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_TEXT = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+
+
+class _State(enum.Enum):
+    OPENING = "before the first boundary"
+    HEAD = "in the head of a part"
+    CONTENT = "in the content of a part"
+    END = "after the last boundary"
+
+
+def boundary_of(content_type: str) -> str:
+    """Return the boundary that a Content-Type header names.
+
+    Raises:
+        RequestError: 400, it is no form, or names none that is valid.
+    """
+    match = _BOUNDARY.fullmatch(content_type)
+    if match is None:
+        text = "The body must be multipart/form-data, with its boundary."
+        raise RequestError(Code.BAD_REQUEST, text)
+    return match[1] or match[2]
+
+
+def content_type_of(boundary: str) -> bytes:
+    """Write the Content-Type of a form."""
+    return f'multipart/form-data; boundary="{boundary}"'.encode()
+
+
+class FormScanner:
+    """Find the wanted fields of a form that is fed in pieces."""
+
+    def __init__(self, boundary: str) -> None:
+        self.found: dict[str, Field] = {}
+        self._delimiter = b"\r\n--" + boundary.encode()
+        self._state = _State.OPENING
+        self._rest = b"\r\n"  # as if a line had ended before the body
+        self._offset = -2  # of `_rest` in the body
+        self._name = ""  # of the part, if it is wanted
+        self._value: list[bytes] = []  # of that
+        self._began = 0  # offset of its content
+        self._parts = 0
+
+    def __repr__(self) -> str:
+        return f"<FormScanner {self._state.name} found={sorted(self.found)}>"
+
+    def feed(self, piece: bytes) -> None:
+        """Take the next piece of the body.
+
+        Raises:
+            RequestError: it is no form, or not one that is accepted.
+        """
+        self._rest += piece
+        while (taken := self._step()) > 0:
+            self._rest = self._rest[taken:]
+            self._offset += taken
+
+    def finish(self) -> None:
+        """Say that the body has ended.
+
+        Raises:
+            RequestError: it ended too early.
+        """
+        if self._state is not _State.END or self._rest not in (b"", b"\r\n"):
+            raise _invalid("it does not end with its last boundary")
+
+    def renaming(self, found: Field | None, model: str) -> tuple[int, int, bytes]:
+        """Return where to write which bytes so that a worker sees this model."""
+        if found is not None:
+            return found.start, found.end, model.encode()
+        delimiter = self._delimiter.removeprefix(b"\r\n")
+        head = b'Content-Disposition: form-data; name="model"'
+        part = b"%b\r\n%b\r\n\r\n%b\r\n" % (delimiter, head, model.encode())
+        return 0, 0, part
+
+    # --- One step for each state --------------------------------------------------
+
+    def _step(self) -> int:
+        """Take what can be taken; return how many bytes, 0 if more have to come."""
+        match self._state:
+            case _State.OPENING:
+                return self._open()
+            case _State.HEAD:
+                return self._read_head()
+            case _State.CONTENT:
+                return self._read_content()
+            case _State.END:
+                if not b"\r\n".startswith(self._rest):
+                    raise _invalid("something follows its last boundary")
+                return 0
+            case _:
+                assert_never(self._state)
+
+    def _open(self) -> int:
+        if not self._rest.startswith(self._delimiter):
+            if self._delimiter.startswith(self._rest):
+                return 0
+            raise _invalid("it does not begin with its boundary")
+        return self._pass_delimiter()
+
+    def _pass_delimiter(self) -> int:
+        """Go on behind a delimiter with which the rest begins."""
+        end = len(self._delimiter)
+        behind = self._rest[end : end + 2]
+        if len(behind) < 2:
+            return 0
+        if behind == b"\r\n":
+            self._state = _State.HEAD
+        elif behind == b"--":
+            self._state = _State.END
+        else:
+            raise _invalid("something stands behind its boundary")
+        return end + 2
+
+    def _read_head(self) -> int:
+        end = self._rest.find(b"\r\n\r\n")
+        if end < 0 or end > MAX_HEAD:
+            if len(self._rest) > MAX_HEAD:
+                raise _invalid(f"the head of a part is larger than {MAX_HEAD} bytes")
+            return 0
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise _invalid(f"it has more than {MAX_PARTS} parts")
+        self._name = self._wanted_name(self._rest[:end])
+        self._value = []
+        self._began = self._offset + end + 4
+        self._state = _State.CONTENT
+        return end + 4
+
+    def _wanted_name(self, head: bytes) -> str:
+        """Read the name of a part; empty if nobody wants it."""
+        dispositions = []
+        for line in head.split(b"\r\n"):
+            field, colon, value = line.partition(b":")
+            if not colon or not _TOKEN.fullmatch(field) or not _TEXT.fullmatch(value):
+                raise _invalid("the head of a part is malformed")
+            if field.lower() == b"content-disposition":
+                dispositions.append(value.strip(b" \t"))
+        if len(dispositions) != 1 or not (match := _NAME.fullmatch(dispositions[0])):
+            raise _invalid("a part is no form field with a plain name")
+        parameters: list[tuple[bytes, bytes]] = _PARAMETER.findall(match[1])
+        names = [value for key, value in parameters if key.lower() == b"name"]
+        if len(names) != 1:
+            raise _invalid("a part has not one name")
+        name = names[0].decode("latin-1").lower()
+        if name not in WANTED:
+            return ""
+        if name.encode() != names[0] or len(parameters) != 1:
+            raise _invalid(f"`{name}` is no plain field")
+        if name in self.found:
+            raise _invalid(f"the field `{name}` occurs twice")
+        return name
+
+    def _read_content(self) -> int:
+        end = self._rest.find(self._delimiter)
+        if end > 0:
+            self._keep(self._rest[:end])
+            return end
+        if end == 0:
+            taken = self._pass_delimiter()
+            if taken and self._name:
+                self._found_field()
+            return taken
+        # What may become a delimiter stays until that is decided.
+        safe = len(self._rest) - len(self._delimiter) + 1
+        if safe <= 0:
+            return 0
+        self._keep(self._rest[:safe])
+        return safe
+
+    def _keep(self, content: bytes) -> None:
+        if self._name:
+            self._value.append(content)
+            if sum(map(len, self._value)) > MAX_TOKEN:
+                raise _invalid(f"`{self._name}` is longer than {MAX_TOKEN} bytes")
+
+    def _found_field(self) -> None:
+        raw = b"".join(self._value)
+        start, end = self._began, self._began + len(raw)
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            raise _invalid(f"`{self._name}` is not UTF-8") from None
+        if self._name == "model":
+            field = Field('"', fields.encode(text), start, end)
+        elif self._name == "stream":  # llama-server takes all else for false
+            value = b"true" if text == "true" else b"false"
+            field = Field(chr(value[0]), value, start, end)
+        else:
+            field = fields.classify(raw or b"?", start)
+        self.found[self._name] = field
+
+
+def _invalid(why: str) -> RequestError:
+    return RequestError(Code.BAD_REQUEST, f"The body is not a valid form: {why}.")
