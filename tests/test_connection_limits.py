@@ -15,7 +15,7 @@ import pytest
 from gollama_proxy import lifecycle
 from gollama_proxy.settings import Config, Limits
 from tests.fakes.authority import Authority
-from tests.fakes.client import TlsWire, Wire
+from tests.fakes.client import TlsWire, TruncatedError, Wire
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import HubProcess, hub_process
 from tests.fakes.waiting import DEADLINE, until
@@ -136,13 +136,22 @@ async def test_a_hub_without_files_left_goes_on() -> None:
         for wire in wires:
             wire.close()
         await until(lambda: serves(hub))
-        async with await hub.open(CHAT, QUESTION) as wire:
-            assert (await wire.read_response()).status == 200
+        async with asyncio.timeout(DEADLINE):
+            while not await answers(hub):  # some in the backlog are hung up before
+                pass
 
 
 def cpu(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
+
+
+async def answers(hub: HubProcess) -> bool:
+    try:
+        async with await hub.open(CHAT, QUESTION) as wire:
+            return (await wire.read_response()).status == 200
+    except (TruncatedError, ConnectionError):
+        return False
 
 
 def serves(hub: HubProcess) -> bool:

@@ -541,7 +541,8 @@ async def test_fake_has_the_events_of_the_real_one(
             async with await Wire.connect("127.0.0.1", port) as wire:
                 await wire.post(CHAT, request)
                 ending = await wire.read_to_end()
-            shapes.append((ending.response.headers, _shape(ending.response.body)))
+            headers = sorted(ending.response.headers)  # versions order them differently
+            shapes.append((headers, _shape(ending.response.body)))
     assert shapes[0] == shapes[1]
 
 
@@ -550,7 +551,9 @@ def _shape(body: bytes) -> list[object]:
 
     def keys(value: object) -> object:
         if isinstance(value, dict):
-            return [(key, keys(item)) for key, item in value.items()]
+            # A build says which one it is.
+            told = {**value, "system_fingerprint": None} if "id" in value else value
+            return [(key, keys(item)) for key, item in told.items()]
         if isinstance(value, list):
             return [keys(item) for item in value]
         return value if isinstance(value, str) and len(value) < 20 else None

@@ -186,7 +186,11 @@ async def test_fifty_streams_are_shared_evenly_and_all_complete(
         llama_server(tiny_model, slots=32, ctx=32 * 256),
         llama_server(tiny_model, slots=32, ctx=32 * 256),
     ]
-    async with running_hub(*workers) as hub, client_of(hub) as client:
+    async with (
+        # All say the same, which would keep them on the worker that knows it.
+        running_hub(*workers, routing__policy="round_robin") as hub,
+        client_of(hub) as client,
+    ):
 
         async def one() -> tuple[str, int]:
             raw = await client.chat.completions.with_raw_response.create(
