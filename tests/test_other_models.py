@@ -16,6 +16,7 @@ from tests.fakes.replies import (
     chunk,
     error_reply,
     event,
+    json_reply,
     named_event,
     role,
     sse_head,
@@ -28,6 +29,7 @@ from tests.fakes.script import (
     event_stream,
     reset,
     send,
+    wait,
 )
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
@@ -207,6 +209,31 @@ async def test_where_no_other_worker_is_left_that_is_said(route: str) -> None:
         assert (await hub.post(path, payload | {"model": "new"})).status == 200
         # A name that never was one still stands for the only model there is.
         assert (await hub.post(path, payload | {"model": "gpt-4"})).status == 200
+
+
+async def test_an_answer_that_names_its_model_too_late_has_its_worker_looked_at() -> (
+    None
+):
+    """One in one piece whose first bytes were passed on; the next one is not."""
+    async with (
+        ScriptedWorker("old") as back,
+        ScriptedWorker("old") as good,
+        hub_of(back, good) as hub,
+    ):
+        content = [{"type": "text", "text": "hello " * 1000}]
+        whole = json_reply(a_message("new", content))
+        half = len(whole) // 2
+        come_back_with(
+            back, "new", (send(whole[:half]), wait("go"), send(whole[half:]))
+        )
+        body = {"messages": MESSAGES, "max_tokens": 9, "model": "old"}
+        async with await hub.open(ANTHROPIC, body) as wire:
+            await wire.read_head()
+            back.release("go")
+            await until(lambda: hub.hub.registry.models() == ["new", "old"])
+        good.default(*answer(a_message("old", content)))
+        response = await hub.post(ANTHROPIC, body)
+        assert response.header("x-gollama-worker") == good.name
 
 
 async def test_a_fallback_answers_for_a_model_that_is_gone() -> None:

@@ -376,6 +376,7 @@ class Inference:
                 await relay.run(client, write_timeout, job.kept)
             response = await job.finish()
             complete = True
+            self._look_late(job, worker, relay)
         except ClientStalledError:
             lease.release(Outcome.CLIENT_GONE)
             return job.drop_client()
@@ -404,6 +405,18 @@ class Inference:
             if complete:
                 self._complete(job, worker, relay, lease, told)
         return response
+
+    def _look_late(self, job: Job, worker: Worker, relay: Relay) -> None:
+        """Have a worker looked at whose long answer in one piece has a new name.
+
+        Such an answer names its model at its end, when it has been passed on.
+        """
+        if relay.is_event_stream:
+            return
+        name = identity.first_model(relay.tail)
+        model = job.attempts.pool.model
+        if name is not None and not worker.answer_names.knows(model, name):
+            worker.suspect()
 
     def _complete(
         self, job: Job, worker: Worker, relay: Relay, lease: Lease, told: Usage
