@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from gollama_proxy.wire.openai import ENDPOINTS, Ending
+from gollama_proxy.wire.openai import ENDPOINTS
 
 ALGORITHMS = ("HS256", "RS256", "ES256", "EdDSA")
 # Those of `routing/policies/`.
 POLICIES = ("round_robin", "weighted", "least_busy", "fastest", "affinity")
 ROUTES = tuple(ENDPOINTS)
 # Those whose answers can be assembled from a stream.
-STREAMED = tuple(path for path, e in ENDPOINTS.items() if e.ending is Ending.DONE)
+STREAMED = tuple(path for path, e in ENDPOINTS.items() if e.generates and not e.form)
 
 
 # --- Kinds of values --------------------------------------------------------------

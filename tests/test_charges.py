@@ -177,7 +177,7 @@ async def test_several_answers_cost_as_many(
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     async with running_hub(llama_server(tiny_model)) as hub:
         one = await cost(hub, CHAT, body | {"n": 1})
-        for more in ({}, {"stop": ["no such"]}, {"stream": True}, usage):
+        for more in ({}, {"logprobs": True}, {"stream": True}, usage):
             assert await cost(hub, CHAT, body | more) == one + 2 * 4, more
         native = {"prompt": PROMPT, "n_predict": 4}
         one = await cost(hub, "/completion", native)
@@ -444,7 +444,7 @@ async def test_an_answer_that_nobody_has_counted_costs_by_its_size(log: Log) -> 
 
 async def test_leaving_an_answer_that_shows_nothing_costs_the_time(log: Log) -> None:
     """In one piece, it is generated unseen; here by a worker that is very fast."""
-    body = WHOLE | {"stop": ["."], "max_tokens": 77}
+    body = WHOLE | {"logprobs": True, "max_tokens": 77}
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         pace = hub.hub.registry.workers[0].pace_of("tiny")
         pace.speed.read(10**12, 1.0)

@@ -24,7 +24,7 @@ from gollama_proxy.routing.lease import Lease, Outcome
 from gollama_proxy.routing.retry import Failure
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.relay import Relay
-from gollama_proxy.wire.assemble import AssemblyError, LostTextError
+from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.chunks import DivergedError, UnreadableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
@@ -310,9 +310,11 @@ def test_a_stream_that_is_of_no_use_is_nobodys_fault() -> None:
     assert error_of(found).code is Code.WORKER_PROTOCOL
 
 
-def test_a_stream_that_makes_up_no_answer_is_malformed() -> None:
-    found = refusal_of_assembly(AssemblyError("an event cannot be read"))
-    assert (found.outcome, found.failure) == (FAILED, Failure.MALFORMED)
+def test_a_stream_that_can_never_be_folded_is_nobodys_fault_either() -> None:
+    found = refusal_of_assembly(UnfoldableError("an event cannot be read"))
+    assert (found.outcome, found.failure) == (REFUSED, Failure.STREAM)
+    assert found.lasting
+    assert not refusal_of_assembly(LostTextError("no text")).lasting
     assert error_of(found).code is Code.WORKER_PROTOCOL
     assert error_of(found).detail == "an event cannot be read"
     assert "event" not in error_of(found).message

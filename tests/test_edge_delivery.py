@@ -20,9 +20,10 @@ from gollama_proxy.routing.lease import Lease
 from gollama_proxy.upstream.client import ToldError
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.relay import Relay
-from gollama_proxy.wire.assemble import AssemblyError, LostTextError
+from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS, Ending
+from gollama_proxy.wire.streaming import streaming
 from tests.fakes.clock import Clock
 from tests.fakes.replies import chunk, error_event, role, token, usage_of
 from tests.fakes.streams import chat_stream, text_stream
@@ -296,7 +297,9 @@ async def test_a_connection_without_a_socket_is_hung_up_all_the_same() -> None:
 
 def whole(route: str = CHAT, limit: int = 1 << 20) -> tuple[Whole, Record]:
     record = Record("id", "POST", route)
-    return Whole(ENDPOINTS[route], record, limit), record
+    asked = streaming(b"{}", ENDPOINTS[route])
+    assert asked is not None
+    return Whole(asked.assembler(limit), record), record
 
 
 async def answer_of(delivery: Whole) -> Any:
@@ -352,11 +355,11 @@ async def test_another_worker_may_go_on_with_a_whole() -> None:
 @pytest.mark.parametrize(
     ("stream", "error", "why"),
     [
-        (b"", AssemblyError, "before the answer was complete"),
-        (chat_stream(["a"], reason=None), AssemblyError, "before the answer"),
+        (b"", UnfoldableError, "before the answer was complete"),
+        (chat_stream(["a"], reason=None), UnfoldableError, "before the answer"),
         (chat_stream([], reason="length"), LostTextError, "did not tell the text"),
-        (b"data: {\n\n" + chat_stream(["a"]), AssemblyError, "cannot be read"),
-        (chat_stream(["a" * 5000]), AssemblyError, "longer than 4096 characters"),
+        (b"data: {\n\n" + chat_stream(["a"]), UnfoldableError, "cannot be read"),
+        (chat_stream(["a" * 5000]), LostTextError, "longer than 4096 characters"),
     ],
 )
 async def test_what_makes_up_no_answer_is_an_error_at_its_end(
@@ -393,4 +396,4 @@ def test_a_whole_that_breaks_off_has_not_begun() -> None:
 
 def test_a_whole_says_how_far_it_is() -> None:
     delivery, _ = whole()
-    assert repr(delivery) == "<Whole <Assembler size=0 open>>"
+    assert repr(delivery) == "<Whole <ChatAssembler size=0 open>>"

@@ -194,7 +194,7 @@ async def test_a_worker_s_refusal_on_an_anthropic_route(
         ScriptedWorker() as worker,
         running_hub(worker, retry__attempts=1) as hub,
     ):
-        worker.script(send(error_reply(status, "no such thing")), close())
+        worker.default(send(error_reply(status, "no such thing")), close())
         response = await hub.post(path, body)
     assert response.status == status
     check_anthropic(response.json(), kind)
@@ -206,7 +206,7 @@ async def test_a_worker_s_refusal_elsewhere_passes_as_it_is(path: str) -> None:
     body = BODY | {"prompt": "hello"}
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         reply = error_reply(400, "no such thing")
-        worker.script(send(reply), close())
+        worker.default(send(reply), close())
         response = await hub.post(path, body)
     assert response.body == reply.partition(b"\r\n\r\n")[2]
 
@@ -318,7 +318,8 @@ async def test_anthropic_s_sdk_shows_the_reason() -> None:
         assert missing.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
         with pytest.raises(anthropic.AuthenticationError):
             await client.with_options(api_key="x").messages.create(**given)
-        worker.script(send(error_reply(400, "no such thing")), close())
+        for _ in range(2):  # once more as the client has written it
+            worker.script(send(error_reply(400, "no such thing")), close())
         with pytest.raises(anthropic.BadRequestError, match="no such thing"):
             await client.messages.create(**given)
         for rest in ((kill(),), (send(chunk(THEIRS[MESSAGES])), close())):

@@ -132,7 +132,7 @@ async def test_fallbacks_are_not_paid_from_the_budget() -> None:
 
 async def test_what_would_be_the_same_everywhere_does_not_fall_back() -> None:
     async with family() as (big, medium, small, hub):
-        big.script(send(error_reply(400, "no", "invalid_request_error")))
+        big.default(send(error_reply(400, "no", "invalid_request_error")))
         response = await hub.post(CHAT, BODY | {"model": "big"})
         assert response.status == 400
         assert not medium.requests

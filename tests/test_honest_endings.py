@@ -525,7 +525,7 @@ async def test_a_workers_error_passes_as_it_is(
     reply = error_reply(status, "because", kind)
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         pings = len(worker.control)
-        worker.script(send(reply))
+        worker.default(send(reply))
         response = await hub.post(CHAT, payload)
         assert response.status == status
         assert response.body == reply.partition(b"\r\n\r\n")[2]
@@ -546,7 +546,7 @@ async def test_a_workers_error_passes_as_it_is(
 async def test_an_error_without_words_gets_some(status: int, kind: str) -> None:
     """llama-server's 413 is empty, and SDKs show what is in the body."""
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
-        worker.script(send(head(status, [("Content-Length", "0")])), close())
+        worker.default(send(head(status, [("Content-Length", "0")])), close())
         response = await hub.post(CHAT, WHOLE)
     assert response.status == status
     error = error_of(response)

@@ -221,7 +221,7 @@ async def test_an_http_1_0_client_that_is_dropped_can_tell() -> None:
 async def test_an_error_that_is_too_long_is_replaced() -> None:
     large = b"x" * (1 << 20)
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        worker.script(
+        worker.default(
             send(head(400, [("Content-Length", str(len(large)))])), send(large)
         )
         async with await hub.open(CHAT, WHOLE) as wire:

@@ -192,11 +192,11 @@ def post_bytes(hub: RunningHub, payload: bytes) -> bytes:
 
 
 def whole(number: int) -> bytes:
-    return b'{"messages":[],"n":%d}' % number
+    return b'{"messages":[],"seed":%d}' % number
 
 
 def stream(number: int) -> bytes:
-    return b'{"messages":[],"stream":true,"n":%d}' % number
+    return b'{"messages":[],"stream":true,"seed":%d}' % number
 
 
 async def test_pipelined_requests_are_answered_in_their_order() -> None:
@@ -214,7 +214,7 @@ async def test_pipelined_requests_are_answered_in_their_order() -> None:
         assert token("first") in first.body
         events, json = "text/event-stream", "application/json"
         assert kinds == [events, json, events, json]
-        assert [request.json()["n"] for request in worker.requests] == [1, 2, 3, 4]
+        assert [request.json()["seed"] for request in worker.requests] == [1, 2, 3, 4]
 
 
 async def test_a_pipelined_request_waits_for_the_stream_in_front() -> None:

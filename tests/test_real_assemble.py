@@ -1,6 +1,6 @@
 """Real llama-servers: an assembled answer is the one that was not streamed.
 
-Each request is sent as it is, and as the stream that `streaming_body` makes of it.  Ids
+Each request is sent as it is, and as the stream that `streaming` makes of it.  Ids
 and times differ anyhow; every other field has to be the same.  Where it would not be, a
 test shows the difference, and that no stream is asked for.
 """
@@ -16,12 +16,9 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.wire.assemble import (
-    Assembler,
-    AssemblyError,
-    LostTextError,
-    streaming_body,
-)
+from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
+from gollama_proxy.wire.openai import ENDPOINTS, Ending
+from gollama_proxy.wire.streaming import streaming
 from tests.real.gguf_tiny import write_tiny_gguf
 from tests.real.llama import LlamaServer
 
@@ -85,18 +82,25 @@ def post(server: LlamaServer, path: str, body: bytes) -> tuple[int, bytes]:
 class Both:
     """One request, answered in one piece and as a stream."""
 
-    def __init__(self, server: LlamaServer, request: dict[str, Any]) -> None:
+    def __init__(
+        self, server: LlamaServer, request: dict[str, Any], path: str = ""
+    ) -> None:
         chat = "messages" in request
-        path = "/v1/chat/completions" if chat else "/v1/completions"
+        path = path or ("/v1/chat/completions" if chat else "/v1/completions")
         body = json.dumps(request).encode()
-        self.streaming_body = streaming_body(body)
-        asked = {"stream": True, "stream_options": {"include_usage": True}}
-        forced = json.dumps(request | asked).encode()
+        self.streaming = streaming(body, ENDPOINTS[path])
+        asked: dict[str, Any] = {"stream": True}
+        if ENDPOINTS[path].ending is Ending.DONE:
+            asked["stream_options"] = {"include_usage": True}
+        # What is not streamed is so here, with nothing that would say why not.
+        allowed = streaming(_ANY[chat], ENDPOINTS[path])
+        assert allowed is not None
         post(server, path, body)  # both shall find their prompt in the cache
         self.status, self.answer = post(server, path, body)
-        status, stream = post(server, path, self.streaming_body or forced)
-        self.stream_status, self.stream = status, stream
-        self._assembler = Assembler("chat" if chat else "text", LIMIT)
+        forced = json.dumps(request | asked).encode()
+        sent = self.streaming.body if self.streaming else forced
+        self.stream_status, self.stream = post(server, path, sent)
+        self._assembler = (self.streaming or allowed).assembler(LIMIT)
 
     @property
     def whole(self) -> dict[str, Any]:
@@ -110,19 +114,30 @@ class Both:
         return comparable(self._assembler.finish())
 
 
-def comparable(body: bytes) -> dict[str, Any]:
+_ANY = {True: b'{"messages":[]}', False: b'{"prompt":""}'}
+_TIMES = ("created", "created_at", "completed_at")
+_CHOSEN = ("id", "id_slot", "call_id")
+
+
+def comparable(body: bytes) -> Any:
     """Replace what differs from one answer to the next by its type."""
-    answer: dict[str, Any] = json.loads(body)
-    for name in ("id", "created"):
-        answer[name] = type(answer[name])
-    timings = answer["timings"]
-    for name, value in timings.items():
-        if not name.endswith("_n"):
-            timings[name] = type(value)
-    for choice in answer["choices"]:
-        for call in choice.get("message", {}).get("tool_calls", ()):
-            call["id"] = type(call["id"]), len(call["id"])
-    return answer
+    return _without_chance(json.loads(body), "")
+
+
+def _without_chance(value: Any, name: str) -> Any:
+    match value:
+        case dict():
+            return {key: _without_chance(each, key) for key, each in value.items()}
+        case list():
+            return [_without_chance(each, name) for each in value]
+        case str() if name in _CHOSEN:
+            return type(value), len(value)
+        case _ if name in (*_TIMES, "id_slot"):
+            return type(value)
+        case float() if name.endswith(("_ms", "_per_second")):
+            return float
+        case _:
+            return value
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +202,7 @@ CASES = {
 @pytest.mark.parametrize("request_", CASES.values(), ids=CASES)
 def test_the_answer_is_the_same(tiny: LlamaServer, request_: dict[str, Any]) -> None:
     both = Both(tiny, request_)
-    assert both.streaming_body is not None
+    assert both.streaming is not None
     assert both.assembled == both.whole
     assert {"usage", "timings", "system_fingerprint"} <= both.whole.keys()
 
@@ -247,12 +262,111 @@ def test_thoughts_are_the_same(thinker: LlamaServer, text: str, format_: str) ->
     assert bool(reasoning) == (thinks and format_ != "none")
 
 
+NATIVE: dict[str, Any] = {"prompt": "hello", "temperature": 0, "seed": 1}
+NATIVE["n_predict"] = 6
+INFILL = {"input_prefix": "a", "input_suffix": "b", "n_predict": 4, "temperature": 0}
+RESPONSE: dict[str, Any] = {"input": "hello", "max_output_tokens": 6, "temperature": 0}
+PAINT_TOOL: dict[str, Any] = {
+    "tools": [{"name": "paint", "description": "", "input_schema": SCHEMA}],
+    "tool_choice": {"type": "any"},
+    "logit_bias": TOOL_CALL["logit_bias"],
+    "max_tokens": 60,
+}
+CALL_OF_RESPONSE: dict[str, Any] = {
+    "tools": [{"type": "function", **PAINT}],
+    "tool_choice": "required",
+    "logit_bias": TOOL_CALL["logit_bias"],
+    "max_output_tokens": 60,
+}
+OTHER_ROUTES = {
+    "message": ("/v1/messages", CHAT),
+    "message, one token": ("/v1/messages", CHAT | {"max_tokens": 1}),
+    "message that stops": ("/v1/messages", CHAT | END_OF_TURN),
+    "message, stopped": ("/v1/messages", CHAT | {"stop_sequences": ["towu"]}),
+    "message, tool": ("/v1/messages", CHAT | PAINT_TOOL),
+    "response": ("/v1/responses", RESPONSE),
+    "response, short path": ("/responses", RESPONSE),
+    "response, tool": ("/v1/responses", RESPONSE | CALL_OF_RESPONSE),
+    "completion": ("/completion", NATIVE),
+    "completions": ("/completions", NATIVE),
+    "infill": ("/infill", INFILL),
+    "completion that stops": ("/completion", NATIVE | END_OF_TURN),
+    "completion, stopped": ("/completion", NATIVE | {"stop": ["su"]}),
+    "completion, tokens": ("/completion", NATIVE | {"return_tokens": True}),
+    "completion, probabilities": ("/completion", NATIVE | {"n_probs": 2}),
+    "completion, one in a list": ("/completion", NATIVE | {"prompt": ["a"]}),
+    "completion of tokens": ("/completion", NATIVE | {"prompt": [300, 301]}),
+    "completions of two": ("/completion", NATIVE | {"prompt": ["a", "b"]}),
+    "completion, twice": ("/completion", NATIVE | {"n": 2, "n_cmpl": 2}),
+    "completion, progress": (
+        "/completion",
+        NATIVE | {"timings_per_token": True, "return_progress": True},
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "request_"), OTHER_ROUTES.values(), ids=OTHER_ROUTES)
+def test_the_answer_of_other_apis_is_the_same(
+    tiny: LlamaServer, path: str, request_: dict[str, Any]
+) -> None:
+    both = Both(tiny, request_, path)
+    assert both.status == 200
+    assert both.streaming is not None
+    assert both.assembled == both.whole
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("text", ["<think>\nab cd\n</think>\n\nhello", "<think>ab"])
+def test_thoughts_of_other_apis_are_the_same(
+    thinker: LlamaServer, path: str, text: str
+) -> None:
+    told = 0
+    for length in itertools.count(1):
+        request = thought(text, max_tokens=length, max_output_tokens=length)
+        if path == "/v1/responses":
+            request["input"] = request.pop("messages")
+        both = Both(thinker, request, path)
+        try:
+            assert both.assembled == both.whole
+            told += 1
+        except LostTextError:
+            pass
+        if length > 40:
+            break
+    assert told > 30
+
+
+STOPS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", "stop", CHAT),
+    "text": ("/v1/completions", "stop", TEXT),
+    "message": ("/v1/messages", "stop_sequences", CHAT),
+    "completion": ("/completion", "stop", NATIVE),
+}
+
+
+@pytest.mark.parametrize(("path", "field", "request_"), STOPS.values(), ids=STOPS)
+def test_an_answer_with_stop_strings_is_the_same_or_is_not_told(
+    tiny: LlamaServer, path: str, field: str, request_: dict[str, Any]
+) -> None:
+    """It ends at a stop string, or is cut, where another one may have begun."""
+    told = lost = 0
+    for length in range(1, 10):
+        cut = dict.fromkeys(("max_tokens", "n_predict"), length)
+        request = request_ | cut | {"max_output_tokens": length}
+        both = Both(tiny, request | {field: ["ri te", "vide X", "fe"]}, path)
+        assert both.streaming is not None
+        try:
+            assert both.assembled == both.whole
+            told += 1
+        except LostTextError:
+            lost += 1
+    assert told
+    assert told + lost == 9
+
+
 # --- Not the same answer ----------------------------------------------------------
 
 NOT_THE_SAME = {
-    # " ri" is held back, and then the answer is cut.
-    "a stop string that may have begun": CHAT | {"stop": ["riX"]},
-    "a stop string and probabilities": TEXT | {"stop": ["su"], "logprobs": 1},
     "probabilities of a tool call": CHAT | TOOL_CALL | {"logprobs": True},
     "an end by indent": TEXT
     | {"n_indent": 4, "prompt": "a\n    b", "max_tokens": 30}
@@ -268,7 +382,7 @@ def test_an_answer_that_a_stream_does_not_tell_is_not_streamed(
     tiny: LlamaServer, request_: dict[str, Any]
 ) -> None:
     both = Both(tiny, request_)
-    assert both.streaming_body is None
+    assert both.streaming is None
     assert both.stream_status != 200 or both.assembled != both.whole
 
 
@@ -278,7 +392,7 @@ def test_the_probabilities_of_a_chat_lack_the_end_of_turn(
     model = write_tiny_gguf(tmp_path / "ending.gguf", mean_length=3)
     request = CHAT | {"logprobs": True, "max_tokens": 100, "temperature": 0.8}
     both = Both(llama_server(model), request)
-    assert both.streaming_body is None
+    assert both.streaming is None
     whole, assembled = both.whole["choices"][0], both.assembled["choices"][0]
     assert whole["finish_reason"] == "stop"
     whole["logprobs"]["content"].pop()
@@ -312,12 +426,12 @@ def test_what_a_verbose_server_adds_is_not_in_a_stream(
 ) -> None:
     """`__verbose` has the text as the model wrote it, asked for by client or server."""
     asked = Both(tiny, request_ | {"verbose": True})
-    assert asked.streaming_body is None
+    assert asked.streaming is None
     always = Both(llama_server(tiny_model, args=("--verbose",)), request_)
-    assert always.streaming_body is not None
+    assert always.streaming is not None
     for both in (asked, always):
         assert both.whole["__verbose"]["content"]
-        with pytest.raises(LostTextError):
+        with pytest.raises(UnfoldableError):
             assert both.assembled
 
 

@@ -439,7 +439,7 @@ CASES: dict[str, Case] = {
     ),
     "assembled": Case(None, ((*HALF, reset()),), asking(BODY), ASSEMBLE),
     "assembled, unreadable": Case(
-        Code.WORKER_PROTOCOL,
+        None,  # it is asked for again, as the client has written it
         (
             (
                 *HALF,
@@ -453,7 +453,7 @@ CASES: dict[str, Case] = {
         ASSEMBLE,
     ),
     "assembled, odd": Case(
-        Code.WORKER_PROTOCOL,
+        None,  # it is asked for again, as the client has written it
         (
             (
                 *HALF,

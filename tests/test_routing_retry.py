@@ -395,13 +395,14 @@ def test_each_model_counts_for_itself() -> None:
 
 
 def test_a_request_that_has_to_be_sent_as_it_was_is_a_new_one() -> None:
-    """Whoever has tried may try again, at once, and it costs no retry."""
+    """The same worker tries again, at once, and it costs no retry."""
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b, budget=broke()), a)
     assert not made.as_sent
     assert made.retry_after(Failure.STREAM) == 0.0
     assert made.as_sent
-    assert made.candidates() == [a, b]
+    assert made.candidates() == [a]
+    assert not made.tried
 
 
 # --- The budget -------------------------------------------------------------------

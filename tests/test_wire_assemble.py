@@ -11,11 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gollama_proxy.wire.assemble import (
-    Assembler,
+    ANY,
+    Asked,
     AssemblyError,
+    ChatAssembler,
     LostTextError,
-    streaming_body,
+    TextAssembler,
+    UnfoldableError,
 )
+from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.streaming import choices_of, streaming
 from tests.fakes import replies
 from tests.fakes.streams import chat_stream
 
@@ -26,8 +31,10 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
 
 
-def fold(stream: bytes, kind: Kind = "chat", limit: int = LIMIT) -> dict[str, Any]:
-    assembler = Assembler(kind, limit)
+def fold(
+    stream: bytes, kind: Kind = "chat", limit: int = LIMIT, asked: Asked = ANY
+) -> dict[str, Any]:
+    assembler = (ChatAssembler if kind == "chat" else TextAssembler)(limit, asked)
     assembler.feed(stream)
     answer: dict[str, Any] = json.loads(assembler.finish())
     return answer
@@ -52,8 +59,14 @@ def end(reason: str = "stop", index: int = 0, **choice: Any) -> bytes:
 
 
 def ask(**fields: Any) -> dict[str, Any] | None:
-    body = streaming_body(json.dumps(fields).encode())
-    return None if body is None else json.loads(body)
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    asked = streaming(json.dumps(fields).encode(), ENDPOINTS[path])
+    return None if asked is None else json.loads(asked.body)
+
+
+def streaming_body(body: bytes) -> bytes | None:
+    asked = streaming(body, ENDPOINTS["/v1/chat/completions"])
+    return None if asked is None else asked.body
 
 
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
@@ -95,8 +108,6 @@ def test_no_other_field_changes(fields: dict[str, Any]) -> None:
         {"stream_options": {}},
         {"stream_options": {"include_usage": False}},
         # A stream would lose the end of an answer, or have more of it.
-        {"stop": "x"},
-        {"stop": ["x"]},
         {"n_indent": 2},
         {"continue_final_message": True},
         {"continue_final_message": "content"},
@@ -116,6 +127,8 @@ def test_what_a_stream_would_not_tell_is_not_asked_for(fields: dict[str, Any]) -
     "fields",
     [
         {"stop": None},
+        {"stop": "x"},
+        {"stop": ["x"]},
         {"stop": ""},
         {"stop": []},
         {"n_indent": 0},
@@ -141,7 +154,7 @@ def test_what_is_no_object_is_left_to_the_worker(body: bytes) -> None:
 
 
 def test_an_escaped_name_is_the_same_field() -> None:
-    assert streaming_body(rb'{"st\u006fp":["x"]}') is None
+    assert streaming_body(rb'{"n_ind\u0065nt":1}') is None
     assert streaming_body(rb'{"stre\u0061m":true}') is None
 
 
@@ -207,7 +220,7 @@ def test_what_was_told_in_pieces_is_answered_as_one(
     choices, events = drawn
     between = data.draw(st.sampled_from([b"", b":\n\n", b"event: x\nid: 1\n"]))
     stream = between.join([*events, usage(1), replies.done()])
-    assembler = Assembler("chat", LIMIT)
+    assembler = ChatAssembler(LIMIT)
     for piece in data.draw(cut(stream.replace(b"\n", newline))):
         assembler.feed(piece)
     answer = json.loads(assembler.finish())
@@ -298,7 +311,7 @@ def test_events_that_tell_nothing_are_passed_over() -> None:
 def test_data_of_several_lines_is_one_event(newline: bytes) -> None:
     """Also byte by byte: the LF of a CRLF is no line of its own."""
     event = b'data: {"choices":\ndata:[{"delta":{"content":"a"},\ndata:"index":0}]}\n\n'
-    assembler = Assembler("chat", LIMIT)
+    assembler = ChatAssembler(LIMIT)
     for byte in (event + end() + usage()).replace(b"\n", newline):
         assembler.feed(bytes([byte]))
     assert b'"content":"a"' in assembler.finish()
@@ -377,7 +390,6 @@ def test_the_workers_own_error_is_told(event: str) -> None:
         b'data: {"choices":[{"delta":{"content":%b}}]}\n\n' % (b"[" * 100_000),
         b'data: {"choices":[{"delta":{"content":7}}]}\n\n',
         b'data: {"choices":[{"delta":{"audio":{"data":"x"}}}]}\n\n',
-        b'data: {"choices":[{"delta":{"tool_calls":[{"id":"no index"}]}}]}\n\n',
         b'data: {"choices":[{"delta":{"images":[{"index":0}]}}]}\n\n',
     ],
 )
@@ -402,7 +414,7 @@ def test_an_answer_that_stops_at_once_is_empty() -> None:
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": ""}
 
 
-def feed_often(assembler: Assembler, data: bytes, times: int) -> None:
+def feed_often(assembler: ChatAssembler, data: bytes, times: int) -> None:
     for _ in range(times):
         assembler.feed(data)
 
@@ -418,7 +430,7 @@ def feed_often(assembler: Assembler, data: bytes, times: int) -> None:
 )
 def test_an_answer_has_a_limit(event: bytes) -> None:
     with pytest.raises(AssemblyError, match="longer than 10000 characters"):
-        feed_often(Assembler("chat", 10_000), event, 100)
+        feed_often(ChatAssembler(10_000), event, 100)
 
 
 def test_choices_and_calls_count_even_if_they_are_empty() -> None:
@@ -431,16 +443,16 @@ def test_choices_and_calls_count_even_if_they_are_empty() -> None:
 @pytest.mark.parametrize("piece", [b"x", b"data: x\n"], ids=["line", "event"])
 def test_what_never_ends_has_a_limit(piece: bytes) -> None:
     with pytest.raises(AssemblyError, match="longer than"):
-        feed_often(Assembler("chat", 1000), piece, 1001)
+        feed_often(ChatAssembler(1000), piece, 1001)
 
 
 def test_a_long_answer_of_short_events_is_no_matter() -> None:
     """What counts is the answer, which is a fraction of what its events take."""
-    assembler = Assembler("chat", 10_000)
+    assembler = ChatAssembler(10_000)
     feed_often(assembler, delta({"content": "x"}), 5000)
     assembler.feed(end() + usage())
     assert b"x" * 5000 in assembler.finish()
-    assert re.fullmatch(r"<Assembler size=\d+ open>", repr(assembler))
+    assert re.fullmatch(r"<ChatAssembler size=\d+ open>", repr(assembler))
 
 
 @pytest.mark.parametrize("where", [b'"created"', b'"model"'])
@@ -448,6 +460,135 @@ def test_no_answer_is_made_of_what_is_no_utf_8(where: bytes) -> None:
     """Fields are taken over unread, and would get into the answer as they are."""
     stream = chat_stream(["a"]).replace(where, b'"x":"\xff",' + where)
     with pytest.raises(AssemblyError):
-        assembled = Assembler("chat", 1 << 20)
+        assembled = ChatAssembler(1 << 20)
         assembled.feed(stream)
         assembled.finish()
+
+
+# --- Calls of tools ---------------------------------------------------------------
+
+
+def call(**fields: Any) -> dict[str, Any]:
+    names = {name: fields.pop(name) for name in ("name", "arguments") if name in fields}
+    return {"type": "function", "function": names, **fields}
+
+
+def calls_of(*told: dict[str, Any]) -> list[tuple[Any, ...]]:
+    events = b"".join(delta({"tool_calls": [each]}) for each in told)
+    message = fold(events + end("tool_calls") + usage())["choices"][0]["message"]
+    return [
+        (each.get("id"), each["function"]["name"], each["function"]["arguments"])
+        for each in message["tool_calls"]
+    ]
+
+
+@pytest.mark.parametrize("index", [{"index": 0}, {}], ids=["index 0", "no index"])
+def test_calls_are_told_apart_by_their_ids(index: dict[str, int]) -> None:
+    """Some servers give each call the index 0, and others give none."""
+    told = calls_of(
+        call(id="a", name="write", arguments='{"x"', **index),
+        call(arguments=":1}", **index),
+        call(id="b", name="write", arguments='{"x":2}', **index),
+    )
+    assert told == [("a", "write", '{"x":1}'), ("b", "write", '{"x":2}')]
+
+
+def test_calls_with_one_id_are_told_apart_by_their_index() -> None:
+    told = [call(index=n, id="call", name="f", arguments=str(n)) for n in range(2)]
+    assert calls_of(*told) == [("call", "f", "0"), ("call", "f", "1")]
+
+
+def test_calls_are_in_the_order_of_their_indices() -> None:
+    told = [call(index=n, id=str(n), name="f", arguments="{}") for n in (1, 0)]
+    assert [each[0] for each in calls_of(*told)] == ["0", "1"]
+
+
+def test_an_id_may_come_behind_the_name_of_a_call() -> None:
+    told = [
+        call(index=0, name="f"),
+        call(index=0, id="a"),
+        call(index=0, arguments="1"),
+    ]
+    assert calls_of(*told) == [("a", "f", "1")]
+
+
+@pytest.mark.parametrize("name", ["f", "g"])
+def test_calls_that_nothing_tells_apart_are_not_guessed(name: str) -> None:
+    told = [
+        call(index=0, name="f", arguments="{}"),
+        call(index=0, name=name, arguments="{}"),
+    ]
+    with pytest.raises(UnfoldableError, match="told apart"):
+        calls_of(*told)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"content": "a", "reasoning_details": [{"text": "x"}]},
+        {"content": "a", "provider_specific_fields": {"x": 1}},
+        {"function_call": {"name": "f", "arguments": "{}"}},
+        {"tool_calls": [call(index=0, id="a", name="f", extra_content={"x": 1})]},
+        {"tool_calls": [{"index": 0, "function": {"name": "f", "strict": True}}]},
+        {"tool_calls": {"0": {}}},
+        {"tool_calls": [{"index": "0"}]},
+        {"content": ["a"]},
+        "a",
+    ],
+)
+def test_a_shape_that_is_unknown_cannot_be_folded(told: Any) -> None:
+    with pytest.raises(UnfoldableError) as caught:
+        fold(delta(told) + end() + usage())
+    assert not isinstance(caught.value, LostTextError)
+
+
+# --- Choices ----------------------------------------------------------------------
+
+
+def test_fields_of_a_choice_stay() -> None:
+    """Such as vLLM's `stop_reason`; but not those that change."""
+    stream = delta({"content": "a"}, stop_reason=None) + end(stop_reason=7) + usage()
+    assert fold(stream)["choices"][0]["stop_reason"] == 7
+    grows = delta({}, token_ids=[1]) + delta({}, token_ids=[2]) + end() + usage()
+    with pytest.raises(UnfoldableError):
+        fold(grows)
+
+
+def test_two_choices_of_one_index_cannot_be_folded() -> None:
+    """Nor another number of them than was asked for, as of a server without `n`."""
+    one = delta({"content": "a"}) + end()
+    with pytest.raises(UnfoldableError, match="behind its end"):
+        fold(one + delta({"content": "b"}) + end() + usage())
+    with pytest.raises(UnfoldableError, match="number of choices"):
+        fold(one + usage(), asked=Asked(choices=2))
+    assert fold(one + usage(), asked=Asked(choices=1))
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_what_was_held_back_for_a_stop_string_is_noticed(kind: Kind) -> None:
+    stream = delta({"content": "a"}, text="a") + end("length") + usage()
+    with pytest.raises(LostTextError, match="held back"):
+        fold(stream, kind, asked=Asked(stops=True))
+    stream = delta({"content": "a"}, text="a") + end("stop") + usage()
+    assert fold(stream, kind, asked=Asked(stops=True))
+
+
+@pytest.mark.parametrize(
+    ("request_", "choices"),
+    [
+        ({}, 1),
+        ({"n": None}, 1),
+        ({"n": 2}, 2),
+        ({"n_cmpl": 3}, 3),
+        ({"prompt": "a"}, 1),
+        ({"prompt": ["a", "b"], "n": 2}, 4),
+        ({"prompt": [1, 2]}, 1),
+        ({"prompt": [[1], [2]]}, 2),
+        ({"prompt": ["a", 1]}, 1),
+        ({"prompt": []}, 1),
+        ({"n": "2"}, 0),
+    ],
+)
+def test_the_choices_that_a_request_asks_for(request_: Any, choices: int) -> None:
+    assert choices_of(json.dumps(request_).encode()) == choices
+    assert choices_of(b"{") == 0

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gollama_proxy.wire import sse
 from gollama_proxy.wire.openai import Api, Ending
 from gollama_proxy.wire.sse import (
     DONE,
@@ -651,3 +652,43 @@ def test_the_done_that_the_hub_adds_is_the_one_that_workers_send() -> None:
 
 def test_a_stream_asks_that_nobody_on_the_way_keeps_it() -> None:
     assert STREAM_HEADERS == {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+# --- Several choices, and errors with something behind them -----------------------
+
+
+def of_choice(index: int, reason: str | None) -> bytes:
+    choices = [{"index": index, "delta": {}, "finish_reason": reason}]
+    return b"data: %b\n\n" % json.dumps({"choices": choices}).encode()
+
+
+def test_half_of_several_choices_is_not_complete() -> None:
+    half = of_choice(0, None) + of_choice(1, None) + of_choice(0, "stop")
+    for tail in (half, half + sse.DONE):
+        assert not sse.judge(tail, Ending.DONE).complete
+    assert sse.judge(half + of_choice(1, "length"), Ending.DONE).complete
+    reasonless = of_choice(0, None) + of_choice(1, None) + sse.DONE
+    assert sse.judge(reasonless, Ending.DONE).complete
+
+
+def test_half_of_several_native_completions_is_not_complete() -> None:
+    ended = b'data: {"index":1,"stop":true}\n\n'
+    assert not sse.judge(b'data: {"index":0,"stop":false}\n\n' + ended, Ending.STOP)[0]
+    assert sse.judge(b'data: {"index":0,"stop":true}\n\n' + ended, Ending.STOP)[0]
+
+
+@pytest.mark.parametrize("ending", [Ending.DONE, Ending.STOP])
+@pytest.mark.parametrize(
+    "error",
+    [
+        b'{"error":{"message":"no"}}',
+        b'{ "error": "no"}',
+        b'{"id":"x","choices":[],"error":{"code":500}}',
+        b'{"object":"error","message":"no"}',
+    ],
+)
+def test_an_error_is_one_whatever_follows(error: bytes, ending: Ending) -> None:
+    assert sse.judge(b"data: %b\n\n" % error + sse.DONE, ending).failed
+    said = error.replace(b'"', rb"\"")
+    assert not sse.judge(b'data: {"content":"%b"}\n\n' % said, ending).failed
+    assert not sse.judge(b'data: {"choices":[],"error":null}\n\n', ending).failed

@@ -50,6 +50,7 @@ class Refusal(NamedTuple):
     failure: Failure | None = None  # None: it would be the same everywhere
     busy: float | None = None  # seconds that the worker asks to be left alone
     overflow: Overflow | None = None  # the prompt was too long
+    lasting: bool = True  # another request would have come to the same
 
 
 def refusal_of(error: WorkerError) -> Refusal:
@@ -66,12 +67,10 @@ def refusal_of_assembly(error: AssemblyError) -> Refusal:
     """Describe a stream that makes up no answer."""
     if error.error is not None:
         return promote(error.error)
-    if isinstance(error, LostTextError):  # the request goes as it was
-        text = "The worker's stream has not what its answer has."
-        lost = WorkerError(Code.WORKER_PROTOCOL, text)
-        return Refusal(lost, Outcome.REFUSED, Failure.STREAM)
     text = "The worker's stream cannot be made into an answer."
-    return refusal_of(WorkerError(Code.WORKER_PROTOCOL, text, detail=str(error)))
+    told = WorkerError(Code.WORKER_PROTOCOL, text, detail=str(error))
+    lasting = not isinstance(error, LostTextError)
+    return Refusal(told, Outcome.REFUSED, Failure.STREAM, lasting=lasting)
 
 
 def refusal_of_another(worker: str, model: str) -> Refusal:
@@ -198,6 +197,8 @@ def begin_response(
     response.headers.update(record.headers)
     if relay.is_event_stream:
         response.headers.update(sse.STREAM_HEADERS)
+        if not relay.header(b"content-type"):
+            response.content_type = "text/event-stream"
     events = relay.is_event_stream
     length = relay.header(b"content-length") if sized and not events else b""
     return _framed(request, response, length)

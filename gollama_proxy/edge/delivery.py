@@ -257,15 +257,14 @@ class Whole:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        assembler: Assembler,
         record: Record,
-        limit: int,
         names: tuple[str, str] | None = None,
     ) -> None:
-        """Make one of at most `limit` bytes; `names` are the model's, old and new."""
+        """Make one; `names` are the model's, old and new."""
         self._names = names
         self._record = record
-        self._assembler = Assembler("chat" if endpoint.chat else "text", limit)
+        self._assembler = assembler
         self._error: AssemblyError | None = None
         self._fail: Callable[[AssemblyError], None] = _ignore
 

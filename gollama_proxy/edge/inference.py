@@ -30,6 +30,7 @@ from gollama_proxy.edge.fitting import Fitting
 from gollama_proxy.edge.job import WAIT, Job
 from gollama_proxy.edge.request import Incoming, answer_expectation
 from gollama_proxy.edge.slots import Claim, Entry, Seat, Slots
+from gollama_proxy.edge.unstreamed import Unstreamed
 from gollama_proxy.ops.accesslog import Record, Sparse
 from gollama_proxy.routing.lease import Lease, Outcome
 from gollama_proxy.routing.policies import Ask
@@ -94,6 +95,7 @@ class Inference:
         self._losses = Sparse(clock, LOG_EVERY)
         self._quotas = Quotas(clock)
         self._charges = Charges(self._quotas, fitting, clock)
+        self._unstreamed = Unstreamed(clock)
         self._clock = clock
 
     def __repr__(self) -> str:
@@ -133,7 +135,8 @@ class Inference:
         incoming, attempts = await self._read(request, endpoint, principal)
         record.model = model = attempts.pool.model
         entry = Entry(attempts, claim)
-        job = Job(request, record, incoming, attempts, entry, self._config, model)
+        config, unstreamed = self._config, self._unstreamed
+        job = Job(request, record, incoming, attempts, entry, config, model, unstreamed)
         job.alias = self._registry.alias_of(incoming.model)
         job.counted = self._counts(principal)
         if job.may_tell:
@@ -188,7 +191,10 @@ class Inference:
                 return answer
             self._note_loss(worker, answer)
             if job.rescue is not None and job.rescue.exhausted:
-                return await job.close()
+                try:
+                    return await job.close()
+                except AssemblyError as exc:
+                    answer = refusal_of_assembly(exc)
             pause = job.pause_before_next(answer)
             if pause is None and not (answer.failure and job.may_wait()):
                 return job.give_up()
@@ -236,6 +242,7 @@ class Inference:
                 answer = await self._relay(job, worker, relay, lease)
                 if lease.outcome is Outcome.COMPLETE:
                     job.settle_blame(worker)
+                    job.prove(worker)
                 return answer
 
     def _note_attempt(self, lease: Lease, job: Job) -> None:
@@ -310,7 +317,7 @@ class Inference:
         try:
             relay = await attempt.send(outgoing, patience)
         except WorkerError as exc:
-            refusal = refusal_of(exc)
+            refusal = job.refusal_of(worker, exc)
             if not attempt.connected:  # whatever it was, the worker knows nothing of it
                 refusal = refusal._replace(failure=Failure.UNREACHABLE)
             return refusal
@@ -373,7 +380,7 @@ class Inference:
         try:
             client = await job.open(relay)
             with self._sweep.watching(relay, worker):
-                await relay.run(client, write_timeout, job.kept)
+                await relay.run(client, write_timeout, job.kept, job.tally)
             response = await job.finish()
             complete = True
             self._look_late(job, worker, relay)
@@ -383,8 +390,7 @@ class Inference:
         except AssemblyError as exc:
             return _released(lease, refusal_of_assembly(exc))
         except WorkerError as exc:
-            job.broke_off(relay, exc)
-            return _released(lease, refusal_of(exc))
+            return _released(lease, job.broke_off(worker, relay, exc))
         except ProxyError:  # the client's own body was at fault
             lease.release(Outcome.REFUSED)
             raise

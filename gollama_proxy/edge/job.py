@@ -7,10 +7,16 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from gollama_proxy.edge.answer import Refusal, in_shape_of
+from gollama_proxy.edge.answer import (
+    Refusal,
+    in_shape_of,
+    refusal_of,
+    refusal_of_assembly,
+)
 from gollama_proxy.edge.delivery import Delivery, Stream, Whole
 from gollama_proxy.edge.request import Incoming
 from gollama_proxy.edge.slots import EVERY, Entry
+from gollama_proxy.edge.unstreamed import Suspect, Unstreamed
 from gollama_proxy.ops.accesslog import Record
 from gollama_proxy.routing.breaker import Verdict
 from gollama_proxy.routing.outlook import Place
@@ -21,10 +27,12 @@ from gollama_proxy.upstream.attempt import Patience
 from gollama_proxy.upstream.client import Client, ToldError
 from gollama_proxy.upstream.relay import Relay
 from gollama_proxy.upstream.rescue import Rescue
-from gollama_proxy.wire.assemble import streaming_body
-from gollama_proxy.wire.errors import ProxyError, WorkerError
+from gollama_proxy.wire.assemble import UnfoldableError
+from gollama_proxy.wire.choices import Tally
+from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Api, Ending
 from gollama_proxy.wire.rename import Renamer
+from gollama_proxy.wire.streaming import choices_of, has_prompts, streaming
 from gollama_proxy.wire.usage import asking
 
 # Seconds between two looks whether somebody is there to go on with an answer.
@@ -44,9 +52,13 @@ class Job:
     entry: Entry
     config: Config
     model: str  # that was asked for, as its workers call it
+    unstreamed: Unstreamed
     alias: str = ""  # as the client calls it, if otherwise
     counted: bool = False  # its tokens have to be known exactly
     hides_usage: bool = False  # the hub has asked for it, and the client has not
+    rewritten: bool = False  # the worker is asked for more than the client has written
+    suspect: Suspect | None = None  # does not take that, or answers it otherwise
+    choices: int = 1  # that a stream is asked for
     body: bytes = b""  # as the worker gets it, or got it, to begin an answer with
     delivery: Delivery | None = None
     rescue: Rescue | None = None
@@ -90,16 +102,28 @@ class Job:
         if self.rescue is not None:
             return self.rescue.request(model)
         self.body = incoming.body(model)
-        self.hides_usage = False
+        if incoming.replayable and incoming.stream:
+            self.choices = incoming.answers
+            if not incoming.endpoint.chat and has_prompts(self.body):
+                self.choices = choices_of(self.body)
+        self.hides_usage = self.rewritten = False
         if not self.begun:
             self.delivery = None
-        if self._may_assemble and (body := streaming_body(self.body)) is not None:
-            limit = self.config.limits.answer
-            self.body = body
-            self.delivery = Whole(incoming.endpoint, self.record, limit, self.names)
+        suspect = self._suspect(worker)
+        known = suspect == self.suspect or suspect in self.unstreamed
+        if self.attempts.as_sent or known:
+            return self.body
+        if self._may_assemble and (asked := streaming(self.body, incoming.endpoint)):
+            assembler = asked.assembler(self.config.limits.answer)
+            self.delivery = Whole(assembler, self.record, self.names)
+            self.body, self.rewritten = asked.body, True
         elif self._may_ask_usage(worker) and (body := asking(self.body)) is not None:
-            self.body, self.hides_usage = body, True
+            self.body, self.hides_usage, self.rewritten = body, True, True
         return self.body
+
+    def _suspect(self, worker: Worker) -> Suspect:
+        incoming, model = self.incoming, self.attempts.pool.model
+        return Suspect(worker.name, model, incoming.endpoint.path, incoming.stream)
 
     def _may_ask_usage(self, worker: Worker) -> bool:
         """Say whether a stream would not be counted otherwise.
@@ -120,7 +144,7 @@ class Job:
             and not self.incoming.stream
             # Whether a stream has all of the answer shows at its end, and then it has
             # to be asked for again.
-            and not (self.attempts.as_sent or self.attempts.once)
+            and not self.attempts.once
         )
 
     def patience_with(self, worker: Worker, *, loads: bool) -> Patience | None:
@@ -209,6 +233,12 @@ class Job:
         """How much of the answer is worth remembering."""
         return self.config.rescue.kept if self.body and self.rescue is None else 0
 
+    @property
+    def tally(self) -> Tally | None:
+        """What counts the ends of the choices, where several are asked for."""
+        several = self.choices > 1
+        return Tally(self.incoming.endpoint.ending, self.choices) if several else None
+
     def _could_be_rescued(self, relay: Relay) -> bool:
         return (
             self.config.rescue.enabled
@@ -245,8 +275,23 @@ class Job:
 
     # --- When it goes wrong -------------------------------------------------------
 
-    def broke_off(self, relay: Relay, error: WorkerError) -> None:
+    def broke_off(self, worker: Worker, relay: Relay, error: WorkerError) -> Refusal:
         """Take in that an answer broke off, and see whether it can go on elsewhere."""
+        refusal = self.refusal_of(worker, error)
+        if refusal.failure is not Failure.STREAM:
+            self._go_on(relay, error)
+        return refusal
+
+    def refusal_of(self, worker: Worker, error: WorkerError) -> Refusal:
+        """Describe an attempt that a worker has ended with an error."""
+        incomplete = error.code is Code.WORKER_INCOMPLETE
+        whole = isinstance(self.delivery, Whole) and self.rescue is None
+        if whole and incomplete and not worker.is_llama_server:
+            # It may be one that does not mark the end of a stream.
+            return refusal_of_assembly(UnfoldableError("the stream has no end"))
+        return refusal_of(error)
+
+    def _go_on(self, relay: Relay, error: WorkerError) -> None:
         assert self.delivery is not None, self
         self.lost = self.lost or error
         if self.rescue is not None:
@@ -284,7 +329,11 @@ class Job:
         if refusal.overflow is not None and refusal.overflow.tokens:
             self.attempts.needs[self.attempts.pool.model] = refusal.overflow.tokens
         failure = refusal.failure
-        if self.rescue is not None and failure in (None, Failure.STATUS):
+        if failure is Failure.STREAM:
+            self.rescue = None
+        if self.rescue is None and self.rewritten:
+            failure = self._doubt(refusal)
+        elif self.rescue is not None and failure in (None, Failure.STATUS):
             if self._ask_for_all():
                 # Not every server lets a client begin an answer for it.
                 self.attempts.repeat()
@@ -292,6 +341,22 @@ class Job:
             # Another worker has taken this request, so it is not the request's fault.
             failure = failure or Failure.MALFORMED
         return self.attempts.retry_after(failure, refusal.busy)
+
+    def _doubt(self, refusal: Refusal) -> Failure:
+        """Ask for what the client has written, if that may do what this has not done.
+
+        No 4xx to a body that the hub has changed is the client's fault.
+        """
+        failure = refusal.failure or Failure.STREAM
+        if failure in (Failure.STREAM, Failure.STATUS) and refusal.lasting:
+            self.suspect = self._suspect(self.attempts.tried[-1])
+        return failure
+
+    def prove(self, worker: Worker) -> None:
+        """Take in that a worker has answered what the client has written."""
+        suspect = self.suspect
+        if suspect is not None and suspect.worker == worker.name:
+            self.unstreamed.add(suspect)
 
     def may_wait(self) -> bool:
         """Say whether to wait a moment, as nobody is there to go on with an answer.

@@ -340,8 +340,8 @@ class Attempts:
         if self._resuming and not self.some_left:
             return None
         if failure is Failure.STREAM:
-            self.as_sent = True
-            self.tried.clear()
+            self.as_sent = self._again = self._repeat = True
+            self.tried.pop()  # it is the same attempt
             return 0.0
         if self._note(failure, self.tried[-1]):
             return 0.0 if self._fall_back() else None

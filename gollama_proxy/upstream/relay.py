@@ -28,6 +28,7 @@ from gollama_proxy.upstream.client import (
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire import sse, usage
 from gollama_proxy.wire.assemble import AssemblyError
+from gollama_proxy.wire.choices import Tally
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.transcript import Transcript
@@ -55,6 +56,7 @@ class Relay:
         "_ended",
         "_ending",
         "_error",
+        "_failed",
         "_gatherer",
         "_held",
         "_held_size",
@@ -65,6 +67,7 @@ class Relay:
         "_progress_at",
         "_seen",
         "_tail",
+        "_tally",
         "_transcript",
         "_wakeup",
         "_worker",
@@ -112,6 +115,8 @@ class Relay:
             None  # of what is not in the tail any more
         )
         self._marked = False  # the end was announced, long before it came
+        self._failed = False  # the same of an error
+        self._tally: Tally | None = None  # of choices, where there are several
         self._chunked = False
         self._write: Callable[[bytes], None] = _ignore
         self._buffered: Callable[[], int] = int
@@ -193,10 +198,17 @@ class Relay:
 
     # --- The fast lane ------------------------------------------------------------
 
-    async def run(self, client: Client, write_timeout: float, keep: int = 0) -> None:
+    async def run(
+        self,
+        client: Client,
+        write_timeout: float,
+        keep: int = 0,
+        tally: Tally | None = None,
+    ) -> None:
         """Pass the answer on until it has ended, and remember `keep` bytes of it.
 
-        A stream that lacks its `[DONE]` but has a finish_reason gets it.
+        A stream that lacks its `[DONE]` but has a finish_reason gets it.  Where several
+        choices are asked for, a `tally` counts their ends.
 
         Raises:
             WorkerError: the answer is not complete; what came of it was passed on.
@@ -210,13 +222,17 @@ class Relay:
         self._transcript = Transcript() if keep else None
         self.body_received = self._forward
         self.chunk_received = self._forward_chunk
+        if tally is not None and self._tells_all:
+            self._tally = tally
+            self.body_received = self._count
+            self.chunk_received = self._count_chunk
         # Not needed any more, in what may last for minutes.
         self.headers, self._gatherer = [], None
         held, self._held = self._held, []
         if self._ending is not Ending.DONE or not self.is_event_stream:
             self.began = usage.beginning(b"".join(held))
         for data in held if len(held) <= MOST_HELD else [b"".join(held)]:
-            self._forward(data)
+            self.body_received(data)
         while self._blocked or not (self._ended or self._error):
             if self._blocked:
                 await self._drain(client, write_timeout)
@@ -267,14 +283,18 @@ class Relay:
         rest = sse.unfinished(self.tail)
         # An end that broke off within its [DONE] can be completed.
         whole = not rest or (self._ending is Ending.DONE and sse.DONE.startswith(rest))
-        late = verdict.failed and not verdict.done  # behind its finish_reason
-        if late or not (whole and (verdict.complete or self._marked)):
-            if verdict.failed:
-                text = "The worker ended the answer with an error."
-                raise ToldError(Code.WORKER_INCOMPLETE, text)
+        if verdict.failed or self._failed:  # whatever follows
+            text = "The worker ended the answer with an error."
+            raise ToldError(Code.WORKER_INCOMPLETE, text)
+        if not (whole and self._is_complete(verdict)):
             raise self._error or self._incomplete()
         if self._ending is Ending.DONE and (rest or not verdict.done):
             client.send(sse.DONE.removeprefix(rest))
+
+    def _is_complete(self, verdict: sse.Verdict) -> bool:
+        complete = verdict.complete or self._marked
+        counted = self._tally is None or self._tally.is_complete(done=verdict.done)
+        return complete and counted
 
     @property
     def _tells_all(self) -> bool:
@@ -290,7 +310,8 @@ class Relay:
     def told_all(self) -> bool:
         """Whether a stream has come to its mark, if not to the end of its body."""
         verdict = sse.judge(self.tail, self._ending)
-        return self.is_event_stream and (verdict.complete or self._marked)
+        failed = verdict.failed or self._failed
+        return self.is_event_stream and not failed and self._is_complete(verdict)
 
     def relayed(self) -> bytes | None:
         """Give all that was passed on; None if that was more than was to be kept."""
@@ -312,12 +333,17 @@ class Relay:
         self.status = status
         self.headers = headers
         kind = self.header(b"content-type")
-        self.is_event_stream = kind.startswith(b"text/event-stream")
-        if self.is_event_stream:
-            self._gatherer = sse.Gatherer()
+        if kind.startswith(b"text/event-stream"):
+            self._expect_events()
+
+    def _expect_events(self) -> None:
+        self.is_event_stream = True
+        self._gatherer = sse.Gatherer()
 
     def _hold(self, data: bytes) -> None:
         self._lease.heard_at = self._clock()
+        if not (self._held or self.is_event_stream) and self._looks_like_events(data):
+            self._expect_events()
         self._held.append(data)
         self._held_size += len(data)
         if self._held_size > HOLD_LIMIT:
@@ -329,6 +355,12 @@ class Relay:
             if not events or not sse.opens(events, self._ending):
                 return
         self._open()
+
+    def _looks_like_events(self, data: bytes) -> bool:
+        """Whether a body is a stream without saying so; JSON begins otherwise."""
+        texts = (Ending.BODY, Ending.TRANSCRIPT)  # may begin with any letter
+        streams = self.status == 200 and self._ending not in texts
+        return streams and data[:1] in sse.BEGINNINGS
 
     def _hold_chunk(self, chunk: bytes, start: int) -> None:
         self._hold(chunk[start:-2])
@@ -362,6 +394,16 @@ class Relay:
         if self._buffered() > WRITE_BUFFER:
             self._block()
 
+    def _count(self, data: bytes) -> None:
+        assert self._tally is not None, self
+        self._tally.feed(data)
+        self._forward(data)
+
+    def _count_chunk(self, chunk: bytes, start: int) -> None:
+        assert self._tally is not None, self
+        self._tally.feed(chunk[start:-2])
+        self._forward_chunk(chunk, start)
+
     def _cut_tail(self) -> None:
         """Let go of what is too old to be of use for judging the end."""
         if self._transcript is not None:
@@ -370,6 +412,8 @@ class Relay:
                 self._transcript = None
         if self._ending is not Ending.DONE:  # a mark may have a long event behind it
             self._marked = self._marked or sse.judge(self.tail, self._ending).complete
+        if any(b"error" in chunk for chunk in self._tail):
+            self._failed = self._failed or sse.has_error(self.tail, self._ending)
         recent = self._tail[-_TAIL_KEPT:]
         if sse.TAIL <= sum(map(len, recent)) <= 2 * sse.TAIL:
             self._tail = recent

@@ -18,6 +18,8 @@ from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.private import Private
 
 DONE = b"data: [DONE]\n\n"
+# The first letters of its lines: data, event, id, retry, and of a comment.
+BEGINNINGS = (b"d", b"e", b"i", b"r", b":")
 # What a proxy on the way must not do to a stream (nginx buffers unless it is told).
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 # How much of a stream's end is kept; llama-server's last events take 1.2 KiB.
@@ -42,7 +44,15 @@ _MARKS = {
     Ending.BODY: re.compile(rb""),
 }
 _REASONS = re.compile(rb'"finish_reason"\s*:\s*(null|""|"[^"]+")')
-_ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"\s*:|event: ?error[\r\n])')
+_ERROR_EVENT = re.compile(
+    rb'(?:^|[\r\n])(?:data: ?\{\s*"error"\s*:|event: ?error[\r\n])'
+)
+# The same wherever it stands in an event of an API that has no such field otherwise.
+_ERROR = re.compile(
+    rb"(?:^|[\r\n])data: ?\{[^\r\n]*?"
+    rb'(?:"error"\s*:\s*(?:\{|"[^"])|"object"\s*:\s*"error")'
+)
+_SEVERAL = re.compile(rb'"index"\s*:\s*[1-9]')
 
 
 class Verdict(NamedTuple):
@@ -56,15 +66,67 @@ class Verdict(NamedTuple):
 def judge(tail: bytes, ending: Ending) -> Verdict:
     """Read the end of a stream, its last `TAIL` bytes at least."""
     done = _DONE_LINE.search(tail) is not None
-    if ending is Ending.DONE:  # of several choices each has a reason; the last counts
+    if ending is Ending.DONE:
         reasons = _REASONS.findall(tail)
         complete = done or (
             bool(reasons) and len(reasons[-1]) > 2 and reasons[-1] != b"null"
         )
     else:
         complete = _MARKS[ending].search(tail) is not None
-    failed = _ERROR_EVENT.search(tail) is not None
-    return Verdict(complete, done, failed)
+    if complete and _SEVERAL.search(tail):
+        complete = _all_ended(tail, ending)
+    return Verdict(complete, done, has_error(tail, ending))
+
+
+def has_error(tail: bytes, ending: Ending) -> bool:
+    """Say whether one of these events is an error."""
+    if b"error" not in tail:
+        return False
+    if _ERROR_EVENT.search(tail) is not None:
+        return True
+    named = ending not in (Ending.DONE, Ending.STOP)
+    return not named and _ERROR.search(tail) is not None
+
+
+def _all_ended(tail: bytes, ending: Ending) -> bool:
+    """Say whether each choice in the end of a stream has ended, or none says so."""
+    ended: dict[int, bool] = {}
+    for data in events_in(tail):
+        for index, ends in ends_in(data, ending).items():
+            ended[index] = ended.get(index, False) or ends
+    return all(ended.values()) or not any(ended.values())
+
+
+class _Choice(Private):
+    index: int = 0
+    finish_reason: str | None = None
+
+
+class _Choices(Private):
+    choices: list[_Choice] | None = None
+
+
+class _Native(Private):
+    index: int | None = None
+    stop: bool = False
+
+
+_choices = msgspec.json.Decoder(_Choices)
+_native = msgspec.json.Decoder(_Native)
+
+
+def ends_in(data: bytes, ending: Ending) -> dict[int, bool]:
+    """Read which choices an event tells of, and whether they end with it."""
+    try:
+        if ending is Ending.STOP:
+            told = _native.decode(data)
+            return {} if told.index is None else {told.index: told.stop}
+        if ending is Ending.DONE:
+            choices = _choices.decode(data).choices or ()
+            return {choice.index: bool(choice.finish_reason) for choice in choices}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # `[DONE]`, or half of an event
+    return {}
 
 
 def unfinished(tail: bytes) -> bytes:

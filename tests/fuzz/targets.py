@@ -11,12 +11,13 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from gollama_proxy.routing.affinity import prefixes
+from gollama_proxy.settings import STREAMED
 from gollama_proxy.upstream.connection import Connection, State
 from gollama_proxy.wire import fields, sse, usage
-from gollama_proxy.wire.assemble import Assembler, AssemblyError, streaming_body
+from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.chunks import Span
 from gollama_proxy.wire.continuation import (
     can_continue,
@@ -26,9 +27,10 @@ from gollama_proxy.wire.continuation import (
 )
 from gollama_proxy.wire.errors import RequestError, WorkerError
 from gollama_proxy.wire.fields import Field, FieldScanner, check_json
-from gollama_proxy.wire.openai import Api, Ending
+from gollama_proxy.wire.openai import ENDPOINTS, Api, Ending
 from gollama_proxy.wire.rename import Renamer, renamed
 from gollama_proxy.wire.splice import Splice
+from gollama_proxy.wire.streaming import streaming
 from gollama_proxy.wire.told import Told
 from gollama_proxy.wire.transcript import Transcript
 from gollama_proxy.wire.usage import UsageHider, asking
@@ -147,9 +149,10 @@ def _derive(data: bytes, found: dict[str, Field]) -> None:
             assert "fallbacks" not in json.loads(rest, parse_int=str)
         except RequestError:
             pass
-    streamed = streaming_body(data)
-    if streamed is not None:
-        assert json.loads(streamed, parse_int=str)["stream"] is True
+    for path in STREAMED:
+        streamed = streaming(data, ENDPOINTS[path])
+        if streamed is not None:
+            assert json.loads(streamed.body, parse_int=str)["stream"] is True
     for chat in (True, False):
         if can_rescue(data, chat):
             told = Told("i", 1, "m", (Span("text", "so far"),), 2, pieces=2)
@@ -186,12 +189,14 @@ def stream(data: bytes) -> None:
 
 def assembly(data: bytes) -> None:
     """A stream makes up one answer or none, wherever it was cut."""
-    for kind in ("chat", "text"):
-        same_for_all(data, lambda pieces, kind=kind: _assemble(pieces, kind))  # type: ignore[misc]
+    for path in STREAMED:
+        asked = streaming(b"{}", ENDPOINTS[path])
+        assert asked is not None
+        make = asked.assembler
+        same_for_all(data, lambda pieces, make=make: _assemble(pieces, make(LIMIT)))  # type: ignore[misc]
 
 
-def _assemble(pieces: Sequence[bytes], kind: Literal["chat", "text"]) -> Any:
-    assembler = Assembler(kind, LIMIT)
+def _assemble(pieces: Sequence[bytes], assembler: Assembler) -> Any:
     try:
         for piece in pieces:
             assembler.feed(piece)

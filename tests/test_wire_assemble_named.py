@@ -1,0 +1,175 @@
+"""Messages and responses, folded from streams whose events have names."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gollama_proxy.wire.assemble import (
+    ANY,
+    Asked,
+    AssemblyError,
+    LostTextError,
+    UnfoldableError,
+)
+from gollama_proxy.wire.assemble_named import MessageAssembler, ResponseAssembler
+from tests.fakes.replies import named_event
+
+LIMIT = 1 << 20
+USAGE = {"input_tokens": 3, "output_tokens": 0, "cache_read_input_tokens": 9}
+MESSAGE = {"id": "m", "type": "message", "role": "assistant", "content": []}
+MESSAGE |= {"model": "x", "stop_reason": None, "stop_sequence": None, "usage": USAGE}
+DELTA: dict[str, Any] = {"type": "content_block_delta", "index": 0}
+START = named_event({"type": "message_start", "message": MESSAGE})
+STOP = named_event({"type": "message_stop"})
+
+
+def block(index: int, begun: dict[str, Any], *deltas: dict[str, Any]) -> bytes:
+    start = {"type": "content_block_start", "index": index, "content_block": begun}
+    events = [named_event(start)]
+    events += [
+        named_event({"type": "content_block_delta", "index": index, "delta": delta})
+        for delta in deltas
+    ]
+    return b"".join(events) + named_event(
+        {"type": "content_block_stop", "index": index}
+    )
+
+
+def end(reason: str = "end_turn", tokens: int = 5) -> bytes:
+    delta = {"stop_reason": reason, "stop_sequence": None}
+    usage = {"output_tokens": tokens}
+    return named_event({"type": "message_delta", "delta": delta, "usage": usage}) + STOP
+
+
+def text(*pieces: str) -> bytes:
+    deltas = [{"type": "text_delta", "text": piece} for piece in pieces]
+    return block(0, {"type": "text", "text": ""}, *deltas)
+
+
+def fold(stream: bytes, asked: Asked = ANY, limit: int = LIMIT) -> Any:
+    assembler = MessageAssembler(limit, asked)
+    for at in range(len(stream)):
+        assembler.feed(stream[at : at + 1])
+    return json.loads(assembler.finish())
+
+
+def test_a_message_has_the_blocks_of_its_stream_and_the_usage_of_both_ends() -> None:
+    thoughts = [
+        {"type": "thinking_delta", "thinking": "so "},
+        {"type": "thinking_delta", "thinking": "then"},
+        {"type": "signature_delta", "signature": "abc"},
+    ]
+    call = {"type": "tool_use", "id": "t", "name": "paint", "input": {}}
+    pieces = ['{"c"', ': "red"}']
+    inputs = [{"type": "input_json_delta", "partial_json": each} for each in pieces]
+    stream = START + named_event({"type": "ping"})
+    stream += block(
+        1, {"type": "text", "text": "a"}, {"type": "text_delta", "text": "b"}
+    )
+    stream += block(0, {"type": "thinking", "thinking": ""}, *thoughts)
+    stream += block(2, call, *inputs) + block(3, call | {"id": "u"})
+    answer = fold(stream + end("tool_use"))
+    assert answer["content"] == [
+        {"type": "thinking", "thinking": "so then", "signature": "abc"},
+        {"type": "text", "text": "ab"},
+        call | {"input": {"c": "red"}},
+        call | {"id": "u"},
+    ]
+    assert answer["stop_reason"] == "tool_use"
+    assert answer["usage"] == USAGE | {"output_tokens": 5}
+    assert (answer["id"], answer["model"]) == ("m", "x")
+
+
+def test_no_cut_off_message_is_an_answer() -> None:
+    stream = START + text("a") + end()
+    for length in range(len(stream)):
+        with pytest.raises(UnfoldableError):
+            fold(stream[:length])
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"type": "content_block_delta", "index": 7, "delta": {"type": "text_delta"}},
+        {"type": "content_block_start", "index": 0, "content_block": {}},
+        {"type": "something_new"},
+        DELTA | {"delta": {"type": "citations_delta"}},
+        DELTA | {"delta": {"type": "text_delta", "text": 3}},
+        DELTA | {"index": "0"},
+    ],
+)
+def test_what_is_unknown_in_a_message_cannot_be_folded(event: dict[str, Any]) -> None:
+    with pytest.raises(UnfoldableError) as caught:
+        fold(START + text("a") + named_event(event) + end())
+    assert not isinstance(caught.value, LostTextError)
+
+
+def test_a_message_that_was_cut_may_have_more_than_its_stream() -> None:
+    call = {"type": "tool_use", "id": "t", "name": "paint", "input": {}}
+    half = {"type": "input_json_delta", "partial_json": '{"c"'}
+    for stream, asked in (
+        (START + end("max_tokens"), ANY),
+        (START + end(), ANY),
+        (START + block(0, call, half) + end("max_tokens"), ANY),
+        (START + text("a") + end("max_tokens"), Asked(stops=True)),
+    ):
+        with pytest.raises(LostTextError):
+            fold(stream, asked)
+    assert fold(START + end(tokens=1))["content"] == []
+    assert fold(START + text("a") + end(), Asked(stops=True))
+
+
+def test_the_error_of_a_message_is_the_workers() -> None:
+    error = {"type": "overloaded_error", "message": "Overloaded"}
+    with pytest.raises(AssemblyError) as caught:
+        fold(START + named_event({"type": "error", "error": error}))
+    assert caught.value.error is not None
+    assert caught.value.error.message == "Overloaded"
+
+
+def test_a_message_has_a_limit() -> None:
+    with pytest.raises(LostTextError, match="longer than"):
+        fold(START + text(*["x" * 100] * 20), limit=2000)
+    blocks = b"".join(block(n, {"type": "text"}) for n in range(20))
+    with pytest.raises(LostTextError, match="longer than"):
+        fold(START + blocks, limit=2000)
+
+
+# --- Responses --------------------------------------------------------------------
+
+
+def response(stream: bytes) -> Any:
+    assembler = ResponseAssembler(LIMIT)
+    assembler.feed(stream)
+    return json.loads(assembler.finish())
+
+
+def last(kind: str = "completed", **fields: Any) -> bytes:
+    return named_event({"type": f"response.{kind}", "response": fields})
+
+
+def test_the_last_event_of_a_response_has_all_of_it() -> None:
+    told = {"id": "r", "status": "completed", "completed_at": 4, "output": [{"a": 1}]}
+    created = named_event({"type": "response.created", "response": {"id": "r"}})
+    assert response(created + last(**told)) == told
+    assert response(created + last("incomplete", **told)) == told
+
+
+def test_what_llama_server_leaves_out_of_a_response_is_added() -> None:
+    told = {"status": "completed", "created_at": 4, "output": [{"type": "reasoning"}]}
+    answer = response(last(**told))
+    assert answer["completed_at"] == 4
+    assert answer["output"] == [{"type": "reasoning", "status": "completed"}]
+
+
+def test_a_response_without_its_last_event_or_its_text_is_none() -> None:
+    created = named_event({"type": "response.created", "response": {"id": "r"}})
+    for stream in (b"", created, last(output=[])):
+        with pytest.raises(UnfoldableError):
+            response(stream)
+    with pytest.raises(AssemblyError) as caught:
+        response(created + named_event({"type": "error", "error": {"message": "no"}}))
+    assert caught.value.error is not None
