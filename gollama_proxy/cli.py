@@ -180,7 +180,8 @@ def _serve(args: argparse.Namespace) -> int:
     return lifecycle.run(lambda signals: lifecycle.front(signals, config, _log_address))
 
 
-# Seconds after which names that nobody serves are told whoever has not been reached.
+# Seconds after which names that no worker serves are reported, whether or not every
+# worker has been reached.
 _KNOWN_WITHIN = 60.0
 
 
@@ -191,7 +192,7 @@ async def _log_address(hub: Hub) -> None:
         log.warning("no worker is configured: every request will be refused")
     elif not hub.registry.ready:
         log.warning("no worker can be used: requests are refused until one can")
-    # Some may load a model for a while; who is not there by then is named as such.
+    # Some may take a while to load a model; its names then count as unserved.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_KNOWN_WITHIN):
             await hub.known()
@@ -230,7 +231,7 @@ def _check(args: argparse.Namespace) -> int:
         return 1
     from gollama_proxy.routing.registry import Registry
 
-    # What is told here goes into the table, and not into a log as well.
+    # These messages go into the table, and not into a log as well.
     logging.getLogger("gollama_proxy").addHandler(logging.NullHandler())
     registry = Registry(config)
     findings = asyncio.run(_examine_all(config))

@@ -49,7 +49,7 @@ from gollama_proxy.settings import (
     variable,
 )
 
-# Where the settings file is looked for if nobody says where it is.
+# Where the settings file is looked for if none is named.
 PLACES = ("gollama.toml", "/etc/gollama-proxy/gollama.toml")
 
 _Section = TypeVar("_Section")
@@ -87,8 +87,8 @@ def load(
 
     `flags` maps keys such as ``"server.port"`` to values; None means not given.
     Workers given as flags or in GOLLAMA_WORKERS replace those of the file.
-    `for_tokens` leaves out the workers and all certificates: whoever makes tokens may
-    have no access to what the hub needs for them.
+    `for_tokens` leaves out the workers and all certificates: the user who makes tokens
+    may have no access to what the hub needs for them.
 
     Raises:
         ConfigError: a line for each mistake, with the key, the value and what is

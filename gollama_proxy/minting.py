@@ -30,7 +30,7 @@ def print_secret() -> int:
 
 
 def _keep_from_others(stream: TextIO) -> None:
-    """Let nobody but its owner read a file that the shell has opened for all."""
+    """Restrict a file that the shell has opened to its owner."""
     try:
         number = stream.fileno()
     except (OSError, ValueError):  # one that is no file

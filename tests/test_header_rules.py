@@ -199,7 +199,7 @@ def answers(headers: Headers) -> dict[str, Script]:
 async def test_a_worker_does_not_speak_for_the_hub(kind: str) -> None:
     passing = [("X-Model-Hash", "abc"), ("Vary", "Accept")]
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        worker.script(*answers([*STRIPPED, *passing])[kind])
+        worker.default(*answers([*STRIPPED, *passing])[kind])
         response = await hub.post(CHAT, STREAM if kind == "a stream" else WHOLE)
     assert response.body == (EVENTS if kind == "a stream" else BODY)
     for name in TO_CLIENT:
@@ -229,7 +229,7 @@ async def test_what_a_worker_names_is_for_the_hub_alone(
     note = ("X-Note", "1")
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for headers in ([note, *connection], [*connection, note]):
-            worker.script(*answers(headers)[kind])
+            worker.default(*answers(headers)[kind])
             response = await hub.post(CHAT, STREAM if kind == "a stream" else WHOLE)
             assert response.body == (EVENTS if kind == "a stream" else BODY)
             assert response.header("x-note") is None

@@ -598,7 +598,8 @@ async def test_each_request_makes_one_line_however_it_ends(
         await ends("error", 400, "invalid_json")
         await (await hub.open(CHAT, stream)).read_events()
         await ends("complete", 200)
-        worker.script(send(error_reply(400, "no", "invalid_request_error")))
+        for _ in range(2):  # as a stream, and as the client wrote it
+            worker.script(send(error_reply(400, "no", "invalid_request_error")))
         await hub.post(CHAT, {})
         await ends("refused", 400)
         worker.script(*event_stream(error_event("no", 503)))

@@ -23,8 +23,8 @@ from gollama_proxy.routing.worker import Worker
 # Seconds between two comments to a client that waits.
 EVERY = 5.0
 # Longest wait, in seconds, for the worker that has a conversation in its prompt cache
-# while another one is free.  It does not grow with `queue.timeout`: that is how long
-# people rather wait than fail, and here nobody would fail.
+# while another one is free.  It does not grow with `queue.timeout`, which is the time
+# before a request fails; this request could be answered at once.
 MOST_PATIENCE = 30.0
 
 Tell = Callable[[Place], Awaitable[None]]

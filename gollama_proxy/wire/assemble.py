@@ -5,9 +5,9 @@ an answer in one piece it looks after a second in which no slot had a result, an
 busy server there is none (`server_response::recv_with_timeout`).  So the hub has its
 workers stream, and puts the answer together for a client that did not ask for a stream.
 
-Nobody should be able to tell.  What cannot be folded faithfully raises
-`UnfoldableError`, and the request is sent again as its client wrote it.  This module
-has what all APIs share, and the `choices` of OpenAI's; the others are in
+The client must not be able to tell the difference.  What cannot be folded faithfully
+raises `UnfoldableError`, and the request is sent again as its client wrote it.  This
+module has what all APIs share, and the `choices` of OpenAI's; the others are in
 assemble_named.py and assemble_native.py, and streaming.py knows which requests can be
 asked for as a stream.  What is said of llama-server is so in build b10068
 (tools/server/server-task.cpp, where `to_json_oaicompat_chat` stands beside

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.sse import Gatherer, ends_in, events_in
 
-# Nobody asks for more; and a longer event is none of a choice.
+# Far above what is ever requested; a longer event is not that of a choice.
 MOST_CHOICES = 10_000
 MOST_HELD = 1 << 20
 

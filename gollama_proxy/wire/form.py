@@ -167,7 +167,7 @@ class FormScanner:
         return end + 4
 
     def _wanted_name(self, head: bytes) -> str:
-        """Read the name of a part; empty if nobody wants it."""
+        """Read the name of a part; empty if it is not needed."""
         dispositions = []
         for line in head.split(b"\r\n"):
             field, colon, value = line.partition(b":")

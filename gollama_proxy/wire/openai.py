@@ -119,11 +119,11 @@ ENDPOINTS: dict[str, Endpoint] = {
 # metrics and models the hub answers itself.
 REFUSED = {
     "GET /props": "shows paths and templates of one worker",
-    "POST /props": "changes the settings of a worker for everybody",
+    "POST /props": "changes the settings of a worker for all clients",
     "GET /slots": "shows what others have asked",
     "POST /slots/:id_slot": "writes and reads files, and erases the caches of others",
     "GET /lora-adapters": "shows paths of one worker",
-    "POST /lora-adapters": "changes the answers of a worker for everybody",
+    "POST /lora-adapters": "changes the answers of a worker for all clients",
     "POST /models": "downloads models",
     "DELETE /models": "deletes models",
     "POST /models/load": "takes memory from the models of others",

@@ -10,7 +10,7 @@ passed on.
 A continuation is asked to repeat (`echo`), and servers do it as their templates and
 parsers will.  So the repetition may lack the white space in front, have a wrapper in
 front of it (`<think></think>`), and be without the thoughts.  In return it has to be
-*one* event, the first one with text: nobody generates a text of several tokens at once.
+*one* event, the first one with text: no server generates several tokens as one event.
 One that comes in pieces has been generated anew, by a worker that did not see what it
 should go on from, or is the rest of an answer that repeats itself, from a worker that
 does not echo.  Neither can be told from the other, and both are refused.
