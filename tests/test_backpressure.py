@@ -144,8 +144,9 @@ async def test_one_that_does_not_read_keeps_nobody_waiting() -> None:
 
 async def test_tokens_to_a_client_that_does_not_read_come_when_it_does() -> None:
     """Small events fill the buffers just as well; none is lost or out of order."""
-    number = 40_000
-    tokens = [token(f" {n}") for n in range(number)]
+    # 50 MB: more than the kernel holds of both connections, with up to 32 MiB for one.
+    number, word = 30_000, "a" * 1500
+    tokens = [token(f" {n} {word}") for n in range(number)]
     packs = [b"".join(map(chunk, tokens[i : i + 500])) for i in range(0, number, 500)]
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(
@@ -158,7 +159,7 @@ async def test_tokens_to_a_client_that_does_not_read_come_when_it_does() -> None
             request = await worker.received()
             sent = await settled(lambda: request.sent)
             assert sent < len(b"".join(packs))
-            # h11 reads 8 MB in small chunks, and slowly.
+            # h11 reads so many small chunks slowly.
             response = await wire.read_response(timeout=4 * DEADLINE)
     assert response.body == role() + b"".join(tokens) + done()
 
