@@ -148,7 +148,7 @@ def _retry_after(relay: Relay) -> float:
     """Read how long a busy worker wants to be left alone; 1 s if it does not say.
 
     In seconds, or until a date (RFC 9110, 10.2.3), which is read by the worker's clock
-    if it tells the time; a moment that has passed is 0 s away.
+    if it tells the time; a date in the past counts as 0 s.
     """
     given = relay.header(b"retry-after").decode("latin-1")
     if _SECONDS.fullmatch(given):

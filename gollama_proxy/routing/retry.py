@@ -153,7 +153,7 @@ class Attempts:
         self.once = once
         self._resuming = False
         self._free = False  # nothing is paid for any more
-        self._last: Worker | None = None  # who has had the last attempt
+        self._last: Worker | None = None  # the worker of the last attempt
         self._unreached = 0  # attempts on this pool that cost nothing
         self._declined: list[Worker] = []  # workers that did not take the request
         self._stalled: list[Worker] = []  # workers that fell silent
@@ -267,7 +267,7 @@ class Attempts:
 
     @property
     def fits_somewhere(self) -> bool:
-        """Whether anybody may have enough context, be it somebody who is out."""
+        """Whether any worker may have enough context, even one that is down."""
         return any(
             self._fits(worker, pool.model)
             for pool in self.pools

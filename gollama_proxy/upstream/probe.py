@@ -203,7 +203,7 @@ async def _learn(
 
 
 def _models_in(body: bytes) -> tuple[list[_Entry], str]:
-    """Read the entries of a list that can be offered to somebody, each name once.
+    """Read the entries of a list that can be offered to clients, each name once.
 
     The text says how many cannot.
     """
@@ -242,7 +242,7 @@ def _sane(context: msgspec.Raw) -> int | None:
 async def _get_if_readable(
     target: Target, path: str, timeout: aiohttp.ClientTimeout
 ) -> tuple[int, bytes]:
-    """Ask what a worker may answer as it likes; an unreadable body counts as none."""
+    """Request what a worker may answer in any way; an unreadable body is empty."""
     async with _asked(target, path, timeout) as response:
         try:
             return response.status, await read_body(response, MAX_ANSWER)

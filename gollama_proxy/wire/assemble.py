@@ -49,7 +49,7 @@ class AssemblyError(Exception):
 
 
 class UnfoldableError(AssemblyError):
-    """The worker may well have an answer, but its stream cannot be made into it."""
+    """The worker may have an answer, but its stream cannot be folded into it."""
 
 
 class LostTextError(UnfoldableError):
