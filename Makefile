@@ -75,7 +75,7 @@ cov: $(STAMP)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --fail-under=95
 	$(BIN)/python -m coverage report --fail-under=100 \
-	  --include='gollama_proxy/routing/*,gollama_proxy/wire/*,gollama_proxy/edge/auth.py'
+	  --include='gollama_proxy/fleet/*,gollama_proxy/scheduling/*,gollama_proxy/wire/*,gollama_proxy/edge/auth.py'
 
 lint: $(STAMP)
 	$(RUFF) format --check $(RUFF_OPTIONS) $(SOURCES)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from benchmarks.children import BenchmarkError, free_port
 from benchmarks.proxies import Hub, Nginx, Proxy
-from gollama_proxy.settings import POLICIES
+from gollama_proxy.config.settings import POLICIES
 
 ROUTER_POLICIES = ("cache_aware", "round_robin")
 

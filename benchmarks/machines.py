@@ -19,10 +19,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gollama_proxy.routing.lease import Lease, Outcome
-from gollama_proxy.routing.speed import Prefill
-from gollama_proxy.routing.worker import Check, Description, Model, Worker
-from gollama_proxy.settings import Health, Origin, WorkerConfig
+from gollama_proxy.config.settings import Health, Origin, WorkerConfig
+from gollama_proxy.fleet.lease import Lease, Outcome
+from gollama_proxy.fleet.speed import Prefill
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.wire.description import Check, Description, Model
 
 MODEL = "simulated"
 BYTES_PER_TOKEN = 4

@@ -30,7 +30,7 @@ from benchmarks.simulation import (
     Result,
     simulate,
 )
-from gollama_proxy.routing.policies import (
+from gollama_proxy.scheduling.policies import (
     Affinity,
     Fastest,
     LeastBusy,

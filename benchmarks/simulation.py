@@ -22,8 +22,8 @@ from benchmarks.workload import (
     next_turn,
     workload,
 )
-from gollama_proxy.routing.policies import Affinity, Ask, Fits, Policy
-from gollama_proxy.routing.worker import Worker
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.scheduling.policies import Affinity, Ask, Fits, Policy
 
 WARM_UP = 0.2  # of the requests, which are not counted: nothing is known of the workers
 PICKS = 4000  # to measure, and how many times

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 
 from benchmarks.machines import BYTES_PER_TOKEN, MODEL, Request
-from gollama_proxy.routing.policies import Ask
+from gollama_proxy.scheduling.policies import Ask
 
 ONE_SHOTS = 0.5  # of the requests; the others are turns
 TURNS = 4.0  # of a conversation, on average
@@ -20,7 +20,7 @@ SYSTEM = 300  # tokens that all begin with; so are those below, on average
 NEW_TOKENS = 40  # of each turn
 FIRST_TOKENS = 1000  # of the first turn, and of a one-shot request
 ANSWER = 150
-BOUNDARIES = 8  # of a conversation, as in `routing/affinity.py`
+BOUNDARIES = 8  # of a conversation, as in `scheduling/prefixes.py`
 SUBJECTS = 50
 
 

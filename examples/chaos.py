@@ -33,10 +33,11 @@ from chaos_report import Answer, Outcome, Tally, difference
 from rich.console import Console
 from rich.live import Live
 
-from gollama_proxy import lifecycle, llama
+from gollama_proxy import llama
+from gollama_proxy import serve as lifecycle
 from gollama_proxy.children import ChildError
-from gollama_proxy.config import ConfigError
-from gollama_proxy.lifecycle import Signals
+from gollama_proxy.config.load import ConfigError
+from gollama_proxy.serve import Signals
 
 PROMPTS = (
     "Tell me three things about the sea.",

@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gollama_proxy import __version__, minting
-from gollama_proxy.config import PLACES, load, locate, require_keys
-from gollama_proxy.mistakes import ConfigError
-from gollama_proxy.names import is_plain
-from gollama_proxy.settings import (
+from gollama_proxy import __version__
+from gollama_proxy import tokens as minting
+from gollama_proxy.config.load import PLACES, load, locate, require_keys
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.names import is_plain
+from gollama_proxy.config.settings import (
     FLAGS,
     VARIABLES,
     Config,
@@ -35,8 +36,8 @@ from gollama_proxy.settings import (
 )
 
 if TYPE_CHECKING:
-    from gollama_proxy.edge.app import Hub
-    from gollama_proxy.routing.worker import Worker
+    from gollama_proxy.fleet.worker import Worker
+    from gollama_proxy.hub import Hub
     from gollama_proxy.upstream.probe import Finding
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str) -> None:
-    from gollama_proxy.ops.accesslog import journal_reads, prioritised
+    from gollama_proxy.telemetry.accesslog import journal_reads, prioritised
 
     text = f"gollama-proxy: {text}"
     if journal_reads(sys.stderr):
@@ -175,7 +176,7 @@ def _load(
 def _serve(args: argparse.Namespace) -> int:
     config = _load(args, os.environ, args.worker)
     require_keys(config)
-    from gollama_proxy import lifecycle
+    from gollama_proxy import serve as lifecycle
 
     return lifecycle.run(lambda signals: lifecycle.front(signals, config, _log_address))
 
@@ -229,7 +230,7 @@ def _check(args: argparse.Namespace) -> int:
         print("No worker is configured: add [[workers]] to the file, each with a url,")
         print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")
         return 1
-    from gollama_proxy.routing.registry import Registry
+    from gollama_proxy.fleet.registry import Registry
 
     # These messages go into the table, and not into a log as well.
     logging.getLogger("gollama_proxy").addHandler(logging.NullHandler())
@@ -292,7 +293,8 @@ def _describe_worker(worker: Worker, note: str) -> Iterator[str]:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from gollama_proxy import demo, lifecycle
+    from gollama_proxy import demo
+    from gollama_proxy import serve as lifecycle
     from gollama_proxy.children import ChildError
 
     try:

@@ -26,13 +26,13 @@ from pathlib import Path
 
 from gollama_proxy import llama
 from gollama_proxy.children import Child, ChildError
-from gollama_proxy.edge.app import Hub
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import Config, Health
 from gollama_proxy.edge.auth import mint
-from gollama_proxy.lifecycle import Announce, Signals, front
-from gollama_proxy.mistakes import ConfigError
-from gollama_proxy.routing.worker import Check
-from gollama_proxy.settings import Config, Health
+from gollama_proxy.hub import Hub
+from gollama_proxy.serve import Announce, Signals, front
 from gollama_proxy.upstream.probe import examine
+from gollama_proxy.wire.description import Check
 
 SERVERS = 2
 LIFETIME = 30 * 86_400

@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 
 from gollama_proxy.children import Child, ChildError
-from gollama_proxy.mistakes import ConfigError
+from gollama_proxy.config.mistakes import ConfigError
 
 NOTHING_TO_RUN = """\
 found no {missing}: give --llama-server PATH and --model FILE

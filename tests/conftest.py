@@ -33,8 +33,8 @@ _MAY_BLOCK = {
     # /proc is memory, and only a scrape reads it.
     "prometheus_client/process_collector.py": {"collect"},
     # Before there is a hub: settings are read, programs and models looked for.
-    "gollama_proxy/config.py": {"load"},
-    "gollama_proxy/tls.py": {"for_server", "for_workers"},
+    "gollama_proxy/config/load.py": {"load"},
+    "gollama_proxy/config/tls.py": {"for_server", "for_workers"},
     "gollama_proxy/llama.py": {"find", "_find_model"},
     "gollama_proxy/demo.py": {"_start_servers"},
     # A llama-server of the demo has died: its last words are read, and all ends.

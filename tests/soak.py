@@ -21,7 +21,7 @@ from typing import Any
 
 import uvloop
 
-from gollama_proxy.settings import Rescue
+from gollama_proxy.config.settings import Rescue
 from tests.fakes.crowd import Crowd
 from tests.fakes.faults import Faults
 from tests.fakes.process import HubProcess, hub_process

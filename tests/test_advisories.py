@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from aiohttp import http_parser
 
+from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.edge.server import require_parser
-from gollama_proxy.mistakes import ConfigError
 from tests.fakes import environment
 
 ROOT = Path(__file__).parent.parent

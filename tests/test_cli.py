@@ -23,14 +23,21 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from gollama_proxy import __version__, config, demo
+from gollama_proxy import __version__, demo
 from gollama_proxy.children import ChildError
 from gollama_proxy.cli import main
-from gollama_proxy.lifecycle import Signals
-from gollama_proxy.mistakes import ConfigError
-from gollama_proxy.routing.worker import Check, Description, Model
-from gollama_proxy.settings import VARIABLES, Config, Health, WorkerConfig, settings
+from gollama_proxy.config import load as config
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import (
+    VARIABLES,
+    Config,
+    Health,
+    WorkerConfig,
+    settings,
+)
+from gollama_proxy.serve import Signals
 from gollama_proxy.upstream.probe import Finding
+from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes import environment
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
@@ -265,8 +272,8 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> type[StageHub]:
     class Stage(StageHub):
         calls: ClassVar[list[str]] = []
 
-    monkeypatch.setattr("gollama_proxy.lifecycle.Hub", Stage)
-    monkeypatch.setattr("gollama_proxy.ops.accesslog.configure", lambda log: None)
+    monkeypatch.setattr("gollama_proxy.serve.Hub", Stage)
+    monkeypatch.setattr("gollama_proxy.telemetry.accesslog.configure", lambda log: None)
     return Stage
 
 

@@ -17,11 +17,12 @@ import jwt
 import psutil
 import pytest
 
-from gollama_proxy import children, config, demo, llama
+from gollama_proxy import children, demo, llama
 from gollama_proxy.cli import main
-from gollama_proxy.routing.worker import Check
-from gollama_proxy.settings import Auth, Config, Health, WorkerConfig
+from gollama_proxy.config import load as config
+from gollama_proxy.config.settings import Auth, Config, Health, WorkerConfig
 from gollama_proxy.upstream.probe import Finding
+from gollama_proxy.wire.description import Check
 from tests.fakes.client import Wire
 from tests.fakes.waiting import gone
 from tests.fakes.worker import ScriptedWorker

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from gollama_proxy.settings import Server, settings
+from gollama_proxy.config.settings import Server, settings
 from tests.fakes import environment, replies
 from tests.fakes.hub import running_hub
 from tests.fakes.script import chat_stream, reset, send

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy.cli import main, show_default
-from gollama_proxy.settings import settings
+from gollama_proxy.config.settings import settings
 from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.openai import ENDPOINTS
 

@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import jwt
 from aiohttp import web
 
-from gollama_proxy.mistakes import ConfigError
-from gollama_proxy.ops.accesslog import Record
-from gollama_proxy.routing.ticket import Priority
-from gollama_proxy.settings import Config, Revoked
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import Config, Revoked
+from gollama_proxy.scheduling.ticket import Priority
+from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
 
 LIMITS = ("rpm", "tpm", "max_concurrency")  # claims that are numbers, or absent

@@ -18,9 +18,12 @@ import asyncio
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, cast
 
-from gollama_proxy.ops.connections import Connections
-from gollama_proxy.tls import Credentials, explain
-from gollama_proxy.upstream.relay import WRITE_BUFFER
+from gollama_proxy.config.tls import Credentials, explain
+from gollama_proxy.edge.connections import Connections
+
+# What a client may leave unread in the hub before its worker is paused.  It is the
+# high-water mark of the transport, below which `drain` would not wait.
+WRITE_BUFFER = 64 << 10
 
 
 class Terms(NamedTuple):

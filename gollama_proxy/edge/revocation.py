@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from gollama_proxy.keys import read_revoked
-from gollama_proxy.mistakes import ConfigError
-from gollama_proxy.settings import Revoked
+from gollama_proxy.config.keys import read_revoked
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import Revoked
 from gollama_proxy.tasks import spawn
 
 logger = logging.getLogger(__name__)

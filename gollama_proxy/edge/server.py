@@ -18,11 +18,11 @@ from typing import Any, cast
 from aiohttp import HttpVersion11, http_parser, web
 from aiohttp.http_exceptions import LineTooLong
 
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import Config
+from gollama_proxy.config.tls import Credentials
+from gollama_proxy.edge.connections import Connections
 from gollama_proxy.edge.gate import Gate, Terms, peer
-from gollama_proxy.mistakes import ConfigError
-from gollama_proxy.ops.connections import Connections
-from gollama_proxy.settings import Config
-from gollama_proxy.tls import Credentials
 from gollama_proxy.wire import shapes
 from gollama_proxy.wire.coding import CODINGS
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError

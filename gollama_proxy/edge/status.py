@@ -8,8 +8,8 @@ from aiohttp import web
 
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.server import json_response
-from gollama_proxy.ops.accesslog import Record
-from gollama_proxy.ops.metrics import CONTENT_TYPE, Metrics
+from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.metrics import CONTENT_TYPE, Metrics
 from gollama_proxy.wire.errors import Code, RequestError
 
 # Metrics name every worker and model, which is more than a user has to know.

@@ -23,7 +23,7 @@ from typing import NoReturn, Protocol, cast
 
 import httptools
 
-from gollama_proxy.tls import explain
+from gollama_proxy.config.tls import explain
 
 # What a worker may make us hold for an answer's head; llama-server's is 250 bytes.
 MAX_HEAD = 64 << 10

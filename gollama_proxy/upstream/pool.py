@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from gollama_proxy.settings import Config, WorkerConfig
-from gollama_proxy.tls import Credentials, explain
+from gollama_proxy.config.settings import Config, WorkerConfig
+from gollama_proxy.config.tls import Credentials, explain
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.resolver import resolve
 from gollama_proxy.wire.errors import Code, WorkerError

@@ -19,11 +19,11 @@ from typing import Annotated, NamedTuple, TypeVar
 import aiohttp
 import msgspec
 
-from gollama_proxy.routing.worker import Check, Description, Model
-from gollama_proxy.settings import Health, WorkerConfig
-from gollama_proxy.tls import Credentials, explain, for_workers
+from gollama_proxy.config.settings import Health, WorkerConfig
+from gollama_proxy.config.tls import Credentials, explain, for_workers
 from gollama_proxy.upstream.resolver import Resolver
 from gollama_proxy.wire.coding import CodingError, Unpacker
+from gollama_proxy.wire.description import Check, Description, Model
 
 # A worker's lists are small; more is a mistake or an attack.
 MAX_ANSWER = 1 << 20

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import aiohttp
 from aiohttp.abc import ResolveResult
 
-from gollama_proxy import addresses
+from gollama_proxy.config import addresses
 
 
 async def resolve(host: str, port: int) -> list[str]:

@@ -12,8 +12,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from gollama_proxy.settings import WorkerConfig
-from gollama_proxy.tls import Credentials
+from gollama_proxy.config.settings import WorkerConfig
+from gollama_proxy.config.tls import Credentials
 from gollama_proxy.upstream.probe import (
     Target,
     TooLargeError,

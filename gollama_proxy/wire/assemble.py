@@ -12,7 +12,7 @@ assemble_named.py and assemble_native.py, and streaming.py knows which requests 
 asked for as a stream.  What is said of llama-server is so in build b10068
 (tools/server/server-task.cpp, where `to_json_oaicompat_chat` stands beside
 `…_chat_stream`); real answers are compared field by field in
-tests/test_real_assemble.py.
+tests/real/test_assemble.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A worker's refusal of a prompt that is too long for its context.
 
 Every server has words of its own for it, and most of them say how long the prompt is
-and how much they have (`tests/test_wire_overflow.py` quotes them).  What is not said is
+and how much they have (`tests/wire/test_overflow.py` quotes them).  What is not said is
 0.
 """
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from types import TracebackType
 from typing import Any, Self
 
-from gollama_proxy.ops.accesslog import access
+from gollama_proxy.telemetry.accesslog import access
 
 
 class Books(logging.Handler):

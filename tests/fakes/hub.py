@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import jwt
 
-from gollama_proxy import config
-from gollama_proxy.edge.app import Hub
+from gollama_proxy.config import load as config
+from gollama_proxy.hub import Hub
 from tests.fakes.client import Response, TlsWire, Wire
 from tests.fakes.waiting import DEADLINE
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gollama_proxy.routing.lease import Lease
-from gollama_proxy.routing.policies import Ask, Fits, Policy
-from gollama_proxy.routing.worker import Check, Description, Model, Worker
-from gollama_proxy.settings import Health, Origin, WorkerConfig
+from gollama_proxy.config.settings import Health, Origin, WorkerConfig
+from gollama_proxy.fleet.lease import Lease
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.scheduling.policies import Ask, Fits, Policy
+from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 
 MODEL = "qwen"

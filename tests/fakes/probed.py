@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gollama_proxy import lifecycle
+from gollama_proxy import serve as lifecycle
 from gollama_proxy.cli import main
 
 

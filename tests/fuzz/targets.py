@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from gollama_proxy.routing.affinity import prefixes
-from gollama_proxy.settings import STREAMED
+from gollama_proxy.config.settings import STREAMED
+from gollama_proxy.scheduling.prefixes import prefixes
 from gollama_proxy.upstream.connection import Connection, State
 from gollama_proxy.wire import fields, sse, usage
 from gollama_proxy.wire.assemble import Assembler, AssemblyError

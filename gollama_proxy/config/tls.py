@@ -1,0 +1,248 @@
+"""Certificates: towards clients, towards workers, and what is wrong with them.
+
+A context is made of files that somebody renews while the hub runs.  `Credentials` looks
+at them again and makes a new context, which serves the handshakes from then on; what
+runs goes on with the keys that it has.  A pair that does not fit, such as the one that
+is there between the two writes of a renewal, changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import ssl
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gollama_proxy.config.keys import read_secret
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import Server, WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+# The only protocol that the hub speaks, said to whoever asks (RFC 7301).
+_ALPN = ["http/1.1"]
+
+
+# --- Making a context -------------------------------------------------------------
+
+
+def server_context(server: Server) -> ssl.SSLContext:
+    """Make the context that clients meet.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    _set_up(context)
+    _load_pair(
+        context,
+        ("server.tls_certificate", server.tls_certificate),
+        ("server.tls_key", server.tls_key),
+    )
+    if server.tls_client_ca:
+        _load_ca(context, "server.tls_client_ca", server.tls_client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def worker_context(worker: WorkerConfig) -> ssl.SSLContext:
+    """Make the context to meet a worker with; its name is checked in any case.
+
+    Without a CA of its own, those of the system are trusted.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    where = f"worker {worker.name}: "
+    if worker.ca_file:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody yet
+        _load_ca(context, f"{where}ca_file", worker.ca_file)
+    else:
+        context = ssl.create_default_context()
+    _set_up(context)
+    if worker.client_certificate:
+        _load_pair(
+            context,
+            (f"{where}client_certificate", worker.client_certificate),
+            (f"{where}client_key", worker.client_key),
+        )
+    return context
+
+
+def _set_up(context: ssl.SSLContext) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9325, 3.1.1
+    context.set_alpn_protocols(_ALPN)
+
+
+def _load_pair(
+    context: ssl.SSLContext, certificate: tuple[str, str], key: tuple[str, str]
+) -> None:
+    """Load a certificate and its key, which may be in the same file.
+
+    The file that the key is in must not be open to everybody.
+    """
+    _check_readable(*certificate)
+    blamed = key if key[1] else certificate
+    if key[1] or _has_pem(certificate[1], "PRIVATE KEY"):
+        read_secret(f"{blamed[0]} = {blamed[1]!r}", blamed[1])
+    try:
+        context.load_cert_chain(certificate[1], key[1] or None, _no_password)
+    except _EncryptedError:
+        raise _unusable(
+            *blamed, "is encrypted; the hub needs one that is not"
+        ) from None
+    except ssl.SSLError as exc:
+        if exc.reason == "KEY_VALUES_MISMATCH":
+            raise _unusable(*blamed, f"is not the key of {certificate[0]}") from None
+        if not _has_pem(certificate[1], "CERTIFICATE"):
+            raise _unusable(*certificate, "holds no PEM certificate") from None
+        if not _has_pem(blamed[1], "PRIVATE KEY"):
+            raise _unusable(*blamed, "holds no PEM private key") from None
+        raise _unusable(*certificate, f"cannot be used: {_reason(exc)}") from None
+
+
+def _load_ca(context: ssl.SSLContext, name: str, file: str) -> None:
+    _check_readable(name, file)
+    try:
+        context.load_verify_locations(file)
+    except ssl.SSLError:
+        raise _unusable(name, file, "holds no PEM certificate") from None
+
+
+def _check_readable(name: str, file: str) -> None:
+    """OpenSSL does not say which of two files is not there."""
+    try:
+        Path(file).read_bytes()
+    except OSError as exc:
+        raise _unusable(name, file, f"cannot be read: {exc.strerror}") from None
+
+
+def _has_pem(file: str, label: str) -> bool:
+    return bool(re.search(rb"-----BEGIN [A-Z ]*" + label.encode(), _read(file)))
+
+
+def _read(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError:  # gone since
+        return b""
+
+
+def _unusable(name: str, file: str, why: str) -> ConfigError:
+    return ConfigError(f"{name} = {file!r}: {why}")
+
+
+class _EncryptedError(Exception):
+    pass
+
+
+def _no_password() -> str:
+    """Without this, OpenSSL would ask for one on the terminal."""
+    raise _EncryptedError
+
+
+# --- Renewal ----------------------------------------------------------------------
+
+
+class Credentials:
+    """A context whose files may change."""
+
+    def __init__(
+        self, files: Sequence[str], make: Callable[[], ssl.SSLContext]
+    ) -> None:
+        """Load it.
+
+        Raises:
+            ConfigError: a file cannot be used.
+        """
+        self._files = [Path(file) for file in files if file]
+        self._make = make
+        self._seen = self._look()
+        self.context = make()
+
+    def __repr__(self) -> str:
+        return f"<Credentials {', '.join(map(str, self._files))}>"
+
+    @property
+    def renewable(self) -> bool:
+        return bool(self._files)
+
+    def refresh(self, *, always: bool = False) -> None:
+        """Load the files again if they have changed, or `always`; blocks for a moment.
+
+        What cannot be used is told in one line, once, and the old context stays.
+        """
+        seen = self._look()
+        if seen == self._seen and not always:
+            return
+        self._seen = seen
+        try:
+            self.context = self._make()
+        except ConfigError as exc:
+            logger.error("%s; going on with what was loaded before", exc)
+        else:
+            names = ", ".join(map(str, self._files))
+            logger.info("loaded %s; new connections get it", names)
+
+    def _look(self) -> list[tuple[int, ...]]:
+        """Note what changes when a file is written, or a link to it is turned."""
+        return [_stamp(file) for file in self._files]
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    try:
+        stat = file.stat()
+    except OSError:
+        return ()
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
+
+
+def for_server(server: Server) -> Credentials | None:
+    """Load what clients meet; None where the hub speaks plain HTTP."""
+    if not server.tls_certificate:
+        return None
+    files = (server.tls_certificate, server.tls_key, server.tls_client_ca)
+    return Credentials(files, lambda: server_context(server))
+
+
+def for_workers(workers: Sequence[WorkerConfig]) -> dict[str, Credentials]:
+    """Load what each https worker is met with, by its name.
+
+    Workers with the same files share it: the CAs of a system are a megabyte.
+    """
+    shared: dict[tuple[str, ...], Credentials] = {}
+    by_name = {}
+    for worker in workers:
+        if worker.origin.scheme == "https":
+            files = worker.ca_file, worker.client_certificate, worker.client_key
+            if files not in shared:
+                make = _maker(worker)
+                shared[files] = Credentials(files, make)
+            by_name[worker.name] = shared[files]
+    return by_name
+
+
+def _maker(worker: WorkerConfig) -> Callable[[], ssl.SSLContext]:
+    return lambda: worker_context(worker)
+
+
+# --- What went wrong --------------------------------------------------------------
+
+
+def explain(error: BaseException) -> str:
+    """Tell in a few words why a connection failed; empty where it was not TLS.
+
+    OpenSSL's own text comes with error numbers and lines of C.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = getattr(error, "verify_message", "") or str(error)
+        return f"TLS: certificate not accepted: {why.rstrip('.')}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {_reason(error)}"
+    return ""
+
+
+def _reason(error: ssl.SSLError) -> str:
+    # One that was made in Python, and not by OpenSSL, has no such attributes.
+    return (getattr(error, "reason", "") or str(error)).replace("_", " ").lower()

@@ -1,0 +1,86 @@
+"""How many clients are connected, and who is turned away at the door.
+
+A connection is counted from the moment it is accepted, before TLS and before a request,
+so that whoever opens thousands of them and says nothing meets the limit, too.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from gollama_proxy.config.settings import Limits
+from gollama_proxy.telemetry.accesslog import Sparse
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two lines that tell of the same kind of refusal.
+LOG_EVERY = 10.0
+# Why connections are turned away: there are too many in all, or of one address, or
+# TLS with them came to nothing.
+KINDS = ("limit", "address", "handshake")
+
+
+class Connections:
+    """Counts the connections of clients, and lets in as many as there is room for."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+        """Make a count; `clock` gives monotonic seconds."""
+        self.open = 0
+        self.refused: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+        self._limit = limits.connections
+        self._each = limits.connections_per_address
+        self._by_address: Counter[str] = Counter()
+        self._sparse = Sparse(clock, LOG_EVERY)
+
+    def __repr__(self) -> str:
+        return f"<Connections open={self.open} of {self._limit}>"
+
+    @property
+    def by_address(self) -> bool:
+        """Whether `enter` and `leave` want to know an address."""
+        return self._each > 0
+
+    def enter(self, address: str = "") -> bool:
+        """Let a connection in; False is to close it.  `leave` belongs to each True."""
+        if self.open >= self._limit:
+            self.refuse("limit", f"limits.connections = {self._limit}")
+            return False
+        if self._each:
+            host = household(address)
+            if self._by_address[host] >= self._each:
+                text = f"limits.connections_per_address = {self._each}, last {host}"
+                self.refuse("address", text)
+                return False
+            self._by_address[host] += 1
+        self.open += 1
+        return True
+
+    def leave(self, address: str = "") -> None:
+        self.open -= 1
+        if self._each:
+            host = household(address)
+            self._by_address[host] -= 1
+            if self._by_address[host] <= 0:
+                del self._by_address[host]
+
+    def refuse(self, kind: str, why: str) -> None:
+        """Count a connection that was turned away, and tell of it now and then."""
+        self.refused[kind] += 1
+        if count := self._sparse.count(kind):
+            logger.warning("refused connections: %d (%s)", count, why)
+
+
+def household(address: str) -> str:
+    """Name who is behind an address: of IPv6, one host has a whole /64 (RFC 6177)."""
+    if ":" not in address:
+        return address
+    try:
+        parsed = ipaddress.IPv6Address(address)
+    except ValueError:
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64)))

@@ -1,0 +1,105 @@
+"""`/v1/models`: what all workers serve, as one list."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+from aiohttp import web
+
+from gollama_proxy.edge.auth import Authenticator, Principal
+from gollama_proxy.edge.server import json_response
+from gollama_proxy.fleet.registry import Registry, may_use
+from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.wire.errors import Code, RequestError
+
+
+class Catalogue:
+    """Answers from the registry alone; no worker is asked."""
+
+    def __init__(self, authenticator: Authenticator, registry: Registry) -> None:
+        self._authenticator = authenticator
+        self._registry = registry
+        # llama-server says "now" at every call; clients compare, so ours stays.
+        self._created = int(time.time())
+
+    def __repr__(self) -> str:
+        return f"<Catalogue of {self._registry!r}>"
+
+    async def list_models(
+        self, request: web.BaseRequest, record: Record
+    ) -> web.Response:
+        """Answer `GET /v1/models`."""
+        principal = self._authenticator.identify(request, record)
+        data = [self._entry(name) for name in self._names(principal)]
+        return json_response(msgspec.json.encode({"object": "list", "data": data}))
+
+    async def show_model(
+        self, request: web.BaseRequest, record: Record
+    ) -> web.Response:
+        """Answer `GET /v1/models/{id}`; an id may hold slashes."""
+        principal = self._authenticator.identify(request, record)
+        path = request.raw_path.partition("?")[0]
+        name = unquote(path.removeprefix(record.route))
+        if not (name in self._names(principal) or self._is_caught(principal, name)):
+            text = f"The model {name!r} does not exist."
+            raise RequestError(Code.MODEL_NOT_FOUND, text, param="model")
+        return json_response(msgspec.json.encode(self._entry(name)))
+
+    def _names(self, principal: Principal) -> list[str]:
+        models, aliases = self._registry.models(), self._registry.aliases()
+        names = models + [name for name in aliases if name not in models]
+        return [
+            name
+            for name in names
+            if may_use(principal.models, name)
+            or may_use(principal.models, aliases.get(name, name))
+        ]
+
+    def _is_caught(self, principal: Principal, name: str) -> bool:
+        """Tell whether a name that is not in the list stands for a model all the same.
+
+        Some clients look a model up before they use it.
+        """
+        if not self._registry.alias_of(name):
+            return False
+        model = self._registry.model_of(name)
+        return self._registry.allows(principal.models, name, model)
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        model = self._registry.model_of(name)
+        workers = self._registry.pool(model).workers
+        contexts = [c for w in workers if (c := w.context_of(model)) is not None]
+        states = {worker.state.value for worker in workers}
+        extra: dict[str, Any] = {
+            "state": "ready" if "ready" in states else min(states, default="down"),
+            "context": max(contexts, default=None),
+            "loaded": _any_of(worker.has_loaded(model) for worker in workers),
+            "workers": [
+                {
+                    "name": worker.name,
+                    "state": worker.state.value,
+                    "context": worker.context_of(model),
+                    "slots": worker.description and worker.description.slots,
+                    "loaded": worker.has_loaded(model),
+                }
+                for worker in workers
+            ],
+        }
+        if model != name:
+            extra["alias_of"] = model
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "gollama",
+            "gollama": extra,
+        }
+
+
+def _any_of(told: Iterable[bool | None]) -> bool | None:
+    """Tell whether any says yes, or else any no; None where nobody says anything."""
+    return max((each for each in told if each is not None), default=None)

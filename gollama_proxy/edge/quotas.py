@@ -1,0 +1,149 @@
+"""How much a subject may ask for in a minute: requests, and tokens.
+
+The limits come with each request, from its token (`rpm`, `tpm`); what was used is
+remembered by subject, whichever of its tokens it used.  Tokens are known when an answer
+is over, so a request goes in while any are left, and several at once can overdraw; what
+they took too much has to age before the next one goes in.
+
+A request that is refused uses nothing: who asks again too early is not kept out for it.
+
+In any minute no more is let in than the limit.  The window is cut into seconds, and one
+of them is added: what counts is the last 60 to 61 s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gollama_proxy.scheduling.budget import Recent
+from gollama_proxy.wire.errors import Code, RequestError
+
+SECONDS = 61  # that count
+# Subjects whose use is remembered, some 1.5 KiB each; the one that was not seen for the
+# longest time is forgotten first.
+REMEMBERED = 10_000
+
+
+class Gauge(NamedTuple):
+    """How much of one limit is left."""
+
+    limit: int  # in a minute
+    remaining: int
+    reset: float  # seconds until all of it is there again
+    free: float  # seconds until any of it is; 0 while some is left
+
+
+class Standing(NamedTuple):
+    """Where a subject stands; None for what it has no limit of."""
+
+    requests: Gauge | None = None
+    tokens: Gauge | None = None
+    allowed: bool = True  # the request that this is about
+
+    def headers(self) -> dict[str, str]:
+        """Write the headers of a reply, as the OpenAI API calls and spells them."""
+        headers: dict[str, str] = {}
+        for name, gauge in (("requests", self.requests), ("tokens", self.tokens)):
+            if gauge is not None:
+                headers[f"x-ratelimit-limit-{name}"] = str(gauge.limit)
+                headers[f"x-ratelimit-remaining-{name}"] = str(gauge.remaining)
+                headers[f"x-ratelimit-reset-{name}"] = duration(gauge.reset)
+        return headers
+
+    def error(self) -> RequestError:
+        """Make the error of a request that is not allowed: 429, with `retry_after`."""
+        told, wait = [], 0.0
+        for name, gauge in (("requests", self.requests), ("tokens", self.tokens)):
+            if gauge is not None and gauge.free:
+                told.append(f"{name[0]}pm = {gauge.limit} ({name} per minute)")
+                wait = max(wait, gauge.free)
+        limits, when = ", ".join(told), duration(wait)
+        text = f"Your token's limit is used up: {limits}. Please try again in {when}."
+        after = max(1, math.ceil(wait))
+        return RequestError(Code.RATE_LIMITED, text, retry_after=after)
+
+
+class Quotas:
+    """What each subject has used lately.  `clock` gives monotonic seconds."""
+
+    def __init__(
+        self, clock: Callable[[], float], remembered: int = REMEMBERED
+    ) -> None:
+        self._clock = clock
+        self._remembered = remembered
+        self._accounts: OrderedDict[str, _Account] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<Quotas of {len(self._accounts)} subjects>"
+
+    def take(self, subject: str, rpm: int | None, tpm: int | None) -> Standing:
+        """Count a request if its subject may make one; None is no limit."""
+        if rpm is None and tpm is None:
+            return Standing()
+        account = self._account(subject)
+        allowed = (rpm is None or account.requests.count < rpm) and (
+            tpm is None or account.tokens.count < tpm
+        )
+        if allowed:
+            account.requests.add()
+        return Standing(
+            None if rpm is None else _gauge(account.requests, rpm),
+            None if tpm is None else _gauge(account.tokens, tpm),
+            allowed,
+        )
+
+    def spend(self, subject: str, tokens: int) -> None:
+        """Count the tokens of an answer; without effect for who has no limits."""
+        account = self._accounts.get(subject)
+        if account is not None and tokens > 0:
+            account.tokens.add(tokens)
+
+    def _account(self, subject: str) -> _Account:
+        account = self._accounts.get(subject)
+        if account is None:
+            account = self._accounts[subject] = _Account(self._clock)
+            if len(self._accounts) > self._remembered:
+                self._accounts.popitem(last=False)
+        self._accounts.move_to_end(subject)
+        return account
+
+
+class _Account:
+    """What one subject has used."""
+
+    __slots__ = ("requests", "tokens")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.requests = Recent(SECONDS, clock, SECONDS)
+        self.tokens = Recent(SECONDS, clock, SECONDS)
+
+    def __repr__(self) -> str:
+        return f"<_Account requests={self.requests!r} tokens={self.tokens!r}>"
+
+
+def _gauge(used: Recent, limit: int) -> Gauge:
+    count = used.count
+    return Gauge(
+        limit,
+        max(0, limit - count),
+        used.leaves_in(count),
+        used.leaves_in(count - limit + 1),
+    )
+
+
+def duration(seconds: float) -> str:
+    """Spell a time as OpenAI's headers do: "0s", "120ms", "7.66s", "6m0s", "1h0m0s".
+
+    Rounded up, lest somebody come back too early.
+    """
+    milliseconds = math.ceil(round(seconds * 1000, 3))
+    if milliseconds < 1000:
+        return f"{milliseconds}ms" if milliseconds else "0s"
+    if milliseconds < 60_000:
+        return f"{milliseconds / 1000:g}s"
+    minutes, rest = divmod(math.ceil(milliseconds / 1000), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"

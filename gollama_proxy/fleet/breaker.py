@@ -1,0 +1,343 @@
+"""Takes a worker out of the traffic while it fails, and lets it back in by degrees.
+
+Theory of operation
+===================
+
+                  TRIPPED  too many failures, or nearly all is slow
+          ╭──────────────────────────────────────────────────────────╮
+          │                                                          ▼
+    ┌──────────┐    PROVED    ┌─────────────┐    RESTED     ┌────────────────┐
+    │  CLOSED  │◀─────────────│  HALF_OPEN  │◀──────────────│      OPEN      │
+    └──────────┘              └─────────────┘               └────────────────┘
+                                     │          DISPROVED            ▲
+                                     ╰───────────────────────────────╯
+
+                  RESET leads to CLOSED from everywhere: somebody says so.
+
+CLOSED     Every request ends with a `record()` of its verdict.  Three things trip the
+           breaker: failures in a row (the worker is dead), the failure rate of the last
+           `window` seconds (it is ill), the slow rate (it drowns).  Rates need
+           `minimum_calls`, and only bad news trips: a good answer is no occasion.
+           A hang counts for the slow rate and in the row: a worker that says nothing
+           any more would else be outvoted by what it did half a minute ago.
+
+OPEN       Nothing goes in for `open` seconds, doubled each time up to `open_max`, and
+           give or take a `jitter`, lest breakers that tripped together return together.
+           So a worker that works and fails in turn opens about every `open_max` seconds
+           at worst.  A whole `window` of being CLOSED makes the doubling forgotten.
+
+HALF_OPEN  `permit()` hands out one permit at a time, for a request that takes a real
+           token: a process can be in good `/health` with its GPU gone.  It is a canary
+           of the hub's own, or with `canary` off the request of a user.  `proofs` good
+           ones in a row close the breaker, a bad one opens it.  A permit always comes
+           back; cancelled, it proves nothing.
+
+CLOSED     once more, the worker's share of the turns rises from a tenth to all of them
+           in `ramp` seconds.
+
+There is no timer: who asks for the state looks at the clock, and takes the step RESTED
+if it is time.  Stale news changes nothing: every step begins a new *generation*, and
+verdicts and permits of an earlier one are ignored.
+
+A worker that is merely `busy()` (429, 503 "Loading model") has not failed; it is left
+alone for a while, in any state.  That belongs to the model that was asked for, so it is
+told to the breaker of the model.  One that is *unavailable* (503) again and again, each
+time after it was left alone, is broken: that counts as failures in a row.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+
+from gollama_proxy.config.settings import Breaker as Limits
+from gollama_proxy.scheduling.budget import Recent
+
+logger = logging.getLogger(__name__)
+
+FIRST_SHARE = 0.1  # of the turns, for a worker whose breaker has just closed
+
+
+class State(enum.Enum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+
+
+class Event(enum.Enum):
+    TRIPPED = "too much went wrong"
+    RESTED = "the open time is over"
+    PROVED = "enough good proofs"
+    DISPROVED = "a bad proof"
+    RESET = "somebody says so"
+
+
+# All the steps there are; any other raises.
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.CLOSED, Event.TRIPPED): State.OPEN,
+    (State.OPEN, Event.RESTED): State.HALF_OPEN,
+    (State.HALF_OPEN, Event.PROVED): State.CLOSED,
+    (State.HALF_OPEN, Event.DISPROVED): State.OPEN,
+    (State.CLOSED, Event.RESET): State.CLOSED,
+    (State.OPEN, Event.RESET): State.CLOSED,
+    (State.HALF_OPEN, Event.RESET): State.CLOSED,
+}
+
+
+class Cause(enum.Enum):
+    """What has opened a breaker, in few enough words for a metric."""
+
+    CONSECUTIVE = "failures in a row"
+    FAILURE_RATE = "failure rate"
+    SLOW_RATE = "slow rate"
+    PROOF = "failed proof"
+
+
+class IllegalStepError(Exception):
+    """An event that cannot happen in this state: a bug in the hub."""
+
+
+class Verdict(enum.Enum):
+    """What a request has shown about the worker."""
+
+    SUCCESS = "succeeded"
+    SLOW = "slow"  # it completed, but slowly
+    HUNG = "hung"  # nothing came for too long, and it was given up: slow, and failed
+    FAILURE = "failed"
+    NEUTRAL = "neutral"  # nothing: the client left, or asked for the impossible
+
+
+class Breaker:
+    """The circuit breaker of one worker.  `clock` gives monotonic seconds."""
+
+    def __init__(
+        self, name: str, limits: Limits, clock: Callable[[], float], rng: random.Random
+    ) -> None:
+        self.name, self.limits = name, limits
+        self.reason = "never tripped"
+        self.generation = 0  # how many steps were taken
+        self.transitions: Counter[State] = Counter()  # how often each was entered
+        self.causes: Counter[Cause] = Counter()  # how often each has opened it
+        self._clock, self._rng = clock, rng
+        self._state = State.CLOSED
+        self._busy_until = -math.inf
+        self._closed_at = -math.inf  # the last time; before everything at the start
+        self._open_time = 0.0  # the last one, without the jitter; 0 when forgotten
+        self._rested_at = -math.inf  # when the open time is, or was, over
+        self._permit_out, self._proofs = False, 0
+        self._in_a_row = 0  # failures
+        self._forget_the_past()
+
+    def __repr__(self) -> str:
+        # Of the state as it is noted down: looking at a thing must not change it.
+        slow, failed = (self._recent[v].count for v in (Verdict.SLOW, Verdict.FAILURE))
+        return (
+            f"<Breaker {self.name} {self._state.name} ({self.reason}) "
+            f"calls={self._calls} failed={failed} slow={slow} "
+            f"in_a_row={self._in_a_row} opens_in={self.opens_in():.1f}>"
+        )
+
+    # --- What it says -------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        if self._state is State.OPEN and self._clock() >= self._rested_at:
+            self._step(Event.RESTED, f"{self._open_time:g} s have passed")
+        return self._state
+
+    @property
+    def closed(self) -> bool:
+        return self.state is State.CLOSED
+
+    @property
+    def available(self) -> bool:
+        return self.closed and self._clock() >= self._busy_until
+
+    @property
+    def admits(self) -> bool:
+        """Whether a request may come: as one of many, or alone, as a proof."""
+        return self.available or (not self.limits.canary and self._offers_permit)
+
+    @property
+    def _offers_permit(self) -> bool:
+        resting = self.state is not State.HALF_OPEN or self.opens_in()
+        return not (resting or self._permit_out)
+
+    def opens_in(self) -> float:
+        """Tell how long it will surely take nothing, not even a proof; 0 if it may."""
+        until = self._busy_until
+        if self._state is State.OPEN:
+            until = max(until, self._rested_at)
+        return max(0.0, until - self._clock())
+
+    def turn(self) -> bool:
+        """Say whether an available worker should take this turn or leave it to others.
+
+        No dice: the shares of the turns add up, and each whole one is a yes.  Where all
+        say no, somebody has to take it all the same.
+        """
+        since, ramp = self._clock() - self._closed_at, self.limits.ramp
+        missing = 0.0 if since >= ramp else (1 - FIRST_SHARE) * (1 - since / ramp)
+        self._credit += 1.0 - missing
+        if self._credit < 1.0:
+            return False
+        self._credit -= 1.0
+        return True
+
+    # --- What it hears ------------------------------------------------------------
+
+    def record(self, verdict: Verdict, generation: int | None = None) -> None:
+        """Take in how a request on this worker ended.
+
+        `generation` is what `self.generation` was when the request began.  With it, the
+        stragglers of an earlier breakdown cannot trip a breaker that has closed since.
+        """
+        late = generation is not None and generation != self.generation
+        if late or self.state is not State.CLOSED or verdict is Verdict.NEUTRAL:
+            return
+        failed = verdict in (Verdict.FAILURE, Verdict.HUNG)
+        if verdict is Verdict.HUNG:
+            verdict = Verdict.SLOW
+        self._recent[verdict].add()
+        self._in_a_row = self._in_a_row + 1 if failed else 0
+        objection = self._objection(verdict)
+        if objection is not None:
+            self._trip(*objection)
+
+    def busy(self, seconds: float, *, unavailable: bool = False) -> float:
+        """Leave the worker alone for a while, as it asked; this is no failure.
+
+        But to be `unavailable` for ever is one.  Requests that were under way together
+        count once.  Returns for how long it is left alone, at most `busy_max` seconds.
+        """
+        now = self._clock()
+        seconds = min(seconds, self.limits.busy_max)
+        if unavailable and now >= self._busy_until and self.state is State.CLOSED:
+            self._in_a_row += 1
+            if self._in_a_row >= self.limits.consecutive:
+                self._trip(Cause.CONSECUTIVE, f"unavailable {self._in_a_row} times")
+        self._busy_until = max(self._busy_until, now + seconds)
+        return seconds
+
+    def permit(self) -> Permit | None:
+        """Hand out the right to prove that the worker works, if this is the time."""
+        if not self._offers_permit:
+            return None
+        self._permit_out = True
+        return Permit(self, self.generation)
+
+    def renew(self) -> None:
+        """Say that the worker was away and is back, and may be another one by now.
+
+        That proves nothing, so an open breaker stays open until the proofs, which can
+        begin at once.  A closed one forgets the past, and its share rises by degrees.
+        """
+        now = self._clock()
+        if self.closed:
+            self._closed_at = now
+            self._forget_the_past()
+        else:
+            self._rested_at, self._open_time = min(self._rested_at, now), 0.0
+
+    def reset(self, reason: str) -> None:
+        """Close at once and forget everything: the worker is as good as new."""
+        self._step(Event.RESET, reason)
+        self._closed_at = self._busy_until = -math.inf  # no ramp and no doubling
+
+    def _trip(self, cause: Cause, reason: str) -> None:
+        if self._clock() - self._closed_at >= self.limits.window:
+            self._open_time = 0.0
+        self.causes[cause] += 1
+        self._step(Event.TRIPPED, reason)
+
+    def _objection(self, verdict: Verdict) -> tuple[Cause, str] | None:
+        limits = self.limits
+        if self._in_a_row >= limits.consecutive:
+            return Cause.CONSECUTIVE, f"{self._in_a_row} failures in a row"
+        if verdict is Verdict.SUCCESS:
+            return None
+        slow = verdict is Verdict.SLOW
+        cause = Cause.SLOW_RATE if slow else Cause.FAILURE_RATE
+        rate = limits.slow_rate if slow else limits.failure_rate
+        calls, bad = self._calls, self._recent[verdict].count
+        if calls < limits.minimum_calls or bad / calls < rate:
+            return None
+        return cause, f"{bad} of {calls} {verdict.value} in {limits.window:g} s"
+
+    @property
+    def _calls(self) -> int:
+        return sum(recent.count for recent in self._recent.values())
+
+    def _forget_the_past(self) -> None:
+        counted = (Verdict.SUCCESS, Verdict.SLOW, Verdict.FAILURE)
+        self._recent = {v: Recent(self.limits.window, self._clock) for v in counted}
+        self._in_a_row = 0
+        self._credit = 0.0  # parts of turns
+
+    def _settle(self, generation: int, good: bool | None) -> None:
+        if generation != self.generation:
+            return
+        self._permit_out = False
+        if good is False:
+            self.causes[Cause.PROOF] += 1
+            self._step(Event.DISPROVED, "the proof failed")
+        elif good:
+            self._proofs += 1
+            if self._proofs >= self.limits.proofs:
+                self._step(Event.PROVED, f"{self._proofs} good proofs")
+
+    # --- The one place that changes the state -------------------------------------
+
+    def _step(self, event: Event, reason: str) -> None:
+        before = self._state
+        if (before, event) not in TRANSITIONS:
+            raise IllegalStepError(f"{event.name} cannot happen while {before.name}")
+        after = self._state = TRANSITIONS[before, event]
+        self.reason = reason
+        self.generation += 1
+        self.transitions[after] += 1
+        self._permit_out, self._proofs = False, 0
+        if after is State.CLOSED:
+            self._closed_at = self._clock()
+            self._forget_the_past()
+        elif after is State.OPEN:
+            longer = self._open_time * 2 or self.limits.open
+            self._open_time = min(longer, self.limits.open_max)
+            jitter = self._rng.uniform(-self.limits.jitter, self.limits.jitter)
+            self._rested_at = self._clock() + self._open_time * (1 + jitter)
+        level = logging.WARNING if after is State.OPEN else logging.INFO
+        text = "worker %s: breaker %s -> %s (%s)"
+        logger.log(level, text, self.name, before.value, after.value, reason)
+
+
+class Permit:
+    """The right to put one request on a worker whose breaker is half-open.
+
+    Used as a context manager, it cannot leak: what nobody settled proves nothing.
+    """
+
+    __slots__ = ("_breaker", "_generation", "_settled")
+
+    def __init__(self, breaker: Breaker, generation: int) -> None:
+        self._breaker, self._generation = breaker, generation
+        self._settled = False
+
+    def __repr__(self) -> str:
+        held = "settled" if self._settled else "held"
+        return f"<Permit {held} on {self._breaker.name}>"
+
+    def settle(self, good: bool | None) -> None:
+        """Give the permit back with what it has shown; only the first call counts."""
+        if not self._settled:
+            self._settled = True
+            self._breaker._settle(self._generation, good)
+
+    def __enter__(self) -> Permit:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.settle(None)

@@ -1,0 +1,509 @@
+"""One worker as the hub knows it: its health, what it serves, what it is doing.
+
+Health is a state machine, driven by the pinger's checks.  All of it is in this file:
+
+    STARTING ──ok──▶ READY ◀──ok── LOADING        STARTING: nobody answered yet
+        │              │  ╲──loading──▶             LOADING: it answers "Loading model"
+        └──fell──▶   DOWN ◀──fell── (all)           DOWN: out, until `rise` good checks
+
+A failed check of a worker that is READY counts; the `fall`th in a row takes it out.
+One that was not READY has nothing to lose: its first failed check takes it to DOWN.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from gollama_proxy.bounded import Remembered
+from gollama_proxy.config.names import is_name, is_plain, matches
+from gollama_proxy.config.settings import Breaker as Limits
+from gollama_proxy.config.settings import Health, WorkerConfig
+from gollama_proxy.fleet.breaker import Breaker, Verdict
+from gollama_proxy.fleet.lease import Lease, Outcome
+from gollama_proxy.fleet.naming import AnswerNames
+from gollama_proxy.fleet.slowness import Expectations, Pace
+from gollama_proxy.fleet.speed import Prefill
+from gollama_proxy.wire.description import Check, Description, Model
+
+logger = logging.getLogger(__name__)
+
+SPARE = 3  # threads of a llama-server, beside one for each slot
+MOST_SLOTS = 10_000  # that a worker is believed to have, or may be configured with
+
+
+class State(enum.Enum):
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DOWN = "down"
+
+
+class Event(enum.Enum):
+    ROSE = "enough good checks"
+    LOADING = "it is loading its model"
+    FELL = "enough failed checks"
+
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.STARTING, Event.ROSE): State.READY,
+    (State.STARTING, Event.LOADING): State.LOADING,
+    (State.STARTING, Event.FELL): State.DOWN,
+    (State.LOADING, Event.ROSE): State.READY,
+    (State.LOADING, Event.LOADING): State.LOADING,
+    (State.LOADING, Event.FELL): State.DOWN,
+    (State.READY, Event.ROSE): State.READY,
+    (State.READY, Event.LOADING): State.LOADING,
+    (State.READY, Event.FELL): State.DOWN,
+    (State.DOWN, Event.ROSE): State.READY,
+    (State.DOWN, Event.LOADING): State.LOADING,
+    (State.DOWN, Event.FELL): State.DOWN,
+}
+
+
+# Ends of an attempt after which the pinger had better look at once.
+SUSPICIOUS = frozenset({Outcome.WORKER_FAILED, Outcome.SLOW, Outcome.BUSY})
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """The live record of one worker.  `clock` gives monotonic seconds."""
+
+    config: WorkerConfig
+    health: Health
+    clock: Callable[[], float]
+    index: int = 0  # place in the configuration, from 0
+    state: State = State.STARTING
+    reason: str = "not reached yet"
+    description: Description | None = None  # None until it was reached once
+    slots: int | None = field(init=False)  # None: not known, and not limited
+    weight: float = field(init=False)  # its share beside the others'
+    leases: set[Lease] = field(default_factory=set)
+    checked_at: float | None = None
+    limits: Limits = field(default_factory=Limits)
+    expectations: Expectations = field(default_factory=Expectations)
+    rng: random.Random = field(default_factory=random.Random)
+    breaker: Breaker = field(init=False)
+    # Each of its models has a speed of its own.
+    paces: dict[str, Pace] = field(default_factory=Remembered)
+    # Bad statuses are held against a worker and the model asked for, not the machine.
+    model_breakers: dict[str, Breaker] = field(default_factory=Remembered)
+    answer_names: AnswerNames = field(default_factory=AnswerNames)
+    # Called on every suspicion, so that the pinger looks at once,
+    on_suspicion: Callable[[], None] | None = None
+    # when a slot may have come free,
+    on_free: Callable[[], None] | None = None
+    # and when it serves something else than before.
+    on_told: Callable[[], None] | None = None
+    overcommit: int = 0  # requests beyond its slots
+    _good: int = 0
+    _bad: int = 0
+    _odd_slots: int | None = None
+    _odd_timings: bool = False
+    _odd_build: str = ""
+    # Of models whose context it does not list: what its refusals say.
+    _contexts: Remembered[str, int] = field(default_factory=Remembered)
+    # Models that it has listed and does not list any more.
+    _gone: Remembered[str, None] = field(default_factory=Remembered)
+    _taken: int = 0  # slots
+    _full_since: float | None = None
+    # Models that a request to it would have to wait for, beside those loading already.
+    _unloaded: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.breaker = Breaker(self.name, self.limits, self.clock, self.rng)
+        self.slots = self.config.slots
+        self.weight = self.config.weight or self.config.vram_gib or 1.0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Worker {self.name} {self.state.name} in_flight={self.in_flight} "
+            f"good={self._good} bad={self._bad}>"
+        )
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def is_llama_server(self) -> bool:
+        """Whether it has told its build, as no other server does."""
+        return self.description is not None and bool(self.description.build)
+
+    @property
+    def is_down(self) -> bool:
+        return self.state is State.DOWN
+
+    @property
+    def available(self) -> bool:
+        return self.state is State.READY and self.breaker.available
+
+    @property
+    def admits(self) -> bool:
+        """Whether a request may come, be it as the proof of a half-open breaker."""
+        return self.state is State.READY and self.breaker.admits
+
+    def can_serve(self, model: str) -> bool:
+        """Whether a request for this model may be sent now."""
+        breaker = self.model_breakers.get(model)
+        return self.admits and (breaker is None or breaker.admits)
+
+    def is_busy_with(self, model: str) -> bool:
+        """Whether it has asked to be left alone with this model, and no more than that.
+
+        One that is out, or whose breaker is open, is not merely busy.
+        """
+        sound = all(breaker.closed for breaker in self.breakers(model))
+        return self.state is State.READY and sound and self.opens_in(model) > 0
+
+    def opens_in(self, model: str) -> float:
+        """Return the seconds for which it will surely take nothing for this model."""
+        return max(breaker.opens_in() for breaker in self.breakers(model))
+
+    def breakers(self, model: str) -> list[Breaker]:
+        """List the breakers that stand before a request for this model."""
+        of_model = self.model_breakers.get(model)
+        return [self.breaker] if of_model is None else [self.breaker, of_model]
+
+    def breaker_of(self, model: str) -> Breaker:
+        """Find, or make, the breaker for one model on this worker."""
+        if model not in self.model_breakers:
+            name = f"{self.name} {model}"
+            self.model_breakers[model] = Breaker(
+                name, self.limits, self.clock, self.rng
+            )
+        return self.model_breakers[model]
+
+    def pace_of(self, model: str) -> Pace:
+        """Find, or make, what is known of the speed of one model on this worker."""
+        pace = self.paces.get(model)
+        if pace is None:
+            pace = self.paces[model] = Pace(self.clock, self.expectations)
+        return pace
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """What it serves, as far as there are names: last seen, or stated by hand."""
+        seen = self.description.models if self.description else ()
+        if not self.config.models:
+            return seen
+        seen = tuple(model for model in seen if self.serves(model.name))
+        names = dict.fromkeys(name for name in self.config.models if is_plain(name))
+        if self.description is not None:
+            for name in filter(is_name, self.config.models):
+                if not any(matches(model.name, (name,)) for model in seen):
+                    names[name] = None  # `x[1m]` is no pattern for any of them
+        for name in (*(model.name for model in seen), *self._gone):
+            names.pop(name, None)
+        context = self.description.context if self.description else None
+        return (*seen, *(Model(name, context) for name in names))
+
+    @property
+    def some_model(self) -> str | None:
+        """Name one to prove the machine by; None if none is known."""
+        seen = self.description.models if self.description else ()
+        names = (model.name for model in (*self.models, *seen))
+        return next(names, next(iter(self.paces), None))
+
+    def context_of(self, model: str) -> int | None:
+        """Tell the tokens of one slot for a model; None if it is not known."""
+        listed = next((m.context for m in self.models if m.name == model), None)
+        return listed or self._contexts.get(model)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.leases)
+
+    @property
+    def free(self) -> float:
+        """Tell how many more requests it can take; below 0 if it has too many.
+
+        Infinite where the number of slots is not known.
+        """
+        if self.slots is None:
+            return math.inf
+        return self.slots + self.overcommit - self._taken
+
+    def surplus(self) -> int:
+        """Tell how many more requests it has than threads, if that is above 0.
+
+        llama-server has four threads more than slots (`--threads-http`), of which one
+        is for pings.
+        """
+        return 0 if self.slots is None else self.in_flight - self.slots - SPARE
+
+    @property
+    def full_for(self) -> float:
+        """Tell the seconds since which every slot was taken, or taken again at once."""
+        if self._full_since is None or self.free > 0:
+            return 0.0
+        return self.clock() - self._full_since
+
+    def loads(self, model: str) -> bool:
+        """Tell whether a request for this model would have to wait until it is loaded.
+
+        llama-server's router mode loads a model when it is asked for it, and may drop
+        another one for that.
+        """
+        return model in self._unloaded
+
+    def has_loaded(self, model: str) -> bool | None:
+        """Tell whether a model is loaded; None if the worker does not tell."""
+        told = next((m.loaded for m in self.models if m.name == model), None)
+        return None if told is None else model not in self._unloaded
+
+    def is_cold(self, model: str) -> bool:
+        """Tell whether a request for this model would be what starts its load."""
+        if model not in self._unloaded:
+            return False
+        told = self.description.models if self.description else ()
+        loading = any(each.loading for each in told if each.name == model)
+        return not (loading or any(lease.model == model for lease in self.leases))
+
+    def has_answered(self, lease: Lease) -> None:
+        """Take in the beginning of an answer, or a refusal: its model is loaded by now.
+
+        Another one may have made room for it, so the pinger had better look.
+        """
+        if lease.loads:
+            self._unloaded.discard(lease.model)
+            self.suspect()
+
+    @property
+    def unread(self) -> int:
+        """Bytes of the prompts of which no answer has begun."""
+        unread = 0  # a loop, as this is asked for every choice
+        for lease in self.leases:
+            if not lease.first_token:
+                unread += lease.prompt_bytes
+        return unread
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it failed a check lately, and has not fallen yet."""
+        return self.state is State.READY and self._bad > 0
+
+    def serves(self, model: str) -> bool:
+        if self.config.models:
+            return model not in self._gone and matches(model, self.config.models)
+        return any(model == served.name for served in self.models)
+
+    # --- Whose answers these are --------------------------------------------------
+
+    def accepts_name(self, model: str, name: str) -> bool:
+        """Return whether an answer that names a model is of the one asked for.
+
+        To be called for a name that is new, when the worker has just been looked at.
+        """
+        described = self.description.models if self.description else ()
+        listed = {each.name for each in described}
+        stated = self.serves(model)
+        return self.answer_names.accept(model, name, listed, stated=stated)
+
+    def see_build(self, build: str) -> None:
+        """Take in the build that an answer names; another one is looked at, once."""
+        known = self.description.build if self.description else ""
+        if build and known and build not in (known, self._odd_build):
+            self._odd_build = build
+            self.suspect()
+
+    # --- What a request does ------------------------------------------------------
+
+    def lease(self, model: str = "", *, slot: bool = True) -> Lease:
+        """Take a place on this worker; whoever takes it gives it back, once.
+
+        Where a breaker is half-open, the lease is its proof.
+        """
+        lease = Lease(self.name, self.clock, self._give_back)
+        lease.model, lease.slot = model, slot
+        permits = [breaker.permit() for breaker in self.breakers(model)]
+        lease.permits = tuple(permit for permit in permits if permit is not None)
+        lease.generation = self.breaker.generation
+        lease.loads = model in self._unloaded
+        self.leases.add(lease)
+        self._taken += slot
+        self._note_room()
+        return lease
+
+    def _note_room(self) -> None:
+        if self.free > 0:
+            self._full_since = None
+        elif self._full_since is None:
+            self._full_since = self.clock()
+
+    def _give_back(self, lease: Lease, outcome: Outcome) -> None:
+        beside = len(self.leases)
+        self.leases.discard(lease)
+        self._taken -= lease.slot
+        verdict = self._judge(lease, outcome, beside)
+        for permit in lease.permits:
+            permit.settle(_proof(verdict, outcome))
+        self.breaker.record(verdict, lease.generation)
+        if outcome in (Outcome.WORKER_FAILED, Outcome.SLOW):
+            self._bad += 1
+            self._good = 0
+        if outcome in SUSPICIOUS:
+            self.suspect()
+        if outcome is Outcome.REFUSED:
+            self.has_answered(lease)
+        if self.on_free is not None:
+            self.on_free()
+        self._note_room()  # a slot that went from one request to the next was not free
+
+    def _judge(self, lease: Lease, outcome: Outcome, beside: int) -> Verdict:
+        """Say what an attempt has shown about this worker."""
+        match outcome:
+            case Outcome.COMPLETE:
+                self._check(lease.prefill)
+                pace = self.pace_of(lease.model)
+                slow = pace.is_slow(lease.tokens, lease.seconds, beside)
+                pace.learn(
+                    0 if lease.loads else lease.prompt_bytes,  # not a time of reading
+                    lease.first_token,
+                    lease.tokens,
+                    lease.seconds,
+                    beside,
+                    lease.prefill,
+                )
+                return Verdict.SLOW if slow else Verdict.SUCCESS
+            case Outcome.SLOW:
+                if not lease.first_token:
+                    self.pace_of(lease.model).missed()
+                return Verdict.HUNG
+            case Outcome.WORKER_FAILED:
+                return Verdict.FAILURE
+            case Outcome.CLIENT_GONE:
+                # Whoever leaves after a hang has left because of it.
+                waited = self.clock() - lease.taken_at
+                hung = not lease.first_token and waited > lease.allowance
+                return Verdict.HUNG if hung else Verdict.NEUTRAL
+            case Outcome.BUSY | Outcome.REFUSED | Outcome.ERRED | Outcome.HUB_STOPPED:
+                return Verdict.NEUTRAL
+            case _:
+                assert_never(outcome)
+
+    def _check(self, told: Prefill | None) -> None:
+        """Complain, once, of what it tells about its reading if that cannot be true."""
+        if told is not None and not told.possible and not self._odd_timings:
+            self._odd_timings = True
+            logger.warning(
+                "worker %s: says it read %s tokens in %s s, beside %s in its cache",
+                self.name,
+                told.tokens,
+                told.seconds,
+                told.cached,
+            )
+
+    def suspect(self) -> None:
+        """Have the pinger look at once."""
+        if self.on_suspicion is not None:
+            self.on_suspicion()
+
+    def heard_since(self, moment: float) -> bool:
+        """Tell whether any running answer had a byte since then."""
+        return any(lease.heard_at >= moment for lease in self.leases)
+
+    # --- What the pinger sees -----------------------------------------------------
+
+    def observe(
+        self, check: Check, reason: str, description: Description | None = None
+    ) -> None:
+        """Take the result of one ping; `description` is what it learnt, if anything."""
+        now = self.clock()
+        self.checked_at = now
+        if description is not None:
+            before, self.description = self.description, description
+            changed = before != description
+            self._note_gone(before, description)
+            if before is None or before.identity != description.identity:
+                self._forget_another()
+            self.slots = self.config.slots or self._believed(description.slots)
+            self._unloaded = {m.name for m in description.models if m.loaded is False}
+            self._note_room()
+            if changed and self.on_told is not None:
+                self.on_told()
+        if check is Check.FAILED and self.heard_since(now - self.health.timeout):
+            # Bursts starve llama-server's HTTP threads, and /health with them, while
+            # tokens flow.  Who talks is alive.
+            return
+        event = self._count(check)
+        if event is not None:
+            self._step(event, reason)
+        if self.on_free is not None:
+            self.on_free()
+
+    def learn_context(self, model: str, tokens: int) -> None:
+        """Take in the context of a model that a refusal tells; 0 is not known."""
+        known = self.context_of(model)
+        if tokens and known in (None, self._contexts.get(model)) and known != tokens:
+            self._contexts[model] = tokens
+            if self.on_told is not None:
+                self.on_told()
+
+    def _forget_another(self) -> None:
+        """Forget what was learnt from answers: another server may give them now."""
+        self.answer_names.forget()
+        self._contexts.clear()
+
+    def _note_gone(self, before: Description | None, now: Description) -> None:
+        for model in before.models if before else ():
+            self._gone[model.name] = None
+        for model in now.models:
+            self._gone.pop(model.name, None)
+
+    def _believed(self, slots: int | None) -> int | None:
+        """Pass on a number of slots that can be true; complain of others once."""
+        if slots is None or 1 <= slots <= MOST_SLOTS:
+            return slots
+        if slots != self._odd_slots:
+            self._odd_slots = slots
+            logger.warning("worker %s: says it has %d slots", self.name, slots)
+        return None
+
+    def _count(self, check: Check) -> Event | None:
+        match check:
+            case Check.OK:
+                self._good, self._bad = self._good + 1, 0
+                needed = self.health.rise if self.state is State.DOWN else 1
+                return Event.ROSE if self._good >= needed else None
+            case Check.LOADING:
+                self._good = self._bad = 0
+                return Event.LOADING
+            case Check.FAILED | Check.REFUSED:
+                self._good, self._bad = 0, self._bad + 1
+                needed = self.health.fall if self.state is State.READY else 1
+                return Event.FELL if self._bad >= needed else None
+            case _:
+                assert_never(check)
+
+    def _step(self, event: Event, reason: str) -> None:
+        before, self.state = self.state, TRANSITIONS[self.state, event]
+        self.reason = reason
+        if self.state is State.READY and before in (State.DOWN, State.LOADING):
+            self._forget_another()
+            for breaker in (self.breaker, *self.model_breakers.values()):
+                breaker.renew()
+        if self.state is not before:
+            level = logging.WARNING if self.state is State.DOWN else logging.INFO
+            logger.log(
+                level,
+                "worker %s: %s -> %s (%s)",
+                self.name,
+                before.value,
+                self.state.value,
+                reason,
+            )
+
+
+def _proof(verdict: Verdict, outcome: Outcome) -> bool | None:
+    """Say what a request has proved that was let in to prove a worker."""
+    if outcome is Outcome.ERRED:
+        return False
+    if verdict is Verdict.NEUTRAL:
+        return None
+    return verdict is Verdict.SUCCESS

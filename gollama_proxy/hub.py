@@ -1,0 +1,222 @@
+"""The hub: its parts, its routes, its life from start to drain."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import aiohttp
+from aiohttp import web
+
+from gollama_proxy.config import tls
+from gollama_proxy.config.settings import Config
+from gollama_proxy.config.watch import Reloader
+from gollama_proxy.edge.auth import Authenticator
+from gollama_proxy.edge.connections import Connections
+from gollama_proxy.edge.models import Catalogue
+from gollama_proxy.edge.revocation import Revocation
+from gollama_proxy.edge.router import Dispatcher, Routes
+from gollama_proxy.edge.server import Server
+from gollama_proxy.edge.status import Status
+from gollama_proxy.fleet.health import Pinger
+from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.watchdog import Sweep
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.exchange import Inference
+from gollama_proxy.proxy.fitting import Fitting
+from gollama_proxy.scheduling.admission import Line
+from gollama_proxy.scheduling.slots import Slots
+from gollama_proxy.telemetry.metrics import Metrics
+from gollama_proxy.upstream import probe, tokenizer
+from gollama_proxy.upstream.pool import ConnectionPool
+from gollama_proxy.wire.openai import ENDPOINTS
+
+logger = logging.getLogger(__name__)
+
+
+class Hub:
+    """Puts the parts together; nothing else knows all of them."""
+
+    def __init__(
+        self, config: Config, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.draining = False
+        self.registry = Registry(config, clock)
+        self._tls = tls.for_server(config.server)
+        self._worker_tls = tls.for_workers(config.workers)
+        self.connections = {
+            worker.name: ConnectionPool(
+                worker.config,
+                config,
+                clock,
+                self._worker_tls.get(worker.name),
+                worker.surplus,
+            )
+            for worker in self.registry.workers
+        }
+        line = Line(config.queue, clock)
+        self.clients = Connections(config.limits, clock)
+        self.metrics = Metrics(self.registry, line, self.clients)
+        self.authenticator = Authenticator(config)
+        self.revocation = Revocation(
+            config.auth.revoked, config.revoked, self.authenticator.revoke
+        )
+        self.pinger = Pinger(self.registry.workers, config.health, self._ping)
+        self.slots = Slots(self.registry, line, clock)
+        self.sweep = Sweep(
+            self.registry.workers,
+            config.timeouts,
+            self._prove,
+            clock,
+            then=self.slots.look_again,
+        )
+        self.dispatcher = Dispatcher(self._routes(clock), config, self.metrics, clock)
+        credentials = {*self._worker_tls.values(), *([self._tls] if self._tls else [])}
+        self._reloader = Reloader([each for each in credentials if each.renewable])
+        self._session: aiohttp.ClientSession | None = None
+        self._runner: web.ServerRunner | None = None
+
+    def __repr__(self) -> str:
+        state = "draining" if self.draining else "running" if self._runner else "new"
+        return f"<Hub {state} workers={len(self.registry.workers)}>"
+
+    def _routes(self, clock: Callable[[], float]) -> Routes:
+        status = Status(
+            lambda: self.registry.ready and not self.draining,
+            self.metrics,
+            None if self.config.metrics.open else self.authenticator,
+        )
+        catalogue = Catalogue(self.authenticator, self.registry)
+        inference = Inference(
+            self.config,
+            self.authenticator,
+            self.registry,
+            self.connections,
+            self.sweep,
+            self.slots,
+            Fitting(self.registry, self._count),
+            self.pinger.look,
+            clock,
+        )
+        return {
+            "/livez": {"GET": status.live},
+            "/readyz": {"GET": status.ready},
+            "/health": {"GET": status.ready},
+            "/v1/health": {"GET": status.ready},
+            "/metrics": {"GET": status.metrics},
+            "/v1/models": {"GET": catalogue.list_models},
+            "/models": {"GET": catalogue.list_models},
+            "/v1/models/": {"GET": catalogue.show_model},
+            "/models/": {"GET": catalogue.show_model},
+            **{path: {"POST": inference.handle} for path in ENDPOINTS},
+        }
+
+    async def _ping(self, worker: Worker) -> probe.Finding:
+        assert self._session is not None
+        known = self._worker_tls.get(worker.name)
+        health = self.config.health
+        return await probe.ping(self._session, worker.config, health, known)
+
+    async def _prove(self, worker: Worker, model: str) -> bool | None:
+        assert self._session is not None
+        limit = self.config.timeouts.allowance
+        known = self._worker_tls.get(worker.name)
+        return await probe.prove(self._session, worker.config, model, limit, known)
+
+    async def _count(
+        self, worker: Worker, path: str, model: str, body: bytes
+    ) -> int | None:
+        assert self._session is not None
+        known = self._worker_tls.get(worker.name)
+        return await tokenizer.count(
+            self._session, worker.config, path, model, body, known
+        )
+
+    # --- Life ---------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen, and start to look after the workers; none of them has to be there.
+
+        Raises:
+            OSError: the address is taken or not ours.
+        """
+        server = self.config.server
+        runner = web.ServerRunner(
+            Server(
+                self.dispatcher,
+                self.config,
+                self.dispatcher.refused,
+                self.clients,
+                self._tls,
+            ),
+            shutdown_timeout=1.0,
+        )
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, server.host, server.port, backlog=1024).start()
+        except BaseException:
+            await runner.cleanup()
+            raise
+        self._runner = runner
+        self._session = probe.new_session()
+        self.pinger.start()
+        self.sweep.start()
+        self.revocation.start()
+        self._reloader.start()
+
+    def reload(self) -> None:
+        """Read certificates and revocations again, soon; what runs is not disturbed."""
+        what = ["certificates"] if self._reloader.items else []
+        what += ["revoked tokens"] if self.config.auth.revoked else []
+        logger.info(
+            "reading %s again; all other settings need a restart",
+            " and ".join(what) or "nothing (there are no certificates or revocations)",
+        )
+        self._reloader.ask()
+        self.revocation.ask()
+
+    @property
+    def url(self) -> str:
+        """The address that clients use, with the port that was really taken."""
+        assert self._runner is not None, self
+        host, port = self._runner.addresses[0][:2]
+        scheme = "http" if self._tls is None else "https"
+        return (
+            f"{scheme}://[{host}]:{port}"
+            if ":" in host
+            else f"{scheme}://{host}:{port}"
+        )
+
+    async def ready(self) -> None:
+        """Wait until every worker has been asked once how it is."""
+        await self.pinger.first_round()
+
+    async def known(self) -> None:
+        """Wait until every worker has said what it serves, or was down."""
+        await self.pinger.described()
+
+    async def drain(self) -> None:
+        """Stop accepting, let running answers end within the limit, release all."""
+        if self._runner is None:
+            return
+        self.draining = True
+        runner, self._runner = self._runner, None
+        for site in runner.sites:
+            await site.stop()
+        await self.dispatcher.finish(self.config.server.drain)
+        await runner.cleanup()
+        await self.revocation.stop()
+        await self._reloader.stop()
+        await self.sweep.stop()
+        await self.pinger.stop()
+        for connections in self.connections.values():
+            connections.close()
+        if self._session is not None:
+            await self._session.close()
+
+    async def abort(self) -> None:
+        """Cut everything now; a `drain` that is under way then returns at once."""
+        self.dispatcher.cut()
+        await self.drain()

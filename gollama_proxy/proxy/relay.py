@@ -1,0 +1,461 @@
+"""The bytes of one answer, from a worker to one client.
+
+A relay has three phases, told by which method receives the body:
+
+    _hold ─────▶ _forward ─────▶ _ignore
+    until status and first        the fast lane: worker's read →      once the answer
+    bytes are known, so that      client's transport, one plain       has ended, or
+    a bad worker can still be     call for each read, no task         nobody wants it
+    told from a good one          switch
+
+When the client does not keep up, the worker's socket is not read until the client's
+buffer has drained; TCP does the rest.  Whether a stream is complete is judged from its
+last kilobytes when it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from gollama_proxy.edge.gate import WRITE_BUFFER
+from gollama_proxy.fleet.lease import Lease
+from gollama_proxy.proxy.client import (
+    Client,
+    ClientStalledError,
+    ToldError,
+    frame,
+)
+from gollama_proxy.upstream.connection import Connection
+from gollama_proxy.wire import sse, usage
+from gollama_proxy.wire.assemble import AssemblyError
+from gollama_proxy.wire.choices import Tally
+from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.transcript import Transcript
+
+# What may be held before the first event is complete; then it goes on as it is.
+HOLD_LIMIT = 256 << 10
+MOST_HELD = 100  # pieces, to be passed on one by one
+_TAIL_CHUNKS = 12
+_TAIL_KEPT = 6
+_COLON = ord(":")
+
+
+class Relay:
+    """Receives one answer and passes it on."""
+
+    __slots__ = (
+        "_blocked",
+        "_buffered",
+        "_chunked",
+        "_clock",
+        "_connection",
+        "_ended",
+        "_ending",
+        "_error",
+        "_failed",
+        "_gatherer",
+        "_held",
+        "_held_size",
+        "_kept",
+        "_lease",
+        "_marked",
+        "_noted",
+        "_progress_at",
+        "_seen",
+        "_tail",
+        "_tally",
+        "_transcript",
+        "_wakeup",
+        "_worker",
+        "_write",
+        "began",
+        "body_received",
+        "bytes",
+        "chunk_received",
+        "events",
+        "headers",
+        "is_event_stream",
+        "opened_at",
+        "status",
+    )
+
+    def __init__(
+        self,
+        worker: str,
+        connection: Connection,
+        lease: Lease,
+        ending: Ending,
+        clock: Callable[[], float],
+    ) -> None:
+        self.status = 0
+        self.is_event_stream = False
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.opened_at: float | None = None
+        self.began = b""  # the usage that its beginning tells
+        self.bytes = 0
+        self.events = 0
+        self.body_received: Callable[[bytes], None] = self._hold
+        self.chunk_received: Callable[[bytes, int], None] = self._hold_chunk
+        self._worker = worker
+        self._connection = connection
+        self._lease = lease
+        self._ending = ending
+        self._clock = clock
+        self._held: list[bytes] = []
+        self._held_size = 0  # bytes
+        self._gatherer: sse.Gatherer | None = None
+        self._tail: list[bytes] = []  # of chunks, framed
+        self._noted = 0  # how many of them are in the transcript
+        self._kept = 0  # bytes that may be kept in the transcript
+        self._transcript: Transcript | None = (
+            None  # of what is not in the tail any more
+        )
+        self._marked = False  # the end was announced, long before it came
+        self._failed = False  # the same of an error
+        self._tally: Tally | None = None  # of choices, where there are several
+        self._chunked = False
+        self._write: Callable[[bytes], None] = _ignore
+        self._buffered: Callable[[], int] = int
+        self._blocked = False
+        self._ended = False
+        self._seen = 0  # events, at the last look of the sweep
+        self._progress_at = 0.0
+        self._error: ProxyError | AssemblyError | None = None
+        self._wakeup: asyncio.Future[None] | None = None
+
+    def __repr__(self) -> str:
+        phase = self.body_received.__name__.strip("_")
+        return (
+            f"<Relay from {self._worker} {phase} status={self.status} "
+            f"bytes={self.bytes}{' blocked' if self._blocked else ''}>"
+        )
+
+    # --- Until the first bytes are known ------------------------------------------
+
+    async def opened(self) -> None:
+        """Wait for the status and the first bytes, of a stream those with content.
+
+        Raises:
+            WorkerError: the worker was lost before, sent no HTTP, or ended too early.
+        """
+        while self.opened_at is None and not self._ended and self._error is None:
+            await self._sleep()
+        if self.opened_at is None:
+            self.opened_at = self._clock()
+            if self._error is not None:
+                raise self._error
+            if self._tells_all and not any(sse.judge(self.held, self._ending)):
+                raise self._incomplete()
+
+    @property
+    def spares_connection(self) -> bool:
+        """Whether the worker's connection can be expected to go on after this answer.
+
+        llama-server closes after every event stream, whatever it announced.
+        """
+        return self.status < 500 and not self.is_event_stream and self._ended
+
+    def header(self, wanted: bytes) -> bytes:
+        """Read a header of the answer, in lower case; empty where it has none."""
+        values = [v for name, v in self.headers if name.lower() == wanted]
+        return values[-1].lower() if values else b""
+
+    @property
+    def held(self) -> bytes:
+        """What has come of the body, until it is passed on."""
+        return b"".join(self._held)
+
+    def held_body(self) -> bytes | None:
+        """Give the whole body where the answer has ended already, else None."""
+        return self.held if self._ended else None
+
+    def early_error(self) -> sse.EventError | None:
+        """Read the error that a stream began with: it should have been a status."""
+        if not self.is_event_stream:
+            return None
+        told = map(sse.error_in, sse.events_in(self.held))
+        return next((error for error in told if error is not None), None)
+
+    async def whole(self) -> None:
+        """Wait until a short answer, such as an error, has come completely.
+
+        Raises:
+            WorkerError: the worker was lost before.
+        """
+        while not (self._ended or self._error or self._blocked):
+            await self._sleep()
+        if self._error is not None:
+            raise self._error
+
+    def fail(self, error: ProxyError | AssemblyError) -> None:
+        """End the answer from outside: it cannot be asked for, or made use of."""
+        self._error = self._error or error
+        self._wake()
+
+    # --- The fast lane ------------------------------------------------------------
+
+    async def run(
+        self,
+        client: Client,
+        write_timeout: float,
+        keep: int = 0,
+        tally: Tally | None = None,
+    ) -> None:
+        """Pass the answer on until it has ended, and remember `keep` bytes of it.
+
+        A stream that lacks its `[DONE]` but has a finish_reason gets it.  Where several
+        choices are asked for, a `tally` counts their ends.
+
+        Raises:
+            WorkerError: the answer is not complete; what came of it was passed on.
+            AssemblyError: whoever puts it together has said that it cannot be done.
+            ClientStalledError: the client did not read for `write_timeout` seconds.
+        """
+        self._chunked = client.chunked
+        self._write = client.write
+        self._buffered = client.buffered
+        self._kept = keep
+        self._transcript = Transcript() if keep else None
+        self.body_received = self._forward
+        self.chunk_received = self._forward_chunk
+        if tally is not None and self._tells_all:
+            self._tally = tally
+            self.body_received = self._count
+            self.chunk_received = self._count_chunk
+        # Not needed any more, in what may last for minutes.
+        self.headers, self._gatherer = [], None
+        held, self._held = self._held, []
+        if self._ending is not Ending.DONE or not self.is_event_stream:
+            self.began = usage.beginning(b"".join(held))
+        for data in held if len(held) <= MOST_HELD else [b"".join(held)]:
+            self.body_received(data)
+        while self._blocked or not (self._ended or self._error):
+            if self._blocked:
+                await self._drain(client, write_timeout)
+            else:
+                await self._sleep()
+        self.body_received = self.chunk_received = _ignore
+        self._finish(client)
+
+    def check(self, now: float, gap: float, silence: float) -> float:
+        """Look whether the answer goes on; called about once a second.
+
+        While the client is the one who blocks, the clocks stand still.  Returns for
+        how many seconds nothing was heard.
+        """
+        if self._blocked or self.events != self._seen or not self._progress_at:
+            self._seen, self._progress_at = self.events, now
+        silent = now - max(self._lease.heard_at, self._progress_at)
+        if self.is_event_stream and now - self._progress_at > gap:
+            self._stall(f"no event for {gap:g} s")
+        elif silent > silence:
+            self._stall(f"no byte for {silence:g} s")
+        return silent
+
+    def abandon(self) -> None:
+        """Give up on a worker that is known to be out."""
+        self._stall("the worker is down")
+
+    def _stall(self, reason: str) -> None:
+        text = f"Worker {self._worker} stopped in the middle of its answer."
+        self.fail(WorkerError(Code.WORKER_SLOW, text, detail=reason))
+
+    async def _drain(self, client: Client, write_timeout: float) -> None:
+        try:
+            async with asyncio.timeout(write_timeout):
+                await client.drain()
+        except TimeoutError:
+            raise ClientStalledError from None
+        self._blocked = False
+        self._connection.resume_reading()
+
+    def _finish(self, client: Client) -> None:
+        """Judge the end of the answer, and add what a complete one may lack."""
+        if not self._tells_all:
+            if self._error is not None:
+                raise self._error
+            return
+        verdict = sse.judge(self.tail, self._ending)
+        rest = sse.unfinished(self.tail)
+        # An end that broke off within its [DONE] can be completed.
+        whole = not rest or (self._ending is Ending.DONE and sse.DONE.startswith(rest))
+        if verdict.failed or self._failed:  # whatever follows
+            text = "The worker ended the answer with an error."
+            raise ToldError(Code.WORKER_INCOMPLETE, text)
+        if not (whole and self._is_complete(verdict)):
+            raise self._error or self._incomplete()
+        if self._ending is Ending.DONE and (rest or not verdict.done):
+            client.send(sse.DONE.removeprefix(rest))
+
+    def _is_complete(self, verdict: sse.Verdict) -> bool:
+        complete = verdict.complete or self._marked
+        counted = self._tally is None or self._tally.is_complete(done=verdict.done)
+        return complete and counted
+
+    @property
+    def _tells_all(self) -> bool:
+        """Whether this is a stream that says itself when it is complete."""
+        streams = self.is_event_stream and self.status == 200
+        return streams and self._ending is not Ending.BODY
+
+    def _incomplete(self) -> WorkerError:
+        text = f"Worker {self._worker} ended the answer before it was complete."
+        return WorkerError(Code.WORKER_INCOMPLETE, text)
+
+    @property
+    def told_all(self) -> bool:
+        """Whether a stream has come to its mark, if not to the end of its body."""
+        verdict = sse.judge(self.tail, self._ending)
+        failed = verdict.failed or self._failed
+        return self.is_event_stream and not failed and self._is_complete(verdict)
+
+    def relayed(self) -> bytes | None:
+        """Give all that was passed on; None if that was more than was to be kept."""
+        transcript, self._transcript = self._transcript, None
+        if transcript is None or self.bytes > self._kept:
+            return None
+        transcript.add(self._tail[self._noted :])
+        return transcript.body()
+
+    @property
+    def tail(self) -> bytes:
+        """The last bytes that were passed on, `sse.TAIL` of them at least."""
+        return b"".join(chunk[chunk.index(b"\n") + 1 : -2] for chunk in self._tail)
+
+    # --- Receiver: what the connection calls ---------------------------------------
+
+    def head_received(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self._lease.heard_at = self._clock()
+        self.status = status
+        self.headers = headers
+        kind = self.header(b"content-type")
+        if kind.startswith(b"text/event-stream"):
+            self._expect_events()
+
+    def _expect_events(self) -> None:
+        self.is_event_stream = True
+        self._gatherer = sse.Gatherer()
+
+    def _hold(self, data: bytes) -> None:
+        self._lease.heard_at = self._clock()
+        if not (self._held or self.is_event_stream) and self._looks_like_events(data):
+            self._expect_events()
+        self._held.append(data)
+        self._held_size += len(data)
+        if self._held_size > HOLD_LIMIT:
+            self._connection.pause_reading()
+            self._blocked = True  # until `run` has made room
+            self._wake()
+        elif self._gatherer is not None:
+            events = self._gatherer.feed(data)
+            if not events or not sse.opens(events, self._ending):
+                return
+        self._open()
+
+    def _looks_like_events(self, data: bytes) -> bool:
+        """Whether a body is a stream without saying so; JSON begins otherwise."""
+        texts = (Ending.BODY, Ending.TRANSCRIPT)  # may begin with any letter
+        streams = self.status == 200 and self._ending not in texts
+        return streams and data[:1] in sse.BEGINNINGS
+
+    def _hold_chunk(self, chunk: bytes, start: int) -> None:
+        self._hold(chunk[start:-2])
+
+    def _forward(self, data: bytes) -> None:
+        chunk = frame(data)
+        self._forward_chunk(chunk, len(chunk) - len(data) - 2)
+        if data[0] != _COLON:
+            self.events += data.count(b"data: {") - 1
+        if len(data) > sse.TAIL:
+            self._cut_tail()
+
+    def _forward_chunk(self, chunk: bytes, start: int) -> None:
+        """Pass a whole chunk on: the way of every token, at a few microseconds each.
+
+        The books are kept here and not in a helper, which would cost as much again:
+        when, how much, how many events, and the end of it all.
+        """
+        self._lease.heard_at = self._clock()
+        self.bytes += len(chunk) - start - 2
+        if chunk[start] != _COLON:  # a comment, such as a ping, is no event
+            self.events += 1  # llama-server sends one in a chunk
+        tail = self._tail
+        tail.append(chunk)
+        if len(tail) > _TAIL_CHUNKS:
+            self._cut_tail()
+        try:
+            self._write(chunk if self._chunked else chunk[start:-2])
+        except RuntimeError:
+            return  # uvloop: closed a moment ago; the handler is being cancelled
+        if self._buffered() > WRITE_BUFFER:
+            self._block()
+
+    def _count(self, data: bytes) -> None:
+        assert self._tally is not None, self
+        self._tally.feed(data)
+        self._forward(data)
+
+    def _count_chunk(self, chunk: bytes, start: int) -> None:
+        assert self._tally is not None, self
+        self._tally.feed(chunk[start:-2])
+        self._forward_chunk(chunk, start)
+
+    def _cut_tail(self) -> None:
+        """Let go of what is too old to be of use for judging the end."""
+        if self._transcript is not None:
+            self._transcript.add(self._tail[self._noted :])
+            if self.bytes > self._kept:
+                self._transcript = None
+        if self._ending is not Ending.DONE:  # a mark may have a long event behind it
+            self._marked = self._marked or sse.judge(self.tail, self._ending).complete
+        if any(b"error" in chunk for chunk in self._tail):
+            self._failed = self._failed or sse.has_error(self.tail, self._ending)
+        recent = self._tail[-_TAIL_KEPT:]
+        if sse.TAIL <= sum(map(len, recent)) <= 2 * sse.TAIL:
+            self._tail = recent
+        else:  # tiny ones, or huge ones
+            self._tail = [frame(self.tail[-sse.TAIL :])]
+        self._noted = len(self._tail)
+
+    def _block(self) -> None:
+        if not self._blocked:
+            self._blocked = True
+            self._connection.pause_reading()
+            self._wake()
+
+    def answer_ended(self) -> None:
+        self._ended = True
+        self._wake()
+
+    def answer_lost(self, reason: str, *, malformed: bool) -> None:
+        if malformed:
+            text = f"Worker {self._worker} sent what is no HTTP answer."
+            error = WorkerError(Code.WORKER_PROTOCOL, text, detail=reason)
+        else:
+            text = f"The connection to worker {self._worker} was lost."
+            error = WorkerError(Code.WORKER_LOST, text, detail=reason)
+        self.fail(error)
+
+    def _open(self) -> None:
+        if self.opened_at is None:
+            self.opened_at = self._clock()
+            self._wake()
+
+    # --- Waiting ------------------------------------------------------------------
+
+    async def _sleep(self) -> None:
+        self._wakeup = asyncio.get_running_loop().create_future()
+        try:
+            await self._wakeup
+        finally:
+            self._wakeup = None
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+
+def _ignore(*body: object) -> None:
+    pass

@@ -1,1 +1,0 @@
-"""Decisions: no sockets, no tasks, no wall clock."""

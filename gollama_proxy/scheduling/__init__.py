@@ -1,0 +1,1 @@
+"""Which request is next, and which worker gets it."""

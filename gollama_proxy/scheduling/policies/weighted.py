@@ -1,0 +1,80 @@
+"""Each in turn, and the stronger ones more often.
+
+This is stride scheduling (C. Waldspurger and W. Weihl, "Stride Scheduling:
+Deterministic Proportional-Share Resource Management", MIT 1995).  A worker of weight w
+is *due* every 1/w, and whoever is due first has the turn.  So the turns of a strong
+worker lie between those of the others and not in a row, and over any stretch of time
+each worker has its share to within one turn.
+
+Whoever does not fit when it is due loses that turn, and is not paid back: one that was
+away for an hour comes back to its share, and not to an hour of catching up.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from gollama_proxy.bounded import Remembered
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.scheduling.policies.base import Ask, Fits, Policy
+
+# When a worker is due, and its place in the configuration, which decides a tie.
+_Due = tuple[float, int, Worker]
+
+
+class Weighted(Policy):
+    """Go round the workers of each model by their weights; O(log n)."""
+
+    def __init__(self) -> None:
+        self._rounds = Remembered[str, _Round]()
+
+    def __repr__(self) -> str:
+        return f"<Weighted {self._rounds}>"
+
+    def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
+        """Choose the worker that is due first."""
+        if len(workers) == 1:
+            return workers[0] if fits(workers[0]) else None
+        round_ = self._rounds.get(ask.model)
+        if round_ is None or round_.workers is not workers:
+            past = {} if round_ is None else round_.due()
+            round_ = self._rounds[ask.model] = _Round(workers, past)
+        return round_.next(fits)
+
+
+class _Round:
+    """The turns of one pool.  Who joins it is first due in half a stride."""
+
+    __slots__ = ("_heap", "workers")
+
+    def __init__(self, workers: Sequence[Worker], past: dict[Worker, float]) -> None:
+        self.workers = workers
+        now = min(past.values(), default=0.0)
+        self._heap: list[_Due] = [
+            (past.get(worker, now + 0.5 / worker.weight), worker.index, worker)
+            for worker in workers
+        ]
+        heapq.heapify(self._heap)
+
+    def __repr__(self) -> str:
+        waiting = ", ".join(f"{w.name} {at:.2f}" for at, _, w in sorted(self._heap))
+        return f"<due: {waiting}>"
+
+    def due(self) -> dict[Worker, float]:
+        return {worker: at for at, _, worker in self._heap}
+
+    def next(self, fits: Fits) -> Worker | None:
+        heap = self._heap
+        passed: list[_Due] = []
+        while heap and not fits(heap[0][2]):
+            passed.append(heapq.heappop(heap))
+        if not heap:
+            self._heap = passed  # in order, so it is a heap
+            return None
+        now, index, chosen = heap[0]
+        heapq.heapreplace(heap, (now + 1 / chosen.weight, index, chosen))
+        for at, index, worker in passed:
+            due = max(at + 1 / worker.weight, now)
+            heapq.heappush(heap, (due, index, worker))
+        return chosen

@@ -1,0 +1,415 @@
+"""Whether a request is tried again, where, and after how long.
+
+Until a byte of an answer is out, a failed attempt can be made up for by another worker.
+A retry is paid from a budget that all requests share, so that an outage does not
+multiply the load.  Another worker comes before the same one again:
+
+    failure                     another worker      the only one, once more
+    ────────────────────────    ────────────────    ──────────────────────────────
+    UNREACHABLE                 at once, for free   no
+    LOADING (503)               at once, for free   after its Retry-After, if short
+    RESET, STATUS (5xx)         at once             after a short pause
+    BUSY (429)                  at once             after its Retry-After, if short
+    SLOW, SILENT                at once             no: it would be as slow again
+    MALFORMED, KEY              at once             no
+    MODEL (another answers)     at once, for free   no
+    CONTEXT (prompt too long)   with a larger one   no
+    STREAM (cannot be folded)   at once, and without asking for a stream
+
+What was refused unread has cost the worker nothing, so it is free; a worker that was
+not even reached uses up none of the attempts.  A 500 may be the request's own fault
+(llama-server answers so to bad UTF-8, and to an image for a text model): nobody is
+blamed for it until another worker did better, and when two of them say the same, it is
+believed, and only the fallbacks are left to try.
+
+When the attempts are used up, or nobody of a pool is there, the model's *fallbacks*
+come, each with attempts of its own, which are not paid for.  A pool that is only busy
+(`busy_for`) counts as one where nobody is there.  After CONTEXT, a worker or a fallback
+of which no context is known may be tried, behind those that are known to have more.
+
+An answer that broke off in its middle (`resume`) goes on with
+
+    1. workers of the same model that have not failed this answer,
+    2. the other models: the one that was asked for, its fallbacks,
+    3. workers that have failed it already and have not stalled,
+    4. the last one, once more.
+
+Each of these uses up one of the continuations, unless the worker refuses what it is
+asked for and is asked for something else (`repeat`).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import random
+from collections.abc import Sequence
+
+from gollama_proxy.config.settings import Retry
+from gollama_proxy.fleet.pool import Pool
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.scheduling.budget import RetryBudget
+from gollama_proxy.scheduling.context import too_long
+from gollama_proxy.scheduling.policies import Ask
+from gollama_proxy.wire.errors import RequestError
+from gollama_proxy.wire.overflow import Overflow
+
+
+class Failure(enum.Enum):
+    """Why an attempt came to nothing."""
+
+    UNREACHABLE = "unreachable"
+    LOADING = "loading"
+    RESET = "reset"
+    STATUS = "status"
+    BUSY = "busy"
+    SLOW = "slow"
+    SILENT = "silent"
+    MALFORMED = "malformed"
+    KEY = "key"
+    MODEL = "model"
+    CONTEXT = "context"
+    STREAM = "stream"
+
+
+# What the only worker there is gets a second chance for.
+AGAIN = frozenset({Failure.RESET, Failure.STATUS})
+# The same, when it says that it is worth while.
+LATER = frozenset({Failure.BUSY, Failure.LOADING})
+# The worker has fallen silent.
+HANGS = frozenset({Failure.SLOW, Failure.SILENT})
+# What is not worth a retry of the budget: it adds no load to an outage.
+FREE = frozenset({Failure.UNREACHABLE, Failure.LOADING, Failure.MODEL, Failure.CONTEXT})
+# The worker did not take the request, so it has not failed it.
+DECLINED = frozenset({Failure.UNREACHABLE, Failure.LOADING, Failure.BUSY})
+# What a worker may have begun to do by then.
+BEGUN = frozenset(
+    {
+        Failure.RESET,
+        Failure.STATUS,
+        Failure.SLOW,
+        Failure.SILENT,
+        Failure.MALFORMED,
+        Failure.MODEL,
+    }
+)
+PAUSE = (0.05, 0.15)  # seconds, between two attempts on the same worker
+_BELIEVED = 2  # so many workers that say the same
+
+
+class Attempts:
+    """The attempts of one request: on its model's pool, then on its fallbacks'."""
+
+    __slots__ = (
+        "_again",
+        "_budget",
+        "_continuations",
+        "_declined",
+        "_free",
+        "_last",
+        "_least_context",
+        "_limits",
+        "_place",
+        "_pools",
+        "_repeat",
+        "_resuming",
+        "_rng",
+        "_stalled",
+        "_suspects",
+        "_tried",
+        "_unreached",
+        "as_sent",
+        "ask",
+        "begun",
+        "needs",
+        "once",
+    )
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        limits: Retry,
+        budget: RetryBudget,
+        rng: random.Random,
+        *,
+        continuations: int = 0,
+        once: bool = False,
+    ) -> None:
+        """Begin; there may be so many `continuations` of an answer that broke off.
+
+        With `once`, what a worker may have begun is not tried again.
+        """
+        self.ask = Ask(pools[0].model)  # what is known of the request
+        self.begun = False  # somebody has been asked, of this pool or of another
+        self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
+        self.as_sent = False  # a stream in place of an answer has been of no use
+        self._pools = tuple(pools)
+        self._place = 0  # of the pool whose turn it is
+        self._tried: list[list[Worker]] = [[] for _ in pools]
+        self._limits = limits
+        self._budget = budget
+        self._rng = rng
+        self._continuations = continuations
+        self.once = once
+        self._resuming = False
+        self._free = False  # nothing is paid for any more
+        self._last: Worker | None = None  # the worker of the last attempt
+        self._unreached = 0  # attempts on this pool that cost nothing
+        self._declined: list[Worker] = []  # workers that did not take the request
+        self._stalled: list[Worker] = []  # workers that fell silent
+        self._suspects: list[Worker] = []  # of a 5xx that may be the request's fault
+        self._least_context = 0  # a worker must have more than this
+        self._again = False  # the last worker may have another attempt,
+        self._repeat = False  # or even has to be the one
+        budget.deposit()
+
+    def __repr__(self) -> str:
+        pool, tried, limit = self.pool.model, len(self.tried), self._limits.attempts
+        return f"<Attempts {tried} of {limit} on {pool!r}>"
+
+    # --- Who ----------------------------------------------------------------------
+
+    @property
+    def pool(self) -> Pool:
+        """The pool whose turn it is."""
+        return self._pools[self._place]
+
+    @property
+    def tried(self) -> list[Worker]:
+        """The workers of this pool that have had an attempt."""
+        return self._tried[self._place]
+
+    def candidates(self) -> list[Worker]:
+        """Choose who may take the next attempt: those that have not had one.
+
+        Where all have, it is the last one's, once more, if `retry_after` has said so.
+        Where nobody is there, it is the next fallback's.  An answer that broke off goes
+        to the fallbacks first, and then to those that have failed it before.
+        """
+        if self._resuming and not self.some_left:
+            return []
+        last = [w for w in self.fitting(self.pool) if w is self._last and self._again]
+        if self._repeat and last:
+            return last
+        others = self._untried(self._place)
+        if others:
+            return self.pool.preferred(others)
+        if last and not self._resuming:
+            return last
+        if self._fall_back():
+            return self.candidates()
+        return self._go_back() or last
+
+    def has_other(self) -> bool:
+        """Tell whether somebody is left to take over, and may."""
+        if self.once or (self._resuming and not self.some_left):
+            return False
+        paid = self._free or self._budget.suffices
+        others = self._untried(self._place) if paid and self.some_left else []
+        for place in self._fallbacks():
+            others += self._untried(place)
+        if self._resuming:
+            others += [worker for some in self._failed().values() for worker in some]
+        return any(worker.free > 0 for worker in others)
+
+    def begin(self, worker: Worker) -> None:
+        """Note who has got the attempt."""
+        self.tried.append(worker)
+        self._last = worker
+        self.begun = True
+        self._again = self._repeat = False
+        if self._resuming:
+            self._continuations -= 1
+
+    def _untried(self, place: int) -> list[Worker]:
+        """List the workers of a pool that may be asked and have not been."""
+        tried = self._tried[place]
+        return [w for w in self.fitting(self._pools[place]) if w not in tried]
+
+    def _failed(self) -> dict[int, list[Worker]]:
+        """List who may go on with an answer that they have failed before, by pool.
+
+        They may have been started anew; but a worker that has stalled would stall
+        again, and the last one is asked again only if `retry_after` says so.
+        """
+        barred = [*self._stalled, self._last]
+        some = {
+            place: [worker for worker in self.fitting(pool) if worker not in barred]
+            for place, pool in enumerate(self._pools)
+        }
+        return {place: workers for place, workers in some.items() if workers}
+
+    @property
+    def some_left(self) -> bool:
+        """Whether there may be another attempt on this pool, if there is somebody."""
+        if self._resuming:
+            return self._continuations > 0
+        return len(self.tried) - self._unreached < self._limits.attempts
+
+    @property
+    def pools(self) -> list[Pool]:
+        """The pools that are left: this one, and those that may come behind it."""
+        return [self.pool, *(self._pools[place] for place in self._fallbacks())]
+
+    def fitting(self, pool: Pool) -> list[Worker]:
+        """List who can be asked and has enough context, as far as is known.
+
+        Once a worker has refused the prompt, those that are known to have more context
+        go before those of which nothing is known.
+        """
+        if not (self._least_context or self.needs):
+            return pool.able
+        model = pool.model
+        able = [worker for worker in pool.able if self._fits(worker, model)]
+        if not self._least_context:
+            return able
+        return [w for w in able if w.context_of(model) is not None] or able
+
+    @property
+    def fits_somewhere(self) -> bool:
+        """Whether any worker may have enough context, even one that is down."""
+        return any(
+            self._fits(worker, pool.model)
+            for pool in self.pools
+            for worker in pool.workers
+        )
+
+    def _fits(self, worker: Worker, model: str) -> bool:
+        context = worker.context_of(model)
+        least = max(self._least_context, self.needs.get(model, 0))
+        return context is None or context > least
+
+    def too_long(
+        self, refusal: Overflow | None = None, *, native: bool = False
+    ) -> RequestError | None:
+        """Make the error of a prompt for which no worker has enough context.
+
+        None if nothing is known of any context, and no worker has refused.
+        """
+        counted = next(iter(self.needs.values()), 0)
+        return too_long(self._pools, counted, refusal, native=native)
+
+    def busy_for(self) -> float:
+        """Return the seconds until some worker is no longer busy; inf if none is."""
+        return min((pool.busy_for() for pool in self.pools), default=math.inf)
+
+    def _fallbacks(self) -> list[int]:
+        """List the places of the pools that may be turned to next.
+
+        An answer that broke off may also go back to the model that was asked for.
+        """
+        if not self._resuming:
+            return list(range(self._place + 1, len(self._pools)))
+        return [n for n in range(len(self._pools)) if n != self._place]
+
+    def _fall_back(self) -> bool:
+        """Move on to the next fallback that has somebody; False if none has."""
+        for place in self._fallbacks():
+            if self._untried(place):
+                self._turn_to(place)
+                self._free = True
+                return True
+        return False
+
+    def _go_back(self) -> list[Worker]:
+        """Let those go on with an answer that broke off who have failed it before."""
+        failed = self._failed() if self._resuming else {}
+        if failed:
+            self._turn_to(min(failed))
+        return failed.get(self._place, [])
+
+    def _turn_to(self, place: int) -> None:
+        if place != self._place:
+            self._place = place
+            self.ask = self.ask._replace(model=self.pool.model)
+            self._suspects.clear()
+            self._unreached = 0
+
+    # --- Whether ------------------------------------------------------------------
+
+    def retry_after(
+        self, failure: Failure | None, asked: float | None = None
+    ) -> float | None:
+        """Decide on another attempt: the pause before it, in seconds; None for none.
+
+        A `failure` of None would be the same everywhere.  `asked` is the Retry-After of
+        a busy worker.
+        """
+        if failure is None or (self.once and failure in BEGUN):
+            return None
+        if self._resuming and not self.some_left:
+            return None
+        if failure is Failure.STREAM:
+            self.as_sent = self._again = self._repeat = True
+            self.tried.pop()  # it is the same attempt
+            return 0.0
+        if self._note(failure, self.tried[-1]):
+            return 0.0 if self._fall_back() else None
+        another = self.some_left and bool(self._untried(self._place))
+        if self._resuming and not another:
+            another = self._fall_back() or bool(self._go_back())
+        pause = 0.0 if another else self._pause_for_the_same(failure, asked)
+        if pause is not None and self._may_spend(failure):
+            return pause
+        return 0.0 if self._fall_back() else None
+
+    def _note(self, failure: Failure, worker: Worker) -> bool:
+        """Note how a worker has failed; return whether a 5xx is believed by now."""
+        if failure in HANGS:
+            self._stalled.append(worker)
+        if failure in DECLINED:
+            self._declined.append(worker)
+        if failure is Failure.UNREACHABLE:
+            self._unreached += 1
+        if failure is Failure.CONTEXT:
+            context = worker.context_of(self.pool.model) or 1
+            self._least_context = max(self._least_context, context)
+        if failure is Failure.STATUS:
+            self._suspects.append(worker)
+        return len(set(map(id, self._suspects))) >= _BELIEVED
+
+    def _may_spend(self, failure: Failure) -> bool:
+        return self._free or failure in FREE or self._budget.withdraw()
+
+    def _pause_for_the_same(
+        self, failure: Failure, asked: float | None
+    ) -> float | None:
+        if not self.some_left or self.tried.count(self.tried[-1]) > 1:
+            return None
+        pause = None
+        if failure in AGAIN:
+            pause = self._rng.uniform(*PAUSE)
+        elif failure in LATER and asked is not None and asked <= self._limits.patience:
+            # A little longer: nobody is early, and not all are back at once.
+            pause = asked + self._rng.uniform(*PAUSE)
+        self._again = pause is not None
+        return pause
+
+    # --- Answers that broke off ---------------------------------------------------
+
+    def resume(self) -> None:
+        """Go on: the last worker's answer has broken off in its middle.
+
+        What follows is not paid for.  Each of these attempts saves what was generated
+        so far, and there is one for each answer that was lost, not for each request.
+        Workers that did not take the request have not failed the answer.
+        """
+        last = self.tried[-1]
+        passed = [*self._declined, last]
+        self._tried = [[w for w in some if w not in passed] for some in self._tried]
+        self.tried.append(last)
+        self._declined.clear()
+        self._suspects.clear()
+        self._free = self._resuming = True
+
+    def repeat(self) -> None:
+        """Have the last worker asked for something else, in the same attempt.
+
+        It has refused to go on with an answer, or not proved that it does.
+        """
+        self._continuations += 1
+        self._again = self._repeat = True
+
+    def succeeded(self) -> list[Worker]:
+        """Name those whose 5xx another worker has shown to be their own fault."""
+        return [worker for worker in self._suspects if worker is not self.tried[-1]]

@@ -1,0 +1,189 @@
+"""A hub's life in a process: from its start to the signal that ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import uvloop
+
+from gollama_proxy.config import addresses
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import Config, Server
+from gollama_proxy.edge.server import require_parser
+from gollama_proxy.hub import Hub
+from gollama_proxy.tasks import spawn
+from gollama_proxy.telemetry import accesslog
+
+logger = logging.getLogger(__name__)
+
+# What there may be open beside connections: files, pings, canaries, idle connections.
+_SPARE_FILES = 256
+# A hard limit that is none: more than any process of this kind has ever needed.
+_MANY_FILES = 1 << 20
+
+Announce = Callable[[Hub], Coroutine[Any, Any, None]]
+
+
+def run(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
+    """Run a command on uvloop, with signals; return its exit status."""
+
+    async def hearing_signals() -> int:
+        loop, signals = asyncio.get_running_loop(), Signals()
+        handlers = {
+            signal.SIGINT: signals.receive,
+            signal.SIGTERM: signals.receive,
+            signal.SIGHUP: signals.hang_up,
+        }
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            return await command(signals)
+        finally:
+            for number in handlers:  # a uvloop that is closed still has them
+                loop.remove_signal_handler(number)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(hearing_signals())
+
+
+class Signals:
+    """The first SIGINT or SIGTERM asks for the end, the second one insists.
+
+    SIGHUP asks to read files again, as it does with other services; from a terminal
+    it says that the terminal has gone, and so asks for the end.
+    """
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.insisted = asyncio.Event()
+        self.reload: Callable[[], None] | None = None  # who can, while it can
+
+    def receive(self) -> None:
+        (self.insisted if self.asked.is_set() else self.asked).set()
+
+    def hang_up(self) -> None:
+        if self.reload is None or (sys.stdin is not None and sys.stdin.isatty()):
+            self.receive()
+        else:
+            self.reload()
+
+    def __repr__(self) -> str:
+        asked, insisted = self.asked.is_set(), self.insisted.is_set()
+        return f"<Signals asked={asked} insisted={insisted}>"
+
+
+async def front(
+    signals: Signals,
+    config: Config,
+    announce: Announce,
+) -> int:
+    """Run a hub until a signal; return 1 when a second one cut answers."""
+    require_parser()
+    accesslog.configure(config.log)
+    # Thousands of streams are long-lived and hardly ever garbage: collecting by the
+    # default, at every 700 new objects, costs a tenth of a short request.
+    gc.set_threshold(5_000, 10, 10)
+    hub = Hub(_fit(config, _raise_file_limit()))
+    try:
+        await hub.start()
+    except OSError as exc:
+        raise _refuse_address(config.server, exc) from exc
+    logger.info("%s", config.source)
+    _warn_of_plain_text(config.server)
+    # What is there by now stays: looking through all the modules again and again would
+    # hold the event loop for 30 ms each time.
+    gc.collect()
+    gc.freeze()
+    try:
+        signals.reload = hub.reload
+        async with asyncio.TaskGroup() as group:
+            announcing = group.create_task(announce(hub), name="announce")
+            await signals.asked.wait()
+            announcing.cancel()
+        grace = config.server.drain
+        logger.info("draining for %g s at most; a second signal cuts answers", grace)
+    finally:
+        signals.reload = _ignore
+        clean = await _drain(hub, signals)
+        gc.unfreeze()
+    return 0 if clean else 1
+
+
+def _ignore() -> None:
+    """What is about to end reads nothing again, and is not hurried by SIGHUP."""
+
+
+def _raise_file_limit() -> int:
+    """Take all the open files that this process may have; return how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # macOS has a lower one that it does not tell
+        return soft
+    logger.info("raised the limit of open files from %d to %d", soft, wanted)
+    return wanted
+
+
+def _fit(config: Config, files: int) -> Config:
+    """Let in no more clients than there are files for them and for their workers.
+
+    A hub without files could reach no worker, and would blame the worker.
+    """
+    limits = config.limits
+    room = max(1, (files - _SPARE_FILES) // 2)
+    if limits.connections <= room:
+        return config
+    logger.warning(
+        "limits.connections = %d: %d open files (LimitNOFILE) are enough for %d",
+        limits.connections,
+        files,
+        room,
+    )
+    return replace(config, limits=replace(limits, connections=room))
+
+
+def _warn_of_plain_text(server: Server) -> None:
+    if not server.tls_certificate and not addresses.is_loopback(server.host):
+        logger.warning(
+            "server.host = %r without TLS: tokens and prompts can be read on the "
+            "network; set server.tls_certificate, or put a proxy with TLS in front",
+            server.host,
+        )
+
+
+def _refuse_address(server: Server, exc: OSError) -> ConfigError:
+    host = f"server.host = {server.host!r}"
+    port = f"server.port = {server.port}"
+    if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
+        return ConfigError(f"{host}: must be an address of this machine")
+    if exc.errno == errno.EADDRINUSE:
+        return ConfigError(f"{port}: already in use; must be a free port, or 0 for any")
+    if exc.errno == errno.EACCES:
+        return ConfigError(f"{port}: not permitted; must be 1024 or above")
+    return ConfigError(f"{host}, {port}: cannot be listened on: {exc.strerror or exc}")
+
+
+async def _drain(hub: Hub, signals: Signals) -> bool:
+    draining = spawn(hub.drain(), "drain")
+    insisting = spawn(signals.insisted.wait(), "second signal")
+    await asyncio.wait((draining, insisting), return_when=asyncio.FIRST_COMPLETED)
+    clean = draining.done()
+    if not clean:
+        logger.warning("second signal: cutting what still runs")
+        await hub.abort()
+    insisting.cancel()
+    await draining
+    return clean

@@ -1,0 +1,194 @@
+"""What `gollama-proxy secret` and `gollama-proxy token` print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import secrets
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TextIO
+
+from gollama_proxy.config.keys import MIN_SECRET_BYTES, read_secret
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import Config
+
+if TYPE_CHECKING:
+    from gollama_proxy.scheduling.ticket import Priority
+
+# --- secret -----------------------------------------------------------------------
+
+
+def print_secret() -> int:
+    """Print a new secret."""
+    _keep_from_others(sys.stdout)
+    print(secrets.token_hex(MIN_SECRET_BYTES))
+    return 0
+
+
+def _keep_from_others(stream: TextIO) -> None:
+    """Restrict a file that the shell has opened to its owner."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # one that is no file
+        return
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode) and mode & 0o077:
+        try:
+            os.fchmod(number, 0o600)
+        except OSError as exc:
+            text = "standard output: must be a file for its owner only"
+            raise ConfigError(f"{text} (chmod: {exc.strerror})") from exc
+
+
+# --- token ------------------------------------------------------------------------
+
+_SCOPES = (
+    "allow more: metrics (GET /metrics), or admin, which allows no more than that "
+    "as there is no admin API yet"
+)
+
+_LIMITS = {
+    "--rpm": "requests a minute",
+    "--tpm": "tokens a minute",
+    "--max-concurrency": "requests at once",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what `print_token` reads."""
+    parser.add_argument("--sub", required=True, help="who the token speaks for")
+    parser.add_argument("--expires", default="30d", help="45s, 90m, 12h, 30d (default)")
+    parser.add_argument(
+        "--model", action="append", default=[], help="allow only these, such as 'qwen*'"
+    )
+    parser.add_argument("--scope", action="append", default=[], help=_SCOPES)
+    for flag, what in _LIMITS.items():
+        parser.add_argument(flag, metavar="N", help=f"allow so many {what}")
+    parser.add_argument(
+        "--priority", help="highest class: interactive (default), batch"
+    )
+    parser.add_argument(
+        "--private-key", metavar="FILE", help="PEM file to sign with, for all but HS256"
+    )
+
+
+def print_token(args: argparse.Namespace, load: Callable[[], Config]) -> int:
+    """Print a token as the flags say, for the hub that `load` gives the settings of.
+
+    Raises:
+        ConfigError: a flag cannot be used, or the hub would refuse the token.
+    """
+    from gollama_proxy.edge.auth import Authenticator, AuthError, mint
+
+    _refuse_unprintable("--sub", [args.sub])
+    _refuse_unprintable("--model", args.model)
+    _refuse_unprintable("--scope", args.scope)
+    lifetime = _parse_lifetime(args.expires)
+    limits, priority = _parse_limits(args), _parse_priority(args.priority)
+    config = load()
+    auth = config.auth
+    if auth.max_lifetime and lifetime > auth.max_lifetime:
+        longest = f"must be {auth.max_lifetime:.0f}s (auth.max_lifetime) or less"
+        raise ConfigError(f"--expires = {args.expires!r}: {longest}")
+    token_id = secrets.token_hex(8)
+    source, key = _find_signing_key(config, args.private_key)
+    try:
+        token = mint(
+            key,
+            auth.algorithm,
+            args.sub,
+            lifetime,
+            models=args.model,
+            scopes=args.scope,
+            issuer=auth.issuer,
+            audience=auth.audience,
+            limits=limits,
+            priority=priority,
+            token_id=token_id,
+        )
+    except ValueError as exc:
+        raise ConfigError(f"{source}: {exc}") from exc
+    asking = replace(config, auth=replace(auth, mode="jwt"))
+    try:
+        Authenticator(asking).authenticate([f"Bearer {token}"])
+    except AuthError as exc:
+        text = f"the hub would refuse such a token: {exc.detail}"
+        raise ConfigError(f"{source}: {text}") from exc
+    note(config.source)
+    note(f"to revoke it: jti:{token_id}")
+    if "admin" in args.scope:
+        note("scope admin allows /metrics and no more: there is no admin API yet")
+    if auth.mode == "off":
+        note("auth.mode is off: the hub asks for no token")
+    print(token)
+    return 0
+
+
+def _refuse_unprintable(flag: str, values: Sequence[str]) -> None:
+    for value in values:
+        if not value.strip() or not value.isprintable():
+            raise ConfigError(f"{flag} = {value!r}: must be printable, and not empty")
+
+
+def _parse_lifetime(text: str) -> float:
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+    scale = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    lifetime = int(match[1]) * scale[match[2]] if match else 0
+    if not 0 < lifetime <= 3650 * 86_400:
+        allowed = "45s, 90m, 12h or 30d, from 1s to 3650d"
+        raise ConfigError(f"--expires = {text!r}: must be a time such as {allowed}")
+    return lifetime
+
+
+def _parse_limits(args: argparse.Namespace) -> dict[str, int]:
+    limits = {}
+    for flag in _LIMITS:
+        name = flag.removeprefix("--").replace("-", "_")
+        text = getattr(args, name)
+        if text is not None:
+            if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < 1:
+                raise ConfigError(f"{flag} = {text!r}: must be a whole number from 1")
+            limits[name] = int(text)
+    return limits
+
+
+def _parse_priority(text: str | None) -> Priority | None:
+    from gollama_proxy.scheduling.ticket import Priority
+
+    if text is None:
+        return None
+    try:
+        return Priority(text)
+    except ValueError:
+        known = ", ".join(Priority)
+        raise ConfigError(f"--priority = {text!r}: must be one of {known}") from None
+
+
+def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
+    algorithm = config.auth.algorithm
+    if algorithm == "HS256":
+        if file is not None:
+            raise ConfigError(
+                f"--private-key = {file!r}: HS256 signs with GOLLAMA_JWT_SECRET; "
+                "set auth.algorithm to RS256, ES256 or EdDSA"
+            )
+        if config.auth.secret_file:
+            return "auth.secret_file", config.secrets[0]
+        if not os.environ.get("GOLLAMA_JWT_SECRET"):
+            raise ConfigError(
+                "GOLLAMA_JWT_SECRET: is not set; must be the hub's secret"
+            )
+        return "GOLLAMA_JWT_SECRET", config.secrets[0]
+    if file is None:
+        raise ConfigError(f"--private-key: {algorithm} needs a PEM file to sign with")
+    source = f"--private-key = {file!r}"
+    return source, read_secret(source, file)
+
+
+def note(text: str) -> None:
+    """Tell what is no part of a command's result."""
+    print("note:", text, file=sys.stderr)

@@ -1,0 +1,744 @@
+"""A worker that fails is taken out of the traffic, and proves itself before it is back.
+
+The sweep comes once a second by itself; here it comes when a test says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from gollama_proxy.fleet import watchdog as sweep
+from gollama_proxy.fleet.breaker import Breaker, State, Verdict
+from tests.fakes import waiting
+from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
+from tests.fakes.clock import Clock
+from tests.fakes.exchange import Request
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.replies import (
+    chunk,
+    done,
+    error_reply,
+    finish,
+    head,
+    last_chunk,
+    loading,
+    ping,
+    role,
+    sse_head,
+    token,
+)
+from tests.fakes.script import (
+    Script,
+    answer,
+    chat_stream,
+    close,
+    expect_eof,
+    notify,
+    reset,
+    send,
+    stall,
+    stream_of,
+    wait,
+)
+from tests.fakes.worker import ScriptedWorker
+
+until = functools.partial(waiting.until, timeout=10.0)
+
+EMBED = "/v1/embeddings"
+# Requests that are all alike go to the workers in turn, not to the good one only.
+TRIES: dict[str, Any] = {
+    "retry__ratio": 1,
+    "retry__floor": 1000,
+    "routing__policy": "round_robin",
+}
+# A request is one call, which the breaker counts: no second one makes up for it.
+ONE_CALL: dict[str, Any] = {"retry__attempts": 1, "rescue__enabled": False}
+FAILURES = 5  # in a row open a breaker
+BEGUN = role() + token("a")
+
+
+@pytest.fixture(autouse=True)
+def _no_sweep_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "PERIOD", RARELY)
+
+
+def breaker_of(hub: RunningHub, worker: ScriptedWorker) -> Breaker:
+    [breaker] = (w.breaker for w in hub.hub.registry.workers if w.name == worker.name)
+    return breaker
+
+
+def count(breaker: Breaker, verdict: Verdict) -> int:
+    return breaker._recent[verdict].count
+
+
+def is_canary(request: Request) -> bool:
+    body = json.loads(request.body)
+    return bool(body.get("max_tokens") == 1 and body["messages"][0]["content"] == "hi")
+
+
+async def proofs(hub: RunningHub) -> None:
+    """Have the sweep come, and wait for the canaries that it sends."""
+    hub.hub.sweep.round()
+    await asyncio.gather(*hub.hub.sweep._canaries)
+
+
+@asynccontextmanager
+async def broken(
+    *models: str, state: State = State.OPEN, **settings: Any
+) -> AsyncIterator[tuple[ScriptedWorker, RunningHub]]:
+    """Run a hub whose only worker has been taken out by its breaker.
+
+    The worker has been repaired since.
+    """
+    if state is State.HALF_OPEN:
+        settings = {"breaker__open": 0.05, "breaker__open_max": 0.05, **settings}
+    settings = {"health__interval": RARELY, "breaker__jitter": 0} | ONE_CALL | settings
+    async with (
+        ScriptedWorker(*models) as worker,
+        running_hub(worker, **settings) as hub,
+    ):
+        worker.default(reset())
+        for _ in range(FAILURES):
+            assert (await hub.post(CHAT, STREAM)).status == 502
+        breaker = breaker_of(hub, worker)
+        assert breaker.transitions[State.OPEN] == 1
+        worker.default(*answer({"choices": []}))
+        worker.requests.clear()
+        await until(lambda: breaker.state is state)
+        yield worker, hub
+
+
+# --- Out --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault", [(reset(),), (send(b"garbage\r\n\r\n"), close())], ids=["reset", "garbage"]
+)
+async def test_a_worker_that_is_in_good_health_and_cannot_generate_is_taken_out(
+    fault: Script,
+) -> None:
+    """And stays out: a ping proves nothing about what it does not use."""
+    async with (
+        ScriptedWorker() as bad,
+        ScriptedWorker() as good,
+        running_hub(bad, good, health__interval=0.02, breaker__open=60, **TRIES) as hub,
+    ):
+        bad.default(*fault)
+        for _ in range(3 * FAILURES):
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        assert len(bad.requests) == FAILURES
+        assert breaker_of(hub, bad).state is State.OPEN
+        await bad.pinged(9)
+        await proofs(hub)
+        for _ in range(20):
+            response = await hub.post(CHAT, STREAM)
+            assert response.header("x-gollama-attempts") == "1"
+        assert len(bad.requests) == FAILURES
+        [record, _] = hub.hub.registry.workers
+        assert record.state.value == "ready"
+
+
+async def test_canaries_are_all_that_a_broken_worker_gets() -> None:
+    """Whose health is good; each canary that fails closes the door again."""
+    async with (
+        ScriptedWorker() as bad,
+        ScriptedWorker() as good,
+        running_hub(
+            bad,
+            good,
+            health__interval=0.02,
+            breaker__open=0.01,
+            breaker__open_max=0.01,
+            **TRIES,
+        ) as hub,
+    ):
+        bad.default(reset())
+        while len(bad.requests) < FAILURES:
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        breaker = breaker_of(hub, bad)
+        for _ in range(5):
+            await until(lambda: breaker.state is State.HALF_OPEN)
+            for _ in range(4):
+                assert (await hub.post(CHAT, STREAM)).status == 200
+            await proofs(hub)
+            assert breaker.reason == "the proof failed"
+        assert len(bad.requests) == FAILURES + 5
+        assert all(map(is_canary, bad.requests[FAILURES:]))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (reset(),),
+        (send(loading()),),
+        (send(error_reply(429, "no", "rate_limit_error")),),
+        (send(error_reply(500, "no")),),
+    ],
+    ids=["reset", "503", "429", "500"],
+)
+async def test_a_worker_that_fails_fast_attracts_no_load(fault: Script) -> None:
+    """Failing is the quickest way to be done."""
+    async with (
+        ScriptedWorker() as bad,
+        ScriptedWorker() as good,
+        running_hub(
+            bad, good, health__interval=RARELY, breaker__busy_max=60, **TRIES
+        ) as hub,
+    ):
+        bad.default(*fault)
+        for _ in range(60):
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        assert 0 < len(bad.requests) <= FAILURES
+        assert len(good.requests) == 60
+
+
+async def test_when_all_breakers_are_open_it_is_said_at_once_and_until_when() -> None:
+    """Nobody is asked in the hope that it is not so bad."""
+    async with broken(breaker__open=60, breaker__open_max=60) as (worker, hub):
+        for _ in range(3):
+            response = await hub.post(CHAT, STREAM)
+            assert response.status == 503
+            error = response.json()["error"]
+            assert error["code"] == "no_worker_available"
+            assert "1 serve it (1 breaker open)" in error["message"]
+            assert 30 <= int(response.header("retry-after") or "") <= 60
+        assert not worker.requests
+        assert (await hub.get("/readyz", None)).status == 503
+
+
+# The end of a request, and whether it counts as a failure.
+ENDS: dict[str, tuple[Script, bool]] = {
+    "reset": ((reset(),), True),
+    "closed": ((close(),), True),
+    "garbage": ((send(b"SSH-2.0\r\n\r\n"), close()), True),
+    "cut": ((send(sse_head() + chunk(BEGUN)), reset()), True),
+    "ended early": ((send(sse_head() + chunk(BEGUN) + last_chunk()), close()), True),
+    "401": ((send(error_reply(401, "no", "authentication_error")),), True),
+    "400": ((send(error_reply(400, "no", "invalid_request_error")),), False),
+    "404": ((send(error_reply(404, "no", "not_found_error")),), False),
+    "429": ((send(error_reply(429, "no", "rate_limit_error")),), False),
+    "500": ((send(error_reply(500, "no")),), False),
+    "501": ((send(error_reply(501, "no", "not_supported_error")),), False),
+    "loading": ((send(loading()),), False),
+    "good": (stream_of(2), False),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_what_a_breaker_counts_as_a_failure(end: str) -> None:
+    script, failed = ENDS[end]
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_CALL) as hub:
+        worker.script(*script)
+        async with await hub.open(CHAT, STREAM) as wire:
+            await wire.read_to_end()
+        breaker = breaker_of(hub, worker)
+        await until(lambda: not hub.hub.registry.workers[0].in_flight)
+        assert count(breaker, Verdict.FAILURE) == int(failed)
+        assert count(breaker, Verdict.SUCCESS) == int(end == "good")
+        assert count(breaker, Verdict.SLOW) == 0
+
+
+async def test_clients_that_leave_open_no_breaker() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, breaker__minimum_calls=1) as hub,
+    ):
+        worker.default(notify("here"), *stream_of(2, "never"))
+        for n in range(2 * FAILURES):
+            wire = await hub.open(CHAT, STREAM)
+            await worker.received(n + 1)
+            if n % 2:
+                await wire.read_event()
+            wire.abort()
+            await until(lambda: not hub.hub.registry.workers[0].in_flight)
+        breaker = breaker_of(hub, worker)
+        assert breaker.available
+        assert not any(count(breaker, v) for v in (Verdict.FAILURE, Verdict.SLOW))
+
+
+# --- Back in ----------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_after_a_hang_has_left_because_of_it() -> None:
+    """Before the allowance is over nobody is to blame; behind it, the worker is."""
+    clock = Clock()
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, health__interval=RARELY) as hub,
+    ):
+        [record] = hub.hub.registry.workers
+        record.clock = clock
+        breaker = record.breaker
+        for waited, slow in ((5, 0), (30, 1)):
+            worker.script(notify("here"), expect_eof())
+            async with await hub.open(CHAT, STREAM) as wire:
+                await worker.reached("here")
+                worker.event("here").clear()
+                clock.advance(waited)
+                wire.abort()
+            await until(lambda: not record.in_flight)
+            assert count(breaker, Verdict.SLOW) == slow
+            assert count(breaker, Verdict.FAILURE) == 0
+
+
+async def test_no_request_of_a_user_gets_to_a_worker_that_has_to_prove_itself() -> None:
+    async with broken(state=State.HALF_OPEN) as (worker, hub):
+        responses = await asyncio.gather(*(hub.post(CHAT, STREAM) for _ in range(50)))
+        for response in responses:
+            assert response.status == 503
+            assert "1 breaker half-open" in response.json()["error"]["message"]
+        assert not worker.requests
+
+
+async def test_good_canaries_close_a_breaker() -> None:
+    async with broken(state=State.HALF_OPEN) as (worker, hub):
+        breaker = breaker_of(hub, worker)
+        worker.script(*answer({"choices": []}))
+        worker.script(notify("second"), wait("go"), *answer({"choices": []}))
+        hub.hub.sweep.round()
+        await worker.reached("second")  # at once behind the first
+        assert breaker.state is State.HALF_OPEN
+        assert (await hub.post(CHAT, STREAM)).status == 503
+        worker.release("go")
+        await asyncio.gather(*hub.hub.sweep._canaries)
+        assert breaker.closed
+        assert len(worker.requests) == 2
+        assert all(map(is_canary, worker.requests))
+        worker.default(*stream_of(2))
+        assert (await hub.post(CHAT, STREAM)).status == 200
+        assert (await hub.get("/readyz", None)).status == 200
+
+
+async def test_the_sweep_sends_canaries_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sweep, "PERIOD", 0.01)
+    async with broken() as (worker, hub):
+        breaker_of(hub, worker)._rested_at = time.monotonic()
+        await until(lambda: breaker_of(hub, worker).closed)
+        assert [is_canary(request) for request in worker.requests] == [True, True]
+
+
+async def test_there_is_one_canary_at_a_time() -> None:
+    async with broken(state=State.HALF_OPEN) as (worker, hub):
+        worker.default(wait("go"), *answer({"choices": []}))
+        for _ in range(10):
+            hub.hub.sweep.round()
+        await worker.received(1)
+        for _ in range(10):
+            hub.hub.sweep.round()
+        assert len(hub.hub.sweep._canaries) == 1
+        assert len(worker.requests) == 1
+        worker.release("go")
+        await asyncio.gather(*hub.hub.sweep._canaries)
+        assert len(worker.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        (reset(),),
+        (send(error_reply(500, "no")),),
+        (stall(),),
+        (send(head(200, [("Content-Length", "99")]) + b"{"), reset()),
+    ],
+    ids=["reset", "500", "silent", "cut"],
+)
+async def test_a_canary_that_dies_opens_the_breaker_again(failing: Script) -> None:
+    """A silent one has the time that the first token of a prompt has."""
+    async with broken(state=State.HALF_OPEN, timeouts__allowance=0.2) as (worker, hub):
+        worker.default(*failing)
+        breaker = breaker_of(hub, worker)
+        await proofs(hub)
+        assert breaker.transitions[State.OPEN] == 2
+        assert breaker.reason == "the proof failed"
+
+
+async def test_a_hub_that_stops_does_not_wait_for_its_canaries() -> None:
+    async with broken(state=State.HALF_OPEN) as (worker, hub):
+        worker.default(expect_eof())
+        hub.hub.sweep.round()
+        await worker.received(1)
+    # Leaving the hub's block finds no task of it.
+
+
+async def test_what_a_breaker_does_shows_in_the_metrics_and_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """State, transitions and causes, of the machine and of a model."""
+    async with broken(metrics__open=True) as (worker, hub):
+        [record] = hub.hub.registry.workers
+        record.breaker_of("tiny").record(Verdict.FAILURE)
+        page = (await hub.get("/metrics")).body.decode()
+    machine, model = (f'model="{name}"' for name in ("", "tiny"))
+    where = f'worker="{worker.name}"'
+    cause = 'cause="consecutive"'
+    for line in (
+        f'gollama_breaker_state{{{machine},state="open",{where}}} 1.0',
+        f'gollama_breaker_state{{{model},state="closed",{where}}} 1.0',
+        f'gollama_breaker_transitions_total{{{machine},state="open",{where}}} 1.0',
+        f"gollama_breaker_openings_total{{{cause},{machine},{where}}} 1.0",
+    ):
+        assert line in page
+    said = f"worker {worker.name}: breaker closed -> open (5 failures in a row)"
+    assert said in caplog.messages
+
+
+# --- Without canaries -------------------------------------------------------------
+
+
+async def test_without_canaries_one_request_at_a_time_proves_a_worker() -> None:
+    """A hundred at once: one goes there, the others do not wait for what it shows."""
+    async with broken(state=State.HALF_OPEN, breaker__canary=False) as (worker, hub):
+        worker.default(notify("here"), wait("go"), *answer({"choices": []}))
+        first = asyncio.create_task(hub.post(CHAT, WHOLE))
+        await worker.reached("here")
+        others = await asyncio.gather(*(hub.post(CHAT, WHOLE) for _ in range(99)))
+        assert {response.status for response in others} == {503}
+        worker.release("go")
+        assert (await first).status == 200
+        assert len(worker.requests) == 1
+        breaker = breaker_of(hub, worker)
+        assert breaker.state is State.HALF_OPEN
+        assert (await hub.post(CHAT, WHOLE)).status == 200
+        assert breaker.state is State.CLOSED
+        await proofs(hub)
+        assert len(worker.requests) == 2
+
+
+async def test_a_request_that_proves_a_worker_bad_goes_to_the_next_one() -> None:
+    async with (
+        ScriptedWorker() as bad,
+        ScriptedWorker() as good,
+        running_hub(
+            bad,
+            good,
+            health__interval=RARELY,
+            breaker__canary=False,
+            breaker__open=0.05,
+            breaker__open_max=0.05,
+            breaker__jitter=0,
+            **TRIES,
+        ) as hub,
+    ):
+        bad.default(reset())
+        breaker = breaker_of(hub, bad)
+        while breaker.state is not State.OPEN:
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        await until(lambda: breaker.state is State.HALF_OPEN)
+        bad.requests.clear()
+        for _ in range(2):  # one of them has the turn of the bad one
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        assert breaker.reason == "the proof failed"
+        assert len(bad.requests) == 1
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_a_proof_that_shows_nothing_leaves_its_place_to_the_next(
+    leaves: bool,
+) -> None:
+    """The permit comes back, whether the client leaves or has asked for too much."""
+    async with broken(state=State.HALF_OPEN, breaker__canary=False) as (worker, hub):
+        if leaves:
+            worker.script(notify("here"), expect_eof())
+            async with await hub.open(CHAT, STREAM) as wire:
+                await worker.reached("here")
+                wire.abort()
+            await worker.idle()
+        else:
+            for _ in range(2):  # once more as the client has written it
+                worker.script(send(error_reply(400, "no", "invalid_request_error")))
+            assert (await hub.post(CHAT, WHOLE)).status == 400
+        [record] = hub.hub.registry.workers
+        await until(lambda: not record.in_flight)
+        assert breaker_of(hub, worker).state is State.HALF_OPEN
+        assert (await hub.post(CHAT, WHOLE)).status == 200
+
+
+async def test_a_model_that_a_request_has_to_prove() -> None:
+    """A 5xx of it is a bad proof, whoever is to blame."""
+    settings: dict[str, Any] = {
+        "breaker__consecutive": 1,
+        "breaker__canary": False,
+        "breaker__open": 0.05,
+        "breaker__open_max": 0.05,
+        "breaker__jitter": 0,
+        **TRIES,
+    }
+    async with (
+        ScriptedWorker() as bad,
+        ScriptedWorker() as good,
+        running_hub(bad, good, health__interval=RARELY, **settings) as hub,
+    ):
+        bad.default(send(error_reply(500, "no")))
+        record = hub.hub.registry.workers[0]
+        while record.breaker_of("tiny").state is not State.OPEN:
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        breaker = record.breaker_of("tiny")
+        await until(lambda: breaker.state is State.HALF_OPEN)
+        assert record.breaker.state is State.CLOSED
+        for _ in range(2):
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        assert breaker.reason == "the proof failed"
+        await until(lambda: breaker.state is State.HALF_OPEN)
+        bad.default(*answer({"choices": []}))
+        while breaker.state is State.HALF_OPEN:
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        assert breaker.state is State.CLOSED
+
+
+# --- Models -----------------------------------------------------------------------
+
+
+async def test_a_model_that_fails_takes_the_other_models_of_its_worker_along_not() -> (
+    None
+):
+    """And the canary asks for this very model."""
+    async with (
+        ScriptedWorker("ill", "well") as bad,
+        ScriptedWorker("ill") as good,
+        running_hub(
+            bad,
+            good,
+            health__interval=RARELY,
+            breaker__open=0.05,
+            breaker__open_max=0.05,
+            **TRIES,
+        ) as hub,
+    ):
+        bad.default(send(error_reply(500, "no")))
+        ill = {"model": "ill", **STREAM}
+        while len(bad.requests) < FAILURES:
+            assert (await hub.post(CHAT, ill)).status == 200
+        [record, _] = hub.hub.registry.workers
+        assert not record.can_serve("ill")
+        bad.default(*stream_of(2))
+        response = await hub.post(CHAT, {"model": "well", **STREAM})
+        assert response.header("x-gollama-worker") == bad.name
+        breaker = record.breaker_of("ill")
+        bad.default(*answer({"choices": []}))
+        bad.requests.clear()
+        await until(lambda: breaker.state is State.HALF_OPEN)
+        await proofs(hub)
+        await proofs(hub)
+        assert breaker.closed
+        assert [request.json()["model"] for request in bad.requests] == ["ill", "ill"]
+
+
+async def test_a_model_that_is_unavailable_for_ever_is_broken() -> None:
+    """Its canaries find its return; until then they are all that it is asked."""
+    async with (
+        ScriptedWorker("ill", "well") as worker,
+        running_hub(
+            worker,
+            health__interval=RARELY,
+            breaker__busy_max=0,
+            breaker__open=0.05,
+            breaker__open_max=0.05,
+            breaker__consecutive=3,
+        ) as hub,
+    ):
+        worker.default(send(error_reply(503, "no")))
+        [record] = hub.hub.registry.workers
+        breaker = record.breaker_of("ill")
+        for _ in range(3):
+            if breaker.closed:
+                await hub.post(CHAT, {"model": "ill", **STREAM})
+        assert breaker.transitions[State.OPEN] == 1
+        worker.default(*stream_of(2))
+        assert (await hub.post(CHAT, {"model": "well", **STREAM})).status == 200
+        worker.default(*answer({"choices": []}))
+        await until(lambda: breaker.state is State.HALF_OPEN)
+        await proofs(hub)
+        await proofs(hub)
+        assert breaker.closed
+
+
+# --- Slow -------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def watched(
+    **settings: Any,
+) -> AsyncIterator[tuple[ScriptedWorker, RunningHub, Clock]]:
+    """Run a worker and a hub whose sweep has a clock that the test advances."""
+    settings = {"health__interval": RARELY} | ONE_CALL | settings
+    async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
+        clock = Clock(time.monotonic())
+        hub.hub.sweep._clock = clock
+        yield worker, hub, clock
+
+
+async def test_a_stream_that_stops_is_ended_and_its_worker_is_slow() -> None:
+    """30 s without an event; the client is told, and the generation is cancelled."""
+    async with watched() as (worker, hub, clock):
+        worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())
+        async with await hub.open(CHAT, STREAM) as wire:
+            await wire.read_event()
+            await wire.read_event()
+            hub.hub.sweep.round()
+            clock.advance(30)
+            hub.hub.sweep.round()
+            assert hub.hub.registry.workers[0].in_flight == 1
+            clock.advance(0.1)
+            hub.hub.sweep.round()
+            ending = await wire.read_to_end()
+        assert not ending.clean
+        assert b"worker_slow" in ending.raw
+        assert b"[DONE]" not in ending.raw
+        await worker.idle()
+        breaker = breaker_of(hub, worker)
+        assert count(breaker, Verdict.SLOW) == 1
+        assert count(breaker, Verdict.FAILURE) == 0
+        [record] = hub.hub.registry.workers
+        await until(lambda: not record.in_doubt)  # the pinger has looked at once
+
+
+async def test_an_event_now_and_then_is_enough() -> None:
+    async with watched() as (worker, hub, clock):
+        pace = asyncio.Semaphore(0)
+        worker.script(*stream_of(6, pace))
+        async with await hub.open(CHAT, STREAM) as wire:
+            await wire.read_event()
+            await wire.read_event()
+            for _ in range(5):
+                hub.hub.sweep.round()
+                clock.advance(29)
+                hub.hub.sweep.round()
+                pace.release()
+                await wire.read_event()
+            ending = await wire.read_to_end()
+        assert ending.clean
+        assert count(breaker_of(hub, worker), Verdict.SUCCESS) == 1
+
+
+async def test_slow_answers_open_a_breaker() -> None:
+    """Four of five in the window, once there are enough of them."""
+    async with watched(breaker__minimum_calls=5) as (worker, hub, clock):
+        worker.script(*stream_of(2))
+        await hub.post(CHAT, STREAM)
+        worker.default(send(sse_head() + chunk(BEGUN)), expect_eof())
+        for _ in range(4):
+            assert breaker_of(hub, worker).closed
+            async with await hub.open(CHAT, STREAM) as wire:
+                await wire.read_event()
+                hub.hub.sweep.round()
+                clock.advance(31)
+                hub.hub.sweep.round()
+                await wire.read_to_end()
+        assert breaker_of(hub, worker).state is State.OPEN
+        assert breaker_of(hub, worker).reason == "4 of 5 slow in 30 s"
+
+
+async def test_a_comment_shows_that_a_worker_lives_and_not_that_it_works() -> None:
+    """Pings do not count as events, or a stuck GPU would be waited for in vain."""
+    async with watched() as (worker, hub, clock):
+        pings = asyncio.Semaphore(0)
+        steps = [step for _ in range(4) for step in (wait(pings), send(chunk(ping())))]
+        worker.script(send(sse_head() + chunk(BEGUN)), *steps, expect_eof())
+        async with await hub.open(CHAT, STREAM) as wire:
+            for _ in range(2):
+                await wire.read_event()
+            hub.hub.sweep.round()
+            for _ in range(3):
+                clock.advance(10)
+                pings.release()
+                assert await wire.read_event() == ping()
+                hub.hub.sweep.round()
+            clock.advance(1)
+            pings.release()
+            assert await wire.read_event() == ping()
+            hub.hub.sweep.round()
+            ending = await wire.read_to_end()
+        assert not ending.clean
+        assert b"worker_slow" in ending.raw
+        assert count(breaker_of(hub, worker), Verdict.SLOW) == 1
+
+
+async def test_an_answer_in_one_piece_may_be_silent_for_a_while_and_no_longer() -> None:
+    """Its bytes are all that tells; it cannot be told, so it is cut."""
+    async with watched() as (worker, hub, clock):
+        reply = head(
+            200, [("Content-Type", "application/json"), ("Content-Length", "9")]
+        )
+        worker.script(send(reply + b"{"), expect_eof())
+        async with await hub.open(EMBED, {"input": "hello"}) as wire:
+            await wire.read_until(b"\r\n\r\n{")
+            hub.hub.sweep.round()
+            clock.advance(44)
+            hub.hub.sweep.round()
+            assert hub.hub.registry.workers[0].in_flight == 1
+            clock.advance(2)
+            hub.hub.sweep.round()
+            ending = await wire.read_to_end()
+        assert not ending.clean
+        assert count(breaker_of(hub, worker), Verdict.SLOW) == 1
+
+
+async def test_a_refusal_that_stops_in_its_middle_is_not_waited_for() -> None:
+    async with watched() as (worker, hub, clock):
+        error = head(500, [("Content-Length", "99")])
+        worker.script(send(error + b"{"), notify("said"), expect_eof())
+        async with await hub.open(CHAT, STREAM) as wire:
+            await until(lambda: bool(hub.hub.sweep._answers))
+            hub.hub.sweep.round()
+            clock.advance(46)
+            hub.hub.sweep.round()
+            response = await wire.read_response()
+        assert response.status == 504
+        assert response.json()["error"]["code"] == "worker_slow"
+
+
+async def test_a_client_that_does_not_read_is_not_its_workers_fault() -> None:
+    """While the client blocks, the clocks stand still, and they start anew after it."""
+    text = "x" * 60_000
+    many = 300
+    async with watched() as (worker, hub, clock):
+        worker.script(
+            send(sse_head()),
+            *(send(chunk(token(text))) for _ in range(many)),
+            notify("sent"),
+            wait("end"),
+            send(chunk(finish() + done()) + last_chunk()),
+            close(),
+        )
+        async with await hub.open(CHAT, STREAM, receive_buffer=4096) as wire:
+            await wire.read_event()
+            relays = hub.hub.sweep._answers
+            await until(lambda: bool(relays) and all(r._blocked for r in relays))
+            for _ in range(10):
+                hub.hub.sweep.round()
+                clock.advance(29)
+            hub.hub.sweep.round()
+            assert not worker.event("sent").is_set()
+            for _ in range(many - 1):
+                assert await wire.read_event()
+            hub.hub.sweep.round()
+            clock.advance(29)
+            hub.hub.sweep.round()
+            worker.release("end")
+            ending = await wire.read_to_end()
+        assert ending.clean
+        breaker = breaker_of(hub, worker)
+        assert count(breaker, Verdict.SLOW) == 0
+        assert count(breaker, Verdict.SUCCESS) == 1
+
+
+async def test_what_was_ended_is_not_watched_any_more() -> None:
+    async with watched() as (worker, hub, clock):
+        worker.default(*chat_stream(["a", "b"]))
+        for _ in range(3):
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        await until(lambda: not hub.hub.sweep._answers)
+        assert repr(hub.hub.sweep) == "<Sweep answers=0 canaries=0>"
+        clock.advance(1000)
+        hub.hub.sweep.round()
+        assert count(breaker_of(hub, worker), Verdict.SUCCESS) == 3

@@ -1,0 +1,177 @@
+"""`100 Continue` is for who is let in; nobody else is asked for a body.
+
+A client that is told to go on has been authenticated, is within its limits, and has
+announced no more than it may send (RFC 9110, 10.1.1).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.behaviour.test_bad_requests import BODY, CHAT, GOOD, check, hub_of_two_models
+from tests.fakes.client import Wire, request_head
+from tests.fakes.hub import RunningHub, mint, running_hub
+from tests.fakes.worker import ScriptedWorker
+
+LENGTH = ("Content-Length", str(len(BODY)))
+CHUNKED = ("Transfer-Encoding", "chunked")
+GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+async def expect(
+    wire: Wire,
+    token: str | None,
+    path: str = CHAT,
+    framing: tuple[str, str] = LENGTH,
+    value: str = "100-continue",
+) -> None:
+    """Announce a body, and send none of it."""
+    headers = [("Expect", value), framing]
+    await wire.send(request_head("POST", path, token, headers))
+
+
+async def assert_refused(wire: Wire, status: int) -> None:
+    """The next bytes are the refusal, and the last: the body is not waited for."""
+    line = await wire.read_until(b"\r\n")
+    assert line.startswith(b"HTTP/1.1 %d " % status)
+    assert b"\r\nConnection: close" in await wire.read_until(b"\r\n\r\n")
+    wire.half_close()  # instead of sending what it announced
+    assert b"100 Continue" not in await wire.read_eof()
+
+
+# --- Who is refused ---------------------------------------------------------------
+
+BAD_TOKENS = {
+    "none": None,
+    "empty": "",
+    "no token": "x",
+    "of another": mint("f" * 64, sub="alice"),
+    "expired": mint(sub="alice", exp=1),
+    "without an end": mint(sub="alice", exp=None),
+    "of nobody": mint(sub=None),
+    "unsigned": "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhbGljZSJ9.",
+}
+
+
+@pytest.mark.parametrize("framing", [LENGTH, CHUNKED], ids=["length", "chunks"])
+@pytest.mark.parametrize("token", BAD_TOKENS.values(), ids=BAD_TOKENS.keys())
+async def test_who_has_no_good_token_is_not_told_to_go_on(
+    token: str | None, framing: tuple[str, str]
+) -> None:
+    async with hub_of_two_models() as hub, await hub.wire() as wire:
+        await expect(wire, token, framing=framing)
+        await assert_refused(wire, 401)
+
+
+@pytest.mark.parametrize("token", BAD_TOKENS.values(), ids=BAD_TOKENS.keys())
+async def test_who_has_no_good_token_is_answered_before_the_body_comes(
+    token: str | None,
+) -> None:
+    """Whoever waits for it may wait for long."""
+    async with hub_of_two_models() as hub, await hub.wire() as wire:
+        await wire.send(request_head("POST", CHAT, token, [LENGTH]))
+        await assert_refused(wire, 401)
+
+
+@pytest.mark.parametrize(
+    ("token", "path", "status"),
+    [
+        ("good", "/nowhere", 404),
+        ("good", "/v1/models", 405),
+        ("good", "/v1/models/qwen", 405),
+        (None, "/nowhere", 404),
+        (None, "/livez", 405),
+        (None, "/metrics", 405),
+    ],
+)
+async def test_who_is_wrong_here_is_not_told_to_go_on(
+    token: str | None, path: str, status: int
+) -> None:
+    async with hub_of_two_models() as hub, await hub.wire() as wire:
+        await expect(wire, hub.token() if token == "good" else token, path)
+        await assert_refused(wire, status)
+
+
+async def test_who_announces_too_much_is_not_told_to_send_it() -> None:
+    async with hub_of_two_models() as hub, await hub.wire() as wire:
+        await expect(wire, hub.token(), framing=("Content-Length", "65537"))
+        await assert_refused(wire, 413)
+
+
+async def test_who_has_used_up_his_requests_is_not_told_to_go_on() -> None:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
+        token = hub.token(rpm=1)
+        assert (await hub.post(CHAT, GOOD, token)).status == 200
+        async with await hub.wire() as wire:
+            await expect(wire, token)
+            await assert_refused(wire, 429)
+        assert len(worker.requests) == 1
+
+
+async def test_who_asks_for_a_class_above_his_own_is_not_told_to_go_on() -> None:
+    async with hub_of_two_models() as hub, await hub.wire() as wire:
+        token = hub.token(priority="batch")
+        headers = [("Expect", "100-continue"), LENGTH]
+        headers.append(("X-Gollama-Priority", "interactive"))
+        await wire.send(request_head("POST", CHAT, token, headers))
+        await assert_refused(wire, 403)
+
+
+@pytest.mark.parametrize("value", ["200-maybe", "100-continue, x", "100", "", "x"])
+async def test_nothing_else_can_be_expected(value: str) -> None:
+    async with hub_of_two_models() as hub, await hub.wire() as wire:
+        await expect(wire, hub.token(), value=value)
+        await assert_refused(wire, 417)
+
+
+async def test_who_is_refused_does_not_hear_whether_he_might_expect_it() -> None:
+    async with hub_of_two_models() as hub, await hub.wire() as wire:
+        await expect(wire, "x", value="200-maybe")
+        await assert_refused(wire, 401)
+
+
+# --- Who is let in ----------------------------------------------------------------
+
+
+async def goes_on(hub: RunningHub, worker: ScriptedWorker, value: str) -> None:
+    async with await hub.wire() as wire:
+        await expect(wire, hub.token(), value=value)
+        assert await wire.read_until(b"\r\n\r\n") == GO_ON
+        assert worker.requests == []
+        await wire.send(BODY)
+        response = await wire.read_response()
+        assert response.status == 200
+        assert b"100 Continue" not in response.body
+
+
+@pytest.mark.parametrize("value", ["100-continue", "100-Continue", "100-CONTINUE"])
+async def test_who_is_let_in_is_told_to_go_on_before_the_body_comes(value: str) -> None:
+    # The body is compared byte by byte: no answer is assembled.
+    async with (
+        ScriptedWorker("qwen") as worker,
+        running_hub(worker, upstream__assemble="") as hub,
+    ):
+        await goes_on(hub, worker, value)
+        assert worker.requests[0].body == BODY
+        assert worker.requests[0].header("expect") is None
+
+
+async def test_each_request_of_a_connection_is_let_in_for_itself() -> None:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
+        async with await hub.wire() as wire:
+            for _ in range(2):
+                await expect(wire, hub.token())
+                assert await wire.read_until(b"\r\n\r\n") == GO_ON
+                await wire.send(BODY)
+                assert (await wire.read_response()).status == 200
+            await expect(wire, "x")
+            await assert_refused(wire, 401)
+        assert len(worker.requests) == 2
+
+
+async def test_what_is_wrong_with_the_body_is_told_behind_it() -> None:
+    async with hub_of_two_models() as hub, await hub.wire() as wire:
+        await expect(wire, hub.token(), framing=("Content-Length", "2"))
+        assert await wire.read_until(b"\r\n\r\n") == GO_ON
+        await wire.send(b"[]")
+        check(await wire.read_response(), 400, "invalid_json")

@@ -1,0 +1,761 @@
+"""An answer that looks complete is complete; one that is not, says so."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import pytest
+
+from gollama_proxy.fleet.worker import State, Worker
+from gollama_proxy.wire.openai import ENDPOINTS, Ending
+from tests.fakes import client
+from tests.fakes.client import Response
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.replies import (
+    chunk,
+    done,
+    error_event,
+    error_reply,
+    event,
+    finish,
+    head,
+    json_reply,
+    last_chunk,
+    loading,
+    named_event,
+    ping,
+    role,
+    sse_head,
+    token,
+)
+from tests.fakes.script import (
+    Script,
+    Step,
+    close,
+    event_stream,
+    expect_eof,
+    notify,
+    read_body,
+    reset,
+    send,
+    stall,
+    wait,
+)
+from tests.fakes.worker import ScriptedWorker
+
+CHAT = "/v1/chat/completions"
+STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
+WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
+RARELY = 3600  # seconds between pings: no test sees two by themselves
+# What one attempt came to is for the client to see: nothing makes up for it.
+ONE_TRY = {"retry__attempts": 1}
+NO_RESCUE = {"rescue__enabled": False}
+
+
+def error_of(response: Response) -> dict[str, Any]:
+    """The error of a reply, which has the shape of the OpenAI API."""
+    assert response.header("content-type") == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return dict(error)
+
+
+async def ended(hub: RunningHub, payload: Any, path: str = CHAT) -> client.Ending:
+    async with await hub.open(path, payload) as wire:
+        return await wire.read_to_end()
+
+
+def the_worker(hub: RunningHub) -> Worker:
+    [worker] = hub.hub.registry.workers
+    return worker
+
+
+# --- Before a byte of the answer --------------------------------------------------
+
+FAULTS = {
+    "reset": ((reset(),), 502, "worker_connection_lost"),
+    "close": ((close(),), 502, "worker_connection_lost"),
+    "half a head": ((send(sse_head()[:30]), close()), 502, "worker_connection_lost"),
+    "only a head": ((send(sse_head()), reset()), 502, "worker_connection_lost"),
+    "only pings": (
+        (send(sse_head() + chunk(ping()) * 3), close()),
+        502,
+        "worker_connection_lost",
+    ),
+    "half an event": (
+        (send(sse_head() + chunk(role()[:50])), close()),
+        502,
+        "worker_connection_lost",
+    ),
+    "no chunk": (
+        (send(sse_head() + b"what?\r\n"), stall()),
+        502,
+        "worker_bad_response",
+    ),
+    "garbage": (
+        (send(b"\x15\x03\x01\0\x02\x02\x16"), stall()),
+        502,
+        "worker_bad_response",
+    ),
+    "redirect": (
+        (send(head(302, [("Location", "http://127.0.0.1:1/")])), stall()),
+        502,
+        "worker_bad_response",
+    ),
+    "upgrade": (
+        (send(head(101, [("Upgrade", "h2c"), ("Connection", "upgrade")])), stall()),
+        502,
+        "worker_bad_response",
+    ),
+    "two framings": (
+        (
+            send(
+                head(200, [("Content-Length", "2"), ("Transfer-Encoding", "chunked")])
+            ),
+            stall(),
+        ),
+        502,
+        "worker_bad_response",
+    ),
+    "silence": ((expect_eof(),), 504, "worker_timeout"),
+    "silence behind a head": (
+        (send(sse_head()), expect_eof()),
+        504,
+        "worker_timeout",
+    ),
+    "nothing but pings": (
+        (send(sse_head()), *[send(chunk(ping()))] * 3, expect_eof()),
+        504,
+        "worker_timeout",
+    ),
+}
+
+
+@pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
+@pytest.mark.parametrize(
+    ("script", "status", "code"), FAULTS.values(), ids=FAULTS.keys()
+)
+async def test_a_worker_that_fails_before_its_answer_is_an_error_with_a_status(
+    script: Script, status: int, code: str, payload: dict[str, Any]
+) -> None:
+    """Nothing of it has gone out yet, so the client gets plain JSON; never a 200."""
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(
+            worker,
+            timeouts__first_token=0.1 if status == 504 else 10,
+            health__interval=RARELY,
+            **ONE_TRY,
+        ) as hub,
+    ):
+        worker.script(*script)
+        pinged = asyncio.create_task(worker.pinged(3))
+        response = await hub.post(CHAT, payload)
+        assert response.status == status
+        error = error_of(response)
+        assert error["code"] == code
+        assert error["type"] == "server_error"
+        assert worker.name in error["message"]
+        assert response.header("x-gollama-worker") == worker.name
+        await worker.idle()
+        assert len(worker.requests) == 1
+        await pinged  # which only the failure can have caused
+        assert the_worker(hub).state is State.READY
+        assert the_worker(hub).in_flight == 0
+
+
+async def test_a_worker_that_refuses_is_unreachable() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(
+            worker, health__interval=RARELY, health__fall=100, **ONE_TRY
+        ) as hub,
+    ):
+        await worker.down()
+        response = await hub.post(CHAT, STREAM)
+    assert response.status == 502
+    assert error_of(response)["code"] == "worker_unreachable"
+
+
+async def test_a_worker_that_does_not_accept_is_a_timeout() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(
+            worker, timeouts__connect=0.05, health__interval=RARELY, **ONE_TRY
+        ) as hub,
+    ):
+        await worker.down()
+        with socket.socket() as listener, socket.socket() as a, socket.socket() as b:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", worker.port))
+            listener.listen(0)
+            for filler in (a, b):  # the kernel adds one place to the queue
+                filler.setblocking(False)
+                filler.connect_ex(("127.0.0.1", worker.port))
+            response = await hub.post(CHAT, STREAM)
+    assert response.status == 504
+    assert error_of(response)["code"] == "worker_timeout"
+
+
+async def test_a_client_connection_outlives_a_failed_request() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
+        worker.script(reset())
+        async with await hub.wire() as wire:
+            for status in (502, 200):
+                await wire.post(CHAT, STREAM, hub.token())
+                assert (await wire.read_response()).status == status
+
+
+# --- In the middle of a stream ----------------------------------------------------
+
+BEGUN = role() + token("a")
+EVENTS = [BEGUN, token("b"), ping(), token("c")]
+PREFIX = b"".join(EVENTS)
+LOST, INCOMPLETE, MALFORMED = (
+    "worker_connection_lost",
+    "worker_incomplete_answer",
+    "worker_bad_response",
+)
+ENDS = {
+    "reset": ((reset(),), LOST, b""),
+    "close": ((close(),), LOST, b""),
+    "clean": ((send(last_chunk()), close()), INCOMPLETE, b""),
+    "clean and kept": ((send(last_chunk()),), INCOMPLETE, b""),
+    "chunk size": ((send(b"xyz\r\n"), stall()), MALFORMED, b""),
+    "chunk end": ((send(b"3\r\n:\n\nno end\r\n"), stall()), MALFORMED, ping()),
+    "no chunk": ((send(b"data: {}\n\n"), stall()), MALFORMED, b""),
+    "half a size": ((send(b"e"), close()), LOST, b""),
+    "a size": ((send(b"ee\r\n"), close()), LOST, b""),
+    "half a last chunk": ((send(b"0\r\n"), close()), LOST, b""),
+    "half a chunk": ((send(b"30\r\n:\n\n"), close()), LOST, ping()),
+}
+
+
+def assert_broken_off(
+    ending: client.Ending, prefix: bytes, code: str, *, named: bool = False
+) -> None:
+    """The prefix, then one error event, then an end that is none."""
+    assert ending.response.status == 200
+    assert not ending.clean
+    assert not ending.raw.endswith(last_chunk())
+    body = ending.response.body
+    assert body.startswith(prefix)
+    rest = body[len(prefix) :]
+    if named:
+        assert rest.startswith(b"event: error\n")
+        rest = rest.removeprefix(b"event: error\n")
+    assert rest.startswith(b"data: ")
+    assert rest.endswith(b"\n\n")
+    event = json.loads(rest.removeprefix(b"data: "))
+    error = event.get("error", event)  # flat on /v1/responses
+    assert error["code"] == code
+    if named:
+        assert event["type"] == "error"
+    else:
+        assert error["type"] == "server_error"
+    assert b"[DONE]" not in rest
+
+
+@pytest.mark.parametrize(("end", "code", "last"), ENDS.values(), ids=ENDS.keys())
+async def test_a_stream_that_breaks_off_ends_with_one_error(
+    end: Script, code: str, last: bytes
+) -> None:
+    """And without its last chunk, so that nobody takes it for complete."""
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, health__interval=RARELY, **NO_RESCUE) as hub,
+    ):
+        worker.script(send(sse_head()), *(send(chunk(e)) for e in EVENTS), *end)
+        pinged = asyncio.create_task(worker.pinged(3))
+        assert_broken_off(await ended(hub, STREAM), PREFIX + last, code)
+        await worker.idle()
+        await pinged  # the worker was suspected
+        assert the_worker(hub).in_flight == 0
+
+
+@pytest.mark.parametrize("number", range(1, len(EVENTS)))
+@pytest.mark.parametrize("end", [reset(), close()], ids=["reset", "close"])
+async def test_a_stream_may_break_off_behind_any_event(number: int, end: Step) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
+        worker.script(send(sse_head()), *(send(chunk(e)) for e in EVENTS[:number]), end)
+        ending = await ended(hub, STREAM)
+    assert_broken_off(ending, b"".join(EVENTS[:number]), LOST)
+
+
+FRAMED = b"".join(map(chunk, EVENTS))
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["cut", "broken"])
+@pytest.mark.parametrize("place", range(len(chunk(EVENTS[0])), len(FRAMED), 23))
+async def test_a_stream_may_break_off_at_any_byte(place: int, broken: bool) -> None:
+    """In a chunk, in its size, in an event; by a cut or by bytes that are no chunk."""
+    end = (send(bytes(300)), stall()) if broken else (reset(),)
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
+        worker.script(send(sse_head() + FRAMED[:place]), *end)
+        ending = await ended(hub, STREAM)
+    assert ending.response.status == 200
+    assert not ending.clean
+    before, mark, error = ending.response.body.partition(b'data: {"error":{')
+    assert json.loads(b'{"error":{' + error)["error"]["type"] == "server_error"
+    kept = before.rstrip(b"\n\0")
+    assert PREFIX.startswith(kept)
+    framing = len(FRAMED) - len(PREFIX) + len(PREFIX) - len(PREFIX.rstrip(b"\n"))
+    assert len(kept) >= place - framing - 2
+    assert mark not in error
+    assert b"[DONE]" not in ending.response.body
+
+
+@pytest.mark.parametrize(
+    ("path", "events"),
+    [
+        ("/v1/messages", [named_event({"type": "content_block_delta"})]),
+        ("/v1/responses", [named_event({"type": "response.output_text.delta"})]),
+    ],
+)
+async def test_where_events_have_names_the_error_has_one(
+    path: str, events: list[bytes]
+) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(*event_stream(*events))
+        ending = await ended(hub, STREAM, path)
+    prefix = b"".join(events)
+    assert_broken_off(ending, prefix, "worker_incomplete_answer", named=True)
+
+
+async def test_what_the_router_says_when_its_child_dies_is_no_end() -> None:
+    """Bare text behind the events, and a clean end of the chunks."""
+    text = b"proxy error: Failed to read connection"
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
+        worker.script(*event_stream(role(), token("a"), text))
+        ending = await ended(hub, STREAM)
+    assert not ending.clean
+    assert ending.response.body.startswith(role() + token("a") + text)
+    assert b"worker_incomplete_answer" in ending.response.body
+    assert b"[DONE]" not in ending.response.body
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        last_chunk(),  # as llama-server ends such a stream
+        b"",
+        chunk(done()) + last_chunk(),
+    ],
+    ids=["clean", "cut", "done"],
+)
+async def test_the_workers_own_error_is_told_once(last: bytes) -> None:
+    """It went to the client already; only the end is missing then."""
+    error = error_event("the output cannot be parsed")
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(
+            send(sse_head() + chunk(BEGUN)),
+            wait("read"),
+            send(chunk(error) + last),
+            close(),
+        )
+        async with await hub.open(CHAT, STREAM) as wire:
+            await wire.read_event()
+            worker.release("read")
+            ending = await wire.read_to_end()
+    body = b"".join(ending.raw.partition(BEGUN)[1:])
+    assert error in body
+    assert body.count(b'"error"') == 1
+    if done() not in last:
+        assert ending.response.body.endswith(token("a") + error)
+        assert not ending.clean
+
+
+async def test_an_error_behind_the_finish_reason_is_no_good_end() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        late = chunk(finish()) + chunk(error_event("late")) + last_chunk()
+        worker.script(
+            send(sse_head() + chunk(BEGUN)), wait("read"), send(late), close()
+        )
+        async with await hub.open(CHAT, STREAM) as wire:
+            await wire.read_event()
+            worker.release("read")
+            ending = await wire.read_to_end()
+    assert not ending.clean
+    assert b"[DONE]" not in ending.raw
+    assert ending.raw.count(b'"error"') == 1
+
+
+# --- Streams that are complete ----------------------------------------------------
+
+
+def endings(*parts: bytes) -> dict[str, Script]:
+    """The ways in which a worker ends behind these events."""
+    sent = [send(chunk(part)) for part in parts]
+    return {
+        "clean": (send(sse_head()), *sent, send(last_chunk()), close()),
+        "close": (send(sse_head()), *sent, close()),
+        "reset": (send(sse_head()), *sent, wait("seen"), reset()),
+        "half a last chunk": (send(sse_head()), *sent, send(b"0\r\n"), close()),
+        "broken chunk": (send(sse_head()), *sent, send(b"what?\r\n"), stall()),
+    }
+
+
+COMPLETE = {
+    "chat": (CHAT, [role(), token("a"), finish(), done()]),
+    "only done": (CHAT, [role(), token("a"), done()]),
+    "completion": (
+        "/completion",
+        [event({"content": "a", "stop": False}), event({"content": "", "stop": True})],
+    ),
+    "messages": (
+        "/v1/messages",
+        [named_event({"type": t}) for t in ("message_start", "message_stop")],
+    ),
+    "responses": (
+        "/v1/responses",
+        [named_event({"type": f"response.{t}"}) for t in ("created", "completed")],
+    ),
+}
+
+
+@pytest.mark.parametrize("how", endings())
+@pytest.mark.parametrize(("path", "events"), COMPLETE.values(), ids=COMPLETE.keys())
+async def test_a_complete_stream_ends_well_however_its_connection_does(
+    path: str, events: list[bytes], how: str
+) -> None:
+    """Its own mark counts, which is another one on each route; nothing is added."""
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(*endings(*events)[how])
+        async with await hub.open(path, STREAM) as wire:
+            for part in events:
+                assert await wire.read_event() == part
+            worker.release("seen")  # a reset takes along what was not received
+            assert await wire.read_event() is None
+        assert the_worker(hub).state is State.READY
+        assert not the_worker(hub).in_doubt
+
+
+@pytest.mark.parametrize("how", endings())
+async def test_a_finished_stream_gets_the_done_that_it_lacks(how: str) -> None:
+    """Clients wait for it; a finish_reason says that nothing else is missing."""
+    events = [role(), token("a"), finish("length")]
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(*endings(*events)[how])
+        async with await hub.open(CHAT, STREAM) as wire:
+            for part in events:
+                assert await wire.read_event() == part
+            worker.release("seen")
+            assert await wire.read_events() == [done()]
+
+
+@pytest.mark.parametrize(
+    ("path", "events"),
+    [
+        (CHAT, [role(), token('"finish_reason":"stop"'), token("data: [DONE]\n\n")]),
+        ("/completion", [event({"content": '"stop":true', "stop": False}), done()]),
+        ("/v1/messages", [event({"text": "\nevent: message_stop\n"}), done()]),
+        ("/v1/responses", [named_event({"type": "response.completed.not"}), done()]),
+    ],
+)
+async def test_no_words_of_a_model_make_an_answer_complete(
+    path: str, events: list[bytes]
+) -> None:
+    """And no mark of another route."""
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
+        worker.script(*event_stream(*events))
+        ending = await ended(hub, STREAM, path)
+    named = ENDPOINTS[path].ending is Ending.NAMED
+    prefix = b"".join(events)
+    assert_broken_off(ending, prefix, "worker_incomplete_answer", named=named)
+
+
+# --- Answers that are no streams --------------------------------------------------
+
+
+CUT = b'{"choices":[' + b" " * 500
+LENGTH = head(200, [("Content-Length", "1000")]) + CUT
+CHUNKS = head(200, [("Transfer-Encoding", "chunked")]) + chunk(CUT)
+
+
+@pytest.mark.parametrize(
+    ("version", "wire", "end"),
+    [
+        ("1.1", LENGTH, reset()),
+        ("1.1", LENGTH, close()),
+        ("1.0", LENGTH, reset()),
+        ("1.0", LENGTH, close()),
+        ("1.1", CHUNKS, reset()),
+        ("1.1", CHUNKS, close()),
+        ("1.1", CHUNKS, send(b"xyz\r\n\r\n")),
+    ],
+)
+async def test_an_answer_that_is_cut_is_seen_to_be_cut(
+    version: str, wire: bytes, end: Step
+) -> None:
+    """By its length, or by the last chunk that is missing; nothing is put into it."""
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(send(wire), wait("seen"), end)
+        async with await hub.wire() as asking:
+            await asking.post(CHAT, WHOLE, hub.token(), version=version)
+            assert (await asking.read_head()).status == 200
+            worker.release("seen")
+            ending = await asking.read_to_end()
+    assert not ending.clean
+    assert ending.response.body == CUT
+
+
+# --- A worker's own errors --------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (404, "not_found_error"),
+        (422, "invalid_request_error"),
+        (500, "server_error"),
+        (501, "not_supported_error"),
+        (502, "server_error"),
+        (504, "server_error"),
+    ],
+)
+async def test_a_workers_error_passes_as_it_is(
+    status: int, kind: str, payload: dict[str, Any]
+) -> None:
+    """A 500 of llama-server often means a bad request: nobody is blamed for it."""
+    reply = error_reply(status, "because", kind)
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
+        pings = len(worker.control)
+        worker.default(send(reply))
+        response = await hub.post(CHAT, payload)
+        assert response.status == status
+        assert response.body == reply.partition(b"\r\n\r\n")[2]
+        assert response.header("content-type") == "application/json; charset=utf-8"
+        await worker.idle()
+        assert not the_worker(hub).in_doubt
+        assert len(worker.control) == pings
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (413, "invalid_request_error"),
+        (415, "invalid_request_error"),
+        (500, "server_error"),
+    ],
+)
+async def test_an_error_without_words_gets_some(status: int, kind: str) -> None:
+    """llama-server's 413 is empty, and SDKs show what is in the body."""
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
+        worker.default(send(head(status, [("Content-Length", "0")])), close())
+        response = await hub.post(CHAT, WHOLE)
+    assert response.status == status
+    error = error_of(response)
+    text = f"Worker {worker.name} answered {status} without a reason."
+    assert (error["message"], error["type"], error["code"]) == (text, kind, None)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_worker_that_refuses_the_hubs_key_is_at_fault(status: int) -> None:
+    """A client with a 401 would look for the mistake in its own token."""
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, health__interval=RARELY, **ONE_TRY) as hub,
+    ):
+        pinged = asyncio.create_task(worker.pinged(3))
+        worker.script(
+            send(error_reply(status, "Invalid API Key", "authentication_error"))
+        )
+        response = await hub.post(CHAT, WHOLE)
+        assert response.status == 502
+        assert error_of(response)["code"] == "worker_refused_key"
+        assert response.header("www-authenticate") is None
+        await pinged
+
+
+@pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
+async def test_a_worker_that_is_loading_is_asked_for_later(
+    payload: dict[str, Any],
+) -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, health__interval=RARELY, **ONE_TRY) as hub,
+    ):
+        pinged = asyncio.create_task(worker.pinged(3))
+        worker.script(send(loading()))
+        response = await hub.post(CHAT, payload)
+        assert response.status == 503
+        assert error_of(response)["code"] == "no_worker_available"
+        assert int(response.header("retry-after") or "") > 0
+        await pinged
+
+
+@pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
+async def test_a_worker_that_is_busy_is_heard_and_looked_at(
+    payload: dict[str, Any],
+) -> None:
+    """Its 429 passes as it is; to be busy is no failure."""
+    reply = error_reply(429, "because", "rate_limit_error")
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, health__interval=RARELY, **ONE_TRY) as hub,
+    ):
+        pinged = asyncio.create_task(worker.pinged(3))
+        worker.script(send(reply))
+        response = await hub.post(CHAT, payload)
+        assert response.status == 429
+        assert response.body == reply.partition(b"\r\n\r\n")[2]
+        await pinged
+        assert not the_worker(hub).in_doubt
+
+
+@pytest.mark.parametrize("status", [502, 504])
+async def test_the_words_of_a_gateway_in_front_of_a_worker_pass(status: int) -> None:
+    """Whatever their shape: they are not the hub's, and say more than it could."""
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
+        worker.script(send(json_reply({"error": "upstream"}, status)))
+        response = await hub.post(CHAT, WHOLE)
+    assert (response.status, response.json()) == (status, {"error": "upstream"})
+
+
+@pytest.mark.parametrize("end", [reset(), close()])
+async def test_an_error_that_is_cut_is_a_loss(end: Step) -> None:
+    """Half of its JSON would help nobody."""
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, health__interval=RARELY, **ONE_TRY) as hub,
+    ):
+        pinged = asyncio.create_task(worker.pinged(3))
+        worker.script(send(head(400, [("Content-Length", "100")]) + b'{"err'), end)
+        response = await hub.post(CHAT, WHOLE)
+        assert response.status == 502
+        assert error_of(response)["code"] == "worker_connection_lost"
+        await pinged
+
+
+@pytest.mark.parametrize(
+    ("told", "status"),
+    [
+        (400, 400),
+        (500, 500),
+        (503, 503),
+        (599, 599),
+        (200, 502),
+        (None, 502),
+        ("e", 502),
+    ],
+)
+async def test_a_stream_that_begins_with_an_error_is_an_error(
+    told: int | str | None, status: int
+) -> None:
+    """With the status that it should have had, not 200 and an event."""
+    first = event({"error": {"code": told, "message": "because", "type": "oh"}})
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
+        pings = len(worker.control)
+        worker.script(*event_stream(ping(), first))
+        response = await hub.post(CHAT, STREAM)
+        await worker.idle()
+        assert response.status == status
+        error = error_of(response)
+        assert (error["message"], error["type"]) == ("because", "oh")
+        assert len(worker.control) == pings
+        assert the_worker(hub).in_flight == 0
+
+
+# --- The limit of a whole request -------------------------------------------------
+
+
+async def test_a_request_has_a_limit_before_its_answer() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, timeouts__request=0.1) as hub,
+    ):
+        worker.script(expect_eof())
+        response = await hub.post(CHAT, STREAM)
+        assert response.status == 504
+        error = error_of(response)
+        assert error["code"] == "request_timeout"
+        assert error["message"] == "The request took more than 0.1 s."
+        await worker.idle()
+        assert not the_worker(hub).in_doubt
+
+
+async def test_a_request_has_a_limit_before_its_body() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, timeouts__request=0.1) as hub,
+        await hub.wire() as wire,
+    ):
+        length = [("Content-Length", "100")]
+        await wire.post(CHAT, b'{"model":"tiny"', hub.token(), headers=length)
+        response = await wire.read_response()
+        assert response.status == 504
+        assert error_of(response)["code"] == "request_timeout"
+        assert not worker.requests
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+async def test_a_request_has_a_limit_in_its_stream(path: str) -> None:
+    """What came is the client's; the worker is hung up, and not blamed."""
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, timeouts__request=1) as hub,
+    ):
+        worker.script(send(sse_head() + chunk(BEGUN)), notify("sent"), expect_eof())
+        ending = await ended(hub, STREAM, path)
+        named = path != CHAT
+        assert_broken_off(ending, BEGUN, "request_timeout", named=named)
+        await worker.idle()
+        assert the_worker(hub).in_flight == 0
+        assert not the_worker(hub).in_doubt
+
+
+async def test_a_request_has_a_limit_in_an_answer_that_is_no_stream() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, timeouts__request=1) as hub,
+    ):
+        worker.script(send(head(200, [("Content-Length", "9")]) + b"{"), expect_eof())
+        ending = await ended(hub, WHOLE)
+        assert ending.response.body == b"{"
+        assert not ending.clean
+        await worker.idle()
+
+
+async def test_a_worker_whose_upload_fails_is_lost() -> None:
+    """It hung up in the middle of a large body."""
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, limits__replay_window=4096) as hub,
+    ):
+        worker.script(read_body(50_000), reset())
+        body = b'{"model":"tiny","messages":[],"prompt":"' + b"x" * 100_000
+        length = [("Content-Length", "10000000")]
+        async with await hub.open(CHAT, body, headers=length) as wire:
+            response = await wire.read_response()
+        assert response.status == 502
+        assert error_of(response)["code"] == "worker_connection_lost"
+        assert len(worker.requests) == 1
+
+
+# --- The last words of a hub ------------------------------------------------------
+
+
+async def test_a_hub_that_is_cut_off_says_so_in_its_streams() -> None:
+    """Before the first byte with a status, afterwards with an event."""
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())
+        worker.script(expect_eof())
+        async with (
+            await hub.open(CHAT, STREAM) as streaming,
+            await hub.open(CHAT, STREAM) as waiting,
+        ):
+            assert await streaming.read_event() == role()
+            await worker.received(2)
+            aborting = asyncio.create_task(hub.hub.abort())
+            ending = await streaming.read_to_end()
+            assert_broken_off(ending, token("a"), "hub_draining")
+            response = await waiting.read_response()
+            await aborting
+    assert response.status == 503
+    assert error_of(response)["code"] == "hub_draining"
+    assert response.header("retry-after")

@@ -1,0 +1,523 @@
+"""A worker that means harm: it hurts its own request, and nobody else's.
+
+Each attack has a request of its own, while a good stream goes through the hub at the
+same time: each of its events is seen before the next one is sent.  Afterwards the
+connection of the attack is not used again, and the log is short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import io
+import logging
+import math
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+
+from gollama_proxy.fleet import watchdog as sweep
+from gollama_proxy.proxy.relay import HOLD_LIMIT
+from gollama_proxy.telemetry.accesslog import TextFormatter
+from gollama_proxy.upstream.connection import MAX_HEAD, MAX_HEADERS
+from gollama_proxy.wire.description import Check
+from gollama_proxy.wire.splice import MAX_EVENT
+from tests.fakes.client import Ending
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.replies import (
+    chunk,
+    done,
+    error_reply,
+    event,
+    finish,
+    head,
+    json_reply,
+    last_chunk,
+    role,
+    sse_head,
+    timings_of,
+    token,
+)
+from tests.fakes.script import (
+    Script,
+    chat_stream,
+    close,
+    flood,
+    give_way,
+    pause,
+    reset,
+    send,
+    stall,
+    stream_of,
+)
+from tests.fakes.waiting import DEADLINE, until
+from tests.fakes.worker import ScriptedWorker
+from tests.upstream.test_probe import ping
+
+CHAT = "/v1/chat/completions"
+GOOD, BAD = "good", "bad"
+OK = json_reply({"n": 1})
+MIB = 1 << 20
+# What the kernel may hold of a flood when the hub has hung up already.
+IN_SOCKETS = 8 * MIB
+MOST_LOGGED = 2000  # bytes, of one attack
+
+
+@pytest.fixture(autouse=True)
+def _frequent_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "PERIOD", 0.02)
+
+
+def chat(model: str, **fields: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": "hi"}], **fields}
+
+
+def raw(*lines: str, status: str = "200 OK", version: str = "HTTP/1.1") -> bytes:
+    """Build a head that no builder with manners would build."""
+    return "\r\n".join([f"{version} {status}", *lines, "", ""]).encode("latin-1")
+
+
+LENGTH = "Content-Length: 5"
+CHUNKED = "Transfer-Encoding: chunked"
+EVENTS = "Content-Type: text/event-stream"
+HELLO = b"hello"
+CHUNKS = b"5\r\nhello\r\n0\r\n\r\n"
+LARGE = b"x" * (64 << 10)
+BOMB = gzip.compress(bytes(10 * MIB))
+BOMB_LENGTH = f"Content-Length: {len(BOMB)}"
+CLOSE = "Connection: close"
+
+# What is no answer at all.
+REFUSED: dict[str, Script] = {
+    "endless headers": (
+        send(b"HTTP/1.1 200 OK\r\n"),
+        flood(b"X: %b\r\n" % LARGE[:900]),
+    ),
+    "an endless header": (send(b"HTTP/1.1 200 OK\r\nX: "), flood(LARGE)),
+    "an endless name": (send(b"HTTP/1.1 200 OK\r\n"), flood(LARGE)),
+    "an endless reason": (send(b"HTTP/1.1 200 "), flood(LARGE)),
+    "many headers": (send(raw(*["a: b"] * (MAX_HEADERS + 1), LENGTH) + HELLO),),
+    "a flood of 100": (flood(head(100) * 50),),
+    "102": (send(raw(status="102 Processing") + OK),),
+    "103": (send(raw("Link: </x>", status="103 Early Hints") + OK),),
+    "101": (send(raw("Upgrade: h2c", "Connection: upgrade", status="101 Go") + OK),),
+    "302": (send(raw("Location: http://[::1]:9/", LENGTH, status="302 F") + HELLO),),
+    "304": (send(raw(status="304 Not Modified")),),
+    "status 999": (send(raw(LENGTH, status="999 X") + HELLO),),
+    "status 20": (send(raw(LENGTH, status="20 X") + HELLO),),
+    "a size of 17 digits": (send(raw(CHUNKED) + b"F" * 17 + b"\r\nhello"), stall()),
+    "a negative size": (send(raw(CHUNKED) + b"-5\r\nhello\r\n0\r\n\r\n"),),
+    "a size with 0x": (send(raw(CHUNKED) + b"0x5\r\nhello\r\n0\r\n\r\n"),),
+    "a size without CR": (send(raw(CHUNKED) + b"5\nhello\n0\n\n"),),
+    "an endless extension": (send(raw(CHUNKED) + b"5;"), flood(LARGE)),
+    "CR in the reason": (send(b"HTTP/1.1 200 O\rK\r\n" + raw(LENGTH)[17:] + HELLO),),
+    "CR in a header": (send(raw("X: a\rb", LENGTH) + HELLO),),
+    "NUL in a header": (send(raw("X: a\x00b", LENGTH) + HELLO),),
+    "LF for CRLF": (send(raw(LENGTH).replace(b"\r", b"") + HELLO),),
+    "a folded header": (send(raw("X: a\r\n b", LENGTH) + HELLO),),
+    "a space before the colon": (send(raw("X : a", LENGTH) + HELLO),),
+    "no name": (send(raw(": a", LENGTH) + HELLO),),
+    "two lengths": (send(raw(LENGTH, LENGTH) + HELLO),),
+    "two other lengths": (send(raw(LENGTH, "Content-Length: 6") + HELLO),),
+    "a list of lengths": (send(raw("Content-Length: 5, 5") + HELLO),),
+    "a signed length": (send(raw("Content-Length: +5") + HELLO),),
+    "length and chunks": (send(raw(LENGTH, CHUNKED) + CHUNKS),),
+    "chunks and length": (send(raw(CHUNKED, LENGTH) + CHUNKS),),
+    "gzip, chunked": (send(raw("Transfer-Encoding: gzip, chunked") + CHUNKS),),
+    "chunked, gzip": (send(raw("Transfer-Encoding: chunked, gzip") + CHUNKS), close()),
+    "xchunked": (send(raw("Transfer-Encoding: xchunked") + CHUNKS), close()),
+    "a bomb": (send(raw("Content-Encoding: gzip", BOMB_LENGTH) + BOMB),),
+    "brotli": (send(raw("Content-Encoding: br", LENGTH) + HELLO),),
+    "HTTP/0.9": (send(HELLO), close()),
+    "a page": (send(b"<html>" + LARGE), close()),
+    "HTTP/2.0": (send(raw(LENGTH, version="HTTP/2.0") + HELLO),),
+    "HTTP/1.3": (send(raw(LENGTH, version="HTTP/1.3") + HELLO),),
+    "another protocol": (send(b"SSH-2.0-OpenSSH_9.2p1\r\n"),),
+    "nothing": (close(),),
+    "a reset": (reset(),),
+}
+# What begins as an answer and is none.
+CUT: dict[str, Script] = {
+    "a length too long": (send(raw("Content-Length: 50") + HELLO), close()),
+    "a giant chunk": (send(raw(CHUNKED) + b"7FFFFFFFFFFFFFFF\r\nhello"), close()),
+    "a giant chunk that stalls": (
+        send(raw(CHUNKED) + b"F" * 16 + b"\r\nhello"),
+        stall(),
+    ),
+    "no CRLF behind a chunk": (send(raw(CHUNKED) + b"5\r\nhelloXX0\r\n\r\n"),),
+    # The shape of CVE-2026-69244 (aiohttp's C parser): a bad size, alone in a read.
+    "a malformed size, later": (
+        send(raw(CHUNKED) + b"5\r\nhello\r\n"),
+        pause(0.01),
+        send(b"zz\r\n"),
+        pause(0.01),
+        send(bytes(50)),
+    ),
+    "a malformed end, later": (
+        send(raw(CHUNKED) + b"5\r\nhel"),
+        pause(0.01),
+        send(b"lo\r"),
+        pause(0.01),
+        send(b"X\n5\r\n"),
+    ),
+    "endless trailers": (
+        send(raw(CHUNKED) + b"5\r\nhello\r\n0\r\n"),
+        flood(b"X: %b\r\n" % LARGE[:900]),
+    ),
+    "an endless trailer": (
+        send(raw(CHUNKED) + b"5\r\nhello\r\n0\r\nX: "),
+        flood(LARGE),
+    ),
+    "endless extensions": (
+        send(raw(CHUNKED)),
+        flood(b"1;%b\r\nx\r\n" % LARGE),
+    ),
+}
+# What a client may have, because it is what HTTP makes of it.
+HARMLESS: dict[str, tuple[Script, int, bytes]] = {
+    "bytes behind": ((send(raw(LENGTH) + HELLO + b"HTTP/1.1 200 OK\r\n"),), 200, HELLO),
+    "bytes behind, later": ((send(raw(LENGTH) + HELLO), send(OK)), 200, HELLO),
+    "NUL in the reason": (
+        (send(b"HTTP/1.1 200 O\x00K\r\n" + raw(LENGTH, CLOSE)[17:] + HELLO),),
+        200,
+        HELLO,
+    ),
+    "a cookie": (
+        (send(raw("Set-Cookie: a=b", CLOSE, LENGTH) + HELLO),),
+        200,
+        HELLO,
+    ),
+    "no text": (
+        (send(raw(LENGTH, CLOSE) + b"\xff\xfe\x00\xfe\xff"),),
+        200,
+        b"\xff\xfe\x00\xfe\xff",
+    ),
+    "obs-text": ((send(raw("X: \xff", CLOSE, LENGTH) + HELLO),), 200, HELLO),
+    "HTTP/1.0": ((send(raw(version="HTTP/1.0") + HELLO), close()), 200, HELLO),
+    "204 with a body": ((send(raw(LENGTH, status="204 N") + HELLO),), 204, b""),
+    "204 with chunks": ((send(raw(CHUNKED, status="204 N") + CHUNKS),), 204, b""),
+}
+
+
+COMMENT = b": \n\n"
+
+
+class Scene(NamedTuple):
+    """A hub with a good stream through it, and a worker that is up to something."""
+
+    hub: RunningHub
+    worker: ScriptedWorker
+
+    async def attack(self, script: Script, *, stream: bool) -> Ending:
+        """Have a client ask the bad worker; tell how that ended."""
+        self.worker.script(*script)
+        async with await self.hub.open(CHAT, chat(BAD, stream=stream)) as wire:
+            ending = await wire.read_to_end()
+        await self.worker.requests[-1].finished.wait()
+        return ending
+
+
+@contextlib.asynccontextmanager
+async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
+    """Let a good stream go on all the time, event by event; look at the log at last."""
+    gate, log = asyncio.Semaphore(0), io.StringIO()
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(TextFormatter())
+    settings = {
+        "timeouts__first_token": 2,
+        # Short enough for what hangs, and long enough for a busy machine.
+        "timeouts__gap": 1.5,
+        "timeouts__silence": 1.5,
+        "breaker__consecutive": 1000,
+    } | settings
+    async with (
+        ScriptedWorker(GOOD) as good,
+        ScriptedWorker(BAD) as bad,
+        running_hub(good, bad, **settings) as hub,
+    ):
+        good.script(*stream_of(3_000, gate, model=GOOD))
+        wire = await hub.open(CHAT, chat(GOOD, stream=True))
+        await wire.read_event()
+        await wire.read_event()
+        seen = 0
+
+        async def follow() -> None:
+            nonlocal seen
+            while True:
+                gate.release()
+                told = await wire.read_event()
+                seen += 1
+                assert told == token(f" t{seen}", model=GOOD)
+                await asyncio.sleep(0.01)
+
+        following = asyncio.create_task(follow(), name="fake client")
+        root = logging.getLogger()
+        root.addHandler(handler)
+        before = root.level
+        root.setLevel(logging.DEBUG)
+        try:
+            yield Scene(hub, bad)
+            at = seen
+            await until(lambda: seen >= at + 3 or following.done())
+            bad.script(send(OK))
+            assert (await hub.post(CHAT, chat(BAD))).body == b'{"n":1}'
+        finally:
+            root.setLevel(before)
+            root.removeHandler(handler)
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await following
+        assert seen >= 3
+        assert not bad.requests[-1].reused, (
+            "the connection of the attack was used again"
+        )
+    logged = log.getvalue()
+    assert len(logged) < MOST_LOGGED, logged[:3000]
+    assert all(line[:2] == "20" for line in logged.splitlines()), "a forged line"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("script", REFUSED.values(), ids=REFUSED)
+async def test_what_is_no_answer_is_a_bad_gateway(script: Script, stream: bool) -> None:
+    # Or it would be asked again.
+    async with beside_a_good_stream(retry__attempts=1) as scene:
+        ending = await scene.attack(script, stream=stream)
+        assert ending.clean
+        assert ending.response.status == 502
+        assert ending.response.json()["error"]["code"] in (
+            "worker_bad_response",
+            "worker_connection_lost",
+        )
+        assert scene.worker.requests[0].sent < IN_SOCKETS
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("script", CUT.values(), ids=CUT)
+async def test_what_goes_wrong_later_is_cut(script: Script, stream: bool) -> None:
+    """The client has the beginning, and can tell that it is no more than that."""
+    async with beside_a_good_stream() as scene:
+        ending = await scene.attack(script, stream=stream)
+        assert not ending.clean
+        assert ending.response.status == 200
+        assert HELLO.startswith(ending.response.body[:5].strip(b"x"))
+        assert scene.worker.requests[0].sent < IN_SOCKETS
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(("script", "status", "body"), HARMLESS.values(), ids=HARMLESS)
+async def test_what_does_no_harm_passes_without_the_harm(
+    script: Script, status: int, body: bytes, stream: bool
+) -> None:
+    async with beside_a_good_stream() as scene:
+        response = (await scene.attack(script, stream=stream)).response
+    assert (response.status, response.body) == (status, body)
+    assert not {name for name, _ in response.headers} & {"set-cookie", "x"}
+
+
+# --- Time -------------------------------------------------------------------------
+
+
+async def test_a_head_that_drips_is_cut_at_the_deadline() -> None:
+    drip = [step for _ in range(999) for step in (pause(0.02), send(b"X: a\r\n"))]
+    async with beside_a_good_stream(timeouts__first_token=1) as scene:
+        ending = await scene.attack((send(b"HTTP/1.1 200 OK\r\n"), *drip), stream=True)
+    assert ending.response.status == 504
+    assert ending.response.json()["error"]["code"] == "worker_timeout"
+
+
+async def test_an_event_that_drips_is_cut_at_the_gap() -> None:
+    drip = [step for _ in range(999) for step in (pause(0.01), send(chunk(b": \n\n")))]
+    script = (send(sse_head() + chunk(role() + token("a"))), *drip)
+    async with beside_a_good_stream() as scene:
+        ending = await scene.attack(script, stream=True)
+    assert not ending.clean
+    assert b'"worker_slow"' in ending.response.body
+
+
+async def test_comments_before_the_first_event_cost_little() -> None:
+    """Each byte is looked at once: thousands of reads, and others have their turns."""
+    script = (send(sse_head()), *[send(chunk(COMMENT)), give_way()] * 5000, stall())
+    async with beside_a_good_stream() as scene:
+        ending = await scene.attack(script, stream=True)
+    assert ending.response.status == 504
+
+
+async def test_more_comments_than_are_held_are_the_beginning_of_an_answer() -> None:
+    script = (send(sse_head()), *[send(chunk(COMMENT * 1000))] * 100, stall())
+    assert len(COMMENT) * 1000 * 100 > HOLD_LIMIT
+    async with beside_a_good_stream(rescue__enabled=False) as scene:
+        ending = await scene.attack(script, stream=True)
+    assert ending.response.status == 200
+    assert not ending.clean
+    assert b'"worker_slow"' in ending.response.body
+
+
+# --- Memory -----------------------------------------------------------------------
+
+
+async def test_an_answer_without_an_end_costs_no_memory() -> None:
+    """Of 10 MB without a line end, of an event of 100 MB: nothing is kept."""
+    size = 100 * MIB
+    script = (
+        send(raw(f"Content-Length: {size + 6}", EVENTS) + b"data: "),
+        *[send(LARGE)] * (size // len(LARGE)),
+    )
+    async with beside_a_good_stream() as scene:
+        scene.worker.script(*script)
+        wire = await scene.hub.open(CHAT, chat(BAD, stream=True))
+        await wire.read_head()
+        before = psutil.Process().memory_info().rss
+        most, received = 0, 0
+        async with asyncio.timeout(DEADLINE):
+            while data := await asyncio.get_running_loop().sock_recv(wire._sock, MIB):
+                received += len(data)
+                most = max(most, psutil.Process().memory_info().rss)
+        wire.abort()
+    assert received > size * 0.9
+    assert most - before < 24 * MIB
+
+
+async def test_an_event_without_an_end_is_no_rest_of_an_answer() -> None:
+    """Where events have to be whole to be understood, there is a limit to them."""
+    async with beside_a_good_stream(
+        rescue__enabled=True, retry__attempts=2, retry__patience=2, timeouts__gap=5
+    ) as scene:
+        first = (send(sse_head() + chunk(role() + token("a", model=BAD))), reset())
+        scene.worker.script(*first)
+        scene.worker.script(
+            send(sse_head() + chunk(role()) + b"fffffff\r\ndata: "), flood(LARGE)
+        )
+        async with await scene.hub.open(CHAT, chat(BAD, stream=True)) as wire:
+            ending = await wire.read_to_end()
+        assert not ending.clean
+        assert ending.response.body.count(b'"error"') == 1
+        assert scene.worker.requests[1].sent < MAX_EVENT + IN_SOCKETS
+
+
+ENDLESS = {
+    "an event": (sse_head() + b"fffffff\r\ndata: ", LARGE),
+    "events": (sse_head() + chunk(role()), chunk(token("a" * 1000) * 10)),
+    "choices": (
+        sse_head() + chunk(role()),
+        chunk(b"".join(event({"choices": [{"index": n}]}) for n in range(1, 5000))),
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "more"), ENDLESS.values(), ids=ENDLESS)
+async def test_an_assembled_answer_has_a_limit(first: bytes, more: bytes) -> None:
+    """It is reached, and not only told at the end of what has none."""
+    settings = {"upstream__assemble": CHAT, "limits__answer": 1 << 20}
+    async with beside_a_good_stream(
+        timeouts__gap=10, timeouts__silence=10, **settings
+    ) as scene:
+        # Then it is asked as the client has asked, which the hub need not keep.
+        scene.worker.script(send(first), flood(more))
+        ending = await scene.attack((send(error_reply(400, "no")),), stream=False)
+        assert ending.response.status == 400
+        assert scene.worker.requests[0].sent < MIB + IN_SOCKETS
+
+
+# --- Lies -------------------------------------------------------------------------
+
+NONSENSE: list[Any] = [-1, 0, 10**15, 10**400, math.pi, True, None, "3", [], {}]
+
+
+@pytest.mark.parametrize("number", NONSENSE, ids=lambda value: repr(value)[:20])
+async def test_nonsense_about_tokens_is_nobodys_debt(number: Any) -> None:
+    """It counts for a subject's limit, and the speed of the worker is learnt of it."""
+    told = {"predicted_n": number, "prompt_n": number, "cache_n": number}
+    told |= {"predicted_ms": number, "prompt_ms": number}
+    usage = dict.fromkeys(("prompt_tokens", "completion_tokens"), number)
+    async with beside_a_good_stream() as scene:
+        token_ = scene.hub.token("bob", tpm=1000)
+        for _ in range(2):
+            scene.worker.script(
+                send(sse_head() + chunk(role() + token("a"))),
+                send(chunk(finish(timings=timings_of() | told, usage=usage) + done())),
+                send(last_chunk()),
+                close(),
+            )
+            async with await scene.hub.open(
+                CHAT, chat(BAD, stream=True), token_
+            ) as wire:
+                ending = await wire.read_to_end()
+            assert ending.clean
+            assert ending.response.status == 200, "the limit was used up by a lie"
+        assert (await scene.hub.get("/metrics")).status == 200
+
+
+async def test_a_continuation_with_numbers_of_any_size_is_passed_on() -> None:
+    usage = {"prompt_tokens": 10**400, "completion_tokens": 10**400}
+    settings = {"rescue__enabled": True, "retry__attempts": 2, "retry__patience": 2}
+    async with beside_a_good_stream(**settings) as scene:
+        first = (send(sse_head() + chunk(role() + token("abc", model=BAD))), reset())
+        scene.worker.script(*first)
+        scene.worker.script(*chat_stream(["abc", "d"], usage=True, model=BAD)[:-3])
+        scene.worker._queue[-1] = (
+            *scene.worker._queue[-1][:-1],
+            send(chunk(finish(usage=usage) + done()) + last_chunk()),
+            close(),
+        )
+        async with await scene.hub.open(CHAT, chat(BAD, stream=True)) as wire:
+            ending = await wire.read_to_end()
+        assert ending.response.status == 200
+
+
+async def test_a_model_list_full_of_nonsense_is_no_danger_to_the_catalogue() -> None:
+    names = ["<script>", "../../etc", "\x1b[2J", "a\nb", "x" * 10_000, '"', "a" * 300]
+    listed = {"data": [{"id": n, "meta": {"n_ctx": 10**400}} for n in names]}
+    props = {"total_slots": 10**400, "default_generation_settings": {"n_ctx": -3}}
+    async with ScriptedWorker() as worker:
+        worker.on("/v1/models", send(json_reply(listed)))
+        worker.on("/props", send(json_reply(props)))
+        async with running_hub(worker) as hub:
+            told = (await hub.get("/v1/models")).json()["data"]
+            assert [model["id"] for model in told] == [
+                "<script>",
+                "../../etc",
+                '"',
+                "a" * 300,
+            ]
+            assert {model["gollama"]["context"] for model in told} == {None}
+            assert (await hub.get("/metrics")).status == 200
+            assert (await hub.post(CHAT, chat("a\nb"))).status == 404
+
+
+async def test_a_worker_that_answers_before_it_is_asked_is_not_believed() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        port = server.sockets[0].getsockname()[1]
+        async with running_hub(f"http://127.0.0.1:{port}") as hub:
+            response = await hub.post(CHAT, chat(BAD))
+        assert response.status in (502, 503)
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/props"])
+@pytest.mark.parametrize("script", [*REFUSED.values()], ids=REFUSED)
+async def test_a_ping_is_no_way_in_either(path: str, script: Script) -> None:
+    """Its reason is short and on one line, for it gets into the log."""
+    async with ScriptedWorker() as worker:
+        worker.on(path, *script)
+        finding = await ping(worker, timeout=0.5)
+        worker.violations.clear()
+    assert finding.check in Check
+    assert len(finding.reason) < 200
+    assert finding.reason.isprintable()
+
+
+def test_the_limits_are_larger_than_any_honest_worker_needs() -> None:
+    assert len(sse_head()) * 10 < MAX_HEAD
+    assert sse_head().count(b"\r\n") * 10 < MAX_HEADERS
+    assert len(event({})) < MAX_EVENT

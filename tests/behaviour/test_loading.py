@@ -1,0 +1,169 @@
+"""Workers that load a model when they are asked for it: llama-server's router mode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from gollama_proxy.fleet import pool
+from gollama_proxy.proxy import attempt
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.script import answer, chat_stream, expect_eof, reset, wait
+from tests.fakes.waiting import until
+from tests.fakes.worker import ScriptedWorker
+
+CHAT = "/v1/chat/completions"
+WHOLE: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
+FAST = 1e9  # bytes/s of a prompt: it makes an allowance no longer
+STREAM = WHOLE | {"stream": True}
+
+
+@asynccontextmanager
+async def routers(
+    *status: str, slots: int = 1, **settings: Any
+) -> AsyncIterator[tuple[list[ScriptedWorker], RunningHub]]:
+    """Run a hub and workers of one model, which is loaded there or not."""
+    settings = {"health__interval": 3600, "retry__attempts": 2, **settings}
+    workers = [ScriptedWorker(slots=slots) for _ in status]
+    for worker, each in zip(workers, status, strict=True):
+        worker.status = {"tiny": each}
+    async with AsyncExitStack() as stack:
+        for worker in workers:
+            await stack.enter_async_context(worker)
+        hub = await stack.enter_async_context(running_hub(*workers, **settings))
+        yield workers, hub
+
+
+# --- Who is asked -----------------------------------------------------------------
+
+
+async def test_a_worker_that_has_the_model_loaded_gets_all_requests() -> None:
+    async with routers("unloaded", "loaded", "unloaded") as (workers, hub):
+        for _ in range(6):
+            assert (await hub.post(CHAT, WHOLE)).status == 200
+        assert [len(each.requests) for each in workers] == [0, 6, 0]
+
+
+async def test_a_request_waits_for_it_rather_than_have_another_one_load() -> None:
+    async with routers("unloaded", "loaded") as ((cold, warm), hub):
+        warm.default(wait("go"), *answer({"choices": []}))
+        both = [asyncio.create_task(hub.post(CHAT, WHOLE), name="c") for _ in "ab"]
+        await until(lambda: len(hub.hub.slots.line) == 1)
+        warm.release("go")
+        assert [(await each).status for each in both] == [200, 200]
+        assert not cold.requests
+
+
+async def test_but_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "LOAD_AFTER", 0.2)
+    async with routers("unloaded", "loaded") as ((cold, warm), hub):
+        warm.default(wait("go"), *answer({"choices": []}))
+        first = asyncio.create_task(hub.post(CHAT, WHOLE), name="first")
+        await warm.received()
+        assert (await hub.post(CHAT, WHOLE)).header("x-gollama-worker") == cold.name
+        warm.release("go")
+        await first
+        assert len(warm.requests) == 1
+
+
+async def test_one_that_has_it_and_fails_is_made_up_for_by_one_that_has_not() -> None:
+    async with routers("loaded", "unloaded") as ((warm, cold), hub):
+        warm.default(reset())
+        response = await hub.post(CHAT, WHOLE)
+        assert response.header("x-gollama-worker") == cold.name
+
+
+async def test_a_crowd_has_one_worker_load_and_not_all() -> None:
+    async with routers("unloaded", "unloaded", slots=4) as (workers, hub):
+        for worker in workers:
+            worker.default(wait("go"), *answer({"choices": []}))
+        crowd = [asyncio.create_task(hub.post(CHAT, WHOLE), name="c") for _ in "abc"]
+        await until(lambda: sum(len(each.requests) for each in workers) == 3)
+        for worker in workers:
+            worker.release("go")
+        assert {(await each).status for each in crowd} == {200}
+        assert sorted(len(each.requests) for each in workers) == [0, 3]
+
+
+async def test_one_that_is_loading_it_already_goes_first() -> None:
+    async with routers("unloaded", "loading") as ((cold, loading), hub):
+        assert (await hub.post(CHAT, WHOLE)).status == 200
+        assert (len(cold.requests), len(loading.requests)) == (0, 1)
+
+
+# --- While it loads ---------------------------------------------------------------
+
+
+async def test_the_client_of_a_stream_is_told_and_nobody_else_takes_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loading is not slow, and nothing is learnt from it about reading."""
+    monkeypatch.setattr(attempt, "LOOK", 0.02)
+    settings = {"queue__notice": 0.1, "timeouts__allowance": 0.05}
+    async with routers("unloaded", "unloaded", slots=4, **settings) as (workers, hub):
+        for worker in workers:
+            worker.default(wait("loaded"), *chat_stream(["a", "b"]))
+        for record in hub.hub.registry.workers:
+            record.pace_of("tiny").rate = FAST
+        async with await hub.open(CHAT, STREAM) as wire:
+            assert await wire.read_event() == b": loading model\n\n"
+            [busy] = [each for each in workers if each.requests]
+            busy.release("loaded")
+            ending = await wire.read_to_end()
+        assert ending.clean
+        assert b"[DONE]" in ending.raw
+        assert sum(len(each.requests) for each in workers) == 1
+        assert all(r.pace_of("tiny").rate == FAST for r in hub.hub.registry.workers)
+
+
+async def test_who_has_it_loaded_is_as_slow_as_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt, "LOOK", 0.02)
+    settings = {"queue__notice": 0.1, "timeouts__allowance": 0.5}
+    async with routers("loaded", "loaded", **settings) as ((one, two), hub):
+        for record in hub.hub.registry.workers:
+            record.pace_of("tiny").rate = FAST
+        one.script(expect_eof())
+        two.default(*chat_stream(["a"]))
+        response = await hub.post(CHAT, STREAM)
+        assert response.header("x-gollama-attempts") == "2"
+        assert b"loading model" not in response.body
+
+
+async def test_no_notice_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "LOOK", 0.02)
+    async with routers("unloaded", queue__notice=0) as ((worker,), hub):
+        worker.script(wait("loaded"), *chat_stream(["a"]))
+        asking = asyncio.create_task(hub.post(CHAT, STREAM), name="client")
+        await worker.received()
+        await asyncio.sleep(0.1)
+        worker.release("loaded")
+        assert b"loading" not in (await asking).body
+
+
+# --- What is known of it ----------------------------------------------------------
+
+
+async def test_the_list_of_models_says_what_is_loaded() -> None:
+    """After an answer that is known at once, and the pinger looks at the others."""
+    async with routers("unloaded", "unloaded") as (workers, hub):
+
+        async def loaded() -> tuple[bool | None, list[bool | None]]:
+            [row] = (await hub.get("/v1/models")).json()["data"]
+            told = row["gollama"]
+            return told["loaded"], [each["loaded"] for each in told["workers"]]
+
+        assert await loaded() == (False, [False, False])
+        pings = [len(each.control) for each in workers]
+        assert (await hub.post(CHAT, WHOLE)).status == 200
+        [busy] = [each for each in workers if each.requests]
+        assert await loaded() == (True, [each is busy for each in workers])
+        busy.status = {"tiny": "loaded"}
+        index = workers.index(busy)
+        await until(lambda: len(busy.control) > pings[index])
+        assert len(workers[1 - index].control) == pings[1 - index]

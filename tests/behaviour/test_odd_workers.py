@@ -1,0 +1,351 @@
+"""Workers that misbehave in odd places: what was got wrong once stays right."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from gollama_proxy.upstream import probe
+from gollama_proxy.wire.description import Check
+from tests.behaviour.test_backpressure import stream_of_megabytes
+from tests.behaviour.test_cancellation import (
+    in_an_error,
+    in_flight,
+    logged,
+    settled,
+    write_blocked,
+)
+from tests.behaviour.test_honest_endings import CUT, assert_broken_off, ended
+from tests.behaviour.test_large_bodies import (
+    a_worker,
+    half_sent,
+    running,
+)
+from tests.fakes.client import Wire
+from tests.fakes.hub import running_hub
+from tests.fakes.replies import (
+    chat_completion,
+    chunk,
+    event,
+    finish,
+    head,
+    json_reply,
+    last_chunk,
+    named_event,
+    role,
+    sse_head,
+    token,
+)
+from tests.fakes.script import (
+    answer,
+    close,
+    event_stream,
+    not_read_body,
+    read_body,
+    reset,
+    send,
+    stall,
+    wait,
+)
+from tests.fakes.waiting import DEADLINE
+from tests.fakes.worker import ScriptedWorker
+from tests.proxy.test_attempt import BODY, bench, outgoing, pieces
+from tests.upstream.test_connection import SHORT, ask
+from tests.upstream.test_probe import HEALTH, configured, ping
+
+CHAT = "/v1/chat/completions"
+STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
+WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
+OK = answer(chat_completion("hello"))
+# How a broken answer ends is for the client to see: it is not continued.
+NO_RESCUE = {"rescue__enabled": False}
+
+# --- 1: test_upstream_connection.py, test_stale_connections.py --------------------
+
+SECOND = head(404, [("Content-Length", "5")]) + b"hello"
+
+
+@pytest.mark.parametrize("length", range(1, len(SECOND) + 1))
+def test_what_follows_an_answer_in_the_same_read_is_no_part_of_it(length: int) -> None:
+    """Not its status, not its body, and nothing of the next answer either."""
+    connection, _, recorder = ask()
+    connection.data_received(SHORT + SECOND[:length])
+    assert (recorder.status, recorder.body, recorder.ended) == (200, b"{}", True)
+    assert not connection.reusable
+
+
+async def test_a_second_answer_does_not_reach_the_next_client() -> None:
+    evil = head(200, [("Content-Length", "700")]) + b"{"
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(send(json_reply({"n": 1}) + evil))
+        assert (await hub.post(CHAT, WHOLE)).json() == {"n": 1}
+        worker.script(*answer({"n": 2}))
+        response = await hub.post(CHAT, WHOLE)
+        assert (response.status, response.json()) == (200, {"n": 2})
+
+
+# --- 2: test_stale_connections.py, test_upstream_attempt.py -----------------------
+
+
+@pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 200 OK\r\nContent-", head(100)])
+async def test_one_byte_of_an_answer_and_it_is_not_asked_again(part: bytes) -> None:
+    # One try: that it is not asked again as a stale connection would be.
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, retry__attempts=1) as hub,
+    ):
+        worker.script(*OK)
+        worker.script(send(part), reset())
+        assert (await hub.post(CHAT, WHOLE)).status == 200
+        response = await hub.post(CHAT, WHOLE)
+        assert (response.status, len(worker.requests)) == (502, 2)
+
+
+# --- 3: test_large_bodies.py ------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_a_connection_with_half_a_request_is_not_used_again(status: int) -> None:
+    """The next request would be taken for the rest of the body."""
+    reply = head(status, [("Content-Length", "2")]) + b"{}"
+    async with a_worker() as worker, running(worker) as hub:
+        worker.script(read_body(50_000), send(reply), read_body(), send(reply))
+        async with half_sent(hub) as wire:
+            assert (await wire.read_response()).status == status
+            async with await hub.open(CHAT, WHOLE) as other:
+                response = await other.read_response()
+        assert response.status == 200
+        assert response.json() != {}
+        assert worker.requests[0].body_length < 200_000
+
+
+# --- 4, 5: test_honest_endings.py -------------------------------------------------
+
+FINISH = finish("stop")
+BEGUN = role() + token("a")
+DECISIVE = {
+    "chat": (CHAT, role() + token("a"), FINISH),
+    "completion": (
+        "/completion",
+        event({"content": "a"}),
+        event({"stop": True, "n": 1}),
+    ),
+    "messages": (
+        "/v1/messages",
+        named_event({"type": "message_start"})
+        + named_event({"type": "content_block_delta"}),
+        named_event({"type": "message_stop"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("end", [close(), reset(), send(last_chunk())])
+@pytest.mark.parametrize(
+    ("path", "first", "last"), DECISIVE.values(), ids=DECISIVE.keys()
+)
+@pytest.mark.parametrize("missing", [2, 5, 10])
+async def test_half_a_closing_event_closes_nothing(
+    missing: int, path: str, first: bytes, last: bytes, end: object
+) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
+        worker.script(send(sse_head() + chunk(first) + chunk(last[:-missing])), end)
+        ending = await ended(hub, STREAM, path)
+    assert not ending.clean
+    assert b"[DONE]" not in ending.response.body
+    assert b'"error"' in ending.response.body
+
+
+@pytest.mark.parametrize(
+    "half", [token("b")[:3], token("b")[:60], token("b")[:-1], b": "]
+)
+async def test_the_error_is_an_event_of_its_own(half: bytes) -> None:
+    """Behind half an event too: a client parses line by line."""
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
+        worker.script(send(sse_head() + chunk(BEGUN) + chunk(half)), reset())
+        ending = await ended(hub, STREAM)
+    *_, last, nothing = ending.response.body.split(b"\n\n")
+    assert nothing == b""
+    assert last.lstrip(b"\n").startswith(b'data: {"error":{')
+    assert ending.response.body.startswith(BEGUN + half)
+
+
+# --- 6: test_honest_endings.py ----------------------------------------------------
+
+
+async def test_one_choice_of_two_that_finished_is_not_the_answer() -> None:
+    """`"n": 2`: the other one went on, and was cut."""
+    other = token("more").replace(b'"index":0', b'"index":1')
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(*event_stream(role(), FINISH, other)[:-2], reset())
+        ending = await ended(hub, STREAM | {"n": 2})
+    assert_broken_off(ending, role() + FINISH + other, "worker_connection_lost")
+
+
+# --- 7: test_honest_endings.py, test_old_clients.py, test_backpressure.py ----------
+
+
+@pytest.mark.parametrize("end", [reset(), close()])
+async def test_a_reset_tells_an_http_1_0_client_that_something_is_missing(
+    end: object,
+) -> None:
+    chunks = head(200, [("Transfer-Encoding", "chunked")]) + chunk(CUT)
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(send(chunks), wait("seen"), end)
+        async with await hub.wire() as wire:
+            await wire.post(CHAT, WHOLE, hub.token(), version="1.0")
+            await wire.read_head()
+            worker.release("seen")
+            ending = await wire.read_to_end()
+    assert ending.reset
+
+
+async def test_an_http_1_0_client_that_is_dropped_can_tell() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, timeouts__write=0.1) as hub,
+    ):
+        worker.script(*stream_of_megabytes(50))
+        wire = await hub.wire(receive_buffer=4096)
+        await wire.post(CHAT, STREAM, hub.token(), version="1.0")
+        await worker.received()
+        await worker.idle()
+        ending = await wire.read_to_end()
+    assert ending.reset
+
+
+# --- 8: test_honest_endings.py, test_upstream_relay.py ----------------------------
+
+
+async def test_an_error_that_is_too_long_is_replaced() -> None:
+    large = b"x" * (1 << 20)
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.default(
+            send(head(400, [("Content-Length", str(len(large)))])), send(large)
+        )
+        async with await hub.open(CHAT, WHOLE) as wire:
+            response = await wire.read_response()
+    assert response.status == 400
+    assert len(response.json()["error"]["message"]) < 200
+
+
+# --- 10, 11: test_upstream_probe.py -----------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/props"])
+async def test_a_list_that_is_no_utf_8_is_a_finding(path: str) -> None:
+    body = b'{"data":[{"id":"\xff"}],"build_info":"\xff"}'
+    async with ScriptedWorker() as worker:
+        worker.on(path, send(head(200, [("Content-Length", str(len(body)))]) + body))
+        finding = await ping(worker)
+    assert finding.check is (Check.FAILED if path == "/v1/models" else Check.OK)
+
+
+async def test_a_worker_without_tls_is_not_told_as_a_matter_of_permissions() -> None:
+    async with ScriptedWorker() as worker:
+        async with probe.new_session() as session:
+            url = worker.url.replace("http:", "https:")
+            finding = await probe.ping(session, configured(url), HEALTH)
+        worker.violations.clear()
+    assert finding.reason == "TLS: wrong version number"
+
+
+# --- 12: test_cancellation.py -----------------------------------------------------
+
+
+async def test_a_client_that_half_closes_with_everything_full() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        wire = await write_blocked(worker, hub)
+        wire.half_close()
+        async with asyncio.timeout(DEADLINE):
+            await worker.requests[0].closed_by_peer.wait()
+        await in_flight(hub, 0)
+
+
+# --- 13: test_large_bodies.py -----------------------------------------------------
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_worker_that_stops_reading_has_a_deadline(leaves: bool) -> None:
+    """A machine that froze in the middle of an upload; nobody would ever notice."""
+    sent = 0
+
+    async def upload(wire: Wire) -> None:
+        nonlocal sent
+        while True:
+            await wire.send(bytes(32 << 10))
+            sent += 1
+
+    async with (
+        ScriptedWorker(receive_buffer=4096) as worker,
+        running(worker, limits__body=1 << 30, timeouts__first_token=0.3) as hub,
+    ):
+        worker.script(read_body(1000), not_read_body(), stall())
+        length = [("Content-Length", str(1 << 29))]
+        wire = await hub.open(CHAT, b'{"a":"', headers=length)
+        uploading = asyncio.create_task(upload(wire))
+        await worker.received()
+        await settled(lambda: sent)
+        uploading.cancel()
+        await asyncio.wait([uploading])
+        if leaves:
+            wire.abort()
+        await in_flight(hub, 0)
+        if not leaves:
+            assert (await wire.read_response()).status == 504
+
+
+# --- 14: test_upstream_attempt.py -------------------------------------------------
+
+
+async def test_an_upload_does_not_make_an_idle_connection_younger() -> None:
+    """llama-server counts its 5 s from the last request."""
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        await made.exchange()
+        made.clock.advance(3)
+        worker.script(read_body(), send(head(500, [("Content-Length", "0")])))
+        await made.exchange(outgoing(rest=pieces(b"more"), length=len(BODY) + 4))
+        made.clock.advance(3)
+        await made.exchange()  # the idle one is 6 s old
+        assert [r.reused for r in worker.requests] == [False, False, False]
+
+
+# --- 15: test_honest_endings.py ---------------------------------------------------
+
+
+async def test_a_stream_on_a_route_that_has_none_is_cut_visibly() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(send(sse_head() + chunk(role())), reset())
+        ending = await ended(hub, WHOLE, "/tokenize")
+    assert not ending.clean
+
+
+# --- 16: test_cancellation.py -----------------------------------------------------
+
+
+async def test_a_client_that_left_is_not_logged_as_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "gollama_proxy.access")
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        (await in_an_error(worker, hub)).abort()
+        [line] = await logged(caplog)
+    assert line["outcome"] == "client_gone"
+
+
+# --- 17: test_honest_endings.py ---------------------------------------------------
+
+
+@pytest.mark.parametrize("received", [4096, 64 << 10])
+async def test_what_came_of_a_cut_answer_is_not_thrown_away(received: int) -> None:
+    """Its length tells that it is cut; every byte in front of the cut arrives."""
+    length = ("Content-Length", str(10 << 20))
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.script(send(head(200, [length])), *[send(bytes(1 << 16))] * 60, close())
+        async with await hub.open(CHAT, WHOLE, receive_buffer=received) as wire:
+            request = await worker.received()
+            await settled(lambda: request.sent)
+            ending = await wire.read_to_end()
+    assert not ending.clean
+    assert len(ending.response.body) == 60 << 16

@@ -1,0 +1,115 @@
+"""A thousand requests with faults leave nothing in the hub: no file, task or object.
+
+`make soak` is the same with twenty thousand, a process of its own, and its memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import Counter
+from typing import Any
+
+import psutil
+import pytest
+
+from gollama_proxy.config.settings import STREAMED
+from gollama_proxy.fleet import watchdog as sweep
+from tests.fakes.crowd import Crowd
+from tests.fakes.faults import Faults
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.replies import MODEL
+from tests.fakes.waiting import until
+from tests.fakes.worker import ScriptedWorker
+from tests.soak import EXECUTIONS, RATE, SETTINGS
+
+REQUESTS = 1000
+LONG = 60.0  # seconds: to take stock takes long where other tests have the machine
+WARM_UP = 200
+# Less than one for each request: only the series of the metrics become more.
+OBJECTS = 800
+# What the hub learns is bounded by its workers, their models and its parallel answers.
+LEARNT = {"Breaker", "Recent", "_Baseline"}
+QUICK: dict[str, Any] = {
+    **SETTINGS,
+    "timeouts__gap": 0.1,
+    "timeouts__allowance": 0.1,
+    "timeouts__first_token": 0.4,
+    "timeouts__silence": 0.4,
+    "server__keepalive": 5,  # what is only kept is gone by the deadline
+    "rescue__enabled": True,
+    "upstream__assemble": STREAMED,
+    "routing__policy": "round_robin",  # others remember conversations, up to a number
+    "health__interval": 3600,  # no ping is under way when stock is taken
+}
+
+
+@pytest.fixture(autouse=True)
+def _frequent_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "PERIOD", 0.02)
+
+
+class Inventory:
+    """What there is in this process at one moment."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        objects = gc.get_objects()
+        kinds = (type(obj) for obj in objects)
+        self.ours = Counter(
+            kind.__name__
+            for kind in kinds
+            if "gollama_proxy" in str(kind.__module__) and kind.__name__ not in LEARNT
+        )
+        self.objects = len(objects)
+        self.files = psutil.Process().num_fds()
+        self.tasks = sorted(task.get_name() for task in asyncio.all_tasks())
+
+    def __repr__(self) -> str:
+        return f"<Inventory {self.objects} objects, {self.files} files, {self.tasks}>"
+
+
+async def stock_of_rest(
+    hub: RunningHub, faults: Faults, workers: list[ScriptedWorker]
+) -> Inventory:
+    """Wait until nothing goes on and idle connections are closed; see what is left."""
+    inside = hub.hub
+    known = inside.registry.workers
+    await until(lambda: not faults.running)
+    await until(lambda: not any(worker.in_flight for worker in known))
+    for worker in workers:
+        await worker.down()
+        await worker.up()
+        worker.requests.clear()
+        worker.control.clear()
+    for connections in inside.connections.values():
+        connections.close()
+    await until(lambda: all(worker.can_serve(MODEL) for worker in known))
+    await until(lambda: not any(worker.open for worker in workers))
+    await until(lambda: repr(inside.dispatcher) == "<Dispatcher running=0>")
+    await until(lambda: repr(inside.sweep) == "<Sweep answers=0 canaries=0>")
+    held = {"Connection", "_Protocol"}
+    await until(lambda: not (Inventory().ours.keys() & held), LONG)
+    # The task of a connection whose client has just left may not have ended yet.
+    await until(lambda: not any(task.cancelling() for task in asyncio.all_tasks()))
+    return Inventory()
+
+
+@pytest.mark.timeout(4 * LONG)
+async def test_a_thousand_requests_leave_nothing() -> None:
+    faults = Faults("soak", RATE)
+    async with faults.workers() as workers, running_hub(*workers, **QUICK) as hub:
+        crowd = Crowd(hub.port, faults, seed=1, visitors=16)
+        await crowd.send(WARM_UP)
+        before = await stock_of_rest(hub, faults, workers)
+        await crowd.send(REQUESTS)
+        await stock_of_rest(hub, faults, workers)
+        after = Inventory()
+        assert not crowd.flaws
+        # What is learnt, and pings, come and go; a leak would be of each request.
+        grown = after.ours - before.ours
+        assert grown.total() < REQUESTS // 100, grown
+        assert after.tasks == before.tasks
+        assert after.files <= before.files
+        assert after.objects < before.objects + OBJECTS
+        assert max(faults.executions.values()) <= EXECUTIONS

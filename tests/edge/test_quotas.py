@@ -1,0 +1,271 @@
+"""Nobody gets more in a minute than its token allows, and is told how much that is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gollama_proxy.edge.quotas import Gauge, Quotas, Standing, duration
+from gollama_proxy.wire.errors import Code
+from tests.fakes.clock import Clock
+
+
+def make(*, remembered: int = 100, clock: Clock | None = None) -> Quotas:
+    return Quotas(clock or Clock(), remembered)
+
+
+# --- Requests ---------------------------------------------------------------------
+
+
+def test_without_limits_nothing_is_counted_and_nothing_told() -> None:
+    quotas = make()
+    assert quotas.take("a", None, None) == Standing()
+    quotas.spend("a", 1000)
+    assert Standing().headers() == {}
+    assert repr(quotas) == "<Quotas of 0 subjects>"
+
+
+def test_so_many_requests_go_in_and_the_next_one_is_told_when_to_come() -> None:
+    clock = Clock()
+    quotas = make(clock=clock)
+    for remaining in (2, 1, 0):
+        standing = quotas.take("a", 3, None)
+        assert standing.allowed
+        assert standing.requests is not None
+        assert standing.requests.remaining == remaining
+        clock.advance(10)
+    refused = quotas.take("a", 3, None)
+    assert refused == Standing(Gauge(3, 0, 51.0, 31.0), None, allowed=False)
+    assert refused.headers() == {
+        "x-ratelimit-limit-requests": "3",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "51s",
+    }
+    error = refused.error()
+    assert (error.code, error.code.status) == (Code.RATE_LIMITED, 429)
+    assert error.retry_after == 31
+    assert error.message == (
+        "Your token's limit is used up: rpm = 3 (requests per minute). "
+        "Please try again in 31s."
+    )
+    clock.advance(31)
+    assert quotas.take("a", 3, None).allowed
+    assert not quotas.take("a", 3, None).allowed
+
+
+def test_a_refusal_costs_nothing() -> None:
+    """Else who asks too often would never get in again."""
+    clock = Clock()
+    quotas = make(clock=clock)
+    assert quotas.take("a", 1, 5).allowed
+    for _ in range(60):
+        clock.advance(1)
+        assert not quotas.take("a", 1, 5).allowed
+    clock.advance(1)
+    assert quotas.take("a", 1, 5).allowed
+
+
+def test_subjects_do_not_use_up_each_others() -> None:
+    quotas = make()
+    assert quotas.take("a", 1, None).allowed
+    assert quotas.take("b", 1, None).allowed
+    assert not quotas.take("a", 1, None).allowed
+
+
+def test_two_tokens_of_one_subject_use_up_the_same() -> None:
+    quotas = make()
+    assert quotas.take("a", 2, None).allowed
+    assert quotas.take("a", 2, None).allowed
+    assert not quotas.take("a", 1, None).allowed
+    assert quotas.take("a", 3, None).allowed
+
+
+# --- Tokens -----------------------------------------------------------------------
+
+
+def test_a_request_goes_in_while_tokens_are_left() -> None:
+    clock = Clock()
+    quotas = make(clock=clock)
+    assert quotas.take("a", None, 100).tokens == Gauge(100, 100, 0.0, 0.0)
+    quotas.spend("a", 99)
+    standing = quotas.take("a", None, 100)
+    assert standing.allowed
+    assert standing.headers() == {
+        "x-ratelimit-limit-tokens": "100",
+        "x-ratelimit-remaining-tokens": "1",
+        "x-ratelimit-reset-tokens": "1m1s",
+    }
+    clock.advance(5)
+    quotas.spend("a", 51)
+    refused = quotas.take("a", None, 100)
+    assert refused == Standing(None, Gauge(100, 0, 61.0, 56.0), allowed=False)
+    assert "up: tpm = 100 (tokens per minute)." in refused.error().message
+
+
+def test_what_was_overdrawn_has_to_age_before_the_next_one_goes_in() -> None:
+    clock = Clock()
+    quotas = make(clock=clock)
+    quotas.take("a", None, 100)
+    quotas.spend("a", 50)
+    clock.advance(30)
+    quotas.spend("a", 1000)
+    clock.advance(31)  # the 50 have left, and the 1000 are still too many
+    refused = quotas.take("a", None, 100)
+    assert refused.tokens == Gauge(100, 0, 30.0, 30.0)
+    clock.advance(30)
+    assert quotas.take("a", None, 100).allowed
+
+
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_an_answer_without_tokens_costs_none(tokens: int) -> None:
+    quotas = make()
+    quotas.take("a", None, 1)
+    quotas.spend("a", tokens)
+    assert quotas.take("a", None, 1).allowed
+
+
+def test_both_limits_are_told_and_the_longer_wait() -> None:
+    clock = Clock()
+    quotas = make(clock=clock)
+    quotas.take("a", 1, 10)
+    clock.advance(7.5)
+    quotas.spend("a", 10)
+    refused = quotas.take("a", 1, 10)
+    assert len(refused.headers()) == 6
+    error = refused.error()
+    assert error.retry_after == 61
+    assert error.message == (
+        "Your token's limit is used up: rpm = 1 (requests per minute), "
+        "tpm = 10 (tokens per minute). Please try again in 1m1s."
+    )
+
+
+def test_retry_after_is_never_zero() -> None:
+    clock = Clock(1000.0)
+    quotas = make(clock=clock)
+    quotas.take("a", 1, None)
+    clock.advance(60.999)
+    refused = quotas.take("a", 1, None)
+    assert not refused.allowed
+    assert refused.error().retry_after == 1
+
+
+# --- Memory -----------------------------------------------------------------------
+
+
+def test_who_was_not_seen_for_the_longest_time_is_forgotten_first() -> None:
+    quotas = make(remembered=2)
+    for subject in "abac":
+        assert quotas.take(subject, 2, None).allowed
+    assert repr(quotas) == "<Quotas of 2 subjects>"
+    assert not quotas.take("a", 2, None).allowed
+    quotas.spend("b", 5)
+    standing = quotas.take("b", 2, 5)
+    assert standing.allowed
+    assert standing.requests is not None
+    assert standing.requests.remaining == 1
+
+
+def test_an_account_tells_what_was_used() -> None:
+    quotas = make()
+    quotas.take("a", 5, None)
+    quotas.spend("a", 7)
+    assert repr(quotas._accounts["a"]) == (
+        "<_Account requests=<Recent 1 in 61 s> tokens=<Recent 7 in 61 s>>"
+    )
+
+
+# --- Whatever happens -------------------------------------------------------------
+
+STEPS = st.lists(
+    st.tuples(st.floats(0, 40), st.integers(0, 3), st.integers(0, 30)), max_size=60
+)
+
+
+@given(
+    steps=STEPS, rpm=st.none() | st.integers(1, 5), tpm=st.none() | st.integers(1, 50)
+)
+def test_in_no_minute_more_goes_in_than_is_allowed(
+    steps: list[tuple[float, int, int]], rpm: int | None, tpm: int | None
+) -> None:
+    clock = Clock()
+    quotas = make(clock=clock)
+    taken: list[float] = []
+    spent: list[tuple[float, int]] = []
+    for pause, requests, tokens in steps:
+        clock.advance(pause)
+        for _ in range(requests):
+            minute = [at for at in taken if at > clock() - 60]
+            used = sum(n for at, n in spent if at > clock() - 60)
+            standing = quotas.take("a", rpm, tpm)
+            if standing.allowed:
+                assert rpm is None or len(minute) < rpm
+                assert tpm is None or used < tpm
+                taken.append(clock())
+            else:
+                waited = standing.error().retry_after
+                assert waited is not None
+                assert 1 <= waited <= 61
+        if taken:
+            spent.append((clock(), tokens))
+            quotas.spend("a", tokens)
+
+
+@given(steps=STEPS, rpm=st.integers(1, 5), tpm=st.integers(1, 50))
+def test_who_comes_back_when_told_to_gets_in(
+    steps: list[tuple[float, int, int]], rpm: int, tpm: int
+) -> None:
+    clock = Clock()
+    quotas = make(clock=clock)
+    for pause, requests, tokens in steps:
+        clock.advance(pause)
+        for _ in range(requests):
+            standing = quotas.take("a", rpm, tpm)
+            if not standing.allowed:
+                clock.advance(standing.error().retry_after or 0)
+                assert quotas.take("a", rpm, tpm).allowed
+        quotas.spend("a", tokens)
+
+
+# --- How times are spelled --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spelled"),
+    [
+        (0, "0s"),
+        (0.00001, "1ms"),
+        (0.12, "120ms"),
+        (0.1201, "121ms"),
+        (0.9991, "1s"),
+        (1, "1s"),
+        (7.66, "7.66s"),
+        (59.999, "59.999s"),
+        (59.9995, "1m0s"),
+        (60, "1m0s"),
+        (61, "1m1s"),
+        (61.2, "1m2s"),
+        (360, "6m0s"),
+        (3600, "1h0m0s"),
+        (3661, "1h1m1s"),
+    ],
+)
+def test_a_time_is_spelled_as_openai_does(seconds: float, spelled: str) -> None:
+    assert duration(seconds) == spelled
+
+
+@given(st.floats(0, 10_000))
+def test_no_time_is_spelled_too_short(seconds: float) -> None:
+    total, number = 0.0, ""
+    units = {"h": 3600, "m": 60, "s": 1}
+    for letter in duration(seconds).replace("ms", "M"):
+        if letter.isdigit() or letter == ".":
+            number += letter
+        else:
+            total += float(number) * (units | {"M": 0.001})[letter]
+            number = ""
+    assert total >= seconds - 1e-6
+    assert math.isclose(total, seconds, abs_tol=0.0011 if seconds < 59 else 1.01)

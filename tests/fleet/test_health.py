@@ -1,0 +1,370 @@
+"""Every worker is asked how it is, as often as its state wants, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from gollama_proxy.config import load as config
+from gollama_proxy.config.settings import Health
+from gollama_proxy.fleet.health import Pinger, next_wait
+from gollama_proxy.fleet.lease import Outcome
+from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.worker import SUSPICIOUS, State, Worker
+from gollama_proxy.upstream.probe import Finding
+from gollama_proxy.wire.description import Check, Description, Model
+from tests.fakes.clock import Clock
+from tests.fakes.waiting import DEADLINE
+
+GOOD = Finding(Check.OK, "ok", Description((Model("tiny"),)))
+LOADING = Finding(Check.LOADING, "loading model")
+BAD = Finding(Check.FAILED, "refused")
+NEVER = 3600.0
+
+
+def workers(number: int = 1, health: Health | None = None) -> list[Worker]:
+    urls = [f"http://127.0.0.1:{port}" for port in range(1, number + 1)]
+    found = Registry(config.load(None, {}, {}, urls), Clock()).workers
+    for worker in found:
+        worker.health = health or Health()
+    return found
+
+
+class Pings:
+    """Answers pings as the test says, and lets it wait for them."""
+
+    def __init__(self, *findings: Finding | Exception) -> None:
+        self.findings = list(findings)
+        self.asked: list[str] = []
+        self._changed = asyncio.Event()
+
+    async def __call__(self, worker: Worker) -> Finding:
+        self.asked.append(worker.name)
+        self._changed.set()
+        finding = self.findings.pop(0) if len(self.findings) > 1 else self.findings[0]
+        if isinstance(finding, Exception):
+            raise finding
+        return finding
+
+    async def reached(self, number: int) -> None:
+        async with asyncio.timeout(DEADLINE):
+            while len(self.asked) < number:
+                self._changed.clear()
+                await self._changed.wait()
+            await asyncio.sleep(0)  # the answer has been noted, too
+
+
+@asynccontextmanager
+async def pinging(
+    watched: list[Worker], health: Health, ping: Callable[[Worker], object]
+) -> AsyncIterator[Pinger]:
+    pinger = Pinger(watched, health, ping)  # type: ignore[arg-type]
+    pinger.start()
+    try:
+        yield pinger
+    finally:
+        await pinger.stop()
+
+
+# --- How long to wait -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("findings", "last", "expected"),
+    [
+        ([GOOD], 0.0, 30.0),
+        ([GOOD, GOOD], 30.0, 30.0),
+        ([GOOD, BAD], 30.0, 1.0),  # in doubt
+        ([LOADING], 1.0, 1.0),
+        ([GOOD, LOADING], 30.0, 1.0),
+        ([], 0.0, 1.0),  # not reached yet
+        ([BAD], 0.0, 1.0),
+        ([BAD], 1.0, 1.5),
+        ([BAD], 1.5, 2.25),
+        ([BAD], 24.0, 30.0),
+        ([BAD], 30.0, 30.0),
+    ],
+)
+def test_the_next_ping(findings: list[Finding], last: float, expected: float) -> None:
+    """Seldom where all is well or hope is thin, often where things may change."""
+    health = Health(interval=30, recheck=1)
+    [worker] = workers(health=health)
+    for finding in findings:
+        worker.observe(finding.check, finding.reason)
+    assert next_wait(worker, health, last) == expected
+
+
+@pytest.mark.parametrize("findings", [[], [BAD], [LOADING], [GOOD, BAD]])
+def test_no_wait_is_longer_than_the_interval(findings: list[Finding]) -> None:
+    health = Health(interval=0.1, recheck=1)
+    [worker] = workers(health=health)
+    for finding in findings:
+        worker.observe(finding.check, finding.reason)
+    assert next_wait(worker, health, 5.0) == 0.1
+
+
+async def test_a_worker_that_is_down_is_asked_ever_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And begins anew when it falls again."""
+    waits: list[float] = []
+    timeout = asyncio.timeout
+
+    def note(delay: float) -> asyncio.Timeout:
+        waits.append(delay)
+        return timeout(0)
+
+    monkeypatch.setattr(random, "uniform", lambda low, high: 1.0)
+    [worker] = workers()
+    pings = Pings(BAD, BAD, BAD, GOOD, LOADING, BAD, BAD, BAD, GOOD)
+    with monkeypatch.context() as patched:
+        patched.setattr("gollama_proxy.fleet.health.asyncio.timeout", note)
+        pinger = Pinger([worker], Health(interval=30, recheck=1), pings)
+        pinger.start()
+        for _ in range(1000):
+            if len(waits) >= 9:
+                break
+            await asyncio.sleep(0)
+    await pinger.stop()
+    assert waits[:9] == [1, 1.5, 2.25, 30, 1, 1, 1.5, 2.25, 30]
+
+
+async def test_pings_of_several_hubs_do_not_stay_in_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each wait varies by a tenth, up or down."""
+    asked: list[tuple[float, float]] = []
+
+    def draw(low: float, high: float) -> float:
+        asked.append((low, high))
+        return 1e-9  # by that lot the interval is next to nothing
+
+    monkeypatch.setattr(random, "uniform", draw)
+    pings = Pings(GOOD)
+    async with pinging(workers(), Health(interval=NEVER), pings):
+        await pings.reached(3)
+    assert set(asked) == {(0.9, 1.1)}
+
+
+# --- The loop ---------------------------------------------------------------------
+
+
+async def test_every_worker_is_asked_at_once_and_on_its_own() -> None:
+    """One that hangs does not keep the others waiting."""
+    found = workers(3)
+    hang = asyncio.Event()
+    told = Pings(GOOD)
+
+    async def ping(worker: Worker) -> Finding:
+        if worker is found[0]:
+            await hang.wait()
+        return await told(worker)
+
+    async with pinging(found, Health(interval=NEVER), ping) as pinger:
+        assert repr(pinger) == "<Pinger running=3 of 3>"
+        first = asyncio.create_task(pinger.first_round())
+        await told.reached(2)
+        assert [worker.state for worker in found] == [
+            State.STARTING,
+            State.READY,
+            State.READY,
+        ]
+        assert not first.done()
+        hang.set()
+        await told.reached(3)
+        async with asyncio.timeout(DEADLINE):
+            await first
+        assert found[0].state is State.READY
+    assert repr(pinger) == "<Pinger running=0 of 3>"
+
+
+async def test_what_was_learnt_goes_to_the_workers_record() -> None:
+    [worker] = workers()
+    async with pinging([worker], Health(interval=NEVER), Pings(GOOD)) as pinger:
+        await pinger.first_round()
+    assert worker.serves("tiny")
+    assert worker.reason == "ok"
+
+
+async def test_a_worker_is_asked_again_after_the_interval() -> None:
+    [worker] = workers()
+    pings = Pings(GOOD, GOOD, BAD, BAD, BAD, GOOD)
+    health = Health(interval=0.01, recheck=0.005, fall=3)
+    worker.health = health
+    async with pinging([worker], health, pings):
+        await pings.reached(4)
+        assert worker.state is State.READY
+        await pings.reached(5)
+        assert worker.state is State.DOWN
+        await pings.reached(6)
+        assert worker.state is State.READY
+
+
+@pytest.mark.parametrize("outcome", sorted(SUSPICIOUS, key=str))
+async def test_a_suspicion_has_its_worker_asked_at_once(outcome: Outcome) -> None:
+    """Nobody waits for the interval to find out."""
+    found = workers(2)
+    pings = Pings(GOOD)
+    async with pinging(found, Health(interval=NEVER), pings):
+        await pings.reached(2)
+        found[1].lease().release(outcome)
+        await pings.reached(3)
+    assert pings.asked[2:] == [found[1].name]
+
+
+@pytest.mark.parametrize("outcome", [o for o in Outcome if o not in SUSPICIOUS])
+async def test_no_other_outcome_has_a_worker_asked(outcome: Outcome) -> None:
+    [worker] = workers()
+    pings = Pings(GOOD)
+    async with pinging([worker], Health(interval=NEVER), pings):
+        await pings.reached(1)
+        worker.lease().release(outcome)
+        for _ in range(20):
+            await asyncio.sleep(0)
+    assert len(pings.asked) == 1
+
+
+async def test_a_failure_during_a_ping_has_the_worker_asked_once_more() -> None:
+    """What was asked before cannot know of it; two failures are one question."""
+    [worker] = workers()
+    gate = asyncio.Event()
+    told = Pings(GOOD)
+
+    async def ping(worker: Worker) -> Finding:
+        finding = await told(worker)
+        await gate.wait()
+        return finding
+
+    async with pinging([worker], Health(interval=NEVER), ping):
+        await told.reached(1)
+        for _ in range(2):
+            worker.lease().release(Outcome.WORKER_FAILED)
+        gate.set()
+        await told.reached(2)
+        for _ in range(20):
+            await asyncio.sleep(0)
+    assert len(told.asked) == 2
+
+
+async def test_a_ping_that_raises_is_told_and_survived(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A health check that died silently is worse than none."""
+    [worker] = workers()
+    pings = Pings(GOOD, RuntimeError("a bug"), RuntimeError("a bug"), BAD, GOOD)
+    health = Health(interval=0.005, recheck=0.005, fall=1)
+    worker.health = health
+    async with pinging([worker], health, pings) as pinger:
+        await pings.reached(3)
+        assert worker.state is State.READY
+        assert repr(pinger) == "<Pinger running=1 of 1>"
+        await pings.reached(5)
+        assert worker.state is State.READY
+    errors = [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert [r.getMessage() for r in errors] == [
+        f"pinger of worker {worker.name} failed; it goes on"
+    ] * 2
+    assert errors[0].exc_info is not None
+    assert str(errors[0].exc_info[1]) == "a bug"
+
+
+async def test_stopping_ends_pings_that_are_under_way() -> None:
+    ended = []
+
+    async def hang(worker: Worker) -> Finding:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(worker.name)
+        raise AssertionError
+
+    found = workers(2)
+    pinger = Pinger(found, Health(), hang)
+    pinger.start()
+    await asyncio.sleep(0)
+    await pinger.stop()
+    assert sorted(ended) == [worker.name for worker in found]
+    await pinger.stop()  # twice is once
+
+
+async def test_a_hub_without_workers_asks_nobody() -> None:
+    pinger = Pinger([], Health(), Pings(GOOD))
+    pinger.start()
+    await pinger.first_round()
+    await pinger.stop()
+
+
+async def test_an_oddity_of_a_worker_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    odd = GOOD._replace(note="/v1/models is odd")
+    again = odd._replace(note="/v1/models is odd in another way")
+    pings = Pings(odd, again, GOOD, odd, GOOD)
+    watched = workers(2)
+    health = Health(interval=0.01, recheck=0.01)
+    async with pinging(watched, health, pings):
+        await pings.reached(12)
+    told = [record for record in caplog.records if "odd" in record.message]
+    assert {record.levelname for record in told} == {"WARNING"}
+    names = [record.message.partition(": ")[0] for record in told]
+    assert len(names) == len(set(names)), names
+    assert f"worker {watched[0].name}: /v1/models is odd" in caplog.text
+
+
+@pytest.mark.parametrize("last", [GOOD, BAD])
+async def test_workers_are_known_when_each_has_loaded_or_is_down(last: Finding) -> None:
+    pings = Pings(LOADING, LOADING, last)
+    [worker] = workers()
+    health = Health(interval=0.01, recheck=0.01)
+    async with pinging([worker], health, pings) as pinger:
+        known = asyncio.ensure_future(pinger.described())
+        await pings.reached(2)
+        assert not known.done()
+        async with asyncio.timeout(DEADLINE):
+            await known
+    assert (worker.description is not None) is (last is GOOD)
+
+
+async def test_a_look_waits_for_a_ping_that_begins_now() -> None:
+    """One that is under way may have begun too early to see what is the matter."""
+    [worker] = workers()
+    begun, go = asyncio.Semaphore(0), asyncio.Semaphore(0)
+
+    async def ping(asked: Worker) -> Finding:
+        begun.release()
+        await go.acquire()
+        return GOOD
+
+    async with asyncio.timeout(DEADLINE), pinging([worker], Health(), ping) as pinger:
+        await begun.acquire()
+        look = asyncio.create_task(pinger.look(worker))
+        go.release()
+        await begun.acquire()
+        assert not look.done()
+        go.release()
+        assert await look
+
+
+@pytest.mark.parametrize(
+    ("found", "well"),
+    [(GOOD, True), (BAD, False), (LOADING, False), (RuntimeError("no"), False)],
+)
+async def test_a_look_tells_whether_the_worker_is_well(
+    found: Finding | Exception, well: bool
+) -> None:
+    [worker] = workers()
+    pings = Pings(GOOD, found, GOOD)
+    health = Health(recheck=0.01)
+    async with asyncio.timeout(DEADLINE), pinging([worker], health, pings) as pinger:
+        await pings.reached(1)
+        leaves = asyncio.create_task(pinger.look(worker))
+        looks = [pinger.look(worker) for _ in range(2)]
+        waiting = asyncio.gather(*looks)
+        await asyncio.sleep(0)
+        leaves.cancel()
+        assert await waiting == [well, well]

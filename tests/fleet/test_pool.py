@@ -1,0 +1,171 @@
+"""Who of those that serve a model can be asked now, and when the others can."""
+
+from __future__ import annotations
+
+import pytest
+
+from gollama_proxy.config.settings import Breaker, Health, Origin, WorkerConfig
+from gollama_proxy.fleet.breaker import Verdict
+from gollama_proxy.fleet.lease import Outcome
+from gollama_proxy.fleet.pool import LOAD_AFTER, Pool
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.wire.description import Check, Description, Model
+from tests.fakes.clock import Clock
+
+STEADY = Breaker(jitter=0.0)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def worker(clock: Clock, *, ready: bool = True, limits: Breaker = STEADY) -> Worker:
+    config = WorkerConfig("http://a:80", Origin("http", "a", 80, ""), "a")
+    made = Worker(config, Health(fall=1), clock, limits=limits)
+    made.observe(Check.OK if ready else Check.FAILED, "by the test")
+    return made
+
+
+def trip(worker: Worker, model: str | None = None) -> None:
+    breaker = worker.breaker_of(model) if model else worker.breaker
+    for _ in range(worker.limits.consecutive):
+        breaker.record(Verdict.FAILURE)
+    assert not breaker.closed
+
+
+# --- Who is available -------------------------------------------------------------
+
+
+def test_those_that_are_ready_are_available_in_their_order(clock: Clock) -> None:
+    a, b, c = worker(clock), worker(clock, ready=False), worker(clock)
+    pool = Pool("tiny", (a, b, c))
+    assert pool.available == [a, c]
+    b.observe(Check.OK, "by the test")
+    a.observe(Check.LOADING, "by the test")
+    assert pool.available == [b, c]
+    assert Pool("tiny", ()).available == []
+
+
+def test_one_that_fails_is_not_and_neither_is_one_that_fails_with_this_model(
+    clock: Clock,
+) -> None:
+    a, b, c = worker(clock), worker(clock), worker(clock)
+    trip(a)
+    trip(b, "tiny")
+    trip(c, "other")
+    assert Pool("tiny", (a, b, c)).available == [c]
+    assert Pool("other", (a, b, c)).available == [b]
+
+
+def test_one_that_asked_for_a_break_is_available_when_it_is_over(clock: Clock) -> None:
+    a = worker(clock)
+    pool = Pool("tiny", (a,))
+    a.breaker.busy(2)
+    assert pool.available == []
+    clock.advance(2)
+    assert pool.available == [a]
+
+
+def test_one_that_is_to_prove_itself_by_a_request_is_available_for_that(
+    clock: Clock,
+) -> None:
+    for canary in (True, False):
+        a = worker(clock, limits=Breaker(jitter=0.0, canary=canary))
+        trip(a)
+        clock.advance(a.breaker.opens_in())
+        assert Pool("tiny", (a,)).available == ([] if canary else [a])
+
+
+# --- Who has the model loaded -----------------------------------------------------
+
+
+def router(clock: Clock, model: Model, slots: int = 1) -> Worker:
+    made = worker(clock)
+    made.observe(Check.OK, "ok", Description((model,), slots=slots))
+    return made
+
+
+WARM, COLD = Model("tiny", loaded=True), Model("tiny", loaded=False)
+LOADING = Model("tiny", loaded=False, loading=True)
+
+
+def test_those_that_have_it_loaded_go_first_and_those_that_do_not_tell(
+    clock: Clock,
+) -> None:
+    cold, warm, silent = (
+        router(clock, each) for each in (COLD, WARM, Model("tiny", loaded=None))
+    )
+    pool = Pool("tiny", (cold, warm, silent))
+    assert pool.available == [warm, silent]
+    assert pool.able == [cold, warm, silent]
+    assert pool.preferred([cold]) == [cold]
+    assert pool.preferred([warm]) == [warm]
+    assert pool.preferred([]) == []
+    trip(warm)
+    trip(silent)
+    assert pool.available == [cold]
+
+
+def test_one_that_is_loading_it_goes_before_one_that_would_have_to_begin(
+    clock: Clock,
+) -> None:
+    cold, loading, asked = (router(clock, each) for each in (COLD, LOADING, COLD))
+    pool = Pool("tiny", (cold, loading, asked))
+    assert pool.available == [loading]
+    lease = asked.lease("tiny")
+    assert lease.loads
+    assert pool.available == [loading, asked]
+    lease.release(Outcome.WORKER_FAILED)
+    assert pool.available == [loading]
+
+
+def test_when_all_are_full_for_long_another_one_is_to_load_it(clock: Clock) -> None:
+    cold, warm, other = (router(clock, each) for each in (COLD, WARM, WARM))
+    pool = Pool("tiny", (cold, warm, other))
+    lease = warm.lease("tiny")
+    clock.advance(1.0)
+    other.lease("tiny")
+    clock.advance(LOAD_AFTER - 0.5)
+    assert pool.available == [warm, other]
+    clock.advance(0.5)
+    assert pool.available == [cold, warm, other]
+    lease.release(Outcome.COMPLETE)
+    assert pool.available == [warm, other]
+
+
+# --- When it opens again ----------------------------------------------------------
+
+
+def test_a_pool_opens_again_with_the_first_of_its_workers(clock: Clock) -> None:
+    a, b = worker(clock), worker(clock)
+    pool = Pool("tiny", (a, b))
+    assert pool.reopens_in() == 0
+    trip(a)
+    clock.advance(2)
+    trip(b)
+    assert pool.reopens_in() == 3
+    b.breaker.reset("by the test")
+    assert pool.reopens_in() == 0
+
+
+def test_a_worker_opens_again_when_both_its_breakers_do(clock: Clock) -> None:
+    a = worker(clock)
+    trip(a)
+    clock.advance(2)
+    trip(a, "tiny")
+    assert Pool("tiny", (a,)).reopens_in() == 5
+    assert Pool("other", (a,)).reopens_in() == 3
+    clock.advance(4)
+    assert Pool("tiny", (a,)).reopens_in() == 1
+
+
+def test_a_worker_that_is_down_will_not_open_by_waiting(clock: Clock) -> None:
+    a, b = worker(clock), worker(clock, ready=False)
+    trip(a)
+    trip(b)
+    clock.advance(2)
+    b.breaker.reset("by the test")
+    assert Pool("tiny", (a, b)).reopens_in() == 3
+    assert Pool("tiny", (b,)).reopens_in() == 0
+    assert Pool("tiny", ()).reopens_in() == 0

@@ -1,0 +1,410 @@
+"""One attempt: the request as a worker sees it, and what is left of it afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from gollama_proxy import __version__
+from gollama_proxy.config import load as config
+from gollama_proxy.config.settings import Config
+from gollama_proxy.fleet.lease import Lease
+from gollama_proxy.proxy.attempt import Attempt, Outgoing
+from gollama_proxy.proxy.relay import Relay
+from gollama_proxy.upstream.pool import ConnectionPool
+from gollama_proxy.wire.errors import Code, RequestError, WorkerError
+from gollama_proxy.wire.openai import ENDPOINTS
+from tests.fakes.clock import Clock
+from tests.fakes.replies import (
+    chat_completion,
+    chunk,
+    error_reply,
+    head,
+    json_reply,
+    role,
+    sse_head,
+    token,
+)
+from tests.fakes.script import (
+    Step,
+    answer,
+    close,
+    expect_eof,
+    notify,
+    read_body,
+    reset,
+    send,
+    stall,
+    wait,
+)
+from tests.fakes.waiting import DEADLINE
+from tests.fakes.worker import ScriptedWorker
+
+CHAT = ENDPOINTS["/v1/chat/completions"]
+BODY = b'{"messages":[]}'
+WHOLE = answer(chat_completion("hello"))
+
+
+def outgoing(body: bytes = BODY, **changes: Any) -> Outgoing:
+    return Outgoing(CHAT, [], body, None, len(body))._replace(**changes)
+
+
+async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+class Bench:
+    """A connection pool of one worker, to make attempts with."""
+
+    def __init__(self, loaded: Config) -> None:
+        self.clock = Clock()
+        self.timeouts = loaded.timeouts
+        self.pool = ConnectionPool(loaded.workers[0], loaded, self.clock)
+
+    def attempt(self) -> Attempt:
+        lease = Lease("w", self.clock, lambda lease, outcome: None)
+        return Attempt(self.pool, lease, self.timeouts, self.clock)
+
+    async def exchange(self, request: Outgoing | None = None) -> Relay:
+        """Send a request, wait for its whole answer, and leave the attempt."""
+        async with asyncio.timeout(DEADLINE), self.attempt() as attempt:
+            relay = await attempt.send(request or outgoing())
+            await relay.whole()
+            return relay
+
+
+@asynccontextmanager
+async def bench(url: str, **settings: Any) -> AsyncIterator[Bench]:
+    settings = {"timeouts__first_token": 5, **settings}  # lest a failure takes minutes
+    environ = {
+        f"GOLLAMA_{name.replace('__', '_').upper()}": str(value)
+        for name, value in settings.items()
+    }
+    made = Bench(config.load(None, environ, {}, [url]))
+    yield made
+    made.pool.close()
+
+
+# --- The request as a worker sees it ----------------------------------------------
+
+
+async def test_the_head_is_the_hubs_own() -> None:
+    """Written by the hub, in its order, whatever the client sent."""
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        headers = [(b"Accept", b"*/*"), (b"traceparent", b"00-1-2-03")]
+        await made.exchange(outgoing(headers=headers))
+        request = await worker.received()
+    assert request.head.decode().split("\r\n") == [
+        "POST /v1/chat/completions HTTP/1.1",
+        f"Host: {worker.name}",
+        f"User-Agent: gollama-proxy/{__version__}",
+        "Content-Type: application/json",
+        "Accept: */*",
+        "traceparent: 00-1-2-03",
+        f"Content-Length: {len(BODY)}",
+        "",
+        "",
+    ]
+    assert request.body == BODY
+
+
+async def test_a_worker_behind_a_prefix_and_a_key(tmp_path: Any) -> None:
+    async with ScriptedWorker() as worker:
+        file = tmp_path / "gollama.toml"
+        file.write_text(
+            f'[[workers]]\nurl = "{worker.url}/llama/"\napi_key_env = "K"\n'
+        )
+        made = Bench(config.load(file, {"K": "sk-1"}, {}))
+        worker.on("/llama/tokenize", *answer({"tokens": []}))
+        relay = await made.exchange(outgoing(endpoint=ENDPOINTS["/tokenize"]))
+        request = await worker.received()
+        made.pool.close()
+    assert relay.status == 200
+    assert request.target == "/llama/tokenize"
+    assert request.header("authorization") == "Bearer sk-1"
+
+
+@pytest.mark.parametrize("window", [b"", b'{"a":'])
+@pytest.mark.parametrize("rest", [[], [b"1}"], [b"1", b",", b'"b":2}' * 1000]])
+async def test_a_body_of_unknown_length_goes_in_chunks(
+    window: bytes, rest: list[bytes]
+) -> None:
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        worker.script(read_body(), *WHOLE)
+        request = outgoing(window, rest=pieces(*rest), length=None)
+        await made.exchange(request)
+        received = await worker.received()
+    assert received.header("transfer-encoding") == "chunked"
+    assert received.header("content-length") is None
+    assert received.complete
+    assert received.body == window + b"".join(rest)
+
+
+async def test_a_long_body_of_known_length_keeps_its_length() -> None:
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        worker.script(read_body(), *WHOLE)
+        rest = [bytes([65 + n]) * 50_000 for n in range(20)]
+        await made.exchange(outgoing(rest=pieces(*rest), length=len(BODY) + 1_000_000))
+        received = await worker.received()
+    assert received.header("content-length") == str(len(BODY) + 1_000_000)
+    assert received.body == BODY + b"".join(rest)
+
+
+# --- Connections used again -------------------------------------------------------
+
+
+async def test_an_answered_request_leaves_its_connection_to_the_next() -> None:
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        for _ in range(5):
+            assert (await made.exchange()).status == 200
+        assert worker.connections == 1
+        assert [request.reused for request in worker.requests] == [False] + [True] * 4
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        (
+            send(sse_head() + chunk(role() + token("a")) + b"0\r\n\r\n"),
+        ),  # kept open, for once
+        (send(error_reply(400, "no")),),  # says `Connection: close`
+        (send(head(500, [("Content-Length", "0")])),),
+        (send(head(503, [("Content-Length", "2")]) + b"{}"),),
+        (send(json_reply({}) + b"behind the end"),),
+        (send(head(200) + b"{}"), close()),
+        (send(head(200, [("Content-Length", "2")], version="1.0") + b"{}"),),
+    ],
+    ids=["stream", "close", "500", "503", "behind", "fin", "http/1.0"],
+)
+async def test_answers_after_which_a_connection_is_hung_up(
+    script: tuple[Step, ...],
+) -> None:
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        worker.script(*script)
+        await made.exchange()
+        await worker.idle()
+        await made.exchange()
+        assert worker.connections == 2
+
+
+async def test_an_attempt_that_is_left_early_hangs_up() -> None:
+    """Which is how llama-server is told to stop generating."""
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())
+        async with made.attempt() as attempt:
+            relay = await attempt.send(outgoing())
+            assert relay.status == 200
+            assert repr(attempt) == "<Attempt on w <Connection ACTIVE used=1>>"
+        await worker.idle()
+
+
+async def test_an_attempt_that_is_cancelled_hangs_up() -> None:
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        worker.script(expect_eof())
+        exchange = asyncio.create_task(made.exchange())
+        await worker.received()
+        exchange.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await exchange
+        await worker.idle()
+
+
+async def test_an_attempt_that_never_began_leaves_nothing() -> None:
+    async with bench("http://127.0.0.1:1") as made, made.attempt() as attempt:
+        assert repr(attempt) == "<Attempt on w None>"
+
+
+# --- Connections that are dead already --------------------------------------------
+
+
+async def stale(worker: ScriptedWorker, made: Bench, *script: Step) -> None:
+    """Fill the pool with a connection whose next request gets this script."""
+    worker.script(*WHOLE)
+    worker.script(*script)
+    await made.exchange()
+
+
+@pytest.mark.parametrize("end", [close(), reset()])
+async def test_a_used_connection_that_dies_unanswered_costs_nothing(end: Step) -> None:
+    """The worker may have closed it a moment before the request came."""
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        await stale(worker, made, end)
+        assert (await made.exchange()).status == 200
+        assert [request.reused for request in worker.requests] == [False, True, False]
+
+
+async def test_a_request_is_sent_again_once() -> None:
+    """A fresh connection that dies is the worker's fault."""
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        await stale(worker, made, close())
+        worker.script(close())
+        with pytest.raises(WorkerError) as info:
+            await made.exchange()
+        assert info.value.code is Code.WORKER_LOST
+        assert len(worker.requests) == 3
+
+
+async def test_a_fresh_connection_that_dies_is_a_loss() -> None:
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        worker.script(reset())
+        with pytest.raises(WorkerError) as info:
+            await made.exchange()
+        assert info.value.code is Code.WORKER_LOST
+        assert len(worker.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ((send(head(200)), reset()), Code.WORKER_LOST),
+        ((send(sse_head()), close()), Code.WORKER_LOST),
+        ((send(b"garbage"), stall()), Code.WORKER_PROTOCOL),
+        ((stall(),), Code.WORKER_TIMEOUT),
+    ],
+    ids=["head", "stream", "garbage", "silence"],
+)
+async def test_a_used_connection_that_was_not_dead_is_not_tried_again(
+    script: tuple[Step, ...], code: Code
+) -> None:
+    """The request may have been executed."""
+    async with (
+        ScriptedWorker() as worker,
+        bench(worker.url, timeouts__first_token=1) as made,
+    ):
+        await stale(worker, made, *script)
+        with pytest.raises(WorkerError) as info:
+            await made.exchange()
+        assert info.value.code is code
+        assert [request.reused for request in worker.requests] == [False, True]
+
+
+async def test_what_streams_gets_a_fresh_connection() -> None:
+    """It could not be sent twice; the used one stays for others."""
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        await stale(worker, made, read_body(), *WHOLE)
+        request = outgoing(rest=pieces(b"more"), length=len(BODY) + 4)
+        await made.exchange(request)
+        await made.exchange()
+        assert [request.reused for request in worker.requests] == [False, False, True]
+        assert worker.connections == 2
+
+
+# --- A worker that is silent ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script",
+    [(), (send(sse_head()),), (send(sse_head() + chunk(b":\n\n")),)],
+    ids=["nothing", "head", "pings"],
+)
+async def test_the_first_event_has_a_deadline(script: tuple[Step, ...]) -> None:
+    """A head is no event, and neither is a ping."""
+    async with (
+        ScriptedWorker() as worker,
+        bench(worker.url, timeouts__first_token=0.1) as made,
+    ):
+        worker.script(*script, expect_eof())
+        with pytest.raises(WorkerError) as info:
+            await made.exchange()
+        await worker.idle()
+    assert info.value.code is Code.WORKER_TIMEOUT
+    assert info.value.message == "Worker w sent nothing within 0.1 s."
+
+
+async def test_the_deadline_does_not_run_while_the_body_is_on_its_way() -> None:
+    """But from its end on."""
+    gate = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.3)  # three times the deadline
+        yield b"1"
+        gate.set()
+
+    async with (
+        ScriptedWorker() as worker,
+        bench(worker.url, timeouts__first_token=0.1) as made,
+    ):
+        worker.script(read_body(), expect_eof())
+        with pytest.raises(WorkerError) as info:
+            await made.exchange(outgoing(rest=slowly(), length=len(BODY) + 1))
+        assert gate.is_set()
+        assert info.value.code is Code.WORKER_TIMEOUT
+        assert (await worker.received()).complete
+
+
+# --- Uploads that do not go well --------------------------------------------------
+
+
+async def test_a_body_that_turns_out_bad_is_not_completed() -> None:
+    """The client's error is told, and the worker does not see the body end well."""
+
+    async def bad() -> AsyncIterator[bytes]:
+        yield b"1"
+        raise RequestError(Code.INVALID_JSON, "twice")
+
+    for length in (len(BODY) + 2, None):
+        async with ScriptedWorker() as worker, bench(worker.url) as made:
+            worker.script(read_body())
+            with pytest.raises(RequestError, match="twice"):
+                await made.exchange(outgoing(rest=bad(), length=length))
+            await worker.idle()
+            assert not (await worker.received()).complete
+
+
+async def test_an_answer_may_come_before_the_body_has_gone() -> None:
+    """The upload ends with the attempt, and the connection with it."""
+    ended = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield bytes(1000)
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        worker.script(read_body(5000), send(error_reply(413, "too much")), stall())
+        relay = await made.exchange(outgoing(rest=endless(), length=1 << 30))
+        assert relay.status == 413
+        assert ended.is_set()
+        await worker.idle()
+
+
+async def test_a_worker_that_does_not_read_stops_the_upload() -> None:
+    """The client is only read as fast as the worker reads."""
+    taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while True:
+            yield bytes(64 << 10)
+            taken += 1
+
+    async with ScriptedWorker(receive_buffer=4096) as worker, bench(worker.url) as made:
+        worker.script(read_body(100_000), notify("enough"), wait("never"))
+        request = outgoing(rest=endless(), length=1 << 40)
+        exchange = asyncio.create_task(made.exchange(request))
+        await worker.reached("enough")
+        before = -1
+        async with asyncio.timeout(DEADLINE):
+            while taken != before:  # as long as buffers of the kernel fill
+                before = taken
+                await asyncio.sleep(0.05)
+        assert taken < 500
+        exchange.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await exchange
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1"])
+async def test_a_worker_that_cannot_be_reached(url: str) -> None:
+    async with bench(url) as made:
+        with pytest.raises(WorkerError) as info:
+            await made.exchange()
+    assert info.value.code is Code.WORKER_UNREACHABLE

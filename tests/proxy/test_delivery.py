@@ -1,0 +1,399 @@
+"""An answer begins once and ends once, and nobody takes half of it for the whole."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import struct
+from collections.abc import Mapping
+from typing import Any, cast
+from unittest.mock import Mock
+
+import pytest
+from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.test_utils import make_mocked_request
+
+from gollama_proxy.fleet.lease import Lease
+from gollama_proxy.proxy.client import ToldError
+from gollama_proxy.proxy.delivery import Stream, Whole
+from gollama_proxy.proxy.relay import Relay
+from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.upstream.connection import Connection
+from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
+from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.openai import ENDPOINTS, Ending
+from gollama_proxy.wire.streaming import streaming
+from tests.fakes.clock import Clock
+from tests.fakes.replies import chunk, error_event, role, token, usage_of
+from tests.fakes.streams import chat_stream, text_stream
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+JSON = (b"Content-Type", b"application/json")
+LENGTH = (b"Content-Length", b"100")
+EVENTS = (b"Content-Type", b"text/event-stream")
+LOST = WorkerError(Code.WORKER_LOST, "because", detail="reset")
+
+
+class Transport(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.end = ""
+        self.socket: Mock | None = Mock(spec=socket.socket)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += bytes(data)
+
+    def get_write_buffer_size(self) -> int:
+        return len(self.written)
+
+    def is_closing(self) -> bool:
+        return bool(self.end)
+
+    def close(self) -> None:
+        self.end = self.end or "closed"
+
+    def abort(self) -> None:
+        self.end = self.end or "reset"
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self.socket if name == "socket" else default
+
+    @property
+    def lingers(self) -> bool:
+        """Whether its end would be a FIN, as that of a complete answer is."""
+        linger = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return self.socket is None or linger not in [
+            call.args for call in self.socket.setsockopt.call_args_list
+        ]
+
+
+class Stage:
+    """A stream to a client, and a relay to pass on."""
+
+    def __init__(self, route: str = CHAT, *, chunked: bool = True) -> None:
+        self.transport = Transport()
+        version = HttpVersion11 if chunked else HttpVersion10
+        self.request = make_mocked_request(
+            "POST", route, version=version, transport=self.transport
+        )
+        self.record = Record("id", "POST", route, headers={"X-Gollama-Worker": "w"})
+        self.stream = Stream(self.request, self.record)
+        self.heads: list[tuple[str, dict[str, str]]] = []
+        self.writer: Any = self.request._payload_writer
+        self.writer.write_headers = self._write_head
+
+    async def _write_head(self, status_line: str, headers: Mapping[str, str]) -> None:
+        self.heads.append((status_line, dict(headers)))  # they are cleared then
+
+    async def pass_on(self, relay: Relay) -> WorkerError:
+        """Pass on what came of an answer, until it breaks off."""
+        with pytest.raises(WorkerError) as caught:
+            await relay.run(await self.stream.open(relay), 5.0)
+        return caught.value
+
+
+def received(
+    *parts: bytes, headers: tuple[tuple[bytes, bytes], ...] = (EVENTS,)
+) -> Relay:
+    """Make a relay that has received a part of an answer, and lost its worker."""
+    clock = Clock()
+    lease = Lease("w", clock, lambda lease, outcome: None)
+    relay = Relay("w", cast(Connection, None), lease, Ending.DONE, clock)
+    relay.head_received(200, list(headers))
+    for part in parts:
+        relay.body_received(part)
+    relay.answer_lost("reset", malformed=False)
+    return relay
+
+
+# --- A stream: its beginning ------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_a_stream_begins_with_its_head(chunked: bool) -> None:
+    stage = Stage(chunked=chunked)
+    assert not stage.stream.begun
+    assert repr(stage.stream) == "<Stream not begun>"
+    client = await stage.stream.open(received(role()))
+    assert stage.stream.begun
+    assert repr(stage.stream) == "<Stream begun>"
+    assert (client.chunked, client.buffered()) == (chunked, 0)
+    ((status_line, headers),) = stage.heads
+    assert " 200 " in status_line
+    assert headers["X-Gollama-Worker"] == "w"
+    assert stage.record.status == 200
+    client.write(b"one")
+    client.send(b"two")
+    assert stage.transport.written == b"one" + (chunk(b"two") if chunked else b"two")
+    assert client.buffered() == len(stage.transport.written)
+    await client.drain()
+
+
+async def test_what_was_sent_is_not_remembered() -> None:
+    """With thousands of streams that would be megabytes."""
+    stage = Stage()
+    await stage.stream.open(received(role()))
+    assert stage.record.headers == {}
+
+
+async def test_a_stream_begins_once_whoever_goes_on_with_it() -> None:
+    stage = Stage()
+    client = await stage.stream.open(received(role()))
+    assert await stage.stream.open(received(role())) is client
+    assert len(stage.heads) == 1
+
+
+async def test_a_client_that_has_left_gets_no_stream() -> None:
+    stage = Stage()
+    stage.request.protocol.transport = None
+    with pytest.raises(ConnectionResetError):
+        await stage.stream.open(received(role()))
+    assert not stage.stream.begun
+    assert stage.transport.written == b""
+
+
+async def test_a_complete_stream_ends_with_its_last_chunk() -> None:
+    stage = Stage()
+    await stage.stream.open(received(role()))
+    response = await stage.stream.finish()
+    assert response.status == 200
+    stage.writer.write_eof.assert_called_once()
+    assert stage.transport.end == ""
+
+
+# --- A stream: when it breaks off -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("route", "error", "written"),
+    [
+        (CHAT, WorkerError, b"data: {"),
+        ("/v1/messages", WorkerError, b"event: error\ndata: {"),
+        (CHAT, ToldError, b""),
+    ],
+)
+async def test_a_broken_stream_ends_with_one_error_event(
+    route: str, error: type[ProxyError], written: bytes
+) -> None:
+    """And not with a second one, where the worker's own was passed on."""
+    stage = Stage(route, chunked=False)
+    await stage.stream.open(received())
+    because = error(Code.WORKER_LOST, "because", detail="reset")
+    response = stage.stream.break_off(because)
+    assert response.status == 200
+    assert stage.transport.written.startswith(written)
+    assert bool(stage.transport.written) is bool(written)
+    assert stage.transport.end == "closed"
+    record = stage.record
+    told = (record.outcome, record.error, record.detail)
+    assert told == ("error", "worker_connection_lost", "reset")
+    stage.writer.write_eof.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    ("headers", "chunked", "end"),
+    [
+        ((JSON,), True, "closed"),
+        ((JSON, LENGTH), True, "closed"),
+        ((JSON, LENGTH), False, "closed"),
+        ((JSON,), False, "reset"),
+    ],
+)
+async def test_a_broken_answer_is_not_added_to(
+    headers: tuple[tuple[bytes, bytes], ...], chunked: bool, end: str
+) -> None:
+    """Where only the connection's end tells of the answer's, it ends with a reset."""
+    stage = Stage(chunked=chunked)
+    await stage.pass_on(received(b"{", headers=headers))
+    before = stage.transport.written
+    stage.stream.break_off(LOST)
+    assert (stage.transport.written, stage.transport.end) == (before, end)
+    assert stage.transport.lingers is (end == "closed")
+
+
+@pytest.mark.parametrize(
+    ("last", "half"),
+    [
+        (token("a"), False),
+        (token("a")[:-1], True),
+        (token("a")[:-9], True),
+        (b"proxy error: Failed to read connection", True),
+    ],
+)
+async def test_the_error_is_an_event_of_its_own(last: bytes, half: bool) -> None:
+    stage = Stage()
+    error = await stage.pass_on(received(role(), last))
+    before = stage.transport.written
+    stage.stream.break_off(error)
+    added = stage.transport.written.removeprefix(before)
+    assert added.startswith(chunk(b"\n\n") if half else b"")
+    assert added.removeprefix(chunk(b"\n\n")).partition(b"\r\n")[2].startswith(b"data:")
+
+
+async def test_what_was_completed_already_is_not_completed_once_more() -> None:
+    """Behind half an event the hub has sent the rest of it, or a whole rescue."""
+    stage = Stage()
+    error = await stage.pass_on(received(role(), token("a")[:-1]))
+    stage.stream.send(b"\n")
+    stage.stream.send(token("b"))
+    before = stage.transport.written
+    assert before.endswith(chunk(b"\n") + chunk(token("b")))
+    stage.stream.break_off(error)
+    added = stage.transport.written.removeprefix(before)
+    assert added.partition(b"\r\n")[2].startswith(b'data: {"error"')
+
+
+async def test_where_nothing_was_cut_nothing_is_completed() -> None:
+    stage = Stage()
+    await stage.pass_on(received(role()))
+    before = stage.transport.written
+    stage.stream.send(b"")
+    assert stage.transport.written == before
+
+
+async def test_the_bytes_of_another_worker_are_not_the_clients() -> None:
+    """They go through a splice, which passes on whole events."""
+    stage = Stage()
+    error = await stage.pass_on(received(role()))
+    stage.stream.send(b"")
+    second = received(role(), token("a")[:-1])
+    assert await stage.stream.open(second)
+    before = stage.transport.written
+    stage.stream.break_off(error)
+    assert chunk(b"\n\n") not in stage.transport.written.removeprefix(before)
+
+
+# --- A client that does not read --------------------------------------------------
+
+
+@pytest.mark.parametrize("headers", [(EVENTS,), (JSON,), (JSON, LENGTH)])
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_a_client_that_does_not_read_is_hung_up_on(
+    chunked: bool, headers: tuple[tuple[bytes, bytes], ...]
+) -> None:
+    """It gets nothing more, and by no means what looks like a good end."""
+    stage = Stage(chunked=chunked)
+    await stage.stream.open(received(headers=headers))
+    response = stage.stream.drop()
+    assert response.status == 200
+    assert (stage.transport.end, stage.transport.written) == ("reset", b"")
+    assert stage.transport.lingers is (chunked or LENGTH in headers)
+    record = stage.record
+    assert (record.outcome, record.error) == ("client_gone", "client_stalled")
+
+
+async def test_a_connection_without_a_socket_is_hung_up_all_the_same() -> None:
+    stage = Stage(chunked=False)
+    await stage.stream.open(received())
+    stage.transport.socket = None
+    stage.stream.drop()
+    assert stage.transport.end == "reset"
+
+
+# --- A whole ----------------------------------------------------------------------
+
+
+def whole(route: str = CHAT, limit: int = 1 << 20) -> tuple[Whole, Record]:
+    record = Record("id", "POST", route)
+    asked = streaming(b"{}", ENDPOINTS[route])
+    assert asked is not None
+    return Whole(asked.assembler(limit), record), record
+
+
+async def answer_of(delivery: Whole) -> Any:
+    response = await delivery.finish()
+    assert isinstance(response, web.Response)
+    assert isinstance(response.body, bytes)
+    return json.loads(response.body)
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+async def test_a_whole_is_put_together_from_what_was_written(size: int) -> None:
+    delivery, record = whole()
+    client = await delivery.open(received())
+    assert not client.chunked
+    stream = chat_stream(["Good ", "day"], usage=usage_of(3))
+    for at in range(0, len(stream), size):
+        client.write(stream[at : at + size])
+        assert client.buffered() == 0
+        await client.drain()
+    assert not delivery.begun
+    response = await delivery.finish()
+    assert isinstance(response, web.Response)
+    assert (response.status, response.content_type) == (200, "application/json")
+    assert isinstance(response.body, bytes)
+    answer = json.loads(response.body)
+    assert answer["choices"][0]["message"]["content"] == "Good day"
+    assert answer["object"] == "chat.completion"
+    assert record.bytes == len(response.body)
+
+
+@pytest.mark.parametrize("route", [TEXT, "/chat/completions"])
+async def test_a_whole_is_of_the_kind_that_its_path_has(route: str) -> None:
+    delivery, _ = whole(route)
+    stream = text_stream(["a"]) if route == TEXT else chat_stream(["a"])
+    (await delivery.open(received())).write(stream)
+    kind = "text_completion" if route == TEXT else "chat.completion"
+    assert (await answer_of(delivery))["object"] == kind
+
+
+async def test_another_worker_may_go_on_with_a_whole() -> None:
+    """What the hub adds between the two is a comment, or completes an event."""
+    delivery, _ = whole()
+    for_one = await delivery.open(received())
+    for_one.write(chat_stream(["Good "], reason=None)[:-1])
+    delivery.send(b"\n")
+    for_another = await delivery.open(received())
+    for_another.send(b": gollama rescued 1\n\n")
+    for_another.send(chat_stream(["day"]))
+    answer = await answer_of(delivery)
+    assert answer["choices"][0]["message"]["content"] == "Good day"
+
+
+@pytest.mark.parametrize(
+    ("stream", "error", "why"),
+    [
+        (b"", UnfoldableError, "before the answer was complete"),
+        (chat_stream(["a"], reason=None), UnfoldableError, "before the answer"),
+        (chat_stream([], reason="length"), LostTextError, "did not tell the text"),
+        (b"data: {\n\n" + chat_stream(["a"]), UnfoldableError, "cannot be read"),
+        (chat_stream(["a" * 5000]), LostTextError, "longer than 4096 characters"),
+    ],
+)
+async def test_what_makes_up_no_answer_is_an_error_at_its_end(
+    stream: bytes, error: type[AssemblyError], why: str
+) -> None:
+    """And not in the call that reads from the worker."""
+    delivery, record = whole(limit=4096)
+    client = await delivery.open(received())
+    client.write(stream)
+    with pytest.raises(AssemblyError, match=why) as caught:
+        await delivery.finish()
+    assert type(caught.value) is error
+    assert record.bytes == 0
+
+
+async def test_the_first_thing_that_is_wrong_counts() -> None:
+    delivery, _ = whole()
+    delivery.send(error_event("out of memory"))
+    delivery.send(b"data: nonsense\n\n")
+    with pytest.raises(AssemblyError) as caught:
+        await delivery.finish()
+    assert caught.value.error is not None
+    assert caught.value.error.message == "out of memory"
+
+
+def test_a_whole_that_breaks_off_has_not_begun() -> None:
+    """So its client is told with a status."""
+    delivery, _ = whole()
+    delivery.send(chat_stream(["a"], reason=None))
+    with pytest.raises(WorkerError) as caught:
+        delivery.break_off(LOST)
+    assert caught.value is LOST
+
+
+def test_a_whole_says_how_far_it_is() -> None:
+    delivery, _ = whole()
+    assert repr(delivery) == "<Whole <ChatAssembler size=0 open>>"

@@ -1,0 +1,83 @@
+"""OpenAI's client for Node passes over what it is told, and sees what goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from gollama_proxy.proxy import attempt, job
+from gollama_proxy.proxy.delivery import Stream
+from tests.behaviour.test_queue import crowded, sent
+from tests.fakes.node_sdk import NodeSdk, find_node, node_sdk
+from tests.fakes.replies import error_reply
+from tests.fakes.script import Script, chat_stream, close, reset, send, wait
+from tests.fakes.waiting import until
+
+TEXTS = ["a", ' "b"\n\n', " data: [DONE]\n\n", " : c", " é🦙"]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What a client is told while it waits, which is soon."""
+    monkeypatch.setattr(attempt, "LOOK", 0.02)
+    monkeypatch.setattr(job, "PROCESSING_AFTER", 0.05)
+    monkeypatch.setattr(job, "EVERY", 0.05)
+    told: list[bytes] = []
+    tell = Stream.tell
+
+    async def noted(stream: Stream, comment: bytes) -> None:
+        await tell(stream, comment)
+        told.append(comment)
+
+    monkeypatch.setattr(Stream, "tell", noted)
+    return told
+
+
+@asynccontextmanager
+async def kept_waiting(told: list[bytes], *script: Any) -> AsyncIterator[NodeSdk]:
+    """Have it wait in line, and then for its prompt; then the worker plays `script`."""
+    node = find_node()
+    async with crowded(queue__notice=0.02) as (worker, hub, _):
+        running = sent(hub, "a")
+        await worker.received(1)
+        async with node_sdk(node, hub, "b") as client:
+            assert await client.seen() == {"begun": True}  # the head came with a notice
+            assert told == [b"queued 1/1"]
+            worker.script(wait("read"), *script)
+            worker.release("go")
+            await until(lambda: b"processing" in told)
+            worker.release("read")
+            yield client
+        await running
+
+
+async def test_it_passes_over_the_comments(told: list[bytes]) -> None:
+    async with kept_waiting(told, *chat_stream(TEXTS)) as client:
+        *texts, end = await client.rest()
+    assert texts == [{"content": text} for text in TEXTS]
+    assert end == {"ended": True}
+
+
+BROKEN = chat_stream(["a", "b"])[:3]
+
+
+@pytest.mark.parametrize(
+    ("script", "texts", "code"),
+    [
+        ((send(error_reply(400, "no such thing")), close()), [], 400),
+        ((*BROKEN, reset()), ["a", "b"], "worker_connection_lost"),
+    ],
+    ids=["refused", "broken off"],
+)
+async def test_it_sees_an_error_behind_the_comments(
+    told: list[bytes], script: Script, texts: list[str], code: int | str
+) -> None:
+    async with kept_waiting(told, *script) as client:
+        *seen, error = await client.rest()
+    assert seen == [{"content": text} for text in texts]
+    assert error["name"] == "APIError"
+    assert error["code"] == code
+    assert error["message"]

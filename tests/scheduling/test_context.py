@@ -1,0 +1,139 @@
+"""Whether a prompt fits, as far as its size tells, and what is said if it does not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gollama_proxy.fleet.pool import Pool
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.scheduling.context import (
+    DENSEST,
+    MARGIN,
+    MOST_OFFERS,
+    THINNEST,
+    Prompts,
+    too_long,
+)
+from gollama_proxy.wire.description import Check, Description, Model
+from gollama_proxy.wire.errors import Code
+from gollama_proxy.wire.overflow import Overflow
+from tests.fakes.pool import worker
+
+
+def offering(index: int, *models: tuple[str, int | None]) -> Worker:
+    made = worker(index)
+    told = tuple(Model(name, context) for name, context in models)
+    made.observe(Check.OK, "ok", Description(told))
+    return made
+
+
+# --- Sizes ------------------------------------------------------------------------
+
+
+def test_a_token_is_a_byte_at_least_until_more_is_known() -> None:
+    assert Prompts().most_tokens("qwen", 5000) == 5000
+
+
+def test_what_was_learnt_of_a_model_is_believed_with_a_margin() -> None:
+    prompts = Prompts()
+    prompts.learn("qwen", 4000, 1000)
+    assert prompts.most_tokens("qwen", 8000) == 2000 * MARGIN
+    assert prompts.likely_tokens("qwen", 8000) == 2000
+    assert prompts.most_tokens("phi", 8000) == 8000
+    assert prompts.likely_tokens("phi", 8000) == 2000
+    assert repr(prompts) == "<Prompts with bytes/token {qwen 4.0}>"
+
+
+def test_a_dense_prompt_counts_at_once_and_thin_ones_slowly() -> None:
+    prompts = Prompts()
+    prompts.learn("qwen", 4000, 1000)
+    prompts.learn("qwen", 4000, 2000)
+    assert prompts.likely_tokens("qwen", 8000) == 4000
+    for _ in range(5):
+        prompts.learn("qwen", 4000, 1000)
+    assert 3000 < prompts.likely_tokens("qwen", 8000) < 4000
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"), [(1023, 100), (0, 0), (4000, 0), (4000, -1)]
+)
+def test_what_tells_nothing_is_not_learnt(size: int, tokens: int) -> None:
+    prompts = Prompts()
+    prompts.learn("qwen", size, tokens)
+    assert prompts.most_tokens("qwen", 4000) == 4000
+
+
+@pytest.mark.parametrize(
+    ("tokens", "density"), [(10**12, DENSEST), (1, THINNEST)], ids=["lie", "picture"]
+)
+def test_what_is_no_text_is_believed_within_bounds(tokens: int, density: float) -> None:
+    prompts = Prompts()
+    prompts.learn("qwen", 100_000, tokens)
+    assert prompts.most_tokens("qwen", 8000) == 8000 * MARGIN / density
+
+
+# --- Words ------------------------------------------------------------------------
+
+
+def test_the_error_says_what_each_worker_offers() -> None:
+    big, small = offering(0, ("qwen", 4096)), offering(1, ("qwen", 1024), ("phi", 512))
+    pools = [Pool("qwen", (big, small)), Pool("phi", (small,))]
+    error = too_long(pools, 5000)
+    assert error is not None
+    assert (error.code, error.code.status) == (Code.CONTEXT_LENGTH, 400)
+    assert error.code.type == "invalid_request_error"
+    assert error.message == (
+        "This model's maximum context length is 4096 tokens, and the prompt has 5000: "
+        "request (5000 tokens) exceeds the available context size (4096 tokens), "
+        "try increasing it. The workers offer: "
+        "qwen on w0 4096, qwen on w1 1024, phi on w1 512."
+    )
+    assert error.fields == {"n_prompt_tokens": 5000, "n_ctx": 4096}
+
+
+def test_llama_servers_own_routes_have_its_own_type() -> None:
+    pools = [Pool("qwen", (offering(0, ("qwen", 4096)),))]
+    error = too_long(pools, 5000, native=True)
+    assert error is not None
+    told = json.loads(error.body())["error"]
+    assert (told["type"], told["code"]) == ("exceed_context_size_error", 400)
+    assert (told["n_prompt_tokens"], told["n_ctx"]) == (5000, 4096)
+
+
+def test_the_words_and_the_numbers_of_a_refusal_are_kept() -> None:
+    refusal = Overflow("the request exceeds what I have.", 5000, 1024)
+    error = too_long([Pool("qwen", (offering(0, ("qwen", 4096)),))], 0, refusal)
+    assert error is not None
+    assert "has 5000: the request exceeds what I have. The workers" in error.message
+    assert error.fields == {"n_prompt_tokens": 5000, "n_ctx": 4096}
+    # Nothing else is known of the worker.
+    error = too_long([Pool("qwen", (offering(0, ("qwen", None)),))], 0, refusal)
+    assert error is not None
+    assert error.message == "the request exceeds what I have."
+    assert error.fields == {"n_prompt_tokens": 5000, "n_ctx": 1024}
+
+
+def test_a_refusal_without_words_or_numbers_is_one() -> None:
+    error = too_long([Pool("qwen", (offering(0, ("qwen", None)),))], 0, Overflow(""))
+    assert error is not None
+    assert "request exceeds the available context size, try" in error.message
+    assert not error.fields
+
+
+def test_it_does_not_say_what_nobody_knows() -> None:
+    silent, small = offering(0, ("qwen", None)), offering(1, ("qwen", 512))
+    assert too_long([Pool("qwen", (silent,))], 7) is None
+    error = too_long([Pool("qwen", (silent, small))], 0)
+    assert error is not None
+    assert "the prompt has more: request exceeds the available " in error.message
+    assert error.message.endswith("offer: qwen on w1 512.")
+
+
+def test_it_does_not_list_a_hundred() -> None:
+    many = tuple(offering(index, ("qwen", 512)) for index in range(MOST_OFFERS + 3))
+    error = too_long([Pool("qwen", many)], 700)
+    assert error is not None
+    assert error.message.count("qwen on") == MOST_OFFERS
+    assert error.message.endswith("qwen on w7 512 and 3 more.")

@@ -1,0 +1,266 @@
+"""Subjects take turns, and whoever comes new has one before anybody's second."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gollama_proxy.scheduling.lane import Lane, Subject
+from gollama_proxy.scheduling.ticket import Priority, Ticket
+
+BATCH = Priority.BATCH
+
+
+class Driver:
+    """A lane, and what a line does with it."""
+
+    def __init__(self, most: int = 100) -> None:
+        self.lane = Lane("qwen", BATCH, most, itertools.count(1))
+        self.numbers = itertools.count(1)
+
+    def wait(self, subjects: str, *, late: bool = False, first: bool = False) -> None:
+        """Have a ticket come for each letter, in this order."""
+        for subject in subjects:
+            number = next(self.numbers)
+            ticket = Ticket(-number if first else number, subject, "qwen", BATCH, 0.0)
+            self.lane.add(ticket)
+            self.lane.enter(subject, late=late, first=first)
+
+    def turn(self) -> Ticket:
+        if self.lane.over:
+            self.lane.begin_round()
+        ticket = self.lane.oldest(self.lane.front)
+        assert ticket is not None
+        self.lane.had_turn(ticket.subject)
+        self.lane.remove(ticket)
+        return ticket
+
+    def turns(self, count: int = 1000) -> str:
+        """Let so many turns be had, or all; tell whose they were."""
+        had = ""
+        while self.lane.open and len(had) < count:
+            had += self.turn().subject
+        return had
+
+
+def test_nobody_is_in_a_new_lane() -> None:
+    lane = Driver().lane
+    assert (lane.open, lane.over, lane.waiting, lane.tick) == (False, True, 0, math.inf)
+    assert lane.oldest("a") is None
+    assert repr(lane) == "<Lane 'qwen' batch waiting=0 now=[] after=[]>"
+
+
+@pytest.mark.parametrize(
+    ("came", "turns"),
+    [
+        ("abc", "abc"),
+        ("aaa", "aaa"),
+        ("aaab", "abaa"),
+        ("aabbcc", "abcabc"),
+        ("abbbbc", "abcbbb"),
+        ("cab" * 2, "cabcab"),
+    ],
+)
+def test_each_subject_has_one_turn_in_a_round(came: str, turns: str) -> None:
+    driver = Driver()
+    driver.wait(came)
+    assert [ticket.subject for ticket in driver.lane.order()] == list(turns)
+    assert driver.turns() == turns
+    assert not driver.lane.waiting
+
+
+def test_within_a_subject_it_is_first_come_first_served() -> None:
+    driver = Driver()
+    driver.wait("aaa")
+    assert driver.lane.newest("a").number == 3
+    assert [driver.turn().number for _ in range(3)] == [1, 2, 3]
+
+
+# --- Newcomers --------------------------------------------------------------------
+
+
+def test_a_newcomer_passes_all_that_have_had_their_turn() -> None:
+    driver = Driver()
+    driver.wait("aaabbb")
+    assert driver.turns(2) == "ab"
+    driver.wait("c")
+    assert driver.turns() == "cabab"
+
+
+def test_a_newcomer_waits_for_those_that_have_their_turn_to_come() -> None:
+    driver = Driver()
+    driver.wait("aaabbb")
+    assert driver.turns(1) == "a"
+    driver.wait("cc")
+    assert driver.turns(4) == "bcab"
+
+
+def test_who_runs_already_is_no_newcomer() -> None:
+    """It holds all slots and waits for more; a chat comes behind it."""
+    driver = Driver()
+    driver.wait("aaa", late=True)
+    driver.wait("b")
+    assert driver.turns() == "baaa"
+
+
+def test_who_was_here_in_this_round_is_no_newcomer() -> None:
+    """Two subjects that always have one request each cannot keep out a third."""
+    driver = Driver()
+    driver.wait("ccab")
+    had = ""
+    for _ in range(8):
+        subject = driver.turn().subject
+        had += subject
+        driver.wait(subject)  # sends the next request as soon as it has its answer
+    assert had == "cabcabca"
+
+
+@pytest.mark.parametrize("most", [1, 3, 10])
+def test_ever_new_subjects_do_not_keep_a_round_open(most: int) -> None:
+    driver = Driver(most)
+    driver.wait("aa")
+    driver.turn()
+    letters = (chr(1000 + n) for n in itertools.count())
+    driver.wait(next(letters))
+    waited = 0
+    while driver.turn().subject != "a":
+        driver.wait(next(letters))
+        waited += 1
+    assert waited <= most + 1
+
+
+def test_a_round_that_ends_early_keeps_who_had_no_turn_in_front() -> None:
+    driver = Driver(2)
+    driver.wait("aabbc")
+    assert driver.turns(2) == "ab"
+    assert driver.lane.over
+    assert driver.turns() == "cab"
+
+
+# --- Passing over -----------------------------------------------------------------
+
+
+def test_a_withheld_subject_keeps_its_tickets() -> None:
+    driver = Driver()
+    driver.wait("aab")
+    driver.lane.withhold("a")
+    assert driver.turns() == "b"
+    assert driver.lane.waiting == 2
+    assert [ticket.subject for ticket in driver.lane.order()] == ["a", "a"]
+    driver.lane.enter("a", late=False)
+    assert driver.turns() == "aa"
+
+
+def test_entering_twice_changes_nothing() -> None:
+    driver = Driver()
+    driver.wait("ab")
+    driver.lane.enter("a", late=True)
+    assert driver.turns() == "ab"
+
+
+def test_who_was_failed_by_a_worker_goes_first() -> None:
+    driver = Driver()
+    driver.wait("aabb")
+    driver.turn()
+    driver.wait("a", first=True)
+    ticket = driver.turn()
+    assert (ticket.subject, ticket.first) == ("a", True)
+    assert driver.turns() == "bab"
+
+
+def test_a_turn_elsewhere_counts_here() -> None:
+    driver = Driver()
+    driver.wait("abc")
+    driver.lane.had_turn("a")
+    driver.lane.had_turn("x")
+    driver.wait("x")
+    assert driver.turns() == "bcax"
+
+
+# --- Subjects ---------------------------------------------------------------------
+
+
+def test_a_subject_is_withheld_at_its_limit_from_all_of_its_lanes() -> None:
+    one, two = Driver(), Driver()
+    for driver in (one, two):
+        driver.wait("a")
+    who = Subject("a")
+    who.lanes = {one.lane: None, two.lane: None}
+    for running, limit, free in [
+        (0, 0, True),
+        (9, 0, True),
+        (1, 2, True),
+        (2, 2, False),
+        (3, 2, False),
+        (1, 1, False),
+        (1, 2, True),
+    ]:
+        who.running, who.limit = running, limit
+        who.review()
+        assert who.withheld is not free
+        assert one.lane.open is two.lane.open is free
+    assert repr(who) == "<Subject 'a' running=1 of 2>"
+
+
+# --- Fairness, whatever happens ---------------------------------------------------
+
+
+@given(st.lists(st.sampled_from("abcd...."), max_size=80), st.sampled_from([2, 99]))
+def test_while_one_waits_no_other_has_two_turns(steps: list[str], most: int) -> None:
+    """A letter waits; a dot is a turn."""
+    driver = Driver(most)
+    since: dict[str, str] = {}  # whose turns there were since somebody waits
+    for step in steps:
+        if step != ".":
+            driver.wait(step)
+            since.setdefault(step, "")
+            continue
+        for had in driver.turns(1):
+            del since[had]
+            since = {each: turns + had for each, turns in since.items()}
+            assert all(turns.count(had) == 1 for turns in since.values())
+            if driver.lane.oldest(had) is not None:
+                since[had] = ""
+    assert "".join(sorted(set(driver.turns()))) == "".join(sorted(since))
+
+
+@given(st.lists(st.sampled_from("abcde"), max_size=60), st.integers(0, 30))
+def test_the_order_foretells_the_turns(came: list[str], before: int) -> None:
+    driver = Driver()
+    half = len(came) // 2
+    driver.wait("".join(came[:half]))
+    driver.turns(before)
+    driver.wait("".join(came[half:]))
+    foretold = [ticket.number for ticket in driver.lane.order()]
+    assert [driver.turn().number for _ in foretold] == foretold
+
+
+def test_who_goes_first_has_one_place_and_not_two() -> None:
+    """It was waiting already, for this round or for the next one."""
+    for late in (False, True):
+        driver = Driver()
+        driver.wait("ab")
+        driver.wait("c", late=late)
+        driver.wait("c", first=True)
+        assert list(driver.lane._now).count("c") == 1
+        assert "c" not in driver.lane._after
+        assert driver.turns(2) == "ca"
+
+
+def test_a_subject_comes_back_as_one_that_has_something_running_or_has_not() -> None:
+    """Under its limit again, it has its turn in this round if nothing of it runs."""
+    for running, ring in ((0, "_now"), (1, "_after")):
+        driver = Driver()
+        driver.wait("a")
+        subject = Subject("a")
+        subject.lanes[driver.lane] = None
+        subject.limit, subject.running = running + 1, running + 1
+        subject.review()
+        assert not driver.lane.open
+        subject.running = running
+        subject.review()
+        assert list(getattr(driver.lane, ring)) == ["a"]

@@ -1,0 +1,304 @@
+"""Where conversations are: found by what they share, verified, and forgotten."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.scheduling.policies import Ask
+from gollama_proxy.scheduling.policies.memory import LEAST_TRUST, SHARED, Match, Memory
+from tests.fakes.pool import MODEL, worker
+
+A, B = worker(0), worker(1)
+
+
+def ask(*prefixes: int, size: int = 1000, subject: str = "", model: str = MODEL) -> Ask:
+    return Ask(model, size, 0, subject, prefixes)
+
+
+def turn(
+    memory: Memory, request: Ask, where: Worker, cached: float | None = None
+) -> Match | None:
+    """Have a worker answer; `cached` is the part of the prompt that it had, if told."""
+    match = memory.find(request)
+    memory.hold(request, where, match)
+    if cached is not None:
+        memory.verify(request, where, round(cached * 1000), 1000)
+    return match
+
+
+def others(memory: Memory, count: int, where: Worker = A) -> None:
+    """Have a worker answer so many other requests."""
+    for number in range(count):
+        turn(memory, ask(10_000 + number), where)
+
+
+# --- Finding ----------------------------------------------------------------------
+
+
+def test_what_was_never_seen_is_nowhere() -> None:
+    memory = Memory()
+    assert memory.find(ask(1, 2)) is None
+    assert memory.find(ask()) is None
+
+
+def test_the_next_turn_is_found_where_the_last_one_was() -> None:
+    memory = Memory()
+    turn(memory, ask(1, size=600), A)
+    match = memory.find(ask(1, 2, size=1000))
+    assert match is not None
+    assert match.worker is A
+    assert (match.whole, match.depth, match.cached) == (True, 1, 600)
+    assert (match.distance, match.trust) == (0, 1.0)
+
+
+def test_the_conversation_is_where_its_last_turn_was() -> None:
+    memory = Memory()
+    turn(memory, ask(1), A)
+    turn(memory, ask(1, 2), B)
+    for request in (ask(1, 2, 3), ask(1, 9)):
+        match = memory.find(request)
+        assert match is not None
+        assert match.worker is B
+
+
+def test_the_same_again_is_all_there() -> None:
+    memory = Memory()
+    turn(memory, ask(1, 2, size=700), A)
+    match = memory.find(ask(1, 2, size=700))
+    assert match is not None
+    assert (match.depth, match.cached) == (2, 700)
+
+
+def test_no_more_can_be_cached_than_is_asked() -> None:
+    memory = Memory()
+    turn(memory, ask(1, size=5000), A)
+    match = memory.find(ask(1, 2, size=1000))
+    assert match is not None
+    assert match.cached == 1000
+
+
+def test_another_branch_is_found_at_the_fork() -> None:
+    memory = Memory()
+    turn(memory, ask(1), A)
+    turn(memory, ask(1, 2), A)
+    match = memory.find(ask(1, 3, size=900))
+    assert match is not None
+    assert (match.worker, match.whole, match.depth) == (A, False, 1)
+    assert match.cached == 300
+
+
+def test_branches_go_their_own_ways() -> None:
+    memory = Memory()
+    turn(memory, ask(1), A)
+    turn(memory, ask(1, 2), A)
+    turn(memory, ask(1, 3), B)
+    ours, theirs = memory.find(ask(1, 2, 4)), memory.find(ask(1, 3, 4))
+    assert ours is not None
+    assert theirs is not None
+    assert (ours.worker, theirs.worker) == (A, B)
+
+
+@pytest.mark.parametrize(
+    "other", [ask(1, 2, subject="bob"), ask(1, 2, subject="alice", model="tiny")]
+)
+def test_what_others_have_asked_is_not_found(other: Ask) -> None:
+    memory = Memory()
+    turn(memory, ask(1, subject="alice"), A)
+    assert memory.find(ask(1, 2, subject="alice")) is not None
+    assert memory.find(other) is None
+
+
+def test_what_many_begin_with_says_nothing() -> None:
+    """A greeting that is the same for all must not send all to one worker."""
+    memory = Memory()
+    found = [turn(memory, ask(1, 100 + number), A) is not None for number in range(10)]
+    assert found == [False, *[True] * SHARED, *[False] * (9 - SHARED)]
+    for number in range(10):  # each of them is still itself
+        match = memory.find(ask(1, 100 + number, 200 + number))
+        assert match is not None
+        assert (match.whole, match.depth) == (True, 2)
+
+
+def test_one_long_conversation_is_not_many() -> None:
+    memory = Memory()
+    said = [1]
+    for number in range(2, 40):
+        turn(memory, ask(*said[-8:]), A)
+        said.append(number)
+        match = memory.find(ask(*said[-8:]))
+        assert match is not None
+        assert match.whole
+
+
+# --- Forgetting -------------------------------------------------------------------
+
+
+def test_who_was_quiet_for_longest_is_forgotten() -> None:
+    memory = Memory(size=3)
+    turn(memory, ask(1), A)
+    turn(memory, ask(2), A)
+    turn(memory, ask(3), A)
+    turn(memory, ask(1), A)
+    turn(memory, ask(4), A)
+    assert memory.find(ask(2)) is None
+    assert all(memory.find(ask(number)) for number in (1, 3, 4))
+    assert repr(memory) == "<Memory of 3 prefixes>"
+
+
+@given(
+    st.integers(1, 10),
+    st.lists(st.lists(st.integers(0, 30), max_size=8, unique=True), max_size=60),
+)
+@settings(deadline=None)
+def test_it_never_remembers_more_than_it_may(
+    size: int, requests: list[list[int]]
+) -> None:
+    memory = Memory(size)
+    for prefixes in requests:
+        request = ask(*prefixes)
+        turn(memory, request, A, 0.5)
+        assert len(memory) <= size
+        match = memory.find(request)
+        assert match is None or match.worker is A
+
+
+# --- Verifying --------------------------------------------------------------------
+
+
+def test_as_long_as_it_is_true_it_is_trusted() -> None:
+    memory = Memory()
+    turn(memory, ask(1), A, 0.0)  # nothing was expected
+    for number in range(2, 20):
+        match = turn(memory, ask(number - 1, number, size=1050), A, 0.99)
+        assert match is not None
+        assert match.trust > 0.98
+
+
+def cold(memory: Memory, number: int, distance: int) -> None:
+    """Let a conversation come back after so many others, and be cold."""
+    turn(memory, ask(number), A)
+    others(memory, distance)
+    turn(memory, ask(number, number + 1), A, 0.0)
+
+
+def trust(memory: Memory, distance: int) -> float:
+    turn(memory, ask(77), A)
+    others(memory, distance)
+    match = memory.find(ask(77, 78))
+    assert match is not None
+    assert match.distance == distance
+    return match.trust
+
+
+def test_what_is_lost_after_some_others_is_lost_after_more_and_not_after_fewer() -> (
+    None
+):
+    memory = Memory()
+    for number in range(100, 140, 2):
+        cold(memory, number, 20)
+    assert trust(memory, 0) == trust(memory, 8) == 1.0
+    assert trust(memory, 16) < 0.2
+    assert trust(memory, 500) < 0.2
+    assert trust(memory, 16) >= LEAST_TRUST
+
+
+def test_a_worker_that_has_restarted_is_soon_hardly_trusted_and_soon_again() -> None:
+    memory = Memory()
+    for number in range(100, 110, 2):
+        cold(memory, number, 0)
+    assert trust(memory, 0) < 0.4
+    for number in range(200, 216, 2):
+        turn(memory, ask(number), A)
+        others(memory, 30)
+        turn(memory, ask(number, number + 1), A, 1.0)
+    assert trust(memory, 0) > 0.85
+    assert trust(memory, 20) > 0.85
+
+
+def test_other_workers_and_other_models_are_still_trusted() -> None:
+    memory = Memory()
+    for number in range(100, 120, 2):
+        cold(memory, number, 0)
+    turn(memory, ask(1), B)
+    turn(memory, ask(1, model="tiny"), A)
+    for request in (ask(1, 2), ask(1, 2, model="tiny")):
+        match = memory.find(request)
+        assert match is not None
+        assert match.trust == 1.0
+
+
+def test_a_part_of_what_was_expected_is_a_part() -> None:
+    memory = Memory()
+    for number in range(100, 200, 2):
+        turn(memory, ask(number, size=800), A)
+        turn(memory, ask(number, number + 1, size=1000), A, 0.4)
+    assert trust(memory, 0) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("cached", "tokens"), [(-1, 1000), (1001, 1000), (0, -1), (1, 0)]
+)
+def test_what_cannot_be_true_is_ignored(cached: int, tokens: int) -> None:
+    memory = Memory()
+    turn(memory, ask(1), A)
+    turn(memory, ask(1, 2), A)
+    memory.verify(ask(1, 2), A, cached, tokens)
+    assert trust(memory, 0) == 1.0
+
+
+def test_an_empty_prompt_is_cold() -> None:
+    memory = Memory()
+    turn(memory, ask(1), A)
+    turn(memory, ask(1, 2), A)
+    memory.verify(ask(1, 2), A, 0, 0)
+    assert trust(memory, 0) < 1.0
+
+
+def test_where_nothing_was_expected_nothing_is_learnt() -> None:
+    memory = Memory()
+    turn(memory, ask(1), A, 0.0)  # a new conversation
+    turn(memory, ask(1, 2), B, 0.0)  # it has moved
+    turn(memory, ask(1, 3), A, 0.0)  # a branch; how much is the same was a guess
+    memory.verify(ask(1, 2), A, 0, 1000)  # it was another worker's
+    memory.verify(ask(5), A, 0, 1000)  # it is forgotten
+    memory.verify(ask(), A, 0, 1000)
+    assert trust(memory, 0) == 1.0
+
+
+def test_an_answer_is_counted_once() -> None:
+    memory = Memory()
+    turn(memory, ask(1), A)
+    turn(memory, ask(1, 2), A, 0.0)
+    once = trust(memory, 0)
+    memory.verify(ask(1, 2), A, 0, 1000)
+    assert trust(memory, 0) == once < 1.0
+
+
+def test_requests_that_are_no_conversations_wear_the_cache_out_too() -> None:
+    memory = Memory()
+    turn(memory, ask(1), A)
+    for _ in range(5):
+        turn(memory, ask(), A)
+    match = memory.find(ask(1, 2))
+    assert match is not None
+    assert match.distance == 5
+
+
+def test_a_request_of_unknown_size() -> None:
+    memory = Memory()
+    turn(memory, ask(1, size=0), A)
+    turn(memory, ask(1, 2, size=0), A, 0.0)
+    assert trust(memory, 0) == 1.0
+
+
+def test_what_it_knows_can_be_read() -> None:
+    memory = Memory()
+    match = turn(memory, ask(1), A)
+    match = memory.find(ask(1))
+    assert match is not None
+    assert repr(match.place) == "<Place 1000 bytes on w0>"
+    (cache,) = memory._caches.values()
+    assert repr(cache) == "<Cache served=1 kept=" + " ".join(["1.00"] * 12) + ">"

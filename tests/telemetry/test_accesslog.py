@@ -1,0 +1,820 @@
+"""One line for each request, and nothing in it that is the client's own business."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gollama_proxy.config.settings import Log
+from gollama_proxy.telemetry import accesslog
+from gollama_proxy.telemetry.accesslog import JsonFormatter, Record, TextFormatter
+from gollama_proxy.wire.errors import Code
+from tests.fakes.client import Wire, request_head
+from tests.fakes.clock import Clock
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.replies import (
+    chat_completion,
+    chunk,
+    error_event,
+    error_reply,
+    head,
+    role,
+    sse_head,
+    token,
+)
+from tests.fakes.script import (
+    Script,
+    answer,
+    chat_stream,
+    close,
+    event_stream,
+    reset,
+    send,
+    stall,
+    stream_of,
+)
+from tests.fakes.waiting import DEADLINE
+from tests.fakes.worker import ScriptedWorker
+
+CHAT = "/v1/chat/completions"
+FULL = Record(
+    id="0123456789abcdef",
+    method="POST",
+    route=CHAT,
+    remote="10.0.0.7",
+    subject="alice",
+    model="qwen",
+    worker="gpu1",
+    attempts=2,
+    status=502,
+    outcome="error",
+    error=Code.WORKER_LOST,
+    detail="connection reset by peer",
+    bytes=1234,
+    tokens=7,
+    started=1000.0,
+    queued=0.25,
+    first_byte=0.01234,
+    duration=12.3456,
+    headers={"X-Request-Id": "0123456789abcdef"},
+)
+SHOWN = {
+    "remote": "10.0.0.7",
+    "subject": "alice",
+    "method": "POST",
+    "route": CHAT,
+    "status": 502,
+    "outcome": "error",
+    "error": "worker_connection_lost",
+    "detail": "connection reset by peer",
+    "model": "qwen",
+    "worker": "gpu1",
+    "attempts": 2,
+    "first_byte_ms": 12.3,
+    "duration_ms": 12345.6,
+    "tokens": 7,
+    "bytes": 1234,
+    "id": "0123456789abcdef",
+}
+
+
+def logged(record: Record, formatter: logging.Formatter) -> str:
+    """Format what `write` hands to the log, at a moment that does not change."""
+    entry = logging.makeLogRecord(
+        {
+            "name": "gollama_proxy.access",
+            "levelname": "INFO",
+            "msg": "request",
+            "created": 1_800_000_000.0429,
+            "msecs": 42.9,
+            "fields": record.line(),
+        }
+    )
+    return formatter.format(entry)
+
+
+# --- A line -----------------------------------------------------------------------
+
+
+def test_a_line_shows_what_happened_in_this_order() -> None:
+    assert FULL.line() == SHOWN
+    assert list(FULL.line()) == list(SHOWN)
+
+
+def test_what_is_not_known_is_not_shown() -> None:
+    assert Record("1", "GET").line() == {"method": "GET", "route": "other", "id": "1"}
+    # A first byte that came at once did come.
+    assert Record("1", "GET", first_byte=0.0001).line()["first_byte_ms"] == 0.1
+
+
+def test_a_line_as_text() -> None:
+    line = logged(FULL, TextFormatter())
+    assert line == (
+        "2027-01-15T08:00:00.042Z info request remote=10.0.0.7 subject=alice "
+        f"method=POST route={CHAT} status=502 outcome=error "
+        'error=worker_connection_lost detail="connection reset by peer" model=qwen '
+        "worker=gpu1 attempts=2 first_byte_ms=12.3 duration_ms=12345.6 tokens=7 "
+        "bytes=1234 id=0123456789abcdef"
+    )
+
+
+def test_a_line_as_json() -> None:
+    line = logged(FULL, JsonFormatter())
+    assert "\n" not in line
+    entry = json.loads(line)
+    begin = {"time": "2027-01-15T08:00:00.042Z", "level": "info", "message": "request"}
+    assert entry == begin | SHOWN
+    assert list(entry) == [*begin, *SHOWN]
+
+
+FORGED = [
+    "alice\n2027-01-15T08:00:00.042Z info request subject=bob status=200",
+    "alice\r\nx",
+    "alice status=200",
+    'alice" status=200 x="',
+    "alice\\",
+    "alice\x1b[31m",
+    "alice\x00",
+    "alice\tx",
+    "",
+    "x" * 1000,
+    "Zoë 😀",
+    "=",
+]
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_name_cannot_forge_a_line(name: str) -> None:
+    record = Record("1", "GET", subject=name, detail=name, status=401)
+    text = logged(record, TextFormatter())
+    assert not re.search(r"[\x00-\x1f]", text)
+    assert [m[0] for m in re.finditer(r" status=\S+", _outside_quotes(text))] == [
+        " status=401"
+    ]
+    if name:
+        [shown] = re.findall(r' subject=("(?:[^"\\]|\\.)*"|\S+) method', text)
+        assert (json.loads(shown) if shown[0] == '"' else shown) == name
+    as_json = logged(record, JsonFormatter())
+    assert not re.search(r"[\x00-\x1f]", as_json)
+    assert json.loads(as_json).get("subject", "") == name
+
+
+def _outside_quotes(text: str) -> str:
+    return re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+def test_any_other_message_is_written_in_the_same_form(
+    formatter: logging.Formatter,
+) -> None:
+    entry = logging.LogRecord("x", logging.WARNING, "", 0, "worker %s", ("a",), None)
+    line = formatter.format(entry)
+    assert "warning" in line
+    assert "worker a" in line
+    words = "said by a user"
+    try:
+        raise ZeroDivisionError(words)
+    except ZeroDivisionError:
+        entry.exc_info = sys.exc_info()
+    line = formatter.format(entry)
+    assert "ZeroDivisionError" in line
+    assert words not in line
+    if isinstance(formatter, JsonFormatter):
+        assert "Traceback" in json.loads(line)["exception"]
+
+
+def text_of(message: str, error: BaseException | None = None, name: str = "x") -> str:
+    """Write a line of the text log, without its time."""
+    info = None if error is None else (type(error), error, error.__traceback__)
+    entry = logging.LogRecord(name, logging.ERROR, "", 0, message, None, info)
+    return TextFormatter().format(entry).partition(" ")[2]
+
+
+@pytest.mark.parametrize(
+    "name", ["two\nlines", "\x1b[31mred", "\u2028", "\x00", "a\r\nb", "\ud800"]
+)
+def test_a_message_is_one_line_that_a_terminal_can_show(name: str) -> None:
+    line = text_of(f"worker {name}: é")
+    assert line.isprintable()
+    assert line.startswith("error worker ")
+
+
+def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
+    try:
+        raise error from cause
+    except BaseException as exc:
+        return exc
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("secret"), "ValueError"),
+        (OSError(13, "secret"), "PermissionError: Permission denied"),
+        (OSError("secret"), "OSError"),
+        (
+            ExceptionGroup("secret", [ValueError("secret"), KeyError("secret")]),
+            "ExceptionGroup of ValueError, KeyError",
+        ),
+    ],
+)
+def test_of_an_exception_its_kind_and_place_are_told(
+    error: BaseException, told: str
+) -> None:
+    text = text_of("failed", raised(error))
+    assert text.startswith("error failed\nTraceback (most recent call last):\n  File ")
+    assert "in raised" in text
+    assert text.endswith("\n" + told)
+    assert "secret" not in text
+
+
+def test_what_led_to_an_exception_comes_first() -> None:
+    text = text_of("failed", raised(ValueError("b"), raised(KeyError("a"))))
+    assert text.index("KeyError") < text.index("which led to") < text.index("ValueErr")
+    hidden = ValueError("b")
+    hidden.__context__, hidden.__suppress_context__ = raised(KeyError("a")), True
+    assert "KeyError" not in text_of("failed", hidden)
+
+
+def test_no_more_causes_are_told_than_a_few() -> None:
+    error: BaseException = ValueError("first")
+    for _ in range(100):
+        error = raised(TypeError("next"), error)
+    assert text_of("failed", error).count("Traceback") == accesslog.MOST_CAUSES
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "Executing <Task name='a' exception=E('secret')> took 0.123 seconds",
+            "Executing <Task name='a'> took 0.123 seconds",
+        ),
+        (
+            "Executing <Future finished result='secret> took it'> took 1.5 seconds",
+            "Executing <Future finished> took 1.5 seconds",
+        ),
+        ("Task was destroyed\ntask: <Task result='secret'>", "Task was destroyed"),
+    ],
+)
+def test_what_asyncio_lists_of_what_was_involved_is_left_out(
+    said: str, told: str
+) -> None:
+    assert text_of(said, name="asyncio") == f"error {told}"
+
+
+# --- Setting up -------------------------------------------------------------------
+
+
+@pytest.fixture
+def logs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a test configure logging, and put everything back."""
+    root = logging.getLogger()
+    touched = [root, logging.getLogger("gollama_proxy.access")]
+    touched.append(logging.getLogger("aiohttp"))
+    levels = [logger.level for logger in touched]
+    monkeypatch.setattr(root, "handlers", [])  # `force` closes those that it finds
+    for flag in ("logThreads", "logProcesses", "logMultiprocessing"):
+        monkeypatch.setattr(logging, flag, getattr(logging, flag))
+    yield
+    for logger, level in zip(touched, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("logs_of_its_own")
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_log_goes_to_standard_error_in_the_form_asked_for(
+    form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accesslog.configure(Log(format=form))
+    accesslog.configure(Log(format=form))  # twice is once
+    accesslog.write(FULL)
+    out, err = capsys.readouterr()
+    assert out == ""
+    [line] = err.splitlines()
+    if form == "json":
+        assert json.loads(line)["id"] == FULL.id
+    else:
+        assert line.endswith(f" id={FULL.id}")
+
+
+@pytest.mark.usefixtures("logs_of_its_own")
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [
+        ("debug", ["debug", "info", "warning", "error"]),
+        ("info", ["info", "warning", "error"]),
+        ("warning", ["warning", "error"]),
+        ("error", ["error"]),
+    ],
+)
+def test_the_level_is_the_least_that_is_shown(
+    level: str, shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    accesslog.configure(Log(level=level))
+    logger = logging.getLogger("gollama_proxy.test")
+    for name in ("debug", "info", "warning", "error"):
+        getattr(logger, name)("said")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == shown
+
+
+@pytest.mark.usefixtures("logs_of_its_own")
+def test_the_access_log_can_be_switched_off_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    accesslog.configure(Log(access=False))
+    accesslog.write(FULL)
+    logging.getLogger("gollama_proxy.test").info("said")
+    assert capsys.readouterr().err.splitlines()[0].endswith("info said")
+    accesslog.configure(Log())
+    accesslog.write(FULL)
+    assert FULL.id in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("logs_of_its_own")
+def test_aiohttp_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """It logs malformed requests with their bytes."""
+    accesslog.configure(Log(level="debug"))
+    logging.getLogger("aiohttp.server").error("canary")
+    logging.getLogger("aiohttp.access").info("canary")
+    assert capsys.readouterr().err == ""
+
+
+# --- In a hub that runs -----------------------------------------------------------
+
+
+class Collector(logging.Handler):
+    """Keeps everything that is logged, at any level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self.arrived = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+        self.arrived.set()
+
+    @property
+    def access(self) -> list[logging.LogRecord]:
+        return [r for r in self.records if r.name == "gollama_proxy.access"]
+
+    async def lines(self, count: int) -> list[dict[str, Any]]:
+        """Wait for so many: a client sees an answer's end before it is logged."""
+        async with asyncio.timeout(DEADLINE):
+            while len(self.access) < count:
+                self.arrived.clear()
+                await self.arrived.wait()
+        lines = [vars(record)["fields"] for record in self.access]
+        assert len(lines) == count, lines
+        return lines
+
+
+@pytest.fixture
+def log() -> Iterator[Collector]:
+    root, collector = logging.getLogger(), Collector()
+    level = root.level
+    root.addHandler(collector)
+    root.setLevel(logging.DEBUG)
+    try:
+        yield collector
+    finally:
+        root.setLevel(level)
+        root.removeHandler(collector)
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/api/chat?key=secret", "/api/chat"),
+        ("/v1/v1/models", "/v1/v1/models"),
+        ("/a%0Ab/\x7f\xe9", "/a%0Ab/\x7f\xe9"),
+        ("/" + "x" * 5000, "/" + "x" * (accesslog.MOST_PATH - 1)),
+        ("http://user:password@hub/a", None),
+        ("*", None),
+    ],
+)
+async def test_a_path_that_is_none_is_logged_so_that_a_wrong_base_url_can_be_found(
+    path: str, shown: str | None, log: Collector
+) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        wire = await hub.wire()
+        head_ = f"GET {path} HTTP/1.1\r\nHost: hub\r\n\r\n"
+        await wire.send(head_.encode("latin-1"))
+        assert (await wire.read_response()).status in (400, 404)
+        [line] = await log.lines(1)
+    found = line.get("path")
+    if shown is None or found is None or not shown.isascii():
+        assert found is None or "password" not in found
+    else:
+        assert found == shown
+    [entry] = log.access
+    text = TextFormatter().format(entry)
+    assert text.isascii()
+    assert text.isprintable()
+
+
+async def test_the_path_of_a_route_is_not_logged(log: Collector) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        await hub.get("/v1/models/some-name")
+        [line] = await log.lines(1)
+    assert "path" not in line
+    assert "some-name" not in str(line)
+
+
+HALF = (send(sse_head() + chunk(role() + token("a"))),)
+
+
+@pytest.mark.parametrize(
+    ("script", "level"),
+    [
+        (chat_stream(["a", "b"]), "INFO"),
+        ((*HALF, reset()), "WARNING"),
+        ((*HALF, send(chunk(error_event("no"))), close()), "WARNING"),
+        ((send(error_reply(400, "no")),), "INFO"),
+        ((send(error_reply(500, "no")),), "WARNING"),
+        ((send(b"nonsense\r\n\r\n"), close()), "WARNING"),
+    ],
+)
+async def test_a_broken_answer_is_a_warning(
+    script: Script, level: str, log: Collector
+) -> None:
+    async with ScriptedWorker() as worker:
+        worker.default(*script)
+        # Nobody makes up for it, and the worker stays in.
+        async with running_hub(
+            worker, retry__attempts=1, rescue__enabled=False, upstream__assemble=""
+        ) as hub:
+            ask = {"messages": [], "stream": True}
+            async with await hub.open(CHAT, ask) as wire:
+                await wire.read_to_end()
+            await log.lines(1)
+    [entry] = log.access
+    assert entry.levelname == level
+
+
+async def test_a_client_that_leaves_is_no_warning(log: Collector) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.default(*HALF, stall())
+        async with await hub.open(CHAT, {"messages": [], "stream": True}) as wire:
+            assert await wire.read_event()
+        await log.lines(1)
+    assert [entry.levelname for entry in log.access] == ["INFO"]
+
+
+async def test_each_loss_of_a_worker_in_use_is_told_though_others_make_up_for_it(
+    log: Collector,
+) -> None:
+    """Not only where a ping happens to see it: else a worker dies and nobody hears."""
+    async with (
+        ScriptedWorker() as bad,
+        ScriptedWorker() as good,
+        # Only what is asked of it shows what it is like.
+        running_hub(
+            bad, good, routing__policy="round_robin", health__interval=3600
+        ) as hub,
+    ):
+        bad.default(reset())
+        while not bad.requests:
+            ask = {"messages": [], "stream": True}
+            assert (await hub.post(CHAT, ask)).status == 200
+    told = [r for r in log.records if "lost while it had a request" in r.getMessage()]
+    assert [record.levelname for record in told] == ["WARNING"]
+    assert told[0].getMessage().startswith(f"worker {bad.name}: lost")
+
+
+# --- Now and then -----------------------------------------------------------------
+
+
+def test_what_happens_often_is_told_now_and_then() -> None:
+    sparse = accesslog.Sparse(clock := Clock(), 10.0)
+    assert [sparse.count("a") for _ in range(3)] == [1, 0, 0]
+    assert sparse.count("b") == 1
+    clock.advance(9.9)
+    assert sparse.count("a") == 0
+    clock.advance(0.1)
+    assert sparse.count("a") == 4
+    assert sparse.count("a") == 0
+    assert repr(sparse) == "<Sparse untold=1>"
+
+
+# --- systemd ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("logs_of_its_own")
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lines_carry_their_priority_where_the_journal_reads_them(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "journal").open("w+") as journal:
+        stat = os.fstat(journal.fileno())
+        monkeypatch.setattr(sys, "stderr", journal)
+        monkeypatch.setenv("JOURNAL_STREAM", f"{stat.st_dev}:{stat.st_ino}")
+        accesslog.configure(Log(format=form, level="debug"))
+        logger = logging.getLogger("gollama_proxy.test")
+        for level in ("debug", "info", "warning", "error", "critical"):
+            getattr(logger, level)("said")
+        journal.seek(0)
+        assert [line[:3] for line in journal] == ["<7>", "<6>", "<4>", "<3>", "<2>"]
+
+
+def test_each_line_of_a_traceback_has_the_priority() -> None:
+    assert accesslog.prioritised("a\nb", logging.ERROR) == "<3>a\n<3>b"
+
+
+@pytest.mark.usefixtures("logs_of_its_own")
+@pytest.mark.parametrize("stream", ["", "0:0", "8:1"])
+def test_lines_carry_no_priority_elsewhere(
+    stream: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", stream)
+    accesslog.configure(Log())
+    logging.getLogger("gollama_proxy.test").warning("said")
+    assert not capsys.readouterr().err.startswith("<")
+
+
+async def test_an_answer_makes_one_line(log: Collector) -> None:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
+        response = await hub.post(CHAT, {"messages": []})
+        [line] = await log.lines(1)
+        assert line == {
+            "remote": "127.0.0.1",
+            "subject": "alice",
+            "method": "POST",
+            "route": CHAT,
+            "status": 200,
+            "outcome": "complete",
+            "model": "qwen",
+            "worker": worker.name,
+            "attempts": 1,
+            "first_byte_ms": line["first_byte_ms"],
+            "duration_ms": line["duration_ms"],
+            "prompt_tokens": 20,
+            "tokens": 3,
+            "bytes": len(response.body),
+            "id": response.header("x-request-id"),
+        }
+        assert 0 < line["first_byte_ms"] <= line["duration_ms"]
+
+
+async def test_each_request_makes_one_line_however_it_ends(
+    log: Collector,
+) -> None:
+    stream = {"messages": [], "stream": True}
+    # Its worker's faults are to be how a request ends.
+    unrepaired = {"retry__attempts": 1, "rescue__enabled": False}
+    async with (
+        ScriptedWorker("qwen") as worker,
+        running_hub(worker, **unrepaired) as hub,
+    ):
+        expected = []
+
+        async def ends(outcome: str, status: int, error: str | None = None) -> None:
+            expected.append((outcome, status, error))
+            found = await log.lines(len(expected))
+            last = found[-1]
+            assert (last["outcome"], last["status"], last.get("error")) == expected[-1]
+
+        await hub.get("/livez", None)
+        await ends("complete", 200)
+        await hub.get("/metrics", None)
+        await ends("error", 401, "invalid_api_key")
+        await hub.get("/nowhere")
+        await ends("error", 404, "unknown_url")
+        await hub.post(CHAT, b"[")
+        await ends("error", 400, "invalid_json")
+        await (await hub.open(CHAT, stream)).read_events()
+        await ends("complete", 200)
+        for _ in range(2):  # as a stream, and as the client wrote it
+            worker.script(send(error_reply(400, "no", "invalid_request_error")))
+        await hub.post(CHAT, {})
+        await ends("refused", 400)
+        worker.script(*event_stream(error_event("no", 503)))
+        assert (await hub.post(CHAT, stream)).status == 503
+        await ends("refused", 503)
+        worker.script(send(sse_head() + chunk(role() + token("a"))), close())
+        await (await hub.open(CHAT, stream)).read_to_end()
+        await ends("error", 200, "worker_connection_lost")
+        worker.script(reset())
+        assert (await hub.post(CHAT, {})).status == 502
+        await ends("error", 502, "worker_connection_lost")
+        worker.script(*stream_of(2, "never"))
+        wire = await hub.open(CHAT, stream)
+        assert await wire.read_event()
+        wire.close()
+        await ends("client_gone", 200)
+        worker.script(stall())
+        next_one = len(worker.requests) + 1
+        wire = await hub.open(CHAT, {})
+        await worker.received(next_one)
+        wire.abort()
+        await ends("client_gone", 499)
+
+
+async def test_requests_on_one_connection_make_a_line_each(
+    log: Collector,
+) -> None:
+    async with running_hub() as hub, await hub.wire() as wire:
+        await wire.send(request_head("GET", "/livez") * 3)
+        for _ in range(3):
+            assert (await wire.read_response()).status == 200
+        assert len({line["id"] for line in await log.lines(3)}) == 3
+
+
+async def test_a_subject_cannot_forge_a_line(log: Collector) -> None:
+    forged = "alice\n2027-01-15T08:00:00.000Z info request subject=bob"
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        await hub.get("/v1/models", hub.token(sub=forged))
+        [line] = await log.lines(1)
+    assert line["subject"] == forged
+    [entry] = log.access
+    for formatter in (TextFormatter(), JsonFormatter()):
+        assert "\n" not in formatter.format(entry)
+
+
+# --- Canaries ---------------------------------------------------------------------
+
+PROMPT, ANSWER, HEADER, QUERY, PATH, NAME, GARBAGE = (
+    f"canary-{what}"
+    for what in ("prompt", "answer", "header", "query", "path", "model", "garbage")
+)
+MESSAGES = {"messages": [{"role": "user", "content": PROMPT}]}
+HEADERS = [("User-Agent", HEADER), ("Api-Key", HEADER), ("Cookie", HEADER)]
+
+
+async def post(hub: RunningHub, payload: Any, path: str = CHAT) -> Wire:
+    path = f"{path}?{QUERY}"
+    return await hub.open(path, payload, headers=[*HEADERS, ("Referer", HEADER)])
+
+
+async def everything(hub: RunningHub, worker: ScriptedWorker) -> AsyncIterator[Wire]:
+    """Make requests that end in all ways, with canaries wherever one can be."""
+    stream = {**MESSAGES, "stream": True}
+    body = json.dumps(MESSAGES).encode()
+    worker.script(*answer(chat_completion(ANSWER)))
+    yield await post(hub, MESSAGES)
+    worker.script(*chat_stream([ANSWER, ANSWER]))
+    yield await post(hub, stream)
+    for wrong in (
+        body[:-1],
+        body + b"x",
+        b"[" + body + b"]",
+        body.replace(b"{", b"[", 1),
+        body + b"\xff",
+        body[:-1] + b', "' + PROMPT.encode() + b'": nul}',
+        body[:-1] + b', "' + PROMPT.encode() * 500 + b'": 1}',
+        body[:-1] + b', "model": "\\ud800' + PROMPT.encode() + b'"}',
+        body[:-1] + b', "messages": []}',
+        b'{"' + PROMPT.encode() + b'": ' + b"[" * 200,
+        b'{"stream": "' + PROMPT.encode() + b'"}',
+        b'{"max_tokens": "' + PROMPT.encode() + b'"}',
+        b"",
+        body + b" " * 40_000,
+    ):
+        yield await post(hub, wrong)
+    yield await post(hub, {"model": NAME, **MESSAGES})
+    yield await post(hub, MESSAGES, "/no/such/path")
+    yield await post(hub, MESSAGES, f"/v1/models/{PATH}")
+    yield await hub.open(CHAT, MESSAGES, f"{PROMPT}.{PROMPT}.{PROMPT}", headers=HEADERS)
+    yield await hub.open(CHAT, MESSAGES, hub.token(exp=1), headers=HEADERS)
+    yield await hub.open(CHAT, MESSAGES, hub.token(models=[NAME]), headers=HEADERS)
+    yield await hub.open(CHAT, MESSAGES, headers=[*HEADERS, ("Expect", HEADER)])
+    yield await hub.open(CHAT, MESSAGES, headers=[*HEADERS, ("Upgrade", HEADER)])
+    yield await hub.open(
+        CHAT, MESSAGES, headers=[*HEADERS, ("Content-Encoding", HEADER)]
+    )
+    yield await hub.open(CHAT, MESSAGES, headers=[("X-Request-Id", f"{HEADER} x")])
+    for status in (400, 401, 404, 429, 500, 503):
+        worker.script(send(error_reply(status, f"{PROMPT} {ANSWER}")))
+        yield await post(hub, MESSAGES)
+    for broken in (
+        sse_head() + chunk(token(ANSWER)),
+        sse_head() + chunk(token(ANSWER)) + chunk(error_event(ANSWER)),
+        sse_head() + chunk(token(ANSWER)) + b"zz\r\n" + ANSWER.encode(),
+        sse_head() + chunk(error_event(ANSWER)),
+        sse_head() + ANSWER.encode(),
+        ANSWER.encode(),
+        head(200, [("Content-Length", ANSWER)]),
+        head(302, [("Location", ANSWER)]),
+        b"HTTP/1.1 999 " + ANSWER.encode() + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + ANSWER.encode() + b"\r\n\r\n",
+        b"",
+    ):
+        worker.script(send(broken), close())
+        yield await post(hub, stream)
+    worker.script(*stream_of(2, "never"))
+    wire = await post(hub, stream)
+    assert await wire.read_event()
+    wire.half_close()
+    yield wire
+    wire = await hub.wire()
+    await wire.send(f"{GARBAGE}\r\n\r\n".encode())
+    yield wire
+    wire = await hub.wire()
+    await wire.send(f"GET /livez HTTP/1.1\r\nHost: hub\r\n{GARBAGE}\r\n\r\n".encode())
+    yield wire
+    chunked = [("Transfer-Encoding", "chunked"), ("Expect", "100-continue")]
+    wire = await hub.wire()
+    await wire.send(request_head("POST", CHAT, hub.token(), chunked))
+    await wire.read_until(b"100 Continue\r\n\r\n")
+    await wire.send(chunk(body[:30]) + b"zz\r\n" + PROMPT.encode())
+    yield wire
+    chunked = [("Transfer-Encoding", "chunked")]
+    wire = await hub.wire()
+    await wire.send(
+        request_head("POST", CHAT, hub.token(), chunked) + b"zz\r\n" + PROMPT.encode()
+    )
+    yield wire
+
+
+async def test_nothing_of_a_conversation_gets_into_a_log(
+    log: Collector,
+) -> None:
+    requests, tokens = 0, set()
+    async with (
+        ScriptedWorker("tiny", "other") as worker,
+        running_hub(
+            worker,
+            limits__body=32_768,
+            timeouts__body=0.5,
+            models__default_model="tiny",
+            # However badly it behaves here, the worker goes on being asked.
+            breaker__busy_max=0,
+            breaker__consecutive=1000,
+            breaker__minimum_calls=1000,
+        ) as hub,
+    ):
+        mint = hub.token
+
+        def remember(*args: Any, **claims: Any) -> str:
+            tokens.add(minted := mint(*args, **claims))
+            return minted
+
+        hub.token = remember  # type: ignore[method-assign]
+        async for wire in everything(hub, worker):
+            requests += 1
+            await wire.read_to_end()
+            wire.close()
+        metrics = (await hub.get("/metrics")).body.decode()
+    # Each has its line, `/metrics` included, and what is no HTTP at all.
+    logged = await log.lines(requests + 1)
+    assert {line["status"] for line in logged} >= {200, 400, 401, 403, 404, 413}
+    formatters = (TextFormatter(), JsonFormatter(), logging.Formatter())
+    written = "\n".join(
+        "\n".join([formatter.format(record) for formatter in formatters])
+        + repr(vars(record))
+        for record in log.records
+    )
+    # What helps to find a wrong base URL, in the log alone.
+    assert "/no/such/path" in written
+    assert "/no/such/path" not in metrics
+    for text in (written, metrics):
+        assert "canary" not in text
+        for minted in tokens:
+            for part in minted.split(".")[1:]:  # the header is the same for all
+                assert part not in text
+        assert "Bearer" not in text
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+@pytest.mark.parametrize("who", ["stranger", "subject"])
+async def test_no_token_can_suppress_its_line(
+    log: Collector, formatter: logging.Formatter, who: str
+) -> None:
+    """Half a surrogate pair cannot be encoded; the line has to be written all the same.
+
+    A stranger gets one into the reason of a refusal, without a signature.
+    """
+    async with running_hub() as hub:
+        token = hub.token(sub="bob\ud800")
+        if who == "stranger":
+            header = b'{"alg":"HS256","crit":["\\ud800"]}'
+            token = base64.urlsafe_b64encode(header).rstrip(b"=").decode() + ".e30.AA"
+        await hub.get("/v1/models", token)
+        await log.lines(1)
+    assert formatter.format(log.access[0]).encode()
+
+
+async def test_what_is_no_http_has_a_line(log: Collector) -> None:
+    async with running_hub() as hub, await hub.wire() as wire:
+        await wire.send(b"hello\r\n\r\n")
+        assert (await wire.read_response()).status == 400
+        [line] = await log.lines(1)
+    assert (line["route"], line["status"], line["error"]) == (
+        "other",
+        400,
+        "bad_request",
+    )

@@ -1,0 +1,378 @@
+"""Connections are dialled, kept for a moment, and only handed out if they may live."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import ipaddress
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from gollama_proxy.config import load as config
+from gollama_proxy.config.tls import for_workers
+from gollama_proxy.upstream import pool as pools
+from gollama_proxy.upstream.connection import Connection, State
+from gollama_proxy.upstream.pool import SPACING, ConnectionPool
+from gollama_proxy.wire.errors import Code, WorkerError
+from tests.fakes.backlog import full_backlog
+from tests.fakes.clock import Clock
+from tests.fakes.replies import head
+from tests.fakes.waiting import DEADLINE
+from tests.fakes.worker import ScriptedWorker
+
+SHORT = head(200, [("Content-Length", "2")]) + b"{}"
+
+
+def pool_of(url: str, clock: Clock | None = None, **settings: Any) -> ConnectionPool:
+    """A pool of one worker; settings as `upstream__idle=2`."""
+    environ = {
+        f"GOLLAMA_{k.replace('__', '_').upper()}": f"{settings[k]}" for k in settings
+    }
+    loaded = config.load(None, environ, {}, [url])
+    [worker] = loaded.workers
+    tls = for_workers([worker]).get(worker.name)
+    return ConnectionPool(worker, loaded, clock or Clock(), tls)
+
+
+class Ignore:
+    """Receives an answer that nobody wants to see."""
+
+    def head_received(self, *_: object) -> None: ...
+    def body_received(self, data: bytes) -> None: ...
+    def chunk_received(self, chunk: bytes, start: int) -> None: ...
+    def answer_ended(self) -> None: ...
+    def answer_lost(self, reason: str, *, malformed: bool) -> None: ...
+
+
+async def dial_and_use(pool: ConnectionPool, answer: bytes = SHORT) -> Connection:
+    """A connection that has carried a request, answered as given."""
+    connection = await pool.dial()
+    connection.start(Ignore())
+    connection.data_received(answer)
+    return connection
+
+
+# --- Bursts -----------------------------------------------------------------------
+
+
+async def test_connections_on_top_are_spaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async with ScriptedWorker() as worker:
+        surplus, clock = iter([0, -1, 1, 2, 1, 0, 1]), Clock()
+        pool = pool_of(worker.url, clock)
+        pool._surplus = lambda: next(surplus)
+        monkeypatch.setattr(pools.asyncio, "sleep", sleep)
+        made = [await pool.dial() for _ in range(6)]
+        clock.advance(10)
+        made.append(await pool.dial())
+        monkeypatch.undo()
+        assert waits == pytest.approx([0, SPACING, 2 * SPACING, 0])
+        for connection in made:
+            connection.close()
+
+
+# --- Handing out ------------------------------------------------------------------
+
+
+async def test_an_empty_pool_has_nothing() -> None:
+    pool = pool_of("http://127.0.0.1:1")
+    assert pool.reuse() is None
+    pool.close()
+    assert repr(pool) == "<ConnectionPool 127.0.0.1:1 idle=0>"
+
+
+async def test_the_freshest_connection_is_handed_out_first() -> None:
+    """It is the one that most probably lives; the others may grow old and go."""
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url, clock := Clock())
+        given = [await dial_and_use(pool) for _ in range(3)]
+        for connection in given:
+            clock.advance(1)
+            pool.give_back(connection)
+        assert repr(pool) == f"<ConnectionPool {worker.name} idle=3>"
+        assert [pool.reuse() for _ in range(4)] == [*reversed(given), None]
+        for connection in given:
+            connection.close()
+
+
+async def test_a_connection_is_not_older_than_the_limit_when_handed_out() -> None:
+    """llama-server closes at 5.0 s of silence, without a word."""
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url, clock := Clock(), upstream__keepalive=4)
+        connection = await dial_and_use(pool)
+        pool.give_back(connection)
+        clock.advance(3.99)
+        assert pool.reuse() is connection
+        pool.give_back(connection)
+        clock.advance(4)
+        assert pool.reuse() is None
+        assert connection.state is State.CLOSED
+        await worker.idle()
+
+
+async def test_a_limit_of_zero_keeps_nothing() -> None:
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url, upstream__keepalive=0)
+        pool.give_back(await dial_and_use(pool))
+        assert pool.reuse() is None
+        await worker.idle()
+
+
+async def test_what_the_worker_has_closed_is_not_handed_out() -> None:
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url)
+        for _ in range(3):
+            pool.give_back(await dial_and_use(pool))
+        await worker.down()
+        await worker.up()
+        pool.give_back(living := await dial_and_use(pool))
+        assert [pool.reuse(), pool.reuse()] == [living, None]
+        living.close()
+
+
+async def test_what_got_an_answer_that_nobody_asked_for_is_not_handed_out() -> None:
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url)
+        pool.give_back(connection := await dial_and_use(pool))
+        connection.data_received(SHORT)
+        assert pool.reuse() is None
+        await worker.idle()
+
+
+# --- Taking back ------------------------------------------------------------------
+
+
+async def test_no_more_are_kept_than_the_limit_says() -> None:
+    """The others are hung up: each costs llama-server a thread."""
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url, upstream__idle=2)
+        given = [await dial_and_use(pool) for _ in range(3)]
+        for connection in given:
+            pool.give_back(connection)
+        assert given[2].state is State.CLOSED
+        assert [pool.reuse(), pool.reuse(), pool.reuse()] == [given[1], given[0], None]
+        for connection in given:
+            connection.close()
+        await worker.idle()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",  # none yet
+        SHORT[:-1],
+        SHORT + b"behind the end",
+        head(200, [("Connection", "close"), ("Content-Length", "0")]),
+        b"garbage",
+    ],
+)
+async def test_what_cannot_go_on_is_hung_up(answer: bytes) -> None:
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url)
+        connection = await pool.dial()
+        connection.start(Ignore())
+        if answer:
+            connection.data_received(answer)
+        pool.give_back(connection)
+        assert connection.state is State.CLOSED
+        assert pool.reuse() is None
+        await worker.idle()
+
+
+async def test_closing_hangs_everything_up() -> None:
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url)
+        for connection in [await dial_and_use(pool) for _ in range(3)]:
+            pool.give_back(connection)
+        pool.close()
+        await worker.idle()
+        assert pool.reuse() is None
+
+
+# --- Dialling ---------------------------------------------------------------------
+
+
+async def test_a_worker_that_refuses_is_unreachable() -> None:
+    """The client hears which worker; why is for the log."""
+    async with ScriptedWorker(up=False) as worker:
+        with pytest.raises(WorkerError) as info:
+            await pool_of(worker.url).dial()
+    error = info.value
+    assert error.code is Code.WORKER_UNREACHABLE
+    assert error.message == f"Worker {worker.name} cannot be reached."
+    assert "refused" in error.detail
+
+
+async def test_a_worker_that_does_not_accept_has_a_deadline() -> None:
+    with full_backlog() as url:
+        pool = pool_of(url, timeouts__connect=0.05)
+        with pytest.raises(WorkerError) as info:
+            await pool.dial()
+    error = info.value
+    assert error.code is Code.WORKER_TIMEOUT
+    assert error.message.endswith("did not accept a connection within 0.05 s.")
+
+
+def name_stands_for(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """Have every name stand for these IPv4 addresses."""
+
+    async def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
+            for address in addresses
+        ]
+
+    monkeypatch.setattr(uvloop.Loop, "getaddrinfo", getaddrinfo)
+
+
+async def test_the_addresses_of_a_name_are_tried_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name_stands_for(monkeypatch, "127.0.0.2", "127.0.0.1")
+    async with ScriptedWorker() as worker:
+        pool = pool_of(f"http://gpu.lan:{worker.port}")
+        connection = await pool.dial()
+        assert worker.connections == 1
+        connection.close()
+        await worker.down()
+        with pytest.raises(WorkerError, match="cannot be reached") as info:
+            await pool.dial()
+    assert "refused" in info.value.detail
+
+
+async def test_a_name_that_was_turned_to_elsewhere_is_not_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name_stands_for(monkeypatch, "169.254.169.254")
+    with pytest.raises(WorkerError) as info:
+        await pool_of("http://gpu.lan").dial()
+    assert info.value.code is Code.WORKER_UNREACHABLE
+    assert info.value.message == "Worker gpu.lan:80 cannot be reached."
+    assert "which is a cloud's metadata service" in info.value.detail
+
+
+async def test_dialling_can_be_cancelled() -> None:
+    """A client that leaves meanwhile leaves nothing behind."""
+    with full_backlog() as url:
+        dialling = asyncio.create_task(pool_of(url).dial())
+        for _ in range(5):  # so that it is on its way
+            await asyncio.sleep(0)
+        dialling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dialling
+
+
+# --- TLS --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed certificate of 127.0.0.1, with its key, as one PEM file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "worker")])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName(
+                [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+            ),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    file = tmp_path_factory.mktemp("tls") / "worker.pem"
+    file.write_bytes(
+        signed.public_bytes(pem)
+        + key.private_bytes(
+            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return file
+
+
+@contextlib.asynccontextmanager
+async def tls_worker(certificate: Path) -> AsyncIterator[int]:
+    """Yield the port of a worker behind TLS, which answers whatever it is asked."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(SHORT)
+            await reader.read()
+        writer.transport.abort()
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+class Answered(Ignore):
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    def answer_ended(self) -> None:
+        self.ended.set()
+
+
+async def test_a_worker_behind_tls(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its certificate is checked against what the system trusts."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    async with tls_worker(certificate) as port:
+        connection = await pool_of(f"https://127.0.0.1:{port}").dial()
+        connection.start(answered := Answered())
+        connection.write(b"GET / HTTP/1.1\r\n\r\n")
+        async with asyncio.timeout(DEADLINE):
+            await answered.ended.wait()
+        connection.close()
+
+
+async def test_a_certificate_that_nobody_trusts_is_refused(certificate: Path) -> None:
+    async with tls_worker(certificate) as port:
+        with pytest.raises(WorkerError) as info:
+            await pool_of(f"https://127.0.0.1:{port}").dial()
+    assert info.value.code is Code.WORKER_UNREACHABLE
+    assert info.value.detail == "TLS: certificate not accepted: self-signed certificate"
+
+
+async def test_a_certificate_of_another_host_is_refused(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    async with tls_worker(certificate) as port:
+        with pytest.raises(WorkerError) as info:
+            await pool_of(f"https://localhost:{port}").dial()
+    assert "mismatch" in info.value.detail
+
+
+async def test_a_worker_without_tls_where_it_is_expected() -> None:
+    async with ScriptedWorker() as worker:
+        with pytest.raises(WorkerError) as info:
+            await pool_of(worker.url.replace("http:", "https:")).dial()
+        worker.violations.clear()  # a TLS handshake is no HTTP
+    assert info.value.code is Code.WORKER_UNREACHABLE
