@@ -18,7 +18,7 @@ from gollama_proxy.config.settings import Config
 from gollama_proxy.edge.server import SERVER, answer_in_http_1_1, error_response
 from gollama_proxy.fleet.registry import RETRY_AFTER
 from gollama_proxy.telemetry import accesslog
-from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.telemetry.metrics import Metrics
 from gollama_proxy.wire import headers
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
@@ -79,7 +79,7 @@ class Dispatcher:
             if self._cutting and not request.writer.output_size:
                 task.uncancel()  # the client is still there, and was told nothing yet
                 return self._close_down(request, record)
-            record.outcome = record.outcome or "client_gone"
+            record.outcome = record.outcome or Outcome.CLIENT_GONE
             record.status = record.status or GONE
             raise
         finally:
@@ -124,7 +124,7 @@ class Dispatcher:
             if isinstance(exc, RequestError) and not request.content.is_eof():
                 response.force_close()  # the body that nobody read is in the way
         except ConnectionError:  # the client left between two steps
-            record.outcome, record.status = "client_gone", GONE
+            record.outcome, record.status = Outcome.CLIENT_GONE, GONE
             return web.Response(status=GONE)
         except Exception as exc:
             logger.exception("request %s failed", record.id)
@@ -136,13 +136,13 @@ class Dispatcher:
         if not response.prepared:
             response.headers.update(record.headers)
         record.status = response.status
-        record.outcome = record.outcome or "complete"
+        record.outcome = record.outcome or Outcome.COMPLETE
         return response
 
     def _refuse(
         self, error: ProxyError, request: web.BaseRequest, record: Record
     ) -> web.Response:
-        record.outcome = "error"
+        record.outcome = Outcome.ERROR
         record.error = error.code
         record.detail = error.detail
         return error_response(error, api_of(request.raw_path))

@@ -21,7 +21,7 @@ from gollama_proxy.edge.server import json_response
 from gollama_proxy.proxy.client import Client, ToldError
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import begin_early, begin_response
-from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire import shapes, sse
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.errors import ProxyError
@@ -205,7 +205,8 @@ class Stream:
         would throw away.
         """
         record = self._record
-        record.outcome, record.error, record.detail = "error", error.code, error.detail
+        record.outcome = Outcome.ERROR
+        record.error, record.detail = error.code, error.detail
         relay = self._relay
         self._send_rest()
         events = relay is None or relay.is_event_stream
@@ -221,7 +222,7 @@ class Stream:
 
     def refuse(self, told: web.Response) -> web.StreamResponse:
         """Tell as an event what would have been the answer if there were no head."""
-        self._record.outcome = "refused"
+        self._record.outcome = Outcome.REFUSED
         assert isinstance(told.body, bytes), told
         self._end_by(told.status, told.body)
         return self._response
@@ -235,7 +236,7 @@ class Stream:
     def drop(self) -> web.StreamResponse:
         """Hang up on a client that does not read; what it has not taken is lost."""
         record = self._record
-        record.outcome, record.error = "client_gone", "client_stalled"
+        record.outcome, record.error = Outcome.CLIENT_GONE, "client_stalled"
         if self._framed:
             self._transport.abort()
         else:

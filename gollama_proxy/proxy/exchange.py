@@ -44,6 +44,7 @@ from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.scheduling.slots import Claim, Entry, Seat, Slots
 from gollama_proxy.scheduling.ticket import choose_priority
+from gollama_proxy.telemetry import accesslog
 from gollama_proxy.telemetry.accesslog import Record, Sparse
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers, identity, usage
@@ -397,7 +398,7 @@ class Inference:
         except asyncio.CancelledError:
             if job.client_left and relay.told_all:
                 # SDKs hang up as soon as they have read [DONE].
-                record.outcome = "complete"
+                record.outcome = accesslog.Outcome.COMPLETE
                 complete = True
             elif not job.client_left:
                 lease.release(Outcome.HUB_STOPPED)

@@ -26,7 +26,7 @@ from gollama_proxy.proxy.unstreamed import Suspect, Unstreamed
 from gollama_proxy.scheduling.outlook import Place
 from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.scheduling.slots import EVERY, Entry
-from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire.assemble import UnfoldableError
 from gollama_proxy.wire.choices import Tally
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
@@ -400,7 +400,7 @@ class Job:
             raise too_long
         if isinstance(self.last.told, ProxyError):
             raise self.last.told
-        self.record.outcome = "refused"
+        self.record.outcome = Outcome.REFUSED
         if self.begun and self.delivery is not None:
             return self.delivery.refuse(self.last.told)
         return in_shape_of(self.incoming.endpoint.api, self.last.told)

@@ -6,6 +6,7 @@ client chose are quoted, so that they cannot forge a line.
 
 from __future__ import annotations
 
+import enum
 import functools
 import json
 import logging
@@ -31,6 +32,15 @@ MOST_CAUSES = 5  # of an exception, that are told
 _PLAIN = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
 
 
+class Outcome(enum.StrEnum):
+    """How a request ended."""
+
+    COMPLETE = "complete"
+    REFUSED = "refused"  # by a worker: the client has the worker's own error
+    ERROR = "error"  # the client has an error of the hub, or a broken answer
+    CLIENT_GONE = "client_gone"
+
+
 @dataclass(slots=True)
 class Record:
     """What is known of one request; filled in along its path, told once at its end."""
@@ -47,7 +57,7 @@ class Record:
     rescued: int = 0  # how often the answer went on elsewhere
     fell_back: str = ""  # the model that was asked for, if another one answered
     status: int = 0
-    outcome: str = ""
+    outcome: Outcome | None = None
     error: str = ""
     detail: str = ""
     bytes: int = 0
@@ -92,7 +102,7 @@ class Record:
 
 def write(record: Record) -> None:
     """Log the end of a request; one that went wrong on this side is a warning."""
-    broken = record.outcome == "error" and record.status < 400
+    broken = record.outcome is Outcome.ERROR and record.status < 400
     level = logging.WARNING if broken or record.status >= 500 else logging.INFO
     access.log(level, "request", extra={"fields": record.line()})
 

@@ -123,7 +123,8 @@ class Metrics:
         self._series(
             self._requests, record.route, str(record.status), model, worker
         ).inc()
-        self._series(self._outcomes, record.error or record.outcome).inc()
+        outcome = record.error or record.outcome or ""
+        self._series(self._outcomes, outcome).inc()
         self._series(self._duration, record.route).observe(record.duration)
         if record.first_byte is not None:
             series = self._series(self._first_byte, record.route, model, worker)
@@ -131,7 +132,6 @@ class Metrics:
         if record.attempts > 1:
             self._series(self._retries, model).inc(record.attempts - 1)
         if record.rescued:
-            outcome = record.error or record.outcome
             self._series(self._rescues, model, outcome).inc(record.rescued)
         if record.fell_back:
             fell_back = self._label(record.fell_back)

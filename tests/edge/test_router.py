@@ -19,7 +19,7 @@ from gollama_proxy.edge.router import Dispatcher, Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Line
-from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.telemetry.metrics import Metrics
 from gollama_proxy.wire.errors import (
     Code,
@@ -365,7 +365,7 @@ async def test_a_complete_answer_is_recorded() -> None:
 
 async def test_an_outcome_that_the_handler_knows_better_is_kept() -> None:
     async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
-        record.outcome = "refused"
+        record.outcome = Outcome.REFUSED
         return web.Response(status=400)
 
     async with dispatching({"/a": {"GET": handler}}) as running:
@@ -431,7 +431,7 @@ async def test_an_outcome_that_was_known_when_the_client_left_is_kept() -> None:
     waiting = Waiting()
 
     async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
-        record.outcome, record.status = "refused", 400
+        record.outcome, record.status = Outcome.REFUSED, 400
         return await waiting(request, record)
 
     async with dispatching({"/a": {"GET": handler}}) as running:

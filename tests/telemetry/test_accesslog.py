@@ -17,7 +17,12 @@ import pytest
 
 from gollama_proxy.config.settings import Log
 from gollama_proxy.telemetry import accesslog
-from gollama_proxy.telemetry.accesslog import JsonFormatter, Record, TextFormatter
+from gollama_proxy.telemetry.accesslog import (
+    JsonFormatter,
+    Outcome,
+    Record,
+    TextFormatter,
+)
 from gollama_proxy.wire.errors import Code
 from tests.fakes.client import Wire, request_head
 from tests.fakes.clock import Clock
@@ -57,7 +62,7 @@ FULL = Record(
     worker="gpu1",
     attempts=2,
     status=502,
-    outcome="error",
+    outcome=Outcome.ERROR,
     error=Code.WORKER_LOST,
     detail="connection reset by peer",
     bytes=1234,

@@ -14,7 +14,7 @@ from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, Queue
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Line
-from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.telemetry.metrics import Metrics
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code
@@ -84,7 +84,7 @@ def test_a_request_is_counted_with_what_it_was(metrics: Metrics) -> None:
         model="qwen",
         worker="gpu1",
         status=200,
-        outcome="complete",
+        outcome=Outcome.COMPLETE,
         first_byte=0.3,
         duration=12.5,
         tokens=7,
@@ -126,21 +126,23 @@ def test_what_did_not_happen_is_not_counted(metrics: Metrics) -> None:
 
 
 def test_an_error_says_more_than_an_outcome(metrics: Metrics) -> None:
-    metrics.observe(Record("1", "GET", outcome="error", error=Code.NO_WORKER))
-    metrics.observe(Record("2", "GET", outcome="client_gone"))
+    metrics.observe(Record("1", "GET", outcome=Outcome.ERROR, error=Code.NO_WORKER))
+    metrics.observe(Record("2", "GET", outcome=Outcome.CLIENT_GONE))
     samples = parse(metrics.exposition())
     assert values_of(samples, "outcome") == {"no_worker_available", "client_gone"}
 
 
 def test_two_hubs_in_a_process_count_for_themselves() -> None:
     one, two = (Metrics(Registry(Config()), Line(Queue(), Clock())) for _ in range(2))
-    one.observe(Record("1", "GET", outcome="complete"))
+    one.observe(Record("1", "GET", outcome=Outcome.COMPLETE))
     assert "gollama_outcomes_total" in names_of(parse(one.exposition()))
     assert "gollama_outcomes_total" not in names_of(parse(two.exposition()))
 
 
 def test_the_page_holds_what_is_the_hubs_and_nothing_twice(metrics: Metrics) -> None:
-    metrics.observe(Record("1", "GET", outcome="complete", first_byte=1.0, tokens=1))
+    metrics.observe(
+        Record("1", "GET", outcome=Outcome.COMPLETE, first_byte=1.0, tokens=1)
+    )
     names = names_of(parse(metrics.exposition()))
     assert all(name.startswith(("gollama_", "process_")) for name in names)
     assert not any(name.endswith("_created") for name in names)
@@ -149,7 +151,9 @@ def test_the_page_holds_what_is_the_hubs_and_nothing_twice(metrics: Metrics) -> 
 
 
 def test_each_metric_says_what_it_is(metrics: Metrics) -> None:
-    metrics.observe(Record("1", "GET", outcome="complete", first_byte=1.0, tokens=1))
+    metrics.observe(
+        Record("1", "GET", outcome=Outcome.COMPLETE, first_byte=1.0, tokens=1)
+    )
     for family in text_string_to_metric_families(metrics.exposition().decode()):
         assert family.documentation, family.name
         assert family.type in ("counter", "gauge", "histogram")
