@@ -22,13 +22,13 @@ from typing import Any
 import uvloop
 
 from gollama_proxy.config.settings import Rescue
+from tests.fakes.asks import MIB
 from tests.fakes.crowd import Crowd
 from tests.fakes.faults import Faults
 from tests.fakes.process import HubProcess, hub_process
 from tests.fakes.waiting import DEADLINE, settled, until
 from tests.fakes.worker import ScriptedWorker
 
-MIB = 1 << 20
 VISITORS = 24
 RATE = 0.15  # of the executions fail
 # Executions of one request: attempts, and so many more to go on with a broken answer.

@@ -14,7 +14,7 @@ from aiohttp import http_parser
 
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.edge.server import require_parser
-from tests.fakes import environment
+from tests.fakes.process import bare
 
 ROOT = Path(__file__).parent.parent
 # The first version without a hole that is known, and what the last one was.
@@ -60,7 +60,7 @@ def test_the_parser_in_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_hub_without_the_parser_in_c_does_not_start() -> None:
-    environ = environment.bare()
+    environ = bare()
     environ |= {"AIOHTTP_NO_EXTENSIONS": "1", "GOLLAMA_JWT_SECRET": "s" * 32}
     done = subprocess.run(
         [sys.executable, "-m", "gollama_proxy", "serve", "--port", "0"],

@@ -38,9 +38,9 @@ from gollama_proxy.config.settings import (
 from gollama_proxy.serve import Signals
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check, Description, Model
-from tests.fakes import environment
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
+from tests.fakes.process import bare
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stall
 from tests.fakes.worker import ScriptedWorker
@@ -54,7 +54,7 @@ Output = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Keep the settings of whoever runs the tests out of them."""
-    clean = environment.bare()
+    clean = bare()
     clean["GOLLAMA_JWT_SECRET"] = SECRET
     monkeypatch.setattr(os, "environ", clean)
     return clean

@@ -21,8 +21,9 @@ import pytest
 from rich.console import Console
 
 from gollama_proxy.config.settings import Server, settings
-from tests.fakes import environment, replies
+from tests.fakes import replies
 from tests.fakes.hub import running_hub
+from tests.fakes.process import bare
 from tests.fakes.script import chat_stream, reset, send
 from tests.fakes.waiting import gone
 from tests.fakes.worker import ScriptedWorker
@@ -323,7 +324,7 @@ def test_locust_takes_the_first_model_and_its_token(
 def chaos_environ(tmp_path: Path) -> dict[str, str]:
     """Have it run what is tested, with the hub's defaults, and write into a folder."""
     (tmp_path / "logs").mkdir()
-    clean = environment.bare()
+    clean = bare()
     return {
         **clean,
         "PYTHONPATH": str(EXAMPLES.parent),

@@ -14,6 +14,7 @@ import pytest
 
 from gollama_proxy.config import load as config
 from gollama_proxy.hub import Hub
+from tests.fakes.asks import CHAT
 from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.hub import SECRET, running_hub
 from tests.fakes.replies import head
@@ -21,7 +22,6 @@ from tests.fakes.script import read_body, send, stall, stream_of, wait
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 STREAM = {"messages": [], "stream": True}
 
 

@@ -20,6 +20,7 @@ from gollama_proxy.scheduling.retry import Attempts
 from gollama_proxy.scheduling.slots import Claim, Entry, Slots
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes import replies
+from tests.fakes.asks import CHAT
 from tests.fakes.client import Response
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
@@ -28,7 +29,6 @@ from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import LlamaServer
 
-CHAT = "/v1/chat/completions"
 SYSTEM = {"role": "system", "content": "You are what everybody's system prompt says."}
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config.settings import STREAMED
+from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chat_completion, head
 from tests.fakes.script import answer, chat_stream, reset, send
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {
     "model": "gpt-4o",
     "messages": [{"role": "user", "content": "hello"}],

@@ -12,6 +12,7 @@ import pytest
 from gollama_proxy.config.settings import STREAMED
 from gollama_proxy.fleet.breaker import State
 from tests.behaviour.test_usage import other_server
+from tests.fakes.asks import CHAT
 from tests.fakes.hub import running_hub
 from tests.fakes.replies import (
     chunk,
@@ -32,7 +33,6 @@ from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 from tests.real.test_workers import Start, busy_slots
 
-CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from gollama_proxy.fleet.worker import State
+from tests.fakes.asks import CHAT, MIB, STREAM
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import hub_process
 from tests.fakes.replies import (
@@ -24,9 +25,6 @@ from tests.fakes.script import Script, close, event_stream, send, stream_of
 from tests.fakes.waiting import DEADLINE, settled, until
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-MIB = 1 << 20
 EVENT = token("x" * MIB)
 
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from gollama_proxy.wire.openai import ENDPOINTS
-from tests.fakes.asks import JSON_ROUTES
+from tests.fakes.asks import CHAT, JSON_ROUTES
 from tests.fakes.client import Response, request_head
 from tests.fakes.hub import RunningHub, mint, running_hub
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 GOOD = {"model": "qwen", "messages": [{"role": "user", "content": "hello"}]}
 BODY = json.dumps(GOOD).encode()
 WINDOW = 4096  # the replay window of these tests; a body may have 64 KiB

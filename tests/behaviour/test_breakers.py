@@ -18,7 +18,7 @@ import pytest
 from gollama_proxy.fleet import watchdog as sweep
 from gollama_proxy.fleet.breaker import Breaker, State, Verdict
 from tests.fakes import waiting
-from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
+from tests.fakes.asks import CHAT, EMBED, RARELY, STREAM, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.exchange import Request
 from tests.fakes.hub import RunningHub, running_hub
@@ -52,7 +52,6 @@ from tests.fakes.worker import ScriptedWorker
 
 until = functools.partial(waiting.until, timeout=10.0)
 
-EMBED = "/v1/embeddings"
 # Requests that are all alike go to the workers in turn, not to the good one only.
 TRIES: dict[str, Any] = {
     "retry__ratio": 1,

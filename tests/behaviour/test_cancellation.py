@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from gollama_proxy.fleet.worker import State
+from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.client import Wire
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
@@ -25,13 +26,11 @@ from tests.fakes.replies import (
     token,
 )
 from tests.fakes.script import expect_eof, notify, read_body, send, stream_of, wait
-from tests.fakes.waiting import DEADLINE
+from tests.fakes.waiting import DEADLINE, settled, until
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
 WINDOW = 4096
+A_SECOND = 1.0  # the most that a cancellation may take
 PROMPT = b'{"model":"tiny","messages":[],"prompt":"' + b"x" * 100_000
 
 Stage = Callable[[ScriptedWorker, RunningHub], Awaitable[Wire]]
@@ -56,19 +55,10 @@ def nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not noise, [record.getMessage() for record in noise]
 
 
-async def until(reached: Callable[[], bool], timeout: float = 1.0) -> None:
-    """Wait for what nobody tells, at most a second."""
-    async with asyncio.timeout(timeout):
-        while True:
-            if reached():
-                return
-            await asyncio.sleep(0.002)
-
-
 async def in_flight(hub: RunningHub, number: int) -> None:
     """Wait until this many requests are held by workers."""
     workers = hub.hub.registry.workers
-    await until(lambda: sum(w.in_flight for w in workers) == number)
+    await until(lambda: sum(w.in_flight for w in workers) == number, timeout=A_SECOND)
 
 
 async def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
@@ -77,20 +67,8 @@ async def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
     def lines() -> list[logging.LogRecord]:
         return [r for r in caplog.records if r.name == "gollama_proxy.access"]
 
-    await until(lambda: bool(lines()))
+    await until(lambda: bool(lines()), timeout=A_SECOND)
     return [line.__dict__["fields"] for line in lines()]
-
-
-async def settled(progress: Callable[[], int]) -> int:
-    """Wait until something does not move any more; return how far it came."""
-    before, still = -1, 0
-    async with asyncio.timeout(DEADLINE):
-        while still < 5:
-            await asyncio.sleep(0.01)
-            now = progress()
-            still = still + 1 if now == before else 0
-            before = now
-    return before
 
 
 # --- How far a request has come when its client leaves ----------------------------
@@ -344,7 +322,10 @@ async def test_a_client_that_leaves_takes_nobody_else_along() -> None:
             wire.abort()
         await in_flight(hub, 3)
         # Their scripts have to be over, lest they take a permit.
-        await until(lambda: sum(r.finished.is_set() for r in worker.requests) == 3)
+        await until(
+            lambda: sum(r.finished.is_set() for r in worker.requests) == 3,
+            timeout=A_SECOND,
+        )
         for _ in range(3 * 9):
             gate.release()
         for wire in wires[1::2]:

@@ -13,6 +13,7 @@ import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.asks import CHAT
 from tests.fakes.client import Wire, request_head
 from tests.fakes.exchange import Request
 from tests.fakes.hub import RunningHub, running_hub
@@ -20,7 +21,6 @@ from tests.fakes.worker import ScriptedWorker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-CHAT = "/v1/chat/completions"
 MODEL = "qwen"
 WINDOW = 4096  # what is larger streams through
 

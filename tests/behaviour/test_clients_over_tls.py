@@ -15,6 +15,7 @@ import pytest
 
 from gollama_proxy.config import watch as reload
 from gollama_proxy.fleet.worker import State
+from tests.fakes.asks import CHAT, MIB, STREAM, WHOLE
 from tests.fakes.authority import Authority, Pair
 from tests.fakes.client import TlsWire, TruncatedError, Wire
 from tests.fakes.hub import RunningHub, running_hub
@@ -22,11 +23,6 @@ from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head,
 from tests.fakes.script import close, notify, reset, send, stall, stream_of, wait
 from tests.fakes.waiting import DEADLINE, settled, until
 from tests.fakes.worker import ScriptedWorker
-
-CHAT = "/v1/chat/completions"
-QUESTION = {"messages": [{"role": "user", "content": "hello"}]}
-STREAM = {**QUESTION, "stream": True}
-MIB = 1 << 20
 
 
 @pytest.fixture
@@ -69,7 +65,7 @@ async def test_an_answer_and_a_stream_on_one_connection(
         assert hub.url == f"https://127.0.0.1:{hub.port}"
         async with await hub.wire() as wire:
             for _ in range(3):
-                await wire.post(CHAT, QUESTION, hub.token())
+                await wire.post(CHAT, WHOLE, hub.token())
                 assert (await wire.read_response()).status == 200
                 worker.script(*stream_of(20))
                 await wire.post(CHAT, STREAM, hub.token())
@@ -398,8 +394,8 @@ async def test_clients_without_a_certificate_are_refused(
                     await hub.get("/livez", None)
             hub.trust = authority.client(alice)
             assert (await hub.get("/livez", None)).status == 200
-            assert (await hub.post(CHAT, QUESTION, None)).status == 401
-            assert (await hub.post(CHAT, QUESTION)).status == 200
+            assert (await hub.post(CHAT, WHOLE, None)).status == 401
+            assert (await hub.post(CHAT, WHOLE)).status == 200
             assert hub.hub.clients.refused["handshake"] == 3
             await until(lambda: hub.hub.clients.open == 0)
 

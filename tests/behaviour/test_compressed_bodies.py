@@ -12,12 +12,12 @@ import pytest
 
 from gollama_proxy.wire import coding
 from gollama_proxy.wire.coding import CODINGS, PIECE, Unpacker, coding_of
+from tests.fakes.asks import CHAT
 from tests.fakes.client import Response, request_head
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import MODEL
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 FIELDS = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 BODY = json.dumps(FIELDS).encode()
 BOM = b"\xef\xbb\xbf"

@@ -14,15 +14,13 @@ import pytest
 
 from gollama_proxy import serve as lifecycle
 from gollama_proxy.config.settings import Config, Limits
+from tests.fakes.asks import CHAT, WHOLE
 from tests.fakes.authority import Authority
 from tests.fakes.client import TlsWire, TruncatedError, Wire
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import HubProcess, hub_process
 from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
-
-CHAT = "/v1/chat/completions"
-QUESTION = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest.fixture(params=["http", "https"])
@@ -148,7 +146,7 @@ def cpu(process: psutil.Process) -> float:
 
 async def answers(hub: HubProcess) -> bool:
     try:
-        async with await hub.open(CHAT, QUESTION) as wire:
+        async with await hub.open(CHAT, WHOLE) as wire:
             return (await wire.read_response()).status == 200
     except (TruncatedError, ConnectionError):
         return False

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy.serve import Signals
+from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.authority import Authority
 from tests.fakes.client import TlsWire, Wire
 from tests.fakes.hub import SECRET, mint
@@ -22,8 +23,6 @@ from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 from tests.test_cli import Program
 
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
 BEGUN = (send(sse_head() + chunk(role() + token("a"))),)
 ENDED = (send(chunk(finish() + done()) + last_chunk()), close())
 

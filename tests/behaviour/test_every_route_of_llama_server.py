@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from gollama_proxy.wire.openai import ENDPOINTS, REFUSED
+from tests.fakes.asks import WHOLE
 from tests.fakes.hub import running_hub
 from tests.fakes.script import answer, notify, stall
 from tests.fakes.worker import ScriptedWorker
@@ -81,7 +80,6 @@ COUNTING = [
     "/responses/input_tokens",
     "/v1/messages/count_tokens",
 ]
-BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 def test_each_route_is_in_exactly_one_list() -> None:
@@ -118,12 +116,14 @@ async def test_counting_tokens_waits_for_no_slot_and_costs_nothing(path: str) ->
         running_hub(worker, queue__size=0) as hub,
     ):
         worker.script(notify("running"), stall())
-        async with await hub.open("/v1/chat/completions", BODY):
+        async with await hub.open("/v1/chat/completions", WHOLE):
             await worker.event("running").wait()
             worker.script(*answer({"input_tokens": 12}))
-            response = await hub.post(path, BODY | {"input": "hello"}, hub.token(tpm=5))
+            response = await hub.post(
+                path, WHOLE | {"input": "hello"}, hub.token(tpm=5)
+            )
             assert response.status == 200
             assert response.json() == {"input_tokens": 12}
             assert response.header("x-ratelimit-remaining-tokens") == "5"
-            response = await hub.post(path, BODY, hub.token(tpm=5))
+            response = await hub.post(path, WHOLE, hub.token(tpm=5))
             assert response.header("x-ratelimit-remaining-tokens") == "5"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.fleet.worker import Worker
+from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.pool import InOrder
@@ -24,10 +25,6 @@ from tests.fakes.script import (
     send,
 )
 from tests.fakes.worker import ScriptedWorker
-
-CHAT = "/v1/chat/completions"
-BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
-STREAM = BODY | {"stream": True}
 
 
 def sent(payload: dict[str, Any], model: str) -> dict[str, Any]:
@@ -79,7 +76,7 @@ FAULTS: dict[str, Script] = {
 }
 
 
-@pytest.mark.parametrize("payload", [BODY, STREAM], ids=["whole", "stream"])
+@pytest.mark.parametrize("payload", [WHOLE, STREAM], ids=["whole", "stream"])
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_fallback_answers_when_the_attempts_are_used_up(
     fault: str, payload: dict[str, Any]
@@ -98,7 +95,7 @@ async def test_a_fallback_answers_when_nobody_is_there() -> None:
     async with family() as (big, medium, small, hub):
         await big.down()
         await medium.down()
-        response = await hub.post(CHAT, BODY | {"model": "big"})
+        response = await hub.post(CHAT, WHOLE | {"model": "big"})
         assert answered(response, small, 3)
 
 
@@ -109,7 +106,7 @@ async def test_a_model_that_nobody_was_seen_to_serve_has_its_fallback() -> None:
         ScriptedWorker("small") as small,
         running_hub(big, small, models__fallbacks="big=small") as hub,
     ):
-        response = await hub.post(CHAT, BODY | {"model": "big"})
+        response = await hub.post(CHAT, WHOLE | {"model": "big"})
         assert answered(response, small, 1)
 
 
@@ -125,7 +122,7 @@ async def test_fallbacks_are_not_paid_from_the_budget() -> None:
     async with family(retry__ratio=0, retry__floor=0) as (big, medium, small, hub):
         big.default(reset())
         medium.script(reset())
-        response = await hub.post(CHAT, BODY | {"model": "big"})
+        response = await hub.post(CHAT, WHOLE | {"model": "big"})
         assert answered(response, medium, 3)
         assert not small.requests
 
@@ -133,7 +130,7 @@ async def test_fallbacks_are_not_paid_from_the_budget() -> None:
 async def test_what_would_be_the_same_everywhere_does_not_fall_back() -> None:
     async with family() as (big, medium, small, hub):
         big.default(send(error_reply(400, "no", "invalid_request_error")))
-        response = await hub.post(CHAT, BODY | {"model": "big"})
+        response = await hub.post(CHAT, WHOLE | {"model": "big"})
         assert response.status == 400
         assert not medium.requests
         assert not small.requests
@@ -147,7 +144,7 @@ async def test_a_prompt_that_is_too_long_goes_to_a_fallback_with_more_context() 
         running_hub(big, tight, long, models__fallbacks="big=tight|long") as hub,
     ):
         big.default(send(error_reply(400, "no", "exceed_context_size_error")))
-        response = await hub.post(CHAT, BODY | {"model": "big"})
+        response = await hub.post(CHAT, WHOLE | {"model": "big"})
         assert answered(response, long, 2)
         assert not tight.requests
 
@@ -168,7 +165,7 @@ async def test_a_model_that_is_only_busy_has_its_fallback_on_the_same_machine(
         )
         worker.script(send(reply))
         for attempts in (2, 1):
-            response = await hub.post(CHAT, BODY | {"model": "big"})
+            response = await hub.post(CHAT, WHOLE | {"model": "big"})
             assert response.status == 200
             assert response.header("x-gollama-attempts") == str(attempts)
         asked = [request.json()["model"] for request in worker.requests]
@@ -194,7 +191,7 @@ def early(message: str) -> Script:
     return event_stream(error_event(message, 400))
 
 
-@pytest.mark.parametrize("payload", [BODY, STREAM], ids=["whole", "stream"])
+@pytest.mark.parametrize("payload", [WHOLE, STREAM], ids=["whole", "stream"])
 @pytest.mark.parametrize("status", [400, 413, 422, 500])
 async def test_a_prompt_too_long_for_another_server_goes_to_a_fallback(
     status: int, payload: dict[str, Any]
@@ -232,7 +229,7 @@ async def test_an_overflow_that_a_stream_begins_with_is_one() -> None:
             no_llama(worker)
             await hub.hub.pinger.look(worker_of(hub, worker))
         big.default(*early(VLLM))
-        for payload in (BODY, STREAM):
+        for payload in (WHOLE, STREAM):
             response = await hub.post(CHAT, payload | {"model": "big"})
             assert answered(response, small, 2)
 
@@ -252,7 +249,7 @@ async def test_a_worker_that_is_known_to_have_more_context_goes_first() -> None:
         for worker in (tight, unknown, large):
             await hub.hub.pinger.look(worker_of(hub, worker))
         tight.default(send(error_reply(400, VLLM, "BadRequestError")))
-        response = await hub.post(CHAT, BODY | {"model": "big"})
+        response = await hub.post(CHAT, WHOLE | {"model": "big"})
         assert answered(response, large, 2)
         assert not unknown.requests
 
@@ -270,10 +267,10 @@ async def test_an_error_that_two_workers_agree_on_is_not_told_before_a_fallback(
     ):
         for worker in (one, two):
             worker.default(send(error_reply(500, "no eyes")))
-        response = await hub.post(CHAT, BODY | {"model": "big"})
+        response = await hub.post(CHAT, WHOLE | {"model": "big"})
         assert answered(response, small, 3)
         small.default(send(error_reply(500, "no eyes either")))
-        response = await hub.post(CHAT, BODY | {"model": "big"})
+        response = await hub.post(CHAT, WHOLE | {"model": "big"})
         assert response.json()["error"]["message"] == "no eyes either"
         assert response.status == 500
 
@@ -282,7 +279,7 @@ async def test_when_nobody_can_the_last_refusal_is_told() -> None:
     async with family() as (*workers, hub):
         for worker in workers:
             worker.default(send(error_reply(429, f"of {worker.models[0]}")))
-        response = await hub.post(CHAT, BODY | {"model": "big"})
+        response = await hub.post(CHAT, WHOLE | {"model": "big"})
         assert response.status == 429
         assert response.json()["error"]["message"] == "of small"
 
@@ -290,7 +287,7 @@ async def test_when_nobody_can_the_last_refusal_is_told() -> None:
 # --- The client's own wishes ------------------------------------------------------
 
 
-@pytest.mark.parametrize("payload", [BODY, STREAM], ids=["whole", "stream"])
+@pytest.mark.parametrize("payload", [WHOLE, STREAM], ids=["whole", "stream"])
 async def test_a_request_may_name_its_own(payload: dict[str, Any]) -> None:
     """They come in place of the configured ones; the worker does not see them."""
     async with family() as (big, medium, small, hub):
@@ -306,9 +303,9 @@ async def test_a_token_that_does_not_allow_a_fallback_does_not_get_it() -> None:
     async with family() as (big, medium, small, hub):
         big.default(reset())
         token = hub.token(models=["big", "small"])
-        configured = await hub.post(CHAT, BODY | {"model": "big"}, token)
+        configured = await hub.post(CHAT, WHOLE | {"model": "big"}, token)
         assert answered(configured, small, 3)
-        wished = BODY | {"model": "big", "fallbacks": ["medium"]}
+        wished = WHOLE | {"model": "big", "fallbacks": ["medium"]}
         assert (await hub.post(CHAT, wished, token)).status == 502
         assert not medium.requests
 
@@ -318,14 +315,14 @@ async def test_a_token_that_does_not_allow_a_fallback_does_not_get_it() -> None:
 )
 async def test_bad_wishes_are_refused(wished: Any) -> None:
     async with family() as (big, _, _, hub):
-        response = await hub.post(CHAT, BODY | {"model": "big", "fallbacks": wished})
+        response = await hub.post(CHAT, WHOLE | {"model": "big", "fallbacks": wished})
         assert response.status == 400
         assert response.json()["error"]["param"] == "fallbacks"
         assert not big.requests
 
 
 async def test_nothing_but_the_wishes_is_taken_out_of_a_body() -> None:
-    body = {"fallbacks": ["small"], "model": "big", "é": [1.50, "\u2028"], **BODY}
+    body = {"fallbacks": ["small"], "model": "big", "é": [1.50, "\u2028"], **WHOLE}
     async with family() as (big, _, _, hub):
         await hub.post(CHAT, json.dumps(body, ensure_ascii=False).encode())
         del body["fallbacks"]
@@ -337,7 +334,7 @@ async def test_an_alias_may_have_a_fallback_and_be_one() -> None:
         models__aliases="huge=big,tiny=small", models__fallbacks="huge=tiny"
     ) as (big, _, small, hub):
         big.default(reset())
-        assert answered(await hub.post(CHAT, BODY | {"model": "huge"}), small, 3)
+        assert answered(await hub.post(CHAT, WHOLE | {"model": "huge"}), small, 3)
 
 
 # --- What is told about it --------------------------------------------------------

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from gollama_proxy.config.settings import STREAMED, Rescue
-from gollama_proxy.fleet import watchdog as sweep
 from gollama_proxy.fleet.worker import Worker
 from tests.fakes.books import Books
 from tests.fakes.faults import Fault, Faults
@@ -28,6 +27,8 @@ from tests.fakes.replies import MODEL
 from tests.fakes.traffic import Visitor, random_leave, random_task
 from tests.fakes.verdict import Verdict
 from tests.fakes.waiting import until
+
+pytestmark = pytest.mark.usefixtures("frequent_rounds")
 
 SEEDS = range(24, 36)  # which draw every fault there is
 TASKS = 40  # of each seed
@@ -58,11 +59,6 @@ BUDGETS: list[dict[str, Any]] = [
     {"retry__ratio": 1, "retry__floor": 1000},
     {"retry__ratio": 0.2, "retry__floor": 3},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _frequent_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "PERIOD", 0.02)
 
 
 class Plan(NamedTuple):

@@ -11,6 +11,7 @@ import re
 
 import pytest
 
+from tests.fakes.asks import CHAT
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import head
@@ -19,7 +20,6 @@ from tests.fakes.worker import ScriptedWorker
 
 PAGE = "http://localhost:3000"
 OTHER = "https://chat.example"
-CHAT = "/v1/chat/completions"
 PATHS = (
     CHAT,
     "/v1/completions",

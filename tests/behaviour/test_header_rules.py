@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
@@ -25,9 +26,6 @@ from tests.fakes.replies import (
 from tests.fakes.script import Script, answer, close, send, stall
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
-WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
-STREAM = WHOLE | {"stream": True}
 EVENTS = role() + token("a") + finish() + done()
 Headers = list[tuple[str, str]]
 

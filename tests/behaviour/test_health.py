@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,18 @@ from gollama_proxy.fleet.worker import State, Worker
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check
+from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, head, not_found, role, sse_head, token
 from tests.fakes.script import answer, close, event_stream, reset, send, stall, wait
-from tests.fakes.waiting import DEADLINE
+from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
-RARELY = 3600  # seconds between pings: no test sees two by themselves
 QUICK = {"health__interval": 0.02, "health__recheck": 0.02, "health__timeout": 5}
 
 
 def the_worker(hub: RunningHub, place: int = 0) -> Worker:
     return hub.hub.registry.workers[place]
-
-
-async def until(
-    reached: Callable[[], bool], what: str, timeout: float = DEADLINE
-) -> None:
-    try:
-        async with asyncio.timeout(timeout):
-            while True:
-                if reached():
-                    return
-                await asyncio.sleep(0.005)
-    except TimeoutError:
-        raise AssertionError(f"not {what} within {timeout} s") from None
 
 
 async def until_state(hub: RunningHub, state: State, place: int = 0) -> None:

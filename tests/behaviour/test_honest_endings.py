@@ -12,8 +12,9 @@ import pytest
 from gollama_proxy.fleet.worker import State, Worker
 from gollama_proxy.wire.openai import ENDPOINTS, Ending
 from tests.fakes import client
+from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Response
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import NO_RESCUE, ONE_TRY, RunningHub, running_hub
 from tests.fakes.replies import (
     chunk,
     done,
@@ -45,14 +46,6 @@ from tests.fakes.script import (
     wait,
 )
 from tests.fakes.worker import ScriptedWorker
-
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
-RARELY = 3600  # seconds between pings: no test sees two by themselves
-# What one attempt came to is for the client to see: nothing makes up for it.
-ONE_TRY = {"retry__attempts": 1}
-NO_RESCUE = {"rescue__enabled": False}
 
 
 def error_of(response: Response) -> dict[str, Any]:

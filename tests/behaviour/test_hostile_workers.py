@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from gollama_proxy.fleet import watchdog as sweep
 from gollama_proxy.proxy.relay import HOLD_LIMIT
 from gollama_proxy.telemetry.accesslog import TextFormatter
 from gollama_proxy.upstream.connection import MAX_HEAD, MAX_HEADERS
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.splice import MAX_EVENT
+from tests.fakes.asks import CHAT, MIB
 from tests.fakes.client import Ending
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
@@ -57,18 +57,13 @@ from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 from tests.upstream.test_probe import ping
 
-CHAT = "/v1/chat/completions"
+pytestmark = pytest.mark.usefixtures("frequent_rounds")
+
 GOOD, BAD = "good", "bad"
 OK = json_reply({"n": 1})
-MIB = 1 << 20
 # What the kernel may hold of a flood when the hub has hung up already.
 IN_SOCKETS = 8 * MIB
 MOST_LOGGED = 2000  # bytes, of one attack
-
-
-@pytest.fixture(autouse=True)
-def _frequent_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "PERIOD", 0.02)
 
 
 def chat(model: str, **fields: Any) -> dict[str, Any]:

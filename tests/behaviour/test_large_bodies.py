@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gollama_proxy.fleet.worker import State
 from gollama_proxy.wire.description import Check, Description, Model
-from tests.fakes.backlog import full_backlog
+from tests.fakes.asks import CHAT, MIB
 from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.exchange import Exchange
 from tests.fakes.hub import RunningHub, running_hub
@@ -37,10 +37,8 @@ from tests.fakes.script import (
     send,
 )
 from tests.fakes.waiting import DEADLINE, settled
-from tests.fakes.worker import ScriptedWorker
+from tests.fakes.worker import ScriptedWorker, full_backlog
 
-CHAT = "/v1/chat/completions"
-MIB = 1 << 20
 LARGE = 2 * MIB  # more than the hub's window and the buffers on the way can hold
 WINDOW = 4096
 OK = answer(chat_completion("hello"))

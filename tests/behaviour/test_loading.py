@@ -11,15 +11,13 @@ import pytest
 
 from gollama_proxy.fleet import pool
 from gollama_proxy.proxy import attempt
+from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import answer, chat_stream, expect_eof, reset, wait
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
-WHOLE: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
 FAST = 1e9  # bytes/s of a prompt: it makes an allowance no longer
-STREAM = WHOLE | {"stream": True}
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ from blockbuster import BlockBuster, BlockingError
 
 from gollama_proxy.config import tls
 from gollama_proxy.config.settings import Server
+from tests.fakes.asks import CHAT
 from tests.fakes.authority import Authority
 from tests.fakes.process import HubProcess, hub_process
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
@@ -17,8 +18,6 @@ from tests.fakes.script import close, send
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
-QUESTION = {"messages": [{"role": "user", "content": "hello"}]}
 LIMIT = 0.050  # seconds of processor time
 STREAMS = 300
 EVENTS = 100

@@ -11,13 +11,11 @@ from gollama_proxy.config.settings import Health
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.upstream.probe import Description
 from gollama_proxy.wire.description import Check
+from tests.fakes.asks import CHAT, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
 from tests.fakes.worker import ScriptedWorker
 from tests.fleet.test_worker import CONFIG
-
-CHAT = "/v1/chat/completions"
-BODY = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest.mark.parametrize(
@@ -62,11 +60,11 @@ def test_a_name_is_not_covered(name: str, pattern: str) -> None:
 async def test_a_token_may_be_for_such_a_name(pattern: str) -> None:
     async with ScriptedWorker("x[1m]", "y") as worker, running_hub(worker) as hub:
         token = hub.token(models=[pattern])
-        response = await hub.post(CHAT, BODY | {"model": "x[1m]"}, token)
+        response = await hub.post(CHAT, WHOLE | {"model": "x[1m]"}, token)
         assert response.status == 200
         listed = (await hub.get("/v1/models", token)).json()["data"]
         assert [model["id"] for model in listed] == ["x[1m]"]
-        assert (await hub.post(CHAT, BODY | {"model": "y"}, token)).status == 403
+        assert (await hub.post(CHAT, WHOLE | {"model": "y"}, token)).status == 403
 
 
 @pytest.mark.parametrize("allowed", ["claude[1m]", "claude*", "claude[1m]*"])
@@ -77,12 +75,12 @@ async def test_a_token_may_be_for_such_an_alias(allowed: str) -> None:
         running_hub(worker, models__aliases=aliases) as hub,
     ):
         token = hub.token(models=[allowed])
-        response = await hub.post(CHAT, BODY | {"model": "claude[1m]"}, token)
+        response = await hub.post(CHAT, WHOLE | {"model": "claude[1m]"}, token)
         assert response.status == 200
         assert response.json()["model"] == "claude[1m]"
         listed = (await hub.get("/v1/models", token)).json()["data"]
         assert [model["id"] for model in listed] == ["claude[1m]"]
-        assert (await hub.post(CHAT, BODY | {"model": "qwen"}, token)).status == 403
+        assert (await hub.post(CHAT, WHOLE | {"model": "qwen"}, token)).status == 403
 
 
 def test_what_a_class_catches_needs_the_class_in_the_token_to_the_letter() -> None:

@@ -23,8 +23,9 @@ from tests.behaviour.test_large_bodies import (
     half_sent,
     running,
 )
+from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.client import Wire
-from tests.fakes.hub import running_hub
+from tests.fakes.hub import NO_RESCUE, running_hub
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -55,12 +56,7 @@ from tests.proxy.test_attempt import BODY, bench, outgoing, pieces
 from tests.upstream.test_connection import SHORT, ask
 from tests.upstream.test_probe import HEALTH, configured, ping
 
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
 OK = answer(chat_completion("hello"))
-# How a broken answer ends is for the client to see: it is not continued.
-NO_RESCUE = {"rescue__enabled": False}
 
 # --- 1: test_upstream_connection.py, test_stale_connections.py --------------------
 

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.client import Response, request_head
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
@@ -21,9 +22,6 @@ from tests.fakes.replies import (
 from tests.fakes.script import chat_stream, close, event_stream, reset, send, stream_of
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
 STREAMED = role() + token("a") + finish() + done()
 KEEP = [("Connection", "keep-alive")]
 CLOSE = [("Connection", "close")]

@@ -17,12 +17,12 @@ from typing import Any
 import jwt
 import pytest
 
+from tests.fakes.asks import CHAT
 from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.hub import SECRET, RunningHub, mint, running_hub
 from tests.fakes.tokens import PUBLIC_KEY_ALGORITHMS, b64, forge, key_pair
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 BODY = b'{"messages":[]}'
 KEY = SECRET.encode()
 NOW = int(time.time())

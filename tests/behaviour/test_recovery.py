@@ -8,13 +8,11 @@ from collections import Counter
 import pytest
 
 from gollama_proxy.fleet.breaker import State
+from tests.fakes.asks import CHAT, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
-
-CHAT = "/v1/chat/completions"
-BODY = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 async def test_when_all_are_down_it_is_said_at_once_and_one_that_returns_serves() -> (
@@ -33,13 +31,13 @@ async def test_when_all_are_down_it_is_said_at_once_and_one_that_returns_serves(
         async with asyncio.timeout(DEADLINE):
             while hub.hub.registry.ready:
                 await asyncio.sleep(0.01)
-        response = await hub.post(CHAT, BODY)
+        response = await hub.post(CHAT, WHOLE)
         assert response.status == 503
         assert int(response.header("retry-after") or "") >= 1
         await two.up()
         async with asyncio.timeout(DEADLINE):
             await two.pinged()
-            while (response := await hub.post(CHAT, BODY)).status != 200:
+            while (response := await hub.post(CHAT, WHOLE)).status != 200:
                 await asyncio.sleep(0.01)
         assert response.header("x-gollama-worker") == two.name
 
@@ -72,12 +70,12 @@ async def test_the_share_of_a_worker_that_returns_rises_with_time(
         served: Counter[str | None] = Counter()
         clock.advance(seconds)
         for _ in range(100):
-            response = await hub.post(CHAT, BODY)
+            response = await hub.post(CHAT, WHOLE)
             served[response.header("x-gollama-worker")] += 1
         assert least <= served[returned.name] <= most
         clock.advance(10)
         served.clear()
         for _ in range(20):
-            response = await hub.post(CHAT, BODY)
+            response = await hub.post(CHAT, WHOLE)
             served[response.header("x-gollama-worker")] += 1
         assert served == {returned.name: 10, other.name: 10}

@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config.settings import Log
-from gollama_proxy.fleet import watchdog as sweep
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.watchdog import Sweep
 from gollama_proxy.proxy.attempt import Outgoing
@@ -38,6 +37,7 @@ from gollama_proxy.wire.fields import classify
 from gollama_proxy.wire.openai import ENDPOINTS
 from gollama_proxy.wire.told import Told
 from tests.behaviour.test_retries import InOrder
+from tests.fakes.asks import CHAT
 from tests.fakes.client import Wire, request_head
 from tests.fakes.exchange import Exchange
 from tests.fakes.hub import SECRET, RunningHub, mint, running_hub
@@ -57,7 +57,8 @@ from tests.fakes.script import Script, Step, close, reset, send, stall
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
+pytestmark = pytest.mark.usefixtures("frequent_rounds")
+
 PROMPT = "canary-prompt"
 ANSWER = "canary-answer"
 CLAIM = "canary-claim"
@@ -521,11 +522,6 @@ QUOTED = [
 def codes_in(answer: bytes) -> set[str]:
     """List the codes of the hub's errors in an answer."""
     return {code for code in Code if f'"code":"{code}"}}'.encode() in answer}
-
-
-@pytest.fixture(autouse=True)
-def _frequent_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "PERIOD", 0.02)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -12,12 +12,12 @@ import pytest
 
 from gollama_proxy.edge import revocation
 from gollama_proxy.edge.revocation import Revocation
+from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import stream_of
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 STREAM = {"messages": [], "stream": True}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.edge import server
+from tests.fakes.asks import CHAT, MIB, WHOLE
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire, request_head
 from tests.fakes.hub import RunningHub, running_hub
@@ -20,10 +21,6 @@ from tests.fakes.script import close, send
 from tests.fakes.tools import require
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
-
-CHAT = "/v1/chat/completions"
-QUESTION = {"messages": [{"role": "user", "content": "hello"}]}
-MIB = 1 << 20
 
 
 @pytest.fixture(params=["http", "https"])
@@ -124,7 +121,7 @@ async def test_an_answer_in_one_piece_is_not_kept_for_ever(
                 send(chunk(finish() + done()) + last_chunk()),
                 close(),
             )
-            wire = await hub.open(CHAT, QUESTION, receive_buffer=4096)
+            wire = await hub.open(CHAT, WHOLE, receive_buffer=4096)
             await worker.received()
             await gone(hub)
             assert not (await wire.read_to_end()).clean
@@ -237,7 +234,7 @@ async def latencies(hub: HubProcess, seconds: float) -> list[float]:
     end = time.monotonic() + seconds
     async with await Wire.connect("127.0.0.1", hub.port) as wire:
         while (began := time.monotonic()) < end:
-            await wire.post(CHAT, {**QUESTION, "model": "tiny"})
+            await wire.post(CHAT, {**WHOLE, "model": "tiny"})
             assert (await wire.read_response()).status == 200
             taken.append(time.monotonic() - began)
             await asyncio.sleep(0.002)

@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from gollama_proxy.config.settings import STREAMED
-from gollama_proxy.fleet import watchdog as sweep
 from tests.fakes.crowd import Crowd
 from tests.fakes.faults import Faults
 from tests.fakes.hub import RunningHub, running_hub
@@ -22,6 +21,8 @@ from tests.fakes.replies import MODEL
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 from tests.soak import EXECUTIONS, RATE, SETTINGS
+
+pytestmark = pytest.mark.usefixtures("frequent_rounds")
 
 REQUESTS = 1000
 LONG = 60.0  # seconds: to take stock takes long where other tests have the machine
@@ -42,11 +43,6 @@ QUICK: dict[str, Any] = {
     "routing__policy": "round_robin",  # others remember conversations, up to a number
     "health__interval": 3600,  # no ping is under way when stock is taken
 }
-
-
-@pytest.fixture(autouse=True)
-def _frequent_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "PERIOD", 0.02)
 
 
 class Inventory:
@@ -89,7 +85,7 @@ async def stock_of_rest(
     await until(lambda: repr(inside.dispatcher) == "<Dispatcher running=0>")
     await until(lambda: repr(inside.sweep) == "<Sweep answers=0 canaries=0>")
     held = {"Connection", "_Protocol"}
-    await until(lambda: not (Inventory().ours.keys() & held), LONG)
+    await until(lambda: not (Inventory().ours.keys() & held), timeout=LONG)
     # The task of a connection whose client has just left may not have ended yet.
     await until(lambda: not any(task.cancelling() for task in asyncio.all_tasks()))
     return Inventory()

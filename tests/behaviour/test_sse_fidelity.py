@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.client import Wire, request_head
 from tests.fakes.hub import RunningHub, mint, running_hub
 from tests.fakes.process import hub_process
@@ -37,8 +38,6 @@ from tests.fakes.script import close, send, wait
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
 BOM = b"\xef\xbb\xbf"
 # What a client gets with the first event; what follows it comes as it is sent.
 OPENING = role() + token("a")

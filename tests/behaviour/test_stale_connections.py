@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 
 from gollama_proxy.fleet.worker import State
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.asks import CHAT
+from tests.fakes.hub import ONE_TRY, RunningHub, running_hub
 from tests.fakes.replies import chat_completion, chunk, head, json_reply, role, sse_head
 from tests.fakes.script import Script, answer, close, pause, reset, send, stall, wait
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 OK = answer(chat_completion("hello"))
-# What a stale connection does is seen by itself: a failure is not tried anew.
-ONE_TRY = {"retry__attempts": 1}
 
 
 def numbered(number: int, **more: Any) -> dict[str, Any]:

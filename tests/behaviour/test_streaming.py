@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fakes.asks import JSON_ROUTES
+from tests.fakes.asks import CHAT, JSON_ROUTES, STREAM, WHOLE
 from tests.fakes.client import Wire
 from tests.fakes.hub import running_hub
 from tests.fakes.replies import (
@@ -37,10 +37,6 @@ from tests.fakes.script import (
     wait,
 )
 from tests.fakes.worker import ScriptedWorker
-
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 def cut(data: bytes, ends: set[int]) -> list[bytes]:

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
+from tests.fakes.asks import CHAT
 from tests.fakes.client import request_head
 from tests.fakes.hub import running_hub
 from tests.fakes.replies import MODEL
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 BODY = json.dumps(
     {"model": MODEL, "messages": [{"role": "user", "content": "hello" * 20}]}
 ).encode()

@@ -22,17 +22,13 @@ from gollama_proxy.fleet.worker import State
 from gollama_proxy.proxy.attempt import Attempt, Outgoing
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS
+from tests.fakes.asks import CHAT, EMBED, STREAM, WHOLE
 from tests.fakes.authority import Authority, Pair
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, finish, head, role, sse_head, token
 from tests.fakes.script import close, kill, reset, send, stall, stream_of
 from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
-
-CHAT = "/v1/chat/completions"
-EMBED = "/v1/embeddings"
-QUESTION = {"messages": [{"role": "user", "content": "hello"}]}
-STREAM = {**QUESTION, "stream": True}
 
 
 def described(worker: ScriptedWorker, **keys: str) -> str:
@@ -85,7 +81,7 @@ async def test_a_large_body_goes_up_as_it_is(
     async with served_by(authority, authority.issue()) as worker:
         worker.keep_body = 16 << 20
         async with hub_before(worker, tmp_path, {"ca_file": authority.file}) as hub:
-            body = {**QUESTION, "pad": "x" * (8 << 20)}
+            body = {**WHOLE, "pad": "x" * (8 << 20)}
             assert (await hub.post(CHAT, body)).status == 200
             assert worker.requests[0].json()["pad"] == body["pad"]
 
@@ -99,7 +95,7 @@ async def test_a_worker_that_wants_to_see_a_certificate(
     keys["client_key"] = shown.key
     async with served_by(authority, authority.issue(), clients=hubs) as worker:
         async with hub_before(worker, tmp_path, keys) as hub:
-            assert (await hub.post(CHAT, QUESTION)).status == 200
+            assert (await hub.post(CHAT, WHOLE)).status == 200
 
 
 async def test_a_client_that_leaves_frees_it(
@@ -275,7 +271,7 @@ async def test_a_renewed_ca_is_taken_up(
             text = await asyncio.to_thread(Path(authority.file).read_text)
             await asyncio.to_thread(Path(old.file).write_text, text)
             await until(lambda: record.state is State.READY)
-            assert (await hub.post(CHAT, QUESTION)).status == 200
+            assert (await hub.post(CHAT, WHOLE)).status == 200
 
 
 def test_check_says_why(

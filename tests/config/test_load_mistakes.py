@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy.cli import main
-from tests.fakes import environment
+from tests.fakes.process import bare
 
 SECRET = "canary-secret-of-the-hub-0123456789"
 KEY = "canary-key-of-a-worker"
@@ -31,7 +31,7 @@ Output = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An environment with good secrets, and no other setting."""
-    clean = environment.bare()
+    clean = bare()
     clean |= {"GOLLAMA_JWT_SECRET": SECRET, "DESK_KEY": KEY}
     monkeypatch.setattr(os, "environ", clean)
     # Some mistakes are only seen when the hub is made; the tests' log is not its own.

@@ -1,4 +1,4 @@
-"""What tests ask for, where it does not matter what."""
+"""Requests for tests in which the details of the request do not matter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from gollama_proxy.wire.openai import ENDPOINTS
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 WHOLE: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
 STREAM = WHOLE | {"stream": True}
 # Routes that take JSON; the others take a form such as this one.
@@ -15,4 +15,5 @@ FORM_TYPE = "multipart/form-data; boundary=x"
 FORM = (
     b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n\r\n--x--'
 )
-RARELY = 3600  # seconds between pings: no test sees two by themselves
+RARELY = 3600  # seconds between pings, so that none comes during a test
+MIB = 1 << 20

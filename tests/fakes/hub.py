@@ -21,6 +21,10 @@ from tests.fakes.waiting import DEADLINE
 SECRET = "0123456789abcdef" * 4
 MINT = "mint a token"  # instead of a token: one is made, with the default claims
 
+# Settings under which a client sees what one attempt came to.
+ONE_TRY = {"retry__attempts": 1}
+NO_RESCUE = {"rescue__enabled": False}
+
 _SCOPES = {"/metrics": {"scope": "metrics"}}  # what a GET takes beside a token
 
 

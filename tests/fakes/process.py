@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import sys
 from collections import deque
@@ -13,7 +14,6 @@ from typing import Any
 
 import psutil
 
-from tests.fakes import environment
 from tests.fakes.client import DEADLINE, Wire, request_head
 from tests.fakes.hub import SECRET, mint
 
@@ -102,7 +102,7 @@ async def hub_process(
 
     Another `module` is one that runs the same command and does more.
     """
-    variables = environment.bare()
+    variables = bare()
     variables |= {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_SERVER_DRAIN": "0"}
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = str(value)
@@ -149,3 +149,9 @@ async def _ready(hub: HubProcess) -> None:
             if (await wire.read_response()).status == 200:
                 return
         await asyncio.sleep(0.02)
+
+
+def bare() -> dict[str, str]:
+    """Copy the environment without our settings, and let no settings file be found."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    return clean | {"GOLLAMA_CONFIG": os.devnull}

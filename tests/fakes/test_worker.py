@@ -13,6 +13,7 @@ import openai
 import pytest
 import uvloop
 
+from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.client import TruncatedError, Wire
 from tests.fakes.clock import Clock
 from tests.fakes.replies import (
@@ -42,10 +43,6 @@ from tests.fakes.script import (
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import LlamaServer
-
-CHAT = "/v1/chat/completions"
-STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-WHOLE = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 async def connect(worker: ScriptedWorker) -> Wire:

@@ -1,4 +1,4 @@
-"""Waits for what nobody announces: another process, the kernel, mere time."""
+"""Polling, for events that cannot be awaited: other processes, the kernel, time."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from collections.abc import Callable
 
 import psutil
 
-# Of every wait, so that a test that hangs says on what.  It measures nothing: what is
-# there in a moment takes many times as long on a busy machine.  Less than a drain.
+# Limits each wait, so that a hanging test shows where it hangs.  It measures nothing: a
+# busy machine may need many times the usual time.  Shorter than a drain.
 DEADLINE = 25.0
 
 
-async def until(reached: Callable[[], bool], timeout: float = DEADLINE) -> None:
-    """Look again and again, until it is so or the time is up."""
-    async with asyncio.timeout(timeout):
-        while not reached():
-            await asyncio.sleep(0.005)
+async def until(
+    reached: Callable[[], bool], expected: str = "", *, timeout: float = DEADLINE
+) -> None:
+    """Poll a condition until it holds; `expected` describes it if it never does."""
+    try:
+        async with asyncio.timeout(timeout):
+            while not reached():
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        text = f"not reached within {timeout} s: {expected or reached}"
+        raise AssertionError(text) from None
 
 
 async def settled(progress: Callable[[], int]) -> int:
-    """Wait until something does not move any more; return how far it came."""
+    """Wait until a number stops changing; return it."""
     before, still = -1, 0
     async with asyncio.timeout(DEADLINE):
         while still < 10:
@@ -32,7 +38,7 @@ async def settled(progress: Callable[[], int]) -> int:
 
 
 async def gone(*pids: int) -> None:
-    """Wait until the processes have ended; one that nobody waits for is a zombie."""
+    """Wait until the processes have ended; a zombie counts as ended."""
 
     def runs(pid: int) -> bool:
         try:
@@ -40,7 +46,4 @@ async def gone(*pids: int) -> None:
         except psutil.NoSuchProcess:
             return False
 
-    try:
-        await until(lambda: not any(map(runs, pids)))
-    except TimeoutError:
-        raise AssertionError(f"some of {pids} run") from None
+    await until(lambda: not any(map(runs, pids)), f"the end of {pids}")

@@ -9,10 +9,11 @@ and failed expectations make the `async with` block fail when it is left.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -235,6 +236,20 @@ class ScriptedWorker:
         if control:
             return None
         return self._queue.popleft() if self._queue else self._default
+
+
+@contextlib.contextmanager
+def full_backlog() -> Iterator[str]:
+    """Yield the URL of a listener with a full queue, which ignores every SYN."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(
+            socket.create_server(("127.0.0.1", 0), backlog=0)
+        )
+        for _ in range(2):  # the kernel adds one place
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def _bind(port: int) -> socket.socket:

@@ -24,9 +24,8 @@ from gollama_proxy.fleet.worker import State, Worker
 from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
+from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
-
-CHAT = "/v1/chat/completions"
 
 
 def registry(

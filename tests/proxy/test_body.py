@@ -22,8 +22,8 @@ from gollama_proxy.config.settings import Config, Limits, Timeouts
 from gollama_proxy.proxy.body import LEAST_RATE, Incoming, answer_expectation
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.openai import ENDPOINTS
+from tests.fakes.asks import CHAT
 
-CHAT = "/v1/chat/completions"
 BODY = b'{"messages": [{"role":"user"}], "stream":true ,"model" :"qwen", "n": 1}'
 
 

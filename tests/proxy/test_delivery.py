@@ -24,11 +24,11 @@ from gollama_proxy.wire.assemble import AssemblyError, LostTextError, Unfoldable
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS, Ending
 from gollama_proxy.wire.streaming import streaming
+from tests.fakes.asks import CHAT, TEXT
 from tests.fakes.clock import Clock
 from tests.fakes.replies import chunk, error_event, role, token, usage_of
 from tests.fakes.streams import chat_stream, text_stream
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON = (b"Content-Type", b"application/json")
 LENGTH = (b"Content-Length", b"100")
 EVENTS = (b"Content-Type", b"text/event-stream")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.upstream import tokenizer
+from tests.fakes.asks import CHAT
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import MODEL, chat_completion, error_reply, json_reply
@@ -17,7 +18,6 @@ from tests.fakes.script import answer, chat_stream, reset, send, stall, wait
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 COUNTS = ("/apply-template", "/tokenize")
 
 

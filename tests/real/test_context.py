@@ -14,12 +14,12 @@ from gollama_proxy.config import load as config
 from gollama_proxy.upstream import probe, tokenizer
 from gollama_proxy.wire.openai import ENDPOINTS
 from gollama_proxy.wire.usage import read
+from tests.fakes.asks import CHAT
 from tests.fakes.hub import running_hub
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
 
-CHAT = "/v1/chat/completions"
 TOOL = {
     "type": "function",
     "function": {

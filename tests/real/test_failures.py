@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import pytest
 
 from gollama_proxy.fleet.breaker import State
+from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.waiting import DEADLINE, until
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
-CHAT = "/v1/chat/completions"
 
 Start = Callable[..., LlamaServer]
 # Quick enough for a test, and not for a busy machine: an overdue first token after 2 s.

@@ -20,6 +20,7 @@ from gollama_proxy.wire.continuation import (
 )
 from gollama_proxy.wire.splice import Splice
 from gollama_proxy.wire.told import Told, closing
+from tests.fakes.asks import CHAT, TEXT
 from tests.fakes.streams import read_calls
 from tests.real.llama import LlamaServer
 
@@ -27,7 +28,6 @@ pytestmark = pytest.mark.real
 
 Start = Callable[..., LlamaServer]
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 CUTS = 12
 # What builds do not know of the request for the rest.
 UNKNOWN: dict[str, tuple[str, ...]] = {

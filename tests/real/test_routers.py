@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.waiting import until
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
-
-CHAT = "/v1/chat/completions"
 
 
 def ask(model: str, **fields: Any) -> dict[str, Any]:

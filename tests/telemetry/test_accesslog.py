@@ -24,6 +24,7 @@ from gollama_proxy.telemetry.accesslog import (
     TextFormatter,
 )
 from gollama_proxy.wire.errors import Code
+from tests.fakes.asks import CHAT
 from tests.fakes.client import Wire, request_head
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
@@ -51,7 +52,6 @@ from tests.fakes.script import (
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 FULL = Record(
     id="0123456789abcdef",
     method="POST",

@@ -18,14 +18,13 @@ from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.telemetry.metrics import Metrics
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code
+from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, finish, last_chunk, sse_head, token
 from tests.fakes.script import close, send, stream_of
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
-
-CHAT = "/v1/chat/completions"
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -24,11 +24,10 @@ from gollama_proxy.upstream import pool as pools
 from gollama_proxy.upstream.connection import Connection, State
 from gollama_proxy.upstream.pool import SPACING, ConnectionPool
 from gollama_proxy.wire.errors import Code, WorkerError
-from tests.fakes.backlog import full_backlog
 from tests.fakes.clock import Clock
 from tests.fakes.replies import head
 from tests.fakes.waiting import DEADLINE
-from tests.fakes.worker import ScriptedWorker
+from tests.fakes.worker import ScriptedWorker, full_backlog
 
 SHORT = head(200, [("Content-Length", "2")]) + b"{}"
 

@@ -10,11 +10,11 @@ import pytest
 
 from gollama_proxy.config import load as config
 from gollama_proxy.upstream import probe, tokenizer
+from tests.fakes.asks import CHAT
 from tests.fakes.replies import error_reply, head, json_reply
 from tests.fakes.script import Script, answer, send, stall
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = "/v1/chat/completions"
 ASKED: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user"}],
