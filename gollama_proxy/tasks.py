@@ -1,10 +1,10 @@
-"""The one way to start a task: it has a name, is kept, and does not die unheard."""
+"""The only place that starts tasks: each has a name, is kept, and logs its failure."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -15,9 +15,9 @@ _running: set[asyncio.Task[Any]] = set()
 
 
 def spawn(coroutine: Coroutine[Any, Any, _T], name: str) -> asyncio.Task[_T]:
-    """Start a task; whoever starts it also ends it, or waits for it.
+    """Start a task; the caller cancels it or waits for it.
 
-    An error that ends it is logged, whether or not somebody waits.
+    An error that ends the task is logged, even if nothing waits for it.
     """
     task = asyncio.create_task(coroutine, name=name)
     _running.add(task)
@@ -29,3 +29,70 @@ def _ended(task: asyncio.Task[Any]) -> None:
     _running.discard(task)
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("task %s failed", task.get_name(), exc_info=error)
+
+
+class Periodic:
+    """A task that runs a step again and again, whatever the step raises.
+
+    The step returns the seconds to wait before it runs again, or None for the usual
+    period.  `wake` ends a wait early; if it is called during a step, the next step
+    follows without a wait.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[], Awaitable[float | None]],
+        period: float,
+        *,
+        delay: float | None = None,
+    ) -> None:
+        """Prepare the task: nothing runs before `start`.
+
+        `period` is the usual wait, and the one after a failure; `delay` is the wait
+        before the first step, `period` by default.  All in seconds.
+        """
+        self._name = name
+        self._step = step
+        self._period = period
+        self._delay = period if delay is None else delay
+        self._woken = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        state = "stopped" if self._task is None else "running"
+        return f"<Periodic {self._name} {state}>"
+
+    def start(self) -> None:
+        self._task = spawn(self._run(), self._name)
+
+    async def stop(self) -> None:
+        """Cancel the step if it is running, and wait for it; harmless when stopped."""
+        if self._task is not None:
+            task, self._task = self._task, None
+            task.cancel()
+            await asyncio.wait([task])
+
+    def wake(self) -> None:
+        """Run the step now, or once more as soon as the current run returns."""
+        self._woken.set()
+
+    async def _run(self) -> None:
+        wait = self._delay
+        while True:
+            await self._sleep(wait)  # also for no time: others run in between
+            self._woken.clear()
+            wait = self._period
+            try:
+                answer = await self._step()
+            except Exception:
+                logger.exception("%s failed; it runs again in %g s", self._name, wait)
+            else:
+                wait = self._period if answer is None else answer
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+        except TimeoutError:
+            pass

@@ -1,4 +1,4 @@
-"""Every task of the hub is started in one way, and none dies unheard."""
+"""Every task is started in one place, and logs the error that ends it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import gollama_proxy
-from gollama_proxy.tasks import spawn
+from gollama_proxy.tasks import Periodic, spawn
+from tests.fakes.waiting import DEADLINE
 
 PACKAGE = Path(gollama_proxy.__file__).parent
 
@@ -25,8 +26,8 @@ async def test_a_task_has_a_name_and_gives_its_result() -> None:
     assert await task == 42
 
 
-async def test_a_task_that_nobody_holds_is_kept() -> None:
-    """The event loop itself holds it only weakly."""
+async def test_a_task_without_another_reference_is_kept() -> None:
+    """The event loop holds only a weak reference."""
     done = asyncio.Event()
 
     async def wait(future: asyncio.Future[None]) -> None:
@@ -42,7 +43,9 @@ async def test_a_task_that_nobody_holds_is_kept() -> None:
     await asyncio.wait([task])
 
 
-async def test_a_task_that_fails_is_heard(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_failure_of_a_task_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def fail() -> None:
         raise RuntimeError("canary")
 
@@ -53,13 +56,116 @@ async def test_a_task_that_fails_is_heard(caplog: pytest.LogCaptureFixture) -> N
     assert "canary" in caplog.text
 
 
-async def test_a_task_that_is_cancelled_is_not(
+async def test_a_cancelled_task_is_not_a_failure(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     task = spawn(asyncio.sleep(60), "patient")
     task.cancel()
     await asyncio.wait([task])
     assert not caplog.records
+
+
+# --- Periodic steps ---------------------------------------------------------------
+
+
+class Steps:
+    """Counts its runs; a run can be held, fail, or ask for a wait."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.wait: float | None = None
+        self.error: Exception | None = None
+        self.ran = asyncio.Event()
+        self.go = asyncio.Event()
+        self.go.set()
+
+    def __repr__(self) -> str:
+        return f"<Steps runs={self.runs}>"
+
+    async def __call__(self) -> float | None:
+        self.runs += 1
+        self.ran.set()
+        await self.go.wait()
+        if self.error is not None:
+            raise self.error
+        return self.wait
+
+    async def run(self) -> None:
+        async with asyncio.timeout(DEADLINE):
+            await self.ran.wait()
+        self.ran.clear()
+
+
+async def test_a_step_runs_once_every_period() -> None:
+    periodic = Periodic("clock", steps := Steps(), 0.001)
+    assert repr(periodic) == "<Periodic clock stopped>"
+    periodic.start()
+    assert repr(periodic) == "<Periodic clock running>"
+    assert steps.runs == 0, "the first wait comes first"
+    for _ in range(3):
+        await steps.run()
+    await periodic.stop()
+    await periodic.stop()
+    assert not [t for t in asyncio.all_tasks() if t.get_name() == "clock"]
+
+
+async def test_a_step_decides_how_long_to_wait() -> None:
+    periodic = Periodic("clock", steps := Steps(), 3_600, delay=0)
+    steps.wait = 0.0
+    periodic.start()
+    await steps.run()
+    steps.wait = None
+    await steps.run()
+    runs = steps.runs
+    await asyncio.sleep(0)
+    assert steps.runs <= runs + 1
+    await periodic.stop()
+
+
+async def test_a_step_can_be_woken() -> None:
+    periodic = Periodic("clock", steps := Steps(), 3_600)
+    periodic.start()
+    periodic.wake()
+    await steps.run()
+    periodic.wake()
+    await steps.run()
+    assert steps.runs == 2
+    await periodic.stop()
+
+
+async def test_a_step_that_is_woken_while_it_runs_runs_once_more() -> None:
+    periodic = Periodic("clock", steps := Steps(), 3_600, delay=0)
+    steps.go.clear()
+    periodic.start()
+    await steps.run()
+    periodic.wake()
+    periodic.wake()
+    steps.go.set()
+    await steps.run()
+    assert steps.runs == 2
+    await periodic.stop()
+
+
+async def test_a_step_that_failed_runs_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    periodic = Periodic("clock", steps := Steps(), 0.001)
+    steps.error = RuntimeError("canary")
+    periodic.start()
+    for _ in range(2):
+        await steps.run()
+    await periodic.stop()
+    assert caplog.messages[0] == "clock failed; it runs again in 0.001 s"
+    assert "canary" in caplog.text
+
+
+async def test_a_running_step_is_cancelled_by_stop() -> None:
+    periodic = Periodic("clock", steps := Steps(), 3_600, delay=0)
+    steps.go.clear()
+    periodic.start()
+    await steps.run()
+    await periodic.stop()
+    assert not [t for t in asyncio.all_tasks() if t.get_name() == "clock"]
 
 
 # --- In all of the package --------------------------------------------------------
@@ -74,7 +180,7 @@ def starts_of_tasks(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 
 def test_there_is_no_other_way() -> None:
-    """A task group supervises what it starts; there a name is all that is asked."""
+    """A task group supervises its tasks; there a name is enough."""
     found = 0
     for file in PACKAGE.rglob("*.py"):
         if file.name == "tasks.py":
