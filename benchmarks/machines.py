@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gollama_proxy.config.settings import Health, Origin, WorkerConfig
-from gollama_proxy.fleet.lease import Lease, Outcome
+from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.description import Check, Description, Model
@@ -134,7 +134,7 @@ class Machine:
             ended.ended = self._clock()
             lease.tokens = ended.answer
             lease.seconds = self._clock() - ended.began - lease.first_token
-            lease.release(Outcome.COMPLETE)
+            lease.release(Result.COMPLETE)
             self._states[ended.conversation] = ended.prompt + ended.answer
             self._evict()
             self._fill()

@@ -19,9 +19,9 @@ from gollama_proxy.edge.revocation import Revocation
 from gollama_proxy.edge.router import Dispatcher, Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.edge.status import Status
-from gollama_proxy.fleet.health import Pinger
+from gollama_proxy.fleet.health import HealthChecker
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.watchdog import Sweep
+from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Inference
 from gollama_proxy.proxy.fitting import Fitting
@@ -63,9 +63,9 @@ class Hub:
         self.revocation = Revocation(
             config.auth.revoked, config.revoked, self.authenticator.revoke
         )
-        self.pinger = Pinger(self.registry.workers, config.health, self._ping)
+        self.health = HealthChecker(self.registry.workers, config.health, self._ping)
         self.slots = Slots(self.registry, line, clock)
-        self.sweep = Sweep(
+        self.watchdog = Watchdog(
             self.registry.workers,
             config.timeouts,
             self._prove,
@@ -94,10 +94,10 @@ class Hub:
             self.authenticator,
             self.registry,
             self.connections,
-            self.sweep,
+            self.watchdog,
             self.slots,
             Fitting(self.registry, self._count),
-            self.pinger.look,
+            self.health.look,
             clock,
         )
         return {
@@ -161,8 +161,8 @@ class Hub:
             raise
         self._runner = runner
         self._session = probe.new_session()
-        self.pinger.start()
-        self.sweep.start()
+        self.health.start()
+        self.watchdog.start()
         self.revocation.start()
         self._reloader.start()
 
@@ -191,11 +191,11 @@ class Hub:
 
     async def ready(self) -> None:
         """Wait until every worker has been asked once how it is."""
-        await self.pinger.first_round()
+        await self.health.first_round()
 
     async def known(self) -> None:
         """Wait until every worker has said what it serves, or was down."""
-        await self.pinger.described()
+        await self.health.described()
 
     async def drain(self) -> None:
         """Stop accepting, let running answers end within the limit, release all."""
@@ -209,8 +209,8 @@ class Hub:
         await runner.cleanup()
         await self.revocation.stop()
         await self._reloader.stop()
-        await self.sweep.stop()
-        await self.pinger.stop()
+        await self.watchdog.stop()
+        await self.health.stop()
         for connections in self.connections.values():
             connections.close()
         if self._session is not None:

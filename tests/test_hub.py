@@ -77,7 +77,7 @@ async def test_a_port_that_is_taken_is_an_error_and_leaves_nothing() -> None:
             with pytest.raises(OSError, match="in use"):
                 await hub.start()
         assert repr(hub) == "<Hub new workers=1>"
-        assert "running=0" in repr(hub.pinger)
+        assert "running=0" in repr(hub.health)
         await hub.drain()  # there is nothing to end
         await hub.abort()
 
@@ -231,7 +231,7 @@ async def test_a_drain_ends_what_belongs_to_the_hub() -> None:
         assert (await hub.post(CHAT, {"messages": []})).status == 200
         assert worker.open > 0  # kept for the next request
         await within(5, drain(hub.hub))
-        assert repr(hub.hub.pinger) == "<Pinger running=0 of 1>"
+        assert repr(hub.hub.health) == "<HealthChecker running=0 of 1>"
         await worker.idle()
 
 

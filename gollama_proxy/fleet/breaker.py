@@ -54,7 +54,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from gollama_proxy.config.settings import Breaker as Limits
+from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.scheduling.budget import Recent
 
 logger = logging.getLogger(__name__)
@@ -62,13 +62,13 @@ logger = logging.getLogger(__name__)
 FIRST_SHARE = 0.1  # of the turns, for a worker whose breaker has just closed
 
 
-class State(enum.Enum):
+class BreakerState(enum.Enum):
     CLOSED = "closed"
     OPEN = "open"
     HALF_OPEN = "half-open"
 
 
-class Event(enum.Enum):
+class BreakerEvent(enum.Enum):
     TRIPPED = "too much went wrong"
     RESTED = "the open time is over"
     PROVED = "enough good proofs"
@@ -77,14 +77,14 @@ class Event(enum.Enum):
 
 
 # All the steps there are; any other raises.
-TRANSITIONS: dict[tuple[State, Event], State] = {
-    (State.CLOSED, Event.TRIPPED): State.OPEN,
-    (State.OPEN, Event.RESTED): State.HALF_OPEN,
-    (State.HALF_OPEN, Event.PROVED): State.CLOSED,
-    (State.HALF_OPEN, Event.DISPROVED): State.OPEN,
-    (State.CLOSED, Event.RESET): State.CLOSED,
-    (State.OPEN, Event.RESET): State.CLOSED,
-    (State.HALF_OPEN, Event.RESET): State.CLOSED,
+TRANSITIONS: dict[tuple[BreakerState, BreakerEvent], BreakerState] = {
+    (BreakerState.CLOSED, BreakerEvent.TRIPPED): BreakerState.OPEN,
+    (BreakerState.OPEN, BreakerEvent.RESTED): BreakerState.HALF_OPEN,
+    (BreakerState.HALF_OPEN, BreakerEvent.PROVED): BreakerState.CLOSED,
+    (BreakerState.HALF_OPEN, BreakerEvent.DISPROVED): BreakerState.OPEN,
+    (BreakerState.CLOSED, BreakerEvent.RESET): BreakerState.CLOSED,
+    (BreakerState.OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
+    (BreakerState.HALF_OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
 }
 
 
@@ -115,15 +115,17 @@ class Breaker:
     """The circuit breaker of one worker.  `clock` gives monotonic seconds."""
 
     def __init__(
-        self, name: str, limits: Limits, clock: Callable[[], float], rng: random.Random
+        self, name: str, policy: Policy, clock: Callable[[], float], rng: random.Random
     ) -> None:
-        self.name, self.limits = name, limits
+        self.name, self.policy = name, policy
         self.reason = "never tripped"
         self.generation = 0  # how many steps were taken
-        self.transitions: Counter[State] = Counter()  # how often each was entered
+        self.transitions: Counter[BreakerState] = (
+            Counter()
+        )  # how often each was entered
         self.causes: Counter[Cause] = Counter()  # how often each has opened it
         self._clock, self._rng = clock, rng
-        self._state = State.CLOSED
+        self._state = BreakerState.CLOSED
         self._busy_until = -math.inf
         self._closed_at = -math.inf  # the last time; before everything at the start
         self._open_time = 0.0  # the last one, without the jitter; 0 when forgotten
@@ -144,14 +146,14 @@ class Breaker:
     # --- What it says -------------------------------------------------------------
 
     @property
-    def state(self) -> State:
-        if self._state is State.OPEN and self._clock() >= self._rested_at:
-            self._step(Event.RESTED, f"{self._open_time:g} s have passed")
+    def state(self) -> BreakerState:
+        if self._state is BreakerState.OPEN and self._clock() >= self._rested_at:
+            self._step(BreakerEvent.RESTED, f"{self._open_time:g} s have passed")
         return self._state
 
     @property
     def closed(self) -> bool:
-        return self.state is State.CLOSED
+        return self.state is BreakerState.CLOSED
 
     @property
     def available(self) -> bool:
@@ -160,17 +162,17 @@ class Breaker:
     @property
     def admits(self) -> bool:
         """Whether a request may come: as one of many, or alone, as a proof."""
-        return self.available or (not self.limits.canary and self._offers_permit)
+        return self.available or (not self.policy.canary and self._offers_permit)
 
     @property
     def _offers_permit(self) -> bool:
-        resting = self.state is not State.HALF_OPEN or self.opens_in()
+        resting = self.state is not BreakerState.HALF_OPEN or self.opens_in()
         return not (resting or self._permit_out)
 
     def opens_in(self) -> float:
         """Tell how long it will surely take nothing, not even a proof; 0 if it may."""
         until = self._busy_until
-        if self._state is State.OPEN:
+        if self._state is BreakerState.OPEN:
             until = max(until, self._rested_at)
         return max(0.0, until - self._clock())
 
@@ -180,7 +182,7 @@ class Breaker:
         No dice: the shares of the turns add up, and each whole one is a yes.  Where all
         say no, somebody has to take it all the same.
         """
-        since, ramp = self._clock() - self._closed_at, self.limits.ramp
+        since, ramp = self._clock() - self._closed_at, self.policy.ramp
         missing = 0.0 if since >= ramp else (1 - FIRST_SHARE) * (1 - since / ramp)
         self._credit += 1.0 - missing
         if self._credit < 1.0:
@@ -197,7 +199,7 @@ class Breaker:
         stragglers of an earlier breakdown cannot trip a breaker that has closed since.
         """
         late = generation is not None and generation != self.generation
-        if late or self.state is not State.CLOSED or verdict is Verdict.NEUTRAL:
+        if late or self.state is not BreakerState.CLOSED or verdict is Verdict.NEUTRAL:
             return
         failed = verdict in (Verdict.FAILURE, Verdict.HUNG)
         if verdict is Verdict.HUNG:
@@ -215,10 +217,14 @@ class Breaker:
         count once.  Returns for how long it is left alone, at most `busy_max` seconds.
         """
         now = self._clock()
-        seconds = min(seconds, self.limits.busy_max)
-        if unavailable and now >= self._busy_until and self.state is State.CLOSED:
+        seconds = min(seconds, self.policy.busy_max)
+        if (
+            unavailable
+            and now >= self._busy_until
+            and self.state is BreakerState.CLOSED
+        ):
             self._in_a_row += 1
-            if self._in_a_row >= self.limits.consecutive:
+            if self._in_a_row >= self.policy.consecutive:
                 self._trip(Cause.CONSECUTIVE, f"unavailable {self._in_a_row} times")
         self._busy_until = max(self._busy_until, now + seconds)
         return seconds
@@ -245,28 +251,28 @@ class Breaker:
 
     def reset(self, reason: str) -> None:
         """Close at once and forget everything: the worker is as good as new."""
-        self._step(Event.RESET, reason)
+        self._step(BreakerEvent.RESET, reason)
         self._closed_at = self._busy_until = -math.inf  # no ramp and no doubling
 
     def _trip(self, cause: Cause, reason: str) -> None:
-        if self._clock() - self._closed_at >= self.limits.window:
+        if self._clock() - self._closed_at >= self.policy.window:
             self._open_time = 0.0
         self.causes[cause] += 1
-        self._step(Event.TRIPPED, reason)
+        self._step(BreakerEvent.TRIPPED, reason)
 
     def _objection(self, verdict: Verdict) -> tuple[Cause, str] | None:
-        limits = self.limits
-        if self._in_a_row >= limits.consecutive:
+        policy = self.policy
+        if self._in_a_row >= policy.consecutive:
             return Cause.CONSECUTIVE, f"{self._in_a_row} failures in a row"
         if verdict is Verdict.SUCCESS:
             return None
         slow = verdict is Verdict.SLOW
         cause = Cause.SLOW_RATE if slow else Cause.FAILURE_RATE
-        rate = limits.slow_rate if slow else limits.failure_rate
+        rate = policy.slow_rate if slow else policy.failure_rate
         calls, bad = self._calls, self._recent[verdict].count
-        if calls < limits.minimum_calls or bad / calls < rate:
+        if calls < policy.minimum_calls or bad / calls < rate:
             return None
-        return cause, f"{bad} of {calls} {verdict.value} in {limits.window:g} s"
+        return cause, f"{bad} of {calls} {verdict.value} in {policy.window:g} s"
 
     @property
     def _calls(self) -> int:
@@ -274,7 +280,7 @@ class Breaker:
 
     def _forget_the_past(self) -> None:
         counted = (Verdict.SUCCESS, Verdict.SLOW, Verdict.FAILURE)
-        self._recent = {v: Recent(self.limits.window, self._clock) for v in counted}
+        self._recent = {v: Recent(self.policy.window, self._clock) for v in counted}
         self._in_a_row = 0
         self._credit = 0.0  # parts of turns
 
@@ -284,15 +290,15 @@ class Breaker:
         self._permit_out = False
         if good is False:
             self.causes[Cause.PROOF] += 1
-            self._step(Event.DISPROVED, "the proof failed")
+            self._step(BreakerEvent.DISPROVED, "the proof failed")
         elif good:
             self._proofs += 1
-            if self._proofs >= self.limits.proofs:
-                self._step(Event.PROVED, f"{self._proofs} good proofs")
+            if self._proofs >= self.policy.proofs:
+                self._step(BreakerEvent.PROVED, f"{self._proofs} good proofs")
 
     # --- The one place that changes the state -------------------------------------
 
-    def _step(self, event: Event, reason: str) -> None:
+    def _step(self, event: BreakerEvent, reason: str) -> None:
         before = self._state
         if (before, event) not in TRANSITIONS:
             raise IllegalStepError(f"{event.name} cannot happen while {before.name}")
@@ -301,15 +307,15 @@ class Breaker:
         self.generation += 1
         self.transitions[after] += 1
         self._permit_out, self._proofs = False, 0
-        if after is State.CLOSED:
+        if after is BreakerState.CLOSED:
             self._closed_at = self._clock()
             self._forget_the_past()
-        elif after is State.OPEN:
-            longer = self._open_time * 2 or self.limits.open
-            self._open_time = min(longer, self.limits.open_max)
-            jitter = self._rng.uniform(-self.limits.jitter, self.limits.jitter)
+        elif after is BreakerState.OPEN:
+            longer = self._open_time * 2 or self.policy.open
+            self._open_time = min(longer, self.policy.open_max)
+            jitter = self._rng.uniform(-self.policy.jitter, self.policy.jitter)
             self._rested_at = self._clock() + self._open_time * (1 + jitter)
-        level = logging.WARNING if after is State.OPEN else logging.INFO
+        level = logging.WARNING if after is BreakerState.OPEN else logging.INFO
         text = "worker %s: breaker %s -> %s (%s)"
         logger.log(level, text, self.name, before.value, after.value, reason)
 

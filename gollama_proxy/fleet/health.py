@@ -9,7 +9,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from gollama_proxy.config.settings import Health
-from gollama_proxy.fleet.worker import State, Worker
+from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.tasks import spawn
 from gollama_proxy.upstream import probe
 from gollama_proxy.wire.description import Check
@@ -21,7 +21,7 @@ Ping = Callable[[Worker], Awaitable[probe.Finding]]
 JITTER = 0.1
 
 
-class Pinger:
+class HealthChecker:
     """Asks every worker how it is, and tells its record.
 
     A worker in good health is asked every `interval`; one that is loading or in doubt
@@ -44,13 +44,13 @@ class Pinger:
 
     def __repr__(self) -> str:
         running = sum(not task.done() for task in self._tasks)
-        return f"<Pinger running={running} of {len(self._workers)}>"
+        return f"<HealthChecker running={running} of {len(self._workers)}>"
 
     def start(self) -> None:
         """Start one task for each worker; `stop` ends them."""
         for worker in self._workers:
             worker.on_suspicion = self._suspected[worker.name].set
-            self._tasks.append(spawn(self._supervise(worker), f"pinger {worker.name}"))
+            self._tasks.append(spawn(self._supervise(worker), f"health {worker.name}"))
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -82,7 +82,9 @@ class Pinger:
             try:
                 await self._watch(worker)
             except Exception:
-                logger.exception("pinger of worker %s failed; it goes on", worker.name)
+                logger.exception(
+                    "health check of worker %s failed; it will be repeated", worker.name
+                )
                 await asyncio.sleep(self._health.recheck)
 
     async def _watch(self, worker: Worker) -> None:
@@ -90,7 +92,7 @@ class Pinger:
         wait = 0.0
         while True:
             suspected.clear()
-            was_down = worker.state is State.DOWN
+            was_down = worker.state is WorkerState.DOWN
             with self._telling(worker) as told:
                 finding = await self._ping(worker)
                 worker.observe(finding.check, finding.reason, finding.description)
@@ -124,8 +126,8 @@ class Pinger:
 
 def next_wait(worker: Worker, health: Health, last: float) -> float:
     """Decide how long to wait for the next ping of a worker, in seconds."""
-    if worker.state is State.READY and not worker.in_doubt:
+    if worker.state is WorkerState.READY and not worker.in_doubt:
         return health.interval
-    if worker.state is State.DOWN:
+    if worker.state is WorkerState.DOWN:
         return min(max(health.recheck, last * 1.5), health.interval)
     return min(health.recheck, health.interval)

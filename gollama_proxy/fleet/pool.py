@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from gollama_proxy.fleet.worker import State, Worker
+from gollama_proxy.fleet.worker import Worker, WorkerState
 
 LOAD_AFTER = 10.0  # seconds
 
@@ -58,6 +58,6 @@ class Pool(NamedTuple):
         waits = [
             worker.opens_in(self.model)
             for worker in self.workers
-            if worker.state is State.READY
+            if worker.state is WorkerState.READY
         ]
         return min(waits, default=0.0)

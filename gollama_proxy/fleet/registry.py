@@ -14,13 +14,13 @@ from gollama_proxy.config.settings import Config, Models
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.slowness import Expectations
 from gollama_proxy.fleet.speed import Prefill
-from gollama_proxy.fleet.worker import State, Worker
+from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.scheduling.budget import RetryBudget
 from gollama_proxy.scheduling.policies import Policy, make
 from gollama_proxy.scheduling.retry import Attempts
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
-# How long a client should wait before it asks again: a recheck or two of the pinger.
+# How long a client should wait before it asks again: one or two rechecks.
 RETRY_AFTER = 2
 
 
@@ -39,7 +39,7 @@ class Registry:
                 config.health,
                 clock,
                 index,
-                limits=config.breaker,
+                policy=config.breaker,
                 overcommit=config.queue.overcommit,
                 expectations=Expectations(
                     base=config.timeouts.allowance, hard=config.timeouts.first_token
@@ -367,7 +367,7 @@ class Registry:
 
 def _state_of(worker: Worker, model: str | None) -> str:
     """Name what keeps a worker from being used, as an operator would."""
-    if worker.state is not State.READY or worker.can_serve(model or ""):
+    if worker.state is not WorkerState.READY or worker.can_serve(model or ""):
         return worker.state.value
     shut = [b.state.value for b in worker.breakers(model or "") if not b.closed]
     return f"breaker {shut[0]}" if shut else "busy"

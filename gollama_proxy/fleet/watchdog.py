@@ -16,13 +16,13 @@ from typing import Protocol
 
 from gollama_proxy.config.settings import Timeouts
 from gollama_proxy.fleet.breaker import Breaker, Permit
-from gollama_proxy.fleet.worker import State, Worker
+from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.tasks import spawn
 
 logger = logging.getLogger(__name__)
 
 PERIOD = 1.0
-# Seconds without a byte of an answer, after which the pinger had better look.
+# Seconds without a byte of an answer, after which the worker is checked at once.
 SUSPICIOUS = 5.0
 Prove = Callable[[Worker, str], Awaitable[bool | None]]
 
@@ -35,7 +35,7 @@ class Answer(Protocol):
     def abandon(self) -> None: ...
 
 
-class Sweep:
+class Watchdog:
     """Watches answers and half-open breakers."""
 
     def __init__(
@@ -57,7 +57,7 @@ class Sweep:
         self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<Sweep answers={len(self._answers)} canaries={len(self._canaries)}>"
+        return f"<Watchdog answers={len(self._answers)} canaries={len(self._canaries)}>"
 
     @contextlib.contextmanager
     def watching(self, answer: Answer, worker: Worker) -> Iterator[None]:
@@ -69,7 +69,7 @@ class Sweep:
             self._answers.pop(answer, None)
 
     def start(self) -> None:
-        self._task = spawn(self._run(), "sweep")
+        self._task = spawn(self._run(), "watchdog")
 
     async def stop(self) -> None:
         tasks = [*self._canaries, *([self._task] if self._task else [])]
@@ -84,7 +84,7 @@ class Sweep:
             try:
                 self.round()
             except Exception:
-                logger.exception("a sweep failed; the next one comes")
+                logger.exception("a round of the watchdog failed; the next one follows")
 
     def round(self) -> None:
         """Look at everything once."""
@@ -96,7 +96,7 @@ class Sweep:
             if worker.is_down:
                 answer.abandon()
         for worker in self._workers:
-            if worker.state is State.READY and worker.limits.canary:
+            if worker.state is WorkerState.READY and worker.policy.canary:
                 self._send_canaries(worker)
         if self._then is not None:
             self._then()

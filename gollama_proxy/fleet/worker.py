@@ -22,10 +22,10 @@ from typing import assert_never
 
 from gollama_proxy.bounded import Remembered
 from gollama_proxy.config.names import is_name, is_plain, matches
-from gollama_proxy.config.settings import Breaker as Limits
+from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, WorkerConfig
 from gollama_proxy.fleet.breaker import Breaker, Verdict
-from gollama_proxy.fleet.lease import Lease, Outcome
+from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.naming import AnswerNames
 from gollama_proxy.fleet.slowness import Expectations, Pace
 from gollama_proxy.fleet.speed import Prefill
@@ -37,37 +37,37 @@ SPARE = 3  # threads of a llama-server, beside one for each slot
 MOST_SLOTS = 10_000  # that a worker is believed to have, or may be configured with
 
 
-class State(enum.Enum):
+class WorkerState(enum.Enum):
     STARTING = "starting"
     LOADING = "loading"
     READY = "ready"
     DOWN = "down"
 
 
-class Event(enum.Enum):
+class WorkerEvent(enum.Enum):
     ROSE = "enough good checks"
     LOADING = "it is loading its model"
     FELL = "enough failed checks"
 
 
-TRANSITIONS: dict[tuple[State, Event], State] = {
-    (State.STARTING, Event.ROSE): State.READY,
-    (State.STARTING, Event.LOADING): State.LOADING,
-    (State.STARTING, Event.FELL): State.DOWN,
-    (State.LOADING, Event.ROSE): State.READY,
-    (State.LOADING, Event.LOADING): State.LOADING,
-    (State.LOADING, Event.FELL): State.DOWN,
-    (State.READY, Event.ROSE): State.READY,
-    (State.READY, Event.LOADING): State.LOADING,
-    (State.READY, Event.FELL): State.DOWN,
-    (State.DOWN, Event.ROSE): State.READY,
-    (State.DOWN, Event.LOADING): State.LOADING,
-    (State.DOWN, Event.FELL): State.DOWN,
+TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
+    (WorkerState.STARTING, WorkerEvent.ROSE): WorkerState.READY,
+    (WorkerState.STARTING, WorkerEvent.LOADING): WorkerState.LOADING,
+    (WorkerState.STARTING, WorkerEvent.FELL): WorkerState.DOWN,
+    (WorkerState.LOADING, WorkerEvent.ROSE): WorkerState.READY,
+    (WorkerState.LOADING, WorkerEvent.LOADING): WorkerState.LOADING,
+    (WorkerState.LOADING, WorkerEvent.FELL): WorkerState.DOWN,
+    (WorkerState.READY, WorkerEvent.ROSE): WorkerState.READY,
+    (WorkerState.READY, WorkerEvent.LOADING): WorkerState.LOADING,
+    (WorkerState.READY, WorkerEvent.FELL): WorkerState.DOWN,
+    (WorkerState.DOWN, WorkerEvent.ROSE): WorkerState.READY,
+    (WorkerState.DOWN, WorkerEvent.LOADING): WorkerState.LOADING,
+    (WorkerState.DOWN, WorkerEvent.FELL): WorkerState.DOWN,
 }
 
 
 # Ends of an attempt after which the pinger had better look at once.
-SUSPICIOUS = frozenset({Outcome.WORKER_FAILED, Outcome.SLOW, Outcome.BUSY})
+SUSPICIOUS = frozenset({Result.WORKER_FAILED, Result.SLOW, Result.BUSY})
 
 
 @dataclass(slots=True, eq=False)
@@ -78,14 +78,14 @@ class Worker:
     health: Health
     clock: Callable[[], float]
     index: int = 0  # place in the configuration, from 0
-    state: State = State.STARTING
+    state: WorkerState = WorkerState.STARTING
     reason: str = "not reached yet"
     description: Description | None = None  # None until it was reached once
     slots: int | None = field(init=False)  # None: not known, and not limited
     weight: float = field(init=False)  # its share beside the others'
     leases: set[Lease] = field(default_factory=set)
     checked_at: float | None = None
-    limits: Limits = field(default_factory=Limits)
+    policy: Policy = field(default_factory=Policy)
     expectations: Expectations = field(default_factory=Expectations)
     rng: random.Random = field(default_factory=random.Random)
     breaker: Breaker = field(init=False)
@@ -116,7 +116,7 @@ class Worker:
     _unloaded: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.breaker = Breaker(self.name, self.limits, self.clock, self.rng)
+        self.breaker = Breaker(self.name, self.policy, self.clock, self.rng)
         self.slots = self.config.slots
         self.weight = self.config.weight or self.config.vram_gib or 1.0
 
@@ -137,16 +137,16 @@ class Worker:
 
     @property
     def is_down(self) -> bool:
-        return self.state is State.DOWN
+        return self.state is WorkerState.DOWN
 
     @property
     def available(self) -> bool:
-        return self.state is State.READY and self.breaker.available
+        return self.state is WorkerState.READY and self.breaker.available
 
     @property
     def admits(self) -> bool:
         """Whether a request may come, be it as the proof of a half-open breaker."""
-        return self.state is State.READY and self.breaker.admits
+        return self.state is WorkerState.READY and self.breaker.admits
 
     def can_serve(self, model: str) -> bool:
         """Whether a request for this model may be sent now."""
@@ -159,7 +159,7 @@ class Worker:
         One that is out, or whose breaker is open, is not merely busy.
         """
         sound = all(breaker.closed for breaker in self.breakers(model))
-        return self.state is State.READY and sound and self.opens_in(model) > 0
+        return self.state is WorkerState.READY and sound and self.opens_in(model) > 0
 
     def opens_in(self, model: str) -> float:
         """Return the seconds for which it will surely take nothing for this model."""
@@ -175,7 +175,7 @@ class Worker:
         if model not in self.model_breakers:
             name = f"{self.name} {model}"
             self.model_breakers[model] = Breaker(
-                name, self.limits, self.clock, self.rng
+                name, self.policy, self.clock, self.rng
             )
         return self.model_breakers[model]
 
@@ -286,7 +286,7 @@ class Worker:
     @property
     def in_doubt(self) -> bool:
         """Whether it failed a check lately, and has not fallen yet."""
-        return self.state is State.READY and self._bad > 0
+        return self.state is WorkerState.READY and self._bad > 0
 
     def serves(self, model: str) -> bool:
         if self.config.models:
@@ -319,8 +319,7 @@ class Worker:
 
         Where a breaker is half-open, the lease is its proof.
         """
-        lease = Lease(self.name, self.clock, self._give_back)
-        lease.model, lease.slot = model, slot
+        lease = Lease(self, model, slot=slot)
         permits = [breaker.permit() for breaker in self.breakers(model)]
         lease.permits = tuple(permit for permit in permits if permit is not None)
         lease.generation = self.breaker.generation
@@ -336,29 +335,30 @@ class Worker:
         elif self._full_since is None:
             self._full_since = self.clock()
 
-    def _give_back(self, lease: Lease, outcome: Outcome) -> None:
+    def take_back(self, lease: Lease, result: Result) -> None:
+        """Free what a lease held; `Lease.release` calls this once."""
         beside = len(self.leases)
         self.leases.discard(lease)
         self._taken -= lease.slot
-        verdict = self._judge(lease, outcome, beside)
+        verdict = self._judge(lease, result, beside)
         for permit in lease.permits:
-            permit.settle(_proof(verdict, outcome))
+            permit.settle(_proof(verdict, result))
         self.breaker.record(verdict, lease.generation)
-        if outcome in (Outcome.WORKER_FAILED, Outcome.SLOW):
+        if result in (Result.WORKER_FAILED, Result.SLOW):
             self._bad += 1
             self._good = 0
-        if outcome in SUSPICIOUS:
+        if result in SUSPICIOUS:
             self.suspect()
-        if outcome is Outcome.REFUSED:
+        if result is Result.REFUSED:
             self.has_answered(lease)
         if self.on_free is not None:
             self.on_free()
         self._note_room()  # a slot that went from one request to the next was not free
 
-    def _judge(self, lease: Lease, outcome: Outcome, beside: int) -> Verdict:
+    def _judge(self, lease: Lease, result: Result, beside: int) -> Verdict:
         """Say what an attempt has shown about this worker."""
-        match outcome:
-            case Outcome.COMPLETE:
+        match result:
+            case Result.COMPLETE:
                 self._check(lease.prefill)
                 pace = self.pace_of(lease.model)
                 slow = pace.is_slow(lease.tokens, lease.seconds, beside)
@@ -371,21 +371,21 @@ class Worker:
                     lease.prefill,
                 )
                 return Verdict.SLOW if slow else Verdict.SUCCESS
-            case Outcome.SLOW:
+            case Result.SLOW:
                 if not lease.first_token:
                     self.pace_of(lease.model).missed()
                 return Verdict.HUNG
-            case Outcome.WORKER_FAILED:
+            case Result.WORKER_FAILED:
                 return Verdict.FAILURE
-            case Outcome.CLIENT_GONE:
+            case Result.CLIENT_GONE:
                 # Whoever leaves after a hang has left because of it.
                 waited = self.clock() - lease.taken_at
                 hung = not lease.first_token and waited > lease.allowance
                 return Verdict.HUNG if hung else Verdict.NEUTRAL
-            case Outcome.BUSY | Outcome.REFUSED | Outcome.ERRED | Outcome.HUB_STOPPED:
+            case Result.BUSY | Result.REFUSED | Result.ERRED | Result.HUB_STOPPED:
                 return Verdict.NEUTRAL
             case _:
-                assert_never(outcome)
+                assert_never(result)
 
     def _check(self, told: Prefill | None) -> None:
         """Complain, once, of what it tells about its reading if that cannot be true."""
@@ -465,31 +465,34 @@ class Worker:
             logger.warning("worker %s: says it has %d slots", self.name, slots)
         return None
 
-    def _count(self, check: Check) -> Event | None:
+    def _count(self, check: Check) -> WorkerEvent | None:
         match check:
             case Check.OK:
                 self._good, self._bad = self._good + 1, 0
-                needed = self.health.rise if self.state is State.DOWN else 1
-                return Event.ROSE if self._good >= needed else None
+                needed = self.health.rise if self.state is WorkerState.DOWN else 1
+                return WorkerEvent.ROSE if self._good >= needed else None
             case Check.LOADING:
                 self._good = self._bad = 0
-                return Event.LOADING
+                return WorkerEvent.LOADING
             case Check.FAILED | Check.REFUSED:
                 self._good, self._bad = 0, self._bad + 1
-                needed = self.health.fall if self.state is State.READY else 1
-                return Event.FELL if self._bad >= needed else None
+                needed = self.health.fall if self.state is WorkerState.READY else 1
+                return WorkerEvent.FELL if self._bad >= needed else None
             case _:
                 assert_never(check)
 
-    def _step(self, event: Event, reason: str) -> None:
+    def _step(self, event: WorkerEvent, reason: str) -> None:
         before, self.state = self.state, TRANSITIONS[self.state, event]
         self.reason = reason
-        if self.state is State.READY and before in (State.DOWN, State.LOADING):
+        if self.state is WorkerState.READY and before in (
+            WorkerState.DOWN,
+            WorkerState.LOADING,
+        ):
             self._forget_another()
             for breaker in (self.breaker, *self.model_breakers.values()):
                 breaker.renew()
         if self.state is not before:
-            level = logging.WARNING if self.state is State.DOWN else logging.INFO
+            level = logging.WARNING if self.state is WorkerState.DOWN else logging.INFO
             logger.log(
                 level,
                 "worker %s: %s -> %s (%s)",
@@ -500,9 +503,9 @@ class Worker:
             )
 
 
-def _proof(verdict: Verdict, outcome: Outcome) -> bool | None:
+def _proof(verdict: Verdict, result: Result) -> bool | None:
     """Say what a request has proved that was let in to prove a worker."""
-    if outcome is Outcome.ERRED:
+    if result is Result.ERRED:
         return False
     if verdict is Verdict.NEUTRAL:
         return None

@@ -68,7 +68,7 @@ class Attempt:
         self._sent = True  # the whole request
 
     def __repr__(self) -> str:
-        return f"<Attempt on {self._lease.worker} {self._connection!r}>"
+        return f"<Attempt on {self._lease.worker.name} {self._connection!r}>"
 
     async def __aenter__(self) -> Attempt:
         return self
@@ -116,7 +116,7 @@ class Attempt:
         self._connection = connection
         stale = connection.used > 0
         self._relay = relay = Relay(
-            self._lease.worker,
+            self._lease.worker.name,
             connection,
             self._lease,
             request.endpoint.ending,
@@ -133,7 +133,7 @@ class Attempt:
         except TimeoutError:
             raise WorkerError(
                 Code.WORKER_TIMEOUT,
-                f"Worker {self._lease.worker} sent nothing "
+                f"Worker {self._lease.worker.name} sent nothing "
                 f"within {self._timeouts.first_token:g} s.",
             ) from None
         except WorkerError as exc:
@@ -158,7 +158,7 @@ class Attempt:
             except TimeoutError:
                 overdue = self._clock() >= until or patience.hopeless()
                 if overdue and patience.somebody_else():
-                    text = f"Worker {self._lease.worker} was too slow to begin."
+                    text = f"Worker {self._lease.worker.name} was too slow to begin."
                     raise WorkerError(Code.WORKER_SLOW, text) from None
                 await patience.tell(self._clock() - began)
 
@@ -225,7 +225,7 @@ class Attempt:
             async with asyncio.timeout(limit):
                 await connection.drain()
         except TimeoutError:
-            text = f"Worker {self._lease.worker} took nothing within {limit:g} s."
+            text = f"Worker {self._lease.worker.name} took nothing within {limit:g} s."
             raise WorkerError(Code.WORKER_TIMEOUT, text) from None
 
 

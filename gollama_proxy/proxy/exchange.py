@@ -19,10 +19,10 @@ from gollama_proxy.config.settings import Config
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.edge.router import draining
-from gollama_proxy.fleet.lease import Lease, Outcome
+from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.speed import Prefill
-from gollama_proxy.fleet.watchdog import Sweep
+from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.attempt import Attempt, Outgoing
 from gollama_proxy.proxy.body import Incoming, answer_expectation
@@ -78,7 +78,7 @@ class Inference:
         authenticator: Authenticator,
         registry: Registry,
         connections: Mapping[str, ConnectionPool],
-        sweep: Sweep,
+        watchdog: Watchdog,
         slots: Slots,
         fitting: Fitting,
         look: Callable[[Worker], Awaitable[bool]],
@@ -89,7 +89,7 @@ class Inference:
         self._authenticator = authenticator
         self._registry = registry
         self._connections = connections
-        self._sweep = sweep
+        self._watchdog = watchdog
         self._slots = slots
         self._fitting = fitting
         self._look = look
@@ -241,19 +241,19 @@ class Inference:
                 if job.record.first_byte is None:
                     job.record.first_byte = now - job.record.started
                 answer = await self._relay(job, worker, relay, lease)
-                if lease.outcome is Outcome.COMPLETE:
+                if lease.result is Result.COMPLETE:
                     job.settle_blame(worker)
                     job.prove(worker)
                 return answer
 
     def _note_attempt(self, lease: Lease, job: Job) -> None:
         record = job.record
-        record.model, record.worker = job.attempts.pool.model, lease.worker
+        record.model, record.worker = job.attempts.pool.model, lease.worker.name
         record.fell_back = job.model if job.model != record.model else ""
         record.attempts += 1
         record.queued = lease.taken_at - record.started
         record.headers |= {
-            "X-Gollama-Worker": lease.worker,
+            "X-Gollama-Worker": lease.worker.name,
             "X-Gollama-Attempts": str(record.attempts),
             "X-Gollama-Queue-Ms": str(round(record.queued * 1000)),
         }
@@ -325,7 +325,7 @@ class Inference:
         except asyncio.CancelledError:
             self._charges.add_unseen(job, worker, lease)
             raise
-        with self._sweep.watching(relay, worker):
+        with self._watchdog.watching(relay, worker):
             refused = await read_refusal(relay, worker.name)
             if refused is None and not await self._is_asked_for(job, worker, relay):
                 model = job.attempts.pool.model
@@ -380,20 +380,20 @@ class Inference:
         complete = False
         try:
             client = await job.open(relay)
-            with self._sweep.watching(relay, worker):
+            with self._watchdog.watching(relay, worker):
                 await relay.run(client, write_timeout, job.kept, job.tally)
             response = await job.finish()
             complete = True
             self._look_late(job, worker, relay)
         except ClientStalledError:
-            lease.release(Outcome.CLIENT_GONE)
+            lease.release(Result.CLIENT_GONE)
             return job.drop_client()
         except AssemblyError as exc:
             return _released(lease, refusal_of_assembly(exc))
         except WorkerError as exc:
             return _released(lease, job.broke_off(worker, relay, exc))
         except ProxyError:  # the client's own body was at fault
-            lease.release(Outcome.REFUSED)
+            lease.release(Result.REFUSED)
             raise
         except asyncio.CancelledError:
             if job.client_left and relay.told_all:
@@ -401,7 +401,7 @@ class Inference:
                 record.outcome = accesslog.Outcome.COMPLETE
                 complete = True
             elif not job.client_left:
-                lease.release(Outcome.HUB_STOPPED)
+                lease.release(Result.HUB_STOPPED)
             raise
         finally:
             if job.fed:  # else it is counted as a whole
@@ -436,7 +436,7 @@ class Inference:
         if told.reading is not None:
             lease.prefill = Prefill(*told.reading)
             self._registry.learn(job.attempts, worker, lease.prefill)
-        lease.release(Outcome.COMPLETE)
+        lease.release(Result.COMPLETE)
 
 
 def _released(lease: Lease, refusal: Refusal) -> Refusal:

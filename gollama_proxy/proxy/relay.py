@@ -120,7 +120,7 @@ class Relay:
         self._buffered: Callable[[], int] = int
         self._blocked = False
         self._ended = False
-        self._seen = 0  # events, at the last look of the sweep
+        self._seen = 0  # events, at the last round of the watchdog
         self._progress_at = 0.0
         self._error: ProxyError | AssemblyError | None = None
         self._wakeup: asyncio.Future[None] | None = None

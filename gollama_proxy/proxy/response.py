@@ -10,7 +10,7 @@ from typing import NamedTuple
 from aiohttp import web
 
 from gollama_proxy.edge.server import json_response
-from gollama_proxy.fleet.lease import Outcome
+from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import RETRY_AFTER
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.scheduling.retry import Failure
@@ -46,7 +46,7 @@ class Refusal(NamedTuple):
     """An attempt that came to nothing before a byte of an answer was passed on."""
 
     told: web.Response | ProxyError  # to the client, if nobody else is asked
-    outcome: Outcome  # for the worker
+    outcome: Result  # for the worker
     failure: Failure | None = None  # None: it would be the same everywhere
     busy: float | None = None  # seconds that the worker asks to be left alone
     overflow: Overflow | None = None  # the prompt was too long
@@ -56,10 +56,10 @@ class Refusal(NamedTuple):
 def refusal_of(error: WorkerError) -> Refusal:
     """Describe an attempt that ended with an error of the connection."""
     if isinstance(error, DivergedError):  # well meant; it was asked for too much
-        return Refusal(error, Outcome.REFUSED)
+        return Refusal(error, Result.REFUSED)
     failure = FAILURES[error.code]
     slow = failure is Failure.SLOW
-    outcome = Outcome.SLOW if slow else Outcome.WORKER_FAILED
+    outcome = Result.SLOW if slow else Result.WORKER_FAILED
     return Refusal(error, outcome, failure)
 
 
@@ -70,14 +70,14 @@ def refusal_of_assembly(error: AssemblyError) -> Refusal:
     text = "The worker's stream cannot be made into an answer."
     told = WorkerError(Code.WORKER_PROTOCOL, text, detail=str(error))
     lasting = not isinstance(error, LostTextError)
-    return Refusal(told, Outcome.REFUSED, Failure.STREAM, lasting=lasting)
+    return Refusal(told, Result.REFUSED, Failure.STREAM, lasting=lasting)
 
 
 def refusal_of_another(worker: str, model: str) -> Refusal:
     """Describe an answer of a model that was not asked for."""
     text = f"Worker {worker} does not serve the model {model!r} any more."
     away = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
-    return Refusal(away, Outcome.REFUSED, Failure.MODEL)
+    return Refusal(away, Result.REFUSED, Failure.MODEL)
 
 
 async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
@@ -95,16 +95,16 @@ async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
     if status in (401, 403):
         text = f"Worker {worker} refuses the key that the hub has for it."
         error = WorkerError(Code.WORKER_REFUSED_KEY, text)
-        return Refusal(error, Outcome.WORKER_FAILED, Failure.KEY)
+        return Refusal(error, Result.WORKER_FAILED, Failure.KEY)
     if status == 503:
         text = f"Worker {worker} is loading its model or too busy."
         away = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
-        return Refusal(away, Outcome.BUSY, Failure.LOADING, _retry_after(relay))
+        return Refusal(away, Result.BUSY, Failure.LOADING, _retry_after(relay))
     told = _pass_on(relay, worker, body)
     if status == 429:
-        return Refusal(told, Outcome.BUSY, Failure.BUSY, _retry_after(relay))
+        return Refusal(told, Result.BUSY, Failure.BUSY, _retry_after(relay))
     if (overflow := Overflow.read(body)) is not None:
-        return Refusal(told, Outcome.REFUSED, Failure.CONTEXT, overflow=overflow)
+        return Refusal(told, Result.REFUSED, Failure.CONTEXT, overflow=overflow)
     # A 500 of llama-server often means a bad request, so nobody is blamed for it yet.
     return _status_refusal(told, failed=status >= 500 and status != 501)
 
@@ -116,14 +116,14 @@ def promote(early: sse.EventError) -> Refusal:
     told = json_response(error_body(early.message, early.type, None), status)
     overflow = Overflow.of(early.message, (early.type, code))
     if overflow is not None:
-        return Refusal(told, Outcome.REFUSED, Failure.CONTEXT, overflow=overflow)
+        return Refusal(told, Result.REFUSED, Failure.CONTEXT, overflow=overflow)
     return _status_refusal(told, failed=status >= 500)
 
 
 def _status_refusal(told: web.Response, *, failed: bool) -> Refusal:
     if failed:
-        return Refusal(told, Outcome.ERRED, Failure.STATUS)
-    return Refusal(told, Outcome.REFUSED)
+        return Refusal(told, Result.ERRED, Failure.STATUS)
+    return Refusal(told, Result.REFUSED)
 
 
 def _pass_on(relay: Relay, worker: str, body: bytes) -> web.Response:

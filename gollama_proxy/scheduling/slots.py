@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from gollama_proxy.fleet.lease import Lease, Outcome
+from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.admission import Line
@@ -113,7 +113,7 @@ class Slots:
         future = waiter.future
         given = future.done() and not future.cancelled() and not future.exception()
         if given and (seat := future.result()) is not None:
-            seat[1].release(Outcome.CLIENT_GONE)
+            seat[1].release(Result.CLIENT_GONE)
         future.cancel()
         if ticket in self._held_up:
             self._held_up.remove(ticket)

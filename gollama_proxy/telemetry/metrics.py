@@ -23,10 +23,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from gollama_proxy import __version__
-from gollama_proxy.fleet.breaker import Cause
-from gollama_proxy.fleet.breaker import State as BreakerState
+from gollama_proxy.fleet.breaker import BreakerState, Cause
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.worker import State
+from gollama_proxy.fleet.worker import WorkerState
 from gollama_proxy.scheduling.admission import Line
 from gollama_proxy.scheduling.ticket import Priority
 from gollama_proxy.telemetry.accesslog import Record
@@ -187,7 +186,7 @@ class _WorkerCollector(Collector):
         for worker in self._registry.workers:
             up.add_metric([worker.name], worker.available)
             in_flight.add_metric([worker.name], worker.in_flight)
-            for each in State:
+            for each in WorkerState:
                 state.add_metric([worker.name, each.value], worker.state is each)
             if worker.description is not None and worker.description.slots:
                 slots.add_metric([worker.name], worker.description.slots)

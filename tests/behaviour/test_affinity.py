@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config import load as config
-from gollama_proxy.fleet.lease import Outcome
+from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.admission import Line
@@ -228,7 +228,7 @@ async def test_a_turn_waits_for_its_worker_while_others_use_the_free_one() -> No
 
 
 async def test_who_has_waited_for_long_enough_goes_elsewhere() -> None:
-    """The sweep looks again; nobody has come or gone in the meantime."""
+    """The watchdog looks again; nobody has come or gone in the meantime."""
     async with occupied(queue__timeout=2) as (_, other, hub, _busy):
         response = await hub.post(CHAT, turn("x", 2))
         assert response.status == 200
@@ -263,7 +263,7 @@ async def test_the_wait_for_a_warm_worker_does_not_grow_with_the_queues_timeout(
     slots = Slots(registry, Line(loaded.queue, Clock()), Clock())
     attempts = registry.attempts(registry.pool("tiny"), CHAT)
     _, lease = await slots.take(Entry(attempts, Claim("alice")))
-    lease.release(Outcome.COMPLETE)
+    lease.release(Result.COMPLETE)
     assert registry.patience == patience
 
 

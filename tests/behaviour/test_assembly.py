@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config.settings import STREAMED
-from gollama_proxy.fleet.breaker import State
+from gollama_proxy.fleet.breaker import BreakerState
 from tests.behaviour.test_usage import other_server
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import running_hub
@@ -155,7 +155,7 @@ async def test_a_stream_that_stalls_is_cut_by_the_gap_clock() -> None:
         await worker.received(1)
         reading = asyncio.create_task(wire.read_response(), name="fake reader")
         while not reading.done():
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             await asyncio.sleep(0.02)
         got = await reading
     assert (got.status, got.json()["error"]["code"]) == (504, "worker_slow")
@@ -194,7 +194,7 @@ async def test_what_cannot_be_folded_is_asked_for_as_it_was_and_no_more_in_vain(
         streams = [request.json().get("stream") for request in worker.requests]
         assert streams == [True, None, None, None, None]
         [record] = hub.hub.registry.workers
-        assert record.breaker_of("tiny").state is State.CLOSED
+        assert record.breaker_of("tiny").state is BreakerState.CLOSED
         assert not record.in_doubt
 
 
@@ -222,7 +222,7 @@ async def test_a_worker_that_refuses_a_stream_is_asked_without(status: int) -> N
             assert (await hub.post(CHAT, BODY)).json() == {"ok": n}
         assert [r.json().get("stream") for r in worker.requests] == [True, None, None]
         [record] = hub.hub.registry.workers
-        assert record.breaker_of("tiny").state is State.CLOSED
+        assert record.breaker_of("tiny").state is BreakerState.CLOSED
 
 
 async def test_a_worker_that_refuses_to_tell_usage_is_asked_without() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gollama_proxy.fleet.worker import State
+from gollama_proxy.fleet.worker import WorkerState
 from tests.fakes.asks import CHAT, MIB, STREAM
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import hub_process
@@ -103,7 +103,7 @@ async def test_a_client_that_stops_reading_is_dropped() -> None:
             await request.closed_by_peer.wait()
         await released(hub)
         [record] = hub.hub.registry.workers
-        assert record.state is State.READY
+        assert record.state is WorkerState.READY
         assert not record.in_doubt
         assert len(worker.control) == pings
         ending = await wire.read_to_end()

@@ -53,7 +53,7 @@ async def hub_of_two_models(**settings: Any) -> AsyncIterator[RunningHub]:
         yield hub
         for worker in (one, two):
             assert worker.requests == []
-            # The pinger's are the only connections.
+            # Those of the health checks are the only connections.
             assert worker.connections <= len(worker.control)
 
 

@@ -19,7 +19,7 @@ from gollama_proxy.bounded import MOST
 from gollama_proxy.config import load as config
 from gollama_proxy.edge.auth import AuthError
 from gollama_proxy.edge.quotas import REMEMBERED, Quotas
-from gollama_proxy.fleet.lease import Outcome
+from gollama_proxy.fleet.lease import Result
 from gollama_proxy.hub import Hub
 from gollama_proxy.scheduling.ticket import Priority
 from gollama_proxy.telemetry.accesslog import Record
@@ -67,7 +67,7 @@ def hub_with(tmp_path: Path, policy: str, clock: Clock) -> Hub:
     return hub
 
 
-def ask(hub: Hub, model: str, subject: str, outcome: Outcome) -> None:
+def ask(hub: Hub, model: str, subject: str, outcome: Result) -> None:
     """Have one request served, as the path of a request does, but without sockets."""
     registry, line = hub.registry, hub.slots.line
     attempts = registry.attempts(registry.resolve(model, None), "/v1/chat/completions")
@@ -92,7 +92,7 @@ def test_made_up_models_and_subjects_are_forgotten(tmp_path: Path, policy: str) 
     before = {id(table) for _, table in tables_of()}
     hub = hub_with(tmp_path, policy, clock)
     for number in range(NAMES):
-        ask(hub, f"q{number}", f"subject {number}", Outcome.COMPLETE)
+        ask(hub, f"q{number}", f"subject {number}", Result.COMPLETE)
         clock.advance(0.01)
     large = {
         name: len(table)

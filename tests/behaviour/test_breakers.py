@@ -1,6 +1,6 @@
 """A worker that fails is taken out of the traffic, and proves itself before it is back.
 
-The sweep comes once a second by itself; here it comes when a test says so.
+The watchdog comes once a second by itself; here it comes when a test says so.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet import watchdog as sweep
-from gollama_proxy.fleet.breaker import Breaker, State, Verdict
+from gollama_proxy.fleet import watchdog
+from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
 from tests.fakes import waiting
 from tests.fakes.asks import CHAT, EMBED, RARELY, STREAM, WHOLE
 from tests.fakes.clock import Clock
@@ -66,7 +66,7 @@ BEGUN = role() + token("a")
 
 @pytest.fixture(autouse=True)
 def _no_sweep_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "PERIOD", RARELY)
+    monkeypatch.setattr(watchdog, "PERIOD", RARELY)
 
 
 def breaker_of(hub: RunningHub, worker: ScriptedWorker) -> Breaker:
@@ -84,20 +84,20 @@ def is_canary(request: Request) -> bool:
 
 
 async def proofs(hub: RunningHub) -> None:
-    """Have the sweep come, and wait for the canaries that it sends."""
-    hub.hub.sweep.round()
-    await asyncio.gather(*hub.hub.sweep._canaries)
+    """Run a round of the watchdog, and wait for the canaries that it sends."""
+    hub.hub.watchdog.round()
+    await asyncio.gather(*hub.hub.watchdog._canaries)
 
 
 @asynccontextmanager
 async def broken(
-    *models: str, state: State = State.OPEN, **settings: Any
+    *models: str, state: BreakerState = BreakerState.OPEN, **settings: Any
 ) -> AsyncIterator[tuple[ScriptedWorker, RunningHub]]:
     """Run a hub whose only worker has been taken out by its breaker.
 
     The worker has been repaired since.
     """
-    if state is State.HALF_OPEN:
+    if state is BreakerState.HALF_OPEN:
         settings = {"breaker__open": 0.05, "breaker__open_max": 0.05, **settings}
     settings = {"health__interval": RARELY, "breaker__jitter": 0} | ONE_CALL | settings
     async with (
@@ -108,7 +108,7 @@ async def broken(
         for _ in range(FAILURES):
             assert (await hub.post(CHAT, STREAM)).status == 502
         breaker = breaker_of(hub, worker)
-        assert breaker.transitions[State.OPEN] == 1
+        assert breaker.transitions[BreakerState.OPEN] == 1
         worker.default(*answer({"choices": []}))
         worker.requests.clear()
         await until(lambda: breaker.state is state)
@@ -134,7 +134,7 @@ async def test_a_worker_that_is_in_good_health_and_cannot_generate_is_taken_out(
         for _ in range(3 * FAILURES):
             assert (await hub.post(CHAT, STREAM)).status == 200
         assert len(bad.requests) == FAILURES
-        assert breaker_of(hub, bad).state is State.OPEN
+        assert breaker_of(hub, bad).state is BreakerState.OPEN
         await bad.pinged(9)
         await proofs(hub)
         for _ in range(20):
@@ -164,7 +164,7 @@ async def test_canaries_are_all_that_a_broken_worker_gets() -> None:
             assert (await hub.post(CHAT, STREAM)).status == 200
         breaker = breaker_of(hub, bad)
         for _ in range(5):
-            await until(lambda: breaker.state is State.HALF_OPEN)
+            await until(lambda: breaker.state is BreakerState.HALF_OPEN)
             for _ in range(4):
                 assert (await hub.post(CHAT, STREAM)).status == 200
             await proofs(hub)
@@ -289,7 +289,7 @@ async def test_a_client_that_leaves_after_a_hang_has_left_because_of_it() -> Non
 
 
 async def test_no_request_of_a_user_gets_to_a_worker_that_has_to_prove_itself() -> None:
-    async with broken(state=State.HALF_OPEN) as (worker, hub):
+    async with broken(state=BreakerState.HALF_OPEN) as (worker, hub):
         responses = await asyncio.gather(*(hub.post(CHAT, STREAM) for _ in range(50)))
         for response in responses:
             assert response.status == 503
@@ -298,16 +298,16 @@ async def test_no_request_of_a_user_gets_to_a_worker_that_has_to_prove_itself() 
 
 
 async def test_good_canaries_close_a_breaker() -> None:
-    async with broken(state=State.HALF_OPEN) as (worker, hub):
+    async with broken(state=BreakerState.HALF_OPEN) as (worker, hub):
         breaker = breaker_of(hub, worker)
         worker.script(*answer({"choices": []}))
         worker.script(notify("second"), wait("go"), *answer({"choices": []}))
-        hub.hub.sweep.round()
+        hub.hub.watchdog.round()
         await worker.reached("second")  # at once behind the first
-        assert breaker.state is State.HALF_OPEN
+        assert breaker.state is BreakerState.HALF_OPEN
         assert (await hub.post(CHAT, STREAM)).status == 503
         worker.release("go")
-        await asyncio.gather(*hub.hub.sweep._canaries)
+        await asyncio.gather(*hub.hub.watchdog._canaries)
         assert breaker.closed
         assert len(worker.requests) == 2
         assert all(map(is_canary, worker.requests))
@@ -319,7 +319,7 @@ async def test_good_canaries_close_a_breaker() -> None:
 async def test_the_sweep_sends_canaries_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sweep, "PERIOD", 0.01)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.01)
     async with broken() as (worker, hub):
         breaker_of(hub, worker)._rested_at = time.monotonic()
         await until(lambda: breaker_of(hub, worker).closed)
@@ -327,17 +327,17 @@ async def test_the_sweep_sends_canaries_by_itself(
 
 
 async def test_there_is_one_canary_at_a_time() -> None:
-    async with broken(state=State.HALF_OPEN) as (worker, hub):
+    async with broken(state=BreakerState.HALF_OPEN) as (worker, hub):
         worker.default(wait("go"), *answer({"choices": []}))
         for _ in range(10):
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
         await worker.received(1)
         for _ in range(10):
-            hub.hub.sweep.round()
-        assert len(hub.hub.sweep._canaries) == 1
+            hub.hub.watchdog.round()
+        assert len(hub.hub.watchdog._canaries) == 1
         assert len(worker.requests) == 1
         worker.release("go")
-        await asyncio.gather(*hub.hub.sweep._canaries)
+        await asyncio.gather(*hub.hub.watchdog._canaries)
         assert len(worker.requests) == 2
 
 
@@ -353,18 +353,21 @@ async def test_there_is_one_canary_at_a_time() -> None:
 )
 async def test_a_canary_that_dies_opens_the_breaker_again(failing: Script) -> None:
     """A silent one has the time that the first token of a prompt has."""
-    async with broken(state=State.HALF_OPEN, timeouts__allowance=0.2) as (worker, hub):
+    async with broken(state=BreakerState.HALF_OPEN, timeouts__allowance=0.2) as (
+        worker,
+        hub,
+    ):
         worker.default(*failing)
         breaker = breaker_of(hub, worker)
         await proofs(hub)
-        assert breaker.transitions[State.OPEN] == 2
+        assert breaker.transitions[BreakerState.OPEN] == 2
         assert breaker.reason == "the proof failed"
 
 
 async def test_a_hub_that_stops_does_not_wait_for_its_canaries() -> None:
-    async with broken(state=State.HALF_OPEN) as (worker, hub):
+    async with broken(state=BreakerState.HALF_OPEN) as (worker, hub):
         worker.default(expect_eof())
-        hub.hub.sweep.round()
+        hub.hub.watchdog.round()
         await worker.received(1)
     # Leaving the hub's block finds no task of it.
 
@@ -372,7 +375,7 @@ async def test_a_hub_that_stops_does_not_wait_for_its_canaries() -> None:
 async def test_what_a_breaker_does_shows_in_the_metrics_and_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """State, transitions and causes, of the machine and of a model."""
+    """BreakerState, transitions and causes, of the machine and of a model."""
     async with broken(metrics__open=True) as (worker, hub):
         [record] = hub.hub.registry.workers
         record.breaker_of("tiny").record(Verdict.FAILURE)
@@ -396,7 +399,10 @@ async def test_what_a_breaker_does_shows_in_the_metrics_and_in_the_log(
 
 async def test_without_canaries_one_request_at_a_time_proves_a_worker() -> None:
     """A hundred at once: one goes there, the others do not wait for what it shows."""
-    async with broken(state=State.HALF_OPEN, breaker__canary=False) as (worker, hub):
+    async with broken(state=BreakerState.HALF_OPEN, breaker__canary=False) as (
+        worker,
+        hub,
+    ):
         worker.default(notify("here"), wait("go"), *answer({"choices": []}))
         first = asyncio.create_task(hub.post(CHAT, WHOLE))
         await worker.reached("here")
@@ -406,9 +412,9 @@ async def test_without_canaries_one_request_at_a_time_proves_a_worker() -> None:
         assert (await first).status == 200
         assert len(worker.requests) == 1
         breaker = breaker_of(hub, worker)
-        assert breaker.state is State.HALF_OPEN
+        assert breaker.state is BreakerState.HALF_OPEN
         assert (await hub.post(CHAT, WHOLE)).status == 200
-        assert breaker.state is State.CLOSED
+        assert breaker.state is BreakerState.CLOSED
         await proofs(hub)
         assert len(worker.requests) == 2
 
@@ -430,9 +436,9 @@ async def test_a_request_that_proves_a_worker_bad_goes_to_the_next_one() -> None
     ):
         bad.default(reset())
         breaker = breaker_of(hub, bad)
-        while breaker.state is not State.OPEN:
+        while breaker.state is not BreakerState.OPEN:
             assert (await hub.post(CHAT, STREAM)).status == 200
-        await until(lambda: breaker.state is State.HALF_OPEN)
+        await until(lambda: breaker.state is BreakerState.HALF_OPEN)
         bad.requests.clear()
         for _ in range(2):  # one of them has the turn of the bad one
             assert (await hub.post(CHAT, STREAM)).status == 200
@@ -445,7 +451,10 @@ async def test_a_proof_that_shows_nothing_leaves_its_place_to_the_next(
     leaves: bool,
 ) -> None:
     """The permit comes back, whether the client leaves or has asked for too much."""
-    async with broken(state=State.HALF_OPEN, breaker__canary=False) as (worker, hub):
+    async with broken(state=BreakerState.HALF_OPEN, breaker__canary=False) as (
+        worker,
+        hub,
+    ):
         if leaves:
             worker.script(notify("here"), expect_eof())
             async with await hub.open(CHAT, STREAM) as wire:
@@ -458,7 +467,7 @@ async def test_a_proof_that_shows_nothing_leaves_its_place_to_the_next(
             assert (await hub.post(CHAT, WHOLE)).status == 400
         [record] = hub.hub.registry.workers
         await until(lambda: not record.in_flight)
-        assert breaker_of(hub, worker).state is State.HALF_OPEN
+        assert breaker_of(hub, worker).state is BreakerState.HALF_OPEN
         assert (await hub.post(CHAT, WHOLE)).status == 200
 
 
@@ -479,19 +488,19 @@ async def test_a_model_that_a_request_has_to_prove() -> None:
     ):
         bad.default(send(error_reply(500, "no")))
         record = hub.hub.registry.workers[0]
-        while record.breaker_of("tiny").state is not State.OPEN:
+        while record.breaker_of("tiny").state is not BreakerState.OPEN:
             assert (await hub.post(CHAT, STREAM)).status == 200
         breaker = record.breaker_of("tiny")
-        await until(lambda: breaker.state is State.HALF_OPEN)
-        assert record.breaker.state is State.CLOSED
+        await until(lambda: breaker.state is BreakerState.HALF_OPEN)
+        assert record.breaker.state is BreakerState.CLOSED
         for _ in range(2):
             assert (await hub.post(CHAT, STREAM)).status == 200
         assert breaker.reason == "the proof failed"
-        await until(lambda: breaker.state is State.HALF_OPEN)
+        await until(lambda: breaker.state is BreakerState.HALF_OPEN)
         bad.default(*answer({"choices": []}))
-        while breaker.state is State.HALF_OPEN:
+        while breaker.state is BreakerState.HALF_OPEN:
             assert (await hub.post(CHAT, STREAM)).status == 200
-        assert breaker.state is State.CLOSED
+        assert breaker.state is BreakerState.CLOSED
 
 
 # --- Models -----------------------------------------------------------------------
@@ -525,7 +534,7 @@ async def test_a_model_that_fails_takes_the_other_models_of_its_worker_along_not
         breaker = record.breaker_of("ill")
         bad.default(*answer({"choices": []}))
         bad.requests.clear()
-        await until(lambda: breaker.state is State.HALF_OPEN)
+        await until(lambda: breaker.state is BreakerState.HALF_OPEN)
         await proofs(hub)
         await proofs(hub)
         assert breaker.closed
@@ -551,11 +560,11 @@ async def test_a_model_that_is_unavailable_for_ever_is_broken() -> None:
         for _ in range(3):
             if breaker.closed:
                 await hub.post(CHAT, {"model": "ill", **STREAM})
-        assert breaker.transitions[State.OPEN] == 1
+        assert breaker.transitions[BreakerState.OPEN] == 1
         worker.default(*stream_of(2))
         assert (await hub.post(CHAT, {"model": "well", **STREAM})).status == 200
         worker.default(*answer({"choices": []}))
-        await until(lambda: breaker.state is State.HALF_OPEN)
+        await until(lambda: breaker.state is BreakerState.HALF_OPEN)
         await proofs(hub)
         await proofs(hub)
         assert breaker.closed
@@ -568,11 +577,11 @@ async def test_a_model_that_is_unavailable_for_ever_is_broken() -> None:
 async def watched(
     **settings: Any,
 ) -> AsyncIterator[tuple[ScriptedWorker, RunningHub, Clock]]:
-    """Run a worker and a hub whose sweep has a clock that the test advances."""
+    """Run a worker and a hub whose watchdog has a clock that the test advances."""
     settings = {"health__interval": RARELY} | ONE_CALL | settings
     async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
         clock = Clock(time.monotonic())
-        hub.hub.sweep._clock = clock
+        hub.hub.watchdog._clock = clock
         yield worker, hub, clock
 
 
@@ -583,12 +592,12 @@ async def test_a_stream_that_stops_is_ended_and_its_worker_is_slow() -> None:
         async with await hub.open(CHAT, STREAM) as wire:
             await wire.read_event()
             await wire.read_event()
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             clock.advance(30)
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             assert hub.hub.registry.workers[0].in_flight == 1
             clock.advance(0.1)
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             ending = await wire.read_to_end()
         assert not ending.clean
         assert b"worker_slow" in ending.raw
@@ -598,7 +607,7 @@ async def test_a_stream_that_stops_is_ended_and_its_worker_is_slow() -> None:
         assert count(breaker, Verdict.SLOW) == 1
         assert count(breaker, Verdict.FAILURE) == 0
         [record] = hub.hub.registry.workers
-        await until(lambda: not record.in_doubt)  # the pinger has looked at once
+        await until(lambda: not record.in_doubt)  # it was checked at once
 
 
 async def test_an_event_now_and_then_is_enough() -> None:
@@ -609,9 +618,9 @@ async def test_an_event_now_and_then_is_enough() -> None:
             await wire.read_event()
             await wire.read_event()
             for _ in range(5):
-                hub.hub.sweep.round()
+                hub.hub.watchdog.round()
                 clock.advance(29)
-                hub.hub.sweep.round()
+                hub.hub.watchdog.round()
                 pace.release()
                 await wire.read_event()
             ending = await wire.read_to_end()
@@ -629,11 +638,11 @@ async def test_slow_answers_open_a_breaker() -> None:
             assert breaker_of(hub, worker).closed
             async with await hub.open(CHAT, STREAM) as wire:
                 await wire.read_event()
-                hub.hub.sweep.round()
+                hub.hub.watchdog.round()
                 clock.advance(31)
-                hub.hub.sweep.round()
+                hub.hub.watchdog.round()
                 await wire.read_to_end()
-        assert breaker_of(hub, worker).state is State.OPEN
+        assert breaker_of(hub, worker).state is BreakerState.OPEN
         assert breaker_of(hub, worker).reason == "4 of 5 slow in 30 s"
 
 
@@ -646,16 +655,16 @@ async def test_a_comment_shows_that_a_worker_lives_and_not_that_it_works() -> No
         async with await hub.open(CHAT, STREAM) as wire:
             for _ in range(2):
                 await wire.read_event()
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             for _ in range(3):
                 clock.advance(10)
                 pings.release()
                 assert await wire.read_event() == ping()
-                hub.hub.sweep.round()
+                hub.hub.watchdog.round()
             clock.advance(1)
             pings.release()
             assert await wire.read_event() == ping()
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             ending = await wire.read_to_end()
         assert not ending.clean
         assert b"worker_slow" in ending.raw
@@ -671,12 +680,12 @@ async def test_an_answer_in_one_piece_may_be_silent_for_a_while_and_no_longer() 
         worker.script(send(reply + b"{"), expect_eof())
         async with await hub.open(EMBED, {"input": "hello"}) as wire:
             await wire.read_until(b"\r\n\r\n{")
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             clock.advance(44)
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             assert hub.hub.registry.workers[0].in_flight == 1
             clock.advance(2)
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             ending = await wire.read_to_end()
         assert not ending.clean
         assert count(breaker_of(hub, worker), Verdict.SLOW) == 1
@@ -687,10 +696,10 @@ async def test_a_refusal_that_stops_in_its_middle_is_not_waited_for() -> None:
         error = head(500, [("Content-Length", "99")])
         worker.script(send(error + b"{"), notify("said"), expect_eof())
         async with await hub.open(CHAT, STREAM) as wire:
-            await until(lambda: bool(hub.hub.sweep._answers))
-            hub.hub.sweep.round()
+            await until(lambda: bool(hub.hub.watchdog._answers))
+            hub.hub.watchdog.round()
             clock.advance(46)
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             response = await wire.read_response()
         assert response.status == 504
         assert response.json()["error"]["code"] == "worker_slow"
@@ -711,18 +720,18 @@ async def test_a_client_that_does_not_read_is_not_its_workers_fault() -> None:
         )
         async with await hub.open(CHAT, STREAM, receive_buffer=4096) as wire:
             await wire.read_event()
-            relays = hub.hub.sweep._answers
+            relays = hub.hub.watchdog._answers
             await until(lambda: bool(relays) and all(r._blocked for r in relays))
             for _ in range(10):
-                hub.hub.sweep.round()
+                hub.hub.watchdog.round()
                 clock.advance(29)
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             assert not worker.event("sent").is_set()
             for _ in range(many - 1):
                 assert await wire.read_event()
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             clock.advance(29)
-            hub.hub.sweep.round()
+            hub.hub.watchdog.round()
             worker.release("end")
             ending = await wire.read_to_end()
         assert ending.clean
@@ -736,8 +745,8 @@ async def test_what_was_ended_is_not_watched_any_more() -> None:
         worker.default(*chat_stream(["a", "b"]))
         for _ in range(3):
             assert (await hub.post(CHAT, STREAM)).status == 200
-        await until(lambda: not hub.hub.sweep._answers)
-        assert repr(hub.hub.sweep) == "<Sweep answers=0 canaries=0>"
+        await until(lambda: not hub.hub.watchdog._answers)
+        assert repr(hub.hub.watchdog) == "<Watchdog answers=0 canaries=0>"
         clock.advance(1000)
-        hub.hub.sweep.round()
+        hub.hub.watchdog.round()
         assert count(breaker_of(hub, worker), Verdict.SUCCESS) == 3

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from gollama_proxy.fleet.worker import State
+from gollama_proxy.fleet.worker import WorkerState
 from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.client import Wire
 from tests.fakes.hub import RunningHub, running_hub
@@ -197,7 +197,7 @@ async def test_a_client_that_leaves_takes_its_request_along(
                 await request.closed_by_peer.wait()
         await in_flight(hub, 0)
         [record] = hub.hub.registry.workers
-        assert record.state is State.READY
+        assert record.state is WorkerState.READY
         assert not record.in_doubt
         assert len(worker.control) == pings, "nobody was suspected"
         [line] = await logged(caplog)
@@ -220,7 +220,7 @@ async def test_a_client_that_leaves_with_everything_full(
             await request.closed_by_peer.wait()
         await in_flight(hub, 0)
         [record] = hub.hub.registry.workers
-        assert record.state is State.READY
+        assert record.state is WorkerState.READY
         assert not record.in_doubt
 
 
@@ -254,7 +254,7 @@ async def test_a_client_that_leaves_while_its_worker_is_dialled(
             how(wire)
             await in_flight(hub, 0)
         [record] = hub.hub.registry.workers
-        assert record.state is State.READY
+        assert record.state is WorkerState.READY
         assert not record.in_doubt
 
 
@@ -306,7 +306,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing() -> None:
         await in_flight(hub, 0)
         await worker.idle()
         [record] = hub.hub.registry.workers
-        assert record.state is State.READY
+        assert record.state is WorkerState.READY
         assert not record.in_doubt
         assert (await hub.post(CHAT, STREAM)).status == 200
 

@@ -267,7 +267,7 @@ async def charged(hub: RunningHub, log: Log) -> AsyncIterator[tuple[str, list[in
 
 async def relayed(hub: RunningHub, events: int) -> None:
     """Wait until so many events of all running answers have come."""
-    relays = hub.hub.sweep._answers
+    relays = hub.hub.watchdog._answers
     await until(lambda: sum(relay.events for relay in relays) >= events)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config import watch as reload
-from gollama_proxy.fleet.worker import State
+from gollama_proxy.fleet.worker import WorkerState
 from tests.fakes.asks import CHAT, MIB, STREAM, WHOLE
 from tests.fakes.authority import Authority, Pair
 from tests.fakes.client import TlsWire, TruncatedError, Wire
@@ -260,7 +260,7 @@ async def test_a_client_that_leaves_frees_its_worker(
             await request.closed_by_peer.wait()
         await released(hub)
         [record] = hub.hub.registry.workers
-        assert record.state is State.READY
+        assert record.state is WorkerState.READY
         await until(lambda: hub.hub.clients.open == 0)
 
 

@@ -206,7 +206,7 @@ async def test_a_prompt_too_long_for_another_server_goes_to_a_fallback(
     ):
         for worker in (big, small):
             no_llama(worker)
-            await hub.hub.pinger.look(worker_of(hub, worker))
+            await hub.hub.health.look(worker_of(hub, worker))
         big.default(send(error_reply(status, VLLM, "BadRequestError")))
         response = await hub.post(CHAT, payload | {"model": "big"})
         assert answered(response, small, 2)
@@ -227,7 +227,7 @@ async def test_an_overflow_that_a_stream_begins_with_is_one() -> None:
     ):
         for worker in (big, small):
             no_llama(worker)
-            await hub.hub.pinger.look(worker_of(hub, worker))
+            await hub.hub.health.look(worker_of(hub, worker))
         big.default(*early(VLLM))
         for payload in (WHOLE, STREAM):
             response = await hub.post(CHAT, payload | {"model": "big"})
@@ -247,7 +247,7 @@ async def test_a_worker_that_is_known_to_have_more_context_goes_first() -> None:
         no_llama(unknown)
         no_llama(large, max_model_len=8192)
         for worker in (tight, unknown, large):
-            await hub.hub.pinger.look(worker_of(hub, worker))
+            await hub.hub.health.look(worker_of(hub, worker))
         tight.default(send(error_reply(400, VLLM, "BadRequestError")))
         response = await hub.post(CHAT, WHOLE | {"model": "big"})
         assert answered(response, large, 2)

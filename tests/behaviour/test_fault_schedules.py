@@ -185,9 +185,9 @@ async def check_nothing_is_held(run: Run) -> None:
     hub = run.hub.hub
     await until(lambda: not any(worker.in_flight for worker in run.workers))
     await until(lambda: not run.faults.running)
-    assert "answers=0" in repr(hub.sweep)
+    assert "answers=0" in repr(hub.watchdog)
     assert repr(hub.dispatcher) == "<Dispatcher running=0>"
-    await until(lambda: not hub.sweep._canaries)
+    await until(lambda: not hub.watchdog._canaries)
     for worker in run.workers:
         for breaker in (worker.breaker, *worker.model_breakers.values()):
             assert not breaker._permit_out, breaker

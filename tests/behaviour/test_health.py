@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet.worker import State, Worker
+from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check
@@ -28,7 +28,7 @@ def the_worker(hub: RunningHub, place: int = 0) -> Worker:
     return hub.hub.registry.workers[place]
 
 
-async def until_state(hub: RunningHub, state: State, place: int = 0) -> None:
+async def until_state(hub: RunningHub, state: WorkerState, place: int = 0) -> None:
     worker = the_worker(hub, place)
     await until(lambda: worker.state is state, f"{state} but {worker!r}")
 
@@ -44,7 +44,7 @@ async def test_a_worker_that_dies_is_out_and_comes_back() -> None:
     async with ScriptedWorker() as worker, running_hub(worker, **QUICK) as hub:
         assert await status(hub) == 200
         await worker.down()
-        await until_state(hub, State.DOWN)
+        await until_state(hub, WorkerState.DOWN)
         assert await status(hub) == 503
         assert await status(hub, "/livez") == 200
         response = await hub.post(CHAT, WHOLE)
@@ -53,7 +53,7 @@ async def test_a_worker_that_dies_is_out_and_comes_back() -> None:
         assert "(1 down)" in response.json()["error"]["message"]
         assert int(response.header("retry-after") or "") > 0
         await worker.up()
-        await until_state(hub, State.READY)
+        await until_state(hub, WorkerState.READY)
         assert await status(hub) == 200
         assert (await hub.post(CHAT, WHOLE)).status == 200
 
@@ -65,7 +65,7 @@ async def test_it_takes_some_failures_in_a_row_to_fall(fall: int) -> None:
         ScriptedWorker() as worker,
         running_hub(worker, **QUICK, health__fall=fall) as hub,
     ):
-        seen: list[tuple[Check, State]] = []
+        seen: list[tuple[Check, WorkerState]] = []
         record = the_worker(hub)
         observe = record.observe
 
@@ -76,9 +76,9 @@ async def test_it_takes_some_failures_in_a_row_to_fall(fall: int) -> None:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(type(record), "observe", lambda self, *args: note(*args))
             worker.on("/health", *answer({}, 500))
-            await until_state(hub, State.DOWN)
+            await until_state(hub, WorkerState.DOWN)
         failed = [state for check, state in seen if check is Check.FAILED]
-        assert failed == [State.READY] * (fall - 1) + [State.DOWN]
+        assert failed == [WorkerState.READY] * (fall - 1) + [WorkerState.DOWN]
 
 
 async def test_it_takes_some_successes_in_a_row_to_rise() -> None:
@@ -87,10 +87,10 @@ async def test_it_takes_some_successes_in_a_row_to_rise() -> None:
         running_hub(worker, **QUICK, health__rise=3) as hub,
     ):
         await worker.down()
-        await until_state(hub, State.DOWN)
+        await until_state(hub, WorkerState.DOWN)
         before = len(worker.control)
         await worker.up()
-        await until_state(hub, State.READY)
+        await until_state(hub, WorkerState.READY)
         asked = [r for r in worker.control[before:] if r.path == "/health"]
         assert len(asked) == 3
 
@@ -102,13 +102,13 @@ async def test_the_others_go_on() -> None:
             one, two, **QUICK, breaker__ramp=0, routing__policy="round_robin"
         ) as hub:
             await one.down()
-            await until_state(hub, State.DOWN)
+            await until_state(hub, WorkerState.DOWN)
             for _ in range(6):
                 response = await hub.post(CHAT, WHOLE)
                 assert response.status == 200
                 assert response.header("x-gollama-worker") == two.name
             await one.up()
-            await until_state(hub, State.READY)
+            await until_state(hub, WorkerState.READY)
             names = {
                 (await hub.post(CHAT, WHOLE)).header("x-gollama-worker")
                 for _ in range(4)
@@ -126,14 +126,14 @@ async def test_loading_is_a_state_of_its_own() -> None:
         running_hub(worker, **QUICK, health__rise=100) as hub,
     ):
         worker.loading = True
-        await until_state(hub, State.LOADING)
+        await until_state(hub, WorkerState.LOADING)
         assert await status(hub) == 503
         response = await hub.post(CHAT, WHOLE)
         assert response.status == 503
         assert "(1 loading)" in response.json()["error"]["message"]
         assert response.header("retry-after")
         worker.loading = False
-        await until_state(hub, State.READY)
+        await until_state(hub, WorkerState.READY)
         assert (await hub.post(CHAT, WHOLE)).status == 200
 
 
@@ -143,10 +143,10 @@ async def test_a_hub_may_start_with_a_worker_that_is_loading() -> None:
         async with running_hub(
             worker, health__interval=RARELY, health__recheck=0.02
         ) as hub:
-            assert the_worker(hub).state is State.LOADING
+            assert the_worker(hub).state is WorkerState.LOADING
             assert await status(hub) == 503
             worker.loading = False
-            await until_state(hub, State.READY)  # long before the interval
+            await until_state(hub, WorkerState.READY)  # long before the interval
             assert (await hub.post(CHAT, WHOLE)).status == 200
 
 
@@ -175,7 +175,7 @@ async def test_a_failed_request_has_the_worker_asked_at_once(script: Any) -> Non
         async with await hub.open(CHAT, STREAM) as wire:
             await wire.read_to_end()
         await pinged
-        assert the_worker(hub).state is State.READY
+        assert the_worker(hub).state is WorkerState.READY
 
 
 async def test_a_request_that_finds_its_worker_dead_takes_it_out() -> None:
@@ -188,7 +188,7 @@ async def test_a_request_that_finds_its_worker_dead_takes_it_out() -> None:
     ):
         await worker.down()
         assert (await hub.post(CHAT, WHOLE)).status == 502
-        await until_state(hub, State.DOWN)
+        await until_state(hub, WorkerState.DOWN)
         assert (await hub.post(CHAT, WHOLE)).status == 503
 
 
@@ -202,7 +202,7 @@ async def test_a_worker_in_doubt_is_asked_more_often() -> None:
     ):
         await worker.down()
         assert (await hub.post(CHAT, WHOLE)).status == 502
-        await until_state(hub, State.DOWN)
+        await until_state(hub, WorkerState.DOWN)
 
 
 # --- Who talks is alive -----------------------------------------------------------
@@ -233,9 +233,9 @@ async def test_a_worker_that_emits_tokens_is_not_taken_out() -> None:
                 gate.release()
                 assert await wire.read_event() == token("a")
                 await asyncio.sleep(0.01)
-            assert the_worker(hub).state is State.READY
+            assert the_worker(hub).state is WorkerState.READY
             # Now it is silent on both.
-            await until_state(hub, State.DOWN)
+            await until_state(hub, WorkerState.DOWN)
 
 
 async def test_a_worker_that_emits_nothing_is_taken_out() -> None:
@@ -249,7 +249,7 @@ async def test_a_worker_that_emits_nothing_is_taken_out() -> None:
         async with await hub.open(CHAT, STREAM):
             await worker.received()
             worker.hang_health = True
-            await until_state(hub, State.DOWN)
+            await until_state(hub, WorkerState.DOWN)
             assert "no answer within" in the_worker(hub).reason
 
 
@@ -270,11 +270,11 @@ async def test_a_hub_starts_without_workers_and_picks_them_up() -> None:
             assert response.status == 503
             assert (await hub.get("/v1/models")).json()["data"] == []
             await two.up()
-            await until_state(hub, State.READY, 1)
+            await until_state(hub, WorkerState.READY, 1)
             assert await status(hub) == 200
             assert (await hub.post(CHAT, WHOLE | {"model": "b"})).status == 200
             await one.up()
-            await until_state(hub, State.READY, 0)
+            await until_state(hub, WorkerState.READY, 0)
             assert (await hub.post(CHAT, WHOLE | {"model": "a"})).status == 200
             listed = (await hub.get("/v1/models")).json()["data"]
             assert {row["id"] for row in listed} == {"a", "b"}
@@ -289,10 +289,10 @@ async def test_models_are_learnt_again_at_recovery() -> None:
         async with running_hub(worker, **QUICK) as hub:
             assert (await hub.post(CHAT, WHOLE | {"model": "old"})).status == 200
             await worker.down()
-            await until_state(hub, State.DOWN)
+            await until_state(hub, WorkerState.DOWN)
             worker.models, worker.slots, worker.n_ctx = ["new", "newer"], 7, 128
             await worker.up()
-            await until_state(hub, State.READY)
+            await until_state(hub, WorkerState.READY)
             response = await hub.post(CHAT, WHOLE | {"model": "old"})
             assert response.status == 404
             assert response.json()["error"]["code"] == "model_not_found"
@@ -309,7 +309,7 @@ async def test_models_are_learnt_again_while_all_is_well() -> None:
         record = the_worker(hub)
         await until(lambda: record.serves("new"), "relearnt")
         assert not record.serves("old")
-        assert record.state is State.READY
+        assert record.state is WorkerState.READY
 
 
 async def test_a_worker_that_is_down_still_counts_for_what_it_served() -> None:
@@ -317,7 +317,7 @@ async def test_a_worker_that_is_down_still_counts_for_what_it_served() -> None:
     async with ScriptedWorker("a") as one, ScriptedWorker("b") as two:
         async with running_hub(one, two, **QUICK) as hub:
             await one.down()
-            await until_state(hub, State.DOWN, 0)
+            await until_state(hub, WorkerState.DOWN, 0)
             response = await hub.post(CHAT, WHOLE | {"model": "a"})
             assert response.status == 503
             assert response.header("retry-after")
@@ -356,11 +356,11 @@ async def test_a_worker_with_another_key_is_not_used() -> None:
     async with ScriptedWorker() as worker:
         worker.on("/v1/models", *answer({"error": {}}, 401))
         async with running_hub(worker) as hub:
-            assert the_worker(hub).state is State.DOWN
+            assert the_worker(hub).state is WorkerState.DOWN
             assert "API key" in the_worker(hub).reason
 
 
-# --- The pinger itself ------------------------------------------------------------
+# --- The checker itself -----------------------------------------------------------
 
 
 async def test_a_ping_that_raises_is_survived(
@@ -387,9 +387,9 @@ async def test_a_ping_that_raises_is_survived(
         assert await status(hub) == 200
         broken.clear()
         await worker.down()
-        await until_state(hub, State.DOWN)
+        await until_state(hub, WorkerState.DOWN)
         await worker.up()
-        await until_state(hub, State.READY)
+        await until_state(hub, WorkerState.READY)
     errors = [r for r in caplog.records if r.levelno >= logging.ERROR]
     assert all("it goes on" in r.getMessage() for r in errors)
 
@@ -402,9 +402,9 @@ async def test_what_happens_to_a_worker_is_logged_once(
     async with ScriptedWorker() as worker, running_hub(worker, **QUICK) as hub:
         await worker.pinged(9)
         await worker.down()
-        await until_state(hub, State.DOWN)
+        await until_state(hub, WorkerState.DOWN)
         await worker.up()
-        await until_state(hub, State.READY)
+        await until_state(hub, WorkerState.READY)
         await worker.pinged(9)
     lines = [r for r in caplog.records if r.name.startswith("gollama_proxy.fleet")]
     texts = [line.getMessage().partition(" (")[0] for line in lines]
@@ -426,7 +426,7 @@ async def test_a_worker_behind_a_proxy_that_compresses_serves() -> None:
     async with ScriptedWorker() as worker:
         worker.on("/v1/models", send(head(200, fields) + packed))
         async with running_hub(worker) as hub:
-            assert the_worker(hub).state is State.READY
+            assert the_worker(hub).state is WorkerState.READY
             assert (await hub.post(CHAT, WHOLE)).status == 200
 
 

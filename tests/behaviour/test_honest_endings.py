@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet.worker import State, Worker
+from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.wire.openai import ENDPOINTS, Ending
 from tests.fakes import client
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
@@ -156,7 +156,7 @@ async def test_a_worker_that_fails_before_its_answer_is_an_error_with_a_status(
         await worker.idle()
         assert len(worker.requests) == 1
         await pinged  # which only the failure can have caused
-        assert the_worker(hub).state is State.READY
+        assert the_worker(hub).state is WorkerState.READY
         assert the_worker(hub).in_flight == 0
 
 
@@ -422,7 +422,7 @@ async def test_a_complete_stream_ends_well_however_its_connection_does(
                 assert await wire.read_event() == part
             worker.release("seen")  # a reset takes along what was not received
             assert await wire.read_event() is None
-        assert the_worker(hub).state is State.READY
+        assert the_worker(hub).state is WorkerState.READY
         assert not the_worker(hub).in_doubt
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.fleet.worker import State
+from gollama_proxy.fleet.worker import WorkerState
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.asks import CHAT, MIB
 from tests.fakes.client import Response, Wire, request_head
@@ -494,7 +494,7 @@ async def test_what_streams_is_not_sent_twice() -> None:
         assert response.status == 502
         assert [request.reused for request in worker.requests] == [False, False]
         [record] = hub.hub.registry.workers
-        assert record.state is State.READY
+        assert record.state is WorkerState.READY
 
 
 # --- Workers that cannot be reached -----------------------------------------------

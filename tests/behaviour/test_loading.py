@@ -148,7 +148,7 @@ async def test_no_notice_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_list_of_models_says_what_is_loaded() -> None:
-    """After an answer that is known at once, and the pinger looks at the others."""
+    """After an answer that is known at once, and the others are checked."""
     async with routers("unloaded", "unloaded") as (workers, hub):
 
         async def loaded() -> tuple[bool | None, list[bool | None]]:

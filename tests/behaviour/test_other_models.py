@@ -314,7 +314,7 @@ async def test_a_stated_name_that_the_worker_has_listed_can_be_gone(
             assert [(await hub.post(CHAT, body)).status for _ in range(2)] == [503, 503]
             assert len(worker.requests) == 2
             come_back_with(worker, "old", chat_stream(["hi"], model="old"))
-            await hub.hub.pinger.look(hub.hub.registry.workers[0])
+            await hub.hub.health.look(hub.hub.registry.workers[0])
             assert (await hub.post(CHAT, body)).status == 200
 
 

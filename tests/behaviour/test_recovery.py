@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from gollama_proxy.fleet.breaker import State
+from gollama_proxy.fleet.breaker import BreakerState
 from tests.fakes.asks import CHAT, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
@@ -18,7 +18,7 @@ from tests.fakes.worker import ScriptedWorker
 async def test_when_all_are_down_it_is_said_at_once_and_one_that_returns_serves() -> (
     None
 ):
-    """Within one recheck of the pinger."""
+    """Within one recheck."""
     async with (
         ScriptedWorker() as one,
         ScriptedWorker() as two,
@@ -61,7 +61,7 @@ async def test_the_share_of_a_worker_that_returns_rises_with_time(
     ):
         breaker = hub.hub.registry.workers[0].breaker
         breaker._clock = clock
-        breaker._state = State.HALF_OPEN
+        breaker._state = BreakerState.HALF_OPEN
         for _ in range(2):
             permit = breaker.permit()
             assert permit is not None

@@ -23,7 +23,7 @@ import pytest
 
 from gollama_proxy.config.settings import Log
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.watchdog import Sweep
+from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.proxy.attempt import Outgoing
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.telemetry import accesslog
@@ -573,8 +573,8 @@ BUGS = {
     "on the path": (Registry, "resolve"),
     "in the relay": (Relay, "_forward"),
     "at the end": (Relay, "_finish"),
-    "in the sweep": (Sweep, "round"),
-    "in the pinger": (probe, "ping"),
+    "in the watchdog": (Watchdog, "round"),
+    "in the health check": (probe, "ping"),
     "in a canary": (Assembler, "feed"),
 }
 

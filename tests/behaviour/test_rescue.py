@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from gollama_proxy.config.settings import STREAMED
-from gollama_proxy.fleet import watchdog as sweep
+from gollama_proxy.fleet import watchdog
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.wire.told import Told
 from tests.behaviour.test_retries import InOrder
@@ -196,7 +196,7 @@ async def test_an_answer_that_stalls_goes_on_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the worker is hung up on, which ends its generation, and counts as slow."""
-    monkeypatch.setattr(sweep, "PERIOD", 0.02)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
     async with pool(timeouts__gap=0.5) as ([bad, good], hub):
         bad.script(*partial(expect_eof()))
         good.script(*continued())
@@ -416,7 +416,7 @@ async def test_the_only_worker_goes_on_itself_if_it_is_alive() -> None:
 async def test_the_only_worker_is_not_asked_again_when_it_has_stalled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sweep, "PERIOD", 0.02)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
     alone = ScriptedWorker()
     async with pool(alone, timeouts__gap=0.1, retry__patience=0) as ([only], hub):
         only.script(*partial(stall()))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet import watchdog as sweep
+from gollama_proxy.fleet import watchdog
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.worker import Worker
 from tests.behaviour.test_retries import CHAT, records, two
@@ -38,7 +38,7 @@ def slow(worker: Worker) -> int:
 
 @pytest.fixture(autouse=True)
 def _many_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "PERIOD", 0.02)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
 
 
 async def worker_of(hub: RunningHub, prompt: str) -> str | None:
@@ -90,10 +90,10 @@ async def test_a_slow_client_is_no_slow_worker() -> None:
             await wire.read_until(b"data:")
             [worker, _] = records(hub)
             await until(
-                lambda: any("blocked" in repr(r) for r in hub.hub.sweep._answers)
+                lambda: any("blocked" in repr(r) for r in hub.hub.watchdog._answers)
             )
-            swept = hub.hub.sweep._clock()
-            await until(lambda: hub.hub.sweep._clock() > swept + 1)
+            swept = hub.hub.watchdog._clock()
+            await until(lambda: hub.hub.watchdog._clock() > swept + 1)
             assert worker.in_flight == 1
             assert slow(worker) == 0
         await first.idle()

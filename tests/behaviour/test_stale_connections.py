@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet.worker import State
+from gollama_proxy.fleet.worker import WorkerState
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import ONE_TRY, RunningHub, running_hub
 from tests.fakes.replies import chat_completion, chunk, head, json_reply, role, sse_head
@@ -43,7 +43,7 @@ async def ask_one_after_the_other(hub: RunningHub, number: int) -> list[int]:
 
 def assert_not_blamed(hub: RunningHub) -> None:
     [worker] = hub.hub.registry.workers
-    assert worker.state is State.READY
+    assert worker.state is WorkerState.READY
     assert not worker.in_doubt
 
 

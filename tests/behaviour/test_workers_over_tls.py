@@ -17,14 +17,14 @@ import uvloop
 from gollama_proxy.cli import main
 from gollama_proxy.config import watch as reload
 from gollama_proxy.config.settings import Timeouts
-from gollama_proxy.fleet.lease import Lease
-from gollama_proxy.fleet.worker import State
+from gollama_proxy.fleet.worker import WorkerState
 from gollama_proxy.proxy.attempt import Attempt, Outgoing
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.asks import CHAT, EMBED, STREAM, WHOLE
 from tests.fakes.authority import Authority, Pair
 from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.pool import worker as a_worker
 from tests.fakes.replies import chunk, done, finish, head, role, sse_head, token
 from tests.fakes.script import close, kill, reset, send, stall, stream_of
 from tests.fakes.waiting import DEADLINE, until
@@ -66,7 +66,7 @@ async def test_a_worker_with_a_private_ca(authority: Authority, tmp_path: Path) 
     """Pings, answers and streams; kept connections are used again."""
     async with served_by(authority, authority.issue()) as worker:
         async with hub_before(worker, tmp_path, {"ca_file": authority.file}) as hub:
-            assert hub.hub.registry.workers[0].state is State.READY
+            assert hub.hub.registry.workers[0].state is WorkerState.READY
             for _ in range(3):
                 assert (await hub.post(EMBED, {"input": "hello"})).status == 200
             assert [request.reused for request in worker.requests] == [0, 1, 1]
@@ -117,7 +117,7 @@ async def test_a_canary_goes_over_tls(authority: Authority, tmp_path: Path) -> N
         keys = {"ca_file": authority.file}
         async with hub_before(worker, tmp_path, keys, breaker__open=0.01) as hub:
             [record] = hub.hub.registry.workers
-            assert await hub.hub.sweep._prove(record, "tiny")
+            assert await hub.hub.watchdog._prove(record, "tiny")
             assert worker.requests[-1].json()["max_tokens"] == 1
 
 
@@ -227,7 +227,7 @@ async def test_a_worker_that_refuses_the_hub(
             why = "TLS: tlsv13 alert certificate required"
             assert f"worker attic: starting -> down ({why})" in caplog.text
             pool = hub.hub.connections["attic"]
-            lease = Lease("attic", time.monotonic, lambda lease, outcome: None)
+            lease = a_worker(clock=time.monotonic).lease()
             request = Outgoing(ENDPOINTS[CHAT], [], b"{}", None, 2)
             async with Attempt(pool, lease, Timeouts(), time.monotonic) as attempt:
                 with pytest.raises(WorkerError) as info:
@@ -270,7 +270,7 @@ async def test_a_renewed_ca_is_taken_up(
             assert record.is_down
             text = await asyncio.to_thread(Path(authority.file).read_text)
             await asyncio.to_thread(Path(old.file).write_text, text)
-            await until(lambda: record.state is State.READY)
+            await until(lambda: record.state is WorkerState.READY)
             assert (await hub.post(CHAT, WHOLE)).status == 200
 
 

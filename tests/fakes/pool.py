@@ -21,10 +21,11 @@ def worker(
     weight: float | None = None,
     clock: Callable[[], float] | None = None,
     model: str = MODEL,
+    name: str = "",
 ) -> Worker:
     """Make one that is ready."""
     origin = Origin("http", "10.0.0.1", 8000 + index, "")
-    config = WorkerConfig("http://10.0.0.1", origin, f"w{index}", weight=weight)
+    config = WorkerConfig("http://10.0.0.1", origin, name or f"w{index}", weight=weight)
     made = Worker(config, Health(), clock or Clock(), index)
     made.observe(Check.OK, "ok", Description((Model(model),), slots=slots))
     return made

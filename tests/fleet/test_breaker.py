@@ -17,12 +17,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gollama_proxy.fleet.breaker import (
     TRANSITIONS,
     Breaker,
+    BreakerEvent,
+    BreakerState,
     Cause,
-    Event,
     IllegalStepError,
-    Limits,
     Permit,
-    State,
+    Policy,
     Verdict,
 )
 from tests.fakes.clock import Clock
@@ -34,16 +34,18 @@ GOOD, SLOW, HUNG, BAD, NEUTRAL = (
     Verdict.FAILURE,
     Verdict.NEUTRAL,
 )
-STEADY = Limits(jitter=0.0)
+STEADY = Policy(jitter=0.0)
 
 
-def make(state: State = State.CLOSED, limits: Limits = STEADY) -> tuple[Breaker, Clock]:
+def make(
+    state: BreakerState = BreakerState.CLOSED, policy: Policy = STEADY
+) -> tuple[Breaker, Clock]:
     """Make a breaker that has come to a state the way breakers do."""
     clock = Clock()
-    breaker = Breaker("w1", limits, clock, random.Random(7))
-    if state is not State.CLOSED:
-        record(breaker, *[BAD] * limits.consecutive)
-    if state is State.HALF_OPEN:
+    breaker = Breaker("w1", policy, clock, random.Random(7))
+    if state is not BreakerState.CLOSED:
+        record(breaker, *[BAD] * policy.consecutive)
+    if state is BreakerState.HALF_OPEN:
         clock.advance(breaker.opens_in())
     assert breaker.state is state
     return breaker, clock
@@ -68,8 +70,10 @@ def take(breaker: Breaker) -> Permit:
 # --- The table --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("state", "event"), [*product(State, Event)])
-def test_every_step_is_in_the_table_or_refused(state: State, event: Event) -> None:
+@pytest.mark.parametrize(("state", "event"), [*product(BreakerState, BreakerEvent)])
+def test_every_step_is_in_the_table_or_refused(
+    state: BreakerState, event: BreakerEvent
+) -> None:
     breaker, _ = make(state)
     generation, entered = breaker.generation, breaker.transitions.copy()
     reached = TRANSITIONS.get((state, event))
@@ -87,12 +91,14 @@ def test_every_step_is_in_the_table_or_refused(state: State, event: Event) -> No
 
 def test_the_table_leads_round_and_a_reset_leads_out_of_everywhere() -> None:
     steps = {
-        (State.CLOSED, Event.TRIPPED): State.OPEN,
-        (State.OPEN, Event.RESTED): State.HALF_OPEN,
-        (State.HALF_OPEN, Event.PROVED): State.CLOSED,
-        (State.HALF_OPEN, Event.DISPROVED): State.OPEN,
+        (BreakerState.CLOSED, BreakerEvent.TRIPPED): BreakerState.OPEN,
+        (BreakerState.OPEN, BreakerEvent.RESTED): BreakerState.HALF_OPEN,
+        (BreakerState.HALF_OPEN, BreakerEvent.PROVED): BreakerState.CLOSED,
+        (BreakerState.HALF_OPEN, BreakerEvent.DISPROVED): BreakerState.OPEN,
     }
-    resets = {(state, Event.RESET): State.CLOSED for state in State}
+    resets = {
+        (state, BreakerEvent.RESET): BreakerState.CLOSED for state in BreakerState
+    }
     assert steps | resets == TRANSITIONS
 
 
@@ -100,14 +106,14 @@ def test_each_step_is_logged_once_with_its_reason(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG, "gollama_proxy.fleet.breaker")
-    breaker, _ = make(State.HALF_OPEN)
+    breaker, _ = make(BreakerState.HALF_OPEN)
     prove(breaker, True, True)
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("WARNING", "worker w1: breaker closed -> open (5 failures in a row)"),
         ("INFO", "worker w1: breaker open -> half-open (5 s have passed)"),
         ("INFO", "worker w1: breaker half-open -> closed (2 good proofs)"),
     ]
-    assert breaker.transitions == dict.fromkeys(State, 1)
+    assert breaker.transitions == dict.fromkeys(BreakerState, 1)
     assert breaker.reason == "2 good proofs"
 
 
@@ -121,8 +127,8 @@ def test_its_repr_tells_all_and_changes_nothing() -> None:
     record(breaker, BAD, BAD, BAD)
     clock.advance(60)
     assert " OPEN (5 failures in a row) " in repr(breaker)
-    assert breaker.transitions[State.HALF_OPEN] == 0
-    assert breaker.state is State.HALF_OPEN
+    assert breaker.transitions[BreakerState.HALF_OPEN] == 0
+    assert breaker.state is BreakerState.HALF_OPEN
 
 
 # --- What trips it ----------------------------------------------------------------
@@ -150,7 +156,7 @@ def test_it_trips_at_the_last_straw_and_not_before(
     record(breaker, *verdicts[:-1])
     assert breaker.available
     record(breaker, verdicts[-1])
-    assert (breaker.state, breaker.reason) == (State.OPEN, reason)
+    assert (breaker.state, breaker.reason) == (BreakerState.OPEN, reason)
     assert not breaker.closed
     assert not breaker.available
 
@@ -193,11 +199,13 @@ def test_failures_in_a_row_count_however_far_apart_they_are() -> None:
         assert breaker.available
         clock.advance(3600)
         record(breaker, BAD)
-    assert breaker.state is State.OPEN
+    assert breaker.state is BreakerState.OPEN
 
 
-@pytest.mark.parametrize("state", [State.OPEN, State.HALF_OPEN])
-def test_late_results_do_not_move_a_breaker_that_has_tripped(state: State) -> None:
+@pytest.mark.parametrize("state", [BreakerState.OPEN, BreakerState.HALF_OPEN])
+def test_late_results_do_not_move_a_breaker_that_has_tripped(
+    state: BreakerState,
+) -> None:
     breaker, _ = make(state)
     generation = breaker.generation
     record(breaker, *[GOOD, BAD, SLOW, HUNG, NEUTRAL] * 50)
@@ -237,7 +245,7 @@ def test_what_has_opened_it_is_counted(verdicts: list[Verdict], cause: Cause) ->
         prove(breaker, True, None, False)
         assert breaker.causes == {cause: 1, Cause.PROOF: number}
     breaker.reset("by the test")
-    assert breaker.causes.total() == 3 == breaker.transitions[State.OPEN]
+    assert breaker.causes.total() == 3 == breaker.transitions[BreakerState.OPEN]
 
 
 # --- Busy is not broken -----------------------------------------------------------
@@ -257,7 +265,7 @@ def test_results_still_count_while_it_is_busy() -> None:
     breaker, _ = make()
     breaker.busy(10)
     record(breaker, *[BAD] * 5)
-    assert breaker.state is State.OPEN
+    assert breaker.state is BreakerState.OPEN
     assert breaker.opens_in() == 10
 
 
@@ -273,7 +281,7 @@ def test_a_worker_cannot_ask_to_be_left_alone_for_ever(
 
 
 def test_a_busy_worker_is_not_asked_for_a_proof() -> None:
-    breaker, clock = make(State.HALF_OPEN)
+    breaker, clock = make(BreakerState.HALF_OPEN)
     breaker.busy(1)
     assert breaker.permit() is None
     clock.advance(1)
@@ -294,11 +302,11 @@ def test_to_be_unavailable_again_and_again_is_to_be_broken() -> None:
         clock.advance(1)
     assert breaker.closed
     breaker.busy(1, unavailable=True)
-    assert breaker.state is State.OPEN
+    assert breaker.state is BreakerState.OPEN
     assert breaker.causes[Cause.CONSECUTIVE] == 1
     clock.advance(breaker.opens_in())
     breaker.busy(1, unavailable=True)
-    assert breaker.state is State.HALF_OPEN
+    assert breaker.state is BreakerState.HALF_OPEN
     clock.advance(1)
     prove(breaker, True, True)
     assert breaker.closed
@@ -333,22 +341,22 @@ def test_a_good_answer_ends_a_row_of_being_unavailable() -> None:
 
 @pytest.mark.parametrize("canary", [True, False])
 @pytest.mark.parametrize("busy", [True, False])
-@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("state", list(BreakerState))
 def test_a_request_may_come_while_it_is_closed_or_as_a_proof_where_that_is_wanted(
-    state: State, busy: bool, canary: bool
+    state: BreakerState, busy: bool, canary: bool
 ) -> None:
-    breaker, clock = make(state, Limits(jitter=0.0, canary=canary))
+    breaker, clock = make(state, Policy(jitter=0.0, canary=canary))
     if busy:
         breaker.busy(1)
-    proves = state is State.HALF_OPEN and not canary
-    assert breaker.admits is (not busy and (state is State.CLOSED or proves))
-    assert breaker.available is (not busy and state is State.CLOSED)
+    proves = state is BreakerState.HALF_OPEN and not canary
+    assert breaker.admits is (not busy and (state is BreakerState.CLOSED or proves))
+    assert breaker.available is (not busy and state is BreakerState.CLOSED)
     clock.advance(1)
-    assert breaker.admits is (state is State.CLOSED or proves)
+    assert breaker.admits is (state is BreakerState.CLOSED or proves)
 
 
 def test_requests_prove_one_at_a_time() -> None:
-    breaker, _ = make(State.HALF_OPEN, Limits(jitter=0.0, canary=False))
+    breaker, _ = make(BreakerState.HALF_OPEN, Policy(jitter=0.0, canary=False))
     for good in (None, True, True):
         assert breaker.admits
         permit = take(breaker)
@@ -359,18 +367,18 @@ def test_requests_prove_one_at_a_time() -> None:
 
 
 def test_asking_who_is_let_in_takes_the_step_that_time_has_made() -> None:
-    breaker, clock = make(State.OPEN, Limits(jitter=0.0, canary=False))
+    breaker, clock = make(BreakerState.OPEN, Policy(jitter=0.0, canary=False))
     assert not breaker.admits
     clock.advance(5)
     assert breaker.admits
-    assert breaker.state is State.HALF_OPEN
+    assert breaker.state is BreakerState.HALF_OPEN
 
 
 # --- Open, and open for longer ----------------------------------------------------
 
 
 def test_the_open_time_doubles_up_to_its_limit() -> None:
-    breaker, clock = make(State.OPEN)
+    breaker, clock = make(BreakerState.OPEN)
     times = []
     for _ in range(5):
         times.append(breaker.opens_in())
@@ -381,7 +389,7 @@ def test_the_open_time_doubles_up_to_its_limit() -> None:
 
 
 def test_a_worker_that_was_down_for_weeks_is_still_tried() -> None:
-    breaker, clock = make(State.OPEN)
+    breaker, clock = make(BreakerState.OPEN)
     for _ in range(2000):
         clock.advance(breaker.opens_in())
         prove(breaker, False)
@@ -392,7 +400,7 @@ def test_a_worker_that_was_down_for_weeks_is_still_tried() -> None:
 def test_a_window_of_being_closed_makes_the_doubling_forgotten(
     closed_for: float, then: float
 ) -> None:
-    breaker, clock = make(State.HALF_OPEN)
+    breaker, clock = make(BreakerState.HALF_OPEN)
     prove(breaker, True, True)
     clock.advance(closed_for)
     record(breaker, *[BAD] * 5)
@@ -404,7 +412,7 @@ def test_a_window_of_being_closed_makes_the_doubling_forgotten(
 
 def test_breakers_that_trip_together_do_not_come_back_together() -> None:
     rng, clock = random.Random(3), Clock()
-    breakers = [Breaker(f"w{i}", Limits(), clock, rng) for i in range(100)]
+    breakers = [Breaker(f"w{i}", Policy(), clock, rng) for i in range(100)]
     for breaker in breakers:
         record(breaker, *[BAD] * 5)
     times = sorted(breaker.opens_in() for breaker in breakers)
@@ -413,27 +421,27 @@ def test_breakers_that_trip_together_do_not_come_back_together() -> None:
 
 
 def test_time_alone_ends_the_open_state_when_somebody_looks() -> None:
-    breaker, clock = make(State.OPEN)
+    breaker, clock = make(BreakerState.OPEN)
     clock.advance(4.9)
     assert breaker.permit() is None
-    assert breaker.state is State.OPEN
+    assert breaker.state is BreakerState.OPEN
     assert breaker.opens_in() == pytest.approx(0.1)
     clock.advance(0.2)
     assert breaker.permit() is not None
-    assert (breaker.state, breaker.opens_in()) == (State.HALF_OPEN, 0)
+    assert (breaker.state, breaker.opens_in()) == (BreakerState.HALF_OPEN, 0)
 
 
 # --- Permits ----------------------------------------------------------------------
 
 
 def test_of_a_hundred_who_ask_one_gets_the_permit() -> None:
-    breaker, _ = make(State.HALF_OPEN)
+    breaker, _ = make(BreakerState.HALF_OPEN)
     permits = [breaker.permit() for _ in range(100)]
     assert [permit is not None for permit in permits] == [True] + [False] * 99
 
 
-@pytest.mark.parametrize("state", [State.CLOSED, State.OPEN])
-def test_there_are_permits_only_while_half_open(state: State) -> None:
+@pytest.mark.parametrize("state", [BreakerState.CLOSED, BreakerState.OPEN])
+def test_there_are_permits_only_while_half_open(state: BreakerState) -> None:
     breaker, _ = make(state)
     assert breaker.permit() is None
 
@@ -441,37 +449,37 @@ def test_there_are_permits_only_while_half_open(state: State) -> None:
 @pytest.mark.parametrize(
     ("results", "reached"),
     [
-        ([True], State.HALF_OPEN),
-        ([True, None, True], State.CLOSED),
-        ([None] * 9, State.HALF_OPEN),
-        ([True, False], State.OPEN),
+        ([True], BreakerState.HALF_OPEN),
+        ([True, None, True], BreakerState.CLOSED),
+        ([None] * 9, BreakerState.HALF_OPEN),
+        ([True, False], BreakerState.OPEN),
     ],
 )
 def test_good_proofs_in_a_row_close_it_and_a_bad_one_opens_it(
-    results: list[bool | None], reached: State
+    results: list[bool | None], reached: BreakerState
 ) -> None:
-    breaker, _ = make(State.HALF_OPEN)
+    breaker, _ = make(BreakerState.HALF_OPEN)
     prove(breaker, *results)
     assert breaker.state is reached
 
 
 def test_good_proofs_of_an_earlier_time_do_not_count() -> None:
-    breaker, clock = make(State.HALF_OPEN)
+    breaker, clock = make(BreakerState.HALF_OPEN)
     prove(breaker, True, False)
     clock.advance(10)
     prove(breaker, True)
-    assert breaker.state is State.HALF_OPEN
+    assert breaker.state is BreakerState.HALF_OPEN
 
 
 def test_a_permit_settles_once() -> None:
-    breaker, _ = make(State.HALF_OPEN)
+    breaker, _ = make(BreakerState.HALF_OPEN)
     permit = take(breaker)
     assert repr(permit) == "<Permit held on w1>"
     permit.settle(True)
     permit.settle(True)
     permit.settle(False)
     assert repr(permit) == "<Permit settled on w1>"
-    assert breaker.state is State.HALF_OPEN
+    assert breaker.state is BreakerState.HALF_OPEN
     other = take(breaker)
     permit.settle(None)
     assert breaker.permit() is None
@@ -481,14 +489,14 @@ def test_a_permit_settles_once() -> None:
 
 @pytest.mark.parametrize("good", [True, False, None])
 def test_a_permit_that_comes_late_changes_nothing(good: bool | None) -> None:
-    breaker, clock = make(State.HALF_OPEN)
+    breaker, clock = make(BreakerState.HALF_OPEN)
     late = take(breaker)
     breaker.reset("replaced")
     record(breaker, *[BAD] * 5)
     clock.advance(5)
     current = take(breaker)
     late.settle(good)
-    assert breaker.state is State.HALF_OPEN
+    assert breaker.state is BreakerState.HALF_OPEN
     assert breaker.permit() is None
     current.settle(True)
     prove(breaker, True)
@@ -496,7 +504,7 @@ def test_a_permit_that_comes_late_changes_nothing(good: bool | None) -> None:
 
 
 def test_a_permit_comes_back_from_an_exception() -> None:
-    breaker, _ = make(State.HALF_OPEN)
+    breaker, _ = make(BreakerState.HALF_OPEN)
     with pytest.raises(OSError), take(breaker):
         raise OSError
     with take(breaker) as permit:
@@ -506,7 +514,7 @@ def test_a_permit_comes_back_from_an_exception() -> None:
 
 
 async def test_a_permit_comes_back_from_a_task_that_is_cancelled() -> None:
-    breaker, _ = make(State.HALF_OPEN)
+    breaker, _ = make(BreakerState.HALF_OPEN)
     asked = asyncio.Event()
 
     async def ask() -> None:
@@ -532,7 +540,7 @@ def test_a_worker_that_never_failed_takes_every_turn() -> None:
 
 
 def test_after_a_recovery_the_share_rises_from_a_tenth_to_all() -> None:
-    breaker, clock = make(State.HALF_OPEN)
+    breaker, clock = make(BreakerState.HALF_OPEN)
     prove(breaker, True, True)
     taken = []
     for _ in range(12):
@@ -545,7 +553,7 @@ def test_after_a_recovery_the_share_rises_from_a_tenth_to_all() -> None:
 
 
 def test_a_recovered_worker_gets_its_turns_spread_evenly() -> None:
-    breaker, _ = make(State.HALF_OPEN)
+    breaker, _ = make(BreakerState.HALF_OPEN)
     prove(breaker, True, True)
     turns = [i for i in range(1000) if breaker.turn()]
     gaps = {b - a for a, b in pairwise(turns)}
@@ -553,7 +561,7 @@ def test_a_recovered_worker_gets_its_turns_spread_evenly() -> None:
 
 
 def test_without_a_ramp_a_recovered_worker_takes_every_turn() -> None:
-    breaker, _ = make(State.HALF_OPEN, Limits(ramp=0.0))
+    breaker, _ = make(BreakerState.HALF_OPEN, Policy(ramp=0.0))
     prove(breaker, True, True)
     assert all(breaker.turn() for _ in range(100))
 
@@ -567,8 +575,8 @@ def test_a_recovered_worker_is_not_blamed_for_what_was_before() -> None:
     assert breaker.available
 
 
-@pytest.mark.parametrize("state", list(State))
-def test_a_reset_makes_the_worker_as_good_as_new(state: State) -> None:
+@pytest.mark.parametrize("state", list(BreakerState))
+def test_a_reset_makes_the_worker_as_good_as_new(state: BreakerState) -> None:
     breaker, _ = make(state)
     breaker.busy(30)
     breaker.reset("an operator said so")
@@ -583,18 +591,18 @@ def test_a_reset_makes_the_worker_as_good_as_new(state: State) -> None:
 
 def test_a_worker_that_was_away_need_not_rest_any_longer() -> None:
     """It may have been repaired, and what it was does not count against it."""
-    breaker, clock = make(State.OPEN)
+    breaker, clock = make(BreakerState.OPEN)
     clock.advance(5)
     prove(breaker, False)
     assert breaker.opens_in() == 10
     breaker.renew()
-    assert (breaker.state, breaker.opens_in()) == (State.HALF_OPEN, 0)
+    assert (breaker.state, breaker.opens_in()) == (BreakerState.HALF_OPEN, 0)
     prove(breaker, False)
     assert breaker.opens_in() == 5
 
 
 def test_a_proof_goes_on_though_the_worker_was_away() -> None:
-    breaker, clock = make(State.HALF_OPEN)
+    breaker, clock = make(BreakerState.HALF_OPEN)
     prove(breaker, True)
     permit = take(breaker)
     breaker.renew()
@@ -623,7 +631,7 @@ def test_a_good_worker_that_was_away_begins_anew() -> None:
 
 def worst(breaker: Breaker, now: float) -> bool:
     """Prove that all is well, and fail as soon as the traffic comes."""
-    return breaker.state is State.HALF_OPEN
+    return breaker.state is BreakerState.HALF_OPEN
 
 
 def in_turn(period: float) -> Callable[[Breaker, float], bool]:
@@ -637,8 +645,8 @@ def test_openings_are_bounded_whatever_the_worker_does(
     works: Callable[[Breaker, float], bool],
 ) -> None:
     """Ten minutes of a worker that works and fails in turn, asked 20 times a second."""
-    limits = Limits()
-    breaker, clock = make(limits=limits)
+    policy = Policy()
+    breaker, clock = make(policy=policy)
     start = clock()
     for _ in range(600 * 20):
         now = clock.advance(0.05)
@@ -648,10 +656,10 @@ def test_openings_are_bounded_whatever_the_worker_does(
             permit.settle(good)
         elif breaker.available and breaker.turn():
             breaker.record(GOOD if good else BAD)
-    bound = 2 + (clock() - start) / (limits.open_max * (1 - limits.jitter))
-    assert breaker.transitions[State.OPEN] <= bound
+    bound = 2 + (clock() - start) / (policy.open_max * (1 - policy.jitter))
+    assert breaker.transitions[BreakerState.OPEN] <= bound
     if works is worst:
-        assert breaker.transitions[State.OPEN] > bound / 2
+        assert breaker.transitions[BreakerState.OPEN] > bound / 2
 
 
 # --- Against a model --------------------------------------------------------------
@@ -661,16 +669,16 @@ class Model:
     """The same machine, with all of its past at hand and no eye for cost."""
 
     def __init__(self) -> None:
-        self.state, self.since, self.open_time = State.CLOSED, -1e9, 0.0
+        self.state, self.since, self.open_time = BreakerState.CLOSED, -1e9, 0.0
         self.past: list[tuple[float, Verdict]] = []
         self.proofs = 0
 
     def look(self, now: float) -> None:
-        if self.state is State.OPEN and now >= self.since + self.open_time:
-            self.state, self.proofs = State.HALF_OPEN, 0
+        if self.state is BreakerState.OPEN and now >= self.since + self.open_time:
+            self.state, self.proofs = BreakerState.HALF_OPEN, 0
 
     def record(self, now: float, verdict: Verdict) -> None:
-        if self.state is not State.CLOSED or verdict is NEUTRAL:
+        if self.state is not BreakerState.CLOSED or verdict is NEUTRAL:
             return
         self.past.append((now, verdict))
         row = [verdict in (BAD, HUNG) for _, verdict in self.past[-5:]]
@@ -686,14 +694,14 @@ class Model:
 
     def open(self, now: float, *, calm: bool) -> None:
         self.open_time = 5.0 if calm else min(self.open_time * 2, 15.0)
-        self.state, self.since = State.OPEN, now
+        self.state, self.since = BreakerState.OPEN, now
 
     def settle(self, now: float, good: bool | None) -> None:
         self.proofs += good is True
         if good is False:
             self.open(now, calm=False)
         elif self.proofs == 2:
-            self.state, self.since, self.past = State.CLOSED, now, []
+            self.state, self.since, self.past = BreakerState.CLOSED, now, []
 
 
 class Breakers(RuleBasedStateMachine):
@@ -723,7 +731,7 @@ class Breakers(RuleBasedStateMachine):
     @rule()
     def somebody_asks(self) -> None:
         permit = self.breaker.permit()
-        free = self.model.state is State.HALF_OPEN and self.held is None
+        free = self.model.state is BreakerState.HALF_OPEN and self.held is None
         assert (permit is not None) == free
         self.held = permit or self.held
 
@@ -736,7 +744,7 @@ class Breakers(RuleBasedStateMachine):
         self.held = None
         self.model.settle(self.clock(), good)
 
-    @precondition(lambda self: self.model.state is not State.CLOSED)
+    @precondition(lambda self: self.model.state is not BreakerState.CLOSED)
     @rule()
     def somebody_resets_it(self) -> None:
         self.breaker.reset("somebody says so")
@@ -752,8 +760,8 @@ class Breakers(RuleBasedStateMachine):
     @invariant()
     def they_agree(self) -> None:
         assert self.breaker.state is self.model.state
-        assert self.breaker.available == (self.model.state is State.CLOSED)
-        if self.model.state is State.OPEN:
+        assert self.breaker.available == (self.model.state is BreakerState.CLOSED)
+        if self.model.state is BreakerState.OPEN:
             due = self.model.since + self.model.open_time
             assert self.breaker.opens_in() == due - self.clock()
         else:
@@ -787,7 +795,7 @@ def test_each_opening_is_counted_with_its_cause() -> None:
 
 def test_a_worker_that_has_just_recovered_passes_its_first_turns() -> None:
     """It has a tenth of them, so about the tenth is its first."""
-    breaker, _ = make(State.HALF_OPEN)
+    breaker, _ = make(BreakerState.HALF_OPEN)
     prove(breaker, True, True)
     turns = [breaker.turn() for _ in range(12)]
     assert 9 <= turns.index(True) <= 10

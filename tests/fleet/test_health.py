@@ -12,10 +12,10 @@ import pytest
 
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Health
-from gollama_proxy.fleet.health import Pinger, next_wait
-from gollama_proxy.fleet.lease import Outcome
+from gollama_proxy.fleet.health import HealthChecker, next_wait
+from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.worker import SUSPICIOUS, State, Worker
+from gollama_proxy.fleet.worker import SUSPICIOUS, Worker, WorkerState
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
@@ -62,13 +62,13 @@ class Pings:
 @asynccontextmanager
 async def pinging(
     watched: list[Worker], health: Health, ping: Callable[[Worker], object]
-) -> AsyncIterator[Pinger]:
-    pinger = Pinger(watched, health, ping)  # type: ignore[arg-type]
-    pinger.start()
+) -> AsyncIterator[HealthChecker]:
+    checker = HealthChecker(watched, health, ping)  # type: ignore[arg-type]
+    checker.start()
     try:
-        yield pinger
+        yield checker
     finally:
-        await pinger.stop()
+        await checker.stop()
 
 
 # --- How long to wait -------------------------------------------------------------
@@ -124,13 +124,13 @@ async def test_a_worker_that_is_down_is_asked_ever_less_often(
     pings = Pings(BAD, BAD, BAD, GOOD, LOADING, BAD, BAD, BAD, GOOD)
     with monkeypatch.context() as patched:
         patched.setattr("gollama_proxy.fleet.health.asyncio.timeout", note)
-        pinger = Pinger([worker], Health(interval=30, recheck=1), pings)
-        pinger.start()
+        checker = HealthChecker([worker], Health(interval=30, recheck=1), pings)
+        checker.start()
         for _ in range(1000):
             if len(waits) >= 9:
                 break
             await asyncio.sleep(0)
-    await pinger.stop()
+    await checker.stop()
     assert waits[:9] == [1, 1.5, 2.25, 30, 1, 1, 1.5, 2.25, 30]
 
 
@@ -165,28 +165,28 @@ async def test_every_worker_is_asked_at_once_and_on_its_own() -> None:
             await hang.wait()
         return await told(worker)
 
-    async with pinging(found, Health(interval=NEVER), ping) as pinger:
-        assert repr(pinger) == "<Pinger running=3 of 3>"
-        first = asyncio.create_task(pinger.first_round())
+    async with pinging(found, Health(interval=NEVER), ping) as checker:
+        assert repr(checker) == "<HealthChecker running=3 of 3>"
+        first = asyncio.create_task(checker.first_round())
         await told.reached(2)
         assert [worker.state for worker in found] == [
-            State.STARTING,
-            State.READY,
-            State.READY,
+            WorkerState.STARTING,
+            WorkerState.READY,
+            WorkerState.READY,
         ]
         assert not first.done()
         hang.set()
         await told.reached(3)
         async with asyncio.timeout(DEADLINE):
             await first
-        assert found[0].state is State.READY
-    assert repr(pinger) == "<Pinger running=0 of 3>"
+        assert found[0].state is WorkerState.READY
+    assert repr(checker) == "<HealthChecker running=0 of 3>"
 
 
 async def test_what_was_learnt_goes_to_the_workers_record() -> None:
     [worker] = workers()
-    async with pinging([worker], Health(interval=NEVER), Pings(GOOD)) as pinger:
-        await pinger.first_round()
+    async with pinging([worker], Health(interval=NEVER), Pings(GOOD)) as checker:
+        await checker.first_round()
     assert worker.serves("tiny")
     assert worker.reason == "ok"
 
@@ -198,15 +198,15 @@ async def test_a_worker_is_asked_again_after_the_interval() -> None:
     worker.health = health
     async with pinging([worker], health, pings):
         await pings.reached(4)
-        assert worker.state is State.READY
+        assert worker.state is WorkerState.READY
         await pings.reached(5)
-        assert worker.state is State.DOWN
+        assert worker.state is WorkerState.DOWN
         await pings.reached(6)
-        assert worker.state is State.READY
+        assert worker.state is WorkerState.READY
 
 
 @pytest.mark.parametrize("outcome", sorted(SUSPICIOUS, key=str))
-async def test_a_suspicion_has_its_worker_asked_at_once(outcome: Outcome) -> None:
+async def test_a_suspicion_has_its_worker_asked_at_once(outcome: Result) -> None:
     """Nobody waits for the interval to find out."""
     found = workers(2)
     pings = Pings(GOOD)
@@ -217,8 +217,8 @@ async def test_a_suspicion_has_its_worker_asked_at_once(outcome: Outcome) -> Non
     assert pings.asked[2:] == [found[1].name]
 
 
-@pytest.mark.parametrize("outcome", [o for o in Outcome if o not in SUSPICIOUS])
-async def test_no_other_outcome_has_a_worker_asked(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", [o for o in Result if o not in SUSPICIOUS])
+async def test_no_other_outcome_has_a_worker_asked(outcome: Result) -> None:
     [worker] = workers()
     pings = Pings(GOOD)
     async with pinging([worker], Health(interval=NEVER), pings):
@@ -243,7 +243,7 @@ async def test_a_failure_during_a_ping_has_the_worker_asked_once_more() -> None:
     async with pinging([worker], Health(interval=NEVER), ping):
         await told.reached(1)
         for _ in range(2):
-            worker.lease().release(Outcome.WORKER_FAILED)
+            worker.lease().release(Result.WORKER_FAILED)
         gate.set()
         await told.reached(2)
         for _ in range(20):
@@ -259,15 +259,15 @@ async def test_a_ping_that_raises_is_told_and_survived(
     pings = Pings(GOOD, RuntimeError("a bug"), RuntimeError("a bug"), BAD, GOOD)
     health = Health(interval=0.005, recheck=0.005, fall=1)
     worker.health = health
-    async with pinging([worker], health, pings) as pinger:
+    async with pinging([worker], health, pings) as checker:
         await pings.reached(3)
-        assert worker.state is State.READY
-        assert repr(pinger) == "<Pinger running=1 of 1>"
+        assert worker.state is WorkerState.READY
+        assert repr(checker) == "<HealthChecker running=1 of 1>"
         await pings.reached(5)
-        assert worker.state is State.READY
+        assert worker.state is WorkerState.READY
     errors = [r for r in caplog.records if r.levelno >= logging.ERROR]
     assert [r.getMessage() for r in errors] == [
-        f"pinger of worker {worker.name} failed; it goes on"
+        f"health check of worker {worker.name} failed; it will be repeated"
     ] * 2
     assert errors[0].exc_info is not None
     assert str(errors[0].exc_info[1]) == "a bug"
@@ -284,19 +284,19 @@ async def test_stopping_ends_pings_that_are_under_way() -> None:
         raise AssertionError
 
     found = workers(2)
-    pinger = Pinger(found, Health(), hang)
-    pinger.start()
+    checker = HealthChecker(found, Health(), hang)
+    checker.start()
     await asyncio.sleep(0)
-    await pinger.stop()
+    await checker.stop()
     assert sorted(ended) == [worker.name for worker in found]
-    await pinger.stop()  # twice is once
+    await checker.stop()  # twice is once
 
 
 async def test_a_hub_without_workers_asks_nobody() -> None:
-    pinger = Pinger([], Health(), Pings(GOOD))
-    pinger.start()
-    await pinger.first_round()
-    await pinger.stop()
+    checker = HealthChecker([], Health(), Pings(GOOD))
+    checker.start()
+    await checker.first_round()
+    await checker.stop()
 
 
 async def test_an_oddity_of_a_worker_is_logged_once(
@@ -321,8 +321,8 @@ async def test_workers_are_known_when_each_has_loaded_or_is_down(last: Finding) 
     pings = Pings(LOADING, LOADING, last)
     [worker] = workers()
     health = Health(interval=0.01, recheck=0.01)
-    async with pinging([worker], health, pings) as pinger:
-        known = asyncio.ensure_future(pinger.described())
+    async with pinging([worker], health, pings) as checker:
+        known = asyncio.ensure_future(checker.described())
         await pings.reached(2)
         assert not known.done()
         async with asyncio.timeout(DEADLINE):
@@ -340,9 +340,9 @@ async def test_a_look_waits_for_a_ping_that_begins_now() -> None:
         await go.acquire()
         return GOOD
 
-    async with asyncio.timeout(DEADLINE), pinging([worker], Health(), ping) as pinger:
+    async with asyncio.timeout(DEADLINE), pinging([worker], Health(), ping) as checker:
         await begun.acquire()
-        look = asyncio.create_task(pinger.look(worker))
+        look = asyncio.create_task(checker.look(worker))
         go.release()
         await begun.acquire()
         assert not look.done()
@@ -360,10 +360,10 @@ async def test_a_look_tells_whether_the_worker_is_well(
     [worker] = workers()
     pings = Pings(GOOD, found, GOOD)
     health = Health(recheck=0.01)
-    async with asyncio.timeout(DEADLINE), pinging([worker], health, pings) as pinger:
+    async with asyncio.timeout(DEADLINE), pinging([worker], health, pings) as checker:
         await pings.reached(1)
-        leaves = asyncio.create_task(pinger.look(worker))
-        looks = [pinger.look(worker) for _ in range(2)]
+        leaves = asyncio.create_task(checker.look(worker))
+        looks = [checker.look(worker) for _ in range(2)]
         waiting = asyncio.gather(*looks)
         await asyncio.sleep(0)
         leaves.cancel()

@@ -1,29 +1,33 @@
-"""A lease is given back exactly once, whoever forgets it, with the first outcome."""
+"""A lease is given back exactly once, whoever forgets it, with the first result."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+from typing import cast
 
 import pytest
 
-from gollama_proxy.fleet.lease import Lease, Outcome
+from gollama_proxy.fleet.lease import Lease, Result
+from gollama_proxy.fleet.worker import Worker
 from tests.fakes.clock import Clock
 
 
 class Ledger:
-    """Hands out leases and writes down what comes back."""
+    """Hands out leases as a worker does, and records those that come back."""
+
+    name = "w1"
 
     def __init__(self) -> None:
         self.clock = Clock(100.0)
-        self.returned: list[tuple[Lease, Outcome]] = []
+        self.returned: list[tuple[Lease, Result]] = []
 
     def lease(self) -> Lease:
-        return Lease(
-            "w1",
-            self.clock,
-            lambda lease, outcome: self.returned.append((lease, outcome)),
-        )
+        return Lease(cast(Worker, self))
+
+    def take_back(self, lease: Lease, result: Result) -> None:
+        lease.release(Result.WORKER_FAILED)  # from within it is too late, too
+        self.returned.append((lease, result))
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def ledger() -> Ledger:
 def test_a_new_lease_is_held_since_now_and_heard_nothing(ledger: Ledger) -> None:
     lease = ledger.lease()
     ledger.clock.advance(5)
-    assert (lease.worker, lease.taken_at, lease.outcome) == ("w1", 100.0, None)
+    assert (lease.worker, lease.taken_at, lease.result) == (ledger, 100.0, None)
     assert lease.heard_at < float("-1e300")  # earlier than any clock may say
     assert ledger.returned == []
     assert repr(lease) == "<Lease on w1 held>"
@@ -47,31 +51,31 @@ def test_a_new_lease_proves_nothing_and_may_take_for_ever(ledger: Ledger) -> Non
     assert lease.allowance == math.inf
 
 
-@pytest.mark.parametrize("outcome", list(Outcome))
-def test_a_lease_goes_back_with_its_outcome(ledger: Ledger, outcome: Outcome) -> None:
+@pytest.mark.parametrize("result", list(Result))
+def test_a_lease_goes_back_with_its_outcome(ledger: Ledger, result: Result) -> None:
     lease = ledger.lease()
-    lease.release(outcome)
-    assert ledger.returned == [(lease, outcome)]
-    assert lease.outcome is outcome
-    assert repr(lease) == f"<Lease on w1 {outcome.name}>"
+    lease.release(result)
+    assert ledger.returned == [(lease, result)]
+    assert lease.result is result
+    assert repr(lease) == f"<Lease on w1 {result.name}>"
 
 
-@pytest.mark.parametrize("first", list(Outcome))
-@pytest.mark.parametrize("second", list(Outcome))
+@pytest.mark.parametrize("first", list(Result))
+@pytest.mark.parametrize("second", list(Result))
 def test_only_the_first_release_counts(
-    ledger: Ledger, first: Outcome, second: Outcome
+    ledger: Ledger, first: Result, second: Result
 ) -> None:
     lease = ledger.lease()
     lease.release(first)
     lease.release(second)
     assert ledger.returned == [(lease, first)]
-    assert lease.outcome is first
+    assert lease.result is first
 
 
 def test_a_lease_that_its_block_released_is_not_released_again(ledger: Ledger) -> None:
     with ledger.lease() as lease:
-        lease.release(Outcome.COMPLETE)
-    assert ledger.returned == [(lease, Outcome.COMPLETE)]
+        lease.release(Result.COMPLETE)
+    assert ledger.returned == [(lease, Result.COMPLETE)]
 
 
 @pytest.mark.parametrize(
@@ -87,23 +91,12 @@ def test_a_lease_that_nobody_released_blames_no_worker(
     else:
         with pytest.raises(error), ledger.lease() as lease:
             raise error
-    assert ledger.returned == [(lease, Outcome.CLIENT_GONE)]
-
-
-def test_the_outcome_is_known_to_whom_the_lease_goes_back() -> None:
-    seen: list[Outcome | None] = []
-
-    def give_back(lease: Lease, outcome: Outcome) -> None:
-        lease.release(Outcome.WORKER_FAILED)  # from within it is too late, too
-        seen.append(lease.outcome)
-
-    Lease("w1", Clock(), give_back).release(Outcome.REFUSED)
-    assert seen == [Outcome.REFUSED]
+    assert ledger.returned == [(lease, Result.CLIENT_GONE)]
 
 
 def test_two_leases_on_one_worker_are_two(ledger: Ledger) -> None:
     """Equal in all they say, and yet not the same place."""
     one, two = ledger.lease(), ledger.lease()
     assert len({one, two}) == 2
-    one.release(Outcome.COMPLETE)
-    assert two.outcome is None
+    one.release(Result.COMPLETE)
+    assert two.result is None

@@ -6,7 +6,7 @@ import pytest
 
 from gollama_proxy.config.settings import Breaker, Health, Origin, WorkerConfig
 from gollama_proxy.fleet.breaker import Verdict
-from gollama_proxy.fleet.lease import Outcome
+from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.pool import LOAD_AFTER, Pool
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.description import Check, Description, Model
@@ -20,16 +20,16 @@ def clock() -> Clock:
     return Clock()
 
 
-def worker(clock: Clock, *, ready: bool = True, limits: Breaker = STEADY) -> Worker:
+def worker(clock: Clock, *, ready: bool = True, policy: Breaker = STEADY) -> Worker:
     config = WorkerConfig("http://a:80", Origin("http", "a", 80, ""), "a")
-    made = Worker(config, Health(fall=1), clock, limits=limits)
+    made = Worker(config, Health(fall=1), clock, policy=policy)
     made.observe(Check.OK if ready else Check.FAILED, "by the test")
     return made
 
 
 def trip(worker: Worker, model: str | None = None) -> None:
     breaker = worker.breaker_of(model) if model else worker.breaker
-    for _ in range(worker.limits.consecutive):
+    for _ in range(worker.policy.consecutive):
         breaker.record(Verdict.FAILURE)
     assert not breaker.closed
 
@@ -71,7 +71,7 @@ def test_one_that_is_to_prove_itself_by_a_request_is_available_for_that(
     clock: Clock,
 ) -> None:
     for canary in (True, False):
-        a = worker(clock, limits=Breaker(jitter=0.0, canary=canary))
+        a = worker(clock, policy=Breaker(jitter=0.0, canary=canary))
         trip(a)
         clock.advance(a.breaker.opens_in())
         assert Pool("tiny", (a,)).available == ([] if canary else [a])
@@ -116,7 +116,7 @@ def test_one_that_is_loading_it_goes_before_one_that_would_have_to_begin(
     lease = asked.lease("tiny")
     assert lease.loads
     assert pool.available == [loading, asked]
-    lease.release(Outcome.WORKER_FAILED)
+    lease.release(Result.WORKER_FAILED)
     assert pool.available == [loading]
 
 
@@ -130,7 +130,7 @@ def test_when_all_are_full_for_long_another_one_is_to_load_it(clock: Clock) -> N
     assert pool.available == [warm, other]
     clock.advance(0.5)
     assert pool.available == [cold, warm, other]
-    lease.release(Outcome.COMPLETE)
+    lease.release(Result.COMPLETE)
     assert pool.available == [warm, other]
 
 

@@ -20,7 +20,7 @@ from gollama_proxy.config.settings import (
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import RETRY_AFTER, Registry, may_use
-from gollama_proxy.fleet.worker import State, Worker
+from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
@@ -75,7 +75,7 @@ def take_out(*workers: Worker, check: Check = Check.FAILED) -> None:
 
 def trip(*workers: Worker) -> None:
     for worker in workers:
-        for _ in range(worker.limits.consecutive):
+        for _ in range(worker.policy.consecutive):
             worker.breaker.record(Verdict.FAILURE)
         assert not worker.available
 
@@ -602,8 +602,8 @@ def test_a_worker_that_is_not_ready_is_not_chosen(check: Check) -> None:
     take_out(made.workers[1], check=check)
     assert {choose(made, "a").name for _ in range(6)} == {"w0", "w2"}
     made.workers[1].observe(Check.OK, "ok")
-    assert made.workers[1].state is State.READY
-    clock.advance(made.workers[1].limits.ramp)
+    assert made.workers[1].state is WorkerState.READY
+    clock.advance(made.workers[1].policy.ramp)
     assert {choose(made, "a").name for _ in range(6)} == {"w0", "w1", "w2"}
 
 
@@ -636,7 +636,7 @@ def test_a_worker_that_has_just_recovered_is_passed_over_now_and_then() -> None:
     trip(made.workers[0], made.workers[2])
     clock.advance(5)
     for worker in (made.workers[0], made.workers[2]):
-        for _ in range(worker.limits.proofs):
+        for _ in range(worker.policy.proofs):
             permit = worker.breaker.permit()
             assert permit is not None
             permit.settle(True)

@@ -10,20 +10,19 @@ from typing import Any, cast
 
 import pytest
 
-from gollama_proxy.config.settings import Breaker as Limits
+from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, Origin, Timeouts, WorkerConfig
-from gollama_proxy.fleet import watchdog as sweep
-from gollama_proxy.fleet.breaker import Breaker, Verdict
-from gollama_proxy.fleet.breaker import State as Circuit
-from gollama_proxy.fleet.lease import Outcome
-from gollama_proxy.fleet.watchdog import Sweep
+from gollama_proxy.fleet import watchdog
+from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
+from gollama_proxy.fleet.lease import Result
+from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 from tests.fakes.waiting import DEADLINE
 
-LIMITS = Limits(jitter=0.0)
+LIMITS = Policy(jitter=0.0)
 
 
 class Looks:
@@ -60,14 +59,14 @@ class Stage:
         self.clock = Clock()
         self.prove = Canaries()
         self.workers = [self.worker(name, models) for name in names or ("a",)]
-        self.sweep = Sweep(
+        self.watchdog = Watchdog(
             self.workers, Timeouts(gap=7, silence=9), self.prove, self.clock
         )
 
     def worker(self, name: str, models: tuple[str, ...]) -> Worker:
         origin = Origin("http", "127.0.0.1", 8080, "")
         config = WorkerConfig("http://127.0.0.1:8080", origin, name)
-        made = Worker(config, Health(fall=1), self.clock, limits=LIMITS)
+        made = Worker(config, Health(fall=1), self.clock, policy=LIMITS)
         known = Description(tuple(map(Model, models)))
         made.observe(Check.OK, "ok", known)
         return made
@@ -77,12 +76,12 @@ class Stage:
         for _ in range(LIMITS.consecutive):
             breaker.record(Verdict.FAILURE)
         self.clock.advance(breaker.opens_in())
-        assert breaker.state is Circuit.HALF_OPEN
+        assert breaker.state is BreakerState.HALF_OPEN
         return breaker
 
     def watching(self, relay: Looks) -> AbstractContextManager[None]:
         """Watch an answer of the first worker."""
-        return self.sweep.watching(cast(Relay, relay), self.workers[0])
+        return self.watchdog.watching(cast(Relay, relay), self.workers[0])
 
     async def settle(self, good: bool) -> None:
         """Let the running canaries come to an end."""
@@ -95,7 +94,7 @@ class Stage:
     async def round(self) -> int:
         """Count the canaries that a round sends."""
         before = len(self.prove.asked)
-        self.sweep.round()
+        self.watchdog.round()
         for _ in range(3):
             await asyncio.sleep(0)
         return len(self.prove.asked) - before
@@ -108,12 +107,12 @@ def test_every_answer_is_looked_at_while_it_is_relayed_and_no_longer() -> None:
     stage = Stage()
     one, other = Looks(), Looks()
     with stage.watching(one):
-        stage.sweep.round()
+        stage.watchdog.round()
         with stage.watching(other):
-            assert repr(stage.sweep) == "<Sweep answers=2 canaries=0>"
+            assert repr(stage.watchdog) == "<Watchdog answers=2 canaries=0>"
             stage.clock.advance(1)
-            stage.sweep.round()
-    stage.sweep.round()
+            stage.watchdog.round()
+    stage.watchdog.round()
     assert one.seen == [(1000, 7, 9), (1001, 7, 9)]
     assert other.seen == [(1001, 7, 9)]
 
@@ -122,7 +121,7 @@ def test_an_answer_that_breaks_is_not_looked_at_any_more() -> None:
     stage = Stage()
     with pytest.raises(RuntimeError), stage.watching(Looks()):
         raise RuntimeError
-    assert repr(stage.sweep) == "<Sweep answers=0 canaries=0>"
+    assert repr(stage.watchdog) == "<Watchdog answers=0 canaries=0>"
 
 
 def test_a_look_may_end_an_answer() -> None:
@@ -131,7 +130,7 @@ def test_a_look_may_end_an_answer() -> None:
 
     class Ending(Looks):
         def check(self, now: float, gap: float, silence: float) -> float:
-            stage.sweep._answers.pop(cast(Relay, self))
+            stage.watchdog._answers.pop(cast(Relay, self))
             return super().check(now, gap, silence)
 
     answers = [Ending() for _ in range(3)]
@@ -140,8 +139,8 @@ def test_a_look_may_end_an_answer() -> None:
         stage.watching(answers[1]),
         stage.watching(answers[2]),
     ):
-        stage.sweep.round()
-        stage.sweep.round()
+        stage.watchdog.round()
+        stage.watchdog.round()
     assert [len(answer.seen) for answer in answers] == [1, 1, 1]
 
 
@@ -161,7 +160,7 @@ async def test_a_worker_that_has_to_prove_itself_gets_one_canary_at_a_time() -> 
     assert [await stage.round() for _ in range(3)] == [1, 0, 0]
     assert stage.prove.asked == [("b", "m")]
     await stage.settle(True)
-    assert breaker.state is Circuit.HALF_OPEN
+    assert breaker.state is BreakerState.HALF_OPEN
     assert stage.prove.asked == [("b", "m")] * 2  # the next one goes at once
     assert await stage.round() == 0
     await stage.settle(True)
@@ -174,7 +173,7 @@ async def test_a_bad_canary_opens_the_breaker_again() -> None:
     breaker = stage.half_open(stage.workers[0].breaker)
     await stage.round()
     await stage.settle(False)
-    assert breaker.state is Circuit.OPEN
+    assert breaker.state is BreakerState.OPEN
     assert await stage.round() == 0
 
 
@@ -194,15 +193,15 @@ async def test_while_a_worker_is_out_its_models_prove_nothing() -> None:
     [worker] = stage.workers
     model = stage.half_open(worker.breaker_of("n"))
     for _ in range(LIMITS.consecutive):
-        worker.lease().release(Outcome.WORKER_FAILED)
-    assert worker.breaker.state is Circuit.OPEN
+        worker.lease().release(Result.WORKER_FAILED)
+    assert worker.breaker.state is BreakerState.OPEN
     assert await stage.round() == 0
     stage.clock.advance(worker.breaker.opens_in())
     assert await stage.round() == 1
     for _ in range(2):
         await stage.settle(True)
     assert worker.breaker.closed
-    assert model.state is Circuit.HALF_OPEN
+    assert model.state is BreakerState.HALF_OPEN
     assert await stage.round() == 1
     assert stage.prove.asked == [("a", "m"), ("a", "m"), ("a", "n")]
     await stage.settle(True)
@@ -254,10 +253,10 @@ async def test_a_canary_that_is_cancelled_proves_nothing() -> None:
     stage = Stage()
     breaker = stage.half_open(stage.workers[0].breaker)
     await stage.round()
-    await stage.sweep.stop()
-    assert breaker.state is Circuit.HALF_OPEN
+    await stage.watchdog.stop()
+    assert breaker.state is BreakerState.HALF_OPEN
     assert breaker.permit() is not None
-    assert repr(stage.sweep) == "<Sweep answers=0 canaries=0>"
+    assert repr(stage.watchdog) == "<Watchdog answers=0 canaries=0>"
 
 
 def test_an_answer_that_falls_silent_makes_the_pinger_look() -> None:
@@ -267,9 +266,9 @@ def test_an_answer_that_falls_silent_makes_the_pinger_look() -> None:
     worker.on_suspicion = lambda: looks.append(True)
     answer = Looks()
     with stage.watching(answer):
-        for silent, looked in ((sweep.SUSPICIOUS, 0), (sweep.SUSPICIOUS + 1, 1)):
+        for silent, looked in ((watchdog.SUSPICIOUS, 0), (watchdog.SUSPICIOUS + 1, 1)):
             answer.silent = silent
-            stage.sweep.round()
+            stage.watchdog.round()
             assert len(looks) == looked
     assert not answer.abandoned
 
@@ -279,7 +278,7 @@ def test_the_answers_of_a_worker_that_is_down_are_given_up() -> None:
     answer = Looks()
     with stage.watching(answer):
         stage.workers[0].observe(Check.REFUSED, "connection refused")
-        stage.sweep.round()
+        stage.watchdog.round()
     assert answer.abandoned
 
 
@@ -289,7 +288,7 @@ def test_the_answers_of_a_worker_that_is_down_are_given_up() -> None:
 async def test_the_rounds_go_on_after_one_that_failed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sweep, "PERIOD", 0.001)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.001)
     stage = Stage()
     enough = asyncio.Event()
     rounds: list[Any] = []
@@ -307,14 +306,14 @@ async def test_the_rounds_go_on_after_one_that_failed(
         caplog.at_level(logging.ERROR),
         stage.watching(Broken()),
     ):
-        stage.sweep.start()
+        stage.watchdog.start()
         async with asyncio.timeout(DEADLINE):
             await enough.wait()
-        await stage.sweep.stop()
+        await stage.watchdog.stop()
     assert [record.getMessage() for record in caplog.records] == [
-        "a sweep failed; the next one comes"
+        "a round of the watchdog failed; the next one follows"
     ]
 
 
 async def test_a_sweep_that_was_not_started_can_be_stopped() -> None:
-    await Stage().sweep.stop()
+    await Stage().watchdog.stop()

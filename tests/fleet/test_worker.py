@@ -19,13 +19,18 @@ from hypothesis.stateful import (
     rule,
 )
 
-from gollama_proxy.config.settings import Breaker as Limits
+from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, Origin, WorkerConfig
-from gollama_proxy.fleet.breaker import Breaker, Verdict
-from gollama_proxy.fleet.breaker import State as BreakerState
-from gollama_proxy.fleet.lease import Lease, Outcome
+from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
+from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.speed import Prefill
-from gollama_proxy.fleet.worker import MOST_SLOTS, TRANSITIONS, Event, State, Worker
+from gollama_proxy.fleet.worker import (
+    MOST_SLOTS,
+    TRANSITIONS,
+    Worker,
+    WorkerEvent,
+    WorkerState,
+)
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 from tests.fakes.pool import pool
@@ -37,28 +42,28 @@ ABOUT = Description((Model("qwen", 4096), Model("tiny")), slots=4, context=4096)
 
 
 def make(
-    state: State = State.STARTING,
+    state: WorkerState = WorkerState.STARTING,
     *,
     fall: int = 3,
     rise: int = 1,
     timeout: float = 5.0,
     clock: Clock | None = None,
-    limits: Limits | None = None,
+    policy: Policy | None = None,
 ) -> Worker:
     """Make a worker that has come to a state the way workers do."""
     health = Health(fall=fall, rise=rise, timeout=timeout)
-    worker = Worker(CONFIG, health, clock or Clock(), limits=limits or Limits())
-    if state is State.READY:
+    worker = Worker(CONFIG, health, clock or Clock(), policy=policy or Policy())
+    if state is WorkerState.READY:
         worker.observe(Check.OK, "ok")
-    elif state is State.LOADING:
+    elif state is WorkerState.LOADING:
         worker.observe(Check.LOADING, "loading")
-    elif state is State.DOWN:
+    elif state is WorkerState.DOWN:
         worker.observe(Check.FAILED, "refused")
     assert worker.state is state
     return worker
 
 
-def after(worker: Worker, *checks: Check) -> list[State]:
+def after(worker: Worker, *checks: Check) -> list[WorkerState]:
     """Let the pinger see these, and tell the state after each."""
     states = []
     for check in checks:
@@ -71,47 +76,47 @@ def after(worker: Worker, *checks: Check) -> list[State]:
 
 
 def test_the_table_says_where_every_event_leads_from_every_state() -> None:
-    assert set(TRANSITIONS) == set(product(State, Event))
-    assert set(TRANSITIONS.values()) <= set(State)
+    assert set(TRANSITIONS) == set(product(WorkerState, WorkerEvent))
+    assert set(TRANSITIONS.values()) <= set(WorkerState)
 
 
-@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("state", list(WorkerState))
 @pytest.mark.parametrize(
     ("event", "reached"),
     [
-        (Event.ROSE, State.READY),
-        (Event.LOADING, State.LOADING),
-        (Event.FELL, State.DOWN),
+        (WorkerEvent.ROSE, WorkerState.READY),
+        (WorkerEvent.LOADING, WorkerState.LOADING),
+        (WorkerEvent.FELL, WorkerState.DOWN),
     ],
 )
 def test_an_event_leads_to_its_state_wherever_it_finds_the_worker(
-    state: State, event: Event, reached: State
+    state: WorkerState, event: WorkerEvent, reached: WorkerState
 ) -> None:
     """In particular none leads back to STARTING, and none is lost."""
     assert TRANSITIONS[state, event] is reached
 
 
-@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("state", list(WorkerState))
 @pytest.mark.parametrize(
     ("check", "reached"),
     [
-        (Check.OK, State.READY),
-        (Check.LOADING, State.LOADING),
-        (Check.FAILED, State.DOWN),
-        (Check.REFUSED, State.DOWN),
+        (Check.OK, WorkerState.READY),
+        (Check.LOADING, WorkerState.LOADING),
+        (Check.FAILED, WorkerState.DOWN),
+        (Check.REFUSED, WorkerState.DOWN),
     ],
 )
 def test_with_fall_and_rise_of_one_each_check_decides(
-    state: State, check: Check, reached: State
+    state: WorkerState, check: Check, reached: WorkerState
 ) -> None:
     assert after(make(state, fall=1, rise=1), check) == [reached]
 
 
-@pytest.mark.parametrize("state", list(State))
-def test_only_a_ready_worker_is_available(state: State) -> None:
+@pytest.mark.parametrize("state", list(WorkerState))
+def test_only_a_ready_worker_is_available(state: WorkerState) -> None:
     worker = make(state)
-    assert worker.available is worker.admits is (state is State.READY)
-    assert worker.is_down is (state is State.DOWN)
+    assert worker.available is worker.admits is (state is WorkerState.READY)
+    assert worker.is_down is (state is WorkerState.DOWN)
 
 
 # --- Counting checks --------------------------------------------------------------
@@ -119,56 +124,68 @@ def test_only_a_ready_worker_is_available(state: State) -> None:
 
 def test_a_ready_worker_falls_with_the_last_of_so_many_failed_checks() -> None:
     failed = [Check.FAILED] * 3
-    worker = make(State.READY, fall=3)
-    assert after(worker, *failed) == [State.READY, State.READY, State.DOWN]
+    worker = make(WorkerState.READY, fall=3)
+    assert after(worker, *failed) == [
+        WorkerState.READY,
+        WorkerState.READY,
+        WorkerState.DOWN,
+    ]
 
 
 @pytest.mark.parametrize("between", [Check.OK, Check.LOADING])
 def test_failed_checks_count_in_a_row_only(between: Check) -> None:
-    worker = make(State.READY, fall=2)
+    worker = make(WorkerState.READY, fall=2)
     after(worker, Check.FAILED, between, Check.OK)
-    assert after(worker, Check.FAILED) == [State.READY]
-    assert after(worker, Check.FAILED) == [State.DOWN]
+    assert after(worker, Check.FAILED) == [WorkerState.READY]
+    assert after(worker, Check.FAILED) == [WorkerState.DOWN]
 
 
-@pytest.mark.parametrize("state", [State.STARTING, State.LOADING])
-def test_who_was_not_ready_falls_with_the_first_failed_check(state: State) -> None:
-    assert after(make(state, fall=3), Check.FAILED) == [State.DOWN]
+@pytest.mark.parametrize("state", [WorkerState.STARTING, WorkerState.LOADING])
+def test_who_was_not_ready_falls_with_the_first_failed_check(
+    state: WorkerState,
+) -> None:
+    assert after(make(state, fall=3), Check.FAILED) == [WorkerState.DOWN]
 
 
 def test_a_worker_that_is_down_rises_with_the_last_of_so_many_good_checks() -> None:
-    worker = make(State.DOWN, rise=3)
-    assert after(worker, *[Check.OK] * 3) == [State.DOWN, State.DOWN, State.READY]
+    worker = make(WorkerState.DOWN, rise=3)
+    assert after(worker, *[Check.OK] * 3) == [
+        WorkerState.DOWN,
+        WorkerState.DOWN,
+        WorkerState.READY,
+    ]
 
 
 def test_good_checks_count_in_a_row_only() -> None:
-    worker = make(State.DOWN, rise=2)
-    assert set(after(worker, *[Check.OK, Check.FAILED] * 4)) == {State.DOWN}
-    assert after(worker, Check.OK, Check.OK) == [State.DOWN, State.READY]
+    worker = make(WorkerState.DOWN, rise=2)
+    assert set(after(worker, *[Check.OK, Check.FAILED] * 4)) == {WorkerState.DOWN}
+    assert after(worker, Check.OK, Check.OK) == [WorkerState.DOWN, WorkerState.READY]
 
 
 def test_good_checks_of_an_earlier_life_do_not_count() -> None:
-    worker = make(State.READY, fall=1, rise=2)
+    worker = make(WorkerState.READY, fall=1, rise=2)
     after(worker, Check.OK, Check.OK, Check.FAILED)
-    assert after(worker, Check.OK, Check.OK) == [State.DOWN, State.READY]
+    assert after(worker, Check.OK, Check.OK) == [WorkerState.DOWN, WorkerState.READY]
 
 
-@pytest.mark.parametrize("state", [State.STARTING, State.LOADING])
-def test_who_was_not_down_is_ready_with_the_first_good_check(state: State) -> None:
-    assert after(make(state, rise=3), Check.OK) == [State.READY]
+@pytest.mark.parametrize("state", [WorkerState.STARTING, WorkerState.LOADING])
+def test_who_was_not_down_is_ready_with_the_first_good_check(
+    state: WorkerState,
+) -> None:
+    assert after(make(state, rise=3), Check.OK) == [WorkerState.READY]
 
 
 def test_a_ready_worker_that_loads_again_is_out_until_it_has_loaded() -> None:
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     assert after(worker, Check.LOADING, Check.LOADING, Check.OK) == [
-        State.LOADING,
-        State.LOADING,
-        State.READY,
+        WorkerState.LOADING,
+        WorkerState.LOADING,
+        WorkerState.READY,
     ]
 
 
 def test_it_is_in_doubt_between_its_first_failure_and_its_fall() -> None:
-    worker = make(State.READY, fall=2)
+    worker = make(WorkerState.READY, fall=2)
     assert not worker.in_doubt
     after(worker, Check.FAILED)
     assert worker.in_doubt
@@ -230,7 +247,7 @@ def test_what_was_learnt_stays_when_a_check_learns_nothing() -> None:
     worker = make(fall=1)
     worker.observe(Check.OK, "ok", ABOUT)
     after(worker, Check.OK, Check.FAILED)
-    assert worker.state is State.DOWN
+    assert worker.state is WorkerState.DOWN
     assert worker.serves("qwen")
 
 
@@ -278,7 +295,7 @@ def test_some_model_is_known_as_soon_as_any_is() -> None:
     worker = stated("qwen*")
     assert worker.some_model is None
     lease = worker.lease("qwen3")
-    lease.release(Outcome.COMPLETE)
+    lease.release(Result.COMPLETE)
     assert worker.some_model == "qwen3"
     worker.observe(Check.OK, "ok", Description((Model("model.gguf"),)))
     assert worker.some_model == "model.gguf"
@@ -327,7 +344,7 @@ def test_an_answer_shows_that_its_model_is_loaded() -> None:
     assert looks == ["now"]  # another model may have made room for it
     assert worker.has_loaded("a")
     third = worker.lease("a")
-    second.release(Outcome.REFUSED)
+    second.release(Result.REFUSED)
     assert looks == ["now", "now"]
     worker.has_answered(third)
     assert not third.loads
@@ -335,7 +352,7 @@ def test_an_answer_shows_that_its_model_is_loaded() -> None:
     worker.observe(Check.OK, "ok", Description((Model("a", loaded=False),)))
     assert worker.is_cold("a") is False  # somebody waits for it
     for lease in (first, second, third):
-        lease.release(Outcome.COMPLETE)
+        lease.release(Result.COMPLETE)
     assert worker.is_cold("a")
 
 
@@ -345,7 +362,7 @@ def test_the_time_of_a_load_tells_nothing_about_reading() -> None:
     lease = worker.lease("a")
     lease.prompt_bytes, lease.first_token = 10_000, 100.0
     lease.tokens, lease.seconds = 20, 2.0
-    lease.release(Outcome.COMPLETE)
+    lease.release(Result.COMPLETE)
     pace = worker.pace_of("a")
     assert pace.rate == pace.expectations.rate
     assert pace.speed.reads is None
@@ -366,11 +383,11 @@ def test_a_slot_that_is_taken_again_at_once_was_not_free() -> None:
         leases.append(worker.lease("a"))
 
     worker.on_free = hand_out
-    lease.release(Outcome.COMPLETE)
+    lease.release(Result.COMPLETE)
     assert seen == [0.0]
     assert worker.full_for == 3.0
     worker.on_free = None
-    leases[0].release(Outcome.COMPLETE)
+    leases[0].release(Result.COMPLETE)
     clock.advance(3.0)
     worker.lease("a")
     clock.advance(1.0)
@@ -406,7 +423,7 @@ def test_free_are_the_slots_that_no_lease_has() -> None:
     leases = [worker.lease() for _ in range(3)]
     assert worker.free == -1
     for lease in leases:
-        lease.release(Outcome.COMPLETE)
+        lease.release(Result.COMPLETE)
     assert worker.free == 2
 
 
@@ -448,60 +465,60 @@ def test_each_check_has_its_moment() -> None:
 def test_a_worker_that_talks_is_kept_whatever_its_health_check_says() -> None:
     """Bursts starve llama-server's HTTP threads while tokens flow."""
     clock = Clock()
-    worker = make(State.READY, fall=1, timeout=5, clock=clock)
+    worker = make(WorkerState.READY, fall=1, timeout=5, clock=clock)
     lease = worker.lease()
     for _ in range(10):
         lease.heard_at = clock.advance(30)
         clock.advance(5)  # its last byte came when the ping began
-        assert after(worker, Check.FAILED) == [State.READY]
+        assert after(worker, Check.FAILED) == [WorkerState.READY]
         assert worker.checked_at == clock()
         assert not worker.in_doubt
 
 
 def test_a_worker_that_fell_silent_before_the_ping_falls() -> None:
     clock = Clock()
-    worker = make(State.READY, fall=1, timeout=5, clock=clock)
+    worker = make(WorkerState.READY, fall=1, timeout=5, clock=clock)
     worker.lease().heard_at = clock()
     clock.advance(5.001)
-    assert after(worker, Check.FAILED) == [State.DOWN]
+    assert after(worker, Check.FAILED) == [WorkerState.DOWN]
 
 
 def test_an_answer_that_has_not_begun_is_no_sign_of_life() -> None:
-    worker = make(State.READY, fall=1)
+    worker = make(WorkerState.READY, fall=1)
     worker.lease()
-    assert after(worker, Check.FAILED) == [State.DOWN]
+    assert after(worker, Check.FAILED) == [WorkerState.DOWN]
 
 
 def test_an_answer_that_has_ended_is_no_sign_of_life() -> None:
     clock = Clock()
-    worker = make(State.READY, fall=1, clock=clock)
+    worker = make(WorkerState.READY, fall=1, clock=clock)
     lease = worker.lease()
     lease.heard_at = clock()
-    lease.release(Outcome.COMPLETE)
-    assert after(worker, Check.FAILED) == [State.DOWN]
+    lease.release(Result.COMPLETE)
+    assert after(worker, Check.FAILED) == [WorkerState.DOWN]
 
 
 def test_a_failed_check_that_is_not_believed_leaves_the_count_as_it_was() -> None:
     clock = Clock()
-    worker = make(State.READY, fall=2, clock=clock)
+    worker = make(WorkerState.READY, fall=2, clock=clock)
     after(worker, Check.FAILED)
     lease = worker.lease()
     lease.heard_at = clock()
     after(worker, Check.FAILED, Check.FAILED)
     assert worker.in_doubt
-    assert worker.state is State.READY
-    lease.release(Outcome.COMPLETE)
-    assert after(worker, Check.FAILED) == [State.DOWN]
+    assert worker.state is WorkerState.READY
+    lease.release(Result.COMPLETE)
+    assert after(worker, Check.FAILED) == [WorkerState.DOWN]
 
 
 def test_one_talking_answer_among_silent_ones_is_enough() -> None:
     clock = Clock()
-    worker = make(State.READY, clock=clock)
+    worker = make(WorkerState.READY, clock=clock)
     silent, talking = worker.lease(), worker.lease()
     silent.heard_at, talking.heard_at = clock() - 60, clock()
     assert worker.heard_since(clock())
     assert not worker.heard_since(clock() + 0.001)
-    talking.release(Outcome.COMPLETE)
+    talking.release(Result.COMPLETE)
     assert worker.heard_since(clock() - 60)
     assert not worker.heard_since(clock() - 59)
 
@@ -509,41 +526,42 @@ def test_one_talking_answer_among_silent_ones_is_enough() -> None:
 def test_a_worker_that_talks_and_says_that_it_loads_is_believed() -> None:
     """Only silence is doubted, not an answer."""
     clock = Clock()
-    worker = make(State.READY, clock=clock)
+    worker = make(WorkerState.READY, clock=clock)
     worker.lease().heard_at = clock()
-    assert after(worker, Check.LOADING) == [State.LOADING]
+    assert after(worker, Check.LOADING) == [WorkerState.LOADING]
 
 
 def test_where_nobody_listens_any_more_what_was_heard_before_does_not_count() -> None:
     """The last bytes of a process that has died may be very young."""
     clock = Clock()
-    worker = make(State.READY, fall=1, clock=clock)
+    worker = make(WorkerState.READY, fall=1, clock=clock)
     worker.lease().heard_at = clock()
-    assert after(worker, Check.FAILED) == [State.READY]
-    assert after(worker, Check.REFUSED) == [State.DOWN]
+    assert after(worker, Check.FAILED) == [WorkerState.READY]
+    assert after(worker, Check.REFUSED) == [WorkerState.DOWN]
 
 
 # --- Leases and suspicion ---------------------------------------------------------
 
 # The ends of an attempt that have the worker asked how it is.
-BLAMED = (Outcome.WORKER_FAILED, Outcome.SLOW, Outcome.BUSY)
+BLAMED = (Result.WORKER_FAILED, Result.SLOW, Result.BUSY)
 # Those that count like a failed check.
-FAILED = (Outcome.WORKER_FAILED, Outcome.SLOW)
+FAILED = (Result.WORKER_FAILED, Result.SLOW)
 
 
 def test_a_lease_knows_its_worker_and_its_moment() -> None:
     clock = Clock(70.0)
-    lease = make(clock=clock).lease()
-    assert (lease.worker, lease.taken_at) == ("w1", 70.0)
+    worker = make(clock=clock)
+    lease = worker.lease()
+    assert (lease.worker, lease.taken_at) == (worker, 70.0)
 
 
-@pytest.mark.parametrize("outcome", list(Outcome))
-def test_what_is_the_workers_own_doing_makes_it_suspect(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", list(Result))
+def test_what_is_the_workers_own_doing_makes_it_suspect(outcome: Result) -> None:
     """Clients that leave and bad requests say nothing about a worker.
 
     One that is busy is looked at as well, but only a failure counts, or a hang.
     """
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     suspicions: list[int] = []
     worker.on_suspicion = lambda: suspicions.append(worker.in_flight)
     worker.lease().release(outcome)
@@ -554,41 +572,44 @@ def test_what_is_the_workers_own_doing_makes_it_suspect(outcome: Outcome) -> Non
 
 
 @pytest.mark.parametrize("outcome", FAILED)
-def test_failed_requests_shorten_the_way_down(outcome: Outcome) -> None:
-    worker = make(State.READY, fall=3)
+def test_failed_requests_shorten_the_way_down(outcome: Result) -> None:
+    worker = make(WorkerState.READY, fall=3)
     for _ in range(2):
         worker.lease().release(outcome)
-    assert after(worker, Check.FAILED) == [State.DOWN]
+    assert after(worker, Check.FAILED) == [WorkerState.DOWN]
 
 
 def test_failed_requests_alone_leave_the_health_as_it_is() -> None:
     """Its health check is asked at once; the requests may have been the reason."""
-    worker = make(State.READY, fall=2)
+    worker = make(WorkerState.READY, fall=2)
     for _ in range(9):
-        worker.lease().release(Outcome.WORKER_FAILED)
-    assert worker.state is State.READY
-    assert after(worker, Check.OK, Check.FAILED) == [State.READY, State.READY]
+        worker.lease().release(Result.WORKER_FAILED)
+    assert worker.state is WorkerState.READY
+    assert after(worker, Check.OK, Check.FAILED) == [
+        WorkerState.READY,
+        WorkerState.READY,
+    ]
 
 
 def test_failed_requests_open_the_breaker_which_good_checks_do_not_close() -> None:
     """A process can be in good `/health` with its GPU gone."""
-    worker = make(State.READY)
-    failures = worker.limits.consecutive
+    worker = make(WorkerState.READY)
+    failures = worker.policy.consecutive
     for _ in range(failures - 1):
-        worker.lease().release(Outcome.WORKER_FAILED)
+        worker.lease().release(Result.WORKER_FAILED)
     assert worker.available
-    worker.lease().release(Outcome.WORKER_FAILED)
+    worker.lease().release(Result.WORKER_FAILED)
     assert not worker.available
-    assert after(worker, Check.OK, Check.OK) == [State.READY, State.READY]
+    assert after(worker, Check.OK, Check.OK) == [WorkerState.READY, WorkerState.READY]
     assert not worker.available
 
 
 def test_a_failed_request_interrupts_the_way_up() -> None:
-    worker = make(State.READY, fall=1, rise=2)
+    worker = make(WorkerState.READY, fall=1, rise=2)
     lease = worker.lease()
     after(worker, Check.FAILED, Check.OK)
-    lease.release(Outcome.WORKER_FAILED)
-    assert after(worker, Check.OK, Check.OK) == [State.DOWN, State.READY]
+    lease.release(Result.WORKER_FAILED)
+    assert after(worker, Check.OK, Check.OK) == [WorkerState.DOWN, WorkerState.READY]
 
 
 # --- Clients that leave -----------------------------------------------------------
@@ -609,12 +630,12 @@ def test_whoever_leaves_after_a_hang_has_left_because_of_it(
 ) -> None:
     """A worker that hangs is not protected by its clients' impatience."""
     clock = Clock()
-    worker = make(State.READY, clock=clock, limits=Limits(window=1e12))
-    for _ in range(worker.limits.consecutive):
+    worker = make(WorkerState.READY, clock=clock, policy=Policy(window=1e12))
+    for _ in range(worker.policy.consecutive):
         with worker.lease() as lease:
             lease.allowance, lease.first_token = allowance, first_token
             clock.advance(waited)
-        assert lease.outcome is Outcome.CLIENT_GONE
+        assert lease.result is Result.CLIENT_GONE
     assert worker.available is not slow
     assert f"slow={5 * slow} " in repr(worker.breaker)
     assert not worker.in_doubt
@@ -622,31 +643,31 @@ def test_whoever_leaves_after_a_hang_has_left_because_of_it(
 
 # --- Proofs -----------------------------------------------------------------------
 
-PROVING = Limits(jitter=0.0, canary=False)
+PROVING = Policy(jitter=0.0, canary=False)
 PROOFS = {
-    Outcome.COMPLETE: True,
-    Outcome.SLOW: False,
-    Outcome.WORKER_FAILED: False,
-    Outcome.ERRED: False,
-    Outcome.BUSY: None,
-    Outcome.REFUSED: None,
-    Outcome.CLIENT_GONE: None,
-    Outcome.HUB_STOPPED: None,
+    Result.COMPLETE: True,
+    Result.SLOW: False,
+    Result.WORKER_FAILED: False,
+    Result.ERRED: False,
+    Result.BUSY: None,
+    Result.REFUSED: None,
+    Result.CLIENT_GONE: None,
+    Result.HUB_STOPPED: None,
 }
 
 
 def trip(breaker: Breaker) -> None:
-    for _ in range(breaker.limits.consecutive):
+    for _ in range(breaker.policy.consecutive):
         breaker.record(Verdict.FAILURE)
     assert breaker.state is BreakerState.OPEN
 
 
 def half_open(
-    *models: str, machine: bool = True, limits: Limits = PROVING
+    *models: str, machine: bool = True, policy: Policy = PROVING
 ) -> tuple[Worker, Clock]:
     """Make a worker that has to prove itself, or one of its models."""
     clock = Clock()
-    worker = make(State.READY, clock=clock, limits=limits)
+    worker = make(WorkerState.READY, clock=clock, policy=policy)
     breakers = [worker.breaker_of(model) for model in models]
     breakers += [worker.breaker] * machine
     for breaker in breakers:
@@ -656,26 +677,26 @@ def half_open(
     return worker, clock
 
 
-@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("state", list(WorkerState))
 @pytest.mark.parametrize("canary", [True, False])
 def test_only_without_canaries_a_request_may_prove_a_worker(
-    canary: bool, state: State
+    canary: bool, state: WorkerState
 ) -> None:
     """And only one that is there: it is not for requests to find that out."""
-    worker, _ = half_open(limits=Limits(jitter=0.0, canary=canary))
+    worker, _ = half_open(policy=Policy(jitter=0.0, canary=canary))
     worker.state = state
-    assert worker.can_serve("qwen") is (state is State.READY and not canary)
+    assert worker.can_serve("qwen") is (state is WorkerState.READY and not canary)
     assert worker.admits is worker.can_serve("qwen")
     assert not worker.available
-    worker, _ = half_open("qwen", machine=False, limits=worker.limits)
+    worker, _ = half_open("qwen", machine=False, policy=worker.policy)
     worker.state = state
-    assert worker.can_serve("qwen") is (state is State.READY and not canary)
-    assert worker.can_serve("tiny") is (state is State.READY)
+    assert worker.can_serve("qwen") is (state is WorkerState.READY and not canary)
+    assert worker.can_serve("tiny") is (state is WorkerState.READY)
 
 
-@pytest.mark.parametrize("outcome", list(Outcome))
+@pytest.mark.parametrize("outcome", list(Result))
 @pytest.mark.parametrize("machine", [True, False])
-def test_the_outcome_of_a_request_is_the_proof(outcome: Outcome, machine: bool) -> None:
+def test_the_outcome_of_a_request_is_the_proof(outcome: Result, machine: bool) -> None:
     worker, _ = half_open(*[] if machine else ["qwen"], machine=machine)
     breaker = worker.breaker if machine else worker.breaker_of("qwen")
     for _ in range(2):
@@ -692,8 +713,8 @@ def test_the_outcome_of_a_request_is_the_proof(outcome: Outcome, machine: bool) 
     assert (breaker.permit() is not None) is (PROOFS[outcome] is None)
 
 
-@pytest.mark.parametrize("outcome", list(Outcome))
-def test_a_request_proves_the_machine_and_the_model_at_once(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", list(Result))
+def test_a_request_proves_the_machine_and_the_model_at_once(outcome: Result) -> None:
     worker, _ = half_open("qwen")
     for _ in range(2):
         if worker.can_serve("qwen"):
@@ -707,7 +728,7 @@ def test_one_request_at_a_time_proves_a_worker() -> None:
     lease = worker.lease("qwen")
     assert not worker.can_serve("qwen")
     assert not worker.can_serve("tiny")
-    lease.release(Outcome.REFUSED)
+    lease.release(Result.REFUSED)
     assert worker.can_serve("qwen")
     assert worker.can_serve("tiny")
 
@@ -721,7 +742,7 @@ def test_one_request_at_a_time_proves_a_model_and_the_others_are_not_kept_away()
     assert worker.can_serve("tiny")
     other = worker.lease("tiny")
     assert (len(lease.permits), len(other.permits)) == (1, 0)
-    other.release(Outcome.COMPLETE)
+    other.release(Result.COMPLETE)
     assert not worker.can_serve("qwen")
 
 
@@ -744,16 +765,16 @@ def test_a_canary_keeps_requests_away_while_it_proves() -> None:
     assert not worker.can_serve("qwen")
     lease = worker.lease("qwen")
     assert len(lease.permits) == 1  # that of the model
-    lease.release(Outcome.REFUSED)
+    lease.release(Result.REFUSED)
     assert worker.breaker.permit() is None
     canary.settle(None)
     assert worker.can_serve("qwen")
 
 
-@pytest.mark.parametrize("outcome", list(Outcome))
-def test_a_request_from_before_proves_nothing(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", list(Result))
+def test_a_request_from_before_proves_nothing(outcome: Result) -> None:
     clock = Clock()
-    worker = make(State.READY, clock=clock, limits=PROVING)
+    worker = make(WorkerState.READY, clock=clock, policy=PROVING)
     before = worker.lease("qwen")
     trip(worker.breaker)
     clock.advance(5)
@@ -761,12 +782,12 @@ def test_a_request_from_before_proves_nothing(outcome: Outcome) -> None:
     before.release(outcome)
     assert worker.breaker.state is BreakerState.HALF_OPEN
     assert not worker.can_serve("qwen")
-    proving.release(Outcome.COMPLETE)
+    proving.release(Result.COMPLETE)
     assert worker.can_serve("qwen")
 
 
-@pytest.mark.parametrize("outcome", list(Outcome))
-def test_a_proof_of_an_earlier_time_changes_nothing(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", list(Result))
+def test_a_proof_of_an_earlier_time_changes_nothing(outcome: Result) -> None:
     worker, clock = half_open()
     late = worker.lease()
     worker.breaker.reset("replaced")
@@ -776,7 +797,7 @@ def test_a_proof_of_an_earlier_time_changes_nothing(outcome: Outcome) -> None:
     late.release(outcome)
     assert worker.breaker.state is BreakerState.HALF_OPEN
     assert not worker.can_serve("qwen")
-    current.release(Outcome.REFUSED)
+    current.release(Result.REFUSED)
     assert worker.can_serve("qwen")
 
 
@@ -785,7 +806,7 @@ def test_a_worker_that_comes_back_from_the_dead_may_prove_itself_at_once(
     check: Check,
 ) -> None:
     """It has perhaps been repaired, and its models with it."""
-    worker = make(State.READY, fall=1, limits=PROVING)
+    worker = make(WorkerState.READY, fall=1, policy=PROVING)
     breakers = [worker.breaker, worker.breaker_of("qwen")]
     for breaker in breakers:
         trip(breaker)
@@ -797,7 +818,7 @@ def test_a_worker_that_comes_back_from_the_dead_may_prove_itself_at_once(
 
 
 def test_a_model_that_fails_keeps_away_its_own_requests_only() -> None:
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     breaker = worker.breaker_of("qwen")
     assert worker.breaker_of("qwen") is breaker is not worker.breaker_of("tiny")
     trip(breaker)
@@ -809,11 +830,11 @@ def test_a_model_that_fails_keeps_away_its_own_requests_only() -> None:
 
 
 def test_each_model_has_a_speed_of_its_own() -> None:
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     before = worker.pace_of("qwen").allowance(10_000)
     lease = worker.lease("qwen")
     lease.prompt_bytes, lease.first_token = 10_000, 1.0
-    lease.release(Outcome.COMPLETE)
+    lease.release(Result.COMPLETE)
     assert worker.pace_of("qwen").allowance(10_000) < before
     assert worker.pace_of("tiny").allowance(10_000) == before
 
@@ -822,28 +843,28 @@ def answer(worker: Worker, clock: Clock, tokens: int, model: str = "qwen") -> No
     lease = worker.lease(model)
     lease.first_token, lease.seconds, lease.tokens = 1.0, 10.0, tokens
     clock.advance(10)
-    lease.release(Outcome.COMPLETE)
+    lease.release(Result.COMPLETE)
 
 
 def test_prompts_are_unread_until_the_answer_begins() -> None:
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     assert worker.unread == 0
     first, second = worker.lease("qwen"), worker.lease("tiny")
     first.prompt_bytes, second.prompt_bytes = 100, 20
     assert worker.unread == 120
     first.first_token = 0.5
     assert worker.unread == 20
-    second.release(Outcome.CLIENT_GONE)
+    second.release(Result.CLIENT_GONE)
     assert worker.unread == 0
 
 
 def test_what_a_worker_tells_of_its_cache_is_taken_into_account() -> None:
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     lease = worker.lease("qwen")
     lease.prompt_bytes, lease.first_token = 8000, 1.0
     lease.tokens, lease.seconds = 100, 2.0
     lease.prefill = Prefill(tokens=500, cached=1500, seconds=0.5)
-    lease.release(Outcome.COMPLETE)
+    lease.release(Result.COMPLETE)
     speed = worker.pace_of("qwen").speed
     assert (speed.reads, speed.writes(1)) == (4000, 50)
 
@@ -851,7 +872,9 @@ def test_what_a_worker_tells_of_its_cache_is_taken_into_account() -> None:
 def test_a_complete_answer_is_slow_if_the_worker_was_four_times_as_fast() -> None:
     """With this model, that is."""
     clock = Clock()
-    worker = make(State.READY, clock=clock, limits=Limits(window=1e9, minimum_calls=20))
+    worker = make(
+        WorkerState.READY, clock=clock, policy=Policy(window=1e9, minimum_calls=20)
+    )
     for _ in range(10):
         answer(worker, clock, 600)
         answer(worker, clock, 20, "large")
@@ -862,22 +885,22 @@ def test_a_complete_answer_is_slow_if_the_worker_was_four_times_as_fast() -> Non
 
 
 def test_a_first_token_that_was_missed_lowers_what_is_expected() -> None:
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     pace = worker.pace_of("qwen")
     pace.learn(100_000, 0.1, 0, 0.0)
     fast = pace.rate
     lease = worker.lease("qwen")
     lease.first_token = 1.0
-    lease.release(Outcome.SLOW)
+    lease.release(Result.SLOW)
     assert pace.rate == fast  # it stalled later on
-    worker.lease("tiny").release(Outcome.SLOW)
+    worker.lease("tiny").release(Result.SLOW)
     assert pace.rate == fast
-    worker.lease("qwen").release(Outcome.SLOW)
+    worker.lease("qwen").release(Result.SLOW)
     assert pace.rate < fast
 
 
 def test_a_record_of_a_worker_tells_what_it_is_doing() -> None:
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     worker.lease()
     after(worker, Check.FAILED)
     assert repr(worker) == "<Worker w1 READY in_flight=1 good=0 bad=1>"
@@ -896,21 +919,23 @@ class Leases(RuleBasedStateMachine):
     @dataclass(eq=False)
     class Place:
         lease: Lease
-        outcome: Outcome | None = None
+        outcome: Result | None = None
         proves: int | None = None  # the generation of the breaker that it may prove
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        limits = Limits(consecutive=2, open=1, jitter=0.0, canary=False)
-        self.worker = make(State.READY, fall=3, rise=2, clock=self.clock, limits=limits)
+        policy = Policy(consecutive=2, open=1, jitter=0.0, canary=False)
+        self.worker = make(
+            WorkerState.READY, fall=3, rise=2, clock=self.clock, policy=policy
+        )
         self.worker.on_suspicion = self.suspect
         self.held: set[Lease] = set()
         self.proving: dict[Leases.Place, None] = {}  # the oldest first
         self.proofs: dict[int, int] = {}  # good ones, by generation
         self.suspicions = self.blamed = 0
         self.bad = self.good = 0
-        self.state = State.READY
+        self.state = WorkerState.READY
 
     def suspect(self) -> None:
         self.suspicions += 1
@@ -923,7 +948,7 @@ class Leases(RuleBasedStateMachine):
         assert len(proofs) <= 1
         return proofs[0] if proofs else None
 
-    def end(self, place: Place, outcome: Outcome, before: int) -> None:
+    def end(self, place: Place, outcome: Result, before: int) -> None:
         """Note an end; `before` was the generation of the breaker."""
         if place.outcome is None:
             place.outcome = outcome
@@ -962,15 +987,15 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: self.worker.breaker.closed)
     @rule(long=st.booleans())
     def break_down(self, long: bool) -> None:
-        for _ in range(self.worker.limits.consecutive):
-            self.release(self.take(), Outcome.WORKER_FAILED)
+        for _ in range(self.worker.policy.consecutive):
+            self.release(self.take(), Result.WORKER_FAILED)
         assert self.worker.breaker.state is BreakerState.OPEN
         if long:
             self.clock.advance(self.worker.breaker.opens_in())
 
     @precondition(lambda self: self.proving)
-    @rule(outcome=st.sampled_from(Outcome))
-    def prove(self, outcome: Outcome) -> None:
+    @rule(outcome=st.sampled_from(Result))
+    def prove(self, outcome: Result) -> None:
         """End a request that was let in as a proof, be it in time or too late."""
         self.release(next(iter(self.proving)), outcome)
 
@@ -980,22 +1005,22 @@ class Leases(RuleBasedStateMachine):
         """Have the worker be as good as new, whatever is still on its way."""
         self.worker.breaker.reset("by the test")
 
-    @rule(place=leases, outcome=st.sampled_from(Outcome))
-    def release(self, place: Place, outcome: Outcome) -> None:
+    @rule(place=leases, outcome=st.sampled_from(Result))
+    def release(self, place: Place, outcome: Result) -> None:
         """Release it, perhaps not for the first time."""
         before = self.worker.breaker.generation
         place.lease.release(outcome)
         self.end(place, outcome, before)
 
-    @rule(place=consumes(leases), outcome=st.none() | st.sampled_from(Outcome))
-    def leave(self, place: Place, outcome: Outcome | None) -> None:
+    @rule(place=consumes(leases), outcome=st.none() | st.sampled_from(Result))
+    def leave(self, place: Place, outcome: Result | None) -> None:
         """Leave its block, and release it there or not."""
         before = self.worker.breaker.generation
         with place.lease:
             if outcome is not None:
                 place.lease.release(outcome)
                 self.end(place, outcome, before)
-        self.end(place, Outcome.CLIENT_GONE, before)
+        self.end(place, Result.CLIENT_GONE, before)
 
     @rule(place=leases)
     def hear(self, place: Place) -> None:
@@ -1010,23 +1035,23 @@ class Leases(RuleBasedStateMachine):
         self.worker.observe(check, check.value)
         if check is Check.OK:
             self.good, self.bad = self.good + 1, 0
-            if self.state is not State.DOWN or self.good >= 2:
-                self.state = State.READY
+            if self.state is not WorkerState.DOWN or self.good >= 2:
+                self.state = WorkerState.READY
         elif check is Check.LOADING:
             self.good = self.bad = 0
-            self.state = State.LOADING
+            self.state = WorkerState.LOADING
         elif check is Check.REFUSED or all(
             self.clock() - lease.heard_at > 5 for lease in self.held
         ):
             self.good, self.bad = 0, self.bad + 1
-            if self.state is not State.READY or self.bad >= 3:
-                self.state = State.DOWN
+            if self.state is not WorkerState.READY or self.bad >= 3:
+                self.state = WorkerState.DOWN
 
     @invariant()
     def places_are_given_back_once(self) -> None:
         assert self.worker.in_flight == len(self.held)
         assert self.worker.leases == self.held
-        assert all(lease.outcome is None for lease in self.held)
+        assert all(lease.result is None for lease in self.held)
 
     @invariant()
     def one_request_at_a_time_is_a_proof(self) -> None:
@@ -1035,7 +1060,7 @@ class Leases(RuleBasedStateMachine):
             assert breaker.admits is (self.proof is None)
         else:
             assert breaker.admits is breaker.closed
-        ready = self.state is State.READY
+        ready = self.state is WorkerState.READY
         assert self.worker.can_serve("qwen") is (ready and breaker.admits)
 
     @invariant()
@@ -1046,12 +1071,14 @@ class Leases(RuleBasedStateMachine):
     def health_is_what_the_checks_say(self) -> None:
         assert self.worker.state is self.state
         works = self.worker.breaker.available  # which has books and a test of its own
-        assert self.worker.available is (self.state is State.READY and works)
-        assert self.worker.in_doubt is (self.state is State.READY and self.bad > 0)
+        assert self.worker.available is (self.state is WorkerState.READY and works)
+        assert self.worker.in_doubt is (
+            self.state is WorkerState.READY and self.bad > 0
+        )
 
     def teardown(self) -> None:
         for lease in list(self.held):
-            lease.release(Outcome.HUB_STOPPED)
+            lease.release(Result.HUB_STOPPED)
         assert self.worker.in_flight == 0
         if self.worker.breaker.state is BreakerState.HALF_OPEN:
             assert self.worker.breaker.permit() is not None
@@ -1080,7 +1107,7 @@ def test_requests_beyond_the_threads(
 
 
 def test_a_context_that_is_not_listed_is_learnt_from_a_refusal() -> None:
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     told: list[str] = []
     worker.on_told = lambda: told.append("told")
     worker.observe(Check.OK, "ok", ABOUT)
@@ -1099,7 +1126,7 @@ def test_what_was_learnt_from_answers_is_forgotten_with_the_server_that_gave_the
     None
 ):
     other = Description((Model("tiny"),), build="b2")
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     worker.observe(Check.OK, "ok", ABOUT)
 
     def learn() -> None:
@@ -1121,7 +1148,7 @@ def test_what_was_learnt_from_answers_is_forgotten_with_the_server_that_gave_the
 
 
 def test_another_build_in_an_answer_is_suspicious_once() -> None:
-    worker = make(State.READY)
+    worker = make(WorkerState.READY)
     looks: list[str] = []
     worker.on_suspicion = lambda: looks.append("look")
     worker.see_build("b1")  # nothing is known of its own

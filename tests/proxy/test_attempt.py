@@ -12,13 +12,13 @@ import pytest
 from gollama_proxy import __version__
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config
-from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.proxy.attempt import Attempt, Outgoing
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.errors import Code, RequestError, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.clock import Clock
+from tests.fakes.pool import worker as a_worker
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -67,7 +67,7 @@ class Bench:
         self.pool = ConnectionPool(loaded.workers[0], loaded, self.clock)
 
     def attempt(self) -> Attempt:
-        lease = Lease("w", self.clock, lambda lease, outcome: None)
+        lease = a_worker(name="w", clock=self.clock).lease()
         return Attempt(self.pool, lease, self.timeouts, self.clock)
 
     async def exchange(self, request: Outgoing | None = None) -> Relay:

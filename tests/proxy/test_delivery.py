@@ -14,7 +14,6 @@ import pytest
 from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.test_utils import make_mocked_request
 
-from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.proxy.client import ToldError
 from gollama_proxy.proxy.delivery import Stream, Whole
 from gollama_proxy.proxy.relay import Relay
@@ -26,6 +25,7 @@ from gollama_proxy.wire.openai import ENDPOINTS, Ending
 from gollama_proxy.wire.streaming import streaming
 from tests.fakes.asks import CHAT, TEXT
 from tests.fakes.clock import Clock
+from tests.fakes.pool import worker as a_worker
 from tests.fakes.replies import chunk, error_event, role, token, usage_of
 from tests.fakes.streams import chat_stream, text_stream
 
@@ -99,7 +99,7 @@ def received(
 ) -> Relay:
     """Make a relay that has received a part of an answer, and lost its worker."""
     clock = Clock()
-    lease = Lease("w", clock, lambda lease, outcome: None)
+    lease = a_worker(name="w", clock=clock).lease()
     relay = Relay("w", cast(Connection, None), lease, Ending.DONE, clock)
     relay.head_received(200, list(headers))
     for part in parts:

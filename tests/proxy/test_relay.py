@@ -12,7 +12,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.proxy.client import Client, ClientStalledError, ToldError
 from gollama_proxy.proxy.relay import (
     HOLD_LIMIT,
@@ -25,6 +24,7 @@ from gollama_proxy.wire import sse
 from gollama_proxy.wire.errors import Code, ProxyError, RequestError, WorkerError
 from gollama_proxy.wire.openai import Ending
 from tests.fakes.clock import Clock
+from tests.fakes.pool import worker as a_worker
 from tests.fakes.replies import (
     chunk,
     done,
@@ -82,7 +82,7 @@ class Stage:
         self.clock = Clock()
         self.line = Line()
         self.sink = Sink()
-        self.lease = Lease("w", self.clock, lambda lease, outcome: None)
+        self.lease = a_worker(name="w", clock=self.clock).lease()
         connection = cast(Connection, self.line)
         self.relay = Relay("w", connection, self.lease, ending, self.clock)
         self.client = Client(

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import HttpVersion, HttpVersion10, HttpVersion11, web
 from aiohttp.test_utils import make_mocked_request
 
-from gollama_proxy.fleet.lease import Lease, Outcome
+from gollama_proxy.fleet.lease import Result
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import (
     FAILURES,
@@ -30,13 +30,14 @@ from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.sse import EventError
 from tests.fakes.clock import Clock
+from tests.fakes.pool import worker as a_worker
 from tests.fakes.replies import error_event, event, ping, role, token
 from tests.fakes.waiting import DEADLINE
 
 JSON = (b"Content-Type", b"application/json; charset=utf-8")
 EVENTS = (b"Content-Type", b"text/event-stream")
-REFUSED, BUSY, FAILED = Outcome.REFUSED, Outcome.BUSY, Outcome.WORKER_FAILED
-ERRED = Outcome.ERRED
+REFUSED, BUSY, FAILED = Result.REFUSED, Result.BUSY, Result.WORKER_FAILED
+ERRED = Result.ERRED
 
 
 def received(
@@ -44,7 +45,7 @@ def received(
 ) -> Relay:
     """Make a relay that has received an answer."""
     clock = Clock()
-    lease = Lease("w", clock, lambda lease, outcome: None)
+    lease = a_worker(name="w", clock=clock).lease()
     relay = Relay("w", cast(Connection, None), lease, Ending.DONE, clock)
     relay.head_received(status, list(headers or (JSON,)))
     if body:
@@ -127,7 +128,7 @@ def test_a_long_answer_and_a_stream_do_not() -> None:
     ],
 )
 async def test_a_workers_words_are_passed_on_and_judged(
-    status: int, kind: str, outcome: Outcome, failure: Failure | None
+    status: int, kind: str, outcome: Result, failure: Failure | None
 ) -> None:
     found = await refusal(received(status, worded(kind)))
     assert (found.outcome, found.failure) == (outcome, failure)
@@ -275,11 +276,11 @@ async def test_so_does_one_of_which_nothing_was_passed_on_yet(begun: bytes) -> N
         (Code.WORKER_INCOMPLETE, FAILED, Failure.RESET),
         (Code.WORKER_PROTOCOL, FAILED, Failure.MALFORMED),
         (Code.WORKER_TIMEOUT, FAILED, Failure.SILENT),
-        (Code.WORKER_SLOW, Outcome.SLOW, Failure.SLOW),
+        (Code.WORKER_SLOW, Result.SLOW, Failure.SLOW),
     ],
 )
 def test_an_error_of_the_connection_is_told_as_it_is(
-    code: Code, outcome: Outcome, failure: Failure
+    code: Code, outcome: Result, failure: Failure
 ) -> None:
     error = WorkerError(code, "because")
     assert refusal_of(error) == Refusal(error, outcome, failure)
@@ -329,7 +330,7 @@ def test_a_stream_that_can_never_be_folded_is_nobodys_fault_either() -> None:
     ],
 )
 def test_an_error_in_a_stream_becomes_the_answers_own(
-    code: int | None, status: int, outcome: Outcome, failure: Failure | None
+    code: int | None, status: int, outcome: Result, failure: Failure | None
 ) -> None:
     error = AssemblyError("it told an error", EventError("because", "oh", code))
     found = refusal_of_assembly(error)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from gollama_proxy.fleet.breaker import State
+from gollama_proxy.fleet.breaker import BreakerState
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.waiting import DEADLINE, until
@@ -71,7 +71,7 @@ async def test_a_stopped_worker_fails_nobody_and_is_taken_back(
         finally:
             servers[0].signal(signal.SIGCONT)
         await until(lambda: stopped.available)
-        assert stopped.breaker.state is State.CLOSED
+        assert stopped.breaker.state is BreakerState.CLOSED
         served = set()
         async with asyncio.timeout(DEADLINE):
             while stopped.name not in served:

@@ -48,7 +48,7 @@ async def test_a_router_loads_on_demand_and_who_has_a_model_is_preferred(
             again = await hub.post(CHAT, ask("alpha", stream=True))
             assert again.header("x-gollama-worker") == home
             assert b"[DONE]" in again.body
-        # The pinger has looked, and learnt the context with it.
+        # A health check has run, and learnt the context with it.
         [at] = [index for index, each in enumerate(workers) if each.name == home]
         await until(lambda: workers[at].context_of("alpha") == 1024)
         assert await loaded(hub, "alpha") == [index == at for index in (0, 1)]

@@ -15,7 +15,7 @@ import aiohttp
 import openai
 import pytest
 
-from gollama_proxy.fleet.worker import State
+from gollama_proxy.fleet.worker import WorkerState
 from tests.fakes.client import TruncatedError, Wire
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.waiting import DEADLINE, until
@@ -271,7 +271,7 @@ async def test_a_worker_that_comes_back_with_another_model_is_picked_up(
         worker = hub.hub.registry.workers[0]
         assert (await hub.post("/v1/chat/completions", chat())).status == 200
         server.kill()
-        await until(lambda: worker.state is State.DOWN)
+        await until(lambda: worker.state is WorkerState.DOWN)
         refused = await hub.post("/v1/chat/completions", chat())
         assert refused.status == 503
         assert refused.header("retry-after") is not None
