@@ -70,7 +70,7 @@ class Hub:
             config.timeouts,
             self._prove,
             clock,
-            then=self.slots.look_again,
+            then=self._each_second,
         )
         self.dispatcher = Dispatcher(self._routes(clock), config, self.metrics, clock)
         credentials = {*self._worker_tls.values(), *([self._tls] if self._tls else [])}
@@ -133,6 +133,11 @@ class Hub:
         return await tokenizer.count(
             self._session, worker.config, path, model, body, known
         )
+
+    def _each_second(self) -> None:
+        self.slots.look_again()
+        for connections in self.connections.values():
+            connections.close_stale()
 
     # --- Life ---------------------------------------------------------------------
 

@@ -77,7 +77,8 @@ class Attempt:
         if self._connection is not None:
             relay = self._relay
             if relay is not None and relay.spares_connection and self._sent:
-                self._pool.give_back(self._connection)
+                streamed = relay.is_event_stream
+                self._pool.give_back(self._connection, streamed=streamed)
             else:
                 self._connection.close()
         if self._upload is not None:
@@ -107,7 +108,7 @@ class Attempt:
             try:
                 return await self._exchange(connection, request, patience)
             except _StaleError:
-                pass
+                self._pool.discard(connection)
         return await self._exchange(await self._pool.dial(), request, patience)
 
     async def _exchange(

@@ -151,11 +151,8 @@ class Relay:
 
     @property
     def spares_connection(self) -> bool:
-        """Whether the worker's connection can be expected to go on after this answer.
-
-        llama-server closes after every event stream, whatever it announced.
-        """
-        return self.status < 500 and not self.is_event_stream and self._ended
+        """Whether the answer has ended so that its connection may be reused."""
+        return self.status < 500 and self._ended
 
     def header(self, wanted: bytes) -> bytes:
         """Read a header of the answer, in lower case; empty where it has none."""

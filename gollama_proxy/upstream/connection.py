@@ -96,6 +96,7 @@ class Connection(asyncio.Protocol):
         "_headers",
         "_parser",
         "_parts",
+        "_reading_paused",
         "_receiver",
         "_reusable",
         "_transport",
@@ -104,13 +105,15 @@ class Connection(asyncio.Protocol):
         "idle_since",
         "on_body",
         "state",
+        "streamed",
         "used",
     )
 
     def __init__(self) -> None:
         self.state = State.IDLE
         self.used = 0  # requests sent
-        self.idle_since = 0.0
+        self.idle_since = 0.0  # for its pool, as the next one
+        self.streamed = False  # the last answer was an event stream
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
         self._parts: list[bytes] = []
@@ -124,6 +127,7 @@ class Connection(asyncio.Protocol):
         self._eof = False  # it was said, which over TLS is more than a FIN
         self._write_waiter: asyncio.Future[None] | None = None
         self._writing_paused = False
+        self._reading_paused = False
 
     def __repr__(self) -> str:
         return f"<Connection {self.state.name} used={self.used}>"
@@ -131,7 +135,8 @@ class Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """Whether another request may follow: asked when an answer has ended."""
-        return self.state is State.IDLE and self._reusable
+        idle = self.state is State.IDLE and not self._reading_paused
+        return idle and self._reusable
 
     @property
     def untouched(self) -> bool:
@@ -179,10 +184,12 @@ class Connection(asyncio.Protocol):
         """Let TCP tell the worker to wait."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
+            self._reading_paused = True
 
     def resume_reading(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
+            self._reading_paused = False
 
     def close(self) -> None:
         """Hang up at once, which is also how a generation is cancelled."""
@@ -313,7 +320,9 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._eof = True
-        return False  # close; nothing can be asked on a connection that says no more
+        if self.state is State.IDLE:
+            self.close()  # now: the next request may come before `connection_lost`
+        return False  # the transport closes
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

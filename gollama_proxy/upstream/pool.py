@@ -1,13 +1,20 @@
-"""The connections to one worker: dialled, kept for a moment, handed out again.
+"""The idle connections to one worker, and how new ones are opened.
 
-llama-server says `Keep-Alive: timeout=5, max=100` and means it for plain answers only:
-it closes after every event stream, and 5.0 s after the last request.  So a connection
-is kept for less than that, and whoever gets a used one must be ready to find it dead.
+llama-server announces `Keep-Alive: timeout=5, max=100`, which holds for plain answers
+only: it closes a connection 5.0 s after the last request, and after every event stream
+although it has announced that it would not.  So idle connections are kept for less
+than 5 s, and a request on a used connection has to be repeated if the connection turns
+out to be dead.
 
-A llama-server has four threads more than slots, and a burst of more connections than
-that can leave it without one for any other, `/health` included, for as long as the
-answers take (cpp-httplib, `ThreadPool::enqueue`).  The hub sends no more requests than
-there are slots; whatever comes on top of that, be it without a slot, is spaced.
+Other servers keep connections open after a stream.  The pool learns which kind it has:
+after a stream, one connection is put on probation, which means that it is not used.  If
+the worker closes it, nothing is lost.  If it is still open after `PROBATION` seconds,
+connections are reused after streams as well, until the worker closes one.
+
+A llama-server has four threads more than slots.  A burst of more connections than that
+can leave it without a thread for any other request, `/health` included, until the
+answers have ended (cpp-httplib, `ThreadPool::enqueue`).  The hub sends no more requests
+than there are slots; connections beyond that are opened one by one, `SPACING` apart.
 """
 
 from __future__ import annotations
@@ -17,16 +24,22 @@ from collections.abc import Callable
 
 from gollama_proxy.config.settings import Config, WorkerConfig
 from gollama_proxy.config.tls import Credentials, explain
-from gollama_proxy.upstream.connection import Connection
+from gollama_proxy.upstream.connection import Connection, State
 from gollama_proxy.upstream.resolver import resolve
 from gollama_proxy.wire.errors import Code, WorkerError
 
-# Seconds between two connections that come on top; at 50 ms none was seen to hang.
+# Seconds between two connections beyond the slots; at 50 ms none was seen to hang.
 SPACING = 0.05
+# Seconds for which a worker has to leave a connection open after a stream.  A worker
+# that closes does so within a millisecond, unless its machine is very busy.
+PROBATION = 0.5
+# Seconds until a worker that closes after streams is put to the test again: another
+# server may run at its address by then.
+RETRIAL = 60.0
 
 
 class ConnectionPool:
-    """Idle connections to one worker, the freshest on top."""
+    """The idle connections to one worker; the one used last is reused first."""
 
     def __init__(
         self,
@@ -36,36 +49,111 @@ class ConnectionPool:
         tls: Credentials | None = None,
         surplus: Callable[[], int] = int,
     ) -> None:
-        """Make a pool; an https worker needs credentials to be met with.
+        """Make a pool; `tls` is required for an https worker, and only for one.
 
-        `surplus` tells how many more requests than threads the worker has, if above 0.
+        `surplus` returns how many more requests than slots the worker has.
         """
         assert (worker.origin.scheme == "https") == (tls is not None), worker
         self.worker = worker
+        self.keeps_after_streams = False  # what has been learnt about this worker
         self._connect_timeout = config.timeouts.connect
         self._keepalive = config.upstream.keepalive
-        self._capacity = config.upstream.idle
+        self._capacity = config.upstream.idle if config.upstream.keepalive else 0
         self._clock = clock
         self._idle: list[Connection] = []
+        self._on_probation: Connection | None = None
+        self._next_probation = 0.0
         self._tls = tls
         self._surplus = surplus
-        self._next_at = 0.0  # when one more may be dialled on top
+        self._next_dial = 0.0  # for connections beyond the slots
 
     def __repr__(self) -> str:
         return f"<ConnectionPool {self.worker.name} idle={len(self._idle)}>"
 
     def reuse(self) -> Connection | None:
-        """Hand out an idle connection; None where there is none fit for use."""
-        oldest = self._clock() - self._keepalive
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.reusable and connection.idle_since > oldest:
-                return connection
-            connection.close()
+        """Return an idle connection, or None if there is none that can be used."""
+        idle = self._idle
+        while idle:
+            connection = idle[-1]
+            if connection.state is State.IDLE:
+                if self._clock() - connection.idle_since >= self._keepalive:
+                    return None  # the others are older; `close_stale` closes them all
+                return idle.pop()
+            self.discard(idle.pop())
         return None
 
+    def give_back(self, connection: Connection, *, streamed: bool = False) -> None:
+        """Keep a connection if it can be reused; `streamed` after an event stream."""
+        if not connection.reusable or len(self._idle) >= self._capacity:
+            connection.close()
+        elif streamed and not self.keeps_after_streams:
+            self._put_on_probation(connection)
+        else:
+            connection.idle_since = self._clock()
+            connection.streamed = streamed
+            self._idle.append(connection)
+
+    def discard(self, connection: Connection) -> None:
+        """Close a connection that the worker has closed while it was idle."""
+        connection.close()
+        now = self._clock()
+        # Closed later than that, it was not because of the stream.
+        if connection.streamed and now - connection.idle_since < PROBATION:
+            self.keeps_after_streams = False
+            self._next_probation = now + RETRIAL
+
+    def close_stale(self) -> None:
+        """Close what has been idle for too long; to be called about once a second."""
+        now = self._clock()
+        self._end_probation(now)
+        oldest = now - self._keepalive
+        kept = []
+        for connection in self._idle:
+            if connection.state is not State.IDLE:
+                self.discard(connection)
+            elif connection.idle_since <= oldest:
+                connection.close()
+            else:
+                kept.append(connection)
+        self._idle = kept
+
+    def close(self) -> None:
+        """Close every idle connection; those in use are closed when given back."""
+        self._capacity = 0
+        if self._on_probation is not None:
+            self._on_probation.close()
+            self._on_probation = None
+        while self._idle:
+            self._idle.pop().close()
+
+    # --- Probation ----------------------------------------------------------------
+
+    def _put_on_probation(self, connection: Connection) -> None:
+        """Leave a connection open to see what the worker does; one at a time."""
+        now = self._clock()
+        if now < self._next_probation:
+            connection.close()
+            return
+        self._next_probation = now + RETRIAL
+        connection.idle_since = now
+        self._on_probation = connection
+
+    def _end_probation(self, now: float) -> None:
+        """Learn from the connection on probation, if it has been open long enough."""
+        connection = self._on_probation
+        if connection is None:
+            return
+        if connection.state is State.IDLE:
+            if now - connection.idle_since < PROBATION:
+                return
+            self.keeps_after_streams = True
+        self._on_probation = None
+        connection.close()
+
+    # --- Opening a connection -----------------------------------------------------
+
     async def dial(self) -> Connection:
-        """Connect.
+        """Open a connection.
 
         Raises:
             WorkerError: 502, it cannot be reached; 504, not within the connect timeout.
@@ -88,14 +176,14 @@ class ConnectionPool:
             raise WorkerError(Code.WORKER_UNREACHABLE, text, detail=detail) from exc
 
     def _spacing(self) -> float:
-        """Take the next place in a row of connections; tell the seconds until then."""
+        """Reserve the next moment to open a connection; return the seconds until it."""
         now = self._clock()
-        at = max(now, self._next_at)
-        self._next_at = at + SPACING
+        at = max(now, self._next_dial)
+        self._next_dial = at + SPACING
         return at - now
 
     async def _connect(self) -> Connection:
-        """Try the addresses of a worker one by one; raises the last one's OSError."""
+        """Try the worker's addresses one after the other; raise the last OSError."""
         origin = self.worker.origin
         context = None if self._tls is None else self._tls.context
         loop = asyncio.get_running_loop()
@@ -114,16 +202,3 @@ class ConnectionPool:
             else:
                 return connection
         raise failure
-
-    def give_back(self, connection: Connection) -> None:
-        """Take a connection whose answer has ended; keep it only if it can go on."""
-        if connection.reusable and len(self._idle) < self._capacity:
-            connection.idle_since = self._clock()
-            self._idle.append(connection)
-        else:
-            connection.close()
-
-    def close(self) -> None:
-        """Hang up every idle connection."""
-        while self._idle:
-            self._idle.pop().close()

@@ -9,14 +9,38 @@ from typing import Any
 
 import pytest
 
+from gollama_proxy.fleet import watchdog
 from gollama_proxy.fleet.worker import WorkerState
+from gollama_proxy.upstream import pool as pools
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import ONE_TRY, RunningHub, running_hub
-from tests.fakes.replies import chat_completion, chunk, head, json_reply, role, sse_head
-from tests.fakes.script import Script, answer, close, pause, reset, send, stall, wait
+from tests.fakes.replies import (
+    chat_completion,
+    chunk,
+    done,
+    finish,
+    head,
+    json_reply,
+    role,
+    sse_head,
+    token,
+)
+from tests.fakes.script import (
+    Script,
+    answer,
+    close,
+    event_stream,
+    pause,
+    reset,
+    send,
+    stall,
+    wait,
+)
+from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
 OK = answer(chat_completion("hello"))
+KEPT = event_stream(role() + token("a"), finish() + done())[:-1]  # without the close
 
 
 def numbered(number: int, **more: Any) -> dict[str, Any]:
@@ -115,14 +139,67 @@ async def test_many_idle_connections_that_die_at_once() -> None:
         assert_not_blamed(hub)
 
 
-async def test_streams_are_never_put_on_a_connection_that_had_one() -> None:
-    """llama-server closes behind each, whatever it announced; nothing is retried."""
+async def test_idle_connections_are_closed_in_the_background() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, upstream__keepalive=0.1) as hub,
+    ):
+        for number in range(3):
+            assert (await hub.post(CHAT, numbered(number))).status == 200
+        await worker.idle()
+
+
+# --- After event streams ----------------------------------------------------------
+
+
+async def test_no_connection_of_a_worker_that_closes_after_streams_is_reused() -> None:
+    """llama-server does, whatever it has announced; nothing is repeated."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for number in range(50):
             response = await hub.post(CHAT, numbered(number, stream=True))
             assert response.status == 200
         assert not any(request.reused for request in worker.requests)
         assert len(worker.requests) == 50
+
+
+@pytest.fixture
+def _quick_probation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "PERIOD", 0.01)
+    monkeypatch.setattr(pools, "PROBATION", 0.01)
+
+
+@pytest.mark.usefixtures("_quick_probation")
+async def test_a_worker_that_keeps_connections_after_streams_is_learnt() -> None:
+    """Its connections are reused, by streams and by others, and are sound."""
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        [pool] = hub.hub.connections.values()
+        worker.default(*KEPT)
+        await hub.post(CHAT, numbered(0, stream=True))
+        await until(lambda: pool.keeps_after_streams)
+        for number in range(1, 50):
+            stream = number % 3 > 0
+            worker.script(*(KEPT if stream else OK))
+            response = await hub.post(CHAT, numbered(number, stream=stream))
+            assert response.status == 200
+        assert [request.reused for request in worker.requests[2:]] == [True] * 48
+        assert set(executions(worker).values()) == {1}
+
+
+@pytest.mark.usefixtures("_quick_probation")
+async def test_a_worker_that_does_not_keep_them_any_more_fails_nobody() -> None:
+    """It was replaced by a llama-server, say; at worst one request is repeated."""
+    async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
+        [pool] = hub.hub.connections.values()
+        worker.script(*KEPT)
+        await hub.post(CHAT, numbered(0, stream=True))
+        await until(lambda: pool.keeps_after_streams)
+        worker.default(*KEPT, close())
+        for number in range(1, 30):
+            response = await hub.post(CHAT, numbered(number, stream=True))
+            assert response.status == 200
+        assert not pool.keeps_after_streams
+        assert len(worker.requests) <= 31
+        assert_not_blamed(hub)
 
 
 # --- Once, or twice ---------------------------------------------------------------

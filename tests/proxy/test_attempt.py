@@ -14,7 +14,7 @@ from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config
 from gollama_proxy.proxy.attempt import Attempt, Outgoing
 from gollama_proxy.proxy.relay import Relay
-from gollama_proxy.upstream.pool import ConnectionPool
+from gollama_proxy.upstream.pool import PROBATION, ConnectionPool
 from gollama_proxy.wire.errors import Code, RequestError, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.clock import Clock
@@ -22,9 +22,12 @@ from tests.fakes.pool import worker as a_worker
 from tests.fakes.replies import (
     chat_completion,
     chunk,
+    done,
     error_reply,
+    finish,
     head,
     json_reply,
+    last_chunk,
     role,
     sse_head,
     token,
@@ -47,6 +50,9 @@ from tests.fakes.worker import ScriptedWorker
 CHAT = ENDPOINTS["/v1/chat/completions"]
 BODY = b'{"messages":[]}'
 WHOLE = answer(chat_completion("hello"))
+EVENTS = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
+STREAMED = chunk(role() + token("a")) + chunk(finish() + done()) + last_chunk()
+STREAM = (send(sse_head() + STREAMED),)  # the connection stays open
 
 
 def outgoing(body: bytes = BODY, **changes: Any) -> Outgoing:
@@ -169,9 +175,6 @@ async def test_an_answered_request_leaves_its_connection_to_the_next() -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        (
-            send(sse_head() + chunk(role() + token("a")) + b"0\r\n\r\n"),
-        ),  # kept open, for once
         (send(error_reply(400, "no")),),  # says `Connection: close`
         (send(head(500, [("Content-Length", "0")])),),
         (send(head(503, [("Content-Length", "2")]) + b"{}"),),
@@ -179,7 +182,7 @@ async def test_an_answered_request_leaves_its_connection_to_the_next() -> None:
         (send(head(200) + b"{}"), close()),
         (send(head(200, [("Content-Length", "2")], version="1.0") + b"{}"),),
     ],
-    ids=["stream", "close", "500", "503", "behind", "fin", "http/1.0"],
+    ids=["close", "500", "503", "behind", "fin", "http/1.0"],
 )
 async def test_answers_after_which_a_connection_is_hung_up(
     script: tuple[Step, ...],
@@ -190,6 +193,81 @@ async def test_answers_after_which_a_connection_is_hung_up(
         await worker.idle()
         await made.exchange()
         assert worker.connections == 2
+
+
+async def taught(worker: ScriptedWorker, made: Bench) -> None:
+    """Teach the pool that its worker keeps connections after streams."""
+    worker.script(*STREAM)
+    await made.exchange()
+    made.clock.advance(PROBATION)
+    made.pool.close_stale()
+    await worker.idle()
+
+
+async def test_a_worker_that_keeps_connections_after_streams_is_learnt() -> None:
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        worker.default(*STREAM)
+        await taught(worker, made)
+        for _ in range(3):
+            await made.exchange()
+        assert [r.reused for r in worker.requests] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("end", [close(), reset()], ids=["close", "reset"])
+async def test_a_connection_that_ends_after_a_stream_costs_nothing(end: Step) -> None:
+    """What was learnt of another worker at this address is not true any more."""
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        await taught(worker, made)
+        worker.script(*STREAM)
+        await made.exchange()
+        worker.script(end)
+        worker.default(*STREAM)
+        for _ in range(3):
+            assert (await made.exchange()).status == 200
+        reused = [request.reused for request in worker.requests]
+        assert reused == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("length", [len(BODY) + 4, None])
+async def test_what_streams_does_not_reuse_the_connection_of_a_stream(
+    length: int | None,
+) -> None:
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        await taught(worker, made)
+        worker.default(*STREAM)
+        await made.exchange()
+        worker.script(read_body(), *STREAM)
+        await made.exchange(outgoing(rest=pieces(b"more"), length=length))
+        assert not any(request.reused for request in worker.requests)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        (send(head(500, EVENTS) + chunk(token("a")) + last_chunk()),),
+        (send(sse_head() + chunk(token("a")) + last_chunk() + b"more"),),
+        (send(head(200, [*EVENTS, ("Connection", "close")]) + STREAMED),),
+    ],
+    ids=["500", "behind", "close"],
+)
+async def test_streams_after_which_a_connection_is_closed(
+    script: tuple[Step, ...],
+) -> None:
+    """Even where the worker is known to keep connections after streams."""
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        await taught(worker, made)
+        worker.script(*script)
+        await made.exchange()
+        await worker.idle()
+
+
+async def test_a_stream_that_is_left_early_leaves_no_connection() -> None:
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
+        await taught(worker, made)
+        worker.script(send(sse_head() + chunk(token("a"))), expect_eof())
+        async with made.attempt() as attempt:
+            await attempt.send(outgoing())
+        await worker.idle()
 
 
 async def test_an_attempt_that_is_left_early_hangs_up() -> None:

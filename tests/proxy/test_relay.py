@@ -428,7 +428,8 @@ async def test_whole_gives_up_on_what_is_not_short() -> None:
         (200, JSON, False, False),
         (500, JSON, True, False),
         (503, JSON, True, False),
-        (200, EVENTS, True, False),  # llama-server closes after a stream
+        (200, EVENTS, True, True),
+        (200, EVENTS, False, False),
     ],
 )
 def test_after_what_a_connection_can_be_used_again(

@@ -6,6 +6,7 @@ import asyncio
 import collections
 import json
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -176,6 +177,22 @@ async def test_every_kind_of_stream_ends_cleanly(
 
 
 # --- Many at once -----------------------------------------------------------------
+
+
+async def test_llama_server_is_known_to_close_connections_after_streams(
+    tiny_model: Path, llama_server: Start
+) -> None:
+    """However streams and other requests follow each other, none finds a dead one."""
+    server = llama_server(tiny_model)
+    async with running_hub(server, retry__attempts=1) as hub:
+        [pool] = hub.hub.connections.values()
+        began = time.monotonic()
+        number = 0
+        while time.monotonic() < began + 2.5 or number < 30:  # two rounds, at least
+            number += 1
+            body = chat(stream=number % 3 > 0, max_tokens=1)
+            assert (await hub.post("/v1/chat/completions", body)).status == 200
+            assert not pool.keeps_after_streams
 
 
 async def test_fifty_streams_are_shared_evenly_and_all_complete(

@@ -789,6 +789,26 @@ def test_a_connection_that_is_gone_takes_bytes_without_a_word() -> None:
     assert link.reading
 
 
+def test_a_connection_that_is_not_read_is_not_reused() -> None:
+    """The next answer would never arrive."""
+    connection, _, recorder = ask()
+    connection.pause_reading()
+    connection.data_received(SHORT)  # was on its way already
+    assert recorder.ended
+    assert not connection.reusable
+    connection.resume_reading()
+    assert connection.reusable
+
+
+def test_an_idle_connection_that_the_worker_ends_is_closed_at_once() -> None:
+    """The next request may come before the transport reports the end."""
+    connection, link, _ = ask()
+    connection.data_received(SHORT)
+    connection.eof_received()
+    assert connection.state is State.CLOSED
+    assert link.aborted
+
+
 # --- With sockets -----------------------------------------------------------------
 
 

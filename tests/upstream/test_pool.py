@@ -22,7 +22,7 @@ from gollama_proxy.config import load as config
 from gollama_proxy.config.tls import for_workers
 from gollama_proxy.upstream import pool as pools
 from gollama_proxy.upstream.connection import Connection, State
-from gollama_proxy.upstream.pool import SPACING, ConnectionPool
+from gollama_proxy.upstream.pool import PROBATION, RETRIAL, SPACING, ConnectionPool
 from gollama_proxy.wire.errors import Code, WorkerError
 from tests.fakes.clock import Clock
 from tests.fakes.replies import head
@@ -108,8 +108,8 @@ async def test_the_freshest_connection_is_handed_out_first() -> None:
             connection.close()
 
 
-async def test_a_connection_is_not_older_than_the_limit_when_handed_out() -> None:
-    """llama-server closes at 5.0 s of silence, without a word."""
+async def test_a_connection_idle_for_too_long_is_not_reused() -> None:
+    """llama-server closes a connection when it has been idle for 5.0 s."""
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url, clock := Clock(), upstream__keepalive=4)
         connection = await dial_and_use(pool)
@@ -119,6 +119,7 @@ async def test_a_connection_is_not_older_than_the_limit_when_handed_out() -> Non
         pool.give_back(connection)
         clock.advance(4)
         assert pool.reuse() is None
+        pool.close_stale()
         assert connection.state is State.CLOSED
         await worker.idle()
 
@@ -200,6 +201,172 @@ async def test_closing_hangs_everything_up() -> None:
         pool.close()
         await worker.idle()
         assert pool.reuse() is None
+
+
+async def test_a_connection_given_back_after_closing_is_closed() -> None:
+    """The pool of a worker that was removed has nobody to look after it."""
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url)
+        connection = await dial_and_use(pool)
+        pool.close()
+        pool.give_back(connection)
+        await worker.idle()
+
+
+# --- Closing stale connections ----------------------------------------------------
+
+
+async def test_stale_connections_are_closed_in_the_background() -> None:
+    """And not in a request that finds 200 of them."""
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url, clock := Clock(), upstream__keepalive=4)
+        given = [await dial_and_use(pool) for _ in range(4)]
+        for connection in given[:3]:
+            pool.give_back(connection)
+        clock.advance(3)
+        pool.give_back(given[3])
+        pool.close_stale()
+        assert [connection.state for connection in given] == [State.IDLE] * 4
+        clock.advance(1)
+        pool.close_stale()
+        assert [each.state for each in given[:3]] == [State.CLOSED] * 3
+        clock.advance(3)
+        assert pool.reuse() is None
+        assert given[3].state is State.IDLE, "the request has nothing to close"
+        pool.close_stale()
+        await worker.idle()
+    assert repr(pool) == f"<ConnectionPool {worker.name} idle=0>"
+
+
+async def test_connections_that_the_worker_has_closed_are_forgotten() -> None:
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url)
+        for _ in range(3):
+            pool.give_back(await dial_and_use(pool))
+        await worker.down()
+        await worker.up()
+        pool.give_back(living := await dial_and_use(pool))
+        pool.close_stale()
+        assert repr(pool) == f"<ConnectionPool {worker.name} idle=1>"
+        assert pool.reuse() is living
+        living.close()
+
+
+# --- After event streams ----------------------------------------------------------
+
+
+async def after_a_stream(pool: ConnectionPool) -> Connection:
+    """Return a connection that was given back after an event stream."""
+    connection = await dial_and_use(pool)
+    pool.give_back(connection, streamed=True)
+    return connection
+
+
+async def taught(worker: ScriptedWorker, clock: Clock) -> ConnectionPool:
+    """Return a pool that has learnt that its worker keeps connections."""
+    pool = pool_of(worker.url, clock)
+    await after_a_stream(pool)
+    clock.advance(PROBATION)
+    pool.close_stale()
+    assert pool.keeps_after_streams
+    return pool
+
+
+async def test_a_worker_that_keeps_connections_after_streams_is_learnt() -> None:
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url, clock := Clock())
+        first = await after_a_stream(pool)
+        assert first.state is State.IDLE
+        assert pool.reuse() is None, "it is on probation"
+        clock.advance(PROBATION - 0.01)
+        pool.close_stale()
+        assert not pool.keeps_after_streams
+        clock.advance(0.01)
+        pool.close_stale()
+        assert pool.keeps_after_streams
+        second = await after_a_stream(pool)
+        assert pool.reuse() is second
+        second.close()
+        await worker.idle()
+
+
+async def test_a_worker_that_closes_after_streams_is_learnt() -> None:
+    """It is tried again from time to time, as another server may have replaced it."""
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url, clock := Clock())
+        for _ in range(2):
+            connection = await after_a_stream(pool)
+            await worker.down()
+            await worker.up()
+            clock.advance(PROBATION)
+            pool.close_stale()
+            assert connection.state is State.CLOSED
+            assert not pool.keeps_after_streams
+            assert pool.reuse() is None
+            clock.advance(RETRIAL - PROBATION - 0.01)
+            assert (await after_a_stream(pool)).state is State.CLOSED
+            clock.advance(0.01)
+
+
+async def test_one_connection_at_a_time_is_on_probation() -> None:
+    """The worker may close it, and has threads for few."""
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url)
+        given = [await after_a_stream(pool) for _ in range(3)]
+        states = [connection.state for connection in given]
+        assert states == [State.IDLE, State.CLOSED, State.CLOSED]
+        pool.close()
+        await worker.idle()
+
+
+async def test_what_was_learnt_ends_when_the_worker_closes_after_a_stream() -> None:
+    """Such as when a llama-server has taken the place of another server."""
+    async with ScriptedWorker() as worker:
+        pool = await taught(worker, clock := Clock())
+        await after_a_stream(pool)
+        await worker.down()
+        await worker.up()
+        assert pool.reuse() is None
+        assert not pool.keeps_after_streams
+        assert (await after_a_stream(pool)).state is State.CLOSED
+        clock.advance(RETRIAL)
+        assert (await after_a_stream(pool)).state is State.IDLE
+        pool.close()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_an_idle_connection_that_ends_later_proves_nothing(
+    streamed: bool,
+) -> None:
+    """The worker's own time limit may be shorter than the hub's."""
+    async with ScriptedWorker() as worker:
+        pool = await taught(worker, clock := Clock())
+        pool.give_back(await dial_and_use(pool), streamed=streamed)
+        await worker.down()
+        clock.advance(PROBATION if streamed else 0)
+        pool.close_stale()
+        assert pool.keeps_after_streams
+
+
+@pytest.mark.parametrize("answer", [b"", SHORT[:-1], SHORT + b"behind the end"])
+async def test_a_stream_that_ended_badly_leaves_no_connection(answer: bytes) -> None:
+    async with ScriptedWorker() as worker:
+        pool = await taught(worker, Clock())
+        connection = await pool.dial()
+        connection.start(Ignore())
+        if answer:
+            connection.data_received(answer)
+        pool.give_back(connection, streamed=True)
+        assert connection.state is State.CLOSED
+        assert pool.reuse() is None
+        await worker.idle()
+
+
+@pytest.mark.parametrize("setting", ["upstream__keepalive", "upstream__idle"])
+async def test_where_nothing_is_kept_there_is_no_probation(setting: str) -> None:
+    async with ScriptedWorker() as worker:
+        await after_a_stream(pool_of(worker.url, **{setting: 0}))
+        await worker.idle()
 
 
 # --- Dialling ---------------------------------------------------------------------
