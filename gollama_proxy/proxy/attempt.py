@@ -120,7 +120,7 @@ class Attempt:
             self._lease.worker.name,
             connection,
             self._lease,
-            request.endpoint.ending,
+            request.endpoint,
             self._clock,
         )
         connection.start(relay)

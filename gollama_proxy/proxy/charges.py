@@ -18,7 +18,7 @@ from gollama_proxy.proxy.fitting import Fitting
 from gollama_proxy.proxy.job import Job
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.wire import sse
-from gollama_proxy.wire.usage import Usage, read_end
+from gollama_proxy.wire.answer import Usage, read_tail
 
 
 class Charges:
@@ -57,7 +57,7 @@ class Charges:
     def add_refused(self, job: Job, relay: Relay) -> None:
         """Add an attempt that ended with an error, if something came before that."""
         if relay.is_event_stream and _held_events(job, relay):
-            self.add(job, relay, read_end(job.incoming.endpoint.api, relay.held))
+            self.add(job, relay, read_tail(job.incoming.endpoint.api, relay.held))
 
     def add_unseen(self, job: Job, worker: Worker, lease: Lease) -> None:
         """Add an attempt whose client has left before a byte of its answer was there.

@@ -22,7 +22,7 @@ from gollama_proxy.proxy.client import Client, ToldError
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import begin_early, begin_response
 from gollama_proxy.telemetry.accesslog import Outcome, Record
-from gollama_proxy.wire import shapes, sse
+from gollama_proxy.wire import shapes
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.errors import ProxyError
 from gollama_proxy.wire.openai import ENDPOINTS, Ending, Endpoint
@@ -211,7 +211,7 @@ class Stream:
         self._send_rest()
         events = relay is None or relay.is_event_stream
         if events and not isinstance(error, ToldError):
-            if relay is not None and not self._mended and sse.unfinished(relay.tail):
+            if relay is not None and not self._mended and relay.end.rest:
                 self._client.send(b"\n\n")
             self._end_by(error.code.status, error.body())
         elif events or self._framed:

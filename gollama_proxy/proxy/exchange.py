@@ -47,7 +47,14 @@ from gollama_proxy.scheduling.ticket import choose_priority
 from gollama_proxy.telemetry import accesslog
 from gollama_proxy.telemetry.accesslog import Record, Sparse
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.wire import headers, identity, usage
+from gollama_proxy.wire import headers
+from gollama_proxy.wire.answer import (
+    Usage,
+    build_of,
+    first_model,
+    model_of,
+    read_answer,
+)
 from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.chunks import DivergedError
 from gollama_proxy.wire.errors import (
@@ -59,7 +66,6 @@ from gollama_proxy.wire.errors import (
     WorkerError,
 )
 from gollama_proxy.wire.openai import ENDPOINTS, Endpoint
-from gollama_proxy.wire.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +341,7 @@ class Inference:
             return refused
         promised = job.rescue is not None or job.begun
         if promised and not relay.is_event_stream:
-            told = usage.read(incoming.endpoint.api, relay.held)
+            told = read_answer(relay.held, incoming.endpoint.api).usage
             self._charges.add(job, relay, told)
             return refusal_of(DivergedError("it does not stream"))
         return relay
@@ -347,8 +353,8 @@ class Inference:
         looked at before an answer is passed on that has a name which is new.
         """
         held, model = relay.held, job.attempts.pool.model
-        worker.see_build(identity.build_of(held))
-        name = identity.first_model(held)
+        worker.see_build(build_of(held))
+        name = first_model(held)
         if name is None or worker.answer_names.knows(model, name):
             return True
         if not relay.is_event_stream:
@@ -356,7 +362,7 @@ class Inference:
                 await relay.whole()
             except WorkerError:
                 return True  # what that means is judged when it is passed on
-        name = identity.model_of(relay.held, events=relay.is_event_stream)
+        name = model_of(relay.held, events=relay.is_event_stream)
         if name is None or worker.answer_names.knows(model, name):
             return True
         return await self._look(worker) and worker.accepts_name(model, name)
@@ -372,7 +378,7 @@ class Inference:
         api, answers = incoming.endpoint.api, incoming.answers
         whole = whole_response(relay, job.names)
         if whole is not None:
-            told = usage.read(api, relay.held, answers)
+            told = read_answer(relay.held, api, answers).usage
             self._charges.add(job, relay, told)
             self._complete(job, worker, relay, lease, told)
             record.bytes = len(relay.held)
@@ -381,7 +387,13 @@ class Inference:
         try:
             client = await job.open(relay)
             with self._watchdog.watching(relay, worker):
-                await relay.run(client, write_timeout, job.kept, job.tally)
+                await relay.run(
+                    client,
+                    write_timeout,
+                    job.kept,
+                    job.tally,
+                    answers * incoming.prompts,
+                )
             response = await job.finish()
             complete = True
             self._look_late(job, worker, relay)
@@ -396,7 +408,7 @@ class Inference:
             lease.release(Result.REFUSED)
             raise
         except asyncio.CancelledError:
-            if job.client_left and relay.told_all:
+            if job.client_left and relay.complete:
                 # SDKs hang up as soon as they have read [DONE].
                 record.outcome = accesslog.Outcome.COMPLETE
                 complete = True
@@ -406,8 +418,7 @@ class Inference:
         finally:
             if job.fed:  # else it is counted as a whole
                 record.bytes += relay.bytes
-            answers *= incoming.prompts
-            told = usage.read_end(api, relay.tail, relay.began, answers)
+            told = relay.end.usage
             self._charges.add(job, relay, told)
             if complete:
                 self._complete(job, worker, relay, lease, told)
@@ -420,7 +431,7 @@ class Inference:
         """
         if relay.is_event_stream:
             return
-        name = identity.first_model(relay.tail)
+        name = first_model(relay.tail)
         model = job.attempts.pool.model
         if name is not None and not worker.answer_names.knows(model, name):
             worker.suspect()

@@ -28,7 +28,7 @@ from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.scheduling.slots import EVERY, Entry
 from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire.assemble import UnfoldableError
-from gollama_proxy.wire.choices import Tally
+from gollama_proxy.wire.ending import Tally
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Api, Ending
 from gollama_proxy.wire.rename import Renamer

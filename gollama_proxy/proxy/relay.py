@@ -27,11 +27,19 @@ from gollama_proxy.proxy.client import (
     frame,
 )
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.wire import sse, usage
+from gollama_proxy.wire import answer, sse
 from gollama_proxy.wire.assemble import AssemblyError
-from gollama_proxy.wire.choices import Tally
+from gollama_proxy.wire.ending import (
+    NOTHING,
+    TAIL,
+    End,
+    Tally,
+    has_error,
+    is_complete,
+    read_end,
+)
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.openai import Ending, Endpoint
 from gollama_proxy.wire.transcript import Transcript
 
 # What may be held before the first event is complete; then it goes on as it is.
@@ -53,6 +61,7 @@ class Relay:
         "_connection",
         "_ended",
         "_ending",
+        "_endpoint",
         "_error",
         "_failed",
         "_gatherer",
@@ -70,10 +79,10 @@ class Relay:
         "_wakeup",
         "_worker",
         "_write",
-        "began",
         "body_received",
         "bytes",
         "chunk_received",
+        "end",
         "events",
         "headers",
         "is_event_stream",
@@ -86,14 +95,14 @@ class Relay:
         worker: str,
         connection: Connection,
         lease: Lease,
-        ending: Ending,
+        endpoint: Endpoint,
         clock: Callable[[], float],
     ) -> None:
         self.status = 0
         self.is_event_stream = False
         self.headers: list[tuple[bytes, bytes]] = []
         self.opened_at: float | None = None
-        self.began = b""  # the usage that its beginning tells
+        self.end = NOTHING  # known when `run` has returned or raised
         self.bytes = 0
         self.events = 0
         self.body_received: Callable[[bytes], None] = self._hold
@@ -101,7 +110,8 @@ class Relay:
         self._worker = worker
         self._connection = connection
         self._lease = lease
-        self._ending = ending
+        self._endpoint = endpoint
+        self._ending = endpoint.ending
         self._clock = clock
         self._held: list[bytes] = []
         self._held_size = 0  # bytes
@@ -146,7 +156,7 @@ class Relay:
             self.opened_at = self._clock()
             if self._error is not None:
                 raise self._error
-            if self._tells_all and not any(sse.judge(self.held, self._ending)):
+            if self._has_mark and not any(read_end(self.held, self._ending)[:3]):
                 raise self._incomplete()
 
     @property
@@ -199,11 +209,14 @@ class Relay:
         write_timeout: float,
         keep: int = 0,
         tally: Tally | None = None,
+        answers: int = 1,
     ) -> None:
         """Pass the answer on until it has ended, and remember `keep` bytes of it.
 
         A stream that lacks its `[DONE]` but has a finish_reason gets it.  Where several
-        choices are asked for, a `tally` counts their ends.
+        choices are asked for, a `tally` counts their ends.  However this returns,
+        nothing more is passed on, and `end` has what the last bytes say, with the
+        usage of `answers` answers to the prompt.
 
         Raises:
             WorkerError: the answer is not complete; what came of it was passed on.
@@ -217,23 +230,27 @@ class Relay:
         self._transcript = Transcript() if keep else None
         self.body_received = self._forward
         self.chunk_received = self._forward_chunk
-        if tally is not None and self._tells_all:
+        if tally is not None and self._has_mark:
             self._tally = tally
             self.body_received = self._count
             self.chunk_received = self._count_chunk
         # Not needed any more, in what may last for minutes.
         self.headers, self._gatherer = [], None
         held, self._held = self._held, []
+        began = b""
         if self._ending is not Ending.DONE or not self.is_event_stream:
-            self.began = usage.beginning(b"".join(held))
-        for data in held if len(held) <= MOST_HELD else [b"".join(held)]:
-            self.body_received(data)
-        while self._blocked or not (self._ended or self._error):
-            if self._blocked:
-                await self._drain(client, write_timeout)
-            else:
-                await self._sleep()
-        self.body_received = self.chunk_received = _ignore
+            began = answer.beginning(b"".join(held))
+        try:
+            for data in held if len(held) <= MOST_HELD else [b"".join(held)]:
+                self.body_received(data)
+            while self._blocked or not (self._ended or self._error):
+                if self._blocked:
+                    await self._drain(client, write_timeout)
+                else:
+                    await self._sleep()
+        finally:
+            self.body_received = self.chunk_received = _ignore
+            self.end = self._read_end(began, answers)
         self._finish(client)
 
     def check(self, now: float, gap: float, silence: float) -> float:
@@ -269,31 +286,33 @@ class Relay:
         self._connection.resume_reading()
 
     def _finish(self, client: Client) -> None:
-        """Judge the end of the answer, and add what a complete one may lack."""
-        if not self._tells_all:
+        """Raise for an incomplete answer, and add what a complete one may lack."""
+        if not self._has_mark:
             if self._error is not None:
                 raise self._error
             return
-        verdict = sse.judge(self.tail, self._ending)
-        rest = sse.unfinished(self.tail)
+        end, rest = self.end, self.end.rest
         # An end that broke off within its [DONE] can be completed.
         whole = not rest or (self._ending is Ending.DONE and sse.DONE.startswith(rest))
-        if verdict.failed or self._failed:  # whatever follows
+        if end.failed:  # whatever follows
             text = "The worker ended the answer with an error."
             raise ToldError(Code.WORKER_INCOMPLETE, text)
-        if not (whole and self._is_complete(verdict)):
+        if not (whole and end.complete):
             raise self._error or self._incomplete()
-        if self._ending is Ending.DONE and (rest or not verdict.done):
+        if self._ending is Ending.DONE and (rest or not end.done):
             client.send(sse.DONE.removeprefix(rest))
 
-    def _is_complete(self, verdict: sse.Verdict) -> bool:
-        complete = verdict.complete or self._marked
-        counted = self._tally is None or self._tally.is_complete(done=verdict.done)
-        return complete and counted
+    def _read_end(self, began: bytes, answers: int) -> End:
+        endpoint = self._endpoint
+        end = read_end(self.tail, endpoint.ending, endpoint.api, began, answers)
+        complete, failed = end.complete or self._marked, end.failed or self._failed
+        if self._tally is not None and not self._tally.is_complete(done=end.done):
+            complete = False
+        return end._replace(complete=complete, failed=failed)
 
     @property
-    def _tells_all(self) -> bool:
-        """Whether this is a stream that says itself when it is complete."""
+    def _has_mark(self) -> bool:
+        """Whether this is a stream that has a mark where it is complete."""
         streams = self.is_event_stream and self.status == 200
         return streams and self._ending is not Ending.BODY
 
@@ -302,11 +321,9 @@ class Relay:
         return WorkerError(Code.WORKER_INCOMPLETE, text)
 
     @property
-    def told_all(self) -> bool:
+    def complete(self) -> bool:
         """Whether a stream has come to its mark, if not to the end of its body."""
-        verdict = sse.judge(self.tail, self._ending)
-        failed = verdict.failed or self._failed
-        return self.is_event_stream and not failed and self._is_complete(verdict)
+        return self.is_event_stream and self.end.complete and not self.end.failed
 
     def relayed(self) -> bytes | None:
         """Give all that was passed on; None if that was more than was to be kept."""
@@ -318,7 +335,7 @@ class Relay:
 
     @property
     def tail(self) -> bytes:
-        """The last bytes that were passed on, `sse.TAIL` of them at least."""
+        """The last bytes that were passed on, at least `TAIL` of a longer answer."""
         return b"".join(chunk[chunk.index(b"\n") + 1 : -2] for chunk in self._tail)
 
     # --- Receiver: what the connection calls ---------------------------------------
@@ -365,7 +382,7 @@ class Relay:
         self._forward_chunk(chunk, len(chunk) - len(data) - 2)
         if data[0] != _COLON:
             self.events += data.count(b"data: {") - 1
-        if len(data) > sse.TAIL:
+        if len(data) > TAIL:
             self._cut_tail()
 
     def _forward_chunk(self, chunk: bytes, start: int) -> None:
@@ -406,14 +423,14 @@ class Relay:
             if self.bytes > self._kept:
                 self._transcript = None
         if self._ending is not Ending.DONE:  # a mark may have a long event behind it
-            self._marked = self._marked or sse.judge(self.tail, self._ending).complete
+            self._marked = self._marked or is_complete(self.tail, self._ending)
         if any(b"error" in chunk for chunk in self._tail):
-            self._failed = self._failed or sse.has_error(self.tail, self._ending)
+            self._failed = self._failed or has_error(self.tail, self._ending)
         recent = self._tail[-_TAIL_KEPT:]
-        if sse.TAIL <= sum(map(len, recent)) <= 2 * sse.TAIL:
+        if TAIL <= sum(map(len, recent)) <= 2 * TAIL:
             self._tail = recent
         else:  # tiny ones, or huge ones
-            self._tail = [frame(self.tail[-sse.TAIL :])]
+            self._tail = [frame(self.tail[-TAIL:])]
         self._noted = len(self._tail)
 
     def _block(self) -> None:

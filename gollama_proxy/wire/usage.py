@@ -1,30 +1,28 @@
-r"""Usage: how many tokens an answer took, read from what its worker says of it.
+r"""Asking a worker for usage, and hiding it from a client that has not asked.
 
-Every API has its own definition, and `read` and `read_end` know them all.
-
-A stream tells how many tokens it took only to who asks (OpenAI's API reference, chat
+A stream reports how many tokens it took only on request (OpenAI's API reference, chat
 completions, `stream_options.include_usage`), in an event before `[DONE]`:
 
     data: {"choices":[],"usage":{"prompt_tokens":20,"completion_tokens":3},…}
 
-So the hub asks in the client's place.  A client that has not asked may fall over it:
-SDK code that takes `choices[0]` of each event is common.  So that event is left out,
+So the hub asks in the client's place.  A client that has not asked may fail on that
+event: code that takes `choices[0]` of each event is common.  So the event is left out,
 and every other byte stays as it is.
 
-No words of a model can be hit: a JSON string holds no bare quote (RFC 8259, 7).
+Generated text cannot be mistaken for it: a JSON string holds no bare quote (RFC 8259,
+7).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.fields import FieldScanner
-from gollama_proxy.wire.openai import Api
+from gollama_proxy.wire.private import Private
 
 # --- The request ------------------------------------------------------------------
 
@@ -64,7 +62,7 @@ _USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*[^\s\]]')
 
 
-class _Event(msgspec.Struct):
+class _Event(Private):
     choices: list[Any]
     usage: dict[str, Any]
     error: Any = None
@@ -148,196 +146,3 @@ def _is_usage(event: bytes) -> bool:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return not read.choices and read.error is None
-
-
-# --- Reading ----------------------------------------------------------------------
-
-# Larger numbers are not believed: a subject would be charged for them.
-_MOST_TOKENS = 10**8
-# The objects, with what they may hold; the last ones of a stream are those that count.
-_USAGE_OBJECT = re.compile(
-    rb'"usage"\s*:\s*(\{[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+\})',
-)
-_TIMINGS_OBJECT = re.compile(rb'"timings"\s*:\s*(\{[^{}]*+\})')
-_NATIVE_COUNT = re.compile(
-    rb'"(tokens_(?:evaluated|predicted))"\s*:\s*(\d{1,8})(?![\d.eE])'
-)
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
-_Fields = Mapping[str, Any]
-
-
-class Prompt(NamedTuple):
-    """How a worker says that it has read a prompt.  It need not be possible."""
-
-    read: int  # tokens that it has processed
-    cached: int  # tokens that it had in its cache
-    seconds: float  # 0 is not known
-
-
-class Usage(NamedTuple):
-    """What a worker says about one answer, in tokens; None where it does not say."""
-
-    prompt: int | None = None  # all of it, whether it was in a cache or not
-    generated: int | None = None
-    reading: Prompt | None = None
-
-
-class _Answer(msgspec.Struct):
-    """The fields beside an answer; what a model or a client has put into it is not."""
-
-    usage: Any = None
-    timings: Any = None
-    tokens_evaluated: Any = None
-    tokens_predicted: Any = None
-    choices: msgspec.Raw = msgspec.Raw(b"[]")
-
-
-_answer = msgspec.json.Decoder(_Answer | list[_Answer])
-_fields = msgspec.json.Decoder(dict[str, Any])
-_choices = msgspec.json.Decoder(list[msgspec.Raw])
-
-
-def read(api: Api, body: bytes, answers: int = 1) -> Usage:
-    """Read the usage of a whole answer; of several in a list, the sum.
-
-    `answers` is how many there are to each prompt, which counts once.
-    """
-    try:
-        decoded = _answer.decode(body)
-        if isinstance(decoded, _Answer):
-            return _read_one(api, decoded)
-        usages = [_read_one(api, each) for each in decoded]
-    except _UNREADABLE:
-        return Usage()
-    prompts = [each.prompt for each in usages if each.prompt is not None]
-    generated = [each.generated for each in usages if each.generated is not None]
-    return Usage(
-        sum(prompts) // answers if prompts else None,
-        sum(generated) if generated else None,
-    )
-
-
-def _read_one(api: Api, answer: _Answer) -> Usage:
-    native = {
-        "tokens_evaluated": answer.tokens_evaluated,
-        "tokens_predicted": answer.tokens_predicted,
-    }
-    usage = answer.usage if isinstance(answer.usage, dict) else {}
-    timings = answer.timings if isinstance(answer.timings, dict) else {}
-    answers = len(_choices.decode(answer.choices)) or 1 if timings else 1
-    return _usage_of(api, usage | native, timings, answers)
-
-
-def beginning(head: bytes) -> bytes:
-    """Find the first usage object in the beginning of an answer; empty if none.
-
-    Anthropic's `message_start` has the tokens of the prompt, and embeddings have theirs
-    in front of the numbers.
-    """
-    match = _USAGE_OBJECT.search(head)
-    return match[1] if match is not None else b""
-
-
-def read_end(api: Api, tail: bytes, began: bytes = b"", answers: int = 1) -> Usage:
-    """Read the usage of a stream, or of any answer of which only the end was kept.
-
-    `began` is what its `beginning` said.  What was generated is said at the end alone.
-    `answers` is how many there are to the prompt.
-    """
-    first = _decoded(began)
-    first = {k: v for k, v in first.items() if k not in _GENERATED}
-    last = _decoded(_last(_USAGE_OBJECT, tail))
-    last = {k: v for k, v in last.items() if v or k not in first}
-    if api is Api.NATIVE:
-        last |= {k.decode(): int(v) for k, v in _NATIVE_COUNT.findall(tail)}
-    timings = _decoded(_last(_TIMINGS_OBJECT, tail))
-    return _usage_of(api, first | last, timings, answers)
-
-
-def _last(pattern: re.Pattern[bytes], tail: bytes) -> bytes:
-    found = pattern.findall(tail)
-    return found[-1] if found else b""
-
-
-def _decoded(fields: bytes) -> dict[str, Any]:
-    try:
-        return _fields.decode(fields) if fields else {}
-    except _UNREADABLE:
-        return {}
-
-
-# --- The definitions --------------------------------------------------------------
-
-_GENERATED = ("completion_tokens", "output_tokens")
-_SEVERAL = (Api.OPENAI, Api.NATIVE)  # may answer a prompt more than once
-
-
-def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage:
-    """Read the fields as their API defines them, and else llama-server's timings."""
-    match api:
-        case Api.ANTHROPIC:
-            # `input_tokens` is what is left beside the two (Messages API, `usage`).
-            cached = _count(usage.get("cache_read_input_tokens"))
-            prompt = _count(usage.get("input_tokens"))
-            if prompt is not None:
-                created = _count(usage.get("cache_creation_input_tokens"))
-                prompt += (cached or 0) + (created or 0)
-            generated = _count(usage.get("output_tokens"))
-        case Api.RESPONSES:
-            prompt = _count(usage.get("input_tokens"))
-            cached = _cached(usage.get("input_tokens_details"))
-            generated = _count(usage.get("output_tokens"))
-        case _:
-            # Transcriptions name them as Responses does.
-            prompt = _either(
-                _count(usage.get("prompt_tokens")), _count(usage.get("input_tokens"))
-            )
-            cached = _cached(usage.get("prompt_tokens_details"))
-            generated = _either(
-                _count(usage.get("completion_tokens")),
-                _count(usage.get("output_tokens")),
-            )
-            if prompt is None and generated is None:  # of rerankers
-                prompt = _count(usage.get("total_tokens"))
-            if api is Api.NATIVE:
-                # Its `tokens_cached` are those in the slot, with those of the answer.
-                prompt = _either(prompt, _count(usage.get("tokens_evaluated")))
-                generated = _either(generated, _count(usage.get("tokens_predicted")))
-    if timings:
-        parts = [_count(timings.get(name)) for name in ("prompt_n", "cache_n")]
-        read = [part for part in parts if part is not None]
-        prompt = _either(prompt, sum(read) if read else None)
-        predicted = _count(timings.get("predicted_n"))
-        if generated is None or generated == predicted:
-            # A llama-server tells of one of several answers; the others are as long.
-            several = answers if api in _SEVERAL else 1
-            generated = predicted and predicted * several
-        return Usage(prompt, generated, _timed(timings))
-    if prompt is None or cached is None:
-        return Usage(prompt, generated)
-    return Usage(prompt, generated, Prompt(prompt - cached, cached, 0.0))
-
-
-def _timed(timings: _Fields) -> Prompt | None:
-    try:
-        return Prompt(
-            int(timings["prompt_n"]),
-            int(timings.get("cache_n") or 0),
-            float(timings["prompt_ms"]) / 1000,
-        )
-    except (KeyError, ValueError, TypeError, OverflowError):
-        return None
-
-
-def _count(value: object) -> int | None:
-    """Believe a number of tokens, or don't."""
-    return value if type(value) is int and 0 <= value < _MOST_TOKENS else None
-
-
-def _cached(details: object) -> int | None:
-    return _count(details.get("cached_tokens")) if isinstance(details, dict) else None
-
-
-def _either(told: int | None, other: int | None) -> int | None:
-    return other if told is None else told

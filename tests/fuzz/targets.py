@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from gollama_proxy.config.settings import STREAMED
 from gollama_proxy.scheduling.prefixes import prefixes
 from gollama_proxy.upstream.connection import Connection, State
-from gollama_proxy.wire import fields, sse, usage
+from gollama_proxy.wire import fields, sse
+from gollama_proxy.wire.answer import beginning, read_answer, read_tail
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.chunks import Span
 from gollama_proxy.wire.continuation import (
@@ -25,6 +26,7 @@ from gollama_proxy.wire.continuation import (
     continuation,
     exhausted,
 )
+from gollama_proxy.wire.ending import read_end
 from gollama_proxy.wire.errors import RequestError, WorkerError
 from gollama_proxy.wire.fields import Field, FieldScanner, check_json
 from gollama_proxy.wire.openai import ENDPOINTS, Api, Ending
@@ -172,16 +174,16 @@ def _derive(data: bytes, found: dict[str, Field]) -> None:
 def stream(data: bytes) -> None:
     """What is said of a stream: never an exception, and no word is taken back."""
     for ending in Ending:
-        sse.judge(data, ending)
+        end = read_end(data, ending)
+        assert data.endswith(end.rest)
         if sse.opens(data[: len(data) // 2], ending):
             assert sse.opens(data, ending)
     for event in sse.events_in(data):
         sse.error_in(event)
-    assert data.endswith(sse.unfinished(data))
     for api in Api:
         for told in (
-            usage.read(api, data),
-            usage.read_end(api, data, usage.beginning(data)),
+            read_answer(data, api).usage,
+            read_tail(api, data, beginning(data)),
         ):
             assert (told.prompt or 0) >= 0
             assert (told.generated or 0) >= 0

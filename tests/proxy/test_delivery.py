@@ -21,7 +21,7 @@ from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.openai import ENDPOINTS, Ending
+from gollama_proxy.wire.openai import ENDPOINTS
 from gollama_proxy.wire.streaming import streaming
 from tests.fakes.asks import CHAT, TEXT
 from tests.fakes.clock import Clock
@@ -100,7 +100,9 @@ def received(
     """Make a relay that has received a part of an answer, and lost its worker."""
     clock = Clock()
     lease = a_worker(name="w", clock=clock).lease()
-    relay = Relay("w", cast(Connection, None), lease, Ending.DONE, clock)
+    relay = Relay(
+        "w", cast(Connection, None), lease, ENDPOINTS["/v1/chat/completions"], clock
+    )
     relay.head_received(200, list(headers))
     for part in parts:
         relay.body_received(part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 from collections.abc import Callable
 from typing import cast
 
@@ -20,9 +19,10 @@ from gollama_proxy.proxy.relay import (
     Relay,
 )
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.wire import sse
+from gollama_proxy.wire.answer import Usage
+from gollama_proxy.wire.ending import TAIL
 from gollama_proxy.wire.errors import Code, ProxyError, RequestError, WorkerError
-from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.openai import Ending, Endpoint
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker as a_worker
 from tests.fakes.replies import (
@@ -78,13 +78,20 @@ class Sink:
 class Stage:
     """A relay with everything around it."""
 
-    def __init__(self, ending: Ending = Ending.DONE, *, chunked: bool = True) -> None:
+    def __init__(
+        self,
+        ending: Ending = Ending.DONE,
+        *,
+        chunked: bool = True,
+        path: str = "/v1/chat/completions",
+    ) -> None:
         self.clock = Clock()
         self.line = Line()
         self.sink = Sink()
         self.lease = a_worker(name="w", clock=self.clock).lease()
         connection = cast(Connection, self.line)
-        self.relay = Relay("w", connection, self.lease, ending, self.clock)
+        endpoint = Endpoint(path, ending)
+        self.relay = Relay("w", connection, self.lease, endpoint, self.clock)
         self.client = Client(
             self.sink.write, self.sink.drain, lambda: self.sink.buffered, chunked
         )
@@ -527,18 +534,19 @@ USAGE = {"input_tokens": 1, "cache_read_input_tokens": 289, "output_tokens": 1}
 @pytest.mark.parametrize("ending", list(Ending))
 async def test_the_usage_that_a_stream_begins_with_is_kept(ending: Ending) -> None:
     """A `message_start` is long gone when the stream ends; others tell it there."""
-    stage = Stage(ending)
+    stage = Stage(ending, path="/v1/messages")
     start = named_event({"type": "message_start", "message": {"usage": USAGE}})
     delta = named_event({"type": "content_block_delta", "usage": {"input_tokens": 7}})
-    stage.stream(start, delta)
+    stage.stream(start, delta, *[token("a")] * 40)
     running = stage.running()
     await steps()
-    expected = {} if ending is Ending.DONE else USAGE
-    assert json.loads(stage.relay.began or b"{}") == expected
     running.cancel()
+    await steps()
+    expected = Usage() if ending is Ending.DONE else Usage(290, None, (1, 289, 0.0))
+    assert stage.relay.end.usage == expected
 
 
-@pytest.mark.parametrize("size", [1, 7, 300, sse.TAIL - 1, sse.TAIL, 3 * sse.TAIL])
+@pytest.mark.parametrize("size", [1, 7, 300, TAIL - 1, TAIL, 3 * TAIL])
 async def test_the_end_is_kept_and_little_else(
     size: int, deliver: Callable[[Relay, bytes], None]
 ) -> None:
@@ -553,15 +561,15 @@ async def test_the_end_is_kept_and_little_else(
         body += part
         tail = stage.relay.tail
         assert body.endswith(tail)
-        assert len(tail) >= min(len(body), sse.TAIL)
-        assert len(tail) <= 16 * max(size, sse.TAIL)
+        assert len(tail) >= min(len(body), TAIL)
+        assert len(tail) <= 16 * max(size, TAIL)
     running.cancel()
 
 
 # --- What is remembered -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 7, 240, sse.TAIL - 1, sse.TAIL, 3 * sse.TAIL])
+@pytest.mark.parametrize("size", [1, 7, 240, TAIL - 1, TAIL, 3 * TAIL])
 @pytest.mark.parametrize("number", [0, 1, 5, 12, 13, 60])
 async def test_all_that_was_passed_on_is_remembered(
     number: int, size: int, deliver: Callable[[Relay, bytes], None]
@@ -581,7 +589,7 @@ async def test_all_that_was_passed_on_is_remembered(
 
 
 SIZES = st.lists(
-    st.sampled_from([1, 2, 50, 240, 999, sse.TAIL, 20_000]) | st.integers(1, 3000),
+    st.sampled_from([1, 2, 50, 240, 999, TAIL, 20_000]) | st.integers(1, 3000),
     max_size=40,
 )
 
@@ -844,15 +852,28 @@ async def test_a_complete_stream_ends_well(
 async def test_with_its_mark_a_stream_has_told_all(
     ending: Ending, parts: list[bytes]
 ) -> None:
-    """Whoever leaves then has not missed anything."""
-    stage = Stage(ending)
-    stage.stream()
+    """A client that leaves then has not missed anything."""
+    for number in (0, len(parts)):
+        stage = Stage(ending)
+        stage.stream()
+        running = stage.running()
+        await steps()
+        stage.parts(*parts[:number])
+        running.cancel()
+        await steps()
+        assert stage.relay.complete is (number > 0)
+
+
+async def test_nothing_is_passed_on_when_nobody_waits_for_it_any_more() -> None:
+    stage = Stage()
+    stage.stream(role(), token("a"))
     running = stage.running()
     await steps()
-    assert not stage.relay.told_all
-    stage.parts(*parts)
-    assert stage.relay.told_all
     running.cancel()
+    await steps()
+    sent = stage.sent
+    stage.parts(token("b"))
+    assert stage.sent == sent
 
 
 @pytest.mark.parametrize("lost", ["", "reset"])

@@ -27,7 +27,7 @@ from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.chunks import DivergedError, UnreadableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.openai import ENDPOINTS
 from gollama_proxy.wire.sse import EventError
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker as a_worker
@@ -46,7 +46,9 @@ def received(
     """Make a relay that has received an answer."""
     clock = Clock()
     lease = a_worker(name="w", clock=clock).lease()
-    relay = Relay("w", cast(Connection, None), lease, Ending.DONE, clock)
+    relay = Relay(
+        "w", cast(Connection, None), lease, ENDPOINTS["/v1/chat/completions"], clock
+    )
     relay.head_received(status, list(headers or (JSON,)))
     if body:
         relay.body_received(body)

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
+from gollama_proxy.wire.ending import read_end
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.openai import Api, Ending
 from gollama_proxy.wire.shapes import ErrorReshaper, error_event, status_body
-from gollama_proxy.wire.sse import EventError, error_in, events_in, judge
+from gollama_proxy.wire.sse import EventError, error_in, events_in
 
 LOST = WorkerError(Code.WORKER_LOST, "The worker\nwas lost.").body()
 OTHERS = [Api.OPENAI, Api.NATIVE]
@@ -84,7 +85,7 @@ def test_an_event_is_data_without_a_name(api: Api) -> None:
     assert error_in(LOST) == EventError(
         "The worker\nwas lost.", "server_error", "worker_connection_lost"
     )
-    assert judge(event, Ending.DONE).failed
+    assert read_end(event, Ending.DONE).failed
     assert b"without a reason" in error_event(api, 502, b"a\n\nb")
 
 
@@ -95,7 +96,7 @@ def test_an_event_has_a_name_where_events_have_names(api: Api, body: bytes) -> N
     assert event.startswith(b"event: error\ndata: {")
     assert event.count(b"\n") == 3
     assert json.loads(event[19:])["type"] == "error"
-    assert judge(event, Ending.NAMED).failed
+    assert read_end(event, Ending.NAMED).failed
 
 
 def test_the_event_of_responses_goes_on_counting() -> None:

@@ -10,26 +10,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.wire import sse
-from gollama_proxy.wire.openai import Api, Ending
+from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.sse import (
     DONE,
     STREAM_HEADERS,
-    TAIL,
     EventError,
     Gatherer,
-    Verdict,
     error_in,
     events_in,
-    judge,
     opens,
-    unfinished,
 )
-from gollama_proxy.wire.usage import Usage, read_end
 from tests.fakes import replies
 
-NOTHING = Verdict(complete=False, done=False, failed=False)
-STREAMED = [Ending.DONE, Ending.STOP, Ending.NAMED]
 LINE_ENDS = pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"])
 
 
@@ -341,228 +333,6 @@ def test_elsewhere_any_event_is_a_beginning(ending: Ending) -> None:
     assert not opens(native("a", stop=False)[:-1], ending)
 
 
-# --- How a stream ended -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("usage", [None, replies.usage_of()])
-@pytest.mark.parametrize("reason", ["stop", "length", "tool_calls"])
-def test_a_chat_is_complete_with_its_done(
-    reason: str, usage: dict[str, Any] | None
-) -> None:
-    tail = replies.token("a") + replies.finish(reason, usage=usage) + replies.done()
-    assert judge(tail, Ending.DONE) == Verdict(complete=True, done=True, failed=False)
-
-
-def test_a_chat_is_complete_with_a_finish_reason_but_lacks_its_done() -> None:
-    """The relay adds it then; SDKs wait for it."""
-    verdict = judge(replies.token("a") + replies.finish(), Ending.DONE)
-    assert verdict == Verdict(complete=True, done=False, failed=False)
-
-
-def test_a_done_without_a_finish_reason_is_enough() -> None:
-    """The servers that send no finish_reason do send this."""
-    verdict = judge(replies.token("a") + replies.done(), Ending.DONE)
-    assert verdict == Verdict(complete=True, done=True, failed=False)
-
-
-@pytest.mark.parametrize(
-    "spelled", [b'"finish_reason" : "stop"', b'"finish_reason":"x"']
-)
-def test_the_spacing_of_a_finish_reason_does_not_matter(spelled: bytes) -> None:
-    assert judge(b"data: {%b}\n\n" % spelled, Ending.DONE).complete
-
-
-@pytest.mark.parametrize("spelled", [b"null", b'""', b'"'])
-def test_a_finish_reason_that_says_nothing_ends_nothing(spelled: bytes) -> None:
-    """Some servers send an empty one with every event."""
-    assert judge(b'data: {"finish_reason":%b' % spelled, Ending.DONE) == NOTHING
-
-
-def test_a_text_completion_ends_with_its_finish_reason() -> None:
-    first = replies.event(replies.text_completion("a", reason=None, last=False))
-    last = replies.event(replies.text_completion("", reason="length"))
-    assert not judge(first, Ending.DONE).complete
-    assert judge(first + last, Ending.DONE).complete
-
-
-@pytest.mark.parametrize(
-    "done", [b"data: [DONE]\n\n", b"data:[DONE]\n\n", b"data: [DONE]\r\n\r\n"]
-)
-def test_a_done_is_seen_at_the_very_beginning_and_with_any_line_end(
-    done: bytes,
-) -> None:
-    assert judge(done, Ending.DONE).done
-    assert judge(b"data: {}\r\r" + done.replace(b"\r\n", b"\r"), Ending.DONE).done
-
-
-@pytest.mark.parametrize("cut", range(1, len(b"data: [DONE]\n")))
-def test_half_a_done_is_none(cut: int) -> None:
-    tail = replies.token("a") + b"data: [DONE]\n"[:cut]
-    assert judge(tail, Ending.DONE) == NOTHING
-
-
-def test_a_native_completion_is_complete_when_it_says_stop() -> None:
-    assert judge(native("a", stop=False), Ending.STOP) == NOTHING
-    assert judge(native("a", stop=False) + native("", stop=True), Ending.STOP).complete
-    assert judge(b'data: {"stop" : true}\n\n', Ending.STOP).complete
-
-
-@pytest.mark.parametrize(
-    "last",
-    [
-        anthropic("message_stop"),
-        anthropic("message_stop").replace(b"\n", b"\r\n"),
-        b"event:message_stop\ndata: {}\n\n",
-        responses("completed", response={}),
-        responses("incomplete", response={}),
-        responses("failed", response={}),
-    ],
-)
-def test_a_stream_with_named_events_is_complete_with_its_last_one(last: bytes) -> None:
-    before = anthropic("content_block_delta", delta={"text": "a"})
-    assert judge(before, Ending.NAMED) == NOTHING
-    assert judge(before + last, Ending.NAMED).complete
-    assert judge(last, Ending.NAMED).complete
-
-
-@pytest.mark.parametrize(
-    "event",
-    [
-        anthropic("message_delta", delta={"stop_reason": "end_turn"}),
-        anthropic("message_stopped"),
-        anthropic("content_block_stop"),
-        responses("in_progress"),
-        responses("output_text.done"),
-        responses("completed_"),
-        b"event: responseXcompleted\n\n",
-        b"data: event: message_stop\n\n",
-    ],
-)
-def test_another_named_event_ends_nothing(event: bytes) -> None:
-    assert judge(event, Ending.NAMED) == NOTHING
-
-
-@pytest.mark.parametrize("tail", [b"", b"{}", replies.token("a")])
-def test_a_body_that_is_no_stream_is_complete_when_it_ends(tail: bytes) -> None:
-    assert judge(tail, Ending.BODY) == Verdict(complete=True, done=False, failed=False)
-
-
-@pytest.mark.parametrize("ending", STREAMED)
-def test_the_mark_of_another_api_does_not_count(ending: Ending) -> None:
-    marks = {
-        Ending.DONE: replies.finish() + replies.done(),
-        Ending.STOP: native("", stop=True),
-        Ending.NAMED: anthropic("message_stop"),
-    }
-    for other in STREAMED:
-        assert judge(marks[other], ending).complete is (other is ending)
-
-
-@pytest.mark.parametrize("ending", STREAMED)
-@pytest.mark.parametrize(
-    "error",
-    [
-        replies.error_event("Context size has been exceeded."),
-        b'data:{"error" : {}}\n\n',
-        b'event: error\ndata: {"type":"error"}\n\n',
-        b"event:error\r\ndata: x\r\n\r\n",
-    ],
-)
-def test_an_error_that_the_worker_told_is_seen(error: bytes, ending: Ending) -> None:
-    told = Verdict(complete=False, done=False, failed=True)
-    assert judge(error, ending) == told
-    assert judge(replies.token("a") + error, ending) == told
-
-
-@pytest.mark.parametrize("ending", STREAMED)
-@pytest.mark.parametrize(
-    "line",
-    [b"data: [DONE]", b'data: {"error":{}}', b"event: error", b"event: message_stop"],
-)
-def test_a_mark_that_does_not_begin_its_line_is_none(
-    line: bytes, ending: Ending
-) -> None:
-    """In a comment, in the name of an event, or behind the other kind of data."""
-    for before in (b": ", b"event: ", b"data: ", b"id: ", b" "):
-        assert judge(before + line + b"\n\n", ending) == NOTHING
-
-
-@pytest.mark.parametrize("ending", STREAMED)
-@pytest.mark.parametrize("tail", [b"", replies.ping() * 4, replies.role()])
-def test_a_stream_that_just_stops_is_not_complete(tail: bytes, ending: Ending) -> None:
-    assert judge(tail, ending) == NOTHING
-
-
-QUOTES = [
-    "data: [DONE]\n\n",
-    "\r\ndata: [DONE]\r\n",
-    '"finish_reason":"stop"',
-    '{"finish_reason": "length"}',
-    '"stop":true',
-    '"stop" : true',
-    '"stop_type":"limit"',
-    "\nevent: message_stop\n",
-    "\r\nevent: response.completed\r\n",
-    'data: {"error": {"message": "x"}}\n\n',
-    "\nevent: error\n",
-    '"completion_tokens":7',
-    '"usage":{"prompt_tokens":1,"input_tokens":1,"output_tokens": 7}',
-    '"timings":{"predicted_n": 7}',
-    '"tokens_evaluated":7,"tokens_predicted": 7}',
-    "\\",
-    '\\"',
-]
-
-
-@pytest.mark.parametrize("words", QUOTES)
-def test_what_a_model_says_ends_no_stream(words: str) -> None:
-    """Nor does the tail, which begins anywhere: in the middle of a word, say."""
-    arguments = [{"index": 0, "function": {"arguments": json.dumps({"x": words})}}]
-    tool_call = {"choices": [{"delta": {"tool_calls": arguments}}]}
-    delta = {"type": "text_delta", "text": words}
-    tail = replies.token(words) + native(words, stop=False) + replies.event(tool_call)
-    tail += anthropic("content_block_delta", index=0, delta=delta)
-    for start in range(len(tail)):
-        for ending in STREAMED:
-            assert judge(tail[start:], ending) == NOTHING
-        for api in Api:
-            assert read_end(api, tail[start:]) == Usage()
-
-
-@settings(deadline=None)
-@given(
-    words=st.lists(st.text(max_size=5) | st.sampled_from(QUOTES), max_size=5),
-    start=st.integers(0, 400),
-)
-def test_no_words_of_a_model_end_a_stream(words: list[str], start: int) -> None:
-    tail = (replies.token("".join(words)) + native("".join(words), stop=False))[start:]
-    for ending in STREAMED:
-        assert judge(tail, ending) == NOTHING
-    for api in Api:
-        assert read_end(api, tail) == Usage()
-
-
-def test_what_is_kept_of_a_stream_holds_its_last_events() -> None:
-    """The widest end there is: a finish, usage with timings, and `[DONE]`."""
-    last = replies.finish(usage=replies.usage_of(9), tokens=9) + replies.done()
-    tail = (replies.token("x" * TAIL) + last)[-TAIL:]
-    assert tail.endswith(last)
-    assert judge(tail, Ending.DONE) == Verdict(complete=True, done=True, failed=False)
-    assert read_end(Api.OPENAI, tail).generated == 9
-
-
-@LINE_ENDS
-@pytest.mark.parametrize(
-    "half", [b"", b"data: [DO", b": ping", b"data: {}\n", b"x\r\ny"]
-)
-def test_what_follows_the_last_blank_line_is_half_an_event(
-    half: bytes, eol: bytes
-) -> None:
-    assert unfinished(half) == half
-    assert unfinished(replies.token("a").replace(b"\n", eol) + half) == half
-    assert unfinished(b"half" + eol * 2 + b"data: x" + eol * 2 + half) == half
-
-
 # --- Errors as events -------------------------------------------------------------
 
 
@@ -647,48 +417,7 @@ def test_a_message_alone_is_no_error(data: bytes) -> None:
 
 def test_the_done_that_the_hub_adds_is_the_one_that_workers_send() -> None:
     assert replies.done() == DONE
-    assert judge(DONE, Ending.DONE).done
 
 
 def test_a_stream_asks_that_nobody_on_the_way_keeps_it() -> None:
     assert STREAM_HEADERS == {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-# --- Several choices, and errors with something behind them -----------------------
-
-
-def of_choice(index: int, reason: str | None) -> bytes:
-    choices = [{"index": index, "delta": {}, "finish_reason": reason}]
-    return b"data: %b\n\n" % json.dumps({"choices": choices}).encode()
-
-
-def test_half_of_several_choices_is_not_complete() -> None:
-    half = of_choice(0, None) + of_choice(1, None) + of_choice(0, "stop")
-    for tail in (half, half + sse.DONE):
-        assert not sse.judge(tail, Ending.DONE).complete
-    assert sse.judge(half + of_choice(1, "length"), Ending.DONE).complete
-    reasonless = of_choice(0, None) + of_choice(1, None) + sse.DONE
-    assert sse.judge(reasonless, Ending.DONE).complete
-
-
-def test_half_of_several_native_completions_is_not_complete() -> None:
-    ended = b'data: {"index":1,"stop":true}\n\n'
-    assert not sse.judge(b'data: {"index":0,"stop":false}\n\n' + ended, Ending.STOP)[0]
-    assert sse.judge(b'data: {"index":0,"stop":true}\n\n' + ended, Ending.STOP)[0]
-
-
-@pytest.mark.parametrize("ending", [Ending.DONE, Ending.STOP])
-@pytest.mark.parametrize(
-    "error",
-    [
-        b'{"error":{"message":"no"}}',
-        b'{ "error": "no"}',
-        b'{"id":"x","choices":[],"error":{"code":500}}',
-        b'{"object":"error","message":"no"}',
-    ],
-)
-def test_an_error_is_one_whatever_follows(error: bytes, ending: Ending) -> None:
-    assert sse.judge(b"data: %b\n\n" % error + sse.DONE, ending).failed
-    said = error.replace(b'"', rb"\"")
-    assert not sse.judge(b'data: {"content":"%b"}\n\n' % said, ending).failed
-    assert not sse.judge(b'data: {"choices":[],"error":null}\n\n', ending).failed

@@ -1,0 +1,301 @@
+r"""What an answer reports about itself: its model, its build, how many tokens it took.
+
+Nearly every answer names its model in its first event, or in front of what is long, and
+one search finds it.  Generated text cannot be mistaken for the name: a JSON string
+holds no bare quote (RFC 8259, 7).  But the arguments of a call or the metadata of a
+request may have a key of that name, so an unexpected name is looked up once more by
+parsing (`model_of`).
+
+Tokens are counted as the API of the route defines them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from gollama_proxy.wire import sse
+from gollama_proxy.wire.openai import Api
+from gollama_proxy.wire.private import Private
+
+# --- A whole answer ---------------------------------------------------------------
+
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_LONGEST_BUILD = 100  # characters
+
+_Fields = Mapping[str, Any]
+
+
+class Prompt(NamedTuple):
+    """How a worker has read a prompt, by its account.  The numbers may be absurd."""
+
+    read: int  # tokens that it has processed
+    cached: int  # tokens that it had in its cache
+    seconds: float  # 0 means unknown
+
+
+class Usage(NamedTuple):
+    """How many tokens an answer took; None for what the worker does not report."""
+
+    prompt: int | None = None  # all of it, cached or not
+    generated: int | None = None
+    reading: Prompt | None = None
+
+
+class Answer(NamedTuple):
+    """What an answer in one piece reports about itself."""
+
+    model: str | None = None
+    build: str = ""  # of a llama-server
+    usage: Usage = Usage()
+
+    def __repr__(self) -> str:
+        return f"<Answer of {self.model!r}>"
+
+
+class _Fact(Private):
+    """The fields beside the text; not those of an object that a model has written."""
+
+    model: Any = None
+    system_fingerprint: Any = None
+    usage: Any = None
+    timings: Any = None
+    tokens_evaluated: Any = None
+    tokens_predicted: Any = None
+    choices: msgspec.Raw = msgspec.Raw(b"[]")
+
+
+_answer = msgspec.json.Decoder(_Fact | list[_Fact])
+_choices = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+def read_answer(body: bytes, api: Api, answers: int = 1) -> Answer:
+    """Read a whole answer in one pass; of several in a list, the sum of their usage.
+
+    `answers` is how many there are to each prompt, which counts once.
+    """
+    try:
+        decoded = _answer.decode(body)
+        if isinstance(decoded, _Fact):
+            model, build = decoded.model, decoded.system_fingerprint
+            return Answer(
+                model if isinstance(model, str) else None,
+                build if _is_build(build) else "",
+                _read_one(api, decoded),
+            )
+        usages = [_read_one(api, each) for each in decoded]
+    except _UNREADABLE:
+        return Answer()
+    prompts = [each.prompt for each in usages if each.prompt is not None]
+    generated = [each.generated for each in usages if each.generated is not None]
+    usage = Usage(
+        sum(prompts) // answers if prompts else None,
+        sum(generated) if generated else None,
+    )
+    return Answer(usage=usage)
+
+
+def _is_build(name: object) -> bool:
+    return isinstance(name, str) and len(name) <= _LONGEST_BUILD and name.isprintable()
+
+
+def _read_one(api: Api, answer: _Fact) -> Usage:
+    usage = answer.usage if isinstance(answer.usage, dict) else {}
+    if api is Api.NATIVE:
+        usage["tokens_evaluated"] = answer.tokens_evaluated
+        usage["tokens_predicted"] = answer.tokens_predicted
+    if not isinstance(answer.timings, dict):
+        return _usage_of(api, usage, {}, 1)
+    answers = len(_choices.decode(answer.choices)) or 1
+    return _usage_of(api, usage, answer.timings, answers)
+
+
+# --- The first bytes of any answer ------------------------------------------------
+
+_MODEL = re.compile(rb'"model"\s{0,64}:\s{0,64}("(?:[^"\\]|\\.){1,4096}")', re.DOTALL)
+_BUILD = re.compile(rb'"system_fingerprint"\s{0,64}:\s{0,64}"([^"\\]{1,100})"')
+
+
+def first_model(held: bytes) -> str | None:
+    """Return the first name of a model in the first bytes of an answer."""
+    at = held.find(b'"model"')  # much quicker than the expression alone
+    found = None if at < 0 else _MODEL.search(held, at)
+    if found is None:
+        return None
+    try:
+        return msgspec.json.decode(found[1], type=str)
+    except _UNREADABLE:
+        return None
+
+
+def model_of(held: bytes, *, events: bool) -> str | None:
+    """Return the model that an answer names as its own; None if it names none.
+
+    `held` is the beginning of an event stream, or a whole body.
+    """
+    names = map(_read_model, sse.events_in(held) if events else [held])
+    return next((name for name in names if name is not None), None)
+
+
+def build_of(held: bytes) -> str:
+    """Return the build of llama-server that an answer names; empty if it names none."""
+    at = held.find(b'"system_fingerprint"')
+    found = None if at < 0 else _BUILD.search(held, at)
+    return "" if found is None else found[1].decode(errors="replace")
+
+
+class _Named(Private):
+    model: Any = None
+    # Anthropic's `message_start`, and the events of Responses.
+    message: Any = None
+    response: Any = None
+
+
+_named = msgspec.json.Decoder(_Named)
+
+
+def _read_model(body: bytes) -> str | None:
+    try:
+        named = _named.decode(body)
+    except _UNREADABLE:
+        return None
+    inner = [each for each in (named.message, named.response) if isinstance(each, dict)]
+    names = (named.model, *(each.get("model") for each in inner))
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+# --- The two ends of a longer one -------------------------------------------------
+
+# The last object of a stream is the one that counts.
+_USAGE_OBJECT = re.compile(
+    rb'"usage"\s*:\s*(\{[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+\})',
+)
+_TIMINGS_OBJECT = re.compile(rb'"timings"\s*:\s*(\{[^{}]*+\})')
+_NATIVE_COUNT = re.compile(
+    rb'"(tokens_(?:evaluated|predicted))"\s*:\s*(\d{1,8})(?![\d.eE])'
+)
+_fields = msgspec.json.Decoder(dict[str, Any])
+
+
+def beginning(head: bytes) -> bytes:
+    """Find the first usage object in the first bytes of an answer; empty if none.
+
+    Anthropic's `message_start` has the tokens of the prompt, and embeddings have theirs
+    in front of the numbers.
+    """
+    at = head.find(b'"usage"')
+    match = None if at < 0 else _USAGE_OBJECT.search(head, at)
+    return b"" if match is None else match[1]
+
+
+def read_tail(api: Api, tail: bytes, began: bytes = b"", answers: int = 1) -> Usage:
+    """Read the usage of a stream, or of an answer of which only the end was kept.
+
+    `began` is what `beginning` found; the tokens that were generated are read from the
+    tail alone.  `answers` is how many there are to the prompt.
+    """
+    usage = _decoded(_last(b'"usage"', _USAGE_OBJECT, tail))
+    if began:
+        first = _decoded(began)
+        first = {k: v for k, v in first.items() if k not in _GENERATED}
+        usage = first | {k: v for k, v in usage.items() if v or k not in first}
+    if api is Api.NATIVE:
+        usage |= {k.decode(): int(v) for k, v in _NATIVE_COUNT.findall(tail)}
+    timings = _decoded(_last(b'"timings"', _TIMINGS_OBJECT, tail))
+    return _usage_of(api, usage, timings, answers) if usage or timings else NOTHING
+
+
+def _last(key: bytes, pattern: re.Pattern[bytes], tail: bytes) -> bytes:
+    """Return the last object behind a key."""
+    at = tail.find(key)
+    if at < 0:
+        return b""
+    found = pattern.findall(tail, at)
+    return found[-1] if found else b""
+
+
+def _decoded(fields: bytes) -> dict[str, Any]:
+    try:
+        return _fields.decode(fields) if fields else {}
+    except _UNREADABLE:
+        return {}
+
+
+# --- The definitions --------------------------------------------------------------
+
+# Larger numbers are not believed: a subject would be charged for them.
+_MOST_TOKENS = 10**8
+NOTHING = Usage()
+_GENERATED = ("completion_tokens", "output_tokens")
+_SEVERAL = (Api.OPENAI, Api.NATIVE)  # may answer a prompt more than once
+
+
+def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage:
+    """Read the fields as their API defines them, and else llama-server's timings."""
+    match api:
+        case Api.ANTHROPIC:
+            # `input_tokens` leaves out the other two (Messages API, `usage`).
+            cached = _count(usage, "cache_read_input_tokens")
+            prompt = _count(usage, "input_tokens")
+            if prompt is not None:
+                created = _count(usage, "cache_creation_input_tokens")
+                prompt += (cached or 0) + (created or 0)
+            generated = _count(usage, "output_tokens")
+        case Api.RESPONSES:
+            prompt = _count(usage, "input_tokens")
+            cached = _cached(usage.get("input_tokens_details"))
+            generated = _count(usage, "output_tokens")
+        case _:
+            # Transcriptions name them as Responses does, rerankers have the total
+            # alone.  llama-server's `tokens_cached` are those in the slot, those of
+            # the answer among them.
+            prompt = _count(usage, "prompt_tokens", "input_tokens")
+            cached = _cached(usage.get("prompt_tokens_details"))
+            generated = _count(usage, "completion_tokens", "output_tokens")
+            if prompt is None and generated is None:
+                prompt = _count(usage, "total_tokens")
+            if api is Api.NATIVE:
+                prompt = _count(usage, "tokens_evaluated") if prompt is None else prompt
+                if generated is None:
+                    generated = _count(usage, "tokens_predicted")
+    if timings:
+        if prompt is None:
+            read = _count(timings, "prompt_n")
+            kept = _count(timings, "cache_n")
+            prompt = read if kept is None else (read or 0) + kept
+        predicted = _count(timings, "predicted_n")
+        if generated is None or generated == predicted:
+            # A llama-server reports one of several answers; the others are as long.
+            several = answers if api in _SEVERAL else 1
+            generated = predicted and predicted * several
+        return Usage(prompt, generated, _timed(timings))
+    if prompt is None or cached is None:
+        return Usage(prompt, generated)
+    return Usage(prompt, generated, Prompt(prompt - cached, cached, 0.0))
+
+
+def _timed(timings: _Fields) -> Prompt | None:
+    try:
+        return Prompt(
+            int(timings["prompt_n"]),
+            int(timings.get("cache_n") or 0),
+            float(timings["prompt_ms"]) / 1000,
+        )
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return None
+
+
+def _count(fields: _Fields, *names: str) -> int | None:
+    """Return the first of these numbers of tokens that can be true."""
+    for name in names:
+        value = fields.get(name)
+        if type(value) is int and 0 <= value < _MOST_TOKENS:
+            return value
+    return None
+
+
+def _cached(details: object) -> int | None:
+    return _count(details, "cached_tokens") if isinstance(details, dict) else None

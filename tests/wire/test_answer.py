@@ -1,0 +1,334 @@
+"""What an answer reports: the tokens that it took, its model and its build."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gollama_proxy.wire.answer import (
+    Prompt,
+    Usage,
+    beginning,
+    build_of,
+    first_model,
+    model_of,
+    read_answer,
+    read_tail,
+)
+from gollama_proxy.wire.openai import Api
+from tests.fakes.replies import (
+    chat_completion,
+    done,
+    event,
+    finish,
+    named_event,
+    role,
+    timings_of,
+    token,
+    usage_of,
+)
+
+
+def read(api: Api, body: bytes, answers: int = 1) -> Usage:
+    return read_answer(body, api, answers).usage
+
+
+# --- Reading ----------------------------------------------------------------------
+
+# The same answer as each API tells it: a prompt of 290 tokens, 289 of them from the
+# cache, and 4 tokens generated.  As a llama-server does it (build b10068).
+OPENAI = {
+    "completion_tokens": 4,
+    "prompt_tokens": 290,
+    "total_tokens": 294,
+    "prompt_tokens_details": {"cached_tokens": 289},
+}
+RESPONSES = {
+    "input_tokens": 290,
+    "output_tokens": 4,
+    "total_tokens": 294,
+    "input_tokens_details": {"cached_tokens": 289},
+}
+ANTHROPIC = {"cache_read_input_tokens": 289, "input_tokens": 1, "output_tokens": 4}
+NATIVE = {"tokens_predicted": 4, "tokens_evaluated": 290, "tokens_cached": 293}
+TIMINGS = timings_of(4, 1, 289)
+COUNTED = Usage(290, 4, Prompt(1, 289, 0.0))
+TIMED = Usage(290, 4, Prompt(1, 289, TIMINGS["prompt_ms"] / 1000))
+
+
+def whole(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("api", "fields", "expected"),
+    [
+        (Api.OPENAI, {"usage": OPENAI}, COUNTED),
+        (Api.OPENAI, {"usage": OPENAI, "timings": TIMINGS}, TIMED),
+        (Api.RESPONSES, {"usage": RESPONSES}, COUNTED),
+        (Api.ANTHROPIC, {"usage": ANTHROPIC}, COUNTED),
+        (Api.NATIVE, {**NATIVE, "timings": TIMINGS}, TIMED),
+        (Api.NATIVE, NATIVE, Usage(290, 4)),
+        # Half of the prompt is in the cache, and some of the rest has come into it.
+        (
+            Api.ANTHROPIC,
+            {
+                "usage": {
+                    "input_tokens": 50,
+                    "cache_creation_input_tokens": 95,
+                    "cache_read_input_tokens": 145,
+                    "cache_creation": {"ephemeral_5m_input_tokens": 95},
+                    "output_tokens": 4,
+                }
+            },
+            Usage(290, 4, Prompt(145, 145, 0.0)),
+        ),
+        (
+            Api.ANTHROPIC,
+            {
+                "usage": {
+                    "input_tokens": 9,
+                    "cache_read_input_tokens": None,
+                    "output_tokens": 0,
+                }
+            },
+            Usage(9, 0),
+        ),
+        # Embeddings and ranks, which only cost their prompt.
+        (Api.OPENAI, {"usage": {"prompt_tokens": 9, "total_tokens": 9}}, Usage(9)),
+        (Api.OPENAI, {"usage": {"total_tokens": 9}}, Usage(9)),
+        # What a llama-server is not.
+        (
+            Api.OPENAI,
+            {"usage": usage_of(4, 9) | {"prompt_tokens_details": None}},
+            Usage(9, 4),
+        ),
+        (Api.OPENAI, {"usage": None}, Usage()),
+        (Api.OPENAI, {"usage": [1], "timings": 5}, Usage()),
+        (Api.OPENAI, {}, Usage()),
+        # Nobody's definition but that of its own API counts.
+        (Api.OPENAI, {"usage": OPENAI | ANTHROPIC}, COUNTED),
+        (Api.RESPONSES, {"usage": OPENAI}, Usage()),
+        (Api.ANTHROPIC, {"input_tokens": 26}, Usage()),
+    ],
+)
+def test_an_answer_has_the_usage_of_its_api(
+    api: Api, fields: dict[str, Any], expected: Usage
+) -> None:
+    assert read(api, whole(**fields)) == expected
+
+
+def test_several_answers_in_a_list_are_added() -> None:
+    body = json.dumps([NATIVE, NATIVE | {"tokens_predicted": 5}, {}]).encode()
+    assert read(Api.NATIVE, body) == Usage(580, 9)
+    assert read(Api.NATIVE, body, answers=2) == Usage(290, 9)
+    assert read(Api.NATIVE, b'[{"index":0,"embedding":[[0.5]]}]') == Usage()
+
+
+def test_of_several_answers_a_llama_server_tells_of_one() -> None:
+    """Others tell of all, and have no timings."""
+    choices: list[object] = [{}, {}, {}]
+    body = whole(choices=choices, usage=OPENAI, timings=TIMINGS)
+    assert read(Api.OPENAI, body) == TIMED._replace(generated=12)
+    assert read(Api.OPENAI, whole(choices=choices, usage=OPENAI)) == COUNTED
+    end = finish(timings=TIMINGS, usage=OPENAI)
+    assert read_tail(Api.OPENAI, end, answers=3) == TIMED._replace(generated=12)
+    assert read_tail(Api.OPENAI, event({"usage": OPENAI}), answers=3) == COUNTED
+    all_of_them = finish(timings=TIMINGS, usage=OPENAI | {"completion_tokens": 9})
+    assert read_tail(Api.OPENAI, all_of_them, answers=3).generated == 9
+    assert read_tail(Api.RESPONSES, end, answers=3).generated == 4
+    assert read(Api.OPENAI, whole(choices=5, timings=TIMINGS)) == Usage()
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"null", b"\xff", b'{"usage":' + b"[" * 100_000, b"[1]"]
+)
+def test_what_cannot_be_read_tells_nothing(body: bytes) -> None:
+    for api in Api:
+        assert read(api, body) == read_tail(api, body) == Usage()
+
+
+def test_an_object_in_an_answer_is_not_its_usage() -> None:
+    """The arguments of an Anthropic tool are no string: a model writes them."""
+    call = {"type": "tool_use", "input": {"usage": {"input_tokens": 1}}}
+    body = whole(usage=ANTHROPIC, content=[call], tokens_predicted=0)
+    assert read(Api.ANTHROPIC, body) == COUNTED
+
+
+@pytest.mark.parametrize("number", [b"100000000", b"9" * 400, b"-3", b"1e3", b"2.5"])
+def test_a_count_that_cannot_be_true_is_none(number: bytes) -> None:
+    counts = b'"completion_tokens":%b,"prompt_tokens":%b' % (number, number)
+    counts += b',"input_tokens":%b,"output_tokens":%b' % (number, number)
+    native = b'"tokens_evaluated":%b,"tokens_predicted":%b' % (number, number)
+    timings = b'"prompt_n":%b,"cache_n":%b,"predicted_n":%b' % (number, number, number)
+    body = b'{"usage":{%b},%b,"timings":{%b}}' % (counts, native, timings)
+    for api in Api:
+        for told in (read(api, body), read_tail(api, body)):
+            assert (told.prompt, told.generated) == (None, None)
+
+
+def test_a_large_count_is_one() -> None:
+    body = whole(usage=usage_of(99_999_999, 10_000_000))
+    assert read(Api.OPENAI, body)[:2] == (10_000_000, 99_999_999)
+
+
+# --- Reading streams --------------------------------------------------------------
+
+_START = named_event(
+    {"type": "message_start", "message": {"usage": ANTHROPIC | {"output_tokens": 1}}}
+)
+_DELTA = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}
+
+
+@pytest.mark.parametrize(
+    ("api", "stream", "expected"),
+    [
+        (Api.OPENAI, finish(timings=TIMINGS) + done(), TIMED),
+        (Api.OPENAI, finish(timings=TIMINGS, usage=OPENAI) + done(), TIMED),
+        (Api.OPENAI, event({"choices": [], "usage": OPENAI}) + done(), COUNTED),
+        (
+            Api.RESPONSES,
+            named_event(
+                {"type": "response.completed", "response": {"usage": RESPONSES}}
+            ),
+            COUNTED,
+        ),
+        (
+            Api.ANTHROPIC,
+            _START + named_event(_DELTA | {"usage": {"output_tokens": 4}}),
+            COUNTED,
+        ),
+        # Anthropic tells all of it again.
+        (Api.ANTHROPIC, _START + named_event(_DELTA | {"usage": ANTHROPIC}), COUNTED),
+        # Some have no numbers in the beginning, and some none at the end.
+        (
+            Api.ANTHROPIC,
+            event({"usage": dict.fromkeys(ANTHROPIC, 0)})
+            + named_event(_DELTA | {"usage": ANTHROPIC}),
+            COUNTED,
+        ),
+        (
+            Api.ANTHROPIC,
+            _START + named_event(_DELTA | {"usage": ANTHROPIC | {"input_tokens": 0}}),
+            COUNTED,
+        ),
+        (Api.NATIVE, event({**NATIVE, "stop": False}), Usage(290, 4)),
+        (Api.NATIVE, event({**NATIVE, "stop": True, "timings": TIMINGS}), TIMED),
+    ],
+)
+def test_a_stream_has_the_usage_of_its_api(
+    api: Api, stream: bytes, expected: Usage
+) -> None:
+    assert read_tail(api, stream, beginning(stream)) == expected
+
+
+def test_a_stream_that_was_cut_has_what_was_told_by_then() -> None:
+    """What it has generated is not what its beginning says."""
+    assert read_tail(Api.ANTHROPIC, b"", beginning(_START)) == COUNTED._replace(
+        generated=None
+    )
+    assert read_tail(Api.OPENAI, role() + token("a")) == Usage()
+    half = finish(timings=TIMINGS)
+    assert read_tail(Api.OPENAI, half[: half.index(b"predicted_ms")]) == Usage()
+
+
+def test_the_last_count_is_the_one_that_counts() -> None:
+    """Some servers send the usage so far with every event, and others a null."""
+    running = b"".join(event({"usage": {"completion_tokens": n}}) for n in (1, 2))
+    running += event({"usage": None})
+    assert read_tail(Api.OPENAI, running).generated == 2
+
+
+def test_an_answer_that_came_in_pieces_is_read_from_both_ends() -> None:
+    """Embeddings have their usage in front; chats have it behind."""
+    head = b'{"model":"a","usage":{"prompt_tokens":9,"total_tokens":9},"data":[['
+    assert read_tail(Api.OPENAI, b"0.5]]}", beginning(head)) == Usage(9)
+    body = json.dumps(chat_completion("a" * 5000, tokens=7)).encode()
+    assert read_tail(Api.OPENAI, body[-1400:], beginning(body[:1400]))[:2] == (20, 7)
+
+
+@pytest.mark.parametrize(
+    ("tail", "told"),
+    [
+        ('"timings":{"cache_n":236,"prompt_n":1,"prompt_ms":31}', (1, 236, 0.031)),
+        ('"timings":{"prompt_n":7,"prompt_ms":1e3}', (7, 0, 1.0)),
+        ('"timings":{"prompt_n":-7,"prompt_ms":5,"cache_n":2}', (-7, 2, 0.005)),
+        (
+            '"timings":{"prompt_n":1} "timings":{"prompt_n":2,"prompt_ms":2}',
+            (2, 0, 0.002),
+        ),
+        ('"timings":{"prompt_n":"x","prompt_ms":1}', None),
+        ('"timings":{"prompt_n":1e999,"prompt_ms":1}', None),
+        ('"timings":{"prompt_n":null,"prompt_ms":1}', None),
+        ('"timings":{"prompt_n":1}', None),
+        (
+            '"usage":{"prompt_tokens":20,"prompt_tokens_details":{"cached_tokens":15}}',
+            (5, 15, 0.0),
+        ),
+        ('"usage":{"prompt_tokens":20}', None),
+        ("", None),
+    ],
+)
+def test_how_a_prompt_was_read(tail: str, told: tuple[int, int, float] | None) -> None:
+    assert read_tail(Api.OPENAI, tail.encode()).reading == told
+
+
+# --- Its model and its build ------------------------------------------------------
+
+WHOLE = [
+    (b'{"choices":[],"model":"tiny"}', "tiny"),
+    (b'{ "model" : "a \\"b\\" \\u00e9" }', 'a "b" é'),
+    (b'{"content":[{"input":{"model":"a car"}}],"model":"tiny"}', "tiny"),
+    (b'{"content":[{"input":{"model":"a car"}}]}', None),
+    (b'{"text":"\\"model\\":\\"x\\""}', None),
+    (b'{"model":null}', None),
+    (b'{"model":7}', None),
+    (b'{"model":{"model":"x"}}', None),
+    (b'{"message":{"model":"tiny"}}', "tiny"),
+    (b'{"response":{"model":"tiny"}}', "tiny"),
+    (b'{"message":"model","response":[]}', None),
+    (b'{"model":"ti', None),
+    (b'["model"]', None),
+    (b"", None),
+    (b"[" * 10_000, None),
+    (b'{"model":"\xff"}', None),
+]
+
+
+@pytest.mark.parametrize(("body", "model"), WHOLE)
+def test_the_model_of_an_answer(body: bytes, model: str | None) -> None:
+    assert model_of(body, events=False) == model
+    event = b": ping\n\nevent: x\ndata: " + body + b"\n\n"
+    assert model_of(event + b'data: {"model":"later"}\n\n', events=True) == (
+        model or "later"
+    )
+
+
+@pytest.mark.parametrize(
+    ("held", "model"),
+    [
+        (b'data: {"model": "tiny"}\n\n', "tiny"),
+        (b'{"data":[0.1,0.2', None),
+        (b'{"x":"\\"model\\":\\"x\\"","model":"tiny"', "tiny"),
+        (b'{"model":null,"inner":{"model":"first"}}', "first"),
+        (b'{"model":"ti', None),
+    ],
+)
+def test_the_first_model_that_is_named(held: bytes, model: str | None) -> None:
+    assert first_model(held) == model
+
+
+@pytest.mark.parametrize(
+    ("held", "build"),
+    [
+        (b'{"system_fingerprint":"b1-571d0d5"}', "b1-571d0d5"),
+        (b'{"system_fingerprint" : "b1"}', "b1"),
+        (b'{"system_fingerprint":null}', ""),
+        (b'{"system_fingerprint":"%b"}' % (b"x" * 200), ""),
+        (b"{}", ""),
+    ],
+)
+def test_the_build_that_is_named(held: bytes, build: str) -> None:
+    assert build_of(held) == build
