@@ -26,6 +26,7 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Inference
 from gollama_proxy.proxy.fitting import Fitting
 from gollama_proxy.scheduling.admission import Line
+from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.slots import Slots
 from gollama_proxy.telemetry.metrics import Metrics
 from gollama_proxy.upstream import probe, tokenizer
@@ -44,6 +45,7 @@ class Hub:
         self.config = config
         self.draining = False
         self.registry = Registry(config, clock)
+        self.balancer = Balancer(self.registry, config, clock)
         self._tls = tls.for_server(config.server)
         self._worker_tls = tls.for_workers(config.workers)
         self.connections = {
@@ -64,7 +66,7 @@ class Hub:
             config.auth.revoked, config.revoked, self.authenticator.revoke
         )
         self.health = HealthChecker(self.registry.workers, config.health, self._ping)
-        self.slots = Slots(self.registry, line, clock)
+        self.slots = Slots(self.balancer, line, clock)
         self.watchdog = Watchdog(
             self.registry.workers,
             config.timeouts,
@@ -93,6 +95,7 @@ class Hub:
             self.config,
             self.authenticator,
             self.registry,
+            self.balancer,
             self.connections,
             self.watchdog,
             self.slots,

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gollama_proxy.scheduling.budget import Recent
+from gollama_proxy.window import SlidingWindow
 from gollama_proxy.wire.errors import Code, RequestError
 
 SECONDS = 61  # that count
@@ -117,14 +117,14 @@ class _Account:
     __slots__ = ("requests", "tokens")
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.requests = Recent(SECONDS, clock, SECONDS)
-        self.tokens = Recent(SECONDS, clock, SECONDS)
+        self.requests = SlidingWindow(SECONDS, clock, SECONDS)
+        self.tokens = SlidingWindow(SECONDS, clock, SECONDS)
 
     def __repr__(self) -> str:
         return f"<_Account requests={self.requests!r} tokens={self.tokens!r}>"
 
 
-def _gauge(used: Recent, limit: int) -> Gauge:
+def _gauge(used: SlidingWindow, limit: int) -> Gauge:
     count = used.count
     return Gauge(
         limit,

@@ -55,7 +55,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from gollama_proxy.config.settings import Breaker as Policy
-from gollama_proxy.scheduling.budget import Recent
+from gollama_proxy.window import SlidingWindow
 
 logger = logging.getLogger(__name__)
 
@@ -280,7 +280,9 @@ class Breaker:
 
     def _forget_the_past(self) -> None:
         counted = (Verdict.SUCCESS, Verdict.SLOW, Verdict.FAILURE)
-        self._recent = {v: Recent(self.policy.window, self._clock) for v in counted}
+        self._recent = {
+            v: SlidingWindow(self.policy.window, self._clock) for v in counted
+        }
         self._in_a_row = 0
         self._credit = 0.0  # parts of turns
 

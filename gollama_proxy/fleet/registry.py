@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,11 +12,7 @@ from gollama_proxy.config.names import Aliases, is_name, matches
 from gollama_proxy.config.settings import Config, Models
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.slowness import Expectations
-from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker, WorkerState
-from gollama_proxy.scheduling.budget import RetryBudget
-from gollama_proxy.scheduling.policies import Policy, make
-from gollama_proxy.scheduling.retry import Attempts
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
 # How long a client should wait before it asks again: one or two rechecks.
@@ -47,17 +42,6 @@ class Registry:
             )
             for index, worker in enumerate(config.workers)
         ]
-        self.budget = RetryBudget(config.retry.ratio, config.retry.floor, clock=clock)
-        self._retry = config.retry
-        self._rescue = config.rescue
-        self._rng = random.Random()
-        routing = config.routing
-        names = {routing.policy, *routing.policies.values()}
-        made = {name: make(name, clock, self._rng) for name in names}
-        self.policy: Policy = made[routing.policy]  # of models that have no other
-        self._policies = {
-            pattern: made[name] for pattern, name in routing.policies.items()
-        }
         self._models: Models = config.models
         self._aliases = Aliases(config.models.aliases)
         self._pools = Remembered[str, Pool]()
@@ -122,16 +106,6 @@ class Registry:
             self._settled[model] = None
         return pool
 
-    def policy_of(self, model: str) -> Policy:
-        """Give the policy by which the workers of a model are picked.
-
-        Models with the same policy share its object, which keeps them apart.
-        """
-        for pattern, policy in self._policies.items():
-            if matches(model, (pattern,)):
-                return policy
-        return self.policy
-
     def least_context(self, pool: Pool) -> int | None:
         """Tell the smallest context in a pool, in tokens; None if none is known."""
         model, workers = pool
@@ -140,10 +114,6 @@ class Registry:
             known = [context for context in contexts if context is not None]
             self._least[model] = min(known, default=None)
         return self._least[model]
-
-    def follows(self, pool: Pool) -> bool:
-        """Whether it matters which conversation a request belongs to."""
-        return len(pool.workers) > 1 and self.policy_of(pool.model).follows
 
     def only_model(self) -> str | None:
         """Name the one model that every worker serves, if there is just one.
@@ -191,7 +161,7 @@ class Registry:
         """
         models = self._known()
         if not models:
-            raise self._nobody(name, ())
+            raise self.no_worker(name, ())
         model = self._resolve_name(name)
         if model is None and name is None:
             text = f"`model` is missing. {self._offer(models, allowed)}"
@@ -243,86 +213,9 @@ class Registry:
         known = model in self._known() or model in self._fallbacks
         return known or bool(self.pool(model).workers)
 
-    def attempts(
-        self,
-        pool: Pool,
-        path: str,
-        fallbacks: Sequence[str] = (),
-        allowed: Sequence[str] | None = None,
-    ) -> Attempts:
-        """Begin the count of the attempts of a request on this path.
-
-        `fallbacks` are the client's own wishes; without any, the configured ones of the
-        model count.  Those that its token does not allow are passed over.
-        """
-        wanted = fallbacks or self._fallbacks.get(pool.model, ())
-        models = dict.fromkeys(
-            model
-            for name in wanted
-            for model in [self.model_of(name)]
-            if self.allows(allowed, name, model)
-        )
-        pools = [self.pool(model) for model in models if model != pool.model]
-        return Attempts(
-            [pool, *pools],
-            self._retry,
-            self.budget,
-            self._rng,
-            continuations=self._rescue.attempts if self._rescue.enabled else 0,
-            once=path in self._retry.once,
-        )
-
-    def candidates(self, attempts: Attempts) -> list[Worker]:
-        """List who may have the next attempt of a request.
-
-        Raises:
-            NoWorkerError: 503 with `retry_after`; the text says who is in what state.
-        """
-        asked_for = attempts.pool
-        candidates = attempts.candidates()
-        if not candidates:
-            raise self._nobody(
-                asked_for.model, asked_for.workers, asked_for.reopens_in()
-            )
-        return candidates
-
-    def pick(
-        self, attempts: Attempts, candidates: Sequence[Worker], patience: float = 0.0
-    ) -> Worker | None:
-        """Pick one of the candidates for the next attempt of a request.
-
-        A worker that has just recovered leaves most of its turns to the others.  None
-        if the request had better wait for a worker that is no candidate yet, for which
-        it has so many seconds of `patience`.
-        """
-        model, workers = attempts.pool
-        if len(workers) == 1:
-            return candidates[0]
-        policy, ask = self.policy_of(model), attempts.ask
-        if patience and ask.prefixes:
-            ask = ask._replace(patience=patience)
-        left = set(candidates)
-        while True:
-            worker = policy.pick(ask, workers, left.__contains__)
-            if worker is None or len(left) == 1 or worker.breaker.turn():
-                return worker
-            left.discard(worker)
-
-    def learn(self, attempts: Attempts, worker: Worker, told: Prefill) -> None:
-        """Take in how a worker has read the prompt of a request that it answered."""
-        if told.possible:
-            policy = self.policy_of(attempts.pool.model)
-            policy.learn(attempts.ask, worker, told.cached, told.tokens + told.cached)
-
-    def choose(self, attempts: Attempts) -> Worker:
-        """Pick an available worker, whatever it has to do.
-
-        Raises:
-            NoWorkerError: as `candidates` does.
-        """
-        worker = self.pick(attempts, self.candidates(attempts))
-        assert worker is not None, self  # as it has no patience
-        return worker
+    def fallbacks_of(self, model: str) -> Sequence[str]:
+        """Return the configured fallbacks of a model, by the names of the settings."""
+        return self._fallbacks.get(model, ())
 
     def _resolve_name(self, name: str | None) -> str | None:
         if name is not None:
@@ -347,9 +240,10 @@ class Registry:
             text += f" Not reached yet: {', '.join(unseen)}."
         return text
 
-    def _nobody(
+    def no_worker(
         self, model: str | None, workers: Sequence[Worker], reopens_in: float = 0.0
     ) -> NoWorkerError:
+        """Make the error of a model that none of these workers can serve now."""
         what = f"the model {model!r}" if model else "this request"
         if not self.workers:
             text = f"No worker serves {what}: the hub has none configured."

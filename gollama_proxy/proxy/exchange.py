@@ -40,6 +40,7 @@ from gollama_proxy.proxy.response import (
     whole_response,
 )
 from gollama_proxy.proxy.unstreamed import Unstreamed
+from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.scheduling.slots import Claim, Entry, Seat, Slots
@@ -83,6 +84,7 @@ class Inference:
         config: Config,
         authenticator: Authenticator,
         registry: Registry,
+        balancer: Balancer,
         connections: Mapping[str, ConnectionPool],
         watchdog: Watchdog,
         slots: Slots,
@@ -94,6 +96,7 @@ class Inference:
         self._config = config
         self._authenticator = authenticator
         self._registry = registry
+        self._balancer = balancer
         self._connections = connections
         self._watchdog = watchdog
         self._slots = slots
@@ -220,7 +223,7 @@ class Inference:
         """Choose a worker, and take a slot of it if it needs one for this."""
         if job.incoming.endpoint.slot:
             return await self._slots.take(job.entry)
-        worker = self._registry.choose(job.attempts)
+        worker = self._balancer.choose(job.attempts)
         return worker, worker.lease(job.attempts.pool.model, slot=False)
 
     async def _attempt(
@@ -276,10 +279,10 @@ class Inference:
         if incoming.model is None and not incoming.complete:
             await self._look_further(incoming, principal)
         pool = self._registry.resolve(incoming.model, principal.models)
-        attempts = self._registry.attempts(
+        attempts = self._balancer.attempts(
             pool, endpoint.path, incoming.fallbacks, principal.models
         )
-        follows = endpoint.slot and self._registry.follows(pool)
+        follows = endpoint.slot and self._balancer.follows(pool)
         attempts.ask = Ask(
             pool.model,
             incoming.size,
@@ -446,7 +449,7 @@ class Inference:
             lease.tokens = tokens // (job.incoming.answers * job.incoming.prompts)
         if told.reading is not None:
             lease.prefill = Prefill(*told.reading)
-            self._registry.learn(job.attempts, worker, lease.prefill)
+            self._balancer.learn(job.attempts, worker, lease.prefill)
         lease.release(Result.COMPLETE)
 
 

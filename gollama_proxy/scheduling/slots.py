@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from gollama_proxy.fleet.lease import Lease, Result
-from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.admission import Line
+from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.outlook import Place
 from gollama_proxy.scheduling.retry import Attempts
 from gollama_proxy.scheduling.ticket import Priority, Ticket
@@ -50,17 +50,17 @@ class Slots:
     """Hands the slots of all workers out."""
 
     def __init__(
-        self, registry: Registry, line: Line, clock: Callable[[], float]
+        self, balancer: Balancer, line: Line, clock: Callable[[], float]
     ) -> None:
         self.line = line
-        self._registry = registry
+        self._balancer = balancer
         self._clock = clock
         self._patience = min(MOST_PATIENCE, line.limits.timeout / 2)
         self._waiters: dict[Ticket, _Waiter] = {}
         # Had their turn, and may not have the slots that are free, or do not want them.
         self._held_up: list[Ticket] = []
         line.on_displaced = self._displace
-        for worker in registry.workers:
+        for worker in balancer.registry.workers:
             worker.on_free = self.hand_out
 
     def __repr__(self) -> str:
@@ -76,12 +76,12 @@ class Slots:
                 too long.
         """
         while True:
-            candidates = self._registry.candidates(entry.attempts)
+            candidates = self._balancer.candidates(entry.attempts)
             free = [worker for worker in candidates if worker.free > 0]
             if free and entry.goes_in(self.line):
                 # It may wait for another worker than those, if there is room.
                 patience = self._patience if self.line.has_room else 0.0
-                worker = self._registry.pick(entry.attempts, free, patience)
+                worker = self._balancer.pick(entry.attempts, free, patience)
                 if worker is not None:
                     return worker, worker.lease(entry.attempts.pool.model)
             seat = await self._wait(entry)
@@ -148,7 +148,9 @@ class Slots:
         self.hand_out()
 
     def _has_free(self, model: str) -> bool:
-        return any(worker.free > 0 for worker in self._registry.pool(model).available)
+        return any(
+            worker.free > 0 for worker in self._balancer.registry.pool(model).available
+        )
 
     def _seat(self, ticket: Ticket) -> bool:
         """Give a ticket its slot, if there is one that it may have."""
@@ -159,7 +161,7 @@ class Slots:
         if not free:
             return False
         patience = ticket.joined_at + self._patience - self._clock()
-        worker = self._registry.pick(attempts, free, max(patience, 0.0))
+        worker = self._balancer.pick(attempts, free, max(patience, 0.0))
         if worker is None:
             return False
         future.set_result((worker, worker.lease(attempts.pool.model)))

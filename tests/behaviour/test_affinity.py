@@ -16,6 +16,7 @@ from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.admission import Line
+from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.retry import Attempts
 from gollama_proxy.scheduling.slots import Claim, Entry, Slots
 from gollama_proxy.wire.description import Check, Description, Model
@@ -107,9 +108,9 @@ async def test_a_policy_for_some_models_only() -> None:
             routing__policy="round_robin",
         ) as hub,
     ):
-        registry = hub.hub.registry
-        assert repr(registry.policy_of("qwen")).startswith("<RoundRobin")
-        assert registry.policy_of("tiny") is registry.policy_of("other-1")
+        balancer = hub.hub.balancer
+        assert repr(balancer.policy_of("qwen")).startswith("<RoundRobin")
+        assert balancer.policy_of("tiny") is balancer.policy_of("other-1")
         for number in (1, 2, 3, 4):
             await hub.post(CHAT, turn("x", number))
         assert sorted((len(one.requests), len(two.requests))) == [0, 4]
@@ -125,7 +126,7 @@ async def test_what_is_not_generated_is_no_part_of_a_conversation() -> None:
             worker.on("/v1/messages/count_tokens", *answer({"input_tokens": 20}))
         await hub.post("/v1/completions", {"prompt": "no conversation"})
         await hub.post("/v1/messages/count_tokens", turn("x", 1))
-        policy = hub.hub.registry.policy_of(replies.MODEL)
+        policy = hub.hub.balancer.policy_of(replies.MODEL)
         assert "<Memory of 0 prefixes>" in repr(policy)
         await hub.post(CHAT, turn("x", 1))
         assert "<Memory of 1 prefixes>" in repr(policy)
@@ -135,7 +136,7 @@ async def test_with_one_worker_there_is_nothing_to_remember() -> None:
     async with ScriptedWorker() as worker, running_hub(worker, **settings()) as hub:
         for number in (1, 2):
             assert (await hub.post(CHAT, turn("x", number))).status == 200
-        policy = hub.hub.registry.policy_of(replies.MODEL)
+        policy = hub.hub.balancer.policy_of(replies.MODEL)
         assert "<Memory of 0 prefixes>" in repr(policy)
 
 
@@ -235,7 +236,7 @@ async def test_who_has_waited_for_long_enough_goes_elsewhere() -> None:
         assert asked(other) == ["x asks 2"]
 
 
-class Recorded(Registry):
+class Recorded(Balancer):
     """Records the patience of those who could go in."""
 
     def pick(
@@ -257,14 +258,15 @@ async def test_the_wait_for_a_warm_worker_does_not_grow_with_the_queues_timeout(
     environ: dict[str, str], patience: float
 ) -> None:
     loaded = config.load(None, environ, {}, ["http://127.0.0.1:1"])
-    registry = Recorded(loaded, Clock())
+    registry = Registry(loaded, Clock())
+    balancer = Recorded(registry, loaded, Clock())
     told = Description((Model("tiny"),), slots=1)
     registry.workers[0].observe(Check.OK, "ok", told)
-    slots = Slots(registry, Line(loaded.queue, Clock()), Clock())
-    attempts = registry.attempts(registry.pool("tiny"), CHAT)
+    slots = Slots(balancer, Line(loaded.queue, Clock()), Clock())
+    attempts = balancer.attempts(registry.pool("tiny"), CHAT)
     _, lease = await slots.take(Entry(attempts, Claim("alice")))
     lease.release(Result.COMPLETE)
-    assert registry.patience == patience
+    assert balancer.patience == patience
 
 
 async def test_where_nobody_may_wait_nobody_does() -> None:

@@ -69,11 +69,12 @@ def hub_with(tmp_path: Path, policy: str, clock: Clock) -> Hub:
 
 def ask(hub: Hub, model: str, subject: str, outcome: Result) -> None:
     """Have one request served, as the path of a request does, but without sockets."""
-    registry, line = hub.registry, hub.slots.line
-    attempts = registry.attempts(registry.resolve(model, None), "/v1/chat/completions")
+    balancer, line = hub.balancer, hub.slots.line
+    pool = hub.registry.resolve(model, None)
+    attempts = balancer.attempts(pool, "/v1/chat/completions")
     ticket = line.admit(subject, model)
     assert ticket is not None
-    worker = registry.pick(attempts, registry.candidates(attempts))
+    worker = balancer.pick(attempts, balancer.candidates(attempts))
     attempts.begin(worker)
     lease = worker.lease(model)
     lease.first_token, lease.tokens, lease.seconds = 0.1, 10, 1.0

@@ -397,7 +397,7 @@ async def test_what_a_worker_generated_before_another_one_did_it_is_charged(
         ScriptedWorker() as good,
         running_hub(bad, good, rescue__enabled=False) as hub,
     ):
-        hub.hub.registry.policy = InOrder()
+        hub.hub.balancer.policy = InOrder()
         bad.on(CHAT, *begun(role() + word("a"), word("b")), reset())
         good.on(CHAT, *chat_stream(["a"] * 5, usage=True))
         async with charged(hub, log) as (token, costs):

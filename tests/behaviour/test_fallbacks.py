@@ -242,7 +242,7 @@ async def test_a_worker_that_is_known_to_have_more_context_goes_first() -> None:
         ScriptedWorker("big") as large,
         running_hub(tight, unknown, large, health__interval=3600) as hub,
     ):
-        hub.hub.registry.policy = InOrder()
+        hub.hub.balancer.policy = InOrder()
         no_llama(tight)
         no_llama(unknown)
         no_llama(large, max_model_len=8192)

@@ -537,7 +537,7 @@ async def test_a_large_body_goes_elsewhere_if_its_worker_cannot_be_reached(
             **quiet,
         ) as hub,
     ):
-        hub.hub.registry.policy = InOrder()
+        hub.hub.balancer.policy = InOrder()
         [bad, _] = hub.hub.registry.workers
         bad.observe(Check.OK, "by the test", Description((Model("tiny"),)))
         good.script(read_body(), *OK)

@@ -158,7 +158,7 @@ async def hub_of(
 ) -> AsyncIterator[RunningHub]:
     """Run a hub that pings rarely, and asks the workers in their order."""
     async with running_hub(*workers, health__interval=RARELY, **settings) as hub:
-        hub.hub.registry.policy = InOrder()
+        hub.hub.balancer.policy = InOrder()
         yield hub
 
 

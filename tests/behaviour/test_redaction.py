@@ -500,7 +500,7 @@ async def stage_of(case: Case, witness: Witness, tmp: Path) -> AsyncIterator[Sta
             **case.settings,
         }
         async with running_hub(file=file, environ={"KEY": KEY}, **settings) as hub:
-            hub.hub.registry.policy = InOrder()
+            hub.hub.balancer.policy = InOrder()
             for worker, script in zip(cycle((one, two)), case.scripts, strict=False):
                 worker.script(*script)
             token = mint(**{"sub": "alice", "note": CLAIM, "jti": CLAIM, **case.claims})

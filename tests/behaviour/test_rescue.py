@@ -143,7 +143,7 @@ async def pool(
         for worker in made:
             await stack.enter_async_context(worker)
         hub = await stack.enter_async_context(running_hub(*made, **settings))
-        hub.hub.registry.policy = InOrder()
+        hub.hub.balancer.policy = InOrder()
         yield made, hub
 
 

@@ -89,7 +89,7 @@ async def two(**settings: Any) -> AsyncIterator[tuple[Any, Any, RunningHub]]:
         ScriptedWorker() as second,
         running_hub(first, second, **settings) as hub,
     ):
-        hub.hub.registry.policy = InOrder()
+        hub.hub.balancer.policy = InOrder()
         yield first, second, hub
 
 

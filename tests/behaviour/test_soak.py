@@ -30,7 +30,7 @@ WARM_UP = 200
 # Less than one for each request: only the series of the metrics become more.
 OBJECTS = 800
 # What the hub learns is bounded by its workers, their models and its parallel answers.
-LEARNT = {"Breaker", "Recent", "_Baseline"}
+LEARNT = {"Breaker", "SlidingWindow", "_Baseline"}
 QUICK: dict[str, Any] = {
     **SETTINGS,
     "timeouts__gap": 0.1,

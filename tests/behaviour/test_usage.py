@@ -247,7 +247,7 @@ async def rescued(
         ScriptedWorker(build="") as good,
         running_hub(bad, good, rescue__enabled=True, retry__attempts=2) as hub,
     ):
-        hub.hub.registry.policy = InOrder()
+        hub.hub.balancer.policy = InOrder()
         bad.script(send(sse_head()), send(chunk(begun)), reset())
         usage = finish(usage=usage_of(4, 20 + 2), tokens=4)
         good.script(*event_stream(role() + token(FIRST), token(REST), usage, done()))

@@ -174,7 +174,7 @@ def test_an_account_tells_what_was_used() -> None:
     quotas.take("a", 5, None)
     quotas.spend("a", 7)
     assert repr(quotas._accounts["a"]) == (
-        "<_Account requests=<Recent 1 in 61 s> tokens=<Recent 7 in 61 s>>"
+        "<_Account requests=<SlidingWindow 1 in 61 s> tokens=<SlidingWindow 7 in 61 s>>"
     )
 
 

@@ -7,86 +7,18 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.config.settings import (
-    Breaker,
-    Config,
-    Health,
-    Models,
-    Origin,
-    Rescue,
-    Retry,
-    WorkerConfig,
-)
-from gollama_proxy.fleet.breaker import Verdict
+from gollama_proxy.config.settings import Breaker
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import RETRY_AFTER, Registry, may_use
-from gollama_proxy.fleet.worker import Worker, WorkerState
-from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
-
-
-def registry(
-    *workers: str | None,
-    clock: Clock | None = None,
-    retry: Retry | None = None,
-    rescue: Rescue | None = None,
-    breaker: Breaker | None = None,
-    stated: Sequence[str] = (),
-    **models: Any,
-) -> Registry:
-    """Make one with workers `w0`, `w1` and so on that serve these models.
-
-    "a b" is a worker that serves two; None one that was not reached yet.  The models of
-    the first are `stated` by hand.
-    """
-    configs = tuple(
-        WorkerConfig(
-            f"http://10.0.0.{index}:8080",
-            Origin("http", f"10.0.0.{index}", 8080, ""),
-            f"w{index}",
-            models=() if index else tuple(stated),
-        )
-        for index in range(len(workers))
-    )
-    config = Config(
-        workers=configs,
-        models=Models(**models),
-        health=Health(fall=1),
-        retry=retry or Retry(),
-        rescue=rescue or Rescue(),
-        breaker=breaker or Breaker(jitter=0.0),
-    )
-    made = Registry(config, clock or Clock())
-    for worker, served in zip(made.workers, workers, strict=True):
-        if served is not None:
-            told = Description(tuple(Model(name) for name in served.split()))
-            worker.observe(Check.OK, "ok", told)
-    return made
-
-
-def take_out(*workers: Worker, check: Check = Check.FAILED) -> None:
-    for worker in workers:
-        worker.observe(check, "by the test")
-        assert not worker.available
-
-
-def trip(*workers: Worker) -> None:
-    for worker in workers:
-        for _ in range(worker.policy.consecutive):
-            worker.breaker.record(Verdict.FAILURE)
-        assert not worker.available
+from tests.fakes.registry import balancer, registry, take_out, trip
 
 
 def names(pool: Pool) -> list[str]:
     return [worker.name for worker in pool.workers]
-
-
-def choose(made: Registry, name: str | None) -> Worker:
-    """Choose who gets the first attempt of a request."""
-    return made.choose(made.attempts(made.resolve(name, None), CHAT))
 
 
 def refused(
@@ -100,10 +32,14 @@ def refused(
 def nobody(
     made: Registry, name: str | None, retry_after: int = RETRY_AFTER
 ) -> NoWorkerError:
-    """Ask for a model that nobody can serve now, and return what was said."""
-    with pytest.raises(NoWorkerError) as caught:
-        choose(made, name)
-    error = caught.value
+    """Return the error of a model that no worker can serve now."""
+    try:
+        pool = made.resolve(name, None)
+    except NoWorkerError as exc:
+        error = exc
+    else:
+        assert not pool.available
+        error = made.no_worker(pool.model, pool.workers, pool.reopens_in())
     assert (error.code, error.code.status) == (Code.NO_WORKER, 503)
     assert error.retry_after == retry_after > 0
     return error
@@ -262,10 +198,8 @@ def test_an_alias_stands_for_no_other_model_than_its_own(
 ) -> None:
     """While nobody serves that, nobody answers, least of all another model."""
     made = registry(*workers, aliases={"gpt": "gone", "gpt-*": "gone"}, **models)
-    pool = made.resolve(name, None)
-    assert pool == Pool("gone", ())
-    with pytest.raises(NoWorkerError, match="'gone'"):
-        made.candidates(made.attempts(pool, CHAT))
+    assert made.resolve(name, None) == Pool("gone", ())
+    assert "'gone'" in nobody(made, name).message
 
 
 def test_names_that_nobody_serves_are_told() -> None:
@@ -386,12 +320,13 @@ def test_a_wildcard_goes_before_the_default_and_holds_where_models_are_strict() 
 def test_a_name_that_a_client_makes_up_allows_nothing(
     name: str, allowed: list[str], allows: bool
 ) -> None:
-    made = registry("a", "b", aliases={"gpt-*": "b"})
+    balanced = balancer("a", "b", aliases={"gpt-*": "b"})
+    made = balanced.registry
     if allows:
         assert made.resolve(name, allowed).model == "b"
     else:
         assert refused(made, name, allowed).code is Code.MODEL_NOT_ALLOWED
-    fallbacks = made.attempts(made.pool("a"), CHAT, [name], allowed)
+    fallbacks = balanced.attempts(made.pool("a"), CHAT, [name], allowed)
     assert [pool.model for pool in fallbacks.pools] == ["a", "b"][: 1 + allows]
 
 
@@ -546,7 +481,6 @@ def test_a_pool_that_is_down_is_told_with_its_counts_and_states() -> None:
     assert nobody(made, "a").message == (
         "No worker is available for the model 'a': 3 serve it (2 down, 1 loading)."
     )
-    assert choose(made, "b") is made.workers[3]
 
 
 def test_a_default_model_that_nobody_serves_yet_is_told_with_all_workers() -> None:
@@ -588,134 +522,12 @@ def test_a_client_is_told_to_come_back_when_the_first_of_them_may_be_there() -> 
     nobody(made, "a", retry_after=RETRY_AFTER)
 
 
-# --- Choosing ---------------------------------------------------------------------
-
-
-def test_available_workers_have_their_turns() -> None:
-    made = registry("a", "b", "a", "a")
-    assert [choose(made, "a").name for _ in range(4)] == ["w0", "w2", "w3", "w0"]
-
-
-@pytest.mark.parametrize("check", [Check.FAILED, Check.LOADING])
-def test_a_worker_that_is_not_ready_is_not_chosen(check: Check) -> None:
-    made = registry("a", "a", "a", clock=(clock := Clock()))
-    take_out(made.workers[1], check=check)
-    assert {choose(made, "a").name for _ in range(6)} == {"w0", "w2"}
-    made.workers[1].observe(Check.OK, "ok")
-    assert made.workers[1].state is WorkerState.READY
-    clock.advance(made.workers[1].policy.ramp)
-    assert {choose(made, "a").name for _ in range(6)} == {"w0", "w1", "w2"}
-
-
-def test_a_pool_shows_who_is_available_now_and_not_when_it_was_made() -> None:
-    """Between the two a client may have waited for minutes."""
-    made = registry("a", "a")
-    attempts = made.attempts(made.resolve("a", None), CHAT)
-    take_out(*made.workers)
-    with pytest.raises(NoWorkerError):
-        made.choose(attempts)
-    made.workers[1].observe(Check.OK, "ok")
-    assert made.choose(attempts) is made.workers[1]
-
-
-def test_whoever_has_had_an_attempt_is_not_chosen_again() -> None:
-    made = registry("a", "a", "a")
-    attempts = made.attempts(made.pool("a"), CHAT)
-    chosen = []
-    for _ in range(3):
-        chosen.append(made.choose(attempts).name)
-        attempts.begin(made.workers[int(chosen[-1][1:])])
-    assert sorted(chosen) == ["w0", "w1", "w2"]
-    with pytest.raises(NoWorkerError):
-        made.choose(attempts)
-
-
-def test_a_worker_that_has_just_recovered_is_passed_over_now_and_then() -> None:
-    """If there is another one: somebody has to take it."""
-    made = registry("a", "a", "b", clock=(clock := Clock()))
-    trip(made.workers[0], made.workers[2])
-    clock.advance(5)
-    for worker in (made.workers[0], made.workers[2]):
-        for _ in range(worker.policy.proofs):
-            permit = worker.breaker.permit()
-            assert permit is not None
-            permit.settle(True)
-    chosen = [choose(made, "a").name for _ in range(100)]
-    assert 5 <= chosen.count("w0") <= 10
-    assert {choose(made, "b").name for _ in range(100)} == {"w2"}
-
-
-@pytest.mark.parametrize("number", [2, 3, 4, 5, 6])
-def test_a_worker_that_has_just_recovered_has_its_share_among_any_number(
-    number: int,
-) -> None:
-    """A tenth of the turns is what it begins with."""
-    made = registry(*["a"] * number)
-    take_out(made.workers[1])
-    made.workers[1].observe(Check.OK, "ok")
-    assert [choose(made, "a").name for _ in range(1000)].count("w1") >= 10
-
-
-# --- Fallbacks --------------------------------------------------------------------
-
-
-def asked(made: Registry, attempts: Attempts) -> list[str]:
-    """Have everybody fail, and tell which models were asked."""
-    models = []
-    pause: float | None = 0.0
-    while pause is not None:
-        worker = made.choose(attempts)
-        models.append(attempts.pool.model)
-        attempts.begin(worker)
-        pause = attempts.retry_after(Failure.KEY)
-    return models
-
-
-def chain(
-    made: Registry,
-    name: str,
-    fallbacks: Sequence[str] = (),
-    allowed: Sequence[str] | None = None,
-) -> list[str]:
-    pool = made.resolve(name, allowed)
-    return asked(made, made.attempts(pool, CHAT, fallbacks, allowed))
-
-
-def test_the_fallbacks_of_a_model_are_asked_in_their_order() -> None:
-    lists = {"big": ("medium", "small"), "medium": ("small",)}
-    made = registry("small", "medium", "big", "other", fallbacks=lists)
-    assert chain(made, "big") == ["big", "medium", "small"]
-    assert chain(made, "medium") == ["medium", "small"]  # each has its own, no more
-    assert chain(made, "small") == ["small"]
-
-
-def test_a_fallback_is_chosen_when_nobody_of_the_model_is_there() -> None:
-    made = registry("big", "small", fallbacks={"big": ("small",)})
-    assert choose(made, "big") is made.workers[0]
-    take_out(made.workers[0])
-    attempts = made.attempts(made.resolve("big", None), CHAT)
-    assert made.choose(attempts) is made.workers[1]
-    assert attempts.pool == made.pool("small")
-
-
-def test_where_nobody_of_a_fallback_is_there_the_model_asked_for_is_told() -> None:
-    """And when it may be back: that of a fallback is for the fallback."""
-    lists = {"big": ("small", "none")}
-    made = registry("big", "small", fallbacks=lists, clock=(clock := Clock()))
-    trip(made.workers[0])
-    clock.advance(1)
-    take_out(made.workers[1])
-    assert nobody(made, "big", retry_after=4).message == (
-        "No worker is available for the model 'big': 1 serve it (1 breaker open)."
-    )
-
-
 def test_a_model_that_has_a_fallback_is_known_though_nobody_serves_it() -> None:
     """Its worker may be down since the hub has started."""
     for strict in (False, True):
         made = registry("small", fallbacks={"big": ("small",)}, strict_models=strict)
         assert made.resolve("big", None) == Pool("big", ())
-        assert choose(made, "big") is made.workers[0]
+        assert made.fallbacks_of("big") == ("small",)
         assert made.models() == ["small"]
     made = registry(None, fallbacks={"big": ("small",)})
     assert nobody(made, "big").message.endswith("none seen to serve it (1 starting).")
@@ -724,105 +536,6 @@ def test_a_model_that_has_a_fallback_is_known_though_nobody_serves_it() -> None:
 def test_a_model_with_a_fallback_must_be_allowed_as_any_other() -> None:
     made = registry("small", fallbacks={"big": ("small",)})
     assert refused(made, "big", ["small"]).code is Code.MODEL_NOT_ALLOWED
-
-
-def test_an_alias_counts_as_its_model_on_either_side() -> None:
-    aliases = {"gpt": "big", "mini": "small"}
-    for name in ("big", "gpt"):
-        for other in ("small", "mini"):
-            lists = {name: (other,)}
-            made = registry("small", "big", fallbacks=lists, aliases=aliases)
-            for asked_for in ("big", "gpt"):
-                assert chain(made, asked_for) == ["big", "small"]
-
-
-def test_a_clients_own_fallbacks_take_the_place_of_the_configured_ones() -> None:
-    aliases = {"mini": "small"}
-    lists = {"big": ("medium",)}
-    made = registry("small", "medium", "big", fallbacks=lists, aliases=aliases)
-    assert chain(made, "big", ["mini"]) == ["big", "small"]
-    assert chain(made, "big", ["small", "medium"]) == ["big", "small", "medium"]
-    assert chain(made, "small", ["big"]) == ["small", "big"]
-    assert chain(made, "big", []) == ["big", "medium"]
-
-
-@pytest.mark.parametrize(
-    ("fallbacks", "models"),
-    [
-        (["big"], ["big"]),
-        (["gpt"], ["big"]),
-        (["small", "big", "gpt"], ["big", "small"]),
-        (["small", "mini", "small"], ["big", "small"]),
-        (["what?", "", "small"], ["big", "small"]),
-    ],
-)
-def test_no_model_is_asked_twice_and_none_that_is_not_there(
-    fallbacks: list[str], models: list[str]
-) -> None:
-    """A model is no fallback of its own, under whichever of its names."""
-    aliases = {"gpt": "big", "mini": "small"}
-    assert chain(registry("small", "big", aliases=aliases), "big", fallbacks) == models
-    if "" not in fallbacks:
-        lists = {"big": tuple(fallbacks)}
-        made = registry("small", "big", aliases=aliases, fallbacks=lists)
-        assert chain(made, "big") == models
-
-
-def test_a_fallback_that_the_token_does_not_allow_is_passed_over() -> None:
-    lists = {"big": ("medium", "small")}
-    made = registry("small", "medium", "big", fallbacks=lists)
-    assert chain(made, "big", allowed=["big", "s*"]) == ["big", "small"]
-    assert chain(made, "big", ["medium"], allowed=["big", "s*"]) == ["big"]
-    assert chain(made, "big", allowed=["big"]) == ["big"]
-
-
-def test_a_fallback_that_the_token_allows_by_its_alias_is_asked() -> None:
-    """As it would be if it were asked for in the first place."""
-    aliases = {"mini": "small"}
-    for lists, own in (({"big": ("mini",)}, ()), ({}, ["mini"])):
-        made = registry("small", "big", fallbacks=lists, aliases=aliases)
-        assert made.resolve("mini", ["big", "mini"]).model == "small"
-        assert chain(made, "big", own, ["big", "mini"]) == ["big", "small"]
-
-
-# --- What the settings say --------------------------------------------------------
-
-
-@pytest.mark.parametrize("limit", [1, 2, 4])
-def test_the_number_of_attempts_is_set(limit: int) -> None:
-    made = registry("a", "a", "a", "a", "a", retry=Retry(attempts=limit))
-    assert len(asked(made, made.attempts(made.pool("a"), CHAT))) == limit
-
-
-def test_all_requests_share_one_budget() -> None:
-    made = registry("a", "a", retry=Retry(ratio=0.0, floor=3))
-    counts = [len(asked(made, made.attempts(made.pool("a"), CHAT))) for _ in range(5)]
-    assert counts == [2, 2, 2, 1, 1]
-
-
-def test_on_some_paths_what_a_worker_may_have_begun_is_not_tried_again() -> None:
-    made = registry("a", "a", retry=Retry(once=("/v1/rerank",)))
-    for path, again in (("/v1/rerank", False), (CHAT, True)):
-        attempts = made.attempts(made.pool("a"), path)
-        attempts.begin(made.workers[0])
-        assert (attempts.retry_after(Failure.RESET) is not None) is again
-
-
-@pytest.mark.parametrize(
-    ("rescue", "number"),
-    [(Rescue(attempts=2), 2), (Rescue(enabled=False, attempts=2), 0), (Rescue(), 5)],
-)
-def test_the_number_of_continuations_is_set(rescue: Rescue, number: int) -> None:
-    made = registry(*["a"] * 9, rescue=rescue)
-    attempts = made.attempts(made.pool("a"), CHAT)
-    attempts.begin(made.workers[8])
-    count = 0
-    attempts.resume()
-    while attempts.retry_after(Failure.RESET) is not None:
-        count += 1
-        attempts.begin(made.choose(attempts))
-        attempts.resume()
-    assert count == number
 
 
 @pytest.mark.parametrize("canary", [True, False])

@@ -1,0 +1,81 @@
+"""A registry without servers, and the balancer in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gollama_proxy.config.settings import (
+    Breaker,
+    Config,
+    Health,
+    Models,
+    Origin,
+    Rescue,
+    Retry,
+    WorkerConfig,
+)
+from gollama_proxy.fleet.breaker import Verdict
+from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.scheduling.balancer import Balancer
+from gollama_proxy.wire.description import Check, Description, Model
+from tests.fakes.clock import Clock
+
+
+def registry(*workers: str | None, clock: Clock | None = None, **more: Any) -> Registry:
+    """Make the registry of a `balancer`."""
+    return balancer(*workers, clock=clock, **more).registry
+
+
+def balancer(
+    *workers: str | None,
+    clock: Clock | None = None,
+    retry: Retry | None = None,
+    rescue: Rescue | None = None,
+    breaker: Breaker | None = None,
+    stated: Sequence[str] = (),
+    **models: Any,
+) -> Balancer:
+    """Make one with workers `w0`, `w1` and so on that serve these models.
+
+    "a b" is a worker that serves two; None one that was not reached yet.  The models of
+    the first are `stated` by hand.
+    """
+    clock = clock or Clock()
+    configs = tuple(
+        WorkerConfig(
+            f"http://10.0.0.{index}:8080",
+            Origin("http", f"10.0.0.{index}", 8080, ""),
+            f"w{index}",
+            models=() if index else tuple(stated),
+        )
+        for index in range(len(workers))
+    )
+    config = Config(
+        workers=configs,
+        models=Models(**models),
+        health=Health(fall=1),
+        retry=retry or Retry(),
+        rescue=rescue or Rescue(),
+        breaker=breaker or Breaker(jitter=0.0),
+    )
+    made = Registry(config, clock)
+    for worker, served in zip(made.workers, workers, strict=True):
+        if served is not None:
+            told = Description(tuple(Model(name) for name in served.split()))
+            worker.observe(Check.OK, "ok", told)
+    return Balancer(made, config, clock)
+
+
+def take_out(*workers: Worker, check: Check = Check.FAILED) -> None:
+    for worker in workers:
+        worker.observe(check, "by the test")
+        assert not worker.available
+
+
+def trip(*workers: Worker) -> None:
+    for worker in workers:
+        for _ in range(worker.policy.consecutive):
+            worker.breaker.record(Verdict.FAILURE)
+        assert not worker.available

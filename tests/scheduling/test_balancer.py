@@ -1,0 +1,255 @@
+"""Which worker gets the next attempt of a request, and which models may be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from gollama_proxy.config.settings import Rescue, Retry
+from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.scheduling.balancer import Balancer
+from gollama_proxy.scheduling.retry import Attempts, Failure
+from gollama_proxy.wire.description import Check
+from gollama_proxy.wire.errors import Code, NoWorkerError
+from tests.fakes.asks import CHAT
+from tests.fakes.clock import Clock
+from tests.fakes.registry import balancer, take_out, trip
+
+
+def choose(made: Balancer, name: str | None) -> Worker:
+    """Choose the worker for the first attempt of a request."""
+    return made.choose(made.attempts(made.registry.resolve(name, None), CHAT))
+
+
+def no_worker(made: Balancer, name: str, retry_after: int) -> str:
+    """Return the message about a model for which no worker is available."""
+    with pytest.raises(NoWorkerError) as caught:
+        choose(made, name)
+    error = caught.value
+    assert (error.code, error.code.status) == (Code.NO_WORKER, 503)
+    assert error.retry_after == retry_after
+    return error.message
+
+
+# --- Choosing ---------------------------------------------------------------------
+
+
+def test_available_workers_have_their_turns() -> None:
+    made = balancer("a", "b", "a", "a")
+    assert [choose(made, "a").name for _ in range(4)] == ["w0", "w2", "w3", "w0"]
+
+
+@pytest.mark.parametrize("check", [Check.FAILED, Check.LOADING])
+def test_a_worker_that_is_not_ready_is_not_chosen(check: Check) -> None:
+    made = balancer("a", "a", "a", clock=(clock := Clock()))
+    take_out(made.registry.workers[1], check=check)
+    assert {choose(made, "a").name for _ in range(6)} == {"w0", "w2"}
+    made.registry.workers[1].observe(Check.OK, "ok")
+    assert made.registry.workers[1].state is WorkerState.READY
+    clock.advance(made.registry.workers[1].policy.ramp)
+    assert {choose(made, "a").name for _ in range(6)} == {"w0", "w1", "w2"}
+
+
+def test_a_pool_shows_who_is_available_now_and_not_when_it_was_made() -> None:
+    """Between the two a client may have waited for minutes."""
+    made = balancer("a", "a")
+    attempts = made.attempts(made.registry.resolve("a", None), CHAT)
+    take_out(*made.registry.workers)
+    with pytest.raises(NoWorkerError):
+        made.choose(attempts)
+    made.registry.workers[1].observe(Check.OK, "ok")
+    assert made.choose(attempts) is made.registry.workers[1]
+
+
+def test_whoever_has_had_an_attempt_is_not_chosen_again() -> None:
+    made = balancer("a", "a", "a")
+    attempts = made.attempts(made.registry.pool("a"), CHAT)
+    chosen = []
+    for _ in range(3):
+        chosen.append(made.choose(attempts).name)
+        attempts.begin(made.registry.workers[int(chosen[-1][1:])])
+    assert sorted(chosen) == ["w0", "w1", "w2"]
+    with pytest.raises(NoWorkerError):
+        made.choose(attempts)
+
+
+def test_a_worker_that_has_just_recovered_is_passed_over_now_and_then() -> None:
+    """If there is another one: somebody has to take it."""
+    made = balancer("a", "a", "b", clock=(clock := Clock()))
+    trip(made.registry.workers[0], made.registry.workers[2])
+    clock.advance(5)
+    for worker in (made.registry.workers[0], made.registry.workers[2]):
+        for _ in range(worker.policy.proofs):
+            permit = worker.breaker.permit()
+            assert permit is not None
+            permit.settle(True)
+    chosen = [choose(made, "a").name for _ in range(100)]
+    assert 5 <= chosen.count("w0") <= 10
+    assert {choose(made, "b").name for _ in range(100)} == {"w2"}
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 6])
+def test_a_worker_that_has_just_recovered_has_its_share_among_any_number(
+    number: int,
+) -> None:
+    """A tenth of the turns is what it begins with."""
+    made = balancer(*["a"] * number)
+    take_out(made.registry.workers[1])
+    made.registry.workers[1].observe(Check.OK, "ok")
+    assert [choose(made, "a").name for _ in range(1000)].count("w1") >= 10
+
+
+# --- Fallbacks --------------------------------------------------------------------
+
+
+def asked(made: Balancer, attempts: Attempts) -> list[str]:
+    """Have everybody fail, and tell which models were asked."""
+    models = []
+    pause: float | None = 0.0
+    while pause is not None:
+        worker = made.choose(attempts)
+        models.append(attempts.pool.model)
+        attempts.begin(worker)
+        pause = attempts.retry_after(Failure.KEY)
+    return models
+
+
+def chain(
+    made: Balancer,
+    name: str,
+    fallbacks: Sequence[str] = (),
+    allowed: Sequence[str] | None = None,
+) -> list[str]:
+    pool = made.registry.resolve(name, allowed)
+    return asked(made, made.attempts(pool, CHAT, fallbacks, allowed))
+
+
+def test_the_fallbacks_of_a_model_are_asked_in_their_order() -> None:
+    lists = {"big": ("medium", "small"), "medium": ("small",)}
+    made = balancer("small", "medium", "big", "other", fallbacks=lists)
+    assert chain(made, "big") == ["big", "medium", "small"]
+    assert chain(made, "medium") == ["medium", "small"]  # each has its own, no more
+    assert chain(made, "small") == ["small"]
+
+
+def test_a_fallback_is_chosen_when_nobody_of_the_model_is_there() -> None:
+    made = balancer("big", "small", fallbacks={"big": ("small",)})
+    assert choose(made, "big") is made.registry.workers[0]
+    take_out(made.registry.workers[0])
+    attempts = made.attempts(made.registry.resolve("big", None), CHAT)
+    assert made.choose(attempts) is made.registry.workers[1]
+    assert attempts.pool == made.registry.pool("small")
+
+
+def test_where_nobody_of_a_fallback_is_there_the_model_asked_for_is_told() -> None:
+    """And when it may be back: that of a fallback is for the fallback."""
+    lists = {"big": ("small", "none")}
+    made = balancer("big", "small", fallbacks=lists, clock=(clock := Clock()))
+    trip(made.registry.workers[0])
+    clock.advance(1)
+    take_out(made.registry.workers[1])
+    assert no_worker(made, "big", retry_after=4) == (
+        "No worker is available for the model 'big': 1 serve it (1 breaker open)."
+    )
+
+
+def test_an_alias_counts_as_its_model_on_either_side() -> None:
+    aliases = {"gpt": "big", "mini": "small"}
+    for name in ("big", "gpt"):
+        for other in ("small", "mini"):
+            lists = {name: (other,)}
+            made = balancer("small", "big", fallbacks=lists, aliases=aliases)
+            for asked_for in ("big", "gpt"):
+                assert chain(made, asked_for) == ["big", "small"]
+
+
+def test_a_clients_own_fallbacks_take_the_place_of_the_configured_ones() -> None:
+    aliases = {"mini": "small"}
+    lists = {"big": ("medium",)}
+    made = balancer("small", "medium", "big", fallbacks=lists, aliases=aliases)
+    assert chain(made, "big", ["mini"]) == ["big", "small"]
+    assert chain(made, "big", ["small", "medium"]) == ["big", "small", "medium"]
+    assert chain(made, "small", ["big"]) == ["small", "big"]
+    assert chain(made, "big", []) == ["big", "medium"]
+
+
+@pytest.mark.parametrize(
+    ("fallbacks", "models"),
+    [
+        (["big"], ["big"]),
+        (["gpt"], ["big"]),
+        (["small", "big", "gpt"], ["big", "small"]),
+        (["small", "mini", "small"], ["big", "small"]),
+        (["what?", "", "small"], ["big", "small"]),
+    ],
+)
+def test_no_model_is_asked_twice_and_none_that_is_not_there(
+    fallbacks: list[str], models: list[str]
+) -> None:
+    """A model is no fallback of its own, under whichever of its names."""
+    aliases = {"gpt": "big", "mini": "small"}
+    assert chain(balancer("small", "big", aliases=aliases), "big", fallbacks) == models
+    if "" not in fallbacks:
+        lists = {"big": tuple(fallbacks)}
+        made = balancer("small", "big", aliases=aliases, fallbacks=lists)
+        assert chain(made, "big") == models
+
+
+def test_a_fallback_that_the_token_does_not_allow_is_passed_over() -> None:
+    lists = {"big": ("medium", "small")}
+    made = balancer("small", "medium", "big", fallbacks=lists)
+    assert chain(made, "big", allowed=["big", "s*"]) == ["big", "small"]
+    assert chain(made, "big", ["medium"], allowed=["big", "s*"]) == ["big"]
+    assert chain(made, "big", allowed=["big"]) == ["big"]
+
+
+def test_a_fallback_that_the_token_allows_by_its_alias_is_asked() -> None:
+    """As it would be if it were asked for in the first place."""
+    aliases = {"mini": "small"}
+    for lists, own in (({"big": ("mini",)}, ()), ({}, ["mini"])):
+        made = balancer("small", "big", fallbacks=lists, aliases=aliases)
+        assert made.registry.resolve("mini", ["big", "mini"]).model == "small"
+        assert chain(made, "big", own, ["big", "mini"]) == ["big", "small"]
+
+
+# --- What the settings say --------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 2, 4])
+def test_the_number_of_attempts_is_set(limit: int) -> None:
+    made = balancer("a", "a", "a", "a", "a", retry=Retry(attempts=limit))
+    assert len(asked(made, made.attempts(made.registry.pool("a"), CHAT))) == limit
+
+
+def test_all_requests_share_one_budget() -> None:
+    made = balancer("a", "a", retry=Retry(ratio=0.0, floor=3))
+    counts = [
+        len(asked(made, made.attempts(made.registry.pool("a"), CHAT))) for _ in range(5)
+    ]
+    assert counts == [2, 2, 2, 1, 1]
+
+
+def test_on_some_paths_what_a_worker_may_have_begun_is_not_tried_again() -> None:
+    made = balancer("a", "a", retry=Retry(once=("/v1/rerank",)))
+    for path, again in (("/v1/rerank", False), (CHAT, True)):
+        attempts = made.attempts(made.registry.pool("a"), path)
+        attempts.begin(made.registry.workers[0])
+        assert (attempts.retry_after(Failure.RESET) is not None) is again
+
+
+@pytest.mark.parametrize(
+    ("rescue", "number"),
+    [(Rescue(attempts=2), 2), (Rescue(enabled=False, attempts=2), 0), (Rescue(), 5)],
+)
+def test_the_number_of_continuations_is_set(rescue: Rescue, number: int) -> None:
+    made = balancer(*["a"] * 9, rescue=rescue)
+    attempts = made.attempts(made.registry.pool("a"), CHAT)
+    attempts.begin(made.registry.workers[8])
+    count = 0
+    attempts.resume()
+    while attempts.retry_after(Failure.RESET) is not None:
+        count += 1
+        attempts.begin(made.choose(attempts))
+        attempts.resume()
+    assert count == number
