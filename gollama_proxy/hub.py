@@ -10,12 +10,12 @@ import aiohttp
 from aiohttp import web
 
 from gollama_proxy.config import tls
+from gollama_proxy.config.keys import RevocationList
 from gollama_proxy.config.settings import Config
-from gollama_proxy.config.watch import Reloader
+from gollama_proxy.config.watch import Watched, Watcher
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import Connections
 from gollama_proxy.edge.models import Catalogue
-from gollama_proxy.edge.revocation import Revocation
 from gollama_proxy.edge.router import Dispatcher, Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.edge.status import Status
@@ -62,9 +62,6 @@ class Hub:
         self.clients = Connections(config.limits, clock)
         self.metrics = Metrics(self.registry, line, self.clients)
         self.authenticator = Authenticator(config)
-        self.revocation = Revocation(
-            config.auth.revoked, config.revoked, self.authenticator.revoke
-        )
         self.health = HealthChecker(self.registry.workers, config.health, self._ping)
         self.slots = Slots(self.balancer, line, clock)
         self.watchdog = Watchdog(
@@ -76,7 +73,12 @@ class Hub:
         )
         self.dispatcher = Dispatcher(self._routes(clock), config, self.metrics, clock)
         credentials = {*self._worker_tls.values(), *([self._tls] if self._tls else [])}
-        self._reloader = Reloader([each for each in credentials if each.renewable])
+        watched: list[Watched] = [each for each in credentials if each.renewable]
+        if config.auth.revoked:
+            apply = self.authenticator.revoke
+            revoked = RevocationList(config.auth.revoked, config.revoked, apply)
+            watched.append(revoked)
+        self._watcher = Watcher(watched)
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.ServerRunner | None = None
 
@@ -171,19 +173,11 @@ class Hub:
         self._session = probe.new_session()
         self.health.start()
         self.watchdog.start()
-        self.revocation.start()
-        self._reloader.start()
+        self._watcher.start()
 
     def reload(self) -> None:
-        """Read certificates and revocations again, soon; what runs is not disturbed."""
-        what = ["certificates"] if self._reloader.items else []
-        what += ["revoked tokens"] if self.config.auth.revoked else []
-        logger.info(
-            "reading %s again; all other settings need a restart",
-            " and ".join(what) or "nothing (there are no certificates or revocations)",
-        )
-        self._reloader.ask()
-        self.revocation.ask()
+        """Reread certificates and revocations soon; running answers are unaffected."""
+        self._watcher.reload()
 
     @property
     def url(self) -> str:
@@ -215,8 +209,7 @@ class Hub:
             await site.stop()
         await self.dispatcher.finish(self.config.server.drain)
         await runner.cleanup()
-        await self.revocation.stop()
-        await self._reloader.stop()
+        await self._watcher.stop()
         await self.watchdog.stop()
         await self.health.stop()
         for connections in self.connections.values():

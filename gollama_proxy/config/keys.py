@@ -1,29 +1,34 @@
-"""Files that say who may come in: secrets, keys, and the list of revoked tokens.
+"""Files for authentication: secrets, public keys, and the list of revoked tokens.
 
-A file that holds a secret must not be open to everybody.
+A file that holds a secret must be readable by its owner and group only.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Auth, Revoked
 
+logger = logging.getLogger(__name__)
+
 MIN_SECRET_BYTES = 32
-# Larger than any of these files is.
+# Far more than a real file of the kind has.
 MAX_SECRET_FILE = 64 << 10
 MAX_REVOKED_FILE = 16 << 20
 
 
 def read_secret(source: str, file: str) -> bytes:
-    """Read a file that holds a secret; `source` begins the line that refuses it.
+    """Read a file that holds a secret; `source` begins the line of an error.
 
     Raises:
-        ConfigError: it cannot be read, is too large, or everybody can get at it.
+        ConfigError: the file cannot be read, is too large, or is open to all users.
     """
     try:
         with Path(file).open("rb") as stream:
@@ -91,15 +96,100 @@ def load_public_keys(auth: Auth) -> tuple[str, ...]:
     return keys
 
 
-def read_revoked(file: str) -> Revoked:
-    """Read whose tokens are refused: a line for each, `jti:…` or `sub:…`.
+# --- Revoked tokens ---------------------------------------------------------------
 
-    Empty lines and those that begin with # say nothing.  Spaces around a line, and
-    behind its colon, are no part of it.
+
+class RevocationList:
+    """The revoked tokens and subjects, kept in step with their file.
+
+    A file that cannot be read or understood changes nothing: the last good list stays
+    in force, and the log has the reason once.
+    """
+
+    kind: ClassVar = "revoked tokens"
+    # Nanoseconds.  Timestamps of file systems advance in steps of 10 ms, on some of
+    # 2 s: a file changed this recently can change again and look the same.
+    _SETTLED = 3_000_000_000
+
+    def __init__(
+        self,
+        file: str,
+        revoked: Revoked,
+        apply: Callable[[Revoked], None],
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """Start from a list; `apply` receives each list that differs from the last.
+
+        `clock` returns Unix time in nanoseconds.
+        """
+        self._file = file
+        self._revoked = revoked
+        self._apply = apply
+        self._clock = clock
+        # What the file looked like when it was read; None: read it again.
+        self._version: tuple[int, ...] | None = None
+        self._trouble = ""
+
+    def __repr__(self) -> str:
+        tokens, subjects = map(len, self._revoked)
+        return f"<RevocationList tokens={tokens} subjects={subjects}>"
+
+    def refresh(self, *, always: bool = False) -> Callable[[], None] | None:
+        """Read the file if it may have changed, or `always`; blocks for a moment.
+
+        Returns a function that puts a new list in force, None if there is none.
+        """
+        version = self._stat()
+        if version is not None and version == self._version and not always:
+            return None
+        self._version = None
+        try:
+            revoked = read_revoked(self._file)
+        except ConfigError as exc:
+            self._report(str(exc), always)
+            return None
+        if self._stat() != version:  # changed meanwhile: it may be half written
+            return None
+        self._trouble = ""
+        if version is not None and self._clock() - version[0] > self._SETTLED:
+            self._version = version
+        if revoked != self._revoked:
+            return lambda: self._put_in_force(revoked)
+        if always:
+            self._log()
+        return None
+
+    def _put_in_force(self, revoked: Revoked) -> None:
+        self._revoked = revoked
+        self._log()
+        self._apply(revoked)
+
+    def _report(self, trouble: str, always: bool) -> None:
+        if always or trouble != self._trouble:
+            logger.error("%s; the last good list stays", trouble)
+        self._trouble = trouble
+
+    def _log(self) -> None:
+        tokens, subjects = map(len, self._revoked)
+        logger.info("revoked are %d tokens and %d subjects", tokens, subjects)
+
+    def _stat(self) -> tuple[int, ...] | None:
+        try:
+            stat = Path(self._file).stat()
+        except OSError:
+            return None
+        return max(stat.st_mtime_ns, stat.st_ctime_ns), stat.st_ino, stat.st_size
+
+
+def read_revoked(file: str) -> Revoked:
+    """Read a list of revoked tokens: on each line, `jti:…` or `sub:…`.
+
+    Empty lines and lines that begin with # are skipped, and so are spaces around a
+    line and after its colon.
 
     Raises:
-        ConfigError: it cannot be read, or a line is neither; the line is not shown, as
-            it may be a token.
+        ConfigError: the file cannot be read, or a line is of another kind.  The error
+            does not quote the line, which may be a token.
     """
     source = f"auth.revoked = {file!r}"
     try:

@@ -1,9 +1,8 @@
-"""Certificates: towards clients, towards workers, and what is wrong with them.
+"""TLS contexts for clients and workers, made from files that can be renewed.
 
-A context is made of files that somebody renews while the hub runs.  `Credentials` looks
-at them again and makes a new context, which serves the handshakes from then on; what
-runs goes on with the keys that it has.  A pair that does not fit, such as the one that
-is there between the two writes of a renewal, changes nothing.
+`Credentials` makes a new context when its files have changed.  New handshakes use it;
+open connections keep their keys.  Files that do not fit together, such as those between
+the two writes of a renewal, change nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import re
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from gollama_proxy.config.keys import read_secret
 from gollama_proxy.config.mistakes import ConfigError
@@ -20,7 +20,7 @@ from gollama_proxy.config.settings import Server, WorkerConfig
 
 logger = logging.getLogger(__name__)
 
-# The only protocol that the hub speaks, said to whoever asks (RFC 7301).
+# The only protocol that the hub speaks (RFC 7301).
 _ALPN = ["http/1.1"]
 
 
@@ -28,7 +28,7 @@ _ALPN = ["http/1.1"]
 
 
 def server_context(server: Server) -> ssl.SSLContext:
-    """Make the context that clients meet.
+    """Make the context for connections from clients.
 
     Raises:
         ConfigError: a file cannot be used.
@@ -47,16 +47,16 @@ def server_context(server: Server) -> ssl.SSLContext:
 
 
 def worker_context(worker: WorkerConfig) -> ssl.SSLContext:
-    """Make the context to meet a worker with; its name is checked in any case.
+    """Make the context for connections to a worker; its name is always checked.
 
-    Without a CA of its own, those of the system are trusted.
+    A worker without `ca_file` is checked against the CAs of the system.
 
     Raises:
         ConfigError: a file cannot be used.
     """
     where = f"worker {worker.name}: "
     if worker.ca_file:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody yet
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts no CA yet
         _load_ca(context, f"{where}ca_file", worker.ca_file)
     else:
         context = ssl.create_default_context()
@@ -80,7 +80,7 @@ def _load_pair(
 ) -> None:
     """Load a certificate and its key, which may be in the same file.
 
-    The file that the key is in must not be open to everybody.
+    The file with the key must not be open to all users.
     """
     _check_readable(*certificate)
     blamed = key if key[1] else certificate
@@ -111,7 +111,7 @@ def _load_ca(context: ssl.SSLContext, name: str, file: str) -> None:
 
 
 def _check_readable(name: str, file: str) -> None:
-    """OpenSSL does not say which of two files is not there."""
+    """Name the file that is missing, which OpenSSL does not."""
     try:
         Path(file).read_bytes()
     except OSError as exc:
@@ -125,7 +125,7 @@ def _has_pem(file: str, label: str) -> bool:
 def _read(file: str) -> bytes:
     try:
         return Path(file).read_bytes()
-    except OSError:  # gone since
+    except OSError:  # removed meanwhile
         return b""
 
 
@@ -146,7 +146,9 @@ def _no_password() -> str:
 
 
 class Credentials:
-    """A context whose files may change."""
+    """A TLS context that follows its files."""
+
+    kind: ClassVar = "certificates"
 
     def __init__(
         self, files: Sequence[str], make: Callable[[], ssl.SSLContext]
@@ -171,7 +173,7 @@ class Credentials:
     def refresh(self, *, always: bool = False) -> None:
         """Load the files again if they have changed, or `always`; blocks for a moment.
 
-        What cannot be used is told in one line, once, and the old context stays.
+        If they cannot be used, one line is logged and the old context stays.
         """
         seen = self._look()
         if seen == self._seen and not always:
@@ -186,7 +188,7 @@ class Credentials:
             logger.info("loaded %s; new connections get it", names)
 
     def _look(self) -> list[tuple[int, ...]]:
-        """Note what changes when a file is written, or a link to it is turned."""
+        """Return what differs once a file is written or a link points elsewhere."""
         return [_stamp(file) for file in self._files]
 
 
@@ -199,7 +201,7 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 
 def for_server(server: Server) -> Credentials | None:
-    """Load what clients meet; None where the hub speaks plain HTTP."""
+    """Load the certificate for clients; None if the hub serves plain HTTP."""
     if not server.tls_certificate:
         return None
     files = (server.tls_certificate, server.tls_key, server.tls_client_ca)
@@ -207,9 +209,9 @@ def for_server(server: Server) -> Credentials | None:
 
 
 def for_workers(workers: Sequence[WorkerConfig]) -> dict[str, Credentials]:
-    """Load what each https worker is met with, by its name.
+    """Load the credentials for each https worker, by its name.
 
-    Workers with the same files share it: the CAs of a system are a megabyte.
+    Workers with the same files share them: the CAs of a system take a megabyte.
     """
     shared: dict[tuple[str, ...], Credentials] = {}
     by_name = {}
@@ -231,9 +233,9 @@ def _maker(worker: WorkerConfig) -> Callable[[], ssl.SSLContext]:
 
 
 def explain(error: BaseException) -> str:
-    """Tell in a few words why a connection failed; empty where it was not TLS.
+    """Return in a few words why a handshake failed; "" if TLS was not the reason.
 
-    OpenSSL's own text comes with error numbers and lines of C.
+    OpenSSL's own text has error numbers and lines of C source.
     """
     if isinstance(error, ssl.SSLCertVerificationError):
         why = getattr(error, "verify_message", "") or str(error)
@@ -244,5 +246,5 @@ def explain(error: BaseException) -> str:
 
 
 def _reason(error: ssl.SSLError) -> str:
-    # One that was made in Python, and not by OpenSSL, has no such attributes.
+    # An error raised in Python, not by OpenSSL, has no such attribute.
     return (getattr(error, "reason", "") or str(error)).replace("_", " ").lower()

@@ -1,63 +1,71 @@
-"""Files that are renewed while the hub runs, looked at again."""
+"""Files that change while the hub runs: certificates and the list of revoked tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import ClassVar, Protocol
 
-from gollama_proxy.tasks import spawn
+from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)
 
-PERIOD = 3.0  # seconds between two looks
+PERIOD = 1.0  # seconds between two looks at a file, whatever the traffic
 
 
-class Renewable(Protocol):
-    """What is made of files."""
+class Watched(Protocol):
+    """Something that is made from files."""
 
-    def refresh(self, *, always: bool = False) -> None:
-        """Read them again if they have changed, or `always`; may block for a moment."""
+    kind: ClassVar[str]  # in the plural, for the log
+
+    def refresh(self, *, always: bool = False) -> Callable[[], None] | None:
+        """Read the files again if they may have changed, or `always`; may block.
+
+        Runs in a thread.  Returns the change that has to be made on the event loop.
+        """
 
 
-class Reloader:
-    """Looks at files every few seconds, and at once when it is asked to."""
+class Watcher:
+    """Refreshes each item once a second, and at once on request.
 
-    def __init__(self, items: Sequence[Renewable]) -> None:
-        self.items = items
-        self._asked = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+    Every item has its own task: a disk that does not answer delays no other item.
+    """
+
+    def __init__(self, items: Iterable[Watched]) -> None:
+        self._loops = {
+            item: Periodic(f"watch {item!r}", partial(self._refresh, item), PERIOD)
+            for item in items
+        }
+        self._requested: set[Watched] = set()
 
     def __repr__(self) -> str:
-        return f"<Reloader of {len(self.items)}>"
+        return f"<Watcher items={len(self._loops)}>"
 
     def start(self) -> None:
-        """Start to look; `stop` ends it.  Where there is nothing, nothing runs."""
-        if self.items:
-            self._task = spawn(self._run(), "reload")
+        for loop in self._loops.values():
+            loop.start()
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        for loop in self._loops.values():
+            await loop.stop()
 
-    def ask(self) -> None:
-        """Have everything read again soon, whether it looks changed or not."""
-        self._asked.set()
+    def reload(self) -> None:
+        """Have every item read its files soon, whether or not they seem changed."""
+        logger.info(
+            "reading %s again; all other settings need a restart",
+            " and ".join(dict.fromkeys(item.kind for item in self._loops))
+            or "nothing (there are no certificates or revocations)",
+        )
+        self._requested.update(self._loops)
+        for loop in self._loops.values():
+            loop.wake()
 
-    async def _run(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(PERIOD):
-                    await self._asked.wait()
-            except TimeoutError:
-                pass
-            always = self._asked.is_set()
-            self._asked.clear()
-            for item in self.items:
-                try:
-                    # Files may be on a disk that sleeps, or on another machine.
-                    await asyncio.to_thread(item.refresh, always=always)
-                except Exception:
-                    logger.exception("%r could not be refreshed", item)
+    async def _refresh(self, item: Watched) -> None:
+        always = item in self._requested
+        self._requested.discard(item)
+        # The file may be on a sleeping disk or on another machine.
+        change = await asyncio.to_thread(item.refresh, always=always)
+        if change is not None:
+            change()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.config import watch as reload
+from gollama_proxy.config import watch
 from gollama_proxy.fleet.worker import WorkerState
 from tests.fakes.asks import CHAT, MIB, STREAM, WHOLE
 from tests.fakes.authority import Authority, Pair
@@ -343,7 +343,7 @@ async def test_a_renewed_certificate_serves_new_connections(
 ) -> None:
     """By itself; a stream that runs goes on, and a broken pair changes nothing."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(reload, "PERIOD", 0.02)
+    monkeypatch.setattr(watch, "PERIOD", 0.02)
     async with ScriptedWorker() as worker, hub_of(authority, pair, worker) as hub:
         first = await presented(hub)
         worker.script(

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.edge import revocation
-from gollama_proxy.edge.revocation import Revocation
+from gollama_proxy.config import watch
+from gollama_proxy.config.keys import RevocationList
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import stream_of
@@ -24,7 +24,7 @@ STREAM = {"messages": [], "stream": True}
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second is a long time for a test."""
-    monkeypatch.setattr(revocation, "PERIOD", 0.002)
+    monkeypatch.setattr(watch, "PERIOD", 0.002)
 
 
 @contextlib.asynccontextmanager
@@ -135,13 +135,13 @@ async def test_no_request_looks_at_the_file(
     file = tmp_path / "revoked"
     file.write_text("jti:x\n")
     looks: list[str] = []
-    monkeypatch.setattr(revocation, "PERIOD", 3_600)
-    monkeypatch.setattr(Revocation, "_stat", lambda self: looks.append("stat"))
+    monkeypatch.setattr(watch, "PERIOD", 3_600)
+    monkeypatch.setattr(RevocationList, "_stat", lambda self: looks.append("stat"))
     async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
         file.write_text("sub:alice\n")
         for _ in range(20):
             assert await status(hub, hub.token()) == 200
         assert looks == []
         monkeypatch.undo()
-        await hub.hub.revocation.check()
-        assert await status(hub, hub.token()) == 401
+        hub.hub.reload()
+        await becomes(hub, hub.token(), 401)

@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from gollama_proxy.cli import main
-from gollama_proxy.config import watch as reload
+from gollama_proxy.config import watch
 from gollama_proxy.config.settings import Timeouts
 from gollama_proxy.fleet.worker import WorkerState
 from gollama_proxy.proxy.attempt import Attempt, Outgoing
@@ -259,7 +259,7 @@ def refusing(context: ssl.SSLContext) -> Iterator[str]:
 async def test_a_renewed_ca_is_taken_up(
     authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reload, "PERIOD", 0.02)
+    monkeypatch.setattr(watch, "PERIOD", 0.02)
     old = Authority(tmp_path / "old")
     keys = {"ca_file": old.file}
     async with served_by(authority, authority.issue()) as worker:
