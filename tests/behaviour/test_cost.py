@@ -1,0 +1,79 @@
+"""What a request costs, in Python frames: the budget of the request path.
+
+The limits are a little above what is measured.  Lower them with each improvement; raise
+one only for a feature that is worth its price.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.asks import CHAT, EMBED, STREAM, WHOLE
+from tests.fakes.client import Wire
+from tests.fakes.frames import count_frames, listening_at
+from tests.fakes.hub import mint
+from tests.fakes.process import hub_process
+from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
+from tests.fakes.script import Script, answer, close, pause, send
+from tests.fakes.worker import ScriptedWorker
+
+WARM_UP = 10
+APART = 0.01  # seconds between two packets of a worker, so that they are read apart
+END = chunk(finish() + done()) + last_chunk()
+EMBEDDING = {"model": "tiny", "input": "hello"}
+VECTOR = {"object": "list", "data": [{"index": 0, "embedding": [0.0] * 4}]}
+
+SHORT = answer(VECTOR)
+ONE_TOKEN = (
+    send(sse_head() + chunk(role() + token("a"))),
+    pause(APART),
+    send(END),
+    close(),
+)
+TWO_TOKENS = (
+    send(sse_head() + chunk(role() + token("a"))),
+    pause(APART),
+    send(chunk(token("b"))),
+    pause(APART),
+    send(END),
+    close(),
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "script", "limit"),
+    [
+        pytest.param(EMBED, EMBEDDING, SHORT, 515, id="short request"),
+        pytest.param(CHAT, STREAM, ONE_TOKEN, 760, id="stream of one token"),
+        pytest.param(CHAT, WHOLE, TWO_TOKENS, 820, id="assembled chat of two tokens"),
+    ],
+)
+async def test_a_request_takes_no_more_frames_than(
+    tmp_path: Path, path: str, body: dict[str, Any], script: Script, limit: int
+) -> None:
+    """Of a warm hub, on a kept connection, with the settings and logs of production."""
+    counts = tmp_path / "frames"
+    async with (
+        ScriptedWorker() as worker,
+        hub_process(
+            worker.url, module="tests.fakes.frames", environ=listening_at(counts)
+        ) as hub,
+        await Wire.connect("127.0.0.1", hub.port) as wire,
+    ):
+        worker.default(*script)
+        bearer = mint(sub="alice")
+
+        async def request() -> None:
+            await wire.post(path, body, bearer)
+            response = await wire.read_response()
+            assert response.status == 200, response
+
+        for _ in range(WARM_UP):
+            await request()
+        cost = await count_frames(counts, request)
+    print(f"{cost.frames} frames, {cost.ours} of them ours; the limit is {limit}")
+    frames = cost.frames
+    assert frames <= limit, cost.table()
