@@ -54,7 +54,7 @@ from gollama_proxy.wire.answer import (
     build_of,
     first_model,
     model_of,
-    read_answer,
+    read_usage,
 )
 from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.chunks import DivergedError
@@ -344,7 +344,7 @@ class Inference:
             return refused
         promised = job.rescue is not None or job.begun
         if promised and not relay.is_event_stream:
-            told = read_answer(relay.held, incoming.endpoint.api).usage
+            told = read_usage(relay.held, incoming.endpoint.api)
             self._charges.add(job, relay, told)
             return refusal_of(DivergedError("it does not stream"))
         return relay
@@ -381,7 +381,7 @@ class Inference:
         api, answers = incoming.endpoint.api, incoming.answers
         whole = whole_response(relay, job.names)
         if whole is not None:
-            told = read_answer(relay.held, api, answers).usage
+            told = read_usage(relay.held, api, answers)
             self._charges.add(job, relay, told)
             self._complete(job, worker, relay, lease, told)
             record.bytes = len(relay.held)

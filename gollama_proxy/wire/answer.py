@@ -24,7 +24,6 @@ from gollama_proxy.wire.private import Private
 # --- A whole answer ---------------------------------------------------------------
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_LONGEST_BUILD = 100  # characters
 
 _Fields = Mapping[str, Any]
 
@@ -45,22 +44,9 @@ class Usage(NamedTuple):
     reading: Prompt | None = None
 
 
-class Answer(NamedTuple):
-    """What an answer in one piece reports about itself."""
-
-    model: str | None = None
-    build: str = ""  # of a llama-server
-    usage: Usage = Usage()
-
-    def __repr__(self) -> str:
-        return f"<Answer of {self.model!r}>"
-
-
-class _Fact(Private):
+class _Counted(Private):
     """The fields beside the text; not those of an object that a model has written."""
 
-    model: Any = None
-    system_fingerprint: Any = None
     usage: Any = None
     timings: Any = None
     tokens_evaluated: Any = None
@@ -68,41 +54,31 @@ class _Fact(Private):
     choices: msgspec.Raw = msgspec.Raw(b"[]")
 
 
-_answer = msgspec.json.Decoder(_Fact | list[_Fact])
+_answer = msgspec.json.Decoder(_Counted | list[_Counted])
 _choices = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-def read_answer(body: bytes, api: Api, answers: int = 1) -> Answer:
-    """Read a whole answer in one pass; of several in a list, the sum of their usage.
+def read_usage(body: bytes, api: Api, answers: int = 1) -> Usage:
+    """Read the usage of a whole answer; of several in a list, the sum.
 
     `answers` is how many there are to each prompt, which counts once.
     """
     try:
         decoded = _answer.decode(body)
-        if isinstance(decoded, _Fact):
-            model, build = decoded.model, decoded.system_fingerprint
-            return Answer(
-                model if isinstance(model, str) else None,
-                build if _is_build(build) else "",
-                _read_one(api, decoded),
-            )
+        if isinstance(decoded, _Counted):
+            return _read_one(api, decoded)
         usages = [_read_one(api, each) for each in decoded]
     except _UNREADABLE:
-        return Answer()
+        return NOTHING
     prompts = [each.prompt for each in usages if each.prompt is not None]
     generated = [each.generated for each in usages if each.generated is not None]
-    usage = Usage(
+    return Usage(
         sum(prompts) // answers if prompts else None,
         sum(generated) if generated else None,
     )
-    return Answer(usage=usage)
 
 
-def _is_build(name: object) -> bool:
-    return isinstance(name, str) and len(name) <= _LONGEST_BUILD and name.isprintable()
-
-
-def _read_one(api: Api, answer: _Fact) -> Usage:
+def _read_one(api: Api, answer: _Counted) -> Usage:
     usage = answer.usage if isinstance(answer.usage, dict) else {}
     if api is Api.NATIVE:
         usage["tokens_evaluated"] = answer.tokens_evaluated
@@ -121,8 +97,17 @@ _BUILD = re.compile(rb'"system_fingerprint"\s{0,64}:\s{0,64}"([^"\\]{1,100})"')
 
 def first_model(held: bytes) -> str | None:
     """Return the first name of a model in the first bytes of an answer."""
-    at = held.find(b'"model"')  # much quicker than the expression alone
-    found = None if at < 0 else _MODEL.search(held, at)
+    at = held.find(b'"model"')
+    if at < 0:
+        return None
+    end = held.find(b'"', at + 9)
+    if held.startswith(b':"', at + 7) and at + 9 < end <= at + 9 + 4096:
+        name = held[at + 9 : end]  # a plain one, as nearly always
+        if b"\\" not in name and name.isascii():
+            text = name.decode()
+            if text.isprintable():
+                return text
+    found = _MODEL.search(held, at)
     if found is None:
         return None
     try:
@@ -246,14 +231,16 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage
             generated = _count(usage, "output_tokens")
         case Api.RESPONSES:
             prompt = _count(usage, "input_tokens")
-            cached = _cached(usage.get("input_tokens_details"))
+            details = usage.get("input_tokens_details")
+            cached = _count(details, "cached_tokens") if details else None
             generated = _count(usage, "output_tokens")
         case _:
             # Transcriptions name them as Responses does, rerankers have the total
             # alone.  llama-server's `tokens_cached` are those in the slot, those of
             # the answer among them.
             prompt = _count(usage, "prompt_tokens", "input_tokens")
-            cached = _cached(usage.get("prompt_tokens_details"))
+            details = usage.get("prompt_tokens_details")
+            cached = _count(details, "cached_tokens") if details else None
             generated = _count(usage, "completion_tokens", "output_tokens")
             if prompt is None and generated is None:
                 prompt = _count(usage, "total_tokens")
@@ -288,14 +275,12 @@ def _timed(timings: _Fields) -> Prompt | None:
         return None
 
 
-def _count(fields: _Fields, *names: str) -> int | None:
+def _count(fields: object, *names: str) -> int | None:
     """Return the first of these numbers of tokens that can be true."""
+    if not isinstance(fields, dict):
+        return None
     for name in names:
         value = fields.get(name)
         if type(value) is int and 0 <= value < _MOST_TOKENS:
             return value
     return None
-
-
-def _cached(details: object) -> int | None:
-    return _count(details, "cached_tokens") if isinstance(details, dict) else None

@@ -17,7 +17,7 @@ from gollama_proxy.config.settings import STREAMED
 from gollama_proxy.scheduling.prefixes import prefixes
 from gollama_proxy.upstream.connection import Connection, State
 from gollama_proxy.wire import fields, sse
-from gollama_proxy.wire.answer import beginning, read_answer, read_tail
+from gollama_proxy.wire.answer import beginning, read_tail, read_usage
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.chunks import Span
 from gollama_proxy.wire.continuation import (
@@ -182,7 +182,7 @@ def stream(data: bytes) -> None:
         sse.error_in(event)
     for api in Api:
         for told in (
-            read_answer(data, api).usage,
+            read_usage(data, api),
             read_tail(api, data, beginning(data)),
         ):
             assert (told.prompt or 0) >= 0

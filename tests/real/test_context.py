@@ -12,7 +12,7 @@ import pytest
 
 from gollama_proxy.config import load as config
 from gollama_proxy.upstream import probe, tokenizer
-from gollama_proxy.wire.answer import read_answer
+from gollama_proxy.wire.answer import read_usage
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import running_hub
@@ -64,7 +64,7 @@ async def test_the_count_is_the_workers_own(
         )
         async with session.post(server.url + path, json={**body, "stream": False}) as r:
             answer = await r.read()
-    assert told == read_answer(answer, ENDPOINTS[path].api).usage.prompt
+    assert told == read_usage(answer, ENDPOINTS[path].api).prompt
 
 
 async def test_a_prompt_goes_to_the_worker_whose_context_it_fits(

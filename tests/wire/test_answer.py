@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from gollama_proxy.wire.answer import (
     Prompt,
@@ -14,8 +17,8 @@ from gollama_proxy.wire.answer import (
     build_of,
     first_model,
     model_of,
-    read_answer,
     read_tail,
+    read_usage,
 )
 from gollama_proxy.wire.openai import Api
 from tests.fakes.replies import (
@@ -32,7 +35,7 @@ from tests.fakes.replies import (
 
 
 def read(api: Api, body: bytes, answers: int = 1) -> Usage:
-    return read_answer(body, api, answers).usage
+    return read_usage(body, api, answers)
 
 
 # --- Reading ----------------------------------------------------------------------
@@ -318,6 +321,33 @@ def test_the_model_of_an_answer(body: bytes, model: str | None) -> None:
 )
 def test_the_first_model_that_is_named(held: bytes, model: str | None) -> None:
     assert first_model(held) == model
+
+
+@given(
+    st.lists(
+        st.sampled_from([b'"model"', b'"model":"', b":", b" ", b'"', b"\\", b"null"])
+        | st.binary(max_size=3)
+        | st.text(max_size=3).map(str.encode),
+        max_size=9,
+    )
+)
+@example([b'"model":"', b"a" * 4096, b'"'])
+@example([b'"model":"', b"a" * 4097, b'"'])
+@example([b'"model":"', b'\n"'])
+@example([b'"model":"', b'","model":"a"'])
+def test_the_first_model_is_what_a_plain_expression_finds(parts: list[bytes]) -> None:
+    held = b"".join(parts)
+    found = re.search(
+        rb'"model"\s{0,64}:\s{0,64}("(?:[^"\\]|\\.){1,4096}")', held, re.DOTALL
+    )
+    try:
+        name = json.loads(found[1]) if found else None
+    except ValueError:
+        name = None
+    if name is not None and not name.isascii():  # half of a surrogate pair, say
+        assert first_model(held) in (name, None)
+    else:
+        assert first_model(held) == name
 
 
 @pytest.mark.parametrize(
