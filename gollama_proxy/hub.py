@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable
 
-import aiohttp
 from aiohttp import web
 
 from gollama_proxy.config import tls
@@ -79,7 +78,6 @@ class Hub:
             revoked = RevocationList(config.auth.revoked, config.revoked, apply)
             watched.append(revoked)
         self._watcher = Watcher(watched)
-        self._session: aiohttp.ClientSession | None = None
         self._runner: web.ServerRunner | None = None
 
     def __repr__(self) -> str:
@@ -119,25 +117,18 @@ class Hub:
         }
 
     async def _ping(self, worker: Worker) -> probe.Finding:
-        assert self._session is not None
-        known = self._worker_tls.get(worker.name)
-        health = self.config.health
-        return await probe.ping(self._session, worker.config, health, known)
+        target = self.connections[worker.name].target
+        return await probe.ping(target, self.config.health)
 
     async def _prove(self, worker: Worker, model: str) -> bool | None:
-        assert self._session is not None
-        limit = self.config.timeouts.allowance
-        known = self._worker_tls.get(worker.name)
-        return await probe.prove(self._session, worker.config, model, limit, known)
+        target = self.connections[worker.name].target
+        return await probe.prove(target, model, self.config.timeouts.allowance)
 
     async def _count(
         self, worker: Worker, path: str, model: str, body: bytes
     ) -> int | None:
-        assert self._session is not None
-        known = self._worker_tls.get(worker.name)
-        return await tokenizer.count(
-            self._session, worker.config, path, model, body, known
-        )
+        target = self.connections[worker.name].target
+        return await tokenizer.count(target, path, model, body)
 
     def _each_second(self) -> None:
         self.slots.look_again()
@@ -170,7 +161,6 @@ class Hub:
             await runner.cleanup()
             raise
         self._runner = runner
-        self._session = probe.new_session()
         self.health.start()
         self.watchdog.start()
         self._watcher.start()
@@ -214,8 +204,6 @@ class Hub:
         await self.health.stop()
         for connections in self.connections.values():
             connections.close()
-        if self._session is not None:
-            await self._session.close()
 
     async def abort(self) -> None:
         """Cut everything now; a `drain` that is under way then returns at once."""

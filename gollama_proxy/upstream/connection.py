@@ -84,6 +84,7 @@ class Connection(asyncio.Protocol):
     """A connection that carries one request at a time."""
 
     __slots__ = (
+        "_any_answer",
         "_at_chunk_end",
         "_between_chunks",
         "_delimited",
@@ -109,8 +110,14 @@ class Connection(asyncio.Protocol):
         "used",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *, any_answer: bool = False) -> None:
+        """Make an unconnected one, for `loop.create_connection`.
+
+        `any_answer` accepts redirections and content codings too, which are errors in
+        an answer that is passed on to a client.
+        """
         self.state = State.IDLE
+        self._any_answer = any_answer
         self.used = 0  # requests sent
         self.idle_since = 0.0  # for its pool, as the next one
         self.streamed = False  # the last answer was an event stream
@@ -257,7 +264,7 @@ class Connection(asyncio.Protocol):
         if name == b"content-encoding":
             # Nobody asked for one (RFC 9110, 12.5.3): the client may not know it; and
             # in what is compressed, no end could be told from a cut.
-            if value != b"identity":
+            if value != b"identity" and not self._any_answer:
                 self._stop_parser("a content coding that nobody asked for")
             return
         # RFC 9112, 7.4: no other transfer coding either, where no TE has asked for it.
@@ -278,7 +285,8 @@ class Connection(asyncio.Protocol):
         if status == 100:  # RFC 9110, 15.2: to be skipped by who did not ask for it
             self._headers = []
             return
-        if not 200 <= status < 300 and not 400 <= status < 600:
+        redirects = 300 <= status < 400 and not self._any_answer
+        if redirects or not 200 <= status < 600:
             self._stop_parser(f"unexpected status {status}")
         if status in (204, 205):
             self._delimited = True

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from gollama_proxy.config.settings import Config, WorkerConfig
 from gollama_proxy.config.tls import Credentials, explain
 from gollama_proxy.upstream.connection import Connection, State
-from gollama_proxy.upstream.resolver import resolve
+from gollama_proxy.upstream.dial import Target, connect
 from gollama_proxy.wire.errors import Code, WorkerError
 
 # Seconds between two connections beyond the slots; at 50 ms none was seen to hang.
@@ -55,6 +55,7 @@ class ConnectionPool:
         """
         assert (worker.origin.scheme == "https") == (tls is not None), worker
         self.worker = worker
+        self.target = Target(worker, tls)
         self.keeps_after_streams = False  # what has been learnt about this worker
         self._connect_timeout = config.timeouts.connect
         self._keepalive = config.upstream.keepalive
@@ -63,7 +64,6 @@ class ConnectionPool:
         self._idle: list[Connection] = []
         self._on_probation: Connection | None = None
         self._next_probation = 0.0
-        self._tls = tls
         self._surplus = surplus
         self._next_dial = 0.0  # for connections beyond the slots
 
@@ -162,7 +162,7 @@ class ConnectionPool:
             await asyncio.sleep(self._spacing())
         try:
             async with asyncio.timeout(self._connect_timeout):
-                return await self._connect()
+                return await connect(self.target)
         except TimeoutError as exc:
             text = (
                 f"Worker {self.worker.name} did not accept a connection "
@@ -181,24 +181,3 @@ class ConnectionPool:
         at = max(now, self._next_dial)
         self._next_dial = at + SPACING
         return at - now
-
-    async def _connect(self) -> Connection:
-        """Try the worker's addresses one after the other; raise the last OSError."""
-        origin = self.worker.origin
-        context = None if self._tls is None else self._tls.context
-        loop = asyncio.get_running_loop()
-        failure = OSError()
-        for address in await resolve(origin.host, origin.port):
-            try:
-                _, connection = await loop.create_connection(
-                    Connection,
-                    address,
-                    origin.port,
-                    ssl=context,
-                    server_hostname=origin.host if context else None,
-                )
-            except OSError as exc:
-                failure = exc
-            else:
-                return connection
-        raise failure

@@ -1,18 +1,36 @@
-"""What a health check finds out about a worker."""
+"""What a worker serves, read from its `/v1/models` and `/props`.
+
+Only `/v1/models` has to be understood.  A server without `/props` is a good worker all
+the same; what it does not report stays unknown.  So does what has an unexpected shape:
+each field is read separately, and does not affect the others.
+
+Sources: tools/server/README.md of llama.cpp, and the model lists of Ollama, vLLM,
+SGLang and LM Studio.
+"""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated, NamedTuple, TypeVar
+
+import msgspec
+
+MOST_MODELS = 1000  # of one worker; each request looks through their names
+MAX_NAME = 4000  # characters of a model's name: a path, and what a request can name
+MOST_CONTEXT = 1 << 30  # tokens
+
+_T = TypeVar("_T")
 
 
 class Check(enum.Enum):
-    """What one ping has shown."""
+    """The result of one health check."""
 
     OK = "ok"
     LOADING = "loading"
     FAILED = "failed"
-    REFUSED = "refused"  # nobody listens there
+    REFUSED = "refused"  # the port is closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +39,13 @@ class Model:
 
     name: str
     context: int | None = None  # tokens of one slot
-    loaded: bool | None = None  # None where the worker does not tell
-    loading: bool = False  # it is about to be loaded
+    loaded: bool | None = None  # None where the worker does not report it
+    loading: bool = False  # it is being loaded
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a worker told about itself; None where it did not."""
+    """What a worker reports about itself; None where it does not."""
 
     models: tuple[Model, ...] = ()
     slots: int | None = None
@@ -38,3 +56,149 @@ class Description:
     def identity(self) -> tuple[str, ...]:
         """What changes when another server answers at the same address."""
         return (self.build, *(model.name for model in self.models))
+
+
+class DescriptionError(Exception):
+    """A model list that cannot be used; the text quotes nothing that was received."""
+
+
+class Listing(NamedTuple):
+    """The usable entries of a model list, each name once."""
+
+    entries: tuple[_Entry, ...]
+    note: str = ""  # what is odd about the others
+
+
+def read_models(body: bytes) -> Listing:
+    """Read the answer to `/v1/models`.
+
+    Raises:
+        DescriptionError: it has no model list, or one without a usable name.
+    """
+    answer = _read(body, _ModelList)
+    if answer is None:
+        raise DescriptionError("/v1/models answered what cannot be read")
+    listed = _read(answer.data, list[msgspec.Raw])
+    if listed is None:  # as Ollama lists them
+        listed = _read(answer.models, list[msgspec.Raw])
+    if listed is None and bytes(answer.data) != b"null":  # Go's empty list
+        raise DescriptionError("/v1/models has no list of models")
+    return _usable(listed or ())
+
+
+def _usable(listed: Iterable[msgspec.Raw]) -> Listing:
+    found: dict[str, _Entry] = {}
+    odd = 0
+    for item in listed:
+        entry = _read(item, _Entry) or _Entry()
+        if not _is_name(entry.name):
+            odd += 1
+        elif len(found) < MOST_MODELS:
+            found.setdefault(entry.name, entry)
+    if odd and not found:
+        raise DescriptionError("/v1/models has no name that can be used")
+    note = f"/v1/models has entries without a usable name: {odd}, skipped"
+    return Listing(tuple(found.values()), note if odd else "")
+
+
+def _is_name(text: str) -> bool:
+    """Return whether a name breaks neither a line of the log nor a terminal."""
+    return 0 < len(text) <= MAX_NAME and text.isprintable()
+
+
+def describe(listing: Listing, props: bytes) -> Description:
+    """Build a description; `props` is the answer to `/props`, or empty."""
+    read = _read(props, _Props) or _Props()
+    settings = _read(read.default_generation_settings, _Settings) or _Settings()
+    context = _tokens(settings.n_ctx)  # 0 in a router, which has no model itself
+    own = [entry.context for entry in listing.entries]
+    build = _read(read.build_info, str) or ""
+    return Description(
+        models=tuple(
+            Model(entry.name, tokens or context, *entry.loaded)
+            for entry, tokens in zip(listing.entries, own, strict=True)
+        ),
+        slots=_read(read.total_slots, _Slots),
+        context=context or next((tokens for tokens in own if tokens), None),
+        build=build[:100] if build.isprintable() else "",
+    )
+
+
+# --- The parts of the answers that are read ---------------------------------------
+
+
+class _Settings(msgspec.Struct):
+    n_ctx: msgspec.Raw = msgspec.Raw()
+
+
+class _Meta(msgspec.Struct):
+    n_ctx: msgspec.Raw = msgspec.Raw()
+
+
+class _Status(msgspec.Struct):
+    value: msgspec.Raw = msgspec.Raw()
+
+
+class _Entry(msgspec.Struct):
+    id: msgspec.Raw = msgspec.Raw()
+    model: msgspec.Raw = msgspec.Raw()  # the `id` of Ollama's own list
+    meta: msgspec.Raw = msgspec.Raw()
+    max_model_len: msgspec.Raw = msgspec.Raw()  # vLLM, SGLang
+    loaded_context_length: msgspec.Raw = msgspec.Raw()  # LM Studio
+    context_length: msgspec.Raw = msgspec.Raw()
+    context_window: msgspec.Raw = msgspec.Raw()
+    # Of a llama-server that is a router; in other servers it can be anything.
+    status: msgspec.Raw = msgspec.Raw()
+
+    @property
+    def name(self) -> str:
+        return _read(self.id, str) or _read(self.model, str) or ""
+
+    @property
+    def context(self) -> int | None:
+        """The tokens of its context, from the first field that has them."""
+        fields = (
+            (_read(self.meta, _Meta) or _Meta()).n_ctx,
+            self.max_model_len,
+            self.loaded_context_length,
+            self.context_window,
+            self.context_length,
+        )
+        return next(filter(None, map(_tokens, fields)), None)
+
+    @property
+    def loaded(self) -> tuple[bool | None, bool]:
+        """Whether it is loaded (None: unknown), and whether it is being loaded.
+
+        A router reports `{"value": "loaded", …}`.
+        """
+        value = _read((_read(self.status, _Status) or _Status()).value, str)
+        return (None if value is None else value == "loaded"), value == "loading"
+
+
+class _ModelList(msgspec.Struct):
+    data: msgspec.Raw = msgspec.Raw()
+    models: msgspec.Raw = msgspec.Raw()
+
+
+class _Props(msgspec.Struct):
+    total_slots: msgspec.Raw = msgspec.Raw()
+    build_info: msgspec.Raw = msgspec.Raw()
+    default_generation_settings: msgspec.Raw = msgspec.Raw()
+
+
+_Slots = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+
+
+def _tokens(context: msgspec.Raw) -> int | None:
+    tokens = _read(context, int)
+    return tokens if tokens is not None and 0 < tokens <= MOST_CONTEXT else None
+
+
+def _read(raw: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
+    """Read a field, or a whole answer; None if it is missing, or of another shape."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    # The last one for arrays in arrays in arrays.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None

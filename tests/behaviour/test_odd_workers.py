@@ -54,7 +54,7 @@ from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 from tests.proxy.test_attempt import BODY, bench, outgoing, pieces
 from tests.upstream.test_connection import SHORT, ask
-from tests.upstream.test_probe import HEALTH, configured, ping
+from tests.upstream.test_probe import HEALTH, ping, target_of
 
 OK = answer(chat_completion("hello"))
 
@@ -240,9 +240,8 @@ async def test_a_list_that_is_no_utf_8_is_a_finding(path: str) -> None:
 
 async def test_a_worker_without_tls_is_not_told_as_a_matter_of_permissions() -> None:
     async with ScriptedWorker() as worker:
-        async with probe.new_session() as session:
-            url = worker.url.replace("http:", "https:")
-            finding = await probe.ping(session, configured(url), HEALTH)
+        url = worker.url.replace("http:", "https:")
+        finding = await probe.ping(target_of(url), HEALTH)
         worker.violations.clear()
     assert finding.reason == "TLS: wrong version number"
 

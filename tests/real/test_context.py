@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 
 from gollama_proxy.config import load as config
-from gollama_proxy.upstream import probe, tokenizer
+from gollama_proxy.upstream import tokenizer
+from gollama_proxy.upstream.dial import Target
 from gollama_proxy.wire.answer import read_usage
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.asks import CHAT
@@ -58,10 +60,10 @@ async def test_the_count_is_the_workers_own(
 ) -> None:
     server = llama_server(tiny_model)
     [worker] = config.load(None, {"GOLLAMA_AUTH_MODE": "off"}, {}, [server.url]).workers
-    async with probe.new_session() as session:
-        told = await tokenizer.count(
-            session, worker, path, "tiny", json.dumps(body).encode()
-        )
+    told = await tokenizer.count(
+        Target(worker), path, "tiny", json.dumps(body).encode()
+    )
+    async with aiohttp.ClientSession() as session:
         async with session.post(server.url + path, json={**body, "stream": False}) as r:
             answer = await r.read()
     assert told == read_usage(answer, ENDPOINTS[path].api).prompt
@@ -117,7 +119,7 @@ async def test_the_error_of_a_prompt_that_is_too_long_has_all_that_the_servers_h
     llama_server: Callable[..., LlamaServer],
 ) -> None:
     server = llama_server(tiny_model, slots=1, ctx=256)
-    async with running_hub(server) as hub, probe.new_session() as session:
+    async with running_hub(server) as hub, aiohttp.ClientSession() as session:
         async with session.post(server.url + path, json=body) as response:
             direct = (await response.json())["error"]
         response = await hub.post(path, {"model": "tiny", **body})

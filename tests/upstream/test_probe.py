@@ -15,15 +15,14 @@ import uvloop
 
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Health, WorkerConfig
+from gollama_proxy.config.tls import for_workers
 from gollama_proxy.upstream import probe
+from gollama_proxy.upstream.dial import Target
 from gollama_proxy.upstream.probe import (
     MAX_ANSWER,
-    MAX_NAME,
-    MOST_CONTEXT,
-    MOST_MODELS,
     Finding,
 )
-from gollama_proxy.wire.description import Check, Description, Model
+from gollama_proxy.wire.description import MOST_MODELS, Check, Description, Model
 from tests.fakes.replies import head, json_reply, not_found
 from tests.fakes.script import Script, answer, close, flood, reset, send, stall
 from tests.fakes.worker import ScriptedWorker
@@ -36,13 +35,15 @@ def configured(url: str, key: str = "") -> WorkerConfig:
     return WorkerConfig(worker.url, worker.origin, worker.name, key)
 
 
+def target_of(url: str, key: str = "") -> Target:
+    worker = configured(url, key)
+    return Target(worker, for_workers([worker]).get(worker.name))
+
+
 async def ping(
     worker: ScriptedWorker, key: str = "", *, timeout: float = 5.0
 ) -> Finding:
-    async with probe.new_session() as session:
-        return await probe.ping(
-            session, configured(worker.url, key), Health(timeout=timeout)
-        )
+    return await probe.ping(target_of(worker.url, key), Health(timeout=timeout))
 
 
 async def test_a_good_worker_tells_everything() -> None:
@@ -60,11 +61,8 @@ async def test_nothing_is_kept_between_two_questions() -> None:
     async with ScriptedWorker() as worker:
         cookie = [("Set-Cookie", "a=b"), ("Content-Length", "0")]
         worker.on("/health", send(head(200, cookie)))
-        # aiohttp takes no cookies from addresses at all.
-        named = configured(worker.url.replace("127.0.0.1", "localhost"))
-        async with probe.new_session() as session:
-            for _ in range(2):
-                assert (await probe.ping(session, named, HEALTH)).check is Check.OK
+        for _ in range(2):
+            assert (await ping(worker)).check is Check.OK
         assert worker.connections == len(worker.control) == 6
         for request in worker.control:
             assert request.values("connection") == ["close"]
@@ -78,10 +76,9 @@ async def test_a_name_is_not_followed_to_where_no_worker_can_be(
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("169.254.169.254", 80))]
 
     monkeypatch.setattr(uvloop.Loop, "getaddrinfo", getaddrinfo)
-    async with probe.new_session() as session:
-        named = configured("http://gpu.lan", "sk-1")
-        finding = await probe.ping(session, named, HEALTH)
-        assert await probe.prove(session, named, "a", 1.0) is False
+    named = target_of("http://gpu.lan", "sk-1")
+    finding = await probe.ping(named, HEALTH)
+    assert await probe.prove(named, "a", 1.0) is False
     assert finding.check is Check.FAILED
     assert finding.reason == (
         "gpu.lan stands for 169.254.169.254, which is a cloud's metadata service"
@@ -102,10 +99,7 @@ async def test_the_workers_key_goes_with_every_question(
 async def test_a_worker_behind_a_prefix() -> None:
     async with ScriptedWorker("a") as worker:
         worker.on("/llama/v1/models", *answer({"data": [{"id": "b"}]}))
-        async with probe.new_session() as session:
-            finding = await probe.ping(
-                session, configured(worker.url + "/llama"), HEALTH
-            )
+        finding = await probe.ping(target_of(worker.url + "/llama"), HEALTH)
     assert finding.description == Description((Model("b"),))
 
 
@@ -121,10 +115,9 @@ def compressed(body: bytes, coding: str = "gzip") -> bytes:
 
 
 async def test_no_question_asks_for_compression() -> None:
-    async with ScriptedWorker() as worker, probe.new_session() as session:
-        described = configured(worker.url)
-        await probe.ping(session, described, HEALTH)
-        await probe.prove(session, described, "a", 1.0)
+    async with ScriptedWorker() as worker:
+        await ping(worker)
+        await probe.prove(target_of(worker.url), "a", 1.0)
         asked = [*worker.control, *worker.requests]
     assert len(asked) == 4
     assert [each.values("accept-encoding") for each in asked] == [["identity"]] * 4
@@ -213,162 +206,6 @@ async def test_a_worker_without_our_idea_of_health_is_good(script: Script) -> No
     async with ScriptedWorker("a") as worker:
         worker.on("/health", *script)
         assert (await ping(worker)).check is Check.OK
-
-
-@pytest.mark.parametrize(
-    ("listed", "props", "models"),
-    [
-        ([], {}, ()),
-        ([{"id": "a"}], {}, (Model("a"),)),
-        ([{"id": "a", "meta": None}], {}, (Model("a"),)),
-        ([{"id": "a", "meta": {}}], {}, (Model("a"),)),
-        ([{"id": "a", "meta": {"n_ctx": None}}], {}, (Model("a"),)),
-        (
-            [{"id": "a", "meta": {"n_ctx": 7}}, {"id": "b"}],
-            {"default_generation_settings": {"n_ctx": 9}},
-            (Model("a", 7), Model("b", 9)),
-        ),
-        ([{"id": "a", "object": "model", "owned_by": 1}], {}, (Model("a"),)),
-        *(
-            ([{"id": "a", "meta": meta}], {}, (Model("a"),))
-            for meta in [7, "x", [], {"n_ctx": "512"}, {"n_ctx": {}}, {"n_ctx": 1.5}]
-        ),
-        ([{"id": "a"}, {"id": "a", "meta": {"n_ctx": 7}}], {}, (Model("a"),)),
-        ([{"id": "a", "max_model_len": 7}], {}, (Model("a", 7),)),  # vLLM, SGLang
-        ([{"id": "a", "max_model_len": None}], {}, (Model("a"),)),
-        ([{"id": "a", "context_length": 9}], {}, (Model("a", 9),)),
-        ([{"id": "a", "context_window": "9"}], {}, (Model("a"),)),
-        (
-            [{"id": "a", "loaded_context_length": 7, "context_length": 9}],
-            {},
-            (Model("a", 7),),
-        ),
-        *(
-            ([{"id": "a"}], props, (Model("a", 9),))
-            for odd in [None, 7, "x", [], {}]
-            for props in [
-                {
-                    "total_slots": odd,
-                    "build_info": odd,
-                    "default_generation_settings": {"n_ctx": 9, "params": odd},
-                }
-            ]
-        ),
-        ([{"id": "é/ü:7b"}], {}, (Model("é/ü:7b"),)),
-        (  # as a router says it
-            [{"id": "a"}],
-            {"default_generation_settings": {"params": None, "n_ctx": 0}},
-            (Model("a"),),
-        ),
-        *(
-            ([{"id": "a", "status": status}], {}, (Model("a", None, *loaded),))
-            for status, *loaded in [
-                ({"value": "loaded", "args": ["-m", "a.gguf"]}, True),
-                ({"value": "unloaded"}, False),
-                ({"value": "loading"}, False, True),
-                ({"value": "sleeping"}, False),
-                ({"value": "unloaded", "failed": True, "exit_code": 1}, False),
-                ({"value": None}, None),
-                ({"value": True}, None),
-                ({}, None),
-                ("loaded", None),
-                (["loaded"], None),
-                (None, None),
-            ]
-        ),
-    ],
-)
-async def test_models_and_their_context(
-    listed: list[Any], props: dict[str, Any], models: tuple[Model, ...]
-) -> None:
-    """A model's own context first, then the worker's, else unknown."""
-    async with ScriptedWorker() as worker:
-        worker.on("/v1/models", *answer({"data": listed}))
-        worker.on("/props", *answer(props))
-        finding = await ping(worker)
-    assert finding.check is Check.OK
-    assert finding.description is not None
-    assert finding.description.models == models
-
-
-ODD_ENTRIES = [
-    None,
-    7,
-    "b",
-    [],
-    {},
-    {"id": None},
-    {"id": 7},
-    {"id": ["b"]},
-    {"id": ""},
-    {"name": "b"},
-]
-
-
-@pytest.mark.parametrize("odd", ODD_ENTRIES, ids=repr)
-async def test_an_odd_entry_costs_no_other(odd: Any) -> None:
-    async with ScriptedWorker() as worker:
-        worker.on("/v1/models", *answer({"data": [{"id": "a"}, odd, {"id": "c"}]}))
-        finding = await ping(worker)
-    assert finding.check is Check.OK
-    assert finding.description is not None
-    assert [model.name for model in finding.description.models] == ["a", "c"]
-    assert finding.note == "/v1/models has entries without a usable name: 1, skipped"
-
-
-async def test_an_entry_with_bytes_that_are_no_text_costs_no_other() -> None:
-    body = b'{"data": [{"id": "\xff"}, {"id": "b", "owned_by": "\xff"}, {"id": "c"}]}'
-    async with ScriptedWorker() as worker:
-        fields = [("Content-Length", str(len(body)))]
-        worker.on("/v1/models", send(head(200, fields) + body))
-        finding = await ping(worker)
-    assert finding.description is not None
-    assert "c" in [model.name for model in finding.description.models]
-
-
-@pytest.mark.parametrize(
-    ("listed", "names"),
-    [
-        ({"data": None}, []),
-        ({"data": []}, []),
-        ({"data": None, "models": [{"model": "a"}]}, ["a"]),
-        (
-            {"models": [{"name": "a:7b", "model": "a:7b"}, {"model": "b"}]},
-            ["a:7b", "b"],
-        ),
-        ({"models": []}, []),
-        ({"data": {}, "models": [{"model": "a"}]}, ["a"]),
-        ({"data": [{"id": "a"}], "models": [{"model": "b"}]}, ["a"]),
-        ({"data": [{"id": "a"}], "models": 7}, ["a"]),
-    ],
-    ids=repr,
-)
-async def test_a_list_of_another_shape_is_a_list(listed: Any, names: list[str]) -> None:
-    """Go writes an empty list as null; Ollama's own list is called `models`."""
-    told = await described(models=listed)
-    assert [model.name for model in told.models] == names
-
-
-@pytest.mark.parametrize("odd", [None, "x", [], {}, 7.5, True], ids=repr)
-@pytest.mark.parametrize(
-    "field", ["total_slots", "build_info", "default_generation_settings"]
-)
-async def test_an_odd_property_costs_no_other(field: str, odd: Any) -> None:
-    props = {
-        "total_slots": 3,
-        "build_info": "b1",
-        "default_generation_settings": {"n_ctx": 512},
-    }
-    told = await described(models={"data": [{"id": "a"}]}, props=props | {field: odd})
-    expected = {"total_slots": 3, "build_info": "b1", "context": 512}
-    seen = {
-        "total_slots": told.slots,
-        "build_info": told.build,
-        "context": told.context,
-    }
-    field = field.replace("default_generation_settings", "context")
-    del expected[field], seen[field]
-    assert seen == expected
 
 
 # --- Workers that are not well ----------------------------------------------------
@@ -491,8 +328,7 @@ async def test_a_worker_whose_health_is_bad_has_failed(
     async with ScriptedWorker() as worker:
         worker.on("/health", *script)
         finding = await ping(worker)
-        # aiohttp asks once more where a connection died unanswered.
-        assert {request.path for request in worker.control} == {"/health"}
+        assert [request.path for request in worker.control] == ["/health"]
     assert finding.check is Check.FAILED
     assert finding.reason.startswith(reason)
     assert finding.reason
@@ -516,9 +352,9 @@ async def test_a_worker_that_refuses_has_failed() -> None:
 
 
 async def test_a_worker_without_tls_where_it_is_expected_has_failed() -> None:
-    async with ScriptedWorker() as worker, probe.new_session() as session:
+    async with ScriptedWorker() as worker:
         url = worker.url.replace("http:", "https:")
-        finding = await probe.ping(session, configured(url), HEALTH)
+        finding = await probe.ping(target_of(url), HEALTH)
         worker.violations.clear()  # a TLS handshake is no HTTP
     assert finding.check is Check.FAILED
     assert finding.reason
@@ -565,87 +401,3 @@ async def test_a_list_in_many_pieces_is_read_whole() -> None:
         finding = await ping(worker)
     assert finding.description is not None
     assert len(finding.description.models) == MOST_MODELS
-
-
-# --- What is too much, or cannot be true ------------------------------------------
-
-
-async def described(**answers: Any) -> Description:
-    """Ping a worker that says so on `/v1/models` (`models`) or `/props` (`props`)."""
-    paths = {"models": "/v1/models", "props": "/props"}
-    async with ScriptedWorker() as worker:
-        for name, told in answers.items():
-            worker.on(paths[name], *answer(told))
-        finding = await ping(worker)
-    assert finding.check is Check.OK, finding
-    assert finding.description is not None
-    return finding.description
-
-
-async def test_of_too_many_models_the_first_ones_are_known() -> None:
-    """Each request looks through all of them."""
-    listed = [{"id": f"m{n}"} for n in range(MOST_MODELS + 5)]
-    names = [model.name for model in (await described(models={"data": listed})).models]
-    assert names == [f"m{n}" for n in range(MOST_MODELS)]
-
-
-@pytest.mark.parametrize(
-    "name", ["", "two\nlines", "\x1b[31m", "a\x00b", "\u2028", "x" * (MAX_NAME + 1)]
-)
-async def test_a_name_that_could_not_be_told_is_passed_over(name: str) -> None:
-    """Names get into logs, terminals and replies."""
-    models = {"data": [{"id": name}, {"id": "x" * MAX_NAME}, {"id": "modèle 7b"}]}
-    names = [model.name for model in (await described(models=models)).models]
-    assert names == ["x" * MAX_NAME, "modèle 7b"]
-
-
-@pytest.mark.parametrize("context", [-1, 0, MOST_CONTEXT + 1, 10**400])
-async def test_a_context_that_cannot_be_true_is_not_known(context: int) -> None:
-    settings = {"default_generation_settings": {"n_ctx": context}}
-    models = {"data": [{"id": "a", "meta": {"n_ctx": context}}, {"id": "b"}]}
-    told = await described(models=models, props=settings)
-    assert told.context is None
-    assert [model.context for model in told.models] == [None, None]
-
-
-@pytest.mark.parametrize("slots", [10**400, -(10**400), 1 << 31, 2.5, "4"])
-async def test_slots_that_are_no_number_are_not_known(slots: object) -> None:
-    """Such as could not even be shown in the metrics."""
-    assert (await described(props={"total_slots": slots})).slots is None
-
-
-async def test_the_name_of_a_build_is_short_and_printable() -> None:
-    assert (await described(props={"build_info": "b" * 5000})).build == "b" * 100
-    assert (await described(props={"build_info": "\x1b[2J"})).build == ""
-
-
-def flood_with_interim_answers(listener: socket.socket) -> None:
-    """Be a worker faster than any event loop, until the hub hangs up."""
-    peer, _ = listener.accept()
-    with peer, contextlib.suppress(OSError):
-        peer.recv(1000)
-        while True:
-            peer.sendall(head(100) * 10_000)
-
-
-async def test_a_flood_of_interim_answers_leaves_others_their_turns() -> None:
-    """aiohttp skips them one by one; in large reads nothing else would ever happen."""
-    turns = 0
-
-    async def take_turns() -> None:
-        nonlocal turns
-        while True:
-            await asyncio.sleep(0.001)
-            turns += 1
-
-    health = Health(timeout=0.5)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        other = asyncio.create_task(take_turns())
-        flooding = asyncio.to_thread(flood_with_interim_answers, listener)
-        async with asyncio.TaskGroup() as group, probe.new_session() as session:
-            group.create_task(flooding)
-            finding = await probe.ping(session, configured(url), health)
-        other.cancel()
-    assert finding.reason == "no answer within 0.5 s"
-    assert turns > 50

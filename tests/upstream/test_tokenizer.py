@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config import load as config
-from gollama_proxy.upstream import probe, tokenizer
+from gollama_proxy.upstream import tokenizer
+from gollama_proxy.upstream.dial import Target
 from tests.fakes.asks import CHAT
 from tests.fakes.replies import error_reply, head, json_reply
 from tests.fakes.script import Script, answer, send, stall
@@ -28,8 +29,7 @@ async def counted(
     environ = {"GOLLAMA_AUTH_MODE": "off"}
     [described] = config.load(None, environ, {}, [worker.url]).workers
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    async with probe.new_session() as session:
-        return await tokenizer.count(session, described, path, "tiny", data)
+    return await tokenizer.count(Target(described), path, "tiny", data)
 
 
 async def test_a_chat_is_counted_as_its_template_writes_it() -> None:

@@ -1,0 +1,247 @@
+"""What a worker reports about itself is read field by field, and never trusted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gollama_proxy.wire.description import (
+    MAX_NAME,
+    MOST_CONTEXT,
+    MOST_MODELS,
+    Description,
+    DescriptionError,
+    Listing,
+    Model,
+    describe,
+    read_models,
+)
+
+ONE = {"data": [{"id": "a"}]}
+
+
+def encoded(answer: Any) -> bytes:
+    return json.dumps(answer).encode()
+
+
+def listing_of(*entries: Any) -> Listing:
+    return read_models(encoded({"data": entries}))
+
+
+def names_in(listing: Listing) -> list[str]:
+    return [model.name for model in describe(listing, b"").models]
+
+
+def described(models: Any = ONE, props: Any = None) -> Description:
+    """Describe a worker that answers this to `/v1/models` and `/props`."""
+    return describe(read_models(encoded(models)), encoded(props or {}))
+
+
+@pytest.mark.parametrize(
+    ("listed", "props", "models"),
+    [
+        ([], {}, ()),
+        ([{"id": "a"}], {}, (Model("a"),)),
+        ([{"id": "a", "meta": None}], {}, (Model("a"),)),
+        ([{"id": "a", "meta": {}}], {}, (Model("a"),)),
+        ([{"id": "a", "meta": {"n_ctx": None}}], {}, (Model("a"),)),
+        (
+            [{"id": "a", "meta": {"n_ctx": 7}}, {"id": "b"}],
+            {"default_generation_settings": {"n_ctx": 9}},
+            (Model("a", 7), Model("b", 9)),
+        ),
+        ([{"id": "a", "object": "model", "owned_by": 1}], {}, (Model("a"),)),
+        *(
+            ([{"id": "a", "meta": meta}], {}, (Model("a"),))
+            for meta in [7, "x", [], {"n_ctx": "512"}, {"n_ctx": {}}, {"n_ctx": 1.5}]
+        ),
+        ([{"id": "a"}, {"id": "a", "meta": {"n_ctx": 7}}], {}, (Model("a"),)),
+        ([{"id": "a", "max_model_len": 7}], {}, (Model("a", 7),)),  # vLLM, SGLang
+        ([{"id": "a", "max_model_len": None}], {}, (Model("a"),)),
+        ([{"id": "a", "context_length": 9}], {}, (Model("a", 9),)),
+        ([{"id": "a", "context_window": "9"}], {}, (Model("a"),)),
+        (
+            [{"id": "a", "loaded_context_length": 7, "context_length": 9}],
+            {},
+            (Model("a", 7),),
+        ),
+        *(
+            ([{"id": "a"}], props, (Model("a", 9),))
+            for odd in [None, 7, "x", [], {}]
+            for props in [
+                {
+                    "total_slots": odd,
+                    "build_info": odd,
+                    "default_generation_settings": {"n_ctx": 9, "params": odd},
+                }
+            ]
+        ),
+        ([{"id": "é/ü:7b"}], {}, (Model("é/ü:7b"),)),
+        (  # as a router reports it
+            [{"id": "a"}],
+            {"default_generation_settings": {"params": None, "n_ctx": 0}},
+            (Model("a"),),
+        ),
+        *(
+            ([{"id": "a", "status": status}], {}, (Model("a", None, *loaded),))
+            for status, *loaded in [
+                ({"value": "loaded", "args": ["-m", "a.gguf"]}, True),
+                ({"value": "unloaded"}, False),
+                ({"value": "loading"}, False, True),
+                ({"value": "sleeping"}, False),
+                ({"value": "unloaded", "failed": True, "exit_code": 1}, False),
+                ({"value": None}, None),
+                ({"value": True}, None),
+                ({}, None),
+                ("loaded", None),
+                (["loaded"], None),
+                (None, None),
+            ]
+        ),
+    ],
+)
+def test_models_and_their_context(
+    listed: list[Any], props: dict[str, Any], models: tuple[Model, ...]
+) -> None:
+    """A model's own context first, then the worker's, else unknown."""
+    assert described({"data": listed}, props).models == models
+
+
+ODD_ENTRIES = [
+    None,
+    7,
+    "b",
+    [],
+    {},
+    {"id": None},
+    {"id": 7},
+    {"id": ["b"]},
+    {"id": ""},
+    {"name": "b"},
+]
+
+
+@pytest.mark.parametrize("odd", ODD_ENTRIES, ids=repr)
+def test_an_odd_entry_costs_no_other(odd: Any) -> None:
+    listing = listing_of({"id": "a"}, odd, {"id": "c"})
+    assert names_in(listing) == ["a", "c"]
+    assert listing.note == "/v1/models has entries without a usable name: 1, skipped"
+
+
+def test_an_entry_with_bytes_that_are_no_text_costs_no_other() -> None:
+    body = b'{"data": [{"id": "\xff"}, {"id": "b", "owned_by": "\xff"}, {"id": "c"}]}'
+    assert "c" in names_in(read_models(body))
+
+
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        ({"data": None}, []),
+        ({"data": []}, []),
+        ({"data": None, "models": [{"model": "a"}]}, ["a"]),
+        (
+            {"models": [{"name": "a:7b", "model": "a:7b"}, {"model": "b"}]},
+            ["a:7b", "b"],
+        ),
+        ({"models": []}, []),
+        ({"data": {}, "models": [{"model": "a"}]}, ["a"]),
+        ({"data": [{"id": "a"}], "models": [{"model": "b"}]}, ["a"]),
+        ({"data": [{"id": "a"}], "models": 7}, ["a"]),
+    ],
+    ids=repr,
+)
+def test_a_list_of_another_shape_is_a_list(listed: Any, names: list[str]) -> None:
+    """Go writes an empty list as null; Ollama's own list is called `models`."""
+    result = described(listed)
+    assert [model.name for model in result.models] == names
+
+
+@pytest.mark.parametrize("odd", [None, "x", [], {}, 7.5, True], ids=repr)
+@pytest.mark.parametrize(
+    "field", ["total_slots", "build_info", "default_generation_settings"]
+)
+def test_an_odd_property_costs_no_other(field: str, odd: Any) -> None:
+    props = {
+        "total_slots": 3,
+        "build_info": "b1",
+        "default_generation_settings": {"n_ctx": 512},
+    }
+    result = described(ONE, props | {field: odd})
+    expected = {"total_slots": 3, "build_info": "b1", "context": 512}
+    seen = {
+        "total_slots": result.slots,
+        "build_info": result.build,
+        "context": result.context,
+    }
+    field = field.replace("default_generation_settings", "context")
+    del expected[field], seen[field]
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"[]", "/v1/models answered what cannot be read"),
+        (b"", "/v1/models answered what cannot be read"),
+        (b"\xff", "/v1/models answered what cannot be read"),
+        (b"[" * 100_000, "/v1/models answered what cannot be read"),
+        (b"{}", "/v1/models has no list of models"),
+        (b'{"data": "many"}', "/v1/models has no list of models"),
+        (b'{"data": [null]}', "/v1/models has no name that can be used"),
+        (b'{"data": [{"id": ""}, {"id": 7}]}', "/v1/models has no name that can"),
+    ],
+    ids=lambda part: str(part)[:30],
+)
+def test_a_list_that_cannot_be_used_is_refused(body: bytes, reason: str) -> None:
+    with pytest.raises(DescriptionError) as info:
+        read_models(body)
+    assert str(info.value).startswith(reason)
+
+
+@pytest.mark.parametrize("props", [b"", b"[]", b"\xff", b"[" * 100_000, b"null"])
+def test_properties_that_cannot_be_read_stay_unknown(props: bytes) -> None:
+    model = {"id": "a", "meta": {"n_ctx": 512}}
+    expected = Description((Model("a", 512),), None, 512, "")
+    assert describe(listing_of(model), props) == expected
+
+
+# --- What is too much, or cannot be true ------------------------------------------
+
+
+def test_of_too_many_models_the_first_ones_are_known() -> None:
+    """Each request looks through all of them."""
+    listed = [{"id": f"m{n}"} for n in range(MOST_MODELS + 5)]
+    names = [model.name for model in described({"data": listed}).models]
+    assert names == [f"m{n}" for n in range(MOST_MODELS)]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "two\nlines", "\x1b[31m", "a\x00b", "\u2028", "x" * (MAX_NAME + 1)]
+)
+def test_a_name_that_could_not_be_shown_is_skipped(name: str) -> None:
+    """Names get into logs, terminals and replies."""
+    models = {"data": [{"id": name}, {"id": "x" * MAX_NAME}, {"id": "modèle 7b"}]}
+    names = [model.name for model in described(models).models]
+    assert names == ["x" * MAX_NAME, "modèle 7b"]
+
+
+@pytest.mark.parametrize("context", [-1, 0, MOST_CONTEXT + 1, 10**400])
+def test_a_context_that_cannot_be_true_is_not_known(context: int) -> None:
+    settings = {"default_generation_settings": {"n_ctx": context}}
+    models = {"data": [{"id": "a", "meta": {"n_ctx": context}}, {"id": "b"}]}
+    result = described(models, settings)
+    assert result.context is None
+    assert [model.context for model in result.models] == [None, None]
+
+
+@pytest.mark.parametrize("slots", [10**400, -(10**400), 1 << 31, 2.5, "4"])
+def test_slots_that_are_no_number_are_not_known(slots: object) -> None:
+    """Such as could not even be shown in the metrics."""
+    assert described(props={"total_slots": slots}).slots is None
+
+
+def test_the_name_of_a_build_is_short_and_printable() -> None:
+    assert described(props={"build_info": "b" * 5000}).build == "b" * 100
+    assert described(props={"build_info": "\x1b[2J"}).build == ""
