@@ -24,9 +24,8 @@ from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Inference
 from gollama_proxy.proxy.fitting import Fitting
-from gollama_proxy.scheduling.admission import Line
 from gollama_proxy.scheduling.balancer import Balancer
-from gollama_proxy.scheduling.slots import Slots
+from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.telemetry.metrics import Metrics
 from gollama_proxy.upstream import probe, tokenizer
 from gollama_proxy.upstream.pool import ConnectionPool
@@ -57,12 +56,11 @@ class Hub:
             )
             for worker in self.registry.workers
         }
-        line = Line(config.queue, clock)
+        self.queue = Queue(self.balancer, config.queue, clock)
         self.clients = Connections(config.limits, clock)
-        self.metrics = Metrics(self.registry, line, self.clients)
+        self.metrics = Metrics(self.registry, self.queue.admission, self.clients)
         self.authenticator = Authenticator(config)
         self.health = HealthChecker(self.registry.workers, config.health, self._ping)
-        self.slots = Slots(self.balancer, line, clock)
         self.watchdog = Watchdog(
             self.registry.workers,
             config.timeouts,
@@ -98,7 +96,7 @@ class Hub:
             self.balancer,
             self.connections,
             self.watchdog,
-            self.slots,
+            self.queue,
             Fitting(self.registry, self._count),
             self.health.look,
             clock,
@@ -131,7 +129,7 @@ class Hub:
         return await tokenizer.count(target, path, model, body)
 
     def _each_second(self) -> None:
-        self.slots.look_again()
+        self.queue.look_again()
         for connections in self.connections.values():
             connections.close_stale()
 

@@ -17,7 +17,7 @@ from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config
 
 if TYPE_CHECKING:
-    from gollama_proxy.scheduling.ticket import Priority
+    from gollama_proxy.scheduling.turns import Priority
 
 # --- secret -----------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ def _parse_limits(args: argparse.Namespace) -> dict[str, int]:
 
 
 def _parse_priority(text: str | None) -> Priority | None:
-    from gollama_proxy.scheduling.ticket import Priority
+    from gollama_proxy.scheduling.turns import Priority
 
     if text is None:
         return None

@@ -29,7 +29,7 @@ from aiohttp import web
 
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Revoked
-from gollama_proxy.scheduling.ticket import Priority
+from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
 

@@ -29,7 +29,7 @@ from gollama_proxy.proxy.body import Incoming, answer_expectation
 from gollama_proxy.proxy.charges import Charges
 from gollama_proxy.proxy.client import ClientStalledError
 from gollama_proxy.proxy.fitting import Fitting
-from gollama_proxy.proxy.job import WAIT, Job
+from gollama_proxy.proxy.job import Entry, Job
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import (
     Refusal,
@@ -42,9 +42,9 @@ from gollama_proxy.proxy.response import (
 from gollama_proxy.proxy.unstreamed import Unstreamed
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask
+from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.retry import Attempts, Failure
-from gollama_proxy.scheduling.slots import Claim, Entry, Seat, Slots
-from gollama_proxy.scheduling.ticket import choose_priority
+from gollama_proxy.scheduling.turns import choose_priority
 from gollama_proxy.telemetry import accesslog
 from gollama_proxy.telemetry.accesslog import Record, Sparse
 from gollama_proxy.upstream.pool import ConnectionPool
@@ -87,7 +87,7 @@ class Inference:
         balancer: Balancer,
         connections: Mapping[str, ConnectionPool],
         watchdog: Watchdog,
-        slots: Slots,
+        queue: Queue,
         fitting: Fitting,
         look: Callable[[Worker], Awaitable[bool]],
         clock: Callable[[], float],
@@ -99,7 +99,7 @@ class Inference:
         self._balancer = balancer
         self._connections = connections
         self._watchdog = watchdog
-        self._slots = slots
+        self._queue = queue
         self._fitting = fitting
         self._look = look
         self._losses = Sparse(clock, LOG_EVERY)
@@ -137,20 +137,21 @@ class Inference:
         # Before a byte of the body is read, and before a client is told to send it.
         principal = self._authenticator.identify(request, record)
         endpoint = ENDPOINTS[record.route]
-        claim = self._claim(request, principal)
+        priority = choose_priority(
+            request.headers.get("X-Gollama-Priority"), principal.priority
+        )
         standing = self._quotas.take(principal.subject, principal.rpm, principal.tpm)
         record.headers |= standing.headers()
         if not standing.allowed:
             raise standing.error()
         incoming, attempts = await self._read(request, endpoint, principal)
         record.model = model = attempts.pool.model
-        entry = Entry(attempts, claim)
+        most = principal.max_concurrency or self._config.queue.max_concurrency
+        entry = Entry(attempts, principal.subject, priority, most, endpoint.slot)
         config, unstreamed = self._config, self._unstreamed
         job = Job(request, record, incoming, attempts, entry, config, model, unstreamed)
         job.alias = self._registry.alias_of(incoming.model)
         job.counted = self._counts(principal)
-        if job.may_tell:
-            entry.tell(job.tell_place, self._config.queue.notice)
         try:
             return await self._have_answered(job)
         except ProxyError as exc:
@@ -168,7 +169,7 @@ class Inference:
                 raise
             return response
         finally:
-            self._slots.leave(entry)
+            self._queue.leave(entry)
             self._charges.settle(job, principal.subject)
 
     def _counts(self, principal: Principal) -> bool:
@@ -177,25 +178,22 @@ class Inference:
         limited = whose == "limited" and principal.tpm is not None
         return limited or whose == "always"
 
-    def _claim(self, request: web.BaseRequest, principal: Principal) -> Claim:
-        limit = principal.max_concurrency or self._config.queue.max_concurrency
-        asked = request.headers.get("X-Gollama-Priority")
-        priority = choose_priority(asked, principal.priority)
-        return Claim(principal.subject, priority, limit)
-
     async def _have_answered(self, job: Job) -> web.StreamResponse:
         """Have one worker after another try, until the client has a whole answer."""
         while True:
             await self._fitting.check(job.incoming, job.attempts)
             try:
-                worker, lease = await self._admit(job)
+                lease = self._queue.try_acquire(job.entry)
+                lease = lease or await self._queue.acquire(
+                    job.entry,
+                    self._config.retry.patience,
+                    job.tell_place if job.may_tell else None,
+                )
             except NoWorkerError:
-                if job.may_wait() or job.may_wait_for_busy():
-                    await asyncio.sleep(WAIT)
-                    continue
                 if job.last is None:
                     raise
                 return job.give_up()
+            worker = lease.worker
             answer = await self._attempt(job, worker, lease)
             if not isinstance(answer, Refusal):
                 return answer
@@ -208,7 +206,7 @@ class Inference:
             pause = job.pause_before_next(answer)
             if pause is None and not (answer.failure and job.may_wait()):
                 return job.give_up()
-            await asyncio.sleep(WAIT if pause is None else pause)
+            await asyncio.sleep(pause or 0.0)
 
     def _note_loss(self, worker: Worker, refusal: Refusal) -> None:
         """Log that a worker was lost while it had a request; retries hide it."""
@@ -218,13 +216,6 @@ class Inference:
         if count := self._losses.count(worker.name):
             text = "worker %s: lost while it had a request: %d times (%s)"
             logger.warning(text, worker.name, count, error.detail or error.code)
-
-    async def _admit(self, job: Job) -> Seat:
-        """Choose a worker, and take a slot of it if it needs one for this."""
-        if job.incoming.endpoint.slot:
-            return await self._slots.take(job.entry)
-        worker = self._balancer.choose(job.attempts)
-        return worker, worker.lease(job.attempts.pool.model, slot=False)
 
     async def _attempt(
         self, job: Job, worker: Worker, lease: Lease

@@ -23,9 +23,10 @@ from gollama_proxy.proxy.response import (
     refusal_of_assembly,
 )
 from gollama_proxy.proxy.unstreamed import Suspect, Unstreamed
-from gollama_proxy.scheduling.outlook import Place
+from gollama_proxy.scheduling.admission import Place
+from gollama_proxy.scheduling.queue import EVERY
 from gollama_proxy.scheduling.retry import Attempts, Failure
-from gollama_proxy.scheduling.slots import EVERY, Entry
+from gollama_proxy.scheduling.turns import Priority, Ticket
 from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire.assemble import UnfoldableError
 from gollama_proxy.wire.ending import Tally
@@ -35,10 +36,21 @@ from gollama_proxy.wire.rename import Renamer
 from gollama_proxy.wire.streaming import choices_of, has_prompts, streaming
 from gollama_proxy.wire.usage import asking
 
-# Seconds between two looks whether somebody is there to go on with an answer.
-WAIT = 0.25
 # Seconds of silence from which on a client is told that its prompt is being read.
 PROCESSING_AFTER = 15.0
+
+
+@dataclass(slots=True)
+class Entry:
+    """A request as the queue sees it."""
+
+    plan: Attempts
+    subject: str
+    priority: Priority
+    max_concurrency: int
+    needs_slot: bool
+    ticket: Ticket | None = None
+    waited: float = 0.0
 
 
 @dataclass(slots=True, repr=False)
@@ -65,7 +77,6 @@ class Job:
     lost: ProxyError | None = None  # why an answer that has begun broke off
     last: Refusal | None = None
     answered: bool = False  # a worker has begun to generate
-    waited: float = 0.0  # seconds, for somebody to go on with an answer
     told_at: float = 0.0  # seconds of an attempt, when its client was told of it
     loading: bool = False  # the worker of this attempt has to load the model first
 
@@ -359,22 +370,8 @@ class Job:
             self.unstreamed.add(suspect)
 
     def may_wait(self) -> bool:
-        """Say whether to wait a moment, as nobody is there to go on with an answer.
-
-        A worker that was killed is often started again by whoever looks after it.
-        """
-        if self.rescue is None or not self.attempts.some_left:
-            return False
-        return self._wait(WAIT)
-
-    def may_wait_for_busy(self) -> bool:
-        """Return whether to wait a moment for a worker that will soon be free again."""
-        return self._wait(self.attempts.busy_for())
-
-    def _wait(self, seconds: float) -> bool:
-        left = self.config.retry.patience - self.waited
-        self.waited += WAIT
-        return seconds <= left
+        """Return whether to wait for a worker that can continue the answer."""
+        return self.rescue is not None and self.attempts.can_wait(0.0)
 
     def _ask_for_all(self) -> bool:
         """Have the last worker begin anew; False if it has done so."""

@@ -1,34 +1,37 @@
-"""The waiting line in front of the slots: who may go in next, and who not at all.
+"""Which requests are admitted to a slot, which wait, and which are rejected.
 
-llama-server queues without a bound, tells a client that waits there nothing, and often
-does not notice that it has left.  So requests wait here, until a slot is free.
+llama-server queues without a bound, sends nothing to a client that waits there, and
+often does not notice that the client has left.  So requests wait in the hub until a
+slot is free.
 
 Theory of operation
 ===================
 
-`admit()`  A request goes in past the line, where a slot is free and nobody else is to
-           have it.
-`join()`   Otherwise it waits, if there is room.
-`next()`   A slot has come free: whose turn is it, of those who wait for these models?
-`leave()`  It is over, whether it was waiting or running.  To be called for each ticket,
-           and at once when its client goes away.
+`admit()`  lets a request pass at once, where a slot is free and no other request is
+           entitled to it.
+`join()`   lets it wait otherwise, if there is room.
+`next()`   names the request that gets a slot which has come free, of those that wait
+           for these models.
+`leave()`  ends a ticket, waiting or running.  It is called for each ticket, and at once
+           when the client goes away.
 
-There are no tasks and no futures here.  Who calls has these ready for the tickets that
-wait, calls `next()` when a slot comes free and when somebody has left or joined, and
-ends the wait at `deadline()`.
+There are no tasks and no futures here: `Queue` has those.  It calls `next()` when a
+slot comes free and when a request has joined or left, and ends each wait at its
+`deadline()`.
 
-**Order.**  Classes are strict: as long as an interactive request waits that could go
-in, no batch request does, be it for ever.  (Their own time limit is the bound.)  Within
-a class the subjects take turns, see `lane.py`; across all the models that are given to
-`next()`, a subject has one turn in a round.
+**Order.**  Classes are strict: no batch request is admitted while an interactive one
+waits that could be.  (Their own time limit bounds that wait.)  Within a class the
+subjects take turns, see `turns.py`; over all models that are given to `next()`, a
+subject has one turn in a round.
 
-**Limits.**  A subject with as many requests running as it may have at once, over all
-models, waits, and its turn goes to others.  Its limit is what its last request said.
+**Limits.**  A subject with as many running requests as it may have at once, over all
+models, waits, and its turns go to others.  The limit is that of its last request.
 
-**Room.**  When `size` requests wait already, a newcomer can still have the place of a
-batch request, if it is interactive itself, or else that of the subject which has most
-waiting, if that is two more than its own at least.  The other's newest request is then
-told that there is no room.  Else whoever sends many at once would keep out everybody.
+**Room.**  When `size` requests wait already, a new request can still take the place of
+a batch request, if it is interactive itself, or else of a request of the subject with
+most requests waiting, if those are at least two more than its own.  The newest request
+of that subject is rejected then.  Otherwise a subject that sends many requests at once
+would keep out all others.
 """
 
 from __future__ import annotations
@@ -36,50 +39,65 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
 from gollama_proxy.bounded import Remembered
-from gollama_proxy.config.settings import Queue
-from gollama_proxy.scheduling.crowd import Crowd
-from gollama_proxy.scheduling.lane import Lane, Subject
-from gollama_proxy.scheduling.outlook import Outlook, Place
-from gollama_proxy.scheduling.ticket import Priority, State, Ticket
+from gollama_proxy.config.settings import Queue as Settings
+from gollama_proxy.scheduling.turns import (
+    Counts,
+    Priority,
+    Rounds,
+    Subject,
+    Ticket,
+    TicketState,
+)
 from gollama_proxy.wire.errors import Code, NoWorkerError
 
-# Seconds, for a client that is sent away while nothing is known of the pace here; and
-# the most that all versions of the official OpenAI SDK wait for.
+# Seconds that a rejected client waits before it tries again, while the pace is not
+# known; and the most that all versions of the official OpenAI SDK wait for.
 RETRY_AFTER = 2
 RETRY_AFTER_MOST = 60
-# Models whose pace, and whose rounds, are remembered while nobody waits for them.
+# Models whose pace and rounds are kept while no request waits for them.
 REMEMBERED = 1000
+# A new measurement counts for an eighth, as TCP smooths its round-trip times
+# (RFC 6298, 2): a burst of turns is evened out, a change is followed within ten or so.
+GAIN = 1 / 8
+FRESH = 1.0  # seconds for which the places stay valid once they were counted
 
 
-class Line:
-    """Who waits for a slot.  `clock` gives monotonic seconds."""
+class Place(NamedTuple):
+    """The place of a ticket in the queue: "3 of 7, in about 12 s"."""
 
-    def __init__(self, limits: Queue, clock: Callable[[], float]) -> None:
-        self.limits = limits
-        self.turns: Counter[Priority] = Counter()  # had, after waiting
-        self.refused: Counter[Priority] = Counter()  # for want of room
+    position: int  # from 1
+    waiting: int  # for the same model, in all classes
+    eta: float | None  # seconds; None while the pace is not known
+
+
+class Admission:
+    """The admission queue's decisions.  `clock` returns monotonic seconds."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
+        self.settings = settings
+        self.turns: Counter[Priority] = Counter()  # of requests that had to wait
+        self.refused: Counter[Priority] = Counter()  # for lack of room
         # Called with a ticket that had to make room for another one.
         self.on_displaced: Callable[[Ticket], None] | None = None
+        self.waiting = 0  # requests, in all classes
         self._clock = clock
         self._numbers, self._ticks = itertools.count(1), itertools.count(1)
-        self._subjects: dict[str, Subject] = {}  # that have something here
-        self._crowds = {priority: Crowd() for priority in Priority}
-        # By model.  The lanes of a class are kept while anybody waits in it: who has
-        # had a turn must not be forgotten before the others have.
-        self._lanes: dict[Priority, dict[str, Lane]] = {p: {} for p in Priority}
-        self._outlooks = Remembered[str, Outlook](REMEMBERED)
+        self._subjects: dict[str, Subject] = {}  # with requests waiting or running
+        self._counts = {priority: Counts() for priority in Priority}
+        # By model.  The rounds of a class are kept while any request waits in it: a
+        # turn counts until all others had theirs.
+        self._rounds: dict[Priority, dict[str, Rounds]] = {p: {} for p in Priority}
+        self._forecasts = Remembered[str, Forecast](REMEMBERED)
 
     def __repr__(self) -> str:
-        counts = " ".join(f"{p}={crowd.total}" for p, crowd in self._crowds.items())
-        return f"<Line {counts} subjects={len(self._subjects)}>"
+        counts = " ".join(f"{p}={each.total}" for p, each in self._counts.items())
+        return f"<Admission {counts} subjects={len(self._subjects)}>"
 
-    def __len__(self) -> int:
-        return sum(crowd.total for crowd in self._crowds.values())
-
-    # --- Going in -----------------------------------------------------------------
+    # --- Being admitted -----------------------------------------------------------
 
     def admit(
         self,
@@ -88,21 +106,20 @@ class Line:
         priority: Priority = Priority.INTERACTIVE,
         limit: int = 0,
     ) -> Ticket | None:
-        """Let a request in at once, as a slot is free for it; None if it has to wait.
+        """Admit a request at once, as a slot is free for it; None if it has to wait.
 
-        `limit` is how many requests of its subject may run at once; 0 is no limit.
+        `limit` is the number of requests of the subject that may run at once; 0 is no
+        limit.
         """
-        who = self._subject(subject, limit)
-        passed = any(
-            lane.open
-            for lane in self._lanes_of(model)
-            if lane.priority.rank <= priority.rank
-        )
-        if passed or who.withheld:
-            self._forget(who)
+        holder = self._subject(subject, limit)
+        if holder.withheld or (self.waiting and self._is_behind(model, priority)):
+            self._forget(holder)
             return None
-        ticket = self._new_ticket(subject, model, priority, False)
-        self._run(ticket, who)
+        number, running = next(self._numbers), TicketState.RUNNING
+        ticket = Ticket(number, subject, model, priority, state=running)
+        holder.running += 1
+        if limit:
+            holder.review()
         return ticket
 
     def join(
@@ -114,111 +131,128 @@ class Line:
         *,
         first: bool = False,
     ) -> Ticket:
-        """Have a request wait for a slot of a worker that serves a model.
+        """Let a request wait for a slot of a worker that serves a model.
 
-        With `first` it goes before all others of its class: its worker has failed it.
+        With `first` it goes before all others of its class, because a worker failed it.
 
         Raises:
             NoWorkerError: 429, there is no room.
         """
         if not self.has_room:
             self._make_room(subject, model, priority)
-        who = self._subject(subject, limit)
-        ticket = self._new_ticket(subject, model, priority, first)
-        lane = self._lane(model, priority)
-        lane.add(ticket)
-        who.lanes[lane] = None
-        self._crowds[priority].add(subject)
-        if not who.withheld:
-            lane.enter(subject, late=who.running > 0, first=first)
+        holder = self._subject(subject, limit)
+        number = next(self._numbers)
+        if first:
+            number = -number
+        ticket = Ticket(number, subject, model, priority, self._clock())
+        rounds = self._rounds_of(model, priority)
+        rounds.add(ticket)
+        holder.rounds[rounds] = None
+        self._counts[priority].add(subject)
+        self.waiting += 1
+        if not holder.withheld:
+            rounds.enter(subject, late=holder.running > 0, first=first)
         return ticket
 
     def next(self, models: Collection[str]) -> Ticket | None:
-        """Let in whose turn it is of those who wait for one of these models.
+        """Admit the request whose turn it is, of those that wait for these models.
 
-        None if there is nobody who could go in.  It takes time in proportion to the
-        number of models, and not to who waits.
+        None if no request can be admitted.  The cost grows with the number of models,
+        and not with the number of requests.
         """
-        for priority, crowd in self._crowds.items():
-            if crowd.total:
-                # Also where nobody waits now: a turn counts there for who comes later.
-                lanes = [self._lane(model, priority) for model in models]
-                if any(lane.open for lane in lanes):
-                    return self._take_turn(lanes)
+        for priority, counts in self._counts.items():
+            if counts.total:
+                # Also those without requests now: a turn counts there for later ones.
+                some = [self._rounds_of(model, priority) for model in models]
+                if any(rounds.open for rounds in some):
+                    return self._take_turn(some)
         return None
 
     def wanted(self) -> set[str]:
-        """List the models that somebody waits for who could go in."""
+        """Return the models for which a request waits that could be admitted."""
         return {
-            lane.model
-            for lanes in self._lanes.values()
-            for lane in lanes.values()
-            if lane.open
+            rounds.model
+            for of_class in self._rounds.values()
+            for rounds in of_class.values()
+            if rounds.open
         }
 
     def leave(self, ticket: Ticket) -> None:
         """End a ticket, whether it waits or runs; only the first call counts."""
-        who = self._subjects.get(ticket.subject)
-        if who is None:
+        holder = self._subjects.get(ticket.subject)
+        if holder is None:
             return
-        if ticket.state is State.WAITING:
-            self._take_out(ticket, State.LEFT)
-        elif ticket.state is State.RUNNING:
-            ticket.state = State.DONE
-            who.running -= 1
-            who.review()
-        self._forget(who)
+        if ticket.state is TicketState.RUNNING:
+            ticket.state = TicketState.DONE
+            holder.running -= 1
+            if holder.limit:
+                holder.review()
+        elif ticket.state is TicketState.WAITING:
+            self._take_out(ticket, TicketState.LEFT)
+        self._forget(holder)
 
-    # --- What it says -------------------------------------------------------------
+    def _is_behind(self, model: str, priority: Priority) -> bool:
+        """Return whether a request waits that goes before a new one of this class."""
+        return any(
+            rounds.open
+            for rounds in self._rounds_for(model)
+            if rounds.priority.rank <= priority.rank
+        )
+
+    # --- State, for clients and metrics -------------------------------------------
 
     @property
     def has_room(self) -> bool:
-        """Whether one more can wait without taking another one's place."""
-        return len(self) < self.limits.size
+        """Whether one more can wait without taking the place of another one."""
+        return self.waiting < self.settings.size
 
-    def waiting(self, priority: Priority) -> int:
-        return self._crowds[priority].total
+    def waiting_in(self, priority: Priority) -> int:
+        """Return the number of requests that wait in a class."""
+        return self._counts[priority].total
 
     def running(self, subject: str) -> int:
-        who = self._subjects.get(subject)
-        return who.running if who is not None else 0
+        """Return the number of requests that a subject has running."""
+        holder = self._subjects.get(subject)
+        return holder.running if holder is not None else 0
 
     def deadline(self, ticket: Ticket) -> float:
-        """Tell until when a ticket may wait, in monotonic seconds."""
-        return ticket.joined_at + self.limits.timeout
+        """Return the moment until which a ticket may wait, in monotonic seconds."""
+        return ticket.joined_at + self.settings.timeout
 
     def place(self, ticket: Ticket) -> Place:
-        """Tell where a ticket is that waits; about, and at little cost."""
-        lanes = self._lanes_of(ticket.model)
-        waiting = sum(lane.waiting for lane in lanes)
-        return self._outlook(ticket.model).place(
-            ticket, waiting, lambda: (each for lane in lanes for each in lane.order())
+        """Return the place of a ticket that waits; about right, and cheap."""
+        some = self._rounds_for(ticket.model)
+        waiting = sum(rounds.waiting for rounds in some)
+        return self._forecast(ticket.model).place(
+            ticket,
+            waiting,
+            lambda: (each for rounds in some for each in rounds.order()),
         )
 
     def retry_after(self, model: str) -> int:
-        """Tell in how many seconds those who wait for a model now will have gone in."""
-        interval = self._outlook(model).interval
+        """Return the seconds until those that wait for a model are likely admitted."""
+        interval = self._forecast(model).interval
         if interval is None:
             return RETRY_AFTER
-        waiting = sum(lane.waiting for lane in self._lanes_of(model))
-        most = min(RETRY_AFTER_MOST, math.ceil(self.limits.timeout))
+        waiting = sum(rounds.waiting for rounds in self._rounds_for(model))
+        most = min(RETRY_AFTER_MOST, math.ceil(self.settings.timeout))
         return max(1, min(most, math.ceil(interval * waiting)))
 
     def no_room(self, model: str) -> NoWorkerError:
-        """Make the error of a request that there is no room for, or not any more."""
-        size = self.limits.size
+        """Make the error of a request for which there is no room, or no longer."""
+        size = self.settings.size
         text = f"Too many requests are waiting: the limit is {size} (queue.size)."
         after = self.retry_after(model)
         return NoWorkerError(Code.QUEUE_FULL, text, retry_after=after)
 
     def too_late(self, ticket: Ticket) -> NoWorkerError:
         """Make the error of a ticket that has waited for too long, before it leaves."""
-        who = self._subjects.get(ticket.subject)
-        limit = f"within {self.limits.timeout:g} s (queue.timeout)"
-        if who is not None and who.withheld:
+        holder = self._subjects.get(ticket.subject)
+        limit = f"within {self.settings.timeout:g} s (queue.timeout)"
+        if holder is not None and holder.withheld:
             text = (
-                f"None of your {who.running} running requests ended {limit}, "
-                f"and no more than {who.limit} may run at once (max_concurrency)."
+                f"None of your {holder.running} running requests ended {limit}, "
+                f"and no more than {holder.limit} may run at once (max_concurrency)."
             )
         else:
             text = f"No slot for the model {ticket.model!r} came free {limit}."
@@ -227,42 +261,39 @@ class Line:
 
     # --- Steps --------------------------------------------------------------------
 
-    def _take_turn(self, lanes: list[Lane]) -> Ticket:
-        if all(lane.over for lane in lanes):
-            for lane in lanes:
-                lane.begin_round()
-        subject = min(lanes, key=lambda lane: lane.tick).front
-        waiting = (lane.oldest(subject) for lane in lanes)
+    def _take_turn(self, some: list[Rounds]) -> Ticket:
+        if all(rounds.over for rounds in some):
+            for rounds in some:
+                rounds.begin_round()
+        subject = min(some, key=lambda rounds: rounds.tick).front
+        waiting = (rounds.oldest(subject) for rounds in some)
         ticket = min(filter(None, waiting), key=_number)
-        for lane in lanes:
-            lane.had_turn(subject)
+        for rounds in some:
+            rounds.had_turn(subject)
         self.turns[ticket.priority] += 1
-        self._outlook(ticket.model).had_turn()
-        who = self._subjects[ticket.subject]
-        self._take_out(ticket, State.RUNNING)
-        self._run(ticket, who)
+        self._forecast(ticket.model).had_turn()
+        holder = self._subjects[ticket.subject]
+        self._take_out(ticket, TicketState.RUNNING)
+        holder.running += 1
+        holder.review()
         return ticket
 
-    def _run(self, ticket: Ticket, who: Subject) -> None:
-        ticket.state = State.RUNNING
-        who.running += 1
-        who.review()
-
-    def _take_out(self, ticket: Ticket, state: State) -> None:
-        """Take a ticket that waits out of the line."""
+    def _take_out(self, ticket: Ticket, state: TicketState) -> None:
+        """Take a ticket that waits out of the queue."""
         ticket.state = state
-        crowd = self._crowds[ticket.priority]
-        crowd.remove(ticket.subject)
-        lanes = self._lanes[ticket.priority]
-        if lanes[ticket.model].remove(ticket):
-            del self._subjects[ticket.subject].lanes[lanes[ticket.model]]
-        if not any(lane.waiting for lane in self._lanes_of(ticket.model)):
-            self._outlook(ticket.model).pause()
-        if not crowd.total:
-            lanes.clear()
+        self.waiting -= 1
+        counts = self._counts[ticket.priority]
+        counts.remove(ticket.subject)
+        of_class = self._rounds[ticket.priority]
+        if of_class[ticket.model].remove(ticket):
+            del self._subjects[ticket.subject].rounds[of_class[ticket.model]]
+        if not any(rounds.waiting for rounds in self._rounds_for(ticket.model)):
+            self._forecast(ticket.model).pause()
+        if not counts.total:
+            of_class.clear()
 
     def _make_room(self, subject: str, model: str, priority: Priority) -> None:
-        """Have another request give up its place, if that is fair.
+        """Displace another request, if that is fair.
 
         Raises:
             NoWorkerError: it is not.
@@ -270,65 +301,117 @@ class Line:
         for lower in reversed(Priority):
             if lower.rank < priority.rank:
                 break
-            crowd = self._crowds[lower]
-            name = crowd.largest
-            enough = crowd.count(subject) + 2 if lower is priority else 1
-            if name is not None and crowd.count(name) >= enough:
+            counts = self._counts[lower]
+            name = counts.largest
+            enough = counts.count(subject) + 2 if lower is priority else 1
+            if name is not None and counts.count(name) >= enough:
                 self._displace(self._subjects[name], lower)
                 return
         self.refused[priority] += 1
         raise self.no_room(model)
 
-    def _displace(self, who: Subject, priority: Priority) -> None:
-        lanes = (lane for lane in who.lanes if lane.priority is priority)
-        newest = (lane.newest(who.name) for lane in lanes)
+    def _displace(self, holder: Subject, priority: Priority) -> None:
+        some = (rounds for rounds in holder.rounds if rounds.priority is priority)
+        newest = (rounds.newest(holder.name) for rounds in some)
         ticket = max(newest, key=_number)
         self.refused[priority] += 1
-        self._take_out(ticket, State.DISPLACED)
-        self._forget(who)
+        self._take_out(ticket, TicketState.DISPLACED)
+        self._forget(holder)
         if self.on_displaced is not None:
             self.on_displaced(ticket)
 
     # --- Records ------------------------------------------------------------------
 
-    def _new_ticket(
-        self, subject: str, model: str, priority: Priority, first: bool
-    ) -> Ticket:
-        number = next(self._numbers)
-        now = self._clock()
-        return Ticket(-number if first else number, subject, model, priority, now)
-
     def _subject(self, name: str, limit: int) -> Subject:
-        """Find, or make, what is known of a subject, which has this limit from now."""
-        who = self._subjects.get(name)
-        if who is None:
-            who = self._subjects[name] = Subject(name)
-        who.limit = limit
-        who.review()
-        return who
+        """Find or make the record of a subject, whose limit is this from now on."""
+        holder = self._subjects.get(name)
+        if holder is None:
+            holder = self._subjects[name] = Subject(name)
+        if holder.limit != limit:
+            holder.limit = limit
+            holder.review()
+        return holder
 
-    def _forget(self, who: Subject) -> None:
-        if not who.running and not who.lanes:
-            self._subjects.pop(who.name, None)
+    def _forget(self, holder: Subject) -> None:
+        if not holder.running and not holder.rounds:
+            self._subjects.pop(holder.name, None)
 
-    def _lane(self, model: str, priority: Priority) -> Lane:
-        lanes = self._lanes[priority]
-        if model not in lanes:
-            if len(lanes) >= REMEMBERED:
-                for lane in [each for each in lanes.values() if not each.waiting]:
-                    del lanes[lane.model]
-            most = max(self.limits.size, 1)
-            lanes[model] = Lane(model, priority, most, self._ticks)
-        return lanes[model]
+    def _rounds_of(self, model: str, priority: Priority) -> Rounds:
+        of_class = self._rounds[priority]
+        if model not in of_class:
+            if len(of_class) >= REMEMBERED:
+                for rounds in [each for each in of_class.values() if not each.waiting]:
+                    del of_class[rounds.model]
+            most = max(self.settings.size, 1)
+            of_class[model] = Rounds(model, priority, most, self._ticks)
+        return of_class[model]
 
-    def _lanes_of(self, model: str) -> list[Lane]:
-        return [lanes[model] for lanes in self._lanes.values() if model in lanes]
+    def _rounds_for(self, model: str) -> list[Rounds]:
+        return [each[model] for each in self._rounds.values() if model in each]
 
-    def _outlook(self, model: str) -> Outlook:
-        if model not in self._outlooks:
-            self._outlooks[model] = Outlook(self._clock)
-        return self._outlooks[model]
+    def _forecast(self, model: str) -> Forecast:
+        if model not in self._forecasts:
+            self._forecasts[model] = Forecast(self._clock)
+        return self._forecasts[model]
 
 
 def _number(ticket: Ticket) -> int:
     return ticket.number
+
+
+class Forecast:
+    """Predicts the turns for one model.  `clock` returns monotonic seconds.
+
+    The cost of counting the places grows with the number of requests that wait.  It is
+    done at most once in `FRESH` seconds, so that many who ask do not add up.
+    """
+
+    __slots__ = ("_clock", "_counted_at", "_last", "_mean", "_places")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._mean: float | None = None  # seconds from turn to turn
+        self._last: float | None = None  # turn, while any request waits
+        self._places: dict[Ticket, int] = {}
+        self._counted_at = 0.0
+
+    def __repr__(self) -> str:
+        mean = "?" if self._mean is None else f"{self._mean:.1f}"
+        return f"<Forecast a turn every {mean} s>"
+
+    def had_turn(self) -> None:
+        """Record a turn of a request that had to wait."""
+        now = self._clock()
+        if self._last is not None:
+            gap = now - self._last
+            mean = gap if self._mean is None else self._mean
+            self._mean = mean + GAIN * (gap - mean)
+        self._last = now
+
+    def pause(self) -> None:
+        """Record that no request waits: the time to the next turn will mean nothing."""
+        self._last = None
+        self._places = {}
+
+    @property
+    def interval(self) -> float | None:
+        """Seconds from one turn to the next; it grows while no turn comes."""
+        if self._mean is None or self._last is None:
+            return self._mean
+        return max(self._mean, self._clock() - self._last)
+
+    def place(
+        self, ticket: Ticket, waiting: int, order: Callable[[], Iterable[Ticket]]
+    ) -> Place:
+        """Return the place of a ticket among those `waiting`; `order` yields them.
+
+        A place may be a second old; tickets that joined after the last count are last.
+        """
+        if not self._places or self._clock() - self._counted_at >= FRESH:
+            self._places = {each: place for place, each in enumerate(order(), 1)}
+            self._counted_at = self._clock()
+        position = min(self._places.get(ticket, waiting), waiting)
+        interval = self.interval
+        return Place(
+            position, waiting, None if interval is None else position * interval
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from gollama_proxy.config.names import matches
 from gollama_proxy.config.settings import Config
@@ -12,8 +13,30 @@ from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.budget import RetryBudget
-from gollama_proxy.scheduling.policies import Policy, make
+from gollama_proxy.scheduling.policies import Ask, Policy, make
 from gollama_proxy.scheduling.retry import Attempts
+from gollama_proxy.wire.errors import NoWorkerError
+
+
+class Plan(Protocol):
+    """The attempts that a request may still make, as scheduling sees them."""
+
+    @property
+    def pool(self) -> Pool:
+        """The pool that the next attempt is made on."""
+
+    @property
+    def ask(self) -> Ask:
+        """What the policies know of the request."""
+
+    def candidates(self) -> list[Worker]:
+        """Return the workers that may have the next attempt; `pool` may change."""
+
+    def can_wait(self, seconds: float) -> bool:
+        """Return whether a worker may become available within so many seconds."""
+
+    def reopens_in(self) -> float:
+        """Return the seconds until the next busy or open breaker reopens, or inf."""
 
 
 class Balancer:
@@ -86,22 +109,8 @@ class Balancer:
             once=path in self._retry.once,
         )
 
-    def candidates(self, attempts: Attempts) -> list[Worker]:
-        """List the workers that may have the next attempt of a request.
-
-        Raises:
-            NoWorkerError: 503 with `retry_after`; the text counts the workers' states.
-        """
-        asked_for = attempts.pool
-        candidates = attempts.candidates()
-        if not candidates:
-            raise self.registry.no_worker(
-                asked_for.model, asked_for.workers, asked_for.reopens_in()
-            )
-        return candidates
-
     def pick(
-        self, attempts: Attempts, candidates: Sequence[Worker], patience: float = 0.0
+        self, plan: Plan, candidates: Sequence[Worker], patience: float = 0.0
     ) -> Worker | None:
         """Pick one of the candidates for the next attempt of a request.
 
@@ -109,10 +118,10 @@ class Balancer:
         if the request should wait for a worker that is no candidate yet, which it may
         do for `patience` seconds.
         """
-        model, workers = attempts.pool
+        model, workers = plan.pool
         if len(workers) == 1:
             return candidates[0]
-        policy, ask = self.policy_of(model), attempts.ask
+        policy, ask = self.policy_of(model), plan.ask
         if patience and ask.prefixes:
             ask = ask._replace(patience=patience)
         left = set(candidates)
@@ -122,19 +131,17 @@ class Balancer:
                 return worker
             left.discard(worker)
 
-    def choose(self, attempts: Attempts) -> Worker:
-        """Pick an available worker, however busy it is.
+    def no_worker(self, plan: Plan) -> NoWorkerError:
+        """Make the error of a plan for which no worker is available.
 
-        Raises:
-            NoWorkerError: as `candidates` does.
+        It counts the workers' states, and `retry_after` is when the first may be back.
         """
-        worker = self.pick(attempts, self.candidates(attempts))
-        assert worker is not None, self  # without patience there is always one
-        return worker
+        pool = plan.pool
+        return self.registry.no_worker(pool.model, pool.workers, pool.reopens_in())
 
-    def learn(self, attempts: Attempts, worker: Worker, prefill: Prefill) -> None:
+    def learn(self, plan: Plan, worker: Worker, prefill: Prefill) -> None:
         """Record how a worker has read the prompt of a request that it answered."""
         if prefill.possible:
-            policy = self.policy_of(attempts.pool.model)
+            policy = self.policy_of(plan.pool.model)
             total = prefill.tokens + prefill.cached
-            policy.learn(attempts.ask, worker, prefill.cached, total)
+            policy.learn(plan.ask, worker, prefill.cached, total)

@@ -293,6 +293,25 @@ class Attempts:
         """Return the seconds until some worker is no longer busy; inf if none is."""
         return min((pool.busy_for() for pool in self.pools), default=math.inf)
 
+    def can_wait(self, seconds: float) -> bool:
+        """Return whether a worker may become available within so many seconds.
+
+        An answer that broke off waits for any worker: one that was killed is often
+        restarted.  Otherwise only workers that are busy are expected back.
+        """
+        if self._resuming:
+            return self.some_left
+        return self.busy_for() <= seconds
+
+    def reopens_in(self) -> float:
+        """Return the seconds until the next busy or open breaker reopens, or inf."""
+        waits = [
+            worker.opens_in(pool.model)
+            for pool in self.pools
+            for worker in pool.workers
+        ]
+        return min((wait for wait in waits if wait > 0), default=math.inf)
+
     def _fallbacks(self) -> list[int]:
         """List the places of the pools that may be turned to next.
 

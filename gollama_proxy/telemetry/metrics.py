@@ -26,8 +26,8 @@ from gollama_proxy import __version__
 from gollama_proxy.fleet.breaker import BreakerState, Cause
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import WorkerState
-from gollama_proxy.scheduling.admission import Line
-from gollama_proxy.scheduling.ticket import Priority
+from gollama_proxy.scheduling.admission import Admission
+from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
 
 MOST_MODELS = 200
@@ -53,13 +53,13 @@ class Metrics:
     """The hub's own registry, so that two hubs in one process stay apart."""
 
     def __init__(
-        self, registry: Registry, line: Line, clients: Clients | None = None
+        self, registry: Registry, admission: Admission, clients: Clients | None = None
     ) -> None:
         self._known: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._models = {""}  # that have labels of their own
         self._collectors = CollectorRegistry()
         ProcessCollector(registry=self._collectors)
-        self._collectors.register(_WorkerCollector(registry, line))
+        self._collectors.register(_WorkerCollector(registry, admission))
         if clients is not None:
             self._collectors.register(_ClientCollector(clients))
         self._requests = Counter(
@@ -162,8 +162,8 @@ class Metrics:
 class _WorkerCollector(Collector):
     """Reads the live records of the workers at the moment of a scrape."""
 
-    def __init__(self, registry: Registry, line: Line) -> None:
-        self._registry, self._line = registry, line
+    def __init__(self, registry: Registry, admission: Admission) -> None:
+        self._registry, self._admission = registry, admission
 
     def collect(self) -> Iterator[Metric]:
         build = GaugeMetricFamily(
@@ -198,7 +198,7 @@ class _WorkerCollector(Collector):
             "gollama_queue_waiting", "Requests that wait for a slot.", labels=["class"]
         )
         for priority in Priority:
-            waiting.add_metric([str(priority)], self._line.waiting(priority))
+            waiting.add_metric([str(priority)], self._admission.waiting_in(priority))
         return waiting
 
     def _collect_breakers(self) -> Iterator[Metric]:

@@ -15,10 +15,10 @@ from gollama_proxy.config import load as config
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.admission import Line
-from gollama_proxy.scheduling.balancer import Balancer
-from gollama_proxy.scheduling.retry import Attempts
-from gollama_proxy.scheduling.slots import Claim, Entry, Slots
+from gollama_proxy.proxy.job import Entry
+from gollama_proxy.scheduling.balancer import Balancer, Plan
+from gollama_proxy.scheduling.queue import Queue
+from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes import replies
 from tests.fakes.asks import CHAT
@@ -213,14 +213,14 @@ async def occupied(
         await busy
 
 
-def held_up(slots: Slots) -> Callable[[], bool]:
-    return lambda: bool(slots._held_up)
+def held_up(queue: Queue) -> Callable[[], bool]:
+    return lambda: bool(queue._passed_over)
 
 
 async def test_a_turn_waits_for_its_worker_while_others_use_the_free_one() -> None:
     async with occupied() as (warm, other, hub, _):
         second = asyncio.create_task(hub.post(CHAT, turn("x", 2)), name="fake client x")
-        await until(held_up(hub.hub.slots))
+        await until(held_up(hub.hub.queue))
         await hub.post(CHAT, turn("z", 1))
         assert asked(other) == ["z asks 1"]
         warm.release("go")
@@ -240,10 +240,10 @@ class Recorded(Balancer):
     """Records the patience of those who could go in."""
 
     def pick(
-        self, attempts: Attempts, candidates: Sequence[Worker], patience: float = 0.0
+        self, plan: Plan, candidates: Sequence[Worker], patience: float = 0.0
     ) -> Worker | None:
         self.patience = patience
-        return super().pick(attempts, candidates, patience)
+        return super().pick(plan, candidates, patience)
 
 
 @pytest.mark.parametrize(
@@ -262,9 +262,11 @@ async def test_the_wait_for_a_warm_worker_does_not_grow_with_the_queues_timeout(
     balancer = Recorded(registry, loaded, Clock())
     told = Description((Model("tiny"),), slots=1)
     registry.workers[0].observe(Check.OK, "ok", told)
-    slots = Slots(balancer, Line(loaded.queue, Clock()), Clock())
+    queue = Queue(balancer, loaded.queue, Clock())
     attempts = balancer.attempts(registry.pool("tiny"), CHAT)
-    _, lease = await slots.take(Entry(attempts, Claim("alice")))
+    entry = Entry(attempts, "alice", Priority.INTERACTIVE, 0, needs_slot=True)
+    lease = queue.try_acquire(entry)
+    assert lease is not None
     lease.release(Result.COMPLETE)
     assert balancer.patience == patience
 
@@ -278,7 +280,7 @@ async def test_where_nobody_may_wait_nobody_does() -> None:
 async def test_its_worker_goes_down_while_a_turn_waits_for_it() -> None:
     async with occupied(retry__attempts=2) as (warm, other, hub, busy):
         second = asyncio.create_task(hub.post(CHAT, turn("x", 2)), name="fake client x")
-        await until(held_up(hub.hub.slots))
+        await until(held_up(hub.hub.queue))
         await warm.down()
         assert (await second).status == 200
         assert asked(other)[-1:] == ["x asks 2"]

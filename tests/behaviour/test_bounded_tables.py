@@ -21,7 +21,7 @@ from gollama_proxy.edge.auth import AuthError
 from gollama_proxy.edge.quotas import REMEMBERED, Quotas
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.hub import Hub
-from gollama_proxy.scheduling.ticket import Priority
+from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.telemetry.metrics import MOST_MODELS
 from gollama_proxy.wire.description import Check, Description, Model
@@ -69,19 +69,19 @@ def hub_with(tmp_path: Path, policy: str, clock: Clock) -> Hub:
 
 def ask(hub: Hub, model: str, subject: str, outcome: Result) -> None:
     """Have one request served, as the path of a request does, but without sockets."""
-    balancer, line = hub.balancer, hub.slots.line
+    balancer, admission = hub.balancer, hub.queue.admission
     pool = hub.registry.resolve(model, None)
     attempts = balancer.attempts(pool, "/v1/chat/completions")
-    ticket = line.admit(subject, model)
+    ticket = admission.admit(subject, model)
     assert ticket is not None
-    worker = balancer.pick(attempts, balancer.candidates(attempts))
+    worker = balancer.pick(attempts, attempts.candidates())
     attempts.begin(worker)
     lease = worker.lease(model)
     lease.first_token, lease.tokens, lease.seconds = 0.1, 10, 1.0
     worker.pace_of(model)
     worker.breaker_of(model)
     lease.release(outcome)
-    line.leave(ticket)
+    admission.leave(ticket)
     hub.metrics.observe(
         Record("1", "POST", "/v1/chat/completions", model=model, worker=worker.name)
     )
@@ -122,12 +122,13 @@ def test_models_that_a_worker_makes_up_are_forgotten(tmp_path: Path) -> None:
 
 def test_those_who_wait_are_no_more_than_the_queue_takes(tmp_path: Path) -> None:
     hub = hub_with(tmp_path, "round_robin", Clock())
-    line = hub.slots.line
+    admission = hub.queue.admission
+    admission.on_displaced = None  # no task waits for these tickets
     rng = random.Random(1)
     tickets = []
     for number in range(NAMES):
         try:
-            ticket = line.join(
+            ticket = admission.join(
                 f"s{number}", f"q{number}", rng.choice(list(Priority)), limit=1
             )
         except NoWorkerError:
@@ -136,10 +137,10 @@ def test_those_who_wait_are_no_more_than_the_queue_takes(tmp_path: Path) -> None
     for name, table in tables_of("gollama_proxy.scheduling"):
         assert len(table) <= getattr(table, "most", MOST), name
     for ticket in tickets:
-        line.leave(ticket)
-    assert len(line) == 0
-    assert not line._subjects
-    assert not any(line._lanes.values())
+        admission.leave(ticket)
+    assert admission.waiting == 0
+    assert not admission._subjects
+    assert not any(admission._rounds.values())
 
 
 def test_a_flood_of_subjects_with_limits_is_forgotten() -> None:

@@ -50,7 +50,7 @@ async def test_a_request_waits_for_it_rather_than_have_another_one_load() -> Non
     async with routers("unloaded", "loaded") as ((cold, warm), hub):
         warm.default(wait("go"), *answer({"choices": []}))
         both = [asyncio.create_task(hub.post(CHAT, WHOLE), name="c") for _ in "ab"]
-        await until(lambda: len(hub.hub.slots.line) == 1)
+        await until(lambda: hub.hub.queue.admission.waiting == 1)
         warm.release("go")
         assert [(await each).status for each in both] == [200, 200]
         assert not cold.requests

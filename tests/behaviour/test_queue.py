@@ -14,7 +14,7 @@ import pytest
 
 from gollama_proxy.config.settings import POLICIES
 from gollama_proxy.proxy import attempt, job
-from gollama_proxy.scheduling.slots import Slots
+from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.upstream.pool import SPACING
 from tests.fakes.asks import CHAT, RARELY
 from tests.fakes.client import Response
@@ -46,7 +46,7 @@ def asked(worker: ScriptedWorker) -> list[str]:
 @asynccontextmanager
 async def crowded(
     slots: int = 1, **settings: Any
-) -> AsyncIterator[tuple[ScriptedWorker, RunningHub, Slots]]:
+) -> AsyncIterator[tuple[ScriptedWorker, RunningHub, Queue]]:
     """Run a hub and a worker that answers when the test releases `go`."""
     settings = {"health__interval": RARELY, **settings}
     async with (
@@ -54,7 +54,7 @@ async def crowded(
         running_hub(worker, **settings) as hub,
     ):
         worker.default(wait("go"), *answer({"choices": []}))
-        yield worker, hub, hub.hub.slots
+        yield worker, hub, hub.hub.queue
 
 
 def sent(
@@ -65,17 +65,17 @@ def sent(
     return asyncio.create_task(posted, name=f"fake client {name}")
 
 
-async def waiting(slots: Slots, number: int) -> None:
-    await until(lambda: len(slots.line) == number)
+async def waiting(queue: Queue, number: int) -> None:
+    await until(lambda: queue.admission.waiting == number)
 
 
 # --- Slots ------------------------------------------------------------------------
 
 
 async def test_a_worker_never_gets_more_than_it_has_slots() -> None:
-    async with crowded(slots=4) as (worker, hub, slots):
+    async with crowded(slots=4) as (worker, hub, queue):
         clients = [sent(hub, str(n)) for n in range(40)]
-        await waiting(slots, 36)
+        await waiting(queue, 36)
         await worker.received(4)
         assert len(worker.requests) == 4
         [record] = hub.hub.registry.workers
@@ -83,7 +83,7 @@ async def test_a_worker_never_gets_more_than_it_has_slots() -> None:
         worker.release("go")
         assert {each.status for each in await asyncio.gather(*clients)} == {200}
         assert len(worker.requests) == 40
-    assert not len(slots.line)
+    assert not queue.admission.waiting
 
 
 async def test_a_burst_beyond_the_threads_of_a_worker_is_spaced() -> None:
@@ -101,7 +101,7 @@ async def test_a_burst_beyond_the_threads_of_a_worker_is_spaced() -> None:
 
 
 async def test_a_worker_that_does_not_tell_its_slots_is_not_limited() -> None:
-    async with crowded() as (worker, hub, slots):
+    async with crowded() as (worker, hub, queue):
         worker.on("/props", send(error_reply(404, "no", "not_found_error")))
         hub.hub.registry.workers[0].suspect()
         await until(lambda: hub.hub.registry.workers[0].slots is None)
@@ -109,7 +109,7 @@ async def test_a_worker_that_does_not_tell_its_slots_is_not_limited() -> None:
         await worker.received(20)
         worker.release("go")
         await asyncio.gather(*clients)
-        assert not len(slots.line)
+        assert not queue.admission.waiting
 
 
 async def test_what_needs_no_slot_does_not_wait_for_one() -> None:
@@ -124,9 +124,9 @@ async def test_what_needs_no_slot_does_not_wait_for_one() -> None:
 
 
 async def test_slots_that_become_more_are_used_without_a_restart() -> None:
-    async with crowded() as (worker, hub, slots):
+    async with crowded() as (worker, hub, queue):
         clients = [sent(hub, str(n)) for n in range(3)]
-        await waiting(slots, 2)
+        await waiting(queue, 2)
         worker.slots = 3
         hub.hub.registry.workers[0].suspect()
         await worker.received(3)
@@ -135,9 +135,9 @@ async def test_slots_that_become_more_are_used_without_a_restart() -> None:
 
 
 async def test_some_more_than_there_are_slots_can_be_allowed() -> None:
-    async with crowded(queue__overcommit=2) as (worker, hub, slots):
+    async with crowded(queue__overcommit=2) as (worker, hub, queue):
         clients = [sent(hub, str(n)) for n in range(4)]
-        await waiting(slots, 1)
+        await waiting(queue, 1)
         await worker.received(3)
         assert len(worker.requests) == 3
         worker.release("go")
@@ -148,9 +148,9 @@ async def test_some_more_than_there_are_slots_can_be_allowed() -> None:
 
 
 async def test_a_full_line_sheds_at_once_and_says_which_limit() -> None:
-    async with crowded(queue__size=8) as (worker, hub, slots):
+    async with crowded(queue__size=8) as (worker, hub, queue):
         clients = [sent(hub, str(n)) for n in range(9)]
-        await waiting(slots, 8)
+        await waiting(queue, 8)
         refused = await asyncio.gather(*(hub.post(CHAT, ask()) for _ in range(50)))
         for response in refused:
             assert response.status == 429
@@ -164,7 +164,7 @@ async def test_a_full_line_sheds_at_once_and_says_which_limit() -> None:
 
 
 async def test_whoever_waits_too_long_is_told_so() -> None:
-    async with crowded(queue__timeout=0.1) as (worker, hub, slots):
+    async with crowded(queue__timeout=0.1) as (worker, hub, queue):
         running = sent(hub, "a")
         await worker.received(1)
         response = await hub.post(CHAT, ask())
@@ -173,30 +173,30 @@ async def test_whoever_waits_too_long_is_told_so() -> None:
         assert error["code"] == "queue_timeout"
         assert "0.1 s (queue.timeout)" in error["message"]
         assert response.header("retry-after")
-        assert not len(slots.line)
+        assert not queue.admission.waiting
         worker.release("go")
         assert (await running).status == 200
 
 
 async def test_a_client_that_leaves_leaves_the_line() -> None:
-    async with crowded() as (worker, hub, slots):
+    async with crowded() as (worker, hub, queue):
         running = sent(hub, "a")
         await worker.received(1)
         async with await hub.open(CHAT, ask("gone")) as wire:
-            await waiting(slots, 1)
+            await waiting(queue, 1)
             wire.abort()
-        await waiting(slots, 0)
+        await waiting(queue, 0)
         worker.release("go")
         assert (await running).status == 200
         assert asked(worker) == ["a"]
 
 
 async def test_a_slot_that_comes_just_when_its_client_leaves_is_not_lost() -> None:
-    async with crowded() as (worker, hub, slots):
+    async with crowded() as (worker, hub, queue):
         running = sent(hub, "a")
         await worker.received(1)
         wires = [await hub.open(CHAT, ask("gone")) for _ in range(20)]
-        await waiting(slots, 20)
+        await waiting(queue, 20)
         worker.release("go")
         for wire in wires:
             wire.abort()
@@ -208,14 +208,14 @@ async def test_a_slot_that_comes_just_when_its_client_leaves_is_not_lost() -> No
 
 
 async def test_a_load_test_delays_a_chat_by_one_generation_at_most() -> None:
-    async with crowded() as (worker, hub, slots):
+    async with crowded() as (worker, hub, queue):
         loads: list[asyncio.Task[Response]] = []
         while len(loads) < 30:  # one by one, so that their order is known
             loads.append(sent(hub, f"load{len(loads)}", hub.token("load")))
             await worker.received(1)
-            await waiting(slots, len(loads) - 1)
+            await waiting(queue, len(loads) - 1)
         chat = sent(hub, "chat", hub.token("alice"))
-        await waiting(slots, 30)
+        await waiting(queue, 30)
         worker.release("go")
         await asyncio.gather(chat, *loads)
         order = asked(worker)
@@ -226,15 +226,15 @@ async def test_a_load_test_delays_a_chat_by_one_generation_at_most() -> None:
 
 
 async def test_interactive_requests_go_before_a_batch() -> None:
-    async with crowded() as (worker, hub, slots):
+    async with crowded() as (worker, hub, queue):
         running = sent(hub, "first")
         await worker.received(1)
         batch = sent(hub, "batch", hub.token("b", priority="batch"))
-        await waiting(slots, 1)
+        await waiting(queue, 1)
         header = sent(hub, "header", X_Gollama_Priority="batch")
-        await waiting(slots, 2)
+        await waiting(queue, 2)
         chat = sent(hub, "chat")
-        await waiting(slots, 3)
+        await waiting(queue, 3)
         worker.release("go")
         await asyncio.gather(running, batch, header, chat)
         assert asked(worker)[:2] == ["first", "chat"]
@@ -260,10 +260,10 @@ async def test_a_priority_that_is_not_allowed_is_refused(
 
 async def test_a_subject_has_no_more_running_than_it_may() -> None:
     """Its slots are for the others meanwhile."""
-    async with crowded(slots=4) as (worker, hub, slots):
+    async with crowded(slots=4) as (worker, hub, queue):
         token = hub.token("greedy", max_concurrency=2)
         greedy = [sent(hub, f"greedy{n}", token) for n in range(5)]
-        await waiting(slots, 3)
+        await waiting(queue, 3)
         await worker.received(2)
         assert len(worker.requests) == 2
         other = sent(hub, "other", hub.token("bob"))
@@ -292,7 +292,7 @@ async def test_a_request_that_failed_goes_before_those_that_wait() -> None:
         second = sent(hub, "second")
         await good.received(1)
         third = sent(hub, "third")
-        await waiting(hub.hub.slots, 1)
+        await waiting(hub.hub.queue, 1)
         bad.release("fail")
         await bad.received(2)  # the one that waited has its slot
         good.release("go")
@@ -318,7 +318,7 @@ async def test_when_all_that_serve_a_model_are_gone_nobody_waits_for_them() -> N
         running = sent_to(hub, "big")
         await big.received(1)
         waits = sent_to(hub, "big")
-        await waiting(hub.hub.slots, 1)
+        await waiting(hub.hub.queue, 1)
         await big.down()
         for response in await asyncio.gather(running, waits):
             assert response.status == 200
@@ -331,9 +331,9 @@ def sent_to(hub: RunningHub, model: str) -> asyncio.Task[Response]:
 
 
 async def test_the_line_shows_in_the_metrics() -> None:
-    async with crowded(metrics__open=True) as (worker, hub, slots):
+    async with crowded(metrics__open=True) as (worker, hub, queue):
         clients = [sent(hub, str(n)) for n in range(4)]
-        await waiting(slots, 3)
+        await waiting(queue, 3)
         page = (await hub.get("/metrics")).body.decode()
         assert 'gollama_queue_waiting{class="interactive"} 3.0' in page
         assert 'gollama_queue_waiting{class="batch"} 0.0' in page
@@ -348,7 +348,7 @@ STREAM: dict[str, Any] = {"stream": True}
 
 async def test_a_client_of_a_stream_is_told_that_it_waits() -> None:
     """By comments, which every client of an event stream passes over."""
-    async with crowded(queue__notice=0.05) as (worker, hub, slots):
+    async with crowded(queue__notice=0.05) as (worker, hub, queue):
         running = sent(hub, "a")
         await worker.received(1)
         async with await hub.open(CHAT, ask("b", **STREAM)) as wire:
@@ -362,15 +362,15 @@ async def test_a_client_of_a_stream_is_told_that_it_waits() -> None:
         assert ending.clean
         assert b"[DONE]" in ending.raw
         assert (await running).status == 200
-    assert not len(slots.line)
+    assert not queue.admission.waiting
 
 
 async def test_a_client_that_does_not_stream_is_not_told() -> None:
-    async with crowded(queue__notice=0.02) as (worker, hub, slots):
+    async with crowded(queue__notice=0.02) as (worker, hub, queue):
         running = sent(hub, "a")
         await worker.received(1)
         waits = sent(hub, "b")
-        await waiting(slots, 1)
+        await waiting(queue, 1)
         # Whoever comes later and is told shows that it would have been told by now.
         async with await hub.open(CHAT, ask("c", **STREAM)) as wire:
             assert await wire.read_event() == b": queued 2/2\n\n"
@@ -499,7 +499,7 @@ async def test_every_policy_uses_every_slot_and_no_more(policy: str) -> None:
         for worker in (one, two):
             worker.default(wait("go"), *answer({"choices": []}))
         clients = [sent(hub, str(n)) for n in range(12)]
-        await waiting(hub.hub.slots, 8)
+        await waiting(hub.hub.queue, 8)
         await one.received(1)
         await two.received(3)
         assert (len(one.requests), len(two.requests)) == (1, 3)

@@ -28,7 +28,7 @@ from gollama_proxy.edge.auth import (
     Principal,
     mint,
 )
-from gollama_proxy.scheduling.ticket import Priority
+from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
 from tests.fakes import tokens

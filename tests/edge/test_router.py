@@ -18,7 +18,7 @@ from gollama_proxy.config.settings import Config
 from gollama_proxy.edge.router import Dispatcher, Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.scheduling.admission import Line
+from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.telemetry.metrics import Metrics
 from gollama_proxy.wire.errors import (
@@ -126,7 +126,7 @@ async def dispatching(
     routes: Routes, clock: Callable[[], float] | None = None, **sections: Any
 ) -> AsyncIterator[Running]:
     loaded = Config(**sections)
-    metrics = Metrics(Registry(loaded), Line(loaded.queue, Clock()))
+    metrics = Metrics(Registry(loaded), Admission(loaded.queue, Clock()))
     dispatcher = Dispatcher(routes, loaded, metrics, clock or Clock())
     runner = web.ServerRunner(
         Server(dispatcher, loaded, dispatcher.refused), shutdown_timeout=1

@@ -19,7 +19,16 @@ from tests.fakes.registry import balancer, take_out, trip
 
 def choose(made: Balancer, name: str | None) -> Worker:
     """Choose the worker for the first attempt of a request."""
-    return made.choose(made.attempts(made.registry.resolve(name, None), CHAT))
+    return choose_next(made, made.attempts(made.registry.resolve(name, None), CHAT))
+
+
+def choose_next(made: Balancer, attempts: Attempts) -> Worker:
+    candidates = attempts.candidates()
+    if not candidates:
+        raise made.no_worker(attempts)
+    worker = made.pick(attempts, candidates)
+    assert worker is not None
+    return worker
 
 
 def no_worker(made: Balancer, name: str, retry_after: int) -> str:
@@ -57,9 +66,9 @@ def test_a_pool_shows_who_is_available_now_and_not_when_it_was_made() -> None:
     attempts = made.attempts(made.registry.resolve("a", None), CHAT)
     take_out(*made.registry.workers)
     with pytest.raises(NoWorkerError):
-        made.choose(attempts)
+        choose_next(made, attempts)
     made.registry.workers[1].observe(Check.OK, "ok")
-    assert made.choose(attempts) is made.registry.workers[1]
+    assert choose_next(made, attempts) is made.registry.workers[1]
 
 
 def test_whoever_has_had_an_attempt_is_not_chosen_again() -> None:
@@ -67,11 +76,11 @@ def test_whoever_has_had_an_attempt_is_not_chosen_again() -> None:
     attempts = made.attempts(made.registry.pool("a"), CHAT)
     chosen = []
     for _ in range(3):
-        chosen.append(made.choose(attempts).name)
+        chosen.append(choose_next(made, attempts).name)
         attempts.begin(made.registry.workers[int(chosen[-1][1:])])
     assert sorted(chosen) == ["w0", "w1", "w2"]
     with pytest.raises(NoWorkerError):
-        made.choose(attempts)
+        choose_next(made, attempts)
 
 
 def test_a_worker_that_has_just_recovered_is_passed_over_now_and_then() -> None:
@@ -108,7 +117,7 @@ def asked(made: Balancer, attempts: Attempts) -> list[str]:
     models = []
     pause: float | None = 0.0
     while pause is not None:
-        worker = made.choose(attempts)
+        worker = choose_next(made, attempts)
         models.append(attempts.pool.model)
         attempts.begin(worker)
         pause = attempts.retry_after(Failure.KEY)
@@ -138,7 +147,7 @@ def test_a_fallback_is_chosen_when_nobody_of_the_model_is_there() -> None:
     assert choose(made, "big") is made.registry.workers[0]
     take_out(made.registry.workers[0])
     attempts = made.attempts(made.registry.resolve("big", None), CHAT)
-    assert made.choose(attempts) is made.registry.workers[1]
+    assert choose_next(made, attempts) is made.registry.workers[1]
     assert attempts.pool == made.registry.pool("small")
 
 
@@ -250,6 +259,6 @@ def test_the_number_of_continuations_is_set(rescue: Rescue, number: int) -> None
     attempts.resume()
     while attempts.retry_after(Failure.RESET) is not None:
         count += 1
-        attempts.begin(made.choose(attempts))
+        attempts.begin(choose_next(made, attempts))
         attempts.resume()
     assert count == number

@@ -13,7 +13,7 @@ from gollama_proxy import __version__
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, Queue
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.scheduling.admission import Line
+from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.telemetry.metrics import Metrics
 from gollama_proxy.wire.description import Check, Description, Model
@@ -68,7 +68,7 @@ async def scraped_until(hub: RunningHub, reached: Callable[[Samples], bool]) -> 
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics(Registry(Config()), Line(Queue(), Clock()))
+    return Metrics(Registry(Config()), Admission(Queue(), Clock()))
 
 
 # --- Counting ---------------------------------------------------------------------
@@ -132,7 +132,9 @@ def test_an_error_says_more_than_an_outcome(metrics: Metrics) -> None:
 
 
 def test_two_hubs_in_a_process_count_for_themselves() -> None:
-    one, two = (Metrics(Registry(Config()), Line(Queue(), Clock())) for _ in range(2))
+    one, two = (
+        Metrics(Registry(Config()), Admission(Queue(), Clock())) for _ in range(2)
+    )
     one.observe(Record("1", "GET", outcome=Outcome.COMPLETE))
     assert "gollama_outcomes_total" in names_of(parse(one.exposition()))
     assert "gollama_outcomes_total" not in names_of(parse(two.exposition()))
@@ -165,7 +167,7 @@ def test_workers_are_shown_as_they_are_at_the_moment() -> None:
     clock = Clock()
     loaded = config.load(None, {}, {}, ["http://a:1", "http://b:2"])
     registry = Registry(loaded, clock)
-    metrics = Metrics(registry, Line(Queue(), Clock()))
+    metrics = Metrics(registry, Admission(Queue(), Clock()))
     a, b = registry.workers
 
     samples = parse(metrics.exposition())

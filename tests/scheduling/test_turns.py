@@ -1,25 +1,92 @@
-"""Subjects take turns, and whoever comes new has one before anybody's second."""
+"""Subjects take turns, and a new subject has one before any other has its second."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gollama_proxy.scheduling.lane import Lane, Subject
-from gollama_proxy.scheduling.ticket import Priority, Ticket
+from gollama_proxy.scheduling.turns import (
+    Counts,
+    Priority,
+    Rounds,
+    Subject,
+    Ticket,
+    TicketState,
+    choose_priority,
+)
+from gollama_proxy.wire.errors import Code, RequestError
 
-BATCH = Priority.BATCH
+INTERACTIVE, BATCH = Priority
+
+# --- Classes and tickets -----------------------------------------------------------
+
+
+def test_interactive_comes_before_batch() -> None:
+    assert sorted(Priority, key=lambda p: p.rank) == [INTERACTIVE, BATCH]
+    assert [str(priority) for priority in Priority] == ["interactive", "batch"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed", "chosen"),
+    [
+        (None, INTERACTIVE, INTERACTIVE),
+        (None, BATCH, BATCH),
+        ("interactive", INTERACTIVE, INTERACTIVE),
+        ("batch", INTERACTIVE, BATCH),
+        ("batch", BATCH, BATCH),
+        (" Batch ", BATCH, BATCH),
+    ],
+)
+def test_a_request_may_ask_for_what_its_token_allows(
+    asked: str | None, allowed: Priority, chosen: Priority
+) -> None:
+    assert choose_priority(asked, allowed) is chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "words"),
+    [
+        ("interactive", Code.PRIORITY_NOT_ALLOWED, "'interactive', only 'batch'"),
+        ("urgent", Code.INVALID_VALUE, "'urgent' does not exist; known: interactive,"),
+        ("", Code.INVALID_VALUE, "'' does not exist"),
+        ("x" * 1000, Code.INVALID_VALUE, f"'{'x' * 40}' does"),
+        ("a\nb", Code.INVALID_VALUE, r"'a\nb'"),
+    ],
+)
+def test_anything_else_is_refused_in_one_clear_line(
+    asked: str, code: Code, words: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        choose_priority(asked, BATCH)
+    assert caught.value.code is code
+    assert words in caught.value.message
+    assert caught.value.message.isprintable()
+
+
+def test_a_ticket_says_what_it_is() -> None:
+    ticket = Ticket(7, "ann", "qwen", BATCH, 5.0)
+    assert (ticket.state, ticket.first, ticket.joined_at) == (
+        TicketState.WAITING,
+        False,
+        5.0,
+    )
+    assert repr(ticket) == "<Ticket 7 of 'ann' for 'qwen' batch WAITING>"
+    assert Ticket(-8, "ann", "qwen", BATCH, 5.0).first
+
+
+# --- Rounds ------------------------------------------------------------------------
 
 
 class Driver:
     """A lane, and what a line does with it."""
 
     def __init__(self, most: int = 100) -> None:
-        self.lane = Lane("qwen", BATCH, most, itertools.count(1))
+        self.rounds = Rounds("qwen", BATCH, most, itertools.count(1))
         self.numbers = itertools.count(1)
 
     def wait(self, subjects: str, *, late: bool = False, first: bool = False) -> None:
@@ -27,31 +94,36 @@ class Driver:
         for subject in subjects:
             number = next(self.numbers)
             ticket = Ticket(-number if first else number, subject, "qwen", BATCH, 0.0)
-            self.lane.add(ticket)
-            self.lane.enter(subject, late=late, first=first)
+            self.rounds.add(ticket)
+            self.rounds.enter(subject, late=late, first=first)
 
     def turn(self) -> Ticket:
-        if self.lane.over:
-            self.lane.begin_round()
-        ticket = self.lane.oldest(self.lane.front)
+        if self.rounds.over:
+            self.rounds.begin_round()
+        ticket = self.rounds.oldest(self.rounds.front)
         assert ticket is not None
-        self.lane.had_turn(ticket.subject)
-        self.lane.remove(ticket)
+        self.rounds.had_turn(ticket.subject)
+        self.rounds.remove(ticket)
         return ticket
 
     def turns(self, count: int = 1000) -> str:
         """Let so many turns be had, or all; tell whose they were."""
         had = ""
-        while self.lane.open and len(had) < count:
+        while self.rounds.open and len(had) < count:
             had += self.turn().subject
         return had
 
 
 def test_nobody_is_in_a_new_lane() -> None:
-    lane = Driver().lane
-    assert (lane.open, lane.over, lane.waiting, lane.tick) == (False, True, 0, math.inf)
-    assert lane.oldest("a") is None
-    assert repr(lane) == "<Lane 'qwen' batch waiting=0 now=[] after=[]>"
+    rounds = Driver().rounds
+    assert (rounds.open, rounds.over, rounds.waiting, rounds.tick) == (
+        False,
+        True,
+        0,
+        math.inf,
+    )
+    assert rounds.oldest("a") is None
+    assert repr(rounds) == "<Rounds 'qwen' batch waiting=0 now=[] after=[]>"
 
 
 @pytest.mark.parametrize(
@@ -68,15 +140,15 @@ def test_nobody_is_in_a_new_lane() -> None:
 def test_each_subject_has_one_turn_in_a_round(came: str, turns: str) -> None:
     driver = Driver()
     driver.wait(came)
-    assert [ticket.subject for ticket in driver.lane.order()] == list(turns)
+    assert [ticket.subject for ticket in driver.rounds.order()] == list(turns)
     assert driver.turns() == turns
-    assert not driver.lane.waiting
+    assert not driver.rounds.waiting
 
 
 def test_within_a_subject_it_is_first_come_first_served() -> None:
     driver = Driver()
     driver.wait("aaa")
-    assert driver.lane.newest("a").number == 3
+    assert driver.rounds.newest("a").number == 3
     assert [driver.turn().number for _ in range(3)] == [1, 2, 3]
 
 
@@ -137,7 +209,7 @@ def test_a_round_that_ends_early_keeps_who_had_no_turn_in_front() -> None:
     driver = Driver(2)
     driver.wait("aabbc")
     assert driver.turns(2) == "ab"
-    assert driver.lane.over
+    assert driver.rounds.over
     assert driver.turns() == "cab"
 
 
@@ -147,18 +219,18 @@ def test_a_round_that_ends_early_keeps_who_had_no_turn_in_front() -> None:
 def test_a_withheld_subject_keeps_its_tickets() -> None:
     driver = Driver()
     driver.wait("aab")
-    driver.lane.withhold("a")
+    driver.rounds.withhold("a")
     assert driver.turns() == "b"
-    assert driver.lane.waiting == 2
-    assert [ticket.subject for ticket in driver.lane.order()] == ["a", "a"]
-    driver.lane.enter("a", late=False)
+    assert driver.rounds.waiting == 2
+    assert [ticket.subject for ticket in driver.rounds.order()] == ["a", "a"]
+    driver.rounds.enter("a", late=False)
     assert driver.turns() == "aa"
 
 
 def test_entering_twice_changes_nothing() -> None:
     driver = Driver()
     driver.wait("ab")
-    driver.lane.enter("a", late=True)
+    driver.rounds.enter("a", late=True)
     assert driver.turns() == "ab"
 
 
@@ -175,8 +247,8 @@ def test_who_was_failed_by_a_worker_goes_first() -> None:
 def test_a_turn_elsewhere_counts_here() -> None:
     driver = Driver()
     driver.wait("abc")
-    driver.lane.had_turn("a")
-    driver.lane.had_turn("x")
+    driver.rounds.had_turn("a")
+    driver.rounds.had_turn("x")
     driver.wait("x")
     assert driver.turns() == "bcax"
 
@@ -189,7 +261,7 @@ def test_a_subject_is_withheld_at_its_limit_from_all_of_its_lanes() -> None:
     for driver in (one, two):
         driver.wait("a")
     who = Subject("a")
-    who.lanes = {one.lane: None, two.lane: None}
+    who.rounds = {one.rounds: None, two.rounds: None}
     for running, limit, free in [
         (0, 0, True),
         (9, 0, True),
@@ -202,7 +274,7 @@ def test_a_subject_is_withheld_at_its_limit_from_all_of_its_lanes() -> None:
         who.running, who.limit = running, limit
         who.review()
         assert who.withheld is not free
-        assert one.lane.open is two.lane.open is free
+        assert one.rounds.open is two.rounds.open is free
     assert repr(who) == "<Subject 'a' running=1 of 2>"
 
 
@@ -223,7 +295,7 @@ def test_while_one_waits_no_other_has_two_turns(steps: list[str], most: int) -> 
             del since[had]
             since = {each: turns + had for each, turns in since.items()}
             assert all(turns.count(had) == 1 for turns in since.values())
-            if driver.lane.oldest(had) is not None:
+            if driver.rounds.oldest(had) is not None:
                 since[had] = ""
     assert "".join(sorted(set(driver.turns()))) == "".join(sorted(since))
 
@@ -235,7 +307,7 @@ def test_the_order_foretells_the_turns(came: list[str], before: int) -> None:
     driver.wait("".join(came[:half]))
     driver.turns(before)
     driver.wait("".join(came[half:]))
-    foretold = [ticket.number for ticket in driver.lane.order()]
+    foretold = [ticket.number for ticket in driver.rounds.order()]
     assert [driver.turn().number for _ in foretold] == foretold
 
 
@@ -246,8 +318,8 @@ def test_who_goes_first_has_one_place_and_not_two() -> None:
         driver.wait("ab")
         driver.wait("c", late=late)
         driver.wait("c", first=True)
-        assert list(driver.lane._now).count("c") == 1
-        assert "c" not in driver.lane._after
+        assert list(driver.rounds._now).count("c") == 1
+        assert "c" not in driver.rounds._after
         assert driver.turns(2) == "ca"
 
 
@@ -257,10 +329,51 @@ def test_a_subject_comes_back_as_one_that_has_something_running_or_has_not() -> 
         driver = Driver()
         driver.wait("a")
         subject = Subject("a")
-        subject.lanes[driver.lane] = None
+        subject.rounds[driver.rounds] = None
         subject.limit, subject.running = running + 1, running + 1
         subject.review()
-        assert not driver.lane.open
+        assert not driver.rounds.open
         subject.running = running
         subject.review()
-        assert list(getattr(driver.lane, ring)) == ["a"]
+        assert list(getattr(driver.rounds, ring)) == ["a"]
+
+
+# --- Counts ------------------------------------------------------------------------
+
+STEPS = st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=60)
+
+
+def test_nobody_has_most_of_nothing() -> None:
+    many = Counts()
+    assert (many.largest, many.total, many.count("a")) == (None, 0, 0)
+
+
+def test_of_several_with_as_many_it_is_the_one_that_has_them_for_longest() -> None:
+    many = Counts()
+    for subject in "abab":
+        many.add(subject)
+    assert many.largest == "a"
+    many.remove("a")
+    many.add("a")
+    assert many.largest == "b"
+    assert repr(many) == "<Counts {'b': 2, 'a': 2}>"
+
+
+@given(STEPS)
+def test_it_is_as_if_all_were_counted_each_time(steps: list[tuple[str, bool]]) -> None:
+    many, counts = Counts(), Counter[str]()
+    for subject, comes in steps:
+        if comes or not counts[subject]:
+            many.add(subject)
+            counts[subject] += 1
+        else:
+            many.remove(subject)
+            counts[subject] -= 1
+        assert many.total == counts.total()
+        assert all(many.count(each) == counts[each] for each in "abcd")
+        most = max(counts.values())
+        if most:
+            assert many.largest is not None
+            assert counts[many.largest] == most
+        else:
+            assert many.largest is None

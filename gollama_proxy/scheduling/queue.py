@@ -1,0 +1,337 @@
+"""The admission queue: a lease for each attempt, at once or after a wait.
+
+`Admission` decides whose turn it is; requests wait here, each on one future.  A slot is
+handed out as a lease, so that no other request can have it between the turn and the
+moment when its task runs.  The slot is free again when the lease is released.
+
+A request waits for one of two things:
+
+* a slot, while workers are available for it: until its turn comes, another request
+  displaces it, `queue.timeout` is over, or no worker is available any more;
+* a worker, while none is available for it: until a worker comes back, for at most as
+  many seconds as its `patience`, and only as long as its plan sees a chance of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from gollama_proxy.config.settings import Queue as Settings
+from gollama_proxy.fleet.lease import Lease, Result
+from gollama_proxy.scheduling.admission import Admission, Place
+from gollama_proxy.scheduling.balancer import Balancer, Plan
+from gollama_proxy.scheduling.turns import Priority, Ticket
+
+# Seconds between two notices to a client that waits.
+EVERY = 5.0
+# Longest wait, in seconds, for the worker that has a conversation in its prompt cache
+# while another one is free.  It does not grow with `queue.timeout`, which is the time
+# before a request fails; this request could be answered at once.
+MOST_PATIENCE = 30.0
+
+Notify = Callable[[Place], Awaitable[None]]
+CallLater = Callable[[float, Callable[[], object]], asyncio.TimerHandle]
+
+
+class Request(Protocol):
+    """What the queue reads of a request, and what it keeps there."""
+
+    @property
+    def subject(self) -> str: ...
+    @property
+    def priority(self) -> Priority: ...
+    @property
+    def max_concurrency(self) -> int:
+        """Requests of the subject that may run at once; 0 is no limit."""
+
+    @property
+    def needs_slot(self) -> bool:
+        """Whether its attempts generate; others are not limited by slots."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    ticket: Ticket | None  # while it waits or runs
+    waited: float  # seconds for which no worker was available for it
+
+
+class _Waiter(NamedTuple):
+    """A request that waits for a slot; None sends it back to its plan."""
+
+    plan: Plan
+    future: asyncio.Future[Lease | None]
+
+
+class Queue:
+    """Hands out the slots of all workers.  `clock` returns monotonic seconds.
+
+    `call_later` takes the place of the event loop's.
+    """
+
+    def __init__(
+        self,
+        balancer: Balancer,
+        settings: Settings,
+        clock: Callable[[], float],
+        call_later: CallLater | None = None,
+    ) -> None:
+        self.admission = Admission(settings, clock)
+        self.admission.on_displaced = self._displace
+        self._balancer = balancer
+        self._registry = balancer.registry
+        self._clock = clock
+        self._call_later = call_later
+        self._notice = settings.notice
+        self._patience = min(MOST_PATIENCE, settings.timeout / 2)
+        self._waiters: dict[Ticket, _Waiter] = {}
+        # Had their turn, and cannot have the slots that are free, or do not want them.
+        self._passed_over: list[Ticket] = []
+        self._stranded: dict[asyncio.Future[None], Plan] = {}  # without a worker
+        for worker in self._registry.workers:
+            worker.on_free = self.look_for_slots
+
+    def __repr__(self) -> str:
+        return (
+            f"<Queue {self.admission!r} passed_over={len(self._passed_over)} "
+            f"stranded={len(self._stranded)}>"
+        )
+
+    # --- What a request does ------------------------------------------------------
+
+    def try_acquire(self, request: Request) -> Lease | None:
+        """Return a lease if the request may have one at once; None if it has to wait.
+
+        It has to wait if no slot is free, if other requests go first, if its subject
+        is at its limit, or if the policy wants it to wait for a better worker.
+        """
+        plan = request.plan
+        candidates = plan.candidates()
+        if not request.needs_slot:
+            worker = self._balancer.pick(plan, candidates) if candidates else None
+            return None if worker is None else worker.lease(plan.pool.model, slot=False)
+        free = [worker for worker in candidates if worker.free > 0]
+        if not free:
+            return None
+        model = plan.pool.model
+        if request.ticket is None:
+            request.ticket = self.admission.admit(
+                request.subject, model, request.priority, request.max_concurrency
+            )
+            if request.ticket is None:
+                return None
+        # It may wait for a better worker than those if there is room to wait.
+        patience = self._patience if self.admission.has_room else 0.0
+        worker = self._balancer.pick(plan, free, patience)
+        return None if worker is None else worker.lease(model)
+
+    async def acquire(
+        self, request: Request, patience: float = 0.0, notify: Notify | None = None
+    ) -> Lease:
+        """Wait for a lease of a worker for the next attempt.
+
+        A request for which no worker is available waits for one, for `patience`
+        seconds over all calls, as long as its plan sees a chance.  `notify` is awaited
+        with its place after `queue.notice` seconds in the queue, and then repeatedly.
+        When the request has ended, `leave()` gives back its place.
+
+        Raises:
+            NoWorkerError: 503 no worker is available, 429 the queue is full, 503 the
+                wait for a slot took too long.
+        """
+        first = False
+        while True:
+            lease = self.try_acquire(request)
+            if lease is not None:
+                return lease
+            first = first or request.ticket is not None
+            if request.plan.candidates():
+                lease = await self._wait_for_slot(request, notify, first=first)
+                if lease is not None:
+                    return lease
+                first = True
+            elif not await self._wait_for_worker(request, patience):
+                raise self._balancer.no_worker(request.plan)
+
+    def leave(self, request: Request) -> None:
+        """End the request's stay, which may let in another one of its subject."""
+        if request.ticket is not None:
+            self.admission.leave(request.ticket)
+            request.ticket = None
+            self.hand_out()
+
+    # --- Waiting for a slot -------------------------------------------------------
+
+    async def _wait_for_slot(
+        self, request: Request, notify: Notify | None, *, first: bool
+    ) -> Lease | None:
+        """Wait in the queue; None if the plan has to be consulted again.
+
+        With `first` the request goes before all others: a worker has failed it.
+        """
+        ticket = self._join(request, first=first)
+        future: asyncio.Future[Lease | None]
+        future = asyncio.get_running_loop().create_future()
+        self._waiters[ticket] = _Waiter(request.plan, future)
+        left = self.admission.deadline(ticket) - self._clock()
+        timer = self._after(left, partial(self._expire, ticket))
+        lease = None
+        try:
+            self.hand_out()
+            if notify is not None and self._notice:
+                await self._notify(ticket, future, notify)
+            lease = await future
+        except BaseException:
+            _release(future)
+            raise
+        finally:
+            timer.cancel()
+            del self._waiters[ticket]
+            if lease is None:
+                if ticket in self._passed_over:
+                    self._passed_over.remove(ticket)
+                self.leave(request)
+        return lease
+
+    def _join(self, request: Request, *, first: bool) -> Ticket:
+        if request.ticket is not None:
+            self.admission.leave(request.ticket)
+            request.ticket = None
+        model = request.plan.pool.model
+        subject, limit = request.subject, request.max_concurrency
+        try:
+            request.ticket = self.admission.join(
+                subject, model, request.priority, limit, first=first
+            )
+        except BaseException:
+            self.hand_out()  # the ticket that was given up may let in another request
+            raise
+        return request.ticket
+
+    async def _notify(
+        self, ticket: Ticket, future: asyncio.Future[Lease | None], notify: Notify
+    ) -> None:
+        """Notify the client of its place now and then until the future is done."""
+        wait = self._notice
+        while not future.done():
+            due = asyncio.get_running_loop().create_future()
+            timer = self._after(wait, partial(_finish, due))
+            try:
+                await asyncio.wait((future, due), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                timer.cancel()
+            if not future.done():
+                await notify(self.admission.place(ticket))
+                wait = EVERY
+
+    def _expire(self, ticket: Ticket) -> None:
+        future = self._waiters[ticket].future
+        if not future.done():
+            future.set_exception(self.admission.too_late(ticket))
+
+    def _displace(self, ticket: Ticket) -> None:
+        future = self._waiters[ticket].future
+        if not future.done():
+            future.set_exception(self.admission.no_room(ticket.model))
+
+    # --- Waiting for a worker -----------------------------------------------------
+
+    async def _wait_for_worker(self, request: Request, patience: float) -> bool:
+        """Wait until a worker is available; return False if there will be none."""
+        plan, began = request.plan, self._clock()
+        end = began + patience - request.waited
+        try:
+            while not plan.candidates():
+                left = end - self._clock()
+                if left <= 0 or not plan.can_wait(left):
+                    return False
+                # A breaker reopens by the clock; all else is a worker's transition.
+                await self._wait_for_change(plan, min(left, plan.reopens_in()))
+        finally:
+            request.waited += self._clock() - began
+        return True
+
+    async def _wait_for_change(self, plan: Plan, seconds: float) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._stranded[future] = plan
+        timer = self._after(seconds, partial(_finish, future))
+        try:
+            await future
+        finally:
+            timer.cancel()
+            del self._stranded[future]
+
+    def _after(
+        self, seconds: float, callback: Callable[[], object]
+    ) -> asyncio.TimerHandle:
+        call_later = self._call_later or asyncio.get_running_loop().call_later
+        return call_later(seconds, callback)
+
+    # --- When something has changed -----------------------------------------------
+
+    def look_for_slots(self) -> None:
+        """Take in that a slot may have come free, or a worker come back."""
+        if self._waiters:
+            self.hand_out()
+        if self._stranded:
+            for future, plan in self._stranded.items():
+                if plan.candidates():
+                    _finish(future)
+
+    def look_again(self) -> None:
+        """Take in that workers may have changed in any way, or time has passed.
+
+        Requests that wait for slots of a pool without workers go back to their plan:
+        some have a fallback.
+        """
+        for waiter in self._waiters.values():
+            if not waiter.plan.pool.available:
+                _finish(waiter.future)
+        self.look_for_slots()
+
+    def hand_out(self) -> None:
+        """Give the slots that are free to the requests that wait for them."""
+        if not self._waiters:
+            return
+        self._passed_over = [
+            each for each in self._passed_over if not self._serve(each)
+        ]
+        while models := [m for m in self.admission.wanted() if self._has_free(m)]:
+            ticket = self.admission.next(models)
+            if ticket is None:
+                return
+            if not self._serve(ticket):
+                self._passed_over.append(ticket)
+
+    def _has_free(self, model: str) -> bool:
+        return any(worker.free > 0 for worker in self._registry.pool(model).available)
+
+    def _serve(self, ticket: Ticket) -> bool:
+        """Give a ticket a slot, if one is free that it may have."""
+        plan, future = self._waiters[ticket]
+        if future.done():
+            return True
+        free = [worker for worker in plan.candidates() if worker.free > 0]
+        if not free:
+            return False
+        patience = ticket.joined_at + self._patience - self._clock()
+        worker = self._balancer.pick(plan, free, max(patience, 0.0))
+        if worker is None:
+            return False
+        future.set_result(worker.lease(plan.pool.model))
+        return True
+
+
+def _finish(future: asyncio.Future[None] | asyncio.Future[Lease | None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _release(future: asyncio.Future[Lease | None]) -> None:
+    """Give back what a request was given that does not wait for it any more."""
+    if future.cancel() or future.cancelled() or future.exception() is not None:
+        return
+    if (lease := future.result()) is not None:
+        lease.release(Result.CLIENT_GONE)
