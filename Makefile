@@ -12,8 +12,11 @@ WORKERS ?=
 PORT    ?= 8000
 # Another checkout, whose hub `make bench` is to measure beside this one.
 BEFORE  ?=
-# The program to compare with; empty: the one on the PATH, if there is one.
+# Not empty: a run of a minute, which writes no file.
+QUICK   ?=
+# The programs to compare with; empty: those on the PATH, if they are there.
 VLLM_ROUTER ?=
+SMG     ?=
 # Ruff has no setup.cfg reader, so its settings are here.
 RUFF    := $(BIN)/ruff
 RUFF_OPTIONS := --isolated --line-length 88 --target-version py311
@@ -34,8 +37,9 @@ help:
 	@echo "make soak     20,000 requests with faults, after which nothing may be left"
 	@echo "make fuzz     bytes that nobody thought of, for every reader, a minute each"
 	@echo "make mutants  faults put into the code one by one, which the tests must notice"
-	@echo "make bench    cost per relayed token beside nginx and a plain aiohttp proxy"
-	@echo "              (or BEFORE=DIR: beside the hub of another checkout)"
+	@echo "make bench    what requests, streams and tokens cost, beside other proxies, into"
+	@echo "              benchmarks/RESULTS.md (QUICK=1: a minute, only printed; BEFORE=DIR:"
+	@echo "              the hub of another checkout, too; VLLM_ROUTER=PATH, SMG=PATH)"
 	@echo "make bench-faults  what a stopped worker costs the clients of the others"
 	@echo "make bench-routing the routing policies before unequal workers, beside nginx"
 	@echo "              and vllm-router (VLLM_ROUTER=PATH), as a Markdown table"
@@ -108,7 +112,9 @@ mutants: $(STAMP)
 	$(BIN)/python -m tests.mutants
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.relay $(if $(BEFORE),--before "$(BEFORE)")
+	@$(BIN)/python -m benchmarks.cost $(if $(QUICK),--quick,--output benchmarks) \
+	  $(if $(BEFORE),--before "$(BEFORE)") \
+	  $(if $(VLLM_ROUTER),--vllm-router "$(VLLM_ROUTER)") $(if $(SMG),--smg "$(SMG)")
 
 bench-faults: $(STAMP)
 	$(BIN)/python -m benchmarks.faults

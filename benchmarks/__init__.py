@@ -1,1 +1,1 @@
-"""What the hub costs, measured beside other proxies: `python -m benchmarks.relay`."""
+"""What the hub costs, measured beside other proxies: `python -m benchmarks.cost`."""

@@ -87,10 +87,9 @@ class Visit(StreamClient):
 
     def __init__(self, job: Job, number: int, tally: Tally) -> None:
         super().__init__(job, number, tally)
-        self.worker = ""  # that answered, as the hub tells
-        self.first: float | None = None  # the wait for the first event of an answer
-        self.longest = 0.0  # the longest wait for anything, in its middle too
-        self.began = self._heard = time.monotonic()
+        self.worker = ""  # from the hub's response header
+        self.longest = 0.0  # the longest wait for any byte
+        self._heard = self.began
 
     def __repr__(self) -> str:
         return f"<Visit {self.first} {self.worker} {self.flaw!r}>"
@@ -110,11 +109,6 @@ class Visit(StreamClient):
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"x-gollama-worker":
             self.worker = value.decode()
-
-    def on_body(self, body: bytes) -> None:
-        if self.first is None and self._parser.get_status_code() == 200:
-            self.first = self._heard - self.began
-        super().on_body(body)
 
     def _hear(self) -> None:
         now = time.monotonic()

@@ -1,7 +1,7 @@
 """What llama-server sends, byte for byte where it matters to a proxy, and its requests.
 
-The chunked event stream with its connection closed at the end, the kept-open JSON
-answer, /health, /v1/models and /props.
+The chunked event stream, after which the connection is closed; JSON answers, after
+which it is kept open; /health, /v1/models and /props.
 """
 
 from __future__ import annotations
@@ -74,6 +74,20 @@ COMPLETION = answer(
         "object": "chat.completion",
         "usage": {"completion_tokens": 3, "prompt_tokens": 12, "total_tokens": 15},
         "id": "chatcmpl-S5QmFoA4tGzUoVBZVxwSXaJvhGKMtpiY",
+    }
+)
+EMBEDDING = answer(
+    {
+        "model": MODEL,
+        "object": "list",
+        "usage": {"prompt_tokens": 12, "total_tokens": 12},
+        "data": [
+            {
+                "embedding": [round(0.03 * (n % 7 - 3), 6) for n in range(32)],
+                "index": 0,
+                "object": "embedding",
+            }
+        ],
     }
 )
 NOT_FOUND = answer(
@@ -169,6 +183,9 @@ class Connection(asyncio.Protocol):
         self._body += body
 
     def on_message_complete(self) -> None:
+        if self._path == b"/v1/embeddings":
+            self.transport.write(EMBEDDING)
+            return
         if self._path != b"/v1/chat/completions":
             self.transport.write(self._pages.get(self._path, NOT_FOUND))
             return

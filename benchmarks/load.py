@@ -1,14 +1,18 @@
 """The clients of a measurement, in a process of their own.
 
-Its job is the first line on standard input, as JSON (see `Job`).  What it has to say
-is one JSON object per line on standard output:
+The first line on standard input is the job, as JSON (see `Job`).  Events are written to
+standard output, one JSON object per line:
 
-    {"event": "open"}                       every client is at work
-    {"event": "count", "count": 8012}       the answer to each further line of input
-    {"event": "end", "count": 85000, "complete": 200, "peak": 200, "broken": {}}
+    {"event": "open"}                       every client has its first bytes
+    {"event": "count", "count": 8012, "open": 200}
+                                            the reply to each further line of input
+    {"event": "end", "count": 85000, "complete": 200, "peak": 200, "broken": {},
+     "first": 0.0041}
 
-`count` is of tokens that arrived, or of short requests that were answered.  The end of
-standard input ends the process: nobody is listening any more.
+`count` is the number of tokens that arrived or, where clients repeat a request, of
+complete answers; `open`, the number of clients whose answers have not ended; `first`,
+the median time to the first token of a stream, in seconds.  The process ends when its
+standard input is closed.
 """
 
 from __future__ import annotations
@@ -17,8 +21,11 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import StrEnum
+from statistics import median
 from typing import Any
 
 import httptools
@@ -26,36 +33,61 @@ import uvloop
 
 TOKEN = b'"delta":{"content":"'
 DONE = b"data: [DONE]\n\n"
-# Opened one by one up to here, so that no accept queue on the way overflows.
+WORD = b" we"  # each token of the worker's answers
+# Streams that wait for their first token, so that no accept queue on the way overflows.
 OPENING_AT_ONCE = 64
+
+CHAT_PATH = "/v1/chat/completions"
+
+
+class Kind(StrEnum):
+    """What the clients ask for."""
+
+    EMBEDDING = "embedding"
+    STREAM = "stream"
+    CHAT = "chat"  # in one piece
 
 
 @dataclass(frozen=True)
 class Job:
-    """Streams of `max_tokens` tokens each; with none, short requests for `seconds`."""
+    """What the clients do.
+
+    Each client sends one request; with `seconds`, each repeats it on the same
+    connection for that long.  With `burst`, clients connect as fast as they can.
+    """
 
     port: int
     clients: int
+    kind: str = Kind.STREAM
     max_tokens: int = 0
     seconds: float = 0.0
+    burst: bool = False
     bearers: list[str] = field(default_factory=lambda: ["none"])
 
     def request(self, client: int) -> bytes:
-        """Spell the request that the client of this number sends."""
-        document: dict[str, Any] = {
+        """Return the request of the client with this number."""
+        bearer = self.bearers[client % len(self.bearers)]
+        question = "Answer yes, at some length."
+        if self.kind == Kind.EMBEDDING:
+            document: dict[str, Any] = {"model": "paced", "input": question}
+            return spell(self.port, bearer, document, "/v1/embeddings")
+        document = {
             "model": "paced",
-            "messages": [{"role": "user", "content": "Say yes, at some length."}],
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": self.max_tokens,
         }
-        if self.max_tokens:
-            document |= {"stream": True, "max_tokens": self.max_tokens}
-        return spell(self.port, self.bearers[client % len(self.bearers)], document)
+        if self.kind == Kind.STREAM:
+            document["stream"] = True
+        return spell(self.port, bearer, document)
 
 
-def spell(port: int, bearer: str, document: dict[str, Any]) -> bytes:
-    """Spell the request for a chat completion."""
+def spell(
+    port: int, bearer: str, document: dict[str, Any], path: str = CHAT_PATH
+) -> bytes:
+    """Return a POST request with a JSON body."""
     body = json.dumps(document).encode()
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\n"
+        f"POST {path} HTTP/1.1\r\n"
         f"Host: 127.0.0.1:{port}\r\n"
         f"Authorization: Bearer {bearer}\r\n"
         "Content-Type: application/json\r\n"
@@ -66,13 +98,14 @@ def spell(port: int, bearer: str, document: dict[str, Any]) -> bytes:
 
 @dataclass
 class Tally:
-    """What the clients saw."""
+    """What all clients together received."""
 
     count: int = 0
     open: int = 0
     peak: int = 0
     complete: int = 0
     broken: Counter[str] = field(default_factory=Counter)
+    firsts: list[float] = field(default_factory=list)  # seconds
 
 
 class Client(asyncio.Protocol):
@@ -83,10 +116,13 @@ class Client(asyncio.Protocol):
         self._tally = tally
         self._parser = httptools.HttpResponseParser(self)
         self._over = False
-        self.flaw = ""  # why it is not complete, once it has ended
+        self.flaw = ""  # why the answer is incomplete, once it has ended
         loop = asyncio.get_running_loop()
         self.started: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} over={self._over} {self.flaw!r}>"
 
     def connection_made(self, transport: asyncio.WriteTransport) -> None:
         self._transport = transport
@@ -104,7 +140,7 @@ class Client(asyncio.Protocol):
             self._end(f"not HTTP: {exc}")
 
     def refuse(self, why: str) -> None:
-        """End what never came to be connected."""
+        """Record that the connection could not be made."""
         self.flaw = why
         self.ended.set_result(None)
 
@@ -130,18 +166,23 @@ class Client(asyncio.Protocol):
 
 
 class StreamClient(Client):
-    """Reads one stream and judges at its end whether all of it came."""
+    """Reads one stream and checks at its end that every token arrived."""
 
     def __init__(self, job: Job, number: int, tally: Tally) -> None:
         super().__init__(job.request(number), tally)
         self._max_tokens = job.max_tokens
         self._tokens = 0
         self._tail = b""
+        self.began = time.monotonic()
+        self.first: float | None = None  # seconds to the first token
 
     def on_body(self, body: bytes) -> None:
+        if self.first is None and self._parser.get_status_code() == 200:
+            self.first = time.monotonic() - self.began
+            self._tally.firsts.append(self.first)
         self._start()
-        # A proxy may cut anywhere.  The tail is shorter than what is counted, so
-        # nothing is counted twice.
+        # A proxy may split the stream anywhere.  The tail that is kept is shorter than
+        # the pattern, so nothing is counted twice.
         body = self._tail + body
         tokens = body.count(TOKEN)
         self._tail = body[1 - len(TOKEN) :]
@@ -160,28 +201,46 @@ class StreamClient(Client):
             self._end()
 
 
-class RequestClient(Client):
-    """Asks again as soon as it is answered, until it is told to stop."""
+class RepeatingClient(Client):
+    """Repeats its request on one connection, and checks each answer."""
 
-    stopping = False
+    stopping = False  # of all clients
 
     def __init__(self, job: Job, number: int, tally: Tally) -> None:
         super().__init__(job.request(number), tally)
+        self._job = job
+        self._body = b""
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
 
     def on_message_complete(self) -> None:
         self._start()
-        if (status := self._parser.get_status_code()) != 200:
-            self._end(f"status {status}")
+        if flaw := self._find_flaw():
+            self._end(flaw)
             return
         self._tally.count += 1
         if self.stopping:
             self._end()
         else:
+            self._body = b""
             self._transport.write(self._request)
+
+    def _find_flaw(self) -> str:
+        if (status := self._parser.get_status_code()) != 200:
+            return f"status {status}"
+        if self._job.kind == Kind.EMBEDDING:
+            return "" if b'"embedding"' in self._body else "no embedding"
+        tokens = self._body.count(WORD)
+        if missing := self._job.max_tokens - tokens:
+            return f"{missing} of {self._job.max_tokens} tokens missing"
+        if self._job.kind == Kind.STREAM and not self._body.endswith(DONE):
+            return "no [DONE]"
+        return ""
 
 
 async def run(job: Job) -> None:
-    """Do the job and tell how it went."""
+    """Do the job and report the result."""
     tally = Tally()
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
@@ -189,7 +248,7 @@ async def run(job: Job) -> None:
 
     def on_command() -> None:
         if os.read(sys.stdin.fileno(), 4096):
-            _say("count", count=tally.count)
+            _report("count", count=tally.count, open=tally.open)
         else:
             loop.remove_reader(sys.stdin)
             task.cancel()
@@ -197,24 +256,25 @@ async def run(job: Job) -> None:
     loop.add_reader(sys.stdin, on_command)
     clients = await _open(job, tally)
     await asyncio.gather(*[client.started for client in clients])
-    _say("open")
-    if not job.max_tokens:
+    _report("open")
+    if job.seconds:
         await asyncio.sleep(job.seconds)
-        RequestClient.stopping = True
+        RepeatingClient.stopping = True
     await asyncio.gather(*[client.ended for client in clients])
-    _say(
+    _report(
         "end",
         count=tally.count,
         complete=tally.complete,
         peak=tally.peak,
         broken=dict(tally.broken.most_common(5)),
+        first=median(tally.firsts) if tally.firsts else 0.0,
     )
 
 
 async def _open(job: Job, tally: Tally) -> list[Client]:
     loop = asyncio.get_running_loop()
-    opening = asyncio.Semaphore(OPENING_AT_ONCE)
-    kind = StreamClient if job.max_tokens else RequestClient
+    opening = asyncio.Semaphore(job.clients if job.burst else OPENING_AT_ONCE)
+    kind = RepeatingClient if job.seconds else StreamClient
     clients: list[Client] = []
     for number in range(job.clients):
         await opening.acquire()
@@ -225,7 +285,7 @@ async def _open(job: Job, tally: Tally) -> list[Client]:
     return clients
 
 
-def _say(event: str, **more: Any) -> None:
+def _report(event: str, **more: Any) -> None:
     print(json.dumps({"event": event, **more}), flush=True)
 
 
@@ -234,7 +294,7 @@ def main() -> None:
     try:
         uvloop.run(run(job))
     except asyncio.CancelledError:
-        sys.exit("benchmarks.load: standard input ended before the job did")
+        sys.exit("benchmarks.load: standard input was closed before the job was done")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One measurement: a load on a proxy, and what it costs while all clients are open."""
+"""Single measurements: a load on a proxy, and what it costs the proxy."""
 
 from __future__ import annotations
 
@@ -6,90 +6,180 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks.children import BenchmarkError, last_words, spawn
-from benchmarks.load import Job
+from benchmarks.load import Job, Kind
 from benchmarks.proxies import Proxy
 
-WARM_UP = 2.0
-REQUEST_CLIENTS = 32
-REQUEST_SECONDS = 3.0
-REQUEST_WARM_UP = 0.5
-# Streams that any proxy here can open in a second; they last that much longer.
+CLIENTS = 32  # that repeat a request
+WARM_UP = 0.5
+PATIENCE = 90.0  # seconds for a load to end, beyond those that it should take
+# Streams that any proxy here can open in a second.
 OPENED_PER_SECOND = 400
+SLACK = 1.5  # seconds that streams last longer than planned, on a busy machine
+SETTLE = 1.0  # seconds from the opening of the last stream to the reading of memory
+ENDLESS = 1_000_000  # tokens
+POLL = 0.002
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One proxy's cost in one round."""
+    """The cost of one load."""
 
-    microseconds: float  # of CPU time, per token or per short request
-    rate: float  # of those, per second
-    memory: int
-    peak: int  # clients at once
+    microseconds: float  # of CPU time, per token or per answer
+    rate: float  # tokens or answers per second
 
 
-async def measure(proxy: Proxy, job: Job, warm_up: float, seconds: float) -> Sample:
-    """Put the job's load on a proxy and take what it costs while all clients are open.
+# --- CPU time ---------------------------------------------------------------------
 
-    Raises:
-        BenchmarkError: when an answer was broken or a token did not arrive.
+
+async def measure_answers(
+    proxy: Proxy, kind: Kind, tokens: int, seconds: float
+) -> Sample:
+    """Measure the CPU time of an answer, with clients that repeat their request."""
+    lasting = WARM_UP + seconds + 0.2
+    job = Job(proxy.port, CLIENTS, kind, tokens, seconds=lasting, bearers=proxy.bearers)
+    return await _measure(proxy, job, WARM_UP, seconds)
+
+
+async def measure_tokens(
+    proxy: Proxy, streams: int, rate: float, seconds: float
+) -> Sample:
+    """Measure the CPU time of a relayed token while all streams are open.
+
+    The opening and the end of the streams are not part of it.
     """
+    lasting = streams / OPENED_PER_SECOND + WARM_UP + seconds + SLACK
+    tokens = ceil(rate * lasting)
+    job = Job(proxy.port, streams, Kind.STREAM, tokens, bearers=proxy.bearers)
+    return await _measure(proxy, job, WARM_UP, seconds)
+
+
+async def _measure(proxy: Proxy, job: Job, warm_up: float, seconds: float) -> Sample:
+    async with _running(proxy, job, warm_up + seconds) as load:
+        await load.expect("open")
+        await asyncio.sleep(warm_up)
+        started, cpu, count = time.monotonic(), proxy.cpu_seconds(), await load.count()
+        await asyncio.sleep(seconds)
+        cpu, count = proxy.cpu_seconds() - cpu, await load.count() - count
+        seconds = time.monotonic() - started
+        await _finish(proxy, job, load)
+    if not count:
+        raise BenchmarkError(f"{proxy.name}: nothing arrived in {seconds:.0f} s")
+    return Sample(cpu / count * 1e6, count / seconds)
+
+
+# --- Time and memory --------------------------------------------------------------
+
+
+async def measure_burst(proxy: Proxy, streams: int, tokens: int) -> float:
+    """Open streams as fast as one client can; return the median wait, in seconds.
+
+    The wait is from the start of the connection to the first token.
+    """
+    job = Job(
+        proxy.port, streams, Kind.STREAM, tokens, burst=True, bearers=proxy.bearers
+    )
+    async with _running(proxy, job, 0) as load:
+        await load.expect("open")
+        return (await _finish(proxy, job, load))["first"]
+
+
+async def measure_memory(proxy: Proxy, streams: int) -> float:
+    """Return the bytes of resident memory that one more stream takes.
+
+    It is the slope between a quarter of the streams and all of them, so that what is
+    allocated once does not count.  The clients leave before the end of their streams.
+    """
+    few = streams // 4
+    first, rest = (
+        Job(proxy.port, count, Kind.STREAM, ENDLESS, bearers=proxy.bearers)
+        for count in (few, streams - few)
+    )
+    async with _running(proxy, first, PATIENCE) as one:
+        await one.expect("open")
+        await asyncio.sleep(SETTLE)
+        memory = proxy.memory()
+        async with _running(proxy, rest, PATIENCE) as other:
+            await other.expect("open")
+            await asyncio.sleep(SETTLE)
+            memory = proxy.memory() - memory
+            held = await one.open() + await other.open()
+    if held < streams:
+        raise BenchmarkError(f"{proxy.name}: only {held:,} streams were open at once")
+    return memory / (streams - few)
+
+
+async def measure_start(proxy: Proxy) -> float:
+    """Start the proxy and stop it; return the seconds until its first answer."""
+    request = Job(proxy.port, 1, Kind.EMBEDDING, bearers=proxy.bearers).request(0)
+    request = request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+    started = time.monotonic()
+    async with proxy.started():
+        while time.monotonic() < started + PATIENCE:
+            if await asyncio.to_thread(_is_answered, proxy.port, request):
+                return time.monotonic() - started
+            await asyncio.sleep(POLL)
+    raise BenchmarkError(f"{proxy.name}: no answer; {last_words(proxy.log)}")
+
+
+def _is_answered(port: int, request: bytes) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
+            connection.sendall(request)
+            return connection.recv(64).startswith(b"HTTP/1.1 200 ")
+    except OSError:
+        return False
+
+
+# --- The process of the clients ---------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _running(proxy: Proxy, job: Job, seconds: float) -> AsyncIterator[Load]:
+    """Run a load while the context lasts, for a limited time."""
     try:
         async with (
-            asyncio.timeout(warm_up + seconds + 90),
+            asyncio.timeout(seconds + PATIENCE),
             Load.running(job, proxy.folder) as load,
         ):
-            await load.hear("open")
-            await asyncio.sleep(warm_up)
-            clock = asyncio.get_running_loop().time
-            started, cpu, count = clock(), proxy.cpu_seconds(), await load.count()
-            await asyncio.sleep(seconds)
-            cpu, count = proxy.cpu_seconds() - cpu, await load.count() - count
-            seconds, memory = clock() - started, proxy.memory()
-            end = await load.hear("end")
+            yield load
     except TimeoutError:
-        raise BenchmarkError(f"{proxy.name}: no end of the load in sight") from None
-    except psutil.NoSuchProcess:
-        raise BenchmarkError(f"{proxy.name} ended: {last_words(proxy.log)}") from None
-    expected = job.clients * job.max_tokens
+        raise BenchmarkError(f"{proxy.name}: the load did not end") from None
+
+
+async def _finish(proxy: Proxy, job: Job, load: Load) -> dict[str, Any]:
+    """Wait for the end of a load and check that nothing was lost."""
+    end = await load.expect("end")
+    expected = 0 if job.seconds else job.clients * job.max_tokens
     if end["broken"] or (expected and end["count"] != expected):
         tokens = f", {end['count']:,} of {expected:,} tokens" if expected else ""
         raise BenchmarkError(
             f"{proxy.name} lost answers: {end['complete']:,} of {job.clients:,}"
-            f" complete{tokens}; {end['broken']}"
+            f" clients have theirs{tokens}; {end['broken']}"
         )
-    if not count:
-        raise BenchmarkError(f"{proxy.name}: nothing arrived in {seconds:.0f} s")
-    return Sample(cpu / count * 1e6, count / seconds, memory, end["peak"])
-
-
-def stream_job(proxy: Proxy, streams: int, rate: float, seconds: float) -> Job:
-    """Ask for streams that all last until the measuring is over."""
-    lasting = streams / OPENED_PER_SECOND + WARM_UP + seconds + 0.5
-    tokens = ceil(rate * lasting)
-    return Job(proxy.port, streams, max_tokens=tokens, bearers=proxy.bearers)
-
-
-def request_job(proxy: Proxy) -> Job:
-    seconds = REQUEST_WARM_UP + REQUEST_SECONDS + 0.2
-    return Job(proxy.port, REQUEST_CLIENTS, seconds=seconds, bearers=proxy.bearers)
+    if end["peak"] < job.clients:
+        raise BenchmarkError(f"{proxy.name}: only {end['peak']:,} were open at once")
+    return end
 
 
 class Load:
-    """The client process: what is asked of it and what it says."""
+    """The process of the clients: its commands and its events."""
 
     def __init__(self, child: asyncio.subprocess.Process, log: Path) -> None:
         self._child = child
         self._log = log
+
+    def __repr__(self) -> str:
+        return f"<Load pid={self._child.pid}>"
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -97,29 +187,37 @@ class Load:
         log = folder / "load.log"
         async with spawn([sys.executable, "-m", "benchmarks.load"], log) as child:
             load = cls(child, log)
-            await load._tell(json.dumps(dataclasses.asdict(job)))
+            await load._send(json.dumps(dataclasses.asdict(job)))
             yield load
 
-    async def hear(self, event: str) -> dict[str, Any]:
-        """Wait for the next thing the clients say.
+    async def expect(self, event: str) -> dict[str, Any]:
+        """Wait for the next event and return it.
 
         Raises:
-            BenchmarkError: when it is not this event.
+            BenchmarkError: it is another event.
         """
         assert self._child.stdout
         line = await self._child.stdout.readline()
-        said = json.loads(line) if line else {"event": last_words(self._log)}
-        if said["event"] != event:
-            raise BenchmarkError(f"no {event!r} from the clients, but {said}")
-        return said
+        found = json.loads(line) if line else {"event": last_words(self._log)}
+        if found["event"] != event:
+            raise BenchmarkError(f"the clients reported {found}, not {event!r}")
+        return found
 
     async def count(self) -> int:
-        await self._tell("count")
-        return (await self.hear("count"))["count"]
+        """Return the number of tokens, or of answers, so far."""
+        return (await self._ask())["count"]
 
-    async def _tell(self, line: str) -> None:
+    async def open(self) -> int:
+        """Return the number of clients whose answers have not ended."""
+        return (await self._ask())["open"]
+
+    async def _ask(self) -> dict[str, Any]:
+        await self._send("count")
+        return await self.expect("count")
+
+    async def _send(self, line: str) -> None:
         assert self._child.stdin
-        self._child.stdin.write(line.encode() + b"\n")
-        # Should the clients be gone: `hear` finds out, and knows their last words.
-        with contextlib.suppress(ConnectionError):
+        # If the clients are gone, `expect` notices it and reports why.
+        with contextlib.suppress(ConnectionError, RuntimeError):
+            self._child.stdin.write(line.encode() + b"\n")
             await self._child.stdin.drain()

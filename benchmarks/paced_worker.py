@@ -3,7 +3,8 @@
     python -m benchmarks.paced_worker --port 9001 --rate 50
 
 It speaks the part of llama-server that a proxy meets (`llama_wire.py`).  Every stream
-gets the same bytes, encoded once at the start.
+gets the same bytes, encoded once at the start.  Short answers come at 1,000 tokens a
+second, so that many of them fit into a measurement; each token is still sent alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from benchmarks.llama_wire import STREAM_START, TOKEN_CHUNK, pages, stream_end
 SLOTS = 4096
 # libuv's timers count in milliseconds: a finer tick would not be kept.
 TICK = 0.001
+SHORT = 20  # tokens
+SHORT_RATE = 1000.0
 
 
 # --- Pace -------------------------------------------------------------------------
@@ -108,9 +111,11 @@ class Wheel:
 class Connection(llama_wire.Connection):
     """Begins a stream with each request for one."""
 
-    def __init__(self, wheel: Wheel, answers: dict[bytes, bytes]) -> None:
+    def __init__(self, wheel: Wheel, short: Wheel, answers: dict[bytes, bytes]) -> None:
+        """Create it; `short` is the wheel of short answers."""
         super().__init__(answers)
         self._wheel = wheel
+        self._short = short
         self._stream: Stream | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -118,17 +123,20 @@ class Connection(llama_wire.Connection):
             self._wheel.remove(self._stream)
 
     def stream(self, request: dict[str, Any]) -> None:
-        self._stream = Stream(self.transport, max(1, request.get("max_tokens", 16)))
+        tokens = max(1, request.get("max_tokens") or 16)
+        if tokens <= SHORT:
+            self._wheel = self._short  # the connection is closed after the stream
+        self._stream = Stream(self.transport, tokens)
         self.transport.write(STREAM_START)
         self._wheel.add(self._stream)
 
 
 async def serve(port: int, rate: float) -> None:
     """Listen on a port of the loopback interface until cancelled."""
-    wheel, answers = Wheel(rate), pages(SLOTS)
+    wheel, short, answers = Wheel(rate), Wheel(SHORT_RATE), pages(SLOTS)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: Connection(wheel, answers), "127.0.0.1", port, backlog=SLOTS
+        lambda: Connection(wheel, short, answers), "127.0.0.1", port, backlog=SLOTS
     )
     await server.serve_forever()
 

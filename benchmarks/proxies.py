@@ -1,7 +1,8 @@
-"""The proxies that are measured: how each is started, and what it has used up."""
+"""The proxies that are measured: how each is started, and what it has used."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -61,24 +62,38 @@ class Proxy:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run the proxy, ready for requests, while the context lasts."""
-        command, environment = self.command(), self.environment()
-        async with spawn(command, self.log, environment, self.checkout) as child:
+        async with self.started() as child:
             await until_answered(self.port, self.bearers[0], child, self.log)
             process = psutil.Process(child.pid)
             self._processes = [process, *process.children(recursive=True)]
             yield
 
+    @contextlib.asynccontextmanager
+    async def started(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Start the proxy, which ends with the context; it may not be ready yet."""
+        command, environment = self.command(), self.environment()
+        async with spawn(command, self.log, environment, self.checkout) as child:
+            yield child
+
     def cpu_seconds(self) -> float:
-        times = [process.cpu_times() for process in self._processes]
-        return sum(time.user + time.system for time in times)
+        """Return the CPU time that all its processes and threads have used."""
+        return sum(map(_cpu_seconds, self._processes))
 
     def memory(self) -> int:
         """Return the resident bytes of the process that does the work."""
         return max(process.memory_info().rss for process in self._processes)
 
 
+def _cpu_seconds(process: psutil.Process) -> float:
+    if sys.platform == "linux":
+        # What clock_getcpuclockid(3) returns: nanoseconds, where psutil has ticks.
+        return time.clock_gettime((~process.pid << 3) | 2)
+    times = process.cpu_times()
+    return times.user + times.system
+
+
 class Hub(Proxy):
-    """The hub of a checkout, this one or another, as it comes: with authentication."""
+    """The hub of a checkout, with its defaults: authentication, metrics, access log."""
 
     name = "gollama_proxy"
 
@@ -86,7 +101,7 @@ class Hub(Proxy):
         super().__init__(workers, folder)
         self.secret = secrets.token_hex(32)
         self.bearers = [self._mint(f"user-{number}") for number in range(16)]
-        self.settings: dict[str, str] = {}  # what is not as it comes
+        self.settings: dict[str, str] = {}  # those that differ from the defaults
 
     def _mint(self, subject: str) -> str:
         claims = {"sub": subject, "exp": int(time.time()) + 86_400, "scope": "metrics"}
@@ -130,54 +145,27 @@ class Hub(Proxy):
 
 
 def _name(worker: int) -> str:
-    """Tell what the hub calls a worker."""
+    """Return the name that the hub gives a worker."""
     return f"127.0.0.1:{worker}"
 
 
-class PassingHub(Hub):
-    """The hub, with short requests that cost what passing them on costs.
+def before(folder: Path) -> type[Hub]:
+    """Return the class of the hub of another checkout.
 
-    From a worker at a fixed pace, an answer that is assembled would take as long as its
-    stream.
+    Raises:
+        BenchmarkError: Python finds no hub there, or another one.
     """
+    _check(folder)
 
-    def __init__(self, workers: Sequence[int], folder: Path) -> None:
-        super().__init__(workers, folder)
-        self.settings |= _passing_on(self.checkout)
-
-
-def before(folder: Path) -> type[PassingHub]:
-    """Make the kind of proxy that is the hub of another checkout."""
-
-    class Before(PassingHub):
+    class Before(Hub):
         name = "before"
         checkout = folder
 
     return Before
 
 
-def _passing_on(checkout: Path) -> dict[str, str]:
-    """Have no answer assembled; how to say so depends on how old a hub is."""
-    name = "UPSTREAM_ASSEMBLE"
-    # Its name with the default, the help, what is allowed: a line each.
-    row = re.search(rf"GOLLAMA_{name} .*\n.*\n +(.*)", _help(checkout))
-    if row is None:
-        return {}
-    # Else a list of the routes to assemble.
-    return {name: "false" if row[1] == "true or false" else ""}
-
-
-@functools.cache
-def _help(checkout: Path) -> str:
-    """Have the hub of a checkout tell its settings.
-
-    Raises:
-        BenchmarkError: when it is not that checkout's hub that Python finds.
-    """
-    program = (
-        "import gollama_proxy; from gollama_proxy.cli import main;"
-        "print(gollama_proxy.__file__); main(['serve', '--help'])"
-    )
+def _check(checkout: Path) -> None:
+    program = "import gollama_proxy.cli; print(gollama_proxy.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=checkout,
@@ -185,17 +173,24 @@ def _help(checkout: Path) -> str:
         capture_output=True,
         text=True,
     )
-    file, _, told = done.stdout.partition("\n")
-    if not told:
+    if done.returncode:
         why = done.stderr.strip().rpartition("\n")[2]
         raise BenchmarkError(f"the hub in {checkout} does not start: {why}")
+    file = done.stdout.strip()
     if Path(file).resolve().parent != checkout.resolve() / "gollama_proxy":
         raise BenchmarkError(f"there is no hub in {checkout}: Python finds {file}")
-    return told
+
+
+# --- Other programs ---------------------------------------------------------------
 
 
 class Nginx(Proxy):
-    """nginx with one worker process, passing on each piece as it comes."""
+    """nginx with one worker process, passing on each piece as it comes.
+
+    After a stream llama-server closes its connection, although its headers promise to
+    keep it.  nginx would send the next request on it and answer 502; so it is not to
+    reuse these.
+    """
 
     name = "nginx"
     balance = ""  # round-robin
@@ -212,33 +207,41 @@ class Nginx(Proxy):
             fastcgi_temp_path {folder}/fastcgi;
             scgi_temp_path {folder}/scgi;
             uwsgi_temp_path {folder}/uwsgi;
-            upstream worker {{
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_buffering off;
+            upstream reused {{
                 {balance}
                 {servers}
                 keepalive 64;
                 keepalive_requests 1000000;
             }}
+            upstream streaming {{
+                {balance}
+                {servers}
+            }}
             server {{
                 listen 127.0.0.1:{port} backlog=4096;
                 keepalive_requests 1000000;
-                location / {{
-                    proxy_pass http://worker;
-                    proxy_http_version 1.1;
-                    proxy_set_header Connection "";
-                    proxy_buffering off;
-                }}
+                location / {{ proxy_pass http://reused; }}
+                location /v1/chat/ {{ proxy_pass http://streaming; }}
             }}
         }}
     """
 
-    @staticmethod
-    def path() -> str:
-        """Find the program.
+    @classmethod
+    def find(cls) -> str | None:
+        """Return the path of the program, or None where it is not installed."""
+        return shutil.which("nginx", path=SEARCH_PATH)
+
+    @classmethod
+    def path(cls) -> str:
+        """Return the path of the program.
 
         Raises:
-            BenchmarkError: when it is not installed, with the way to get it.
+            BenchmarkError: it is not installed; the text says how to install it.
         """
-        path = shutil.which("nginx", path=SEARCH_PATH)
+        path = cls.find()
         if path is None:
             raise BenchmarkError(
                 "nginx is not installed, and the figures are ratios to it;"
@@ -267,12 +270,126 @@ class Nginx(Proxy):
         return [self.path(), *options]
 
 
-class PlainProxy(Proxy):
-    """aiohttp's server and client with a loop between them, before one worker."""
+class HAProxy(Proxy):
+    """HAProxy with one thread; like nginx, it reuses no connection of a stream."""
 
-    name = "plain aiohttp"
+    name = "HAProxy"
+    CONFIGURATION = """
+global
+    nbthread 1
+    maxconn 4500
+defaults
+    mode http
+    option http-no-delay
+    timeout connect 5s
+    timeout client 300s
+    timeout server 300s
+frontend clients
+    bind 127.0.0.1:{port} backlog 4096
+    use_backend streaming if {{ path_beg /v1/chat/ }}
+    default_backend reused
+backend reused
+    http-reuse always
+    {servers}
+backend streaming
+    http-reuse never
+    option http-server-close
+    {servers}
+"""
+
+    @classmethod
+    def find(cls) -> str | None:
+        """Return the path of the program, or None where it is not installed."""
+        return shutil.which("haproxy", path=SEARCH_PATH)
+
+    @classmethod
+    def version(cls) -> str:
+        path = cls.find()
+        assert path
+        done = subprocess.run([path, "-v"], capture_output=True, text=True)
+        found = re.search(r"version ([\d.]+)", done.stdout)
+        return found[1] if found else "of unknown version"
 
     def command(self) -> list[str]:
-        worker = f"http://127.0.0.1:{self.workers[0]}"
+        configuration = self.folder / "haproxy.cfg"
+        servers = (f"server w{port} 127.0.0.1:{port}" for port in self.workers)
+        configuration.write_text(
+            self.CONFIGURATION.format(port=self.port, servers="\n    ".join(servers))
+        )
+        path = self.find()
+        assert path
+        return [path, "-db", "-f", str(configuration)]
+
+
+class Prototype(Proxy):
+    """The proxy without features, before one worker."""
+
+    name = "prototype"
+
+    def command(self) -> list[str]:
+        worker = f"127.0.0.1:{self.workers[0]}"
         options = ["--port", str(self.port), "--worker", worker]
-        return [sys.executable, "-m", "benchmarks.plain_proxy", *options]
+        return [sys.executable, "-m", "benchmarks.prototype", *options]
+
+
+class Router(Proxy):
+    """A router in Rust that comes as a Python package, as it is by default."""
+
+    policy = ""  # the program's default
+
+    def __init__(self, path: str, workers: Sequence[int], folder: Path) -> None:
+        """Prepare it; `path` is that of the program."""
+        super().__init__(workers, folder)
+        self.path = path
+
+    @classmethod
+    def find(cls, given: str | None) -> str | None:
+        """Return the path given, or of the program on the PATH; None without one.
+
+        Raises:
+            BenchmarkError: the path given is not that of a program.
+        """
+        found = shutil.which(given or cls.name)
+        if given and not found:
+            raise BenchmarkError(f"--{cls.name} {given}: not an executable file")
+        return found
+
+    @classmethod
+    def version(cls, path: str) -> str:
+        """Return the version of the package, which the program does not print."""
+        python = Path(path).resolve().parent / "python"
+        program = f"import importlib.metadata as m; print(m.version({cls.name!r}))"
+        try:
+            done = subprocess.run(
+                [python, "-c", program], capture_output=True, text=True
+            )
+        except OSError:
+            return "of unknown version"
+        return done.stdout.strip() or "of unknown version"
+
+    def command(self) -> list[str]:
+        urls = [f"http://127.0.0.1:{worker}" for worker in self.workers]
+        command = [self.path, *self.subcommand()]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--policy", self.policy] if self.policy else []
+        # The default port may be in use.
+        command += ["--prometheus-port", str(free_port())]
+        return [*command, "--log-level", "error", "--worker-urls", *urls]
+
+    def subcommand(self) -> list[str]:
+        return []
+
+
+class VllmRouter(Router):
+    """The router of the vLLM project."""
+
+    name = "vllm-router"
+
+
+class Smg(Router):
+    """The Shepherd Model Gateway, once SGLang's router."""
+
+    name = "smg"
+
+    def subcommand(self) -> list[str]:
+        return ["launch"]

@@ -51,12 +51,10 @@ from benchmarks.contestants import (
     Contestant,
     Pool,
     contestants,
-    find_router,
-    router_version,
 )
 from benchmarks.crowd import Habit, crowd
 from benchmarks.llama import Build, llama_servers, taking_turns
-from benchmarks.proxies import Nginx
+from benchmarks.proxies import Nginx, VllmRouter
 from benchmarks.slotted_worker import Spec, spell
 from benchmarks.standings import BASE, Bout, judge, remarks, table
 
@@ -173,7 +171,7 @@ async def _scripted(specs: list[Spec], folder: Path) -> AsyncIterator[list[int]]
 async def compare(options: argparse.Namespace, console: Console) -> None:
     """Take the rounds and print what they showed."""
     Nginx.path()
-    router = find_router(options.vllm_router)
+    router = VllmRouter.find(options.vllm_router)
     chosen = [
         each
         for each in contestants(router)
@@ -237,7 +235,9 @@ def _conditions(options: argparse.Namespace, router: str | None) -> str:
     programs = [
         f"Python {platform.python_version()}",
         f"nginx {Nginx.version()}",
-        f"vllm-router {router_version(router)}" if router else "no vllm-router found",
+        f"vllm-router {VllmRouter.version(router)}"
+        if router
+        else "no vllm-router found",
     ]
     return (
         f"{datetime.date.today()}, {os.cpu_count()} cores, {', '.join(programs)};"
