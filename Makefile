@@ -24,13 +24,14 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
-.PHONY: help install node run test cov lint types format soak fuzz mutants bench bench-faults bench-routing clean simulate
+.PHONY: help install node run test debug cov lint types format soak fuzz mutants bench bench-faults bench-routing clean simulate
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
 	@echo "make test     the whole test suite, real llama-server included (with another one:"
 	@echo "              GOLLAMA_TEST_LLAMA_SERVER=/path/to/llama-server make test)"
 	@echo "make node     OpenAI's client for Node, which the tests use where it is"
+	@echo "make debug    the tests with most tasks, under asyncio's debug mode"
 	@echo "make cov      the same, with branch coverage"
 	@echo "make lint     ruff and the import contracts"
 	@echo "make types    mypy, strict"
@@ -72,6 +73,13 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# The stories with most tasks, under asyncio's debug mode.
+DEBUGGED := $(foreach story,breakers cancellation fallbacks queue rescue retries streaming,\
+	tests/behaviour/test_$(story).py)
+
+debug: $(STAMP)
+	PYTHONASYNCIODEBUG=1 $(BIN)/python -m pytest -n 2 $(DEBUGGED)
 
 cov: $(STAMP)
 	rm -f .coverage*

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
+import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +21,8 @@ from tests.real.llama import LlamaServer
 # A settings file that lies about is no part of any test.
 os.environ["GOLLAMA_CONFIG"] = os.devnull
 
+# Set by `make debug`.
+_DEBUG = bool(os.environ.get("PYTHONASYNCIODEBUG"))
 _SERVERS = pytest.StashKey[list[LlamaServer]]()
 
 
@@ -25,7 +30,14 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run every asynchronous test on the event loop of production."""
-    return {"uvloop": uvloop.new_event_loop}
+    return {"uvloop": _new_loop}
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    loop = uvloop.new_event_loop()
+    if loop.get_debug():  # everything is slow then, and how slow is tested elsewhere
+        loop.slow_callback_duration = math.inf
+    return loop
 
 
 # Where the event loop may be blocked, and why.
@@ -52,6 +64,35 @@ def no_blocking() -> Iterator[BlockBuster]:
             for file, functions in _MAY_BLOCK.items():
                 function.can_block_in(file, functions)
         yield blockbuster
+
+
+@pytest.fixture(autouse=True)
+def unretrieved() -> Iterator[list[str]]:
+    """Let a test fail behind which an error was lost, or a task that still ran.
+
+    Coroutines that were never awaited are warnings, which fail a test as well.
+    """
+    losses = _Losses()
+    logger = logging.getLogger("asyncio")
+    logger.addHandler(losses)
+    yield losses.texts
+    if _DEBUG:
+        gc.collect()
+    logger.removeHandler(losses)
+    assert not losses.texts
+
+
+class _Losses(logging.Handler):
+    """Keeps what asyncio logs about tasks and futures that are garbage."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "never retrieved" in text or "destroyed but it is pending" in text:
+            self.texts.append(text)
 
 
 @pytest.fixture

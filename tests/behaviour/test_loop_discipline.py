@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,19 @@ async def test_blocking_calls_of_the_hub_are_found(
     with pytest.raises(BlockingError):
         credentials.refresh()
     await asyncio.to_thread(credentials.refresh)
+
+
+async def test_errors_that_are_never_retrieved_are_found(
+    unretrieved: list[str],
+) -> None:
+    """In every test, by a fixture; this one shows that it works."""
+    failed = asyncio.get_running_loop().create_future()
+    failed.set_exception(ValueError("lost"))
+    del failed
+    gc.collect()
+    [text] = unretrieved
+    assert "exception was never retrieved" in text
+    unretrieved.clear()
 
 
 async def test_no_callback_takes_long_under_load(tmp_path: Path) -> None:

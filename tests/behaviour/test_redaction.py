@@ -605,7 +605,9 @@ async def test_a_bug_tells_where_it_is_and_not_what_it_met(
     witness.conclude()
 
 
-async def test_what_asyncio_says_of_a_bug_is_cut(witness: Witness) -> None:
+async def test_what_asyncio_says_of_a_bug_is_cut(
+    witness: Witness, unretrieved: list[str]
+) -> None:
     """It lists the `repr` of everything that was involved."""
     loop = asyncio.get_running_loop()
     failed = loop.create_future()
@@ -617,6 +619,9 @@ async def test_what_asyncio_says_of_a_bug_is_cut(witness: Witness) -> None:
     )
     witness.look()
     log = witness.logs["text"].getvalue()
+    [told] = unretrieved
+    assert told.startswith("Future exception was never retrieved")
+    unretrieved.clear()
     assert "Future exception was never retrieved" in log
     assert "it failed\nTraceback (most recent call last):\nOSError: Input/output" in log
     witness.conclude()
