@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
@@ -30,8 +29,6 @@ from gollama_proxy.telemetry.metrics import Metrics
 from gollama_proxy.upstream import probe, tokenizer
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.openai import ENDPOINTS
-
-logger = logging.getLogger(__name__)
 
 
 class Hub:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import uvloop
+from msgspec import structs
 
 from gollama_proxy.config import addresses
 from gollama_proxy.config.mistakes import ConfigError
@@ -152,7 +153,7 @@ def _fit(config: Config, files: int) -> Config:
         files,
         room,
     )
-    return replace(config, limits=replace(limits, connections=room))
+    return replace(config, limits=structs.replace(limits, connections=room))
 
 
 def _warn_of_plain_text(server: Server) -> None:

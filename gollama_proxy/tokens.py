@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
+from msgspec import structs
+
 from gollama_proxy.config.keys import MIN_SECRET_BYTES, read_secret
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config
@@ -112,7 +114,7 @@ def print_token(args: argparse.Namespace, load: Callable[[], Config]) -> int:
         )
     except ValueError as exc:
         raise ConfigError(f"{source}: {exc}") from exc
-    asking = replace(config, auth=replace(auth, mode="jwt"))
+    asking = replace(config, auth=structs.replace(auth, mode="jwt"))
     try:
         Authenticator(asking).authenticate([f"Bearer {token}"])
     except AuthError as exc:

@@ -1,19 +1,25 @@
-"""Where no worker can be: addresses of nobody, of everybody, and of clouds.
+"""URLs and addresses of workers, and addresses that no worker can have.
 
-Loopback and private networks are where workers live, so those are not asked about.
-What is refused is what a worker's URL, or a name that somebody else resolves, must not
-make the hub talk to (OWASP, SSRF prevention): the metadata services of clouds, which
-hand out credentials, and what no single machine has.
+Workers live on loopback and private networks, so those are allowed.  Neither a URL nor
+a DNS name that others control may lead the hub to the metadata services of clouds,
+which hand out credentials, or to addresses that are not one machine (OWASP, Server Side
+Request Forgery Prevention).
 """
 
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
+from urllib.parse import urlsplit
+
+from gollama_proxy.config.mistakes import ConfigError, shown
+from gollama_proxy.config.settings import Origin
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# AWS, Google, Azure, Oracle, DigitalOcean … and AWS, Google, Alibaba, Azure, Oracle.
+# In this order: AWS, Google, Azure, Oracle, DigitalOcean and others; AWS; Google;
+# Alibaba; Azure; Oracle.
 _METADATA = frozenset(
     map(
         ipaddress.ip_address,
@@ -30,8 +36,8 @@ _METADATA = frozenset(
 _METADATA_NAMES = frozenset(
     {"metadata.google.internal", "metadata.goog", "instance-data.ec2.internal"}
 )
-# RFC 1122, 3.2.1.3: "this network", of which Linux takes 0.0.0.0 for loopback; RFC
-# 1112, 4: class E, with the broadcast address.
+# RFC 1122, 3.2.1.3: "this network"; Linux treats 0.0.0.0 as loopback.  RFC 1112, 4:
+# class E, with the broadcast address.
 _NOWHERE = (ipaddress.ip_network("0.0.0.0/8"), ipaddress.ip_network("240.0.0.0/4"))
 # IPv6 prefixes with an IPv4 address in their last four bytes: compatible and mapped
 # (RFC 4291, 2.5.5), and NAT64 (RFC 6052, 2.1).
@@ -40,11 +46,52 @@ _CARRIERS = tuple(
 )
 
 
-def why_refused(host: str) -> str:
-    """Say why no worker can be at a host; empty if one can, or if that is not known.
+def parse_url(where: str, url: str) -> Origin:
+    """Take the URL of a worker apart; `where` is the key, for the error.
 
-    `host` is an address in any spelling, or a name, whose addresses are another
-    question.
+    Raises:
+        ConfigError: a part is wrong; the error names it, and hides a password.
+    """
+
+    def wrong(why: str) -> ConfigError:
+        safe = shown(re.sub("//.*@", "//...@", url))  # may hold a password
+        return ConfigError(f"{where} = {safe}: {why}; expected http://host:port")
+
+    if not url:
+        raise wrong("is missing")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as exc:
+        raise wrong(str(exc)) from None
+    if parts.scheme not in ("http", "https"):
+        raise wrong("the scheme must be http or https")
+    host = parts.hostname
+    if not host or not re.fullmatch(r"[\w.:%-]+", host, re.ASCII):
+        raise wrong("the host is missing or malformed")
+    if "@" in parts.netloc:
+        raise wrong("a user name or password does not belong into it")
+    if "?" in url or "#" in url:
+        raise wrong("a query or fragment does not belong into it")
+    if port == 0:
+        raise wrong("port 0 cannot be connected to")
+    if why := why_refused(host):
+        raise wrong(f"the host {why}")
+    if (address := parse(host)) is not None and not is_plain(host):
+        raise wrong(f"the host must be written {address}")
+    if not re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII) or ".." in parts.path:
+        raise wrong("the path is malformed")
+    default = 443 if parts.scheme == "https" else 80
+    prefix = parts.path.rstrip("/")
+    # Users paste the base URL of an OpenAI client.
+    prefix = prefix.removesuffix("/v1")
+    return Origin(parts.scheme, host, port or default, prefix)
+
+
+def why_refused(host: str) -> str:
+    """Return why no worker can be at a host; "" if one can, or if it is not known.
+
+    `host` is an address in any spelling, or a name, which is not resolved here.
     """
     name = host.rstrip(".").lower()
     if name in _METADATA_NAMES:
@@ -54,9 +101,9 @@ def why_refused(host: str) -> str:
 
 
 def why_address_refused(address: IPAddress) -> str:
-    """Say why no worker can be at an address; empty if one can."""
+    """Return why no worker can be at an address; "" if one can."""
     if isinstance(address, ipaddress.IPv6Address):
-        # Without its zone, which is no part of what is compared here.
+        # Without its zone, which takes no part in the comparisons.
         address = ipaddress.IPv6Address(int(address))
         inner = None if address.is_loopback else _carried(address)
         if inner is not None and (why := why_address_refused(inner)):
@@ -73,10 +120,10 @@ def why_address_refused(address: IPAddress) -> str:
 
 
 def parse(host: str) -> IPAddress | None:
-    """Read an address in any spelling that a resolver takes; None if it is a name.
+    """Parse an address in any spelling that a resolver accepts; None for a name.
 
-    `inet_aton` and so `getaddrinfo` take 2852039166, 0xa9fea9fe and 0251.254.43518 for
-    169.254.169.254.
+    To `inet_aton`, and so to `getaddrinfo`, 2852039166, 0xa9fea9fe and 0251.254.43518
+    all mean 169.254.169.254.
     """
     try:
         return ipaddress.ip_address(host)
@@ -89,13 +136,13 @@ def parse(host: str) -> IPAddress | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether a host is this machine alone."""
+    """Return whether a host is a loopback address, or its name."""
     address = parse(host)
     return host == "localhost" if address is None else address.is_loopback
 
 
 def is_plain(host: str) -> bool:
-    """Say whether a host is an address in the one spelling that all programs share."""
+    """Return whether a host is an address in the spelling that all programs share."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -104,7 +151,7 @@ def is_plain(host: str) -> bool:
 
 
 def _carried(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """Take the IPv4 address out of an IPv6 address that stands for one."""
+    """Return the IPv4 address inside an IPv6 address, if there is one."""
     if any(address in network for network in _CARRIERS):
         return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
     return address.sixtofour  # RFC 3056

@@ -1,6 +1,6 @@
 """Settings from a TOML file, the environment and flags, as one frozen `Config`.
 
-A setting has three spellings, and the later one wins:
+A setting has up to three spellings, and a later one wins:
 
     [health]                          a TOML key
     interval = 30
@@ -9,10 +9,9 @@ A setting has three spellings, and the later one wins:
 
     --port 8000                       a flag, for the few that are typed often
 
-`load()` raises `ConfigError` for what cannot be used, with one line for each mistake
-that names the key, the value and what is allowed.  Nothing is read later but the list
-of revoked tokens and certificates: what is running is what was loaded.  Secrets never
-show in a `repr`.
+`load` collects all mistakes and raises them together, each in one line with the key,
+the value and what is allowed.  After the start, only certificates and the list of
+revoked tokens are read again.  No secret appears in a `repr`.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 from gollama_proxy.config import addresses
 from gollama_proxy.config.keys import (
@@ -36,36 +34,34 @@ from gollama_proxy.config.keys import (
 from gollama_proxy.config.mistakes import ConfigError, Mistakes, cut, shown
 from gollama_proxy.config.names import Aliases
 from gollama_proxy.config.settings import (
+    API_KEYS,
     FLAGS,
     SECTIONS,
     VARIABLES,
     WORKER_KEYS,
     Config,
-    Kind,
     Origin,
     Revoked,
     WorkerConfig,
     settings,
-    variable,
 )
+from gollama_proxy.config.values import convert, describe
 
-# Where the settings file is looked for if none is named.
+# Settings files to look for if none is given.
 PLACES = ("gollama.toml", "/etc/gollama-proxy/gollama.toml")
-
-_Section = TypeVar("_Section")
 
 
 def locate(given: str | None, environ: Mapping[str, str]) -> str | None:
-    """Find the settings file: the given one, GOLLAMA_CONFIG's, or one of `PLACES`.
+    """Return the settings file: the given one, GOLLAMA_CONFIG's, or one of `PLACES`.
 
-    None if there is none.  One that is there and cannot be read is found all the same.
+    None if there is none.  A file that exists and cannot be read is returned as well.
     """
     if given is not None:
         return given
-    return environ.get("GOLLAMA_CONFIG") or next(filter(_is_there, PLACES), None)
+    return environ.get("GOLLAMA_CONFIG") or next(filter(_exists, PLACES), None)
 
 
-def _is_there(file: str) -> bool:
+def _exists(file: str) -> bool:
     try:
         Path(file).stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -87,45 +83,127 @@ def load(
 
     `flags` maps keys such as ``"server.port"`` to values; None means not given.
     Workers given as flags or in GOLLAMA_WORKERS replace those of the file.
-    `for_tokens` leaves out the workers and all certificates: the user who makes tokens
-    may have no access to what the hub needs for them.
+    `for_tokens` skips the workers and all certificates: a user who signs tokens may
+    have no access to the files that the hub needs for them.
 
     Raises:
-        ConfigError: a line for each mistake, with the key, the value and what is
-            allowed.
+        ConfigError: with a line for each mistake.
     """
-    environ = environ or {}
+    environ, flags = environ or {}, flags or {}
     document = _read_document(file) if file is not None else {}
     mistakes = Mistakes()
-    mistakes.collect(_refuse_unknown, "", document, [*SECTIONS, "workers"])
-    sections: dict[str, Any] = {}
-    sound = set()  # what can be asked if it goes together with something else
-    for name, cls in SECTIONS.items():
+    mistakes.collect(_reject_unknown, "", document, [*SECTIONS, "workers"])
+    parts: dict[str, Any] = {}
+    sound = set()  # parts without a mistake, which can be checked against others
+    for name in SECTIONS:
         before = len(mistakes)
-        table = mistakes.collect(_table_of, document, name) or {}
-        sections[name] = _load_section(name, cls, table, environ, flags or {}, mistakes)
+        parts[name] = _load_section(name, document, environ, flags, mistakes)
         if len(mistakes) == before:
             sound.add(name)
     rows = mistakes.collect(_worker_rows, document, environ, workers) or []
-    mistakes.collect(_refuse_misspelt_variables, environ, rows)
+    mistakes.collect(_reject_misspelt_variables, environ, rows)
     before = len(mistakes)
-    config = Config(
-        **sections,
-        workers=() if for_tokens else _load_workers(rows, environ, mistakes),
-        file=str(file or ""),
-    )
-    if len(mistakes) == before:
-        sound.add("workers")
+    if not for_tokens:
+        parts["workers"] = _load_workers(rows, environ, mistakes)
+        if len(mistakes) == before:
+            sound.add("workers")
+    config = Config(**parts, file=str(file or ""))
     if "auth" in sound:
         config = _with_keys(config, environ, mistakes)
     if {"auth", "server"} <= sound:
         mistakes.collect(_check_exposure, config)
-    if {"server", "workers"} <= sound and not for_tokens:
+    if {"server", "workers"} <= sound:
         mistakes.collect(_check_tls, config)
     if "models" in sound:
         mistakes.collect(_check_aliases, config.models.aliases)
     mistakes.check()
     return config
+
+
+def _read_document(file: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_bytes().decode())
+    except OSError as exc:
+        raise ConfigError(f"{file}: cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{file}: not UTF-8 text, as TOML has to be") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{file}: not valid TOML: {exc}") from exc
+
+
+def _load_section(
+    section: str,
+    document: Mapping[str, Any],
+    environ: Mapping[str, str],
+    flags: Mapping[str, Any],
+    mistakes: Mistakes,
+) -> Any:
+    """Make a section; a setting with a mistake has its default."""
+    table = document.get(section, {})
+    if not isinstance(table, dict):
+        text = f"{section} = {shown(table)}: must be a table, [{section}]"
+        mistakes.add(text)
+        table = {}
+    rows = {row.key.partition(".")[2]: row for row in settings(section)}
+    mistakes.collect(_reject_unknown, f"{section}.", table, list(rows))
+    values = {}
+    for name, (key, env, _, hint) in rows.items():
+        given = {
+            key: table.get(name),
+            f"{key} ({env})": environ.get(env),
+            f"{key} ({FLAGS.get(key)})": flags.get(key),
+        }
+        for source, value in given.items():
+            if value is not None:
+                found = mistakes.collect(_convert, source, value, hint)
+                if found is not None:
+                    values[name] = found
+    return SECTIONS[section](**values)
+
+
+def _convert(source: str, value: Any, hint: Any) -> Any:
+    try:
+        return convert(hint, value)
+    except ValueError:
+        text = f"{source} = {shown(value)}: must be {describe(hint)}"
+        raise ConfigError(text) from None
+
+
+def _reject_unknown(prefix: str, table: Mapping[str, Any], known: list[str]) -> None:
+    unknown = []
+    for name in table:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
+            spelt = name if name.isprintable() else shown(name)
+            unknown.append(f"{prefix}{spelt}: no such setting; {hint}")
+    if unknown:
+        raise ConfigError(*unknown)
+
+
+def _reject_misspelt_variables(
+    environ: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Reject variables that seem meant for the hub, and would change nothing.
+
+    Others may begin with GOLLAMA_ as well: for a service of that name, Kubernetes sets
+    GOLLAMA_SERVICE_HOST and more.
+    """
+    known = {row.env for row in settings()} | VARIABLES.keys()
+    api_keys = [row.get("api_key_env") for row in rows]
+    sections = {name.split("_")[1].lower() for name in known}
+    misspelt = []
+    for name in environ:
+        head, _, rest = name.partition("_")
+        section = rest.partition("_")[0].lower()
+        if head != "GOLLAMA" or name in known or name in api_keys:
+            continue
+        if difflib.get_close_matches(section, sections, n=1, cutoff=0.8):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            misspelt.append(f"{name}: no such environment variable{hint}")
+    if misspelt:
+        raise ConfigError(*misspelt)
 
 
 def _with_keys(
@@ -140,97 +218,6 @@ def _with_keys(
         public_keys=mistakes.collect(load_public_keys, auth) or (),
         revoked=revoked or Revoked(),
     )
-
-
-def _read_document(file: str | Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(file).read_bytes().decode())
-    except OSError as exc:
-        raise ConfigError(f"{file}: cannot be read: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"{file}: not UTF-8 text, as TOML has to be") from exc
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{file}: not valid TOML: {exc}") from exc
-
-
-def _table_of(document: Mapping[str, Any], section: str) -> dict[str, Any]:
-    table = document.get(section, {})
-    if not isinstance(table, dict):
-        raise ConfigError(f"{section} = {shown(table)}: must be a table, [{section}]")
-    return table
-
-
-def _load_section(
-    section: str,
-    cls: type[_Section],
-    table: Mapping[str, Any],
-    environ: Mapping[str, str],
-    flags: Mapping[str, Any],
-    mistakes: Mistakes,
-) -> _Section:
-    """Read a section; what is wrong in it has its default."""
-    entries = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
-    mistakes.collect(_refuse_unknown, f"{section}.", table, list(entries))
-    values: dict[str, Any] = {}
-    for name, entry in entries.items():
-        key, env = f"{section}.{name}", variable(section, name)
-        given = [
-            (key, table.get(name)),
-            (f"{key} ({env})", environ.get(env)),
-            (f"{key} ({FLAGS.get(key)})", flags.get(key)),
-        ]
-        for source, value in given:
-            if value is not None:
-                kind = entry.metadata["kind"]
-                parsed = mistakes.collect(_parse, source, value, kind)
-                if parsed is not None:
-                    values[name] = parsed
-    return cls(**values)
-
-
-def _parse(source: str, value: Any, kind: Kind) -> Any:
-    try:
-        return kind.parse(value)
-    except (ValueError, OverflowError):
-        text = f"{source} = {shown(value)}: must be {kind.allowed}"
-        raise ConfigError(text) from None
-
-
-def _refuse_unknown(prefix: str, table: Mapping[str, Any], known: list[str]) -> None:
-    unknown = []
-    for name in table:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
-            spelt = name if name.isprintable() else shown(name)
-            unknown.append(f"{prefix}{spelt}: no such setting; {hint}")
-    if unknown:
-        raise ConfigError(*unknown)
-
-
-def _refuse_misspelt_variables(
-    environ: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
-) -> None:
-    """A typing error in a variable would otherwise silently change nothing.
-
-    Not every GOLLAMA_... is one: Kubernetes sets GOLLAMA_SERVICE_HOST and more for a
-    service of that name.
-    """
-    known = {row.env for row in settings()} | VARIABLES.keys()
-    own_keys = [row.get("api_key_env") for row in rows]
-    sections = {name.split("_")[1].lower() for name in known}
-    misspelt = []
-    for name in environ:
-        head, _, rest = name.partition("_")
-        section = rest.partition("_")[0].lower()
-        if head != "GOLLAMA" or name in known or name in own_keys:
-            continue
-        if difflib.get_close_matches(section, sections, n=1, cutoff=0.8):
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            misspelt.append(f"{name}: no such environment variable{hint}")
-    if misspelt:
-        raise ConfigError(*misspelt)
 
 
 # --- Workers ----------------------------------------------------------------------
@@ -258,7 +245,7 @@ def _load_workers(
         where = f"workers[{number_}]"
         worker = mistakes.collect(_load_worker, where, row, environ)
         if worker is not None:
-            mistakes.collect(_refuse_second, where, worker, workers)
+            mistakes.collect(_reject_second, where, worker, workers)
             workers.append(worker)
     return tuple(workers)
 
@@ -267,27 +254,26 @@ def _load_worker(
     where: str, row: Mapping[str, Any], environ: Mapping[str, str]
 ) -> WorkerConfig:
     mistakes = Mistakes()
-    mistakes.collect(_refuse_unknown, f"{where}.", row, list(WORKER_KEYS))
+    mistakes.collect(_reject_unknown, f"{where}.", row, list(WORKER_KEYS))
     values: dict[str, Any] = {
-        key: mistakes.collect(_parse, f"{where}.{key}", value, WORKER_KEYS[key])
+        key: mistakes.collect(_convert, f"{where}.{key}", value, WORKER_KEYS[key])
         for key, value in row.items()
         if key in WORKER_KEYS
     }
     url, origin = values.get("url", ""), None
-    if url or not mistakes:  # else it may be there, and misspelt
-        origin = mistakes.collect(_parse_url, f"{where}.url", url)
+    if url or not mistakes:  # else the key may be misspelt
+        origin = mistakes.collect(addresses.parse_url, f"{where}.url", url)
     mistakes.check()
     assert origin is not None, row
     key = mistakes.collect(_load_api_key, where, values, environ) or ""
     mistakes.collect(_check_worker_tls, where, origin, values)
     mistakes.check()
     name = values.get("name") or origin.authority + origin.prefix
-    keys = ("slots", "models", "weight", "vram_gib", *_WORKER_TLS)
-    told = {name: values[name] for name in keys if name in values}
-    return WorkerConfig(url, origin, name, key, **told)
+    own = {name: values[name] for name in values if name not in API_KEYS}
+    return WorkerConfig(**own | {"url": url, "name": name}, origin=origin, api_key=key)
 
 
-def _refuse_second(
+def _reject_second(
     where: str, worker: WorkerConfig, others: Sequence[WorkerConfig]
 ) -> None:
     for other in others:
@@ -297,44 +283,6 @@ def _refuse_second(
         if other.name == worker.name:
             text = f"{where}.name = {worker.name!r}: taken by {other.url!r}"
             raise ConfigError(f"{text}; each needs a name of its own")
-
-
-def _parse_url(where: str, url: str) -> Origin:
-    """Check a worker's URL part by part, so that the message can name the part."""
-
-    def refuse(why: str) -> ConfigError:
-        safe = shown(re.sub("//.*@", "//...@", url))  # it may hold a password
-        return ConfigError(f"{where} = {safe}: {why}; expected http://host:port")
-
-    if not url:
-        raise refuse("is missing")
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as exc:
-        raise refuse(str(exc)) from None
-    if parts.scheme not in ("http", "https"):
-        raise refuse("the scheme must be http or https")
-    host = parts.hostname
-    if not host or not re.fullmatch(r"[\w.:%-]+", host, re.ASCII):
-        raise refuse("the host is missing or malformed")
-    if "@" in parts.netloc:
-        raise refuse("a user name or password does not belong into it")
-    if "?" in url or "#" in url:
-        raise refuse("a query or fragment does not belong into it")
-    if port == 0:
-        raise refuse("port 0 cannot be connected to")
-    if why := addresses.why_refused(host):
-        raise refuse(f"the host {why}")
-    if (address := addresses.parse(host)) is not None and not addresses.is_plain(host):
-        raise refuse(f"the host must be written {address}")
-    if not re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII) or ".." in parts.path:
-        raise refuse("the path is malformed")
-    default = 443 if parts.scheme == "https" else 80
-    prefix = parts.path.rstrip("/")
-    # People paste the address that an OpenAI client wants.
-    prefix = prefix.removesuffix("/v1")
-    return Origin(parts.scheme, host, port or default, prefix)
 
 
 _WORKER_TLS = ("ca_file", "client_certificate", "client_key")
@@ -378,7 +326,7 @@ def _load_api_key(
 
 
 def _check_aliases(table: Mapping[str, str]) -> None:
-    """Refuse an alias of an alias: it is followed once, and not where it says."""
+    """Reject an alias of an alias: aliases are followed only once."""
     aliases = Aliases(table)
     for alias in table:
         names = aliases.way(alias)
@@ -391,13 +339,13 @@ def _check_aliases(table: Mapping[str, str]) -> None:
             raise ConfigError(f"{text}; let {alias!r} stand for {names[-1]!r}")
 
 
-# --- What does not go together ----------------------------------------------------
+# --- Settings that depend on each other -------------------------------------------
 
 
 def _check_exposure(config: Config) -> None:
-    """Refuse what would let strangers in.
+    """Reject an open address without authentication.
 
-    TLS alone keeps nobody out; certificates that clients must have do.
+    TLS alone does not authenticate clients, but mandatory client certificates do.
     """
     server = config.server
     guarded = (
@@ -414,11 +362,7 @@ def _check_exposure(config: Config) -> None:
 
 
 def _check_tls(config: Config) -> None:
-    """Load every certificate once, so that a wrong one is found before anything runs.
-
-    Raises:
-        ConfigError: a line for each that cannot be used.
-    """
+    """Load every certificate once, so that a wrong one is found before the start."""
     server = config.server
     for name in ("tls_key", "tls_client_ca"):
         if getattr(server, name) and not server.tls_certificate:
@@ -426,7 +370,7 @@ def _check_tls(config: Config) -> None:
             raise ConfigError(f"{text} server.tls_certificate beside it")
     https = [each for each in config.workers if each.origin.scheme == "https"]
     if not (https or server.tls_certificate):
-        return  # `ssl` takes longer to import than a token to be made
+        return  # and do not import `ssl`, which takes longer than signing a token
     from gollama_proxy.config import tls
 
     mistakes = Mistakes()
@@ -437,7 +381,11 @@ def _check_tls(config: Config) -> None:
 
 
 def require_keys(config: Config) -> None:
-    """Refuse to serve with authentication on and nothing to check a token against."""
+    """Check that there is a key to check tokens with, if authentication is on.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if config.auth.mode == "jwt" and not (config.secrets or config.public_keys):
         raise ConfigError(
             "GOLLAMA_JWT_SECRET: is not set; set it to 32 bytes or more "

@@ -1,4 +1,4 @@
-"""What is wrong with the settings: each mistake is one line, and all are collected."""
+"""Mistakes in the settings: one line each, collected and reported together."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _T = TypeVar("_T")
 
 
 class ConfigError(Exception):
-    """Settings that cannot be used; each argument is one line about one mistake."""
+    """Raised for unusable settings; each argument is one line about one mistake."""
 
     def __str__(self) -> str:
         return "\n".join(self.args)
 
 
 class Mistakes:
-    """Collects the mistakes of several steps, so that the first one hides no other."""
+    """Collects the mistakes of several steps, so that the first does not hide others."""
 
     def __init__(self) -> None:
         self._found: list[str] = []
@@ -31,28 +31,31 @@ class Mistakes:
     def collect(
         self, step: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
     ) -> _T | None:
-        """Take a step and return its result; None if it raised a `ConfigError`."""
+        """Run a step and return its result; None if it raised a `ConfigError`."""
         try:
             return step(*args, **kwargs)
         except ConfigError as exc:
             self._found += exc.args
             return None
 
+    def add(self, text: str) -> None:
+        self._found.append(text)
+
     def check(self) -> None:
-        """End here if there were mistakes.
+        """Raise all mistakes that were collected, if any.
 
         Raises:
-            ConfigError: with all of them.
+            ConfigError: with a line for each.
         """
         if self._found:
             raise ConfigError(*self._found)
 
 
 def shown(value: object) -> str:
-    """Quote a value in a mistake."""
+    """Quote a value for a mistake."""
     return cut(repr(value))
 
 
 def cut(text: str) -> str:
-    """Shorten what would make a line too long."""
+    """Shorten a text that would make a line too long."""
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""Names that a client may use for a model, and patterns that catch many of them."""
+"""Names of models, and shell-like patterns that match many of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 class Aliases:
     """A table of names and shell-like patterns, each with the model it stands for.
 
-    A name that is in the table as it is goes before all patterns.  Of the patterns that
-    catch a name the longest one counts, and of two of one length the first.
+    An exact name takes precedence over all patterns.  Of the patterns that match a
+    name, the longest counts; of two with the same length, the first.
     """
 
     __slots__ = ("_patterns", "_table")
@@ -24,32 +24,32 @@ class Aliases:
         return f"<Aliases {self._table}>"
 
     def __getitem__(self, key: str) -> str:
-        """Tell the model that a key of the table stands for."""
+        """Return the model that a key of the table stands for."""
         return self._table[key]
 
     @property
     def names(self) -> dict[str, str]:
-        """The names, without the patterns, and the models that they stand for."""
+        """The names without the patterns, and the models that they stand for."""
         return {key: model for key, model in self._table.items() if is_name(key)}
 
     def __contains__(self, name: str) -> bool:
-        """Tell whether a name is in the table as it is."""
+        """Return whether the table has this exact name."""
         return name in self._table
 
     def key(self, name: str) -> str | None:
-        """Find what a name is in the table, or else is caught by."""
+        """Return the key of a name: itself, or else a pattern that matches it."""
         return name if name in self._table else self.pattern(name)
 
     def pattern(self, name: str) -> str | None:
-        """Find the pattern that catches a name."""
+        """Return the pattern that counts for a name, if one matches."""
         return next((each for each in self._patterns if matches(name, (each,))), None)
 
     def way(self, key: str) -> list[str]:
-        """Follow a key to its model, and on for as long as that is an alias again.
+        """Follow a key to its model, and on while that is another alias.
 
-        There should be these two names, as an alias is followed once.  A pattern that
-        catches the key itself is no further step: with `"*" = "qwen"` in the table,
-        `fast` may stand for `llama` all the same.
+        A correct alias has two names, as aliases are followed only once.  A pattern
+        that also matches the key itself is not another step: beside `"*" = "qwen"`,
+        `fast` may still stand for `llama`.
         """
         names = [key, self._table[key]]
         while names[-1] not in names[:-1]:
@@ -62,10 +62,10 @@ class Aliases:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a name is covered by one of these shell-like patterns.
+    """Return whether a name matches one of these shell-like patterns.
 
-    Names of models hold brackets (`claude[1m]`), so a bracket in a pattern also stands
-    for itself: `x[1m]*` matches `x[1m]-fast` as well as `x1-fast`.
+    Names of models may contain brackets (`claude[1m]`), so a bracket in a pattern also
+    stands for itself: `x[1m]*` matches `x[1m]-fast` as well as `x1-fast`.
     """
     for pattern in patterns:
         if fnmatchcase(name, pattern):
@@ -76,13 +76,13 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Tell a name from a pattern."""
+    """Return whether this is a name, and not a pattern."""
     return not any(sign in name for sign in "*?[")
 
 
 def is_name(key: str) -> bool:
     """Return whether a client may use this as the name of a model.
 
-    Unlike asterisks and question marks, brackets do occur in names.
+    Unlike asterisks and question marks, brackets are allowed in names.
     """
     return not any(sign in key for sign in "*?")

@@ -1,489 +1,297 @@
-"""What can be set: each setting with its default, its limits and its help, once.
+"""All settings: each with its default, its limits and its help, declared once.
 
-The README's table, `gollama-proxy serve --help` and the loader all read these
-declarations; there is no second list to keep in step.
+The loader, `gollama-proxy serve --help`, the table in the README and the example file
+are made from these declarations, or tested against them.
 """
 
-from __future__ import annotations
-
-import re
-from collections.abc import Callable, Iterator, Mapping
+# No `from __future__ import annotations`: the annotations are used as they stand.
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args
 
+from msgspec import Struct, structs
+
+from gollama_proxy.config.values import (
+    Duration,
+    Lists,
+    Names,
+    Origins,
+    Seconds,
+    Table,
+    Text,
+    describe,
+    number,
+    one_of,
+    other,
+    seconds,
+    size,
+    whole,
+)
 from gollama_proxy.wire.openai import ENDPOINTS
 
 ALGORITHMS = ("HS256", "RS256", "ES256", "EdDSA")
-# Those of `routing/policies/`.
 POLICIES = ("round_robin", "weighted", "least_busy", "fastest", "affinity")
 ROUTES = tuple(ENDPOINTS)
-# Those whose answers can be assembled from a stream.
+# Paths whose answers can be assembled from a stream.
 STREAMED = tuple(path for path, e in ENDPOINTS.items() if e.generates and not e.form)
 
+Route = Annotated[str, one_of(*ROUTES)]
+StreamedRoute = Annotated[str, one_of(*STREAMED)]
+Policy = Annotated[str, one_of(*POLICIES)]
+Policies = Annotated[
+    Mapping[str, Policy], other('a table of policies such as { "qwen*" = "affinity" }')
+]
+Routes = Annotated[
+    tuple[Route, ...], other("a list of POST paths such as /v1/responses")
+]
+StreamedRoutes = Annotated[
+    tuple[StreamedRoute, ...], other("a list, of " + ", ".join(STREAMED))
+]
 
-# --- Kinds of values --------------------------------------------------------------
-
-
-class Kind(NamedTuple):
-    """How a value is read, and how that is told to people."""
-
-    parse: Callable[[Any], Any]  # a TOML value or a string; raises ValueError
-    allowed: str
-
-
-def number(low: float, high: float, *, whole: bool = False, unit: str = "") -> Kind:
-    def parse(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError
-        result = int(value) if whole and not isinstance(value, float) else float(value)
-        if not low <= result <= high or (whole and result != int(result)):
-            raise ValueError
-        return int(result) if whole else result
-
-    what = "a whole number" if whole else "a number"
-    return Kind(parse, f"{what}{unit} from {low:g} to {high:,.0f}")
+# --- Sections ---------------------------------------------------------------------
 
 
-def seconds(low: float = 0, high: float = 86_400) -> Kind:
-    return number(low, high, unit=" of seconds")
+class Server(Struct, frozen=True):
+    host: Annotated[Text, "address to listen on"] = "127.0.0.1"
+    port: Annotated[int, whole(0, 65_535), "port to listen on; 0: any free one"] = 8000
+    insecure_bind: Annotated[
+        bool, "allow an address beyond loopback without authentication"
+    ] = False
+    keepalive: Annotated[
+        float, seconds(1), "how long a connection may idle, and a request head may take"
+    ] = 30.0
+    cors_origins: Annotated[
+        Origins, "origins of web pages that may call the hub from a browser"
+    ] = ()
+    drain: Annotated[
+        Seconds, "how long running requests may take to finish after SIGTERM"
+    ] = 30.0
+    tls_certificate: Annotated[
+        Text, "PEM file with the certificate chain; enables https"
+    ] = ""
+    tls_key: Annotated[
+        Text, "PEM file with its private key; empty: in the same file"
+    ] = ""
+    tls_client_ca: Annotated[
+        Text, "PEM file with CAs; clients must present a certificate from one of them"
+    ] = ""
 
 
-def size(low: int = 0, high: int = 1 << 40) -> Kind:
-    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-    def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise ValueError
-        match = re.fullmatch(r"(\d{1,15})\s*([A-Za-z]*)", str(value).strip())
-        if not match or match[2].upper() not in units:
-            raise ValueError
-        result = int(match[1]) * units[match[2].upper()]
-        if not low <= result <= high:
-            raise ValueError
-        return result
-
-    return Kind(parse, f"bytes or a size such as 64MiB, at least {low}")
-
-
-def choice(*names: str) -> Kind:
-    def parse(value: Any) -> str:
-        if value not in names:
-            raise ValueError
-        return str(value)
-
-    return Kind(parse, "one of " + ", ".join(names))
-
-
-def some_of(names: tuple[str, ...], allowed: str) -> Kind:
-    def parse(value: Any) -> tuple[str, ...]:
-        chosen = _parse_list(value)
-        if not set(chosen) <= set(names):
-            raise ValueError
-        return chosen
-
-    return Kind(parse, allowed)
-
-
-def table_of(names: tuple[str, ...], allowed: str) -> Kind:
-    def parse(value: Any) -> dict[str, str]:
-        table = _parse_table(value)
-        if not set(table.values()) <= set(names):
-            raise ValueError
-        return table
-
-    return Kind(parse, allowed)
-
-
-def _parse_list(value: Any) -> tuple[str, ...]:
-    """Read a list of words; the environment has commas or spaces between them."""
-    if isinstance(value, str):
-        value = [part for part in re.split(r"[,\s]+", value) if part]
-    if not isinstance(value, (list, tuple)):
-        raise ValueError
-    if not all(isinstance(word, str) and word for word in value):
-        raise ValueError
-    return tuple(value)
-
-
-def _parse_flag(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    spelled = {"true": True, "1": True, "yes": True, "on": True}
-    spelled |= {"false": False, "0": False, "no": False, "off": False}
-    if not isinstance(value, str) or value.lower() not in spelled:
-        raise ValueError
-    return spelled[value.lower()]
-
-
-def _parse_text(value: Any) -> str:
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError
-    return value
-
-
-def _parse_names(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError
-    if not all(isinstance(name, str) and name.strip() for name in value):
-        raise ValueError
-    return tuple(_parse_text(name) for name in value)
-
-
-def _parse_table(value: Any) -> dict[str, str]:
-    if isinstance(value, str):  # the environment's spelling: "a=b,c=d"
-        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-        value = {left.strip(): right.strip() for left, _, right in pairs}
-    if not isinstance(value, dict):
-        raise ValueError
-    if not all(isinstance(name, str) and name and k for k, name in value.items()):
-        raise ValueError
-    return dict(value)
-
-
-def _parse_lists(value: Any) -> dict[str, tuple[str, ...]]:
-    """Read models and those behind each of them, none of them twice."""
-    if isinstance(value, str):  # the environment's spelling: "a=b|c,d=b"
-        table = _parse_table(value)
-        value = {name: re.split(r"\s*\|\s*", rest) for name, rest in table.items()}
-    if not isinstance(value, dict):
-        raise ValueError
-    lists = {name: _parse_list(names) for name, names in value.items()}
-    for name, names in lists.items():
-        if not name or len({name, *names}) != 1 + len(names) or not names:
-            raise ValueError
-    return lists
-
-
-def _parse_origins(value: Any) -> tuple[str, ...]:
-    """Read exact origins (RFC 6454, 6.1: scheme, host and port, nothing behind).
-
-    Desktop apps and browser extensions have schemes of their own.
-    """
-    return tuple(map(_parse_origin, _parse_list(value)))
-
-
-def _parse_origin(text: str) -> str:
-    """Read one origin; it is compared with what a browser sends, byte by byte."""
-    match = _ORIGIN.fullmatch(text)
-    if match is None or int(match["port"] or 1) not in range(1, 65_536):
-        raise ValueError
-    scheme, host, port = match.groups()
-    if scheme in _DEFAULT_PORTS and _HOST.fullmatch(host) is None:
-        raise ValueError
-    if port is None or int(port) == _DEFAULT_PORTS.get(scheme):
-        return f"{scheme}://{host}"  # a browser leaves it out (RFC 6454, 6.2)
-    return f"{scheme}://{host}:{int(port)}"
-
-
-_ORIGIN = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[A-Za-z0-9._~-]+|\[[0-9a-f:]+\])"
-    r"(?::(?P<port>[0-9]{1,5}))?"
-)
-# A browser lowers the names of hosts, but not what stands there for other schemes.
-_HOST = re.compile(r"[a-z0-9.-]+|\[[0-9a-f:]+\]")
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-FLAG = Kind(_parse_flag, "true or false")
-TEXT = Kind(_parse_text, "text on one line")
-NAMES = Kind(_parse_names, 'a list of model names such as ["qwen*"], each on one line')
-TABLE = Kind(_parse_table, 'a table such as { "gpt-4o-mini" = "qwen" }')
-LISTS = Kind(
-    _parse_lists, 'a table of lists of other names such as { "big" = ["small"] }'
-)
-ORIGINS = Kind(
-    _parse_origins, "a list of origins such as http://localhost:3000 or app://name"
-)
-PORT = number(0, 65_535, whole=True)
-
-
-def setting(default: Any, kind: Kind, help: str) -> Any:
-    """Declare one setting; its name is the attribute's, its section the class's."""
-    metadata = {"kind": kind, "help": help}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-# --- The settings -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    host: str = setting("127.0.0.1", TEXT, "address to listen on")
-    port: int = setting(8000, PORT, "port to listen on; 0 takes a free one")
-    insecure_bind: bool = setting(
-        False, FLAG, "allow an address beyond loopback without authentication"
-    )
-    keepalive: float = setting(
-        30.0, seconds(1), "idle time of a client connection, and deadline of a head"
-    )
-    cors_origins: tuple[str, ...] = setting(
-        (), ORIGINS, "web pages that may call the hub from a browser"
-    )
-    drain: float = setting(
-        30.0, seconds(0), "how long running answers may go on after SIGTERM"
-    )
-    tls_certificate: str = setting(
-        "", TEXT, "PEM file with the certificate chain; makes it https"
-    )
-    tls_key: str = setting(
-        "", TEXT, "PEM file with its private key; empty: in the same file"
-    )
-    tls_client_ca: str = setting(
-        "", TEXT, "PEM file with CAs; clients must have a certificate of one of them"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Auth:
-    mode: str = setting("jwt", choice("jwt", "off"), "bearer tokens, or none at all")
-    algorithm: str = setting(
-        "HS256", choice(*ALGORITHMS), "the one algorithm that tokens are signed with"
-    )
-    public_key_file: str = setting(
-        "", TEXT, "PEM file with the public key or keys, for all but HS256"
-    )
-    issuer: str = setting("", TEXT, "required `iss` of a token; empty checks none")
-    audience: str = setting("", TEXT, "required `aud` of a token; empty checks none")
-    secret_file: str = setting(
-        "", TEXT, "file with the secret for HS256, instead of GOLLAMA_JWT_SECRET"
-    )
-    revoked: str = setting(
-        "", TEXT, "file of tokens and subjects that are refused; read as it changes"
-    )
-    max_lifetime: float = setting(
-        366 * 86_400.0,
+class Auth(Struct, frozen=True):
+    mode: Annotated[
+        str, one_of("jwt", "off"), "bearer tokens, or no authentication"
+    ] = "jwt"
+    algorithm: Annotated[
+        str, one_of(*ALGORITHMS), "the only accepted signature algorithm"
+    ] = "HS256"
+    public_key_file: Annotated[
+        Text, "PEM file with the public key or keys, for all algorithms but HS256"
+    ] = ""
+    issuer: Annotated[Text, "required `iss` of a token; empty: not checked"] = ""
+    audience: Annotated[Text, "required `aud` of a token; empty: not checked"] = ""
+    secret_file: Annotated[
+        Text, "file with the secret for HS256, instead of GOLLAMA_JWT_SECRET"
+    ] = ""
+    revoked: Annotated[
+        Text, "file with revoked tokens and subjects; read again when it changes"
+    ] = ""
+    max_lifetime: Annotated[
+        float,
         seconds(0, 3_660 * 86_400),
-        "longest time that a token may still be valid; 0 is no limit",
-    )
-    leeway: float = setting(30.0, seconds(0, 300), "clock difference to forgive")
-    cache_size: int = setting(
-        4096, number(0, 1_000_000, whole=True), "verified tokens to remember"
-    )
+        "longest time that a token may remain valid; 0: no limit",
+    ] = 366 * 86_400.0
+    leeway: Annotated[float, seconds(0, 300), "tolerated clock difference"] = 30.0
+    cache_size: Annotated[int, whole(0, 1_000_000), "verified tokens to cache"] = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    head: int = setting(16 << 10, size(1 << 10, 1 << 20), "largest request head")
-    body: int = setting(64 << 20, size(1 << 10), "largest request body")
-    replay_window: int = setting(
-        1 << 20,
+class Limits(Struct, frozen=True):
+    head: Annotated[int, size(1 << 10, 1 << 20), "largest request head"] = 16 << 10
+    body: Annotated[int, size(1 << 10), "largest request body"] = 64 << 20
+    replay_window: Annotated[
+        int,
         size(4 << 10, 1 << 30),
-        "body kept for another attempt; a larger one streams through",
-    )
-    answer: int = setting(
-        16 << 20, size(4 << 10), "largest answer that is assembled from a stream"
-    )
-    model_window: int = setting(
-        16 << 20,
+        "largest request body kept for retries; larger ones are streamed",
+    ] = 1 << 20
+    answer: Annotated[
+        int, size(4 << 10), "largest answer that is assembled from a stream"
+    ] = 16 << 20
+    model_window: Annotated[
+        int,
         size(4 << 10, 1 << 30),
-        "how far into a body `model` is looked for where routing depends on it",
+        "how far into a body to look for `model` where routing depends on it",
+    ] = 16 << 20
+    connections: Annotated[int, whole(1, 1_000_000), "client connections in total"] = (
+        8000
     )
-    connections: int = setting(
-        8000, number(1, 1_000_000, whole=True), "client connections, in all"
-    )
-    connections_per_address: int = setting(
-        0,
-        number(0, 1_000_000, whole=True),
-        "of one address, of IPv6 one /64; 0 is no limit",
-    )
+    connections_per_address: Annotated[
+        int,
+        whole(0, 1_000_000),
+        "client connections per address (IPv6: per /64); 0: no limit",
+    ] = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    connect: float = setting(3.0, seconds(0.01), "reaching a worker")
-    first_token: float = setting(
-        300.0, seconds(0.01), "from the request to the first event of the answer"
-    )
-    allowance: float = setting(
-        10.0,
-        seconds(0.01),
-        "first event of a stream while others could take over, and time for its prompt",
-    )
-    gap: float = setting(30.0, seconds(0.01), "between two events of a stream")
-    silence: float = setting(45.0, seconds(0.01), "between two bytes of an answer")
-    body: float = setting(
-        30.0, seconds(0.01), "waiting for a request body, beside 1 s for each 16 KiB"
-    )
-    handshake: float = setting(10.0, seconds(0.01), "TLS with a client to be set up")
-    write: float = setting(60.0, seconds(0.01), "a client that does not read")
-    request: float = setting(0.0, seconds(), "a whole request; 0 is no limit")
+class Timeouts(Struct, frozen=True):
+    connect: Annotated[Duration, "connecting to a worker"] = 3.0
+    first_token: Annotated[
+        Duration, "from the request to the first event of the answer"
+    ] = 300.0
+    allowance: Annotated[
+        Duration,
+        "first event of a stream if another worker could take over; the time that its "
+        "prompt needs is added",
+    ] = 10.0
+    gap: Annotated[Duration, "between two events of a stream"] = 30.0
+    silence: Annotated[Duration, "between two bytes of an answer"] = 45.0
+    body: Annotated[
+        Duration, "waiting for a request body, plus 1 s for each 16 KiB"
+    ] = 30.0
+    handshake: Annotated[Duration, "TLS handshake with a client"] = 10.0
+    write: Annotated[Duration, "waiting for a client that does not read"] = 60.0
+    request: Annotated[Seconds, "a whole request; 0: no limit"] = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Queue:
-    size: int = setting(
-        256, number(0, 10_000, whole=True), "requests that may wait for a free slot"
-    )
-    timeout: float = setting(300.0, seconds(0.01), "how long each of them may wait")
-    notice: float = setting(
-        1.0,
-        seconds(0),
-        "waiting before a client of a stream is told of it; 0 is never",
-    )
-    max_concurrency: int = setting(
-        0,
-        number(0, 10_000, whole=True),
-        "requests of one subject that may run at once; 0 is no limit",
-    )
-    overcommit: int = setting(
-        0, number(0, 10_000, whole=True), "requests sent to a worker beyond its slots"
-    )
+class Queue(Struct, frozen=True):
+    size: Annotated[int, whole(0, 10_000), "requests that may wait for a slot"] = 256
+    timeout: Annotated[Duration, "how long a request may wait"] = 300.0
+    notice: Annotated[
+        Seconds,
+        "how long a streaming client waits before it is sent its position; 0: never",
+    ] = 1.0
+    max_concurrency: Annotated[
+        int,
+        whole(0, 10_000),
+        "requests that one subject may run at once; 0: no limit",
+    ] = 0
+    overcommit: Annotated[
+        int, whole(0, 10_000), "requests sent to a worker beyond its slots"
+    ] = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Health:
-    interval: float = setting(30.0, seconds(0.01), "between two pings of a worker")
-    timeout: float = setting(5.0, seconds(0.01), "for the answer to a ping")
-    fall: int = setting(
-        3, number(1, 100, whole=True), "failed pings that take a worker out"
-    )
-    rise: int = setting(1, number(1, 100, whole=True), "good pings that bring it back")
-    recheck: float = setting(
-        1.0, seconds(0.01), "between pings while a worker is loading or in doubt"
-    )
+class Health(Struct, frozen=True):
+    interval: Annotated[Duration, "between two health checks of a worker"] = 30.0
+    timeout: Annotated[Duration, "waiting for the reply to a health check"] = 5.0
+    fall: Annotated[
+        int, whole(1, 100), "failed checks in a row before a worker is down"
+    ] = 3
+    rise: Annotated[int, whole(1, 100), "good checks before it is up again"] = 1
+    recheck: Annotated[
+        Duration, "between checks while a worker is loading or suspected"
+    ] = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Breaker:
-    consecutive: int = setting(
-        5, number(1, 1000, whole=True), "failures in a row that open a breaker"
-    )
-    failure_rate: float = setting(
-        0.5, number(0.01, 1), "part of the calls in the window that may fail"
-    )
-    slow_rate: float = setting(
-        0.8, number(0.01, 1), "part of the calls in the window that may be slow"
-    )
-    minimum_calls: int = setting(
-        10, number(1, 10_000, whole=True), "calls before a rate says anything"
-    )
-    window: float = setting(30.0, seconds(0.1), "how far back calls are counted")
-    open: float = setting(5.0, seconds(0.01), "first time without traffic; doubles")
-    open_max: float = setting(15.0, seconds(0.01), "longest time without traffic")
-    jitter: float = setting(
-        0.2, number(0, 1), "part by which these times vary, more or less"
-    )
-    proofs: int = setting(
-        2, number(1, 100, whole=True), "good canaries in a row that close it again"
-    )
-    ramp: float = setting(10.0, seconds(0), "how long the share then rises")
-    busy_max: float = setting(
-        60.0, seconds(0), "how much of a worker's own Retry-After is believed"
-    )
-    canary: bool = setting(
-        True, FLAG, "prove a worker by a token of the hub's own, not by a request"
-    )
+class Breaker(Struct, frozen=True):
+    consecutive: Annotated[
+        int, whole(1, 1000), "failures in a row that open a breaker"
+    ] = 5
+    failure_rate: Annotated[
+        float, number(0.01, 1), "share of failed calls in the window that opens it"
+    ] = 0.5
+    slow_rate: Annotated[
+        float, number(0.01, 1), "share of slow calls in the window that opens it"
+    ] = 0.8
+    minimum_calls: Annotated[
+        int, whole(1, 10_000), "calls in the window before a share counts"
+    ] = 10
+    window: Annotated[float, seconds(0.1), "how far back calls are counted"] = 30.0
+    open: Annotated[Duration, "how long it stays open at first; doubles"] = 5.0
+    open_max: Annotated[Duration, "longest time that it stays open"] = 15.0
+    jitter: Annotated[
+        float, number(0, 1), "random variation of these times, as a share of them"
+    ] = 0.2
+    proofs: Annotated[int, whole(1, 100), "good canaries in a row that close it"] = 2
+    ramp: Annotated[
+        Seconds, "how long a recovered worker takes to reach its full share"
+    ] = 10.0
+    busy_max: Annotated[
+        Seconds, "longest time for which a worker's Retry-After is respected"
+    ] = 60.0
+    canary: Annotated[
+        bool, "test a worker with a one-token request of the hub, not a client's"
+    ] = True
 
 
-@dataclass(frozen=True, slots=True)
-class Retry:
-    attempts: int = setting(
-        3, number(1, 10, whole=True), "workers to try before a byte of the answer"
+class Retry(Struct, frozen=True):
+    attempts: Annotated[
+        int, whole(1, 10), "workers to try before the first byte of the answer"
+    ] = 3
+    ratio: Annotated[
+        float, number(0, 1), "share of the recent requests that may be retried"
+    ] = 0.1
+    floor: Annotated[int, whole(0, 1000), "retries in 10 s that are always allowed"] = (
+        10
     )
-    ratio: float = setting(
-        0.1, number(0, 1), "part of the recent requests that may be tried again"
-    )
-    floor: int = setting(
-        10, number(0, 1000, whole=True), "retries in 10 s that are always allowed"
-    )
-    patience: float = setting(
-        5.0, seconds(0), "how long to wait for the only worker when it is busy"
-    )
-    once: tuple[str, ...] = setting(
-        (),
-        some_of(ROUTES, "a list of POST paths such as /v1/responses"),
-        "paths on which what a worker may have begun is not tried again",
-    )
+    patience: Annotated[
+        Seconds, "how long to wait for the only worker when it is busy"
+    ] = 5.0
+    once: Annotated[
+        Routes, "paths on which a request that a worker may have begun is not retried"
+    ] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Rescue:
-    enabled: bool = setting(
-        True, FLAG, "continue an answer that broke off on another worker"
-    )
-    kept: int = setting(
-        256 << 10,
+class Rescue(Struct, frozen=True):
+    enabled: Annotated[bool, "continue a broken answer on another worker"] = True
+    kept: Annotated[
+        int,
         size(1 << 10, 1 << 30),
-        "events of an answer that are remembered; a longer one is not continued",
-    )
-    attempts: int = setting(
-        5, number(1, 100, whole=True), "continuations of one answer, in all"
-    )
+        "events of an answer kept for that; longer answers are not continued",
+    ] = 256 << 10
+    attempts: Annotated[int, whole(1, 100), "continuations of one answer in total"] = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Upstream:
-    keepalive: float = setting(
-        4.0, seconds(0), "idle time of a worker connection (llama-server: 5 s)"
-    )
-    idle: int = setting(
-        32, number(0, 10_000, whole=True), "idle connections kept for each worker"
-    )
-    assemble: tuple[str, ...] = setting(
-        STREAMED,
-        some_of(STREAMED, "a list, of " + ", ".join(STREAMED)),
-        "paths on which an answer in one piece is assembled from a stream",
-    )
-    usage: str = setting(
-        "limited",
-        choice("never", "limited", "always"),
-        "of which streams a worker is asked for the usage if it is no llama-server",
-    )
+class Upstream(Struct, frozen=True):
+    keepalive: Annotated[
+        Seconds, "idle time of a worker connection (llama-server: 5 s)"
+    ] = 4.0
+    idle: Annotated[int, whole(0, 10_000), "idle connections kept for each worker"] = 32
+    assemble: Annotated[
+        StreamedRoutes, "paths whose answers in one piece are assembled from a stream"
+    ] = STREAMED
+    usage: Annotated[
+        str,
+        one_of("never", "limited", "always"),
+        "streams for which a worker other than llama-server is asked for token usage",
+    ] = "limited"
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
-    policy: str = setting(
-        "affinity", choice(*POLICIES), "how one of the workers that can is picked"
+class Routing(Struct, frozen=True):
+    policy: Annotated[Policy, "how to choose among the workers that can serve"] = (
+        "affinity"
     )
-    policies: Mapping[str, str] = setting(
-        {},
-        table_of(POLICIES, 'a table of policies such as { "qwen*" = "affinity" }'),
-        "other policies for some models; of several patterns the first one counts",
-    )
+    policies: Annotated[
+        Policies, "other policies for some models; the first matching pattern counts"
+    ] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Models:
-    default_model: str = setting(
-        "", TEXT, "model for a request that names none, or an unknown one"
-    )
-    strict_models: bool = setting(
-        False, FLAG, "refuse unknown names even where only one model is served"
-    )
-    aliases: Mapping[str, str] = setting(
-        {}, TABLE, 'other names for a model, "gpt-*" too'
-    )
-    fallbacks: Mapping[str, tuple[str, ...]] = setting(
-        {}, LISTS, "models that answer when nobody of the first one can"
-    )
+class Models(Struct, frozen=True):
+    default_model: Annotated[
+        Text, "model for a request with no model or an unknown one"
+    ] = ""
+    strict_models: Annotated[
+        bool, "reject unknown names even if only one model is served"
+    ] = False
+    aliases: Annotated[Table, 'other names for a model; "gpt-*" is a pattern'] = {}
+    fallbacks: Annotated[
+        Lists, "models to use when no worker can serve the requested one"
+    ] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Log:
-    level: str = setting(
-        "info", choice("debug", "info", "warning", "error"), "least severity to log"
-    )
-    format: str = setting("text", choice("text", "json"), "form of a log line")
-    access: bool = setting(True, FLAG, "one line for each request")
+class Log(Struct, frozen=True):
+    level: Annotated[
+        str, one_of("debug", "info", "warning", "error"), "lowest severity to log"
+    ] = "info"
+    format: Annotated[str, one_of("text", "json"), "format of a log line"] = "text"
+    access: Annotated[bool, "one line for each request"] = True
 
 
-@dataclass(frozen=True, slots=True)
-class Metrics:
-    open: bool = setting(
-        False, FLAG, "let /metrics be read without a token of scope metrics"
-    )
+class Metrics(Struct, frozen=True):
+    open: Annotated[bool, "serve /metrics without a token of scope metrics"] = False
 
 
-class Revoked(NamedTuple):
-    """Whose tokens are refused although they are signed and valid."""
-
-    tokens: frozenset[str] = frozenset()  # by their `jti`
-    subjects: frozenset[str] = frozenset()  # by their `sub`
+# --- Workers, and everything together ---------------------------------------------
 
 
 class Origin(NamedTuple):
-    """Where a worker lives: what a connection and its `Host` header need."""
+    """The address of a worker: what a connection and its `Host` header need."""
 
     scheme: str
     host: str  # without the brackets of an IPv6 address
@@ -500,17 +308,35 @@ class Origin(NamedTuple):
 class WorkerConfig:
     """One `[[workers]]` table, or one `--worker` flag."""
 
-    url: str
-    origin: Origin
-    name: str
-    api_key: str = field(default="", repr=False)
-    slots: int | None = None  # None: as it says itself
-    models: tuple[str, ...] = ()  # shell-like patterns; empty: what it lists
-    weight: float | None = None  # None: as its memory says
-    vram_gib: float | None = None
-    ca_file: str = ""  # empty: the CAs of the system
-    client_certificate: str = ""
-    client_key: str = ""  # empty: in the same file
+    url: Annotated[Text, "base URL, http or https; the only required key"]
+    origin: Origin  # made from the URL
+    name: Annotated[Text, "name in replies, logs and metrics; default: host:port"]
+    api_key: str = field(default="", repr=False)  # from one of `API_KEYS`
+    slots: (
+        Annotated[int, whole(1, 10_000), "generations at once; default: as it reports"]
+        | None
+    ) = None
+    models: Annotated[
+        Names, "names and patterns that it serves; default: what it lists"
+    ] = ()
+    weight: (
+        Annotated[float, number(0.01, 10_000), "its share; default: by its memory"]
+        | None
+    ) = None
+    vram_gib: (
+        Annotated[float, number(0.01, 10_000), "memory of its graphics cards, in GiB"]
+        | None
+    ) = None
+    ca_file: Annotated[Text, "PEM file with CAs; default: those of the system"] = ""
+    client_certificate: Annotated[Text, "PEM file to identify the hub to it"] = ""
+    client_key: Annotated[Text, "PEM file with its key; empty: in the same file"] = ""
+
+
+class Revoked(NamedTuple):
+    """Tokens that are rejected although they are signed and valid."""
+
+    tokens: frozenset[str] = frozenset()  # by their `jti`
+    subjects: frozenset[str] = frozenset()  # by their `sub`
 
 
 @dataclass(frozen=True, slots=True)
@@ -530,34 +356,33 @@ class Config:
     log: Log = field(default_factory=Log)
     metrics: Metrics = field(default_factory=Metrics)
     workers: tuple[WorkerConfig, ...] = ()
-    file: str = field(default="", compare=False)  # where they were read, if from one
-
-    @property
-    def source(self) -> str:
-        """Say where the settings are from."""
-        return f"settings are from {self.file or 'no file'}"
-
-    # The current HS256 secret first, then the one that is being rotated out.
+    file: str = field(default="", compare=False)  # the file that was read, if any
+    # The current HS256 secret first, then the previous one during a rotation.
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
     public_keys: tuple[str, ...] = field(default=(), repr=False)
     revoked: Revoked = field(default=Revoked(), repr=False)
 
+    @property
+    def source(self) -> str:
+        """Describe where the settings come from."""
+        return f"settings are from {self.file or 'no file'}"
 
-SECTIONS: dict[str, type[Any]] = {
-    "server": Server,
-    "auth": Auth,
-    "limits": Limits,
-    "timeouts": Timeouts,
-    "queue": Queue,
-    "health": Health,
-    "breaker": Breaker,
-    "retry": Retry,
-    "rescue": Rescue,
-    "upstream": Upstream,
-    "routing": Routing,
-    "models": Models,
-    "log": Log,
-    "metrics": Metrics,
+
+SECTIONS: dict[str, type[Struct]] = {
+    each.name: each.type
+    for each in fields(Config)
+    if isinstance(each.type, type) and issubclass(each.type, Struct)
+}
+# Two keys of a [[workers]] table for one attribute.
+API_KEYS = {
+    "api_key_env": Annotated[Text, "environment variable with the worker's API key"],
+    "api_key_file": Annotated[Text, "file with the worker's API key"],
+}
+WORKER_KEYS: dict[str, Any] = API_KEYS | {
+    # Of `Annotated[...] | None`, the declared type.
+    each.name: get_args(each.type)[0] if each.default is None else each.type
+    for each in fields(WorkerConfig)
+    if each.name not in ("origin", "api_key")
 }
 # The few settings that are typed often enough to have a flag.
 FLAGS = {
@@ -567,53 +392,44 @@ FLAGS = {
     "auth.mode": "--auth",
     "log.level": "--log-level",
 }
-# Read from the environment alone, or replacing a part of the file that has no key.
+# Variables without a TOML key.
 VARIABLES = {
-    "GOLLAMA_CONFIG": "settings file, where -c names none",
-    "GOLLAMA_JWT_SECRET": "secret that tokens are signed with, for HS256",
-    "GOLLAMA_JWT_SECRET_PREVIOUS": "the one before it, accepted during a rotation",
-    "GOLLAMA_WORKERS": "base URLs of workers, instead of the file's [[workers]]",
+    "GOLLAMA_CONFIG": "settings file, if -c is not given",
+    "GOLLAMA_JWT_SECRET": "secret for signing tokens with HS256",
+    "GOLLAMA_JWT_SECRET_PREVIOUS": "previous secret, accepted during a rotation",
+    "GOLLAMA_WORKERS": "base URLs of workers, instead of [[workers]] in the file",
 }
-# The keys of a [[workers]] table.
-WORKER_KEYS = {
-    "url": TEXT,  # base URL, http or https; the only one that has to be there
-    "name": TEXT,  # how replies, logs and metrics call it; default host:port
-    "api_key_env": TEXT,  # environment variable that holds the worker's API key
-    "api_key_file": TEXT,  # file that holds it
-    "slots": number(1, 10_000, whole=True),  # answers at once; default as it says
-    "models": NAMES,  # what it answers to, where that is not what it lists
-    "weight": number(0.01, 10_000),  # its share; default what vram_gib says, else 1
-    "vram_gib": number(0.01, 10_000),  # memory of its graphics cards, in GiB
-    "ca_file": TEXT,  # PEM: the only CAs that its certificate may come from
-    "client_certificate": TEXT,  # PEM: what the hub shows to it
-    "client_key": TEXT,  # PEM: the key of that, if it is not in the same file
-}
+
+
+# --- The list of settings ---------------------------------------------------------
 
 
 class Row(NamedTuple):
-    """One line of the settings table in the README and of `serve --help`."""
+    """One setting: a line in the README's table and in `serve --help`."""
 
     key: str
     env: str
     default: Any
-    allowed: str
-    help: str
+    hint: Any  # the declared type, for `convert`
+
+    @property
+    def allowed(self) -> str:
+        return describe(self.hint)
+
+    @property
+    def help(self) -> str:
+        return str(self.hint.__metadata__[-1])
 
 
-def settings() -> Iterator[Row]:
-    """Yield every setting, in the order in which they are declared above."""
-    for section, cls in SECTIONS.items():
+def settings(*sections: str) -> Iterator[Row]:
+    """Yield the settings of some sections, by default of all, as declared above."""
+    for section in sections or SECTIONS:
+        cls = SECTIONS[section]
         defaults = cls()
-        for entry in fields(cls):
+        for each in structs.fields(cls):
             yield Row(
-                key=f"{section}.{entry.name}",
-                env=variable(section, entry.name),
-                default=getattr(defaults, entry.name),
-                allowed=entry.metadata["kind"].allowed,
-                help=entry.metadata["help"],
+                key=f"{section}.{each.name}",
+                env=f"GOLLAMA_{section}_{each.name}".upper(),
+                default=getattr(defaults, each.name),
+                hint=each.type,
             )
-
-
-def variable(section: str, name: str) -> str:
-    """Name the environment variable of a setting."""
-    return f"GOLLAMA_{section}_{name}".upper()

@@ -1,0 +1,205 @@
+"""The types of settings: how a value is spelled, checked and described.
+
+A setting is declared as `Annotated[type, constraint, help]`.  The constraint is a
+`msgspec.Meta` made by one of the functions below: msgspec checks the ranges, and what
+else there is travels in `extra`:
+
+    allowed   the description of the allowed values, for errors and documentation
+    unit      "bytes" if a string such as "64MiB" is a number here
+    split     False if a string is never a list of words
+    check     a function that takes the converted value and returns the final one
+
+Strings are accepted for every type, since environment variables and flags have nothing
+else: "8000", "yes", "a, b" for a list, "a=b, c=d" for a table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+# --- Constraints ------------------------------------------------------------------
+
+
+def number(low: float, high: float, unit: str = "a number") -> Meta:
+    return Meta(ge=low, le=high, extra={"allowed": _range(unit, low, high)})
+
+
+def whole(low: int, high: int) -> Meta:
+    return number(low, high, "a whole number")
+
+
+def seconds(low: float = 0, high: float = 86_400) -> Meta:
+    return number(low, high, "a number of seconds")
+
+
+def size(low: int, high: int = 1 << 40) -> Meta:
+    allowed = f"bytes or a size such as 64MiB, at least {low}"
+    return Meta(ge=low, le=high, extra={"allowed": allowed, "unit": "bytes"})
+
+
+def one_of(*names: str) -> Meta:
+    pattern = "|".join(map(re.escape, names))
+    allowed = "one of " + ", ".join(names)
+    return Meta(pattern=rf"\A(?:{pattern})\Z", extra={"allowed": allowed})
+
+
+def other(
+    allowed: str, check: Callable[[Any], Any] = lambda value: value, **extra: Any
+) -> Meta:
+    """Describe values that `check` judges or changes; it may raise `ValueError`."""
+    return Meta(extra={"allowed": allowed, "check": check, **extra})
+
+
+def _range(unit: str, low: float, high: float) -> str:
+    return f"{unit} from {low:g} to {high:,.0f}"
+
+
+def _check_printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError
+    return value
+
+
+def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names or not all(map(str.strip, names)):
+        raise ValueError
+    return tuple(map(_check_printable, names))
+
+
+def _check_distinct(lists: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any]:
+    for name, names in lists.items():
+        if not names or len({name, *names}) != 1 + len(names):
+            raise ValueError
+    return lists
+
+
+def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Check web origins (RFC 6454, 6.1: scheme, host and port, and no path).
+
+    Desktop apps and browser extensions have their own schemes.
+    """
+    return tuple(map(_normalize_origin, origins))
+
+
+def _normalize_origin(text: str) -> str:
+    """Spell an origin as browsers do, since the two are compared byte by byte."""
+    match = _ORIGIN.fullmatch(text)
+    if match is None or int(match["port"] or 1) not in range(1, 65_536):
+        raise ValueError
+    scheme, host, port = match.groups()
+    if scheme in _DEFAULT_PORTS and _HOST.fullmatch(host) is None:
+        raise ValueError
+    if port is None or int(port) == _DEFAULT_PORTS.get(scheme):
+        return f"{scheme}://{host}"  # browsers omit the default (RFC 6454, 6.2)
+    return f"{scheme}://{host}:{int(port)}"
+
+
+_ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[A-Za-z0-9._~-]+|\[[0-9a-f:]+\])"
+    r"(?::(?P<port>[0-9]{1,5}))?"
+)
+# Browsers write host names in lower case, but leave other schemes as they are.
+_HOST = re.compile(r"[a-z0-9.-]+|\[[0-9a-f:]+\]")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+# --- Types ------------------------------------------------------------------------
+
+Word = Annotated[str, Meta(min_length=1)]
+Text = Annotated[str, other("text on one line", _check_printable)]
+Seconds = Annotated[float, seconds()]
+Duration = Annotated[float, seconds(0.01)]
+Names = Annotated[
+    tuple[str, ...],
+    other(
+        'a list of model names such as ["qwen*"], each on one line',
+        _check_names,
+        split=False,
+    ),
+]
+Table = Annotated[
+    Mapping[Word, Word], other('a table such as { "gpt-4o-mini" = "qwen" }')
+]
+Lists = Annotated[
+    Mapping[Word, tuple[Word, ...]],
+    other(
+        'a table of lists of other names such as { "big" = ["small"] }', _check_distinct
+    ),
+]
+Origins = Annotated[
+    tuple[Word, ...],
+    other(
+        "a list of origins such as http://localhost:3000 or app://name", _check_origins
+    ),
+]
+
+
+# --- Use --------------------------------------------------------------------------
+
+
+def describe(hint: Any) -> str:
+    """Return the allowed values of a declared type."""
+    return str(_extra(hint).get("allowed", "true or false"))
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """Return a value of a declared type.
+
+    Raises:
+        ValueError: the value is not allowed.
+    """
+    extra = _extra(hint)
+    try:
+        value = msgspec.convert(_unquote(hint, value, extra), hint)
+    except (msgspec.ValidationError, OverflowError) as exc:
+        raise ValueError(str(exc)) from exc
+    return extra["check"](value) if "check" in extra else value
+
+
+def _extra(hint: Any) -> Mapping[str, Any]:
+    """Return `extra` of the last constraint that has one, as aliases can be nested."""
+    found = (each.extra for each in _metadata(hint) if isinstance(each, Meta))
+    return next((extra for extra in reversed([*found]) if extra), {})
+
+
+def _metadata(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__metadata__", ())
+
+
+_FLAGS = dict.fromkeys(("true", "1", "yes", "on"), True)
+_FLAGS |= dict.fromkeys(("false", "0", "no", "off"), False)
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def _unquote(hint: Any, value: Any, extra: Mapping[str, Any]) -> Any:
+    """Read a string as the type that it stands for; anything else is left as it is."""
+    unit = extra.get("unit")
+    kind = hint.__origin__ if _metadata(hint) else hint
+    kind, args = get_origin(kind) or kind, get_args(kind)
+    if kind is Mapping:
+        if isinstance(value, str):
+            pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+            value = {name.strip(): rest.strip() for name, _, rest in pairs}
+            if get_origin(args[1]) is tuple:  # "a=b|c,d=b"
+                value = {k: re.split(r"\s*\|\s*", v) for k, v in value.items()}
+        if isinstance(value, dict):
+            value = {name: _unquote(args[1], each, {}) for name, each in value.items()}
+    elif kind is tuple and isinstance(value, str) and extra.get("split", True):
+        value = [word for word in re.split(r"[,\s]+", value) if word]
+    elif kind is int and isinstance(value, float) and value.is_integer() and not unit:
+        value = int(value)
+    elif not isinstance(value, str) or kind is str:
+        pass
+    elif kind is bool:
+        value = _FLAGS.get(value.lower(), value)
+    elif unit:
+        match = re.fullmatch(r"(\d{1,15})\s*([A-Za-z]*)", value.strip())
+        if match and match[2].upper() in _UNITS:
+            value = int(match[1]) * _UNITS[match[2].upper()]
+    elif kind in (int, float):
+        value = kind(value)
+    return value
