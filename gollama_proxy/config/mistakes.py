@@ -17,7 +17,7 @@ class ConfigError(Exception):
 
 
 class Mistakes:
-    """Collects the mistakes of several steps, so that the first does not hide others."""
+    """Collects the mistakes of several steps, so that none hides another."""
 
     def __init__(self) -> None:
         self._found: list[str] = []
