@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str) -> None:
-    from gollama_proxy.telemetry.accesslog import journal_reads, prioritised
+    from gollama_proxy.telemetry.logs import journal_reads, prioritised
 
     text = f"gollama-proxy: {text}"
     if journal_reads(sys.stderr):

@@ -23,7 +23,7 @@ from gollama_proxy.config.settings import Config, Server
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
 from gollama_proxy.tasks import spawn
-from gollama_proxy.telemetry import accesslog
+from gollama_proxy.telemetry import logs
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,11 @@ def run(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
             for number in handlers:  # a uvloop that is closed still has them
                 loop.remove_signal_handler(number)
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(hearing_signals())
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(hearing_signals())
+    finally:
+        logs.flush()  # before the traceback of a crash
 
 
 class Signals:
@@ -90,7 +93,7 @@ async def front(
 ) -> int:
     """Run a hub until a signal; return 1 when a second one cut answers."""
     require_parser()
-    accesslog.configure(config.log)
+    logs.configure(config.log)
     # Thousands of streams are long-lived and hardly ever garbage: collecting by the
     # default, at every 700 new objects, costs a tenth of a short request.
     gc.set_threshold(5_000, 10, 10)

@@ -44,6 +44,8 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 _MAY_BLOCK = {
     # /proc is memory, and only a scrape reads it.
     "prometheus_client/process_collector.py": {"collect"},
+    # Standard error, which is written when it is ready, and no more than it takes.
+    "gollama_proxy/telemetry/logs.py": {"write"},
     # Before there is a hub: settings are read, programs and models looked for.
     "gollama_proxy/config/load.py": {"load"},
     "gollama_proxy/config/tls.py": {"for_server", "for_workers"},

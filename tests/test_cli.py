@@ -273,7 +273,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> type[StageHub]:
         calls: ClassVar[list[str]] = []
 
     monkeypatch.setattr("gollama_proxy.serve.Hub", Stage)
-    monkeypatch.setattr("gollama_proxy.telemetry.accesslog.configure", lambda log: None)
+    monkeypatch.setattr("gollama_proxy.telemetry.logs.configure", lambda log: None)
     return Stage
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from gollama_proxy.config.settings import Limits
-from gollama_proxy.telemetry.accesslog import Sparse
+from gollama_proxy.telemetry.logs import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Connections:
         self._limit = limits.connections
         self._each = limits.connections_per_address
         self._by_address: Counter[str] = Counter()
-        self._sparse = Sparse(clock, LOG_EVERY)
+        self._throttle = Throttle(clock, LOG_EVERY)
 
     def __repr__(self) -> str:
         return f"<Connections open={self.open} of {self._limit}>"
@@ -69,7 +69,7 @@ class Connections:
     def refuse(self, kind: str, why: str) -> None:
         """Count a connection that was turned away, and tell of it now and then."""
         self.refused[kind] += 1
-        if count := self._sparse.count(kind):
+        if count := self._throttle.count(kind):
             logger.warning("refused connections: %d (%s)", count, why)
 
 

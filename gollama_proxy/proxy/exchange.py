@@ -46,7 +46,8 @@ from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.scheduling.turns import choose_priority
 from gollama_proxy.telemetry import accesslog
-from gollama_proxy.telemetry.accesslog import Record, Sparse
+from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.logs import Throttle
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers
 from gollama_proxy.wire.answer import (
@@ -102,7 +103,7 @@ class Inference:
         self._queue = queue
         self._fitting = fitting
         self._look = look
-        self._losses = Sparse(clock, LOG_EVERY)
+        self._losses = Throttle(clock, LOG_EVERY)
         self._quotas = Quotas(clock)
         self._charges = Charges(self._quotas, fitting, clock)
         self._unstreamed = Unstreamed(clock)

@@ -26,8 +26,8 @@ from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.proxy.attempt import Outgoing
 from gollama_proxy.proxy.relay import Relay
-from gollama_proxy.telemetry import accesslog
-from gollama_proxy.telemetry.accesslog import JsonFormatter, TextFormatter
+from gollama_proxy.telemetry import accesslog, logs
+from gollama_proxy.telemetry.logs import JsonForm, TextForm
 from gollama_proxy.upstream import probe
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.assemble import Assembler, _event
@@ -139,9 +139,9 @@ def witness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Witness]:
     monkeypatch.setattr(logging, "_srcfile", logging._srcfile)
     for flag in ("logThreads", "logProcesses", "logMultiprocessing"):
         monkeypatch.setattr(logging, flag, getattr(logging, flag))
-    accesslog.configure(Log(level="debug"))
+    logs.configure(Log(level="debug"))
     root.handlers.clear()
-    for form, formatter in (("text", TextFormatter()), ("json", JsonFormatter())):
+    for form, formatter in (("text", TextForm()), ("json", JsonForm())):
         handler = logging.StreamHandler(watching.logs[form])
         handler.setFormatter(formatter)
         root.addHandler(handler)

@@ -35,7 +35,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     clean |= {"GOLLAMA_JWT_SECRET": SECRET, "DESK_KEY": KEY}
     monkeypatch.setattr(os, "environ", clean)
     # Some mistakes are only seen when the hub is made; the tests' log is not its own.
-    monkeypatch.setattr("gollama_proxy.telemetry.accesslog.configure", lambda log: None)
+    monkeypatch.setattr("gollama_proxy.telemetry.logs.configure", lambda log: None)
 
     async def start(hub: object) -> None:
         raise AssertionError("what is wrong was served")

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import logging
-import os
 import re
-import sys
+import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
-from gollama_proxy.config.settings import Log
 from gollama_proxy.telemetry import accesslog
-from gollama_proxy.telemetry.accesslog import (
-    JsonFormatter,
-    Outcome,
-    Record,
-    TextFormatter,
+from gollama_proxy.telemetry.accesslog import Outcome, Record, access
+from gollama_proxy.telemetry.logs import (
+    BatchHandler,
+    Form,
+    JournalForm,
+    JsonForm,
+    TextForm,
 )
 from gollama_proxy.wire.errors import Code
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Wire, request_head
-from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chat_completion,
@@ -93,39 +94,33 @@ SHOWN = {
 }
 
 
-def logged(record: Record, formatter: logging.Formatter) -> str:
-    """Format what `write` hands to the log, at a moment that does not change."""
-    entry = logging.makeLogRecord(
-        {
-            "name": "gollama_proxy.access",
-            "levelname": "INFO",
-            "msg": "request",
-            "created": 1_800_000_000.0429,
-            "msecs": 42.9,
-            "fields": record.line(),
-        }
-    )
-    return formatter.format(entry)
+TEXT, JSON = TextForm(), JsonForm()
+TIME = "2027-01-15T08:00:00.042Z"
+
+
+def logged(record: Record, form: Form) -> str:
+    """Return the line of a record, at a moment that does not change."""
+    return form.line(TIME, logging.INFO, "request", record.fields())
 
 
 # --- A line -----------------------------------------------------------------------
 
 
-def test_a_line_shows_what_happened_in_this_order() -> None:
-    assert FULL.line() == SHOWN
-    assert list(FULL.line()) == list(SHOWN)
+def test_a_line_shows_the_fields_in_this_order() -> None:
+    assert FULL.fields() == SHOWN
+    assert list(FULL.fields()) == list(SHOWN)
 
 
-def test_what_is_not_known_is_not_shown() -> None:
-    assert Record("1", "GET").line() == {"method": "GET", "route": "other", "id": "1"}
-    # A first byte that came at once did come.
-    assert Record("1", "GET", first_byte=0.0001).line()["first_byte_ms"] == 0.1
+def test_empty_fields_are_not_shown() -> None:
+    assert Record("1", "GET").fields() == {"method": "GET", "route": "other", "id": "1"}
+    # Zero milliseconds are not shown, a tenth of one is.
+    assert "first_byte_ms" not in Record("1", "GET", first_byte=0.00001).fields()
+    assert Record("1", "GET", first_byte=0.0001).fields()["first_byte_ms"] == 0.1
 
 
 def test_a_line_as_text() -> None:
-    line = logged(FULL, TextFormatter())
-    assert line == (
-        "2027-01-15T08:00:00.042Z info request remote=10.0.0.7 subject=alice "
+    assert logged(FULL, TEXT) == (
+        f"{TIME} info request remote=10.0.0.7 subject=alice "
         f"method=POST route={CHAT} status=502 outcome=error "
         'error=worker_connection_lost detail="connection reset by peer" model=qwen '
         "worker=gpu1 attempts=2 first_byte_ms=12.3 duration_ms=12345.6 tokens=7 "
@@ -134,12 +129,129 @@ def test_a_line_as_text() -> None:
 
 
 def test_a_line_as_json() -> None:
-    line = logged(FULL, JsonFormatter())
+    line = logged(FULL, JSON)
     assert "\n" not in line
     entry = json.loads(line)
-    begin = {"time": "2027-01-15T08:00:00.042Z", "level": "info", "message": "request"}
+    begin = {"time": TIME, "level": "info", "message": "request"}
     assert entry == begin | SHOWN
     assert list(entry) == [*begin, *SHOWN]
+
+
+TEXTS = st.text(max_size=8) | st.sampled_from(["alice", "10.0.0.7", "a b", "\ud800"])
+NUMBERS = st.integers(0, 1 << 40)
+SECONDS = st.floats(0, 1e6)
+RECORDS = st.builds(
+    Record,
+    id=st.text(min_size=1),
+    method=st.text(min_size=1),
+    route=st.text(min_size=1),
+    path=TEXTS | st.text(min_size=150, max_size=250),
+    remote=TEXTS,
+    subject=TEXTS,
+    model=TEXTS,
+    worker=TEXTS,
+    attempts=NUMBERS,
+    rescued=NUMBERS,
+    fell_back=TEXTS,
+    status=NUMBERS,
+    outcome=st.none() | st.sampled_from(Outcome),
+    error=st.sampled_from(["", "client_stalled", *Code]),
+    detail=TEXTS | st.text(min_size=150, max_size=250),
+    bytes=NUMBERS,
+    tokens=NUMBERS,
+    prompt_tokens=NUMBERS,
+    first_byte=st.none() | SECONDS,
+    duration=SECONDS,
+)
+
+
+def plainly(record: Record) -> dict[str, Any]:
+    """Choose the fields of a record in the obvious way."""
+    first_byte = record.first_byte
+    shown = {
+        "remote": record.remote,
+        "subject": record.subject,
+        "method": record.method,
+        "route": record.route,
+        "path": record.path[:200],
+        "status": record.status,
+        "outcome": record.outcome,
+        "error": record.error,
+        "detail": record.detail[:200],
+        "model": record.model,
+        "worker": record.worker,
+        "attempts": record.attempts,
+        "rescued": record.rescued,
+        "fell_back": record.fell_back,
+        "first_byte_ms": None if first_byte is None else round(first_byte * 1000, 1),
+        "duration_ms": round(record.duration * 1000, 1),
+        "prompt_tokens": record.prompt_tokens,
+        "tokens": record.tokens,
+        "bytes": record.bytes,
+        "id": record.id,
+    }
+    return {key: value for key, value in shown.items() if value not in ("", None, 0)}
+
+
+def quoted(value: object) -> str:
+    plain = r"[a-zA-Z0-9_./:@+-]{1,128}"
+    return str(value) if re.fullmatch(plain, str(value)) else json.dumps(value)
+
+
+@hypothesis.given(RECORDS)
+def test_lines_of_all_records_are_as_a_plain_program_would_write_them(
+    record: Record,
+) -> None:
+    fields = plainly(record)
+    assert list(record.fields().items()) == list(fields.items())
+    begin = {"time": TIME, "level": "info", "message": "request"}
+    assert logged(record, JSON) == json.dumps(begin | fields, separators=(",", ":"))
+    pairs = [f"{key}={quoted(value)}" for key, value in fields.items()]
+    assert logged(record, TEXT) == " ".join([TIME, "info request", *pairs])
+    priority = JournalForm(TEXT)
+    assert logged(record, priority) == f"<6>{logged(record, TEXT)}"
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "level"),
+    [
+        (200, Outcome.COMPLETE, "info"),
+        (200, Outcome.ERROR, "warning"),
+        (200, Outcome.CLIENT_GONE, "info"),
+        (400, Outcome.ERROR, "info"),
+        (499, Outcome.CLIENT_GONE, "info"),
+        (500, Outcome.ERROR, "warning"),
+        (503, Outcome.REFUSED, "warning"),
+        (0, None, "info"),
+    ],
+)
+def test_the_short_way_to_the_stream_and_the_one_through_logging_are_equal(
+    status: int, outcome: Outcome, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record("1", "GET", status=status, outcome=outcome, subject="a b")
+    monkeypatch.setattr(time, "time_ns", lambda: 1_800_000_000_042_900_000)
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0429)
+    streams = short, long = io.StringIO(), io.StringIO()
+    handler = logging.StreamHandler(long)
+    handler.setFormatter(TEXT)
+    monkeypatch.setattr(access, "handlers", [BatchHandler(short, TEXT), handler])
+    monkeypatch.setattr(access, "propagate", False)
+    monkeypatch.setattr(access, "level", logging.INFO)
+    access.manager._clear_cache()
+    accesslog.write(record)
+    assert {stream.getvalue() for stream in streams} == {
+        f"{TIME} {level} {logged(record, TEXT).partition(' info ')[2]}\n"
+    }
+    handler.setLevel(logging.ERROR)
+    accesslog.write(record)
+    assert len(short.getvalue().splitlines()) == 2
+    assert len(long.getvalue().splitlines()) == 1
+    access.manager._clear_cache()
+
+
+def test_a_record_shows_no_text_of_a_user() -> None:
+    record = Record("1", "GET", subject="canary", detail="canary", path="canary")
+    assert repr(record) == "<Record 1 GET other>"
 
 
 FORGED = [
@@ -161,7 +273,7 @@ FORGED = [
 @pytest.mark.parametrize("name", FORGED)
 def test_a_name_cannot_forge_a_line(name: str) -> None:
     record = Record("1", "GET", subject=name, detail=name, status=401)
-    text = logged(record, TextFormatter())
+    text = logged(record, TEXT)
     assert not re.search(r"[\x00-\x1f]", text)
     assert [m[0] for m in re.finditer(r" status=\S+", _outside_quotes(text))] == [
         " status=401"
@@ -169,191 +281,13 @@ def test_a_name_cannot_forge_a_line(name: str) -> None:
     if name:
         [shown] = re.findall(r' subject=("(?:[^"\\]|\\.)*"|\S+) method', text)
         assert (json.loads(shown) if shown[0] == '"' else shown) == name
-    as_json = logged(record, JsonFormatter())
+    as_json = logged(record, JSON)
     assert not re.search(r"[\x00-\x1f]", as_json)
     assert json.loads(as_json).get("subject", "") == name
 
 
 def _outside_quotes(text: str) -> str:
     return re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
-
-
-@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
-def test_any_other_message_is_written_in_the_same_form(
-    formatter: logging.Formatter,
-) -> None:
-    entry = logging.LogRecord("x", logging.WARNING, "", 0, "worker %s", ("a",), None)
-    line = formatter.format(entry)
-    assert "warning" in line
-    assert "worker a" in line
-    words = "said by a user"
-    try:
-        raise ZeroDivisionError(words)
-    except ZeroDivisionError:
-        entry.exc_info = sys.exc_info()
-    line = formatter.format(entry)
-    assert "ZeroDivisionError" in line
-    assert words not in line
-    if isinstance(formatter, JsonFormatter):
-        assert "Traceback" in json.loads(line)["exception"]
-
-
-def text_of(message: str, error: BaseException | None = None, name: str = "x") -> str:
-    """Write a line of the text log, without its time."""
-    info = None if error is None else (type(error), error, error.__traceback__)
-    entry = logging.LogRecord(name, logging.ERROR, "", 0, message, None, info)
-    return TextFormatter().format(entry).partition(" ")[2]
-
-
-@pytest.mark.parametrize(
-    "name", ["two\nlines", "\x1b[31mred", "\u2028", "\x00", "a\r\nb", "\ud800"]
-)
-def test_a_message_is_one_line_that_a_terminal_can_show(name: str) -> None:
-    line = text_of(f"worker {name}: é")
-    assert line.isprintable()
-    assert line.startswith("error worker ")
-
-
-def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
-    try:
-        raise error from cause
-    except BaseException as exc:
-        return exc
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (ValueError("secret"), "ValueError"),
-        (OSError(13, "secret"), "PermissionError: Permission denied"),
-        (OSError("secret"), "OSError"),
-        (
-            ExceptionGroup("secret", [ValueError("secret"), KeyError("secret")]),
-            "ExceptionGroup of ValueError, KeyError",
-        ),
-    ],
-)
-def test_of_an_exception_its_kind_and_place_are_told(
-    error: BaseException, told: str
-) -> None:
-    text = text_of("failed", raised(error))
-    assert text.startswith("error failed\nTraceback (most recent call last):\n  File ")
-    assert "in raised" in text
-    assert text.endswith("\n" + told)
-    assert "secret" not in text
-
-
-def test_what_led_to_an_exception_comes_first() -> None:
-    text = text_of("failed", raised(ValueError("b"), raised(KeyError("a"))))
-    assert text.index("KeyError") < text.index("which led to") < text.index("ValueErr")
-    hidden = ValueError("b")
-    hidden.__context__, hidden.__suppress_context__ = raised(KeyError("a")), True
-    assert "KeyError" not in text_of("failed", hidden)
-
-
-def test_no_more_causes_are_told_than_a_few() -> None:
-    error: BaseException = ValueError("first")
-    for _ in range(100):
-        error = raised(TypeError("next"), error)
-    assert text_of("failed", error).count("Traceback") == accesslog.MOST_CAUSES
-
-
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        (
-            "Executing <Task name='a' exception=E('secret')> took 0.123 seconds",
-            "Executing <Task name='a'> took 0.123 seconds",
-        ),
-        (
-            "Executing <Future finished result='secret> took it'> took 1.5 seconds",
-            "Executing <Future finished> took 1.5 seconds",
-        ),
-        ("Task was destroyed\ntask: <Task result='secret'>", "Task was destroyed"),
-    ],
-)
-def test_what_asyncio_lists_of_what_was_involved_is_left_out(
-    said: str, told: str
-) -> None:
-    assert text_of(said, name="asyncio") == f"error {told}"
-
-
-# --- Setting up -------------------------------------------------------------------
-
-
-@pytest.fixture
-def logs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a test configure logging, and put everything back."""
-    root = logging.getLogger()
-    touched = [root, logging.getLogger("gollama_proxy.access")]
-    touched.append(logging.getLogger("aiohttp"))
-    levels = [logger.level for logger in touched]
-    monkeypatch.setattr(root, "handlers", [])  # `force` closes those that it finds
-    for flag in ("logThreads", "logProcesses", "logMultiprocessing"):
-        monkeypatch.setattr(logging, flag, getattr(logging, flag))
-    yield
-    for logger, level in zip(touched, levels, strict=True):
-        logger.setLevel(level)
-
-
-@pytest.mark.usefixtures("logs_of_its_own")
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_the_log_goes_to_standard_error_in_the_form_asked_for(
-    form: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    accesslog.configure(Log(format=form))
-    accesslog.configure(Log(format=form))  # twice is once
-    accesslog.write(FULL)
-    out, err = capsys.readouterr()
-    assert out == ""
-    [line] = err.splitlines()
-    if form == "json":
-        assert json.loads(line)["id"] == FULL.id
-    else:
-        assert line.endswith(f" id={FULL.id}")
-
-
-@pytest.mark.usefixtures("logs_of_its_own")
-@pytest.mark.parametrize(
-    ("level", "shown"),
-    [
-        ("debug", ["debug", "info", "warning", "error"]),
-        ("info", ["info", "warning", "error"]),
-        ("warning", ["warning", "error"]),
-        ("error", ["error"]),
-    ],
-)
-def test_the_level_is_the_least_that_is_shown(
-    level: str, shown: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    accesslog.configure(Log(level=level))
-    logger = logging.getLogger("gollama_proxy.test")
-    for name in ("debug", "info", "warning", "error"):
-        getattr(logger, name)("said")
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines] == shown
-
-
-@pytest.mark.usefixtures("logs_of_its_own")
-def test_the_access_log_can_be_switched_off_alone(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    accesslog.configure(Log(access=False))
-    accesslog.write(FULL)
-    logging.getLogger("gollama_proxy.test").info("said")
-    assert capsys.readouterr().err.splitlines()[0].endswith("info said")
-    accesslog.configure(Log())
-    accesslog.write(FULL)
-    assert FULL.id in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("logs_of_its_own")
-def test_aiohttp_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """It logs malformed requests with their bytes."""
-    accesslog.configure(Log(level="debug"))
-    logging.getLogger("aiohttp.server").error("canary")
-    logging.getLogger("aiohttp.access").info("canary")
-    assert capsys.readouterr().err == ""
 
 
 # --- In a hub that runs -----------------------------------------------------------
@@ -425,7 +359,7 @@ async def test_a_path_that_is_none_is_logged_so_that_a_wrong_base_url_can_be_fou
     else:
         assert found == shown
     [entry] = log.access
-    text = TextFormatter().format(entry)
+    text = TEXT.format(entry)
     assert text.isascii()
     assert text.isprintable()
 
@@ -497,58 +431,6 @@ async def test_each_loss_of_a_worker_in_use_is_told_though_others_make_up_for_it
     told = [r for r in log.records if "lost while it had a request" in r.getMessage()]
     assert [record.levelname for record in told] == ["WARNING"]
     assert told[0].getMessage().startswith(f"worker {bad.name}: lost")
-
-
-# --- Now and then -----------------------------------------------------------------
-
-
-def test_what_happens_often_is_told_now_and_then() -> None:
-    sparse = accesslog.Sparse(clock := Clock(), 10.0)
-    assert [sparse.count("a") for _ in range(3)] == [1, 0, 0]
-    assert sparse.count("b") == 1
-    clock.advance(9.9)
-    assert sparse.count("a") == 0
-    clock.advance(0.1)
-    assert sparse.count("a") == 4
-    assert sparse.count("a") == 0
-    assert repr(sparse) == "<Sparse untold=1>"
-
-
-# --- systemd ----------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("logs_of_its_own")
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_lines_carry_their_priority_where_the_journal_reads_them(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with (tmp_path / "journal").open("w+") as journal:
-        stat = os.fstat(journal.fileno())
-        monkeypatch.setattr(sys, "stderr", journal)
-        monkeypatch.setenv("JOURNAL_STREAM", f"{stat.st_dev}:{stat.st_ino}")
-        accesslog.configure(Log(format=form, level="debug"))
-        logger = logging.getLogger("gollama_proxy.test")
-        for level in ("debug", "info", "warning", "error", "critical"):
-            getattr(logger, level)("said")
-        journal.seek(0)
-        assert [line[:3] for line in journal] == ["<7>", "<6>", "<4>", "<3>", "<2>"]
-
-
-def test_each_line_of_a_traceback_has_the_priority() -> None:
-    assert accesslog.prioritised("a\nb", logging.ERROR) == "<3>a\n<3>b"
-
-
-@pytest.mark.usefixtures("logs_of_its_own")
-@pytest.mark.parametrize("stream", ["", "0:0", "8:1"])
-def test_lines_carry_no_priority_elsewhere(
-    stream: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("JOURNAL_STREAM", stream)
-    accesslog.configure(Log())
-    logging.getLogger("gollama_proxy.test").warning("said")
-    assert not capsys.readouterr().err.startswith("<")
 
 
 async def test_an_answer_makes_one_line(log: Collector) -> None:
@@ -646,7 +528,7 @@ async def test_a_subject_cannot_forge_a_line(log: Collector) -> None:
         [line] = await log.lines(1)
     assert line["subject"] == forged
     [entry] = log.access
-    for formatter in (TextFormatter(), JsonFormatter()):
+    for formatter in (TEXT, JSON):
         assert "\n" not in formatter.format(entry)
 
 
@@ -777,7 +659,7 @@ async def test_nothing_of_a_conversation_gets_into_a_log(
     # Each has its line, `/metrics` included, and what is no HTTP at all.
     logged = await log.lines(requests + 1)
     assert {line["status"] for line in logged} >= {200, 400, 401, 403, 404, 413}
-    formatters = (TextFormatter(), JsonFormatter(), logging.Formatter())
+    formatters = (TEXT, JSON, logging.Formatter())
     written = "\n".join(
         "\n".join([formatter.format(record) for formatter in formatters])
         + repr(vars(record))
@@ -794,10 +676,10 @@ async def test_nothing_of_a_conversation_gets_into_a_log(
         assert "Bearer" not in text
 
 
-@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+@pytest.mark.parametrize("form", [TEXT, JSON])
 @pytest.mark.parametrize("who", ["stranger", "subject"])
 async def test_no_token_can_suppress_its_line(
-    log: Collector, formatter: logging.Formatter, who: str
+    log: Collector, form: Form, who: str
 ) -> None:
     """Half a surrogate pair cannot be encoded; the line has to be written all the same.
 
@@ -810,7 +692,7 @@ async def test_no_token_can_suppress_its_line(
             token = base64.urlsafe_b64encode(header).rstrip(b"=").decode() + ".e30.AA"
         await hub.get("/v1/models", token)
         await log.lines(1)
-    assert formatter.format(log.access[0]).encode()
+    assert form.format(log.access[0]).encode()
 
 
 async def test_what_is_no_http_has_a_line(log: Collector) -> None:

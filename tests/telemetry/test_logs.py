@@ -1,0 +1,584 @@
+"""The log: one form for all lines, in the order of events, never in the hub's way."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gollama_proxy.config.settings import Log
+from gollama_proxy.telemetry import accesslog, logs
+from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.logs import BatchHandler, Form, JsonForm, TextForm
+from tests.fakes.clock import Clock
+
+# --- Form -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [TextForm(), JsonForm()])
+def test_a_message_and_an_exception_are_written_in_the_form(form: Form) -> None:
+    entry = logging.LogRecord("x", logging.WARNING, "", 0, "worker %s", ("a",), None)
+    line = form.format(entry)
+    assert "warning" in line
+    assert "worker a" in line
+    words = "written by a user"
+    try:
+        raise ZeroDivisionError(words)
+    except ZeroDivisionError:
+        entry.exc_info = sys.exc_info()
+    line = form.format(entry)
+    assert "ZeroDivisionError" in line
+    assert words not in line
+    if isinstance(form, JsonForm):
+        assert "Traceback" in json.loads(line)["exception"]
+
+
+@pytest.mark.parametrize("form", [TextForm(), JsonForm()])
+def test_a_record_without_an_exception_has_no_traceback(form: Form) -> None:
+    nothing = (None, None, None)  # `exc_info=True` outside an exception handler
+    entry = logging.LogRecord("x", logging.WARNING, "", 0, "message", None, nothing)
+    line = form.format(entry)
+    assert "\n" not in line
+    assert "exception" not in line
+
+
+def text_of(message: str, error: BaseException | None = None, name: str = "x") -> str:
+    """Return a line of the text log, without its time."""
+    info = None if error is None else (type(error), error, error.__traceback__)
+    entry = logging.LogRecord(name, logging.ERROR, "", 0, message, None, info)
+    return TextForm().format(entry).partition(" ")[2]
+
+
+@pytest.mark.parametrize(
+    "name", ["two\nlines", "\x1b[31mred", "\u2028", "\x00", "a\r\nb", "\ud800"]
+)
+def test_a_message_is_one_line_that_a_terminal_can_show(name: str) -> None:
+    line = text_of(f"worker {name}: é")
+    assert line.isprintable()
+    assert line.startswith("error worker ")
+
+
+def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
+    try:
+        raise error from cause
+    except BaseException as exc:
+        return exc
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ValueError("secret"), "ValueError"),
+        (OSError(13, "secret"), "PermissionError: Permission denied"),
+        (OSError("secret"), "OSError"),
+        (
+            ExceptionGroup("secret", [ValueError("secret"), KeyError("secret")]),
+            "ExceptionGroup of ValueError, KeyError",
+        ),
+    ],
+)
+def test_an_exception_is_shown_by_its_kind_and_place(
+    error: BaseException, shown: str
+) -> None:
+    text = text_of("failed", raised(error))
+    assert text.startswith("error failed\nTraceback (most recent call last):\n  File ")
+    assert "in raised" in text
+    assert text.endswith("\n" + shown)
+    assert "secret" not in text
+
+
+def test_the_cause_of_an_exception_comes_first() -> None:
+    text = text_of("failed", raised(ValueError("b"), raised(KeyError("a"))))
+    assert text.index("KeyError") < text.index("which led to") < text.index("ValueErr")
+    hidden = ValueError("b")
+    hidden.__context__, hidden.__suppress_context__ = raised(KeyError("a")), True
+    assert "KeyError" not in text_of("failed", hidden)
+
+
+def test_a_long_chain_of_causes_is_cut() -> None:
+    error: BaseException = ValueError("first")
+    for _ in range(100):
+        error = raised(TypeError("next"), error)
+    assert text_of("failed", error).count("Traceback") == logs.MOST_CAUSES
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        (
+            "Executing <Task name='a' exception=E('secret')> took 0.123 seconds",
+            "Executing <Task name='a'> took 0.123 seconds",
+        ),
+        (
+            "Executing <Future finished result='secret> took it'> took 1.5 seconds",
+            "Executing <Future finished> took 1.5 seconds",
+        ),
+        ("Task was destroyed\ntask: <Task result='secret'>", "Task was destroyed"),
+    ],
+)
+def test_results_of_tasks_are_cut_from_messages_of_asyncio(
+    message: str, shown: str
+) -> None:
+    assert text_of(message, name="asyncio") == f"error {shown}"
+
+
+# --- Configuration ----------------------------------------------------------------
+
+
+@pytest.fixture
+def logging_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a test configure logging, and undo it afterwards."""
+    root = logging.getLogger()
+    touched = [root, logging.getLogger("gollama_proxy.access")]
+    touched.append(logging.getLogger("aiohttp"))
+    levels = [logger.level for logger in touched]
+    monkeypatch.setattr(root, "handlers", [])  # `force` closes those that it finds
+    monkeypatch.setattr(logging, "_srcfile", logging._srcfile)
+    for flag in ("logThreads", "logProcesses", "logMultiprocessing"):
+        monkeypatch.setattr(logging, flag, getattr(logging, flag))
+    yield
+    for logger, level in zip(touched, levels, strict=True):
+        logger.setLevel(level)
+
+
+configured = pytest.mark.usefixtures("logging_restored")
+REQUEST = Record("0123456789abcdef", "GET", status=200)
+
+
+@configured
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_log_goes_to_standard_error_in_the_configured_form(
+    form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(Log(format=form))
+    logs.configure(Log(format=form))  # it replaces the first one
+    accesslog.write(REQUEST)
+    out, err = capsys.readouterr()
+    assert out == ""
+    [line] = err.splitlines()
+    if form == "json":
+        assert json.loads(line)["id"] == REQUEST.id
+    else:
+        assert line.endswith(f" id={REQUEST.id}")
+
+
+@configured
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [
+        ("debug", ["debug", "info", "warning", "error"]),
+        ("info", ["info", "warning", "error"]),
+        ("warning", ["warning", "error"]),
+        ("error", ["error"]),
+    ],
+)
+def test_the_level_is_the_lowest_that_is_shown(
+    level: str, shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(Log(level=level))
+    logger = logging.getLogger("gollama_proxy.test")
+    for name in ("debug", "info", "warning", "error"):
+        getattr(logger, name)("message")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == shown
+
+
+@configured
+def test_the_access_log_can_be_switched_off_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure(Log(access=False))
+    accesslog.write(REQUEST)
+    logging.getLogger("gollama_proxy.test").info("message")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("info message")
+    logs.configure(Log())
+    accesslog.write(REQUEST)
+    assert REQUEST.id in capsys.readouterr().err
+
+
+@configured
+def test_aiohttp_logs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """It logs malformed requests with their bytes."""
+    logs.configure(Log(level="debug"))
+    logging.getLogger("aiohttp.server").error("canary")
+    logging.getLogger("aiohttp.access").info("canary")
+    assert capsys.readouterr().err == ""
+
+
+@configured
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lines_carry_their_priority_where_the_journal_reads_them(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "journal").open("w+") as journal:
+        stat = os.fstat(journal.fileno())
+        monkeypatch.setattr(sys, "stderr", journal)
+        monkeypatch.setenv("JOURNAL_STREAM", f"{stat.st_dev}:{stat.st_ino}")
+        logs.configure(Log(format=form, level="debug"))
+        logger = logging.getLogger("gollama_proxy.test")
+        for level in ("debug", "info", "warning", "error", "critical"):
+            getattr(logger, level)("message")
+        accesslog.write(REQUEST)
+        journal.seek(0)
+        assert [line[:3] for line in journal] == [
+            *("<7>", "<6>", "<4>", "<3>", "<2>"),
+            "<6>",
+        ]
+
+
+def test_each_line_of_a_traceback_has_the_priority() -> None:
+    assert logs.prioritised("a\nb", logging.ERROR) == "<3>a\n<3>b"
+    form = logs.JournalForm(TextForm())
+    lines = form.line("now", logging.ERROR, "failed", error=raised(KeyError("a")))
+    assert all(line.startswith("<3>") for line in lines.split("\n"))
+    assert lines.endswith("\n<3>KeyError")
+
+
+@configured
+@pytest.mark.parametrize("stream", ["", "0:0", "8:1"])
+def test_lines_carry_no_priority_elsewhere(
+    stream: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", stream)
+    logs.configure(Log())
+    logging.getLogger("gollama_proxy.test").warning("message")
+    assert not capsys.readouterr().err.startswith("<")
+
+
+@configured
+def test_a_process_without_standard_error_logs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    logs.configure(Log())
+    logging.getLogger("gollama_proxy.test").warning("message")
+    accesslog.write(REQUEST)
+
+
+# --- Writing ----------------------------------------------------------------------
+
+
+class Pipe:
+    """A handler that writes into a pipe, and the other end of it."""
+
+    def __init__(self) -> None:
+        self._read, write = os.pipe()
+        os.set_blocking(self._read, False)
+        self._stream = os.fdopen(write, "w")
+        self.handler = BatchHandler(self._stream, TextForm())
+
+    def add(self, text: str = "request") -> None:
+        self.handler.add(logging.INFO, text, {})
+
+    def warn(self, text: str) -> None:
+        entry = logging.LogRecord("x", logging.WARNING, "", 0, text, None, None)
+        self.handler.handle(entry)
+
+    def read(self) -> str:
+        try:
+            return os.read(self._read, 1 << 20).decode()
+        except BlockingIOError:
+            return ""
+
+    def lines(self) -> list[str]:
+        """Return what has been written since the last call, without the times."""
+        return [line.partition(" ")[2] for line in self.read().splitlines()]
+
+    def fill(self) -> None:
+        """Write as much as the pipe holds, as if its reader had stopped."""
+        os.set_blocking(self._stream.fileno(), False)
+        try:
+            while True:
+                os.write(self._stream.fileno(), b"x" * 4096)
+        except BlockingIOError:
+            os.set_blocking(self._stream.fileno(), True)
+
+    def close_reader(self) -> None:
+        os.close(self._read)
+        self._read = -1
+
+    def close(self) -> None:
+        if self._read >= 0:
+            self.close_reader()
+        self.handler.close()
+        self._stream.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    pipe.close()
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the size of each write."""
+    sizes: list[int] = []
+    write = os.write
+
+    def recording(descriptor: int, data: bytes) -> int:
+        sizes.append(len(data))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(logs.os, "write", recording)
+    return sizes
+
+
+class Later:
+    """Stands for the event loop: calls back when the test says so."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, Callable[[], object]]] = []
+
+    def call_later(self, delay: float, call: Callable[[], object]) -> object:
+        self.calls.append((delay, call))
+        return object()
+
+    def run(self) -> None:
+        """Run what is due, once."""
+        calls, self.calls = self.calls, []
+        for _, call in calls:
+            call()
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Later:
+    later = Later()
+    monkeypatch.setattr(logs.asyncio, "get_running_loop", lambda: later)
+    return later
+
+
+def test_lines_about_requests_are_written_together(
+    pipe: Pipe, loop: Later, writes: list[int]
+) -> None:
+    for number in range(10):
+        pipe.add(f"request {number}")
+    assert pipe.lines() == []
+    assert [delay for delay, _ in loop.calls] == [logs.DELAY]
+    loop.run()
+    assert pipe.lines() == [f"info request {number}" for number in range(10)]
+    assert len(writes) == 1
+    assert loop.calls == []
+    pipe.add("next")
+    assert len(loop.calls) == 1
+
+
+async def test_a_line_is_written_without_another_one_to_follow(pipe: Pipe) -> None:
+    pipe.add()
+    async with asyncio.timeout(10):
+        while not (lines := pipe.lines()):
+            await asyncio.sleep(0.001)
+    assert lines == ["info request"]
+
+
+def test_a_warning_is_written_at_once_after_the_lines_before_it(
+    pipe: Pipe, loop: Later
+) -> None:
+    pipe.add("before")
+    pipe.warn("in between")
+    assert pipe.lines() == ["info before", "warning in between"]
+    pipe.add("after")
+    loop.run()
+    assert pipe.lines() == ["info after"]
+
+
+def test_a_line_outside_an_event_loop_is_written_at_once(pipe: Pipe) -> None:
+    pipe.add()
+    assert pipe.lines() == ["info request"]
+
+
+@pytest.mark.usefixtures("loop")
+def test_many_lines_are_written_before_their_time(pipe: Pipe) -> None:
+    line = "x" * 1000
+    for _ in range(logs.BATCH // len(line) + 1):
+        pipe.add(line)
+    assert len(pipe.read()) >= logs.BATCH // 2
+
+
+@pytest.mark.usefixtures("loop")
+def test_what_is_collected_is_written_on_demand_and_at_the_end(pipe: Pipe) -> None:
+    pipe.add("one")
+    pipe.handler.flush()
+    assert pipe.lines() == ["info one"]
+    pipe.add("two")
+    pipe.handler.close()
+    assert pipe.lines() == ["info two"]
+
+
+def test_lines_that_a_stopped_reader_does_not_take_are_kept(
+    pipe: Pipe, loop: Later
+) -> None:
+    pipe.fill()
+    pipe.add("one")
+    loop.run()
+    pipe.warn("two")
+    assert repr(pipe.handler).startswith("<BatchHandler unwritten=")
+    assert "unwritten=0" not in repr(pipe.handler)
+    assert pipe.read().strip("x") == ""
+    loop.run()
+    assert pipe.lines() == ["info one", "warning two"]
+    assert repr(pipe.handler) == "<BatchHandler unwritten=0 lost=0>"
+
+
+def test_lines_beyond_a_bound_are_lost_and_counted(pipe: Pipe, loop: Later) -> None:
+    pipe.fill()
+    line = "x" * 1000
+    for number in range(2 * logs.MOST_UNWRITTEN // len(line)):
+        (pipe.add if number % 2 else pipe.warn)(line)
+    lost = int(repr(pipe.handler).partition("lost=")[2].rstrip(">"))
+    assert lost > 0
+    assert pipe.read()
+    written: list[str] = []
+    while loop.calls:
+        loop.run()
+        written += pipe.lines()
+    pipe.add("after")
+    loop.run()
+    [report, after] = pipe.lines()
+    assert report.startswith(f"warning {lost} lines were lost")
+    assert after == "info after"
+    assert len(written) + lost == 2 * logs.MOST_UNWRITTEN // len(line)
+    assert all(text.endswith(line) for text in written)
+
+
+def test_a_stopped_reader_does_not_keep_the_process_from_ending(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "PATIENCE", 0.01)
+    pipe.fill()
+    pipe.add()
+    pipe.handler.close()
+
+
+def test_the_end_waits_a_little_for_a_slow_reader(pipe: Pipe) -> None:
+    pipe.fill()
+    pipe.add()
+    reader = threading.Thread(target=pipe.read)
+    reader.start()
+    pipe.handler.close()
+    reader.join()
+    assert pipe.lines() == ["info request"]
+
+
+def test_a_reader_that_has_left_is_no_error(pipe: Pipe) -> None:
+    pipe.close_reader()
+    pipe.add()
+    pipe.warn("message")
+    pipe.handler.flush()
+    assert repr(pipe.handler) == "<BatchHandler unwritten=0 lost=0>"
+
+
+def test_a_stream_that_was_closed_is_no_error() -> None:
+    stream = io.StringIO()
+    handler = BatchHandler(stream, TextForm())
+    stream.close()
+    handler.add(logging.INFO, "request", {})
+    handler.close()
+
+
+def test_a_full_descriptor_that_does_not_block_is_tried_again(
+    pipe: Pipe, loop: Later, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process can make the shared descriptor non-blocking."""
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise BlockingIOError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logs.os, "write", full)
+        pipe.add()
+        loop.run()
+    loop.run()
+    assert pipe.lines() == ["info request"]
+
+
+def test_writes_to_a_pipe_end_with_a_line(
+    pipe: Pipe, loop: Later, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes may write to it, and their lines are not to be mixed up."""
+    written: list[bytes] = []
+
+    def write(descriptor: int, data: bytes) -> int:
+        written.append(data)
+        return len(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logs.os, "write", write)
+        for number in range(100):
+            pipe.add(f"{number} " + "x" * 150)
+        pipe.add("y" * 10_000)  # too long for one write
+        pipe.add("last")
+        loop.run()
+    assert max(map(len, written)) <= 4096
+    cut = [data for data in written if not data.endswith(b"\n")]
+    assert len(cut) == 2
+    assert all(b"y" * 1000 in data for data in cut)
+    assert b"".join(written).count(b"\n") == 102
+
+
+def test_a_message_that_cannot_be_formatted_does_not_stop_the_log(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    entry = logging.LogRecord("x", logging.WARNING, "", 0, "%d", ("x",), None)
+    pipe.handler.handle(entry)
+    pipe.warn("next")
+    assert pipe.lines() == ["warning next"]
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("return 0", 0), ("raise ZeroDivisionError", 1), ("raise SystemExit(3)", 3)],
+)
+def test_lines_are_written_before_the_end_or_a_crash(end: str, status: int) -> None:
+    program = f"""
+        from gollama_proxy.config.settings import Log
+        from gollama_proxy.serve import run
+        from gollama_proxy.telemetry import accesslog, logs
+
+        async def command(signals):
+            logs.configure(Log())
+            accesslog.write(accesslog.Record("the-id", "GET"))
+            {end}
+
+        raise SystemExit(run(command))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status
+    first, *rest = done.stderr.splitlines()
+    assert first.endswith("id=the-id")
+    assert ("ZeroDivisionError" in rest) == (status == 1)
+
+
+# --- Throttle ---------------------------------------------------------------------
+
+
+def test_a_throttle_reports_repeated_events_once_in_a_while() -> None:
+    throttle = logs.Throttle(clock := Clock(), 10.0)
+    assert [throttle.count("a") for _ in range(3)] == [1, 0, 0]
+    assert throttle.count("b") == 1
+    clock.advance(9.9)
+    assert throttle.count("a") == 0
+    clock.advance(0.1)
+    assert throttle.count("a") == 4
+    assert throttle.count("a") == 0
+    assert repr(throttle) == "<Throttle unlogged=1>"
