@@ -22,7 +22,7 @@ import platform
 import resource
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from benchmarks.children import BenchmarkError, free_port, spawn, until_answered
+from benchmarks.children import BenchmarkError
 from benchmarks.command import run
 from benchmarks.load import Kind
 from benchmarks.measure import (
@@ -39,6 +39,7 @@ from benchmarks.measure import (
     measure_memory,
     measure_start,
     measure_tokens,
+    paced_worker,
 )
 from benchmarks.paced_worker import SLOTS
 from benchmarks.plot import Panel, plot
@@ -117,10 +118,10 @@ class Session:
         return f"<Session {list(self._kinds)} {self._plan}>"
 
     async def measure(self, console: Console) -> None:
-        async with _worker(RATE, self._folder) as port:
+        async with paced_worker(RATE, self._folder) as port:
             await self._measure_starts(port, console)
             await self._measure_costs(port, console)
-        async with _worker(SLOW_RATE, self._folder) as port:
+        async with paced_worker(SLOW_RATE, self._folder) as port:
             await self._measure_memory(port, console)
 
     async def _measure_starts(self, port: int, console: Console) -> None:
@@ -209,16 +210,6 @@ def _turned(items: Mapping[str, T], turn: int) -> list[tuple[str, T]]:
     pairs = list(items.items())
     first = turn % len(pairs)
     return pairs[first:] + pairs[:first]
-
-
-@contextlib.asynccontextmanager
-async def _worker(rate: float, folder: Path) -> AsyncIterator[int]:
-    port, log = free_port(), folder / "worker.log"
-    command = [sys.executable, "-m", "benchmarks.paced_worker"]
-    command += ["--port", str(port), "--rate", str(rate)]
-    async with spawn(command, log) as child:
-        await until_answered(port, "none", child, log)
-        yield port
 
 
 # --- Reporting --------------------------------------------------------------------

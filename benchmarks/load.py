@@ -38,6 +38,7 @@ WORD = b" we"  # each token of the worker's answers
 OPENING_AT_ONCE = 64
 
 CHAT_PATH = "/v1/chat/completions"
+EMBEDDINGS_PATH = "/v1/embeddings"
 
 
 class Kind(StrEnum):
@@ -67,18 +68,23 @@ class Job:
     def request(self, client: int) -> bytes:
         """Return the request of the client with this number."""
         bearer = self.bearers[client % len(self.bearers)]
+        return spell(self.port, bearer, self.document(), self.path)
+
+    @property
+    def path(self) -> str:
+        return EMBEDDINGS_PATH if self.kind == Kind.EMBEDDING else CHAT_PATH
+
+    def document(self) -> dict[str, Any]:
+        """Return the body of each request, before it is encoded."""
         question = "Answer yes, at some length."
         if self.kind == Kind.EMBEDDING:
-            document: dict[str, Any] = {"model": "paced", "input": question}
-            return spell(self.port, bearer, document, "/v1/embeddings")
+            return {"model": "paced", "input": question}
         document = {
             "model": "paced",
             "messages": [{"role": "user", "content": question}],
             "max_tokens": self.max_tokens,
         }
-        if self.kind == Kind.STREAM:
-            document["stream"] = True
-        return spell(self.port, bearer, document)
+        return document | {"stream": True} if self.kind == Kind.STREAM else document
 
 
 def spell(

@@ -15,7 +15,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import BenchmarkError, last_words, spawn
+from benchmarks.children import (
+    BenchmarkError,
+    free_port,
+    last_words,
+    spawn,
+    until_answered,
+)
 from benchmarks.load import Job, Kind
 from benchmarks.proxies import Proxy
 
@@ -138,6 +144,20 @@ def _is_answered(port: int, request: bytes) -> bool:
             return connection.recv(64).startswith(b"HTTP/1.1 200 ")
     except OSError:
         return False
+
+
+# --- The process of the worker ----------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def paced_worker(rate: float, folder: Path) -> AsyncIterator[int]:
+    """Run a worker that streams at this rate; yields its port."""
+    port, log = free_port(), folder / "worker.log"
+    command = [sys.executable, "-m", "benchmarks.paced_worker"]
+    command += ["--port", str(port), "--rate", str(rate)]
+    async with spawn(command, log) as child:
+        await until_answered(port, "none", child, log)
+        yield port
 
 
 # --- The process of the clients ---------------------------------------------------

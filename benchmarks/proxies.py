@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -74,6 +75,9 @@ class Proxy:
         command, environment = self.command(), self.environment()
         async with spawn(command, self.log, environment, self.checkout) as child:
             yield child
+
+    def signal(self, number: signal.Signals) -> None:
+        self._processes[0].send_signal(number)
 
     def cpu_seconds(self) -> float:
         """Return the CPU time that all its processes and threads have used."""

@@ -12,7 +12,12 @@ from benchmarks import cost
 from benchmarks.children import BenchmarkError
 from benchmarks.cost import FIGURES, Plan, Results
 from benchmarks.load import Kind
-from benchmarks.measure import measure_answers, measure_burst, measure_start
+from benchmarks.measure import (
+    measure_answers,
+    measure_burst,
+    measure_start,
+    paced_worker,
+)
 from benchmarks.plot import plot
 from benchmarks.proxies import Prototype
 
@@ -90,7 +95,7 @@ def test_wrong_options_are_refused(
 
 
 async def test_answers_streams_and_starts_are_measured(tmp_path: Path) -> None:
-    async with cost._worker(50.0, tmp_path) as port:
+    async with paced_worker(50.0, tmp_path) as port:
         assert await measure_start(Prototype([port], tmp_path)) > 0
         proxy = Prototype([port], tmp_path)
         async with proxy.running():
@@ -101,7 +106,7 @@ async def test_answers_streams_and_starts_are_measured(tmp_path: Path) -> None:
 
 
 async def test_an_answer_that_is_lost_fails_the_measurement(tmp_path: Path) -> None:
-    async with cost._worker(50.0, tmp_path) as port:
+    async with paced_worker(50.0, tmp_path) as port:
         proxy = Prototype([port], tmp_path)
         async with proxy.running():
             with pytest.raises(BenchmarkError, match=r"lost answers: .*tokens missing"):
