@@ -18,7 +18,7 @@ import msgspec
 from gollama_proxy.wire.answer import Usage, read_tail
 from gollama_proxy.wire.openai import Api, Ending
 from gollama_proxy.wire.private import Private
-from gollama_proxy.wire.sse import DONE, Gatherer, events_in, split_events
+from gollama_proxy.wire.sse import DONE, Gatherer, data_of, events_in, split_events
 
 # Bytes of a stream's tail that are kept; the last events of llama-server take 1.2 KiB.
 TAIL = 1400
@@ -202,8 +202,8 @@ class Tally:
         """Take the next piece of the stream."""
         if self._gatherer is None:
             return
-        for event in events_in(self._gatherer.feed(data)):
-            for index, ends in ends_in(event, self._ending).items():
+        for event in self._gatherer.feed(data):
+            for index, ends in ends_in(data_of(event) or b"", self._ending).items():
                 if ends:
                     self._ended.add(index)
                 self._open.add(index)

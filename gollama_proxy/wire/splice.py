@@ -24,7 +24,6 @@ from typing import Any
 import msgspec
 
 from gollama_proxy.wire.chunks import (
-    BLANK_LINE,
     END,
     DivergedError,
     Event,
@@ -108,7 +107,7 @@ class Splice:
         events = self._gatherer.feed(data)
         if self._gatherer.size > MAX_EVENT:
             raise DivergedError(f"an event of more than {MAX_EVENT} bytes")
-        for event in BLANK_LINE.split(events) if events else ():
+        for event in events:
             if news := self._pass(event.lstrip(b"\r\n")):
                 yield news
 

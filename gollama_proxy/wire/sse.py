@@ -8,7 +8,7 @@ standard, section 9.2.6: events end with a blank line, lines with LF, CR or CRLF
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -73,30 +73,35 @@ class Gatherer:
     def __repr__(self) -> str:
         return f"<Gatherer, {self.size} bytes of an event>"
 
-    def feed(self, data: bytes) -> bytes:
+    def feed(self, data: bytes) -> list[bytes]:
         """Take the next piece; return the events that it completes, if any."""
-        self._rest.append(data)
-        self.size += len(data)
-        edge, whole = self._edge + data, b""
-        if b"\n\n" in edge or (b"\r" in edge and _BLANK_LINE.search(edge)):
-            text = b"".join(self._rest)
-            edge = split_events(text)[1]
-            whole = text.removesuffix(edge)
-            self._rest, self.size = [edge], len(edge)
-        self._edge = edge[-3:]
-        return whole
+        if self.size:
+            self._rest.append(data)
+            self.size += len(data)
+            edge = self._edge + data
+            if not (b"\n\n" in edge or (b"\r" in edge and _BLANK_LINE.search(edge))):
+                self._edge = edge[-3:]
+                return []
+            data = b"".join(self._rest)
+        if b"\r" in data:
+            *events, rest = _BLANK_LINE.split(data)
+        else:  # inline: this is done for each event of an assembled answer
+            *events, rest = data.split(b"\n\n")
+        self._rest, self.size, self._edge = [rest], len(rest), rest[-3:]
+        return events
 
 
 # --- The beginning of a stream ----------------------------------------------------
 
 
-def opens(held: bytes, ending: Ending) -> bool:
-    """Return whether one of the complete events carries content.
+def opens(events: Iterable[bytes], ending: Ending) -> bool:
+    """Return whether one of these events carries content.
 
     An event with nothing but a role comes before a token is generated, from servers
     other than llama-server even before the prompt is read.
     """
-    return any(_carries(data, ending) for data in events_in(held))
+    found = map(data_of, events)
+    return any(data is not None and _carries(data, ending) for data in found)
 
 
 def content_events(held: bytes, ending: Ending) -> int:

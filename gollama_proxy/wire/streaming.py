@@ -17,12 +17,14 @@ from gollama_proxy.wire.assemble import (
     UNREADABLE,
     Asked,
     Assembler,
-    ChatAssembler,
-    TextAssembler,
     fields,
 )
-from gollama_proxy.wire.assemble_named import MessageAssembler, ResponseAssembler
-from gollama_proxy.wire.assemble_native import NativeAssembler
+from gollama_proxy.wire.assemble_openai import (
+    ChatAssembler,
+    ResponseAssembler,
+    TextAssembler,
+)
+from gollama_proxy.wire.assemble_others import MessageAssembler, NativeAssembler
 from gollama_proxy.wire.openai import Api, Endpoint
 
 # What a field may be for a stream to tell all that the answer would.

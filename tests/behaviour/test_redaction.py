@@ -30,7 +30,8 @@ from gollama_proxy.telemetry import accesslog, logs
 from gollama_proxy.telemetry.logs import JsonForm, TextForm
 from gollama_proxy.upstream import probe
 from gollama_proxy.wire import sse
-from gollama_proxy.wire.assemble import Assembler, _event
+from gollama_proxy.wire.assemble import Assembler
+from gollama_proxy.wire.assemble_openai import _event
 from gollama_proxy.wire.chunks import Span, read_event
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.fields import classify

@@ -14,11 +14,10 @@ from gollama_proxy.wire.assemble import (
     ANY,
     Asked,
     AssemblyError,
-    ChatAssembler,
     LostTextError,
-    TextAssembler,
     UnfoldableError,
 )
+from gollama_proxy.wire.assemble_openai import ChatAssembler, TextAssembler
 from gollama_proxy.wire.openai import ENDPOINTS
 from gollama_proxy.wire.streaming import choices_of, streaming
 from tests.fakes import replies
@@ -592,3 +591,84 @@ def test_what_was_held_back_for_a_stop_string_is_noticed(kind: Kind) -> None:
 def test_the_choices_that_a_request_asks_for(request_: Any, choices: int) -> None:
     assert choices_of(json.dumps(request_).encode()) == choices
     assert choices_of(b"{") == 0
+
+
+# --- Events that differ in a word -------------------------------------------------
+
+
+class Plain(ChatAssembler):
+    """Learns nothing, so that each event is decoded."""
+
+    def _learn(self, *learnt: Any) -> None:
+        pass
+
+
+WORDS = st.text(max_size=4) | st.sampled_from(['"', "\\", "~", '","x":"', "\n\n", "é"])
+SHAPES: list[dict[str, Any]] = [
+    {"content": ""},
+    {"content": "", "role": "assistant"},
+    {"reasoning_content": ""},
+    {"content": "", "reasoning_content": "same"},
+    {"content": "", "other": None},
+    {"tool_calls": [{"index": 0, "id": "a", "function": {"arguments": ""}}]},
+    {"content": "~", "reasoning": ""},
+]
+
+
+@st.composite
+def similar_events(draw: st.DrawFn) -> list[bytes]:
+    """Draw a stream whose events mostly have the shape of the one before."""
+    events = []
+    runs = st.lists(st.tuples(st.sampled_from(SHAPES), st.lists(WORDS, max_size=6)))
+    for shape, words in draw(runs):
+        index, escaped = draw(st.sampled_from([0, 0, 0, 1])), draw(st.booleans())
+        more = draw(st.sampled_from([{}, {}, {"logprobs": {"content": [1]}}, {"a": 1}]))
+        for word in words:
+            told = {name: value or word for name, value in shape.items() if value != []}
+            choice = {"index": index, "delta": told, "finish_reason": None, **more}
+            event = json.dumps({"id": "x", "choices": [choice]}, ensure_ascii=escaped)
+            events.append(b"data: %b\n\n" % event.encode(errors="replace"))
+    damaged = draw(
+        st.sampled_from([b"", b"", b"\\", b'"', b"\xff", b"\\ud83d", b"\x01"])
+    )
+    if events and damaged:
+        at = draw(st.integers(0, len(events) - 1))
+        events[at] = events[at].replace(b'"}', damaged + b'"}')
+    return [*events, end(), end(index=1), usage(), replies.done()]
+
+
+@given(similar_events(), st.booleans(), st.sampled_from([300, 2000, LIMIT]))
+def test_what_is_learnt_of_events_makes_no_difference(
+    events: list[bytes], together: bool, limit: int
+) -> None:
+    """The answer is the same, or there is none for the same kind of reason."""
+
+    def assembled(make: type[ChatAssembler]) -> Any:
+        assembler = make(limit)
+        try:
+            for piece in [b"".join(events)] if together else events:
+                assembler.feed(piece)
+            return json.loads(assembler.finish())
+        except AssemblyError as exc:
+            return type(exc)
+
+    assert assembled(ChatAssembler) == assembled(Plain)
+
+
+def test_of_events_that_differ_in_a_word_only_the_word_is_kept() -> None:
+    assembler = ChatAssembler(LIMIT)
+    for word in ("a", "b", "\n", "é", '"', "z"):
+        assembler.feed(delta({"content": word}))
+    assert len(assembler._words) == 3
+    assembler.feed(end() + replies.done())
+    assert not assembler._words
+    answer = json.loads(assembler.finish())
+    assert answer["choices"][0]["message"]["content"] == 'ab\né"z'
+
+
+def test_a_word_that_cannot_be_read_is_noticed_in_time() -> None:
+    assembler = ChatAssembler(LIMIT)
+    for word in (b"a", b"b", b"c", b"\xff"):
+        assembler.feed(delta({"content": "?"}).replace(b"?", word))
+    with pytest.raises(UnfoldableError, match="cannot be read"):
+        assembler.finish()

@@ -14,7 +14,8 @@ from gollama_proxy.wire.assemble import (
     LostTextError,
     UnfoldableError,
 )
-from gollama_proxy.wire.assemble_named import MessageAssembler, ResponseAssembler
+from gollama_proxy.wire.assemble_openai import ResponseAssembler
+from gollama_proxy.wire.assemble_others import MessageAssembler
 from tests.fakes.replies import named_event
 
 LIMIT = 1 << 20

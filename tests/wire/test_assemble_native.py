@@ -14,7 +14,7 @@ from gollama_proxy.wire.assemble import (
     LostTextError,
     UnfoldableError,
 )
-from gollama_proxy.wire.assemble_native import NativeAssembler
+from gollama_proxy.wire.assemble_others import NativeAssembler
 from tests.fakes.replies import error_event, event
 
 

@@ -10,15 +10,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gollama_proxy.wire import sse
 from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.sse import (
     DONE,
     STREAM_HEADERS,
     EventError,
     Gatherer,
+    data_of,
     error_in,
     events_in,
-    opens,
+    split_events,
 )
 from tests.fakes import replies
 
@@ -27,6 +29,10 @@ LINE_ENDS = pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"])
 
 def first_data(held: bytes) -> bytes | None:
     return next(events_in(held), None)
+
+
+def opens(held: bytes, ending: Ending) -> bool:
+    return sse.opens(split_events(held)[0], ending)
 
 
 def native(content: str, *, stop: bool) -> bytes:
@@ -66,21 +72,22 @@ def test_pieces_are_gathered_to_whole_events(
 ) -> None:
     """What comes out is what went in, and each event is there with its blank line."""
     data = b"".join(line + eol for line in lines)
-    gatherer, whole, at = Gatherer(), b"", 0
+    gatherer, at = Gatherer(), 0
+    events: list[bytes] = []
     for size in [*sizes, len(data)]:
         piece = data[at : at + size]
         at += len(piece)
-        whole += gatherer.feed(piece)
-        rest = data[len(whole) : at]
-        assert whole + rest == data[:at]
-        assert gatherer.size == len(rest)
+        events += gatherer.feed(piece)
+        rest = data[at - gatherer.size : at]
         assert not list(events_in(rest)), "an event is held that is complete"
-    assert list(events_in(whole)) == list(events_in(data))
+    assert [found for each in events if (found := data_of(each)) is not None] == list(
+        events_in(data)
+    )
 
 
 def test_a_gatherer_tells_how_much_it_holds_and_not_what() -> None:
     gatherer = Gatherer()
-    assert gatherer.feed(b"data: a\n\ndata: secret") == b"data: a\n\n"
+    assert gatherer.feed(b"data: a\n\ndata: secret") == [b"data: a"]
     assert repr(gatherer) == "<Gatherer, 12 bytes of an event>"
 
 
@@ -88,9 +95,9 @@ def test_a_byte_is_looked_at_once() -> None:
     """A thousand pieces of one event are joined when it ends, and not before."""
     gatherer = Gatherer()
     for _ in range(1000):
-        assert gatherer.feed(b"x") == b""
+        assert gatherer.feed(b"x") == []
     assert len(gatherer._rest) == 1000
-    assert gatherer.feed(b"\n\ny") == b"x" * 1000 + b"\n\n"
+    assert gatherer.feed(b"\n\ny") == [b"x" * 1000]
     assert gatherer._rest == [b"y"]
 
 

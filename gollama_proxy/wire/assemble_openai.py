@@ -1,0 +1,368 @@
+"""Streams of OpenAI's APIs, folded: chats, text completions, and responses."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from gollama_proxy.wire.assemble import (
+    ANY,
+    FRAME,
+    NUMBER,
+    OBJECT,
+    OBJECTS,
+    TEXT,
+    UNREADABLE,
+    Asked,
+    Assembler,
+    LostTextError,
+    Texts,
+    UnfoldableError,
+    fail,
+    fields,
+    means_nothing,
+    read,
+    unfinished,
+)
+from gollama_proxy.wire.private import Private
+from gollama_proxy.wire.sse import EventError
+
+# --- One choice -------------------------------------------------------------------
+
+_Logprobs = dict[str, list[Raw] | None]
+_LOGPROBS = msgspec.json.Decoder(_Logprobs | None)
+
+
+class _Call:
+    """One call of a tool, as far as it has come."""
+
+    def __init__(self, index: int | None) -> None:
+        self.index = index
+        self.texts = Texts()
+
+    def __repr__(self) -> str:
+        return f"<_Call {self.index}>"
+
+    def lacks(self, id_: str, name: str) -> bool:
+        """Whether this is a call whose id or name has not come before."""
+        id_known, name_known = self.texts.get("id"), self.texts.get("name")
+        return not (id_ and id_known) and not (name and name_known)
+
+    def answer(self) -> dict[str, object]:
+        names = {"id": self.texts.get("id")} if self.texts.get("id") else {}
+        told = {name: self.texts.get(name) for name in ("name", "arguments")}
+        type_ = self.texts.get("type") or "function"
+        return {"function": told, "type": type_, **names}
+
+
+class _Calls:
+    """Calls of tools, told apart by their ids where servers repeat an `index`."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+
+    def __repr__(self) -> str:
+        return f"<_Calls {len(self._calls)}>"
+
+    def fold(self, delta: dict[str, Raw]) -> int:
+        """Append to the call that an event goes on with; return how much it grew."""
+        told = dict(delta)
+        function = read(told.pop("function", None), OBJECT) or {}
+        index = read(told.pop("index", None), NUMBER)
+        id_, type_ = (read(told.pop(name, None), TEXT) for name in ("id", "type"))
+        name, arguments = (
+            read(function.pop(name, None), TEXT) for name in ("name", "arguments")
+        )
+        if not all(map(means_nothing, [*told.values(), *function.values()])):
+            raise UnfoldableError("a call has a field that cannot be folded")
+        call = self._find(index, id_ or "", name or "", arguments or "")
+        texts = call.texts
+        grown = texts.add("id", id_ or None) + texts.add("type", type_)
+        return grown + texts.add("name", name) + texts.add("arguments", arguments)
+
+    def _find(self, index: int | None, id_: str, name: str, arguments: str) -> _Call:
+        same = [call for call in self._calls if index is None or call.index == index]
+        if id_:
+            named = [call for call in same if call.texts.get("id") == id_]
+            same = named or [call for call in same[-1:] if call.lacks(id_, name)]
+        elif same and (known := same[-1].texts.get("name")) and name and arguments:
+            # Told once more, or the next one of that name?
+            told = same[-1].texts.get("arguments")
+            if name != known or (told and _is_json(told)):
+                raise UnfoldableError("two calls of tools cannot be told apart")
+        if not same:
+            same = [_Call(index)]
+            self._calls += same
+        return same[-1]
+
+    def answer(self) -> list[dict[str, object]]:
+        ordered = sorted(self._calls, key=lambda call: call.index or 0)
+        return [call.answer() for call in ordered]
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except UNREADABLE:
+        return False
+    return True
+
+
+class _Choice:
+    """One choice, as far as it has come."""
+
+    def __init__(self) -> None:
+        self.texts = Texts()
+        self.calls = _Calls()
+        self.logprobs: _Logprobs | UnsetType | None = UNSET
+        self.finish_reason: str | None = None
+        self._others: dict[str, Raw] = {}  # fields that the answer has as well
+
+    def __repr__(self) -> str:
+        return f"<_Choice {self.finish_reason or 'open'}>"
+
+    def fold(self, told: dict[str, Raw]) -> int:
+        """Append what an event has of it, and return how much it grew."""
+        grown = 0
+        ended = self.finish_reason is not None
+        for name, value in told.items():
+            if name == "delta":
+                for part, added in (read(value, OBJECT) or {}).items():
+                    grown += self._fold_delta(part, added)
+            elif name == "text":
+                grown += self.texts.add("text", read(value, TEXT))
+            elif name == "logprobs":
+                self._fold_logprobs(read(value, _LOGPROBS))
+            elif name == "finish_reason":
+                self.finish_reason = read(value, TEXT) or self.finish_reason
+            elif name != "index":
+                grown += self._keep(name, value)
+        if ended and grown:
+            raise UnfoldableError("a choice went on behind its end")
+        return grown
+
+    def _fold_delta(self, name: str, value: Raw) -> int:
+        if name == "tool_calls":
+            calls = read(value, OBJECTS) or []
+            return sum(map(self.calls.fold, calls))
+        if bytes(value) in (b"[]", b"{}"):
+            return 0
+        return self.texts.add(name, read(value, TEXT))
+
+    def _keep(self, name: str, value: Raw) -> int:
+        """Keep a field that one event tells for all; what grows cannot be folded."""
+        known = self._others.get(name)
+        if known is None or means_nothing(known):
+            self._others[name] = value.copy()
+            return 0 if known is not None else len(bytes(value)) + len(name)
+        if not means_nothing(value) and bytes(value) != bytes(known):
+            raise UnfoldableError("a choice has a field that cannot be folded")
+        return 0
+
+    def _fold_logprobs(self, logprobs: _Logprobs | None) -> None:
+        if not self.logprobs or not logprobs:  # a null after a list does not undo it
+            self.logprobs = self.logprobs or logprobs
+            return
+        for name, values in logprobs.items():
+            known = self.logprobs.get(name)
+            if known and values:
+                known.extend(values)
+            else:
+                self.logprobs[name] = known or values
+
+    def shows_nothing(self) -> bool:
+        return not (self.calls or any((self.texts.all() | {"role": None}).values()))
+
+    def text(self, index: int) -> dict[str, object]:
+        logprobs = self.logprobs or None
+        choice = {"text": self.texts.get("text"), "index": index, "logprobs": logprobs}
+        return choice | self._others | {"finish_reason": self.finish_reason}
+
+    def chat(self, index: int) -> dict[str, object]:
+        message: dict[str, object] = {**self.texts.all()}
+        message.pop("text", None)
+        message["role"] = message.get("role") or "assistant"
+        # llama-server never has a null here, whatever else the message holds.
+        message["content"] = message.get("content") or ""
+        if self.calls:
+            message["tool_calls"] = self.calls.answer()
+        choice = {"finish_reason": self.finish_reason, "index": index}
+        logprobs = {} if self.logprobs is UNSET else {"logprobs": self.logprobs}
+        return {**choice, "message": message, **self._others, **logprobs}
+
+
+# --- The events -------------------------------------------------------------------
+
+
+def _additions(told: dict[str, Raw]) -> dict[str, Raw]:
+    """Return what a choice in an event adds to an answer, if the event is repeated."""
+    delta = read(told.get("delta"), OBJECT)
+    fields = {**told, **(delta or {})}
+    same = ("index", "delta", "role")
+    return {n: v for n, v in fields.items() if n not in same and not means_nothing(v)}
+
+
+# A text in an event.  The key of a call's arguments is not among them.
+_WORD = re.compile(
+    rb'"(content|reasoning_content|reasoning|text)"\s*:\s*"((?:[^"\\]++|\\.)*+)"',
+    re.DOTALL,
+)
+_REPEATS = 2  # events, before it pays to learn what they have in common
+
+
+class _Event(Private):
+    choices: list[dict[str, Raw]] | None = None
+    usage: dict[str, Raw] | None = None
+    error: EventError | None = None
+    verbose: Raw | UnsetType = msgspec.field(default=UNSET, name="__verbose")
+
+
+_event = msgspec.json.Decoder(_Event | None)
+
+
+class TextAssembler(Assembler):
+    """Folds the answers of OpenAI's completions."""
+
+    kind = "text_completion"
+    fold = _Choice.text
+
+    def __init__(self, limit: int, asked: Asked = ANY) -> None:
+        super().__init__(limit, asked)
+        self._choices = defaultdict[int, _Choice](_Choice)
+        self._latest = 0  # the choice of the last event
+        self._last = b"{}"  # the last event of the first choice
+        self._repeats = 0  # events that may have nothing but another word
+        self._usage = b""  # the event with the usage that counts
+        self._tokens: int | None = None
+
+    def _fold(self, data: bytes) -> None:
+        event = _event.decode(data)
+        if event is None:  # llama-server, for a prompt that has nothing to tell yet
+            return
+        if event.error is not None:
+            fail(event.error)
+        if event.verbose is not UNSET:  # a llama-server that runs with `--verbose`
+            raise UnfoldableError("the stream did not tell the text of `__verbose`")
+        for told in event.choices or ():
+            self._latest = read(told.get("index"), NUMBER) or 0
+            if self._latest not in self._choices:
+                self._size += FRAME
+            self._size += self._choices[self._latest].fold(told)
+            if not means_nothing(told.get("logprobs")):
+                self._size += len(data)  # they hold on to the whole event
+        if self._latest == 0 and event.choices is not None:
+            self._last = data
+            if len(event.choices) == 1 and event.usage is None:
+                self._repeats += 1
+                if self._repeats > _REPEATS:
+                    self._learn_from(data, event.choices[0])
+        # llama-server tells the usage of each choice behind its last event, and has
+        # that of the first one in the answer.  Others tell it once, behind them all.
+        if event.usage is not None and (self._latest == 0 or not self._usage):
+            tokens = event.usage.get("completion_tokens")
+            self._usage, self._tokens = data, read(tokens, NUMBER)
+
+    def _learn_from(self, data: bytes, told: dict[str, Raw]) -> None:
+        """Learn the bytes around the word of an event, if it adds nothing else."""
+        word = _WORD.search(data)
+        if word is None or word[2] == b"~":
+            return
+        head, foot = data[: word.start(2)], data[word.end(2) :]
+        probe = (_event.decode(head + b"~" + foot) or _Event()).choices or [{}]
+        # The only string that differs is this word; is it the text of the choice?
+        name = word[1].decode()
+        added, other = _additions(told), _additions(probe[0])
+        if list(added) == [name] and bytes(other[name]) == b'"~"':
+            self._learn(self._choices[0].texts, name, head, foot)
+
+    def _answer(self) -> object:
+        choices = sorted(self._choices.items())
+        told = choices and all(choice.finish_reason for _, choice in choices)
+        if not (told and (self._done or self._usage)):
+            raise unfinished()
+        if self._asked.choices not in (0, len(choices)):
+            raise UnfoldableError("the stream has another number of choices")
+        for _, choice in choices:
+            self._check(choice)
+        answer: dict[str, object] = {**fields.decode(self._last)}
+        if self._usage:
+            answer["usage"] = fields.decode(self._usage)["usage"]
+        answer["object"] = self.kind
+        answer["choices"] = [type(self).fold(choice, i) for i, choice in choices]
+        return answer
+
+    def _check(self, choice: _Choice) -> None:
+        """Raise LostTextError for an answer that has more than its stream."""
+        cut = choice.finish_reason == "length"
+        # What may become a stop string is held back, and never sent where the answer
+        # is cut there.
+        if cut and self._asked.stops:
+            raise LostTextError("the stream may have held back what it ended with")
+        # Of an answer that never left a tag of the template, or a character, the
+        # stream has nothing, and the answer has it raw.  One token may be the end.
+        if (cut or (self._tokens or 0) > 1) and choice.shows_nothing():
+            raise LostTextError("the stream did not tell the text of the answer")
+
+
+class ChatAssembler(TextAssembler):
+    """Folds the answers of OpenAI's chat completions."""
+
+    kind = "chat.completion"
+    fold = _Choice.chat
+
+
+# --- Responses --------------------------------------------------------------------
+
+
+class _ResponseEvent(Private):
+    type: str = ""
+    response: dict[str, Raw] | None = None
+    error: EventError | None = None
+
+
+class ResponseAssembler(Assembler):
+    """Takes the answer out of the last event of a response, which has all of it."""
+
+    def __init__(self, limit: int, asked: Asked = ANY) -> None:
+        super().__init__(limit, asked)
+        self._response: dict[str, Raw] | None = None
+        self._decoder = msgspec.json.Decoder(_ResponseEvent)
+
+    def _fold(self, data: bytes) -> None:
+        event = self._decoder.decode(data)
+        if event.error is not None:
+            fail(event.error)
+        if event.type in _LAST and event.response is not None:
+            self._size += len(data)
+            self._response, self._done = event.response, True
+
+    def _answer(self) -> object:
+        response = self._response
+        if response is None:
+            raise unfinished()
+        if means_nothing(response.get("output")):
+            raise LostTextError("the stream did not tell the text of the answer")
+        return response if "completed_at" in response else _completed(response)
+
+
+def _completed(response: dict[str, Raw]) -> dict[str, object]:
+    """Add what llama-server has in an answer in one piece, and not in its stream.
+
+    Both times are the same, and thoughts have a `status` as words have.
+    """
+    answer: dict[str, object] = {**response}
+    if "created_at" in response:
+        answer["completed_at"] = response["created_at"]
+    items = read(response.get("output"), OBJECTS) or []
+    status = response.get("status", Raw(b'"completed"'))
+    answer["output"] = [{"status": status, **item} for item in items]
+    return answer
+
+
+_LAST = frozenset({"response.completed", "response.incomplete", "response.failed"})
