@@ -111,7 +111,9 @@ class Admission:
         `limit` is the number of requests of the subject that may run at once; 0 is no
         limit.
         """
-        holder = self._subject(subject, limit)
+        holder = self._subjects.get(subject)  # as `_subject`, with a call less
+        if holder is None or holder.limit != limit:
+            holder = self._subject(subject, limit)
         if holder.withheld or (self.waiting and self._is_behind(model, priority)):
             self._forget(holder)
             return None
@@ -222,7 +224,8 @@ class Admission:
     def place(self, ticket: Ticket) -> Place:
         """Return the place of a ticket that waits; about right, and cheap."""
         some = self._rounds_for(ticket.model)
-        waiting = sum(rounds.waiting for rounds in some)
+        # At least itself: one that had its turn may still wait for a better worker.
+        waiting = max(1, sum(rounds.waiting for rounds in some))
         return self._forecast(ticket.model).place(
             ticket,
             waiting,

@@ -300,8 +300,7 @@ class Queue:
         ]
         while models := [m for m in self.admission.wanted() if self._has_free(m)]:
             ticket = self.admission.next(models)
-            if ticket is None:
-                return
+            assert ticket is not None, self
             if not self._serve(ticket):
                 self._passed_over.append(ticket)
 

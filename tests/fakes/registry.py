@@ -13,6 +13,7 @@ from gollama_proxy.config.settings import (
     Origin,
     Rescue,
     Retry,
+    Routing,
     WorkerConfig,
 )
 from gollama_proxy.fleet.breaker import Verdict
@@ -35,12 +36,14 @@ def balancer(
     rescue: Rescue | None = None,
     breaker: Breaker | None = None,
     stated: Sequence[str] = (),
+    slots: int | None = None,
+    routing: Routing | None = None,
     **models: Any,
 ) -> Balancer:
     """Make one with workers `w0`, `w1` and so on that serve these models.
 
     "a b" is a worker that serves two; None one that was not reached yet.  The models of
-    the first are `stated` by hand.
+    the first are `stated` by hand.  Each has so many `slots`; None is no limit.
     """
     clock = clock or Clock()
     configs = tuple(
@@ -59,11 +62,14 @@ def balancer(
         retry=retry or Retry(),
         rescue=rescue or Rescue(),
         breaker=breaker or Breaker(jitter=0.0),
+        routing=routing or Routing(),
     )
     made = Registry(config, clock)
     for worker, served in zip(made.workers, workers, strict=True):
         if served is not None:
-            told = Description(tuple(Model(name) for name in served.split()))
+            told = Description(
+                tuple(Model(name) for name in served.split()), slots=slots
+            )
             worker.observe(Check.OK, "ok", told)
     return Balancer(made, config, clock)
 

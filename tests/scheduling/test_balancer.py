@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import pytest
 
-from gollama_proxy.config.settings import Rescue, Retry
+from gollama_proxy.config.settings import Rescue, Retry, Routing
+from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.scheduling.balancer import Balancer
+from gollama_proxy.scheduling.policies import Ask, Fits, Policy
 from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.errors import Code, NoWorkerError
 from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
+from tests.fakes.pool import InOrder
 from tests.fakes.registry import balancer, take_out, trip
 
 
@@ -107,6 +111,60 @@ def test_a_worker_that_has_just_recovered_has_its_share_among_any_number(
     take_out(made.registry.workers[1])
     made.registry.workers[1].observe(Check.OK, "ok")
     assert [choose(made, "a").name for _ in range(1000)].count("w1") >= 10
+
+
+# --- Policies ---------------------------------------------------------------------
+
+
+def test_a_model_has_the_policy_that_is_configured_for_it() -> None:
+    routing = Routing(policy="weighted", policies={"a*": "affinity", "b": "affinity"})
+    made = balancer("a1", "a1", "b", "b", "c", "c", "a2", routing=routing)
+    assert repr(made).startswith("<Balancer <Weighted")
+    assert made.policy_of("c") is made.policy
+    assert made.policy_of("a1") is made.policy_of("b") is not made.policy
+    follows = {name: made.follows(made.registry.pool(name)) for name in "bc"}
+    assert follows == {"b": True, "c": False}
+    assert not made.follows(made.registry.pool("a2"))  # it has one worker
+
+
+def test_a_single_worker_needs_no_policy() -> None:
+    made = balancer("a", "b")
+    made.policy = Policy()  # which cannot pick
+    assert choose(made, "a") is made.registry.workers[0]
+
+
+def test_policies_learn_what_was_found_in_a_cache() -> None:
+    class Pupil(InOrder):
+        learnt: ClassVar[list[tuple[int, int]]] = []
+
+        def learn(
+            self, ask: Ask, worker: Worker, cached_tokens: int, prompt_tokens: int
+        ) -> None:
+            self.learnt.append((cached_tokens, prompt_tokens))
+
+    made = balancer("a", "a")
+    made.policy = Pupil()
+    attempts = made.attempts(made.registry.pool("a"), CHAT)
+    made.learn(attempts, made.registry.workers[0], Prefill(5, 3))
+    made.learn(attempts, made.registry.workers[0], Prefill(-5, 3))
+    assert Pupil.learnt == [(3, 8)]
+
+
+def test_only_with_prefixes_has_a_request_patience() -> None:
+    class Patient(InOrder):
+        def pick(
+            self, ask: Ask, workers: Sequence[Worker], fits: Fits
+        ) -> Worker | None:
+            return None if ask.patience else super().pick(ask, workers, fits)
+
+    made = balancer("a", "a")
+    made.policy = Patient()
+    attempts = made.attempts(made.registry.pool("a"), CHAT)
+    candidates = attempts.candidates()
+    assert made.pick(attempts, candidates, 3.0) is made.registry.workers[0]
+    attempts.ask = attempts.ask._replace(prefixes=(1,))
+    assert made.pick(attempts, candidates, 3.0) is None
+    assert made.pick(attempts, candidates) is made.registry.workers[0]
 
 
 # --- Fallbacks --------------------------------------------------------------------
