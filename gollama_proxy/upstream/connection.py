@@ -1,18 +1,17 @@
 """One HTTP/1.1 connection to a worker, as a bare asyncio protocol.
 
-The body of an answer goes to a receiver by plain calls, one for each read of the
+The body of an answer goes to a receiver in plain calls, one for each read of the
 socket: no task, no queue and no future between a worker's token and its client.
 
-Theory of the fast lane.  llama-server writes one chunk for each token, and one read
-nearly always holds exactly that chunk.  For a read of `n` bytes there is only one
-canonical chunk head that fits (RFC 9112, 7.1: the size in hex), so a look into a table
-tells a whole chunk from everything else, and it is passed on as it came, without being
-parsed or framed again.  The parser does not see it, and need not: it stands between two
-chunks before and after.  Everything else takes the parser's way.
+The fast lane: llama-server writes one chunk for each token, and one read nearly always
+holds exactly that chunk.  For a read of `n` bytes only one canonical chunk head fits
+(RFC 9112, 7.1: the size in hex), so one look into a table recognises a whole chunk.  It
+is passed on as it came, without being parsed or framed again.  The parser does not see
+it and need not: it is between two chunks before and after.  Everything else is parsed.
 
-What llama-server does and HTTP does not say (see also `pool.py`): it closes after every
-event stream although it announced keep-alive, loses pipelined requests, and keeps a
-connection open after an error answer that says `Connection: close`.
+Where llama-server differs from HTTP (see also `pool.py`): it closes the connection
+after every event stream although it has announced keep-alive, loses pipelined requests,
+and keeps a connection open after an error answer with `Connection: close`.
 """
 
 from __future__ import annotations
@@ -25,23 +24,24 @@ import httptools
 
 from gollama_proxy.config.tls import explain
 
-# What a worker may make us hold for an answer's head; llama-server's is 250 bytes.
+# Bytes of an answer's head that are accepted; llama-server's has 250.
 MAX_HEAD = 64 << 10
-MAX_HEADERS = 128  # as many as aiohttp takes of a client; llama-server sends eight
+MAX_HEADERS = 128  # as many as aiohttp accepts from a client; llama-server sends 8
 _FRAMING = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
-# A byte of the body pays for so many of its framing.  The smallest chunk has five, but
-# extensions and trailers (RFC 9112, 7.1) can be as long as a worker likes; what is not
-# paid for may come to `MAX_HEAD`, the head included.
+# Bytes of framing that are accepted for each byte of the body.  The smallest chunk has
+# five, but extensions and trailers (RFC 9112, 7.1) can have any length; what is beyond
+# this ratio may come to `MAX_HEAD`, the head included.
 PAYS_FOR = 16
-
-
 # Chunks up to this size can take the fast lane; an event is some 240 bytes.
 MAX_FAST = 16 << 10
 
 
 def _chunk_heads() -> list[bytes | tuple[()]]:
-    """For each length of a read, the head of the one chunk that fills it exactly."""
-    heads: list[bytes | tuple[()]] = [()] * MAX_FAST  # nothing starts with one of none
+    """Return, for each length of a read, the head of the chunk that fills it exactly.
+
+    Where there is none it is an empty tuple, which no bytes start with.
+    """
+    heads: list[bytes | tuple[()]] = [()] * MAX_FAST
     for size in range(1, MAX_FAST):
         head = b"%x\r\n" % size
         if (length := len(head) + size + 2) < MAX_FAST:
@@ -53,7 +53,7 @@ _CHUNK_HEADS = _chunk_heads()
 
 
 class Receiver(Protocol):
-    """Who gets an answer; the calls come in this order, and one of the last two."""
+    """Receives one answer: the calls come in this order, with one of the last two."""
 
     def head_received(
         self, status: int, headers: list[tuple[bytes, bytes]]
@@ -62,26 +62,23 @@ class Receiver(Protocol):
     def body_received(self, data: bytes) -> None: ...
 
     def chunk_received(self, chunk: bytes, start: int) -> None:
-        """Take a body part that is framed as one chunk; `start` is where it begins.
-
-        It ends two bytes before the end of `chunk`.
-        """
+        """Receive a part of the body, framed as one chunk: `chunk[start:-2]`."""
 
     def answer_ended(self) -> None:
-        """The answer is complete, as far as HTTP can tell."""
+        """The answer is complete at the level of HTTP."""
 
     def answer_lost(self, reason: str, *, malformed: bool) -> None:
-        """The connection ended too early, or what came is no HTTP."""
+        """The connection ended too early, or what came is not HTTP (`malformed`)."""
 
 
 class State(enum.Enum):
-    IDLE = "idle"  # connected, nothing is asked
-    ACTIVE = "active"  # a request is out, its answer not complete
+    IDLE = "idle"  # connected, no request is running
+    ACTIVE = "active"  # a request was started, its answer is not complete
     CLOSED = "closed"
 
 
 class Connection(asyncio.Protocol):
-    """A connection that carries one request at a time."""
+    """Carries one request at a time, and several one after the other."""
 
     __slots__ = (
         "_any_answer",
@@ -111,9 +108,9 @@ class Connection(asyncio.Protocol):
     )
 
     def __init__(self, *, any_answer: bool = False) -> None:
-        """Make an unconnected one, for `loop.create_connection`.
+        """Prepare it for `loop.create_connection`.
 
-        `any_answer` accepts redirections and content codings too, which are errors in
+        `any_answer` also accepts redirections and content codings, which are errors in
         an answer that is passed on to a client.
         """
         self.state = State.IDLE
@@ -124,14 +121,14 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
         self._parts: list[bytes] = []
-        # httptools looks its callbacks up once, when the parser is made: a bound
+        # httptools looks up its callbacks once, when the parser is made: a bound
         # `list.append` saves a Python frame for each token.
         self.on_body = self._parts.append
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
         self._reset_answer()
         self._reusable = True
-        self._eof = False  # it was said, which over TLS is more than a FIN
+        self._eof = False  # in TLS this takes a close_notify, not just a FIN
         self._write_waiter: asyncio.Future[None] | None = None
         self._writing_paused = False
         self._reading_paused = False
@@ -141,40 +138,40 @@ class Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Whether another request may follow: asked when an answer has ended."""
+        """Whether another request may follow, now that an answer has ended."""
         idle = self.state is State.IDLE and not self._reading_paused
         return idle and self._reusable
 
     @property
     def untouched(self) -> bool:
-        """Whether not one byte of an answer has come."""
+        """Whether no byte of an answer has come."""
         return not (self._head_done or self._framing)
 
     def _reset_answer(self) -> None:
         self._headers: list[tuple[bytes, bytes]] = []
-        self._framing = 0  # bytes that are no body, and not paid for by any
+        self._framing = 0  # bytes that are not body, beyond `PAYS_FOR`
         self._head_done = False
         self._ended = False
         self._fault = ""
         self._at_chunk_end = False  # as of the last callback
         self._between_chunks = False  # as of the last byte
-        self._delimited = False  # by a length or by chunks, so that EOF is no end
+        self._delimited = False  # by a length or by chunks, and not by EOF
 
     # --- Sending the request ------------------------------------------------------
 
     def start(self, receiver: Receiver) -> None:
-        """Bind the connection to the one who gets the next answer."""
+        """Begin a request, whose answer goes to this receiver."""
         assert self.state is not State.ACTIVE, self
         self.used += 1
         self._reset_answer()
-        if self.state is State.CLOSED:  # by a worker that left, or spoke unasked
-            receiver.answer_lost("closed before it was asked", malformed=False)
+        if self.state is State.CLOSED:
+            receiver.answer_lost("closed before the request", malformed=False)
             return
         self.state = State.ACTIVE
         self._receiver = receiver
 
     def write(self, data: bytes) -> None:
-        """Send a part of the request; without effect once the connection is gone."""
+        """Send a part of the request; does nothing once the connection is closed."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
@@ -188,7 +185,7 @@ class Connection(asyncio.Protocol):
                 self._write_waiter = None
 
     def pause_reading(self) -> None:
-        """Let TCP tell the worker to wait."""
+        """Stop reading, so that TCP makes the worker wait."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
             self._reading_paused = True
@@ -199,7 +196,7 @@ class Connection(asyncio.Protocol):
             self._reading_paused = False
 
     def close(self) -> None:
-        """Hang up at once, which is also how a generation is cancelled."""
+        """Close the connection at once; this also cancels a running generation."""
         self.state = State.CLOSED
         self._receiver = None
         if self._transport is not None:
@@ -212,7 +209,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         receiver = self._receiver
         if receiver is None:
-            # An answer that nobody asked for; the next request would get it.
+            # Bytes without a request: the next one would get them as its answer.
             self.close()
             return
         if self._between_chunks and len(data) < MAX_FAST:
@@ -229,7 +226,7 @@ class Connection(asyncio.Protocol):
             self._feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             fault = self._fault or f"malformed answer: {exc}"
-        # Half a size line behind the chunk would have no CRLF, a whole one a callback.
+        # Half a size line after the chunk would lack CRLF; a whole one has a callback.
         self._between_chunks = self._at_chunk_end and data.endswith(b"\r\n")
         parts = self._parts
         framing = self._framing + len(data)
@@ -240,7 +237,7 @@ class Connection(asyncio.Protocol):
             receiver.body_received(body)
         self._framing = framing
         if self._ended:
-            # What follows a complete answer is no part of it.
+            # What follows a complete answer is not part of it.
             self._reusable = self._reusable and not fault
             self._end()
         elif fault:
@@ -250,7 +247,7 @@ class Connection(asyncio.Protocol):
             self._lose(f"{what} larger than {MAX_HEAD} bytes", malformed=True)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head_done:  # a trailer: nobody reads it
+        if self._head_done:  # a trailer, which is ignored
             return
         if len(self._headers) == MAX_HEADERS:
             self._stop_parser(f"more than {MAX_HEADERS} headers")
@@ -260,16 +257,16 @@ class Connection(asyncio.Protocol):
             self._check_framing(lowered, value.lower())
 
     def _check_framing(self, name: bytes, value: bytes) -> None:
-        """Look at a header that says how to read the body."""
+        """Check a header that determines how the body is read."""
         if name == b"content-encoding":
-            # Nobody asked for one (RFC 9110, 12.5.3): the client may not know it; and
-            # in what is compressed, no end could be told from a cut.
+            # None was requested (RFC 9110, 12.5.3), so the client may not support it;
+            # and the end of a compressed stream could not be judged.
             if value != b"identity" and not self._any_answer:
-                self._stop_parser("a content coding that nobody asked for")
+                self._stop_parser("a content coding that was not requested")
             return
-        # RFC 9112, 7.4: no other transfer coding either, where no TE has asked for it.
+        # RFC 9112, 7.4: nor any other transfer coding, without a TE header.
         if name == b"transfer-encoding" and value != b"chunked":
-            self._stop_parser("a transfer coding that nobody asked for")
+            self._stop_parser("a transfer coding that was not requested")
         self._delimited = True
 
     def on_chunk_header(self) -> None:
@@ -282,7 +279,7 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if self._parser.get_http_version() not in ("1.0", "1.1"):
             self._stop_parser("neither HTTP/1.0 nor HTTP/1.1")
-        if status == 100:  # RFC 9110, 15.2: to be skipped by who did not ask for it
+        if status == 100:  # RFC 9110, 15.2: to be skipped where it was not expected
             self._headers = []
             return
         redirects = 300 <= status < 400 and not self._any_answer
@@ -299,7 +296,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self._ended:
-            self._stop_parser("bytes behind the answer")
+            self._stop_parser("bytes after the answer")
 
     def on_message_complete(self) -> None:
         self._ended = self._head_done  # an interim answer (100) ends nothing
@@ -321,7 +318,7 @@ class Connection(asyncio.Protocol):
         if receiver is not None:
             receiver.answer_lost(reason, malformed=malformed)
 
-    # --- What the transport says --------------------------------------------------
+    # --- What the transport calls -------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -335,8 +332,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         if self._head_done and not self._delimited and self._eof and exc is None:
-            # RFC 9112, 6.3, 8: a body that ends with the connection; and 9.8: TLS that
-            # ended without `close_notify` was cut.
+            # RFC 9112, 6.3, 8: a body that ends with the connection; 9.8: in TLS it was
+            # cut if there was no `close_notify`.
             self._end()
             self.state = State.CLOSED
             return

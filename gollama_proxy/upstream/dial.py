@@ -85,7 +85,7 @@ def admitted(host: str, found: Iterable[str]) -> list[str]:
     for address in found:
         refused = addresses.why_address_refused(ipaddress.ip_address(address))
         if refused:
-            why = f"stands for {address}, which {refused}"
+            why = f"resolves to {address}, which {refused}"
         else:
             kept.append(address)
     if not kept:

@@ -1,4 +1,4 @@
-"""A worker's bytes become one answer, however they are cut, or one loss."""
+"""The bytes from a worker become one complete answer, or one loss, in any reads."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Link(asyncio.Transport):
         self.reading = True
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        assert not self.aborted, "written behind the end"
+        assert not self.aborted, "written after the end"
         self.written += bytes(data)
 
     def abort(self) -> None:
@@ -79,7 +79,7 @@ class Link(asyncio.Transport):
 
 
 class Recorder:
-    """Receives an answer, and fails on what a receiver need not be ready for."""
+    """Receives an answer, and fails on calls that break the receiver's contract."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -136,7 +136,7 @@ def connect() -> tuple[Connection, Link]:
 
 
 def ask() -> tuple[Connection, Link, Recorder]:
-    """A connection with a request under way."""
+    """Return a connection with a running request."""
     connection, link = connect()
     recorder = Recorder()
     connection.start(recorder)
@@ -158,18 +158,18 @@ def cut(data: bytes, ends: Iterable[int]) -> list[bytes]:
     return [data[i:j] for i, j in pairwise(places)]
 
 
-# --- Chunked bodies: the parser's way and the fast lane ---------------------------
+# --- Chunked bodies: the parser and the fast lane ---------------------------------
 
 
 @st.composite
 def chunked_answers(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
-    """A body, and an answer that carries it as the reads in which it comes."""
+    """Draw a body, and the reads in which an answer with this body arrives."""
     part = st.sampled_from(TRAPS) | st.binary(min_size=1, max_size=20)
     chunks = st.lists(st.lists(part, min_size=1, max_size=4), max_size=6)
     extensions = st.sampled_from(["", "", "", ";a", ";a=b", ';a="b c"'])
     formats = st.sampled_from(["x", "x", "x", "X", "04x", "04X"])
     wire, body = CHUNKED, b""
-    marks = {len(wire)}  # places where a cut is of interest
+    marks = {len(wire)}  # places where a cut is interesting
     for parts in draw(chunks):
         data = b"".join(parts)
         size = format(len(data), draw(formats)) + draw(extensions)
@@ -196,7 +196,7 @@ def chunked_answers(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
         [CHUNKED + b"1\r\na\r\n1", b"3\r\n" + bytes(19) + b"\r\n0\r\n\r\n"],
     )
 )
-def test_a_chunked_body_is_the_same_however_it_is_framed_and_cut(
+def test_a_chunked_body_is_the_same_in_any_framing_and_any_reads(
     answer: tuple[bytes, list[bytes]],
 ) -> None:
     body, reads = answer
@@ -208,15 +208,15 @@ def test_a_chunked_body_is_the_same_however_it_is_framed_and_cut(
 
 @settings(properties, max_examples=100)
 @given(st.lists(st.binary(min_size=1, max_size=300), max_size=5), st.data())
-def test_whole_chunks_pass_unparsed_in_any_order_with_others(
+def test_whole_chunks_are_not_parsed_wherever_they_come(
     bodies: list[bytes], data: st.DataObject
 ) -> None:
-    """Each chunk is a read, or is cut in two: only the former take the fast lane."""
+    """Each chunk is one read or two: only the former take the fast lane."""
     reads = [CHUNKED + chunk(b"first")]
     whole = 0
     for body in bodies:
         framed = chunk(body)
-        # A read that is only the end of a CRLF is no clue for the one behind it.
+        # A read that is only the end of a CRLF does not show what follows it.
         place = data.draw(st.integers(0, len(framed) - 2))
         reads += cut(framed, [place])
         whole += not place
@@ -227,22 +227,22 @@ def test_whole_chunks_pass_unparsed_in_any_order_with_others(
 
 
 @pytest.mark.parametrize("read", [b"3\r\nabcde", b"3\r\nabc\r!", b"3\r\nabc\n\n"])
-def test_a_chunk_without_its_end_is_no_chunk(read: bytes) -> None:
+def test_a_chunk_without_its_end_is_not_a_chunk(read: bytes) -> None:
     """Of the right length, between two others."""
     _, _, recorder = receive(CHUNKED + chunk(b"a"), read)
     assert recorder.body == b"aabc"
     assert recorder.malformed
 
 
-def test_half_a_size_line_at_the_end_of_a_read_is_no_place_between_chunks() -> None:
-    """What follows looks like a whole chunk of 3, and is the head of one of 0x13."""
+def test_half_a_size_line_at_the_end_of_a_read_is_not_between_chunks() -> None:
+    """The next read looks like a chunk of 3 bytes; its size is 0x13."""
     _, _, recorder = receive(CHUNKED + chunk(b"a") + b"1", b"3\r\nabc\r\n")
     assert recorder.parts == [b"a", b"abc\r\n"]
     assert recorder.whole_chunks == 0
 
 
 @pytest.mark.parametrize("read", [b"5\r\nhello\r\n", b"0\r\n\r\n", b"1", b"1\r\n"])
-def test_a_chunk_inside_of_a_chunk_is_text(read: bytes) -> None:
+def test_a_chunk_inside_a_chunk_is_text(read: bytes) -> None:
     """A model that writes about HTTP must not end its own answer."""
     size = b"%x\r\n" % (len(read) * 2)
     reads = [CHUNKED + chunk(b"a") + size, read, read, b"\r\n", last_chunk()]
@@ -261,7 +261,7 @@ def test_a_chunk_inside_of_a_chunk_is_text(read: bytes) -> None:
         (b"5\r\nhello\r\n5\r\nworld\r\n", b"helloworld"),
     ],
 )
-def test_what_is_no_canonical_chunk_is_parsed(read: bytes, data: bytes) -> None:
+def test_a_chunk_in_another_form_is_parsed(read: bytes, data: bytes) -> None:
     _, _, recorder = receive(CHUNKED + chunk(b"a"), read, chunk(b"!"), last_chunk())
     assert recorder.parts == [b"a", data, b"!"]
     assert recorder.whole_chunks == 1
@@ -270,7 +270,7 @@ def test_what_is_no_canonical_chunk_is_parsed(read: bytes, data: bytes) -> None:
 
 @pytest.mark.parametrize("over", [-1, 0, 1])
 def test_large_chunks_are_parsed(over: int) -> None:
-    """The table of the fast lane ends somewhere, and nothing is lost there."""
+    """Nothing is lost where the table of the fast lane ends."""
     framing = len(chunk(bytes(MAX_FAST - 100))) - (MAX_FAST - 100)
     data = bytes(MAX_FAST - framing + over)
     framed = chunk(data)
@@ -281,14 +281,14 @@ def test_large_chunks_are_parsed(over: int) -> None:
     assert recorder.ended
 
 
-def test_chunks_that_come_in_one_read_are_one_part() -> None:
-    """One call for each read, however many events are in it."""
+def test_the_chunks_of_one_read_are_one_part() -> None:
+    """The receiver is called once for each read, with any number of events."""
     reads = [CHUNKED, b"".join(chunk(b"%d" % n) for n in range(9)) + last_chunk()]
     assert receive(*reads)[2].parts == [b"012345678"]
 
 
-def test_no_chunk_is_taken_for_whole_before_the_first_was_parsed() -> None:
-    """Directly behind the head the parser knows better than a table."""
+def test_the_first_chunk_is_parsed() -> None:
+    """Directly after the head, bytes that look like a chunk can be anything."""
     _, _, recorder = receive(CHUNKED, b"3\r\nabc\r\n", b"3\r\ndef\r\n", last_chunk())
     assert recorder.parts == [b"abc", b"def"]
     assert recorder.whole_chunks == 1
@@ -304,7 +304,7 @@ def test_a_chunk_of_a_body_with_a_length_is_text() -> None:
 
 @settings(properties, max_examples=60)
 @given(st.binary(max_size=300), st.sets(st.integers(0, 400)))
-def test_a_body_with_a_length_is_the_same_however_it_is_cut(
+def test_a_body_with_a_length_is_the_same_in_any_reads(
     body: bytes, ends: set[int]
 ) -> None:
     wire = head(200, [("Content-Length", str(len(body)))]) + body
@@ -330,8 +330,8 @@ def test_a_body_that_ends_with_the_connection(body: bytes, ends: set[int]) -> No
 # --- Heads ------------------------------------------------------------------------
 
 
-def test_status_and_headers_come_as_they_were_sent() -> None:
-    """In their order, with their case, repeated ones, and empty values."""
+def test_status_and_headers_are_passed_on_as_sent() -> None:
+    """In their order and case, with repetitions and empty values."""
     sent = [("B-b", "1"), ("a", ""), ("B-b", "2"), ("Content-Length", "0")]
     recorder = receive(head(418, sent))[2]
     assert recorder.status == 418
@@ -339,8 +339,8 @@ def test_status_and_headers_come_as_they_were_sent() -> None:
     assert recorder.ended
 
 
-def test_trailers_are_no_headers() -> None:
-    """What comes behind the body cannot say anything about it any more."""
+def test_trailers_are_ignored() -> None:
+    """They come too late to describe the body."""
     reads = [CHUNKED + chunk(b"a"), b"0\r\nContent-Type: evil\r\n", b"\r\n"]
     _, _, recorder = receive(*reads)
     assert recorder.headers == [(b"Transfer-Encoding", b"chunked")]
@@ -355,8 +355,8 @@ def test_final_statuses(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [101, 102, 103, 199, 301, 302, 304, 399, 600, 999])
-def test_what_a_worker_has_no_business_to_answer_is_a_loss(status: int) -> None:
-    """No redirect is followed, nothing is upgraded, nothing unknown is passed on."""
+def test_an_unexpected_status_is_a_loss(status: int) -> None:
+    """Redirections, upgrades and unknown statuses are not passed on."""
     upgrade = b"Connection: upgrade\r\nUpgrade: h2c\r\nLocation: http://10.0.0.1/\r\n"
     line = b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n" % status
     connection, link, recorder = receive(line + upgrade + b"\r\n")
@@ -370,7 +370,7 @@ def test_what_a_worker_has_no_business_to_answer_is_a_loss(status: int) -> None:
 def test_an_answer_without_content_ends_with_its_head(
     headers: list[tuple[str, str]],
 ) -> None:
-    """Whatever its head says (RFC 9110, 15.3.5)."""
+    """Whatever its head announces (RFC 9110, 15.3.5)."""
     connection, _, recorder = receive(head(204, headers))
     assert (recorder.status, recorder.body, recorder.ended) == (204, b"", True)
     assert connection.reusable
@@ -378,7 +378,7 @@ def test_an_answer_without_content_ends_with_its_head(
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_interim_answers_are_skipped(whole: bool) -> None:
-    """Nobody asked for `100 Continue`; it may come all the same."""
+    """`100 Continue` may come although it was not requested."""
     wire = head(100, [("X-Interim", "1")]) * 3 + SHORT
     reads = [wire] if whole else cut(wire, range(len(wire)))
     connection, _, recorder = receive(*reads)
@@ -399,7 +399,7 @@ def test_interim_answers_are_skipped(whole: bool) -> None:
     ids=["interim answers", "headers", "reason", "value", "name"],
 )
 def test_a_head_without_an_end_is_a_loss(first: bytes, more: bytes) -> None:
-    """It is held up to a limit."""
+    """It is kept up to a limit."""
     connection, link, recorder = ask()
     received = 0
     for data in (first, *[more] * (2 * MAX_HEAD // len(more))):
@@ -411,7 +411,7 @@ def test_a_head_without_an_end_is_a_loss(first: bytes, more: bytes) -> None:
     assert link.aborted
 
 
-def test_no_more_headers_are_taken_than_a_server_would_send() -> None:
+def test_the_number_of_headers_is_limited() -> None:
     lines = b"X-A: b\r\n" * (MAX_HEADERS - 1)
     fits = b"HTTP/1.1 200 OK\r\n" + lines + b"Content-Length: 0\r\n%b\r\n"
     assert receive(fits % b"")[2].ended
@@ -431,8 +431,8 @@ def test_no_more_headers_are_taken_than_a_server_would_send() -> None:
     ],
     ids=["an extension", "extensions", "trailers", "a trailer", "zeros"],
 )
-def test_a_body_that_is_all_framing_is_a_loss(first: bytes, more: bytes) -> None:
-    """Of what nobody reads, no more is taken than of a head."""
+def test_a_body_of_nothing_but_framing_is_a_loss(first: bytes, more: bytes) -> None:
+    """Framing beyond its ratio is limited as a head is."""
     connection, link, recorder = ask()
     connection.data_received(CHUNKED + first)
     received = 0
@@ -444,8 +444,8 @@ def test_a_body_that_is_all_framing_is_a_loss(first: bytes, more: bytes) -> None
     assert link.aborted
 
 
-def test_the_smallest_chunks_pay_for_themselves() -> None:
-    """One byte in each, for as long as anybody likes, and some extensions, too."""
+def test_any_number_of_the_smallest_chunks_is_accepted() -> None:
+    """With one byte in each, and also with short extensions."""
     connection, _, recorder = ask()
     connection.data_received(CHUNKED)
     piece = b"1;a=bcdefgh\r\nx\r\n" * 100
@@ -456,8 +456,8 @@ def test_the_smallest_chunks_pay_for_themselves() -> None:
     assert recorder.ended
 
 
-def test_a_connection_that_ended_before_it_was_asked_is_a_loss() -> None:
-    """The worker spoke unasked, or left in the moment between two turns."""
+def test_a_request_on_a_connection_that_has_ended_is_a_loss() -> None:
+    """The worker sent bytes without a request, or has just closed it."""
     for data in (SHORT, b""):
         connection, _ = connect()
         if data:
@@ -466,12 +466,12 @@ def test_a_connection_that_ended_before_it_was_asked_is_a_loss() -> None:
             connection.connection_lost(None)
         recorder = Recorder()
         connection.start(recorder)
-        assert recorder.lost == ("closed before it was asked", False)
+        assert recorder.lost == ("closed before the request", False)
         connection.write(b"POST")
         assert connection.state is State.CLOSED
 
 
-# --- What is no HTTP --------------------------------------------------------------
+# --- What is not HTTP -------------------------------------------------------------
 
 MALFORMED = {
     "no http": b"SSH-2.0-OpenSSH_9.2p1\r\n",
@@ -516,25 +516,25 @@ MALFORMED = {
 
 @pytest.mark.parametrize("step", [1, 7, 1 << 20], ids=["1", "7", "whole"])
 @pytest.mark.parametrize("wire", MALFORMED.values(), ids=MALFORMED.keys())
-def test_what_is_no_http_is_one_loss(wire: bytes, step: int) -> None:
-    """However it is cut; the connection is hung up, and never used again."""
+def test_what_is_not_http_is_one_loss(wire: bytes, step: int) -> None:
+    """In any reads; the connection is closed and never reused."""
     reads = cut(wire, range(0, len(wire), step))
     connection, link, recorder = receive(*reads)
     assert recorder.malformed
     assert connection.state is State.CLOSED
     assert link.aborted
     assert not connection.reusable
-    connection.connection_lost(None)  # which the event loop says next
+    connection.connection_lost(None)  # as the event loop calls it next
 
 
 @pytest.mark.parametrize("name", ["identity", "Identity"])
-def test_a_coding_that_is_none_is_no_fault(name: str) -> None:
+def test_the_coding_identity_is_accepted(name: str) -> None:
     coded = head(200, [("Content-Encoding", name), ("Transfer-Encoding", "CHUNKED")])
     assert receive(coded + chunk(b"hello") + last_chunk())[2].body == b"hello"
 
 
-def test_the_body_in_front_of_a_fault_is_passed_on() -> None:
-    """A client may have what was good of an answer before it hears of the end."""
+def test_the_body_before_a_fault_is_passed_on() -> None:
+    """A client gets the good part of an answer before the error."""
     _, _, recorder = receive(CHUNKED + chunk(b"good") + b"bad\r")
     assert recorder.body == b"good"
     recorder = receive(CHUNKED, chunk(b"good") + b"bad!")[2]
@@ -544,7 +544,7 @@ def test_the_body_in_front_of_a_fault_is_passed_on() -> None:
 
 @settings(properties, max_examples=80)
 @given(st.data())
-def test_garbage_never_gets_out_of_the_protocol(data: st.DataObject) -> None:
+def test_garbage_raises_nothing(data: st.DataObject) -> None:
     """A good answer with some bytes changed: an end, a loss, or a wait for more.
 
     Where it ends and h11, which is strict, also reads an answer, it is the same one.
@@ -562,13 +562,13 @@ def test_garbage_never_gets_out_of_the_protocol(data: st.DataObject) -> None:
     connection, _, recorder = receive(*cut(bytes(wire), ends))
     connection.connection_lost(None)
     assert recorder.over
-    told = told_by_h11(bytes(wire))
+    told = read_by_h11(bytes(wire))
     if recorder.ended and told is not None:
         assert recorder.body == told
 
 
-def told_by_h11(wire: bytes) -> bytes | None:
-    """Read an answer with another parser; None where it refuses it."""
+def read_by_h11(wire: bytes) -> bytes | None:
+    """Read an answer with another parser; None if that rejects it."""
     parser = h11.Connection(h11.CLIENT)
     parser.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
     parser.send(h11.EndOfMessage())
@@ -596,10 +596,10 @@ COMPLETE = {
 
 @pytest.mark.parametrize("error", [None, ConnectionResetError("reset by peer")])
 @pytest.mark.parametrize("wire", COMPLETE.values(), ids=COMPLETE.keys())
-def test_an_end_of_the_connection_anywhere_is_one_loss(
+def test_an_early_end_of_the_connection_is_one_loss(
     wire: bytes, error: Exception | None
 ) -> None:
-    """But behind the last byte, where it is no event at all."""
+    """After the last byte it is neither."""
     for length in range(len(wire) + 1):
         connection, _, recorder = receive(wire[:length])
         assert connection.eof_received() is False  # which closes the transport
@@ -626,21 +626,21 @@ def test_a_body_without_any_framing_ends_with_fin_and_not_with_a_reset() -> None
             assert recorder.over
 
 
-def test_a_body_without_any_framing_that_tls_did_not_end_is_cut() -> None:
-    """A FIN alone proves nothing there: anybody on the way can send one."""
+def test_a_body_without_any_framing_and_without_close_notify_is_cut() -> None:
+    """A FIN alone proves nothing: anything on the network path can send one."""
     connection, _, recorder = receive(head(200) + b"hello")
     connection.connection_lost(None)
     assert recorder.lost is not None
     assert not recorder.ended
 
 
-def test_an_error_without_words_has_a_name() -> None:
+def test_an_error_without_a_text_is_reported_by_its_name() -> None:
     connection, _, recorder = ask()
     connection.connection_lost(TimeoutError())
     assert recorder.lost == ("TimeoutError", False)
 
 
-def test_nobody_is_told_of_what_happens_after_the_hang_up() -> None:
+def test_nothing_is_reported_after_the_connection_was_closed() -> None:
     connection, link, recorder = receive(CHUNKED + chunk(b"a"))
     connection.close()
     assert link.aborted
@@ -665,7 +665,7 @@ def test_a_connection_carries_one_request_at_a_time() -> None:
 @pytest.mark.parametrize(
     "wire", [SHORT, CHUNKED + chunk(b"{}") + last_chunk(), head(204)]
 )
-def test_a_complete_answer_leaves_nothing_to_the_next(wire: bytes) -> None:
+def test_a_complete_answer_does_not_affect_the_next(wire: bytes) -> None:
     connection, _ = connect()
     for number in range(1, 4):
         recorder = Recorder()
@@ -696,19 +696,19 @@ def test_the_next_answer_does_not_begin_between_chunks() -> None:
     [
         head(200, [("Connection", "close"), ("Content-Length", "2")]) + b"{}",
         head(200, [("Content-Length", "2")], version="1.0") + b"{}",
-        SHORT + b"!",  # bytes behind the end
+        SHORT + b"!",  # bytes after the end
         SHORT + b"HTTP/1.1 700 what\r\n\r\n",
         CHUNKED + last_chunk() + b"5\r\nhello\r\n",
     ],
 )
-def test_an_answer_that_is_complete_may_be_the_last(wire: bytes) -> None:
+def test_a_connection_may_end_with_a_complete_answer(wire: bytes) -> None:
     connection, _, recorder = receive(wire)
     assert recorder.ended
     assert not connection.reusable
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_an_answer_that_nobody_asked_for_ends_the_connection(used: int) -> None:
+def test_an_answer_without_a_request_ends_the_connection(used: int) -> None:
     """The next request would get it."""
     connection, link = connect()
     for _ in range(used):
@@ -723,7 +723,7 @@ def test_an_answer_that_nobody_asked_for_ends_the_connection(used: int) -> None:
 # --- Sending ----------------------------------------------------------------------
 
 
-async def test_drain_waits_for_as_long_as_the_worker_does_not_read() -> None:
+async def test_drain_waits_while_the_worker_does_not_read() -> None:
     connection, link, _ = ask()
     await connection.drain()  # nothing to wait for
     connection.pause_writing()
@@ -750,7 +750,7 @@ async def test_drain_ends_with_the_connection(how: str) -> None:
         connection.data_received(b"what?")
     async with asyncio.timeout(DEADLINE):
         await waiting
-    await connection.drain()  # without a wait, from now on
+    await connection.drain()  # from now on without waiting
     connection.resume_writing()
 
 
@@ -760,7 +760,7 @@ async def test_drain_can_be_cancelled() -> None:
     waiting = asyncio.create_task(connection.drain())
     await asyncio.sleep(0)
     waiting.cancel()
-    connection.resume_writing()  # in the same breath
+    connection.resume_writing()  # in the same turn of the loop
     with pytest.raises(asyncio.CancelledError):
         await waiting
     connection.pause_writing()
@@ -770,7 +770,7 @@ async def test_drain_can_be_cancelled() -> None:
     await waiting
 
 
-def test_a_connection_that_is_gone_takes_bytes_without_a_word() -> None:
+def test_a_closed_connection_ignores_what_is_written() -> None:
     connection, link, _ = ask()
     connection.write(b"one")
     connection.pause_reading()
@@ -793,7 +793,7 @@ def test_a_connection_that_is_not_read_is_not_reused() -> None:
     """The next answer would never arrive."""
     connection, _, recorder = ask()
     connection.pause_reading()
-    connection.data_received(SHORT)  # was on its way already
+    connection.data_received(SHORT)  # had already been sent
     assert recorder.ended
     assert not connection.reusable
     connection.resume_reading()
@@ -832,7 +832,7 @@ class Waiting(Recorder):
 async def asked(
     worker: ScriptedWorker, *, length: int = 0
 ) -> AsyncIterator[tuple[Connection, Waiting]]:
-    """A request to a worker, without its body."""
+    """Send a request without a body to a worker."""
     loop = asyncio.get_running_loop()
     _, connection = await loop.create_connection(Connection, "127.0.0.1", worker.port)
     recorder = Waiting()
@@ -858,7 +858,7 @@ async def asked(
         (b"", reset, False),
     ],
 )
-async def test_ends_as_the_kernel_tells_them(
+async def test_ends_as_the_kernel_reports_them(
     wire: bytes, end: Callable[[], Step], complete: bool
 ) -> None:
     async with ScriptedWorker() as worker:
@@ -871,7 +871,7 @@ async def test_ends_as_the_kernel_tells_them(
             assert connection.reusable == (wire == SHORT)
 
 
-async def test_a_hang_up_reaches_the_worker_at_once() -> None:
+async def test_closing_reaches_the_worker_at_once() -> None:
     async with ScriptedWorker() as worker:
         worker.script(send(CHUNKED + chunk(b"a")), expect_eof())
         async with asked(worker) as (connection, recorder):
@@ -881,7 +881,7 @@ async def test_a_hang_up_reaches_the_worker_at_once() -> None:
             assert not recorder.over
 
 
-async def test_a_writer_that_outruns_its_worker_has_to_wait() -> None:
+async def test_a_writer_that_is_faster_than_the_worker_waits() -> None:
     async with ScriptedWorker(receive_buffer=4096) as worker:
         worker.script(read_body(1000), not_read_body(), stall())
         async with asked(worker, length=1 << 30) as (connection, _):

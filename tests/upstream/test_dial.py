@@ -1,4 +1,4 @@
-"""A worker's name is only followed to where a worker can be."""
+"""Connections go only to addresses at which a worker can be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Found = list[tuple[Any, ...]]
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """Set what each name stands for; any other look-up is an error."""
+    """Set what each name resolves to; any other look-up is an error."""
     known: dict[str, list[str]] = {}
 
     async def getaddrinfo(
@@ -31,7 +31,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 
 def entry(address: str, port: int) -> tuple[Any, ...]:
-    """What getaddrinfo says of one address."""
+    """Build an entry of getaddrinfo's result."""
     name: tuple[Any, ...] = (address, port)
     family = socket.AF_INET
     if ":" in address:
@@ -45,14 +45,14 @@ async def test_an_address_is_not_looked_up(names: dict[str, list[str]]) -> None:
         assert await resolve(address, 80) == [address]
 
 
-async def test_a_name_is_its_addresses_in_their_order(
+async def test_a_name_resolves_to_its_addresses_in_order(
     names: dict[str, list[str]],
 ) -> None:
     names["gpu.lan"] = ["fd00::11", "10.0.0.11"]
     assert await resolve("gpu.lan", 80) == ["fd00::11", "10.0.0.11"]
 
 
-async def test_where_no_worker_can_be_is_passed_by(names: dict[str, list[str]]) -> None:
+async def test_refused_addresses_are_skipped(names: dict[str, list[str]]) -> None:
     """mDNS names often have a link-local address beside a good one."""
     names["mac.local"] = ["fe80::1%lo", "169.254.7.7", "192.168.1.7"]
     assert await resolve("mac.local", 80) == ["192.168.1.7"]
@@ -69,22 +69,22 @@ async def test_where_no_worker_can_be_is_passed_by(names: dict[str, list[str]]) 
         ("239.1.1.1", "a multicast address"),
     ],
 )
-async def test_a_name_of_nothing_else_is_refused(
+async def test_a_name_with_only_refused_addresses_is_an_error(
     address: str, why: str, names: dict[str, list[str]]
 ) -> None:
     names["rebound.example"] = [address]
-    text = f"rebound.example stands for {address}, which is {why}"
+    text = f"rebound.example resolves to {address}, which is {why}"
     with pytest.raises(OSError, match="rebound") as caught:
         await resolve("rebound.example", 80)
     assert caught.value.strerror == text
 
 
-async def test_a_name_that_nobody_knows(names: dict[str, list[str]]) -> None:
+async def test_an_unknown_name_is_an_error(names: dict[str, list[str]]) -> None:
     with pytest.raises(socket.gaierror, match="not known"):
         await resolve("nobody.example", 80)
     with pytest.raises(socket.gaierror, match="has no address"):
         admitted("nobody.example", [])
 
 
-async def test_localhost_is_found() -> None:
+async def test_localhost_is_resolved() -> None:
     assert "127.0.0.1" in await resolve("localhost", 80)

@@ -1,4 +1,4 @@
-"""Connections are dialled, kept for a moment, and only handed out if they may live."""
+"""Connections are opened, kept for a moment, and reused if they may still work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import datetime
 import ipaddress
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,24 @@ from tests.fakes.worker import ScriptedWorker, full_backlog
 SHORT = head(200, [("Content-Length", "2")]) + b"{}"
 
 
-def pool_of(url: str, clock: Clock | None = None, **settings: Any) -> ConnectionPool:
-    """A pool of one worker; settings as `upstream__idle=2`."""
+def pool_of(
+    url: str,
+    clock: Clock | None = None,
+    surplus: Callable[[], int] = int,
+    **settings: Any,
+) -> ConnectionPool:
+    """Make the pool of one worker; settings as `upstream__idle=2`."""
     environ = {
         f"GOLLAMA_{k.replace('__', '_').upper()}": f"{settings[k]}" for k in settings
     }
     loaded = config.load(None, environ, {}, [url])
     [worker] = loaded.workers
     tls = for_workers([worker]).get(worker.name)
-    return ConnectionPool(worker, loaded, clock or Clock(), tls)
+    return ConnectionPool(worker, loaded, clock or Clock(), tls, surplus)
 
 
 class Ignore:
-    """Receives an answer that nobody wants to see."""
+    """Receives an answer and ignores it."""
 
     def head_received(self, *_: object) -> None: ...
     def body_received(self, data: bytes) -> None: ...
@@ -54,7 +59,7 @@ class Ignore:
 
 
 async def dial_and_use(pool: ConnectionPool, answer: bytes = SHORT) -> Connection:
-    """A connection that has carried a request, answered as given."""
+    """Return a connection that has carried one request, with this answer."""
     connection = await pool.dial()
     connection.start(Ignore())
     connection.data_received(answer)
@@ -64,7 +69,9 @@ async def dial_and_use(pool: ConnectionPool, answer: bytes = SHORT) -> Connectio
 # --- Bursts -----------------------------------------------------------------------
 
 
-async def test_connections_on_top_are_spaced(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_beyond_the_slots_are_spaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     waits: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -72,8 +79,7 @@ async def test_connections_on_top_are_spaced(monkeypatch: pytest.MonkeyPatch) ->
 
     async with ScriptedWorker() as worker:
         surplus, clock = iter([0, -1, 1, 2, 1, 0, 1]), Clock()
-        pool = pool_of(worker.url, clock)
-        pool._surplus = lambda: next(surplus)
+        pool = pool_of(worker.url, clock, lambda: next(surplus))
         monkeypatch.setattr(pools.asyncio, "sleep", sleep)
         made = [await pool.dial() for _ in range(6)]
         clock.advance(10)
@@ -84,7 +90,7 @@ async def test_connections_on_top_are_spaced(monkeypatch: pytest.MonkeyPatch) ->
             connection.close()
 
 
-# --- Handing out ------------------------------------------------------------------
+# --- Reuse ------------------------------------------------------------------------
 
 
 async def test_an_empty_pool_has_nothing() -> None:
@@ -94,8 +100,8 @@ async def test_an_empty_pool_has_nothing() -> None:
     assert repr(pool) == "<ConnectionPool 127.0.0.1:1 idle=0>"
 
 
-async def test_the_freshest_connection_is_handed_out_first() -> None:
-    """It is the one that most probably lives; the others may grow old and go."""
+async def test_the_connection_used_last_is_reused_first() -> None:
+    """It is the most likely to work; the others can be closed as they get old."""
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url, clock := Clock())
         given = [await dial_and_use(pool) for _ in range(3)]
@@ -132,7 +138,7 @@ async def test_a_limit_of_zero_keeps_nothing() -> None:
         await worker.idle()
 
 
-async def test_what_the_worker_has_closed_is_not_handed_out() -> None:
+async def test_a_connection_that_the_worker_has_closed_is_not_reused() -> None:
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url)
         for _ in range(3):
@@ -144,7 +150,7 @@ async def test_what_the_worker_has_closed_is_not_handed_out() -> None:
         living.close()
 
 
-async def test_what_got_an_answer_that_nobody_asked_for_is_not_handed_out() -> None:
+async def test_a_connection_with_an_answer_without_a_request_is_not_reused() -> None:
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url)
         pool.give_back(connection := await dial_and_use(pool))
@@ -153,11 +159,11 @@ async def test_what_got_an_answer_that_nobody_asked_for_is_not_handed_out() -> N
         await worker.idle()
 
 
-# --- Taking back ------------------------------------------------------------------
+# --- Giving back ------------------------------------------------------------------
 
 
-async def test_no_more_are_kept_than_the_limit_says() -> None:
-    """The others are hung up: each costs llama-server a thread."""
+async def test_the_number_of_idle_connections_is_limited() -> None:
+    """The others are closed: each costs llama-server a thread."""
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url, upstream__idle=2)
         given = [await dial_and_use(pool) for _ in range(3)]
@@ -175,12 +181,12 @@ async def test_no_more_are_kept_than_the_limit_says() -> None:
     [
         b"",  # none yet
         SHORT[:-1],
-        SHORT + b"behind the end",
+        SHORT + b"after the end",
         head(200, [("Connection", "close"), ("Content-Length", "0")]),
         b"garbage",
     ],
 )
-async def test_what_cannot_go_on_is_hung_up(answer: bytes) -> None:
+async def test_a_connection_that_cannot_be_reused_is_closed(answer: bytes) -> None:
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url)
         connection = await pool.dial()
@@ -193,7 +199,7 @@ async def test_what_cannot_go_on_is_hung_up(answer: bytes) -> None:
         await worker.idle()
 
 
-async def test_closing_hangs_everything_up() -> None:
+async def test_closing_the_pool_closes_idle_connections() -> None:
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url)
         for connection in [await dial_and_use(pool) for _ in range(3)]:
@@ -204,7 +210,7 @@ async def test_closing_hangs_everything_up() -> None:
 
 
 async def test_a_connection_given_back_after_closing_is_closed() -> None:
-    """The pool of a worker that was removed has nobody to look after it."""
+    """After its worker was removed, nothing closes its stale connections."""
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url)
         connection = await dial_and_use(pool)
@@ -217,7 +223,7 @@ async def test_a_connection_given_back_after_closing_is_closed() -> None:
 
 
 async def test_stale_connections_are_closed_in_the_background() -> None:
-    """And not in a request that finds 200 of them."""
+    """Not by the request that finds 200 of them."""
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url, clock := Clock(), upstream__keepalive=4)
         given = [await dial_and_use(pool) for _ in range(4)]
@@ -291,7 +297,7 @@ async def test_a_worker_that_keeps_connections_after_streams_is_learnt() -> None
 
 
 async def test_a_worker_that_closes_after_streams_is_learnt() -> None:
-    """It is tried again from time to time, as another server may have replaced it."""
+    """It is tested again later: another server may have replaced it."""
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url, clock := Clock())
         for _ in range(2):
@@ -309,7 +315,7 @@ async def test_a_worker_that_closes_after_streams_is_learnt() -> None:
 
 
 async def test_one_connection_at_a_time_is_on_probation() -> None:
-    """The worker may close it, and has threads for few."""
+    """It costs a llama-server a thread until it is closed."""
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url)
         given = [await after_a_stream(pool) for _ in range(3)]
@@ -348,7 +354,7 @@ async def test_an_idle_connection_that_ends_later_proves_nothing(
         assert pool.keeps_after_streams
 
 
-@pytest.mark.parametrize("answer", [b"", SHORT[:-1], SHORT + b"behind the end"])
+@pytest.mark.parametrize("answer", [b"", SHORT[:-1], SHORT + b"after the end"])
 async def test_a_stream_that_ended_badly_leaves_no_connection(answer: bytes) -> None:
     async with ScriptedWorker() as worker:
         pool = await taught(worker, Clock())
@@ -369,11 +375,11 @@ async def test_where_nothing_is_kept_there_is_no_probation(setting: str) -> None
         await worker.idle()
 
 
-# --- Dialling ---------------------------------------------------------------------
+# --- Opening connections ----------------------------------------------------------
 
 
 async def test_a_worker_that_refuses_is_unreachable() -> None:
-    """The client hears which worker; why is for the log."""
+    """The client gets the name of the worker; the reason is for the log."""
     async with ScriptedWorker(up=False) as worker:
         with pytest.raises(WorkerError) as info:
             await pool_of(worker.url).dial()
@@ -383,7 +389,7 @@ async def test_a_worker_that_refuses_is_unreachable() -> None:
     assert "refused" in error.detail
 
 
-async def test_a_worker_that_does_not_accept_has_a_deadline() -> None:
+async def test_connecting_has_a_time_limit() -> None:
     with full_backlog() as url:
         pool = pool_of(url, timeouts__connect=0.05)
         with pytest.raises(WorkerError) as info:
@@ -393,8 +399,8 @@ async def test_a_worker_that_does_not_accept_has_a_deadline() -> None:
     assert error.message.endswith("did not accept a connection within 0.05 s.")
 
 
-def name_stands_for(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
-    """Have every name stand for these IPv4 addresses."""
+def names_resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """Have every name resolve to these IPv4 addresses."""
 
     async def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:
         return [
@@ -405,10 +411,10 @@ def name_stands_for(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
     monkeypatch.setattr(uvloop.Loop, "getaddrinfo", getaddrinfo)
 
 
-async def test_the_addresses_of_a_name_are_tried_one_by_one(
+async def test_the_addresses_of_a_name_are_tried_in_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name_stands_for(monkeypatch, "127.0.0.2", "127.0.0.1")
+    names_resolve_to(monkeypatch, "127.0.0.2", "127.0.0.1")
     async with ScriptedWorker() as worker:
         pool = pool_of(f"http://gpu.lan:{worker.port}")
         connection = await pool.dial()
@@ -420,10 +426,10 @@ async def test_the_addresses_of_a_name_are_tried_one_by_one(
     assert "refused" in info.value.detail
 
 
-async def test_a_name_that_was_turned_to_elsewhere_is_not_followed(
+async def test_a_name_that_resolves_to_a_refused_address_is_not_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name_stands_for(monkeypatch, "169.254.169.254")
+    names_resolve_to(monkeypatch, "169.254.169.254")
     with pytest.raises(WorkerError) as info:
         await pool_of("http://gpu.lan").dial()
     assert info.value.code is Code.WORKER_UNREACHABLE
@@ -431,11 +437,11 @@ async def test_a_name_that_was_turned_to_elsewhere_is_not_followed(
     assert "which is a cloud's metadata service" in info.value.detail
 
 
-async def test_dialling_can_be_cancelled() -> None:
-    """A client that leaves meanwhile leaves nothing behind."""
+async def test_connecting_can_be_cancelled() -> None:
+    """A client may disconnect meanwhile; no connection remains."""
     with full_backlog() as url:
         dialling = asyncio.create_task(pool_of(url).dial())
-        for _ in range(5):  # so that it is on its way
+        for _ in range(5):  # so that it has begun
             await asyncio.sleep(0)
         dialling.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -480,7 +486,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.asynccontextmanager
 async def tls_worker(certificate: Path) -> AsyncIterator[int]:
-    """Yield the port of a worker behind TLS, which answers whatever it is asked."""
+    """Yield the port of a worker behind TLS that answers every request."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
@@ -518,7 +524,7 @@ async def test_a_worker_behind_tls(
         connection.close()
 
 
-async def test_a_certificate_that_nobody_trusts_is_refused(certificate: Path) -> None:
+async def test_a_certificate_that_is_not_trusted_is_refused(certificate: Path) -> None:
     async with tls_worker(certificate) as port:
         with pytest.raises(WorkerError) as info:
             await pool_of(f"https://127.0.0.1:{port}").dial()
@@ -540,5 +546,5 @@ async def test_a_worker_without_tls_where_it_is_expected() -> None:
     async with ScriptedWorker() as worker:
         with pytest.raises(WorkerError) as info:
             await pool_of(worker.url.replace("http:", "https:")).dial()
-        worker.violations.clear()  # a TLS handshake is no HTTP
+        worker.violations.clear()  # a TLS handshake is not HTTP
     assert info.value.code is Code.WORKER_UNREACHABLE

@@ -1,4 +1,4 @@
-"""What a ping makes of a worker: good, loading, or failed, and what it serves."""
+"""The result of a health check: ready, loading or failed, and what is served."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def ping(
     return await probe.ping(target_of(worker.url, key), Health(timeout=timeout))
 
 
-async def test_a_good_worker_tells_everything() -> None:
+async def test_a_good_worker_is_described_completely() -> None:
     async with ScriptedWorker("a", "b", slots=3, n_ctx=512, build="b1-ab") as worker:
         finding = await ping(worker)
         asked = [request.target for request in worker.control]
@@ -54,8 +54,8 @@ async def test_a_good_worker_tells_everything() -> None:
     assert asked == ["/health", "/v1/models", "/props"], "and nothing else"
 
 
-async def test_nothing_is_kept_between_two_questions() -> None:
-    """An idle connection costs llama-server a thread, a cookie costs everybody."""
+async def test_nothing_is_kept_between_two_requests() -> None:
+    """An idle connection costs llama-server a thread."""
     async with ScriptedWorker() as worker:
         cookie = [("Set-Cookie", "a=b"), ("Content-Length", "0")]
         worker.on("/health", send(head(200, cookie)))
@@ -67,7 +67,7 @@ async def test_nothing_is_kept_between_two_questions() -> None:
             assert not request.values("cookie")
 
 
-async def test_a_name_is_not_followed_to_where_no_worker_can_be(
+async def test_a_name_that_resolves_to_a_refused_address_is_not_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:
@@ -79,12 +79,12 @@ async def test_a_name_is_not_followed_to_where_no_worker_can_be(
     assert await probe.prove(named, "a", 1.0) is False
     assert finding.check is Check.FAILED
     assert finding.reason == (
-        "gpu.lan stands for 169.254.169.254, which is a cloud's metadata service"
+        "gpu.lan resolves to 169.254.169.254, which is a cloud's metadata service"
     )
 
 
 @pytest.mark.parametrize(("key", "sent"), [("", []), ("sk-1", ["Bearer sk-1"])])
-async def test_the_workers_key_goes_with_every_question(
+async def test_the_workers_key_is_sent_with_every_request(
     key: str, sent: list[str]
 ) -> None:
     async with ScriptedWorker() as worker:
@@ -112,7 +112,7 @@ def compressed(body: bytes, coding: str = "gzip") -> bytes:
     return head(200, fields) + data
 
 
-async def test_no_question_asks_for_compression() -> None:
+async def test_compression_is_never_requested() -> None:
     async with ScriptedWorker() as worker:
         await ping(worker)
         await probe.prove(target_of(worker.url), "a", 1.0)
@@ -122,7 +122,7 @@ async def test_no_question_asks_for_compression() -> None:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
-async def test_answers_that_are_compressed_all_the_same_are_read(coding: str) -> None:
+async def test_compressed_answers_are_read_nevertheless(coding: str) -> None:
     models = {"data": [{"id": "a"}, {"id": "b"}]}
     props = {"total_slots": 3, "build_info": "b1"}
     async with ScriptedWorker() as worker:
@@ -137,7 +137,7 @@ async def test_answers_that_are_compressed_all_the_same_are_read(coding: str) ->
     assert finding == Finding(Check.OK, "ok", told)
 
 
-async def test_a_worker_is_seen_to_load_through_compression() -> None:
+async def test_a_compressed_answer_shows_that_a_worker_is_loading() -> None:
     loading = json.dumps({"error": {"message": "Loading model"}}).encode()
     answer_ = compressed(loading).replace(b"200 OK", b"503 Service Unavailable")
     async with ScriptedWorker() as worker:
@@ -145,7 +145,7 @@ async def test_a_worker_is_seen_to_load_through_compression() -> None:
         assert (await ping(worker)).check is Check.LOADING
 
 
-# --- Workers that tell less -------------------------------------------------------
+# --- Workers that report less -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,17 +199,17 @@ async def test_a_worker_without_usable_props_is_good(script: Script) -> None:
         answer([7]),
     ],
 )
-async def test_a_worker_without_our_idea_of_health_is_good(script: Script) -> None:
-    """Ollama has no /health; what counts is that models are listed."""
+async def test_a_worker_with_another_idea_of_health_is_good(script: Script) -> None:
+    """Ollama has no /health; it is enough that models are listed."""
     async with ScriptedWorker("a") as worker:
         worker.on("/health", *script)
         assert (await ping(worker)).check is Check.OK
 
 
-# --- Workers that are not well ----------------------------------------------------
+# --- Workers that are not ready ---------------------------------------------------
 
 
-async def test_loading_is_a_finding_of_its_own() -> None:
+async def test_loading_is_a_separate_result() -> None:
     async with ScriptedWorker() as worker:
         worker.loading = True
         assert await ping(worker) == Finding(Check.LOADING, "loading model")
@@ -298,7 +298,7 @@ ODD_MODELS = {
 async def test_a_worker_whose_models_cannot_be_listed_has_failed(
     script: Script, reason: str
 ) -> None:
-    """It could not be routed to; the reason says what is the matter."""
+    """No request could be routed to it; the reason names the problem."""
     async with ScriptedWorker() as worker:
         worker.on("/v1/models", *script)
         finding = await ping(worker)
@@ -334,7 +334,7 @@ async def test_a_worker_whose_health_is_bad_has_failed(
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/props"])
 @pytest.mark.parametrize("script", [(), (send(head(200, [("Content-Length", "9")])),)])
-async def test_every_question_has_a_deadline(path: str, script: Script) -> None:
+async def test_every_request_has_a_time_limit(path: str, script: Script) -> None:
     async with ScriptedWorker() as worker:
         worker.on(path, *script, stall())
         finding = await ping(worker, timeout=0.05)
@@ -353,7 +353,7 @@ async def test_a_worker_without_tls_where_it_is_expected_has_failed() -> None:
     async with ScriptedWorker() as worker:
         url = worker.url.replace("http:", "https:")
         finding = await probe.ping(target_of(url), HEALTH)
-        worker.violations.clear()  # a TLS handshake is no HTTP
+        worker.violations.clear()  # a TLS handshake is not HTTP
     assert finding.check is Check.FAILED
     assert finding.reason
 
@@ -361,30 +361,30 @@ async def test_a_worker_without_tls_where_it_is_expected_has_failed() -> None:
 async def test_the_proxy_of_the_environment_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Workers are on the LAN, and prompts have no business anywhere else."""
+    """Workers are on the LAN, and prompts must not leave it."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     async with ScriptedWorker() as worker:
         assert (await ping(worker)).check is Check.OK
 
 
-# --- One look ---------------------------------------------------------------------
+# --- One check --------------------------------------------------------------------
 
 
-async def test_examine_tells_a_good_worker() -> None:
+async def test_examining_a_good_worker() -> None:
     async with ScriptedWorker("a", slots=2, n_ctx=64, build="b9") as worker:
         report = await probe.examine(configured(worker.url), HEALTH)
     told = Description((Model("a", 64),), 2, 64, "b9")
     assert report == Finding(Check.OK, "ok", told)
 
 
-async def test_examine_tells_a_worker_that_is_loading() -> None:
+async def test_examining_a_worker_that_is_loading() -> None:
     async with ScriptedWorker() as worker:
         worker.loading = True
         report = await probe.examine(configured(worker.url), HEALTH)
     assert report == Finding(Check.LOADING, "loading model")
 
 
-async def test_examine_tells_a_worker_that_is_down() -> None:
+async def test_examining_a_worker_that_is_down() -> None:
     async with ScriptedWorker(up=False) as worker:
         report = await probe.examine(configured(worker.url), HEALTH)
     assert (report.check, report.description) == (Check.REFUSED, None)

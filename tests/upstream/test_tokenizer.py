@@ -55,7 +55,7 @@ def compressed(obj: Any) -> bytes:
     return head(200, fields) + data
 
 
-async def test_compression_is_not_asked_for_and_understood() -> None:
+async def test_compression_is_not_requested_but_understood() -> None:
     async with ScriptedWorker() as worker:
         worker.on("/apply-template", send(compressed({"prompt": "<user>hello"})))
         worker.on("/tokenize", send(compressed({"tokens": [1, 22, 333, 4]})))
@@ -65,7 +65,7 @@ async def test_compression_is_not_asked_for_and_understood() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/completion"])
-async def test_a_text_is_counted_as_it_is(path: str) -> None:
+async def test_a_plain_prompt_is_counted_without_a_template(path: str) -> None:
     async with ScriptedWorker() as worker:
         assert await counted(worker, path, {"prompt": "hello", "n": [1]}) == 3
         [tokenize] = worker.requests
@@ -88,7 +88,7 @@ async def test_other_paths_have_a_route_that_counts(path: str, route: str) -> No
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [1, 2], None, 7, "", {"a": 1}], ids=str)
-async def test_what_is_no_text_is_not_counted(prompt: Any) -> None:
+async def test_a_prompt_that_is_not_text_is_not_counted(prompt: Any) -> None:
     async with ScriptedWorker() as worker:
         assert await counted(worker, "/v1/completions", {"prompt": prompt}) is None
         assert await counted(worker, "/v1/completions", {}) is None
@@ -111,7 +111,7 @@ async def test_what_is_no_text_is_not_counted(prompt: Any) -> None:
         (stall(),),
     ],
 )
-async def test_a_count_that_fails_is_none(
+async def test_a_failed_count_is_none(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "LIMIT", 0.2)
@@ -139,13 +139,13 @@ async def test_an_endless_answer_is_none(monkeypatch: pytest.MonkeyPatch) -> Non
         assert await counted(worker) is None
 
 
-async def test_a_worker_that_is_gone_is_none() -> None:
+async def test_a_worker_that_is_down_gives_no_count() -> None:
     async with ScriptedWorker(up=False) as worker:
         assert await counted(worker) is None
 
 
 async def test_a_large_prompt_is_sent_in_pieces() -> None:
-    """In one of more than a megabyte, aiohttp warns."""
+    """It reaches the worker complete."""
     async with ScriptedWorker(keep_body=4 << 20) as worker:
         body = {"prompt": "a" * (2 << 20)}
         assert await counted(worker, "/v1/completions", body) == 3
