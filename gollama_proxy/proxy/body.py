@@ -19,9 +19,9 @@ from gollama_proxy.scheduling import prefixes as affinity
 from gollama_proxy.wire import fields
 from gollama_proxy.wire.coding import CODINGS, CodingError, Unpacker, coding_of
 from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.fields import read_whole
 from gollama_proxy.wire.form import FormScanner, boundary_of, content_type_of
 from gollama_proxy.wire.openai import Endpoint
-from gollama_proxy.wire.whole import read_whole
 
 # A client earns a second of patience with each so many bytes (as mod_reqtimeout does).
 LEAST_RATE = 16 << 10

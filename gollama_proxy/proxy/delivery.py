@@ -25,10 +25,9 @@ from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire import shapes
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.errors import ProxyError
+from gollama_proxy.wire.filters import Renamer, UsageHider, renamed
 from gollama_proxy.wire.openai import ENDPOINTS, Ending, Endpoint
-from gollama_proxy.wire.rename import Renamer, renamed
 from gollama_proxy.wire.shapes import ErrorReshaper
-from gollama_proxy.wire.usage import UsageHider
 
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 

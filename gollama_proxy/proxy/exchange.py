@@ -58,7 +58,6 @@ from gollama_proxy.wire.answer import (
     read_usage,
 )
 from gollama_proxy.wire.assemble import AssemblyError
-from gollama_proxy.wire.chunks import DivergedError
 from gollama_proxy.wire.errors import (
     Code,
     HubError,
@@ -68,6 +67,7 @@ from gollama_proxy.wire.errors import (
     WorkerError,
 )
 from gollama_proxy.wire.openai import ENDPOINTS, Endpoint
+from gollama_proxy.wire.partial import DivergedError
 
 logger = logging.getLogger(__name__)
 

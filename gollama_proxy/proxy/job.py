@@ -28,13 +28,17 @@ from gollama_proxy.scheduling.queue import EVERY
 from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.scheduling.turns import Priority, Ticket
 from gollama_proxy.telemetry.accesslog import Outcome, Record
+from gollama_proxy.wire.asking import (
+    ask_for_stream,
+    ask_for_usage,
+    choices_of,
+    has_prompts,
+)
 from gollama_proxy.wire.assemble import UnfoldableError
 from gollama_proxy.wire.ending import Tally
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.filters import Renamer
 from gollama_proxy.wire.openai import Api, Ending
-from gollama_proxy.wire.rename import Renamer
-from gollama_proxy.wire.streaming import choices_of, has_prompts, streaming
-from gollama_proxy.wire.usage import asking
 
 # Seconds of silence from which on a client is told that its prompt is being read.
 PROCESSING_AFTER = 15.0
@@ -124,11 +128,16 @@ class Job:
         known = suspect == self.suspect or suspect in self.unstreamed
         if self.attempts.as_sent or known:
             return self.body
-        if self._may_assemble and (asked := streaming(self.body, incoming.endpoint)):
+        if self._may_assemble and (
+            asked := ask_for_stream(self.body, incoming.endpoint)
+        ):
             assembler = asked.assembler(self.config.limits.answer)
             self.delivery = Whole(assembler, self.record, self.names)
             self.body, self.rewritten = asked.body, True
-        elif self._may_ask_usage(worker) and (body := asking(self.body)) is not None:
+        elif (
+            self._may_ask_usage(worker)
+            and (body := ask_for_usage(self.body)) is not None
+        ):
             self.body, self.hides_usage, self.rewritten = body, True, True
         return self.body
 
@@ -321,7 +330,7 @@ class Job:
         rescue = Rescue.begin(self.body, model, chat, relayed)
         if rescue is not None and self._goes_on(rescue):
             self.rescue = rescue
-            self.delivery.send(rescue.told.mend)
+            self.delivery.send(rescue.partial.mend)
             self.attempts.resume()
 
     def _goes_on(self, rescue: Rescue) -> bool:

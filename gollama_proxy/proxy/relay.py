@@ -40,7 +40,8 @@ from gollama_proxy.wire.ending import (
 )
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending, Endpoint
-from gollama_proxy.wire.transcript import Transcript
+from gollama_proxy.wire.resume import Transcript
+from gollama_proxy.wire.schema import EventError
 
 # What may be held before the first event is complete; then it goes on as it is.
 HOLD_LIMIT = 256 << 10
@@ -178,7 +179,7 @@ class Relay:
         """Give the whole body where the answer has ended already, else None."""
         return self.held if self._ended else None
 
-    def early_error(self) -> sse.EventError | None:
+    def early_error(self) -> EventError | None:
         """Read the error that a stream began with: it should have been a status."""
         if not self.is_event_stream:
             return None

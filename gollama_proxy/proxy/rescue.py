@@ -1,6 +1,6 @@
 """An answer that broke off in its middle goes on, on another worker.
 
-    told ──▶ request() ──▶ another worker ──▶ client_of() ──▶ the same client
+ partial ──▶ request() ──▶ another worker ──▶ client_of() ──▶ the same client
      ▲                                             │
      ╰───────────────── broke() ◀──────────────────╯  it, too, breaks off: once more
 
@@ -15,16 +15,16 @@ from collections.abc import Callable
 from typing import Self
 
 from gollama_proxy.proxy.client import Client
-from gollama_proxy.wire.continuation import (
+from gollama_proxy.wire.asking import (
+    ask_for_rest,
     can_continue,
     can_rescue,
-    continuation,
     exhausted,
     for_model,
 )
 from gollama_proxy.wire.errors import ProxyError, WorkerError
-from gollama_proxy.wire.splice import Splice
-from gollama_proxy.wire.told import Told, closing
+from gollama_proxy.wire.partial import Partial, closing
+from gollama_proxy.wire.resume import Resumer
 
 
 class Rescue:
@@ -33,8 +33,8 @@ class Rescue:
     `body` is the request that its first worker got, for `model`.
     """
 
-    def __init__(self, body: bytes, model: str, chat: bool, told: Told) -> None:
-        self.told = told
+    def __init__(self, body: bytes, model: str, chat: bool, partial: Partial) -> None:
+        self.partial = partial
         self.count = 0  # continuations of which the client has something
         self._body = body
         self._model = model
@@ -44,7 +44,7 @@ class Rescue:
         self._splicer: _Splicer | None = None
 
     def __repr__(self) -> str:
-        return f"<Rescue {self.count} behind {self.told!r}>"
+        return f"<Rescue {self.count} behind {self.partial!r}>"
 
     @classmethod
     def begin(
@@ -53,24 +53,24 @@ class Rescue:
         """Look at what was relayed; None where it cannot go on."""
         if relayed is None or not can_rescue(body, chat):
             return None
-        told = Told.parse(relayed)
-        return None if told is None else cls(body, model, chat, told)
+        partial = Partial.parse(relayed)
+        return None if partial is None else cls(body, model, chat, partial)
 
     @property
     def exhausted(self) -> bool:
         """Whether nothing is left to generate, so that no worker has to be asked."""
-        return self.told.finished or exhausted(self._body, self.told)
+        return self.partial.finished or exhausted(self._body, self.partial)
 
     def closing(self) -> bytes:
         """Give the end of an answer that is `exhausted`."""
-        return closing(self.told, self._chat)
+        return closing(self.partial, self._chat)
 
     # --- What to ask --------------------------------------------------------------
 
     @property
     def can_continue(self) -> bool:
         """Whether a worker can go on where the answer broke off."""
-        return can_continue(self._body, self.told, self._chat)
+        return can_continue(self._body, self.partial, self._chat)
 
     def request(self, model: str) -> bytes:
         """Write what the next worker is asked for."""
@@ -79,7 +79,7 @@ class Rescue:
         self._for_all = False
         if self._asked_for_all:
             return body
-        return continuation(body, self.told, self._chat)
+        return ask_for_rest(body, self.partial, self._chat)
 
     def ask_for_all(self) -> bool:
         """Have the next request be the first one again; False if the last was that."""
@@ -98,8 +98,8 @@ class Rescue:
 
         `fail` is told when it turns out that this is not the rest of the answer.
         """
-        splice = Splice(
-            self.told,
+        splice = Resumer(
+            self.partial,
             self._chat,
             regenerate=self._asked_for_all,
             model=None if model == self._model else model,
@@ -123,7 +123,7 @@ class Rescue:
         if splicer is None or not splicer.used:
             return False
         self.count += 1
-        self.told = splicer.splice.told
+        self.partial = splicer.splice.partial
         return True
 
 
@@ -132,7 +132,7 @@ class _Splicer:
 
     def __init__(
         self,
-        splice: Splice,
+        splice: Resumer,
         client: Client,
         number: int,
         fail: Callable[[ProxyError], None],

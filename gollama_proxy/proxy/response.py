@@ -17,7 +17,6 @@ from gollama_proxy.scheduling.retry import Failure
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire import headers, shapes, sse
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError
-from gollama_proxy.wire.chunks import DivergedError
 from gollama_proxy.wire.errors import (
     Code,
     NoWorkerError,
@@ -25,9 +24,11 @@ from gollama_proxy.wire.errors import (
     WorkerError,
     error_body,
 )
+from gollama_proxy.wire.filters import renamed
 from gollama_proxy.wire.openai import Api
 from gollama_proxy.wire.overflow import Overflow
-from gollama_proxy.wire.rename import renamed
+from gollama_proxy.wire.partial import DivergedError
+from gollama_proxy.wire.schema import EventError
 
 # What an attempt has failed of, by the error that it ended with.
 FAILURES = {
@@ -109,7 +110,7 @@ async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
     return _status_refusal(told, failed=status >= 500 and status != 501)
 
 
-def promote(early: sse.EventError) -> Refusal:
+def promote(early: EventError) -> Refusal:
     """Give a stream that began with an error the status that it should have had."""
     code = early.code
     status = code if isinstance(code, int) and 400 <= code < 600 else 502

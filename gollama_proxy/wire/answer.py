@@ -19,11 +19,16 @@ import msgspec
 
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.openai import Api
-from gollama_proxy.wire.private import Private
+from gollama_proxy.wire.schema import (
+    UNREADABLE,
+    Counted,
+    any_fields,
+    any_list,
+    counted,
+    named,
+)
 
 # --- A whole answer ---------------------------------------------------------------
-
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _Fields = Mapping[str, Any]
 
@@ -44,31 +49,17 @@ class Usage(NamedTuple):
     reading: Prompt | None = None
 
 
-class _Counted(Private):
-    """The fields beside the text; not those of an object that a model has written."""
-
-    usage: Any = None
-    timings: Any = None
-    tokens_evaluated: Any = None
-    tokens_predicted: Any = None
-    choices: msgspec.Raw = msgspec.Raw(b"[]")
-
-
-_answer = msgspec.json.Decoder(_Counted | list[_Counted])
-_choices = msgspec.json.Decoder(list[msgspec.Raw])
-
-
 def read_usage(body: bytes, api: Api, answers: int = 1) -> Usage:
     """Read the usage of a whole answer; of several in a list, the sum.
 
     `answers` is how many there are to each prompt, which counts once.
     """
     try:
-        decoded = _answer.decode(body)
-        if isinstance(decoded, _Counted):
+        decoded = counted.decode(body)
+        if isinstance(decoded, Counted):
             return _read_one(api, decoded)
         usages = [_read_one(api, each) for each in decoded]
-    except _UNREADABLE:
+    except UNREADABLE:
         return NOTHING
     prompts = [each.prompt for each in usages if each.prompt is not None]
     generated = [each.generated for each in usages if each.generated is not None]
@@ -78,14 +69,14 @@ def read_usage(body: bytes, api: Api, answers: int = 1) -> Usage:
     )
 
 
-def _read_one(api: Api, answer: _Counted) -> Usage:
+def _read_one(api: Api, answer: Counted) -> Usage:
     usage = answer.usage if isinstance(answer.usage, dict) else {}
     if api is Api.NATIVE:
         usage["tokens_evaluated"] = answer.tokens_evaluated
         usage["tokens_predicted"] = answer.tokens_predicted
     if not isinstance(answer.timings, dict):
         return _usage_of(api, usage, {}, 1)
-    answers = len(_choices.decode(answer.choices)) or 1
+    answers = len(any_list.decode(answer.choices)) or 1
     return _usage_of(api, usage, answer.timings, answers)
 
 
@@ -112,7 +103,7 @@ def first_model(held: bytes) -> str | None:
         return None
     try:
         return msgspec.json.decode(found[1], type=str)
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
 
 
@@ -132,23 +123,13 @@ def build_of(held: bytes) -> str:
     return "" if found is None else found[1].decode(errors="replace")
 
 
-class _Named(Private):
-    model: Any = None
-    # Anthropic's `message_start`, and the events of Responses.
-    message: Any = None
-    response: Any = None
-
-
-_named = msgspec.json.Decoder(_Named)
-
-
 def _read_model(body: bytes) -> str | None:
     try:
-        named = _named.decode(body)
-    except _UNREADABLE:
+        event = named.decode(body)
+    except UNREADABLE:
         return None
-    inner = [each for each in (named.message, named.response) if isinstance(each, dict)]
-    names = (named.model, *(each.get("model") for each in inner))
+    inner = [each for each in (event.message, event.response) if isinstance(each, dict)]
+    names = (event.model, *(each.get("model") for each in inner))
     return next((name for name in names if isinstance(name, str)), None)
 
 
@@ -162,7 +143,6 @@ _TIMINGS_OBJECT = re.compile(rb'"timings"\s*:\s*(\{[^{}]*+\})')
 _NATIVE_COUNT = re.compile(
     rb'"(tokens_(?:evaluated|predicted))"\s*:\s*(\d{1,8})(?![\d.eE])'
 )
-_fields = msgspec.json.Decoder(dict[str, Any])
 
 
 def beginning(head: bytes) -> bytes:
@@ -204,8 +184,8 @@ def _last(key: bytes, pattern: re.Pattern[bytes], tail: bytes) -> bytes:
 
 def _decoded(fields: bytes) -> dict[str, Any]:
     try:
-        return _fields.decode(fields) if fields else {}
-    except _UNREADABLE:
+        return any_fields.decode(fields) if fields else {}
+    except UNREADABLE:
         return {}
 
 

@@ -22,23 +22,20 @@ from __future__ import annotations
 
 import abc
 import io
-import re
 from typing import NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Raw
 
-from gollama_proxy.wire.sse import EventError, Gatherer, data_of
+from gollama_proxy.wire.schema import IN_STRING, UNREADABLE, EventError
+from gollama_proxy.wire.sse import Gatherer, data_of
 
 FRAME = 256  # characters that a text counts for beside its own, however short it is
-UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-fields = msgspec.json.Decoder(dict[str, Raw])
 TEXT = msgspec.json.Decoder(str | None)
 NUMBER = msgspec.json.Decoder(int | None)
 OBJECT = msgspec.json.Decoder(dict[str, Raw] | None)
 OBJECTS = msgspec.json.Decoder(list[dict[str, Raw]] | None)
 T = TypeVar("T")
-_IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 # Times that the bytes around a word are learnt; bytes that change too often are not
 # worth the cost.
 _MOST_LEARNT = 8
@@ -150,7 +147,7 @@ class Assembler(abc.ABC):
             ):
                 word = event[len(head) : -len(foot)]
                 plain = b'"' not in word and b"\\" not in word
-                if plain or _IN_STRING.fullmatch(word):
+                if plain or IN_STRING.fullmatch(word):
                     self._words.append(word)
                     self._size += len(word)
                     continue

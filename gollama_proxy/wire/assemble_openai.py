@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 
 import msgspec
@@ -15,20 +14,24 @@ from gollama_proxy.wire.assemble import (
     OBJECT,
     OBJECTS,
     TEXT,
-    UNREADABLE,
     Asked,
     Assembler,
     LostTextError,
     Texts,
     UnfoldableError,
     fail,
-    fields,
     means_nothing,
     read,
     unfinished,
 )
-from gollama_proxy.wire.private import Private
-from gollama_proxy.wire.sse import EventError
+from gollama_proxy.wire.schema import (
+    UNREADABLE,
+    WORD,
+    RawChunk,
+    raw_chunk,
+    raw_fields,
+    response_event,
+)
 
 # --- One choice -------------------------------------------------------------------
 
@@ -208,22 +211,7 @@ def _additions(told: dict[str, Raw]) -> dict[str, Raw]:
     return {n: v for n, v in fields.items() if n not in same and not means_nothing(v)}
 
 
-# A text in an event.  The key of a call's arguments is not among them.
-_WORD = re.compile(
-    rb'"(content|reasoning_content|reasoning|text)"\s*:\s*"((?:[^"\\]++|\\.)*+)"',
-    re.DOTALL,
-)
 _REPEATS = 2  # events, before it pays to learn what they have in common
-
-
-class _Event(Private):
-    choices: list[dict[str, Raw]] | None = None
-    usage: dict[str, Raw] | None = None
-    error: EventError | None = None
-    verbose: Raw | UnsetType = msgspec.field(default=UNSET, name="__verbose")
-
-
-_event = msgspec.json.Decoder(_Event | None)
 
 
 class TextAssembler(Assembler):
@@ -242,7 +230,7 @@ class TextAssembler(Assembler):
         self._tokens: int | None = None
 
     def _fold(self, data: bytes) -> None:
-        event = _event.decode(data)
+        event = raw_chunk.decode(data)
         if event is None:  # llama-server, for a prompt that has nothing to tell yet
             return
         if event.error is not None:
@@ -270,11 +258,11 @@ class TextAssembler(Assembler):
 
     def _learn_from(self, data: bytes, told: dict[str, Raw]) -> None:
         """Learn the bytes around the word of an event, if it adds nothing else."""
-        word = _WORD.search(data)
+        word = WORD.search(data)
         if word is None or word[2] == b"~":
             return
         head, foot = data[: word.start(2)], data[word.end(2) :]
-        probe = (_event.decode(head + b"~" + foot) or _Event()).choices or [{}]
+        probe = (raw_chunk.decode(head + b"~" + foot) or RawChunk()).choices or [{}]
         # The only string that differs is this word; is it the text of the choice?
         name = word[1].decode()
         added, other = _additions(told), _additions(probe[0])
@@ -290,9 +278,9 @@ class TextAssembler(Assembler):
             raise UnfoldableError("the stream has another number of choices")
         for _, choice in choices:
             self._check(choice)
-        answer: dict[str, object] = {**fields.decode(self._last)}
+        answer: dict[str, object] = {**raw_fields.decode(self._last)}
         if self._usage:
-            answer["usage"] = fields.decode(self._usage)["usage"]
+            answer["usage"] = raw_fields.decode(self._usage)["usage"]
         answer["object"] = self.kind
         answer["choices"] = [type(self).fold(choice, i) for i, choice in choices]
         return answer
@@ -320,22 +308,15 @@ class ChatAssembler(TextAssembler):
 # --- Responses --------------------------------------------------------------------
 
 
-class _ResponseEvent(Private):
-    type: str = ""
-    response: dict[str, Raw] | None = None
-    error: EventError | None = None
-
-
 class ResponseAssembler(Assembler):
     """Takes the answer out of the last event of a response, which has all of it."""
 
     def __init__(self, limit: int, asked: Asked = ANY) -> None:
         super().__init__(limit, asked)
         self._response: dict[str, Raw] | None = None
-        self._decoder = msgspec.json.Decoder(_ResponseEvent)
 
     def _fold(self, data: bytes) -> None:
-        event = self._decoder.decode(data)
+        event = response_event.decode(data)
         if event.error is not None:
             fail(event.error)
         if event.type in _LAST and event.response is not None:

@@ -14,19 +14,22 @@ from gollama_proxy.wire.assemble import (
     NUMBER,
     OBJECT,
     TEXT,
-    UNREADABLE,
     Asked,
     Assembler,
     LostTextError,
     Texts,
     UnfoldableError,
     fail,
-    fields,
     read,
     unfinished,
 )
-from gollama_proxy.wire.private import Private
-from gollama_proxy.wire.sse import EventError
+from gollama_proxy.wire.schema import (
+    UNREADABLE,
+    NativeEvent,
+    message_event,
+    native_event,
+    raw_fields,
+)
 
 # --- Messages ---------------------------------------------------------------------
 
@@ -37,16 +40,6 @@ _DELTAS = {
     "signature_delta": ("signature", "signature"),
     "input_json_delta": ("partial_json", "input"),
 }
-
-
-class _MessageEvent(Private):
-    type: str = ""
-    message: dict[str, Raw] | None = None
-    index: int = 0
-    content_block: dict[str, Raw] | None = None
-    delta: dict[str, Raw] | None = None
-    usage: dict[str, Raw] | None = None
-    error: EventError | None = None
 
 
 class _Block:
@@ -82,7 +75,7 @@ def _input(text: str) -> object:
     if not text:
         return {}
     try:
-        return Raw(msgspec.json.encode(fields.decode(text)))
+        return Raw(msgspec.json.encode(raw_fields.decode(text)))
     except UNREADABLE:
         raise LostTextError("the input of a tool has no end") from None
 
@@ -95,10 +88,9 @@ class MessageAssembler(Assembler):
         self._message: dict[str, Raw] = {}
         self._usage: dict[str, Raw] = {}
         self._blocks: dict[int, _Block] = {}
-        self._decoder = msgspec.json.Decoder(_MessageEvent)
 
     def _fold(self, data: bytes) -> None:
-        event = self._decoder.decode(data)
+        event = message_event.decode(data)
         if event.error is not None:
             fail(event.error)
         match event.type:
@@ -150,17 +142,6 @@ def _kept(told: Mapping[str, Raw]) -> dict[str, Raw]:
 # --- Completions of llama-server --------------------------------------------------
 
 
-class _CompletionEvent(Private):
-    index: int = 0
-    content: str | None = None
-    tokens: list[int] | None = None
-    stop: bool = False
-    stop_type: str | None = None
-    tokens_predicted: int = 0
-    completion_probabilities: list[Raw] | None = None
-    error: EventError | None = None
-
-
 class _Completion:
     """The answer to one prompt, as far as it has come."""
 
@@ -168,13 +149,13 @@ class _Completion:
         self.texts = Texts()
         self.tokens: list[int] = []
         self.probabilities: list[Raw] = []
-        self.last: _CompletionEvent | None = None
+        self.last: NativeEvent | None = None
         self.fields: dict[str, Raw] = {}  # of the last event
 
     def __repr__(self) -> str:
         return f"<_Completion {'open' if self.last is None else 'done'}>"
 
-    def fold(self, event: _CompletionEvent, data: bytes) -> int:
+    def fold(self, event: NativeEvent, data: bytes) -> int:
         """Append what an event has of it, and return how much it grew."""
         if self.last is not None:
             raise UnfoldableError("a completion went on behind its end")
@@ -185,12 +166,9 @@ class _Completion:
             self.probabilities += event.completion_probabilities
             grown += len(data)  # they hold on to the whole event
         if event.stop:
-            self.last, self.fields = event, fields.decode(data)
+            self.last, self.fields = event, raw_fields.decode(data)
             grown += len(data)
         return grown
-
-
-_completion_event = msgspec.json.Decoder(_CompletionEvent | None)
 
 
 class NativeAssembler(Assembler):
@@ -201,7 +179,7 @@ class NativeAssembler(Assembler):
         self._completions = defaultdict[int, _Completion](_Completion)
 
     def _fold(self, data: bytes) -> None:
-        event = _completion_event.decode(data)
+        event = native_event.decode(data)
         if event is None:  # nothing to tell yet
             return
         if event.error is not None:

@@ -13,11 +13,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-import msgspec
-
 from gollama_proxy.wire.answer import Usage, read_tail
 from gollama_proxy.wire.openai import Api, Ending
-from gollama_proxy.wire.private import Private
+from gollama_proxy.wire.schema import UNREADABLE, chunk_head, native_head
 from gollama_proxy.wire.sse import DONE, Gatherer, data_of, events_in, split_events
 
 # Bytes of a stream's tail that are kept; the last events of llama-server take 1.2 KiB.
@@ -143,34 +141,16 @@ def _all_ended(tail: bytes, ending: Ending) -> bool:
     return all(ended.values()) or not any(ended.values())
 
 
-class _Choice(Private):
-    index: int = 0
-    finish_reason: str | None = None
-
-
-class _Choices(Private):
-    choices: list[_Choice] | None = None
-
-
-class _Native(Private):
-    index: int | None = None
-    stop: bool = False
-
-
-_choices = msgspec.json.Decoder(_Choices)
-_native = msgspec.json.Decoder(_Native)
-
-
 def ends_in(data: bytes, ending: Ending) -> dict[int, bool]:
     """Map the index of each choice in an event to whether the choice ends there."""
     try:
         if ending is Ending.STOP:
-            event = _native.decode(data)
+            event = native_head.decode(data)
             return {} if event.index is None else {event.index: event.stop}
         if ending is Ending.DONE:
-            choices = _choices.decode(data).choices or ()
+            choices = chunk_head.decode(data).choices or ()
             return {choice.index: bool(choice.finish_reason) for choice in choices}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         pass  # `[DONE]`, or a part of an event
     return {}
 

@@ -395,3 +395,44 @@ def count_prompts(body: bytes) -> int:
     if any(bytes(each)[:1].isdigit() for each in prompts):
         return 1  # of tokens, and maybe of texts between them
     return max(1, len(prompts))
+
+
+# --- A body in one piece ----------------------------------------------------------
+
+_Wanted = msgspec.defstruct(
+    "_Wanted",
+    [(name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in sorted(WANTED)],
+)
+_wanted = msgspec.json.Decoder(_Wanted)
+_MODEL_FIELD = re.compile(rb'"model"[ \t\r\n]*+:[ \t\r\n]*+')
+
+
+def read_whole(body: bytes) -> dict[str, Field] | None:
+    """Find the wanted fields of a whole body with `model`; None for an unusual one.
+
+    It takes a tenth of the time of a `FieldScanner`, which has to read the bodies for
+    which this returns None, to give the reason.  For each body that both accept, both
+    find the same fields.  Of the places in the body, only that of `model` is right.
+    """
+    if not body.isascii() or b"\\u00" in body:  # an escaped key could hide a second one
+        return None
+    if body.count(b"{") + body.count(b"[") >= MAX_DEPTH:
+        return None
+    try:
+        wanted = _wanted.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    found: dict[str, Field] = {}
+    for name in wanted.__struct_fields__:
+        value = getattr(wanted, name)
+        if value is not msgspec.UNSET:
+            if body.count(b'"%b"' % name.encode()) != 1:
+                return None
+            found[name] = field = classify(bytes(value), 0)
+            if len(field.raw) > MAX_TOKEN:
+                return None
+    match = _MODEL_FIELD.search(body)
+    if match is None or "model" not in found or not found["model"].raw:
+        return None
+    found["model"] = classify(found["model"].raw, match.end())
+    return found

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 
-from gollama_proxy.wire.private import Private
+from gollama_proxy.wire.schema import UNREADABLE, Private
 
 MOST_TOKENS = 10**8  # more cannot be true
 OVERFLOW_TYPE = "exceed_context_size_error"  # llama-server's own
@@ -75,7 +75,7 @@ class Overflow(NamedTuple):
         """Read the body of an error; None if it is about something else."""
         try:
             told = _refusal.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             return None
         error = told.error if isinstance(told.error, dict) else {}
         texts = (error.get("message"), told.error, told.message, told.detail)

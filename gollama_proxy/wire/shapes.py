@@ -21,13 +21,12 @@ from typing import Any
 import msgspec
 
 from gollama_proxy.wire.openai import Api
+from gollama_proxy.wire.sse import EventFilter, data_of
 
 # The longest event that is looked at as a whole; an error has a few hundred bytes.
 MOST_HELD = 64 << 10
 _NO_REASON = "A worker refused the request without a reason that could be read."
 
-_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r){2}")
-_LINE_END = re.compile(rb"\r\n|\n|\r")
 _SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d{1,8})(?![\d.eE])')
 # How an event begins that is an error, from llama-server and from the APIs themselves.
 _BEGINNINGS = (
@@ -141,69 +140,42 @@ def _decoded(body: bytes) -> Any:
         return None
 
 
-class ErrorReshaper:
+class ErrorReshaper(EventFilter):
     """Gives the error events of a worker's stream the shape of the API.
 
     It is for the APIs whose events have names: there, llama-server writes an error
-    as none of their clients expects it.  What is no error passes as it comes.
+    that the clients of these APIs do not expect.
     """
 
-    __slots__ = ("_api", "_held", "_inside", "_last")
+    __slots__ = ("_api", "_last")
 
     def __init__(self, api: Api) -> None:
+        super().__init__()
         self._api = api
-        self._held = b""  # the beginning of an event that may be an error
-        self._inside = False  # of an event that is none
-        self._last = b""  # that was passed on
+        self._last = b""  # what was passed on last
 
     def __repr__(self) -> str:
         return f"<ErrorReshaper {self._api.value} held={len(self._held)}>"
 
     def feed(self, data: bytes) -> bytes:
-        """Take a piece of the stream; return what is decided by now."""
-        plain = not (self._held or self._inside) and b"error" not in data
-        if plain and data.endswith(b"\n\n"):  # whole events, as nearly always
-            self._last = data
-            return data
-        data = self._held + data
-        pieces: list[bytes] = []
-        start = 0
-        for blank in _BLANK_LINE.finditer(data):
-            event = data[start : blank.end()]
-            if not self._inside and event.startswith(_BEGINNINGS):
-                event = self._reshaped(event)
-            self._inside = False
-            pieces.append(event)
-            start = blank.end()
-        rest = data[start:]
-        if self._inside or not _may_be_error(rest):
-            self._inside = self._inside or bool(rest)
-            pieces.append(rest)
-            rest = b""
-        self._held = rest
-        passed = b"".join(pieces)
+        passed = super().feed(data)
         self._last = passed or self._last
         return passed
 
-    def finish(self) -> bytes:
-        """Return what was held back, as there will be no more."""
-        held, self._held = self._held, b""
-        return held
+    def _concerns(self, data: bytes) -> bool:
+        return b"error" in data
 
-    def _reshaped(self, event: bytes) -> bytes:
-        lines = _LINE_END.split(event)
-        data = [line[5:].strip(b" ") for line in lines if line.startswith(b"data:")]
-        body = b"\n".join(data)
+    def _may_concern(self, begun: bytes) -> bool:
+        return len(begun) <= MOST_HELD and any(
+            begun.startswith(beginning) or beginning.startswith(begun)
+            for beginning in _BEGINNINGS
+        )
+
+    def _change(self, event: bytes) -> bytes:
+        if not event.startswith(_BEGINNINGS):
+            return event
+        body = data_of(event) or b""
         return error_event(self._api, _status_of(body), body, self._last)
-
-
-def _may_be_error(rest: bytes) -> bool:
-    if len(rest) > MOST_HELD:
-        return False
-    return bool(rest) and any(
-        rest.startswith(beginning) or beginning.startswith(rest)
-        for beginning in _BEGINNINGS
-    )
 
 
 def _status_of(body: bytes) -> int:

@@ -7,14 +7,17 @@ standard, section 9.2.6: events end with a blank line, lines with LF, CR or CRLF
 
 from __future__ import annotations
 
+import abc
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-import msgspec
 
 from gollama_proxy.wire.openai import Ending
-from gollama_proxy.wire.private import Private
+from gollama_proxy.wire.schema import (
+    UNREADABLE,
+    EventError,
+    chunk_head,
+    error_event,
+)
 
 DONE = b"data: [DONE]\n\n"
 # The first letters of its lines: data, event, id, retry, and of a comment.
@@ -24,6 +27,8 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 # The group is atomic so that a CRLF is not taken for two line ends.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r){2}")
+# A CR at the end may be half of a CRLF.
+_CERTAIN_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r(?!\Z)){2}")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
@@ -91,6 +96,65 @@ class Gatherer:
         return events
 
 
+class EventFilter(abc.ABC):
+    """Changes some events of a stream that comes in pieces; others pass untouched.
+
+    An event that may have to be changed is held back until that is decided, and
+    `finish()` returns the rest.
+    """
+
+    __slots__ = ("_held", "_passing")
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._passing = False  # the beginning of this event is out
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} held={len(self._held)}>"
+
+    def feed(self, data: bytes) -> bytes:
+        """Take a piece of the stream; return the bytes that are decided."""
+        if not (self._held or self._passing):
+            # Nearly every token comes as a whole event.
+            if data.endswith(b"\n\n") and not self._concerns(data):
+                return data
+        else:
+            data = self._held + data
+        pieces: list[bytes] = []
+        start = 0
+        for blank in _CERTAIN_BLANK_LINE.finditer(data):
+            event = data[start : blank.end()]
+            pieces.append(event if self._passing else self._change(event))
+            self._passing = False
+            start = blank.end()
+        rest = data[start:]
+        if rest and (self._passing or not self._may_concern(rest)):
+            # Line ends stay, or the blank line that they are a part of would be missed.
+            out = rest.rstrip(b"\r\n")
+            self._passing = True
+            pieces.append(out)
+            rest = rest[len(out) :]
+        self._held = rest
+        return b"".join(pieces)
+
+    def finish(self) -> bytes:
+        """End the stream; return what was held back."""
+        held, self._held = self._held, b""
+        return held
+
+    @abc.abstractmethod
+    def _concerns(self, data: bytes) -> bool:
+        """Return False where no event in these bytes can be one to be changed."""
+
+    @abc.abstractmethod
+    def _may_concern(self, begun: bytes) -> bool:
+        """Return False where an event that begins so need not be changed."""
+
+    @abc.abstractmethod
+    def _change(self, event: bytes) -> bytes:
+        """Return what is passed on for a whole event, its blank line included."""
+
+
 # --- The beginning of a stream ----------------------------------------------------
 
 
@@ -116,8 +180,8 @@ def _carries(data: bytes, ending: Ending) -> bool:
     if ending is not Ending.DONE:
         return True
     try:
-        event = _opening.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        event = chunk_head.decode(data)
+    except UNREADABLE:
         return True  # it is relayed as it is
     if not event.choices or event.prompt_progress is not None:
         return True  # an error, usage; or progress that the client has asked for
@@ -129,18 +193,6 @@ def _carries(data: bytes, ending: Ending) -> bool:
     )
 
 
-class _OpeningChoice(Private):
-    delta: dict[str, Any] | None = None
-    text: str | None = None
-    finish_reason: str | None = None
-
-
-class _Opening(Private):
-    choices: list[_OpeningChoice] | None = None
-    prompt_progress: Any = None
-
-
-_opening = msgspec.json.Decoder(_Opening)
 # The events of Anthropic's and OpenAI's newer API that come before the first word.
 _PREAMBLE = re.compile(
     rb'"type"\s*:\s*"(?:message_start|content_block_start|ping|response\.(?:created|'
@@ -148,24 +200,6 @@ _PREAMBLE = re.compile(
 )
 
 
-class EventError(Private):
-    """The `error` object of an event, as llama-server and OpenAI write it."""
-
-    message: str = ""
-    type: str = "server_error"
-    code: int | str | None = None
-
-
-class _ErrorEvent(Private):
-    error: EventError | None = None
-    # llama-server's event on `/v1/messages`, and that of Responses, have these fields
-    # without an object around them.
-    type: str = ""
-    message: str = ""
-    code: int | str | None = None
-
-
-_decoder = msgspec.json.Decoder(_ErrorEvent)
 _ERROR_START = re.compile(rb'.{0,63}"(?:error"|message"\s*:\s*")', re.DOTALL)
 
 
@@ -176,8 +210,8 @@ def error_in(data: bytes) -> EventError | None:
     if _ERROR_START.match(data) is None:
         return None
     try:
-        event = _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        event = error_event.decode(data)
+    except UNREADABLE:
         return None
     if event.error is not None:
         return event.error

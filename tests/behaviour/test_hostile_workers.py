@@ -23,7 +23,7 @@ from gollama_proxy.proxy.relay import HOLD_LIMIT
 from gollama_proxy.telemetry.logs import TextForm
 from gollama_proxy.upstream.connection import MAX_HEAD, MAX_HEADERS
 from gollama_proxy.wire.description import Check
-from gollama_proxy.wire.splice import MAX_EVENT
+from gollama_proxy.wire.resume import MAX_EVENT
 from tests.fakes.asks import CHAT, MIB
 from tests.fakes.client import Ending
 from tests.fakes.hub import RunningHub, running_hub

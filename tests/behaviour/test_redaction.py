@@ -31,12 +31,11 @@ from gollama_proxy.telemetry.logs import JsonForm, TextForm
 from gollama_proxy.upstream import probe
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.assemble import Assembler
-from gollama_proxy.wire.assemble_openai import _event
-from gollama_proxy.wire.chunks import Span, read_event
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.fields import classify
 from gollama_proxy.wire.openai import ENDPOINTS
-from gollama_proxy.wire.told import Told
+from gollama_proxy.wire.partial import Partial, Span, read_event
+from gollama_proxy.wire.schema import raw_chunk
 from tests.behaviour.test_retries import InOrder
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Wire, request_head
@@ -634,8 +633,8 @@ async def test_what_asyncio_says_of_a_bug_is_cut(
 def test_what_is_read_of_an_answer_shows_nothing() -> None:
     read = read_event(token(ANSWER).strip())
     assert read is not None
-    folded = _event.decode(token(ANSWER)[6:].strip())
-    told = Told("i", 1, "m", (Span("text", ANSWER),), 1)
+    folded = raw_chunk.decode(token(ANSWER)[6:].strip())
+    told = Partial("i", 1, "m", (Span("text", ANSWER),), 1)
     outgoing = Outgoing(ENDPOINTS[CHAT], [(b"a", ANSWER.encode())], ANSWER.encode())
     error = sse.error_in(error_event(ANSWER)[6:])
     field_ = classify(f'"{ANSWER}"'.encode(), 0)

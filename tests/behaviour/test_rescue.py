@@ -12,7 +12,7 @@ import pytest
 from gollama_proxy.config.settings import STREAMED
 from gollama_proxy.fleet import watchdog
 from gollama_proxy.fleet.breaker import Verdict
-from gollama_proxy.wire.told import Told
+from gollama_proxy.wire.partial import Partial
 from tests.behaviour.test_retries import InOrder
 from tests.fakes import replies
 from tests.fakes.asks import CHAT, RARELY, STREAM, TEXT
@@ -541,7 +541,7 @@ def stream_of(*events: bytes, then: tuple[Step, ...] | None = None) -> tuple[Ste
 
 def reasoning_of(ending: Ending) -> str:
     """Read what the client got before the end, be it an error."""
-    told = Told.parse(ending.response.body.partition(b'data: {"error"')[0])
+    told = Partial.parse(ending.response.body.partition(b'data: {"error"')[0])
     assert told is not None
     return told.reasoning
 

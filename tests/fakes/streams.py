@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from gollama_proxy.wire.splice import Splice
-from gollama_proxy.wire.told import Told
+from gollama_proxy.wire.partial import Partial
+from gollama_proxy.wire.resume import Resumer
 from tests.fakes import replies
 
 # --- Requests ---------------------------------------------------------------------
@@ -141,9 +141,9 @@ def read_calls(stream: bytes) -> dict[int, tuple[str, str, str]]:
 # --- Broken answers ---------------------------------------------------------------
 
 
-def parsed(relayed: bytes) -> Told:
+def parsed(relayed: bytes) -> Partial:
     """Read what a client has, which can be gone on with."""
-    told = Told.parse(relayed)
+    told = Partial.parse(relayed)
     assert told is not None
     return told
 
@@ -153,6 +153,6 @@ def spliced(
 ) -> bytes:
     """Return all that a client gets whose answer goes on with `stream`."""
     told = parsed(relayed)
-    splice = Splice(told, chat, **options)
-    rest = b"".join(splice.feed(stream)) + splice.finish()
+    resumer = Resumer(told, chat, **options)
+    rest = b"".join(resumer.feed(stream)) + resumer.finish()
     return relayed + told.mend + rest

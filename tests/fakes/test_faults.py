@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from gollama_proxy.wire.continuation import can_continue, continuation, exhausted
-from gollama_proxy.wire.splice import Splice
-from gollama_proxy.wire.told import Told
+from gollama_proxy.wire.asking import ask_for_rest, can_continue, exhausted
+from gollama_proxy.wire.partial import Partial
+from gollama_proxy.wire.resume import Resumer
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Ending, Response
 from tests.fakes.faults import Fault, Faults
@@ -111,18 +111,18 @@ def test_a_broken_answer_can_be_gone_on_with(task: Task, echo: bool) -> None:
     stream = stream_by("first", order)
     continued = 0
     for place in range(0, len(stream), 17):
-        told = Told.parse(stream[:place])
+        told = Partial.parse(stream[:place])
         if not told or told.finished or exhausted(body, told):
             continue
         if told.halved and task.limit is not None and told.tokens >= task.limit:
             continue  # what the other half takes, every worker counts for itself
         goes_on = can_continue(body, told, task.chat) and (echo or not task.chat)
-        asked = continuation(body, told, task.chat) if goes_on else body
+        asked = ask_for_rest(body, told, task.chat) if goes_on else body
         order = Order.read(task.path, json.loads(asked))
         assert order is not None
-        splice = Splice(told, task.chat, regenerate=not goes_on)
+        resumer = Resumer(told, task.chat, regenerate=not goes_on)
         rest = stream_by("second", order, echo=goes_on)
-        told_more = b"".join(splice.feed(rest)) + splice.finish()
+        told_more = b"".join(resumer.feed(rest)) + resumer.finish()
         answer = stream[:place] + told.mend + told_more
         assert judge(task, ended(answer)) is Verdict.COMPLETE
         continued += 1

@@ -18,25 +18,22 @@ from gollama_proxy.scheduling.prefixes import prefixes
 from gollama_proxy.upstream.connection import Connection, State
 from gollama_proxy.wire import fields, sse
 from gollama_proxy.wire.answer import beginning, read_tail, read_usage
-from gollama_proxy.wire.assemble import Assembler, AssemblyError
-from gollama_proxy.wire.chunks import Span
-from gollama_proxy.wire.continuation import (
+from gollama_proxy.wire.asking import (
+    ask_for_rest,
+    ask_for_stream,
+    ask_for_usage,
     can_continue,
     can_rescue,
-    continuation,
     exhausted,
 )
+from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.ending import read_end
 from gollama_proxy.wire.errors import RequestError, WorkerError
-from gollama_proxy.wire.fields import Field, FieldScanner, check_json
+from gollama_proxy.wire.fields import Field, FieldScanner, check_json, read_whole
+from gollama_proxy.wire.filters import Renamer, UsageHider, renamed
 from gollama_proxy.wire.openai import ENDPOINTS, Api, Ending
-from gollama_proxy.wire.rename import Renamer, renamed
-from gollama_proxy.wire.splice import Splice
-from gollama_proxy.wire.streaming import streaming
-from gollama_proxy.wire.told import Told
-from gollama_proxy.wire.transcript import Transcript
-from gollama_proxy.wire.usage import UsageHider, asking
-from gollama_proxy.wire.whole import read_whole
+from gollama_proxy.wire.partial import Partial, Span
+from gollama_proxy.wire.resume import Resumer, Transcript
 
 T = TypeVar("T")
 
@@ -152,16 +149,16 @@ def _derive(data: bytes, found: dict[str, Field]) -> None:
         except RequestError:
             pass
     for path in STREAMED:
-        streamed = streaming(data, ENDPOINTS[path])
+        streamed = ask_for_stream(data, ENDPOINTS[path])
         if streamed is not None:
             assert json.loads(streamed.body, parse_int=str)["stream"] is True
     for chat in (True, False):
         if can_rescue(data, chat):
-            told = Told("i", 1, "m", (Span("text", "so far"),), 2, pieces=2)
+            told = Partial("i", 1, "m", (Span("text", "so far"),), 2, pieces=2)
             if not exhausted(data, told) and can_continue(data, told, chat):
-                assert b"so far" in continuation(data, told, chat)
+                assert b"so far" in ask_for_rest(data, told, chat)
     if data.strip(b" \t\r\n{}"):
-        asked = asking(data)
+        asked = ask_for_usage(data)
         if asked is not None:
             options = json.loads(asked, parse_int=str)["stream_options"]
             assert options == {"include_usage": True}
@@ -193,7 +190,7 @@ def stream(data: bytes) -> None:
 def assembly(data: bytes) -> None:
     """A stream makes up one answer or none, wherever it was cut."""
     for path in STREAMED:
-        asked = streaming(b"{}", ENDPOINTS[path])
+        asked = ask_for_stream(b"{}", ENDPOINTS[path])
         assert asked is not None
         make = asked.assembler
         same_for_all(data, lambda pieces, make=make: _assemble(pieces, make(LIMIT)))  # type: ignore[misc]
@@ -280,10 +277,10 @@ def rescue(data: bytes) -> None:
     """What broke off is gone on with or not; `\\x00\\x00` is where it broke."""
     relayed, _, rest = data.partition(b"\x00\x00")
     for chat in (True, False):
-        told = Told.parse(relayed)
+        told = Partial.parse(relayed)
         if told is None:
             continue
-        again = Told.parse(relayed + told.mend)
+        again = Partial.parse(relayed + told.mend)
         assert again is not None, told.mend
         assert (again.spans, again.mend) == (told.spans, b""), (told, again)
         for regenerate in (True, False):
@@ -295,16 +292,18 @@ def rescue(data: bytes) -> None:
             )
 
 
-def _splice(pieces: Sequence[bytes], told: Told, chat: bool, regenerate: bool) -> Any:
-    splice = Splice(told, chat, regenerate=regenerate)
+def _splice(
+    pieces: Sequence[bytes], told: Partial, chat: bool, regenerate: bool
+) -> Any:
+    resumer = Resumer(told, chat, regenerate=regenerate)
     events: list[bytes] = []
     try:
         for piece in pieces:
-            events += splice.feed(piece)
-        events.append(splice.finish())
+            events += resumer.feed(piece)
+        events.append(resumer.finish())
     except WorkerError as exc:
         events.append(type(exc).__name__.encode())
-    return b"".join(events), splice.told.spans
+    return b"".join(events), resumer.partial.spans
 
 
 # --- Answers of a worker ----------------------------------------------------------

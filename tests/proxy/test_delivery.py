@@ -19,10 +19,10 @@ from gollama_proxy.proxy.delivery import Stream, Whole
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.upstream.connection import Connection
+from gollama_proxy.wire.asking import ask_for_stream
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS
-from gollama_proxy.wire.streaming import streaming
 from tests.fakes.asks import CHAT, TEXT
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker as a_worker
@@ -299,7 +299,7 @@ async def test_a_connection_without_a_socket_is_hung_up_all_the_same() -> None:
 
 def whole(route: str = CHAT, limit: int = 1 << 20) -> tuple[Whole, Record]:
     record = Record("id", "POST", route)
-    asked = streaming(b"{}", ENDPOINTS[route])
+    asked = ask_for_stream(b"{}", ENDPOINTS[route])
     assert asked is not None
     return Whole(asked.assembler(limit), record), record
 

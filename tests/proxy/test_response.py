@@ -25,9 +25,9 @@ from gollama_proxy.scheduling.retry import Failure
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
-from gollama_proxy.wire.chunks import DivergedError, UnreadableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.partial import DivergedError, UnreadableError
 from gollama_proxy.wire.sse import EventError
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker as a_worker

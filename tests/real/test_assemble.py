@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from gollama_proxy.wire.asking import ask_for_stream
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.openai import ENDPOINTS, Ending
-from gollama_proxy.wire.streaming import streaming
 from tests.real.gguf_tiny import write_tiny_gguf
 from tests.real.llama import LlamaServer
 
@@ -88,12 +88,12 @@ class Both:
         chat = "messages" in request
         path = path or ("/v1/chat/completions" if chat else "/v1/completions")
         body = json.dumps(request).encode()
-        self.streaming = streaming(body, ENDPOINTS[path])
+        self.streaming = ask_for_stream(body, ENDPOINTS[path])
         asked: dict[str, Any] = {"stream": True}
         if ENDPOINTS[path].ending is Ending.DONE:
             asked["stream_options"] = {"include_usage": True}
         # What is not streamed is so here, with nothing that would say why not.
-        allowed = streaming(_ANY[chat], ENDPOINTS[path])
+        allowed = ask_for_stream(_ANY[chat], ENDPOINTS[path])
         assert allowed is not None
         post(server, path, body)  # both shall find their prompt in the cache
         self.status, self.answer = post(server, path, body)

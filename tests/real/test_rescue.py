@@ -11,15 +11,9 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.wire.chunks import DivergedError
-from gollama_proxy.wire.continuation import (
-    can_continue,
-    can_rescue,
-    continuation,
-    exhausted,
-)
-from gollama_proxy.wire.splice import Splice
-from gollama_proxy.wire.told import Told, closing
+from gollama_proxy.wire.asking import ask_for_rest, can_continue, can_rescue, exhausted
+from gollama_proxy.wire.partial import DivergedError, Partial, closing
+from gollama_proxy.wire.resume import Resumer
 from tests.fakes.asks import CHAT, TEXT
 from tests.fakes.streams import read_calls
 from tests.real.llama import LlamaServer
@@ -148,7 +142,7 @@ def rest_of(
     second: LlamaServer,
     path: str,
     body: bytes,
-    told: Told,
+    told: Partial,
     unknown: tuple[str, ...] = (),
 ) -> tuple[bytes, bool]:
     """Ask for the rest as the hub does; say also whether it was a continuation."""
@@ -156,15 +150,15 @@ def rest_of(
     for goes_on in (True, False):
         if goes_on and not can_continue(body, told, chat):
             continue
-        asked = without(continuation(body, told, chat), unknown) if goes_on else body
-        splice = Splice(told, chat, regenerate=not goes_on)
+        asked = without(ask_for_rest(body, told, chat), unknown) if goes_on else body
+        resumer = Resumer(told, chat, regenerate=not goes_on)
         stream = stream_of(second, path, asked)
         try:
-            rest = b"".join(event for data in stream for event in splice.feed(data))
+            rest = b"".join(event for data in stream for event in resumer.feed(data))
         except DivergedError:
             assert goes_on, "not even the whole answer is the same"
             continue
-        return rest + splice.finish(), goes_on
+        return rest + resumer.finish(), goes_on
     raise AssertionError("unreachable")
 
 
@@ -192,7 +186,7 @@ def check(
     ways = set()
     for place in sorted({1 + (last - 1) * i // (cuts - 1) for i in range(cuts)}):
         relayed = b"".join(chunks[:place])
-        told = Told.parse(relayed)
+        told = Partial.parse(relayed)
         assert told is not None
         assert told.mend == b""
         assert not exhausted(body, told), place
@@ -234,7 +228,7 @@ def test_an_answer_that_lacks_only_its_end_gets_it(
     body = request(chat)
     chunks = stream_of(server, path, body)
     relayed = b"".join(chunks[:-2])
-    told = Told.parse(relayed)
+    told = Partial.parse(relayed)
     assert told is not None
     assert exhausted(body, told)
     seen = read(relayed + closing(told, chat))
@@ -262,15 +256,15 @@ def test_a_call_behind_a_text_is_made_up_for_as_well(
     first, second = llama_server(tiny_model), llama_server(tiny_model)
     chunks = stream_of(first, CHAT, request(chat=True, tools=PAINT["tools"]))
     relayed = b"".join(chunks[:9])
-    told = Told.parse(relayed)
+    told = Partial.parse(relayed)
     assert told is not None
     body = request(chat=True, **PAINT | {"tool_choice": "auto"})
-    forced = json.loads(continuation(body, told, chat=True)) | {
+    forced = json.loads(ask_for_rest(body, told, chat=True)) | {
         "tool_choice": "required"
     }
-    splice = Splice(told, chat=True)
+    resumer = Resumer(told, chat=True)
     stream = b"".join(stream_of(second, CHAT, json.dumps(forced).encode()))
-    rest = b"".join(splice.feed(stream)) + splice.finish()
+    rest = b"".join(resumer.feed(stream)) + resumer.finish()
     text, calls, once = read(relayed + rest)
     assert (text, calls) == (told.text, [("paint", '{"colour": "red"}')])
     assert "tool_calls" in once
@@ -319,7 +313,7 @@ def test_a_repetition_is_known_behind_what_the_template_puts_there(
     chunks = stream_of(first, CHAT, body)
     for place in range(5, len(chunks) - 3, 5):
         relayed = b"".join(chunks[:place])
-        told = Told.parse(relayed)
+        told = Partial.parse(relayed)
         assert told is not None
         rest, goes_on = rest_of(second, CHAT, body, told)
         assert goes_on
@@ -347,7 +341,7 @@ def test_an_answer_goes_on_as_it_would_have_behind_its_thoughts(
     body = request(chat=True)
     for place in range(4, len(chunks) - 3, 3):
         relayed = b"".join(chunks[:place])
-        told = Told.parse(relayed)
+        told = Partial.parse(relayed)
         assert told is not None
         assert told.reasoning == thoughts
         limit = told.tokens + len(chunks) - 2 - place

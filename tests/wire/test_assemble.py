@@ -18,16 +18,11 @@ from gollama_proxy.wire.assemble import (
     UnfoldableError,
 )
 from gollama_proxy.wire.assemble_openai import ChatAssembler, TextAssembler
-from gollama_proxy.wire.openai import ENDPOINTS
-from gollama_proxy.wire.streaming import choices_of, streaming
 from tests.fakes import replies
 from tests.fakes.streams import chat_stream
 
 Kind = Literal["chat", "text"]
 LIMIT = 1 << 20
-
-CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-TEXT = {"model": "m", "prompt": "hi"}
 
 
 def fold(
@@ -52,109 +47,6 @@ def usage(tokens: int = 3) -> bytes:
 
 def end(reason: str = "stop", index: int = 0, **choice: Any) -> bytes:
     return delta({}, index, finish_reason=reason, **choice)
-
-
-# --- The request ------------------------------------------------------------------
-
-
-def ask(**fields: Any) -> dict[str, Any] | None:
-    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
-    asked = streaming(json.dumps(fields).encode(), ENDPOINTS[path])
-    return None if asked is None else json.loads(asked.body)
-
-
-def streaming_body(body: bytes) -> bytes | None:
-    asked = streaming(body, ENDPOINTS["/v1/chat/completions"])
-    return None if asked is None else asked.body
-
-
-STREAM = {"stream": True, "stream_options": {"include_usage": True}}
-
-
-@pytest.mark.parametrize("stream", [{}, {"stream": False}, {"stream": None}])
-@pytest.mark.parametrize("request_", [CHAT, TEXT, {}])
-def test_a_stream_with_usage_is_asked_for(
-    request_: dict[str, Any], stream: dict[str, Any]
-) -> None:
-    assert ask(**request_, **stream) == request_ | STREAM
-
-
-def test_all_values_stay_as_they_are_byte_for_byte() -> None:
-    """Numbers and strings would else be written otherwise: 1.0e3, \\u00e9, 1E400."""
-    values = [rb'{ "a" :1.0e3,"b":[ 1E400 , "\u00e9\/"] }', b'"\xc3\xa9"', b"-0.0"]
-    body = b'{"messages":%b, "x" : %b ,"temperature":%b}' % tuple(values)
-    streaming = streaming_body(body)
-    assert streaming is not None
-    assert all(value in streaming for value in values)
-
-
-@given(
-    st.dictionaries(
-        st.text(max_size=5).map("x{}".format),
-        st.text() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
-    )
-)
-def test_no_other_field_changes(fields: dict[str, Any]) -> None:
-    assert ask(**fields) == fields | STREAM
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"stream": True},
-        {"stream": 0},  # llama-server will refuse it
-        {"stream": "false"},
-        {"stream_options": {}},
-        {"stream_options": {"include_usage": False}},
-        # A stream would lose the end of an answer, or have more of it.
-        {"n_indent": 2},
-        {"continue_final_message": True},
-        {"continue_final_message": "content"},
-        {"reasoning_format": "deepseek-legacy"},
-        {"reasoning_format": "of the future"},
-        {"verbose": True},
-        # Of a chat, it would not tell all of them.
-        {**CHAT, "logprobs": True},
-        {**CHAT, "n_probs": 1},
-    ],
-)
-def test_what_a_stream_would_not_tell_is_not_asked_for(fields: dict[str, Any]) -> None:
-    assert ask(**fields) is None
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"stop": None},
-        {"stop": "x"},
-        {"stop": ["x"]},
-        {"stop": ""},
-        {"stop": []},
-        {"n_indent": 0},
-        {"continue_final_message": False},
-        {"stream_options": None},
-        {"reasoning_format": "auto"},
-        {"verbose": False},
-        {"logprobs": 5, **TEXT},
-        {"n_probs": 2, **TEXT},
-        {"logprobs": False, **CHAT},
-        {"timings_per_token": True, "return_progress": True},
-    ],
-)
-def test_what_makes_no_difference_is_no_obstacle(fields: dict[str, Any]) -> None:
-    assert ask(**fields) == fields | STREAM
-
-
-@pytest.mark.parametrize(
-    "body", [b"", b"[]", b"{", b'{"a":}', b"null", b'{"\xff":1}', b"[" * 100_000]
-)
-def test_what_is_no_object_is_left_to_the_worker(body: bytes) -> None:
-    assert streaming_body(body) is None
-
-
-def test_an_escaped_name_is_the_same_field() -> None:
-    assert streaming_body(rb'{"n_ind\u0065nt":1}') is None
-    assert streaming_body(rb'{"stre\u0061m":true}') is None
 
 
 # --- Whole answers, in any cuts ---------------------------------------------------
@@ -570,27 +462,6 @@ def test_what_was_held_back_for_a_stop_string_is_noticed(kind: Kind) -> None:
         fold(stream, kind, asked=Asked(stops=True))
     stream = delta({"content": "a"}, text="a") + end("stop") + usage()
     assert fold(stream, kind, asked=Asked(stops=True))
-
-
-@pytest.mark.parametrize(
-    ("request_", "choices"),
-    [
-        ({}, 1),
-        ({"n": None}, 1),
-        ({"n": 2}, 2),
-        ({"n_cmpl": 3}, 3),
-        ({"prompt": "a"}, 1),
-        ({"prompt": ["a", "b"], "n": 2}, 4),
-        ({"prompt": [1, 2]}, 1),
-        ({"prompt": [[1], [2]]}, 2),
-        ({"prompt": ["a", 1]}, 1),
-        ({"prompt": []}, 1),
-        ({"n": "2"}, 0),
-    ],
-)
-def test_the_choices_that_a_request_asks_for(request_: Any, choices: int) -> None:
-    assert choices_of(json.dumps(request_).encode()) == choices
-    assert choices_of(b"{") == 0
 
 
 # --- Events that differ in a word -------------------------------------------------

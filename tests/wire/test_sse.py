@@ -101,6 +101,17 @@ def test_a_byte_is_looked_at_once() -> None:
     assert gatherer._rest == [b"y"]
 
 
+@LINE_ENDS
+def test_events_end_with_a_blank_line_of_any_kind(eol: bytes) -> None:
+    stream = eol.join([b"data: a", b"data: b", b"", b": c", b"", b"data: d"])
+    whole = [eol.join([b"data: a", b"data: b"]), b": c"]
+    assert split_events(stream) == (whole, b"data: d")
+
+
+def test_one_crlf_is_not_two_line_ends() -> None:
+    assert split_events(b"data: a\r\ndata: b\r\n")[0] == []
+
+
 # --- The first event --------------------------------------------------------------
 
 

@@ -1,21 +1,22 @@
-"""A broken answer goes on elsewhere, and its client cannot tell from the text."""
+"""An answer goes on with another worker where it broke off, or not at all."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from gollama_proxy.wire.chunks import DivergedError, Span, UnreadableError
 from gollama_proxy.wire.errors import Code, WorkerError
-from gollama_proxy.wire.splice import MAX_EVENT, Splice
-from gollama_proxy.wire.told import closing
+from gollama_proxy.wire.partial import DivergedError, Span, UnreadableError, closing
+from gollama_proxy.wire.resume import MAX_EVENT, Resumer, Transcript
 from tests.fakes import replies
+from tests.fakes.replies import chunk
 from tests.fakes.streams import (
     arguments,
     call,
@@ -31,16 +32,168 @@ from tests.fakes.streams import (
     text_stream,
 )
 
+
+def filled(*batches: Iterable[bytes]) -> Transcript:
+    transcript = Transcript()
+    for batch in batches:
+        transcript.add([chunk(data) for data in batch])
+    return transcript
+
+
+def text_event(text: str) -> bytes:
+    return dump(replies.text_completion(text, reason=None, last=False))
+
+
+# --- Nothing is lost --------------------------------------------------------------
+
+WORDS = st.text(
+    st.characters(exclude_categories=["Cs"]) | st.sampled_from('\x00\x01\x02"\\\n🍌'),
+    max_size=6,
+)
+EVENTS = (
+    st.builds(replies.token, WORDS)
+    | st.builds(lambda word: chat_event(content=word), WORDS)
+    | st.builds(lambda word: dump({"content": word}, escape=True), WORDS)
+    | st.builds(text_event, WORDS)
+    | st.builds(lambda word: chat_event(reasoning_content=word), WORDS)
+    | st.builds(lambda word: chat_event(content=word, role="assistant"), WORDS)
+    | st.builds(lambda one, two: replies.token(one) + replies.token(two), WORDS, WORDS)
+    | st.sampled_from(
+        [
+            replies.role(),
+            replies.ping(),
+            replies.finish(usage=replies.usage_of()),
+            replies.done(),
+            replies.error_event("no"),
+            replies.token("a")[:-1],  # a chunk need not be an event
+            b'data: {"content":"',
+            b'"content":"a"',
+            b"\x00",
+            b"\x01",
+            b"\x02",
+            b"proxy error: Failed to read connection",
+        ]
+    )
+    | st.binary(max_size=12)
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(EVENTS, max_size=7), max_size=8))
+@example([[replies.token("a"), b"\x01"], [replies.token("b")]])
+@example([[b"\x02", replies.token("a")], [replies.token("b")]])
+@example([[replies.token("a")], [replies.token("b"), b"\x02"], [replies.token("c")]])
+@example([[b'\x01"content":"a"'], [b'\x01"content":"b"']])
+@example([[], [replies.token("a")], [], [b""]])
+def test_what_was_added_comes_out_again(batches: list[list[bytes]]) -> None:
+    """Without the frames, whatever the chunks hold and however they were added."""
+    transcript = filled(*batches)
+    body = b"".join(data for batch in batches for data in batch)
+    assert transcript.body() == body
+    assert transcript.body() == body  # as often as one likes
+
+
+def test_in_the_beginning_there_is_nothing() -> None:
+    assert Transcript().body() == b""
+
+
+# --- It takes little room ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", [replies.token, text_event])
+@pytest.mark.parametrize("batch", [6, 100])
+def test_a_stream_is_kept_in_a_tenth_of_its_size(
+    event: Callable[[str], bytes], batch: int
+) -> None:
+    """The words of a batch, and what it takes to hold them."""
+    words = [f" {number:x}" for number in range(1000)]
+    ends = [replies.finish(usage=replies.usage_of()), replies.done()]
+    tracemalloc.start()
+    try:
+        transcript = filled([replies.role(), replies.ping(), event("!")])
+        for at in range(0, len(words), batch):
+            transcript.add([chunk(event(word)) for word in words[at : at + batch]])
+        transcript.add(list(map(chunk, ends)))
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    stream = [replies.role(), replies.ping(), *map(event, ["!", *words]), *ends]
+    assert transcript.body() == b"".join(stream)
+    assert used < len(b"".join(stream)) / 10
+    assert repr(transcript).startswith("<Transcript ")
+
+
+def test_it_is_learnt_from_the_first_batch_that_ends_with_a_word() -> None:
+    words = [replies.token(f" {number}") for number in range(200)]
+    first = [replies.role(), chat_event(reasoning_content="hm"), replies.ping()]
+    tracemalloc.start()
+    try:
+        transcript = filled(first, words[:1])
+        for at in range(1, len(words), 7):
+            transcript.add([chunk(data) for data in words[at : at + 7]])
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert transcript.body() == b"".join([*first, *words])
+    assert used < len(b"".join(words)) / 5
+
+
+def test_it_is_learnt_anew_when_thoughts_end_or_a_call_begins() -> None:
+    words = [f" {number}" for number in range(200)]
+    thoughts = [chat_event(reasoning_content=word) for word in words]
+    calls = [call("paint"), *map(arguments, words)]
+    events = [replies.role(), *thoughts, *map(replies.token, words), *calls]
+    tracemalloc.start()
+    try:
+        transcript = Transcript()
+        for at in range(0, len(events), 6):
+            transcript.add([chunk(data) for data in events[at : at + 6]])
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert transcript.body() == b"".join(events)
+    assert used < len(b"".join(events)) / 6
+
+
+def test_what_changes_with_each_event_is_not_learnt_for_ever() -> None:
+    events = [dump({"n": n, "content": "x" * n}) for n in range(100)]
+    transcript = filled(*([event] for event in events))
+    assert transcript.body() == b"".join(events)
+    assert transcript._learnt == 8
+
+
+# --- What looks like a word and is none -------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [b"\x00", b"\x01", b"\x02"])
+@pytest.mark.parametrize(
+    "event", [b'%b"content":"a"}', b'"content":"a"%b}', b'"content":"a%b"}']
+)
+def test_control_characters_change_nothing(event: bytes, mark: bytes) -> None:
+    """JSON does not have them, but nobody has checked that it is JSON."""
+    for first in (event % mark, event % b""):
+        transcript = filled([first], [event % mark] * 3, [event % b""])
+        assert transcript.body() == first + event % mark * 3 + event % b""
+
+
+@pytest.mark.parametrize("length", [1, 99, 300, 5000])
+def test_an_event_in_which_both_ends_overlap_stays_as_it_is(length: int) -> None:
+    """The quote that opens the word is not the one that closes it."""
+    head = b'data: {"pad":"%b","content":"' % (b"x" * length)
+    whole, half = head + b'a"}\n\n', head + b"}\n\n"
+    assert filled([whole], [half], [whole]).body() == whole + half + whole
+
+
 TEXT = "One day, a fox met a crow. "  # long enough to be no accident
 BEGUN = chat_stream(["a"], reason=None)
 
 
-def splice_behind(relayed: bytes, **options: Any) -> Splice:
-    return Splice(parsed(relayed), chat=True, **options)
+def splice_behind(relayed: bytes, **options: Any) -> Resumer:
+    return Resumer(parsed(relayed), chat=True, **options)
 
 
-def fed(splice: Splice, data: bytes) -> bytes:
-    return b"".join(splice.feed(data))
+def fed(resumer: Resumer, data: bytes) -> bytes:
+    return b"".join(resumer.feed(data))
 
 
 def cut_at(data: str, places: Iterable[int]) -> list[str]:
@@ -98,7 +251,7 @@ def test_a_client_sees_one_answer(
 ) -> None:
     """However the second worker begins, and however its bytes are cut."""
     relayed = chat_stream(case.before, reason=None, escape=escape)
-    splice = splice_behind(relayed, regenerate=case.regenerate)
+    resumer = splice_behind(relayed, regenerate=case.regenerate)
     stream = chat_stream(case.second, id="chatcmpl-2", escape=escape)
     stream = b":\n\n" + stream
     stream = stream.replace(b"\n", eol)
@@ -106,14 +259,14 @@ def test_a_client_sees_one_answer(
     out = [
         event
         for a, b in itertools.pairwise(edges)
-        for event in splice.feed(stream[a:b])
+        for event in resumer.feed(stream[a:b])
     ]
     assert all(event.endswith(b"\n\n") for event in out)
     assert all(event.count(b"\n\n") == 1 for event in out)
-    seen = read(relayed + b"".join(out) + splice.finish())
+    seen = read(relayed + b"".join(out) + resumer.finish())
     whole = "".join(case.before + case.after)
     assert seen == (whole, 1, ["stop"], {("chatcmpl-1", 1, "tiny")}, [], 1)
-    assert "complete" in repr(splice)
+    assert "complete" in repr(resumer)
 
 
 @given(TOKENS, TOKENS)
@@ -127,21 +280,21 @@ def test_a_prompt_is_never_repeated(before: list[str], after: list[str]) -> None
 
 def test_text_passes_as_soon_as_it_is_new() -> None:
     relayed = chat_stream(["a", "b"], reason=None)
-    splice = splice_behind(relayed, regenerate=True)
-    assert fed(splice, chat_event(content="a")) == b""
-    assert fed(splice, b":\n\n") == b":\n\n"
-    assert "held" in repr(splice)
-    assert read(fed(splice, chat_event(content="bc"))).text == "c"
+    resumer = splice_behind(relayed, regenerate=True)
+    assert fed(resumer, chat_event(content="a")) == b""
+    assert fed(resumer, b":\n\n") == b":\n\n"
+    assert "held" in repr(resumer)
+    assert read(fed(resumer, chat_event(content="bc"))).text == "c"
     assert (
-        repr(splice) == "<Splice behind <Told 2 characters, 2 tokens, open>, aligned>"
+        repr(resumer) == "<Resumer of <Partial 2 characters, 2 tokens, open>, aligned>"
     )
 
 
 def test_events_are_given_one_by_one() -> None:
     """So that those in front of the one that cannot be passed on are."""
-    splice = splice_behind(BEGUN)
-    assert isinstance(splice.feed(b""), Iterator)
-    events = splice.feed(
+    resumer = splice_behind(BEGUN)
+    assert isinstance(resumer.feed(b""), Iterator)
+    events = resumer.feed(
         chat_event(content="ab") + b":\n\n" + dump(chat_chunk(delta(), delta()))
     )
     assert read(next(events)).text == "b"
@@ -154,11 +307,11 @@ def test_what_was_cut_is_mended_by_others() -> None:
     """The hub writes it first; here it would come behind what a worker is late for."""
     relayed = chat_stream(["a", "b"], reason=None)[:-1]
     told = parsed(relayed)
-    splice = Splice(told, chat=True)
-    out = [fed(splice, chat_event(content=text)) for text in ("ab", "cd")]
+    resumer = Resumer(told, chat=True)
+    out = [fed(resumer, chat_event(content=text)) for text in ("ab", "cd")]
     assert (told.mend, out[0], out[1].count(b"\n")) == (b"\n", b"", 2)
     assert read(relayed + told.mend + out[1]).text == "abcd"
-    assert fed(splice, b":\n\n") == b":\n\n"
+    assert fed(resumer, b":\n\n") == b":\n\n"
 
 
 # --- Numbers ----------------------------------------------------------------------
@@ -203,11 +356,11 @@ def test_a_last_event_with_text_is_aligned_like_any_other() -> None:
 @pytest.mark.parametrize("last", ["", "ab", "b"])
 @pytest.mark.parametrize("regenerate", [True, False])
 def test_an_end_before_all_was_repeated_is_none(last: str, regenerate: bool) -> None:
-    splice = splice_behind(
+    resumer = splice_behind(
         chat_stream(["ab", "ab"], reason=None), regenerate=regenerate
     )
     with pytest.raises(DivergedError):
-        fed(splice, chat_event("stop", content=last))
+        fed(resumer, chat_event("stop", content=last))
 
 
 def test_whatever_follows_the_end_is_dropped() -> None:
@@ -281,10 +434,10 @@ def test_thoughts_that_broke_off_go_on_where_they_were() -> None:
 
 def test_thoughts_may_follow_a_text() -> None:
     """Some models think between what they say."""
-    splice = splice_behind(BEGUN, regenerate=True)
-    assert fed(splice, chat_event(content="ab"))
-    assert b'"hm"' in fed(splice, chat_event(reasoning_content="hm"))
-    assert splice.told.spans == (Span("text", "ab"), Span("reasoning", "hm"))
+    resumer = splice_behind(BEGUN, regenerate=True)
+    assert fed(resumer, chat_event(content="ab"))
+    assert b'"hm"' in fed(resumer, chat_event(reasoning_content="hm"))
+    assert resumer.partial.spans == (Span("text", "ab"), Span("reasoning", "hm"))
 
 
 def test_events_without_data_are_dropped() -> None:
@@ -299,16 +452,16 @@ def test_behind_the_repetition_an_event_that_nobody_can_read_passes_raw(
     event: bytes,
 ) -> None:
     """As it would have without a rescue."""
-    splice = splice_behind(BEGUN)
-    assert read(fed(splice, chat_event(content="ab"))).text == "b"
-    assert fed(splice, event + chat_event(content="c")).startswith(event)
-    assert splice.told.text == "abc"
+    resumer = splice_behind(BEGUN)
+    assert read(fed(resumer, chat_event(content="ab"))).text == "b"
+    assert fed(resumer, event + chat_event(content="c")).startswith(event)
+    assert resumer.partial.text == "abc"
 
 
 def test_behind_the_end_it_does_not_pass() -> None:
-    splice = splice_behind(BEGUN)
-    fed(splice, chat_stream(["ab"]))
-    assert fed(splice, b"data: {\n\n") == b""
+    resumer = splice_behind(BEGUN)
+    fed(resumer, chat_stream(["ab"]))
+    assert fed(resumer, b"data: {\n\n") == b""
 
 
 def test_another_model_goes_on_under_its_own_name() -> None:
@@ -344,32 +497,32 @@ def test_another_model_goes_on_under_its_own_name() -> None:
 def test_what_cannot_be_the_rest_is_refused(
     stream: bytes, options: dict[str, bool]
 ) -> None:
-    splice = splice_behind(chat_stream([TEXT], reason=None), **options)
+    resumer = splice_behind(chat_stream([TEXT], reason=None), **options)
     with pytest.raises(DivergedError) as caught:
-        fed(splice, stream)
+        fed(resumer, stream)
     assert caught.value.code is Code.WORKER_PROTOCOL
     assert caught.value.detail
 
 
 def test_a_short_text_behind_a_wrapper_is_no_repetition() -> None:
     """It may be found in any words."""
-    splice = splice_behind(chat_stream(["h", "e"], reason=None))
+    resumer = splice_behind(chat_stream(["h", "e"], reason=None))
     with pytest.raises(DivergedError):
-        fed(splice, chat_event(content="<think></think>he"))
+        fed(resumer, chat_event(content="<think></think>he"))
 
 
 def test_an_answer_that_repeats_itself_is_no_repetition() -> None:
     """What does not echo goes on as it began, piece by piece."""
-    splice = splice_behind(chat_stream(["la ", "la "], reason=None))
+    resumer = splice_behind(chat_stream(["la ", "la "], reason=None))
     with pytest.raises(DivergedError):
-        fed(splice, chat_stream(["la ", "la ", "la!"]))
+        fed(resumer, chat_stream(["la ", "la ", "la!"]))
 
 
 def test_a_continuation_does_not_think_again() -> None:
     relayed = chat_event(reasoning_content="hm") + chat_stream([TEXT], reason=None)
-    splice = splice_behind(relayed)
+    resumer = splice_behind(relayed)
     with pytest.raises(DivergedError):
-        fed(splice, chat_event(reasoning_content="hm, well"))
+        fed(resumer, chat_event(reasoning_content="hm, well"))
 
 
 def test_an_error_of_the_second_worker_is_its_own() -> None:
@@ -381,11 +534,11 @@ def test_an_error_of_the_second_worker_is_its_own() -> None:
 
 @pytest.mark.parametrize("stream", [b"", chat_stream(["ab"], reason=None)])
 def test_an_end_without_a_finish_reason_is_none(stream: bytes) -> None:
-    splice = splice_behind(BEGUN)
-    assert b"[DONE]" not in fed(splice, stream + replies.done())
+    resumer = splice_behind(BEGUN)
+    assert b"[DONE]" not in fed(resumer, stream + replies.done())
     with pytest.raises(WorkerError, match="before it was complete"):
-        splice.finish()
-    assert "complete" not in repr(splice)
+        resumer.finish()
+    assert "complete" not in repr(resumer)
 
 
 # --- Once more --------------------------------------------------------------------
@@ -394,8 +547,8 @@ def test_an_end_without_a_finish_reason_is_none(stream: bytes) -> None:
 def test_a_rescued_answer_can_be_rescued_again() -> None:
     """What the client has is all that counts, whoever it came from."""
     first = chat_stream(["a", "b"], reason=None)
-    splice = splice_behind(first)
-    second = fed(splice, chat_stream(["abc", "d"], reason=None, id="chatcmpl-2"))
+    resumer = splice_behind(first)
+    second = fed(resumer, chat_stream(["abc", "d"], reason=None, id="chatcmpl-2"))
     told = parsed(first + second)
     assert (told.id, told.text, told.tokens) == ("chatcmpl-1", "abcd", 4)
     seen = read(spliced(first + second, chat_stream(["abcde"], id="chatcmpl-3")))
@@ -410,47 +563,47 @@ def test_it_knows_what_the_client_has_by_then(
     relayed = chat_stream(before, reason=None)
     echo = "".join(before)
     pieces = [echo + after[0], *after[1:]] if joined else [echo, *after]
-    splice = splice_behind(relayed)
+    resumer = splice_behind(relayed)
     stream = chat_stream(pieces[:number], reason=None, id="chatcmpl-2")
-    passed = fed(splice, stream)
-    assert splice.told == parsed(relayed + passed)
+    passed = fed(resumer, stream)
+    assert resumer.partial == parsed(relayed + passed)
 
 
 def test_what_was_held_back_is_not_told() -> None:
-    splice = splice_behind(chat_stream(["ab"], reason=None), regenerate=True)
-    assert fed(splice, chat_event(role="assistant") + chat_event(content="a")) == b""
-    assert splice.told == parsed(chat_stream(["ab"], reason=None))
+    resumer = splice_behind(chat_stream(["ab"], reason=None), regenerate=True)
+    assert fed(resumer, chat_event(role="assistant") + chat_event(content="a")) == b""
+    assert resumer.partial == parsed(chat_stream(["ab"], reason=None))
 
 
 def test_the_role_is_told_once_whoever_tells_it() -> None:
-    splice = splice_behind(dump(chat_chunk()))
-    assert not splice.told.role_seen
-    fed(splice, chat_stream(["a"], reason=None))
-    assert splice.told.role_seen
+    resumer = splice_behind(dump(chat_chunk()))
+    assert not resumer.partial.role_seen
+    fed(resumer, chat_stream(["a"], reason=None))
+    assert resumer.partial.role_seen
 
 
 def test_what_was_cut_is_not_cut_any_more() -> None:
     told = parsed(chat_stream(["a", "b"], reason=None)[:-1])
     assert told.mend
-    assert Splice(told, chat=True).told == replace(told, mend=b"")
+    assert Resumer(told, chat=True).partial == replace(told, mend=b"")
 
 
 def test_an_answer_that_was_finished_and_then_broke_needs_its_end_only() -> None:
     """A worker can be lost between its finish_reason and its usage."""
-    splice = splice_behind(BEGUN)
-    passed = fed(splice, chat_event(content="ab") + chat_event("stop"))
-    assert splice.told.finished
-    seen = read(BEGUN + passed + closing(splice.told, chat=True))
+    resumer = splice_behind(BEGUN)
+    passed = fed(resumer, chat_event(content="ab") + chat_event("stop"))
+    assert resumer.partial.finished
+    seen = read(BEGUN + passed + closing(resumer.partial, chat=True))
     assert (seen.text, seen.reasons, seen.done) == ("ab", ["stop"], 1)
 
 
 def test_thoughts_that_were_passed_on_are_known() -> None:
-    splice = splice_behind(chat_stream([], reason=None))
-    assert b'"hm"' in fed(splice, chat_event(reasoning_content="hm"))
-    assert (splice.told.reasoning, splice.told.is_plain) == ("hm", False)
-    fed(splice, chat_event(content="a"))
-    assert (splice.told.tokens, splice.told.pieces) == (2, 1)
-    assert splice.told.is_plain
+    resumer = splice_behind(chat_stream([], reason=None))
+    assert b'"hm"' in fed(resumer, chat_event(reasoning_content="hm"))
+    assert (resumer.partial.reasoning, resumer.partial.is_plain) == ("hm", False)
+    fed(resumer, chat_event(content="a"))
+    assert (resumer.partial.tokens, resumer.partial.pieces) == (2, 1)
+    assert resumer.partial.is_plain
 
 
 # --- Calls ------------------------------------------------------------------------
@@ -497,11 +650,11 @@ def test_a_call_that_broke_off_goes_on_where_it_was(place: int) -> None:
 
 
 def test_a_call_may_follow_in_a_continuation() -> None:
-    splice = splice_behind(b"".join(CALLS[:3]))
+    resumer = splice_behind(b"".join(CALLS[:3]))
     stream = [CALLS[0], chat_event(content="Let me paint."), *SAME[2:]]
-    rest = fed(splice, b"".join(stream))
+    rest = fed(resumer, b"".join(stream))
     assert read_calls(rest) == read_calls(b"".join(SAME))
-    assert splice.told.finished
+    assert resumer.partial.finished
 
 
 @pytest.mark.parametrize(
@@ -515,9 +668,9 @@ def test_a_call_may_follow_in_a_continuation() -> None:
     ],
 )
 def test_another_call_is_refused(other: bytes) -> None:
-    splice = splice_behind(b"".join(CALLS[:5]), regenerate=True)
+    resumer = splice_behind(b"".join(CALLS[:5]), regenerate=True)
     with pytest.raises(DivergedError):
-        fed(splice, b"".join(CALLS[:3]) + other)
+        fed(resumer, b"".join(CALLS[:3]) + other)
 
 
 def test_calls_that_share_an_index_stay_apart() -> None:
@@ -542,14 +695,14 @@ def test_a_call_as_it_was_called_before_goes_on() -> None:
 
 def test_an_event_that_does_not_end_is_given_up() -> None:
     """It is held until it is complete, and so it has a limit."""
-    splice = splice_behind(BEGUN)
+    resumer = splice_behind(BEGUN)
     whole = chat_event(content="ab")
-    assert fed(splice, whole[:-1]) == b""
-    assert splice._gatherer.size == len(whole) - 1
-    assert fed(splice, b"\n" + b"data: ") != b""
-    assert fed(splice, b"x" * (MAX_EVENT - 6)) == b""
+    assert fed(resumer, whole[:-1]) == b""
+    assert resumer._gatherer.size == len(whole) - 1
+    assert fed(resumer, b"\n" + b"data: ") != b""
+    assert fed(resumer, b"x" * (MAX_EVENT - 6)) == b""
     with pytest.raises(DivergedError) as caught:
-        fed(splice, b"x")
+        fed(resumer, b"x")
     assert str(MAX_EVENT) in caught.value.detail
 
 

@@ -1,4 +1,4 @@
-"""Messages and responses, folded from streams whose events have names."""
+"""Streams of messages and of llama-server's own API are folded, or refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gollama_proxy.wire.assemble import (
     UnfoldableError,
 )
 from gollama_proxy.wire.assemble_openai import ResponseAssembler
-from gollama_proxy.wire.assemble_others import MessageAssembler
-from tests.fakes.replies import named_event
+from gollama_proxy.wire.assemble_others import MessageAssembler, NativeAssembler
+from tests.fakes.replies import error_event, event, named_event
 
 LIMIT = 1 << 20
 USAGE = {"input_tokens": 3, "output_tokens": 0, "cache_read_input_tokens": 9}
@@ -173,4 +173,87 @@ def test_a_response_without_its_last_event_or_its_text_is_none() -> None:
             response(stream)
     with pytest.raises(AssemblyError) as caught:
         response(created + named_event({"type": "error", "error": {"message": "no"}}))
+    assert caught.value.error is not None
+
+
+def part(content: str, index: int = 0, **fields: Any) -> bytes:
+    told = {"index": index, "content": content, "tokens": [7], "stop": False}
+    return event(told | fields)
+
+
+def native_end(index: int = 0, **fields: Any) -> bytes:
+    told = {"index": index, "content": "", "tokens": [], "stop": True, "model": "m"}
+    settings = {"stream": True, "seed": 1}
+    told |= {"generation_settings": settings, "stop_type": "eos", "tokens_predicted": 2}
+    return event(told | fields)
+
+
+def fold_native(stream: bytes, asked: Asked = ANY, limit: int = 1 << 20) -> Any:
+    assembler = NativeAssembler(limit, asked)
+    for at in range(len(stream)):
+        assembler.feed(stream[at : at + 1])
+    return json.loads(assembler.finish())
+
+
+def test_the_last_event_has_all_but_the_text() -> None:
+    answer = fold_native(b"data: null\n\n" + part("a") + part("b") + native_end())
+    assert (answer["content"], answer["tokens"], answer["model"]) == ("ab", [], "m")
+    assert answer["generation_settings"] == {"stream": False, "seed": 1}
+    assert fold_native(part("a") + part("b") + native_end(), Asked(tokens=True))[
+        "tokens"
+    ] == [7, 7]
+
+
+def test_probabilities_are_joined() -> None:
+    told = [part(each, completion_probabilities=[each]) for each in "ab"]
+    assert fold_native(b"".join(told) + native_end())["completion_probabilities"] == [
+        "a",
+        "b",
+    ]
+
+
+def test_several_prompts_have_several_answers() -> None:
+    stream = part("b", 1) + part("a") + native_end(1) + native_end()
+    answers = fold_native(stream, Asked(choices=2))
+    assert [(each["index"], each["content"]) for each in answers] == [
+        (0, "a"),
+        (1, "b"),
+    ]
+    with pytest.raises(UnfoldableError, match="number"):
+        fold_native(stream, Asked(choices=3))
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"",
+        part("a"),
+        part("a") + part("b", 1) + native_end(),
+        part("a") + native_end() + part("b") + native_end(),
+        part("a", index="x"),
+        b"data: nonsense\n\n",
+    ],
+)
+def test_what_is_not_complete_or_unknown_is_no_answer(stream: bytes) -> None:
+    with pytest.raises(UnfoldableError) as caught:
+        fold_native(stream)
+    assert not isinstance(caught.value, LostTextError)
+
+
+def test_a_completion_that_was_cut_may_have_more_than_its_stream() -> None:
+    cut = {"stop_type": "limit"}
+    with pytest.raises(LostTextError):
+        fold_native(part("a") + native_end(**cut), Asked(stops=True))
+    assert fold_native(part("a") + native_end(), Asked(stops=True))["content"] == "a"
+    for fields in (cut, {}):
+        with pytest.raises(LostTextError):
+            fold_native(native_end(**fields))
+    assert fold_native(native_end(tokens_predicted=1))["content"] == ""
+    with pytest.raises(LostTextError, match="longer"):
+        fold_native(part("a" * 3000) + native_end(), limit=2000)
+
+
+def test_the_error_is_the_workers_own() -> None:
+    with pytest.raises(AssemblyError) as caught:
+        fold_native(part("a") + error_event("no such luck", 503))
     assert caught.value.error is not None

@@ -1,10 +1,10 @@
-"""A struct with words of users in it tells its kind only."""
+"""A struct of what users and models write shows none of it."""
 
 from __future__ import annotations
 
 import msgspec
 
-from gollama_proxy.wire.private import Private
+from gollama_proxy.wire.schema import Private
 
 
 class Said(Private):

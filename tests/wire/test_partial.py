@@ -1,14 +1,25 @@
-"""What a client has of a broken answer is read, and what was cut is completed."""
+"""The part of an answer that a client has is read from what it was sent."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from gollama_proxy.wire.chunks import Span
-from gollama_proxy.wire.told import Told, closing
+from gollama_proxy.wire.errors import Code, WorkerError
+from gollama_proxy.wire.partial import (
+    END,
+    DivergedError,
+    Event,
+    Partial,
+    Span,
+    UnreadableError,
+    closing,
+    joined,
+    read_event,
+)
 from tests.fakes import replies
 from tests.fakes.streams import (
     arguments,
@@ -25,12 +36,218 @@ from tests.fakes.streams import (
     text_stream,
 )
 
+
+def event_of(raw: bytes) -> Event:
+    event = read_event(raw.removesuffix(b"\n\n"))
+    assert event is not None
+    return event
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b":", b": ping", b"event: x\nid: 7", b": data: {", b"proxy error: x"]
+)
+def test_what_has_no_data_is_no_event(raw: bytes) -> None:
+    assert read_event(raw) is None
+
+
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"])
+def test_data_may_take_several_lines_among_others(eol: bytes) -> None:
+    lines = [b"event: x", b'data: {"choices":', b": why", b'data:[],"id":"a"}']
+    event = event_of(eol.join(lines))
+    assert event.fields == {"choices": [], "id": "a"}
+    assert event.chunk.id == "a"
+
+
+@pytest.mark.parametrize(
+    "raw", [b"data: [DONE]", b"data:[DONE]", b"id: 1\ndata: [DONE]"]
+)
+def test_the_end_is_known_by_its_name(raw: bytes) -> None:
+    assert read_event(raw) is END
+    assert (END.spans, END.role, END.finish, END.tokens) == ([], False, False, 0)
+
+
+# --- What it says -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (chat_event(role="assistant", content=None), {"role": True}),
+        (chat_event(content="a"), {"spans": [Span("text", "a")]}),
+        (chat_event(content=""), {}),
+        (chat_event(reasoning_content="hm"), {"spans": [Span("reasoning", "hm")]}),
+        (chat_event(reasoning="hm"), {"spans": [Span("reasoning", "hm")]}),
+        (
+            chat_event(
+                reasoning="hm", reasoning_content="hm"
+            ),  # as vLLM did for a time
+            {"spans": [Span("reasoning", "hm")]},
+        ),
+        (
+            chat_event(content="a", reasoning_content="hm"),
+            {"spans": [Span("reasoning", "hm"), Span("text", "a")]},
+        ),
+        (chat_event(refusal="no"), {"spans": [Span("refusal", "no")]}),
+        (
+            chat_event(function_call={"name": "f", "arguments": "{"}),
+            {"spans": [Span("name", "f"), Span("arguments", "{")]},
+        ),
+        (
+            chat_event(
+                tool_calls=[
+                    {"index": 1, "id": "x", "function": {"name": "f", "arguments": ""}},
+                    {"index": 2, "function": {"arguments": "{"}},
+                ]
+            ),
+            {"spans": [Span("name", "f", 1), Span("arguments", "{", 2)]},
+        ),
+        (
+            chat_event(tool_calls=[{"id": "x", "function": {"name": "f"}}]),
+            {"spans": [Span("name", "f", 0)]},  # Ollama counts no calls
+        ),
+        (chat_event(tool_calls=[{"index": 0}, {"function": None}]), {}),
+        (chat_event(reasoning_content="", reasoning=None), {}),
+        (chat_event("stop"), {"finish": True}),
+        (
+            chat_event("length", content="a"),
+            {"finish": True, "spans": [Span("text", "a")]},
+        ),
+        (chat_event("", content="a"), {"spans": [Span("text", "a")]}),
+        (chat_event(tool_calls=[], function_call=None, refusal=""), {}),
+        (
+            dump(replies.text_completion("b", reason=None, last=False)),
+            {"spans": [Span("text", "b")]},
+        ),
+        (dump(replies.text_completion("", reason="stop")), {"finish": True}),
+        (dump({"choices": [{}]}), {}),
+        (dump({"choices": [{"delta": None, "text": None}]}), {}),
+        (dump({"choices": []}), {}),
+        (dump({"choices": None}), {}),
+        (dump({}), {}),
+    ],
+)
+def test_an_event_says_what_news_it_has(raw: bytes, said: dict[str, Any]) -> None:
+    event = event_of(raw)
+    nothing = {"spans": [], "role": False, "finish": False}
+    told = {name: getattr(event, name) for name in nothing}
+    assert told == {**nothing, **said}
+    assert event.fields == json.loads(raw[6:])
+
+
+def test_what_an_event_says_can_be_changed_where_it_stands() -> None:
+    raw = chat_event(
+        reasoning="hm",
+        reasoning_content="hm",
+        content="a",
+        tool_calls=[{"index": 0, "function": {"name": "f", "arguments": "{}"}}],
+    )
+    event = event_of(raw)
+    for leaf, text in zip(event.leaves, ("", "b", "", "}"), strict=True):
+        leaf.put(text)
+    [choice] = event.fields["choices"]
+    calls = [{"index": 0, "function": {"arguments": "}"}}]
+    assert choice["delta"] == {"content": "b", "tool_calls": calls}
+
+
+def test_neighbours_that_are_pieces_of_the_same_are_joined() -> None:
+    a, b, other = Span("text", "a"), Span("text", "b"), Span("name", "f", 0)
+    assert joined([a, b, other, a]) == (Span("text", "ab"), other, a)
+    assert joined([Span("name", "f", 1), other]) == (Span("name", "f", 1), other)
+
+
+def test_a_span_does_not_show_what_it_says() -> None:
+    [leaf] = event_of(chat_event(content="secret")).leaves
+    assert repr(leaf) == "<Leaf of <Span of 6 characters, text>>"
+
+
+def test_an_event_has_the_names_of_its_answer() -> None:
+    chunk = event_of(chat_event(content="a")).chunk
+    assert (chunk.id, chunk.created, chunk.model) == ("chatcmpl-1", 1, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("more", "tokens"),
+    [
+        ({}, 0),
+        ({"usage": None, "timings": None}, 0),
+        ({"usage": {"completion_tokens": 4}}, 4),
+        ({"timings": {"predicted_n": 3}}, 3),
+        ({"usage": {"completion_tokens": 4}, "timings": {"predicted_n": 3}}, 4),
+        ({"usage": {"completion_tokens": 2}, "timings": {"predicted_n": 3}}, 3),
+        ({"usage": {"prompt_tokens": 9}, "timings": {"prompt_n": 9}}, 0),
+    ],
+)
+def test_the_worker_may_say_how_many_tokens_there_are(
+    more: dict[str, Any], tokens: int
+) -> None:
+    assert event_of(dump(chat_chunk(delta(content="🍌"), **more))).tokens == tokens
+
+
+# --- What cannot be gone on with --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"data:",
+        b"data: {",
+        b"data: nonsense",
+        b"data: 7",
+        b'data: {"choices":7}',
+        b'data: {"choices":[7]}',
+        b'data: {"choices":[{"delta":{"content":7}}]}',
+        b'data: {"choices":[{"delta":{"tool_calls":[7]}}]}',
+        b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":7}}]}}]}',
+        b'data: {"x":1e999}',
+        b'data: {"id":"\xff"}',
+        b'data: {"id":"\\ud800"}',
+        b"data: " + b"[" * 99_999,
+    ],
+)
+def test_what_is_no_chunk_cannot_be_read(raw: bytes) -> None:
+    with pytest.raises(UnreadableError) as caught:
+        read_event(raw)
+    assert caught.value.code is Code.WORKER_PROTOCOL
+    assert caught.value.detail.startswith("an event that cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (dump(chat_chunk(delta(content="a"), delta(content="b"))), "more than one"),
+        (dump(chat_chunk({"index": 1, "delta": {"content": "a"}})), "more than one"),
+    ],
+)
+def test_a_chunk_of_one_of_several_answers(raw: bytes, why: str) -> None:
+    """It can be read, so nobody has to guess what it is."""
+    with pytest.raises(DivergedError) as caught:
+        read_event(raw)
+    assert not isinstance(caught.value, UnreadableError)
+    assert why in caught.value.detail
+    assert caught.value.message.endswith("another worker could not continue it.")
+
+
+@pytest.mark.parametrize("error", [{"message": "out of memory"}, "out of memory"])
+def test_an_error_is_the_workers_own(error: Any) -> None:
+    with pytest.raises(WorkerError) as caught:
+        read_event(dump({"error": error}))
+    assert not isinstance(caught.value, DivergedError)
+    assert caught.value.code is Code.WORKER_INCOMPLETE
+    assert caught.value.detail == "", "it may quote a prompt, and would be logged"
+    assert "out of memory" not in caught.value.message
+
+
+def test_a_null_is_no_error() -> None:
+    event = event_of(dump(chat_chunk(delta(content="a"), error=None)))
+    assert event.spans == [Span("text", "a")]
+
+
 # --- What the client has ----------------------------------------------------------
 
 
 def test_what_was_told_does_not_show() -> None:
     told = parsed(chat_stream(["secret"], reason=None))
-    assert repr(told) == "<Told 6 characters, 1 tokens, open>"
+    assert repr(told) == "<Partial 6 characters, 1 tokens, open>"
 
 
 def test_the_broken_answer_is_read() -> None:
@@ -106,7 +323,7 @@ def test_thoughts_between_texts_are_no_beginning_of_a_message() -> None:
     ],
 )
 def test_what_cannot_be_understood_is_not_continued(relayed: bytes) -> None:
-    assert Told.parse(relayed) is None
+    assert Partial.parse(relayed) is None
 
 
 # --- Cut in mid-event -------------------------------------------------------------
@@ -124,7 +341,7 @@ def test_a_cut_at_any_byte_is_mended_or_refused(escape: bool, eol: bytes) -> Non
     refused = 0
     for cut in range(first, len(stream)):
         relayed = stream[:cut]
-        told = Told.parse(relayed)
+        told = Partial.parse(relayed)
         if told is None:
             refused += 1
             continue
@@ -138,7 +355,7 @@ def test_a_cut_at_any_byte_is_mended_or_refused(escape: bool, eol: bytes) -> Non
     # What is cut: the first text, characters and escapes, the last event.
     assert refused / (len(stream) - first) < 0.4
     assert all(
-        Told.parse(stream[: at + 2 * len(eol)]) is not None
+        Partial.parse(stream[: at + 2 * len(eol)]) is not None
         for at in range(first, len(stream))
         if stream[at:].startswith(2 * eol)
     )
@@ -164,7 +381,7 @@ def test_thoughts_and_calls_that_were_cut_are_mended(eol: bytes) -> None:
     refused = 0
     for cut in range(len(events[0]), len(whole)):
         relayed = whole[:cut]
-        if (told := Told.parse(relayed)) is None:
+        if (told := Partial.parse(relayed)) is None:
             refused += 1
             continue
         if told.finished:
@@ -238,19 +455,19 @@ def test_half_a_line_that_can_be_no_data_is_ended(half: bytes) -> None:
     ],
 )
 def test_half_of_something_else_is_not_mended(half: bytes) -> None:
-    assert Told.parse(chat_stream(["a"], reason=None) + half) is None
+    assert Partial.parse(chat_stream(["a"], reason=None) + half) is None
 
 
 def test_the_first_event_cannot_be_mended() -> None:
     role = chat_stream([], reason=None)
-    assert Told.parse(role[:-20]) is None
+    assert Partial.parse(role[:-20]) is None
     assert parsed(role[:-1]).text == ""
 
 
 @pytest.mark.parametrize("half", [b"d", b"data", b"data:", b"data: {"])
 def test_before_there_was_a_text_nothing_tells_how_an_event_ends(half: bytes) -> None:
     role, relayed = chat_stream([], reason=None), chat_stream(["a"], reason=None)
-    assert Told.parse(role + half) is None
+    assert Partial.parse(role + half) is None
     assert read(spliced(relayed + half, chat_stream(["ab"]))).text == "ab"
 
 

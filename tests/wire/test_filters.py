@@ -1,4 +1,4 @@
-r"""A worker's name becomes the client's, and no other byte of an answer changes."""
+"""Usage is hidden and a model renamed; no other byte changes, wherever it was cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,198 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gollama_proxy.wire.rename import MOST_SPACES, Renamer, renamed
+from gollama_proxy.wire.filters import HELD, MOST_SPACES, Renamer, UsageHider, renamed
+from tests.fakes.replies import (
+    done,
+    finish,
+    ping,
+    role,
+    token,
+    usage_of,
+)
+
+
+def fed(pieces: list[bytes]) -> bytes:
+    hider = UsageHider()
+    return b"".join([*map(hider.feed, pieces), hider.finish()])
+
+
+def cut(data: bytes, at: set[int]) -> list[bytes]:
+    """Cut data at these places."""
+    places = [0, *sorted(place for place in at if 0 < place < len(data)), len(data)]
+    return [data[a:b] for a, b in pairwise(places)]
+
+
+# --- Hiding -----------------------------------------------------------------------
+
+USAGE = b'data: {"choices":[],"model":"m","usage":{"completion_tokens":3}}\n\n'
+SHOWN = [
+    role(),
+    token("a"),
+    token('"usage":{"x":1} \n\n "choices":[]'),
+    finish(),
+    done(),
+    ping(),
+    b": queued 3/7 eta 12s\n\n",
+    b": half a comment\ndata: {}\n\n",
+    b"\n\n",
+    b"proxy error: Failed to read connection\n\n",
+    b'data: {"choices":[],"usage":null}\n\n',
+    b'data: {"choices":[{"delta":{"content":"a"}}],"usage":null}\n\n',
+    b'data: {"choices":[{"delta":{}}],"usage":{"completion_tokens":3}}\n\n',
+    b'data: {"usage":{"completion_tokens":3}}\n\n',
+    b'data: {"choices":null,"usage":{}}\n\n',
+    b'data: {"choices":[],"usage":{},"error":{"message":"x"}}\n\n',
+    b'data: {"choices":[],"usage":{}\n\n',
+    b'data: {"choices":[],"usage":{"x":"\xff"}}\n\n',
+    b'data: {"error":{"message":"\\"usage\\""}}\n\n',
+    b'data: {"choices":[],"usage":{},"x":"%b"}\n\n' % (b"a" * HELD),
+]
+HIDDEN = [
+    USAGE,
+    finish(usage=usage_of()).split(b"\n\n")[1] + b"\n\n",
+    USAGE.replace(b":", b" : ").replace(b"data : ", b"data:"),
+    USAGE.replace(b"\n", b"\r\n"),
+    USAGE.replace(b"\n", b"\r"),
+    b': by the way\ndata: {"choices":[],\ndata: "usage":{}}\n\n',
+    b'data: {"usage":{},"choices":[]}\n\n',
+]
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_what_is_not_usage_alone_is_passed_on(shown: bytes) -> None:
+    assert fed([shown]) == shown
+    assert fed([shown[i : i + 1] for i in range(len(shown))]) == shown
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_usage_alone_is_left_out(hidden: bytes) -> None:
+    around = [token("a"), hidden, done()]
+    assert fed(around) == token("a") + done()
+    whole = b"".join(around)
+    assert fed([whole]) == token("a") + done()
+    for place in range(len(whole)):
+        assert fed([whole[:place], whole[place:]]) == token("a") + done()
+
+
+def test_of_several_choices_each_has_its_usage_left_out() -> None:
+    """As llama-server tells it: behind each choice, and so in the middle."""
+    one = finish(usage=usage_of(3))
+    shown = one.split(b"\n\n")[0] + b"\n\n"
+    assert fed([one, token("b"), one + done()]) == shown + token("b") + shown + done()
+
+
+def test_an_event_goes_out_whole_as_it_comes() -> None:
+    """Nothing is held back that is not cut."""
+    hider = UsageHider()
+    for each in (role() + token("a"), token("b"), finish(), ping(), done()):
+        assert hider.feed(each) == each
+    assert hider.finish() == b""
+
+
+@pytest.mark.parametrize(
+    ("begun", "held"),
+    [
+        (b"data: ", b"data: "),
+        (b'data: {"choices":[', b'data: {"choices":['),
+        (b'data: {"choices":[],"us', b'data: {"choices":[],"us'),
+        (b'data: {"choices":[{', b""),
+        (b'data: {"choices":[{"delta"\n', b"\n"),
+        (b'data: {"choices" : [ 1', b""),
+        (b"data: " + b"x" * HELD, b""),
+    ],
+)
+def test_no_more_is_held_back_than_what_may_be_usage(begun: bytes, held: bytes) -> None:
+    hider = UsageHider()
+    assert hider.feed(token("a") + begun) == token("a") + begun.removesuffix(held)
+    assert hider.finish() == held
+    assert hider.finish() == b""
+
+
+@pytest.mark.parametrize(
+    ("end", "left"),
+    [
+        (USAGE[:-1], b""),
+        (USAGE[:-2], b""),
+        (USAGE.replace(b"\n", b"\r"), b""),
+        (USAGE[:-3], USAGE[:-3]),
+        (b"data: [DO", b"data: [DO"),
+    ],
+)
+def test_a_stream_may_end_anywhere(end: bytes, left: bytes) -> None:
+    assert fed([token("a"), end]) == token("a") + left
+    assert fed([token("a") + end]) == token("a") + left
+
+
+def test_after_a_cut_the_next_event_is_seen() -> None:
+    """Where an answer goes on: what was cut has been completed behind its back."""
+    hider = UsageHider()
+    half = token("a")[:-9]
+    assert hider.feed(half) + hider.finish() == half
+    assert hider.feed(USAGE) == b""
+
+
+def test_what_nobody_has_seen_can_be_withdrawn() -> None:
+    hider = UsageHider()
+    assert hider.feed(token("a") + USAGE[:-1]) == token("a")
+    assert hider.withdraw() == USAGE[:-1]
+    assert hider.feed(token("b")) + hider.finish() == token("b")
+
+
+def test_a_hider_says_what_it_holds() -> None:
+    hider = UsageHider()
+    hider.feed(b"data: {")
+    assert repr(hider) == "<UsageHider held=7>"
+
+
+CUTS = st.sets(st.integers(0, 1500), max_size=20)
+
+
+@given(
+    events=st.lists(st.sampled_from(SHOWN[:-1] + HIDDEN), max_size=8),
+    line_end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    cuts=CUTS,
+)
+def test_any_stream_with_any_cuts(
+    events: list[bytes], line_end: bytes, cuts: set[int]
+) -> None:
+    """The client's bytes are the worker's, without the events of usage."""
+
+    def written(each: bytes) -> bytes:
+        return re.sub(rb"\r\n|\r|\n", lambda _: line_end, each)
+
+    shown = b"".join(written(each) for each in events if each not in HIDDEN)
+    assert fed(cut(b"".join(map(written, events)), cuts)) == shown
+
+
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            [
+                b"\n",
+                b"\r",
+                b"\n\n",
+                b"data: ",
+                USAGE[:-2],
+                b'{"choices":[',
+                b"{}],",
+                b":",
+            ]
+        )
+        | st.binary(max_size=3),
+        max_size=20,
+    ),
+    cuts=CUTS,
+)
+@example(parts=[USAGE[:-2], b"\r", b"\r", USAGE[:-2], b"\n\n"], cuts={64, 65, 66, 67})
+@example(parts=[b'data: {"choices":[1]\n', USAGE], cuts={20, 21})
+@example(parts=[b'data: {"choices":[1', b"\r", b"\r", USAGE], cuts={19, 20, 21})
+def test_cuts_make_no_difference_even_where_it_is_no_stream(
+    parts: list[bytes], cuts: set[int]
+) -> None:
+    data = b"".join(parts)
+    assert fed(cut(data, cuts)) == fed([data])
+
 
 OLD, NEW = "tiny", "gpt-4o-mini"
 CHUNK = (
@@ -24,12 +215,12 @@ def chunk(content: Any, model: str) -> bytes:
     return CHUNK % (json.dumps(content).encode(), json.dumps(model).encode())
 
 
-def fed(pieces: list[bytes], old: str = OLD, new: str = NEW) -> bytes:
+def renamed_in(pieces: list[bytes], old: str = OLD, new: str = NEW) -> bytes:
     renamer = Renamer(old, new)
     return b"".join([*map(renamer.feed, pieces), renamer.finish()])
 
 
-def cut(data: bytes, at: set[int]) -> list[bytes]:
+def cut_at(data: bytes, at: set[int]) -> list[bytes]:
     """Cut data at these places."""
     places = [0, *sorted(place for place in at if 0 < place < len(data)), len(data)]
     return [data[a:b] for a, b in pairwise(places)]
@@ -89,7 +280,7 @@ def test_the_name_is_replaced_and_nothing_else(before: bytes, after: bytes) -> N
 )
 def test_whatever_is_not_the_name_stays(body: bytes) -> None:
     assert renamed(body, OLD, NEW) == body
-    assert fed([body[i : i + 1] for i in range(len(body))]) == body
+    assert renamed_in([body[i : i + 1] for i in range(len(body))]) == body
 
 
 @pytest.mark.parametrize(
@@ -110,14 +301,14 @@ def test_a_name_is_known_in_every_spelling_that_json_has_for_it(
         expected = '{"model" : "nëw","x":0}'.encode()
         assert renamed(body, old, "nëw") == expected
         for place in range(len(body)):
-            assert fed([body[:place], body[place:]], old, "nëw") == expected
+            assert renamed_in([body[:place], body[place:]], old, "nëw") == expected
 
 
 # --- Streams ----------------------------------------------------------------------
 
 
-def test_an_event_goes_out_whole_as_it_comes() -> None:
-    """Nothing is held back that is not cut."""
+def test_an_event_with_a_name_goes_out_whole() -> None:
+    """Nothing is held back that is not cut_at."""
     renamer = Renamer(OLD, NEW)
     for content in ("a", '"model":"tiny"', "model", '"', "\\", '{"model":"tiny"}\n'):
         assert renamer.feed(chunk(content, OLD)) == chunk(content, NEW)
@@ -208,7 +399,7 @@ def replaced(value: Any) -> Any:
     ascii=st.booleans(),
     cuts=CUTS,
 )
-def test_any_stream_with_any_cuts(
+def test_any_stream_is_renamed_with_any_cuts(
     events: list[tuple[Any, str, Any]], spaced: bool, ascii: bool, cuts: set[int]
 ) -> None:
     separators = (" , ", " : ") if spaced else (",", ":")
@@ -221,7 +412,7 @@ def test_any_stream_with_any_cuts(
     stream = b"".join(map(write, told))
     expected = b"".join(write(replaced(event)) for event in told)
     assert renamed(stream, OLD, NEW) == expected
-    assert fed(cut(stream, cuts)) == expected
+    assert renamed_in(cut_at(stream, cuts)) == expected
 
 
 @given(value=VALUES, indent=st.sampled_from([None, 0, 4]), cuts=CUTS)
@@ -230,7 +421,7 @@ def test_any_whole_answer_with_any_cuts(
 ) -> None:
     body = json.dumps({"model": OLD, "x": value}, indent=indent).encode()
     expected = json.dumps(replaced({"model": OLD, "x": value}), indent=indent).encode()
-    assert fed(cut(body, cuts)) == expected
+    assert renamed_in(cut_at(body, cuts)) == expected
 
 
 @given(
@@ -251,7 +442,7 @@ def test_cuts_make_no_difference_even_where_it_is_no_json(
 ) -> None:
     data = b"".join(parts)
     whole = renamed(data, OLD, NEW)
-    assert fed(cut(data, cuts)) == whole
+    assert renamed_in(cut_at(data, cuts)) == whole
     assert re.sub(rb'(:\s*)"gpt-4o-mini"', rb'\1"tiny"', whole) == data
 
 

@@ -1,0 +1,376 @@
+"""An answer that broke off goes on with the stream of another worker.
+
+While all is well, a `Transcript` keeps what the client was sent.  Once the worker is
+lost, that is read (partial.py), another worker is asked for the rest (asking.py), and a
+`Resumer` turns its stream into the rest of the client's.
+
+    sent bytes ──▶ Transcript ──▶ Partial ──▶ request ──▶ another worker
+                                     │                          │
+                                     ╰────────▶ Resumer ◀───────╯ ──▶ client
+
+The one rule: what comes has to begin with all that the client has, span by span, and
+only what follows is passed on.  That is a proof, whatever the worker has made of the
+request: if it was asked for the whole answer again and gives the same one, byte for
+byte, its rest is the rest; and if it was asked to go on and repeats the text that it
+goes on from, it has read that text.  Anything else raises `DivergedError` before a byte
+of it is passed on.
+
+A continuation is asked to repeat (`echo`), and servers do it as their templates and
+parsers will.  So the repetition may lack the white space in front, have a wrapper in
+front of it (`<think></think>`), and be without the reasoning.  In return it has to be
+*one* event, the first one with text: no server generates several tokens as one event.
+A repetition in pieces has been generated anew, by a worker that did not see the text
+that it should go on from, or is the rest of an answer that repeats itself, from a
+worker that does not echo.  The two look the same, and both are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from gollama_proxy.wire.errors import Code, WorkerError
+from gollama_proxy.wire.partial import (
+    END,
+    DivergedError,
+    Event,
+    Leaf,
+    Partial,
+    Span,
+    UnreadableError,
+    holds_text,
+    joined,
+    read_event,
+)
+from gollama_proxy.wire.schema import WORD, ChunkUsage
+from gollama_proxy.wire.sse import DONE, Gatherer
+
+# --- What the client was sent -----------------------------------------------------
+
+# Between two words; JSON has control characters escaped.
+_SEPARATOR = b"\x00"
+_MOST_LEARNT = 8  # times; events that keep changing are not worth it
+
+
+class _Frame(NamedTuple):
+    """The bytes around a word: before it, and after it to the end of its chunk."""
+
+    head: bytes
+    foot: bytes
+
+    def fold(self, chunks: list[bytes]) -> bytes | None:
+        """Join the words of chunks that are alike; None if one is not."""
+        head, foot = self
+        behind, before = len(head), -len(foot)
+        least = len(head) + len(foot)  # or the two could overlap
+        words = [
+            chunk[start + behind : before]
+            for chunk in chunks
+            if chunk.endswith(foot)
+            and chunk.startswith(head, start := chunk.find(b"\n") + 1)
+            and len(chunk) - start >= least
+        ]
+        folded = _SEPARATOR.join(words)
+        alike = len(words) == len(chunks)
+        return folded if alike and folded.count(_SEPARATOR) == len(words) - 1 else None
+
+    def unfold(self, folded: bytes) -> bytes:
+        """Return the events, without the ends of their chunks."""
+        head, foot = self.head, self.foot[:-2]
+        return b"".join(head + word + foot for word in folded.split(_SEPARATOR))
+
+
+class Transcript:
+    """The chunks of one stream (RFC 9112, 7.1), kept in a tenth of their size.
+
+    The events of one stream are the same but for a word, some 240 bytes around five.
+    So the bytes around the word are learnt from a chunk, and of chunks that are like it
+    only the words are kept.  They are learnt anew when the events change, from
+    reasoning to text, and from that to a call.  Nothing is parsed: a token costs two
+    comparisons of bytes.  A batch with any other event in it is kept as it is.
+    """
+
+    __slots__ = ("_batches", "_frame", "_learnt")
+
+    def __init__(self) -> None:
+        # The words of a batch of chunks that are alike, or the chunks themselves.  A
+        # frame stands before the first words that are to be put into it.
+        self._batches: list[_Frame | bytes | list[bytes]] = []
+        self._frame: _Frame | None = None
+        self._learnt = 0  # frames
+
+    def __repr__(self) -> str:
+        return f"<Transcript of {len(self._batches)} batches>"
+
+    def add(self, chunks: list[bytes]) -> None:
+        """Take some more chunks, framed and whole."""
+        if not chunks:
+            return
+        folded = self._fold(chunks)
+        if folded is not None:
+            self._batches.append(folded)
+            return
+        if self._fold(chunks[-1:]) is None:
+            self._learn(chunks[-1])
+        # Earlier ones may be of another kind, such as the one with the role.
+        backwards = enumerate(reversed(chunks))
+        others = (at for at, chunk in backwards if self._fold([chunk]) is None)
+        first = len(chunks) - next(others, len(chunks))
+        if first:
+            self._batches.append(chunks[:first])
+        folded = self._fold(chunks[first:])
+        if folded is not None:
+            self._batches.append(folded)
+
+    def _fold(self, chunks: list[bytes]) -> bytes | None:
+        return None if self._frame is None else self._frame.fold(chunks)
+
+    def _learn(self, chunk: bytes) -> None:
+        """Learn the bytes around the word of an event, if it has one."""
+        word = WORD.search(chunk) if self._learnt < _MOST_LEARNT else None
+        if word is not None:
+            start = chunk.index(b"\n") + 1
+            self._frame = _Frame(chunk[start : word.start(2)], chunk[word.end(2) :])
+            self._learnt += 1
+            self._batches.append(self._frame)
+
+    def body(self) -> bytes:
+        """Return all of it, without the framing of the chunks."""
+        return b"".join(self._unfold())
+
+    def _unfold(self) -> Iterator[bytes]:
+        frame = None
+        for batch in self._batches:
+            if isinstance(batch, _Frame):
+                frame = batch
+            elif isinstance(batch, bytes):
+                assert frame is not None, self
+                yield frame.unfold(batch)
+            else:
+                yield from (chunk[chunk.index(b"\n") + 1 : -2] for chunk in batch)
+
+
+# --- The rest of the answer -------------------------------------------------------
+
+# Of one event, which is held until it is complete; llama-server's have 240 bytes.
+MAX_EVENT = 1 << 20  # bytes
+# Characters of a text that do not occur by accident at the beginning of another one, so
+# that a wrapper may stand in front of them.
+_SURE = 16
+_WRAPPER = 128  # characters, beside the reasoning that it may wrap
+
+
+class Resumer:
+    """Turns the stream of another worker into the rest of the client's.
+
+    With `regenerate` the worker was sent the original body, and has to repeat all that
+    the client has.  A `model` is named in place of the one that began, where another
+    one goes on.
+    """
+
+    def __init__(
+        self,
+        partial: Partial,
+        chat: bool,
+        *,
+        regenerate: bool = False,
+        model: str | None = None,
+    ) -> None:
+        self._partial = partial
+        self._names = {"id": partial.id, "created": partial.created}
+        self._names["model"] = model or partial.model
+        self._chat = chat
+        self._regenerate = regenerate
+        # What has to come again.  Not so for a text, which is a part of the prompt.
+        self._missing = list(partial.spans) if chat or regenerate else []
+        self._calls = {span.call for span in partial.spans if span.kind == "name"}
+        self._gatherer = Gatherer()
+        self._passed: list[Span] = []  # that the client did not have
+        self._tokens = 0  # events with those
+        self._pieces = 0  # events with text among those
+        self._role_seen = partial.role_seen
+        self._finished = False
+        self._done = False
+
+    def __repr__(self) -> str:
+        state = "held" if self._missing else "aligned"
+        state = "complete" if self._finished else state
+        return f"<Resumer of {self._partial!r}, {state}>"
+
+    @property
+    def partial(self) -> Partial:
+        """What the client has by now, in case this worker is lost as well."""
+        return msgspec.structs.replace(
+            self._partial,
+            spans=joined([*self._partial.spans, *self._passed]),
+            tokens=self._partial.tokens + self._tokens,
+            pieces=self._partial.pieces + self._pieces,
+            role_seen=self._role_seen,
+            finished=self._finished,
+            done=self._done,
+            mend=b"",
+            halved=self._partial.halved and not self._passed,
+        )
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Take bytes of the worker's body; yield whole events for the client.
+
+        Raises:
+            DivergedError: this is not the rest of the answer.
+            WorkerError: the worker sent an error.
+        """
+        events = self._gatherer.feed(data)
+        if self._gatherer.size > MAX_EVENT:
+            raise DivergedError(f"an event of more than {MAX_EVENT} bytes")
+        for event in events:
+            if news := self._pass(event.lstrip(b"\r\n")):
+                yield news
+
+    def finish(self) -> bytes:
+        """End the worker's body; return what the client still lacks.
+
+        Raises:
+            WorkerError: it ended too early.
+        """
+        if not self._finished:
+            text = "The worker ended the answer before it was complete."
+            raise WorkerError(Code.WORKER_INCOMPLETE, text)
+        return self._end()
+
+    # --- One event ----------------------------------------------------------------
+
+    def _pass(self, raw: bytes) -> bytes:
+        try:
+            event = read_event(raw)
+        except UnreadableError:
+            if self._missing:
+                raise
+            # It is relayed as it would be without a rescue.
+            return b"" if self._done else raw + b"\n\n"
+        if event is None:
+            return raw + b"\n\n" if raw.startswith(b":") else b""
+        if event is END:
+            return self._end() if self._finished else b""
+        return self._pass_chunk(event)
+
+    def _end(self) -> bytes:
+        done, self._done = self._done, True
+        return b"" if done else DONE
+
+    def _pass_chunk(self, event: Event) -> bytes:
+        """Pass on what is new; after a finish_reason, only usage is."""
+        news: list[Span] = []
+        finish, opens = False, False
+        if not self._finished:
+            news, finish = self._take(event.leaves), event.finish
+            opens = event.role and not self._role_seen
+            if finish and self._missing:
+                raise DivergedError("it ends before the part that the client has")
+        usage = event.chunk.usage is not None and not self._done
+        if not (news or finish or opens or usage):
+            return b""
+        chunk = self._rewrite(event)
+        self._role_seen |= opens
+        self._finished |= finish
+        if news:
+            self._passed += news
+            self._tokens += 1
+            self._pieces += holds_text(news)
+        return b"data: %b\n\n" % msgspec.json.encode(chunk)
+
+    # --- What the client has, and what is new -------------------------------------
+
+    def _take(self, leaves: tuple[Leaf, ...]) -> list[Span]:
+        """Compare the texts of an event; leave what is new in it, and return that."""
+        news = []
+        for leaf in leaves:
+            span = leaf.span
+            rest = self._behind_known(span) if self._missing else span.text
+            if rest != span.text:
+                leaf.put(rest)
+            if rest:
+                news.append(span._replace(text=rest))
+        return news
+
+    def _behind_known(self, span: Span) -> str:
+        """Take off a span what has to come next; return the rest of it."""
+        if not self._regenerate:
+            span = self._read_echo(span)
+        known = self._missing.pop(0)
+        if (span.kind, span.call) == (known.kind, known.call):
+            if known.text.startswith(span.text):  # more of it has to come
+                if known.text != span.text:
+                    rest = known.text[len(span.text) :]
+                    self._missing.insert(0, known._replace(text=rest))
+                return ""
+            if span.text.startswith(known.text) and not self._missing:
+                return span.text[len(known.text) :]
+        raise DivergedError(f"another {span.kind}")
+
+    def _read_echo(self, span: Span) -> Span:
+        """Read a repetition in another form as the span that it repeats."""
+        known, *behind = self._missing
+        if span.kind == known.kind == "reasoning":
+            if span.text.strip() == known.text.strip():
+                return known
+        elif span.kind == "text":
+            wrapper = _WRAPPER
+            if known.kind == "reasoning":  # it is left out, or in the text
+                wrapper += len(known.text)
+                known, *_ = self._missing = behind
+            for text in (known.text, known.text.lstrip()):
+                at = span.text.find(text, 0, wrapper + len(text))
+                if at == 0 or (at > 0 and len(text) >= _SURE):
+                    rest = span.text[at + len(text) :]
+                    return span._replace(text=known.text + rest)
+        raise DivergedError(f"{span.kind} that repeats nothing")
+
+    def _rewrite(self, event: Event) -> dict[str, Any]:
+        chunk = event.fields | self._names
+        if self._finished:
+            chunk["choices"] = []  # nothing but usage is passed on
+        for choice in chunk.get("choices") or ():
+            if not self._chat:
+                choice["text"] = choice.get("text") or ""
+                continue
+            delta = choice["delta"] = choice.get("delta") or {}
+            if self._role_seen:
+                delta.pop("role", None)
+            calls = delta.pop("tool_calls", None) or ()
+            if left := list(filter(self._goes_on, calls)):
+                delta["tool_calls"] = left
+        if event.chunk.usage:
+            before = 0 if self._regenerate else self._partial.tokens
+            chunk["usage"] |= _merge(event.chunk.usage, before)
+        return chunk
+
+    def _goes_on(self, call: dict[str, Any]) -> bool:
+        """Whether anything of a call is left.
+
+        A call that the client knows keeps its id: servers make up new ones for each
+        answer.
+        """
+        function = call.get("function") or {}
+        if "name" in function or (call.get("index") or 0) not in self._calls:
+            return True
+        call.pop("id", None)
+        call.pop("type", None)
+        return bool(function)
+
+
+def _merge(usage: ChunkUsage, before: int) -> dict[str, Any]:
+    """Count as one answer: for the second worker the first part was prompt."""
+    prompt = max(usage.prompt_tokens - before, 0)
+    completion = usage.completion_tokens + before
+    merged: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+    details = usage.prompt_tokens_details
+    if details is not None and details.cached_tokens is not None:
+        cached = min(details.cached_tokens, prompt)
+        merged["prompt_tokens_details"] = {"cached_tokens": cached}
+    return merged
