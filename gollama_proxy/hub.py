@@ -25,7 +25,7 @@ from gollama_proxy.proxy.exchange import Inference
 from gollama_proxy.proxy.fitting import Fitting
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.queue import Queue
-from gollama_proxy.telemetry.metrics import Metrics
+from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.upstream import probe, tokenizer
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.openai import ENDPOINTS
@@ -55,7 +55,9 @@ class Hub:
         }
         self.queue = Queue(self.balancer, config.queue, clock)
         self.clients = Connections(config.limits, clock)
-        self.metrics = Metrics(self.registry, self.queue.admission, self.clients)
+        self.telemetry = Telemetry(
+            self.registry, self.queue.admission, self.clients, clock
+        )
         self.authenticator = Authenticator(config)
         self.health = HealthChecker(self.registry.workers, config.health, self._ping)
         self.watchdog = Watchdog(
@@ -65,7 +67,7 @@ class Hub:
             clock,
             then=self._each_second,
         )
-        self.dispatcher = Dispatcher(self._routes(clock), config, self.metrics, clock)
+        self.dispatcher = Dispatcher(self._routes(clock), config, self.telemetry, clock)
         credentials = {*self._worker_tls.values(), *([self._tls] if self._tls else [])}
         watched: list[Watched] = [each for each in credentials if each.renewable]
         if config.auth.revoked:
@@ -82,7 +84,7 @@ class Hub:
     def _routes(self, clock: Callable[[], float]) -> Routes:
         status = Status(
             lambda: self.registry.ready and not self.draining,
-            self.metrics,
+            self.telemetry,
             None if self.config.metrics.open else self.authenticator,
         )
         catalogue = Catalogue(self.authenticator, self.registry)

@@ -17,9 +17,8 @@ from aiohttp import web
 from gollama_proxy.config.settings import Config
 from gollama_proxy.edge.server import SERVER, answer_in_http_1_1, error_response
 from gollama_proxy.fleet.registry import RETRY_AFTER
-from gollama_proxy.telemetry import accesslog
 from gollama_proxy.telemetry.accesslog import Outcome, Record
-from gollama_proxy.telemetry.metrics import Metrics
+from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.wire import headers
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
 from gollama_proxy.wire.openai import api_of
@@ -42,12 +41,12 @@ class Dispatcher:
         self,
         routes: Routes,
         config: Config,
-        metrics: Metrics,
+        telemetry: Telemetry,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._routes = routes
         self._parents = [path for path in routes if path.endswith("/")]
-        self._metrics = metrics
+        self._telemetry = telemetry
         self._clock = clock
         self._head_limit = config.limits.head
         self._origins = frozenset(config.server.cors_origins)
@@ -86,19 +85,14 @@ class Dispatcher:
             self._running.discard(task)
             if not self._running:
                 self._idle.set()
-            self._conclude(record)
+            self._telemetry.ended(record)
 
     def refused(self, request: web.BaseRequest, error: ProxyError) -> None:
         """Record a request that was no HTTP, and so never came to be handled."""
         remote, now = request.remote or "", self._clock()
         record = Record(id="-", method="-", remote=remote, started=now)
         record.status = self._refuse(error, request, record).status
-        self._conclude(record)
-
-    def _conclude(self, record: Record) -> None:
-        record.duration = self._clock() - record.started
-        self._metrics.observe(record)
-        accesslog.write(record)
+        self._telemetry.ended(record)
 
     async def _answer(
         self, request: web.BaseRequest, record: Record

@@ -9,7 +9,7 @@ from aiohttp import web
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.server import json_response
 from gollama_proxy.telemetry.accesslog import Record
-from gollama_proxy.telemetry.metrics import CONTENT_TYPE, Metrics
+from gollama_proxy.telemetry.metrics import CONTENT_TYPE, Telemetry
 from gollama_proxy.wire.errors import Code, RequestError
 
 # Metrics name every worker and model, which is more than a user has to know.
@@ -22,11 +22,11 @@ class Status:
     def __init__(
         self,
         is_ready: Callable[[], bool],
-        metrics: Metrics,
+        telemetry: Telemetry,
         authenticator: Authenticator | None,
     ) -> None:
         self._is_ready = is_ready
-        self._metrics = metrics
+        self._telemetry = telemetry
         self._authenticator = authenticator  # None: metrics are open
 
     def __repr__(self) -> str:
@@ -50,5 +50,5 @@ class Status:
                 text = "Your token does not allow this: it needs the scope metrics."
                 raise RequestError(Code.INSUFFICIENT_SCOPE, text)
         return web.Response(
-            body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE}
+            body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE}
         )

@@ -52,7 +52,7 @@ class Record:
     started: float = 0.0  # monotonic seconds, as are all times here
     queued: float = 0.0
     first_byte: float | None = None
-    duration: float = 0.0
+    duration: float | None = None  # set at the end
     headers: dict[str, str] = field(default_factory=dict)  # of every reply
 
     def __repr__(self) -> str:
@@ -89,7 +89,7 @@ class Record:
             shown["fell_back"] = self.fell_back
         if self.first_byte and (first_byte := round(self.first_byte * 1000, 1)):
             shown["first_byte_ms"] = first_byte
-        if duration := round(self.duration * 1000, 1):
+        if self.duration and (duration := round(self.duration * 1000, 1)):
             shown["duration_ms"] = duration
         if self.prompt_tokens:
             shown["prompt_tokens"] = self.prompt_tokens

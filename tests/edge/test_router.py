@@ -20,7 +20,7 @@ from gollama_proxy.edge.server import Server
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.telemetry.accesslog import Outcome, Record
-from gollama_proxy.telemetry.metrics import Metrics
+from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.wire.errors import (
     Code,
     HubError,
@@ -75,10 +75,10 @@ class Running:
     """A dispatcher behind a real socket, and what it recorded."""
 
     def __init__(
-        self, dispatcher: Dispatcher, metrics: Metrics, address: tuple[str, int]
+        self, dispatcher: Dispatcher, telemetry: Telemetry, address: tuple[str, int]
     ) -> None:
         self.dispatcher = dispatcher
-        self.metrics = metrics
+        self.telemetry = telemetry
         self.address = address
         self.lines: list[dict[str, Any]] = []  # of the access log
         self.written = asyncio.Event()
@@ -106,7 +106,7 @@ class Running:
         return self.lines[-1]
 
     def outcomes(self) -> dict[str, float]:
-        text = self.metrics.exposition().decode()
+        text = self.telemetry.exposition().decode()
         found = re.findall(r'gollama_outcomes_total\{outcome="(\w+)"\} (\S+)', text)
         return {outcome: float(value) for outcome, value in found}
 
@@ -126,15 +126,17 @@ async def dispatching(
     routes: Routes, clock: Callable[[], float] | None = None, **sections: Any
 ) -> AsyncIterator[Running]:
     loaded = Config(**sections)
-    metrics = Metrics(Registry(loaded), Admission(loaded.queue, Clock()))
-    dispatcher = Dispatcher(routes, loaded, metrics, clock or Clock())
+    clock = clock or Clock()
+    admission = Admission(loaded.queue, Clock())
+    telemetry = Telemetry(Registry(loaded), admission, clock=clock)
+    dispatcher = Dispatcher(routes, loaded, telemetry, clock)
     runner = web.ServerRunner(
         Server(dispatcher, loaded, dispatcher.refused), shutdown_timeout=1
     )
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]
-    running = Running(dispatcher, metrics, (host, port))
+    running = Running(dispatcher, telemetry, (host, port))
     handler = _Lines(running)
     access = logging.getLogger("gollama_proxy.access")
     before = access.level

@@ -10,7 +10,7 @@ from gollama_proxy.config.settings import Config, Queue
 from gollama_proxy.edge.status import Status
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Admission
-from gollama_proxy.telemetry.metrics import Metrics
+from gollama_proxy.telemetry.metrics import Telemetry
 from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
 from tests.fakes.worker import ScriptedWorker
@@ -170,5 +170,5 @@ async def test_metrics_have_no_second_token_in_the_query() -> None:
 
 
 def test_it_shows_what_it_is() -> None:
-    metrics = Metrics(Registry(Config()), Admission(Queue(), Clock()))
-    assert repr(Status(lambda: True, metrics, None)) == "<Status ready=True>"
+    telemetry = Telemetry(Registry(Config()), Admission(Queue(), Clock()))
+    assert repr(Status(lambda: True, telemetry, None)) == "<Status ready=True>"

@@ -1,12 +1,15 @@
-"""Metrics tell how the hub does, and no client can make them grow."""
+"""Metrics show how the hub is doing, and no client can make them grow."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gollama_proxy import __version__
@@ -15,7 +18,12 @@ from gollama_proxy.config.settings import Config, Queue
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.telemetry.accesslog import Outcome, Record
-from gollama_proxy.telemetry.metrics import Metrics
+from gollama_proxy.telemetry.metrics import (
+    MOST_MODELS,
+    SECONDS,
+    RequestMetrics,
+    Telemetry,
+)
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code
 from tests.fakes.asks import CHAT
@@ -67,30 +75,39 @@ async def scraped_until(hub: RunningHub, reached: Callable[[Samples], bool]) -> 
 
 
 @pytest.fixture
-def metrics() -> Metrics:
-    return Metrics(Registry(Config()), Admission(Queue(), Clock()))
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def telemetry(clock: Clock) -> Telemetry:
+    return Telemetry(Registry(Config()), Admission(Queue(), Clock()), clock=clock)
 
 
 # --- Counting ---------------------------------------------------------------------
 
 
-def test_a_request_is_counted_with_what_it_was(metrics: Metrics) -> None:
-    record = Record(
-        id="1",
-        method="POST",
-        route=CHAT,
-        subject="canary",
-        model="qwen",
-        worker="gpu1",
-        status=200,
-        outcome=Outcome.COMPLETE,
-        first_byte=0.3,
-        duration=12.5,
-        tokens=7,
-    )
-    metrics.observe(record)
-    metrics.observe(record)
-    samples = parse(metrics.exposition())
+def test_a_request_is_counted_under_its_labels(
+    telemetry: Telemetry, clock: Clock
+) -> None:
+    clock.advance(12.5)
+    for _ in range(2):
+        record = Record(
+            id="1",
+            method="POST",
+            route=CHAT,
+            subject="canary",
+            model="qwen",
+            worker="gpu1",
+            status=200,
+            outcome=Outcome.COMPLETE,
+            started=clock() - 12.5,
+            first_byte=0.3,
+            tokens=7,
+        )
+        telemetry.ended(record)
+        assert record.duration == 12.5
+    samples = parse(telemetry.exposition())
     where = {"model": "qwen", "worker": "gpu1"}
     assert (
         value(samples, "gollama_requests_total", route=CHAT, status="200", **where) == 2
@@ -109,9 +126,26 @@ def test_a_request_is_counted_with_what_it_was(metrics: Metrics) -> None:
     assert "canary" not in str(samples)
 
 
-def test_what_did_not_happen_is_not_counted(metrics: Metrics) -> None:
-    metrics.observe(Record("1", "GET", status=404, error=Code.UNKNOWN_URL))
-    samples = parse(metrics.exposition())
+def test_the_end_of_a_request_is_recorded_once(telemetry: Telemetry) -> None:
+    telemetry.ended(record := Record("1", "GET"))
+    with pytest.raises(AssertionError, match="<Record 1 GET other>"):
+        telemetry.ended(record)
+
+
+def test_the_end_of_a_request_is_logged(
+    telemetry: Telemetry, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gollama_proxy.access")
+    telemetry.ended(Record("1", "GET", status=200, started=clock() - 0.25))
+    [line] = caplog.records
+    assert line.__dict__["fields"]["duration_ms"] == 250.0
+
+
+def test_a_request_without_an_answer_has_no_series_of_answers(
+    telemetry: Telemetry,
+) -> None:
+    telemetry.ended(Record("1", "GET", status=404, error=Code.UNKNOWN_URL))
+    samples = parse(telemetry.exposition())
     assert value(
         samples,
         "gollama_requests_total",
@@ -124,53 +158,171 @@ def test_what_did_not_happen_is_not_counted(metrics: Metrics) -> None:
     assert not any("first_byte" in name or "tokens" in name for name in names)
 
 
-def test_an_error_says_more_than_an_outcome(metrics: Metrics) -> None:
-    metrics.observe(Record("1", "GET", outcome=Outcome.ERROR, error=Code.NO_WORKER))
-    metrics.observe(Record("2", "GET", outcome=Outcome.CLIENT_GONE))
-    samples = parse(metrics.exposition())
+def test_a_request_with_an_error_is_counted_by_its_code(telemetry: Telemetry) -> None:
+    telemetry.ended(Record("1", "GET", outcome=Outcome.ERROR, error=Code.NO_WORKER))
+    telemetry.ended(Record("2", "GET", outcome=Outcome.CLIENT_GONE))
+    samples = parse(telemetry.exposition())
     assert values_of(samples, "outcome") == {"no_worker_available", "client_gone"}
 
 
-def test_two_hubs_in_a_process_count_for_themselves() -> None:
+def test_two_hubs_in_a_process_count_apart() -> None:
     one, two = (
-        Metrics(Registry(Config()), Admission(Queue(), Clock())) for _ in range(2)
+        Telemetry(Registry(Config()), Admission(Queue(), Clock())) for _ in range(2)
     )
-    one.observe(Record("1", "GET", outcome=Outcome.COMPLETE))
+    one.ended(Record("1", "GET", outcome=Outcome.COMPLETE))
     assert "gollama_outcomes_total" in names_of(parse(one.exposition()))
     assert "gollama_outcomes_total" not in names_of(parse(two.exposition()))
 
 
-def test_the_page_holds_what_is_the_hubs_and_nothing_twice(metrics: Metrics) -> None:
-    metrics.observe(
-        Record("1", "GET", outcome=Outcome.COMPLETE, first_byte=1.0, tokens=1)
-    )
-    names = names_of(parse(metrics.exposition()))
+FULL = {"outcome": Outcome.COMPLETE, "first_byte": 1.0, "tokens": 1}
+
+
+def test_the_page_has_the_metrics_of_the_hub_and_of_its_process_once(
+    telemetry: Telemetry,
+) -> None:
+    telemetry.ended(Record("1", "GET", **FULL))
+    names = names_of(parse(telemetry.exposition()))
     assert all(name.startswith(("gollama_", "process_")) for name in names)
     assert not any(name.endswith("_created") for name in names)
     assert {"process_open_fds", "process_resident_memory_bytes"} <= names
-    assert repr(metrics) == "<Metrics>"
+    assert repr(telemetry) == "<Telemetry of <RequestMetrics series=1>>"
 
 
-def test_each_metric_says_what_it_is(metrics: Metrics) -> None:
-    metrics.observe(
-        Record("1", "GET", outcome=Outcome.COMPLETE, first_byte=1.0, tokens=1)
-    )
-    for family in text_string_to_metric_families(metrics.exposition().decode()):
+def test_each_metric_has_a_description(telemetry: Telemetry) -> None:
+    telemetry.ended(Record("1", "GET", **FULL))
+    for family in text_string_to_metric_families(telemetry.exposition().decode()):
         assert family.documentation, family.name
         assert family.type in ("counter", "gauge", "histogram")
+
+
+class ByLibrary:
+    """The metrics of requests as `prometheus_client` itself would count them."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.models = {""}
+        self.requests = self.counter(
+            "gollama_requests",
+            "Requests that have ended.",
+            ["route", "status", "model", "worker"],
+        )
+        self.outcomes = self.counter(
+            "gollama_outcomes",
+            "How requests ended: complete, an error code, or client_gone.",
+            ["outcome"],
+        )
+        self.first_byte = self.histogram(
+            "gollama_time_to_first_byte_seconds",
+            "From the request's head to the first byte or event of the answer.",
+            ["route", "model", "worker"],
+        )
+        self.duration = self.histogram(
+            "gollama_request_duration_seconds",
+            "From the request's head to the end of the answer.",
+            ["route"],
+        )
+        self.retries = self.counter(
+            "gollama_retries",
+            "Attempts beyond the first, of requests that had several.",
+            ["model"],
+        )
+        self.rescues = self.counter(
+            "gollama_rescues",
+            "Continuations of an answer that had broken off, by how it ended.",
+            ["model", "outcome"],
+        )
+        self.fallbacks = self.counter(
+            "gollama_fallbacks",
+            "Requests for a model that went to another one.",
+            ["model", "fallback"],
+        )
+        self.tokens = self.counter(
+            "gollama_tokens_relayed",
+            "Generated tokens, as the worker counted them, else events.",
+            ["model", "worker"],
+        )
+
+    def counter(self, name: str, help: str, labels: list[str]) -> Counter:
+        return Counter(name, help, labels, registry=self.registry)
+
+    def histogram(self, name: str, help: str, labels: list[str]) -> Histogram:
+        return Histogram(name, help, labels, buckets=SECONDS, registry=self.registry)
+
+    def label(self, model: str) -> str:
+        if model not in self.models:
+            if len(self.models) > MOST_MODELS:
+                return "other"
+            self.models.add(model)
+        return model
+
+    def observe(self, record: Record) -> None:
+        model, worker = self.label(record.model), record.worker
+        outcome = record.error or record.outcome or ""
+        self.requests.labels(record.route, record.status, model, worker).inc()
+        self.outcomes.labels(outcome).inc()
+        self.duration.labels(record.route).observe(record.duration)
+        if record.first_byte is not None:
+            series = self.first_byte.labels(record.route, model, worker)
+            series.observe(record.first_byte)
+        if record.attempts > 1:
+            self.retries.labels(model).inc(record.attempts - 1)
+        if record.rescued:
+            self.rescues.labels(model, outcome).inc(record.rescued)
+        if record.fell_back:
+            self.fallbacks.labels(self.label(record.fell_back), model).inc()
+        if record.tokens:
+            self.tokens.labels(model, worker).inc(record.tokens)
+
+
+def some_record(rng: random.Random) -> Record:
+    seconds = (0.0, 0.01, 0.05, rng.random(), rng.expovariate(0.05), 300.0, 301.0)
+    names = rng.choice([5, MOST_MODELS + 50])
+    model = f'm"{rng.randrange(names)}\\' if rng.random() < 0.9 else ""
+    return Record(
+        id="1",
+        method="POST",
+        route=rng.choice([CHAT, "/v1/embeddings", "other"]),
+        model=model,
+        worker=rng.choice(["", "gpu1", "gpu2"]),
+        attempts=rng.choice([0, 1, 1, 2, 3]),
+        rescued=rng.choice([0, 0, 1, 2]),
+        fell_back=rng.choice(["", "", f"f{rng.randrange(MOST_MODELS)}"]),
+        status=rng.choice([200, 200, 400, 499, 502]),
+        outcome=rng.choice([None, *Outcome]),
+        error=rng.choice(["", "", "client_stalled", Code.WORKER_LOST]),
+        tokens=rng.choice([0, 1, 20, 1_000_000]),
+        first_byte=rng.choice([None, *seconds]),
+        duration=rng.choice(seconds),
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_page_is_the_one_that_the_library_would_have_made(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte by byte, the order of the series included."""
+    monkeypatch.setattr("prometheus_client.metrics._use_created", False)
+    rng, expected = random.Random(seed), ByLibrary()
+    registry = CollectorRegistry()
+    registry.register(metrics := RequestMetrics())
+    for _ in range(seed * 500):
+        record = some_record(rng)
+        metrics.observe(record)
+        expected.observe(record)
+    assert generate_latest(registry) == generate_latest(expected.registry)
 
 
 # --- Workers ----------------------------------------------------------------------
 
 
-def test_workers_are_shown_as_they_are_at_the_moment() -> None:
+def test_workers_are_shown_in_their_present_state() -> None:
     clock = Clock()
     loaded = config.load(None, {}, {}, ["http://a:1", "http://b:2"])
     registry = Registry(loaded, clock)
-    metrics = Metrics(registry, Admission(Queue(), Clock()))
+    telemetry = Telemetry(registry, Admission(Queue(), Clock()))
     a, b = registry.workers
 
-    samples = parse(metrics.exposition())
+    samples = parse(telemetry.exposition())
     assert value(samples, "gollama_build_info", version=__version__) == 1
     for name in ("a:1", "b:2"):
         assert value(samples, "gollama_worker_up", worker=name) == 0
@@ -180,9 +332,9 @@ def test_workers_are_shown_as_they_are_at_the_moment() -> None:
         assert value(samples, "gollama_worker_slots", worker=name) is None
 
     a.observe(Check.OK, "ok", Description((Model("qwen"),), slots=3))
-    b.observe(Check.OK, "ok", Description())  # does not say how many slots
+    b.observe(Check.OK, "ok", Description())  # does not report its slots
     lease = a.lease()
-    samples = parse(metrics.exposition())
+    samples = parse(telemetry.exposition())
     assert value(samples, "gollama_worker_up", worker="a:1") == 1
     assert value(samples, "gollama_in_flight", worker="a:1") == 1
     assert value(samples, "gollama_in_flight", worker="b:2") == 0
@@ -196,7 +348,7 @@ def test_workers_are_shown_as_they_are_at_the_moment() -> None:
 
     with lease:
         pass
-    samples = parse(metrics.exposition())
+    samples = parse(telemetry.exposition())
     assert value(samples, "gollama_in_flight", worker="a:1") == 0
 
 
