@@ -12,8 +12,8 @@ the server's libraries would have been read.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    # A tenth of a start would go into the search for garbage among modules; a running
+    # hub enables it again.
+    gc.disable()
     try:
         args = _parse(argv)
         run: Callable[[argparse.Namespace], int] = args.run
@@ -55,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        gc.enable()
 
 
 def _complain(text: str) -> None:
@@ -187,6 +192,8 @@ _KNOWN_WITHIN = 60.0
 
 
 async def _log_address(hub: Hub) -> None:
+    import asyncio
+
     log.info("listening on %s", hub.url)
     await hub.ready()
     if not hub.config.workers:
@@ -235,7 +242,7 @@ def _check(args: argparse.Namespace) -> int:
     # These messages go into the table, and not into a log as well.
     logging.getLogger("gollama_proxy").addHandler(logging.NullHandler())
     registry = Registry(config)
-    findings = asyncio.run(_examine_all(config))
+    findings = _examine_all(config)
     for worker, finding in zip(registry.workers, findings, strict=True):
         worker.observe(finding.check, finding.reason, finding.description)
     _print_table(registry.workers, [finding.note for finding in findings])
@@ -246,11 +253,16 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if ready and not unserved else 1
 
 
-async def _examine_all(config: Config) -> list[Finding]:
+def _examine_all(config: Config) -> list[Finding]:
+    import asyncio
+
     from gollama_proxy.upstream.probe import examine
 
-    health = config.health
-    return await asyncio.gather(*(examine(each, health) for each in config.workers))
+    async def examine_all() -> list[Finding]:
+        every = (examine(each, config.health) for each in config.workers)
+        return await asyncio.gather(*every)
+
+    return asyncio.run(examine_all())
 
 
 def _print_table(workers: Sequence[Worker], notes: Sequence[str]) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +120,8 @@ def load(
 
 
 def _read_document(file: str | Path) -> dict[str, Any]:
+    import tomllib  # only here: a hub without a file starts sooner
+
     try:
         return tomllib.loads(Path(file).read_bytes().decode())
     except OSError as exc:

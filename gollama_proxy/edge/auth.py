@@ -16,22 +16,26 @@ may go on when its token expires or is revoked.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import jwt
-from aiohttp import web
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Revoked
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
+
+# PyJWT imports `cryptography`, which takes longer and more memory than all modules of
+# the hub: functions import it, so that a start does not wait for it.
+if TYPE_CHECKING:
+    import jwt
+    from aiohttp import web
 
 LIMITS = ("rpm", "tpm", "max_concurrency")  # claims that are numbers, or absent
 MAX_TOKEN = 8 << 10  # bytes; checked before anything is decoded
@@ -85,7 +89,6 @@ class Authenticator:
         self._revoked = config.revoked
         self._clock = clock
         self._known: OrderedDict[bytes, Principal] = OrderedDict()
-        self._decoder = jwt.PyJWT({"enforce_minimum_key_length": True})
 
     def __repr__(self) -> str:
         mode = "off" if self._off else self._auth.algorithm
@@ -154,6 +157,8 @@ class Authenticator:
     def _verify(self, token: str) -> Principal:
         if not _COMPACT.fullmatch(token):
             raise AuthError("not three parts of base64url")
+        import jwt
+
         error = AuthError("no key is configured")
         for key in self._keys:
             try:
@@ -166,6 +171,10 @@ class Authenticator:
             else:
                 return self._principal(claims)
         raise error from None
+
+    @functools.cached_property
+    def _decoder(self) -> jwt.PyJWT:
+        return _new_decoder()
 
     def _decode(self, token: str, key: bytes | str) -> Mapping[str, Any]:
         """Check signature and claims; times are checked here, against our clock."""
@@ -242,7 +251,15 @@ def _token_in(headers: Sequence[str], api_keys: Sequence[str]) -> str:
     return token
 
 
+def _new_decoder() -> jwt.PyJWT:
+    import jwt
+
+    return jwt.PyJWT({"enforce_minimum_key_length": True})
+
+
 def _check_key(config: Config, key: bytes | str) -> None:
+    import jwt
+
     algorithm = config.auth.algorithm
     try:
         jwt.get_algorithm_by_name(algorithm).prepare_key(key)
@@ -309,6 +326,8 @@ def mint(
     Raises:
         ValueError: the key does not fit the algorithm.
     """
+    import jwt
+
     issued = int(time.time() if now is None else now)
     claims: dict[str, Any] = {
         "sub": subject,
@@ -328,8 +347,6 @@ def mint(
     if audience:
         claims["aud"] = audience
     try:
-        return jwt.PyJWT({"enforce_minimum_key_length": True}).encode(
-            claims, key, algorithm
-        )
+        return _new_decoder().encode(claims, key, algorithm)
     except (jwt.PyJWTError, AttributeError, TypeError, ValueError) as exc:
         raise ValueError(f"the key cannot sign {algorithm}: {exc}") from exc
