@@ -20,7 +20,7 @@ SYSTEM = 300  # tokens that all begin with; so are those below, on average
 NEW_TOKENS = 40  # of each turn
 FIRST_TOKENS = 1000  # of the first turn, and of a one-shot request
 ANSWER = 150
-BOUNDARIES = 8  # of a conversation, as in `scheduling/prefixes.py`
+BOUNDARIES = 8  # of a conversation, as in `policies/conversations.py`
 SUBJECTS = 50
 
 

@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from gollama_proxy.config.settings import Config
-from gollama_proxy.scheduling import prefixes as affinity
+from gollama_proxy.scheduling.policies import conversations
 from gollama_proxy.wire import fields
 from gollama_proxy.wire.coding import CODINGS, CodingError, Unpacker, coding_of
 from gollama_proxy.wire.errors import Code, RequestError
@@ -136,7 +136,7 @@ class Incoming:
         """Tell what its conversation begins with; nothing where it is none."""
         if not self.replayable or "messages" not in self._found:
             return ()
-        return affinity.prefixes(fields.messages_of(b"".join(self._kept)))
+        return conversations.prefixes(fields.messages_of(b"".join(self._kept)))
 
     @property
     def stream(self) -> bool:

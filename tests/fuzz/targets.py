@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from gollama_proxy.config.settings import STREAMED
-from gollama_proxy.scheduling.prefixes import prefixes
+from gollama_proxy.scheduling.policies.conversations import prefixes
 from gollama_proxy.upstream.connection import Connection, State
 from gollama_proxy.wire import fields, sse
 from gollama_proxy.wire.answer import beginning, read_tail, read_usage

@@ -21,7 +21,7 @@ from gollama_proxy.scheduling.policies import (
     RoundRobin,
     Weighted,
 )
-from gollama_proxy.scheduling.policies.affinity import OF_LATE, PRICE
+from gollama_proxy.scheduling.policies.affinity import PRICE, RECENT
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 from tests.fakes.pool import MODEL, has_room, occupy, pool, teach
@@ -123,7 +123,7 @@ def test_most_turns_go_back_without_the_other_policy() -> None:
     made, inner, workers, clock = setting()
     assert made.pick(ask(1, 2), workers, has_room) is workers[0]
     assert inner.asked == 0
-    clock.advance(OF_LATE)  # what its last choice took says nothing any more
+    clock.advance(RECENT)  # what its last choice took says nothing any more
     assert made.pick(ask(1, 2, 3), workers, has_room) is workers[0]
     assert inner.asked == 1
 
@@ -146,7 +146,7 @@ def test_where_no_speed_is_known_the_warm_worker_must_not_be_busier() -> None:
 def test_a_busy_worker_is_left_when_that_costs_more_than_the_reading() -> None:
     """It would take PRICE * 8 s to read the prompt anew, and 2 s to answer."""
     made, _, workers, clock = setting()
-    clock.advance(OF_LATE)
+    clock.advance(RECENT)
     occupy(workers[0], unread=int(PRICE * 8000) - 1000)
     assert made.pick(ask(1, 2), workers, has_room) is workers[0]
     occupy(workers[0], unread=2000)
@@ -161,7 +161,7 @@ def test_a_worker_that_is_much_slower_is_left() -> None:
     warm(made, workers[0], 1)
     made.inner = Fixed(workers[1])
     assert made.pick(ask(1, 2), workers, has_room) is workers[0]  # as it seems
-    clock.advance(OF_LATE)
+    clock.advance(RECENT)
     assert made.pick(ask(1, 2, 3), workers, has_room) is workers[1]
     assert made.pick(ask(1, 2, 3, 4), workers, has_room) is workers[1]
 
@@ -216,7 +216,7 @@ def test_a_cold_cache_is_found_out() -> None:
         made.learn(ask(number, number + 1), workers[0], 0, 2000)
     made.inner = Fixed(workers[1])
     occupy(workers[0], unread=16_000)
-    clock.advance(OF_LATE)
+    clock.advance(RECENT)
     assert made.pick(ask(1, 2), workers, has_room) is workers[1]
 
 

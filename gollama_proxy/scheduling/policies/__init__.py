@@ -1,4 +1,4 @@
-"""How a worker is picked from those that fit: one policy, one file."""
+"""Routing policies: how a worker is picked from those that fit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Callable
 
 from gollama_proxy.scheduling.policies.affinity import Affinity
 from gollama_proxy.scheduling.policies.base import Ask, Fits, Policy
-from gollama_proxy.scheduling.policies.fastest import Fastest
-from gollama_proxy.scheduling.policies.least_busy import LeastBusy
-from gollama_proxy.scheduling.policies.round_robin import RoundRobin
-from gollama_proxy.scheduling.policies.weighted import Weighted
+from gollama_proxy.scheduling.policies.load import Fastest, LeastBusy
+from gollama_proxy.scheduling.policies.rotation import RoundRobin, Weighted
 
 __all__ = [
     "Affinity",
@@ -28,7 +26,7 @@ __all__ = [
 def make(name: str, clock: Callable[[], float], rng: random.Random) -> Policy:
     """Make the policy of this name, one of `settings.POLICIES`.
 
-    `clock` gives monotonic seconds.
+    `clock` returns monotonic seconds.
     """
     match name:
         case "round_robin":

@@ -1,9 +1,9 @@
 """Back to the worker that still has the conversation in its prompt cache.
 
-Which one that is, `memory.py` knows; what a conversation is, `scheduling/prefixes.py`.
-Here is decided whether it is worth it.  The worker may be busy, or it may be a laptop
-that had the first turn because nothing else was free.  So it is compared with where the
-request would go otherwise, and have its whole prompt read:
+`conversations.py` knows which worker that is.  This policy decides whether it is worth
+it: the worker may be busy, or it may be a laptop that had the first turn because no
+other was free.  So it is compared with the worker that would have the request
+otherwise, and read the whole prompt:
 
     seconds here, reading the rest
         <=  seconds there, reading all  +  (PRICE - 1) * seconds of reading it there
@@ -12,13 +12,13 @@ What is read anew has a price beyond the time of its own request: while a prompt
 read, the other answers of that worker stand nearly still.  In `benchmarks/simulate.py`
 the first tokens of all requests come soonest at a price of 8 (of 4, 6 and 8).
 
-*There* is first what the other policy's choices have taken of late, on average.  Only
-if that would be better, or is not known, the other policy is asked whom it would choose
-now; most turns go back without it.
+*There* is first what the other policy's recent choices took on average.  Only if that
+would be better, or is not known, the other policy chooses a worker now; most turns go
+back without it.
 
 When every slot of the warm worker is taken, a request that has the `patience` waits (it
-is given nobody) rather than go elsewhere, for as long as that costs less than the
-reading, at the same price.  Another request of the line can have the slot that it
+gets no worker) rather than go elsewhere, for as long as that costs less than the
+reading, at the same price.  Another request of the queue can have the slot that it
 leaves, so nothing stands idle.
 """
 
@@ -30,23 +30,23 @@ from collections.abc import Callable, Sequence
 from gollama_proxy.bounded import Remembered
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.policies.base import Ask, Fits, Policy, place_behind
-from gollama_proxy.scheduling.policies.fastest import expected_seconds, expected_tokens
-from gollama_proxy.scheduling.policies.memory import SIZE, Match, Memory
+from gollama_proxy.scheduling.policies.conversations import SIZE, Match, Memory
+from gollama_proxy.scheduling.policies.load import expected_seconds, expected_tokens
 
 PRICE = 8.0  # of reading a prompt anew
-OF_LATE = 1.0  # seconds for which the other policy's last choices say something
+RECENT = 1.0  # seconds for which the other policy's choices are a measure
 RATE = 0.25  # by which each of them counts
 
 
 class Affinity(Policy):
-    """Choose the worker that holds the conversation; of new ones, as `inner` does."""
+    """Chooses the worker that holds the conversation; for new ones, as `inner` does."""
 
     follows = True
 
     def __init__(
         self, inner: Policy, clock: Callable[[], float], size: int = SIZE
     ) -> None:
-        """Begin; at most `size` beginnings of conversations are remembered."""
+        """Keep at most `size` prefixes of conversations."""
         self.inner = inner
         self._clock = clock
         self._memory = Memory(size)
@@ -99,34 +99,34 @@ class Affinity(Policy):
         return here is not None and here <= there + usual.token * tokens
 
     def _waits(self, ask: Ask, match: Match, other: Worker) -> bool:
-        """Decide whether a request rather waits for its worker than goes elsewhere."""
+        """Return whether a request should wait for its worker, not go elsewhere."""
         worker, model = match.worker, ask.model
         if not ask.patience or worker is other or worker.free > 0:
             return False
         if not (worker.can_serve(model) and worker.serves(model)):
-            return False  # it would be waiting for more than a slot
+            return False  # it would wait for more than a slot
         reads = other.pace_of(model).speed.reads
         writes = worker.pace_of(model).speed.writes(worker.in_flight)
         if reads is None or writes is None:
             return False
-        now, place = self._clock(), match.place
-        if place.awaited_since is None:
-            place.awaited_since = now
+        now, conversation = self._clock(), match.conversation
+        if conversation.awaited_since is None:
+            conversation.awaited_since = now
         # Its answers are at all stages: one of n is ready within an nth of their time.
         wait = expected_tokens(worker, ask) / writes / worker.in_flight
         saved = match.cached * match.trust / reads
-        waited = now - place.awaited_since
+        waited = now - conversation.awaited_since
         return wait < ask.patience and waited + wait < PRICE * saved
 
 
 class _Usual:
-    """What the other policy's choices have taken of late, by each byte and token."""
+    """What the other policy's recent choices took, for each byte and token."""
 
     __slots__ = ("byte", "token", "until")
 
     def __init__(self) -> None:
         self.byte = self.token = 0.0  # seconds
-        self.until = -math.inf  # when it says nothing any more
+        self.until = -math.inf  # when it is no measure any more
 
     def __repr__(self) -> str:
         return f"<{self.byte:.2g} s a byte, {self.token:.2g} s a token>"
@@ -140,7 +140,7 @@ class _Usual:
         rate = RATE if now < self.until else 1.0
         self.byte += rate * (byte - self.byte)
         self.token += rate * (1 / writes - self.token)
-        self.until = now + OF_LATE
+        self.until = now + RECENT
 
 
 def _has(workers: Sequence[Worker], worker: Worker) -> bool:
@@ -152,7 +152,7 @@ def _has(workers: Sequence[Worker], worker: Worker) -> bool:
 
 
 def _pays(ask: Ask, match: Match, other: Worker) -> bool:
-    """Decide whether a request is better off where its conversation is."""
+    """Return whether a request is better off where its conversation is."""
     worker, cached = match.worker, match.cached * match.trust
     tokens = expected_tokens(worker, ask)
     here = expected_seconds(worker, ask, tokens, cached)

@@ -1,18 +1,18 @@
-"""Whoever is expected to have answered first; and nobody is left unknown."""
+"""The emptiest worker, or the one that is expected to have answered first."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from statistics import fmean
+from statistics import fmean, pstdev
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask, Fastest
-from gollama_proxy.scheduling.policies.fastest import (
+from gollama_proxy.scheduling.policies import Ask, Fastest, LeastBusy
+from gollama_proxy.scheduling.policies.load import (
     FORGOTTEN,
     NEAR,
     expected_seconds,
@@ -20,11 +20,116 @@ from gollama_proxy.scheduling.policies.fastest import (
 )
 from tests.fakes.pool import MODEL, has_room, occupy, pool, teach, weighted, worker
 
+# --- The emptiest ---------------------------------------------------------------------
+
+
+ASK = Ask(MODEL)
+
+
+def policy(seed: int = 1) -> LeastBusy:
+    return LeastBusy(random.Random(seed))
+
+
+def fill(made: LeastBusy, workers: tuple[Worker, ...], count: int) -> list[int]:
+    """Have so many requests come and stay; tell who got them."""
+    picked = []
+    for _ in range(count):
+        chosen = made.pick(ASK, workers, has_room)
+        assert chosen is not None
+        occupy(chosen)
+        picked.append(chosen.index)
+    return picked
+
+
+def test_the_part_of_the_slots_counts_and_not_their_number() -> None:
+    workers = pool(2, 8)
+    occupy(workers[0], 1)
+    occupy(workers[1], 3)
+    assert policy().pick(ASK, workers, has_room) is workers[1]
+
+
+def test_of_two_that_are_half_full_the_smaller_one_does_less() -> None:
+    workers = pool(8, 2)
+    occupy(workers[0], 4)
+    occupy(workers[1], 1)
+    assert policy().pick(ASK, workers, has_room) is workers[1]
+
+
+def test_equals_have_their_turns() -> None:
+    made, workers = policy(), pool(4, 4, 4)
+    picked = [made.pick(ASK, workers, has_room) for _ in range(7)]
+    assert [w.index for w in picked if w] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_pool_fills_evenly() -> None:
+    workers = pool(1, 2, 4, 8)
+    made = policy()
+    fill(made, workers, 15)
+    assert [w.free for w in workers] == [0, 0, 0, 0]
+    assert made.pick(ASK, workers, has_room) is None
+
+
+def test_who_does_not_tell_its_slots_is_taken_for_a_usual_one() -> None:
+    workers = pool(None, 4)
+    assert fill(policy(), workers, 8) == [0, 1] * 4
+    assert fill(policy(), workers, 2) == [0, 0]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=1, max_size=30),
+    st.integers(),
+)
+@settings(deadline=None)
+def test_who_does_not_fit_is_never_picked(
+    machines: list[tuple[int, int]], seed: int
+) -> None:
+    workers = pool(*[slots for slots, _ in machines])
+    for each, (slots, taken) in zip(workers, machines, strict=True):
+        occupy(each, min(slots, taken))
+    chosen = policy(seed).pick(ASK, workers, has_room)
+    assert (chosen is not None) == any(map(has_room, workers))
+    assert chosen is None or has_room(chosen)
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=8))
+def test_of_a_small_pool_it_is_the_emptiest(taken: list[int]) -> None:
+    workers = pool(*[8] * len(taken))
+    for each, count in zip(workers, taken, strict=True):
+        occupy(each, count)
+    chosen = policy().pick(ASK, workers, has_room)
+    if chosen is None:
+        assert min(taken) == 8
+    else:
+        assert chosen.in_flight == min(taken)
+
+
+def test_of_a_large_one_the_better_of_two_is_nearly_as_good() -> None:
+    """Machines of unequal size are equally full; by lot alone they are not."""
+    workers = pool(*[4, 8, 16] * 100)
+    fill(policy(), workers, 1400)  # half of the slots
+    full = [w.in_flight / (w.slots or 1) for w in workers]
+    for kind in range(3):
+        assert fmean(full[kind::3]) == pytest.approx(0.5, abs=0.07)
+        assert pstdev(w.in_flight for w in workers[kind::3]) < 1.5
+    alone = random.Random(1).choices(range(300), weights=[4, 8, 16] * 100, k=1400)
+    by_lot = [Counter(alone)[i] / (w.slots or 1) for i, w in enumerate(workers)]
+    assert max(by_lot) > 1.2 > max(full)
+
+
+def test_it_tells_whose_turn_was_the_last() -> None:
+    made, workers = policy(), pool(4, 4)
+    made.pick(ASK, workers, has_room)
+    assert repr(made) == "<LeastBusy <Shortlist last={'qwen': 0}>>"
+
+
+# --- The fastest ----------------------------------------------------------------------
+
+
 SHORT = Ask(MODEL, prompt_bytes=100)
 LONG = Ask(MODEL, prompt_bytes=100_000, max_tokens=20)
 
 
-def policy(seed: int = 1) -> Fastest:
+def fastest(seed: int = 1) -> Fastest:
     return Fastest(random.Random(seed))
 
 
@@ -100,7 +205,7 @@ def test_an_answer_is_as_long_as_usual_but_no_longer_than_it_may_be() -> None:
 
 
 def test_a_long_prompt_goes_to_the_fast_reader_and_a_short_one_to_the_writer() -> None:
-    made, workers = policy(), known((10_000, 20), (1000, 60))
+    made, workers = fastest(), known((10_000, 20), (1000, 60))
     for _ in range(20):
         assert pick(made, workers, LONG) is workers[0]
         assert pick(made, workers, SHORT) is workers[1]
@@ -109,19 +214,19 @@ def test_a_long_prompt_goes_to_the_fast_reader_and_a_short_one_to_the_writer() -
 def test_a_machine_that_is_busy_enough_loses_to_a_slower_one() -> None:
     workers = known((1e6, 100), (1e6, 60))
     teach(workers[0], None, 30, beside=4)
-    assert pick(policy(), workers) is workers[0]
+    assert pick(fastest(), workers) is workers[0]
     occupy(workers[0], 3)
-    assert pick(policy(), workers) is workers[1]
+    assert pick(fastest(), workers) is workers[1]
 
 
 def test_who_is_reading_a_long_prompt_is_avoided() -> None:
     workers = known((1000, 100), (1000, 80))
     occupy(workers[0], unread=50_000)
-    assert pick(policy(), workers) is workers[1]
+    assert pick(fastest(), workers) is workers[1]
 
 
-def test_equals_have_their_turns() -> None:
-    made, workers = policy(), known(*[(1000, 50)] * 3)
+def test_equally_fast_workers_have_their_turns() -> None:
+    made, workers = fastest(), known(*[(1000, 50)] * 3)
     picked = [pick(made, workers) for _ in range(6)]
     assert [w.index for w in picked if w] == [0, 1, 2, 0, 1, 2]
 
@@ -129,8 +234,8 @@ def test_equals_have_their_turns() -> None:
 def test_nobody_fits() -> None:
     workers = known((1000, 50), slots=1)
     occupy(workers[0])
-    assert pick(policy(), workers) is None
-    assert pick(policy(), ()) is None
+    assert pick(fastest(), workers) is None
+    assert pick(fastest(), ()) is None
 
 
 @given(
@@ -141,13 +246,13 @@ def test_nobody_fits() -> None:
     )
 )
 @settings(deadline=None)
-def test_who_does_not_fit_is_never_picked(
+def test_one_that_does_not_fit_is_never_the_fastest(
     machines: list[tuple[float, float, int]],
 ) -> None:
     workers = known(*[(reads, writes) for reads, writes, _ in machines])
     for each, (_, _, taken) in zip(workers, machines, strict=True):
         occupy(each, taken)
-    chosen = pick(policy(), workers)
+    chosen = pick(fastest(), workers)
     assert (chosen is not None) == any(map(has_room, workers))
     assert chosen is None or has_room(chosen)
 
@@ -169,7 +274,7 @@ def test_of_a_small_pool_it_is_one_of_the_fastest(
     for each, (_, _, taken) in zip(workers, machines, strict=True):
         occupy(each, taken)
     ask = Ask(MODEL, size, max_tokens)
-    chosen = pick(policy(), workers, ask)
+    chosen = pick(fastest(), workers, ask)
     assert chosen is not None
     tokens = expected_tokens(chosen, ask)
     expected = [expected_seconds(each, ask, tokens) or 0.0 for each in workers]
@@ -178,14 +283,14 @@ def test_of_a_small_pool_it_is_one_of_the_fastest(
 
 def test_of_those_that_are_nearly_as_fast_each_has_its_turn() -> None:
     workers = known((1000, 50), (1050, 50), (1000, 49), (500, 50))
-    made = policy()
+    made = fastest()
     picked = [pick(made, workers, LONG) for _ in range(6)]
     assert [each.index for each in picked if each is not None] == [0, 1, 2] * 2
 
 
 def test_in_a_large_pool_the_fast_ones_get_most_of_it_and_not_all_at_once() -> None:
     workers = known(*[(10_000, 100), (1000, 10)] * 100)
-    made, picked = policy(), Counter[int]()
+    made, picked = fastest(), Counter[int]()
     for _ in range(400):
         chosen = pick(made, workers)
         assert chosen is not None
@@ -202,7 +307,7 @@ def test_in_a_large_pool_the_fast_ones_get_most_of_it_and_not_all_at_once() -> N
 
 def test_an_unknown_worker_comes_first_once() -> None:
     workers = (*known((1e6, 1000)), worker(1), worker(2))
-    made = policy()
+    made = fastest()
     first = pick(made, workers)
     assert first is workers[1]
     occupy(first)
@@ -216,7 +321,7 @@ def test_an_unknown_worker_comes_first_once() -> None:
 
 def test_where_nothing_is_known_the_declared_weight_decides() -> None:
     workers = weighted(1, 3, 2)
-    made, picked = policy(), []
+    made, picked = fastest(), []
     for _ in range(9):
         chosen = pick(made, workers)
         assert chosen is not None
@@ -231,11 +336,11 @@ def test_a_known_worker_needs_no_weight() -> None:
     workers = weighted(100, 1)
     teach(workers[0], 1000, 10)
     teach(workers[1], 1000, 20)
-    assert pick(policy(), workers) is workers[1]
+    assert pick(fastest(), workers) is workers[1]
 
 
 def test_a_worker_that_was_slow_long_ago_is_asked_once_more() -> None:
-    made, workers = policy(), known((1e6, 100), (1e6, 100), (1e6, 10))
+    made, workers = fastest(), known((1e6, 100), (1e6, 100), (1e6, 10))
     picked: list[int] = []
     for _ in range(2000):
         chosen = pick(made, workers)
@@ -250,13 +355,13 @@ def test_a_worker_that_was_slow_long_ago_is_asked_once_more() -> None:
 
 
 def test_who_is_busy_is_not_asked_out_of_curiosity() -> None:
-    made, workers = policy(), known((1e6, 100), (1e6, 10))
+    made, workers = fastest(), known((1e6, 100), (1e6, 10))
     occupy(workers[1])
     assert all(pick(made, workers) is workers[0] for _ in range(2000))
 
 
 def test_a_large_pool_gets_to_know_all_of_its_workers() -> None:
-    workers, made = pool(*[4] * 50), policy()
+    workers, made = pool(*[4] * 50), fastest()
     for _ in range(500):
         chosen = pick(made, workers)
         assert chosen is not None
@@ -264,8 +369,8 @@ def test_a_large_pool_gets_to_know_all_of_its_workers() -> None:
     assert all(w.pace_of(MODEL).speed.reads for w in workers)
 
 
-def test_it_tells_whose_turn_was_the_last() -> None:
-    made, workers = policy(), known((1, 1), (1, 1))
+def test_it_shows_which_was_the_last() -> None:
+    made, workers = fastest(), known((1, 1), (1, 1))
     pick(made, workers)
-    assert repr(made) == "<Fastest <Candidates last={'qwen': 0}>>"
+    assert repr(made) == "<Fastest <Shortlist last={'qwen': 0}>>"
     assert repr(made._picks) == "{'qwen': <1 picks>}"

@@ -1,21 +1,22 @@
-"""Whoever is expected to have answered first.
+"""Policies that compare the load of workers: the emptiest, or the one that is fastest.
 
     seconds  =  (prompts it has yet to read + this one) / reading speed
               + tokens of the answer / writing speed beside its other answers
 
-with the speeds that were learnt from the worker's own answers (`fleet/speed.py`).
+is when `Fastest` expects a worker to have answered, with the speeds that were learnt
+from the worker's own answers (`fleet/speed.py`).
 
 A worker of which nothing is known comes before all others as long as it is idle, so
 that something becomes known: one request pays for what all later ones need.  While it
-is at it, nobody knows how long that takes, and it comes behind all others.  Among such
+has that request its time is not known, and it comes behind all others.  Among such
 workers the declared weight decides, which is all there is.
 
-Times that are nearly the same are taken for the same, and those workers have their
-turns.  An estimate is not as exact as that; and of equal machines one would have all
-requests as long as it is idle, and only its prompt cache would be of use.
+Times that are nearly the same count as the same, and those workers have their turns.
+An estimate is not more exact than that; and otherwise one of several equal machines
+would have all requests as long as it is idle, and only its prompt cache would be used.
 
-What is known grows old where nobody asks.  A worker that was slow one morning would
-never be asked again while others are free, and its speed would stay that of the
+What is known grows old while a worker has no requests.  One that was slow one morning
+would never get another while others are free, and its speed would stay that of the
 morning.  So the expected time of an idle worker halves with every `FORGOTTEN` picks for
 each worker of the pool that went to others: of three workers, one of a tenth of the
 others' speed gets one request in some six hundred.
@@ -28,29 +29,70 @@ from collections.abc import Sequence
 
 from gollama_proxy.bounded import Remembered
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies.base import Ask, Fits, Policy
-from gollama_proxy.scheduling.policies.candidates import SMALL, Candidates
-from gollama_proxy.scheduling.policies.least_busy import ASSUMED_SLOTS
+from gollama_proxy.scheduling.policies.base import SMALL, Ask, Fits, Policy, Shortlist
 
+ASSUMED_SLOTS = 4  # of a worker that does not report them: llama-server's own default
 FORGOTTEN = 64  # picks, for each worker of the pool
 NEAR = 1.15  # times the shortest time, which is as good
 
 UNKNOWN_IDLE, KNOWN, UNKNOWN_BUSY = range(3)
 
 
-class Fastest(Policy):
-    """Choose by expected time, of all in a small pool and of two in a large one."""
+class LeastBusy(Policy):
+    """Chooses the emptiest worker, of all in a small pool and of two in a large one."""
 
     def __init__(self, rng: random.Random) -> None:
-        self._candidates = Candidates(_capacity, rng)
+        self._shortlist = Shortlist(_slots, rng)
+
+    def __repr__(self) -> str:
+        return f"<LeastBusy {self._shortlist!r}>"
+
+    def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
+        """Choose by the part of the slots that is taken; then by the requests; in turn.
+
+        Of two workers that are half full, the smaller one has fewer answers to share
+        its memory bandwidth with.
+        """
+        if len(workers) > SMALL:
+            found = self._shortlist.of(ask, workers, fits)
+            chosen = min(found, key=_busy, default=None)
+        else:  # the same in one loop, without a call for each worker
+            chosen, least = None, (0.0, 0, False)
+            last = self._shortlist.last(ask)
+            for worker in workers:
+                if fits(worker):
+                    taken = len(worker.leases)
+                    part = taken / (worker.slots or ASSUMED_SLOTS)
+                    busy = part, taken, worker.index <= last
+                    if chosen is None or busy < least:
+                        chosen, least = worker, busy
+        if chosen is not None:
+            self._shortlist.chose(ask, chosen)
+        return chosen
+
+
+def _slots(worker: Worker, model: str) -> float:
+    return worker.slots or ASSUMED_SLOTS
+
+
+def _busy(worker: Worker) -> tuple[float, int]:
+    taken = len(worker.leases)
+    return taken / (worker.slots or ASSUMED_SLOTS), taken
+
+
+class Fastest(Policy):
+    """Chooses by expected time, of all in a small pool and of two in a large one."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._shortlist = Shortlist(_capacity, rng)
         self._picks = Remembered[str, _Picks]()
 
     def __repr__(self) -> str:
-        return f"<Fastest {self._candidates!r}>"
+        return f"<Fastest {self._shortlist!r}>"
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         """Choose the worker with the shortest expected time; of equals, in turn."""
-        found = self._candidates.of(ask, workers, fits)
+        found = self._shortlist.of(ask, workers, fits)
         if not found:
             return None
         chosen, small = found[0], len(workers) <= SMALL
@@ -62,9 +104,9 @@ class Fastest(Policy):
                 rank, time = _rank(worker, ask, tokens, picks, len(workers))
                 if rank < kind or (rank == kind and time * NEAR < least):
                     chosen, kind, least = worker, rank, time
-        if small:  # else the lot is fair enough
+        if small:  # in a large pool the draw is fair enough
             picks.note(chosen)
-            self._candidates.chose(ask, chosen)
+            self._shortlist.chose(ask, chosen)
         return chosen
 
     def _picks_of(self, model: str) -> _Picks:
@@ -91,7 +133,7 @@ class _Picks:
         self._last[worker.index] = self._count
 
     def since(self, worker: Worker) -> int:
-        """Tell how many picks have gone to others."""
+        """Return how many picks have gone to others."""
         return self._count - self._last.get(worker.index, 0)
 
 
@@ -101,7 +143,7 @@ _NONE = _Picks()
 def _rank(
     worker: Worker, ask: Ask, tokens: float, picks: _Picks, pool: int
 ) -> tuple[float, float]:
-    """Rank a worker; the lowest one is chosen, by what is known and then by time."""
+    """Rank a worker by what is known, then by time; the lowest rank is chosen."""
     seconds = expected_seconds(worker, ask, tokens)
     if worker.leases:
         if seconds is None:
@@ -123,8 +165,8 @@ def expected_seconds(
 ) -> float | None:
     """Estimate how long a worker would take for a request; None if nothing is known.
 
-    So many bytes of its prompt are `cached` there.  What is known only in part counts
-    for the part: who never wrote an answer is taken to write at once, and found out.
+    `cached` bytes of its prompt are in the worker's cache.  What is known in part
+    counts for that part: a worker without a writing speed is expected to need no time.
     """
     pace, taken = worker.paces.get(ask.model), len(worker.leases)
     if pace is None:
@@ -137,13 +179,15 @@ def expected_seconds(
         seconds = (worker.unread + ask.prompt_bytes - cached) / reads
     if writes is not None:
         seconds += tokens / writes
-    if worker.slots is not None and taken >= worker.slots:  # it will wait there
+    if (
+        worker.slots is not None and taken >= worker.slots
+    ):  # the request will wait there
         seconds *= 1 + taken // worker.slots
     return seconds
 
 
 def _capacity(worker: Worker, model: str) -> float | None:
-    """Tell the tokens/s of a worker that has all its slots at work."""
+    """Return the tokens/s of a worker with all its slots at work."""
     slots = worker.slots or ASSUMED_SLOTS
     writes = worker.pace_of(model).speed.writes(slots)
     return None if writes is None else slots * writes

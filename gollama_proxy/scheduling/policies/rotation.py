@@ -1,13 +1,13 @@
-"""Each in turn, and the stronger ones more often.
+"""Policies that take the workers in turn: round robin, and by weight.
 
-This is stride scheduling (C. Waldspurger and W. Weihl, "Stride Scheduling:
+The weighted one is stride scheduling (C. Waldspurger and W. Weihl, "Stride Scheduling:
 Deterministic Proportional-Share Resource Management", MIT 1995).  A worker of weight w
-is *due* every 1/w, and whoever is due first has the turn.  So the turns of a strong
-worker lie between those of the others and not in a row, and over any stretch of time
-each worker has its share to within one turn.
+is *due* every 1/w, and the one that is due first has the turn.  So the turns of a
+strong worker lie between those of the others and not in a row, and over any stretch of
+time each worker has its share to within one turn.
 
-Whoever does not fit when it is due loses that turn, and is not paid back: one that was
-away for an hour comes back to its share, and not to an hour of catching up.
+A worker that does not fit when it is due loses that turn for good: one that was away
+for an hour comes back to its share, and not to an hour of catching up.
 """
 
 from __future__ import annotations
@@ -17,14 +17,38 @@ from collections.abc import Sequence
 
 from gollama_proxy.bounded import Remembered
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies.base import Ask, Fits, Policy
+from gollama_proxy.scheduling.policies.base import Ask, Fits, Policy, place_behind
 
 # When a worker is due, and its place in the configuration, which decides a tie.
 _Due = tuple[float, int, Worker]
 
 
+class RoundRobin(Policy):
+    """Goes round the workers of each model.
+
+    It keeps the last worker and not a counter: when one drops out or comes back, the
+    others keep their turn.
+    """
+
+    def __init__(self) -> None:
+        self._last = Remembered[str, int]()
+
+    def __repr__(self) -> str:
+        return f"<RoundRobin last={self._last}>"
+
+    def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
+        """Choose the next worker behind the one that had the last turn."""
+        first = place_behind(workers, self._last.get(ask.model, -1))
+        for place in range(first, first + len(workers)):
+            worker = workers[place % len(workers)]
+            if fits(worker):
+                self._last[ask.model] = worker.index
+                return worker
+        return None
+
+
 class Weighted(Policy):
-    """Go round the workers of each model by their weights; O(log n)."""
+    """Goes round the workers of each model by their weights; O(log n)."""
 
     def __init__(self) -> None:
         self._rounds = Remembered[str, _Round]()
@@ -44,7 +68,7 @@ class Weighted(Policy):
 
 
 class _Round:
-    """The turns of one pool.  Who joins it is first due in half a stride."""
+    """The turns of one pool.  A worker that joins it is first due in half a stride."""
 
     __slots__ = ("_heap", "workers")
 
