@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from typing import NoReturn, Protocol, cast
+from typing import NoReturn, Protocol
 
 import httptools
 
@@ -162,8 +162,9 @@ class Connection(asyncio.Protocol):
     def start(self, receiver: Receiver) -> None:
         """Begin a request, whose answer goes to this receiver."""
         assert self.state is not State.ACTIVE, self
+        if self.used:
+            self._reset_answer()
         self.used += 1
-        self._reset_answer()
         if self.state is State.CLOSED:
             receiver.answer_lost("closed before the request", malformed=False)
             return
@@ -202,7 +203,8 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
-        self._wake_writer()
+        if self._write_waiter is not None:
+            self._wake_writer()
 
     # --- Receiving the answer -----------------------------------------------------
 
@@ -321,7 +323,7 @@ class Connection(asyncio.Protocol):
     # --- What the transport calls -------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = transport  # type: ignore[assignment]
 
     def eof_received(self) -> bool:
         self._eof = True
@@ -331,6 +333,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        if self.state is State.CLOSED:  # by this side
+            return
         if self._head_done and not self._delimited and self._eof and exc is None:
             # RFC 9112, 6.3, 8: a body that ends with the connection; 9.8: in TLS it was
             # cut if there was no `close_notify`.

@@ -1,13 +1,15 @@
-"""Opens connections to workers, and only to addresses where a worker can be.
+"""Opens connections to workers, and only to addresses at which a worker can be.
 
 The configuration is checked when it is loaded.  What a name resolves to is chosen by
-others and can change (DNS rebinding), so the addresses are checked each time, and the
-connection goes to an address that was checked, not to the name again.  A name may have
+others and can change (DNS rebinding), so the addresses are checked as well, and the
+connection goes to an address that was checked, not to the name.  A name may have
 several addresses: in many home networks one of them is link-local, and is skipped.
 
 `loop.create_connection` with a numeric address is the cheapest correct way on uvloop:
 28 µs of CPU where the system calls alone take 17.  A socket of our own, connected with
-`sock_connect` or `connect_ex`, took 44 to 89 µs.
+`sock_connect` or `connect_ex`, took 44 to 89 µs.  Resolving a name takes a thread and
+another 100 µs, and llama-server needs a new connection after each stream, so addresses
+are kept for a moment.
 """
 
 from __future__ import annotations
@@ -15,24 +17,60 @@ from __future__ import annotations
 import asyncio
 import functools
 import ipaddress
+import math
 import socket
-from collections.abc import Iterable
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from gollama_proxy.config import addresses
 from gollama_proxy.config.settings import WorkerConfig
 from gollama_proxy.config.tls import Credentials
 from gollama_proxy.upstream.connection import Connection
 
+# Seconds for which the addresses of a name are used; not beyond a failed connection.
+RESOLVED_FOR = 5.0
 
-class Target(NamedTuple):
-    """A worker and the TLS credentials that it is contacted with; None for http."""
 
-    worker: WorkerConfig
-    tls: Credentials | None = None
+class Target:
+    """A worker, the TLS credentials for it (None for http), and its addresses."""
+
+    def __init__(
+        self,
+        worker: WorkerConfig,
+        tls: Credentials | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.worker = worker
+        self.tls = tls
+        self._clock = clock
+        self._addresses: list[str] = []
+        self._valid_until = -math.inf
+        if addresses.is_plain(worker.origin.host):
+            # It was checked when the configuration was loaded.
+            self._addresses, self._valid_until = [worker.origin.host], math.inf
 
     def __repr__(self) -> str:
-        return f"<Target {self.worker.name}>"
+        return f"<Target {self.worker.name} {self._addresses}>"
+
+    def known_addresses(self) -> Sequence[str]:
+        """Return the addresses if they are known; else none."""
+        return self._addresses if self._clock() < self._valid_until else ()
+
+    async def resolve(self) -> Sequence[str]:
+        """Look up the addresses.
+
+        Raises:
+            OSError: the name does not resolve, or only to addresses that are refused.
+        """
+        origin = self.worker.origin
+        self._addresses = await resolve(origin.host, origin.port)
+        self._valid_until = self._clock() + RESOLVED_FOR
+        return self._addresses
+
+    def forget_addresses(self) -> None:
+        """Resolve the name again the next time."""
+        if self._valid_until < math.inf:
+            self._valid_until = -math.inf
 
 
 async def connect(target: Target, *, any_answer: bool = False) -> Connection:
@@ -49,30 +87,28 @@ async def connect(target: Target, *, any_answer: bool = False) -> Connection:
     factory = functools.partial(Connection, any_answer=True)
     loop = asyncio.get_running_loop()
     failure = OSError()
-    for address in await resolve(origin.host, origin.port):
-        try:
-            _, connection = await loop.create_connection(
-                factory if any_answer else Connection,
-                address,
-                origin.port,
-                ssl=context,
-                server_hostname=origin.host if context else None,
-            )
-        except OSError as exc:
-            failure = exc
-        else:
-            return connection
-    raise failure
+    try:
+        for address in target.known_addresses() or await target.resolve():
+            try:
+                _, connection = await loop.create_connection(
+                    factory if any_answer else Connection,
+                    address,
+                    origin.port,
+                    ssl=context,
+                    server_hostname=origin.host if context else None,
+                )
+            except OSError as exc:
+                failure = exc
+            else:
+                return connection
+        raise failure
+    except BaseException:  # also the end of a time limit
+        target.forget_addresses()
+        raise
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of a host at which a worker can be.
-
-    Raises:
-        OSError: the name does not resolve, or only to addresses that are refused.
-    """
-    if addresses.is_plain(host):
-        return [host]  # checked when the configuration was loaded
+    """Look up the addresses of a name at which a worker can be; raises OSError."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return admitted(host, (str(entry[4][0]) for entry in found))

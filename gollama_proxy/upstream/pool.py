@@ -55,7 +55,7 @@ class ConnectionPool:
         """
         assert (worker.origin.scheme == "https") == (tls is not None), worker
         self.worker = worker
-        self.target = Target(worker, tls)
+        self.target = Target(worker, tls, clock)
         self.keeps_after_streams = False  # what has been learnt about this worker
         self._connect_timeout = config.timeouts.connect
         self._keepalive = config.upstream.keepalive

@@ -13,9 +13,7 @@ import pytest
 import uvloop
 
 from gollama_proxy import __version__
-from gollama_proxy.config.settings import WorkerConfig
 from gollama_proxy.upstream.client import PIECE, FetchError, Reply, fetch
-from gollama_proxy.upstream.dial import Target
 from tests.fakes.authority import Authority
 from tests.fakes.replies import chunk, head, json_reply, last_chunk
 from tests.fakes.script import (
@@ -393,9 +391,3 @@ async def test_a_request_that_is_cancelled_closes_its_connection() -> None:
         with pytest.raises(asyncio.CancelledError):
             await asking
         await worker.idle()
-
-
-def test_a_target_shows_no_key() -> None:
-    worker = target_of("http://127.0.0.1:1", "sk-secret").worker
-    assert isinstance(worker, WorkerConfig)
-    assert repr(Target(worker)) == "<Target 127.0.0.1:1>"

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from typing import Any
 
 import pytest
 import uvloop
 
-from gollama_proxy.upstream.dial import admitted, resolve
+from gollama_proxy.config import load as config
+from gollama_proxy.config.settings import WorkerConfig
+from gollama_proxy.upstream.dial import (
+    RESOLVED_FOR,
+    Target,
+    admitted,
+    connect,
+    resolve,
+)
+from tests.fakes.clock import Clock
+from tests.fakes.worker import ScriptedWorker, full_backlog
 
 Found = list[tuple[Any, ...]]
+
+
+def target_of(url: str, clock: Clock | None = None) -> Target:
+    [worker] = config.load(None, {}, {}, [url]).workers
+    return Target(worker, None, clock or Clock())
 
 
 @pytest.fixture
@@ -40,9 +56,62 @@ def entry(address: str, port: int) -> tuple[Any, ...]:
     return (family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", name)
 
 
-async def test_an_address_is_not_looked_up(names: dict[str, list[str]]) -> None:
-    for address in ("127.0.0.1", "10.0.0.1", "::1", "fd00::1%eth0"):
-        assert await resolve(address, 80) == [address]
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.1", "[::1]", "[fd00::1%eth0]"])
+def test_an_address_is_not_looked_up(host: str) -> None:
+    target = target_of(f"http://{host}:80")
+    assert target.known_addresses() == [host.strip("[]")]
+    target.forget_addresses()  # there is nothing to look up
+    assert target.known_addresses() == [host.strip("[]")]
+
+
+async def test_the_addresses_of_a_name_are_kept_for_a_moment(
+    names: dict[str, list[str]],
+) -> None:
+    names["gpu.lan"] = ["127.0.0.1"]
+    async with ScriptedWorker() as worker:
+        clock = Clock()
+        target = target_of(f"http://gpu.lan:{worker.port}", clock)
+        assert target.known_addresses() == ()
+        (await connect(target)).close()
+        names["gpu.lan"] = ["10.0.0.1"]
+        clock.advance(RESOLVED_FOR - 0.01)
+        (await connect(target)).close()
+        assert worker.connections == 2
+        clock.advance(0.01)
+        assert target.known_addresses() == ()
+        assert await target.resolve() == ["10.0.0.1"]
+
+
+async def test_a_failed_connection_has_a_name_resolved_again(
+    names: dict[str, list[str]],
+) -> None:
+    """The worker may have another address by now."""
+    names["gpu.lan"] = ["127.0.0.2"]
+    async with ScriptedWorker() as worker:
+        target = target_of(f"http://gpu.lan:{worker.port}", Clock())
+        with pytest.raises(ConnectionRefusedError):
+            await connect(target)
+        names["gpu.lan"] = ["127.0.0.1"]
+        (await connect(target)).close()
+        assert worker.connections == 1
+
+
+async def test_a_connection_that_takes_too_long_has_a_name_resolved_again(
+    names: dict[str, list[str]],
+) -> None:
+    names["gpu.lan"] = ["127.0.0.1"]
+    with full_backlog() as url:
+        target = target_of(url.replace("127.0.0.1", "gpu.lan"), Clock())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await connect(target)
+    assert target.known_addresses() == ()
+
+
+def test_a_target_shows_no_key() -> None:
+    origin = target_of("http://gpu.lan").worker.origin
+    worker = WorkerConfig("http://gpu.lan", origin, "gpu", "sk-secret")
+    assert repr(Target(worker)) == "<Target gpu []>"
 
 
 async def test_a_name_resolves_to_its_addresses_in_order(
