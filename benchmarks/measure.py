@@ -17,13 +17,14 @@ from typing import Any
 
 from benchmarks.children import (
     BenchmarkError,
-    free_port,
     last_words,
     spawn,
     until_answered,
 )
 from benchmarks.load import Job, Kind
 from benchmarks.proxies import Proxy
+from gollama_proxy.children import Child
+from gollama_proxy.llama import find_free_ports
 
 CLIENTS = 32  # that repeat a request
 WARM_UP = 0.5
@@ -129,7 +130,7 @@ async def measure_start(proxy: Proxy) -> float:
     request = Job(proxy.port, 1, Kind.EMBEDDING, bearers=proxy.bearers).request(0)
     request = request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
     started = time.monotonic()
-    async with proxy.started():
+    async with proxy.started(tethered=False):
         while time.monotonic() < started + PATIENCE:
             if await asyncio.to_thread(_is_answered, proxy.port, request):
                 return time.monotonic() - started
@@ -152,11 +153,11 @@ def _is_answered(port: int, request: bytes) -> bool:
 @contextlib.asynccontextmanager
 async def paced_worker(rate: float, folder: Path) -> AsyncIterator[int]:
     """Run a worker that streams at this rate; yields its port."""
-    port, log = free_port(), folder / "worker.log"
+    [port] = find_free_ports(1)
     command = [sys.executable, "-m", "benchmarks.paced_worker"]
     command += ["--port", str(port), "--rate", str(rate)]
-    async with spawn(command, log) as child:
-        await until_answered(port, "none", child, log)
+    async with spawn(command, folder / "worker.log") as child:
+        await until_answered(port, "none", child)
         yield port
 
 
@@ -194,19 +195,18 @@ async def _finish(proxy: Proxy, job: Job, load: Load) -> dict[str, Any]:
 class Load:
     """The process of the clients: its commands and its events."""
 
-    def __init__(self, child: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(self, child: Child) -> None:
         self._child = child
-        self._log = log
 
     def __repr__(self) -> str:
-        return f"<Load pid={self._child.pid}>"
+        return f"<Load {self._child!r}>"
 
     @classmethod
     @contextlib.asynccontextmanager
     async def running(cls, job: Job, folder: Path) -> AsyncIterator[Load]:
-        log = folder / "load.log"
-        async with spawn([sys.executable, "-m", "benchmarks.load"], log) as child:
-            load = cls(child, log)
+        command = [sys.executable, "-m", "benchmarks.load"]
+        async with spawn(command, folder / "load.log") as child:
+            load = cls(child)
             await load._send(json.dumps(dataclasses.asdict(job)))
             yield load
 
@@ -216,9 +216,9 @@ class Load:
         Raises:
             BenchmarkError: it is another event.
         """
-        assert self._child.stdout
-        line = await self._child.stdout.readline()
-        found = json.loads(line) if line else {"event": last_words(self._log)}
+        assert self._child.process.stdout
+        line = await self._child.process.stdout.readline()
+        found = json.loads(line) if line else {"event": last_words(self._child.log)}
         if found["event"] != event:
             raise BenchmarkError(f"the clients reported {found}, not {event!r}")
         return found
@@ -236,8 +236,8 @@ class Load:
         return await self.expect("count")
 
     async def _send(self, line: str) -> None:
-        assert self._child.stdin
+        assert self._child.process.stdin
         # If the clients are gone, `expect` notices it and reports why.
         with contextlib.suppress(ConnectionError, RuntimeError):
-            self._child.stdin.write(line.encode() + b"\n")
-            await self._child.stdin.drain()
+            self._child.process.stdin.write(line.encode() + b"\n")
+            await self._child.process.stdin.drain()

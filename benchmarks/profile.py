@@ -26,7 +26,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.command import run
+from benchmarks import command
 from benchmarks.load import Job, Kind
 from benchmarks.measure import CLIENTS, Load, paced_worker
 from benchmarks.proxies import Hub
@@ -151,13 +151,7 @@ def _first_lines(text: str, count: int) -> str:
 
 
 def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    about, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.profile",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("profile", __doc__)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--tokens", type=int, help="of the answer; at most 20")
     parser.add_argument("--lines", type=int, default=40, help="of each table (40)")
@@ -169,7 +163,7 @@ def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options, console = _parse(), Console(stderr=True)
-    return run(lambda: show(options, console))
+    return command.run(lambda: show(options, console))
 
 
 def _serve(file: str) -> int:

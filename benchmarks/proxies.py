@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import os
@@ -25,12 +24,13 @@ from benchmarks.children import (
     ROOT,
     BenchmarkError,
     fetch,
-    free_port,
     inherited,
     spawn,
     until,
     until_answered,
 )
+from gollama_proxy.children import Child
+from gollama_proxy.llama import find_free_ports
 
 # Debian keeps nginx where only root's PATH looks.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
@@ -44,7 +44,7 @@ class Proxy:
 
     def __init__(self, workers: Sequence[int], folder: Path) -> None:
         """Prepare it, for the workers at these ports."""
-        self.port = free_port()
+        [self.port] = find_free_ports(1)
         self.workers = workers
         self.folder = folder
         self.log = folder / f"{self.name.partition(' ')[0]}.log"
@@ -64,16 +64,21 @@ class Proxy:
     async def running(self) -> AsyncIterator[None]:
         """Run the proxy, ready for requests, while the context lasts."""
         async with self.started() as child:
-            await until_answered(self.port, self.bearers[0], child, self.log)
-            process = psutil.Process(child.pid)
+            await until_answered(self.port, self.bearers[0], child)
+            process = psutil.Process(child.process.pid)
             self._processes = [process, *process.children(recursive=True)]
             yield
 
     @contextlib.asynccontextmanager
-    async def started(self) -> AsyncIterator[asyncio.subprocess.Process]:
+    async def started(self, *, tethered: bool = True) -> AsyncIterator[Child]:
         """Start the proxy, which ends with the context; it may not be ready yet."""
-        command, environment = self.command(), self.environment()
-        async with spawn(command, self.log, environment, self.checkout) as child:
+        async with spawn(
+            self.command(),
+            self.log,
+            self.environment(),
+            self.checkout,
+            tethered=tethered,
+        ) as child:
             yield child
 
     def signal(self, number: signal.Signals) -> None:
@@ -189,7 +194,7 @@ def _check(checkout: Path) -> None:
 
 
 class Nginx(Proxy):
-    """nginx with one worker process, passing on each piece as it comes.
+    """nginx in one process, passing on each piece as it comes.
 
     After a stream llama-server closes its connection, although its headers promise to
     keep it.  nginx would send the next request on it and answer 502; so it is not to
@@ -200,7 +205,7 @@ class Nginx(Proxy):
     balance = ""  # round-robin
     CONFIGURATION = """
         daemon off;
-        worker_processes 1;
+        master_process off;  # one process, which a signal to it ends
         pid {folder}/nginx.pid;
         error_log {folder}/nginx-error.log warn;
         events {{ worker_connections 16384; }}
@@ -376,8 +381,8 @@ class Router(Proxy):
         command = [self.path, *self.subcommand()]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--policy", self.policy] if self.policy else []
-        # The default port may be in use.
-        command += ["--prometheus-port", str(free_port())]
+        [port] = find_free_ports(1)  # the default one may be in use
+        command += ["--prometheus-port", str(port)]
         return [*command, "--log-level", "error", "--worker-urls", *urls]
 
     def subcommand(self) -> list[str]:

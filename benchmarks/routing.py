@@ -43,10 +43,10 @@ from typing import NamedTuple
 import psutil
 from rich.console import Console
 
+from benchmarks import command
 from benchmarks.calibrate import Measured, calibrate
 from benchmarks.chat import talking
 from benchmarks.children import BenchmarkError, last_words, spawn
-from benchmarks.command import run
 from benchmarks.contestants import (
     Contestant,
     Pool,
@@ -156,10 +156,10 @@ async def _scripted(specs: list[Spec], folder: Path) -> AsyncIterator[list[int]]
     """Run stand-ins while the context lasts; give their ports."""
     log = folder / "stand-ins.log"
     async with spawn([sys.executable, "-m", "benchmarks.slotted_worker"], log) as child:
-        assert child.stdin
-        assert child.stdout
-        child.stdin.write(spell(specs))
-        line = await child.stdout.readline()
+        assert child.process.stdin
+        assert child.process.stdout
+        child.process.stdin.write(spell(specs))
+        line = await child.process.stdout.readline()
         if not line:
             raise BenchmarkError(f"no stand-ins: {last_words(log)}")
         yield json.loads(line)
@@ -253,9 +253,7 @@ PARTS = ("real", "stand-ins")
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.routing", description=__doc__.partition("\n")[0]
-    )
+    parser = command.parser("routing", __doc__)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this")
     parser.add_argument(
         "--only", action="append", metavar="NAME", help=f"this one, beside {BASE}"
@@ -266,16 +264,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of what is said")
     parser.add_argument("--vllm-router", metavar="PATH", help="the program")
     options = parser.parse_args()
-    for name in ("rounds", "seconds", "warm_up"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} {value:g}: must be above 0")
+    limited = {
+        name: getattr(options, name) for name in ("rounds", "seconds", "warm_up")
+    }
+    command.require_positive(parser, **limited)
     return options
 
 
 def main() -> int:
     options = _parse()
-    return run(lambda: compare(options, Console(stderr=True)))
+    return command.run(lambda: compare(options, Console(stderr=True)))
 
 
 if __name__ == "__main__":

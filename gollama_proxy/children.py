@@ -1,9 +1,9 @@
-"""Child processes that end with this one, whatever way it ends.
+"""Child processes that end with this one, however it ends.
 
-While this process can act, it sends them SIGTERM, and SIGKILL 3 s later.  When it was
-killed itself, Linux does it: each child asked for SIGKILL at its parent's death.  Other
-systems have no such request: there the children stay after a `kill -9` of this process,
-or the end of its terminal.
+While this process can act, it sends them SIGTERM, and SIGKILL 3 s later.  If it is
+killed, Linux ends them: each child has requested SIGKILL at its parent's death.  Other
+systems have no such request; there the children survive a `kill -9` of this process, or
+the end of its terminal.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-GRACE = 3.0  # llama-server has no drain: it may wait for its clients forever
+GRACE = 3.0  # llama-server cannot drain: it may wait for its clients indefinitely
 
-# A program of its own that turns into the child's: a preexec_fn would run Python in a
-# fork of a process with threads, where a lock that another thread held stays locked.
-# The request is bound to the thread that forks: the main one, which runs the event loop
-# and lives as long as the process.  A parent that died before the request was made
-# sends no signal any more, hence `getppid`.
+# A small program that makes the request and then becomes the child's program.  A
+# preexec_fn would run Python in a fork of a process with threads, where a lock held by
+# another thread stays locked.  The request is bound to the thread that forks: the main
+# one, which runs the event loop and lives as long as the process.  A parent that died
+# before the request was made sends no signal any more, hence `getppid`.
 _TETHER = """
 import os, signal, sys
 parent, *command = sys.argv[1:]
@@ -38,7 +38,7 @@ if os.getppid() == int(parent):
 
 
 class ChildError(Exception):
-    """Why a child does not run; the text is for the person in front of the parent."""
+    """Why a child does not run; the text is for the person who started the parent."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -46,7 +46,7 @@ class ChildError(Exception):
 
 
 class Child:
-    """One process, with its output in a file; `name` is what it is called there."""
+    """One process, with its output in a file; `name` is for messages."""
 
     def __init__(
         self, name: str, process: asyncio.subprocess.Process, log: Path
@@ -60,24 +60,42 @@ class Child:
 
     @classmethod
     async def start(
-        cls, name: str, command: Sequence[str], log: Path, environ: Mapping[str, str]
+        cls,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        environ: Mapping[str, str],
+        *,
+        piped: bool = False,
+        tethered: bool = True,
+        folder: Path | None = None,
     ) -> Self:
-        """Start a program, whose path comes first; call this from the main thread."""
+        """Start a program, whose path comes first; call this from the main thread.
+
+        With `piped`, standard input and output are pipes, and the file has standard
+        error alone.  Without `tethered`, the process starts some 20 ms sooner, and
+        survives a `kill -9` of this one.  `folder` is its working directory.
+        """
         tether = [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid())]
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
-                *tether,
+                *(tether if tethered else []),
                 *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
+                stdin=asyncio.subprocess.PIPE if piped else asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE if piped else output,
                 stderr=output,
                 env=dict(environ),  # uvloop takes nothing else
-                start_new_session=True,  # Ctrl-C is for us, who end them in order
+                cwd=folder,
+                start_new_session=True,  # Ctrl-C reaches the parent, which ends them
             )
         return cls(name, process, log)
 
     def check(self) -> None:
-        """Raise what there is to know once the process has ended."""
+        """Return while the process runs.
+
+        Raises:
+            ChildError: it has ended; the text has the last lines of its output.
+        """
         status = self.process.returncode
         if status is None:
             return
@@ -92,7 +110,7 @@ class Child:
             self.process.send_signal(number)
 
     async def end(self) -> None:
-        """Ask the process to end, and insist after `GRACE`."""
+        """Send SIGTERM, and SIGKILL if the process still runs after `GRACE`."""
         self.signal(signal.SIGTERM)
         try:
             await asyncio.wait_for(self.process.wait(), GRACE)

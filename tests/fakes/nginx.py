@@ -7,7 +7,8 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from benchmarks.children import free_port, last_words, spawn
+from benchmarks.children import last_words, spawn
+from gollama_proxy.llama import find_free_ports
 from tests.fakes.tools import require
 from tests.fakes.waiting import until
 
@@ -24,7 +25,7 @@ STREAMING = """
 """
 _CONFIGURATION = """
     daemon off;
-    worker_processes 1;
+    master_process off;
     pid {folder}/nginx.pid;
     error_log {folder}/errors.log warn;
     events {{ worker_connections 1024; }}
@@ -60,7 +61,7 @@ async def running_nginx(
 ) -> AsyncIterator[int]:
     """Run nginx in front of a port; yields its own.  It keeps its files in `folder`."""
     program = require("nginx", package="nginx-light")
-    port = free_port()
+    [port] = find_free_ports(1)
     configuration = folder / "nginx.conf"
     configuration.write_text(
         _CONFIGURATION.format(
@@ -70,8 +71,9 @@ async def running_nginx(
     errors = folder / "errors.log"
     command = [program, "-p", str(folder), "-c", str(configuration), "-e", str(errors)]
     async with spawn(command, folder / "stderr.log") as child:
-        await until(lambda: child.returncode is not None or _accepts(port))
-        assert child.returncode is None, last_words(errors)
+        process = child.process
+        await until(lambda: process.returncode is not None or _accepts(port))
+        assert process.returncode is None, last_words(errors)
         yield port
 
 
