@@ -24,7 +24,7 @@ from tests.fakes import replies
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Response
 from tests.fakes.clock import Clock
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import RunningHub, running_hub, shown
 from tests.fakes.script import answer, chat_stream, event_stream, wait
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
@@ -214,7 +214,7 @@ async def occupied(
 
 
 def held_up(queue: Queue) -> Callable[[], bool]:
-    return lambda: bool(queue._passed_over)
+    return lambda: shown(queue, "passed_over") > 0
 
 
 async def test_a_turn_waits_for_its_worker_while_others_use_the_free_one() -> None:

@@ -21,7 +21,7 @@ from tests.fakes import waiting
 from tests.fakes.asks import CHAT, EMBED, RARELY, STREAM, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.exchange import Request
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import RunningHub, running_hub, shown
 from tests.fakes.replies import (
     chunk,
     done,
@@ -48,6 +48,7 @@ from tests.fakes.script import (
     stream_of,
     wait,
 )
+from tests.fakes.waiting import settled
 from tests.fakes.worker import ScriptedWorker
 
 until = functools.partial(waiting.until, timeout=10.0)
@@ -75,7 +76,13 @@ def breaker_of(hub: RunningHub, worker: ScriptedWorker) -> Breaker:
 
 
 def count(breaker: Breaker, verdict: Verdict) -> int:
-    return breaker._recent[verdict].count
+    failed, slow = shown(breaker, "failed"), shown(breaker, "slow")
+    match verdict:
+        case Verdict.FAILURE:
+            return failed
+        case Verdict.SLOW:
+            return slow
+    return shown(breaker, "calls") - failed - slow
 
 
 def is_canary(request: Request) -> bool:
@@ -86,7 +93,11 @@ def is_canary(request: Request) -> bool:
 async def proofs(hub: RunningHub) -> None:
     """Run a round of the watchdog, and wait for the canaries that it sends."""
     hub.hub.watchdog.round()
-    await asyncio.gather(*hub.hub.watchdog._canaries)
+    await no_canaries(hub)
+
+
+async def no_canaries(hub: RunningHub) -> None:
+    await until(lambda: shown(hub.hub.watchdog, "canaries") == 0)
 
 
 @asynccontextmanager
@@ -307,7 +318,7 @@ async def test_good_canaries_close_a_breaker() -> None:
         assert breaker.state is BreakerState.HALF_OPEN
         assert (await hub.post(CHAT, STREAM)).status == 503
         worker.release("go")
-        await asyncio.gather(*hub.hub.watchdog._canaries)
+        await no_canaries(hub)
         assert breaker.closed
         assert len(worker.requests) == 2
         assert all(map(is_canary, worker.requests))
@@ -334,10 +345,10 @@ async def test_there_is_one_canary_at_a_time() -> None:
         await worker.received(1)
         for _ in range(10):
             hub.hub.watchdog.round()
-        assert len(hub.hub.watchdog._canaries) == 1
+        assert shown(hub.hub.watchdog, "canaries") == 1
         assert len(worker.requests) == 1
         worker.release("go")
-        await asyncio.gather(*hub.hub.watchdog._canaries)
+        await no_canaries(hub)
         assert len(worker.requests) == 2
 
 
@@ -696,7 +707,7 @@ async def test_a_refusal_that_stops_in_its_middle_is_not_waited_for() -> None:
         error = head(500, [("Content-Length", "99")])
         worker.script(send(error + b"{"), notify("said"), expect_eof())
         async with await hub.open(CHAT, STREAM) as wire:
-            await until(lambda: bool(hub.hub.watchdog._answers))
+            await until(lambda: shown(hub.hub.watchdog, "answers") == 1)
             hub.hub.watchdog.round()
             clock.advance(46)
             hub.hub.watchdog.round()
@@ -720,8 +731,7 @@ async def test_a_client_that_does_not_read_is_not_its_workers_fault() -> None:
         )
         async with await hub.open(CHAT, STREAM, receive_buffer=4096) as wire:
             await wire.read_event()
-            relays = hub.hub.watchdog._answers
-            await until(lambda: bool(relays) and all(r._blocked for r in relays))
+            await settled(lambda: worker.requests[0].sent)
             for _ in range(10):
                 hub.hub.watchdog.round()
                 clock.advance(29)
@@ -745,8 +755,7 @@ async def test_what_was_ended_is_not_watched_any_more() -> None:
         worker.default(*chat_stream(["a", "b"]))
         for _ in range(3):
             assert (await hub.post(CHAT, STREAM)).status == 200
-        await until(lambda: not hub.hub.watchdog._answers)
-        assert repr(hub.hub.watchdog) == "<Watchdog answers=0 canaries=0>"
+        await until(lambda: shown(hub.hub.watchdog, "answers") == 0)
         clock.advance(1000)
         hub.hub.watchdog.round()
         assert count(breaker_of(hub, worker), Verdict.SUCCESS) == 3

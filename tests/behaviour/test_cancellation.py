@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import socket
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -27,7 +26,7 @@ from tests.fakes.replies import (
 )
 from tests.fakes.script import expect_eof, notify, read_body, send, stream_of, wait
 from tests.fakes.waiting import DEADLINE, settled, until
-from tests.fakes.worker import ScriptedWorker
+from tests.fakes.worker import ScriptedWorker, full_backlog
 
 WINDOW = 4096
 A_SECOND = 1.0  # the most that a cancellation may take
@@ -222,21 +221,6 @@ async def test_a_client_that_leaves_with_everything_full(
         [record] = hub.hub.registry.workers
         assert record.state is WorkerState.READY
         assert not record.in_doubt
-
-
-@contextlib.contextmanager
-def full_backlog(port: int) -> Iterator[None]:
-    """Listen where nobody is accepted: the kernel leaves every SYN alone."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        listener.listen(0)
-        for _ in range(2):  # the kernel adds one place
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(("127.0.0.1", port))
-        yield
 
 
 @pytest.mark.parametrize("how", [Wire.abort, Wire.close, Wire.half_close])

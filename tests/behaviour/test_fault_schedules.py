@@ -22,7 +22,7 @@ from gollama_proxy.fleet.worker import Worker
 from tests.fakes.books import Books
 from tests.fakes.faults import Fault, Faults
 from tests.fakes.generation import Task
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import RunningHub, running_hub, shown
 from tests.fakes.replies import MODEL
 from tests.fakes.traffic import Visitor, random_leave, random_task
 from tests.fakes.verdict import Verdict
@@ -185,9 +185,9 @@ async def check_nothing_is_held(run: Run) -> None:
     hub = run.hub.hub
     await until(lambda: not any(worker.in_flight for worker in run.workers))
     await until(lambda: not run.faults.running)
-    assert "answers=0" in repr(hub.watchdog)
-    assert repr(hub.dispatcher) == "<Dispatcher running=0>"
-    await until(lambda: not hub.watchdog._canaries)
+    assert shown(hub.watchdog, "answers") == 0
+    assert shown(hub.dispatcher, "running") == 0
+    await until(lambda: shown(hub.watchdog, "canaries") == 0)
     for worker in run.workers:
         for breaker in (worker.breaker, *worker.model_breakers.values()):
             assert not breaker._permit_out, breaker

@@ -451,9 +451,8 @@ async def test_a_continuation_with_numbers_of_any_size_is_passed_on() -> None:
     async with beside_a_good_stream(**settings) as scene:
         first = (send(sse_head() + chunk(role() + token("abc", model=BAD))), reset())
         scene.worker.script(*first)
-        scene.worker.script(*chat_stream(["abc", "d"], usage=True, model=BAD)[:-3])
-        scene.worker._queue[-1] = (
-            *scene.worker._queue[-1][:-1],
+        scene.worker.script(
+            *chat_stream(["abc", "d"], usage=True, model=BAD)[:-4],
             send(chunk(finish(usage=usage) + done()) + last_chunk()),
             close(),
         )
@@ -494,7 +493,7 @@ async def test_a_worker_that_answers_before_it_is_asked_is_not_believed() -> Non
         port = server.sockets[0].getsockname()[1]
         async with running_hub(f"http://127.0.0.1:{port}") as hub:
             response = await hub.post(CHAT, chat(BAD))
-        assert response.status in (502, 503)
+        assert response.status == 503, response
     finally:
         server.close()
 

@@ -40,7 +40,7 @@ from tests.behaviour.test_retries import InOrder
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Wire, request_head
 from tests.fakes.exchange import Exchange
-from tests.fakes.hub import SECRET, RunningHub, mint, running_hub
+from tests.fakes.hub import SECRET, RunningHub, mint, running_hub, shown
 from tests.fakes.replies import (
     chunk,
     done,
@@ -257,7 +257,7 @@ async def _of_three(stage: Stage) -> Wire:
     dispatcher = stage.hub.hub.dispatcher
     for number in range(2):
         await stage.ask()
-        await until(lambda n=number: len(dispatcher._running) > n)  # type: ignore[misc]
+        await until(lambda n=number: shown(dispatcher, "running") > n)  # type: ignore[misc]
     return await stage.ask()
 
 

@@ -11,13 +11,12 @@ import pytest
 
 from gollama_proxy.config.settings import STREAMED
 from gollama_proxy.fleet import watchdog
-from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.wire.partial import Partial
 from tests.behaviour.test_retries import InOrder
 from tests.fakes import replies
 from tests.fakes.asks import CHAT, RARELY, STREAM, TEXT
 from tests.fakes.client import Ending
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import RunningHub, running_hub, shown
 from tests.fakes.replies import (
     chunk,
     done,
@@ -202,7 +201,7 @@ async def test_an_answer_that_stalls_goes_on_elsewhere(
         good.script(*continued())
         assert complete(await asked(hub))
         [record, _] = hub.hub.registry.workers
-        assert record.breaker._recent[Verdict.SLOW].count == 1
+        assert shown(record.breaker, "slow") == 1
 
 
 # --- How another worker goes on ---------------------------------------------------

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet.breaker import Breaker, Verdict
+from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.worker import Worker
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Response
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import RunningHub, running_hub, shown
 from tests.fakes.pool import InOrder
 from tests.fakes.replies import (
     chunk,
@@ -98,7 +98,7 @@ def records(hub: RunningHub) -> list[Worker]:
 
 
 def failures(breaker: Breaker) -> int:
-    return breaker._recent[Verdict.FAILURE].count
+    return shown(breaker, "failed")
 
 
 def answered(response: Response, worker: ScriptedWorker, attempts: int) -> bool:
@@ -149,7 +149,7 @@ async def test_another_worker_answers_for_one_that_is_slow_to_begin(
         await slow.idle()
         assert (len(slow.requests), len(good.requests)) == (1, 1)
         breaker = records(hub)[0].breaker
-        assert breaker._recent[Verdict.SLOW].count == 1
+        assert shown(breaker, "slow") == 1
         assert failures(breaker) == 0
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from gollama_proxy.fleet import watchdog
-from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.worker import Worker
 from tests.behaviour.test_retries import CHAT, records, two
-from tests.fakes.hub import RunningHub
+from tests.fakes.hub import RunningHub, shown
 from tests.fakes.replies import chunk, ping, role, sse_head, token
 from tests.fakes.script import (
     chat_stream,
@@ -21,7 +21,7 @@ from tests.fakes.script import (
     stall,
     wait,
 )
-from tests.fakes.waiting import until
+from tests.fakes.waiting import settled, until
 
 LONG = "word " * 40_000  # 200 KB
 # Short for what is silent for ever, and long for what is not.
@@ -33,7 +33,7 @@ def ask(prompt: str) -> dict[str, Any]:
 
 
 def slow(worker: Worker) -> int:
-    return worker.breaker._recent[Verdict.SLOW].count
+    return shown(worker.breaker, "slow")
 
 
 @pytest.fixture(autouse=True)
@@ -89,11 +89,9 @@ async def test_a_slow_client_is_no_slow_worker() -> None:
         async with await hub.open(CHAT, ask("hello"), receive_buffer=4096) as wire:
             await wire.read_until(b"data:")
             [worker, _] = records(hub)
-            await until(
-                lambda: any("blocked" in repr(r) for r in hub.hub.watchdog._answers)
-            )
-            swept = hub.hub.watchdog._clock()
-            await until(lambda: hub.hub.watchdog._clock() > swept + 1)
+            await settled(lambda: first.requests[0].sent)
+            blocked = time.monotonic()
+            await until(lambda: time.monotonic() > blocked + 1)
             assert worker.in_flight == 1
             assert slow(worker) == 0
         await first.idle()

@@ -17,6 +17,7 @@ import uvloop
 from gollama_proxy.cli import main
 from gollama_proxy.config import watch
 from gollama_proxy.config.settings import Timeouts
+from gollama_proxy.fleet.breaker import BreakerState, Verdict
 from gollama_proxy.fleet.worker import WorkerState
 from gollama_proxy.proxy.attempt import Attempt, Outgoing
 from gollama_proxy.wire.errors import Code, WorkerError
@@ -117,7 +118,11 @@ async def test_a_canary_goes_over_tls(authority: Authority, tmp_path: Path) -> N
         keys = {"ca_file": authority.file}
         async with hub_before(worker, tmp_path, keys, breaker__open=0.01) as hub:
             [record] = hub.hub.registry.workers
-            assert await hub.hub.watchdog._prove(record, "tiny")
+            for _ in range(5):
+                record.breaker.record(Verdict.FAILURE)
+            await until(lambda: record.breaker.state is BreakerState.HALF_OPEN)
+            hub.hub.watchdog.round()
+            await until(lambda: record.breaker.closed)
             assert worker.requests[-1].json()["max_tokens"] == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -156,6 +157,13 @@ async def running_hub(
     await _assert_no_tasks(before)
     held = {str(worker): worker.in_flight for worker in hub.registry.workers}
     assert not any(held.values()), f"still in flight after the end: {held}"
+
+
+def shown(thing: object, name: str) -> int:
+    """Read a number from a `repr`, in which it is shown as `name=3`."""
+    match = re.search(rf"\b{name}=(\d+)", repr(thing))
+    assert match is not None, f"{thing!r} shows no {name}"
+    return int(match[1])
 
 
 def mint(secret: str = SECRET, algorithm: str = "HS256", **claims: Any) -> str:

@@ -239,12 +239,11 @@ class ScriptedWorker:
 
 
 @contextlib.contextmanager
-def full_backlog() -> Iterator[str]:
+def full_backlog(port: int = 0) -> Iterator[str]:
     """Yield the URL of a listener with a full queue, which ignores every SYN."""
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(
-            socket.create_server(("127.0.0.1", 0), backlog=0)
-        )
+        listener = stack.enter_context(_bind(port))
+        listener.listen(0)
         for _ in range(2):  # the kernel adds one place
             client = stack.enter_context(socket.socket())
             client.setblocking(False)
