@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from pathlib import Path
 
 import pytest
 
 from gollama_proxy.cli import main, show_default
+from gollama_proxy.config.load import load
+from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import settings
 from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.openai import ENDPOINTS
+from tests.fakes.hub import SECRET
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -24,8 +28,14 @@ def test_every_setting_is_in_the_table() -> None:
 
 
 def test_the_rule_for_variables_holds() -> None:
+    """A variable that is named by it is read: nonsense in it is an error."""
     for row in settings():
-        assert row.env == "GOLLAMA_" + row.key.replace(".", "_").upper()
+        variable = f"GOLLAMA_{row.key.replace('.', '_').upper()}"
+        with pytest.raises(ConfigError, match=re.escape(row.key)):
+            load(None, {"GOLLAMA_JWT_SECRET": SECRET, variable: "\x00nonsense"})
+    [(key, variable)] = re.findall("The variable of `(.+)` is `(.+)`", README)
+    loaded = load(None, {"GOLLAMA_JWT_SECRET": SECRET, variable: "7"})
+    assert operator.attrgetter(key)(loaded) == 7
 
 
 def test_every_error_is_explained() -> None:
