@@ -461,6 +461,58 @@ async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) ->
     assert "Traceback" not in hub.output
 
 
+# --- What a start imports ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("imported", "absent"),
+    [
+        (
+            "gollama_proxy.cli",
+            "asyncio aiohttp jwt prometheus_client rich tomllib uvloop",
+        ),
+        ("gollama_proxy.edge.auth", "aiohttp jwt"),
+        ("gollama_proxy.serve", "cryptography jwt rich tomllib"),
+    ],
+)
+def test_a_start_imports_nothing_that_only_later_is_needed(
+    imported: str, absent: str
+) -> None:
+    code = f"import sys, {imported}; print(*sys.modules.keys() & set(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *absent.split()],
+        env=bare(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    assert done.stdout == "\n"
+
+
+def test_the_certificates_of_the_system_are_left_to_connections_that_need_them() -> (
+    None
+):
+    """Where they are is changed while aiohttp is imported, and only then."""
+    code = """
+import os, ssl
+before = dict(os.environ)
+loaded = []
+load = ssl.SSLContext.set_default_verify_paths
+def spy(self):
+    load(self)
+    loaded.append(self.cert_store_stats()["x509_ca"])
+ssl.SSLContext.set_default_verify_paths = spy
+from gollama_proxy.cli import _import_aiohttp
+_import_aiohttp()
+assert os.environ == before
+assert not any(loaded), loaded
+"""
+    for where in ({}, {"SSL_CERT_FILE": "a", "SSL_CERT_DIR": "b"}):
+        command = [sys.executable, "-c", code]
+        subprocess.run(command, env=bare() | where, check=True, timeout=20)
+
+
 # --- secret -----------------------------------------------------------------------
 
 
