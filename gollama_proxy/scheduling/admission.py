@@ -111,9 +111,12 @@ class Admission:
         `limit` is the number of requests of the subject that may run at once; 0 is no
         limit.
         """
-        holder = self._subjects.get(subject)  # as `_subject`, with a call less
-        if holder is None or holder.limit != limit:
-            holder = self._subject(subject, limit)
+        holder = self._subjects.get(subject)
+        if holder is None:
+            holder = self._subjects[subject] = Subject(subject, limit)
+        elif holder.limit != limit:
+            holder.limit = limit
+            holder.review()
         if holder.withheld or (self.waiting and self._is_behind(model, priority)):
             self._forget(holder)
             return None
@@ -157,7 +160,7 @@ class Admission:
         return ticket
 
     def next(self, models: Collection[str]) -> Ticket | None:
-        """Admit the request whose turn it is, of those that wait for these models.
+        """Admit the request with the next turn, of those that wait for these models.
 
         None if no request can be admitted.  The cost grows with the number of models,
         and not with the number of requests.
@@ -326,11 +329,11 @@ class Admission:
     # --- Records ------------------------------------------------------------------
 
     def _subject(self, name: str, limit: int) -> Subject:
-        """Find or make the record of a subject, whose limit is this from now on."""
+        """Find or make the record of a subject, which has this limit from now on."""
         holder = self._subjects.get(name)
         if holder is None:
-            holder = self._subjects[name] = Subject(name)
-        if holder.limit != limit:
+            holder = self._subjects[name] = Subject(name, limit)
+        elif holder.limit != limit:
             holder.limit = limit
             holder.review()
         return holder
@@ -366,7 +369,7 @@ class Forecast:
     """Predicts the turns for one model.  `clock` returns monotonic seconds.
 
     The cost of counting the places grows with the number of requests that wait.  It is
-    done at most once in `FRESH` seconds, so that many who ask do not add up.
+    done at most once in `FRESH` seconds, so that many notices do not add up.
     """
 
     __slots__ = ("_clock", "_counted_at", "_last", "_mean", "_places")

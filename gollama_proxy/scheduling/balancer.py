@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from gollama_proxy.bounded import Remembered
 from gollama_proxy.config.names import matches
 from gollama_proxy.config.settings import Config
 from gollama_proxy.fleet.pool import Pool
@@ -61,6 +62,7 @@ class Balancer:
         self._policies = {
             pattern: made[name] for pattern, name in routing.policies.items()
         }
+        self._chosen = Remembered[str, str | None]()  # patterns, by model
 
     def __repr__(self) -> str:
         return f"<Balancer {self.policy!r}>"
@@ -70,10 +72,13 @@ class Balancer:
 
         Models with the same policy share the object, which tells them apart by name.
         """
-        for pattern, policy in self._policies.items():
-            if matches(model, (pattern,)):
-                return policy
-        return self.policy
+        if not self._policies:
+            return self.policy
+        if model not in self._chosen:
+            patterns = (each for each in self._policies if matches(model, (each,)))
+            self._chosen[model] = next(patterns, None)
+        pattern = self._chosen[model]
+        return self.policy if pattern is None else self._policies[pattern]
 
     def follows(self, pool: Pool) -> bool:
         """Return whether the choice depends on the conversation of a request."""

@@ -1,8 +1,8 @@
 """The admission queue: a lease for each attempt, at once or after a wait.
 
-`Admission` decides whose turn it is; requests wait here, each on one future.  A slot is
-handed out as a lease, so that no other request can have it between the turn and the
-moment when its task runs.  The slot is free again when the lease is released.
+`Admission` decides which request is next; requests wait here, each on one future.  A
+slot is handed out as a lease, so that no other request can have it between the turn and
+the moment when its task runs.  The slot is free again when the lease is released.
 
 A request waits for one of two things:
 
@@ -107,23 +107,24 @@ class Queue:
         It has to wait if no slot is free, if other requests go first, if its subject
         is at its limit, or if the policy wants it to wait for a better worker.
         """
-        plan = request.plan
+        plan, admission = request.plan, self.admission
         candidates = plan.candidates()
+        model = plan.pool.model
         if not request.needs_slot:
             worker = self._balancer.pick(plan, candidates) if candidates else None
-            return None if worker is None else worker.lease(plan.pool.model, slot=False)
+            return None if worker is None else worker.lease(model, slot=False)
         free = [worker for worker in candidates if worker.free > 0]
         if not free:
             return None
-        model = plan.pool.model
         if request.ticket is None:
-            request.ticket = self.admission.admit(
+            request.ticket = admission.admit(
                 request.subject, model, request.priority, request.max_concurrency
             )
             if request.ticket is None:
                 return None
         # It may wait for a better worker than those if there is room to wait.
-        patience = self._patience if self.admission.has_room else 0.0
+        has_room = admission.waiting < admission.settings.size
+        patience = self._patience if has_room else 0.0
         worker = self._balancer.pick(plan, free, patience)
         return None if worker is None else worker.lease(model)
 

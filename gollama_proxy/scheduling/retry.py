@@ -123,6 +123,7 @@ class Attempts:
         "begun",
         "needs",
         "once",
+        "pool",
     )
 
     def __init__(
@@ -144,7 +145,8 @@ class Attempts:
         self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
         self.as_sent = False  # a stream in place of an answer has been of no use
         self._pools = tuple(pools)
-        self._place = 0  # of the pool whose turn it is
+        self._place = 0
+        self.pool = self._pools[0]  # the pool whose turn it is
         self._tried: list[list[Worker]] = [[] for _ in pools]
         self._limits = limits
         self._budget = budget
@@ -170,11 +172,6 @@ class Attempts:
     # --- Who ----------------------------------------------------------------------
 
     @property
-    def pool(self) -> Pool:
-        """The pool whose turn it is."""
-        return self._pools[self._place]
-
-    @property
     def tried(self) -> list[Worker]:
         """The workers of this pool that have had an attempt."""
         return self._tried[self._place]
@@ -186,6 +183,10 @@ class Attempts:
         Where nobody is there, it is the next fallback's.  An answer that broke off goes
         to the fallbacks first, and then to those that have failed it before.
         """
+        if not (self.begun or self.needs or self._least_context):
+            available = self.pool.available  # for the first attempt, as usual
+            if available:
+                return available
         if self._resuming and not self.some_left:
             return []
         last = [w for w in self.fitting(self.pool) if w is self._last and self._again]
@@ -339,7 +340,7 @@ class Attempts:
 
     def _turn_to(self, place: int) -> None:
         if place != self._place:
-            self._place = place
+            self._place, self.pool = place, self._pools[place]
             self.ask = self.ask._replace(model=self.pool.model)
             self._suspects.clear()
             self._unreached = 0

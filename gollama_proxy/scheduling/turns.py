@@ -274,9 +274,9 @@ class Subject:
 
     __slots__ = ("limit", "name", "rounds", "running", "withheld")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, limit: int = 0) -> None:
         self.name = name
-        self.limit = 0  # of requests that run at once; 0 is no limit
+        self.limit = limit  # of requests that run at once; 0 is no limit
         self.running = 0
         self.withheld = False  # because it has reached the limit
         self.rounds: dict[Rounds, None] = {}  # in which it waits

@@ -1,4 +1,4 @@
-"""Every slot busy: the others wait in the hub, in bounds and in fair order."""
+"""While every slot is busy, requests wait in the hub, bounded and in fair order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ask(name: str = "x", **fields: Any) -> dict[str, Any]:
 
 
 def asked(worker: ScriptedWorker) -> list[str]:
-    """Tell the order in which requests came to a worker."""
+    """Return the contents of the requests in the order of their arrival."""
     return [each.json()["messages"][0]["content"] for each in worker.requests]
 
 
@@ -100,7 +100,7 @@ async def test_a_burst_beyond_the_threads_of_a_worker_is_spaced() -> None:
         await asyncio.gather(running, *clients)
 
 
-async def test_a_worker_that_does_not_tell_its_slots_is_not_limited() -> None:
+async def test_a_worker_that_does_not_report_its_slots_is_not_limited() -> None:
     async with crowded() as (worker, hub, queue):
         worker.on("/props", send(error_reply(404, "no", "not_found_error")))
         hub.hub.registry.workers[0].suspect()
@@ -134,7 +134,7 @@ async def test_slots_that_become_more_are_used_without_a_restart() -> None:
         await asyncio.gather(*clients)
 
 
-async def test_some_more_than_there_are_slots_can_be_allowed() -> None:
+async def test_more_requests_than_slots_can_be_allowed() -> None:
     async with crowded(queue__overcommit=2) as (worker, hub, queue):
         clients = [sent(hub, str(n)) for n in range(4)]
         await waiting(queue, 1)
@@ -147,7 +147,7 @@ async def test_some_more_than_there_are_slots_can_be_allowed() -> None:
 # --- Bounds -----------------------------------------------------------------------
 
 
-async def test_a_full_line_sheds_at_once_and_says_which_limit() -> None:
+async def test_a_full_queue_rejects_at_once_and_names_its_limit() -> None:
     async with crowded(queue__size=8) as (worker, hub, queue):
         clients = [sent(hub, str(n)) for n in range(9)]
         await waiting(queue, 8)
@@ -163,7 +163,7 @@ async def test_a_full_line_sheds_at_once_and_says_which_limit() -> None:
         assert {each.status for each in await asyncio.gather(*clients)} == {200}
 
 
-async def test_whoever_waits_too_long_is_told_so() -> None:
+async def test_a_wait_that_is_too_long_ends_with_an_error() -> None:
     async with crowded(queue__timeout=0.1) as (worker, hub, queue):
         running = sent(hub, "a")
         await worker.received(1)
@@ -178,7 +178,7 @@ async def test_whoever_waits_too_long_is_told_so() -> None:
         assert (await running).status == 200
 
 
-async def test_a_client_that_leaves_leaves_the_line() -> None:
+async def test_a_client_that_leaves_leaves_the_queue() -> None:
     async with crowded() as (worker, hub, queue):
         running = sent(hub, "a")
         await worker.received(1)
@@ -259,7 +259,7 @@ async def test_a_priority_that_is_not_allowed_is_refused(
 
 
 async def test_a_subject_has_no_more_running_than_it_may() -> None:
-    """Its slots are for the others meanwhile."""
+    """The other slots are for other subjects meanwhile."""
     async with crowded(slots=4) as (worker, hub, queue):
         token = hub.token("greedy", max_concurrency=2)
         greedy = [sent(hub, f"greedy{n}", token) for n in range(5)]
@@ -302,7 +302,9 @@ async def test_a_request_that_failed_goes_before_those_that_wait() -> None:
         assert asked(good) == ["second", "first"]
 
 
-async def test_when_all_that_serve_a_model_are_gone_nobody_waits_for_them() -> None:
+async def test_when_all_workers_of_a_model_have_gone_no_request_waits_for_them() -> (
+    None
+):
     async with (
         ScriptedWorker("big", slots=1) as big,
         ScriptedWorker("small") as small,
@@ -330,7 +332,7 @@ def sent_to(hub: RunningHub, model: str) -> asyncio.Task[Response]:
     return asyncio.create_task(posted, name="fake client")
 
 
-async def test_the_line_shows_in_the_metrics() -> None:
+async def test_the_queue_shows_in_the_metrics() -> None:
     async with crowded(metrics__open=True) as (worker, hub, queue):
         clients = [sent(hub, str(n)) for n in range(4)]
         await waiting(queue, 3)
@@ -341,12 +343,12 @@ async def test_the_line_shows_in_the_metrics() -> None:
         await asyncio.gather(*clients)
 
 
-# --- Clients that are told --------------------------------------------------------
+# --- Notices ----------------------------------------------------------------------
 
 STREAM: dict[str, Any] = {"stream": True}
 
 
-async def test_a_client_of_a_stream_is_told_that_it_waits() -> None:
+async def test_the_client_of_a_stream_is_notified_that_it_waits() -> None:
     """By comments, which every client of an event stream passes over."""
     async with crowded(queue__notice=0.05) as (worker, hub, queue):
         running = sent(hub, "a")
@@ -365,13 +367,13 @@ async def test_a_client_of_a_stream_is_told_that_it_waits() -> None:
     assert not queue.admission.waiting
 
 
-async def test_a_client_that_does_not_stream_is_not_told() -> None:
+async def test_a_client_that_does_not_stream_is_not_notified() -> None:
     async with crowded(queue__notice=0.02) as (worker, hub, queue):
         running = sent(hub, "a")
         await worker.received(1)
         waits = sent(hub, "b")
         await waiting(queue, 1)
-        # Whoever comes later and is told shows that it would have been told by now.
+        # A later client that is notified shows that it would have been, too.
         async with await hub.open(CHAT, ask("c", **STREAM)) as wire:
             assert await wire.read_event() == b": queued 2/2\n\n"
         worker.release("go")
@@ -449,7 +451,7 @@ async def test_another_worker_can_still_take_over_behind_a_notice() -> None:
     assert b"[DONE]" in ending.raw
 
 
-async def test_a_client_is_told_when_its_prompt_takes_long(
+async def test_a_client_is_notified_when_its_prompt_takes_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attempt, "LOOK", 0.02)
@@ -464,7 +466,7 @@ async def test_a_client_is_told_when_its_prompt_takes_long(
     assert b"[DONE]" in ending.raw
 
 
-async def test_the_official_client_passes_over_what_it_is_told() -> None:
+async def test_the_official_client_skips_the_notices() -> None:
     async with crowded(queue__notice=0.05) as (worker, hub, _):
         running = sent(hub, "a")
         await worker.received(1)

@@ -67,10 +67,10 @@ def balancer(
     made = Registry(config, clock)
     for worker, served in zip(made.workers, workers, strict=True):
         if served is not None:
-            told = Description(
+            found = Description(
                 tuple(Model(name) for name in served.split()), slots=slots
             )
-            worker.observe(Check.OK, "ok", told)
+            worker.observe(Check.OK, "ok", found)
     return Balancer(made, config, clock)
 
 

@@ -1,4 +1,4 @@
-"""The waiting admission is bounded, fair to every subject, and loses nobody."""
+"""The admission queue is bounded, fair to every subject, and loses no request."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def wait(
     priority: Priority = INTERACTIVE,
     limit: int = 0,
 ) -> list[Ticket]:
-    """Have a request join for each letter, in this order."""
+    """Let a request join for each letter, in this order."""
     return [admission.join(subject, model, priority, limit) for subject in subjects]
 
 
 def turns(
     admission: Admission, models: Collection[str] = "m", *, ends: bool = False
 ) -> str:
-    """Give out slots until nobody takes one; tell who did.
+    """Give out slots until none is taken; return the subjects in their order.
 
     With `ends` each request is over before the next slot is given out.
     """
@@ -106,7 +106,7 @@ def test_a_request_waits_and_runs_and_is_over() -> None:
     assert repr(admission) == "<Admission interactive=0 batch=0 subjects=0>"
 
 
-def test_a_client_that_leaves_while_it_waits_leaves_the_line() -> None:
+def test_a_client_that_leaves_while_it_waits_leaves_the_queue() -> None:
     admission = make(2)
     first, second = wait(admission, "ab")
     admission.leave(first)
@@ -143,7 +143,7 @@ def test_leaving_twice_counts_once(end: str) -> None:
 # --- Admitted at once --------------------------------------------------------------
 
 
-def test_where_a_slot_is_free_nobody_waits() -> None:
+def test_where_a_slot_is_free_no_request_waits() -> None:
     admission = make(0)
     ticket = admission.admit("a", "m")
     assert ticket is not None
@@ -155,7 +155,7 @@ def test_where_a_slot_is_free_nobody_waits() -> None:
     assert not admission.turns
 
 
-def test_nobody_passes_those_whose_turn_it_is() -> None:
+def test_no_request_passes_those_with_the_next_turn() -> None:
     admission = make()
     wait(admission, "a", priority=BATCH)
     assert admission.admit("b", "m", BATCH) is None
@@ -167,7 +167,7 @@ def test_nobody_passes_those_whose_turn_it_is() -> None:
     assert repr(admission) == "<Admission interactive=1 batch=1 subjects=2>"
 
 
-def test_who_is_withheld_is_passed() -> None:
+def test_a_withheld_subject_is_passed() -> None:
     admission = make()
     assert admission.admit("a", "m", limit=1) is not None
     wait(admission, "a", limit=1)
@@ -243,7 +243,9 @@ def test_a_subject_is_served_in_its_order_over_all_models_of_a_worker() -> None:
     assert [admission.next("xy") for _ in came] == came
 
 
-def test_a_newcomer_passes_whoever_had_a_turn_at_another_model_of_the_worker() -> None:
+def test_a_newcomer_passes_subjects_with_a_turn_at_another_model_of_the_worker() -> (
+    None
+):
     admission = make()
     wait(admission, "aaa", "x")
     assert admission.next("xy") is not None
@@ -252,7 +254,7 @@ def test_a_newcomer_passes_whoever_had_a_turn_at_another_model_of_the_worker() -
 
 
 def test_a_turn_at_one_model_of_a_worker_puts_its_subject_last_at_all() -> None:
-    """Both run already, so both wait for the next round; one has a turn before it."""
+    """Both have requests running, so both wait; one has a turn before that."""
     admission = make()
     running = admission.admit("a", "z")
     assert admission.admit("b", "z") is not None
@@ -263,7 +265,7 @@ def test_a_turn_at_one_model_of_a_worker_puts_its_subject_last_at_all() -> None:
     assert turns(admission, "xy") == "abaa"
 
 
-def test_a_slot_is_not_for_who_waits_for_another_model() -> None:
+def test_a_slot_is_not_for_requests_for_another_model() -> None:
     admission = make()
     wait(admission, "aaa", "x")
     wait(admission, "b", "y")
@@ -271,7 +273,7 @@ def test_a_slot_is_not_for_who_waits_for_another_model() -> None:
     assert turns(admission, "yx") == "aaa"
 
 
-def test_who_was_failed_by_a_worker_goes_before_all_others_of_its_class() -> None:
+def test_a_request_that_a_worker_failed_goes_before_all_others_of_its_class() -> None:
     admission = make()
     wait(admission, "aabb")
     wait(admission, "c", priority=BATCH)
@@ -305,7 +307,7 @@ def test_a_subject_at_its_limit_lets_others_pass() -> None:
     assert turns(admission) == "a"
 
 
-def test_who_comes_back_below_its_limit_and_still_runs_is_no_newcomer() -> None:
+def test_a_subject_back_below_its_limit_with_requests_running_is_no_newcomer() -> None:
     admission = make()
     running = [admission.admit("a", "m", limit=2) for _ in range(2)]
     wait(admission, "a", limit=2)
@@ -327,7 +329,7 @@ def test_a_limit_counts_over_all_models() -> None:
     assert turns(admission, "xyz") == "a"
 
 
-def test_the_limit_of_a_subject_is_what_its_last_request_said() -> None:
+def test_the_limit_of_a_subject_is_that_of_its_last_request() -> None:
     admission = make()
     wait(admission, "aaaa", limit=1)
     assert turns(admission) == "a"
@@ -340,7 +342,7 @@ def test_the_limit_of_a_subject_is_what_its_last_request_said() -> None:
 # --- Room -------------------------------------------------------------------------
 
 
-def test_a_line_that_is_full_says_so_and_names_the_limit() -> None:
+def test_a_full_queue_names_its_limit() -> None:
     admission = make(2)
     wait(admission, "ab")
     assert refused(admission, "c") == (
@@ -350,7 +352,7 @@ def test_a_line_that_is_full_says_so_and_names_the_limit() -> None:
     assert "limit is 0 (queue.size)" in refused(make(0), "a")
 
 
-def test_whoever_has_most_waiting_makes_room_for_others() -> None:
+def test_the_subject_with_most_waiting_makes_room_for_others() -> None:
     admission = make(4)
     gone: list[Ticket] = []
     admission.on_displaced = gone.append
@@ -360,7 +362,7 @@ def test_whoever_has_most_waiting_makes_room_for_others() -> None:
     wait(admission, "c")
     assert gone == [tickets[3], tickets[2]]
     assert {ticket.state for ticket in gone} == {TicketState.DISPLACED}
-    for subject in "abcd":  # two, one, one: nobody has two more than anybody
+    for subject in "abcd":  # two, one, one: none has two more than another
         if subject != "d":
             refused(admission, subject)
     wait(admission, "d")
@@ -395,7 +397,7 @@ def test_batch_makes_room_for_what_is_interactive() -> None:
     assert turns(admission) == "abc"
 
 
-def test_who_made_room_may_leave_from_the_call_that_says_so() -> None:
+def test_a_displaced_ticket_may_leave_in_the_call_that_reports_it() -> None:
     admission = make(2)
     admission.on_displaced = admission.leave
     wait(admission, "aa")
@@ -403,7 +405,7 @@ def test_who_made_room_may_leave_from_the_call_that_says_so() -> None:
     assert turns(admission) == "ab"
 
 
-# --- What clients are told --------------------------------------------------------
+# --- Places and errors -------------------------------------------------------------
 
 
 def test_a_ticket_knows_until_when_it_may_wait() -> None:
@@ -414,7 +416,7 @@ def test_a_ticket_knows_until_when_it_may_wait() -> None:
     assert admission.deadline(ticket) == 1005.0
 
 
-def test_a_wait_that_ran_out_says_what_was_waited_for() -> None:
+def test_the_error_of_a_timeout_names_what_was_waited_for() -> None:
     admission = make(timeout=1.5)
     (ticket,) = wait(admission, "a")
     error = admission.too_late(ticket)
@@ -427,7 +429,7 @@ def test_a_wait_that_ran_out_says_what_was_waited_for() -> None:
     assert admission.too_late(ticket).message == error.message
 
 
-def test_a_wait_for_its_own_requests_says_that_it_was() -> None:
+def test_the_error_of_a_wait_for_own_requests_names_them() -> None:
     admission = make()
     wait(admission, "aaa", limit=2)
     assert turns(admission) == "aa"
@@ -438,7 +440,7 @@ def test_a_wait_for_its_own_requests_says_that_it_was() -> None:
     )
 
 
-def test_a_place_tells_who_goes_first_and_how_long_that_may_take() -> None:
+def test_a_place_has_the_position_and_the_expected_time() -> None:
     clock = Clock()
     admission = make(clock=clock)
     wait(admission, "aaaaaa")
@@ -453,7 +455,7 @@ def test_a_place_tells_who_goes_first_and_how_long_that_may_take() -> None:
     assert admission.place(last) == Place(1, 1, None)
 
 
-def test_the_pace_is_that_of_the_times_when_somebody_waits() -> None:
+def test_the_pace_is_that_of_the_times_with_requests_waiting() -> None:
     clock = Clock()
     admission = make(clock=clock)
     wait(admission, "aaa")
@@ -469,7 +471,7 @@ def test_the_pace_is_that_of_the_times_when_somebody_waits() -> None:
     assert admission.retry_after("m") == 8
 
 
-def test_retry_after_is_the_time_in_which_those_who_wait_go_in() -> None:
+def test_retry_after_is_the_time_in_which_those_that_wait_are_admitted() -> None:
     clock = Clock()
     admission = make(timeout=600, clock=clock)
     assert admission.retry_after("m") == RETRY_AFTER
@@ -486,7 +488,7 @@ def test_retry_after_is_the_time_in_which_those_who_wait_go_in() -> None:
     assert admission.retry_after("other") == RETRY_AFTER
 
 
-def test_nobody_is_told_to_wait_for_longer_than_the_line_itself_waits() -> None:
+def test_retry_after_is_no_longer_than_the_timeout_of_the_queue() -> None:
     clock = Clock()
     admission = make(timeout=4.2, clock=clock)
     wait(admission, "a" * 9)
@@ -502,7 +504,7 @@ def test_nobody_is_told_to_wait_for_longer_than_the_line_itself_waits() -> None:
     ),
     before=st.integers(0, 20),
 )
-def test_places_foretell_the_turns(
+def test_places_predict_the_turns(
     came: list[tuple[str, Priority]], before: int
 ) -> None:
     clock = Clock()
@@ -514,8 +516,8 @@ def test_places_foretell_the_turns(
             admission.next("m")
     clock.advance(1)
     waiting = [each for each in tickets if each.state is TicketState.WAITING]
-    foretold = sorted(waiting, key=lambda each: admission.place(each).position)
-    assert [admission.next("m") for _ in waiting] == foretold
+    predicted = sorted(waiting, key=lambda each: admission.place(each).position)
+    assert [admission.next("m") for _ in waiting] == predicted
 
 
 # --- What it costs ----------------------------------------------------------------
@@ -542,7 +544,7 @@ def test_what_is_remembered_of_models_has_a_bound(
     assert not admission._rounds[INTERACTIVE]
 
 
-def test_the_next_is_picked_without_looking_at_all_who_wait() -> None:
+def test_the_next_is_picked_without_looking_at_all_requests() -> None:
     """A hundred times as many waiting; the steps of the interpreter are counted."""
 
     def steps(waiting: int) -> int:
@@ -568,8 +570,8 @@ def test_the_next_is_picked_without_looking_at_all_who_wait() -> None:
 # --- Against a model --------------------------------------------------------------
 
 
-class Lines(RuleBasedStateMachine):
-    """A admission, and all that there is to know of it, kept in plain lists."""
+class Admissions(RuleBasedStateMachine):
+    """An admission queue, and all that is known of it, in plain lists."""
 
     subjects: ClassVar = st.sampled_from("abcd")
     models: ClassVar = st.sampled_from("xy")
@@ -586,7 +588,7 @@ class Lines(RuleBasedStateMachine):
         self.running: list[Ticket] = []
         self.ended: list[Ticket] = []
         self.limit: dict[str, int] = {}
-        # Whose turns there were in a lane since somebody could have had one there.
+        # The turns in some rounds since a subject could have had one there.
         self.passed: dict[tuple[str, Priority, str], str] = {}
 
     # --- What is expected ---
@@ -597,7 +599,7 @@ class Lines(RuleBasedStateMachine):
         return 0 < limit <= running
 
     def ready(self, models: str, most: Priority = BATCH) -> list[Ticket]:
-        """List those who could go in, of the first class that has any."""
+        """List those that could be admitted, of the first class that has any."""
         for priority in Priority:
             found = [
                 ticket
@@ -611,7 +613,7 @@ class Lines(RuleBasedStateMachine):
         return []
 
     def victims(self, subject: str, priority: Priority) -> list[Ticket]:
-        """List those of whom one has to make room; none if it is no one."""
+        """List those of which one has to make room; empty if none has."""
         for lower in [BATCH] if priority is BATCH else [BATCH, INTERACTIVE]:
             there = [each for each in self.waiting if each.priority is lower]
             counts = Counter(each.subject for each in there)
@@ -623,7 +625,7 @@ class Lines(RuleBasedStateMachine):
         return []
 
     def forget(self, subject: str) -> None:
-        """Whoever has nothing here any more has no limit any more."""
+        """A subject without requests has no limit any more."""
         if all(each.subject != subject for each in self.waiting + self.running):
             self.limit.pop(subject, None)
 
@@ -690,7 +692,7 @@ class Lines(RuleBasedStateMachine):
 
     @precondition(lambda self: self.waiting or self.running)
     @rule(data=st.data())
-    def somebody_leaves(self, data: st.DataObject) -> None:
+    def a_ticket_leaves(self, data: st.DataObject) -> None:
         ticket = data.draw(st.sampled_from(self.waiting + self.running))
         waited = ticket in self.waiting
         self.admission.leave(ticket)
@@ -701,7 +703,7 @@ class Lines(RuleBasedStateMachine):
 
     @precondition(lambda self: self.ended)
     @rule(data=st.data())
-    def somebody_leaves_again(self, data: st.DataObject) -> None:
+    def a_ticket_leaves_again(self, data: st.DataObject) -> None:
         ticket = data.draw(st.sampled_from(self.ended))
         state = ticket.state
         self.admission.leave(ticket)
@@ -714,7 +716,7 @@ class Lines(RuleBasedStateMachine):
     # --- What always holds ---
 
     @invariant()
-    def nobody_is_lost_and_nobody_there_twice(self) -> None:
+    def no_ticket_is_lost_or_there_twice(self) -> None:
         assert (
             self.admission.waiting == len(self.waiting) <= self.admission.settings.size
         )
@@ -735,14 +737,14 @@ class Lines(RuleBasedStateMachine):
         assert self.admission.wanted() == wanted
 
     @invariant()
-    def everybody_who_waits_has_a_place(self) -> None:
+    def each_ticket_that_waits_has_a_place(self) -> None:
         for ticket in self.waiting:
             place = self.admission.place(ticket)
             there = [each.model for each in self.waiting].count(ticket.model)
             assert 1 <= place.position <= place.waiting == there
 
     @invariant()
-    def turns_are_counted_for_who_could_have_had_them(self) -> None:
+    def turns_are_counted_for_subjects_that_could_have_had_them(self) -> None:
         able = {
             (each.model, each.priority, each.subject)
             for each in self.waiting
@@ -751,8 +753,8 @@ class Lines(RuleBasedStateMachine):
         self.passed = {key: self.passed.get(key, "") for key in able}
 
 
-TestLines = Lines.TestCase
-TestLines.settings = settings(max_examples=200, stateful_step_count=50)
+TestAdmissions = Admissions.TestCase
+TestAdmissions.settings = settings(max_examples=200, stateful_step_count=50)
 
 
 @given(
@@ -764,7 +766,7 @@ def test_over_all_models_of_a_worker_no_subject_has_two_turns_while_another_wait
 ) -> None:
     admission = make()
     waiting: list[str] = []
-    since: dict[str, str] = {}  # whose turns there were since somebody waits
+    since: dict[str, str] = {}  # the turns since each subject waits
     for subject, model in came:
         admission.join(subject, model)
         waiting.append(subject)
@@ -787,20 +789,20 @@ def test_over_all_models_of_a_worker_no_subject_has_two_turns_while_another_wait
 # --- What each ticket and each model has for itself -------------------------------
 
 
-def test_a_ticket_says_whose_it_is_from_the_first_moment() -> None:
+def test_a_ticket_has_its_subject_from_the_first_moment() -> None:
     """Whether it goes in past the admission or waits; the numbers rise."""
     admission = make()
     admitted = admission.admit("a", "m", BATCH)
     assert admitted is not None
     joined = admission.join("b", "other", BATCH)
     for ticket, subject, model in ((admitted, "a", "m"), (joined, "b", "other")):
-        told = (ticket.subject, ticket.model, ticket.priority, ticket.first)
-        assert told == (subject, model, BATCH, False)
+        found = (ticket.subject, ticket.model, ticket.priority, ticket.first)
+        assert found == (subject, model, BATCH, False)
     assert 0 < admitted.number < joined.number
 
 
-def test_a_refusal_tells_of_its_own_models_pace() -> None:
-    """Not of that of another model, in front of which more are waiting."""
+def test_a_refusal_reports_the_pace_of_its_model() -> None:
+    """Not that of another model, for which more requests wait."""
     clock = Clock()
     admission = make(8, clock=clock)
     wait(admission, "abcdefgh", "slow")
@@ -828,7 +830,7 @@ def test_every_turn_is_counted_and_every_refusal() -> None:
 
 
 def test_with_room_for_one_a_round_is_one_turn() -> None:
-    """So ever new subjects cannot keep out one that had its turn."""
+    """So a stream of new subjects cannot keep out one that had its turn."""
     admission = make(1)
     had = ""
     for subject in "abcb":
@@ -838,7 +840,7 @@ def test_with_room_for_one_a_round_is_one_turn() -> None:
     wait(admission, "a")
     rounds = admission._rounds_of("m", INTERACTIVE)
     assert not rounds.over
-    rounds.had_turn("x")  # in another lane, that is served along
+    rounds.had_turn("x")  # in other rounds that are served with these
     assert rounds.over
 
 
@@ -879,12 +881,12 @@ def test_a_burst_is_evened_out() -> None:
     """Four slots that come free together, every 12 s."""
     clock = Clock()
     forecast = Forecast(clock)
-    told = []
+    intervals = []
     for _ in range(20):
         paced(forecast, clock, 0, 0, 0)
-        told.append(forecast.interval)
+        intervals.append(forecast.interval)
         clock.advance(12)
-    assert told[-1] == pytest.approx(3, abs=1)
+    assert intervals[-1] == pytest.approx(3, abs=1)
 
 
 def test_a_change_of_pace_is_followed() -> None:
@@ -895,7 +897,7 @@ def test_a_change_of_pace_is_followed() -> None:
     assert forecast.interval == pytest.approx(10, rel=0.1)
 
 
-def test_when_no_turn_comes_nobody_is_told_the_old_pace() -> None:
+def test_without_turns_the_old_pace_does_not_count() -> None:
     clock = Clock()
     forecast = Forecast(clock)
     paced(forecast, clock, 1, 1)
@@ -903,7 +905,7 @@ def test_when_no_turn_comes_nobody_is_told_the_old_pace() -> None:
     assert forecast.interval == 60
 
 
-def test_a_night_in_which_nobody_waits_does_not_change_the_pace() -> None:
+def test_a_night_without_requests_does_not_change_the_pace() -> None:
     clock = Clock()
     forecast = Forecast(clock)
     paced(forecast, clock, 2, 2)
@@ -947,14 +949,14 @@ def test_places_are_counted_once_a_second_however_many_ask() -> None:
     assert counted == 2
 
 
-def test_who_came_after_the_last_count_is_the_last() -> None:
+def test_a_ticket_that_joined_after_the_last_count_is_the_last() -> None:
     forecast = Forecast(Clock())
     waiting = tickets(4)
     assert forecast.place(waiting[0], 3, lambda: waiting[:3]).position == 1
     assert forecast.place(waiting[3], 4, lambda: waiting) == Place(4, 4, None)
 
 
-def test_a_place_is_never_behind_all_who_wait() -> None:
+def test_a_place_is_never_behind_all_that_wait() -> None:
     """Three have left since the last count."""
     forecast = Forecast(Clock())
     waiting = tickets(4)

@@ -64,7 +64,7 @@ def test_a_worker_that_is_not_ready_is_not_chosen(check: Check) -> None:
     assert {choose(made, "a").name for _ in range(6)} == {"w0", "w1", "w2"}
 
 
-def test_a_pool_shows_who_is_available_now_and_not_when_it_was_made() -> None:
+def test_a_pool_shows_what_is_available_now_and_not_when_it_was_made() -> None:
     """Between the two a client may have waited for minutes."""
     made = balancer("a", "a")
     attempts = made.attempts(made.registry.resolve("a", None), CHAT)
@@ -75,7 +75,7 @@ def test_a_pool_shows_who_is_available_now_and_not_when_it_was_made() -> None:
     assert choose_next(made, attempts) is made.registry.workers[1]
 
 
-def test_whoever_has_had_an_attempt_is_not_chosen_again() -> None:
+def test_a_worker_that_has_had_an_attempt_is_not_chosen_again() -> None:
     made = balancer("a", "a", "a")
     attempts = made.attempts(made.registry.pool("a"), CHAT)
     chosen = []
@@ -88,7 +88,7 @@ def test_whoever_has_had_an_attempt_is_not_chosen_again() -> None:
 
 
 def test_a_worker_that_has_just_recovered_is_passed_over_now_and_then() -> None:
-    """If there is another one: somebody has to take it."""
+    """If there is another one: the only one takes all."""
     made = balancer("a", "a", "b", clock=(clock := Clock()))
     trip(made.registry.workers[0], made.registry.workers[2])
     clock.advance(5)
@@ -171,7 +171,7 @@ def test_only_with_prefixes_has_a_request_patience() -> None:
 
 
 def asked(made: Balancer, attempts: Attempts) -> list[str]:
-    """Have everybody fail, and tell which models were asked."""
+    """Let every worker fail; return the models that were asked."""
     models = []
     pause: float | None = 0.0
     while pause is not None:
@@ -200,7 +200,7 @@ def test_the_fallbacks_of_a_model_are_asked_in_their_order() -> None:
     assert chain(made, "small") == ["small"]
 
 
-def test_a_fallback_is_chosen_when_nobody_of_the_model_is_there() -> None:
+def test_a_fallback_is_chosen_when_no_worker_of_the_model_is_there() -> None:
     made = balancer("big", "small", fallbacks={"big": ("small",)})
     assert choose(made, "big") is made.registry.workers[0]
     take_out(made.registry.workers[0])
@@ -209,7 +209,7 @@ def test_a_fallback_is_chosen_when_nobody_of_the_model_is_there() -> None:
     assert attempts.pool == made.registry.pool("small")
 
 
-def test_where_nobody_of_a_fallback_is_there_the_model_asked_for_is_told() -> None:
+def test_without_workers_of_a_fallback_the_error_names_the_model_asked_for() -> None:
     """And when it may be back: that of a fallback is for the fallback."""
     lists = {"big": ("small", "none")}
     made = balancer("big", "small", fallbacks=lists, clock=(clock := Clock()))
@@ -254,7 +254,7 @@ def test_a_clients_own_fallbacks_take_the_place_of_the_configured_ones() -> None
 def test_no_model_is_asked_twice_and_none_that_is_not_there(
     fallbacks: list[str], models: list[str]
 ) -> None:
-    """A model is no fallback of its own, under whichever of its names."""
+    """A model is no fallback of itself, under any of its names."""
     aliases = {"gpt": "big", "mini": "small"}
     assert chain(balancer("small", "big", aliases=aliases), "big", fallbacks) == models
     if "" not in fallbacks:
@@ -280,7 +280,7 @@ def test_a_fallback_that_the_token_allows_by_its_alias_is_asked() -> None:
         assert chain(made, "big", own, ["big", "mini"]) == ["big", "small"]
 
 
-# --- What the settings say --------------------------------------------------------
+# --- Settings ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4])

@@ -11,7 +11,7 @@ from tests.fakes.clock import Clock
 
 
 def spend(budget: RetryBudget) -> int:
-    """Withdraw until it refuses, and tell how often it did not."""
+    """Withdraw until it refuses; return how often it did not."""
     spent = 0
     while budget.withdraw():
         spent += 1

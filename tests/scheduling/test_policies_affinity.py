@@ -93,15 +93,15 @@ def test_all_turns_of_a_conversation_go_to_one_worker(
     where: dict[int, Worker] = {}
     for turn in range(1, 6):
         for conversation in range(40):
-            said = [conversation * 100 + number for number in range(turn)]
-            chosen = made.pick(ask(*said), workers, has_room)
+            turns = [conversation * 100 + number for number in range(turn)]
+            chosen = made.pick(ask(*turns), workers, has_room)
             assert chosen is not None
             assert where.setdefault(conversation, chosen) is chosen
     if count == 3 and not isinstance(made.inner, Fastest):
         assert set(Counter(where.values()).values()) == {13, 14}
 
 
-def test_new_conversations_go_where_the_other_policy_says() -> None:
+def test_new_conversations_go_where_the_other_policy_sends_them() -> None:
     made, inner, workers, _ = setting()
     assert made.pick(ask(5), workers, has_room) is workers[1]
     assert made.pick(ask(), workers, has_room) is workers[1]
@@ -109,7 +109,7 @@ def test_new_conversations_go_where_the_other_policy_says() -> None:
     assert inner.asked == 3
 
 
-def test_a_common_system_prompt_does_not_pull_everybody_to_one_worker() -> None:
+def test_a_common_system_prompt_does_not_pull_all_requests_to_one_worker() -> None:
     """Neither alone, for it is no prefix, nor with a greeting, after a few of them."""
     made, workers = Affinity(RoundRobin(), Clock()), equals(4)
     picked = [
@@ -123,7 +123,7 @@ def test_most_turns_go_back_without_the_other_policy() -> None:
     made, inner, workers, clock = setting()
     assert made.pick(ask(1, 2), workers, has_room) is workers[0]
     assert inner.asked == 0
-    clock.advance(RECENT)  # what its last choice took says nothing any more
+    clock.advance(RECENT)  # its last choice is no measure any more
     assert made.pick(ask(1, 2, 3), workers, has_room) is workers[0]
     assert inner.asked == 1
 
@@ -166,8 +166,8 @@ def test_a_worker_that_is_much_slower_is_left() -> None:
     assert made.pick(ask(1, 2, 3, 4), workers, has_room) is workers[1]
 
 
-def test_what_was_worse_than_usual_is_compared_with_who_would_have_it_now() -> None:
-    """Usual is what the other policy's choices took, of late and on average."""
+def test_what_was_worse_than_usual_is_compared_with_the_choice_of_now() -> None:
+    """Usual is the average of the other policy's recent choices."""
     made, inner, workers, _ = setting(3)
     occupy(workers[0], unread=100_000)
     made.pick(ask(5), workers, has_room)
@@ -208,7 +208,7 @@ def test_a_worker_that_is_no_longer_in_the_pool_is_left() -> None:
 
 
 def test_a_cold_cache_is_found_out() -> None:
-    """After a restart, say: the worker is hardly preferred to others any more."""
+    """As after a restart: the worker is hardly preferred to others any more."""
     made, _, workers, clock = setting()
     for number in range(100, 120, 2):
         warm(made, workers[0], number)
@@ -220,7 +220,7 @@ def test_a_cold_cache_is_found_out() -> None:
     assert made.pick(ask(1, 2), workers, has_room) is workers[1]
 
 
-def test_nobody_fits() -> None:
+def test_none_fits() -> None:
     made, inner, workers, _ = setting()
     inner.chosen = None
     assert made.pick(ask(1, 2), workers, lambda w: False) is None
@@ -238,7 +238,7 @@ def test_nobody_fits() -> None:
     st.sampled_from([3, 20]),
 )
 @settings(deadline=None)
-def test_who_does_not_fit_is_never_picked(
+def test_a_worker_that_does_not_fit_is_never_picked(
     requests: list[tuple[int, int, int]],
     inner: Callable[[], Policy],
     patience: float,
@@ -247,15 +247,15 @@ def test_who_does_not_fit_is_never_picked(
     made = Affinity(inner(), Clock(), 16)
     workers = equals(count, slots=2)
     for conversation, turn, out in requests:
-        said = [conversation * 100 + number for number in range(turn)]
+        turns = [conversation * 100 + number for number in range(turn)]
         fits = lambda w, o=out: w.free > 0 and w.index != o  # noqa: E731
-        chosen = made.pick(ask(*said, patience=patience), workers, fits)
+        chosen = made.pick(ask(*turns, patience=patience), workers, fits)
         if chosen is None:
             assert patience or not any(map(fits, workers))
             continue
         assert fits(chosen)
         occupy(chosen)
-        made.learn(ask(*said), chosen, 500, 1000)
+        made.learn(ask(*turns), chosen, 500, 1000)
 
 
 # --- Waiting ----------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_it_leaves_a_slot_that_is_offered_to_the_next_in_the_line() -> None:
     assert made.pick(patient(5), workers[1:], has_room) is workers[1]
 
 
-def test_nobody_waits_for_longer_than_there_is_time() -> None:
+def test_no_request_waits_for_longer_than_its_patience() -> None:
     made, _, workers, _ = setting()
     teach(workers[0], None, 25, beside=4)
     occupy(workers[0], 4)
@@ -313,7 +313,7 @@ def test_nobody_waits_for_longer_than_there_is_time() -> None:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_who_knows_no_speed_does_not_wait(reads: bool) -> None:
+def test_without_a_known_speed_no_request_waits(reads: bool) -> None:
     workers = pool(4, 4)
     made = Affinity(Fixed(None), Clock())
     warm(made, workers[0], 1)
@@ -326,7 +326,7 @@ def test_who_knows_no_speed_does_not_wait(reads: bool) -> None:
     assert made.pick(patient(1, 2), workers, has_room) is workers[1]
 
 
-def test_it_tells_what_it_knows() -> None:
+def test_its_repr_shows_what_it_knows() -> None:
     made, _, _, _ = setting()
     made.inner = RoundRobin()
     assert repr(made) == "<Affinity <Memory of 1 prefixes> <RoundRobin last={}>>"

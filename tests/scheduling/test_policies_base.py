@@ -77,7 +77,7 @@ def test_each_is_drawn_for_what_it_can_carry() -> None:
     assert count[16] / count[4] == pytest.approx(4, rel=0.15)
 
 
-def test_who_is_not_known_is_drawn_like_the_average() -> None:
+def test_an_unknown_worker_is_drawn_like_the_average() -> None:
     made, workers = shortlist(), pool(*[None] * 10, *[8] * 5, *[16] * 5)
     count: Counter[int | None] = Counter()
     for _ in range(3000):
@@ -101,7 +101,7 @@ def test_where_nothing_is_known_all_are_drawn_alike() -> None:
 
 @given(st.sets(st.integers(0, 29)), st.integers())
 @settings(deadline=None)
-def test_whoever_fits_is_found_and_nobody_else(fit: set[int], seed: int) -> None:
+def test_workers_that_fit_are_found_and_no_others(fit: set[int], seed: int) -> None:
     made, workers = shortlist(seed), pool(*range(1, 31))
     for _ in range(5):
         found = made.of(ASK, workers, lambda w: w.index in fit)

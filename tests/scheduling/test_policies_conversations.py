@@ -164,7 +164,7 @@ def ask(*prefixes: int, size: int = 1000, subject: str = "", model: str = MODEL)
 def turn(
     memory: Memory, request: Ask, where: Worker, cached: float | None = None
 ) -> Match | None:
-    """Have a worker answer; `cached` is the part of the prompt that it had, if told."""
+    """Let a worker answer; `cached` is the part of the prompt that it reports."""
     match = memory.find(request)
     memory.hold(request, where, match)
     if cached is not None:
@@ -173,7 +173,7 @@ def turn(
 
 
 def others(memory: Memory, count: int, where: Worker = A) -> None:
-    """Have a worker answer so many other requests."""
+    """Let a worker answer so many other requests."""
     for number in range(count):
         turn(memory, ask(10_000 + number), where)
 
@@ -254,7 +254,7 @@ def test_what_others_have_asked_is_not_found(other: Ask) -> None:
     assert memory.find(other) is None
 
 
-def test_what_many_begin_with_says_nothing() -> None:
+def test_what_many_begin_with_is_no_sign() -> None:
     """A greeting that is the same for all must not send all to one worker."""
     memory = Memory()
     found = [turn(memory, ask(1, 100 + number), A) is not None for number in range(10)]
@@ -279,7 +279,7 @@ def test_one_long_conversation_is_not_many() -> None:
 # --- Forgetting -------------------------------------------------------------------
 
 
-def test_who_was_quiet_for_longest_is_forgotten() -> None:
+def test_what_was_not_used_for_longest_is_forgotten() -> None:
     memory = Memory(size=3)
     turn(memory, ask(1), A)
     turn(memory, ask(2), A)

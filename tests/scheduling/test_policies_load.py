@@ -31,7 +31,7 @@ def policy(seed: int = 1) -> LeastBusy:
 
 
 def fill(made: LeastBusy, workers: tuple[Worker, ...], count: int) -> list[int]:
-    """Have so many requests come and stay; tell who got them."""
+    """Let so many requests arrive and stay; return the places of their workers."""
     picked = []
     for _ in range(count):
         chosen = made.pick(ASK, workers, has_room)
@@ -69,7 +69,7 @@ def test_a_pool_fills_evenly() -> None:
     assert made.pick(ASK, workers, has_room) is None
 
 
-def test_who_does_not_tell_its_slots_is_taken_for_a_usual_one() -> None:
+def test_a_worker_with_unknown_slots_counts_as_a_usual_one() -> None:
     workers = pool(None, 4)
     assert fill(policy(), workers, 8) == [0, 1] * 4
     assert fill(policy(), workers, 2) == [0, 0]
@@ -80,7 +80,7 @@ def test_who_does_not_tell_its_slots_is_taken_for_a_usual_one() -> None:
     st.integers(),
 )
 @settings(deadline=None)
-def test_who_does_not_fit_is_never_picked(
+def test_a_worker_that_does_not_fit_is_never_picked(
     machines: list[tuple[int, int]], seed: int
 ) -> None:
     workers = pool(*[slots for slots, _ in machines])
@@ -116,7 +116,7 @@ def test_of_a_large_one_the_better_of_two_is_nearly_as_good() -> None:
     assert max(by_lot) > 1.2 > max(full)
 
 
-def test_it_tells_whose_turn_was_the_last() -> None:
+def test_its_repr_shows_the_last_turn() -> None:
     made, workers = policy(), pool(4, 4)
     made.pick(ASK, workers, has_room)
     assert repr(made) == "<LeastBusy <Shortlist last={'qwen': 0}>>"
@@ -219,7 +219,7 @@ def test_a_machine_that_is_busy_enough_loses_to_a_slower_one() -> None:
     assert pick(fastest(), workers) is workers[1]
 
 
-def test_who_is_reading_a_long_prompt_is_avoided() -> None:
+def test_a_worker_that_reads_a_long_prompt_is_avoided() -> None:
     workers = known((1000, 100), (1000, 80))
     occupy(workers[0], unread=50_000)
     assert pick(fastest(), workers) is workers[1]
@@ -231,7 +231,7 @@ def test_equally_fast_workers_have_their_turns() -> None:
     assert [w.index for w in picked if w] == [0, 1, 2, 0, 1, 2]
 
 
-def test_nobody_fits() -> None:
+def test_none_fits() -> None:
     workers = known((1000, 50), slots=1)
     occupy(workers[0])
     assert pick(fastest(), workers) is None
@@ -302,7 +302,7 @@ def test_in_a_large_pool_the_fast_ones_get_most_of_it_and_not_all_at_once() -> N
     assert fmean(picked[index] for index in range(0, 200, 2)) == fast / 100
 
 
-# --- Those of whom nothing is known -----------------------------------------------
+# --- Unknown workers --------------------------------------------------------------
 
 
 def test_an_unknown_worker_comes_first_once() -> None:
@@ -354,7 +354,7 @@ def test_a_worker_that_was_slow_long_ago_is_asked_once_more() -> None:
     assert pick(made, workers) is workers[2]
 
 
-def test_who_is_busy_is_not_asked_out_of_curiosity() -> None:
+def test_a_busy_worker_is_not_asked_out_of_curiosity() -> None:
     made, workers = fastest(), known((1e6, 100), (1e6, 10))
     occupy(workers[1])
     assert all(pick(made, workers) is workers[0] for _ in range(2000))
@@ -369,7 +369,7 @@ def test_a_large_pool_gets_to_know_all_of_its_workers() -> None:
     assert all(w.pace_of(MODEL).speed.reads for w in workers)
 
 
-def test_it_shows_which_was_the_last() -> None:
+def test_the_repr_of_the_fastest_shows_the_last_turn() -> None:
     made, workers = fastest(), known((1, 1), (1, 1))
     pick(made, workers)
     assert repr(made) == "<Fastest <Shortlist last={'qwen': 0}>>"

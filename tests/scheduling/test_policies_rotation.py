@@ -23,7 +23,7 @@ WORKERS = tuple(worker(index) for index in range(6))
 def turns(
     policy: Policy, count: int, *indexes: int, model: str = "qwen"
 ) -> Sequence[int]:
-    """Ask so many times, while these workers fit; tell who was picked."""
+    """Pick `count` times, while these workers fit; return their places."""
     picked = []
     for _ in range(count):
         chosen = policy.pick(Ask(model), WORKERS, lambda w: w.index in indexes)
@@ -87,7 +87,7 @@ def test_the_last_one_may_drop_out_behind_its_turn() -> None:
         st.tuples(st.sets(st.integers(0, 5), min_size=1), st.integers(1, 6)), min_size=1
     )
 )
-def test_whoever_comes_and_goes_nobody_who_stays_is_passed_over(
+def test_while_others_come_and_go_no_worker_that_stays_is_passed_over(
     phases: list[tuple[set[int], int]],
 ) -> None:
     """Between two turns of one worker no other has two, unless the first was away."""
@@ -106,7 +106,7 @@ def test_whoever_comes_and_goes_nobody_who_stays_is_passed_over(
             since[chosen] = Counter()
 
 
-def test_where_nobody_fits_nobody_is_picked_and_no_turn_is_lost() -> None:
+def test_where_none_fits_none_is_picked_and_no_turn_is_lost() -> None:
     policy = RoundRobin()
     assert turns(policy, 1, 0, 1) == [0]
     assert policy.pick(Ask("qwen"), WORKERS, lambda w: False) is None
@@ -130,7 +130,7 @@ def test_workers_may_leave_the_pool_and_others_join_it() -> None:
     assert policy.pick(ask, WORKERS[:4], all_fit) is WORKERS[0]
 
 
-def test_it_tells_whose_turn_was_the_last() -> None:
+def test_its_repr_shows_the_last_turn() -> None:
     policy = RoundRobin()
     turns(policy, 2, 0, 1)
     assert repr(policy) == "<RoundRobin last={'qwen': 1}>"
@@ -146,7 +146,7 @@ WEIGHTS = st.lists(st.floats(0.1, 50), min_size=2, max_size=12)
 def turns_of(
     policy: Weighted, workers: Sequence[Worker], count: int, *fit: int
 ) -> list[int]:
-    """Ask so many times while these workers fit, or all; tell who was picked."""
+    """Pick `count` times, while these workers fit, or all; return their places."""
     picked = []
     for _ in range(count):
         chosen = policy.pick(ASK, workers, lambda w: not fit or w.index in fit)
@@ -184,7 +184,7 @@ def test_in_every_window_each_has_its_share_to_within_a_turn(
 
 @given(WEIGHTS)
 @settings(deadline=None)
-def test_nobody_starves(weights: list[float]) -> None:
+def test_none_starves(weights: list[float]) -> None:
     policy, workers = Weighted(), weighted(*weights)
     total = sum(weights)
     patience = [total / weight + len(weights) + 1 for weight in weights]
@@ -197,7 +197,7 @@ def test_nobody_starves(weights: list[float]) -> None:
 
 @given(WEIGHTS, st.data())
 @settings(deadline=None)
-def test_of_those_that_fit_each_has_its_share_whoever_does_not(
+def test_of_those_that_fit_each_has_its_share(
     weights: list[float], data: st.DataObject
 ) -> None:
     places = st.sets(st.integers(0, len(weights) - 1), min_size=1)
@@ -212,7 +212,7 @@ def test_of_those_that_fit_each_has_its_share_whoever_does_not(
 
 
 @pytest.mark.parametrize("away", [1, 50, 5000])
-def test_who_was_away_comes_back_to_its_share_and_not_to_what_it_missed(
+def test_a_worker_that_was_away_comes_back_to_its_share_alone(
     away: int,
 ) -> None:
     policy, workers = Weighted(), weighted(8, 1, 1)
@@ -231,7 +231,7 @@ def test_a_few_that_do_not_fit_cost_little() -> None:
     assert len(asked) == 1000
 
 
-def test_where_nobody_fits_nobody_loses_a_turn() -> None:
+def test_where_none_fits_none_loses_a_turn() -> None:
     policy, workers = Weighted(), weighted(3, 2, 1)
     first = turns_of(policy, workers, 4)
     assert policy.pick(ASK, workers, lambda w: False) is None
@@ -247,7 +247,7 @@ def test_a_weight_may_change() -> None:
     assert Counter(turns_of(policy, workers, 400))[0] == pytest.approx(300, abs=2)
 
 
-def test_who_joins_does_not_disturb_the_others() -> None:
+def test_a_worker_that_joins_does_not_disturb_the_others() -> None:
     policy, few = Weighted(), weighted(1, 1)
     assert turns_of(policy, few, 101)[-1] == 0
     more = (*few, worker(2, weight=1))
@@ -273,7 +273,7 @@ def test_a_worker_that_is_offered_alone_disturbs_nothing() -> None:
     assert turns_of(policy, workers, 3) == [1, 2, 0]
 
 
-def test_it_tells_who_is_due() -> None:
+def test_its_repr_shows_which_is_due() -> None:
     policy, workers = Weighted(), weighted(4, 1)
     turns_of(policy, workers, 1)
     assert repr(policy) == "<Weighted {'qwen': <due: w0 0.38, w1 0.50>}>"

@@ -68,7 +68,7 @@ def test_anything_else_is_refused_in_one_clear_line(
     assert caught.value.message.isprintable()
 
 
-def test_a_ticket_says_what_it_is() -> None:
+def test_a_ticket_shows_what_it_is() -> None:
     ticket = Ticket(7, "ann", "qwen", BATCH, 5.0)
     assert (ticket.state, ticket.first, ticket.joined_at) == (
         TicketState.WAITING,
@@ -83,14 +83,14 @@ def test_a_ticket_says_what_it_is() -> None:
 
 
 class Driver:
-    """A lane, and what a line does with it."""
+    """Rounds, and what the admission queue does with them."""
 
     def __init__(self, most: int = 100) -> None:
         self.rounds = Rounds("qwen", BATCH, most, itertools.count(1))
         self.numbers = itertools.count(1)
 
     def wait(self, subjects: str, *, late: bool = False, first: bool = False) -> None:
-        """Have a ticket come for each letter, in this order."""
+        """Let a ticket join for each letter, in this order."""
         for subject in subjects:
             number = next(self.numbers)
             ticket = Ticket(-number if first else number, subject, "qwen", BATCH, 0.0)
@@ -107,14 +107,14 @@ class Driver:
         return ticket
 
     def turns(self, count: int = 1000) -> str:
-        """Let so many turns be had, or all; tell whose they were."""
+        """Take `count` turns, or all; return their subjects."""
         had = ""
         while self.rounds.open and len(had) < count:
             had += self.turn().subject
         return had
 
 
-def test_nobody_is_in_a_new_lane() -> None:
+def test_new_rounds_are_empty() -> None:
     rounds = Driver().rounds
     assert (rounds.open, rounds.over, rounds.waiting, rounds.tick) == (
         False,
@@ -171,15 +171,15 @@ def test_a_newcomer_waits_for_those_that_have_their_turn_to_come() -> None:
     assert driver.turns(4) == "bcab"
 
 
-def test_who_runs_already_is_no_newcomer() -> None:
-    """It holds all slots and waits for more; a chat comes behind it."""
+def test_a_subject_with_requests_running_is_no_newcomer() -> None:
+    """It holds all slots and waits for more; a chat arrives after it."""
     driver = Driver()
     driver.wait("aaa", late=True)
     driver.wait("b")
     assert driver.turns() == "baaa"
 
 
-def test_who_was_here_in_this_round_is_no_newcomer() -> None:
+def test_a_subject_that_was_here_in_this_round_is_no_newcomer() -> None:
     """Two subjects that always have one request each cannot keep out a third."""
     driver = Driver()
     driver.wait("ccab")
@@ -192,7 +192,7 @@ def test_who_was_here_in_this_round_is_no_newcomer() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 3, 10])
-def test_ever_new_subjects_do_not_keep_a_round_open(most: int) -> None:
+def test_a_stream_of_new_subjects_does_not_keep_a_round_open(most: int) -> None:
     driver = Driver(most)
     driver.wait("aa")
     driver.turn()
@@ -205,7 +205,7 @@ def test_ever_new_subjects_do_not_keep_a_round_open(most: int) -> None:
     assert waited <= most + 1
 
 
-def test_a_round_that_ends_early_keeps_who_had_no_turn_in_front() -> None:
+def test_a_round_that_ends_early_keeps_subjects_without_a_turn_in_front() -> None:
     driver = Driver(2)
     driver.wait("aabbc")
     assert driver.turns(2) == "ab"
@@ -234,7 +234,7 @@ def test_entering_twice_changes_nothing() -> None:
     assert driver.turns() == "ab"
 
 
-def test_who_was_failed_by_a_worker_goes_first() -> None:
+def test_a_request_that_a_worker_failed_goes_first() -> None:
     driver = Driver()
     driver.wait("aabb")
     driver.turn()
@@ -256,12 +256,12 @@ def test_a_turn_elsewhere_counts_here() -> None:
 # --- Subjects ---------------------------------------------------------------------
 
 
-def test_a_subject_is_withheld_at_its_limit_from_all_of_its_lanes() -> None:
+def test_a_subject_is_withheld_at_its_limit_from_all_of_its_rounds() -> None:
     one, two = Driver(), Driver()
     for driver in (one, two):
         driver.wait("a")
-    who = Subject("a")
-    who.rounds = {one.rounds: None, two.rounds: None}
+    holder = Subject("a")
+    holder.rounds = {one.rounds: None, two.rounds: None}
     for running, limit, free in [
         (0, 0, True),
         (9, 0, True),
@@ -271,11 +271,11 @@ def test_a_subject_is_withheld_at_its_limit_from_all_of_its_lanes() -> None:
         (1, 1, False),
         (1, 2, True),
     ]:
-        who.running, who.limit = running, limit
-        who.review()
-        assert who.withheld is not free
+        holder.running, holder.limit = running, limit
+        holder.review()
+        assert holder.withheld is not free
         assert one.rounds.open is two.rounds.open is free
-    assert repr(who) == "<Subject 'a' running=1 of 2>"
+    assert repr(holder) == "<Subject 'a' running=1 of 2>"
 
 
 # --- Fairness, whatever happens ---------------------------------------------------
@@ -285,7 +285,7 @@ def test_a_subject_is_withheld_at_its_limit_from_all_of_its_lanes() -> None:
 def test_while_one_waits_no_other_has_two_turns(steps: list[str], most: int) -> None:
     """A letter waits; a dot is a turn."""
     driver = Driver(most)
-    since: dict[str, str] = {}  # whose turns there were since somebody waits
+    since: dict[str, str] = {}  # the turns since each subject waits
     for step in steps:
         if step != ".":
             driver.wait(step)
@@ -301,17 +301,17 @@ def test_while_one_waits_no_other_has_two_turns(steps: list[str], most: int) -> 
 
 
 @given(st.lists(st.sampled_from("abcde"), max_size=60), st.integers(0, 30))
-def test_the_order_foretells_the_turns(came: list[str], before: int) -> None:
+def test_the_order_predicts_the_turns(came: list[str], before: int) -> None:
     driver = Driver()
     half = len(came) // 2
     driver.wait("".join(came[:half]))
     driver.turns(before)
     driver.wait("".join(came[half:]))
-    foretold = [ticket.number for ticket in driver.rounds.order()]
-    assert [driver.turn().number for _ in foretold] == foretold
+    predicted = [ticket.number for ticket in driver.rounds.order()]
+    assert [driver.turn().number for _ in predicted] == predicted
 
 
-def test_who_goes_first_has_one_place_and_not_two() -> None:
+def test_a_subject_that_goes_first_has_one_place_and_not_two() -> None:
     """It was waiting already, for this round or for the next one."""
     for late in (False, True):
         driver = Driver()
@@ -343,12 +343,12 @@ def test_a_subject_comes_back_as_one_that_has_something_running_or_has_not() -> 
 STEPS = st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=60)
 
 
-def test_nobody_has_most_of_nothing() -> None:
+def test_of_nothing_there_is_no_largest() -> None:
     many = Counts()
     assert (many.largest, many.total, many.count("a")) == (None, 0, 0)
 
 
-def test_of_several_with_as_many_it_is_the_one_that_has_them_for_longest() -> None:
+def test_of_several_with_as_many_it_is_the_one_that_had_them_first() -> None:
     many = Counts()
     for subject in "abab":
         many.add(subject)
@@ -360,7 +360,7 @@ def test_of_several_with_as_many_it_is_the_one_that_has_them_for_longest() -> No
 
 
 @given(STEPS)
-def test_it_is_as_if_all_were_counted_each_time(steps: list[tuple[str, bool]]) -> None:
+def test_the_counts_are_those_of_a_plain_counter(steps: list[tuple[str, bool]]) -> None:
     many, counts = Counts(), Counter[str]()
     for subject, comes in steps:
         if comes or not counts[subject]:
