@@ -177,7 +177,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(data)
 
     async def drain(self) -> None:
-        """Wait until the worker has taken most of what was written."""
+        """Wait until the worker has taken most of what was written, or has answered."""
         if self._writing_paused and self.state is not State.CLOSED:
             self._write_waiter = asyncio.get_running_loop().create_future()
             try:
@@ -313,6 +313,8 @@ class Connection(asyncio.Protocol):
         self.state = State.IDLE
         if receiver is not None:
             receiver.answer_ended()
+        if self._write_waiter is not None:
+            self._wake_writer()
 
     def _lose(self, reason: str, *, malformed: bool = False) -> None:
         receiver = self._receiver

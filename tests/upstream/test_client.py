@@ -119,11 +119,13 @@ async def test_a_large_body_leaves_others_their_turns() -> None:
     assert turns > len(body) // PIECE
 
 
-async def test_an_answer_ends_the_sending_of_a_body() -> None:
+@pytest.mark.parametrize("reads", [True, False])
+async def test_an_answer_ends_the_sending_of_a_body(reads: bool) -> None:
     """A server that refuses it need not read all of it."""
-    refusal = json_reply({"error": "too large"}, 413)
+    refusal = send(json_reply({"error": "too large"}, 413))
+    then = [] if reads else [not_read_body()]
     async with ScriptedWorker(receive_buffer=4096) as worker:
-        worker.script(read_body(1000), send(refusal), stall())
+        worker.script(read_body(1000), *then, refusal, stall())
         reply = await ask(worker, bytes(32 << 20))
         assert reply.status == 413
         assert not worker.requests[0].complete

@@ -754,6 +754,16 @@ async def test_drain_ends_with_the_connection(how: str) -> None:
     connection.resume_writing()
 
 
+async def test_drain_ends_with_the_answer() -> None:
+    """The worker may have answered without reading the rest."""
+    connection, _, _ = ask()
+    connection.pause_writing()
+    waiting = asyncio.create_task(connection.drain())
+    await asyncio.sleep(0)
+    connection.data_received(SHORT)
+    await waiting
+
+
 async def test_drain_can_be_cancelled() -> None:
     connection, _, _ = ask()
     connection.pause_writing()
