@@ -1,1 +1,1 @@
-"""What operators look at: metrics and logs."""
+"""Logs and metrics for operators."""

@@ -104,8 +104,8 @@ class Record:
 def write(record: Record) -> None:
     """Log the end of a request; a failure on this side is a warning.
 
-    The line takes the short way to a `BatchHandler`.  Any other handler that the
-    `gollama_proxy.access` logger reaches gets a `logging.LogRecord` with `fields`.
+    A `BatchHandler` gets the fields directly.  Other handlers of the
+    `gollama_proxy.access` logger get a `logging.LogRecord` that has them as `fields`.
     """
     broken = record.outcome is Outcome.ERROR and record.status < 400
     level = logging.WARNING if broken or record.status >= 500 else logging.INFO

@@ -1,8 +1,9 @@
-"""The program's log: its form, and its way to standard error.
+"""The program's log: its format, and how it is written to standard error.
 
 Lines about requests are collected and written together, at most `DELAY` seconds late.
-Every other line is written at once, after those collected before it, so that the log
-keeps the order of events.  A reader that stops reading costs lines, never the hub.
+All other lines are written at once, after the lines collected before them, so that the
+log keeps the order of events.  When standard error is not read, lines are lost; the hub
+does not wait.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from gollama_proxy.config.settings import Log
 
 DELAY = 0.02  # seconds that a line about a request may wait
 BATCH = 1 << 16  # characters that are written without waiting any longer
-MOST_UNWRITTEN = 1 << 18  # characters kept for a reader that has stopped reading
-PATIENCE = 1.0  # seconds that the end of the process waits for such a reader
-MOST_CAUSES = 5  # exceptions shown of a chain
+MOST_UNWRITTEN = 1 << 18  # characters kept while standard error is not read
+PATIENCE = 1.0  # seconds to wait for its reader when the process ends
+MOST_CAUSES = 5  # exceptions shown of a chain of causes
 
-# What follows the message of a line: names that the program chose, and values.
+# The part of a line after its message; the names are those of the program.
 Fields = Mapping[str, str | int | float]
 _NO_FIELDS: Fields = {}
 _LOST = "{} lines were lost: standard error could not be written"
 # The result or exception of a task or future, in its `repr`.
 _TASK_RESULT = re.compile(r" (?:exception|result)=.*(?=> took [\d.]+ seconds\Z|>\Z)")
 _PLAIN = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
-# Priorities of syslog, each with the least level of Python that it is for.
+# The priorities of syslog, from the level of Python where each begins.
 _PRIORITIES = (
     (logging.CRITICAL, 2),
     (logging.ERROR, 3),
@@ -50,11 +51,13 @@ _PRIORITIES = (
 
 
 def configure(log: Log) -> None:
-    """Send the program's log to standard error, in the configured form."""
-    form: Form = JsonForm() if log.format == "json" else TextForm()
+    """Send the program's log to standard error, in the configured format."""
+    formatter: LineFormatter = (
+        JsonFormatter() if log.format == "json" else TextFormatter()
+    )
     if journal_reads(sys.stderr):
-        form = JournalForm(form)
-    handler = BatchHandler(sys.stderr, form)
+        formatter = JournalFormatter(formatter)
+    handler = BatchHandler(sys.stderr, formatter)
     logging.basicConfig(handlers=[handler], level=log.level.upper(), force=True)
     access = logging.getLogger("gollama_proxy.access")
     access.setLevel(logging.INFO if log.access else logging.CRITICAL)
@@ -66,7 +69,7 @@ def configure(log: Log) -> None:
 
 
 def flush() -> None:
-    """Write the lines that are still collected, as far as their reader takes them."""
+    """Write the collected lines now, as far as standard error accepts them."""
     for handler in logging.getLogger().handlers:
         handler.flush()
 
@@ -120,33 +123,33 @@ class Throttle:
 class BatchHandler(logging.Handler):
     """Writes log records at once, and lines about requests in batches.
 
-    It never raises, and while an event loop runs it never waits for its stream: lines
-    that the stream does not take are kept, up to `MOST_UNWRITTEN`; later ones are lost
-    and counted.  `logging` flushes and closes its handlers when the process ends.
+    It never raises, and until it is closed it never waits for its stream.  Lines that
+    the stream does not accept are kept up to `MOST_UNWRITTEN`; further lines are lost
+    and counted.  `logging` closes its handlers when the process ends.
     """
 
-    def __init__(self, stream: TextIO | None, form: Form) -> None:
-        """Write to `stream`; None is what Python has for one closed at the start."""
+    def __init__(self, stream: TextIO | None, formatter: LineFormatter) -> None:
+        """Write to `stream`, if any: Python has None for a closed standard error."""
         super().__init__()
-        self.setFormatter(form)
-        self._form = form
+        self.setFormatter(formatter)
+        self._formatter = formatter
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._sink = _sink_of(stream)
         self._lines: list[str] = []
         self._rest = b""  # of a batch that the stream took in part
         self._size = 0  # of lines and rest
         self._lost = 0  # lines
-        self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # with a timer for them
 
     def __repr__(self) -> str:
         return f"<BatchHandler unwritten={self._size} lost={self._lost}>"
 
     def add(self, level: int, message: str, fields: Fields) -> None:
         """Collect a line; it is written with others, at most `DELAY` later."""
-        self._collect(self._form.line(_now(), level, message, fields))
-        if self._size >= BATCH:
+        self._collect(self._formatter.line(_now(), level, message, fields))
+        waits = self._loop is not None or self._flush_later()
+        if self._size >= BATCH or not waits:
             self.flush()
-        elif self._timer is None:
-            self._flush_later()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, after the lines that were collected before it."""
@@ -162,47 +165,54 @@ class BatchHandler(logging.Handler):
             return
         if self._lost:
             lost, self._lost = self._lost, 0
-            self._collect(self._form.line(_now(), logging.WARNING, _LOST.format(lost)))
+            self._collect(
+                self._formatter.line(_now(), logging.WARNING, _LOST.format(lost))
+            )
         self._lines.append(line + "\n")
         self._size += len(line) + 1
 
-    def _flush_later(self) -> None:
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # nothing would ever call it
-            self.flush()
-        else:
-            self._timer = loop.call_later(DELAY, self.flush)
-
     def flush(self) -> None:
-        """Write what the stream takes without waiting; try again later with the rest.
+        """Write as much as the stream takes without waiting; retry the rest later.
 
-        Outside an event loop there is no later: the rest waits for the next line.
+        Outside an event loop, the rest waits for the next line or the end.
         """
         self._write(0.0)
-        if self._rest:
-            with contextlib.suppress(RuntimeError):
-                loop = asyncio.get_running_loop()
-                self._timer = loop.call_later(DELAY, self.flush)
+        if self._loop is not None and self._loop.is_closed():
+            self._loop = None  # before the timer was due
+        if self._rest and self._loop is None:
+            self._flush_later()
+
+    def _flush_later(self) -> bool:
+        """Set a timer; return False if no event loop is running."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return False
+        self._loop = loop
+        loop.call_later(DELAY, self._due)
+        return True
+
+    def _due(self) -> None:
+        self._loop = None
+        self.flush()
 
     def close(self) -> None:
-        """Write what is left, and wait up to `PATIENCE` seconds for the stream."""
+        """Write the remaining lines; wait up to `PATIENCE` seconds for the stream."""
         self._write(PATIENCE)
         super().close()
 
     def _write(self, patience: float) -> None:
         assert self.lock is not None
         with self.lock:
-            self._timer = None
             count = len(self._lines)  # another thread may add to them meanwhile
             text = "".join(self._lines[:count])
             del self._lines[:count]
-            data = self._rest + text.encode("utf-8", "backslashreplace")
+            data = self._rest + text.encode(self._encoding, "backslashreplace")
             self._rest = self._sink(data, patience)
             self._size = len(self._rest)
 
 
-# Writes bytes, waits at most so many seconds, returns the rest.
+# Writes bytes, waiting at most the given seconds; returns the rest.
 _Sink = Callable[[bytes, float], bytes]
 
 
@@ -218,17 +228,17 @@ def _sink_of(stream: TextIO | None) -> _Sink:
 
 def _write_to_memory(stream: TextIO, data: bytes, patience: float) -> bytes:
     with contextlib.suppress(OSError, ValueError):  # it was closed
-        stream.write(data.decode())
+        stream.write(data.decode(stream.encoding or "utf-8"))
         stream.flush()
     return b""
 
 
 class _Descriptor:
-    """Writes to a file descriptor without being blocked by it.
+    """Writes to a file descriptor without blocking.
 
-    The descriptor is shared with other processes, so it cannot be made non-blocking.
-    But a pipe that is ready takes `PIPE_BUF` bytes at once, and as a whole: lines of
-    several processes are not mixed up (POSIX, write()).
+    Other processes may share the descriptor, so it is not made non-blocking.  A pipe
+    that is ready accepts `PIPE_BUF` bytes at once and as a whole (POSIX, `write`), so
+    that the lines of several processes are not mixed.
     """
 
     def __init__(self, number: int) -> None:
@@ -242,7 +252,7 @@ class _Descriptor:
         return f"<Descriptor {self._number}>"
 
     def write(self, data: bytes, patience: float) -> bytes:
-        """Write what is taken within `patience` seconds; return the rest."""
+        """Write as much as is accepted within `patience` seconds; return the rest."""
         start, deadline = 0, time.monotonic() + patience
         while start < len(data):
             left = max(0.0, deadline - time.monotonic())
@@ -260,11 +270,11 @@ class _Descriptor:
         return data[start:]
 
 
-# --- Forms ------------------------------------------------------------------------
+# --- Format -----------------------------------------------------------------------
 
 
-class Form(logging.Formatter):
-    """A form of lines, for records of `logging` and for lines without one."""
+class LineFormatter(logging.Formatter):
+    """Formats records of `logging`, and lines that need no record."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record, and its traceback."""
@@ -281,11 +291,11 @@ class Form(logging.Formatter):
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
     ) -> str:
-        """Return a line without its newline; the message has to be printable."""
+        """Return a line without its newline; `message` is printable."""
         raise NotImplementedError
 
 
-class TextForm(Form):
+class TextFormatter(LineFormatter):
     """`time level message key=value …`, for people and grep."""
 
     def line(
@@ -296,15 +306,17 @@ class TextForm(Form):
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
     ) -> str:
-        pairs = [
-            f" {key}={_quoted(value) if isinstance(value, str) else value}"
-            for key, value in fields.items()
-        ]
-        line = f"{when} {_level_name(level)} {message}{''.join(pairs)}"
+        line = f"{when} {_level_name(level)} {message}"
+        line += _text_of(tuple(fields)) % tuple(
+            [
+                _quoted(each) if isinstance(each, str) else each
+                for each in fields.values()
+            ]
+        )
         return line if error is None else f"{line}\n{_traceback(error)}"
 
 
-class JsonForm(Form):
+class JsonFormatter(LineFormatter):
     """One JSON object on a line, for machines."""
 
     def line(
@@ -315,27 +327,27 @@ class JsonForm(Form):
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
     ) -> str:
-        shown = {
-            "time": when,
-            "level": _level_name(level),
-            "message": message,
-            **fields,
-        }
+        line = (
+            f'{{"time":"{when}","level":"{_level_name(level)}"'
+            f',"message":{_in_quotes(message)}'
+        )
+        line += _json_of(tuple(fields)) % tuple(
+            [
+                _in_quotes(each) if isinstance(each, str) else each
+                for each in fields.values()
+            ]
+        )
         if error is not None:
-            shown["exception"] = _traceback(error)
-        pairs = [
-            f'"{key}":{_in_quotes(value) if isinstance(value, str) else value}'
-            for key, value in shown.items()
-        ]
-        return f"{{{','.join(pairs)}}}"
+            line += f',"exception":{_in_quotes(_traceback(error))}'
+        return line + "}"
 
 
-class JournalForm(Form):
-    """Another form, with the priority of each line in front."""
+class JournalFormatter(LineFormatter):
+    """Puts the priority in front of each line of another formatter."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, formatter: LineFormatter) -> None:
         super().__init__()
-        self._form = form
+        self._formatter = formatter
 
     def line(
         self,
@@ -345,7 +357,20 @@ class JournalForm(Form):
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
     ) -> str:
-        return prioritised(self._form.line(when, level, message, fields, error), level)
+        return prioritised(
+            self._formatter.line(when, level, message, fields, error), level
+        )
+
+
+# Most lines have the same fields, so templates are faster than a loop.
+@functools.lru_cache(maxsize=256)
+def _text_of(fields: tuple[str, ...]) -> str:
+    return "".join([f" {name}=%s" for name in fields])
+
+
+@functools.lru_cache(maxsize=256)
+def _json_of(fields: tuple[str, ...]) -> str:
+    return "".join([f',"{name}":%s' for name in fields])
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -357,9 +382,9 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _traceback(error: BaseException) -> str:
-    """Return the kind and the place of an exception and of its causes, no messages.
+    """Return the types and frames of an exception and its causes, but no messages.
 
-    A message may quote what a user wrote: that of `int("…")` does, and many others.
+    Messages may quote text of a user: that of `int("…")` does, and many others.
     """
     parts: list[str] = []
     cause: BaseException | None = error

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from gollama_proxy.proxy.relay import HOLD_LIMIT
-from gollama_proxy.telemetry.logs import TextForm
+from gollama_proxy.telemetry.logs import TextFormatter
 from gollama_proxy.upstream.connection import MAX_HEAD, MAX_HEADERS
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.resume import MAX_EVENT
@@ -220,7 +220,7 @@ async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
     """Let a good stream go on all the time, event by event; look at the log at last."""
     gate, log = asyncio.Semaphore(0), io.StringIO()
     handler = logging.StreamHandler(log)
-    handler.setFormatter(TextForm())
+    handler.setFormatter(TextFormatter())
     settings = {
         "timeouts__first_token": 2,
         # Short enough for what hangs, and long enough for a busy machine.

@@ -27,7 +27,7 @@ from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.proxy.attempt import Outgoing
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.telemetry import accesslog, logs
-from gollama_proxy.telemetry.logs import JsonForm, TextForm
+from gollama_proxy.telemetry.logs import JsonFormatter, TextFormatter
 from gollama_proxy.upstream import probe
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.assemble import Assembler
@@ -141,7 +141,7 @@ def witness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Witness]:
         monkeypatch.setattr(logging, flag, getattr(logging, flag))
     logs.configure(Log(level="debug"))
     root.handlers.clear()
-    for form, formatter in (("text", TextForm()), ("json", JsonForm())):
+    for form, formatter in (("text", TextFormatter()), ("json", JsonFormatter())):
         handler = logging.StreamHandler(watching.logs[form])
         handler.setFormatter(formatter)
         root.addHandler(handler)

@@ -1,4 +1,4 @@
-"""One line for each request, and nothing in it that is the client's own business."""
+"""Each request makes one line, without any text of its client's conversation."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from gollama_proxy.telemetry import accesslog
 from gollama_proxy.telemetry.accesslog import Outcome, Record, access
 from gollama_proxy.telemetry.logs import (
     BatchHandler,
-    Form,
-    JournalForm,
-    JsonForm,
-    TextForm,
+    JournalFormatter,
+    JsonFormatter,
+    LineFormatter,
+    TextFormatter,
 )
 from gollama_proxy.wire.errors import Code
 from tests.fakes.asks import CHAT
@@ -94,12 +94,12 @@ SHOWN = {
 }
 
 
-TEXT, JSON = TextForm(), JsonForm()
+TEXT, JSON = TextFormatter(), JsonFormatter()
 TIME = "2027-01-15T08:00:00.042Z"
 
 
-def logged(record: Record, form: Form) -> str:
-    """Return the line of a record, at a moment that does not change."""
+def logged(record: Record, form: LineFormatter) -> str:
+    """Return the line of a record, at a fixed time."""
     return form.line(TIME, logging.INFO, "request", record.fields())
 
 
@@ -199,7 +199,7 @@ def quoted(value: object) -> str:
 
 
 @hypothesis.given(RECORDS)
-def test_lines_of_all_records_are_as_a_plain_program_would_write_them(
+def test_a_plain_program_would_write_the_same_lines(
     record: Record,
 ) -> None:
     fields = plainly(record)
@@ -208,7 +208,7 @@ def test_lines_of_all_records_are_as_a_plain_program_would_write_them(
     assert logged(record, JSON) == json.dumps(begin | fields, separators=(",", ":"))
     pairs = [f"{key}={quoted(value)}" for key, value in fields.items()]
     assert logged(record, TEXT) == " ".join([TIME, "info request", *pairs])
-    priority = JournalForm(TEXT)
+    priority = JournalFormatter(TEXT)
     assert logged(record, priority) == f"<6>{logged(record, TEXT)}"
 
 
@@ -225,7 +225,7 @@ def test_lines_of_all_records_are_as_a_plain_program_would_write_them(
         (0, None, "info"),
     ],
 )
-def test_the_short_way_to_the_stream_and_the_one_through_logging_are_equal(
+def test_the_handler_of_the_hub_and_any_other_write_the_same_line(
     status: int, outcome: Outcome, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = Record("1", "GET", status=status, outcome=outcome, subject="a b")
@@ -249,7 +249,7 @@ def test_the_short_way_to_the_stream_and_the_one_through_logging_are_equal(
     access.manager._clear_cache()
 
 
-def test_a_record_shows_no_text_of_a_user() -> None:
+def test_the_repr_of_a_record_shows_no_text_of_a_user() -> None:
     record = Record("1", "GET", subject="canary", detail="canary", path="canary")
     assert repr(record) == "<Record 1 GET other>"
 
@@ -290,11 +290,11 @@ def _outside_quotes(text: str) -> str:
     return re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
 
 
-# --- In a hub that runs -----------------------------------------------------------
+# --- In a running hub -------------------------------------------------------------
 
 
 class Collector(logging.Handler):
-    """Keeps everything that is logged, at any level."""
+    """Keeps all records of all levels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ class Collector(logging.Handler):
         return [r for r in self.records if r.name == "gollama_proxy.access"]
 
     async def lines(self, count: int) -> list[dict[str, Any]]:
-        """Wait for so many: a client sees an answer's end before it is logged."""
+        """Wait for `count` lines: an answer ends before its line is logged."""
         async with asyncio.timeout(DEADLINE):
             while len(self.access) < count:
                 self.arrived.clear()
@@ -344,7 +344,7 @@ def log() -> Iterator[Collector]:
         ("*", None),
     ],
 )
-async def test_a_path_that_is_none_is_logged_so_that_a_wrong_base_url_can_be_found(
+async def test_an_unknown_path_is_logged_to_help_find_a_wrong_base_url(
     path: str, shown: str | None, log: Collector
 ) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -391,7 +391,7 @@ async def test_a_broken_answer_is_a_warning(
 ) -> None:
     async with ScriptedWorker() as worker:
         worker.default(*script)
-        # Nobody makes up for it, and the worker stays in.
+        # No retries or rescues, and the worker stays in use.
         async with running_hub(
             worker, retry__attempts=1, rescue__enabled=False, upstream__assemble=""
         ) as hub:
@@ -412,14 +412,14 @@ async def test_a_client_that_leaves_is_no_warning(log: Collector) -> None:
     assert [entry.levelname for entry in log.access] == ["INFO"]
 
 
-async def test_each_loss_of_a_worker_in_use_is_told_though_others_make_up_for_it(
+async def test_the_loss_of_a_busy_worker_is_logged_even_if_a_retry_succeeds(
     log: Collector,
 ) -> None:
-    """Not only where a ping happens to see it: else a worker dies and nobody hears."""
+    """Not only when a health check notices it, which may be much later."""
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        # Only what is asked of it shows what it is like.
+        # Only requests reveal the state of a worker.
         running_hub(
             bad, good, routing__policy="round_robin", health__interval=3600
         ) as hub,
@@ -428,12 +428,12 @@ async def test_each_loss_of_a_worker_in_use_is_told_though_others_make_up_for_it
         while not bad.requests:
             ask = {"messages": [], "stream": True}
             assert (await hub.post(CHAT, ask)).status == 200
-    told = [r for r in log.records if "lost while it had a request" in r.getMessage()]
-    assert [record.levelname for record in told] == ["WARNING"]
-    assert told[0].getMessage().startswith(f"worker {bad.name}: lost")
+    losses = [r for r in log.records if "lost while it had a request" in r.getMessage()]
+    assert [record.levelname for record in losses] == ["WARNING"]
+    assert losses[0].getMessage().startswith(f"worker {bad.name}: lost")
 
 
-async def test_an_answer_makes_one_line(log: Collector) -> None:
+async def test_an_answer_makes_a_line(log: Collector) -> None:
     async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         response = await hub.post(CHAT, {"messages": []})
         [line] = await log.lines(1)
@@ -457,11 +457,11 @@ async def test_an_answer_makes_one_line(log: Collector) -> None:
         assert 0 < line["first_byte_ms"] <= line["duration_ms"]
 
 
-async def test_each_request_makes_one_line_however_it_ends(
+async def test_each_request_makes_one_line_with_its_outcome(
     log: Collector,
 ) -> None:
     stream = {"messages": [], "stream": True}
-    # Its worker's faults are to be how a request ends.
+    # The faults of the worker are to reach the client.
     unrepaired = {"retry__attempts": 1, "rescue__enabled": False}
     async with (
         ScriptedWorker("qwen") as worker,
@@ -485,7 +485,7 @@ async def test_each_request_makes_one_line_however_it_ends(
         await ends("error", 400, "invalid_json")
         await (await hub.open(CHAT, stream)).read_events()
         await ends("complete", 200)
-        for _ in range(2):  # as a stream, and as the client wrote it
+        for _ in range(2):  # as a stream, and then as the client sent it
             worker.script(send(error_reply(400, "no", "invalid_request_error")))
         await hub.post(CHAT, {})
         await ends("refused", 400)
@@ -548,7 +548,7 @@ async def post(hub: RunningHub, payload: Any, path: str = CHAT) -> Wire:
 
 
 async def everything(hub: RunningHub, worker: ScriptedWorker) -> AsyncIterator[Wire]:
-    """Make requests that end in all ways, with canaries wherever one can be."""
+    """Make requests with all outcomes, and with canaries wherever one fits."""
     stream = {**MESSAGES, "stream": True}
     body = json.dumps(MESSAGES).encode()
     worker.script(*answer(chat_completion(ANSWER)))
@@ -627,7 +627,7 @@ async def everything(hub: RunningHub, worker: ScriptedWorker) -> AsyncIterator[W
     yield wire
 
 
-async def test_nothing_of_a_conversation_gets_into_a_log(
+async def test_no_text_of_a_conversation_is_logged(
     log: Collector,
 ) -> None:
     requests, tokens = 0, set()
@@ -638,7 +638,7 @@ async def test_nothing_of_a_conversation_gets_into_a_log(
             limits__body=32_768,
             timeouts__body=0.5,
             models__default_model="tiny",
-            # However badly it behaves here, the worker goes on being asked.
+            # The worker stays in use in spite of its faults.
             breaker__busy_max=0,
             breaker__consecutive=1000,
             breaker__minimum_calls=1000,
@@ -656,7 +656,7 @@ async def test_nothing_of_a_conversation_gets_into_a_log(
             await wire.read_to_end()
             wire.close()
         metrics = (await hub.get("/metrics")).body.decode()
-    # Each has its line, `/metrics` included, and what is no HTTP at all.
+    # Each has a line, also `/metrics` and the bytes that are not HTTP.
     logged = await log.lines(requests + 1)
     assert {line["status"] for line in logged} >= {200, 400, 401, 403, 404, 413}
     formatters = (TEXT, JSON, logging.Formatter())
@@ -665,29 +665,29 @@ async def test_nothing_of_a_conversation_gets_into_a_log(
         + repr(vars(record))
         for record in log.records
     )
-    # What helps to find a wrong base URL, in the log alone.
+    # An unknown path is in the log, to help find a wrong base URL, but in no metric.
     assert "/no/such/path" in written
     assert "/no/such/path" not in metrics
     for text in (written, metrics):
         assert "canary" not in text
         for minted in tokens:
-            for part in minted.split(".")[1:]:  # the header is the same for all
+            for part in minted.split(".")[1:]:  # all have the same header
                 assert part not in text
         assert "Bearer" not in text
 
 
 @pytest.mark.parametrize("form", [TEXT, JSON])
-@pytest.mark.parametrize("who", ["stranger", "subject"])
+@pytest.mark.parametrize("place", ["header", "subject"])
 async def test_no_token_can_suppress_its_line(
-    log: Collector, form: Form, who: str
+    log: Collector, form: LineFormatter, place: str
 ) -> None:
-    """Half a surrogate pair cannot be encoded; the line has to be written all the same.
+    """Half a surrogate pair cannot be encoded as UTF-8; the line is still written.
 
-    A stranger gets one into the reason of a refusal, without a signature.
+    Without a valid signature, it can still get into the reason of a refusal.
     """
     async with running_hub() as hub:
         token = hub.token(sub="bob\ud800")
-        if who == "stranger":
+        if place == "header":
             header = b'{"alg":"HS256","crit":["\\ud800"]}'
             token = base64.urlsafe_b64encode(header).rstrip(b"=").decode() + ".e30.AA"
         await hub.get("/v1/models", token)
@@ -695,7 +695,7 @@ async def test_no_token_can_suppress_its_line(
     assert form.format(log.access[0]).encode()
 
 
-async def test_what_is_no_http_has_a_line(log: Collector) -> None:
+async def test_bytes_that_are_not_http_make_a_line(log: Collector) -> None:
     async with running_hub() as hub, await hub.wire() as wire:
         await wire.send(b"hello\r\n\r\n")
         assert (await wire.read_response()).status == 400

@@ -19,14 +19,21 @@ import pytest
 from gollama_proxy.config.settings import Log
 from gollama_proxy.telemetry import accesslog, logs
 from gollama_proxy.telemetry.accesslog import Record
-from gollama_proxy.telemetry.logs import BatchHandler, Form, JsonForm, TextForm
+from gollama_proxy.telemetry.logs import (
+    BatchHandler,
+    JsonFormatter,
+    LineFormatter,
+    TextFormatter,
+)
 from tests.fakes.clock import Clock
 
-# --- Form -------------------------------------------------------------------------
+# --- Format -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [TextForm(), JsonForm()])
-def test_a_message_and_an_exception_are_written_in_the_form(form: Form) -> None:
+@pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
+def test_a_message_and_an_exception_are_written_in_the_form(
+    form: LineFormatter,
+) -> None:
     entry = logging.LogRecord("x", logging.WARNING, "", 0, "worker %s", ("a",), None)
     line = form.format(entry)
     assert "warning" in line
@@ -39,12 +46,12 @@ def test_a_message_and_an_exception_are_written_in_the_form(form: Form) -> None:
     line = form.format(entry)
     assert "ZeroDivisionError" in line
     assert words not in line
-    if isinstance(form, JsonForm):
+    if isinstance(form, JsonFormatter):
         assert "Traceback" in json.loads(line)["exception"]
 
 
-@pytest.mark.parametrize("form", [TextForm(), JsonForm()])
-def test_a_record_without_an_exception_has_no_traceback(form: Form) -> None:
+@pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
+def test_a_record_without_an_exception_has_no_traceback(form: LineFormatter) -> None:
     nothing = (None, None, None)  # `exc_info=True` outside an exception handler
     entry = logging.LogRecord("x", logging.WARNING, "", 0, "message", None, nothing)
     line = form.format(entry)
@@ -56,7 +63,7 @@ def text_of(message: str, error: BaseException | None = None, name: str = "x") -
     """Return a line of the text log, without its time."""
     info = None if error is None else (type(error), error, error.__traceback__)
     entry = logging.LogRecord(name, logging.ERROR, "", 0, message, None, info)
-    return TextForm().format(entry).partition(" ")[2]
+    return TextFormatter().format(entry).partition(" ")[2]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +246,7 @@ def test_lines_carry_their_priority_where_the_journal_reads_them(
 
 def test_each_line_of_a_traceback_has_the_priority() -> None:
     assert logs.prioritised("a\nb", logging.ERROR) == "<3>a\n<3>b"
-    form = logs.JournalForm(TextForm())
+    form = logs.JournalFormatter(TextFormatter())
     lines = form.line("now", logging.ERROR, "failed", error=raised(KeyError("a")))
     assert all(line.startswith("<3>") for line in lines.split("\n"))
     assert lines.endswith("\n<3>KeyError")
@@ -278,7 +285,7 @@ class Pipe:
         self._read, write = os.pipe()
         os.set_blocking(self._read, False)
         self._stream = os.fdopen(write, "w")
-        self.handler = BatchHandler(self._stream, TextForm())
+        self.handler = BatchHandler(self._stream, TextFormatter())
 
     def add(self, text: str = "request") -> None:
         self.handler.add(logging.INFO, text, {})
@@ -343,13 +350,17 @@ class Later:
 
     def __init__(self) -> None:
         self.calls: list[tuple[float, Callable[[], object]]] = []
+        self.closed = False
 
     def call_later(self, delay: float, call: Callable[[], object]) -> object:
         self.calls.append((delay, call))
         return object()
 
+    def is_closed(self) -> bool:
+        return self.closed
+
     def run(self) -> None:
-        """Run what is due, once."""
+        """Run the timers that are set now, once."""
         calls, self.calls = self.calls, []
         for _, call in calls:
             call()
@@ -401,6 +412,16 @@ def test_a_line_outside_an_event_loop_is_written_at_once(pipe: Pipe) -> None:
     assert pipe.lines() == ["info request"]
 
 
+def test_a_loop_that_has_ended_is_not_waited_for(pipe: Pipe, loop: Later) -> None:
+    pipe.add("one")
+    loop.calls.clear()
+    loop.closed = True
+    pipe.handler.flush()
+    pipe.add("two")
+    loop.run()
+    assert pipe.lines() == ["info one", "info two"]
+
+
 @pytest.mark.usefixtures("loop")
 def test_many_lines_are_written_before_their_time(pipe: Pipe) -> None:
     line = "x" * 1000
@@ -428,6 +449,7 @@ def test_lines_that_a_stopped_reader_does_not_take_are_kept(
     pipe.warn("two")
     assert repr(pipe.handler).startswith("<BatchHandler unwritten=")
     assert "unwritten=0" not in repr(pipe.handler)
+    assert len(loop.calls) == 1  # one timer, however many lines there are
     assert pipe.read().strip("x") == ""
     loop.run()
     assert pipe.lines() == ["info one", "warning two"]
@@ -484,7 +506,7 @@ def test_a_reader_that_has_left_is_no_error(pipe: Pipe) -> None:
 
 def test_a_stream_that_was_closed_is_no_error() -> None:
     stream = io.StringIO()
-    handler = BatchHandler(stream, TextForm())
+    handler = BatchHandler(stream, TextFormatter())
     stream.close()
     handler.add(logging.INFO, "request", {})
     handler.close()

@@ -38,7 +38,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def parse(exposition: bytes) -> Samples:
-    """Read a page as Prometheus does; a series that comes twice is an error."""
+    """Read a page as Prometheus does; a repeated series is an error."""
     samples: Samples = {}
     for family in text_string_to_metric_families(exposition.decode()):
         for sample in family.samples:
@@ -67,7 +67,7 @@ async def scrape(hub: RunningHub) -> Samples:
 
 
 async def scraped_until(hub: RunningHub, reached: Callable[[Samples], bool]) -> Samples:
-    """Scrape until it is so: a client sees an answer's end before it is counted."""
+    """Scrape until this is reached: a client sees the end of an answer earlier."""
     async with asyncio.timeout(DEADLINE):
         while not reached(samples := await scrape(hub)):
             pass
@@ -352,10 +352,10 @@ def test_workers_are_shown_in_their_present_state() -> None:
     assert value(samples, "gollama_in_flight", worker="a:1") == 0
 
 
-# --- In a hub that runs -----------------------------------------------------------
+# --- In a running hub -------------------------------------------------------------
 
 
-async def test_a_stream_is_counted_when_it_has_ended() -> None:
+async def test_a_stream_is_counted_at_its_end() -> None:
     async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         worker.script(*stream_of(7))
         wire = await hub.open(CHAT, {"messages": [], "stream": True})
@@ -391,7 +391,7 @@ async def test_events_are_counted_where_a_worker_counts_no_tokens() -> None:
         assert value(samples, "gollama_tokens_relayed_total", **where) == 4
 
 
-async def test_in_flight_is_what_runs_right_now() -> None:
+async def test_running_requests_are_in_flight() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         steps = asyncio.Semaphore(0)
         worker.default(*stream_of(2, steps))
@@ -410,7 +410,7 @@ async def test_in_flight_is_what_runs_right_now() -> None:
         )
 
 
-async def test_a_client_that_leaves_is_counted_as_that() -> None:
+async def test_a_client_that_leaves_has_an_outcome_for_it() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*stream_of(2, "never"))
         wire = await hub.open(CHAT, {"messages": [], "stream": True})
@@ -453,7 +453,7 @@ async def make_up(hub: RunningHub, word: str) -> None:
     await hub.post(CHAT, {"model": "alias", **messages}, headers=headers)
 
 
-async def test_nothing_that_a_client_makes_up_becomes_a_label() -> None:
+async def test_no_text_of_a_client_becomes_a_label() -> None:
     async with (
         ScriptedWorker("qwen", "phi") as worker,
         running_hub(worker, models__aliases={"alias": "phi"}) as hub,
@@ -477,7 +477,7 @@ async def test_nothing_that_a_client_makes_up_becomes_a_label() -> None:
         assert values_of(samples, "worker") == {"", worker.name}
 
 
-async def test_a_name_that_the_only_worker_ignores_is_no_label_either() -> None:
+async def test_a_model_name_that_the_only_worker_ignores_is_not_a_label() -> None:
     async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         assert (await hub.post(CHAT, {"model": "canary", "messages": []})).status == 200
         response = await hub.get("/metrics")
