@@ -1,12 +1,12 @@
 """The command line: `gollama-proxy serve`, `secret`, `token`, `check` and `demo`.
 
-Exit status: 0 when done, 1 when a worker is not well or a second signal cut, 2 for
-a setting or flag that cannot be used, 130 after Ctrl-C where there is nothing to drain.
-Whatever ends in 2 says why, each mistake on one line: the key, its value, and what is
-allowed.  All commands find the settings file in the same places.
+Exit status: 0 for success, 1 if a worker is unusable or a second signal cut answers, 2
+for a wrong setting or flag, 130 after Ctrl-C with nothing to drain.  With status 2,
+each mistake is one line with the key, its value and what is allowed.  All commands look
+for the settings file in the same places.
 
-A command imports what it needs when it runs, so that `token` and `--help` answer before
-the server's libraries would have been read.
+Each command imports what it needs when it runs, so that `token` and `--help` do not
+wait for the libraries of the server.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    # A tenth of a start would go into the search for garbage among modules; a running
-    # hub enables it again.
+    # While modules are imported, a search for garbage finds none and takes a tenth of
+    # the start.  A running hub enables it again.
     gc.disable()
     try:
         args = _parse(argv)
@@ -75,7 +75,7 @@ def _complain(text: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tell a wrong flag like a wrong setting: on one line, with what is allowed."""
+    """Reports a wrong flag as a wrong setting: in one line, with what is allowed."""
 
     def error(self, message: str) -> NoReturn:
         usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
@@ -83,13 +83,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 _FILE = (
-    "settings, in TOML; default: the file that GOLLAMA_CONFIG names, else "
+    "settings file, in TOML; default: the one in GOLLAMA_CONFIG, else "
     + ", else ".join(PLACES)
 )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    # A flag's beginning is not taken for the flag: a typing error would pass for it.
+    # No abbreviations: a typing error would pass for one.
     parser = _Parser(
         prog="gollama-proxy",
         description="One OpenAI-compatible address in front of llama.cpp machines.",
@@ -110,7 +110,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     serve = command("serve", _serve, "run the hub")
     serve.formatter_class = argparse.RawDescriptionHelpFormatter
     serve.epilog = "\n".join(_describe_settings())
-    text = "print a new secret to sign tokens with; a file it goes to gets mode 0600"
+    text = "print a new secret for signing tokens; an output file gets mode 0600"
     command("secret", _secret, text)
     token = command("token", _token, "print a token for a client")
     minting.add_flags(token)
@@ -122,7 +122,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         _add_setting_flags(fronting)
 
     args, unknown = parser.parse_known_args(argv)
-    if unknown:  # said by the command's parser, as its flags are the allowed ones
+    if unknown:  # reported with the flags of the command
         args.parser.error(f"{' '.join(unknown)}: not a flag of this command")
     return args
 
@@ -156,7 +156,7 @@ def _describe_settings() -> Iterator[str]:
 
 
 def show_default(row: Row) -> str:
-    """Spell a default as TOML does, sizes in the unit that a person would use."""
+    """Return a default in TOML, a size in the largest unit that fits."""
     if row.allowed.startswith("bytes"):
         shift, unit = (10, "KiB") if row.default % (1 << 20) else (20, "MiB")
         return f'"{row.default >> shift}{unit}"'
@@ -206,8 +206,8 @@ def _import_aiohttp() -> None:
                 os.environ[name] = value
 
 
-# Seconds after which names that no worker serves are reported, whether or not every
-# worker has been reached.
+# Seconds after which models without a worker are reported, even if some workers have
+# not been reached yet.
 _KNOWN_WITHIN = 60.0
 
 
@@ -220,7 +220,7 @@ async def _log_address(hub: Hub) -> None:
         log.warning("no worker is configured: every request will be refused")
     elif not hub.registry.ready:
         log.warning("no worker can be used: requests are refused until one can")
-    # Some may take a while to load a model; its names then count as unserved.
+    # A worker may take longer to load its model, which is then reported as well.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_KNOWN_WITHIN):
             await hub.known()
@@ -249,17 +249,17 @@ def _check(args: argparse.Namespace) -> int:
     minting.note(config.source)
     try:
         require_keys(config)
-    except ConfigError as exc:  # fine here; the secret is often only in the service
+    except ConfigError as exc:  # the secret is often known to the service alone
         minting.note(str(exc))
     else:
-        Authenticator(config)  # refuses keys of another algorithm, as the hub does
+        Authenticator(config)  # rejects keys of another algorithm, as in the hub
     if not config.workers:
         print("No worker is configured: add [[workers]] to the file, each with a url,")
         print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")
         return 1
     from gollama_proxy.fleet.registry import Registry
 
-    # These messages go into the table, and not into a log as well.
+    # The table has these messages; do not log them as well.
     logging.getLogger("gollama_proxy").addHandler(logging.NullHandler())
     registry = Registry(config)
     findings = _examine_all(config)
@@ -290,14 +290,14 @@ def _print_table(workers: Sequence[Worker], notes: Sequence[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    # A pipe has no width: whatever reads it gets whole URLs on whole lines.
+    # A pipe has no width: do not wrap lines there.
     console = Console(width=None if sys.stdout.isatty() else 10_000)
     table = Table(box=None, pad_edge=False)
     for title in "name", "url", "state", "models", "slots", "context", "build / reason":
         table.add_column(title, overflow="fold")
     colours = {"ready": "green", "loading": "yellow", "down": "red"}
     for worker, note in zip(workers, notes, strict=True):
-        # Workers choose some words: no markup, and nothing that a terminal obeys.
+        # Workers control some of the text: no markup, no control characters.
         name, url, state, *rest = [
             Text("".join(c if c.isprintable() else "?" for c in cell) or "-")
             for cell in _describe_worker(worker, note)
@@ -308,17 +308,17 @@ def _print_table(workers: Sequence[Worker], notes: Sequence[str]) -> None:
 
 
 def _describe_worker(worker: Worker, note: str) -> Iterator[str]:
-    """Show what is in force: what the settings state goes before what it says."""
+    """Yield the cells of a worker; settings take precedence over its own report."""
     yield from (worker.name, worker.config.url, worker.state.value)
     patterns = (name for name in worker.config.models if not is_plain(name))
     yield ", ".join([*patterns, *(model.name for model in worker.models)])
-    told = worker.description
-    for number in (worker.slots, told and told.context):
+    about = worker.description
+    for number in (worker.slots, about and about.context):
         yield "" if number is None else str(number)
-    if told is None:
+    if about is None:
         yield worker.reason
     else:
-        yield ", ".join(text for text in (told.build, note) if text)
+        yield ", ".join(text for text in (about.build, note) if text)
 
 
 # --- demo -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What `gollama-proxy secret` and `gollama-proxy token` print."""
+"""The commands `gollama-proxy secret` and `gollama-proxy token`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 def print_secret() -> int:
-    """Print a new secret."""
-    _keep_from_others(sys.stdout)
+    """Print a new secret; return the exit status."""
+    _make_private(sys.stdout)
     print(secrets.token_hex(MIN_SECRET_BYTES))
     return 0
 
 
-def _keep_from_others(stream: TextIO) -> None:
-    """Restrict a file that the shell has opened to its owner."""
+def _make_private(stream: TextIO) -> None:
+    """Make a file that the shell has opened readable by its owner only."""
     try:
         number = stream.fileno()
-    except (OSError, ValueError):  # one that is no file
+    except (OSError, ValueError):  # not a file
         return
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode) and mode & 0o077:
@@ -49,8 +49,8 @@ def _keep_from_others(stream: TextIO) -> None:
 # --- token ------------------------------------------------------------------------
 
 _SCOPES = (
-    "allow more: metrics (GET /metrics), or admin, which allows no more than that "
-    "as there is no admin API yet"
+    "extra permission: metrics (GET /metrics), or admin, which allows no more than "
+    "that as there is no admin API yet"
 )
 
 _LIMITS = {
@@ -61,17 +61,24 @@ _LIMITS = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what `print_token` reads."""
-    parser.add_argument("--sub", required=True, help="who the token speaks for")
+    """Add the flags that `print_token` reads."""
+    parser.add_argument(
+        "--sub",
+        required=True,
+        help="subject: the user or program that the token is for",
+    )
     parser.add_argument("--expires", default="30d", help="45s, 90m, 12h, 30d (default)")
     parser.add_argument(
-        "--model", action="append", default=[], help="allow only these, such as 'qwen*'"
+        "--model",
+        action="append",
+        default=[],
+        help="allow only these models, such as 'qwen*'",
     )
     parser.add_argument("--scope", action="append", default=[], help=_SCOPES)
     for flag, what in _LIMITS.items():
-        parser.add_argument(flag, metavar="N", help=f"allow so many {what}")
+        parser.add_argument(flag, metavar="N", help=f"limit: {what}")
     parser.add_argument(
-        "--priority", help="highest class: interactive (default), batch"
+        "--priority", help="highest priority: interactive (default), batch"
     )
     parser.add_argument(
         "--private-key", metavar="FILE", help="PEM file to sign with, for all but HS256"
@@ -79,16 +86,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def print_token(args: argparse.Namespace, load: Callable[[], Config]) -> int:
-    """Print a token as the flags say, for the hub that `load` gives the settings of.
+    """Print a token; return the exit status.  `load` returns the settings of the hub.
 
     Raises:
-        ConfigError: a flag cannot be used, or the hub would refuse the token.
+        ConfigError: a flag is wrong, or the hub would reject the token.
     """
     from gollama_proxy.edge.auth import Authenticator, AuthError, mint
 
-    _refuse_unprintable("--sub", [args.sub])
-    _refuse_unprintable("--model", args.model)
-    _refuse_unprintable("--scope", args.scope)
+    _reject_unprintable("--sub", [args.sub])
+    _reject_unprintable("--model", args.model)
+    _reject_unprintable("--scope", args.scope)
     lifetime = _parse_lifetime(args.expires)
     limits, priority = _parse_limits(args), _parse_priority(args.priority)
     config = load()
@@ -114,9 +121,9 @@ def print_token(args: argparse.Namespace, load: Callable[[], Config]) -> int:
         )
     except ValueError as exc:
         raise ConfigError(f"{source}: {exc}") from exc
-    asking = replace(config, auth=structs.replace(auth, mode="jwt"))
+    checked = replace(config, auth=structs.replace(auth, mode="jwt"))
     try:
-        Authenticator(asking).authenticate([f"Bearer {token}"])
+        Authenticator(checked).authenticate([f"Bearer {token}"])
     except AuthError as exc:
         text = f"the hub would refuse such a token: {exc.detail}"
         raise ConfigError(f"{source}: {text}") from exc
@@ -130,7 +137,7 @@ def print_token(args: argparse.Namespace, load: Callable[[], Config]) -> int:
     return 0
 
 
-def _refuse_unprintable(flag: str, values: Sequence[str]) -> None:
+def _reject_unprintable(flag: str, values: Sequence[str]) -> None:
     for value in values:
         if not value.strip() or not value.isprintable():
             raise ConfigError(f"{flag} = {value!r}: must be printable, and not empty")
@@ -192,5 +199,5 @@ def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
 
 
 def note(text: str) -> None:
-    """Tell what is no part of a command's result."""
+    """Print a remark that is not part of a command's output."""
     print("note:", text, file=sys.stderr)

@@ -45,6 +45,11 @@ def read_secret(source: str, file: str) -> bytes:
 
 
 def load_secrets(auth: Auth, environ: Mapping[str, str]) -> tuple[bytes, ...]:
+    """Return the HS256 secrets, from the environment or the file; the current first.
+
+    Raises:
+        ConfigError: a secret is too short, or comes from two places.
+    """
     names = ("GOLLAMA_JWT_SECRET", "GOLLAMA_JWT_SECRET_PREVIOUS")
     given = {name: environ[name] for name in names if environ.get(name)}
     if not auth.secret_file:
@@ -74,6 +79,11 @@ def _check_secret(source: str, secret: bytes) -> bytes:
 
 
 def load_public_keys(auth: Auth) -> tuple[str, ...]:
+    """Return the PEM blocks of the public keys; none for HS256.
+
+    Raises:
+        ConfigError: the file cannot be read or has no key, or does not fit HS256.
+    """
     if auth.algorithm == "HS256":
         if auth.public_key_file:
             raise ConfigError(

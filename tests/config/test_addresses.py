@@ -1,4 +1,4 @@
-"""No worker is looked for where none can be, in whatever way that is written."""
+"""Addresses that no worker can have are rejected, in every spelling."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOWHERE = "is no address of a machine"
         ("METADATA.google.internal.", METADATA),
         ("metadata.goog", METADATA),
         ("instance-data.ec2.internal", METADATA),
-        # Other spellings of the same
+        # Other spellings of these
         ("2852039166", METADATA),
         ("0xa9fea9fe", METADATA),
         ("0xA9.0xFE.0xA9.0xFE", METADATA),
@@ -45,7 +45,7 @@ NOWHERE = "is no address of a machine"
         ("169.254.43518", METADATA),
         ("169.16689662", METADATA),
         ("0251.254.0xa9fe", METADATA),
-        # The same inside of IPv6
+        # The same inside IPv6 addresses
         ("::ffff:169.254.169.254", METADATA),
         ("::ffff:a9fe:a9fe", METADATA),
         ("0:0:0:0:0:FFFF:A9FE:A9FE", METADATA),
@@ -61,7 +61,7 @@ NOWHERE = "is no address of a machine"
         ("fe80::1%eth0", LINK_LOCAL),
         ("febf:ffff::1", LINK_LOCAL),
         ("::ffff:169.254.1.2", LINK_LOCAL),
-        # Nobody's, or everybody's
+        # Unspecified, multicast, broadcast
         ("0.0.0.0", NOWHERE),
         ("0", NOWHERE),
         ("0x0", NOWHERE),
@@ -81,7 +81,7 @@ NOWHERE = "is no address of a machine"
         ("::ffff:224.0.0.1", MULTICAST),
     ],
 )
-def test_what_is_refused(host: str, why: str) -> None:
+def test_a_rejected_host(host: str, why: str) -> None:
     assert why_refused(host) == why
 
 
@@ -99,7 +99,7 @@ def test_what_is_refused(host: str, why: str) -> None:
         "192.168.1.1",
         "::ffff:192.168.1.1",
         "64:ff9b::10.0.0.1",
-        "100.64.0.1",  # RFC 6598, of which Tailscale makes its addresses
+        "100.64.0.1",  # RFC 6598, which Tailscale uses
         "fd00::1",
         "fd00:ec2::253",
         "fec0::1",
@@ -115,18 +115,18 @@ def test_what_is_refused(host: str, why: str) -> None:
         "169.254.169.254.example",
         "metadata",
         "metadata.google.internal.example",
-        "10.0.0.256",  # a name, if anything
+        "10.0.0.256",  # not an address, so at best a name
         "a9fea9fe",
         "",
     ],
 )
-def test_what_is_not(host: str) -> None:
-    """Loopback and private networks are where workers are."""
+def test_an_allowed_host(host: str) -> None:
+    """Workers are on loopback and private networks."""
     assert why_refused(host) == ""
 
 
 @given(st.ip_addresses(v=4))
-def test_an_address_within_another_is_judged_as_itself(
+def test_an_address_inside_an_ipv6_address_is_treated_alike(
     address: ipaddress.IPv4Address,
 ) -> None:
     why = why_address_refused(address)
@@ -141,7 +141,7 @@ def test_an_address_within_another_is_judged_as_itself(
 
 
 @given(st.text(max_size=30))
-def test_whatever_a_host_is_it_gets_an_answer(host: str) -> None:
+def test_any_text_gets_an_answer(host: str) -> None:
     if host.isascii() and "\0" not in host:
         assert why_refused(host) in ("", METADATA, LINK_LOCAL, MULTICAST, NOWHERE)
 
@@ -161,5 +161,5 @@ def test_whatever_a_host_is_it_gets_an_answer(host: str) -> None:
         ("", False),
     ],
 )
-def test_whether_a_host_is_this_machine_alone(host: str, local: bool) -> None:
+def test_a_loopback_host(host: str, local: bool) -> None:
     assert is_loopback(host) is local

@@ -47,7 +47,7 @@ class List:
         self.file.write_text(content)
 
     def replace(self, content: str) -> None:
-        """Put another file in its place, as a careful program does."""
+        """Replace the file atomically."""
         beside = self.file.with_name("beside")
         beside.write_text(content)
         beside.replace(self.file)
@@ -59,7 +59,7 @@ def of(*tokens: str, sub: tuple[str, ...] = ()) -> Revoked:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Collect each time that the file is read."""
+    """Record every time that the file is read."""
     done: list[str] = []
     read = keys.read_revoked
 
@@ -81,14 +81,14 @@ def test_a_change_is_applied_once(tmp_path: Path, reads: list[str]) -> None:
     for _ in range(3):
         it.check()
     assert it.applied == [of("a"), of("a", sub=("bob",))]
-    it.write("# nobody any more\n")
+    it.write("# nothing any more\n")
     it.check()
     assert it.applied[2:] == [Revoked()]
-    assert len(reads) == 3, "a file that stays as it is is not read"
+    assert len(reads) == 3, "an unchanged file is not read"
 
 
-def test_another_file_in_its_place_is_a_change(tmp_path: Path) -> None:
-    """Even of the same size and the same age."""
+def test_a_replaced_file_is_a_change(tmp_path: Path) -> None:
+    """Even with the same size and time."""
     it = List(tmp_path, "jti:a\n")
     it.check()
     it.replace("jti:b\n")
@@ -97,7 +97,7 @@ def test_another_file_in_its_place_is_a_change(tmp_path: Path) -> None:
     assert it.applied == [of("a"), of("b")]
 
 
-def test_other_words_for_the_same_are_no_change(tmp_path: Path) -> None:
+def test_another_spelling_of_the_same_list_is_not_a_change(tmp_path: Path) -> None:
     it = List(tmp_path, "jti:a\njti:b\n")
     it.check()
     it.write("# two\njti:b\n\njti: a\njti:a")
@@ -105,7 +105,7 @@ def test_other_words_for_the_same_are_no_change(tmp_path: Path) -> None:
     assert it.applied == [of("a", "b")]
 
 
-def test_what_was_changed_a_moment_ago_may_change_again(
+def test_a_file_that_has_just_changed_is_read_again(
     tmp_path: Path, reads: list[str]
 ) -> None:
     """Two changes within a tick of the file system's clock look the same."""
@@ -133,7 +133,7 @@ def test_what_was_changed_a_moment_ago_may_change_again(
         (b"x" * (16 << 20) + b"x", "must not be larger than 16777216 bytes"),
     ],
 )
-def test_a_list_that_is_no_list_changes_nothing(
+def test_a_malformed_list_changes_nothing(
     content: bytes | None, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     it = List(tmp_path, "jti:good\n")
@@ -149,17 +149,17 @@ def test_a_list_that_is_no_list_changes_nothing(
     assert line.startswith(f"auth.revoked = '{it.file}': {why}")
     assert line.endswith("; the last good list stays")
     assert "secret" not in line
-    # It is looked at again, and one that is good again counts.
+    # It is read again, and takes effect once it is valid.
     it.write("jti:good\njti:more\n")
     it.check()
     assert it.applied == [of("good"), of("good", "more")]
-    # The same trouble, once more: that is news.
+    # The same mistake after a valid list is reported again.
     it.file.unlink()
     it.check()
     assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 2
 
 
-def test_a_file_that_changes_while_it_is_read_is_left_for_the_next_look(
+def test_a_file_that_changes_while_it_is_read_is_read_again_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = List(tmp_path, "jti:a\n")
@@ -199,7 +199,7 @@ def test_a_reload_logs_the_size_of_the_list(
 # --- With a watcher ---------------------------------------------------------------
 
 
-async def test_a_list_that_cannot_be_applied_is_not_the_last(
+async def test_a_failure_to_apply_a_list_does_not_stop_the_watcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(watch, "PERIOD", 0.001)

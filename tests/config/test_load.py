@@ -1,4 +1,4 @@
-"""What can be written wrong is refused on one line that says what is allowed."""
+"""Every mistake is reported in one line that states what is allowed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refusal(
     *,
     folder: Path,
 ) -> str:
-    """Load what must not load, and return the one line that says why."""
+    """Load settings with a mistake, and return the line that reports it."""
     file = None
     if toml is not None:
         file = folder / "gollama.toml"
@@ -47,7 +47,7 @@ def refusal(
     return text
 
 
-# --- What is refused --------------------------------------------------------------
+# --- Mistakes ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -407,10 +407,10 @@ def test_a_wrong_public_key_file(
     assert why in text
 
 
-# --- What is taken ----------------------------------------------------------------
+# --- Good settings ----------------------------------------------------------------
 
 
-def test_nothing_given_is_the_defaults() -> None:
+def test_without_settings_there_are_the_defaults() -> None:
     assert load() == Config()
 
 
@@ -477,7 +477,7 @@ def test_workers_of_flags_over_the_environment_over_the_file(tmp_path: Path) -> 
         ("http://[::ffff:10.0.0.1]", Origin("http", "::ffff:10.0.0.1", 80, "")),
     ],
 )
-def test_a_url_is_taken_apart(url: str, origin: Origin) -> None:
+def test_the_parts_of_a_url(url: str, origin: Origin) -> None:
     (worker,) = load(workers=[url]).workers
     assert worker.origin == origin
     assert worker.url == url
@@ -491,7 +491,7 @@ def test_a_worker_key_from_the_environment_or_a_file(tmp_path: Path) -> None:
         f"""
         [[workers]]
         url = "http://a"
-        api_key_env = "GOLLAMA_LOG_KEY"  # looks like a misspelt setting, and is not
+        api_key_env = "GOLLAMA_LOG_KEY"  # resembles a setting, but is not misspelt
         [[workers]]
         url = "http://b"
         name = "attic"
@@ -503,7 +503,7 @@ def test_a_worker_key_from_the_environment_or_a_file(tmp_path: Path) -> None:
     assert second.name == "attic"
 
 
-def test_the_models_of_a_worker_are_stated_by_hand(tmp_path: Path) -> None:
+def test_models_that_the_settings_of_a_worker_name(tmp_path: Path) -> None:
     file = tmp_path / "gollama.toml"
     file.write_text(
         """
@@ -525,7 +525,7 @@ def test_several_aliases_of_one_model(tmp_path: Path) -> None:
     assert load(file).models.aliases == {"a": "qwen", "b": "qwen"}
 
 
-def test_a_wildcard_may_be_for_what_the_other_aliases_leave(tmp_path: Path) -> None:
+def test_a_wildcard_beside_other_aliases(tmp_path: Path) -> None:
     file = tmp_path / "gollama.toml"
     table = {"gpt-*": "gpt-oss", "gpt-4o": "gpt-big", "*": "qwen", "fast": "llama"}
     rows = "\n".join(f"'{alias}' = '{model}'" for alias, model in table.items())
@@ -533,7 +533,7 @@ def test_a_wildcard_may_be_for_what_the_other_aliases_leave(tmp_path: Path) -> N
     assert load(file).models.aliases == table
 
 
-def test_what_a_worker_can_carry(tmp_path: Path) -> None:
+def test_the_weight_the_memory_and_the_slots_of_a_worker(tmp_path: Path) -> None:
     file = tmp_path / "gollama.toml"
     file.write_text(
         """
@@ -546,9 +546,9 @@ def test_what_a_worker_can_carry(tmp_path: Path) -> None:
         slots = 4
         """
     )
-    plain, told = load(file).workers
+    plain, other = load(file).workers
     assert (plain.weight, plain.vram_gib, plain.slots) == (None, None, None)
-    assert (told.weight, told.vram_gib, told.slots) == (2.0, 24.0, 4)
+    assert (other.weight, other.vram_gib, other.slots) == (2.0, 24.0, 4)
 
 
 def test_every_public_key_of_the_file(tmp_path: Path) -> None:
@@ -563,22 +563,22 @@ def test_every_public_key_of_the_file(tmp_path: Path) -> None:
     require_keys(config)
 
 
-def test_both_secrets_the_current_one_first() -> None:
+def test_the_current_secret_comes_before_the_previous_one() -> None:
     environ = {
         "GOLLAMA_JWT_SECRET_PREVIOUS": "p" * 32,
-        "GOLLAMA_JWT_SECRET": "\udcff" * 32,  # bytes that are no text
+        "GOLLAMA_JWT_SECRET": "\udcff" * 32,  # bytes that are not text
     }
     config = load(environ=environ)
     assert config.secrets == (b"\xff" * 32, b"p" * 32)
     require_keys(config)
 
 
-def test_the_secret_of_a_file_and_the_one_before_it(tmp_path: Path) -> None:
+def test_a_file_with_the_current_and_the_previous_secret(tmp_path: Path) -> None:
     file = private(tmp_path / "secrets", b"\xff" * 32 + b"\n")
     environ = {"GOLLAMA_AUTH_SECRET_FILE": str(file)}
     assert load(environ=environ).secrets == (b"\xff" * 32,)
     private(file, f"{SECRET}\r\n{'p' * 32}")
-    file.chmod(0o640)  # a group may read it, such as that of a container
+    file.chmod(0o640)  # for the group of a container, for example
     config = load(environ=environ)
     assert config.secrets == (SECRET.encode(), b"p" * 32)
     require_keys(config)
@@ -593,7 +593,7 @@ def test_the_secret_of_a_file_and_the_one_before_it(tmp_path: Path) -> None:
         ("jti:a", ("a",), ()),
         ("jti:a\njti:b\nsub:alice\njti:a\n", ("a", "b"), ("alice",)),
         ("  jti: a \r\nsub:\tbob  \r\n", ("a",), ("bob",)),
-        ("\ufeffjti:a\n", ("a",), ()),  # as Windows' editor saves it
+        ("\ufeffjti:a\n", ("a",), ()),  # as Notepad saves it
         ("sub:https://issuer/alice:1\n", (), ("https://issuer/alice:1",)),
         ("sub:alice # on leave\n", (), ("alice # on leave",)),
         (
@@ -603,7 +603,7 @@ def test_the_secret_of_a_file_and_the_one_before_it(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_list_of_the_revoked(
+def test_a_revocation_list(
     content: str, tokens: Sequence[str], subjects: Sequence[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "revoked"
@@ -628,9 +628,7 @@ def test_a_list_of_the_revoked(
         ("eyJhbGciOiJIUzI1NiJ9.hunter2.x", 1),
     ],
 )
-def test_a_list_of_the_revoked_that_is_none(
-    content: str, line: int, tmp_path: Path
-) -> None:
+def test_a_malformed_revocation_list(content: str, line: int, tmp_path: Path) -> None:
     (tmp_path / "revoked").write_text(content)
     environ = {"GOLLAMA_AUTH_REVOKED": str(tmp_path / "revoked")}
     text = refusal(environ=environ, folder=tmp_path)
@@ -638,7 +636,7 @@ def test_a_list_of_the_revoked_that_is_none(
     assert "hunter2" not in text
 
 
-def test_a_list_of_the_revoked_has_an_end(tmp_path: Path) -> None:
+def test_the_size_of_a_revocation_list_is_limited(tmp_path: Path) -> None:
     longest = "jti:a\n" + "#" * (MAX_REVOKED_FILE - 6)
     file = tmp_path / "revoked"
     file.write_text(longest)
@@ -648,7 +646,7 @@ def test_a_list_of_the_revoked_has_an_end(tmp_path: Path) -> None:
         read_revoked(str(file))
 
 
-def test_no_secret_shows(tmp_path: Path) -> None:
+def test_secrets_are_hidden(tmp_path: Path) -> None:
     private(tmp_path / "key", "hunter2-key")
     file = tmp_path / "gollama.toml"
     file.write_text(f'[[workers]]\nurl = "http://a"\napi_key_file = "{tmp_path}/key"')
@@ -668,17 +666,17 @@ def test_other_variables_of_a_service_called_gollama() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1"])
-def test_without_authentication_loopback_is_fine(host: str) -> None:
+def test_loopback_needs_no_authentication(host: str) -> None:
     config = load(flags={"auth.mode": "off", "server.host": host})
     require_keys(config)
 
 
-def test_without_authentication_anywhere_when_insisted() -> None:
+def test_insecure_bind_allows_any_address_without_authentication() -> None:
     flags = {"auth.mode": "off", "server.host": "::", "server.insecure_bind": True}
     assert load(flags=flags).server.insecure_bind
 
 
-def test_with_authentication_a_key_is_needed() -> None:
+def test_authentication_needs_a_key() -> None:
     with pytest.raises(ConfigError, match=r"^GOLLAMA_JWT_SECRET: is not set; .* off$"):
         require_keys(load())
 
@@ -710,8 +708,8 @@ def test_the_example_explains_each_setting() -> None:
         assert f"# {row.help}\n# ({row.env}, {row.allowed})\n#" in text, row.key
 
 
-def test_what_the_example_suggests_can_be_used(tmp_path: Path) -> None:
-    """Take the "# " off the other workers and the aliases, as a reader would."""
+def test_the_suggestions_in_the_example_are_valid(tmp_path: Path) -> None:
+    """Remove the "# " from the other worker and from the aliases."""
     text = EXAMPLE.read_text()
     start = text.index("# [[workers]]")
     end = text.index("[server]")

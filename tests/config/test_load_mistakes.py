@@ -1,7 +1,7 @@
-"""A mistake in the settings stops the start, with one line that names the field.
+"""A mistake in the settings ends the command, with one line that names the key.
 
-Through the command itself: exit status 2, nothing on standard output, one line on
-standard error; and no secret in it, wherever the mistake is.
+The exit status is 2, standard output is empty, and standard error has one line, which
+never contains a secret.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Output = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """An environment with good secrets, and no other setting."""
+    """An environment with valid secrets and no other settings."""
     clean = bare()
     clean |= {"GOLLAMA_JWT_SECRET": SECRET, "DESK_KEY": KEY}
     monkeypatch.setattr(os, "environ", clean)
-    # Some mistakes are only seen when the hub is made; the tests' log is not its own.
+    # Some mistakes are found only by the hub; it must not change the log of the tests.
     monkeypatch.setattr("gollama_proxy.telemetry.logs.configure", lambda log: None)
 
     async def start(hub: object) -> None:
-        raise AssertionError("what is wrong was served")
+        raise AssertionError("started with wrong settings")
 
     monkeypatch.setattr("gollama_proxy.hub.Hub.start", start)
     return clean
@@ -46,7 +46,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Files that settings can name, good ones and bad ones."""
+    """Files for settings, valid and invalid."""
     files: dict[str, tuple[str | bytes, int]] = {
         "secret": (SECRET, 0o600),
         "open": (SECRET, 0o604),
@@ -72,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refusal(toml: str, folder: Path, capsys: Output) -> str:
-    """Start with these settings, which must not be; return the line that says why."""
+    """Start with these settings, and return the line that reports the mistake."""
     file = folder / "gollama.toml"
     file.write_text(toml.replace("%", str(folder)))
     assert main(["serve", "-c", str(file)]) == 2
@@ -86,78 +86,81 @@ def refusal(toml: str, folder: Path, capsys: Output) -> str:
 
 
 MISTAKES: dict[str, tuple[str, str]] = {
-    # TOML                                      what the line begins with
-    "no TOML": ("[server", "%/gollama.toml: not valid TOML"),
-    "a section that is none": ("[sever]\n", "sever: no such setting"),
-    "a key that is none": ("[server]\nprot = 1\n", "server.prot: no such setting"),
+    # TOML                                      the start of the line
+    "not TOML": ("[server", "%/gollama.toml: not valid TOML"),
+    "an unknown section": ("[sever]\n", "sever: no such setting"),
+    "an unknown key": ("[server]\nprot = 1\n", "server.prot: no such setting"),
     "a section that is a value": ("server = 1\n", "server = 1: must be a table"),
     "a port too high": ("server.port = 65536", "server.port = 65536"),
     "a port that is a word": ("server.port = 'http'", "server.port = 'http'"),
     "a host that is a number": ("server.host = 1", "server.host = 1"),
     "a flag that is a word": ("server.insecure_bind = 'x'", "server.insecure_bind"),
-    "no authentication for all": (
+    "an open address without authentication": (
         "server.host = '0.0.0.0'\nauth.mode = 'off'",
         "server.host = '0.0.0.0'",
     ),
-    "every page": ("server.cors_origins = ['*']", "server.cors_origins = ['*']"),
-    "the page of nobody": ("server.cors_origins = ['null']", "server.cors_origins"),
-    "a page with a path": (
+    "any origin": ("server.cors_origins = ['*']", "server.cors_origins = ['*']"),
+    "the null origin": ("server.cors_origins = ['null']", "server.cors_origins"),
+    "an origin with a path": (
         "server.cors_origins = ['http://a/']",
         "server.cors_origins = ['http://a/']",
     ),
-    "a page without a scheme": (
+    "an origin without a scheme": (
         "server.cors_origins = ['localhost:3000']",
         "server.cors_origins",
     ),
-    "a page at port 0": ("server.cors_origins = ['http://a:0']", "server.cors_origins"),
-    "time that is negative": ("server.drain = -1", "server.drain = -1"),
-    "time that is none": ("timeouts.connect = nan", "timeouts.connect = nan"),
-    "time with a unit": ("timeouts.gap = '30s'", "timeouts.gap = '30s'"),
+    "an origin at port 0": (
+        "server.cors_origins = ['http://a:0']",
+        "server.cors_origins",
+    ),
+    "a negative time": ("server.drain = -1", "server.drain = -1"),
+    "a time that is not a number": ("timeouts.connect = nan", "timeouts.connect = nan"),
+    "a time with a unit": ("timeouts.gap = '30s'", "timeouts.gap = '30s'"),
     "a size with a wrong unit": ("limits.body = '1MB'", "limits.body = '1MB'"),
     "a size too small": ("limits.head = 1", "limits.head = 1"),
     "a count with a fraction": ("queue.size = 1.5", "queue.size = 1.5"),
     "a rate beyond 1": ("breaker.failure_rate = 2", "breaker.failure_rate = 2"),
-    "a policy that is none": ("routing.policy = 'x'", "routing.policy = 'x'"),
-    "a level that is none": ("log.level = 'x'", "log.level = 'x'"),
-    "a path that is none": ("retry.once = ['/x']", "retry.once = ['/x']"),
+    "an unknown policy": ("routing.policy = 'x'", "routing.policy = 'x'"),
+    "an unknown level": ("log.level = 'x'", "log.level = 'x'"),
+    "an unknown path": ("retry.once = ['/x']", "retry.once = ['/x']"),
     "a loop of aliases": ("models.aliases = {a='a'}", "models.aliases"),
     "a fallback to itself": ("models.fallbacks = {a=['a']}", "models.fallbacks"),
-    # Who may come in
-    "an algorithm that is none": ("auth.algorithm = 'none'", "auth.algorithm = 'none'"),
-    "a mode that is none": ("auth.mode = 'basic'", "auth.mode = 'basic'"),
-    "a clock too far off": ("auth.leeway = 3600", "auth.leeway = 3600"),
-    "a lifetime that is negative": ("auth.max_lifetime = -1", "auth.max_lifetime = -1"),
-    "a lifetime of ages": ("auth.max_lifetime = 1e12", "auth.max_lifetime"),
+    # Authentication
+    "an unknown algorithm": ("auth.algorithm = 'none'", "auth.algorithm = 'none'"),
+    "an unknown mode": ("auth.mode = 'basic'", "auth.mode = 'basic'"),
+    "a leeway too long": ("auth.leeway = 3600", "auth.leeway = 3600"),
+    "a negative lifetime": ("auth.max_lifetime = -1", "auth.max_lifetime = -1"),
+    "a lifetime too long": ("auth.max_lifetime = 1e12", "auth.max_lifetime"),
     "no public key": ("auth.algorithm = 'ES256'", "auth.public_key_file = ''"),
-    "a public key that is not there": (
+    "a missing public key": (
         "auth.algorithm = 'ES256'\nauth.public_key_file = '%/none'",
         "auth.public_key_file = '%/none': cannot be read",
     ),
-    "a public key that is none": (
+    "a file without a public key": (
         "auth.algorithm = 'ES256'\nauth.public_key_file = '%/nothing.pem'",
         "auth.public_key_file = '%/nothing.pem': holds no PEM block",
     ),
-    "a public key that is not one of that kind": (
+    "a public key of another algorithm": (
         "auth.algorithm = 'ES256'\nauth.public_key_file = '%/public.pem'",
         "auth.public_key_file = '%/public.pem': holds a key that is not ES256",
     ),
-    "a public key for a secret's algorithm": (
+    "a public key for HS256": (
         "auth.public_key_file = '%/public.pem'",
         "auth.public_key_file = '%/public.pem': HS256 has a secret",
     ),
-    "no list of the revoked": (
+    "a missing revocation list": (
         "auth.revoked = '%/none'",
         "auth.revoked = '%/none': cannot be read",
     ),
-    "a list that is a folder": (
+    "a revocation list that is a folder": (
         "auth.revoked = '%'",
         "auth.revoked = '%': cannot be read: Is a directory",
     ),
-    "a list with nonsense": (
+    "a malformed revocation list": (
         "auth.revoked = '%/nonsense'",
         "auth.revoked = '%/nonsense': line 2 must be jti: or sub:",
     ),
-    "a list that is no text": (
+    "a binary revocation list": (
         "auth.revoked = '%/binary'",
         "auth.revoked = '%/binary': cannot be read: not UTF-8 text",
     ),
@@ -167,8 +170,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     # Workers
     "a worker without a URL": ("[[workers]]\nname = 'a'", "workers[0].url = ''"),
-    "workers that are words": ("workers = ['http://a']", "workers = ['http://a']"),
-    "a worker's key that is none": (
+    "workers that are strings": ("workers = ['http://a']", "workers = ['http://a']"),
+    "an unknown key of a worker": (
         WORKER + "slot = 1",
         "workers[0].slot: no such setting",
     ),
@@ -181,40 +184,40 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "[[workers]]\nurl = 'http://2852039166/'",
         "workers[0].url = 'http://2852039166/': the host is a cloud's metadata",
     ),
-    "a worker at no address": (
+    "a worker at an impossible address": (
         "[[workers]]\nurl = 'http://0.0.0.0:8080'",
         "workers[0].url = 'http://0.0.0.0:8080': the host is no address",
     ),
-    "a worker by file": ("[[workers]]\nurl = 'file:///etc'", "workers[0].url"),
+    "a worker with a file URL": ("[[workers]]\nurl = 'file:///etc'", "workers[0].url"),
     "a worker with a query": (
         "[[workers]]\nurl = 'http://a/?x=1'",
         "workers[0].url = 'http://a/?x=1'",
     ),
-    "a worker's key that is not set": (
+    "an API key that is not set": (
         WORKER + "api_key_env = 'NOT_SET'",
         "workers[0].api_key_env = 'NOT_SET'",
     ),
-    "a worker's key twice": (
+    "two API keys of a worker": (
         WORKER + "api_key_env = 'DESK_KEY'\napi_key_file = '%/key'",
         "workers[0]: api_key_env or api_key_file, not both",
     ),
-    "a worker's key that is not there": (
+    "a missing API key file": (
         WORKER + "api_key_file = '%/none'",
         "workers[0].api_key_file = '%/none': cannot be read",
     ),
-    "a worker's key for everybody": (
+    "an API key file open to all users": (
         WORKER + "api_key_file = '%/openkey'",
         "workers[0].api_key_file = '%/openkey': everybody can get at it (mode 0644)",
     ),
-    "a worker's key of two words": (
+    "an API key of two words": (
         WORKER + "api_key_file = '%/words'",
         "workers[0].api_key_file = '%/words': holds no usable key",
     ),
-    "a worker's key that is no text": (
+    "a binary API key": (
         WORKER + "api_key_file = '%/binary'",
         "workers[0].api_key_file = '%/binary': holds no usable key",
     ),
-    "a worker's key without end": (
+    "an API key file too large": (
         WORKER + "api_key_file = '%/huge'",
         "workers[0].api_key_file = '%/huge': must not be larger than 65536 bytes",
     ),
@@ -239,7 +242,7 @@ def test_a_mistake_in_the_file(name: str, folder: Path, capsys: Output) -> None:
         ("huge", "must not be larger than 65536 bytes"),
     ],
 )
-def test_a_secret_file_that_is_not_good(
+def test_a_wrong_secret_file(
     name: str, begins: str, folder: Path, environ: dict[str, str], capsys: Output
 ) -> None:
     del environ["GOLLAMA_JWT_SECRET"]
@@ -247,7 +250,7 @@ def test_a_secret_file_that_is_not_good(
     assert line.startswith(f"auth.secret_file = '%/{name}': {begins}")
 
 
-def test_a_secret_file_for_keys(
+def test_a_secret_file_for_an_algorithm_with_keys(
     folder: Path, environ: dict[str, str], capsys: Output
 ) -> None:
     del environ["GOLLAMA_JWT_SECRET"]
@@ -284,10 +287,10 @@ def test_a_mistake_in_the_environment(
     assert refusal("", folder, capsys).startswith(begins)
 
 
-def test_a_process_that_was_set_wrongly_ends_with_2(
+def test_a_process_with_wrong_settings_ends_with_status_2(
     folder: Path, environ: dict[str, str]
 ) -> None:
-    """Before it listens: an address that is taken would be another complaint."""
+    """Before it listens: otherwise it would report the address that is in use."""
     file = folder / "gollama.toml"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -303,13 +306,13 @@ def test_a_process_that_was_set_wrongly_ends_with_2(
         )
     assert done.returncode == 2
     assert done.stdout == ""
-    told = rf"gollama-proxy: workers\[0\]\.api_key_file = '{folder}/open': .*600\n"
-    assert re.fullmatch(told, done.stderr)
-    assert stat.S_IMODE((folder / "open").stat().st_mode) == 0o604, "and left alone"
+    expected = rf"gollama-proxy: workers\[0\]\.api_key_file = '{folder}/open': .*600\n"
+    assert re.fullmatch(expected, done.stderr)
+    assert stat.S_IMODE((folder / "open").stat().st_mode) == 0o604, "and unchanged"
 
 
 def test_check_finds_a_key_of_another_algorithm(folder: Path, capsys: Output) -> None:
-    """It was seen only when the hub was made."""
+    """As `serve` does, where the hub finds it."""
     file = folder / "gollama.toml"
     file.write_text(
         f"[auth]\nalgorithm = 'ES256'\npublic_key_file = '{folder}/public.pem'\n"
@@ -318,11 +321,11 @@ def test_check_finds_a_key_of_another_algorithm(folder: Path, capsys: Output) ->
     assert "holds a key that is not ES256" in capsys.readouterr().err
 
 
-# --- Many at once -----------------------------------------------------------------
+# --- Several mistakes -------------------------------------------------------------
 
 
-def test_all_mistakes_are_told_at_once(folder: Path, capsys: Output) -> None:
-    """Each on its line, and none that only follows from another."""
+def test_all_mistakes_are_reported_together(folder: Path, capsys: Output) -> None:
+    """Each in one line, without those that only follow from another."""
     file = folder / "gollama.toml"
     file.write_text(
         f"""
@@ -372,24 +375,24 @@ uri = "http://10.0.0.3"
         assert "'MAC_KEY': is not set" in captured.err
 
 
-def test_mistakes_of_the_environment_are_told_beside_those_of_the_file(
+def test_mistakes_in_the_environment_and_in_the_file_are_reported_together(
     folder: Path, environ: dict[str, str], capsys: Output
 ) -> None:
     file = folder / "gollama.toml"
     file.write_text("queue.size = -1")
     environ |= {"GOLLAMA_HEALTH_FALL": "x", "GOLLAMA_HEALTH_RAISE": "1"}
     assert main(["check", "-c", str(file)]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 3
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 3
     for key in ("queue.size", "health.fall", "GOLLAMA_HEALTH_RAISE"):
-        assert f"gollama-proxy: {key}" in told
+        assert f"gollama-proxy: {key}" in errors
 
 
 @pytest.mark.parametrize("value", ["", None])
-def test_a_variable_that_is_not_set_is_called_so(
+def test_an_api_key_variable_that_is_unset_or_empty(
     value: str | None, folder: Path, environ: dict[str, str], capsys: Output
 ) -> None:
     if value is not None:
         environ["MAC_KEY"] = value
-    told = refusal(WORKER + "api_key_env = 'MAC_KEY'", folder, capsys)
-    assert told.startswith("workers[0].api_key_env = 'MAC_KEY': is not set")
+    line = refusal(WORKER + "api_key_env = 'MAC_KEY'", folder, capsys)
+    assert line.startswith("workers[0].api_key_env = 'MAC_KEY': is not set")

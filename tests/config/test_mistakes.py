@@ -1,4 +1,4 @@
-"""Mistakes are collected, and told together."""
+"""Mistakes are collected and reported together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def fail(*texts: str) -> None:
     raise ConfigError(*texts)
 
 
-def test_what_went_well_is_passed_on() -> None:
+def test_the_result_of_a_step_is_returned() -> None:
     mistakes = Mistakes()
     assert mistakes.collect(int, "7") == 7
     mistakes.check()
     assert len(mistakes) == 0
 
 
-def test_all_that_went_wrong_is_raised_in_the_end() -> None:
+def test_all_mistakes_are_raised_together() -> None:
     mistakes = Mistakes()
     assert mistakes.collect(fail, "a") is None
     assert mistakes.collect(fail, "b", "c") is None
@@ -30,7 +30,7 @@ def test_all_that_went_wrong_is_raised_in_the_end() -> None:
     assert str(caught.value) == "a\nb\nc"
 
 
-def test_another_error_is_none_of_them() -> None:
+def test_other_errors_are_not_collected() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         Mistakes().collect(int, "x")
 

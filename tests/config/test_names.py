@@ -19,7 +19,7 @@ TABLE = {"gpt-*": "a", "*": "b", "gpt-4*": "c", "gpt-4o": "d", "gpt-?-": "e"}
         ("[ab]", False),
     ],
 )
-def test_a_name_is_told_from_a_pattern(name: str, plain: bool) -> None:
+def test_a_name_differs_from_a_pattern(name: str, plain: bool) -> None:
     assert is_plain(name) is plain
 
 
@@ -29,7 +29,7 @@ def test_a_name_is_told_from_a_pattern(name: str, plain: bool) -> None:
         ("gpt-4o", "gpt-4o"),
         ("gpt-4o-mini", "gpt-4*"),
         ("gpt-3", "gpt-*"),
-        ("gpt-4-", "gpt-4*"),  # the first of one length
+        ("gpt-4-", "gpt-4*"),  # of the same length: the first
         ("gpt-5-", "gpt-?-"),
         ("GPT-4o", "*"),
         ("", "*"),
@@ -37,11 +37,13 @@ def test_a_name_is_told_from_a_pattern(name: str, plain: bool) -> None:
         ("gpt-*", "gpt-*"),
     ],
 )
-def test_a_name_itself_counts_and_then_the_longest_pattern(name: str, key: str) -> None:
+def test_exact_names_take_precedence_then_the_longest_pattern(
+    name: str, key: str
+) -> None:
     assert Aliases(TABLE).key(name) == key
 
 
-def test_what_nothing_catches_is_no_alias() -> None:
+def test_a_name_that_nothing_matches_is_not_an_alias() -> None:
     aliases = Aliases({"gpt-*": "a", "b": "c"})
     assert aliases.key("gpt") is None
     assert aliases.pattern("b") is None
@@ -50,7 +52,7 @@ def test_what_nothing_catches_is_no_alias() -> None:
     assert (aliases["gpt-*"], aliases["b"]) == ("a", "c")
 
 
-def test_patterns_are_no_names() -> None:
+def test_patterns_are_not_names() -> None:
     aliases = Aliases(TABLE)
     assert aliases.names == {"gpt-4o": "d"}
     assert repr(Aliases({"a": "b"})) == "<Aliases {'a': 'b'}>"
@@ -63,9 +65,9 @@ def test_patterns_are_no_names() -> None:
         ({"a": "a"}, "a", ["a", "a"]),
         ({"a": "b", "b": "c"}, "a", ["a", "b", "c"]),
         ({"a*": "b"}, "a*", ["a*", "b"]),
-        ({"a*": "ab"}, "a*", ["a*", "ab"]),  # catches its own model
+        ({"a*": "ab"}, "a*", ["a*", "ab"]),  # matches its own model
         ({"m[12]": "m1"}, "m[12]", ["m[12]", "m1"]),
-        ({"a": "b", "*": "c"}, "a", ["a", "b"]),  # the pattern is for the rest
+        ({"a": "b", "*": "c"}, "a", ["a", "b"]),  # the pattern is for all other names
         ({"a*": "b", "*": "c"}, "a*", ["a*", "b"]),
         ({"a": "b", "b*": "c"}, "a", ["a", "b", "c"]),
         ({"a*": "b", "b": "c"}, "a*", ["a*", "b", "c"]),
@@ -74,5 +76,5 @@ def test_patterns_are_no_names() -> None:
     ids=str,
 )
 def test_the_way_of_an_alias(table: dict[str, str], key: str, way: list[str]) -> None:
-    """More than two names are a chain, and one that comes twice is a loop."""
+    """More than two names are a chain; a repeated name is a loop."""
     assert Aliases(table).way(key) == way

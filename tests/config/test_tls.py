@@ -1,4 +1,4 @@
-"""Certificates: what is loaded, what is refused, and what is told of it."""
+"""TLS contexts: which files are loaded, and how wrong ones are reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def worker_of(**keys: str) -> WorkerConfig:
 # --- Contexts ---------------------------------------------------------------------
 
 
-def test_what_clients_meet(authority: Authority) -> None:
+def test_the_context_for_clients(authority: Authority) -> None:
     context = tls.server_context(server_of(authority.issue()))
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2
     assert context.verify_mode == ssl.CERT_NONE
@@ -44,15 +44,15 @@ def test_a_certificate_and_its_key_in_one_file(authority: Authority) -> None:
     tls.server_context(server_of(pair, tls_key=""))
 
 
-def test_clients_have_to_have_a_certificate(authority: Authority) -> None:
+def test_client_certificates_can_be_required(authority: Authority) -> None:
     server = server_of(authority.issue(), tls_client_ca=authority.file)
     context = tls.server_context(server)
     assert context.verify_mode == ssl.CERT_REQUIRED
     assert len(context.get_ca_certs()) == 1
 
 
-def test_what_workers_are_met_with(authority: Authority) -> None:
-    """Their name is checked; a CA that is given is the only one."""
+def test_the_context_for_workers(authority: Authority) -> None:
+    """The name is checked, and `ca_file` replaces the CAs of the system."""
     context = tls.worker_context(worker_of(ca_file=authority.file))
     assert context.check_hostname
     assert context.verify_mode == ssl.CERT_REQUIRED
@@ -73,7 +73,7 @@ def test_workers_with_the_same_files_share_them(authority: Authority) -> None:
     assert not known["w1"].renewable
 
 
-# --- What cannot be used ----------------------------------------------------------
+# --- Wrong files ------------------------------------------------------------------
 
 
 def no_file(pair: Pair) -> dict[str, str]:
@@ -137,7 +137,7 @@ def open_key_in_the_same_file(pair: Pair) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "expected"),
     [
         (open_key, "127.0.0.1.key': everybody can get at it (mode 0644)"),
         (open_key_in_the_same_file, "127.0.0.1.pem': everybody can get at it"),
@@ -152,8 +152,8 @@ def open_key_in_the_same_file(pair: Pair) -> dict[str, str]:
         (no_ca, "127.0.0.1.key': holds no PEM certificate"),
     ],
 )
-def test_what_cannot_be_used_is_told_on_one_line(
-    spoil: Callable[[Pair], dict[str, str]], told: str, authority: Authority
+def test_a_wrong_file_is_reported_in_one_line(
+    spoil: Callable[[Pair], dict[str, str]], expected: str, authority: Authority
 ) -> None:
     pair = authority.issue()
     server = server_of(pair, **spoil(pair))
@@ -161,7 +161,7 @@ def test_what_cannot_be_used_is_told_on_one_line(
         tls.server_context(server)
     text = str(info.value)
     assert text.startswith("server.tls_")
-    assert told in text
+    assert expected in text
     assert "\n" not in text
     environ = {
         f"GOLLAMA_SERVER_{name.upper()}": getattr(server, name)
@@ -173,7 +173,7 @@ def test_what_cannot_be_used_is_told_on_one_line(
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "expected"),
     [
         ({"ca_file": "/nowhere"}, "worker attic: ca_file = '/nowhere': cannot be read"),
         (
@@ -182,18 +182,18 @@ def test_what_cannot_be_used_is_told_on_one_line(
         ),
     ],
 )
-def test_what_cannot_be_used_for_a_worker(keys: dict[str, str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_wrong_file_of_a_worker(keys: dict[str, str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         tls.worker_context(worker_of(**keys))
 
 
-def test_a_worker_shows_its_certificate(authority: Authority) -> None:
+def test_a_worker_gets_the_certificate_of_the_hub(authority: Authority) -> None:
     pair = authority.issue("hub")
     tls.worker_context(worker_of(client_certificate=pair[0], client_key=pair[1]))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("server.tls_key = 'k'", "server.tls_key = 'k': needs server.tls_certificate"),
         ("server.tls_client_ca = 'c'", "server.tls_client_ca = 'c': needs server.tls_"),
@@ -211,18 +211,18 @@ def test_a_worker_shows_its_certificate(authority: Authority) -> None:
         ),
     ],
 )
-def test_settings_that_make_no_sense(text: str, told: str, tmp_path: Path) -> None:
+def test_contradictory_settings(text: str, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "gollama.toml"
     file.write_text(text)
     with pytest.raises(ConfigError) as info:
         config.load(file)
-    assert told in str(info.value)
+    assert expected in str(info.value)
 
 
-def test_beyond_loopback_without_tokens_clients_need_certificates(
+def test_an_open_address_without_tokens_needs_client_certificates(
     authority: Authority,
 ) -> None:
-    """TLS alone keeps nobody out."""
+    """TLS alone does not authenticate clients."""
     pair = authority.issue()
     environ = {
         "GOLLAMA_SERVER_HOST": "0.0.0.0",
@@ -238,7 +238,7 @@ def test_beyond_loopback_without_tokens_clients_need_certificates(
 # --- Renewal ----------------------------------------------------------------------
 
 
-def test_only_what_has_changed_is_loaded(
+def test_only_changed_files_are_loaded(
     authority: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -261,11 +261,11 @@ def test_only_what_has_changed_is_loaded(
     os.replace(renewed.key, pair.key)  # noqa: PTH105
     credentials.refresh()
     assert credentials.context is not second
-    told = [record.levelname for record in caplog.records]
-    assert told == ["INFO", "ERROR", "INFO"]
+    expected = [record.levelname for record in caplog.records]
+    assert expected == ["INFO", "ERROR", "INFO"]
 
 
-def test_a_file_that_has_gone_is_told_once(
+def test_a_missing_file_is_reported_once(
     authority: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
     pair = authority.issue()
@@ -286,11 +286,11 @@ def test_without_a_certificate_there_is_no_tls() -> None:
 # --- Reasons ----------------------------------------------------------------------
 
 
-def test_only_tls_is_explained() -> None:
+def test_only_tls_errors_are_explained() -> None:
     assert tls.explain(ConnectionResetError("reset")) == ""
 
 
-def test_an_error_that_is_not_of_openssl() -> None:
+def test_an_error_raised_in_python() -> None:
     assert tls.explain(ssl.SSLError(1, "Odd")) == "TLS: odd"
     error = ssl.SSLCertVerificationError(1, "wrong name.")
     assert tls.explain(error) == "TLS: certificate not accepted: wrong name"
