@@ -167,13 +167,17 @@ class Relay:
 
     def header(self, wanted: bytes) -> bytes:
         """Read a header of the answer, in lower case; empty where it has none."""
-        values = [v for name, v in self.headers if name.lower() == wanted]
-        return values[-1].lower() if values else b""
+        found = b""
+        for name, value in self.headers:
+            if name.lower() == wanted:
+                found = value
+        return found.lower()
 
     @property
     def held(self) -> bytes:
         """What has come of the body, until it is passed on."""
-        return b"".join(self._held)
+        held = self._held
+        return held[0] if len(held) == 1 else b"".join(held)
 
     def held_body(self) -> bytes | None:
         """Give the whole body where the answer has ended already, else None."""
@@ -183,8 +187,11 @@ class Relay:
         """Read the error that a stream began with: it should have been a status."""
         if not self.is_event_stream:
             return None
-        told = map(sse.error_in, sse.events_in(self.held))
-        return next((error for error in told if error is not None), None)
+        held = self.held
+        if b'"error"' not in held and b'"message"' not in held:
+            return None
+        found = map(sse.error_in, sse.events_in(held))
+        return next((error for error in found if error is not None), None)
 
     async def whole(self) -> None:
         """Wait until a short answer, such as an error, has come completely.
@@ -337,7 +344,7 @@ class Relay:
     @property
     def tail(self) -> bytes:
         """The last bytes that were passed on, at least `TAIL` of a longer answer."""
-        return b"".join(chunk[chunk.index(b"\n") + 1 : -2] for chunk in self._tail)
+        return b"".join([chunk[chunk.index(b"\n") + 1 : -2] for chunk in self._tail])
 
     # --- Receiver: what the connection calls ---------------------------------------
 

@@ -162,29 +162,27 @@ def read_tail(api: Api, tail: bytes, began: bytes = b"", answers: int = 1) -> Us
     `began` is what `beginning` found; the tokens that were generated are read from the
     tail alone.  `answers` is how many there are to the prompt.
     """
-    usage = _decoded(_last(b'"usage"', _USAGE_OBJECT, tail))
+    usage = _last(b'"usage"', _USAGE_OBJECT, tail)
     if began:
         first = _decoded(began)
         first = {k: v for k, v in first.items() if k not in _GENERATED}
         usage = first | {k: v for k, v in usage.items() if v or k not in first}
     if api is Api.NATIVE:
         usage |= {k.decode(): int(v) for k, v in _NATIVE_COUNT.findall(tail)}
-    timings = _decoded(_last(b'"timings"', _TIMINGS_OBJECT, tail))
+    timings = _last(b'"timings"', _TIMINGS_OBJECT, tail)
     return _usage_of(api, usage, timings, answers) if usage or timings else NOTHING
 
 
-def _last(key: bytes, pattern: re.Pattern[bytes], tail: bytes) -> bytes:
-    """Return the last object behind a key."""
+def _last(key: bytes, pattern: re.Pattern[bytes], tail: bytes) -> dict[str, Any]:
+    """Return the last object with this key."""
     at = tail.find(key)
-    if at < 0:
-        return b""
-    found = pattern.findall(tail, at)
-    return found[-1] if found else b""
+    found = pattern.findall(tail, at) if at >= 0 else ()
+    return _decoded(found[-1]) if found else {}
 
 
 def _decoded(fields: bytes) -> dict[str, Any]:
     try:
-        return any_fields.decode(fields) if fields else {}
+        return any_fields.decode(fields)
     except UNREADABLE:
         return {}
 
@@ -200,40 +198,40 @@ _SEVERAL = (Api.OPENAI, Api.NATIVE)  # may answer a prompt more than once
 
 def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage:
     """Read the fields as their API defines them, and else llama-server's timings."""
+    counts = _counts(usage)
+    cached: int | None
     match api:
         case Api.ANTHROPIC:
             # `input_tokens` leaves out the other two (Messages API, `usage`).
-            cached = _count(usage, "cache_read_input_tokens")
-            prompt = _count(usage, "input_tokens")
+            cached = counts.get("cache_read_input_tokens")
+            prompt = counts.get("input_tokens")
             if prompt is not None:
-                created = _count(usage, "cache_creation_input_tokens")
-                prompt += (cached or 0) + (created or 0)
-            generated = _count(usage, "output_tokens")
+                prompt += cached or 0
+                prompt += counts.get("cache_creation_input_tokens", 0)
+            generated = counts.get("output_tokens")
         case Api.RESPONSES:
-            prompt = _count(usage, "input_tokens")
-            details = usage.get("input_tokens_details")
-            cached = _count(details, "cached_tokens") if details else None
-            generated = _count(usage, "output_tokens")
+            cached = _cached(usage.get("input_tokens_details"))
+            prompt = counts.get("input_tokens")
+            generated = counts.get("output_tokens")
         case _:
-            # Transcriptions name them as Responses does, rerankers have the total
-            # alone.  llama-server's `tokens_cached` are those in the slot, those of
-            # the answer among them.
-            prompt = _count(usage, "prompt_tokens", "input_tokens")
-            details = usage.get("prompt_tokens_details")
-            cached = _count(details, "cached_tokens") if details else None
-            generated = _count(usage, "completion_tokens", "output_tokens")
+            # Transcriptions name them as Responses does, and rerankers have a total
+            # alone.  llama-server's `tokens_cached` are those in the slot, with those
+            # of the answer.
+            cached = _cached(usage.get("prompt_tokens_details"))
+            prompt = counts.get("prompt_tokens", counts.get("input_tokens"))
+            generated = counts.get("completion_tokens", counts.get("output_tokens"))
             if prompt is None and generated is None:
-                prompt = _count(usage, "total_tokens")
+                prompt = counts.get("total_tokens")
             if api is Api.NATIVE:
-                prompt = _count(usage, "tokens_evaluated") if prompt is None else prompt
+                if prompt is None:
+                    prompt = counts.get("tokens_evaluated")
                 if generated is None:
-                    generated = _count(usage, "tokens_predicted")
+                    generated = counts.get("tokens_predicted")
     if timings:
-        if prompt is None:
-            read = _count(timings, "prompt_n")
-            kept = _count(timings, "cache_n")
-            prompt = read if kept is None else (read or 0) + kept
-        predicted = _count(timings, "predicted_n")
+        times = _counts(timings)
+        if prompt is None and ("prompt_n" in times or "cache_n" in times):
+            prompt = times.get("prompt_n", 0) + times.get("cache_n", 0)
+        predicted = times.get("predicted_n")
         if generated is None or generated == predicted:
             # A llama-server reports one of several answers; the others are as long.
             several = answers if api in _SEVERAL else 1
@@ -242,6 +240,10 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage
     if prompt is None or cached is None:
         return Usage(prompt, generated)
     return Usage(prompt, generated, Prompt(prompt - cached, cached, 0.0))
+
+
+def _cached(details: object) -> int | None:
+    return _counts(details).get("cached_tokens") if details else None
 
 
 def _timed(timings: _Fields) -> Prompt | None:
@@ -255,12 +257,12 @@ def _timed(timings: _Fields) -> Prompt | None:
         return None
 
 
-def _count(fields: object, *names: str) -> int | None:
-    """Return the first of these numbers of tokens that can be true."""
+def _counts(fields: object) -> dict[str, int]:
+    """Return the fields that are numbers of tokens and can be true."""
     if not isinstance(fields, dict):
-        return None
-    for name in names:
-        value = fields.get(name)
-        if type(value) is int and 0 <= value < _MOST_TOKENS:
-            return value
-    return None
+        return {}
+    return {
+        name: value
+        for name, value in fields.items()
+        if type(value) is int and 0 <= value < _MOST_TOKENS
+    }

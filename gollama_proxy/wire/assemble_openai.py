@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
@@ -136,14 +134,14 @@ class _Choice:
         ended = self.finish_reason is not None
         for name, value in told.items():
             if name == "delta":
-                for part, added in (read(value, OBJECT) or {}).items():
+                for part, added in (OBJECT.decode(value) or {}).items():
                     grown += self._fold_delta(part, added)
             elif name == "text":
-                grown += self.texts.add("text", read(value, TEXT))
+                grown += self.texts.add("text", TEXT.decode(value))
             elif name == "logprobs":
-                self._fold_logprobs(read(value, _LOGPROBS))
+                self._fold_logprobs(_LOGPROBS.decode(value))
             elif name == "finish_reason":
-                self.finish_reason = read(value, TEXT) or self.finish_reason
+                self.finish_reason = TEXT.decode(value) or self.finish_reason
             elif name != "index":
                 grown += self._keep(name, value)
         if ended and grown:
@@ -152,11 +150,10 @@ class _Choice:
 
     def _fold_delta(self, name: str, value: Raw) -> int:
         if name == "tool_calls":
-            calls = read(value, OBJECTS) or []
-            return sum(map(self.calls.fold, calls))
+            return sum(map(self.calls.fold, OBJECTS.decode(value) or ()))
         if bytes(value) in (b"[]", b"{}"):
             return 0
-        return self.texts.add(name, read(value, TEXT))
+        return self.texts.add(name, TEXT.decode(value))
 
     def _keep(self, name: str, value: Raw) -> int:
         """Keep a field that one event tells for all; what grows cannot be folded."""
@@ -222,7 +219,7 @@ class TextAssembler(Assembler):
 
     def __init__(self, limit: int, asked: Asked = ANY) -> None:
         super().__init__(limit, asked)
-        self._choices = defaultdict[int, _Choice](_Choice)
+        self._choices = dict[int, _Choice]()
         self._latest = 0  # the choice of the last event
         self._last = b"{}"  # the last event of the first choice
         self._repeats = 0  # events that may have nothing but another word
@@ -238,17 +235,20 @@ class TextAssembler(Assembler):
         if event.verbose is not UNSET:  # a llama-server that runs with `--verbose`
             raise UnfoldableError("the stream did not tell the text of `__verbose`")
         for told in event.choices or ():
-            self._latest = read(told.get("index"), NUMBER) or 0
-            if self._latest not in self._choices:
+            index = told.get("index")
+            self._latest = 0 if index is None else NUMBER.decode(index) or 0
+            choice = self._choices.get(self._latest)
+            if choice is None:
+                choice = self._choices[self._latest] = _Choice()
                 self._size += FRAME
-            self._size += self._choices[self._latest].fold(told)
-            if not means_nothing(told.get("logprobs")):
+            self._size += choice.fold(told)
+            if "logprobs" in told and not means_nothing(told["logprobs"]):
                 self._size += len(data)  # they hold on to the whole event
         if self._latest == 0 and event.choices is not None:
             self._last = data
             if len(event.choices) == 1 and event.usage is None:
                 self._repeats += 1
-                if self._repeats > _REPEATS:
+                if self._repeats > _REPEATS and not self._choices[0].finish_reason:
                     self._learn_from(data, event.choices[0])
         # llama-server tells the usage of each choice behind its last event, and has
         # that of the first one in the answer.  Others tell it once, behind them all.

@@ -21,6 +21,7 @@ from gollama_proxy.wire.sse import DONE, Gatherer, data_of, events_in, split_eve
 # Bytes of a stream's tail that are kept; the last events of llama-server take 1.2 KiB.
 TAIL = 1400
 
+_LAST_DONE = b"\n" + DONE
 _DONE_LINE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\][\r\n]")
 _STOP = re.compile(rb'"stop"\s*:\s*true|"stop_type"\s*:\s*"(?!none)')
 _LAST_EVENT = re.compile(
@@ -85,9 +86,9 @@ def is_complete(tail: bytes, ending: Ending) -> bool:
 
 
 def _has_done(tail: bytes) -> bool:
-    if b"[DONE]" not in tail:
-        return False
-    return tail.endswith(b"\n" + DONE) or _DONE_LINE.search(tail) is not None
+    if tail.endswith(_LAST_DONE):
+        return True
+    return b"[DONE]" in tail and _DONE_LINE.search(tail) is not None
 
 
 def _is_complete(tail: bytes, ending: Ending, *, done: bool) -> bool:

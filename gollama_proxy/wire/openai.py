@@ -9,7 +9,7 @@ llama.cpp, b11434).
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 
 class Ending(enum.Enum):
@@ -35,34 +35,28 @@ class Api(enum.Enum):
     NATIVE = "native"  # llama-server's own
 
 
-class Endpoint(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Endpoint:
     """One POST route and the path it has on a worker."""
 
     path: str  # also the `route` label of metrics and logs
     ending: Ending = Ending.BODY
     arrays: tuple[str, ...] = ()  # fields that have to be JSON arrays where present
-    slot: bool = True  # a worker takes one of its slots for it
+    slot: bool = True  # it takes one of the worker's slots
     form: bool = False  # its body is a multipart form with a file, and not JSON
+    api: Api = field(init=False)
+    # What each request needs to know, worked out once.
+    chat: bool = field(init=False)  # its answers are messages, and not texts
+    generates: bool = field(init=False)  # its answers are generated token by token
+    # The size of a body is a measure of how many tokens its prompt has.
+    prompt_has_size: bool = field(init=False)
 
-    @property
-    def chat(self) -> bool:
-        """Whether its answers are messages, and not texts."""
-        return self.path.endswith("chat/completions")
-
-    @property
-    def generates(self) -> bool:
-        """Whether its answers are generated token by token."""
-        return self.ending is not Ending.BODY
-
-    @property
-    def prompt_has_size(self) -> bool:
-        """Whether the size of a body says how many tokens its prompt has."""
-        return self.generates and not self.form
-
-    @property
-    def api(self) -> Api:
-        """Whose route it is."""
-        return api_of(self.path)
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "api", api_of(self.path))
+        put(self, "chat", self.path.endswith("chat/completions"))
+        put(self, "generates", self.ending is not Ending.BODY)
+        put(self, "prompt_has_size", self.generates and not self.form)
 
 
 def api_of(path: str) -> Api:

@@ -164,8 +164,11 @@ def opens(events: Iterable[bytes], ending: Ending) -> bool:
     An event with nothing but a role comes before a token is generated, from servers
     other than llama-server even before the prompt is read.
     """
-    found = map(data_of, events)
-    return any(data is not None and _carries(data, ending) for data in found)
+    for event in events:
+        data = data_of(event)
+        if data is not None and _carries(data, ending):
+            return True
+    return False
 
 
 def content_events(held: bytes, ending: Ending) -> int:
@@ -185,12 +188,13 @@ def _carries(data: bytes, ending: Ending) -> bool:
         return True  # it is relayed as it is
     if not event.choices or event.prompt_progress is not None:
         return True  # an error, usage; or progress that the client has asked for
-    return any(
-        choice.finish_reason
-        or choice.text
-        or any(v for name, v in (choice.delta or {}).items() if name != "role")
-        for choice in event.choices
-    )
+    for choice in event.choices:
+        if choice.finish_reason or choice.text:
+            return True
+        for name, value in (choice.delta or {}).items():
+            if value and name != "role":
+                return True
+    return False
 
 
 # The events of Anthropic's and OpenAI's newer API that come before the first word.

@@ -100,4 +100,5 @@ def test_an_array_that_is_asked_for_is_one_that_the_scanner_looks_for() -> None:
 
 
 def test_a_route_that_says_nothing_else_does_not_stream() -> None:
-    assert Endpoint("/x") == ("/x", Ending.BODY, (), True, False)
+    assert Endpoint("/x") == Endpoint("/x", Ending.BODY, (), slot=True, form=False)
+    assert not Endpoint("/x").generates
