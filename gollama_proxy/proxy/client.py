@@ -1,4 +1,4 @@
-"""Where an answer goes: the client's connection as a relay sees it."""
+"""The client's connection as a relay sees it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from gollama_proxy.wire.errors import WorkerError
 
 
 class Client(NamedTuple):
-    """What a relay needs of a client's connection, or of memory in place of one."""
+    """The parts of a client's connection that a relay uses, or memory in its place."""
 
     write: Callable[[bytes], None]
     drain: Callable[[], Awaitable[None]]
-    buffered: Callable[[], int]  # how many bytes it has not taken yet
+    buffered: Callable[[], int]  # bytes that it has not taken yet
     chunked: bool  # frame each write as a chunk
 
     def send(self, data: bytes) -> None:
-        """Queue bytes of the hub's own; without effect once the client is gone."""
+        """Queue bytes that the hub adds; without effect once the client is gone."""
         if data:
             try:
                 self.write(frame(data) if self.chunked else data)

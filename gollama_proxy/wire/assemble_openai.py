@@ -54,13 +54,13 @@ class _Call:
 
     def answer(self) -> dict[str, object]:
         names = {"id": self.texts.get("id")} if self.texts.get("id") else {}
-        told = {name: self.texts.get(name) for name in ("name", "arguments")}
+        function = {name: self.texts.get(name) for name in ("name", "arguments")}
         type_ = self.texts.get("type") or "function"
-        return {"function": told, "type": type_, **names}
+        return {"function": function, "type": type_, **names}
 
 
 class _Calls:
-    """Calls of tools, told apart by their ids where servers repeat an `index`."""
+    """Calls of tools, distinguished by their ids where servers repeat an `index`."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
@@ -70,14 +70,14 @@ class _Calls:
 
     def fold(self, delta: dict[str, Raw]) -> int:
         """Append to the call that an event goes on with; return how much it grew."""
-        told = dict(delta)
-        function = read(told.pop("function", None), OBJECT) or {}
-        index = read(told.pop("index", None), NUMBER)
-        id_, type_ = (read(told.pop(name, None), TEXT) for name in ("id", "type"))
+        others = dict(delta)
+        function = read(others.pop("function", None), OBJECT) or {}
+        index = read(others.pop("index", None), NUMBER)
+        id_, type_ = (read(others.pop(name, None), TEXT) for name in ("id", "type"))
         name, arguments = (
             read(function.pop(name, None), TEXT) for name in ("name", "arguments")
         )
-        if not all(map(means_nothing, [*told.values(), *function.values()])):
+        if not all(map(means_nothing, [*others.values(), *function.values()])):
             raise UnfoldableError("a call has a field that cannot be folded")
         call = self._find(index, id_ or "", name or "", arguments or "")
         texts = call.texts
@@ -90,10 +90,10 @@ class _Calls:
             named = [call for call in same if call.texts.get("id") == id_]
             same = named or [call for call in same[-1:] if call.lacks(id_, name)]
         elif same and (known := same[-1].texts.get("name")) and name and arguments:
-            # Told once more, or the next one of that name?
-            told = same[-1].texts.get("arguments")
-            if name != known or (told and _is_json(told)):
-                raise UnfoldableError("two calls of tools cannot be told apart")
+            # Is the name repeated, or is this the next call of that name?
+            before = same[-1].texts.get("arguments")
+            if name != known or (before and _is_json(before)):
+                raise UnfoldableError("two calls of tools cannot be distinguished")
         if not same:
             same = [_Call(index)]
             self._calls += same
@@ -128,11 +128,11 @@ class _Choice:
     def __repr__(self) -> str:
         return f"<_Choice {self.finish_reason or 'open'}>"
 
-    def fold(self, told: dict[str, Raw]) -> int:
+    def fold(self, found: dict[str, Raw]) -> int:
         """Append what an event has of it, and return how much it grew."""
         grown = 0
         ended = self.finish_reason is not None
-        for name, value in told.items():
+        for name, value in found.items():
             if name == "delta":
                 for part, added in (OBJECT.decode(value) or {}).items():
                     grown += self._fold_delta(part, added)
@@ -145,7 +145,7 @@ class _Choice:
             elif name != "index":
                 grown += self._keep(name, value)
         if ended and grown:
-            raise UnfoldableError("a choice went on behind its end")
+            raise UnfoldableError("a choice went on after its end")
         return grown
 
     def _fold_delta(self, name: str, value: Raw) -> int:
@@ -156,7 +156,7 @@ class _Choice:
         return self.texts.add(name, TEXT.decode(value))
 
     def _keep(self, name: str, value: Raw) -> int:
-        """Keep a field that one event tells for all; what grows cannot be folded."""
+        """Keep a field of which one event has all; one that grows cannot be folded."""
         known = self._others.get(name)
         if known is None or means_nothing(known):
             self._others[name] = value.copy()
@@ -200,10 +200,10 @@ class _Choice:
 # --- The events -------------------------------------------------------------------
 
 
-def _additions(told: dict[str, Raw]) -> dict[str, Raw]:
+def _additions(found: dict[str, Raw]) -> dict[str, Raw]:
     """Return what a choice in an event adds to an answer, if the event is repeated."""
-    delta = read(told.get("delta"), OBJECT)
-    fields = {**told, **(delta or {})}
+    delta = read(found.get("delta"), OBJECT)
+    fields = {**found, **(delta or {})}
     same = ("index", "delta", "role")
     return {n: v for n, v in fields.items() if n not in same and not means_nothing(v)}
 
@@ -228,21 +228,21 @@ class TextAssembler(Assembler):
 
     def _fold(self, data: bytes) -> None:
         event = raw_chunk.decode(data)
-        if event is None:  # llama-server, for a prompt that has nothing to tell yet
+        if event is None:  # llama-server, for a prompt without news
             return
         if event.error is not None:
             fail(event.error)
         if event.verbose is not UNSET:  # a llama-server that runs with `--verbose`
-            raise UnfoldableError("the stream did not tell the text of `__verbose`")
-        for told in event.choices or ():
-            index = told.get("index")
+            raise UnfoldableError("the stream lacks the text of `__verbose`")
+        for found in event.choices or ():
+            index = found.get("index")
             self._latest = 0 if index is None else NUMBER.decode(index) or 0
             choice = self._choices.get(self._latest)
             if choice is None:
                 choice = self._choices[self._latest] = _Choice()
                 self._size += FRAME
-            self._size += choice.fold(told)
-            if "logprobs" in told and not means_nothing(told["logprobs"]):
+            self._size += choice.fold(found)
+            if "logprobs" in found and not means_nothing(found["logprobs"]):
                 self._size += len(data)  # they hold on to the whole event
         if self._latest == 0 and event.choices is not None:
             self._last = data
@@ -250,13 +250,13 @@ class TextAssembler(Assembler):
                 self._repeats += 1
                 if self._repeats > _REPEATS and not self._choices[0].finish_reason:
                     self._learn_from(data, event.choices[0])
-        # llama-server tells the usage of each choice behind its last event, and has
-        # that of the first one in the answer.  Others tell it once, behind them all.
+        # llama-server sends the usage of each choice after its last event, and has that
+        # of the first one in the answer.  Others send it once, after all choices.
         if event.usage is not None and (self._latest == 0 or not self._usage):
             tokens = event.usage.get("completion_tokens")
             self._usage, self._tokens = data, read(tokens, NUMBER)
 
-    def _learn_from(self, data: bytes, told: dict[str, Raw]) -> None:
+    def _learn_from(self, data: bytes, found: dict[str, Raw]) -> None:
         """Learn the bytes around the word of an event, if it adds nothing else."""
         word = WORD.search(data)
         if word is None or word[2] == b"~":
@@ -265,14 +265,14 @@ class TextAssembler(Assembler):
         probe = (raw_chunk.decode(head + b"~" + foot) or RawChunk()).choices or [{}]
         # The only string that differs is this word; is it the text of the choice?
         name = word[1].decode()
-        added, other = _additions(told), _additions(probe[0])
+        added, other = _additions(found), _additions(probe[0])
         if list(added) == [name] and bytes(other[name]) == b'"~"':
             self._learn(self._choices[0].texts, name, head, foot)
 
     def _answer(self) -> object:
         choices = sorted(self._choices.items())
-        told = choices and all(choice.finish_reason for _, choice in choices)
-        if not (told and (self._done or self._usage)):
+        ended = choices and all(choice.finish_reason for _, choice in choices)
+        if not (ended and (self._done or self._usage)):
             raise unfinished()
         if self._asked.choices not in (0, len(choices)):
             raise UnfoldableError("the stream has another number of choices")
@@ -295,7 +295,7 @@ class TextAssembler(Assembler):
         # Of an answer that never left a tag of the template, or a character, the
         # stream has nothing, and the answer has it raw.  One token may be the end.
         if (cut or (self._tokens or 0) > 1) and choice.shows_nothing():
-            raise LostTextError("the stream did not tell the text of the answer")
+            raise LostTextError("the stream lacks the text of the answer")
 
 
 class ChatAssembler(TextAssembler):
@@ -328,7 +328,7 @@ class ResponseAssembler(Assembler):
         if response is None:
             raise unfinished()
         if means_nothing(response.get("output")):
-            raise LostTextError("the stream did not tell the text of the answer")
+            raise LostTextError("the stream lacks the text of the answer")
         return response if "completed_at" in response else _completed(response)
 
 

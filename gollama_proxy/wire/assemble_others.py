@@ -115,8 +115,8 @@ class MessageAssembler(Assembler):
             case _:
                 raise UnfoldableError("an event of a message cannot be folded")
 
-    def _merge(self, told: Mapping[str, Raw]) -> None:
-        kept = _kept(told)
+    def _merge(self, found: Mapping[str, Raw]) -> None:
+        kept = _kept(found)
         self._message |= kept
         usage = read(kept.get("usage"), OBJECT)
         self._usage |= usage or {}
@@ -130,13 +130,13 @@ class MessageAssembler(Assembler):
             raise LostTextError("the stream may have held back what it ended with")
         tokens = read(self._usage.get("output_tokens"), NUMBER) or 0
         if (reason == "max_tokens" or tokens > 1) and not blocks:
-            raise LostTextError("the stream did not tell the text of the answer")
+            raise LostTextError("the stream lacks the text of the answer")
         return {**self._message, "content": blocks, "usage": self._usage}
 
 
-def _kept(told: Mapping[str, Raw]) -> dict[str, Raw]:
+def _kept(found: Mapping[str, Raw]) -> dict[str, Raw]:
     """Copy values, which would else hold on to their whole event."""
-    return {name: value.copy() for name, value in told.items()}
+    return {name: value.copy() for name, value in found.items()}
 
 
 # --- Completions of llama-server --------------------------------------------------
@@ -158,7 +158,7 @@ class _Completion:
     def fold(self, event: NativeEvent, data: bytes) -> int:
         """Append what an event has of it, and return how much it grew."""
         if self.last is not None:
-            raise UnfoldableError("a completion went on behind its end")
+            raise UnfoldableError("a completion went on after its end")
         grown = self.texts.add("content", event.content)
         self.tokens += event.tokens or ()
         grown += 8 * len(event.tokens or ())
@@ -180,7 +180,7 @@ class NativeAssembler(Assembler):
 
     def _fold(self, data: bytes) -> None:
         event = native_event.decode(data)
-        if event is None:  # nothing to tell yet
+        if event is None:  # no news
             return
         if event.error is not None:
             fail(event.error)
@@ -195,19 +195,19 @@ class NativeAssembler(Assembler):
         answers = [self._whole(each) for each in completions]
         return answers if len(answers) > 1 else answers[0]
 
-    def _whole(self, told: _Completion) -> dict[str, object]:
-        assert told.last is not None, told
-        text, cut = told.texts.get("content"), told.last.stop_type == "limit"
+    def _whole(self, found: _Completion) -> dict[str, object]:
+        assert found.last is not None, found
+        text, cut = found.texts.get("content"), found.last.stop_type == "limit"
         if cut and self._asked.stops:
             raise LostTextError("the stream may have held back what it ended with")
-        if not text and (cut or told.last.tokens_predicted > 1):
-            raise LostTextError("the stream did not tell the text of the answer")
-        answer: dict[str, object] = {**told.fields, "content": text}
+        if not text and (cut or found.last.tokens_predicted > 1):
+            raise LostTextError("the stream lacks the text of the answer")
+        answer: dict[str, object] = {**found.fields, "content": text}
         if "tokens" in answer:
-            answer["tokens"] = told.tokens if self._asked.tokens else []
-        if told.probabilities:
-            answer["completion_probabilities"] = told.probabilities
-        settings = read(told.fields.get("generation_settings"), OBJECT)
+            answer["tokens"] = found.tokens if self._asked.tokens else []
+        if found.probabilities:
+            answer["completion_probabilities"] = found.probabilities
+        settings = read(found.fields.get("generation_settings"), OBJECT)
         if settings is not None:
             answer["generation_settings"] = {**settings, "stream": False}
         return answer

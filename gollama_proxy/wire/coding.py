@@ -24,7 +24,7 @@ PIECE = 64 << 10
 # Parts of a body that were packed one by one; each costs more than its bytes.
 MOST_MEMBERS = 64
 _GZIP, _ZLIB, _RAW = 31, 15, -15  # zlib's `wbits`
-_ZSTD_WINDOW = 23  # RFC 9659: nobody has to have a window of more than 8 MiB
+_ZSTD_WINDOW = 23  # RFC 9659: no decoder has to have a window of more than 8 MiB
 
 
 class CodingError(Exception):
@@ -35,7 +35,7 @@ class Unpacker:
     """Unpacks one body.  It keeps no output, so the limit is up to the caller."""
 
     def __init__(self, coding: str) -> None:
-        """Make one for the value of a `Content-Encoding` header, or for "".
+        """Create one for the value of a `Content-Encoding` header, or for "".
 
         Raises:
             CodingError: the coding is neither identity nor one of `CODINGS`.
@@ -51,7 +51,7 @@ class Unpacker:
         return f"<Unpacker of {self.coding or 'identity'}>"
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Unpack some more; the iterator has to be exhausted, or the body given up.
+        """Unpack some more; the iterator must be exhausted before the next call.
 
         Raises:
             CodingError: the data are not in the coding.
@@ -74,14 +74,14 @@ class Unpacker:
                 # RFC 1952, 2.2: another member may follow.
                 data, self._stream = self._stream.unused_data, None
                 full = False
-            else:  # zstd keeps by itself what it has not read
+            else:  # zstd keeps the bytes that it has not read
                 data = getattr(self._stream, "unconsumed_tail", b"")
                 full = len(piece) == PIECE
 
     def _next_member(self, data: bytes) -> Any:
         self._members += 1
         if self._members > MOST_MEMBERS:
-            raise CodingError("more members than anybody needs")
+            raise CodingError("too many members")
         if self.coding == "zstd":
             limit = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}
             return zstd.ZstdDecompressor(options=limit)
@@ -99,11 +99,11 @@ class Unpacker:
 
 
 def coding_of(values: Iterable[str]) -> str:
-    """Join the values of `Content-Encoding` headers, without what changes nothing."""
+    """Join the values of `Content-Encoding` headers, without empty and identity."""
     names = [name.strip() for value in values for name in value.split(",")]
     return ", ".join(name for name in names if name.lower() not in ("", "identity"))
 
 
 def _wbits_of(first: int) -> int:
-    """Tell RFC 1950 from bare RFC 1951, which some servers call deflate, too."""
+    """Distinguish RFC 1950 from bare RFC 1951, which some also call deflate."""
     return _ZLIB if first & 0x0F == 8 else _RAW

@@ -42,12 +42,12 @@ _LATER_CHOICE = re.compile(rb'"index"\s*:\s*[1-9]')
 
 
 class End(NamedTuple):
-    """What the tail of an answer says."""
+    """The end of an answer, read from its tail."""
 
     complete: bool = False  # it has the mark of a complete answer
     done: bool = False  # it has a `[DONE]`
     failed: bool = False  # the worker sent an error as an event
-    rest: bytes = b""  # an unfinished event behind the last blank line
+    rest: bytes = b""  # an unfinished event after the last blank line
     usage: Usage = Usage()
 
     def __repr__(self) -> str:  # without the text of the unfinished event

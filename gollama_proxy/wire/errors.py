@@ -1,9 +1,9 @@
-"""What can go wrong, told once: code, status, type and whose fault it is.
+"""Everything that can go wrong, listed once: code, status, type and cause.
 
     ProxyError
     ├── RequestError      the client's request cannot be served as it is
-    ├── NoWorkerError     nobody is there to serve it now; waiting helps
-    ├── WorkerError       a worker was tried and let us down
+    ├── NoWorkerError     no worker can serve it now; a later try may succeed
+    ├── WorkerError       a worker was tried and failed
     └── HubError          the hub itself: draining, or a bug
 
 Every error that a client sees is one of these codes, in the shape of the OpenAI API:
@@ -47,7 +47,7 @@ class Code(enum.StrEnum):
     HEAD_TOO_LARGE = "head_too_large"
     UNSUPPORTED_TRANSFER_ENCODING = "unsupported_transfer_encoding"
     UNSUPPORTED_HTTP_VERSION = "unsupported_http_version"
-    # The line in front of the workers
+    # The queue
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"
     # The workers
@@ -130,17 +130,17 @@ class Code(enum.StrEnum):
             return "permission_error"
         if self.status == 429:
             # OpenAI itself names the exhausted resource here ("requests", "tokens");
-            # its SDKs go by the status, Anthropic's by this word.
+            # its SDKs look at the status, Anthropic's at this word.
             return "rate_limit_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
 
 
 class ProxyError(Exception):
-    """A request that ends with an error told to its client.
+    """A request that ends with an error response.
 
     `retry_after` is in seconds; `allow` lists the methods of a path; `detail` is for
-    the log only: it may name what a client has no business to know.  `fields` are more
-    of the error's object, or stand in place of the usual ones.
+    the log only, and may name things that clients must not see.  `fields` are added to
+    the error's object, or replace the usual ones.
     """
 
     def __init__(
@@ -163,11 +163,11 @@ class ProxyError(Exception):
         self.detail = detail
         self.fields = fields
 
-    def __repr__(self) -> str:  # the message may quote what its client wrote
+    def __repr__(self) -> str:  # the message may quote the client
         return f"<{type(self).__name__} {self.code}>"
 
     def body(self) -> bytes:
-        """Encode the JSON body that a client sees."""
+        """Encode the JSON body of the response."""
         return error_body(
             self.message, self.code.type, self.code, self.param, self.fields
         )
@@ -178,15 +178,15 @@ class RequestError(ProxyError):
 
 
 class NoWorkerError(ProxyError):
-    """Nobody is there to serve the request now."""
+    """No worker can serve the request now."""
 
 
 class WorkerError(ProxyError):
-    """A worker was tried and let us down."""
+    """A worker was tried and failed."""
 
 
 class HubError(ProxyError):
-    """The hub itself stands in the way."""
+    """The hub itself cannot serve the request."""
 
 
 def error_body(

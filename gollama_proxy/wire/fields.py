@@ -11,13 +11,16 @@ Theory of operation.  The scanner walks the top level of one JSON object (RFC 82
                   ▼                          ▼
                  END ◀───────────────────────┘
 
-A value that nobody wants is passed over in STRING or NESTED, which need no memory.  A
-token that is cut by the end of a piece waits in `_rest` for the next one.
+Other values are passed over in STRING or NESTED, which need no memory.  A token that is
+cut by the end of a piece waits in `_rest` for the next one.
 
-What is checked here: that the body is UTF-8, that it is an object, that no wanted field
-occurs twice (two parsers would disagree on which one counts), and that it is not nested
-deeper than `MAX_DEPTH`.  The grammar inside of nested values is left to `check_json`,
-for bodies that are kept, and to the worker for those that stream through.
+The scanner checks that the body is UTF-8 and an object, that no wanted field occurs
+twice (two parsers would disagree on which one counts), and that it is not nested deeper
+than `MAX_DEPTH`.  The grammar inside of nested values is checked by `check_json` for
+bodies that are kept, and by the worker for those that stream through.
+
+Nearly all bodies come in one piece, and `read_whole` finds the same fields in them at a
+tenth of the cost.
 """
 
 from __future__ import annotations
@@ -81,7 +84,7 @@ class Field(NamedTuple):
     start: int
     end: int
 
-    def __repr__(self) -> str:  # without what a client wrote
+    def __repr__(self) -> str:  # without the client's text
         return f"<Field {self.kind} at {self.start}>"
 
 
@@ -93,7 +96,7 @@ def classify(raw: bytes, start: int) -> Field:
     if _NUMBER.fullmatch(raw):
         kind = "0"
     elif kind != '"' and raw not in (b"true", b"false", b"null"):
-        kind = "?"  # no JSON; whoever checks the grammar will say so
+        kind = "?"  # no JSON, which the check of the grammar will find
     return Field(kind, raw, start, start + len(raw))
 
 
@@ -102,7 +105,7 @@ class FieldScanner:
 
     def __init__(self) -> None:
         self.found: dict[str, Field] = {}
-        self.opened_at = 0  # offset of the byte behind the opening brace
+        self.opened_at = 0  # offset of the byte after the opening brace
         self._state = State.START
         self._depth = 0  # of the nested value that is passed over
         self._key = ""
@@ -129,7 +132,7 @@ class FieldScanner:
         """Take the next piece of the body.
 
         Raises:
-            RequestError: the body is no JSON object, or not one that is accepted.
+            RequestError: the body is not a JSON object that is accepted.
         """
         self._check_utf8(piece)
         text = self._rest + piece if self._rest else piece
@@ -149,7 +152,7 @@ class FieldScanner:
         self._check_length(self._rest, what)
 
     def finish(self) -> None:
-        """Say that the body has ended.
+        """End the body.
 
         Raises:
             RequestError: it ended too early.
@@ -332,7 +335,7 @@ def text_of(field: Field) -> str:
 
 
 def take_names(body: bytes, key: str) -> tuple[tuple[str, ...], bytes]:
-    """Take a list of names out of a whole body; give it, and the rest of the body.
+    """Remove a list of names from a whole body; return it, and the rest of the body.
 
     Raises:
         RequestError: it is something else.
@@ -347,7 +350,7 @@ def take_names(body: bytes, key: str) -> tuple[tuple[str, ...], bytes]:
 
 
 def messages_of(body: bytes) -> list[msgspec.Raw]:
-    """Give the items of `messages` of a whole body as sent; empty without any."""
+    """Return the items of `messages` in a whole body as sent; empty without any."""
     try:
         return _conversation.decode(body).messages
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -387,9 +390,9 @@ def count_prompts(body: bytes) -> int:
     try:
         prompts = _prompts.decode(body).prompt
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return 1  # it is not the field itself that looks like one
+        return 1  # something else looks like the field
     if any(bytes(each)[:1].isdigit() for each in prompts):
-        return 1  # of tokens, and maybe of texts between them
+        return 1  # tokens, and maybe texts between them
     return max(1, len(prompts))
 
 

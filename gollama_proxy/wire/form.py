@@ -6,8 +6,8 @@ once, in the pieces in which it arrives, and nothing but the wanted values is ke
     --boundary CRLF head CRLF CRLF content CRLF --boundary CRLF … --boundary--
 
 It is read more strictly than RFC 2046 asks for: no text before the first boundary or
-behind the last, no spaces behind one, no field without a plain name.  What two parsers
-could read in two ways could be the model of another request.
+after the last, no spaces after one, no field without a plain name.  Two parsers that
+read a form in two ways could see two models in it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MAX_HEAD = 4096
 MAX_PARTS = 128
 WANTED = frozenset({"max_tokens", "model", "stream"})
 
-# RFC 2046, 5.1.1, without the space and with what need not be in quotes only.
+# RFC 2046, 5.1.1, without the space; outside of quotes only characters of a token.
 _BOUNDARY = re.compile(
     r'multipart/form-data\s*;\s*boundary=(?:"([0-9A-Za-z\'()+_,./:=?-]{1,70})"'
     r"|([0-9A-Za-z'+_.-]{1,70}))",
     re.IGNORECASE,
 )
-# A semicolon in quotes ends a parameter for llama-server, and so could make a name of a
-# part of a file's.
+# A semicolon in quotes ends a parameter for llama-server, so that a part of a file name
+# could become the name of a field.
 _NAME = re.compile(
     rb'form-data((?:; ?(?:[a-z]+="[^"\\;\r\n]*"|filename\*=[^"\\; ]+))+)', re.IGNORECASE
 )
@@ -95,7 +95,7 @@ class FormScanner:
             self._offset += taken
 
     def finish(self) -> None:
-        """Say that the body has ended.
+        """End the body.
 
         Raises:
             RequestError: it ended too early.
@@ -115,7 +115,7 @@ class FormScanner:
     # --- One step for each state --------------------------------------------------
 
     def _step(self) -> int:
-        """Take what can be taken; return how many bytes, 0 if more have to come."""
+        """Consume bytes; return how many, 0 if more have to come."""
         match self._state:
             case _State.OPENING:
                 return self._open()
@@ -138,17 +138,17 @@ class FormScanner:
         return self._pass_delimiter()
 
     def _pass_delimiter(self) -> int:
-        """Go on behind a delimiter with which the rest begins."""
+        """Pass the delimiter with which the rest begins."""
         end = len(self._delimiter)
-        behind = self._rest[end : end + 2]
-        if len(behind) < 2:
+        after = self._rest[end : end + 2]
+        if len(after) < 2:
             return 0
-        if behind == b"\r\n":
+        if after == b"\r\n":
             self._state = _State.HEAD
-        elif behind == b"--":
+        elif after == b"--":
             self._state = _State.END
         else:
-            raise _invalid("something stands behind its boundary")
+            raise _invalid("something follows a boundary")
         return end + 2
 
     def _read_head(self) -> int:
@@ -200,7 +200,7 @@ class FormScanner:
             if taken and self._name:
                 self._found_field()
             return taken
-        # What may become a delimiter stays until that is decided.
+        # Bytes that may be a part of a delimiter stay until that is decided.
         safe = len(self._rest) - len(self._delimiter) + 1
         if safe <= 0:
             return 0
@@ -222,7 +222,7 @@ class FormScanner:
             raise _invalid(f"`{self._name}` is not UTF-8") from None
         if self._name == "model":
             field = Field('"', fields.encode(text), start, end)
-        elif self._name == "stream":  # llama-server takes all else for false
+        elif self._name == "stream":  # llama-server reads anything else as false
             value = b"true" if text == "true" else b"false"
             field = Field(chr(value[0]), value, start, end)
         else:

@@ -1,13 +1,13 @@
-"""Headers: what is accepted, what crosses to a worker, what comes back.
+"""Headers: which are accepted, sent on to a worker, and sent back to the client.
 
-Towards a worker only what is listed goes: a hub with a dozen JSON routes needs few
-headers, and what nobody listed cannot smuggle, cannot leak a credential, and cannot
-switch on a feature of the worker (`X-Conversation-Id` keeps a generation alive after
-its client left).
+Only the listed headers are sent to a worker.  A hub with a dozen JSON routes needs few,
+and a header that is not listed cannot smuggle a request, leak a credential, or switch
+on a feature of the worker (`X-Conversation-Id` keeps a generation alive after its
+client has left).
 
-Back to the client everything goes but what belongs to one hop (RFC 9110, 7.6.1), what
-speaks for the worker instead of the hub, and what is named in `Connection`.  What the
-hub adds is added last, so that no `Connection: x-request-id` can take it away again
+All headers are sent back to the client but those of a single hop (RFC 9110, 7.6.1),
+those in which a worker would speak for the hub, and those named in `Connection`.  The
+hub adds its own last, so that no `Connection: x-request-id` removes them again
 (golang/go#50580).
 """
 
@@ -37,8 +37,8 @@ HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-# Worker → client: the hub writes its own, or the worker has no say in it, because to a
-# browser it would speak for all that is at the hub's address.
+# Worker → client: the hub writes its own, or a browser would apply them to everything
+# at the hub's address.
 OWNED = frozenset(
     {
         b"cache-control",
@@ -55,18 +55,19 @@ OWNED = frozenset(
         b"x-request-id",
     }
 )
+_DROPPED = HOP_BY_HOP | OWNED
 OWNED_PREFIXES = (b"access-control-", b"x-gollama-", b"x-ratelimit-")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# RFC 3986, 3.2: a name or an address, and a port.  Left out is what the grammar allows
-# in a name and nobody has in one: the comma and its like, at which a list could be cut.
+# RFC 3986, 3.2: a name or an address, and a port.  Characters are left out that the
+# grammar allows in a name and no name has: a list could be cut at a comma, for example.
 _HOST = re.compile(rb"(?:(?:[A-Za-z0-9._~%-]+|\[[A-Za-z0-9:.%]+\])(?::[0-9]*)?)?")
 # RFC 9110, 5.5: visible characters, spaces and tabs.  obs-text (0x80 and up) is left
 # out: two programs rarely agree on what it means.
 _FIELD_VALUE = re.compile(rb"[\t\x20-\x7e]*")
 
 
-# What few requests have; all others are passed over at the cost of one look-up.
+# Headers that few requests have; the others cost one look-up.
 _SUSPECT = frozenset(
     {
         b"content_length",
@@ -81,16 +82,16 @@ _LAST = frozenset({b"transfer-encoding", b"upgrade"})
 def check_head(
     method: str, version: tuple[int, int], headers: Headers, limit: int
 ) -> bool:
-    """Refuse a request head that could be read in two ways, or is too large.
+    """Reject a request head that could be read in two ways, or is too large.
 
-    The parser in front has refused most of what is malformed already; this is what it
-    lets through and a proxy must not.  Returns whether the connection has to end with
-    this request, as what follows could be read in two ways:
+    The parser has rejected most malformed heads; this rejects those that it accepts and
+    a proxy must not.  Returns whether the connection has to be closed after this
+    request, because the next one could be read in two ways:
 
-    * behind a body in chunks: aiohttp (3.14.5) takes the last trailer for a field of
-      the next request, and a trailer can say `Authorization`;
-    * behind an `Upgrade`, which is ignored (RFC 9110, 7.8): aiohttp's parser stops
-      behind such a request and drops what came with it.
+    * after a body in chunks: aiohttp (3.14.5) takes the last trailer for a field of the
+      next request, and a trailer can be an `Authorization`;
+    * after an `Upgrade`, which is ignored (RFC 9110, 7.8): aiohttp's parser stops after
+      such a request and drops the bytes that came with it.
 
     Raises:
         RequestError: 400, 405, 431, 501 or 505, naming the header.
@@ -137,17 +138,19 @@ def _check_field(name: bytes, value: bytes, version: tuple[int, int]) -> None:
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]], fallback: str) -> str:
-    """Take the client's `X-Request-Id` where it is harmless, else `fallback`."""
-    given = [value for name, value in headers if name.lower() == b"x-request-id"]
-    if len(given) == 1:
-        text = given[0].decode("latin-1")
-        if _REQUEST_ID.fullmatch(text):
-            return text
-    return fallback
+    """Return the client's `X-Request-Id` if it is harmless, else `fallback`."""
+    found = fallback
+    for name, value in headers:
+        if name.lower() == b"x-request-id":
+            text = value.decode("latin-1")
+            if found is not fallback or not _REQUEST_ID.fullmatch(text):
+                return fallback
+            found = text
+    return found
 
 
 def to_worker(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """Choose which of a client's headers a worker gets to see."""
+    """Return the headers of a client that are sent to a worker."""
     dropped = _named_in_connection(headers)
     return [
         (name, value)
@@ -159,8 +162,8 @@ def to_worker(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 
 def to_client(headers: Headers) -> list[tuple[str, str]]:
-    """Choose which of a worker's headers a client gets to see."""
-    dropped = HOP_BY_HOP | OWNED | _named_in_connection(headers)
+    """Return the headers of a worker that are sent to the client."""
+    dropped = _DROPPED | _named_in_connection(headers)
     return [
         (name.decode("ascii"), value.decode("ascii"))
         for name, value in headers
@@ -172,7 +175,7 @@ def to_client(headers: Headers) -> list[tuple[str, str]]:
 
 
 def _named_in_connection(headers: Headers) -> set[bytes]:
-    """Collect what any `Connection` header names; the first may be empty (go#46313)."""
+    """Collect the names in all `Connection` headers; one may be empty (go#46313)."""
     named: set[bytes] = set()
     for name, value in headers:
         if name.lower() == b"connection":

@@ -1,9 +1,9 @@
-"""The surface: which paths there are, and how an answer on each of them ends.
+"""The surface: the paths, and how an answer on each of them ends.
 
-Nothing is forwarded that is not in the table `ENDPOINTS`.  A llama-server also has
-paths that run commands, load files and change its settings; `REFUSED` lists them, with
-the reasons, so that each of its routes has been decided on (tools/server/server.cpp of
-llama.cpp, b11434).
+Only the paths in the table `ENDPOINTS` are forwarded.  A llama-server also has paths
+that run commands, load files and change its settings; `REFUSED` lists them with the
+reasons, so that every one of its routes is in one of the two (tools/server/server.cpp
+of llama.cpp, b11434).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 class Ending(enum.Enum):
     """What marks the end of a complete event stream, where the body's end does not.
 
-    An HTTP body can end cleanly although the answer was cut: llama-server's router
-    does it when a child dies.
+    An HTTP body can end cleanly although the answer was cut: so does that of
+    llama-server's router when a child dies.
     """
 
     DONE = "[DONE]"  # OpenAI chat and completions; a finish_reason will do
@@ -27,7 +27,7 @@ class Ending(enum.Enum):
 
 
 class Api(enum.Enum):
-    """Whose definitions the fields of a route's answers follow."""
+    """The API that defines the fields of a route's answers."""
 
     OPENAI = "openai"  # chat, completions, embeddings; rerank, which has OpenAI's usage
     RESPONSES = "responses"
@@ -60,9 +60,9 @@ class Endpoint:
 
 
 def api_of(path: str) -> Api:
-    """Return whose route a path is, or would be.
+    """Return the API that a path belongs to, or would belong to.
 
-    llama-server has some of OpenAI's without a `/v1`, too.
+    llama-server also has some of OpenAI's without the `/v1`.
     """
     if path.startswith("/v1/messages"):
         return Api.ANTHROPIC
@@ -72,9 +72,9 @@ def api_of(path: str) -> Api:
     return Api.OPENAI if openai else Api.NATIVE
 
 
-# Every accepted spelling of a path.  A worker gets the spelling that the client used:
-# `/completions` and `/embedding` of llama-server answer otherwise than their cousins
-# under `/v1`.
+# Every accepted spelling of a path.  A worker gets the spelling of the client, because
+# the answers of llama-server's `/completions` and `/embedding` differ from those of the
+# paths under `/v1`.
 ENDPOINTS: dict[str, Endpoint] = {
     endpoint.path: endpoint
     for endpoint in (
@@ -109,12 +109,12 @@ ENDPOINTS: dict[str, Endpoint] = {
     )
 }
 
-# The routes of llama-server that no client reaches, and why.  Those of its health,
-# metrics and models the hub answers itself.
+# The routes of llama-server that no client reaches, and why.  The hub itself has routes
+# for health, metrics and models.
 REFUSED = {
     "GET /props": "shows paths and templates of one worker",
     "POST /props": "changes the settings of a worker for all clients",
-    "GET /slots": "shows what others have asked",
+    "GET /slots": "shows the prompts of others",
     "POST /slots/:id_slot": "writes and reads files, and erases the caches of others",
     "GET /lora-adapters": "shows paths of one worker",
     "POST /lora-adapters": "changes the answers of a worker for all clients",
@@ -123,9 +123,9 @@ REFUSED = {
     "POST /models/load": "takes memory from the models of others",
     "POST /models/unload": "takes a model from others",
     "GET /models/sse": "shows the models of one worker, with their command lines",
-    "POST /v1/chat/completions/control": "acts on anybody's answer by its id",
-    "GET /v1/stream": "gives an answer to anybody who knows the conversation's name",
-    "DELETE /v1/stream": "ends the answer of anybody",
+    "POST /v1/chat/completions/control": "acts on any answer by its id",
+    "GET /v1/stream": "returns an answer to any client with the conversation's name",
+    "DELETE /v1/stream": "ends any answer",
     "POST /v1/streams/lookup": "shows which conversations run",
     "GET /tools": "shows what a worker can run",
     "POST /tools": "runs commands",

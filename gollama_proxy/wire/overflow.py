@@ -1,8 +1,8 @@
 """A worker's refusal of a prompt that is too long for its context.
 
-Every server has words of its own for it, and most of them say how long the prompt is
-and how much they have (`tests/wire/test_overflow.py` quotes them).  What is not said is
-0.
+Every server words it differently, and most messages have the length of the prompt and
+of the context (`tests/wire/test_overflow.py` quotes them).  Numbers that are missing
+are 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WORDS = re.compile(
     r"|`inputs` (?:tokens \+ `max_new_tokens` must be <=|must have less than) \d",
     re.IGNORECASE,
 )
-# A message that begins otherwise may quote what a client wrote, numbers and all.
+# A message with another beginning may quote the client, numbers included.
 _BEGINNINGS = re.compile(
     r"this model's|the (?:model|input|request|prompt|number)|you passed|requested tok"
     r"|(?:context|prompt|request)\b|input (?:validation|length|token)"
@@ -61,26 +61,26 @@ _TOKENS = (
 
 
 class Overflow(NamedTuple):
-    """What such a refusal says."""
+    """The contents of such a refusal."""
 
     message: str
     tokens: int = 0  # of the prompt
     context: int = 0  # of the worker
 
-    def __repr__(self) -> str:  # the message is not the hub's own
+    def __repr__(self) -> str:  # the message may quote a user
         return f"<Overflow of {self.tokens} tokens in {self.context}>"
 
     @classmethod
     def read(cls, body: bytes) -> Self | None:
         """Read the body of an error; None if it is about something else."""
         try:
-            told = _refusal.decode(body)
+            refusal = _refusal.decode(body)
         except UNREADABLE:
             return None
-        error = told.error if isinstance(told.error, dict) else {}
-        texts = (error.get("message"), told.error, told.message, told.detail)
+        error = refusal.error if isinstance(refusal.error, dict) else {}
+        texts = (error.get("message"), refusal.error, refusal.message, refusal.detail)
         message = next((text for text in texts if isinstance(text, str)), "")
-        names = (error.get("type"), error.get("code"), told.type, told.code)
+        names = (error.get("type"), error.get("code"), refusal.type, refusal.code)
         counts = (error.get("n_prompt_tokens"), error.get("n_ctx"))
         return cls.of(message, names, *map(_tokens, counts))
 
@@ -88,7 +88,7 @@ class Overflow(NamedTuple):
     def of(
         cls, message: str, names: Iterable[object], tokens: int = 0, context: int = 0
     ) -> Self | None:
-        """Make one of an error's message, and of its type and code in `names`."""
+        """Recognise an error by its message, and its type and code in `names`."""
         named = any(isinstance(name, str) and name in _NAMES for name in names)
         if not (named or _WORDS.search(message)):
             return None

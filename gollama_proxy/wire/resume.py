@@ -63,10 +63,10 @@ class _Frame(NamedTuple):
     def fold(self, chunks: list[bytes]) -> bytes | None:
         """Join the words of chunks that are alike; None if one is not."""
         head, foot = self
-        behind, before = len(head), -len(foot)
+        before, after = len(head), -len(foot)
         least = len(head) + len(foot)  # or the two could overlap
         words = [
-            chunk[start + behind : before]
+            chunk[start + before : after]
             for chunk in chunks
             if chunk.endswith(foot)
             and chunk.startswith(head, start := chunk.find(b"\n") + 1)
@@ -287,14 +287,14 @@ class Resumer:
         news = []
         for leaf in leaves:
             span = leaf.span
-            rest = self._behind_known(span) if self._missing else span.text
+            rest = self._rest_after_known(span) if self._missing else span.text
             if rest != span.text:
                 leaf.put(rest)
             if rest:
                 news.append(span._replace(text=rest))
         return news
 
-    def _behind_known(self, span: Span) -> str:
+    def _rest_after_known(self, span: Span) -> str:
         """Take off a span what has to come next; return the rest of it."""
         if not self._regenerate:
             span = self._read_echo(span)
@@ -311,7 +311,7 @@ class Resumer:
 
     def _read_echo(self, span: Span) -> Span:
         """Read a repetition in another form as the span that it repeats."""
-        known, *behind = self._missing
+        known, *later = self._missing
         if span.kind == known.kind == "reasoning":
             if span.text.strip() == known.text.strip():
                 return known
@@ -319,7 +319,7 @@ class Resumer:
             wrapper = _WRAPPER
             if known.kind == "reasoning":  # it is left out, or in the text
                 wrapper += len(known.text)
-                known, *_ = self._missing = behind
+                known, *_ = self._missing = later
             for text in (known.text, known.text.lstrip()):
                 at = span.text.find(text, 0, wrapper + len(text))
                 if at == 0 or (at > 0 and len(text) >= _SURE):

@@ -9,8 +9,8 @@
       Responses                         {"type": "error", "code", "message", "param",
                                         "sequence_number"}, as an event of that name
 
-What is converted has OpenAI's shape, or whatever a worker says: llama-server has one
-shape for all of its routes, and others have theirs.
+Errors come in OpenAI's shape, or as their worker writes them: llama-server has one
+shape for all of its routes, and other servers have others.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import msgspec
 from gollama_proxy.wire.openai import Api
 from gollama_proxy.wire.sse import EventFilter, data_of
 
-# The longest event that is looked at as a whole; an error has a few hundred bytes.
+# Bytes of the longest event that is held; an error has a few hundred.
 MOST_HELD = 64 << 10
 _NO_REASON = "A worker refused the request without a reason that could be read."
 
 _SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d{1,8})(?![\d.eE])')
-# How an event begins that is an error, from llama-server and from the APIs themselves.
+# Beginnings of an event that is an error, from llama-server and from the APIs.
 _BEGINNINGS = (
     b"event: error",
     b"event:error",
@@ -43,7 +43,7 @@ _BEGINNINGS = (
 
 
 def status_body(api: Api, status: int, body: bytes) -> bytes:
-    """Give an error body the shape that its API has for one with a status."""
+    """Convert the body of an error response to the shape of its API."""
     if api is not Api.ANTHROPIC or _is_anthropic(body):
         return body
     error = {**_read(body), "type": _anthropic_type(status)}
@@ -51,8 +51,8 @@ def status_body(api: Api, status: int, body: bytes) -> bytes:
 
 
 def _is_anthropic(body: bytes) -> bool:
-    told = _decoded(body)
-    return isinstance(told, dict) and told.get("type") == "error" and "error" in told
+    error = _decoded(body)
+    return isinstance(error, dict) and error.get("type") == "error" and "error" in error
 
 
 def _anthropic_type(status: int) -> str:
@@ -82,8 +82,8 @@ def _anthropic_type(status: int) -> str:
 def error_event(api: Api, status: int, body: bytes, before: bytes = b"") -> bytes:
     """Write an error as the last event of a stream.
 
-    `status` is what it would have been without a stream, and `before` the end of what
-    the client has got.
+    `status` is the one that it would have without a stream, and `before` the last bytes
+    that the client was sent.
     """
     match api:
         case Api.ANTHROPIC:
@@ -98,7 +98,7 @@ def error_event(api: Api, status: int, body: bytes, before: bytes = b"") -> byte
 
 
 def _responses(error: dict[str, Any], before: bytes) -> dict[str, Any]:
-    """Write what OpenAI's reference lists for the `error` event of Responses."""
+    """Return the fields of the `error` event of Responses (OpenAI's reference)."""
     code, kind = error.get("code"), error.pop("type", None)
     if not isinstance(code, str):  # llama-server has the status there
         code = kind if isinstance(kind, str) else None
@@ -108,28 +108,28 @@ def _responses(error: dict[str, Any], before: bytes) -> dict[str, Any]:
 
 
 def _one_line(body: bytes) -> bytes:
-    """Write an error body so that it can be the data of an event."""
-    told = _decoded(body)
-    if told is None:
+    """Write an error body on one line, as the data of an event."""
+    decoded = _decoded(body)
+    if decoded is None:
         error = {"message": _NO_REASON, "type": "server_error"}
-        told = {"error": {**error, "param": None, "code": None}}
-    return msgspec.json.encode(told)
+        decoded = {"error": {**error, "param": None, "code": None}}
+    return msgspec.json.encode(decoded)
 
 
 def _read(body: bytes) -> dict[str, Any]:
-    """Read the fields of an error, whatever its shape; `message` is a string."""
-    told = _decoded(body)
-    if isinstance(told, dict) and isinstance(told.get("error"), dict | str):
-        told = told["error"]
-    if isinstance(told, str):
-        return {"message": told}
+    """Read the fields of an error of any shape; `message` is a string."""
+    found = _decoded(body)
+    if isinstance(found, dict) and isinstance(found.get("error"), dict | str):
+        found = found["error"]
+    if isinstance(found, str):
+        return {"message": found}
     error: dict[str, Any] = {"message": _NO_REASON}
-    if isinstance(told, dict):
-        error |= told
+    if isinstance(found, dict):
+        error |= found
         if not isinstance(error["message"], str):
             error["message"] = _NO_REASON
-        if "message" not in told and isinstance(told.get("detail"), str):  # FastAPI
-            error["message"] = told["detail"]
+        if "message" not in found and isinstance(found.get("detail"), str):  # FastAPI
+            error["message"] = found["detail"]
     return error
 
 
@@ -179,6 +179,6 @@ class ErrorReshaper(EventFilter):
 
 
 def _status_of(body: bytes) -> int:
-    """Return the status that an error event stands for; llama-server names it."""
+    """Return the status of an error event; llama-server has it as the code."""
     code = _read(body).get("code")
     return code if isinstance(code, int) and 400 <= code < 600 else 500

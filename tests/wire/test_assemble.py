@@ -409,7 +409,7 @@ def test_calls_that_nothing_tells_apart_are_not_guessed(name: str) -> None:
         call(index=0, name="f", arguments="{}"),
         call(index=0, name=name, arguments="{}"),
     ]
-    with pytest.raises(UnfoldableError, match="told apart"):
+    with pytest.raises(UnfoldableError, match="distinguished"):
         calls_of(*told)
 
 
