@@ -1,16 +1,16 @@
 """The bytes of one answer, from a worker to one client.
 
-A relay has three phases, told by which method receives the body:
+A relay has three phases; in each of them another method receives the body:
 
     _hold ─────▶ _forward ─────▶ _ignore
-    until status and first        the fast lane: worker's read →      once the answer
-    bytes are known, so that      client's transport, one plain       has ended, or
-    a bad worker can still be     call for each read, no task         nobody wants it
-    told from a good one          switch
+    until the status and the      the fast lane: worker's read →      once the answer
+    first bytes are known, so     client's transport, one plain       has ended, or is
+    that another worker can       call for each read, no task         not wanted any
+    still be tried                switch                              more
 
 When the client does not keep up, the worker's socket is not read until the client's
-buffer has drained; TCP does the rest.  Whether a stream is complete is judged from its
-last kilobytes when it has ended.
+buffer has drained; TCP does the rest.  Whether a stream is complete is read from its
+last kilobytes when it has ended (`end`).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from gollama_proxy.wire.openai import Ending, Endpoint
 from gollama_proxy.wire.resume import Transcript
 from gollama_proxy.wire.schema import EventError
 
-# What may be held before the first event is complete; then it goes on as it is.
+# Bytes that are held until the first event is complete; more are passed on as they are.
 HOLD_LIMIT = 256 << 10
-MOST_HELD = 100  # pieces, to be passed on one by one
+MOST_HELD = 100  # pieces that are passed on one by one; more are joined
 _TAIL_CHUNKS = 12
 _TAIL_KEPT = 6
 _COLON = ord(":")
@@ -120,11 +120,9 @@ class Relay:
         self._tail: list[bytes] = []  # of chunks, framed
         self._noted = 0  # how many of them are in the transcript
         self._kept = 0  # bytes that may be kept in the transcript
-        self._transcript: Transcript | None = (
-            None  # of what is not in the tail any more
-        )
-        self._marked = False  # the end was announced, long before it came
-        self._failed = False  # the same of an error
+        self._transcript: Transcript | None = None  # of all before the tail
+        self._marked = False  # the mark of the end has come, long before the end
+        self._failed = False  # an error has come, the same way
         self._tally: Tally | None = None  # of choices, where there are several
         self._chunked = False
         self._write: Callable[[bytes], None] = _ignore
@@ -175,12 +173,12 @@ class Relay:
 
     @property
     def held(self) -> bytes:
-        """What has come of the body, until it is passed on."""
+        """The bytes of the body that have come, until they are passed on."""
         held = self._held
         return held[0] if len(held) == 1 else b"".join(held)
 
     def held_body(self) -> bytes | None:
-        """Give the whole body where the answer has ended already, else None."""
+        """Return the whole body if the answer has ended, else None."""
         return self.held if self._ended else None
 
     def early_error(self) -> EventError | None:
@@ -205,7 +203,7 @@ class Relay:
             raise self._error
 
     def fail(self, error: ProxyError | AssemblyError) -> None:
-        """End the answer from outside: it cannot be asked for, or made use of."""
+        """End the answer from outside: it cannot be requested or used any more."""
         self._error = self._error or error
         self._wake()
 
@@ -228,7 +226,7 @@ class Relay:
 
         Raises:
             WorkerError: the answer is not complete; what came of it was passed on.
-            AssemblyError: whoever puts it together has said that it cannot be done.
+            AssemblyError: the answer cannot be assembled.
             ClientStalledError: the client did not read for `write_timeout` seconds.
         """
         self._chunked = client.chunked
@@ -262,10 +260,10 @@ class Relay:
         self._finish(client)
 
     def check(self, now: float, gap: float, silence: float) -> float:
-        """Look whether the answer goes on; called about once a second.
+        """Check that the answer makes progress; called about once a second.
 
-        While the client is the one who blocks, the clocks stand still.  Returns for
-        how many seconds nothing was heard.
+        While the client blocks, the clocks stand still.  Returns the seconds since the
+        last byte.
         """
         if self._blocked or self.events != self._seen or not self._progress_at:
             self._seen, self._progress_at = self.events, now
@@ -277,7 +275,7 @@ class Relay:
         return silent
 
     def abandon(self) -> None:
-        """Give up on a worker that is known to be out."""
+        """Give up on a worker that is known to be down."""
         self._stall("the worker is down")
 
     def _stall(self, reason: str) -> None:
@@ -334,7 +332,7 @@ class Relay:
         return self.is_event_stream and self.end.complete and not self.end.failed
 
     def relayed(self) -> bytes | None:
-        """Give all that was passed on; None if that was more than was to be kept."""
+        """Return all that was passed on; None if it was more than `keep` bytes."""
         transcript, self._transcript = self._transcript, None
         if transcript is None or self.bytes > self._kept:
             return None
@@ -377,7 +375,7 @@ class Relay:
         self._open()
 
     def _looks_like_events(self, data: bytes) -> bool:
-        """Whether a body is a stream without saying so; JSON begins otherwise."""
+        """Whether a body is a stream without its Content-Type; JSON differs."""
         texts = (Ending.BODY, Ending.TRANSCRIPT)  # may begin with any letter
         streams = self.status == 200 and self._ending not in texts
         return streams and data[:1] in sse.BEGINNINGS
@@ -394,10 +392,10 @@ class Relay:
             self._cut_tail()
 
     def _forward_chunk(self, chunk: bytes, start: int) -> None:
-        """Pass a whole chunk on: the way of every token, at a few microseconds each.
+        """Pass a whole chunk on: the path of every token, at a few microseconds each.
 
-        The books are kept here and not in a helper, which would cost as much again:
-        when, how much, how many events, and the end of it all.
+        Time, bytes, events and the tail are recorded here: a helper would cost as much
+        again.
         """
         self._lease.heard_at = self._clock()
         self.bytes += len(chunk) - start - 2
@@ -425,12 +423,12 @@ class Relay:
         self._forward_chunk(chunk, start)
 
     def _cut_tail(self) -> None:
-        """Let go of what is too old to be of use for judging the end."""
+        """Drop the chunks that are too old for reading the end."""
         if self._transcript is not None:
             self._transcript.add(self._tail[self._noted :])
             if self.bytes > self._kept:
                 self._transcript = None
-        if self._ending is not Ending.DONE:  # a mark may have a long event behind it
+        if self._ending is not Ending.DONE:  # a long event may follow a mark
             self._marked = self._marked or is_complete(self.tail, self._ending)
         if any(b"error" in chunk for chunk in self._tail):
             self._failed = self._failed or has_error(self.tail, self._ending)

@@ -448,7 +448,7 @@ def test_fields_of_a_choice_stay() -> None:
 def test_two_choices_of_one_index_cannot_be_folded() -> None:
     """Nor another number of them than was asked for, as of a server without `n`."""
     one = delta({"content": "a"}) + end()
-    with pytest.raises(UnfoldableError, match="behind its end"):
+    with pytest.raises(UnfoldableError, match="after its end"):
         fold(one + delta({"content": "b"}) + end() + usage())
     with pytest.raises(UnfoldableError, match="number of choices"):
         fold(one + usage(), asked=Asked(choices=2))
