@@ -201,10 +201,7 @@ class Assembler(abc.ABC):
             UnfoldableError: it is not complete, or not in the stream.
         """
         self._decode_words()
-        try:
-            return msgspec.json.encode(self._answer())
-        except UNREADABLE as exc:
-            raise _unreadable(exc) from None
+        return msgspec.json.encode(self._answer())
 
     @abc.abstractmethod
     def _fold(self, data: bytes) -> None:

@@ -93,7 +93,7 @@ def error_event(api: Api, status: int, body: bytes, before: bytes = b"") -> byte
             error = _read(body)
             event = {"type": "error", **_responses(error, before)}
             return b"event: error\ndata: %b\n\n" % msgspec.json.encode(event)
-        case Api.OPENAI | Api.NATIVE:
+        case _:  # OpenAI, and llama-server
             return b"data: %b\n\n" % _one_line(body)
 
 

@@ -108,6 +108,12 @@ def whole(**fields: Any) -> bytes:
             {"usage": usage_of(4, 9) | {"prompt_tokens_details": None}},
             Usage(9, 4),
         ),
+        (
+            Api.OPENAI,
+            {"usage": usage_of(4, 9) | {"prompt_tokens_details": [1]}},
+            Usage(9, 4),
+        ),
+        (Api.NATIVE, {"usage": OPENAI, **NATIVE}, COUNTED),
         (Api.OPENAI, {"usage": None}, Usage()),
         (Api.OPENAI, {"usage": [1], "timings": 5}, Usage()),
         (Api.OPENAI, {}, Usage()),

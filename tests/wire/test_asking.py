@@ -18,6 +18,7 @@ from gollama_proxy.wire.asking import (
     choices_of,
     exhausted,
     for_model,
+    has_prompts,
 )
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.streams import (
@@ -479,3 +480,13 @@ def test_all_else_of_any_body_stays(
     body = ask_for_usage(json.dumps(fields, indent=indent, ensure_ascii=ascii).encode())
     assert body is not None
     assert json.loads(body) == fields | {"stream_options": {"include_usage": True}}
+
+
+def test_several_prompts_are_noticed() -> None:
+    assert has_prompts(b'{"prompt" : ["a", "b"]}')
+    assert not has_prompts(b'{"prompt":"[a]"}')
+
+
+def test_a_request_for_a_stream_shows_its_size_alone() -> None:
+    asked = ask_for_stream(b'{"prompt":"secret"}', ENDPOINTS["/v1/completions"])
+    assert repr(asked) == f"<Streaming {len(asked.body) if asked else 0} bytes>"

@@ -543,3 +543,66 @@ def test_a_word_that_cannot_be_read_is_noticed_in_time() -> None:
         assembler.feed(delta({"content": "?"}).replace(b"?", word))
     with pytest.raises(UnfoldableError, match="cannot be read"):
         assembler.finish()
+
+
+@pytest.mark.parametrize("word", ['"', "\\", '","x":"'])
+def test_bytes_that_are_no_word_are_read_as_events(word: str) -> None:
+    """They look like one between what was learnt, and end the string too early."""
+    assembler = ChatAssembler(LIMIT)
+    for text in ("a", "b", "c"):
+        assembler.feed(delta({"content": text}))
+    broken = delta({"content": "?"}).replace(b"?", word.encode())
+    if word == '","x":"':
+        assembler.feed(broken)
+        assert not assembler._words
+    else:
+        with pytest.raises(UnfoldableError):
+            assembler.feed(broken)
+
+
+def test_escapes_count_for_what_they_stand_for() -> None:
+    assembler = ChatAssembler(700)
+    event = delta({"content": "é"}).replace("é".encode(), rb"\u00e9")
+    for _ in range(50):
+        assembler.feed(event)
+    assembler.feed(end() + replies.done())
+    assert (
+        json.loads(assembler.finish())["choices"][0]["message"]["content"] == "é" * 50
+    )
+
+
+def test_events_that_keep_changing_are_not_learnt_for_ever() -> None:
+    assembler = ChatAssembler(LIMIT)
+    for number in range(60):
+        name = "content" if number % 3 else "reasoning_content"
+        assembler.feed(delta({name: "a"}) + delta({name: "b"}))
+    assert assembler._learnt == 8
+    assembler.feed(end() + replies.done())
+    assert (
+        json.loads(assembler.finish())["choices"][0]["message"]["content"] == "ab" * 40
+    )
+
+
+def test_a_call_may_repeat_its_name_while_its_arguments_come() -> None:
+    def call(arguments: str) -> bytes:
+        function = {"name": "paint", "arguments": arguments}
+        return delta({"tool_calls": [{"index": 0, "function": function}]})
+
+    (choice,) = fold(call('{"a"') + call(":1}") + end() + replies.done())["choices"]
+    (made,) = choice["message"]["tool_calls"]
+    assert made["function"] == {"name": "paint", "arguments": '{"a":1}'}
+
+
+def test_a_server_with_more_text_in_its_answer_is_noticed() -> None:
+    event = replies.event({"choices": [], "__verbose": {"content": "a"}})
+    with pytest.raises(UnfoldableError, match="__verbose"):
+        fold(event)
+
+
+def test_nothing_that_is_assembled_shows_its_text() -> None:
+    assembler = ChatAssembler(LIMIT)
+    call = {"index": 0, "id": "a", "function": {"name": "secret", "arguments": "{}"}}
+    assembler.feed(delta({"content": "secret", "tool_calls": [call]}))
+    choice = assembler._choices[0]
+    shown = [assembler, choice, choice.texts, choice.calls, *choice.calls._calls]
+    assert not [each for each in shown if "secret" in repr(each)]

@@ -257,3 +257,28 @@ def test_the_error_is_the_workers_own() -> None:
     with pytest.raises(AssemblyError) as caught:
         fold_native(part("a") + error_event("no such luck", 503))
     assert caught.value.error is not None
+
+
+def test_an_answer_of_another_server_lacks_what_only_llama_server_has() -> None:
+    answer = fold_native(
+        event({"content": "a"}) + event({"content": "b", "stop": True})
+    )
+    assert answer == {"content": "ab", "stop": True}
+    assert "completed_at" not in response(last(output=[{"a": 1}]))
+
+
+def test_nothing_that_is_assembled_shows_its_text() -> None:
+    message, native = MessageAssembler(LIMIT), NativeAssembler(LIMIT)
+    message.feed(START + text("secret"))
+    native.feed(part("secret"))
+    shown = [*message._blocks.values(), *native._completions.values()]
+    assert len(shown) == 2
+    assert not [each for each in shown if "secret" in repr(each)]
+    assert message._blocks[0].answer()["text"] == "secret"
+
+
+def test_a_tool_without_input_has_an_empty_one() -> None:
+    call = {"type": "tool_use", "id": "t", "name": "paint", "input": {}}
+    nothing = {"type": "input_json_delta", "partial_json": ""}
+    answer = fold(START + block(0, call, nothing) + end("tool_use"))
+    assert answer["content"] == [call]
