@@ -40,7 +40,7 @@ def read(api: Api, body: bytes, answers: int = 1) -> Usage:
 
 # --- Reading ----------------------------------------------------------------------
 
-# The same answer as each API tells it: a prompt of 290 tokens, 289 of them from the
+# The same answer in each API: a prompt of 290 tokens, 289 of them from the
 # cache, and 4 tokens generated.  As a llama-server does it (build b10068).
 OPENAI = {
     "completion_tokens": 4,
@@ -136,7 +136,7 @@ def test_several_answers_in_a_list_are_added() -> None:
     assert read(Api.NATIVE, b'[{"index":0,"embedding":[[0.5]]}]') == Usage()
 
 
-def test_of_several_answers_a_llama_server_tells_of_one() -> None:
+def test_llama_server_reports_one_of_several_answers() -> None:
     """Others tell of all, and have no timings."""
     choices: list[object] = [{}, {}, {}]
     body = whole(choices=choices, usage=OPENAI, timings=TIMINGS)
@@ -154,7 +154,7 @@ def test_of_several_answers_a_llama_server_tells_of_one() -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"<html>", b"null", b"\xff", b'{"usage":' + b"[" * 100_000, b"[1]"]
 )
-def test_what_cannot_be_read_tells_nothing(body: bytes) -> None:
+def test_an_unreadable_answer_has_no_usage(body: bytes) -> None:
     for api in Api:
         assert read(api, body) == read_tail(api, body) == Usage()
 
@@ -174,8 +174,8 @@ def test_a_count_that_cannot_be_true_is_none(number: bytes) -> None:
     timings = b'"prompt_n":%b,"cache_n":%b,"predicted_n":%b' % (number, number, number)
     body = b'{"usage":{%b},%b,"timings":{%b}}' % (counts, native, timings)
     for api in Api:
-        for told in (read(api, body), read_tail(api, body)):
-            assert (told.prompt, told.generated) == (None, None)
+        for result in (read(api, body), read_tail(api, body)):
+            assert (result.prompt, result.generated) == (None, None)
 
 
 def test_a_large_count_is_one() -> None:
@@ -209,7 +209,7 @@ _DELTA = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}
             _START + named_event(_DELTA | {"usage": {"output_tokens": 4}}),
             COUNTED,
         ),
-        # Anthropic tells all of it again.
+        # Anthropic repeats all of it.
         (Api.ANTHROPIC, _START + named_event(_DELTA | {"usage": ANTHROPIC}), COUNTED),
         # Some have no numbers in the beginning, and some none at the end.
         (
@@ -233,8 +233,8 @@ def test_a_stream_has_the_usage_of_its_api(
     assert read_tail(api, stream, beginning(stream)) == expected
 
 
-def test_a_stream_that_was_cut_has_what_was_told_by_then() -> None:
-    """What it has generated is not what its beginning says."""
+def test_a_stream_that_was_cut_has_the_usage_up_to_there() -> None:
+    """The tokens of its beginning are not those that it has generated."""
     assert read_tail(Api.ANTHROPIC, b"", beginning(_START)) == COUNTED._replace(
         generated=None
     )
@@ -251,7 +251,7 @@ def test_the_last_count_is_the_one_that_counts() -> None:
 
 
 def test_an_answer_that_came_in_pieces_is_read_from_both_ends() -> None:
-    """Embeddings have their usage in front; chats have it behind."""
+    """Embeddings have their usage in front; chats have it at the end."""
     head = b'{"model":"a","usage":{"prompt_tokens":9,"total_tokens":9},"data":[['
     assert read_tail(Api.OPENAI, b"0.5]]}", beginning(head)) == Usage(9)
     body = json.dumps(chat_completion("a" * 5000, tokens=7)).encode()
@@ -259,7 +259,7 @@ def test_an_answer_that_came_in_pieces_is_read_from_both_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tail", "told"),
+    ("tail", "result"),
     [
         ('"timings":{"cache_n":236,"prompt_n":1,"prompt_ms":31}', (1, 236, 0.031)),
         ('"timings":{"prompt_n":7,"prompt_ms":1e3}', (7, 0, 1.0)),
@@ -280,8 +280,10 @@ def test_an_answer_that_came_in_pieces_is_read_from_both_ends() -> None:
         ("", None),
     ],
 )
-def test_how_a_prompt_was_read(tail: str, told: tuple[int, int, float] | None) -> None:
-    assert read_tail(Api.OPENAI, tail.encode()).reading == told
+def test_how_a_prompt_was_read(
+    tail: str, result: tuple[int, int, float] | None
+) -> None:
+    assert read_tail(Api.OPENAI, tail.encode()).reading == result
 
 
 # --- Its model and its build ------------------------------------------------------

@@ -64,7 +64,9 @@ def test_plain_requests_can_be_rescued(fields: dict[str, Any]) -> None:
         {"max_tokens": "10"},
     ],
 )
-def test_what_cannot_be_compared_does_not_go_on(fields: dict[str, Any]) -> None:
+def test_answers_that_cannot_be_compared_are_not_resumed(
+    fields: dict[str, Any],
+) -> None:
     assert not can_rescue(chat_body(**fields), chat=True)
     assert not can_rescue(text_body(**fields), chat=False)
 
@@ -84,14 +86,14 @@ TEXT = parsed(text_stream([" upon"], reason=None))
         {"response_format": {"type": "text"}, "grammar": "", "suffix": None},
     ],
 )
-def test_tools_that_nobody_has_called_do_not_matter(fields: dict[str, Any]) -> None:
+def test_tools_without_a_call_do_not_matter(fields: dict[str, Any]) -> None:
     """Agents declare them in every request."""
-    for body, told, chat in (
+    for body, partial, chat in (
         (chat_body(**fields), CHAT, True),
         (text_body(**fields), TEXT, False),
     ):
         assert can_rescue(body, chat)
-        assert can_continue(body, told, chat)
+        assert can_continue(body, partial, chat)
 
 
 @pytest.mark.parametrize(
@@ -111,15 +113,15 @@ def test_tools_that_nobody_has_called_do_not_matter(fields: dict[str, Any]) -> N
         {"add_generation_prompt": False},
     ],
 )
-def test_what_cannot_be_begun_for_a_worker_is_asked_for_again(
+def test_an_answer_that_no_message_can_begin_is_requested_again(
     fields: dict[str, Any],
 ) -> None:
-    for body, told, chat in (
+    for body, partial, chat in (
         (chat_body(**fields), CHAT, True),
         (text_body(**fields), TEXT, False),
     ):
         assert can_rescue(body, chat)
-        assert not can_continue(body, told, chat)
+        assert not can_continue(body, partial, chat)
 
 
 @pytest.mark.parametrize(
@@ -137,18 +139,18 @@ def test_what_cannot_be_begun_for_a_worker_is_asked_for_again(
         chat_stream(["\n", "|", "\n"], reason=None),
     ],
 )
-def test_what_nothing_proves_is_asked_for_again(relayed: bytes) -> None:
+def test_an_answer_that_nothing_proves_is_requested_again(relayed: bytes) -> None:
     assert can_rescue(chat_body(), chat=True)
     assert not can_continue(chat_body(), parsed(relayed), chat=True)
 
 
 def test_a_text_is_its_own_proof() -> None:
-    """What comes behind a prompt goes on with it."""
-    told = parsed(text_stream(["-"], reason=None))
-    assert can_continue(text_body(), told, chat=False)
-    assert not can_continue(text_body(prompt=[1, 2]), told, chat=False)
-    told = parsed(text_stream([], reason="stop"))
-    assert not can_continue(text_body(), told, chat=False)
+    """A text after a prompt continues it."""
+    partial = parsed(text_stream(["-"], reason=None))
+    assert can_continue(text_body(), partial, chat=False)
+    assert not can_continue(text_body(prompt=[1, 2]), partial, chat=False)
+    partial = parsed(text_stream([], reason="stop"))
+    assert not can_continue(text_body(), partial, chat=False)
 
 
 def test_pictures_do_not_matter() -> None:
@@ -188,8 +190,8 @@ def test_nonsense_cannot_be_rescued(body: bytes) -> None:
 
 def test_the_text_so_far_becomes_the_assistants_unfinished_message() -> None:
     body = chat_body(max_tokens=10, temperature=0.25, max_completion_tokens=-1)
-    told = parsed(chat_stream([" no", ' "to'], reason=None))
-    asked = ask_for_rest(body, told, chat=True)
+    partial = parsed(chat_stream([" no", ' "to'], reason=None))
+    asked = ask_for_rest(body, partial, chat=True)
     expected = json.loads(body)
     expected["messages"].append({"role": "assistant", "content": ' no "to'})
     expected |= {"max_tokens": 8, "continue_final_message": True}
@@ -197,9 +199,9 @@ def test_the_text_so_far_becomes_the_assistants_unfinished_message() -> None:
     assert json.loads(asked) == expected
 
 
-def test_the_text_so_far_is_put_behind_a_prompt() -> None:
-    told = parsed(text_stream([" upon", " a"], reason=None))
-    asked = ask_for_rest(text_body(n_predict=3, max_tokens=None), told, chat=False)
+def test_the_text_so_far_is_added_to_a_prompt() -> None:
+    partial = parsed(text_stream([" upon", " a"], reason=None))
+    asked = ask_for_rest(text_body(n_predict=3, max_tokens=None), partial, chat=False)
     expected = {"model": "tiny", "prompt": "Once upon a", "n_predict": 1}
     assert json.loads(asked) == {**expected, "max_tokens": None}
 
@@ -207,8 +209,8 @@ def test_the_text_so_far_is_put_behind_a_prompt() -> None:
 def test_thoughts_stand_in_the_message_before_the_text() -> None:
     """Or a model would go on as one that has not thought."""
     thought = chat_event(reasoning_content="two and") + chat_event(reasoning=" two")
-    told = parsed(thought + chat_stream(["That", " is"], reason=None))
-    asked = json.loads(ask_for_rest(chat_body(max_tokens=9), told, chat=True))
+    partial = parsed(thought + chat_stream(["That", " is"], reason=None))
+    asked = json.loads(ask_for_rest(chat_body(max_tokens=9), partial, chat=True))
     assert asked["messages"][-1] == {
         "role": "assistant",
         "content": "That is",
@@ -218,8 +220,8 @@ def test_thoughts_stand_in_the_message_before_the_text() -> None:
 
 
 def test_blank_thoughts_are_none() -> None:
-    told = parsed(chat_event(reasoning="\n") + chat_stream(["a", "b"], reason=None))
-    asked = json.loads(ask_for_rest(chat_body(), told, chat=True))
+    partial = parsed(chat_event(reasoning="\n") + chat_stream(["a", "b"], reason=None))
+    asked = json.loads(ask_for_rest(chat_body(), partial, chat=True))
     assert "reasoning_content" not in asked["messages"][-1]
 
 
@@ -238,19 +240,19 @@ def test_another_model_is_asked_for_the_same() -> None:
     ("limit", "nothing_left"),
     [(1, True), (2, True), (3, False), (0, False), (-1, False), (None, False)],
 )
-def test_who_has_as_many_tokens_as_were_asked_for_has_all(
+def test_an_answer_with_all_requested_tokens_is_exhausted(
     name: str, limit: int | None, nothing_left: bool
 ) -> None:
-    told = parsed(chat_stream(["a", "b"], reason=None))
-    assert exhausted(chat_body(**{name: limit}), told) is nothing_left
-    assert exhausted(text_body(**{name: limit}), told) is nothing_left
+    partial = parsed(chat_stream(["a", "b"], reason=None))
+    assert exhausted(chat_body(**{name: limit}), partial) is nothing_left
+    assert exhausted(text_body(**{name: limit}), partial) is nothing_left
 
 
 def test_of_several_limits_the_lowest_counts() -> None:
-    told = parsed(chat_stream(["a", "b"], reason=None))
-    assert exhausted(chat_body(max_tokens=2, n_predict=9), told)
-    assert exhausted(chat_body(max_tokens=9, n_predict=2), told)
-    assert not exhausted(chat_body(max_tokens=9, n_predict=-1), told)
+    partial = parsed(chat_stream(["a", "b"], reason=None))
+    assert exhausted(chat_body(max_tokens=2, n_predict=9), partial)
+    assert exhausted(chat_body(max_tokens=9, n_predict=2), partial)
+    assert not exhausted(chat_body(max_tokens=9, n_predict=-1), partial)
 
 
 def test_without_a_limit_there_is_always_more() -> None:
@@ -258,9 +260,11 @@ def test_without_a_limit_there_is_always_more() -> None:
 
 
 def test_an_answer_of_which_there_is_nothing_yet_is_begun_anew() -> None:
-    told = parsed(dump(chat_chunk(delta(content=""), usage={"completion_tokens": 4})))
-    assert (told.spans, told.tokens) == ((), 4)
-    assert not exhausted(chat_body(max_tokens=4), told)
+    partial = parsed(
+        dump(chat_chunk(delta(content=""), usage={"completion_tokens": 4}))
+    )
+    assert (partial.spans, partial.tokens) == ((), 4)
+    assert not exhausted(chat_body(max_tokens=4), partial)
 
 
 def test_thoughts_and_calls_are_tokens_as_well() -> None:
@@ -337,7 +341,9 @@ def test_no_other_field_changes(fields: dict[str, Any]) -> None:
         {**CHAT_BODY, "n_probs": 1},
     ],
 )
-def test_what_a_stream_would_not_tell_is_not_asked_for(fields: dict[str, Any]) -> None:
+def test_no_stream_is_asked_for_where_it_would_lack_something(
+    fields: dict[str, Any],
+) -> None:
     assert ask(**fields) is None
 
 
@@ -360,14 +366,14 @@ def test_what_a_stream_would_not_tell_is_not_asked_for(fields: dict[str, Any]) -
         {"timings_per_token": True, "return_progress": True},
     ],
 )
-def test_what_makes_no_difference_is_no_obstacle(fields: dict[str, Any]) -> None:
+def test_fields_without_effect_are_no_obstacle(fields: dict[str, Any]) -> None:
     assert ask(**fields) == fields | STREAM
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{", b'{"a":}', b"null", b'{"\xff":1}', b"[" * 100_000]
 )
-def test_what_is_no_object_is_left_to_the_worker(body: bytes) -> None:
+def test_anything_but_an_object_is_left_to_the_worker(body: bytes) -> None:
     assert streaming_body(body) is None
 
 
@@ -433,8 +439,8 @@ def test_the_choices_that_a_request_asks_for(request_: Any, choices: int) -> Non
 )
 def test_asking_is_a_splice(before: bytes, after: bytes) -> None:
     assert ask_for_usage(before) == after
-    told = json.loads(after)
-    assert told.pop("stream_options") == {"include_usage": True}
+    partial = json.loads(after)
+    assert partial.pop("stream_options") == {"include_usage": True}
 
 
 @pytest.mark.parametrize(
@@ -449,7 +455,7 @@ def test_asking_is_a_splice(before: bytes, after: bytes) -> None:
         [],
     ],
 )
-def test_a_client_that_says_how_is_left_alone(options: Any) -> None:
+def test_a_client_with_options_of_its_own_is_left_alone(options: Any) -> None:
     body = json.dumps({"stream": True, "stream_options": options}).encode()
     assert ask_for_usage(body) is None
 

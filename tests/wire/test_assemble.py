@@ -65,9 +65,9 @@ def chat_choices(draw: st.DrawFn, index: int) -> tuple[dict[str, Any], list[byte
     logprobs: list[Any] = []
     for name, text in draw(st.lists(st.tuples(NAMES, TEXTS), min_size=1)):
         message[name] = message.get(name, "") + text
-        told = draw(st.lists(LOGPROB, max_size=2))
-        logprobs += told
-        choice = {"logprobs": {"content": told}} if told else {}
+        parts = draw(st.lists(LOGPROB, max_size=2))
+        logprobs += parts
+        choice = {"logprobs": {"content": parts}} if parts else {}
         events.append(delta({name: text}, index, **choice))
     for number, (name, arguments) in enumerate(draw(CALLS)):
         function = {"name": name, "arguments": arguments}
@@ -104,7 +104,7 @@ def cut(draw: st.DrawFn, stream: bytes) -> list[bytes]:
 
 
 @given(st.data(), chat_streams(), st.sampled_from([b"\n", b"\r\n", b"\r"]))
-def test_what_was_told_in_pieces_is_answered_as_one(
+def test_pieces_are_assembled_to_one_answer(
     data: st.DataObject, drawn: tuple[list[Any], list[bytes]], newline: bytes
 ) -> None:
     """Whatever the cuts and the line ends are, and whatever stands between events."""
@@ -125,7 +125,7 @@ def test_what_was_told_in_pieces_is_answered_as_one(
 
 @given(st.lists(st.tuples(TEXTS, st.lists(LOGPROB)), min_size=1))
 def test_texts_and_their_probabilities_are_joined(
-    told: list[tuple[str, list[Any]]],
+    parts: list[tuple[str, list[Any]]],
 ) -> None:
     """The last event of llama-server has a null for them, which does not undo them."""
     choice = {"index": 0, "finish_reason": None}
@@ -134,17 +134,17 @@ def test_texts_and_their_probabilities_are_joined(
             "text": text,
             "logprobs": {"content": probabilities} if probabilities else None,
         }
-        for text, probabilities in told
+        for text, probabilities in parts
     ]
     stream = b"".join(replies.event({"choices": [choice | event]}) for event in events)
     last = replies.text_completion("", reason="stop")
     last["usage"] = replies.usage_of(1)
     stream += replies.event(last) + replies.done()
     answer = fold(stream, "text")
-    logprobs = [value for _, values in told for value in values]
+    logprobs = [value for _, values in parts for value in values]
     assert answer["choices"] == [
         {
-            "text": "".join(text for text, _ in told),
+            "text": "".join(text for text, _ in parts),
             "index": 0,
             "logprobs": {"content": logprobs} if logprobs else None,
             "finish_reason": "stop",
@@ -164,14 +164,14 @@ def test_an_answer_has_the_fields_of_llama_server() -> None:
 
 
 def test_the_usage_of_the_first_choice_counts_in_llama_server() -> None:
-    """It comes behind the last event of each choice, in any order of them."""
+    """It comes after the last event of each choice, in any order of them."""
     first = delta({"content": "a"}) + end() + usage(1)
     second = delta({"content": "b"}, 1) + end(index=1) + usage(2)
     for stream in (first + second, second + first):
         assert fold(stream)["usage"]["completion_tokens"] == 1
 
 
-def test_the_one_usage_of_others_is_behind_all_choices() -> None:
+def test_the_one_usage_of_others_follows_all_choices() -> None:
     stream = delta({"content": "a"}) + delta({"content": "b"}, 1)
     stream += end() + end(index=1) + usage(7)
     assert fold(stream)["usage"]["completion_tokens"] == 7
@@ -192,7 +192,7 @@ def test_other_fields_of_the_last_event_stay() -> None:
     assert (answer["service_tier"], answer["y"]) == ("x", [1.5])
 
 
-def test_events_that_tell_nothing_are_passed_over() -> None:
+def test_events_without_content_are_passed_over() -> None:
     odd = b"data: null\n\ndata:\n\ndata: {}\n\n\n:\n\nretry: 5\n\ndata\n\n"
     stream = odd + delta({"content": "a"}) + odd + end() + odd + usage() + odd
     assert fold(stream)["choices"][0]["message"]["content"] == "a"
@@ -208,16 +208,16 @@ def test_data_of_several_lines_is_one_event(newline: bytes) -> None:
     assert b'"content":"a"' in assembler.finish()
 
 
-def test_nothing_counts_behind_the_done() -> None:
+def test_nothing_counts_after_the_done() -> None:
     stream = delta({"content": "a"}) + end() + replies.done() + b"data: nonsense\n\n"
     assert fold(stream)["choices"][0]["message"]["content"] == "a"
 
 
-def test_what_is_told_again_is_not_doubled() -> None:
+def test_repeated_fields_are_not_doubled() -> None:
     """Some servers tell the role, or the name of a call, with each delta."""
     call = {"index": 0, "id": "i", "type": "function", "function": {"name": "f"}}
-    told = delta({"role": "assistant", "tool_calls": [call]})
-    message = fold(told + told + end() + usage())["choices"][0]["message"]
+    parts = delta({"role": "assistant", "tool_calls": [call]})
+    message = fold(parts + parts + end() + usage())["choices"][0]["message"]
     function = {"name": "f", "arguments": ""}
     calls = [{"type": "function", "function": function, "id": "i"}]
     assert message == {"role": "assistant", "content": "", "tool_calls": calls}
@@ -233,11 +233,11 @@ def test_a_null_stays_where_no_text_comes() -> None:
 
 
 def test_lists_of_probabilities_may_be_null() -> None:
-    def told(content: Any, refusal: Any) -> bytes:
+    def parts(content: Any, refusal: Any) -> bytes:
         logprobs = {"content": content, "refusal": refusal}
         return delta({"content": "a"}, logprobs=logprobs)
 
-    stream = told([1], None) + told([2], None) + told(None, [3]) + end() + usage()
+    stream = parts([1], None) + parts([2], None) + parts(None, [3]) + end() + usage()
     logprobs = fold(stream)["choices"][0]["logprobs"]
     assert logprobs == {"content": [1, 2], "refusal": [3]}
 
@@ -263,10 +263,10 @@ def test_a_done_without_the_end_of_each_choice_is_no_answer() -> None:
 
 
 @pytest.mark.parametrize("event", ["%b", "event: error\n%b"])
-def test_the_workers_own_error_is_told(event: str) -> None:
-    told = event.encode() % replies.error_event("no such luck", 503)
+def test_the_workers_own_error_is_passed_on(event: str) -> None:
+    parts = event.encode() % replies.error_event("no such luck", 503)
     with pytest.raises(AssemblyError, match="by an error") as caught:
-        fold(replies.token("a") + told)
+        fold(replies.token("a") + parts)
     error = caught.value.error
     assert error is not None
     assert (error.message, error.code) == ("no such luck", 503)
@@ -284,7 +284,7 @@ def test_the_workers_own_error_is_told(event: str) -> None:
         b'data: {"choices":[{"delta":{"images":[{"index":0}]}}]}\n\n',
     ],
 )
-def test_what_cannot_be_folded_is_no_answer(event: bytes) -> None:
+def test_an_event_that_cannot_be_folded_makes_no_answer(event: bytes) -> None:
     with pytest.raises(AssemblyError, match="cannot be") as caught:
         fold(event)
     assert caught.value.error is None
@@ -292,7 +292,7 @@ def test_what_cannot_be_folded_is_no_answer(event: bytes) -> None:
 
 @pytest.mark.parametrize("reason", ["stop", "length"])
 @pytest.mark.parametrize("kind", ["chat", "text"])
-def test_an_answer_whose_text_was_not_told_is_none(kind: Kind, reason: str) -> None:
+def test_an_answer_without_its_text_is_none(kind: Kind, reason: str) -> None:
     """llama-server has it raw, such as '<tool_call>{"na', but not in the stream."""
     stream = delta({"role": "assistant", "content": None}) + end(reason) + usage(5)
     with pytest.raises(LostTextError):
@@ -332,7 +332,7 @@ def test_choices_and_calls_count_even_if_they_are_empty() -> None:
 
 
 @pytest.mark.parametrize("piece", [b"x", b"data: x\n"], ids=["line", "event"])
-def test_what_never_ends_has_a_limit(piece: bytes) -> None:
+def test_an_event_without_an_end_has_a_limit(piece: bytes) -> None:
     with pytest.raises(AssemblyError, match="longer than"):
         feed_often(ChatAssembler(1000), piece, 1001)
 
@@ -347,7 +347,7 @@ def test_a_long_answer_of_short_events_is_no_matter() -> None:
 
 
 @pytest.mark.parametrize("where", [b'"created"', b'"model"'])
-def test_no_answer_is_made_of_what_is_no_utf_8(where: bytes) -> None:
+def test_no_answer_is_made_of_invalid_utf_8(where: bytes) -> None:
     """Fields are taken over unread, and would get into the answer as they are."""
     stream = chat_stream(["a"]).replace(where, b'"x":"\xff",' + where)
     with pytest.raises(AssemblyError):
@@ -364,8 +364,8 @@ def call(**fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": names, **fields}
 
 
-def calls_of(*told: dict[str, Any]) -> list[tuple[Any, ...]]:
-    events = b"".join(delta({"tool_calls": [each]}) for each in told)
+def calls_of(*parts: dict[str, Any]) -> list[tuple[Any, ...]]:
+    events = b"".join(delta({"tool_calls": [each]}) for each in parts)
     message = fold(events + end("tool_calls") + usage())["choices"][0]["message"]
     return [
         (each.get("id"), each["function"]["name"], each["function"]["arguments"])
@@ -374,47 +374,47 @@ def calls_of(*told: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("index", [{"index": 0}, {}], ids=["index 0", "no index"])
-def test_calls_are_told_apart_by_their_ids(index: dict[str, int]) -> None:
+def test_calls_are_distinguished_by_their_ids(index: dict[str, int]) -> None:
     """Some servers give each call the index 0, and others give none."""
-    told = calls_of(
+    parts = calls_of(
         call(id="a", name="write", arguments='{"x"', **index),
         call(arguments=":1}", **index),
         call(id="b", name="write", arguments='{"x":2}', **index),
     )
-    assert told == [("a", "write", '{"x":1}'), ("b", "write", '{"x":2}')]
+    assert parts == [("a", "write", '{"x":1}'), ("b", "write", '{"x":2}')]
 
 
-def test_calls_with_one_id_are_told_apart_by_their_index() -> None:
-    told = [call(index=n, id="call", name="f", arguments=str(n)) for n in range(2)]
-    assert calls_of(*told) == [("call", "f", "0"), ("call", "f", "1")]
+def test_calls_with_one_id_are_distinguished_by_their_index() -> None:
+    parts = [call(index=n, id="call", name="f", arguments=str(n)) for n in range(2)]
+    assert calls_of(*parts) == [("call", "f", "0"), ("call", "f", "1")]
 
 
 def test_calls_are_in_the_order_of_their_indices() -> None:
-    told = [call(index=n, id=str(n), name="f", arguments="{}") for n in (1, 0)]
-    assert [each[0] for each in calls_of(*told)] == ["0", "1"]
+    parts = [call(index=n, id=str(n), name="f", arguments="{}") for n in (1, 0)]
+    assert [each[0] for each in calls_of(*parts)] == ["0", "1"]
 
 
-def test_an_id_may_come_behind_the_name_of_a_call() -> None:
-    told = [
+def test_an_id_may_follow_the_name_of_a_call() -> None:
+    parts = [
         call(index=0, name="f"),
         call(index=0, id="a"),
         call(index=0, arguments="1"),
     ]
-    assert calls_of(*told) == [("a", "f", "1")]
+    assert calls_of(*parts) == [("a", "f", "1")]
 
 
 @pytest.mark.parametrize("name", ["f", "g"])
-def test_calls_that_nothing_tells_apart_are_not_guessed(name: str) -> None:
-    told = [
+def test_calls_that_cannot_be_distinguished_are_refused(name: str) -> None:
+    parts = [
         call(index=0, name="f", arguments="{}"),
         call(index=0, name=name, arguments="{}"),
     ]
     with pytest.raises(UnfoldableError, match="distinguished"):
-        calls_of(*told)
+        calls_of(*parts)
 
 
 @pytest.mark.parametrize(
-    "told",
+    "parts",
     [
         {"content": "a", "reasoning_details": [{"text": "x"}]},
         {"content": "a", "provider_specific_fields": {"x": 1}},
@@ -427,9 +427,9 @@ def test_calls_that_nothing_tells_apart_are_not_guessed(name: str) -> None:
         "a",
     ],
 )
-def test_a_shape_that_is_unknown_cannot_be_folded(told: Any) -> None:
+def test_a_shape_that_is_unknown_cannot_be_folded(parts: Any) -> None:
     with pytest.raises(UnfoldableError) as caught:
-        fold(delta(told) + end() + usage())
+        fold(delta(parts) + end() + usage())
     assert not isinstance(caught.value, LostTextError)
 
 
@@ -456,7 +456,7 @@ def test_two_choices_of_one_index_cannot_be_folded() -> None:
 
 
 @pytest.mark.parametrize("kind", ["chat", "text"])
-def test_what_was_held_back_for_a_stop_string_is_noticed(kind: Kind) -> None:
+def test_text_held_back_for_a_stop_string_is_noticed(kind: Kind) -> None:
     stream = delta({"content": "a"}, text="a") + end("length") + usage()
     with pytest.raises(LostTextError, match="held back"):
         fold(stream, kind, asked=Asked(stops=True))
@@ -495,8 +495,10 @@ def similar_events(draw: st.DrawFn) -> list[bytes]:
         index, escaped = draw(st.sampled_from([0, 0, 0, 1])), draw(st.booleans())
         more = draw(st.sampled_from([{}, {}, {"logprobs": {"content": [1]}}, {"a": 1}]))
         for word in words:
-            told = {name: value or word for name, value in shape.items() if value != []}
-            choice = {"index": index, "delta": told, "finish_reason": None, **more}
+            parts = {
+                name: value or word for name, value in shape.items() if value != []
+            }
+            choice = {"index": index, "delta": parts, "finish_reason": None, **more}
             event = json.dumps({"id": "x", "choices": [choice]}, ensure_ascii=escaped)
             events.append(b"data: %b\n\n" % event.encode(errors="replace"))
     damaged = draw(
@@ -509,7 +511,7 @@ def similar_events(draw: st.DrawFn) -> list[bytes]:
 
 
 @given(similar_events(), st.booleans(), st.sampled_from([300, 2000, LIMIT]))
-def test_what_is_learnt_of_events_makes_no_difference(
+def test_learning_makes_no_difference(
     events: list[bytes], together: bool, limit: int
 ) -> None:
     """The answer is the same, or there is none for the same kind of reason."""
@@ -571,7 +573,7 @@ def test_escapes_count_for_what_they_stand_for() -> None:
     )
 
 
-def test_events_that_keep_changing_are_not_learnt_for_ever() -> None:
+def test_events_that_keep_changing_are_learnt_a_few_times() -> None:
     assembler = ChatAssembler(LIMIT)
     for number in range(60):
         name = "content" if number % 3 else "reasoning_content"

@@ -102,7 +102,7 @@ def test_no_cut_off_message_is_an_answer() -> None:
         DELTA | {"index": "0"},
     ],
 )
-def test_what_is_unknown_in_a_message_cannot_be_folded(event: dict[str, Any]) -> None:
+def test_unknown_events_of_a_message_cannot_be_folded(event: dict[str, Any]) -> None:
     with pytest.raises(UnfoldableError) as caught:
         fold(START + text("a") + named_event(event) + end())
     assert not isinstance(caught.value, LostTextError)
@@ -153,15 +153,24 @@ def last(kind: str = "completed", **fields: Any) -> bytes:
 
 
 def test_the_last_event_of_a_response_has_all_of_it() -> None:
-    told = {"id": "r", "status": "completed", "completed_at": 4, "output": [{"a": 1}]}
+    content = {
+        "id": "r",
+        "status": "completed",
+        "completed_at": 4,
+        "output": [{"a": 1}],
+    }
     created = named_event({"type": "response.created", "response": {"id": "r"}})
-    assert response(created + last(**told)) == told
-    assert response(created + last("incomplete", **told)) == told
+    assert response(created + last(**content)) == content
+    assert response(created + last("incomplete", **content)) == content
 
 
-def test_what_llama_server_leaves_out_of_a_response_is_added() -> None:
-    told = {"status": "completed", "created_at": 4, "output": [{"type": "reasoning"}]}
-    answer = response(last(**told))
+def test_fields_that_llama_server_does_not_stream_are_added() -> None:
+    content = {
+        "status": "completed",
+        "created_at": 4,
+        "output": [{"type": "reasoning"}],
+    }
+    answer = response(last(**content))
     assert answer["completed_at"] == 4
     assert answer["output"] == [{"type": "reasoning", "status": "completed"}]
 
@@ -177,15 +186,19 @@ def test_a_response_without_its_last_event_or_its_text_is_none() -> None:
 
 
 def part(content: str, index: int = 0, **fields: Any) -> bytes:
-    told = {"index": index, "content": content, "tokens": [7], "stop": False}
-    return event(told | fields)
+    content = {"index": index, "content": content, "tokens": [7], "stop": False}
+    return event(content | fields)
 
 
 def native_end(index: int = 0, **fields: Any) -> bytes:
-    told = {"index": index, "content": "", "tokens": [], "stop": True, "model": "m"}
+    content = {"index": index, "content": "", "tokens": [], "stop": True, "model": "m"}
     settings = {"stream": True, "seed": 1}
-    told |= {"generation_settings": settings, "stop_type": "eos", "tokens_predicted": 2}
-    return event(told | fields)
+    content |= {
+        "generation_settings": settings,
+        "stop_type": "eos",
+        "tokens_predicted": 2,
+    }
+    return event(content | fields)
 
 
 def fold_native(stream: bytes, asked: Asked = ANY, limit: int = 1 << 20) -> Any:
@@ -205,8 +218,10 @@ def test_the_last_event_has_all_but_the_text() -> None:
 
 
 def test_probabilities_are_joined() -> None:
-    told = [part(each, completion_probabilities=[each]) for each in "ab"]
-    assert fold_native(b"".join(told) + native_end())["completion_probabilities"] == [
+    content = [part(each, completion_probabilities=[each]) for each in "ab"]
+    assert fold_native(b"".join(content) + native_end())[
+        "completion_probabilities"
+    ] == [
         "a",
         "b",
     ]
@@ -234,7 +249,7 @@ def test_several_prompts_have_several_answers() -> None:
         b"data: nonsense\n\n",
     ],
 )
-def test_what_is_not_complete_or_unknown_is_no_answer(stream: bytes) -> None:
+def test_incomplete_or_unknown_events_make_no_answer(stream: bytes) -> None:
     with pytest.raises(UnfoldableError) as caught:
         fold_native(stream)
     assert not isinstance(caught.value, LostTextError)
@@ -259,7 +274,7 @@ def test_the_error_is_the_workers_own() -> None:
     assert caught.value.error is not None
 
 
-def test_an_answer_of_another_server_lacks_what_only_llama_server_has() -> None:
+def test_answers_of_other_servers_lack_the_fields_of_llama_server() -> None:
     answer = fold_native(
         event({"content": "a"}) + event({"content": "b", "stop": True})
     )

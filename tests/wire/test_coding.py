@@ -75,7 +75,7 @@ def test_other_codings_are_refused(coding: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"{}", TEXT, PACKED[:10] + b"\xff" * 50], ids=["json", "text", "head"]
 )
-def test_what_is_not_in_the_coding_is_refused(coding: str, data: bytes) -> None:
+def test_data_in_another_coding_are_refused(coding: str, data: bytes) -> None:
     with pytest.raises(CodingError):
         unpacked(coding, data)
 

@@ -1,4 +1,4 @@
-"""How an answer ended is read from its last bytes, whatever the generated text says."""
+"""How an answer ended is read from its last bytes, whatever text was generated."""
 
 from __future__ import annotations
 
@@ -43,11 +43,16 @@ def rest_of(tail: bytes) -> bytes:
 
 def native(content: str, *, stop: bool) -> bytes:
     """Build an event of llama-server's own /completion."""
-    told: dict[str, Any] = {"index": 0, "content": content, "tokens": [1], "stop": stop}
+    fields: dict[str, Any] = {
+        "index": 0,
+        "content": content,
+        "tokens": [1],
+        "stop": stop,
+    }
     if stop:
-        told |= {"model": "tiny", "tokens_predicted": 3, "stop_type": "limit"}
-        told["timings"] = replies.timings_of(3)
-    return replies.event(told)
+        fields |= {"model": "tiny", "tokens_predicted": 3, "stop_type": "limit"}
+        fields["timings"] = replies.timings_of(3)
+    return replies.event(fields)
 
 
 def anthropic(type: str, **more: Any) -> bytes:
@@ -90,7 +95,7 @@ def test_the_spacing_of_a_finish_reason_does_not_matter(spelled: bytes) -> None:
 
 
 @pytest.mark.parametrize("spelled", [b"null", b'""', b'"'])
-def test_a_finish_reason_that_says_nothing_ends_nothing(spelled: bytes) -> None:
+def test_an_empty_finish_reason_ends_nothing(spelled: bytes) -> None:
     """Some servers send an empty one with every event."""
     assert marks(b'data: {"finish_reason":%b' % spelled, Ending.DONE) == NOTHING
 
@@ -118,7 +123,7 @@ def test_half_a_done_is_none(cut: int) -> None:
     assert marks(tail, Ending.DONE) == NOTHING
 
 
-def test_a_native_completion_is_complete_when_it_says_stop() -> None:
+def test_a_native_completion_is_complete_with_its_stop() -> None:
     assert marks(native("a", stop=False), Ending.STOP) == NOTHING
     assert read_end(
         native("a", stop=False) + native("", stop=True), Ending.STOP
@@ -187,10 +192,10 @@ def test_the_mark_of_another_api_does_not_count(ending: Ending) -> None:
         b"event:error\r\ndata: x\r\n\r\n",
     ],
 )
-def test_an_error_that_the_worker_told_is_seen(error: bytes, ending: Ending) -> None:
-    told = (False, False, True)
-    assert marks(error, ending) == told
-    assert marks(replies.token("a") + error, ending) == told
+def test_an_error_from_the_worker_is_seen(error: bytes, ending: Ending) -> None:
+    fields = (False, False, True)
+    assert marks(error, ending) == fields
+    assert marks(replies.token("a") + error, ending) == fields
 
 
 @pytest.mark.parametrize("ending", STREAMED)
@@ -201,7 +206,7 @@ def test_an_error_that_the_worker_told_is_seen(error: bytes, ending: Ending) -> 
 def test_a_mark_that_does_not_begin_its_line_is_none(
     line: bytes, ending: Ending
 ) -> None:
-    """In a comment, in the name of an event, or behind the other kind of data."""
+    """In a comment, in the name of an event, or after the other kind of data."""
     for before in (b": ", b"event: ", b"data: ", b"id: ", b" "):
         assert marks(before + line + b"\n\n", ending) == NOTHING
 
@@ -234,7 +239,7 @@ QUOTES = [
 
 
 @pytest.mark.parametrize("words", QUOTES)
-def test_what_a_model_says_ends_no_stream(words: str) -> None:
+def test_generated_text_ends_no_stream(words: str) -> None:
     """Nor does the tail, which begins anywhere: in the middle of a word, say."""
     arguments = [{"index": 0, "function": {"arguments": json.dumps({"x": words})}}]
     tool_call = {"choices": [{"delta": {"tool_calls": arguments}}]}
@@ -261,7 +266,7 @@ def test_no_words_of_a_model_end_a_stream(words: list[str], start: int) -> None:
         assert read_tail(api, tail) == Usage()
 
 
-def test_what_is_kept_of_a_stream_holds_its_last_events() -> None:
+def test_the_tail_holds_the_last_events() -> None:
     """The widest end there is: a finish, usage with timings, and `[DONE]`."""
     last = replies.finish(usage=replies.usage_of(9), tokens=9) + replies.done()
     tail = (replies.token("x" * TAIL) + last)[-TAIL:]
@@ -274,7 +279,7 @@ def test_what_is_kept_of_a_stream_holds_its_last_events() -> None:
 @pytest.mark.parametrize(
     "half", [b"", b"data: [DO", b": ping", b"data: {}\n", b"x\r\ny"]
 )
-def test_what_follows_the_last_blank_line_is_half_an_event(
+def test_the_rest_after_the_last_blank_line_is_unfinished(
     half: bytes, eol: bytes
 ) -> None:
     assert rest_of(half) == half
@@ -282,7 +287,7 @@ def test_what_follows_the_last_blank_line_is_half_an_event(
     assert rest_of(b"half" + eol * 2 + b"data: x" + eol * 2 + half) == half
 
 
-# --- Several choices, and errors with something behind them -----------------------
+# --- Several choices, and errors with something after them ------------------------
 
 
 def of_choice(index: int, reason: str | None) -> bytes:
@@ -326,8 +331,8 @@ def test_an_error_is_one_whatever_follows(error: bytes, ending: Ending) -> None:
 
 
 def choice(index: int, reason: str | None = None) -> bytes:
-    told: dict[str, Any] = {"index": index, "delta": {"content": "a"}}
-    return event({"choices": [told | {"finish_reason": reason}]})
+    fields: dict[str, Any] = {"index": index, "delta": {"content": "a"}}
+    return event({"choices": [fields | {"finish_reason": reason}]})
 
 
 def tally(*events: bytes, asked: int = 2) -> Tally:
@@ -345,13 +350,13 @@ def test_a_choice_that_has_begun_has_to_end(done: bool) -> None:
 
 
 def test_a_choice_that_was_asked_for_has_to_begin() -> None:
-    """Unless the stream says that this was all: it may be a server without `n`."""
+    """Unless the stream has its `[DONE]`: it may be a server without `n`."""
     counts = tally(choice(0, "stop"))
     assert not counts.is_complete(done=False)
     assert counts.is_complete(done=True)
 
 
-def test_a_server_may_tell_no_reasons() -> None:
+def test_a_server_may_send_no_reasons() -> None:
     assert tally(choice(0), choice(1)).is_complete(done=True)
     assert not tally(choice(0), choice(1)).is_complete(done=False)
 
@@ -365,7 +370,7 @@ def test_native_completions_have_their_own_mark() -> None:
     assert repr(counts) == "<Tally 2 of 2 ended>"
 
 
-def test_what_is_kept_has_a_limit() -> None:
+def test_a_tally_has_limits() -> None:
     """Behind it, the end of the stream alone counts."""
     long, many = Tally(Ending.DONE, 2), Tally(Ending.DONE, 2)
     long.feed(b"x" * (MOST_HELD + 1))

@@ -83,7 +83,7 @@ def test_every_kind_of_error_is_a_proxy_error(cls: type[ProxyError]) -> None:
     )
 
 
-def test_an_error_asks_for_no_retry_and_tells_no_detail_unless_it_is_given() -> None:
+def test_an_error_has_no_retry_and_no_detail_by_default() -> None:
     error = RequestError(Code.BAD_REQUEST, "No.")
     assert (error.param, error.retry_after, error.detail) == (None, None, "")
     assert error.allow == ""
@@ -107,7 +107,7 @@ def test_all_four_keys_are_there_even_when_they_are_null() -> None:
     }
 
 
-def test_its_repr_tells_which_error_it_is_and_quotes_nobody() -> None:
+def test_its_repr_names_the_error_and_quotes_no_text() -> None:
     error = RequestError(Code.MODEL_NOT_FOUND, "No 'secret' here.", detail="secret")
     assert repr(error) == "<RequestError model_not_found>"
 

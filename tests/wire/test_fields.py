@@ -104,7 +104,7 @@ def test_the_wanted_fields_are_found_with_their_places() -> None:
     assert body[13:19] == b'"qwen"'
 
 
-def test_what_routing_needs_is_wanted() -> None:
+def test_fields_that_routing_needs_are_wanted() -> None:
     assert {
         "model",
         "stream",
@@ -154,15 +154,15 @@ def test_the_kind_of_a_value_is_its_first_character(value: str, kind: str) -> No
     ],
 )
 @pytest.mark.parametrize("key", ["max_tokens", "stream", "model"])
-def test_what_parsers_disagree_on_is_of_no_kind(value: str, key: str) -> None:
-    """Too large for 64 bits, or no JSON at all: whoever asks for a kind refuses it."""
+def test_values_that_parsers_disagree_on_are_of_no_kind(value: str, key: str) -> None:
+    """Too large for 64 bits, or no JSON at all: a check of the kind refuses it."""
     body = f'{{"{key}":{value}}}'.encode()
     start = len(key) + 4
     assert scan(body).found == {key: Field("?", value.encode(), start, len(body) - 1)}
 
 
 @pytest.mark.parametrize("where", ["[%b]", "{%b}", '"%b"', '["%b"]', '{"a":["%b"]}'])
-def test_what_is_inside_of_another_value_is_not_found(where: str) -> None:
+def test_nested_fields_are_not_found(where: str) -> None:
     inner = b'"model":"evil"'
     if '"%b"' in where:
         inner = json.dumps(inner.decode())[1:-1].encode()
@@ -173,7 +173,7 @@ def test_what_is_inside_of_another_value_is_not_found(where: str) -> None:
 
 
 @pytest.mark.parametrize("body", [b"{}", b" \t\r\n{ \t\r\n} \t\r\n"])
-def test_an_empty_object_is_told_from_one_with_fields(body: bytes) -> None:
+def test_an_empty_object_differs_from_one_with_fields(body: bytes) -> None:
     for pieces in halves(body):
         scanner = scan(*pieces)
         assert scanner.is_empty_object
@@ -188,7 +188,7 @@ def test_empty_pieces_change_nothing() -> None:
     }
 
 
-def test_a_scanner_tells_where_it_is() -> None:
+def test_a_scanner_shows_its_state() -> None:
     scanner = FieldScanner()
     assert repr(scanner) == "<FieldScanner START found=[]>"
     scanner.feed(b'{"stream":true,"model":"a", "x":[')
@@ -196,7 +196,7 @@ def test_a_scanner_tells_where_it_is() -> None:
 
 
 def test_a_field_is_known_as_soon_as_it_is_complete() -> None:
-    """Routing does not wait for 200 MB of images behind the model's name."""
+    """Routing does not wait for 200 MB of images after the model's name."""
     scanner = FieldScanner()
     scanner.feed(b'{"model":"qwen')
     assert scanner.found == {}
@@ -270,7 +270,7 @@ cuts = st.lists(st.integers(0, 1 << 16), max_size=8)
 @thorough
 @given(documents(), cuts)
 def test_the_scanner_finds_what_a_parser_finds(body: bytes, cut_at: list[int]) -> None:
-    """The same fields with the same values, and each exactly where it says it is."""
+    """The same fields with the same values, and each exactly at its place."""
     found = scan(*pieces_of(body, cut_at)).found
     parsed = json.loads(body)
     assert set(found) == WANTED & set(parsed)
@@ -303,7 +303,7 @@ def test_a_body_cut_at_any_byte_is_the_same_body(body: bytes) -> None:
 
 @thorough
 @given(documents(), st.text())
-def test_a_model_can_be_put_in_where_the_scanner_says(body: bytes, name: str) -> None:
+def test_a_model_can_be_inserted_where_the_scanner_says(body: bytes, name: str) -> None:
     """In place of the old name, or first of all; nothing else changes."""
     scanner = scan(body)
     parsed = json.loads(body)
@@ -373,7 +373,7 @@ def test_whatever_comes_is_accepted_or_refused_wherever_it_is_cut(
 @example(b'{"a":"\xc3\xa9\x01"}')
 @example(b'{"a":[}}')
 @example(b'{"a":"\\ud800"}')
-def test_what_scanner_and_grammar_accept_every_parser_reads_alike(body: bytes) -> None:
+def test_accepted_bodies_are_read_alike_by_all_parsers(body: bytes) -> None:
     """A worker must not see another model than the one that was routed and allowed."""
     seen = outcome([body])
     if seen is None:
@@ -430,7 +430,7 @@ def test_a_key_in_another_case_is_another_key() -> None:
     assert text_of(scan(b'{"Model":"a","model":"b","MODEL":"c"}').found["model"]) == "b"
 
 
-def test_what_is_not_wanted_may_occur_twice() -> None:
+def test_other_fields_may_occur_twice() -> None:
     assert scan(b'{"a":1,"a":2}').found == {}
 
 
@@ -506,9 +506,7 @@ def test_a_character_may_be_cut_at_every_byte(form: str, text: str) -> None:
     ],
 )
 @pytest.mark.parametrize("form", [b'{"model":"%b"}', b'{"a":["%b"]}', b'{"a":"%b"}'])
-def test_what_is_not_utf_8_is_refused_wherever_it_is_cut(
-    form: bytes, bad: bytes
-) -> None:
+def test_invalid_utf_8_is_refused_wherever_it_is_cut(form: bytes, bad: bytes) -> None:
     """Overlong, a surrogate, too large, or cut: each parser replaces it its own way."""
     for pieces in halves(form % bad):
         assert "not UTF-8" in refusal(*pieces)
@@ -664,13 +662,13 @@ def test_a_body_that_ends_too_early_is_refused_wherever_it_ends(whole: bytes) ->
 def test_a_mistake_inside_of_a_value_is_seen_by_the_grammar(
     body: bytes, where: str
 ) -> None:
-    """The scanner passes over what nobody wants; `check_json` reads what is kept."""
+    """The scanner passes over other values; `check_json` reads bodies that are kept."""
     scan(body)
     with pytest.raises(RequestError, match=where) as caught:
         check_json(body)
     assert caught.value.code is Code.INVALID_JSON
     assert caught.value.message.startswith("The body is not valid JSON: ")
-    assert "malformed" not in caught.value.message  # it says so already
+    assert "malformed" not in caught.value.message  # which the text says once
 
 
 def test_numbers_of_any_size_are_json() -> None:
@@ -713,7 +711,7 @@ def test_a_name_may_be_as_long_as_the_limit() -> None:
 
 
 @pytest.mark.parametrize("form", [b'{"model":"%b"}', b'{"%b":1}', b'{"n_predict":%b}'])
-def test_what_is_too_long_is_too_long_wherever_it_is_cut(form: bytes) -> None:
+def test_the_limit_of_a_token_holds_wherever_it_is_cut(form: bytes) -> None:
     body = form % (b"1" * (MAX_TOKEN + 1))
     for at in (0, 10, 99, MAX_TOKEN, MAX_TOKEN + 10, len(body) - 2):
         assert f"longer than {MAX_TOKEN} bytes" in refusal(body[:at], body[at:])
@@ -729,7 +727,7 @@ def test_what_is_too_long_is_too_long_wherever_it_is_cut(form: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("start", [b'{"x":"', b'{"messages":["', b'{"x":[{"y":"'])
-def test_what_is_passed_over_takes_no_memory(start: bytes, filler: bytes) -> None:
+def test_bytes_that_are_passed_over_take_no_memory(start: bytes, filler: bytes) -> None:
     """An image of 200 MB in front of the model's name is read and forgotten."""
     scanner = FieldScanner()
     scanner.feed(start)
@@ -811,7 +809,7 @@ def test_names_are_taken_out_of_a_body(
     st.integers(0, 9),
     st.booleans(),
 )
-def test_what_is_left_of_a_body_means_the_same(
+def test_a_body_without_names_means_the_same(
     fields: dict[str, Any], names: list[str], place: int, escape: bool
 ) -> None:
     fields.pop("to", None)
@@ -838,7 +836,7 @@ def test_what_is_left_of_a_body_means_the_same(
         b"[%b]" % b",".join([b'"a"'] * (MAX_NAMES + 1)),
     ],
 )
-def test_what_is_no_list_of_names_is_refused(value: bytes) -> None:
+def test_anything_but_a_list_of_names_is_refused(value: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         take_names(b'{"x":1,"to":%b}' % value, "to")
     assert (caught.value.code, caught.value.param) == (Code.INVALID_VALUE, "to")
@@ -918,7 +916,7 @@ def test_both_ways_find_the_same(
 
 
 @given(st.binary(max_size=40))
-def test_what_is_no_json_is_left_to_the_scanner(body: bytes) -> None:
+def test_invalid_json_is_left_to_the_scanner(body: bytes) -> None:
     agree(body)
     agree(b'{"model":"m","x":' + body + b"}")
 
@@ -969,6 +967,6 @@ def test_everything_unusual_is_left_to_the_scanner(body: bytes) -> None:
     assert read_whole(body) is None
 
 
-def test_the_scanner_then_says_what_is_wrong() -> None:
+def test_the_scanner_then_names_the_mistake() -> None:
     with pytest.raises(RequestError, match="'model' occurs twice"):
         scan_whole(b'{"model":"m","model":"n"}')

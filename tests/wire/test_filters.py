@@ -70,7 +70,7 @@ HIDDEN = [
 
 
 @pytest.mark.parametrize("shown", SHOWN)
-def test_what_is_not_usage_alone_is_passed_on(shown: bytes) -> None:
+def test_events_with_more_than_usage_are_passed_on(shown: bytes) -> None:
     assert fed([shown]) == shown
     assert fed([shown[i : i + 1] for i in range(len(shown))]) == shown
 
@@ -86,7 +86,7 @@ def test_usage_alone_is_left_out(hidden: bytes) -> None:
 
 
 def test_of_several_choices_each_has_its_usage_left_out() -> None:
-    """As llama-server tells it: behind each choice, and so in the middle."""
+    """As llama-server sends it: after each choice, and so in the middle."""
     one = finish(usage=usage_of(3))
     shown = one.split(b"\n\n")[0] + b"\n\n"
     assert fed([one, token("b"), one + done()]) == shown + token("b") + shown + done()
@@ -112,7 +112,7 @@ def test_an_event_goes_out_whole_as_it_comes() -> None:
         (b"data: " + b"x" * HELD, b""),
     ],
 )
-def test_no_more_is_held_back_than_what_may_be_usage(begun: bytes, held: bytes) -> None:
+def test_only_bytes_that_may_be_usage_are_held_back(begun: bytes, held: bytes) -> None:
     hider = UsageHider()
     assert hider.feed(token("a") + begun) == token("a") + begun.removesuffix(held)
     assert hider.finish() == held
@@ -135,21 +135,21 @@ def test_a_stream_may_end_anywhere(end: bytes, left: bytes) -> None:
 
 
 def test_after_a_cut_the_next_event_is_seen() -> None:
-    """Where an answer goes on: what was cut has been completed behind its back."""
+    """Where an answer is resumed, the event that was cut is completed elsewhere."""
     hider = UsageHider()
     half = token("a")[:-9]
     assert hider.feed(half) + hider.finish() == half
     assert hider.feed(USAGE) == b""
 
 
-def test_what_nobody_has_seen_can_be_withdrawn() -> None:
+def test_held_bytes_can_be_withdrawn() -> None:
     hider = UsageHider()
     assert hider.feed(token("a") + USAGE[:-1]) == token("a")
     assert hider.withdraw() == USAGE[:-1]
     assert hider.feed(token("b")) + hider.finish() == token("b")
 
 
-def test_a_hider_says_what_it_holds() -> None:
+def test_a_hider_shows_how_much_it_holds() -> None:
     hider = UsageHider()
     hider.feed(b"data: {")
     assert repr(hider) == "<UsageHider held=7>"
@@ -336,13 +336,13 @@ def test_an_event_with_a_name_goes_out_whole() -> None:
         (b'{"content":"a\\"mod', b'\\"mod'),
     ],
 )
-def test_no_more_is_held_back_than_what_may_become_the_name(
+def test_only_bytes_that_may_become_the_name_are_held_back(
     data: bytes, held: bytes
 ) -> None:
     renamer = Renamer(OLD, NEW)
-    told = renamer.feed(data)
+    passed = renamer.feed(data)
     assert renamer.finish() == held
-    assert told + held == data.replace(
+    assert passed + held == data.replace(
         b'"model":"tiny"', b'"model":"%b"' % NEW.encode()
     )
     assert renamer.finish() == b""
@@ -357,7 +357,7 @@ def test_the_longest_spelling_of_a_name_comes_together_again() -> None:
     assert renamer.feed(b'"}') == b'%b"%b"}' % (key, NEW.encode())
 
 
-def test_a_renamer_says_what_it_does() -> None:
+def test_a_renamer_shows_the_name_that_it_replaces() -> None:
     renamer = Renamer(OLD, NEW)
     renamer.feed(b'{"model":')
     assert repr(renamer) == "<Renamer of 'tiny' held=8>"
@@ -408,9 +408,9 @@ def test_any_stream_is_renamed_with_any_cuts(
         text = json.dumps(value, ensure_ascii=ascii, separators=separators)
         return f"data: {text}\n\n".encode()
 
-    told = [{"a": before, "model": m, "z": after} for before, m, after in events]
-    stream = b"".join(map(write, told))
-    expected = b"".join(write(replaced(event)) for event in told)
+    passed = [{"a": before, "model": m, "z": after} for before, m, after in events]
+    stream = b"".join(map(write, passed))
+    expected = b"".join(write(replaced(event)) for event in passed)
     assert renamed(stream, OLD, NEW) == expected
     assert renamed_in(cut_at(stream, cuts)) == expected
 

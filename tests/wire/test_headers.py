@@ -67,7 +67,7 @@ def test_an_ordinary_head_is_accepted(method: str, version: tuple[int, int]) -> 
         "TE: trailers",
     ],
 )
-def test_what_changes_nothing_about_the_framing_is_accepted(line: str) -> None:
+def test_headers_without_effect_on_framing_are_accepted(line: str) -> None:
     check_head("POST", (1, 1), lines(line), LIMIT)
 
 
@@ -107,13 +107,13 @@ def test_a_transfer_coding_other_than_chunked_is_refused(value: str) -> None:
     assert (error.code, error.code.status) == (Code.UNSUPPORTED_TRANSFER_ENCODING, 501)
 
 
-def test_a_second_transfer_coding_is_refused_behind_a_good_one() -> None:
+def test_a_second_transfer_coding_is_refused_after_a_good_one() -> None:
     headers = lines("Transfer-Encoding: chunked", "Transfer-Encoding: gzip")
     assert refusal(*headers).code is Code.UNSUPPORTED_TRANSFER_ENCODING
 
 
 @pytest.mark.parametrize("line", ["Transfer-Encoding: chunked", "UPGRADE: h2c"])
-def test_a_connection_ends_with_what_may_hide_another_request(line: str) -> None:
+def test_a_connection_ends_with_a_request_that_may_hide_another(line: str) -> None:
     assert check_head("POST", (1, 1), lines("Host: hub", line, "Accept: */*"), LIMIT)
     length = lines("Host: hub", "Content-Length: 5", "Content-Encoding: identity")
     assert not check_head("POST", (1, 1), length, LIMIT)
@@ -171,7 +171,7 @@ def test_a_name_or_an_address_is_a_host(value: str) -> None:
         "hub\n",
     ],
 )
-def test_what_is_no_name_and_no_address_is_no_host(value: str) -> None:
+def test_a_host_is_a_name_or_an_address(value: str) -> None:
     error = refusal((b"HOST", value.encode("latin-1")))
     assert error.code is Code.BAD_REQUEST
     assert "Host" in error.message
@@ -183,7 +183,7 @@ def test_what_is_no_name_and_no_address_is_no_host(value: str) -> None:
 def test_a_name_that_some_servers_read_as_framing_is_refused(name: str) -> None:
     error = refusal(HOST, (name.encode(), b"5"))
     assert error.code is Code.BAD_REQUEST
-    assert repr(name) in error.message  # the client is told which header
+    assert repr(name) in error.message  # the client is result which header
 
 
 def test_a_head_may_be_as_large_as_the_limit_and_not_a_byte_larger() -> None:
@@ -237,7 +237,7 @@ def test_whatever_comes_the_request_id_is_harmless(values: list[bytes]) -> None:
 # --- Client → worker --------------------------------------------------------------
 
 
-def test_only_what_is_listed_reaches_a_worker_and_it_does_unchanged() -> None:
+def test_listed_headers_alone_reach_a_worker_and_unchanged() -> None:
     headers = lines(
         "Accept: text/event-stream",
         "ACCEPT-Language: de, en;q=0.5",
@@ -335,7 +335,7 @@ def test_a_worker_can_name_a_header_that_is_for_the_hub_alone(
     assert to_client([*named, (b"x-nOTE", b"1")]) == []
 
 
-def test_what_connection_does_not_name_stays() -> None:
+def test_headers_that_connection_does_not_name_stay() -> None:
     """`Connection: accept` is not `accept-language`, and no empty name drops all."""
     headers = lines("Accept-Language: de", "Connection: accept, , keep-alive")
     assert to_worker(headers) == lines("Accept-Language: de")
@@ -345,7 +345,7 @@ def test_what_connection_does_not_name_stays() -> None:
 # --- Worker → client --------------------------------------------------------------
 
 
-def test_a_client_gets_what_a_worker_says_about_its_answer() -> None:
+def test_headers_about_the_answer_reach_the_client() -> None:
     headers = lines(
         "Content-Type: application/json; charset=utf-8",
         "X-Anything: with\tspaces  inside",
@@ -357,7 +357,7 @@ def test_a_client_gets_what_a_worker_says_about_its_answer() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(HOP_BY_HOP | OWNED))
-def test_what_belongs_to_one_hop_or_to_the_hub_ends_at_the_hub(name: bytes) -> None:
+def test_headers_of_one_hop_or_of_the_hub_end_at_the_hub(name: bytes) -> None:
     assert to_client([(name, b"x"), (name.title(), b"x"), (name.upper(), b"x")]) == []
 
 
@@ -448,15 +448,17 @@ def test_transfer_encoding_needs_http_1_1() -> None:
         ),
     ],
 )
-def test_a_refusal_says_what_to_change(line: str, code: Code, text: str) -> None:
+def test_a_refusal_names_the_change_that_is_needed(
+    line: str, code: Code, text: str
+) -> None:
     error = refusal(*lines(line))
     assert (error.code, error.message) == (code, text)
 
 
 def test_the_words_for_old_clients_and_for_tunnels() -> None:
     error = refusal(*lines("Transfer-Encoding: chunked"), version=(1, 0))
-    told = (error.code, error.message)
-    assert told == (Code.BAD_REQUEST, "Transfer-Encoding needs HTTP/1.1.")
+    result = (error.code, error.message)
+    assert result == (Code.BAD_REQUEST, "Transfer-Encoding needs HTTP/1.1.")
     error = refusal(HOST, method="CONNECT")
     assert error.code is Code.METHOD_NOT_ALLOWED
     assert error.message == "CONNECT is not supported: this is no tunnel."

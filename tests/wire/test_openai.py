@@ -82,7 +82,7 @@ def test_the_key_of_a_route_is_the_path_that_a_worker_gets() -> None:
         "",
     ],
 )
-def test_what_changes_or_reveals_a_worker_is_not_reachable(path: str) -> None:
+def test_routes_that_change_or_reveal_a_worker_are_not_reachable(path: str) -> None:
     assert path not in ENDPOINTS
 
 
@@ -99,6 +99,6 @@ def test_an_array_that_is_asked_for_is_one_that_the_scanner_looks_for() -> None:
     assert arrays <= WANTED
 
 
-def test_a_route_that_says_nothing_else_does_not_stream() -> None:
+def test_a_route_does_not_stream_by_default() -> None:
     assert Endpoint("/x") == Endpoint("/x", Ending.BODY, (), slot=True, form=False)
     assert not Endpoint("/x").generates

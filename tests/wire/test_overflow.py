@@ -101,7 +101,7 @@ MESSAGES = [
         5000,
         4096,
     ),
-    # Others that are found behind proxies
+    # Others that are seen behind proxies
     ("prompt is too long: 5000 tokens > 4096 maximum", 5000, 4096),
     (
         (
@@ -141,13 +141,13 @@ MESSAGES = [
 def test_the_words_of_servers_are_read_in_every_shape_of_an_error(
     message: str, tokens: int, context: int
 ) -> None:
-    for told in (
+    for overflow in (
         {"error": {"message": message, "type": "BadRequestError", "code": 400}},
         {"object": "error", "message": message, "type": "BadRequestError"},
         {"error": message, "error_type": "validation"},
         {"detail": message},
     ):
-        body = json.dumps(told).encode()
+        body = json.dumps(overflow).encode()
         assert Overflow.read(body) == Overflow(message, tokens, context)
 
 
@@ -156,7 +156,7 @@ def test_the_words_of_servers_are_read_in_every_shape_of_an_error(
     ["exceed_context_size_error", "context_length_exceeded", "context_window_exceeded"],
 )
 @pytest.mark.parametrize("field", ["type", "code"])
-def test_a_type_or_a_code_says_it_as_well(field: str, name: str) -> None:
+def test_a_type_or_a_code_is_enough(field: str, name: str) -> None:
     body = json.dumps({"error": {"message": "m", field: name}}).encode()
     assert Overflow.read(body) == Overflow("m")
 
@@ -201,5 +201,5 @@ def test_numbers_that_a_client_may_have_written_are_not_read() -> None:
     assert Overflow.of(quoting, ()) == Overflow(quoting, 0, 0)
 
 
-def test_a_refusal_shows_nothing_of_what_a_worker_quotes() -> None:
+def test_a_refusal_does_not_show_quotations() -> None:
     assert repr(Overflow("secret", 9, 5)) == "<Overflow of 9 tokens in 5>"

@@ -46,7 +46,7 @@ def event_of(raw: bytes) -> Event:
 @pytest.mark.parametrize(
     "raw", [b"", b":", b": ping", b"event: x\nid: 7", b": data: {", b"proxy error: x"]
 )
-def test_what_has_no_data_is_no_event(raw: bytes) -> None:
+def test_an_event_without_data_is_none(raw: bytes) -> None:
     assert read_event(raw) is None
 
 
@@ -66,7 +66,7 @@ def test_the_end_is_known_by_its_name(raw: bytes) -> None:
     assert (END.spans, END.role, END.finish, END.tokens) == ([], False, False, 0)
 
 
-# --- What it says -----------------------------------------------------------------
+# --- Its text ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -126,15 +126,15 @@ def test_the_end_is_known_by_its_name(raw: bytes) -> None:
         (dump({}), {}),
     ],
 )
-def test_an_event_says_what_news_it_has(raw: bytes, said: dict[str, Any]) -> None:
+def test_an_event_has_its_spans_and_marks(raw: bytes, said: dict[str, Any]) -> None:
     event = event_of(raw)
     nothing = {"spans": [], "role": False, "finish": False}
-    told = {name: getattr(event, name) for name in nothing}
-    assert told == {**nothing, **said}
+    partial = {name: getattr(event, name) for name in nothing}
+    assert partial == {**nothing, **said}
     assert event.fields == json.loads(raw[6:])
 
 
-def test_what_an_event_says_can_be_changed_where_it_stands() -> None:
+def test_the_text_of_an_event_can_be_replaced() -> None:
     raw = chat_event(
         reasoning="hm",
         reasoning_content="hm",
@@ -155,7 +155,7 @@ def test_neighbours_that_are_pieces_of_the_same_are_joined() -> None:
     assert joined([Span("name", "f", 1), other]) == (Span("name", "f", 1), other)
 
 
-def test_a_span_does_not_show_what_it_says() -> None:
+def test_a_span_does_not_show_its_text() -> None:
     [leaf] = event_of(chat_event(content="secret")).leaves
     assert repr(leaf) == "<Leaf of <Span of 6 characters, text>>"
 
@@ -177,9 +177,7 @@ def test_an_event_has_the_names_of_its_answer() -> None:
         ({"usage": {"prompt_tokens": 9}, "timings": {"prompt_n": 9}}, 0),
     ],
 )
-def test_the_worker_may_say_how_many_tokens_there_are(
-    more: dict[str, Any], tokens: int
-) -> None:
+def test_the_worker_may_count_the_tokens(more: dict[str, Any], tokens: int) -> None:
     assert event_of(dump(chat_chunk(delta(content="🍌"), **more))).tokens == tokens
 
 
@@ -204,7 +202,7 @@ def test_the_worker_may_say_how_many_tokens_there_are(
         b"data: " + b"[" * 99_999,
     ],
 )
-def test_what_is_no_chunk_cannot_be_read(raw: bytes) -> None:
+def test_anything_but_a_chunk_cannot_be_read(raw: bytes) -> None:
     with pytest.raises(UnreadableError) as caught:
         read_event(raw)
     assert caught.value.code is Code.WORKER_PROTOCOL
@@ -219,7 +217,7 @@ def test_what_is_no_chunk_cannot_be_read(raw: bytes) -> None:
     ],
 )
 def test_a_chunk_of_one_of_several_answers(raw: bytes, why: str) -> None:
-    """It can be read, so nobody has to guess what it is."""
+    """It can be read, so no guess is needed."""
     with pytest.raises(DivergedError) as caught:
         read_event(raw)
     assert not isinstance(caught.value, UnreadableError)
@@ -245,19 +243,19 @@ def test_a_null_is_no_error() -> None:
 # --- What the client has ----------------------------------------------------------
 
 
-def test_what_was_told_does_not_show() -> None:
-    told = parsed(chat_stream(["secret"], reason=None))
-    assert repr(told) == "<Partial 6 characters, 1 tokens, open>"
+def test_a_partial_answer_does_not_show_its_text() -> None:
+    partial = parsed(chat_stream(["secret"], reason=None))
+    assert repr(partial) == "<Partial 6 characters, 1 tokens, open>"
 
 
 def test_the_broken_answer_is_read() -> None:
-    told = parsed(b":\n\n" + chat_stream(["a", "b", " c"], reason=None))
-    assert (told.id, told.created, told.model) == ("chatcmpl-1", 1, "tiny")
-    assert (told.text, told.tokens, told.mend) == ("ab c", 3, b"")
-    assert told.spans == (Span("text", "ab c"),)
-    assert (told.pieces, told.is_plain) == (3, True)
-    assert told.role_seen
-    assert not told.finished
+    partial = parsed(b":\n\n" + chat_stream(["a", "b", " c"], reason=None))
+    assert (partial.id, partial.created, partial.model) == ("chatcmpl-1", 1, "tiny")
+    assert (partial.text, partial.tokens, partial.mend) == ("ab c", 3, b"")
+    assert partial.spans == (Span("text", "ab c"),)
+    assert (partial.pieces, partial.is_plain) == (3, True)
+    assert partial.role_seen
+    assert not partial.finished
 
 
 def test_the_count_of_a_worker_is_better_than_that_of_events() -> None:
@@ -278,28 +276,33 @@ def test_a_finished_answer_needs_no_more_than_its_end() -> None:
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
-def test_an_answer_that_still_thinks_is_told_from_one_that_has_thought(
+def test_unfinished_reasoning_differs_from_finished_reasoning(
     key: str,
 ) -> None:
     thought = chat_event(**{key: "hm"})
-    told = parsed(thought + thought)
-    assert (told.reasoning, told.text, told.tokens) == ("hmhm", "", 2)
-    assert not told.is_plain
-    told = parsed(thought + chat_stream(["a"], reason=None))
-    assert (told.reasoning, told.text, told.tokens, told.pieces) == ("hm", "a", 2, 1)
-    assert told.is_plain
+    partial = parsed(thought + thought)
+    assert (partial.reasoning, partial.text, partial.tokens) == ("hmhm", "", 2)
+    assert not partial.is_plain
+    partial = parsed(thought + chat_stream(["a"], reason=None))
+    assert (partial.reasoning, partial.text, partial.tokens, partial.pieces) == (
+        "hm",
+        "a",
+        2,
+        1,
+    )
+    assert partial.is_plain
 
 
 def test_an_answer_that_calls_a_tool_is_more_than_a_text() -> None:
     begun = chat_stream(["Let me", " see."], reason=None)
-    told = parsed(begun + call("paint", "{") + arguments('"a"') + arguments(": 1"))
-    assert told.spans == (
+    partial = parsed(begun + call("paint", "{") + arguments('"a"') + arguments(": 1"))
+    assert partial.spans == (
         Span("text", "Let me see."),
         Span("name", "paint", 0),
         Span("arguments", '{"a": 1', 0),
     )
-    assert (told.text, told.tokens, told.pieces) == ("Let me see.", 5, 2)
-    assert not told.is_plain
+    assert (partial.text, partial.tokens, partial.pieces) == ("Let me see.", 5, 2)
+    assert not partial.is_plain
 
 
 def test_thoughts_between_texts_are_no_beginning_of_a_message() -> None:
@@ -322,7 +325,7 @@ def test_thoughts_between_texts_are_no_beginning_of_a_message() -> None:
         dump(chat_chunk({"index": 1, "delta": {"content": "a"}})),
     ],
 )
-def test_what_cannot_be_understood_is_not_continued(relayed: bytes) -> None:
+def test_an_unreadable_answer_is_not_continued(relayed: bytes) -> None:
     assert Partial.parse(relayed) is None
 
 
@@ -341,15 +344,17 @@ def test_a_cut_at_any_byte_is_mended_or_refused(escape: bool, eol: bytes) -> Non
     refused = 0
     for cut in range(first, len(stream)):
         relayed = stream[:cut]
-        told = Partial.parse(relayed)
-        if told is None:
+        partial = Partial.parse(relayed)
+        if partial is None:
             refused += 1
             continue
-        assert whole.startswith(told.text)
-        if told.finished:
-            seen = read(relayed + told.mend + closing(told, chat=True))
+        assert whole.startswith(partial.text)
+        if partial.finished:
+            seen = read(relayed + partial.mend + closing(partial, chat=True))
         else:
-            rest = chat_stream([told.text, whole[len(told.text) :]], id="chatcmpl-2")
+            rest = chat_stream(
+                [partial.text, whole[len(partial.text) :]], id="chatcmpl-2"
+            )
             seen = read(spliced(relayed, rest))
         assert seen == (whole, 1, ["stop"], {("chatcmpl-1", 1, "tiny")}, [], 1), cut
     # What is cut: the first text, characters and escapes, the last event.
@@ -364,15 +369,15 @@ def test_a_cut_at_any_byte_is_mended_or_refused(escape: bool, eol: bytes) -> Non
 def test_a_text_completion_that_was_cut_is_mended() -> None:
     stream = text_stream(["ab", "cd"], reason=None)
     cut = stream.rindex(b'd","index"')
-    told = parsed(stream[:cut])
-    assert (told.text, told.tokens, told.halved) == ("abc", 2, True)
+    partial = parsed(stream[:cut])
+    assert (partial.text, partial.tokens, partial.halved) == ("abc", 2, True)
     seen = read(spliced(stream[:cut], text_stream(["de"]), chat=False))
     assert (seen.text, seen.reasons, seen.done) == ("abcde", ["stop"], 1)
 
 
 @pytest.mark.parametrize("eol", [b"\n", b"\r\n"])
 def test_thoughts_and_calls_that_were_cut_are_mended(eol: bytes) -> None:
-    """What comes behind it is asked for as a whole, and compared."""
+    """The rest is requested with the whole answer, and compared."""
     events = [replies.role(), chat_event(reasoning_content="hm")]
     events += [chat_event(reasoning_content=", so"), chat_event(content="I")]
     events += [chat_event(content=" see."), call("paint", "{"), arguments('"a"')]
@@ -381,11 +386,11 @@ def test_thoughts_and_calls_that_were_cut_are_mended(eol: bytes) -> None:
     refused = 0
     for cut in range(len(events[0]), len(whole)):
         relayed = whole[:cut]
-        if (told := Partial.parse(relayed)) is None:
+        if (partial := Partial.parse(relayed)) is None:
             refused += 1
             continue
-        if told.finished:
-            out = relayed + told.mend + closing(told, chat=True)
+        if partial.finished:
+            out = relayed + partial.mend + closing(partial, chat=True)
         else:
             out = spliced(relayed, whole, regenerate=True)
         calls = read_calls(out)
@@ -407,17 +412,17 @@ def test_more_blank_lines_than_needed_do_no_harm(half: bytes) -> None:
 
 
 @pytest.mark.parametrize("half", [b"data: [DO", b'data: {"choices":[', b"da"])
-def test_behind_the_finish_reason_only_the_end_is_missing(half: bytes) -> None:
+def test_after_the_finish_reason_only_the_end_is_missing(half: bytes) -> None:
     relayed = chat_stream(["a"]).removesuffix(replies.done()) + half
-    told = parsed(relayed)
-    assert told.finished
-    seen = read(relayed + told.mend + closing(told, chat=True))
+    partial = parsed(relayed)
+    assert partial.finished
+    seen = read(relayed + partial.mend + closing(partial, chat=True))
     assert (seen.text, seen.reasons, seen.done) == ("a", ["stop"], 1)
 
 
 def test_half_an_end_is_completed_to_the_end_itself() -> None:
-    told = parsed(chat_stream(["a"])[:-6])
-    assert (told.done, told.mend) == (True, replies.done()[-6:])
+    partial = parsed(chat_stream(["a"])[:-6])
+    assert (partial.done, partial.mend) == (True, replies.done()[-6:])
 
 
 @pytest.mark.parametrize("half", [b":", b": ping", b":\n", b': data: {"a'])
@@ -436,11 +441,11 @@ def test_half_a_comment_is_ended(half: bytes) -> None:
     ],
 )
 def test_half_a_line_that_can_be_no_data_is_ended(half: bytes) -> None:
-    """Events without data reach nobody, so a blank line makes it harmless."""
+    """Events without data are ignored, so a blank line makes it harmless."""
     relayed = chat_stream(["a", "b"], reason=None)
-    told = parsed(relayed + half)
-    assert told == replace(parsed(relayed + half + b"\n\n"), mend=b"\n\n")
-    assert (told.text, told.tokens) == ("ab", 2)
+    partial = parsed(relayed + half)
+    assert partial == replace(parsed(relayed + half + b"\n\n"), mend=b"\n\n")
+    assert (partial.text, partial.tokens) == ("ab", 2)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +470,7 @@ def test_the_first_event_cannot_be_mended() -> None:
 
 
 @pytest.mark.parametrize("half", [b"d", b"data", b"data:", b"data: {"])
-def test_before_there_was_a_text_nothing_tells_how_an_event_ends(half: bytes) -> None:
+def test_without_a_text_nothing_shows_how_an_event_ends(half: bytes) -> None:
     role, relayed = chat_stream([], reason=None), chat_stream(["a"], reason=None)
     assert Partial.parse(role + half) is None
     assert read(spliced(relayed + half, chat_stream(["ab"]))).text == "ab"
@@ -487,5 +492,5 @@ def test_closing_what_is_closed_adds_nothing() -> None:
     """But what was cut, which the hub writes before anything else."""
     stream = chat_stream(["a"])
     for relayed, mend in ((stream, b""), (stream[:-1], b"\n")):
-        told = parsed(relayed)
-        assert (closing(told, chat=True), told.mend) == (b"", mend)
+        partial = parsed(relayed)
+        assert (closing(partial, chat=True), partial.mend) == (b"", mend)

@@ -85,7 +85,7 @@ EVENTS = (
 @example([[replies.token("a")], [replies.token("b"), b"\x02"], [replies.token("c")]])
 @example([[b'\x01"content":"a"'], [b'\x01"content":"b"']])
 @example([[], [replies.token("a")], [], [b""]])
-def test_what_was_added_comes_out_again(batches: list[list[bytes]]) -> None:
+def test_all_added_chunks_come_out_again(batches: list[list[bytes]]) -> None:
     """Without the frames, whatever the chunks hold and however they were added."""
     transcript = filled(*batches)
     body = b"".join(data for batch in batches for data in batch)
@@ -155,7 +155,7 @@ def test_it_is_learnt_anew_when_thoughts_end_or_a_call_begins() -> None:
     assert used < len(b"".join(events)) / 6
 
 
-def test_what_changes_with_each_event_is_not_learnt_for_ever() -> None:
+def test_events_that_all_differ_are_learnt_a_few_times() -> None:
     events = [dump({"n": n, "content": "x" * n}) for n in range(100)]
     transcript = filled(*([event] for event in events))
     assert transcript.body() == b"".join(events)
@@ -170,7 +170,7 @@ def test_what_changes_with_each_event_is_not_learnt_for_ever() -> None:
     "event", [b'%b"content":"a"}', b'"content":"a"%b}', b'"content":"a%b"}']
 )
 def test_control_characters_change_nothing(event: bytes, mark: bytes) -> None:
-    """JSON does not have them, but nobody has checked that it is JSON."""
+    """JSON does not have them, but the bytes need not be JSON."""
     for first in (event % mark, event % b""):
         transcript = filled([first], [event % mark] * 3, [event % b""])
         assert transcript.body() == first + event % mark * 3 + event % b""
@@ -230,13 +230,13 @@ def cases(draw: st.DrawFn) -> Case:
     before, after = draw(TOKENS), draw(TOKENS)
     if way in ("less", "more", "wrapped"):
         before = [draw(st.sampled_from(" \n")) + TEXT, *before]
-    told, rest = "".join(before), "".join(after)
+    known, rest = "".join(before), "".join(after)
     if way == "again":
-        pieces = cut_at(told + rest, draw(PLACES))
+        pieces = cut_at(known + rest, draw(PLACES))
         return Case(before, after, pieces, regenerate=True)
-    wrapped = draw(st.sampled_from(WRAPPERS)) + told
-    echo = {"less": told.lstrip(), "more": " " + told, "wrapped": wrapped}.get(
-        way, told
+    wrapped = draw(st.sampled_from(WRAPPERS)) + known
+    echo = {"less": known.lstrip(), "more": " " + known, "wrapped": wrapped}.get(
+        way, known
     )
     joined = draw(st.booleans())  # llama-server's first token comes with the echo
     second = [echo + after[0], *after[1:]] if joined else [echo, *after]
@@ -303,14 +303,14 @@ def test_events_are_given_one_by_one() -> None:
         next(events)
 
 
-def test_what_was_cut_is_mended_by_others() -> None:
-    """The hub writes it first; here it would come behind what a worker is late for."""
+def test_a_cut_event_is_completed_from_others() -> None:
+    """The hub writes it first; here it would come after events of a later worker."""
     relayed = chat_stream(["a", "b"], reason=None)[:-1]
-    told = parsed(relayed)
-    resumer = Resumer(told, chat=True)
+    known = parsed(relayed)
+    resumer = Resumer(known, chat=True)
     out = [fed(resumer, chat_event(content=text)) for text in ("ab", "cd")]
-    assert (told.mend, out[0], out[1].count(b"\n")) == (b"\n", b"", 2)
-    assert read(relayed + told.mend + out[1]).text == "abcd"
+    assert (known.mend, out[0], out[1].count(b"\n")) == (b"\n", b"", 2)
+    assert read(relayed + known.mend + out[1]).text == "abcd"
     assert fed(resumer, b":\n\n") == b":\n\n"
 
 
@@ -369,7 +369,7 @@ def test_whatever_follows_the_end_is_dropped() -> None:
     assert (seen.text, seen.reasons, seen.done) == ("ab", ["stop"], 1)
 
 
-def test_usage_behind_the_end_comes_alone() -> None:
+def test_usage_after_the_end_comes_alone() -> None:
     usage = dump(chat_chunk(delta("stop", content="b"), usage=replies.usage_of()))
     stream = chat_stream(["ab"]).removesuffix(replies.done()) + usage + replies.done()
     seen = read(spliced(BEGUN, stream))
@@ -448,7 +448,7 @@ def test_events_without_data_are_dropped() -> None:
 @pytest.mark.parametrize(
     "event", [b"data: {\n\n", b"event: x\ndata: {]\n\n", b'data: {"choices":7}\n\n']
 )
-def test_behind_the_repetition_an_event_that_nobody_can_read_passes_raw(
+def test_after_the_repetition_an_unreadable_event_passes_raw(
     event: bytes,
 ) -> None:
     """As it would have without a rescue."""
@@ -458,7 +458,7 @@ def test_behind_the_repetition_an_event_that_nobody_can_read_passes_raw(
     assert resumer.partial.text == "abc"
 
 
-def test_behind_the_end_it_does_not_pass() -> None:
+def test_it_does_not_pass_after_the_end() -> None:
     resumer = splice_behind(BEGUN)
     fed(resumer, chat_stream(["ab"]))
     assert fed(resumer, b"data: {\n\n") == b""
@@ -494,7 +494,7 @@ def test_another_model_goes_on_under_its_own_name() -> None:
         (b"data: [" + b"[" * 9999 + b"\n\n", {}),
     ],
 )
-def test_what_cannot_be_the_rest_is_refused(
+def test_a_stream_that_cannot_be_the_rest_is_refused(
     stream: bytes, options: dict[str, bool]
 ) -> None:
     resumer = splice_behind(chat_stream([TEXT], reason=None), **options)
@@ -504,7 +504,7 @@ def test_what_cannot_be_the_rest_is_refused(
     assert caught.value.detail
 
 
-def test_a_short_text_behind_a_wrapper_is_no_repetition() -> None:
+def test_a_short_text_after_a_wrapper_is_no_repetition() -> None:
     """It may be found in any words."""
     resumer = splice_behind(chat_stream(["h", "e"], reason=None))
     with pytest.raises(DivergedError):
@@ -545,12 +545,12 @@ def test_an_end_without_a_finish_reason_is_none(stream: bytes) -> None:
 
 
 def test_a_rescued_answer_can_be_rescued_again() -> None:
-    """What the client has is all that counts, whoever it came from."""
+    """Everything that the client has counts, from all workers."""
     first = chat_stream(["a", "b"], reason=None)
     resumer = splice_behind(first)
     second = fed(resumer, chat_stream(["abc", "d"], reason=None, id="chatcmpl-2"))
-    told = parsed(first + second)
-    assert (told.id, told.text, told.tokens) == ("chatcmpl-1", "abcd", 4)
+    known = parsed(first + second)
+    assert (known.id, known.text, known.tokens) == ("chatcmpl-1", "abcd", 4)
     seen = read(spliced(first + second, chat_stream(["abcde"], id="chatcmpl-3")))
     assert seen == ("abcde", 1, ["stop"], {("chatcmpl-1", 1, "tiny")}, [], 1)
 
@@ -569,23 +569,23 @@ def test_it_knows_what_the_client_has_by_then(
     assert resumer.partial == parsed(relayed + passed)
 
 
-def test_what_was_held_back_is_not_told() -> None:
+def test_text_that_was_held_back_is_missing() -> None:
     resumer = splice_behind(chat_stream(["ab"], reason=None), regenerate=True)
     assert fed(resumer, chat_event(role="assistant") + chat_event(content="a")) == b""
     assert resumer.partial == parsed(chat_stream(["ab"], reason=None))
 
 
-def test_the_role_is_told_once_whoever_tells_it() -> None:
+def test_the_role_is_passed_on_once() -> None:
     resumer = splice_behind(dump(chat_chunk()))
     assert not resumer.partial.role_seen
     fed(resumer, chat_stream(["a"], reason=None))
     assert resumer.partial.role_seen
 
 
-def test_what_was_cut_is_not_cut_any_more() -> None:
-    told = parsed(chat_stream(["a", "b"], reason=None)[:-1])
-    assert told.mend
-    assert Resumer(told, chat=True).partial == replace(told, mend=b"")
+def test_a_completed_event_is_whole() -> None:
+    known = parsed(chat_stream(["a", "b"], reason=None)[:-1])
+    assert known.mend
+    assert Resumer(known, chat=True).partial == replace(known, mend=b"")
 
 
 def test_an_answer_that_was_finished_and_then_broke_needs_its_end_only() -> None:
@@ -707,7 +707,7 @@ def test_an_event_that_does_not_end_is_given_up() -> None:
 
 
 @pytest.mark.parametrize("junk", [b"\xff", b"1e999", b"9" * 5000, b'"\\ud800"'])
-def test_a_field_that_nobody_reads_can_spoil_an_event(junk: bytes) -> None:
+def test_an_unused_field_can_make_an_event_unreadable(junk: bytes) -> None:
     """It is passed over by who reads the event, and not by who writes it anew."""
     event = chat_event(content="ab").replace(b'"created"', b'"x":%b,"created"' % junk)
     with pytest.raises(UnreadableError):

@@ -12,7 +12,7 @@ class Said(Private):
     inner: Said | None = None
 
 
-def test_neither_it_nor_what_is_in_it_is_shown() -> None:
+def test_no_field_of_a_struct_is_shown() -> None:
     said = Said("secret", Said("other"))
     assert repr(said) == "<Said>"
     assert repr([said]) == "[<Said>]"

@@ -70,7 +70,7 @@ def test_anthropic_s_types(status: int, kind: str) -> None:
     assert told["error"]["code"] == "worker_connection_lost"  # for programs, as ever
 
 
-def test_what_has_anthropic_s_shape_keeps_its_type() -> None:
+def test_an_error_in_anthropic_s_shape_keeps_its_type() -> None:
     body = b'{"type":"error","error":{"type":"overloaded_error","message":"no"}}'
     assert status_body(Api.ANTHROPIC, 500, body) == body
     event = b"event: error\ndata: %b\n\n" % body
@@ -111,7 +111,7 @@ def test_the_event_of_responses_goes_on_counting() -> None:
     }
 
 
-def test_an_event_that_does_not_end_is_not_held_for_ever() -> None:
+def test_an_event_without_an_end_is_not_held_without_limit() -> None:
     reshaper = ErrorReshaper(Api.ANTHROPIC)
     sent = b"".join(
         reshaper.feed(b"event: error\ndata: " + b"x" * 9999) for _ in "x" * 9
@@ -120,7 +120,7 @@ def test_an_event_that_does_not_end_is_not_held_for_ever() -> None:
     assert repr(reshaper) == "<ErrorReshaper anthropic held=0>"
 
 
-def test_what_is_held_at_the_end_is_given_back() -> None:
+def test_held_bytes_are_returned_at_the_end() -> None:
     reshaper = ErrorReshaper(Api.ANTHROPIC)
     assert reshaper.feed(b"data: a\n\nevent: err") == b"data: a\n\n"
     assert reshaper.finish() == b"event: err"

@@ -37,11 +37,16 @@ def opens(held: bytes, ending: Ending) -> bool:
 
 def native(content: str, *, stop: bool) -> bytes:
     """Build an event of llama-server's own /completion."""
-    told: dict[str, Any] = {"index": 0, "content": content, "tokens": [1], "stop": stop}
+    fields: dict[str, Any] = {
+        "index": 0,
+        "content": content,
+        "tokens": [1],
+        "stop": stop,
+    }
     if stop:
-        told |= {"model": "tiny", "tokens_predicted": 3, "stop_type": "limit"}
-        told["timings"] = replies.timings_of(3)
-    return replies.event(told)
+        fields |= {"model": "tiny", "tokens_predicted": 3, "stop_type": "limit"}
+        fields["timings"] = replies.timings_of(3)
+    return replies.event(fields)
 
 
 def anthropic(type: str, **more: Any) -> bytes:
@@ -85,7 +90,7 @@ def test_pieces_are_gathered_to_whole_events(
     )
 
 
-def test_a_gatherer_tells_how_much_it_holds_and_not_what() -> None:
+def test_a_gatherer_shows_how_much_it_holds_and_no_text() -> None:
     gatherer = Gatherer()
     assert gatherer.feed(b"data: a\n\ndata: secret") == [b"data: a"]
     assert repr(gatherer) == "<Gatherer, 12 bytes of an event>"
@@ -164,7 +169,7 @@ def test_the_name_of_an_event_is_not_its_data() -> None:
     ("line", "data"),
     [(b"data:x", b"x"), (b"data: x", b"x"), (b"data:", b""), (b"data: a: b", b"a: b")],
 )
-def test_the_space_behind_the_colon_is_not_data(line: bytes, data: bytes) -> None:
+def test_the_space_after_the_colon_is_not_data(line: bytes, data: bytes) -> None:
     assert first_data(line + b"\n\n") == data
 
 
@@ -204,7 +209,7 @@ def test_first_data_reads_what_the_standard_reads(
 
 @LINE_ENDS
 def test_the_data_of_each_event_is_found(eol: bytes) -> None:
-    """Each of them when it is complete, and the half one behind them never."""
+    """Each of them when it is complete, and the unfinished one after them never."""
     lines = [b"data: one", b"", b": ping", b"", b"data: two", b"data: 2", b"", b""]
     held = eol.join([*lines, b"event: x", b"", b"data: three", b"", b"data: half"])
     assert list(events_in(held)) == [b"one", b"two\n2", b"three"]
@@ -216,10 +221,10 @@ def test_the_data_of_each_event_is_found(eol: bytes) -> None:
     eol=st.sampled_from([b"\n", b"\r\n", b"\r"]),
     cut=st.integers(0, 200),
 )
-def test_what_is_cut_off_takes_no_event_with_it(
+def test_a_cut_loses_no_complete_event(
     data: list[list[bytes]], eol: bytes, cut: int
 ) -> None:
-    """Of what has come, nobody sees more or less than of the whole."""
+    """The events that have come are read as in the whole stream."""
     events = [
         eol.join([*(b"data: " + line for line in lines), b"", b""]) for lines in data
     ]
@@ -260,7 +265,7 @@ def chat(_reason: str | None = None, **delta: Any) -> bytes:
         b"",
     ],
 )
-def test_who_only_says_that_it_will_speak_has_not_begun(event: bytes) -> None:
+def test_a_role_alone_is_no_beginning(event: bytes) -> None:
     """Other servers than llama-server do so before they have read the prompt."""
     assert not opens(event, Ending.DONE)
     assert not opens(event * 3, Ending.DONE)
@@ -437,5 +442,5 @@ def test_the_done_that_the_hub_adds_is_the_one_that_workers_send() -> None:
     assert replies.done() == DONE
 
 
-def test_a_stream_asks_that_nobody_on_the_way_keeps_it() -> None:
+def test_a_stream_asks_proxies_not_to_keep_it() -> None:
     assert STREAM_HEADERS == {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
