@@ -17,6 +17,8 @@ QUICK   ?=
 # The programs to compare with; empty: those on the PATH, if they are there.
 VLLM_ROUTER ?=
 SMG     ?=
+# The tests start hundreds of hubs: without compiled modules each takes twice as long.
+unexport PYTHONDONTWRITEBYTECODE
 # Ruff has no setup.cfg reader, so its settings are here.
 RUFF    := $(BIN)/ruff
 RUFF_OPTIONS := --isolated --line-length 88 --target-version py311
@@ -136,3 +138,4 @@ simulate: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis mutants
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -58,9 +58,12 @@ _MAY_BLOCK = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def no_blocking() -> Iterator[BlockBuster]:
-    """Let whatever of the hub blocks the event loop fail: files, locks, sleeps."""
+    """Let every call in the hub fail that blocks the event loop: files, locks, sleeps.
+
+    For the whole session, since it takes a millisecond to set up.
+    """
     with blockbuster_ctx("gollama_proxy") as blockbuster:
         for function in blockbuster.functions.values():
             for file, functions in _MAY_BLOCK.items():

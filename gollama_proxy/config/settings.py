@@ -5,6 +5,7 @@ are made from these declarations, or tested against them.
 """
 
 # No `from __future__ import annotations`: the annotations are used as they stand.
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, NamedTuple, get_args
@@ -424,12 +425,19 @@ class Row(NamedTuple):
 def settings(*sections: str) -> Iterator[Row]:
     """Yield the settings of some sections, by default of all, as declared above."""
     for section in sections or SECTIONS:
-        cls = SECTIONS[section]
-        defaults = cls()
-        for each in structs.fields(cls):
-            yield Row(
-                key=f"{section}.{each.name}",
-                env=f"GOLLAMA_{section}_{each.name}".upper(),
-                default=getattr(defaults, each.name),
-                hint=each.type,
-            )
+        yield from _rows_of(section)
+
+
+@functools.cache  # a millisecond in all
+def _rows_of(section: str) -> tuple[Row, ...]:
+    cls = SECTIONS[section]
+    defaults = cls()
+    return tuple(
+        Row(
+            key=f"{section}.{each.name}",
+            env=f"GOLLAMA_{section}_{each.name}".upper(),
+            default=getattr(defaults, each.name),
+            hint=each.type,
+        )
+        for each in structs.fields(cls)
+    )
