@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
 
 from aiohttp import web
 
 from gollama_proxy.config import tls
 from gollama_proxy.config.keys import RevocationList
-from gollama_proxy.config.settings import Config
+from gollama_proxy.config.settings import SECTIONS, Config, WorkerConfig
 from gollama_proxy.config.watch import Watched, Watcher
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import Connections
@@ -18,7 +20,7 @@ from gollama_proxy.edge.router import Dispatcher, Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.edge.status import Status
 from gollama_proxy.fleet.health import HealthChecker
-from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.registry import Listener, Registry, check_distinct
 from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Inference
@@ -31,7 +33,7 @@ from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.openai import ENDPOINTS
 
 
-class Hub:
+class Hub(Listener):
     """Puts the parts together; nothing else knows all of them."""
 
     def __init__(
@@ -42,40 +44,39 @@ class Hub:
         self.registry = Registry(config, clock)
         self.balancer = Balancer(self.registry, config, clock)
         self._tls = tls.for_server(config.server)
-        self._worker_tls = tls.for_workers(config.workers)
-        self.connections = {
-            worker.name: ConnectionPool(
-                worker.config,
-                config,
-                clock,
-                self._worker_tls.get(worker.name),
-                worker.surplus,
-            )
-            for worker in self.registry.workers
-        }
+        # By the files that they are made of; and those of each https worker.
+        self._credentials: dict[tuple[str, ...], tls.Credentials] = {}
+        self._worker_tls: dict[Worker, tls.Credentials] = {}
+        tls.for_workers(config.workers, self._credentials)
+        # Of workers that were removed, too, until their last answer has ended.
+        self.connections: dict[Worker, ConnectionPool] = {}
+        self._clock = clock
         self.queue = Queue(self.balancer, config.queue, clock)
         self.clients = Connections(config.limits, clock)
         self.telemetry = Telemetry(
             self.registry, self.queue.admission, self.clients, clock
         )
         self.authenticator = Authenticator(config)
-        self.health = HealthChecker(self.registry.workers, config.health, self._ping)
+        self.health = HealthChecker(config.health, self._ping)
         self.watchdog = Watchdog(
-            self.registry.workers,
             config.timeouts,
             self._prove,
             clock,
             then=self._each_second,
         )
         self.dispatcher = Dispatcher(self._routes(clock), config, self.telemetry, clock)
-        credentials = {*self._worker_tls.values(), *([self._tls] if self._tls else [])}
-        watched: list[Watched] = [each for each in credentials if each.renewable]
+        watched: list[Watched] = []
+        if self._tls is not None and self._tls.renewable:
+            watched.append(self._tls)
         if config.auth.revoked:
             apply = self.authenticator.revoke
             revoked = RevocationList(config.auth.revoked, config.revoked, apply)
             watched.append(revoked)
         self._watcher = Watcher(watched)
         self._runner: web.ServerRunner | None = None
+        self._applying = asyncio.Lock()
+        for part in (self, self.health, self.watchdog):
+            self.registry.subscribe(part)
 
     def __repr__(self) -> str:
         state = "draining" if self.draining else "running" if self._runner else "new"
@@ -114,23 +115,73 @@ class Hub:
         }
 
     async def _ping(self, worker: Worker) -> probe.Finding:
-        target = self.connections[worker.name].target
+        target = self.connections[worker].target
         return await probe.ping(target, self.config.health)
 
     async def _prove(self, worker: Worker, model: str) -> bool | None:
-        target = self.connections[worker.name].target
+        target = self.connections[worker].target
         return await probe.prove(target, model, self.config.timeouts.allowance)
 
     async def _count(
         self, worker: Worker, path: str, model: str, body: bytes
     ) -> int | None:
-        target = self.connections[worker.name].target
-        return await tokenizer.count(target, path, model, body)
+        connections = self.connections.get(worker)
+        if connections is None:
+            return None  # it was removed in the meantime
+        return await tokenizer.count(connections.target, path, model, body)
 
     def _each_second(self) -> None:
         self.queue.look_again()
         for connections in self.connections.values():
             connections.close_stale()
+
+    # --- A fleet that changes -------------------------------------------------------
+
+    async def apply(self, config: Config) -> list[str]:
+        """Change the fleet to the workers of `config`; running answers go on.
+
+        Returns the keys of other settings that differ: they take effect at the next
+        start.
+
+        Raises:
+            ConfigError: the workers are not consistent, or a file of theirs cannot be
+                used.  Nothing has changed then.
+        """
+        async with self._applying:
+            check_distinct(config.workers)
+            await self._drop_unused_credentials()
+            # Reads files, which may be on a sleeping disk or on another machine.
+            await asyncio.to_thread(tls.for_workers, config.workers, self._credentials)
+            self.registry.apply(config.workers)
+            changed = _differing(self.config, config)
+            self.config = replace(self.config, workers=config.workers)
+            return changed
+
+    async def _drop_unused_credentials(self) -> None:
+        used = self._worker_tls.values()
+        for files, credentials in list(self._credentials.items()):
+            if credentials not in used:
+                del self._credentials[files]
+                await self._watcher.remove(credentials)
+
+    def added(self, worker: Worker) -> None:
+        if worker in self.connections:
+            return  # it was removed, and is back before it was gone
+        known = tls.for_workers([worker.config], self._credentials).get(worker.name)
+        if known is not None:
+            self._worker_tls[worker] = known
+            if known.renewable:
+                self._watcher.add(known)
+        self.connections[worker] = ConnectionPool(
+            worker.config, self.config, self._clock, known, worker.surplus
+        )
+
+    def replaced(self, worker: Worker, before: WorkerConfig) -> None:
+        self.connections[worker].reconfigure(worker.config)
+
+    def gone(self, worker: Worker) -> None:
+        self.connections.pop(worker).close()
+        self._worker_tls.pop(worker, None)
 
     # --- Life ---------------------------------------------------------------------
 
@@ -206,3 +257,25 @@ class Hub:
         """Cut everything now; a `drain` that is under way then returns at once."""
         self.dispatcher.cut()
         await self.drain()
+
+
+# What needs no restart: the workers, and the file of revoked tokens, which is watched.
+_FOLLOWED = frozenset({"workers", "file", "revoked"})
+
+
+def _differing(old: Config, new: Config) -> list[str]:
+    """List the settings, except the workers, that differ between two configurations."""
+    keys = []
+    for section in fields(Config):
+        one, other = getattr(old, section.name), getattr(new, section.name)
+        if one == other or section.name in _FOLLOWED:
+            continue
+        if section.name not in SECTIONS:
+            keys.append(section.name)  # keys for tokens, which were read from files
+            continue
+        keys += [
+            f"{section.name}.{name}"
+            for name in SECTIONS[section.name].__struct_fields__
+            if getattr(one, name) != getattr(other, name)
+        ]
+    return keys

@@ -68,10 +68,16 @@ class Periodic:
 
     async def stop(self) -> None:
         """Cancel the step if it is running, and wait for it; harmless when stopped."""
-        if self._task is not None:
-            task, self._task = self._task, None
-            task.cancel()
+        task = self._task
+        self.cancel()
+        if task is not None:
             await asyncio.wait([task])
+
+    def cancel(self) -> None:
+        """Cancel the step if it is running; it ends soon."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
 
     def wake(self) -> None:
         """Run the step now, or once more as soon as the current run returns."""

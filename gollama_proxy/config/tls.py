@@ -208,12 +208,16 @@ def for_server(server: Server) -> Credentials | None:
     return Credentials(files, lambda: server_context(server))
 
 
-def for_workers(workers: Sequence[WorkerConfig]) -> dict[str, Credentials]:
+def for_workers(
+    workers: Sequence[WorkerConfig],
+    shared: dict[tuple[str, ...], Credentials] | None = None,
+) -> dict[str, Credentials]:
     """Load the credentials for each https worker, by its name.
 
-    Workers with the same files share them: the CAs of a system take a megabyte.
+    Workers with the same files share them: the CAs of a system take a megabyte.  Those
+    that are in `shared`, by their files, are not loaded again.
     """
-    shared: dict[tuple[str, ...], Credentials] = {}
+    shared = {} if shared is None else shared
     by_name = {}
     for worker in workers:
         if worker.origin.scheme == "https":

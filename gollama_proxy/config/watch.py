@@ -34,20 +34,37 @@ class Watcher:
     """
 
     def __init__(self, items: Iterable[Watched]) -> None:
-        self._loops = {
-            item: Periodic(f"watch {item!r}", partial(self._refresh, item), PERIOD)
-            for item in items
-        }
+        self._loops: dict[Watched, Periodic] = {}
         self._requested: set[Watched] = set()
+        self._running = False
+        for item in items:
+            self.add(item)
 
     def __repr__(self) -> str:
         return f"<Watcher items={len(self._loops)}>"
 
+    def add(self, item: Watched) -> None:
+        """Watch an item, if it is not watched already."""
+        if item in self._loops:
+            return
+        step = partial(self._refresh, item)
+        self._loops[item] = Periodic(f"watch {item!r}", step, PERIOD)
+        if self._running:
+            self._loops[item].start()
+
+    async def remove(self, item: Watched) -> None:
+        """Watch an item no longer; harmless if it is not watched."""
+        loop = self._loops.pop(item, None)
+        if loop is not None:
+            await loop.stop()
+
     def start(self) -> None:
+        self._running = True
         for loop in self._loops.values():
             loop.start()
 
     async def stop(self) -> None:
+        self._running = False
         for loop in self._loops.values():
             await loop.stop()
 

@@ -115,8 +115,14 @@ class Breaker:
     """The circuit breaker of one worker.  `clock` gives monotonic seconds."""
 
     def __init__(
-        self, name: str, policy: Policy, clock: Callable[[], float], rng: random.Random
+        self,
+        name: str,
+        policy: Policy,
+        clock: Callable[[], float],
+        rng: random.Random,
+        on_change: Callable[[], None] | None = None,
     ) -> None:
+        """Make a closed one; `on_change` is called when it may admit other requests."""
         self.name, self.policy = name, policy
         self.reason = "never tripped"
         self.generation = 0  # how many steps were taken
@@ -124,7 +130,7 @@ class Breaker:
             Counter()
         )  # how often each was entered
         self.causes: Counter[Cause] = Counter()  # how often each has opened it
-        self._clock, self._rng = clock, rng
+        self._clock, self._rng, self._on_change = clock, rng, on_change
         self._state = BreakerState.CLOSED
         self._busy_until = -math.inf
         self._closed_at = -math.inf  # the last time; before everything at the start
@@ -175,6 +181,12 @@ class Breaker:
         if self._state is BreakerState.OPEN:
             until = max(until, self._rested_at)
         return max(0.0, until - self._clock())
+
+    def next_change(self) -> float:
+        """Return when time alone changes what it admits; inf if it does not."""
+        opens = self._state is BreakerState.OPEN
+        moment = self._rested_at if opens else self._busy_until
+        return moment if moment > self._clock() else math.inf
 
     def turn(self) -> bool:
         """Say whether an available worker should take this turn or leave it to others.
@@ -227,6 +239,7 @@ class Breaker:
             if self._in_a_row >= self.policy.consecutive:
                 self._trip(Cause.CONSECUTIVE, f"unavailable {self._in_a_row} times")
         self._busy_until = max(self._busy_until, now + seconds)
+        self._changed()
         return seconds
 
     def permit(self) -> Permit | None:
@@ -234,6 +247,7 @@ class Breaker:
         if not self._offers_permit:
             return None
         self._permit_out = True
+        self._changed()
         return Permit(self, self.generation)
 
     def renew(self) -> None:
@@ -248,11 +262,13 @@ class Breaker:
             self._forget_the_past()
         else:
             self._rested_at, self._open_time = min(self._rested_at, now), 0.0
+            self._changed()
 
     def reset(self, reason: str) -> None:
         """Close at once and forget everything: the worker is as good as new."""
         self._step(BreakerEvent.RESET, reason)
         self._closed_at = self._busy_until = -math.inf  # no ramp and no doubling
+        self._changed()
 
     def _trip(self, cause: Cause, reason: str) -> None:
         if self._clock() - self._closed_at >= self.policy.window:
@@ -290,6 +306,7 @@ class Breaker:
         if generation != self.generation:
             return
         self._permit_out = False
+        self._changed()
         if good is False:
             self.causes[Cause.PROOF] += 1
             self._step(BreakerEvent.DISPROVED, "the proof failed")
@@ -297,6 +314,10 @@ class Breaker:
             self._proofs += 1
             if self._proofs >= self.policy.proofs:
                 self._step(BreakerEvent.PROVED, f"{self._proofs} good proofs")
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change()
 
     # --- The one place that changes the state -------------------------------------
 
@@ -317,6 +338,7 @@ class Breaker:
             self._open_time = min(longer, self.policy.open_max)
             jitter = self._rng.uniform(-self.policy.jitter, self.policy.jitter)
             self._rested_at = self._clock() + self._open_time * (1 + jitter)
+        self._changed()
         level = logging.WARNING if after is BreakerState.OPEN else logging.INFO
         text = "worker %s: breaker %s -> %s (%s)"
         logger.log(level, text, self.name, before.value, after.value, reason)

@@ -1,131 +1,151 @@
-"""The health loop: one supervised task for each worker."""
+"""Health checks: one supervised task for each worker."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable
 
 from gollama_proxy.config.settings import Health
+from gollama_proxy.fleet.registry import Listener
 from gollama_proxy.fleet.worker import Worker, WorkerState
-from gollama_proxy.tasks import spawn
+from gollama_proxy.tasks import Periodic
 from gollama_proxy.upstream import probe
 from gollama_proxy.wire.description import Check
 
 logger = logging.getLogger(__name__)
 
 Ping = Callable[[Worker], Awaitable[probe.Finding]]
-# ± this share, so that hubs and workers started together do not stay in step.
+# Share by which waits vary, so that hubs and workers started together drift apart.
 JITTER = 0.1
 
 
-class HealthChecker:
-    """Asks every worker how it is, and tells its record.
+class HealthChecker(Listener):
+    """Checks every worker, and records what it finds in the worker.
 
-    A worker in good health is asked every `interval`; one that is loading or in doubt
-    every `recheck`; one that is down ever less often, up to `interval`.  A request that
-    failed on a worker has it asked at once.
+    A worker in good health is checked every `interval`; one that is loading or in doubt
+    every `recheck`; one that is down less and less often, up to `interval`.  A request
+    that failed on a worker causes a check at once.
     """
 
-    def __init__(self, workers: Sequence[Worker], health: Health, ping: Ping) -> None:
-        self._workers = workers
+    def __init__(self, health: Health, ping: Ping) -> None:
         self._health = health
         self._ping = ping
-        self._tasks: list[asyncio.Task[None]] = []
-        self._first_round = {worker.name: asyncio.Event() for worker in workers}
-        self._described = {worker.name: asyncio.Event() for worker in workers}
-        self._suspected = {worker.name: asyncio.Event() for worker in workers}
-        self._looking: dict[str, list[asyncio.Future[bool]]] = {
-            worker.name: [] for worker in workers
-        }
-        self._noted: set[str] = set()  # workers of which an oddity was logged
+        self._checks: dict[Worker, _Checks] = {}
+        self._running = False
 
     def __repr__(self) -> str:
-        running = sum(not task.done() for task in self._tasks)
-        return f"<HealthChecker running={running} of {len(self._workers)}>"
+        running = len(self._checks) if self._running else 0
+        return f"<HealthChecker running={running} of {len(self._checks)}>"
+
+    # --- The fleet ----------------------------------------------------------------
+
+    def added(self, worker: Worker) -> None:
+        if worker in self._checks:
+            return  # it was removed, and is back before it was gone
+        checks = self._checks[worker] = _Checks(worker, self._health, self._ping)
+        worker.on_suspicion = checks.loop.wake
+        if self._running:
+            checks.loop.start()
+
+    def replaced(self, worker: Worker, before: object) -> None:
+        worker.suspect()  # another key may make the difference
+
+    def gone(self, worker: Worker) -> None:
+        checks = self._checks.pop(worker)
+        worker.on_suspicion = None
+        checks.abandon()
+
+    # --- Life ---------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start one task for each worker; `stop` ends them."""
-        for worker in self._workers:
-            worker.on_suspicion = self._suspected[worker.name].set
-            self._tasks.append(spawn(self._supervise(worker), f"health {worker.name}"))
+        """Start the checks of every worker, now and to come; `stop` ends them."""
+        self._running = True
+        for checks in self._checks.values():
+            checks.loop.start()
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        self._tasks.clear()
+        self._running = False
+        await asyncio.gather(*(each.loop.stop() for each in self._checks.values()))
 
     async def first_round(self) -> None:
-        """Wait until every worker has been asked once."""
-        for event in self._first_round.values():
-            await event.wait()
+        """Wait until every worker has been checked once."""
+        for checks in list(self._checks.values()):
+            await checks.first.wait()
 
     async def described(self) -> None:
-        """Wait until every worker has said what it serves, or was down."""
-        for event in self._described.values():
-            await event.wait()
+        """Wait until every worker has listed what it serves, or was down."""
+        for checks in list(self._checks.values()):
+            await checks.described.wait()
 
     async def look(self, worker: Worker) -> bool:
-        """Ask a worker now, and wait; return whether it is well."""
+        """Check a worker now, and wait; return whether it is well."""
+        checks = self._checks.get(worker)
+        return checks is not None and await checks.look()
+
+
+class _Checks:
+    """The checks of one worker."""
+
+    def __init__(self, worker: Worker, health: Health, ping: Ping) -> None:
+        name = f"health check of worker {worker.name}"
+        self.loop = Periodic(name, self._check, health.recheck, delay=0.0)
+        self.first = asyncio.Event()
+        self.described = asyncio.Event()
+        self._worker = worker
+        self._health = health
+        self._ping = ping
+        self._wait = 0.0
+        self._looking: list[asyncio.Future[bool]] = []
+        self._noted = False  # an oddity was logged
+
+    def __repr__(self) -> str:
+        return f"<_Checks of {self._worker.name}>"
+
+    async def look(self) -> bool:
+        """Wait for a check that begins now: one under way may have begun too early."""
         seen: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._looking[worker.name].append(seen)
-        self._suspected[worker.name].set()
+        self._looking.append(seen)
+        self.loop.wake()
         return await seen
 
-    async def _supervise(self, worker: Worker) -> None:
-        """Keep the loop alive: a health check that died silently is worse than none."""
-        while True:
-            try:
-                await self._watch(worker)
-            except Exception:
-                logger.exception(
-                    "health check of worker %s failed; it will be repeated", worker.name
-                )
-                await asyncio.sleep(self._health.recheck)
+    def abandon(self) -> None:
+        """Stop, and let nothing wait any more: the worker is gone."""
+        self.loop.cancel()
+        self.first.set()
+        self.described.set()
+        self._answer(self._looking, well=False)
 
-    async def _watch(self, worker: Worker) -> None:
-        suspected = self._suspected[worker.name]
-        wait = 0.0
-        while True:
-            suspected.clear()
-            was_down = worker.state is WorkerState.DOWN
-            with self._telling(worker) as told:
-                finding = await self._ping(worker)
-                worker.observe(finding.check, finding.reason, finding.description)
-                told.append(finding.check is Check.OK)
-            if finding.note and worker.name not in self._noted:
-                self._noted.add(worker.name)
-                logger.warning("worker %s: %s", worker.name, finding.note)
-            self._first_round[worker.name].set()
-            if worker.description is not None or worker.is_down:
-                self._described[worker.name].set()
-            wait = next_wait(worker, self._health, wait if was_down else 0.0)
-            jitter = random.uniform(1 - JITTER, 1 + JITTER)
-            try:
-                async with asyncio.timeout(wait * jitter):
-                    await suspected.wait()
-            except TimeoutError:
-                pass
-
-    @contextlib.contextmanager
-    def _telling(self, worker: Worker) -> Iterator[list[bool]]:
-        """Answer those who have asked for a look that begins now, however it ends."""
-        looking, self._looking[worker.name] = self._looking[worker.name], []
-        found: list[bool] = []
+    async def _check(self) -> float:
+        worker = self._worker
+        was_down = worker.state is WorkerState.DOWN
+        looking, self._looking = self._looking, []
+        well = False
         try:
-            yield found
+            finding = await self._ping(worker)
+            worker.observe(finding.check, finding.reason, finding.description)
+            well = finding.check is Check.OK
         finally:
-            for each in looking:
-                if not each.done():
-                    each.set_result(any(found))
+            self._answer(looking, well=well)
+        if finding.note and not self._noted:
+            self._noted = True
+            logger.warning("worker %s: %s", worker.name, finding.note)
+        self.first.set()
+        if worker.description is not None or worker.is_down:
+            self.described.set()
+        last = self._wait if was_down else 0.0
+        self._wait = next_wait(worker, self._health, last)
+        return self._wait * random.uniform(1 - JITTER, 1 + JITTER)
+
+    def _answer(self, looking: list[asyncio.Future[bool]], *, well: bool) -> None:
+        for each in looking:
+            if not each.done():
+                each.set_result(well)
 
 
 def next_wait(worker: Worker, health: Health, last: float) -> float:
-    """Decide how long to wait for the next ping of a worker, in seconds."""
+    """Return the seconds to wait before the next check of a worker."""
     if worker.state is WorkerState.READY and not worker.in_doubt:
         return health.interval
     if worker.state is WorkerState.DOWN:

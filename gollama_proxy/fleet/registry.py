@@ -6,10 +6,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from weakref import WeakValueDictionary
 
 from gollama_proxy.bounded import Remembered
+from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.names import Aliases, is_name, matches
-from gollama_proxy.config.settings import Config, Models
+from gollama_proxy.config.settings import Config, Models, Origin, WorkerConfig
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.slowness import Expectations
 from gollama_proxy.fleet.worker import Worker, WorkerState
@@ -17,10 +20,29 @@ from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
 # How long a client should wait before it asks again: one or two rechecks.
 RETRY_AFTER = 2
+LONGEST_NAME = 200  # of a model for which a route is remembered, in characters
+
+Claim = tuple[str, ...] | None
+
+
+class Listener:
+    """A part of the hub that follows the fleet; each method does nothing by default."""
+
+    def added(self, worker: Worker) -> None:
+        """Notice a worker that takes requests from now on."""
+
+    def replaced(self, worker: Worker, before: WorkerConfig) -> None:
+        """Notice that a worker has other settings; it is still the same server."""
+
+    def removed(self, worker: Worker) -> None:
+        """Notice that a worker takes no new request; its running answers go on."""
+
+    def gone(self, worker: Worker) -> None:
+        """Notice that the last answer of a removed worker has ended."""
 
 
 class Registry:
-    """Workers by configuration, models by what the workers told.
+    """Workers by configuration, models by what the workers list.
 
     `allowed` arguments are the patterns of a token's `models` claim; None allows all.
     """
@@ -28,37 +50,184 @@ class Registry:
     def __init__(
         self, config: Config, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.workers = [
-            Worker(
-                worker,
-                config.health,
-                clock,
-                index,
-                policy=config.breaker,
-                overcommit=config.queue.overcommit,
-                expectations=Expectations(
-                    base=config.timeouts.allowance, hard=config.timeouts.first_token
-                ),
-            )
-            for index, worker in enumerate(config.workers)
-        ]
+        self.workers: list[Worker] = []
+        self.leaving: list[Worker] = []  # removed, with answers that still run
+        self._config = config
+        self._clock = clock
+        self._listeners: list[Listener] = []
         self._models: Models = config.models
         self._aliases = Aliases(config.models.aliases)
-        self._pools = Remembered[str, Pool]()
         self._fallbacks = {
             self._models.aliases.get(name, name): names
             for name, names in self._models.fallbacks.items()
         }
-        # What holds until some worker tells something else.
+        # All pools that anything holds; those of models that are served stay.
+        self._live: WeakValueDictionary[str, Pool] = WeakValueDictionary()
+        self._pools = Remembered[str, Pool]()
+        # What holds until a worker comes, goes, or lists something else.
         self._names: dict[str, None] | None = None
         self._once = Remembered[str, None]()  # names that were known at some time
-        self._settled = Remembered[str, None]()  # models whose pool is as it should be
-        self._least = Remembered[str, int | None]()  # context, by model
-        for worker in self.workers:
-            worker.on_told = self._forget
+        self._routes = Remembered[tuple[str | None, Claim], Pool]()
+        for each in config.workers:
+            self.add(each)
 
     def __repr__(self) -> str:
         return f"<Registry {self.workers!r}>"
+
+    # --- Workers that come and go -------------------------------------------------
+
+    def subscribe(self, listener: Listener) -> None:
+        """Notify a listener of every change, and of the workers that there are."""
+        self._listeners.append(listener)
+        for worker in self.workers:
+            listener.added(worker)
+
+    def add(self, config: WorkerConfig) -> Worker:
+        """Add a worker, which gets requests as soon as a health check is good.
+
+        One that was removed, and has answers that still run, comes back as it was.
+
+        Raises:
+            ConfigError: another worker has this name or this address.
+        """
+        self._refuse_clash(config)
+        return self._join(config)
+
+    def replace(self, config: WorkerConfig, name: str = "") -> Worker:
+        """Give a worker other settings; `name` is its old one if that changes, too.
+
+        What was learnt about a worker belongs to its address, and stays for as long as
+        that does.  With another address it is another worker: the old one is removed.
+
+        Raises:
+            ConfigError: another worker has this name or this address.
+            LookupError: there is no such worker.
+        """
+        worker = self.find(name or config.name)
+        self._refuse_clash(config, worker)
+        if not _same_server(worker.config, config):
+            self._retire(worker)
+            return self._join(config, worker.index)
+        self._reconfigure(worker, config)
+        return worker
+
+    def remove(self, name: str) -> Worker:
+        """Remove a worker: it gets no new request, and its running answers go on.
+
+        Raises:
+            LookupError: there is no such worker.
+        """
+        worker = self.find(name)
+        self._retire(worker)
+        return worker
+
+    def apply(self, configs: Sequence[WorkerConfig]) -> None:
+        """Add, replace and remove workers until they are these.
+
+        Raises:
+            ConfigError: two of them have the same name or address; nothing has changed.
+        """
+        check_distinct(configs)
+        kept = {config: self._at(config) for config in configs}
+        places = {worker.name: worker.index for worker in self.workers}
+        for worker in [each for each in self.workers if each not in kept.values()]:
+            self._retire(worker)
+        for config, known in kept.items():
+            if known is not None:
+                self._reconfigure(known, config)
+        for config, known in kept.items():
+            if known is None:
+                self._join(config, places.get(config.name))
+
+    def _at(self, config: WorkerConfig) -> Worker | None:
+        same = (w for w in self.workers if _same_server(w.config, config))
+        return next(same, None)
+
+    def find(self, name: str) -> Worker:
+        """Return the worker of this name.
+
+        Raises:
+            LookupError: there is none.
+        """
+        for worker in self.workers:
+            if worker.name == name:
+                return worker
+        raise LookupError(f"no worker is named {name!r}")
+
+    def _reconfigure(self, worker: Worker, config: WorkerConfig) -> None:
+        before = worker.config
+        if before == config:
+            return
+        worker.reconfigure(config)
+        self._note_offer(worker)
+        for listener in self._listeners:
+            listener.replaced(worker, before)
+        worker.freed()  # it may have more slots
+
+    def _join(self, config: WorkerConfig, index: int | None = None) -> Worker:
+        """Add a worker, as the last one if its place is not given."""
+        known = (each for each in self.leaving if _same_server(each.config, config))
+        worker = next(known, None)
+        if worker is None:
+            worker = self._make(config)
+            worker.on_told = partial(self._note_offer, worker)
+        else:
+            self.leaving.remove(worker)
+            worker.reconfigure(config)
+            worker.rejoin()
+        last = max((each.index for each in self.workers), default=-1)
+        worker.index = last + 1 if index is None else index
+        self.workers.append(worker)
+        self.workers.sort(key=lambda each: each.index)
+        self._note_offer(worker)
+        for listener in self._listeners:
+            listener.added(worker)
+        return worker
+
+    def _make(self, config: WorkerConfig) -> Worker:
+        timeouts = self._config.timeouts
+        return Worker(
+            config,
+            self._config.health,
+            self._clock,
+            policy=self._config.breaker,
+            overcommit=self._config.queue.overcommit,
+            expectations=Expectations(
+                base=timeouts.allowance, hard=timeouts.first_token
+            ),
+        )
+
+    def _refuse_clash(self, config: WorkerConfig, old: Worker | None = None) -> None:
+        others = (each.config for each in self.workers if each is not old)
+        check_distinct([*others, config])
+
+    def _retire(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        self.leaving.append(worker)
+        worker.retire()
+        self._note_offer(worker)
+        for listener in self._listeners:
+            listener.removed(worker)
+        if worker.leases:
+            worker.on_gone = partial(self._note_gone, worker)
+        else:
+            self._note_gone(worker)
+
+    def _note_gone(self, worker: Worker) -> None:
+        self.leaving.remove(worker)
+        for listener in self._listeners:
+            listener.gone(worker)
+
+    def _note_offer(self, worker: Worker) -> None:
+        """Correct what depends on what a worker serves: it has changed."""
+        here = not worker.retired and worker in self.workers
+        for pool in list(self._live.values()):
+            serves = here and worker.serves(pool.model)
+            if serves != (worker in pool.workers):
+                (pool.add if serves else pool.remove)(worker)
+        self._names = None
+        self._routes.clear()
+        self._known()  # so that no name is missed that no request asks for
 
     # --- What there is ------------------------------------------------------------
 
@@ -75,13 +244,6 @@ class Registry:
                 self._once[name] = None
         return self._names
 
-    def _forget(self) -> None:
-        """Take in that a worker serves something else than before."""
-        self._names = None
-        self._settled.clear()
-        self._least.clear()
-        self._known()  # lest a name be missed that no request asks for
-
     def aliases(self) -> dict[str, str]:
         """List the configured other names, and the model that each stands for.
 
@@ -90,30 +252,23 @@ class Registry:
         return self._aliases.names
 
     def alias_of(self, name: str | None) -> str:
-        """Give a name back if it is configured to stand for a model, else nothing."""
-        return name if name is not None and self._alias_key(name) is not None else ""
+        """Return a name that is configured to stand for a model; else an empty one."""
+        if name is None or not self._models.aliases:
+            return ""
+        return name if self._alias_key(name) is not None else ""
 
     def pool(self, model: str) -> Pool:
-        """Give the pool of a model: the same object for as long as it is the same."""
+        """Return the pool of a model: one object, for as long as anything holds it."""
         pool = self._pools.get(model)
-        if pool is not None and model in self._settled:
+        if pool is not None:
             return pool
-        workers = tuple(worker for worker in self.workers if worker.serves(model))
-        if pool is None or pool.workers != workers:
-            pool = Pool(model, workers)
-        if workers:  # or clients could grow it by names that they make up
+        pool = self._live.get(model)
+        if pool is None:
+            pool = Pool(model, (w for w in self.workers if w.serves(model)))
+            self._live[model] = pool
+        if pool.workers:  # or clients could fill it with names that they make up
             self._pools[model] = pool
-            self._settled[model] = None
         return pool
-
-    def least_context(self, pool: Pool) -> int | None:
-        """Tell the smallest context in a pool, in tokens; None if none is known."""
-        model, workers = pool
-        if model not in self._least:
-            contexts = [worker.context_of(model) for worker in workers]
-            known = [context for context in contexts if context is not None]
-            self._least[model] = min(known, default=None)
-        return self._least[model]
 
     def only_model(self) -> str | None:
         """Name the one model that every worker serves, if there is just one.
@@ -159,6 +314,16 @@ class Registry:
             RequestError: 400 no name, 403 the token does not allow it, 404 unknown.
             NoWorkerError: 503, nobody has been reached yet, so that nothing is known.
         """
+        key = name, None if allowed is None else tuple(allowed)
+        pool = self._routes.get(key)
+        if pool is not None:
+            return pool
+        pool = self._resolve(name, allowed)
+        if len(name or "") <= LONGEST_NAME:
+            self._routes[key] = pool
+        return pool
+
+    def _resolve(self, name: str | None, allowed: Sequence[str] | None) -> Pool:
         models = self._known()
         if not models:
             raise self.no_worker(name, ())
@@ -270,3 +435,30 @@ def _state_of(worker: Worker, model: str | None) -> str:
 def may_use(allowed: Sequence[str] | None, model: str) -> bool:
     """Tell whether a `models` claim covers a model name; patterns are shell-like."""
     return allowed is None or matches(model, allowed)
+
+
+def check_distinct(configs: Sequence[WorkerConfig]) -> None:
+    """Check that no two workers have the same name or address.
+
+    Raises:
+        ConfigError: two of them have.
+    """
+    names: dict[str, WorkerConfig] = {}
+    origins: dict[Origin, WorkerConfig] = {}
+    for config in configs:
+        if (other := origins.setdefault(config.origin, config)) is not config:
+            text = f"already used by the worker {other.name!r}"
+            raise ConfigError(f"workers.url = {config.url!r}: {text}")
+        if (other := names.setdefault(config.name, config)) is not config:
+            text = f"already the name of {other.url!r}"
+            raise ConfigError(f"workers.name = {config.name!r}: {text}")
+
+
+def _same_server(one: WorkerConfig, other: WorkerConfig) -> bool:
+    """Whether two settings lead to the same address, with the same certificates."""
+    return _way(one) == _way(other)
+
+
+def _way(config: WorkerConfig) -> tuple[object, ...]:
+    files = config.ca_file, config.client_certificate, config.client_key
+    return config.origin, *files

@@ -1,25 +1,23 @@
-"""Once a second: do the answers go on, and are broken workers good again?
+"""Once a second: whether answers make progress, and whether broken workers recover.
 
-One task looks after all running answers, so that no timer is armed for a token.  The
-same round sends the canaries: one-token generations of the hub's own, which are the
-only thing that a worker gets while its breaker is half-open.  A good `/health` proves
-nothing there; the process can be well and its GPU gone.
+One task watches all running answers, so that no timer is armed for a token.  The same
+round sends the canaries: one-token generations, which are all that a worker gets while
+its breaker is half-open.  A good `/health` proves nothing there: the process can be
+well and its GPU gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 from gollama_proxy.config.settings import Timeouts
 from gollama_proxy.fleet.breaker import Breaker, Permit
+from gollama_proxy.fleet.registry import Listener
 from gollama_proxy.fleet.worker import Worker, WorkerState
-from gollama_proxy.tasks import spawn
-
-logger = logging.getLogger(__name__)
+from gollama_proxy.tasks import Periodic, spawn
 
 PERIOD = 1.0
 # Seconds without a byte of an answer, after which the worker is checked at once.
@@ -35,59 +33,59 @@ class Answer(Protocol):
     def abandon(self) -> None: ...
 
 
-class Watchdog:
-    """Watches answers and half-open breakers."""
+class Watchdog(Listener):
+    """Watches running answers and half-open breakers."""
 
     def __init__(
         self,
-        workers: Sequence[Worker],
         timeouts: Timeouts,
         prove: Prove,
         clock: Callable[[], float],
         then: Callable[[], None] | None = None,
     ) -> None:
-        """Make one; it does not begin by itself.  `then` is called in each round."""
-        self._workers = workers
+        """Make one; it begins with `start`.  `then` is called in each round."""
+        self._workers: list[Worker] = []
         self._timeouts = timeouts
         self._prove = prove
         self._clock = clock
         self._then = then
         self._answers: dict[Answer, Worker] = {}
         self._canaries: set[asyncio.Task[None]] = set()
-        self._task: asyncio.Task[None] | None = None
+        self._loop = Periodic("watchdog", self._step, PERIOD)
 
     def __repr__(self) -> str:
         return f"<Watchdog answers={len(self._answers)} canaries={len(self._canaries)}>"
 
     @contextlib.contextmanager
     def watching(self, answer: Answer, worker: Worker) -> Iterator[None]:
-        """Look after a worker's answer for as long as it is relayed."""
+        """Watch a worker's answer for as long as it is relayed."""
         self._answers[answer] = worker
         try:
             yield
         finally:
             self._answers.pop(answer, None)
 
+    def added(self, worker: Worker) -> None:
+        self._workers.append(worker)
+
+    def removed(self, worker: Worker) -> None:
+        self._workers.remove(worker)
+
     def start(self) -> None:
-        self._task = spawn(self._run(), "watchdog")
+        self._loop.start()
 
     async def stop(self) -> None:
-        tasks = [*self._canaries, *([self._task] if self._task else [])]
-        for task in tasks:
+        await self._loop.stop()
+        canaries = [*self._canaries]
+        for task in canaries:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await asyncio.gather(*canaries, return_exceptions=True)
 
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(PERIOD)
-            try:
-                self.round()
-            except Exception:
-                logger.exception("a round of the watchdog failed; the next one follows")
+    async def _step(self) -> None:
+        self.round()
 
     def round(self) -> None:
-        """Look at everything once."""
+        """Look at every running answer, and at every worker, once."""
         now = self._clock()
         for answer, worker in tuple(self._answers.items()):
             silent = answer.check(now, self._timeouts.gap, self._timeouts.silence)
@@ -104,7 +102,7 @@ class Watchdog:
     # --- Canaries -----------------------------------------------------------------
 
     def _send_canaries(self, worker: Worker) -> None:
-        # While the machine itself is out or busy, nothing is asked about its models.
+        # While the machine itself is out or busy, its models are not tried.
         suspects = [*worker.model_breakers.items()] if worker.breaker.available else []
         if (model := worker.some_model) is not None:  # any of them proves the machine
             suspects.append((model, worker.breaker))
@@ -121,10 +119,11 @@ class Watchdog:
     async def _send_canary(
         self, worker: Worker, model: str, breaker: Breaker, first: Permit
     ) -> None:
-        """Send one canary after another, for as long as they are good and wanted."""
+        """Send one canary after another, while they are good and more are needed."""
         permit: Permit | None = first
         while permit is not None:
             with permit:
-                good = await self._prove(worker, model)
+                good = None if worker.retired else await self._prove(worker, model)
                 permit.settle(good)
+            worker.freed()
             permit = breaker.permit() if good else None

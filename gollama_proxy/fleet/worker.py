@@ -18,7 +18,8 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
+from weakref import WeakSet
 
 from gollama_proxy.bounded import Remembered
 from gollama_proxy.config.names import is_name, is_plain, matches
@@ -30,6 +31,9 @@ from gollama_proxy.fleet.naming import AnswerNames
 from gollama_proxy.fleet.slowness import Expectations, Pace
 from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.wire.description import Check, Description, Model
+
+if TYPE_CHECKING:
+    from gollama_proxy.fleet.pool import Pool
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +81,8 @@ class Worker:
     config: WorkerConfig
     health: Health
     clock: Callable[[], float]
-    index: int = 0  # place in the configuration, from 0
+    index: int = 0  # its place among the workers
+    name: str = field(init=False)
     state: WorkerState = WorkerState.STARTING
     reason: str = "not reached yet"
     description: Description | None = None  # None until it was reached once
@@ -100,7 +105,12 @@ class Worker:
     on_free: Callable[[], None] | None = None
     # and when it serves something else than before.
     on_told: Callable[[], None] | None = None
+    # Called when the last request of a retired worker has ended.
+    on_gone: Callable[[], None] | None = None
     overcommit: int = 0  # requests beyond its slots
+    # Those that it is in; a request may hold one for longer than the registry does.
+    pools: WeakSet[Pool] = field(default_factory=WeakSet)
+    retired: bool = False  # it was removed, and takes no new request
     _good: int = 0
     _bad: int = 0
     _odd_slots: int | None = None
@@ -116,19 +126,23 @@ class Worker:
     _unloaded: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.breaker = Breaker(self.name, self.policy, self.clock, self.rng)
-        self.slots = self.config.slots
-        self.weight = self.config.weight or self.config.vram_gib or 1.0
+        self.breaker = self._new_breaker(self.config.name)
+        self._adopt(self.config)
+
+    def _adopt(self, config: WorkerConfig) -> None:
+        self.config, self.name = config, config.name
+        self.weight = config.weight or config.vram_gib or 1.0
+        described = self.description.slots if self.description else None
+        self.slots = config.slots or self._believed(described)
+
+    def _new_breaker(self, name: str) -> Breaker:
+        return Breaker(name, self.policy, self.clock, self.rng, self.changed)
 
     def __repr__(self) -> str:
         return (
             f"<Worker {self.name} {self.state.name} in_flight={self.in_flight} "
             f"good={self._good} bad={self._bad}>"
         )
-
-    @property
-    def name(self) -> str:
-        return self.config.name
 
     @property
     def is_llama_server(self) -> bool:
@@ -141,12 +155,16 @@ class Worker:
 
     @property
     def available(self) -> bool:
-        return self.state is WorkerState.READY and self.breaker.available
+        return self._in_service and self.breaker.available
 
     @property
     def admits(self) -> bool:
         """Whether a request may come, be it as the proof of a half-open breaker."""
-        return self.state is WorkerState.READY and self.breaker.admits
+        return self._in_service and self.breaker.admits
+
+    @property
+    def _in_service(self) -> bool:
+        return self.state is WorkerState.READY and not self.retired
 
     def can_serve(self, model: str) -> bool:
         """Whether a request for this model may be sent now."""
@@ -159,11 +177,20 @@ class Worker:
         One that is out, or whose breaker is open, is not merely busy.
         """
         sound = all(breaker.closed for breaker in self.breakers(model))
-        return self.state is WorkerState.READY and sound and self.opens_in(model) > 0
+        return self._in_service and sound and self.opens_in(model) > 0
 
     def opens_in(self, model: str) -> float:
         """Return the seconds for which it will surely take nothing for this model."""
         return max(breaker.opens_in() for breaker in self.breakers(model))
+
+    def next_change(self, model: str) -> float:
+        """Return the moment at which time alone changes `can_serve`; inf if never."""
+        return min(breaker.next_change() for breaker in self.breakers(model))
+
+    def changed(self) -> None:
+        """Have its pools look again: whether it can serve may have changed."""
+        for pool in self.pools:
+            pool.forget()
 
     def breakers(self, model: str) -> list[Breaker]:
         """List the breakers that stand before a request for this model."""
@@ -173,10 +200,8 @@ class Worker:
     def breaker_of(self, model: str) -> Breaker:
         """Find, or make, the breaker for one model on this worker."""
         if model not in self.model_breakers:
-            name = f"{self.name} {model}"
-            self.model_breakers[model] = Breaker(
-                name, self.policy, self.clock, self.rng
-            )
+            self.model_breakers[model] = self._new_breaker(f"{self.name} {model}")
+            self.changed()  # the oldest one may have been dropped, and it may be open
         return self.model_breakers[model]
 
     def pace_of(self, model: str) -> Pace:
@@ -272,6 +297,7 @@ class Worker:
         """
         if lease.loads:
             self._unloaded.discard(lease.model)
+            self.changed()
             self.suspect()
 
     @property
@@ -351,9 +377,10 @@ class Worker:
             self.suspect()
         if result is Result.REFUSED:
             self.has_answered(lease)
-        if self.on_free is not None:
-            self.on_free()
+        self.freed()
         self._note_room()  # a slot that went from one request to the next was not free
+        if self.on_gone is not None and not self.leases:
+            self.on_gone()
 
     def _judge(self, lease: Lease, result: Result, beside: int) -> Verdict:
         """Say what an attempt has shown about this worker."""
@@ -404,9 +431,35 @@ class Worker:
         if self.on_suspicion is not None:
             self.on_suspicion()
 
+    def freed(self) -> None:
+        """Have its slots handed out: there may be a free one, or it may be back."""
+        if self.on_free is not None:
+            self.on_free()
+
     def heard_since(self, moment: float) -> bool:
         """Tell whether any running answer had a byte since then."""
         return any(lease.heard_at >= moment for lease in self.leases)
+
+    # --- Its place in the fleet ---------------------------------------------------
+
+    def reconfigure(self, config: WorkerConfig) -> None:
+        """Take other settings for the same server; what was learnt about it stays."""
+        self._adopt(config)
+        self.breaker.name = self.name
+        for model, breaker in self.model_breakers.items():
+            breaker.name = f"{self.name} {model}"
+        self._note_room()
+        self.changed()
+
+    def retire(self) -> None:
+        """Take no new request."""
+        self.retired = True
+        self.changed()
+
+    def rejoin(self) -> None:
+        """Take requests again: it was added again before it was gone."""
+        self.retired, self.on_gone = False, None
+        self.changed()
 
     # --- What the pinger sees -----------------------------------------------------
 
@@ -425,6 +478,7 @@ class Worker:
             self.slots = self.config.slots or self._believed(description.slots)
             self._unloaded = {m.name for m in description.models if m.loaded is False}
             self._note_room()
+            self.changed()
             if changed and self.on_told is not None:
                 self.on_told()
         if check is Check.FAILED and self.heard_since(now - self.health.timeout):
@@ -434,14 +488,14 @@ class Worker:
         event = self._count(check)
         if event is not None:
             self._step(event, reason)
-        if self.on_free is not None:
-            self.on_free()
+        self.freed()
 
     def learn_context(self, model: str, tokens: int) -> None:
         """Take in the context of a model that a refusal tells; 0 is not known."""
         known = self.context_of(model)
         if tokens and known in (None, self._contexts.get(model)) and known != tokens:
             self._contexts[model] = tokens
+            self.changed()
             if self.on_told is not None:
                 self.on_told()
 
@@ -484,6 +538,7 @@ class Worker:
     def _step(self, event: WorkerEvent, reason: str) -> None:
         before, self.state = self.state, TRANSITIONS[self.state, event]
         self.reason = reason
+        self.changed()
         if self.state is WorkerState.READY and before in (
             WorkerState.DOWN,
             WorkerState.LOADING,

@@ -86,7 +86,7 @@ class Inference:
         authenticator: Authenticator,
         registry: Registry,
         balancer: Balancer,
-        connections: Mapping[str, ConnectionPool],
+        connections: Mapping[Worker, ConnectionPool],
         watchdog: Watchdog,
         queue: Queue,
         fitting: Fitting,
@@ -224,7 +224,7 @@ class Inference:
         """Have one worker try; after a refusal it is another one's turn."""
         with lease:
             job.attempts.begin(worker)
-            connections = self._connections[worker.name]
+            connections = self._connections[worker]
             timeouts = self._config.timeouts
             self._note_attempt(lease, job)
             async with Attempt(connections, lease, timeouts, self._clock) as attempt:

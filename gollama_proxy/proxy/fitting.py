@@ -77,7 +77,7 @@ class Fitting:
             raise error
 
     def _surely_fits(self, incoming: Incoming, pool: Pool) -> bool:
-        least = self._registry.least_context(pool)
+        least = pool.least_context
         size = incoming.size if incoming.complete else incoming.length or incoming.size
         return least is None or self._prompts.most_tokens(pool.model, size) < least
 

@@ -123,7 +123,7 @@ class Balancer:
         if the request should wait for a worker that is no candidate yet, which it may
         do for `patience` seconds.
         """
-        model, workers = plan.pool
+        model, workers = plan.pool.model, plan.pool.workers
         if len(workers) == 1:
             return candidates[0]
         policy, ask = self.policy_of(model), plan.ask

@@ -21,6 +21,8 @@ from typing import NamedTuple, Protocol
 
 from gollama_proxy.config.settings import Queue as Settings
 from gollama_proxy.fleet.lease import Lease, Result
+from gollama_proxy.fleet.registry import Listener
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.admission import Admission, Place
 from gollama_proxy.scheduling.balancer import Balancer, Plan
 from gollama_proxy.scheduling.turns import Priority, Ticket
@@ -65,7 +67,7 @@ class _Waiter(NamedTuple):
     future: asyncio.Future[Lease | None]
 
 
-class Queue:
+class Queue(Listener):
     """Hands out the slots of all workers.  `clock` returns monotonic seconds.
 
     `call_later` takes the place of the event loop's.
@@ -90,14 +92,22 @@ class Queue:
         # Had their turn, and cannot have the slots that are free, or do not want them.
         self._passed_over: list[Ticket] = []
         self._stranded: dict[asyncio.Future[None], Plan] = {}  # without a worker
-        for worker in self._registry.workers:
-            worker.on_free = self.look_for_slots
+        self._registry.subscribe(self)
 
     def __repr__(self) -> str:
         return (
             f"<Queue {self.admission!r} passed_over={len(self._passed_over)} "
             f"stranded={len(self._stranded)}>"
         )
+
+    # --- The fleet ----------------------------------------------------------------
+
+    def added(self, worker: Worker) -> None:
+        worker.on_free = self.look_for_slots
+        self.look_for_slots()
+
+    def removed(self, worker: Worker) -> None:
+        self.look_again()
 
     # --- What a request does ------------------------------------------------------
 
@@ -247,7 +257,8 @@ class Queue:
             while not plan.candidates():
                 left = end - self._clock()
                 if left <= 0 or not plan.can_wait(left):
-                    return False
+                    # A worker may have reopened between the two looks at the clock.
+                    return bool(plan.candidates())
                 # A breaker reopens by the clock; all else is a worker's transition.
                 await self._wait_for_change(plan, min(left, plan.reopens_in()))
         finally:

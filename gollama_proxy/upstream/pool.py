@@ -70,6 +70,11 @@ class ConnectionPool:
     def __repr__(self) -> str:
         return f"<ConnectionPool {self.worker.name} idle={len(self._idle)}>"
 
+    def reconfigure(self, worker: WorkerConfig) -> None:
+        """Take other settings for the same address, such as its key."""
+        self.worker = worker
+        self.target = self.target._replace(worker=worker)
+
     def reuse(self) -> Connection | None:
         """Return an idle connection, or None if there is none that can be used."""
         idle = self._idle

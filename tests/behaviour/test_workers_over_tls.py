@@ -20,6 +20,7 @@ from gollama_proxy.config.settings import Timeouts
 from gollama_proxy.fleet.breaker import BreakerState, Verdict
 from gollama_proxy.fleet.worker import WorkerState
 from gollama_proxy.proxy.attempt import Attempt, Outgoing
+from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.asks import CHAT, EMBED, STREAM, WHOLE
@@ -61,6 +62,12 @@ async def served_by(
 
 
 # --- Well -------------------------------------------------------------------------
+
+
+def connections_of(hub: RunningHub) -> ConnectionPool:
+    """Return the connections to the only worker."""
+    [pool] = hub.hub.connections.values()
+    return pool
 
 
 async def test_a_worker_with_a_private_ca(authority: Authority, tmp_path: Path) -> None:
@@ -209,7 +216,7 @@ async def test_a_certificate_that_will_not_do(
         async with hub_before(worker, tmp_path, keys, health__fall=1) as hub:
             assert f"worker attic: starting -> down ({why})" in caplog.text
             with pytest.raises(WorkerError) as info:
-                await hub.hub.connections["attic"].dial()
+                await connections_of(hub).dial()
         assert info.value.code is Code.WORKER_UNREACHABLE
         assert str(info.value) == f"Worker attic cannot be reached: {why}."
         assert info.value.detail == why
@@ -231,7 +238,7 @@ async def test_a_worker_that_refuses_the_hub(
         async with running_hub(file=file, health__fall=1) as hub:
             why = "TLS: tlsv13 alert certificate required"
             assert f"worker attic: starting -> down ({why})" in caplog.text
-            pool = hub.hub.connections["attic"]
+            pool = connections_of(hub)
             lease = a_worker(clock=time.monotonic).lease()
             request = Outgoing(ENDPOINTS[CHAT], [], b"{}", None, 2)
             async with Attempt(pool, lease, Timeouts(), time.monotonic) as attempt:

@@ -90,3 +90,20 @@ async def test_without_files_nothing_runs() -> None:
     watcher.reload()
     assert asyncio.all_tasks() == before
     await watcher.stop()
+
+
+async def test_items_can_come_and_go_while_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "PERIOD", 0.01)
+    watcher = Watcher([])
+    watcher.start()
+    item = Item()
+    for _ in range(2):
+        watcher.add(item)  # twice is once
+    await looked(item, 2)
+    assert repr(watcher) == "<Watcher items=1>"
+    for _ in range(2):
+        await watcher.remove(item)
+    assert repr(watcher) == "<Watcher items=0>"
+    await watcher.stop()

@@ -63,7 +63,9 @@ class Pings:
 async def pinging(
     watched: list[Worker], health: Health, ping: Callable[[Worker], object]
 ) -> AsyncIterator[HealthChecker]:
-    checker = HealthChecker(watched, health, ping)  # type: ignore[arg-type]
+    checker = HealthChecker(health, ping)  # type: ignore[arg-type]
+    for worker in watched:
+        checker.added(worker)
     checker.start()
     try:
         yield checker
@@ -123,15 +125,16 @@ async def test_a_worker_that_is_down_is_asked_ever_less_often(
     [worker] = workers()
     pings = Pings(BAD, BAD, BAD, GOOD, LOADING, BAD, BAD, BAD, GOOD)
     with monkeypatch.context() as patched:
-        patched.setattr("gollama_proxy.fleet.health.asyncio.timeout", note)
-        checker = HealthChecker([worker], Health(interval=30, recheck=1), pings)
+        patched.setattr("gollama_proxy.tasks.asyncio.timeout", note)
+        checker = HealthChecker(Health(interval=30, recheck=1), pings)
+        checker.added(worker)
         checker.start()
         for _ in range(1000):
-            if len(waits) >= 9:
+            if len(waits) >= 10:
                 break
             await asyncio.sleep(0)
     await checker.stop()
-    assert waits[:9] == [1, 1.5, 2.25, 30, 1, 1, 1.5, 2.25, 30]
+    assert waits[:10] == [0, 1, 1.5, 2.25, 30, 1, 1, 1.5, 2.25, 30]
 
 
 async def test_pings_of_several_hubs_do_not_stay_in_step(
@@ -267,7 +270,7 @@ async def test_a_ping_that_raises_is_told_and_survived(
         assert worker.state is WorkerState.READY
     errors = [r for r in caplog.records if r.levelno >= logging.ERROR]
     assert [r.getMessage() for r in errors] == [
-        f"health check of worker {worker.name} failed; it will be repeated"
+        f"health check of worker {worker.name} failed; it runs again in 0.005 s"
     ] * 2
     assert errors[0].exc_info is not None
     assert str(errors[0].exc_info[1]) == "a bug"
@@ -275,8 +278,10 @@ async def test_a_ping_that_raises_is_told_and_survived(
 
 async def test_stopping_ends_pings_that_are_under_way() -> None:
     ended = []
+    begun = asyncio.Semaphore(0)
 
     async def hang(worker: Worker) -> Finding:
+        begun.release()
         try:
             await asyncio.Event().wait()
         finally:
@@ -284,16 +289,20 @@ async def test_stopping_ends_pings_that_are_under_way() -> None:
         raise AssertionError
 
     found = workers(2)
-    checker = HealthChecker(found, Health(), hang)
+    checker = HealthChecker(Health(), hang)
+    for worker in found:
+        checker.added(worker)
     checker.start()
-    await asyncio.sleep(0)
+    async with asyncio.timeout(DEADLINE):
+        await begun.acquire()
+        await begun.acquire()
     await checker.stop()
     assert sorted(ended) == [worker.name for worker in found]
     await checker.stop()  # twice is once
 
 
 async def test_a_hub_without_workers_asks_nobody() -> None:
-    checker = HealthChecker([], Health(), Pings(GOOD))
+    checker = HealthChecker(Health(), Pings(GOOD))
     checker.start()
     await checker.first_round()
     await checker.stop()

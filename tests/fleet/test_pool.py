@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gollama_proxy.bounded import MOST
 from gollama_proxy.config.settings import Breaker, Health, Origin, WorkerConfig
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.lease import Result
@@ -169,3 +170,84 @@ def test_a_worker_that_is_down_will_not_open_by_waiting(clock: Clock) -> None:
     assert Pool("tiny", (a, b)).reopens_in() == 3
     assert Pool("tiny", (b,)).reopens_in() == 0
     assert Pool("tiny", ()).reopens_in() == 0
+
+
+# --- What is computed once --------------------------------------------------------
+
+
+def test_the_lists_are_the_same_until_something_changes(clock: Clock) -> None:
+    a, b = worker(clock), worker(clock)
+    pool = Pool("tiny", (a, b))
+    able = pool.able
+    a.lease("tiny").release(Result.COMPLETE)
+    assert pool.able is able
+    assert pool.available is able
+    trip(a)
+    assert pool.able == [b]
+    assert repr(pool) == "<Pool of 2 workers>"
+
+
+@pytest.mark.parametrize("model", [None, "tiny"])
+def test_a_break_that_is_over_is_noticed_at_its_very_end(
+    clock: Clock, model: str | None
+) -> None:
+    a, b = worker(clock), worker(clock)
+    pool = Pool("tiny", (a, b))
+    (a.breaker_of(model) if model else a.breaker).busy(2)
+    b.breaker.busy(3)
+    for advance, able in ((0, []), (1.999, []), (0.001, [a]), (0.999, [a])):
+        clock.advance(advance)
+        assert pool.able == able
+    clock.advance(0.001)
+    assert pool.able == [a, b]
+    assert pool.able is pool.able
+
+
+def test_an_open_breaker_is_noticed_when_it_takes_a_proof(clock: Clock) -> None:
+    a = worker(clock, policy=Breaker(jitter=0.0, canary=False, proofs=2))
+    pool = Pool("tiny", (a,))
+    trip(a)
+    assert pool.able == []
+    clock.advance(a.breaker.opens_in())
+    for _ in range(2):
+        assert pool.able == [a]
+        proof = a.lease("tiny")
+        assert pool.able == []  # there is one proof at a time
+        proof.release(Result.COMPLETE)
+    assert a.breaker.closed
+    assert pool.able == [a]
+
+
+def test_an_open_breaker_of_a_worker_that_was_away_is_noticed(clock: Clock) -> None:
+    a = worker(clock, policy=Breaker(jitter=0.0, canary=False))
+    pool = Pool("tiny", (a,))
+    trip(a)
+    a.observe(Check.FAILED, "by the test")
+    assert pool.able == []
+    a.observe(Check.OK, "by the test")
+    assert pool.able == [a]
+
+
+def test_an_open_breaker_that_is_forgotten_is_open_no_more(clock: Clock) -> None:
+    """The models of clients can be any number, so the oldest breakers are dropped."""
+    a = worker(clock)
+    pool = Pool("tiny", (a,))
+    trip(a, "tiny")
+    assert pool.able == []
+    for number in range(MOST):
+        a.breaker_of(f"other{number}")
+    assert pool.able == [a]
+
+
+def test_the_least_context_follows_what_is_learnt(clock: Clock) -> None:
+    a, b = worker(clock), worker(clock)
+    pool = Pool("tiny", (a, b))
+    assert pool.least_context is None
+    a.learn_context("tiny", 512)
+    assert pool.least_context == 512
+    b.observe(Check.OK, "ok", Description((Model("tiny", 256),)))
+    assert pool.least_context == 256
+    pool.remove(b)
+    assert pool.least_context == 512
+    pool.add(b)
+    assert pool.least_context == 256

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from gollama_proxy.config.settings import Breaker
+from gollama_proxy import bounded
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import Breaker, Origin, WorkerConfig
+from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.pool import Pool
-from gollama_proxy.fleet.registry import RETRY_AFTER, Registry, may_use
+from gollama_proxy.fleet.registry import RETRY_AFTER, Listener, Registry, may_use
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
 from tests.fakes.registry import balancer, registry, take_out, trip
+
+
+def found(pool: Pool) -> tuple[str, tuple[Worker, ...]]:
+    return pool.model, pool.workers
 
 
 def names(pool: Pool) -> list[str]:
@@ -124,18 +133,18 @@ def test_what_a_worker_tells_anew_is_known_at_once() -> None:
     made = registry("a", "b")
     pool = made.pool("a")
     assert made.pool("a") is pool
-    assert made.least_context(pool) is None
+    assert pool.least_context is None
     first, second = made.workers
     second.observe(Check.OK, "ok", Description((Model("a", 512), Model("c"))))
     assert made.models() == ["a", "c"]
     assert names(made.pool("a")) == ["w0", "w1"]
-    assert made.least_context(made.pool("a")) == 512
+    assert made.pool("a").least_context == 512
     first.observe(Check.OK, "ok", Description((Model("a", 256),)))
-    assert made.least_context(made.pool("a")) == 256
+    assert made.pool("a").least_context == 256
     grown = made.pool("a")
     first.observe(Check.OK, "ok", Description((Model("a", 1024),)))
     assert made.pool("a") is grown
-    assert made.least_context(grown) == 512
+    assert grown.least_context == 512
 
 
 def test_the_hub_is_ready_when_any_worker_is() -> None:
@@ -170,7 +179,7 @@ def test_the_only_model_is_the_one_that_needs_no_name(
 
 def test_a_model_is_found_by_its_name() -> None:
     made = registry("a", "b", "a")
-    assert made.resolve("a", None) == Pool("a", (made.workers[0], made.workers[2]))
+    assert found(made.resolve("a", None)) == ("a", (made.workers[0], made.workers[2]))
 
 
 def test_an_alias_stands_for_its_model() -> None:
@@ -187,7 +196,7 @@ def test_an_alias_goes_before_a_model_of_the_same_name() -> None:
 
 def test_an_alias_of_an_alias_is_no_model() -> None:
     made = registry("a", "b", aliases={"x": "y", "y": "a"})
-    assert made.resolve("x", None) == Pool("y", ())
+    assert found(made.resolve("x", None)) == ("y", ())
 
 
 @pytest.mark.parametrize("name", ["gpt", "gpt-4o"])
@@ -198,7 +207,7 @@ def test_an_alias_stands_for_no_other_model_than_its_own(
 ) -> None:
     """While nobody serves that, nobody answers, least of all another model."""
     made = registry(*workers, aliases={"gpt": "gone", "gpt-*": "gone"}, **models)
-    assert made.resolve(name, None) == Pool("gone", ())
+    assert found(made.resolve(name, None)) == ("gone", ())
     assert "'gone'" in nobody(made, name).message
 
 
@@ -245,7 +254,7 @@ def test_the_default_model_answers_to_unknown_names_and_to_none(
 def test_the_default_model_goes_before_the_only_one() -> None:
     """It is configured; that its worker is not reached yet does not change the name."""
     made = registry("a", None, default_model="b")
-    assert made.resolve(None, None) == Pool("b", ())
+    assert found(made.resolve(None, None)) == ("b", ())
 
 
 def test_the_default_model_may_be_an_alias() -> None:
@@ -332,8 +341,8 @@ def test_a_name_that_a_client_makes_up_allows_nothing(
 
 def test_an_alias_of_what_nobody_serves_allows_only_its_own_model() -> None:
     made = registry("a", "b", aliases={"gpt": "gone"}, default_model="b")
-    assert made.resolve("gpt", ["gpt"]) == Pool("gone", ())
-    assert made.resolve("gpt", ["gone"]) == Pool("gone", ())
+    assert found(made.resolve("gpt", ["gpt"])) == ("gone", ())
+    assert found(made.resolve("gpt", ["gone"])) == ("gone", ())
     assert refused(made, "gpt", ["b"]).code is Code.MODEL_NOT_ALLOWED
 
 
@@ -526,7 +535,7 @@ def test_a_model_that_has_a_fallback_is_known_though_nobody_serves_it() -> None:
     """Its worker may be down since the hub has started."""
     for strict in (False, True):
         made = registry("small", fallbacks={"big": ("small",)}, strict_models=strict)
-        assert made.resolve("big", None) == Pool("big", ())
+        assert found(made.resolve("big", None)) == ("big", ())
         assert made.fallbacks_of("big") == ("small",)
         assert made.models() == ["small"]
     made = registry(None, fallbacks={"big": ("small",)})
@@ -549,3 +558,212 @@ def test_without_canaries_the_hub_is_ready_for_the_request_that_is_the_proof(
     clock.advance(10)
     assert bool(made.pool("a").available) is not canary
     assert made.ready is not canary
+
+
+# --- Workers that come and go -----------------------------------------------------
+
+
+class Notes(Listener):
+    """Records what it is notified of."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, ...]] = []
+
+    def added(self, worker: Worker) -> None:
+        self.seen.append(("added", worker.name))
+
+    def replaced(self, worker: Worker, before: WorkerConfig) -> None:
+        self.seen.append(("replaced", before.name, worker.name))
+
+    def removed(self, worker: Worker) -> None:
+        assert not worker.available
+        self.seen.append(("removed", worker.name))
+
+    def gone(self, worker: Worker) -> None:
+        self.seen.append(("gone", worker.name))
+
+
+def config_of(number: int, name: str = "", **more: Any) -> WorkerConfig:
+    host = f"10.0.0.{number}"
+    origin = Origin("http", host, 8080, "")
+    return WorkerConfig(f"http://{host}:8080", origin, name or f"w{number}", **more)
+
+
+def see(worker: Worker, *models: str) -> None:
+    worker.observe(Check.OK, "ok", Description(tuple(map(Model, models))))
+
+
+def test_a_listener_is_notified_of_the_workers_that_there_are_and_of_changes() -> None:
+    made, notes = registry("a", "a"), Notes()
+    made.subscribe(Listener())  # one that is interested in nothing
+    made.subscribe(notes)
+    made.add(config_of(2))
+    made.replace(config_of(1, weight=2.0))
+    made.replace(config_of(1, weight=2.0))  # as it is already
+    made.replace(config_of(2, "new"), "w2")
+    made.replace(config_of(3, "w0"))
+    made.remove("new")
+    assert notes.seen == [
+        ("added", "w0"),
+        ("added", "w1"),
+        ("added", "w2"),
+        ("replaced", "w1", "w1"),
+        ("replaced", "w2", "new"),
+        ("removed", "w0"),
+        ("gone", "w0"),
+        ("added", "w0"),
+        ("removed", "new"),
+        ("gone", "new"),
+    ]
+    assert [worker.name for worker in made.workers] == ["w0", "w1"]
+
+
+def test_a_pool_that_a_request_holds_follows_the_fleet() -> None:
+    made = registry("a b", "a")
+    pool = made.pool("a")
+    see(made.add(config_of(2)), "a")
+    assert names(pool) == ["w0", "w1", "w2"]
+    made.remove("w1")
+    assert names(pool) == ["w0", "w2"]
+    see(made.replace(config_of(5, "w0")), "a")
+    assert names(pool) == ["w0", "w2"]
+    assert pool.workers == tuple(made.workers)
+    made.remove("w0")
+    made.remove("w2")
+    assert (names(pool), pool.able) == ([], [])
+    see(made.add(config_of(3)), "a")
+    assert names(pool) == ["w3"]
+    assert made.pool("a") is pool
+
+
+def test_a_pool_that_was_empty_is_the_one_that_is_filled() -> None:
+    """A request may wait with it for a worker to come."""
+    made = registry()
+    pool = made.pool("a")
+    see(made.add(config_of(0)), "a")
+    assert made.pool("a") is pool
+    assert made.pool("a").available == made.workers
+
+
+def test_a_removed_worker_is_gone_when_its_last_answer_has_ended() -> None:
+    made, notes = registry("a"), Notes()
+    made.subscribe(notes)
+    [worker] = made.workers
+    leases = [worker.lease("a") for _ in range(2)]
+    made.remove("w0")
+    assert (made.workers, made.leaving) == ([], [worker])
+    assert (worker.available, worker.admits, worker.can_serve("a")) == (False,) * 3
+    assert not worker.is_busy_with("a")
+    leases[0].release(Result.COMPLETE)
+    assert notes.seen[1:] == [("removed", "w0")]
+    leases[1].release(Result.COMPLETE)
+    assert notes.seen[2:] == [("gone", "w0")]
+    assert made.leaving == []
+
+
+def test_a_worker_that_comes_back_while_answers_run_is_the_same() -> None:
+    made, notes = registry("a"), Notes()
+    [worker] = made.workers
+    lease = worker.lease("a")
+    made.remove("w0")
+    see(made.add(config_of(7, "w0")), "a")  # the name is free again
+    assert made.add(config_of(0, "back")) is worker
+    made.subscribe(notes)
+    lease.release(Result.COMPLETE)
+    assert notes.seen == [("added", "w0"), ("added", "back")]
+    assert worker.available
+    assert names(made.pool("a")) == ["w0", "back"]
+
+
+def test_another_name_is_the_name_of_the_breakers_too() -> None:
+    made = registry("a")
+    [worker] = made.workers
+    worker.breaker_of("a")
+    made.replace(config_of(0, "new", slots=3, vram_gib=12.0), "w0")
+    assert (worker.slots, worker.weight) == (3, 12.0)
+    assert [breaker.name for breaker in worker.breakers("a")] == ["new", "new a"]
+
+
+def test_models_that_are_stated_anew_are_served_at_once() -> None:
+    made = registry("a")
+    assert made.pool("x").workers == ()
+    made.replace(config_of(0, models=("x",)))
+    assert names(made.pool("x")) == ["w0"]
+    assert names(made.pool("a")) == []
+
+
+@pytest.mark.parametrize("other", [{"ca_file": "ca.pem"}, {"client_key": "key.pem"}])
+def test_other_certificates_are_another_worker(other: dict[str, str]) -> None:
+    made = registry("a")
+    before = made.workers[0]
+    assert made.replace(config_of(0, **other)) is not before
+
+
+@pytest.mark.parametrize(
+    ("clash", "text"),
+    [
+        (config_of(5, "w0"), "workers.name = 'w0': already the name of 'http://10.0.0"),
+        (config_of(0, "w5"), "workers.url = 'http://10.0.0.0:8080': already used by"),
+    ],
+)
+def test_a_clash_is_refused_and_changes_nothing(clash: WorkerConfig, text: str) -> None:
+    made, notes = registry("a", "a"), Notes()
+    made.subscribe(notes)
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        made.add(clash)
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        made.replace(clash, "w1")
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        made.apply([config_of(0), clash])
+    assert notes.seen == [("added", "w0"), ("added", "w1")]
+
+
+def test_a_worker_that_there_is_not_cannot_be_changed() -> None:
+    made = registry("a")
+    changes: list[Callable[[], object]] = [
+        lambda: made.remove("w5"),
+        lambda: made.replace(config_of(5)),
+    ]
+    for change in changes:
+        with pytest.raises(LookupError, match="no worker is named 'w5'"):
+            change()
+
+
+def test_applying_what_there_is_notifies_of_nothing() -> None:
+    made, notes = registry("a", "a"), Notes()
+    made.subscribe(notes)
+    made.apply([config_of(1), config_of(0)])
+    assert notes.seen == [("added", "w0"), ("added", "w1")]
+
+
+def test_applying_keeps_what_has_its_address_and_the_places_of_names() -> None:
+    made = registry("a", "a", "a")
+    _, second, third = made.workers
+    made.apply(
+        [config_of(9), config_of(5, "w0"), config_of(2, "w1"), config_of(1, "w2")]
+    )
+    assert [worker.name for worker in made.workers] == ["w0", "w2", "w1", "w9"]
+    assert made.workers[1:3] == [second, third]
+    made.apply([])
+    assert (made.workers, made.leaving) == ([], [])
+
+
+# --- Routes -----------------------------------------------------------------------
+
+
+def test_a_route_is_found_anew_when_something_else_is_served() -> None:
+    made = registry("a", aliases={"fast": "a"})
+    assert made.resolve("fast", None) is made.resolve("fast", None)
+    assert made.resolve("fast", ("fast",)).model == "a"
+    assert refused(made, "fast", ("b",)).code is Code.MODEL_NOT_ALLOWED
+    assert made.resolve("made up", None).model == "a"
+    see(made.workers[0], "a", "b")
+    assert refused(made, "made up").code is Code.MODEL_NOT_FOUND
+
+
+def test_names_that_clients_make_up_are_not_kept_for_ever() -> None:
+    made = registry("a")
+    for number in range(bounded.MOST + 5):
+        assert made.resolve(f"x{number}", None).model == "a"
+    assert made.resolve("x" * 1000, None).model == "a"
+    assert len(made._routes) == bounded.MOST
