@@ -24,7 +24,7 @@ class SlidingWindow:
         self._clock = clock
         self._width = span / buckets
         self._buckets = [0] * buckets  # a ring: tick t is at t % buckets
-        self._tick = self._now()
+        self._tick = int(clock() / self._width)
         self._count = 0
 
     def __repr__(self) -> str:
@@ -32,31 +32,31 @@ class SlidingWindow:
 
     @property
     def count(self) -> int:
-        self._expire()
+        tick = int(self._clock() / self._width)
+        if tick != self._tick:
+            self._expire(tick)
         return self._count
 
     def add(self, amount: int = 1) -> None:
-        self._expire()
+        tick = int(self._clock() / self._width)
+        if tick != self._tick:
+            self._expire(tick)
         self._buckets[self._tick % len(self._buckets)] += amount
         self._count += amount
 
     def leaves_in(self, amount: int) -> float:
         """Return the seconds until `amount` of the count, or all of it, has left."""
-        self._expire()
-        amount, size = min(amount, self._count), len(self._buckets)
+        amount, size = min(amount, self.count), len(self._buckets)
         tick = self._tick - size  # the last bucket that has left
         while amount > 0:
             tick += 1
             amount -= self._buckets[tick % size]
         return max(0.0, (tick + size) * self._width - self._clock())
 
-    def _expire(self) -> None:
-        now, size = self._now(), len(self._buckets)
+    def _expire(self, now: int) -> None:
+        size = len(self._buckets)
         # After a long pause each bucket is emptied once, not once for each round.
         for tick in range(max(self._tick, now - size) + 1, now + 1):
             self._count -= self._buckets[tick % size]
             self._buckets[tick % size] = 0
         self._tick = now
-
-    def _now(self) -> int:
-        return int(self._clock() / self._width)

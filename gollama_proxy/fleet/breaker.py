@@ -132,6 +132,7 @@ class Breaker:
         self.causes: Counter[Cause] = Counter()  # how often each has opened it
         self._clock, self._rng, self._on_change = clock, rng, on_change
         self._state = BreakerState.CLOSED
+        self.closed = True
         self._busy_until = -math.inf
         self._closed_at = -math.inf  # the last time; before everything at the start
         self._open_time = 0.0  # the last one, without the jitter; 0 when forgotten
@@ -142,7 +143,7 @@ class Breaker:
 
     def __repr__(self) -> str:
         # Of the state as it is noted down: looking at a thing must not change it.
-        slow, failed = (self._recent[v].count for v in (Verdict.SLOW, Verdict.FAILURE))
+        slow, failed = self._slow.count, self._failures.count
         return (
             f"<Breaker {self.name} {self._state.name} ({self.reason}) "
             f"calls={self._calls} failed={failed} slow={slow} "
@@ -156,10 +157,6 @@ class Breaker:
         if self._state is BreakerState.OPEN and self._clock() >= self._rested_at:
             self._step(BreakerEvent.RESTED, f"{self._open_time:g} s have passed")
         return self._state
-
-    @property
-    def closed(self) -> bool:
-        return self.state is BreakerState.CLOSED
 
     @property
     def available(self) -> bool:
@@ -211,13 +208,15 @@ class Breaker:
         stragglers of an earlier breakdown cannot trip a breaker that has closed since.
         """
         late = generation is not None and generation != self.generation
-        if late or self.state is not BreakerState.CLOSED or verdict is Verdict.NEUTRAL:
+        if late or not self.closed or verdict is Verdict.NEUTRAL:
+            return
+        if verdict is Verdict.SUCCESS:
+            self._successes.add()
+            self._in_a_row = 0
             return
         failed = verdict in (Verdict.FAILURE, Verdict.HUNG)
-        if verdict is Verdict.HUNG:
-            verdict = Verdict.SLOW
-        self._recent[verdict].add()
         self._in_a_row = self._in_a_row + 1 if failed else 0
+        (self._failures if verdict is Verdict.FAILURE else self._slow).add()
         objection = self._objection(verdict)
         if objection is not None:
             self._trip(*objection)
@@ -280,25 +279,24 @@ class Breaker:
         policy = self.policy
         if self._in_a_row >= policy.consecutive:
             return Cause.CONSECUTIVE, f"{self._in_a_row} failures in a row"
-        if verdict is Verdict.SUCCESS:
-            return None
-        slow = verdict is Verdict.SLOW
+        slow = verdict is not Verdict.FAILURE
         cause = Cause.SLOW_RATE if slow else Cause.FAILURE_RATE
         rate = policy.slow_rate if slow else policy.failure_rate
-        calls, bad = self._calls, self._recent[verdict].count
+        calls, bad = self._calls, (self._slow if slow else self._failures).count
         if calls < policy.minimum_calls or bad / calls < rate:
             return None
-        return cause, f"{bad} of {calls} {verdict.value} in {policy.window:g} s"
+        kind = Verdict.SLOW if slow else Verdict.FAILURE
+        return cause, f"{bad} of {calls} {kind.value} in {policy.window:g} s"
 
     @property
     def _calls(self) -> int:
-        return sum(recent.count for recent in self._recent.values())
+        return self._successes.count + self._slow.count + self._failures.count
 
     def _forget_the_past(self) -> None:
-        counted = (Verdict.SUCCESS, Verdict.SLOW, Verdict.FAILURE)
-        self._recent = {
-            v: SlidingWindow(self.policy.window, self._clock) for v in counted
-        }
+        window, clock = self.policy.window, self._clock
+        self._successes = SlidingWindow(window, clock)
+        self._slow = SlidingWindow(window, clock)  # and those that hung
+        self._failures = SlidingWindow(window, clock)
         self._in_a_row = 0
         self._credit = 0.0  # parts of turns
 
@@ -326,6 +324,7 @@ class Breaker:
         if (before, event) not in TRANSITIONS:
             raise IllegalStepError(f"{event.name} cannot happen while {before.name}")
         after = self._state = TRANSITIONS[before, event]
+        self.closed = after is BreakerState.CLOSED
         self.reason = reason
         self.generation += 1
         self.transitions[after] += 1

@@ -14,7 +14,7 @@ from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.names import Aliases, is_name, matches
 from gollama_proxy.config.settings import Config, Models, Origin, WorkerConfig
 from gollama_proxy.fleet.pool import Pool
-from gollama_proxy.fleet.slowness import Expectations
+from gollama_proxy.fleet.speed import Expectations
 from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 

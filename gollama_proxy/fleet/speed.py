@@ -1,38 +1,66 @@
-"""How fast a worker reads and writes, as far as it helps to choose between workers.
+"""How fast a worker reads and writes one model, learnt from its complete answers.
 
-`slowness` judges a worker against its own past, and errs on the safe side.  Here
-workers are compared with each other, so what is wanted is the plain middle, and soon: a
-machine that throttles should lose its next requests, not those of ten minutes later.
+    request ──────── prefill ────────▶ first token ──── generation ────▶ last token
+             as long as its prompt                   as long as its answer
 
-A rate is that of the last ten answers or so, all their tokens over all their seconds.
-A long answer thereby counts for more than a short one, whose time is mostly latency,
-and no length has to be named below which nothing is learnt.
+Two questions are answered, and they need different memories.
 
-*Reading* is told in bytes of a prompt, for that is what is known of a request before it
-is sent.  What comes from the prompt cache is not read; a worker that tells how much
-that was (llama-server does, in `timings`) is measured without it.
+Which worker is faster?  `Speed` compares workers with each other, so it has to be the
+plain middle, and soon: a machine that throttles should lose its next requests, not
+those of ten minutes later.  A rate is that of the last ten answers or so, all their
+tokens over all their seconds, so that a long answer counts for more than a short one,
+whose time is mostly latency.  Reading is counted in bytes of the prompt, which is what
+is known of a request before it is sent; what came from the prompt cache does not count,
+if the worker reports how much that was (llama-server does, in `timings`).  Writing
+depends on the number of answers that share the machine: there is a rate for each number
+(by powers of two), and for one that has not been seen the nearest one stands in.
 
-*Writing* depends on the number of answers that share the machine.  What is learnt is
-kept for each number (by powers of two).  For one that was not seen yet the nearest one
-stands in: on a CPU twice the answers are half as fast, on a large card nearly as fast
-as before, and `SHARED` is in the middle.
+Is this worker slower than usual?  `Pace` compares a worker with its own past, and errs
+on the safe side.  A laptop that writes four tokens a second is not slow; a graphics
+card that wrote sixty and now writes four is.
+
+*Prefill* gets an `allowance()`, after which the hub tries another worker.  An allowance
+that is too long costs a client some seconds of waiting for a worker that hangs; one
+that is too short destroys good answers, and those to long prompts first.  Therefore the
+learnt rate **falls fast and rises slowly**:
+
+* A prompt that is still in the worker's cache is read in no time.  Ten of them in a row
+  lift the rate by less than the factor (`multiple`) that the allowance has in reserve,
+  and the next prompt that is really read brings it down again.
+* The time of a short prompt is latency rather than reading.  So it can show that the
+  worker is faster than expected, and never that it is slower.
+* Only complete answers are measured.  If the rate were too high, long prompts would be
+  cut off, would never complete and never correct it.  So `missed()` lowers it.
+
+*Generation* has a baseline, and an answer far below it `is_slow()`.  It is not cut off;
+the breaker counts it, and opens when nearly all are slow.  If the baseline were an
+average of the last answers, the speed of a card that throttles would be normal after a
+dozen of them.  So the baseline is **limited by time**: it moves towards each answer,
+but by no more than a factor of two in `half_life` seconds, however many answers there
+are.  It ends near the median, and bursts that were buffered somewhere and came at once
+do not move it.  A minute of throttling lowers it by 7 %; what lasts longer, such as
+another model, is normal some minutes later.  Each number of parallel answers has its
+own baseline: a busy worker is compared with its busy past.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 KEPT = 0.9  # of the past, with each answer
-USUAL_TOKENS = 256.0  # of an answer, until one was seen
+USUAL_TOKENS = 256.0  # of an answer, until one has been seen
 SHARED = 0.7  # speed of each answer when there are twice as many
 LEAST_READS = 200.0  # bytes/s: a large model on a CPU
 LEAST_WRITES = 1.0  # tokens/s
-LEVELS = 8  # numbers of parallel answers that are told apart: 1, 2-3, 4-7 … 128+
+LEVELS = 8  # numbers of parallel answers that are distinguished: 1, 2-3, 4-7 … 128+
 
 
 class Prefill(NamedTuple):
-    """What a worker tells about how it has read a prompt."""
+    """What a worker reports about how it has read a prompt."""
 
     tokens: int  # that it has read
     cached: int  # that it had in its cache
@@ -40,14 +68,17 @@ class Prefill(NamedTuple):
 
     @property
     def possible(self) -> bool:
-        """Tell whether it can be true at all."""
+        """Whether it can be true at all."""
         return self.tokens >= 0 and self.cached >= 0 and 0 <= self.seconds < math.inf
 
     def plausible_in(self, seconds: float) -> bool:
-        """Tell whether it can be true of an answer that began after so many seconds."""
+        """Return whether it can be true of an answer that began after these seconds."""
         return (
             self.tokens > 0 and self.cached >= 0 and 0 < self.seconds <= seconds * 1.1
         )
+
+
+# --- Compared with other workers --------------------------------------------------
 
 
 class Speed:
@@ -60,9 +91,7 @@ class Speed:
         self.reads: float | None = None  # bytes of a prompt per second, if known
         self._reading = _Rate()
         self._writing: dict[int, _Rate] = {}
-        self._table: tuple[
-            float, ...
-        ] = ()  # of each level, or empty; read for every choice
+        self._table: list[float] = []  # by level; empty: to be computed, when needed
 
     def __repr__(self) -> str:
         reads = "?" if self.reads is None else f"{self.reads:.0f}"
@@ -71,52 +100,52 @@ class Speed:
         )
         return f"<Speed reads {reads} bytes/s, writes {{{writes}}} tokens/s>"
 
-    # --- What it says -------------------------------------------------------------
-
     def writes(self, beside: int = 1) -> float | None:
-        """Tell the tokens/s of each of `beside` answers; None if it is not known."""
+        """Return the tokens/s of each of `beside` answers; None if it is not known."""
         if not self._table:
-            return None
+            if not self._writing:
+                return None
+            self._table = [self._at(level) for level in range(LEVELS)]
         return self._table[min(beside.bit_length(), LEVELS) - 1]
 
     def generated(self, prompt_bytes: int, seconds: float, beside: int = 1) -> int:
         """Estimate the tokens of an answer that has taken so many seconds by now.
 
-        A worker of which nothing is known is taken for a slow one.
+        A worker of which nothing is known counts as slow.
         """
         reads, writes = self.reads or LEAST_READS, self.writes(beside) or LEAST_WRITES
         return int(max(seconds - prompt_bytes / reads, 0.0) * writes)
 
-    # --- What it hears ------------------------------------------------------------
-
     def read(
-        self, prompt_bytes: int, first_token: float, told: Prefill | None = None
+        self, prompt_bytes: int, first_token: float, reported: Prefill | None = None
     ) -> None:
-        """Take in a prompt, and the seconds until the first token of its answer.
+        """Learn from a prompt, and the seconds until the first token of its answer.
 
-        What the worker tells is ignored if it cannot be true.
+        What the worker reports is ignored if it cannot be true.
         """
         amount, seconds = float(prompt_bytes), first_token
-        if told is not None and told.plausible_in(first_token):
-            amount *= told.tokens / (told.tokens + told.cached)
-            seconds = told.seconds
+        if reported is not None and reported.plausible_in(first_token):
+            amount *= reported.tokens / (reported.tokens + reported.cached)
+            seconds = reported.seconds
         if amount > 0 and 0 < seconds < math.inf:
-            self._reading.learn(amount, seconds)
-            self.reads = self._reading.value
+            self.reads = self._reading.learn(amount, seconds)
 
     def wrote(self, tokens: int, seconds: float, beside: int = 1) -> None:
-        """Take in an answer: its tokens, and the seconds from the first to the last."""
+        """Learn from the tokens, and the seconds from the first token to the last."""
         if tokens > 0 and 0 < seconds < math.inf:
             level = min(max(beside, 1).bit_length(), LEVELS) - 1
-            self._writing.setdefault(level, _Rate()).learn(tokens, seconds)
-            if not self._table:
-                self.tokens = float(tokens)
+            rate = self._writing.get(level)
+            if rate is None:
+                if not self._writing:
+                    self.tokens = float(tokens)
+                rate = self._writing[level] = _Rate()
+            rate.learn(tokens, seconds)
             self.tokens += (1 - KEPT) * (tokens - self.tokens)
-            self._table = tuple(map(self._at, range(LEVELS)))
+            self._table = []
 
     def _at(self, level: int) -> float:
         nearest = min(self._writing, key=lambda known: abs(known - level))
-        return self._writing[nearest].value * SHARED ** (level - nearest)
+        return float(self._writing[nearest].value * SHARED ** (level - nearest))
 
 
 class _Rate:
@@ -131,7 +160,148 @@ class _Rate:
     def __repr__(self) -> str:
         return f"{self.value:.1f}"
 
-    def learn(self, amount: float, seconds: float) -> None:
+    def learn(self, amount: float, seconds: float) -> float:
+        """Take in an amount, and the seconds that it has taken; return the rate."""
         self._amount = self._amount * KEPT + amount
         self._seconds = self._seconds * KEPT + seconds
         self.value = self._amount / self._seconds
+        return self.value
+
+
+# --- Compared with its own past ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Expectations:
+    """How much time a worker gets, and how quickly its past fades."""
+
+    # --- Prefill ---
+    base: float = 10.0  # seconds that every prompt gets
+    multiple: float = 3.0  # times the expected prefill, in addition
+    hard: float = 300.0  # seconds; no allowance is longer
+    rate: float = 200.0  # bytes/s until something is learnt: a large model on a CPU
+    rate_rise: float = 1.1  # a faster prompt lifts the rate by at most this factor
+    rate_fall: float = 0.5  # a slower one lowers it by at most this factor
+    least_bytes: int = 1024  # of a prompt that is worth measuring
+
+    # --- Generation ---
+    fraction: float = 0.25  # of the baseline, below which an answer is slow
+    answers: int = 5  # to learn from before any is called slow
+    half_life: float = 600.0  # seconds in which the baseline halves or doubles at most
+    least_tokens: int = 8  # of an answer that is worth measuring
+
+
+class Pace:
+    """How fast one worker reads and writes, compared with its own past.
+
+    `beside` arguments are the number of answers that the worker gave at the time, the
+    one in question included.  `clock` returns monotonic seconds.
+    """
+
+    __slots__ = ("_baselines", "_clock", "expectations", "rate", "speed")
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        expectations: Expectations = Expectations(),
+    ) -> None:
+        self.expectations = expectations
+        self.rate = expectations.rate  # prefill, in bytes of the prompt per second
+        self.speed = Speed()  # to choose between workers
+        self._clock = clock
+        self._baselines: dict[int, _Baseline] = {}
+
+    def __repr__(self) -> str:
+        baselines = sorted(self._baselines.items())
+        speeds = ", ".join(f"{1 << level}+: {line!r}" for level, line in baselines)
+        return f"<Pace reads {self.rate:.0f} bytes/s, writes {{{speeds}}} tokens/s>"
+
+    def learn(
+        self,
+        prompt_bytes: int,
+        first_token: float,
+        tokens: int,
+        seconds: float,
+        beside: int = 1,
+        reported: Prefill | None = None,
+    ) -> None:
+        """Learn from a complete answer.
+
+        `first_token` is the time from the request to the first token, `seconds` that
+        from the first token to the last.  What measures nothing is ignored.
+        """
+        known = self.expectations
+        if prompt_bytes > 0:
+            self.speed.read(prompt_bytes, first_token, reported)
+            if 0 < first_token < math.inf:
+                rate = prompt_bytes / first_token
+                if rate > self.rate:
+                    self.rate = min(rate, self.rate * known.rate_rise)
+                elif prompt_bytes >= known.least_bytes:
+                    self.rate = max(rate, self.rate * known.rate_fall)
+        if tokens >= known.least_tokens and 0 < seconds < math.inf:
+            self.speed.wrote(tokens, seconds, beside)
+            now, level = self._clock(), _level(beside)
+            baseline = self._baselines.get(level)
+            if baseline is None:
+                baseline = _Baseline(known.answers, known.half_life, now)
+                self._baselines[level] = baseline
+            baseline.learn(tokens / seconds, seconds, now)
+
+    def missed(self) -> None:
+        """Learn from a prompt whose first token did not come within its allowance.
+
+        Either the rate is `multiple` times too high, or the worker hangs, which the
+        breaker will find out; until then the rate falls no lower than where it began.
+        """
+        lowest = min(self.rate, self.expectations.rate)
+        self.rate = max(self.rate / self.expectations.multiple, lowest)
+
+    def allowance(self, prompt_bytes: int) -> float:
+        """Return how many seconds the first token of an answer may take."""
+        known = self.expectations
+        expected = prompt_bytes / self.rate
+        return min(known.base + expected * known.multiple, known.hard)
+
+    def is_slow(self, tokens: int, seconds: float, beside: int = 1) -> bool:
+        """Return whether the worker wrote this far below its own baseline."""
+        known = self.expectations
+        if tokens < known.least_tokens or not 0 < seconds < math.inf:
+            return False
+        baseline = self._baselines.get(_level(beside))
+        if baseline is None or baseline.speed is None:
+            return False
+        return tokens / seconds < known.fraction * baseline.speed
+
+
+class _Baseline:
+    """The usual speed of a worker: the median of the first answers, then a follower."""
+
+    __slots__ = ("_answers", "_first", "_half_life", "_learnt_at", "speed")
+
+    def __init__(self, answers: int, half_life: float, now: float) -> None:
+        self.speed: float | None = None  # tokens/s; None until there were enough
+        self._answers = answers
+        self._first: list[float] = []
+        self._half_life = half_life
+        self._learnt_at = now
+
+    def __repr__(self) -> str:
+        return "?" if self.speed is None else f"{self.speed:.1f}"
+
+    def learn(self, speed: float, seconds: float, now: float) -> None:
+        # Parallel answers cover the same time, and a night without any covers none.
+        covered = min(now - self._learnt_at, seconds)
+        self._learnt_at = now
+        if self.speed is not None:
+            factor = 2 ** (covered / self._half_life)
+            self.speed = max(self.speed / factor, min(speed, self.speed * factor))
+            return
+        self._first.append(speed)
+        if len(self._first) >= self._answers:
+            self.speed = statistics.median(self._first)
+
+
+def _level(beside: int) -> int:
+    """Put 1, 2-3, 4-7, 8-15… parallel answers on a level each."""
+    return max(beside, 1).bit_length() - 1

@@ -28,8 +28,7 @@ from gollama_proxy.config.settings import Health, WorkerConfig
 from gollama_proxy.fleet.breaker import Breaker, Verdict
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.naming import AnswerNames
-from gollama_proxy.fleet.slowness import Expectations, Pace
-from gollama_proxy.fleet.speed import Prefill
+from gollama_proxy.fleet.speed import Expectations, Pace, Prefill
 from gollama_proxy.wire.description import Check, Description, Model
 
 if TYPE_CHECKING:
@@ -346,13 +345,17 @@ class Worker:
         Where a breaker is half-open, the lease is its proof.
         """
         lease = Lease(self, model, slot=slot)
-        permits = [breaker.permit() for breaker in self.breakers(model)]
-        lease.permits = tuple(permit for permit in permits if permit is not None)
-        lease.generation = self.breaker.generation
+        breaker, of_model = self.breaker, self.model_breakers.get(model)
+        if not (breaker.closed and (of_model is None or of_model.closed)):
+            permits = [each.permit() for each in self.breakers(model)]
+            lease.permits = tuple(permit for permit in permits if permit is not None)
+        lease.generation = breaker.generation
         lease.loads = model in self._unloaded
         self.leases.add(lease)
         self._taken += slot
-        self._note_room()
+        if self._full_since is None and self.slots is not None:
+            full = self._taken >= self.slots + self.overcommit
+            self._full_since = lease.taken_at if full else None
         return lease
 
     def _note_room(self) -> None:
@@ -366,38 +369,41 @@ class Worker:
         beside = len(self.leases)
         self.leases.discard(lease)
         self._taken -= lease.slot
-        verdict = self._judge(lease, result, beside)
+        complete = result is Result.COMPLETE
+        verdict = self._learn(lease, beside) if complete else self._judge(lease, result)
         for permit in lease.permits:
             permit.settle(_proof(verdict, result))
-        self.breaker.record(verdict, lease.generation)
-        if result in (Result.WORKER_FAILED, Result.SLOW):
-            self._bad += 1
-            self._good = 0
-        if result in SUSPICIOUS:
-            self.suspect()
-        if result is Result.REFUSED:
-            self.has_answered(lease)
-        self.freed()
-        self._note_room()  # a slot that went from one request to the next was not free
+        if verdict is not Verdict.NEUTRAL:
+            self.breaker.record(verdict, lease.generation)
+        if not complete:
+            self._take_notice(lease, result)
+        if self.on_free is not None:
+            self.on_free()
+        if self._full_since is not None:
+            self._note_room()  # a slot that is taken again at once was never free
         if self.on_gone is not None and not self.leases:
             self.on_gone()
 
-    def _judge(self, lease: Lease, result: Result, beside: int) -> Verdict:
-        """Say what an attempt has shown about this worker."""
+    def _learn(self, lease: Lease, beside: int) -> Verdict:
+        """Learn from a complete answer, which was one of `beside`."""
+        if lease.prefill is not None:
+            self._check(lease.prefill)
+        model, tokens, seconds = lease.model, lease.tokens, lease.seconds
+        pace = self.paces.get(model) or self.pace_of(model)
+        slow = tokens and pace.is_slow(tokens, seconds, beside)
+        pace.learn(
+            0 if lease.loads else lease.prompt_bytes,  # not a time of reading
+            lease.first_token,
+            tokens,
+            seconds,
+            beside,
+            lease.prefill,
+        )
+        return Verdict.SLOW if slow else Verdict.SUCCESS
+
+    def _judge(self, lease: Lease, result: Result) -> Verdict:
+        """Return what an attempt without a complete answer shows about this worker."""
         match result:
-            case Result.COMPLETE:
-                self._check(lease.prefill)
-                pace = self.pace_of(lease.model)
-                slow = pace.is_slow(lease.tokens, lease.seconds, beside)
-                pace.learn(
-                    0 if lease.loads else lease.prompt_bytes,  # not a time of reading
-                    lease.first_token,
-                    lease.tokens,
-                    lease.seconds,
-                    beside,
-                    lease.prefill,
-                )
-                return Verdict.SLOW if slow else Verdict.SUCCESS
             case Result.SLOW:
                 if not lease.first_token:
                     self.pace_of(lease.model).missed()
@@ -411,12 +417,23 @@ class Worker:
                 return Verdict.HUNG if hung else Verdict.NEUTRAL
             case Result.BUSY | Result.REFUSED | Result.ERRED | Result.HUB_STOPPED:
                 return Verdict.NEUTRAL
+            case Result.COMPLETE:
+                raise AssertionError(lease)
             case _:
                 assert_never(result)
 
-    def _check(self, told: Prefill | None) -> None:
-        """Complain, once, of what it tells about its reading if that cannot be true."""
-        if told is not None and not told.possible and not self._odd_timings:
+    def _take_notice(self, lease: Lease, result: Result) -> None:
+        if result in (Result.WORKER_FAILED, Result.SLOW):
+            self._bad += 1
+            self._good = 0
+        if result in SUSPICIOUS:
+            self.suspect()
+        if result is Result.REFUSED:
+            self.has_answered(lease)
+
+    def _check(self, told: Prefill) -> None:
+        """Warn, once, if what it reports about its reading cannot be true."""
+        if not told.possible and not self._odd_timings:
             self._odd_timings = True
             logger.warning(
                 "worker %s: says it read %s tokens in %s s, beside %s in its cache",

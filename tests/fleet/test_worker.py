@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import random
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
+from types import FrameType
 
 import pytest
 from hypothesis import settings
@@ -23,7 +28,7 @@ from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, Origin, WorkerConfig
 from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
 from gollama_proxy.fleet.lease import Lease, Result
-from gollama_proxy.fleet.speed import Prefill
+from gollama_proxy.fleet.speed import Pace, Prefill
 from gollama_proxy.fleet.worker import (
     MOST_SLOTS,
     TRANSITIONS,
@@ -1156,3 +1161,45 @@ def test_another_build_in_an_answer_is_suspicious_once() -> None:
     for build in ("", "b1", "b2", "b2", "b1"):
         worker.see_build(build)
     assert len(looks) == 1
+
+
+# --- What it costs ----------------------------------------------------------------
+
+
+def frames_of(action: Callable[[], object]) -> list[str]:
+    """List the Python functions that are called."""
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return called[1:]
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(0, 11), (150, 18)])
+def test_an_answer_costs_few_calls(tokens: int, most: int) -> None:
+    """This many functions run between a lease and what was learnt from its answer."""
+    worker = make(WorkerState.READY)
+    worker.observe(Check.OK, "ok", ABOUT)
+    worker.on_free = lambda: None
+    worker.clock = time.monotonic  # in Python it would be counted
+    worker.breaker = Breaker("w1", Policy(), time.monotonic, random.Random())
+    worker.paces["qwen"] = Pace(time.monotonic)
+
+    def answer() -> None:
+        lease = worker.lease("qwen")
+        lease.prompt_bytes, lease.first_token = 2000, 0.01
+        lease.tokens, lease.seconds = tokens, 2.0 * bool(tokens)
+        lease.release(Result.COMPLETE)
+
+    for _ in range(10):
+        answer()
+    called = frames_of(answer)
+    assert len(called) <= most, called
