@@ -12,8 +12,6 @@ Theory of operation
                                      │          DISPROVED            ▲
                                      ╰───────────────────────────────╯
 
-                  RESET leads to CLOSED from everywhere: somebody says so.
-
 CLOSED     Every request ends with a `record()` of its verdict.  Three things trip the
            breaker: failures in a row (the worker is dead), the failure rate of the last
            `window` seconds (it is ill), the slow rate (it drowns).  Rates need
@@ -73,7 +71,6 @@ class BreakerEvent(enum.Enum):
     RESTED = "the open time is over"
     PROVED = "enough good proofs"
     DISPROVED = "a bad proof"
-    RESET = "somebody says so"
 
 
 # All the steps there are; any other raises.
@@ -82,9 +79,6 @@ TRANSITIONS: dict[tuple[BreakerState, BreakerEvent], BreakerState] = {
     (BreakerState.OPEN, BreakerEvent.RESTED): BreakerState.HALF_OPEN,
     (BreakerState.HALF_OPEN, BreakerEvent.PROVED): BreakerState.CLOSED,
     (BreakerState.HALF_OPEN, BreakerEvent.DISPROVED): BreakerState.OPEN,
-    (BreakerState.CLOSED, BreakerEvent.RESET): BreakerState.CLOSED,
-    (BreakerState.OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
-    (BreakerState.HALF_OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
 }
 
 
@@ -247,7 +241,7 @@ class Breaker:
             return None
         self._permit_out = True
         self._changed()
-        return Permit(self, self.generation)
+        return Permit(self)
 
     def renew(self) -> None:
         """Say that the worker was away and is back, and may be another one by now.
@@ -262,12 +256,6 @@ class Breaker:
         else:
             self._rested_at, self._open_time = min(self._rested_at, now), 0.0
             self._changed()
-
-    def reset(self, reason: str) -> None:
-        """Close at once and forget everything: the worker is as good as new."""
-        self._step(BreakerEvent.RESET, reason)
-        self._closed_at = self._busy_until = -math.inf  # no ramp and no doubling
-        self._changed()
 
     def _trip(self, cause: Cause, reason: str) -> None:
         if self._clock() - self._closed_at >= self.policy.window:
@@ -300,9 +288,7 @@ class Breaker:
         self._in_a_row = 0
         self._credit = 0.0  # parts of turns
 
-    def _settle(self, generation: int, good: bool | None) -> None:
-        if generation != self.generation:
-            return
+    def _settle(self, good: bool | None) -> None:
         self._permit_out = False
         self._changed()
         if good is False:
@@ -349,10 +335,10 @@ class Permit:
     Used as a context manager, it cannot leak: what nobody settled proves nothing.
     """
 
-    __slots__ = ("_breaker", "_generation", "_settled")
+    __slots__ = ("_breaker", "_settled")
 
-    def __init__(self, breaker: Breaker, generation: int) -> None:
-        self._breaker, self._generation = breaker, generation
+    def __init__(self, breaker: Breaker) -> None:
+        self._breaker = breaker
         self._settled = False
 
     def __repr__(self) -> str:
@@ -363,7 +349,7 @@ class Permit:
         """Give the permit back with what it has shown; only the first call counts."""
         if not self._settled:
             self._settled = True
-            self._breaker._settle(self._generation, good)
+            self._breaker._settle(good)
 
     def __enter__(self) -> Permit:
         return self

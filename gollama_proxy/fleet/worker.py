@@ -88,7 +88,6 @@ class Worker:
     slots: int | None = field(init=False)  # None: not known, and not limited
     weight: float = field(init=False)  # its share beside the others'
     leases: set[Lease] = field(default_factory=set)
-    checked_at: float | None = None
     policy: Policy = field(default_factory=Policy)
     expectations: Expectations = field(default_factory=Expectations)
     rng: random.Random = field(default_factory=random.Random)
@@ -485,7 +484,6 @@ class Worker:
     ) -> None:
         """Take the result of one ping; `description` is what it learnt, if anything."""
         now = self.clock()
-        self.checked_at = now
         if description is not None:
             before, self.description = self.description, description
             changed = before != description

@@ -89,17 +89,13 @@ def test_every_step_is_in_the_table_or_refused(
         assert breaker.transitions - entered == {reached: 1}
 
 
-def test_the_table_leads_round_and_a_reset_leads_out_of_everywhere() -> None:
-    steps = {
+def test_the_table_leads_round() -> None:
+    assert TRANSITIONS == {
         (BreakerState.CLOSED, BreakerEvent.TRIPPED): BreakerState.OPEN,
         (BreakerState.OPEN, BreakerEvent.RESTED): BreakerState.HALF_OPEN,
         (BreakerState.HALF_OPEN, BreakerEvent.PROVED): BreakerState.CLOSED,
         (BreakerState.HALF_OPEN, BreakerEvent.DISPROVED): BreakerState.OPEN,
     }
-    resets = {
-        (state, BreakerEvent.RESET): BreakerState.CLOSED for state in BreakerState
-    }
-    assert steps | resets == TRANSITIONS
 
 
 def test_each_step_is_logged_once_with_its_reason(
@@ -244,7 +240,6 @@ def test_what_has_opened_it_is_counted(verdicts: list[Verdict], cause: Cause) ->
         clock.advance(breaker.opens_in())
         prove(breaker, True, None, False)
         assert breaker.causes == {cause: 1, Cause.PROOF: number}
-    breaker.reset("by the test")
     assert breaker.causes.total() == 3 == breaker.transitions[BreakerState.OPEN]
 
 
@@ -487,22 +482,6 @@ def test_a_permit_settles_once() -> None:
     assert breaker.closed
 
 
-@pytest.mark.parametrize("good", [True, False, None])
-def test_a_permit_that_comes_late_changes_nothing(good: bool | None) -> None:
-    breaker, clock = make(BreakerState.HALF_OPEN)
-    late = take(breaker)
-    breaker.reset("replaced")
-    record(breaker, *[BAD] * 5)
-    clock.advance(5)
-    current = take(breaker)
-    late.settle(good)
-    assert breaker.state is BreakerState.HALF_OPEN
-    assert breaker.permit() is None
-    current.settle(True)
-    prove(breaker, True)
-    assert breaker.closed
-
-
 def test_a_permit_comes_back_from_an_exception() -> None:
     breaker, _ = make(BreakerState.HALF_OPEN)
     with pytest.raises(OSError), take(breaker):
@@ -573,17 +552,6 @@ def test_a_recovered_worker_is_not_blamed_for_what_was_before() -> None:
     prove(breaker, True, True)
     record(breaker, *[BAD] * 4, GOOD, *[BAD] * 4)
     assert breaker.available
-
-
-@pytest.mark.parametrize("state", list(BreakerState))
-def test_a_reset_makes_the_worker_as_good_as_new(state: BreakerState) -> None:
-    breaker, _ = make(state)
-    breaker.busy(30)
-    breaker.reset("an operator said so")
-    assert (breaker.available, breaker.reason) == (True, "an operator said so")
-    assert all(breaker.turn() for _ in range(100))
-    record(breaker, *[BAD] * 5)
-    assert breaker.opens_in() == 5
 
 
 # --- Away for a while -------------------------------------------------------------
@@ -744,17 +712,9 @@ class Breakers(RuleBasedStateMachine):
         self.held = None
         self.model.settle(self.clock(), good)
 
-    @precondition(lambda self: self.model.state is not BreakerState.CLOSED)
-    @rule()
-    def somebody_resets_it(self) -> None:
-        self.breaker.reset("somebody says so")
-        self.old += [self.held] if self.held is not None else []
-        self.held = None
-        self.model = Model()
-
     @precondition(lambda self: self.old)
     @rule(good=st.sampled_from([True, False, None]))
-    def a_settled_or_stale_permit_is_settled(self, good: bool | None) -> None:
+    def a_settled_permit_is_settled_again(self, good: bool | None) -> None:
         self.old[-1].settle(good)
 
     @invariant()

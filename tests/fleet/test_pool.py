@@ -146,7 +146,7 @@ def test_a_pool_opens_again_with_the_first_of_its_workers(clock: Clock) -> None:
     clock.advance(2)
     trip(b)
     assert pool.reopens_in() == 3
-    b.breaker.reset("by the test")
+    b.breaker.renew()
     assert pool.reopens_in() == 0
 
 
@@ -166,7 +166,7 @@ def test_a_worker_that_is_down_will_not_open_by_waiting(clock: Clock) -> None:
     trip(a)
     trip(b)
     clock.advance(2)
-    b.breaker.reset("by the test")
+    b.breaker.renew()
     assert Pool("tiny", (a, b)).reopens_in() == 3
     assert Pool("tiny", (b,)).reopens_in() == 0
     assert Pool("tiny", ()).reopens_in() == 0

@@ -69,7 +69,7 @@ def test_workers_keep_the_order_of_the_configuration() -> None:
 
 def test_the_hubs_clock_is_the_clock_of_its_workers() -> None:
     clock = Clock(5.0)
-    assert registry("a", clock=clock).workers[0].checked_at == 5.0
+    assert registry("a", clock=clock).workers[0].lease().taken_at == 5.0
 
 
 def test_a_model_is_listed_once_however_many_serve_it() -> None:

@@ -231,7 +231,7 @@ def test_each_change_is_logged_once_and_going_down_is_a_warning(
 
 def test_before_it_was_reached_nothing_is_known_of_it() -> None:
     worker = make()
-    assert (worker.description, worker.checked_at) == (None, None)
+    assert worker.description is None
     assert not worker.serves("qwen")
 
 
@@ -455,15 +455,6 @@ def test_the_weight_is_what_is_configured_else_the_memory(
     assert Worker(config, Health(), Clock()).weight == result
 
 
-def test_each_check_has_its_moment() -> None:
-    clock = Clock(50.0)
-    worker = make(clock=clock)
-    for check in Check:
-        worker.observe(check, "")
-        assert worker.checked_at == clock()
-        clock.advance(30)
-
-
 # --- Who talks is alive -----------------------------------------------------------
 
 
@@ -476,7 +467,6 @@ def test_a_worker_that_talks_is_kept_whatever_its_health_check_says() -> None:
         lease.heard_at = clock.advance(30)
         clock.advance(5)  # its last byte came when the ping began
         assert after(worker, Check.FAILED) == [WorkerState.READY]
-        assert worker.checked_at == clock()
         assert not worker.in_doubt
 
 
@@ -791,21 +781,6 @@ def test_a_request_from_before_proves_nothing(outcome: Result) -> None:
     assert worker.can_serve("qwen")
 
 
-@pytest.mark.parametrize("outcome", list(Result))
-def test_a_proof_of_an_earlier_time_changes_nothing(outcome: Result) -> None:
-    worker, clock = half_open()
-    late = worker.lease()
-    worker.breaker.reset("replaced")
-    trip(worker.breaker)
-    clock.advance(5)
-    current = worker.lease()
-    late.release(outcome)
-    assert worker.breaker.state is BreakerState.HALF_OPEN
-    assert not worker.can_serve("qwen")
-    current.release(Result.REFUSED)
-    assert worker.can_serve("qwen")
-
-
 @pytest.mark.parametrize("check", [Check.FAILED, Check.REFUSED, Check.LOADING])
 def test_a_worker_that_comes_back_from_the_dead_may_prove_itself_at_once(
     check: Check,
@@ -1003,12 +978,6 @@ class Leases(RuleBasedStateMachine):
     def prove(self, outcome: Result) -> None:
         """End a request that was let in as a proof, be it in time or too late."""
         self.release(next(iter(self.proving)), outcome)
-
-    @precondition(lambda self: not self.worker.breaker.closed)
-    @rule()
-    def replace(self) -> None:
-        """Have the worker be as good as new, whatever is still on its way."""
-        self.worker.breaker.reset("by the test")
 
     @rule(place=leases, outcome=st.sampled_from(Result))
     def release(self, place: Place, outcome: Result) -> None:
