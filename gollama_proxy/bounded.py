@@ -1,8 +1,9 @@
-"""What is known of names, of which there may be any number.
+"""Tables by names that clients and workers choose, with a limit to their size.
 
-A worker can be said to serve `qwen*`, and then every client can make up models; and a
-worker can list others at each ping.  So what is kept by a model's name is kept of so
-many only.  Who is forgotten is learnt anew when somebody asks for it again.
+A worker can be configured to serve `qwen*`, and then clients can invent any number of
+models; and a worker can list other models at each health check.  So what is kept by the
+name of a model is kept for a limited number of names.  What was dropped is learnt again
+when a request needs it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import TypeVar
 K = TypeVar("K")
 V = TypeVar("V")
 
-MOST = 1000  # names; a router of llama-server with all of its presets has some 100
+MOST = 1000  # names; llama-server's router mode with all of its presets has about 100
 
 
 class Remembered(dict[K, V]):
-    """A dict that forgets its oldest entry when it gets one too many."""
+    """A dict that drops its oldest entry when it gets one too many."""
 
     __slots__ = ("most",)
 

@@ -1,4 +1,4 @@
-"""The hub: its parts, its routes, its life from start to drain."""
+"""The hub: its parts, its routes, its start and drain, and a fleet that can change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from gollama_proxy.wire.openai import ENDPOINTS
 
 
 class Hub(Listener):
-    """Puts the parts together; nothing else knows all of them."""
+    """Puts the parts together; only this class knows all of them."""
 
     def __init__(
         self, config: Config, clock: Callable[[], float] = time.monotonic
@@ -44,11 +44,11 @@ class Hub(Listener):
         self.registry = Registry(config, clock)
         self.balancer = Balancer(self.registry, config, clock)
         self._tls = tls.for_server(config.server)
-        # By the files that they are made of; and those of each https worker.
+        # By the files that they are made from, and by the https worker that uses them.
         self._credentials: dict[tuple[str, ...], tls.Credentials] = {}
         self._worker_tls: dict[Worker, tls.Credentials] = {}
         tls.for_workers(config.workers, self._credentials)
-        # Of workers that were removed, too, until their last answer has ended.
+        # Also those of removed workers, until their last answer has ended.
         self.connections: dict[Worker, ConnectionPool] = {}
         self._clock = clock
         self.queue = Queue(self.balancer, config.queue, clock)
@@ -186,10 +186,10 @@ class Hub(Listener):
     # --- Life ---------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Listen, and start to look after the workers; none of them has to be there.
+        """Listen for clients and start the health checks; no worker has to be up.
 
         Raises:
-            OSError: the address is taken or not ours.
+            OSError: the address is in use, or not one of this machine.
         """
         server = self.config.server
         runner = web.ServerRunner(
@@ -219,7 +219,7 @@ class Hub(Listener):
 
     @property
     def url(self) -> str:
-        """The address that clients use, with the port that was really taken."""
+        """The URL for clients, with the actual port."""
         assert self._runner is not None, self
         host, port = self._runner.addresses[0][:2]
         scheme = "http" if self._tls is None else "https"
@@ -230,15 +230,15 @@ class Hub(Listener):
         )
 
     async def ready(self) -> None:
-        """Wait until every worker has been asked once how it is."""
+        """Wait until every worker has been checked once."""
         await self.health.first_round()
 
     async def known(self) -> None:
-        """Wait until every worker has said what it serves, or was down."""
+        """Wait until every worker has listed its models, or was down."""
         await self.health.described()
 
     async def drain(self) -> None:
-        """Stop accepting, let running answers end within the limit, release all."""
+        """Stop listening, let answers end (`server.drain`), and close everything."""
         if self._runner is None:
             return
         self.draining = True
@@ -254,7 +254,7 @@ class Hub(Listener):
             connections.close()
 
     async def abort(self) -> None:
-        """Cut everything now; a `drain` that is under way then returns at once."""
+        """Cut running answers; a `drain` in progress then returns at once."""
         self.dispatcher.cut()
         await self.drain()
 

@@ -1,4 +1,4 @@
-"""A hub's life in a process: from its start to the signal that ends it."""
+"""Runs a hub in this process, from its start to the signal that ends it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from gollama_proxy.telemetry import logs
 
 logger = logging.getLogger(__name__)
 
-# What there may be open beside connections: files, pings, canaries, idle connections.
+# Open files in addition to clients and their requests: logs, health checks, canaries
+# and idle connections.
 _SPARE_FILES = 256
-# A hard limit that is none: more than any process of this kind has ever needed.
+# Enough for any hub; taken where the hard limit is infinite.
 _MANY_FILES = 1 << 20
 
 Announce = Callable[[Hub], Coroutine[Any, Any, None]]
@@ -38,7 +39,7 @@ Announce = Callable[[Hub], Coroutine[Any, Any, None]]
 def run(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
     """Run a command on uvloop, with signals; return its exit status."""
 
-    async def hearing_signals() -> int:
+    async def with_signals() -> int:
         loop, signals = asyncio.get_running_loop(), Signals()
         handlers = {
             signal.SIGINT: signals.receive,
@@ -50,27 +51,27 @@ def run(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
         try:
             return await command(signals)
         finally:
-            for number in handlers:  # a uvloop that is closed still has them
+            for number in handlers:  # closing a uvloop does not remove them
                 loop.remove_signal_handler(number)
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(hearing_signals())
+            return runner.run(with_signals())
     finally:
         logs.flush()  # before the traceback of a crash
 
 
 class Signals:
-    """The first SIGINT or SIGTERM asks for the end, the second one insists.
+    """The first SIGINT or SIGTERM requests the end, the second one forces it.
 
-    SIGHUP asks to read files again, as it does with other services; from a terminal
-    it says that the terminal has gone, and so asks for the end.
+    SIGHUP has files read again, as in other services.  In a terminal it means that the
+    terminal was closed, and requests the end.
     """
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.insisted = asyncio.Event()
-        self.reload: Callable[[], None] | None = None  # who can, while it can
+        self.reload: Callable[[], None] | None = None  # while the hub runs
 
     def receive(self) -> None:
         (self.insisted if self.asked.is_set() else self.asked).set()
@@ -94,8 +95,8 @@ async def front(
     """Run a hub until a signal; return 1 when a second one cut answers."""
     require_parser()
     logs.configure(config.log)
-    # Thousands of streams are long-lived and hardly ever garbage: collecting by the
-    # default, at every 700 new objects, costs a tenth of a short request.
+    # Streams live long and are rarely garbage.  With the default, a collection at every
+    # 700 new objects, collecting takes a tenth of the time of a short request.
     gc.set_threshold(5_000, 10, 10)
     hub = Hub(_fit(config, _raise_file_limit()))
     try:
@@ -124,27 +125,27 @@ async def front(
 
 
 def _ignore() -> None:
-    """What is about to end reads nothing again, and is not hurried by SIGHUP."""
+    """A hub that drains reads nothing again, and SIGHUP does not force its end."""
 
 
 def _raise_file_limit() -> int:
-    """Take all the open files that this process may have; return how many."""
+    """Raise the limit of open files as far as is allowed; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else hard
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return wanted
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):  # macOS has a lower one that it does not tell
+    except (OSError, ValueError):  # macOS has a lower one that it does not report
         return soft
     logger.info("raised the limit of open files from %d to %d", soft, wanted)
     return wanted
 
 
 def _fit(config: Config, files: int) -> Config:
-    """Let in no more clients than there are files for them and for their workers.
+    """Limit the clients to those for which there are files, and for their workers.
 
-    A hub without files could reach no worker, and would blame the worker.
+    A hub without free files could not reach its workers, and would blame them.
     """
     limits = config.limits
     room = max(1, (files - _SPARE_FILES) // 2)
@@ -186,7 +187,7 @@ async def _drain(hub: Hub, signals: Signals) -> bool:
     await asyncio.wait((draining, insisting), return_when=asyncio.FIRST_COMPLETED)
     clean = draining.done()
     if not clean:
-        logger.warning("second signal: cutting what still runs")
+        logger.warning("second signal: cutting running answers")
         await hub.abort()
     insisting.cancel()
     await draining

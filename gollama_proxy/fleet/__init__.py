@@ -1,1 +1,1 @@
-"""The workers: which there are, how they are, and what they have proved."""
+"""The workers: which there are, their health, and what was learnt about them."""

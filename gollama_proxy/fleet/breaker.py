@@ -1,9 +1,9 @@
-"""Takes a worker out of the traffic while it fails, and lets it back in by degrees.
+"""The circuit breaker: no requests for a worker that fails, then gradually more.
 
 Theory of operation
 ===================
 
-                  TRIPPED  too many failures, or nearly all is slow
+                  TRIPPED  too many failures or slow answers
           ╭──────────────────────────────────────────────────────────╮
           │                                                          ▼
     ┌──────────┐    PROVED    ┌─────────────┐    RESTED     ┌────────────────┐
@@ -12,35 +12,35 @@ Theory of operation
                                      │          DISPROVED            ▲
                                      ╰───────────────────────────────╯
 
-CLOSED     Every request ends with a `record()` of its verdict.  Three things trip the
-           breaker: failures in a row (the worker is dead), the failure rate of the last
-           `window` seconds (it is ill), the slow rate (it drowns).  Rates need
-           `minimum_calls`, and only bad news trips: a good answer is no occasion.
-           A hang counts for the slow rate and in the row: a worker that says nothing
-           any more would else be outvoted by what it did half a minute ago.
+CLOSED     Each request ends with a `record()` of its verdict.  Three things trip the
+           breaker: consecutive failures (the worker is dead), and the failure rate or
+           the slow rate in the last `window` seconds (it is broken, or overloaded).
+           Rates need `minimum_calls`, and a good answer never trips.  A hang counts
+           towards the slow rate and the consecutive failures: the answers of half a
+           minute ago must not outweigh a worker that has stopped answering.
 
-OPEN       Nothing goes in for `open` seconds, doubled each time up to `open_max`, and
-           give or take a `jitter`, lest breakers that tripped together return together.
-           So a worker that works and fails in turn opens about every `open_max` seconds
-           at worst.  A whole `window` of being CLOSED makes the doubling forgotten.
+OPEN       No requests for `open` seconds, doubled each time up to `open_max`, and
+           varied by `jitter`, so that breakers that tripped together do not return
+           together.  A worker that works and fails in turn therefore opens every
+           `open_max` seconds at worst.  After a `window` of being CLOSED, the doubling
+           starts anew.
 
-HALF_OPEN  `permit()` hands out one permit at a time, for a request that takes a real
-           token: a process can be in good `/health` with its GPU gone.  It is a canary
-           of the hub's own, or with `canary` off the request of a user.  `proofs` good
-           ones in a row close the breaker, a bad one opens it.  A permit always comes
-           back; cancelled, it proves nothing.
+HALF_OPEN  `permit()` returns one permit at a time, for a request that generates a real
+           token: a process can report good health although its GPU is lost.  The
+           request is a canary, or with `canary` off one of a client.  `proofs` good
+           ones in a row close the breaker, and a bad one opens it.  A permit is always
+           given back; if its request was cancelled, it proves nothing.
 
-CLOSED     once more, the worker's share of the turns rises from a tenth to all of them
+CLOSED     again: the worker's share of the requests rises from a tenth to all of them
            in `ramp` seconds.
 
-There is no timer: who asks for the state looks at the clock, and takes the step RESTED
-if it is time.  Stale news changes nothing: every step begins a new *generation*, and
-verdicts and permits of an earlier one are ignored.
+There is no timer: reading the state takes the step RESTED when it is due.  Each step
+begins a new *generation*, and verdicts of an earlier one are ignored.
 
-A worker that is merely `busy()` (429, 503 "Loading model") has not failed; it is left
-alone for a while, in any state.  That belongs to the model that was asked for, so it is
-told to the breaker of the model.  One that is *unavailable* (503) again and again, each
-time after it was left alone, is broken: that counts as failures in a row.
+A worker that is `busy()` (429, or 503 "Loading model") has not failed; it gets no
+requests for a while, in any state.  That concerns one model, so it is recorded in the
+breaker of the model.  A worker that is *unavailable* (503) each time when the wait is
+over is broken: that counts as consecutive failures.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ TRANSITIONS: dict[tuple[BreakerState, BreakerEvent], BreakerState] = {
 
 
 class Cause(enum.Enum):
-    """What has opened a breaker, in few enough words for a metric."""
+    """What has opened a breaker; a label of metrics."""
 
     CONSECUTIVE = "failures in a row"
     FAILURE_RATE = "failure rate"
@@ -96,17 +96,17 @@ class IllegalStepError(Exception):
 
 
 class Verdict(enum.Enum):
-    """What a request has shown about the worker."""
+    """What a request shows about the worker."""
 
     SUCCESS = "succeeded"
     SLOW = "slow"  # it completed, but slowly
-    HUNG = "hung"  # nothing came for too long, and it was given up: slow, and failed
+    HUNG = "hung"  # nothing came for too long: slow, and a failure
     FAILURE = "failed"
-    NEUTRAL = "neutral"  # nothing: the client left, or asked for the impossible
+    NEUTRAL = "neutral"  # nothing: the client left, or sent a request that is wrong
 
 
 class Breaker:
-    """The circuit breaker of one worker.  `clock` gives monotonic seconds."""
+    """The breaker of a worker or of a model on it; `clock` gives monotonic seconds."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Breaker:
         self._forget_the_past()
 
     def __repr__(self) -> str:
-        # Of the state as it is noted down: looking at a thing must not change it.
+        # Of the state as it was left: a repr must not take a step.
         slow, failed = self._slow.count, self._failures.count
         return (
             f"<Breaker {self.name} {self._state.name} ({self.reason}) "
@@ -144,7 +144,7 @@ class Breaker:
             f"in_a_row={self._in_a_row} opens_in={self.opens_in():.1f}>"
         )
 
-    # --- What it says -------------------------------------------------------------
+    # --- What it admits -----------------------------------------------------------
 
     @property
     def state(self) -> BreakerState:
@@ -158,7 +158,7 @@ class Breaker:
 
     @property
     def admits(self) -> bool:
-        """Whether a request may come: as one of many, or alone, as a proof."""
+        """Whether a request is admitted: as one of many, or alone, as a proof."""
         return self.available or (not self.policy.canary and self._offers_permit)
 
     @property
@@ -167,7 +167,7 @@ class Breaker:
         return not (resting or self._permit_out)
 
     def opens_in(self) -> float:
-        """Tell how long it will surely take nothing, not even a proof; 0 if it may."""
+        """Return the seconds for which it certainly admits nothing, not even proofs."""
         until = self._busy_until
         if self._state is BreakerState.OPEN:
             until = max(until, self._rested_at)
@@ -180,10 +180,10 @@ class Breaker:
         return moment if moment > self._clock() else math.inf
 
     def turn(self) -> bool:
-        """Say whether an available worker should take this turn or leave it to others.
+        """Return whether an available worker should take this request, or leave it.
 
-        No dice: the shares of the turns add up, and each whole one is a yes.  Where all
-        say no, somebody has to take it all the same.
+        Nothing is random: the worker's shares add up, and each whole one is a True.  If
+        every worker returns False, one of them has to take the request all the same.
         """
         since, ramp = self._clock() - self._closed_at, self.policy.ramp
         missing = 0.0 if since >= ramp else (1 - FIRST_SHARE) * (1 - since / ramp)
@@ -193,13 +193,13 @@ class Breaker:
         self._credit -= 1.0
         return True
 
-    # --- What it hears ------------------------------------------------------------
+    # --- What it learns -----------------------------------------------------------
 
     def record(self, verdict: Verdict, generation: int | None = None) -> None:
-        """Take in how a request on this worker ended.
+        """Record how a request on this worker ended.
 
-        `generation` is what `self.generation` was when the request began.  With it, the
-        stragglers of an earlier breakdown cannot trip a breaker that has closed since.
+        `generation` is that of the breaker when the request began.  With it, the last
+        requests of an earlier breakdown cannot trip a breaker that has closed since.
         """
         late = generation is not None and generation != self.generation
         if late or not self.closed or verdict is Verdict.NEUTRAL:
@@ -216,10 +216,10 @@ class Breaker:
             self._trip(*objection)
 
     def busy(self, seconds: float, *, unavailable: bool = False) -> float:
-        """Leave the worker alone for a while, as it asked; this is no failure.
+        """Admit nothing for some seconds, as the worker asked; this is no failure.
 
-        But to be `unavailable` for ever is one.  Requests that were under way together
-        count once.  Returns for how long it is left alone, at most `busy_max` seconds.
+        Being `unavailable` again and again is one; requests that ran at the same time
+        count once.  Returns the seconds, which are at most `busy_max`.
         """
         now = self._clock()
         seconds = min(seconds, self.policy.busy_max)
@@ -236,7 +236,7 @@ class Breaker:
         return seconds
 
     def permit(self) -> Permit | None:
-        """Hand out the right to prove that the worker works, if this is the time."""
+        """Return the right to prove that the worker works, or None if it is not due."""
         if not self._offers_permit:
             return None
         self._permit_out = True
@@ -244,10 +244,10 @@ class Breaker:
         return Permit(self)
 
     def renew(self) -> None:
-        """Say that the worker was away and is back, and may be another one by now.
+        """Record that the worker is back, and may be another server by now.
 
         That proves nothing, so an open breaker stays open until the proofs, which can
-        begin at once.  A closed one forgets the past, and its share rises by degrees.
+        begin at once.  A closed one forgets the past, and its share rises gradually.
         """
         now = self._clock()
         if self.closed:
@@ -270,10 +270,10 @@ class Breaker:
         slow = verdict is not Verdict.FAILURE
         cause = Cause.SLOW_RATE if slow else Cause.FAILURE_RATE
         rate = policy.slow_rate if slow else policy.failure_rate
+        kind = Verdict.SLOW if slow else Verdict.FAILURE
         calls, bad = self._calls, (self._slow if slow else self._failures).count
         if calls < policy.minimum_calls or bad / calls < rate:
             return None
-        kind = Verdict.SLOW if slow else Verdict.FAILURE
         return cause, f"{bad} of {calls} {kind.value} in {policy.window:g} s"
 
     @property
@@ -332,7 +332,7 @@ class Breaker:
 class Permit:
     """The right to put one request on a worker whose breaker is half-open.
 
-    Used as a context manager, it cannot leak: what nobody settled proves nothing.
+    Used as a context manager, it cannot leak; if it was not settled, it proves nothing.
     """
 
     __slots__ = ("_breaker", "_settled")
@@ -346,7 +346,7 @@ class Permit:
         return f"<Permit {held} on {self._breaker.name}>"
 
     def settle(self, good: bool | None) -> None:
-        """Give the permit back with what it has shown; only the first call counts."""
+        """Give the permit back with its result; only the first call counts."""
         if not self._settled:
             self._settled = True
             self._breaker._settle(good)

@@ -1,18 +1,19 @@
-"""What a worker calls a model in its answers, and when that is another model.
+"""The names of models in a worker's answers, and which of them mean another model.
 
-Most servers answer with the name that they list, or with the one they were asked for.
-Some have a way of their own: a path, a name without its tag, the first of several.  So
-a name that is new is no proof.  The worker is looked at, and what it lists then counts:
+Most servers answer with the name that they list, or with the requested one.  Some use
+another form: a path, a name without its tag, the first name of several.  So a new name
+does not prove that another model has answered.  The worker is checked, and the models
+that it then lists decide:
 
-    the model asked for is listed       its own way, and remembered; unless the name is
-                                        that of another model in the list, and it was
-                                        called otherwise before
-    it is only stated in the settings   its own way, as the operator says so; unless the
-                                        worker has listed it before and does not now
-    neither                             another model
+    the requested model is listed       the name is accepted and remembered, unless it
+                                        is that of another listed model, and the
+                                        requested one had another name before
+    it is only in the settings          the name is accepted, unless the worker has
+                                        listed the model before and does not now
+    neither                             another model has answered
 
-What is remembered is forgotten when the worker lists something else, is of another
-build, or was away.
+Accepted names are forgotten when the worker lists other models, has another build, or
+was away.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from collections.abc import Collection
 
 from gollama_proxy.bounded import Remembered
 
-# Names for one model, beyond which a worker's names say nothing.
+# Names for one model; a worker that uses more is no longer checked.
 MOST_NAMES = 8
 
 
 class AnswerNames:
-    """The names by which one worker calls its models in its answers."""
+    """The names that one worker uses for its models in its answers."""
 
     __slots__ = ("_known",)
 
@@ -37,7 +38,7 @@ class AnswerNames:
         return f"<AnswerNames of {len(self._known)} models>"
 
     def knows(self, model: str, name: str) -> bool:
-        """Return whether this is known to be how the worker calls a model."""
+        """Return whether the worker is known to use this name for a model."""
         known = self._known.get(model, ())
         if name in known or len(known) >= MOST_NAMES:
             return True
@@ -48,9 +49,10 @@ class AnswerNames:
     def accept(
         self, model: str, name: str, listed: Collection[str], *, stated: bool = False
     ) -> bool:
-        """Return whether a new name may stand for a model; it is then remembered.
+        """Return whether a new name may mean a model; it is then remembered.
 
-        `listed` is what the worker has just listed; a model may be `stated` instead.
+        `listed` are the models that the worker has just listed; a model may be `stated`
+        in the settings instead.
         """
         known = self._known.get(model, ())
         other = name in listed and name != model
@@ -60,5 +62,5 @@ class AnswerNames:
         return accepted
 
     def forget(self) -> None:
-        """Forget all: the worker may be another one by now."""
+        """Forget all names: another server may answer by now."""
         self._known.clear()

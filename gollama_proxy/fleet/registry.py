@@ -1,4 +1,4 @@
-"""The live list of workers, and which of them serve the model that a client names."""
+"""The workers of the hub, which may change, and the models that they serve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gollama_proxy.fleet.speed import Expectations
 from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
-# How long a client should wait before it asks again: one or two rechecks.
+# Seconds after which a client may try again: one or two rechecks.
 RETRY_AFTER = 2
 LONGEST_NAME = 200  # of a model for which a route is remembered, in characters
 
@@ -42,7 +42,7 @@ class Listener:
 
 
 class Registry:
-    """Workers by configuration, models by what the workers list.
+    """The workers, the models that they list, and the names that lead to models.
 
     `allowed` arguments are the patterns of a token's `models` claim; None allows all.
     """
@@ -61,12 +61,12 @@ class Registry:
             self._models.aliases.get(name, name): names
             for name, names in self._models.fallbacks.items()
         }
-        # All pools that anything holds; those of models that are served stay.
+        # Every pool that something refers to; those of served models are kept.
         self._live: WeakValueDictionary[str, Pool] = WeakValueDictionary()
         self._pools = Remembered[str, Pool]()
-        # What holds until a worker comes, goes, or lists something else.
+        # Valid until a worker comes, goes, or lists other models.
         self._names: dict[str, None] | None = None
-        self._once = Remembered[str, None]()  # names that were known at some time
+        self._once = Remembered[str, None]()  # all names that were ever listed
         self._routes = Remembered[tuple[str | None, Claim], Pool]()
         for each in config.workers:
             self.add(each)
@@ -170,7 +170,7 @@ class Registry:
         worker = next(known, None)
         if worker is None:
             worker = self._make(config)
-            worker.on_told = partial(self._note_offer, worker)
+            worker.on_offer = partial(self._note_offer, worker)
         else:
             self.leaving.remove(worker)
             worker.reconfigure(config)
@@ -229,10 +229,10 @@ class Registry:
         self._routes.clear()
         self._known()  # so that no name is missed that no request asks for
 
-    # --- What there is ------------------------------------------------------------
+    # --- Models ------------------------------------------------------------
 
     def models(self) -> list[str]:
-        """List the names of all models that any worker is known to serve."""
+        """Return the names of all models that some worker serves."""
         return list(self._known())
 
     def _known(self) -> dict[str, None]:
@@ -245,20 +245,17 @@ class Registry:
         return self._names
 
     def aliases(self) -> dict[str, str]:
-        """List the configured other names, and the model that each stands for.
-
-        Patterns are no names.
-        """
+        """Return the configured aliases, without patterns, and their models."""
         return self._aliases.names
 
     def alias_of(self, name: str | None) -> str:
-        """Return a name that is configured to stand for a model; else an empty one."""
+        """Return the name if it is an alias or matches one; else an empty string."""
         if name is None or not self._models.aliases:
             return ""
         return name if self._alias_key(name) is not None else ""
 
     def pool(self, model: str) -> Pool:
-        """Return the pool of a model: one object, for as long as anything holds it."""
+        """Return the pool of a model: one object, as long as something refers to it."""
         pool = self._pools.get(model)
         if pool is not None:
             return pool
@@ -266,12 +263,12 @@ class Registry:
         if pool is None:
             pool = Pool(model, (w for w in self.workers if w.serves(model)))
             self._live[model] = pool
-        if pool.workers:  # or clients could fill it with names that they make up
+        if pool.workers:  # otherwise clients could fill it with invented names
             self._pools[model] = pool
         return pool
 
     def only_model(self) -> str | None:
-        """Name the one model that every worker serves, if there is just one.
+        """Return the only model that is served, or None if there are several.
 
         A request then needs no name: llama-server ignores it anyway.
         """
@@ -281,19 +278,19 @@ class Registry:
         return next(iter(names))
 
     def unserved(self) -> list[str]:
-        """Tell of each name in the settings that leads to a model of no worker."""
-        models, told = self._models, []
+        """Describe each name in the settings whose model no worker serves."""
+        models, named = self._models, []
         if models.default_model:
-            told.append(("default_model", models.default_model))
-        told += [(f"aliases: {key!r}", key) for key in models.aliases]
+            named.append(("default_model", models.default_model))
+        named += [(f"aliases: {key!r}", key) for key in models.aliases]
         for key, fallbacks in models.fallbacks.items():
             where = f"fallbacks: {key!r}"
-            told += [(where, key), *((where, name) for name in fallbacks)]
+            named += [(where, key), *((where, name) for name in fallbacks)]
         unseen = self._unseen()
         more = f" (not reached yet: {', '.join(unseen)})" if unseen else ""
         return [
             f"models.{where}: no worker serves {model!r}{more}"
-            for where, name in told
+            for where, name in named
             for model in [models.aliases.get(name) or self.model_of(name)]
             if not self.pool(model).workers
         ]
@@ -305,14 +302,14 @@ class Registry:
     def ready(self) -> bool:
         return any(worker.admits for worker in self.workers)
 
-    # --- Whom to ask --------------------------------------------------------------
+    # --- Routes ------------------------------------------------------------------
 
     def resolve(self, name: str | None, allowed: Sequence[str] | None) -> Pool:
-        """Find the pool for the model that a client named, or named not.
+        """Return the pool for the name in a request, which may have none.
 
         Raises:
-            RequestError: 400 no name, 403 the token does not allow it, 404 unknown.
-            NoWorkerError: 503, nobody has been reached yet, so that nothing is known.
+            RequestError: 400 no name, 403 not allowed by the token, 404 unknown.
+            NoWorkerError: 503, no worker has been reached yet, so no model is known.
         """
         key = name, None if allowed is None else tuple(allowed)
         pool = self._routes.get(key)
@@ -342,12 +339,12 @@ class Registry:
     def allows(
         self, allowed: Sequence[str] | None, name: str | None, model: str
     ) -> bool:
-        """Tell whether a token allows the model that a client's name stands for.
+        """Return whether a token allows the model that the client's name leads to.
 
-        An alias may be allowed in place of its model.  Any other name that stands for a
-        model is the client's own invention, and allows nothing.  That goes for names
-        that a wildcard catches, too: what has to be in the claim is the wildcard as it
-        is configured, to the letter, lest `llama-x` be a way through `*` to any model.
+        An alias may be allowed instead of its model.  For a name that a wildcard alias
+        matches, the claim has to hold that wildcard exactly as it is configured:
+        otherwise a token for `llama-x` could reach the model behind `*`.  Any other
+        name was invented by the client, and allows nothing.
         """
         if may_use(allowed, model):
             return True
@@ -359,14 +356,14 @@ class Registry:
         return key in allowed
 
     def model_of(self, name: str) -> str:
-        """Tell the model that a name stands for; a name that is no alias is its own."""
+        """Return the model of an alias; any other name is returned as it is."""
         key = self._alias_key(name)
         return name if key is None else self._aliases[key]
 
     def _alias_key(self, name: str) -> str | None:
-        """Find the alias that a name is, or the wildcard that catches it.
+        """Return the alias that a name is, or the wildcard alias that it matches.
 
-        A model that is served is not caught, so that `*` is for the rest.
+        A model that is served matches none, so that `*` is for all other names.
         """
         if name in self._aliases:
             return name
@@ -374,7 +371,7 @@ class Registry:
         return None if key is None or self._is_served(name) else key
 
     def _is_served(self, model: str) -> bool:
-        # One that has a fallback is known, though nobody was seen yet to serve it.
+        # A model with fallbacks counts as served even before a worker has listed it.
         known = model in self._known() or model in self._fallbacks
         return known or bool(self.pool(model).workers)
 
@@ -385,17 +382,17 @@ class Registry:
     def _resolve_name(self, name: str | None) -> str | None:
         if name is not None:
             model = self.model_of(name)
-            # An alias stands for its model and no other, whether that is served or not.
+            # An alias leads to its model only, whether that is served or not.
             if self.alias_of(name) or self._is_served(model):
                 return model
             if self._models.strict_models:
                 return None
             if model in self._once and not self._models.default_model:
-                return None  # a model that has gone, and not a name that was made up
+                return None  # a model that was served, not a name that was invented
         default = self._models.default_model
         return self.model_of(default) if default else self.only_model()
 
-    # --- How to say no ------------------------------------------------------------
+    # --- Errors -------------------------------------------------------------------
 
     def _offer(self, models: Iterable[str], allowed: Sequence[str] | None) -> str:
         names = sorted({*models, *self.aliases()})
@@ -408,7 +405,7 @@ class Registry:
     def no_worker(
         self, model: str | None, workers: Sequence[Worker], reopens_in: float = 0.0
     ) -> NoWorkerError:
-        """Make the error of a model that none of these workers can serve now."""
+        """Return the error for a model that none of these workers can serve now."""
         what = f"the model {model!r}" if model else "this request"
         if not self.workers:
             text = f"No worker serves {what}: the hub has none configured."
@@ -416,16 +413,16 @@ class Registry:
             states = Counter(
                 _state_of(worker, model) for worker in workers or self.workers
             )
-            told = ", ".join(f"{n} {state}" for state, n in states.items())
+            counts = ", ".join(f"{n} {state}" for state, n in states.items())
             whose = "serve it" if workers else "known, none seen to serve it"
             count = len(workers or self.workers)
-            text = f"No worker is available for {what}: {count} {whose} ({told})."
+            text = f"No worker is available for {what}: {count} {whose} ({counts})."
         wait = max(RETRY_AFTER, math.ceil(reopens_in))
         return NoWorkerError(Code.NO_WORKER, text, retry_after=wait)
 
 
 def _state_of(worker: Worker, model: str | None) -> str:
-    """Name what keeps a worker from being used, as an operator would."""
+    """Describe why a worker takes no requests, in an operator's words."""
     if worker.state is not WorkerState.READY or worker.can_serve(model or ""):
         return worker.state.value
     shut = [b.state.value for b in worker.breakers(model or "") if not b.closed]
@@ -433,7 +430,7 @@ def _state_of(worker: Worker, model: str | None) -> str:
 
 
 def may_use(allowed: Sequence[str] | None, model: str) -> bool:
-    """Tell whether a `models` claim covers a model name; patterns are shell-like."""
+    """Return whether a `models` claim covers a name; patterns are shell-like."""
     return allowed is None or matches(model, allowed)
 
 

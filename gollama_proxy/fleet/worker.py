@@ -1,13 +1,13 @@
-"""One worker as the hub knows it: its health, what it serves, what it is doing.
+"""One worker: its health, the models that it serves, and its running requests.
 
-Health is a state machine, driven by the pinger's checks.  All of it is in this file:
+Health is a state machine that the health checks drive:
 
-    STARTING ──ok──▶ READY ◀──ok── LOADING        STARTING: nobody answered yet
+    STARTING ──ok──▶ READY ◀──ok── LOADING        STARTING: it has not answered yet
         │              │  ╲──loading──▶             LOADING: it answers "Loading model"
-        └──fell──▶   DOWN ◀──fell── (all)           DOWN: out, until `rise` good checks
+        └──fell──▶   DOWN ◀──fell── (all)           DOWN: until `rise` good checks
 
-A failed check of a worker that is READY counts; the `fall`th in a row takes it out.
-One that was not READY has nothing to lose: its first failed check takes it to DOWN.
+Failed checks of a READY worker are counted, and the `fall`th in a row leads to DOWN.
+In any other state the first failed check does.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SPARE = 3  # threads of a llama-server, beside one for each slot
-MOST_SLOTS = 10_000  # that a worker is believed to have, or may be configured with
+SPARE = 3  # threads of a llama-server in addition to one for each slot
+MOST_SLOTS = 10_000  # that a worker may report, or be configured with
 
 
 class WorkerState(enum.Enum):
@@ -69,13 +69,13 @@ TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
 }
 
 
-# Ends of an attempt after which the pinger had better look at once.
+# Results of an attempt after which the worker is checked at once.
 SUSPICIOUS = frozenset({Result.WORKER_FAILED, Result.SLOW, Result.BUSY})
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """The live record of one worker.  `clock` gives monotonic seconds."""
+    """The live record of one worker.  `clock` returns monotonic seconds."""
 
     config: WorkerConfig
     health: Health
@@ -84,29 +84,27 @@ class Worker:
     name: str = field(init=False)
     state: WorkerState = WorkerState.STARTING
     reason: str = "not reached yet"
-    description: Description | None = None  # None until it was reached once
-    slots: int | None = field(init=False)  # None: not known, and not limited
-    weight: float = field(init=False)  # its share beside the others'
+    description: Description | None = None  # None until it has been reached
+    slots: int | None = field(init=False)  # None: unknown, so there is no limit
+    weight: float = field(init=False)  # its share of the requests
     leases: set[Lease] = field(default_factory=set)
     policy: Policy = field(default_factory=Policy)
     expectations: Expectations = field(default_factory=Expectations)
     rng: random.Random = field(default_factory=random.Random)
     breaker: Breaker = field(init=False)
-    # Each of its models has a speed of its own.
+    # By model: how fast it is, and the breaker for bad statuses, which are held against
+    # the worker and the model together.
     paces: dict[str, Pace] = field(default_factory=Remembered)
-    # Bad statuses are held against a worker and the model asked for, not the machine.
     model_breakers: dict[str, Breaker] = field(default_factory=Remembered)
     answer_names: AnswerNames = field(default_factory=AnswerNames)
-    # Called on every suspicion, so that the pinger looks at once,
+    # Called when it should be checked at once; when a slot may be free; when its models
+    # or their contexts have changed; when the last request of a retired one has ended.
     on_suspicion: Callable[[], None] | None = None
-    # when a slot may have come free,
     on_free: Callable[[], None] | None = None
-    # and when it serves something else than before.
-    on_told: Callable[[], None] | None = None
-    # Called when the last request of a retired worker has ended.
+    on_offer: Callable[[], None] | None = None
     on_gone: Callable[[], None] | None = None
     overcommit: int = 0  # requests beyond its slots
-    # Those that it is in; a request may hold one for longer than the registry does.
+    # The pools that it is in; a request may hold one for longer than the registry does.
     pools: WeakSet[Pool] = field(default_factory=WeakSet)
     retired: bool = False  # it was removed, and takes no new request
     _good: int = 0
@@ -114,13 +112,13 @@ class Worker:
     _odd_slots: int | None = None
     _odd_timings: bool = False
     _odd_build: str = ""
-    # Of models whose context it does not list: what its refusals say.
+    # The contexts of models for which it lists none, as its refusals report them.
     _contexts: Remembered[str, int] = field(default_factory=Remembered)
-    # Models that it has listed and does not list any more.
+    # Models that it has listed and no longer lists.
     _gone: Remembered[str, None] = field(default_factory=Remembered)
     _taken: int = 0  # slots
     _full_since: float | None = None
-    # Models that a request to it would have to wait for, beside those loading already.
+    # Models that are not loaded, or still loading.
     _unloaded: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -144,7 +142,7 @@ class Worker:
 
     @property
     def is_llama_server(self) -> bool:
-        """Whether it has told its build, as no other server does."""
+        """Whether it has reported its build, as only llama-server does."""
         return self.description is not None and bool(self.description.build)
 
     @property
@@ -157,7 +155,7 @@ class Worker:
 
     @property
     def admits(self) -> bool:
-        """Whether a request may come, be it as the proof of a half-open breaker."""
+        """Whether it takes requests, if only as the proof of a half-open breaker."""
         return self._in_service and self.breaker.admits
 
     @property
@@ -170,15 +168,15 @@ class Worker:
         return self.admits and (breaker is None or breaker.admits)
 
     def is_busy_with(self, model: str) -> bool:
-        """Whether it has asked to be left alone with this model, and no more than that.
+        """Return whether it is only busy: it asked for a pause with this model.
 
-        One that is out, or whose breaker is open, is not merely busy.
+        A worker that is out, or whose breaker is open, is more than busy.
         """
         sound = all(breaker.closed for breaker in self.breakers(model))
         return self._in_service and sound and self.opens_in(model) > 0
 
     def opens_in(self, model: str) -> float:
-        """Return the seconds for which it will surely take nothing for this model."""
+        """Return the seconds for which it certainly takes no request for this model."""
         return max(breaker.opens_in() for breaker in self.breakers(model))
 
     def next_change(self, model: str) -> float:
@@ -191,19 +189,19 @@ class Worker:
             pool.forget()
 
     def breakers(self, model: str) -> list[Breaker]:
-        """List the breakers that stand before a request for this model."""
+        """Return the breakers that a request for this model has to pass."""
         of_model = self.model_breakers.get(model)
         return [self.breaker] if of_model is None else [self.breaker, of_model]
 
     def breaker_of(self, model: str) -> Breaker:
-        """Find, or make, the breaker for one model on this worker."""
+        """Return the breaker for one model on this worker; made if there is none."""
         if model not in self.model_breakers:
             self.model_breakers[model] = self._new_breaker(f"{self.name} {model}")
             self.changed()  # the oldest one may have been dropped, and it may be open
         return self.model_breakers[model]
 
     def pace_of(self, model: str) -> Pace:
-        """Find, or make, what is known of the speed of one model on this worker."""
+        """Return the speed of one model on this worker; unknown if there is none."""
         pace = self.paces.get(model)
         if pace is None:
             pace = self.paces[model] = Pace(self.clock, self.expectations)
@@ -211,7 +209,7 @@ class Worker:
 
     @property
     def models(self) -> tuple[Model, ...]:
-        """What it serves, as far as there are names: last seen, or stated by hand."""
+        """The models that it serves, as far as names are known: listed or stated."""
         seen = self.description.models if self.description else ()
         if not self.config.models:
             return seen
@@ -220,7 +218,7 @@ class Worker:
         if self.description is not None:
             for name in filter(is_name, self.config.models):
                 if not any(matches(model.name, (name,)) for model in seen):
-                    names[name] = None  # `x[1m]` is no pattern for any of them
+                    names[name] = None  # `x[1m]` is a name: it matches none of them
         for name in (*(model.name for model in seen), *self._gone):
             names.pop(name, None)
         context = self.description.context if self.description else None
@@ -228,13 +226,13 @@ class Worker:
 
     @property
     def some_model(self) -> str | None:
-        """Name one to prove the machine by; None if none is known."""
+        """The name of a model for a canary; None if none is known."""
         seen = self.description.models if self.description else ()
         names = (model.name for model in (*self.models, *seen))
         return next(names, next(iter(self.paces), None))
 
     def context_of(self, model: str) -> int | None:
-        """Tell the tokens of one slot for a model; None if it is not known."""
+        """Return the context of a model, in tokens for one slot; None if unknown."""
         listed = next((m.context for m in self.models if m.name == model), None)
         return listed or self._contexts.get(model)
 
@@ -244,54 +242,54 @@ class Worker:
 
     @property
     def free(self) -> float:
-        """Tell how many more requests it can take; below 0 if it has too many.
+        """How many more requests it can take; below 0 if it has too many.
 
-        Infinite where the number of slots is not known.
+        Infinite if the number of slots is unknown.
         """
         if self.slots is None:
             return math.inf
         return self.slots + self.overcommit - self._taken
 
     def surplus(self) -> int:
-        """Tell how many more requests it has than threads, if that is above 0.
+        """Return how many more requests it has than threads, if that is above 0.
 
         llama-server has four threads more than slots (`--threads-http`), of which one
-        is for pings.
+        is left for health checks.
         """
         return 0 if self.slots is None else self.in_flight - self.slots - SPARE
 
     @property
     def full_for(self) -> float:
-        """Tell the seconds since which every slot was taken, or taken again at once."""
+        """The seconds for which every slot has been taken without a break."""
         if self._full_since is None or self.free > 0:
             return 0.0
         return self.clock() - self._full_since
 
     def loads(self, model: str) -> bool:
-        """Tell whether a request for this model would have to wait until it is loaded.
+        """Return whether a request for this model has to wait until it is loaded.
 
-        llama-server's router mode loads a model when it is asked for it, and may drop
+        llama-server's router mode loads a model when a request names it, and may unload
         another one for that.
         """
         return model in self._unloaded
 
     def has_loaded(self, model: str) -> bool | None:
-        """Tell whether a model is loaded; None if the worker does not tell."""
-        told = next((m.loaded for m in self.models if m.name == model), None)
-        return None if told is None else model not in self._unloaded
+        """Return whether a model is loaded; None if the worker does not report it."""
+        loaded = next((m.loaded for m in self.models if m.name == model), None)
+        return None if loaded is None else model not in self._unloaded
 
     def is_cold(self, model: str) -> bool:
-        """Tell whether a request for this model would be what starts its load."""
+        """Return whether a request for this model would start loading it."""
         if model not in self._unloaded:
             return False
-        told = self.description.models if self.description else ()
-        loading = any(each.loading for each in told if each.name == model)
+        listed = self.description.models if self.description else ()
+        loading = any(each.loading for each in listed if each.name == model)
         return not (loading or any(lease.model == model for lease in self.leases))
 
     def has_answered(self, lease: Lease) -> None:
-        """Take in the beginning of an answer, or a refusal: its model is loaded by now.
+        """Record that an answer has begun, or was refused: its model is loaded by now.
 
-        Another one may have made room for it, so the pinger had better look.
+        Another one may have been unloaded for it, so the worker is checked.
         """
         if lease.loads:
             self._unloaded.discard(lease.model)
@@ -300,8 +298,8 @@ class Worker:
 
     @property
     def unread(self) -> int:
-        """Bytes of the prompts of which no answer has begun."""
-        unread = 0  # a loop, as this is asked for every choice
+        """Bytes of the prompts whose answers have not begun."""
+        unread = 0  # a loop is fastest, and every choice reads this
         for lease in self.leases:
             if not lease.first_token:
                 unread += lease.prompt_bytes
@@ -309,7 +307,7 @@ class Worker:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether it failed a check lately, and has not fallen yet."""
+        """Whether it is ready, and has failed its last check."""
         return self.state is WorkerState.READY and self._bad > 0
 
     def serves(self, model: str) -> bool:
@@ -317,12 +315,12 @@ class Worker:
             return model not in self._gone and matches(model, self.config.models)
         return any(model == served.name for served in self.models)
 
-    # --- Whose answers these are --------------------------------------------------
+    # --- Answers of another model -------------------------------------------------
 
     def accepts_name(self, model: str, name: str) -> bool:
-        """Return whether an answer that names a model is of the one asked for.
+        """Return whether an answer that names a model is from the requested one.
 
-        To be called for a name that is new, when the worker has just been looked at.
+        Call it for a new name, right after a health check.
         """
         described = self.description.models if self.description else ()
         listed = {each.name for each in described}
@@ -330,7 +328,7 @@ class Worker:
         return self.answer_names.accept(model, name, listed, stated=stated)
 
     def see_build(self, build: str) -> None:
-        """Take in the build that an answer names; another one is looked at, once."""
+        """Check the worker, once, if an answer names another build than before."""
         known = self.description.build if self.description else ""
         if build and known and build not in (known, self._odd_build):
             self._odd_build = build
@@ -339,9 +337,9 @@ class Worker:
     # --- What a request does ------------------------------------------------------
 
     def lease(self, model: str = "", *, slot: bool = True) -> Lease:
-        """Take a place on this worker; whoever takes it gives it back, once.
+        """Take a place on this worker; the caller releases the lease.
 
-        Where a breaker is half-open, the lease is its proof.
+        If a breaker is half-open, the lease is its proof.
         """
         lease = Lease(self, model, slot=slot)
         breaker, of_model = self.breaker, self.model_breakers.get(model)
@@ -410,7 +408,7 @@ class Worker:
             case Result.WORKER_FAILED:
                 return Verdict.FAILURE
             case Result.CLIENT_GONE:
-                # Whoever leaves after a hang has left because of it.
+                # A client that leaves after a hang has left because of it.
                 waited = self.clock() - lease.taken_at
                 hung = not lease.first_token and waited > lease.allowance
                 return Verdict.HUNG if hung else Verdict.NEUTRAL
@@ -430,20 +428,20 @@ class Worker:
         if result is Result.REFUSED:
             self.has_answered(lease)
 
-    def _check(self, told: Prefill) -> None:
-        """Warn, once, if what it reports about its reading cannot be true."""
-        if not told.possible and not self._odd_timings:
+    def _check(self, reported: Prefill) -> None:
+        """Warn, once, if a report about the reading of a prompt cannot be true."""
+        if not reported.possible and not self._odd_timings:
             self._odd_timings = True
             logger.warning(
-                "worker %s: says it read %s tokens in %s s, beside %s in its cache",
+                "worker %s: reports %s tokens read in %s s, and %s from its cache",
                 self.name,
-                told.tokens,
-                told.seconds,
-                told.cached,
+                reported.tokens,
+                reported.seconds,
+                reported.cached,
             )
 
     def suspect(self) -> None:
-        """Have the pinger look at once."""
+        """Have the worker checked at once."""
         if self.on_suspicion is not None:
             self.on_suspicion()
 
@@ -453,7 +451,7 @@ class Worker:
             self.on_free()
 
     def heard_since(self, moment: float) -> bool:
-        """Tell whether any running answer had a byte since then."""
+        """Return whether any running answer has had a byte since then."""
         return any(lease.heard_at >= moment for lease in self.leases)
 
     # --- Its place in the fleet ---------------------------------------------------
@@ -477,12 +475,12 @@ class Worker:
         self.retired, self.on_gone = False, None
         self.changed()
 
-    # --- What the pinger sees -----------------------------------------------------
+    # --- Health checks ------------------------------------------------------------
 
     def observe(
         self, check: Check, reason: str, description: Description | None = None
     ) -> None:
-        """Take the result of one ping; `description` is what it learnt, if anything."""
+        """Record the result of a health check, and the description if it has one."""
         now = self.clock()
         if description is not None:
             before, self.description = self.description, description
@@ -494,11 +492,11 @@ class Worker:
             self._unloaded = {m.name for m in description.models if m.loaded is False}
             self._note_room()
             self.changed()
-            if changed and self.on_told is not None:
-                self.on_told()
+            if changed and self.on_offer is not None:
+                self.on_offer()
         if check is Check.FAILED and self.heard_since(now - self.health.timeout):
-            # Bursts starve llama-server's HTTP threads, and /health with them, while
-            # tokens flow.  Who talks is alive.
+            # Bursts can occupy all of llama-server's HTTP threads, so that /health gets
+            # no answer while tokens flow.  A worker that sends tokens is alive.
             return
         event = self._count(check)
         if event is not None:
@@ -506,16 +504,16 @@ class Worker:
         self.freed()
 
     def learn_context(self, model: str, tokens: int) -> None:
-        """Take in the context of a model that a refusal tells; 0 is not known."""
+        """Record the context of a model as a refusal reports it; 0 is unknown."""
         known = self.context_of(model)
         if tokens and known in (None, self._contexts.get(model)) and known != tokens:
             self._contexts[model] = tokens
             self.changed()
-            if self.on_told is not None:
-                self.on_told()
+            if self.on_offer is not None:
+                self.on_offer()
 
     def _forget_another(self) -> None:
-        """Forget what was learnt from answers: another server may give them now."""
+        """Forget what was learnt from answers: another server may send them now."""
         self.answer_names.forget()
         self._contexts.clear()
 
@@ -526,12 +524,12 @@ class Worker:
             self._gone.pop(model.name, None)
 
     def _believed(self, slots: int | None) -> int | None:
-        """Pass on a number of slots that can be true; complain of others once."""
+        """Return a number of slots that can be true; warn about any other, once."""
         if slots is None or 1 <= slots <= MOST_SLOTS:
             return slots
         if slots != self._odd_slots:
             self._odd_slots = slots
-            logger.warning("worker %s: says it has %d slots", self.name, slots)
+            logger.warning("worker %s: reports %d slots", self.name, slots)
         return None
 
     def _count(self, check: Check) -> WorkerEvent | None:
@@ -574,7 +572,7 @@ class Worker:
 
 
 def _proof(verdict: Verdict, result: Result) -> bool | None:
-    """Say what a request has proved that was let in to prove a worker."""
+    """Return what a request proves that was admitted as a proof; None is nothing."""
     if result is Result.ERRED:
         return False
     if verdict is Verdict.NEUTRAL:

@@ -73,7 +73,7 @@ class ConnectionPool:
     def reconfigure(self, worker: WorkerConfig) -> None:
         """Take other settings for the same address, such as its key."""
         self.worker = worker
-        self.target = self.target._replace(worker=worker)
+        self.target.worker = worker
 
     def reuse(self) -> Connection | None:
         """Return an idle connection, or None if there is none that can be used."""

@@ -160,7 +160,7 @@ async def test_impossible_timings_are_ignored_and_complained_of_once(
             for number in (1, 2, 3):
                 response = await hub.post(CHAT, turn("x", number, stream=True))
                 assert response.body.endswith(replies.done())
-        assert [r.message for r in caplog.records if "says it read" in r.message] == [
+        assert [r.message for r in caplog.records if "tokens read" in r.message] == [
             caplog.records[0].message
         ]
 

@@ -140,7 +140,7 @@ async def test_a_second_signal_cuts_at_once(hub: Hub) -> None:
             assert b"hub_draining" in ending.raw
             assert await program.ended() == 1
             assert time.monotonic() - began < 20  # of the 30
-            assert "second signal: cutting what still runs" in program.output
+            assert "second signal: cutting running answers" in program.output
             assert "Traceback" not in program.output
             for each in (wire, unread, silent):
                 each.close()

@@ -441,7 +441,7 @@ def test_slots_that_cannot_be_are_not_believed_and_told_once(
         worker.observe(Check.OK, "ok", Description(slots=slots))
         assert (worker.slots, worker.free) == (None, math.inf)
     told = [line for line in caplog.messages if "slots" in line]
-    assert told == [f"worker w1: says it has {slots} slots"]
+    assert told == [f"worker w1: reports {slots} slots"]
 
 
 @pytest.mark.parametrize(
@@ -1083,7 +1083,7 @@ def test_requests_beyond_the_threads(
 def test_a_context_that_is_not_listed_is_learnt_from_a_refusal() -> None:
     worker = make(WorkerState.READY)
     told: list[str] = []
-    worker.on_told = lambda: told.append("told")
+    worker.on_offer = lambda: told.append("told")
     worker.observe(Check.OK, "ok", ABOUT)
     told.clear()
     worker.learn_context("tiny", 0)
