@@ -366,13 +366,12 @@ class Worker:
         beside = len(self.leases)
         self.leases.discard(lease)
         self._taken -= lease.slot
-        complete = result is Result.COMPLETE
-        verdict = self._learn(lease, beside) if complete else self._judge(lease, result)
+        verdict = self._judge(lease, result, beside)
         for permit in lease.permits:
             permit.settle(_proof(verdict, result))
         if verdict is not Verdict.NEUTRAL:
             self.breaker.record(verdict, lease.generation)
-        if not complete:
+        if result is not Result.COMPLETE:
             self._take_notice(lease, result)
         if self.on_free is not None:
             self.on_free()
@@ -381,26 +380,24 @@ class Worker:
         if self.on_gone is not None and not self.leases:
             self.on_gone()
 
-    def _learn(self, lease: Lease, beside: int) -> Verdict:
-        """Learn from a complete answer, which was one of `beside`."""
-        if lease.prefill is not None:
-            self._check(lease.prefill)
-        model, tokens, seconds = lease.model, lease.tokens, lease.seconds
-        pace = self.paces.get(model) or self.pace_of(model)
-        slow = tokens and pace.is_slow(tokens, seconds, beside)
-        pace.learn(
-            0 if lease.loads else lease.prompt_bytes,  # not a time of reading
-            lease.first_token,
-            tokens,
-            seconds,
-            beside,
-            lease.prefill,
-        )
-        return Verdict.SLOW if slow else Verdict.SUCCESS
-
-    def _judge(self, lease: Lease, result: Result) -> Verdict:
-        """Return what an attempt without a complete answer shows about this worker."""
+    def _judge(self, lease: Lease, result: Result, beside: int) -> Verdict:
+        """Learn from an attempt, one of `beside`; return what it shows."""
         match result:
+            case Result.COMPLETE:
+                if lease.prefill is not None:
+                    self._check(lease.prefill)
+                model, tokens, seconds = lease.model, lease.tokens, lease.seconds
+                pace = self.paces.get(model) or self.pace_of(model)
+                slow = tokens and pace.is_slow(tokens, seconds, beside)
+                pace.learn(
+                    0 if lease.loads else lease.prompt_bytes,  # not a time of reading
+                    lease.first_token,
+                    tokens,
+                    seconds,
+                    beside,
+                    lease.prefill,
+                )
+                return Verdict.SLOW if slow else Verdict.SUCCESS
             case Result.SLOW:
                 if not lease.first_token:
                     self.pace_of(lease.model).missed()
@@ -414,8 +411,6 @@ class Worker:
                 return Verdict.HUNG if hung else Verdict.NEUTRAL
             case Result.BUSY | Result.REFUSED | Result.ERRED | Result.HUB_STOPPED:
                 return Verdict.NEUTRAL
-            case Result.COMPLETE:
-                raise AssertionError(lease)
             case _:
                 assert_never(result)
 

@@ -377,3 +377,55 @@ async def test_a_look_tells_whether_the_worker_is_well(
         await asyncio.sleep(0)
         leaves.cancel()
         assert await waiting == [well, well]
+
+
+# --- Workers that come and go -----------------------------------------------------
+
+
+async def test_a_worker_that_is_added_is_checked_and_one_that_is_gone_is_not() -> None:
+    first, second = workers(2)
+    pings = Pings(GOOD)
+    async with pinging([first], Health(interval=NEVER), pings) as checker:
+        await pings.reached(1)
+        checker.added(second)
+        checker.added(second)  # it was removed, and is back before it was gone
+        await pings.reached(2)
+        assert repr(checker) == "<HealthChecker running=2 of 2>"
+        checker.gone(first)
+        first.suspect()
+        assert not await checker.look(first)
+        second.suspect()
+        await pings.reached(3)
+        assert repr(checker) == "<HealthChecker running=1 of 1>"
+    assert pings.asked == [first.name, second.name, second.name]
+
+
+async def test_a_worker_that_is_gone_keeps_nothing_waiting() -> None:
+    [worker] = workers()
+    begun = asyncio.Event()
+
+    async def hang(worker: Worker) -> Finding:
+        begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with asyncio.timeout(DEADLINE), pinging([worker], Health(), hang) as checker:
+        await begun.wait()
+        waits = [
+            asyncio.ensure_future(each)
+            for each in (checker.first_round(), checker.described())
+        ]
+        look = asyncio.ensure_future(checker.look(worker))
+        await asyncio.sleep(0)
+        checker.gone(worker)
+        await asyncio.gather(*waits)
+        assert not await look
+
+
+async def test_other_settings_have_a_worker_checked() -> None:
+    [worker] = workers()
+    pings = Pings(GOOD)
+    async with pinging([worker], Health(interval=NEVER), pings) as checker:
+        await pings.reached(1)
+        checker.replaced(worker, worker.config)
+        await pings.reached(2)
