@@ -136,7 +136,7 @@ async def test_ready_waits_until_each_worker_was_asked() -> None:
             assert [w.available for w in hub.hub.registry.workers] == [True, False]
 
 
-# --- Drain: who was there before --------------------------------------------------
+# --- Drain: clients that were connected before ------------------------------------
 
 
 async def test_a_drain_lets_a_running_stream_finish() -> None:
@@ -178,7 +178,7 @@ async def test_a_drain_lets_a_document_finish(begun: bool) -> None:
         await within(5, draining)
 
 
-async def test_nobody_new_is_let_in_during_a_drain() -> None:
+async def test_no_new_client_is_accepted_during_a_drain() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*stream_of(2, "go"))
         wire = await hub.open(CHAT, STREAM)
@@ -242,10 +242,10 @@ async def test_a_drain_without_requests_is_over_at_once() -> None:
         await hub.hub.abort()
 
 
-# --- Drain: who did not finish in time --------------------------------------------
+# --- Drain: answers that did not end in time --------------------------------------
 
 
-async def test_a_stream_that_does_not_finish_in_time_is_told() -> None:
+async def test_a_stream_that_does_not_end_in_time_gets_an_error() -> None:
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, server__drain=0.02) as hub,
@@ -273,7 +273,7 @@ async def test_a_stream_that_does_not_finish_in_time_is_told() -> None:
         assert not known.in_doubt
 
 
-async def test_a_stream_with_named_events_is_told_by_name() -> None:
+async def test_a_stream_with_named_events_gets_a_named_error() -> None:
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, server__drain=0.02) as hub,
@@ -302,7 +302,7 @@ async def test_half_a_document_is_not_ended_well() -> None:
         assert ending.response.body == b'{"half":'
 
 
-async def test_a_request_that_got_no_answer_yet_is_told() -> None:
+async def test_a_request_without_an_answer_yet_gets_an_error() -> None:
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, server__drain=0.02) as hub,
@@ -321,7 +321,7 @@ async def test_a_request_that_got_no_answer_yet_is_told() -> None:
 
 
 @pytest.mark.parametrize("size", [100, 100_000])
-async def test_a_request_that_is_still_arriving_is_told(size: int) -> None:
+async def test_a_request_that_is_still_arriving_gets_an_error(size: int) -> None:
     """Within the replay window no worker has it; beyond, one has a part of it."""
     async with (
         ScriptedWorker() as worker,

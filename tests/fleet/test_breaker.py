@@ -267,9 +267,7 @@ def test_results_still_count_while_it_is_busy() -> None:
 @pytest.mark.parametrize(
     ("asked", "given"), [(1e9, 60), (float("inf"), 60), (float("nan"), 0), (-1, 0)]
 )
-def test_a_worker_cannot_ask_to_be_left_alone_for_ever(
-    asked: float, given: float
-) -> None:
+def test_a_worker_cannot_ask_for_an_endless_pause(asked: float, given: float) -> None:
     breaker, _ = make()
     breaker.busy(asked)
     assert breaker.opens_in() == given
@@ -415,7 +413,7 @@ def test_breakers_that_trip_together_do_not_come_back_together() -> None:
     assert 5.8 < times[-1] <= 6
 
 
-def test_time_alone_ends_the_open_state_when_somebody_looks() -> None:
+def test_the_open_state_ends_when_it_is_read_in_time() -> None:
     breaker, clock = make(BreakerState.OPEN)
     clock.advance(4.9)
     assert breaker.permit() is None

@@ -36,7 +36,7 @@ def workers(number: int = 1, health: Health | None = None) -> list[Worker]:
 
 
 class Pings:
-    """Answers pings as the test says, and lets it wait for them."""
+    """Answers pings with the findings of the test, which can wait for them."""
 
     def __init__(self, *findings: Finding | Exception) -> None:
         self.findings = list(findings)
@@ -254,7 +254,7 @@ async def test_a_failure_during_a_ping_has_the_worker_asked_once_more() -> None:
     assert len(told.asked) == 2
 
 
-async def test_a_ping_that_raises_is_told_and_survived(
+async def test_a_ping_that_raises_is_logged_and_survived(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A health check that died silently is worse than none."""
@@ -301,7 +301,7 @@ async def test_stopping_ends_pings_that_are_under_way() -> None:
     await checker.stop()  # twice is once
 
 
-async def test_a_hub_without_workers_asks_nobody() -> None:
+async def test_a_hub_without_workers_checks_nothing() -> None:
     checker = HealthChecker(Health(), Pings(GOOD))
     checker.start()
     await checker.first_round()

@@ -1,4 +1,4 @@
-"""A lease is given back exactly once, whoever forgets it, with the first result."""
+"""A lease is given back exactly once, with its first result, even if forgotten."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_a_new_lease_is_held_since_now_and_heard_nothing(ledger: Ledger) -> None
     lease = ledger.lease()
     ledger.clock.advance(5)
     assert (lease.worker, lease.taken_at, lease.result) == (ledger, 100.0, None)
-    assert lease.heard_at < float("-1e300")  # earlier than any clock may say
+    assert lease.heard_at < float("-1e300")  # earlier than any clock
     assert ledger.returned == []
     assert repr(lease) == "<Lease on w1 held>"
 
 
-def test_a_new_lease_proves_nothing_and_may_take_for_ever(ledger: Ledger) -> None:
-    """Until whoever hands it out knows better."""
+def test_a_new_lease_proves_nothing_and_has_no_limit(ledger: Ledger) -> None:
+    """Until the caller sets them."""
     lease = ledger.lease()
     assert lease.permits == ()
     assert lease.allowance == math.inf
@@ -81,7 +81,7 @@ def test_a_lease_that_its_block_released_is_not_released_again(ledger: Ledger) -
 @pytest.mark.parametrize(
     "error", [None, ValueError, asyncio.CancelledError, SystemExit]
 )
-def test_a_lease_that_nobody_released_blames_no_worker(
+def test_a_lease_that_was_not_released_blames_no_worker(
     ledger: Ledger, error: type[BaseException] | None
 ) -> None:
     """The client left, or the hub has a bug; the exception goes on."""
@@ -95,7 +95,7 @@ def test_a_lease_that_nobody_released_blames_no_worker(
 
 
 def test_two_leases_on_one_worker_are_two(ledger: Ledger) -> None:
-    """Equal in all they say, and yet not the same place."""
+    """All their attributes are equal, and still they are two places."""
     one, two = ledger.lease(), ledger.lease()
     assert len({one, two}) == 2
     one.release(Result.COMPLETE)

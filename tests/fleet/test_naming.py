@@ -46,7 +46,7 @@ def test_the_name_of_another_model_is_not_a_second_name() -> None:
     assert names.accept("a", "x", {"a", "b"})
 
 
-def test_names_that_are_always_others_say_nothing() -> None:
+def test_names_that_differ_each_time_mean_nothing() -> None:
     names = AnswerNames()
     for number in range(MOST_NAMES):
         assert names.accept("tiny", f"tiny at {number}", {"tiny"})

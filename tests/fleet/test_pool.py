@@ -1,4 +1,4 @@
-"""Who of those that serve a model can be asked now, and when the others can."""
+"""Which workers of a model can take a request now, and when the others can."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ WARM, COLD = Model("tiny", loaded=True), Model("tiny", loaded=False)
 LOADING = Model("tiny", loaded=False, loading=True)
 
 
-def test_those_that_have_it_loaded_go_first_and_those_that_do_not_tell(
+def test_workers_that_have_it_loaded_go_first_with_those_that_do_not_report_it(
     clock: Clock,
 ) -> None:
     cold, warm, silent = (

@@ -1,4 +1,4 @@
-"""Which workers may answer a request, and what a client is told where there is none."""
+"""Which workers may answer a request, and the error if there is none."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_model_is_listed_once_however_many_serve_it() -> None:
 
 
 def test_a_model_is_listed_while_its_workers_are_down() -> None:
-    """A client that asks for it is told to wait, and not that it does not exist."""
+    """A request for it gets the error to wait, not the one that it does not exist."""
     made = registry("a", "b")
     take_out(*made.workers)
     assert made.models() == ["a", "b"]
@@ -96,9 +96,7 @@ def test_a_worker_with_stated_models_is_in_their_pools() -> None:
     assert names(made.resolve("a", None)) == ["w1"]
 
 
-def test_a_model_that_matches_a_stated_pattern_is_known_though_nobody_lists_it() -> (
-    None
-):
+def test_a_model_that_matches_a_stated_pattern_is_known_before_it_is_listed() -> None:
     made = registry("x", "a", stated=["qwen*"], aliases={"gpt": "qwen9"})
     assert made.models() == ["a"]
     for name in ("qwen3", "qwen9", "gpt"):
@@ -205,13 +203,13 @@ def test_an_alias_of_an_alias_is_no_model() -> None:
 def test_an_alias_stands_for_no_other_model_than_its_own(
     name: str, models: dict[str, Any], workers: tuple[str, ...]
 ) -> None:
-    """While nobody serves that, nobody answers, least of all another model."""
+    """While no worker serves it, there is no answer, and none of another model."""
     made = registry(*workers, aliases={"gpt": "gone", "gpt-*": "gone"}, **models)
     assert found(made.resolve(name, None)) == ("gone", ())
     assert "'gone'" in nobody(made, name).message
 
 
-def test_names_that_nobody_serves_are_told() -> None:
+def test_names_that_no_worker_serves_are_reported() -> None:
     made = registry(
         "a",
         "b",
@@ -339,7 +337,7 @@ def test_a_name_that_a_client_makes_up_allows_nothing(
     assert [pool.model for pool in fallbacks.pools] == ["a", "b"][: 1 + allows]
 
 
-def test_an_alias_of_what_nobody_serves_allows_only_its_own_model() -> None:
+def test_an_alias_of_an_unserved_model_allows_only_that_model() -> None:
     made = registry("a", "b", aliases={"gpt": "gone"}, default_model="b")
     assert found(made.resolve("gpt", ["gpt"])) == ("gone", ())
     assert found(made.resolve("gpt", ["gone"])) == ("gone", ())
@@ -368,7 +366,7 @@ def test_a_missing_name_is_answered_with_the_names_there_are() -> None:
 
 
 @pytest.mark.parametrize("name", [None, "c"])
-def test_nobody_is_told_of_models_that_the_token_does_not_allow(
+def test_errors_do_not_list_models_that_the_token_does_not_allow(
     name: str | None,
 ) -> None:
     made = registry("a1", "a2", "b", aliases={"a-gpt": "b"})
@@ -472,7 +470,7 @@ def test_without_workers_the_reason_is_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", None])
-def test_while_nothing_is_known_yet_a_client_is_told_to_wait(name: str | None) -> None:
+def test_while_nothing_is_known_yet_clients_have_to_wait(name: str | None) -> None:
     """404 would be wrong: the model may be on a worker that is starting."""
     made = registry(None, None, None)
     take_out(made.workers[1])
@@ -483,7 +481,7 @@ def test_while_nothing_is_known_yet_a_client_is_told_to_wait(name: str | None) -
     )
 
 
-def test_a_pool_that_is_down_is_told_with_its_counts_and_states() -> None:
+def test_the_error_of_a_pool_that_is_down_counts_the_states() -> None:
     made = registry("a", "a", "a", "b")
     take_out(made.workers[0], made.workers[2])
     take_out(made.workers[1], check=Check.LOADING)
@@ -492,7 +490,7 @@ def test_a_pool_that_is_down_is_told_with_its_counts_and_states() -> None:
     )
 
 
-def test_a_default_model_that_nobody_serves_yet_is_told_with_all_workers() -> None:
+def test_the_error_of_an_unserved_default_model_counts_all_workers() -> None:
     made = registry("a", None, default_model="b")
     assert nobody(made, None).message == (
         "No worker is available for the model 'b': "
@@ -506,7 +504,7 @@ def test_a_worker_that_is_not_ready_does_not_hide_the_names_that_are_known() -> 
     assert nobody(made, "a").message.endswith("1 serve it (1 down).")
 
 
-def test_a_pool_that_fails_or_asks_for_a_break_is_told_so() -> None:
+def test_the_error_of_a_pool_that_fails_or_is_busy_names_that() -> None:
     made = registry("a", "a", "a", clock=(clock := Clock()))
     trip(made.workers[0], made.workers[1])
     made.workers[2].breaker.busy(30)
@@ -520,7 +518,7 @@ def test_a_pool_that_fails_or_asks_for_a_break_is_told_so() -> None:
     )
 
 
-def test_a_client_is_told_to_come_back_when_the_first_of_them_may_be_there() -> None:
+def test_retry_after_is_when_the_first_worker_may_be_back() -> None:
     made = registry("a", "a", "b", clock=(clock := Clock()))
     trip(made.workers[0])
     made.workers[1].breaker.busy(30)
@@ -531,7 +529,7 @@ def test_a_client_is_told_to_come_back_when_the_first_of_them_may_be_there() -> 
     nobody(made, "a", retry_after=RETRY_AFTER)
 
 
-def test_a_model_that_has_a_fallback_is_known_though_nobody_serves_it() -> None:
+def test_a_model_that_has_a_fallback_is_known_though_it_is_not_served() -> None:
     """Its worker may be down since the hub has started."""
     for strict in (False, True):
         made = registry("small", fallbacks={"big": ("small",)}, strict_models=strict)
@@ -551,7 +549,7 @@ def test_a_model_with_a_fallback_must_be_allowed_as_any_other() -> None:
 def test_without_canaries_the_hub_is_ready_for_the_request_that_is_the_proof(
     canary: bool,
 ) -> None:
-    """Or whoever asks for its readiness would keep that request away for ever."""
+    """Otherwise a load balancer that reads the readiness would never send the proof."""
     made = registry("a", clock=(clock := Clock()), breaker=Breaker(canary=canary))
     trip(made.workers[0])
     assert not made.ready
@@ -761,7 +759,7 @@ def test_a_route_is_found_anew_when_something_else_is_served() -> None:
     assert refused(made, "made up").code is Code.MODEL_NOT_FOUND
 
 
-def test_names_that_clients_make_up_are_not_kept_for_ever() -> None:
+def test_routes_for_invented_names_are_limited() -> None:
     made = registry("a")
     for number in range(bounded.MOST + 5):
         assert made.resolve(f"x{number}", None).model == "a"

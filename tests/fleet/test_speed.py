@@ -28,7 +28,7 @@ KIB = 1024
 @pytest.mark.parametrize(
     "told", [Prefill(0, 0), Prefill(5, 3, 1.5), Prefill(1, 0, 1e9)]
 )
-def test_what_can_be_true(told: Prefill) -> None:
+def test_possible_reports(told: Prefill) -> None:
     assert told.possible
 
 
@@ -36,7 +36,7 @@ def test_what_can_be_true(told: Prefill) -> None:
     "told",
     [Prefill(-1, 0, 1), Prefill(1, -1, 1), Prefill(1, 1, -1), Prefill(1, 1, math.inf)],
 )
-def test_what_cannot(told: Prefill) -> None:
+def test_impossible_reports(told: Prefill) -> None:
     assert not told.possible
 
 
@@ -85,7 +85,7 @@ def test_what_was_in_the_cache_was_not_read() -> None:
         Prefill(500, 1500, math.inf),
     ],
 )
-def test_what_cannot_be_true_is_ignored(told: Prefill) -> None:
+def test_impossible_reports_are_ignored(told: Prefill) -> None:
     speed = Speed()
     speed.read(8000, 1.0, told)
     assert speed.reads == 8000
@@ -95,7 +95,7 @@ def test_what_cannot_be_true_is_ignored(told: Prefill) -> None:
     ("size", "seconds"),
     [(0, 1.0), (-1, 1.0), (9, 0.0), (9, -1.0), (9, math.inf), (9, math.nan)],
 )
-def test_what_says_nothing_about_reading(size: int, seconds: float) -> None:
+def test_what_does_not_measure_reading_is_ignored(size: int, seconds: float) -> None:
     speed = Speed()
     speed.read(size, seconds)
     assert speed.reads is None
@@ -137,7 +137,7 @@ def test_for_a_number_that_was_never_seen_the_nearest_one_stands_in() -> None:
     assert speed.writes(1) == pytest.approx(100 / SHARED**2)
 
 
-def test_more_answers_than_are_told_apart_are_as_the_most_of_them() -> None:
+def test_more_answers_than_there_are_levels_count_as_the_last_level() -> None:
     speed = Speed()
     speed.wrote(100, 1.0, 10_000)
     assert speed.writes(1 << (LEVELS - 1)) == speed.writes(1 << 20) == 100
@@ -153,14 +153,14 @@ def test_a_count_that_was_lost_is_taken_for_one_answer() -> None:
     ("tokens", "seconds"),
     [(0, 1.0), (-1, 1.0), (9, 0.0), (9, -1.0), (9, math.inf), (9, math.nan)],
 )
-def test_what_says_nothing_about_writing(tokens: int, seconds: float) -> None:
+def test_what_does_not_measure_writing_is_ignored(tokens: int, seconds: float) -> None:
     speed = Speed()
     speed.wrote(tokens, seconds)
     assert speed.writes(1) is None
     assert speed.tokens == 256
 
 
-def test_an_answer_that_nobody_sees_is_as_long_as_its_time() -> None:
+def test_an_answer_that_was_not_read_is_estimated_by_its_time() -> None:
     speed = Speed()
     assert speed.generated(1000, 60.0) == 55, "slow, as nothing is known"
     speed.wrote(100, 2.0)
@@ -230,9 +230,7 @@ def used_to(speed: float) -> tuple[Pace, Clock]:
 @pytest.mark.parametrize(
     ("size", "seconds"), [(0, 10.0), (200, 13.0), (8_000, 130.0), (200_000, 300.0)]
 )
-def test_a_worker_that_nobody_knows_is_taken_for_a_slow_one(
-    size: int, seconds: float
-) -> None:
+def test_an_unknown_worker_counts_as_a_slow_one(size: int, seconds: float) -> None:
     assert Pace(Clock()).allowance(size) == seconds
 
 
@@ -297,7 +295,7 @@ def test_mostly_cached_prompts_keep_the_rate_near_the_truth() -> None:
         (9999, math.nan),
     ],
 )
-def test_what_says_nothing_about_prefill_is_ignored(
+def test_what_does_not_measure_prefill_is_ignored(
     size: int, first_token: float
 ) -> None:
     pace = Pace(Clock())
@@ -400,7 +398,7 @@ def test_a_minute_of_throttling_is_not_the_new_normal(at_once: int) -> None:
 
 
 def test_what_lasts_is_the_new_normal_some_minutes_later() -> None:
-    """Another model, five times as large: it is not slow for ever."""
+    """Another model, five times as large: that is normal some minutes later."""
     pace, clock = used_to(60.0)
     seconds = 0
     while pace.is_slow(120, 10.0):
@@ -459,7 +457,7 @@ def test_a_count_that_was_lost_has_the_baseline_of_one_answer() -> None:
         (99, math.nan),
     ],
 )
-def test_what_says_nothing_about_speed_is_neither_learnt_nor_slow(
+def test_what_does_not_measure_speed_is_neither_learnt_nor_slow(
     tokens: int, seconds: float
 ) -> None:
     clock = Clock()
@@ -487,5 +485,5 @@ def test_what_is_learnt_helps_to_choose_between_workers_too() -> None:
     pace = Pace(Clock())
     pace.learn(10_000, 2.0, 100, 5.0, 4, Prefill(tokens=1000, cached=0, seconds=1.0))
     assert (pace.speed.reads, pace.speed.writes(4)) == (10_000, 20)
-    pace.learn(0, 0.0, 7, 0.001, 4)  # too short to say anything
+    pace.learn(0, 0.0, 7, 0.001, 4)  # too short to measure anything
     assert pace.speed.writes(4) == 20

@@ -230,7 +230,7 @@ async def test_a_worker_in_bad_health_gets_no_canary(check: Check) -> None:
     await stage.settle(True)
 
 
-async def test_a_worker_that_told_of_no_model_cannot_be_asked() -> None:
+async def test_a_worker_that_listed_no_model_gets_no_canary() -> None:
     stage = Stage(models=())
     stage.half_open(stage.workers[0].breaker)
     assert await stage.round() == 0
@@ -259,7 +259,7 @@ async def test_a_canary_that_is_cancelled_proves_nothing() -> None:
     assert repr(stage.watchdog) == "<Watchdog answers=0 canaries=0>"
 
 
-def test_an_answer_that_falls_silent_makes_the_pinger_look() -> None:
+def test_an_answer_that_falls_silent_has_its_worker_checked() -> None:
     stage = Stage()
     [worker] = stage.workers
     looks: list[bool] = []
@@ -315,5 +315,5 @@ async def test_the_rounds_go_on_after_one_that_failed(
     ]
 
 
-async def test_a_sweep_that_was_not_started_can_be_stopped() -> None:
+async def test_a_watchdog_that_was_not_started_can_be_stopped() -> None:
     await Stage().watchdog.stop()

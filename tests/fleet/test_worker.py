@@ -1,4 +1,4 @@
-"""A worker's health is one table, who talks is alive, a place is given back once."""
+"""A worker's health, what it serves, and the places that its requests take."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def make(
 
 
 def after(worker: Worker, *checks: Check) -> list[WorkerState]:
-    """Let the pinger see these, and tell the state after each."""
+    """Observe these checks, and list the state after each."""
     states = []
     for check in checks:
         worker.observe(check, check.value)
@@ -80,7 +80,7 @@ def after(worker: Worker, *checks: Check) -> list[WorkerState]:
 # --- The table --------------------------------------------------------------------
 
 
-def test_the_table_says_where_every_event_leads_from_every_state() -> None:
+def test_the_table_has_every_event_in_every_state() -> None:
     assert set(TRANSITIONS) == set(product(WorkerState, WorkerEvent))
     assert set(TRANSITIONS.values()) <= set(WorkerState)
 
@@ -206,7 +206,7 @@ def test_it_tells_why_it_is_in_its_state() -> None:
     worker.observe(Check.OK, "ok in 2 ms")
     assert worker.reason == "ok in 2 ms"
     worker.observe(Check.FAILED, "timed out")
-    assert worker.reason == "ok in 2 ms"  # one failed check does not say that it is
+    assert worker.reason == "ok in 2 ms"  # one failed check does not change it
     after(worker, Check.FAILED)
     worker.observe(Check.FAILED, "connection refused")
     assert worker.reason == "connection refused"
@@ -226,7 +226,7 @@ def test_each_change_is_logged_once_and_going_down_is_a_warning(
     ]
 
 
-# --- What it told about itself ----------------------------------------------------
+# --- What it has listed -----------------------------------------------------------
 
 
 def test_before_it_was_reached_nothing_is_known_of_it() -> None:
@@ -235,7 +235,7 @@ def test_before_it_was_reached_nothing_is_known_of_it() -> None:
     assert not worker.serves("qwen")
 
 
-def test_it_serves_the_models_that_it_told_and_no_others() -> None:
+def test_it_serves_the_models_that_it_lists_and_no_others() -> None:
     worker = make()
     worker.observe(Check.OK, "ok", ABOUT)
     assert worker.serves("qwen")
@@ -355,7 +355,7 @@ def test_an_answer_shows_that_its_model_is_loaded() -> None:
     assert not third.loads
     assert looks == ["now", "now"]
     worker.observe(Check.OK, "ok", Description((Model("a", loaded=False),)))
-    assert worker.is_cold("a") is False  # somebody waits for it
+    assert worker.is_cold("a") is False  # a request waits for it
     for lease in (first, second, third):
         lease.release(Result.COMPLETE)
     assert worker.is_cold("a")
@@ -401,7 +401,7 @@ def test_a_slot_that_is_taken_again_at_once_was_not_free() -> None:
     assert worker.full_for == 0.0
 
 
-def test_slots_are_those_that_it_told_last() -> None:
+def test_slots_are_those_that_it_reported_last() -> None:
     worker = make()
     assert (worker.slots, worker.free) == (None, math.inf)
     worker.observe(Check.OK, "ok", ABOUT)
@@ -433,7 +433,7 @@ def test_free_are_the_slots_that_no_lease_has() -> None:
 
 
 @pytest.mark.parametrize("slots", [0, -1, MOST_SLOTS + 1, 1 << 62])
-def test_slots_that_cannot_be_are_not_believed_and_told_once(
+def test_impossible_slots_are_ignored_and_logged_once(
     slots: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = make()
@@ -458,7 +458,7 @@ def test_the_weight_is_what_is_configured_else_the_memory(
 # --- Who talks is alive -----------------------------------------------------------
 
 
-def test_a_worker_that_talks_is_kept_whatever_its_health_check_says() -> None:
+def test_a_worker_that_sends_tokens_is_kept_whatever_its_health_check_finds() -> None:
     """Bursts starve llama-server's HTTP threads while tokens flow."""
     clock = Clock()
     worker = make(WorkerState.READY, fall=1, timeout=5, clock=clock)
@@ -518,7 +518,7 @@ def test_one_talking_answer_among_silent_ones_is_enough() -> None:
     assert not worker.heard_since(clock() - 59)
 
 
-def test_a_worker_that_talks_and_says_that_it_loads_is_believed() -> None:
+def test_a_worker_that_sends_tokens_and_reports_a_load_is_loading() -> None:
     """Only silence is doubted, not an answer."""
     clock = Clock()
     worker = make(WorkerState.READY, clock=clock)
@@ -526,7 +526,7 @@ def test_a_worker_that_talks_and_says_that_it_loads_is_believed() -> None:
     assert after(worker, Check.LOADING) == [WorkerState.LOADING]
 
 
-def test_where_nobody_listens_any_more_what_was_heard_before_does_not_count() -> None:
+def test_bytes_of_answers_that_have_ended_do_not_count() -> None:
     """The last bytes of a process that has died may be very young."""
     clock = Clock()
     worker = make(WorkerState.READY, fall=1, clock=clock)
@@ -552,7 +552,7 @@ def test_a_lease_knows_its_worker_and_its_moment() -> None:
 
 @pytest.mark.parametrize("outcome", list(Result))
 def test_what_is_the_workers_own_doing_makes_it_suspect(outcome: Result) -> None:
-    """Clients that leave and bad requests say nothing about a worker.
+    """Clients that leave and bad requests show nothing about a worker.
 
     One that is busy is looked at as well, but only a failure counts, or a hang.
     """
@@ -560,7 +560,7 @@ def test_what_is_the_workers_own_doing_makes_it_suspect(outcome: Result) -> None
     suspicions: list[int] = []
     worker.on_suspicion = lambda: suspicions.append(worker.in_flight)
     worker.lease().release(outcome)
-    # The place is free when it is told.
+    # The place is free by then.
     assert suspicions == ([0] if outcome in BLAMED else [])
     assert worker.in_doubt is (outcome in FAILED)
     assert worker.available  # until a check has failed as well
@@ -620,7 +620,7 @@ def test_a_failed_request_interrupts_the_way_up() -> None:
         (9e9, math.inf, 0.0, False),
     ],
 )
-def test_whoever_leaves_after_a_hang_has_left_because_of_it(
+def test_a_client_that_leaves_after_a_hang_has_left_because_of_it(
     waited: float, allowance: float, first_token: float, slow: bool
 ) -> None:
     """A worker that hangs is not protected by its clients' impatience."""
@@ -741,7 +741,7 @@ def test_one_request_at_a_time_proves_a_model_and_the_others_are_not_kept_away()
     assert not worker.can_serve("qwen")
 
 
-def test_whoever_leaves_in_the_middle_of_a_proof_gives_it_back() -> None:
+def test_a_client_that_leaves_in_the_middle_of_a_proof_gives_it_back() -> None:
     worker, clock = half_open()
     with pytest.raises(ValueError), worker.lease("qwen"):
         assert not worker.can_serve("qwen")
@@ -976,7 +976,7 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: self.proving)
     @rule(outcome=st.sampled_from(Result))
     def prove(self, outcome: Result) -> None:
-        """End a request that was let in as a proof, be it in time or too late."""
+        """End a request that was admitted as a proof."""
         self.release(next(iter(self.proving)), outcome)
 
     @rule(place=leases, outcome=st.sampled_from(Result))
@@ -1044,7 +1044,7 @@ class Leases(RuleBasedStateMachine):
     @invariant()
     def health_is_what_the_checks_say(self) -> None:
         assert self.worker.state is self.state
-        works = self.worker.breaker.available  # which has books and a test of its own
+        works = self.worker.breaker.available  # which has its own model and test
         assert self.worker.available is (self.state is WorkerState.READY and works)
         assert self.worker.in_doubt is (
             self.state is WorkerState.READY and self.bad > 0
@@ -1125,7 +1125,7 @@ def test_another_build_in_an_answer_is_suspicious_once() -> None:
     worker = make(WorkerState.READY)
     looks: list[str] = []
     worker.on_suspicion = lambda: looks.append("look")
-    worker.see_build("b1")  # nothing is known of its own
+    worker.see_build("b1")  # its own is unknown
     worker.observe(Check.OK, "ok", Description((Model("tiny"),), build="b1"))
     for build in ("", "b1", "b2", "b2", "b1"):
         worker.see_build(build)
