@@ -1,4 +1,4 @@
-"""A worker may close an idle connection at any time; no client ever hears of it."""
+"""A worker may close an idle connection at any time; clients do not notice."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def test_a_worker_that_closes_behind_each_answer(end: Any) -> None:
         assert await ask_one_after_the_other(hub, 200) == [200] * 200
         assert set(executions(worker).values()) == {1}
         assert len(worker.requests) == 200
-        assert len(worker.control) == pings, "nobody was suspected"
+        assert len(worker.control) == pings, "no worker was suspected"
         assert_not_blamed(hub)
 
 
@@ -149,6 +149,20 @@ async def test_idle_connections_are_closed_in_the_background() -> None:
         await worker.idle()
 
 
+async def test_health_checks_have_connections_of_their_own() -> None:
+    """Idle ones may be dead, and a health check must not find a dead one."""
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        [record] = hub.hub.registry.workers
+        worker.default(*OK)
+        assert (await hub.post(CHAT, numbered(1))).status == 200
+        before = worker.connections
+        assert await hub.hub.health.look(record)
+        assert worker.connections == before + 3
+        assert (await hub.post(CHAT, numbered(2))).status == 200
+        assert [request.reused for request in worker.requests] == [False, True]
+        assert not any(request.reused for request in worker.control)
+
+
 # --- After event streams ----------------------------------------------------------
 
 
@@ -187,7 +201,7 @@ async def test_a_worker_that_keeps_connections_after_streams_is_learnt() -> None
 
 @pytest.mark.usefixtures("_quick_probation")
 async def test_a_worker_that_does_not_keep_them_any_more_fails_nobody() -> None:
-    """It was replaced by a llama-server, say; at worst one request is repeated."""
+    """A llama-server may have replaced it; at worst one request is repeated."""
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         [pool] = hub.hub.connections.values()
         worker.script(*KEPT)
@@ -275,7 +289,7 @@ async def test_a_silent_worker_is_not_asked_again() -> None:
         assert executions(worker) == {"number 1": 1, "number 2": 1}
 
 
-async def test_bytes_that_nobody_asked_for_are_no_answer() -> None:
+async def test_bytes_without_a_request_are_not_an_answer() -> None:
     """A worker that talks on an idle connection is hung up, not listened to."""
     late = json_reply({"whose": "nobody's"})
     async with ScriptedWorker() as worker, running_hub(worker) as hub:

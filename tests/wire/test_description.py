@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gollama_proxy.wire.description import (
     MAX_NAME,
@@ -20,6 +22,19 @@ from gollama_proxy.wire.description import (
 )
 
 ONE = {"data": [{"id": "a"}]}
+FIELDS = (
+    "id",
+    "model",
+    "meta",
+    "n_ctx",
+    "max_model_len",
+    "context_length",
+    "status",
+    "value",
+    "total_slots",
+    "build_info",
+    "default_generation_settings",
+)
 
 
 def encoded(answer: Any) -> bytes:
@@ -205,6 +220,31 @@ def test_properties_that_cannot_be_read_stay_unknown(props: bytes) -> None:
     model = {"id": "a", "meta": {"n_ctx": 512}}
     expected = Description((Model("a", 512),), None, 512, "")
     assert describe(listing_of(model), props) == expected
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(FIELDS), inner),
+    max_leaves=30,
+)
+
+
+@settings(deadline=None, database=None, max_examples=200)
+@given(st.lists(JSON), JSON, st.binary(max_size=50), st.binary(max_size=50))
+def test_anything_is_described_or_refused(
+    listed: list[Any], props: Any, junk: bytes, more: bytes
+) -> None:
+    for models in (encoded({"data": listed}), encoded({"models": listed}), junk):
+        for text in (encoded(props), more):
+            try:
+                result = describe(read_models(models), text)
+            except DescriptionError:
+                continue
+            assert all(model.name.isprintable() for model in result.models)
+            contexts = [result.context, *(model.context for model in result.models)]
+            assert all(0 < each <= MOST_CONTEXT for each in contexts if each)
+            assert result.slots is None or abs(result.slots) <= 1 << 31
+            assert result.build.isprintable()
 
 
 # --- What is too much, or cannot be true ------------------------------------------
