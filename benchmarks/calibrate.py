@@ -1,4 +1,4 @@
-"""How fast a llama-server reads and writes, for a stand-in that does the same."""
+"""The speed at which a llama-server reads and writes, for a stand-in of that speed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BESIDE = 4  # answers at once
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found out; speeds in tokens/s."""
+    """The measured speeds, in tokens/s."""
 
     reads: float
     writes: float  # a single answer
@@ -44,26 +44,26 @@ class Measured:
 
 
 async def calibrate(port: int) -> Measured:
-    """Ask a server that has nothing else to do, and take what its `timings` tell.
+    """Ask an idle server, and return the speeds that its `timings` report.
 
     Raises:
-        BenchmarkError: when it did not answer.
+        BenchmarkError: it did not answer.
     """
     reads, writes, beside, token = [], [], [], []
     for turn in range(ROUNDS):
-        told, characters = await _ask(port, f"read {turn}", LONG_PROMPT, 1)
-        reads.append(told.prompt_n / told.prompt_ms * 1e3)
-        token.append(characters / (told.prompt_n + told.cache_n))
-        told, _ = await _ask(port, f"write {turn}", SHORT_PROMPT, ANSWER)
-        writes.append(_writing(told))
+        timings, characters = await _ask(port, f"read {turn}", LONG_PROMPT, 1)
+        reads.append(timings.prompt_n / timings.prompt_ms * 1e3)
+        token.append(characters / (timings.prompt_n + timings.cache_n))
+        timings, _ = await _ask(port, f"write {turn}", SHORT_PROMPT, ANSWER)
+        writes.append(_writing(timings))
         several = (
             _ask(port, f"write {turn} {each}", SHORT_PROMPT, ANSWER)
             for each in range(BESIDE)
         )
-        # Who comes last is alone at its end.
-        told_all = [told for told, _ in await asyncio.gather(*several)]
-        beside.append(median(map(_writing, told_all)))
-    # Whatever else the machine does makes it slower, never faster.
+        # The last one to end is alone then, hence the median.
+        answers = [timings for timings, _ in await asyncio.gather(*several)]
+        beside.append(median(map(_writing, answers)))
+    # Other load on the machine makes it slower, never faster.
     return Measured(max(reads), max(writes), max(beside), median(token))
 
 
@@ -77,6 +77,6 @@ async def _ask(port: int, seed: str, count: int, tokens: int) -> tuple[Timings, 
     return exchange.timings, len(render(messages))
 
 
-def _writing(told: Timings) -> float:
+def _writing(timings: Timings) -> float:
     # From the first token to the last.
-    return (told.predicted_n - 1) / told.predicted_ms * 1e3
+    return (timings.predicted_n - 1) / timings.predicted_ms * 1e3

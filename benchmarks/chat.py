@@ -1,4 +1,4 @@
-"""Clients that talk: each turn of a conversation carries the answers that it had."""
+"""Clients that hold conversations: each turn contains the answers so far."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DONE = b"data: [DONE]"
 
 
 class Timings(msgspec.Struct):
-    """What llama-server tells of an answer; times in milliseconds."""
+    """llama-server's account of an answer; times in milliseconds."""
 
     cache_n: int
     prompt_n: int
@@ -42,7 +42,7 @@ _event = msgspec.json.Decoder(_Event)
 
 
 class Exchange(Client):
-    """A question, and its answer as it came; times are monotonic seconds."""
+    """A question, and its answer as it arrives; times are monotonic seconds."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Exchange(Client):
         max_tokens: int,
         previous: Exchange | None = None,
     ) -> None:
-        """Ask; `previous` is the turn before this one."""
+        """Prepare the request; `previous` is the turn before this one."""
         document = {"model": "any", "messages": messages, "stream": True}
         document |= {"max_tokens": max_tokens, "temperature": 0}
         super().__init__(spell(port, bearer, document), Tally())
@@ -70,7 +70,7 @@ class Exchange(Client):
 
     @property
     def first_token(self) -> float | None:
-        """Tell how long it took; None if none came."""
+        """Return the seconds to the first token; None if none came."""
         return self.arrivals[0] - self.began if self.arrivals else None
 
     @property
@@ -79,12 +79,12 @@ class Exchange(Client):
 
     @property
     def prompt_tokens(self) -> int:
-        told = self.timings
-        return told.cache_n + told.prompt_n if told else 0
+        timings = self.timings
+        return timings.cache_n + timings.prompt_n if timings else 0
 
     @property
     def tokens(self) -> int:
-        """Count those of the prompt and the answer."""
+        """The tokens of the prompt and the answer."""
         return self.prompt_tokens + len(self.words)
 
     def on_body(self, body: bytes) -> None:
@@ -119,7 +119,7 @@ class Exchange(Client):
 
 
 def talking(port: int, bearers: list[str], habit: Habit) -> Come[Exchange]:
-    """Have each client go through its dialogues, one after another."""
+    """Return a loop in which a client goes through its dialogues."""
 
     async def come(
         number: int, exchanges: list[Exchange], leaving: asyncio.Event

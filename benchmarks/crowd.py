@@ -1,4 +1,4 @@
-"""Clients that come again and again, and what each of their visits was like."""
+"""Clients that send requests in a loop, and the record of each request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ END_WITHIN = 60.0
 
 
 class Call(Protocol):
-    """One request of a client, as far as a crowd has to do with it."""
+    """One request of a client, as far as a crowd needs it."""
 
     ended: asyncio.Future[None]
 
@@ -24,15 +24,16 @@ class Call(Protocol):
 
 
 C = TypeVar("C", bound=Call)
-# What a client does, given its number, the list for its calls, and the sign to leave.
+# The loop of a client, given its number, the list for its calls, and the event that
+# asks it to stop.
 Come = Callable[[int, list[C], asyncio.Event], Coroutine[None, None, None]]
 
 
 @contextlib.asynccontextmanager
 async def crowd(clients: int, come: Come[C]) -> AsyncIterator[list[C]]:
-    """Have clients come while the context lasts, and see the last ones off.
+    """Run clients while the context lasts, and let their last requests end.
 
-    Their calls are in the order in which they began; each has ended after the context.
+    The calls are in the order in which they began; each has ended after the context.
     """
     calls: list[C] = []
     leaving = asyncio.Event()
@@ -45,7 +46,7 @@ async def crowd(clients: int, come: Come[C]) -> AsyncIterator[list[C]]:
         leaving.set()
         left, _ = await asyncio.wait(here, timeout=END_WITHIN)
         for each in left:
-            each.result()  # raises what should never happen
+            each.result()  # raises an unexpected error
     finally:
         for each in here:
             each.cancel()
@@ -56,7 +57,7 @@ async def crowd(clients: int, come: Come[C]) -> AsyncIterator[list[C]]:
 
 
 async def connect(client: Client, port: int) -> None:
-    """Have a client ask, and wait until it has its answer, or its flaw."""
+    """Connect a client, and wait until its answer has ended or failed."""
     loop = asyncio.get_running_loop()
     try:
         await loop.create_connection(lambda: client, "127.0.0.1", port)
@@ -70,7 +71,7 @@ async def connect(client: Client, port: int) -> None:
 
 @dataclass(frozen=True)
 class Habit:
-    """How clients come: each pauses after every answer, this long on average."""
+    """The pauses of clients: one after every answer, this long on average."""
 
     pause: float  # seconds
     seed: str  # the same pauses for the same seed
@@ -95,22 +96,22 @@ class Visit(StreamClient):
         return f"<Visit {self.first} {self.worker} {self.flaw!r}>"
 
     def give_up(self) -> None:
-        self._hear()
+        self._note()
         super().give_up()
 
     def data_received(self, data: bytes) -> None:
-        self._hear()
+        self._note()
         super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._hear()
+        self._note()
         super().connection_lost(exc)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"x-gollama-worker":
             self.worker = value.decode()
 
-    def _hear(self) -> None:
+    def _note(self) -> None:
         now = time.monotonic()
         if not self.ended.done():
             self.longest = max(self.longest, now - self._heard)
@@ -118,7 +119,7 @@ class Visit(StreamClient):
 
 
 def visiting(job: Job, habit: Habit) -> Come[Visit]:
-    """Have each client ask the job's question again and again."""
+    """Return a loop in which a client repeats the job's request."""
 
     async def come(number: int, visits: list[Visit], leaving: asyncio.Event) -> None:
         rng, tally = habit.rng(number), Tally()

@@ -1,7 +1,7 @@
-"""What is said to real models: conversations of several turns, and single questions.
+"""The prompts for real models: conversations of several turns, and single questions.
 
-The words are nonsense of two syllables, of which the tiny models have a token each.
-The same seed gives the same words, and asks for answers of the same lengths.
+The words are nonsense of two syllables, each of which is a token of the tiny models.
+The same seed gives the same words, and answers of the same lengths.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.workload import length
 
-SYSTEM_WORDS = 40  # that all of them begin with
+SYSTEM_WORDS = 40  # at the beginning of all prompts
 FIRST_WORDS = 200  # of a first question, on average
-LATER_WORDS = range(3, 10)  # of those that follow
+LATER_WORDS = range(3, 10)  # of later questions
 ANSWER = 24  # tokens, on average
 MOST_WORDS, MOST_TOKENS = 400, 72  # so that any conversation fits its context
 TURNS = (2, 3, 4)  # of a conversation
@@ -31,23 +31,23 @@ class Question(NamedTuple):
 
 
 class Dialogue(NamedTuple):
-    """A conversation, as far as its client says it."""
+    """The client's side of a conversation."""
 
     system: str
     questions: list[Question]
 
     def messages(self, answers: list[str]) -> list[Message]:
-        """Give what is sent for the next answer, after these."""
-        said = [{"role": "system", "content": self.system}]
+        """Return the messages that ask for the next answer, after these."""
+        messages = [{"role": "system", "content": self.system}]
         for (text, _), answer in zip(self.questions, answers, strict=False):
-            said.append({"role": "user", "content": text})
-            said.append({"role": "assistant", "content": answer})
-        said.append({"role": "user", "content": self.questions[len(answers)].text})
-        return said
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": self.questions[len(answers)].text})
+        return messages
 
 
 def dialogues(seed: str) -> Iterator[Dialogue]:
-    """Yield what one client has to say, without an end."""
+    """Yield the dialogues of one client, without an end."""
     system = words(SYSTEM_WORDS, random.Random("system"))
     rng = random.Random(seed)
     while True:

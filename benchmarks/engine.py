@@ -1,14 +1,15 @@
-"""llama-server's main loop, without a model: what it does in which order, and when.
+"""llama-server's main loop without a model: the order of its work, and the time it
+takes.
 
-Each turn of the loop is a batch: one token for each answer that is being written, and
-as much as fits of the prompts that are to be read.  It takes
+Each turn of the loop is a batch: one token of each answer that is being written, and as
+much as fits of the prompts that wait to be read.  It takes
 
     pace.batch  +  pace.written * answers  +  pace.read * prompt tokens
 
-seconds, and then each answer has a token more, and each prompt that was read to its end
-the first token of its answer.  So answers stand nearly still while a long prompt is
-read, as they do in the real one.  Requests beyond the slots wait, without a bound,
-first come, first served.
+seconds; then each answer has one token more, and each prompt that was read to its end
+has the first token of its answer.  So answers nearly stop while a long prompt is read,
+as in the real server.  Requests beyond the slots wait, any number of them, first come,
+first served.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ class Pace:
     read: float  # each token of a prompt
 
     def slowed(self, factor: float) -> Pace:
-        """Give the pace of a machine that takes so many times as long."""
+        """Return the pace of a machine that takes `factor` times as long."""
         return Pace(self.batch * factor, self.written * factor, self.read * factor)
 
     def tokens_per_second(self, answers: int) -> float:
-        """Tell how fast each of so many answers is written."""
+        """Return the speed of each of several answers written at once."""
         return 1 / (self.batch + self.written * answers)
 
 
 @dataclass(eq=False)
 class Work:
-    """One request: its prompt, and the answer that it is to have."""
+    """One request: its prompt, and the length of its answer."""
 
     prompt: str
     tokens: int  # to be written
@@ -60,7 +61,7 @@ class Work:
 
 
 class Engine:
-    """The loop of one server; who runs it keeps the time."""
+    """The loop of one server; the caller keeps the time."""
 
     def __init__(self, pace: Pace, slots: int, kept: int, token: float) -> None:
         """Begin idle.  A token of a prompt is so many characters."""
@@ -79,20 +80,20 @@ class Engine:
         self._waiting.append(work)
 
     def cancel(self, work: Work) -> None:
-        """Forget a request that nobody waits for any more; at once, if it runs.
+        """Drop a request whose client has left, at once if it runs.
 
-        One that waits stays, as in llama-server, and finds nobody when it is written.
+        One that still waits stays, as in llama-server, and is written for no client.
         """
         if work in self._running:
             self._running.remove(work)
             self._end(work)
 
     def plan(self, now: float) -> float | None:
-        """Begin a turn of the loop, and tell its seconds; None if there is no work."""
+        """Begin a turn of the loop and return its seconds; None if there is no work."""
         while self._waiting and (found := self.cache.take(self._waiting[0].prompt)):
             work = self._waiting.popleft()
             work.slot, length = found
-            # The last token is always read: what comes after it is wanted.
+            # The last token is always read: the answer follows from it.
             work.cached = min(int(length / self._token), work.size - 1)
             work.read, work.began = work.cached, now
             self._running.append(work)
@@ -110,7 +111,7 @@ class Engine:
         return pace.batch + pace.written * writing + pace.read * reading
 
     def carry_out(self, now: float) -> list[Work]:
-        """End the turn; give those that have one more token."""
+        """End the turn; return the requests that have one more token."""
         spoken = []
         for work, part in self._batch:
             work.read += part

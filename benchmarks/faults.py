@@ -1,28 +1,27 @@
-"""What a worker that is stopped costs the clients of the others.
+"""The effect of a stopped worker on the clients of the others.
 
-    python -m benchmarks.faults                   with less patience than by default
-    python -m benchmarks.faults --allowance 10    with the hub's defaults alone
+    python -m benchmarks.faults                   with a shorter allowance
+    python -m benchmarks.faults --allowance 10    with the hub's defaults
 
 Real llama-servers with a tiny model, a hub, and clients that stream, all on this
 machine.  In turns:
 
-(a) Two workers that are well, alone behind a hub.
+(a) Two healthy workers behind a hub.
 
 (b) Three workers, of which one is stopped by SIGSTOP under the same load: the worst
-    kind of dead, as its port goes on to accept.  Once the hub has taken it out, a new
-    request should find what those of (a) find.  Then it is woken, and its share of the
-    requests is watched from the moment when the hub takes it back.
+    kind of failure, as its port still accepts.  Once the hub has stopped sending to it,
+    a new request should wait no longer than in (a).  Then the worker continues, and its
+    share of the requests is recorded from the moment the hub sends to it again.
 
-One setting is not the default: `timeouts.allowance` (10 s), the time in which another
-worker is asked instead, and for which a canary may take; else a round would last for
-minutes.
+One setting differs from the default: `timeouts.allowance` (10 s), after which another
+worker is asked, and which limits a canary; otherwise a round would last for minutes.
 
-Each client comes back some time after it was answered, so that the machine is mostly
-idle: what a request waits for then is its worker and its hub.  Under a load that fills
-the cores it would be a core, and a ratio of two such waits would tell nothing.  The
-pauses are random, so that requests meet now and then, and the same in (a) and (b).  Who
-waits for the stopped worker does not ask meanwhile, as people do; what is measured
-begins when all of them have been answered, and the load is that of (a) again.
+Each client pauses after an answer, so that the machine is mostly idle and a request
+waits for its worker and its hub alone.  Under a load that fills the cores it would wait
+for a core, and a ratio of two such waits would show nothing.  The pauses are random, so
+that requests coincide now and then, and they are the same in (a) and (b).  Clients that
+wait for the stopped worker send nothing meanwhile; measuring begins when all of them
+have been answered, so that the load is that of (a) again.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ RATIO_GOAL = 1.2
 
 
 async def measure(options: argparse.Namespace, console: Console) -> None:
-    """Take the rounds and print what they showed."""
+    """Measure all rounds and print the results."""
     calms: list[Calm] = []
     faults: list[Fault] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
@@ -67,8 +66,8 @@ async def measure(options: argparse.Namespace, console: Console) -> None:
                     faults.append(await scene.fault(turn))
     _print_conditions(options, console)
     _print_waits(calms, faults, console)
-    console.print(*_tell_losses(faults), sep="\n", highlight=False, soft_wrap=True)
-    console.print(*_tell_times(faults), sep="\n", highlight=False, soft_wrap=True)
+    console.print(*_losses(faults), sep="\n", highlight=False, soft_wrap=True)
+    console.print(*_times(faults), sep="\n", highlight=False, soft_wrap=True)
 
 
 # --- Printing ---------------------------------------------------------------------
@@ -76,10 +75,10 @@ async def measure(options: argparse.Namespace, console: Console) -> None:
 
 def _print_conditions(options: argparse.Namespace, console: Console) -> None:
     console.print(
-        f"(a) {WORKERS - 1} workers; (b) {WORKERS}, of which one is stopped and out\n"
+        f"(a) {WORKERS - 1} workers; (b) {WORKERS}, of which one is stopped\n"
         f"{options.clients} clients with streams of {TOKENS} tokens, {PAUSE:g} s apart"
         f" on average\n"
-        f"timeouts.allowance = {options.allowance:g}, all else as it comes\n"
+        f"timeouts.allowance = {options.allowance:g}, all else by default\n"
         f"Python {platform.python_version()}, {os.cpu_count()} cores; median of"
         f" {options.rounds} rounds (lowest - highest)\n",
         highlight=False,
@@ -105,24 +104,24 @@ def _p95(values: list[float]) -> float:
     return quantiles(values, n=20)[-1]
 
 
-def _tell_losses(faults: list[Fault]) -> Iterator[str]:
-    """Tell what (b) cost its clients, from its beginning to its end."""
+def _losses(faults: list[Fault]) -> Iterator[str]:
+    """Yield sentences about the requests of (b), from its beginning to its end."""
     asked = sum(fault.asked for fault in faults)
     failed = sum(fault.failed for fault in faults)
     cut = sum(fault.cut for fault in faults)
-    held = "OVER the goal of none" if failed + cut else "the goal of none is met"
-    yield f"all of (b): {asked:,} requests, {failed} failed, {cut} broke off; {held}"
+    held = "OVER the goal of none" if failed + cut else "meets the goal of none"
+    yield f"all of (b): {asked:,} requests, {failed} failed, {cut} broke off: {held}"
     yield f"longest wait {spread([fault.longest for fault in faults], 1)} s"
 
 
-def _tell_times(faults: list[Fault]) -> Iterator[str]:
-    """Tell when the worker went and came, and how."""
+def _times(faults: list[Fault]) -> Iterator[str]:
+    """Yield sentences about the times at which the hub reacted."""
     by = ", ".join(dict.fromkeys(fault.out_by for fault in faults))
     yield f"taken out after {spread([each.out_after for each in faults], 1)} s, by {by}"
     yield f"taken back after {spread([each.back_after for each in faults], 1)} s"
     spans = zip(*(fault.shares for fault in faults), strict=True)
     shares = ", ".join(f"{median(span):.0%}" for span in spans)
-    yield f"its share then, for {SHARE_SECONDS:g} s each: {shares}"
+    yield f"its share afterwards, in periods of {SHARE_SECONDS:g} s: {shares}"
 
 
 # --- Command line -----------------------------------------------------------------

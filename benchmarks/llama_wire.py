@@ -97,7 +97,7 @@ NOT_FOUND = answer(
 
 
 def pages(slots: int) -> dict[bytes, bytes]:
-    """Give what is answered to a GET, by its path."""
+    """Return the answers to GET requests, by path."""
     return {
         b"/health": answer({"status": "ok"}),
         b"/props": answer(
@@ -128,7 +128,7 @@ def pages(slots: int) -> dict[bytes, bytes]:
 def stream_end(
     cached: int, read: int, read_seconds: float, written: int, write_seconds: float
 ) -> bytes:
-    """Give the end of a stream: what the prompt and the answer have taken."""
+    """Return the end of a stream, with the times of the prompt and the answer."""
     read_ms, write_ms = read_seconds * 1000, max(write_seconds * 1000, 1.0)
     timings = {
         "cache_n": cached,
@@ -149,7 +149,7 @@ class Connection(asyncio.Protocol):
     """Takes the requests of one connection, one after another."""
 
     def __init__(self, answers: dict[bytes, bytes]) -> None:
-        """Begin; `answers` are the pages."""
+        """Create it; `answers` are the pages."""
         self._pages = answers
         self._parser = httptools.HttpRequestParser(self)
         self._path = b""

@@ -2,11 +2,11 @@
 
 A machine reads prompts and writes answers.  All prompts share its reading speed.  Of n
 answers each is written at `writes / (1 + crowd * (n - 1))`: a large card hardly notices
-another one (`crowd` near 0), a processor shares what it has (near 1).  While a prompt
+another one (`crowd` near 0), a processor divides its speed (near 1).  While a prompt
 is read, llama-server writes one token for each batch of it, so answers come slowly.
 
 Each slot keeps the state of its last conversation, and `kept` more are kept in memory
-(llama-server's `--cache-ram`); the one that was unused for longest goes first.  Of any
+(llama-server's `--cache-ram`); the least recently used one is evicted first.  Of any
 other conversation only the common system prompt is there.  Requests beyond the slots
 wait in the machine, first come, first served.
 """
@@ -43,7 +43,7 @@ class Kind:
     weight: float  # as its owner would declare it
 
     def seconds(self, prompt: float, answer: float) -> float:
-        """Tell what a request costs it, when it is busy."""
+        """Return the seconds of work that a request takes when all slots are busy."""
         each = self.writes / (1 + self.crowd * (self.slots - 1))
         return prompt / self.reads + answer / (each * self.slots)
 
@@ -83,21 +83,21 @@ class Machine:
         origin = Origin("http", "127.0.0.1", index, "")
         config = WorkerConfig("", origin, f"{kind.name}-{index}", weight=kind.weight)
         self.worker = Worker(config, Health(), clock, index)
-        told = Description((Model(MODEL),), slots=kind.slots)
-        self.worker.observe(Check.OK, "ok", told)
+        description = Description((Model(MODEL),), slots=kind.slots)
+        self.worker.observe(Check.OK, "ok", description)
 
     def __repr__(self) -> str:
         return f"<Machine {self.worker.name} {self._reading!r} {self._writing!r}>"
 
     def taken(self) -> float:
-        """Tell the part of its slots that was taken, on average so far."""
+        """Return the average share of its slots that were taken so far."""
         self._move()
         return self._busy / self.kind.slots / self._clock()
 
-    # --- What the hub does --------------------------------------------------------
+    # --- Called by the hub --------------------------------------------------------
 
     def begin(self, request: Request) -> None:
-        """Take a request into a slot, or have it wait for one."""
+        """Put a request into a slot, or let it wait for one."""
         self._move()
         request.lease = lease = self.worker.lease(MODEL)
         lease.prompt_bytes = request.prompt * BYTES_PER_TOKEN
@@ -105,17 +105,17 @@ class Machine:
         self._line.append(request)
         self._fill()
 
-    # --- What happens by itself ---------------------------------------------------
+    # --- The passing of time --------------------------------------------------
 
     def next_at(self) -> float:
-        """Tell when something happens, if nothing comes in between."""
+        """Return the time of the next event, if no request arrives before."""
         reading, writing = self._reading.left(), self._writing.left()
         read_rate, write_rate = self._rates()
         soonest = min(reading / read_rate, writing / write_rate)
         return self._moved_at + soonest
 
     def step(self) -> Request | None:
-        """Let happen what is due; give the request that has its whole answer."""
+        """Carry out what is due; return the request that was completed, if any."""
         self._move()
         begun = self._reading.pop()
         if begun is not None:
@@ -165,7 +165,7 @@ class Machine:
         return kind.reads / max(reading, 1), writes * slowed
 
     def _find(self, request: Request) -> int:
-        """Take the state that a request can go on with; give its tokens."""
+        """Take the state that a request can continue from; return its tokens."""
         if request.conversation in self._states:
             state = self._states.pop(request.conversation)
             self._evict()
@@ -183,8 +183,8 @@ class Machine:
 class _Share:
     """Requests that progress at the same rate; `done` is how far one would be by now.
 
-    Whoever joins is ready when `done` has grown by its own amount, so that nobody but
-    the next one has to be looked at.
+    A request that joins is ready when `done` has grown by its own amount, so only the
+    next one has to be looked at.
     """
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ SHORT_RATE = 1000.0
 
 
 class Stream:
-    """One answer under way: what is left of it, and where it goes."""
+    """One answer in progress: the rest of it, and its client."""
 
     __slots__ = ("left", "slot", "started", "tokens", "transport")
 
@@ -45,7 +45,7 @@ class Stream:
         return f"<Stream {self.tokens - self.left}/{self.tokens}>"
 
     def advance(self) -> bool:
-        """Send the next token; false when it was the end that was sent."""
+        """Send the next token or the end; return False after the end."""
         if self.left > 0:
             self.left -= 1
             self.transport.write(TOKEN_CHUNK)
@@ -59,7 +59,7 @@ class Stream:
 class Wheel:
     """Gives each stream one token per turn; the streams are spread over the turn.
 
-    Its deadlines are absolute, so a late tick is caught up with and no error adds up.
+    Its deadlines are absolute, so a late tick is made up for and no error adds up.
     """
 
     def __init__(self, rate: float) -> None:
@@ -89,7 +89,7 @@ class Wheel:
             self._streams -= 1
 
     def _arm(self) -> None:
-        # Never zero: what falls due within the next millisecond is caught up with.
+        # Never zero: tokens that fall due within the next millisecond are made up for.
         delay = max(self._due - time.monotonic(), TICK)
         asyncio.get_running_loop().call_later(delay, self._turn)
 

@@ -4,7 +4,7 @@ As in its `server-context.cpp` and `server-task.cpp` (b10068):
 
 * Of the idle slots, that one is taken which has the longest common beginning with the
   prompt, if that is more than a tenth of it (`--slot-prompt-similarity`).
-* Else the one that was idle for longest.
+* Otherwise, the slot that has been idle for longest.
 * What the slot had is saved (`--cache-ram`), unless half of it or more stays in use.
   Only then is there a look at the saved states: one that has more in common with the
   prompt takes the slot's place, if more of it stays in use than of what the slot had.
@@ -80,7 +80,7 @@ class PromptCache:
     def _save(self, text: str) -> None:
         if not text or any(state.startswith(text) for state in self._states):
             return
-        # Those that it contains are of no use beside it.
+        # States that are a beginning of this one are of no use any more.
         self._states = [each for each in self._states if not text.startswith(each)]
         self._states.append(text)
 
@@ -104,7 +104,7 @@ def _most_similar(slots: Iterable[Slot], prompt: str) -> tuple[Slot, int]:
 
 
 def common(one: str, other: str) -> int:
-    """Tell how much two texts begin with alike, in whole words.
+    """Return the length of the common beginning of two texts, in whole words.
 
     The real one compares tokens: half of a word is nothing in common.
     """

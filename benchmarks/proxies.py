@@ -37,7 +37,7 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
 
 
 class Proxy:
-    """A proxy in front of workers; a subclass says how it is started."""
+    """A proxy in front of workers; subclasses return the command that starts it."""
 
     name = ""
     checkout = ROOT  # where Python finds its modules
@@ -137,7 +137,7 @@ class Hub(Proxy):
             yield
 
     async def sends_to(self, worker: int) -> bool:
-        """Ask whether it would send this worker a request now."""
+        """Return whether it would send this worker a request now."""
         return await self._gauge("gollama_worker_up", worker=_name(worker)) == 1
 
     async def breaker_closed(self, worker: int) -> bool:
@@ -342,7 +342,7 @@ class Prototype(Proxy):
 
 
 class Router(Proxy):
-    """A router in Rust that comes as a Python package, as it is by default."""
+    """A router in Rust that is distributed as a Python package, with its defaults."""
 
     policy = ""  # the program's default
 

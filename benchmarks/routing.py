@@ -1,25 +1,26 @@
-"""The hub's policies in front of unequal workers, beside nginx and vllm-router.
+"""The hub's policies in front of unequal workers, compared with other proxies.
 
     python -m benchmarks.routing                    both parts, as Markdown
     python -m benchmarks.routing --part real        real llama-servers alone
     python -m benchmarks.routing --vllm-router PATH where it is not on the PATH
 
-Clients talk (`dialogue.py`): half of their requests are single questions, the others
-turns of conversations, which carry the answers that were given.  All begin with the
-same system prompt.  There are nearly twice as many clients as slots.
+Clients hold conversations (`dialogue.py`): half of their requests are single questions,
+the others are turns, whose prompts contain the answers so far.  All begin with the same
+system prompt.  There are nearly twice as many clients as slots.
 
 (1) Real llama-servers, with models of random weights: three depths of the same model
-are three speeds.  Two cores carry no more than that, and only in turns (`throttle.py`):
-so that none is faster because another one has less to do, and the proxy never waits.
+give three speeds.  Two cores carry no more than that, and only in turns
+(`throttle.py`), so that none gets faster when another one is idle, and the proxy never
+waits.
 
 (2) Stand-ins (`slotted_worker.py`) for a larger pool that is more unequal.  They do
-what a llama-server's main loop and prompt cache do, in the time that a real one takes,
-which is measured first, times a factor for each machine.  All of it costs so little
-that nothing waits for a core.
+the work of llama-server's main loop and prompt cache in the time that a real one takes,
+which is measured first, times a factor for each machine.  This costs so little that
+nothing waits for a core.
 
-The contestants take turns within each round, and say the same in it.  For each, the
-workers and the proxy are started afresh, so that nobody finds another's prompts.  A
-ratio is always of two figures of the same round.
+The contestants take turns within each round, and get the same requests.  For each, the
+workers and the proxy are started afresh, so that their caches are empty.  A ratio is
+always of two figures of the same round.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ STAND_IN_CLIENTS = 64
 
 @dataclass(frozen=True)
 class Arena:
-    """Where contestants meet."""
+    """The workers and clients of a comparison."""
 
     title: str
     about: list[str]
@@ -153,7 +154,7 @@ def _spec(kind: Kind, measured: Measured) -> Spec:
 
 @contextlib.asynccontextmanager
 async def _scripted(specs: list[Spec], folder: Path) -> AsyncIterator[list[int]]:
-    """Run stand-ins while the context lasts; give their ports."""
+    """Run stand-ins while the context lasts; yields their ports."""
     log = folder / "stand-ins.log"
     async with spawn([sys.executable, "-m", "benchmarks.slotted_worker"], log) as child:
         assert child.process.stdin
@@ -169,7 +170,7 @@ async def _scripted(specs: list[Spec], folder: Path) -> AsyncIterator[list[int]]
 
 
 async def compare(options: argparse.Namespace, console: Console) -> None:
-    """Take the rounds and print what they showed."""
+    """Measure all rounds and print the results."""
     Nginx.path()
     router = VllmRouter.find(options.vllm_router)
     chosen = [
@@ -217,7 +218,7 @@ async def _rounds(
 async def meet(
     arena: Arena, contestant: Contestant, seed: str, warm_up: float, folder: Path
 ) -> Bout:
-    """Let a contestant serve the clients, before workers that know nothing yet."""
+    """Let a contestant serve the clients, before workers with empty caches."""
     async with arena.pool(folder) as pool:
         proxy = contestant.make(pool, folder)
         come = talking(proxy.port, proxy.bearers, Habit(PAUSE, seed))
@@ -256,12 +257,12 @@ def _parse() -> argparse.Namespace:
     parser = command.parser("routing", __doc__)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this")
     parser.add_argument(
-        "--only", action="append", metavar="NAME", help=f"this one, beside {BASE}"
+        "--only", action="append", metavar="NAME", help=f"only this, and {BASE}"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, help="measured (real: 5, else 6)")
     parser.add_argument("--warm-up", type=float, default=2.0, help="seconds before")
-    parser.add_argument("--seed", type=int, default=1, help="of what is said")
+    parser.add_argument("--seed", type=int, default=1, help="of the conversations")
     parser.add_argument("--vllm-router", metavar="PATH", help="the program")
     options = parser.parse_args()
     limited = {

@@ -1,4 +1,4 @@
-"""A hub before real workers, of which one is stopped: what its clients see of it."""
+"""A hub before real workers, of which one is stopped, and what its clients notice."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ OUT_WITHIN = 120.0
 BACK_WITHIN = 60.0
 SHARE_SECONDS = 2.0
 SHARES = 6
-FEWEST = 20  # requests, to speak of a 95th percentile
+FEWEST = 20  # requests, for a 95th percentile
 
 
 @dataclass(frozen=True)
 class Calm:
-    """What workers that are well showed in one round."""
+    """The results of healthy workers in one round."""
 
     waits: list[float]  # seconds to the first token, of requests that were measured
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What a stopped worker among them showed in one round."""
+    """The results with a stopped worker among them, in one round."""
 
     waits: list[float]  # of requests that began while it was out
-    asked: int  # requests in all, before and after as well
+    asked: int  # requests in all, with those before and after
     failed: int  # without a token
-    cut: int  # behind some
-    longest: float  # seconds that any client saw nothing
-    out_after: float  # the stop, in seconds
-    out_by: str
-    back_after: float  # its end
-    shares: list[float]  # of the requests, span by span, once it was back
+    cut: int  # after some tokens
+    longest: float  # seconds in which a client received nothing
+    out_after: float  # seconds from the stop
+    out_by: str  # "health" or "breaker"
+    back_after: float  # seconds from the end of the stop
+    shares: list[float]  # of the requests in each period, once it was back
 
 
 # --- The two runs -----------------------------------------------------------------
 
 
 class Scene:
-    """What is the same in all rounds; the last of the servers is the one to stop."""
+    """The part that all rounds share; the last of the servers is the one to stop."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Scene:
         """Measure the others alone.
 
         Raises:
-            BenchmarkError: when an answer was lost.
+            BenchmarkError: an answer was lost.
         """
         async with self._load(self._servers[:-1], turn) as (_, visits):
             await asyncio.sleep(WARM_UP)
@@ -84,25 +84,29 @@ class Scene:
             await asyncio.sleep(self._seconds)
         flaws = {visit.flaw for visit in visits if visit.flaw}
         if flaws:
-            raise BenchmarkError(f"workers that are well lost answers: {flaws}")
+            raise BenchmarkError(f"healthy workers lost answers: {flaws}")
         return Calm(_waits(visits, began, began + self._seconds))
 
     async def fault(self, turn: int) -> Fault:
-        """Stop one, measure while it is out, wake it and watch it come back."""
+        """Stop one, measure, let it continue, and record its return."""
         victim = self._servers[-1]
         async with self._load(self._servers, turn) as (hub, visits):
             await asyncio.sleep(WARM_UP)
             with victim.stopped():
                 stopped = time.monotonic()
-                await until("a worker out", lambda: _is_out(hub, victim), OUT_WITHIN)
+                await until(
+                    "worker taken out", lambda: _is_out(hub, victim), OUT_WITHIN
+                )
                 out_after = time.monotonic() - stopped
                 by = "health" if await hub.breaker_closed(victim.port) else "breaker"
-                # Some clients still wait for it, and are missing in the load.
+                # Until then, clients that wait for it are missing from the load.
                 await asyncio.wait([visit.ended for visit in visits])
                 began = time.monotonic()
                 await asyncio.sleep(self._seconds)
-            woken = time.monotonic()
-            await until("a worker back", lambda: hub.sends_to(victim.port), BACK_WITHIN)
+            continued = time.monotonic()
+            await until(
+                "worker taken back", lambda: hub.sends_to(victim.port), BACK_WITHIN
+            )
             back = time.monotonic()
             await asyncio.sleep(SHARES * SHARE_SECONDS)
         flawed = [visit for visit in visits if visit.flaw]
@@ -115,7 +119,7 @@ class Scene:
             longest=max(visit.longest for visit in visits),
             out_after=out_after,
             out_by=by,
-            back_after=back - woken,
+            back_after=back - continued,
             shares=_shares(visits, victim, back),
         )
 
@@ -123,7 +127,7 @@ class Scene:
     async def _load(
         self, workers: Sequence[LlamaServer], turn: int
     ) -> AsyncIterator[tuple[Hub, list[Visit]]]:
-        """Run clients, and a fresh hub that knows nothing of earlier rounds."""
+        """Run clients, and a new hub that has learnt nothing in earlier rounds."""
         hub = Hub([worker.port for worker in workers], self._folder)
         hub.settings["TIMEOUTS_ALLOWANCE"] = str(self._allowance)
         job = Job(hub.port, self._clients, max_tokens=TOKENS, bearers=hub.bearers)
@@ -136,7 +140,7 @@ async def _is_out(hub: Hub, worker: LlamaServer) -> bool:
     return not await hub.sends_to(worker.port)
 
 
-# --- What the visits tell ---------------------------------------------------------
+# --- Evaluation -------------------------------------------------------------------
 
 
 def _waits(visits: list[Visit], start: float, end: float) -> list[float]:
@@ -148,7 +152,7 @@ def _waits(visits: list[Visit], start: float, end: float) -> list[float]:
 
 
 def _shares(visits: list[Visit], worker: LlamaServer, start: float) -> list[float]:
-    """Tell which part of the requests a worker had, span by span."""
+    """Return the share of the requests that a worker had, period by period."""
     shares = []
     for span in range(SHARES):
         low = start + span * SHARE_SECONDS

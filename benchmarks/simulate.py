@@ -3,13 +3,13 @@
     python -m benchmarks.simulate            1,000 workers, 100,000 streams
     python -m benchmarks.simulate --small    3 workers with 8 slots, 12 busy clients
 
-The policies, the workers' records, their leases and what is learnt of their speed are
-the hub's own; the machines are simulated (`benchmarks/machines.py`).  All policies get
-the same requests (`benchmarks/workload.py`).  Where nothing fits, requests wait in one
-line in front of all workers; with `least_conn`, which stands for a proxy that knows no
-slots, they wait in the workers.
+Policies, worker records, leases and learnt speeds are the hub's own; the machines are
+simulated (`benchmarks/machines.py`).  All policies get the same requests
+(`benchmarks/workload.py`).  When no slot is free, requests wait in one queue in front
+of all workers; with `least_conn`, which stands for a proxy that knows no slots, they
+wait in the workers.
 
-The same seed gives the same figures, except for what a pick costs.
+The same seed gives the same figures, except for the cost of a pick.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CARD = Kind("card", 8, reads=4000, writes=90, crowd=0.1, kept=64, weight=24)
 OLD_CARD = Kind("old-card", 4, reads=1200, writes=40, crowd=0.2, kept=48, weight=12)
 MAC = Kind("mac", 4, reads=500, writes=30, crowd=0.3, kept=48, weight=16)
 LAPTOP = Kind("laptop", 2, reads=100, writes=10, crowd=0.7, kept=16, weight=4)
-# What a small model does on two threads, on one, and on a slow one.
+# A small model on two threads, on one, and on a slow one.
 SMALL = [
     Kind("fast", 4, reads=600, writes=80, crowd=0.7, kept=64, weight=4),
     Kind("middle", 2, reads=300, writes=40, crowd=0.7, kept=64, weight=2),
@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument(
         "--clients",
         type=int,
-        help="who ask again when they are answered (small: 12); with 0 all just come",
+        help="that ask again when answered (small: 12); 0: requests arrive at random",
     )
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

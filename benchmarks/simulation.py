@@ -1,4 +1,4 @@
-"""One policy at work in simulated time, and what came of it."""
+"""A run of one policy in simulated time, and its result."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from benchmarks.workload import (
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.policies import Affinity, Ask, Fits, Policy
 
-WARM_UP = 0.2  # of the requests, which are not counted: nothing is known of the workers
+WARM_UP = 0.2  # of the requests: not counted, as the workers are still unknown
 PICKS = 4000  # to measure, and how many times
 ROUNDS = 5
-ASKED = 64  # requests at the head of the line, when a slot is free
+ASKED = 64  # requests at the head of the queue that are offered a free slot
 
 Clock = Callable[[], float]
 Maker = Callable[[Clock, random.Random], Policy]
 
 
 class LeastConnections(Policy):
-    """What nginx calls least_conn: the fewest open connections, in turn."""
+    """nginx's least_conn: the fewest open connections, in turn."""
 
     def __init__(self) -> None:
         self._turn = 0
@@ -47,13 +47,13 @@ class LeastConnections(Policy):
 
 
 class Patient(Affinity):
-    """Affinity for requests that all have the time to wait for their worker."""
+    """Affinity for requests that can all wait for their worker."""
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         return super().pick(ask._replace(patience=math.inf), workers, fits)
 
 
-# --- How it goes ------------------------------------------------------------------
+# --- The run ----------------------------------------------------------------------
 
 
 @dataclass
@@ -88,9 +88,9 @@ class Run:
     def go(
         self, arrivals: Iterator[Request], clients: int = 0, most: float = math.inf
     ) -> None:
-        """Serve all of it, as it comes or from so many clients, one after another.
+        """Serve all requests, as they arrive or from a number of clients in a loop.
 
-        It stops in the middle when `most` requests have come.
+        It stops early when `most` requests have arrived.
         """
         self._arrivals, self._closed = arrivals, clients > 0
         for _ in range(clients or 1):
@@ -137,7 +137,7 @@ class Run:
             self._offer(machine.worker)
 
     def _schedule(self, machine: Machine) -> None:
-        machine.version += 1  # what was to happen next no longer will
+        machine.version += 1  # what was planned next is cancelled
         when = machine.next_at()
         if when < math.inf:
             self._push(when, machine, None)
@@ -145,7 +145,7 @@ class Run:
     def _arrive(self, request: Request) -> None:
         self.requests.append(request)
         line = self._line
-        # Who is in front of it waits for any worker, unless the policy is patient.
+        # Requests ahead of it wait for any worker, unless the policy is patient.
         if self._blind or (self._free and (not line or self._patient)):
             worker = self.policy.pick(ask_of(request), self.workers, _fits)
             if worker is not None:
@@ -154,7 +154,7 @@ class Run:
         line.append(request)
 
     def _offer(self, worker: Worker) -> None:
-        """Give a slot that has become free to the first in the line who wants it."""
+        """Give a free slot to the first request in the queue that accepts it."""
         for place, request in enumerate(islice(self._line, ASKED)):
             if self.policy.pick(ask_of(request), (worker,), _fits) is not None:
                 del self._line[place]
@@ -190,7 +190,7 @@ def _fits(worker: Worker) -> bool:
 
 @dataclass
 class Result:
-    """What a run has shown, of all requests but the first."""
+    """The result of a run, without its warm-up."""
 
     first_token: list[float]  # percentiles, seconds
     throughput: float  # tokens/s of answers

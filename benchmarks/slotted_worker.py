@@ -3,8 +3,8 @@
     python -m benchmarks.slotted_worker < pool.json
 
 They keep the time of `engine.py`, whose pace is measured on a real llama-server, and
-cost little: a pool of them runs in one process.  Standard input has a list of `Spec`;
-the answer on standard output is the list of their ports.  The end of the input ends the
+cost little: a whole pool runs in one process.  Standard input has a list of `Spec`;
+the reply on standard output is the list of their ports.  The end of the input ends the
 process.
 """
 
@@ -23,7 +23,7 @@ from benchmarks.engine import Engine, Pace, Work
 from benchmarks.llama_wire import STREAM_START, TOKEN_CHUNK, pages, stream_end
 
 TICK = 0.001  # seconds between two looks at the clock, at least
-MOST_TOKENS = 16  # where a request does not say
+MOST_TOKENS = 16  # unless the request sets a limit
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Spec:
 
 
 def spell(pool: list[Spec]) -> bytes:
-    """Give what to write to the standard input of the process."""
+    """Return the standard input of the process."""
     return json.dumps([asdict(spec) for spec in pool]).encode() + b"\n"
 
 
@@ -48,7 +48,7 @@ def _read(line: str) -> list[Spec]:
 class Server:
     """Runs one engine in real time.
 
-    What falls due within the next millisecond is caught up with, so no error adds up.
+    Work that falls due within the next millisecond is made up for: no error adds up.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -91,7 +91,7 @@ class Server:
         if caller is None:  # left while it waited
             self.engine.cancel(work)
             return
-        caller.say(work)
+        caller.send(work)
         if work.done:
             del self._callers[work]
 
@@ -113,7 +113,7 @@ class Connection(llama_wire.Connection):
         self._work = Work(render(request["messages"]), tokens)
         self._server.submit(self._work, self)
 
-    def say(self, work: Work) -> None:
+    def send(self, work: Work) -> None:
         """Send the next token, and the end with the last one."""
         self.transport.write(STREAM_START if work.written == 1 else TOKEN_CHUNK)
         if work.done:

@@ -1,4 +1,4 @@
-"""What the rounds of a comparison have shown, and how that is told."""
+"""The results of a comparison, round by round, and their report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.report import markdown, spread
 
 BASE = "nginx least_conn"
 HUB = "hub "
-FEWEST = 10  # requests, to say anything of a contestant in a round
+FEWEST = 10  # requests of a contestant in a round, for a percentile
 HEADINGS = (
     "",
     "TTFT p50",
@@ -34,8 +34,8 @@ class Bout:
     waits: list[float]  # seconds to the first token, of those that began in it
     rate: float  # tokens/s that arrived
     cached: float  # part of the prompt tokens of second and later turns
-    repeated: float  # the part that could have been
-    asked: int  # requests, before and after as well
+    repeated: float  # the part that could have been cached
+    asked: int  # requests in all, with those before and after the measurement
     flaws: list[str]  # of those that failed
     busy: float  # part of the machine's CPU time
 
@@ -45,10 +45,10 @@ class Bout:
 
 
 def judge(exchanges: Sequence[Exchange], start: float, end: float, busy: float) -> Bout:
-    """See what a round has shown, between two moments in monotonic seconds.
+    """Return the results of a round between two moments, in monotonic seconds.
 
     Raises:
-        BenchmarkError: when there was too little of it.
+        BenchmarkError: there were too few answers.
     """
     measured = [each for each in exchanges if start <= each.began < end]
     waits = [each.first_token for each in measured if each.first_token is not None]
@@ -69,11 +69,11 @@ def judge(exchanges: Sequence[Exchange], start: float, end: float, busy: float) 
     )
 
 
-# --- Telling ----------------------------------------------------------------------
+# --- Reporting --------------------------------------------------------------------
 
 
 def table(bouts: Mapping[str, Sequence[Bout]]) -> str:
-    """Lay the rounds of each contestant out: medians, and ratios round by round."""
+    """Return a Markdown table: medians, and ratios of the same round."""
     return markdown(HEADINGS, [_row(name, bouts) for name in bouts])
 
 
@@ -109,7 +109,7 @@ def rate_ratios(name: str, bouts: Mapping[str, Sequence[Bout]]) -> list[float]:
 
 
 def remarks(bouts: Mapping[str, Sequence[Bout]]) -> Iterator[str]:
-    """Say how it stands beside the goals, and what it took."""
+    """Yield sentences about the goals and the conditions."""
     every = [bout for each in bouts.values() for bout in each]
     hubs = [name for name in bouts if name.startswith(HUB)]
     if hubs:
@@ -139,7 +139,7 @@ def remarks(bouts: Mapping[str, Sequence[Bout]]) -> Iterator[str]:
         f" (at most {max(bout.busy for bout in every):.0%})"
     )
     fewest = min(len(bout.waits) for bout in every)
-    yield f"requests measured, of each contestant and round: {fewest} at least"
+    yield f"requests measured, of each contestant and round: at least {fewest}"
     flaws = sorted({flaw for bout in every for flaw in bout.flaws})
     if flaws:
         yield f"why requests failed: {'; '.join(flaws)}"

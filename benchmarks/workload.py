@@ -1,7 +1,7 @@
-"""What is asked in a simulation: conversations of several turns, and single requests.
+"""The requests of a simulation: conversations of several turns, and single ones.
 
-The requests are the same for each policy, however long the answers take: what comes
-next in a conversation depends on nothing but its number.
+They are the same for each policy, however long the answers take: the next turn of a
+conversation depends only on its number.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from gollama_proxy.scheduling.policies import Ask
 ONE_SHOTS = 0.5  # of the requests; the others are turns
 TURNS = 4.0  # of a conversation, on average
 PAUSE = 10.0  # seconds before the next turn
-SYSTEM = 300  # tokens that all begin with; so are those below, on average
+SYSTEM = 300  # tokens at the beginning of all prompts; those below are averages
 NEW_TOKENS = 40  # of each turn
 FIRST_TOKENS = 1000  # of the first turn, and of a one-shot request
 ANSWER = 150
-BOUNDARIES = 8  # of a conversation, as in `policies/conversations.py`
+BOUNDARIES = 8  # of a conversation, as in scheduling/policies
 SUBJECTS = 50
 
 
@@ -49,7 +49,7 @@ def workload(streams: int, rate: float, rng: random.Random) -> Iterator[Request]
 
 
 def next_turn(last: Request, now: float) -> Request:
-    """Go on with a conversation; the same in each run, whatever came before."""
+    """Return the next turn of a conversation, which is the same in each run."""
     rng = random.Random(last.conversation << 8 | last.turn)
     return Request(
         last.conversation,
@@ -78,5 +78,5 @@ def ask_of(request: Request) -> Ask:
 
 
 def length(mean: float, rng: random.Random) -> int:
-    """Draw a length as prompts and answers have it: most are short, few are long."""
+    """Draw a length like those of prompts and answers: most short, few long."""
     return 8 + int(rng.lognormvariate(math.log(mean) - 0.32, 0.8))

@@ -1,4 +1,4 @@
-"""What the clients of the routing benchmark say."""
+"""The conversations of the routing benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS_PER_WORD = 2  # of the tiny models
 TEMPLATE = 100  # tokens, of all that is around the messages of a turn
 
 
-def test_the_same_seed_says_the_same() -> None:
+def test_the_same_seed_gives_the_same_dialogues() -> None:
     one, same, other = (list(islice(dialogues(s), 20)) for s in ("1 0", "1 0", "1 1"))
     assert one == same
     assert one != other
@@ -32,7 +32,7 @@ def test_half_of_the_requests_are_single_questions() -> None:
     assert set(sizes) == {1, *TURNS}
 
 
-def test_a_turn_carries_the_answers_before_it() -> None:
+def test_a_turn_contains_the_answers_before_it() -> None:
     dialogue = next(each for each in dialogues("1") if len(each.questions) == 3)
     first = dialogue.messages([])
     third = dialogue.messages(["one", "two"])

@@ -1,4 +1,4 @@
-"""What a scripted llama-server does in which order, and when."""
+"""The order and the times of a scripted llama-server's work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def engine(slots: int = 2, token: float = 1.0) -> Engine:
 
 
 def run(engine: Engine, turns: int = 100) -> list[tuple[float, list[Work]]]:
-    """Run the loop until it is idle; give when each of its turns ended, with what."""
+    """Run the loop until it is idle; return the end and the tokens of each turn."""
     now, ended = 0.0, []
     for _ in range(turns):
         seconds = engine.plan(now)
@@ -44,7 +44,7 @@ def test_a_prompt_is_read_and_an_answer_written_token_by_token() -> None:
     assert repr(server) == "<Engine 0 running, 0 waiting>"
 
 
-def test_answers_stand_still_while_a_prompt_is_read() -> None:
+def test_answers_pause_while_a_prompt_is_read() -> None:
     server = engine()
     work(server, "a", size=100, tokens=9)
     run(server, turns=1)
@@ -94,7 +94,7 @@ def test_tokens_are_of_several_characters() -> None:
     assert one.size == math.ceil(101 / 2.5)
 
 
-def test_who_leaves_makes_room_at_once() -> None:
+def test_a_client_that_leaves_makes_room_at_once() -> None:
     server = engine(slots=1)
     one, two = work(server, "a", tokens=50), work(server, "b")
     run(server, turns=3)
@@ -102,7 +102,7 @@ def test_who_leaves_makes_room_at_once() -> None:
     assert [each for _, several in run(server) for each in several] == [two, two]
 
 
-def test_who_leaves_in_the_middle_of_a_batch_has_no_token_of_it() -> None:
+def test_a_client_that_leaves_in_the_middle_of_a_batch_gets_no_token_of_it() -> None:
     server = engine()
     one, two = work(server, "a"), work(server, "b")
     server.plan(0.0)
@@ -110,7 +110,7 @@ def test_who_leaves_in_the_middle_of_a_batch_has_no_token_of_it() -> None:
     assert server.carry_out(1.0) == [two]
 
 
-def test_who_waits_cannot_leave() -> None:
+def test_a_waiting_request_cannot_be_cancelled() -> None:
     server = engine(slots=1)
     work(server, "a")
     two = work(server, "b")
@@ -119,7 +119,7 @@ def test_who_waits_cannot_leave() -> None:
     assert repr(server) == "<Engine 1 running, 1 waiting>"
 
 
-def test_a_pace_is_what_was_measured() -> None:
+def test_the_pace_is_that_of_the_measured_server() -> None:
     measured = Measured(reads=1000.0, writes=80.0, writes_beside=30.0, token=3.0)
     pace = measured.pace
     assert pace.tokens_per_second(1) == pytest.approx(80.0)
@@ -128,7 +128,7 @@ def test_a_pace_is_what_was_measured() -> None:
     assert pace.slowed(4).read == pytest.approx(4 / 1000)
 
 
-def test_a_pace_takes_no_time_back() -> None:
+def test_a_pace_is_never_negative() -> None:
     """Four answers at once cannot be faster than one, whatever was measured."""
     pace = Measured(reads=1000.0, writes=80.0, writes_beside=90.0, token=3.0).pace
     assert pace.written == 0.0

@@ -1,4 +1,4 @@
-"""What a scripted llama-server finds of a prompt, as the real one would."""
+"""A scripted llama-server finds prompts in its cache as the real one does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SYSTEM = "s" * 49 + " "
 
 
 def serve(cache: PromptCache, prompt: str, answer: str = "!") -> tuple[Slot, int]:
-    """Have a prompt answered; give its slot, and what was found."""
+    """Answer a prompt; return its slot, and the length that was cached."""
     taken = cache.take(prompt)
     assert taken is not None
     slot, found = taken
@@ -22,13 +22,13 @@ def serve(cache: PromptCache, prompt: str, answer: str = "!") -> tuple[Slot, int
 
 
 @given(st.text("ab"), st.text("ab"), st.text("ab"))
-def test_how_many_characters_are_alike(start: str, one: str, other: str) -> None:
+def test_the_length_of_a_common_beginning(start: str, one: str, other: str) -> None:
     pairs = list(zip(start + one, start + other, strict=False))
     expected = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     assert alike(start + one, start + other) == expected
 
 
-def test_half_of_a_word_is_nothing_in_common() -> None:
+def test_half_a_word_does_not_count_as_common() -> None:
     assert common("bo ke la", "bo ke li") == len("bo ke ")
     assert common("bo\nke", "bo\nli") == len("bo\n")
     assert common("bola", "boli") == 0
@@ -42,7 +42,7 @@ def test_the_next_turn_finds_the_last_one_in_the_same_slot() -> None:
     assert serve(cache, "a" * 100 + "!" + "more") == (first, 101)
 
 
-def test_a_prompt_like_none_takes_the_slot_that_was_idle_for_longest() -> None:
+def test_a_new_prompt_takes_the_slot_that_was_idle_for_longest() -> None:
     cache = PromptCache(slots=2, kept=0)
     first, _ = serve(cache, "a" * 100)
     second, _ = serve(cache, "b" * 100)
@@ -58,7 +58,7 @@ def test_a_tenth_in_common_is_not_enough() -> None:
     assert serve(cache, "a " * 6 + "c" * 88) == (first, 12)
 
 
-def test_what_loses_its_slot_is_saved_and_found_again() -> None:
+def test_a_state_that_loses_its_slot_is_saved_and_found_again() -> None:
     cache = PromptCache(slots=1, kept=2)
     serve(cache, SYSTEM + "a" * 100)
     assert serve(cache, SYSTEM + "b" * 100)[1] == 50
@@ -90,7 +90,7 @@ def test_idle_slots_are_saved_with_each_request() -> None:
     assert serve(cache, SYSTEM + "a" * 40 + "!" + "more") == (second, 91)
 
 
-def test_what_is_extended_is_not_saved_beside_its_extension() -> None:
+def test_a_state_is_not_kept_beside_its_extension() -> None:
     cache = PromptCache(slots=1, kept=9)
     serve(cache, "a" * 100)
     serve(cache, "a" * 100 + "!" + "a" * 100)

@@ -1,4 +1,4 @@
-"""What the policies are for, in a small simulation: three unequal, busy workers."""
+"""The effects of the policies in a small simulation of three unequal workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def busy(name: str) -> Result:
 
 @cache
 def idle(name: str) -> Result:
-    """Let so few requests come that there are always free slots."""
+    """Send so few requests that there are always free slots."""
     return simulate(POLICIES[name], SMALL, 1500, 0.3, seed=1)
 
 
@@ -41,13 +41,13 @@ def test_with_affinity_turns_find_their_prompts(inner: str) -> None:
     assert idle("round_robin").cached < 0.7
 
 
-def test_where_all_are_busy_it_takes_patience() -> None:
+def test_affinity_needs_patience_when_all_workers_are_busy() -> None:
     patient, plain = busy("affinity_patient"), busy("fastest")
     assert patient.cached > 0.8 > plain.cached + 0.1
     assert patient.throughput > 1.03 * plain.throughput
     assert patient.first_token[94] < plain.first_token[94]
 
 
-def test_a_line_in_front_of_the_workers_is_better_than_one_in_each() -> None:
+def test_one_queue_in_front_of_the_workers_is_better_than_one_in_each() -> None:
     line = busy("affinity_patient").first_token[94]
     assert line < 0.5 * busy("least_conn").first_token[94]

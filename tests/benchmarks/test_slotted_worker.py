@@ -51,7 +51,7 @@ async def test_a_conversation_finds_its_first_turn() -> None:
     assert abs(second.timings.cache_n - second.repeats) <= 1
 
 
-async def test_who_waits_has_no_byte_until_there_is_a_slot() -> None:
+async def test_a_waiting_client_gets_no_byte_until_a_slot_is_free() -> None:
     said = [{"role": "user", "content": "bo ke"}]
     async with worker() as (server, port):
         first, second = ask(port, said, tokens=20), ask(port, said)
@@ -61,7 +61,7 @@ async def test_who_waits_has_no_byte_until_there_is_a_slot() -> None:
     assert second.arrivals[0] > first.arrivals[-2]
 
 
-async def test_who_leaves_gives_the_slot_back() -> None:
+async def test_a_client_that_leaves_gives_its_slot_back() -> None:
     said = [{"role": "user", "content": "bo ke"}]
     async with worker() as (_, port):
         long, waits, last = ask(port, said, 50_000), ask(port, said), ask(port, said)

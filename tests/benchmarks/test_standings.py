@@ -1,4 +1,4 @@
-"""What the rounds of the routing benchmark are made to say."""
+"""The evaluation of the routing benchmark's rounds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bout(p95: float, rate: float = 100.0, cached: float = 0.5) -> Bout:
     return Bout([p95] * FEWEST, rate, cached, 0.95, FEWEST, [], 0.5)
 
 
-async def test_what_began_in_the_time_is_measured() -> None:
+async def test_requests_that_began_in_the_period_are_measured() -> None:
     exchanges = [exchange(9.0, 9.5, 10.5), exchange(20.0, 20.5)]
     exchanges += [exchange(11.0, 11.25, 19.0, 20.5) for _ in range(FEWEST)]
     found = judge(exchanges, 10.0, 20.0, 0.5)
@@ -54,7 +54,7 @@ async def test_only_later_turns_can_be_cached() -> None:
     assert found.repeated == (99 + 1) / 125
 
 
-async def test_failures_count_whenever_they_were() -> None:
+async def test_failures_count_at_any_time() -> None:
     exchanges = [exchange(11.0, 11.5) for _ in range(FEWEST)]
     exchanges += [exchange(1.0, flaw="status 502"), exchange(11.0, flaw="no [DONE]")]
     found = judge(exchanges, 10.0, 20.0, 0.5)
@@ -62,7 +62,7 @@ async def test_failures_count_whenever_they_were() -> None:
     assert len(found.waits) == FEWEST
 
 
-async def test_few_answers_say_nothing() -> None:
+async def test_too_few_answers_are_an_error() -> None:
     with pytest.raises(BenchmarkError, match=r"^9 answers are too few"):
         judge([exchange(11.0, 11.5)] * (FEWEST - 1), 10.0, 20.0, 0.5)
 
@@ -79,7 +79,7 @@ def test_a_ratio_is_of_two_figures_of_one_round() -> None:
     assert f"| 0 of {3 * FEWEST} |" in hub
 
 
-def test_the_goals_are_held_against_the_best_of_the_hub() -> None:
+def test_the_goals_are_compared_with_the_best_policy_of_the_hub() -> None:
     bouts = {
         BASE: [bout(1.0)],
         "hub good": [bout(0.4, rate=101.0, cached=0.6)],

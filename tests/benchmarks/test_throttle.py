@@ -1,4 +1,4 @@
-"""Who of the servers runs at once."""
+"""The servers that run at the same time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.throttle import AT_ONCE, turns
 
 
 @pytest.mark.parametrize("count", range(1, 8))
-def test_everybody_has_one_turn_and_two_at_most_run_at_once(count: int) -> None:
+def test_each_has_one_turn_and_at_most_two_run_at_once(count: int) -> None:
     pids = list(range(count))
     made = turns(pids)
     assert sorted(pid for together in made for pid in together) == pids
