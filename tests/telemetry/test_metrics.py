@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gollama_proxy import __version__
-from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, Queue
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Admission
@@ -24,54 +20,14 @@ from gollama_proxy.telemetry.metrics import (
     RequestMetrics,
     Telemetry,
 )
-from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code
 from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.page import names_of, parse, scrape, scraped_until, value, values_of
 from tests.fakes.replies import chunk, done, finish, last_chunk, sse_head, token
 from tests.fakes.script import close, send, stream_of
-from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
-
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def parse(exposition: bytes) -> Samples:
-    """Read a page as Prometheus does; a repeated series is an error."""
-    samples: Samples = {}
-    for family in text_string_to_metric_families(exposition.decode()):
-        for sample in family.samples:
-            key = sample.name, frozenset(sample.labels.items())
-            assert key not in samples
-            samples[key] = sample.value
-    return samples
-
-
-def value(samples: Samples, name: str, **labels: str) -> float | None:
-    return samples.get((name, frozenset(labels.items())))
-
-
-def names_of(samples: Samples) -> set[str]:
-    return {name for name, _ in samples}
-
-
-def values_of(samples: Samples, label: str) -> set[str]:
-    return {text for _, labels in samples for name, text in labels if name == label}
-
-
-async def scrape(hub: RunningHub) -> Samples:
-    response = await hub.get("/metrics")
-    assert response.status == 200
-    return parse(response.body)
-
-
-async def scraped_until(hub: RunningHub, reached: Callable[[Samples], bool]) -> Samples:
-    """Scrape until this is reached: a client sees the end of an answer earlier."""
-    async with asyncio.timeout(DEADLINE):
-        while not reached(samples := await scrape(hub)):
-            pass
-    return samples
 
 
 @pytest.fixture
@@ -312,46 +268,6 @@ def test_the_page_is_the_one_that_the_library_would_have_made(
     assert generate_latest(registry) == generate_latest(expected.registry)
 
 
-# --- Workers ----------------------------------------------------------------------
-
-
-def test_workers_are_shown_in_their_present_state() -> None:
-    clock = Clock()
-    loaded = config.load(None, {}, {}, ["http://a:1", "http://b:2"])
-    registry = Registry(loaded, clock)
-    telemetry = Telemetry(registry, Admission(Queue(), Clock()))
-    a, b = registry.workers
-
-    samples = parse(telemetry.exposition())
-    assert value(samples, "gollama_build_info", version=__version__) == 1
-    for name in ("a:1", "b:2"):
-        assert value(samples, "gollama_worker_up", worker=name) == 0
-        assert value(samples, "gollama_in_flight", worker=name) == 0
-        state = value(samples, "gollama_worker_state", worker=name, state="starting")
-        assert state == 1
-        assert value(samples, "gollama_worker_slots", worker=name) is None
-
-    a.observe(Check.OK, "ok", Description((Model("qwen"),), slots=3))
-    b.observe(Check.OK, "ok", Description())  # does not report its slots
-    lease = a.lease()
-    samples = parse(telemetry.exposition())
-    assert value(samples, "gollama_worker_up", worker="a:1") == 1
-    assert value(samples, "gollama_in_flight", worker="a:1") == 1
-    assert value(samples, "gollama_in_flight", worker="b:2") == 0
-    assert value(samples, "gollama_worker_slots", worker="a:1") == 3
-    assert value(samples, "gollama_worker_slots", worker="b:2") is None
-    states = {
-        state: value(samples, "gollama_worker_state", worker="a:1", state=state)
-        for state in ("starting", "loading", "ready", "down")
-    }
-    assert states == {"starting": 0, "loading": 0, "ready": 1, "down": 0}
-
-    with lease:
-        pass
-    samples = parse(telemetry.exposition())
-    assert value(samples, "gollama_in_flight", worker="a:1") == 0
-
-
 # --- In a running hub -------------------------------------------------------------
 
 
@@ -389,25 +305,6 @@ async def test_events_are_counted_where_a_worker_counts_no_tokens() -> None:
             hub, lambda s: "gollama_tokens_relayed_total" in names_of(s)
         )
         assert value(samples, "gollama_tokens_relayed_total", **where) == 4
-
-
-async def test_running_requests_are_in_flight() -> None:
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        steps = asyncio.Semaphore(0)
-        worker.default(*stream_of(2, steps))
-        payload = {"messages": [], "stream": True}
-        wires = [await hub.open(CHAT, payload) for _ in range(3)]
-        for wire in wires:
-            assert await wire.read_event()  # the first token: the answer has begun
-        samples = await scrape(hub)
-        assert value(samples, "gollama_in_flight", worker=worker.name) == 3
-        for _ in wires:
-            steps.release()
-        for wire in wires:
-            await wire.read_events()
-        await scraped_until(
-            hub, lambda s: value(s, "gollama_in_flight", worker=worker.name) == 0
-        )
 
 
 async def test_a_client_that_leaves_has_an_outcome_for_it() -> None:
