@@ -16,21 +16,21 @@ from gollama_proxy.config.watch import Watched, Watcher
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import Connections
 from gollama_proxy.edge.models import Catalogue
-from gollama_proxy.edge.router import Dispatcher, Routes
+from gollama_proxy.edge.quotas import Quotas
+from gollama_proxy.edge.router import Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.edge.status import Status
 from gollama_proxy.fleet.health import HealthChecker
 from gollama_proxy.fleet.registry import Listener, Registry, check_distinct
 from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.proxy.exchange import Inference
+from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.fitting import Fitting
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.upstream import probe, tokenizer
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.wire.openai import ENDPOINTS
 
 
 class Hub(Listener):
@@ -50,7 +50,7 @@ class Hub(Listener):
         tls.for_workers(config.workers, self._credentials)
         # Also those of removed workers, until their last answer has ended.
         self.connections: dict[Worker, ConnectionPool] = {}
-        self._clock = clock
+        self.clock = clock
         self.queue = Queue(self.balancer, config.queue, clock)
         self.clients = Connections(config.limits, clock)
         self.telemetry = Telemetry(
@@ -58,13 +58,21 @@ class Hub(Listener):
         )
         self.authenticator = Authenticator(config)
         self.health = HealthChecker(config.health, self._ping)
-        self.watchdog = Watchdog(
-            config.timeouts,
-            self._prove,
+        self.watchdog = Watchdog(self._prove, then=self._each_second)
+        self.proxy = Proxy(
+            config,
+            self._routes(),
+            self.authenticator,
+            Quotas(clock),
+            self.registry,
+            self.balancer,
+            self.queue,
+            self.connections,
+            Fitting(self.registry, self._count),
+            self.health.look,
+            self.telemetry.ended,
             clock,
-            then=self._each_second,
         )
-        self.dispatcher = Dispatcher(self._routes(clock), config, self.telemetry, clock)
         watched: list[Watched] = []
         if self._tls is not None and self._tls.renewable:
             watched.append(self._tls)
@@ -82,25 +90,13 @@ class Hub(Listener):
         state = "draining" if self.draining else "running" if self._runner else "new"
         return f"<Hub {state} workers={len(self.registry.workers)}>"
 
-    def _routes(self, clock: Callable[[], float]) -> Routes:
+    def _routes(self) -> Routes:
         status = Status(
             lambda: self.registry.ready and not self.draining,
             self.telemetry,
             None if self.config.metrics.open else self.authenticator,
         )
         catalogue = Catalogue(self.authenticator, self.registry)
-        inference = Inference(
-            self.config,
-            self.authenticator,
-            self.registry,
-            self.balancer,
-            self.connections,
-            self.watchdog,
-            self.queue,
-            Fitting(self.registry, self._count),
-            self.health.look,
-            clock,
-        )
         return {
             "/livez": {"GET": status.live},
             "/readyz": {"GET": status.ready},
@@ -111,7 +107,6 @@ class Hub(Listener):
             "/models": {"GET": catalogue.list_models},
             "/v1/models/": {"GET": catalogue.show_model},
             "/models/": {"GET": catalogue.show_model},
-            **{path: {"POST": inference.handle} for path in ENDPOINTS},
         }
 
     async def _ping(self, worker: Worker) -> probe.Finding:
@@ -131,6 +126,7 @@ class Hub(Listener):
         return await tokenizer.count(connections.target, path, model, body)
 
     def _each_second(self) -> None:
+        self.proxy.check(self.clock())
         self.queue.look_again()
         for connections in self.connections.values():
             connections.close_stale()
@@ -173,7 +169,7 @@ class Hub(Listener):
             if known.renewable:
                 self._watcher.add(known)
         self.connections[worker] = ConnectionPool(
-            worker.config, self.config, self._clock, known, worker.surplus
+            worker.config, self.config, self.clock, known, worker.surplus
         )
 
     def replaced(self, worker: Worker, before: WorkerConfig) -> None:
@@ -194,9 +190,9 @@ class Hub(Listener):
         server = self.config.server
         runner = web.ServerRunner(
             Server(
-                self.dispatcher,
+                self.proxy,
                 self.config,
-                self.dispatcher.refused,
+                self.proxy.refused,
                 self.clients,
                 self._tls,
             ),
@@ -245,7 +241,7 @@ class Hub(Listener):
         runner, self._runner = self._runner, None
         for site in runner.sites:
             await site.stop()
-        await self.dispatcher.finish(self.config.server.drain)
+        await self.proxy.drain(self.config.server.drain)
         await runner.cleanup()
         await self._watcher.stop()
         await self.watchdog.stop()
@@ -255,7 +251,7 @@ class Hub(Listener):
 
     async def abort(self) -> None:
         """Cut running answers; a `drain` in progress then returns at once."""
-        self.dispatcher.cut()
+        self.proxy.cut()
         await self.drain()
 
 

@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 
 from gollama_proxy.edge.auth import Authenticator, Principal
-from gollama_proxy.edge.server import json_response
+from gollama_proxy.edge.response import Response
 from gollama_proxy.fleet.registry import Registry, may_use
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
@@ -29,17 +29,13 @@ class Catalogue:
     def __repr__(self) -> str:
         return f"<Catalogue of {self._registry!r}>"
 
-    async def list_models(
-        self, request: web.BaseRequest, record: Record
-    ) -> web.Response:
+    async def list_models(self, request: web.BaseRequest, record: Record) -> Response:
         """Answer `GET /v1/models`."""
         principal = self._authenticator.identify(request, record)
         data = [self._entry(name) for name in self._names(principal)]
-        return json_response(msgspec.json.encode({"object": "list", "data": data}))
+        return Response(msgspec.json.encode({"object": "list", "data": data}))
 
-    async def show_model(
-        self, request: web.BaseRequest, record: Record
-    ) -> web.Response:
+    async def show_model(self, request: web.BaseRequest, record: Record) -> Response:
         """Answer `GET /v1/models/{id}`; an id may hold slashes."""
         principal = self._authenticator.identify(request, record)
         path = request.raw_path.partition("?")[0]
@@ -47,7 +43,7 @@ class Catalogue:
         if not (name in self._names(principal) or self._is_caught(principal, name)):
             text = f"The model {name!r} does not exist."
             raise RequestError(Code.MODEL_NOT_FOUND, text, param="model")
-        return json_response(msgspec.json.encode(self._entry(name)))
+        return Response(msgspec.json.encode(self._entry(name)))
 
     def _names(self, principal: Principal) -> list[str]:
         models, aliases = self._registry.models(), self._registry.aliases()

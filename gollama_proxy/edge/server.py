@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
-from aiohttp import HttpVersion11, http_parser, web
+from aiohttp import http_parser, web
 from aiohttp.http_exceptions import LineTooLong
 
 from gollama_proxy.config.mistakes import ConfigError
@@ -23,12 +23,14 @@ from gollama_proxy.config.settings import Config
 from gollama_proxy.config.tls import Credentials
 from gollama_proxy.edge.connections import Connections
 from gollama_proxy.edge.gate import Gate, Terms, peer
-from gollama_proxy.wire import shapes
-from gollama_proxy.wire.coding import CODINGS
+from gollama_proxy.edge.response import (
+    CLOSE,
+    SERVER,
+    error_response,
+    write_whole,
+)
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
-from gollama_proxy.wire.openai import Api
 
-SERVER = "gollama-proxy"
 # Seconds by which the deadline of an answer (`timeouts.write`) comes before that of its
 # connection: the one knows what to do about the worker, and what to log.
 _GRACE = 1.0
@@ -192,8 +194,6 @@ class _Protocol(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what the parser refused, or what went wrong below the handler."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("an answer has been begun already")
         error: ProxyError
         if isinstance(exc, LineTooLong):
             text = "A line of the request head is too long."
@@ -204,10 +204,10 @@ class _Protocol(web.RequestHandler):
         else:
             logger.error("error below the request handler", exc_info=exc)
             error = HubError(Code.INTERNAL, "The hub failed.")
-        response = error_response(error)
-        response.force_close()
         self._refused(request, error)
-        return response
+        response = error_response(error)
+        write_whole(request, response, f"Server: {SERVER}\r\n", keep_alive=False)
+        return CLOSE
 
 
 class _Counted(_Protocol):
@@ -234,39 +234,3 @@ class _Counted(_Protocol):
         if self._clients is not None:
             self._clients.leave(self._address)
         super().connection_lost(exc)
-
-
-def error_response(error: ProxyError, api: Api = Api.OPENAI) -> web.Response:
-    """Tell an error to a client that has not been told anything yet."""
-    headers = {"Server": SERVER}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
-    if error.allow:
-        headers["Allow"] = error.allow
-    if error.code is Code.UNSUPPORTED_ENCODING:  # RFC 9110, 15.5.16
-        headers["Accept-Encoding"] = ", ".join(CODINGS)
-    if error.code is Code.INVALID_API_KEY:
-        # RFC 6750, 3.1, has no error for a request without a token; here all refusals
-        # are the same, so that none tells how far a guess got.
-        headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
-    elif error.code is Code.INSUFFICIENT_SCOPE:
-        headers["WWW-Authenticate"] = 'Bearer error="insufficient_scope"'
-    return web.Response(
-        status=error.code.status,
-        body=shapes.status_body(api, error.code.status, error.body()),
-        content_type="application/json",
-        headers=headers,
-    )
-
-
-def answer_in_http_1_1(request: web.BaseRequest) -> None:
-    """Have a request answered in a version that the hub speaks.
-
-    aiohttp repeats the one that the client has asked in (RFC 9110, 6.2: a server must
-    not claim one that it does not conform to).
-    """
-    request._cache["version"] = HttpVersion11
-
-
-def json_response(body: bytes, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=body, content_type="application/json")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from gollama_proxy.edge.auth import Authenticator
-from gollama_proxy.edge.server import json_response
+from gollama_proxy.edge.response import Response
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.telemetry.metrics import CONTENT_TYPE, Telemetry
 from gollama_proxy.wire.errors import Code, RequestError
@@ -32,23 +32,22 @@ class Status:
     def __repr__(self) -> str:
         return f"<Status ready={self._is_ready()}>"
 
-    async def live(self, request: web.BaseRequest, record: Record) -> web.Response:
+    async def live(self, request: web.BaseRequest, record: Record) -> Response:
         """Answer `GET /livez`: the process answers, whatever the workers do."""
-        return json_response(b'{"status":"ok"}')
+        return Response(b'{"status":"ok"}')
 
-    async def ready(self, request: web.BaseRequest, record: Record) -> web.Response:
+    async def ready(self, request: web.BaseRequest, record: Record) -> Response:
         """Answer `GET /readyz` and `/health`: 200 if some worker can be used."""
         if self._is_ready():
-            return json_response(b'{"status":"ok"}')
-        return json_response(b'{"status":"no worker is ready"}', status=503)
+            return Response(b'{"status":"ok"}')
+        return Response(b'{"status":"no worker is ready"}', status=503)
 
-    async def metrics(self, request: web.BaseRequest, record: Record) -> web.Response:
+    async def metrics(self, request: web.BaseRequest, record: Record) -> Response:
         """Answer `GET /metrics`."""
         if self._authenticator is not None:
             principal = self._authenticator.identify(request, record)
             if principal.scopes.isdisjoint(_MAY_SCRAPE):
                 text = "Your token does not allow this: it needs the scope metrics."
                 raise RequestError(Code.INSUFFICIENT_SCOPE, text)
-        return web.Response(
-            body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE}
-        )
+        page = self._telemetry.exposition()
+        return Response(page, fields=f"Content-Type: {CONTENT_TYPE}\r\n")

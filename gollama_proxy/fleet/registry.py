@@ -375,9 +375,24 @@ class Registry:
         known = model in self._known() or model in self._fallbacks
         return known or bool(self.pool(model).workers)
 
-    def fallbacks_of(self, model: str) -> Sequence[str]:
-        """Return the configured fallbacks of a model, by the names of the settings."""
-        return self._fallbacks.get(model, ())
+    def pools_for(
+        self, pool: Pool, fallbacks: Sequence[str], allowed: Sequence[str] | None
+    ) -> tuple[Pool, ...]:
+        """Return a pool and those of its fallbacks, in their order.
+
+        The client's own `fallbacks`, if there are any, replace the configured ones of
+        the model.  Fallbacks that its token does not allow are skipped.
+        """
+        wanted = fallbacks or self._fallbacks.get(pool.model, ())
+        if not wanted:
+            return (pool,)
+        models = dict.fromkeys(
+            model
+            for name in wanted
+            for model in [self.model_of(name)]
+            if model != pool.model and self.allows(allowed, name, model)
+        )
+        return (pool, *map(self.pool, models))
 
     def _resolve_name(self, name: str | None) -> str | None:
         if name is not None:

@@ -1,7 +1,7 @@
 """Once a second: whether answers make progress, and whether broken workers recover.
 
-One task watches all running answers, so that no timer is armed for a token.  The same
-round sends the canaries: one-token generations, which are all that a worker gets while
+One task serves all running answers (`Proxy.check`), so that no timer is armed for a
+token.  The same round sends the canaries: one-token generations, which are all that a worker gets while
 its breaker is half-open.  A good `/health` proves nothing there: the process can be
 well and its GPU gone.
 """
@@ -9,61 +9,34 @@ well and its GPU gone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Protocol
+from collections.abc import Awaitable, Callable
 
-from gollama_proxy.config.settings import Timeouts
 from gollama_proxy.fleet.breaker import Breaker, Permit
 from gollama_proxy.fleet.registry import Listener
 from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.tasks import Periodic, spawn
 
 PERIOD = 1.0
-# Seconds without a byte of an answer, after which the worker is checked at once.
-SUSPICIOUS = 5.0
 Prove = Callable[[Worker, str], Awaitable[bool | None]]
 
 
-class Answer(Protocol):
-    """An answer on its way from a worker to a client."""
-
-    def check(self, now: float, gap: float, silence: float) -> float: ...
-
-    def abandon(self) -> None: ...
-
-
 class Watchdog(Listener):
-    """Watches running answers and half-open breakers."""
+    """Watches half-open breakers, and has the running requests checked."""
 
     def __init__(
         self,
-        timeouts: Timeouts,
         prove: Prove,
-        clock: Callable[[], float],
         then: Callable[[], None] | None = None,
     ) -> None:
         """Make one; it begins with `start`.  `then` is called in each round."""
         self._workers: list[Worker] = []
-        self._timeouts = timeouts
         self._prove = prove
-        self._clock = clock
         self._then = then
-        self._answers: dict[Answer, Worker] = {}
         self._canaries: set[asyncio.Task[None]] = set()
         self._loop = Periodic("watchdog", self._step, PERIOD)
 
     def __repr__(self) -> str:
-        return f"<Watchdog answers={len(self._answers)} canaries={len(self._canaries)}>"
-
-    @contextlib.contextmanager
-    def watching(self, answer: Answer, worker: Worker) -> Iterator[None]:
-        """Watch a worker's answer for as long as it is relayed."""
-        self._answers[answer] = worker
-        try:
-            yield
-        finally:
-            self._answers.pop(answer, None)
+        return f"<Watchdog canaries={len(self._canaries)}>"
 
     def added(self, worker: Worker) -> None:
         self._workers.append(worker)
@@ -85,14 +58,7 @@ class Watchdog(Listener):
         self.round()
 
     def round(self) -> None:
-        """Look at every running answer, and at every worker, once."""
-        now = self._clock()
-        for answer, worker in tuple(self._answers.items()):
-            silent = answer.check(now, self._timeouts.gap, self._timeouts.silence)
-            if silent > SUSPICIOUS:
-                worker.suspect()
-            if worker.is_down:
-                answer.abandon()
+        """Look at every worker once, and call `then`."""
         for worker in self._workers:
             if worker.state is WorkerState.READY and worker.policy.canary:
                 self._send_canaries(worker)

@@ -1,234 +1,317 @@
-"""One attempt to have one request answered by one worker."""
+"""One attempt: a request as a worker gets it, and why the worker refused it.
+
+What an attempt holds (its connection, its lease, the upload of a long body) is given
+back in `exchange.py`, on every path.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from gollama_proxy import __version__
-from gollama_proxy.config.settings import Timeouts
-from gollama_proxy.fleet.lease import Lease
+from gollama_proxy.config.settings import WorkerConfig
+from gollama_proxy.edge.response import JSON, Response
+from gollama_proxy.fleet.registry import RETRY_AFTER
 from gollama_proxy.proxy.client import frame
+from gollama_proxy.proxy.failures import Cause, Rule, rule_of
 from gollama_proxy.proxy.relay import Relay
+from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.tasks import spawn
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.openai import Endpoint
+from gollama_proxy.wire import headers
+from gollama_proxy.wire.assemble import AssemblyError, LostTextError
+from gollama_proxy.wire.errors import (
+    Code,
+    NoWorkerError,
+    ProxyError,
+    WorkerError,
+    error_body,
+)
+from gollama_proxy.wire.overflow import Overflow
+from gollama_proxy.wire.partial import DivergedError
+from gollama_proxy.wire.schema import EventError
 
-# Seconds between two looks whether somebody should take over.
-LOOK = 1.0
-
-
-class Outgoing(NamedTuple):
-    """A request as a worker gets to see it."""
-
-    endpoint: Endpoint
-    headers: list[tuple[bytes, bytes]]
-    body: bytes  # all of it, or what came before `rest`
-    rest: AsyncIterator[bytes] | None = None
-    length: int | None = None  # of the whole body, None if it is not known
-    content_type: bytes = b"application/json"
-
-    def __repr__(self) -> str:  # without what a client wrote
-        return f"<Outgoing to {self.endpoint.path}, {self.length} bytes>"
+_SECONDS = re.compile(r"\d+(?:\.\d*)?")
+_USER_AGENT = b"User-Agent: gollama-proxy/" + __version__.encode()
 
 
-class Patience(NamedTuple):
-    """How long to wait for the first event while others could take over."""
+# --- The request --------------------------------------------------------------------
 
-    allowance: float  # seconds
-    somebody_else: Callable[[], bool]
-    hopeless: Callable[[], bool]  # the worker is known to be out by now
-    tell: Callable[[float], Awaitable[None]]  # how many seconds it has been by now
+
+def request_head(
+    worker: WorkerConfig,
+    path: str,
+    forwarded: bytes,
+    content_type: bytes,
+    length: int | None,
+) -> bytes:
+    """Write the head of a request to a worker.
+
+    `forwarded` are header lines of the client's.  Without a length, the body is sent in
+    chunks, and what follows the head is the first one.
+    """
+    origin = worker.origin
+    head = b"POST %b%b HTTP/1.1\r\nHost: %b\r\n%b\r\nContent-Type: %b\r\n%b" % (
+        origin.prefix.encode(),
+        path.encode(),
+        origin.authority.encode(),
+        _USER_AGENT,
+        content_type,
+        forwarded,
+    )
+    if worker.api_key:
+        head += b"Authorization: Bearer %b\r\n" % worker.api_key.encode()
+    if length is None:
+        return head + b"Transfer-Encoding: chunked\r\n\r\n"
+    return head + b"Content-Length: %d\r\n\r\n" % length
 
 
 class Attempt:
-    """Holds the connection of an attempt and gives it back, whatever happens.
+    """Holds the connection of an attempt, and gives it back when it is over."""
 
-    An async context manager: on exit the connection goes back to its pool if its
-    answer has ended, and is hung up otherwise, which cancels the generation.
-    """
+    __slots__ = ("_clock", "_connection", "_connections", "_sent", "_upload", "_x")
 
     def __init__(
-        self,
-        pool: ConnectionPool,
-        lease: Lease,
-        timeouts: Timeouts,
-        clock: Callable[[], float],
+        self, x: Exchange, connections: ConnectionPool, clock: Callable[[], float]
     ) -> None:
-        self._pool = pool
-        self._lease = lease
-        self._timeouts = timeouts
+        self._x = x
+        self._connections = connections
         self._clock = clock
         self._connection: Connection | None = None
-        self._relay: Relay | None = None
-        self._upload: asyncio.Task[None] | None = None
+        self._upload: asyncio.Task[None] | None = None  # of a long body
         self._sent = True  # the whole request
 
     def __repr__(self) -> str:
-        return f"<Attempt on {self._lease.worker.name} {self._connection!r}>"
+        return f"<Attempt on {self._connections!r} {self._connection!r}>"
 
-    async def __aenter__(self) -> Attempt:
-        return self
+    async def send(self, data: bytes, *, chunked: bool = False) -> Relay:
+        """Send a request, and wait for the first bytes of its answer.
 
-    async def __aexit__(self, *exc_info: object) -> None:
+        A used connection that turns out dead before a byte of the answer came costs
+        nothing: llama-server closes its connections without notice, so the request is
+        sent once more on a fresh one (RFC 9112, 9.3.1).
+
+        `data` is the head, and the body as far as it is kept; the rest of a longer one
+        follows, in chunks if its length is not known.
+
+        Raises:
+            WorkerError: the worker was not reached, was lost, sent no HTTP, or exceeded
+                a limit (see `Proxy.check`).
+            ProxyError: the client did not send the rest of its body.
+        """
+        x = self._x
+        lease, body = x.lease, x.body
+        assert lease is not None, x
+        # What streams through cannot be sent twice.
+        connection = self._connections.reuse() if body.replayable else None
+        while True:
+            if connection is None:
+                connection = await self._connections.dial()
+            self._connection = connection
+            stale = connection.used > 0
+            x.relay = relay = Relay(
+                lease.worker.name, connection, lease, x.endpoint, self._clock
+            )
+            x.waiting_since = self._clock()
+            x.enter(State.WAITING)
+            connection.start(relay)
+            connection.write(data)
+            if not body.replayable:
+                self._start_upload(connection, relay, chunked=chunked)
+            try:
+                await relay.opened()
+            except WorkerError as exc:
+                lost = exc.code is Code.WORKER_LOST
+                if not (stale and lost and connection.untouched):
+                    raise
+                self._connections.discard(connection)
+                self._connection = connection = None
+                x.enter(State.CONNECTING)
+            else:
+                return relay
+
+    async def close(self) -> None:
+        """Give the connection back if its answer has ended well, else close it.
+
+        To close a connection also cancels the generation.
+        """
         if self._connection is not None:
-            relay = self._relay
+            relay = self._x.relay
             if relay is not None and relay.spares_connection and self._sent:
                 streamed = relay.is_event_stream
-                self._pool.give_back(self._connection, streamed=streamed)
+                self._connections.give_back(self._connection, streamed=streamed)
             else:
                 self._connection.close()
         if self._upload is not None:
             self._upload.cancel()
             await asyncio.wait([self._upload])
 
-    @property
-    def connected(self) -> bool:
-        """Whether a worker may have seen anything of the request."""
-        return self._connection is not None
-
-    async def send(self, request: Outgoing, patience: Patience | None = None) -> Relay:
-        """Send the request and wait for the first bytes of its answer.
-
-        A used connection that turns out dead before a byte of the answer came costs
-        nothing: llama-server closes its connections without notice, so the request is
-        sent once more on a fresh one (RFC 9112, 9.3.1).
-
-        Raises:
-            WorkerError: not reached, lost, no HTTP, or silent for too long; slow, if
-                `patience` has run out and somebody else can take over.
-            ProxyError: the client did not deliver the rest of its body.
-        """
-        # What streams cannot be sent twice.
-        connection = self._pool.reuse() if request.rest is None else None
-        if connection is not None:
-            try:
-                return await self._exchange(connection, request, patience)
-            except _StaleError:
-                self._pool.discard(connection)
-        return await self._exchange(await self._pool.dial(), request, patience)
-
-    async def _exchange(
-        self, connection: Connection, request: Outgoing, patience: Patience | None
-    ) -> Relay:
-        self._connection = connection
-        stale = connection.used > 0
-        self._relay = relay = Relay(
-            self._lease.worker.name,
-            connection,
-            self._lease,
-            request.endpoint,
-            self._clock,
-        )
-        connection.start(relay)
-        connection.write(self._head(request) + request.body)
-        try:
-            async with asyncio.timeout(self._timeouts.first_token) as deadline:
-                if request.rest is not None:
-                    deadline.reschedule(None)  # the body has limits of its own
-                    self._start_upload(connection, relay, request, deadline)
-                await self._wait(relay, patience)
-        except TimeoutError:
-            raise WorkerError(
-                Code.WORKER_TIMEOUT,
-                f"Worker {self._lease.worker.name} sent nothing "
-                f"within {self._timeouts.first_token:g} s.",
-            ) from None
-        except WorkerError as exc:
-            if stale and connection.untouched and exc.code is Code.WORKER_LOST:
-                raise _StaleError from exc
-            raise
-        return relay
-
-    async def _wait(self, relay: Relay, patience: Patience | None) -> None:
-        """Wait within the allowance, and beyond it only while there is nobody else."""
-        if patience is None:
-            await relay.opened()
-            return
-        began = self._clock()
-        until = began + patience.allowance
-        while True:
-            left = until - self._clock()
-            try:
-                async with asyncio.timeout(min(left, LOOK) if left > 0 else LOOK):
-                    await relay.opened()
-                return
-            except TimeoutError:
-                overdue = self._clock() >= until or patience.hopeless()
-                if overdue and patience.somebody_else():
-                    text = f"Worker {self._lease.worker.name} was too slow to begin."
-                    raise WorkerError(Code.WORKER_SLOW, text) from None
-                await patience.tell(self._clock() - began)
-
-    def _head(self, request: Outgoing) -> bytes:
-        origin = self._pool.worker.origin
-        lines = [
-            b"POST %b%b HTTP/1.1"
-            % (origin.prefix.encode(), request.endpoint.path.encode()),
-            b"Host: " + origin.authority.encode(),
-            b"User-Agent: gollama-proxy/" + __version__.encode(),
-            b"Content-Type: " + request.content_type,
-        ]
-        if self._pool.worker.api_key:
-            lines.append(b"Authorization: Bearer " + self._pool.worker.api_key.encode())
-        lines += [name + b": " + value for name, value in request.headers]
-        if request.length is None:
-            lines.append(b"Transfer-Encoding: chunked")
-        else:
-            lines.append(b"Content-Length: %d" % request.length)
-        head = b"\r\n".join(lines) + b"\r\n\r\n"
-        if request.length is None and request.body:  # what follows is the first chunk
-            head += b"%x\r\n" % len(request.body)
-        return head
-
-    # --- Bodies that are larger than the replay window -----------------------------
+    # --- Bodies that are longer than the replay window ----------------------------
 
     def _start_upload(
-        self,
-        connection: Connection,
-        relay: Relay,
-        request: Outgoing,
-        deadline: asyncio.Timeout,
+        self, connection: Connection, relay: Relay, *, chunked: bool
     ) -> None:
+        x = self._x
+
         async def upload() -> None:
             try:
-                await self._send_rest(connection, request)
+                await self._send_rest(connection, chunked=chunked)
             except ProxyError as exc:
                 relay.fail(exc)
-                return
             except ConnectionError:
-                return  # the client left, and its handler is being cancelled
-            limit = asyncio.get_running_loop().time() + self._timeouts.first_token
-            if relay.opened_at is None:
-                deadline.reschedule(limit)
+                pass  # the client left, and its handler is being cancelled
+            else:
+                self._sent = True
+                x.waiting_since = self._clock()
 
         self._sent = False
+        x.waiting_since = math.inf  # the body has limits of its own
         self._upload = spawn(upload(), "upload to a worker")
 
-    async def _send_rest(self, connection: Connection, request: Outgoing) -> None:
-        assert request.rest is not None
-        chunked = request.length is None
-        if chunked and request.body:
-            connection.write(b"\r\n")
-        async for piece in request.rest:
+    async def _send_rest(self, connection: Connection, *, chunked: bool) -> None:
+        async for piece in self._x.body.rest():
             connection.write(frame(piece) if chunked else piece)
-            await self._drain(connection)
+            limit = self._x.patience
+            try:
+                async with asyncio.timeout(limit):
+                    await connection.drain()
+            except TimeoutError:
+                text = f"Worker {self._x.worker} took nothing within {limit:g} s."
+                raise WorkerError(Code.WORKER_TIMEOUT, text) from None
         if chunked:
             connection.write(b"0\r\n\r\n")
-        self._sent = True
-
-    async def _drain(self, connection: Connection) -> None:
-        limit = self._timeouts.first_token
-        try:
-            async with asyncio.timeout(limit):
-                await connection.drain()
-        except TimeoutError:
-            text = f"Worker {self._lease.worker.name} took nothing within {limit:g} s."
-            raise WorkerError(Code.WORKER_TIMEOUT, text) from None
 
 
-class _StaleError(Exception):
-    """A used connection was dead already."""
+# --- Why it failed ------------------------------------------------------------------
+
+# The errors of connections and relays, by their code.
+_CAUSES = {
+    Code.WORKER_UNREACHABLE: Cause.UNREACHABLE,
+    Code.WORKER_LOST: Cause.LOST,
+    Code.WORKER_INCOMPLETE: Cause.LOST,
+    Code.WORKER_PROTOCOL: Cause.MALFORMED,
+    Code.WORKER_TIMEOUT: Cause.SILENT,
+    Code.WORKER_SLOW: Cause.SLOW,
+}
+
+
+class Failure(NamedTuple):
+    """An attempt that failed before it gave the client an answer."""
+
+    cause: Cause
+    answer: Response | ProxyError  # for the client, if no other worker is asked
+    busy: float | None = None  # seconds for which the worker asks to be left alone
+    overflow: Overflow | None = None  # the prompt was too long
+    lasting: bool = True  # the same request would fail in the same way again
+
+    def __repr__(self) -> str:
+        return f"<Failure {self.cause.name} {self.answer!r}>"
+
+    @property
+    def rule(self) -> Rule:
+        return rule_of(self.cause)
+
+
+def failure_of(error: WorkerError) -> Failure:
+    """Describe an attempt that ended with an error of its connection."""
+    if isinstance(error, DivergedError):
+        return Failure(Cause.DIVERGED, error)
+    return Failure(_CAUSES[error.code], error)
+
+
+def failure_of_assembly(error: AssemblyError) -> Failure:
+    """Describe a stream that cannot be assembled into an answer."""
+    if error.error is not None:
+        return promote(error.error)
+    text = "The worker's stream cannot be made into an answer."
+    answer = WorkerError(Code.WORKER_PROTOCOL, text, detail=str(error))
+    lasting = not isinstance(error, LostTextError)
+    return Failure(Cause.UNFOLDABLE, answer, lasting=lasting)
+
+
+def failure_of_model(worker: str, model: str) -> Failure:
+    """Describe an answer that comes from a model that was not asked for."""
+    text = f"Worker {worker} does not serve the model {model!r} any more."
+    answer = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
+    return Failure(Cause.MODEL, answer)
+
+
+async def read_failure(relay: Relay, worker: str) -> Failure:
+    """Read why a worker refuses a request, from its status or its first event."""
+    early = relay.early_error()
+    if early is not None:
+        return promote(early)
+    try:
+        await relay.whole()
+    except WorkerError as exc:
+        return failure_of(exc)
+    status, body = relay.status, relay.held_body() or b""
+    if status in (401, 403):
+        text = f"Worker {worker} refuses the key that the hub has for it."
+        return Failure(Cause.KEY, WorkerError(Code.WORKER_REFUSED_KEY, text))
+    if status == 503:
+        text = f"Worker {worker} is loading its model or too busy."
+        answer = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
+        return Failure(Cause.LOADING, answer, _retry_after(relay))
+    refusal = _pass_on(relay, worker, body)
+    if status == 429:
+        return Failure(Cause.BUSY, refusal, _retry_after(relay))
+    if (overflow := Overflow.read(body)) is not None:
+        return Failure(Cause.CONTEXT, refusal, overflow=overflow)
+    erred = status >= 500 and status != 501
+    return Failure(Cause.STATUS if erred else Cause.REFUSED, refusal)
+
+
+def promote(early: EventError) -> Failure:
+    """Give a stream that began with an error the status that it should have had."""
+    code = early.code
+    status = code if isinstance(code, int) and 400 <= code < 600 else 502
+    refusal = Response(error_body(early.message, early.type, None), status)
+    overflow = Overflow.of(early.message, (early.type, code))
+    if overflow is not None:
+        return Failure(Cause.CONTEXT, refusal, overflow=overflow)
+    return Failure(Cause.STATUS if status >= 500 else Cause.REFUSED, refusal)
+
+
+def _pass_on(relay: Relay, worker: str, body: bytes) -> Response:
+    """Pass a refusal on as it is; one without a reason names the worker.
+
+    llama-server's 413 and 415 are empty, and a proxy before a worker has pages in HTML:
+    SDKs read JSON, and users need the reason.
+    """
+    if body.lstrip().startswith(b"{"):
+        return Response(body, relay.status, headers.client_fields(relay.headers))
+    text = f"Worker {worker} answered {relay.status} without a reason."
+    kind = "invalid_request_error" if relay.status < 500 else "server_error"
+    return Response(error_body(text, kind, None), relay.status, JSON)
+
+
+def _retry_after(relay: Relay) -> float:
+    """Read how long a busy worker wants to be left alone; 1 s if it does not say.
+
+    In seconds, or until a date (RFC 9110, 10.2.3), which is read by the worker's own
+    clock where it sends the time; a date in the past counts as 0 s.
+    """
+    given = relay.header(b"retry-after").decode("latin-1")
+    if _SECONDS.fullmatch(given):
+        return float(given)
+    until = _moment(given)
+    if until is None:
+        return 1.0
+    now = _moment(relay.header(b"date").decode("latin-1")) or datetime.now(UTC)
+    return max((until - now).total_seconds(), 0.0)
+
+
+def _moment(date: str) -> datetime | None:
+    try:
+        moment = parsedate_to_datetime(date)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)

@@ -31,7 +31,7 @@ _BOM = b"\xef\xbb\xbf"
 _SPENT = fields.FieldScanner()
 
 
-class Incoming:
+class Body:
     """A request body on its way in."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Incoming:
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
-        return f"<Incoming {self.endpoint.path} {self.size} bytes {state}>"
+        return f"<Body {self.endpoint.path} {self.size} bytes {state}>"
 
     # --- The part that is kept ----------------------------------------------------
 
@@ -143,7 +143,7 @@ class Incoming:
         field = self._found.get("stream")
         return field is not None and field.raw == b"true"
 
-    def body(self, model: str) -> bytes:
+    def named(self, model: str) -> bytes:
         """Give what was kept, with the model's name as its worker calls it.
 
         Not a byte of anything else changes.  A `model` that has not been reached yet

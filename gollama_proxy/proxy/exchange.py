@@ -1,52 +1,69 @@
 """The path of one request, from its first byte to its one outcome.
 
-    receive ─▶ authenticate ─▶ read ─▶ choose ─▶ forward ─▶ relay ─▶ end
+    receive ─▶ authenticate ─▶ read ─▶ plan ─▶ take a slot ─▶ attempt ─▶ relay ─▶ end
+                                                  ▲                 │
+                                                  ╰── recovery.py ◀─╯
 
-The dispatcher has received it; from there on it can be followed downward in this file.
-Every `await` is a place where the client may vanish: the task is cancelled there, and
-the lease and the attempt give back what they hold on the way out.
+It can be followed downward in this file.  `Exchange` (state.py) is all that is known of
+a request; what is rare is in functions below or in other files, which a good request
+does not enter.  Every `await` is a place where the client may leave: the task is
+cancelled there, and what the request holds is given back on the way out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+import math
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 from aiohttp import web
 
 from gollama_proxy.config.settings import Config
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.quotas import Quotas
-from gollama_proxy.edge.router import draining
-from gollama_proxy.fleet.lease import Lease, Result
-from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.speed import Prefill
-from gollama_proxy.fleet.watchdog import Watchdog
-from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.proxy.attempt import Attempt, Outgoing
-from gollama_proxy.proxy.body import Incoming, answer_expectation
-from gollama_proxy.proxy.charges import Charges
-from gollama_proxy.proxy.client import ClientStalledError
-from gollama_proxy.proxy.fitting import Fitting
-from gollama_proxy.proxy.job import Entry, Job
-from gollama_proxy.proxy.relay import Relay
-from gollama_proxy.proxy.response import (
-    Refusal,
-    read_refusal,
-    refusal_of,
-    refusal_of_another,
-    refusal_of_assembly,
-    whole_response,
+from gollama_proxy.edge.response import (
+    CLOSE,
+    KEEP,
+    SERVER,
+    Response,
+    Sent,
+    error_response,
+    write_whole,
 )
-from gollama_proxy.proxy.unstreamed import Unstreamed
+from gollama_proxy.edge.router import Router, Routes
+from gollama_proxy.fleet.lease import Lease, Result
+from gollama_proxy.fleet.registry import RETRY_AFTER, Registry
+from gollama_proxy.fleet.speed import Prefill
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy import recovery
+from gollama_proxy.proxy.attempt import (
+    Attempt,
+    Failure,
+    failure_of,
+    failure_of_assembly,
+    failure_of_model,
+    read_failure,
+    request_head,
+)
+from gollama_proxy.proxy.body import Body, answer_expectation
+from gollama_proxy.proxy.charges import Charges
+from gollama_proxy.proxy.client import Client, ClientStalledError
+from gollama_proxy.proxy.failures import Cause
+from gollama_proxy.proxy.fitting import Fitting
+from gollama_proxy.proxy.plan import Plan
+from gollama_proxy.proxy.relay import Relay
+from gollama_proxy.proxy.response import Assembly, Stream, in_one_piece
+from gollama_proxy.proxy.rewrite import Rewriter, tally_of
+from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.scheduling.admission import Place
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.queue import Queue
-from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.scheduling.turns import choose_priority
-from gollama_proxy.telemetry import accesslog
-from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.telemetry.logs import Throttle
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers
@@ -66,396 +83,690 @@ from gollama_proxy.wire.errors import (
     RequestError,
     WorkerError,
 )
-from gollama_proxy.wire.openai import ENDPOINTS, Endpoint
+from gollama_proxy.wire.openai import ENDPOINTS, Ending, api_of
 from gollama_proxy.wire.partial import DivergedError
 
 logger = logging.getLogger(__name__)
 
-# Ends of an answer after which nothing is left of the connection.
-_LOSSES = frozenset({Code.WORKER_LOST, Code.WORKER_INCOMPLETE})
+# nginx's status for a client that left before it was answered; only logs show it.
+CLIENT_CLOSED = 499
+# Seconds without a byte of an answer, after which its worker's health is checked.
+SUSPICIOUS = 5.0
+# Limits up to so many seconds have a timer; longer ones are checked once a second.
+SOON = 5.0
+# Seconds of silence from which on a client is notified that its prompt is being read,
+# and between two such comments.
+PROCESSING_AFTER, NOTICE_EVERY = 15.0, 5.0
 # Seconds between two lines about losses of one worker.
 LOG_EVERY = 1.0
+_LOSSES = frozenset({Code.WORKER_LOST, Code.WORKER_INCOMPLETE})
 
 
-class Inference:
-    """Handles every route that a worker answers."""
+class Proxy:
+    """Serves every request."""
 
     def __init__(
         self,
         config: Config,
+        routes: Routes,
         authenticator: Authenticator,
+        quotas: Quotas,
         registry: Registry,
         balancer: Balancer,
-        connections: Mapping[Worker, ConnectionPool],
-        watchdog: Watchdog,
         queue: Queue,
+        connections: Mapping[Worker, ConnectionPool],
         fitting: Fitting,
-        look: Callable[[Worker], Awaitable[bool]],
+        check_health: Callable[[Worker], Awaitable[bool]],
+        ended: Callable[[Exchange], None],
         clock: Callable[[], float],
     ) -> None:
-        """Make one; `look` pings a worker at once and returns whether it is well."""
+        """Make one.
+
+        `routes` are those that no worker answers.  `check_health` checks a worker at
+        once and returns whether it is well; `ended` takes every request when it has its
+        outcome, once.
+        """
         self._config = config
+        serve = self._serve_in_time if config.timeouts.request else self._serve
+        inference: Routes = {path: {"POST": serve} for path in ENDPOINTS}
+        self._router = Router({**routes, **inference}, config.server.cors_origins)
         self._authenticator = authenticator
+        self._quotas = quotas
         self._registry = registry
         self._balancer = balancer
-        self._connections = connections
-        self._watchdog = watchdog
         self._queue = queue
+        self._connections = connections
         self._fitting = fitting
-        self._look = look
-        self._losses = Throttle(clock, LOG_EVERY)
-        self._quotas = Quotas(clock)
-        self._charges = Charges(self._quotas, fitting, clock)
-        self._unstreamed = Unstreamed(clock)
+        self._check_health = check_health
+        self._ended = ended
         self._clock = clock
+        self._charges = Charges(quotas, fitting, clock)
+        self._rewriter = Rewriter(config.upstream, config.limits.answer, clock)
+        self._rng = random.Random()
+        self._losses = Throttle(clock, LOG_EVERY)
+        self._patience = config.retry.patience
+        self._counting = config.upstream.usage  # whose tokens have to be exact
+        self._running: dict[asyncio.Task[object], Exchange] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._cutting = False
 
     def __repr__(self) -> str:
-        return f"<Inference on {self._registry!r}>"
+        return f"<Proxy running={len(self._running)}>"
 
-    async def handle(
-        self, request: web.BaseRequest, record: Record
-    ) -> web.StreamResponse:
-        """Serve one request.
+    @property
+    def running(self) -> Collection[Exchange]:
+        """The requests that have no outcome yet."""
+        return self._running.values()
+
+    # --- Receiving a request, and ending it ---------------------------------------
+
+    async def __call__(self, request: web.BaseRequest) -> Sent:
+        """Serve one request; every one ends here, with exactly one outcome."""
+        x = Exchange(request, self._clock())
+        task = asyncio.current_task()
+        assert task is not None
+        self._running[task] = x
+        self._idle.clear()
+        try:
+            try:
+                self._receive(x)
+                handler = self._router.find(request, x)
+                if self._draining and x.method == "POST":
+                    raise draining()
+                response = await handler(request, x)
+            except ProxyError as error:
+                response = self._fail(x, error)
+            except ConnectionError:  # the client left between two steps
+                x.outcome, x.status = Outcome.CLIENT_GONE, CLIENT_CLOSED
+                return CLOSE
+            except Exception as exc:
+                logger.exception("request %s failed", x.id)
+                response = self._fail_inside(x, exc)
+            return await self._finish(x, response)
+        except asyncio.CancelledError:
+            if self._cutting and not x.begun and x.state is not State.ENDED:
+                task.uncancel()  # the client is still there, and has had nothing yet
+                x.keep_alive = False
+                return await self._finish(x, self._fail(x, draining()))
+            if x.outcome is None:
+                x.outcome = Outcome.CLIENT_GONE
+            x.status = x.status or CLIENT_CLOSED
+            raise
+        finally:
+            del self._running[task]
+            if not self._running:
+                self._idle.set()
+            self._ended(x)
+
+    def _receive(self, x: Exchange) -> None:
+        """Check the head of a request.
 
         Raises:
-            ProxyError: what the client is to be told, if it has been told nothing yet.
+            RequestError: it could be read in two ways, or is too large.
         """
+        request = x.request
+        x.id = headers.request_id(request.raw_headers, secrets.token_hex(8))
+        x.lines = f"Server: {SERVER}\r\nX-Request-Id: {x.id}\r\n"
+        x.lines += self._router.origin_fields(request)
+        # A connection ends with a request whose head could be read in two ways: so
+        # could everything that follows.
+        last = headers.check_head(
+            x.method, request.version, request.raw_headers, self._config.limits.head
+        )
+        x.keep_alive = request.keep_alive and not (last or self._draining)
+
+    def _fail(self, x: Exchange, error: ProxyError) -> Response:
+        """Set the outcome of a request that fails before an answer has begun."""
+        x.outcome, x.error, x.detail = Outcome.ERROR, error.code, error.detail
+        if isinstance(error, RequestError) and not x.request.content.is_eof():
+            x.keep_alive = False  # the rest of its body is in the way
+        return error_response(error, api_of(x.request.raw_path))
+
+    def _fail_inside(self, x: Exchange, exc: Exception) -> Response | Sent:
+        """Set the outcome of a request that has met a fault of the hub itself."""
+        detail = type(exc).__name__
+        error = HubError(Code.INTERNAL, "The hub failed.", detail=detail)
+        response = self._fail(x, error)
+        if not x.begun:
+            return response
+        if x.request.transport is not None:  # nothing may look like a good end
+            x.request.transport.abort()
+        return CLOSE
+
+    async def _finish(self, x: Exchange, response: Response | Sent) -> Sent:
+        """Write an answer, if that has not been done, and set the outcome."""
+        if x.outcome is None:
+            x.outcome = Outcome.COMPLETE
+        x.state = State.ENDED
+        if not isinstance(response, Response):
+            return response
+        x.status = response.status
+        keep_alive = x.keep_alive and not self._draining
+        request = x.request
+        try:
+            fields = x.lines + x.attempt_lines
+            write_whole(request, response, fields, keep_alive=keep_alive)
+        except ConnectionError:
+            return CLOSE
+        transport = request.transport
+        if transport is not None and transport.get_write_buffer_size():
+            await request.writer.drain()
+        return KEEP if keep_alive else CLOSE
+
+    def refused(self, request: web.BaseRequest, error: ProxyError) -> None:
+        """Record a request that is not valid HTTP, and so has no exchange."""
+        x = Exchange(request, self._clock())
+        x.id = x.method = "-"
+        x.outcome, x.error, x.detail = Outcome.ERROR, error.code, error.detail
+        x.status = error.code.status
+        self._ended(x)
+
+    # --- A request for a worker ---------------------------------------------------
+
+    async def _serve_in_time(
+        self, request: web.BaseRequest, x: Exchange
+    ) -> Response | Sent:
+        """Serve a request within `timeouts.request`."""
         limit = self._config.timeouts.request
-        if not limit:
-            return await self._serve(request, record)
         try:
             async with asyncio.timeout(limit) as deadline:
-                return await self._serve(request, record, deadline)
+                return await self._serve(request, x, deadline)
         except TimeoutError:
             raise _took_too_long(limit) from None
 
     async def _serve(
         self,
         request: web.BaseRequest,
-        record: Record,
+        x: Exchange,
         deadline: asyncio.Timeout | None = None,
-    ) -> web.StreamResponse:
-        # Before a byte of the body is read, and before a client is told to send it.
-        principal = self._authenticator.identify(request, record)
-        endpoint = ENDPOINTS[record.route]
-        priority = choose_priority(
-            request.headers.get("X-Gollama-Priority"), principal.priority
-        )
-        standing = self._quotas.take(principal.subject, principal.rpm, principal.tpm)
-        record.headers |= standing.headers()
-        if not standing.allowed:
-            raise standing.error()
-        incoming, attempts = await self._read(request, endpoint, principal)
-        record.model = model = attempts.pool.model
-        most = principal.max_concurrency or self._config.queue.max_concurrency
-        entry = Entry(attempts, principal.subject, priority, most, endpoint.slot)
-        config, unstreamed = self._config, self._unstreamed
-        job = Job(request, record, incoming, attempts, entry, config, model, unstreamed)
-        job.alias = self._registry.alias_of(incoming.model)
-        job.counted = self._counts(principal)
-        try:
-            return await self._have_answered(job)
-        except ProxyError as exc:
-            if not job.begun:
-                raise
-            return job.break_off(exc)
-        except asyncio.CancelledError:
-            # Whoever has a part of an answer is told that there will be no more.
-            if not job.begun or job.client_left:
-                raise
-            expired = deadline is not None and deadline.expired()
-            limit = self._config.timeouts.request
-            response = job.break_off(_took_too_long(limit) if expired else draining())
-            if not expired:
-                raise
-            return response
-        finally:
-            self._queue.leave(entry)
-            self._charges.settle(job, principal.subject)
+    ) -> Response | Sent:
+        """Serve a request that a worker answers.
 
-    def _counts(self, principal: Principal) -> bool:
-        """Say whether a worker has to be asked what its answer took."""
-        whose = self._config.upstream.usage
-        limited = whose == "limited" and principal.tpm is not None
-        return limited or whose == "always"
-
-    async def _have_answered(self, job: Job) -> web.StreamResponse:
-        """Have one worker after another try, until the client has a whole answer."""
-        while True:
-            await self._fitting.check(job.incoming, job.attempts)
-            try:
-                lease = self._queue.try_acquire(job.entry)
-                lease = lease or await self._queue.acquire(
-                    job.entry,
-                    self._config.retry.patience,
-                    job.tell_place if job.may_tell else None,
-                )
-            except NoWorkerError:
-                if job.last is None:
-                    raise
-                return job.give_up()
-            worker = lease.worker
-            answer = await self._attempt(job, worker, lease)
-            if not isinstance(answer, Refusal):
-                return answer
-            self._note_loss(worker, answer)
-            if job.rescue is not None and job.rescue.exhausted:
-                try:
-                    return await job.close()
-                except AssemblyError as exc:
-                    answer = refusal_of_assembly(exc)
-            pause = job.pause_before_next(answer)
-            if pause is None and not (answer.failure and job.may_wait()):
-                return job.give_up()
-            await asyncio.sleep(pause or 0.0)
-
-    def _note_loss(self, worker: Worker, refusal: Refusal) -> None:
-        """Log that a worker was lost while it had a request; retries hide it."""
-        error = refusal.told
-        if not isinstance(error, WorkerError) or error.code not in _LOSSES:
-            return
-        if count := self._losses.count(worker.name):
-            text = "worker %s: lost while it had a request: %d times (%s)"
-            logger.warning(text, worker.name, count, error.detail or error.code)
-
-    async def _attempt(
-        self, job: Job, worker: Worker, lease: Lease
-    ) -> web.StreamResponse | Refusal:
-        """Have one worker try; after a refusal it is another one's turn."""
-        with lease:
-            job.attempts.begin(worker)
-            connections = self._connections[worker]
-            timeouts = self._config.timeouts
-            self._note_attempt(lease, job)
-            async with Attempt(connections, lease, timeouts, self._clock) as attempt:
-                relay = await self._forward(job, worker, attempt, lease)
-                if isinstance(relay, Refusal):
-                    if relay.overflow is not None:
-                        worker.learn_context(lease.model, relay.overflow.context)
-                    if relay.busy is not None:
-                        relay = _left_alone(worker, lease.model, relay)
-                    lease.release(relay.outcome)
-                    return relay
-                now = self._clock()
-                lease.first_token = now - lease.taken_at
-                worker.has_answered(lease)
-                if job.record.first_byte is None:
-                    job.record.first_byte = now - job.record.started
-                answer = await self._relay(job, worker, relay, lease)
-                if lease.result is Result.COMPLETE:
-                    job.settle_blame(worker)
-                    job.prove(worker)
-                return answer
-
-    def _note_attempt(self, lease: Lease, job: Job) -> None:
-        record = job.record
-        record.model, record.worker = job.attempts.pool.model, lease.worker.name
-        record.fell_back = job.model if job.model != record.model else ""
-        record.attempts += 1
-        record.queued = lease.taken_at - record.started
-        record.headers |= {
-            "X-Gollama-Worker": lease.worker.name,
-            "X-Gollama-Attempts": str(record.attempts),
-            "X-Gollama-Queue-Ms": str(round(record.queued * 1000)),
-        }
-
-    # --- Read ---------------------------------------------------------------------
-
-    async def _read(
-        self, request: web.BaseRequest, endpoint: Endpoint, principal: Principal
-    ) -> tuple[Incoming, Attempts]:
-        """Read as much of the body as it takes to know who may answer it."""
-        incoming = Incoming(request, endpoint, self._config)
-        answer_expectation(request)
-        await incoming.read(self._config.limits.replay_window)
-        if incoming.model is None and not incoming.complete:
-            await self._look_further(incoming, principal)
-        pool = self._registry.resolve(incoming.model, principal.models)
-        attempts = self._balancer.attempts(
-            pool, endpoint.path, incoming.fallbacks, principal.models
-        )
-        follows = endpoint.slot and self._balancer.follows(pool)
-        attempts.ask = Ask(
-            pool.model,
-            incoming.size,
-            incoming.max_tokens,
-            principal.subject,
-            incoming.prefixes() if follows else (),
-        )
-        return incoming, attempts
-
-    async def _look_further(self, incoming: Incoming, principal: Principal) -> None:
-        """Read on until `model` comes, unless it makes no difference."""
-        if self._registry.only_model() and principal.models is None:
-            return
-        window = self._config.limits.model_window
-        await incoming.read(window)
-        if incoming.model is None and not incoming.complete:
-            text = (
-                f"`model` was not among the first {window} bytes of the body; "
-                "put it in front of what is long."
-            )
-            raise RequestError(Code.MODEL_MISSING, text, param="model")
-
-    # --- Forward ------------------------------------------------------------------
-
-    async def _forward(
-        self, job: Job, worker: Worker, attempt: Attempt, lease: Lease
-    ) -> Relay | Refusal:
-        """Send the request to a worker; wait until it is known whether it answers."""
-        incoming, body = job.incoming, job.prepare(worker)
-        outgoing = Outgoing(
-            incoming.endpoint,
-            headers.to_worker(job.request.raw_headers),
-            body,
-            None if incoming.replayable else incoming.rest(),
-            len(body) if incoming.replayable else incoming.length_behind(body),
-            incoming.content_type,
-        )
-        patience = job.patience_with(worker, loads=lease.loads)
-        lease.prompt_bytes = incoming.size
-        if patience is not None:
-            lease.allowance = patience.allowance
-        try:
-            relay = await attempt.send(outgoing, patience)
-        except WorkerError as exc:
-            refusal = job.refusal_of(worker, exc)
-            if not attempt.connected:  # whatever it was, the worker knows nothing of it
-                refusal = refusal._replace(failure=Failure.UNREACHABLE)
-            return refusal
-        except asyncio.CancelledError:
-            self._charges.add_unseen(job, worker, lease)
-            raise
-        with self._watchdog.watching(relay, worker):
-            refused = await read_refusal(relay, worker.name)
-            if refused is None and not await self._is_asked_for(job, worker, relay):
-                model = job.attempts.pool.model
-                refused = refusal_of_another(worker.name, model)
-        if refused is not None:
-            self._charges.add_refused(job, relay)
-            return refused
-        promised = job.rescue is not None or job.begun
-        if promised and not relay.is_event_stream:
-            told = read_usage(relay.held, incoming.endpoint.api)
-            self._charges.add(job, relay, told)
-            return refusal_of(DivergedError("it does not stream"))
-        return relay
-
-    async def _is_asked_for(self, job: Job, worker: Worker, relay: Relay) -> bool:
-        """Return whether an answer comes from the model that was asked for.
-
-        A worker may have been started with another one since the last ping, so it is
-        looked at before an answer is passed on that has a name which is new.
+        Raises:
+            ProxyError: what the client gets, if it has had nothing yet.
         """
-        held, model = relay.held, job.attempts.pool.model
+        # Before a byte of the body is read, and before the client is asked to send it.
+        config = self._config
+        x.caller = caller = self._authenticator.identify(request, x)
+        x.endpoint = endpoint = ENDPOINTS[x.route]
+        x.max_concurrency = caller.max_concurrency or config.queue.max_concurrency
+        x.priority = choose_priority(
+            request.headers.get("X-Gollama-Priority"), caller.priority
+        )
+        x.counted = self._counting == "always"
+        if caller.rpm is not None or caller.tpm is not None:
+            self._take_quota(x, caller)
+        x.body = body = Body(request, endpoint, config)
+        answer_expectation(request)
+        await body.read(config.limits.replay_window)
+        if body.model is None and not body.complete:
+            await self._look_further(x)
+        pool = self._registry.resolve(body.model, caller.models)
+        x.model = x.asked = pool.model
+        x.alias = self._registry.alias_of(body.model)
+        pools = self._registry.pools_for(pool, body.fallbacks, caller.models)
+        x.plan = Plan.of(pools, endpoint.path, config, self._balancer.budget, self._rng)
+        follows = endpoint.slot and self._balancer.follows(pool)
+        prefixes = body.prefixes() if follows else ()
+        x.plan.ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
+        try:
+            while True:
+                x.enter(State.QUEUED)
+                if not self._fitting.is_certain(x):
+                    await self._fitting.check(x)
+                try:
+                    lease = self._queue.try_acquire(x) or await self._wait(x)
+                except NoWorkerError:
+                    if x.failure is None:
+                        raise
+                    return recovery.give_up(x)
+                with lease:
+                    response = await self._attempt(x, lease)
+                if not isinstance(response, Failure):
+                    return response
+                final = await self._recover(x, lease.worker, response)
+                if final is not None:
+                    return final
+        except ProxyError as error:
+            if not x.begun:
+                raise
+            return self._break_off(x, error)
+        except asyncio.CancelledError:
+            # A client that has a part of an answer is notified that it is incomplete.
+            if not x.begun or x.client_left:
+                raise
+            if deadline is not None and deadline.expired():
+                return self._break_off(x, _took_too_long(config.timeouts.request))
+            self._break_off(x, draining())
+            raise
+        finally:
+            self._queue.leave(x)
+            self._charges.settle(x)
+
+    # --- One attempt --------------------------------------------------------------
+
+    async def _attempt(self, x: Exchange, lease: Lease) -> Response | Sent | Failure:
+        """Have one worker try; after a failure another one may."""
+        worker, body, model = lease.worker, x.body, x.plan.pool.model
+        x.plan.begin(worker)
+        x.lease = lease
+        x.model, x.worker = model, worker.name
+        x.fell_back = x.asked if x.asked != model else ""
+        x.attempts += 1
+        x.queued = lease.taken_at - x.started
+        lease.prompt_bytes = body.size
+        # What is sent
+        if x.resume is None:
+            sent = self._rewriter.prepare(x, worker)
+        else:
+            sent = x.resume.request(model)
+        length = len(sent) if body.replayable else body.length_behind(sent)
+        forwarded = headers.worker_fields(x.request.raw_headers)
+        data = request_head(
+            worker.config, x.endpoint.path, forwarded, body.content_type, length
+        )
+        if length is not None:
+            data += sent
+        elif sent:
+            data += b"%x\r\n%b\r\n" % (len(sent), sent)
+        # Sending it
+        x.enter(State.CONNECTING)
+        attempt = Attempt(x, self._connections[worker], self._clock)
+        timer = self._set_limits(x, lease)
+        try:
+            relay = await attempt.send(data, chunked=length is None)
+            x.enter(State.STREAMING)
+            failure = await self._read_failure(x, lease, relay)
+            if failure is not None:
+                return self._failed(x, lease, failure)
+            # Passing it on
+            now = self._clock()
+            lease.first_token = now - lease.taken_at
+            worker.has_answered(lease)
+            if x.first_byte is None:
+                x.first_byte = now - x.started
+            response = in_one_piece(x, relay)
+            if response is not None:
+                used = read_usage(relay.held, x.endpoint.api, body.answers)
+                self._charges.add(x, relay, used)
+                self._complete(x, lease, relay, used)
+                return response
+            return await self._relay(x, lease, relay)
+        except WorkerError as exc:
+            failure = recovery.failure_on(x, worker, exc)
+            if x.state is State.CONNECTING:  # the worker has seen nothing of it
+                failure = failure._replace(cause=Cause.UNREACHABLE)
+            return self._failed(x, lease, failure)
+        except asyncio.CancelledError:
+            if x.state in _UNSEEN:
+                self._charges.add_unseen(x, lease)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            await attempt.close()
+
+    def _set_limits(self, x: Exchange, lease: Lease) -> asyncio.TimerHandle | None:
+        """Set how long the first event may take; returns the timer of a short limit."""
+        limit = x.patience = x.allowance = self._config.timeouts.first_token
+        x.noticed_at, x.loading = 0.0, lease.loads
+        if self._streams(x):
+            pace = lease.worker.pace_of(lease.model)
+            # Loading a model takes its time, and would take it elsewhere, too.
+            hard = pace.expectations.hard
+            x.allowance = hard if lease.loads else pace.allowance(x.body.size)
+            lease.allowance = x.allowance
+        soonest = min(limit, x.allowance)
+        if soonest > SOON:
+            return None
+        loop = asyncio.get_running_loop()
+        return loop.call_later(soonest, lambda: self._check_waiting(x, self._clock()))
+
+    def _streams(self, x: Exchange) -> bool:
+        """Whether the worker is asked for a stream, whatever the client wants."""
+        if x.resume is not None or isinstance(x.delivery, Assembly):
+            return True
+        return x.body.stream and x.body.replayable
+
+    async def _read_failure(
+        self, x: Exchange, lease: Lease, relay: Relay
+    ) -> Failure | None:
+        """Read whether an answer is none that can be passed on."""
+        worker = lease.worker
+        failure = None
+        if relay.status >= 400 or relay.early_error() is not None:
+            failure = await read_failure(relay, worker.name)
+        elif not (
+            self._names_model(x, worker, relay)
+            or await self._is_asked_for(x, worker, relay)
+        ):
+            failure = failure_of_model(worker.name, lease.model)
+        if failure is not None:
+            self._charges.add_refused(x, relay)
+        elif (x.resume is not None or x.begun) and not relay.is_event_stream:
+            used = read_usage(relay.held, x.endpoint.api)
+            self._charges.add(x, relay, used)
+            failure = failure_of(DivergedError("it does not stream"))
+        return failure
+
+    def _names_model(self, x: Exchange, worker: Worker, relay: Relay) -> bool:
+        """Whether an answer's beginning names its model as the worker is known to."""
+        held = relay.held
         worker.see_build(build_of(held))
         name = first_model(held)
-        if name is None or worker.answer_names.knows(model, name):
-            return True
+        return name is None or worker.answer_names.knows(x.model, name)
+
+    async def _is_asked_for(self, x: Exchange, worker: Worker, relay: Relay) -> bool:
+        """Whether an answer with a new name comes from the model that was asked for.
+
+        A worker may have been restarted with another model since its last health
+        check, so it is checked before the answer is passed on.
+        """
         if not relay.is_event_stream:
             try:
                 await relay.whole()
             except WorkerError:
                 return True  # what that means is judged when it is passed on
         name = model_of(relay.held, events=relay.is_event_stream)
-        if name is None or worker.answer_names.knows(model, name):
+        if name is None or worker.answer_names.knows(x.model, name):
             return True
-        return await self._look(worker) and worker.accepts_name(model, name)
+        return await self._check_health(worker) and worker.accepts_name(x.model, name)
 
-    # --- Relay --------------------------------------------------------------------
+    # --- The answer ---------------------------------------------------------------
 
     async def _relay(
-        self, job: Job, worker: Worker, relay: Relay, lease: Lease
-    ) -> web.StreamResponse | Refusal:
+        self, x: Exchange, lease: Lease, relay: Relay
+    ) -> Response | Sent | Failure:
         """Pass an answer on, from its beginning or from where another one broke off."""
-        record, write_timeout = job.record, self._config.timeouts.write
-        incoming = job.incoming
-        api, answers = incoming.endpoint.api, incoming.answers
-        whole = whole_response(relay, job.names)
-        if whole is not None:
-            told = read_usage(relay.held, api, answers)
-            self._charges.add(job, relay, told)
-            self._complete(job, worker, relay, lease, told)
-            record.bytes = len(relay.held)
-            return whole
+        worker, body = lease.worker, x.body
         complete = False
         try:
-            client = await job.open(relay)
-            with self._watchdog.watching(relay, worker):
-                await relay.run(
-                    client,
-                    write_timeout,
-                    job.kept,
-                    job.tally,
-                    answers * incoming.prompts,
-                )
-            response = await job.finish()
+            client = self._open(x, relay)
+            kept = self._config.rescue.kept if x.sent and x.resume is None else 0
+            answers = body.answers * body.prompts
+            await relay.run(
+                client, self._config.timeouts.write, kept, tally_of(x), answers
+            )
+            if x.resume is not None:
+                x.resume.finish()
+                x.rescued = x.resume.count
+            assert x.delivery is not None, x
+            response = x.delivery.finish()
             complete = True
-            self._look_late(job, worker, relay)
+            if not relay.is_event_stream:
+                self._look_late(x, worker, relay)
+            return response
         except ClientStalledError:
             lease.release(Result.CLIENT_GONE)
-            return job.drop_client()
+            assert isinstance(x.delivery, Stream), x
+            x.outcome, x.error = Outcome.CLIENT_GONE, "client_stalled"
+            return x.delivery.drop()
         except AssemblyError as exc:
-            return _released(lease, refusal_of_assembly(exc))
+            return self._failed(x, lease, failure_of_assembly(exc))
         except WorkerError as exc:
-            return _released(lease, job.broke_off(worker, relay, exc))
+            return self._failed(x, lease, recovery.broke_off(x, worker, relay, exc))
         except ProxyError:  # the client's own body was at fault
             lease.release(Result.REFUSED)
             raise
         except asyncio.CancelledError:
-            if job.client_left and relay.complete:
-                # SDKs hang up as soon as they have read [DONE].
-                record.outcome = accesslog.Outcome.COMPLETE
-                complete = True
-            elif not job.client_left:
+            if not x.client_left:
                 lease.release(Result.HUB_STOPPED)
+            elif relay.complete:  # SDKs hang up as soon as they have read [DONE]
+                x.outcome = Outcome.COMPLETE
+                complete = True
             raise
         finally:
-            if job.fed:  # else it is counted as a whole
-                record.bytes += relay.bytes
-            told = relay.end.usage
-            self._charges.add(job, relay, told)
+            if x.fed:  # else it is counted as a whole
+                x.bytes += relay.bytes
+            self._charges.add(x, relay, relay.end.usage)
             if complete:
-                self._complete(job, worker, relay, lease, told)
-        return response
+                self._complete(x, lease, relay, relay.end.usage)
 
-    def _look_late(self, job: Job, worker: Worker, relay: Relay) -> None:
-        """Have a worker looked at whose long answer in one piece has a new name.
+    def _open(self, x: Exchange, relay: Relay) -> Client:
+        """Begin the answer, or continue it; return where the worker's bytes go."""
+        if x.delivery is None or not relay.is_event_stream:
+            x.delivery = Stream(x)
+        if x.hides_usage and relay.is_event_stream:
+            assert isinstance(x.delivery, Stream), x
+            x.delivery.hide_usage()
+        client = x.delivery.open(relay)
+        if not (
+            self._config.rescue.enabled
+            and x.endpoint.ending is Ending.DONE
+            and x.body.replayable
+            and relay.is_event_stream
+        ):
+            x.sent = b""  # it cannot be rescued
+        if x.fed:
+            x.body.forget()
+        if x.resume is None:
+            return client
+        return x.resume.client_of(client, x.model, relay.fail)
+
+    def _look_late(self, x: Exchange, worker: Worker, relay: Relay) -> None:
+        """Have a worker checked whose long answer in one piece has a new name.
 
         Such an answer names its model at its end, when it has been passed on.
         """
-        if relay.is_event_stream:
-            return
         name = first_model(relay.tail)
-        model = job.attempts.pool.model
-        if name is not None and not worker.answer_names.knows(model, name):
+        if name is not None and not worker.answer_names.knows(x.model, name):
             worker.suspect()
 
-    def _complete(
-        self, job: Job, worker: Worker, relay: Relay, lease: Lease, told: Usage
-    ) -> None:
-        """Give back the place of an answer that is complete, with what it tells."""
+    def _complete(self, x: Exchange, lease: Lease, relay: Relay, used: Usage) -> None:
+        """Give back the slot of an answer that is complete, with what it shows."""
         if relay.is_event_stream and relay.opened_at is not None:
             lease.seconds = lease.heard_at - relay.opened_at
-            tokens = told.generated or relay.events
-            lease.tokens = tokens // (job.incoming.answers * job.incoming.prompts)
-        if told.reading is not None:
-            lease.prefill = Prefill(*told.reading)
-            self._balancer.learn(job.attempts, worker, lease.prefill)
+            tokens = used.generated or relay.events
+            lease.tokens = tokens // (x.body.answers * x.body.prompts)
+        if used.reading is not None:
+            lease.prefill = Prefill(*used.reading)
+            self._balancer.learn(x.plan, lease.worker, lease.prefill)
         lease.release(Result.COMPLETE)
+        if x.failure is not None or lease.worker.model_breakers:
+            recovery.settle_blame(x, lease.worker)
+            self._rewriter.confirm(x, lease.worker)
+
+    # --- After a failure ----------------------------------------------------------
+
+    def _failed(self, x: Exchange, lease: Lease, failure: Failure) -> Failure:
+        """Give back the slot of an attempt that failed."""
+        worker, model = lease.worker, lease.model
+        if failure.overflow is not None:
+            worker.learn_context(model, failure.overflow.context)
+        if failure.busy is not None:
+            unavailable = failure.cause is Cause.LOADING
+            breaker = worker.breaker_of(model)
+            left_alone = breaker.busy(failure.busy, unavailable=unavailable)
+            failure = failure._replace(busy=left_alone)
+        lease.release(failure.rule.result)
+        return failure
+
+    async def _recover(
+        self, x: Exchange, worker: Worker, failure: Failure
+    ) -> Response | Sent | None:
+        """Decide what follows a failed attempt; None is another one.
+
+        Raises:
+            ProxyError: nothing, and the client has had nothing yet.
+        """
+        x.enter(State.BROKEN)
+        self._log_loss(worker, failure)
+        if x.resume is not None and x.resume.exhausted:
+            assert x.delivery is not None, x
+            try:
+                x.delivery.send(x.resume.closing())
+                return x.delivery.finish()
+            except AssemblyError as exc:
+                failure = failure_of_assembly(exc)
+        pause = recovery.pause_before_next(x, failure, self._rewriter)
+        if pause is not None:
+            if pause:
+                await asyncio.sleep(pause)
+        elif not (failure.rule.elsewhere and x.resume and x.plan.some_left):
+            return recovery.give_up(x)
+        # Else it waits for a worker, as for a slot.
+        if x.resume is not None:
+            x.enter(State.RESUMING)
+        return None
+
+    def _break_off(self, x: Exchange, error: ProxyError) -> Sent:
+        """End an answer that has begun and cannot be completed."""
+        assert isinstance(x.delivery, Stream), x
+        x.outcome, x.error, x.detail = Outcome.ERROR, error.code, error.detail
+        return x.delivery.break_off(error)
+
+    def _log_loss(self, worker: Worker, failure: Failure) -> None:
+        """Log that a worker was lost while it had a request; retries hide it."""
+        error = failure.answer
+        if not isinstance(error, WorkerError) or error.code not in _LOSSES:
+            return
+        if count := self._losses.count(worker.name):
+            text = "worker %s: lost while it had a request: %d times (%s)"
+            logger.warning(text, worker.name, count, error.detail or error.code)
+
+    # --- What few requests need ---------------------------------------------------
+
+    def _take_quota(self, x: Exchange, caller: Principal) -> None:
+        """Count a request of a caller who has a quota.
+
+        Raises:
+            RequestError: 429, it is used up.
+        """
+        if caller.tpm is not None and self._counting == "limited":
+            x.counted = True
+        usage_left = self._quotas.take(x.subject, caller.rpm, caller.tpm)
+        for name, value in usage_left.headers().items():
+            x.lines += f"{name}: {value}\r\n"
+        if not usage_left.allowed:
+            raise usage_left.error()
+
+    async def _look_further(self, x: Exchange) -> None:
+        """Read on until `model` comes, unless it makes no difference."""
+        if self._registry.only_model() and x.caller.models is None:
+            return
+        window = self._config.limits.model_window
+        await x.body.read(window)
+        if x.body.model is None and not x.body.complete:
+            text = (
+                f"`model` was not among the first {window} bytes of the body; "
+                "put it in front of what is long."
+            )
+            raise RequestError(Code.MODEL_MISSING, text, param="model")
+
+    async def _wait(self, x: Exchange) -> Lease:
+        """Wait for a slot; a client that streams is notified of its place.
+
+        Raises:
+            NoWorkerError: there is no worker to wait for, or the wait was too long.
+        """
+
+        async def notify(place: Place) -> None:
+            eta = "" if place.eta is None else f" eta {math.ceil(place.eta)}s"
+            self._notify(x, f"queued {place.position}/{place.waiting}{eta}")
+
+        streams = _takes_comments(x)
+        return await self._queue.acquire(x, self._patience, notify if streams else None)
+
+    def _notify(self, x: Exchange, comment: str) -> None:
+        if not isinstance(x.delivery, Stream):
+            x.delivery = Stream(x)
+        x.delivery.notify(comment)
+
+    # --- Once a second ------------------------------------------------------------
+
+    def check(self, now: float) -> None:
+        """Check the limits of all requests; called by the watchdog."""
+        for x in tuple(self._running.values()):
+            if x.state is State.WAITING:
+                self._check_waiting(x, now)
+            elif x.state is State.STREAMING:
+                self._check_streaming(x, now)
+
+    def _check_waiting(self, x: Exchange, now: float) -> None:
+        """Check an attempt whose worker has not begun to answer."""
+        relay, lease = x.relay, x.lease
+        if x.state is not State.WAITING or relay is None or lease is None:
+            return
+        waited = now - x.waiting_since
+        worker = lease.worker
+        if waited >= x.patience:
+            text = f"Worker {worker.name} sent nothing within {x.patience:g} s."
+            relay.fail(WorkerError(Code.WORKER_TIMEOUT, text))
+        elif self._streams(x):
+            overdue = waited >= x.allowance or worker.is_down
+            if overdue and x.plan.has_other():
+                text = f"Worker {worker.name} was too slow to begin."
+                relay.fail(WorkerError(Code.WORKER_SLOW, text))
+            else:
+                self._notify_progress(x, waited)
+
+    def _notify_progress(self, x: Exchange, waited: float) -> None:
+        """Notify a client of what its worker does before it answers, if that is long.
+
+        It reads the prompt, or loads the model, which may well be the longer part.
+        """
+        notice = self._config.queue.notice
+        if x.fed or not notice or not _takes_comments(x):
+            return
+        interval = NOTICE_EVERY if x.begun else PROCESSING_AFTER
+        if x.loading and not x.noticed_at:
+            interval = notice
+        if waited >= x.noticed_at + interval:
+            x.noticed_at = waited
+            try:
+                self._notify(x, "loading model" if x.loading else "processing")
+            except ConnectionError:
+                pass  # the client left, and its handler is being cancelled
+
+    def _check_streaming(self, x: Exchange, now: float) -> None:
+        """Check an answer that is on its way."""
+        relay, lease = x.relay, x.lease
+        assert relay is not None, x
+        assert lease is not None, x
+        timeouts = self._config.timeouts
+        silent = relay.check(now, timeouts.gap, timeouts.silence)
+        if silent > SUSPICIOUS:
+            lease.worker.suspect()
+        if lease.worker.is_down:
+            relay.abandon()
+
+    # --- The end of the hub -------------------------------------------------------
+
+    async def drain(self, limit: float) -> None:
+        """Wait for running requests, at most `limit` seconds; then cut the rest.
+
+        New requests on connections that are open already are refused from now on.
+        """
+        self._draining = True
+        try:
+            async with asyncio.timeout(limit):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("cutting %d running requests", len(self._running))
+        self.cut()
+        await self._idle.wait()
+
+    def cut(self) -> None:
+        """Cancel every running request; clients are notified where that is possible."""
+        self._cutting = True
+        for task in self._running:
+            task.cancel()
 
 
-def _released(lease: Lease, refusal: Refusal) -> Refusal:
-    lease.release(refusal.outcome)
-    return refusal
+_UNSEEN = frozenset({State.CONNECTING, State.WAITING})
 
 
-def _left_alone(worker: Worker, model: str, refusal: Refusal) -> Refusal:
-    """Leave a busy worker alone with a model, for as long as it may ask for that."""
-    assert refusal.busy is not None, refusal
-    unavailable = refusal.failure is Failure.LOADING
-    breaker = worker.breaker_of(model)
-    return refusal._replace(busy=breaker.busy(refusal.busy, unavailable=unavailable))
+def _takes_comments(x: Exchange) -> bool:
+    """Whether the client reads events, so that a comment does no harm."""
+    events = x.endpoint.ending is not Ending.BODY
+    return events and x.body.replayable and x.body.stream
+
+
+def draining() -> HubError:
+    """Make the error of a request that comes when the hub is about to end."""
+    return HubError(Code.DRAINING, "The hub is shutting down.", retry_after=RETRY_AFTER)
 
 
 def _took_too_long(limit: float) -> HubError:

@@ -1,4 +1,4 @@
-"""Sees to it that a prompt is sent only where it fits.
+"""Sends a prompt only where it fits.
 
 Ordinary requests are far below every limit, and cost a comparison.  Those near one are
 counted once for each model, by one of its workers; see scheduling/context.py.
@@ -11,12 +11,11 @@ from collections.abc import Awaitable, Callable
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.proxy.body import Incoming
+from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.scheduling.context import Prompts
-from gollama_proxy.scheduling.retry import Attempts
 from gollama_proxy.wire.openai import Api
 
-# Asks a worker how many tokens a body for a path and a model has; None is not known.
+# Asks a worker for the tokens of a body, for a path and a model; None: it cannot count.
 Count = Callable[[Worker, str, str, bytes], Awaitable[int | None]]
 
 
@@ -31,81 +30,89 @@ class Fitting:
     def __repr__(self) -> str:
         return f"<Fitting {self._prompts!r}>"
 
-    def learn(self, incoming: Incoming, model: str, tokens: int) -> None:
-        """Take in how many tokens a prompt had, as its answer tells."""
-        if incoming.endpoint.prompt_has_size:
-            self._prompts.learn(model, incoming.size, tokens)
+    def learn(self, x: Exchange, tokens: int) -> None:
+        """Learn how many tokens a prompt had, from its answer."""
+        if x.endpoint.prompt_has_size:
+            self._prompts.learn(x.model, x.body.size, tokens)
 
     def likely_tokens(self, model: str, size: int) -> int:
         """Estimate the tokens of a text of so many bytes."""
         return self._prompts.likely_tokens(model, size)
 
-    def estimate(self, incoming: Incoming, attempts: Attempts) -> int:
+    def estimate(self, x: Exchange) -> int:
         """Estimate the tokens of a prompt that a worker has read without a count."""
-        if incoming.endpoint.form:
+        if x.endpoint.form:
             return 0
-        pool = attempts.pool
-        counted = attempts.needs.get(pool.model)
-        size = incoming.length or incoming.size
+        pool, body = x.plan.pool, x.body
+        counted = x.plan.needs.get(pool.model)
+        size = body.length or body.size
         tokens = counted or self._prompts.likely_tokens(pool.model, size)
         return min(tokens, _largest_context(pool) or tokens)
 
-    async def check(self, incoming: Incoming, attempts: Attempts) -> None:
-        """See who can take the prompt, and let the attempts know.
+    def is_certain(self, x: Exchange) -> bool:
+        """Whether a prompt surely fits its first model, so that `check` is no use."""
+        pools = x.plan.pools
+        return not x.endpoint.prompt_has_size or (
+            len(pools) == 1 and self._surely_fits(x, pools[0])
+        )
 
-        To be called before each of them: another model may have come into question.
+    async def check(self, x: Exchange) -> None:
+        """Find out where a prompt fits, and limit the plan to that.
+
+        To be called before each attempt: another model may be next.
 
         Raises:
-            RequestError: 400, it fits nowhere, and nobody has been asked yet.
+            RequestError: 400, it fits nowhere, and no worker has been asked yet.
         """
-        if not incoming.endpoint.prompt_has_size:
-            return
-        pools = attempts.pools
+        plan = x.plan
+        pools = plan.pools
         for pool in pools:
-            if self._surely_fits(incoming, pool):
-                if len(pools) == 1 or _is_there(pool):
+            if self._surely_fits(x, pool):
+                if len(pools) == 1 or _is_served(pool):
                     return
                 continue  # it will be the next one's
-            await self._judge(incoming, attempts, pool)
-            if attempts.fitting(pool):
+            await self._judge(x, pool)
+            if plan.fitting(pool):
                 return
-        if attempts.begun or attempts.fits_somewhere:
+        if plan.begun or plan.fits_somewhere:
             return
-        native = incoming.endpoint.api is Api.NATIVE
-        error = attempts.too_long(native=native)
+        error = plan.too_long(native=x.endpoint.api is Api.NATIVE)
         if error is not None:
             raise error
 
-    def _surely_fits(self, incoming: Incoming, pool: Pool) -> bool:
+    def _surely_fits(self, x: Exchange, pool: Pool) -> bool:
         least = pool.least_context
-        size = incoming.size if incoming.complete else incoming.length or incoming.size
-        return least is None or self._prompts.most_tokens(pool.model, size) < least
+        if least is None:
+            return True
+        body = x.body
+        size = body.size if body.complete else body.length or body.size
+        return self._prompts.most_tokens(pool.model, size) < least
 
-    async def _judge(self, incoming: Incoming, attempts: Attempts, pool: Pool) -> None:
+    async def _judge(self, x: Exchange, pool: Pool) -> None:
         """Find out how many tokens the prompt has for a model, unless that is known."""
-        model = pool.model
-        if model in attempts.needs:
+        model, needs = pool.model, x.plan.needs
+        if model in needs:
             return
-        if not incoming.replayable:
-            attempts.needs[model] = self._guess(incoming, pool)
+        if not x.body.replayable:
+            needs[model] = self._guess(x, pool)
             return
         able = [worker for worker in pool.able if not worker.loads(model)]
         if not able:
             return
-        attempts.needs[model] = 0
+        needs[model] = 0
         counter = min(able, key=lambda worker: worker.in_flight)
-        body = incoming.body(model)
-        tokens = await self._count(counter, incoming.endpoint.path, model, body)
+        body = x.body.named(model)
+        tokens = await self._count(counter, x.endpoint.path, model, body)
         if tokens is not None:
-            attempts.needs[model] = tokens
-            self._prompts.learn(model, incoming.size, tokens)
+            needs[model] = tokens
+            self._prompts.learn(model, x.body.size, tokens)
 
-    def _guess(self, incoming: Incoming, pool: Pool) -> int:
+    def _guess(self, x: Exchange, pool: Pool) -> int:
         """Guess at the tokens of a body of which only the beginning is here.
 
         What would fit nowhere as text is taken for something else, such as pictures.
         """
-        size = incoming.length or incoming.size
+        size = x.body.length or x.body.size
         tokens = self._prompts.likely_tokens(pool.model, size)
         return tokens if tokens < _largest_context(pool) else 0
 
@@ -116,5 +123,5 @@ def _largest_context(pool: Pool) -> int:
     return max((context for context in contexts if context is not None), default=0)
 
 
-def _is_there(pool: Pool) -> bool:
+def _is_served(pool: Pool) -> bool:
     return any(worker.can_serve(pool.model) for worker in pool.workers)

@@ -1,227 +1,306 @@
-"""What a client gets of a worker's answer: a refusal, or a beginning."""
+"""The client's side of an answer: it begins once and ends once, whatever gives it.
+
+A `Stream` passes on what comes; its status is out with its first byte.  An `Assembly`
+is put together in memory from the stream of a worker, and the client has nothing before
+it is complete.  llama-server notices at once that the client of a stream has left, and
+frees its slot; of a request that does not stream it may never notice while other slots
+are busy (`server_response::recv_with_timeout`).
+"""
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import NamedTuple
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from typing import Protocol
 
-from aiohttp import web
-
-from gollama_proxy.edge.server import json_response
-from gollama_proxy.fleet.lease import Result
-from gollama_proxy.fleet.registry import RETRY_AFTER
+from gollama_proxy.edge.response import CLOSE, KEEP, Response, Sent, head
+from gollama_proxy.proxy.client import Client, ToldError
 from gollama_proxy.proxy.relay import Relay
-from gollama_proxy.scheduling.retry import Failure
-from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.wire import headers, shapes, sse
-from gollama_proxy.wire.assemble import AssemblyError, LostTextError
-from gollama_proxy.wire.errors import (
-    Code,
-    NoWorkerError,
-    ProxyError,
-    WorkerError,
-    error_body,
-)
-from gollama_proxy.wire.filters import renamed
-from gollama_proxy.wire.openai import Api
-from gollama_proxy.wire.overflow import Overflow
-from gollama_proxy.wire.partial import DivergedError
-from gollama_proxy.wire.schema import EventError
+from gollama_proxy.wire.assemble import Assembler, AssemblyError
+from gollama_proxy.wire.errors import ProxyError
+from gollama_proxy.wire.filters import Renamer, UsageHider, renamed
+from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.shapes import ErrorReshaper
 
-# What an attempt has failed of, by the error that it ended with.
-FAILURES = {
-    Code.WORKER_UNREACHABLE: Failure.UNREACHABLE,
-    Code.WORKER_LOST: Failure.RESET,
-    Code.WORKER_PROTOCOL: Failure.MALFORMED,
-    Code.WORKER_TIMEOUT: Failure.SILENT,
-    Code.WORKER_SLOW: Failure.SLOW,
-    Code.WORKER_INCOMPLETE: Failure.RESET,
-}
-
-_SECONDS = re.compile(r"\d+(?:\.\d*)?")
+_LINGER_ZERO = struct.pack("ii", 1, 0)
+_STREAM = "".join(f"{name}: {value}\r\n" for name, value in sse.STREAM_HEADERS.items())
+_EVENTS = "Content-Type: text/event-stream\r\n"
 
 
-class Refusal(NamedTuple):
-    """An attempt that came to nothing before a byte of an answer was passed on."""
+class Filter(Protocol):
+    """Changes a body on its way, in whatever pieces it comes."""
 
-    told: web.Response | ProxyError  # to the client, if nobody else is asked
-    outcome: Result  # for the worker
-    failure: Failure | None = None  # None: it would be the same everywhere
-    busy: float | None = None  # seconds that the worker asks to be left alone
-    overflow: Overflow | None = None  # the prompt was too long
-    lasting: bool = True  # another request would have come to the same
+    def feed(self, data: bytes) -> bytes:
+        """Take a piece; return what is decided by now."""
 
-
-def refusal_of(error: WorkerError) -> Refusal:
-    """Describe an attempt that ended with an error of the connection."""
-    if isinstance(error, DivergedError):  # well meant; it was asked for too much
-        return Refusal(error, Result.REFUSED)
-    failure = FAILURES[error.code]
-    slow = failure is Failure.SLOW
-    outcome = Result.SLOW if slow else Result.WORKER_FAILED
-    return Refusal(error, outcome, failure)
+    def finish(self) -> bytes:
+        """Return what was held back until more is known."""
 
 
-def refusal_of_assembly(error: AssemblyError) -> Refusal:
-    """Describe a stream that makes up no answer."""
-    if error.error is not None:
-        return promote(error.error)
-    text = "The worker's stream cannot be made into an answer."
-    told = WorkerError(Code.WORKER_PROTOCOL, text, detail=str(error))
-    lasting = not isinstance(error, LostTextError)
-    return Refusal(told, Result.REFUSED, Failure.STREAM, lasting=lasting)
+class Stream:
+    """An answer that is passed on as it comes."""
+
+    __slots__ = (
+        "_client",
+        "_filters",
+        "_framed",
+        "_hider",
+        "_mended",
+        "_relay",
+        "_transport",
+        "_x",
+        "begun",
+        "fed",
+    )
+
+    _client: Client
+    _transport: asyncio.Transport
+
+    def __init__(self, x: Exchange) -> None:
+        self.begun = False  # its head is out, so that there can be no other status
+        self.fed = False  # the client has a part of it, which cannot be taken back
+        self._x = x
+        self._filters: list[Filter] = []
+        if x.names is not None:
+            self._filters.append(Renamer(*x.names))
+        self._hider: UsageHider | None = None  # is the first of them
+        self._relay: Relay | None = None  # of which the client sees each byte
+        self._framed = False  # the client knows where the body has to end
+        self._mended = False
+
+    def __repr__(self) -> str:
+        return f"<Stream {'begun' if self.begun else 'not begun'}>"
+
+    def hide_usage(self) -> None:
+        """Leave out what the hub alone has asked for; to be called before `open`."""
+        if self._hider is None:  # not twice, when an answer continues elsewhere
+            self._hider = UsageHider()
+            self._filters.insert(0, self._hider)
+
+    def withdraw(self) -> bytes:
+        """Drop the half event that may have been usage; return it.
+
+        So a worker that dies in the middle of what the hub alone wanted does no harm.
+        """
+        return b"" if self._hider is None else self._hider.withdraw()
+
+    # --- Its beginning ------------------------------------------------------------
+
+    def open(self, relay: Relay) -> Client:
+        """Send the head, unless it is out; return where the worker's bytes go.
+
+        Raises:
+            ConnectionResetError: the client has left.
+        """
+        if not self.begun:
+            fields = headers.client_fields(relay.headers)
+            length = b""
+            if relay.is_event_stream:
+                if not relay.header(b"content-type"):
+                    fields += _EVENTS
+                fields += _STREAM
+            elif not self._filters:
+                length = relay.header(b"content-length")
+            self._begin(relay.status, fields, length)
+        if self._relay is None:
+            self._relay, self.fed = relay, True
+            endpoint = self._x.endpoint
+            if relay.is_event_stream and endpoint.ending is Ending.NAMED:
+                self._filters.append(ErrorReshaper(endpoint.api))
+        if not self._filters:
+            return self._client
+        drain, buffered = self._client.drain, self._client.buffered
+        return Client(self._filter, drain, buffered, chunked=False)
+
+    def notify(self, comment: str) -> None:
+        """Send a comment to a client that waits; the head of its stream goes out first.
+
+        Raises:
+            ConnectionResetError: the client has left.
+        """
+        if not self.begun:
+            self._begin(200, _EVENTS + _STREAM, b"")
+        self._client.send(b": %b\n\n" % comment.encode())
+
+    def _begin(self, status: int, fields: str, length: bytes) -> None:
+        x = self._x
+        transport = x.request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client left")
+        chunked = False
+        if length:
+            fields += f"Content-Length: {length.decode()}\r\n"
+        elif x.request.version >= (1, 1):
+            chunked = True
+            fields += "Transfer-Encoding: chunked\r\n"
+        else:  # HTTP/1.0: the body ends with the connection
+            x.keep_alive = False
+        fields += x.lines + x.attempt_lines
+        transport.write(head(x.request, status, fields, keep_alive=x.keep_alive))
+        self.begun = True
+        x.status = status
+        self._framed = bool(chunked or length)
+        self._transport = transport
+        self._client = Client(
+            transport.write,
+            x.request.writer.drain,
+            transport.get_write_buffer_size,
+            chunked,
+        )
+
+    def _filter(self, data: bytes) -> None:
+        for each in self._filters:
+            data = each.feed(data)
+        self._client.send(data)
+
+    # --- Its end ------------------------------------------------------------------
+
+    def send(self, data: bytes) -> None:
+        """Add something that the hub wrote, which also completes what was cut."""
+        self._send_rest()
+        self._client.send(data)
+        self._mended = True
+
+    def _send_rest(self) -> None:
+        """Send what the filters held back, as there will be no more of it."""
+        if not self._filters:
+            return
+        rest = b""
+        for each in self._filters:
+            rest = each.feed(rest) + each.finish()
+        self._client.send(rest)
+
+    def finish(self) -> Sent:
+        """End an answer that is complete."""
+        self._send_rest()
+        if self._client.chunked:
+            try:
+                self._transport.write(b"0\r\n\r\n")
+            except RuntimeError:
+                pass  # uvloop: closed a moment ago
+        return KEEP if self._x.keep_alive else CLOSE
+
+    def break_off(self, error: ProxyError) -> Sent:
+        """End it visibly: an error event for a stream, and no last chunk for anything.
+
+        `close` still sends what is buffered, the error event among it, which `abort`
+        would throw away.
+        """
+        relay = self._relay
+        self._send_rest()
+        events = relay is None or relay.is_event_stream
+        if events and not isinstance(error, ToldError):
+            if relay is not None and not self._mended and relay.end.rest:
+                self._client.send(b"\n\n")
+            self._end_by(error.code.status, error.body())
+        elif events or self._framed:
+            self._transport.close()
+        else:
+            self._reset()
+        return CLOSE
+
+    def refuse(self, refusal: Response) -> Sent:
+        """Send as an event what would have been the answer if there were no head."""
+        self._end_by(refusal.status, refusal.body)
+        return CLOSE
+
+    def _end_by(self, status: int, error: bytes) -> None:
+        before = self._relay.tail if self._relay is not None else b""
+        event = shapes.error_event(self._x.endpoint.api, status, error, before)
+        self._client.send(event)
+        self._transport.close()
+
+    def drop(self) -> Sent:
+        """Close the connection of a client that does not read."""
+        if self._framed:
+            self._transport.abort()
+        else:
+            self._reset()
+        return CLOSE
+
+    def _reset(self) -> None:
+        """Close with RST: without chunks and length, FIN would mean a complete body."""
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+        self._transport.abort()
 
 
-def refusal_of_another(worker: str, model: str) -> Refusal:
-    """Describe an answer of a model that was not asked for."""
-    text = f"Worker {worker} does not serve the model {model!r} any more."
-    away = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
-    return Refusal(away, Result.REFUSED, Failure.MODEL)
+class Assembly:
+    """An answer that the client wants in one piece, and a worker gives as a stream."""
+
+    begun = fed = False
+
+    def __init__(self, x: Exchange, assembler: Assembler) -> None:
+        self._x = x
+        self._assembler = assembler
+        self._names = x.names
+        self._error: AssemblyError | None = None
+        self._fail: Callable[[AssemblyError], None] = _ignore
+
+    def __repr__(self) -> str:
+        return f"<Assembly {self._assembler!r}>"
+
+    def open(self, relay: Relay) -> Client:
+        """Return where the worker's bytes go: into memory."""
+        self._fail = relay.fail
+        return Client(self.send, _no_wait, int, chunked=False)
+
+    def send(self, data: bytes) -> None:
+        """Take a piece of the stream."""
+        if self._error is None:
+            try:
+                self._assembler.feed(data)
+            except AssemblyError as exc:
+                self._error = exc
+                self._fail(exc)  # or the worker would generate on in vain
+
+    def finish(self) -> Response:
+        """Make the answer that the stream stands for.
+
+        Raises:
+            AssemblyError: it stands for none.
+        """
+        if self._error is not None:
+            raise self._error
+        answer = self._assembler.finish()
+        if self._names is not None:
+            answer = renamed(answer, *self._names)
+        self._x.bytes = len(answer)
+        return Response(answer)
+
+    def break_off(self, error: ProxyError) -> Sent:
+        """Raise the error; the client has nothing yet."""
+        raise error
+
+    def refuse(self, refusal: Response) -> Response:
+        return refusal
 
 
-async def read_refusal(relay: Relay, worker: str) -> Refusal | None:
-    """Read whether a worker refuses; None if this is an answer to be passed on."""
-    early = relay.early_error()
-    if early is not None:
-        return promote(early)
-    if relay.status < 400:
+async def _no_wait() -> None:
+    """Memory takes everything at once."""
+
+
+def _ignore(error: AssemblyError) -> None:
+    """Before an answer has begun, there is nothing to end."""
+
+
+def in_one_piece(x: Exchange, relay: Relay) -> Response | None:
+    """Make the answer of a short body that has come already; None of any other."""
+    body = None if relay.is_event_stream else relay.held_body()
+    if body is None:
         return None
-    try:
-        await relay.whole()
-    except WorkerError as exc:
-        return refusal_of(exc)
-    status, body = relay.status, relay.held_body() or b""
-    if status in (401, 403):
-        text = f"Worker {worker} refuses the key that the hub has for it."
-        error = WorkerError(Code.WORKER_REFUSED_KEY, text)
-        return Refusal(error, Result.WORKER_FAILED, Failure.KEY)
-    if status == 503:
-        text = f"Worker {worker} is loading its model or too busy."
-        away = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
-        return Refusal(away, Result.BUSY, Failure.LOADING, _retry_after(relay))
-    told = _pass_on(relay, worker, body)
-    if status == 429:
-        return Refusal(told, Result.BUSY, Failure.BUSY, _retry_after(relay))
-    if (overflow := Overflow.read(body)) is not None:
-        return Refusal(told, Result.REFUSED, Failure.CONTEXT, overflow=overflow)
-    # A 500 of llama-server often means a bad request, so nobody is blamed for it yet.
-    return _status_refusal(told, failed=status >= 500 and status != 501)
+    x.bytes = len(body)
+    if x.names is not None:
+        body = renamed(body, *x.names)
+    return Response(body, relay.status, headers.client_fields(relay.headers))
 
 
-def promote(early: EventError) -> Refusal:
-    """Give a stream that began with an error the status that it should have had."""
-    code = early.code
-    status = code if isinstance(code, int) and 400 <= code < 600 else 502
-    told = json_response(error_body(early.message, early.type, None), status)
-    overflow = Overflow.of(early.message, (early.type, code))
-    if overflow is not None:
-        return Refusal(told, Result.REFUSED, Failure.CONTEXT, overflow=overflow)
-    return _status_refusal(told, failed=status >= 500)
-
-
-def _status_refusal(told: web.Response, *, failed: bool) -> Refusal:
-    if failed:
-        return Refusal(told, Result.ERRED, Failure.STATUS)
-    return Refusal(told, Result.REFUSED)
-
-
-def _pass_on(relay: Relay, worker: str, body: bytes) -> web.Response:
-    """Pass a refusal on as it was; where it says nothing, say who it was.
-
-    llama-server's 413 and 415 are empty, and a proxy before a worker has pages in HTML:
-    SDKs read JSON, and people want to read why.
-    """
-    if not body.lstrip().startswith(b"{"):
-        text = f"Worker {worker} answered {relay.status} without a reason."
-        kind = "invalid_request_error" if relay.status < 500 else "server_error"
-        return json_response(error_body(text, kind, None), relay.status)
-    return _as_it_is(relay, body)
-
-
-def _as_it_is(relay: Relay, body: bytes) -> web.Response:
-    kept = headers.to_client(relay.headers)
-    return web.Response(status=relay.status, body=body, headers=kept)
-
-
-def _retry_after(relay: Relay) -> float:
-    """Read how long a busy worker wants to be left alone; 1 s if it does not say.
-
-    In seconds, or until a date (RFC 9110, 10.2.3), which is read by the worker's clock
-    if it tells the time; a date in the past counts as 0 s.
-    """
-    given = relay.header(b"retry-after").decode("latin-1")
-    if _SECONDS.fullmatch(given):
-        return float(given)
-    until = _moment(given)
-    if until is None:
-        return 1.0
-    now = _moment(relay.header(b"date").decode("latin-1")) or datetime.now(UTC)
-    return max((until - now).total_seconds(), 0.0)
-
-
-def _moment(date: str) -> datetime | None:
-    try:
-        moment = parsedate_to_datetime(date)
-    except ValueError:
-        return None
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-
-
-def in_shape_of(api: Api, told: web.Response) -> web.Response:
-    """Give a worker's refusal the shape that errors of this API have."""
-    assert isinstance(told.body, bytes), told
-    told.body = shapes.status_body(api, told.status, told.body)
-    return told
-
-
-def whole_response(
-    relay: Relay, names: tuple[str, str] | None = None
-) -> web.Response | None:
-    """Make a response of a short answer that is here already; None of any other.
-
-    `names` are those of its model, as the worker and as the client calls it.
-    """
-    body = relay.held_body()
-    if body is None or relay.is_event_stream:
-        return None
-    return _as_it_is(relay, body if names is None else renamed(body, *names))
-
-
-def begin_response(
-    request: web.BaseRequest, relay: Relay, record: Record, *, sized: bool = True
-) -> web.StreamResponse:
-    """Make the head of an answer whose body will be relayed, and `sized` as it is."""
-    kept = headers.to_client(relay.headers)
-    response = web.StreamResponse(status=relay.status, headers=kept)
-    response.headers.update(record.headers)
-    if relay.is_event_stream:
-        response.headers.update(sse.STREAM_HEADERS)
-        if not relay.header(b"content-type"):
-            response.content_type = "text/event-stream"
-    events = relay.is_event_stream
-    length = relay.header(b"content-length") if sized and not events else b""
-    return _framed(request, response, length)
-
-
-def begin_early(request: web.BaseRequest, record: Record) -> web.StreamResponse:
-    """Make the head of an event stream of which nothing is known yet."""
-    response = web.StreamResponse()
-    response.content_type = "text/event-stream"
-    response.headers.update(record.headers)
-    response.headers.update(sse.STREAM_HEADERS)
-    return _framed(request, response, b"")
-
-
-def _framed(
-    request: web.BaseRequest, response: web.StreamResponse, length: bytes
-) -> web.StreamResponse:
-    """Say how the client will know where the body ends."""
-    if length:
-        response.content_length = int(length)
-    elif request.version >= (1, 1):
-        response.enable_chunked_encoding()
-    else:  # HTTP/1.0: the body ends with the connection
-        response.force_close()
-    return response
+def in_shape_of(x: Exchange, refusal: Response) -> Response:
+    """Give a worker's refusal the shape that errors of its API have."""
+    body = shapes.status_body(x.endpoint.api, refusal.status, refusal.body)
+    return Response(body, refusal.status, refusal.fields)

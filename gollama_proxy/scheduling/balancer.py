@@ -15,7 +15,6 @@ from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.budget import RetryBudget
 from gollama_proxy.scheduling.policies import Ask, Policy, make
-from gollama_proxy.scheduling.retry import Attempts
 from gollama_proxy.wire.errors import NoWorkerError
 
 
@@ -52,8 +51,6 @@ class Balancer:
     ) -> None:
         self.registry = registry
         self.budget = RetryBudget(config.retry.ratio, config.retry.floor, clock=clock)
-        self._retry = config.retry
-        self._rescue = config.rescue
         self._rng = rng or random.Random()
         routing = config.routing
         names = {routing.policy, *routing.policies.values()}
@@ -83,36 +80,6 @@ class Balancer:
     def follows(self, pool: Pool) -> bool:
         """Return whether the choice depends on the conversation of a request."""
         return len(pool.workers) > 1 and self.policy_of(pool.model).follows
-
-    def attempts(
-        self,
-        pool: Pool,
-        path: str,
-        fallbacks: Sequence[str] = (),
-        allowed: Sequence[str] | None = None,
-    ) -> Attempts:
-        """Start the attempts of a request on this path.
-
-        The client's own `fallbacks`, if there are any, replace the configured ones of
-        the model.  Fallbacks that its token does not allow are skipped.
-        """
-        registry = self.registry
-        wanted = fallbacks or registry.fallbacks_of(pool.model)
-        models = dict.fromkeys(
-            model
-            for name in wanted
-            for model in [registry.model_of(name)]
-            if registry.allows(allowed, name, model)
-        )
-        pools = [registry.pool(model) for model in models if model != pool.model]
-        return Attempts(
-            [pool, *pools],
-            self._retry,
-            self.budget,
-            self._rng,
-            continuations=self._rescue.attempts if self._rescue.enabled else 0,
-            once=path in self._retry.once,
-        )
 
     def pick(
         self, plan: Plan, candidates: Sequence[Worker], patience: float = 0.0

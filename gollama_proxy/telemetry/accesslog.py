@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gollama_proxy.telemetry.logs import BatchHandler, Fields
 
@@ -27,7 +27,7 @@ class Outcome(enum.StrEnum):
     CLIENT_GONE = "client_gone"
 
 
-@dataclass(slots=True, repr=False)
+@dataclass(eq=False, repr=False)
 class Record:
     """What telemetry needs to know of a request; filled in along its path."""
 
@@ -53,7 +53,6 @@ class Record:
     queued: float = 0.0
     first_byte: float | None = None
     duration: float | None = None  # set at the end
-    headers: dict[str, str] = field(default_factory=dict)  # of every reply
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.method} {self.route}>"

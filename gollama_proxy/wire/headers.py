@@ -13,6 +13,7 @@ hub adds its own last, so that no `Connection: x-request-id` removes them again
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -161,6 +162,11 @@ def to_worker(headers: Headers) -> list[tuple[bytes, bytes]]:
     ]
 
 
+def worker_fields(headers: Headers) -> bytes:
+    """Write the header lines of a client that a worker gets, each ended by CRLF."""
+    return b"".join(b"%b: %b\r\n" % field for field in to_worker(headers))
+
+
 def to_client(headers: Headers) -> list[tuple[str, str]]:
     """Return the headers of a worker that are sent to the client."""
     dropped = _DROPPED | _named_in_connection(headers)
@@ -172,6 +178,24 @@ def to_client(headers: Headers) -> list[tuple[str, str]]:
         and name.isascii()
         and _FIELD_VALUE.fullmatch(value)
     ]
+
+
+def client_fields(headers: Headers) -> str:
+    """Write the header lines of a worker that its client gets, each ended by CRLF."""
+    # Workers send the same ones again and again, but for these two.
+    return _client_fields(
+        tuple(
+            field for field in headers if field[0].lower() not in _DIFFERENT_EACH_TIME
+        )
+    )
+
+
+_DIFFERENT_EACH_TIME = frozenset({b"content-length", b"date"})  # never passed on
+
+
+@functools.lru_cache(maxsize=256)
+def _client_fields(headers: tuple[tuple[bytes, bytes], ...]) -> str:
+    return "".join(f"{name}: {value}\r\n" for name, value in to_client(headers))
 
 
 def _named_in_connection(headers: Headers) -> set[bytes]:

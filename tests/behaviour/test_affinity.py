@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from gollama_proxy.config import load as config
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.proxy.job import Entry
 from gollama_proxy.scheduling.balancer import Balancer, Plan
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.turns import Priority
@@ -25,6 +25,7 @@ from tests.fakes.asks import CHAT
 from tests.fakes.client import Response
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub, shown
+from tests.fakes.registry import plan
 from tests.fakes.script import answer, chat_stream, event_stream, wait
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
@@ -263,8 +264,15 @@ async def test_the_wait_for_a_warm_worker_does_not_grow_with_the_queues_timeout(
     told = Description((Model("tiny"),), slots=1)
     registry.workers[0].observe(Check.OK, "ok", told)
     queue = Queue(balancer, loaded.queue, Clock())
-    attempts = balancer.attempts(registry.pool("tiny"), CHAT)
-    entry = Entry(attempts, "alice", Priority.INTERACTIVE, 0, needs_slot=True)
+    attempts = plan(balancer, registry.pool("tiny"))
+    entry = SimpleNamespace(
+        plan=attempts,
+        subject="alice",
+        priority=Priority.INTERACTIVE,
+        max_concurrency=0,
+        needs_slot=True,
+        ticket=None,
+    )
     lease = queue.try_acquire(entry)
     assert lease is not None
     lease.release(Result.COMPLETE)

@@ -28,6 +28,7 @@ from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import NoWorkerError
 from tests.fakes.clock import Clock
 from tests.fakes.hub import SECRET, mint
+from tests.fakes.registry import plan
 
 NAMES = 3000  # of each kind, that somebody makes up
 WORKERS = 10
@@ -71,7 +72,7 @@ def ask(hub: Hub, model: str, subject: str, outcome: Result) -> None:
     """Have one request served, as the path of a request does, but without sockets."""
     balancer, admission = hub.balancer, hub.queue.admission
     pool = hub.registry.resolve(model, None)
-    attempts = balancer.attempts(pool, "/v1/chat/completions")
+    attempts = plan(balancer, pool)
     ticket = admission.admit(subject, model)
     assert ticket is not None
     worker = balancer.pick(attempts, attempts.candidates())

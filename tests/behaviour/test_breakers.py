@@ -592,7 +592,7 @@ async def watched(
     settings = {"health__interval": RARELY} | ONE_CALL | settings
     async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
         clock = Clock(time.monotonic())
-        hub.hub.watchdog._clock = clock
+        hub.hub.clock = clock
         yield worker, hub, clock
 
 
@@ -707,7 +707,8 @@ async def test_a_refusal_that_stops_in_its_middle_is_not_waited_for() -> None:
         error = head(500, [("Content-Length", "99")])
         worker.script(send(error + b"{"), notify("said"), expect_eof())
         async with await hub.open(CHAT, STREAM) as wire:
-            await until(lambda: shown(hub.hub.watchdog, "answers") == 1)
+            await until(lambda: shown(hub.hub.proxy, "running") == 1)
+            await worker.reached("said")
             hub.hub.watchdog.round()
             clock.advance(46)
             hub.hub.watchdog.round()
@@ -755,7 +756,7 @@ async def test_what_was_ended_is_not_watched_any_more() -> None:
         worker.default(*chat_stream(["a", "b"]))
         for _ in range(3):
             assert (await hub.post(CHAT, STREAM)).status == 200
-        await until(lambda: shown(hub.hub.watchdog, "answers") == 0)
+        await until(lambda: shown(hub.hub.proxy, "running") == 0)
         clock.advance(1000)
         hub.hub.watchdog.round()
         assert count(breaker_of(hub, worker), Verdict.SUCCESS) == 3

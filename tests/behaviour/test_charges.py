@@ -14,7 +14,7 @@ import pytest
 
 from tests.behaviour.test_retries import InOrder
 from tests.fakes.asks import CHAT, STREAM
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import RunningHub, relays, running_hub
 from tests.fakes.replies import (
     chunk,
     error_event,
@@ -267,8 +267,7 @@ async def charged(hub: RunningHub, log: Log) -> AsyncIterator[tuple[str, list[in
 
 async def relayed(hub: RunningHub, events: int) -> None:
     """Wait until so many events of all running answers have come."""
-    relays = hub.hub.watchdog._answers
-    await until(lambda: sum(relay.events for relay in relays) >= events)
+    await until(lambda: sum(relay.events for relay in relays(hub)) >= events)
 
 
 async def test_a_client_that_leaves_in_a_stream_is_charged(log: Log) -> None:
@@ -411,7 +410,7 @@ async def test_a_hub_that_stops_logs_what_was_generated(log: Log) -> None:
         async with await hub.open(CHAT, STREAMED) as wire:
             for _ in range(2):
                 await wire.read_event()
-            hub.hub.dispatcher.cut()
+            hub.hub.proxy.cut()
             line = await log.line()
     assert (line["prompt_tokens"], line["tokens"]) == (PROMPT_TOKENS + 4, 2)
 

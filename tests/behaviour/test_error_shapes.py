@@ -157,7 +157,7 @@ async def test_an_error_of_the_hub_s_own(path: str) -> None:
             else:
                 assert told.keys() == {"error"}
                 assert {"message", "type", "param", "code"} <= told["error"].keys()
-        await hub.hub.dispatcher.finish(limit=1)
+        await hub.hub.proxy.drain(limit=1)
         response = await hub.post(path, BODY)
         seen[response.status] = response.json()
         if "messages" in path:

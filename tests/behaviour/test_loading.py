@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet import pool
-from gollama_proxy.proxy import attempt
+from gollama_proxy.fleet import pool, watchdog
 from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import answer, chat_stream, expect_eof, reset, wait
@@ -100,7 +99,7 @@ async def test_the_client_of_a_stream_is_told_and_nobody_else_takes_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Loading is not slow, and nothing is learnt from it about reading."""
-    monkeypatch.setattr(attempt, "LOOK", 0.02)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
     settings = {"queue__notice": 0.1, "timeouts__allowance": 0.05}
     async with routers("unloaded", "unloaded", slots=4, **settings) as (workers, hub):
         for worker in workers:
@@ -121,7 +120,7 @@ async def test_the_client_of_a_stream_is_told_and_nobody_else_takes_over(
 async def test_who_has_it_loaded_is_as_slow_as_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attempt, "LOOK", 0.02)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
     settings = {"queue__notice": 0.1, "timeouts__allowance": 0.5}
     async with routers("loaded", "loaded", **settings) as ((one, two), hub):
         for record in hub.hub.registry.workers:
@@ -134,7 +133,7 @@ async def test_who_has_it_loaded_is_as_slow_as_ever(
 
 
 async def test_no_notice_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt, "LOOK", 0.02)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
     async with routers("unloaded", queue__notice=0) as ((worker,), hub):
         worker.script(wait("loaded"), *chat_stream(["a"]))
         asking = asyncio.create_task(hub.post(CHAT, STREAM), name="client")

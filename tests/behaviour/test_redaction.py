@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config.settings import Log
+from gollama_proxy.edge.response import Response
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.watchdog import Watchdog
-from gollama_proxy.proxy.attempt import Outgoing
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.telemetry import accesslog, logs
 from gollama_proxy.telemetry.logs import JsonFormatter, TextFormatter
@@ -33,7 +33,6 @@ from gollama_proxy.wire import sse
 from gollama_proxy.wire.assemble import Assembler
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.fields import classify
-from gollama_proxy.wire.openai import ENDPOINTS
 from gollama_proxy.wire.partial import Partial, Span, read_event
 from gollama_proxy.wire.schema import raw_chunk
 from tests.behaviour.test_retries import InOrder
@@ -254,7 +253,7 @@ async def _slowly(stage: Stage) -> Wire:
 
 async def _of_three(stage: Stage) -> Wire:
     """Two are running, and a third one comes."""
-    dispatcher = stage.hub.hub.dispatcher
+    dispatcher = stage.hub.hub.proxy
     for number in range(2):
         await stage.ask()
         await until(lambda n=number: shown(dispatcher, "running") > n)  # type: ignore[misc]
@@ -286,7 +285,7 @@ async def _scraping(stage: Stage) -> Wire:
 async def _in_a_drain(stage: Stage) -> Wire:
     wire = await stage.ask()
     await wire.read_head()
-    stage.hub.hub.dispatcher.cut()
+    stage.hub.hub.proxy.cut()
     return wire
 
 
@@ -635,11 +634,11 @@ def test_what_is_read_of_an_answer_shows_nothing() -> None:
     assert read is not None
     folded = raw_chunk.decode(token(ANSWER)[6:].strip())
     told = Partial("i", 1, "m", (Span("text", ANSWER),), 1)
-    outgoing = Outgoing(ENDPOINTS[CHAT], [(b"a", ANSWER.encode())], ANSWER.encode())
+    answer = Response(ANSWER.encode())
     error = sse.error_in(error_event(ANSWER)[6:])
     field_ = classify(f'"{ANSWER}"'.encode(), 0)
     raised = RequestError(Code.MODEL_NOT_FOUND, ANSWER)
-    for each in (read, read.chunk, read.chunk.choices, folded, told, outgoing):
+    for each in (read, read.chunk, read.chunk.choices, folded, told, answer):
         assert ANSWER not in repr(each)
     for other in (error, field_, raised):
         assert ANSWER not in repr(other)

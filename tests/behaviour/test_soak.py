@@ -82,8 +82,8 @@ async def stock_of_rest(
         connections.close()
     await until(lambda: all(worker.can_serve(MODEL) for worker in known))
     await until(lambda: not any(worker.open for worker in workers))
-    await until(lambda: repr(inside.dispatcher) == "<Dispatcher running=0>")
-    await until(lambda: repr(inside.watchdog) == "<Watchdog answers=0 canaries=0>")
+    await until(lambda: repr(inside.proxy) == "<Proxy running=0>")
+    await until(lambda: repr(inside.watchdog) == "<Watchdog canaries=0>")
     held = {"Connection", "_Protocol"}
     await until(lambda: not (Inventory().ours.keys() & held), timeout=LONG)
     # The task of a connection whose client has just left may not have ended yet.

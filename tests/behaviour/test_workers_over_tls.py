@@ -16,17 +16,14 @@ import uvloop
 
 from gollama_proxy.cli import main
 from gollama_proxy.config import watch
-from gollama_proxy.config.settings import Timeouts
 from gollama_proxy.fleet.breaker import BreakerState, Verdict
 from gollama_proxy.fleet.worker import WorkerState
-from gollama_proxy.proxy.attempt import Attempt, Outgoing
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.errors import Code, WorkerError
-from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.asks import CHAT, EMBED, STREAM, WHOLE
+from tests.fakes.attempts import Bench
 from tests.fakes.authority import Authority, Pair
 from tests.fakes.hub import RunningHub, running_hub
-from tests.fakes.pool import worker as a_worker
 from tests.fakes.replies import chunk, done, finish, head, role, sse_head, token
 from tests.fakes.script import close, kill, reset, send, stall, stream_of
 from tests.fakes.waiting import DEADLINE, until
@@ -239,11 +236,10 @@ async def test_a_worker_that_refuses_the_hub(
             why = "TLS: tlsv13 alert certificate required"
             assert f"worker attic: starting -> down ({why})" in caplog.text
             pool = connections_of(hub)
-            lease = a_worker(clock=time.monotonic).lease()
-            request = Outgoing(ENDPOINTS[CHAT], [], b"{}", None, 2)
-            async with Attempt(pool, lease, Timeouts(), time.monotonic) as attempt:
+            made = Bench(hub.hub.config, pool, time.monotonic)
+            async with made.attempt() as attempt:
                 with pytest.raises(WorkerError) as info:
-                    await attempt.send(request)
+                    await made.send(attempt)
             assert info.value.detail == why
 
 

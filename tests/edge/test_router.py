@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from aiohttp import web
 
 from gollama_proxy.config import settings
 from gollama_proxy.config.settings import Config
-from gollama_proxy.edge.router import Dispatcher, Routes
+from gollama_proxy.edge.response import CLOSE, KEEP, Sent, head
+from gollama_proxy.edge.response import Response as Answer
+from gollama_proxy.edge.router import Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.telemetry.metrics import Telemetry
@@ -35,16 +39,16 @@ from tests.fakes.waiting import DEADLINE
 ORIGIN = "http://localhost:3000"
 
 
-async def say_hello(request: web.BaseRequest, record: Record) -> web.StreamResponse:
-    return web.Response(text="hello")
+async def say_hello(request: web.BaseRequest, record: Record) -> Answer:
+    return Answer(b"hello")
 
 
-async def say_path(request: web.BaseRequest, record: Record) -> web.StreamResponse:
-    return web.Response(text=request.raw_path)
+async def say_path(request: web.BaseRequest, record: Record) -> Answer:
+    return Answer(request.raw_path.encode())
 
 
-async def say_body(request: web.BaseRequest, record: Record) -> web.StreamResponse:
-    return web.Response(body=await request.content.read())
+async def say_body(request: web.BaseRequest, record: Record) -> Answer:
+    return Answer(await request.content.read())
 
 
 class Waiting:
@@ -55,29 +59,29 @@ class Waiting:
         self.started = asyncio.Semaphore(0)
         self.go_on = asyncio.Event()
 
-    async def __call__(
-        self, request: web.BaseRequest, record: Record
-    ) -> web.StreamResponse:
-        response = web.StreamResponse()
-        response.enable_chunked_encoding()
+    async def __call__(self, request: web.BaseRequest, record: Any) -> Answer | Sent:
+        transport = request.transport
+        assert transport is not None
         if self.begun:
-            await response.prepare(request)
-            await response.write(b"hello")
+            record.delivery = SimpleNamespace(begun=True)
+            fields = "Transfer-Encoding: chunked\r\n"
+            transport.write(head(request, 200, fields, keep_alive=True))
+            transport.write(b"5\r\nhello\r\n")
         self.started.release()
         await self.go_on.wait()
         if not self.begun:
-            return web.Response(text="done")
-        await response.write_eof()
-        return response
+            return Answer(b"done")
+        transport.write(b"0\r\n\r\n")
+        return KEEP
 
 
 class Running:
-    """A dispatcher behind a real socket, and what it recorded."""
+    """A proxy behind a real socket, and what it recorded."""
 
     def __init__(
-        self, dispatcher: Dispatcher, telemetry: Telemetry, address: tuple[str, int]
+        self, proxy: Proxy, telemetry: Telemetry, address: tuple[str, int]
     ) -> None:
-        self.dispatcher = dispatcher
+        self.proxy = proxy
         self.telemetry = telemetry
         self.address = address
         self.lines: list[dict[str, Any]] = []  # of the access log
@@ -129,14 +133,13 @@ async def dispatching(
     clock = clock or Clock()
     admission = Admission(loaded.queue, Clock())
     telemetry = Telemetry(Registry(loaded), admission, clock=clock)
-    dispatcher = Dispatcher(routes, loaded, telemetry, clock)
-    runner = web.ServerRunner(
-        Server(dispatcher, loaded, dispatcher.refused), shutdown_timeout=1
-    )
+    none: Any = None
+    proxy = Proxy(loaded, routes, *[none] * 8, ended=telemetry.ended, clock=clock)
+    runner = web.ServerRunner(Server(proxy, loaded, proxy.refused), shutdown_timeout=1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]
-    running = Running(dispatcher, telemetry, (host, port))
+    running = Running(proxy, telemetry, (host, port))
     handler = _Lines(running)
     access = logging.getLogger("gollama_proxy.access")
     before = access.level
@@ -147,7 +150,7 @@ async def dispatching(
     finally:
         access.removeHandler(handler)
         access.setLevel(before)
-        dispatcher.cut()
+        proxy.cut()
         await runner.cleanup()
 
 
@@ -157,8 +160,8 @@ def code_of(response: Response) -> str:
     return str(error["code"])
 
 
-def raising(error: Exception) -> Callable[..., Awaitable[web.StreamResponse]]:
-    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+def raising(error: Exception) -> Callable[..., Awaitable[Answer]]:
+    async def handler(request: web.BaseRequest, record: Record) -> Answer:
         raise error
 
     return handler
@@ -325,11 +328,11 @@ async def test_an_id_that_could_do_harm_is_replaced(values: list[str]) -> None:
 
 
 async def test_headers_that_a_handler_recorded_go_out() -> None:
-    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
-        record.headers["X-Gollama-Worker"] = "gpu1"
+    async def handler(request: web.BaseRequest, record: Record) -> Answer:
+        record.worker, record.attempts = "gpu1", 1
         if request.raw_path == "/no":
             raise NoWorkerError(Code.NO_WORKER, "Nobody.", retry_after=2)
-        return web.Response()
+        return Answer()
 
     routes: Routes = {"/yes": {"GET": handler}, "/no": {"GET": handler}}
     async with dispatching(routes) as running:
@@ -345,9 +348,9 @@ async def test_headers_that_a_handler_recorded_go_out() -> None:
 async def test_a_complete_answer_is_recorded() -> None:
     clock = Clock()
 
-    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+    async def handler(request: web.BaseRequest, record: Record) -> Answer:
         clock.advance(1.5)
-        return web.Response(status=201)
+        return Answer(status=201)
 
     async with dispatching({"/a": {"GET": handler}}, clock) as running:
         await running.get("/a")
@@ -362,13 +365,13 @@ async def test_a_complete_answer_is_recorded() -> None:
             "id": line["id"],
         }
         assert running.outcomes() == {"complete": 1}
-        assert repr(running.dispatcher) == "<Dispatcher running=0>"
+        assert repr(running.proxy) == "<Proxy running=0>"
 
 
 async def test_an_outcome_that_the_handler_knows_better_is_kept() -> None:
-    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+    async def handler(request: web.BaseRequest, record: Record) -> Answer:
         record.outcome = Outcome.REFUSED
-        return web.Response(status=400)
+        return Answer(status=400)
 
     async with dispatching({"/a": {"GET": handler}}) as running:
         await running.get("/a")
@@ -400,7 +403,7 @@ async def test_an_error_becomes_a_reply_and_one_line(
             "why" if isinstance(error, ProxyError) else "KeyError"
         )
         assert running.outcomes() == {code: 1}
-    failed = [r for r in caplog.records if r.name == "gollama_proxy.edge.router"]
+    failed = [r for r in caplog.records if r.name == "gollama_proxy.proxy.exchange"]
     if isinstance(error, ProxyError):
         assert failed == []
     else:
@@ -423,7 +426,9 @@ async def test_a_client_that_leaves_is_no_error() -> None:
 async def test_a_client_that_left_between_two_steps_is_no_error() -> None:
     gone = raising(ConnectionResetError("gone"))
     async with dispatching({"/a": {"GET": gone}}) as running:
-        await running.get("/a")
+        async with await running.connect() as wire:
+            await wire.get("/a")
+            assert await wire.read_eof() == b""
         line = await running.recorded()
         assert line["outcome"] == "client_gone"
         assert "error" not in line
@@ -432,9 +437,10 @@ async def test_a_client_that_left_between_two_steps_is_no_error() -> None:
 async def test_an_outcome_that_was_known_when_the_client_left_is_kept() -> None:
     waiting = Waiting()
 
-    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+    async def handler(request: web.BaseRequest, record: Record) -> Answer:
         record.outcome, record.status = Outcome.REFUSED, 400
-        return await waiting(request, record)
+        await waiting(request, record)
+        raise AssertionError
 
     async with dispatching({"/a": {"GET": handler}}) as running:
         async with await running.connect() as wire:
@@ -445,19 +451,37 @@ async def test_an_outcome_that_was_known_when_the_client_left_is_kept() -> None:
 
 
 async def test_an_answer_that_went_out_already_is_left_as_it_is() -> None:
-    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
-        response = web.StreamResponse()
-        response.enable_chunked_encoding()
-        await response.prepare(request)
-        await response.write(b"hello")
-        await response.write_eof()
-        return response
+    async def handler(request: web.BaseRequest, record: Record) -> Sent:
+        assert request.transport is not None
+        fields = "Content-Length: 5\r\n"
+        request.transport.write(head(request, 200, fields, keep_alive=True) + b"hello")
+        record.status = 200
+        return KEEP
 
     async with dispatching({"/a": {"GET": handler}}) as running:
         response = await running.get("/a")
         assert response.body == b"hello"
         line = await running.recorded()
         assert (line["status"], line["outcome"]) == (200, "complete")
+
+
+async def test_an_answer_that_was_begun_is_not_ended_well_after_a_fault() -> None:
+    async def fail(request: web.BaseRequest, record: Any) -> Answer:
+        assert request.transport is not None
+        record.delivery = SimpleNamespace(begun=True)
+        fields = "Transfer-Encoding: chunked\r\n"
+        begin = head(request, 200, fields, keep_alive=True)
+        request.transport.write(begin + b"5\r\nhello\r\n")
+        raise ZeroDivisionError
+
+    async with dispatching({"/a": {"GET": fail}}) as running:
+        async with await running.connect() as wire:
+            await wire.get("/a")
+            ending = await wire.read_to_end()
+        assert not ending.clean
+        assert ending.raw.count(b"HTTP/1.1") == 1
+        line = await running.recorded()
+        assert (line["outcome"], line["error"]) == ("error", "internal_error")
 
 
 # --- The connection after chunks --------------------------------------------------
@@ -467,15 +491,16 @@ async def test_an_answer_that_went_out_already_is_left_as_it_is() -> None:
 async def test_a_connection_ends_with_a_request_in_chunks(begun: bool) -> None:
     """And says so."""
 
-    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+    async def handler(request: web.BaseRequest, record: Any) -> Answer | Sent:
         body = await request.content.read()
         if not begun:
-            return web.Response(body=body)
-        response = web.StreamResponse(headers=record.headers)
-        response.content_length = len(body)
-        await response.prepare(request)
-        await response.write(body)
-        return response
+            return Answer(body)
+        assert request.transport is not None
+        fields = f"Content-Length: {len(body)}\r\n"
+        keep_alive = record.keep_alive
+        begin = head(request, 200, fields, keep_alive=keep_alive)
+        request.transport.write(begin + body)
+        return KEEP if keep_alive else CLOSE
 
     routes: Routes = {"/b": {"POST": handler}}
     chunked = [("Transfer-Encoding", "chunked")]
@@ -493,9 +518,9 @@ async def test_a_trailer_is_no_field_of_the_next_request(together: bool) -> None
     """The parser takes it for one: it would speak for who sent the trailer."""
     asked: list[str | None] = []
 
-    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+    async def handler(request: web.BaseRequest, record: Record) -> Answer:
         asked.append(request.headers.get("Authorization"))
-        return web.Response(body=await request.content.read())
+        return Answer(await request.content.read())
 
     routes: Routes = {"/b": {"POST": handler}}
     chunked = [("Transfer-Encoding", "chunked")]
@@ -570,7 +595,7 @@ async def test_a_body_that_nobody_reads_ends_the_connection(
 
 
 async def test_a_body_that_was_read_does_not_end_the_connection() -> None:
-    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+    async def handler(request: web.BaseRequest, record: Record) -> Answer:
         await request.content.read()
         raise RequestError(Code.INVALID_JSON, "No.")
 
@@ -672,7 +697,7 @@ async def test_a_preflight_on_an_unknown_path_is_not_found() -> None:
 async def test_nothing_running_is_finished_at_once() -> None:
     async with dispatching(ROUTES) as running:
         await running.get("/a")
-        await asyncio.wait_for(running.dispatcher.finish(60), DEADLINE)
+        await asyncio.wait_for(running.proxy.drain(60), DEADLINE)
 
 
 async def test_running_requests_may_finish() -> None:
@@ -683,8 +708,8 @@ async def test_running_requests_may_finish() -> None:
             await two.get("/a")
             await waiting.started.acquire()
             await waiting.started.acquire()
-            assert repr(running.dispatcher) == "<Dispatcher running=2>"
-            finish = asyncio.create_task(running.dispatcher.finish(60))
+            assert repr(running.proxy) == "<Proxy running=2>"
+            finish = asyncio.create_task(running.proxy.drain(60))
             await asyncio.sleep(0)
             assert not finish.done()
             waiting.go_on.set()
@@ -707,10 +732,10 @@ async def test_who_was_told_nothing_yet_is_told_why(
         await wire.get("/a", headers=[("Origin", ORIGIN)])
         await waiting.started.acquire()
         if how == "finish":
-            await asyncio.wait_for(running.dispatcher.finish(0.01), DEADLINE)
+            await asyncio.wait_for(running.proxy.drain(0.01), DEADLINE)
             assert "cutting 1 running request" in caplog.text
         else:
-            running.dispatcher.cut()
+            running.proxy.cut()
         response = await wire.read_response()
         assert (response.status, code_of(response)) == (503, "hub_draining")
         assert response.header("retry-after")
@@ -732,7 +757,7 @@ async def test_an_answer_that_was_begun_is_cut_and_not_ended_well() -> None:
     ):
         await wire.get("/a")
         await waiting.started.acquire()
-        await asyncio.wait_for(running.dispatcher.finish(0), DEADLINE)
+        await asyncio.wait_for(running.proxy.drain(0), DEADLINE)
         ending = await wire.read_to_end()
         assert not ending.clean
         assert ending.raw.count(b"HTTP/1.1") == 1
@@ -743,7 +768,7 @@ async def test_a_handler_that_tidies_up_is_waited_for() -> None:
     tidy = asyncio.Event()
     started = asyncio.Event()
 
-    async def handler(request: web.BaseRequest, record: Record) -> web.StreamResponse:
+    async def handler(request: web.BaseRequest, record: Record) -> Answer:
         started.set()
         try:
             await asyncio.get_running_loop().create_future()
@@ -755,7 +780,7 @@ async def test_a_handler_that_tidies_up_is_waited_for() -> None:
         async with await running.connect() as wire:
             await wire.get("/a")
             await started.wait()
-            finish = asyncio.create_task(running.dispatcher.finish(0))
+            finish = asyncio.create_task(running.proxy.drain(0))
             done, _ = await asyncio.wait([finish], timeout=0.02)
             assert not done
             tidy.set()
@@ -766,7 +791,9 @@ async def test_a_handler_that_tidies_up_is_waited_for() -> None:
 async def test_a_client_that_left_between_two_steps_has_a_status() -> None:
     left = raising(ConnectionResetError())
     async with dispatching({"/a": {"GET": left}}) as running:
-        await running.get("/a")
+        async with await running.connect() as wire:
+            await wire.get("/a")
+            assert await wire.read_eof() == b""
         assert (await running.recorded())["status"] == 499
 
 

@@ -8,7 +8,6 @@ import gzip
 import json
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 from aiohttp import web
@@ -16,15 +15,9 @@ from aiohttp import web
 from gollama_proxy.config import settings
 from gollama_proxy.config.settings import Config
 from gollama_proxy.edge import server as edge_server
-from gollama_proxy.edge.auth import AuthError
-from gollama_proxy.edge.server import (
-    Handler,
-    Server,
-    answer_in_http_1_1,
-    error_response,
-    json_response,
-)
-from gollama_proxy.wire.errors import Code, HubError, NoWorkerError, RequestError
+from gollama_proxy.edge.response import CLOSE, error_response, write_whole
+from gollama_proxy.edge.server import Handler, Server
+from gollama_proxy.wire.errors import Code, RequestError
 from tests.fakes.client import Wire, request_head
 from tests.fakes.waiting import DEADLINE, until
 
@@ -164,23 +157,6 @@ async def test_an_error_of_a_handler_is_logged_and_not_shown(
     assert (record.name, record.levelname) == ("gollama_proxy.edge.server", "ERROR")
 
 
-async def test_an_answer_that_was_begun_is_not_ended_well_after_an_error() -> None:
-    async def fail(request: web.BaseRequest) -> web.StreamResponse:
-        response = web.StreamResponse()
-        response.enable_chunked_encoding()
-        await response.prepare(request)
-        await response.write(b"hello")
-        raise RuntimeError
-
-    async with serving(fail) as address, await Wire.connect(*address) as wire:
-        await wire.send(GET)
-        ending = await wire.read_to_end()
-        assert ending.response.status == 200
-        assert ending.response.body == b"hello"
-        assert not ending.clean
-        assert ending.raw.count(b"HTTP/1.1") == 1
-
-
 # --- What aiohttp would do by itself ----------------------------------------------
 
 
@@ -218,20 +194,6 @@ async def test_a_body_that_is_framed_wrongly_fails_at_once_and_quietly(
         assert await wire.read_eof() == b""
     assert faults == ["malformed chunk"]
     assert not caplog.records
-
-
-@pytest.mark.parametrize("version", ["1.0", "1.1", "2.0"])
-async def test_an_answer_can_be_had_in_a_version_that_is_spoken(version: str) -> None:
-    async def refuse(request: web.BaseRequest) -> web.StreamResponse:
-        assert f"{request.version[0]}.{request.version[1]}" == version
-        answer_in_http_1_1(request)
-        response = web.Response(status=505)
-        response.force_close()
-        return response
-
-    async with serving(refuse) as address, await Wire.connect(*address) as wire:
-        await wire.send(request_head("GET", "/", version=version))
-        assert (await wire.read_eof()).startswith(b"HTTP/1.1 505 ")
 
 
 async def test_a_compressed_body_is_not_unpacked() -> None:
@@ -335,8 +297,8 @@ async def test_an_answer_arrives_although_its_client_is_still_sending() -> None:
 
     async def refuse(request: web.BaseRequest) -> web.StreamResponse:
         response = error_response(RequestError(Code.BODY_TOO_LARGE, "Too large."))
-        response.force_close()
-        return response
+        write_whole(request, response, "", keep_alive=False)
+        return CLOSE
 
     async with serving(refuse) as address, await Wire.connect(*address) as wire:
         await wire.post("/", b"x" * (8 << 20))
@@ -351,32 +313,3 @@ async def test_aiohttp_keeps_no_access_log(caplog: pytest.LogCaptureFixture) -> 
         await wire.send(GET)
         assert (await wire.read_response()).body == b"hello"
     assert "aiohttp" not in "".join(record.name for record in caplog.records)
-
-
-# --- Answers of the hub's own -----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("error", "headers"),
-    [
-        (RequestError(Code.INVALID_JSON, "No JSON."), {}),
-        (NoWorkerError(Code.NO_WORKER, "Nobody.", retry_after=2), {"Retry-After": "2"}),
-        (HubError(Code.DRAINING, "Bye.", retry_after=0), {"Retry-After": "0"}),
-        (AuthError("the cause"), {"WWW-Authenticate": 'Bearer error="invalid_token"'}),
-    ],
-)
-def test_an_error_becomes_an_answer(error: Any, headers: dict[str, str]) -> None:
-    response = error_response(error)
-    assert response.status == error.code.status
-    assert isinstance(response.body, bytes)
-    assert shape(response.body) == error.code
-    assert b"the cause" not in response.body
-    expected = {"Server": "gollama-proxy", "Content-Type": "application/json"}
-    assert dict(response.headers) == expected | headers
-
-
-def test_json_is_said_to_be_json() -> None:
-    response = json_response(b"{}", 503)
-    assert (response.status, response.body) == (503, b"{}")
-    assert response.headers["Content-Type"] == "application/json"
-    assert json_response(b"{}").status == 200

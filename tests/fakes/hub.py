@@ -16,6 +16,7 @@ import jwt
 
 from gollama_proxy.config import load as config
 from gollama_proxy.hub import Hub
+from gollama_proxy.proxy.relay import Relay
 from tests.fakes.client import Response, TlsWire, Wire
 from tests.fakes.waiting import DEADLINE
 
@@ -199,3 +200,8 @@ async def _assert_no_tasks(before: set[asyncio.Task[Any]]) -> None:
     if left:
         _, left = await asyncio.wait(left, timeout=DEADLINE)
     assert not left, f"the hub left tasks: {left}"
+
+
+def relays(hub: RunningHub) -> list[Relay]:
+    """List the answers that are on their way."""
+    return [x.relay for x in hub.hub.proxy.running if x.relay is not None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from gollama_proxy.config.settings import (
     Breaker,
@@ -17,10 +19,13 @@ from gollama_proxy.config.settings import (
     WorkerConfig,
 )
 from gollama_proxy.fleet.breaker import Verdict
+from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.wire.description import Check, Description, Model
+from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
 
 
@@ -71,7 +76,25 @@ def balancer(
                 tuple(Model(name) for name in served.split()), slots=slots
             )
             worker.observe(Check.OK, "ok", found)
-    return Balancer(made, config, clock)
+    balancer = Balancer(made, config, clock)
+    _configs[balancer] = config
+    return balancer
+
+
+_configs = WeakKeyDictionary[Balancer, Config]()
+
+
+def plan(
+    balancer: Balancer,
+    pool: Pool,
+    fallbacks: Sequence[str] = (),
+    allowed: Sequence[str] | None = None,
+    path: str = CHAT,
+) -> Plan:
+    """Plan a request as the path of a request does."""
+    config = _configs.get(balancer) or Config()
+    pools = balancer.registry.pools_for(pool, fallbacks, allowed)
+    return Plan.of(pools, path, config, balancer.budget, random.Random(7))
 
 
 def take_out(*workers: Worker, check: Check = Check.FAILED) -> None:

@@ -17,9 +17,8 @@ from gollama_proxy.fleet.registry import RETRY_AFTER, Listener, Registry, may_us
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
-from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
-from tests.fakes.registry import balancer, registry, take_out, trip
+from tests.fakes.registry import balancer, plan, registry, take_out, trip
 
 
 def found(pool: Pool) -> tuple[str, tuple[Worker, ...]]:
@@ -333,7 +332,7 @@ def test_a_name_that_a_client_makes_up_allows_nothing(
         assert made.resolve(name, allowed).model == "b"
     else:
         assert refused(made, name, allowed).code is Code.MODEL_NOT_ALLOWED
-    fallbacks = balanced.attempts(made.pool("a"), CHAT, [name], allowed)
+    fallbacks = plan(balanced, made.pool("a"), [name], allowed)
     assert [pool.model for pool in fallbacks.pools] == ["a", "b"][: 1 + allows]
 
 
@@ -534,7 +533,8 @@ def test_a_model_that_has_a_fallback_is_known_though_it_is_not_served() -> None:
     for strict in (False, True):
         made = registry("small", fallbacks={"big": ("small",)}, strict_models=strict)
         assert found(made.resolve("big", None)) == ("big", ())
-        assert made.fallbacks_of("big") == ("small",)
+        names = [pool.model for pool in made.pools_for(made.pool("big"), (), None)]
+        assert names == ["big", "small"]
         assert made.models() == ["small"]
     made = registry(None, fallbacks={"big": ("small",)})
     assert nobody(made, "big").message.endswith("none seen to serve it (1 starting).")

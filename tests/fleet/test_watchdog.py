@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, cast
 
 import pytest
 
 from gollama_proxy.config.settings import Breaker as Policy
-from gollama_proxy.config.settings import Health, Origin, Timeouts, WorkerConfig
+from gollama_proxy.config.settings import Health, Origin, WorkerConfig
 from gollama_proxy.fleet import watchdog
 from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 from tests.fakes.waiting import DEADLINE
 
 LIMITS = Policy(jitter=0.0)
-
-
-class Looks:
-    """A relay that notes when it was looked at."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[float, float, float]] = []
-        self.silent = 0.0
-        self.abandoned = False
-
-    def check(self, now: float, gap: float, silence: float) -> float:
-        self.seen.append((now, gap, silence))
-        return self.silent
-
-    def abandon(self) -> None:
-        self.abandoned = True
 
 
 class Canaries:
@@ -59,7 +40,7 @@ class Stage:
         self.clock = Clock()
         self.prove = Canaries()
         self.workers = [self.worker(name, models) for name in names or ("a",)]
-        self.watchdog = Watchdog(Timeouts(gap=7, silence=9), self.prove, self.clock)
+        self.watchdog = Watchdog(self.prove)
         for worker in self.workers:
             self.watchdog.added(worker)
 
@@ -79,10 +60,6 @@ class Stage:
         assert breaker.state is BreakerState.HALF_OPEN
         return breaker
 
-    def watching(self, relay: Looks) -> AbstractContextManager[None]:
-        """Watch an answer of the first worker."""
-        return self.watchdog.watching(cast(Relay, relay), self.workers[0])
-
     async def settle(self, good: bool) -> None:
         """Let the running canaries come to an end."""
         for result in self.prove.results:
@@ -98,50 +75,6 @@ class Stage:
         for _ in range(3):
             await asyncio.sleep(0)
         return len(self.prove.asked) - before
-
-
-# --- Answers ----------------------------------------------------------------------
-
-
-def test_every_answer_is_looked_at_while_it_is_relayed_and_no_longer() -> None:
-    stage = Stage()
-    one, other = Looks(), Looks()
-    with stage.watching(one):
-        stage.watchdog.round()
-        with stage.watching(other):
-            assert repr(stage.watchdog) == "<Watchdog answers=2 canaries=0>"
-            stage.clock.advance(1)
-            stage.watchdog.round()
-    stage.watchdog.round()
-    assert one.seen == [(1000, 7, 9), (1001, 7, 9)]
-    assert other.seen == [(1001, 7, 9)]
-
-
-def test_an_answer_that_breaks_is_not_looked_at_any_more() -> None:
-    stage = Stage()
-    with pytest.raises(RuntimeError), stage.watching(Looks()):
-        raise RuntimeError
-    assert repr(stage.watchdog) == "<Watchdog answers=0 canaries=0>"
-
-
-def test_a_look_may_end_an_answer() -> None:
-    """The set of answers changes under the round's hands."""
-    stage = Stage()
-
-    class Ending(Looks):
-        def check(self, now: float, gap: float, silence: float) -> float:
-            stage.watchdog._answers.pop(cast(Relay, self))
-            return super().check(now, gap, silence)
-
-    answers = [Ending() for _ in range(3)]
-    with (
-        stage.watching(answers[0]),
-        stage.watching(answers[1]),
-        stage.watching(answers[2]),
-    ):
-        stage.watchdog.round()
-        stage.watchdog.round()
-    assert [len(answer.seen) for answer in answers] == [1, 1, 1]
 
 
 # --- Canaries ---------------------------------------------------------------------
@@ -256,30 +189,7 @@ async def test_a_canary_that_is_cancelled_proves_nothing() -> None:
     await stage.watchdog.stop()
     assert breaker.state is BreakerState.HALF_OPEN
     assert breaker.permit() is not None
-    assert repr(stage.watchdog) == "<Watchdog answers=0 canaries=0>"
-
-
-def test_an_answer_that_falls_silent_has_its_worker_checked() -> None:
-    stage = Stage()
-    [worker] = stage.workers
-    looks: list[bool] = []
-    worker.on_suspicion = lambda: looks.append(True)
-    answer = Looks()
-    with stage.watching(answer):
-        for silent, looked in ((watchdog.SUSPICIOUS, 0), (watchdog.SUSPICIOUS + 1, 1)):
-            answer.silent = silent
-            stage.watchdog.round()
-            assert len(looks) == looked
-    assert not answer.abandoned
-
-
-def test_the_answers_of_a_worker_that_is_down_are_given_up() -> None:
-    stage = Stage()
-    answer = Looks()
-    with stage.watching(answer):
-        stage.workers[0].observe(Check.REFUSED, "connection refused")
-        stage.watchdog.round()
-    assert answer.abandoned
+    assert repr(stage.watchdog) == "<Watchdog canaries=0>"
 
 
 # --- The task ---------------------------------------------------------------------
@@ -291,21 +201,17 @@ async def test_the_rounds_go_on_after_one_that_failed(
     monkeypatch.setattr(watchdog, "PERIOD", 0.001)
     stage = Stage()
     enough = asyncio.Event()
-    rounds: list[Any] = []
+    rounds: list[None] = []
 
-    class Broken(Looks):
-        def check(self, now: float, gap: float, silence: float) -> float:
-            rounds.append(now)
-            if len(rounds) == 3:
-                enough.set()
-            if len(rounds) == 1:
-                raise RuntimeError("a bug")
-            return 0.0
+    def fail_at_first() -> None:
+        rounds.append(None)
+        if len(rounds) == 3:
+            enough.set()
+        if len(rounds) == 1:
+            raise RuntimeError("a bug")
 
-    with (
-        caplog.at_level(logging.ERROR),
-        stage.watching(Broken()),
-    ):
+    stage.watchdog._then = fail_at_first
+    with caplog.at_level(logging.ERROR):
         stage.watchdog.start()
         async with asyncio.timeout(DEADLINE):
             await enough.wait()

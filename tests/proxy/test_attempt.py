@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from gollama_proxy import __version__
 from gollama_proxy.config import load as config
-from gollama_proxy.config.settings import Config
-from gollama_proxy.proxy.attempt import Attempt, Outgoing
-from gollama_proxy.proxy.relay import Relay
-from gollama_proxy.upstream.pool import PROBATION, ConnectionPool
+from gollama_proxy.upstream.pool import PROBATION
 from gollama_proxy.wire.errors import Code, RequestError, WorkerError
-from gollama_proxy.wire.openai import ENDPOINTS
-from tests.fakes.clock import Clock
-from tests.fakes.pool import worker as a_worker
+from tests.fakes.attempts import BODY, Bench, bench
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -47,53 +41,15 @@ from tests.fakes.script import (
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
-CHAT = ENDPOINTS["/v1/chat/completions"]
-BODY = b'{"messages":[]}'
 WHOLE = answer(chat_completion("hello"))
 EVENTS = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
 STREAMED = chunk(role() + token("a")) + chunk(finish() + done()) + last_chunk()
 STREAM = (send(sse_head() + STREAMED),)  # the connection stays open
 
 
-def outgoing(body: bytes = BODY, **changes: Any) -> Outgoing:
-    return Outgoing(CHAT, [], body, None, len(body))._replace(**changes)
-
-
 async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
     for part in parts:
         yield part
-
-
-class Bench:
-    """A connection pool of one worker, to make attempts with."""
-
-    def __init__(self, loaded: Config) -> None:
-        self.clock = Clock()
-        self.timeouts = loaded.timeouts
-        self.pool = ConnectionPool(loaded.workers[0], loaded, self.clock)
-
-    def attempt(self) -> Attempt:
-        lease = a_worker(name="w", clock=self.clock).lease()
-        return Attempt(self.pool, lease, self.timeouts, self.clock)
-
-    async def exchange(self, request: Outgoing | None = None) -> Relay:
-        """Send a request, wait for its whole answer, and leave the attempt."""
-        async with asyncio.timeout(DEADLINE), self.attempt() as attempt:
-            relay = await attempt.send(request or outgoing())
-            await relay.whole()
-            return relay
-
-
-@asynccontextmanager
-async def bench(url: str, **settings: Any) -> AsyncIterator[Bench]:
-    settings = {"timeouts__first_token": 5, **settings}  # lest a failure takes minutes
-    environ = {
-        f"GOLLAMA_{name.replace('__', '_').upper()}": str(value)
-        for name, value in settings.items()
-    }
-    made = Bench(config.load(None, environ, {}, [url]))
-    yield made
-    made.pool.close()
 
 
 # --- The request as a worker sees it ----------------------------------------------
@@ -103,7 +59,7 @@ async def test_the_head_is_the_hubs_own() -> None:
     """Written by the hub, in its order, whatever the client sent."""
     async with ScriptedWorker() as worker, bench(worker.url) as made:
         headers = [(b"Accept", b"*/*"), (b"traceparent", b"00-1-2-03")]
-        await made.exchange(outgoing(headers=headers))
+        await made.exchange(headers=headers)
         request = await worker.received()
     assert request.head.decode().split("\r\n") == [
         "POST /v1/chat/completions HTTP/1.1",
@@ -127,7 +83,7 @@ async def test_a_worker_behind_a_prefix_and_a_key(tmp_path: Any) -> None:
         )
         made = Bench(config.load(file, {"K": "sk-1"}, {}))
         worker.on("/llama/tokenize", *answer({"tokens": []}))
-        relay = await made.exchange(outgoing(endpoint=ENDPOINTS["/tokenize"]))
+        relay = await made.exchange(path="/tokenize")
         request = await worker.received()
         made.pool.close()
     assert relay.status == 200
@@ -142,8 +98,7 @@ async def test_a_body_of_unknown_length_goes_in_chunks(
 ) -> None:
     async with ScriptedWorker() as worker, bench(worker.url) as made:
         worker.script(read_body(), *WHOLE)
-        request = outgoing(window, rest=pieces(*rest), length=None)
-        await made.exchange(request)
+        await made.exchange(window, rest=pieces(*rest), length=None)
         received = await worker.received()
     assert received.header("transfer-encoding") == "chunked"
     assert received.header("content-length") is None
@@ -155,7 +110,7 @@ async def test_a_long_body_of_known_length_keeps_its_length() -> None:
     async with ScriptedWorker() as worker, bench(worker.url) as made:
         worker.script(read_body(), *WHOLE)
         rest = [bytes([65 + n]) * 50_000 for n in range(20)]
-        await made.exchange(outgoing(rest=pieces(*rest), length=len(BODY) + 1_000_000))
+        await made.exchange(rest=pieces(*rest), length=len(BODY) + 1_000_000)
         received = await worker.received()
     assert received.header("content-length") == str(len(BODY) + 1_000_000)
     assert received.body == BODY + b"".join(rest)
@@ -237,7 +192,7 @@ async def test_what_streams_does_not_reuse_the_connection_of_a_stream(
         worker.default(*STREAM)
         await made.exchange()
         worker.script(read_body(), *STREAM)
-        await made.exchange(outgoing(rest=pieces(b"more"), length=length))
+        await made.exchange(rest=pieces(b"more"), length=length)
         assert not any(request.reused for request in worker.requests)
 
 
@@ -266,7 +221,7 @@ async def test_a_stream_that_is_left_early_leaves_no_connection() -> None:
         await taught(worker, made)
         worker.script(send(sse_head() + chunk(token("a"))), expect_eof())
         async with made.attempt() as attempt:
-            await attempt.send(outgoing())
+            await made.send(attempt)
         await worker.idle()
 
 
@@ -275,9 +230,10 @@ async def test_an_attempt_that_is_left_early_hangs_up() -> None:
     async with ScriptedWorker() as worker, bench(worker.url) as made:
         worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())
         async with made.attempt() as attempt:
-            relay = await attempt.send(outgoing())
+            relay = await made.send(attempt)
             assert relay.status == 200
-            assert repr(attempt) == "<Attempt on w <Connection ACTIVE used=1>>"
+            held = f"{made.pool!r} <Connection ACTIVE used=1>"
+            assert repr(attempt) == f"<Attempt on {held}>"
         await worker.idle()
 
 
@@ -294,7 +250,7 @@ async def test_an_attempt_that_is_cancelled_hangs_up() -> None:
 
 async def test_an_attempt_that_never_began_leaves_nothing() -> None:
     async with bench("http://127.0.0.1:1") as made, made.attempt() as attempt:
-        assert repr(attempt) == "<Attempt on w None>"
+        assert repr(attempt) == "<Attempt on <ConnectionPool 127.0.0.1:1 idle=0> None>"
 
 
 # --- Connections that are dead already --------------------------------------------
@@ -342,18 +298,14 @@ async def test_a_fresh_connection_that_dies_is_a_loss() -> None:
         ((send(head(200)), reset()), Code.WORKER_LOST),
         ((send(sse_head()), close()), Code.WORKER_LOST),
         ((send(b"garbage"), stall()), Code.WORKER_PROTOCOL),
-        ((stall(),), Code.WORKER_TIMEOUT),
     ],
-    ids=["head", "stream", "garbage", "silence"],
+    ids=["head", "stream", "garbage"],
 )
 async def test_a_used_connection_that_was_not_dead_is_not_tried_again(
     script: tuple[Step, ...], code: Code
 ) -> None:
     """The request may have been executed."""
-    async with (
-        ScriptedWorker() as worker,
-        bench(worker.url, timeouts__first_token=1) as made,
-    ):
+    async with ScriptedWorker() as worker, bench(worker.url) as made:
         await stale(worker, made, *script)
         with pytest.raises(WorkerError) as info:
             await made.exchange()
@@ -365,54 +317,10 @@ async def test_what_streams_gets_a_fresh_connection() -> None:
     """It could not be sent twice; the used one stays for others."""
     async with ScriptedWorker() as worker, bench(worker.url) as made:
         await stale(worker, made, read_body(), *WHOLE)
-        request = outgoing(rest=pieces(b"more"), length=len(BODY) + 4)
-        await made.exchange(request)
+        await made.exchange(rest=pieces(b"more"), length=len(BODY) + 4)
         await made.exchange()
         assert [request.reused for request in worker.requests] == [False, False, True]
         assert worker.connections == 2
-
-
-# --- A worker that is silent ------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "script",
-    [(), (send(sse_head()),), (send(sse_head() + chunk(b":\n\n")),)],
-    ids=["nothing", "head", "pings"],
-)
-async def test_the_first_event_has_a_deadline(script: tuple[Step, ...]) -> None:
-    """A head is no event, and neither is a ping."""
-    async with (
-        ScriptedWorker() as worker,
-        bench(worker.url, timeouts__first_token=0.1) as made,
-    ):
-        worker.script(*script, expect_eof())
-        with pytest.raises(WorkerError) as info:
-            await made.exchange()
-        await worker.idle()
-    assert info.value.code is Code.WORKER_TIMEOUT
-    assert info.value.message == "Worker w sent nothing within 0.1 s."
-
-
-async def test_the_deadline_does_not_run_while_the_body_is_on_its_way() -> None:
-    """But from its end on."""
-    gate = asyncio.Event()
-
-    async def slowly() -> AsyncIterator[bytes]:
-        await asyncio.sleep(0.3)  # three times the deadline
-        yield b"1"
-        gate.set()
-
-    async with (
-        ScriptedWorker() as worker,
-        bench(worker.url, timeouts__first_token=0.1) as made,
-    ):
-        worker.script(read_body(), expect_eof())
-        with pytest.raises(WorkerError) as info:
-            await made.exchange(outgoing(rest=slowly(), length=len(BODY) + 1))
-        assert gate.is_set()
-        assert info.value.code is Code.WORKER_TIMEOUT
-        assert (await worker.received()).complete
 
 
 # --- Uploads that do not go well --------------------------------------------------
@@ -429,7 +337,7 @@ async def test_a_body_that_turns_out_bad_is_not_completed() -> None:
         async with ScriptedWorker() as worker, bench(worker.url) as made:
             worker.script(read_body())
             with pytest.raises(RequestError, match="twice"):
-                await made.exchange(outgoing(rest=bad(), length=length))
+                await made.exchange(rest=bad(), length=length)
             await worker.idle()
             assert not (await worker.received()).complete
 
@@ -448,7 +356,7 @@ async def test_an_answer_may_come_before_the_body_has_gone() -> None:
 
     async with ScriptedWorker() as worker, bench(worker.url) as made:
         worker.script(read_body(5000), send(error_reply(413, "too much")), stall())
-        relay = await made.exchange(outgoing(rest=endless(), length=1 << 30))
+        relay = await made.exchange(rest=endless(), length=1 << 30)
         assert relay.status == 413
         assert ended.is_set()
         await worker.idle()
@@ -466,8 +374,8 @@ async def test_a_worker_that_does_not_read_stops_the_upload() -> None:
 
     async with ScriptedWorker(receive_buffer=4096) as worker, bench(worker.url) as made:
         worker.script(read_body(100_000), notify("enough"), wait("never"))
-        request = outgoing(rest=endless(), length=1 << 40)
-        exchange = asyncio.create_task(made.exchange(request))
+        sending = made.exchange(rest=endless(), length=1 << 40)
+        exchange = asyncio.create_task(sending)
         await worker.reached("enough")
         before = -1
         async with asyncio.timeout(DEADLINE):

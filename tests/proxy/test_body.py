@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gollama_proxy.config.settings import Config, Limits, Timeouts
-from gollama_proxy.proxy.body import LEAST_RATE, Incoming, answer_expectation
+from gollama_proxy.proxy.body import LEAST_RATE, Body, answer_expectation
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.asks import CHAT
@@ -27,7 +27,7 @@ from tests.fakes.asks import CHAT
 BODY = b'{"messages": [{"role":"user"}], "stream":true ,"model" :"qwen", "n": 1}'
 
 
-class Body:
+class Content:
     """Stands in for aiohttp's stream; the next piece is there when one was taken."""
 
     def __init__(self, *pieces: bytes, end: bool = True) -> None:
@@ -75,33 +75,33 @@ class Body:
 
 
 def incoming(
-    body: Body,
+    body: Content,
     path: str = CHAT,
     *,
     length: int | None = None,
     grace: float = 10.0,
     limit: int = 1 << 20,
-) -> Incoming:
+) -> Body:
     headers = {} if length is None else {"Content-Length": str(length)}
     payload = cast(StreamReader, body)
     request = make_mocked_request("POST", path, headers, payload=payload)
     limits, timeouts = Limits(body=limit), Timeouts(body=grace)
-    return Incoming(request, ENDPOINTS[path], Config(limits=limits, timeouts=timeouts))
+    return Body(request, ENDPOINTS[path], Config(limits=limits, timeouts=timeouts))
 
 
 def pieces_of(body: bytes, size: int) -> list[bytes]:
     return [body[at : at + size] for at in range(0, len(body), size)]
 
 
-async def read_whole(body: bytes, path: str = CHAT) -> Incoming:
+async def read_whole(body: bytes, path: str = CHAT) -> Body:
     """Read a body that fits into the window; its end comes a moment later."""
-    read = incoming(Body(body, b""), path, length=len(body))
+    read = incoming(Content(body, b""), path, length=len(body))
     await read.read(1 << 20)
     assert read.complete
     return read
 
 
-async def rest_of(read: Incoming) -> list[bytes]:
+async def rest_of(read: Body) -> list[bytes]:
     return [piece async for piece in read.rest()]
 
 
@@ -175,7 +175,7 @@ async def test_what_a_route_does_not_need_is_left_to_the_worker(
     path: str, body: str
 ) -> None:
     read = await read_whole(body.encode(), path)
-    assert json.loads(read.body("qwen")) == {**json.loads(body), "model": "qwen"}
+    assert json.loads(read.named("qwen")) == {**json.loads(body), "model": "qwen"}
 
 
 NO_JSON = [
@@ -217,7 +217,7 @@ NO_JSON += [body.replace(b"{", b'{"model":"m",', 1) for body in NO_JSON if b"{" 
 @pytest.mark.parametrize("body", NO_JSON)
 @pytest.mark.parametrize("size", [1, 1000])
 async def test_what_is_no_json_object_is_refused(body: bytes, size: int) -> None:
-    read = incoming(Body(*pieces_of(body, size)))
+    read = incoming(Content(*pieces_of(body, size)))
     with pytest.raises(RequestError) as error:
         await read.read(1 << 20)
     assert refusal(error) == (Code.INVALID_JSON, None)
@@ -228,7 +228,7 @@ async def test_what_is_no_json_object_is_refused(body: bytes, size: int) -> None
 
 async def test_a_body_that_names_its_model_is_not_touched() -> None:
     read = await read_whole(BODY)
-    assert read.body("qwen") == BODY
+    assert read.named("qwen") == BODY
     assert read.length == len(BODY)
 
 
@@ -249,19 +249,19 @@ async def test_a_body_that_names_its_model_is_not_touched() -> None:
 )
 async def test_only_the_name_of_the_model_changes(body: bytes, expected: bytes) -> None:
     read = await read_whole(body)
-    assert read.body("the-name") == expected
+    assert read.named("the-name") == expected
     assert read.length_behind(expected) == len(expected)
 
 
 async def test_a_name_is_written_as_json() -> None:
     read = await read_whole(b'{"model":"x"}')
-    assert json.loads(read.body('a "b" \\ \n ë')) == {"model": 'a "b" \\ \n ë'}
+    assert json.loads(read.named('a "b" \\ \n ë')) == {"model": 'a "b" \\ \n ë'}
 
 
 async def test_the_length_of_a_chunked_body_stays_unknown() -> None:
-    read = incoming(Body(b'{"model":"alias"}'))
+    read = incoming(Content(b'{"model":"alias"}'))
     await read.read(1 << 20)
-    body = read.body("the-name")
+    body = read.named("the-name")
     assert body == b'{"model":"the-name"}'
     assert read.length_behind(body) is None
 
@@ -278,11 +278,11 @@ async def test_it_does_not_matter_where_a_body_is_cut(data: st.DataObject) -> No
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(body) - 1)))))
     edges = [0, *cuts, len(body)]
     pieces = [body[a:b] for a, b in itertools.pairwise(edges)]
-    read = incoming(Body(*pieces), length=len(body))
+    read = incoming(Content(*pieces), length=len(body))
     await read.read(1 << 20)
     assert read.model == model
-    assert read.body(model) == body
-    assert json.loads(read.body("another")) == {**whole, "model": "another"}
+    assert read.named(model) == body
+    assert json.loads(read.named("another")) == {**whole, "model": "another"}
 
 
 # --- Fallbacks --------------------------------------------------------------------
@@ -311,17 +311,17 @@ async def test_the_fallbacks_are_for_the_hub_and_not_for_the_worker(
         await read_in_pieces(body.encode(), length=None),
     ):
         assert read.fallbacks == fallbacks
-        sent = read.body("m")
+        sent = read.named("m")
         assert sent == (expected or body).encode()
         behind = read.length_behind(sent)
         assert behind == (len(sent) if read.length is not None else None)
-        assert json.loads(read.body("other"))["model"] == "other"
+        assert json.loads(read.named("other"))["model"] == "other"
         await read.read(1 << 20)  # nothing is left to read, or to take
         assert read.fallbacks == fallbacks
 
 
-async def read_in_pieces(body: bytes, length: int | None) -> Incoming:
-    read = incoming(Body(*pieces_of(body, 5)), length=length)
+async def read_in_pieces(body: bytes, length: int | None) -> Body:
+    read = incoming(Content(*pieces_of(body, 5)), length=length)
     await read.read(1 << 20)
     return read
 
@@ -339,25 +339,25 @@ async def test_what_is_left_without_the_fallbacks_means_the_same(
     sent = {key: names if key == "fallbacks" else whole[key] for key in keys}
     body = json.dumps(sent, ensure_ascii=data.draw(st.booleans())).encode()
     size = data.draw(st.integers(1, len(body)))
-    read = incoming(Body(*pieces_of(body, size)), length=len(body))
+    read = incoming(Content(*pieces_of(body, size)), length=len(body))
     await read.read(1 << 20)
     assert (read.fallbacks, read.model) == (tuple(names), whole["model"])
     assert (read.stream, read.replayable) == (True, True)
-    left = read.body(whole["model"])
+    left = read.named(whole["model"])
     assert json.loads(left) == whole
     assert read.size == read.length == len(left)
-    assert json.loads(read.body("another")) == {**whole, "model": "another"}
+    assert json.loads(read.named("another")) == {**whole, "model": "another"}
 
 
 async def test_fallbacks_in_a_body_that_streams_through_stay_in_it() -> None:
     """It cannot be sent again, so they are of no use; their type is still checked."""
     body = b'{"fallbacks":["a"],"x":"' + b"x" * 100 + b'"}'
-    read = incoming(Body(*pieces_of(body, 30)), length=len(body))
+    read = incoming(Content(*pieces_of(body, 30)), length=len(body))
     await read.read(30)
     assert read.fallbacks == ()
-    assert b"".join([read.body("m"), *await rest_of(read)]) == body
+    assert b"".join([read.named("m"), *await rest_of(read)]) == body
     body = b'{"x":"' + b"x" * 100 + b'","fallbacks":"a"}'
-    read = incoming(Body(*pieces_of(body, 30)), length=len(body))
+    read = incoming(Content(*pieces_of(body, 30)), length=len(body))
     await read.read(30)
     with pytest.raises(RequestError) as error:
         await rest_of(read)
@@ -378,7 +378,7 @@ async def test_fallbacks_that_occur_twice_are_refused() -> None:
 
 
 async def test_a_body_within_the_window_is_read_whole() -> None:
-    source = Body(*pieces_of(BODY, 10))
+    source = Content(*pieces_of(BODY, 10))
     read = incoming(source)
     await read.read(len(BODY) + 1)
     assert read.complete
@@ -388,10 +388,10 @@ async def test_a_body_within_the_window_is_read_whole() -> None:
 
 async def test_beyond_the_window_nothing_is_read_ahead() -> None:
     pieces = pieces_of(BODY, 10)
-    source = Body(*pieces, b"")
+    source = Content(*pieces, b"")
     read = incoming(source, length=len(BODY))
     await read.read(25)
-    assert read.body("qwen") == BODY[:30]
+    assert read.named("qwen") == BODY[:30]
     assert not read.complete
     assert source.untouched == len(pieces) + 1 - 3
     assert await rest_of(read) == pieces[3:]
@@ -399,30 +399,30 @@ async def test_beyond_the_window_nothing_is_read_ahead() -> None:
 
 
 async def test_the_window_can_be_widened_until_the_model_is_found() -> None:
-    source = Body(*pieces_of(BODY, 10))
+    source = Content(*pieces_of(BODY, 10))
     read = incoming(source)
     await read.read(10)
     assert read.model is None
     await read.read(len(BODY) - 5)
     assert read.model == "qwen"
-    assert b"".join([read.body("qwen"), *await rest_of(read)]) == BODY
+    assert b"".join([read.named("qwen"), *await rest_of(read)]) == BODY
 
 
 async def test_a_model_beyond_the_window_stays_as_it_is() -> None:
     """The worker serves only one: it would not have been sent there otherwise."""
-    read = incoming(Body(*pieces_of(BODY, 10)), length=len(BODY))
+    read = incoming(Content(*pieces_of(BODY, 10)), length=len(BODY))
     await read.read(20)
-    assert read.body("another") == BODY[:20]
+    assert read.named("another") == BODY[:20]
     assert read.length == len(BODY)
 
 
 async def test_the_part_that_was_read_can_name_another_model() -> None:
     body = b'{"model":"alias","a":"' + b"x" * 100 + b'"}'
-    read = incoming(Body(*pieces_of(body, 30)), length=len(body))
+    read = incoming(Content(*pieces_of(body, 30)), length=len(body))
     await read.read(30)
-    kept = read.body("the-name")
+    kept = read.named("the-name")
     assert kept == body[:30].replace(b"alias", b"the-name")
-    assert read.body("the-name") == kept, "as often as it is asked for"
+    assert read.named("the-name") == kept, "as often as it is asked for"
     length = read.length_behind(kept)
     assert length == len(body) + 3
     assert read.untouched
@@ -432,20 +432,20 @@ async def test_the_part_that_was_read_can_name_another_model() -> None:
 
 async def test_the_rest_is_checked_on_its_way() -> None:
     body = b'{"a":"' + b"x" * 30 + b'","max_tokens":"7"}'
-    read = incoming(Body(*pieces_of(body, 10)))
+    read = incoming(Content(*pieces_of(body, 10)))
     await read.read(10)
     with pytest.raises(RequestError) as error:
         await rest_of(read)
     assert refusal(error) == (Code.INVALID_VALUE, "max_tokens")
 
     body = b'{"model":"a","a":"' + b"x" * 30 + b'","model":"b"}'
-    read = incoming(Body(*pieces_of(body, 10)))
+    read = incoming(Content(*pieces_of(body, 10)))
     await read.read(10)
     with pytest.raises(RequestError) as error:
         await rest_of(read)
     assert refusal(error) == (Code.INVALID_JSON, None)
 
-    read = incoming(Body(b'{"a":"', b"xxx"))
+    read = incoming(Content(b'{"a":"', b"xxx"))
     await read.read(5)
     with pytest.raises(RequestError) as error:
         await rest_of(read)
@@ -457,11 +457,11 @@ async def test_what_is_not_sent_again_is_let_go() -> None:
     read = await read_whole(BODY)
     read.forget()
     assert (read.model, read.complete) == (None, True)
-    assert repr(read) == f"<Incoming {CHAT} {len(BODY)} bytes complete>"
+    assert repr(read) == f"<Body {CHAT} {len(BODY)} bytes complete>"
 
 
 async def test_what_is_still_being_sent_is_not() -> None:
-    read = incoming(Body(*pieces_of(BODY, 70)), length=len(BODY))
+    read = incoming(Content(*pieces_of(BODY, 70)), length=len(BODY))
     await read.read(70)
     assert (read.model, read.complete) == ("qwen", False)
     read.forget()
@@ -473,7 +473,7 @@ async def test_what_is_still_being_sent_is_not() -> None:
 
 
 async def test_a_body_that_announces_too_much_is_not_read() -> None:
-    source = Body(BODY)
+    source = Content(BODY)
     with pytest.raises(RequestError, match="larger than 1024 bytes") as error:
         incoming(source, length=1025, limit=1024)
     assert refusal(error) == (Code.BODY_TOO_LARGE, None)
@@ -481,18 +481,18 @@ async def test_a_body_that_announces_too_much_is_not_read() -> None:
     assert incoming(source, length=1024, limit=1024).length == 1024
 
 
-async def read_both_parts(read: Incoming, window: int) -> int:
+async def read_both_parts(read: Body, window: int) -> int:
     await read.read(window)
-    return len(read.body("")) + sum(map(len, await rest_of(read)))
+    return len(read.named("")) + sum(map(len, await rest_of(read)))
 
 
 @pytest.mark.parametrize("window", [100, 1 << 20])
 async def test_a_body_that_announces_nothing_is_cut_at_the_limit(window: int) -> None:
     body = b'{"model":"","a":"' + b"x" * 981 + b'"}'
     pieces = pieces_of(body, 100)
-    assert await read_both_parts(incoming(Body(*pieces), limit=1000), window) == 1000
+    assert await read_both_parts(incoming(Content(*pieces), limit=1000), window) == 1000
     # The client need not have said all of it.
-    read = incoming(Body(*pieces, b" ", end=False), limit=1000)
+    read = incoming(Content(*pieces, b" ", end=False), limit=1000)
     with pytest.raises(RequestError, match="larger than 1000 bytes") as error:
         await read_both_parts(read, window)
     assert refusal(error) == (Code.BODY_TOO_LARGE, None)
@@ -502,7 +502,7 @@ async def test_a_body_that_announces_nothing_is_cut_at_the_limit(window: int) ->
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
-    read = incoming(Body(b"{", end=False), grace=0.02)
+    read = incoming(Content(b"{", end=False), grace=0.02)
     with pytest.raises(RequestError, match="too slowly") as error:
         await read.read(1 << 20)
     assert refusal(error) == (Code.BODY_TIMEOUT, None)
@@ -510,7 +510,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
 
 async def test_a_body_that_drips_is_not_waited_for() -> None:
     """Each byte comes in time, and all of them do not."""
-    source = Body(b"{", end=False)
+    source = Content(b"{", end=False)
 
     async def drip() -> None:
         for _ in range(100):
@@ -529,7 +529,7 @@ async def test_a_body_that_drips_is_not_waited_for() -> None:
 async def test_whoever_sends_much_gets_more_time() -> None:
     """A large body on a slow line is no attack: bytes buy patience."""
     first = b'{"a":"' + b"x" * LEAST_RATE
-    source = Body(first, end=False)
+    source = Content(first, end=False)
     read = incoming(source, grace=0.02)
     await read.read(len(first))
     loop = asyncio.get_running_loop()
@@ -540,7 +540,7 @@ async def test_whoever_sends_much_gets_more_time() -> None:
 
 async def test_only_waiting_for_the_client_counts() -> None:
     """A worker that is slow to take the rest does not use up its client's time."""
-    source = Body(b'{"a":"', b"x", b'"}')
+    source = Content(b'{"a":"', b"x", b'"}')
     read = incoming(source, grace=0.05)
     await read.read(1)
     pieces = []
@@ -557,7 +557,7 @@ async def test_only_waiting_for_the_client_counts() -> None:
     "fault", [web.RequestPayloadError("0, 400"), TransferEncodingError("chunk: zz")]
 )
 async def test_a_body_that_is_badly_framed_is_told(fault: Exception) -> None:
-    source = Body(b"{", end=False)
+    source = Content(b"{", end=False)
     read = incoming(source)
     await read.read(1)
     source.fail(fault)
@@ -568,7 +568,7 @@ async def test_a_body_that_is_badly_framed_is_told(fault: Exception) -> None:
 
 
 async def test_a_client_that_left_is_no_bad_request() -> None:
-    source = Body(b"{", end=False)
+    source = Content(b"{", end=False)
     read = incoming(source)
     await read.read(1)
     source.fail(ConnectionResetError("gone"))
@@ -577,11 +577,11 @@ async def test_a_client_that_left_is_no_bad_request() -> None:
 
 
 async def test_nothing_of_a_body_shows() -> None:
-    read = incoming(Body(b'{"model":"canary","messages":["canary"]', b"}"))
+    read = incoming(Content(b'{"model":"canary","messages":["canary"]', b"}"))
     await read.read(1)
-    assert repr(read) == f"<Incoming {CHAT} 39 bytes unfinished>"
+    assert repr(read) == f"<Body {CHAT} 39 bytes unfinished>"
     await read.read(1 << 20)
-    assert repr(read) == f"<Incoming {CHAT} 40 bytes complete>"
+    assert repr(read) == f"<Body {CHAT} 40 bytes complete>"
 
 
 # --- Expect: 100-continue ---------------------------------------------------------

@@ -1,349 +1,152 @@
-"""What is made of a worker's answer: who is told what, and who is to blame."""
+"""An answer begins once and ends once, and nobody takes half of it for the whole."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import struct
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
-from aiohttp import HttpVersion, HttpVersion10, HttpVersion11, web
+from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
 from aiohttp.test_utils import make_mocked_request
 
-from gollama_proxy.fleet.lease import Result
+from gollama_proxy.proxy.client import Client, ToldError
 from gollama_proxy.proxy.relay import Relay
-from gollama_proxy.proxy.response import (
-    FAILURES,
-    Refusal,
-    begin_response,
-    read_refusal,
-    refusal_of,
-    refusal_of_assembly,
-    whole_response,
-)
-from gollama_proxy.scheduling.retry import Failure
-from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.proxy.response import Assembly, Stream, in_one_piece
+from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.upstream.connection import Connection
+from gollama_proxy.wire.asking import ask_for_stream
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import ENDPOINTS
-from gollama_proxy.wire.partial import DivergedError, UnreadableError
-from gollama_proxy.wire.sse import EventError
 from tests.fakes.clock import Clock
-from tests.fakes.pool import worker as a_worker
-from tests.fakes.replies import error_event, event, ping, role, token
-from tests.fakes.waiting import DEADLINE
+from tests.fakes.pool import worker
+from tests.fakes.replies import chunk, error_event, role, token, usage_of
+from tests.fakes.streams import chat_stream, text_stream
 
-JSON = (b"Content-Type", b"application/json; charset=utf-8")
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+JSON = (b"Content-Type", b"application/json")
+LENGTH = (b"Content-Length", b"100")
 EVENTS = (b"Content-Type", b"text/event-stream")
-REFUSED, BUSY, FAILED = Result.REFUSED, Result.BUSY, Result.WORKER_FAILED
-ERRED = Result.ERRED
+LOST = WorkerError(Code.WORKER_LOST, "because", detail="reset")
+
+
+class Transport(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.end = ""
+        self.socket: Mock | None = Mock(spec=socket.socket)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += bytes(data)
+
+    def get_write_buffer_size(self) -> int:
+        return len(self.written)
+
+    def is_closing(self) -> bool:
+        return bool(self.end)
+
+    def close(self) -> None:
+        self.end = self.end or "closed"
+
+    def abort(self) -> None:
+        self.end = self.end or "reset"
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self.socket if name == "socket" else default
+
+    @property
+    def lingers(self) -> bool:
+        """Whether its end would be a FIN, as that of a complete answer is."""
+        linger = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return self.socket is None or linger not in [
+            call.args for call in self.socket.setsockopt.call_args_list
+        ]
+
+
+def exchange(
+    route: str = CHAT, version: HttpVersion = HttpVersion11, alias: str = ""
+) -> Exchange:
+    """Make the exchange of a request whose client gets an answer now."""
+    request = make_mocked_request("POST", route, version=version, transport=Transport())
+    x = Exchange(request, 0.0)
+    x.route, x.endpoint, x.keep_alive = route, ENDPOINTS[route], True
+    x.worker, x.attempts = "w", 1
+    x.plan = Mock()
+    x.plan.pool.model = x.asked = "tiny"
+    x.alias = alias
+    return x
+
+
+class Stage:
+    """A stream to a client, and a relay to pass on."""
+
+    def __init__(self, route: str = CHAT, *, chunked: bool = True) -> None:
+        self.x = exchange(route, HttpVersion11 if chunked else HttpVersion10)
+        transport = self.x.request.transport
+        assert isinstance(transport, Transport)
+        self.transport = transport
+        self.stream = self.x.delivery = Stream(self.x)
+        self.head = ""
+
+    def open(self, relay: Relay) -> Client:
+        """Open the stream, and take its head off what was written."""
+        client = self.stream.open(relay)
+        if not self.head:
+            head, _, self.transport.written = self.transport.written.partition(
+                b"\r\n\r\n"
+            )
+            self.head = head.decode() + "\r\n"
+        return client
+
+    async def pass_on(self, relay: Relay) -> WorkerError:
+        """Pass on what came of an answer, until it breaks off."""
+        with pytest.raises(WorkerError) as caught:
+            await relay.run(self.open(relay), 5.0)
+        return caught.value
 
 
 def received(
-    status: int, body: bytes = b"", *headers: tuple[bytes, bytes], ended: bool = True
+    *parts: bytes,
+    headers: tuple[tuple[bytes, bytes], ...] = (EVENTS,),
+    lost: bool = True,
 ) -> Relay:
-    """Make a relay that has received an answer."""
+    """Make a relay that has received a part of an answer, and lost its worker."""
     clock = Clock()
-    lease = a_worker(name="w", clock=clock).lease()
-    relay = Relay(
-        "w", cast(Connection, None), lease, ENDPOINTS["/v1/chat/completions"], clock
-    )
-    relay.head_received(status, list(headers or (JSON,)))
-    if body:
-        relay.body_received(body)
-    if ended:
-        relay.answer_ended()
+    lease = worker(name="w", clock=clock).lease()
+    relay = Relay("w", cast(Connection, None), lease, ENDPOINTS[CHAT], clock)
+    relay.head_received(200, list(headers))
+    for part in parts:
+        relay.body_received(part)
+    if lost:
+        relay.answer_lost("reset", malformed=False)
     return relay
 
 
-def worded(kind: str = "server_error") -> bytes:
-    error = {"code": 400, "message": "because", "type": kind}
-    return json.dumps({"error": error}).encode()
+# --- A stream: its beginning ------------------------------------------------------
 
 
-async def refusal(relay: Relay) -> Refusal:
-    async with asyncio.timeout(DEADLINE):
-        found = await read_refusal(relay, "w")
-    assert found is not None
-    return found
-
-
-def response_of(refusal: Refusal) -> web.Response:
-    assert isinstance(refusal.told, web.Response)
-    return refusal.told
-
-
-def error_of(refusal: Refusal) -> ProxyError:
-    assert isinstance(refusal.told, ProxyError)
-    return refusal.told
-
-
-# --- Answers ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "relay",
-    [
-        received(200, b"{}"),
-        received(200, b"{", ended=False),
-        received(200, role(), EVENTS, ended=False),
-        received(200, ping() + role(), EVENTS),
-        received(204),
-    ],
-)
-async def test_what_is_no_refusal_is_passed_on(relay: Relay) -> None:
-    assert await read_refusal(relay, "w") is None
-
-
-def test_a_short_answer_goes_out_in_one_piece() -> None:
-    whole = whole_response(received(200, b'{"a":1}'))
-    assert whole is not None
-    assert (whole.status, whole.body) == (200, b'{"a":1}')
-    assert whole.headers["Content-Type"] == JSON[1].decode()
-
-
-def test_a_long_answer_and_a_stream_do_not() -> None:
-    assert whole_response(received(200, b"{", ended=False)) is None
-    assert whole_response(received(200, role(), EVENTS)) is None
-
-
-# --- Refusals ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("status", "kind", "outcome", "failure"),
-    [
-        (400, "invalid_request_error", REFUSED, None),
-        (400, "exceed_context_size_error", REFUSED, Failure.CONTEXT),
-        (400, "context_length_exceeded", REFUSED, Failure.CONTEXT),
-        (413, "exceed_context_size_error", REFUSED, Failure.CONTEXT),
-        (404, "not_found_error", REFUSED, None),
-        (422, "invalid_request_error", REFUSED, None),
-        (429, "rate_limit_error", BUSY, Failure.BUSY),
-        (500, "server_error", ERRED, Failure.STATUS),
-        (500, "exceed_context_size_error", REFUSED, Failure.CONTEXT),
-        (501, "not_supported_error", REFUSED, None),
-        (502, "server_error", ERRED, Failure.STATUS),
-        (504, "server_error", ERRED, Failure.STATUS),
-        (599, "server_error", ERRED, Failure.STATUS),
-    ],
-)
-async def test_a_workers_words_are_passed_on_and_judged(
-    status: int, kind: str, outcome: Result, failure: Failure | None
-) -> None:
-    found = await refusal(received(status, worded(kind)))
-    assert (found.outcome, found.failure) == (outcome, failure)
-    told = response_of(found)
-    assert (told.status, told.body) == (status, worded(kind))
-    assert told.headers["Content-Type"] == JSON[1].decode()
-
-
-@pytest.mark.parametrize("status", [401, 403])
-async def test_a_refused_key_is_the_hubs_own(status: int) -> None:
-    found = await refusal(received(status, worded("authentication_error")))
-    assert (found.outcome, found.failure, found.busy) == (FAILED, Failure.KEY, None)
-    assert error_of(found).code is Code.WORKER_REFUSED_KEY
-
-
-@pytest.mark.parametrize("body", [b"", worded("unavailable_error")])
-async def test_a_503_says_to_come_back(body: bytes) -> None:
-    found = await refusal(received(503, body))
-    assert (found.outcome, found.failure) == (BUSY, Failure.LOADING)
-    assert error_of(found).code is Code.NO_WORKER
-    assert (error_of(found).retry_after or 0) > 0
-
-
-@pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize(
-    ("given", "seconds"),
-    [
-        (None, 1.0),
-        (b"0", 0.0),
-        (b"30", 30.0),
-        (b"", 1.0),
-        (b"-3", 1.0),
-        (b"1.5", 1.5),
-        (b"1.5.", 1.0),
-        (b"soon", 1.0),
-        (b"nan", 1.0),
-        (b"Fri, 31 Dec 1999 23:59:59 GMT", 0.0),
-        (b"Fri, 31 Dec 1999 23:59:59", 0.0),
-        (b"Fri, 99 Dec 1999 23:59:59 GMT", 1.0),
-        ("٣".encode(), 1.0),
-        (b"9" * 400, float("inf")),
-    ],
-)
-async def test_how_long_a_busy_worker_is_left_alone(
-    status: int, given: bytes | None, seconds: float
-) -> None:
-    """As it asks, in seconds; one second where it does not say so."""
-    headers = [JSON] if given is None else [JSON, (b"Retry-After", given)]
-    assert (await refusal(received(status, worded(), *headers))).busy == seconds
-
-
-@pytest.mark.parametrize("status", [429, 503])
-async def test_a_moment_is_read_by_the_clock_of_the_worker(status: int) -> None:
-    date = (b"Date", b"Tue, 01 Jan 2030 10:00:00 GMT")
-    until = (b"Retry-After", b"Tue, 01 Jan 2030 10:00:30 GMT")
-    assert (await refusal(received(status, worded(), JSON, date, until))).busy == 30
-    later = (b"Retry-After", b"Tue, 01 Jan 9999 10:00:00 GMT")
-    assert ((await refusal(received(status, worded(), JSON, later))).busy or 0) > 1e9
-
-
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [
-        (413, "invalid_request_error"),
-        (415, "invalid_request_error"),
-        (500, "server_error"),
-    ],
-)
-@pytest.mark.parametrize(
-    "body", [b"", b"\r\n", b"<html>\r\n<h1>Bad Gateway</h1></html>", b"No.", b"[1]"]
-)
-async def test_a_refusal_without_words_gets_some(
-    status: int, kind: str, body: bytes
-) -> None:
-    """A proxy before a worker answers in HTML, which no SDK reads."""
-    told = response_of(await refusal(received(status, body)))
-    assert told.status == status
-    assert isinstance(told.body, bytes)
-    assert json.loads(told.body)["error"] == {
-        "message": f"Worker w answered {status} without a reason.",
-        "type": kind,
-        "param": None,
-        "code": None,
-    }
-
-
-@pytest.mark.parametrize("malformed", [True, False])
-async def test_a_refusal_that_is_cut_is_a_loss(malformed: bool) -> None:
-    relay = received(400, b'{"err', ended=False)
-    reading = asyncio.create_task(refusal(relay))
-    await asyncio.sleep(0)
-    assert not reading.done()
-    relay.answer_lost("reset", malformed=malformed)
-    found = await reading
-    failure = Failure.MALFORMED if malformed else Failure.RESET
-    assert (found.outcome, found.failure) == (FAILED, failure)
-
-
-# --- Streams that begin with an error ---------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("code", "status", "failure"),
-    [
-        (400, 400, None),
-        (499, 499, None),
-        (500, 500, Failure.STATUS),
-        (599, 599, Failure.STATUS),
-        (399, 502, Failure.STATUS),
-        (600, 502, Failure.STATUS),
-        ("e", 502, Failure.STATUS),
-        (None, 502, Failure.STATUS),
-    ],
-)
-async def test_a_stream_that_begins_with_an_error_gets_its_status(
-    code: Any, status: int, failure: Failure | None
-) -> None:
-    first = event({"error": {"code": code, "message": "because", "type": "oh"}})
-    found = await refusal(received(200, ping() + first, EVENTS))
-    outcome = REFUSED if failure is None else ERRED
-    assert (found.outcome, found.failure) == (outcome, failure)
-    told = response_of(found)
-    assert told.status == status
-    assert isinstance(told.body, bytes)
-    error = json.loads(told.body)["error"]
-    assert (error["message"], error["type"]) == ("because", "oh")
-
-
-@pytest.mark.parametrize("begun", [role(), role() + token("a")])
-async def test_so_does_one_of_which_nothing_was_passed_on_yet(begun: bytes) -> None:
-    relay = received(200, begun + error_event("late"), EVENTS)
-    found = await refusal(relay)
-    assert (found.outcome, found.failure) == (ERRED, Failure.STATUS)
-    assert response_of(found).status == 500
-
-
-# --- Errors of the connection -----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("code", "outcome", "failure"),
-    [
-        (Code.WORKER_UNREACHABLE, FAILED, Failure.UNREACHABLE),
-        (Code.WORKER_LOST, FAILED, Failure.RESET),
-        (Code.WORKER_INCOMPLETE, FAILED, Failure.RESET),
-        (Code.WORKER_PROTOCOL, FAILED, Failure.MALFORMED),
-        (Code.WORKER_TIMEOUT, FAILED, Failure.SILENT),
-        (Code.WORKER_SLOW, Result.SLOW, Failure.SLOW),
-    ],
-)
-def test_an_error_of_the_connection_is_told_as_it_is(
-    code: Code, outcome: Result, failure: Failure
-) -> None:
-    error = WorkerError(code, "because")
-    assert refusal_of(error) == Refusal(error, outcome, failure)
-
-
-def test_every_error_of_a_worker_has_its_failure() -> None:
-    """But a refused key, which is no error of the connection."""
-    codes = {code for code in Code if code.startswith("worker_")}
-    assert set(FAILURES) == codes - {Code.WORKER_REFUSED_KEY}
-
-
-@pytest.mark.parametrize("error", [DivergedError, UnreadableError])
-def test_what_cannot_be_the_rest_of_an_answer_is_no_failure(
-    error: type[DivergedError],
-) -> None:
-    """The worker was asked for too much; somebody else would do no better."""
-    raised = error("another text")
-    assert refusal_of(raised) == Refusal(raised, REFUSED, None)
-
-
-# --- Streams that make up no answer -----------------------------------------------
-
-
-def test_a_stream_that_is_of_no_use_is_nobodys_fault() -> None:
-    """The request goes out again as it was."""
-    found = refusal_of_assembly(LostTextError("no text"))
-    assert (found.outcome, found.failure) == (REFUSED, Failure.STREAM)
-    assert error_of(found).code is Code.WORKER_PROTOCOL
-
-
-def test_a_stream_that_can_never_be_folded_is_nobodys_fault_either() -> None:
-    found = refusal_of_assembly(UnfoldableError("an event cannot be read"))
-    assert (found.outcome, found.failure) == (REFUSED, Failure.STREAM)
-    assert found.lasting
-    assert not refusal_of_assembly(LostTextError("no text")).lasting
-    assert error_of(found).code is Code.WORKER_PROTOCOL
-    assert error_of(found).detail == "an event cannot be read"
-    assert "event" not in error_of(found).message
-
-
-@pytest.mark.parametrize(
-    ("code", "status", "outcome", "failure"),
-    [
-        (400, 400, REFUSED, None),
-        (500, 500, ERRED, Failure.STATUS),
-        (None, 502, ERRED, Failure.STATUS),
-    ],
-)
-def test_an_error_in_a_stream_becomes_the_answers_own(
-    code: int | None, status: int, outcome: Result, failure: Failure | None
-) -> None:
-    error = AssemblyError("it told an error", EventError("because", "oh", code))
-    found = refusal_of_assembly(error)
-    assert (found.outcome, found.failure) == (outcome, failure)
-    told = response_of(found)
-    assert told.status == status
-    assert isinstance(told.body, bytes)
-    assert json.loads(told.body)["error"]["message"] == "because"
-
-
-# --- Heads ------------------------------------------------------------------------
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_a_stream_begins_with_its_head(chunked: bool) -> None:
+    stage = Stage(chunked=chunked)
+    assert not stage.stream.begun
+    assert repr(stage.stream) == "<Stream not begun>"
+    client = stage.open(received(role()))
+    assert stage.stream.begun
+    assert repr(stage.stream) == "<Stream begun>"
+    assert (client.chunked, client.buffered()) == (chunked, 0)
+    assert " 200 " in stage.head.partition("\r\n")[0]
+    assert "X-Gollama-Worker: w\r\n" in stage.head
+    assert stage.x.status == 200
+    client.write(b"one")
+    client.send(b"two")
+    assert stage.transport.written == b"one" + (chunk(b"two") if chunked else b"two")
+    assert client.buffered() == len(stage.transport.written)
+    await client.drain()
 
 
 @pytest.mark.parametrize(
@@ -351,9 +154,9 @@ def test_an_error_in_a_stream_becomes_the_answers_own(
     [
         (HttpVersion11, (JSON,), True, None),
         (HttpVersion11, (EVENTS,), True, None),
-        (HttpVersion11, (JSON, (b"Content-Length", b"7")), False, 7),
-        (HttpVersion11, (EVENTS, (b"Content-Length", b"7")), True, None),
-        (HttpVersion10, (JSON, (b"Content-Length", b"7")), False, 7),
+        (HttpVersion11, (JSON, LENGTH), False, 100),
+        (HttpVersion11, (EVENTS, LENGTH), True, None),
+        (HttpVersion10, (JSON, LENGTH), False, 100),
         (HttpVersion10, (EVENTS,), False, None),
     ],
 )
@@ -364,11 +167,303 @@ def test_how_a_client_knows_where_an_answer_ends(
     length: int | None,
 ) -> None:
     """By its length, by its last chunk, or by the end of the connection."""
-    request = make_mocked_request("POST", "/", version=version)
-    relay = received(200, b"", *headers, ended=False)
-    record = Record("id", "POST", headers={"X-Gollama-Worker": "w"})
-    response = begin_response(request, relay, record)
-    assert (response.chunked, response.content_length) == (chunked, length)
-    closes = not (chunked or length)
-    assert response.keep_alive is (False if closes else None)
-    assert response.headers["X-Gollama-Worker"] == "w"
+    stage = Stage(chunked=version is HttpVersion11)
+    client = stage.open(received(headers=headers))
+    assert client.chunked is chunked
+    assert ("Transfer-Encoding: chunked" in stage.head) is chunked
+    assert (f"Content-Length: {length}" in stage.head) is (length is not None)
+    assert stage.x.keep_alive is bool(chunked or length)
+
+
+def test_a_stream_begins_once_whatever_continues_it() -> None:
+    stage = Stage()
+    client = stage.stream.open(received(role()))
+    written = stage.transport.written
+    assert stage.stream.open(received(role())) is client
+    assert stage.transport.written == written
+
+
+def test_a_client_that_has_left_gets_no_stream() -> None:
+    stage = Stage()
+    stage.x.request.protocol.transport = None
+    with pytest.raises(ConnectionResetError):
+        stage.stream.open(received(role()))
+    assert not stage.stream.begun
+    assert stage.transport.written == b""
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_complete_stream_ends_with_its_last_chunk(chunked: bool) -> None:
+    stage = Stage(chunked=chunked)
+    stage.open(received(role()))
+    response = stage.stream.finish()
+    assert response.keep_alive is chunked
+    assert stage.transport.written == (b"0\r\n\r\n" if chunked else b"")
+    assert stage.transport.end == ""
+
+
+def test_a_comment_begins_a_stream() -> None:
+    stage = Stage()
+    stage.stream.notify("queued 1/1")
+    assert stage.stream.begun
+    assert not stage.stream.fed
+    assert stage.transport.written.endswith(chunk(b": queued 1/1\n\n"))
+    assert b"Content-Type: text/event-stream\r\n" in stage.transport.written
+
+
+# --- An answer in one piece -------------------------------------------------------
+
+
+def whole_answer(status: int, body: bytes, *, ended: bool = True) -> Relay:
+    relay = received(body, headers=(JSON,), lost=False)
+    relay.status = status
+    if ended:
+        relay.answer_ended()
+    return relay
+
+
+def test_a_short_answer_goes_out_in_one_piece() -> None:
+    x = exchange()
+    answer = in_one_piece(x, whole_answer(200, b'{"a":1}'))
+    assert answer is not None
+    assert (answer.status, answer.body, x.bytes) == (200, b'{"a":1}', 7)
+    assert answer.fields == "Content-Type: application/json\r\n"
+
+
+def test_an_answer_has_the_name_that_the_client_knows() -> None:
+    x = exchange(alias="mini")
+    answer = in_one_piece(x, whole_answer(200, b'{"model":"tiny"}'))
+    assert answer is not None
+    assert answer.body == b'{"model":"mini"}'
+
+
+def test_a_long_answer_and_a_stream_do_not() -> None:
+    assert in_one_piece(exchange(), whole_answer(200, b"{", ended=False)) is None
+    assert in_one_piece(exchange(), received(role())) is None
+
+
+# --- A stream: when it breaks off -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("route", "error", "written"),
+    [
+        (CHAT, WorkerError, b"data: {"),
+        ("/v1/messages", WorkerError, b"event: error\ndata: {"),
+        (CHAT, ToldError, b""),
+    ],
+)
+async def test_a_broken_stream_ends_with_one_error_event(
+    route: str, error: type[ProxyError], written: bytes
+) -> None:
+    """And not with a second one, where the worker's own was passed on."""
+    stage = Stage(route, chunked=False)
+    stage.open(received())
+    because = error(Code.WORKER_LOST, "because", detail="reset")
+    response = stage.stream.break_off(because)
+    assert not response.keep_alive
+    assert stage.transport.written.startswith(written)
+    assert bool(stage.transport.written) is bool(written)
+    assert stage.transport.end == "closed"
+
+
+@pytest.mark.parametrize(
+    ("headers", "chunked", "end"),
+    [
+        ((JSON,), True, "closed"),
+        ((JSON, LENGTH), True, "closed"),
+        ((JSON, LENGTH), False, "closed"),
+        ((JSON,), False, "reset"),
+    ],
+)
+async def test_a_broken_answer_is_not_added_to(
+    headers: tuple[tuple[bytes, bytes], ...], chunked: bool, end: str
+) -> None:
+    """Where only the connection's end tells of the answer's, it ends with a reset."""
+    stage = Stage(chunked=chunked)
+    await stage.pass_on(received(b"{", headers=headers))
+    before = stage.transport.written
+    stage.stream.break_off(LOST)
+    assert (stage.transport.written, stage.transport.end) == (before, end)
+    assert stage.transport.lingers is (end == "closed")
+
+
+@pytest.mark.parametrize(
+    ("last", "half"),
+    [
+        (token("a"), False),
+        (token("a")[:-1], True),
+        (token("a")[:-9], True),
+        (b"proxy error: Failed to read connection", True),
+    ],
+)
+async def test_the_error_is_an_event_of_its_own(last: bytes, half: bool) -> None:
+    stage = Stage()
+    error = await stage.pass_on(received(role(), last))
+    before = stage.transport.written
+    stage.stream.break_off(error)
+    added = stage.transport.written.removeprefix(before)
+    assert added.startswith(chunk(b"\n\n") if half else b"")
+    assert added.removeprefix(chunk(b"\n\n")).partition(b"\r\n")[2].startswith(b"data:")
+
+
+async def test_what_was_completed_already_is_not_completed_once_more() -> None:
+    """Behind half an event the hub has sent the rest of it, or a whole rescue."""
+    stage = Stage()
+    error = await stage.pass_on(received(role(), token("a")[:-1]))
+    stage.stream.send(b"\n")
+    stage.stream.send(token("b"))
+    before = stage.transport.written
+    assert before.endswith(chunk(b"\n") + chunk(token("b")))
+    stage.stream.break_off(error)
+    added = stage.transport.written.removeprefix(before)
+    assert added.partition(b"\r\n")[2].startswith(b'data: {"error"')
+
+
+async def test_where_nothing_was_cut_nothing_is_completed() -> None:
+    stage = Stage()
+    await stage.pass_on(received(role()))
+    before = stage.transport.written
+    stage.stream.send(b"")
+    assert stage.transport.written == before
+
+
+async def test_the_bytes_of_another_worker_are_not_the_clients() -> None:
+    """They go through a splice, which passes on whole events."""
+    stage = Stage()
+    error = await stage.pass_on(received(role()))
+    stage.stream.send(b"")
+    second = received(role(), token("a")[:-1])
+    assert stage.open(second)
+    before = stage.transport.written
+    stage.stream.break_off(error)
+    assert chunk(b"\n\n") not in stage.transport.written.removeprefix(before)
+
+
+# --- A client that does not read --------------------------------------------------
+
+
+@pytest.mark.parametrize("headers", [(EVENTS,), (JSON,), (JSON, LENGTH)])
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_a_client_that_does_not_read_is_hung_up_on(
+    chunked: bool, headers: tuple[tuple[bytes, bytes], ...]
+) -> None:
+    """It gets nothing more, and by no means what looks like a good end."""
+    stage = Stage(chunked=chunked)
+    stage.open(received(headers=headers))
+    assert not stage.stream.drop().keep_alive
+    assert (stage.transport.end, stage.transport.written) == ("reset", b"")
+    assert stage.transport.lingers is (chunked or LENGTH in headers)
+
+
+async def test_a_connection_without_a_socket_is_hung_up_all_the_same() -> None:
+    stage = Stage(chunked=False)
+    stage.open(received())
+    stage.transport.socket = None
+    stage.stream.drop()
+    assert stage.transport.end == "reset"
+
+
+# --- A whole ----------------------------------------------------------------------
+
+
+def assembly(route: str = CHAT, limit: int = 1 << 20) -> tuple[Assembly, Exchange]:
+    x = exchange(route)
+    asked = ask_for_stream(b"{}", ENDPOINTS[route])
+    assert asked is not None
+    return Assembly(x, asked.assembler(limit)), x
+
+
+def answer_of(delivery: Assembly) -> Any:
+    return json.loads(delivery.finish().body)
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+async def test_a_whole_is_put_together_from_what_was_written(size: int) -> None:
+    delivery, x = assembly()
+    client = delivery.open(received())
+    assert not client.chunked
+    stream = chat_stream(["Good ", "day"], usage=usage_of(3))
+    for at in range(0, len(stream), size):
+        client.write(stream[at : at + size])
+        assert client.buffered() == 0
+        await client.drain()
+    assert not delivery.begun
+    response = delivery.finish()
+    assert (response.status, response.fields) == (
+        200,
+        "Content-Type: application/json\r\n",
+    )
+    answer = json.loads(response.body)
+    assert answer["choices"][0]["message"]["content"] == "Good day"
+    assert answer["object"] == "chat.completion"
+    assert x.bytes == len(response.body)
+
+
+@pytest.mark.parametrize("route", [TEXT, "/chat/completions"])
+async def test_a_whole_is_of_the_kind_that_its_path_has(route: str) -> None:
+    delivery, _ = assembly(route)
+    stream = text_stream(["a"]) if route == TEXT else chat_stream(["a"])
+    delivery.open(received()).write(stream)
+    kind = "text_completion" if route == TEXT else "chat.completion"
+    assert (answer_of(delivery))["object"] == kind
+
+
+async def test_another_worker_may_go_on_with_a_whole() -> None:
+    """What the hub adds between the two is a comment, or completes an event."""
+    delivery, _ = assembly()
+    for_one = delivery.open(received())
+    for_one.write(chat_stream(["Good "], reason=None)[:-1])
+    delivery.send(b"\n")
+    for_another = delivery.open(received())
+    for_another.send(b": gollama rescued 1\n\n")
+    for_another.send(chat_stream(["day"]))
+    answer = answer_of(delivery)
+    assert answer["choices"][0]["message"]["content"] == "Good day"
+
+
+@pytest.mark.parametrize(
+    ("stream", "error", "why"),
+    [
+        (b"", UnfoldableError, "before the answer was complete"),
+        (chat_stream(["a"], reason=None), UnfoldableError, "before the answer"),
+        (chat_stream([], reason="length"), LostTextError, "did not tell the text"),
+        (b"data: {\n\n" + chat_stream(["a"]), UnfoldableError, "cannot be read"),
+        (chat_stream(["a" * 5000]), LostTextError, "longer than 4096 characters"),
+    ],
+)
+async def test_what_makes_up_no_answer_is_an_error_at_its_end(
+    stream: bytes, error: type[AssemblyError], why: str
+) -> None:
+    """And not in the call that reads from the worker."""
+    delivery, x = assembly(limit=4096)
+    client = delivery.open(received())
+    client.write(stream)
+    with pytest.raises(AssemblyError, match=why) as caught:
+        delivery.finish()
+    assert type(caught.value) is error
+    assert x.bytes == 0
+
+
+async def test_the_first_thing_that_is_wrong_counts() -> None:
+    delivery, _ = assembly()
+    delivery.send(error_event("out of memory"))
+    delivery.send(b"data: nonsense\n\n")
+    with pytest.raises(AssemblyError) as caught:
+        delivery.finish()
+    assert caught.value.error is not None
+    assert caught.value.error.message == "out of memory"
+
+
+def test_a_whole_that_breaks_off_has_not_begun() -> None:
+    """So its client is told with a status."""
+    delivery, _ = assembly()
+    delivery.send(chat_stream(["a"], reason=None))
+    with pytest.raises(WorkerError) as caught:
+        delivery.break_off(LOST)
+    assert caught.value is LOST
+
+
+def test_a_whole_says_how_far_it_is() -> None:
+    delivery, _ = assembly()
+    assert repr(delivery) == "<Assembly <ChatAssembler size=0 open>>"

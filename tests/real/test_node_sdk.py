@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.proxy import attempt, job
-from gollama_proxy.proxy.delivery import Stream
+from gollama_proxy.fleet import watchdog
+from gollama_proxy.proxy import exchange
+from gollama_proxy.proxy.response import Stream
 from tests.behaviour.test_queue import crowded, sent
 from tests.fakes.node_sdk import NodeSdk, find_node, node_sdk
 from tests.fakes.replies import error_reply
@@ -22,17 +23,17 @@ TEXTS = ["a", ' "b"\n\n', " data: [DONE]\n\n", " : c", " é🦙"]
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What a client is told while it waits, which is soon."""
-    monkeypatch.setattr(attempt, "LOOK", 0.02)
-    monkeypatch.setattr(job, "PROCESSING_AFTER", 0.05)
-    monkeypatch.setattr(job, "EVERY", 0.05)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
+    monkeypatch.setattr(exchange, "PROCESSING_AFTER", 0.05)
+    monkeypatch.setattr(exchange, "NOTICE_EVERY", 0.05)
     told: list[bytes] = []
-    tell = Stream.tell
+    notify = Stream.notify
 
-    async def noted(stream: Stream, comment: bytes) -> None:
-        await tell(stream, comment)
-        told.append(comment)
+    def noted(stream: Stream, comment: str) -> None:
+        notify(stream, comment)
+        told.append(comment.encode())
 
-    monkeypatch.setattr(Stream, "tell", noted)
+    monkeypatch.setattr(Stream, "notify", noted)
     return told
 
 

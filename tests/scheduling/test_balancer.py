@@ -10,23 +10,24 @@ import pytest
 from gollama_proxy.config.settings import Rescue, Retry, Routing
 from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.proxy.failures import Cause
+from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask, Fits, Policy
-from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.errors import Code, NoWorkerError
 from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
 from tests.fakes.pool import InOrder
-from tests.fakes.registry import balancer, take_out, trip
+from tests.fakes.registry import balancer, plan, take_out, trip
 
 
 def choose(made: Balancer, name: str | None) -> Worker:
     """Choose the worker for the first attempt of a request."""
-    return choose_next(made, made.attempts(made.registry.resolve(name, None), CHAT))
+    return choose_next(made, plan(made, made.registry.resolve(name, None)))
 
 
-def choose_next(made: Balancer, attempts: Attempts) -> Worker:
+def choose_next(made: Balancer, attempts: Plan) -> Worker:
     candidates = attempts.candidates()
     if not candidates:
         raise made.no_worker(attempts)
@@ -67,7 +68,7 @@ def test_a_worker_that_is_not_ready_is_not_chosen(check: Check) -> None:
 def test_a_pool_shows_what_is_available_now_and_not_when_it_was_made() -> None:
     """Between the two a client may have waited for minutes."""
     made = balancer("a", "a")
-    attempts = made.attempts(made.registry.resolve("a", None), CHAT)
+    attempts = plan(made, made.registry.resolve("a", None))
     take_out(*made.registry.workers)
     with pytest.raises(NoWorkerError):
         choose_next(made, attempts)
@@ -77,7 +78,7 @@ def test_a_pool_shows_what_is_available_now_and_not_when_it_was_made() -> None:
 
 def test_a_worker_that_has_had_an_attempt_is_not_chosen_again() -> None:
     made = balancer("a", "a", "a")
-    attempts = made.attempts(made.registry.pool("a"), CHAT)
+    attempts = plan(made, made.registry.pool("a"))
     chosen = []
     for _ in range(3):
         chosen.append(choose_next(made, attempts).name)
@@ -144,7 +145,7 @@ def test_policies_learn_what_was_found_in_a_cache() -> None:
 
     made = balancer("a", "a")
     made.policy = Pupil()
-    attempts = made.attempts(made.registry.pool("a"), CHAT)
+    attempts = plan(made, made.registry.pool("a"))
     made.learn(attempts, made.registry.workers[0], Prefill(5, 3))
     made.learn(attempts, made.registry.workers[0], Prefill(-5, 3))
     assert Pupil.learnt == [(3, 8)]
@@ -159,7 +160,7 @@ def test_only_with_prefixes_has_a_request_patience() -> None:
 
     made = balancer("a", "a")
     made.policy = Patient()
-    attempts = made.attempts(made.registry.pool("a"), CHAT)
+    attempts = plan(made, made.registry.pool("a"))
     candidates = attempts.candidates()
     assert made.pick(attempts, candidates, 3.0) is made.registry.workers[0]
     attempts.ask = attempts.ask._replace(prefixes=(1,))
@@ -170,7 +171,7 @@ def test_only_with_prefixes_has_a_request_patience() -> None:
 # --- Fallbacks --------------------------------------------------------------------
 
 
-def asked(made: Balancer, attempts: Attempts) -> list[str]:
+def asked(made: Balancer, attempts: Plan) -> list[str]:
     """Let every worker fail; return the models that were asked."""
     models = []
     pause: float | None = 0.0
@@ -178,7 +179,7 @@ def asked(made: Balancer, attempts: Attempts) -> list[str]:
         worker = choose_next(made, attempts)
         models.append(attempts.pool.model)
         attempts.begin(worker)
-        pause = attempts.retry_after(Failure.KEY)
+        pause = attempts.retry_after(Cause.KEY)
     return models
 
 
@@ -189,7 +190,7 @@ def chain(
     allowed: Sequence[str] | None = None,
 ) -> list[str]:
     pool = made.registry.resolve(name, allowed)
-    return asked(made, made.attempts(pool, CHAT, fallbacks, allowed))
+    return asked(made, plan(made, pool, fallbacks, allowed))
 
 
 def test_the_fallbacks_of_a_model_are_asked_in_their_order() -> None:
@@ -204,7 +205,7 @@ def test_a_fallback_is_chosen_when_no_worker_of_the_model_is_there() -> None:
     made = balancer("big", "small", fallbacks={"big": ("small",)})
     assert choose(made, "big") is made.registry.workers[0]
     take_out(made.registry.workers[0])
-    attempts = made.attempts(made.registry.resolve("big", None), CHAT)
+    attempts = plan(made, made.registry.resolve("big", None))
     assert choose_next(made, attempts) is made.registry.workers[1]
     assert attempts.pool == made.registry.pool("small")
 
@@ -286,23 +287,21 @@ def test_a_fallback_that_the_token_allows_by_its_alias_is_asked() -> None:
 @pytest.mark.parametrize("limit", [1, 2, 4])
 def test_the_number_of_attempts_is_set(limit: int) -> None:
     made = balancer("a", "a", "a", "a", "a", retry=Retry(attempts=limit))
-    assert len(asked(made, made.attempts(made.registry.pool("a"), CHAT))) == limit
+    assert len(asked(made, plan(made, made.registry.pool("a")))) == limit
 
 
 def test_all_requests_share_one_budget() -> None:
     made = balancer("a", "a", retry=Retry(ratio=0.0, floor=3))
-    counts = [
-        len(asked(made, made.attempts(made.registry.pool("a"), CHAT))) for _ in range(5)
-    ]
+    counts = [len(asked(made, plan(made, made.registry.pool("a")))) for _ in range(5)]
     assert counts == [2, 2, 2, 1, 1]
 
 
 def test_on_some_paths_what_a_worker_may_have_begun_is_not_tried_again() -> None:
     made = balancer("a", "a", retry=Retry(once=("/v1/rerank",)))
     for path, again in (("/v1/rerank", False), (CHAT, True)):
-        attempts = made.attempts(made.registry.pool("a"), path)
+        attempts = plan(made, made.registry.pool("a"), path=path)
         attempts.begin(made.registry.workers[0])
-        assert (attempts.retry_after(Failure.RESET) is not None) is again
+        assert (attempts.retry_after(Cause.LOST) is not None) is again
 
 
 @pytest.mark.parametrize(
@@ -311,11 +310,11 @@ def test_on_some_paths_what_a_worker_may_have_begun_is_not_tried_again() -> None
 )
 def test_the_number_of_continuations_is_set(rescue: Rescue, number: int) -> None:
     made = balancer(*["a"] * 9, rescue=rescue)
-    attempts = made.attempts(made.registry.pool("a"), CHAT)
+    attempts = plan(made, made.registry.pool("a"))
     attempts.begin(made.registry.workers[8])
     count = 0
     attempts.resume()
-    while attempts.retry_after(Failure.RESET) is not None:
+    while attempts.retry_after(Cause.LOST) is not None:
         count += 1
         attempts.begin(choose_next(made, attempts))
         attempts.resume()

@@ -16,17 +16,17 @@ from gollama_proxy.config.settings import Queue as Settings
 from gollama_proxy.config.settings import Retry
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.failures import Cause
+from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.admission import Place
 from gollama_proxy.scheduling.policies import Ask, Fits
 from gollama_proxy.scheduling.queue import EVERY, MOST_PATIENCE, Queue
-from gollama_proxy.scheduling.retry import Attempts, Failure
 from gollama_proxy.scheduling.turns import Priority, Ticket
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.errors import Code, NoWorkerError
-from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
 from tests.fakes.pool import InOrder
-from tests.fakes.registry import balancer, take_out, trip
+from tests.fakes.registry import balancer, plan, take_out, trip
 from tests.fakes.timers import Timers
 
 SCHEDULING = {"admission", "balancer", "queue", "turns"}
@@ -36,7 +36,7 @@ SCHEDULING = {"admission", "balancer", "queue", "turns"}
 class Request:
     """A request as the queue sees it."""
 
-    plan: Attempts
+    plan: Plan
     subject: str = "ann"
     priority: Priority = Priority.INTERACTIVE
     max_concurrency: int = 0
@@ -67,7 +67,7 @@ class Hub:
 
     def request(self, subject: str = "ann", model: str = "m", **fields: Any) -> Request:
         pool = self.balancer.registry.pool(model)
-        return Request(self.balancer.attempts(pool, CHAT), subject, **fields)
+        return Request(plan(self.balancer, pool), subject, **fields)
 
     def lease(self, subject: str = "ann", **fields: Any) -> Lease:
         """Have a request admitted at once."""
@@ -502,7 +502,7 @@ def broken_off(hub: Hub) -> Request:
     request = hub.request()
     request.plan.begin(hub.workers[0])
     request.plan.resume()
-    request.plan.retry_after(Failure.RESET)
+    request.plan.retry_after(Cause.LOST)
     return request
 
 

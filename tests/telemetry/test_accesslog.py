@@ -72,7 +72,6 @@ FULL = Record(
     queued=0.25,
     first_byte=0.01234,
     duration=12.3456,
-    headers={"X-Request-Id": "0123456789abcdef"},
 )
 SHOWN = {
     "remote": "10.0.0.7",

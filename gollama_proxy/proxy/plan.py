@@ -1,33 +1,22 @@
-"""Whether a request is tried again, where, and after how long.
+"""The plan of a request: which worker may try it next, and after how long.
 
-Until a byte of an answer is out, a failed attempt can be made up for by another worker.
-A retry is paid from a budget that all requests share, so that an outage does not
-multiply the load.  Another worker comes before the same one again:
+Until a byte of an answer has reached the client, a failed attempt can be made up for by
+another worker; `failures.py` has a row for each cause.  A retry is paid from a budget
+that all requests share, so that an outage does not multiply the load.  Another worker
+comes before the same one again.
 
-    failure                     another worker      the only one, once more
-    ────────────────────────    ────────────────    ──────────────────────────────
-    UNREACHABLE                 at once, for free   no
-    LOADING (503)               at once, for free   after its Retry-After, if short
-    RESET, STATUS (5xx)         at once             after a short pause
-    BUSY (429)                  at once             after its Retry-After, if short
-    SLOW, SILENT                at once             no: it would be as slow again
-    MALFORMED, KEY              at once             no
-    MODEL (another answers)     at once, for free   no
-    CONTEXT (prompt too long)   with a larger one   no
-    STREAM (cannot be folded)   at once, and without asking for a stream
+A request that was refused unread has cost its worker nothing, so the retry is free; a
+worker that could not be reached uses up none of the attempts.  A 500 may be the
+request's own fault (llama-server answers so to bad UTF-8, and to an image for a text
+model): no worker is blamed for it until another one did better, and when two workers
+answer the same, it is believed, and only the fallbacks are left to try.
 
-What was refused unread has cost the worker nothing, so it is free; a worker that was
-not even reached uses up none of the attempts.  A 500 may be the request's own fault
-(llama-server answers so to bad UTF-8, and to an image for a text model): nobody is
-blamed for it until another worker did better, and when two of them say the same, it is
-believed, and only the fallbacks are left to try.
+When the attempts are used up, or no worker of a pool is available, the model's
+*fallbacks* come, each with attempts of its own, which are not paid for.  A pool whose
+workers are all busy counts as one without workers.  After CONTEXT, a worker or a
+fallback whose context is not known may be tried, behind those that have a larger one.
 
-When the attempts are used up, or nobody of a pool is there, the model's *fallbacks*
-come, each with attempts of its own, which are not paid for.  A pool that is only busy
-(`busy_for`) counts as one where nobody is there.  After CONTEXT, a worker or a fallback
-of which no context is known may be tried, behind those that are known to have more.
-
-An answer that broke off in its middle (`resume`) goes on with
+An answer that broke off in its middle (`resume`) continues on
 
     1. workers of the same model that have not failed this answer,
     2. the other models: the one that was asked for, its fallbacks,
@@ -40,64 +29,25 @@ asked for and is asked for something else (`repeat`).
 
 from __future__ import annotations
 
-import enum
 import math
 import random
 from collections.abc import Sequence
 
-from gollama_proxy.config.settings import Retry
+from gollama_proxy.config.settings import Config, Retry
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.failures import Again, Cause, rule_of
 from gollama_proxy.scheduling.budget import RetryBudget
 from gollama_proxy.scheduling.context import too_long
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.wire.errors import RequestError
 from gollama_proxy.wire.overflow import Overflow
 
-
-class Failure(enum.Enum):
-    """Why an attempt came to nothing."""
-
-    UNREACHABLE = "unreachable"
-    LOADING = "loading"
-    RESET = "reset"
-    STATUS = "status"
-    BUSY = "busy"
-    SLOW = "slow"
-    SILENT = "silent"
-    MALFORMED = "malformed"
-    KEY = "key"
-    MODEL = "model"
-    CONTEXT = "context"
-    STREAM = "stream"
-
-
-# What the only worker there is gets a second chance for.
-AGAIN = frozenset({Failure.RESET, Failure.STATUS})
-# The same, when it says that it is worth while.
-LATER = frozenset({Failure.BUSY, Failure.LOADING})
-# The worker has fallen silent.
-HANGS = frozenset({Failure.SLOW, Failure.SILENT})
-# What is not worth a retry of the budget: it adds no load to an outage.
-FREE = frozenset({Failure.UNREACHABLE, Failure.LOADING, Failure.MODEL, Failure.CONTEXT})
-# The worker did not take the request, so it has not failed it.
-DECLINED = frozenset({Failure.UNREACHABLE, Failure.LOADING, Failure.BUSY})
-# What a worker may have begun to do by then.
-BEGUN = frozenset(
-    {
-        Failure.RESET,
-        Failure.STATUS,
-        Failure.SLOW,
-        Failure.SILENT,
-        Failure.MALFORMED,
-        Failure.MODEL,
-    }
-)
 PAUSE = (0.05, 0.15)  # seconds, between two attempts on the same worker
 _BELIEVED = 2  # so many workers that say the same
 
 
-class Attempts:
+class Plan:
     """The attempts of one request: on its model's pool, then on its fallbacks'."""
 
     __slots__ = (
@@ -165,9 +115,26 @@ class Attempts:
         self._repeat = False  # or even has to be the one
         budget.deposit()
 
+    @classmethod
+    def of(
+        cls,
+        pools: Sequence[Pool],
+        path: str,
+        config: Config,
+        budget: RetryBudget,
+        rng: random.Random,
+    ) -> Plan:
+        """Plan a request on a path, as the settings have it."""
+        rescue = config.rescue
+        continuations = rescue.attempts if rescue.enabled else 0
+        once = path in config.retry.once
+        return cls(
+            pools, config.retry, budget, rng, continuations=continuations, once=once
+        )
+
     def __repr__(self) -> str:
         pool, tried, limit = self.pool.model, len(self.tried), self._limits.attempts
-        return f"<Attempts {tried} of {limit} on {pool!r}>"
+        return f"<Plan {tried} of {limit} on {pool!r}>"
 
     # --- Who ----------------------------------------------------------------------
 
@@ -347,61 +314,55 @@ class Attempts:
 
     # --- Whether ------------------------------------------------------------------
 
-    def retry_after(
-        self, failure: Failure | None, asked: float | None = None
-    ) -> float | None:
-        """Decide on another attempt: the pause before it, in seconds; None for none.
+    def retry_after(self, cause: Cause, asked: float | None = None) -> float | None:
+        """Decide on another attempt: the pause before it in seconds, None for none.
 
-        A `failure` of None would be the same everywhere.  `asked` is the Retry-After of
-        a busy worker.
+        `asked` is the time for which a busy worker has asked to be left alone.
         """
-        if failure is None or (self.once and failure in BEGUN):
+        rule = rule_of(cause)
+        if not rule.elsewhere or (self.once and rule.begun):
             return None
         if self._resuming and not self.some_left:
             return None
-        if failure is Failure.STREAM:
+        if rule.again is Again.AS_SENT:
             self.as_sent = self._again = self._repeat = True
             self.tried.pop()  # it is the same attempt
             return 0.0
-        if self._note(failure, self.tried[-1]):
+        if self._note(cause, self.tried[-1]):
             return 0.0 if self._fall_back() else None
         another = self.some_left and bool(self._untried(self._place))
         if self._resuming and not another:
             another = self._fall_back() or bool(self._go_back())
-        pause = 0.0 if another else self._pause_for_the_same(failure, asked)
-        if pause is not None and self._may_spend(failure):
+        pause = 0.0 if another else self._pause_before_repeat(rule.again, asked)
+        if pause is not None and (self._free or rule.free or self._budget.withdraw()):
             return pause
         return 0.0 if self._fall_back() else None
 
-    def _note(self, failure: Failure, worker: Worker) -> bool:
-        """Note how a worker has failed; return whether a 5xx is believed by now."""
-        if failure in HANGS:
+    def _note(self, cause: Cause, worker: Worker) -> bool:
+        """Note how a worker has failed; return whether its 5xx is believed by now."""
+        rule = rule_of(cause)
+        if rule.hung:
             self._stalled.append(worker)
-        if failure in DECLINED:
+        if rule.declined:
             self._declined.append(worker)
-        if failure is Failure.UNREACHABLE:
+        if cause is Cause.UNREACHABLE:
             self._unreached += 1
-        if failure is Failure.CONTEXT:
+        elif cause is Cause.CONTEXT:
             context = worker.context_of(self.pool.model) or 1
             self._least_context = max(self._least_context, context)
-        if failure is Failure.STATUS:
+        elif cause is Cause.STATUS:
             self._suspects.append(worker)
         return len(set(map(id, self._suspects))) >= _BELIEVED
 
-    def _may_spend(self, failure: Failure) -> bool:
-        return self._free or failure in FREE or self._budget.withdraw()
-
-    def _pause_for_the_same(
-        self, failure: Failure, asked: float | None
-    ) -> float | None:
+    def _pause_before_repeat(self, again: Again, asked: float | None) -> float | None:
         if not self.some_left or self.tried.count(self.tried[-1]) > 1:
             return None
         pause = None
-        if failure in AGAIN:
+        if again is Again.PAUSE:
             pause = self._rng.uniform(*PAUSE)
-        elif failure in LATER and asked is not None and asked <= self._limits.patience:
-            # A little longer: nobody is early, and not all are back at once.
-            pause = asked + self._rng.uniform(*PAUSE)
+        elif again is Again.ASKED and (asked or 0.0) <= self._limits.patience:
+            # A little longer: no retry is early, and not all come at once.
+            pause = None if asked is None else asked + self._rng.uniform(*PAUSE)
         self._again = pause is not None
         return pause
 

@@ -27,7 +27,7 @@ from gollama_proxy.wire.partial import Partial, closing
 from gollama_proxy.wire.resume import Resumer
 
 
-class Rescue:
+class Resume:
     """One answer that is to be whole after all.
 
     `body` is the request that its first worker got, for `model`.
@@ -44,7 +44,7 @@ class Rescue:
         self._splicer: _Splicer | None = None
 
     def __repr__(self) -> str:
-        return f"<Rescue {self.count} behind {self.partial!r}>"
+        return f"<Resume {self.count} behind {self.partial!r}>"
 
     @classmethod
     def begin(

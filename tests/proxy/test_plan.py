@@ -13,32 +13,32 @@ from hypothesis import strategies as st
 from gollama_proxy.config.settings import Health, Origin, Retry, WorkerConfig
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.failures import Again, Cause, rule_of
+from gollama_proxy.proxy.plan import PAUSE, Plan
 from gollama_proxy.scheduling.budget import RetryBudget
-from gollama_proxy.scheduling.retry import (
-    AGAIN,
-    BEGUN,
-    DECLINED,
-    FREE,
-    LATER,
-    PAUSE,
-    Attempts,
-    Failure,
-)
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 
+RULES = {cause: rule_of(cause) for cause in Cause}
+AGAIN = {cause for cause, rule in RULES.items() if rule.again is Again.PAUSE}
+LATER = {cause for cause, rule in RULES.items() if rule.again is Again.ASKED}
+FREE = {cause for cause, rule in RULES.items() if rule.free}
+DECLINED = {cause for cause, rule in RULES.items() if rule.declined}
+BEGUN = {cause for cause, rule in RULES.items() if rule.begun}
+FINAL = {cause for cause, rule in RULES.items() if not rule.elsewhere}
+
 # What is tried again elsewhere and not on the same worker, whoever else is there.
 ELSEWHERE = [
-    Failure.UNREACHABLE,
-    Failure.LOADING,
-    Failure.RESET,
-    Failure.STATUS,
-    Failure.BUSY,
-    Failure.SLOW,
-    Failure.SILENT,
-    Failure.MALFORMED,
-    Failure.KEY,
-    Failure.MODEL,
+    Cause.UNREACHABLE,
+    Cause.LOADING,
+    Cause.LOST,
+    Cause.STATUS,
+    Cause.BUSY,
+    Cause.SLOW,
+    Cause.SILENT,
+    Cause.MALFORMED,
+    Cause.KEY,
+    Cause.MODEL,
 ]
 
 
@@ -74,10 +74,10 @@ def attempts(
     continuations: int = 0,
     once: bool = False,
     **limits: Any,
-) -> Attempts:
+) -> Plan:
     pools = [Pool("tiny", workers)]
     pools += [Pool(f"other{n}", tuple(some)) for n, some in enumerate(fallbacks, 1)]
-    return Attempts(
+    return Plan(
         pools,
         Retry(**limits),
         budget or RetryBudget(1.0, 1000, clock=Clock()),
@@ -92,7 +92,7 @@ def broke() -> RetryBudget:
     return RetryBudget(0.0, 0, clock=Clock())
 
 
-def failed(made: Attempts, *tried: Worker) -> Attempts:
+def failed(made: Plan, *tried: Worker) -> Plan:
     for each in tried:
         made.begin(each)
     return made
@@ -124,7 +124,7 @@ def test_when_all_have_had_one_it_is_the_last_ones_once_more() -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b), a, b)
     assert made.candidates() == []
-    assert made.retry_after(Failure.RESET)
+    assert made.retry_after(Cause.LOST)
     assert made.candidates() == [b]
     assert not made.has_other()
     made.begin(b)
@@ -135,7 +135,7 @@ def test_whoever_comes_back_meanwhile_goes_before_the_last_one() -> None:
     a, b = worker("a"), worker("b")
     take_out(b)
     made = failed(attempts(a, b), a)
-    assert made.retry_after(Failure.RESET)
+    assert made.retry_after(Cause.LOST)
     assert made.candidates() == [a]
     bring_back(b)
     assert made.candidates() == [b]
@@ -145,7 +145,7 @@ def test_one_that_is_not_available_any_more_is_not_asked_once_more() -> None:
     """Nor is the one before it, which failed as well."""
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b), a, b)
-    assert made.retry_after(Failure.RESET)
+    assert made.retry_after(Cause.LOST)
     take_out(b)
     assert made.candidates() == []
 
@@ -159,7 +159,7 @@ def test_nobody_is_left_when_the_attempts_are_used_up(limit: int) -> None:
         made.begin(each)
     assert not made.has_other()
     for failure in ELSEWHERE:
-        if failure is not Failure.UNREACHABLE:
+        if failure is not Cause.UNREACHABLE:
             assert made.retry_after(failure, 0.0) is None
 
 
@@ -169,17 +169,17 @@ def test_a_worker_that_was_not_reached_uses_up_no_attempt() -> None:
     made = attempts(*workers, attempts=1, budget=broke())
     for each in workers[:3]:
         made.begin(each)
-        assert made.retry_after(Failure.UNREACHABLE) == 0.0
+        assert made.retry_after(Cause.UNREACHABLE) == 0.0
     assert made.candidates() == workers[3:]
     made.begin(workers[3])
-    assert made.retry_after(Failure.RESET) is None
+    assert made.retry_after(Cause.LOST) is None
 
 
 # --- The table --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("failure", ELSEWHERE)
-def test_another_worker_is_asked_at_once(failure: Failure) -> None:
+def test_another_worker_is_asked_at_once(failure: Cause) -> None:
     """A busy one's Retry-After is for itself."""
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b), a)
@@ -189,12 +189,12 @@ def test_another_worker_is_asked_at_once(failure: Failure) -> None:
 
 @pytest.mark.parametrize("failure", [f for f in ELSEWHERE if f not in LATER])
 def test_the_only_worker_is_asked_once_more_for_what_may_pass(
-    failure: Failure,
+    failure: Cause,
 ) -> None:
     a = worker("a")
     made = failed(attempts(a), a)
     pause = made.retry_after(failure, 0.0)
-    if failure in (Failure.RESET, Failure.STATUS):
+    if failure in (Cause.LOST, Cause.STATUS):
         assert pause is not None
         assert PAUSE[0] <= pause <= PAUSE[1]
         assert made.candidates() == [a]
@@ -205,7 +205,7 @@ def test_the_only_worker_is_asked_once_more_for_what_may_pass(
 
 def test_what_would_be_the_same_everywhere_is_not_tried_again() -> None:
     made = attempts(worker("a"), worker("b"), fallbacks=[[worker("c")]])
-    assert failed(made, made.candidates()[0]).retry_after(None, 0.0) is None
+    assert failed(made, made.candidates()[0]).retry_after(Cause.REFUSED, 0.0) is None
     assert made.pool.model == "tiny"
 
 
@@ -215,13 +215,13 @@ def test_the_pause_varies_so_that_those_who_failed_together_do_not_return_so() -
     rng = random.Random(7)
     pauses = set()
     for _ in range(10):
-        one = Attempts([Pool("tiny", (a,))], Retry(), budget, rng)
-        pauses.add(failed(one, a).retry_after(Failure.RESET))
+        one = Plan([Pool("tiny", (a,))], Retry(), budget, rng)
+        pauses.add(failed(one, a).retry_after(Cause.LOST))
     assert len(pauses) == 10
 
 
 @pytest.mark.parametrize("failure", sorted(AGAIN | LATER, key=str))
-def test_nobody_is_asked_a_third_time(failure: Failure) -> None:
+def test_nobody_is_asked_a_third_time(failure: Cause) -> None:
     a = worker("a")
     made = failed(attempts(a, attempts=9), a)
     assert made.retry_after(failure, 0.0) is not None
@@ -244,7 +244,7 @@ def test_nobody_is_asked_a_third_time(failure: Failure) -> None:
     ],
 )
 def test_the_only_worker_is_waited_for_if_it_is_busy_for_a_short_time(
-    failure: Failure, asked: float | None, patience: float, waits: bool
+    failure: Cause, asked: float | None, patience: float, waits: bool
 ) -> None:
     """A little longer than it asks for: whoever is early is sent away again."""
     a = worker("a")
@@ -261,7 +261,7 @@ def test_a_busy_worker_is_waited_for_though_it_is_not_available_meanwhile() -> N
     a = worker("a", clock=clock)
     made = failed(attempts(a), a)
     a.breaker.busy(1.0)
-    pause = made.retry_after(Failure.BUSY, 1.0)
+    pause = made.retry_after(Cause.BUSY, 1.0)
     assert pause
     assert made.candidates() == []
     clock.advance(pause)
@@ -274,7 +274,7 @@ def test_a_busy_worker_is_waited_for_though_it_is_not_available_meanwhile() -> N
 def test_a_prompt_that_is_too_long_goes_to_a_worker_with_more_context() -> None:
     small, same, large = worker("a"), worker("b"), worker("c", 4096)
     made = failed(attempts(small, same, large), small)
-    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.retry_after(Cause.CONTEXT) == 0.0
     assert made.candidates() == [large]
 
 
@@ -282,7 +282,7 @@ def test_where_nobody_has_more_context_nobody_is_asked() -> None:
     """Nor the same worker, which has none either."""
     small, same, smaller = worker("a"), worker("b"), worker("c", 512)
     made = failed(attempts(small, same, smaller), small)
-    assert made.retry_after(Failure.CONTEXT) is None
+    assert made.retry_after(Cause.CONTEXT) is None
     assert made.candidates() == []
 
 
@@ -293,35 +293,35 @@ def test_a_context_that_is_not_known_may_be_more(
     a, b = worker("a", one), worker("b", other)
     for made in (attempts(a, b), attempts(a, fallbacks=[[b]])):
         failed(made, a)
-        assert made.retry_after(Failure.CONTEXT) == 0.0
+        assert made.retry_after(Cause.CONTEXT) == 0.0
         assert made.candidates() == [b]
 
 
 def test_a_context_that_is_known_to_be_more_goes_before_one_that_is_not_known() -> None:
     a, b, c = worker("a", None), worker("b", None), worker("c", 4096)
     made = failed(attempts(a, b, c), a)
-    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.retry_after(Cause.CONTEXT) == 0.0
     assert made.candidates() == [c]
     made.begin(c)
-    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.retry_after(Cause.CONTEXT) == 0.0
     assert made.candidates() == [b]
 
 
 def test_every_step_leads_to_more_context() -> None:
     a, b, c = worker("a", 1024), worker("b", 2048), worker("c", 4096)
     made = failed(attempts(a, b, c), a)
-    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.retry_after(Cause.CONTEXT) == 0.0
     made.begin(b)
-    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.retry_after(Cause.CONTEXT) == 0.0
     assert made.candidates() == [c]
 
 
 def test_what_failed_otherwise_is_not_given_to_a_smaller_worker() -> None:
     small, large = worker("a"), worker("b", 4096)
     made = failed(attempts(small, large), small)
-    made.retry_after(Failure.CONTEXT)
+    made.retry_after(Cause.CONTEXT)
     made.begin(large)
-    assert made.retry_after(Failure.RESET)
+    assert made.retry_after(Cause.LOST)
     assert made.candidates() == [large]
 
 
@@ -329,7 +329,7 @@ def test_a_prompt_that_is_too_long_costs_no_retry() -> None:
     """It was refused unread, and it is not for an outage that it is sent again."""
     small, large = worker("a"), worker("b", 4096)
     made = failed(attempts(small, large, budget=broke()), small)
-    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.retry_after(Cause.CONTEXT) == 0.0
 
 
 def test_a_prompt_that_is_too_long_may_fit_a_fallback() -> None:
@@ -339,7 +339,7 @@ def test_a_prompt_that_is_too_long_may_fit_a_fallback() -> None:
     large.observe(Check.OK, "ok", Description((Model("other2", 4096),)))
     made = failed(attempts(small, fallbacks=[[same], [large]], budget=broke()), small)
     assert made.has_other()
-    assert made.retry_after(Failure.CONTEXT) == 0.0
+    assert made.retry_after(Cause.CONTEXT) == 0.0
     assert (made.pool.model, made.candidates()) == ("other2", [large])
 
 
@@ -400,7 +400,7 @@ def test_a_request_that_has_to_be_sent_as_it_was_is_a_new_one() -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b, budget=broke()), a)
     assert not made.as_sent
-    assert made.retry_after(Failure.STREAM) == 0.0
+    assert made.retry_after(Cause.UNFOLDABLE) == 0.0
     assert made.as_sent
     assert made.candidates() == [a]
     assert not made.tried
@@ -414,15 +414,15 @@ def test_a_retry_is_paid_for() -> None:
     budget = RetryBudget(0.0, 2, clock=Clock())
     for allowed in (True, True, False):
         made = failed(attempts(a, b, budget=budget), a)
-        assert (made.retry_after(Failure.RESET) is not None) is allowed
+        assert (made.retry_after(Cause.LOST) is not None) is allowed
 
 
 @pytest.mark.parametrize("failure", ELSEWHERE)
-def test_what_has_cost_the_worker_nothing_is_free(failure: Failure) -> None:
+def test_what_has_cost_the_worker_nothing_is_free(failure: Cause) -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b, budget=broke()), a)
     assert (made.retry_after(failure) == 0.0) is (failure in FREE)
-    free = (Failure.UNREACHABLE, Failure.LOADING, Failure.MODEL)
+    free = (Cause.UNREACHABLE, Cause.LOADING, Cause.MODEL)
     assert (failure in FREE) is (failure in free)
 
 
@@ -430,7 +430,7 @@ def test_waiting_for_a_worker_that_loads_is_free_and_for_a_busy_one_is_not() -> 
     for failure in LATER:
         a = worker("a")
         made = failed(attempts(a, budget=broke()), a)
-        free = failure is Failure.LOADING
+        free = failure is Cause.LOADING
         assert (made.retry_after(failure, 1.0) is not None) is free
 
 
@@ -440,7 +440,7 @@ def test_without_a_retry_left_nobody_is_waiting_to_take_over() -> None:
     budget = RetryBudget(0.0, 1, clock=Clock())
     made = failed(attempts(a, b, budget=budget, continuations=5), a)
     assert all(made.has_other() for _ in range(9))
-    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.retry_after(Cause.LOST) == 0.0
     assert not made.has_other()
     assert attempts(a, b, fallbacks=[[c]], budget=budget).has_other()
     made.resume()
@@ -450,8 +450,8 @@ def test_without_a_retry_left_nobody_is_waiting_to_take_over() -> None:
 def test_what_is_not_tried_again_costs_nothing() -> None:
     a, b = worker("a"), worker("b")
     budget = RetryBudget(0.0, 1, clock=Clock())
-    assert failed(attempts(a, budget=budget), a).retry_after(Failure.KEY) is None
-    assert failed(attempts(a, b, budget=budget), a).retry_after(Failure.KEY) == 0.0
+    assert failed(attempts(a, budget=budget), a).retry_after(Cause.KEY) is None
+    assert failed(attempts(a, b, budget=budget), a).retry_after(Cause.KEY) == 0.0
 
 
 def test_every_request_pays_once() -> None:
@@ -459,10 +459,10 @@ def test_every_request_pays_once() -> None:
     a, b = worker("a"), worker("b")
     budget = RetryBudget(0.1, 0, clock=Clock())
     made = [failed(attempts(a, b, budget=budget), a) for _ in range(9)]
-    assert made[0].retry_after(Failure.RESET) is None
+    assert made[0].retry_after(Cause.LOST) is None
     failed(attempts(a, b, budget=budget), a)
-    assert made[0].retry_after(Failure.RESET) == 0.0
-    assert made[1].retry_after(Failure.RESET) is None
+    assert made[0].retry_after(Cause.LOST) == 0.0
+    assert made[1].retry_after(Cause.LOST) is None
 
 
 # --- Whose fault a 5xx was --------------------------------------------------------
@@ -471,7 +471,7 @@ def test_every_request_pays_once() -> None:
 def test_a_5xx_is_held_against_the_one_whom_another_worker_outdid() -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b), a)
-    assert made.retry_after(Failure.STATUS) == 0.0
+    assert made.retry_after(Cause.STATUS) == 0.0
     made.begin(b)
     assert made.succeeded() == [a]
 
@@ -480,19 +480,19 @@ def test_a_5xx_that_two_workers_tell_is_believed() -> None:
     """No other worker of the model is asked then, and none is blamed."""
     a, b, c = (worker(name) for name in "abc")
     made = failed(attempts(a, b, c), a)
-    assert made.retry_after(Failure.STATUS) == 0.0
+    assert made.retry_after(Cause.STATUS) == 0.0
     made.begin(b)
     assert made.has_other()
-    assert made.retry_after(Failure.STATUS) is None
+    assert made.retry_after(Cause.STATUS) is None
 
 
 def test_a_fallback_is_asked_before_a_5xx_that_is_believed_is_told() -> None:
     """Another model may read what this one cannot."""
     a, b, c, d = (worker(name) for name in "abcd")
     made = failed(attempts(a, b, c, fallbacks=[[d]]), a)
-    assert made.retry_after(Failure.STATUS) == 0.0
+    assert made.retry_after(Cause.STATUS) == 0.0
     made.begin(b)
-    assert made.retry_after(Failure.STATUS) == 0.0
+    assert made.retry_after(Cause.STATUS) == 0.0
     assert made.candidates() == [d]
     made.begin(d)
     assert made.succeeded() == []
@@ -501,31 +501,31 @@ def test_a_fallback_is_asked_before_a_5xx_that_is_believed_is_told() -> None:
 def test_a_5xx_that_one_worker_tells_twice_is_not_believed() -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, fallbacks=[[b]]), a)
-    assert made.retry_after(Failure.STATUS)
+    assert made.retry_after(Cause.STATUS)
     made.begin(a)
-    assert made.retry_after(Failure.STATUS) == 0.0
+    assert made.retry_after(Cause.STATUS) == 0.0
     assert made.candidates() == [b]
 
 
 def test_another_failure_between_two_5xx_changes_nothing() -> None:
     a, b, c, d = (worker(name) for name in "abcd")
     made = failed(attempts(a, b, c, d, attempts=9), a)
-    for failure, each in ((Failure.STATUS, b), (Failure.RESET, c)):
+    for failure, each in ((Cause.STATUS, b), (Cause.LOST, c)):
         assert made.retry_after(failure) == 0.0
         made.begin(each)
-    assert made.retry_after(Failure.STATUS) is None
+    assert made.retry_after(Cause.STATUS) is None
 
 
 def test_a_worker_that_does_better_itself_is_not_to_blame() -> None:
     a = worker("a")
     made = failed(attempts(a), a)
-    made.retry_after(Failure.STATUS)
+    made.retry_after(Cause.STATUS)
     made.begin(a)
     assert made.succeeded() == []
 
 
-@pytest.mark.parametrize("failure", [f for f in Failure if f is not Failure.STATUS])
-def test_other_failures_are_held_against_a_worker_elsewhere(failure: Failure) -> None:
+@pytest.mark.parametrize("failure", [f for f in Cause if f is not Cause.STATUS])
+def test_other_failures_are_held_against_a_worker_elsewhere(failure: Cause) -> None:
     a, b = worker("a"), worker("b", 4096)
     made = failed(attempts(a, b), a)
     made.retry_after(failure)
@@ -544,8 +544,8 @@ def test_where_nobody_is_there_the_fallback_is_asked() -> None:
     made = attempts(a, fallbacks=[[b], [], [c]])
     assert made.has_other()
     assert made.candidates() == [c]
-    assert (made.pool.model, made.pool.workers) == ("other3", (c,))
-    assert repr(made) == "<Attempts 0 of 3 on 'other3'>"
+    assert made.pool == Pool("other3", (c,))
+    assert repr(made) == "<Plan 0 of 3 on 'other3'>"
     assert made.candidates() == [c]
 
 
@@ -562,14 +562,14 @@ def test_a_fallback_that_is_there_waits_for_the_model_that_was_asked_for() -> No
     a, b, c = worker("a"), worker("b"), worker("c")
     made = attempts(a, b, fallbacks=[[c]])
     assert made.candidates() == [a, b]
-    assert failed(made, a).retry_after(Failure.RESET) == 0.0
+    assert failed(made, a).retry_after(Cause.LOST) == 0.0
     assert made.candidates() == [b]
 
 
 @pytest.mark.parametrize("failure", ELSEWHERE)
 @pytest.mark.parametrize("limit", [1, 2])
 def test_when_the_attempts_are_used_up_the_fallback_has_as_many(
-    failure: Failure, limit: int
+    failure: Cause, limit: int
 ) -> None:
     """At once, and it is not paid for."""
     first = [worker(name) for name in "abc"]
@@ -582,7 +582,7 @@ def test_when_the_attempts_are_used_up_the_fallback_has_as_many(
         made.begin(some[0])
         if made.retry_after(failure, 30.0) is None:
             break
-    if failure is Failure.UNREACHABLE:  # uses up none of them
+    if failure is Cause.UNREACHABLE:  # uses up none of them
         limit = 3
     assert asked == [*first[:limit], *second[:limit]]
 
@@ -590,24 +590,24 @@ def test_when_the_attempts_are_used_up_the_fallback_has_as_many(
 def test_a_retry_that_cannot_be_paid_for_is_the_fallbacks() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     made = failed(attempts(a, b, fallbacks=[[c]], budget=broke()), a)
-    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.retry_after(Cause.LOST) == 0.0
     assert made.candidates() == [c]
 
 
 def test_the_only_worker_has_its_second_chance_before_a_fallback() -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, fallbacks=[[b]]), a)
-    assert made.retry_after(Failure.RESET)
+    assert made.retry_after(Cause.LOST)
     assert made.candidates() == [a]
     made.begin(a)
-    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.retry_after(Cause.LOST) == 0.0
     assert made.candidates() == [b]
 
 
 def test_a_worker_may_try_again_with_the_other_model() -> None:
     a = worker("a", models=["tiny", "other1"])
     made = failed(attempts(a, fallbacks=[[a]], attempts=1), a)
-    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.retry_after(Cause.LOST) == 0.0
     assert (made.pool.model, made.candidates(), made.tried) == ("other1", [a], [])
 
 
@@ -615,7 +615,7 @@ def test_a_fallback_that_does_better_blames_nobody() -> None:
     """Another model proves nothing about the first one."""
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, fallbacks=[[b]], attempts=1), a)
-    assert made.retry_after(Failure.STATUS) == 0.0
+    assert made.retry_after(Cause.STATUS) == 0.0
     made.begin(b)
     assert made.succeeded() == []
 
@@ -624,10 +624,10 @@ def test_two_models_that_answer_5xx_are_not_two_workers_that_agree() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     made = failed(attempts(a, fallbacks=[[b], [c]], attempts=1), a)
     for each in (b, c):
-        assert made.retry_after(Failure.STATUS) == 0.0
+        assert made.retry_after(Cause.STATUS) == 0.0
         assert made.candidates() == [each]
         made.begin(each)
-    assert made.retry_after(Failure.STATUS) is None
+    assert made.retry_after(Cause.STATUS) is None
 
 
 def test_a_fallback_counts_as_somebody_who_could_take_over() -> None:
@@ -641,10 +641,10 @@ def test_a_fallback_counts_as_somebody_who_could_take_over() -> None:
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=3),
     st.integers(1, 4),
-    st.lists(st.sampled_from([*ELSEWHERE, Failure.CONTEXT]), min_size=60, max_size=60),
+    st.lists(st.sampled_from([*ELSEWHERE, Cause.CONTEXT]), min_size=60, max_size=60),
 )
 def test_whatever_happens_it_comes_to_an_end(
-    sizes: list[int], limit: int, failures: list[Failure]
+    sizes: list[int], limit: int, failures: list[Cause]
 ) -> None:
     """Each model has its attempts, and no worker more than two of them."""
     pools = [
@@ -667,7 +667,7 @@ def test_whatever_happens_it_comes_to_an_end(
     for number in range(len(pools)):
         of_pool = [name for name in asked if name[0] == str(number)]
         unreached = sum(
-            failure is Failure.UNREACHABLE
+            failure is Cause.UNREACHABLE
             for name, failure in zip(asked, failures, strict=False)
             if name[0] == str(number)
         )
@@ -680,9 +680,9 @@ def test_whatever_happens_it_comes_to_an_end(
 # --- At most once -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failure", [*ELSEWHERE, Failure.CONTEXT])
+@pytest.mark.parametrize("failure", [*ELSEWHERE, Cause.CONTEXT])
 def test_what_a_worker_may_have_begun_is_not_tried_again_where_that_is_wanted(
-    failure: Failure,
+    failure: Cause,
 ) -> None:
     """Not by a fallback either; what it surely has not begun is."""
     a, b = worker("a", 1024), worker("b", 4096, models=["tiny", "other1"])
@@ -693,8 +693,8 @@ def test_what_a_worker_may_have_begun_is_not_tried_again_where_that_is_wanted(
 
 
 def test_what_may_have_begun_is_told_from_what_surely_has_not() -> None:
-    refused = {Failure.UNREACHABLE, Failure.LOADING, Failure.BUSY, Failure.KEY}
-    assert set(Failure) - BEGUN == refused | {Failure.CONTEXT, Failure.STREAM}
+    refused = {Cause.UNREACHABLE, Cause.LOADING, Cause.BUSY, Cause.KEY}
+    assert set(Cause) - BEGUN - FINAL == refused | {Cause.CONTEXT, Cause.UNFOLDABLE}
 
 
 def test_where_it_is_not_tried_again_nobody_is_waiting_to_take_over() -> None:
@@ -707,7 +707,7 @@ def test_where_it_is_not_tried_again_nobody_is_waiting_to_take_over() -> None:
 # --- Answers that broke off -------------------------------------------------------
 
 
-def resumed(made: Attempts, worker: Worker) -> Attempts:
+def resumed(made: Plan, worker: Worker) -> Plan:
     """Have an answer of this worker break off in its middle."""
     made.begin(worker)
     made.resume()
@@ -719,7 +719,7 @@ def test_an_answer_that_broke_off_goes_on_with_another_worker_unpaid() -> None:
     made = attempts(a, b, fallbacks=[[c]], budget=broke(), continuations=5)
     resumed(made, a)
     assert made.has_other()
-    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.retry_after(Cause.LOST) == 0.0
     assert made.candidates() == [b]
 
 
@@ -728,7 +728,7 @@ def test_it_may_go_on_though_the_attempts_were_used_up() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     made = failed(attempts(a, b, c, attempts=2, continuations=5), a)
     resumed(made, b)
-    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.retry_after(Cause.LOST) == 0.0
     assert made.candidates() == [c]
 
 
@@ -738,7 +738,7 @@ def test_a_fallback_goes_on_before_those_that_have_failed_the_answer() -> None:
     made = resumed(attempts(a, b, fallbacks=[[f]], continuations=9), a)
     order = []
     for _ in range(5):
-        assert made.retry_after(Failure.RESET) is not None
+        assert made.retry_after(Cause.LOST) is not None
         some = made.candidates()
         order.append((made.pool.model, some[0]))
         resumed(made, some[0])
@@ -751,16 +751,16 @@ def test_a_fallback_goes_on_before_those_that_have_failed_the_answer() -> None:
     ]
 
 
-@pytest.mark.parametrize("failure", [*ELSEWHERE, Failure.CONTEXT])
+@pytest.mark.parametrize("failure", [*ELSEWHERE, Cause.CONTEXT])
 def test_who_did_not_take_the_request_has_not_failed_its_answer(
-    failure: Failure,
+    failure: Cause,
 ) -> None:
     """A busy worker may be free by the time at which another one's answer breaks."""
     a, b, f = worker("a", 1024), worker("b", 4096), worker("f", 4096)
     made = failed(attempts(a, b, fallbacks=[[f]], continuations=5), a)
     assert made.retry_after(failure) == 0.0
     resumed(made, b)
-    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.retry_after(Cause.LOST) == 0.0
     expected = [a] if failure in DECLINED else [f]
     assert made.candidates() == expected
 
@@ -773,7 +773,7 @@ def test_an_answer_of_a_fallback_may_go_back_to_the_model_that_was_asked_for() -
     resumed(made, made.candidates()[0])
     assert made.pool.model == "other1"
     bring_back(a)
-    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.retry_after(Cause.LOST) == 0.0
     assert (made.pool.model, made.candidates()) == ("tiny", [a])
 
 
@@ -781,8 +781,8 @@ def test_who_failed_before_may_go_on_when_nobody_else_is_left() -> None:
     """It may have been started anew; but whoever has stalled would stall again."""
     a, b, c, d = worker("a"), worker("b"), worker("c"), worker("d")
     made = resumed(attempts(a, b, c, d, continuations=9), a)
-    for each, failure in ((b, Failure.SLOW), (c, Failure.RESET), (d, Failure.RESET)):
-        assert made.retry_after(Failure.RESET) == 0.0
+    for each, failure in ((b, Cause.SLOW), (c, Cause.LOST), (d, Cause.LOST)):
+        assert made.retry_after(Cause.LOST) == 0.0
         made.begin(each)
         made.retry_after(failure)
     assert made.candidates() == [a, c]
@@ -793,7 +793,7 @@ def test_the_only_worker_may_break_off_more_than_once() -> None:
     made = attempts(a, continuations=3)
     for _ in range(3):
         resumed(made, a)
-        assert made.retry_after(Failure.RESET) is not None
+        assert made.retry_after(Cause.LOST) is not None
         assert made.candidates() == [a]
 
 
@@ -801,12 +801,12 @@ def test_then_a_fallback_goes_on_before_the_same_worker_does() -> None:
     a, b = worker("a"), worker("b")
     made = resumed(attempts(a, fallbacks=[[b]], continuations=5), a)
     assert made.has_other()
-    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.retry_after(Cause.LOST) == 0.0
     assert (made.pool.model, made.candidates()) == ("other1", [b])
 
 
 @pytest.mark.parametrize("failure", ELSEWHERE)
-def test_at_last_the_same_worker_goes_on(failure: Failure) -> None:
+def test_at_last_the_same_worker_goes_on(failure: Cause) -> None:
     """Where it would have been asked once more for an answer that had not begun."""
     a = worker("a")
     made = resumed(attempts(a, continuations=5, budget=broke(), attempts=1), a)
@@ -826,11 +826,11 @@ def test_there_are_only_so_many_continuations_of_an_answer(continuations: int) -
         )
         resumed(made, workers[0])
         for each in workers[1 : continuations + 1]:
-            assert made.retry_after(Failure.RESET) == 0.0
+            assert made.retry_after(Cause.LOST) == 0.0
             made.begin(each)
             if breaks:
                 made.resume()
-        assert made.retry_after(Failure.RESET) is None
+        assert made.retry_after(Cause.LOST) is None
 
 
 def test_without_continuations_left_nobody_is_waiting_to_take_over() -> None:
@@ -845,7 +845,7 @@ def test_without_continuations_left_a_fallback_is_not_waiting_either() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     made = resumed(attempts(a, b, fallbacks=[[c]], continuations=1), a)
     made.begin(b)
-    assert made.retry_after(Failure.SLOW) is None
+    assert made.retry_after(Cause.SLOW) is None
     assert not made.has_other()
 
 
@@ -859,14 +859,14 @@ def test_without_continuations_left_a_fallback_is_not_waiting_either() -> None:
     ),
 )
 def test_whatever_happens_to_the_rest_it_comes_to_an_end(
-    sizes: list[int], continuations: int, events: list[Failure | str]
+    sizes: list[int], continuations: int, events: list[Cause | str]
 ) -> None:
     pools = [[worker(f"{n}{m}") for m in range(size)] for n, size in enumerate(sizes)]
     made = attempts(
         worker("first"), *pools[0], fallbacks=pools[1:], continuations=continuations
     )
     resumed(made, made.candidates()[0])
-    pause = made.retry_after(Failure.RESET)
+    pause = made.retry_after(Cause.LOST)
     number = 0
     for event in events:
         some = made.candidates()
@@ -877,12 +877,12 @@ def test_whatever_happens_to_the_rest_it_comes_to_an_end(
         if event == "is asked for all":
             made.repeat()
             made.begin(made.candidates()[0])
-            pause = made.retry_after(Failure.STATUS)
+            pause = made.retry_after(Cause.STATUS)
         elif event == "breaks off":
             made.resume()
-            pause = made.retry_after(Failure.RESET)
+            pause = made.retry_after(Cause.LOST)
         else:
-            assert isinstance(event, Failure)
+            assert isinstance(event, Cause)
             pause = made.retry_after(event, 0.0)
     else:
         pytest.fail("it goes on and on")
@@ -895,7 +895,7 @@ def test_who_has_broken_off_comes_behind_who_has_not() -> None:
     made = attempts(a, b, c, continuations=5)
     for each, others in ((a, [b, c]), (b, [c]), (c, [a, b])):
         resumed(made, each)
-        assert made.retry_after(Failure.RESET) == 0.0
+        assert made.retry_after(Cause.LOST) == 0.0
         assert made.candidates() == others
 
 
@@ -903,9 +903,9 @@ def test_a_5xx_from_before_is_not_held_against_anybody() -> None:
     """The answer that broke off has shown nothing, and what follows is another one."""
     a, b, c = worker("a"), worker("b"), worker("c")
     made = failed(attempts(a, b, c, continuations=5), a)
-    assert made.retry_after(Failure.STATUS) == 0.0
+    assert made.retry_after(Cause.STATUS) == 0.0
     resumed(made, b)
-    assert made.retry_after(Failure.RESET) == 0.0
+    assert made.retry_after(Cause.LOST) == 0.0
     made.begin(c)
     assert made.succeeded() == []
 
@@ -942,9 +942,9 @@ def test_that_is_the_same_continuation() -> None:
     made.repeat()
     assert made.some_left
     made.begin(b)
-    assert made.retry_after(Failure.RESET) is None
+    assert made.retry_after(Cause.LOST) is None
 
 
 def test_attempts_say_how_many_they_are() -> None:
     a = worker("a")
-    assert repr(failed(attempts(a), a)) == "<Attempts 1 of 3 on 'tiny'>"
+    assert repr(failed(attempts(a), a)) == "<Plan 1 of 3 on 'tiny'>"

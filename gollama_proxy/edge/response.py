@@ -1,0 +1,158 @@
+"""Answers as bytes: the head that the hub writes, and answers in one piece.
+
+aiohttp's `web.Response` costs some forty calls for each answer.  The hub writes the
+head and the body of an answer itself, in one write, and hands aiohttp's server an
+object that has nothing left to do (`Sent`).
+"""
+
+from __future__ import annotations
+
+import time
+from http import HTTPStatus
+
+from aiohttp import web
+
+from gollama_proxy.wire import shapes
+from gollama_proxy.wire.coding import CODINGS
+from gollama_proxy.wire.errors import Code, ProxyError
+from gollama_proxy.wire.openai import Api
+
+SERVER = "gollama-proxy"
+JSON = "Content-Type: application/json\r\n"
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+# Statuses whose answers have no body (RFC 9110, 6.4.1).
+_BODILESS = frozenset({204, 304})
+
+
+class Response:
+    """An answer in one piece.
+
+    `fields` are its header lines, each ended by CRLF; those that every answer has are
+    added when it is written.
+    """
+
+    __slots__ = ("body", "fields", "status")
+
+    def __init__(
+        self, body: bytes = b"", status: int = 200, fields: str = JSON
+    ) -> None:
+        self.status = status
+        self.body = body
+        self.fields = fields
+
+    def __repr__(self) -> str:  # without what it says
+        return f"<Response {self.status}, {len(self.body)} bytes>"
+
+
+class Sent(web.StreamResponse):
+    """An answer that has been written, as aiohttp's server sees it."""
+
+    def __init__(self, *, keep_alive: bool) -> None:
+        super().__init__()
+        self._keep_alive = keep_alive
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Leave everything as it is: the head was written long ago."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Leave everything as it is: the body was written, or broken off."""
+
+
+# What the client's connection does next.
+KEEP, CLOSE = Sent(keep_alive=True), Sent(keep_alive=False)
+
+
+def write_whole(
+    request: web.BaseRequest, response: Response, fields: str, *, keep_alive: bool
+) -> None:
+    """Write an answer, head and body together; `fields` are those of every answer.
+
+    Raises:
+        ConnectionResetError: the client has left.
+    """
+    transport, body, status = request.transport, response.body, response.status
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError("the client left")
+    framing = "" if status in _BODILESS else f"Content-Length: {len(body)}\r\n"
+    data = head(
+        request, status, response.fields + fields + framing, keep_alive=keep_alive
+    )
+    if request.method == "HEAD" or status in _BODILESS:
+        transport.write(data)
+    elif len(body) > 64 << 10:  # which is not worth a copy
+        transport.writelines((data, body))
+    else:
+        transport.write(data + body)
+
+
+def head(
+    request: web.BaseRequest, status: int, fields: str, *, keep_alive: bool
+) -> bytes:
+    """Write the head of an answer: its status line, `fields`, `Date`, `Connection`.
+
+    The version is the client's, where the hub speaks it (RFC 9110, 6.2: a server must
+    not claim one that it does not conform to).
+    """
+    version, connection = "1.1", ""
+    if request.version == (1, 0):
+        version = "1.0"
+        connection = "Connection: keep-alive\r\n" if keep_alive else ""
+    elif not keep_alive:
+        connection = "Connection: close\r\n"
+    reason = _REASONS.get(status, "")
+    return (
+        f"HTTP/{version} {status} {reason}\r\n{fields}{connection}{_date.line()}\r\n"
+    ).encode("latin-1")
+
+
+class _Date:
+    """The `Date` line of the present second (RFC 9110, 6.6.1)."""
+
+    __slots__ = ("_line", "_second")
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._line = ""
+
+    def __repr__(self) -> str:
+        return f"<_Date {self._line.strip()}>"
+
+    def line(self) -> str:
+        second = int(time.time())
+        if second != self._second:
+            self._second = second
+            now = time.gmtime(second)
+            day, month = _DAYS[now.tm_wday], _MONTHS[now.tm_mon]
+            time_of_day = f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
+            date = f"{day}, {now.tm_mday:02} {month} {now.tm_year} {time_of_day} GMT"
+            self._line = f"Date: {date}\r\n"
+        return self._line
+
+
+# In English, whatever the locale is.
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = (
+    *("", "Jan", "Feb", "Mar", "Apr", "May", "Jun"),
+    *("Jul", "Aug", "Sep", "Oct", "Nov", "Dec"),
+)
+_date = _Date()
+
+
+def error_response(error: ProxyError, api: Api = Api.OPENAI) -> Response:
+    """Make the answer of a request that fails, in the shape of the API it called."""
+    fields = JSON
+    if error.retry_after is not None:
+        fields += f"Retry-After: {error.retry_after}\r\n"
+    if error.allow:
+        fields += f"Allow: {error.allow}\r\n"
+    if error.code is Code.UNSUPPORTED_ENCODING:  # RFC 9110, 15.5.16
+        fields += f"Accept-Encoding: {', '.join(CODINGS)}\r\n"
+    if error.code is Code.INVALID_API_KEY:
+        # RFC 6750, 3.1, has no error for a request without a token; here all refusals
+        # are the same, so that none shows how far a guess got.
+        fields += 'WWW-Authenticate: Bearer error="invalid_token"\r\n'
+    elif error.code is Code.INSUFFICIENT_SCOPE:
+        fields += 'WWW-Authenticate: Bearer error="insufficient_scope"\r\n'
+    status = error.code.status
+    return Response(shapes.status_body(api, status, error.body()), status, fields)

@@ -1,0 +1,131 @@
+"""Why an attempt on a worker failed, and everything that follows from it.
+
+`rule_of` is the one table: for each cause, what the client sees if nothing helps, where
+the request may be tried again and at whose cost, and what it says about the worker.
+
+    cause          another worker     the same one, once more     blamed on the worker
+    ───────────    ───────────────    ────────────────────────    ────────────────────
+    UNREACHABLE    at once, free      no                          yes
+    LOADING        at once, free      after its Retry-After       no: busy
+    BUSY           at once            after its Retry-After       no: busy
+    LOST           at once            after a short pause         yes
+    STATUS (5xx)   at once            after a short pause         if another did better
+    SLOW, SILENT   at once            no: it would be as slow     as hung, as failed
+    MALFORMED      at once            no                          yes
+    KEY            at once            no                          yes
+    MODEL          at once, free      no                          no
+    CONTEXT        a larger one,      no                          no
+                   free
+    UNFOLDABLE     at once            at once, as the client      no
+                                      wrote the request
+    DIVERGED       no                 no                          no
+    REFUSED        no: the same everywhere                        no
+
+A free retry takes nothing from the budget that all requests share: it adds no load to
+an outage.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple, assert_never
+
+from gollama_proxy.fleet.lease import Result
+from gollama_proxy.wire.errors import Code
+
+
+class Cause(enum.Enum):
+    """Why an attempt failed."""
+
+    UNREACHABLE = "no connection"
+    LOADING = "the worker is loading a model (503)"
+    BUSY = "the worker is busy (429)"
+    LOST = "the connection was lost, or the answer is incomplete"
+    STATUS = "the worker answered 5xx"
+    SLOW = "another worker is likely to be faster"
+    SILENT = "nothing came within the time limit"
+    MALFORMED = "the answer is not valid HTTP"
+    KEY = "the worker refuses the hub's key"
+    MODEL = "the worker serves another model by now"
+    CONTEXT = "the prompt is too long for the worker"
+    UNFOLDABLE = "the stream cannot be assembled into an answer"
+    DIVERGED = "another worker does not continue the same answer"
+    REFUSED = "the worker refuses the request itself (4xx)"
+
+
+class Again(enum.Enum):
+    """Whether the only worker of a pool gets the request once more."""
+
+    NO = "no"
+    PAUSE = "after a short pause"
+    ASKED = "after the time that it asks for, if that is short"
+    AS_SENT = "at once, with the request as the client wrote it"
+
+
+class Rule(NamedTuple):
+    """What follows from one cause."""
+
+    code: Code  # what the client gets, where no answer of a worker is passed on
+    result: Result  # for the worker's breaker
+    elsewhere: bool = True  # another worker may do better
+    again: Again = Again.NO
+    free: bool = False  # costs nothing of the retry budget
+    declined: bool = False  # the worker did not take the request
+    begun: bool = False  # the worker may have begun to work on it
+    hung: bool = False  # the worker has stopped in the middle of its work
+
+
+def rule_of(cause: Cause) -> Rule:
+    """Look a cause up; a new cause without a row does not pass the type check."""
+    match cause:
+        case Cause.UNREACHABLE:
+            return _UNREACHABLE
+        case Cause.LOADING:
+            return _LOADING
+        case Cause.BUSY:
+            return _BUSY
+        case Cause.LOST:
+            return _LOST
+        case Cause.STATUS:
+            return _STATUS
+        case Cause.SLOW:
+            return _SLOW
+        case Cause.SILENT:
+            return _SILENT
+        case Cause.MALFORMED:
+            return _MALFORMED
+        case Cause.KEY:
+            return _KEY
+        case Cause.MODEL:
+            return _MODEL
+        case Cause.CONTEXT:
+            return _CONTEXT
+        case Cause.UNFOLDABLE:
+            return _UNFOLDABLE
+        case Cause.DIVERGED:
+            return _DIVERGED
+        case Cause.REFUSED:
+            return _REFUSED
+        case _:
+            assert_never(cause)
+
+
+_UNREACHABLE = Rule(
+    Code.WORKER_UNREACHABLE, Result.WORKER_FAILED, free=True, declined=True
+)
+_LOADING = Rule(
+    Code.NO_WORKER, Result.BUSY, again=Again.ASKED, free=True, declined=True
+)
+_BUSY = Rule(Code.QUEUE_FULL, Result.BUSY, again=Again.ASKED, declined=True)
+_LOST = Rule(Code.WORKER_LOST, Result.WORKER_FAILED, again=Again.PAUSE, begun=True)
+# A 500 of llama-server often means a bad request, so no worker is blamed for it yet.
+_STATUS = Rule(Code.WORKER_PROTOCOL, Result.ERRED, again=Again.PAUSE, begun=True)
+_SLOW = Rule(Code.WORKER_SLOW, Result.SLOW, begun=True, hung=True)
+_SILENT = Rule(Code.WORKER_TIMEOUT, Result.WORKER_FAILED, begun=True, hung=True)
+_MALFORMED = Rule(Code.WORKER_PROTOCOL, Result.WORKER_FAILED, begun=True)
+_KEY = Rule(Code.WORKER_REFUSED_KEY, Result.WORKER_FAILED)
+_MODEL = Rule(Code.NO_WORKER, Result.REFUSED, free=True, begun=True)
+_CONTEXT = Rule(Code.CONTEXT_LENGTH, Result.REFUSED, free=True)
+_UNFOLDABLE = Rule(Code.WORKER_PROTOCOL, Result.REFUSED, again=Again.AS_SENT)
+_DIVERGED = Rule(Code.WORKER_INCOMPLETE, Result.REFUSED, elsewhere=False)
+_REFUSED = Rule(Code.BAD_REQUEST, Result.REFUSED, elsewhere=False)

@@ -1,0 +1,132 @@
+"""What a worker is asked for: the client's own request, or one that serves it better.
+
+A client that wants one piece is served by a stream, which shows that the worker goes
+on, and which ends at once when the client leaves; and a stream is asked for its usage
+where its tokens have to be counted.  A worker that refuses such a request, or streams
+what cannot be assembled, gets the request as the client wrote it.  That is remembered
+for a while, so that not every request is tried in vain first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gollama_proxy.bounded import Remembered
+from gollama_proxy.config.settings import Upstream
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.failures import Cause
+from gollama_proxy.proxy.response import Assembly
+from gollama_proxy.proxy.state import Exchange
+from gollama_proxy.wire.asking import (
+    ask_for_stream,
+    ask_for_usage,
+    choices_of,
+    has_prompts,
+)
+from gollama_proxy.wire.ending import Tally
+from gollama_proxy.wire.openai import Ending
+
+REMEMBERED = 600.0  # seconds; a worker may have been updated by then
+
+
+class Plainly(NamedTuple):
+    """A kind of request that one worker gets as its client wrote it."""
+
+    worker: str
+    model: str
+    path: str
+    stream: bool  # the client wants one
+
+
+class Rewriter:
+    """Writes requests for workers, and remembers which do not take them."""
+
+    def __init__(
+        self, upstream: Upstream, most: int, clock: Callable[[], float]
+    ) -> None:
+        """Make one; `most` bounds an assembled answer, in characters."""
+        self._assemble = frozenset(upstream.assemble)
+        self._most = most
+        self._clock = clock
+        self._until = Remembered[Plainly, float]()
+
+    def __repr__(self) -> str:
+        return f"<Rewriter, {len(self._until)} exceptions>"
+
+    def prepare(self, x: Exchange, worker: Worker) -> bytes:
+        """Write what a worker is asked for to begin an answer."""
+        body, model = x.body, x.plan.pool.model
+        sent = body.named(model)
+        streams = body.stream and body.replayable
+        if streams:
+            x.choices = body.answers
+            if not x.endpoint.chat and has_prompts(sent):
+                x.choices = choices_of(sent)
+        x.hides_usage = x.rewritten = False
+        if not x.begun:
+            x.delivery = None
+        x.sent = sent
+        if x.plan.as_sent or self._is_plain(x, worker):
+            return sent
+        if streams:
+            with_usage = ask_for_usage(sent) if self._needs_usage(x, worker) else None
+            if with_usage is not None:
+                x.sent, x.hides_usage, x.rewritten = with_usage, True, True
+        elif self._may_assemble(x) and (asked := ask_for_stream(sent, x.endpoint)):
+            x.delivery = Assembly(x, asked.assembler(self._most))
+            x.sent, x.rewritten = asked.body, True
+        return x.sent
+
+    def _may_assemble(self, x: Exchange) -> bool:
+        return (
+            x.endpoint.path in self._assemble
+            and x.body.replayable
+            and not x.body.stream
+            # Whether a stream has all of the answer shows at its end, and then it has
+            # to be asked for again.
+            and not x.plan.once
+        )
+
+    def _needs_usage(self, x: Exchange, worker: Worker) -> bool:
+        """Whether a stream would not be counted otherwise.
+
+        llama-server sends its `timings` in any case; asked for usage, it would send
+        them with it, and so they would be hidden from a client that reads them.
+        """
+        counts = x.endpoint.ending is Ending.DONE
+        return x.counted and counts and not worker.is_llama_server
+
+    # --- Workers that do not take it ----------------------------------------------
+
+    def _is_plain(self, x: Exchange, worker: Worker) -> bool:
+        if x.suspect is None and not self._until:
+            return False
+        kind = self._kind(x, worker)
+        until = self._until.get(kind)
+        return kind == x.suspect or (until is not None and self._clock() < until)
+
+    def _kind(self, x: Exchange, worker: Worker) -> Plainly:
+        model = x.plan.pool.model
+        return Plainly(worker.name, model, x.endpoint.path, x.body.stream)
+
+    def doubt(self, x: Exchange, cause: Cause, *, lasting: bool) -> Cause:
+        """Have a worker asked for what the client wrote, where that may help.
+
+        A 4xx to a request that the hub has rewritten is not the client's fault.
+        """
+        if cause in (Cause.REFUSED, Cause.DIVERGED):
+            cause = Cause.UNFOLDABLE
+        if lasting and cause in (Cause.UNFOLDABLE, Cause.STATUS):
+            x.suspect = self._kind(x, x.plan.tried[-1])
+        return cause
+
+    def confirm(self, x: Exchange, worker: Worker) -> None:
+        """Remember a worker that has answered what the client wrote, and only that."""
+        if x.suspect is not None and x.suspect.worker == worker.name:
+            self._until[x.suspect] = self._clock() + REMEMBERED
+
+
+def tally_of(x: Exchange) -> Tally | None:
+    """Make what counts the ends of the choices, where several are asked for."""
+    return Tally(x.endpoint.ending, x.choices) if x.choices > 1 else None

@@ -1,0 +1,104 @@
+"""Attempts on a worker without a client: a connection pool, and one request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from aiohttp.test_utils import make_mocked_request
+
+from gollama_proxy.config import load as config
+from gollama_proxy.config.settings import Config, WorkerConfig
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.attempt import Attempt, request_head
+from gollama_proxy.proxy.relay import Relay
+from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.upstream.pool import ConnectionPool
+from gollama_proxy.wire import headers as header_rules
+from gollama_proxy.wire.openai import ENDPOINTS
+from tests.fakes.clock import Clock
+from tests.fakes.pool import worker as a_worker
+from tests.fakes.waiting import DEADLINE
+
+BODY = b'{"messages":[]}'
+
+
+class Bench:
+    """A connection pool of one worker, to make attempts with."""
+
+    def __init__(
+        self,
+        loaded: Config,
+        pool: ConnectionPool | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.clock: Any = clock or Clock()
+        self.config: WorkerConfig = loaded.workers[0]
+        self.pool = pool or ConnectionPool(self.config, loaded, self.clock)
+        self.worker: Worker = a_worker(name="w", clock=self.clock)
+        self.limit = loaded.timeouts.first_token
+
+    @asynccontextmanager
+    async def attempt(
+        self,
+        path: str = "/v1/chat/completions",
+        rest: AsyncIterator[bytes] | None = None,
+    ) -> AsyncIterator[Attempt]:
+        """Begin an attempt; the `rest` of a body follows what is sent first."""
+        x = Exchange(make_mocked_request("POST", path), 0.0)
+        x.endpoint, x.worker, x.patience = ENDPOINTS[path], "w", self.limit
+        x.body = SimpleNamespace(replayable=rest is None, rest=lambda: rest)  # type: ignore[assignment]
+        x.lease = self.worker.lease()
+        x.state = State.CONNECTING
+        attempt = Attempt(x, self.pool, self.clock)
+        try:
+            yield attempt
+        finally:
+            await attempt.close()
+
+    async def send(
+        self,
+        attempt: Attempt,
+        body: bytes = BODY,
+        *,
+        path: str = "/v1/chat/completions",
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        length: int | None = -1,
+    ) -> Relay:
+        """Send a request as the path of a request does; a length of None is unknown."""
+        if length == -1:
+            length = len(body)
+        lines = header_rules.worker_fields(headers)
+        head = request_head(self.config, path, lines, b"application/json", length)
+        if length is None and body:
+            body = b"%x\r\n%b\r\n" % (len(body), body)
+        return await attempt.send(head + body, chunked=length is None)
+
+    async def exchange(
+        self,
+        body: bytes = BODY,
+        *,
+        path: str = "/v1/chat/completions",
+        rest: AsyncIterator[bytes] | None = None,
+        **more: Any,
+    ) -> Relay:
+        """Send a request, wait for its whole answer, and end the attempt."""
+        async with asyncio.timeout(DEADLINE), self.attempt(path, rest) as attempt:
+            relay = await self.send(attempt, body, path=path, **more)
+            await relay.whole()
+            return relay
+
+
+@asynccontextmanager
+async def bench(url: str, **settings: Any) -> AsyncIterator[Bench]:
+    """Make one for the worker at this address."""
+    environ = {
+        f"GOLLAMA_{name.replace('__', '_').upper()}": str(value)
+        for name, value in settings.items()
+    }
+    made = Bench(config.load(None, environ, {}, [url]))
+    yield made
+    made.pool.close()

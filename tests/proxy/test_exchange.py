@@ -1,0 +1,221 @@
+"""The states of a request, and the limits that are checked once a second."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
+
+import pytest
+from aiohttp.test_utils import make_mocked_request
+
+from gollama_proxy.config.settings import Config, Timeouts
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.exchange import SUSPICIOUS, Proxy
+from gollama_proxy.proxy.state import TRANSITIONS, Exchange, State
+from gollama_proxy.wire.description import Check
+from gollama_proxy.wire.errors import Code
+from tests.fakes.asks import CHAT
+from tests.fakes.client import request_head
+from tests.fakes.clock import Clock
+from tests.fakes.hub import running_hub
+from tests.fakes.pool import worker
+from tests.fakes.replies import chunk, sse_head
+from tests.fakes.script import Step, expect_eof, read_body, send
+from tests.fakes.worker import ScriptedWorker
+
+ASK = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
+
+# --- States -----------------------------------------------------------------------
+
+
+def request() -> Exchange:
+    return Exchange(make_mocked_request("POST", "/"), 0.0)
+
+
+@pytest.mark.parametrize(("one", "other"), [*itertools.product(State, State)])
+def test_a_state_follows_another_as_the_table_has_it(one: State, other: State) -> None:
+    x = request()
+    x.state = one
+    if other in TRANSITIONS[one]:
+        x.enter(other)
+        assert x.state is other
+    else:
+        with pytest.raises(RuntimeError, match=f"cannot become {other.name}"):
+            x.enter(other)
+
+
+def test_every_state_is_reached_and_all_but_the_last_may_end() -> None:
+    reached = set(itertools.chain(*TRANSITIONS.values()))
+    assert reached | {State.READING} == set(State) == set(TRANSITIONS)
+    ends = {state for state, after in TRANSITIONS.items() if State.ENDED in after}
+    assert ends == set(State) - {State.ENDED}
+    assert repr(request()) == "<Exchange  READING attempts=0>"
+
+
+# --- Once a second ----------------------------------------------------------------
+
+
+class Relay:
+    """An answer that notes how it is checked."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float, float]] = []
+        self.silent = 0.0
+        self.abandoned = False
+        self.error: Any = None
+
+    def check(self, now: float, gap: float, silence: float) -> float:
+        self.seen.append((now, gap, silence))
+        return self.silent
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+    def fail(self, error: Any) -> None:
+        self.error = error
+
+
+class Stage:
+    """A proxy with one request, which has got as far as `state`."""
+
+    def __init__(self, state: State, *, stream: bool = True) -> None:
+        self.clock = Clock()
+        none: Any = None
+        self.proxy = Proxy(
+            Config(timeouts=Timeouts(gap=7, silence=9)),
+            {},
+            *[none] * 8,
+            ended=lambda x: None,
+            clock=self.clock,
+        )
+        self.relay = Relay()
+        self.worker: Worker = worker(clock=self.clock)
+        self.x = x = request()
+        x.state, x.relay = state, cast(Any, self.relay)
+        x.lease = self.worker.lease()
+        x.body = cast(Any, SimpleNamespace(stream=stream, replayable=True))
+        x.endpoint = Mock()
+        x.plan = Mock()
+        x.plan.has_other.return_value = False
+        x.waiting_since, x.patience, x.allowance = self.clock(), 300.0, 10.0
+        x.noticed_at = 1e9  # no comments
+        self.proxy._running[cast(Any, object())] = x
+
+    def check(self, seconds: float = 0.0) -> None:
+        self.clock.advance(seconds)
+        self.proxy.check(self.clock())
+
+
+def test_an_answer_is_checked_while_it_is_relayed() -> None:
+    stage = Stage(State.STREAMING)
+    now = stage.clock()
+    stage.check()
+    stage.check(1)
+    assert stage.relay.seen == [(now, 7, 9), (now + 1, 7, 9)]
+    stage.x.state = State.BROKEN
+    stage.check(1)
+    assert len(stage.relay.seen) == 2
+
+
+def test_the_worker_of_a_silent_answer_is_checked() -> None:
+    stage = Stage(State.STREAMING)
+    checks: list[bool] = []
+    stage.worker.on_suspicion = lambda: checks.append(True)
+    for silent, checked in ((SUSPICIOUS, 0), (SUSPICIOUS + 1, 1)):
+        stage.relay.silent = silent
+        stage.check()
+        assert len(checks) == checked
+    assert not stage.relay.abandoned
+
+
+def test_the_answers_of_a_worker_that_is_down_are_given_up() -> None:
+    stage = Stage(State.STREAMING)
+    for _ in range(3):
+        stage.worker.observe(Check.REFUSED, "connection refused")
+    stage.check()
+    assert stage.relay.abandoned
+
+
+def test_a_request_ends_while_it_is_checked() -> None:
+    """The requests that run change under the hands of the check."""
+    stage = Stage(State.STREAMING)
+    stage.relay.check = lambda *_: stage.proxy._running.clear() or 0.0  # type: ignore
+    stage.proxy._running[cast(Any, object())] = stage.x
+    stage.check()
+    assert not stage.proxy.running
+
+
+def test_the_first_byte_has_a_limit() -> None:
+    stage = Stage(State.WAITING, stream=False)
+    stage.check(299)
+    assert stage.relay.error is None
+    stage.check(1)
+    assert stage.relay.error.code is Code.WORKER_TIMEOUT
+    assert stage.relay.error.message == "Worker w0 sent nothing within 300 s."
+
+
+def test_a_slow_worker_is_left_for_another_one_and_only_then() -> None:
+    stage = Stage(State.WAITING)
+    stage.check(11)
+    assert stage.relay.error is None
+    stage.x.plan.has_other.return_value = True  # type: ignore[attr-defined]
+    stage.check(1)
+    assert stage.relay.error.code is Code.WORKER_SLOW
+
+
+def test_a_worker_that_is_down_is_left_at_once() -> None:
+    stage = Stage(State.WAITING)
+    stage.x.plan.has_other.return_value = True  # type: ignore[attr-defined]
+    stage.check(1)
+    assert stage.relay.error is None
+    for _ in range(3):
+        stage.worker.observe(Check.REFUSED, "connection refused")
+    stage.check(1)
+    assert stage.relay.error.code is Code.WORKER_SLOW
+
+
+# --- Limits that are shorter than a second ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script",
+    [(), (send(sse_head()),), (send(sse_head() + chunk(b":\n\n")),)],
+    ids=["nothing", "head", "pings"],
+)
+async def test_a_short_limit_is_kept(script: tuple[Step, ...]) -> None:
+    """A head is no event, and neither is a ping."""
+    settings = {"timeouts__first_token": 0.1, "retry__attempts": 1}
+    async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
+        worker.script(*script, expect_eof())
+        response = await hub.post(CHAT, ASK)
+        await worker.idle()
+    assert response.status == 504
+    error = response.json()["error"]
+    assert error["code"] == "worker_timeout"
+    assert error["message"] == f"Worker {worker.name} sent nothing within 0.1 s."
+
+
+async def test_the_limit_begins_when_the_whole_body_is_out() -> None:
+    settings = {
+        "timeouts__first_token": 0.1,
+        "limits__replay_window": 4096,
+        "retry__attempts": 1,
+    }
+    async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
+        worker.script(read_body(), expect_eof())
+        head, tail = b'{"model":"tiny","messages":[{"content":"', b'"}]}'
+        length = len(head) + 9000 + len(tail)
+        async with await hub.wire() as wire:
+            token = ("Authorization", f"Bearer {hub.token()}")
+            fields = [("Content-Length", str(length)), token]
+            await wire.send(request_head("POST", CHAT, None, fields))
+            await wire.send(head + b"x" * 8000)
+            await worker.received()
+            await asyncio.sleep(0.3)  # three times the limit
+            await wire.send(b"x" * 1000 + tail)
+            response = await wire.read_response()
+        assert response.json()["error"]["code"] == "worker_timeout"
+        assert (await worker.received()).complete
