@@ -50,7 +50,7 @@ class Sent(web.StreamResponse):
 
     def __init__(self, *, keep_alive: bool) -> None:
         super().__init__()
-        self._keep_alive = keep_alive
+        self._keep_alive = keep_alive  # read by aiohttp as `keep_alive`
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Leave everything as it is: the head was written long ago."""

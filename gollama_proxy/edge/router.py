@@ -84,14 +84,17 @@ class Router:
 
     # --- Web pages ----------------------------------------------------------------
 
-    def origin_fields(self, request: web.BaseRequest) -> str:
+    @property
+    def has_origins(self) -> bool:
+        """Whether any page may read the answers."""
+        return bool(self._origins)
+
+    def origin_lines(self, request: web.BaseRequest) -> str:
         """Return the header lines that let a configured page read an answer.
 
         (Fetch standard, 3.2.)  Without them the browser withholds the answer from the
         page.
         """
-        if not self._origins:
-            return ""
         # For caches: the answer depends on which page has asked.
         fields = "Vary: Origin\r\n"
         if self.admits_origin(request):

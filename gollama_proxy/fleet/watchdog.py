@@ -1,9 +1,9 @@
 """Once a second: whether answers make progress, and whether broken workers recover.
 
 One task serves all running answers (`Proxy.check`), so that no timer is armed for a
-token.  The same round sends the canaries: one-token generations, which are all that a worker gets while
-its breaker is half-open.  A good `/health` proves nothing there: the process can be
-well and its GPU gone.
+token.  The same round sends the canaries: one-token generations, which are all that a
+worker gets while its breaker is half-open.  A good `/health` proves nothing there: the
+process can be well and its GPU gone.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from gollama_proxy.scheduling.policies import conversations
 from gollama_proxy.wire import fields
 from gollama_proxy.wire.coding import CODINGS, CodingError, Unpacker, coding_of
 from gollama_proxy.wire.errors import Code, RequestError
-from gollama_proxy.wire.fields import read_whole
 from gollama_proxy.wire.form import FormScanner, boundary_of, content_type_of
 from gollama_proxy.wire.openai import Endpoint
 
@@ -28,7 +27,21 @@ LEAST_RATE = 16 << 10
 
 _BOM = b"\xef\xbb\xbf"
 
-_SPENT = fields.FieldScanner()
+_NOTHING: Iterator[bytes] = iter(())
+
+# For each field, the kinds of JSON values that it may have; null means that it is not
+# there.
+_ARRAY, _ANYTHING = ("[", "an array"), ("", "")
+_NUMBER = ("0n", "a number")
+_KINDS = {
+    "model": ('"n', "a string"),
+    "stream": ("tfn", "a boolean"),
+    "max_tokens": _NUMBER,
+    "max_completion_tokens": _NUMBER,
+    "n_predict": _NUMBER,
+    "fallbacks": _ARRAY,
+}
+_ANSWERS = ("n", "n_cmpl")
 
 
 class Body:
@@ -39,8 +52,17 @@ class Body:
     ) -> None:
         self.endpoint = endpoint
         self.length = request.content_length
+        self.size = 0
         self.complete = False
-        self._streamed = False  # a part of it was passed on, and not kept
+        self.replayable = False  # all of it is kept, to be sent or to be sent again
+        self.untouched = True  # it can still be sent from its beginning, if only once
+        # What the client asks for, as far as the body was read
+        self.model: str | None = None
+        self.stream = False
+        self.fallbacks: tuple[str, ...] = ()  # models that the client names itself
+        self.prompts = 1  # that are in it
+        self.answers = 1  # that the client wants to each of them
+        self.content_type = b"application/json"  # as a worker gets it
         self._content = request.content
         self._limit = config.limits.body
         self._grace = config.timeouts.body
@@ -48,25 +70,23 @@ class Body:
         self._received = 0  # bytes, as they were sent
         self._ended = False  # no more will be received
         self._opening = b""  # what may become a byte order mark
-        coding = coding_of(request.headers.getall("Content-Encoding", ()))
-        self._unpacker = _unpacker_of(coding) if coding else None
-        self._unpacked: Iterator[bytes] = iter(())  # what the last piece holds yet
-        self.size = 0
-        self.fallbacks: tuple[str, ...] = ()  # models that the client names itself
-        self.prompts = 1  # that are in it
-        self.answers = 1  # that the client wants to each of them
         self._kept: list[bytes] = []
-        self._scanner: fields.FieldScanner | FormScanner = fields.FieldScanner()
-        self.content_type = b"application/json"  # as a worker gets it
+        self._found: dict[str, fields.Field] = {}
+        self._scanner: fields.FieldScanner | FormScanner | None = None
+        self._unpacker: Unpacker | None = None
+        self._unpacked: Iterator[bytes] = _NOTHING  # what the last piece holds yet
+        if self.length is not None and self.length > self._limit:
+            raise self._too_large()
         if endpoint.form:
             boundary = boundary_of(request.headers.get("Content-Type", ""))
             self._scanner = FormScanner(boundary)
+            self._found = self._scanner.found
             self.content_type = content_type_of(boundary)
-        self._found = self._scanner.found
-        if self.length is not None and self.length > self._limit:
-            raise self._too_large()
-        if coding:
-            self.length = None  # that of the plain body is not known yet
+        if "Content-Encoding" in request.headers:
+            coding = coding_of(request.headers.getall("Content-Encoding"))
+            if coding:
+                self._unpacker = _unpacker_of(coding)
+                self.length = None  # that of the plain body is not known yet
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
@@ -78,50 +98,44 @@ class Body:
         """Read until the body is complete, or so many bytes of it are kept.
 
         Raises:
-            RequestError: 400, 408 or 413, saying what is wrong with the body.
+            RequestError: 400, 408 or 413, naming what is wrong with the body.
         """
+        content = self._content
+        if self._unpacker is None and content.is_eof():  # the body came with its head
+            self._kept.append(self._take(self._note(content.read_nowait()), ended=True))
         while not self.complete and self.size < window:
             piece = await self._next_piece()
             if piece:
                 self._kept.append(piece)
-        scanned = self._found is self._scanner.found
+        scanned = self._scanner is not None
         if self.complete and scanned and not self.endpoint.form:
-            fields.check_json(b"".join(self._kept))
-        self._check_types()
-        self.answers = max(1, self._number("n", "n_cmpl"))
-        if self.complete and self.endpoint.generates and "messages" not in self._found:
-            self.prompts = fields.count_prompts(b"".join(self._kept))
-        if self.complete and "fallbacks" in self._found:
-            self._take_fallbacks()
+            fields.check_json(self._whole)
+        self._read_fields()
+        if self.complete:
+            self.replayable = True
+            found = self._found
+            if self.endpoint.generates and "messages" not in found:
+                self.prompts = fields.count_prompts(self._whole)
+            if "fallbacks" in found:
+                self._take_fallbacks()
 
     def _take_fallbacks(self) -> None:
-        """Take what is for the hub out of what is for the worker."""
-        self.fallbacks, body = fields.take_names(b"".join(self._kept), "fallbacks")
+        """Take out the field that is for the hub, and not for the worker."""
+        self.fallbacks, body = fields.take_names(self._whole, "fallbacks")
         self.size = self.length = len(body)
         self._kept = [body]
-        self._scanner = fields.FieldScanner()
-        self._scanner.feed(body)
-        self._found = self._scanner.found
+        self._scan(body)
 
     @property
-    def replayable(self) -> bool:
-        """Whether all of it is here, to be sent or to be sent once more."""
-        return self.complete and not self._streamed
-
-    @property
-    def untouched(self) -> bool:
-        """Whether it can still be sent from its beginning, if only once."""
-        return not self._streamed
-
-    @property
-    def model(self) -> str | None:
-        """The model that the client named, as far as the body was read."""
-        field = self._found.get("model")
-        return fields.text_of(field) if field and field.kind == '"' else None
+    def _whole(self) -> bytes:
+        """What was kept, in one piece."""
+        if len(self._kept) != 1:
+            self._kept = [b"".join(self._kept)]
+        return self._kept[0]
 
     @property
     def max_tokens(self) -> int:
-        """The longest answer that the client wants, in tokens; 0 if it does not say."""
+        """The longest answer that the client wants, in tokens; 0 if it states none."""
         return self._number("max_completion_tokens", "max_tokens", "n_predict")
 
     def _number(self, *names: str) -> int:
@@ -133,31 +147,34 @@ class Body:
         return 0
 
     def prefixes(self) -> tuple[int, ...]:
-        """Tell what its conversation begins with; nothing where it is none."""
+        """Return hashes of the beginnings of its conversation, if it is one."""
         if not self.replayable or "messages" not in self._found:
             return ()
-        return conversations.prefixes(fields.messages_of(b"".join(self._kept)))
-
-    @property
-    def stream(self) -> bool:
-        field = self._found.get("stream")
-        return field is not None and field.raw == b"true"
+        return conversations.prefixes(fields.messages_of(self._whole))
 
     def named(self, model: str) -> bytes:
-        """Give what was kept, with the model's name as its worker calls it.
+        """Return what was kept, with the model's name as its worker calls it.
 
         Not a byte of anything else changes.  A `model` that has not been reached yet
         stays as it is: the worker serves only one, or it would have been looked for.
         """
-        kept = b"".join(self._kept)
-        field = self._found.get("model")
-        if field is not None and field.kind == '"':
-            if fields.text_of(field) == model:
+        kept = self._whole
+        if self.model is None:
+            if not self.complete:
                 return kept
-        elif not self.complete:
+        elif self.model == model:
             return kept
-        start, end, text = self._scanner.renaming(field, model)
+        field = self._found.get("model")
+        scanner = self._scanner or self._scan(kept)
+        start, end, text = scanner.renaming(field, model)
         return kept[:start] + text + kept[end:]
+
+    def _scan(self, body: bytes) -> fields.FieldScanner:
+        """Read a whole body with a scanner, which also knows where its fields are."""
+        scanner = self._scanner = fields.FieldScanner()
+        scanner.feed(body)
+        self._found = scanner.found
+        return scanner
 
     def length_behind(self, body: bytes) -> int | None:
         """Return the length of `body` and the rest; None if that is not known."""
@@ -166,7 +183,8 @@ class Body:
     def forget(self) -> None:
         """Let go of what was kept: the answer has begun, nothing is sent again."""
         if self.replayable:
-            self._kept, self._found, self._scanner = [], {}, _SPENT
+            self._kept, self._found, self._scanner = [], {}, None
+            self.model = None
 
     # --- The part that streams through --------------------------------------------
 
@@ -176,10 +194,10 @@ class Body:
         Raises:
             RequestError: as `read` does; the worker must not see the body end well.
         """
-        self._streamed = True
+        self.replayable = self.untouched = False
         while not self.complete:
             piece = await self._next_piece()
-            self._check_types()
+            self._read_fields()
             if piece:
                 yield piece
 
@@ -232,13 +250,19 @@ class Body:
         self.size += len(piece)
         if self.size > self._limit:
             raise self._too_large()
-        whole = ended and len(piece) == self.size and not self.endpoint.form
-        if whole and (found := read_whole(piece)):
+        found = None
+        if ended and len(piece) == self.size and self._scanner is None:
+            found = fields.read_whole(piece)
+        if found is not None:
             self._found = found
         else:
-            self._scanner.feed(piece)
+            scanner = self._scanner
+            if scanner is None:
+                scanner = self._scanner = fields.FieldScanner()
+                self._found = scanner.found
+            scanner.feed(piece)
             if ended:
-                self._scanner.finish()
+                scanner.finish()
         self.complete = ended
         return piece
 
@@ -257,17 +281,20 @@ class Body:
 
     # --- Checks -------------------------------------------------------------------
 
-    def _check_types(self) -> None:
-        found = self._found
-        expected = {"model": ('"n', "a string"), "stream": ("tfn", "a boolean")}
-        for name in ("max_tokens", "max_completion_tokens", "n_predict"):
-            expected[name] = ("0n", "a number")
-        for name in (*self.endpoint.arrays, "fallbacks"):
-            expected[name] = ("[", "an array")
-        for name, (kinds, what) in expected.items():
-            if name in found and found[name].kind not in kinds:
+    def _read_fields(self) -> None:
+        """Check the types of the fields, and take what the client asks for."""
+        arrays = self.endpoint.arrays
+        for name, field in self._found.items():
+            kinds, what = _KINDS.get(name) or (_ARRAY if name in arrays else _ANYTHING)
+            if kinds and field.kind not in kinds:
                 text = f"`{name}` must be {what}."
                 raise RequestError(Code.INVALID_VALUE, text, param=name)
+            if name == "model" and field.kind == '"':
+                self.model = fields.text_of(field)
+            elif name == "stream":
+                self.stream = field.raw == b"true"
+            elif name in _ANSWERS:
+                self.answers = max(1, self._number(*_ANSWERS))
 
     def _too_large(self) -> RequestError:
         text = f"The request body is larger than {self._limit} bytes."

@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import random
-import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping
 
 from aiohttp import web
@@ -207,15 +207,25 @@ class Proxy:
             RequestError: it could be read in two ways, or is too large.
         """
         request = x.request
-        x.id = headers.request_id(request.raw_headers, secrets.token_hex(8))
-        x.lines = f"Server: {SERVER}\r\nX-Request-Id: {x.id}\r\n"
-        x.lines += self._router.origin_fields(request)
+        x.id = os.urandom(8).hex()
+        x.lines = self._common_lines(x)
         # A connection ends with a request whose head could be read in two ways: so
         # could everything that follows.
-        last = headers.check_head(
+        head = headers.read_head(
             x.method, request.version, request.raw_headers, self._config.limits.head
         )
-        x.keep_alive = request.keep_alive and not (last or self._draining)
+        if head.id:
+            x.id = head.id
+            x.lines = self._common_lines(x)
+        x.forwarded = head.forwarded
+        x.keep_alive = request.keep_alive and not (head.last or self._draining)
+
+    def _common_lines(self, x: Exchange) -> str:
+        """Write the header lines that every answer has."""
+        lines = f"Server: {SERVER}\r\nX-Request-Id: {x.id}\r\n"
+        if self._router.has_origins:
+            lines += self._router.origin_lines(x.request)
+        return lines
 
     def _fail(self, x: Exchange, error: ProxyError) -> Response:
         """Set the outcome of a request that fails before an answer has begun."""
@@ -292,14 +302,16 @@ class Proxy:
         x.caller = caller = self._authenticator.identify(request, x)
         x.endpoint = endpoint = ENDPOINTS[x.route]
         x.max_concurrency = caller.max_concurrency or config.queue.max_concurrency
-        x.priority = choose_priority(
-            request.headers.get("X-Gollama-Priority"), caller.priority
-        )
+        x.needs_slot = endpoint.slot
+        x.priority = caller.priority
+        if (priority := request.headers.get("X-Gollama-Priority")) is not None:
+            x.priority = choose_priority(priority, caller.priority)
         x.counted = self._counting == "always"
         if caller.rpm is not None or caller.tpm is not None:
             self._take_quota(x, caller)
         x.body = body = Body(request, endpoint, config)
-        answer_expectation(request)
+        if "Expect" in request.headers:
+            answer_expectation(request)
         await body.read(config.limits.replay_window)
         if body.model is None and not body.complete:
             await self._look_further(x)
@@ -363,9 +375,8 @@ class Proxy:
         else:
             sent = x.resume.request(model)
         length = len(sent) if body.replayable else body.length_behind(sent)
-        forwarded = headers.worker_fields(x.request.raw_headers)
         data = request_head(
-            worker.config, x.endpoint.path, forwarded, body.content_type, length
+            worker.config, x.endpoint.path, x.forwarded, body.content_type, length
         )
         if length is not None:
             data += sent
@@ -436,7 +447,8 @@ class Proxy:
         """Read whether an answer is none that can be passed on."""
         worker = lease.worker
         failure = None
-        if relay.status >= 400 or relay.early_error() is not None:
+        streams = relay.is_event_stream
+        if relay.status >= 400 or (streams and relay.early_error() is not None):
             failure = await read_failure(relay, worker.name)
         elif not (
             self._names_model(x, worker, relay)
@@ -445,7 +457,7 @@ class Proxy:
             failure = failure_of_model(worker.name, lease.model)
         if failure is not None:
             self._charges.add_refused(x, relay)
-        elif (x.resume is not None or x.begun) and not relay.is_event_stream:
+        elif not streams and (x.resume is not None or x.begun):
             used = read_usage(relay.held, x.endpoint.api)
             self._charges.add(x, relay, used)
             failure = failure_of(DivergedError("it does not stream"))

@@ -51,9 +51,8 @@ class Fitting:
 
     def is_certain(self, x: Exchange) -> bool:
         """Whether a prompt surely fits its first model, so that `check` is no use."""
-        pools = x.plan.pools
         return not x.endpoint.prompt_has_size or (
-            len(pools) == 1 and self._surely_fits(x, pools[0])
+            x.plan.single and self._surely_fits(x, x.plan.pool)
         )
 
     async def check(self, x: Exchange) -> None:

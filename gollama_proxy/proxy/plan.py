@@ -74,6 +74,7 @@ class Plan:
         "needs",
         "once",
         "pool",
+        "single",
     )
 
     def __init__(
@@ -96,8 +97,9 @@ class Plan:
         self.as_sent = False  # a stream in place of an answer has been of no use
         self._pools = tuple(pools)
         self._place = 0
-        self.pool = self._pools[0]  # the pool whose turn it is
-        self._tried: list[list[Worker]] = [[] for _ in pools]
+        self.pool = pools[0]  # whose turn it is
+        self.single = len(pools) == 1  # without a fallback
+        self._tried: list[list[Worker]] = [[]] if self.single else [[] for _ in pools]
         self._limits = limits
         self._budget = budget
         self._rng = rng
@@ -150,10 +152,8 @@ class Plan:
         Where nobody is there, it is the next fallback's.  An answer that broke off goes
         to the fallbacks first, and then to those that have failed it before.
         """
-        if not (self.begun or self.needs or self._least_context):
-            available = self.pool.available  # for the first attempt, as usual
-            if available:
-                return available
+        if not (self.begun or self.needs) and (available := self.pool.available):
+            return available  # for the first attempt, as usual
         if self._resuming and not self.some_left:
             return []
         last = [w for w in self.fitting(self.pool) if w is self._last and self._again]
@@ -217,6 +217,8 @@ class Plan:
     @property
     def pools(self) -> list[Pool]:
         """The pools that are left: this one, and those that may come behind it."""
+        if len(self._pools) == 1:
+            return [self.pool]
         return [self.pool, *(self._pools[place] for place in self._fallbacks())]
 
     def fitting(self, pool: Pool) -> list[Worker]:
@@ -307,7 +309,8 @@ class Plan:
 
     def _turn_to(self, place: int) -> None:
         if place != self._place:
-            self._place, self.pool = place, self._pools[place]
+            self._place = place
+            self.pool = self._pools[place]
             self.ask = self.ask._replace(model=self.pool.model)
             self._suspects.clear()
             self._unreached = 0

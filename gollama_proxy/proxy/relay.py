@@ -150,7 +150,8 @@ class Relay:
             WorkerError: the worker was lost before, sent no HTTP, or ended too early.
         """
         while self.opened_at is None and not self._ended and self._error is None:
-            await self._sleep()
+            self._wakeup = asyncio.get_running_loop().create_future()  # as `_sleep`
+            await self._wakeup
         if self.opened_at is None:
             self.opened_at = self._clock()
             if self._error is not None:

@@ -48,6 +48,9 @@ class State(enum.Enum):
     RESUMING = "a part of the answer is out; another worker is to continue it"
     ENDED = "it has its outcome"
 
+    # That of `Enum` is a call in Python, for each look into the table.
+    __hash__ = object.__hash__
+
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.READING: frozenset({State.QUEUED, State.ENDED}),
@@ -72,12 +75,14 @@ class Exchange(Record):
 
     id = ""
     state = State.READING
+    forwarded = b""  # header lines of the client that workers get
     lines = ""  # header lines that the answer has in any case
     keep_alive = False  # the client's connection may carry another request
 
     # Who asks, and for what
     caller: Principal
     priority: Priority = Priority.INTERACTIVE
+    needs_slot = True  # its attempts generate; others are not limited by slots
     max_concurrency = 0  # requests of the subject that may run at once; 0: no limit
     endpoint: Endpoint
     body: Body
@@ -130,11 +135,6 @@ class Exchange(Record):
         if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"{self!r} cannot become {state.name}")
         self.state = state
-
-    @property
-    def needs_slot(self) -> bool:
-        """Whether its attempts generate; others are not limited by slots."""
-        return self.endpoint.slot
 
     @property
     def begun(self) -> bool:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from gollama_proxy.wire.errors import Code, RequestError
 
@@ -78,16 +79,26 @@ _SUSPECT = frozenset(
     }
 )
 _LAST = frozenset({b"transfer-encoding", b"upgrade"})
+_READ = FORWARDED | _SUSPECT | {b"host", b"connection", b"x-request-id"}
+_VERSIONS = ((1, 0), (1, 1))
 
 
-def check_head(
+class Head(NamedTuple):
+    """What the hub reads of a request's head."""
+
+    last: bool  # the connection has to end with this request
+    id: str  # the client's `X-Request-Id`, or empty
+    forwarded: bytes  # the header lines that a worker gets, each ended by CRLF
+
+
+def read_head(
     method: str, version: tuple[int, int], headers: Headers, limit: int
-) -> bool:
-    """Reject a request head that could be read in two ways, or is too large.
+) -> Head:
+    """Read a request head; reject one that is ambiguous or too large.
 
     The parser has rejected most malformed heads; this rejects those that it accepts and
-    a proxy must not.  Returns whether the connection has to be closed after this
-    request, because the next one could be read in two ways:
+    a proxy must not.  The connection has to be closed after a request if the next one
+    could be read in two ways:
 
     * after a body in chunks: aiohttp (3.14.5) takes the last trailer for a field of the
       next request, and a trailer can be an `Authorization`;
@@ -97,28 +108,53 @@ def check_head(
     Raises:
         RequestError: 400, 405, 431, 501 or 505, naming the header.
     """
-    if version not in ((1, 0), (1, 1)):
+    if version not in _VERSIONS:
         text = f"HTTP/{version[0]}.{version[1]} is not supported; use HTTP/1.1."
         raise RequestError(Code.UNSUPPORTED_HTTP_VERSION, text)
     if method == "CONNECT":
         text = "CONNECT is not supported: this is no tunnel."
         raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow="GET, POST")
-    total = 0
-    last = False
-    for name, value in headers:
+    total, last, ids = 0, False, []
+    forwarded: list[tuple[bytes, bytes]] = []
+    named = b""  # in `Connection`: of one hop only (RFC 9110, 7.6.1)
+    for field in headers:
+        name, value = field
         total += len(name) + len(value) + 4  # ": " and CRLF
         lowered = name.lower()
-        if lowered == b"host":
+        if lowered not in _READ:
+            continue
+        if lowered in FORWARDED:
+            forwarded.append(field)
+        elif lowered == b"host":
             if not _HOST.fullmatch(value):  # RFC 9112, 3.2
                 text = "Host is no name or address, with or without a port."
                 raise RequestError(Code.BAD_REQUEST, text)
-        elif lowered in _SUSPECT:
+        elif lowered == b"connection":
+            named += b"," + value
+        elif lowered == b"x-request-id":
+            ids.append(value)
+        else:
             _check_field(name, value, version)
             last = last or lowered in _LAST
     if total > limit:
         text = f"The request head is larger than {limit} bytes."
         raise RequestError(Code.HEAD_TOO_LARGE, text)
-    return last
+    lines = b""
+    for name, value in forwarded:
+        if _FIELD_VALUE.fullmatch(value) and not (named and _names(named, name)):
+            lines += b"%b: %b\r\n" % (name, value)
+    return Head(last, _harmless_id(ids) if ids else "", lines)
+
+
+def _names(named: bytes, name: bytes) -> bool:
+    """Whether a list of connection options has a header's name."""
+    return name.lower() in [each.strip().lower() for each in named.split(b",")]
+
+
+def _harmless_id(ids: list[bytes]) -> str:
+    """Return the one request id that a client has sent, unless it could do harm."""
+    text = ids[0].decode("latin-1") if len(ids) == 1 else ""
+    return text if _REQUEST_ID.fullmatch(text) else ""
 
 
 def _check_field(name: bytes, value: bytes, version: tuple[int, int]) -> None:
@@ -138,35 +174,6 @@ def _check_field(name: bytes, value: bytes, version: tuple[int, int]) -> None:
         raise RequestError(Code.BAD_REQUEST, text)
 
 
-def request_id(headers: Iterable[tuple[bytes, bytes]], fallback: str) -> str:
-    """Return the client's `X-Request-Id` if it is harmless, else `fallback`."""
-    found = fallback
-    for name, value in headers:
-        if name.lower() == b"x-request-id":
-            text = value.decode("latin-1")
-            if found is not fallback or not _REQUEST_ID.fullmatch(text):
-                return fallback
-            found = text
-    return found
-
-
-def to_worker(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """Return the headers of a client that are sent to a worker."""
-    dropped = _named_in_connection(headers)
-    return [
-        (name, value)
-        for name, value in headers
-        if (lowered := name.lower()) in FORWARDED
-        and lowered not in dropped
-        and _FIELD_VALUE.fullmatch(value)
-    ]
-
-
-def worker_fields(headers: Headers) -> bytes:
-    """Write the header lines of a client that a worker gets, each ended by CRLF."""
-    return b"".join(b"%b: %b\r\n" % field for field in to_worker(headers))
-
-
 def to_client(headers: Headers) -> list[tuple[str, str]]:
     """Return the headers of a worker that are sent to the client."""
     dropped = _DROPPED | _named_in_connection(headers)
@@ -184,13 +191,11 @@ def client_fields(headers: Headers) -> str:
     """Write the header lines of a worker that its client gets, each ended by CRLF."""
     # Workers send the same ones again and again, but for these two.
     return _client_fields(
-        tuple(
-            field for field in headers if field[0].lower() not in _DIFFERENT_EACH_TIME
-        )
+        tuple([each for each in headers if each[0].lower() not in _VARYING])
     )
 
 
-_DIFFERENT_EACH_TIME = frozenset({b"content-length", b"date"})  # never passed on
+_VARYING = frozenset({b"content-length", b"date"})  # never passed on
 
 
 @functools.lru_cache(maxsize=256)

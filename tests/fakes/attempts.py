@@ -17,7 +17,6 @@ from gollama_proxy.proxy.attempt import Attempt, request_head
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.wire import headers as header_rules
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker as a_worker
@@ -71,7 +70,7 @@ class Bench:
         """Send a request as the path of a request does; a length of None is unknown."""
         if length == -1:
             length = len(body)
-        lines = header_rules.worker_fields(headers)
+        lines = b"".join(b"%b: %b\r\n" % field for field in headers)
         head = request_head(self.config, path, lines, b"application/json", length)
         if length is None and body:
             body = b"%x\r\n%b\r\n" % (len(body), body)

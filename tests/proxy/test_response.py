@@ -427,7 +427,7 @@ async def test_another_worker_may_go_on_with_a_whole() -> None:
     [
         (b"", UnfoldableError, "before the answer was complete"),
         (chat_stream(["a"], reason=None), UnfoldableError, "before the answer"),
-        (chat_stream([], reason="length"), LostTextError, "did not tell the text"),
+        (chat_stream([], reason="length"), LostTextError, "lacks the text"),
         (b"data: {\n\n" + chat_stream(["a"]), UnfoldableError, "cannot be read"),
         (chat_stream(["a" * 5000]), LostTextError, "longer than 4096 characters"),
     ],

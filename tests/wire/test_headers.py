@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
@@ -13,15 +14,35 @@ from gollama_proxy.wire.headers import (
     FORWARDED,
     HOP_BY_HOP,
     OWNED,
-    check_head,
-    request_id,
+    Headers,
+    read_head,
     to_client,
-    to_worker,
 )
 
 LIMIT = 16 << 10
 JSON = (b"Content-Type", b"application/json")
 HOST = (b"Host", b"hub:8000")
+
+
+def check_head(
+    method: str, version: tuple[int, int], headers: Headers, limit: int
+) -> bool:
+    """Check a head; return whether its connection ends with it."""
+    return read_head(method, version, headers, limit).last
+
+
+def request_id(headers: Iterable[tuple[bytes, bytes]], fallback: str) -> str:
+    return read_head("GET", (1, 1), [*headers], 1 << 20).id or fallback
+
+
+def to_worker(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """List the headers of a client that a worker gets: none of a refused request."""
+    try:
+        sent = read_head("POST", (1, 1), headers, 1 << 20).forwarded
+    except RequestError:
+        return []
+    pairs = [line.split(b": ", 1) for line in sent.split(b"\r\n")[:-1]]
+    return [(name, value) for name, value in pairs]
 
 
 def lines(*text: str) -> list[tuple[bytes, bytes]]:
