@@ -55,33 +55,21 @@ StreamedRoutes = Annotated[
 class Server(Struct, frozen=True):
     host: Annotated[Text, "address to listen on"] = "127.0.0.1"
     port: Annotated[int, whole(0, 65_535), "port to listen on; 0: any free one"] = 8000
-    insecure_bind: Annotated[
-        bool, "allow an address beyond loopback without authentication"
-    ] = False
+    insecure_bind: Annotated[bool, "allow any address without authentication"] = False
     keepalive: Annotated[
         float, seconds(1), "how long a connection may idle, and a request head may take"
     ] = 30.0
-    cors_origins: Annotated[
-        Origins, "origins of web pages that may call the hub from a browser"
-    ] = ()
-    drain: Annotated[
-        Seconds, "how long running requests may take to finish after SIGTERM"
-    ] = 30.0
-    tls_certificate: Annotated[
-        Text, "PEM file with the certificate chain; enables https"
-    ] = ""
-    tls_key: Annotated[
-        Text, "PEM file with its private key; empty: in the same file"
-    ] = ""
+    cors_origins: Annotated[Origins, "web origins that may call the hub"] = ()
+    drain: Annotated[Seconds, "time for running requests after SIGTERM"] = 30.0
+    tls_certificate: Annotated[Text, "PEM file with certificates; enables https"] = ""
+    tls_key: Annotated[Text, "PEM file with its key; empty: the same file"] = ""
     tls_client_ca: Annotated[
         Text, "PEM file with CAs; clients must present a certificate from one of them"
     ] = ""
 
 
 class Auth(Struct, frozen=True):
-    mode: Annotated[
-        str, one_of("jwt", "off"), "bearer tokens, or no authentication"
-    ] = "jwt"
+    mode: Annotated[str, one_of("jwt", "off"), "token authentication or none"] = "jwt"
     algorithm: Annotated[
         str, one_of(*ALGORITHMS), "the only accepted signature algorithm"
     ] = "HS256"
@@ -97,9 +85,7 @@ class Auth(Struct, frozen=True):
         Text, "file with revoked tokens and subjects; read again when it changes"
     ] = ""
     max_lifetime: Annotated[
-        float,
-        seconds(0, 3_660 * 86_400),
-        "longest time that a token may remain valid; 0: no limit",
+        float, seconds(0, 3_660 * 86_400), "longest validity of a token; 0: no limit"
     ] = 366 * 86_400.0
     leeway: Annotated[float, seconds(0, 300), "tolerated clock difference"] = 30.0
     cache_size: Annotated[int, whole(0, 1_000_000), "verified tokens to cache"] = 4096
@@ -109,33 +95,23 @@ class Limits(Struct, frozen=True):
     head: Annotated[int, size(1 << 10, 1 << 20), "largest request head"] = 16 << 10
     body: Annotated[int, size(1 << 10), "largest request body"] = 64 << 20
     replay_window: Annotated[
-        int,
-        size(4 << 10, 1 << 30),
-        "largest request body kept for retries; larger ones are streamed",
+        int, size(4 << 10, 1 << 30), "largest body kept for retries"
     ] = 1 << 20
-    answer: Annotated[
-        int, size(4 << 10), "largest answer that is assembled from a stream"
-    ] = 16 << 20
-    model_window: Annotated[
-        int,
-        size(4 << 10, 1 << 30),
-        "how far into a body to look for `model` where routing depends on it",
-    ] = 16 << 20
-    connections: Annotated[int, whole(1, 1_000_000), "client connections in total"] = (
-        8000
+    answer: Annotated[int, size(4 << 10), "largest answer assembled from a stream"] = (
+        16 << 20
     )
+    model_window: Annotated[
+        int, size(4 << 10, 1 << 30), "how far to look for `model` in a body"
+    ] = 16 << 20
+    connections: Annotated[int, whole(1, 1_000_000), "client connections"] = 8000
     connections_per_address: Annotated[
-        int,
-        whole(0, 1_000_000),
-        "client connections per address (IPv6: per /64); 0: no limit",
+        int, whole(0, 1_000_000), "the same per address (IPv6: /64); 0: no limit"
     ] = 0
 
 
 class Timeouts(Struct, frozen=True):
     connect: Annotated[Duration, "connecting to a worker"] = 3.0
-    first_token: Annotated[
-        Duration, "from the request to the first event of the answer"
-    ] = 300.0
+    first_token: Annotated[Duration, "request to first event of the answer"] = 300.0
     allowance: Annotated[
         Duration,
         "first event of a stream if another worker could take over; the time that its "
@@ -143,11 +119,9 @@ class Timeouts(Struct, frozen=True):
     ] = 10.0
     gap: Annotated[Duration, "between two events of a stream"] = 30.0
     silence: Annotated[Duration, "between two bytes of an answer"] = 45.0
-    body: Annotated[
-        Duration, "waiting for a request body, plus 1 s for each 16 KiB"
-    ] = 30.0
+    body: Annotated[Duration, "request body, plus 1 s for each 16 KiB"] = 30.0
     handshake: Annotated[Duration, "TLS handshake with a client"] = 10.0
-    write: Annotated[Duration, "waiting for a client that does not read"] = 60.0
+    write: Annotated[Duration, "a client that does not read"] = 60.0
     request: Annotated[Seconds, "a whole request; 0: no limit"] = 0.0
 
 
@@ -155,75 +129,48 @@ class Queue(Struct, frozen=True):
     size: Annotated[int, whole(0, 10_000), "requests that may wait for a slot"] = 256
     timeout: Annotated[Duration, "how long a request may wait"] = 300.0
     notice: Annotated[
-        Seconds,
-        "how long a streaming client waits before it is sent its position; 0: never",
+        Seconds, "wait before a streaming client is sent its position; 0: never"
     ] = 1.0
     max_concurrency: Annotated[
-        int,
-        whole(0, 10_000),
-        "requests that one subject may run at once; 0: no limit",
+        int, whole(0, 10_000), "concurrent requests of a subject; 0: no limit"
     ] = 0
-    overcommit: Annotated[
-        int, whole(0, 10_000), "requests sent to a worker beyond its slots"
-    ] = 0
+    overcommit: Annotated[int, whole(0, 10_000), "requests beyond a worker's slots"] = 0
 
 
 class Health(Struct, frozen=True):
     interval: Annotated[Duration, "between two health checks of a worker"] = 30.0
-    timeout: Annotated[Duration, "waiting for the reply to a health check"] = 5.0
-    fall: Annotated[
-        int, whole(1, 100), "failed checks in a row before a worker is down"
-    ] = 3
+    timeout: Annotated[Duration, "reply to a health check"] = 5.0
+    fall: Annotated[int, whole(1, 100), "failed checks that take a worker down"] = 3
     rise: Annotated[int, whole(1, 100), "good checks before it is up again"] = 1
-    recheck: Annotated[
-        Duration, "between checks while a worker is loading or suspected"
-    ] = 1.0
+    recheck: Annotated[Duration, "between checks while it loads or is suspected"] = 1.0
 
 
 class Breaker(Struct, frozen=True):
-    consecutive: Annotated[
-        int, whole(1, 1000), "failures in a row that open a breaker"
-    ] = 5
+    consecutive: Annotated[int, whole(1, 1000), "failures in a row that open it"] = 5
     failure_rate: Annotated[
         float, number(0.01, 1), "share of failed calls in the window that opens it"
     ] = 0.5
     slow_rate: Annotated[
         float, number(0.01, 1), "share of slow calls in the window that opens it"
     ] = 0.8
-    minimum_calls: Annotated[
-        int, whole(1, 10_000), "calls in the window before a share counts"
-    ] = 10
+    minimum_calls: Annotated[int, whole(1, 10_000), "calls before a share counts"] = 10
     window: Annotated[float, seconds(0.1), "how far back calls are counted"] = 30.0
     open: Annotated[Duration, "how long it stays open at first; doubles"] = 5.0
     open_max: Annotated[Duration, "longest time that it stays open"] = 15.0
-    jitter: Annotated[
-        float, number(0, 1), "random variation of these times, as a share of them"
-    ] = 0.2
+    jitter: Annotated[float, number(0, 1), "random variation of these times"] = 0.2
     proofs: Annotated[int, whole(1, 100), "good canaries in a row that close it"] = 2
-    ramp: Annotated[
-        Seconds, "how long a recovered worker takes to reach its full share"
-    ] = 10.0
-    busy_max: Annotated[
-        Seconds, "longest time for which a worker's Retry-After is respected"
-    ] = 60.0
+    ramp: Annotated[Seconds, "time to reach the full share after closing"] = 10.0
+    busy_max: Annotated[Seconds, "longest Retry-After that is respected"] = 60.0
     canary: Annotated[
         bool, "test a worker with a one-token request of the hub, not a client's"
     ] = True
 
 
 class Retry(Struct, frozen=True):
-    attempts: Annotated[
-        int, whole(1, 10), "workers to try before the first byte of the answer"
-    ] = 3
-    ratio: Annotated[
-        float, number(0, 1), "share of the recent requests that may be retried"
-    ] = 0.1
-    floor: Annotated[int, whole(0, 1000), "retries in 10 s that are always allowed"] = (
-        10
-    )
-    patience: Annotated[
-        Seconds, "how long to wait for the only worker when it is busy"
-    ] = 5.0
+    attempts: Annotated[int, whole(1, 10), "workers to try before the first byte"] = 3
+    ratio: Annotated[float, number(0, 1), "share of recent requests to retry"] = 0.1
+    floor: Annotated[int, whole(0, 1000), "retries in 10 s that are always free"] = 10
+    patience: Annotated[Seconds, "wait for the only worker if it is busy"] = 5.0
     once: Annotated[
         Routes, "paths on which a request that a worker may have begun is not retried"
     ] = ()
@@ -234,15 +181,13 @@ class Rescue(Struct, frozen=True):
     kept: Annotated[
         int,
         size(1 << 10, 1 << 30),
-        "events of an answer kept for that; longer answers are not continued",
+        "memory per answer; longer answers are not continued",
     ] = 256 << 10
     attempts: Annotated[int, whole(1, 100), "continuations of one answer in total"] = 5
 
 
 class Upstream(Struct, frozen=True):
-    keepalive: Annotated[
-        Seconds, "idle time of a worker connection (llama-server: 5 s)"
-    ] = 4.0
+    keepalive: Annotated[Seconds, "idle worker connection (llama-server: 5 s)"] = 4.0
     idle: Annotated[int, whole(0, 10_000), "idle connections kept for each worker"] = 32
     assemble: Annotated[
         StreamedRoutes, "paths whose answers in one piece are assembled from a stream"
@@ -255,25 +200,17 @@ class Upstream(Struct, frozen=True):
 
 
 class Routing(Struct, frozen=True):
-    policy: Annotated[Policy, "how to choose among the workers that can serve"] = (
-        "affinity"
-    )
+    policy: Annotated[Policy, "how to choose a worker"] = "affinity"
     policies: Annotated[
         Policies, "other policies for some models; the first matching pattern counts"
     ] = {}
 
 
 class Models(Struct, frozen=True):
-    default_model: Annotated[
-        Text, "model for a request with no model or an unknown one"
-    ] = ""
-    strict_models: Annotated[
-        bool, "reject unknown names even if only one model is served"
-    ] = False
+    default_model: Annotated[Text, "model if none or an unknown one is named"] = ""
+    strict_models: Annotated[bool, "reject unknown names of models"] = False
     aliases: Annotated[Table, 'other names for a model; "gpt-*" is a pattern'] = {}
-    fallbacks: Annotated[
-        Lists, "models to use when no worker can serve the requested one"
-    ] = {}
+    fallbacks: Annotated[Lists, "fallback models when no worker is available"] = {}
 
 
 class Log(Struct, frozen=True):
