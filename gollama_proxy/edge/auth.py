@@ -1,17 +1,17 @@
-"""Token in, Principal out: JWT bearer tokens (RFC 7519), checked as RFC 8725 asks.
+"""Token in, `Principal` out: JWT bearer tokens (RFC 7519), checked by RFC 8725.
 
-A token comes in `Authorization`, or in `x-api-key`, as Anthropic's SDKs send it; where
-a request has both, they must hold the same one.
+A token is sent in `Authorization`, or in `x-api-key`, as Anthropic's SDKs do; if a
+request has both, they must be equal.
 
-The algorithm is the configuration's choice, never the token's (RFC 8725, 3.1).  Every
-refusal looks the same to the client; the reason is for the log.
+The algorithm is chosen by the settings, never by the token (RFC 8725, 3.1).  Clients
+get the same answer for every rejected token; the log has the reason.
 
-Checking a signature costs some 20 µs for HS256 and 100 and more for the others, and a
-chat front-end sends the same token with each request.  So a good token is remembered,
-by its hash, until it expires or somebody is revoked; a bad one never is.
+Checking a signature takes 20 µs for HS256 and at least 100 µs for other algorithms, and
+a chat front end sends the same token with every request.  Valid tokens are therefore
+cached, by their hash, until they expire or the list of revoked tokens changes.
 
-A token is checked when its request comes in, and then never again: an answer that runs
-may go on when its token expires or is revoked.
+A token is checked only at the start of its request: a running answer continues after
+its token has expired or has been revoked.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 
 class Principal(NamedTuple):
-    """Who a request speaks for, and what it may do."""
+    """The subject of a token and its permissions."""
 
     subject: str
     models: tuple[str, ...] | None = None  # shell-like patterns; None allows all
     scopes: frozenset[str] = frozenset()
     expires: float = float("inf")  # Unix time, leeway included
-    # Limits of the subject; None is none.
+    # Limits of the subject; None: no limit.
     rpm: int | None = None  # requests a minute
     tpm: int | None = None  # tokens a minute
     max_concurrency: int | None = None  # requests that run at once
     priority: Priority = Priority.INTERACTIVE  # the highest class it may use
 
-    def __repr__(self) -> str:  # without the rest of what its token says
+    def __repr__(self) -> str:  # without the other claims of the token
         return f"<Principal {self.subject!r}>"
 
 
@@ -64,7 +64,7 @@ ANONYMOUS = Principal("anonymous", scopes=frozenset({"admin"}))
 
 
 class AuthError(RequestError):
-    """401; the text is the same for every cause, `detail` has the cause."""
+    """401, with the same text for every cause; `detail` has the cause for the log."""
 
     def __init__(self, cause: str) -> None:
         super().__init__(
@@ -95,10 +95,10 @@ class Authenticator:
         return f"<Authenticator {mode} keys={len(self._keys)} known={len(self._known)}>"
 
     def identify(self, request: web.BaseRequest, record: Record) -> Principal:
-        """Tell who sent a request, and note it in its record.
+        """Return the sender of a request, and set the subject of its record.
 
         Raises:
-            AuthError: as `authenticate` does.
+            AuthError: see `authenticate`.
         """
         principal = self.authenticate(
             request.headers.getall("Authorization", ()),
@@ -110,13 +110,13 @@ class Authenticator:
     def authenticate(
         self, headers: Sequence[str], api_keys: Sequence[str] = ()
     ) -> Principal:
-        """Tell who sent a request.
+        """Return the sender of a request.
 
         `headers` are the values of its `Authorization` headers, `api_keys` those of
         its `x-api-key` headers.
 
         Raises:
-            AuthError: they do not hold exactly one token, or it is not good.
+            AuthError: they do not contain exactly one token, or it is not valid.
         """
         if self._off:
             return ANONYMOUS
@@ -131,11 +131,11 @@ class Authenticator:
         return principal
 
     def revoke(self, revoked: Revoked) -> None:
-        """Refuse these from now on, and no others; remembered tokens included."""
+        """Replace the list of revoked tokens; it applies to cached tokens as well."""
         self._revoked = revoked
         self._known.clear()
 
-    # --- What was verified before -------------------------------------------------
+    # --- The cache of valid tokens ------------------------------------------------
 
     def _recall(self, digest: bytes) -> Principal | None:
         principal = self._known.get(digest)
@@ -164,9 +164,9 @@ class Authenticator:
             try:
                 claims = self._decode(token, key)
             except jwt.InvalidSignatureError as exc:
-                error = AuthError(str(exc))  # perhaps signed with the other key
+                error = AuthError(str(exc))  # it may be signed with the other key
             except (jwt.PyJWTError, ValueError, TypeError) as exc:
-                # What follows a colon quotes the token, which may be anything at all.
+                # After a colon, the text quotes the token, which may be anything.
                 raise AuthError(str(exc).partition(":")[0]) from None
             else:
                 return self._principal(claims)
@@ -177,7 +177,7 @@ class Authenticator:
         return _new_decoder()
 
     def _decode(self, token: str, key: bytes | str) -> Mapping[str, Any]:
-        """Check signature and claims; times are checked here, against our clock."""
+        """Check the signature and the claims, except times (see `_principal`)."""
         auth = self._auth
         claims: dict[str, Any] = self._decoder.decode(
             token,
