@@ -1,4 +1,4 @@
-"""One line for each request: who sent it, where it went and how it ended.
+"""The access log: one line for each request, with its sender, worker and outcome.
 
 No prompt, no answer, no token and no header of a client gets into it; names that a
 client chose are quoted, so that they cannot forge a line.
@@ -29,7 +29,7 @@ class Outcome(enum.StrEnum):
 
 @dataclass(eq=False, repr=False)
 class Record:
-    """What telemetry needs to know of a request; filled in along its path."""
+    """The data of a request that telemetry needs, filled in along its path."""
 
     id: str
     method: str
@@ -58,7 +58,7 @@ class Record:
         return f"<{type(self).__name__} {self.id} {self.method} {self.route}>"
 
     def fields(self) -> dict[str, str | int | float]:
-        """Return what the log shows; what is empty or zero is left out."""
+        """Return the fields that the log shows; empty and zero values are left out."""
         shown: dict[str, str | int | float] = {}
         if self.remote:
             shown["remote"] = self.remote

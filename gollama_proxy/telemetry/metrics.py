@@ -1,9 +1,9 @@
-"""What is recorded of a request that has ended, and the page that Prometheus scrapes.
+"""The record of ended requests, and the page of metrics that Prometheus scrapes.
 
 Requests are counted in plain integers; `prometheus_client` sees them at a scrape.
 Label values are bounded: routes are those of the table, workers and models those of the
 registry.  Where a worker serves `qwen*`, clients can make up models: the first
-`MOST_MODELS` have labels of their own, later ones share the label "other".
+`MOST_MODELS` each get a label, and later ones share the label "other".
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BOUNDS = (*(str(float(seconds)) for seconds in SECONDS), "+Inf")
 class Telemetry:
     """Records how requests end, in the metrics and in the access log.
 
-    It has a registry of its own, so that two hubs in one process stay apart.
+    Each has a separate registry, so that two hubs in one process do not share counts.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RequestMetrics(Collector):
     """Counts requests that have ended, in memory until the next scrape."""
 
     def __init__(self) -> None:
-        self._models = {""}  # that have labels of their own
+        self._models = {""}  # with a label each
         self._series: dict[tuple[object, ...], _Series] = {}
         # By label values, in the order of their first use.
         self._requests: _Counts = defaultdict(_Count)

@@ -346,7 +346,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class Later:
-    """Stands for the event loop: calls back when the test says so."""
+    """Stands for the event loop; its timers run when a test calls `run`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[float, Callable[[], object]]] = []
