@@ -258,7 +258,8 @@ def spell_report(
     """Return the conditions and the tables as Markdown."""
     made = ", ".join(f"{key} {value}" for key, value in conditions.items())
     how = f"medians of {plan.rounds} rounds, memory with {plan.streams:,} streams"
-    parts = [f"{made}; {how}.", cost_table(results, names)]
+    goals = "Goals are for the hub, on two cores with nothing else to do."
+    parts = [f"{made}; {how}. {goals}", cost_table(results, names)]
     if "hub" in names and any(base in names for base in BASES):
         parts.append("In the same rounds: median ratio (lowest - highest).")
         parts.append(ratio_table(results, names))
@@ -338,11 +339,11 @@ async def compare(options: argparse.Namespace, console: Console) -> None:
     """
     plan: Plan = options.plan
     kinds, versions = _find_contestants(options, console)
+    conditions = _conditions(versions)
     _raise_file_limit(plan.streams)
     with tempfile.TemporaryDirectory(prefix="cost-") as name:
         session = Session(kinds, plan, Path(name))
         await session.measure(console)
-    conditions = _conditions(versions)
     report = spell_report(session.results, list(kinds), conditions, plan)
     print(report)
     if options.output:
@@ -390,6 +391,7 @@ def _conditions(versions: Mapping[str, str]) -> dict[str, str]:
     return {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "machine": f"{os.cpu_count()} cores, {platform.system()}",
+        "load average": f"{os.getloadavg()[0]:.1f} before the run",
         "Python": platform.python_version(),
         **versions,
     }

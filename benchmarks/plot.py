@@ -11,6 +11,7 @@ WIDTH, GAP = 300, 24
 LABEL, VALUE = 78, 58  # room left and right of the bars
 ROW, BAR, HEAD, FOOT = 18, 12, 30, 8
 HUB, OTHER, GOAL = "#0b7285", "#adb5bd", "#c92a2a"
+LEGEND, NOTE = 16, "Shorter is better; dashed: the goal for the hub."
 STYLE = (
     "text { font: 12px sans-serif; fill: #212529 }"
     " .title { font-weight: bold }"
@@ -34,6 +35,7 @@ def plot(panels: Sequence[Panel]) -> str:
     height = HEAD + FOOT + ROW * max(len(panel.values) for panel in panels)
     rows = -(-len(panels) // COLUMNS)
     width, tall = COLUMNS * (WIDTH + GAP) + GAP, rows * (height + GAP) + GAP
+    tall += LEGEND
     size = f'width="{width}" height="{tall}" viewBox="0 0 {width} {tall}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
@@ -46,7 +48,8 @@ def plot(panels: Sequence[Panel]) -> str:
         parts.append(f'<g transform="translate({x} {y})">')
         parts += _draw(panel)
         parts.append("</g>")
-    return "\n".join([*parts, "</svg>", ""])
+    legend = f'<text class="value" x="{GAP}" y="{tall - 10}">{NOTE}</text>'
+    return "\n".join([*parts, legend, "</svg>", ""])
 
 
 def _draw(panel: Panel) -> list[str]:
