@@ -16,7 +16,7 @@ V = TypeVar("V")
 MOST = 1000  # names; llama-server's router mode with all of its presets has about 100
 
 
-class Remembered(dict[K, V]):
+class BoundedDict(dict[K, V]):
     """A dict that drops its oldest entry when it gets one too many."""
 
     __slots__ = ("most",)
@@ -24,6 +24,9 @@ class Remembered(dict[K, V]):
     def __init__(self, most: int = MOST) -> None:
         super().__init__()
         self.most = most
+
+    def __repr__(self) -> str:
+        return f"<BoundedDict {len(self)} of {self.most}>"  # clients choose the keys
 
     def __setitem__(self, key: K, value: V) -> None:
         if len(self) >= self.most and key not in self:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 
 # Names for one model; a worker that uses more is no longer checked.
 MOST_NAMES = 8
@@ -32,7 +32,7 @@ class AnswerNames:
     __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        self._known = Remembered[str, tuple[str, ...]]()
+        self._known = BoundedDict[str, tuple[str, ...]]()
 
     def __repr__(self) -> str:
         return f"<AnswerNames of {len(self._known)} models>"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from weakref import WeakValueDictionary
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.names import Aliases, is_name, matches
 from gollama_proxy.config.settings import Config, Models, Origin, WorkerConfig
@@ -63,11 +63,11 @@ class Registry:
         }
         # Every pool that something refers to; those of served models are kept.
         self._live: WeakValueDictionary[str, Pool] = WeakValueDictionary()
-        self._pools = Remembered[str, Pool]()
+        self._pools = BoundedDict[str, Pool]()
         # Valid until a worker comes, goes, or lists other models.
         self._names: dict[str, None] | None = None
-        self._once = Remembered[str, None]()  # all names that were ever listed
-        self._routes = Remembered[tuple[str | None, Claim], Pool]()
+        self._once = BoundedDict[str, None]()  # all names that were ever listed
+        self._routes = BoundedDict[tuple[str | None, Claim], Pool]()
         for each in config.workers:
             self.add(each)
 

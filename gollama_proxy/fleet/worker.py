@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, assert_never
 from weakref import WeakSet
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.names import is_name, is_plain, matches
 from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, WorkerConfig
@@ -94,8 +94,8 @@ class Worker:
     breaker: Breaker = field(init=False)
     # By model: how fast it is, and the breaker for bad statuses, which are held against
     # the worker and the model together.
-    paces: dict[str, Pace] = field(default_factory=Remembered)
-    model_breakers: dict[str, Breaker] = field(default_factory=Remembered)
+    paces: dict[str, Pace] = field(default_factory=BoundedDict)
+    model_breakers: dict[str, Breaker] = field(default_factory=BoundedDict)
     answer_names: AnswerNames = field(default_factory=AnswerNames)
     # Called when it should be checked at once; when a slot may be free; when its models
     # or their contexts have changed; when the last request of a retired one has ended.
@@ -113,9 +113,9 @@ class Worker:
     _odd_timings: bool = False
     _odd_build: str = ""
     # The contexts of models for which it lists none, as its refusals report them.
-    _contexts: Remembered[str, int] = field(default_factory=Remembered)
+    _contexts: BoundedDict[str, int] = field(default_factory=BoundedDict)
     # Models that it has listed and no longer lists.
-    _gone: Remembered[str, None] = field(default_factory=Remembered)
+    _gone: BoundedDict[str, None] = field(default_factory=BoundedDict)
     _taken: int = 0  # slots
     _full_since: float | None = None
     # Models that are not loaded, or still loading.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.settings import Upstream
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Cause
@@ -49,7 +49,7 @@ class Rewriter:
         self._assemble = frozenset(upstream.assemble)
         self._most = most
         self._clock = clock
-        self._until = Remembered[Plainly, float]()
+        self._until = BoundedDict[Plainly, float]()
 
     def __repr__(self) -> str:
         return f"<Rewriter, {len(self._until)} exceptions>"

@@ -42,7 +42,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.settings import Queue as Settings
 from gollama_proxy.scheduling.turns import (
     Counts,
@@ -91,7 +91,7 @@ class Admission:
         # By model.  The rounds of a class are kept while any request waits in it: a
         # turn counts until all others had theirs.
         self._rounds: dict[Priority, dict[str, Rounds]] = {p: {} for p in Priority}
-        self._forecasts = Remembered[str, Forecast](REMEMBERED)
+        self._forecasts = BoundedDict[str, Forecast](REMEMBERED)
 
     def __repr__(self) -> str:
         counts = " ".join(f"{p}={each.total}" for p, each in self._counts.items())

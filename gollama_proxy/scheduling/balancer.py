@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.names import matches
 from gollama_proxy.config.settings import Config
 from gollama_proxy.fleet.pool import Pool
@@ -59,7 +59,7 @@ class Balancer:
         self._policies = {
             pattern: made[name] for pattern, name in routing.policies.items()
         }
-        self._chosen = Remembered[str, str | None]()  # patterns, by model
+        self._chosen = BoundedDict[str, str | None]()  # patterns, by model
 
     def __repr__(self) -> str:
         return f"<Balancer {self.policy!r}>"

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.policies.base import Ask, Fits, Policy, place_behind
 from gollama_proxy.scheduling.policies.conversations import SIZE, Match, Memory
@@ -50,7 +50,7 @@ class Affinity(Policy):
         self.inner = inner
         self._clock = clock
         self._memory = Memory(size)
-        self._usual = Remembered[str, _Usual]()
+        self._usual = BoundedDict[str, _Usual]()
 
     def __repr__(self) -> str:
         return f"<Affinity {self._memory!r} {self.inner!r}>"

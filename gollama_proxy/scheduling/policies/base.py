@@ -21,7 +21,7 @@ from operator import attrgetter
 from statistics import fmean
 from typing import ClassVar, NamedTuple
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
 
 SMALL = 8  # workers that are all compared
@@ -95,8 +95,8 @@ class Shortlist:
     ) -> None:
         self._capacity = capacity
         self._rng = rng
-        self._lots = Remembered[str, _Lots]()
-        self._last = Remembered[str, int]()
+        self._lots = BoundedDict[str, _Lots]()
+        self._last = BoundedDict[str, int]()
 
     def __repr__(self) -> str:
         return f"<Shortlist last={self._last}>"

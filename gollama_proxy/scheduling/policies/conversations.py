@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.policies.base import Ask
 
@@ -149,7 +149,7 @@ class Memory:
         self.size = size
         # Each prefix with its last conversation, and the number of conversations.
         self._prefixes: OrderedDict[int, tuple[Conversation, int]] = OrderedDict()
-        self._caches = Remembered[tuple[str, Worker], _Cache](CACHES)
+        self._caches = BoundedDict[tuple[str, Worker], _Cache](CACHES)
 
     def __repr__(self) -> str:
         return f"<Memory of {len(self)} prefixes>"

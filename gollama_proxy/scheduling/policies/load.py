@@ -27,7 +27,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.policies.base import SMALL, Ask, Fits, Policy, Shortlist
 
@@ -85,7 +85,7 @@ class Fastest(Policy):
 
     def __init__(self, rng: random.Random) -> None:
         self._shortlist = Shortlist(_capacity, rng)
-        self._picks = Remembered[str, _Picks]()
+        self._picks = BoundedDict[str, _Picks]()
 
     def __repr__(self) -> str:
         return f"<Fastest {self._shortlist!r}>"

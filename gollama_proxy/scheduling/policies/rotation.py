@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from gollama_proxy.bounded import Remembered
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.policies.base import Ask, Fits, Policy, place_behind
 
@@ -31,7 +31,7 @@ class RoundRobin(Policy):
     """
 
     def __init__(self) -> None:
-        self._last = Remembered[str, int]()
+        self._last = BoundedDict[str, int]()
 
     def __repr__(self) -> str:
         return f"<RoundRobin last={self._last}>"
@@ -51,7 +51,7 @@ class Weighted(Policy):
     """Goes round the workers of each model by their weights; O(log n)."""
 
     def __init__(self) -> None:
-        self._rounds = Remembered[str, _Round]()
+        self._rounds = BoundedDict[str, _Round]()
 
     def __repr__(self) -> str:
         return f"<Weighted {self._rounds}>"
