@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from gollama_proxy.bounded import MOST
 from gollama_proxy.config.settings import Breaker, Health, Origin, WorkerConfig
 from gollama_proxy.fleet.breaker import Verdict
-from gollama_proxy.fleet.lease import Result
+from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.pool import LOAD_AFTER, Pool
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.description import Check, Description, Model
@@ -251,3 +260,70 @@ def test_the_least_context_follows_what_is_learnt(clock: Clock) -> None:
     assert pool.least_context == 512
     pool.add(b)
     assert pool.least_context == 256
+
+
+class Cached(RuleBasedStateMachine):
+    """Whatever happens, in whatever order: the lists are what they would be anew."""
+
+    @initialize(canary=st.booleans())
+    def begin(self, canary: bool) -> None:
+        self.clock = Clock()
+        policy = Breaker(consecutive=2, open=2, open_max=4, canary=canary, proofs=1)
+        self.workers = [worker(self.clock, policy=policy) for _ in range(3)]
+        self.pool = Pool("tiny", self.workers)
+        self.leases: list[Lease] = []
+
+    some = st.integers(0, 2)
+    models = st.sampled_from(["tiny", "other"])
+
+    @rule(number=some, check=st.sampled_from(Check))
+    def check(self, number: int, check: Check) -> None:
+        self.workers[number].observe(check, "by the test")
+
+    @rule(number=some, loaded=st.sampled_from([True, False, None]))
+    def list_the_model(self, number: int, loaded: bool | None) -> None:
+        listed = Description((Model("tiny", loaded=loaded),), slots=1)
+        self.workers[number].observe(Check.OK, "by the test", listed)
+
+    @rule(number=some, model=models)
+    def take(self, number: int, model: str) -> None:
+        self.leases.append(self.workers[number].lease(model))
+
+    @precondition(lambda self: self.leases)
+    @rule(result=st.sampled_from(Result))
+    def release(self, result: Result) -> None:
+        self.leases.pop(0).release(result)
+
+    @rule(number=some, model=models, verdict=st.sampled_from(Verdict))
+    def judge(self, number: int, model: str, verdict: Verdict) -> None:
+        self.workers[number].breaker_of(model).record(verdict)
+
+    @rule(number=some, model=models, seconds=st.sampled_from([0.5, 3.0]))
+    def be_busy(self, number: int, model: str, seconds: float) -> None:
+        self.workers[number].breaker_of(model).busy(seconds, unavailable=True)
+
+    @rule(number=some)
+    def be_busy_as_a_machine(self, number: int) -> None:
+        self.workers[number].breaker.busy(1.0)
+
+    @rule(number=some)
+    def leave_or_come_back(self, number: int) -> None:
+        one = self.workers[number]
+        (one.rejoin if one.retired else one.retire)()
+
+    @rule(seconds=st.sampled_from([0.25, 1.0, 5.0, LOAD_AFTER]))
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @invariant()
+    def the_lists_are_right(self) -> None:
+        able, available = self.pool.able, self.pool.available
+        anew = [each for each in self.workers if each.can_serve("tiny")]
+        assert able == anew
+        assert available == self.pool.preferred(anew)
+
+
+TestCached = Cached.TestCase
+TestCached.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, database=None
+)
