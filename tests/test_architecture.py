@@ -1,0 +1,48 @@
+"""ARCHITECTURE.md describes the program as it is."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from pathlib import Path
+
+from tests.diagrams import PAGE, fill
+
+ROOT = PAGE.parent
+TEXT = PAGE.read_text()
+
+
+def test_the_diagrams_are_those_of_the_tables() -> None:
+    assert fill(TEXT) == TEXT, "`make diagrams` writes the diagrams anew"
+
+
+def test_every_path_in_it_exists() -> None:
+    paths = re.findall(r"`([\w/.-]+(?:/|\.py|\.md|\.cfg))`", TEXT)
+    assert len(paths) > 20
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "gollama_proxy" / path).exists(), path
+
+
+def test_every_function_in_it_exists() -> None:
+    """A name with parentheses, such as `Queue.acquire()`, is defined in the package."""
+    source = "\n".join(
+        path.read_text() for path in (ROOT / "gollama_proxy").rglob("*.py")
+    )
+    names = re.findall(r"`(?:(\w+)\.)?(\w+)\(\)`", TEXT)
+    assert len(names) > 20
+    for owner, name in names:
+        assert re.search(rf"^ *(async )?def {name}\b", source, re.MULTILINE), name
+        if owner[:1].isupper():
+            assert re.search(rf"^class {owner}\b", source, re.MULTILINE), owner
+
+
+def test_the_packages_are_listed_in_the_order_of_the_import_contract() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    layers = setup["importlinter:contract:layers"]["layers"]
+    contract = re.findall(r"gollama_proxy\.(\w+)", layers)
+    packages = [
+        name for name in contract if Path(ROOT / "gollama_proxy" / name).is_dir()
+    ]
+    rows = re.findall(r"^\| `(\w+)/` \|", TEXT, re.MULTILINE)
+    assert rows == packages
