@@ -52,6 +52,7 @@ from tests.fakes.script import (
     send,
     stall,
     stream_of,
+    wait,
 )
 from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
@@ -215,6 +216,11 @@ class Scene(NamedTuple):
         return ending
 
 
+# Built once, since that takes longer than most of these tests.
+PACE = wait("the next token")
+GOOD_STREAM = stream_of(3_000, "the next token", model=GOOD)
+
+
 @contextlib.asynccontextmanager
 async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
     """Let a good stream go on all the time, event by event; look at the log at last."""
@@ -233,7 +239,8 @@ async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
         ScriptedWorker(BAD) as bad,
         running_hub(good, bad, **settings) as hub,
     ):
-        good.script(*stream_of(3_000, gate, model=GOOD))
+        passed = wait(gate)
+        good.script(*(passed if step == PACE else step for step in GOOD_STREAM))
         wire = await hub.open(CHAT, chat(GOOD, stream=True))
         await wire.read_event()
         await wire.read_event()

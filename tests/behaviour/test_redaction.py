@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import gc
 import io
 import json
+import linecache
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -96,22 +98,26 @@ class Witness:
         return f"<Witness of {self.looks} looks>"
 
     def search(self, where: str, text: str, *, but: tuple[str, ...] = ()) -> None:
-        parts = [part for each in self.tokens for part in each.split(".") if part]
-        for secret in (*CANARIES, *self.tokens, *(p for p in parts if len(p) > 20)):
+        for secret in self._secrets(*self.tokens):
             if secret in text and secret not in but:
                 at = text.index(secret)
                 self.found.append(
                     f"{secret} in {where}: {text[max(0, at - 80) :][:160]}"
                 )
 
+    @staticmethod
+    @functools.cache
+    def _secrets(*tokens: str) -> list[str]:
+        parts = [part for token in tokens for part in token.split(".")]
+        return [*CANARIES, *tokens, *(part for part in parts if len(part) > 20)]
+
     def look(self) -> None:
         """Search the `repr` of everything of the hub that is alive."""
         self.looks += 1
         for each in gc.get_objects():
-            module = str(type(each).__module__)
-            if module.startswith("gollama_proxy."):
+            if _is_ours(type(each)):
                 # An alias is a setting, and settings show themselves.
-                setting = module in (
+                setting = type(each).__module__ in (
                     "gollama_proxy.config.settings",
                     "gollama_proxy.config.names",
                 )
@@ -125,6 +131,11 @@ class Witness:
             assert log.getvalue(), "nothing was logged"
         assert self.looks
         assert not self.found, "\n".join(dict.fromkeys(self.found))
+
+
+@functools.cache
+def _is_ours(cls: type) -> bool:
+    return str(cls.__module__).startswith("gollama_proxy.")
 
 
 @pytest.fixture
@@ -533,6 +544,8 @@ async def test_nothing_is_told_of_what_goes_wrong(
     monkeypatch.setattr("tests.behaviour.test_redaction._look", look)
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(loop, "slow_callback_duration", 0.0)
+    # Debug mode formats stacks all the time, and each would look for changed files.
+    monkeypatch.setattr(linecache, "checkcache", lambda filename=None: None)
     loop.set_debug(True)
     try:
         async with stage_of(case, witness, tmp_path) as stage:
