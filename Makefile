@@ -74,15 +74,18 @@ node: $(NODE_STAMP)
 run: $(STAMP)
 	@exec $(BIN)/gollama-proxy demo --port $(PORT) $(foreach url,$(WORKERS),--worker $(url))
 
+# Half as many again as processors: the tests wait a lot, for real time and processes.
+JOBS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) * 3 / 2)))
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # The stories with most tasks, under asyncio's debug mode.
 DEBUGGED := $(foreach story,breakers cancellation fallbacks queue rescue retries streaming,\
 	tests/behaviour/test_$(story).py)
 
 debug: $(STAMP)
-	PYTHONASYNCIODEBUG=1 $(BIN)/python -m pytest -n 2 $(DEBUGGED)
+	PYTHONASYNCIODEBUG=1 $(BIN)/python -m pytest -n $(JOBS) $(DEBUGGED)
 
 cov: $(STAMP)
 	rm -f .coverage*

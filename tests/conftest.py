@@ -14,12 +14,22 @@ from typing import Any
 import pytest
 import uvloop
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import HealthCheck, settings
 
 from tests.fakes.authority import Authority
 from tests.real.llama import LlamaServer
 
 # A settings file that lies about is no part of any test.
 os.environ["GOLLAMA_CONFIG"] = os.devnull
+
+# On a busy machine an example may take any time.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("tests")
 
 # Set by `make debug`.
 _DEBUG = bool(os.environ.get("PYTHONASYNCIODEBUG"))
@@ -60,7 +70,7 @@ _MAY_BLOCK = {
 
 @pytest.fixture(scope="session", autouse=True)
 def no_blocking() -> Iterator[BlockBuster]:
-    """Let every call in the hub fail that blocks the event loop: files, locks, sleeps.
+    """Make calls in the hub that block the event loop fail: files, locks, sleeps.
 
     For the whole session, since it takes a millisecond to set up.
     """
@@ -73,7 +83,7 @@ def no_blocking() -> Iterator[BlockBuster]:
 
 @pytest.fixture(autouse=True)
 def unretrieved() -> Iterator[list[str]]:
-    """Let a test fail behind which an error was lost, or a task that still ran.
+    """Fail a test that loses an error, or a task that was still running.
 
     Coroutines that were never awaited are warnings, which fail a test as well.
     """
@@ -102,7 +112,7 @@ class _Losses(logging.Handler):
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    """A certificate authority that nobody knows of but who is told."""
+    """A certificate authority that is trusted only where a test passes it."""
     return Authority(tmp_path / "authority")
 
 
@@ -169,7 +179,7 @@ def llama_server(
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show what the servers wrote beside a test that failed."""
+    """Show the log of the servers with a failed test."""
     report = yield
     if report.failed:
         for server in item.stash.get(_SERVERS, []):

@@ -1,4 +1,4 @@
-"""The README says what the program does: its tables are checked against the code."""
+"""The README's tables are checked against the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of the stories."""
+"""Fixtures of the behaviour tests."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def turn(name: str, number: int, **fields: Any) -> dict[str, Any]:
 
 
 def asked(worker: ScriptedWorker) -> list[str]:
-    """Tell what was asked in each request that came to a worker."""
+    """Return the content of each request that a worker received."""
     return [each.json()["messages"][-1]["content"] for each in worker.requests]
 
 
@@ -229,8 +229,8 @@ async def test_a_turn_waits_for_its_worker_while_others_use_the_free_one() -> No
         assert asked(warm)[2:] == ["x asks 2"]
 
 
-async def test_who_has_waited_for_long_enough_goes_elsewhere() -> None:
-    """The watchdog looks again; nobody has come or gone in the meantime."""
+async def test_a_request_that_has_waited_long_enough_goes_elsewhere() -> None:
+    """The watchdog checks again; no request has come or gone in the meantime."""
     async with occupied(queue__timeout=2) as (_, other, hub, _busy):
         response = await hub.post(CHAT, turn("x", 2))
         assert response.status == 200
@@ -238,7 +238,7 @@ async def test_who_has_waited_for_long_enough_goes_elsewhere() -> None:
 
 
 class Recorded(Balancer):
-    """Records the patience of those who could go in."""
+    """Records the patience of the requests that could start."""
 
     def pick(
         self, plan: Plan, candidates: Sequence[Worker], patience: float = 0.0
@@ -279,7 +279,7 @@ async def test_the_wait_for_a_warm_worker_does_not_grow_with_the_queues_timeout(
     assert balancer.patience == patience
 
 
-async def test_where_nobody_may_wait_nobody_does() -> None:
+async def test_nothing_waits_where_waiting_is_off() -> None:
     async with occupied(queue__size=0) as (_, other, hub, _busy):
         assert (await hub.post(CHAT, turn("x", 2))).status == 200
         assert asked(other) == ["x asks 2"]

@@ -1,4 +1,4 @@
-"""A client that wants one piece gets it from a stream, and cannot tell."""
+"""Answers in one piece are requested as streams and reassembled, invisibly."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ ODD = {
 async def test_what_cannot_be_folded_is_asked_for_as_it_was_and_no_more_in_vain(
     odd: list[bytes],
 ) -> None:
-    """Nobody is blamed, and that worker gets the next requests as they are at once."""
+    """No worker is blamed, and this one gets the next requests unchanged."""
     body = BODY | {"n": 2} if odd is ODD["another number of choices"] else BODY
     mark = b"" if odd[-1] == b"" else b"data: [DONE]\n\n"
     streamed = send(sse_head() + chunk(b"".join(odd) + mark) + last_chunk())
@@ -225,7 +225,7 @@ async def test_a_worker_that_refuses_a_stream_is_asked_without(status: int) -> N
         assert record.breaker_of("tiny").state is BreakerState.CLOSED
 
 
-async def test_a_worker_that_refuses_to_tell_usage_is_asked_without() -> None:
+async def test_a_worker_that_refuses_to_send_usage_is_asked_without() -> None:
     refused = error_reply(422, "stream_options: extra_forbidden")
     async with other_server(upstream__usage="always") as (worker, hub):
         worker.script(send(refused), close())
@@ -246,7 +246,7 @@ async def test_a_refusal_of_the_clients_own_body_is_the_clients() -> None:
         assert len(worker.requests) == 2
 
 
-async def test_an_event_stream_need_not_say_that_it_is_one() -> None:
+async def test_an_event_stream_needs_no_content_type() -> None:
     head_ = head(200, [("Connection", "close")])
     stream = role() + token("a") + finish(usage=usage_of()) + done()
     async with other_server() as (worker, hub):
@@ -282,7 +282,7 @@ async def test_other_apis_are_assembled_too(path: str) -> None:
 @pytest.mark.parametrize("done_", [b"", b"data: [DONE]\n\n"], ids=["no mark", "done"])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
 async def test_half_of_several_choices_is_no_answer(path: str, done_: bytes) -> None:
-    """Although the end of the stream says nothing of the other one."""
+    """Although the end of the stream does not mention the other one."""
     more = b"".join(delta(content="word ") for _ in range(40))
     events = delta(1, content="a") + delta(content="b") + more + end()
     asked = BODY | {"n": 2, "prompt": "x", "stream": True}
@@ -297,7 +297,7 @@ async def test_half_of_several_choices_is_no_answer(path: str, done_: bytes) -> 
             assert (await wire.read_to_end()).clean
 
 
-async def test_an_error_with_a_done_behind_it_is_an_error() -> None:
+async def test_an_error_followed_by_done_is_an_error() -> None:
     """Also one that is longer, or further back, than what is kept of a stream's end."""
     more = [token("word"), token("a" * 150), token("an error" * 20)]
     errors = [[error_event("engine died")], [error_event("engine died " * 500)]]

@@ -45,10 +45,10 @@ async def released(hub: RunningHub) -> None:
 
 
 @pytest.mark.parametrize("script", [stream_of_megabytes, body_of_megabytes])
-async def test_what_nobody_reads_stays_with_the_worker(
+async def test_an_unread_answer_stays_with_the_worker(
     script: Callable[[int], Script],
 ) -> None:
-    """200 MB to a client that reads nothing: TCP tells the worker to wait."""
+    """200 MB to a client that reads nothing: TCP makes the worker wait."""
     async with ScriptedWorker() as worker, hub_process(worker.url) as hub:
         worker.script(*script(1))  # to have everything in place that is ever needed
         async with await hub.open(CHAT, STREAM) as wire:
@@ -112,7 +112,7 @@ async def test_a_client_that_stops_reading_is_dropped() -> None:
 
 
 async def test_a_client_that_reads_slowly_is_not_dropped() -> None:
-    """What counts is that it goes on, not how long it takes."""
+    """It must continue; how long it takes does not matter."""
     async with (
         ScriptedWorker(slots=64) as worker,
         running_hub(worker, timeouts__write=1.0) as hub,
@@ -128,7 +128,7 @@ async def test_a_client_that_reads_slowly_is_not_dropped() -> None:
             assert asyncio.get_running_loop().time() - began > 1.5
 
 
-async def test_one_that_does_not_read_keeps_nobody_waiting() -> None:
+async def test_a_client_that_does_not_read_delays_no_other() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*stream_of_megabytes(100))
         idle = await hub.open(CHAT, STREAM, receive_buffer=4096)
@@ -163,7 +163,7 @@ async def test_tokens_to_a_client_that_does_not_read_come_when_it_does() -> None
 
 
 async def test_a_client_that_comes_back_too_late_has_half_an_answer() -> None:
-    """And can tell: neither the length nor the last chunk is there."""
+    """It can detect that: the length or the last chunk is missing."""
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, timeouts__write=0.1) as hub,

@@ -38,7 +38,7 @@ TYPES = {
 
 @contextlib.asynccontextmanager
 async def hub_of_two_models(**settings: Any) -> AsyncIterator[RunningHub]:
-    """Run a hub whose workers must not be touched."""
+    """Run a hub with workers that must receive nothing."""
     settings = {
         "limits__body": 65_536,
         "limits__replay_window": WINDOW,
@@ -228,7 +228,9 @@ UNKNOWN = ["llama", "", "QWEN", "qwen ", "qwen\u0000", "../qwen", "qwen*", "x" *
         if framing != "bytes" or len(body) < WINDOW
     ],
 )
-async def test_a_wrong_body_is_told(name: str, framing: str) -> None:
+async def test_a_wrong_body_is_rejected_with_its_reason(
+    name: str, framing: str
+) -> None:
     body, code, param = BODIES[name]
     async with hub_of_two_models() as hub:
         if framing == "length":
@@ -256,7 +258,7 @@ async def test_a_model_is_not_looked_for_without_end() -> None:
 
 
 @pytest.mark.parametrize("model", UNKNOWN)
-async def test_a_model_that_nobody_serves_is_not_found(model: str) -> None:
+async def test_a_model_without_a_worker_is_not_found(model: str) -> None:
     async with hub_of_two_models() as hub:
         response = await hub.post(CHAT, {**GOOD, "model": model})
         text = check(response, 404, "model_not_found", "model")
@@ -297,7 +299,7 @@ async def test_a_body_that_announces_too_much_is_not_waited_for(length: str) -> 
         assert response.header("connection") == "close"
 
 
-async def test_a_body_that_announces_too_much_and_comes_is_told_so() -> None:
+async def test_a_body_that_announces_too_much_is_rejected_even_if_it_is_sent() -> None:
     """Its sender reads the answer only when it has sent all: no reset before."""
     async with hub_of_two_models() as hub:
         response = await hub.post(CHAT, BODY[:-1] + b" " * (4 << 20) + b"}")
@@ -460,7 +462,7 @@ HEADS: dict[str, tuple[list[tuple[str, str]], int, str]] = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-async def test_a_wrong_head_is_told(name: str) -> None:
+async def test_a_wrong_head_is_rejected_with_its_reason(name: str) -> None:
     """Above all one that two servers could read in two ways."""
     headers, status, code = HEADS[name]
     names = {name.lower() for name, _ in headers}
@@ -494,7 +496,9 @@ async def test_a_wrong_head_is_told(name: str) -> None:
         ("{}", 400, "bad_request"),
     ],
 )
-async def test_a_wrong_request_line_is_told(line: str, status: int, code: str) -> None:
+async def test_a_wrong_request_line_is_rejected_with_its_reason(
+    line: str, status: int, code: str
+) -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         token = hub.token()
         head = f"{line}\r\nHost: hub\r\nAuthorization: Bearer {token}\r\n\r\n"
@@ -520,7 +524,7 @@ async def test_a_wrong_request_line_is_told(line: str, status: int, code: str) -
         b"Host: hub\r\nTransfer-Encoding: \x0bchunked\r\n",
     ],
 )
-async def test_a_malformed_field_is_told(fields: bytes) -> None:
+async def test_a_malformed_field_is_rejected_with_its_reason(fields: bytes) -> None:
     start = f"POST {CHAT} HTTP/1.1\r\nAuthorization: Bearer {mint(sub='a')}\r\n"
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         await wire.send(start.encode() + fields + b"\r\n" + BODY)
@@ -542,7 +546,7 @@ async def test_a_malformed_field_is_told(fields: bytes) -> None:
         b"\r\nhello\r\n",
     ],
 )
-async def test_a_badly_framed_body_is_told(framed: bytes) -> None:
+async def test_a_badly_framed_body_is_rejected_with_its_reason(framed: bytes) -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         await wire.send(post_head([("Transfer-Encoding", "chunked")]) + framed)
         check(await wire.read_response(), 400, "bad_request")
@@ -578,7 +582,7 @@ async def test_the_body_of_a_wrong_request_is_not_taken_for_a_request(
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         await wire.send(carrier + SMUGGLED)
         assert (await wire.read_response()).status >= 400
-        # A request of its own, if the connection goes on, and nothing before it.
+        # A separate request, if the connection stays open, and nothing before it.
         with contextlib.suppress(ConnectionError):
             await wire.get("/livez", headers=[("Connection", "close")])
         left = await wire.read_eof()
@@ -650,8 +654,8 @@ async def test_a_client_that_made_a_mistake_may_try_again() -> None:
         assert len(worker.requests) == 1
 
 
-async def test_broken_framing_of_a_body_is_told_at_once() -> None:
-    """Nobody waits for the rest of a body that can have none."""
+async def test_broken_framing_of_a_body_is_rejected_at_once() -> None:
+    """The hub does not wait for the rest of such a body."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         wire = await hub.wire()
         chunked = [("Transfer-Encoding", "chunked"), ("Expect", "100-continue")]

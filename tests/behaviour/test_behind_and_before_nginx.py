@@ -1,4 +1,4 @@
-"""The hub keeps its promises with a real proxy before it, and with one behind it.
+"""The hub keeps its promises with a real proxy on either side of it.
 
 No request is read in two ways, an answer that broke off is seen to have, and events
 pass unchanged and at once.
@@ -166,10 +166,10 @@ async def asked(port: int) -> Wire:
 
 
 @CHAINS
-async def test_every_event_is_there_before_the_next_is_sent(
+async def test_every_event_arrives_before_the_next_is_sent(
     chain: Chain, directives: str, tmp_path: Path
 ) -> None:
-    """Nobody on the way collects them, and not a byte is another one."""
+    """Nothing on the way buffers them, and every byte is the same."""
     async with ScriptedWorker() as worker, chain(worker, tmp_path, directives) as port:
         sent = [(wait(f"{n}"), send(chunk(e))) for n, e in enumerate(EVENTS)]
         worker.script(

@@ -57,7 +57,7 @@ def tables_of(kinds: str = "gollama_proxy") -> Iterator[tuple[str, Sized]]:
 
 
 def hub_with(tmp_path: Path, policy: str, clock: Clock) -> Hub:
-    """Make a hub whose workers are well, and serve whatever begins with a q."""
+    """Make a hub with healthy workers that serve every name beginning with a q."""
     file = tmp_path / "gollama.toml"
     table = '[[workers]]\nurl = "http://127.0.0.1:{}"\nmodels = ["q*"]\n'
     file.write_text("".join(table.format(port + 1) for port in range(WORKERS)))
@@ -109,7 +109,7 @@ def test_made_up_models_and_subjects_are_forgotten(tmp_path: Path, policy: str) 
     assert all(len(w.paces) <= MOST for w in hub.registry.workers)
 
 
-def test_models_that_a_worker_makes_up_are_forgotten(tmp_path: Path) -> None:
+def test_models_invented_by_a_worker_are_forgotten(tmp_path: Path) -> None:
     """It lists others with each ping, and the catalogue is asked for all of them."""
     hub = hub_with(tmp_path, "round_robin", Clock())
     [worker, *_] = hub.registry.workers
@@ -122,7 +122,7 @@ def test_models_that_a_worker_makes_up_are_forgotten(tmp_path: Path) -> None:
     assert len(hub.registry.models()) <= 2
 
 
-def test_those_who_wait_are_no_more_than_the_queue_takes(tmp_path: Path) -> None:
+def test_no_more_requests_wait_than_the_queue_takes(tmp_path: Path) -> None:
     hub = hub_with(tmp_path, "round_robin", Clock())
     admission = hub.queue.admission
     admission.on_displaced = None  # no task waits for these tickets

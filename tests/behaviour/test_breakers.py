@@ -1,6 +1,6 @@
-"""A worker that fails is taken out of the traffic, and proves itself before it is back.
+"""A failing worker gets no traffic until it has proved itself.
 
-The watchdog comes once a second by itself; here it comes when a test says so.
+The watchdog runs once a second; here it runs when a test calls it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ async def no_canaries(hub: RunningHub) -> None:
 async def broken(
     *models: str, state: BreakerState = BreakerState.OPEN, **settings: Any
 ) -> AsyncIterator[tuple[ScriptedWorker, RunningHub]]:
-    """Run a hub whose only worker has been taken out by its breaker.
+    """Run a hub with one worker, which its breaker has taken out.
 
     The worker has been repaired since.
     """
@@ -157,7 +157,7 @@ async def test_a_worker_that_is_in_good_health_and_cannot_generate_is_taken_out(
 
 
 async def test_canaries_are_all_that_a_broken_worker_gets() -> None:
-    """Whose health is good; each canary that fails closes the door again."""
+    """Its health is good; each failed canary opens the breaker again."""
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
@@ -210,8 +210,8 @@ async def test_a_worker_that_fails_fast_attracts_no_load(fault: Script) -> None:
         assert len(good.requests) == 60
 
 
-async def test_when_all_breakers_are_open_it_is_said_at_once_and_until_when() -> None:
-    """Nobody is asked in the hope that it is not so bad."""
+async def test_open_breakers_are_reported_at_once_with_a_retry_after() -> None:
+    """No worker is tried in the hope that it may work."""
     async with broken(breaker__open=60, breaker__open_max=60) as (worker, hub):
         for _ in range(3):
             response = await hub.post(CHAT, STREAM)
@@ -278,7 +278,7 @@ async def test_clients_that_leave_open_no_breaker() -> None:
 
 
 async def test_a_client_that_leaves_after_a_hang_has_left_because_of_it() -> None:
-    """Before the allowance is over nobody is to blame; behind it, the worker is."""
+    """Within the allowance no worker is blamed; after it, the worker is."""
     clock = Clock()
     async with (
         ScriptedWorker() as worker,
@@ -483,7 +483,7 @@ async def test_a_proof_that_shows_nothing_leaves_its_place_to_the_next(
 
 
 async def test_a_model_that_a_request_has_to_prove() -> None:
-    """A 5xx of it is a bad proof, whoever is to blame."""
+    """A 5xx fails the proof, whatever its cause."""
     settings: dict[str, Any] = {
         "breaker__consecutive": 1,
         "breaker__canary": False,
@@ -552,7 +552,7 @@ async def test_a_model_that_fails_takes_the_other_models_of_its_worker_along_not
         assert [request.json()["model"] for request in bad.requests] == ["ill", "ill"]
 
 
-async def test_a_model_that_is_unavailable_for_ever_is_broken() -> None:
+async def test_a_model_that_stays_unavailable_opens_its_breaker() -> None:
     """Its canaries find its return; until then they are all that it is asked."""
     async with (
         ScriptedWorker("ill", "well") as worker,
@@ -588,7 +588,7 @@ async def test_a_model_that_is_unavailable_for_ever_is_broken() -> None:
 async def watched(
     **settings: Any,
 ) -> AsyncIterator[tuple[ScriptedWorker, RunningHub, Clock]]:
-    """Run a worker and a hub whose watchdog has a clock that the test advances."""
+    """Run a worker and a hub; the test advances the clock of the watchdog."""
     settings = {"health__interval": RARELY} | ONE_CALL | settings
     async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
         clock = Clock(time.monotonic())
@@ -597,7 +597,7 @@ async def watched(
 
 
 async def test_a_stream_that_stops_is_ended_and_its_worker_is_slow() -> None:
-    """30 s without an event; the client is told, and the generation is cancelled."""
+    """After 30 s without an event: an error, and the generation is cancelled."""
     async with watched() as (worker, hub, clock):
         worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())
         async with await hub.open(CHAT, STREAM) as wire:
@@ -683,7 +683,7 @@ async def test_a_comment_shows_that_a_worker_lives_and_not_that_it_works() -> No
 
 
 async def test_an_answer_in_one_piece_may_be_silent_for_a_while_and_no_longer() -> None:
-    """Its bytes are all that tells; it cannot be told, so it is cut."""
+    """Only its bytes show progress; it has no place for an error, so it is cut."""
     async with watched() as (worker, hub, clock):
         reply = head(
             200, [("Content-Type", "application/json"), ("Content-Length", "9")]
@@ -718,7 +718,7 @@ async def test_a_refusal_that_stops_in_its_middle_is_not_waited_for() -> None:
 
 
 async def test_a_client_that_does_not_read_is_not_its_workers_fault() -> None:
-    """While the client blocks, the clocks stand still, and they start anew after it."""
+    """While the client blocks, the clocks are stopped; then they restart from zero."""
     text = "x" * 60_000
     many = 300
     async with watched() as (worker, hub, clock):

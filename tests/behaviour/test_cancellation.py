@@ -46,9 +46,9 @@ def quick_collection() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Clients come and go; that is no event for whoever runs the hub."""
+    """Clients that leave are no event for an operator."""
     yield
-    gc.collect()  # a task whose exception nobody has seen tells it now
+    gc.collect()  # reports the exceptions that were never retrieved
     records = [*caplog.get_records("call"), *caplog.get_records("teardown")]
     noise = [record for record in records if record.levelno >= logging.WARNING]
     assert not noise, [record.getMessage() for record in noise]
@@ -80,7 +80,7 @@ async def uploading_the_window(worker: ScriptedWorker, hub: RunningHub) -> Wire:
 
 
 async def without_a_byte_back(worker: ScriptedWorker, hub: RunningHub) -> Wire:
-    """llama-server says nothing at all until it has a free slot."""
+    """llama-server sends nothing until it has a free slot."""
     worker.script(expect_eof())
     wire = await hub.open(CHAT, STREAM)
     await worker.received()
@@ -126,7 +126,7 @@ async def in_an_error(worker: ScriptedWorker, hub: RunningHub) -> Wire:
 
 
 async def write_blocked(worker: ScriptedWorker, hub: RunningHub) -> Wire:
-    """Everything is full, from the worker to the client, who reads nothing."""
+    """All buffers are full, from the worker to the client, which reads nothing."""
     piece = chunk(token("x" * 50_000))
     worker.script(send(sse_head()), *[send(piece)] * 1000)
     wire = await hub.open(CHAT, STREAM, receive_buffer=4096)
@@ -173,13 +173,13 @@ def name_of(stage: Stage) -> str:
 
 @pytest.mark.parametrize("how", [Wire.abort, Wire.close, Wire.half_close])
 @pytest.mark.parametrize("stage", STAGES, ids=name_of)
-async def test_a_client_that_leaves_takes_its_request_along(
+async def test_a_client_that_leaves_cancels_its_request(
     stage: Stage, how: Callable[[Wire], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The worker is hung up within a second and not blamed; the hub goes on.
+    """The worker's connection is closed within a second; the worker is not blamed.
 
-    A client that only ends its sending side counts as gone: so it is to llama-server,
-    and a hub that waited would generate for nobody.
+    A client that only ends its sending side counts as gone, as with llama-server:
+    otherwise the answer would be generated for nothing.
     """
     caplog.set_level(logging.INFO, "gollama_proxy.access")
     async with (
@@ -210,7 +210,7 @@ async def test_a_client_that_leaves_takes_its_request_along(
 async def test_a_client_that_leaves_with_everything_full(
     how: Callable[[Wire], None],
 ) -> None:
-    """Its bytes in the hub and in the kernels are in nobody's way."""
+    """Its bytes in the hub and in the kernels do not block anything."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         wire = await write_blocked(worker, hub)
         [request] = worker.requests
@@ -295,7 +295,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing() -> None:
         assert (await hub.post(CHAT, STREAM)).status == 200
 
 
-async def test_a_client_that_leaves_takes_nobody_else_along() -> None:
+async def test_a_client_that_leaves_affects_no_other() -> None:
     gate = asyncio.Semaphore(0)
     async with ScriptedWorker(slots=64) as worker, running_hub(worker) as hub:
         worker.default(*stream_of(10, gate))
@@ -305,7 +305,7 @@ async def test_a_client_that_leaves_takes_nobody_else_along() -> None:
         for wire in wires[::2]:
             wire.abort()
         await in_flight(hub, 3)
-        # Their scripts have to be over, lest they take a permit.
+        # Their scripts have to end first, or they would take a permit.
         await until(
             lambda: sum(r.finished.is_set() for r in worker.requests) == 3,
             timeout=A_SECOND,

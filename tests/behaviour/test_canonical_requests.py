@@ -184,7 +184,7 @@ async def test_what_a_worker_gets_is_written_in_one_way(
 async def test_a_body_that_streams_through_is_framed_in_one_way(
     chunked: bool, hub: RunningHub, worker: ScriptedWorker
 ) -> None:
-    """As it came: with both, nobody would know how long it is."""
+    """As it came: with both, its length would be ambiguous."""
     worker.requests.clear()
     body = json.dumps({"model": MODEL, "padding": "x" * 3 * WINDOW}).encode()
     header, sent = ("Content-Length", str(len(body))), body

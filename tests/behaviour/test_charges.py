@@ -61,7 +61,7 @@ async def left(hub: RunningHub, token: str) -> int:
 
 
 async def cost(hub: RunningHub, path: str, body: dict[str, Any]) -> int:
-    """Make a request that succeeds, as a subject of its own."""
+    """Make a request that succeeds, as a separate subject."""
     token = hub.token(f"{path} {len(json.dumps(body))}", tpm=TPM)
     before = await left(hub, token)
     assert (await hub.post(path, body, token)).status == 200
@@ -87,10 +87,10 @@ async def test_a_prompt_from_the_cache_costs_as_much_as_any(
 
 
 @pytest.mark.parametrize("words", [1, 1000])
-async def test_a_streamed_message_costs_the_prompt_that_its_beginning_tells(
+async def test_a_streamed_message_costs_the_prompt_tokens_of_its_first_event(
     words: int,
 ) -> None:
-    """The end of a long one has nothing of it; and no words can tell otherwise."""
+    """The end of a long one does not contain it, and no text can fake it."""
     usage = CACHED | {"output_tokens": 1}
     start = {"type": "message_start", "message": MESSAGE | {"usage": usage}}
     text = '"usage":{"input_tokens":5,"output_tokens":5}'
@@ -190,7 +190,7 @@ async def test_several_answers_cost_as_many(
 async def test_several_prompts_cost_as_many(
     llama_server: Callable[..., LlamaServer], tiny_model: Path
 ) -> None:
-    """A llama-server tells of one of them; the others are estimated by their size."""
+    """llama-server reports one of them; the others are estimated by their size."""
     async with running_hub(llama_server(tiny_model)) as hub:
         for path, limit in (
             ("/v1/completions", "max_tokens"),
@@ -281,7 +281,7 @@ async def test_a_client_that_leaves_in_a_stream_is_charged(log: Log) -> None:
     assert log.lines[0]["outcome"] == "client_gone"
 
 
-async def test_a_client_that_leaves_before_its_whole_answer_is_there_is_charged(
+async def test_a_client_that_leaves_before_its_whole_answer_arrives_is_charged(
     log: Log,
 ) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -307,8 +307,8 @@ async def test_a_client_that_leaves_a_real_server_is_charged(
     assert costs[1] >= 10
 
 
-async def test_what_the_worker_has_said_by_then_counts(log: Log) -> None:
-    """A stream with `timings_per_token` tells all the time, a message at its start."""
+async def test_usage_reported_before_the_client_leaves_counts(log: Log) -> None:
+    """A stream with `timings_per_token` has it in each event, a message first."""
     timed = chat_chunk(delta(content="a"), timings=timings_of(2, 1, 289))
     start = {"type": "message_start", "message": MESSAGE | {"usage": CACHED}}
     text = {"type": "content_block_delta", "delta": {"text": "a"}}
@@ -334,7 +334,7 @@ def native(number: int) -> bytes:
 async def test_a_client_that_leaves_before_anything_is_generated_is_not_charged(
     log: Log,
 ) -> None:
-    """Even the role is told by some servers before they have read the prompt."""
+    """Some servers send even the role before they have read the prompt."""
     for stream in (True, False):
         log.forget()
         async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -373,7 +373,7 @@ async def test_an_answer_that_ends_with_an_error_is_charged(log: Log) -> None:
 
 
 async def test_what_came_with_an_error_is_charged(log: Log) -> None:
-    """Nobody has seen it: the error became a status.  An error alone costs nothing."""
+    """The client gets a status instead.  An error alone costs nothing."""
     for events, tokens in ((word("a") + word("b"), 2), (role(), 0)):
         async with (
             ScriptedWorker() as worker,
@@ -415,7 +415,7 @@ async def test_a_hub_that_stops_logs_what_was_generated(log: Log) -> None:
     assert (line["prompt_tokens"], line["tokens"]) == (PROMPT_TOKENS + 4, 2)
 
 
-async def test_an_answer_that_nobody_has_counted_costs_by_its_size(log: Log) -> None:
+async def test_an_answer_without_usage_costs_by_its_size(log: Log) -> None:
     """`response_fields` of a llama-server leaves out whatever a client wants."""
     body = {"prompt": "x" * 400, "response_fields": ["content"]}
     content = {"content": "y" * 8000}

@@ -228,7 +228,7 @@ async def test_a_broken_answer_is_seen_to_be_broken(
 async def test_a_broken_answer_without_a_frame_ends_without_a_notice(
     authority: Authority, pair: Pair
 ) -> None:
-    """HTTP/1.0: `close_notify` would say that this is all."""
+    """HTTP/1.0: `close_notify` would mark the answer as complete."""
     body = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked"
     async with ScriptedWorker() as worker, hub_of(authority, pair, worker) as hub:
         worker.script(send(body + b"\r\n\r\n" + chunk(b"half")), wait("seen"), reset())
@@ -283,7 +283,7 @@ async def test_a_client_that_half_closes_with_everything_full(
 # --- A client that does not read --------------------------------------------------
 
 
-async def test_what_nobody_reads_stays_with_the_worker(
+async def test_an_unread_answer_stays_with_the_worker(
     authority: Authority, pair: Pair
 ) -> None:
     async with ScriptedWorker() as worker, hub_of(authority, pair, worker) as hub:
@@ -341,7 +341,7 @@ async def test_a_renewed_certificate_serves_new_connections(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By itself; a stream that runs goes on, and a broken pair changes nothing."""
+    """Automatically; running streams continue, and a broken pair changes nothing."""
     caplog.set_level("INFO")
     monkeypatch.setattr(watch, "PERIOD", 0.02)
     async with ScriptedWorker() as worker, hub_of(authority, pair, worker) as hub:
@@ -381,7 +381,7 @@ async def test_reload_does_not_wait_for_its_turn(
 async def test_clients_without_a_certificate_are_refused(
     authority: Authority, pair: Pair, tmp_path: Path
 ) -> None:
-    """Whoever has one of another authority, too."""
+    """A client with a certificate of another authority, too."""
     stranger = Authority(tmp_path / "stranger")
     authority_of_clients = Authority(tmp_path / "clients")
     alice = authority_of_clients.issue("alice")

@@ -31,7 +31,7 @@ def transport(request: pytest.FixtureRequest, authority: Authority) -> dict[str,
 
 
 async def silent(hub: RunningHub, number: int) -> list[Wire]:
-    """Connect clients that say nothing, so that with TLS they never get anywhere."""
+    """Connect clients that send nothing, so that TLS handshakes never complete."""
     return [await TlsWire.connect(hub.host, hub.port) for _ in range(number)]
 
 
@@ -46,10 +46,10 @@ async def metric(hub: RunningHub, name: str) -> float:
     ("setting", "reason"),
     [("connections", "limit"), ("connections_per_address", "address")],
 )
-async def test_who_comes_too_many_is_hung_up(
+async def test_connections_over_the_limit_are_closed(
     setting: str, reason: str, transport: dict[str, Any]
 ) -> None:
-    """At once, before a byte; whoever leaves makes room."""
+    """At once, before a byte; a client that leaves makes room."""
     limits = {f"limits__{setting}": 3}
     async with running_hub(**limits, **transport) as hub:
         inside = await silent(hub, 3)
@@ -120,8 +120,8 @@ def test_no_more_clients_than_there_are_files(
     assert lifecycle._fit(config, 10).limits.connections == 1
 
 
-async def test_a_hub_without_files_left_goes_on() -> None:
-    """It neither spins nor gives up; who comes is hung up, and served when it can."""
+async def test_a_hub_without_free_file_descriptors_keeps_serving() -> None:
+    """It neither spins nor stops; new connections are closed until there is room."""
     async with ScriptedWorker() as worker, hub_process(worker.url) as hub:
         process = psutil.Process(hub.pid)
         # What is left is less than what `limits.connections` was fitted to.
@@ -157,7 +157,7 @@ def serves(hub: HubProcess) -> bool:
 
 
 async def test_what_is_open_at_the_start_is_no_accident(tmp_path: Path) -> None:
-    """A hub says on its first line of the log if it may not let in all it should."""
+    """The first line of the log warns if the limit of open files is too low."""
     async with ScriptedWorker() as worker:
         with contextlib.ExitStack() as stack:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""A hub that is told to end: SIGTERM, and what comes of the answers that run."""
+"""SIGTERM: the hub drains, and running answers are completed or cut."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def test_a_stuck_stream_is_cut_at_the_limit(hub: Hub) -> None:
 
 
 async def test_a_second_signal_cuts_at_once(hub: Hub) -> None:
-    """Whatever the clients do: one reads, one has stopped, one never said a word."""
+    """Whatever the clients do: one reads, one has stopped, one has sent nothing."""
     big = [send(chunk(token("x" * (1 << 20))))] * 50
     async with ScriptedWorker() as worker:
         await play(worker, 1, stall())
@@ -182,7 +182,7 @@ def test_a_terminal_that_goes_takes_the_hub_with_it(
     assert len(reloads) == (not ends)
 
 
-def test_who_can_reload_nothing_ends() -> None:
+def test_sighup_ends_a_program_that_has_nothing_to_reload() -> None:
     signals = Signals()
     signals.hang_up()
     assert signals.asked.is_set()

@@ -215,14 +215,14 @@ async def test_a_worker_s_refusal_elsewhere_passes_as_it_is(path: str) -> None:
 
 
 def begun(path: str, *rest: Step) -> Script:
-    """Begin an answer, and go on when the client has seen that."""
+    """Begin an answer, and continue when the client has received that."""
     return send(sse_head() + chunk(BEGUN[path])), wait("seen"), *rest
 
 
 async def broken(
     hub: RunningHub, worker: ScriptedWorker, path: str, *rest: Step
 ) -> tuple[str, dict[str, Any]]:
-    """Return the event by which an answer ends that goes on with `rest`."""
+    """Return the last event of an answer that continues with `rest`."""
     worker.script(*begun(path, *rest))
     async with await hub.open(path, STREAM) as wire:
         for _ in range(BEGUN[path].count(b"\n\n")):
@@ -253,7 +253,7 @@ def in_pieces(raw: bytes, size: int) -> Script:
 
 @pytest.mark.parametrize("size", [10_000, 7])
 @pytest.mark.parametrize("path", BEGUN)
-async def test_an_error_that_a_worker_tells_in_mid_stream(path: str, size: int) -> None:
+async def test_an_error_of_a_worker_in_mid_stream(path: str, size: int) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         rest = *in_pieces(THEIRS[path], size), send(last_chunk()), close()
         name, told = await broken(hub, worker, path, *rest)

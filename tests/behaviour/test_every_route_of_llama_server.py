@@ -110,7 +110,7 @@ async def test_the_hub_is_healthy_by_both_names() -> None:
 
 @pytest.mark.parametrize("path", COUNTING)
 async def test_counting_tokens_waits_for_no_slot_and_costs_nothing(path: str) -> None:
-    """All slots are taken, and nobody may wait in the queue."""
+    """All slots are taken, and the queue has no room."""
     async with (
         ScriptedWorker(slots=1) as worker,
         running_hub(worker, queue__size=0) as hub,

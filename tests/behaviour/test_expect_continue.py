@@ -1,6 +1,6 @@
-"""`100 Continue` is for who is let in; nobody else is asked for a body.
+"""`100 Continue` is sent for accepted requests only.
 
-A client that is told to go on has been authenticated, is within its limits, and has
+A client that receives it has been authenticated, is within its limits, and has
 announced no more than it may send (RFC 9110, 10.1.1).
 """
 
@@ -55,7 +55,7 @@ BAD_TOKENS = {
 
 @pytest.mark.parametrize("framing", [LENGTH, CHUNKED], ids=["length", "chunks"])
 @pytest.mark.parametrize("token", BAD_TOKENS.values(), ids=BAD_TOKENS.keys())
-async def test_who_has_no_good_token_is_not_told_to_go_on(
+async def test_without_a_valid_token_there_is_no_100_continue(
     token: str | None, framing: tuple[str, str]
 ) -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
@@ -64,10 +64,10 @@ async def test_who_has_no_good_token_is_not_told_to_go_on(
 
 
 @pytest.mark.parametrize("token", BAD_TOKENS.values(), ids=BAD_TOKENS.keys())
-async def test_who_has_no_good_token_is_answered_before_the_body_comes(
+async def test_without_a_valid_token_the_answer_precedes_the_body(
     token: str | None,
 ) -> None:
-    """Whoever waits for it may wait for long."""
+    """A client that waits for it may wait for long."""
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         await wire.send(request_head("POST", CHAT, token, [LENGTH]))
         await assert_refused(wire, 401)
@@ -84,7 +84,7 @@ async def test_who_has_no_good_token_is_answered_before_the_body_comes(
         (None, "/metrics", 405),
     ],
 )
-async def test_who_is_wrong_here_is_not_told_to_go_on(
+async def test_an_unknown_route_gets_no_100_continue(
     token: str | None, path: str, status: int
 ) -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
@@ -92,13 +92,13 @@ async def test_who_is_wrong_here_is_not_told_to_go_on(
         await assert_refused(wire, status)
 
 
-async def test_who_announces_too_much_is_not_told_to_send_it() -> None:
+async def test_a_body_announced_as_too_large_gets_no_100_continue() -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         await expect(wire, hub.token(), framing=("Content-Length", "65537"))
         await assert_refused(wire, 413)
 
 
-async def test_who_has_used_up_his_requests_is_not_told_to_go_on() -> None:
+async def test_an_exhausted_quota_gets_no_100_continue() -> None:
     async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         token = hub.token(rpm=1)
         assert (await hub.post(CHAT, GOOD, token)).status == 200
@@ -108,7 +108,7 @@ async def test_who_has_used_up_his_requests_is_not_told_to_go_on() -> None:
         assert len(worker.requests) == 1
 
 
-async def test_who_asks_for_a_class_above_his_own_is_not_told_to_go_on() -> None:
+async def test_a_priority_that_is_not_allowed_gets_no_100_continue() -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         token = hub.token(priority="batch")
         headers = [("Expect", "100-continue"), LENGTH]
@@ -124,7 +124,7 @@ async def test_nothing_else_can_be_expected(value: str) -> None:
         await assert_refused(wire, 417)
 
 
-async def test_who_is_refused_does_not_hear_whether_he_might_expect_it() -> None:
+async def test_a_refusal_does_not_depend_on_the_expectation() -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         await expect(wire, "x", value="200-maybe")
         await assert_refused(wire, 401)
@@ -145,7 +145,9 @@ async def goes_on(hub: RunningHub, worker: ScriptedWorker, value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["100-continue", "100-Continue", "100-CONTINUE"])
-async def test_who_is_let_in_is_told_to_go_on_before_the_body_comes(value: str) -> None:
+async def test_an_accepted_request_gets_100_continue_before_its_body(
+    value: str,
+) -> None:
     # The body is compared byte by byte: no answer is assembled.
     async with (
         ScriptedWorker("qwen") as worker,
@@ -169,7 +171,7 @@ async def test_each_request_of_a_connection_is_let_in_for_itself() -> None:
         assert len(worker.requests) == 2
 
 
-async def test_what_is_wrong_with_the_body_is_told_behind_it() -> None:
+async def test_a_wrong_body_is_rejected_after_the_100_continue() -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         await expect(wire, hub.token(), framing=("Content-Length", "2"))
         assert await wire.read_until(b"\r\n\r\n") == GO_ON

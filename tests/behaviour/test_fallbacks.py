@@ -1,4 +1,4 @@
-"""When nobody of a model can answer, the models behind it do."""
+"""When no worker of a model can answer, its fallbacks do."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def family(
 
 
 def answered(response: Response, worker: ScriptedWorker, attempts: int) -> bool:
-    """Check that this is an answer of that worker, which says its own model's name."""
+    """Check that this is an answer of that worker, with the name of its own model."""
     assert response.status == 200, response.body
     assert response.header("x-gollama-worker") == worker.name
     assert response.header("x-gollama-attempts") == str(attempts)
@@ -91,7 +91,7 @@ async def test_a_fallback_answers_when_the_attempts_are_used_up(
         assert not small.requests
 
 
-async def test_a_fallback_answers_when_nobody_is_there() -> None:
+async def test_a_fallback_answers_when_no_worker_is_up() -> None:
     async with family() as (big, medium, small, hub):
         await big.down()
         await medium.down()
@@ -99,7 +99,7 @@ async def test_a_fallback_answers_when_nobody_is_there() -> None:
         assert answered(response, small, 3)
 
 
-async def test_a_model_that_nobody_was_seen_to_serve_has_its_fallback() -> None:
+async def test_a_model_that_no_worker_has_ever_served_has_its_fallback() -> None:
     """Its machine was off when the hub was started."""
     async with (
         ScriptedWorker("big", up=False) as big,
@@ -196,7 +196,7 @@ def early(message: str) -> Script:
 async def test_a_prompt_too_long_for_another_server_goes_to_a_fallback(
     status: int, payload: dict[str, Any]
 ) -> None:
-    """One that says nothing of its context, be it at first or at all."""
+    """A worker that does not report its context, at first or at all."""
     async with (
         ScriptedWorker("big") as big,
         ScriptedWorker("small") as small,
@@ -235,7 +235,7 @@ async def test_an_overflow_that_a_stream_begins_with_is_one() -> None:
 
 
 async def test_a_worker_that_is_known_to_have_more_context_goes_first() -> None:
-    """As a vLLM tells in its list; the one that refused has told it in words."""
+    """As vLLM reports in its list; the one that refused has put it in its message."""
     async with (
         ScriptedWorker("big") as tight,
         ScriptedWorker("big") as unknown,
@@ -254,9 +254,7 @@ async def test_a_worker_that_is_known_to_have_more_context_goes_first() -> None:
         assert not unknown.requests
 
 
-async def test_an_error_that_two_workers_agree_on_is_not_told_before_a_fallback() -> (
-    None
-):
+async def test_an_error_that_two_workers_agree_on_still_has_a_fallback() -> None:
     async with (
         ScriptedWorker("big") as one,
         ScriptedWorker("big") as two,
@@ -275,7 +273,7 @@ async def test_an_error_that_two_workers_agree_on_is_not_told_before_a_fallback(
         assert response.status == 500
 
 
-async def test_when_nobody_can_the_last_refusal_is_told() -> None:
+async def test_when_every_fallback_refuses_the_last_refusal_is_passed_on() -> None:
     async with family() as (*workers, hub):
         for worker in workers:
             worker.default(send(error_reply(429, f"of {worker.models[0]}")))
@@ -337,7 +335,7 @@ async def test_an_alias_may_have_a_fallback_and_be_one() -> None:
         assert answered(await hub.post(CHAT, WHOLE | {"model": "huge"}), small, 3)
 
 
-# --- What is told about it --------------------------------------------------------
+# --- Reports ----------------------------------------------------------------------
 
 
 async def test_a_fallback_shows_in_the_metrics() -> None:

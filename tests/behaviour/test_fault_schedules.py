@@ -1,4 +1,4 @@
-"""Whatever workers do, in whatever order: an answer is whole and right, or says so.
+"""Whatever workers do, an answer is complete and correct, or ends with an error.
 
 Each seed is a pool of workers, a row of tasks and a schedule of faults.  Time decides
 only what cannot be seen from outside, so a seed that fails is likely to fail again:
@@ -181,7 +181,7 @@ def check_executions(run: Run, tasks: list[Task], attempts: int) -> None:
 
 
 async def check_nothing_is_held(run: Run) -> None:
-    """Leases, answers, canaries and permits, all while the hub goes on."""
+    """No lease, answer, canary or permit is left while the hub keeps running."""
     hub = run.hub.hub
     await until(lambda: not any(worker.in_flight for worker in run.workers))
     await until(lambda: not run.faults.running)

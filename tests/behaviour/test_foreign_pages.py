@@ -133,7 +133,7 @@ async def test_a_default_port_is_left_out_as_browsers_do() -> None:
             assert answer.header("access-control-allow-origin") == origin
 
 
-# --- What it is told --------------------------------------------------------------
+# --- Preflight answers ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("origin", [PAGE, OTHER])
@@ -226,8 +226,8 @@ async def test_a_listed_page_reads_every_answer_and_its_headers() -> None:
     assert answers[5].header("retry-after")
 
 
-async def test_a_worker_has_no_say_in_it() -> None:
-    """It is the hub whom the page calls; llama-server lets everybody in."""
+async def test_a_workers_cors_headers_are_ignored() -> None:
+    """The page calls the hub; llama-server would accept every origin."""
     headers = [
         ("Access-Control-Allow-Origin", "*"),
         ("Access-Control-Allow-Credentials", "true"),

@@ -1,4 +1,4 @@
-"""What belongs to one hop ends at the hub, and what the hub says nobody takes away.
+"""Hop-by-hop headers end at the hub, and the hub's own headers cannot be removed.
 
 Which header is of which kind is in test_wire_headers.py; here is what arrives.
 """
@@ -80,7 +80,7 @@ async def test_what_a_client_names_is_for_the_hub_alone(connection: Headers) -> 
 @pytest.mark.parametrize(
     "connection", named("host", "content-length", "content-type", "user-agent")
 )
-async def test_a_client_cannot_take_away_what_the_hub_says(
+async def test_a_client_cannot_remove_the_hubs_headers(
     connection: Headers,
 ) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -93,7 +93,9 @@ async def test_a_client_cannot_take_away_what_the_hub_says(
 
 
 @pytest.mark.parametrize("connection", named("x-request-id", "server", "date"))
-async def test_a_client_cannot_take_away_what_it_is_told(connection: Headers) -> None:
+async def test_a_client_cannot_remove_the_headers_of_its_answer(
+    connection: Headers,
+) -> None:
     """golang/go#50580"""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         response = await ask(hub, [*connection, ("X-Request-Id", "mine")])
@@ -263,7 +265,7 @@ LOCATION = "http://{}/v1/chat/completions"
 async def test_an_interim_answer_or_a_redirect_is_a_bad_gateway(
     status: int, keep: bool, body: Any
 ) -> None:
-    """And nobody goes where it points to."""
+    """And it is not followed."""
     async with (
         ScriptedWorker("tiny") as worker,
         ScriptedWorker("other") as elsewhere,

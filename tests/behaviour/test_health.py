@@ -60,7 +60,7 @@ async def test_a_worker_that_dies_is_out_and_comes_back() -> None:
 
 @pytest.mark.parametrize("fall", [1, 3])
 async def test_it_takes_some_failures_in_a_row_to_fall(fall: int) -> None:
-    """Each of them is a whole ping; one good one and the count begins anew."""
+    """Each of them is a whole ping; one good ping resets the count."""
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, **QUICK, health__fall=fall) as hub,
@@ -95,7 +95,7 @@ async def test_it_takes_some_successes_in_a_row_to_rise() -> None:
         assert len(asked) == 3
 
 
-async def test_the_others_go_on() -> None:
+async def test_the_other_workers_keep_serving() -> None:
     async with ScriptedWorker() as one, ScriptedWorker() as two:
         # In turn, so that each of them is asked if it can be.
         async with running_hub(
@@ -119,7 +119,7 @@ async def test_the_others_go_on() -> None:
 # --- Loading ----------------------------------------------------------------------
 
 
-async def test_loading_is_a_state_of_its_own() -> None:
+async def test_loading_is_a_separate_state() -> None:
     """Not ready and not down: it comes without having to rise."""
     async with (
         ScriptedWorker() as worker,
@@ -179,7 +179,7 @@ async def test_a_failed_request_has_the_worker_asked_at_once(script: Any) -> Non
 
 
 async def test_a_request_that_finds_its_worker_dead_takes_it_out() -> None:
-    """With one failed ping behind it, where one is enough."""
+    """After one failed ping, where one is enough."""
     async with (
         ScriptedWorker() as worker,
         running_hub(
@@ -257,7 +257,7 @@ async def test_a_worker_that_emits_nothing_is_taken_out() -> None:
 
 
 async def test_a_hub_starts_without_workers_and_picks_them_up() -> None:
-    """Nobody has to start it again, nor in the right order."""
+    """Workers need not be started again, nor in a certain order."""
     async with (
         ScriptedWorker("a", up=False) as one,
         ScriptedWorker("b", up=False) as two,
@@ -352,7 +352,7 @@ async def test_each_worker_is_pinged_with_its_own_key(tmp_path: Path) -> None:
 
 
 async def test_a_worker_with_another_key_is_not_used() -> None:
-    """And whoever looks for the reason finds it."""
+    """And the reason is in the log."""
     async with ScriptedWorker() as worker:
         worker.on("/v1/models", *answer({"error": {}}, 401))
         async with running_hub(worker) as hub:
@@ -366,7 +366,7 @@ async def test_a_worker_with_another_key_is_not_used() -> None:
 async def test_a_ping_that_raises_is_survived(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Requests go on meanwhile, and the worker's death is still noticed."""
+    """Requests are served meanwhile, and the worker's death is still noticed."""
     broken = asyncio.Event()
     ping = probe.ping
 
@@ -419,7 +419,7 @@ async def test_what_happens_to_a_worker_is_logged_once(
 # --- What stands in front of a worker ---------------------------------------------
 
 
-async def test_a_worker_behind_a_proxy_that_compresses_serves() -> None:
+async def test_a_worker_behind_a_compressing_proxy_serves() -> None:
     """nginx (`gzip_types`) and Caddy (`encode`) do so, some whether asked or not."""
     packed = gzip.compress(b'{"object":"list","data":[{"id":"tiny"}]}')
     fields = [("Content-Encoding", "gzip"), ("Content-Length", str(len(packed)))]

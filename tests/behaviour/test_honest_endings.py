@@ -1,4 +1,4 @@
-"""An answer that looks complete is complete; one that is not, says so."""
+"""An answer that looks complete is complete; any other ends with an error."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def assert_broken_off(
 async def test_a_stream_that_breaks_off_ends_with_one_error(
     end: Script, code: str, last: bytes
 ) -> None:
-    """And without its last chunk, so that nobody takes it for complete."""
+    """And without its last chunk, so that no client takes it for complete."""
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, health__interval=RARELY, **NO_RESCUE) as hub,
@@ -271,7 +271,7 @@ async def test_a_stream_that_breaks_off_ends_with_one_error(
 
 @pytest.mark.parametrize("number", range(1, len(EVENTS)))
 @pytest.mark.parametrize("end", [reset(), close()], ids=["reset", "close"])
-async def test_a_stream_may_break_off_behind_any_event(number: int, end: Step) -> None:
+async def test_a_stream_may_break_off_after_any_event(number: int, end: Step) -> None:
     async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
         worker.script(send(sse_head()), *(send(chunk(e)) for e in EVENTS[:number]), end)
         ending = await ended(hub, STREAM)
@@ -318,8 +318,8 @@ async def test_where_events_have_names_the_error_has_one(
     assert_broken_off(ending, prefix, "worker_incomplete_answer", named=True)
 
 
-async def test_what_the_router_says_when_its_child_dies_is_no_end() -> None:
-    """Bare text behind the events, and a clean end of the chunks."""
+async def test_the_text_of_a_router_whose_child_dies_is_no_end() -> None:
+    """Bare text after the events, and a clean end of the chunks."""
     text = b"proxy error: Failed to read connection"
     async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
         worker.script(*event_stream(role(), token("a"), text))
@@ -339,7 +339,7 @@ async def test_what_the_router_says_when_its_child_dies_is_no_end() -> None:
     ],
     ids=["clean", "cut", "done"],
 )
-async def test_the_workers_own_error_is_told_once(last: bytes) -> None:
+async def test_the_workers_own_error_is_passed_on_once(last: bytes) -> None:
     """It went to the client already; only the end is missing then."""
     error = error_event("the output cannot be parsed")
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -361,7 +361,7 @@ async def test_the_workers_own_error_is_told_once(last: bytes) -> None:
         assert not ending.clean
 
 
-async def test_an_error_behind_the_finish_reason_is_no_good_end() -> None:
+async def test_an_error_after_the_finish_reason_is_no_good_end() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         late = chunk(finish()) + chunk(error_event("late")) + last_chunk()
         worker.script(
@@ -380,7 +380,7 @@ async def test_an_error_behind_the_finish_reason_is_no_good_end() -> None:
 
 
 def endings(*parts: bytes) -> dict[str, Script]:
-    """The ways in which a worker ends behind these events."""
+    """The ways in which a worker ends after these events."""
     sent = [send(chunk(part)) for part in parts]
     return {
         "clean": (send(sse_head()), *sent, send(last_chunk()), close()),
@@ -428,7 +428,7 @@ async def test_a_complete_stream_ends_well_however_its_connection_does(
 
 @pytest.mark.parametrize("how", endings())
 async def test_a_finished_stream_gets_the_done_that_it_lacks(how: str) -> None:
-    """Clients wait for it; a finish_reason says that nothing else is missing."""
+    """Clients wait for it; a finish_reason shows that nothing else is missing."""
     events = [role(), token("a"), finish("length")]
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*endings(*events)[how])
@@ -514,7 +514,7 @@ async def test_an_answer_that_is_cut_is_seen_to_be_cut(
 async def test_a_workers_error_passes_as_it_is(
     status: int, kind: str, payload: dict[str, Any]
 ) -> None:
-    """A 500 of llama-server often means a bad request: nobody is blamed for it."""
+    """A 500 of llama-server often means a bad request: no worker is blamed for it."""
     reply = error_reply(status, "because", kind)
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         pings = len(worker.control)
@@ -603,7 +603,7 @@ async def test_a_worker_that_is_busy_is_heard_and_looked_at(
 
 @pytest.mark.parametrize("status", [502, 504])
 async def test_the_words_of_a_gateway_in_front_of_a_worker_pass(status: int) -> None:
-    """Whatever their shape: they are not the hub's, and say more than it could."""
+    """Whatever their shape: they are the worker's, and more precise than the hub's."""
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.script(send(json_reply({"error": "upstream"}, status)))
         response = await hub.post(CHAT, WHOLE)
@@ -612,7 +612,7 @@ async def test_the_words_of_a_gateway_in_front_of_a_worker_pass(status: int) -> 
 
 @pytest.mark.parametrize("end", [reset(), close()])
 async def test_an_error_that_is_cut_is_a_loss(end: Step) -> None:
-    """Half of its JSON would help nobody."""
+    """Half of its JSON would be useless."""
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, health__interval=RARELY, **ONE_TRY) as hub,
@@ -733,7 +733,7 @@ async def test_a_worker_whose_upload_fails_is_lost() -> None:
 # --- The last words of a hub ------------------------------------------------------
 
 
-async def test_a_hub_that_is_cut_off_says_so_in_its_streams() -> None:
+async def test_a_hub_that_cuts_its_streams_ends_them_with_an_error() -> None:
     """Before the first byte with a status, afterwards with an event."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())

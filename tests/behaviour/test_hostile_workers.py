@@ -1,4 +1,4 @@
-"""A worker that means harm: it hurts its own request, and nobody else's.
+"""A malicious worker can affect only its own request.
 
 Each attack has a request of its own, while a good stream goes through the hub at the
 same time: each of its events is seen before the next one is sent.  Afterwards the
@@ -208,7 +208,7 @@ class Scene(NamedTuple):
     worker: ScriptedWorker
 
     async def attack(self, script: Script, *, stream: bool) -> Ending:
-        """Have a client ask the bad worker; tell how that ended."""
+        """Send a request to the bad worker; return how it ended."""
         self.worker.script(*script)
         async with await self.hub.open(CHAT, chat(BAD, stream=stream)) as wire:
             ending = await wire.read_to_end()
@@ -223,7 +223,7 @@ GOOD_STREAM = stream_of(3_000, "the next token", model=GOOD)
 
 @contextlib.asynccontextmanager
 async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
-    """Let a good stream go on all the time, event by event; look at the log at last."""
+    """Keep a good stream running, event by event; check the log at the end."""
     gate, log = asyncio.Semaphore(0), io.StringIO()
     handler = logging.StreamHandler(log)
     handler.setFormatter(TextFormatter())
@@ -299,7 +299,7 @@ async def test_what_is_no_answer_is_a_bad_gateway(script: Script, stream: bool) 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("script", CUT.values(), ids=CUT)
 async def test_what_goes_wrong_later_is_cut(script: Script, stream: bool) -> None:
-    """The client has the beginning, and can tell that it is no more than that."""
+    """The client has the beginning, and can detect that the rest is missing."""
     async with beside_a_good_stream() as scene:
         ending = await scene.attack(script, stream=stream)
         assert not ending.clean
@@ -383,7 +383,7 @@ async def test_an_answer_without_an_end_costs_no_memory() -> None:
 
 
 async def test_an_event_without_an_end_is_no_rest_of_an_answer() -> None:
-    """Where events have to be whole to be understood, there is a limit to them."""
+    """Events that have to be whole to be understood have a size limit."""
     async with beside_a_good_stream(
         rescue__enabled=True, retry__attempts=2, retry__patience=2, timeouts__gap=5
     ) as scene:
@@ -411,7 +411,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize(("first", "more"), ENDLESS.values(), ids=ENDLESS)
 async def test_an_assembled_answer_has_a_limit(first: bytes, more: bytes) -> None:
-    """It is reached, and not only told at the end of what has none."""
+    """The limit is enforced as bytes arrive, since such an answer has no end."""
     settings = {"upstream__assemble": CHAT, "limits__answer": 1 << 20}
     async with beside_a_good_stream(
         timeouts__gap=10, timeouts__silence=10, **settings

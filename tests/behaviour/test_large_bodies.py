@@ -49,14 +49,14 @@ def a_worker(*models: str) -> ScriptedWorker:
 
 
 def running(worker: ScriptedWorker, *more: ScriptedWorker, **settings: Any) -> Any:
-    """A hub whose windows are small, so that bodies need not be large."""
+    """Run a hub with small windows, so that bodies need not be large."""
     small = {"limits__replay_window": WINDOW, "limits__model_window": 4 * WINDOW}
     # Bodies are compared byte by byte: none is asked for as a stream.
     return running_hub(worker, *more, upstream__assemble="", **{**small, **settings})
 
 
 def prompt(length: int, *, before: str = "", behind: str = "") -> bytes:
-    """A body whose prompt is so long, with other fields before or behind it."""
+    """Build a body with a prompt this long, and other fields before or after it."""
     unit = b"lorem ipsum \xc3\xa9 \\n "
     text = unit * (length // len(unit))
     return b'{%b"prompt":"%b"%b}' % (before.encode(), text, behind.encode())
@@ -199,7 +199,7 @@ async def test_a_model_is_looked_for_where_it_matters(chunked: bool) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
-async def test_a_model_too_far_behind_is_missing(chunked: bool) -> None:
+async def test_a_model_beyond_the_window_is_missing(chunked: bool) -> None:
     body = prompt(LARGE, behind=',"model":"b"')
     async with a_worker("a") as one, a_worker("b") as two:
         async with running(one, two) as hub:
@@ -226,7 +226,7 @@ async def test_where_one_model_is_served_it_may_be_anywhere(
 
 
 async def test_a_token_for_some_models_has_its_model_looked_for() -> None:
-    """A name that nobody has read cannot have been allowed."""
+    """A name that has not been read cannot have been allowed."""
     async with (
         a_worker() as worker,
         running(worker, claims={"models": ["t*"]}) as hub,
@@ -293,7 +293,7 @@ async def test_any_body_arrives_as_it_was_sent(
         assert [request.body for request in worker.requests] == [body] * 2
 
 
-async def test_a_client_may_wait_to_be_told_to_continue() -> None:
+async def test_a_client_may_wait_for_100_continue() -> None:
     """With a large body as with any; the worker is asked for nothing."""
     body = prompt(LARGE, before='"model":"tiny",')
     async with a_worker() as worker, running(worker) as hub:
@@ -473,7 +473,7 @@ async def test_the_first_event_has_no_deadline_while_the_client_sends() -> None:
             assert (await wire.read_response()).status == 200
 
 
-async def test_the_first_event_has_a_deadline_behind_the_body() -> None:
+async def test_the_first_event_has_a_deadline_from_the_end_of_the_body() -> None:
     async with (
         a_worker() as worker,
         running(worker, timeouts__first_token=0.1) as hub,

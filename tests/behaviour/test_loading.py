@@ -95,7 +95,7 @@ async def test_one_that_is_loading_it_already_goes_first() -> None:
 # --- While it loads ---------------------------------------------------------------
 
 
-async def test_the_client_of_a_stream_is_told_and_nobody_else_takes_over(
+async def test_the_client_of_a_stream_is_notified_and_no_other_worker_takes_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Loading is not slow, and nothing is learnt from it about reading."""
@@ -117,7 +117,7 @@ async def test_the_client_of_a_stream_is_told_and_nobody_else_takes_over(
         assert all(r.pace_of("tiny").rate == FAST for r in hub.hub.registry.workers)
 
 
-async def test_who_has_it_loaded_is_as_slow_as_ever(
+async def test_a_worker_with_the_model_loaded_gets_no_extra_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(watchdog, "PERIOD", 0.02)
@@ -146,7 +146,7 @@ async def test_no_notice_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- What is known of it ----------------------------------------------------------
 
 
-async def test_the_list_of_models_says_what_is_loaded() -> None:
+async def test_the_list_of_models_shows_which_are_loaded() -> None:
     """After an answer that is known at once, and the others are checked."""
     async with routers("unloaded", "unloaded") as (workers, hub):
 

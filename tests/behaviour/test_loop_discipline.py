@@ -1,4 +1,4 @@
-"""The event loop belongs to everybody: nothing holds it for more than 50 ms."""
+"""Nothing holds the event loop for more than 50 ms."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def test_blocking_calls_of_the_hub_are_found(
     """In every test, by a fixture; this one shows that it works."""
     pair = authority.issue()
     server = Server(tls_certificate=pair.certificate, tls_key=pair.key)
-    credentials = tls.for_server(server)  # which may: nobody is served yet
+    credentials = tls.for_server(server)  # which may block: nothing is served yet
     assert credentials is not None
     with pytest.raises(BlockingError):
         credentials.refresh()

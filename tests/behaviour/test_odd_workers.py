@@ -52,7 +52,7 @@ from tests.fakes.script import (
 )
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
-from tests.proxy.test_attempt import BODY, bench, outgoing, pieces
+from tests.proxy.test_attempt import BODY, bench, pieces
 from tests.upstream.test_connection import SHORT, ask
 from tests.upstream.test_probe import HEALTH, ping, target_of
 
@@ -156,8 +156,8 @@ async def test_half_a_closing_event_closes_nothing(
 @pytest.mark.parametrize(
     "half", [token("b")[:3], token("b")[:60], token("b")[:-1], b": "]
 )
-async def test_the_error_is_an_event_of_its_own(half: bytes) -> None:
-    """Behind half an event too: a client parses line by line."""
+async def test_the_error_is_a_separate_event(half: bytes) -> None:
+    """After half an event, too: a client parses line by line."""
     async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
         worker.script(send(sse_head() + chunk(BEGUN) + chunk(half)), reset())
         ending = await ended(hub, STREAM)
@@ -183,7 +183,7 @@ async def test_one_choice_of_two_that_finished_is_not_the_answer() -> None:
 
 
 @pytest.mark.parametrize("end", [reset(), close()])
-async def test_a_reset_tells_an_http_1_0_client_that_something_is_missing(
+async def test_a_reset_shows_an_http_1_0_client_that_its_answer_is_cut(
     end: object,
 ) -> None:
     chunks = head(200, [("Transfer-Encoding", "chunked")]) + chunk(CUT)
@@ -197,7 +197,7 @@ async def test_a_reset_tells_an_http_1_0_client_that_something_is_missing(
     assert ending.reset
 
 
-async def test_an_http_1_0_client_that_is_dropped_can_tell() -> None:
+async def test_an_http_1_0_client_can_detect_a_cut_answer() -> None:
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, timeouts__write=0.1) as hub,
@@ -238,7 +238,7 @@ async def test_a_list_that_is_no_utf_8_is_a_finding(path: str) -> None:
     assert finding.check is (Check.FAILED if path == "/v1/models" else Check.OK)
 
 
-async def test_a_worker_without_tls_is_not_told_as_a_matter_of_permissions() -> None:
+async def test_a_worker_without_tls_is_not_reported_as_a_permission_error() -> None:
     async with ScriptedWorker() as worker:
         url = worker.url.replace("http:", "https:")
         finding = await probe.ping(target_of(url), HEALTH)
@@ -263,7 +263,7 @@ async def test_a_client_that_half_closes_with_everything_full() -> None:
 
 @pytest.mark.parametrize("leaves", [False, True])
 async def test_a_worker_that_stops_reading_has_a_deadline(leaves: bool) -> None:
-    """A machine that froze in the middle of an upload; nobody would ever notice."""
+    """A machine that froze in mid-upload, which nothing else would detect."""
     sent = 0
 
     async def upload(wire: Wire) -> None:
@@ -300,7 +300,7 @@ async def test_an_upload_does_not_make_an_idle_connection_younger() -> None:
         await made.exchange()
         made.clock.advance(3)
         worker.script(read_body(), send(head(500, [("Content-Length", "0")])))
-        await made.exchange(outgoing(rest=pieces(b"more"), length=len(BODY) + 4))
+        await made.exchange(rest=pieces(b"more"), length=len(BODY) + 4)
         made.clock.advance(3)
         await made.exchange()  # the idle one is 6 s old
         assert [r.reused for r in worker.requests] == [False, False, False]
@@ -334,7 +334,7 @@ async def test_a_client_that_left_is_not_logged_as_refused(
 
 @pytest.mark.parametrize("received", [4096, 64 << 10])
 async def test_what_came_of_a_cut_answer_is_not_thrown_away(received: int) -> None:
-    """Its length tells that it is cut; every byte in front of the cut arrives."""
+    """Its length shows that it is cut; every byte before the cut arrives."""
     length = ("Content-Length", str(10 << 20))
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(head(200, [length])), *[send(bytes(1 << 16))] * 60, close())

@@ -28,7 +28,7 @@ CLOSE = [("Connection", "close")]
 
 
 def tokens(response: Response) -> set[str]:
-    """What the Connection headers of a reply say."""
+    """Return the values of the Connection headers of a reply."""
     return {
         part.strip().lower()
         for value in response.values("connection")
@@ -80,7 +80,7 @@ async def test_an_http_1_0_client_that_does_not_keep_alive_is_hung_up() -> None:
 
 
 async def test_an_http_1_0_client_may_keep_its_connection() -> None:
-    """It has to be told so, as the default is another one."""
+    """The header is needed, as the default is the opposite."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             for _ in range(3):
@@ -140,7 +140,7 @@ async def test_an_http_1_0_client_need_not_name_a_host() -> None:
             assert (await wire.read_response()).status == 200
 
 
-async def test_an_http_1_0_client_is_not_told_to_continue() -> None:
+async def test_an_http_1_0_client_gets_no_100_continue() -> None:
     """`100 Continue` came with HTTP/1.1 (RFC 9110, 10.1.1)."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         headers = [("Expect", "100-continue")]
@@ -155,7 +155,7 @@ async def test_an_http_1_0_client_is_not_told_to_continue() -> None:
 
 @pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
 async def test_a_client_that_wants_to_close_is_hung_up(payload: object) -> None:
-    """Behind a whole answer, framed as ever."""
+    """After a whole answer, framed as usual."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.post(CHAT, payload, hub.token(), headers=CLOSE)
@@ -167,7 +167,7 @@ async def test_a_client_that_wants_to_close_is_hung_up(payload: object) -> None:
     assert framed
 
 
-async def test_a_client_that_closes_keeps_nobody_from_the_worker() -> None:
+async def test_a_client_that_closes_does_not_close_the_workers_connection() -> None:
     """Its connection and that of the hub are two."""
     # A worker closes behind a stream: what is assembled keeps no connection.
     async with (
@@ -254,8 +254,8 @@ async def test_a_refused_request_does_not_take_the_next_one_along() -> None:
             assert (await wire.read_response()).status == 200
 
 
-async def test_nothing_is_answered_behind_a_stream_that_broke_off() -> None:
-    """The client cannot tell where the next answer would begin."""
+async def test_nothing_is_answered_after_a_stream_that_broke_off() -> None:
+    """The client could not find the beginning of the next answer."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*event_stream(role() + token("a"))[:-2], close())
         async with await hub.wire() as wire:
@@ -273,7 +273,7 @@ async def test_nothing_is_answered_behind_a_stream_that_broke_off() -> None:
     "path", ["/livez", "/readyz", "/health", "/v1/models", "/models", "/metrics"]
 )
 async def test_head_is_get_without_a_body(path: str) -> None:
-    """With the headers that GET would have, and the connection goes on."""
+    """With the headers that GET would have; the connection stays open."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             token = hub.token(scope="metrics")

@@ -218,7 +218,7 @@ async def test_every_bad_token_gets_the_same_401_and_no_worker(
     one = answers["nothing"]
     assert one.header("www-authenticate") == CHALLENGE
     assert one.json()["error"]["code"] == "invalid_api_key"
-    # The log, and it alone, tells them apart; and holds no token.
+    # Only the log distinguishes them; and it holds no token.
     causes = {line.__dict__["fields"].get("detail") for line in caplog.records}
     assert len(causes) > 20
     text = "\n".join(str(line.__dict__) for line in caplog.records)
@@ -357,5 +357,5 @@ async def test_a_public_key_opens_for_its_private_key_alone(
 async def test_what_is_good_is_let_in(value: str) -> None:
     async with ScriptedWorker() as worker, running_hub(worker, **STRICT) as hub:
         assert (await ask(hub, [("Authorization", value)])).status == 200
-        # No worker gets to see whose request it was.
+        # No worker sees the subject of a request.
         assert worker.requests[0].header("authorization") is None

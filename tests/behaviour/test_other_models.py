@@ -193,7 +193,7 @@ async def test_an_answer_of_another_model_comes_from_another_worker(route: str) 
 
 
 @EVERY_ROUTE
-async def test_where_no_other_worker_is_left_that_is_said(route: str) -> None:
+async def test_without_another_worker_the_error_is_passed_on(route: str) -> None:
     """First that it is gone, and then that there is none; not an answer of another."""
     path, payload, replies = ROUTES[route]
     async with ScriptedWorker("old") as back, hub_of(back) as hub:
@@ -250,7 +250,7 @@ async def test_a_fallback_answers_for_a_model_that_is_gone() -> None:
 
 
 @EVERY_ROUTE
-async def test_a_worker_may_call_its_model_in_a_way_of_its_own(route: str) -> None:
+async def test_a_worker_may_have_another_name_for_its_model(route: str) -> None:
     """One look shows that it serves it all the same, and is not repeated."""
     path, payload, replies = ROUTES[route]
     async with ScriptedWorker("tiny") as worker, hub_of(worker) as hub:
@@ -284,7 +284,7 @@ async def test_a_model_in_the_words_of_an_answer_is_not_the_one_it_comes_from() 
         assert len(worker.control) == pings
 
 
-async def test_names_that_the_settings_state_go_on_working(tmp_path: Path) -> None:
+async def test_names_in_the_settings_keep_working(tmp_path: Path) -> None:
     """Whatever the worker lists, and calls itself."""
     file = tmp_path / "gollama.toml"
     async with ScriptedWorker("/models/tiny.gguf") as worker:
@@ -334,7 +334,7 @@ async def test_another_build_is_a_reason_to_look_once() -> None:
         assert len(worker.control) == pings
 
 
-async def test_an_answer_that_broke_off_does_not_go_on_with_another_model() -> None:
+async def test_an_answer_that_broke_off_is_not_continued_by_another_model() -> None:
     async with (
         ScriptedWorker("old") as broken,
         ScriptedWorker("old") as back,
@@ -353,7 +353,7 @@ async def test_an_answer_that_broke_off_does_not_go_on_with_another_model() -> N
         assert [len(w.requests) for w in (broken, back, good)] == [1, 1, 1]
 
 
-async def test_a_worker_that_does_not_say_what_it_serves_now_is_not_believed() -> None:
+async def test_a_worker_that_does_not_list_its_models_is_not_used() -> None:
     async with (
         ScriptedWorker("old") as back,
         ScriptedWorker("old") as good,

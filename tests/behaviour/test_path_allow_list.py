@@ -47,7 +47,7 @@ THEIRS = [
     "/index.html",
     "/bundle.js",
 ]
-# Of nobody.
+# Paths that nothing serves.
 STRANGE = [
     "/v1",
     "/v1/",

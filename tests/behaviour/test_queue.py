@@ -391,7 +391,7 @@ async def test_a_client_that_does_not_stream_is_not_notified() -> None:
     ],
     ids=["400", "no stream", "garbage"],
 )
-async def test_an_error_behind_a_notice_is_an_event(
+async def test_an_error_after_a_notice_is_an_event(
     fault: bytes, code: int | str
 ) -> None:
     async with crowded(queue__notice=0.05) as (worker, hub, _):
@@ -409,7 +409,7 @@ async def test_an_error_behind_a_notice_is_an_event(
     assert json.loads(event.removeprefix(b"data: "))["error"]["code"] == code
 
 
-async def test_a_wait_that_is_too_long_ends_with_an_event_behind_a_notice() -> None:
+async def test_a_wait_that_is_too_long_ends_with_an_event_after_a_notice() -> None:
     async with crowded(queue__notice=0.05, queue__timeout=1) as (worker, hub, _):
         running = sent(hub, "a")
         await worker.received(1)
@@ -422,7 +422,7 @@ async def test_a_wait_that_is_too_long_ends_with_an_event_behind_a_notice() -> N
         await running
 
 
-async def test_another_worker_can_still_take_over_behind_a_notice() -> None:
+async def test_another_worker_can_still_take_over_after_a_notice() -> None:
     async with (
         ScriptedWorker(slots=1) as bad,
         ScriptedWorker(slots=1) as good,

@@ -1,4 +1,4 @@
-"""A token may say how much its subject may ask for in a minute."""
+"""A token may limit the requests and tokens of its subject per minute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.fakes.script import answer, chat_stream
 from tests.fakes.worker import ScriptedWorker
 
 
-async def test_requests_a_minute_are_counted_and_told() -> None:
+async def test_requests_a_minute_are_counted_and_reported() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         token = hub.token(rpm=2)
         for left in ("1", "0"):

@@ -1,4 +1,4 @@
-"""Whoever was out is back soon, and not all at once."""
+"""Workers that were out return soon, and their share of requests rises gradually."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 
-async def test_when_all_are_down_it_is_said_at_once_and_one_that_returns_serves() -> (
-    None
-):
+async def test_requests_fail_at_once_while_all_workers_are_down() -> None:
     """Within one recheck."""
     async with (
         ScriptedWorker() as one,

@@ -1,7 +1,7 @@
-"""What users and secrets say is in no log, metric, `repr` or error, whatever happens.
+"""No user text and no secret is in any log, metric, `repr` or error.
 
 A canary is put wherever there is something to keep quiet, and everything that can go
-wrong goes wrong, at log level debug.  Then all that the hub has told is searched.
+wrong goes wrong, at log level debug.  Then all output of the hub is searched.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ ANSWER = "canary-answer"
 CLAIM = "canary-claim"
 KEY = "canary-key"
 HEADER = "canary-header"
-ERROR = "canary-error"  # what a worker says of what went wrong
+ERROR = "canary-error"  # the text of a worker's error
 QUERY = "canary-query"
 USER = "canary-user"  # user:password@ of a URL
 ALIAS = "canary-alias"
@@ -86,7 +86,7 @@ HEADERS = [
 
 
 class Witness:
-    """Takes down all that a hub tells, and searches it."""
+    """Records all output of a hub, and searches it."""
 
     def __init__(self) -> None:
         self.logs = {"text": io.StringIO(), "json": io.StringIO()}
@@ -201,7 +201,7 @@ Act = Callable[[Stage], Awaitable[Wire]]
 class Case:
     """One way to go wrong: what the workers do, what the client does."""
 
-    code: Code | None  # that the client is told; None: something else, or nothing
+    code: Code | None  # in the client's error; None: another one, or none
     scripts: tuple[Script, ...] = ()  # of the first worker that is asked, and so on
     act: Act = Stage.ask
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -226,7 +226,7 @@ def sending(*lines: str, body: bytes = b"", version: str = "1.1") -> Act:
 
 
 def with_token(header: Mapping[str, Any], claims: Mapping[str, Any]) -> Act:
-    """Send a token with these parts and a signature that says nothing."""
+    """Send a token with these parts and a meaningless signature."""
 
     def encoded(part: object) -> str:
         return base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode()
@@ -535,7 +535,7 @@ def codes_in(answer: bytes) -> set[str]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-async def test_nothing_is_told_of_what_goes_wrong(
+async def test_no_failure_reveals_user_text(
     case: Case, witness: Witness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def look(exchange: Exchange) -> None:
@@ -560,14 +560,14 @@ async def test_nothing_is_told_of_what_goes_wrong(
     if case.code is not None:
         assert codes_in(answer) == {case.code}, answer
         own = answer[answer.rindex(b'{"error":{') :].decode()
-        # A client may be told which of its words are wrong: a field, a model.
+        # An error may name what is wrong in a request: a field, a model.
         but = (PROMPT, ALIAS) if case in QUOTED else ()
         witness.search("an error", own, but=but)
     witness.search("an answer", answer.decode(), but=(PROMPT, ANSWER, ERROR, ALIAS))
     witness.conclude()
 
 
-def test_every_error_there_is_goes_wrong_here() -> None:
+def test_every_error_code_is_provoked_here() -> None:
     told = {case.code for case in CASES.values()}
     elsewhere = {Code.INTERNAL, Code.CONTEXT_LENGTH}
     assert told - {None} == set(Code) - elsewhere
@@ -592,7 +592,7 @@ BUGS = {
 
 
 @pytest.mark.parametrize(("owner", "name"), BUGS.values(), ids=BUGS)
-async def test_a_bug_tells_where_it_is_and_not_what_it_met(
+async def test_a_bug_reveals_its_place_and_no_user_text(
     owner: Any,
     name: str,
     witness: Witness,
@@ -617,7 +617,7 @@ async def test_a_bug_tells_where_it_is_and_not_what_it_met(
     witness.conclude()
 
 
-async def test_what_asyncio_says_of_a_bug_is_cut(
+async def test_what_asyncio_logs_of_a_bug_is_cut(
     witness: Witness, unretrieved: list[str]
 ) -> None:
     """It lists the `repr` of everything that was involved."""

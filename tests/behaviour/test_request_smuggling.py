@@ -1,7 +1,7 @@
 """No request is read in two ways: a worker sees none, or exactly the one that was sent.
 
 What is accepted, h11 reads in the same way; what is not, ends its connection, so that
-nothing behind it is taken for a request.
+nothing after it is taken for a request.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ async def test_what_is_sent_in_pieces_is_read_in_pieces(
 
 
 @pytest.mark.parametrize("cut", CUTS)
-async def test_a_second_request_with_a_token_of_its_own_is_served(
+async def test_a_second_request_with_its_own_token_is_served(
     cut: Callable[[bytes], list[bytes]], hub: RunningHub, worker: ScriptedWorker
 ) -> None:
     """Pipelining is no crime (RFC 9112, 9.3.2)."""

@@ -90,7 +90,7 @@ def read(ending: Ending) -> Seen:
 
 
 def complete(ending: Ending, *, rescued: int = 1) -> bool:
-    """Check that this is the whole answer, told once."""
+    """Check that this is the whole answer, sent once."""
     assert ending.clean, ending.raw
     seen = read(ending)
     assert seen == Seen(
@@ -109,7 +109,7 @@ def complete(ending: Ending, *, rescued: int = 1) -> bool:
 def partial(
     *ends: Step, texts: Iterable[str] = FIRST, tail: bytes = b""
 ) -> tuple[Step, ...]:
-    """Stream the beginning of an answer, and then what `ends` says."""
+    """Stream the beginning of an answer, and then play the steps of `ends`."""
     said = [
         role() + token(text) if not n else token(text) for n, text in enumerate(texts)
     ]
@@ -120,7 +120,7 @@ def partial(
 def continued(
     *, echo: Iterable[str] = ("".join(FIRST),), rest: Iterable[str] = REST, **more: Any
 ) -> Script:
-    """Continue it as llama-server does: what was there is its first piece."""
+    """Continue it as llama-server does: the text so far is its first piece."""
     return chat_stream([*echo, *rest], **more)
 
 
@@ -128,7 +128,7 @@ def continued(
 async def pool(
     *workers: ScriptedWorker, **settings: Any
 ) -> AsyncIterator[tuple[list[ScriptedWorker], RunningHub]]:
-    """Run a hub that rescues, whose workers are asked in their order."""
+    """Run a hub that rescues, and asks its workers in their order."""
     settings = {
         "rescue__enabled": True,
         "retry__attempts": 3,
@@ -175,7 +175,7 @@ BREAKS: dict[str, Script] = {
 
 
 @pytest.mark.parametrize("end", BREAKS)
-async def test_another_worker_goes_on_with_a_broken_answer(end: str) -> None:
+async def test_another_worker_continues_a_broken_answer(end: str) -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*BREAKS[end])
         cut = end in ("in half a chunk", "in half an event")
@@ -191,7 +191,7 @@ async def test_another_worker_goes_on_with_a_broken_answer(end: str) -> None:
         assert request.json()["add_generation_prompt"] is False
 
 
-async def test_an_answer_that_stalls_goes_on_elsewhere(
+async def test_an_answer_that_stalls_is_continued_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the worker is hung up on, which ends its generation, and counts as slow."""
@@ -217,7 +217,7 @@ WAYS: dict[str, str] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_what_was_told_is_not_told_again(way: str) -> None:
+async def test_text_that_was_sent_is_not_sent_again(way: str) -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset()))
         rest = REST[1:] if "word" in way else REST
@@ -251,7 +251,7 @@ async def test_what_proves_nothing_is_not_believed(way: str, build: str) -> None
 
 
 async def test_one_token_is_not_proof_enough() -> None:
-    """Any answer may begin with it, and go on with it."""
+    """Any answer may begin and continue with it."""
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset(), texts=FIRST[:1]))
         good.script(*chat_stream(FIRST + REST))
@@ -259,7 +259,7 @@ async def test_one_token_is_not_proof_enough() -> None:
         assert good.requests[0].json() == BODY
 
 
-async def test_a_text_is_continued_behind_its_prompt() -> None:
+async def test_a_text_is_continued_after_its_prompt() -> None:
     def part(text: str) -> bytes:
         return event(replies.text_completion(text, reason=None, last=False))
 
@@ -316,7 +316,7 @@ async def test_half_of_the_last_token_is_not_all_of_it() -> None:
     assert (seen.text, seen.reasons) == (" One day, a fox", ["length"])
 
 
-async def test_nobody_is_asked_for_an_answer_that_lacks_only_its_end() -> None:
+async def test_no_worker_is_asked_for_an_answer_that_lacks_only_its_end() -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset(), texts=[*FIRST, *REST]))
         ending = await asked(hub, BODY | {"max_tokens": len(FIRST + REST)})
@@ -355,7 +355,7 @@ async def test_the_second_worker_may_break_off_as_well() -> None:
         assert complete(await asked(hub), rescued=2)
 
 
-async def test_a_worker_that_broke_off_may_go_on_once_another_one_did() -> None:
+async def test_a_worker_that_broke_off_may_continue_after_another_one() -> None:
     async with pool() as ([one, two], hub):
         one.script(*partial(reset(), texts=FIRST[:2]))
         two.script(*partial(reset(), texts=["".join(FIRST[:2]), *FIRST[2:]]))
@@ -375,7 +375,7 @@ async def test_a_worker_that_cannot_be_reached_is_passed_over() -> None:
             assert complete(await wire.read_to_end())
 
 
-async def test_it_is_waited_a_while_for_somebody_who_can_go_on() -> None:
+async def test_a_rescue_waits_a_while_for_a_worker() -> None:
     """A worker that was killed is often started again at once."""
     async with pool(health__interval=0.05, health__recheck=0.05) as (workers, hub):
         bad, good = workers
@@ -394,7 +394,7 @@ async def test_it_is_waited_a_while_for_somebody_who_can_go_on() -> None:
             assert complete(await wire.read_to_end())
 
 
-async def test_it_is_not_waited_for_ever() -> None:
+async def test_a_rescue_does_not_wait_without_limit() -> None:
     async with pool(ScriptedWorker(), retry__patience=0.5) as ([only], hub):
         only.script(*partial(notify("said"), wait("go"), reset()))
         async with await hub.open(CHAT, BODY) as wire:
@@ -405,7 +405,7 @@ async def test_it_is_not_waited_for_ever() -> None:
             assert broken_off(await wire.read_to_end(), "worker_connection_lost")
 
 
-async def test_the_only_worker_goes_on_itself_if_it_is_alive() -> None:
+async def test_the_only_worker_continues_its_answer_if_it_is_alive() -> None:
     async with pool(ScriptedWorker()) as ([only], hub):
         only.script(*partial(reset()))
         only.script(*continued())
@@ -435,8 +435,8 @@ async def test_an_answer_is_continued_only_so_often() -> None:
     assert broken_off(ending, "worker_connection_lost", "".join(FIRST[:3]))
 
 
-async def test_a_fallback_goes_on_before_the_same_worker_does() -> None:
-    """It says its own name."""
+async def test_a_fallback_continues_before_the_same_worker_does() -> None:
+    """Its events have its own model name."""
     big, small = ScriptedWorker("big"), ScriptedWorker("small")
     async with pool(big, small, models__fallbacks="big=small") as (_, hub):
         big.script(*partial(reset()))
@@ -448,7 +448,9 @@ async def test_a_fallback_goes_on_before_the_same_worker_does() -> None:
     assert b'"model":"small"' in ending.raw
 
 
-async def test_a_fallback_goes_on_before_a_worker_that_has_failed_the_answer() -> None:
+async def test_a_fallback_continues_before_a_worker_that_has_failed_the_answer() -> (
+    None
+):
     """Two workers of the model have, and the fallback has not."""
     one, two, small = ScriptedWorker("big"), ScriptedWorker("big"), ScriptedWorker("s")
     async with pool(one, two, small, models__fallbacks="big=s") as (_, hub):
@@ -468,7 +470,7 @@ async def test_what_a_worker_refuses_uses_up_no_continuation() -> None:
         assert complete(await asked(hub))
 
 
-# --- Workers that let nobody begin an answer for them -----------------------------
+# --- Workers that do not continue an answer ---------------------------------------
 
 
 @pytest.mark.parametrize("status", [400, 422, 500])
@@ -500,7 +502,7 @@ async def test_at_the_first_difference_it_ends_honestly() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 500])
-async def test_a_refusal_to_go_on_costs_no_attempt(status: int) -> None:
+async def test_a_refusal_to_continue_costs_no_attempt(status: int) -> None:
     async with pool(rescue__attempts=1) as ([bad, good], hub):
         bad.script(*partial(reset()))
         good.script(send(error_reply(status, "no prefill", "invalid_request_error")))
@@ -508,7 +510,7 @@ async def test_a_refusal_to_go_on_costs_no_attempt(status: int) -> None:
         assert complete(await asked(hub))
 
 
-async def test_what_one_worker_tells_otherwise_another_may_go_on_with() -> None:
+async def test_what_one_worker_continues_differently_another_may_continue() -> None:
     workers = [ScriptedWorker() for _ in range(3)]
     async with pool(*workers) as ([bad, other, good], hub):
         bad.script(*partial(reset()))
@@ -532,21 +534,21 @@ THINKING = [role(), *map(thought, THOUGHTS)]
 
 
 def stream_of(*events: bytes, then: tuple[Step, ...] | None = None) -> tuple[Step, ...]:
-    """Send events; `then` is what comes behind them, instead of an end."""
+    """Send events; the steps of `then` follow instead of an end."""
     sent = (send(chunk(each.replace(b"chatcmpl-1", ID))) for each in events)
     end = (send(chunk(done()) + last_chunk()), close())
     return (send(sse_head()), *sent, *(end if then is None else then))
 
 
 def reasoning_of(ending: Ending) -> str:
-    """Read what the client got before the end, be it an error."""
+    """Read what the client got before the end, or before an error."""
     told = Partial.parse(ending.response.body.partition(b'data: {"error"')[0])
     assert told is not None
     return told.reasoning
 
 
-async def test_an_answer_goes_on_behind_its_thoughts() -> None:
-    """A model without them would go on as one that has not thought."""
+async def test_an_answer_is_continued_after_its_reasoning() -> None:
+    """Without it, the model would continue as if it had not reasoned."""
     async with pool() as ([bad, good], hub):
         bad.script(*stream_of(*THINKING, *map(token, FIRST), then=(reset(),)))
         again = [role(), thought("".join(THOUGHTS)), token("".join(FIRST) + REST[0])]
@@ -597,8 +599,8 @@ SAME_CALL = [each.replace(b'"first"', b'"second"') for each in CALLING]
 END_OF_CALL = chat_event("tool_calls")
 
 
-async def test_an_agents_answer_goes_on_as_any_other() -> None:
-    """As long as it has called no tool, and it may call one behind it."""
+async def test_an_agents_answer_is_continued_as_any_other() -> None:
+    """As long as it has called no tool; it may call one afterwards."""
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset()))
         again = [role(), token("".join(FIRST)), *CALLING[1 + len(FIRST) :]]
@@ -615,7 +617,7 @@ async def test_an_agents_answer_goes_on_as_any_other() -> None:
 
 @pytest.mark.parametrize("place", range(2 + len(FIRST), len(CALLING) + 1))
 async def test_a_call_that_broke_off_is_asked_for_again(place: int) -> None:
-    """And goes on under the id that the client knows."""
+    """It continues under the id that the client knows."""
     body = AGENT | {"seed": 7, "temperature": 0.5, "max_tokens": 99}
     async with pool() as ([bad, good], hub):
         bad.script(*stream_of(*CALLING[:place], then=(reset(),)))
@@ -677,7 +679,7 @@ async def test_another_text_in_that_form_is_the_end(fields: dict[str, Any]) -> N
 
 
 def broken_off(ending: Ending, code: str, text: str = "".join(FIRST)) -> bool:
-    """Check that the client was told, by an event and by the lack of an end."""
+    """Check that the client got an error event and no end."""
     assert not ending.clean
     seen = read(ending)
     assert seen.text == text
@@ -694,7 +696,9 @@ def broken_off(ending: Ending, code: str, text: str = "".join(FIRST)) -> bool:
     ],
     ids=str,
 )
-async def test_what_cannot_go_on_ends_with_an_error(fields: dict[str, Any]) -> None:
+async def test_an_answer_that_cannot_be_continued_ends_with_an_error(
+    fields: dict[str, Any],
+) -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset()))
         ending = await asked(hub, BODY | fields)
@@ -702,7 +706,7 @@ async def test_what_cannot_go_on_ends_with_an_error(fields: dict[str, Any]) -> N
     assert broken_off(ending, "worker_connection_lost")
 
 
-async def test_an_error_that_the_worker_told_itself_is_the_end() -> None:
+async def test_an_error_from_the_worker_itself_ends_the_answer() -> None:
     async with pool() as ([bad, good], hub):
         error = send(chunk(error_event("oh")) + last_chunk())
         bad.script(*partial(wait("read"), error, close()))
@@ -726,7 +730,7 @@ async def test_it_can_be_switched_off_and_has_a_limit(settings: dict[str, Any]) 
     assert broken_off(ending, "worker_connection_lost")
 
 
-async def test_a_long_answer_within_the_limit_goes_on() -> None:
+async def test_a_long_answer_within_the_limit_is_continued() -> None:
     words = [f" w{n}" for n in range(900)]
     async with pool() as ([bad, good], hub):
         bad.script(*partial(close(), texts=words))
@@ -747,7 +751,7 @@ async def test_a_client_that_leaves_during_a_rescue_takes_it_along() -> None:
         await good.idle()
 
 
-async def test_a_client_is_told_when_the_time_runs_out_during_a_rescue() -> None:
+async def test_a_client_gets_an_error_when_the_time_runs_out_during_a_rescue() -> None:
     async with pool(timeouts__request=1) as ([bad, good], hub):
         bad.script(*partial(reset()))
         good.script(stall())
@@ -761,7 +765,7 @@ ASSEMBLING: dict[str, Any] = {"upstream__assemble": STREAMED}
 PIECE = {key: value for key, value in BODY.items() if key != "stream"}
 
 
-async def test_an_answer_in_one_piece_goes_on_as_well() -> None:
+async def test_an_answer_in_one_piece_is_continued_as_well() -> None:
     async with pool(**ASSEMBLING) as ([bad, good], hub):
         bad.script(*partial(reset()))
         good.script(*continued(usage=True))
@@ -775,7 +779,7 @@ async def test_an_answer_in_one_piece_goes_on_as_well() -> None:
     assert response.header("x-gollama-worker") == good.name
 
 
-async def test_an_answer_in_one_piece_that_cannot_go_on_begins_anew() -> None:
+async def test_an_answer_in_one_piece_that_cannot_be_continued_starts_over() -> None:
     """The client has nothing of it yet."""
     async with pool(**ASSEMBLING, retry__floor=9) as ([bad, good], hub):
         bad.script(*partial(reset()))
@@ -787,7 +791,7 @@ async def test_an_answer_in_one_piece_that_cannot_go_on_begins_anew() -> None:
     assert response.json()["choices"][0]["message"]["content"] == WHOLE
 
 
-async def test_an_answer_in_one_piece_that_nobody_continues_begins_anew() -> None:
+async def test_an_answer_in_one_piece_that_no_worker_continues_starts_over() -> None:
     """It may even be another one."""
     async with pool(**ASSEMBLING) as ([bad, good], hub):
         bad.script(*partial(reset()))
@@ -799,8 +803,8 @@ async def test_an_answer_in_one_piece_that_nobody_continues_begins_anew() -> Non
     assert response.json()["choices"][0]["message"]["content"] == "Another"
 
 
-async def test_a_call_in_one_piece_that_broke_off_begins_anew() -> None:
-    """Nobody has to make the same one, as the client has nothing of it."""
+async def test_a_call_in_one_piece_that_broke_off_starts_over() -> None:
+    """No worker has to make the same one, as the client has nothing of it."""
     async with pool(**ASSEMBLING, retry__floor=9) as ([bad, good], hub):
         bad.script(*stream_of(*CALLING[:-1], then=(reset(),)))
         usage = finish(usage=usage_of())
@@ -810,7 +814,7 @@ async def test_a_call_in_one_piece_that_broke_off_begins_anew() -> None:
     assert called["function"] == {"name": "wash", "arguments": "{}"}
 
 
-async def test_a_worker_that_answers_in_one_piece_does_not_go_on() -> None:
+async def test_a_worker_that_answers_in_one_piece_does_not_continue() -> None:
     async with pool(retry__attempts=2) as ([bad, good], hub):
         bad.script(*partial(reset()))
         good.default(*answer({"choices": []}))
@@ -818,7 +822,7 @@ async def test_a_worker_that_answers_in_one_piece_does_not_go_on() -> None:
     assert broken_off(ending, "worker_connection_lost")
 
 
-# --- What is told about it --------------------------------------------------------
+# --- Reports ----------------------------------------------------------------------
 
 
 async def test_a_rescue_shows_in_the_metrics() -> None:

@@ -1,4 +1,4 @@
-"""Until a byte of an answer is out, another worker makes up for one that fails."""
+"""Until a byte of an answer was sent, another worker can replace a failing one."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ async def test_another_worker_answers_for_one_that_is_slow_to_begin(
 async def test_a_whole_answer_may_take_longer_than_the_first_event_of_a_stream() -> (
     None
 ):
-    """Its first byte is its last: silence tells nothing about the worker."""
+    """Its first byte is its last: silence shows nothing about the worker."""
     async with two(timeouts__allowance=0.05) as (first, second, hub):
         first.script(pause(0.3), send(json_reply({"choices": []})))
         response = await hub.post(CHAT, WHOLE)
@@ -264,14 +264,16 @@ async def test_the_only_worker_gets_no_third_chance() -> None:
 
 
 @pytest.mark.parametrize("fault", ["garbage", "a redirect", "401"])
-async def test_what_the_only_worker_would_do_again_is_told_at_once(fault: str) -> None:
+async def test_a_failure_that_the_only_worker_would_repeat_is_passed_on_at_once(
+    fault: str,
+) -> None:
     async with one() as (worker, hub):
         worker.default(*FAULTS[fault])
         assert (await hub.post(CHAT, WHOLE)).status == 502
         assert len(worker.requests) == 1
 
 
-async def test_a_refused_connection_of_the_only_worker_is_told_at_once() -> None:
+async def test_a_refused_connection_of_the_only_worker_is_reported_at_once() -> None:
     async with one() as (worker, hub):
         await worker.down()
         response = await hub.post(CHAT, WHOLE)
@@ -283,7 +285,7 @@ async def test_a_refused_connection_of_the_only_worker_is_told_at_once() -> None
 async def test_the_only_worker_has_until_the_hard_limit_and_no_second_chance(
     payload: dict[str, Any],
 ) -> None:
-    """The allowance is for those who have somebody to turn to."""
+    """The allowance applies only if there is another worker to try."""
     limits = {"timeouts__allowance": 0.02, "timeouts__first_token": 0.3}
     async with one(**limits) as (worker, hub):
         worker.default(stall())
@@ -329,7 +331,7 @@ async def test_a_worker_cannot_ask_for_more_time_than_it_may_have(asked: str) ->
 async def test_a_request_that_comes_while_the_only_worker_is_busy_waits_as_well() -> (
     None
 ):
-    """No longer than for `retry.patience`; what is to last longer is told at once."""
+    """No longer than for `retry.patience`; a longer wait is rejected at once."""
     async with one(breaker__busy_max=0.3) as (worker, hub):
         [record] = records(hub)
         record.breaker_of("tiny").busy(0.3)
@@ -379,7 +381,7 @@ async def test_a_worker_that_is_busy_for_long_is_not_waited_for() -> None:
         assert len(worker.requests) == 1
 
 
-async def test_who_is_tried_again_is_the_one_that_failed_last() -> None:
+async def test_the_worker_that_failed_last_is_tried_again() -> None:
     """Not one that is known to refuse connections."""
     async with two() as (gone, shaky, hub):
         await gone.down()
@@ -479,7 +481,7 @@ async def test_a_path_with_one_try_is_waited_for() -> None:
 
 
 async def test_a_500_of_all_is_the_requests_fault() -> None:
-    """The worker's own words pass, and nobody's breaker moves."""
+    """The worker's own error passes, and no breaker counts it."""
     async with two(breaker__consecutive=1) as (first, second, hub):
         for worker in (first, second):
             worker.default(send(error_reply(500, f"of {worker.name}")))

@@ -72,7 +72,9 @@ async def test_a_token_is_taken_back_and_given_again(tmp_path: Path) -> None:
         assert await status(hub, kept) == 200
 
 
-async def test_who_is_on_the_list_at_the_start_is_never_let_in(tmp_path: Path) -> None:
+async def test_a_token_on_the_list_at_the_start_is_never_accepted(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "revoked"
     file.write_text("sub:alice\n")
     async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
@@ -80,7 +82,7 @@ async def test_who_is_on_the_list_at_the_start_is_never_let_in(tmp_path: Path) -
         assert worker.requests == []
 
 
-async def test_a_file_that_is_lost_lets_nobody_in_again(
+async def test_a_lost_file_makes_no_revoked_token_valid(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "revoked"
@@ -94,7 +96,7 @@ async def test_a_file_that_is_lost_lets_nobody_in_again(
         assert await status(hub, hub.token("bob")) == 200
 
 
-async def test_an_answer_that_runs_goes_on(tmp_path: Path) -> None:
+async def test_a_running_answer_is_completed(tmp_path: Path) -> None:
     """Tokens are checked at the door, and only there."""
     file = tmp_path / "revoked"
     file.write_text("")

@@ -33,7 +33,7 @@ def transport(request: pytest.FixtureRequest, authority: Authority) -> dict[str,
 
 @contextlib.asynccontextmanager
 async def dripping(wire: Wire, data: bytes) -> AsyncIterator[None]:
-    """Send a byte every 50 ms, until nobody takes any more."""
+    """Send a byte every 50 ms, until the hub accepts no more."""
 
     async def drip() -> None:
         with contextlib.suppress(OSError):
@@ -51,7 +51,7 @@ async def dripping(wire: Wire, data: bytes) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def not_before(seconds: float) -> AsyncIterator[None]:
-    """Check that what is waited for takes so long; waiting for ever fails by itself."""
+    """Check that a wait takes this long; a wait without an end fails by its timeout."""
     began = time.monotonic()
     yield
     assert time.monotonic() - began >= seconds
@@ -108,7 +108,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_an_answer_in_one_piece_is_not_kept_for_ever(
+async def test_an_unread_answer_in_one_piece_is_dropped_after_a_while(
     transport: dict[str, Any],
 ) -> None:
     """It is out of the path of a request by then, but in memory."""
@@ -128,7 +128,7 @@ async def test_an_answer_in_one_piece_is_not_kept_for_ever(
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_pipelined_requests_whose_answers_nobody_reads(
+async def test_pipelined_requests_with_unread_answers(
     transport: dict[str, Any],
 ) -> None:
     names = [f"model-{number}-{'x' * 2000}" for number in range(100)]
@@ -143,7 +143,7 @@ async def test_pipelined_requests_whose_answers_nobody_reads(
 
 CONNECTIONS = 500
 SECONDS = 3
-# Below this, a time tells of the machine and not of the hub.
+# Below this, a time measures the machine and not the hub.
 NOISE = 0.005
 _ATTACK = f"-c {CONNECTIONS} -r {CONNECTIONS // 2} -l {SECONDS + 1} -i 1 -p 5"
 _MODES = {
@@ -182,7 +182,7 @@ async def test_500_slow_clients_do_not_slow_down_a_good_one() -> None:
                 attacked, idle, peak = await under_attack(
                     hub, other, program, arguments
                 )
-                # A range says nothing to the hub: these are answered, and gone.
+                # The hub ignores ranges: these are answered, and gone.
                 assert peak >= CONNECTIONS / 5 or mode == "ranges", mode
                 told = f"{mode}: p10 {attacked * 1e3:.1f}, idle {idle * 1e3:.1f} ms"
                 print(told)

@@ -1,4 +1,4 @@
-"""Slowness is judged by the stage that a request is in, and by who causes it."""
+"""Slowness is judged by the stage of a request, and by its cause."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.fakes.script import (
 from tests.fakes.waiting import settled, until
 
 LONG = "word " * 40_000  # 200 KB
-# Short for what is silent for ever, and long for what is not.
+# Short for workers that stay silent, and long enough for the others.
 QUICK: dict[str, Any] = {"timeouts__allowance": 0.5, "timeouts__gap": 0.5}
 
 
@@ -63,7 +63,7 @@ async def test_a_long_prompt_may_be_silent_for_as_long_as_it_takes_to_read() -> 
         assert not second.requests
 
 
-async def test_a_worker_that_only_says_who_will_speak_is_silent() -> None:
+async def test_a_worker_that_only_sends_a_role_is_silent() -> None:
     async with two(**QUICK) as (first, second, hub):
         first.script(send(sse_head() + chunk(role())), expect_eof())
         assert await worker_of(hub, "hello") == second.name

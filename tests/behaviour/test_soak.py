@@ -46,7 +46,7 @@ QUICK: dict[str, Any] = {
 
 
 class Inventory:
-    """What there is in this process at one moment."""
+    """The files, tasks and objects of this process at one moment."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -68,7 +68,7 @@ class Inventory:
 async def stock_of_rest(
     hub: RunningHub, faults: Faults, workers: list[ScriptedWorker]
 ) -> Inventory:
-    """Wait until nothing goes on and idle connections are closed; see what is left."""
+    """Wait until nothing runs and idle connections are closed; list what is left."""
     inside = hub.hub
     known = inside.registry.workers
     await until(lambda: not faults.running)

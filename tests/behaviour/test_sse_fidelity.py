@@ -218,7 +218,7 @@ class Stopwatch(asyncio.Protocol):
 
 
 class Clockwork(asyncio.Protocol):
-    """A worker that streams the time of day to whoever asks."""
+    """A worker that streams the time of day."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)

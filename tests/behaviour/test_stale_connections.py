@@ -72,7 +72,7 @@ def assert_not_blamed(hub: RunningHub) -> None:
 
 
 @pytest.mark.parametrize("end", [close(), reset()], ids=["close", "reset"])
-async def test_a_worker_that_closes_behind_each_answer(end: Any) -> None:
+async def test_a_worker_that_closes_after_each_answer(end: Any) -> None:
     """Having announced keep-alive; 200 times, and each request is executed once."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         pings = len(worker.control)
@@ -99,7 +99,7 @@ async def test_a_worker_that_closes_just_when_the_next_request_comes() -> None:
         assert_not_blamed(hub)
 
 
-async def test_a_worker_that_says_when_it_is_the_last() -> None:
+async def test_a_worker_that_announces_the_last_answer() -> None:
     """As llama-server does with its 100th answer on a connection."""
     last = head(200, [("Content-Length", "2"), ("Connection", "close")]) + b"{}"
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -109,7 +109,7 @@ async def test_a_worker_that_says_when_it_is_the_last() -> None:
         assert [r.reused for r in worker.requests] == [False, *[True] * 4] * 12
 
 
-async def test_a_worker_that_was_started_anew_between_two_requests() -> None:
+async def test_a_worker_that_was_restarted_between_two_requests() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for number in range(5):
             response = await hub.post(CHAT, numbered(number))
@@ -200,7 +200,7 @@ async def test_a_worker_that_keeps_connections_after_streams_is_learnt() -> None
 
 
 @pytest.mark.usefixtures("_quick_probation")
-async def test_a_worker_that_does_not_keep_them_any_more_fails_nobody() -> None:
+async def test_a_worker_that_stops_keeping_connections_fails_no_request() -> None:
     """A llama-server may have replaced it; at worst one request is repeated."""
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         [pool] = hub.hub.connections.values()

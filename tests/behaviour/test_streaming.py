@@ -125,7 +125,7 @@ async def test_each_event_is_seen_before_the_next_is_sent() -> None:
 
 
 async def test_a_head_is_only_seen_with_the_first_event() -> None:
-    """Until then a bad worker can still be told from a good one; pings are no event."""
+    """Until then a bad worker can still be replaced; pings are no event."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(
             send(sse_head() + chunk(ping())),
@@ -237,7 +237,7 @@ async def test_a_client_that_wants_no_stream_gets_none(stream: bool | None) -> N
 
 @pytest.mark.parametrize("chunked", [True, False])
 async def test_an_answer_that_is_no_stream_passes_as_it_comes(chunked: bool) -> None:
-    """Its length is told where the worker told it."""
+    """Its length is sent if the worker sent it."""
     body = json.dumps({"text": "x" * 300_000}).encode()
     parts = [body[i : i + 50_000] for i in range(0, len(body), 50_000)]
     framing = (
@@ -256,7 +256,7 @@ async def test_an_answer_that_is_no_stream_passes_as_it_comes(chunked: bool) -> 
     assert response.header("content-length") == (None if chunked else str(len(body)))
 
 
-async def test_an_answer_whose_end_is_that_of_its_connection() -> None:
+async def test_an_answer_that_ends_with_its_connection() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(head(200, version="1.0") + b'{"a":1}'), close())
         response = await hub.post(CHAT, WHOLE)
@@ -296,7 +296,7 @@ async def test_a_client_connection_carries_one_request_after_the_other() -> None
 
 
 @pytest.mark.parametrize("payload", [STREAM, WHOLE])
-async def test_every_reply_says_who_answered(payload: dict[str, Any]) -> None:
+async def test_every_reply_names_its_worker(payload: dict[str, Any]) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         response = await hub.post(CHAT, payload, headers=[("X-Request-Id", "mine-7")])
         assert response.header("x-request-id") == "mine-7"
@@ -310,7 +310,7 @@ async def test_every_reply_says_who_answered(payload: dict[str, Any]) -> None:
         assert None not in ids
 
 
-async def test_an_error_of_a_worker_says_who_answered() -> None:
+async def test_an_error_of_a_worker_names_it() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(send(json_reply({"error": {}}, 400)))
         response = await hub.post(CHAT, WHOLE)
@@ -319,7 +319,7 @@ async def test_an_error_of_a_worker_says_who_answered() -> None:
 
 
 @pytest.mark.parametrize("status", [200, 400])
-async def test_what_a_worker_says_about_itself_stays_with_the_hub(status: int) -> None:
+async def test_a_workers_headers_about_itself_are_not_passed_on(status: int) -> None:
     """And what is about the hop; everything else passes."""
     headers = [
         ("Connection", "X-Hop, close"),

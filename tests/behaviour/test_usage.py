@@ -1,4 +1,4 @@
-"""Usage that the hub asks for: counted for the quota, unseen by who has not asked."""
+"""The hub asks for usage and counts it; clients that did not ask do not see it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SHOWN = role() + token("a") + token("b") + NEWS + done()
 async def other_server(
     **settings: Any,
 ) -> AsyncIterator[tuple[ScriptedWorker, RunningHub]]:
-    """Run a hub, and a worker that tells no build: it is no llama-server."""
+    """Run a hub, and a worker without a build number: it is no llama-server."""
     async with (
         ScriptedWorker(build="") as worker,
         running_hub(worker, **settings) as hub,
@@ -61,7 +61,7 @@ async def other_server(
 
 
 async def used(hub: RunningHub, token: str) -> int:
-    """Tell how many tokens of its minute a subject has used."""
+    """Return how many tokens of its minute a subject has used."""
     response = await hub.get("/v1/models", token)
     assert response.status == 200
     response = await hub.post("/tokenize", {"content": "x"}, token)
@@ -104,7 +104,7 @@ async def test_a_text_is_counted_as_well() -> None:
         ("never", TPM, False),
     ],
 )
-async def test_whose_streams_are_counted_is_a_setting(
+async def test_which_streams_are_counted_is_a_setting(
     setting: str, tpm: int | None, asked: bool
 ) -> None:
     async with other_server(upstream__usage=setting) as (worker, hub):
@@ -201,7 +201,7 @@ async def test_an_error_is_passed_on() -> None:
     assert ending.response.body == role() + token("a") + error
 
 
-async def test_what_was_held_back_is_told_before_an_error() -> None:
+async def test_held_back_bytes_are_sent_before_an_error() -> None:
     half = b'data: {"model":"tiny","choi'
     # The error is what comes next where nothing is continued.
     settings: dict[str, Any] = {
@@ -220,7 +220,7 @@ async def test_what_was_held_back_is_told_before_an_error() -> None:
     assert ending.response.body.startswith(told + b'\n\ndata: {"error"')
 
 
-async def test_an_alias_is_told_as_well() -> None:
+async def test_an_alias_is_renamed_as_well() -> None:
     async with other_server(models__aliases={"gpt-4o": "tiny"}) as (worker, hub):
         worker.script(
             *event_stream(role() + token("a"), token("b"), NEWS + USAGE, done())
@@ -241,7 +241,7 @@ FIRST, REST = "One day a crow met", " a fox"
 async def rescued(
     begun: bytes,
 ) -> AsyncIterator[tuple[list[ScriptedWorker], RunningHub]]:
-    """Run two servers: the first one dies behind what it has `begun`."""
+    """Run two servers: the first one dies after the events of `begun`."""
     async with (
         ScriptedWorker(build="") as bad,
         ScriptedWorker(build="") as good,
@@ -255,7 +255,7 @@ async def rescued(
 
 
 @pytest.mark.parametrize("asks", [False, True])
-async def test_a_rescued_answer_hides_it_too_or_tells_the_sums(asks: bool) -> None:
+async def test_a_rescued_answer_hides_usage_too_or_sends_the_sums(asks: bool) -> None:
     begun = role() + token(FIRST[:14]) + token(FIRST[14:])
     async with rescued(begun) as (workers, hub):
         limited = hub.token(tpm=TPM)
@@ -270,8 +270,8 @@ async def test_a_rescued_answer_hides_it_too_or_tells_the_sums(asks: bool) -> No
     assert [each["total_tokens"] for each in told] == ([26] if asks else [])
 
 
-async def test_an_answer_goes_on_wherever_it_was_cut() -> None:
-    """What is held back of half an event is told before that is completed."""
+async def test_an_answer_is_continued_wherever_it_was_cut() -> None:
+    """A held back half of an event is sent before the event is completed."""
     whole = token(FIRST[14:])
     for place in (*range(1, 30, 3), len(whole) - 1):
         begun = role() + token(FIRST[:14]) + whole[:place]
@@ -286,7 +286,7 @@ async def test_an_answer_goes_on_wherever_it_was_cut() -> None:
         assert ending.clean
 
 
-async def test_a_server_that_dies_while_it_tells_usage_does_no_harm() -> None:
+async def test_a_server_that_dies_while_it_sends_usage_does_no_harm() -> None:
     """Its client has all that it wanted, and so gets a tidy end."""
     for place in (*range(1, len(USAGE), 20), len(USAGE) - 2, len(USAGE) - 1):
         begun = role() + token("a") + token("b") + NEWS + USAGE[:place]
@@ -297,7 +297,7 @@ async def test_a_server_that_dies_while_it_tells_usage_does_no_harm() -> None:
 
 
 async def test_it_is_for_the_worker_that_answers() -> None:
-    """One that failed was asked, and one that tells anyway is not."""
+    """One that failed was asked; one that sends it anyway is not."""
     async with (
         ScriptedWorker(build="") as other,
         ScriptedWorker() as llama,
@@ -307,7 +307,7 @@ async def test_it_is_for_the_worker_that_answers() -> None:
         llama.default(*chat_stream(["a", "b"], usage=True))
         for _ in range(2):  # the first one may be either
             response = await hub.post(CHAT, BODY, hub.token(tpm=TPM))
-            assert b'"usage"' in response.body  # as it says so unasked
+            assert b'"usage"' in response.body  # it sends usage unasked
     assert {"stream_options" in each.json() for each in other.requests} == {True}
     assert [each.json() for each in llama.requests] == [BODY, BODY]
 
@@ -318,7 +318,7 @@ async def test_the_usage_of_a_real_server_is_hidden(
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of one that is taken for another: the stream is as if nobody had asked."""
+    """Of one that is not recognised as llama-server, and so is asked for usage."""
     server = llama_server(tiny_model)
     body = BODY | {"max_tokens": 8, "temperature": 0, "n": 2}
     async with running_hub(server) as hub:
@@ -333,7 +333,7 @@ async def test_the_usage_of_a_real_server_is_hidden(
 
 
 def chunks(stream: bytes) -> list[dict[str, Any]]:
-    """Read a stream that has come to its end."""
+    """Read a stream that has ended."""
     *events, end, nothing = stream.split(b"\n\n")
     assert (end, nothing) == (b"data: [DONE]", b"")
     data = [each[6:] for each in events if each.startswith(b"data: ")]

@@ -154,7 +154,7 @@ async def test_a_body_without_a_frame_that_is_cut_is_no_whole_one(
                 assert not (await wire.read_to_end()).clean
 
 
-async def test_a_reset_in_mid_answer_is_told(
+async def test_a_reset_in_mid_answer_is_reported(
     authority: Authority, tmp_path: Path
 ) -> None:
     async with served_by(authority, authority.issue()) as worker:
@@ -171,7 +171,7 @@ async def test_a_reset_in_mid_answer_is_told(
 async def test_a_stream_that_ends_well_but_not_its_tls(
     authority: Authority, tmp_path: Path
 ) -> None:
-    """Its own marks say that it is complete."""
+    """Its own marks show that it is complete."""
     async with served_by(authority, authority.issue()) as worker:
         async with hub_before(worker, tmp_path, {"ca_file": authority.file}) as hub:
             events = role() + token("a") + finish() + done()
@@ -205,7 +205,7 @@ async def test_a_certificate_that_will_not_do(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The log, the client and `check` name the worker and say why, on one line."""
+    """The log, the client and `check` name the worker and the reason, on one line."""
     stranger = Authority(tmp_path / "stranger")
     keys = {"ca_file": (authority if trusted else stranger).file}
     why = f"TLS: certificate not accepted: {reason}"
@@ -282,7 +282,7 @@ async def test_a_renewed_ca_is_taken_up(
             assert (await hub.post(CHAT, WHOLE)).status == 200
 
 
-def test_check_says_why(
+def test_check_reports_the_reason(
     authority: Authority, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`gollama-proxy check`, of one that is expired and one that is well."""

@@ -1,4 +1,4 @@
-"""What a `ScriptedWorker` answers where no script says otherwise."""
+"""The default answers of a `ScriptedWorker`."""
 
 from __future__ import annotations
 

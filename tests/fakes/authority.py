@@ -41,7 +41,7 @@ class Authority:
         return f"<Authority {self.folder}>"
 
     def issue(self, *names: str, file: str = "", expired: bool = False) -> Pair:
-        """Sign a certificate for these names, and write it where `file` says."""
+        """Sign a certificate for these names, and write it to `file`."""
         now = datetime.datetime.now(datetime.UTC)
         day = datetime.timedelta(days=1)
         leaf = self.ca.issue_cert(

@@ -52,7 +52,7 @@ class Ending(NamedTuple):
 
 
 class TruncatedError(Exception):
-    """The answer broke off before its framing says that it is complete."""
+    """The answer broke off before it was complete by its framing."""
 
 
 class Wire:
@@ -311,7 +311,7 @@ class TlsWire(Wire):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
-        self.notified = False  # the peer has said that it is done
+        self.notified = False  # the peer has sent close_notify
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
 
     async def shake_hands(self, context: ssl.SSLContext, name: str) -> Self:

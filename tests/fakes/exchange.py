@@ -19,7 +19,7 @@ from tests.fakes.answers import default_answer
 if TYPE_CHECKING:
     from tests.fakes.worker import ScriptedWorker
 
-READ_LIMIT = 64 << 10  # bytes that nobody asked for yet: beyond it reading is paused
+READ_LIMIT = 64 << 10  # unread bytes: beyond this, reading is paused
 
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
@@ -252,7 +252,7 @@ class Exchange(asyncio.Protocol):
                 return False
         request.finished.set()
         self.worker._changed()
-        # What was not read of a body cannot be told from the next request.
+        # An unread body could be taken for the next request.
         return request.complete and not self._stopped
 
     async def _read_head(self) -> Request | None:
@@ -277,7 +277,7 @@ class Exchange(asyncio.Protocol):
             reused=self._last is not None,
         )
         if request.values("content-length") and request.values("transfer-encoding"):
-            # h11 allows it, as RFC 9112 does to a server; nobody honest sends it.
+            # h11 allows it, as RFC 9112 does to a server; no honest client sends it.
             raise h11.RemoteProtocolError("Content-Length beside Transfer-Encoding")
         self.request = self._last = request
         return request
@@ -293,7 +293,7 @@ class Exchange(asyncio.Protocol):
                 if not self._head:
                     return None
             if not data:
-                raise HungUp  # in the middle of a request: nobody is left to answer
+                raise HungUp  # in the middle of a request: the client has gone
             self._parser.receive_data(data)
         return event
 

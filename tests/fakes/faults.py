@@ -238,7 +238,7 @@ _ENDS: dict[Fault | None, Script] = {
 
 
 def _number_told(groups: int, fault: Fault | None, rng: random.Random) -> int:
-    """Say how many groups of events come.
+    """Return how many groups of events are sent.
 
     The last two are the reason and the mark: all there is where the text was told.
     """

@@ -57,10 +57,10 @@ def listening_at(path: Path) -> dict[str, str]:
 async def count_frames(
     path: Path, request: Callable[[], Awaitable[object]], *, times: int = 15
 ) -> Cost:
-    """Make a request so often, and return the median of what each took.
+    """Make a request `times` times, and return the median of their costs.
 
-    Make some before, so that what is cached is there.  Timers of the hub, and packets
-    that come together or apart, only touch a few of the requests.
+    Make a few before, so that caches are filled.  Timers of the hub, and packets
+    that arrive together or apart, affect only some of the requests.
     """
     costs = []
     before = await _read(path)

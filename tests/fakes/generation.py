@@ -83,7 +83,7 @@ class Generated(NamedTuple):
     texts: list[str]
     reason: str
     tokens: int  # what the texts count for
-    before: int  # tokens that somebody else has told
+    before: int  # tokens that another worker has sent
 
     @property
     def text(self) -> str:
@@ -91,10 +91,10 @@ class Generated(NamedTuple):
 
 
 def word(key: int, place: int) -> str:
-    """Say the word about a number at this place, from 0.
+    """Return the word about a number at this place, from 0.
 
     Only the first one begins with a letter: no rest of a text can be taken for the
-    whole text being told again.
+    whole text being repeated.
     """
     if place == 0:
         return f"T{key}"
@@ -102,9 +102,9 @@ def word(key: int, place: int) -> str:
 
 
 def generate(key: int, words: int, told: str, limit: int | None) -> Generated:
-    """Go on with a text behind what was told; each word is one token.
+    """Continue a text after what was sent; each word is one token.
 
-    A word that was told in part has been counted, so its rest is told for nothing.
+    A word that was sent in part has been counted, so its rest is free.
 
     Raises:
         ValueError: what was told is not how the text begins.

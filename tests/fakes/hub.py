@@ -81,7 +81,7 @@ class RunningHub:
         headers: Iterable[tuple[str, str]] = (),
         receive_buffer: int | None = None,
     ) -> Wire:
-        """Send a request on a connection of its own and return that, unread."""
+        """Send a request on a new connection and return that, unread."""
         wire = await self.wire(receive_buffer=receive_buffer)
         token = self.token() if token is MINT else token
         await wire.post(path, payload, token, headers=headers)
@@ -154,7 +154,7 @@ async def running_hub(
         if running is not None:
             running.close_clients()
         await hub.abort()
-    # Not reached when the block failed: its own error says more.
+    # Not reached when the block failed: its own error is more useful.
     await _assert_no_tasks(before)
     held = {str(worker): worker.in_flight for worker in hub.registry.workers}
     assert not any(held.values()), f"still in flight after the end: {held}"

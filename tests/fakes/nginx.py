@@ -12,7 +12,7 @@ from gollama_proxy.llama import find_free_ports
 from tests.fakes.tools import require
 from tests.fakes.waiting import until
 
-# What a person writes who has read no further than `proxy_pass`: HTTP/1.0 towards the
+# A minimal configuration, with `proxy_pass` and no more: HTTP/1.0 towards the
 # upstream, a connection for each request, and answers that are buffered.
 PLAIN = ""
 # What is recommended for streams: kept connections, and nothing is held back, neither

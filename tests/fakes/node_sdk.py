@@ -1,4 +1,4 @@
-"""OpenAI's client for Node, in a process of its own."""
+"""OpenAI's client for Node, in a separate process."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def has_room(each: Worker) -> bool:
 
 
 def among(*some: Worker) -> Callable[[Worker], bool]:
-    """Say of these that they fit, and of no others."""
+    """Return a function that accepts these workers only."""
     return lambda each: each in some
 
 
@@ -77,7 +77,7 @@ def indexes(workers: Sequence[Worker]) -> list[int]:
 
 
 class InOrder(Policy):
-    """A policy for tests: the first worker that there is."""
+    """A policy for tests: the first worker that fits."""
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         return next(filter(fits, workers), None)

@@ -1,4 +1,4 @@
-"""A hub in a process of its own, so that its memory and its files can be counted."""
+"""A hub in a separate process, so that its memory and its files can be counted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class HubProcess:
         headers: Iterable[tuple[str, str]] = (),
         receive_buffer: int | None = None,
     ) -> Wire:
-        """Send a request on a connection of its own and return that, unread."""
+        """Send a request on a new connection and return that, unread."""
         wire = await Wire.connect("127.0.0.1", self.port, receive_buffer=receive_buffer)
         await wire.post(path, payload, mint(sub="alice"), headers=headers)
         return wire

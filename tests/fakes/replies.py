@@ -93,7 +93,7 @@ def named_event(obj: Mapping[str, Any]) -> bytes:
 
 
 def role(*, model: str = MODEL) -> bytes:
-    """Build the first event: whose turn it is, and no text yet."""
+    """Build the first event: the role, and no text yet."""
     return _delta({"role": "assistant", "content": None}, model)
 
 
@@ -123,7 +123,7 @@ def done() -> bytes:
 
 
 def ping() -> bytes:
-    """Build the comment that llama-server sends while it has nothing to say."""
+    """Build the comment that llama-server sends while it has no token."""
     return b":\n\n"
 
 

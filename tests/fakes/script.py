@@ -63,7 +63,7 @@ def _step(
 
 @_step
 async def send(exchange: Exchange, data: bytes) -> None:
-    """Write the bytes, and go on when the kernel has taken all of them."""
+    """Write the bytes, and continue when the kernel has taken all of them."""
     await exchange.write(data)
 
 
@@ -88,7 +88,7 @@ async def wait(exchange: Exchange, barrier: Barrier) -> None:
 
 @_step
 async def notify(exchange: Exchange, name: str) -> None:
-    """Tell the test that the script came this far: it waits for the named event."""
+    """Set the named event, so that the test can wait for this place in the script."""
     exchange.worker.event(name).set()
 
 
@@ -100,7 +100,7 @@ async def pause(exchange: Exchange, seconds: float) -> None:
 
 @_step
 async def give_way(exchange: Exchange) -> None:
-    """Let everybody else have a turn of the event loop."""
+    """Let all other callbacks of the event loop run once."""
     await asyncio.sleep(0)
 
 
@@ -147,7 +147,7 @@ async def read_body(exchange: Exchange, limit: int | None = None) -> None:
 
 @_step
 async def not_read_body(exchange: Exchange) -> None:
-    """Take nothing more from the socket, so that the peer's writes come to a halt.
+    """Read nothing more from the socket, so that the peer's writes block.
 
     A hang-up of the peer is not seen either from here on.
     """
@@ -206,7 +206,7 @@ def stream_of(
 
 
 def event_stream(*chunks: bytes) -> Script:
-    """Stream these pieces, each an HTTP chunk of its own, and end it cleanly."""
+    """Stream these pieces, each as an HTTP chunk, and end cleanly."""
     return (send(sse_head()), *(send(chunk(data)) for data in chunks), *_end())
 
 

@@ -142,7 +142,7 @@ def read_calls(stream: bytes) -> dict[int, tuple[str, str, str]]:
 
 
 def parsed(relayed: bytes) -> Partial:
-    """Read what a client has, which can be gone on with."""
+    """Parse the part of an answer that a client has and that can be continued."""
     told = Partial.parse(relayed)
     assert told is not None
     return told
@@ -151,7 +151,7 @@ def parsed(relayed: bytes) -> Partial:
 def spliced(
     relayed: bytes, stream: bytes, *, chat: bool = True, **options: Any
 ) -> bytes:
-    """Return all that a client gets whose answer goes on with `stream`."""
+    """Return all that a client gets if its answer is continued with `stream`."""
     told = parsed(relayed)
     resumer = Resumer(told, chat, **options)
     rest = b"".join(resumer.feed(stream)) + resumer.finish()

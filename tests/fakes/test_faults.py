@@ -62,7 +62,7 @@ def test_no_rest_of_a_text_begins_as_the_text_does() -> None:
     assert not any(later.startswith("T") for later in words[1:])
 
 
-def test_a_text_goes_on_behind_any_character() -> None:
+def test_a_text_is_continued_after_any_character() -> None:
     whole = generate(7, 30, "", None)
     for place in range(len(whole.text) + 1):
         told = whole.text[:place]
@@ -85,7 +85,7 @@ def test_a_text_ends_by_itself_or_at_the_limit(
     assert generated.tokens == tokens
 
 
-def test_what_was_told_wrongly_is_not_gone_on_with() -> None:
+def test_a_wrong_beginning_is_not_continued() -> None:
     for told in ("x", word(7, 0) + word(7, 2), generate(7, 3, "", None).text + "."):
         with pytest.raises(ValueError, match="not the beginning"):
             generate(7, 3, told, None)
@@ -103,7 +103,7 @@ def stream_by(name: str, order: Order, *, echo: bool = False) -> bytes:
 
 @pytest.mark.parametrize("task", [task for task in KINDS if task.stream], ids=repr)
 @pytest.mark.parametrize("echo", [True, False], ids=["echo", "no echo"])
-def test_a_broken_answer_can_be_gone_on_with(task: Task, echo: bool) -> None:
+def test_a_broken_answer_can_be_continued(task: Task, echo: bool) -> None:
     """Wherever it was cut, as the hub asks for it."""
     body = json.dumps(task.payload).encode()
     order = Order.read(task.path, task.payload)
@@ -139,7 +139,7 @@ async def test_without_a_fault_a_task_is_done(task: Task) -> None:
     async with direct(faults) as (worker, visitor):
         for _ in range(10):
             assert await visitor.visit(task) is Verdict.COMPLETE
-            visitor.close()  # as the worker does, which says that it does not
+            visitor.close()  # as the worker does, which has announced it
         assert len(worker.requests) == 10
     assert faults.executions == {7: 10}
     assert faults.drawn == {None: 10}
@@ -164,7 +164,7 @@ async def test_a_client_without_a_hub_sees_each_fault(fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", STALLS)
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-async def test_who_stalls_waits_for_its_client_to_leave(
+async def test_a_stalled_worker_waits_for_its_client_to_leave(
     fault: Fault, stream: bool
 ) -> None:
     faults = Always(fault)
@@ -269,13 +269,13 @@ def test_no_flaw_passes_for_a_complete_answer(flaw: str) -> None:
 
 
 def test_comments_are_no_part_of_an_answer() -> None:
-    """Not even the hub's own, that another worker goes on with it."""
+    """Not even the hub's own comment that another worker continues."""
     events = stream_of(TASK)
     events[5:5] = [b":\n\n", b": gollama rescued 1\n\n"]
     assert judge(TASK, ended(b"".join(events))) is Verdict.COMPLETE
 
 
-def test_usage_is_for_those_who_ask() -> None:
+def test_usage_is_sent_on_request_only() -> None:
     events = stream_of(Task(7, 30, usage=True))
     with pytest.raises(DishonestError, match="nobody asked"):
         judge(TASK, ended(b"".join(events)))
@@ -293,7 +293,7 @@ def test_usage_is_for_those_who_ask() -> None:
         (b"", False),
     ],
 )
-def test_what_breaks_off_has_to_say_so(body: bytes, honest: bool) -> None:
+def test_a_broken_answer_needs_an_error(body: bytes, honest: bool) -> None:
     """And what came of it has to be right."""
     with contextlib.nullcontext() if honest else pytest.raises(DishonestError):
         assert judge(TASK, ended(body, clean=False)) is Verdict.BROKEN

@@ -56,7 +56,7 @@ async def test_tests_run_on_the_loop_of_production() -> None:
 # --- Clock ------------------------------------------------------------------------
 
 
-def test_clock_moves_only_when_told() -> None:
+def test_clock_moves_only_when_advanced() -> None:
     clock = Clock(5.0)
     assert clock() == clock() == 5.0
     assert clock.advance(1.5) == clock() == 6.5
@@ -282,7 +282,7 @@ async def test_expect_eof_sees_every_kind_of_hang_up(how: str) -> None:
             await worker.idle()
 
 
-async def test_expect_eof_fails_the_block_when_nobody_hangs_up() -> None:
+async def test_expect_eof_fails_the_block_without_a_hang_up() -> None:
     async def stay() -> None:
         async with ScriptedWorker() as worker:
             worker.script(expect_eof(0.01))
@@ -379,7 +379,7 @@ async def test_body_can_be_read_in_part() -> None:
         assert not request.complete
 
 
-async def test_answer_that_nobody_reads_is_held_back() -> None:
+async def test_an_unread_answer_is_held_back() -> None:
     block = b"x" * (1 << 20)
     async with ScriptedWorker() as worker:
         worker.script(send(sse_head()), notify("on"), *[send(chunk(block))] * 64)
@@ -404,7 +404,7 @@ async def test_unfinished_upload_is_no_violation() -> None:
         assert request.closed_by_peer.is_set()
 
 
-async def test_waiting_in_vain_says_on_what() -> None:
+async def test_waiting_in_vain_names_the_condition() -> None:
     async with ScriptedWorker() as worker:
         with pytest.raises(AssertionError, match="still not 1 requests"):
             await worker.received(1, timeout=0.01)
@@ -441,7 +441,7 @@ PREFIX = sse_head() + chunk(token("a"))
     ],
 )
 @pytest.mark.parametrize("end", [close, reset])
-async def test_wire_tells_a_clean_end(
+async def test_wire_recognises_a_clean_end(
     sent: bytes, clean: bool, end: Callable[[], Step]
 ) -> None:
     async with ScriptedWorker() as worker:
@@ -548,7 +548,7 @@ def _shape(body: bytes) -> list[object]:
 
     def keys(value: object) -> object:
         if isinstance(value, dict):
-            # A build says which one it is.
+            # A build reports its number.
             told = {**value, "system_fingerprint": None} if "id" in value else value
             return [(key, keys(item)) for key, item in told.items()]
         if isinstance(value, list):
@@ -584,7 +584,7 @@ async def test_slow_model_can_be_cut(
 
 
 @pytest.mark.real
-def test_llama_server_that_cannot_start_says_why(
+def test_llama_server_that_cannot_start_shows_the_reason(
     tmp_path: Path, llama_server: Callable[..., LlamaServer]
 ) -> None:
     with pytest.raises(pytest.fail.Exception, match=r"(?s)did not start.*missing.gguf"):

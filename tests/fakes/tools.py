@@ -1,4 +1,4 @@
-"""Programs of other people that a test may need, and not every machine has."""
+"""External programs that a test may need, and not every machine has."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import NoReturn
 
 import pytest
 
-# Set by .ci/run, which has installed them all: there, a test that is skipped tells
-# nobody anything.
+# Set by .ci/run, which has installed them all: there, no test
+# may be skipped.
 _CI = "GOLLAMA_CI"
 
 
 def require(program: str, *, package: str) -> str:
-    """Give the path of a program; `package` is what Debian calls the one it is in.
+    """Return the path of a program; `package` is the Debian package that has it.
 
     Without it the test is skipped, and fails in CI.
     """
-    # Debian keeps servers out of the way of who is not root.
+    # Debian keeps servers out of the PATH of ordinary users.
     path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
     found = shutil.which(program, path=path)
     if found is None:

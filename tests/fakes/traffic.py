@@ -1,4 +1,4 @@
-"""Clients with tasks at random, who know the answers and believe nothing.
+"""Clients with random tasks, which know and check the right answers.
 
     visitor = Visitor(port, token, faults, rng)
     verdict = await visitor.visit(task, leave)
@@ -150,12 +150,12 @@ class Visitor:
 
 
 async def _answered_before(event: asyncio.Event, wire: Wire) -> bool:
-    """Wait for the head of an answer or the event; say if only the former came."""
+    """Wait for the head of an answer or the event; return if only the head came."""
     head = asyncio.create_task(wire.read_head(), name="visitor reads")
     waiting = asyncio.create_task(event.wait(), name="visitor waits")
     done, _ = await asyncio.wait({head, waiting}, return_when="FIRST_COMPLETED")
     head.cancel()
     waiting.cancel()
-    # An answer without a head is looked at by who reads it to the end.
+    # An answer without a head is judged by `read_to_end`.
     await asyncio.gather(head, waiting, return_exceptions=True)
     return waiting not in done

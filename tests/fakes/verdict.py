@@ -1,7 +1,7 @@
-"""What an answer claims to be, and whether that is so.
+"""Checks that an answer is what it claims to be.
 
 An answer that looks complete has to be exactly the text of its task; one that broke off
-has to say so, and what came of it has to be right.  All else is a `DishonestError`.
+has to end with an error, and its beginning has to be right.  All else is dishonest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DishonestError(AssertionError):
 
 
 def judge(task: Task, ending: Ending) -> Verdict:
-    """Say how a task ended.
+    """Return how a task ended.
 
     Raises:
         DishonestError: the answer is not what it claims to be.
@@ -44,7 +44,7 @@ def judge(task: Task, ending: Ending) -> Verdict:
 
 
 class _Case:
-    """One answer, looked at from all sides; a ValueError says what is wrong."""
+    """One answer, checked in all respects; a ValueError describes what is wrong."""
 
     def __init__(self, task: Task, ending: Ending) -> None:
         self._task = task
@@ -123,7 +123,7 @@ class _Case:
         for usage in usages:
             prompt, tokens, total = (usage[f"{name}_tokens"] for name in _COUNTED)
             _check(prompt + tokens == total, f"added up wrongly: {usage}")
-            # Texts come with a usage that nobody asked for; see `_place_of_a_cut`.
+            # Texts have a usage without a request for it; see `_place_of_a_cut`.
             asked = self._task.usage or not self._task.stream
             expected = (PROMPT_TOKENS, right.tokens)
             _check((prompt, tokens) == expected or not asked, f"counted {usage}")
@@ -140,7 +140,7 @@ def judge_beginning(task: Task, body: bytes) -> None:
     for place, data in enumerate(datas):
         try:
             text += _text(json.loads(data)) if data != "[DONE]" else ""
-        except ValueError:  # cut off; only what is said about that may follow
+        except ValueError:  # cut off; only an error about that may follow
             if len(datas) - place > 2:
                 raise DishonestError(f"{task}: half an event: {data!r}") from None
     if not task.answer.text.startswith(text):

@@ -25,7 +25,7 @@ from tests.fakes.waiting import DEADLINE
 
 
 class ScriptedWorker:
-    """One fake llama-server on a port of its own; use it with `async with`.
+    """One fake llama-server with its own port; use it with `async with`.
 
     Attributes can be changed while it runs: `models`, `slots`, `n_ctx`, `build`,
     `status` (of a model, as a router tells: "loaded", "unloaded", "loading"),
@@ -70,7 +70,7 @@ class ScriptedWorker:
         self._start_up = up
         self.tls = tls  # for connections from now on
         # Bound and never listening: the port stays ours while the worker is down, and
-        # whoever connects meanwhile is refused.
+        # connections are refused meanwhile.
         self._reservation = _bind(0)
         self.port: int = self._reservation.getsockname()[1]
 
@@ -176,7 +176,7 @@ class ScriptedWorker:
         self.event(name).set()
 
     async def reached(self, name: str, timeout: float = DEADLINE) -> None:
-        """Wait until a script has come to its `notify(name)`."""
+        """Wait until a script has reached its `notify(name)`."""
         try:
             async with asyncio.timeout(timeout):
                 await self.event(name).wait()
@@ -191,7 +191,7 @@ class ScriptedWorker:
         return self.requests[n - 1]
 
     async def pinged(self, n: int = 1, timeout: float = DEADLINE) -> None:
-        """Wait until `n` more requests than now have come to control routes."""
+        """Wait until control routes have received `n` more requests."""
         n += len(self.control)
         await self._until(lambda: len(self.control) >= n, f"{n} pings", timeout)
 
