@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gollama_proxy.config.settings import Queue as Settings
 from gollama_proxy.config.settings import Retry
@@ -653,3 +655,122 @@ async def test_the_timers_are_the_event_loops() -> None:
     hub.queue = Queue(hub.balancer, Settings(timeout=0.01), hub.clock)
     hub.lease()
     await refused(hub.acquire(hub.request("bob")), Code.QUEUE_TIMEOUT)
+
+
+# --- Whatever happens -------------------------------------------------------------
+
+EVENTS = [
+    "comes",
+    "comes",
+    "ends",
+    "fails",
+    "leaves",
+    "falls",
+    "rises",
+    "rests",
+    "time",
+]
+
+
+@given(
+    events=st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 5)), max_size=40)
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_happens_no_slot_is_lost_and_no_request_is_forgotten(
+    events: list[tuple[str, int]],
+) -> None:
+    asyncio.run(Play(events).run())
+
+
+class Play:
+    """Lets requests come and go, and workers too."""
+
+    def __init__(self, events: list[tuple[str, int]]) -> None:
+        self.events = events
+        self.hub = Hub("m", "m", slots=1, size=3, timeout=20.0)
+        self.waiting: dict[asyncio.Task[Lease], Request] = {}
+        self.running: dict[Lease, Request] = {}
+
+    async def run(self) -> None:
+        for event, number in self.events:
+            getattr(self, event)(number)
+            await turn()
+            self.collect()
+            self.check()
+        for task in self.waiting:
+            task.cancel()
+        await turn()
+        self.collect()
+        for lease, request in self.running.items():
+            lease.release(Result.COMPLETE)
+            self.hub.queue.leave(request)
+        assert not any(worker.in_flight for worker in self.hub.workers)
+        assert not self.hub.timers.pending
+        assert repr(self.hub.queue) == repr(Hub().queue)
+
+    def collect(self) -> None:
+        for task in [each for each in self.waiting if each.done()]:
+            request = self.waiting.pop(task)
+            if task.cancelled() or isinstance(task.exception(), NoWorkerError):
+                self.hub.queue.leave(request)
+            else:
+                self.running[task.result()] = request
+
+    def check(self) -> None:
+        leases = [lease for worker in self.hub.workers for lease in worker.leases]
+        assert set(leases) == set(self.running)
+        assert all(worker.in_flight <= 1 for worker in self.hub.workers)
+        assert self.hub.queue.admission.waiting <= 3
+        for request in self.waiting.values():
+            at_limit = request.max_concurrency and self.hub.queue.admission.running(
+                request.subject
+            )
+            free = [each for each in request.plan.candidates() if each.free > 0]
+            assert at_limit or not free, "a slot is idle while a request waits"
+
+    # --- Events ---
+
+    def comes(self, number: int) -> None:
+        fields = {"max_concurrency": 1} if number == 0 else {}
+        request = self.hub.request("abc"[number % 3], **fields)
+        self.waiting[self.hub.acquire(request, 5.0)] = request
+
+    def ends(self, number: int) -> None:
+        for lease in [*self.running][number : number + 1]:
+            request = self.running.pop(lease)
+            request.plan.begin(lease.worker)
+            lease.release(Result.COMPLETE)
+            self.hub.queue.leave(request)
+
+    def fails(self, number: int) -> None:
+        for lease in [*self.running][number : number + 1]:
+            request = self.running.pop(lease)
+            request.plan.begin(lease.worker)
+            lease.release(Result.WORKER_FAILED)
+            if request.plan.retry_after(Failure.RESET) is None:
+                self.hub.queue.leave(request)
+            else:
+                self.waiting[self.hub.acquire(request, 5.0)] = request
+
+    def leaves(self, number: int) -> None:
+        for task in [*self.waiting][number : number + 1]:
+            task.cancel()
+
+    def falls(self, number: int) -> None:
+        self.hub.workers[number % 2].observe(Check.FAILED, "by the test")
+        self.hub.queue.look_again()
+
+    def rises(self, number: int) -> None:
+        self.hub.workers[number % 2].observe(Check.OK, "by the test")
+
+    def rests(self, number: int) -> None:
+        """Have a worker ask for a break."""
+        self.hub.workers[number % 2].breaker.busy(number / 2)
+        self.hub.queue.look_again()
+
+    def time(self, number: int) -> None:
+        self.hub.timers.advance(float(number))
+        for worker in self.hub.workers:  # as the watchdog's canaries do
+            while (permit := worker.breaker.permit()) is not None:
+                permit.settle(True)
+        self.hub.queue.look_again()
