@@ -171,7 +171,8 @@ class Queue(Listener):
         if request.ticket is not None:
             self.admission.leave(request.ticket)
             request.ticket = None
-            self.hand_out()
+            if self._waiters:
+                self.hand_out()
 
     # --- Waiting for a slot -------------------------------------------------------
 

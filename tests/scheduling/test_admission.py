@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from typing import ClassVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -754,7 +754,11 @@ class Admissions(RuleBasedStateMachine):
 
 
 TestAdmissions = Admissions.TestCase
-TestAdmissions.settings = settings(max_examples=200, stateful_step_count=50)
+TestAdmissions.settings = settings(
+    max_examples=200,
+    stateful_step_count=50,
+    suppress_health_check=[HealthCheck.too_slow],  # the machine may be busy
+)
 
 
 @given(

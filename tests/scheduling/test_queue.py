@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gollama_proxy.config.settings import Origin, Retry, WorkerConfig
 from gollama_proxy.config.settings import Queue as Settings
-from gollama_proxy.config.settings import Retry
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Cause
@@ -24,7 +24,7 @@ from gollama_proxy.scheduling.admission import Place
 from gollama_proxy.scheduling.policies import Ask, Fits
 from gollama_proxy.scheduling.queue import EVERY, MOST_PATIENCE, Queue
 from gollama_proxy.scheduling.turns import Priority, Ticket
-from gollama_proxy.wire.description import Check
+from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError
 from tests.fakes.clock import Clock
 from tests.fakes.pool import InOrder
@@ -361,6 +361,25 @@ async def test_a_client_may_leave_just_when_all_workers_have_gone() -> None:
         take_out(*hub.workers)
         hub.queue.look_again()
     assert (request.ticket, hub.queue.admission.waiting) == (None, 0)
+
+
+async def test_a_worker_that_is_removed_is_not_waited_for() -> None:
+    hub = Hub()
+    hub.lease()
+    async with hub.waiting(hub.request("bob")) as task:
+        hub.balancer.registry.remove("w0")
+        await refused(task, Code.NO_WORKER)
+
+
+async def test_a_worker_that_is_added_serves_those_that_wait() -> None:
+    hub = Hub()
+    hub.lease()
+    async with hub.waiting(hub.request("bob")) as task:
+        origin = Origin("http", "10.0.0.9", 8080, "")
+        config = WorkerConfig("http://10.0.0.9:8080", origin, "new")
+        worker = hub.balancer.registry.add(config)
+        worker.observe(Check.OK, "ok", Description((Model("m"),), slots=1))
+        assert (await task).worker is worker
 
 
 async def test_a_slot_is_for_a_request_that_can_have_it() -> None:
@@ -747,7 +766,7 @@ class Play:
             request = self.running.pop(lease)
             request.plan.begin(lease.worker)
             lease.release(Result.WORKER_FAILED)
-            if request.plan.retry_after(Failure.RESET) is None:
+            if request.plan.retry_after(Cause.LOST) is None:
                 self.hub.queue.leave(request)
             else:
                 self.waiting[self.hub.acquire(request, 5.0)] = request
