@@ -165,16 +165,15 @@ class Body:
         elif self.model == model:
             return kept
         field = self._found.get("model")
-        scanner = self._scanner or self._scan(kept)
-        start, end, text = scanner.renaming(field, model)
-        return kept[:start] + text + kept[end:]
+        if isinstance(self._scanner, FormScanner):
+            return self._scanner.with_model(kept, field, model)
+        return fields.with_model(kept, field, model)
 
-    def _scan(self, body: bytes) -> fields.FieldScanner:
-        """Read a whole body with a scanner, which also knows where its fields are."""
-        scanner = self._scanner = fields.FieldScanner()
+    def _scan(self, body: bytes) -> None:
+        """Read a whole body again."""
+        self._scanner = scanner = fields.FieldScanner()
         scanner.feed(body)
         self._found = scanner.found
-        return scanner
 
     def length_behind(self, body: bytes) -> int | None:
         """Return the length of `body` and the rest; None if that is not known."""

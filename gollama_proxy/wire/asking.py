@@ -55,7 +55,8 @@ _CUTS = {"stop": (b"null", b'""', b"[]")}
 _FOLDABLE_CHAT = _FOLDABLE | _PROBABILITIES
 _PROMPTS = re.compile(rb'"prompt"\s*:\s*\[')
 _UNSET = (b"null", b'""', b"[]")
-_STOPS = ("stop", "stop_sequences")
+_SEVERAL = frozenset({"n", "n_cmpl", "prompt"})
+_STOPS = frozenset({"stop", "stop_sequences"})
 _ASSEMBLERS: dict[Api, type[Assembler]] = {
     Api.OPENAI: TextAssembler,
     Api.ANTHROPIC: MessageAssembler,
@@ -88,10 +89,11 @@ def ask_for_stream(body: bytes, endpoint: Endpoint) -> Streaming | None:
     for name in foldable.keys() & given.keys():
         if bytes(given[name]) not in foldable[name]:
             return None
+    stops = False
+    for name in _STOPS & given.keys():
+        stops = stops or bytes(given[name]) not in _UNSET
     asked = Asked(
-        stops=any(
-            name in given and bytes(given[name]) not in _UNSET for name in _STOPS
-        ),
+        stops=stops,
         choices=_choices_of(given),
         tokens=bytes(given.get("return_tokens", b"null")) == b"true",
     )
@@ -116,6 +118,8 @@ def choices_of(body: bytes) -> int:
 
 
 def _choices_of(given: dict[str, Raw]) -> int:
+    if not _SEVERAL & given.keys():
+        return 1
     try:
         counts = [
             msgspec.json.decode(given.get(name, b"null"), type=int | None) or 1

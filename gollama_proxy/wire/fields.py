@@ -105,7 +105,6 @@ class FieldScanner:
 
     def __init__(self) -> None:
         self.found: dict[str, Field] = {}
-        self.opened_at = 0  # offset of the byte after the opening brace
         self._state = State.START
         self._depth = 0  # of the nested value that is passed over
         self._key = ""
@@ -116,17 +115,6 @@ class FieldScanner:
 
     def __repr__(self) -> str:
         return f"<FieldScanner {self._state.name} found={sorted(self.found)}>"
-
-    @property
-    def is_empty_object(self) -> bool:
-        return self._first_key
-
-    def renaming(self, found: Field | None, model: str) -> tuple[int, int, bytes]:
-        """Return where to write which bytes so that a worker sees this model."""
-        if found is not None:
-            return found.start, found.end, encode(model)
-        comma = b"" if self.is_empty_object else b","
-        return self.opened_at, self.opened_at, b'"model":' + encode(model) + comma
 
     def feed(self, piece: bytes) -> None:
         """Take the next piece of the body.
@@ -186,7 +174,6 @@ class FieldScanner:
     def _open(self, text: bytes, at: int) -> int:
         if text[at : at + 1] != b"{":
             raise _invalid("the body must be an object")
-        self.opened_at = self._offset + at + 1
         self._state = State.KEY
         return at + 1
 
@@ -334,6 +321,16 @@ def text_of(field: Field) -> str:
         raise _invalid("a string holds an invalid escape") from None
 
 
+def with_model(body: bytes, found: Field | None, model: str) -> bytes:
+    """Write another model into a body; `found` is the one that it has."""
+    if found is not None:
+        return body[: found.start] + encode(model) + body[found.end :]
+    start = body.index(b"{") + 1
+    empty = body[_end(_SPACE, body, start) :][:1] == b"}"
+    member = b'"model":' + encode(model) + (b"" if empty else b",")
+    return body[:start] + member + body[start:]
+
+
 def take_names(body: bytes, key: str) -> tuple[tuple[str, ...], bytes]:
     """Remove a list of names from a whole body; return it, and the rest of the body.
 
@@ -410,7 +407,7 @@ _MODEL_FIELD = re.compile(rb'"model"[ \t\r\n]*+:[ \t\r\n]*+')
 
 
 def read_whole(body: bytes) -> dict[str, Field] | None:
-    """Find the wanted fields of a whole body with `model`; None for an unusual one.
+    """Find the wanted fields of a whole body; None for an unusual one.
 
     It takes a tenth of the time of a `FieldScanner`, which has to read the bodies for
     which this returns None, to give the reason.  For each body that both accept, both
@@ -438,8 +435,9 @@ def read_whole(body: bytes) -> dict[str, Field] | None:
             found[name] = field = classify(bytes(value), 0)
             if len(field.raw) > MAX_TOKEN:
                 return None
-    match = _MODEL_FIELD.search(body)
-    if match is None or "model" not in found or not found["model"].raw:
-        return None
-    found["model"] = classify(found["model"].raw, match.end())
+    if "model" in found:
+        match = _MODEL_FIELD.search(body)
+        if match is None or not found["model"].raw:
+            return None
+        found["model"] = classify(found["model"].raw, match.end())
     return found

@@ -103,14 +103,13 @@ class FormScanner:
         if self._state is not _State.END or self._rest not in (b"", b"\r\n"):
             raise _invalid("it does not end with its last boundary")
 
-    def renaming(self, found: Field | None, model: str) -> tuple[int, int, bytes]:
-        """Return where to write which bytes so that a worker sees this model."""
+    def with_model(self, body: bytes, found: Field | None, model: str) -> bytes:
+        """Write another model into a body; `found` is the one that it has."""
         if found is not None:
-            return found.start, found.end, model.encode()
+            return body[: found.start] + model.encode() + body[found.end :]
         delimiter = self._delimiter.removeprefix(b"\r\n")
         head = b'Content-Disposition: form-data; name="model"'
-        part = b"%b\r\n%b\r\n\r\n%b\r\n" % (delimiter, head, model.encode())
-        return 0, 0, part
+        return b"%b\r\n%b\r\n\r\n%b\r\n%b" % (delimiter, head, model.encode(), body)
 
     # --- One step for each state --------------------------------------------------
 
