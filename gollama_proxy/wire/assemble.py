@@ -123,7 +123,7 @@ class Assembler(abc.ABC):
         self._done = False
         # The text that grows with each event, and what is around its words there.
         self._growing: tuple[Texts, str] | None = None
-        self._head = self._foot = b""
+        self._head = self._foot = self._end = b""  # `_end` has the blank line as well
         self._words: list[bytes] = []  # as they are in JSON
         self._learnt = 0  # times
 
@@ -137,28 +137,32 @@ class Assembler(abc.ABC):
         Raises:
             AssemblyError: there can be no answer any more.
         """
-        for event in self._gatherer.feed(data):
-            head, foot = self._head, self._foot
-            if (
-                head
-                and event.startswith(head)
-                and event.endswith(foot)
-                and len(event) >= len(head) + len(foot)
-            ):
-                word = event[len(head) : -len(foot)]
-                plain = b'"' not in word and b"\\" not in word
-                if plain or IN_STRING.fullmatch(word):
-                    self._words.append(word)
-                    self._size += len(word)
+        alone = self._head and not self._gatherer.size
+        if not (alone and self._take_word(data, self._end)):
+            for event in self._gatherer.feed(data):
+                if self._head and self._take_word(event, self._foot):
                     continue
-            found = None if self._done else data_of(event)
-            if found is not None:
-                self._take(found.strip())
+                found = None if self._done else data_of(event)
+                if found is not None:
+                    self._take(found.strip())
         if self._size + self._gatherer.size > self._limit:
             self._decode_words()  # which may have counted for too much
             if self._size + self._gatherer.size > self._limit:
                 text = f"the answer is longer than {self._limit} characters"
                 raise LostTextError(text)
+
+    def _take_word(self, data: bytes, foot: bytes) -> bool:
+        """Keep the word of an event with the bytes that were learnt; False if none."""
+        head = self._head
+        around = len(head) + len(foot)
+        if not (data.startswith(head) and data.endswith(foot) and len(data) >= around):
+            return False
+        word = data[len(head) : -len(foot)]
+        if (b'"' in word or b"\\" in word) and not IN_STRING.fullmatch(word):
+            return False
+        self._words.append(word)
+        self._size += len(word)
+        return True
 
     def _take(self, data: bytes) -> None:
         if self._words:
@@ -182,6 +186,7 @@ class Assembler(abc.ABC):
             self._learnt += 1
             self._growing = texts, name
             self._head, self._foot = b"data: " + head, foot
+            self._end = foot + b"\n\n"
 
     def _decode_words(self) -> None:
         if self._growing is not None and self._words:
