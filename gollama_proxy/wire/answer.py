@@ -1,6 +1,6 @@
 r"""What an answer reports about itself: its model, its build, how many tokens it took.
 
-Nearly every answer names its model in its first event, or in front of what is long, and
+Nearly every answer names its model in its first event, or before its long fields, and
 one search finds it.  Generated text cannot be mistaken for the name: a JSON string
 holds no bare quote (RFC 8259, 7).  But the arguments of a call or the metadata of a
 request may have a key of that name, so an unexpected name is looked up once more by

@@ -2,16 +2,16 @@
 
 llama-server gives up a generation as soon as its client is gone only if it streams: for
 an answer in one piece it checks after a second in which no slot had a result, and on a
-busy server there is none (`server_response::recv_with_timeout`).  So the hub has its
-workers stream, and assembles the answer for a client that did not ask for a stream.
+busy server there is none (`server_response::recv_with_timeout`).  So the hub asks for
+a stream, and assembles the answer for a client that did not ask for one.
 
-The client must not be able to notice.  What cannot be folded faithfully raises
+The client must not be able to notice.  A stream that cannot be folded faithfully raises
 `UnfoldableError`, and the request is sent again as its client wrote it.  This module
-has what all APIs share; assemble_openai.py and assemble_others.py have the APIs, and
-streaming.py decides which requests are sent as a stream.  Statements on llama-server
-are true of build b10068 (tools/server/server-task.cpp, where `to_json_oaicompat_chat`
-stands beside `…_chat_stream`); real answers are compared field by field in
-tests/real/test_assemble.py.
+has the parts that all APIs share; assemble_openai.py and assemble_others.py have the
+rest, and asking.py decides which requests are sent as a stream.  Statements on
+llama-server are true of build b10068 (tools/server/server-task.cpp, where
+`to_json_oaicompat_chat` stands beside `…_chat_stream`); real answers are compared field
+by field in tests/real/test_assemble.py.
 
 Nearly all events of a stream differ from the one before in a word alone.  So the bytes
 around the word are learnt, and of the events that have the same bytes around theirs
@@ -118,10 +118,10 @@ class Assembler(abc.ABC):
     def __init__(self, limit: int, asked: Asked = ANY) -> None:
         self._limit = limit
         self._asked = asked
-        self._size = 0  # of what was folded
+        self._size = 0  # characters that were folded
         self._gatherer = Gatherer()
         self._done = False
-        # The text that grows with each event, and what is around its words there.
+        # The text that grows with each event, and the bytes around its words.
         self._growing: tuple[Texts, str] | None = None
         self._head = self._foot = self._end = b""  # `_end` has the blank line as well
         self._words: list[bytes] = []  # as they are in JSON
@@ -172,7 +172,7 @@ class Assembler(abc.ABC):
             self._done = True
         elif data:
             try:
-                data.decode()  # also in the fields that are taken over unread
+                data.decode()  # the fields that stay as they are included
                 self._fold(data)
             except UNREADABLE as exc:
                 raise _unreadable(exc) from None

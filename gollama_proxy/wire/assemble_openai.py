@@ -69,7 +69,7 @@ class _Calls:
         return f"<_Calls {len(self._calls)}>"
 
     def fold(self, delta: dict[str, Raw]) -> int:
-        """Append to the call that an event goes on with; return how much it grew."""
+        """Append to the call that an event continues; return how much it grew."""
         others = dict(delta)
         function = read(others.pop("function", None), OBJECT) or {}
         index = read(others.pop("index", None), NUMBER)
@@ -129,7 +129,7 @@ class _Choice:
         return f"<_Choice {self.finish_reason or 'open'}>"
 
     def fold(self, found: dict[str, Raw]) -> int:
-        """Append what an event has of it, and return how much it grew."""
+        """Append the parts in an event, and return by how much it grew."""
         grown = 0
         ended = self.finish_reason is not None
         for name, value in found.items():
@@ -188,7 +188,7 @@ class _Choice:
         message: dict[str, object] = {**self.texts.all()}
         message.pop("text", None)
         message["role"] = message.get("role") or "assistant"
-        # llama-server never has a null here, whatever else the message holds.
+        # llama-server never has a null here, even in a message with nothing but calls.
         message["content"] = message.get("content") or ""
         if self.calls:
             message["tool_calls"] = self.calls.answer()
@@ -208,7 +208,7 @@ def _additions(found: dict[str, Raw]) -> dict[str, Raw]:
     return {n: v for n, v in fields.items() if n not in same and not means_nothing(v)}
 
 
-_REPEATS = 2  # events, before it pays to learn what they have in common
+_REPEATS = 2  # events, before learning the bytes around their words pays
 
 
 class TextAssembler(Assembler):
@@ -291,7 +291,7 @@ class TextAssembler(Assembler):
         # What may become a stop string is held back, and never sent where the answer
         # is cut there.
         if cut and self._asked.stops:
-            raise LostTextError("the stream may have held back what it ended with")
+            raise LostTextError("the stream may lack the last text")
         # Of an answer that never left a tag of the template, or a character, the
         # stream has nothing, and the answer has it raw.  One token may be the end.
         if (cut or (self._tokens or 0) > 1) and choice.shows_nothing():
@@ -333,9 +333,9 @@ class ResponseAssembler(Assembler):
 
 
 def _completed(response: dict[str, Raw]) -> dict[str, object]:
-    """Add what llama-server has in an answer in one piece, and not in its stream.
+    """Add the fields that llama-server has in a whole answer, and not in a stream.
 
-    Both times are the same, and thoughts have a `status` as words have.
+    Both times are the same, and reasoning has a `status` as text has.
     """
     answer: dict[str, object] = {**response}
     if "created_at" in response:

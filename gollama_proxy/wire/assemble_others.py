@@ -53,7 +53,7 @@ class _Block:
         return f"<_Block {len(self._begun)}>"
 
     def fold(self, delta: Mapping[str, Raw]) -> int:
-        """Append what an event has of it, and return how much it grew."""
+        """Append the parts in an event, and return by how much it grew."""
         kind = read(delta.get("type"), TEXT) or ""
         if kind not in _DELTAS:
             raise UnfoldableError("a delta of a block cannot be folded")
@@ -127,7 +127,7 @@ class MessageAssembler(Assembler):
         blocks = [block.answer() for _, block in sorted(self._blocks.items())]
         reason = read(self._message.get("stop_reason"), TEXT)
         if reason == "max_tokens" and self._asked.stops:
-            raise LostTextError("the stream may have held back what it ended with")
+            raise LostTextError("the stream may lack the last text")
         tokens = read(self._usage.get("output_tokens"), NUMBER) or 0
         if (reason == "max_tokens" or tokens > 1) and not blocks:
             raise LostTextError("the stream lacks the text of the answer")
@@ -156,7 +156,7 @@ class _Completion:
         return f"<_Completion {'open' if self.last is None else 'done'}>"
 
     def fold(self, event: NativeEvent, data: bytes) -> int:
-        """Append what an event has of it, and return how much it grew."""
+        """Append the parts in an event, and return by how much it grew."""
         if self.last is not None:
             raise UnfoldableError("a completion went on after its end")
         grown = self.texts.add("content", event.content)
@@ -199,7 +199,7 @@ class NativeAssembler(Assembler):
         assert found.last is not None, found
         text, cut = found.texts.get("content"), found.last.stop_type == "limit"
         if cut and self._asked.stops:
-            raise LostTextError("the stream may have held back what it ended with")
+            raise LostTextError("the stream may lack the last text")
         if not text and (cut or found.last.tokens_predicted > 1):
             raise LostTextError("the stream lacks the text of the answer")
         answer: dict[str, object] = {**found.fields, "content": text}

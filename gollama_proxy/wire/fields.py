@@ -131,7 +131,7 @@ class FieldScanner:
                 if at == len(text):
                     break
             reached = self._step(text, at)
-            if reached is None:  # a token goes on in the next piece
+            if reached is None:  # the rest of a token is in the next piece
                 break
             at = reached
         self._rest = text[at:]
@@ -218,7 +218,7 @@ class FieldScanner:
             match = _SCALAR.match(text, at)
             if match is None:
                 raise _invalid(f"a value was expected at byte {self._offset + at}")
-            if match.end() == len(text):  # the number may go on
+            if match.end() == len(text):  # there may be more digits
                 return None
         self._check_length(match[0], repr(self._key))
         if wanted:

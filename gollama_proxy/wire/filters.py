@@ -67,7 +67,7 @@ class UsageHider(EventFilter):
         return not chunk.choices and chunk.error is None
 
     def finish(self) -> bytes:
-        """End the stream; return what was held back.
+        """End the stream; return the bytes that were held back.
 
         Usage that lacks nothing but its blank line is left out.
         """
@@ -136,12 +136,12 @@ class Renamer:
         return b"".join((*pieces, data[done:decided]))
 
     def finish(self) -> bytes:
-        """End the body; return what was held back."""
+        """End the body; return the bytes that were held back."""
         held, self._held = self._held, b""
         return held
 
     def _decided(self, data: bytes, done: int) -> int:
-        """Return up to where no byte can be a part of the name, whatever follows."""
+        """Return the end of the bytes that cannot become a part of the name."""
         end = len(data)
         at = data.rfind(_KEY, max(done, end - self._longest))
         if at < 0 or self._rest.fullmatch(data, at + len(_KEY)) is None:

@@ -7,8 +7,8 @@ however each of them was cut into events.
 A stream may break off within an event.  A client that has `data: {"choices":[…
 "content":" wor` cannot be made to drop it: after any line end it would parse half a
 JSON object.  So the event is completed.  Events of one stream differ in their text
-only, so one of the last whole ones supplies what the half one lacks (`mend`), and the
-text counts as far as it came.  Where that is impossible, because half a character, an
+only, so one of the last whole ones supplies the missing bytes (`mend`), and the text
+counts as far as it came.  Where that is impossible, because half a character, an
 escape, or an event without text was cut, the answer cannot be resumed.  llama-server
 sends each event in a chunk, and a relay that passes on whole chunks never sees this.
 """
@@ -28,7 +28,7 @@ from gollama_proxy.wire.sse import DONE, data_of, split_events
 
 
 class DivergedError(WorkerError):
-    """Another worker sent what cannot be the rest of the answer."""
+    """Another worker sent bytes that cannot be the rest of the answer."""
 
     def __init__(self, detail: str) -> None:
         text = "The answer broke off, and another worker could not continue it."
@@ -50,7 +50,7 @@ class Span(NamedTuple):
 
     kind: Kind
     text: str
-    call: int = NO_CALL  # the index of the call; NO_CALL for what belongs to none
+    call: int = NO_CALL  # the index of the call, or NO_CALL
 
     def __repr__(self) -> str:  # without its text
         return f"<Span of {len(self.text)} characters, {self.kind}>"

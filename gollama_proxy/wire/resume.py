@@ -1,15 +1,15 @@
-"""An answer that broke off goes on with the stream of another worker.
+"""Resuming an answer that broke off, with the stream of another worker.
 
-While all is well, a `Transcript` keeps what the client was sent.  Once the worker is
-lost, that is read (partial.py), another worker is asked for the rest (asking.py), and a
-`Resumer` turns its stream into the rest of the client's.
+While an answer runs, a `Transcript` keeps the bytes that the client was sent.  When its
+worker is lost, they are read (partial.py), another worker is asked for the rest
+(asking.py), and a `Resumer` makes its stream the rest of the client's.
 
     sent bytes ──▶ Transcript ──▶ Partial ──▶ request ──▶ another worker
                                      │                          │
                                      ╰────────▶ Resumer ◀───────╯ ──▶ client
 
-The one rule: what comes has to begin with all that the client has, span by span, and
-only what follows is passed on.  That is a proof, whatever the worker has made of the
+The one rule: the new stream has to begin with all that the client has, span by span,
+and only the rest is passed on.  That is a proof, whatever the worker has made of the
 request: if it was asked for the whole answer again and gives the same one, byte for
 byte, its rest is the rest; and if it was asked to go on and repeats the text that it
 goes on from, it has read that text.  Anything else raises `DivergedError` before a byte
@@ -166,8 +166,8 @@ class Resumer:
     """Turns the stream of another worker into the rest of the client's.
 
     With `regenerate` the worker was sent the original body, and has to repeat all that
-    the client has.  A `model` is named in place of the one that began, where another
-    one goes on.
+    the client has.  `model` replaces the name of the one that began, if another model
+    continues.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class Resumer:
                 yield news
 
     def finish(self) -> bytes:
-        """End the worker's body; return what the client still lacks.
+        """End the worker's body; return the end that the client still lacks.
 
         Raises:
             WorkerError: it ended too early.

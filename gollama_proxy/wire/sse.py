@@ -138,7 +138,7 @@ class EventFilter(abc.ABC):
         return b"".join(pieces)
 
     def finish(self) -> bytes:
-        """End the stream; return what was held back."""
+        """End the stream; return the bytes that were held back."""
         held, self._held = self._held, b""
         return held
 
