@@ -431,8 +431,10 @@ class Relay:
                 self._transcript = None
         if self._ending is not Ending.DONE:  # a long event may follow a mark
             self._marked = self._marked or is_complete(self.tail, self._ending)
-        if any(b"error" in chunk for chunk in self._tail):
-            self._failed = self._failed or has_error(self.tail, self._ending)
+        for chunk in self._tail:
+            if b"error" in chunk:
+                self._failed = self._failed or has_error(self.tail, self._ending)
+                break
         recent = self._tail[-_TAIL_KEPT:]
         if TAIL <= sum(map(len, recent)) <= 2 * TAIL:
             self._tail = recent
