@@ -458,7 +458,7 @@ def test_two_choices_of_one_index_cannot_be_folded() -> None:
 @pytest.mark.parametrize("kind", ["chat", "text"])
 def test_text_held_back_for_a_stop_string_is_noticed(kind: Kind) -> None:
     stream = delta({"content": "a"}, text="a") + end("length") + usage()
-    with pytest.raises(LostTextError, match="held back"):
+    with pytest.raises(LostTextError, match="lack the last text"):
         fold(stream, kind, asked=Asked(stops=True))
     stream = delta({"content": "a"}, text="a") + end("stop") + usage()
     assert fold(stream, kind, asked=Asked(stops=True))
