@@ -53,9 +53,10 @@ from gollama_proxy.proxy.charges import Charges
 from gollama_proxy.proxy.client import Client, ClientStalledError
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.fitting import Fitting
+from gollama_proxy.proxy.limits import Limits, notify_client, takes_comments
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.relay import Relay
-from gollama_proxy.proxy.response import Assembly, Stream, in_one_piece
+from gollama_proxy.proxy.response import Stream, in_one_piece
 from gollama_proxy.proxy.rewrite import Rewriter, tally_of
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.scheduling.admission import Place
@@ -90,13 +91,6 @@ logger = logging.getLogger(__name__)
 
 # nginx's status for a client that left before it was answered; only logs show it.
 CLIENT_CLOSED = 499
-# Seconds without a byte of an answer, after which its worker's health is checked.
-SUSPICIOUS = 5.0
-# Limits up to so many seconds have a timer; longer ones are checked once a second.
-SOON = 5.0
-# Seconds of silence from which on a client is notified that its prompt is being read,
-# and between two such comments.
-PROCESSING_AFTER, NOTICE_EVERY = 15.0, 5.0
 # Seconds between two lines about losses of one worker.
 LOG_EVERY = 1.0
 _LOSSES = frozenset({Code.WORKER_LOST, Code.WORKER_INCOMPLETE})
@@ -143,12 +137,11 @@ class Proxy:
         self._charges = Charges(quotas, fitting, clock)
         self._rewriter = Rewriter(config.upstream, config.limits.answer, clock)
         self._rng = random.Random()
+        self._limits = Limits(config, clock)
         self._losses = Throttle(clock, LOG_EVERY)
-        self._patience = config.retry.patience
         self._counting = config.upstream.usage  # whose tokens have to be exact
         self._running: dict[asyncio.Task[object], Exchange] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle: asyncio.Future[None] | None = None  # done when none is running
         self._draining = False
         self._cutting = False
 
@@ -168,7 +161,6 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._running[task] = x
-        self._idle.clear()
         try:
             try:
                 self._receive(x)
@@ -196,8 +188,9 @@ class Proxy:
             raise
         finally:
             del self._running[task]
-            if not self._running:
-                self._idle.set()
+            if self._idle is not None and not self._running:
+                self._idle.set_result(None)
+                self._idle = None
             self._ended(x)
 
     def _receive(self, x: Exchange) -> None:
@@ -385,7 +378,7 @@ class Proxy:
         # Sending it
         x.enter(State.CONNECTING)
         attempt = Attempt(x, self._connections[worker], self._clock)
-        timer = self._set_limits(x, lease)
+        timer = self._limits.begin(x, lease)
         try:
             relay = await attempt.send(data, chunked=length is None)
             x.enter(State.STREAMING)
@@ -418,28 +411,6 @@ class Proxy:
             if timer is not None:
                 timer.cancel()
             await attempt.close()
-
-    def _set_limits(self, x: Exchange, lease: Lease) -> asyncio.TimerHandle | None:
-        """Set how long the first event may take; returns the timer of a short limit."""
-        limit = x.patience = x.allowance = self._config.timeouts.first_token
-        x.noticed_at, x.loading = 0.0, lease.loads
-        if self._streams(x):
-            pace = lease.worker.pace_of(lease.model)
-            # Loading a model takes its time, and would take it elsewhere, too.
-            hard = pace.expectations.hard
-            x.allowance = hard if lease.loads else pace.allowance(x.body.size)
-            lease.allowance = x.allowance
-        soonest = min(limit, x.allowance)
-        if soonest > SOON:
-            return None
-        loop = asyncio.get_running_loop()
-        return loop.call_later(soonest, lambda: self._check_waiting(x, self._clock()))
-
-    def _streams(self, x: Exchange) -> bool:
-        """Whether the worker is asked for a stream, whatever the client wants."""
-        if x.resume is not None or isinstance(x.delivery, Assembly):
-            return True
-        return x.body.stream and x.body.replayable
 
     async def _read_failure(
         self, x: Exchange, lease: Lease, relay: Relay
@@ -676,73 +647,16 @@ class Proxy:
 
         async def notify(place: Place) -> None:
             eta = "" if place.eta is None else f" eta {math.ceil(place.eta)}s"
-            self._notify(x, f"queued {place.position}/{place.waiting}{eta}")
+            notify_client(x, f"queued {place.position}/{place.waiting}{eta}")
 
-        streams = _takes_comments(x)
-        return await self._queue.acquire(x, self._patience, notify if streams else None)
-
-    def _notify(self, x: Exchange, comment: str) -> None:
-        if not isinstance(x.delivery, Stream):
-            x.delivery = Stream(x)
-        x.delivery.notify(comment)
-
-    # --- Once a second ------------------------------------------------------------
+        patience = self._config.retry.patience
+        streams = takes_comments(x)
+        return await self._queue.acquire(x, patience, notify if streams else None)
 
     def check(self, now: float) -> None:
-        """Check the limits of all requests; called by the watchdog."""
+        """Check the time limits of all requests; the watchdog calls it every second."""
         for x in tuple(self._running.values()):
-            if x.state is State.WAITING:
-                self._check_waiting(x, now)
-            elif x.state is State.STREAMING:
-                self._check_streaming(x, now)
-
-    def _check_waiting(self, x: Exchange, now: float) -> None:
-        """Check an attempt whose worker has not begun to answer."""
-        relay, lease = x.relay, x.lease
-        if x.state is not State.WAITING or relay is None or lease is None:
-            return
-        waited = now - x.waiting_since
-        worker = lease.worker
-        if waited >= x.patience:
-            text = f"Worker {worker.name} sent nothing within {x.patience:g} s."
-            relay.fail(WorkerError(Code.WORKER_TIMEOUT, text))
-        elif self._streams(x):
-            overdue = waited >= x.allowance or worker.is_down
-            if overdue and x.plan.has_other():
-                text = f"Worker {worker.name} was too slow to begin."
-                relay.fail(WorkerError(Code.WORKER_SLOW, text))
-            else:
-                self._notify_progress(x, waited)
-
-    def _notify_progress(self, x: Exchange, waited: float) -> None:
-        """Notify a client of what its worker does before it answers, if that is long.
-
-        It reads the prompt, or loads the model, which may well be the longer part.
-        """
-        notice = self._config.queue.notice
-        if x.fed or not notice or not _takes_comments(x):
-            return
-        interval = NOTICE_EVERY if x.begun else PROCESSING_AFTER
-        if x.loading and not x.noticed_at:
-            interval = notice
-        if waited >= x.noticed_at + interval:
-            x.noticed_at = waited
-            try:
-                self._notify(x, "loading model" if x.loading else "processing")
-            except ConnectionError:
-                pass  # the client left, and its handler is being cancelled
-
-    def _check_streaming(self, x: Exchange, now: float) -> None:
-        """Check an answer that is on its way."""
-        relay, lease = x.relay, x.lease
-        assert relay is not None, x
-        assert lease is not None, x
-        timeouts = self._config.timeouts
-        silent = relay.check(now, timeouts.gap, timeouts.silence)
-        if silent > SUSPICIOUS:
-            lease.worker.suspect()
-        if lease.worker.is_down:
-            relay.abandon()
+            self._limits.check(x, now)
 
     # --- The end of the hub -------------------------------------------------------
 
@@ -754,11 +668,18 @@ class Proxy:
         self._draining = True
         try:
             async with asyncio.timeout(limit):
-                await self._idle.wait()
+                await self._no_request()
         except TimeoutError:
             logger.warning("cutting %d running requests", len(self._running))
         self.cut()
-        await self._idle.wait()
+        await self._no_request()
+
+    async def _no_request(self) -> None:
+        """Wait until no request is running."""
+        while self._running:
+            if self._idle is None:
+                self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._idle])
 
     def cut(self) -> None:
         """Cancel every running request; clients are notified where that is possible."""
@@ -768,12 +689,6 @@ class Proxy:
 
 
 _UNSEEN = frozenset({State.CONNECTING, State.WAITING})
-
-
-def _takes_comments(x: Exchange) -> bool:
-    """Whether the client reads events, so that a comment does no harm."""
-    events = x.endpoint.ending is not Ending.BODY
-    return events and x.body.replayable and x.body.stream
 
 
 def draining() -> HubError:

@@ -11,8 +11,9 @@ import pytest
 
 from gollama_proxy.fleet import pool, watchdog
 from tests.fakes.asks import CHAT, STREAM, WHOLE
+from tests.fakes.exchange import Exchange
 from tests.fakes.hub import RunningHub, running_hub
-from tests.fakes.script import answer, chat_stream, expect_eof, reset, wait
+from tests.fakes.script import Step, answer, chat_stream, expect_eof, reset, wait
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
@@ -155,12 +156,19 @@ async def test_the_list_of_models_shows_which_are_loaded() -> None:
             told = row["gollama"]
             return told["loaded"], [each["loaded"] for each in told["workers"]]
 
+        def loading(worker: ScriptedWorker) -> Step:
+            async def load(exchange: Exchange) -> None:
+                worker.status = {"tiny": "loaded"}
+
+            return Step("load", (), load)
+
+        for each in workers:
+            each.default(loading(each), *answer({"choices": []}))
         assert await loaded() == (False, [False, False])
         pings = [len(each.control) for each in workers]
         assert (await hub.post(CHAT, WHOLE)).status == 200
         [busy] = [each for each in workers if each.requests]
         assert await loaded() == (True, [each is busy for each in workers])
-        busy.status = {"tiny": "loaded"}
         index = workers.index(busy)
         await until(lambda: len(busy.control) > pings[index])
         assert len(workers[1 - index].control) == pings[1 - index]

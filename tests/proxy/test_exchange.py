@@ -13,7 +13,8 @@ from aiohttp.test_utils import make_mocked_request
 
 from gollama_proxy.config.settings import Config, Timeouts
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.proxy.exchange import SUSPICIOUS, Proxy
+from gollama_proxy.proxy.exchange import Proxy
+from gollama_proxy.proxy.limits import SUSPICIOUS
 from gollama_proxy.proxy.state import TRANSITIONS, Exchange, State
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.errors import Code

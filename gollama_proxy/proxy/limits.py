@@ -1,0 +1,129 @@
+"""How long an attempt may take: its limits, and what its client is notified of.
+
+The limits of all attempts are checked once a second.  One that is over sooner has a
+timer, so that it is kept exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from gollama_proxy.config.settings import Config
+from gollama_proxy.fleet.lease import Lease
+from gollama_proxy.proxy.response import Assembly, Stream
+from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.wire.errors import Code, WorkerError
+from gollama_proxy.wire.openai import Ending
+
+# Limits up to so many seconds have a timer.
+SOON = 5.0
+# Seconds without a byte of an answer, after which its worker's health is checked.
+SUSPICIOUS = 5.0
+# Seconds of silence from which on a client is notified that its prompt is being read,
+# and between two such comments.
+PROCESSING_AFTER, NOTICE_EVERY = 15.0, 5.0
+
+
+class Limits:
+    """Checks attempts.  `clock` returns monotonic seconds."""
+
+    def __init__(self, config: Config, clock: Callable[[], float]) -> None:
+        self._timeouts = config.timeouts
+        self._notice = config.queue.notice
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"<Limits first_token={self._timeouts.first_token:g}>"
+
+    def begin(self, x: Exchange, lease: Lease) -> asyncio.TimerHandle | None:
+        """Set how long the first event may take; returns the timer of a short limit."""
+        limit = x.patience = x.allowance = self._timeouts.first_token
+        x.noticed_at, x.loading = 0.0, lease.loads
+        if streams(x):
+            pace = lease.worker.pace_of(lease.model)
+            # Loading a model takes its time, and would take it elsewhere, too.
+            hard = pace.expectations.hard
+            x.allowance = hard if lease.loads else pace.allowance(x.body.size)
+            lease.allowance = x.allowance
+            limit = min(limit, x.allowance)
+        if limit > SOON:
+            return None
+        loop = asyncio.get_running_loop()
+        return loop.call_later(limit, lambda: self.check(x, self._clock()))
+
+    def check(self, x: Exchange, now: float) -> None:
+        """End an attempt that has exceeded a limit."""
+        if x.state is State.WAITING:
+            self._check_waiting(x, now)
+        elif x.state is State.STREAMING:
+            self._check_streaming(x, now)
+
+    def _check_waiting(self, x: Exchange, now: float) -> None:
+        """Check an attempt whose worker has not begun to answer."""
+        relay, lease = x.relay, x.lease
+        assert relay is not None, x
+        assert lease is not None, x
+        waited, worker = now - x.waiting_since, lease.worker
+        if waited >= x.patience:
+            text = f"Worker {worker.name} sent nothing within {x.patience:g} s."
+            relay.fail(WorkerError(Code.WORKER_TIMEOUT, text))
+        elif streams(x):
+            overdue = waited >= x.allowance or worker.is_down
+            if overdue and x.plan.has_other():
+                text = f"Worker {worker.name} was too slow to begin."
+                relay.fail(WorkerError(Code.WORKER_SLOW, text))
+            else:
+                self._notify_progress(x, waited)
+
+    def _check_streaming(self, x: Exchange, now: float) -> None:
+        """Check an answer that is on its way."""
+        relay, lease = x.relay, x.lease
+        assert relay is not None, x
+        assert lease is not None, x
+        silent = relay.check(now, self._timeouts.gap, self._timeouts.silence)
+        if silent > SUSPICIOUS:
+            lease.worker.suspect()
+        if lease.worker.is_down:
+            relay.abandon()
+
+    def _notify_progress(self, x: Exchange, waited: float) -> None:
+        """Notify a client of what its worker does before it answers, if that is long.
+
+        It reads the prompt, or loads the model, which may well be the longer part.
+        """
+        if x.fed or not self._notice or not takes_comments(x):
+            return
+        interval = NOTICE_EVERY if x.begun else PROCESSING_AFTER
+        if x.loading and not x.noticed_at:
+            interval = self._notice
+        if waited >= x.noticed_at + interval:
+            x.noticed_at = waited
+            try:
+                notify_client(x, "loading model" if x.loading else "processing")
+            except ConnectionError:
+                pass  # the client left, and its handler is being cancelled
+
+
+def streams(x: Exchange) -> bool:
+    """Whether the worker is asked for a stream, whatever the client wants."""
+    if x.resume is not None or isinstance(x.delivery, Assembly):
+        return True
+    return x.body.stream and x.body.replayable
+
+
+def takes_comments(x: Exchange) -> bool:
+    """Whether the client reads events, so that a comment does no harm."""
+    events = x.endpoint.ending is not Ending.BODY
+    return events and x.body.replayable and x.body.stream
+
+
+def notify_client(x: Exchange, comment: str) -> None:
+    """Send a comment to a client that waits.
+
+    Raises:
+        ConnectionResetError: the client has left.
+    """
+    if not isinstance(x.delivery, Stream):
+        x.delivery = Stream(x)
+    x.delivery.notify(comment)
