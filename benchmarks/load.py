@@ -4,7 +4,7 @@ The first line on standard input is the job, as JSON (see `Job`).  Events are wr
 standard output, one JSON object per line:
 
     {"event": "open"}                       every client has its first bytes
-    {"event": "count", "count": 8012, "open": 200}
+    {"event": "count", "count": 8012, "open": 200, "broken": {}}
                                             the reply to each further line of input
     {"event": "end", "count": 85000, "complete": 200, "peak": 200, "broken": {},
      "first": 0.0041}
@@ -254,7 +254,8 @@ async def run(job: Job) -> None:
 
     def on_command() -> None:
         if os.read(sys.stdin.fileno(), 4096):
-            _report("count", count=tally.count, open=tally.open)
+            broken = dict(tally.broken.most_common(5))
+            _report("count", count=tally.count, open=tally.open, broken=broken)
         else:
             loop.remove_reader(sys.stdin)
             task.cancel()

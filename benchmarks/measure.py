@@ -9,6 +9,7 @@ import json
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from math import ceil
@@ -119,9 +120,16 @@ async def measure_memory(proxy: Proxy, streams: int) -> float:
             await other.expect("open")
             await asyncio.sleep(SETTLE)
             memory = proxy.memory() - memory
-            held = await one.open() + await other.open()
+            held, broken = 0, Counter[str]()
+            for load in (one, other):
+                state = await load.state()
+                held += state["open"]
+                broken.update(state["broken"])
     if held < streams:
-        raise BenchmarkError(f"{proxy.name}: only {held:,} streams were open at once")
+        raise BenchmarkError(
+            f"{proxy.name}: only {held:,} of {streams:,} streams were open at once;"
+            f" {dict(broken)}"
+        )
     return memory / (streams - few)
 
 
@@ -225,13 +233,10 @@ class Load:
 
     async def count(self) -> int:
         """Return the number of tokens, or of answers, so far."""
-        return (await self._ask())["count"]
+        return (await self.state())["count"]
 
-    async def open(self) -> int:
-        """Return the number of clients whose answers have not ended."""
-        return (await self._ask())["open"]
-
-    async def _ask(self) -> dict[str, Any]:
+    async def state(self) -> dict[str, Any]:
+        """Return the clients' counts so far."""
         await self._send("count")
         return await self.expect("count")
 
