@@ -325,6 +325,7 @@ def test_the_model_of_an_answer(body: bytes, model: str | None) -> None:
         (b'{"x":"\\"model\\":\\"x\\"","model":"tiny"', "tiny"),
         (b'{"model":null,"inner":{"model":"first"}}', "first"),
         (b'{"model":"ti', None),
+        (b'{"model":"a\x7fb"}', "a\x7fb"),
     ],
 )
 def test_the_first_model_that_is_named(held: bytes, model: str | None) -> None:

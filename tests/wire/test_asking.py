@@ -496,3 +496,9 @@ def test_several_prompts_are_noticed() -> None:
 def test_a_request_for_a_stream_shows_its_size_alone() -> None:
     asked = ask_for_stream(b'{"prompt":"secret"}', ENDPOINTS["/v1/completions"])
     assert repr(asked) == f"<Streaming {len(asked.body) if asked else 0} bytes>"
+
+
+def test_a_response_with_a_stop_string_is_asked_for_in_one_piece() -> None:
+    endpoint = ENDPOINTS["/v1/responses"]
+    assert ask_for_stream(b'{"input":"a","stop":["x"]}', endpoint) is None
+    assert ask_for_stream(b'{"input":"a","stop":[]}', endpoint) is not None

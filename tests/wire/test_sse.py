@@ -444,3 +444,8 @@ def test_the_done_that_the_hub_adds_is_the_one_that_workers_send() -> None:
 
 def test_a_stream_asks_proxies_not_to_keep_it() -> None:
     assert STREAM_HEADERS == {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def test_events_with_content_are_counted_and_errors_are_not() -> None:
+    held = replies.role() + replies.token("a") + replies.token("b")
+    assert sse.content_events(held + replies.error_event("no"), Ending.DONE) == 2
