@@ -1,4 +1,4 @@
-"""Lets `python -m gollama_proxy` be the command line."""
+"""Runs the command line as `python -m gollama_proxy`."""
 
 import sys
 

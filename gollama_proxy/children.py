@@ -38,7 +38,7 @@ if os.getppid() == int(parent):
 
 
 class ChildError(Exception):
-    """Why a child does not run; the text is for the person who started the parent."""
+    """Why a child does not run; the text is shown to the user."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -84,7 +84,7 @@ class Child:
                 stdin=asyncio.subprocess.PIPE if piped else asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE if piped else output,
                 stderr=output,
-                env=dict(environ),  # uvloop takes nothing else
+                env=dict(environ),  # uvloop accepts only a dict
                 cwd=folder,
                 start_new_session=True,  # Ctrl-C reaches the parent, which ends them
             )

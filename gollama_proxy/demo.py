@@ -1,7 +1,7 @@
 """Two real llama-servers with a small model, and a hub in front: `gollama-proxy demo`.
 
-The servers end with this process, whatever way it ends: see `children`.  While it can
-act, it drains the hub first.
+The servers end with this process, however it ends (see `children`).  If possible, the
+hub is drained first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ async def run(
     llama_server: str | None = None,
     model: str | None = None,
 ) -> int:
-    """Front the given workers, or two llama-servers of our own, until a signal.
+    """Run a hub for the given workers, or for two new llama-servers, until a signal.
 
     `load` makes a configuration from an environment and workers.
     """
@@ -67,7 +67,7 @@ async def run(
         return await front(signals, config, _announce(config, llama.name(weights)))
 
 
-# --- What it takes ----------------------------------------------------------------
+# --- Settings ---------------------------------------------------------------------
 
 
 def _load_signing(load: Load, workers: Sequence[str]) -> Config:
@@ -103,7 +103,7 @@ async def _start_servers(
         raise
     finally:
         await asyncio.gather(*(each.end() for each in servers))
-        if not failed:  # else its logs are what one wants to read
+        if not failed:  # else the logs show why
             shutil.rmtree(folder)
 
 
@@ -122,14 +122,14 @@ async def _wait_until_loaded(
     return False
 
 
-# --- What is said -----------------------------------------------------------------
+# --- Output -----------------------------------------------------------------------
 
 
 async def _ask_for_a_model(config: Config) -> str:
     health = config.health
     findings = await asyncio.gather(*(examine(w, health) for w in config.workers))
     described = [each.description for each in findings if each.description]
-    return next((model.name for told in described for model in told.models), "any")
+    return next((model.name for each in described for model in each.models), "any")
 
 
 def _announce(config: Config, model: str) -> Announce:

@@ -15,7 +15,7 @@ from gollama_proxy.config.settings import SECTIONS, Config, WorkerConfig
 from gollama_proxy.config.watch import Watched, Watcher
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import Connections
-from gollama_proxy.edge.models import Catalogue
+from gollama_proxy.edge.models import ModelList
 from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.edge.router import Routes
 from gollama_proxy.edge.server import Server
@@ -96,17 +96,17 @@ class Hub(Listener):
             self.telemetry,
             None if self.config.metrics.open else self.authenticator,
         )
-        catalogue = Catalogue(self.authenticator, self.registry)
+        model_list = ModelList(self.authenticator, self.registry)
         return {
             "/livez": {"GET": status.live},
             "/readyz": {"GET": status.ready},
             "/health": {"GET": status.ready},
             "/v1/health": {"GET": status.ready},
             "/metrics": {"GET": status.metrics},
-            "/v1/models": {"GET": catalogue.list_models},
-            "/models": {"GET": catalogue.list_models},
-            "/v1/models/": {"GET": catalogue.show_model},
-            "/models/": {"GET": catalogue.show_model},
+            "/v1/models": {"GET": model_list.list_models},
+            "/models": {"GET": model_list.list_models},
+            "/v1/models/": {"GET": model_list.show_model},
+            "/models/": {"GET": model_list.show_model},
         }
 
     async def _ping(self, worker: Worker) -> probe.Finding:

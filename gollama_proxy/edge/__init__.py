@@ -1,1 +1,1 @@
-"""What clients touch."""
+"""Connections, routes and permissions of clients."""

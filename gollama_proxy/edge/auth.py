@@ -300,7 +300,7 @@ def _priority(claims: Mapping[str, Any]) -> Priority:
         raise AuthError("priority is no class that there is") from None
 
 
-# --- Tokens of our own ------------------------------------------------------------
+# --- Making tokens ----------------------------------------------------------------
 
 
 def mint(

@@ -1,7 +1,7 @@
-"""How many clients are connected, and who is turned away at the door.
+"""Limits the number of client connections, in total and per address.
 
-A connection is counted from the moment it is accepted, before TLS and before a request,
-so that whoever opens thousands of them and says nothing meets the limit, too.
+A connection counts as soon as it is accepted, before TLS and before a request, so that
+the limits also stop a client that opens thousands of them and sends nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from gollama_proxy.telemetry.logs import Throttle
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two lines that tell of the same kind of refusal.
+# Seconds between two log lines about the same kind of refusal.
 LOG_EVERY = 10.0
-# Why connections are turned away: there are too many in all, or of one address, or
-# TLS with them came to nothing.
+# Why connections are refused: too many in total, too many from one address, or a failed
+# TLS handshake.
 KINDS = ("limit", "address", "handshake")
 
 
 class Connections:
-    """Counts the connections of clients, and lets in as many as there is room for."""
+    """Counts client connections, and refuses those over a limit."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         """Make a count; `clock` gives monotonic seconds."""
@@ -40,11 +40,11 @@ class Connections:
 
     @property
     def by_address(self) -> bool:
-        """Whether `enter` and `leave` want to know an address."""
+        """Whether `enter` and `leave` need the address."""
         return self._each > 0
 
     def enter(self, address: str = "") -> bool:
-        """Let a connection in; False is to close it.  `leave` belongs to each True."""
+        """Count a connection; False: close it.  Each True requires a `leave` later."""
         if self.open >= self._limit:
             self.refuse("limit", f"limits.connections = {self._limit}")
             return False
@@ -67,14 +67,14 @@ class Connections:
                 del self._by_address[host]
 
     def refuse(self, kind: str, why: str) -> None:
-        """Count a connection that was turned away, and tell of it now and then."""
+        """Count a refused connection, and log such now and then (`LOG_EVERY`)."""
         self.refused[kind] += 1
         if count := self._throttle.count(kind):
             logger.warning("refused connections: %d (%s)", count, why)
 
 
 def household(address: str) -> str:
-    """Name who is behind an address: of IPv6, one host has a whole /64 (RFC 6177)."""
+    """Return the host of an address; an IPv6 host has a whole /64 (RFC 6177)."""
     if ":" not in address:
         return address
     try:

@@ -1,4 +1,4 @@
-"""`/v1/models`: what all workers serve, as one list."""
+"""`/v1/models`: the models of all workers as one list."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
 
 
-class Catalogue:
-    """Answers from the registry alone; no worker is asked."""
+class ModelList:
+    """Answers from the registry alone, without a request to a worker."""
 
     def __init__(self, authenticator: Authenticator, registry: Registry) -> None:
         self._authenticator = authenticator
         self._registry = registry
-        # llama-server says "now" at every call; clients compare, so ours stays.
+        # llama-server returns the current time at every call; clients compare it, so it
+        # is constant here.
         self._created = int(time.time())
 
     def __repr__(self) -> str:
-        return f"<Catalogue of {self._registry!r}>"
+        return f"<ModelList of {self._registry!r}>"
 
     async def list_models(self, request: web.BaseRequest, record: Record) -> Response:
         """Answer `GET /v1/models`."""
@@ -36,7 +37,7 @@ class Catalogue:
         return Response(msgspec.json.encode({"object": "list", "data": data}))
 
     async def show_model(self, request: web.BaseRequest, record: Record) -> Response:
-        """Answer `GET /v1/models/{id}`; an id may hold slashes."""
+        """Answer `GET /v1/models/{id}`; an id may contain slashes."""
         principal = self._authenticator.identify(request, record)
         path = request.raw_path.partition("?")[0]
         name = unquote(path.removeprefix(record.route))
@@ -56,7 +57,7 @@ class Catalogue:
         ]
 
     def _is_caught(self, principal: Principal, name: str) -> bool:
-        """Tell whether a name that is not in the list stands for a model all the same.
+        """Whether a name that is not in the list is an alias, by a wildcard.
 
         Some clients look a model up before they use it.
         """
@@ -96,6 +97,6 @@ class Catalogue:
         }
 
 
-def _any_of(told: Iterable[bool | None]) -> bool | None:
-    """Tell whether any says yes, or else any no; None where nobody says anything."""
-    return max((each for each in told if each is not None), default=None)
+def _any_of(values: Iterable[bool | None]) -> bool | None:
+    """Return whether any value is True; None if all of them are None."""
+    return max((each for each in values if each is not None), default=None)

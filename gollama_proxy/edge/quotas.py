@@ -1,14 +1,14 @@
-"""How much a subject may ask for in a minute: requests, and tokens.
+"""How many requests and tokens a subject may use per minute.
 
-The limits come with each request, from its token (`rpm`, `tpm`); what was used is
-remembered by subject, whichever of its tokens it used.  Tokens are known when an answer
-is over, so a request goes in while any are left, and several at once can overdraw; what
-they took too much has to age before the next one goes in.
+The limits come with each request, from its token (`rpm`, `tpm`); usage is remembered by
+subject, for all of its tokens together.  The tokens of an answer are known at its end,
+so a request is allowed while any are left, and concurrent requests can exceed a limit;
+the excess must age before the next request is allowed.
 
-A request that is refused uses nothing: who asks again too early is not kept out for it.
+A rejected request uses nothing, so a retry that comes too early costs nothing.
 
-In any minute no more is let in than the limit.  The window is cut into seconds, and one
-of them is added: what counts is the last 60 to 61 s.
+No minute exceeds the limit: the window is divided into seconds, and one is added, so
+that the last 60 to 61 s count.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from typing import NamedTuple
 from gollama_proxy.window import SlidingWindow
 from gollama_proxy.wire.errors import Code, RequestError
 
-SECONDS = 61  # that count
-# Subjects whose use is remembered, some 1.5 KiB each; the one that was not seen for the
-# longest time is forgotten first.
+SECONDS = 61  # that count towards a limit
+# Subjects whose usage is remembered, about 1.5 KiB each; the least recent one is
+# forgotten first.
 REMEMBERED = 10_000
 
 
 class Gauge(NamedTuple):
     """How much of one limit is left."""
 
-    limit: int  # in a minute
+    limit: int  # per minute
     remaining: int
-    reset: float  # seconds until all of it is there again
-    free: float  # seconds until any of it is; 0 while some is left
+    reset: float  # seconds until all of it is available again
+    free: float  # seconds until some of it is; 0 while some is left
 
 
 class Standing(NamedTuple):
-    """Where a subject stands; None for what it has no limit of."""
+    """The usage of a subject; None for what has no limit."""
 
     requests: Gauge | None = None
     tokens: Gauge | None = None
-    allowed: bool = True  # the request that this is about
+    allowed: bool = True  # whether the request may proceed
 
     def headers(self) -> dict[str, str]:
-        """Write the headers of a reply, as the OpenAI API calls and spells them."""
+        """Return the headers of a reply, in the format of the OpenAI API."""
         headers: dict[str, str] = {}
         for name, gauge in (("requests", self.requests), ("tokens", self.tokens)):
             if gauge is not None:
@@ -55,19 +55,19 @@ class Standing(NamedTuple):
 
     def error(self) -> RequestError:
         """Make the error of a request that is not allowed: 429, with `retry_after`."""
-        told, wait = [], 0.0
+        exceeded, wait = [], 0.0
         for name, gauge in (("requests", self.requests), ("tokens", self.tokens)):
             if gauge is not None and gauge.free:
-                told.append(f"{name[0]}pm = {gauge.limit} ({name} per minute)")
+                exceeded.append(f"{name[0]}pm = {gauge.limit} ({name} per minute)")
                 wait = max(wait, gauge.free)
-        limits, when = ", ".join(told), duration(wait)
+        limits, when = ", ".join(exceeded), duration(wait)
         text = f"Your token's limit is used up: {limits}. Please try again in {when}."
         after = max(1, math.ceil(wait))
         return RequestError(Code.RATE_LIMITED, text, retry_after=after)
 
 
 class Quotas:
-    """What each subject has used lately.  `clock` gives monotonic seconds."""
+    """The recent usage of each subject.  `clock` gives monotonic seconds."""
 
     def __init__(
         self, clock: Callable[[], float], remembered: int = REMEMBERED
@@ -96,7 +96,7 @@ class Quotas:
         )
 
     def spend(self, subject: str, tokens: int) -> None:
-        """Count the tokens of an answer; without effect for who has no limits."""
+        """Count the tokens of an answer, if its subject has limits."""
         account = self._accounts.get(subject)
         if account is not None and tokens > 0:
             account.tokens.add(tokens)
@@ -112,7 +112,7 @@ class Quotas:
 
 
 class _Account:
-    """What one subject has used."""
+    """The usage of one subject."""
 
     __slots__ = ("requests", "tokens")
 
@@ -137,7 +137,7 @@ def _gauge(used: SlidingWindow, limit: int) -> Gauge:
 def duration(seconds: float) -> str:
     """Spell a time as OpenAI's headers do: "0s", "120ms", "7.66s", "6m0s", "1h0m0s".
 
-    Rounded up, lest somebody come back too early.
+    Rounded up, so that no client retries too early.
     """
     milliseconds = math.ceil(round(seconds * 1000, 3))
     if milliseconds < 1000:

@@ -28,8 +28,8 @@ _BODILESS = frozenset({204, 304})
 class Response:
     """An answer in one piece.
 
-    `fields` are its header lines, each ended by CRLF; those that every answer has are
-    added when it is written.
+    `fields` are its header lines, each ended by CRLF; those of all answers are added
+    when it is written.
     """
 
     __slots__ = ("body", "fields", "status")
@@ -41,7 +41,7 @@ class Response:
         self.body = body
         self.fields = fields
 
-    def __repr__(self) -> str:  # without what it says
+    def __repr__(self) -> str:  # without its text
         return f"<Response {self.status}, {len(self.body)} bytes>"
 
 
@@ -53,13 +53,13 @@ class Sent(web.StreamResponse):
         self._keep_alive = keep_alive  # read by aiohttp as `keep_alive`
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        """Leave everything as it is: the head was written long ago."""
+        """Do nothing: the head has been written."""
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Leave everything as it is: the body was written, or broken off."""
+        """Do nothing: the body has been written, or was broken off."""
 
 
-# What the client's connection does next.
+# For a connection that stays open, and for one that closes.
 KEEP, CLOSE = Sent(keep_alive=True), Sent(keep_alive=False)
 
 
@@ -80,7 +80,7 @@ def write_whole(
     )
     if request.method == "HEAD" or status in _BODILESS:
         transport.write(data)
-    elif len(body) > 64 << 10:  # which is not worth a copy
+    elif len(body) > 64 << 10:  # a copy would cost more than a second buffer
         transport.writelines((data, body))
     else:
         transport.write(data + body)
@@ -91,8 +91,8 @@ def head(
 ) -> bytes:
     """Write the head of an answer: its status line, `fields`, `Date`, `Connection`.
 
-    The version is the client's, where the hub speaks it (RFC 9110, 6.2: a server must
-    not claim one that it does not conform to).
+    The version is the client's, if the hub conforms to it (RFC 9110, 6.2: a server must
+    not claim any other).
     """
     version, connection = "1.1", ""
     if request.version == (1, 0):
@@ -140,7 +140,7 @@ _date = _Date()
 
 
 def error_response(error: ProxyError, api: Api = Api.OPENAI) -> Response:
-    """Make the answer of a request that fails, in the shape of the API it called."""
+    """Make the answer to a failed request, in the shape of the API that was called."""
     fields = JSON
     if error.retry_after is not None:
         fields += f"Retry-After: {error.retry_after}\r\n"
@@ -149,8 +149,8 @@ def error_response(error: ProxyError, api: Api = Api.OPENAI) -> Response:
     if error.code is Code.UNSUPPORTED_ENCODING:  # RFC 9110, 15.5.16
         fields += f"Accept-Encoding: {', '.join(CODINGS)}\r\n"
     if error.code is Code.INVALID_API_KEY:
-        # RFC 6750, 3.1, has no error for a request without a token; here all refusals
-        # are the same, so that none shows how far a guess got.
+        # RFC 6750, 3.1, has no error for a request without a token; here all
+        # refusals are the same, so that they reveal nothing to a guesser.
         fields += 'WWW-Authenticate: Bearer error="invalid_token"\r\n'
     elif error.code is Code.INSUFFICIENT_SCOPE:
         fields += 'WWW-Authenticate: Bearer error="insufficient_scope"\r\n'

@@ -1,4 +1,4 @@
-"""Which handler a request gets, by its path and method, and which pages may ask."""
+"""Finds the handler of a request by path and method, and answers preflights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gollama_proxy.edge.response import Response, Sent
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
 
-# Takes a request and its record, of whatever kind the handler needs.
+# Takes a request and its record, of the type that the handler needs.
 Handler = Callable[[web.BaseRequest, Any], Awaitable[Response | Sent]]
 # Path → method → handler.  A path that ends with a slash is followed by a name.
 Routes = Mapping[str, Mapping[str, Handler]]
 
-# Of every answer to a page that is let in; the asterisk would not cover them all.
+# In every answer to an allowed page; the asterisk would not cover all of them.
 _EXPOSED = (
     "Access-Control-Expose-Headers: Retry-After, X-Gollama-Worker, "
     "X-Gollama-Attempts, X-Gollama-Queue-Ms, X-Request-Id, "
@@ -41,7 +41,7 @@ class Router:
         return f"<Router of {len(self._routes)} paths>"
 
     def find(self, request: web.BaseRequest, record: Record) -> Handler:
-        """Find the handler of a request; its route is noted in its record.
+        """Find the handler of a request; its record gets the route.
 
         Raises:
             RequestError: 404 or 405.
@@ -95,7 +95,7 @@ class Router:
         (Fetch standard, 3.2.)  Without them the browser withholds the answer from the
         page.
         """
-        # For caches: the answer depends on which page has asked.
+        # For caches: the answer depends on the origin.
         fields = "Vary: Origin\r\n"
         if self.admits_origin(request):
             origin = request.headers["Origin"]
@@ -109,16 +109,16 @@ class Router:
 
 
 async def _answer_preflight(request: web.BaseRequest, record: Record) -> Response:
-    """Answer a browser that asks what a page may send; no worker is involved."""
+    """Answer a preflight request of a browser; no worker is involved."""
     fields = (
         "Access-Control-Allow-Methods: GET, POST\r\n"
-        # SDKs send headers of their own; the asterisk does not cover the first one,
-        # and older browsers do not know it.
+        # SDKs send further headers; the asterisk does not cover the first one, and
+        # older browsers do not support it.
         "Access-Control-Allow-Headers: Authorization, Content-Type, X-Api-Key, *\r\n"
         "Access-Control-Max-Age: 600\r\n"
     )
     if request.headers.get("Access-Control-Request-Private-Network") == "true":
-        # A public page asks for a hub in a private network (WICG, Private Network
-        # Access); the configured origins are allowed to.
+        # A public page may use a hub in a private network (WICG, Private Network
+        # Access) if its origin is configured.
         fields += "Access-Control-Allow-Private-Network: true\r\n"
     return Response(status=204, fields=fields)

@@ -1,10 +1,10 @@
-"""aiohttp's low-level server, with the edges filed off.
+"""aiohttp's low-level server, with some of its behaviour changed.
 
-Its parser, limits, keep-alive and life cycle are used as they are; what is changed is
-that a request which is no HTTP gets an answer in the hub's own words, and that its
-bytes do not get into a log; that connections are counted; and that a client which does
-not read cannot hold one for ever.  The low-level server has no router, so nobody
-answers `Expect: 100-continue` before authentication.
+Its parser, limits, keep-alive and life cycle are used unchanged.  What differs: invalid
+HTTP is answered with an error of the hub, and its bytes are not logged; connections are
+counted; and a client that does not read cannot hold a connection indefinitely.  The
+low-level server has no router, so `Expect: 100-continue` is not answered before
+authentication.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.tls import Credentials
 from gollama_proxy.edge.connections import Connections
-from gollama_proxy.edge.gate import Gate, Terms, peer
+from gollama_proxy.edge.handshake import TlsConnection, TlsOptions, peer
 from gollama_proxy.edge.response import (
     CLOSE,
     SERVER,
@@ -31,8 +31,8 @@ from gollama_proxy.edge.response import (
 )
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
 
-# Seconds by which the deadline of an answer (`timeouts.write`) comes before that of its
-# connection: the one knows what to do about the worker, and what to log.
+# Seconds by which the limit of a connection exceeds that of an answer
+# (`timeouts.write`), as only the latter stops the worker and sets the outcome.
 _GRACE = 1.0
 
 logger = logging.getLogger(__name__)
@@ -44,17 +44,17 @@ Refused = Callable[[web.BaseRequest, ProxyError], None]
 def require_parser() -> None:
     """Refuse to serve with aiohttp's parser in Python.
 
-    It is slower, more lenient in what it takes for HTTP, and most of aiohttp's
-    advisories about request smuggling were about it alone.
+    It is slower and more lenient, and most of aiohttp's advisories about request
+    smuggling affected only this parser.
 
     Raises:
-        ConfigError: the one in C is missing, or AIOHTTP_NO_EXTENSIONS is set.
+        ConfigError: the parser in C is missing, or AIOHTTP_NO_EXTENSIONS is set.
     """
     parser = http_parser.HttpRequestParser
     if parser is http_parser.HttpRequestParserPy:
         raise ConfigError(
             "aiohttp: runs without its parser in C; must be installed from a wheel, or "
-            "built with a compiler, and AIOHTTP_NO_EXTENSIONS not be set"
+            "built with a compiler, and AIOHTTP_NO_EXTENSIONS must not be set"
         )
 
 
@@ -69,17 +69,17 @@ class Server(web.Server):
         clients: Connections | None = None,
         tls: Credentials | None = None,
     ) -> None:
-        """Make a server; `refused` hears of requests that never get to `handler`.
+        """Make a server, for HTTPS if it gets credentials.
 
-        It speaks HTTPS if it is given credentials.
+        `refused` is called for requests that never reach `handler`.
         """
         super().__init__(handler, handler_cancellation=True)
         self.refused = refused
         self.clients = clients or Connections(config.limits, time.monotonic)
         self.patience = config.timeouts.write + _GRACE
-        self._terms: Terms | None = None
+        self._tls_options: TlsOptions | None = None
         if tls is not None:
-            self._terms = Terms(
+            self._tls_options = TlsOptions(
                 tls,
                 self.clients,
                 self._make,
@@ -91,10 +91,10 @@ class Server(web.Server):
         self._options: dict[str, Any] = {
             "access_log": None,
             "auto_decompress": False,
-            # The only deadline that aiohttp has for a request head is this one.
+            # aiohttp has no other time limit for receiving a request head.
             "keepalive_timeout": config.server.keepalive,
-            # How long to listen to a body that nobody wants (413), so that the client
-            # gets to read the answer before the connection is reset.
+            # How long to receive the rest of a rejected body (413), so that the client
+            # can read the answer before the connection is reset.
             "lingering_time": 2.0,
             "max_line_size": config.limits.head,
             "max_field_size": config.limits.head,
@@ -102,16 +102,18 @@ class Server(web.Server):
 
     def __call__(self) -> Any:
         """Make the protocol of a connection that has just been accepted."""
-        return _Counted(self) if self._terms is None else Gate(self._terms)
+        if self._tls_options is None:
+            return _Counted(self)
+        return TlsConnection(self._tls_options)
 
     def _make(self) -> _Protocol:
         return _Protocol(self)
 
     async def shutdown(self, timeout: float | None = None) -> None:
-        """Hang up on everybody; who is not served yet is not waited for."""
-        if self._terms is not None:
-            for gate in tuple(self._terms.shaking):
-                gate.abort()
+        """Close all connections; unfinished TLS handshakes are aborted."""
+        if self._tls_options is not None:
+            for connection in tuple(self._tls_options.shaking):
+                connection.abort()
         await super().shutdown(timeout)
 
     def options(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ class Server(web.Server):
 
 
 class _Protocol(web.RequestHandler):
-    """One connection, as far as HTTP is concerned."""
+    """The HTTP protocol of one connection."""
 
     __slots__ = ("_deadline", "_patience", "_refused", "_wire")
 
@@ -128,7 +130,7 @@ class _Protocol(web.RequestHandler):
         self._refused = server.refused
         self._patience = server.patience
         self._deadline: asyncio.TimerHandle | None = None
-        # aiohttp lets go of its own reference before all has been sent.
+        # aiohttp drops its own reference before everything has been sent.
         self._wire: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -151,7 +153,7 @@ class _Protocol(web.RequestHandler):
         self._expect_progress(None)
 
     async def start(self) -> None:
-        """Serve, and then give the client some time to take what is left."""
+        """Serve, and then give the client some time to read the rest."""
         try:
             await super().start()
         finally:
@@ -159,30 +161,30 @@ class _Protocol(web.RequestHandler):
                 self._expect_progress(self._patience)
 
     def _expect_progress(self, limit: float | None) -> None:
-        """Hang up after so many seconds, unless there is another call before."""
+        """Close the connection after `limit` seconds unless there is another call."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
         if limit is not None and self._wire is not None:
             self._deadline = self._loop.call_later(limit, self._wire.abort)
 
-    # --- Requests that are none ---------------------------------------------------
+    # --- Invalid requests ---------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Let a body that is framed wrongly fail at once.
+        """Let a body with invalid framing fail at once.
 
-        aiohttp's parser tells it as the next request, and whoever waits for the rest
-        of the body would wait on.
+        aiohttp's parser reports the error as the next request, so that a handler that
+        waits for the rest of the body would keep waiting.
         """
         super().data_received(data)
         request = self._current_request
         if self._messages and request is not None and not request.content.is_eof():
-            text = "malformed chunk"  # the parser's own words quote the body
+            text = "malformed chunk"  # the parser's own message quotes the body
             request.content.set_exception(web.RequestPayloadError(text))
-            self._lingering_time = 0.0  # nothing more is to be had of it
+            self._lingering_time = 0.0  # the rest cannot be parsed
 
     def eof_received(self) -> None:
-        """Take a client that ends its side as gone, whatever it has left unread."""
+        """Treat a client that closes its side as gone, even with unread data."""
         if self.transport is not None and self.transport.get_write_buffer_size():
             self.transport.abort()
 
@@ -193,7 +195,7 @@ class _Protocol(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer what the parser refused, or what went wrong below the handler."""
+        """Answer a request that the parser rejected, or an error below the handler."""
         error: ProxyError
         if isinstance(exc, LineTooLong):
             text = "A line of the request head is too long."
@@ -211,7 +213,7 @@ class _Protocol(web.RequestHandler):
 
 
 class _Counted(_Protocol):
-    """A connection that no gate has counted."""
+    """A connection without TLS, which counts itself."""
 
     __slots__ = ("_address", "_clients")
 

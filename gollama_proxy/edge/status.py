@@ -1,4 +1,4 @@
-"""What machines ask the hub about itself: is it alive, is it ready, its metrics."""
+"""The hub's own status: liveness, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.telemetry.metrics import CONTENT_TYPE, Telemetry
 from gollama_proxy.wire.errors import Code, RequestError
 
-# Metrics name every worker and model, which is more than a user has to know.
+# Metrics name every worker and model, which is more than users should see.
 _MAY_SCRAPE = frozenset({"metrics", "admin"})
 
 
 class Status:
-    """Probes are open and give no detail; metrics want a token with a scope."""
+    """Probes are open and give no details; metrics require a token with a scope."""
 
     def __init__(
         self,
@@ -33,11 +33,11 @@ class Status:
         return f"<Status ready={self._is_ready()}>"
 
     async def live(self, request: web.BaseRequest, record: Record) -> Response:
-        """Answer `GET /livez`: the process answers, whatever the workers do."""
+        """Answer `GET /livez`: the process runs, whatever the state of the workers."""
         return Response(b'{"status":"ok"}')
 
     async def ready(self, request: web.BaseRequest, record: Record) -> Response:
-        """Answer `GET /readyz` and `/health`: 200 if some worker can be used."""
+        """Answer `GET /readyz` and `/health`: 200 if a worker is usable."""
         if self._is_ready():
             return Response(b'{"status":"ok"}')
         return Response(b'{"status":"no worker is ready"}', status=503)

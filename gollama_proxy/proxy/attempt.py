@@ -1,7 +1,7 @@
-"""One attempt: a request as a worker gets it, and why the worker refused it.
+"""One attempt: sends a request to a worker, and reads why the worker refused it.
 
-What an attempt holds (its connection, its lease, the upload of a long body) is given
-back in `exchange.py`, on every path.
+`exchange.py` releases what an attempt holds (connection, lease, upload of a long body)
+on every path.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def request_head(
     content_type: bytes,
     length: int | None,
 ) -> bytes:
-    """Write the head of a request to a worker.
+    """Return the head of a request to a worker.
 
-    `forwarded` are header lines of the client's.  Without a length, the body is sent in
-    chunks, and what follows the head is the first one.
+    `forwarded` are header lines from the client.  Without a length, the body is sent in
+    chunks, of which the first must follow the head.
     """
     origin = worker.origin
     head = b"POST %b%b HTTP/1.1\r\nHost: %b\r\n%b\r\nContent-Type: %b\r\n%b" % (
@@ -74,7 +74,7 @@ def request_head(
 
 
 class Attempt:
-    """Holds the connection of an attempt, and gives it back when it is over."""
+    """Holds the connection of an attempt until it is over."""
 
     __slots__ = ("_clock", "_connection", "_connections", "_sent", "_upload", "_x")
 
@@ -94,9 +94,9 @@ class Attempt:
     async def send(self, data: bytes, *, chunked: bool = False) -> Relay:
         """Send a request, and wait for the first bytes of its answer.
 
-        A used connection that turns out dead before a byte of the answer came costs
-        nothing: llama-server closes its connections without notice, so the request is
-        sent once more on a fresh one (RFC 9112, 9.3.1).
+        A reused connection that dies before the first byte of the answer is no failure:
+        llama-server closes its connections without notice, so the request is sent again
+        on a new one (RFC 9112, 9.3.1).
 
         `data` is the head, and the body as far as it is kept; the rest of a longer one
         follows, in chunks if its length is not known.
@@ -109,7 +109,7 @@ class Attempt:
         x = self._x
         lease, body = x.lease, x.body
         assert lease is not None, x
-        # What streams through cannot be sent twice.
+        # A body that streams through cannot be sent twice.
         connection = self._connections.reuse() if body.replayable else None
         while True:
             if connection is None:
@@ -138,9 +138,9 @@ class Attempt:
                 return relay
 
     async def close(self) -> None:
-        """Give the connection back if its answer has ended well, else close it.
+        """Return the connection to the pool if its answer is complete, else close it.
 
-        To close a connection also cancels the generation.
+        Closing a connection also cancels the generation.
         """
         if self._connection is not None:
             relay = self._x.relay
@@ -166,13 +166,13 @@ class Attempt:
             except ProxyError as exc:
                 relay.fail(exc)
             except ConnectionError:
-                pass  # the client left, and its handler is being cancelled
+                pass  # the client left, and the handler is being cancelled
             else:
                 self._sent = True
                 x.waiting_since = self._clock()
 
         self._sent = False
-        x.waiting_since = math.inf  # the body has limits of its own
+        x.waiting_since = math.inf  # the body has its own limits
         self._upload = spawn(upload(), "upload to a worker")
 
     async def _send_rest(self, connection: Connection, *, chunked: bool) -> None:
@@ -183,7 +183,7 @@ class Attempt:
                 async with asyncio.timeout(limit):
                     await connection.drain()
             except TimeoutError:
-                text = f"Worker {self._x.worker} took nothing within {limit:g} s."
+                text = f"Worker {self._x.worker} read nothing within {limit:g} s."
                 raise WorkerError(Code.WORKER_TIMEOUT, text) from None
         if chunked:
             connection.write(b"0\r\n\r\n")
@@ -203,11 +203,11 @@ _CAUSES = {
 
 
 class Failure(NamedTuple):
-    """An attempt that failed before it gave the client an answer."""
+    """An attempt that failed, and the answer if no other attempt follows."""
 
     cause: Cause
-    answer: Response | ProxyError  # for the client, if no other worker is asked
-    busy: float | None = None  # seconds for which the worker asks to be left alone
+    answer: Response | ProxyError  # for the client, if there is no other attempt
+    busy: float | None = None  # seconds for which the worker wants no requests
     overflow: Overflow | None = None  # the prompt was too long
     lasting: bool = True  # the same request would fail in the same way again
 
@@ -230,21 +230,21 @@ def failure_of_assembly(error: AssemblyError) -> Failure:
     """Describe a stream that cannot be assembled into an answer."""
     if error.error is not None:
         return promote(error.error)
-    text = "The worker's stream cannot be made into an answer."
+    text = "The worker's stream cannot be assembled into an answer."
     answer = WorkerError(Code.WORKER_PROTOCOL, text, detail=str(error))
     lasting = not isinstance(error, LostTextError)
     return Failure(Cause.UNFOLDABLE, answer, lasting=lasting)
 
 
 def failure_of_model(worker: str, model: str) -> Failure:
-    """Describe an answer that comes from a model that was not asked for."""
-    text = f"Worker {worker} does not serve the model {model!r} any more."
+    """Describe an answer from a model other than the requested one."""
+    text = f"Worker {worker} no longer serves the model {model!r}."
     answer = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
     return Failure(Cause.MODEL, answer)
 
 
 async def read_failure(relay: Relay, worker: str) -> Failure:
-    """Read why a worker refuses a request, from its status or its first event."""
+    """Read why a worker refuses a request, from its status or first event."""
     early = relay.early_error()
     if early is not None:
         return promote(early)
@@ -254,7 +254,7 @@ async def read_failure(relay: Relay, worker: str) -> Failure:
         return failure_of(exc)
     status, body = relay.status, relay.held_body() or b""
     if status in (401, 403):
-        text = f"Worker {worker} refuses the key that the hub has for it."
+        text = f"Worker {worker} rejects the hub's API key."
         return Failure(Cause.KEY, WorkerError(Code.WORKER_REFUSED_KEY, text))
     if status == 503:
         text = f"Worker {worker} is loading its model or too busy."
@@ -270,7 +270,7 @@ async def read_failure(relay: Relay, worker: str) -> Failure:
 
 
 def promote(early: EventError) -> Failure:
-    """Give a stream that began with an error the status that it should have had."""
+    """Turn a stream that began with an error into a refusal with a status."""
     code = early.code
     status = code if isinstance(code, int) and 400 <= code < 600 else 502
     refusal = Response(error_body(early.message, early.type, None), status)
@@ -281,9 +281,9 @@ def promote(early: EventError) -> Failure:
 
 
 def _pass_on(relay: Relay, worker: str, body: bytes) -> Response:
-    """Pass a refusal on as it is; one without a reason names the worker.
+    """Pass a refusal on unchanged; one without a reason gets a text.
 
-    llama-server's 413 and 415 are empty, and a proxy before a worker has pages in HTML:
+    llama-server's 413 and 415 are empty, and a proxy in front of a worker sends HTML:
     SDKs read JSON, and users need the reason.
     """
     if body.lstrip().startswith(b"{"):
@@ -294,10 +294,10 @@ def _pass_on(relay: Relay, worker: str, body: bytes) -> Response:
 
 
 def _retry_after(relay: Relay) -> float:
-    """Read how long a busy worker wants to be left alone; 1 s if it does not say.
+    """Read for how long a busy worker wants no requests; 1 s if it sends no time.
 
-    In seconds, or until a date (RFC 9110, 10.2.3), which is read by the worker's own
-    clock where it sends the time; a date in the past counts as 0 s.
+    It is in seconds, or a date (RFC 9110, 10.2.3), which is compared with the worker's
+    own clock if it sends one; a date in the past counts as 0 s.
     """
     given = relay.header(b"retry-after").decode("latin-1")
     if _SECONDS.fullmatch(given):

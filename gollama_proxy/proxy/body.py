@@ -1,9 +1,9 @@
 """Reads a request body within its limits: the fields for routing, the replay window.
 
-A body within the window is kept whole, so that it can be sent again.  Of a larger one
-the window is kept, and the rest streams through `rest()` in constant memory, checked on
-its way.  A compressed body is unpacked as it comes, and all limits are those of what is
-in it.
+A body within the window is kept completely, so that it can be sent again.  Of a larger
+one the window is kept, and the rest streams through `rest()` in constant memory and is
+checked on the way.  A compressed body is decompressed as it arrives; all limits apply
+to the result.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.form import FormScanner, boundary_of, content_type_of
 from gollama_proxy.wire.openai import Endpoint
 
-# A client earns a second of patience with each so many bytes (as mod_reqtimeout does).
+# The time limit grows by a second for each so many bytes (as mod_reqtimeout does).
 LEAST_RATE = 16 << 10
 
 _BOM = b"\xef\xbb\xbf"
 
 _NOTHING: Iterator[bytes] = iter(())
 
-# For each field, the kinds of JSON values that it may have; null means that it is not
-# there.
+# For each field, the kinds of JSON values that are allowed; null counts as absent.
 _ARRAY, _ANYTHING = ("[", "an array"), ("", "")
 _NUMBER = ("0n", "a number")
 _KINDS = {
@@ -45,7 +44,7 @@ _ANSWERS = ("n", "n_cmpl")
 
 
 class Body:
-    """A request body on its way in."""
+    """A request body that is being received."""
 
     def __init__(
         self, request: web.BaseRequest, endpoint: Endpoint, config: Config
@@ -54,27 +53,27 @@ class Body:
         self.length = request.content_length
         self.size = 0
         self.complete = False
-        self.replayable = False  # all of it is kept, to be sent or to be sent again
-        self.untouched = True  # it can still be sent from its beginning, if only once
-        # What the client asks for, as far as the body was read
+        self.replayable = False  # all of it is kept, and can be sent repeatedly
+        self.untouched = True  # it can still be sent from its beginning, at least once
+        # What the client requests, as far as the body has been read
         self.model: str | None = None
         self.stream = False
-        self.fallbacks: tuple[str, ...] = ()  # models that the client names itself
-        self.prompts = 1  # that are in it
-        self.answers = 1  # that the client wants to each of them
+        self.fallbacks: tuple[str, ...] = ()  # models that the client names
+        self.prompts = 1  # how many prompts it contains
+        self.answers = 1  # how many answers to each of them
         self.content_type = b"application/json"  # as a worker gets it
         self._content = request.content
         self._limit = config.limits.body
         self._grace = config.timeouts.body
         self._waited = 0.0
-        self._received = 0  # bytes, as they were sent
-        self._ended = False  # no more will be received
-        self._opening = b""  # what may become a byte order mark
+        self._received = 0  # bytes, before decompression
+        self._ended = False  # everything has been received
+        self._opening = b""  # the possible beginning of a byte order mark
         self._kept: list[bytes] = []
         self._found: dict[str, fields.Field] = {}
         self._scanner: fields.FieldScanner | FormScanner | None = None
         self._unpacker: Unpacker | None = None
-        self._unpacked: Iterator[bytes] = _NOTHING  # what the last piece holds yet
+        self._unpacked: Iterator[bytes] = _NOTHING  # from the last piece received
         if self.length is not None and self.length > self._limit:
             raise self._too_large()
         if endpoint.form:
@@ -86,7 +85,7 @@ class Body:
             coding = coding_of(request.headers.getall("Content-Encoding"))
             if coding:
                 self._unpacker = _unpacker_of(coding)
-                self.length = None  # that of the plain body is not known yet
+                self.length = None  # of the decompressed body, not known yet
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
@@ -95,7 +94,7 @@ class Body:
     # --- The part that is kept ----------------------------------------------------
 
     async def read(self, window: int) -> None:
-        """Read until the body is complete, or so many bytes of it are kept.
+        """Read until the body is complete, or `window` bytes of it are kept.
 
         Raises:
             RequestError: 400, 408 or 413, naming what is wrong with the body.
@@ -120,7 +119,7 @@ class Body:
                 self._take_fallbacks()
 
     def _take_fallbacks(self) -> None:
-        """Take out the field that is for the hub, and not for the worker."""
+        """Remove the field that is for the hub and not for the worker."""
         self.fallbacks, body = fields.take_names(self._whole, "fallbacks")
         self.size = self.length = len(body)
         self._kept = [body]
@@ -128,7 +127,7 @@ class Body:
 
     @property
     def _whole(self) -> bytes:
-        """What was kept, in one piece."""
+        """The kept part in one piece."""
         if len(self._kept) != 1:
             self._kept = [b"".join(self._kept)]
         return self._kept[0]
@@ -153,10 +152,10 @@ class Body:
         return conversations.prefixes(fields.messages_of(self._whole))
 
     def named(self, model: str) -> bytes:
-        """Return what was kept, with the model's name as its worker calls it.
+        """Return the kept part with the name that the worker has for the model.
 
-        Not a byte of anything else changes.  A `model` that has not been reached yet
-        stays as it is: the worker serves only one, or it would have been looked for.
+        No other byte changes.  A `model` beyond the kept part is unchanged: it makes no
+        difference then, as the workers serve only one.
         """
         kept = self._whole
         if self.model is None:
@@ -180,7 +179,7 @@ class Body:
         return None if self.length is None else self.length - self.size + len(body)
 
     def forget(self) -> None:
-        """Let go of what was kept: the answer has begun, nothing is sent again."""
+        """Free the kept part: the answer has begun, so nothing is sent again."""
         if self.replayable:
             self._kept, self._found, self._scanner = [], {}, None
             self.model = None
@@ -188,10 +187,10 @@ class Body:
     # --- The part that streams through --------------------------------------------
 
     async def rest(self) -> AsyncIterator[bytes]:
-        """Yield what follows the kept part, as it comes.
+        """Yield what follows the kept part, as it arrives.
 
         Raises:
-            RequestError: as `read` does; the worker must not see the body end well.
+            RequestError: as in `read`; the body must not end regularly for the worker.
         """
         self.replayable = self.untouched = False
         while not self.complete:
@@ -211,14 +210,14 @@ class Body:
                     return self._take(b"", ended=True)
                 self._unpacked = self._unpacker.feed(await self._receive())
         except CodingError as exc:
-            text = f"The request body is no {self._unpacker.coding}: {exc}."
+            text = f"The request body is not valid {self._unpacker.coding}: {exc}."
             raise RequestError(Code.BAD_REQUEST, text) from None
-        await asyncio.sleep(0)  # others have their turn, however much is packed
+        await asyncio.sleep(0)  # a bomb must not block the event loop
         return self._take(part, ended=False)
 
     async def _receive(self) -> bytes:
-        """Receive the next piece, as it was sent."""
-        if self._content.is_eof():  # what has come already takes no time
+        """Receive the next piece, before decompression."""
+        if self._content.is_eof():  # it has arrived already
             return self._note(self._content.read_nowait())
         patience = self._grace + self._received / LEAST_RATE - self._waited
         loop = asyncio.get_running_loop()
@@ -227,10 +226,10 @@ class Body:
             async with asyncio.timeout(patience):
                 piece = await self._content.readany()
         except TimeoutError:
-            text = "The request body came too slowly."
+            text = "The request body arrived too slowly."
             raise RequestError(Code.BODY_TIMEOUT, text) from None
         except (web.RequestPayloadError, HttpProcessingError) as exc:
-            text = "The request body is not framed as HTTP asks for."
+            text = "The framing of the request body is not valid HTTP."
             raise RequestError(Code.BAD_REQUEST, text, detail=str(exc)) from None
         self._waited += loop.time() - began
         return self._note(piece)
@@ -243,7 +242,7 @@ class Body:
         return piece
 
     def _take(self, piece: bytes, *, ended: bool) -> bytes:
-        """Count a piece and look at it."""
+        """Count a piece and scan it."""
         if not self.size and (self._opening or piece[:1] == _BOM[:1]):
             piece = self._without_bom(piece, ended)
         self.size += len(piece)
@@ -266,7 +265,7 @@ class Body:
         return piece
 
     def _without_bom(self, piece: bytes, ended: bool) -> bytes:
-        """Leave out a byte order mark, which parsers may ignore (RFC 8259, 8.1)."""
+        """Remove a byte order mark, which parsers may ignore (RFC 8259, 8.1)."""
         opening = self._opening + piece
         if len(opening) < len(_BOM) and _BOM.startswith(opening) and not ended:
             self._opening = opening
@@ -281,7 +280,7 @@ class Body:
     # --- Checks -------------------------------------------------------------------
 
     def _read_fields(self) -> None:
-        """Check the types of the fields, and take what the client asks for."""
+        """Check the types of the fields, and store what the client requests."""
         arrays = self.endpoint.arrays
         for name, field in self._found.items():
             kinds, what = _KINDS.get(name) or (_ARRAY if name in arrays else _ANYTHING)
@@ -309,7 +308,7 @@ def _unpacker_of(coding: str) -> Unpacker:
 
 
 def answer_expectation(request: web.BaseRequest) -> None:
-    """Say `100 Continue` to a client that waits for it; to be called when it may go on.
+    """Send `100 Continue` to a client that waits for it before it sends the body.
 
     Raises:
         RequestError: 417, it expects something else (RFC 9110, 10.1.1).
@@ -318,7 +317,7 @@ def answer_expectation(request: web.BaseRequest) -> None:
     if expected is None or request.version < (1, 1):
         return
     if expected.lower() != "100-continue":
-        text = "The only expectation that is met is '100-continue'."
+        text = "The only supported expectation is '100-continue'."
         raise RequestError(Code.EXPECTATION_FAILED, text)
     if request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -1,10 +1,9 @@
-"""What a request is charged: the tokens that workers have read and generated for it.
+"""What a request is charged: the tokens that workers read and generated for it.
 
-Each attempt that has begun to answer adds what it gave, whether that was complete or
-not, and the sum is charged at the end of the request.  The prompt counts once, however
-many workers have read it.  Where a worker has not stated a number of tokens, it is
-estimated: from the events of a stream, or from sizes and what the other prompts of the
-model had.
+Each attempt that began to answer adds its tokens, whether it was complete or not, and
+the sum is charged at the end of the request.  The prompt counts once, however many
+workers read it.  If a worker reports no number of tokens, it is estimated: from the
+events of a stream, or from sizes and the model's earlier prompts.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Charges:
         return f"<Charges to {self._quotas!r}>"
 
     def add(self, x: Exchange, relay: Relay, used: Usage) -> None:
-        """Add an attempt that has begun to answer, with what its worker states."""
+        """Add an attempt that began to answer, with the usage from its worker."""
         endpoint, body = x.endpoint, x.body
         if not endpoint.slot:  # nothing is generated, nor read for that
             return
@@ -55,21 +54,21 @@ class Charges:
         _count(x, prompt, generated or 0)
 
     def add_refused(self, x: Exchange, relay: Relay) -> None:
-        """Add an attempt that ended with an error, if something came before that."""
+        """Add an attempt that ended with an error, if it sent anything before."""
         if relay.is_event_stream and _held_events(x, relay):
             self.add(x, relay, read_tail(x.endpoint.api, relay.held))
 
     def add_unseen(self, x: Exchange, lease: Lease) -> None:
-        """Add an attempt whose client left before a byte of its answer had come.
+        """Add an attempt whose client disconnected before the first byte of the answer.
 
-        Of an answer in one piece nothing can be seen until all of it was generated.  So
-        the time that it has taken counts, at the speed that the worker is known for.
+        An answer in one piece shows nothing until all of it has been generated.  So the
+        elapsed time counts, at the worker's known speed.
         """
         body = x.body
         streams = x.resume is not None or isinstance(x.delivery, Assembly)
         if streams or body.stream or not (x.endpoint.generates and body.complete):
             return
-        if lease.loads:  # how much of the time that took is not known
+        if lease.loads:  # how long that took is not known
             return
         worker = lease.worker
         speed = worker.pace_of(lease.model).speed

@@ -1,4 +1,4 @@
-"""The client's connection as a relay sees it."""
+"""The parts of a client's connection that a relay uses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class Client(NamedTuple):
 
     write: Callable[[bytes], None]
     drain: Callable[[], Awaitable[None]]
-    buffered: Callable[[], int]  # bytes that it has not taken yet
+    buffered: Callable[[], int]  # bytes that wait to be sent
     chunked: bool  # frame each write as a chunk
 
     def send(self, data: bytes) -> None:
-        """Queue bytes that the hub adds; without effect once the client is gone."""
+        """Queue bytes from the hub; without effect once the client has left."""
         if data:
             try:
                 self.write(frame(data) if self.chunked else data)
             except RuntimeError:
-                pass  # uvloop: closed a moment ago
+                pass  # uvloop: it has just been closed
 
 
 def frame(data: bytes) -> bytes:
@@ -34,5 +34,5 @@ class ClientStalledError(Exception):
     """The client did not read for too long."""
 
 
-class ToldError(WorkerError):
-    """A broken answer whose client has the worker's own error event already."""
+class ReportedError(WorkerError):
+    """A broken answer whose client already has the worker's own error event."""

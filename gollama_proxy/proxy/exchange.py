@@ -4,10 +4,10 @@
                                                   ▲                 │
                                                   ╰── recovery.py ◀─╯
 
-It can be followed downward in this file.  `Exchange` (state.py) is all that is known of
-a request; what is rare is in functions below or in other files, which a good request
-does not enter.  Every `await` is a place where the client may leave: the task is
-cancelled there, and what the request holds is given back on the way out.
+This file follows it from top to bottom.  `Exchange` (state.py) has the whole state of a
+request.  Rare cases are in functions at the end or in other files, which an ordinary
+request does not enter.  At every `await` the client may disconnect: the task is
+cancelled there, and what the request holds is released on the way out.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ from gollama_proxy.wire.partial import DivergedError
 
 logger = logging.getLogger(__name__)
 
-# nginx's status for a client that left before it was answered; only logs show it.
+# nginx's status for a client that left before the answer; only logs show it.
 CLIENT_CLOSED = 499
 # Seconds between two lines about losses of one worker.
 LOG_EVERY = 1.0
@@ -117,8 +117,8 @@ class Proxy:
         """Make one.
 
         `routes` are those that no worker answers.  `check_health` checks a worker at
-        once and returns whether it is well; `ended` takes every request when it has its
-        outcome, once.
+        once and returns whether it is healthy; `ended` is called once for each request,
+        when it has its outcome.
         """
         self._config = config
         serve = self._serve_in_time if config.timeouts.request else self._serve
@@ -139,7 +139,7 @@ class Proxy:
         self._rng = random.Random()
         self._limits = Limits(config, clock)
         self._losses = Throttle(clock, LOG_EVERY)
-        self._counting = config.upstream.usage  # whose tokens have to be exact
+        self._counting = config.upstream.usage  # whose tokens must be exact
         self._running: dict[asyncio.Task[object], Exchange] = {}
         self._idle: asyncio.Future[None] | None = None  # done when none is running
         self._draining = False
@@ -179,7 +179,7 @@ class Proxy:
             return await self._finish(x, response)
         except asyncio.CancelledError:
             if self._cutting and not x.begun and x.state is not State.ENDED:
-                task.uncancel()  # the client is still there, and has had nothing yet
+                task.uncancel()  # the client is still there, and has got nothing yet
                 x.keep_alive = False
                 return await self._finish(x, self._fail(x, draining()))
             if x.outcome is None:
@@ -197,13 +197,13 @@ class Proxy:
         """Check the head of a request.
 
         Raises:
-            RequestError: it could be read in two ways, or is too large.
+            RequestError: it can be read in two ways, or is too large.
         """
         request = x.request
         x.id = os.urandom(8).hex()
         x.lines = self._common_lines(x)
-        # A connection ends with a request whose head could be read in two ways: so
-        # could everything that follows.
+        # A connection ends with a request whose head can be read in two ways, as what
+        # follows could be read in two ways, too.
         head = headers.read_head(
             x.method, request.version, request.raw_headers, self._config.limits.head
         )
@@ -214,7 +214,7 @@ class Proxy:
         x.keep_alive = request.keep_alive and not (head.last or self._draining)
 
     def _common_lines(self, x: Exchange) -> str:
-        """Write the header lines that every answer has."""
+        """Return the header lines of every answer."""
         lines = f"Server: {SERVER}\r\nX-Request-Id: {x.id}\r\n"
         if self._router.has_origins:
             lines += self._router.origin_lines(x.request)
@@ -228,18 +228,18 @@ class Proxy:
         return error_response(error, api_of(x.request.raw_path))
 
     def _fail_inside(self, x: Exchange, exc: Exception) -> Response | Sent:
-        """Set the outcome of a request that has met a fault of the hub itself."""
+        """Set the outcome of a request that met a bug in the hub."""
         detail = type(exc).__name__
         error = HubError(Code.INTERNAL, "The hub failed.", detail=detail)
         response = self._fail(x, error)
         if not x.begun:
             return response
-        if x.request.transport is not None:  # nothing may look like a good end
+        if x.request.transport is not None:  # it must not look complete
             x.request.transport.abort()
         return CLOSE
 
     async def _finish(self, x: Exchange, response: Response | Sent) -> Sent:
-        """Write an answer, if that has not been done, and set the outcome."""
+        """Write the answer unless it has been written, and set the outcome."""
         if x.outcome is None:
             x.outcome = Outcome.COMPLETE
         x.state = State.ENDED
@@ -288,9 +288,9 @@ class Proxy:
         """Serve a request that a worker answers.
 
         Raises:
-            ProxyError: what the client gets, if it has had nothing yet.
+            ProxyError: the answer for the client, if nothing has been sent yet.
         """
-        # Before a byte of the body is read, and before the client is asked to send it.
+        # Before a byte of the body is read, and before `100 Continue`.
         config = self._config
         x.caller = caller = self._authenticator.identify(request, x)
         x.endpoint = endpoint = ENDPOINTS[x.route]
@@ -339,7 +339,7 @@ class Proxy:
                 raise
             return self._break_off(x, error)
         except asyncio.CancelledError:
-            # A client that has a part of an answer is notified that it is incomplete.
+            # A client with a part of an answer is notified that it is incomplete.
             if not x.begun or x.client_left:
                 raise
             if deadline is not None and deadline.expired():
@@ -353,7 +353,7 @@ class Proxy:
     # --- One attempt --------------------------------------------------------------
 
     async def _attempt(self, x: Exchange, lease: Lease) -> Response | Sent | Failure:
-        """Have one worker try; after a failure another one may."""
+        """Make one attempt; a `Failure` may be followed by another one."""
         worker, body, model = lease.worker, x.body, x.plan.pool.model
         x.plan.begin(worker)
         x.lease = lease
@@ -400,7 +400,7 @@ class Proxy:
             return await self._relay(x, lease, relay)
         except WorkerError as exc:
             failure = recovery.failure_on(x, worker, exc)
-            if x.state is State.CONNECTING:  # the worker has seen nothing of it
+            if x.state is State.CONNECTING:  # the worker has received nothing
                 failure = failure._replace(cause=Cause.UNREACHABLE)
             return self._failed(x, lease, failure)
         except asyncio.CancelledError:
@@ -415,7 +415,7 @@ class Proxy:
     async def _read_failure(
         self, x: Exchange, lease: Lease, relay: Relay
     ) -> Failure | None:
-        """Read whether an answer is none that can be passed on."""
+        """Return why an answer cannot be passed on, or None."""
         worker = lease.worker
         failure = None
         streams = relay.is_event_stream
@@ -435,14 +435,14 @@ class Proxy:
         return failure
 
     def _names_model(self, x: Exchange, worker: Worker, relay: Relay) -> bool:
-        """Whether an answer's beginning names its model as the worker is known to."""
+        """Whether the beginning of an answer has a known name of the model."""
         held = relay.held
         worker.see_build(build_of(held))
         name = first_model(held)
         return name is None or worker.answer_names.knows(x.model, name)
 
     async def _is_asked_for(self, x: Exchange, worker: Worker, relay: Relay) -> bool:
-        """Whether an answer with a new name comes from the model that was asked for.
+        """Whether an answer with a new name comes from the requested model.
 
         A worker may have been restarted with another model since its last health
         check, so it is checked before the answer is passed on.
@@ -451,7 +451,7 @@ class Proxy:
             try:
                 await relay.whole()
             except WorkerError:
-                return True  # what that means is judged when it is passed on
+                return True  # handled when it is passed on
         name = model_of(relay.held, events=relay.is_event_stream)
         if name is None or worker.answer_names.knows(x.model, name):
             return True
@@ -462,7 +462,7 @@ class Proxy:
     async def _relay(
         self, x: Exchange, lease: Lease, relay: Relay
     ) -> Response | Sent | Failure:
-        """Pass an answer on, from its beginning or from where another one broke off."""
+        """Pass an answer on, from its beginning or where another one broke off."""
         worker, body = lease.worker, x.body
         complete = False
         try:
@@ -490,25 +490,25 @@ class Proxy:
             return self._failed(x, lease, failure_of_assembly(exc))
         except WorkerError as exc:
             return self._failed(x, lease, recovery.broke_off(x, worker, relay, exc))
-        except ProxyError:  # the client's own body was at fault
+        except ProxyError:  # an error in the client's body
             lease.release(Result.REFUSED)
             raise
         except asyncio.CancelledError:
             if not x.client_left:
                 lease.release(Result.HUB_STOPPED)
-            elif relay.complete:  # SDKs hang up as soon as they have read [DONE]
+            elif relay.complete:  # SDKs disconnect as soon as they have read [DONE]
                 x.outcome = Outcome.COMPLETE
                 complete = True
             raise
         finally:
-            if x.fed:  # else it is counted as a whole
+            if x.fed:  # else the whole answer is counted at once
                 x.bytes += relay.bytes
             self._charges.add(x, relay, relay.end.usage)
             if complete:
                 self._complete(x, lease, relay, relay.end.usage)
 
     def _open(self, x: Exchange, relay: Relay) -> Client:
-        """Begin the answer, or continue it; return where the worker's bytes go."""
+        """Begin or continue the answer; return the client for the relay."""
         if x.delivery is None or not relay.is_event_stream:
             x.delivery = Stream(x)
         if x.hides_usage and relay.is_event_stream:
@@ -529,16 +529,16 @@ class Proxy:
         return x.resume.client_of(client, x.model, relay.fail)
 
     def _look_late(self, x: Exchange, worker: Worker, relay: Relay) -> None:
-        """Have a worker checked whose long answer in one piece has a new name.
+        """Check a worker whose long answer in one piece has a new model name.
 
-        Such an answer names its model at its end, when it has been passed on.
+        The name comes at the end of such an answer, when it has been passed on.
         """
         name = first_model(relay.tail)
         if name is not None and not worker.answer_names.knows(x.model, name):
             worker.suspect()
 
     def _complete(self, x: Exchange, lease: Lease, relay: Relay, used: Usage) -> None:
-        """Give back the slot of an answer that is complete, with what it shows."""
+        """Release the lease of a complete answer, and learn from it."""
         if relay.is_event_stream and relay.opened_at is not None:
             lease.seconds = lease.heard_at - relay.opened_at
             tokens = used.generated or relay.events
@@ -554,7 +554,7 @@ class Proxy:
     # --- After a failure ----------------------------------------------------------
 
     def _failed(self, x: Exchange, lease: Lease, failure: Failure) -> Failure:
-        """Give back the slot of an attempt that failed."""
+        """Release the lease of a failed attempt."""
         worker, model = lease.worker, lease.model
         if failure.overflow is not None:
             worker.learn_context(model, failure.overflow.context)
@@ -569,10 +569,10 @@ class Proxy:
     async def _recover(
         self, x: Exchange, worker: Worker, failure: Failure
     ) -> Response | Sent | None:
-        """Decide what follows a failed attempt; None is another one.
+        """Decide what follows a failed attempt; None: another one.
 
         Raises:
-            ProxyError: nothing, and the client has had nothing yet.
+            ProxyError: no other attempt follows, and nothing has been sent yet.
         """
         x.enter(State.BROKEN)
         self._log_loss(worker, failure)
@@ -589,7 +589,7 @@ class Proxy:
                 await asyncio.sleep(pause)
         elif not (failure.rule.elsewhere and x.resume and x.plan.some_left):
             return recovery.give_up(x)
-        # Else it waits for a worker, as for a slot.
+        # Otherwise it waits for a worker, as for a slot.
         if x.resume is not None:
             x.enter(State.RESUMING)
         return None
@@ -612,10 +612,10 @@ class Proxy:
     # --- What few requests need ---------------------------------------------------
 
     def _take_quota(self, x: Exchange, caller: Principal) -> None:
-        """Count a request of a caller who has a quota.
+        """Count a request of a caller with a quota.
 
         Raises:
-            RequestError: 429, it is used up.
+            RequestError: 429, the quota is used up.
         """
         if caller.tpm is not None and self._counting == "limited":
             x.counted = True
@@ -626,7 +626,7 @@ class Proxy:
             raise usage_left.error()
 
     async def _look_further(self, x: Exchange) -> None:
-        """Read on until `model` comes, unless it makes no difference."""
+        """Read on until `model` arrives, unless it makes no difference."""
         if self._registry.only_model() and x.caller.models is None:
             return
         window = self._config.limits.model_window
@@ -634,7 +634,7 @@ class Proxy:
         if x.body.model is None and not x.body.complete:
             text = (
                 f"`model` was not among the first {window} bytes of the body; "
-                "put it in front of what is long."
+                "put it before long fields."
             )
             raise RequestError(Code.MODEL_MISSING, text, param="model")
 
@@ -642,7 +642,7 @@ class Proxy:
         """Wait for a slot; a client that streams is notified of its place.
 
         Raises:
-            NoWorkerError: there is no worker to wait for, or the wait was too long.
+            NoWorkerError: no worker is expected, or the wait was too long.
         """
 
         async def notify(place: Place) -> None:
@@ -663,7 +663,7 @@ class Proxy:
     async def drain(self, limit: float) -> None:
         """Wait for running requests, at most `limit` seconds; then cut the rest.
 
-        New requests on connections that are open already are refused from now on.
+        New requests on open connections are refused from now on.
         """
         self._draining = True
         try:
@@ -682,7 +682,7 @@ class Proxy:
             await asyncio.wait([self._idle])
 
     def cut(self) -> None:
-        """Cancel every running request; clients are notified where that is possible."""
+        """Cancel every running request; clients are notified if possible."""
         self._cutting = True
         for task in self._running:
             task.cancel()
@@ -692,7 +692,7 @@ _UNSEEN = frozenset({State.CONNECTING, State.WAITING})
 
 
 def draining() -> HubError:
-    """Make the error of a request that comes when the hub is about to end."""
+    """Make the error of a request that arrives while the hub shuts down."""
     return HubError(Code.DRAINING, "The hub is shutting down.", retry_after=RETRY_AFTER)
 
 

@@ -1,7 +1,7 @@
 """Why an attempt on a worker failed, and everything that follows from it.
 
-`rule_of` is the one table: for each cause, what the client sees if nothing helps, where
-the request may be tried again and at whose cost, and what it says about the worker.
+`rule_of` is the one table: for each cause, the error for the client if all attempts
+fail, where the request may be retried and at what cost, and the result for the worker.
 
     cause          another worker     the same one, once more     blamed on the worker
     ───────────    ───────────────    ────────────────────────    ────────────────────
@@ -9,7 +9,7 @@ the request may be tried again and at whose cost, and what it says about the wor
     LOADING        at once, free      after its Retry-After       no: busy
     BUSY           at once            after its Retry-After       no: busy
     LOST           at once            after a short pause         yes
-    STATUS (5xx)   at once            after a short pause         if another did better
+    STATUS (5xx)   at once            after a short pause         if another succeeds
     SLOW, SILENT   at once            no: it would be as slow     as hung, as failed
     MALFORMED      at once            no                          yes
     KEY            at once            no                          yes
@@ -45,8 +45,8 @@ class Cause(enum.Enum):
     SLOW = "another worker is likely to be faster"
     SILENT = "nothing came within the time limit"
     MALFORMED = "the answer is not valid HTTP"
-    KEY = "the worker refuses the hub's key"
-    MODEL = "the worker serves another model by now"
+    KEY = "the worker rejects the hub's key"
+    MODEL = "the worker serves another model now"
     CONTEXT = "the prompt is too long for the worker"
     UNFOLDABLE = "the stream cannot be assembled into an answer"
     DIVERGED = "another worker does not continue the same answer"
@@ -54,29 +54,29 @@ class Cause(enum.Enum):
 
 
 class Again(enum.Enum):
-    """Whether the only worker of a pool gets the request once more."""
+    """Whether the only worker of a pool gets the request again."""
 
     NO = "no"
     PAUSE = "after a short pause"
-    ASKED = "after the time that it asks for, if that is short"
+    ASKED = "after the time in its Retry-After, if that is short"
     AS_SENT = "at once, with the request as the client wrote it"
 
 
 class Rule(NamedTuple):
-    """What follows from one cause."""
+    """The consequences of one cause."""
 
-    code: Code  # what the client gets, where no answer of a worker is passed on
+    code: Code  # for the client, if no answer of a worker is passed on
     result: Result  # for the worker's breaker
-    elsewhere: bool = True  # another worker may do better
+    elsewhere: bool = True  # another worker may succeed
     again: Again = Again.NO
-    free: bool = False  # costs nothing of the retry budget
+    free: bool = False  # takes nothing from the retry budget
     declined: bool = False  # the worker did not take the request
     begun: bool = False  # the worker may have begun to work on it
-    hung: bool = False  # the worker has stopped in the middle of its work
+    hung: bool = False  # the worker stopped in the middle of its work
 
 
 def rule_of(cause: Cause) -> Rule:
-    """Look a cause up; a new cause without a row does not pass the type check."""
+    """Return the rule of a cause; a cause without one fails the type check."""
     match cause:
         case Cause.UNREACHABLE:
             return _UNREACHABLE

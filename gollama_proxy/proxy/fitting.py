@@ -1,6 +1,6 @@
-"""Sends a prompt only where it fits.
+"""Sends a prompt only to workers whose context is large enough.
 
-Ordinary requests are far below every limit, and cost a comparison.  Those near one are
+Most requests are far below every limit and cost one comparison.  Those near a limit are
 counted once for each model, by one of its workers; see scheduling/context.py.
 """
 
@@ -15,12 +15,12 @@ from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.scheduling.context import Prompts
 from gollama_proxy.wire.openai import Api
 
-# Asks a worker for the tokens of a body, for a path and a model; None: it cannot count.
+# Counts the tokens of a body on a worker, for a path and a model; None: it cannot.
 Count = Callable[[Worker, str, str, bytes], Awaitable[int | None]]
 
 
 class Fitting:
-    """Compares prompts with contexts."""
+    """Compares prompts with context sizes."""
 
     def __init__(self, registry: Registry, count: Count) -> None:
         self._registry = registry
@@ -31,16 +31,16 @@ class Fitting:
         return f"<Fitting {self._prompts!r}>"
 
     def learn(self, x: Exchange, tokens: int) -> None:
-        """Learn how many tokens a prompt had, from its answer."""
+        """Learn the number of tokens of a prompt from its answer."""
         if x.endpoint.prompt_has_size:
             self._prompts.learn(x.model, x.body.size, tokens)
 
     def likely_tokens(self, model: str, size: int) -> int:
-        """Estimate the tokens of a text of so many bytes."""
+        """Estimate the tokens of a text of `size` bytes."""
         return self._prompts.likely_tokens(model, size)
 
     def estimate(self, x: Exchange) -> int:
-        """Estimate the tokens of a prompt that a worker has read without a count."""
+        """Estimate the tokens of a prompt whose worker reported no count."""
         if x.endpoint.form:
             return 0
         pool, body = x.plan.pool, x.body
@@ -50,18 +50,18 @@ class Fitting:
         return min(tokens, _largest_context(pool) or tokens)
 
     def is_certain(self, x: Exchange) -> bool:
-        """Whether a prompt surely fits its first model, so that `check` is no use."""
+        """Whether a prompt certainly fits, so that `check` is not needed."""
         return not x.endpoint.prompt_has_size or (
             x.plan.single and self._surely_fits(x, x.plan.pool)
         )
 
     async def check(self, x: Exchange) -> None:
-        """Find out where a prompt fits, and limit the plan to that.
+        """Find out where a prompt fits, and limit the plan to these workers.
 
-        To be called before each attempt: another model may be next.
+        Call this before each attempt: the next one may be for another model.
 
         Raises:
-            RequestError: 400, it fits nowhere, and no worker has been asked yet.
+            RequestError: 400, it fits nowhere, and no attempt has been made yet.
         """
         plan = x.plan
         pools = plan.pools
@@ -69,7 +69,7 @@ class Fitting:
             if self._surely_fits(x, pool):
                 if len(pools) == 1 or _is_served(pool):
                     return
-                continue  # it will be the next one's
+                continue  # no worker serves it now; another model is next
             await self._judge(x, pool)
             if plan.fitting(pool):
                 return
@@ -88,7 +88,7 @@ class Fitting:
         return self._prompts.most_tokens(pool.model, size) < least
 
     async def _judge(self, x: Exchange, pool: Pool) -> None:
-        """Find out how many tokens the prompt has for a model, unless that is known."""
+        """Count the tokens of the prompt for a model, unless that is known."""
         model, needs = pool.model, x.plan.needs
         if model in needs:
             return
@@ -107,9 +107,10 @@ class Fitting:
             self._prompts.learn(model, x.body.size, tokens)
 
     def _guess(self, x: Exchange, pool: Pool) -> int:
-        """Guess at the tokens of a body of which only the beginning is here.
+        """Estimate the tokens of a body of which only the beginning has arrived.
 
-        What would fit nowhere as text is taken for something else, such as pictures.
+        A body that would fit nowhere as text is assumed to contain something else, such
+        as images.
         """
         size = x.body.length or x.body.size
         tokens = self._prompts.likely_tokens(pool.model, size)

@@ -1,30 +1,30 @@
-"""The plan of a request: which worker may try it next, and after how long.
+"""The plan of a request: which worker gets the next attempt, and after which pause.
 
-Until a byte of an answer has reached the client, a failed attempt can be made up for by
-another worker; `failures.py` has a row for each cause.  A retry is paid from a budget
-that all requests share, so that an outage does not multiply the load.  Another worker
-comes before the same one again.
+Until a byte of an answer has reached the client, another worker can make up for a
+failed attempt; `failures.py` has a row for each cause.  A retry is taken from a budget
+that all requests share, so that an outage does not multiply the load.  Other workers
+come before the same one again.
 
-A request that was refused unread has cost its worker nothing, so the retry is free; a
-worker that could not be reached uses up none of the attempts.  A 500 may be the
-request's own fault (llama-server answers so to bad UTF-8, and to an image for a text
-model): no worker is blamed for it until another one did better, and when two workers
-answer the same, it is believed, and only the fallbacks are left to try.
+A request that was refused unread cost its worker nothing, so the retry is free; a
+worker that could not be reached uses up no attempt.  A 500 may be the request's own
+fault (llama-server sends it for bad UTF-8, and for an image to a text model): no worker
+is blamed for it until another one succeeds, and when two workers send it, it is
+believed, and only the fallbacks are tried.
 
-When the attempts are used up, or no worker of a pool is available, the model's
-*fallbacks* come, each with attempts of its own, which are not paid for.  A pool whose
-workers are all busy counts as one without workers.  After CONTEXT, a worker or a
-fallback whose context is not known may be tried, behind those that have a larger one.
+When the attempts are used up, or no worker of a pool is available, the *fallbacks* of
+the model follow, each with its own attempts, which are free.  A pool whose workers are
+all busy counts as one without workers.  After CONTEXT, workers and fallbacks with an
+unknown context may be tried, after those with a larger one.
 
-An answer that broke off in its middle (`resume`) continues on
+A broken answer (`resume`) continues on
 
     1. workers of the same model that have not failed this answer,
-    2. the other models: the one that was asked for, its fallbacks,
+    2. the other models: the requested one, its fallbacks,
     3. workers that have failed it already and have not stalled,
     4. the last one, once more.
 
-Each of these uses up one of the continuations, unless the worker refuses what it is
-asked for and is asked for something else (`repeat`).
+Each of these uses up one continuation, unless the worker refuses the request and gets
+another one (`repeat`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from gollama_proxy.wire.errors import RequestError
 from gollama_proxy.wire.overflow import Overflow
 
 PAUSE = (0.05, 0.15)  # seconds, between two attempts on the same worker
-_BELIEVED = 2  # so many workers that say the same
+_BELIEVED = 2  # workers with the same 5xx, after which the request is at fault
 
 
 class Plan:
@@ -87,17 +87,17 @@ class Plan:
         continuations: int = 0,
         once: bool = False,
     ) -> None:
-        """Begin; there may be so many `continuations` of an answer that broke off.
+        """Begin; `continuations` limits those of a broken answer.
 
-        With `once`, what a worker may have begun is not tried again.
+        With `once`, a request that a worker may have begun is not retried.
         """
-        self.ask = Ask(pools[0].model)  # what is known of the request
-        self.begun = False  # somebody has been asked, of this pool or of another
+        self.ask = Ask(pools[0].model)  # what the policies need
+        self.begun = False  # there has been an attempt, on any pool
         self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
-        self.as_sent = False  # a stream in place of an answer has been of no use
+        self.as_sent = False  # send the request as the client wrote it
         self._pools = tuple(pools)
         self._place = 0
-        self.pool = pools[0]  # whose turn it is
+        self.pool = pools[0]  # the current one
         self.single = len(pools) == 1  # without a fallback
         self._tried: list[list[Worker]] = [[]] if self.single else [[] for _ in pools]
         self._limits = limits
@@ -106,15 +106,15 @@ class Plan:
         self._continuations = continuations
         self.once = once
         self._resuming = False
-        self._free = False  # nothing is paid for any more
+        self._free = False  # retries no longer cost anything
         self._last: Worker | None = None  # the worker of the last attempt
         self._unreached = 0  # attempts on this pool that cost nothing
         self._declined: list[Worker] = []  # workers that did not take the request
-        self._stalled: list[Worker] = []  # workers that fell silent
-        self._suspects: list[Worker] = []  # of a 5xx that may be the request's fault
+        self._stalled: list[Worker] = []  # workers that stopped sending
+        self._suspects: list[Worker] = []  # sent a 5xx; the request may be at fault
         self._least_context = 0  # a worker must have more than this
-        self._again = False  # the last worker may have another attempt,
-        self._repeat = False  # or even has to be the one
+        self._again = False  # the last worker may get another attempt,
+        self._repeat = False  # or must get it
         budget.deposit()
 
     @classmethod
@@ -126,7 +126,7 @@ class Plan:
         budget: RetryBudget,
         rng: random.Random,
     ) -> Plan:
-        """Plan a request on a path, as the settings have it."""
+        """Plan a request on a path, according to the settings."""
         rescue = config.rescue
         continuations = rescue.attempts if rescue.enabled else 0
         once = path in config.retry.once
@@ -138,7 +138,7 @@ class Plan:
         pool, tried, limit = self.pool.model, len(self.tried), self._limits.attempts
         return f"<Plan {tried} of {limit} on {pool!r}>"
 
-    # --- Who ----------------------------------------------------------------------
+    # --- Which worker -------------------------------------------------------------
 
     @property
     def tried(self) -> list[Worker]:
@@ -146,14 +146,14 @@ class Plan:
         return self._tried[self._place]
 
     def candidates(self) -> list[Worker]:
-        """Choose who may take the next attempt: those that have not had one.
+        """Return the workers for the next attempt: those that have not had one.
 
-        Where all have, it is the last one's, once more, if `retry_after` has said so.
-        Where nobody is there, it is the next fallback's.  An answer that broke off goes
-        to the fallbacks first, and then to those that have failed it before.
+        If all have had one, the last one may follow again, if `retry_after` allowed it.
+        If none is available, the next fallback follows.  A broken answer goes to the
+        fallbacks first, and then to workers that have failed it before.
         """
         if not (self.begun or self.needs) and (available := self.pool.available):
-            return available  # for the first attempt, as usual
+            return available  # the common case
         if self._resuming and not self.some_left:
             return []
         last = [w for w in self.fitting(self.pool) if w is self._last and self._again]
@@ -169,7 +169,7 @@ class Plan:
         return self._go_back() or last
 
     def has_other(self) -> bool:
-        """Tell whether somebody is left to take over, and may."""
+        """Whether another worker is free to take over, and may."""
         if self.once or (self._resuming and not self.some_left):
             return False
         paid = self._free or self._budget.suffices
@@ -181,7 +181,7 @@ class Plan:
         return any(worker.free > 0 for worker in others)
 
     def begin(self, worker: Worker) -> None:
-        """Note who has got the attempt."""
+        """Record the worker of an attempt."""
         self.tried.append(worker)
         self._last = worker
         self.begun = True
@@ -190,15 +190,15 @@ class Plan:
             self._continuations -= 1
 
     def _untried(self, place: int) -> list[Worker]:
-        """List the workers of a pool that may be asked and have not been."""
+        """Return the suitable workers of a pool that have not had an attempt."""
         tried = self._tried[place]
         return [w for w in self.fitting(self._pools[place]) if w not in tried]
 
     def _failed(self) -> dict[int, list[Worker]]:
-        """List who may go on with an answer that they have failed before, by pool.
+        """Return workers that may continue an answer that they failed before, by pool.
 
-        They may have been started anew; but a worker that has stalled would stall
-        again, and the last one is asked again only if `retry_after` says so.
+        They may have been restarted.  But a worker that stalled would stall again, and
+        the last one follows only if `retry_after` allowed it.
         """
         barred = [*self._stalled, self._last]
         some = {
@@ -209,23 +209,23 @@ class Plan:
 
     @property
     def some_left(self) -> bool:
-        """Whether there may be another attempt on this pool, if there is somebody."""
+        """Whether another attempt on this pool is allowed, if a worker is available."""
         if self._resuming:
             return self._continuations > 0
         return len(self.tried) - self._unreached < self._limits.attempts
 
     @property
     def pools(self) -> list[Pool]:
-        """The pools that are left: this one, and those that may come behind it."""
+        """The current pool, and those that may follow it."""
         if len(self._pools) == 1:
             return [self.pool]
         return [self.pool, *(self._pools[place] for place in self._fallbacks())]
 
     def fitting(self, pool: Pool) -> list[Worker]:
-        """List who can be asked and has enough context, as far as is known.
+        """Return the usable workers with enough context, as far as is known.
 
-        Once a worker has refused the prompt, those that are known to have more context
-        go before those of which nothing is known.
+        After a worker refused the prompt, workers with a known larger context come
+        before those with an unknown one.
         """
         if not (self._least_context or self.needs):
             return pool.able
@@ -252,9 +252,9 @@ class Plan:
     def too_long(
         self, refusal: Overflow | None = None, *, native: bool = False
     ) -> RequestError | None:
-        """Make the error of a prompt for which no worker has enough context.
+        """Make the error of a prompt that is too long for every worker.
 
-        None if nothing is known of any context, and no worker has refused.
+        None if no context is known, and no worker has refused.
         """
         counted = next(iter(self.needs.values()), 0)
         return too_long(self._pools, counted, refusal, native=native)
@@ -266,8 +266,8 @@ class Plan:
     def can_wait(self, seconds: float) -> bool:
         """Return whether a worker may become available within so many seconds.
 
-        An answer that broke off waits for any worker: one that was killed is often
-        restarted.  Otherwise only workers that are busy are expected back.
+        A broken answer waits for any worker, as a killed one is often restarted.  Other
+        requests wait only for busy workers.
         """
         if self._resuming:
             return self.some_left
@@ -283,16 +283,16 @@ class Plan:
         return min((wait for wait in waits if wait > 0), default=math.inf)
 
     def _fallbacks(self) -> list[int]:
-        """List the places of the pools that may be turned to next.
+        """Return the places of the pools that may follow.
 
-        An answer that broke off may also go back to the model that was asked for.
+        A broken answer may also return to the requested model.
         """
         if not self._resuming:
             return list(range(self._place + 1, len(self._pools)))
         return [n for n in range(len(self._pools)) if n != self._place]
 
     def _fall_back(self) -> bool:
-        """Move on to the next fallback that has somebody; False if none has."""
+        """Move on to the next fallback with a worker; False if there is none."""
         for place in self._fallbacks():
             if self._untried(place):
                 self._turn_to(place)
@@ -301,7 +301,7 @@ class Plan:
         return False
 
     def _go_back(self) -> list[Worker]:
-        """Let those go on with an answer that broke off who have failed it before."""
+        """Return workers that may continue a broken answer that they failed before."""
         failed = self._failed() if self._resuming else {}
         if failed:
             self._turn_to(min(failed))
@@ -315,12 +315,12 @@ class Plan:
             self._suspects.clear()
             self._unreached = 0
 
-    # --- Whether ------------------------------------------------------------------
+    # --- Whether to retry ---------------------------------------------------------
 
     def retry_after(self, cause: Cause, asked: float | None = None) -> float | None:
         """Decide on another attempt: the pause before it in seconds, None for none.
 
-        `asked` is the time for which a busy worker has asked to be left alone.
+        `asked` is the time for which a busy worker wants no requests.
         """
         rule = rule_of(cause)
         if not rule.elsewhere or (self.once and rule.begun):
@@ -329,7 +329,7 @@ class Plan:
             return None
         if rule.again is Again.AS_SENT:
             self.as_sent = self._again = self._repeat = True
-            self.tried.pop()  # it is the same attempt
+            self.tried.pop()  # this counts as the same attempt
             return 0.0
         if self._note(cause, self.tried[-1]):
             return 0.0 if self._fall_back() else None
@@ -342,7 +342,7 @@ class Plan:
         return 0.0 if self._fall_back() else None
 
     def _note(self, cause: Cause, worker: Worker) -> bool:
-        """Note how a worker has failed; return whether its 5xx is believed by now."""
+        """Record how a worker failed; return whether its 5xx is believed."""
         rule = rule_of(cause)
         if rule.hung:
             self._stalled.append(worker)
@@ -364,19 +364,19 @@ class Plan:
         if again is Again.PAUSE:
             pause = self._rng.uniform(*PAUSE)
         elif again is Again.ASKED and (asked or 0.0) <= self._limits.patience:
-            # A little longer: no retry is early, and not all come at once.
+            # A little longer, so that no retry is early and not all come at once.
             pause = None if asked is None else asked + self._rng.uniform(*PAUSE)
         self._again = pause is not None
         return pause
 
-    # --- Answers that broke off ---------------------------------------------------
+    # --- Broken answers -----------------------------------------------------------
 
     def resume(self) -> None:
-        """Go on: the last worker's answer has broken off in its middle.
+        """Plan the continuation of an answer that the last worker broke off.
 
-        What follows is not paid for.  Each of these attempts saves what was generated
-        so far, and there is one for each answer that was lost, not for each request.
-        Workers that did not take the request have not failed the answer.
+        The following attempts are free: each saves what was generated so far, and there
+        is one for each lost answer, not for each request.  A worker that did not take
+        the request has not failed the answer.
         """
         last = self.tried[-1]
         passed = [*self._declined, last]
@@ -387,13 +387,13 @@ class Plan:
         self._free = self._resuming = True
 
     def repeat(self) -> None:
-        """Have the last worker asked for something else, in the same attempt.
+        """Let the last worker have another request, in the same attempt.
 
-        It has refused to go on with an answer, or not proved that it does.
+        It refused to continue an answer, or did not prove that it does.
         """
         self._continuations += 1
         self._again = self._repeat = True
 
     def succeeded(self) -> list[Worker]:
-        """Name those whose 5xx another worker has shown to be their own fault."""
+        """Return the workers whose 5xx is their own fault: another one succeeded."""
         return [worker for worker in self._suspects if worker is not self.tried[-1]]

@@ -1,6 +1,6 @@
-"""What is done about an attempt that failed: again, elsewhere, continued, or given up.
+"""What follows a failed attempt: a retry, another worker, a continuation, or the end.
 
-A request whose first attempt is good never gets here.
+A request whose first attempt succeeds never gets here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from gollama_proxy.edge.response import Response, Sent
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.attempt import Failure, failure_of, failure_of_assembly
-from gollama_proxy.proxy.client import ToldError
+from gollama_proxy.proxy.client import ReportedError
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly, Stream, in_shape_of
@@ -25,17 +25,17 @@ from gollama_proxy.wire.openai import Api
 
 
 def failure_on(x: Exchange, worker: Worker, error: WorkerError) -> Failure:
-    """Describe an attempt that a worker has ended with an error."""
+    """Describe an attempt that ended with an error of the worker."""
     incomplete = error.code is Code.WORKER_INCOMPLETE
     assembling = isinstance(x.delivery, Assembly) and x.resume is None
     if assembling and incomplete and not worker.is_llama_server:
-        # It may be a server that does not mark the end of a stream.
+        # This server may not mark the end of a stream at all.
         return failure_of_assembly(UnfoldableError("the stream has no end"))
     return failure_of(error)
 
 
 def broke_off(x: Exchange, worker: Worker, relay: Relay, error: WorkerError) -> Failure:
-    """Take note that an answer broke off; see whether it can continue elsewhere."""
+    """Record that an answer broke off; prepare to continue it if possible."""
     failure = failure_on(x, worker, error)
     if failure.cause is not Cause.UNFOLDABLE:
         _prepare_to_resume(x, relay, error)
@@ -52,7 +52,7 @@ def _prepare_to_resume(x: Exchange, relay: Relay, error: WorkerError) -> None:
             if not _is_worthwhile(x, x.resume):
                 x.resume = None
         return
-    if not x.sent or isinstance(error, ToldError):
+    if not x.sent or isinstance(error, ReportedError):
         return
     model, relayed = x.plan.pool.model, relay.relayed()
     if relayed is not None and isinstance(x.delivery, Stream):
@@ -65,10 +65,10 @@ def _prepare_to_resume(x: Exchange, relay: Relay, error: WorkerError) -> None:
 
 
 def _is_worthwhile(x: Exchange, resume: Resume) -> bool:
-    """Whether what there is of an answer is of use.
+    """Whether the existing part of an answer is of use.
 
-    A client that has nothing of it may as well get another one, so there is no need to
-    have the same one generated again.
+    A client that has received nothing may as well get another answer, so the same one
+    need not be generated again.
     """
     return x.fed or resume.exhausted or resume.can_continue
 
@@ -92,7 +92,7 @@ def pause_before_next(
         cause = rewriter.doubt(x, cause, lasting=failure.lasting)
     elif x.resume is not None and cause in _MAY_BE_OF_RESUMING:
         if _ask_for_all(x):
-            # Not every server lets a client begin an answer for it.
+            # Not every server can continue a given answer.
             x.plan.repeat()
             return 0.0
         # Another worker has taken this request, so it is not the request's fault.
@@ -104,11 +104,11 @@ _MAY_BE_OF_RESUMING = frozenset({Cause.REFUSED, Cause.DIVERGED, Cause.STATUS})
 
 
 def _ask_for_all(x: Exchange) -> bool:
-    """Have the last worker begin anew; False if it has done so."""
+    """Let the last worker start over; False if it has done so already."""
     assert x.resume is not None, x
     if x.fed:
         return x.resume.ask_for_all()
-    x.resume = None  # it need not even be the same answer
+    x.resume = None  # it may even be another answer
     return True
 
 
@@ -116,13 +116,13 @@ def _ask_for_all(x: Exchange) -> bool:
 
 
 def give_up(x: Exchange) -> Response | Sent:
-    """Give the client what no worker could make up for.
+    """Return the last failure to the client, as no worker can help.
 
     Raises:
-        ProxyError: that is one, or the client has a part of an answer already.
+        ProxyError: it is an error of the hub, or a part of an answer has been sent.
     """
     if x.lost is not None and (x.fed or x.resume is not None):
-        raise x.lost  # a refusal to continue is nothing that the client asked for
+        raise x.lost  # the client did not request the continuation that was refused
     failure = x.failure
     assert failure is not None, x
     if failure.overflow is not None:
@@ -139,7 +139,7 @@ def give_up(x: Exchange) -> Response | Sent:
 
 
 def settle_blame(x: Exchange, worker: Worker) -> None:
-    """Blame workers for their 5xx, now that another one did better."""
+    """Blame workers for their 5xx, now that another one has succeeded."""
     model = x.plan.pool.model
     for culprit in x.plan.succeeded():
         culprit.breaker_of(model).record(Verdict.FAILURE)

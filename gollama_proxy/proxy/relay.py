@@ -18,12 +18,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from gollama_proxy.edge.gate import WRITE_BUFFER
+from gollama_proxy.edge.handshake import WRITE_BUFFER
 from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.proxy.client import (
     Client,
     ClientStalledError,
-    ToldError,
+    ReportedError,
     frame,
 )
 from gollama_proxy.upstream.connection import Connection
@@ -303,7 +303,7 @@ class Relay:
         whole = not rest or (self._ending is Ending.DONE and sse.DONE.startswith(rest))
         if end.failed:  # whatever follows
             text = "The worker ended the answer with an error."
-            raise ToldError(Code.WORKER_INCOMPLETE, text)
+            raise ReportedError(Code.WORKER_INCOMPLETE, text)
         if not (whole and end.complete):
             raise self._error or self._incomplete()
         if self._ending is Ending.DONE and (rest or not end.done):

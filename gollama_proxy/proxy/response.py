@@ -1,10 +1,10 @@
-"""The client's side of an answer: it begins once and ends once, whatever gives it.
+"""The client's side of an answer: it begins once and ends once, from any workers.
 
-A `Stream` passes on what comes; its status is out with its first byte.  An `Assembly`
-is put together in memory from the stream of a worker, and the client has nothing before
-it is complete.  llama-server notices at once that the client of a stream has left, and
-frees its slot; of a request that does not stream it may never notice while other slots
-are busy (`server_response::recv_with_timeout`).
+A `Stream` passes bytes on as they arrive; its status is sent with the first one.  An
+`Assembly` is built in memory from the stream of a worker, and the client gets nothing
+before it is complete.  llama-server notices at once that the client of a stream has
+disconnected, and frees the slot; without streaming it may never notice while other
+slots are busy (`server_response::recv_with_timeout`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gollama_proxy.edge.response import CLOSE, KEEP, Response, Sent, head
-from gollama_proxy.proxy.client import Client, ToldError
+from gollama_proxy.proxy.client import Client, ReportedError
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.wire import headers, shapes, sse
@@ -32,17 +32,17 @@ _EVENTS = "Content-Type: text/event-stream\r\n"
 
 
 class Filter(Protocol):
-    """Changes a body on its way, in whatever pieces it comes."""
+    """Changes a body as it passes through, however it is split."""
 
     def feed(self, data: bytes) -> bytes:
-        """Take a piece; return what is decided by now."""
+        """Take a piece; return the output that is certain so far."""
 
     def finish(self) -> bytes:
-        """Return what was held back until more is known."""
+        """Return the output that was held back."""
 
 
 class Stream:
-    """An answer that is passed on as it comes."""
+    """An answer that is passed on as it arrives."""
 
     __slots__ = (
         "_client",
@@ -61,37 +61,37 @@ class Stream:
     _transport: asyncio.Transport
 
     def __init__(self, x: Exchange) -> None:
-        self.begun = False  # its head is out, so that there can be no other status
-        self.fed = False  # the client has a part of it, which cannot be taken back
+        self.begun = False  # its head has been sent, so the status is final
+        self.fed = False  # a part of the answer has been sent
         self._x = x
         self._filters: list[Filter] = []
         if x.names is not None:
             self._filters.append(Renamer(*x.names))
-        self._hider: UsageHider | None = None  # is the first of them
-        self._relay: Relay | None = None  # of which the client sees each byte
-        self._framed = False  # the client knows where the body has to end
+        self._hider: UsageHider | None = None  # the first of the filters
+        self._relay: Relay | None = None  # the first one, whose bytes the client gets
+        self._framed = False  # the client can see where the body ends
         self._mended = False
 
     def __repr__(self) -> str:
         return f"<Stream {'begun' if self.begun else 'not begun'}>"
 
     def hide_usage(self) -> None:
-        """Leave out what the hub alone has asked for; to be called before `open`."""
+        """Remove the usage that only the hub requested; call this before `open`."""
         if self._hider is None:  # not twice, when an answer continues elsewhere
             self._hider = UsageHider()
             self._filters.insert(0, self._hider)
 
     def withdraw(self) -> bytes:
-        """Drop the half event that may have been usage; return it.
+        """Drop and return an incomplete event that may have been usage.
 
-        So a worker that dies in the middle of what the hub alone wanted does no harm.
+        A worker that dies in the middle of that event then does no harm.
         """
         return b"" if self._hider is None else self._hider.withdraw()
 
     # --- Its beginning ------------------------------------------------------------
 
     def open(self, relay: Relay) -> Client:
-        """Send the head, unless it is out; return where the worker's bytes go.
+        """Send the head unless it has been sent; return the client for the relay.
 
         Raises:
             ConnectionResetError: the client has left.
@@ -117,7 +117,7 @@ class Stream:
         return Client(self._filter, drain, buffered, chunked=False)
 
     def notify(self, comment: str) -> None:
-        """Send a comment to a client that waits; the head of its stream goes out first.
+        """Send a comment to a waiting client, after the head of its stream.
 
         Raises:
             ConnectionResetError: the client has left.
@@ -160,13 +160,13 @@ class Stream:
     # --- Its end ------------------------------------------------------------------
 
     def send(self, data: bytes) -> None:
-        """Add something that the hub wrote, which also completes what was cut."""
+        """Add bytes from the hub, which also complete an event that was cut."""
         self._send_rest()
         self._client.send(data)
         self._mended = True
 
     def _send_rest(self) -> None:
-        """Send what the filters held back, as there will be no more of it."""
+        """Send what the filters held back."""
         if not self._filters:
             return
         rest = b""
@@ -181,19 +181,19 @@ class Stream:
             try:
                 self._transport.write(b"0\r\n\r\n")
             except RuntimeError:
-                pass  # uvloop: closed a moment ago
+                pass  # uvloop: it has just been closed
         return KEEP if self._x.keep_alive else CLOSE
 
     def break_off(self, error: ProxyError) -> Sent:
-        """End it visibly: an error event for a stream, and no last chunk for anything.
+        """End visibly: with an error event for a stream, and never with a last chunk.
 
-        `close` still sends what is buffered, the error event among it, which `abort`
-        would throw away.
+        `close` still sends what is buffered, including the error event; `abort` would
+        discard it.
         """
         relay = self._relay
         self._send_rest()
         events = relay is None or relay.is_event_stream
-        if events and not isinstance(error, ToldError):
+        if events and not isinstance(error, ReportedError):
             if relay is not None and not self._mended and relay.end.rest:
                 self._client.send(b"\n\n")
             self._end_by(error.code.status, error.body())
@@ -204,7 +204,7 @@ class Stream:
         return CLOSE
 
     def refuse(self, refusal: Response) -> Sent:
-        """Send as an event what would have been the answer if there were no head."""
+        """Send a refusal as an event, as the head has been sent already."""
         self._end_by(refusal.status, refusal.body)
         return CLOSE
 
@@ -231,7 +231,7 @@ class Stream:
 
 
 class Assembly:
-    """An answer that the client wants in one piece, and a worker gives as a stream."""
+    """An answer in one piece for the client, which a worker sends as a stream."""
 
     begun = fed = False
 
@@ -246,7 +246,7 @@ class Assembly:
         return f"<Assembly {self._assembler!r}>"
 
     def open(self, relay: Relay) -> Client:
-        """Return where the worker's bytes go: into memory."""
+        """Return the client for the relay, which writes into memory."""
         self._fail = relay.fail
         return Client(self.send, _no_wait, int, chunked=False)
 
@@ -257,13 +257,13 @@ class Assembly:
                 self._assembler.feed(data)
             except AssemblyError as exc:
                 self._error = exc
-                self._fail(exc)  # or the worker would generate on in vain
+                self._fail(exc)  # else the worker would keep generating in vain
 
     def finish(self) -> Response:
-        """Make the answer that the stream stands for.
+        """Return the answer that the stream contains.
 
         Raises:
-            AssemblyError: it stands for none.
+            AssemblyError: it contains none.
         """
         if self._error is not None:
             raise self._error
@@ -274,7 +274,7 @@ class Assembly:
         return Response(answer)
 
     def break_off(self, error: ProxyError) -> Sent:
-        """Raise the error; the client has nothing yet."""
+        """Raise the error, as nothing has been sent to the client."""
         raise error
 
     def refuse(self, refusal: Response) -> Response:
@@ -286,11 +286,11 @@ async def _no_wait() -> None:
 
 
 def _ignore(error: AssemblyError) -> None:
-    """Before an answer has begun, there is nothing to end."""
+    """Do nothing: no answer has begun."""
 
 
 def in_one_piece(x: Exchange, relay: Relay) -> Response | None:
-    """Make the answer of a short body that has come already; None of any other."""
+    """Return the answer if its whole body has arrived already, else None."""
     body = None if relay.is_event_stream else relay.held_body()
     if body is None:
         return None
@@ -301,6 +301,6 @@ def in_one_piece(x: Exchange, relay: Relay) -> Response | None:
 
 
 def in_shape_of(x: Exchange, refusal: Response) -> Response:
-    """Give a worker's refusal the shape that errors of its API have."""
+    """Give a worker's refusal the shape of errors of the API."""
     body = shapes.status_body(x.endpoint.api, refusal.status, refusal.body)
     return Response(body, refusal.status, refusal.fields)

@@ -1,12 +1,12 @@
-"""An answer that broke off in its middle goes on, on another worker.
+"""Continues a broken answer on another worker.
 
  partial ──▶ request() ──▶ another worker ──▶ client_of() ──▶ the same client
      ▲                                             │
-     ╰───────────────── broke() ◀──────────────────╯  it, too, breaks off: once more
+     ╰───────────────── broke() ◀──────────────────╯  it breaks off as well: once more
 
-Nothing is parsed while all is well; this begins when the damage is done.  An answer
-that cannot be begun for a worker, and one that it does not prove to have gone on with,
-is asked for as a whole again (`ask_for_all`), and has to be the same.
+Answers without trouble are not parsed; this starts after an answer broke.  If a worker
+cannot continue it, or does not prove that it did, the whole answer is requested again
+(`ask_for_all`) and must be the same.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from gollama_proxy.wire.resume import Resumer
 
 
 class Resume:
-    """One answer that is to be whole after all.
+    """One answer that is to be completed after all.
 
     `body` is the request that its first worker got, for `model`.
     """
 
     def __init__(self, body: bytes, model: str, chat: bool, partial: Partial) -> None:
         self.partial = partial
-        self.count = 0  # continuations of which the client has something
+        self.count = 0  # continuations that sent something to the client
         self._body = body
         self._model = model
         self._chat = chat
@@ -50,7 +50,7 @@ class Resume:
     def begin(
         cls, body: bytes, model: str, chat: bool, relayed: bytes | None
     ) -> Self | None:
-        """Look at what was relayed; None where it cannot go on."""
+        """Parse what was relayed; None if the answer cannot be continued."""
         if relayed is None or not can_rescue(body, chat):
             return None
         partial = Partial.parse(relayed)
@@ -58,22 +58,22 @@ class Resume:
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing is left to generate, so that no worker has to be asked."""
+        """Whether nothing is left to generate, so that no worker is needed."""
         return self.partial.finished or exhausted(self._body, self.partial)
 
     def closing(self) -> bytes:
-        """Give the end of an answer that is `exhausted`."""
+        """Return the end of an answer that is `exhausted`."""
         return closing(self.partial, self._chat)
 
-    # --- What to ask --------------------------------------------------------------
+    # --- The next request ---------------------------------------------------------
 
     @property
     def can_continue(self) -> bool:
-        """Whether a worker can go on where the answer broke off."""
+        """Whether a worker can continue where the answer broke off."""
         return can_continue(self._body, self.partial, self._chat)
 
     def request(self, model: str) -> bytes:
-        """Write what the next worker is asked for."""
+        """Return the body for the next worker."""
         body = self._body if model == self._model else for_model(self._body, model)
         self._asked_for_all = self._for_all or not self.can_continue
         self._for_all = False
@@ -82,11 +82,11 @@ class Resume:
         return ask_for_rest(body, self.partial, self._chat)
 
     def ask_for_all(self) -> bool:
-        """Have the next request be the first one again; False if the last was that."""
+        """Send the first request again next time; False if the last one was that."""
         self._for_all = not self._asked_for_all
         return self._for_all
 
-    # --- What comes ---------------------------------------------------------------
+    # --- Its answer ---------------------------------------------------------------
 
     def client_of(
         self,
@@ -94,9 +94,9 @@ class Resume:
         model: str,
         fail: Callable[[ProxyError], None],
     ) -> Client:
-        """Stand before a client: take what a worker sends, pass on what is news.
+        """Wrap a client: it gets only what it does not have yet.
 
-        `fail` is told when it turns out that this is not the rest of the answer.
+        `fail` is called if this turns out not to be the rest of the answer.
         """
         splice = Resumer(
             self.partial,
@@ -108,7 +108,7 @@ class Resume:
         return Client(splicer.write, client.drain, client.buffered, chunked=False)
 
     def finish(self) -> None:
-        """Say that the worker's body has ended well, and send what is missing.
+        """Handle the regular end of the worker's body, and send what is missing.
 
         Raises:
             WorkerError: this was not the rest of the answer, or not all of it.
@@ -118,7 +118,7 @@ class Resume:
         self.count += 1
 
     def broke(self) -> bool:
-        """Say that the continuation broke off as well; True if it came to anything."""
+        """Handle a continuation that broke off as well; True if it sent anything."""
         splicer, self._splicer = self._splicer, None
         if splicer is None or not splicer.used:
             return False
@@ -128,7 +128,7 @@ class Resume:
 
 
 class _Splicer:
-    """Feeds a splice, and writes what comes out of it."""
+    """Feeds a splice, and writes its output."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class _Splicer:
         fail: Callable[[ProxyError], None],
     ) -> None:
         self.splice = splice
-        self.used = False  # the client has got something
+        self.used = False  # the client got something from it
         self._client = client
         self._number = number
         self._fail = fail
@@ -148,11 +148,11 @@ class _Splicer:
         return f"<_Splicer {self.splice!r}>"
 
     def write(self, data: bytes) -> None:
-        """Take what the relay passes on, as a client's transport would."""
+        """Take bytes from the relay, as a client's transport would."""
         try:
             for event in self.splice.feed(data) if self._error is None else ():
                 self._send(event)
-        except WorkerError as exc:  # not through the connection that is reading
+        except WorkerError as exc:  # must not reach the connection that is reading
             self._error = exc
             self._fail(exc)
 

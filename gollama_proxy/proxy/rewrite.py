@@ -1,10 +1,10 @@
-"""What a worker is asked for: the client's own request, or one that serves it better.
+"""The body that a worker gets: the client's own, or a rewritten one.
 
-A client that wants one piece is served by a stream, which shows that the worker goes
-on, and which ends at once when the client leaves; and a stream is asked for its usage
-where its tokens have to be counted.  A worker that refuses such a request, or streams
-what cannot be assembled, gets the request as the client wrote it.  That is remembered
-for a while, so that not every request is tried in vain first.
+An answer in one piece is requested as a stream, which shows progress and ends at once
+when the client disconnects.  A stream whose tokens must be counted is requested with
+its usage.  A worker that refuses such a request, or whose stream cannot be assembled,
+gets the request as the client wrote it.  That is remembered for a while, so that later
+requests do not fail first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REMEMBERED = 600.0  # seconds; a worker may have been updated by then
 
 
 class Plainly(NamedTuple):
-    """A kind of request that one worker gets as its client wrote it."""
+    """A kind of request that one worker gets as the client wrote it."""
 
     worker: str
     model: str
@@ -40,12 +40,12 @@ class Plainly(NamedTuple):
 
 
 class Rewriter:
-    """Writes requests for workers, and remembers which do not take them."""
+    """Rewrites requests for workers, and remembers the workers that refuse them."""
 
     def __init__(
         self, upstream: Upstream, most: int, clock: Callable[[], float]
     ) -> None:
-        """Make one; `most` bounds an assembled answer, in characters."""
+        """Make one; `most` limits an assembled answer, in characters."""
         self._assemble = frozenset(upstream.assemble)
         self._most = most
         self._clock = clock
@@ -55,7 +55,7 @@ class Rewriter:
         return f"<Rewriter, {len(self._until)} exceptions>"
 
     def prepare(self, x: Exchange, worker: Worker) -> bytes:
-        """Write what a worker is asked for to begin an answer."""
+        """Return the body with which a worker begins an answer."""
         body, model = x.body, x.plan.pool.model
         sent = body.named(model)
         streams = body.stream and body.replayable
@@ -83,21 +83,21 @@ class Rewriter:
             x.endpoint.path in self._assemble
             and x.body.replayable
             and not x.body.stream
-            # Whether a stream has all of the answer shows at its end, and then it has
-            # to be asked for again.
+            # Only the end of a stream shows whether it has all of the answer; if not,
+            # the answer has to be requested again.
             and not x.plan.once
         )
 
     def _needs_usage(self, x: Exchange, worker: Worker) -> bool:
-        """Whether a stream would not be counted otherwise.
+        """Whether the tokens of a stream are counted only with its usage.
 
-        llama-server sends its `timings` in any case; asked for usage, it would send
-        them with it, and so they would be hidden from a client that reads them.
+        llama-server always sends its `timings`.  With usage, it would send both in one
+        event, so that they would be hidden from a client that reads them.
         """
         counts = x.endpoint.ending is Ending.DONE
         return x.counted and counts and not worker.is_llama_server
 
-    # --- Workers that do not take it ----------------------------------------------
+    # --- Workers that refuse rewritten requests -----------------------------------
 
     def _is_plain(self, x: Exchange, worker: Worker) -> bool:
         if x.suspect is None and not self._until:
@@ -111,7 +111,7 @@ class Rewriter:
         return Plainly(worker.name, model, x.endpoint.path, x.body.stream)
 
     def doubt(self, x: Exchange, cause: Cause, *, lasting: bool) -> Cause:
-        """Have a worker asked for what the client wrote, where that may help.
+        """Send a worker what the client wrote, if that may help; return the cause.
 
         A 4xx to a request that the hub has rewritten is not the client's fault.
         """
@@ -122,11 +122,11 @@ class Rewriter:
         return cause
 
     def confirm(self, x: Exchange, worker: Worker) -> None:
-        """Remember a worker that has answered what the client wrote, and only that."""
+        """Remember a worker that answers a request only as the client wrote it."""
         if x.suspect is not None and x.suspect.worker == worker.name:
             self._until[x.suspect] = self._clock() + REMEMBERED
 
 
 def tally_of(x: Exchange) -> Tally | None:
-    """Make what counts the ends of the choices, where several are asked for."""
+    """Make the tally of ended choices, if several were requested."""
     return Tally(x.endpoint.ending, x.choices) if x.choices > 1 else None

@@ -7,8 +7,8 @@
                  │              │
                  ╰─ RESUMING ◀──╯   the rest of the answer comes from another worker
 
-ENDED may follow every state; WAITING is left for CONNECTING when a used connection
-turned out dead.  `TRANSITIONS` is the table.
+ENDED may follow every state.  CONNECTING follows WAITING when a reused connection was
+dead.  `TRANSITIONS` is the table.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
 
 class State(enum.Enum):
-    """Where a request is."""
+    """The state of a request."""
 
-    READING = "its head and body are read"
+    READING = "its head and body are being read"
     QUEUED = "it waits for a slot"
     CONNECTING = "it is being sent to a worker"
-    WAITING = "the worker has it; the first event of the answer has not come"
-    STREAMING = "the answer is on its way to the client"
+    WAITING = "the worker has it; the answer has not begun"
+    STREAMING = "the answer is being sent to the client"
     BROKEN = "the attempt failed"
-    RESUMING = "a part of the answer is out; another worker is to continue it"
+    RESUMING = "a part of the answer was sent; another worker will continue it"
     ENDED = "it has its outcome"
 
-    # That of `Enum` is a call in Python, for each look into the table.
+    # The hash of `Enum` is written in Python: a call for each lookup in the table.
     __hash__ = object.__hash__
 
 
@@ -69,48 +69,47 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 class Exchange(Record):
     """One client request, from its first byte to its outcome.
 
-    A class attribute is the value before anything else is known, so that a request
-    that needs little costs little.
+    Class attributes are the initial values, so that a simple request costs little.
     """
 
     id = ""
     state = State.READING
-    forwarded = b""  # header lines of the client that workers get
-    lines = ""  # header lines that the answer has in any case
+    forwarded = b""  # header lines of the client for workers
+    lines = ""  # header lines of every answer
     keep_alive = False  # the client's connection may carry another request
 
-    # Who asks, and for what
+    # The caller, and the request
     caller: Principal
     priority: Priority = Priority.INTERACTIVE
-    needs_slot = True  # its attempts generate; others are not limited by slots
-    max_concurrency = 0  # requests of the subject that may run at once; 0: no limit
+    needs_slot = True  # its attempts generate tokens; others need no slot
+    max_concurrency = 0  # concurrent requests of the subject; 0: no limit
     endpoint: Endpoint
     body: Body
-    asked = ""  # the model asked for, by the name that its workers have for it
-    alias = ""  # the client's name for it, if that is another one
-    counted = False  # its tokens have to be known exactly
+    asked = ""  # the requested model, by the name that its workers use
+    alias = ""  # the client's name for it, if that differs
+    counted = False  # its tokens must be known exactly
 
-    # Where it is served
+    # The attempts
     plan: Plan
     ticket: Ticket | None = None  # its place in the queue
     lease: Lease | None = None
     relay: Relay | None = None
-    loading = False  # the worker of this attempt has to load the model first
+    loading = False  # the worker of this attempt must load the model first
     waiting_since = 0.0  # monotonic seconds, when this attempt was sent
-    patience = 0.0  # seconds for the first byte, whoever else there is
+    patience = 0.0  # seconds for the first byte in any case
     allowance = 0.0  # seconds for the first event, while another worker could take over
 
-    # What the worker is asked for
+    # What the worker gets
     sent = b""  # the body that the worker got, to begin an answer with
-    choices = 1  # that a stream is asked for
-    hides_usage = False  # the hub has asked for usage, and the client has not
-    rewritten = False  # the worker is asked for more than the client wrote
-    suspect: Plainly | None = None  # a worker that may not take rewritten requests
+    choices = 1  # requested from a stream
+    hides_usage = False  # the hub requested usage, and the client did not
+    rewritten = False  # the request differs from the client's
+    suspect: Plainly | None = None  # a worker that may refuse rewritten requests
 
     # What the client gets
     delivery: Stream | Assembly | None = None
-    resume: Resume | None = None  # the answer broke off, and continues
-    lost: ProxyError | None = None  # why an answer that has begun broke off
+    resume: Resume | None = None  # the answer broke off, and is being continued
+    lost: ProxyError | None = None  # why the answer broke off
     failure: Failure | None = None  # the last one
     answered = False  # a worker has begun to generate
     waited = 0.0  # seconds for which no worker was available
@@ -123,14 +122,14 @@ class Exchange(Record):
         self.remote = request.remote or ""
         self.started = started
 
-    def __repr__(self) -> str:  # without what a user wrote
+    def __repr__(self) -> str:  # without text of the user
         return f"<Exchange {self.id} {self.state.name} attempts={self.attempts}>"
 
     def enter(self, state: State) -> None:
-        """Take a step.
+        """Enter the next state.
 
         Raises:
-            RuntimeError: the table does not have it.
+            RuntimeError: the table does not allow it.
         """
         if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"{self!r} cannot become {state.name}")
@@ -138,12 +137,12 @@ class Exchange(Record):
 
     @property
     def begun(self) -> bool:
-        """Whether the head of the answer is out."""
+        """Whether the head of the answer has been sent."""
         return self.delivery is not None and self.delivery.begun
 
     @property
     def fed(self) -> bool:
-        """Whether the client has a part of the answer."""
+        """Whether a part of the answer has been sent."""
         return self.delivery is not None and self.delivery.fed
 
     @property
@@ -164,6 +163,6 @@ class Exchange(Record):
 
     @property
     def names(self) -> tuple[str, str] | None:
-        """The model's name and the client's for it; a fallback keeps its own."""
+        """The model's name and the client's; a fallback keeps its own name."""
         model = self.plan.pool.model
         return (model, self.alias) if self.alias and model == self.asked else None

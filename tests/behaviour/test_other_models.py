@@ -200,7 +200,7 @@ async def test_without_another_worker_the_error_is_passed_on(route: str) -> None
         come_back_with(back, "new", replies("new"))
         response = await hub.post(path, payload | {"model": "old"})
         assert response.status == 503
-        assert b"does not serve the model 'old' any more" in response.body
+        assert b"no longer serves the model 'old'" in response.body
         assert int(response.header("retry-after") or "") > 0
         for _ in range(2):
             response = await hub.post(path, payload | {"model": "old"})

@@ -11,7 +11,7 @@ import pytest
 
 from gollama_proxy.config.settings import Config
 from gollama_proxy.edge.auth import Authenticator
-from gollama_proxy.edge.models import Catalogue
+from gollama_proxy.edge.models import ModelList
 from gollama_proxy.fleet.registry import Registry
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.worker import ScriptedWorker
@@ -306,5 +306,5 @@ async def test_a_path_without_a_name_is_no_path(path: str) -> None:
 
 
 def test_it_shows_what_it_is() -> None:
-    catalogue = Catalogue(Authenticator(Config()), Registry(Config()))
-    assert repr(catalogue) == "<Catalogue of <Registry []>>"
+    model_list = ModelList(Authenticator(Config()), Registry(Config()))
+    assert repr(model_list) == "<ModelList of <Registry []>>"

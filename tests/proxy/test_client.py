@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gollama_proxy.proxy.client import Client, ToldError, frame
+from gollama_proxy.proxy.client import Client, ReportedError, frame
 from gollama_proxy.wire.errors import Code, WorkerError
 from tests.fakes.replies import chunk
 
@@ -54,5 +54,5 @@ def test_a_frame_is_one_chunk(size: int) -> None:
 
 
 def test_an_error_that_was_told_already_is_still_the_workers() -> None:
-    error = ToldError(Code.WORKER_INCOMPLETE, "because")
+    error = ReportedError(Code.WORKER_INCOMPLETE, "because")
     assert isinstance(error, WorkerError)

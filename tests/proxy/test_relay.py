@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gollama_proxy.proxy.client import Client, ClientStalledError, ToldError
+from gollama_proxy.proxy.client import Client, ClientStalledError, ReportedError
 from gollama_proxy.proxy.relay import (
     HOLD_LIMIT,
     MOST_HELD,
@@ -207,7 +207,7 @@ async def test_a_stream_that_ends_before_it_has_told_anything_is_a_failure(
     with pytest.raises(WorkerError) as info:
         await opening
     assert info.value.code is Code.WORKER_INCOMPLETE
-    assert not isinstance(info.value, ToldError)
+    assert not isinstance(info.value, ReportedError)
 
 
 @pytest.mark.parametrize(
@@ -924,13 +924,13 @@ async def test_a_stream_without_its_mark_is_not_complete(
         await stage.play(*parts, lost=lost)
     assert stage.sent == b"".join(map(chunk, parts))
     assert info.value.code is (Code.WORKER_LOST if lost else Code.WORKER_INCOMPLETE)
-    assert not isinstance(info.value, ToldError)
+    assert not isinstance(info.value, ReportedError)
 
 
 @pytest.mark.parametrize("lost", ["", "reset"])
 async def test_a_stream_that_told_its_own_error_is_not_told_another(lost: str) -> None:
     stage = Stage()
-    with pytest.raises(ToldError):
+    with pytest.raises(ReportedError):
         await stage.play(role(), error_event("no"), lost=lost)
     assert stage.sent == chunk(role()) + chunk(error_event("no"))
 

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
 from aiohttp.test_utils import make_mocked_request
 
-from gollama_proxy.proxy.client import Client, ToldError
+from gollama_proxy.proxy.client import Client, ReportedError
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly, Stream, in_one_piece
 from gollama_proxy.proxy.state import Exchange
@@ -250,7 +250,7 @@ def test_a_long_answer_and_a_stream_do_not() -> None:
     [
         (CHAT, WorkerError, b"data: {"),
         ("/v1/messages", WorkerError, b"event: error\ndata: {"),
-        (CHAT, ToldError, b""),
+        (CHAT, ReportedError, b""),
     ],
 )
 async def test_a_broken_stream_ends_with_one_error_event(

@@ -1,15 +1,15 @@
-"""TLS with clients: from the accepted connection to the protocol that speaks HTTP.
+"""TLS with clients: from the accepted connection to the HTTP protocol.
 
-A server that is simply given a context hears of a connection when its handshake is
-over, and of one that never gets there not at all.  So the listening sockets are plain,
-and a gate stands at each connection, below TLS:
+A server with an SSL context is notified of a connection after its handshake, and never
+of one whose handshake does not end.  So the listening sockets are plain, and this
+protocol handles each connection below TLS:
 
     accept ─▶ counted ─▶ handshake ─▶ the HTTP protocol, on the transport of TLS
                 │            │
                 └─ too many  └─ failed, or too slow: closed
 
-The gate takes the certificate of the moment, so that a renewed one serves all new
-connections, and stays below to see the end of it.
+It uses the current certificate, so that a renewed one applies to all new connections,
+and stays below TLS until the connection ends.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from gollama_proxy.edge.connections import Connections
 WRITE_BUFFER = 64 << 10
 
 
-class Terms(NamedTuple):
-    """What all gates of a server have in common."""
+class TlsOptions(NamedTuple):
+    """What all connections of a server share."""
 
     credentials: Credentials
     connections: Connections
     make: Callable[[], asyncio.Protocol]  # the protocol above TLS
     handshake: float  # seconds it may take
-    shutdown: float  # seconds to send what is left and to part
-    patience: float  # seconds for a client to take what has been encrypted for it
-    shaking: set[Gate]  # those whose handshake goes on
+    shutdown: float  # seconds to send the rest and close TLS
+    patience: float  # seconds for a client to read what was encrypted for it
+    shaking: set[TlsConnection]  # connections in their handshake
 
 
-class Gate(asyncio.BufferedProtocol):
-    """Lets one connection in, has it shake hands, and passes its bytes up."""
+class TlsConnection(asyncio.BufferedProtocol):
+    """Counts one connection, performs its handshake, and passes its bytes to TLS."""
 
     __slots__ = (
         "_above",
@@ -48,7 +48,7 @@ class Gate(asyncio.BufferedProtocol):
         "_deadline",
         "_raw",
         "_shaking",
-        "_terms",
+        "_options",
         "_top",
     )
 
@@ -56,50 +56,52 @@ class Gate(asyncio.BufferedProtocol):
     _top: asyncio.Protocol
     _shaking: Generator[Any, None, asyncio.Transport]
 
-    def __init__(self, terms: Terms) -> None:
-        self._terms = terms
+    def __init__(self, options: TlsOptions) -> None:
+        self._options = options
         self._address = ""
         self._counted = False
         self._above: asyncio.BufferedProtocol | None = None  # TLS itself
         self._deadline: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
-        state = "open" if self._above else "shaking hands" if self._counted else "shut"
-        return f"<Gate {state}>"
+        state = (
+            "open" if self._above else "shaking hands" if self._counted else "closed"
+        )
+        return f"<TlsConnection {state}>"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Let it in or not, and begin with TLS before a byte of it is read.
+        """Count the connection, and begin TLS before a byte is read.
 
-        `start_tls` is a coroutine that puts its protocol in place, and then waits for
-        one future.  As a task it would begin a moment too late, behind the first bytes
-        of the client, and a task for each handshake is not needed.
+        `start_tls` is a coroutine that installs its protocol and then waits for one
+        future.  It is driven by hand here: a task would start too late, after the first
+        bytes of the client, and would cost more.
         """
         self._raw = raw = cast(asyncio.Transport, transport)
-        terms = self._terms
-        self._address = peer(raw) if terms.connections.by_address else ""
-        if not terms.connections.enter(self._address):
+        options = self._options
+        self._address = peer(raw) if options.connections.by_address else ""
+        if not options.connections.enter(self._address):
             raw.abort()
             return
         self._counted = True
-        self._top = terms.make()
+        self._top = options.make()
         starting = asyncio.get_running_loop().start_tls(
             raw,
             self._top,
-            terms.credentials.context,
+            options.credentials.context,
             server_side=True,
-            ssl_handshake_timeout=terms.handshake,
-            ssl_shutdown_timeout=terms.shutdown,
+            ssl_handshake_timeout=options.handshake,
+            ssl_shutdown_timeout=options.shutdown,
         )
         self._shaking = cast("Generator[Any, None, asyncio.Transport]", starting)
         self._shaking.send(None).add_done_callback(self._shaken)
-        terms.shaking.add(self)
+        options.shaking.add(self)
 
     def abort(self) -> None:
-        """Hang up at once."""
+        """Close the connection at once."""
         self._raw.abort()
 
     def _shaken(self, done: object) -> None:
-        self._terms.shaking.discard(self)
+        self._options.shaking.discard(self)
         try:
             self._shaking.send(None)
         except StopIteration as stop:
@@ -109,25 +111,25 @@ class Gate(asyncio.BufferedProtocol):
             return
         else:
             raise RuntimeError("start_tls waits for more than a handshake")
-        if transport.is_closing():  # it has left in the meantime
+        if transport.is_closing():  # the client has left in the meantime
             self._fail(None)
             return
         self._above = cast(asyncio.BufferedProtocol, self._raw.get_protocol())
         self._raw.set_protocol(self)
-        # Else half a megabyte could wait here, and the relay's own limit would be none.
+        # The default of half a megabyte would defeat the relay's own limit.
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
         self._top.connection_made(transport)
 
     def _fail(self, error: Exception | None) -> None:
         if error is not None:
             why = explain(error) or "the client left, or took too long"
-            self._terms.connections.refuse("handshake", why)
+            self._options.connections.refuse("handshake", why)
         self._leave()
 
     def _leave(self) -> None:
         if self._counted:
             self._counted = False
-            self._terms.connections.leave(self._address)
+            self._options.connections.leave(self._address)
 
     # --- Between the socket and TLS -----------------------------------------------
 
@@ -142,9 +144,9 @@ class Gate(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         assert self._above is not None, self
         self._above.pause_writing()
-        # An answer in one piece is all here by now, and TLS has room for the next.
+        # An answer in one piece has been written completely by now.
         loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(self._terms.patience, self._raw.abort)
+        self._deadline = loop.call_later(self._options.patience, self._raw.abort)
 
     def resume_writing(self) -> None:
         assert self._above is not None, self
@@ -157,9 +159,9 @@ class Gate(asyncio.BufferedProtocol):
             self._deadline = None
 
     def eof_received(self) -> bool | None:
-        """Take a client that ends its side as gone, whatever it has left unread.
+        """Treat a client that closes its side as gone, even with unread data.
 
-        TLS would wait until it had read everything, and tell nobody meanwhile.
+        TLS would wait until the client had read everything, without notifying anyone.
         """
         assert self._above is not None, self
         if self._raw.get_write_buffer_size():
@@ -176,6 +178,6 @@ class Gate(asyncio.BufferedProtocol):
 
 
 def peer(transport: asyncio.BaseTransport) -> str:
-    """Name the address at the other end; empty where there is none any more."""
+    """Return the address of the peer; empty if it has gone."""
     name = transport.get_extra_info("peername")
     return str(name[0]) if name else ""

@@ -1,4 +1,4 @@
-"""A gate counts a connection, has it shake hands, and stays below TLS to its end."""
+"""Each connection is counted, and handled below TLS from its handshake to its end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from gollama_proxy.config.settings import Limits, Server
 from gollama_proxy.config.tls import for_server
 from gollama_proxy.edge.connections import Connections
-from gollama_proxy.edge.gate import Gate, Terms, peer
+from gollama_proxy.edge.handshake import TlsConnection, TlsOptions, peer
 from gollama_proxy.proxy.relay import WRITE_BUFFER
 from tests.fakes.authority import Authority
 from tests.fakes.client import TlsWire
@@ -22,7 +22,7 @@ from tests.fakes.waiting import settled, until
 
 
 class Echo(asyncio.Protocol):
-    """The protocol above TLS: it notes what it hears, and sends it back."""
+    """The protocol above TLS: it records its calls, and sends data back."""
 
     transport: asyncio.Transport
 
@@ -51,7 +51,7 @@ class Echo(asyncio.Protocol):
 
 
 class House:
-    """A listening socket with a gate at each connection."""
+    """A listening socket with TLS on each connection."""
 
     port = 0
 
@@ -64,23 +64,23 @@ class House:
         limits = Limits(connections=2, connections_per_address=2)
         self.connections = Connections(limits, Clock())
         self.echoes: list[Echo] = []
-        self.gates: list[Gate] = []
-        terms = Terms(credentials, self.connections, self._echo, 5, 5, 5, set())
-        self.terms = terms._replace(**changes)
+        self.protocols: list[TlsConnection] = []
+        options = TlsOptions(credentials, self.connections, self._echo, 5, 5, 5, set())
+        self.options = options._replace(**changes)
         self._trust = authority.client()
 
     def _echo(self) -> Echo:
         self.echoes.append(echo := Echo())
         return echo
 
-    def _gate(self) -> Gate:
-        self.gates.append(gate := Gate(self.terms))
-        return gate
+    def _connect(self) -> TlsConnection:
+        self.protocols.append(protocol := TlsConnection(self.options))
+        return protocol
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[House]:
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._gate, "127.0.0.1", 0)
+        server = await loop.create_server(self._connect, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         try:
             yield self
@@ -106,9 +106,9 @@ async def test_a_connection_from_its_beginning_to_its_end(house: House) -> None:
         async with await house.enter() as wire:
             await wire.send(b"hello")
             assert await wire.read_until(b"hello") == b"hello"
-            assert repr(house.gates[0]) == "<Gate open>"
+            assert repr(house.protocols[0]) == "<TlsConnection open>"
             assert house.connections.open == 1
-            assert not house.terms.shaking
+            assert not house.options.shaking
         [echo] = house.echoes
         await until(lambda: "lost" in echo.heard)
         # Without `close_notify`, there is no end but that of the connection.
@@ -138,12 +138,12 @@ async def test_data_that_comes_with_the_end_of_the_handshake(house: House) -> No
             await until(lambda: house.connections.open == 0)
 
 
-async def test_no_more_than_there_is_room_for(house: House) -> None:
+async def test_connections_over_the_limit_are_closed(house: House) -> None:
     async with house.open():
         inside = [await house.enter(), await house.enter()]
         outside = await house.knock()
         await outside.hung_up()
-        assert repr(house.gates[2]) == "<Gate shut>"
+        assert repr(house.protocols[2]) == "<TlsConnection closed>"
         assert len(house.echoes) == 2
         for wire in (*inside, outside):
             wire.close()
@@ -152,8 +152,8 @@ async def test_no_more_than_there_is_room_for(house: House) -> None:
 async def test_a_handshake_that_fails(house: House) -> None:
     async with house.open():
         async with await house.knock() as wire:
-            await until(lambda: len(house.terms.shaking) == 1)
-            assert repr(house.gates[0]) == "<Gate shaking hands>"
+            await until(lambda: len(house.options.shaking) == 1)
+            assert repr(house.protocols[0]) == "<TlsConnection shaking hands>"
             await wire._flush()
             loop = asyncio.get_running_loop()
             await loop.sock_sendall(wire._sock, b"GET / HTTP/1.1\r\n\r\n")
@@ -161,20 +161,20 @@ async def test_a_handshake_that_fails(house: House) -> None:
         await until(lambda: house.connections.open == 0)
         assert house.connections.refused["handshake"] == 1
         assert "made" not in house.echoes[0].heard
-        assert not house.terms.shaking
+        assert not house.options.shaking
 
 
 async def test_a_handshake_that_is_aborted(house: House) -> None:
     async with house.open():
         async with await house.knock() as wire:
-            await until(lambda: len(house.terms.shaking) == 1)
-            house.gates[0].abort()
+            await until(lambda: len(house.options.shaking) == 1)
+            house.protocols[0].abort()
             await wire.hung_up()
         await until(lambda: house.connections.open == 0)
         assert "made" not in house.echoes[0].heard
 
 
-async def test_what_a_client_does_not_take_is_felt_above(house: House) -> None:
+async def test_unread_data_pauses_the_protocol_above(house: House) -> None:
     async with house.open():
         async with await house.enter(receive_buffer=4096) as wire:
             await until(lambda: bool(house.echoes[0].heard))
@@ -191,11 +191,11 @@ async def test_what_a_client_does_not_take_is_felt_above(house: House) -> None:
                 got += len(wire._inbox)
                 wire._inbox.clear()
             await until(lambda: echo.heard[-1] == "resume")
-            assert house.gates[0]._deadline is None
+            assert house.protocols[0]._deadline is None
 
 
-async def test_what_a_client_never_takes_is_given_up(authority: Authority) -> None:
-    """Also where one large write has gone through TLS whole, which feels nothing."""
+async def test_a_client_that_never_reads_is_closed(authority: Authority) -> None:
+    """Even if TLS has taken one large write whole, and so never pauses the protocol."""
     house = House(authority, patience=0.1)
     async with house.open():
         async with await house.enter(receive_buffer=4096):
@@ -207,7 +207,7 @@ async def test_what_a_client_never_takes_is_given_up(authority: Authority) -> No
 
 
 async def test_a_client_that_ends_its_side(house: House) -> None:
-    """With everything read, TLS parts in peace; with something left, nobody waits."""
+    """Everything read: TLS closes properly.  With unread data: closed at once."""
     async with house.open():
         async with await house.enter() as wire:
             await wire.notify()
@@ -217,7 +217,7 @@ async def test_a_client_that_ends_its_side(house: House) -> None:
             await until(lambda: bool(house.echoes[1].heard))
             echo = house.echoes[1]
             echo.transport.write(bytes(16 << 20))
-            raw = house.gates[1]._raw
+            raw = house.protocols[1]._raw
             await settled(raw.get_write_buffer_size)
             wire.half_close()
             await until(lambda: "lost" in echo.heard)
