@@ -46,9 +46,9 @@ class TlsConnection(asyncio.BufferedProtocol):
         "_address",
         "_counted",
         "_deadline",
+        "_options",
         "_raw",
         "_shaking",
-        "_options",
         "_top",
     )
 
