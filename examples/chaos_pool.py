@@ -1,6 +1,6 @@
 """The processes of `chaos.py`: llama-servers that die and come back, and a hub.
 
-All are tied to this process: none of them outlives it, even where it is killed.
+All of them end with this process, even if it is killed.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Start = Callable[[int], Awaitable[Child]]
 
 
 class State(enum.Enum):
-    """What a worker is up to, as far as we know."""
+    """The state of a worker, as far as known here."""
 
     LOADING = enum.auto()
     UP = enum.auto()
-    DOWN = enum.auto()  # dead or stopped, by our own hand
+    DOWN = enum.auto()  # killed or stopped by this program
 
 
 class Worker:
-    """A llama-server that keeps its port through all its lives."""
+    """A llama-server that keeps its port when it is restarted."""
 
     def __init__(self, port: int, start: Start) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -63,19 +63,19 @@ class Worker:
         if how == "stop":
             await self._hold_still(self._child, down)
             return
-        await self._child.end()  # one that was told to end may wait for its clients
+        await self._child.end()  # after SIGTERM it may wait for its clients
         await asyncio.sleep(down)
         await self.start(session)
 
     async def _hold_still(self, child: Child, seconds: float) -> None:
         try:
             await asyncio.sleep(seconds)
-        finally:  # a stopped process would not hear that it is to end
+        finally:  # a stopped process cannot react to SIGTERM
             child.signal(signal.SIGCONT)
         self.state = State.UP
 
     def check(self) -> None:
-        """Raise `ChildError` where it has ended, and not by our hand."""
+        """Raise `ChildError` if it has ended by itself."""
         if self._child is not None and self.state is not State.DOWN:
             self._child.check()
 
@@ -102,7 +102,7 @@ class Pool:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run all of it while the context lasts."""
+        """Run all processes while the context lasts."""
         try:
             await first_of(self._start(), self.watch())
             yield
@@ -113,7 +113,7 @@ class Pool:
             await asyncio.gather(*ending)
 
     async def watch(self, look: Callable[[], None] = lambda: None) -> None:
-        """Raise `ChildError` once a process has ended, and not by our hand."""
+        """Raise `ChildError` once a process has ended by itself."""
         while True:
             for worker in self.workers:
                 worker.check()
@@ -136,10 +136,7 @@ class Pool:
         return await Child.start("the hub", command, log, os.environ)
 
     def choose_victim(self, rng: random.Random) -> Worker | None:
-        """Choose a worker to hit; never the last of several.
-
-        With nobody left there would be nothing to see.
-        """
+        """Choose a worker to hit; never the last of several."""
         up = [worker for worker in self.workers if worker.state is State.UP]
         spared = min(1, len(self.workers) - 1)
         return rng.choice(up) if len(up) > spared else None

@@ -1,4 +1,4 @@
-"""What clients saw while workers died: for `chaos.py`, which does the killing.
+"""What clients noticed while `chaos.py` killed workers.
 
 An answer is judged from its bytes alone, and has exactly one outcome.
 """
@@ -17,16 +17,16 @@ from rich.console import Group
 from rich.table import Table
 
 SHOWN = 40  # characters of a wrong text
-# The hub tells by a comment how often another worker had to go on with an answer.
+# The hub's comment in a stream: how often another worker continued the answer.
 _RESCUED = re.compile(rb": ?gollama rescued (\d{1,9})")
 
 
 class Outcome(enum.Enum):
-    """How an answer ended, in the words of the table."""
+    """How an answer ended; the values are shown in the table."""
 
     COMPLETE = "complete"
-    # Whoever reads a text computes in other batches than who writes it, and a last bit
-    # can tip the scales between two words.
+    # Reading a text uses other batches than writing it, and rounding can decide between
+    # two words.
     REWORDED = "in other words once rescued"
     DIFFERENT = "another text"
     ERROR = "error event"
@@ -49,7 +49,7 @@ class Answer:
         self.text = ""
         self.attempts = 1
         self.rescues = 0
-        self._before = ""  # what was told when another worker began to go on with it
+        self._before = ""  # the text before the first rescue
         self.first: float | None = None  # seconds to the first text
         self.pause = 0.0  # the longest between two events
         self._began = began
@@ -65,11 +65,11 @@ class Answer:
         return f"<Answer of {len(self.text)} characters, failed={self._failed}>"
 
     def begin(self) -> None:
-        """Note that what comes is a stream."""
+        """Record that a stream follows."""
         self._begun = True
 
     def feed(self, piece: bytes, now: float) -> None:
-        """Take bytes, cut anywhere: a piece may hold half an event, or three."""
+        """Take bytes, split anywhere: a piece may have half an event, or three."""
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
@@ -80,7 +80,7 @@ class Answer:
                 self.rescues = max(self.rescues, int(rescued[1]))
 
     def refuse(self, status: int, body: bytes) -> None:
-        """Note an answer that is no stream but an error."""
+        """Record an error in place of a stream."""
         try:
             code = json.loads(body)["error"]["code"]
         except (ValueError, LookupError, TypeError):
@@ -88,12 +88,12 @@ class Answer:
         self._fail(Outcome.REFUSED, f"{status} {code}".strip())
 
     def lose(self, problem: str) -> None:
-        """Note that the connection was lost, before the stream or within."""
+        """Record that the connection was lost, before the stream or within."""
         outcome = Outcome.TRUNCATED if self._begun else Outcome.REFUSED
         self._fail(outcome, problem)
 
     def judge(self, expected: str) -> Verdict:
-        """Say what became of the answer, once its body has ended."""
+        """Return the verdict, once the body has ended."""
         if self._failed:
             return self._failed
         if not self._done:
@@ -139,7 +139,7 @@ class Answer:
 
 
 def difference(expected: str, text: str) -> str:
-    """Tell where a text leaves the right one."""
+    """Describe where a text differs from the expected one."""
     pairs = enumerate(zip(expected, text, strict=False))
     shorter = min(len(expected), len(text))
     at = next((number for number, (one, other) in pairs if one != other), shorter)
@@ -151,7 +151,7 @@ def difference(expected: str, text: str) -> str:
 
 
 class Tally:
-    """Counts answers, `asked` of which there should be, and hits on workers."""
+    """Counts answers, of which `asked` are expected, and hits on workers."""
 
     def __init__(self, asked: int) -> None:
         self.asked = asked
@@ -171,7 +171,7 @@ class Tally:
 
     @property
     def perfect(self) -> bool:
-        """Whether every request was answered completely, with the right text."""
+        """Whether every request was answered completely, with the expected text."""
         good = self.count(Outcome.COMPLETE) + self.count(Outcome.REWORDED)
         return good == self.asked
 
@@ -187,14 +187,14 @@ class Tally:
             self._pauses.append(answer.pause)
 
     def line(self) -> str:
-        """Put the counts on one line, for while it runs."""
+        """Return the counts on one line, to show during the run."""
         counts = [(self.count(each), each.value) for each in Outcome]
         counts += [(self._rescued.total(), "rescued"), (self.hits.total(), "hits")]
-        told = ", ".join(f"{number} {name}" for number, name in counts if number)
-        return f"{self.ended}/{self.asked} {told}"
+        shown = ", ".join(f"{number} {name}" for number, name in counts if number)
+        return f"{self.ended}/{self.asked} {shown}"
 
     def tables(self) -> Group:
-        """Lay out all there is to say at the end."""
+        """Return the tables for the end of the run."""
         counts = Table(box=None, show_header=False, padding=(0, 2))
         counts.add_column(justify="right")
         counts.add_column()
@@ -223,7 +223,7 @@ class Tally:
 
 
 def _spread(values: list[float]) -> Iterator[str]:
-    """Spell the median, the 95th percentile and the maximum."""
+    """Format the median, the 95th percentile and the maximum."""
     ranked = sorted(values)
     for part in (0.5, 0.95, 1.0):
         at = min(int(len(ranked) * part), len(ranked) - 1)

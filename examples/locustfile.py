@@ -1,22 +1,22 @@
-"""Put a hub under load with users who chat, and see what they would feel.
+"""Load a hub with chatting users, and measure what they notice.
 
     pip install locust
     export GOLLAMA_TOKEN=$(gollama-proxy token --sub load-test)
     locust -f examples/locustfile.py --headless -u 8 -r 4 -t 60s \\
         --host http://127.0.0.1:8000
 
-Beside `POST /v1/chat/completions` (time until the answer's end) the table has rows of
-its own, one per model. Locust calls all their numbers milliseconds:
+In addition to `POST /v1/chat/completions` (the time until the end of the answer), the
+table has these rows for each model. Locust labels all numbers as milliseconds:
 
     TTFT    milliseconds until the first token
     GAP     milliseconds of the longest silence between two pieces of one answer
-    tok/s   tokens per second while an answer was being written (high is good, so the
-            slow ones are under "Min", not under the high percentiles)
+    tok/s   tokens per second while an answer was generated (high is good, so the slow
+            ones are in "Min", not in the high percentiles)
 
-The last row, "Aggregated", adds up all of these and means nothing.
+The last row, "Aggregated", mixes all of these and is meaningless.
 
-GOLLAMA_MODEL picks a model; else it is the first that the hub lists.
-GOLLAMA_MAX_TOKENS is the length limit of an answer (128).
+GOLLAMA_MODEL chooses the model; the default is the first one that the hub lists.
+GOLLAMA_MAX_TOKENS limits the length of an answer (default: 128).
 """
 
 import json
@@ -33,8 +33,8 @@ from requests.exceptions import RequestException
 TOKEN = os.environ.get("GOLLAMA_TOKEN", "")
 MODEL = os.environ.get("GOLLAMA_MODEL", "")
 MAX_TOKENS = int(os.environ.get("GOLLAMA_MAX_TOKENS", "128"))
-# To connect, and between two reads: beyond what the hub itself allows (300 s in its
-# queue, 300 s for a first token), so that the hub's own words are what is counted.
+# Seconds to connect, and between two reads: longer than the limits of the hub (300 s in
+# its queue, 300 s for a first token), so that the hub's own errors are counted.
 PATIENCE = (5, 700)
 SUBJECTS = ("rain", "bridges", "bees", "old maps", "bread", "chess", "tides", "owls")
 WISHES = (
@@ -46,10 +46,10 @@ WISHES = (
 
 
 class ChatUser(HttpUser):
-    """Someone who asks, reads the answer as it is written, thinks, and asks again.
+    """A user that asks, reads the answer as it is generated, thinks, and asks again.
 
-    `FastHttpUser` would be cheaper, but it hands on a stream in blocks of a fixed size,
-    and a first token that waits for its block to fill up says nothing about the hub.
+    `FastHttpUser` would be cheaper, but it returns a stream in blocks of a fixed size,
+    so that the first token would wait until its block is full.
     """
 
     wait_time = between(0.5, 2)
@@ -93,12 +93,12 @@ class ChatUser(HttpUser):
                 reply.failure(reason(reply))
                 return
             try:
-                # `None`: whatever has arrived, as soon as it has arrived.
+                # `None`: everything, as soon as it has arrived.
                 for piece in reply.iter_content(chunk_size=None):
                     answer.feed(piece, time.perf_counter())
             except RequestException as error:
                 answer.fail(f"connection lost: {type(error).__name__}")
-            # With `stream=True` locust stops its clock at the response's head.
+            # With `stream=True`, Locust stops its clock at the head of the response.
             meta = reply.request_meta
             meta["response_time"] = (time.perf_counter() - start) * 1000
             meta["response_length"] = answer.size
@@ -117,11 +117,11 @@ class ChatUser(HttpUser):
 
 
 class Answer:
-    """What can be learnt from a streamed answer, fed with bytes as they arrive."""
+    """The measurements of a streamed answer, fed with bytes as they arrive."""
 
     def __init__(self) -> None:
         self.size = 0
-        self.first = 0.0  # when the first text came; 0.0 is never
+        self.first = 0.0  # when the first text arrived; 0.0: never
         self.last = 0.0
         self.gap = 0.0
         self._rest = b""
@@ -131,7 +131,7 @@ class Answer:
         self._problem = ""
 
     def feed(self, piece: bytes, now: float) -> None:
-        """Take bytes, cut anywhere: a piece may hold half an event, or three."""
+        """Take bytes, split anywhere: a piece may have half an event, or three."""
         self.size += len(piece)
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
@@ -139,21 +139,21 @@ class Answer:
                 self._take(line[5:].strip(), now)
 
     def fail(self, problem: str) -> None:
-        """Note what went wrong; the first problem is the one that is told."""
+        """Record a problem; only the first one is reported."""
         self._problem = self._problem or problem
 
     def problem(self) -> str:
-        """Say why this was no whole answer, or nothing."""
+        """Return why the answer was not complete; empty if it was."""
         if self._problem or self._done:
             return self._problem
         return "stream ended without [DONE]"
 
     def metrics(self, start: float) -> list[tuple[str, float]]:
-        """Return what an answer to a request sent at `start` adds to each row."""
+        """Return the rows of an answer to a request sent at `start`."""
         if not self.first:
             return []
         rows = [("TTFT", (self.first - start) * 1000)]
-        # Without `usage` an event counts as a token, which is nearly so.
+        # Without `usage` an event counts as a token, which is almost exact.
         tokens = self._tokens or self._events
         if self.last > self.first:
             rows.append(("GAP", self.gap * 1000))
@@ -184,10 +184,10 @@ class Answer:
 
 
 def reason(reply: Any) -> str:
-    """Put a refusal into a few words that are the same for every such refusal."""
+    """Describe a refusal briefly, with the same text for the same cause."""
     try:
-        said = reply.json()["error"]["message"]
+        text = reply.json()["error"]["message"]
     except (RequestException, AttributeError, LookupError, TypeError):
-        # Locust gives status 0 to what never got an answer.
-        said = type(reply.error).__name__ if reply.status_code == 0 else ""
-    return f"status {reply.status_code}: {said}".rstrip(": ")
+        # Locust sets status 0 for a request without a response.
+        text = type(reply.error).__name__ if reply.status_code == 0 else ""
+    return f"status {reply.status_code}: {text}".rstrip(": ")

@@ -1,10 +1,10 @@
-"""Ask the hub a question with the official `openai` package, and see who answered.
+"""Ask the hub a question with the official `openai` package, and show the worker.
 
     export OPENAI_BASE_URL=http://127.0.0.1:8000/v1
     export OPENAI_API_KEY=$(gollama-proxy token --sub alice)
     python examples/openai_client.py "Why is the sky blue?"
 
-The answer goes to standard output, everything about it to standard error.
+The answer goes to standard output, details about it to standard error.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletionChunk
 
 
 def main() -> str | None:
-    """Return None after a whole answer, or what went wrong: `sys.exit` prints it."""
+    """Return None after a complete answer, else the problem: `sys.exit` prints it."""
     env = os.environ.get
     base_url = env("OPENAI_BASE_URL") or "http://127.0.0.1:8000/v1"
     parser = argparse.ArgumentParser(description="Stream one answer from the hub.")
@@ -37,14 +37,14 @@ def main() -> str | None:
         if not (args.model or models):
             return "No worker serves a model."
         start = time.monotonic()
-        # Only the raw response has the headers; `parse()` makes the usual stream of it.
+        # Only the raw response has the headers; `parse()` turns it into the usual stream.
         reply = client.chat.completions.with_raw_response.create(
             model=args.model or models[0],
             messages=[{"role": "user", "content": args.question}],
             stream=True,
             stream_options={"include_usage": True},
         )
-    except openai.APIConnectionError as error:  # a timeout is one, too
+    except openai.APIConnectionError as error:  # including timeouts
         return f"The hub at {args.base_url} cannot be reached: {error.__cause__}"
     except openai.AuthenticationError as error:
         return f"The hub does not accept this token (401): {error.message}"
@@ -63,7 +63,7 @@ def main() -> str | None:
 
 
 def show(chunks: Iterable[ChatCompletionChunk], start: float) -> str | None:
-    """Print the answer as it arrives; what is no whole answer is told."""
+    """Print the answer as it arrives; return the problem if it is incomplete."""
     first = last = usage = finish = None
     for chunk in chunks:
         for choice in chunk.choices:  # the chunk with the usage has none

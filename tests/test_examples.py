@@ -1,4 +1,4 @@
-"""The examples work as they stand, and promise nothing that they do not keep."""
+"""The examples work unchanged, and do what their texts say."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 class Ended:
     status: int
     answer: str  # standard output
-    told: str  # standard error
+    details: str  # standard error
 
 
 async def run_client(url: str, token: str, *more: str) -> Ended:
@@ -55,77 +55,77 @@ async def run_client(url: str, token: str, *more: str) -> Ended:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        answer, told = await process.communicate()
+        answer, details = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
     assert process.returncode is not None
-    assert "Traceback" not in told.decode()
-    return Ended(process.returncode, answer.decode(), told.decode())
+    assert "Traceback" not in details.decode()
+    return Ended(process.returncode, answer.decode(), details.decode())
 
 
-async def test_client_streams_an_answer_and_tells_about_it() -> None:
+async def test_client_streams_an_answer_and_shows_its_worker() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         ended = await run_client(hub.url, hub.token())
     assert ended.status == 0, ended
     assert ended.answer == " no towu\n"
-    assert f"models: {replies.MODEL}" in ended.told
-    assert re.search(r"worker: 127\.0\.0\.1:\d+", ended.told), "header was not read"
-    assert "20 + 3 tokens" in ended.told
-    assert "finish='stop'" in ended.told
+    assert f"models: {replies.MODEL}" in ended.details
+    assert re.search(r"worker: 127\.0\.0\.1:\d+", ended.details), "header was not read"
+    assert "20 + 3 tokens" in ended.details
+    assert "finish='stop'" in ended.details
 
 
-async def test_client_tells_that_the_hub_does_not_accept_its_token() -> None:
+async def test_client_reports_a_rejected_token() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         ended = await run_client(hub.url, "nonsense")
     assert ended.status == 1
-    assert "does not accept this token (401)" in ended.told
+    assert "does not accept this token (401)" in ended.details
 
 
-async def test_client_tells_that_the_model_is_not_known() -> None:
+async def test_client_reports_an_unknown_model() -> None:
     async with ScriptedWorker("one", "two") as worker, running_hub(worker) as hub:
         ended = await run_client(hub.url, hub.token(), "--model", "three")
     assert ended.status == 1
-    assert "does not know this model or address (404)" in ended.told
+    assert "does not know this model or address (404)" in ended.details
 
 
-async def test_client_tells_when_to_try_again_where_no_worker_is_ready() -> None:
+async def test_client_reports_when_to_retry_if_no_worker_is_ready() -> None:
     async with ScriptedWorker() as worker:
         worker.loading = True
         async with running_hub(worker) as hub:
             ended = await run_client(hub.url, hub.token(), "--model", replies.MODEL)
     assert ended.status == 1
-    assert re.search(r"refused \(503\): .* Try again in \d+ s\.", ended.told), ended
+    assert re.search(r"refused \(503\): .* Try again in \d+ s\.", ended.details), ended
 
 
-async def test_client_tells_of_an_error_in_mid_stream() -> None:
+async def test_client_reports_an_error_in_mid_stream() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         head_and_two_tokens = chat_stream([" no", " to"])[:3]
         worker.default(*head_and_two_tokens, reset())
         ended = await run_client(hub.url, hub.token())
     assert ended.status == 1, ended
-    assert "The answer broke off" in ended.told
+    assert "The answer broke off" in ended.details
 
 
-async def test_client_takes_no_answer_without_a_finish_reason_for_a_whole_one() -> None:
+async def test_client_reports_an_answer_without_a_finish_reason() -> None:
     body = replies.chunk(replies.role()) + replies.chunk(replies.token(" no"))
     cut = replies.sse_head() + body + replies.last_chunk()
     async with ScriptedWorker() as worker:
         worker.default(send(cut))
-        # Without the hub, which would tell of this by an error event.
+        # Without the hub, which would add an error event.
         ended = await run_client(worker.url, "any")
     assert ended.status == 1
     assert ended.answer == " no\n"
-    assert "without a finish reason" in ended.told
+    assert "without a finish reason" in ended.details
 
 
-async def test_client_tells_that_nobody_answers() -> None:
+async def test_client_reports_a_hub_that_cannot_be_reached() -> None:
     async with ScriptedWorker() as worker:
         url = worker.url
     ended = await run_client(url, "any")
     assert ended.status == 1
-    assert f"The hub at {url}/v1 cannot be reached" in ended.told
+    assert f"The hub at {url}/v1 cannot be reached" in ended.details
 
 
 # --- locustfile.py ----------------------------------------------------------------
@@ -354,7 +354,7 @@ async def test_chaos_without_a_hit_leaves_every_answer_whole(
     arguments += ["--workers", "2", "--every", "0", "--requests", "30"]
     async with chaos(*arguments, environ=chaos_environ) as it:
         assert await it.ended() == 0, it.output
-    assert "16 of 16 prompts have one right text" in it.output
+    assert "16 of 16 prompts have one expected text" in it.output
     assert row(it.output, "of 30 requests ended") == 30
     assert row(it.output, "complete") == 30
     for text in ("another text", "error event", "truncated", "refused", "rescued"):
@@ -410,7 +410,7 @@ def is_using(model: Path, process: psutil.Process) -> bool:
         ("--request", "1", "unrecognized"),
     ],
 )
-async def test_chaos_tells_of_a_wrong_flag_on_one_line(
+async def test_chaos_reports_a_wrong_flag_on_one_line(
     flag: str, value: str, allowed: str, chaos_environ: dict[str, str], tmp_path: Path
 ) -> None:
     async with chaos(flag, value, environ=chaos_environ) as it:
@@ -461,7 +461,7 @@ STRANGER = replies.token("wu").replace(replies.ID.encode(), b"chatcmpl-other")
         (b"", "TRUNCATED", "without [DONE]"),
     ],
 )
-def test_chaos_tells_answers_apart(
+def test_chaos_distinguishes_answers(
     report: ModuleType, stream: bytes, outcome: str, detail: str, size: int
 ) -> None:
     answer = report.Answer(0.0)
@@ -474,7 +474,7 @@ def test_chaos_tells_answers_apart(
     assert (answer.judge(RIGHT).detail == "what follows a broken answer") is lost
 
 
-def test_chaos_tells_a_refusal_by_its_code(report: ModuleType) -> None:
+def test_chaos_counts_refusals_by_code(report: ModuleType) -> None:
     for body, detail in (
         (b'{"error":{"code":"no_worker_available"}}', "503 no_worker_available"),
         (b"<html>", "503"),

@@ -1,7 +1,6 @@
-"""How long an attempt may take: its limits, and what its client is notified of.
+"""The time limits of an attempt, and comments for clients that wait for its answer.
 
-The limits of all attempts are checked once a second.  One that is over sooner has a
-timer, so that it is kept exactly.
+All attempts are checked once a second.  A short limit has a timer, so that it is exact.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.openai import Ending
 
-# Limits up to so many seconds have a timer.
+# Limits up to this many seconds have a timer.
 SOON = 5.0
 # Seconds without a byte of an answer, after which its worker's health is checked.
 SUSPICIOUS = 5.0
-# Seconds of silence from which on a client is notified that its prompt is being read,
-# and between two such comments.
+# Seconds of silence before a client is notified that its prompt is being processed, and
+# seconds between two such comments.
 PROCESSING_AFTER, NOTICE_EVERY = 15.0, 5.0
 
 
@@ -42,7 +41,7 @@ class Limits:
         x.noticed_at, x.loading = 0.0, lease.loads
         if streams(x):
             pace = lease.worker.pace_of(lease.model)
-            # Loading a model takes its time, and would take it elsewhere, too.
+            # Loading a model takes time, and would on another worker, too.
             hard = pace.expectations.hard
             x.allowance = hard if lease.loads else pace.allowance(x.body.size)
             lease.allowance = x.allowance
@@ -77,7 +76,7 @@ class Limits:
                 self._notify_progress(x, waited)
 
     def _check_streaming(self, x: Exchange, now: float) -> None:
-        """Check an answer that is on its way."""
+        """Check an answer that is being sent."""
         relay, lease = x.relay, x.lease
         assert relay is not None, x
         assert lease is not None, x
@@ -88,9 +87,9 @@ class Limits:
             relay.abandon()
 
     def _notify_progress(self, x: Exchange, waited: float) -> None:
-        """Notify a client of what its worker does before it answers, if that is long.
+        """Notify a client if its worker takes long to begin.
 
-        It reads the prompt, or loads the model, which may well be the longer part.
+        It processes the prompt, or loads the model first, which may take longer.
         """
         if x.fed or not self._notice or not takes_comments(x):
             return
@@ -102,24 +101,24 @@ class Limits:
             try:
                 notify_client(x, "loading model" if x.loading else "processing")
             except ConnectionError:
-                pass  # the client left, and its handler is being cancelled
+                pass  # the client left, and the handler is being cancelled
 
 
 def streams(x: Exchange) -> bool:
-    """Whether the worker is asked for a stream, whatever the client wants."""
+    """Whether a stream is requested from the worker."""
     if x.resume is not None or isinstance(x.delivery, Assembly):
         return True
     return x.body.stream and x.body.replayable
 
 
 def takes_comments(x: Exchange) -> bool:
-    """Whether the client reads events, so that a comment does no harm."""
+    """Whether the client reads events, so that it ignores comments."""
     events = x.endpoint.ending is not Ending.BODY
     return events and x.body.replayable and x.body.stream
 
 
 def notify_client(x: Exchange, comment: str) -> None:
-    """Send a comment to a client that waits.
+    """Send a comment to a waiting client.
 
     Raises:
         ConnectionResetError: the client has left.
