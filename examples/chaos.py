@@ -65,7 +65,7 @@ PATIENCE = aiohttp.ClientTimeout(total=None, sock_read=400)
 BREATH = 1.0
 DAY = 86_400
 
-Say = Callable[[str], None]
+Show = Callable[[str], None]
 
 
 def main() -> int:
@@ -123,14 +123,14 @@ async def _happen(
     def stamp(text: str) -> str:
         return f"{time.monotonic() - began:6.1f} s  {text}"
 
-    def say(text: str) -> None:
+    def show(text: str) -> None:
         console.print(stamp(text), soft_wrap=True)
 
     async with pool.running():
-        say("workers: " + ", ".join(worker.url for worker in pool.workers))
-        say(f"hub: {pool.url}")
+        show("workers: " + ", ".join(worker.url for worker in pool.workers))
+        show(f"hub: {pool.url}")
         await first_of(clients.learn(pool), pool.watch())
-        say(f"{len(clients.texts)} of {len(PROMPTS)} prompts have one expected text")
+        show(f"{len(clients.texts)} of {len(PROMPTS)} prompts have one expected text")
         with Live(
             console=console,
             get_renderable=lambda: stamp(tally.line()),
@@ -138,13 +138,15 @@ async def _happen(
             transient=True,
         ) as live:
             await first_of(
-                clients.load(args, pool.url, tally, say),
-                _haunt(args, pool, tally, say),
+                clients.load(args, pool.url, tally, show),
+                _haunt(args, pool, tally, show),
                 pool.watch(live.refresh),
             )
 
 
-async def _haunt(args: argparse.Namespace, pool: Pool, tally: Tally, say: Say) -> None:
+async def _haunt(
+    args: argparse.Namespace, pool: Pool, tally: Tally, show: Show
+) -> None:
     """Hit a worker every few seconds."""
     rng = random.Random(f"hits {args.seed}")
     async with asyncio.TaskGroup() as group:
@@ -153,9 +155,9 @@ async def _haunt(args: argparse.Namespace, pool: Pool, tally: Tally, say: Say) -
             victim = pool.choose_victim(rng)
             how = rng.choice(args.signal)
             if victim is None:
-                say("no worker to hit: the others are not back yet")
+                show("no worker to hit: the others are not back yet")
                 continue
-            say(f"SIG{how.upper()} to {victim.url}")
+            show(f"SIG{how.upper()} to {victim.url}")
             tally.hits[how] += 1
             group.create_task(pool.hit(victim, how, args.down), name=victim.url)
 
@@ -206,25 +208,25 @@ class Clients:
             raise ChildError("no prompt has the same text twice at temperature 0", 1)
 
     async def load(
-        self, args: argparse.Namespace, url: str, tally: Tally, say: Say
+        self, args: argparse.Namespace, url: str, tally: Tally, show: Show
     ) -> None:
         """Send all requests to the hub, from many clients at once."""
         rng = random.Random(f"prompts {args.seed}")
         prompts = (rng.choice(list(self.texts)) for _ in range(args.requests))
         async with asyncio.TaskGroup() as group:
             for number in range(args.clients):
-                client = self._work(prompts, url, tally, say)
+                client = self._work(prompts, url, tally, show)
                 group.create_task(client, name=f"client {number}")
 
     async def _work(
-        self, prompts: Iterable[str], url: str, tally: Tally, say: Say
+        self, prompts: Iterable[str], url: str, tally: Tally, show: Show
     ) -> None:
         for prompt in prompts:
             answer, expected = await self._ask(url, prompt), self.texts[prompt]
             verdict = answer.judge(expected)
             tally.add(answer, verdict)
             if verdict.outcome is Outcome.DIFFERENT:
-                say(difference(expected, answer.text))
+                show(difference(expected, answer.text))
             if verdict.outcome is Outcome.REFUSED:
                 await asyncio.sleep(BREATH)
 
@@ -291,7 +293,7 @@ def _parse() -> argparse.Namespace:
         "--signal",
         action="append",
         choices=SIGNALS,
-        help="signal for a worker (repeatable; default kill); stop: SIGSTOP, later SIGCONT",
+        help="signal for a worker (repeatable; kill); stop: SIGSTOP, later SIGCONT",
     )
     args = parser.parse_args()
     args.signal = args.signal or ["kill"]

@@ -37,7 +37,7 @@ def main() -> str | None:
         if not (args.model or models):
             return "No worker serves a model."
         start = time.monotonic()
-        # Only the raw response has the headers; `parse()` turns it into the usual stream.
+        # Only the raw response has the headers; `parse()` returns the usual stream.
         reply = client.chat.completions.with_raw_response.create(
             model=args.model or models[0],
             messages=[{"role": "user", "content": args.question}],

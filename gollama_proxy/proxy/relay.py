@@ -1,12 +1,12 @@
 """The bytes of one answer, from a worker to one client.
 
-A relay has three phases; in each of them another method receives the body:
+A relay has three phases; in each, a different method receives the body:
 
     _hold ─────▶ _forward ─────▶ _ignore
     until the status and the      the fast lane: worker's read →      once the answer
     first bytes are known, so     client's transport, one plain       has ended, or is
-    that another worker can       call for each read, no task         not wanted any
-    still be tried                switch                              more
+    that another worker can       call for each read, no task         no longer needed
+    still be tried                switch
 
 When the client does not keep up, the worker's socket is not read until the client's
 buffer has drained; TCP does the rest.  Whether a stream is complete is read from its
@@ -220,13 +220,13 @@ class Relay:
     ) -> None:
         """Pass the answer on until it has ended, and remember `keep` bytes of it.
 
-        A stream that lacks its `[DONE]` but has a finish_reason gets it.  Where several
-        choices are asked for, a `tally` counts their ends.  However this returns,
-        nothing more is passed on, and `end` has what the last bytes say, with the
+        A stream that lacks its `[DONE]` but has a finish_reason gets it.  If several
+        choices are requested, a `tally` counts their ends.  However this returns,
+        nothing more is passed on, and `end` is the reading of the last bytes, with the
         usage of `answers` answers to the prompt.
 
         Raises:
-            WorkerError: the answer is not complete; what came of it was passed on.
+            WorkerError: the answer is not complete; what arrived of it was passed on.
             AssemblyError: the answer cannot be assembled.
             ClientStalledError: the client did not read for `write_timeout` seconds.
         """

@@ -1,23 +1,23 @@
-"""Whether a prompt fits into a context: by its size, as long as that will do.
+"""Whether a prompt fits into a context: judged by its size if possible.
 
-llama-server takes a prompt that has fewer tokens than the context of a slot.  How long
-the answer may be does not matter: it ends where the context does.
+llama-server accepts a prompt with fewer tokens than the context of a slot.  The length
+of the answer does not matter: it ends where the context ends.
 
-To count the tokens exactly takes a worker's tokenizer, some milliseconds and two
-requests.  So the size in bytes decides where it can:
+An exact count needs a worker's tokenizer, a few milliseconds and two requests.  So the
+size in bytes decides if it can:
 
     bytes ──▶ at most so many tokens ──▶ fewer than any context?   it fits
                                          else                      count them
 
-A token of text is at least one byte of it, and what a chat template adds is less than
-the JSON around the messages.  That is a safe bound, and four times too high for most
-texts; so it is replaced by what the answers of a model tell (`prompt_tokens`), and that
-again on the safe side: the densest prompt seen counts, others move it only slowly, and
-half as many tokens again are expected.  Were that too few, the worker would refuse the
-prompt, and a larger one would get it.
+A token of text has at least one byte, and a chat template adds less than the JSON
+around the messages.  This bound is safe, but four times too high for most texts, so it
+is replaced by the counts in a model's answers (`prompt_tokens`), again on the safe side:
+the densest prompt counts, others move the value only slowly, and half as many tokens
+again are assumed.  If that is too few, the worker refuses the prompt, and one with a
+larger context gets it.
 
-There is no such bound from below: a megabyte can be a picture of 300 tokens.  Hence
-nothing is ever refused for its size; only a count can do that.
+There is no lower bound: a megabyte can be an image of 300 tokens.  So a prompt is never
+rejected for its size, only after a count.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.overflow import OVERFLOW_TYPE, Overflow
 
 MARGIN = 1.5
-LEAST_BYTES = 1024  # of a request that tells something; shorter ones are mostly syntax
+LEAST_BYTES = 1024  # of a request that is learnt from; shorter ones are mostly syntax
 RISE = 0.05  # of the way to a less dense prompt, with each one
-DENSEST, THINNEST = 1.0, 8.0  # bytes for each token that are believed
+DENSEST, THINNEST = 1.0, 8.0  # plausible bytes for each token
 MOST_OFFERS = 8  # that an error lists
 
 
 class Prompts:
-    """What is known of the prompts of each model: their bytes for each token."""
+    """The learnt density of the prompts of each model, in bytes for each token."""
 
     def __init__(self) -> None:
         self._densities: dict[str, float] = {}
@@ -46,7 +46,7 @@ class Prompts:
         return f"<Prompts with bytes/token {{{known}}}>"
 
     def learn(self, model: str, size: int, tokens: int) -> None:
-        """Take in that a request of so many bytes had so many tokens (0: not known)."""
+        """Learn from a request of `size` bytes with `tokens` tokens (0: not known)."""
         if size < LEAST_BYTES or tokens <= 0:
             return
         density = max(DENSEST, min(size / tokens, THINNEST))
@@ -55,12 +55,12 @@ class Prompts:
         self._densities[model] = known + rise if rise > 0 else density
 
     def most_tokens(self, model: str, size: int) -> float:
-        """Tell how many tokens a request of so many bytes has at the most."""
+        """Return an upper limit for the tokens of a request of `size` bytes."""
         density = self._densities.get(model)
         return size if density is None else size * MARGIN / density
 
     def likely_tokens(self, model: str, size: int) -> int:
-        """Tell how many tokens it has if it is text like that of the others."""
+        """Estimate the tokens of a request if it is text like earlier ones."""
         return int(size / self._densities.get(model, 4 * DENSEST))
 
 
@@ -71,10 +71,10 @@ def too_long(
     *,
     native: bool = False,
 ) -> RequestError | None:
-    """Make the error of a prompt that fits nowhere, with what each worker offers.
+    """Make the error of a prompt that fits nowhere, with the context of each worker.
 
-    `tokens` is 0 where nobody has counted them; `refusal` is the last worker's, if one
-    was asked.  None if no context is known, and no worker has refused.  With `native`,
+    `tokens` is 0 if they were not counted; `refusal` is that of the last worker, if
+    any.  None if no context is known, and no worker has refused.  With `native`,
     it has llama-server's own type.
     """
     offers = {
@@ -85,25 +85,29 @@ def too_long(
     }
     if not offers and refusal is None:
         return None
-    said = refusal or Overflow("")
-    tokens = said.tokens or tokens
-    context = max(offers.values(), default=said.context)
+    reported = refusal or Overflow("")
+    tokens = reported.tokens or tokens
+    context = max(offers.values(), default=reported.context)
     counts = {"n_prompt_tokens": tokens, "n_ctx": context}
     fields: dict[str, object] = {name: n for name, n in counts.items() if n}
     if native:
         fields |= {"type": OVERFLOW_TYPE, "code": Code.CONTEXT_LENGTH.status}
-    text = said.message or (
+    text = reported.message or (
         f"request{_in_words(tokens)} exceeds the available context size"
         f"{_in_words(context)}, try increasing it"
     )
     if offers:
-        # Some clients know this error by OpenAI's words, some by llama-server's.
-        told = [f"{model} on {name} {n}" for (model, name), n in offers.items()]
-        more = f" and {len(told) - MOST_OFFERS} more" if len(told) > MOST_OFFERS else ""
+        # Some clients detect this error by OpenAI's text, some by llama-server's.
+        listed = [f"{model} on {name} {n}" for (model, name), n in offers.items()]
+        more = (
+            f" and {len(listed) - MOST_OFFERS} more"
+            if len(listed) > MOST_OFFERS
+            else ""
+        )
         text = (
             f"This model's maximum context length is {context} tokens, and the prompt "
             f"has {tokens or 'more'}: {text.rstrip('.')}. "
-            f"The workers offer: {', '.join(told[:MOST_OFFERS])}{more}."
+            f"The workers offer: {', '.join(listed[:MOST_OFFERS])}{more}."
         )
     return RequestError(Code.CONTEXT_LENGTH, text, fields=fields)
 
