@@ -11,7 +11,7 @@ size in bytes decides if it can:
 
 A token of text has at least one byte, and a chat template adds less than the JSON
 around the messages.  This bound is safe, but four times too high for most texts, so it
-is replaced by the counts in a model's answers (`prompt_tokens`), again on the safe side:
+is replaced by counts from answers of the model (`prompt_tokens`), on the safe side:
 the densest prompt counts, others move the value only slowly, and half as many tokens
 again are assumed.  If that is too few, the worker refuses the prompt, and one with a
 larger context gets it.
