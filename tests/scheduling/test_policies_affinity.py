@@ -329,5 +329,6 @@ def test_without_a_known_speed_no_request_waits(reads: bool) -> None:
 def test_its_repr_shows_what_it_knows() -> None:
     made, _, _, _ = setting()
     made.inner = RoundRobin()
-    assert repr(made) == "<Affinity <Memory of 1 prefixes> <RoundRobin last={}>>"
-    assert repr(made._usual) == "{'qwen': <0.001 s a byte, 0.02 s a token>}"
+    inner = "<RoundRobin last=<BoundedDict 0 of 1000>>"
+    assert repr(made) == f"<Affinity <Memory of 1 prefixes> {inner}>"
+    assert repr(made._usual["qwen"]) == "<0.001 s a byte, 0.02 s a token>"

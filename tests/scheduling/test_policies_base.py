@@ -56,7 +56,7 @@ def test_the_first_one_was_not_chosen_for_longest() -> None:
     assert indexes(made.of(ASK, workers, everyone)) == [2, 3, 0, 1]
     made.chose(ASK, workers[3])
     assert indexes(made.of(ASK, workers, everyone)) == [0, 1, 2, 3]
-    assert repr(made) == "<Shortlist last={'qwen': 3}>"
+    assert repr(made) == "<Shortlist last=<BoundedDict 1 of 1000>>"
 
 
 # --- Large pools ------------------------------------------------------------------

@@ -130,10 +130,10 @@ def test_workers_may_leave_the_pool_and_others_join_it() -> None:
     assert policy.pick(ask, WORKERS[:4], all_fit) is WORKERS[0]
 
 
-def test_its_repr_shows_the_last_turn() -> None:
+def test_its_repr_shows_how_many_models_it_knows() -> None:
     policy = RoundRobin()
     turns(policy, 2, 0, 1)
-    assert repr(policy) == "<RoundRobin last={'qwen': 1}>"
+    assert repr(policy) == "<RoundRobin last=<BoundedDict 1 of 1000>>"
 
 
 # --- By weight ------------------------------------------------------------------------
@@ -276,4 +276,5 @@ def test_a_worker_that_is_offered_alone_disturbs_nothing() -> None:
 def test_its_repr_shows_which_is_due() -> None:
     policy, workers = Weighted(), weighted(4, 1)
     turns_of(policy, workers, 1)
-    assert repr(policy) == "<Weighted {'qwen': <due: w0 0.38, w1 0.50>}>"
+    assert repr(policy) == "<Weighted <BoundedDict 1 of 1000>>"
+    assert repr(policy._rounds["qwen"]) == "<due: w0 0.38, w1 0.50>"
