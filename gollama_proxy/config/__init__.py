@@ -1,1 +1,1 @@
-"""Settings: what there is, where it comes from, and the files that they name."""
+"""Settings: their declarations, their sources, and the files that they name."""

@@ -283,7 +283,7 @@ def _reject_second(
             raise ConfigError(f"{text}; each may be named once")
         if other.name == worker.name:
             text = f"{where}.name = {worker.name!r}: taken by {other.url!r}"
-            raise ConfigError(f"{text}; each needs a name of its own")
+            raise ConfigError(f"{text}; each needs a different name")
 
 
 _WORKER_TLS = ("ca_file", "client_certificate", "client_key")

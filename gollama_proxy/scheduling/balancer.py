@@ -67,7 +67,7 @@ class Balancer:
     def policy_of(self, model: str) -> Policy:
         """Return the policy that picks the workers of a model.
 
-        Models with the same policy share the object, which tells them apart by name.
+        Models with the same policy share the object, which distinguishes them by name.
         """
         if not self._policies:
             return self.policy

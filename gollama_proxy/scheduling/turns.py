@@ -285,7 +285,7 @@ class Subject:
         return f"<Subject {self.name!r} running={self.running} of {self.limit}>"
 
     def review(self) -> None:
-        """Withhold the subject from its rounds, or let it enter, as its limit says."""
+        """Withhold the subject from its rounds while it is at its limit."""
         withheld = 0 < self.limit <= self.running
         if withheld == self.withheld:
             return

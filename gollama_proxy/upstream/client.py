@@ -26,7 +26,7 @@ PIECE = 64 << 10  # bytes of a request's body that are written in one go
 
 
 class Reply(NamedTuple):
-    """An answer; where its body cannot be read it is empty, and `flaw` says why."""
+    """An answer; if its body cannot be read, it is empty, and `flaw` has the reason."""
 
     status: int
     body: bytes

@@ -150,7 +150,7 @@ _NOTHING = re.compile(rb'null|\{\s*(?:"include_usage"\s*:\s*(?:false|null)\s*)?\
 
 
 def ask_for_usage(body: bytes) -> bytes | None:
-    """Ask for usage, all else as is; None if the client has set options of its own.
+    """Request usage, and change nothing else; None if the client has set options.
 
     `body` is a JSON object that is accepted and not empty.
     """

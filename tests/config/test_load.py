@@ -217,7 +217,7 @@ def refusal(
         (
             "[[workers]]\nurl='http://a'\n[[workers]]\nurl='http://b'\nname='a:80'",
             "workers[1].name = 'a:80': taken by 'http://a'",
-            "a name of its own",
+            "a different name",
         ),
         (
             "[[workers]]\nurl = 'http://a'\napi_key_env = 'K'\napi_key_file = 'k'",
