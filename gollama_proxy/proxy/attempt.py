@@ -7,6 +7,7 @@ on every path.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from gollama_proxy import __version__
-from gollama_proxy.config.settings import WorkerConfig
+from gollama_proxy.config.settings import Origin, WorkerConfig
 from gollama_proxy.edge.response import JSON, Response
 from gollama_proxy.fleet.registry import RETRY_AFTER
 from gollama_proxy.proxy.client import frame
@@ -39,7 +40,6 @@ from gollama_proxy.wire.partial import DivergedError
 from gollama_proxy.wire.schema import EventError
 
 _SECONDS = re.compile(r"\d+(?:\.\d*)?")
-_USER_AGENT = b"User-Agent: gollama-proxy/" + __version__.encode()
 
 
 # --- The request --------------------------------------------------------------------
@@ -57,31 +57,48 @@ def request_head(
     `forwarded` are header lines from the client.  Without a length, the body is sent in
     chunks, of which the first must follow the head.
     """
-    origin = worker.origin
-    head = b"POST %b%b HTTP/1.1\r\nHost: %b\r\n%b\r\nContent-Type: %b\r\n%b" % (
-        origin.prefix.encode(),
-        path.encode(),
-        origin.authority.encode(),
-        _USER_AGENT,
-        content_type,
-        forwarded,
-    )
-    if worker.api_key:
-        head += b"Authorization: Bearer %b\r\n" % worker.api_key.encode()
+    head = _common_head(worker.origin, worker.api_key, path, content_type) + forwarded
     if length is None:
         return head + b"Transfer-Encoding: chunked\r\n\r\n"
-    return head + b"Content-Length: %d\r\n\r\n" % length
+    return b"%bContent-Length: %d\r\n\r\n" % (head, length)
+
+
+@functools.lru_cache(maxsize=1024)
+def _common_head(origin: Origin, key: str, path: str, content_type: bytes) -> bytes:
+    """Write the part of a head that is the same for all requests of a kind."""
+    head = (
+        f"POST {origin.prefix}{path} HTTP/1.1\r\nHost: {origin.authority}\r\n"
+        f"User-Agent: gollama-proxy/{__version__}\r\n"
+    ).encode()
+    head += b"Content-Type: %b\r\n" % content_type
+    if key:
+        head += b"Authorization: Bearer %b\r\n" % key.encode()
+    return head
 
 
 class Attempt:
     """Holds the connection of an attempt until it is over."""
 
-    __slots__ = ("_clock", "_connection", "_connections", "_sent", "_upload", "_x")
+    __slots__ = (
+        "_clock",
+        "_connection",
+        "_connections",
+        "_limit",
+        "_sent",
+        "_upload",
+        "_x",
+    )
 
     def __init__(
-        self, x: Exchange, connections: ConnectionPool, clock: Callable[[], float]
+        self,
+        x: Exchange,
+        connections: ConnectionPool,
+        limit: float,
+        clock: Callable[[], float],
     ) -> None:
+        """Make one; a worker must take some of a long body every `limit` seconds."""
         self._x = x
+        self._limit = limit
         self._connections = connections
         self._clock = clock
         self._connection: Connection | None = None
@@ -178,7 +195,7 @@ class Attempt:
     async def _send_rest(self, connection: Connection, *, chunked: bool) -> None:
         async for piece in self._x.body.rest():
             connection.write(frame(piece) if chunked else piece)
-            limit = self._x.patience
+            limit = self._limit
             try:
                 async with asyncio.timeout(limit):
                     await connection.drain()

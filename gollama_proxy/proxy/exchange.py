@@ -63,7 +63,7 @@ from gollama_proxy.scheduling.admission import Place
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.queue import Queue
-from gollama_proxy.scheduling.turns import choose_priority
+from gollama_proxy.scheduling.turns import Priority, choose_priority
 from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.telemetry.logs import Throttle
 from gollama_proxy.upstream.pool import ConnectionPool
@@ -294,12 +294,16 @@ class Proxy:
         config = self._config
         x.caller = caller = self._authenticator.identify(request, x)
         x.endpoint = endpoint = ENDPOINTS[x.route]
-        x.max_concurrency = caller.max_concurrency or config.queue.max_concurrency
-        x.needs_slot = endpoint.slot
-        x.priority = caller.priority
+        if limit := caller.max_concurrency or config.queue.max_concurrency:
+            x.max_concurrency = limit
+        if not endpoint.slot:
+            x.needs_slot = False
+        if caller.priority is not Priority.INTERACTIVE:
+            x.priority = caller.priority
         if (priority := request.headers.get("X-Gollama-Priority")) is not None:
             x.priority = choose_priority(priority, caller.priority)
-        x.counted = self._counting == "always"
+        if self._counting == "always":
+            x.counted = True
         if caller.rpm is not None or caller.tpm is not None:
             self._take_quota(x, caller)
         x.body = body = Body(request, endpoint, config)
@@ -310,7 +314,8 @@ class Proxy:
             await self._look_further(x)
         pool = self._registry.resolve(body.model, caller.models)
         x.model = x.asked = pool.model
-        x.alias = self._registry.alias_of(body.model)
+        if alias := self._registry.alias_of(body.model):
+            x.alias = alias
         pools = self._registry.pools_for(pool, body.fallbacks, caller.models)
         x.plan = Plan.of(pools, endpoint.path, config, self._balancer.budget, self._rng)
         follows = endpoint.slot and self._balancer.follows(pool)
@@ -358,7 +363,10 @@ class Proxy:
         x.plan.begin(worker)
         x.lease = lease
         x.model, x.worker = model, worker.name
-        x.fell_back = x.asked if x.asked != model else ""
+        if x.asked != model:
+            x.fell_back = x.asked
+        elif x.fell_back:
+            x.fell_back = ""
         x.attempts += 1
         x.queued = lease.taken_at - x.started
         lease.prompt_bytes = body.size
@@ -377,7 +385,8 @@ class Proxy:
             data += b"%x\r\n%b\r\n" % (len(sent), sent)
         # Sending it
         x.enter(State.CONNECTING)
-        attempt = Attempt(x, self._connections[worker], self._clock)
+        limit = self._config.timeouts.first_token
+        attempt = Attempt(x, self._connections[worker], limit, self._clock)
         timer = self._limits.begin(x, lease)
         try:
             relay = await attempt.send(data, chunked=length is None)

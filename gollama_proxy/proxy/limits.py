@@ -37,8 +37,9 @@ class Limits:
 
     def begin(self, x: Exchange, lease: Lease) -> asyncio.TimerHandle | None:
         """Set how long the first event may take; returns the timer of a short limit."""
-        limit = x.patience = x.allowance = self._timeouts.first_token
-        x.noticed_at, x.loading = 0.0, lease.loads
+        limit = self._timeouts.first_token
+        if x.noticed_at or lease.loads:
+            x.noticed_at, x.loading = 0.0, lease.loads
         if streams(x):
             pace = lease.worker.pace_of(lease.model)
             # Loading a model takes time, and would on another worker, too.
@@ -64,8 +65,9 @@ class Limits:
         assert relay is not None, x
         assert lease is not None, x
         waited, worker = now - x.waiting_since, lease.worker
-        if waited >= x.patience:
-            text = f"Worker {worker.name} sent nothing within {x.patience:g} s."
+        limit = self._timeouts.first_token
+        if waited >= limit:
+            text = f"Worker {worker.name} sent nothing within {limit:g} s."
             relay.fail(WorkerError(Code.WORKER_TIMEOUT, text))
         elif streams(x):
             overdue = waited >= x.allowance or worker.is_down

@@ -60,11 +60,14 @@ class Rewriter:
         sent = body.named(model)
         streams = body.stream and body.replayable
         if streams:
-            x.choices = body.answers
+            choices = body.answers
             if not x.endpoint.chat and has_prompts(sent):
-                x.choices = choices_of(sent)
-        x.hides_usage = x.rewritten = False
-        if not x.begun:
+                choices = choices_of(sent)
+            if choices != x.choices:
+                x.choices = choices
+        if x.rewritten:
+            x.hides_usage = x.rewritten = False
+        if x.delivery is not None and not x.delivery.begun:
             x.delivery = None
         x.sent = sent
         if x.plan.as_sent or self._is_plain(x, worker):

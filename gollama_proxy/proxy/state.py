@@ -69,7 +69,9 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 class Exchange(Record):
     """One client request, from its first byte to its outcome.
 
-    Class attributes are the initial values, so that a simple request costs little.
+    A class attribute is the value before anything else is known.  What stays as it is
+    there is not set on the object, so that a plain request costs little time and
+    memory.
     """
 
     id = ""
@@ -96,7 +98,6 @@ class Exchange(Record):
     relay: Relay | None = None
     loading = False  # the worker of this attempt must load the model first
     waiting_since = 0.0  # monotonic seconds, when this attempt was sent
-    patience = 0.0  # seconds for the first byte in any case
     allowance = 0.0  # seconds for the first event, while another worker could take over
 
     # What the worker gets

@@ -427,8 +427,7 @@ def read_whole(body: bytes) -> dict[str, Field] | None:
     except (msgspec.DecodeError, RecursionError):
         return None
     found: dict[str, Field] = {}
-    for name, key in _KEYS:
-        value = getattr(wanted, name)
+    for (name, key), value in zip(_KEYS, msgspec.structs.astuple(wanted), strict=True):
         if value is not msgspec.UNSET:
             if body.count(key) != 1:
                 return None

@@ -48,11 +48,11 @@ class Bench:
     ) -> AsyncIterator[Attempt]:
         """Begin an attempt; the `rest` of a body follows what is sent first."""
         x = Exchange(make_mocked_request("POST", path), 0.0)
-        x.endpoint, x.worker, x.patience = ENDPOINTS[path], "w", self.limit
+        x.endpoint, x.worker = ENDPOINTS[path], "w"
         x.body = SimpleNamespace(replayable=rest is None, rest=lambda: rest)  # type: ignore[assignment]
         x.lease = self.worker.lease()
         x.state = State.CONNECTING
-        attempt = Attempt(x, self.pool, self.clock)
+        attempt = Attempt(x, self.pool, self.limit, self.clock)
         try:
             yield attempt
         finally:
