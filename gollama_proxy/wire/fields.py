@@ -93,9 +93,11 @@ def classify(raw: bytes, start: int) -> Field:
     kind = chr(raw[0])
     if kind in "[{":
         return Field(kind, b"", start, start)
+    if kind == '"':
+        return Field(kind, raw, start, start + len(raw))
     if _NUMBER.fullmatch(raw):
         kind = "0"
-    elif kind != '"' and raw not in (b"true", b"false", b"null"):
+    elif raw not in (b"true", b"false", b"null"):
         kind = "?"  # no JSON, which the check of the grammar will find
     return Field(kind, raw, start, start + len(raw))
 
