@@ -14,7 +14,7 @@ from gollama_proxy.config.keys import RevocationList
 from gollama_proxy.config.settings import SECTIONS, Config, WorkerConfig
 from gollama_proxy.config.watch import Watched, Watcher
 from gollama_proxy.edge.auth import Authenticator
-from gollama_proxy.edge.connections import Connections
+from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.edge.models import ModelList
 from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.edge.router import Routes
@@ -52,7 +52,7 @@ class Hub(Listener):
         self.connections: dict[Worker, ConnectionPool] = {}
         self.clock = clock
         self.queue = Queue(self.balancer, config.queue, clock)
-        self.clients = Connections(config.limits, clock)
+        self.clients = ConnectionLimiter(config.limits, clock)
         self.telemetry = Telemetry(
             self.registry, self.queue.admission, self.clients, clock
         )

@@ -23,7 +23,7 @@ LOG_EVERY = 10.0
 KINDS = ("limit", "address", "handshake")
 
 
-class Connections:
+class ConnectionLimiter:
     """Counts client connections, and refuses those over a limit."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
@@ -36,7 +36,7 @@ class Connections:
         self._throttle = Throttle(clock, LOG_EVERY)
 
     def __repr__(self) -> str:
-        return f"<Connections open={self.open} of {self._limit}>"
+        return f"<ConnectionLimiter open={self.open} of {self._limit}>"
 
     @property
     def by_address(self) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, cast
 
 from gollama_proxy.config.tls import Credentials, explain
-from gollama_proxy.edge.connections import Connections
+from gollama_proxy.edge.connections import ConnectionLimiter
 
 # What a client may leave unread in the hub before its worker is paused.  It is the
 # high-water mark of the transport, below which `drain` would not wait.
@@ -30,7 +30,7 @@ class TlsOptions(NamedTuple):
     """What all connections of a server share."""
 
     credentials: Credentials
-    connections: Connections
+    connections: ConnectionLimiter
     make: Callable[[], asyncio.Protocol]  # the protocol above TLS
     handshake: float  # seconds it may take
     shutdown: float  # seconds to send the rest and close TLS

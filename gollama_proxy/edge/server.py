@@ -21,7 +21,7 @@ from aiohttp.http_exceptions import LineTooLong
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.tls import Credentials
-from gollama_proxy.edge.connections import Connections
+from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.edge.handshake import TlsConnection, TlsOptions, peer
 from gollama_proxy.edge.response import (
     CLOSE,
@@ -66,7 +66,7 @@ class Server(web.Server):
         handler: Handler,
         config: Config,
         refused: Refused,
-        clients: Connections | None = None,
+        clients: ConnectionLimiter | None = None,
         tls: Credentials | None = None,
     ) -> None:
         """Make a server, for HTTPS if it gets credentials.
@@ -75,7 +75,7 @@ class Server(web.Server):
         """
         super().__init__(handler, handler_cancellation=True)
         self.refused = refused
-        self.clients = clients or Connections(config.limits, time.monotonic)
+        self.clients = clients or ConnectionLimiter(config.limits, time.monotonic)
         self.patience = config.timeouts.write + _GRACE
         self._tls_options: TlsOptions | None = None
         if tls is not None:
@@ -219,7 +219,7 @@ class _Counted(_Protocol):
 
     def __init__(self, server: Server) -> None:
         super().__init__(server)
-        self._clients: Connections | None = server.clients
+        self._clients: ConnectionLimiter | None = server.clients
         self._address = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

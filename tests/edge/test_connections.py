@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from gollama_proxy.config.settings import Limits
-from gollama_proxy.edge.connections import LOG_EVERY, Connections, household
+from gollama_proxy.edge.connections import LOG_EVERY, ConnectionLimiter, household
 from tests.fakes.clock import Clock
 
 
 def test_as_many_as_there_is_room_for() -> None:
-    connections = Connections(Limits(connections=2), Clock())
+    connections = ConnectionLimiter(Limits(connections=2), Clock())
     assert not connections.by_address
     assert [connections.enter() for _ in range(3)] == [True, True, False]
-    assert repr(connections) == "<Connections open=2 of 2>"
+    assert repr(connections) == "<ConnectionLimiter open=2 of 2>"
     connections.leave()
     assert connections.enter()
     assert connections.refused == {"limit": 1, "address": 0, "handshake": 0}
@@ -21,7 +21,7 @@ def test_as_many_as_there_is_room_for() -> None:
 
 def test_as_many_as_one_address_may_have() -> None:
     limits = Limits(connections=10, connections_per_address=2)
-    connections = Connections(limits, Clock())
+    connections = ConnectionLimiter(limits, Clock())
     assert connections.by_address
     assert [connections.enter("10.0.0.1") for _ in range(3)] == [True, True, False]
     assert connections.enter("10.0.0.2")
@@ -52,7 +52,7 @@ def test_whose_an_address_is(address: str, name: str) -> None:
 
 
 def test_a_flood_is_told_of_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
-    connections = Connections(Limits(connections=1), clock := Clock())
+    connections = ConnectionLimiter(Limits(connections=1), clock := Clock())
     connections.enter()
     for _ in range(1000):
         connections.enter()

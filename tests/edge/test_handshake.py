@@ -12,7 +12,7 @@ import pytest
 
 from gollama_proxy.config.settings import Limits, Server
 from gollama_proxy.config.tls import for_server
-from gollama_proxy.edge.connections import Connections
+from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.edge.handshake import TlsConnection, TlsOptions, peer
 from gollama_proxy.proxy.relay import WRITE_BUFFER
 from tests.fakes.authority import Authority
@@ -62,7 +62,7 @@ class House:
         )
         assert credentials is not None
         limits = Limits(connections=2, connections_per_address=2)
-        self.connections = Connections(limits, Clock())
+        self.connections = ConnectionLimiter(limits, Clock())
         self.echoes: list[Echo] = []
         self.protocols: list[TlsConnection] = []
         options = TlsOptions(credentials, self.connections, self._echo, 5, 5, 5, set())

@@ -7,7 +7,7 @@ import asyncio
 from gollama_proxy import __version__
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Limits, Queue
-from gollama_proxy.edge.connections import Connections
+from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.turns import Priority
@@ -71,7 +71,7 @@ def test_requests_in_the_queue_are_shown_by_class() -> None:
 
 
 def test_connections_are_shown_with_the_refused_ones_by_reason() -> None:
-    clients = Connections(Limits(connections=1), Clock())
+    clients = ConnectionLimiter(Limits(connections=1), Clock())
     registry = Registry(config.load(None, {}, {}, ["http://a:1"]), Clock())
     telemetry = Telemetry(registry, Admission(Queue(), Clock()), clients)
     assert clients.enter()
@@ -81,7 +81,7 @@ def test_connections_are_shown_with_the_refused_ones_by_reason() -> None:
     refused = "gollama_connections_refused_total"
     assert value(samples, refused, reason="limit") == 1
     assert value(samples, refused, reason="address") == 0
-    shown = "<ClientCollector of <Connections open=1 of 1>>"
+    shown = "<ClientCollector of <ConnectionLimiter open=1 of 1>>"
     assert repr(ClientCollector(clients)) == shown
 
 
