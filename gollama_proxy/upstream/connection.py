@@ -71,7 +71,7 @@ class Receiver(Protocol):
         """The connection ended too early, or what came is not HTTP (`malformed`)."""
 
 
-class State(enum.Enum):
+class ConnectionState(enum.Enum):
     IDLE = "idle"  # connected, no request is running
     ACTIVE = "active"  # a request was started, its answer is not complete
     CLOSED = "closed"
@@ -113,7 +113,7 @@ class Connection(asyncio.Protocol):
         `any_answer` also accepts redirections and content codings, which are errors in
         an answer that is passed on to a client.
         """
-        self.state = State.IDLE
+        self.state = ConnectionState.IDLE
         self._any_answer = any_answer
         self.used = 0  # requests sent
         self.idle_since = 0.0  # for its pool, as the next one
@@ -139,7 +139,7 @@ class Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """Whether another request may follow, now that an answer has ended."""
-        idle = self.state is State.IDLE and not self._reading_paused
+        idle = self.state is ConnectionState.IDLE and not self._reading_paused
         return idle and self._reusable
 
     @property
@@ -161,14 +161,14 @@ class Connection(asyncio.Protocol):
 
     def start(self, receiver: Receiver) -> None:
         """Begin a request, whose answer goes to this receiver."""
-        assert self.state is not State.ACTIVE, self
+        assert self.state is not ConnectionState.ACTIVE, self
         if self.used:
             self._reset_answer()
         self.used += 1
-        if self.state is State.CLOSED:
+        if self.state is ConnectionState.CLOSED:
             receiver.answer_lost("closed before the request", malformed=False)
             return
-        self.state = State.ACTIVE
+        self.state = ConnectionState.ACTIVE
         self._receiver = receiver
 
     def write(self, data: bytes) -> None:
@@ -178,7 +178,7 @@ class Connection(asyncio.Protocol):
 
     async def drain(self) -> None:
         """Wait until the worker has taken most of what was written, or has answered."""
-        if self._writing_paused and self.state is not State.CLOSED:
+        if self._writing_paused and self.state is not ConnectionState.CLOSED:
             self._write_waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._write_waiter
@@ -198,7 +198,7 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the connection at once; this also cancels a running generation."""
-        self.state = State.CLOSED
+        self.state = ConnectionState.CLOSED
         self._receiver = None
         if self._transport is not None:
             self._transport.abort()
@@ -310,7 +310,7 @@ class Connection(asyncio.Protocol):
 
     def _end(self) -> None:
         receiver, self._receiver = self._receiver, None
-        self.state = State.IDLE
+        self.state = ConnectionState.IDLE
         if receiver is not None:
             receiver.answer_ended()
         if self._write_waiter is not None:
@@ -329,19 +329,19 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._eof = True
-        if self.state is State.IDLE:
+        if self.state is ConnectionState.IDLE:
             self.close()  # now: the next request may come before `connection_lost`
         return False  # the transport closes
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        if self.state is State.CLOSED:  # by this side
+        if self.state is ConnectionState.CLOSED:  # by this side
             return
         if self._head_done and not self._delimited and self._eof and exc is None:
             # RFC 9112, 6.3, 8: a body that ends with the connection; 9.8: in TLS it was
             # cut if there was no `close_notify`.
             self._end()
-            self.state = State.CLOSED
+            self.state = ConnectionState.CLOSED
             return
         if exc is None:
             self._lose("connection closed by the worker")

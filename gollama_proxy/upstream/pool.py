@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from gollama_proxy.config.settings import Config, WorkerConfig
 from gollama_proxy.config.tls import Credentials, explain
-from gollama_proxy.upstream.connection import Connection, State
+from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.upstream.dial import Target, connect
 from gollama_proxy.wire.errors import Code, WorkerError
 
@@ -80,7 +80,7 @@ class ConnectionPool:
         idle = self._idle
         while idle:
             connection = idle[-1]
-            if connection.state is State.IDLE:
+            if connection.state is ConnectionState.IDLE:
                 if self._clock() - connection.idle_since >= self._keepalive:
                     return None  # the others are older; `close_stale` closes them all
                 return idle.pop()
@@ -114,7 +114,7 @@ class ConnectionPool:
         oldest = now - self._keepalive
         kept = []
         for connection in self._idle:
-            if connection.state is not State.IDLE:
+            if connection.state is not ConnectionState.IDLE:
                 self.discard(connection)
             elif connection.idle_since <= oldest:
                 connection.close()
@@ -148,7 +148,7 @@ class ConnectionPool:
         connection = self._on_probation
         if connection is None:
             return
-        if connection.state is State.IDLE:
+        if connection.state is ConnectionState.IDLE:
             if now - connection.idle_since < PROBATION:
                 return
             self.keeps_after_streams = True

@@ -66,7 +66,7 @@ _IN_NESTED = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
 _NUMBER = re.compile(rb"-?(?:0|[1-9]\d{0,18})(?:\.\d+)?(?:[eE][+-]?\d{1,3})?")
 
 
-class State(enum.Enum):
+class ScannerState(enum.Enum):
     START = "before the object"
     KEY = "before a key"
     VALUE = "before a value"
@@ -107,7 +107,7 @@ class FieldScanner:
 
     def __init__(self) -> None:
         self.found: dict[str, Field] = {}
-        self._state = State.START
+        self._state = ScannerState.START
         self._depth = 0  # of the nested value that is passed over
         self._key = ""
         self._first_key = True
@@ -138,7 +138,7 @@ class FieldScanner:
             at = reached
         self._rest = text[at:]
         self._offset += at
-        what = repr(self._key) if self._state is State.VALUE else "a key"
+        what = repr(self._key) if self._state is ScannerState.VALUE else "a key"
         self._check_length(self._rest, what)
 
     def finish(self) -> None:
@@ -148,27 +148,27 @@ class FieldScanner:
             RequestError: it ended too early.
         """
         self._check_utf8(b"", final=True)
-        if self._state is not State.END:
-            what = "is empty" if self._state is State.START else "ends too early"
+        if self._state is not ScannerState.END:
+            what = "is empty" if self._state is ScannerState.START else "ends too early"
             raise _invalid(f"the body {what}")
 
     # --- One step for each state --------------------------------------------------
 
     def _step(self, text: bytes, at: int) -> int | None:
         match self._state:
-            case State.START:
+            case ScannerState.START:
                 return self._open(text, at)
-            case State.KEY:
+            case ScannerState.KEY:
                 return self._read_key(text, at)
-            case State.VALUE:
+            case ScannerState.VALUE:
                 return self._read_value(text, at)
-            case State.STRING:
+            case ScannerState.STRING:
                 return self._pass_string(text, at)
-            case State.NESTED:
+            case ScannerState.NESTED:
                 return self._pass_nested(text, at)
-            case State.AFTER:
+            case ScannerState.AFTER:
                 return self._read_separator(text, at)
-            case State.END:
+            case ScannerState.END:
                 raise _invalid("something follows the object")
             case _:
                 assert_never(self._state)
@@ -176,12 +176,12 @@ class FieldScanner:
     def _open(self, text: bytes, at: int) -> int:
         if text[at : at + 1] != b"{":
             raise _invalid("the body must be an object")
-        self._state = State.KEY
+        self._state = ScannerState.KEY
         return at + 1
 
     def _read_key(self, text: bytes, at: int) -> int | None:
         if text[at : at + 1] == b"}" and self._first_key:
-            self._state = State.END
+            self._state = ScannerState.END
             return at + 1
         if text[at : at + 1] != b'"':
             raise _invalid(f"a key was expected at byte {self._offset + at}")
@@ -198,19 +198,19 @@ class FieldScanner:
         if self._key in self.found:
             raise _invalid(f"the key {self._key!r} occurs twice")
         self._first_key = False
-        self._state = State.VALUE
+        self._state = ScannerState.VALUE
         return colon + 1
 
     def _read_value(self, text: bytes, at: int) -> int | None:
         first = text[at : at + 1]
         wanted = self._key in WANTED
         if first == b'"' and not wanted:
-            self._state = State.STRING
+            self._state = ScannerState.STRING
             return at + 1
         if first in (b"{", b"["):
             if wanted:
                 self.found[self._key] = classify(first, self._offset + at)
-            self._state, self._depth = State.NESTED, 1
+            self._state, self._depth = ScannerState.NESTED, 1
             return at + 1
         if first == b'"':
             match = _STRING.match(text, at)
@@ -225,7 +225,7 @@ class FieldScanner:
         self._check_length(match[0], repr(self._key))
         if wanted:
             self.found[self._key] = classify(match[0], self._offset + at)
-        self._state = State.AFTER
+        self._state = ScannerState.AFTER
         return match.end()
 
     def _pass_string(self, text: bytes, at: int) -> int | None:
@@ -233,7 +233,7 @@ class FieldScanner:
         if end == at and end < len(text) and text[end : end + 1] == b"\\":
             return None  # half of an escape
         if end < len(text) and text[end : end + 1] == b'"':
-            self._state = State.NESTED if self._depth else State.AFTER
+            self._state = ScannerState.NESTED if self._depth else ScannerState.AFTER
             return end + 1
         return end
 
@@ -243,7 +243,7 @@ class FieldScanner:
             return at
         match text[at : at + 1]:
             case b'"':  # a string that does not end in this piece
-                self._state = State.STRING
+                self._state = ScannerState.STRING
             case b"{" | b"[":
                 self._depth += 1
                 if self._depth >= MAX_DEPTH:
@@ -251,15 +251,15 @@ class FieldScanner:
             case _:
                 self._depth -= 1
                 if not self._depth:
-                    self._state = State.AFTER
+                    self._state = ScannerState.AFTER
         return at + 1
 
     def _read_separator(self, text: bytes, at: int) -> int:
         match text[at : at + 1]:
             case b",":
-                self._state = State.KEY
+                self._state = ScannerState.KEY
             case b"}":
-                self._state = State.END
+                self._state = ScannerState.END
             case _:
                 where = self._offset + at
                 raise _invalid(f"',' or '}}' was expected at byte {where}")
@@ -280,7 +280,15 @@ class FieldScanner:
             raise _invalid("the body is not UTF-8") from None
 
 
-_SPACED = frozenset({State.START, State.KEY, State.VALUE, State.AFTER, State.END})
+_SPACED = frozenset(
+    {
+        ScannerState.START,
+        ScannerState.KEY,
+        ScannerState.VALUE,
+        ScannerState.AFTER,
+        ScannerState.END,
+    }
+)
 
 
 def check_json(body: bytes) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from gollama_proxy.config.settings import STREAMED
 from gollama_proxy.scheduling.policies.conversations import prefixes
-from gollama_proxy.upstream.connection import Connection, State
+from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.wire import fields, sse
 from gollama_proxy.wire.answer import beginning, read_tail, read_usage
 from gollama_proxy.wire.asking import (
@@ -356,9 +356,9 @@ def _receive(pieces: Sequence[bytes]) -> Any:
     connection.start(recorder)
     for piece in pieces:
         connection.data_received(piece)
-        if connection.state is not State.ACTIVE:
+        if connection.state is not ConnectionState.ACTIVE:
             break
-    if connection.state is State.ACTIVE:
+    if connection.state is ConnectionState.ACTIVE:
         connection.connection_lost(None)
     assert recorder.end is not None
     # How much of a malformed answer came through depends on its packets.

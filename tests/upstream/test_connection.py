@@ -18,7 +18,7 @@ from gollama_proxy.upstream.connection import (
     MAX_HEADERS,
     PAYS_FOR,
     Connection,
-    State,
+    ConnectionState,
 )
 from tests.fakes.replies import chunk, head, last_chunk
 from tests.fakes.script import (
@@ -146,7 +146,7 @@ def ask() -> tuple[Connection, Link, Recorder]:
 def receive(*reads: bytes) -> tuple[Connection, Link, Recorder]:
     connection, link, recorder = ask()
     for data in reads:
-        if connection.state is State.CLOSED:
+        if connection.state is ConnectionState.CLOSED:
             break  # an aborted transport delivers nothing more
         connection.data_received(data)
     return connection, link, recorder
@@ -323,7 +323,7 @@ def test_a_body_that_ends_with_the_connection(body: bytes, ends: set[int]) -> No
     connection.eof_received()
     connection.connection_lost(None)
     assert (recorder.body, recorder.ended) == (body, True)
-    assert connection.state is State.CLOSED
+    assert connection.state is ConnectionState.CLOSED
     assert not connection.reusable
 
 
@@ -362,7 +362,7 @@ def test_an_unexpected_status_is_a_loss(status: int) -> None:
     connection, link, recorder = receive(line + upgrade + b"\r\n")
     assert recorder.malformed
     assert recorder.lost == (f"unexpected status {status}", True)
-    assert connection.state is State.CLOSED
+    assert connection.state is ConnectionState.CLOSED
     assert link.aborted
 
 
@@ -468,7 +468,7 @@ def test_a_request_on_a_connection_that_has_ended_is_a_loss() -> None:
         connection.start(recorder)
         assert recorder.lost == ("closed before the request", False)
         connection.write(b"POST")
-        assert connection.state is State.CLOSED
+        assert connection.state is ConnectionState.CLOSED
 
 
 # --- What is not HTTP -------------------------------------------------------------
@@ -521,7 +521,7 @@ def test_what_is_not_http_is_one_loss(wire: bytes, step: int) -> None:
     reads = cut(wire, range(0, len(wire), step))
     connection, link, recorder = receive(*reads)
     assert recorder.malformed
-    assert connection.state is State.CLOSED
+    assert connection.state is ConnectionState.CLOSED
     assert link.aborted
     assert not connection.reusable
     connection.connection_lost(None)  # as the event loop calls it next
@@ -610,7 +610,7 @@ def test_an_early_end_of_the_connection_is_one_loss(
             assert recorder.lost is not None
             assert not recorder.malformed
             assert ("reset" in recorder.lost[0]) == (error is not None)
-        assert connection.state is State.CLOSED
+        assert connection.state is ConnectionState.CLOSED
         assert not connection.reusable
 
 
@@ -715,7 +715,7 @@ def test_an_answer_without_a_request_ends_the_connection(used: int) -> None:
         connection.start(Recorder())
         connection.data_received(SHORT)
     connection.data_received(SHORT)
-    assert connection.state is State.CLOSED
+    assert connection.state is ConnectionState.CLOSED
     assert not connection.reusable
     assert link.aborted
 
@@ -815,7 +815,7 @@ def test_an_idle_connection_that_the_worker_ends_is_closed_at_once() -> None:
     connection, link, _ = ask()
     connection.data_received(SHORT)
     connection.eof_received()
-    assert connection.state is State.CLOSED
+    assert connection.state is ConnectionState.CLOSED
     assert link.aborted
 
 

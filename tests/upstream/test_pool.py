@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from gollama_proxy.config import load as config
 from gollama_proxy.config.tls import for_workers
 from gollama_proxy.upstream import pool as pools
-from gollama_proxy.upstream.connection import Connection, State
+from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.upstream.pool import PROBATION, RETRIAL, SPACING, ConnectionPool
 from gollama_proxy.wire.errors import Code, WorkerError
 from tests.fakes.clock import Clock
@@ -126,7 +126,7 @@ async def test_a_connection_idle_for_too_long_is_not_reused() -> None:
         clock.advance(4)
         assert pool.reuse() is None
         pool.close_stale()
-        assert connection.state is State.CLOSED
+        assert connection.state is ConnectionState.CLOSED
         await worker.idle()
 
 
@@ -169,7 +169,7 @@ async def test_the_number_of_idle_connections_is_limited() -> None:
         given = [await dial_and_use(pool) for _ in range(3)]
         for connection in given:
             pool.give_back(connection)
-        assert given[2].state is State.CLOSED
+        assert given[2].state is ConnectionState.CLOSED
         assert [pool.reuse(), pool.reuse(), pool.reuse()] == [given[1], given[0], None]
         for connection in given:
             connection.close()
@@ -194,7 +194,7 @@ async def test_a_connection_that_cannot_be_reused_is_closed(answer: bytes) -> No
         if answer:
             connection.data_received(answer)
         pool.give_back(connection)
-        assert connection.state is State.CLOSED
+        assert connection.state is ConnectionState.CLOSED
         assert pool.reuse() is None
         await worker.idle()
 
@@ -232,13 +232,15 @@ async def test_stale_connections_are_closed_in_the_background() -> None:
         clock.advance(3)
         pool.give_back(given[3])
         pool.close_stale()
-        assert [connection.state for connection in given] == [State.IDLE] * 4
+        assert [connection.state for connection in given] == [ConnectionState.IDLE] * 4
         clock.advance(1)
         pool.close_stale()
-        assert [each.state for each in given[:3]] == [State.CLOSED] * 3
+        assert [each.state for each in given[:3]] == [ConnectionState.CLOSED] * 3
         clock.advance(3)
         assert pool.reuse() is None
-        assert given[3].state is State.IDLE, "the request has nothing to close"
+        assert given[3].state is ConnectionState.IDLE, (
+            "the request has nothing to close"
+        )
         pool.close_stale()
         await worker.idle()
     assert repr(pool) == f"<ConnectionPool {worker.name} idle=0>"
@@ -282,7 +284,7 @@ async def test_a_worker_that_keeps_connections_after_streams_is_learnt() -> None
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url, clock := Clock())
         first = await after_a_stream(pool)
-        assert first.state is State.IDLE
+        assert first.state is ConnectionState.IDLE
         assert pool.reuse() is None, "it is on probation"
         clock.advance(PROBATION - 0.01)
         pool.close_stale()
@@ -306,11 +308,11 @@ async def test_a_worker_that_closes_after_streams_is_learnt() -> None:
             await worker.up()
             clock.advance(PROBATION)
             pool.close_stale()
-            assert connection.state is State.CLOSED
+            assert connection.state is ConnectionState.CLOSED
             assert not pool.keeps_after_streams
             assert pool.reuse() is None
             clock.advance(RETRIAL - PROBATION - 0.01)
-            assert (await after_a_stream(pool)).state is State.CLOSED
+            assert (await after_a_stream(pool)).state is ConnectionState.CLOSED
             clock.advance(0.01)
 
 
@@ -320,7 +322,11 @@ async def test_one_connection_at_a_time_is_on_probation() -> None:
         pool = pool_of(worker.url)
         given = [await after_a_stream(pool) for _ in range(3)]
         states = [connection.state for connection in given]
-        assert states == [State.IDLE, State.CLOSED, State.CLOSED]
+        assert states == [
+            ConnectionState.IDLE,
+            ConnectionState.CLOSED,
+            ConnectionState.CLOSED,
+        ]
         pool.close()
         await worker.idle()
 
@@ -334,9 +340,9 @@ async def test_what_was_learnt_ends_when_the_worker_closes_after_a_stream() -> N
         await worker.up()
         assert pool.reuse() is None
         assert not pool.keeps_after_streams
-        assert (await after_a_stream(pool)).state is State.CLOSED
+        assert (await after_a_stream(pool)).state is ConnectionState.CLOSED
         clock.advance(RETRIAL)
-        assert (await after_a_stream(pool)).state is State.IDLE
+        assert (await after_a_stream(pool)).state is ConnectionState.IDLE
         pool.close()
 
 
@@ -363,7 +369,7 @@ async def test_a_stream_that_ended_badly_leaves_no_connection(answer: bytes) -> 
         if answer:
             connection.data_received(answer)
         pool.give_back(connection, streamed=True)
-        assert connection.state is State.CLOSED
+        assert connection.state is ConnectionState.CLOSED
         assert pool.reuse() is None
         await worker.idle()
 
