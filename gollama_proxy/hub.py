@@ -208,6 +208,8 @@ class Hub(Listener):
         self.health.start()
         self.watchdog.start()
         self._watcher.start()
+        # In a thread, or the first token would hold up the event loop.
+        await asyncio.to_thread(self.authenticator.preload)
 
     def reload(self) -> None:
         """Reread certificates and revocations soon; running answers are unaffected."""

@@ -32,7 +32,7 @@ from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
 
 # PyJWT imports `cryptography`, which takes longer and more memory than all modules of
-# the hub: functions import it, so that a start does not wait for it.
+# the hub: functions import it, so that a hub listens before that (`preload`).
 if TYPE_CHECKING:
     import jwt
     from aiohttp import web
@@ -93,6 +93,11 @@ class Authenticator:
     def __repr__(self) -> str:
         mode = "off" if self._off else self._auth.algorithm
         return f"<Authenticator {mode} keys={len(self._keys)} known={len(self._known)}>"
+
+    def preload(self) -> None:
+        """Import what checks a token; it takes a moment and reads files."""
+        if not self._off:
+            _new_decoder()
 
     def identify(self, request: web.BaseRequest, record: Record) -> Principal:
         """Return the sender of a request, and set the subject of its record.
