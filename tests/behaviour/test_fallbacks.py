@@ -54,7 +54,7 @@ async def family(
 
 
 def answered(response: Response, worker: ScriptedWorker, attempts: int) -> bool:
-    """Check that this is an answer of that worker, with the name of its own model."""
+    """Check that the answer comes from that worker and names the worker's model."""
     assert response.status == 200, response.body
     assert response.header("x-gollama-worker") == worker.name
     assert response.header("x-gollama-attempts") == str(attempts)

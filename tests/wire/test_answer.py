@@ -117,7 +117,7 @@ def whole(**fields: Any) -> bytes:
         (Api.OPENAI, {"usage": None}, Usage()),
         (Api.OPENAI, {"usage": [1], "timings": 5}, Usage()),
         (Api.OPENAI, {}, Usage()),
-        # Nobody's definition but that of its own API counts.
+        # Only the definition of the route's API counts.
         (Api.OPENAI, {"usage": OPENAI | ANTHROPIC}, COUNTED),
         (Api.RESPONSES, {"usage": OPENAI}, Usage()),
         (Api.ANTHROPIC, {"input_tokens": 26}, Usage()),
@@ -137,7 +137,7 @@ def test_several_answers_in_a_list_are_added() -> None:
 
 
 def test_llama_server_reports_one_of_several_answers() -> None:
-    """Others tell of all, and have no timings."""
+    """Other servers report all tokens, and have no timings."""
     choices: list[object] = [{}, {}, {}]
     body = whole(choices=choices, usage=OPENAI, timings=TIMINGS)
     assert read(Api.OPENAI, body) == TIMED._replace(generated=12)

@@ -8,7 +8,7 @@ otherwise, and read the whole prompt:
     seconds here, reading the rest
         <=  seconds there, reading all  +  (PRICE - 1) * seconds of reading it there
 
-Reading a prompt anew costs more than the time of its own request: while a prompt is
+Reading a prompt again costs more than the time of its own request: while a prompt is
 read, the other answers of that worker stand nearly still.  In `benchmarks/simulate.py`
 the first tokens of all requests come soonest at a price of 8 (of 4, 6 and 8).
 
