@@ -214,7 +214,7 @@ async def test_a_failure_to_apply_a_list_does_not_stop_the_watcher(
     watcher = Watcher([RevocationList(str(it.file), Revoked(), apply)])
     watcher.start()
     await until(lambda: "it runs again" in caplog.text)
-    it.write("jti:b\n")
+    it.replace("jti:b\n")
     await until(lambda: bool(applied))
     await watcher.stop()
     assert applied == [of("b")]
