@@ -21,7 +21,7 @@ from gollama_proxy.edge.router import Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.edge.status import Status
 from gollama_proxy.fleet.health import HealthChecker
-from gollama_proxy.fleet.registry import Listener, Registry, check_distinct
+from gollama_proxy.fleet.registry import Listener, Registry
 from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Proxy
@@ -144,7 +144,7 @@ class Hub(Listener):
                 used.  Nothing has changed then.
         """
         async with self._applying:
-            check_distinct(config.workers)
+            self.registry.check(config.workers)
             await self._drop_unused_credentials()
             # Reads files, which may be on a sleeping disk or on another machine.
             await asyncio.to_thread(tls.for_workers, config.workers, self._credentials)

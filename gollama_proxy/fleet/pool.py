@@ -123,6 +123,6 @@ class Pool:
         waits = [
             worker.opens_in(self.model)
             for worker in self.workers
-            if worker.state is WorkerState.READY
+            if worker.state is WorkerState.READY and worker.takes_requests
         ]
         return min(waits, default=0.0)

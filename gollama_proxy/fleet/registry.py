@@ -15,7 +15,7 @@ from gollama_proxy.config.names import Aliases, is_name, matches
 from gollama_proxy.config.settings import Config, Models, Origin, WorkerConfig
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.speed import Expectations
-from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.fleet.worker import Hold, Source, Worker, WorkerState
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
 # Seconds after which a client may try again: one or two rechecks.
@@ -33,6 +33,12 @@ class Listener:
 
     def replaced(self, worker: Worker, before: WorkerConfig) -> None:
         """Notice that a worker has other settings; it is still the same server."""
+
+    def changed(self, worker: Worker) -> None:
+        """Notice another state, breaker state or hold of a worker, or other models.
+
+        It may be called in the middle of a step of the worker: only take note of it.
+        """
 
     def removed(self, worker: Worker) -> None:
         """Notice that a worker takes no new request; its running answers go on."""
@@ -82,7 +88,7 @@ class Registry:
         for worker in self.workers:
             listener.added(worker)
 
-    def add(self, config: WorkerConfig) -> Worker:
+    def add(self, config: WorkerConfig, source: Source = Source.FILE) -> Worker:
         """Add a worker, which gets requests as soon as a health check is good.
 
         One that was removed, and has answers that still run, comes back as it was.
@@ -91,7 +97,7 @@ class Registry:
             ConfigError: another worker has this name or this address.
         """
         self._refuse_clash(config)
-        return self._join(config)
+        return self._join(config, source)
 
     def replace(self, config: WorkerConfig, name: str = "") -> Worker:
         """Give a worker other settings; `name` is its old one if that changes, too.
@@ -107,7 +113,7 @@ class Registry:
         self._refuse_clash(config, worker)
         if not _same_server(worker.config, config):
             self._retire(worker)
-            return self._join(config, worker.index)
+            return self._join(config, worker.source, worker.index)
         self._reconfigure(worker, config)
         return worker
 
@@ -121,26 +127,90 @@ class Registry:
         self._retire(worker)
         return worker
 
-    def apply(self, configs: Sequence[WorkerConfig]) -> None:
-        """Add, replace and remove workers until they are these.
+    def pause(self, name: str) -> Worker:
+        """Give a worker no new request; running ones go on.
 
         Raises:
-            ConfigError: two of them have the same name or address; nothing has changed.
+            LookupError: there is no such worker.
         """
-        check_distinct(configs)
+        worker = self.find(name)
+        worker.hold(Hold.PAUSED)
+        return worker
+
+    def drain(self, name: str, within: float | None = None) -> Worker:
+        """Give a worker no new request; running ones have some seconds to end.
+
+        After `within` seconds, `server.drain` by default, they are broken off there
+        and go on elsewhere.
+
+        Raises:
+            LookupError: there is no such worker.
+        """
+        worker = self.find(name)
+        worker.hold(Hold.DRAINING, self._deadline(within))
+        return worker
+
+    def unpause(self, name: str) -> Worker:
+        """End a pause; harmless for a worker that is not paused.
+
+        Raises:
+            LookupError: there is no such worker.
+        """
+        return self._release(name, Hold.PAUSED)
+
+    def undrain(self, name: str) -> Worker:
+        """End a drain; harmless for a worker that is not draining.
+
+        Raises:
+            LookupError: there is no such worker.
+        """
+        return self._release(name, Hold.DRAINING)
+
+    def _release(self, name: str, hold: Hold) -> Worker:
+        worker = self.find(name)
+        if worker.held is hold:
+            worker.hold(Hold.NONE)
+            worker.freed()
+        return worker
+
+    def _deadline(self, within: float | None) -> float:
+        return self._clock() + (self._config.server.drain if within is None else within)
+
+    def apply(self, configs: Sequence[WorkerConfig]) -> None:
+        """Add, replace and remove workers until those of the file are these.
+
+        Workers from other sources stay as they are.
+
+        Raises:
+            ConfigError: two workers have the same name or address; nothing has changed.
+        """
+        self.check(configs)
         kept = {config: self._at(config) for config in configs}
-        places = {worker.name: worker.index for worker in self.workers}
-        for worker in [each for each in self.workers if each not in kept.values()]:
+        places = {worker.name: worker.index for worker in self._of_file()}
+        for worker in [each for each in self._of_file() if each not in kept.values()]:
             self._retire(worker)
         for config, known in kept.items():
             if known is not None:
                 self._reconfigure(known, config)
         for config, known in kept.items():
             if known is None:
-                self._join(config, places.get(config.name))
+                self._join(config, Source.FILE, places.get(config.name))
+
+    def check(self, configs: Sequence[WorkerConfig]) -> None:
+        """Check that these can be the workers of the file.
+
+        Raises:
+            ConfigError: one has the name or address of another one of them, or of a
+                worker from another source.
+        """
+        others = [w for w in self.workers if w.source is not Source.FILE]
+        check_distinct([*(worker.config for worker in others), *configs])
+
+    def _of_file(self) -> list[Worker]:
+        return [each for each in self.workers if each.source is Source.FILE]
 
     def _at(self, config: WorkerConfig) -> Worker | None:
-        same = (w for w in self.workers if _same_server(w.config, config))
+        same = (w for w in self._of_file() if _same_server(w.config, config))
         return next(same, None)
 
     def find(self, name: str) -> Worker:
@@ -164,17 +234,21 @@ class Registry:
             listener.replaced(worker, before)
         worker.freed()  # it may have more slots
 
-    def _join(self, config: WorkerConfig, index: int | None = None) -> Worker:
+    def _join(
+        self, config: WorkerConfig, source: Source, index: int | None = None
+    ) -> Worker:
         """Add a worker, as the last one if its place is not given."""
         known = (each for each in self.leaving if _same_server(each.config, config))
         worker = next(known, None)
         if worker is None:
             worker = self._make(config)
             worker.on_offer = partial(self._note_offer, worker)
+            worker.on_change = partial(self._note_change, worker)
         else:
             self.leaving.remove(worker)
             worker.reconfigure(config)
             worker.rejoin()
+        worker.source = source
         last = max((each.index for each in self.workers), default=-1)
         worker.index = last + 1 if index is None else index
         self.workers.append(worker)
@@ -212,6 +286,10 @@ class Registry:
             worker.on_gone = partial(self._note_gone, worker)
         else:
             self._note_gone(worker)
+
+    def _note_change(self, worker: Worker) -> None:
+        for listener in self._listeners:
+            listener.changed(worker)
 
     def _note_gone(self, worker: Worker) -> None:
         self.leaving.remove(worker)
@@ -440,6 +518,8 @@ def _state_of(worker: Worker, model: str | None) -> str:
     """Describe why a worker takes no requests, in an operator's words."""
     if worker.state is not WorkerState.READY or worker.can_serve(model or ""):
         return worker.state.value
+    if worker.held is not Hold.NONE:
+        return worker.held.value
     shut = [b.state.value for b in worker.breakers(model or "") if not b.closed]
     return f"breaker {shut[0]}" if shut else "busy"
 

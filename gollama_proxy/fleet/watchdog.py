@@ -60,7 +60,8 @@ class Watchdog(Listener):
     def round(self) -> None:
         """Look at every worker once, and call `then`."""
         for worker in self._workers:
-            if worker.state is WorkerState.READY and worker.policy.canary:
+            ready = worker.state is WorkerState.READY and worker.takes_requests
+            if ready and worker.policy.canary:
                 self._send_canaries(worker)
         if self._then is not None:
             self._then()
@@ -89,7 +90,8 @@ class Watchdog(Listener):
         permit: Permit | None = first
         while permit is not None:
             with permit:
-                good = None if worker.retired else await self._prove(worker, model)
+                wanted = worker.takes_requests
+                good = await self._prove(worker, model) if wanted else None
                 permit.settle(good)
             worker.freed()
             permit = breaker.permit() if good else None

@@ -47,6 +47,22 @@ class WorkerState(enum.Enum):
     DOWN = "down"
 
 
+class Source(enum.StrEnum):
+    """Where a worker comes from; a configuration changes only those of its file."""
+
+    FILE = "file"  # or the environment, or a flag
+    ADMIN = "admin"
+    AGENT = "agent"
+
+
+class Hold(enum.StrEnum):
+    """Why a worker gets no new request although nothing is wrong with it."""
+
+    NONE = "none"
+    PAUSED = "paused"  # running requests go on
+    DRAINING = "draining"  # running requests have a deadline
+
+
 class WorkerEvent(enum.Enum):
     ROSE = "enough good checks"
     LOADING = "it is loading its model"
@@ -81,6 +97,7 @@ class Worker:
     health: Health
     clock: Callable[[], float]
     index: int = 0  # its place among the workers
+    source: Source = Source.FILE
     name: str = field(init=False)
     state: WorkerState = WorkerState.STARTING
     reason: str = "not reached yet"
@@ -97,9 +114,11 @@ class Worker:
     paces: dict[str, Pace] = field(default_factory=BoundedDict)
     model_breakers: dict[str, Breaker] = field(default_factory=BoundedDict)
     answer_names: AnswerNames = field(default_factory=AnswerNames)
-    # Called when it should be checked at once; when a slot may be free; when its models
-    # or their contexts have changed; when the last request of a retired one has ended.
+    # Called when it should be checked at once; when its state, breakers, hold or models
+    # have changed; when a slot may be free; when its models or their contexts have
+    # changed; when the last request of a retired one has ended.
     on_suspicion: Callable[[], None] | None = None
+    on_change: Callable[[], None] | None = None
     on_free: Callable[[], None] | None = None
     on_offer: Callable[[], None] | None = None
     on_gone: Callable[[], None] | None = None
@@ -107,6 +126,10 @@ class Worker:
     # The pools that it is in; a request may hold one for longer than the registry does.
     pools: WeakSet[Pool] = field(default_factory=WeakSet)
     retired: bool = False  # it was removed, and takes no new request
+    held: Hold = Hold.NONE
+    since: float = field(init=False)  # when it entered its state, in monotonic seconds
+    held_since: float | None = None
+    deadline: float = math.inf  # when its running requests are broken off
     _good: int = 0
     _bad: int = 0
     _odd_slots: int | None = None
@@ -120,9 +143,12 @@ class Worker:
     _full_since: float | None = None
     # Models that are not loaded, or still loading.
     _unloaded: set[str] = field(default_factory=set)
+    _seen: tuple[object, ...] = ()  # what `on_change` was last called for
 
     def __post_init__(self) -> None:
+        self.since = self.clock()
         self.breaker = self._new_breaker(self.config.name)
+        self._seen = self._looks
         self._adopt(self.config)
 
     def _adopt(self, config: WorkerConfig) -> None:
@@ -160,7 +186,12 @@ class Worker:
 
     @property
     def _in_service(self) -> bool:
-        return self.state is WorkerState.READY and not self.retired
+        return self.state is WorkerState.READY and self.takes_requests
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether new requests are wanted on it, if it is well."""
+        return not self.retired and self.held is Hold.NONE
 
     def can_serve(self, model: str) -> bool:
         """Whether a request for this model may be sent now."""
@@ -187,6 +218,21 @@ class Worker:
         """Have its pools look again: whether it can serve may have changed."""
         for pool in self.pools:
             pool.forget()
+        if self.on_change is not None and (looks := self._looks) != self._seen:
+            self._seen = looks
+            self.on_change()
+
+    @property
+    def _looks(self) -> tuple[object, ...]:
+        """What an observer sees of it; a breaker's generation counts its steps."""
+        return (
+            self.state,
+            self.held,
+            self.breaker.generation,
+            {name: each.generation for name, each in self.model_breakers.items()},
+            self.description,
+            frozenset(self._unloaded),
+        )
 
     def breakers(self, model: str) -> list[Breaker]:
         """Return the breakers that a request for this model has to pass."""
@@ -467,7 +513,18 @@ class Worker:
 
     def rejoin(self) -> None:
         """Take requests again: it was added again before it was gone."""
-        self.retired, self.on_gone = False, None
+        self.retired, self.on_gone, self.deadline = False, None, math.inf
+        self.changed()
+
+    def hold(self, hold: Hold, deadline: float = math.inf) -> None:
+        """Take no new request until this is called with `Hold.NONE`.
+
+        Requests that still run at the deadline, in monotonic seconds, are broken off.
+        """
+        if hold is not self.held:
+            self.held = hold
+            self.held_since = None if hold is Hold.NONE else self.clock()
+        self.deadline = deadline
         self.changed()
 
     # --- Health checks ------------------------------------------------------------
@@ -546,6 +603,8 @@ class Worker:
     def _step(self, event: WorkerEvent, reason: str) -> None:
         before, self.state = self.state, TRANSITIONS[self.state, event]
         self.reason = reason
+        if self.state is not before:
+            self.since = self.clock()
         self.changed()
         if self.state is WorkerState.READY and before in (
             WorkerState.DOWN,

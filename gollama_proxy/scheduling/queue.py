@@ -109,6 +109,10 @@ class Queue(Listener):
     def removed(self, worker: Worker) -> None:
         self.look_again()
 
+    def changed(self, worker: Worker) -> None:
+        if not worker.takes_requests:
+            self.look_again()
+
     # --- What a request does ------------------------------------------------------
 
     def try_acquire(self, request: Request) -> Lease | None:

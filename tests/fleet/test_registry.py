@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 from gollama_proxy import bounded
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Breaker, Origin, WorkerConfig
+from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import RETRY_AFTER, Listener, Registry, may_use
-from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.fleet.worker import Hold, Source, Worker
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 from tests.fakes.clock import Clock
@@ -573,6 +575,9 @@ class Notes(Listener):
     def replaced(self, worker: Worker, before: WorkerConfig) -> None:
         self.seen.append(("replaced", before.name, worker.name))
 
+    def changed(self, worker: Worker) -> None:
+        self.seen.append(("changed", worker.name))
+
     def removed(self, worker: Worker) -> None:
         assert not worker.available
         self.seen.append(("removed", worker.name))
@@ -744,6 +749,109 @@ def test_applying_keeps_what_has_its_address_and_the_places_of_names() -> None:
     assert made.workers[1:3] == [second, third]
     made.apply([])
     assert (made.workers, made.leaving) == ([], [])
+
+
+# --- Workers from elsewhere than the file -----------------------------------------
+
+
+def test_a_configuration_changes_only_the_workers_of_its_file() -> None:
+    made = registry("a")
+    added = made.add(config_of(5, "added"), Source.ADMIN)
+    agent = made.add(config_of(6, "agent"), source=Source.AGENT)
+    assert [w.source.value for w in made.workers] == ["file", "admin", "agent"]
+    made.apply([config_of(9)])
+    assert [worker.name for worker in made.workers] == ["added", "agent", "w9"]
+    for clash in (config_of(7, "added"), config_of(6, "w6")):
+        with pytest.raises(ConfigError, match=r"added|agent"):
+            made.apply([clash])
+    assert made.workers[:2] == [added, agent]
+    replaced = made.replace(config_of(8, "agent"))
+    assert replaced.source is Source.AGENT
+    made.remove("agent")
+    made.apply([config_of(8, "agent")])
+    assert made.find("agent").source is Source.FILE
+
+
+def test_a_worker_that_comes_back_has_the_source_that_brought_it_back() -> None:
+    made = registry("a")
+    lease = made.workers[0].lease("a")
+    made.remove("w0")
+    assert made.add(config_of(0), Source.ADMIN).source is Source.ADMIN
+    lease.release(Result.COMPLETE)
+
+
+# --- Workers that are held back ---------------------------------------------------
+
+
+def test_a_paused_worker_gets_no_new_request_until_the_pause_ends() -> None:
+    clock = Clock(5.0)
+    made = registry("a", "a", clock=clock)
+    first, second = made.workers
+    lease = first.lease("a")
+    clock.advance(2)
+    assert made.pause("w0") is first
+    clock.advance(2)
+    made.pause("w0")
+    assert (first.held, first.held_since, first.deadline) == (Hold.PAUSED, 7, math.inf)
+    assert made.pool("a").available == [second]
+    assert (first.available, first.admits, first.can_serve("a")) == (False,) * 3
+    made.undrain("w0")  # it is paused, not draining
+    assert first.held is Hold.PAUSED
+    made.unpause("w0")
+    made.unpause("w0")
+    assert (first.held, first.held_since) == (Hold.NONE, None)
+    assert made.pool("a").available == [first, second]
+    lease.release(Result.COMPLETE)
+
+
+def test_a_draining_worker_has_a_deadline() -> None:
+    clock = Clock(5.0)
+    made = registry("a", clock=clock)
+    [worker] = made.workers
+    assert made.drain("w0") is worker
+    assert (worker.held, worker.deadline) == (Hold.DRAINING, 35.0)
+    made.drain("w0", 3.0)
+    assert (worker.held, worker.deadline) == (Hold.DRAINING, 8.0)
+    made.unpause("w0")
+    assert worker.held is Hold.DRAINING
+    made.undrain("w0")
+    assert (worker.held, worker.deadline) == (Hold.NONE, math.inf)
+    assert made.ready
+
+
+def test_the_error_for_a_held_worker_names_the_hold() -> None:
+    made = registry("a", "a")
+    made.pause("w0")
+    made.drain("w1")
+    assert "2 serve it (1 paused, 1 draining)" in str(nobody(made, "a"))
+    assert not made.ready
+
+
+def test_a_change_of_what_is_visible_is_notified_once() -> None:
+    made, notes = registry("a"), Notes()
+    made.subscribe(notes)
+    [worker] = made.workers
+    changes: list[Callable[[], object]] = [
+        lambda: made.pause("w0"),
+        lambda: made.unpause("w0"),
+        lambda: see(worker, "a", "b"),
+        lambda: take_out(worker),
+        lambda: see(worker, "a", "b"),
+        lambda: trip(worker),
+        lambda: worker.breaker_of("a"),
+        lambda: [worker.breaker_of("a").record(Verdict.FAILURE) for _ in range(5)],
+    ]
+    for change in changes:
+        notes.seen.clear()
+        change()
+        assert notes.seen == [("changed", "w0")]
+    notes.seen.clear()
+    see(worker, "a", "b")  # a check that finds nothing new
+    made.unpause("w0")
+    made.apply([worker.config])
+    assert notes.seen == []
+    made.apply([config_of(0, weight=2.0)])
+    assert notes.seen == [("replaced", "w0", "w0")]
 
 
 # --- Routes -----------------------------------------------------------------------
