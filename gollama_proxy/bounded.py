@@ -1,13 +1,14 @@
-"""Tables by names that clients and workers choose, with a limit to their size.
+"""Memory that forgets: tables with a limit to their size, and counts of recent events.
 
-A worker can be configured to serve `qwen*`, and then clients can invent any number of
-models; and a worker can list other models at each health check.  So what is kept by the
-name of a model is kept for a limited number of names.  What was dropped is learnt again
-when a request needs it.
+Tables are kept by names that clients and workers choose.  A worker can be configured to
+serve `qwen*`, and then clients can invent any number of models; and a worker can list
+other models at each health check.  So what is kept by the name of a model is kept for a
+limited number of names.  What was dropped is learnt again when a request needs it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 K = TypeVar("K")
@@ -32,3 +33,64 @@ class BoundedDict(dict[K, V]):
         if len(self) >= self.most and key not in self:
             del self[next(iter(self))]
         super().__setitem__(key, value)
+
+
+# --- What happened in the last seconds --------------------------------------------
+
+
+# Parts that a window is cut into.  Ten keep the error below a tenth of the window.
+BUCKETS = 10
+
+
+class SlidingWindow:
+    """Counts what happened in the last `span` seconds.
+
+    Time is cut into buckets, and the oldest bucket leaves as a whole.  The count
+    therefore covers the last nine to ten tenths of the span (with ten buckets), and
+    never more than the span.  `clock` returns monotonic seconds.
+    """
+
+    __slots__ = ("_buckets", "_clock", "_count", "_tick", "_width")
+
+    def __init__(
+        self, span: float, clock: Callable[[], float], buckets: int = BUCKETS
+    ) -> None:
+        self._clock = clock
+        self._width = span / buckets
+        self._buckets = [0] * buckets  # a ring: tick t is at t % buckets
+        self._tick = int(clock() / self._width)
+        self._count = 0
+
+    def __repr__(self) -> str:
+        return f"<SlidingWindow {self.count} in {self._width * len(self._buckets):g} s>"
+
+    @property
+    def count(self) -> int:
+        tick = int(self._clock() / self._width)
+        if tick != self._tick:
+            self._expire(tick)
+        return self._count
+
+    def add(self, amount: int = 1) -> None:
+        tick = int(self._clock() / self._width)
+        if tick != self._tick:
+            self._expire(tick)
+        self._buckets[self._tick % len(self._buckets)] += amount
+        self._count += amount
+
+    def leaves_in(self, amount: int) -> float:
+        """Return the seconds until `amount` of the count, or all of it, has left."""
+        amount, size = min(amount, self.count), len(self._buckets)
+        tick = self._tick - size  # the last bucket that has left
+        while amount > 0:
+            tick += 1
+            amount -= self._buckets[tick % size]
+        return max(0.0, (tick + size) * self._width - self._clock())
+
+    def _expire(self, now: int) -> None:
+        size = len(self._buckets)
+        # After a long pause each bucket is emptied once, not once for each round.
+        for tick in range(max(self._tick, now - size) + 1, now + 1):
+            self._count -= self._buckets[tick % size]
+            self._buckets[tick % size] = 0
+        self._tick = now

@@ -15,11 +15,10 @@ from gollama_proxy.config.settings import SECTIONS, Config, WorkerConfig
 from gollama_proxy.config.watch import Watched, Watcher
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
-from gollama_proxy.edge.models import ModelList
 from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.edge.router import Routes
 from gollama_proxy.edge.server import Server
-from gollama_proxy.edge.status import Status
+from gollama_proxy.edge.status import ModelList, Status
 from gollama_proxy.fleet.health import HealthChecker
 from gollama_proxy.fleet.registry import Listener, Registry
 from gollama_proxy.fleet.watchdog import Watchdog

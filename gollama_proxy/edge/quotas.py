@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gollama_proxy.window import SlidingWindow
+from gollama_proxy.bounded import SlidingWindow
 from gollama_proxy.wire.errors import Code, RequestError
 
 SECONDS = 61  # that count towards a limit

@@ -21,8 +21,12 @@ from aiohttp.http_exceptions import LineTooLong
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.tls import Credentials
-from gollama_proxy.edge.connections import ConnectionLimiter
-from gollama_proxy.edge.handshake import TlsConnection, TlsOptions, peer
+from gollama_proxy.edge.connections import (
+    ConnectionLimiter,
+    TlsConnection,
+    TlsOptions,
+    peer,
+)
 from gollama_proxy.edge.response import (
     CLOSE,
     SERVER,

@@ -52,8 +52,8 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
+from gollama_proxy.bounded import SlidingWindow
 from gollama_proxy.config.settings import Breaker as Policy
-from gollama_proxy.window import SlidingWindow
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from gollama_proxy.config.settings import Config, Retry
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Again, Cause, rule_of
-from gollama_proxy.scheduling.budget import RetryBudget
+from gollama_proxy.scheduling.balancer import RetryBudget
 from gollama_proxy.scheduling.context import too_long
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.wire.errors import RequestError

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from gollama_proxy.edge.handshake import WRITE_BUFFER
+from gollama_proxy.edge.connections import WRITE_BUFFER
 from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.proxy.client import (
     Client,

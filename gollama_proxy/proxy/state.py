@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from gollama_proxy.proxy.attempt import Failure
     from gollama_proxy.proxy.body import Body
     from gollama_proxy.proxy.plan import Plan
+    from gollama_proxy.proxy.recovery import Resume
     from gollama_proxy.proxy.relay import Relay
     from gollama_proxy.proxy.response import Assembly, Stream
-    from gollama_proxy.proxy.resume import Resume
     from gollama_proxy.proxy.rewrite import Plainly
     from gollama_proxy.scheduling.turns import Ticket
     from gollama_proxy.wire.errors import ProxyError

@@ -1,4 +1,15 @@
-"""Chooses the worker for each attempt, by the routing policy of its model."""
+"""Chooses the worker for each attempt, by the routing policy of its model.
+
+**Retries** help while few requests fail.  When many do, they are load that comes at the
+worst moment: three attempts each turn an overload into three overloads.  So retries are
+paid for by requests.  At every withdrawal, within the last `window` seconds,
+
+    retries  <=  ratio x requests + floor
+
+as in Finagle's RetryBudget and in chapter 21 of Google's SRE book ("Handling
+Overload"), which allow a fifth and a tenth.  The floor is for quiet hubs: a tenth of
+four requests is nothing, and a single lost answer should still be tried again.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +17,13 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from gollama_proxy.bounded import BoundedDict
+from gollama_proxy.bounded import BoundedDict, SlidingWindow
 from gollama_proxy.config.names import matches
 from gollama_proxy.config.settings import Config
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.budget import RetryBudget
 from gollama_proxy.scheduling.policies import Ask, Policy, make
 from gollama_proxy.wire.errors import NoWorkerError
 
@@ -117,3 +127,49 @@ class Balancer:
             policy = self.policy_of(plan.pool.model)
             total = prefill.tokens + prefill.cached
             policy.learn(plan.ask, worker, prefill.cached, total)
+
+
+# --- The retry budget --------------------------------------------------------------
+
+
+class RetryBudget:
+    """Lets a retry pass while the recent requests pay for it."""
+
+    __slots__ = ("_requests", "_retries", "floor", "ratio")
+
+    def __init__(
+        self,
+        ratio: float = 0.1,
+        floor: int = 3,
+        window: float = 10.0,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self.ratio = ratio
+        self.floor = floor
+        self._requests = SlidingWindow(window, clock)
+        self._retries = SlidingWindow(window, clock)
+
+    def __repr__(self) -> str:
+        spent, requests = self._retries.count, self._requests.count
+        return f"<RetryBudget {spent} of {self._allowed:g} spent, {requests} requests>"
+
+    def deposit(self) -> None:
+        """Count a request; once for each, whatever its number of attempts."""
+        self._requests.add()
+
+    def withdraw(self) -> bool:
+        """Ask for one retry, which is spent if the answer is True."""
+        if not self.suffices:
+            return False
+        self._retries.add()
+        return True
+
+    @property
+    def suffices(self) -> bool:
+        """Whether a retry would be allowed now."""
+        return self._retries.count + 1 <= self._allowed
+
+    @property
+    def _allowed(self) -> float:
+        return self.ratio * self._requests.count + self.floor

@@ -15,7 +15,7 @@ from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Again, Cause, rule_of
 from gollama_proxy.proxy.plan import PAUSE, Plan
-from gollama_proxy.scheduling.budget import RetryBudget
+from gollama_proxy.scheduling.balancer import RetryBudget
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 
