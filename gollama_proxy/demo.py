@@ -71,7 +71,8 @@ async def run(
 
 
 def _load_signing(load: Load, workers: Sequence[str]) -> Config:
-    environ = dict(os.environ)
+    # The servers end with the demo, and so does what was done to them.
+    environ = dict(os.environ) | {"GOLLAMA_STATE_DIR": ""}
     config = load(environ, workers)
     if not config.secrets:
         environ["GOLLAMA_JWT_SECRET"] = secrets.token_hex(32)

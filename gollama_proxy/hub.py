@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -11,7 +13,9 @@ from aiohttp import web
 
 from gollama_proxy.config import tls
 from gollama_proxy.config.keys import RevocationList
-from gollama_proxy.config.settings import SECTIONS, Config, WorkerConfig
+from gollama_proxy.config.load import load_worker
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import SECTIONS, Config, Revoked, WorkerConfig
 from gollama_proxy.config.watch import Watched, Watcher
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
@@ -27,18 +31,29 @@ from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.fitting import Fitting
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.queue import Queue
+from gollama_proxy.state.local import LocalState
 from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.upstream import probe, tokenizer
 from gollama_proxy.upstream.pool import ConnectionPool
+
+logger = logging.getLogger(__name__)
 
 
 class Hub(Listener):
     """Puts the parts together; only this class knows all of them."""
 
     def __init__(
-        self, config: Config, clock: Callable[[], float] = time.monotonic
+        self,
+        config: Config,
+        clock: Callable[[], float] = time.monotonic,
+        state: LocalState | None = None,
     ) -> None:
+        """Put the parts together; without `state`, nothing outlives this hub.
+
+        Certificates are read, so this blocks.
+        """
         self.config = config
+        self.state = LocalState() if state is None else state
         self.draining = False
         self.registry = Registry(config, clock)
         self.balancer = Balancer(self.registry, config, clock)
@@ -76,14 +91,16 @@ class Hub(Listener):
         if self._tls is not None and self._tls.renewable:
             watched.append(self._tls)
         if config.auth.revoked:
-            apply = self.authenticator.revoke
-            revoked = RevocationList(config.auth.revoked, config.revoked, apply)
+            revoked = RevocationList(
+                config.auth.revoked, config.revoked, self._follow_list
+            )
             watched.append(revoked)
         self._watcher = Watcher(watched)
         self._runner: web.ServerRunner | None = None
         self._applying = asyncio.Lock()
         for part in (self, self.health, self.watchdog):
             self.registry.subscribe(part)
+        self._restore()
 
     def __repr__(self) -> str:
         state = "draining" if self.draining else "running" if self._runner else "new"
@@ -129,6 +146,45 @@ class Hub(Listener):
         self.queue.look_again()
         for connections in self.connections.values():
             connections.close_stale()
+
+    # --- What outlives the hub ------------------------------------------------------
+
+    def _restore(self) -> None:
+        """Take up what an earlier hub left in the state folder."""
+        self._listed = self.config.revoked
+        self._put_revocations_in_force()
+        for stored in self.state.workers:
+            if not stored.settings:
+                continue
+            try:
+                row = {**stored.settings, "name": stored.name}
+                config = load_worker(stored.name, row, os.environ)
+                self.registry.add(config)
+            except ConfigError as exc:
+                # The settings file has its name or address now, or a key is missing.
+                logger.warning("the stored worker %r is left out: %s", stored.name, exc)
+
+    def _follow_list(self, listed: Revoked) -> None:
+        """Take up a new list from the file of revoked tokens."""
+        self._listed = listed
+        self._put_revocations_in_force()
+
+    def _put_revocations_in_force(self) -> None:
+        stored, listed = self.state.revoked, self._listed
+        if stored or listed:
+            both = Revoked(
+                listed.tokens | stored.tokens, listed.subjects | stored.subjects
+            )
+            self.authenticator.revoke(both)
+
+    async def revoke(self, kind: str, value: str) -> None:
+        """Revoke a token ("jti") or a subject ("sub"), also for later hubs.
+
+        Raises:
+            StateError: too many are revoked.
+        """
+        await self.state.revoke(kind, value)
+        self._put_revocations_in_force()
 
     # --- A fleet that changes -------------------------------------------------------
 

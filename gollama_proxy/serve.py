@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
@@ -22,6 +23,7 @@ from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Server
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
+from gollama_proxy.state.local import LocalState, StateError, folder_of
 from gollama_proxy.tasks import spawn
 from gollama_proxy.telemetry import logs
 
@@ -98,10 +100,12 @@ async def front(
     # Streams live long and are rarely garbage.  With the default, a collection at every
     # 700 new objects, collecting takes a tenth of the time of a short request.
     gc.set_threshold(5_000, 10, 10)
-    hub = Hub(_fit(config, _raise_file_limit()))
+    state = await asyncio.to_thread(_open_state, config.state.dir)
     try:
+        hub = Hub(_fit(config, _raise_file_limit()), state=state)
         await hub.start()
     except OSError as exc:
+        await state.close()
         raise _refuse_address(config.server, exc) from exc
     logger.info("%s", config.source)
     _warn_of_plain_text(config.server)
@@ -120,6 +124,7 @@ async def front(
     finally:
         signals.reload = _ignore
         clean = await _drain(hub, signals)
+        await state.close()
         gc.unfreeze()
     return 0 if clean else 1
 
@@ -158,6 +163,24 @@ def _fit(config: Config, files: int) -> Config:
         room,
     )
     return replace(config, limits=structs.replace(limits, connections=room))
+
+
+def _open_state(setting: str) -> LocalState:
+    """Open the folder for what outlives the hub; without one it serves all the same.
+
+    Raises:
+        ConfigError: a folder that was set cannot be used.
+    """
+    try:
+        return LocalState(folder_of(setting, os.environ))
+    except StateError as exc:
+        if setting != "auto":
+            raise ConfigError(f"state.dir = {setting!r}: {exc}") from exc
+        logger.warning(
+            "%s; workers added at run time and revocations will not survive a restart",
+            exc,
+        )
+        return LocalState()
 
 
 def _warn_of_plain_text(server: Server) -> None:

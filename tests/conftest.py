@@ -21,6 +21,8 @@ from tests.real.llama import LlamaServer
 
 # A settings file that lies about is no part of any test.
 os.environ["GOLLAMA_CONFIG"] = os.devnull
+# And no hub of a test keeps anything, unless the test names a folder.
+os.environ["GOLLAMA_STATE_DIR"] = ""
 
 # On a busy machine an example may take any time.
 settings.register_profile(

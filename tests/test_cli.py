@@ -347,6 +347,30 @@ async def test_the_port_in_use(environ: dict[str, str]) -> None:
     )
 
 
+async def test_a_state_folder_belongs_to_one_hub(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    """A folder that was set is required; the usual one is not."""
+    arguments = ("serve", "--port", "0")
+    named = environ | {"GOLLAMA_STATE_DIR": f"{tmp_path}/gollama-proxy"}
+    usual = environ | {"GOLLAMA_STATE_DIR": "auto", "XDG_STATE_HOME": f"{tmp_path}"}
+    async with Program.running(*arguments, environ=named) as first:
+        await first.until("listening on")
+        used = f"used by another hub (process {first.process.pid})"
+        async with Program.running(*arguments, environ=named) as second:
+            assert await second.ended() == 2
+        assert second.output.startswith("gollama-proxy: state.dir = ")
+        assert used in second.output
+        assert second.output.count("\n") == 1
+        async with Program.running(*arguments, environ=usual) as third:
+            await third.until("listening on")
+        assert used in third.output
+        first.signal(signal.SIGTERM)
+        assert await first.ended() == 0
+        async with Program.running(*arguments, environ=named) as fourth:
+            await fourth.until("listening on")
+
+
 async def test_serve_starts_with_no_worker_that_can_be_reached(
     environ: dict[str, str],
 ) -> None:

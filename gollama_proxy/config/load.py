@@ -244,16 +244,23 @@ def _load_workers(
     workers: list[WorkerConfig] = []
     for number_, row in enumerate(rows):
         where = f"workers[{number_}]"
-        worker = mistakes.collect(_load_worker, where, row, environ)
+        worker = mistakes.collect(load_worker, where, row, environ)
         if worker is not None:
             mistakes.collect(_reject_second, where, worker, workers)
             workers.append(worker)
     return tuple(workers)
 
 
-def _load_worker(
+def load_worker(
     where: str, row: Mapping[str, Any], environ: Mapping[str, str]
 ) -> WorkerConfig:
+    """Make a worker of one `[[workers]]` table; `where` begins the names of its keys.
+
+    Reads the file with its API key.
+
+    Raises:
+        ConfigError: with a line for each mistake.
+    """
     mistakes = Mistakes()
     mistakes.collect(_reject_unknown, f"{where}.", row, list(WORKER_KEYS))
     values: dict[str, Any] = {

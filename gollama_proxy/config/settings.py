@@ -225,6 +225,14 @@ class Metrics(Struct, frozen=True):
     open: Annotated[bool, "serve /metrics without a token of scope metrics"] = False
 
 
+class State(Struct, frozen=True):
+    dir: Annotated[
+        Text,
+        "folder for what outlives a restart, such as workers added at run time; "
+        "auto: $STATE_DIRECTORY, else ~/.local/state/gollama-proxy; empty: none",
+    ] = "auto"
+
+
 # --- Workers, and everything together ---------------------------------------------
 
 
@@ -293,6 +301,7 @@ class Config:
     models: Models = field(default_factory=Models)
     log: Log = field(default_factory=Log)
     metrics: Metrics = field(default_factory=Metrics)
+    state: State = field(default_factory=State)
     workers: tuple[WorkerConfig, ...] = ()
     file: str = field(default="", compare=False)  # the file that was read, if any
     # The current HS256 secret first, then the previous one during a rotation.

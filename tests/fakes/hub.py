@@ -17,6 +17,7 @@ import jwt
 from gollama_proxy.config import load as config
 from gollama_proxy.hub import Hub
 from gollama_proxy.proxy.relay import Relay
+from gollama_proxy.state.local import LocalState
 from tests.fakes.client import Response, TlsWire, Wire
 from tests.fakes.waiting import DEADLINE
 
@@ -130,7 +131,8 @@ async def running_hub(
 ) -> AsyncIterator[RunningHub]:
     """Run a hub on a free port; leaving the block checks that nothing is left of it.
 
-    Settings are given as `health__interval=0.05`.  With `ready`, the block begins when
+    Settings are given as `health__interval=0.05`; without `state__dir`, the hub keeps
+    nothing.  With `ready`, the block begins when
     each worker has been pinged once.  `claims` go into every token that is minted, and
     `trust` is what the clients of an https hub have.  All else is as in production.
     """
@@ -141,7 +143,9 @@ async def running_hub(
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = _spelled(value)
     variables |= environ or {}
     loaded = config.load(file, variables, {"server.port": 0}, urls)
-    hub = Hub(loaded)
+    folder = None if loaded.state.dir == "auto" else Path(loaded.state.dir)
+    state = await asyncio.to_thread(LocalState, folder)
+    hub = Hub(loaded, state=state)
     running = None
     try:
         await hub.start()
@@ -154,6 +158,7 @@ async def running_hub(
         if running is not None:
             running.close_clients()
         await hub.abort()
+        await state.close()
     # Not reached when the block failed: its own error is more useful.
     await _assert_no_tasks(before)
     held = {str(worker): worker.in_flight for worker in hub.registry.workers}

@@ -154,4 +154,4 @@ async def _ready(hub: HubProcess) -> None:
 def bare() -> dict[str, str]:
     """Copy the environment without our settings, and let no settings file be found."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
-    return clean | {"GOLLAMA_CONFIG": os.devnull}
+    return clean | {"GOLLAMA_CONFIG": os.devnull, "GOLLAMA_STATE_DIR": ""}

@@ -1,0 +1,318 @@
+"""What a hub keeps over a restart: workers added while it ran, holds, and revocations.
+
+One SQLite database in a folder that one hub at a time may use.  Everything is in memory
+as well, so that nothing waits for the disk to read it; changes are written in their
+order by one thread.  A disk that takes no more changes is logged, and the hub goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from gollama_proxy.config.settings import Revoked
+
+logger = logging.getLogger(__name__)
+
+MAX_WORKERS = 10_000
+MAX_REVOCATIONS = 100_000
+VERSION = 1  # of the tables
+
+_SCHEMA = """
+CREATE TABLE workers (
+    name TEXT PRIMARY KEY, source TEXT NOT NULL, settings TEXT NOT NULL,
+    hold TEXT NOT NULL, agent TEXT NOT NULL
+);
+CREATE TABLE revocations (
+    kind TEXT NOT NULL, value TEXT NOT NULL, added REAL NOT NULL,
+    PRIMARY KEY (kind, value)
+);
+"""
+_PUT_WORKER = "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?)"
+_PUT_REVOCATION = "INSERT OR REPLACE INTO revocations VALUES (?, ?, ?)"
+
+
+class StateError(Exception):
+    """Why a folder cannot be used, or why nothing more can be kept; one line."""
+
+
+def folder_of(setting: str, environ: Mapping[str, str]) -> Path | None:
+    """Return the folder that `state.dir` stands for; None for none."""
+    if setting != "auto":
+        return Path(setting) if setting else None
+    if named := environ.get("STATE_DIRECTORY"):  # of systemd, which lists them all
+        return Path(named.partition(":")[0])
+    base = environ.get("XDG_STATE_HOME") or "~/.local/state"
+    try:
+        return Path(base).expanduser() / "gollama-proxy"
+    except RuntimeError:  # this user has no home
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWorker:
+    """One worker; `settings` is its `[[workers]]` table, and has no secrets.
+
+    A worker of the settings file is stored only for its hold, without its settings.
+    """
+
+    name: str
+    source: str  # "file", "admin" or "agent"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    hold: str = ""  # "paused", "draining", or "" for none
+    agent: Mapping[str, Any] = field(default_factory=dict)  # of its agent, or empty
+
+
+class LocalState:
+    """The stored workers and revocations; without a folder, they end with the hub."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Open the database of a folder, which is made if it does not exist; blocks.
+
+        A damaged database is moved aside, and a new one begins.
+
+        Raises:
+            StateError: the folder cannot be used, another hub uses it, or its database
+                was written by a newer version.
+        """
+        self.folder = folder
+        self._workers: dict[str, StoredWorker] = {}
+        self._revocations: dict[tuple[str, str], float] = {}
+        self._lock: TextIO | None = None
+        self._database: sqlite3.Connection | None = None
+        self._writer: ThreadPoolExecutor | None = None
+        self._failing = False
+        if folder is not None:
+            self._open(folder)
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.folder is None else str(self.folder)
+        return (
+            f"<LocalState {where} workers={len(self._workers)} "
+            f"revocations={len(self._revocations)}>"
+        )
+
+    # --- Workers and revocations --------------------------------------------------
+
+    @property
+    def workers(self) -> list[StoredWorker]:
+        return list(self._workers.values())
+
+    def find(self, name: str) -> StoredWorker | None:
+        return self._workers.get(name)
+
+    async def put(self, worker: StoredWorker) -> None:
+        """Keep a worker, in place of another one of its name; return when written.
+
+        Raises:
+            StateError: there are too many.
+        """
+        if worker.name not in self._workers and len(self._workers) >= MAX_WORKERS:
+            raise StateError(f"{MAX_WORKERS} workers are stored; no more fit")
+        if self._workers.get(worker.name) == worker:
+            return
+        self._workers[worker.name] = worker
+        row = (
+            *(worker.name, worker.source, json.dumps(dict(worker.settings))),
+            *(worker.hold, json.dumps(dict(worker.agent))),
+        )
+        await self._write(_PUT_WORKER, row)
+
+    async def forget(self, name: str) -> None:
+        """Remove a worker; return when written.  Harmless if there is none."""
+        if self._workers.pop(name, None) is not None:
+            await self._write("DELETE FROM workers WHERE name = ?", (name,))
+
+    @property
+    def revoked(self) -> Revoked:
+        found: dict[str, set[str]] = {"jti": set(), "sub": set()}
+        for kind, value in self._revocations:
+            found[kind].add(value)
+        return Revoked(frozenset(found["jti"]), frozenset(found["sub"]))
+
+    async def revoke(self, kind: str, value: str) -> None:
+        """Keep that a token ("jti") or a subject ("sub") is revoked.
+
+        Raises:
+            StateError: there are too many.
+        """
+        assert kind in ("jti", "sub"), kind
+        key = kind, value
+        if key in self._revocations:
+            return
+        if len(self._revocations) >= MAX_REVOCATIONS:
+            raise StateError(f"{MAX_REVOCATIONS} revocations are stored; no more fit")
+        self._revocations[key] = now = time.time()
+        await self._write(_PUT_REVOCATION, (*key, now))
+
+    # --- The database -------------------------------------------------------------
+
+    def _open(self, folder: Path) -> None:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = _lock(folder / "lock")
+        except OSError as exc:
+            raise StateError(f"{folder}: cannot be used: {exc.strerror}") from exc
+        file = folder / "state.db"
+        try:
+            self._database = self._read(file)
+        except (sqlite3.Error, ValueError, TypeError) as exc:
+            if not _is_damage(exc):
+                self._unlock()
+                raise StateError(f"{file}: cannot be used: {exc}") from exc
+            self._workers.clear()
+            self._revocations.clear()
+            aside = _move_aside(file)
+            logger.error(
+                "%s: damaged (%s); moved to %s, and a new one begins", file, exc, aside
+            )
+            self._database = self._read(file)
+        except StateError:
+            self._unlock()
+            raise
+        self._writer = ThreadPoolExecutor(1, "state")
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _read(self, file: Path) -> sqlite3.Connection:
+        file.touch(0o600)
+        # The writing thread is another one; only one thread at a time has it.
+        database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+        with contextlib.ExitStack() as stack:
+            stack.callback(database.close)
+            (flaw,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            if flaw != "ok":
+                raise sqlite3.DatabaseError("a check found an inconsistency")
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            if version > VERSION:
+                text = f"{file}: written by a newer version of gollama-proxy"
+                raise StateError(f"{text}; use that, or another folder (state.dir)")
+            database.execute("PRAGMA journal_mode = WAL")
+            if not version:
+                # Its pages and the version are written together, or not at all.
+                script = f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;"
+                database.executescript(script)
+            for worker in _stored_workers(database):
+                self._workers[worker.name] = worker
+            rows = database.execute("SELECT kind, value, added FROM revocations")
+            for kind, value, added in rows:
+                if kind not in ("jti", "sub"):
+                    raise ValueError(f"a revocation of the kind {kind!r}")
+                self._revocations[kind, value] = added
+            stack.pop_all()
+        return database
+
+    async def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+        if self._writer is None:
+            return
+        loop = asyncio.get_running_loop()
+        writing = loop.run_in_executor(self._writer, self._execute, statement, values)
+        # A client that leaves does not undo what it has begun.
+        await asyncio.shield(writing)
+
+    def _execute(self, statement: str, values: tuple[Any, ...]) -> None:
+        assert self._database is not None
+        try:
+            self._database.execute(statement, values)
+        except sqlite3.Error as exc:
+            if not self._failing:
+                logger.error(
+                    "%s: cannot be written: %s; changes are lost at the next start",
+                    self.folder,
+                    exc,
+                )
+            self._failing = True
+        else:
+            self._failing = False
+
+    async def close(self) -> None:
+        """Write what is left and let the folder go; harmless when closed."""
+        if self._writer is None:
+            return
+        writer, self._writer = self._writer, None
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(writer, self._close)
+        writer.shutdown(wait=False)
+
+    def _close(self) -> None:
+        assert self._database is not None
+        self._database.close()
+        self._unlock()
+
+
+def _stored_workers(database: sqlite3.Connection) -> Iterator[StoredWorker]:
+    rows = database.execute(
+        "SELECT name, source, settings, hold, agent FROM workers ORDER BY rowid"
+    )
+    for name, source, settings, hold, agent in rows:
+        yield StoredWorker(name, source, _table(settings), hold, _table(agent))
+
+
+def _table(text: str) -> dict[str, Any]:
+    table = json.loads(text)
+    if not isinstance(table, dict):
+        raise ValueError("a table is no object")
+    return table
+
+
+def _lock(file: Path) -> TextIO:
+    """Take the lock of a folder; it ends with the process, however that ends."""
+    stream = file.open("a+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        pid = stream.read(20).strip()
+        stream.close()
+        text = f"{file.parent}: used by another hub" + (f" (process {pid})" * bool(pid))
+        raise StateError(f"{text}; each needs its own folder (state.dir)") from None
+    except OSError:
+        stream.close()
+        raise
+    stream.truncate(0)
+    stream.write(f"{os.getpid()}\n")
+    stream.flush()
+    return stream
+
+
+# What SQLite reports of a file that is no database, or no longer a whole one.
+_DAMAGE = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the content is at fault, rather than the disk or its permissions."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is not None:
+        missing_table = code == sqlite3.SQLITE_ERROR
+        return missing_table or code & 0xFF in _DAMAGE
+    return not isinstance(error, sqlite3.OperationalError)
+
+
+def _move_aside(file: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    aside = file.with_name(f"{file.name}.damaged-{stamp}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = file.with_name(f"{file.name}.damaged-{stamp}-{number}")
+    file.rename(aside)
+    for suffix in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            file.with_name(file.name + suffix).rename(
+                aside.with_name(aside.name + suffix)
+            )
+    return aside
