@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 
 from gollama_proxy.config.settings import Health, Origin, WorkerConfig
 from gollama_proxy.fleet.lease import Lease, Result
-from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.wire.answer import Prefill
 from gollama_proxy.wire.description import Check, Description, Model
 
 MODEL = "simulated"

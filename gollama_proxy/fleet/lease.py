@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gollama_proxy.fleet.breaker import Permit
-from gollama_proxy.fleet.speed import Prefill
+from gollama_proxy.wire.answer import Prefill
 
 if TYPE_CHECKING:
     from gollama_proxy.fleet.worker import Worker

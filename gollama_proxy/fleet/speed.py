@@ -49,7 +49,8 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+
+from gollama_proxy.wire.answer import Prefill
 
 KEPT = 0.9  # of the past, with each answer
 USUAL_TOKENS = 256.0  # of an answer, until one has been seen
@@ -57,25 +58,6 @@ SHARED = 0.7  # speed of each answer when there are twice as many
 LEAST_READS = 200.0  # bytes/s: a large model on a CPU
 LEAST_WRITES = 1.0  # tokens/s
 LEVELS = 8  # numbers of parallel answers that are distinguished: 1, 2-3, 4-7 … 128+
-
-
-class Prefill(NamedTuple):
-    """What a worker reports about how it has read a prompt."""
-
-    tokens: int  # that it has read
-    cached: int  # that it had in its cache
-    seconds: float = 0.0  # 0 is not known
-
-    @property
-    def possible(self) -> bool:
-        """Whether it can be true at all."""
-        return self.tokens >= 0 and self.cached >= 0 and 0 <= self.seconds < math.inf
-
-    def plausible_in(self, seconds: float) -> bool:
-        """Return whether it can be true of an answer that began after these seconds."""
-        return (
-            self.tokens > 0 and self.cached >= 0 and 0 < self.seconds <= seconds * 1.1
-        )
 
 
 # --- Compared with other workers --------------------------------------------------

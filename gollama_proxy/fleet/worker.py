@@ -28,7 +28,8 @@ from gollama_proxy.config.settings import Health, WorkerConfig
 from gollama_proxy.fleet.breaker import Breaker, Verdict
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.naming import AnswerNames
-from gollama_proxy.fleet.speed import Expectations, Pace, Prefill
+from gollama_proxy.fleet.speed import Expectations, Pace
+from gollama_proxy.wire.answer import Prefill
 from gollama_proxy.wire.description import Check, Description, Model
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ class Worker:
         llama-server has four threads more than slots (`--threads-http`), of which one
         is left for health checks.
         """
-        return 0 if self.slots is None else self.in_flight - self.slots - SPARE
+        return 0 if self.slots is None else len(self.leases) - self.slots - SPARE
 
     @property
     def full_for(self) -> float:

@@ -36,7 +36,6 @@ from gollama_proxy.edge.response import (
 from gollama_proxy.edge.router import Router, Routes
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.registry import RETRY_AFTER, Registry
-from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy import recovery
 from gollama_proxy.proxy.attempt import (
@@ -553,8 +552,9 @@ class Proxy:
             tokens = used.generated or relay.events
             lease.tokens = tokens // (x.body.answers * x.body.prompts)
         if used.reading is not None:
-            lease.prefill = Prefill(*used.reading)
-            self._balancer.learn(x.plan, lease.worker, lease.prefill)
+            lease.prefill = used.reading
+            if x.plan.ask.prefixes:  # else no policy has expected anything
+                self._balancer.learn(x.plan, lease.worker, lease.prefill)
         lease.release(Result.COMPLETE)
         if x.failure is not None or lease.worker.model_breakers:
             recovery.settle_blame(x, lease.worker)

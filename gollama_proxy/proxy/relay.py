@@ -83,6 +83,7 @@ class Relay:
         "body_received",
         "bytes",
         "chunk_received",
+        "content_type",
         "end",
         "events",
         "headers",
@@ -100,6 +101,7 @@ class Relay:
         clock: Callable[[], float],
     ) -> None:
         self.status = 0
+        self.content_type = b""
         self.is_event_stream = False
         self.headers: list[tuple[bytes, bytes]] = []
         self.opened_at: float | None = None
@@ -150,14 +152,16 @@ class Relay:
             WorkerError: the worker was lost before, sent no HTTP, or ended too early.
         """
         while self.opened_at is None and not self._ended and self._error is None:
-            self._wakeup = asyncio.get_running_loop().create_future()  # as `_sleep`
+            self._wakeup = asyncio.get_running_loop().create_future()
             await self._wakeup
         if self.opened_at is None:
             self.opened_at = self._clock()
             if self._error is not None:
                 raise self._error
-            if self._has_mark and not any(read_end(self.held, self._ending)[:3]):
-                raise self._incomplete()
+            if self._has_mark:
+                end = read_end(self.held, self._ending)
+                if not (end.complete or end.done or end.failed):
+                    raise self._incomplete()
 
     @property
     def spares_connection(self) -> bool:
@@ -199,7 +203,8 @@ class Relay:
             WorkerError: the worker was lost before.
         """
         while not (self._ended or self._error or self._blocked):
-            await self._sleep()
+            self._wakeup = asyncio.get_running_loop().create_future()
+            await self._wakeup
         if self._error is not None:
             raise self._error
 
@@ -254,7 +259,8 @@ class Relay:
                 if self._blocked:
                     await self._drain(client, write_timeout)
                 else:
-                    await self._sleep()
+                    self._wakeup = asyncio.get_running_loop().create_future()
+                    await self._wakeup
         finally:
             self.body_received = self.chunk_received = _ignore
             self.end = self._read_end(began, answers)
@@ -312,10 +318,11 @@ class Relay:
     def _read_end(self, began: bytes, answers: int) -> End:
         endpoint = self._endpoint
         end = read_end(self.tail, endpoint.ending, endpoint.api, began, answers)
-        complete, failed = end.complete or self._marked, end.failed or self._failed
+        end.complete |= self._marked
+        end.failed |= self._failed
         if self._tally is not None and not self._tally.is_complete(done=end.done):
-            complete = False
-        return end._replace(complete=complete, failed=failed)
+            end.complete = False
+        return end
 
     @property
     def _has_mark(self) -> bool:
@@ -343,7 +350,10 @@ class Relay:
     @property
     def tail(self) -> bytes:
         """The last bytes that were passed on, at least `TAIL` of a longer answer."""
-        return b"".join([chunk[chunk.index(b"\n") + 1 : -2] for chunk in self._tail])
+        pieces = []
+        for chunk in self._tail:  # a comprehension costs a call
+            pieces.append(chunk[chunk.index(b"\n") + 1 : -2])  # noqa: PERF401
+        return b"".join(pieces)
 
     # --- Receiver: what the connection calls ---------------------------------------
 
@@ -351,18 +361,16 @@ class Relay:
         self._lease.heard_at = self._clock()
         self.status = status
         self.headers = headers
-        kind = self.header(b"content-type")
-        if kind.startswith(b"text/event-stream"):
-            self._expect_events()
-
-    def _expect_events(self) -> None:
-        self.is_event_stream = True
-        self._gatherer = sse.Gatherer()
+        self.content_type = self.header(b"content-type")
+        if self.content_type.startswith(b"text/event-stream"):
+            self.is_event_stream = True
+            self._gatherer = sse.Gatherer()
 
     def _hold(self, data: bytes) -> None:
         self._lease.heard_at = self._clock()
         if not (self._held or self.is_event_stream) and self._looks_like_events(data):
-            self._expect_events()
+            self.is_event_stream = True
+            self._gatherer = sse.Gatherer()
         self._held.append(data)
         self._held_size += len(data)
         if self._held_size > HOLD_LIMIT:
@@ -373,7 +381,9 @@ class Relay:
             events = self._gatherer.feed(data)
             if not events or not sse.opens(events, self._ending):
                 return
-        self._open()
+        if self.opened_at is None:
+            self.opened_at = self._clock()
+            self._wake()
 
     def _looks_like_events(self, data: bytes) -> bool:
         """Whether a body is a stream without its Content-Type; JSON differs."""
@@ -385,8 +395,8 @@ class Relay:
         self._hold(chunk[start:-2])
 
     def _forward(self, data: bytes) -> None:
-        chunk = frame(data)
-        self._forward_chunk(chunk, len(chunk) - len(data) - 2)
+        size = b"%x\r\n" % len(data)
+        self._forward_chunk(b"%b%b\r\n" % (size, data), len(size))
         if data[0] != _COLON:
             self.events += data.count(b"data: {") - 1
         if len(data) > TAIL:
@@ -460,20 +470,6 @@ class Relay:
             text = f"The connection to worker {self._worker} was lost."
             error = WorkerError(Code.WORKER_LOST, text, detail=reason)
         self.fail(error)
-
-    def _open(self) -> None:
-        if self.opened_at is None:
-            self.opened_at = self._clock()
-            self._wake()
-
-    # --- Waiting ------------------------------------------------------------------
-
-    async def _sleep(self) -> None:
-        self._wakeup = asyncio.get_running_loop().create_future()
-        try:
-            await self._wakeup
-        finally:
-            self._wakeup = None
 
     def _wake(self) -> None:
         if self._wakeup is not None and not self._wakeup.done():

@@ -100,7 +100,7 @@ class Stream:
             fields = headers.client_fields(relay.headers)
             length = b""
             if relay.is_event_stream:
-                if not relay.header(b"content-type"):
+                if not relay.content_type:
                     fields += _EVENTS
                 fields += _STREAM
             elif not self._filters:

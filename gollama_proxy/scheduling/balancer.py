@@ -22,9 +22,9 @@ from gollama_proxy.config.names import matches
 from gollama_proxy.config.settings import Config
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.policies import Ask, Policy, make
+from gollama_proxy.wire.answer import Prefill
 from gollama_proxy.wire.errors import NoWorkerError
 
 

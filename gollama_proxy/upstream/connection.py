@@ -82,8 +82,9 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_any_answer",
-        "_at_chunk_end",
         "_between_chunks",
+        "_chunk_marks",
+        "_chunked",
         "_delimited",
         "_ended",
         "_eof",
@@ -102,6 +103,8 @@ class Connection(asyncio.Protocol):
         "_writing_paused",
         "idle_since",
         "on_body",
+        "on_chunk_complete",
+        "on_chunk_header",
         "state",
         "streamed",
         "used",
@@ -124,6 +127,10 @@ class Connection(asyncio.Protocol):
         # httptools looks up its callbacks once, when the parser is made: a bound
         # `list.append` saves a Python frame for each token.
         self.on_body = self._parts.append
+        # The same for the two ends of a chunk, which come in turn: each call swaps the
+        # marks, of which the first is true between two chunks.
+        self._chunk_marks = [True, False]
+        self.on_chunk_header = self.on_chunk_complete = self._chunk_marks.reverse
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
         self._reset_answer()
@@ -153,7 +160,7 @@ class Connection(asyncio.Protocol):
         self._head_done = False
         self._ended = False
         self._fault = ""
-        self._at_chunk_end = False  # as of the last callback
+        self._chunked = False
         self._between_chunks = False  # as of the last byte
         self._delimited = False  # by a length or by chunks, and not by EOF
 
@@ -223,13 +230,17 @@ class Connection(asyncio.Protocol):
 
     def _parse(self, data: bytes, receiver: Receiver) -> None:
         fault = ""
-        self._at_chunk_end = False
         try:
             self._feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             fault = self._fault or f"malformed answer: {exc}"
         # Half a size line after the chunk would lack CRLF; a whole one has a callback.
-        self._between_chunks = self._at_chunk_end and data.endswith(b"\r\n")
+        self._between_chunks = (
+            self._chunked
+            and self._head_done
+            and self._chunk_marks[0]
+            and data.endswith(b"\r\n")
+        )
         parts = self._parts
         framing = self._framing + len(data)
         if parts:
@@ -267,15 +278,11 @@ class Connection(asyncio.Protocol):
                 self._stop_parser("a content coding that was not requested")
             return
         # RFC 9112, 7.4: nor any other transfer coding, without a TE header.
-        if name == b"transfer-encoding" and value != b"chunked":
-            self._stop_parser("a transfer coding that was not requested")
+        if name == b"transfer-encoding":
+            if value != b"chunked":
+                self._stop_parser("a transfer coding that was not requested")
+            self._chunked = True
         self._delimited = True
-
-    def on_chunk_header(self) -> None:
-        self._at_chunk_end = False
-
-    def on_chunk_complete(self) -> None:
-        self._at_chunk_end = True
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -283,6 +290,7 @@ class Connection(asyncio.Protocol):
             self._stop_parser("neither HTTP/1.0 nor HTTP/1.1")
         if status == 100:  # RFC 9110, 15.2: to be skipped where it was not expected
             self._headers = []
+            self._delimited = self._chunked = False
             return
         redirects = 300 <= status < 400 and not self._any_answer
         if redirects or not 200 <= status < 600:

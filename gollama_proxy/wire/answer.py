@@ -11,9 +11,10 @@ Tokens are counted as the API of the route defines them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -33,20 +34,31 @@ from gollama_proxy.wire.schema import (
 _Fields = Mapping[str, Any]
 
 
-class Prompt(NamedTuple):
+class Prefill(msgspec.Struct, frozen=True, gc=False):
     """How a worker has read a prompt, by its account.  The numbers may be absurd."""
 
-    read: int  # tokens that it has processed
-    cached: int  # tokens that it had in its cache
-    seconds: float  # 0 means unknown
+    tokens: int  # that it has read
+    cached: int  # that it had in its cache
+    seconds: float = 0.0  # 0 is not known
+
+    @property
+    def possible(self) -> bool:
+        """Whether it can be true at all."""
+        return self.tokens >= 0 and self.cached >= 0 and 0 <= self.seconds < math.inf
+
+    def plausible_in(self, seconds: float) -> bool:
+        """Return whether it can be true of an answer that began after these seconds."""
+        return (
+            self.tokens > 0 and self.cached >= 0 and 0 < self.seconds <= seconds * 1.1
+        )
 
 
-class Usage(NamedTuple):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """How many tokens an answer took; None for what the worker does not report."""
 
     prompt: int | None = None  # all of it, cached or not
     generated: int | None = None
-    reading: Prompt | None = None
+    reading: Prefill | None = None
 
 
 def read_usage(body: bytes, api: Api, answers: int = 1) -> Usage:
@@ -239,16 +251,16 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage
         return Usage(prompt, generated, _timed(timings))
     if prompt is None or cached is None:
         return Usage(prompt, generated)
-    return Usage(prompt, generated, Prompt(prompt - cached, cached, 0.0))
+    return Usage(prompt, generated, Prefill(prompt - cached, cached))
 
 
 def _cached(details: object) -> int | None:
     return _counts(details).get("cached_tokens") if details else None
 
 
-def _timed(timings: _Fields) -> Prompt | None:
+def _timed(timings: _Fields) -> Prefill | None:
     try:
-        return Prompt(
+        return Prefill(
             int(timings["prompt_n"]),
             int(timings.get("cache_n") or 0),
             float(timings["prompt_ms"]) / 1000,
@@ -261,8 +273,8 @@ def _counts(fields: object) -> dict[str, int]:
     """Return the fields that are numbers of tokens and can be true."""
     if not isinstance(fields, dict):
         return {}
-    return {
-        name: value
-        for name, value in fields.items()
-        if type(value) is int and 0 <= value < _MOST_TOKENS
-    }
+    counts = {}
+    for name, value in fields.items():  # a comprehension costs a call
+        if type(value) is int and 0 <= value < _MOST_TOKENS:
+            counts[name] = value  # noqa: PERF403
+    return counts

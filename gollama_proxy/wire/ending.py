@@ -11,7 +11,8 @@ nor a line end (RFC 8259, 7).
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+
+import msgspec
 
 from gollama_proxy.wire.answer import Usage, read_tail
 from gollama_proxy.wire.openai import Api, Ending
@@ -41,7 +42,7 @@ _ERROR = re.compile(
 _LATER_CHOICE = re.compile(rb'"index"\s*:\s*[1-9]')
 
 
-class End(NamedTuple):
+class End(msgspec.Struct, gc=False):
     """The end of an answer, read from its tail."""
 
     complete: bool = False  # it has the mark of a complete answer
@@ -70,12 +71,13 @@ def read_end(
     `began` is what `answer.beginning` found in its first bytes, and `answers` is how
     many there are to the prompt.
     """
-    done = _has_done(tail)
+    closed = tail.endswith(_LAST_DONE)
+    done = closed or _has_done(tail)
     return End(
         _is_complete(tail, ending, done=done),
         done,
-        has_error(tail, ending),
-        split_events(tail)[1],
+        b"error" in tail and has_error(tail, ending),
+        b"" if closed else split_events(tail)[1],
         read_tail(api, tail, began, answers),
     )
 
@@ -86,8 +88,6 @@ def is_complete(tail: bytes, ending: Ending) -> bool:
 
 
 def _has_done(tail: bytes) -> bool:
-    if tail.endswith(_LAST_DONE):
-        return True
     return b"[DONE]" in tail and _DONE_LINE.search(tail) is not None
 
 
@@ -103,9 +103,10 @@ def _is_complete(tail: bytes, ending: Ending, *, done: bool) -> bool:
             complete = done or _TRANSCRIPT_DONE.search(tail) is not None
         case _:  # the end of the body is the mark
             complete = True
-    if complete and _has_several(tail):
-        complete = _all_ended(tail, ending)
-    return complete
+    if not complete or tail.count(b'"index"') == tail.count(b'"index":0'):
+        return complete
+    # Events may belong to several choices.
+    return _LATER_CHOICE.search(tail) is None or _all_ended(tail, ending)
 
 
 def _has_reason(tail: bytes) -> bool:
@@ -125,12 +126,6 @@ def has_error(tail: bytes, ending: Ending) -> bool:
 
 
 # --- Several choices --------------------------------------------------------------
-
-
-def _has_several(tail: bytes) -> bool:
-    """Return whether an event belongs to a choice other than the first."""
-    first = tail.count(b'"index":0')
-    return first != tail.count(b'"index"') and _LATER_CHOICE.search(tail) is not None
 
 
 def _all_ended(tail: bytes, ending: Ending) -> bool:

@@ -15,9 +15,9 @@ from gollama_proxy.fleet.speed import (
     SHARED,
     Expectations,
     Pace,
-    Prefill,
     Speed,
 )
+from gollama_proxy.wire.answer import Prefill
 from tests.fakes.clock import Clock
 
 KIB = 1024

@@ -28,7 +28,7 @@ from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, Origin, WorkerConfig
 from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
 from gollama_proxy.fleet.lease import Lease, Result
-from gollama_proxy.fleet.speed import Pace, Prefill
+from gollama_proxy.fleet.speed import Pace
 from gollama_proxy.fleet.worker import (
     MOST_SLOTS,
     TRANSITIONS,
@@ -36,6 +36,7 @@ from gollama_proxy.fleet.worker import (
     WorkerEvent,
     WorkerState,
 )
+from gollama_proxy.wire.answer import Prefill
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 from tests.fakes.pool import pool

@@ -19,7 +19,7 @@ from gollama_proxy.proxy.relay import (
     Relay,
 )
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.wire.answer import Usage
+from gollama_proxy.wire.answer import Prefill, Usage
 from gollama_proxy.wire.ending import TAIL
 from gollama_proxy.wire.errors import Code, ProxyError, RequestError, WorkerError
 from gollama_proxy.wire.openai import Ending, Endpoint
@@ -542,7 +542,7 @@ async def test_the_usage_that_a_stream_begins_with_is_kept(ending: Ending) -> No
     await steps()
     running.cancel()
     await steps()
-    expected = Usage() if ending is Ending.DONE else Usage(290, None, (1, 289, 0.0))
+    expected = Usage() if ending is Ending.DONE else Usage(290, None, Prefill(1, 289))
     assert stage.relay.end.usage == expected
 
 

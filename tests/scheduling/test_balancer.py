@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gollama_proxy.config.settings import Rescue, Retry, Routing
-from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.balancer import Balancer, RetryBudget
 from gollama_proxy.scheduling.policies import Ask, Fits, Policy
+from gollama_proxy.wire.answer import Prefill
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.errors import Code, NoWorkerError
 from tests.fakes.asks import CHAT

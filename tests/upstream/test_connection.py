@@ -287,11 +287,21 @@ def test_the_chunks_of_one_read_are_one_part() -> None:
     assert receive(*reads)[2].parts == [b"012345678"]
 
 
-def test_the_first_chunk_is_parsed() -> None:
-    """Directly after the head, bytes that look like a chunk can be anything."""
-    _, _, recorder = receive(CHUNKED, b"3\r\nabc\r\n", b"3\r\ndef\r\n", last_chunk())
+@pytest.mark.parametrize("heads", [[CHUNKED], [CHUNKED[:-2], CHUNKED[-2:]]])
+def test_the_first_chunk_after_a_head_is_a_chunk(heads: list[bytes]) -> None:
+    """The head has announced chunks, so these bytes cannot be anything else."""
+    reads = [*heads, b"3\r\nabc\r\n", b"3\r\ndef\r\n", last_chunk()]
+    _, _, recorder = receive(*reads)
     assert recorder.parts == [b"abc", b"def"]
-    assert recorder.whole_chunks == 1
+    assert recorder.whole_chunks == 2
+
+
+def test_chunks_that_an_interim_answer_announces_are_text() -> None:
+    interim = head(100, [("Transfer-Encoding", "chunked")])
+    answer = interim + head(200, [("Content-Length", "8")])
+    _, _, recorder = receive(answer, b"3\r\nabc\r\n")
+    assert recorder.body == b"3\r\nabc\r\n"
+    assert recorder.whole_chunks == 0
 
 
 def test_a_chunk_of_a_body_with_a_length_is_text() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from gollama_proxy.wire.answer import (
-    Prompt,
+    Prefill,
     Usage,
     beginning,
     build_of,
@@ -57,8 +58,8 @@ RESPONSES = {
 ANTHROPIC = {"cache_read_input_tokens": 289, "input_tokens": 1, "output_tokens": 4}
 NATIVE = {"tokens_predicted": 4, "tokens_evaluated": 290, "tokens_cached": 293}
 TIMINGS = timings_of(4, 1, 289)
-COUNTED = Usage(290, 4, Prompt(1, 289, 0.0))
-TIMED = Usage(290, 4, Prompt(1, 289, TIMINGS["prompt_ms"] / 1000))
+COUNTED = Usage(290, 4, Prefill(1, 289, 0.0))
+TIMED = Usage(290, 4, Prefill(1, 289, TIMINGS["prompt_ms"] / 1000))
 
 
 def whole(**fields: Any) -> bytes:
@@ -86,7 +87,7 @@ def whole(**fields: Any) -> bytes:
                     "output_tokens": 4,
                 }
             },
-            Usage(290, 4, Prompt(145, 145, 0.0)),
+            Usage(290, 4, Prefill(145, 145, 0.0)),
         ),
         (
             Api.ANTHROPIC,
@@ -140,10 +141,10 @@ def test_llama_server_reports_one_of_several_answers() -> None:
     """Other servers report all tokens, and have no timings."""
     choices: list[object] = [{}, {}, {}]
     body = whole(choices=choices, usage=OPENAI, timings=TIMINGS)
-    assert read(Api.OPENAI, body) == TIMED._replace(generated=12)
+    assert read(Api.OPENAI, body) == replace(TIMED, generated=12)
     assert read(Api.OPENAI, whole(choices=choices, usage=OPENAI)) == COUNTED
     end = finish(timings=TIMINGS, usage=OPENAI)
-    assert read_tail(Api.OPENAI, end, answers=3) == TIMED._replace(generated=12)
+    assert read_tail(Api.OPENAI, end, answers=3) == replace(TIMED, generated=12)
     assert read_tail(Api.OPENAI, event({"usage": OPENAI}), answers=3) == COUNTED
     all_of_them = finish(timings=TIMINGS, usage=OPENAI | {"completion_tokens": 9})
     assert read_tail(Api.OPENAI, all_of_them, answers=3).generated == 9
@@ -180,7 +181,8 @@ def test_a_count_that_cannot_be_true_is_none(number: bytes) -> None:
 
 def test_a_large_count_is_one() -> None:
     body = whole(usage=usage_of(99_999_999, 10_000_000))
-    assert read(Api.OPENAI, body)[:2] == (10_000_000, 99_999_999)
+    usage = read(Api.OPENAI, body)
+    assert (usage.prompt, usage.generated) == (10_000_000, 99_999_999)
 
 
 # --- Reading streams --------------------------------------------------------------
@@ -235,8 +237,8 @@ def test_a_stream_has_the_usage_of_its_api(
 
 def test_a_stream_that_was_cut_has_the_usage_up_to_there() -> None:
     """The tokens of its beginning are not those that it has generated."""
-    assert read_tail(Api.ANTHROPIC, b"", beginning(_START)) == COUNTED._replace(
-        generated=None
+    assert read_tail(Api.ANTHROPIC, b"", beginning(_START)) == replace(
+        COUNTED, generated=None
     )
     assert read_tail(Api.OPENAI, role() + token("a")) == Usage()
     half = finish(timings=TIMINGS)
@@ -255,7 +257,8 @@ def test_an_answer_that_came_in_pieces_is_read_from_both_ends() -> None:
     head = b'{"model":"a","usage":{"prompt_tokens":9,"total_tokens":9},"data":[['
     assert read_tail(Api.OPENAI, b"0.5]]}", beginning(head)) == Usage(9)
     body = json.dumps(chat_completion("a" * 5000, tokens=7)).encode()
-    assert read_tail(Api.OPENAI, body[-1400:], beginning(body[:1400]))[:2] == (20, 7)
+    usage = read_tail(Api.OPENAI, body[-1400:], beginning(body[:1400]))
+    assert (usage.prompt, usage.generated) == (20, 7)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +286,8 @@ def test_an_answer_that_came_in_pieces_is_read_from_both_ends() -> None:
 def test_how_a_prompt_was_read(
     tail: str, result: tuple[int, int, float] | None
 ) -> None:
-    assert read_tail(Api.OPENAI, tail.encode()).reading == result
+    expected = None if result is None else Prefill(*result)
+    assert read_tail(Api.OPENAI, tail.encode()).reading == expected
 
 
 # --- Its model and its build ------------------------------------------------------

@@ -34,7 +34,8 @@ LINE_ENDS = pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"])
 
 def marks(tail: bytes, ending: Ending) -> tuple[bool, bool, bool]:
     """Return whether a tail is complete, has a `[DONE]`, and has an error."""
-    return read_end(tail, ending)[:3]
+    end = read_end(tail, ending)
+    return end.complete, end.done, end.failed
 
 
 def rest_of(tail: bytes) -> bytes:
@@ -77,14 +78,14 @@ def test_a_chat_is_complete_with_its_done(
 
 def test_a_chat_is_complete_with_a_finish_reason_but_lacks_its_done() -> None:
     """The relay adds it then; SDKs wait for it."""
-    end = read_end(replies.token("a") + replies.finish(), Ending.DONE)
-    assert end[:3] == (True, False, False)
+    end = replies.token("a") + replies.finish()
+    assert marks(end, Ending.DONE) == (True, False, False)
 
 
 def test_a_done_without_a_finish_reason_is_enough() -> None:
     """The servers that send no finish_reason do send this."""
-    end = read_end(replies.token("a") + replies.done(), Ending.DONE)
-    assert end[:3] == (True, True, False)
+    end = replies.token("a") + replies.done()
+    assert marks(end, Ending.DONE) == (True, True, False)
 
 
 @pytest.mark.parametrize(
