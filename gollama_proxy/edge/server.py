@@ -15,7 +15,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
-from aiohttp import http_parser, web
+from aiohttp import StreamReader, http_parser, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 
 from gollama_proxy.config.mistakes import ConfigError
@@ -77,7 +79,7 @@ class Server(web.Server):
 
         `refused` is called for requests that never reach `handler`.
         """
-        super().__init__(handler, handler_cancellation=True)
+        super().__init__(handler, request_factory=Request, handler_cancellation=True)
         self.refused = refused
         self.clients = clients or ConnectionLimiter(config.limits, time.monotonic)
         self.patience = config.timeouts.write + _GRACE
@@ -124,13 +126,67 @@ class Server(web.Server):
         return {"loop": asyncio.get_running_loop(), **self._options}
 
 
+class Request(web.BaseRequest):
+    """A request as aiohttp makes it, with what every request needs at hand.
+
+    In aiohttp each of these is a property, which costs a call whenever it is read.
+    """
+
+    __slots__ = (
+        "content",
+        "headers",
+        "keep_alive",
+        "method",
+        "raw_headers",
+        "raw_path",
+        "remote",
+        "version",
+    )
+
+    def __init__(
+        self,
+        message: RawRequestMessage,
+        content: StreamReader,
+        protocol: web.RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> None:
+        """Make one; `task` serves all requests of its connection."""
+        assert isinstance(protocol, _Protocol)
+        super().__init__(message, content, protocol, writer, task, task.get_loop())
+        self.content = content
+        self.headers = message.headers
+        self.keep_alive = not message.should_close
+        self.method = message.method
+        self.raw_headers = message.raw_headers
+        self.raw_path = message.path
+        self.remote = protocol.remote
+        self.version = message.version
+        protocol.content = content
+        if protocol.task is None:
+            protocol.serve_in(task)
+
+
 class _Protocol(web.RequestHandler):
     """The HTTP protocol of one connection."""
 
-    __slots__ = ("_deadline", "_patience", "_refused", "_wire")
+    __slots__ = (
+        "_deadline",
+        "_held",
+        "_patience",
+        "_refused",
+        "_wire",
+        "content",
+        "remote",
+        "task",
+    )
 
     def __init__(self, server: Server) -> None:
         super().__init__(server, **server.options())
+        self.content: StreamReader | None = None  # the body of the present request
+        self.remote = ""  # the client's address
+        self.task: asyncio.Task[None] | None = None  # it serves all requests
+        self._held = False  # nothing is read from the client
         self._refused = server.refused
         self._patience = server.patience
         self._deadline: asyncio.TimerHandle | None = None
@@ -140,11 +196,27 @@ class _Protocol(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._wire = self.transport
+        self.remote = peer(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._wire = None
         self._expect_progress(None)
         super().connection_lost(exc)
+
+    # --- A body that is larger than aiohttp's buffer --------------------------------
+
+    def pause_reading(self) -> None:
+        self._held = True
+        super().pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Read on, if reading was paused.
+
+        aiohttp calls this twice for each body, and parses and resumes without need.
+        """
+        if self._held:
+            self._held = False
+            super().resume_reading(resume_parser)
 
     # --- A client that does not read ----------------------------------------------
 
@@ -156,13 +228,10 @@ class _Protocol(web.RequestHandler):
         super().resume_writing()
         self._expect_progress(None)
 
-    async def start(self) -> None:
-        """Serve, and then give the client some time to read the rest."""
-        try:
-            await super().start()
-        finally:
-            if self._wire is not None:
-                self._expect_progress(self._patience)
+    def serve_in(self, task: asyncio.Task[None]) -> None:
+        """Note the task of all requests, whose end leaves a rest to be read."""
+        self.task = task
+        task.add_done_callback(lambda _: self._expect_progress(self._patience))
 
     def _expect_progress(self, limit: float | None) -> None:
         """Close the connection after `limit` seconds unless there is another call."""
@@ -181,11 +250,12 @@ class _Protocol(web.RequestHandler):
         waits for the rest of the body would keep waiting.
         """
         super().data_received(data)
-        request = self._current_request
-        if self._messages and request is not None and not request.content.is_eof():
+        content = self.content
+        if self._messages and content is not None and not content.is_eof():
             text = "malformed chunk"  # the parser's own message quotes the body
-            request.content.set_exception(web.RequestPayloadError(text))
-            self._lingering_time = 0.0  # the rest cannot be parsed
+            content.set_exception(web.RequestPayloadError(text))
+            content.feed_eof()  # aiohttp must not wait for the rest,
+            self.close()  # nor answer it
 
     def eof_received(self) -> None:
         """Treat a client that closes its side as gone, even with unread data."""

@@ -101,7 +101,7 @@ class Body:
         """
         content = self._content
         if self._unpacker is None and content.is_eof():  # the body came with its head
-            self._kept.append(self._take(self._note(content.read_nowait()), ended=True))
+            self._kept.append(self._take(self._read_nowait(), ended=True))
         while not self.complete and self.size < window:
             piece = await self._next_piece()
             if piece:
@@ -218,7 +218,7 @@ class Body:
     async def _receive(self) -> bytes:
         """Receive the next piece, before decompression."""
         if self._content.is_eof():  # it has arrived already
-            return self._note(self._content.read_nowait())
+            return self._read_nowait()
         patience = self._grace + self._received / LEAST_RATE - self._waited
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -229,9 +229,15 @@ class Body:
             text = "The request body arrived too slowly."
             raise RequestError(Code.BODY_TIMEOUT, text) from None
         except (web.RequestPayloadError, HttpProcessingError) as exc:
-            text = "The framing of the request body is not valid HTTP."
-            raise RequestError(Code.BAD_REQUEST, text, detail=str(exc)) from None
+            raise _malformed(exc) from None
         self._waited += loop.time() - began
+        return self._note(piece)
+
+    def _read_nowait(self) -> bytes:
+        try:
+            piece = self._content.read_nowait()
+        except (web.RequestPayloadError, HttpProcessingError) as exc:
+            raise _malformed(exc) from None
         return self._note(piece)
 
     def _note(self, piece: bytes) -> bytes:
@@ -297,6 +303,11 @@ class Body:
     def _too_large(self) -> RequestError:
         text = f"The request body is larger than {self._limit} bytes."
         return RequestError(Code.BODY_TOO_LARGE, text)
+
+
+def _malformed(exc: Exception) -> RequestError:
+    text = "The framing of the request body is not valid HTTP."
+    return RequestError(Code.BAD_REQUEST, text, detail=str(exc))
 
 
 def _unpacker_of(coding: str) -> Unpacker:

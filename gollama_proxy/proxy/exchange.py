@@ -222,7 +222,10 @@ class Proxy:
     def _fail(self, x: Exchange, error: ProxyError) -> Response:
         """Set the outcome of a request that fails before an answer has begun."""
         x.outcome, x.error, x.detail = Outcome.ERROR, error.code, error.detail
-        if isinstance(error, RequestError) and not x.request.content.is_eof():
+        content = x.request.content
+        if isinstance(error, RequestError) and (
+            not content.is_eof() or content.exception() is not None
+        ):
             x.keep_alive = False  # the rest of its body is in the way
         return error_response(error, api_of(x.request.raw_path))
 
