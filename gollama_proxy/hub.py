@@ -17,6 +17,7 @@ from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import SECTIONS, Config, Revoked, WorkerConfig
 from gollama_proxy.config.watch import Watched, Watcher
+from gollama_proxy.control.admin import Admin
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.edge.quotas import Quotas
@@ -73,6 +74,7 @@ class Hub(Listener):
         self.authenticator = Authenticator(config)
         self.health = HealthChecker(config.health, self._ping)
         self.watchdog = Watchdog(self._prove, then=self._each_second)
+        self.fitting = Fitting(self.registry, self._count)
         self.proxy = Proxy(
             config,
             self._routes(),
@@ -82,7 +84,7 @@ class Hub(Listener):
             self.balancer,
             self.queue,
             self.connections,
-            Fitting(self.registry, self._count),
+            self.fitting,
             self.health.look,
             self.telemetry.ended,
             clock,
@@ -123,6 +125,7 @@ class Hub(Listener):
             "/models": {"GET": model_list.list_models},
             "/v1/models/": {"GET": model_list.show_model},
             "/models/": {"GET": model_list.show_model},
+            **Admin(self).routes(),
         }
 
     async def _ping(self, worker: Worker) -> probe.Finding:

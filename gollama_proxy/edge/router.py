@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from aiohttp import web
 
@@ -13,7 +15,8 @@ from gollama_proxy.wire.errors import Code, RequestError
 
 # Takes a request and its record, of the type that the handler needs.
 Handler = Callable[[web.BaseRequest, Any], Awaitable[Response | Sent]]
-# Path → method → handler.  A path that ends with a slash is followed by a name.
+# Path → method → handler.  A path that ends with a slash is followed by a name, which
+# may contain slashes; `{name}` in a path stands for one segment, see `name_in`.
 Routes = Mapping[str, Mapping[str, Handler]]
 
 # In every answer to an allowed page; the asterisk would not cover all of them.
@@ -35,6 +38,11 @@ class Router:
     def __init__(self, routes: Routes, origins: Sequence[str] = ()) -> None:
         self._routes = routes
         self._parents = tuple(path for path in routes if path.endswith("/"))
+        self._patterns = [
+            (re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path))), path)
+            for path in routes
+            if "{" in path
+        ]
         self._origins = frozenset(origins)
 
     def __repr__(self) -> str:
@@ -76,6 +84,9 @@ class Router:
         for parent in self._parents:
             if path.startswith(parent) and path != parent:
                 return parent, self._routes[parent]
+        for pattern, route in self._patterns:
+            if pattern.fullmatch(path):
+                return route, self._routes[route]
         # The log shows it without a query or `user:password@`: enough logs have them.
         if path.startswith("/"):
             record.path = path
@@ -106,6 +117,13 @@ class Router:
         """Whether a request comes from a configured page; repeated origins do not."""
         origins = request.headers.getall("Origin", ())
         return len(origins) == 1 and origins[0] in self._origins
+
+
+def name_in(request: web.BaseRequest, record: Record) -> str:
+    """Return the name in a path, decoded, where its route has braces."""
+    path = request.raw_path.partition("?")[0]
+    segments = zip(record.route.split("/"), path.split("/"), strict=True)
+    return next(unquote(given) for part, given in segments if part.startswith("{"))
 
 
 async def _answer_preflight(request: web.BaseRequest, record: Record) -> Response:

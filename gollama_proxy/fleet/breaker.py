@@ -120,6 +120,7 @@ class Breaker:
         self.name, self.policy = name, policy
         self.reason = "never tripped"
         self.generation = 0  # how many steps were taken
+        self.since = clock()  # when the last one was
         self.transitions: Counter[BreakerState] = (
             Counter()
         )  # how often each was entered
@@ -313,6 +314,7 @@ class Breaker:
         self.closed = after is BreakerState.CLOSED
         self.reason = reason
         self.generation += 1
+        self.since = self._clock()
         self.transitions[after] += 1
         self._permit_out, self._proofs = False, 0
         if after is BreakerState.CLOSED:

@@ -180,7 +180,7 @@ class Pace:
     one in question included.  `clock` returns monotonic seconds.
     """
 
-    __slots__ = ("_baselines", "_clock", "expectations", "rate", "speed")
+    __slots__ = ("_baselines", "_clock", "expectations", "first_token", "rate", "speed")
 
     def __init__(
         self,
@@ -190,6 +190,7 @@ class Pace:
         self.expectations = expectations
         self.rate = expectations.rate  # prefill, in bytes of the prompt per second
         self.speed = Speed()  # to choose between workers
+        self.first_token = 0.0  # seconds, of the last answer; 0 is not known
         self._clock = clock
         self._baselines: dict[int, _Baseline] = {}
 
@@ -216,6 +217,7 @@ class Pace:
         if prompt_bytes > 0:
             self.speed.read(prompt_bytes, first_token, reported)
             if 0 < first_token < math.inf:
+                self.first_token = first_token
                 rate = prompt_bytes / first_token
                 if rate > self.rate:
                     self.rate = min(rate, self.rate * known.rate_rise)

@@ -35,13 +35,18 @@ class Code(enum.StrEnum):
     INVALID_API_KEY = "invalid_api_key"
     MODEL_NOT_ALLOWED = "model_not_allowed"
     PRIORITY_NOT_ALLOWED = "priority_not_allowed"
+    CANCELLED = "request_cancelled"
     INSUFFICIENT_SCOPE = "insufficient_scope"
+    LOCAL_ONLY = "local_only"
     MODEL_NOT_FOUND = "model_not_found"
     UNKNOWN_URL = "unknown_url"
+    NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     BODY_TIMEOUT = "body_timeout"
+    CONFLICT = "conflict"
     BODY_TOO_LARGE = "body_too_large"
     UNSUPPORTED_ENCODING = "unsupported_encoding"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     EXPECTATION_FAILED = "expectation_failed"
     RATE_LIMITED = "rate_limit_exceeded"
     HEAD_TOO_LARGE = "head_too_large"
@@ -81,18 +86,22 @@ class Code(enum.StrEnum):
             case (
                 Code.MODEL_NOT_ALLOWED
                 | Code.PRIORITY_NOT_ALLOWED
+                | Code.CANCELLED
                 | Code.INSUFFICIENT_SCOPE
+                | Code.LOCAL_ONLY
             ):
                 return 403
-            case Code.MODEL_NOT_FOUND | Code.UNKNOWN_URL:
+            case Code.MODEL_NOT_FOUND | Code.UNKNOWN_URL | Code.NOT_FOUND:
                 return 404
             case Code.METHOD_NOT_ALLOWED:
                 return 405
             case Code.BODY_TIMEOUT:
                 return 408
+            case Code.CONFLICT:
+                return 409
             case Code.BODY_TOO_LARGE:
                 return 413
-            case Code.UNSUPPORTED_ENCODING:
+            case Code.UNSUPPORTED_ENCODING | Code.UNSUPPORTED_MEDIA_TYPE:
                 return 415
             case Code.EXPECTATION_FAILED:
                 return 417
