@@ -155,11 +155,11 @@ class Admin:
         return {
             "name": worker.name,
             "url": worker.config.url,
-            "source": "file",
+            "source": worker.source,
             "state": worker.state.value,
             "since": self._ago(worker.since),
             "reason": worker.reason,
-            "hold": "none",
+            "hold": worker.held,
             "breaker": self._shown_breaker(worker.breaker),
             "weight": worker.weight,
             "slots": worker.slots,

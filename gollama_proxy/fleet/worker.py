@@ -102,7 +102,6 @@ class Worker:
     name: str = field(init=False)
     state: WorkerState = WorkerState.STARTING
     reason: str = "not reached yet"
-    since: float = field(init=False)  # when it entered its state
     description: Description | None = None  # None until it has been reached
     slots: int | None = field(init=False)  # None: unknown, so there is no limit
     weight: float = field(init=False)  # its share of the requests
@@ -616,7 +615,6 @@ class Worker:
             for breaker in (self.breaker, *self.model_breakers.values()):
                 breaker.renew()
         if self.state is not before:
-            self.since = self.clock()
             level = logging.WARNING if self.state is WorkerState.DOWN else logging.INFO
             logger.log(
                 level,
