@@ -18,6 +18,7 @@ from gollama_proxy.fleet.worker import WorkerState
 from tests.fakes.asks import CHAT, MIB, STREAM, WHOLE
 from tests.fakes.authority import Authority, Pair
 from tests.fakes.client import TlsWire, TruncatedError, Wire
+from tests.fakes.files import replace
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, notify, reset, send, stall, stream_of, wait
@@ -355,7 +356,7 @@ async def test_a_renewed_certificate_serves_new_connections(
         async with await hub.open(CHAT, STREAM) as wire:
             assert await wire.read_event() == role()
             assert await wire.read_event() == token("a")
-            await asyncio.to_thread(Path(pair.key).write_text, "half a key")
+            await asyncio.to_thread(replace, pair.key, "half a key")
             await until(lambda: "going on with what was loaded" in caplog.text)
             assert await presented(hub) == first
             authority.issue(file="127.0.0.1")  # over the old ones

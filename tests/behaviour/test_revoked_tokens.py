@@ -13,6 +13,7 @@ import pytest
 from gollama_proxy.config import watch
 from gollama_proxy.config.keys import RevocationList
 from tests.fakes.asks import CHAT
+from tests.fakes.files import replace
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import stream_of
 from tests.fakes.waiting import DEADLINE
@@ -58,7 +59,7 @@ async def test_a_token_is_taken_back_and_given_again(tmp_path: Path) -> None:
         await becomes(hub, lost, 401)
         assert [await status(hub, t) for t in (kept, bob)] == [200] * 2
         # Everything of hers, also what is signed from now on.
-        file.write_text("sub:alice\n")
+        replace(file, "sub:alice\n")
         await becomes(hub, kept, 401)
         assert await status(hub, hub.token(jti="a3")) == 401
         assert await status(hub, bob) == 200
@@ -67,7 +68,7 @@ async def test_a_token_is_taken_back_and_given_again(tmp_path: Path) -> None:
         assert (await hub.get("/v1/models", lost)).status == 401
         assert (await hub.get("/metrics", lost)).status == 401
         assert len(worker.requests) == refused
-        file.write_text("")
+        replace(file, "")
         await becomes(hub, lost, 200)
         assert await status(hub, kept) == 200
 
@@ -104,7 +105,7 @@ async def test_a_running_answer_is_completed(tmp_path: Path) -> None:
         worker.script(*stream_of(3, "go"))
         wire = await hub.open(CHAT, STREAM)
         assert await wire.read_event()
-        file.write_text("sub:alice\n")
+        replace(file, "sub:alice\n")
         await becomes(hub, hub.token(), 401)
         worker.release("go")
         ending = await wire.read_to_end()
@@ -140,7 +141,7 @@ async def test_no_request_looks_at_the_file(
     monkeypatch.setattr(watch, "PERIOD", 3_600)
     monkeypatch.setattr(RevocationList, "_stat", lambda self: looks.append("stat"))
     async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
-        file.write_text("sub:alice\n")
+        replace(file, "sub:alice\n")
         for _ in range(20):
             assert await status(hub, hub.token()) == 200
         assert looks == []

@@ -23,6 +23,7 @@ from gollama_proxy.wire.errors import Code, WorkerError
 from tests.fakes.asks import CHAT, EMBED, STREAM, WHOLE
 from tests.fakes.attempts import Bench
 from tests.fakes.authority import Authority, Pair
+from tests.fakes.files import replace
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, done, finish, head, role, sse_head, token
 from tests.fakes.script import close, kill, reset, send, stall, stream_of
@@ -277,7 +278,7 @@ async def test_a_renewed_ca_is_taken_up(
             [record] = hub.hub.registry.workers
             assert record.is_down
             text = await asyncio.to_thread(Path(authority.file).read_text)
-            await asyncio.to_thread(Path(old.file).write_text, text)
+            await asyncio.to_thread(replace, old.file, text)
             await until(lambda: record.state is WorkerState.READY)
             assert (await hub.post(CHAT, WHOLE)).status == 200
 

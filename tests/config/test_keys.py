@@ -14,6 +14,7 @@ from gollama_proxy.config.keys import RevocationList
 from gollama_proxy.config.settings import Revoked
 from gollama_proxy.config.watch import Watcher
 from tests.fakes.clock import Clock
+from tests.fakes.files import replace
 from tests.fakes.waiting import until
 
 HOUR = 3_600
@@ -45,12 +46,6 @@ class List:
 
     def write(self, content: str) -> None:
         self.file.write_text(content)
-
-    def replace(self, content: str) -> None:
-        """Replace the file atomically."""
-        beside = self.file.with_name("beside")
-        beside.write_text(content)
-        beside.replace(self.file)
 
 
 def of(*tokens: str, sub: tuple[str, ...] = ()) -> Revoked:
@@ -91,7 +86,7 @@ def test_a_replaced_file_is_a_change(tmp_path: Path) -> None:
     """Even with the same size and time."""
     it = List(tmp_path, "jti:a\n")
     it.check()
-    it.replace("jti:b\n")
+    replace(it.file, "jti:b\n")
     os.utime(it.file, (1, 1))
     it.check()
     assert it.applied == [of("a"), of("b")]
@@ -214,7 +209,7 @@ async def test_a_failure_to_apply_a_list_does_not_stop_the_watcher(
     watcher = Watcher([RevocationList(str(it.file), Revoked(), apply)])
     watcher.start()
     await until(lambda: "it runs again" in caplog.text)
-    it.replace("jti:b\n")
+    replace(it.file, "jti:b\n")
     await until(lambda: bool(applied))
     await watcher.stop()
     assert applied == [of("b")]

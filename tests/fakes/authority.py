@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import trustme
 
+from tests.fakes.files import replace
+
 HOST = "127.0.0.1"
 
 
@@ -52,9 +54,9 @@ class Authority:
         stem = file or (names[0] if names else HOST)
         pair = Pair(str(self.folder / f"{stem}.pem"), str(self.folder / f"{stem}.key"))
         certificate = b"".join(blob.bytes() for blob in leaf.cert_chain_pems)
-        Path(pair.certificate).write_bytes(certificate)
-        leaf.private_key_pem.write_to_path(pair.key)
-        Path(pair.key).chmod(0o600)
+        # The key last: a watcher that reads between the two finds that it does not fit.
+        replace(pair.certificate, certificate)
+        replace(pair.key, leaf.private_key_pem.bytes())
         return pair
 
     def server(self, pair: Pair) -> ssl.SSLContext:
