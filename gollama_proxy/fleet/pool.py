@@ -48,8 +48,10 @@ class Pool:
     # --- The fleet ----------------------------------------------------------------
 
     def add(self, worker: Worker) -> None:
-        together = sorted((*self.workers, worker), key=lambda each: each.index)
-        self.workers = tuple(together)
+        last = self.workers[-1].index if self.workers else -1
+        self.workers = (*self.workers, worker)
+        if worker.index < last:
+            self.workers = tuple(sorted(self.workers, key=lambda each: each.index))
         worker.pools.add(self)
         self.forget()
 

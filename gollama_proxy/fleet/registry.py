@@ -20,8 +20,12 @@ from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
 # Seconds after which a client may try again: one or two rechecks.
 RETRY_AFTER = 2
+# How many removed workers are remembered, and for how many seconds: a machine that is
+# moved, or an agent that is restarted, comes back with what was learnt about it.
+MOST_ABSENT, LONGEST_ABSENCE = 256, 3600.0
 LONGEST_NAME = 200  # of a model for which a route is remembered, in characters
 
+_Way = tuple[object, ...]
 Claim = tuple[str, ...] | None
 
 
@@ -58,6 +62,7 @@ class Registry:
     ) -> None:
         self.workers: list[Worker] = []
         self.leaving: list[Worker] = []  # removed, with answers that still run
+        self._absent = BoundedDict[_Way, tuple[Worker, float]](MOST_ABSENT)
         self._config = config
         self._clock = clock
         self._listeners: list[Listener] = []
@@ -91,7 +96,8 @@ class Registry:
     def add(self, config: WorkerConfig, source: Source = Source.FILE) -> Worker:
         """Add a worker, which gets requests as soon as a health check is good.
 
-        One that was removed, and has answers that still run, comes back as it was.
+        One that was removed not long ago comes back with what was learnt about it, and
+        with the answers of it that still run.
 
         Raises:
             ConfigError: another worker has this name or this address.
@@ -112,19 +118,22 @@ class Registry:
         worker = self.find(name or config.name)
         self._refuse_clash(config, worker)
         if not _same_server(worker.config, config):
-            self._retire(worker)
+            self._retire(worker, self._deadline(None))
             return self._join(config, worker.source, worker.index)
         self._reconfigure(worker, config)
         return worker
 
-    def remove(self, name: str) -> Worker:
-        """Remove a worker: it gets no new request, and its running answers go on.
+    def remove(self, name: str, within: float | None = None) -> Worker:
+        """Remove a worker: it gets no new request, and running ones some time to end.
+
+        After `within` seconds, `server.drain` by default, they are broken off there
+        and go on elsewhere.
 
         Raises:
             LookupError: there is no such worker.
         """
         worker = self.find(name)
-        self._retire(worker)
+        self._retire(worker, self._deadline(within))
         return worker
 
     def pause(self, name: str) -> Worker:
@@ -140,8 +149,7 @@ class Registry:
     def drain(self, name: str, within: float | None = None) -> Worker:
         """Give a worker no new request; running ones have some seconds to end.
 
-        After `within` seconds, `server.drain` by default, they are broken off there
-        and go on elsewhere.
+        What then still runs goes on elsewhere, as after `remove`.
 
         Raises:
             LookupError: there is no such worker.
@@ -185,10 +193,12 @@ class Registry:
             ConfigError: two workers have the same name or address; nothing has changed.
         """
         self.check(configs)
-        kept = {config: self._at(config) for config in configs}
+        present = {_way(each.config): each for each in self._of_file()}
+        kept = {config: present.pop(_way(config), None) for config in configs}
         places = {worker.name: worker.index for worker in self._of_file()}
-        for worker in [each for each in self._of_file() if each not in kept.values()]:
-            self._retire(worker)
+        deadline = self._deadline(None)
+        for worker in present.values():
+            self._retire(worker, deadline)
         for config, known in kept.items():
             if known is not None:
                 self._reconfigure(known, config)
@@ -208,10 +218,6 @@ class Registry:
 
     def _of_file(self) -> list[Worker]:
         return [each for each in self.workers if each.source is Source.FILE]
-
-    def _at(self, config: WorkerConfig) -> Worker | None:
-        same = (w for w in self._of_file() if _same_server(w.config, config))
-        return next(same, None)
 
     def find(self, name: str) -> Worker:
         """Return the worker of this name.
@@ -238,25 +244,35 @@ class Registry:
         self, config: WorkerConfig, source: Source, index: int | None = None
     ) -> Worker:
         """Add a worker, as the last one if its place is not given."""
-        known = (each for each in self.leaving if _same_server(each.config, config))
-        worker = next(known, None)
+        worker = self._known_before(config)
         if worker is None:
             worker = self._make(config)
             worker.on_offer = partial(self._note_offer, worker)
             worker.on_change = partial(self._note_change, worker)
         else:
-            self.leaving.remove(worker)
             worker.reconfigure(config)
             worker.rejoin()
         worker.source = source
-        last = max((each.index for each in self.workers), default=-1)
+        last = self.workers[-1].index if self.workers else -1
         worker.index = last + 1 if index is None else index
         self.workers.append(worker)
-        self.workers.sort(key=lambda each: each.index)
+        if worker.index < last:
+            self.workers.sort(key=lambda each: each.index)
         self._note_offer(worker)
         for listener in self._listeners:
             listener.added(worker)
         return worker
+
+    def _known_before(self, config: WorkerConfig) -> Worker | None:
+        """Find the worker of this address that leaves, or was removed not long ago."""
+        for worker in self.leaving:
+            if _same_server(worker.config, config):
+                self.leaving.remove(worker)
+                return worker
+        absent = self._absent.pop(_way(config), None)
+        if absent is None or self._clock() - absent[1] >= LONGEST_ABSENCE:
+            return None
+        return absent[0]
 
     def _make(self, config: WorkerConfig) -> Worker:
         timeouts = self._config.timeouts
@@ -272,13 +288,15 @@ class Registry:
         )
 
     def _refuse_clash(self, config: WorkerConfig, old: Worker | None = None) -> None:
-        others = (each.config for each in self.workers if each is not old)
-        check_distinct([*others, config])
+        for worker in self.workers:
+            same = worker.name == config.name or worker.config.origin == config.origin
+            if same and worker is not old:
+                check_distinct([worker.config, config])
 
-    def _retire(self, worker: Worker) -> None:
+    def _retire(self, worker: Worker, deadline: float) -> None:
         self.workers.remove(worker)
         self.leaving.append(worker)
-        worker.retire()
+        worker.retire(deadline)
         self._note_offer(worker)
         for listener in self._listeners:
             listener.removed(worker)
@@ -295,6 +313,10 @@ class Registry:
         self.leaving.remove(worker)
         for listener in self._listeners:
             listener.gone(worker)
+        worker.depart()
+        way = _way(worker.config)
+        self._absent.pop(way, None)  # so that this is the newest one
+        self._absent[way] = worker, self._clock()
 
     def _note_offer(self, worker: Worker) -> None:
         """Correct what depends on what a worker serves: it has changed."""
@@ -305,7 +327,9 @@ class Registry:
                 (pool.add if serves else pool.remove)(worker)
         self._names = None
         self._routes.clear()
-        self._known()  # so that no name is missed that no request asks for
+        if here:
+            for model in worker.models:
+                self._once[model.name] = None
 
     # --- Models ------------------------------------------------------------
 
@@ -318,8 +342,6 @@ class Registry:
             self._names = {
                 model.name: None for worker in self.workers for model in worker.models
             }
-            for name in self._names:
-                self._once[name] = None
         return self._names
 
     def aliases(self) -> dict[str, str]:
@@ -551,6 +573,6 @@ def _same_server(one: WorkerConfig, other: WorkerConfig) -> bool:
     return _way(one) == _way(other)
 
 
-def _way(config: WorkerConfig) -> tuple[object, ...]:
+def _way(config: WorkerConfig) -> _Way:
     files = config.ca_file, config.client_certificate, config.client_key
     return config.origin, *files

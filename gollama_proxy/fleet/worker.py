@@ -507,15 +507,29 @@ class Worker:
         self._note_room()
         self.changed()
 
-    def retire(self) -> None:
-        """Take no new request."""
+    def retire(self, deadline: float = math.inf) -> None:
+        """Take no new request; those that still run at the deadline are broken off."""
         self.retired = True
+        self.deadline = min(deadline, self.deadline)
         self.changed()
 
     def rejoin(self) -> None:
-        """Take requests again: it was added again before it was gone."""
-        self.retired, self.on_gone, self.deadline = False, None, math.inf
+        """Take requests again: it was removed, and has been added again.
+
+        A worker that was gone has to be reached first, as if it was new.
+        """
+        self.retired, self.on_gone = False, None
+        self.held, self.held_since, self.deadline = Hold.NONE, None, math.inf
         self.changed()
+
+    def depart(self) -> None:
+        """Forget what may change while it is gone; what was learnt about it stays."""
+        self.state, self.reason = WorkerState.STARTING, "not reached yet"
+        self.since = self.clock()
+        self.description = None
+        self._good = self._bad = 0
+        self._unloaded = set()
+        self._adopt(self.config)
 
     def hold(self, hold: Hold, deadline: float = math.inf) -> None:
         """Take no new request until this is called with `Hold.NONE`.

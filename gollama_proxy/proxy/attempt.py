@@ -20,7 +20,7 @@ from gollama_proxy.config.settings import Origin, WorkerConfig
 from gollama_proxy.edge.response import JSON, Response
 from gollama_proxy.fleet.registry import RETRY_AFTER
 from gollama_proxy.proxy.client import frame
-from gollama_proxy.proxy.failures import Cause, Rule, rule_of
+from gollama_proxy.proxy.failures import Cause, DrainedError, Rule, rule_of
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.tasks import spawn
@@ -145,8 +145,8 @@ class Attempt:
             try:
                 await relay.opened()
             except WorkerError as exc:
-                lost = exc.code is Code.WORKER_LOST
-                if not (stale and lost and connection.untouched):
+                lost = exc.code is Code.WORKER_LOST and stale and connection.untouched
+                if isinstance(exc, DrainedError) or not lost:
                     raise
                 self._connections.discard(connection)
                 self._connection = connection = None
@@ -240,6 +240,8 @@ def failure_of(error: WorkerError) -> Failure:
     """Describe an attempt that ended with an error of its connection."""
     if isinstance(error, DivergedError):
         return Failure(Cause.DIVERGED, error)
+    if isinstance(error, DrainedError):
+        return Failure(Cause.DRAINED, error)
     return Failure(_CAUSES[error.code], error)
 
 

@@ -615,6 +615,8 @@ class Proxy:
     def _log_loss(self, worker: Worker, failure: Failure) -> None:
         """Log that a worker was lost while it had a request; retries hide it."""
         error = failure.answer
+        if failure.cause is Cause.DRAINED:
+            return  # it is well
         if not isinstance(error, WorkerError) or error.code not in _LOSSES:
             return
         if count := self._losses.count(worker.name):

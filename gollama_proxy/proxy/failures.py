@@ -18,6 +18,7 @@ fail, where the request may be retried and at what cost, and the result for the 
                    free
     UNFOLDABLE     at once            at once, as the client      no
                                       wrote the request
+    DRAINED        at once, free      no                          no
     DIVERGED       no                 no                          no
     REFUSED        no: the same everywhere                        no
 
@@ -31,7 +32,7 @@ import enum
 from typing import NamedTuple, assert_never
 
 from gollama_proxy.fleet.lease import Result
-from gollama_proxy.wire.errors import Code
+from gollama_proxy.wire.errors import Code, WorkerError
 
 
 class Cause(enum.Enum):
@@ -49,8 +50,17 @@ class Cause(enum.Enum):
     MODEL = "the worker serves another model now"
     CONTEXT = "the prompt is too long for the worker"
     UNFOLDABLE = "the stream cannot be assembled into an answer"
+    DRAINED = "the worker was drained or removed, and its time was over"
     DIVERGED = "another worker does not continue the same answer"
     REFUSED = "the worker refuses the request itself (4xx)"
+
+
+class DrainedError(WorkerError):
+    """A worker was drained or removed, and this request took longer than it had."""
+
+    def __init__(self, worker: str) -> None:
+        text = f"Worker {worker} was taken out of service before its answer ended."
+        super().__init__(Code.WORKER_LOST, text, detail="drained")
 
 
 class Again(enum.Enum):
@@ -102,6 +112,8 @@ def rule_of(cause: Cause) -> Rule:
             return _CONTEXT
         case Cause.UNFOLDABLE:
             return _UNFOLDABLE
+        case Cause.DRAINED:
+            return _DRAINED
         case Cause.DIVERGED:
             return _DIVERGED
         case Cause.REFUSED:
@@ -127,5 +139,6 @@ _KEY = Rule(Code.WORKER_REFUSED_KEY, Result.WORKER_FAILED)
 _MODEL = Rule(Code.NO_WORKER, Result.REFUSED, free=True, begun=True)
 _CONTEXT = Rule(Code.CONTEXT_LENGTH, Result.REFUSED, free=True)
 _UNFOLDABLE = Rule(Code.WORKER_PROTOCOL, Result.REFUSED, again=Again.AS_SENT)
+_DRAINED = Rule(Code.WORKER_LOST, Result.HUB_STOPPED, free=True, begun=True)
 _DIVERGED = Rule(Code.WORKER_INCOMPLETE, Result.REFUSED, elsewhere=False)
 _REFUSED = Rule(Code.BAD_REQUEST, Result.REFUSED, elsewhere=False)

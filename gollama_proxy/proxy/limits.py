@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from gollama_proxy.config.settings import Config
 from gollama_proxy.fleet.lease import Lease
+from gollama_proxy.proxy.failures import DrainedError
 from gollama_proxy.proxy.response import Assembly, Stream
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.wire.errors import Code, WorkerError
@@ -22,6 +23,8 @@ SUSPICIOUS = 5.0
 # Seconds of silence before a client is notified that its prompt is being processed, and
 # seconds between two such comments.
 PROCESSING_AFTER, NOTICE_EVERY = 15.0, 5.0
+
+_ON_WORKER = frozenset({State.WAITING, State.STREAMING})
 
 
 class Limits:
@@ -54,7 +57,11 @@ class Limits:
 
     def check(self, x: Exchange, now: float) -> None:
         """End an attempt that has exceeded a limit."""
-        if x.state is State.WAITING:
+        lease, relay = x.lease, x.relay
+        if lease is not None and now >= lease.worker.deadline and lease.result is None:
+            if relay is not None and x.state in _ON_WORKER:
+                relay.fail(DrainedError(lease.worker.name))
+        elif x.state is State.WAITING:
             self._check_waiting(x, now)
         elif x.state is State.STREAMING:
             self._check_streaming(x, now)

@@ -34,6 +34,7 @@ from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 
 STREAMS = 200
+MANY = 1000
 EVENTS = role(), token("a"), token("b"), finish(), done()
 CALM = {"health__interval": RARELY, "limits__connections": 1000}
 
@@ -282,6 +283,29 @@ async def test_a_configuration_adds_replaces_and_removes_under_load() -> None:
         await end(wires, kept, leaves, moved, comes)
         await until(lambda: hub.hub.registry.leaving == [])
         assert hub.hub.config.workers == second
+
+
+async def test_a_thousand_workers_come_and_go_while_answers_run() -> None:
+    quiet = CALM | {"health__recheck": RARELY}
+    async with worker(STREAMS + 1) as one, running_hub(one, **quiet) as hub:
+        wires = await begin(hub, STREAMS)
+        here = hub.hub.config.workers
+        many = tuple(absent(number) for number in range(MANY))
+        await hub.hub.apply(with_workers(hub, *here, *many))
+        assert len(hub.hub.connections) == MANY + 1
+        assert hub.hub.registry.find(many[-1].name).index == MANY
+        wires += await begin(hub, 1)
+        await hub.hub.apply(with_workers(hub, *here))
+        assert repr(hub.hub.health) == "<HealthChecker running=1 of 1>"
+        assert list(hub.hub.connections) == hub.hub.registry.workers == [only(hub)]
+        assert share(hub) == {one.name: STREAMS + 1}
+        await end(wires, one)
+
+
+def absent(number: int) -> WorkerConfig:
+    """Make a worker at an address where nothing listens."""
+    origin = Origin("http", f"127.1.{number // 250}.{1 + number % 250}", 9, "")
+    return WorkerConfig(f"http://{origin.authority}", origin, origin.authority)
 
 
 async def test_the_same_configuration_changes_nothing() -> None:

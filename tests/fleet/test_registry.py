@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,15 @@ from gollama_proxy.config.settings import Breaker, Origin, WorkerConfig
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.pool import Pool
-from gollama_proxy.fleet.registry import RETRY_AFTER, Listener, Registry, may_use
-from gollama_proxy.fleet.worker import Hold, Source, Worker
+from gollama_proxy.fleet.registry import (
+    LONGEST_ABSENCE,
+    MOST_ABSENT,
+    RETRY_AFTER,
+    Listener,
+    Registry,
+    may_use,
+)
+from gollama_proxy.fleet.worker import Hold, Source, Worker, WorkerState
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 from tests.fakes.clock import Clock
@@ -749,6 +757,102 @@ def test_applying_keeps_what_has_its_address_and_the_places_of_names() -> None:
     assert made.workers[1:3] == [second, third]
     made.apply([])
     assert (made.workers, made.leaving) == ([], [])
+
+
+# --- Workers that come back -------------------------------------------------------
+
+
+def test_a_worker_that_was_gone_comes_back_with_what_was_learnt() -> None:
+    made = registry("a", "a")
+    worker, breaker = made.workers[0], made.workers[0].breaker_of("a")
+    trip(worker)
+    breaker.busy(30)
+    pace = worker.pace_of("a")
+    made.drain("w0")
+    made.remove("w0")
+    assert made.leaving == []
+    again = made.add(config_of(0, "again"))
+    assert again is worker
+    assert (again.pace_of("a"), again.breaker_of("a")) == (pace, breaker)
+    assert (again.state, again.held) == (WorkerState.STARTING, Hold.NONE)
+    assert (again.deadline, again.retired) == (math.inf, False)
+    assert names(made.pool("a")) == ["w1"]  # it may serve another model by now
+    see(again, "a")
+    assert names(made.pool("a")) == ["w1", "again"]
+    assert not again.available  # its breaker is as open as it was
+
+
+def test_another_server_at_an_address_is_a_new_worker_after_an_hour() -> None:
+    clock = Clock()
+    made = registry("a", clock=clock)
+    [worker] = made.workers
+    made.remove("w0")
+    clock.advance(LONGEST_ABSENCE - 1)
+    assert made.add(config_of(0)) is worker
+    made.remove("w0")
+    clock.advance(LONGEST_ABSENCE)
+    assert made.add(config_of(0)) is not worker
+
+
+def test_only_so_many_absent_workers_are_remembered() -> None:
+    made = registry("a", "a")
+    first, second = made.workers
+    made.remove("w0")
+    made.remove("w1")
+    for number in range(2, MOST_ABSENT):
+        made.add(config_of(number))
+        made.remove(f"w{number}")
+    assert made.add(config_of(0)) is first
+    made.remove("w0")  # the newest one now, and w1 is the oldest
+    made.add(config_of(900))
+    made.remove("w900")
+    assert made.add(config_of(1)) is not second
+    assert made.add(config_of(0)) is first
+
+
+def test_a_pick_costs_the_same_after_a_thousand_workers_have_come_and_gone() -> None:
+    """Counted in calls, as a time would depend on the machine."""
+    hub = balancer("a", "a", "a")
+    made = hub.registry
+    request = plan(hub, made.pool("a"))
+
+    def pick() -> int:
+        """Count the calls of a few picks: they differ a little with the turns."""
+        candidates = request.candidates()
+        return calls(lambda: [hub.pick(request, candidates) for _ in range(30)])
+
+    def come(numbers: range) -> int:
+        return calls(lambda: [see(made.add(config_of(n)), "a") for n in numbers])
+
+    before = pick()
+    few = come(range(10, 20))
+    for number in range(10, 20):
+        made.remove(f"w{number}")
+    for number in range(1000, 2000):
+        see(made.add(config_of(number)), "a")
+    assert len(made.pool("a").workers) == 1003
+    for number in range(1000, 2000):
+        made.remove(f"w{number}")
+    assert made.pool("a").workers == tuple(made.workers)
+    assert pick() <= before * 1.1
+    assert come(range(20, 30)) <= few * 1.5
+
+
+def calls(action: Callable[[], object]) -> int:
+    """Count the calls of functions in an action."""
+    count = 0
+
+    def note(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return count
 
 
 # --- Workers from elsewhere than the file -----------------------------------------

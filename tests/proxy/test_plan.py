@@ -39,6 +39,7 @@ ELSEWHERE = [
     Cause.MALFORMED,
     Cause.KEY,
     Cause.MODEL,
+    Cause.DRAINED,
 ]
 
 
@@ -422,7 +423,7 @@ def test_what_has_cost_the_worker_nothing_is_free(failure: Cause) -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b, budget=broke()), a)
     assert (made.retry_after(failure) == 0.0) is (failure in FREE)
-    free = (Cause.UNREACHABLE, Cause.LOADING, Cause.MODEL)
+    free = (Cause.UNREACHABLE, Cause.LOADING, Cause.MODEL, Cause.DRAINED)
     assert (failure in FREE) is (failure in free)
 
 

@@ -123,7 +123,7 @@ class _Picks:
 
     def __init__(self) -> None:
         self._count = 0
-        self._last: dict[int, int] = {}
+        self._last = BoundedDict[int, int]()
 
     def __repr__(self) -> str:
         return f"<{self._count} picks>"
