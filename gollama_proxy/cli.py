@@ -264,6 +264,7 @@ def _check(args: argparse.Namespace) -> int:
     registry = Registry(config)
     findings = _examine_all(config)
     for worker, finding in zip(registry.workers, findings, strict=True):
+        worker.found_at(finding.port)
         worker.observe(finding.check, finding.reason, finding.description)
     _print_table(registry.workers, [finding.note for finding in findings])
     unserved = registry.unserved()
@@ -309,7 +310,7 @@ def _print_table(workers: Sequence[Worker], notes: Sequence[str]) -> None:
 
 def _describe_worker(worker: Worker, note: str) -> Iterator[str]:
     """Yield the cells of a worker; settings take precedence over its own report."""
-    yield from (worker.name, worker.config.url, worker.state.value)
+    yield from (worker.name, worker.url, worker.state.value)
     patterns = (name for name in worker.config.models if not is_plain(name))
     yield ", ".join([*patterns, *(model.name for model in worker.models)])
     about = worker.description

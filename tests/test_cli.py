@@ -969,7 +969,7 @@ def test_check_shows_what_each_worker_is(
     findings: dict[str, Finding], environ: dict[str, str], capsys: Output
 ) -> None:
     long = "http://" + "a" * 60 + ".example.net:8080/with/a/prefix"
-    environ["GOLLAMA_WORKERS"] = f"http://a http://b {long}"
+    environ["GOLLAMA_WORKERS"] = f"http://a:80 http://b:80 {long}"
     findings["a:80"] = found("qwen", "llama")
     findings["b:80"] = Finding(Check.LOADING, "loading model")
     findings[long[7:]] = Finding(Check.FAILED, "\x1b[31mrefused [bold]:smile:")
@@ -981,8 +981,8 @@ def test_check_shows_what_each_worker_is(
     titles = ["name", "url", "state", "models", "slots", "context", "build / reason"]
     assert rows == [
         titles,
-        ["a:80", "http://a", "ready", "qwen, llama", "4", "2048", "b10068"],
-        ["b:80", "http://b", "loading", "-", "-", "-", "loading model"],
+        ["a:80", "http://a:80", "ready", "qwen, llama", "4", "2048", "b10068"],
+        ["b:80", "http://b:80", "loading", "-", "-", "-", "loading model"],
         [long[7:], long, "down", "-", "-", "-", "?[31mrefused [bold]:smile:"],
     ]
 
@@ -998,8 +998,8 @@ def test_check_shows_what_is_in_force(
     """Slots and models as the settings state them, and not as the worker does."""
     file = tmp_path / "gollama.toml"
     file.write_text(
-        "[[workers]]\nurl = 'http://a'\nslots = 2\nmodels = ['qwen*', 'phi']\n"
-        "[[workers]]\nurl = 'http://b'\nslots = 3\nmodels = ['phi']\n"
+        "[[workers]]\nurl = 'http://a:80'\nslots = 2\nmodels = ['qwen*', 'phi']\n"
+        "[[workers]]\nurl = 'http://b:80'\nslots = 3\nmodels = ['phi']\n"
     )
     findings["a:80"] = found("qwen-7b", "llama", note="odd")
     findings["b:80"] = Finding(Check.REFUSED, "refused")
@@ -1007,14 +1007,14 @@ def test_check_shows_what_is_in_force(
     assert table(capsys) == [
         [
             "a:80",
-            "http://a",
+            "http://a:80",
             "ready",
             "qwen*, qwen-7b, phi",
             "2",
             "2048",
             "b10068, odd",
         ],
-        ["b:80", "http://b", "down", "phi", "3", "-", "refused"],
+        ["b:80", "http://b:80", "down", "phi", "3", "-", "refused"],
     ]
 
 
@@ -1035,7 +1035,7 @@ def test_check_tells_of_names_that_nobody_serves(
     capsys: Output,
 ) -> None:
     file = tmp_path / "gollama.toml"
-    file.write_text(f"[models]\n{models}\n[[workers]]\nurl = 'http://a'\n")
+    file.write_text(f"[models]\n{models}\n[[workers]]\nurl = 'http://a:80'\n")
     findings["a:80"] = found("qwen")
     assert main(["check", "-c", str(file)]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
@@ -1053,7 +1053,7 @@ def test_check_folds_rather_than_cuts_on_a_terminal(
     capsys: Output,
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    environ |= {"GOLLAMA_WORKERS": "http://a", "COLUMNS": "60", "TERM": "xterm"}
+    environ |= {"GOLLAMA_WORKERS": "http://a:80", "COLUMNS": "60", "TERM": "xterm"}
     findings["a:80"] = found(*(f"model-number-{number}" for number in range(9)))
     assert main(["check"]) == 0
     text = capsys.readouterr().out
@@ -1072,7 +1072,7 @@ def test_ctrl_c_leaves_no_traceback(
         raise AssertionError
 
     monkeypatch.setattr("gollama_proxy.upstream.probe.examine", examine)
-    environ["GOLLAMA_WORKERS"] = "http://a"
+    environ["GOLLAMA_WORKERS"] = "http://a:80"
     assert main(["check"]) == 130
     assert capsys.readouterr() == ("", f"note: settings are from {os.devnull}\n")
 

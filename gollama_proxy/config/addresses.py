@@ -81,7 +81,8 @@ def parse_url(where: str, url: str) -> Origin:
         raise wrong(f"the host must be written {address}")
     if not re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII) or ".." in parts.path:
         raise wrong("the path is malformed")
-    default = 443 if parts.scheme == "https" else 80
+    # llama-server has another default port, but https means 443 everywhere.
+    default = 443 if parts.scheme == "https" else 0
     prefix = parts.path.rstrip("/")
     # Users paste the base URL of an OpenAI client.
     prefix = prefix.removesuffix("/v1")

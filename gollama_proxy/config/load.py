@@ -285,9 +285,11 @@ def _reject_second(
     where: str, worker: WorkerConfig, others: Sequence[WorkerConfig]
 ) -> None:
     for other in others:
-        if other.origin == worker.origin:
+        if worker.origin.meets(other.origin):
             text = f"{where}.url = {worker.url!r}: the same worker as {other.url!r}"
-            raise ConfigError(f"{text}; each may be named once")
+            hint = " (without a port, several are tried)"
+            hint = "" if worker.origin == other.origin else hint
+            raise ConfigError(f"{text}{hint}; each may be named once")
         if other.name == worker.name:
             text = f"{where}.name = {worker.name!r}: taken by {other.url!r}"
             raise ConfigError(f"{text}; each needs a different name")

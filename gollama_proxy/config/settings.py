@@ -236,25 +236,44 @@ class State(Struct, frozen=True):
 # --- Workers, and everything together ---------------------------------------------
 
 
+# Where a worker without a port in its URL is looked for: llama-server's default, its
+# default before September 2026, and the one that HTTP has.
+PORTS = (9931, 8080, 80)
+
+
 class Origin(NamedTuple):
     """The address of a worker: what a connection and its `Host` header need."""
 
     scheme: str
     host: str  # without the brackets of an IPv6 address
-    port: int
+    port: int  # 0: the URL has none, and health checks find it among `PORTS`
     prefix: str  # path in front of every route, without a trailing slash
 
     @property
     def authority(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        return f"{host}:{self.port}" if self.port else host
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{self.authority}{self.prefix}"
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """The ports at which the worker may be, the first one first."""
+        return (self.port,) if self.port else PORTS
+
+    def meets(self, other: "Origin") -> bool:
+        """Return whether both may lead to the same server."""
+        same = self._replace(port=0) == other._replace(port=0)
+        return same and not set(self.ports).isdisjoint(other.ports)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """One `[[workers]]` table, or one `--worker` flag."""
 
-    url: Annotated[Text, "base URL, http or https; the only required key"]
+    url: Annotated[Text, "base URL; without a port, 9931, 8080 and 80 are tried"]
     origin: Origin  # made from the URL
     name: Annotated[Text, "name in replies, logs and metrics; default: host:port"]
     api_key: str = field(default="", repr=False)  # from one of `API_KEYS`

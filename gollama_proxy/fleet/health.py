@@ -124,6 +124,7 @@ class _Checks:
         well = False
         try:
             finding = await self._ping(worker)
+            worker.found_at(finding.port)
             worker.observe(finding.check, finding.reason, finding.description)
             well = finding.check is Check.OK
         finally:

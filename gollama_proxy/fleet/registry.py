@@ -560,9 +560,11 @@ def check_distinct(configs: Sequence[WorkerConfig]) -> None:
     names: dict[str, WorkerConfig] = {}
     origins: dict[Origin, WorkerConfig] = {}
     for config in configs:
-        if (other := origins.setdefault(config.origin, config)) is not config:
-            text = f"already used by the worker {other.name!r}"
-            raise ConfigError(f"workers.url = {config.url!r}: {text}")
+        for port in config.origin.ports:
+            place = config.origin._replace(port=port)
+            if (other := origins.setdefault(place, config)) is not config:
+                text = f"already used by the worker {other.name!r}"
+                raise ConfigError(f"workers.url = {config.url!r}: {text}")
         if (other := names.setdefault(config.name, config)) is not config:
             text = f"already the name of {other.url!r}"
             raise ConfigError(f"workers.name = {config.name!r}: {text}")

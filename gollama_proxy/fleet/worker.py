@@ -103,6 +103,7 @@ class Worker:
     state: WorkerState = WorkerState.STARTING
     reason: str = "not reached yet"
     description: Description | None = None  # None until it has been reached
+    port: int = 0  # at which it was found, if its URL has none; 0: not found yet
     slots: int | None = field(init=False)  # None: unknown, so there is no limit
     weight: float = field(init=False)  # its share of the requests
     leases: set[Lease] = field(default_factory=set)
@@ -166,6 +167,13 @@ class Worker:
             f"<Worker {self.name} {self.state.name} in_flight={self.in_flight} "
             f"good={self._good} bad={self._bad}>"
         )
+
+    @property
+    def url(self) -> str:
+        """Its URL, with the port at which it was found if it is configured without."""
+        if not self.port:
+            return self.config.url
+        return self.config.origin._replace(port=self.port).url
 
     @property
     def is_llama_server(self) -> bool:
@@ -543,6 +551,12 @@ class Worker:
         self.changed()
 
     # --- Health checks ------------------------------------------------------------
+
+    def found_at(self, port: int) -> None:
+        """Record the port at which a worker without one in its URL has answered."""
+        if port and port != self.port:
+            self.port = port
+            logger.info("worker %s: found at port %d", self.name, port)
 
     def observe(
         self, check: Check, reason: str, description: Description | None = None

@@ -43,6 +43,8 @@ class Target:
         self.worker = worker
         self.tls = tls
         self._clock = clock
+        self.port = worker.origin.ports[0]
+        self.found = len(worker.origin.ports) == 1  # whether it has answered there
         self._addresses: list[str] = []
         self._valid_until = -math.inf
         if addresses.is_plain(worker.origin.host):
@@ -51,6 +53,12 @@ class Target:
 
     def __repr__(self) -> str:
         return f"<Target {self.worker.name} {self._addresses}>"
+
+    def at(self, port: int) -> Target:
+        """Return the same worker at another port."""
+        other = Target(self.worker, self.tls, self._clock)
+        other.port = port
+        return other
 
     def known_addresses(self) -> Sequence[str]:
         """Return the addresses if they are known; else none."""
@@ -63,7 +71,7 @@ class Target:
             OSError: the name does not resolve, or only to addresses that are refused.
         """
         origin = self.worker.origin
-        self._addresses = await resolve(origin.host, origin.port)
+        self._addresses = await resolve(origin.host, self.port)
         self._valid_until = self._clock() + RESOLVED_FOR
         return self._addresses
 
@@ -93,7 +101,7 @@ async def connect(target: Target, *, any_answer: bool = False) -> Connection:
                 _, connection = await loop.create_connection(
                     factory if any_answer else Connection,
                     address,
-                    origin.port,
+                    target.port,
                     ssl=context,
                     server_hostname=origin.host if context else None,
                 )

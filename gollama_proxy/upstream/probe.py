@@ -8,6 +8,8 @@ can take more than 20 s, and wake a sleeping server.  A server with another idea
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -35,6 +37,12 @@ class Finding(NamedTuple):
     reason: str
     description: Description | None = None
     note: str = ""  # what is odd about a good worker; quotes nothing that it sent
+    port: int = 0  # at which it answered, if its URL has none
+
+    @property
+    def answered(self) -> bool:
+        """Whether a llama-server is there, even if it still loads its model."""
+        return self.check in (Check.OK, Check.LOADING)
 
 
 async def examine(worker: WorkerConfig, health: Health) -> Finding:
@@ -46,8 +54,45 @@ async def examine(worker: WorkerConfig, health: Health) -> Finding:
 async def ping(target: Target, health: Health) -> Finding:
     """Check that a worker lives, and learn what it serves.
 
-    The time limit is for each of the three requests.
+    The time limit is for each of the three requests.  A worker without a port in its
+    URL is looked for at each of `PORTS` until it answers, and again when it stops; the
+    target keeps the port.
     """
+    ports = target.worker.origin.ports
+    if len(ports) == 1:
+        return await _ping(target, health)
+    if target.found:
+        finding = await _ping(target, health)
+        if finding.answered:
+            return finding._replace(port=target.port)
+        others = [port for port in ports if port != target.port]
+        return await _look_at(others, target, health, {target.port: finding})
+    return await _look_at(ports, target, health, {})
+
+
+async def _look_at(
+    ports: Sequence[int], target: Target, health: Health, known: dict[int, Finding]
+) -> Finding:
+    """Look for a worker at these ports at once; the first one that answers counts."""
+    found = await asyncio.gather(*(_ping(target.at(port), health) for port in ports))
+    findings = known | dict(zip(ports, found, strict=True))
+    for port, finding in findings.items():
+        if finding.answered:
+            target.port, target.found = port, True
+            return finding._replace(port=port)
+    reasons = {each.reason for each in findings.values()}
+    if len(reasons) > 1:  # then one port has a server that is not as it should be
+        for port, finding in findings.items():
+            if finding.check is Check.FAILED:
+                return finding._replace(reason=f"port {port}: {finding.reason}")
+    [finding, *_] = findings.values()
+    if finding.check is Check.FAILED:
+        return finding
+    where = ", ".join(map(str, findings))
+    return finding._replace(reason=f"{finding.reason} (ports {where})")
+
+
+async def _ping(target: Target, health: Health) -> Finding:
     try:
         status, body, _ = await _get(target, "/health", health)
         if status == 503 and b"oading" in body:

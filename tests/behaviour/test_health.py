@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gollama_proxy.config import settings
 from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.probe import Finding
@@ -437,3 +438,27 @@ async def test_a_worker_with_an_odd_entry_serves_the_others() -> None:
         async with running_hub(worker, models__strict_models=True) as hub:
             assert (await hub.post(CHAT, WHOLE | {"model": "tiny"})).status == 200
             assert (await hub.post(CHAT, WHOLE | {"model": "small"})).status == 404
+
+
+# --- A worker without a port in its URL ---------------------------------------
+
+
+async def test_requests_follow_a_worker_from_one_default_port_to_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with ScriptedWorker() as old, ScriptedWorker(up=False) as new:
+        monkeypatch.setattr(settings, "PORTS", (new.port, old.port))
+        async with running_hub(Unported(), **QUICK) as hub:
+            worker = the_worker(hub)
+            assert (worker.name, worker.url) == ("127.0.0.1", old.url)
+            assert (await hub.post(CHAT, WHOLE)).status == 200
+            assert len(old.requests) == 1
+            await new.up()
+            await old.down()
+            await until(lambda: worker.url == new.url, f"{new!r} but {worker!r}")
+            assert (await hub.post(CHAT, WHOLE)).status == 200
+            assert len(new.requests) == 1
+
+
+class Unported:
+    url = "http://127.0.0.1"

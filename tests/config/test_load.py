@@ -215,8 +215,8 @@ def refusal(
             "named once",
         ),
         (
-            "[[workers]]\nurl='http://a'\n[[workers]]\nurl='http://b'\nname='a:80'",
-            "workers[1].name = 'a:80': taken by 'http://a'",
+            "[[workers]]\nurl='http://a'\nname='b:80'\n[[workers]]\nurl='http://b:80'",
+            "workers[1].name = 'b:80': taken by 'http://a'",
             "a different name",
         ),
         (
@@ -453,14 +453,14 @@ def test_lists_of_paths(tmp_path: Path) -> None:
 
 def test_workers_of_flags_over_the_environment_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "gollama.toml"
-    file.write_text("[[workers]]\nurl = 'http://file'\n")
+    file.write_text("[[workers]]\nurl = 'http://file:80'\n")
 
     def names(environ: Mapping[str, str], flags: Sequence[str] = ()) -> list[str]:
         return [worker.name for worker in load(file, environ, {}, flags).workers]
 
     assert names({}) == ["file:80"]
     assert names({"GOLLAMA_WORKERS": " "}) == ["file:80"]
-    several = {"GOLLAMA_WORKERS": " http://a, http://b\thttp://c,"}
+    several = {"GOLLAMA_WORKERS": " http://a:80, http://b:80\thttp://c:80,"}
     assert names(several) == ["a:80", "b:80", "c:80"]
     assert names(several, ["https://flag/llm/v1"]) == ["flag:443/llm"]
 
@@ -472,9 +472,9 @@ def test_workers_of_flags_over_the_environment_over_the_file(tmp_path: Path) -> 
         ("http://10.0.0.11:8080/v1", Origin("http", "10.0.0.11", 8080, "")),
         ("https://GPU.lan/", Origin("https", "gpu.lan", 443, "")),
         ("http://[::1]:8080/a/b/", Origin("http", "::1", 8080, "/a/b")),
-        ("http://[fd00::1%eth0]", Origin("http", "fd00::1%eth0", 80, "")),
+        ("http://[fd00::1%eth0]", Origin("http", "fd00::1%eth0", 0, "")),
         ("http://gpu.lan.:8080", Origin("http", "gpu.lan.", 8080, "")),
-        ("http://[::ffff:10.0.0.1]", Origin("http", "::ffff:10.0.0.1", 80, "")),
+        ("http://[::ffff:10.0.0.1]", Origin("http", "::ffff:10.0.0.1", 0, "")),
     ],
 )
 def test_the_parts_of_a_url(url: str, origin: Origin) -> None:

@@ -6,12 +6,14 @@ import gzip
 import json
 import socket
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import uvloop
 
 from gollama_proxy.config import load as config
+from gollama_proxy.config import settings
 from gollama_proxy.config.settings import Health, WorkerConfig
 from gollama_proxy.config.tls import for_workers
 from gollama_proxy.upstream import probe
@@ -399,3 +401,75 @@ async def test_a_list_in_many_pieces_is_read_whole() -> None:
         finding = await ping(worker)
     assert finding.description is not None
     assert len(finding.description.models) == MOST_MODELS
+
+
+# --- A worker without a port in its URL ---------------------------------------
+
+
+@pytest.fixture
+def ports(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set the ports at which a worker without one is looked for."""
+
+    def set_ports(*workers: ScriptedWorker) -> None:
+        monkeypatch.setattr(settings, "PORTS", tuple(each.port for each in workers))
+
+    return set_ports
+
+
+async def test_a_worker_without_a_port_is_found_at_the_first_one_that_answers(
+    ports: Callable[..., None],
+) -> None:
+    async with (
+        ScriptedWorker(up=False) as closed,
+        ScriptedWorker("a") as good,
+        ScriptedWorker("b") as late,
+    ):
+        ports(closed, good, late)
+        target = target_of("http://127.0.0.1")
+        finding = await probe.ping(target, HEALTH)
+        assert (finding.check, finding.port) == (Check.OK, good.port)
+        assert finding.description is not None
+        assert finding.description.models[0].name == "a"
+        seen = len(late.control)
+        assert (await probe.ping(target, HEALTH)).port == target.port == good.port
+        assert len(late.control) == seen, "the found port alone is checked"
+
+
+async def test_a_server_of_another_kind_is_passed_over(
+    ports: Callable[..., None],
+) -> None:
+    async with ScriptedWorker() as page, ScriptedWorker() as good:
+        page.on("/v1/models", send(not_found()))
+        ports(page, good)
+        assert (await probe.ping(target_of("http://127.0.0.1"), HEALTH)).port == (
+            good.port
+        )
+
+
+async def test_a_found_worker_that_stops_answering_is_looked_for_again(
+    ports: Callable[..., None],
+) -> None:
+    async with ScriptedWorker() as one, ScriptedWorker(up=False) as two:
+        ports(one, two)
+        target = target_of("http://127.0.0.1")
+        assert (await probe.ping(target, HEALTH)).port == one.port
+        await one.down()
+        two.loading = True
+        await two.up()
+        finding = await probe.ping(target, HEALTH)
+        assert (finding.check, finding.port) == (Check.LOADING, two.port)
+        assert target.port == two.port
+
+
+async def test_what_is_wrong_names_the_port(ports: Callable[..., None]) -> None:
+    async with ScriptedWorker(up=False) as one, ScriptedWorker(up=False) as two:
+        ports(one, two)
+        target = target_of("http://127.0.0.1")
+        finding = await probe.ping(target, HEALTH)
+        where = f"(ports {one.port}, {two.port})"
+        assert finding == Finding(Check.REFUSED, f"connection refused {where}")
+        await two.up()
+        two.on("/health", send(json_reply({}, status=500)))
+        finding = await probe.ping(target, HEALTH)
+        assert finding.check is Check.FAILED
+        assert finding.reason == f"port {two.port}: /health answered 500"
