@@ -37,6 +37,7 @@ from gollama_proxy.config.settings import (
 )
 from gollama_proxy.serve import Signals
 from gollama_proxy.upstream.probe import Finding
+from gollama_proxy.state.local import LocalState
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
@@ -233,7 +234,7 @@ class StageHub:
     signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
     calls: ClassVar[list[str]] = []
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, state: LocalState) -> None:
         self.config = config
         self.registry = SimpleNamespace(ready=False, unserved=list)
         self.cut = asyncio.Event()
