@@ -36,8 +36,8 @@ from gollama_proxy.config.settings import (
     settings,
 )
 from gollama_proxy.serve import Signals
-from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.state.local import LocalState
+from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
