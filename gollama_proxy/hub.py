@@ -29,12 +29,12 @@ from gollama_proxy.fleet.registry import Listener, Registry
 from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Proxy
-from gollama_proxy.proxy.fitting import Fitting
+from gollama_proxy.proxy.tokens import Fitting
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.telemetry.metrics import Telemetry
-from gollama_proxy.upstream import probe, tokenizer
+from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.pool import ConnectionPool
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class Hub(Listener):
         connections = self.connections.get(worker)
         if connections is None:
             return None  # it was removed in the meantime
-        return await tokenizer.count(connections.target, path, model, body)
+        return await probe.count_tokens(connections.target, path, model, body)
 
     def _each_second(self) -> None:
         self.proxy.check(self.clock())

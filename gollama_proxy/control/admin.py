@@ -34,7 +34,7 @@ from gollama_proxy.edge.router import Handler, Routes, name_in
 from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.proxy.fitting import Fitting
+from gollama_proxy.proxy.tokens import Fitting
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
 

@@ -1,4 +1,4 @@
-"""Answers as bytes: the head that the hub writes, and answers in one piece.
+"""Answers as bytes: heads that the hub writes, answers in one piece, and chunks.
 
 aiohttp's `web.Response` costs some forty calls for each answer.  The hub writes the
 head and the body of an answer itself, in one write, and hands aiohttp's server an
@@ -8,13 +8,15 @@ object that has nothing left to do (`Sent`).
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from typing import NamedTuple
 
 from aiohttp import web
 
 from gollama_proxy.wire import shapes
 from gollama_proxy.wire.coding import CODINGS
-from gollama_proxy.wire.errors import Code, ProxyError
+from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Api
 
 SERVER = "gollama-proxy"
@@ -156,3 +158,36 @@ def error_response(error: ProxyError, api: Api = Api.OPENAI) -> Response:
         fields += 'WWW-Authenticate: Bearer error="insufficient_scope"\r\n'
     status = error.code.status
     return Response(shapes.status_body(api, status, error.body()), status, fields)
+
+
+# --- The connection of a client, as a relay uses it -------------------------------
+
+
+class Client(NamedTuple):
+    """The parts of a client's connection that a relay uses, or memory in its place."""
+
+    write: Callable[[bytes], None]
+    drain: Callable[[], Awaitable[None]]
+    buffered: Callable[[], int]  # bytes that wait to be sent
+    chunked: bool  # frame each write as a chunk
+
+    def send(self, data: bytes) -> None:
+        """Queue bytes from the hub; without effect once the client has left."""
+        if data:
+            try:
+                self.write(frame(data) if self.chunked else data)
+            except RuntimeError:
+                pass  # uvloop: it has just been closed
+
+
+def frame(data: bytes) -> bytes:
+    """Frame data as one chunk (RFC 9112, 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class ClientStalledError(Exception):
+    """The client did not read for too long."""
+
+
+class ReportedError(WorkerError):
+    """A broken answer whose client already has the worker's own error event."""

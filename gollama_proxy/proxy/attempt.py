@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 from gollama_proxy import __version__
 from gollama_proxy.config.settings import Origin, WorkerConfig
-from gollama_proxy.edge.response import JSON, Response
+from gollama_proxy.edge.response import JSON, Response, frame
 from gollama_proxy.fleet.registry import RETRY_AFTER
-from gollama_proxy.proxy.client import frame
 from gollama_proxy.proxy.failures import Cause, DrainedError, Rule, rule_of
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange, State
@@ -35,9 +34,9 @@ from gollama_proxy.wire.errors import (
     WorkerError,
     error_body,
 )
-from gollama_proxy.wire.overflow import Overflow
 from gollama_proxy.wire.partial import DivergedError
 from gollama_proxy.wire.schema import EventError
+from gollama_proxy.wire.shapes import Overflow
 
 _SECONDS = re.compile(r"\d+(?:\.\d*)?")
 

@@ -28,6 +28,8 @@ from gollama_proxy.edge.response import (
     CLOSE,
     KEEP,
     SERVER,
+    Client,
+    ClientStalledError,
     Response,
     Sent,
     error_response,
@@ -48,16 +50,14 @@ from gollama_proxy.proxy.attempt import (
     request_head,
 )
 from gollama_proxy.proxy.body import Body, answer_expectation
-from gollama_proxy.proxy.charges import Charges
-from gollama_proxy.proxy.client import Client, ClientStalledError
 from gollama_proxy.proxy.failures import Cause
-from gollama_proxy.proxy.fitting import Fitting
 from gollama_proxy.proxy.limits import Limits, notify_client, takes_comments
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Stream, in_one_piece
 from gollama_proxy.proxy.rewrite import Rewriter, tally_of
 from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.proxy.tokens import Charges, Fitting
 from gollama_proxy.scheduling.admission import Place
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask

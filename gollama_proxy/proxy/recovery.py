@@ -16,11 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
-from gollama_proxy.edge.response import Response, Sent
+from gollama_proxy.edge.response import Client, ReportedError, Response, Sent
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.attempt import Failure, failure_of, failure_of_assembly
-from gollama_proxy.proxy.client import Client, ReportedError
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly, Stream, in_shape_of

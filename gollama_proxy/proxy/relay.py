@@ -19,13 +19,13 @@ import asyncio
 from collections.abc import Callable
 
 from gollama_proxy.edge.connections import WRITE_BUFFER
-from gollama_proxy.fleet.lease import Lease
-from gollama_proxy.proxy.client import (
+from gollama_proxy.edge.response import (
     Client,
     ClientStalledError,
     ReportedError,
     frame,
 )
+from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire import answer, sse
 from gollama_proxy.wire.assemble import AssemblyError

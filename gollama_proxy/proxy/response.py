@@ -15,8 +15,15 @@ import struct
 from collections.abc import Callable
 from typing import Protocol
 
-from gollama_proxy.edge.response import CLOSE, KEEP, Response, Sent, head
-from gollama_proxy.proxy.client import Client, ReportedError
+from gollama_proxy.edge.response import (
+    CLOSE,
+    KEEP,
+    Client,
+    ReportedError,
+    Response,
+    Sent,
+    head,
+)
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.wire import headers, shapes, sse

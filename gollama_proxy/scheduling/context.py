@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.wire.errors import Code, RequestError
-from gollama_proxy.wire.overflow import OVERFLOW_TYPE, Overflow
+from gollama_proxy.wire.shapes import OVERFLOW_TYPE, Overflow
 
 MARGIN = 1.5
 LEAST_BYTES = 1024  # of a request that is learnt from; shorter ones are mostly syntax

@@ -15,13 +15,17 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Raw
 
-from gollama_proxy.wire.assemble import Asked, Assembler
+from gollama_proxy.wire.assemble import (
+    Asked,
+    Assembler,
+    MessageAssembler,
+    NativeAssembler,
+)
 from gollama_proxy.wire.assemble_openai import (
     ChatAssembler,
     ResponseAssembler,
     TextAssembler,
 )
-from gollama_proxy.wire.assemble_others import MessageAssembler, NativeAssembler
 from gollama_proxy.wire.fields import FieldScanner
 from gollama_proxy.wire.openai import Api, Endpoint
 from gollama_proxy.wire.partial import Partial

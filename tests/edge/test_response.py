@@ -17,12 +17,22 @@ from gollama_proxy.edge.auth import AuthError
 from gollama_proxy.edge.response import (
     CLOSE,
     KEEP,
+    Client,
+    ReportedError,
     Response,
     error_response,
+    frame,
     head,
     write_whole,
 )
-from gollama_proxy.wire.errors import Code, HubError, NoWorkerError, RequestError
+from gollama_proxy.wire.errors import (
+    Code,
+    HubError,
+    NoWorkerError,
+    RequestError,
+    WorkerError,
+)
+from tests.fakes.replies import chunk
 
 
 def shape(body: bytes) -> str:
@@ -130,3 +140,55 @@ def test_an_error_becomes_an_answer(error: Any, headers: dict[str, str]) -> None
     assert b"the cause" not in response.body
     lines = {"Content-Type": "application/json", **headers}
     assert response.fields == "".join(f"{k}: {v}\r\n" for k, v in lines.items())
+
+
+# --- The connection of a client, as a relay uses it -------------------------------
+
+
+class Written:
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        if self.closed:
+            raise RuntimeError("unable to perform operation on <TCPTransport closed>")
+        self.written.append(data)
+
+    async def drain(self) -> None: ...
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_bytes_of_the_hubs_own_are_framed_as_the_rest_is(chunked: bool) -> None:
+    connection = Written()
+    client = Client(connection.write, connection.drain, int, chunked)
+    client.send(b"one")
+    client.send(b"a longer one")
+    own = [b"one", b"a longer one"]
+    assert connection.written == (list(map(chunk, own)) if chunked else own)
+
+
+def test_nothing_is_not_sent() -> None:
+    """An empty chunk would be the last one."""
+    connection = Written()
+    Client(connection.write, connection.drain, int, chunked=True).send(b"")
+    assert connection.written == []
+
+
+def test_a_client_that_left_a_moment_ago_is_not_written_to() -> None:
+    connection = Written()
+    client = Client(connection.write, connection.drain, int, chunked=True)
+    client.send(b"one")
+    connection.closed = True
+    client.send(b"two")
+    assert connection.written == [chunk(b"one")]
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 255, 256, 70_000])
+def test_a_frame_is_one_chunk(size: int) -> None:
+    assert frame(b"x" * size) == chunk(b"x" * size)
+
+
+def test_an_error_that_was_told_already_is_still_the_workers() -> None:
+    error = ReportedError(Code.WORKER_INCOMPLETE, "because")
+    assert isinstance(error, WorkerError)

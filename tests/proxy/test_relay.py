@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gollama_proxy.proxy.client import Client, ClientStalledError, ReportedError
+from gollama_proxy.edge.response import Client, ClientStalledError, ReportedError
 from gollama_proxy.proxy.relay import (
     HOLD_LIMIT,
     MOST_HELD,

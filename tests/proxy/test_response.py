@@ -13,7 +13,7 @@ import pytest
 from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
 from aiohttp.test_utils import make_mocked_request
 
-from gollama_proxy.proxy.client import Client, ReportedError
+from gollama_proxy.edge.response import Client, ReportedError
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly, Stream, in_one_piece
 from gollama_proxy.proxy.state import Exchange

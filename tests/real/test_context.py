@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from gollama_proxy.config import load as config
-from gollama_proxy.upstream import tokenizer
+from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.dial import Target
 from gollama_proxy.wire.answer import read_usage
 from gollama_proxy.wire.openai import ENDPOINTS
@@ -60,7 +60,7 @@ async def test_the_count_is_the_workers_own(
 ) -> None:
     server = llama_server(tiny_model)
     [worker] = config.load(None, {"GOLLAMA_AUTH_MODE": "off"}, {}, [server.url]).workers
-    told = await tokenizer.count(
+    told = await probe.count_tokens(
         Target(worker), path, "tiny", json.dumps(body).encode()
     )
     async with aiohttp.ClientSession() as session:

@@ -18,7 +18,7 @@ from gollama_proxy.scheduling.context import (
 )
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code
-from gollama_proxy.wire.overflow import Overflow
+from gollama_proxy.wire.shapes import Overflow
 from tests.fakes.pool import worker
 
 

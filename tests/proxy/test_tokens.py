@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.upstream import tokenizer
+from gollama_proxy.upstream import probe
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
@@ -215,7 +215,7 @@ async def test_a_count_that_fails_changes_nothing(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker that refuses the prompt is followed by a larger one, as ever."""
-    monkeypatch.setattr(tokenizer, "LIMIT", 0.1)
+    monkeypatch.setattr(probe, "COUNT_LIMIT", 0.1)
     faults = {
         "404": (send(error_reply(404, "File Not Found")),),
         "500": (send(error_reply(500, "oh")),),
