@@ -18,7 +18,7 @@ from tests.fakes.asks import CHAT
 from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.hub import SECRET, running_hub
 from tests.fakes.replies import head
-from tests.fakes.script import read_body, send, stall, stream_of, wait
+from tests.fakes.script import close, read_body, send, stall, stream_of, wait
 from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
@@ -42,10 +42,10 @@ async def nothing_left() -> AsyncIterator[None]:
     assert not left
 
 
-async def within(seconds: float, task: asyncio.Task[None]) -> None:
-    """Wait for a drain that has to be over soon."""
-    async with asyncio.timeout(seconds):
-        await task
+async def soon(drain: asyncio.Task[None]) -> None:
+    """Wait for a drain that has nothing to wait for: less than its limit of 30 s."""
+    async with asyncio.timeout(DEADLINE):
+        await drain
 
 
 def error_code(response: Response) -> str:
@@ -127,12 +127,14 @@ async def test_no_worker_has_to_be_there() -> None:
 
 async def test_ready_waits_until_each_worker_was_asked() -> None:
     async with ScriptedWorker() as one, ScriptedWorker() as two:
-        two.on("/health", send(b""), stall())
-        async with running_hub(one, two, ready=False, health__timeout=2) as hub:
+        two.on("/health", wait("go"), close())
+        async with running_hub(one, two, ready=False) as hub:
             ready = asyncio.create_task(hub.hub.ready())
             await one.pinged()
             assert not ready.done()
-            await within(DEADLINE, ready)
+            two.release("go")
+            async with asyncio.timeout(DEADLINE):
+                await ready
             assert [w.available for w in hub.hub.registry.workers] == [True, False]
 
 
@@ -155,7 +157,7 @@ async def test_a_drain_lets_a_running_stream_finish() -> None:
         events = await wire.read_events()
         assert events[-1] == b"data: [DONE]\n\n"
         assert await wire.read_eof() == b""
-        await within(5, draining)
+        await soon(draining)
         await worker.idle()
 
 
@@ -175,7 +177,7 @@ async def test_a_drain_lets_a_document_finish(begun: bool) -> None:
         assert not draining.done()
         worker.release("go")
         assert (await wire.read_response()).body == document
-        await within(5, draining)
+        await soon(draining)
 
 
 async def test_no_new_client_is_accepted_during_a_drain() -> None:
@@ -189,7 +191,7 @@ async def test_no_new_client_is_accepted_during_a_drain() -> None:
         assert not draining.done()
         worker.release("go")
         assert (await wire.read_events())[-1] == b"data: [DONE]\n\n"
-        await within(5, draining)
+        await soon(draining)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /livez HT"])
@@ -199,7 +201,7 @@ async def test_a_connection_without_a_request_is_hung_up(sent: bytes) -> None:
         await wire.get("/livez")
         assert (await wire.read_response()).status == 200
         await wire.send(sent)
-        await within(5, drain(hub.hub))
+        await soon(drain(hub.hub))
         assert await wire.read_eof() == b""
 
 
@@ -214,7 +216,7 @@ async def test_a_kept_connection_does_not_hold_up_a_drain() -> None:
         worker.release("go")
         assert (await wire.read_events())[-1] == b"data: [DONE]\n\n"
         await wire.read_eof()
-        await within(5, draining)
+        await soon(draining)
 
 
 async def test_a_drain_ends_what_belongs_to_the_hub() -> None:
@@ -230,15 +232,15 @@ async def test_a_drain_ends_what_belongs_to_the_hub() -> None:
         await worker.pinged(2)
         assert (await hub.post(CHAT, {"messages": []})).status == 200
         assert worker.open > 0  # kept for the next request
-        await within(5, drain(hub.hub))
+        await soon(drain(hub.hub))
         assert repr(hub.hub.health) == "<HealthChecker running=0 of 1>"
         await worker.idle()
 
 
 async def test_a_drain_without_requests_is_over_at_once() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        await within(10, drain(hub.hub))
-        await within(10, drain(hub.hub))  # and so is the second
+        await soon(drain(hub.hub))
+        await soon(drain(hub.hub))  # and so is the second
         await hub.hub.abort()
 
 
@@ -254,7 +256,7 @@ async def test_a_stream_that_does_not_end_in_time_gets_an_error() -> None:
         wire = await hub.open(CHAT, STREAM)
         first = await wire.read_event()
         assert first
-        await within(5, drain(hub.hub))
+        await soon(drain(hub.hub))
         ending = await wire.read_to_end()
         assert not ending.clean
         assert not ending.reset
@@ -281,7 +283,7 @@ async def test_a_stream_with_named_events_gets_a_named_error() -> None:
         worker.script(*stream_of(3, "never"))
         wire = await hub.open("/v1/messages", STREAM)
         assert await wire.read_event()
-        await within(5, drain(hub.hub))
+        await soon(drain(hub.hub))
         ending = await wire.read_to_end()
         assert not ending.clean
         assert b"\nevent: error\ndata: {" in ending.response.body
@@ -296,7 +298,7 @@ async def test_half_a_document_is_not_ended_well() -> None:
         worker.script(send(head(200, headers) + b'{"half":'), stall())
         wire = await hub.open(CHAT, {"messages": []})
         assert (await wire.read_head()).status == 200
-        await within(5, drain(hub.hub))
+        await soon(drain(hub.hub))
         ending = await wire.read_to_end()
         assert not ending.clean
         assert ending.response.body == b'{"half":'
@@ -310,7 +312,7 @@ async def test_a_request_without_an_answer_yet_gets_an_error() -> None:
         worker.script(stall())
         wire = await hub.open(CHAT, {"messages": []})
         request = await worker.received()
-        await within(5, drain(hub.hub))
+        await soon(drain(hub.hub))
         response = await wire.read_response()
         assert (response.status, error_code(response)) == (503, "hub_draining")
         assert response.header("retry-after")
@@ -335,7 +337,7 @@ async def test_a_request_that_is_still_arriving_gets_an_error(size: int) -> None
         await wire.send(b'{"messages":["' + b"x" * size)
         if size > 4096:
             await worker.received()
-        await within(5, drain(hub.hub))
+        await soon(drain(hub.hub))
         response = await wire.read_response()
         assert (response.status, error_code(response)) == (503, "hub_draining")
         assert await wire.read_eof() == b""
@@ -359,7 +361,7 @@ async def test_an_abort_ends_a_drain_that_is_under_way() -> None:
         done, _ = await asyncio.wait([draining], timeout=0.02)
         assert not done
         await hub.hub.abort()
-        await within(5, draining)
+        await soon(draining)
         ending = await wire.read_to_end()
         assert not ending.clean
         assert b"hub_draining" in ending.response.body

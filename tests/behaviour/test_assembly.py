@@ -13,7 +13,8 @@ from gollama_proxy.config.settings import STREAMED
 from gollama_proxy.fleet.breaker import BreakerState
 from tests.behaviour.test_usage import other_server
 from tests.fakes.asks import CHAT
-from tests.fakes.hub import running_hub
+from tests.fakes.clock import Clock
+from tests.fakes.hub import relays, running_hub
 from tests.fakes.replies import (
     chunk,
     done,
@@ -29,7 +30,7 @@ from tests.fakes.replies import (
     usage_of,
 )
 from tests.fakes.script import answer, chat_stream, close, reset, send, stall, wait
-from tests.fakes.waiting import DEADLINE
+from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 from tests.real.test_workers import Start, busy_slots
 
@@ -148,16 +149,14 @@ async def test_an_answer_that_is_too_large_to_assemble_is_relayed() -> None:
 async def test_a_stream_that_stalls_is_cut_by_the_gap_clock() -> None:
     async with (
         ScriptedWorker("tiny") as worker,
-        running_hub(worker, timeouts__gap=0.01, **ASSEMBLING) as hub,
+        running_hub(worker, clock=Clock(), **ASSEMBLING) as hub,
     ):
         worker.script(send(sse_head() + chunk(role()) + chunk(token("a"))), stall())
-        wire = await hub.open(CHAT, BODY)
-        await worker.received(1)
-        reading = asyncio.create_task(wire.read_response(), name="fake reader")
-        while not reading.done():
-            hub.hub.watchdog.round()
-            await asyncio.sleep(0.02)
-        got = await reading
+        async with await hub.open(CHAT, BODY) as wire:
+            await until(lambda: sum(relay.events for relay in relays(hub)) > 1)
+            hub.pass_time(0)
+            hub.pass_time(31)
+            got = await wire.read_response()
     assert (got.status, got.json()["error"]["code"]) == (504, "worker_slow")
 
 

@@ -6,7 +6,6 @@ The watchdog runs once a second; here it runs when a test calls it.
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import time
 from collections.abc import AsyncIterator
@@ -17,7 +16,6 @@ import pytest
 
 from gollama_proxy.fleet import watchdog
 from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
-from tests.fakes import waiting
 from tests.fakes.asks import CHAT, EMBED, RARELY, STREAM, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.exchange import Request
@@ -48,10 +46,8 @@ from tests.fakes.script import (
     stream_of,
     wait,
 )
-from tests.fakes.waiting import settled
+from tests.fakes.waiting import settled, until
 from tests.fakes.worker import ScriptedWorker
-
-until = functools.partial(waiting.until, timeout=10.0)
 
 # Requests that are all alike go to the workers in turn, not to the good one only.
 TRIES: dict[str, Any] = {
@@ -62,6 +58,8 @@ TRIES: dict[str, Any] = {
 # A request is one call, which the breaker counts: no second one makes up for it.
 ONE_CALL: dict[str, Any] = {"retry__attempts": 1, "rescue__enabled": False}
 FAILURES = 5  # in a row open a breaker
+OPEN = 10  # seconds
+SHORT = {"breaker__open": OPEN, "breaker__open_max": OPEN, "breaker__jitter": 0}
 BEGUN = role() + token("a")
 
 
@@ -108,12 +106,10 @@ async def broken(
 
     The worker has been repaired since.
     """
-    if state is BreakerState.HALF_OPEN:
-        settings = {"breaker__open": 0.05, "breaker__open_max": 0.05, **settings}
-    settings = {"health__interval": RARELY, "breaker__jitter": 0} | ONE_CALL | settings
+    settings = {"health__interval": RARELY} | SHORT | ONE_CALL | settings
     async with (
         ScriptedWorker(*models) as worker,
-        running_hub(worker, **settings) as hub,
+        running_hub(worker, clock=Clock(), **settings) as hub,
     ):
         worker.default(reset())
         for _ in range(FAILURES):
@@ -122,7 +118,9 @@ async def broken(
         assert breaker.transitions[BreakerState.OPEN] == 1
         worker.default(*answer({"choices": []}))
         worker.requests.clear()
-        await until(lambda: breaker.state is state)
+        if state is BreakerState.HALF_OPEN:
+            hub.advance(OPEN)
+        assert breaker.state is state
         yield worker, hub
 
 
@@ -164,9 +162,9 @@ async def test_canaries_are_all_that_a_broken_worker_gets() -> None:
         running_hub(
             bad,
             good,
+            clock=Clock(),
             health__interval=0.02,
-            breaker__open=0.01,
-            breaker__open_max=0.01,
+            **SHORT,
             **TRIES,
         ) as hub,
     ):
@@ -175,7 +173,8 @@ async def test_canaries_are_all_that_a_broken_worker_gets() -> None:
             assert (await hub.post(CHAT, STREAM)).status == 200
         breaker = breaker_of(hub, bad)
         for _ in range(5):
-            await until(lambda: breaker.state is BreakerState.HALF_OPEN)
+            hub.advance(OPEN)
+            assert breaker.state is BreakerState.HALF_OPEN
             for _ in range(4):
                 assert (await hub.post(CHAT, STREAM)).status == 200
             await proofs(hub)
@@ -332,7 +331,7 @@ async def test_the_sweep_sends_canaries_by_itself(
 ) -> None:
     monkeypatch.setattr(watchdog, "PERIOD", 0.01)
     async with broken() as (worker, hub):
-        breaker_of(hub, worker)._rested_at = time.monotonic()
+        hub.advance(OPEN)
         await until(lambda: breaker_of(hub, worker).closed)
         assert [is_canary(request) for request in worker.requests] == [True, True]
 
@@ -437,11 +436,10 @@ async def test_a_request_that_proves_a_worker_bad_goes_to_the_next_one() -> None
         running_hub(
             bad,
             good,
+            clock=Clock(),
             health__interval=RARELY,
             breaker__canary=False,
-            breaker__open=0.05,
-            breaker__open_max=0.05,
-            breaker__jitter=0,
+            **SHORT,
             **TRIES,
         ) as hub,
     ):
@@ -449,7 +447,7 @@ async def test_a_request_that_proves_a_worker_bad_goes_to_the_next_one() -> None
         breaker = breaker_of(hub, bad)
         while breaker.state is not BreakerState.OPEN:
             assert (await hub.post(CHAT, STREAM)).status == 200
-        await until(lambda: breaker.state is BreakerState.HALF_OPEN)
+        hub.advance(OPEN)
         bad.requests.clear()
         for _ in range(2):  # one of them has the turn of the bad one
             assert (await hub.post(CHAT, STREAM)).status == 200
@@ -487,27 +485,28 @@ async def test_a_model_that_a_request_has_to_prove() -> None:
     settings: dict[str, Any] = {
         "breaker__consecutive": 1,
         "breaker__canary": False,
-        "breaker__open": 0.05,
-        "breaker__open_max": 0.05,
-        "breaker__jitter": 0,
+        "health__interval": RARELY,
+        **SHORT,
         **TRIES,
     }
     async with (
         ScriptedWorker() as bad,
         ScriptedWorker() as good,
-        running_hub(bad, good, health__interval=RARELY, **settings) as hub,
+        running_hub(bad, good, clock=Clock(), **settings) as hub,
     ):
         bad.default(send(error_reply(500, "no")))
         record = hub.hub.registry.workers[0]
         while record.breaker_of("tiny").state is not BreakerState.OPEN:
             assert (await hub.post(CHAT, STREAM)).status == 200
         breaker = record.breaker_of("tiny")
-        await until(lambda: breaker.state is BreakerState.HALF_OPEN)
+        hub.advance(OPEN)
+        assert breaker.state is BreakerState.HALF_OPEN
         assert record.breaker.state is BreakerState.CLOSED
         for _ in range(2):
             assert (await hub.post(CHAT, STREAM)).status == 200
         assert breaker.reason == "the proof failed"
-        await until(lambda: breaker.state is BreakerState.HALF_OPEN)
+        hub.advance(OPEN)
+        assert breaker.state is BreakerState.HALF_OPEN
         bad.default(*answer({"choices": []}))
         while breaker.state is BreakerState.HALF_OPEN:
             assert (await hub.post(CHAT, STREAM)).status == 200
@@ -527,9 +526,9 @@ async def test_a_model_that_fails_takes_the_other_models_of_its_worker_along_not
         running_hub(
             bad,
             good,
+            clock=Clock(),
             health__interval=RARELY,
-            breaker__open=0.05,
-            breaker__open_max=0.05,
+            **SHORT,
             **TRIES,
         ) as hub,
     ):
@@ -545,7 +544,8 @@ async def test_a_model_that_fails_takes_the_other_models_of_its_worker_along_not
         breaker = record.breaker_of("ill")
         bad.default(*answer({"choices": []}))
         bad.requests.clear()
-        await until(lambda: breaker.state is BreakerState.HALF_OPEN)
+        hub.advance(OPEN)
+        assert breaker.state is BreakerState.HALF_OPEN
         await proofs(hub)
         await proofs(hub)
         assert breaker.closed
@@ -558,11 +558,11 @@ async def test_a_model_that_stays_unavailable_opens_its_breaker() -> None:
         ScriptedWorker("ill", "well") as worker,
         running_hub(
             worker,
+            clock=Clock(),
             health__interval=RARELY,
             breaker__busy_max=0,
-            breaker__open=0.05,
-            breaker__open_max=0.05,
             breaker__consecutive=3,
+            **SHORT,
         ) as hub,
     ):
         worker.default(send(error_reply(503, "no")))
@@ -575,7 +575,8 @@ async def test_a_model_that_stays_unavailable_opens_its_breaker() -> None:
         worker.default(*stream_of(2))
         assert (await hub.post(CHAT, {"model": "well", **STREAM})).status == 200
         worker.default(*answer({"choices": []}))
-        await until(lambda: breaker.state is BreakerState.HALF_OPEN)
+        hub.advance(OPEN)
+        assert breaker.state is BreakerState.HALF_OPEN
         await proofs(hub)
         await proofs(hub)
         assert breaker.closed

@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
+from gollama_proxy.fleet import watchdog
 from gollama_proxy.fleet.worker import WorkerState
-from tests.fakes.asks import CHAT, STREAM, WHOLE
+from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Wire
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
@@ -29,7 +30,6 @@ from tests.fakes.waiting import DEADLINE, settled, until
 from tests.fakes.worker import ScriptedWorker, full_backlog
 
 WINDOW = 4096
-A_SECOND = 1.0  # the most that a cancellation may take
 PROMPT = b'{"model":"tiny","messages":[],"prompt":"' + b"x" * 100_000
 
 Stage = Callable[[ScriptedWorker, RunningHub], Awaitable[Wire]]
@@ -45,6 +45,12 @@ def quick_collection() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave nothing periodic that could cancel: what is seen here is at once."""
+    monkeypatch.setattr(watchdog, "PERIOD", RARELY)
+
+
+@pytest.fixture(autouse=True)
 def nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Clients that leave are no event for an operator."""
     yield
@@ -57,7 +63,7 @@ def nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 async def in_flight(hub: RunningHub, number: int) -> None:
     """Wait until this many requests are held by workers."""
     workers = hub.hub.registry.workers
-    await until(lambda: sum(w.in_flight for w in workers) == number, timeout=A_SECOND)
+    await until(lambda: sum(w.in_flight for w in workers) == number)
 
 
 async def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
@@ -66,7 +72,7 @@ async def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
     def lines() -> list[logging.LogRecord]:
         return [r for r in caplog.records if r.name == "gollama_proxy.access"]
 
-    await until(lambda: bool(lines()), timeout=A_SECOND)
+    await until(lambda: bool(lines()))
     return [line.__dict__["fields"] for line in lines()]
 
 
@@ -306,10 +312,7 @@ async def test_a_client_that_leaves_affects_no_other() -> None:
             wire.abort()
         await in_flight(hub, 3)
         # Their scripts have to end first, or they would take a permit.
-        await until(
-            lambda: sum(r.finished.is_set() for r in worker.requests) == 3,
-            timeout=A_SECOND,
-        )
+        await until(lambda: sum(r.finished.is_set() for r in worker.requests) == 3)
         for _ in range(3 * 9):
             gate.release()
         for wire in wires[1::2]:

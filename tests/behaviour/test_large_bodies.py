@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from gollama_proxy.fleet.worker import WorkerState
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.asks import CHAT, MIB
 from tests.fakes.client import Response, Wire, request_head
+from tests.fakes.clock import Clock
 from tests.fakes.exchange import Exchange
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.pool import InOrder
@@ -33,10 +35,11 @@ from tests.fakes.script import (
     answer,
     close,
     expect_eof,
+    notify,
     read_body,
     send,
 )
-from tests.fakes.waiting import DEADLINE, settled
+from tests.fakes.waiting import DEADLINE, settled, until
 from tests.fakes.worker import ScriptedWorker, full_backlog
 
 LARGE = 2 * MIB  # more than the hub's window and the buffers on the way can hold
@@ -166,7 +169,7 @@ async def test_200_megabytes_cost_the_hub_next_to_nothing(
                 assert await settled(lambda: sent) < 100 * MIB
                 digest.go_on.set()
                 await uploading
-                response = await wire.read_response(timeout=20)
+                response = await wire.read_response()
         assert response.status == 200
         assert digest.length == length
         assert digest.hash.digest() == expected.digest()
@@ -476,10 +479,15 @@ async def test_the_first_event_has_no_deadline_while_the_client_sends() -> None:
 async def test_the_first_event_has_a_deadline_from_the_end_of_the_body() -> None:
     async with (
         a_worker() as worker,
-        running(worker, timeouts__first_token=0.1) as hub,
+        running(worker, clock=Clock()) as hub,
     ):
-        worker.script(read_body(), expect_eof())
-        response = await post(hub, prompt(LARGE))
+        worker.script(read_body(), notify("read"), expect_eof())
+        asking = asyncio.create_task(post(hub, prompt(LARGE)), name="fake client")
+        await worker.reached("read")
+        [exchange] = hub.hub.proxy.running
+        await until(lambda: exchange.waiting_since < math.inf)
+        hub.pass_time(3600)
+        response = await asking
         assert response.status == 504
         assert code_of(response) == "worker_timeout"
         assert worker.requests[0].complete

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet import pool, watchdog
+from gollama_proxy.fleet import pool
 from tests.fakes.asks import CHAT, STREAM, WHOLE
+from tests.fakes.clock import Clock
 from tests.fakes.exchange import Exchange
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import Step, answer, chat_stream, expect_eof, reset, wait
@@ -96,18 +97,19 @@ async def test_one_that_is_loading_it_already_goes_first() -> None:
 # --- While it loads ---------------------------------------------------------------
 
 
-async def test_the_client_of_a_stream_is_notified_and_no_other_worker_takes_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_the_client_of_a_stream_is_notified_and_no_other_worker_takes_over() -> (
+    None
+):
     """Loading is not slow, and nothing is learnt from it about reading."""
-    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
-    settings = {"queue__notice": 0.1, "timeouts__allowance": 0.05}
+    settings = {"clock": Clock(), "queue__notice": 2, "timeouts__allowance": 1}
     async with routers("unloaded", "unloaded", slots=4, **settings) as (workers, hub):
         for worker in workers:
             worker.default(wait("loaded"), *chat_stream(["a", "b"]))
         for record in hub.hub.registry.workers:
             record.pace_of("tiny").rate = FAST
         async with await hub.open(CHAT, STREAM) as wire:
+            await until(lambda: any(each.requests for each in workers))
+            hub.pass_time(2)
             assert await wire.read_event() == b": loading model\n\n"
             [busy] = [each for each in workers if each.requests]
             busy.release("loaded")
@@ -118,28 +120,27 @@ async def test_the_client_of_a_stream_is_notified_and_no_other_worker_takes_over
         assert all(r.pace_of("tiny").rate == FAST for r in hub.hub.registry.workers)
 
 
-async def test_a_worker_with_the_model_loaded_gets_no_extra_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
-    settings = {"queue__notice": 0.1, "timeouts__allowance": 0.5}
+async def test_a_worker_with_the_model_loaded_gets_no_extra_time() -> None:
+    settings = {"clock": Clock(), "queue__notice": 2, "timeouts__allowance": 10}
     async with routers("loaded", "loaded", **settings) as ((one, two), hub):
         for record in hub.hub.registry.workers:
             record.pace_of("tiny").rate = FAST
         one.script(expect_eof())
         two.default(*chat_stream(["a"]))
-        response = await hub.post(CHAT, STREAM)
+        asking = asyncio.create_task(hub.post(CHAT, STREAM), name="client")
+        await one.received()
+        hub.pass_time(11)
+        response = await asking
         assert response.header("x-gollama-attempts") == "2"
         assert b"loading model" not in response.body
 
 
-async def test_no_notice_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
-    async with routers("unloaded", queue__notice=0) as ((worker,), hub):
+async def test_no_notice_is_no_notice() -> None:
+    async with routers("unloaded", clock=Clock(), queue__notice=0) as ((worker,), hub):
         worker.script(wait("loaded"), *chat_stream(["a"]))
         asking = asyncio.create_task(hub.post(CHAT, STREAM), name="client")
         await worker.received()
-        await asyncio.sleep(0.1)
+        hub.pass_time(20)
         worker.release("loaded")
         assert b"loading" not in (await asking).body
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from gollama_proxy.config.settings import STREAMED
-from gollama_proxy.fleet import watchdog
 from gollama_proxy.wire.partial import Partial
 from tests.behaviour.test_retries import InOrder
 from tests.fakes import replies
 from tests.fakes.asks import CHAT, RARELY, STREAM, TEXT
 from tests.fakes.client import Ending
-from tests.fakes.hub import RunningHub, running_hub, shown
+from tests.fakes.clock import Clock
+from tests.fakes.hub import RunningHub, relays, running_hub, shown
 from tests.fakes.replies import (
     chunk,
     done,
@@ -153,6 +153,15 @@ async def asked(
         return await wire.read_to_end()
 
 
+async def asked_past_a_gap(hub: RunningHub) -> Ending:
+    """Let more time pass than there may be between two events: behind `FIRST`."""
+    async with await hub.open(CHAT, BODY) as wire:
+        await until(lambda: sum(relay.events for relay in relays(hub)) > len(FIRST))
+        hub.pass_time(0)
+        hub.pass_time(31)
+        return await wire.read_to_end()
+
+
 # --- How an answer breaks ---------------------------------------------------------
 
 
@@ -191,15 +200,12 @@ async def test_another_worker_continues_a_broken_answer(end: str) -> None:
         assert request.json()["add_generation_prompt"] is False
 
 
-async def test_an_answer_that_stalls_is_continued_elsewhere(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_an_answer_that_stalls_is_continued_elsewhere() -> None:
     """And the worker is hung up on, which ends its generation, and counts as slow."""
-    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
-    async with pool(timeouts__gap=0.5) as ([bad, good], hub):
+    async with pool(clock=Clock()) as ([bad, good], hub):
         bad.script(*partial(expect_eof()))
         good.script(*continued())
-        assert complete(await asked(hub))
+        assert complete(await asked_past_a_gap(hub))
         [record, _] = hub.hub.registry.workers
         assert shown(record.breaker, "slow") == 1
 
@@ -412,14 +418,11 @@ async def test_the_only_worker_continues_its_answer_if_it_is_alive() -> None:
         assert complete(await asked(hub))
 
 
-async def test_the_only_worker_is_not_asked_again_when_it_has_stalled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
+async def test_the_only_worker_is_not_asked_again_when_it_has_stalled() -> None:
     alone = ScriptedWorker()
-    async with pool(alone, timeouts__gap=0.1, retry__patience=0) as ([only], hub):
+    async with pool(alone, clock=Clock(), retry__patience=0) as ([only], hub):
         only.script(*partial(stall()))
-        ending = await asked(hub)
+        ending = await asked_past_a_gap(hub)
         assert len(only.requests) == 1
     assert broken_off(ending, "worker_slow")
 

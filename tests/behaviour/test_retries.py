@@ -14,6 +14,7 @@ from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.worker import Worker
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Response
+from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub, shown
 from tests.fakes.pool import InOrder
 from tests.fakes.replies import (
@@ -34,10 +35,10 @@ from tests.fakes.script import (
     event_stream,
     expect_eof,
     notify,
-    pause,
     reset,
     send,
     stall,
+    wait,
 )
 from tests.fakes.worker import ScriptedWorker
 
@@ -93,6 +94,10 @@ async def two(**settings: Any) -> AsyncIterator[tuple[Any, Any, RunningHub]]:
         yield first, second, hub
 
 
+def posted(hub: RunningHub, payload: dict[str, Any]) -> asyncio.Task[Response]:
+    return asyncio.create_task(hub.post(CHAT, payload), name="fake client")
+
+
 def records(hub: RunningHub) -> list[Worker]:
     return hub.hub.registry.workers
 
@@ -143,9 +148,12 @@ async def test_another_worker_answers_for_one_that_is_slow_to_begin(
     said: bytes,
 ) -> None:
     """The first is hung up on, which ends its generation, and counts as slow."""
-    async with two(timeouts__allowance=0.05) as (slow, good, hub):
-        slow.script(send(said), expect_eof())
-        assert answered(await hub.post(CHAT, STREAM), good, 2)
+    async with two(clock=Clock(), timeouts__allowance=10) as (slow, good, hub):
+        slow.script(send(said), notify("here"), expect_eof())
+        asking = posted(hub, STREAM)
+        await slow.reached("here")
+        hub.pass_time(12)
+        assert answered(await asking, good, 2)
         await slow.idle()
         assert (len(slow.requests), len(good.requests)) == (1, 1)
         breaker = records(hub)[0].breaker
@@ -157,18 +165,26 @@ async def test_a_whole_answer_may_take_longer_than_the_first_event_of_a_stream()
     None
 ):
     """Its first byte is its last: silence shows nothing about the worker."""
-    async with two(timeouts__allowance=0.05) as (first, second, hub):
-        first.script(pause(0.3), send(json_reply({"choices": []})))
-        response = await hub.post(CHAT, WHOLE)
+    settings = {"upstream__assemble": "", "timeouts__allowance": 10}
+    async with two(clock=Clock(), **settings) as (first, second, hub):
+        first.script(wait("go"), send(json_reply({"choices": []})))
+        asking = posted(hub, WHOLE)
+        await first.received()
+        hub.pass_time(30)
+        first.release("go")
+        response = await asking
         assert response.header("x-gollama-attempts") == "1"
         assert response.json() == {"choices": []}
         assert not second.requests
 
 
 async def test_after_the_hard_limit_another_worker_answers_for_a_silent_one() -> None:
-    async with two(timeouts__first_token=0.1) as (silent, good, hub):
+    async with two(clock=Clock(), timeouts__first_token=60) as (silent, good, hub):
         silent.script(expect_eof())
-        assert answered(await hub.post(CHAT, WHOLE), good, 2)
+        asking = posted(hub, WHOLE)
+        await silent.received()
+        hub.pass_time(60)
+        assert answered(await asking, good, 2)
         assert (len(silent.requests), len(good.requests)) == (1, 1)
         assert failures(records(hub)[0].breaker) == 1
 
@@ -298,9 +314,13 @@ async def test_the_only_worker_has_until_the_hard_limit_and_no_second_chance(
 
 
 async def test_the_only_worker_may_be_slower_than_the_allowance() -> None:
-    async with one(timeouts__allowance=0.02) as (worker, hub):
-        worker.default(pause(0.3), *event_stream(role(), token("wu"), finish()))
-        assert answered(await hub.post(CHAT, STREAM), worker, 1)
+    async with one(clock=Clock(), timeouts__allowance=10) as (worker, hub):
+        worker.default(wait("go"), *event_stream(role(), token("wu"), finish()))
+        asking = posted(hub, STREAM)
+        await worker.received()
+        hub.pass_time(30)
+        worker.release("go")
+        assert answered(await asking, worker, 1)
 
 
 async def test_the_only_worker_is_waited_for_when_it_is_busy_for_a_moment() -> None:
@@ -470,9 +490,14 @@ async def test_what_a_worker_may_have_begun_can_be_barred_from_a_second_try(
 
 async def test_a_path_with_one_try_is_waited_for() -> None:
     """Though somebody else could take over."""
-    async with two(retry__once=[CHAT], timeouts__allowance=0.05) as (slow, other, hub):
-        slow.script(pause(0.3), *event_stream(role() + token("wu") + finish()))
-        response = await hub.post(CHAT, STREAM)
+    settings = {"retry__once": [CHAT], "timeouts__allowance": 10}
+    async with two(clock=Clock(), **settings) as (slow, other, hub):
+        slow.script(wait("go"), *event_stream(role() + token("wu") + finish()))
+        asking = posted(hub, STREAM)
+        await slow.received()
+        hub.pass_time(30)
+        slow.release("go")
+        response = await asking
         assert response.header("x-gollama-attempts") == "1"
         assert not other.requests
 
@@ -593,7 +618,8 @@ UNBREAKABLE = {
 @pytest.mark.parametrize("fault", ["reset", "500", "garbage"])
 async def test_an_outage_is_not_multiplied(fault: str) -> None:
     """Of 100 requests a tenth may be tried again, and three on top."""
-    async with two(retry__floor=3, **UNBREAKABLE) as (first, second, hub):
+    settings = {"clock": Clock(), "retry__floor": 3, **UNBREAKABLE}
+    async with two(**settings) as (first, second, hub):
         for worker in (first, second):
             worker.default(*FAULTS[fault])
         responses = await asyncio.gather(*(hub.post(CHAT, WHOLE) for _ in range(100)))

@@ -67,7 +67,7 @@ async def gone(hub: RunningHub) -> None:
 
 async def test_a_head_has_a_deadline(transport: dict[str, Any]) -> None:
     async with running_hub(server__keepalive=1, **transport) as hub:
-        async with await hub.wire() as wire, not_before(0.9):
+        async with not_before(0.9), await hub.wire() as wire:
             async with dripping(wire, b"GET / HTTP/1.1\r\nX: " + b"x" * 500):
                 await wire.read_eof()
         await gone(hub)
@@ -78,20 +78,19 @@ async def test_an_idle_connection_is_closed(
     requests: int, transport: dict[str, Any]
 ) -> None:
     async with running_hub(server__keepalive=1, **transport) as hub:
-        async with await hub.wire() as wire:
+        async with not_before(0.9), await hub.wire() as wire:
             for _ in range(requests):
                 await wire.get("/livez")
                 await wire.read_response()
-            async with not_before(0.9):
-                await wire.read_eof()
+            await wire.read_eof()
 
 
 async def test_a_body_has_a_deadline(transport: dict[str, Any]) -> None:
     async with running_hub(timeouts__body=0.5, **transport) as hub:
-        async with await hub.wire() as wire:
+        async with not_before(0.45), await hub.wire() as wire:
             head = [("Content-Length", "1000"), ("Content-Type", "application/json")]
             await wire.send(request_head("POST", CHAT, hub.token(), head))
-            async with not_before(0.45), dripping(wire, b'{"messages": [' * 50):
+            async with dripping(wire, b'{"messages": [' * 50):
                 response = await wire.read_response()
             assert response.status == 408
             assert response.json()["error"]["code"] == "body_timeout"

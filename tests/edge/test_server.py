@@ -232,12 +232,13 @@ async def test_a_head_that_does_not_come_is_not_waited_for(sent: bytes) -> None:
     """Slowloris: aiohttp's own deadline is an hour, and any byte moves it."""
     config = Config(server=settings.Server(keepalive=0.1))
     loop = asyncio.get_running_loop()
-    async with serving(config=config) as address, await Wire.connect(*address) as wire:
+    async with serving(config=config) as address:
         began = loop.time()
-        await wire.send(sent)
-        if sent.startswith(GET):
-            assert (await wire.read_response()).status == 200
-        await wire.read_eof(5)
+        async with await Wire.connect(*address) as wire:
+            await wire.send(sent)
+            if sent.startswith(GET):
+                assert (await wire.read_response()).status == 200
+            await wire.read_eof()
         assert loop.time() - began > 0.09
 
 
@@ -252,7 +253,7 @@ async def test_a_head_that_drips_is_not_waited_for() -> None:
                     await asyncio.sleep(0.01)
 
         task = asyncio.create_task(drip())
-        await wire.read_eof(3)
+        await wire.read_eof()
         task.cancel()
         await asyncio.wait([task])
 

@@ -7,7 +7,7 @@ import contextlib
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ from gollama_proxy.hub import Hub
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.state.local import LocalState
 from tests.fakes.client import Response, TlsWire, Wire
+from tests.fakes.clock import Clock
 from tests.fakes.waiting import DEADLINE
 
 SECRET = "0123456789abcdef" * 4
@@ -114,6 +115,17 @@ class RunningHub:
             await wire.get(path, token, headers=headers)
             return await wire.read_response()
 
+    def advance(self, seconds: float) -> None:
+        """Advance the clock that the hub was given."""
+        clock = self.hub.clock
+        assert isinstance(clock, Clock), f"{self!r} runs on real time"
+        clock.advance(seconds)
+
+    def pass_time(self, seconds: float) -> None:
+        """Advance the clock, and have the limits of all requests checked."""
+        self.advance(seconds)
+        self.hub.watchdog.round()
+
     def close_clients(self) -> None:
         for wire in self._wires:
             wire.close()
@@ -123,6 +135,7 @@ class RunningHub:
 async def running_hub(
     *workers: HasUrl | str,
     claims: Mapping[str, Any] | None = None,
+    clock: Callable[[], float] = time.monotonic,
     environ: Mapping[str, str] | None = None,
     file: Path | None = None,
     ready: bool = True,
@@ -132,9 +145,10 @@ async def running_hub(
     """Run a hub on a free port; leaving the block checks that nothing is left of it.
 
     Settings are given as `health__interval=0.05`; without `state__dir`, the hub keeps
-    nothing.  With `ready`, the block begins when
-    each worker has been pinged once.  `claims` go into every token that is minted, and
-    `trust` is what the clients of an https hub have.  All else is as in production.
+    nothing.  With `ready`, the block begins when each worker has been pinged once.
+    `claims` go into every token that is minted, and `trust` is what the clients of an
+    https hub have.  With a test's `clock`, an attempt exceeds no limit before the test
+    lets time pass, however slow the machine is.  All else is as in production.
     """
     before = asyncio.all_tasks()
     urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
@@ -145,7 +159,7 @@ async def running_hub(
     loaded = config.load(file, variables, {"server.port": 0}, urls)
     folder = None if loaded.state.dir == "auto" else Path(loaded.state.dir)
     state = await asyncio.to_thread(LocalState, folder)
-    hub = Hub(loaded, state=state)
+    hub = Hub(loaded, clock, state=state)
     running = None
     try:
         await hub.start()
