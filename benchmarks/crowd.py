@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from benchmarks.load import Client, Job, StreamClient, Tally
@@ -119,15 +120,20 @@ class Visit(StreamClient):
 
 
 def visiting(job: Job, habit: Habit) -> Come[Visit]:
-    """Return a loop in which a client repeats the job's request."""
+    """Return a loop in which a client repeats the job's request.
+
+    Each is a conversation of its own: the hub would send the same one again to the
+    worker that had it before, and to no other one.
+    """
 
     async def come(number: int, visits: list[Visit], leaving: asyncio.Event) -> None:
         rng, tally = habit.rng(number), Tally()
-        while True:
+        for turn in itertools.count():
             await habit.rest(rng)
             if leaving.is_set():
                 return
-            visit = Visit(job, number, tally)
+            question = f"{job.question} ({number}, {turn})"
+            visit = Visit(replace(job, question=question), number, tally)
             visits.append(visit)
             await connect(visit, job.port)
 

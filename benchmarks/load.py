@@ -64,6 +64,7 @@ class Job:
     seconds: float = 0.0
     burst: bool = False
     bearers: list[str] = field(default_factory=lambda: ["none"])
+    question: str = "Answer yes, at some length."
 
     def request(self, client: int) -> bytes:
         """Return the request of the client with this number."""
@@ -76,12 +77,11 @@ class Job:
 
     def document(self) -> dict[str, Any]:
         """Return the body of each request, before it is encoded."""
-        question = "Answer yes, at some length."
         if self.kind == Kind.EMBEDDING:
-            return {"model": "paced", "input": question}
+            return {"model": "paced", "input": self.question}
         document = {
             "model": "paced",
-            "messages": [{"role": "user", "content": question}],
+            "messages": [{"role": "user", "content": self.question}],
             "max_tokens": self.max_tokens,
         }
         return document | {"stream": True} if self.kind == Kind.STREAM else document

@@ -144,8 +144,10 @@ class Hub(Listener):
             return None  # it was removed in the meantime
         return await probe.count_tokens(connections.target, path, model, body)
 
-    def _each_second(self) -> None:
-        self.proxy.check(self.clock())
+    def _each_second(self, late: float) -> None:
+        # What arrived while the event loop was held up is read after this, and no
+        # worker is to blame for it.
+        self.proxy.check(self.clock() - late)
         self.queue.look_again()
         for connections in self.connections.values():
             connections.close_stale()

@@ -31,12 +31,26 @@ def _ended(task: asyncio.Task[Any]) -> None:
         logger.error("task %s failed", task.get_name(), exc_info=error)
 
 
+# Seconds by which a timer may be late before the event loop counts as held up.
+PUNCTUAL = 0.1
+
+
+def held_up(timer: asyncio.TimerHandle) -> float:
+    """Return by how many seconds the event loop is late for a timer that is over.
+
+    A loop that was busy for that long has not read its sockets either, and timers come
+    before sockets.  So what the timer waited for may be there already.
+    """
+    late = asyncio.get_running_loop().time() - timer.when()
+    return late if late > PUNCTUAL else 0.0
+
+
 class Periodic:
     """A task that runs a step again and again, whatever the step raises.
 
     The step returns the seconds to wait before it runs again, or None for the usual
     period.  `wake` ends a wait early; if it is called during a step, the next step
-    follows without a wait.
+    follows without a wait.  `late` is by how many seconds the current step began late.
     """
 
     def __init__(
@@ -52,6 +66,7 @@ class Periodic:
         `period` is the usual wait, and the one after a failure; `delay` is the wait
         before the first step, `period` by default.  All in seconds.
         """
+        self.late = 0.0
         self._name = name
         self._step = step
         self._period = period
@@ -97,8 +112,11 @@ class Periodic:
                 wait = self._period if answer is None else answer
 
     async def _sleep(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + seconds
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout_at(due):
                 await self._woken.wait()
+            self.late = 0.0
         except TimeoutError:
-            pass
+            self.late = max(0.0, loop.time() - due)

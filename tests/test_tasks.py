@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import asyncio
 import gc
+import time
 from pathlib import Path
 
 import pytest
 
 import gollama_proxy
-from gollama_proxy.tasks import Periodic, spawn
+from gollama_proxy.tasks import PUNCTUAL, Periodic, held_up, spawn
 from tests.fakes.waiting import DEADLINE
 
 PACKAGE = Path(gollama_proxy.__file__).parent
@@ -62,6 +63,13 @@ async def test_a_cancelled_task_is_not_a_failure(
     task.cancel()
     await asyncio.wait([task])
     assert not caplog.records
+
+
+async def test_a_timer_shows_whether_the_event_loop_was_held_up() -> None:
+    timer = asyncio.get_running_loop().call_later(0.001, lambda: None)
+    assert held_up(timer) == 0
+    time.sleep(PUNCTUAL * 1.5)  # noqa: ASYNC251
+    assert held_up(timer) > PUNCTUAL
 
 
 # --- Periodic steps ---------------------------------------------------------------

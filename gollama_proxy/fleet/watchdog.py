@@ -26,9 +26,12 @@ class Watchdog(Listener):
     def __init__(
         self,
         prove: Prove,
-        then: Callable[[], None] | None = None,
+        then: Callable[[float], None] | None = None,
     ) -> None:
-        """Make one; it begins with `start`.  `then` is called in each round."""
+        """Make one; it begins with `start`.
+
+        `then` is called in each round, with the seconds by which the round is late.
+        """
         self._workers: list[Worker] = []
         self._prove = prove
         self._then = then
@@ -55,16 +58,16 @@ class Watchdog(Listener):
         await asyncio.gather(*canaries, return_exceptions=True)
 
     async def _step(self) -> None:
-        self.round()
+        self.round(self._loop.late)
 
-    def round(self) -> None:
+    def round(self, late: float = 0.0) -> None:
         """Look at every worker once, and call `then`."""
         for worker in self._workers:
             ready = worker.state is WorkerState.READY and worker.takes_requests
             if ready and worker.policy.canary:
                 self._send_canaries(worker)
         if self._then is not None:
-            self._then()
+            self._then(late)
 
     # --- Canaries -----------------------------------------------------------------
 

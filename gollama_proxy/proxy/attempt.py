@@ -18,6 +18,7 @@ from typing import NamedTuple
 from gollama_proxy import __version__
 from gollama_proxy.config.settings import Origin, WorkerConfig
 from gollama_proxy.edge.response import JSON, Response, frame
+from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.fleet.registry import RETRY_AFTER
 from gollama_proxy.proxy.failures import Cause, DrainedError, Rule, rule_of
 from gollama_proxy.proxy.relay import Relay
@@ -218,6 +219,10 @@ _CAUSES = {
 }
 
 
+# Seconds without requests for a worker that accepts no connections in time.
+CROWDED_FOR = 1.0
+
+
 class Failure(NamedTuple):
     """An attempt that failed, and the answer if no other attempt follows."""
 
@@ -242,6 +247,17 @@ def failure_of(error: WorkerError) -> Failure:
     if isinstance(error, DrainedError):
         return Failure(Cause.DRAINED, error)
     return Failure(_CAUSES[error.code], error)
+
+
+def failure_to_connect(error: WorkerError, lease: Lease) -> Failure:
+    """Describe an attempt for which no connection was made.
+
+    A worker that sends other answers meanwhile is overloaded, but it works.
+    """
+    late = error.code is Code.WORKER_TIMEOUT
+    if late and lease.worker.heard_since(lease.taken_at):
+        return Failure(Cause.CROWDED, error, busy=CROWDED_FOR)
+    return Failure(Cause.UNREACHABLE, error)
 
 
 def failure_of_assembly(error: AssemblyError) -> Failure:

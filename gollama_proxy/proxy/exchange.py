@@ -46,6 +46,7 @@ from gollama_proxy.proxy.attempt import (
     failure_of,
     failure_of_assembly,
     failure_of_model,
+    failure_to_connect,
     read_failure,
     request_head,
 )
@@ -410,9 +411,10 @@ class Proxy:
                 return response
             return await self._relay(x, lease, relay)
         except WorkerError as exc:
-            failure = recovery.failure_on(x, worker, exc)
             if x.state is State.CONNECTING:  # the worker has received nothing
-                failure = failure._replace(cause=Cause.UNREACHABLE)
+                failure = failure_to_connect(exc, lease)
+            else:
+                failure = recovery.failure_on(x, worker, exc)
             return self._failed(x, lease, failure)
         except asyncio.CancelledError:
             if x.state in _UNSEEN:

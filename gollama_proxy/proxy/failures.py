@@ -6,6 +6,7 @@ fail, where the request may be retried and at what cost, and the result for the 
     cause          another worker     the same one, once more     blamed on the worker
     ───────────    ───────────────    ────────────────────────    ────────────────────
     UNREACHABLE    at once, free      no                          yes
+    CROWDED        at once, free      after a second              no: busy
     LOADING        at once, free      after its Retry-After       no: busy
     BUSY           at once            after its Retry-After       no: busy
     LOST           at once            after a short pause         yes
@@ -39,6 +40,7 @@ class Cause(enum.Enum):
     """Why an attempt failed."""
 
     UNREACHABLE = "no connection"
+    CROWDED = "no connection in time, while the worker sends other answers"
     LOADING = "the worker is loading a model (503)"
     BUSY = "the worker is busy (429)"
     LOST = "the connection was lost, or the answer is incomplete"
@@ -90,6 +92,8 @@ def rule_of(cause: Cause) -> Rule:
     match cause:
         case Cause.UNREACHABLE:
             return _UNREACHABLE
+        case Cause.CROWDED:
+            return _CROWDED
         case Cause.LOADING:
             return _LOADING
         case Cause.BUSY:
@@ -124,6 +128,10 @@ def rule_of(cause: Cause) -> Rule:
 
 _UNREACHABLE = Rule(
     Code.WORKER_UNREACHABLE, Result.WORKER_FAILED, free=True, declined=True
+)
+# Its queue of connections is full, or the machine is overloaded; it is not dead.
+_CROWDED = Rule(
+    Code.WORKER_TIMEOUT, Result.BUSY, again=Again.ASKED, free=True, declined=True
 )
 _LOADING = Rule(
     Code.NO_WORKER, Result.BUSY, again=Again.ASKED, free=True, declined=True

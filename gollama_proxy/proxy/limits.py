@@ -13,6 +13,7 @@ from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.proxy.failures import DrainedError
 from gollama_proxy.proxy.response import Assembly, Stream
 from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.tasks import held_up
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.openai import Ending
 
@@ -52,8 +53,13 @@ class Limits:
             limit = min(limit, x.allowance)
         if limit > SOON:
             return None
-        loop = asyncio.get_running_loop()
-        return loop.call_later(limit, lambda: self.check(x, self._clock()))
+
+        def check() -> None:
+            if not held_up(timer):  # else the next round checks it
+                self.check(x, self._clock())
+
+        timer = asyncio.get_running_loop().call_later(limit, check)
+        return timer
 
     def check(self, x: Exchange, now: float) -> None:
         """End an attempt that has exceeded a limit."""

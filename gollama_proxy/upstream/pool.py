@@ -24,6 +24,7 @@ from collections.abc import Callable
 
 from gollama_proxy.config.settings import Config, WorkerConfig
 from gollama_proxy.config.tls import Credentials, explain
+from gollama_proxy.tasks import held_up
 from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.upstream.dial import Target, connect
 from gollama_proxy.wire.errors import Code, WorkerError
@@ -33,6 +34,8 @@ SPACING = 0.05
 # Seconds for which a worker has to leave a connection open after a stream.  A worker
 # that closes does so within a millisecond, unless its machine is very busy.
 PROBATION = 0.5
+# How often a connection gets more time because the event loop was held up.
+CHANCES = 5
 # Seconds until a worker that closes after streams is put to the test again: another
 # server may run at its address by then.
 RETRIAL = 60.0
@@ -166,16 +169,21 @@ class ConnectionPool:
         if self._surplus() > 0:
             await asyncio.sleep(self._spacing())
         # As `asyncio.timeout`, which takes six calls where this takes one.
+        loop = asyncio.get_running_loop()
         task, late = asyncio.current_task(), False
         assert task is not None
-        cancelled = task.cancelling()
+        cancelled, chances = task.cancelling(), CHANCES
+        timer: asyncio.TimerHandle
 
         def expire() -> None:
-            nonlocal late
+            nonlocal late, timer, chances
+            if chances and (wait := held_up(timer)):
+                chances -= 1
+                timer = loop.call_later(wait, expire)
+                return
             late = True
             task.cancel()
 
-        loop = asyncio.get_running_loop()
         timer = loop.call_later(self._connect_timeout, expire)
         try:
             return await connect(self.target)

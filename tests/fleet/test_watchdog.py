@@ -203,7 +203,7 @@ async def test_the_rounds_go_on_after_one_that_failed(
     enough = asyncio.Event()
     rounds: list[None] = []
 
-    def fail_at_first() -> None:
+    def fail_at_first(late: float) -> None:
         rounds.append(None)
         if len(rounds) == 3:
             enough.set()

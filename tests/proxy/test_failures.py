@@ -14,6 +14,7 @@ from gollama_proxy.proxy.attempt import (
     Failure,
     failure_of,
     failure_of_assembly,
+    failure_to_connect,
     read_failure,
 )
 from gollama_proxy.proxy.failures import Cause, rule_of
@@ -54,6 +55,21 @@ def received(
 def worded(kind: str = "server_error") -> bytes:
     error = {"code": 400, "message": "because", "type": kind}
     return json.dumps({"error": error}).encode()
+
+
+def test_a_worker_that_sends_other_answers_is_crowded_and_not_unreachable() -> None:
+    """Then it is left alone for a second; a dead one counts as failed."""
+    clock = Clock()
+    crowded = worker(name="w", clock=clock)
+    other, lease = crowded.lease(), crowded.lease()
+    late = WorkerError(Code.WORKER_TIMEOUT, "late")
+    assert failure_to_connect(late, lease).cause is Cause.UNREACHABLE
+    other.heard_at = clock()
+    failure = failure_to_connect(late, lease)
+    assert (failure.cause, failure.busy) == (Cause.CROWDED, 1.0)
+    assert failure.rule.result is Result.BUSY
+    refused = WorkerError(Code.WORKER_UNREACHABLE, "refused")
+    assert failure_to_connect(refused, lease).cause is Cause.UNREACHABLE
 
 
 async def refusal(relay: Relay) -> Failure:

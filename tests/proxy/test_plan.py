@@ -423,7 +423,7 @@ def test_what_has_cost_the_worker_nothing_is_free(failure: Cause) -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b, budget=broke()), a)
     assert (made.retry_after(failure) == 0.0) is (failure in FREE)
-    free = (Cause.UNREACHABLE, Cause.LOADING, Cause.MODEL, Cause.DRAINED)
+    free = {Cause.UNREACHABLE, Cause.CROWDED, Cause.LOADING, Cause.MODEL, Cause.DRAINED}
     assert (failure in FREE) is (failure in free)
 
 
@@ -431,7 +431,7 @@ def test_waiting_for_a_worker_that_loads_is_free_and_for_a_busy_one_is_not() -> 
     for failure in LATER:
         a = worker("a")
         made = failed(attempts(a, budget=broke()), a)
-        free = failure is Cause.LOADING
+        free = failure in (Cause.LOADING, Cause.CROWDED)
         assert (made.retry_after(failure, 1.0) is not None) is free
 
 
@@ -694,7 +694,7 @@ def test_what_a_worker_may_have_begun_is_not_tried_again_where_that_is_wanted(
 
 
 def test_what_may_have_begun_is_told_from_what_surely_has_not() -> None:
-    refused = {Cause.UNREACHABLE, Cause.LOADING, Cause.BUSY, Cause.KEY}
+    refused = {Cause.UNREACHABLE, Cause.CROWDED, Cause.LOADING, Cause.BUSY, Cause.KEY}
     assert set(Cause) - BEGUN - FINAL == refused | {Cause.CONTEXT, Cause.UNFOLDABLE}
 
 

@@ -332,3 +332,24 @@ def test_its_repr_shows_what_it_knows() -> None:
     inner = "<RoundRobin last=<BoundedDict 0 of 1000>>"
     assert repr(made) == f"<Affinity <Memory of 1 prefixes> {inner}>"
     assert repr(made._usual["qwen"]) == "<0.001 s a byte, 0.02 s a token>"
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_worker_that_is_back_gets_its_share_of_new_conversations(
+    inner: Callable[[], Policy],
+) -> None:
+    """The others hold many conversations by then, and keep those alone."""
+    clock = Clock()
+    policy, workers = Affinity(inner(), clock), equals(3)
+    away = workers[2]
+    got: Counter[Worker] = Counter()
+    for number in range(600):
+        clock.advance(0.1)
+        back = number >= 300
+        chosen = policy.pick(
+            ask(number), workers, lambda worker, back=back: back or worker is not away
+        )
+        assert chosen is not None
+        if back:
+            got[chosen] += 1
+    assert got[away] >= 90

@@ -8,6 +8,7 @@ import datetime
 import ipaddress
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from gollama_proxy.config import load as config
 from gollama_proxy.config.tls import for_workers
+from gollama_proxy.tasks import PUNCTUAL, spawn
 from gollama_proxy.upstream import pool as pools
 from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.upstream.pool import PROBATION, RETRIAL, SPACING, ConnectionPool
@@ -403,6 +405,18 @@ async def test_connecting_has_a_time_limit() -> None:
     error = info.value
     assert error.code is Code.WORKER_TIMEOUT
     assert error.message.endswith("did not accept a connection within 0.05 s.")
+
+
+async def test_a_worker_is_not_blamed_for_an_event_loop_that_was_held_up() -> None:
+    """The connection is made; the loop has not had the time to notice."""
+    async with ScriptedWorker() as worker:
+        pool = pool_of(worker.url, timeouts__connect=0.05)
+        dialling = spawn(pool.dial(), "dial")
+        await asyncio.sleep(0)
+        time.sleep(0.1 + PUNCTUAL)  # noqa: ASYNC251
+        connection = await dialling
+        assert connection.state is ConnectionState.IDLE
+        connection.close()
 
 
 def names_resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
