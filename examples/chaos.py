@@ -38,7 +38,7 @@ from gollama_proxy import llama
 from gollama_proxy import serve as lifecycle
 from gollama_proxy.children import ChildError
 from gollama_proxy.config.load import ConfigError
-from gollama_proxy.serve import Signals
+from gollama_proxy.tasks import Signals
 
 PROMPTS = (
     "Tell me three things about the sea.",

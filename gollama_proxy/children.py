@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
+
+from gollama_proxy.tasks import spawn
+
+logger = logging.getLogger(__name__)
 
 GRACE = 3.0  # llama-server cannot drain: it may wait for its clients indefinitely
 
@@ -46,24 +52,25 @@ class ChildError(Exception):
 
 
 class Child:
-    """One process, with its output in a file; `name` is for messages."""
+    """One process, with its output in a file if it has one; `name` is for messages."""
 
     def __init__(
-        self, name: str, process: asyncio.subprocess.Process, log: Path
+        self, name: str, process: asyncio.subprocess.Process, log: Path | None
     ) -> None:
         self.name = name
         self.process = process
         self.log = log
 
     def __repr__(self) -> str:
-        return f"<Child {self.name} pid={self.process.pid} log={str(self.log)!r}>"
+        log = "" if self.log is None else f" log={str(self.log)!r}"
+        return f"<Child {self.name} pid={self.process.pid}{log}>"
 
     @classmethod
     async def start(
         cls,
         name: str,
         command: Sequence[str],
-        log: Path,
+        log: Path | None,
         environ: Mapping[str, str],
         *,
         piped: bool = False,
@@ -72,12 +79,14 @@ class Child:
     ) -> Self:
         """Start a program, whose path comes first; call this from the main thread.
 
+        Without a `log`, its output goes where that of this process goes.
+
         With `piped`, standard input and output are pipes, and the file has standard
         error alone.  Without `tethered`, the process starts some 20 ms sooner, and
         survives a `kill -9` of this one.  `folder` is its working directory.
         """
         tether = [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid())]
-        with log.open("wb") as output:
+        with contextlib.nullcontext() if log is None else log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *(tether if tethered else []),
                 *command,
@@ -100,8 +109,10 @@ class Child:
         if status is None:
             return
         how = f"status {status}" if status >= 0 else signal.Signals(-status).name
-        lines = self.log.read_text(errors="replace").splitlines()[-10:]
-        text = f"{self.name} ended with {how}; from {self.log}:"
+        text, lines = f"{self.name} ended with {how}", []
+        if self.log is not None:
+            lines = self.log.read_text(errors="replace").splitlines()[-10:]
+            text += f"; from {self.log}:"
         raise ChildError("\n  ".join([text, *lines]), 1)
 
     def signal(self, number: signal.Signals) -> None:
@@ -117,3 +128,73 @@ class Child:
         except TimeoutError:
             self.process.kill()
             await self.process.wait()
+
+
+# --- Commands that are started again ----------------------------------------------
+
+
+class Restarts:
+    """How long to wait before a server that ended is started again."""
+
+    FIRST, LONGEST, GOOD = 1.0, 30.0, 60.0
+
+    def __init__(self) -> None:
+        self._wait = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Restarts wait={self._wait:g}>"
+
+    def after(self, ran: float) -> float:
+        """Return the seconds to wait after a server ran for so many seconds."""
+        if ran >= self.GOOD:
+            self._wait = 0.0
+        wait, self._wait = self._wait, min(2 * self._wait or self.FIRST, self.LONGEST)
+        return wait or self.FIRST
+
+
+class Supervised:
+    """A command that is started, and started again when it ends."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        program = shutil.which(command[0]) or command[0]
+        self._command = (program, *command[1:])
+        self._name = Path(program).name
+        self._child: Child | None = None
+        self._restarts = Restarts()
+        self._running: asyncio.Task[None] | None = None
+        self._starting: asyncio.Task[Child] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Supervised {self._name} {self._child!r}>"
+
+    def start(self) -> None:
+        self._running = spawn(self._run(), f"process {self._name}")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Pass a signal on, if it runs."""
+        if self._child is not None:
+            self._child.signal(number)
+
+    async def stop(self) -> None:
+        """End it: with SIGTERM, and SIGKILL a few seconds later."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+        if self._starting is not None:
+            await (await self._starting).end()
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+        while True:
+            started = loop.time()
+            start = Child.start(self._name, self._command, None, environ)
+            # In a task that is not cancelled, or the child could be lost.
+            self._starting = spawn(start, f"start of {self._name}")
+            self._child = await asyncio.shield(self._starting)
+            logger.info("started %s, process %d", self._name, self._child.process.pid)
+            status = await self._child.process.wait()
+            how = f"status {status}" if status >= 0 else signal.Signals(-status).name
+            wait = self._restarts.after(loop.time() - started)
+            logger.error("%s ended with %s; again in %g s", self._name, how, wait)
+            await asyncio.sleep(wait)

@@ -1,4 +1,4 @@
-"""The command line: `gollama-proxy serve`, `secret`, `token`, `check` and `demo`.
+"""The command line: `gollama-proxy serve`, `agent`, `secret`, `token` and more.
 
 Exit status: 0 for success, 1 if a worker is unusable or a second signal cut answers, 2
 for a wrong setting or flag, 130 after Ctrl-C with nothing to drain.  With status 2,
@@ -30,10 +30,13 @@ from gollama_proxy.config.names import is_plain
 from gollama_proxy.config.settings import (
     FLAGS,
     VARIABLES,
+    WORKER_KEYS,
     Config,
+    Log,
     Row,
     settings,
 )
+from gollama_proxy.config.values import convert, describe
 
 if TYPE_CHECKING:
     from gollama_proxy.fleet.worker import Worker
@@ -99,12 +102,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[Any], int], help: str) -> _Parser:
+    def command(
+        name: str, run: Callable[[Any], int], help: str, *, configured: bool = True
+    ) -> _Parser:
         sub: _Parser = commands.add_parser(
             name, help=help, description=help, allow_abbrev=False
         )
         sub.set_defaults(run=run, parser=sub)
-        sub.add_argument("-c", "--config", metavar="FILE", help=_FILE)
+        if configured:
+            sub.add_argument("-c", "--config", metavar="FILE", help=_FILE)
         return sub
 
     serve = command("serve", _serve, "run the hub")
@@ -120,8 +126,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     demo.add_argument("--model", metavar="FILE", help="GGUF file to start it with")
     for fronting in (serve, demo):
         _add_setting_flags(fronting)
+    text = "register this machine's llama-server with a hub, and keep it registered"
+    _add_agent_flags(command("agent", _agent, text, configured=False))
 
-    args, unknown = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    following: list[str] = []
+    if words[:1] == ["agent"] and "--" in words:  # the flags of another program
+        place = words.index("--")
+        words, following = words[:place], words[place + 1 :]
+    args, unknown = parser.parse_known_args(words)
+    args.following = following
     if unknown:  # reported with the flags of the command
         args.parser.error(f"{' '.join(unknown)}: not a flag of this command")
     return args
@@ -143,6 +157,58 @@ def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="llama-server to send requests to (repeatable)",
     )
+
+
+def _add_agent_flags(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "examples:\n"
+        "  gollama-proxy agent --hub http://gateway:8000 --token-file token \\\n"
+        "      --worker http://127.0.0.1:8080\n"
+        "  gollama-proxy agent --hub http://gateway:8000 --token-file token \\\n"
+        "      --exec -- llama-server -m model.gguf --host 0.0.0.0 --port 8080\n"
+        "\nThe token needs the scope worker:\n"
+        "  gollama-proxy token --sub desktop --scope worker\n"
+        "The hub connects to the worker and to the proof port: let it through.\n"
+        "\nenvironment variables:\n"
+        "  GOLLAMA_TOKEN\n      token, if --token-file is not given"
+    )
+    add = parser.add_argument
+    add(
+        "--hub",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="hub to register with (repeatable)",
+    )
+    add("--worker", metavar="URL", default="", help="llama-server on this machine")
+    add(
+        "--exec",
+        action="store_true",
+        help="start the command behind --, and start it again when it ends",
+    )
+    text = "name in replies, logs and metrics; default: this machine's, and the port"
+    add("--name", default="", help=text)
+    add(
+        "--token-file",
+        metavar="FILE",
+        default="",
+        help="file with a token of the scope worker; read again when it is needed",
+    )
+    add(
+        "--ca-file",
+        metavar="FILE",
+        default="",
+        help="PEM file with the CAs of an https hub; default: those of the system",
+    )
+    text = "port on which hubs check this agent; default: any free one"
+    add("--proof-port", metavar="PORT", help=text)
+    text = "its share, for the policies that use one; default: by its memory"
+    add("--weight", help=text)
+    text = "memory of its graphics cards; default: as they report"
+    add("--vram-gib", metavar="GIB", help=text)
+    text = "lowest severity to log: debug, info (default), warning, error"
+    add("--log-level", metavar="LEVEL", default="info", help=text)
 
 
 def _describe_settings() -> Iterator[str]:
@@ -226,6 +292,47 @@ async def _log_address(hub: Hub) -> None:
             await hub.known()
     for text in hub.registry.unserved() if hub.config.workers else ():
         log.warning("%s", text)
+
+
+# --- agent ------------------------------------------------------------------------
+
+
+def _agent(args: argparse.Namespace) -> int:
+    from gollama_proxy import agent, tasks
+    from gollama_proxy.telemetry import logs
+
+    if args.exec != bool(args.following):
+        missing = "a command behind --" if args.exec else "--exec in front of --"
+        raise ConfigError(f"--exec: needs {missing}, such as --exec -- llama-server")
+    options = agent.Options(
+        hubs=tuple(args.hub),
+        worker=args.worker,
+        command=tuple(args.following),
+        name=args.name,
+        token_file=args.token_file,
+        ca_file=args.ca_file,
+        proof_port=_converted("--proof-port", args.proof_port, "server.port") or 0,
+        weight=_converted("--weight", args.weight, "weight"),
+        vram_gib=_converted("--vram-gib", args.vram_gib, "vram_gib"),
+        log=Log(level=_converted("--log-level", args.log_level, "log.level")),
+    )
+    agent.check_options(options, os.environ)
+    try:
+        return tasks.run(lambda signals: agent.run(options, signals))
+    finally:
+        logs.flush()
+
+
+def _converted(flag: str, value: str | None, key: str) -> Any:
+    """Return the value of a flag, checked as the setting or the worker's key is."""
+    if value is None:
+        return None
+    hints = WORKER_KEYS | {row.key: row.hint for row in settings()}
+    try:
+        return convert(hints[key], value)
+    except ValueError:
+        allowed = describe(hints[key])
+        raise ConfigError(f"{flag} = {value!r}: must be {allowed}") from None
 
 
 # --- secret and token -------------------------------------------------------------

@@ -30,7 +30,8 @@ from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Health
 from gollama_proxy.edge.auth import mint
 from gollama_proxy.hub import Hub
-from gollama_proxy.serve import Announce, Signals, front
+from gollama_proxy.serve import Announce, front
+from gollama_proxy.tasks import Signals
 from gollama_proxy.upstream.probe import examine
 from gollama_proxy.wire.description import Check
 

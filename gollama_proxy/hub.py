@@ -17,22 +17,25 @@ from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import SECTIONS, Config, Revoked, WorkerConfig
 from gollama_proxy.config.watch import Watched, Watcher
-from gollama_proxy.control.admin import Admin
+from gollama_proxy.control.admin import Admin, check_local
+from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.edge.router import Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.edge.status import ModelList, Status
+from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.health import HealthChecker
 from gollama_proxy.fleet.registry import Listener, Registry
 from gollama_proxy.fleet.watchdog import Watchdog
-from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.fleet.worker import Source, Worker
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.tokens import Fitting
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.state.local import LocalState
+from gollama_proxy.tasks import spawn
 from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.pool import ConnectionPool
@@ -75,6 +78,8 @@ class Hub(Listener):
         self.health = HealthChecker(config.health, self._ping)
         self.watchdog = Watchdog(self._prove, then=self._each_second)
         self.fitting = Fitting(self.registry, self._count)
+        self.agents = Agents(config.agents, clock)
+        self._agent_api = AgentApi(self, check_local)
         self.proxy = Proxy(
             config,
             self._routes(),
@@ -126,6 +131,7 @@ class Hub(Listener):
             "/v1/models/": {"GET": model_list.show_model},
             "/models/": {"GET": model_list.show_model},
             **Admin(self).routes(),
+            **self._agent_api.routes(),
         }
 
     async def _ping(self, worker: Worker) -> probe.Finding:
@@ -149,6 +155,9 @@ class Hub(Listener):
         # worker is to blame for it.
         self.proxy.check(self.clock() - late)
         self.queue.look_again()
+        for lease in self.agents.expire():
+            ending = self._agent_api.remove(lease, "its agent is silent")
+            _ = spawn(ending, f"end of the lease of {lease.name}")
         for connections in self.connections.values():
             connections.close_stale()
 
@@ -164,10 +173,13 @@ class Hub(Listener):
             try:
                 row = {**stored.settings, "name": stored.name}
                 config = load_worker(stored.name, row, os.environ)
-                self.registry.add(config)
+                self.registry.add(config, Source(stored.source))
             except ConfigError as exc:
                 # The settings file has its name or address now, or a key is missing.
                 logger.warning("the stored worker %r is left out: %s", stored.name, exc)
+                continue
+            if stored.source == Source.AGENT:
+                self.agents.restore(config, str(stored.agent.get("digest", "")))
 
     def _follow_list(self, listed: Revoked) -> None:
         """Take up a new list from the file of revoked tokens."""
@@ -234,6 +246,11 @@ class Hub(Listener):
 
     def replaced(self, worker: Worker, before: WorkerConfig) -> None:
         self.connections[worker].reconfigure(worker.config)
+
+    def removed(self, worker: Worker) -> None:
+        lease = self.agents.find(worker.name)
+        if lease is not None and lease.worker.origin == worker.config.origin:
+            self.agents.release(worker.name)  # an operator has removed it
 
     def gone(self, worker: Worker) -> None:
         self.connections.pop(worker).close()

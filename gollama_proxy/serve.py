@@ -8,23 +8,21 @@ import gc
 import logging
 import os
 import resource
-import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-import uvloop
 from msgspec import structs
 
+from gollama_proxy import tasks
 from gollama_proxy.config import addresses
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Server
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
 from gollama_proxy.state.local import LocalState, StateError, folder_of
-from gollama_proxy.tasks import spawn
+from gollama_proxy.tasks import Signals, spawn
 from gollama_proxy.telemetry import logs
 
 logger = logging.getLogger(__name__)
@@ -40,53 +38,10 @@ Announce = Callable[[Hub], Coroutine[Any, Any, None]]
 
 def run(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
     """Run a command on uvloop, with signals; return its exit status."""
-
-    async def with_signals() -> int:
-        loop, signals = asyncio.get_running_loop(), Signals()
-        handlers = {
-            signal.SIGINT: signals.receive,
-            signal.SIGTERM: signals.receive,
-            signal.SIGHUP: signals.hang_up,
-        }
-        for number, handler in handlers.items():
-            loop.add_signal_handler(number, handler)
-        try:
-            return await command(signals)
-        finally:
-            for number in handlers:  # closing a uvloop does not remove them
-                loop.remove_signal_handler(number)
-
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(with_signals())
+        return tasks.run(command)
     finally:
         logs.flush()  # before the traceback of a crash
-
-
-class Signals:
-    """The first SIGINT or SIGTERM requests the end, the second one forces it.
-
-    SIGHUP has files read again, as in other services.  In a terminal it means that the
-    terminal was closed, and requests the end.
-    """
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.insisted = asyncio.Event()
-        self.reload: Callable[[], None] | None = None  # while the hub runs
-
-    def receive(self) -> None:
-        (self.insisted if self.asked.is_set() else self.asked).set()
-
-    def hang_up(self) -> None:
-        if self.reload is None or (sys.stdin is not None and sys.stdin.isatty()):
-            self.receive()
-        else:
-            self.reload()
-
-    def __repr__(self) -> str:
-        asked, insisted = self.asked.is_set(), self.insisted.is_set()
-        return f"<Signals asked={asked} insisted={insisted}>"
 
 
 async def front(

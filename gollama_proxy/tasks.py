@@ -1,9 +1,14 @@
-"""The only place that starts tasks: each has a name, is kept, and logs its failure."""
+"""The only place that starts tasks: each has a name, is kept, and logs its failure.
+
+And the main task of a command, which a signal ends.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -120,3 +125,55 @@ class Periodic:
             self.late = 0.0
         except TimeoutError:
             self.late = max(0.0, loop.time() - due)
+
+
+# --- The main task ----------------------------------------------------------------
+
+
+class Signals:
+    """The first SIGINT or SIGTERM requests the end, the second one forces it.
+
+    SIGHUP has files read again, as in other services.  In a terminal it means that the
+    terminal was closed, and requests the end.
+    """
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.insisted = asyncio.Event()
+        self.reload: Callable[[], None] | None = None  # while the hub runs
+
+    def receive(self) -> None:
+        (self.insisted if self.asked.is_set() else self.asked).set()
+
+    def hang_up(self) -> None:
+        if self.reload is None or (sys.stdin is not None and sys.stdin.isatty()):
+            self.receive()
+        else:
+            self.reload()
+
+    def __repr__(self) -> str:
+        asked, insisted = self.asked.is_set(), self.insisted.is_set()
+        return f"<Signals asked={asked} insisted={insisted}>"
+
+
+def run(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
+    """Run a command on uvloop, with signals; return its exit status."""
+    import uvloop
+
+    async def with_signals() -> int:
+        loop, signals = asyncio.get_running_loop(), Signals()
+        handlers = {
+            signal.SIGINT: signals.receive,
+            signal.SIGTERM: signals.receive,
+            signal.SIGHUP: signals.hang_up,
+        }
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            return await command(signals)
+        finally:
+            for number in handlers:  # closing a uvloop does not remove them
+                loop.remove_signal_handler(number)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(with_signals())

@@ -49,8 +49,8 @@ def _make_private(stream: TextIO) -> None:
 # --- token ------------------------------------------------------------------------
 
 _SCOPES = (
-    "extra permission: metrics (GET /metrics), or admin, which allows no more than "
-    "that as there is no admin API yet"
+    "extra permission: metrics (GET /metrics), worker (for an agent, which registers "
+    "a worker), or admin (for operators: /admin and /metrics)"
 )
 
 _LIMITS = {
@@ -129,8 +129,6 @@ def print_token(args: argparse.Namespace, load: Callable[[], Config]) -> int:
         raise ConfigError(f"{source}: {text}") from exc
     note(config.source)
     note(f"to revoke it: jti:{token_id}")
-    if "admin" in args.scope:
-        note("scope admin allows /metrics and no more: there is no admin API yet")
     if auth.mode == "off":
         note("auth.mode is off: the hub asks for no token")
     print(token)

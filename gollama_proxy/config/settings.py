@@ -16,6 +16,7 @@ from gollama_proxy.config.values import (
     Duration,
     Lists,
     Names,
+    Networks,
     Origins,
     Seconds,
     Table,
@@ -32,6 +33,11 @@ from gollama_proxy.wire.openai import ENDPOINTS
 
 ALGORITHMS = ("HS256", "RS256", "ES256", "EdDSA")
 POLICIES = ("round_robin", "weighted", "least_busy", "fastest", "affinity")
+# RFC 1918, RFC 6598 (also of Tailscale), RFC 4193.
+PRIVATE_NETWORKS = (
+    *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"),
+    *("100.64.0.0/10", "fc00::/7"),
+)
 ROUTES = tuple(ENDPOINTS)
 # Paths whose answers can be assembled from a stream.
 STREAMED = tuple(path for path, e in ENDPOINTS.items() if e.generates and not e.form)
@@ -225,6 +231,16 @@ class Metrics(Struct, frozen=True):
     open: Annotated[bool, "serve /metrics without a token of scope metrics"] = False
 
 
+class Agents(Struct, frozen=True):
+    networks: Annotated[Networks, "networks in which agents may register workers"] = (
+        PRIVATE_NETWORKS
+    )
+    lease: Annotated[
+        float, seconds(1, 3600), "time after which a silent agent's worker is removed"
+    ] = 30.0
+    limit: Annotated[int, whole(0, 10_000), "workers that agents may register"] = 256
+
+
 class State(Struct, frozen=True):
     dir: Annotated[
         Text,
@@ -320,6 +336,7 @@ class Config:
     models: Models = field(default_factory=Models)
     log: Log = field(default_factory=Log)
     metrics: Metrics = field(default_factory=Metrics)
+    agents: Agents = field(default_factory=Agents)
     state: State = field(default_factory=State)
     workers: tuple[WorkerConfig, ...] = ()
     file: str = field(default="", compare=False)  # the file that was read, if any

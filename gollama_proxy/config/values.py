@@ -15,6 +15,7 @@ else: "8000", "yes", "a, b" for a list, "a=b, c=d" for a table.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, get_args, get_origin
@@ -78,6 +79,10 @@ def _check_distinct(lists: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any]:
     return lists
 
 
+def _check_networks(networks: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(str(ipaddress.ip_network(text)) for text in networks)
+
+
 def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     """Check web origins (RFC 6454, 6.1: scheme, host and port, and no path).
 
@@ -135,6 +140,11 @@ Origins = Annotated[
     other(
         "a list of origins such as http://localhost:3000 or app://name", _check_origins
     ),
+]
+
+Networks = Annotated[
+    tuple[Word, ...],
+    other("a list of networks such as 10.0.0.0/8 or fd00::/8", _check_networks),
 ]
 
 

@@ -5,7 +5,7 @@
 **Without authentication** anything that reaches the address of the hub may use its
 models.  That is no reason to let it change the fleet, and a browser on the same machine
 reaches the address as well.  So with `auth.mode = "off"` the API is only for programs
-on the hub's own machine, and for no web page of another site (`_check_local`):
+on the hub's own machine, and for no web page of another site (`check_local`):
 
 * the peer has a loopback address, and no header of a proxy hides another one;
 * `Host` is a loopback address or `localhost`, as a page whose name was made to lead
@@ -125,7 +125,7 @@ class Admin:
             text = f"Your token does not allow this: it needs the scope {SCOPE}."
             raise RequestError(Code.INSUFFICIENT_SCOPE, text)
         if self._hub.config.auth.mode == "off":
-            _check_local(request)
+            check_local(request)
         return caller
 
     # --- Workers ------------------------------------------------------------------
@@ -224,7 +224,7 @@ def _answer(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status)
 
 
-def _check_local(request: web.BaseRequest) -> None:
+def check_local(request: web.BaseRequest) -> None:
     """Check that a request is from a program on this machine, or a page of the hub.
 
     Raises:

@@ -60,7 +60,7 @@ class Principal(NamedTuple):
         return f"<Principal {self.subject!r}>"
 
 
-ANONYMOUS = Principal("anonymous", scopes=frozenset({"admin"}))
+ANONYMOUS = Principal("anonymous", scopes=frozenset({"admin", "worker"}))
 
 
 class AuthError(RequestError):

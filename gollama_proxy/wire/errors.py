@@ -38,6 +38,7 @@ class Code(enum.StrEnum):
     CANCELLED = "request_cancelled"
     INSUFFICIENT_SCOPE = "insufficient_scope"
     LOCAL_ONLY = "local_only"
+    ADDRESS_REFUSED = "address_refused"
     MODEL_NOT_FOUND = "model_not_found"
     UNKNOWN_URL = "unknown_url"
     NOT_FOUND = "not_found"
@@ -89,6 +90,7 @@ class Code(enum.StrEnum):
                 | Code.CANCELLED
                 | Code.INSUFFICIENT_SCOPE
                 | Code.LOCAL_ONLY
+                | Code.ADDRESS_REFUSED
             ):
                 return 403
             case Code.MODEL_NOT_FOUND | Code.UNKNOWN_URL | Code.NOT_FOUND:

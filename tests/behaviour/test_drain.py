@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gollama_proxy.serve import Signals
+from gollama_proxy.tasks import Signals
 from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.authority import Authority
 from tests.fakes.client import TlsWire, Wire

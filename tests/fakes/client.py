@@ -125,16 +125,17 @@ class Wire:
         *,
         headers: Iterable[tuple[str, str]] = (),
         version: str = "1.1",
+        method: str = "POST",
     ) -> None:
         """Send a request with a body: bytes as they are, anything else as JSON."""
-        self._expect("POST")
+        self._expect(method)
         body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         given = list(headers)
         if not any(name.lower() == "content-type" for name, _ in given):
             given.append(("Content-Type", "application/json"))
         if not any(name.lower() == "content-length" for name, _ in given):
             given.append(("Content-Length", str(len(body))))
-        head = request_head("POST", path, token, given, version=version)
+        head = request_head(method, path, token, given, version=version)
         await self.send(head + body)
 
     # --- Receiving ----------------------------------------------------------------

@@ -1,0 +1,407 @@
+"""The registration of workers by their agents: `/agent/workers/{name}`, scope `worker`.
+
+    PUT     register, renew the lease and report; may be repeated at any time
+    DELETE  give the worker back: it gets no new request, and running ones may end
+
+**A token of the scope `worker` must not lead the hub to another machine**, which would
+receive prompts, or be one that the token's owner cannot reach (server-side request
+forgery).  So an address is used only if
+
+* it lies in one of `agents.networks`, and is loopback only for an agent on the hub's
+  own machine;
+* the agent proves it: the hub connects to the worker's address, at a port that the
+  agent names, and expects the digest of a nonce that only a holder of the
+  registration's secret can make.  The secret is random, made by the agent, and sent
+  with each call in `X-Gollama-Agent`; the hub keeps its digest alone.
+
+A DNS name is resolved once, here, and the worker has the address from then on.  A
+failed proof reports nothing of what is at an address, unless the agent connects from
+there itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Annotated, Any, Protocol
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta, Struct
+
+from gollama_proxy.config import addresses
+from gollama_proxy.config.load import load_worker
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.settings import Config, Origin, WorkerConfig
+from gollama_proxy.edge.auth import Authenticator, Principal
+from gollama_proxy.edge.response import Response
+from gollama_proxy.edge.router import Routes, name_in
+from gollama_proxy.fleet.agents import Agents, LeaseState, WorkerLease, answer_to
+from gollama_proxy.fleet.registry import Registry, check_distinct
+from gollama_proxy.fleet.worker import Source, Worker
+from gollama_proxy.state.local import LocalState, StateError, StoredWorker
+from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.upstream import dial
+from gollama_proxy.upstream.client import FetchError, fetch
+from gollama_proxy.wire.errors import Code, RequestError
+
+logger = logging.getLogger(__name__)
+
+SCOPE = "worker"
+MAX_BODY = 64 << 10
+BODY_TIMEOUT = 10.0
+PROOF_TIMEOUT = 3.0
+# What an agent may set of its worker.  The other keys name files and variables of the
+# hub, whose content would be sent to the worker.
+KEYS = ("url", "slots", "models", "weight", "vram_gib")
+_NAME = re.compile(r"[!-~]{1,100}")
+_SECRET = re.compile(r"[0-9a-f]{32,128}")
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Gib = Annotated[float, Meta(ge=0, le=1_000_000)]
+Label = Annotated[str, Meta(max_length=100, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
+
+
+class Device(Struct, omit_defaults=True):
+    """A graphics card, or the memory of a machine without one."""
+
+    name: Label
+    memory_gib: Gib | None = None
+    used_gib: Gib | None = None
+    busy: Share | None = None
+    celsius: Annotated[float, Meta(ge=-100, le=1000)] | None = None
+
+
+class Report(Struct, omit_defaults=True):
+    """What an agent reports of its machine each time; unknown keys are left out."""
+
+    host: Label = ""
+    version: Label = ""
+    serving: bool | None = None  # whether the server answers the agent
+    load: Annotated[float, Meta(ge=0, le=1_000_000)] | None = None  # of one processor
+    devices: Annotated[list[Device], Meta(max_length=64)] = []
+
+
+class Registration(Struct):
+    """The body of a PUT; `proof_port` is where the agent answers the hub's nonce."""
+
+    worker: dict[str, Any]
+    proof_port: Annotated[int, Meta(ge=1024, le=65_535)]
+    report: Report = msgspec.field(default_factory=Report)
+
+
+class Parts(Protocol):
+    """The parts of a hub that registrations use and change."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def authenticator(self) -> Authenticator: ...
+    @property
+    def registry(self) -> Registry: ...
+    @property
+    def state(self) -> LocalState: ...
+    @property
+    def agents(self) -> Agents: ...
+
+
+class AgentApi:
+    """Answers agents, and keeps their workers in the registry and the state folder."""
+
+    def __init__(
+        self, hub: Parts, check_local: Callable[[web.BaseRequest], None]
+    ) -> None:
+        """`check_local` raises for a caller that is not on the hub's own machine."""
+        self._hub = hub
+        self._check_local = check_local
+
+    def __repr__(self) -> str:
+        return f"<AgentApi {self._hub.agents!r}>"
+
+    def routes(self) -> Routes:
+        return {"/agent/workers/{name}": {"PUT": self._put, "DELETE": self._delete}}
+
+    # --- What agents call ---------------------------------------------------------
+
+    async def _put(self, request: web.BaseRequest, record: Record) -> Response:
+        name, agent, secret = self._admit(request, record)
+        body = _decode(await _read_body(request))
+        peer = _unmapped(request.remote or "")
+        worker = await self._pinned(_load(name, body.worker), peer)
+        self._refuse_clash(worker)
+        lease = self._hub.agents.begin(worker, agent)
+        status = 200
+        if lease.state is LeaseState.PROVING:
+            await self._prove(lease, body.proof_port, secret, peer)
+            status = 201
+        report = msgspec.to_builtins(body.report)
+        found = await self._renew(lease, worker, report)
+        answer = {
+            "name": name,
+            "url": found.config.url,
+            "lease": self._hub.config.agents.lease,
+            "state": found.state.value,
+            "reason": found.reason,
+        }
+        return Response(msgspec.json.encode(answer), status)
+
+    async def _delete(self, request: web.BaseRequest, record: Record) -> Response:
+        """End a registration; the answer has the requests that still run."""
+        name, agent, _ = self._admit(request, record)
+        lease = self._hub.agents.find(name)
+        if lease is not None:
+            if not lease.is_of(agent):
+                text = f"The worker {name!r} was registered by another agent."
+                raise RequestError(Code.CONFLICT, text, param="name")
+            await self.remove(lease, "its agent gave it back")
+        running = sum(
+            worker.in_flight
+            for worker in self._hub.registry.leaving
+            if worker.name == name and worker.source is Source.AGENT
+        )
+        answer = {"name": name, "running": running}
+        return Response(msgspec.json.encode(answer))
+
+    def _admit(
+        self, request: web.BaseRequest, record: Record
+    ) -> tuple[str, str, bytes]:
+        """Return the name of a worker, and its agent's secret with the digest of that.
+
+        Raises:
+            RequestError: 401 or 403, or the name or the secret cannot be used.
+        """
+        caller: Principal = self._hub.authenticator.identify(request, record)
+        if self._hub.config.auth.mode == "off":
+            self._check_local(request)
+        elif SCOPE not in caller.scopes:
+            text = f"Your token does not allow this: it needs the scope {SCOPE}."
+            raise RequestError(Code.INSUFFICIENT_SCOPE, text)
+        name = name_in(request, record)
+        if not _NAME.fullmatch(name):
+            text = "The name of a worker has 1 to 100 printable ASCII characters."
+            raise RequestError(Code.INVALID_VALUE, text, param="name")
+        secret = request.headers.getall("X-Gollama-Agent", [""])
+        if len(secret) != 1 or not _SECRET.fullmatch(secret[0]):
+            text = "X-Gollama-Agent is missing: 32 to 128 hexadecimal digits, random."
+            raise RequestError(Code.BAD_REQUEST, text)
+        return name, _digest(secret[0]), secret[0].encode()
+
+    # --- Addresses ----------------------------------------------------------------
+
+    async def _pinned(self, worker: WorkerConfig, peer: str) -> WorkerConfig:
+        """Return a worker at an address that was checked, instead of a name.
+
+        A certificate is for a name, which therefore stays in an https URL; whatever it
+        resolves to later has to have that certificate.
+
+        Raises:
+            RequestError: 403, the address may not be registered.
+        """
+        origin = worker.origin
+        found = [origin.host]
+        if not addresses.is_plain(origin.host):
+            try:
+                async with asyncio.timeout(PROOF_TIMEOUT):
+                    found = await dial.resolve(origin.host, origin.port)
+            except OSError:
+                text = f"The hub cannot resolve the name {origin.host!r}."
+                raise RequestError(Code.ADDRESS_REFUSED, text, param="url") from None
+        for address in found:
+            self._hub.agents.check_address(address, peer)
+        if origin.scheme == "https" or found == [origin.host]:
+            return worker
+        pinned = origin._replace(host=found[0])
+        url = f"{pinned.scheme}://{pinned.authority}{pinned.prefix}"
+        return replace(worker, origin=pinned, url=url)
+
+    async def _prove(
+        self, lease: WorkerLease, port: int, secret: bytes, peer: str
+    ) -> None:
+        """Have the agent answer at the address of its worker.
+
+        Raises:
+            RequestError: 403, it does not; the lease has ended then.
+        """
+        proved = False
+        try:
+            reason = await _challenge(lease.worker, port, secret)
+            proved = not reason
+        finally:
+            self._hub.agents.conclude(lease, proved=proved)
+        if not proved:
+            host = lease.worker.origin.host
+            # Of another machine, nothing is revealed.
+            detail = f" ({reason})" if host == peer else ""
+            text = (
+                f"The agent did not answer the hub at {host}, port {port}{detail}. It "
+                "has to run on the worker's machine, and its port has to be reachable."
+            )
+            raise RequestError(Code.ADDRESS_REFUSED, text, param="url")
+
+    def _refuse_clash(self, worker: WorkerConfig) -> None:
+        """Refuse a name or an address that a worker without this lease has.
+
+        Raises:
+            RequestError: 409.
+        """
+        others = [
+            each.config
+            for each in self._hub.registry.workers
+            if each.source is not Source.AGENT or each.name != worker.name
+        ]
+        try:
+            check_distinct([*others, worker])
+        except ConfigError as exc:
+            raise RequestError(Code.CONFLICT, f"{exc}.", param="name") from None
+
+    # --- Workers ------------------------------------------------------------------
+
+    async def _renew(
+        self, lease: WorkerLease, worker: WorkerConfig, report: dict[str, Any]
+    ) -> Worker:
+        """Put the worker of a lease into the fleet, or its new settings in force."""
+        registry, agents = self._hub.registry, self._hub.agents
+        served = lease.report.get("serving")
+        agents.renew(lease, report)
+        lease.worker = worker
+        try:
+            known: Worker | None = registry.find(worker.name)
+        except LookupError:
+            known = None
+        try:
+            if known is None:
+                found = registry.add(worker, Source.AGENT)
+                logger.info("worker %s: registered at %s", worker.name, worker.url)
+            else:
+                found = registry.replace(worker)
+        except ConfigError as exc:  # taken while the address was being proved
+            agents.release(worker.name)
+            raise RequestError(Code.CONFLICT, f"{exc}.", param="name") from None
+        if known is found and report.get("serving") is not served:
+            found.suspect()  # its server came back, or ended: look at once
+        await self._keep(lease)
+        return found
+
+    async def _keep(self, lease: WorkerLease) -> None:
+        worker = lease.worker
+        settings = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(worker).items()
+            if key in KEYS and value not in (None, ())
+        }
+        stored = self._hub.state.find(worker.name)
+        row = StoredWorker(
+            worker.name,
+            Source.AGENT,
+            settings,
+            stored.hold if stored is not None else "",
+            {"digest": lease.agent},
+        )
+        try:
+            await self._hub.state.put(row)
+        except StateError as exc:
+            logger.warning("worker %s: %s", worker.name, exc)
+
+    async def remove(self, lease: WorkerLease, why: str) -> None:
+        """Remove the worker of a lease: it drains, and is not stored any more."""
+        name = lease.name
+        current = self._hub.agents.find(name)
+        if current is not None and current is not lease:
+            return  # its agent is back
+        self._hub.agents.release(name)  # before the registry notifies of it
+        try:
+            worker = self._hub.registry.find(name)
+        except LookupError:
+            pass
+        else:
+            if worker.source is Source.AGENT:
+                self._hub.registry.remove(name)
+                logger.info("worker %s: removed, %s", name, why)
+        await self._hub.state.forget(name)
+
+
+async def _challenge(worker: WorkerConfig, port: int, secret: bytes) -> str:
+    """Check that an agent answers at the address of its worker; return why not."""
+    nonce = secrets.token_hex(16)
+    origin = Origin("http", worker.origin.host, port, "")
+    target = dial.Target(replace(worker, origin=origin, api_key=""))
+    try:
+        reply = await fetch(
+            target, f"/proof/{nonce}", limit=1024, timeout=PROOF_TIMEOUT
+        )
+    except FetchError as exc:
+        return str(exc)
+    expected = answer_to(nonce, secret, worker.name)
+    if reply.status == 200 and hmac.compare_digest(reply.body.strip(), expected):
+        return ""
+    return "another program answers there"
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _unmapped(peer: str) -> str:
+    """Return the address of a peer, an IPv4 one as such on a socket for both."""
+    address = addresses.parse(peer)
+    return str(getattr(address, "ipv4_mapped", None) or peer)
+
+
+async def _read_body(request: web.BaseRequest) -> bytes:
+    """Read a short body.
+
+    Raises:
+        RequestError: 408 or 413.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            while piece := await request.content.readany():
+                body += piece
+                if len(body) > MAX_BODY:
+                    text = f"The body is longer than {MAX_BODY} bytes."
+                    raise RequestError(Code.BODY_TOO_LARGE, text)
+    except TimeoutError:
+        text = f"The body did not arrive within {BODY_TIMEOUT:g} s."
+        raise RequestError(Code.BODY_TIMEOUT, text) from None
+    return bytes(body)
+
+
+def _decode(body: bytes) -> Registration:
+    """Read the body of a PUT.
+
+    Raises:
+        RequestError: 400; it names the field.
+    """
+    try:
+        return msgspec.json.decode(body, type=Registration)
+    except msgspec.ValidationError as exc:
+        text, _, path = str(exc).partition(" - at ")
+        field = path.strip("`").removeprefix("$.") or None
+        where = f"`{field}`: " if field else ""
+        raise RequestError(Code.INVALID_VALUE, f"{where}{text}.", param=field) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise RequestError(Code.INVALID_JSON, "The body is not valid JSON.") from None
+
+
+def _load(name: str, table: Mapping[str, Any]) -> WorkerConfig:
+    """Make a worker of what an agent registers.
+
+    Raises:
+        RequestError: 400; it names each key that is wrong.
+    """
+    unknown = [key for key in table if key not in KEYS]
+    if unknown:
+        text = f"`worker.{unknown[0][:50]}`: an agent may set {', '.join(KEYS)}."
+        raise RequestError(Code.INVALID_VALUE, text, param="worker")
+    try:
+        return load_worker("worker", {**table, "name": name}, {})
+    except ConfigError as exc:
+        text = f"{'; '.join(exc.args)}."
+        raise RequestError(Code.INVALID_VALUE, text, param="worker") from None

@@ -1,0 +1,420 @@
+"""Agents bring workers and take them away; only what they prove is used."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.agent import AgentProcess, HandAgent
+from tests.fakes.asks import CHAT
+from tests.fakes.client import Response
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.replies import chunk, sse_head, token
+from tests.fakes.script import send, stream_of, wait
+from tests.fakes.waiting import DEADLINE, until
+from tests.fakes.worker import ScriptedWorker
+
+QUESTION: dict[str, Any] = {"messages": []}
+STREAM = QUESTION | {"stream": True}
+# Longer than any pause of a busy machine, for the tests in which none may end.
+LONG = {"agents__lease": 600}
+
+
+def names(hub: RunningHub) -> list[str]:
+    return [worker.name for worker in hub.hub.registry.workers]
+
+
+async def without_worker(hub: RunningHub) -> None:
+    await until(lambda: not names(hub), "a fleet without workers")
+
+
+@contextlib.asynccontextmanager
+async def agent_of(
+    hub: RunningHub, worker: ScriptedWorker, *arguments: str, **claims: Any
+) -> AsyncIterator[AgentProcess]:
+    granted = hub.token("desk", **{"scope": "worker"} | claims)
+    arguments = ("--hub", hub.url, "--worker", worker.url, *arguments)
+    async with AgentProcess.running(*arguments, token=granted) as agent:
+        yield agent
+
+
+async def answered_by(hub: RunningHub, name: str) -> Response:
+    """Wait until a worker answers a chat."""
+    async with asyncio.timeout(DEADLINE):
+        while True:
+            answer = await hub.post(CHAT, QUESTION)
+            if answer.header("X-Gollama-Worker") == name and answer.status == 200:
+                return answer
+
+
+# --- The command ------------------------------------------------------------------
+
+
+async def test_an_agent_brings_its_worker_and_takes_it_away() -> None:
+    async with ScriptedWorker() as worker, running_hub(**LONG) as hub:
+        async with agent_of(hub, worker, "--name", "desk") as agent:
+            await agent.until(f"hub {hub.url}: registered {worker.url} as desk")
+            await answered_by(hub, "desk")
+            agent.signal(signal.SIGTERM)
+            assert await agent.ended() == 0
+        assert names(hub) == []
+        assert (await hub.post(CHAT, QUESTION)).status == 503
+
+
+async def test_a_killed_agent_loses_its_worker_and_gets_it_back() -> None:
+    async with ScriptedWorker() as worker, running_hub(agents__lease=1) as hub:
+        async with agent_of(hub, worker, "--name", "desk") as agent:
+            await answered_by(hub, "desk")
+            agent.signal(signal.SIGKILL)
+            await without_worker(hub)
+        async with agent_of(hub, worker, "--name", "desk"):
+            await answered_by(hub, "desk")
+
+
+async def test_running_answers_end_before_the_agent_does() -> None:
+    async with ScriptedWorker() as worker, running_hub(**LONG) as hub:
+        worker.script(
+            send(sse_head()), send(chunk(token("a"))), wait("end"), *stream_of(1)[1:]
+        )
+        async with agent_of(hub, worker, "--name", "desk") as agent:
+            await until(lambda: hub.hub.registry.ready)
+            async with await hub.open(CHAT, STREAM) as client:
+                await client.read_head()
+                await client.read_event()
+                agent.signal(signal.SIGTERM)
+                await without_worker(hub)
+                assert agent.process.returncode is None
+                worker.release("end")
+                events = await client.read_events()
+                assert events[-1] == b"data: [DONE]\n\n"
+            assert await agent.ended() == 0
+
+
+async def test_a_second_signal_does_not_wait_for_answers() -> None:
+    async with ScriptedWorker() as worker, running_hub(**LONG) as hub:
+        worker.script(send(sse_head()), send(chunk(token("a"))), wait("never"))
+        async with agent_of(hub, worker) as agent:
+            await until(lambda: hub.hub.registry.ready)
+            async with await hub.open(CHAT, STREAM) as client:
+                await client.read_head()
+                agent.signal(signal.SIGTERM)
+                await without_worker(hub)
+                agent.signal(signal.SIGTERM)
+                assert await agent.ended() == 1
+
+
+async def test_a_registered_worker_outlives_the_hub(tmp_path: Path) -> None:
+    settings = LONG | {"state__dir": tmp_path}
+    async with ScriptedWorker() as worker:
+        async with running_hub(**settings) as hub:
+            async with HandAgent(hub, worker.url).answering() as agent:
+                assert (await agent.put()).status == 201
+            await answered_by(hub, "desk")
+        async with running_hub(**settings) as hub:
+            await answered_by(hub, "desk")
+            again = HandAgent(hub, worker.url)
+            again.port = agent.port
+            assert (await again.put()).status == 200  # renewed without another proof
+            assert again.proofs == 0
+            await again.delete()
+        async with running_hub(**settings) as hub:
+            assert names(hub) == []
+
+
+async def test_a_stored_lease_runs_out_too(tmp_path: Path) -> None:
+    settings = {"state__dir": tmp_path, "agents__lease": 1}
+    async with ScriptedWorker() as worker:
+        async with running_hub(**settings) as hub:
+            async with HandAgent(hub, worker.url).answering() as agent:
+                assert (await agent.put()).status == 201
+        async with running_hub(**settings) as hub:
+            assert names(hub) == ["desk"]
+            await without_worker(hub)
+            await until(lambda: hub.hub.state.find("desk") is None)
+
+
+async def test_an_agent_finds_a_hub_that_was_away() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
+    async with ScriptedWorker() as worker:
+        arguments = ("--hub", f"http://127.0.0.1:{port}", "--worker", worker.url)
+        async with AgentProcess.running(*arguments) as agent:
+            await agent.until("cannot be reached: .*; trying again")
+            assert agent.process.returncode is None
+            agent.signal(signal.SIGTERM)
+            assert await agent.ended() == 0
+
+
+async def test_two_hubs_have_one_worker() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(**LONG) as one,
+        running_hub(**LONG) as two,
+        agent_of(one, worker, "--hub", two.url, "--name", "desk") as agent,
+    ):
+        await answered_by(one, "desk")
+        await answered_by(two, "desk")
+        agent.signal(signal.SIGTERM)
+        assert await agent.ended() == 0
+        assert names(one) == names(two) == []
+
+
+@pytest.mark.parametrize(
+    ("claims", "reason"),
+    [
+        ({"scope": "admin"}, "it needs the scope worker"),
+        ({"scope": None}, "it needs the scope worker"),
+        ({"exp": 1}, "Missing or invalid token"),
+    ],
+)
+async def test_an_agent_with_a_wrong_token_ends(
+    claims: dict[str, Any], reason: str
+) -> None:
+    async with ScriptedWorker() as worker, running_hub() as hub:
+        async with agent_of(hub, worker, **claims) as agent:
+            assert await agent.ended() == 1
+        assert reason in agent.output
+        assert agent.output.count("refuses the worker") == 1
+        assert "Traceback" not in agent.output
+        assert names(hub) == []
+
+
+async def test_an_agent_waits_for_a_name_that_is_taken() -> None:
+    async with (
+        ScriptedWorker() as first,
+        ScriptedWorker() as second,
+        running_hub(first, **LONG) as hub,
+        agent_of(hub, second, "--name", first.name) as agent,
+    ):
+        await agent.until(f"refuses the worker: .*{first.name}")
+        assert names(hub) == [first.name]
+        agent.signal(signal.SIGINT)
+        assert await agent.ended() == 0
+
+
+# --- What a hub accepts -----------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def registering(
+    *workers: ScriptedWorker, **settings: Any
+) -> AsyncIterator[HandAgent]:
+    """Run a hub with these workers, and an agent of another one."""
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(*workers, **LONG | settings) as hub,
+        HandAgent(hub, worker.url).answering() as agent,
+    ):
+        yield agent
+
+
+def error_of(answer: Response) -> tuple[int, str, str]:
+    error = answer.json()["error"]
+    return answer.status, error["code"], error["message"]
+
+
+async def test_only_a_new_address_is_proved() -> None:
+    async with registering() as agent:
+        answer = await agent.put()
+        assert answer.status == 201
+        body = answer.json()
+        assert (body["name"], body["url"], body["lease"]) == ("desk", agent.url, 600)
+        assert (await agent.put()).status == 200
+        assert agent.proofs == 1
+        agent.secret = "beef" * 10  # the agent was started anew
+        assert (await agent.put()).status == 201
+        assert agent.proofs == 2
+        async with ScriptedWorker() as other:
+            agent.url = other.url  # the machine has another address
+            assert (await agent.put()).status == 201
+            assert agent.proofs == 3
+            (worker,) = agent.hub.hub.registry.workers
+            assert worker.config.url == other.url
+            await agent.delete()
+
+
+async def test_settings_and_reports_are_taken_up() -> None:
+    async with registering() as agent:
+        table = {"url": agent.url, "vram_gib": 24, "slots": 2}
+        device = {"name": "RTX 3090", "memory_gib": 24, "celsius": 61.5}
+        report = {"host": "desk", "devices": [device], "of tomorrow": 1}
+        assert (await agent.put(worker=table)).status == 201
+        assert (await agent.put(worker=table, report=report)).status == 200
+        (worker,) = agent.hub.hub.registry.workers
+        assert (worker.config.vram_gib, worker.config.slots) == (24, 2)
+        assert (await agent.put(worker=table | {"slots": 3})).status == 200
+        assert worker.config.slots == 3
+        lease = agent.hub.hub.agents.find("desk")
+        assert lease is not None
+        await agent.put(worker=table, report=report)
+        assert lease.report == {"host": "desk", "devices": [device]}
+
+
+async def test_an_address_that_is_not_proved_is_refused() -> None:
+    async with registering() as agent:
+        agent.answers = False
+        status, code, text = error_of(await agent.put())
+        assert (status, code) == (403, "address_refused")
+        assert "another program answers there" in text  # it asks for its own address
+        with socket.create_server(("127.0.0.1", 0)) as place:
+            agent.port = place.getsockname()[1]
+        status, code, text = error_of(await agent.put())
+        assert (status, code) == (403, "address_refused")
+        assert "connection refused" in text
+        assert names(agent.hub) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://8.8.8.8:8080", "outside the networks of agents.networks"),
+        ("http://[2001:db8::1]:8080", "outside the networks"),
+        ("http://169.254.1.1:8080", "link-local"),
+        ("http://169.254.169.254", "metadata"),
+        ("http://[fe80::1]:8080", "link-local"),
+        ("http://0.0.0.0:8080", "no address of a machine"),
+        ("http://224.0.0.1:8080", "multicast"),
+    ],
+)
+async def test_a_foreign_address_is_refused(url: str, reason: str) -> None:
+    async with registering() as agent:
+        agent.url = url
+        status, code, text = error_of(await agent.put())
+        assert (status, code) in ((403, "address_refused"), (400, "invalid_value"))
+        assert reason in text
+        assert agent.proofs == 0
+        assert names(agent.hub) == []
+
+
+async def test_a_name_is_resolved_once() -> None:
+    async with registering() as agent:
+        plain, agent.url = agent.url, agent.url.replace("127.0.0.1", "localhost")
+        assert (await agent.put()).status == 201
+        (worker,) = agent.hub.hub.registry.workers
+        assert worker.config.url == plain
+
+
+async def test_names_and_addresses_of_others_are_taken() -> None:
+    async with ScriptedWorker() as of_file, registering(of_file) as agent:
+        mine, agent.url = agent.url, of_file.url
+        assert error_of(await agent.put())[:2] == (409, "conflict")
+        agent.url, agent.name = mine, of_file.name
+        status, code, text = error_of(await agent.put())
+        assert (status, code) == (409, "conflict")
+        assert of_file.name in text
+        agent.name = "desk"
+        assert (await agent.put()).status == 201
+        async with ScriptedWorker() as other:
+            agent.url, agent.secret = other.url, "beef" * 10
+            status, code, text = error_of(await agent.put())
+            assert (status, code) == (409, "conflict")
+            assert mine in text
+            assert error_of(await agent.delete())[:2] == (409, "conflict")
+        assert names(agent.hub) == [of_file.name, "desk"]
+
+
+async def test_the_number_of_registered_workers_is_limited() -> None:
+    async with registering(agents__limit=1) as agent:
+        assert (await agent.put()).status == 201
+        async with ScriptedWorker() as other:
+            agent.url, agent.name = other.url, "other"
+            status, code, text = error_of(await agent.put())
+            assert (status, code) == (409, "conflict")
+            assert "agents.limit" in text
+
+
+async def test_an_unknown_worker_is_given_back_without_error() -> None:
+    async with registering() as agent:
+        answer = await agent.delete()
+        assert (answer.status, answer.json()["running"]) == (200, 0)
+
+
+async def test_a_worker_that_an_operator_removed_has_no_lease() -> None:
+    async with registering() as agent:
+        assert (await agent.put()).status == 201
+        agent.hub.hub.registry.remove("desk")
+        assert agent.hub.hub.agents.find("desk") is None
+        assert (await agent.put()).status == 201  # its agent brings it back
+        assert agent.proofs == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"{", None),
+        (b"[]", None),
+        (b"\xff", None),
+        ({}, None),
+        ({"worker": {"url": "x"}}, None),
+        ({"worker": {}, "proof_port": 2000}, "worker"),
+        ({"worker": {"url": "ftp://x"}, "proof_port": 2000}, "worker"),
+        ({"worker": {"url": "http://10.0.0.1:1", "slots": 0}, "proof_port": 2000}, "w"),
+        ({"worker": {"url": 3}, "proof_port": 2000}, "worker"),
+        ({"worker": [], "proof_port": 2000}, "worker"),
+        ({"worker": {"url": "http://10.0.0.1:1"}, "proof_port": 22}, "proof_port"),
+        ({"worker": {"url": "http://10.0.0.1:1"}, "proof_port": "x"}, "proof_port"),
+        # Each would have the hub send a file or a variable of its own to a worker.
+        (
+            {"worker": {"url": "u", "api_key_file": "/etc/shadow"}, "proof_port": 2000},
+            "w",
+        ),
+        ({"worker": {"url": "u", "api_key_env": "X"}, "proof_port": 2000}, "w"),
+        ({"worker": {"url": "u", "ca_file": "/x"}, "proof_port": 2000}, "w"),
+        ({"worker": {"url": "u", "name": "other"}, "proof_port": 2000}, "w"),
+        (
+            {
+                "worker": {"url": "http://10.0.0.1:1"},
+                "proof_port": 2000,
+                "report": {"devices": [{"name": "x" * 101}]},
+            },
+            "report",
+        ),
+        (b" " * (1 << 17), None),
+    ],
+)
+async def test_a_bad_registration_changes_nothing(body: Any, field: str | None) -> None:
+    async with registering() as agent:
+        answer = await agent.call("PUT", body)
+        assert answer.status in (400, 413)
+        error = answer.json()["error"]
+        assert (error["param"] or "").startswith(field or "")
+        assert names(agent.hub) == []
+
+
+@pytest.mark.parametrize("secret", ["", "xyz", "a" * 31, "a" * 129, "A" * 40])
+async def test_a_registration_needs_a_secret(secret: str) -> None:
+    async with registering() as agent:
+        for method in ("PUT", "DELETE"):
+            answer = await agent.call(method, {}, secret=secret)
+            assert error_of(answer)[:2] == (400, "bad_request")
+
+
+async def test_only_tokens_of_the_scope_worker_register() -> None:
+    async with registering() as agent:
+        body = {"worker": {"url": agent.url}, "proof_port": agent.port}
+        for scope in (None, "admin", "metrics", "workers"):
+            granted = agent.hub.token("desk", scope=scope)
+            for method in ("PUT", "DELETE"):
+                status, code, _ = error_of(await agent.call(method, body, granted))
+                assert (status, code) == (403, "insufficient_scope")
+        assert (await agent.call("PUT", body, None)).status == 401
+        assert agent.proofs == 0
+
+
+async def test_without_authentication_only_this_machine_registers() -> None:
+    async with registering(auth__mode="off") as agent:
+        body = {"worker": {"url": agent.url}, "proof_port": agent.port}
+        status, code, _ = error_of(await agent.call("PUT", body, None))
+        assert (status, code) == (403, "local_only")  # the Host is not
+        async with await agent.hub.wire() as wire:
+            headers = [("X-Gollama-Agent", agent.secret), ("Host", "localhost")]
+            path = "/agent/workers/desk"
+            await wire.post(path, body, None, headers=headers, method="PUT")
+            assert (await wire.read_response()).status == 201
