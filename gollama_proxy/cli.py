@@ -368,6 +368,7 @@ def _check(args: argparse.Namespace) -> int:
 
     # The table has these messages; do not log them as well.
     logging.getLogger("gollama_proxy").addHandler(logging.NullHandler())
+    config, unknown = _look_up_groups(config)
     registry = Registry(config)
     findings = _examine_all(config)
     for worker, finding in zip(registry.workers, findings, strict=True):
@@ -375,10 +376,28 @@ def _check(args: argparse.Namespace) -> int:
         worker.observe(finding.check, finding.reason, finding.description)
     _print_table(registry.workers, [finding.note for finding in findings])
     unserved = registry.unserved()
-    for text in unserved:
+    for text in [*unknown, *unserved]:
         print(text)
     ready = all(worker.state.value == "ready" for worker in registry.workers)
-    return 0 if ready and not unserved else 1
+    return 0 if ready and not unserved and not unknown else 1
+
+
+def _look_up_groups(config: Config) -> tuple[Config, list[str]]:
+    """Put the members of each group in its place; return what cannot be looked up."""
+    if not any(each.is_group for each in config.workers):
+        return config, []
+    import asyncio
+    import time
+    from dataclasses import replace
+
+    from gollama_proxy.fleet.groups import Groups
+    from gollama_proxy.upstream.lookup import look_up
+
+    groups = Groups(config.health, look_up, lambda: None, time.monotonic)
+    groups.follow(config.workers)
+    asyncio.run(groups.refresh())
+    workers = tuple(groups.expand(config.workers))
+    return replace(config, workers=workers), groups.failures()
 
 
 def _examine_all(config: Config) -> list[Finding]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 from aiohttp import web
@@ -26,6 +26,7 @@ from gollama_proxy.edge.router import Routes
 from gollama_proxy.edge.server import Server
 from gollama_proxy.edge.status import ModelList, Status
 from gollama_proxy.fleet.agents import Agents
+from gollama_proxy.fleet.groups import Groups
 from gollama_proxy.fleet.health import HealthChecker
 from gollama_proxy.fleet.registry import Listener, Registry
 from gollama_proxy.fleet.watchdog import Watchdog
@@ -38,6 +39,7 @@ from gollama_proxy.state.local import LocalState
 from gollama_proxy.tasks import spawn
 from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.upstream import probe
+from gollama_proxy.upstream.lookup import look_up
 from gollama_proxy.upstream.pool import ConnectionPool
 
 logger = logging.getLogger(__name__)
@@ -105,6 +107,8 @@ class Hub(Listener):
         self._watcher = Watcher(watched)
         self._runner: web.ServerRunner | None = None
         self._applying = asyncio.Lock()
+        self.groups = Groups(config.health, look_up, self._follow_groups, clock)
+        self.groups.follow(config.workers)
         for part in (self, self.health, self.watchdog):
             self.registry.subscribe(part)
         self._restore()
@@ -216,14 +220,30 @@ class Hub(Listener):
                 used.  Nothing has changed then.
         """
         async with self._applying:
-            self.registry.check(config.workers)
+            self.registry.check(self._expanded(config.workers))
             await self._drop_unused_credentials()
             # Reads files, which may be on a sleeping disk or on another machine.
             await asyncio.to_thread(tls.for_workers, config.workers, self._credentials)
-            self.registry.apply(config.workers)
+            self.groups.follow(config.workers)
+            self.registry.apply(self._expanded(config.workers))
             changed = _differing(self.config, config)
             self.config = replace(self.config, workers=config.workers)
             return changed
+
+    def _expanded(self, configs: Sequence[WorkerConfig]) -> list[WorkerConfig]:
+        """Return the workers of the file with the members of groups in their place."""
+        others = (w for w in self.registry.workers if w.source is not Source.FILE)
+        return self.groups.expand(configs, (worker.config for worker in others))
+
+    def _follow_groups(self) -> None:
+        """Take up other members of the groups; all other workers stay as they are."""
+        fixed = [
+            worker.config
+            for worker in self.registry.workers
+            if worker.source is Source.FILE and not worker.config.parent
+        ]
+        groups = [each for each in self.config.workers if each.is_group]
+        self.registry.apply(self._expanded([*fixed, *groups]))
 
     async def _drop_unused_credentials(self) -> None:
         used = self._worker_tls.values()
@@ -282,6 +302,7 @@ class Hub(Listener):
             await runner.cleanup()
             raise
         self._runner = runner
+        self.groups.start()
         self.health.start()
         self.watchdog.start()
         self._watcher.start()
@@ -306,6 +327,7 @@ class Hub(Listener):
 
     async def ready(self) -> None:
         """Wait until every worker has been checked once."""
+        await self.groups.looked_up()
         await self.health.first_round()
 
     async def known(self) -> None:
@@ -324,6 +346,7 @@ class Hub(Listener):
         await runner.cleanup()
         await self._watcher.stop()
         await self.watchdog.stop()
+        await self.groups.stop()
         await self.health.stop()
         for connections in self.connections.values():
             connections.close()

@@ -64,8 +64,8 @@ def parse_url(where: str, url: str) -> Origin:
         port = parts.port
     except ValueError as exc:
         raise wrong(str(exc)) from None
-    if parts.scheme not in ("http", "https"):
-        raise wrong("the scheme must be http or https")
+    if parts.scheme not in ("http", "https", "dns+http", "dns+https"):
+        raise wrong("the scheme must be http or https, or dns+http or dns+https")
     host = parts.hostname
     if not host or not re.fullmatch(r"[\w.:%-]+", host, re.ASCII):
         raise wrong("the host is missing or malformed")
@@ -79,10 +79,15 @@ def parse_url(where: str, url: str) -> Origin:
         raise wrong(f"the host {why}")
     if (address := parse(host)) is not None and not is_plain(host):
         raise wrong(f"the host must be written {address}")
+    if parts.scheme.startswith("dns+"):
+        if address is not None:
+            raise wrong("the host must be a name, after dns+")
+        if host.startswith("_") and port is not None:
+            raise wrong("the SRV records of the name have the port")
     if not re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII) or ".." in parts.path:
         raise wrong("the path is malformed")
     # llama-server has another default port, but https means 443 everywhere.
-    default = 443 if parts.scheme == "https" else 0
+    default = 443 if parts.scheme.endswith("https") else 0
     prefix = parts.path.rstrip("/")
     # Users paste the base URL of an OpenAI client.
     prefix = prefix.removesuffix("/v1")

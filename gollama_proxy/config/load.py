@@ -17,6 +17,7 @@ revoked tokens are read again.  No secret appears in a `repr`.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -276,9 +277,23 @@ def load_worker(
     key = mistakes.collect(_load_api_key, where, values, environ) or ""
     mistakes.collect(_check_worker_tls, where, origin, values)
     mistakes.check()
-    name = values.get("name") or origin.authority + origin.prefix
+    mistakes.collect(_check_resolver, where, url, origin)
+    mistakes.check()
+    group = origin.scheme.startswith("dns+")
+    name = values.get("name") or (
+        origin.host if group else origin.authority + origin.prefix
+    )
     own = {name: values[name] for name in values if name not in API_KEYS}
     return WorkerConfig(**own | {"url": url, "name": name}, origin=origin, api_key=key)
+
+
+def _check_resolver(where: str, url: str, origin: Origin) -> None:
+    needed = origin.scheme.startswith("dns+") and origin.host.startswith("_")
+    if needed and importlib.util.find_spec("dns") is None:
+        raise ConfigError(
+            f"{where}.url = {url!r}: needs dnspython for SRV records; "
+            "pip install 'gollama-proxy[dns]'"
+        )
 
 
 def _reject_second(
@@ -300,7 +315,7 @@ _WORKER_TLS = ("ca_file", "client_certificate", "client_key")
 
 def _check_worker_tls(where: str, origin: Origin, values: Mapping[str, Any]) -> None:
     for name in _WORKER_TLS:
-        if values.get(name) and origin.scheme != "https":
+        if values.get(name) and not origin.scheme.endswith("https"):
             text = (
                 f"{where}.{name} = {values[name]!r}: is for a worker with an https URL"
             )
@@ -378,7 +393,7 @@ def _check_tls(config: Config) -> None:
         if getattr(server, name) and not server.tls_certificate:
             text = f"server.{name} = {getattr(server, name)!r}: needs"
             raise ConfigError(f"{text} server.tls_certificate beside it")
-    https = [each for each in config.workers if each.origin.scheme == "https"]
+    https = [each for each in config.workers if each.origin.scheme.endswith("https")]
     if not (https or server.tls_certificate):
         return  # and do not import `ssl`, which takes longer than signing a token
     from gollama_proxy.config import tls

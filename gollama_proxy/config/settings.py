@@ -264,6 +264,7 @@ class Origin(NamedTuple):
     host: str  # without the brackets of an IPv6 address
     port: int  # 0: the URL has none, and health checks find it among `PORTS`
     prefix: str  # path in front of every route, without a trailing slash
+    address: str = ""  # the one to connect to, of several that the host has
 
     @property
     def authority(self) -> str:
@@ -279,10 +280,15 @@ class Origin(NamedTuple):
         """The ports at which the worker may be, the first one first."""
         return (self.port,) if self.port else PORTS
 
+    @property
+    def places(self) -> Iterator[tuple[str, str, int, str]]:
+        """What it may lead to: two workers with a place in common may be the same."""
+        for port in self.ports:
+            yield self.scheme, self.address or self.host, port, self.prefix
+
     def meets(self, other: "Origin") -> bool:
         """Return whether both may lead to the same server."""
-        same = self._replace(port=0) == other._replace(port=0)
-        return same and not set(self.ports).isdisjoint(other.ports)
+        return not set(self.places).isdisjoint(other.places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +317,12 @@ class WorkerConfig:
     ca_file: Annotated[Text, "PEM file with CAs; default: those of the system"] = ""
     client_certificate: Annotated[Text, "PEM file to identify the hub to it"] = ""
     client_key: Annotated[Text, "PEM file with its key; empty: in the same file"] = ""
+    parent: str = ""  # the group that it is a member of, by name
+
+    @property
+    def is_group(self) -> bool:
+        """Whether it stands for all workers to which a DNS name leads, now and then."""
+        return self.origin.scheme.startswith("dns+")
 
 
 class Revoked(NamedTuple):
@@ -365,7 +377,7 @@ WORKER_KEYS: dict[str, Any] = API_KEYS | {
     # Of `Annotated[...] | None`, the declared type.
     each.name: get_args(each.type)[0] if each.default is None else each.type
     for each in fields(WorkerConfig)
-    if each.name not in ("origin", "api_key")
+    if each.name not in ("origin", "api_key", "parent")
 }
 # The few settings that are typed often enough to have a flag.
 FLAGS = {

@@ -220,7 +220,7 @@ def for_workers(
     shared = {} if shared is None else shared
     by_name = {}
     for worker in workers:
-        if worker.origin.scheme == "https":
+        if worker.origin.scheme.endswith("https"):  # or the scheme of a group
             files = worker.ca_file, worker.client_certificate, worker.client_key
             if files not in shared:
                 make = _maker(worker)

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.names import Aliases, is_name, matches
-from gollama_proxy.config.settings import Config, Models, Origin, WorkerConfig
+from gollama_proxy.config.settings import Config, Models, WorkerConfig
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.speed import Expectations
 from gollama_proxy.fleet.worker import Hold, Source, Worker, WorkerState
@@ -80,7 +80,8 @@ class Registry:
         self._once = BoundedDict[str, None]()  # all names that were ever listed
         self._routes = BoundedDict[tuple[str | None, Claim], Pool]()
         for each in config.workers:
-            self.add(each)
+            if not each.is_group:  # whose members come when they have been looked up
+                self.add(each)
 
     def __repr__(self) -> str:
         return f"<Registry {self.workers!r}>"
@@ -100,8 +101,11 @@ class Registry:
         with the answers of it that still run.
 
         Raises:
-            ConfigError: another worker has this name or this address.
+            ConfigError: another worker has this name or this address, or this one is
+                a group, which only a configuration can have.
         """
+        if config.is_group:
+            raise self._no_group(config)
         self._refuse_clash(config)
         return self._join(config, source)
 
@@ -116,6 +120,8 @@ class Registry:
             LookupError: there is no such worker.
         """
         worker = self.find(name or config.name)
+        if config.is_group:
+            raise self._no_group(config)
         self._refuse_clash(config, worker)
         if not _same_server(worker.config, config):
             self._retire(worker, self._deadline(None))
@@ -289,9 +295,15 @@ class Registry:
 
     def _refuse_clash(self, config: WorkerConfig, old: Worker | None = None) -> None:
         for worker in self.workers:
-            same = worker.name == config.name or worker.config.origin == config.origin
-            if same and worker is not old:
+            same = worker.name == config.name
+            if (same or worker.config.origin.meets(config.origin)) and (
+                worker is not old
+            ):
                 check_distinct([worker.config, config])
+
+    def _no_group(self, config: WorkerConfig) -> ConfigError:
+        text = "a group of workers belongs into the settings file"
+        return ConfigError(f"workers.url = {config.url!r}: {text}")
 
     def _retire(self, worker: Worker, deadline: float) -> None:
         self.workers.remove(worker)
@@ -558,11 +570,10 @@ def check_distinct(configs: Sequence[WorkerConfig]) -> None:
         ConfigError: two of them have.
     """
     names: dict[str, WorkerConfig] = {}
-    origins: dict[Origin, WorkerConfig] = {}
+    taken: dict[tuple[str, str, int, str], WorkerConfig] = {}
     for config in configs:
-        for port in config.origin.ports:
-            place = config.origin._replace(port=port)
-            if (other := origins.setdefault(place, config)) is not config:
+        for place in config.origin.places:
+            if (other := taken.setdefault(place, config)) is not config:
                 text = f"already used by the worker {other.name!r}"
                 raise ConfigError(f"workers.url = {config.url!r}: {text}")
         if (other := names.setdefault(config.name, config)) is not config:

@@ -47,9 +47,10 @@ class Target:
         self.found = len(worker.origin.ports) == 1  # whether it has answered there
         self._addresses: list[str] = []
         self._valid_until = -math.inf
-        if addresses.is_plain(worker.origin.host):
-            # It was checked when the configuration was loaded.
-            self._addresses, self._valid_until = [worker.origin.host], math.inf
+        fixed = worker.origin.address or worker.origin.host
+        if addresses.is_plain(fixed):
+            # It was checked when the configuration was loaded, or when it was found.
+            self._addresses, self._valid_until = [fixed], math.inf
 
     def __repr__(self) -> str:
         return f"<Target {self.worker.name} {self._addresses}>"
