@@ -28,6 +28,7 @@ from gollama_proxy.edge.status import ModelList, Status
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.groups import Groups
 from gollama_proxy.fleet.health import HealthChecker
+from gollama_proxy.fleet.loading import LoadingFeeds
 from gollama_proxy.fleet.registry import Listener, Registry
 from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Source, Worker
@@ -78,6 +79,7 @@ class Hub(Listener):
         )
         self.authenticator = Authenticator(config)
         self.health = HealthChecker(config.health, self._ping)
+        self.loading = LoadingFeeds(self._follow_loading)
         self.watchdog = Watchdog(self._prove, then=self._each_second)
         self.fitting = Fitting(self.registry, self._count)
         self.agents = Agents(config.agents, clock)
@@ -109,7 +111,7 @@ class Hub(Listener):
         self._applying = asyncio.Lock()
         self.groups = Groups(config.health, look_up, self._follow_groups, clock)
         self.groups.follow(config.workers)
-        for part in (self, self.health, self.watchdog):
+        for part in (self, self.health, self.watchdog, self.loading):
             self.registry.subscribe(part)
         self._restore()
 
@@ -142,6 +144,12 @@ class Hub(Listener):
         target = self.connections[worker].target
         return await probe.ping(target, self.config.health)
 
+    async def _follow_loading(
+        self, worker: Worker, note: Callable[[str, float | None], None]
+    ) -> bool:
+        target = self.connections[worker].target
+        return await probe.follow_loading(target, note, self.config.health)
+
     async def _prove(self, worker: Worker, model: str) -> bool | None:
         target = self.connections[worker].target
         return await probe.prove(target, model, self.config.timeouts.allowance)
@@ -162,6 +170,7 @@ class Hub(Listener):
         for lease in self.agents.expire():
             ending = self._agent_api.remove(lease, "its agent is silent")
             _ = spawn(ending, f"end of the lease of {lease.name}")
+        self.loading.check()
         for connections in self.connections.values():
             connections.close_stale()
 
@@ -346,6 +355,7 @@ class Hub(Listener):
         await runner.cleanup()
         await self._watcher.stop()
         await self.watchdog.stop()
+        await self.loading.stop()
         await self.groups.stop()
         await self.health.stop()
         for connections in self.connections.values():

@@ -154,7 +154,7 @@ class Admin:
         described = worker.description
         return {
             "name": worker.name,
-            "url": worker.config.url,
+            "url": worker.url,
             "source": worker.source,
             "state": worker.state.value,
             "since": self._ago(worker.since),
@@ -169,7 +169,7 @@ class Admin:
                     "name": model.name,
                     "context": worker.context_of(model.name),
                     "loaded": worker.has_loaded(model.name),
-                    "progress": None,
+                    "progress": worker.progress.get(model.name),
                     "breaker": self._shown_breaker(worker.breakers(model.name)[-1]),
                 }
                 for model in worker.models

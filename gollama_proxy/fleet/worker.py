@@ -143,8 +143,9 @@ class Worker:
     _gone: BoundedDict[str, None] = field(default_factory=BoundedDict)
     _taken: int = 0  # slots
     _full_since: float | None = None
-    # Models that are not loaded, or still loading.
+    # Models that are not loaded, or still loading; and how far, from 0 to 1.
     _unloaded: set[str] = field(default_factory=set)
+    progress: dict[str, float] = field(default_factory=dict)
     _seen: tuple[object, ...] = ()  # what `on_change` was last called for
 
     def __post_init__(self) -> None:
@@ -335,11 +336,24 @@ class Worker:
 
     def is_cold(self, model: str) -> bool:
         """Return whether a request for this model would start loading it."""
-        if model not in self._unloaded:
-            return False
+        return model in self._unloaded and model not in self.loading
+
+    @property
+    def loading(self) -> set[str]:
+        """The models that it loads, or has a request for that makes it load them."""
+        if not self._unloaded:
+            return set()
         listed = self.description.models if self.description else ()
-        loading = any(each.loading for each in listed if each.name == model)
-        return not (loading or any(lease.model == model for lease in self.leases))
+        begun = {each.name for each in listed if each.loading}
+        begun.update(lease.model for lease in self.leases)
+        return begun & self._unloaded
+
+    def note_progress(self, model: str, share: float | None) -> None:
+        """Record how much of a model is loaded; None if it is loading no longer."""
+        if share is not None and model in self._unloaded:
+            self.progress[model] = share
+        elif share is None and self.progress.pop(model, None) is not None:
+            self.suspect()
 
     def has_answered(self, lease: Lease) -> None:
         """Record that an answer has begun, or was refused: its model is loaded by now.
@@ -348,6 +362,7 @@ class Worker:
         """
         if lease.loads:
             self._unloaded.discard(lease.model)
+            self.progress.pop(lease.model, None)
             self.changed()
             self.suspect()
 
@@ -571,6 +586,7 @@ class Worker:
                 self._forget_another()
             self.slots = self.config.slots or self._believed(description.slots)
             self._unloaded = {m.name for m in description.models if m.loaded is False}
+            self.progress = {m: p for m, p in self.progress.items() if self.loads(m)}
             self._note_room()
             self.changed()
             if changed and self.on_offer is not None:

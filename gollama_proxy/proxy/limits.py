@@ -114,9 +114,17 @@ class Limits:
         if waited >= x.noticed_at + interval:
             x.noticed_at = waited
             try:
-                notify_client(x, "loading model" if x.loading else "processing")
+                notify_client(x, _progress(x))
             except ConnectionError:
                 pass  # the client left, and the handler is being cancelled
+
+
+def _progress(x: Exchange) -> str:
+    """Describe what the worker does before it begins to answer."""
+    if not x.loading or x.lease is None:
+        return "processing"
+    share = x.lease.worker.progress.get(x.lease.model)
+    return "loading model" if share is None else f"loading model {share:.0%}"
 
 
 def streams(x: Exchange) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 from gollama_proxy import __version__
@@ -21,6 +22,7 @@ from gollama_proxy.config.tls import explain
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.dial import Target, connect
 from gollama_proxy.wire.coding import CodingError, Unpacker, coding_of
+from gollama_proxy.wire.sse import Gatherer, data_of
 
 PIECE = 64 << 10  # bytes of a request's body that are written in one go
 
@@ -117,6 +119,79 @@ async def _send(
         if answer.over.done():  # such as an error, for which no whole body is needed
             return
         connection.write(body[start : start + PIECE])
+
+
+async def follow(
+    target: Target, path: str, notice: Callable[[bytes], None], *, timeout: float
+) -> bool:
+    """Read a stream of events until it ends; `notice` is called with the data of each.
+
+    Returns False at once if the worker has no event stream there.  `timeout` is for
+    its first byte, in seconds; the wait between two events has no limit.
+
+    Raises:
+        FetchError: the worker cannot be reached, or the stream breaks off.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            connection = await connect(target, any_answer=True)
+            events = _Events(notice)
+            connection.start(events)
+            connection.write(_head(target, path, None))
+            try:
+                await events.begun
+            except BaseException:
+                connection.close()
+                raise
+    except OSError as exc:  # a TimeoutError is one
+        raise FetchError(_why_unreachable(exc)) from exc
+    try:
+        return events.begun.result() and await events.over
+    finally:
+        connection.close()
+
+
+class _Events:
+    """Receives one stream of events (see `connection.Receiver`)."""
+
+    def __init__(self, notice: Callable[[bytes], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self.begun: asyncio.Future[bool] = loop.create_future()
+        self.over: asyncio.Future[bool] = loop.create_future()
+        self._notice = notice
+        self._gatherer = Gatherer()
+
+    def __repr__(self) -> str:
+        return f"<_Events {self._gatherer!r}>"
+
+    def head_received(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        kinds = [value for name, value in headers if name.lower() == b"content-type"]
+        events = any(kind.startswith(b"text/event-stream") for kind in kinds)
+        self.begun.set_result(status == 200 and events)
+
+    def body_received(self, data: bytes) -> None:
+        if self.over.done() or not self.begun.result():
+            return
+        for event in self._gatherer.feed(data):
+            found = data_of(event)
+            if found is not None:
+                self._notice(found)
+        if self._gatherer.size > PIECE:
+            self.over.set_exception(FetchError("an event without an end"))
+
+    def chunk_received(self, chunk: bytes, start: int) -> None:
+        self.body_received(chunk[start:-2])
+
+    def answer_ended(self) -> None:
+        if not self.over.done():
+            self.over.set_result(True)
+
+    def answer_lost(self, reason: str, *, malformed: bool) -> None:
+        error = FetchError(reason)
+        if not self.begun.done():
+            self.begun.set_exception(error)
+        elif not self.over.done():
+            self.over.set_exception(error)
 
 
 class _Answer:

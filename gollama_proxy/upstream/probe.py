@@ -13,14 +13,14 @@ left out.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from gollama_proxy.config.settings import Health, WorkerConfig
 from gollama_proxy.config.tls import for_workers
-from gollama_proxy.upstream.client import FetchError, Reply, fetch
+from gollama_proxy.upstream.client import FetchError, Reply, fetch, follow
 from gollama_proxy.upstream.dial import Target
 from gollama_proxy.wire.description import (
     Check,
@@ -28,6 +28,7 @@ from gollama_proxy.wire.description import (
     DescriptionError,
     describe,
     read_models,
+    read_progress,
 )
 
 # Bytes: a worker's lists are small; more is a mistake or an attack.
@@ -129,6 +130,24 @@ def _body_of(models: Reply) -> bytes:
     if models.flaw:
         raise DescriptionError(f"/v1/models answered {models.flaw}")
     return models.body
+
+
+async def follow_loading(
+    target: Target, note: Callable[[str, float | None], None], health: Health
+) -> bool:
+    """Follow what a router loads until it ends the stream (see `read_progress`).
+
+    Returns False if it has no such stream, as versions before 2026 have not.
+
+    Raises:
+        FetchError: it cannot be reached, or the stream breaks off.
+    """
+
+    def notice(event: bytes) -> None:
+        if (found := read_progress(event)) is not None:
+            note(*found)
+
+    return await follow(target, "/models/sse", notice, timeout=health.timeout)
 
 
 async def prove(target: Target, model: str, limit: float) -> bool | None:

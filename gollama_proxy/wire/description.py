@@ -187,6 +187,45 @@ class _Props(msgspec.Struct):
     default_generation_settings: msgspec.Raw = msgspec.Raw()
 
 
+# --- A model that is being loaded -------------------------------------------------
+
+
+class _Progress(msgspec.Struct):
+    """The parts of a model are loaded one after the other: text, draft, images."""
+
+    stages: list[str]
+    current: str
+    value: float  # of the current one, from 0 to 1
+
+
+class _LoadStatus(msgspec.Struct):
+    status: str
+    progress: _Progress | None = None
+
+
+class _LoadEvent(msgspec.Struct):
+    model: str
+    data: _LoadStatus
+
+
+def read_progress(event: bytes) -> tuple[str, float | None] | None:
+    """Read an event of a router's `GET /models/sse`: a model, and how far it is loaded.
+
+    From 0 to 1; None for a model that is not loading any more.  Events that mean
+    nothing of this kind, such as downloads, are None.
+    """
+    found = _read(event, _LoadEvent)
+    if found is None:
+        return None
+    if found.data.status != "loading":
+        return found.model, None
+    progress = found.data.progress
+    if progress is None or progress.current not in progress.stages:
+        return None
+    done = progress.stages.index(progress.current) + min(max(progress.value, 0.0), 1.0)
+    return found.model, done / len(progress.stages)
+
+
 _Slots = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 
 

@@ -14,7 +14,16 @@ from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.exchange import Exchange
 from tests.fakes.hub import RunningHub, running_hub
-from tests.fakes.script import Step, answer, chat_stream, expect_eof, reset, wait
+from tests.fakes.replies import chunk, event, not_found, sse_head
+from tests.fakes.script import (
+    Step,
+    answer,
+    chat_stream,
+    expect_eof,
+    reset,
+    send,
+    wait,
+)
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
@@ -143,6 +152,83 @@ async def test_no_notice_is_no_notice() -> None:
         hub.pass_time(20)
         worker.release("loaded")
         assert b"loading" not in (await asking).body
+
+
+# --- How far it has got -----------------------------------------------------------
+
+
+def loading(share: float, stage: str = "text_model") -> bytes:
+    """Build an event of `GET /models/sse`, as llama-server sends it."""
+    stages = ["text_model", "mmproj_model"]
+    progress = {"stages": stages, "current": stage, "value": share}
+    return load_event({"status": "loading", "progress": progress})
+
+
+def load_event(data: dict[str, Any]) -> bytes:
+    return chunk(event({"model": "tiny", "event": "status_change", "data": data}))
+
+
+async def test_the_client_of_a_stream_is_notified_of_the_progress() -> None:
+    settings = {"clock": Clock(), "queue__notice": 2}
+    async with routers("unloaded", **settings) as ((worker,), hub):
+        worker.script(wait("loaded"), *chat_stream(["a"]))
+        worker.on(
+            "/models/sse",
+            send(sse_head()),
+            send(load_event({"status": "loading"})),
+            send(loading(0.86)),
+            wait("more"),
+            send(loading(0.5, "mmproj_model")),
+            wait("end"),
+            send(load_event({"status": "loaded", "info": {}})),
+            expect_eof(),
+        )
+        [record] = hub.hub.registry.workers
+        async with await hub.open(CHAT, STREAM) as wire:
+            await worker.received()
+            hub.pass_time(0)
+            await until(lambda: record.progress == {"tiny": 0.43}, "43 %")
+            hub.pass_time(2)
+            assert await wire.read_event() == b": loading model 43%\n\n"
+            worker.release("more")
+            await until(lambda: record.progress == {"tiny": 0.75}, "75 %")
+            hub.pass_time(5)
+            assert await wire.read_event() == b": loading model 75%\n\n"
+            worker.release("end")
+            await until(lambda: not record.progress, "no progress any more")
+            worker.release("loaded")
+            ending = await wire.read_to_end()
+        assert b"[DONE]" in ending.raw
+        hub.pass_time(0)
+        await worker.idle()  # the stream of events is closed
+
+
+async def test_a_worker_without_such_events_is_asked_once() -> None:
+    settings = {"clock": Clock(), "queue__notice": 2}
+    async with routers("unloaded", **settings) as ((worker,), hub):
+        worker.script(wait("loaded"), *chat_stream(["a"]))
+        worker.on("/models/sse", send(not_found()))
+        async with await hub.open(CHAT, STREAM) as wire:
+            await worker.received()
+            for _ in range(3):
+                hub.pass_time(5)
+                assert await wire.read_event() == b": loading model\n\n"
+                await until(lambda: "open=0" in repr(hub.hub.loading), "no feed")
+            worker.release("loaded")
+            await wire.read_to_end()
+        targets = [each.target for each in (*worker.control, *worker.requests)]
+        assert targets.count("/models/sse") == 1
+
+
+async def test_nothing_is_followed_while_nothing_loads() -> None:
+    async with routers("loaded", clock=Clock()) as ((worker,), hub):
+        worker.script(wait("go"), *chat_stream(["a"]))
+        asking = asyncio.create_task(hub.post(CHAT, STREAM), name="client")
+        await worker.received()
+        hub.pass_time(1)
+        assert repr(hub.hub.loading) == "<LoadingFeeds open=0>"
+        worker.release("go")
+        await asking
 
 
 # --- What is known of it ----------------------------------------------------------

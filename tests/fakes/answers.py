@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.fakes.exchange import Request
     from tests.fakes.worker import ScriptedWorker
 
-CONTROL = ("/health", "/v1/health", "/models", "/v1/models", "/props")
+CONTROL = ("/health", "/v1/health", "/models", "/v1/models", "/models/sse", "/props")
 
 
 def default_answer(worker: ScriptedWorker, request: Request) -> Script:

@@ -19,6 +19,7 @@ from gollama_proxy.wire.description import (
     Model,
     describe,
     read_models,
+    read_progress,
 )
 
 ONE = {"data": [{"id": "a"}]}
@@ -285,3 +286,53 @@ def test_slots_that_are_no_number_are_not_known(slots: object) -> None:
 def test_the_name_of_a_build_is_short_and_printable() -> None:
     assert described(props={"build_info": "b" * 5000}).build == "b" * 100
     assert described(props={"build_info": "\x1b[2J"}).build == ""
+
+
+# --- A model that is being loaded -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        ({"status": "loading"}, None),
+        ({"status": "loading", "progress": ["text_model", "text_model", 0.5]}, 0.5),
+        ({"status": "loading", "progress": ["a b c d", "c", 0.4]}, 0.6),
+        ({"status": "loading", "progress": ["a b", "b", 7]}, 1.0),
+        ({"status": "loading", "progress": ["a b", "a", -7]}, 0.0),
+        ({"status": "loading", "progress": ["a b", "x", 0.5]}, None),
+        ({"status": "loading", "progress": ["", "", 0.5]}, None),
+    ],
+)
+def test_progress_counts_the_stages(data: Any, found: float | None) -> None:
+    if "progress" in data:
+        stages, current, value = data["progress"]
+        data["progress"] = {
+            "stages": stages.split(),
+            "current": current,
+            "value": value,
+        }
+    event = {"model": "tiny", "event": "status_change", "data": data}
+    expected = None if found is None else ("tiny", found)
+    assert read_progress(json.dumps(event).encode()) == expected
+
+
+@pytest.mark.parametrize("status", ["loaded", "unloaded", "sleeping", "new"])
+def test_any_other_status_ends_the_progress(status: str) -> None:
+    event = {"model": "tiny", "event": "model_status", "data": {"status": status}}
+    assert read_progress(json.dumps(event).encode()) == ("tiny", None)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b"",
+        b"[DONE]",
+        b"[" * 10_000,
+        b'{"model": "*", "event": "models_reload"}',
+        b'{"model": "a", "event": "download_progress", "data": {"u": {"done": 1}}}',
+        b'{"model": 1, "data": {"status": "loading"}}',
+        b'{"model": "a", "data": {"status": "loading", "progress": {"value": NaN}}}',
+    ],
+)
+def test_other_events_are_ignored(event: bytes) -> None:
+    assert read_progress(event) is None
