@@ -581,7 +581,7 @@ class HubLink:
                 ssl=self._credentials or True,
                 allow_redirects=False,
             ) as reply:
-                return _read_answer(reply.status, await reply.content.read(64 << 10))
+                return read_answer(reply.status, await reply.content.read(64 << 10))
         except TimeoutError:
             return Answer(0, f"no answer within {TIMEOUT:g} s")
         except aiohttp.ClientConnectorCertificateError:
@@ -592,7 +592,7 @@ class HubLink:
             return Answer(0, f"cannot be reached: {why}")
 
 
-def _read_answer(status: int, body: bytes) -> Answer:
+def read_answer(status: int, body: bytes) -> Answer:
     try:
         content = json.loads(body)
     except ValueError:

@@ -148,8 +148,8 @@ class Restarts:
         """Return the seconds to wait after a server ran for so many seconds."""
         if ran >= self.GOOD:
             self._wait = 0.0
-        wait, self._wait = self._wait, min(2 * self._wait or self.FIRST, self.LONGEST)
-        return wait or self.FIRST
+        self._wait = min(2 * self._wait or self.FIRST, self.LONGEST)
+        return self._wait
 
 
 class Supervised:

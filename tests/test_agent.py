@@ -1,0 +1,236 @@
+"""What an agent decides, and the mistakes on its command line."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gollama_proxy import agent
+from gollama_proxy.agent import Answer, Refusal, Schedule
+from gollama_proxy.children import Restarts
+from gollama_proxy.cli import main
+from gollama_proxy.config.mistakes import ConfigError
+
+LATEST = max  # of a range of waits
+
+# --- Answers of hubs --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (200, "", Refusal.NONE),
+        (201, "", Refusal.NONE),
+        (0, "", Refusal.PASSING),
+        (429, "rate_limit_exceeded", Refusal.PASSING),
+        (500, "", Refusal.PASSING),
+        (503, "hub_draining", Refusal.PASSING),
+        (409, "conflict", Refusal.PATIENT),
+        (403, "address_refused", Refusal.PATIENT),
+        (403, "insufficient_scope", Refusal.LASTING),
+        (401, "invalid_api_key", Refusal.LASTING),
+        (400, "invalid_value", Refusal.LASTING),
+        (404, "unknown_url", Refusal.LASTING),
+        (301, "", Refusal.LASTING),
+    ],
+)
+def test_what_an_answer_means(status: int, code: str, expected: Refusal) -> None:
+    assert Answer(status, "", {"code": code}).refusal is expected
+
+
+def test_a_lease_is_renewed_three_times_in_its_life() -> None:
+    schedule = Schedule(LATEST)
+    assert schedule.after(Answer(200, "", {"lease": 30})) == 10
+    for lease in (None, "x", 0, -1, 1e9, float("nan"), True):
+        assert 0 < schedule.after(Answer(200, "", {"lease": lease})) <= 10
+
+
+def test_a_hub_that_is_away_is_tried_less_and_less_often() -> None:
+    schedule, away = Schedule(LATEST), Answer(0)
+    waits = [schedule.after(away) for _ in range(7)]
+    assert waits == [1, 2, 4, 8, 16, 30, 30]
+    schedule.after(Answer(200))
+    assert schedule.after(away) == 1
+    early = Schedule(min)
+    assert [early.after(away) for _ in range(3)] == [0.5, 1, 2]
+
+
+def test_a_refusal_is_tried_again_slowly() -> None:
+    schedule = Schedule(LATEST)
+    assert schedule.after(Answer(409)) == Schedule.SLOW
+    assert schedule.after(Answer(401)) == Schedule.LASTING
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "text"),
+    [
+        (401, b'{"error": {"message": "No\\n token."}}', "No token."),
+        (404, b"<html>", "answered 404; is it a hub?"),
+        (200, b"[]", "answered 200; is it a hub?"),
+        (500, b'{"error": 3}', "answered 500"),
+        (500, b'{"error": {"message": null}}', "answered 500"),
+    ],
+)
+def test_an_error_is_one_line(status: int, body: bytes, text: str) -> None:
+    assert agent.read_answer(status, body).text == text
+
+
+def test_a_server_that_ends_at_once_is_started_less_and_less_often() -> None:
+    restarts = Restarts()
+    assert [restarts.after(0.1) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    assert restarts.after(60) == 1
+    assert restarts.after(0.1) == 2
+
+
+# --- Addresses --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "local", "expected"),
+    [
+        ("http://127.0.0.1:8080", "10.0.0.5", "http://10.0.0.5:8080"),
+        ("http://localhost:8080/x", "10.0.0.5", "http://10.0.0.5:8080/x"),
+        ("http://0.0.0.0:8080", "10.0.0.5", "http://10.0.0.5:8080"),
+        ("http://[::]:8080", "10.0.0.5", "http://10.0.0.5:8080"),
+        ("http://[::1]:8080", "fd00::5", "http://[fd00::5]:8080"),
+        ("http://10.0.0.7:8080", "10.0.0.5", "http://10.0.0.7:8080"),
+        ("https://desk.lan:443", "10.0.0.5", "https://desk.lan:443"),
+        ("http://127.0.0.1:8080", "127.0.0.1", "http://127.0.0.1:8080"),
+    ],
+)
+def test_a_hub_gets_an_address_that_it_can_reach(
+    url: str, local: str, expected: str
+) -> None:
+    assert agent.place(url, local) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "url"),
+    [
+        (["--port", "9000"], {}, "http://127.0.0.1:9000"),
+        (["--port=9000", "--host", "0.0.0.0"], {}, "http://0.0.0.0:9000"),
+        (["--port", "1", "--port", "2"], {}, "http://127.0.0.1:2"),
+        (["--host=::", "--port", "9000"], {}, "http://[::]:9000"),
+        ([], {"LLAMA_ARG_PORT": "9000"}, "http://127.0.0.1:9000"),
+        (["--port", "9001"], {"LLAMA_ARG_PORT": "9000"}, "http://127.0.0.1:9001"),
+        (
+            ["--port", "9001"],
+            {"LLAMA_ARG_HOST": "10.0.0.5"},
+            "http://10.0.0.5:9001",
+        ),
+    ],
+)
+def test_a_command_has_its_own_port(
+    flags: list[str], environ: dict[str, str], url: str
+) -> None:
+    command = ["llama-server", *flags]
+    assert agent.listening(command, environ) == (command, url)
+
+
+def test_a_command_without_a_port_gets_one() -> None:
+    command, url = agent.listening(["llama-server", "-m", "x"], {})
+    assert command[:4] == ["llama-server", "-m", "x", "--port"]
+    assert url == f"http://127.0.0.1:{command[4]}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", int(command[4])))
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--port", "x"], "--port x: must be a whole number"),
+        (["--port"], "--port : must be a whole number"),
+        (["--port", "0"], "--port 0: must be"),
+        (["--port", "65536"], "--port 65536: must be"),
+        (["--port", "1", "--host", "/run/llama.sock"], "a socket file"),
+    ],
+)
+def test_a_command_that_no_hub_can_reach(flags: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        agent.listening(["llama-server", *flags], {})
+
+
+# --- The command line -------------------------------------------------------------
+
+HUB = ["--hub", "http://127.0.0.1:1"]
+WORKER = ["--worker", "http://127.0.0.1:2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "--hub: is missing"),
+        (HUB, "--worker, --exec: must be given"),
+        ([*HUB, *WORKER, "--exec", "--", "true"], "only one of them"),
+        ([*HUB, "--exec"], "--exec: needs a command behind --"),
+        ([*HUB, *WORKER, "--", "true"], "--exec: needs --exec in front of --"),
+        (
+            [*HUB, "--exec", "--", "no-such-program"],
+            "'no-such-program': must be an exec",
+        ),
+        (["--hub", "gateway:8000", *WORKER], "--hub = 'gateway:8000': must be a URL"),
+        (
+            ["--hub", "http://a:b@c", *WORKER],
+            "--hub = 'http://...@c': must be a URL with",
+        ),
+        (["--hub", "http://c:x", *WORKER], "--hub = 'http://c:x': "),
+        (["--hub", "http://c:0", *WORKER], "port 0"),
+        ([*HUB, "--worker", "ftp://x"], "--worker = 'ftp://x': must be a URL"),
+        ([*HUB, *WORKER, "--name", "a b"], "--name = 'a b': must have"),
+        ([*HUB, *WORKER, "--name", "a/b"], "--name = 'a/b': must have"),
+        ([*HUB, *WORKER, "--proof-port", "x"], "--proof-port = 'x': must be a whole"),
+        ([*HUB, *WORKER, "--weight", "0"], "--weight = '0': must be a number"),
+        ([*HUB, *WORKER, "--vram-gib", "-1"], "--vram-gib = '-1': must be a number"),
+        (
+            [*HUB, *WORKER, "--log-level", "loud"],
+            "--log-level = 'loud': must be one of",
+        ),
+        (
+            [*HUB, *WORKER, "--token-file", "/nowhere"],
+            "--token-file = '/nowhere': cannot",
+        ),
+        (
+            ["--hub", "https://x", *WORKER, "--ca-file", "/nowhere"],
+            "--ca-file = '/nowhere': No such file",
+        ),
+        ([*HUB, *WORKER, "--drain", "3"], "--drain 3: not a flag"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["agent", *arguments]) == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.startswith("gollama-proxy: ")
+    assert written.err.count("\n") == 1
+    assert reason in written.err
+
+
+@pytest.mark.parametrize("content", ["", "two words", "täken"])
+def test_a_file_without_a_token(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "token"
+    file.write_text(content)
+    file.chmod(0o600)
+    assert main(["agent", *HUB, *WORKER, "--token-file", str(file)]) == 2
+    written = capsys.readouterr().err
+    assert "holds no token" in written
+    assert not content or content not in written
+
+
+def test_the_token_comes_from_the_file_or_the_environment(tmp_path: Path) -> None:
+    environ: dict[str, Any] = {"GOLLAMA_TOKEN": " a.b.c\n"}
+    assert agent.read_token("", environ) == "a.b.c"
+    assert agent.read_token("", {}) == ""
+    file = tmp_path / "token"
+    file.write_text("d.e.f\n")
+    file.chmod(0o600)
+    assert agent.read_token(str(file), environ) == "d.e.f"
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        agent.read_token(str(file), environ)
