@@ -49,9 +49,9 @@ from gollama_proxy.telemetry import logs
 logger = logging.getLogger(__name__)
 
 USUAL_PORTS = (8080, 9931)  # of llama-server; the second one in newer builds
-LOOK_EVERY = 2.0  # seconds between two looks at the server
+LOOK_EVERY = 1.0  # seconds between two looks at the server
 TIMEOUT = 10.0  # of one call of a hub, which may include a proof of 3 s
-DRAIN = 30.0  # longest wait for running answers at the end
+MARGIN = 5.0  # seconds beyond the drain time of a hub
 
 
 @dataclass(frozen=True)
@@ -524,21 +524,25 @@ class HubLink:
             logger.error("hub %s refuses the worker: %s", self.url, trouble)
 
     async def leave(self) -> None:
-        """Give the worker back, and wait for its running answers, `DRAIN` at most."""
+        """Give the worker back, and wait for its running answers.
+
+        After its drain time, a hub has them continued elsewhere.
+        """
         if not self.served:
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN):
-                while True:
-                    answer = await self._call("DELETE")
-                    running = answer.body.get("running", 0)
-                    if answer.refusal is not Refusal.NONE or not running:
-                        break
-                    await asyncio.sleep(0.25)
-                if answer.refusal is not Refusal.NONE:
-                    logger.warning("hub %s: %s", self.url, answer.text)
-                else:
-                    logger.info("hub %s: the worker is out", self.url)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while (answer := await self._call("DELETE")).refusal is Refusal.NONE:
+            drain = answer.body.get("drain")
+            if not isinstance(drain, (int, float)):
+                drain = 0.0
+            if not answer.body.get("running"):
+                logger.info("hub %s: the worker is out", self.url)
+                return
+            if loop.time() - began > drain + MARGIN:
+                break
+            await asyncio.sleep(0.25)
+        logger.warning("hub %s: %s", self.url, answer.text or "answers still run")
 
     async def check_reachable(self) -> None:
         """Warn, once, of a server that answers here but not at the address for hubs."""

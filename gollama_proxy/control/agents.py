@@ -152,7 +152,10 @@ class AgentApi:
         return Response(msgspec.json.encode(answer), status)
 
     async def _delete(self, request: web.BaseRequest, record: Record) -> Response:
-        """End a registration; the answer has the requests that still run."""
+        """End a registration; the answer has how many requests still run, and may.
+
+        Repeated, it follows them to their end, which comes within `drain` seconds.
+        """
         name, agent, _ = self._admit(request, record)
         lease = self._hub.agents.find(name)
         if lease is not None:
@@ -165,7 +168,8 @@ class AgentApi:
             for worker in self._hub.registry.leaving
             if worker.name == name and worker.source is Source.AGENT
         )
-        answer = {"name": name, "running": running}
+        drain = self._hub.config.server.drain
+        answer = {"name": name, "running": running, "drain": drain}
         return Response(msgspec.json.encode(answer))
 
     def _admit(

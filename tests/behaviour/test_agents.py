@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stream_of, wait
-from tests.fakes.waiting import DEADLINE, until
+from tests.fakes.waiting import DEADLINE, gone, until
 from tests.fakes.worker import ScriptedWorker
 
 QUESTION: dict[str, Any] = {"messages": []}
@@ -197,6 +199,105 @@ async def test_an_agent_waits_for_a_name_that_is_taken() -> None:
         assert names(hub) == [first.name]
         agent.signal(signal.SIGINT)
         assert await agent.ended() == 0
+
+
+# --- A server of the agent --------------------------------------------------------
+
+
+# Only what an agent reports leads to another health check.
+CALM = LONG | {"health__interval": 600}
+
+
+@contextlib.asynccontextmanager
+async def reserved() -> AsyncIterator[int]:
+    """Reserve a port: only a server that sets SO_REUSEADDR can listen on it."""
+    with socket.socket() as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(("127.0.0.1", 0))
+        yield place.getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def starting(
+    hub: RunningHub, *flags: str, environ: dict[str, str] | None = None
+) -> AsyncIterator[AgentProcess]:
+    """Run an agent that starts a server."""
+    arguments = ["--hub", hub.url, "--name", "desk", "--exec", "--", sys.executable]
+    arguments += ["-m", "tests.fakes.little_server", *flags]
+    granted = hub.token("desk", scope="worker")
+    async with AgentProcess.running(*arguments, token=granted, environ=environ) as it:
+        yield it
+
+
+async def started(agent: AgentProcess) -> int:
+    """Wait until a server runs that has not been seen; return its process."""
+    pid = int((await agent.until(r"started \S+, process (\d+)"))[1])
+    agent.output = ""
+    return pid
+
+
+async def test_a_server_lives_as_long_as_its_agent() -> None:
+    async with reserved() as port, running_hub(**CALM) as hub:
+        async with starting(hub, "--port", str(port)) as agent:
+            pid = await started(agent)
+            await agent.until(f"little: serving on port {port}")
+            await answered_by(hub, "desk")
+            agent.signal(signal.SIGUSR1)
+            await agent.until("little: USR1")
+            agent.signal(signal.SIGTERM)
+            assert await agent.ended() == 0
+            await gone(pid)
+        assert names(hub) == []
+
+
+async def test_a_server_that_ended_is_started_again_and_used() -> None:
+    async with reserved() as port, running_hub(**CALM) as hub:
+        async with starting(hub, "--port", str(port)) as agent:
+            first = await started(agent)
+            await answered_by(hub, "desk")
+            os.kill(first, signal.SIGKILL)
+            await agent.until("ended with SIGKILL; again in 1 s")
+            assert await started(agent) != first
+            await agent.until("the server answers")
+            await answered_by(hub, "desk")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends it then")
+async def test_a_server_does_not_outlive_an_agent_that_is_killed() -> None:
+    async with reserved() as port, running_hub(**LONG) as hub:
+        async with starting(hub, "--port", str(port)) as agent:
+            pid = await started(agent)
+            await agent.until("little: serving")
+            agent.signal(signal.SIGKILL)
+            await gone(pid)
+
+
+async def test_a_server_that_cannot_start_is_tried_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        async with running_hub(**LONG) as hub, starting(hub, "--port", port) as agent:
+            await agent.until("Address already in use")
+            await agent.until("ended with status 1; again in 1 s")
+            agent.signal(signal.SIGTERM)
+            assert await agent.ended() == 0
+
+
+async def test_a_command_learns_its_port_and_not_the_token() -> None:
+    program = (
+        "import os, sys; print('it has', sys.argv[1:], "
+        "[name for name in os.environ if name.startswith('GOLLAMA')])"
+    )
+    async with running_hub(**LONG) as hub:
+        arguments = ["--hub", hub.url, "--exec", "--", sys.executable, "-c", program]
+        granted = hub.token("desk", scope="worker")
+        environ = {"LLAMA_ARG_PORT": "9"}
+        async with AgentProcess.running(
+            *arguments, token=granted, environ=environ
+        ) as agent:
+            await agent.until(r"it has \[\] \[\]")
+            await agent.until("registered http://127.0.0.1:9 as ")
+        async with AgentProcess.running(*arguments, token=granted) as agent:
+            await agent.until(r"it has \['--port', '\d+'\] \[\]")
 
 
 # --- What a hub accepts -----------------------------------------------------------
