@@ -405,7 +405,11 @@ def _load(name: str, table: Mapping[str, Any]) -> WorkerConfig:
         text = f"`worker.{unknown[0][:50]}`: an agent may set {', '.join(KEYS)}."
         raise RequestError(Code.INVALID_VALUE, text, param="worker")
     try:
-        return load_worker("worker", {**table, "name": name}, {})
+        worker = load_worker("worker", {**table, "name": name}, {})
+        if worker.is_group or not worker.origin.port:
+            why = "must be one address with a port, such as http://10.0.0.11:8080"
+            raise ConfigError(f"worker.url = {worker.url!r}: {why}")
     except ConfigError as exc:
         text = f"{'; '.join(exc.args)}."
         raise RequestError(Code.INVALID_VALUE, text, param="worker") from None
+    return worker

@@ -455,6 +455,8 @@ async def test_a_worker_that_an_operator_removed_has_no_lease() -> None:
         ({}, None),
         ({"worker": {"url": "x"}}, None),
         ({"worker": {}, "proof_port": 2000}, "worker"),
+        ({"worker": {"url": "http://10.0.0.1"}, "proof_port": 2000}, "worker"),
+        ({"worker": {"url": "dns+http://x:1"}, "proof_port": 2000}, "worker"),
         ({"worker": {"url": "ftp://x"}, "proof_port": 2000}, "worker"),
         ({"worker": {"url": "http://10.0.0.1:1", "slots": 0}, "proof_port": 2000}, "w"),
         ({"worker": {"url": 3}, "proof_port": 2000}, "worker"),
