@@ -19,6 +19,8 @@ from gollama_proxy.config.settings import SECTIONS, Config, Revoked, WorkerConfi
 from gollama_proxy.config.watch import Watched, Watcher
 from gollama_proxy.control.admin import Admin, check_local
 from gollama_proxy.control.agents import AgentApi
+from gollama_proxy.control.events import Events, Recent
+from gollama_proxy.control.views import Views
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.edge.quotas import Quotas
@@ -31,8 +33,9 @@ from gollama_proxy.fleet.health import HealthChecker
 from gollama_proxy.fleet.loading import LoadingFeeds
 from gollama_proxy.fleet.registry import Listener, Registry
 from gollama_proxy.fleet.watchdog import Watchdog
-from gollama_proxy.fleet.worker import Source, Worker
+from gollama_proxy.fleet.worker import Hold, Source, Worker
 from gollama_proxy.proxy.exchange import Proxy
+from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.proxy.tokens import Fitting
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.queue import Queue
@@ -48,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 class Hub(Listener):
     """Puts the parts together; only this class knows all of them."""
+
+    proxy: Proxy
 
     def __init__(
         self,
@@ -84,6 +89,10 @@ class Hub(Listener):
         self.fitting = Fitting(self.registry, self._count)
         self.agents = Agents(config.agents, clock)
         self._agent_api = AgentApi(self, check_local)
+        self._views = Views(self)
+        self.recent = Recent(clock)
+        self.events = Events(self._views, self.recent, lambda: self.proxy)
+        self.changing = asyncio.Lock()
         self.proxy = Proxy(
             config,
             self._routes(),
@@ -95,7 +104,7 @@ class Hub(Listener):
             self.connections,
             self.fitting,
             self.health.look,
-            self.telemetry.ended,
+            self._ended,
             clock,
         )
         watched: list[Watched] = []
@@ -108,10 +117,9 @@ class Hub(Listener):
             watched.append(revoked)
         self._watcher = Watcher(watched)
         self._runner: web.ServerRunner | None = None
-        self._applying = asyncio.Lock()
         self.groups = Groups(config.health, look_up, self._follow_groups, clock)
         self.groups.follow(config.workers)
-        for part in (self, self.health, self.watchdog, self.loading):
+        for part in (self, self.health, self.watchdog, self.loading, self.events):
             self.registry.subscribe(part)
         self._restore()
 
@@ -136,9 +144,15 @@ class Hub(Listener):
             "/models": {"GET": model_list.list_models},
             "/v1/models/": {"GET": model_list.show_model},
             "/models/": {"GET": model_list.show_model},
-            **Admin(self).routes(),
+            **Admin(self, self._views).routes(),
             **self._agent_api.routes(),
         }
+
+    def _ended(self, x: Exchange) -> None:
+        self.telemetry.ended(x)
+        self.recent.add(x)
+        if self.events.watched:
+            self.events.ended(x)
 
     async def _ping(self, worker: Worker) -> probe.Finding:
         target = self.connections[worker].target
@@ -193,6 +207,10 @@ class Hub(Listener):
                 continue
             if stored.source == Source.AGENT:
                 self.agents.restore(config, str(stored.agent.get("digest", "")))
+        for worker in self.registry.workers:
+            kept = self.state.find(worker.name)
+            if kept is not None and kept.hold:
+                worker.hold(Hold(kept.hold))
 
     def _follow_list(self, listed: Revoked) -> None:
         """Take up a new list from the file of revoked tokens."""
@@ -228,7 +246,7 @@ class Hub(Listener):
             ConfigError: the workers are not consistent, or a file of theirs cannot be
                 used.  Nothing has changed then.
         """
-        async with self._applying:
+        async with self.changing:
             self.registry.check(self._expanded(config.workers))
             await self._drop_unused_credentials()
             # Reads files, which may be on a sleeping disk or on another machine.
@@ -253,6 +271,15 @@ class Hub(Listener):
         ]
         groups = [each for each in self.config.workers if each.is_group]
         self.registry.apply(self._expanded([*fixed, *groups]))
+
+    async def prepare(self, config: WorkerConfig) -> None:
+        """Read the certificates of a worker that will be added; hold `changing`.
+
+        Raises:
+            ConfigError: a file cannot be used.
+        """
+        # Reads files, which may be on a sleeping disk or on another machine.
+        await asyncio.to_thread(tls.for_workers, [config], self._credentials)
 
     async def _drop_unused_credentials(self) -> None:
         used = self._worker_tls.values()
@@ -348,6 +375,7 @@ class Hub(Listener):
         if self._runner is None:
             return
         self.draining = True
+        self.events.close()
         runner, self._runner = self._runner, None
         for site in runner.sites:
             await site.stop()
@@ -363,12 +391,13 @@ class Hub(Listener):
 
     async def abort(self) -> None:
         """Cut running answers; a `drain` in progress then returns at once."""
+        self.events.close()
         self.proxy.cut()
         await self.drain()
 
 
 # What needs no restart: the workers, and the file of revoked tokens, which is watched.
-_FOLLOWED = frozenset({"workers", "file", "revoked"})
+_FOLLOWED = frozenset({"workers", "file", "given", "revoked"})
 
 
 def _differing(old: Config, new: Config) -> list[str]:

@@ -94,10 +94,13 @@ def load(
     mistakes = Mistakes()
     mistakes.collect(_reject_unknown, "", document, [*SECTIONS, "workers"])
     parts: dict[str, Any] = {}
+    given: dict[str, str] = {}
     sound = set()  # parts without a mistake, which can be checked against others
     for name in SECTIONS:
         before = len(mistakes)
-        parts[name] = _load_section(name, document, environ, flags, mistakes)
+        found = _load_section(name, document, environ, flags, mistakes)
+        parts[name], variables = found
+        given |= {key: source or str(file) for key, source in variables.items()}
         if len(mistakes) == before:
             sound.add(name)
     rows = mistakes.collect(_worker_rows, document, environ, workers) or []
@@ -107,7 +110,7 @@ def load(
         parts["workers"] = _load_workers(rows, environ, mistakes)
         if len(mistakes) == before:
             sound.add("workers")
-    config = Config(**parts, file=str(file or ""))
+    config = Config(**parts, file=str(file or ""), given=given)
     if "auth" in sound:
         config = _with_keys(config, environ, mistakes)
     if {"auth", "server"} <= sound:
@@ -139,8 +142,12 @@ def _load_section(
     environ: Mapping[str, str],
     flags: Mapping[str, Any],
     mistakes: Mistakes,
-) -> Any:
-    """Make a section; a setting with a mistake has its default."""
+) -> tuple[Any, dict[str, str]]:
+    """Make a section; a setting with a mistake has its default.
+
+    Also returns the variable or flag of each setting that was given, by key; it is
+    empty for one of the file.
+    """
     table = document.get(section, {})
     if not isinstance(table, dict):
         text = f"{section} = {shown(table)}: must be a table, [{section}]"
@@ -148,19 +155,20 @@ def _load_section(
         table = {}
     rows = {row.key.partition(".")[2]: row for row in settings(section)}
     mistakes.collect(_reject_unknown, f"{section}.", table, list(rows))
-    values = {}
+    values, sources = {}, {}
     for name, (key, env, _, hint) in rows.items():
         given = {
-            key: table.get(name),
-            f"{key} ({env})": environ.get(env),
-            f"{key} ({FLAGS.get(key)})": flags.get(key),
+            "": table.get(name),
+            env: environ.get(env),
+            FLAGS.get(key, "flag"): flags.get(key),
         }
         for source, value in given.items():
             if value is not None:
-                found = mistakes.collect(_convert, source, value, hint)
+                where = f"{key} ({source})" if source else key
+                found = mistakes.collect(_convert, where, value, hint)
                 if found is not None:
-                    values[name] = found
-    return SECTIONS[section](**values)
+                    values[name], sources[key] = found, source
+    return SECTIONS[section](**values), sources
 
 
 def _convert(source: str, value: Any, hint: Any) -> Any:

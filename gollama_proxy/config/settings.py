@@ -352,6 +352,8 @@ class Config:
     state: State = field(default_factory=State)
     workers: tuple[WorkerConfig, ...] = ()
     file: str = field(default="", compare=False)  # the file that was read, if any
+    # The file, variable or flag of each setting that is not the default, by key.
+    given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     # The current HS256 secret first, then the previous one during a rotation.
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
     public_keys: tuple[str, ...] = field(default=(), repr=False)

@@ -12,6 +12,8 @@ Theory of operation
                                      │          DISPROVED            ▲
                                      ╰───────────────────────────────╯
 
+    RESET, by an operator, leads from OPEN and HALF_OPEN to CLOSED.
+
 CLOSED     Each request ends with a `record()` of its verdict.  Three things trip the
            breaker: consecutive failures (the worker is dead), and the failure rate or
            the slow rate in the last `window` seconds (it is broken, or overloaded).
@@ -71,6 +73,7 @@ class BreakerEvent(enum.Enum):
     RESTED = "the open time is over"
     PROVED = "enough good proofs"
     DISPROVED = "a bad proof"
+    RESET = "an operator reset it"
 
 
 # All the steps there are; any other raises.
@@ -79,6 +82,8 @@ TRANSITIONS: dict[tuple[BreakerState, BreakerEvent], BreakerState] = {
     (BreakerState.OPEN, BreakerEvent.RESTED): BreakerState.HALF_OPEN,
     (BreakerState.HALF_OPEN, BreakerEvent.PROVED): BreakerState.CLOSED,
     (BreakerState.HALF_OPEN, BreakerEvent.DISPROVED): BreakerState.OPEN,
+    (BreakerState.OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
+    (BreakerState.HALF_OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
 }
 
 
@@ -258,6 +263,18 @@ class Breaker:
             self._rested_at, self._open_time = min(self._rested_at, now), 0.0
             self._changed()
 
+    def reset(self) -> None:
+        """Close it at once, and forget failures and pauses: an operator knows better.
+
+        Its share of the requests rises gradually, as after any closing.
+        """
+        self._busy_until, self._open_time = -math.inf, 0.0
+        if self.closed:
+            self._forget_the_past()
+            self._changed()
+        else:
+            self._step(BreakerEvent.RESET, "reset by an operator")
+
     def _trip(self, cause: Cause, reason: str) -> None:
         if self._clock() - self._closed_at >= self.policy.window:
             self._open_time = 0.0
@@ -289,7 +306,9 @@ class Breaker:
         self._in_a_row = 0
         self._credit = 0.0  # parts of turns
 
-    def _settle(self, good: bool | None) -> None:
+    def _settle(self, good: bool | None, generation: int) -> None:
+        if generation != self.generation:
+            return  # it was reset meanwhile
         self._permit_out = False
         self._changed()
         if good is False:
@@ -337,10 +356,11 @@ class Permit:
     Used as a context manager, it cannot leak; if it was not settled, it proves nothing.
     """
 
-    __slots__ = ("_breaker", "_settled")
+    __slots__ = ("_breaker", "_generation", "_settled")
 
     def __init__(self, breaker: Breaker) -> None:
         self._breaker = breaker
+        self._generation = breaker.generation
         self._settled = False
 
     def __repr__(self) -> str:
@@ -351,7 +371,7 @@ class Permit:
         """Give the permit back with its result; only the first call counts."""
         if not self._settled:
             self._settled = True
-            self._breaker._settle(good)
+            self._breaker._settle(good, self._generation)
 
     def __enter__(self) -> Permit:
         return self

@@ -18,7 +18,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 from weakref import WeakSet
 
 from gollama_proxy.bounded import BoundedDict
@@ -90,6 +90,14 @@ TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
 SUSPICIOUS = frozenset({Result.WORKER_FAILED, Result.SLOW, Result.BUSY})
 
 
+class LastError(NamedTuple):
+    """How the last attempt failed that the worker is to blame for."""
+
+    at: float  # monotonic seconds
+    code: str
+    detail: str  # for operators; without text of users
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     """The live record of one worker.  `clock` returns monotonic seconds."""
@@ -132,6 +140,7 @@ class Worker:
     since: float = field(init=False)  # when it entered its state, in monotonic seconds
     held_since: float | None = None
     deadline: float = math.inf  # when its running requests are broken off
+    last_error: LastError | None = None
     _good: int = 0
     _bad: int = 0
     _odd_slots: int | None = None
@@ -553,6 +562,12 @@ class Worker:
         self._good = self._bad = 0
         self._unloaded = set()
         self._adopt(self.config)
+
+    def reset_breakers(self) -> None:
+        """Close its breakers at once, for all of its models."""
+        for breaker in (self.breaker, *self.model_breakers.values()):
+            breaker.reset()
+        self.freed()
 
     def hold(self, hold: Hold, deadline: float = math.inf) -> None:
         """Take no new request until this is called with `Hold.NONE`.

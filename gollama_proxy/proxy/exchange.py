@@ -38,7 +38,7 @@ from gollama_proxy.edge.response import (
 from gollama_proxy.edge.router import Router, Routes
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.registry import RETRY_AFTER, Registry
-from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.fleet.worker import LastError, Worker
 from gollama_proxy.proxy import recovery
 from gollama_proxy.proxy.attempt import (
     Attempt,
@@ -143,7 +143,8 @@ class Proxy:
         self._running: dict[asyncio.Task[object], Exchange] = {}
         self._idle: asyncio.Future[None] | None = None  # done when none is running
         self._draining = False
-        self._cutting = False
+        # Called when a request has its plan, waits, or gets to a worker.
+        self.observer: Callable[[str, Exchange], None] | None = None
 
     def __repr__(self) -> str:
         return f"<Proxy running={len(self._running)}>"
@@ -178,10 +179,10 @@ class Proxy:
                 response = self._fail_inside(x, exc)
             return await self._finish(x, response)
         except asyncio.CancelledError:
-            if self._cutting and not x.begun and x.state is not State.ENDED:
+            if x.cut is not None and not x.begun and x.state is not State.ENDED:
                 task.uncancel()  # the client is still there, and has got nothing yet
                 x.keep_alive = False
-                return await self._finish(x, self._fail(x, draining()))
+                return await self._finish(x, self._fail(x, x.cut))
             if x.outcome is None:
                 x.outcome = Outcome.CLIENT_GONE
             x.status = x.status or CLIENT_CLOSED
@@ -324,6 +325,8 @@ class Proxy:
         follows = endpoint.slot and self._balancer.follows(pool)
         prefixes = body.prefixes() if follows else ()
         x.plan.ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
+        if self.observer is not None:
+            self.observer("started", x)
         try:
             while True:
                 x.enter(State.QUEUED)
@@ -352,7 +355,7 @@ class Proxy:
                 raise
             if deadline is not None and deadline.expired():
                 return self._break_off(x, _took_too_long(config.timeouts.request))
-            self._break_off(x, draining())
+            self._break_off(x, x.cut or draining())
             raise
         finally:
             self._queue.leave(x)
@@ -372,6 +375,8 @@ class Proxy:
             x.fell_back = ""
         x.attempts += 1
         x.queued = lease.taken_at - x.started
+        if self.observer is not None:
+            self.observer("attempt", x)
         lease.prompt_bytes = body.size
         # What is sent
         if x.resume is None:
@@ -615,11 +620,12 @@ class Proxy:
         return x.delivery.break_off(error)
 
     def _log_loss(self, worker: Worker, failure: Failure) -> None:
-        """Log that a worker was lost while it had a request; retries hide it."""
+        """Record how a worker failed; log that it was lost, which retries hide."""
         error = failure.answer
-        if failure.cause is Cause.DRAINED:
-            return  # it is well
-        if not isinstance(error, WorkerError) or error.code not in _LOSSES:
+        if failure.cause is Cause.DRAINED or not isinstance(error, WorkerError):
+            return  # it is well, or has refused the request
+        worker.last_error = LastError(self._clock(), error.code, error.detail)
+        if error.code not in _LOSSES:
             return
         if count := self._losses.count(worker.name):
             text = "worker %s: lost while it had a request: %d times (%s)"
@@ -667,12 +673,22 @@ class Proxy:
 
         patience = self._config.retry.patience
         streams = takes_comments(x)
+        if self.observer is not None:
+            self.observer("queued", x)
         return await self._queue.acquire(x, patience, notify if streams else None)
 
     def check(self, now: float) -> None:
         """Check the time limits of all requests; the watchdog calls it every second."""
         for x in tuple(self._running.values()):
             self._limits.check(x, now)
+
+    def cancel(self, x: Exchange) -> None:
+        """Cancel a running request for an operator; its client gets an error."""
+        text = "An operator of the hub has cancelled this request."
+        for task, each in self._running.items():
+            if each is x and x.cut is None:
+                x.cut = RequestError(Code.CANCELLED, text)
+                task.cancel()
 
     # --- The end of the hub -------------------------------------------------------
 
@@ -699,8 +715,8 @@ class Proxy:
 
     def cut(self) -> None:
         """Cancel every running request; clients are notified if possible."""
-        self._cutting = True
-        for task in self._running:
+        for task, x in self._running.items():
+            x.cut = x.cut or draining()
             task.cancel()
 
 

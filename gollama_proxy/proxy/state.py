@@ -114,6 +114,7 @@ class Exchange(Record):
     failure: Failure | None = None  # the last one
     answered = False  # a worker has begun to generate
     waited = 0.0  # seconds for which no worker was available
+    cut: ProxyError | None = None  # why the hub has cancelled it, if it has
     noticed_at = 0.0  # seconds of an attempt, when the client was last notified
 
     def __init__(self, request: web.BaseRequest, started: float) -> None:

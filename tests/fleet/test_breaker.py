@@ -95,7 +95,27 @@ def test_the_table_leads_round() -> None:
         (BreakerState.OPEN, BreakerEvent.RESTED): BreakerState.HALF_OPEN,
         (BreakerState.HALF_OPEN, BreakerEvent.PROVED): BreakerState.CLOSED,
         (BreakerState.HALF_OPEN, BreakerEvent.DISPROVED): BreakerState.OPEN,
+        (BreakerState.OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
+        (BreakerState.HALF_OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
     }
+
+
+@pytest.mark.parametrize("state", list(BreakerState))
+def test_an_operator_may_reset_it_in_any_state(state: BreakerState) -> None:
+    breaker, _ = make(state)
+    breaker.busy(30.0)
+    breaker.reset()
+    assert breaker.state is BreakerState.CLOSED
+    assert breaker.available
+
+
+def test_a_permit_of_before_a_reset_proves_nothing() -> None:
+    breaker, _ = make(BreakerState.HALF_OPEN)
+    permit = breaker.permit()
+    assert permit is not None
+    breaker.reset()
+    permit.settle(False)
+    assert breaker.state is BreakerState.CLOSED
 
 
 def test_each_step_is_logged_once_with_its_reason(

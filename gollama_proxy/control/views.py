@@ -1,0 +1,261 @@
+"""What the admin API shows of a hub: plain values, made when they are asked for.
+
+No prompt, no answer and no secret is in any of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, Protocol
+
+from gollama_proxy.config.settings import Config, settings
+from gollama_proxy.fleet.breaker import Breaker
+from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.exchange import Proxy
+from gollama_proxy.proxy.tokens import Fitting
+from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.scheduling.balancer import Balancer
+from gollama_proxy.scheduling.policies import Policy
+from gollama_proxy.scheduling.queue import Queue
+from gollama_proxy.scheduling.turns import TicketState
+from gollama_proxy.wire.openai import ENDPOINTS
+
+Shown = dict[str, Any]
+
+
+class Parts(Protocol):
+    """The parts of a hub that are shown."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def clock(self) -> Callable[[], float]: ...
+    @property
+    def registry(self) -> Registry: ...
+    @property
+    def balancer(self) -> Balancer: ...
+    @property
+    def queue(self) -> Queue: ...
+    @property
+    def fitting(self) -> Fitting: ...
+    @property
+    def proxy(self) -> Proxy: ...
+
+
+class Views:
+    """Looks at a hub, and changes nothing."""
+
+    def __init__(self, hub: Parts) -> None:
+        self._hub = hub
+
+    def __repr__(self) -> str:
+        return f"<Views of {self._hub!r}>"
+
+    # --- Workers ------------------------------------------------------------------
+
+    def worker(self, worker: Worker) -> Shown:
+        """Show the state of a worker; its models have the breakers that they have."""
+        described, error = worker.description, worker.last_error
+        return {
+            "name": worker.name,
+            "url": worker.config.url,
+            "source": worker.source,
+            "state": worker.state.value,
+            "since": self._ago(worker.since),
+            "reason": worker.reason,
+            "hold": worker.held,
+            "breaker": self._breaker(worker.breaker),
+            "weight": worker.weight,
+            "slots": worker.slots,
+            "running": worker.in_flight,
+            "models": [
+                {
+                    "name": model.name,
+                    "context": worker.context_of(model.name),
+                    "loaded": worker.has_loaded(model.name),
+                    "progress": None,
+                    "breaker": self._breaker(worker.breakers(model.name)[-1]),
+                }
+                for model in worker.models
+            ],
+            "context": described.context if described else None,
+            "vram_gib": worker.config.vram_gib,
+            "build": (described.build or None) if described else None,
+            "speed": self._speed(worker),
+            "agent": None,
+            "last_error": None
+            if error is None
+            else {
+                "code": error.code,
+                "detail": error.detail,
+                "ago": self._ago(error.at),
+            },
+        }
+
+    def _breaker(self, breaker: Breaker) -> Shown:
+        return {
+            "state": breaker.state.value,
+            "reason": breaker.reason,
+            "since": self._ago(breaker.since) if breaker.generation else None,
+            "opens_in": round(breaker.opens_in(), 3),
+        }
+
+    def _speed(self, worker: Worker) -> Shown:
+        """Show how fast a worker is with the model that it had last."""
+        model, pace = next(reversed(worker.paces.items()), ("", None))
+        speed = None if pace is None else pace.speed
+        writes = None if speed is None else speed.writes(max(worker.in_flight, 1))
+        reads = None
+        if speed is not None and speed.reads is not None:
+            reads = self._hub.fitting.likely_tokens(model, int(speed.reads))
+        first = pace.first_token if pace is not None else 0.0
+        return {
+            "tokens_per_second": writes and round(writes, 2),
+            "prompt_tokens_per_second": reads,
+            "first_token": round(first, 3) if first else None,
+        }
+
+    def models(self) -> list[Shown]:
+        """Show each model, what leads to it, and the workers that serve it."""
+        registry = self._hub.registry
+        waiting = [x.asked for x in self._waiting()]
+        leads: dict[str, list[str]] = {}
+        for alias, model in registry.aliases().items():
+            leads.setdefault(model, []).append(alias)
+        return [
+            {
+                "name": name,
+                "aliases": leads.get(name, []),
+                "fallbacks": [
+                    other.model for other in registry.pools_for(pool, (), None)[1:]
+                ],
+                "policy": policy_name(self._hub.balancer.policy_of(name)),
+                "workers": [
+                    {
+                        "name": worker.name,
+                        "usable": worker in pool.available,
+                        "context": worker.context_of(name),
+                        "loaded": worker.has_loaded(name),
+                    }
+                    for worker in pool.workers
+                ],
+                "waiting": waiting.count(name),
+            }
+            for name in registry.models()
+            for pool in [registry.pool(name)]
+        ]
+
+    # --- Requests -----------------------------------------------------------------
+
+    def exchanges(self) -> list[Shown]:
+        """Show the requests in flight, the oldest first."""
+        return [self.exchange(x) for x in in_flight(self._hub.proxy.running)]
+
+    def exchange(self, x: Exchange) -> Shown:
+        """Show a request that has not ended."""
+        body = getattr(x, "body", None)  # there is none before its head was read
+        return {
+            "id": x.id,
+            "subject": x.subject,
+            "model": x.model,
+            "worker": x.worker,
+            "route": x.route,
+            "state": x.state.name.lower(),
+            "age": self._ago(x.started),
+            "tokens": tokens_of(x),
+            "attempts": x.attempts,
+            "stream": body is not None and body.stream,
+            "class": x.priority,
+        }
+
+    def queue(self) -> list[Shown]:
+        """Show the requests that wait, by model, in the order of their turns."""
+        shown = [self.waiting(x) for x in self._waiting()]
+        return sorted(shown, key=lambda each: (each["model"], each["position"] or 0))
+
+    def waiting(self, x: Exchange) -> Shown:
+        """Show a request that waits for a slot, or for a worker to come back."""
+        ticket, place, since = x.ticket, None, x.started
+        if ticket is not None and ticket.state is TicketState.WAITING:
+            place, since = self._hub.queue.admission.place(ticket), ticket.joined_at
+        eta = None if place is None or place.eta is None else round(place.eta, 3)
+        return {
+            "id": x.id,
+            "subject": x.subject,
+            "model": x.plan.pool.model,
+            "class": x.priority,
+            "position": None if place is None else place.position,
+            "waited": self._ago(since),
+            "expected": eta,
+        }
+
+    def _waiting(self) -> Iterator[Exchange]:
+        return (
+            x
+            for x in in_flight(self._hub.proxy.running)
+            # A plan is made before it is queued.
+            if x.state is State.QUEUED
+        )
+
+    def totals(self) -> Shown:
+        """Show the numbers of the present, for a sample."""
+        return {
+            "running": len(list(in_flight(self._hub.proxy.running))),
+            "waiting": self._hub.queue.admission.waiting,
+            "workers": [
+                {
+                    "name": worker.name,
+                    "state": worker.state.value,
+                    "hold": worker.held,
+                    "breaker": worker.breaker.state.value,
+                    "running": worker.in_flight,
+                    "slots": worker.slots,
+                }
+                for worker in self._hub.registry.workers
+            ],
+        }
+
+    # --- Settings -----------------------------------------------------------------
+
+    def settings(self) -> Shown:
+        """Show the settings in force, and where each is from."""
+        config = self._hub.config
+        rows = []
+        for row in settings():
+            section, _, name = row.key.partition(".")
+            given = config.given.get(row.key, "")
+            source = "file" if given else "default"
+            if given == row.env:
+                source = "environment"
+            elif given.startswith("--") or given == "flag":
+                source = "flag"
+            value = getattr(getattr(config, section), name)
+            rows.append(
+                {"key": row.key, "value": value, "source": source, "from": given}
+            )
+        return {"file": config.file, "settings": rows}
+
+    def _ago(self, moment: float) -> float:
+        return round(max(0.0, self._hub.clock() - moment), 3)
+
+
+def in_flight(running: Collection[Exchange]) -> Iterable[Exchange]:
+    """Return those of the running requests that are for workers, the oldest first."""
+    # A copy: a request may end while they are looked at.
+    return [x for x in running if x.route in ENDPOINTS]
+
+
+def tokens_of(x: Exchange) -> int:
+    """Return the tokens that were generated for a request so far.
+
+    Those of earlier attempts are added up; those of the present one are events.
+    """
+    relay = x.relay if x.state is State.STREAMING else None
+    return x.tokens + (0 if relay is None else relay.events)
+
+
+def policy_name(policy: Policy) -> str:
+    """Return the name that a policy has in the settings."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(policy).__name__).lower()
