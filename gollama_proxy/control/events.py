@@ -30,10 +30,9 @@ from aiohttp import web
 
 from gollama_proxy.config.settings import WorkerConfig
 from gollama_proxy.control.views import Shown, Views, tokens_of
-from gollama_proxy.edge.response import CLOSE, KEEP, Sent, head
+from gollama_proxy.edge.response import CLOSE, KEEP, Sent, frame, head
 from gollama_proxy.fleet.registry import Listener
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.proxy.client import frame
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.tasks import Periodic

@@ -14,8 +14,8 @@ from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Proxy
-from gollama_proxy.proxy.tokens import Fitting
 from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.proxy.tokens import Fitting
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Policy
 from gollama_proxy.scheduling.queue import Queue
