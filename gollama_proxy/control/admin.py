@@ -20,11 +20,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from importlib import resources
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast
 
 import msgspec
 from aiohttp import web
@@ -36,15 +37,21 @@ from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import API_KEYS, WORKER_KEYS, WorkerConfig
 from gollama_proxy.control import views
 from gollama_proxy.control.events import STREAM, Events, Recent
-from gollama_proxy.control.views import Views
+from gollama_proxy.control.explain import Case, decide, other_workers
+from gollama_proxy.control.views import Shown, Views
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import Response, Sent
 from gollama_proxy.edge.router import Handler, Routes, name_in
 from gollama_proxy.fleet.worker import Hold, Source, Worker
-from gollama_proxy.proxy.body import answer_expectation
+from gollama_proxy.proxy.body import Body, answer_expectation
+from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.scheduling.balancer import RetryBudget
+from gollama_proxy.scheduling.policies import Ask
+from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.state.local import LocalState, StateError, StoredWorker
-from gollama_proxy.wire.errors import Code, HubError, RequestError
+from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
+from gollama_proxy.wire.openai import ENDPOINTS
 
 audit = logging.getLogger("gollama_proxy.audit")
 
@@ -140,6 +147,7 @@ class Admin:
             "/admin/exchanges/{id}": {"DELETE": self._cancel},
             "/admin/requests": {"GET": self._list_requests},
             "/admin/config": {"GET": self._show_config},
+            "/admin/explain": {"POST": self._explain},
             "/admin/revoke": {"POST": self._revoke},
             "/admin/events": {"GET": self._follow},
             "/admin/openapi.json": {"GET": self._show_api},
@@ -379,6 +387,85 @@ class Admin:
                 raise RequestError(Code.INVALID_VALUE, text, param=name[:40])
         return _answer({"requests": self._hub.recent.find(int(limit), **query)})
 
+    async def _explain(self, call: Call) -> Response:
+        """Answer what a request would get; a worker may count a long prompt for it."""
+        asked = _decode(await self._receive(call.request), _Ask)
+        x = Exchange(call.request, self._hub.clock())
+        endpoint = ENDPOINTS.get(asked.path)
+        if endpoint is None or endpoint.form:
+            text = f"path = {asked.path[:60]!r}: must be a path that takes JSON."
+            raise RequestError(Code.INVALID_VALUE, text, param="path")
+        x.endpoint, x.needs_slot = endpoint, endpoint.slot
+        x.subject = asked.subject or call.x.subject
+        x.priority = asked.priority
+        x.body = Body(cast(web.BaseRequest, _Given(asked)), endpoint, self._hub.config)
+        try:
+            shown = await self._foresee(x, asked)
+        except ProxyError as error:
+            return _answer(_without_worker(error))
+        return _answer(shown)
+
+    async def _foresee(self, x: Exchange, asked: _Ask) -> Shown:
+        """Do with a request what is done with a real one, up to the choice.
+
+        Raises:
+            ProxyError: the request would be refused.
+        """
+        hub, config, body = self._hub, self._hub.config, x.body
+        registry, balancer = hub.registry, hub.balancer
+        await body.read(config.limits.replay_window)
+        pool = registry.resolve(body.model, asked.models)
+        x.model = x.asked = pool.model
+        pools = registry.pools_for(pool, body.fallbacks, asked.models)
+        budget = RetryBudget(config.retry.ratio, config.retry.floor, clock=hub.clock)
+        x.plan = Plan.of(pools, x.endpoint.path, config, budget, random.Random())
+        follows = x.endpoint.slot and balancer.follows(pool)
+        prefixes = body.prefixes() if follows else ()
+        x.plan.ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
+        if not hub.fitting.is_certain(x):
+            await hub.fitting.check(x)
+        limit = asked.max_concurrency or config.queue.max_concurrency
+        case = Case(x.plan, pools, x.subject, x.priority, limit, x.needs_slot)
+        admission = hub.queue.admission
+        decision = decide(case, balancer, admission, config.retry.patience)
+        model, place = x.plan.pool.model, decision.place
+        policy = views.policy_name(balancer.policy_of(model))
+        tokens, counted = hub.fitting.estimate(x), bool(x.plan.needs.get(model))
+        contexts = [w.context_of(model) for w in x.plan.pool.workers]
+        largest = max((each for each in contexts if each is not None), default=None)
+        answer = body.max_tokens * body.answers * body.prompts
+        generates = x.endpoint.generates
+        return {
+            "model": model,
+            "worker": decision.worker.name if decision.worker is not None else None,
+            "code": decision.code,
+            "reason": decision.reason,
+            "policy": policy,
+            "others": [
+                {"worker": worker.name, "code": code, "reason": text}
+                for worker, code, text in other_workers(
+                    case, decision, registry, policy
+                )
+            ],
+            "context": {
+                "fits": None if largest is None else bool(x.plan.fitting(x.plan.pool)),
+                "prompt_tokens": tokens,
+                "counted": counted,
+                "largest": largest,
+            },
+            "queue": place
+            and {
+                "position": place.position,
+                "waiting": place.waiting,
+                "expected": place.eta,
+            },
+            "charge": {
+                "requests": 1,
+                "prompt_tokens": tokens if generates else 0,
+                "most_tokens": tokens + answer if answer and generates else None,
+            },
+        }
+
     # --- The hub ------------------------------------------------------------------
 
     async def _show_config(self, call: Call) -> Response:
@@ -435,12 +522,7 @@ class Admin:
         Raises:
             RequestError: 400, 408, 413 or 415.
         """
-        body = await self._receive(call.request)
-        try:
-            value = msgspec.json.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            text = "The request body is not valid JSON."
-            raise RequestError(Code.INVALID_JSON, text) from None
+        value = _decode(await self._receive(call.request), object)
         if not isinstance(value, dict):
             text = "The request body must be a JSON object."
             raise RequestError(Code.INVALID_JSON, text)
@@ -477,6 +559,92 @@ _NOTES = {
     "reload or start.",
     Source.AGENT: "This worker has an agent, which may register it again.",
 }
+
+
+class _Ask(msgspec.Struct, forbid_unknown_fields=True):
+    """A request to explain."""
+
+    model: str = ""
+    subject: str = ""
+    path: str = "/v1/chat/completions"
+    prompt: str = ""
+    request: dict[str, msgspec.Raw] | None = None
+    priority: Priority = Priority.INTERACTIVE
+    models: tuple[str, ...] | None = None
+    max_concurrency: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+
+    def body(self) -> bytes:
+        """Return the body of the request; of a given one, no byte inside changes."""
+        fields: dict[str, Any] = {"model": self.model} if self.model else {}
+        if self.request is None:
+            message = {"role": "user", "content": self.prompt}
+            chat = self.path.endswith(("/chat/completions", "/messages"))
+            fields |= {"messages": [message]} if chat else {"prompt": self.prompt}
+        else:
+            fields |= self.request
+        return msgspec.json.encode(fields)
+
+
+class _Given:
+    """A request that was never sent, as far as `Body` reads one."""
+
+    def __init__(self, asked: _Ask) -> None:
+        self._body = asked.body()
+        self.content_length = len(self._body)
+        self.headers: Mapping[str, str] = {}
+        self.content = self
+
+    def __repr__(self) -> str:
+        return f"<Given {self.content_length} bytes>"
+
+    def is_eof(self) -> bool:
+        return True
+
+    def at_eof(self) -> bool:
+        return True
+
+    def read_nowait(self) -> bytes:
+        return self._body
+
+
+_T = TypeVar("_T")
+
+
+def _decode(body: bytes, kind: type[_T]) -> _T:
+    """Read a JSON object of a declared kind.
+
+    Raises:
+        RequestError: 400; it names the field.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as exc:
+        match = re.search(r"`\$\.(\w+)|unknown field `([^`]*)`", str(exc))
+        param = (match[1] or match[2])[:40] if match else None
+        raise RequestError(Code.INVALID_VALUE, f"{exc}.", param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        text = "The request body is not valid JSON."
+        raise RequestError(Code.INVALID_JSON, text) from None
+
+
+def _without_worker(error: ProxyError) -> Shown:
+    """Explain a request that would be refused before any worker is looked at."""
+    return {
+        "model": "",
+        "worker": None,
+        "code": error.code,
+        "reason": error.message,
+        "policy": "",
+        "others": [],
+        "context": {
+            "fits": False if error.code is Code.CONTEXT_LENGTH else None,
+            "prompt_tokens": error.fields.get("n_prompt_tokens", 0),
+            "counted": "n_prompt_tokens" in error.fields,
+            "largest": error.fields.get("n_ctx"),
+        },
+        "queue": None,
+        "charge": {"requests": 1, "prompt_tokens": 0, "most_tokens": None},
+    }
 
 
 def _load(row: Mapping[str, Any], ours: Collection[str] | None = None) -> WorkerConfig:

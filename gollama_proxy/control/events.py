@@ -271,11 +271,12 @@ class Events(Listener):
         try:
             while True:
                 data = await listener.take()
+                last = listener.ended
                 if data and not transport.is_closing():
                     x.bytes += len(data)
                     transport.write(frame(data) if chunked else data)
                 await request.writer.drain()
-                if listener.ended:
+                if last:
                     break
                 try:
                     check()

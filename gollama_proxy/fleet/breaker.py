@@ -113,6 +113,8 @@ class Verdict(enum.Enum):
 class Breaker:
     """The breaker of a worker or of a model on it; `clock` gives monotonic seconds."""
 
+    _credit: float
+
     def __init__(
         self,
         name: str,
@@ -185,19 +187,20 @@ class Breaker:
         moment = self._rested_at if opens else self._busy_until
         return moment if moment > self._clock() else math.inf
 
-    def turn(self) -> bool:
+    def turn(self, *, dry: bool = False) -> bool:
         """Return whether an available worker should take this request, or leave it.
 
         Nothing is random: the worker's shares add up, and each whole one is a True.  If
         every worker returns False, one of them has to take the request all the same.
+        In a `dry` run the shares stay as they are.
         """
         since, ramp = self._clock() - self._closed_at, self.policy.ramp
         missing = 0.0 if since >= ramp else (1 - FIRST_SHARE) * (1 - since / ramp)
-        self._credit += 1.0 - missing
-        if self._credit < 1.0:
-            return False
-        self._credit -= 1.0
-        return True
+        credit = self._credit + 1.0 - missing
+        takes = credit >= 1.0
+        if not dry:
+            self._credit = credit - takes
+        return takes
 
     # --- What it learns -----------------------------------------------------------
 

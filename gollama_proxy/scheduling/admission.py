@@ -63,6 +63,10 @@ REMEMBERED = 1000
 # A new measurement counts for an eighth, as TCP smooths its round-trip times
 # (RFC 6298, 2): a burst of turns is evened out, a change is followed within ten or so.
 GAIN = 1 / 8
+# Longest wait, in seconds, for the worker that has a conversation in its prompt cache
+# while another one is free.  It does not grow with `queue.timeout`, which is the time
+# before a request fails; this request could be answered at once.
+MOST_PATIENCE = 30.0
 FRESH = 1.0  # seconds for which the places stay valid once they were counted
 
 
@@ -84,6 +88,8 @@ class Admission:
         # Called with a ticket that had to make room for another one.
         self.on_displaced: Callable[[Ticket], None] | None = None
         self.waiting = 0  # requests, in all classes
+        # For which a request may wait for a better worker, in seconds.
+        self.patience = min(MOST_PATIENCE, settings.timeout / 2)
         self._clock = clock
         self._numbers, self._ticks = itertools.count(1), itertools.count(1)
         self._subjects: dict[str, Subject] = {}  # with requests waiting or running
@@ -204,6 +210,38 @@ class Admission:
             if rounds.priority.rank <= priority.rank
         )
 
+    # --- What would happen ----------------------------------------------------------
+
+    def would_admit(
+        self, subject: str, model: str, priority: Priority, limit: int
+    ) -> bool:
+        """Return what `admit` would decide now."""
+        holder = self._subjects.get(subject)
+        if holder is not None:
+            if 0 < limit <= holder.running:
+                return False
+            # Its earlier requests go first, also those that another limit withheld.
+            for rounds in holder.rounds:
+                if rounds.model == model and rounds.priority.rank <= priority.rank:
+                    return False
+        return not (self.waiting and self._is_behind(model, priority))
+
+    def would_join(self, subject: str, priority: Priority) -> bool:
+        """Return whether `join` would find room now."""
+        return self.has_room or self._to_displace(subject, priority) is not None
+
+    def outlook(self, model: str, priority: Priority) -> Place:
+        """Return the place that a new request would have, if subjects were equal.
+
+        A subject that has had fewer turns than others gets a better one.
+        """
+        some = self._rounds_for(model)
+        ahead = sum(r.waiting for r in some if r.priority.rank <= priority.rank)
+        waiting = 1 + sum(rounds.waiting for rounds in some)
+        interval = self._forecast(model).interval
+        eta = None if interval is None else (ahead + 1) * interval
+        return Place(ahead + 1, waiting, eta)
+
     # --- State, for clients and metrics -------------------------------------------
 
     @property
@@ -304,6 +342,16 @@ class Admission:
         Raises:
             NoWorkerError: it is not.
         """
+        found = self._to_displace(subject, priority)
+        if found is None:
+            self.refused[priority] += 1
+            raise self.no_room(model)
+        self._displace(*found)
+
+    def _to_displace(
+        self, subject: str, priority: Priority
+    ) -> tuple[Subject, Priority] | None:
+        """Return the subject and class of the request that would make room."""
         for lower in reversed(Priority):
             if lower.rank < priority.rank:
                 break
@@ -311,10 +359,8 @@ class Admission:
             name = counts.largest
             enough = counts.count(subject) + 2 if lower is priority else 1
             if name is not None and counts.count(name) >= enough:
-                self._displace(self._subjects[name], lower)
-                return
-        self.refused[priority] += 1
-        raise self.no_room(model)
+                return self._subjects[name], lower
+        return None
 
     def _displace(self, holder: Subject, priority: Priority) -> None:
         some = (rounds for rounds in holder.rounds if rounds.priority is priority)

@@ -92,13 +92,19 @@ class Balancer:
         return len(pool.workers) > 1 and self.policy_of(pool.model).follows
 
     def pick(
-        self, plan: Plan, candidates: Sequence[Worker], patience: float = 0.0
+        self,
+        plan: Plan,
+        candidates: Sequence[Worker],
+        patience: float = 0.0,
+        *,
+        dry: bool = False,
     ) -> Worker | None:
         """Pick one of the candidates for the next attempt of a request.
 
         A worker that has just recovered leaves most of its turns to the others.  None
         if the request should wait for a worker that is no candidate yet, which it may
-        do for `patience` seconds.
+        do for `patience` seconds.  In a `dry` run it is only found out, and the next
+        request is not affected.
         """
         model, workers = plan.pool.model, plan.pool.workers
         if len(workers) == 1:
@@ -106,10 +112,12 @@ class Balancer:
         policy, ask = self.policy_of(model), plan.ask
         if patience and ask.prefixes:
             ask = ask._replace(patience=patience)
+        if dry:
+            policy = policy.twin(ask)
         left = set(candidates)
         while True:
             worker = policy.pick(ask, workers, left.__contains__)
-            if worker is None or len(left) == 1 or worker.breaker.turn():
+            if worker is None or len(left) == 1 or worker.breaker.turn(dry=dry):
                 return worker
             left.discard(worker)
 

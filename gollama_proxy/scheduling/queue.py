@@ -29,10 +29,6 @@ from gollama_proxy.scheduling.turns import Priority, Ticket
 
 # Seconds between two notices to a client that waits.
 EVERY = 5.0
-# Longest wait, in seconds, for the worker that has a conversation in its prompt cache
-# while another one is free.  It does not grow with `queue.timeout`, which is the time
-# before a request fails; this request could be answered at once.
-MOST_PATIENCE = 30.0
 
 Notify = Callable[[Place], Awaitable[None]]
 CallLater = Callable[[float, Callable[[], object]], asyncio.TimerHandle]
@@ -87,7 +83,7 @@ class Queue(Listener):
         self._clock = clock
         self._call_later = call_later
         self._notice = settings.notice
-        self._patience = min(MOST_PATIENCE, settings.timeout / 2)
+        self._patience = self.admission.patience
         self._waiters: dict[Ticket, _Waiter] = {}
         # Had their turn, and cannot have the slots that are free, or do not want them.
         self._passed_over: list[Ticket] = []

@@ -464,6 +464,88 @@ async def test_recent_requests_are_found_by_what_they_were() -> None:
             assert error_of(answer, 400)[1] == param
 
 
+# --- What a request would get -----------------------------------------------------
+
+
+async def explained(hub: RunningHub, **asked: Any) -> dict[str, Any]:
+    answer = await call(hub, "POST", "/admin/explain", asked)
+    assert answer.status == 200, answer
+    shown: dict[str, Any] = answer.json()
+    return shown
+
+
+async def test_a_request_is_explained_and_not_sent() -> None:
+    async with (
+        ScriptedWorker("a", n_ctx=4096) as one,
+        ScriptedWorker("b") as two,
+        running_hub(one, two, **CALM) as hub,
+    ):
+        shown = await explained(hub, model="a", prompt="hello")
+        first, second = hub.hub.registry.workers
+        assert (shown["code"], shown["worker"]) == ("chosen", first.name)
+        assert (shown["model"], shown["policy"]) == ("a", "affinity")
+        [other] = shown["others"]
+        assert (other["worker"], other["code"]) == (second.name, "not_serving")
+        assert shown["context"]["fits"] is True
+        assert shown["context"]["largest"] == 4096
+        assert shown["charge"]["requests"] == 1
+        assert shown["charge"]["most_tokens"] is None
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 50}
+        shown = await explained(hub, model="b", request=body)
+        assert shown["worker"] == second.name
+        charge = shown["charge"]
+        assert charge["most_tokens"] == charge["prompt_tokens"] + 50
+        assert not one.requests
+        assert not two.requests
+
+
+async def test_what_a_request_would_wait_for_is_explained() -> None:
+    async with ScriptedWorker(slots=1) as worker, running_hub(worker, **CALM) as hub:
+        endless(worker)
+        async with await hub.open(CHAT, STREAM) as wire:
+            await begun(wire)
+            shown = await explained(hub, prompt="hello")
+            assert (shown["code"], shown["worker"]) == ("queued", None)
+            assert shown["queue"]["position"] == 1
+            assert shown["others"][0]["code"] == "full"
+            [known] = hub.hub.registry.workers
+            await call(hub, "POST", f"/admin/workers/{known.name}/pause")
+            shown = await explained(hub, prompt="hello")
+            assert (shown["code"], shown["queue"]) == ("no_worker", None)
+            assert shown["others"][0]["code"] == "paused"
+
+
+async def test_what_would_be_refused_is_explained() -> None:
+    async with ScriptedWorker("a", n_ctx=64) as one, running_hub(one, **CALM) as hub:
+        assert (await explained(hub, model="x", models=["a"]))["code"] == "chosen"
+        other = await explained(hub, model="a", models=["y"])
+        assert other["code"] == "model_not_allowed"
+        assert "does not allow" in other["reason"]
+        broken = await explained(hub, request={"model": 7})
+        assert broken["code"] == "invalid_value"
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"modle": "a"}, "modle"),
+        ({"model": 7}, "model"),
+        ({"path": "/metrics"}, "path"),
+        ({"path": "/v1/audio/transcriptions"}, "path"),
+        ({"priority": "urgent"}, "priority"),
+        ({"max_concurrency": -1}, "max_concurrency"),
+        ({"request": "x"}, "request"),
+        ({"models": "a"}, "models"),
+    ],
+)
+async def test_a_wrong_question_names_the_field(
+    asked: dict[str, Any], param: str
+) -> None:
+    async with running_hub(ready=False) as hub:
+        answer = await call(hub, "POST", "/admin/explain", asked)
+        assert error_of(answer, 400)[:2] == ("invalid_value", param)
+
+
 # --- The hub ----------------------------------------------------------------------
 
 

@@ -20,9 +20,9 @@ from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.plan import Plan
-from gollama_proxy.scheduling.admission import Place
+from gollama_proxy.scheduling.admission import MOST_PATIENCE, Place
 from gollama_proxy.scheduling.policies import Ask, Fits
-from gollama_proxy.scheduling.queue import EVERY, MOST_PATIENCE, Queue
+from gollama_proxy.scheduling.queue import EVERY, Queue
 from gollama_proxy.scheduling.turns import Priority, Ticket
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
@@ -72,6 +73,14 @@ class Affinity(Policy):
                 return None
         self._memory.hold(ask, chosen, match)
         return chosen
+
+    def twin(self, ask: Ask) -> Affinity:
+        """Return a copy for one request."""
+        twin = Affinity(self.inner.twin(ask), self._clock)
+        twin._memory = self._memory.excerpt(ask)
+        if ask.model in self._usual:
+            twin._usual[ask.model] = copy(self._usual[ask.model])
+        return twin
 
     def learn(
         self, ask: Ask, worker: Worker, cached_tokens: int, prompt_tokens: int

@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from copy import copy
 from operator import attrgetter
 from statistics import fmean
 from typing import ClassVar, NamedTuple
@@ -61,6 +62,14 @@ class Policy:
         requests that wait: `workers` has just that one then.  Only a request with some
         `patience` may get None though a worker fits; it is offered one again when a
         slot comes free, or a second later.
+        """
+        raise NotImplementedError
+
+    def twin(self, ask: Ask) -> Policy:
+        """Return a copy that picks for this request as this policy would now.
+
+        It is for one request, to see what would happen: nothing that it does changes
+        this policy.
         """
         raise NotImplementedError
 
@@ -113,6 +122,15 @@ class Shortlist:
                 return drawn
         first = place_behind(workers, self._last.get(ask.model, -1))
         return [w for w in (*workers[first:], *workers[:first]) if fits(w)]
+
+    def twin(self, ask: Ask) -> Shortlist:
+        """Return a copy for one request."""
+        twin = Shortlist(self._capacity, copy(self._rng))
+        if ask.model in self._last:
+            twin._last[ask.model] = self._last[ask.model]
+        if ask.model in self._lots:
+            twin._lots[ask.model] = copy(self._lots[ask.model])
+        return twin
 
     def chose(self, ask: Ask, worker: Worker) -> None:
         """Record which one was chosen, for the order of the next time."""

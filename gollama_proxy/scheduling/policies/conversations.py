@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import NamedTuple
 
 import msgspec
@@ -156,6 +157,26 @@ class Memory:
 
     def __len__(self) -> int:
         return len(self._prefixes)
+
+    def excerpt(self, ask: Ask) -> Memory:
+        """Return a copy of what matters for one request."""
+        salt, part = _salt(ask), Memory(self.size)
+        known = {
+            key: self._prefixes[key]
+            for key in (prefix ^ salt for prefix in ask.prefixes)
+            if key in self._prefixes
+        }
+        caches = {
+            key: each for key, each in self._caches.items() if key[0] == ask.model
+        }
+        # Workers are not copied, and what conversations share stays shared.
+        workers = [each.worker for each, _ in known.values()]
+        workers += [worker for _, worker in caches]
+        memo = {id(worker): worker for worker in workers}
+        known, caches = deepcopy((known, caches), memo)
+        part._prefixes.update(known)
+        part._caches.update(caches)
+        return part
 
     def find(self, ask: Ask) -> Match | None:
         """Find the conversation with the longest beginning that is known."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from copy import copy, deepcopy
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
@@ -46,6 +47,12 @@ class LeastBusy(Policy):
 
     def __repr__(self) -> str:
         return f"<LeastBusy {self._shortlist!r}>"
+
+    def twin(self, ask: Ask) -> LeastBusy:
+        """Return a copy for one request."""
+        twin = copy(self)
+        twin._shortlist = self._shortlist.twin(ask)
+        return twin
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         """Choose by the part of the slots that is taken; then by the requests; in turn.
@@ -89,6 +96,14 @@ class Fastest(Policy):
 
     def __repr__(self) -> str:
         return f"<Fastest {self._shortlist!r}>"
+
+    def twin(self, ask: Ask) -> Fastest:
+        """Return a copy for one request."""
+        twin = Fastest(random.Random())
+        twin._shortlist = self._shortlist.twin(ask)
+        if ask.model in self._picks:
+            twin._picks[ask.model] = deepcopy(self._picks[ask.model])
+        return twin
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         """Choose the worker with the shortest expected time; of equals, in turn."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from copy import copy
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
@@ -36,6 +37,13 @@ class RoundRobin(Policy):
     def __repr__(self) -> str:
         return f"<RoundRobin last={self._last}>"
 
+    def twin(self, ask: Ask) -> RoundRobin:
+        """Return a copy for one request."""
+        twin = RoundRobin()
+        if ask.model in self._last:
+            twin._last[ask.model] = self._last[ask.model]
+        return twin
+
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         """Choose the next worker behind the one that had the last turn."""
         first = place_behind(workers, self._last.get(ask.model, -1))
@@ -55,6 +63,14 @@ class Weighted(Policy):
 
     def __repr__(self) -> str:
         return f"<Weighted {self._rounds}>"
+
+    def twin(self, ask: Ask) -> Weighted:
+        """Return a copy for one request."""
+        twin = Weighted()
+        round_ = self._rounds.get(ask.model)
+        if round_ is not None:
+            twin._rounds[ask.model] = round_.twin()
+        return twin
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         """Choose the worker that is due first."""
@@ -84,6 +100,11 @@ class _Round:
     def __repr__(self) -> str:
         waiting = ", ".join(f"{w.name} {at:.2f}" for at, _, w in sorted(self._heap))
         return f"<due: {waiting}>"
+
+    def twin(self) -> _Round:
+        twin = copy(self)
+        twin._heap = self._heap.copy()
+        return twin
 
     def due(self) -> dict[Worker, float]:
         return {worker: at for at, _, worker in self._heap}
