@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol
 
 from gollama_proxy.config.settings import Config, settings
+from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.fleet.worker import Source, Worker
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.proxy.tokens import Fitting
@@ -40,6 +41,8 @@ class Parts(Protocol):
     def queue(self) -> Queue: ...
     @property
     def fitting(self) -> Fitting: ...
+    @property
+    def agents(self) -> Agents: ...
     @property
     def proxy(self) -> Proxy: ...
 
@@ -84,7 +87,7 @@ class Views:
             "vram_gib": worker.config.vram_gib,
             "build": (described.build or None) if described else None,
             "speed": self._speed(worker),
-            "agent": None,
+            "agent": self._agent(worker),
             "last_error": None
             if error is None
             else {
@@ -93,6 +96,13 @@ class Views:
                 "ago": self._ago(error.at),
             },
         }
+
+    def _agent(self, worker: Worker) -> Shown | None:
+        """Show what the agent of a worker, if any, has reported of its machine."""
+        if worker.source is not Source.AGENT:
+            return None
+        lease = self._hub.agents.find(worker.name)
+        return None if lease is None else lease.report
 
     def _breaker(self, breaker: Breaker) -> Shown:
         return {
