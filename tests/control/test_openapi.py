@@ -1,0 +1,171 @@
+"""The description of the admin API is true: routes, permissions and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from importlib import resources
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from gollama_proxy import control
+from gollama_proxy.config.settings import Config
+from gollama_proxy.control.admin import Admin
+from gollama_proxy.control.views import Views
+from gollama_proxy.hub import Hub
+from tests.control.test_admin import ADMIN, CALM
+from tests.fakes.client import Response
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.worker import ScriptedWorker
+
+DESCRIPTION: dict[str, Any] = json.loads(
+    resources.files(control).joinpath("openapi.json").read_bytes()
+)
+CALLS = [
+    (method.upper(), path)
+    for path, item in DESCRIPTION["paths"].items()
+    for method in item
+    if method != "parameters" and not path.endswith(("/reload", "/wake"))
+]
+EXAMPLES = 5  # for each call
+
+
+def test_each_route_is_described_and_the_other_way_round() -> None:
+    hub = Hub(Config())
+    routes = Admin(hub, Views(hub)).routes()
+    assert sorted(CALLS) == sorted(
+        (method, path) for path, methods in routes.items() for method in methods
+    )
+
+
+# --- Permission -------------------------------------------------------------------
+
+
+async def call(hub: RunningHub, method: str, path: str, token: str | None) -> Response:
+    """Call a path with a body that no call accepts."""
+    path = path.format(name="nobody", id="none")
+    fields = [("Content-Type", "application/json"), ("Content-Length", "2")]
+    async with await hub.wire() as wire:
+        await wire.get(path, token, method=method, headers=fields)
+        await wire.send(b"[]")
+        if path == "/admin/events" and method == "GET":
+            head = await wire.read_head()
+            if head.status == 200:
+                return head  # its body has no end
+        return await wire.read_response()
+
+
+@pytest.mark.parametrize(("method", "path"), CALLS)
+async def test_only_operators_are_admitted(method: str, path: str) -> None:
+    async with running_hub(**CALM, ready=False) as hub:
+        await hub.hub.revoke("jti", "lost")
+        await hub.hub.revoke("sub", "mallory")
+        tokens: dict[int, list[str | None]] = {
+            401: [
+                None,
+                "nonsense",
+                hub.token(exp=1, **ADMIN),
+                hub.token(jti="lost", **ADMIN),
+                hub.token("mallory", **ADMIN),
+            ],
+            403: [
+                hub.token(),
+                hub.token(scope="worker"),
+                hub.token(scope="metrics"),
+                hub.token(scope="metrics worker"),
+                hub.token(scope="Admin"),
+            ],
+        }
+        for status, some in tokens.items():
+            for token in some:
+                answer = await call(hub, method, path, token)
+                assert answer.status == status
+                code = "invalid_api_key" if status == 401 else "insufficient_scope"
+                assert answer.json()["error"]["code"] == code
+        for scope in ("admin", "metrics admin"):
+            answer = await call(hub, method, path, hub.token("root", scope=scope))
+            assert answer.status not in (401, 403)
+
+
+@pytest.mark.parametrize(("method", "path"), CALLS)
+async def test_without_authentication_no_page_may_call_it(
+    method: str, path: str
+) -> None:
+    async with running_hub(auth__mode="off", ready=False) as hub:
+        path = path.format(name="nobody", id="none")
+        for field in (
+            ("Origin", "http://evil.example"),
+            ("Sec-Fetch-Site", "cross-site"),
+            ("Host", "rebound.example"),
+        ):
+            fields = [field] if field[0] == "Host" else [("Host", "localhost"), field]
+            async with await hub.wire() as wire:
+                await wire.get(path, method=method, headers=fields)
+                answer = await wire.read_response()
+                assert answer.status == 403
+                assert answer.json()["error"]["code"] == "local_only"
+
+
+@pytest.mark.parametrize("path", sorted({path for _, path in CALLS}))
+async def test_other_methods_are_not_allowed(path: str) -> None:
+    async with running_hub(ready=False) as hub:
+        allowed = {method for method, each in CALLS if each == path}
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - allowed:
+            answer = await call(hub, method, path, hub.token(**ADMIN))
+            assert answer.status == 405
+            assert set((answer.header("allow") or "").split(", ")) == allowed
+
+
+# --- Any input --------------------------------------------------------------------
+
+
+def description() -> dict[str, Any]:
+    """Return the description for generated calls, which reach no other machine."""
+    made: dict[str, Any] = json.loads(json.dumps(DESCRIPTION))
+    urls = ["http://127.0.0.1:9", "http://127.0.0.1:9/a", "https://[::1]:9", "x://y"]
+    for name in ("WorkerTable", "WorkerPatch"):
+        made["components"]["schemas"][name]["properties"]["url"] = {"enum": urls}
+    del made["paths"]["/admin/events"]  # its answer has no end
+    del made["paths"]["/admin/reload"]
+    del made["paths"]["/admin/workers/{name}/wake"]
+    return made
+
+
+async def test_any_input_gets_an_answer_that_is_described() -> None:
+    """With inputs that fit the description, and inputs that do not."""
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        headers = {"Authorization": f"Bearer {hub.token('root', **ADMIN)}"}
+        await asyncio.to_thread(try_everything, hub.url, headers)
+        assert hub.hub.registry.workers is not None
+        assert (await hub.get("/livez")).status == 200
+
+
+def try_everything(url: str, headers: dict[str, str]) -> None:
+    """Call everything with generated inputs; the server runs in another thread."""
+    import schemathesis
+    from schemathesis import GenerationMode
+    from schemathesis.specs.openapi import checks
+
+    # What a name or an address may be is more than a schema can describe.
+    beyond = [checks.positive_data_acceptance]
+    schema = schemathesis.openapi.from_dict(description())
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        for mode in GenerationMode:
+
+            @settings(
+                max_examples=EXAMPLES,
+                derandomize=True,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def attempt(case: Any) -> None:
+                response = case.call(base_url=url, headers=headers)
+                case.validate_response(response, excluded_checks=beyond)
+
+            attempt()
