@@ -19,7 +19,7 @@ from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.hub import SECRET, running_hub
 from tests.fakes.replies import head
 from tests.fakes.script import close, read_body, send, stall, stream_of, wait
-from tests.fakes.waiting import DEADLINE
+from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 
 STREAM = {"messages": [], "stream": True}
@@ -130,7 +130,7 @@ async def test_ready_waits_until_each_worker_was_asked() -> None:
         two.on("/health", wait("go"), close())
         async with running_hub(one, two, ready=False) as hub:
             ready = asyncio.create_task(hub.hub.ready())
-            await one.pinged()
+            await until(lambda: hub.hub.registry.workers[0].available)
             assert not ready.done()
             two.release("go")
             async with asyncio.timeout(DEADLINE):

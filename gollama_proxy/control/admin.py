@@ -655,9 +655,13 @@ def _load(row: Mapping[str, Any], ours: Collection[str] | None = None) -> Worker
     """
     _refuse_files(row if ours is None else {key: row.get(key) for key in ours})
     try:
-        return load_worker("workers", row, os.environ)
+        config = load_worker("workers", row, os.environ)
     except ConfigError as exc:
         raise _refusal(exc) from None
+    if config.is_group:
+        text = f"workers.url = {config.url[:80]!r}: a group is for the settings file."
+        raise RequestError(Code.INVALID_VALUE, text, param="url")
+    return config
 
 
 def _refuse_files(row: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ class Views:
         described, error = worker.description, worker.last_error
         return {
             "name": worker.name,
-            "url": worker.config.url,
+            "url": worker.url,
             "source": worker.source,
             "state": worker.state.value,
             "since": self._ago(worker.since),
@@ -78,7 +78,7 @@ class Views:
                     "name": model.name,
                     "context": worker.context_of(model.name),
                     "loaded": worker.has_loaded(model.name),
-                    "progress": None,
+                    "progress": worker.progress.get(model.name),
                     "breaker": self._breaker(worker.breakers(model.name)[-1]),
                 }
                 for model in worker.models
