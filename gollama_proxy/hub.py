@@ -17,7 +17,7 @@ from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import SECTIONS, Config, Revoked, WorkerConfig
 from gollama_proxy.config.watch import Watched, Watcher
-from gollama_proxy.control.admin import Admin, check_local
+from gollama_proxy.control.admin import Admin
 from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events, Recent
 from gollama_proxy.control.views import Views
@@ -88,7 +88,7 @@ class Hub(Listener):
         self.watchdog = Watchdog(self._prove, then=self._each_second)
         self.fitting = Fitting(self.registry, self._count)
         self.agents = Agents(config.agents, clock)
-        self._agent_api = AgentApi(self, check_local)
+        self._agent_api = AgentApi(self)
         self._views = Views(self)
         self.recent = Recent(clock)
         self.events = Events(self._views, self.recent, lambda: self.proxy)

@@ -1,18 +1,6 @@
 """The admin API: `/admin/*`, JSON, for tokens with the scope `admin`.
 
 `openapi.json` beside this file describes it, and is served with it.
-
-**Without authentication** anything that reaches the address of the hub may use its
-models.  That is no reason to let it change the fleet, and a browser on the same machine
-reaches the address as well.  So with `auth.mode = "off"` the API is only for programs
-on the hub's own machine, and for no web page of another site (`check_local`):
-
-* the peer has a loopback address, and no header of a proxy hides another one;
-* `Host` is a loopback address or `localhost`, as a page whose name was made to lead
-  here (DNS rebinding) would send its own;
-* `Origin` and `Sec-Fetch-Site` are absent or of this hub's own pages.
-
-With authentication a token is needed, which no browser adds by itself.
 """
 
 from __future__ import annotations
@@ -20,55 +8,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from importlib import resources
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
-import msgspec
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
-from gollama_proxy.config import addresses
 from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import API_KEYS, WORKER_KEYS, WorkerConfig
 from gollama_proxy.control import views
+from gollama_proxy.control.calls import Call, answer, check_local, decode, receive
 from gollama_proxy.control.events import STREAM, Events, Recent
-from gollama_proxy.control.explain import Case, decide, other_workers
-from gollama_proxy.control.views import Shown, Views
+from gollama_proxy.control.questions import Question, explain
+from gollama_proxy.control.views import Views
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import Response, Sent
-from gollama_proxy.edge.router import Handler, Routes, name_in
+from gollama_proxy.edge.router import Handler, Routes
 from gollama_proxy.fleet.worker import Hold, Source, Worker
-from gollama_proxy.proxy.body import Body, answer_expectation
-from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.state import Exchange, State
-from gollama_proxy.scheduling.balancer import RetryBudget
-from gollama_proxy.scheduling.policies import Ask
-from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.state.local import LocalState, StateError, StoredWorker
-from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.errors import Code, HubError, RequestError
 
 audit = logging.getLogger("gollama_proxy.audit")
 
-MOST_BODY = 1 << 20  # bytes of a call; a request to explain may be long
 SCOPE = "admin"
-# Each of them shows that the peer speaks for another one (RFC 9110, 7.6.3; RFC 7239).
-_OF_PROXIES = (
-    "Forwarded",
-    "Via",
-    "X-Forwarded-For",
-    "X-Forwarded-Host",
-    "X-Forwarded-Proto",
-    "X-Real-IP",
-)
-_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::[0-9]*)?")
-
-
 # These lead to files or variables of the hub's machine, whose content would be sent to
 # an address that the caller chooses.  Whoever manages workers need not own the machine.
 _FILES = ("api_key_file", "ca_file", "client_certificate", "client_key")
@@ -96,19 +62,6 @@ class Parts(views.Parts, Protocol):
 
     async def revoke(self, kind: str, value: str) -> None:
         """Revoke a token ("jti") or a subject ("sub")."""
-
-
-class Call(NamedTuple):
-    """One call of the API by an operator who may make it."""
-
-    request: web.BaseRequest
-    x: Exchange
-    caller: Principal
-
-    @property
-    def name(self) -> str:
-        """The name or id in the path."""
-        return name_in(self.request, self.x)
 
 
 _Handler = Callable[[Call], Awaitable[Response | Sent]]
@@ -204,10 +157,10 @@ class Admin:
 
     async def _list_workers(self, call: Call) -> Response:
         workers = [self._views.worker(each) for each in self._hub.registry.workers]
-        return _answer({"workers": workers})
+        return answer({"workers": workers})
 
     async def _show_worker(self, call: Call) -> Response:
-        return _answer(self._views.worker(self._worker(call.name)))
+        return answer(self._views.worker(self._worker(call.name)))
 
     def _worker(self, name: str) -> Worker:
         """Return the worker that a path names.
@@ -232,7 +185,7 @@ class Admin:
                 raise _refusal(exc, Code.CONFLICT) from None
             await self._store(worker, row)
         self._audit(call, "add worker", worker.name, new=config.url)
-        return _answer(self._views.worker(worker), status=201)
+        return answer(self._views.worker(worker), status=201)
 
     async def _change_worker(self, call: Call) -> Response:
         patch = await self._read(call)
@@ -266,7 +219,7 @@ class Admin:
         self._audit(call, "remove worker", worker.name, old=worker.config.url)
         state = "draining" if worker.in_flight else "removed"
         note = _NOTES.get(worker.source)
-        return _answer({"name": worker.name, "state": state, "note": note})
+        return answer({"name": worker.name, "state": state, "note": note})
 
     def _holding(self, change: Callable[[str], Worker]) -> _Handler:
         """Make the handler that holds a worker back, or no longer; harmless twice."""
@@ -293,7 +246,7 @@ class Admin:
 
     def _show_changed(self, worker: Worker, *, note: bool = True) -> Response:
         text = _NOTES.get(worker.source) if note else None
-        return _answer({"worker": self._views.worker(worker), "note": text})
+        return answer({"worker": self._views.worker(worker), "note": text})
 
     async def _prepare(self, config: WorkerConfig) -> None:
         try:
@@ -339,13 +292,13 @@ class Admin:
     # --- Requests -----------------------------------------------------------------
 
     async def _list_models(self, call: Call) -> Response:
-        return _answer({"models": self._views.models()})
+        return answer({"models": self._views.models()})
 
     async def _list_queue(self, call: Call) -> Response:
-        return _answer({"queue": self._views.queue()})
+        return answer({"queue": self._views.queue()})
 
     async def _list_exchanges(self, call: Call) -> Response:
-        return _answer({"exchanges": self._views.exchanges()})
+        return answer({"exchanges": self._views.exchanges()})
 
     async def _cancel(self, call: Call) -> Response:
         return self._end_request(call, "cancel request", "is in flight", waiting=False)
@@ -373,7 +326,7 @@ class Admin:
             state = x.state.name.lower()
             self._hub.proxy.cancel(x)
             self._audit(call, action, x.id, f"{state} request of {x.subject}")
-        return _answer({"id": call.name, "state": "cancelled"})
+        return answer({"id": call.name, "state": "cancelled"})
 
     async def _list_requests(self, call: Call) -> Response:
         query = dict(call.request.query)
@@ -385,91 +338,17 @@ class Admin:
             if name not in _FILTERS:
                 text = f"{name[:40]}: no such filter; known: {', '.join(_FILTERS)}."
                 raise RequestError(Code.INVALID_VALUE, text, param=name[:40])
-        return _answer({"requests": self._hub.recent.find(int(limit), **query)})
+        return answer({"requests": self._hub.recent.find(int(limit), **query)})
 
     async def _explain(self, call: Call) -> Response:
-        """Answer what a request would get; a worker may count a long prompt for it."""
-        asked = _decode(await self._receive(call.request), _Ask)
-        x = Exchange(call.request, self._hub.clock())
-        endpoint = ENDPOINTS.get(asked.path)
-        if endpoint is None or endpoint.form:
-            text = f"path = {asked.path[:60]!r}: must be a path that takes JSON."
-            raise RequestError(Code.INVALID_VALUE, text, param="path")
-        x.endpoint, x.needs_slot = endpoint, endpoint.slot
-        x.subject = asked.subject or call.x.subject
-        x.priority = asked.priority
-        x.body = Body(cast(web.BaseRequest, _Given(asked)), endpoint, self._hub.config)
-        try:
-            shown = await self._foresee(x, asked)
-        except ProxyError as error:
-            return _answer(_without_worker(error))
-        return _answer(shown)
-
-    async def _foresee(self, x: Exchange, asked: _Ask) -> Shown:
-        """Do with a request what is done with a real one, up to the choice.
-
-        Raises:
-            ProxyError: the request would be refused.
-        """
-        hub, config, body = self._hub, self._hub.config, x.body
-        registry, balancer = hub.registry, hub.balancer
-        await body.read(config.limits.replay_window)
-        pool = registry.resolve(body.model, asked.models)
-        x.model = x.asked = pool.model
-        pools = registry.pools_for(pool, body.fallbacks, asked.models)
-        budget = RetryBudget(config.retry.ratio, config.retry.floor, clock=hub.clock)
-        x.plan = Plan.of(pools, x.endpoint.path, config, budget, random.Random())
-        follows = x.endpoint.slot and balancer.follows(pool)
-        prefixes = body.prefixes() if follows else ()
-        x.plan.ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
-        if not hub.fitting.is_certain(x):
-            await hub.fitting.check(x)
-        limit = asked.max_concurrency or config.queue.max_concurrency
-        case = Case(x.plan, pools, x.subject, x.priority, limit, x.needs_slot)
-        admission = hub.queue.admission
-        decision = decide(case, balancer, admission, config.retry.patience)
-        model, place = x.plan.pool.model, decision.place
-        policy = views.policy_name(balancer.policy_of(model))
-        tokens, counted = hub.fitting.estimate(x), bool(x.plan.needs.get(model))
-        contexts = [w.context_of(model) for w in x.plan.pool.workers]
-        largest = max((each for each in contexts if each is not None), default=None)
-        answer = body.max_tokens * body.answers * body.prompts
-        generates = x.endpoint.generates
-        return {
-            "model": model,
-            "worker": decision.worker.name if decision.worker is not None else None,
-            "code": decision.code,
-            "reason": decision.reason,
-            "policy": policy,
-            "others": [
-                {"worker": worker.name, "code": code, "reason": text}
-                for worker, code, text in other_workers(
-                    case, decision, registry, policy
-                )
-            ],
-            "context": {
-                "fits": None if largest is None else bool(x.plan.fitting(x.plan.pool)),
-                "prompt_tokens": tokens,
-                "counted": counted,
-                "largest": largest,
-            },
-            "queue": place
-            and {
-                "position": place.position,
-                "waiting": place.waiting,
-                "expected": place.eta,
-            },
-            "charge": {
-                "requests": 1,
-                "prompt_tokens": tokens if generates else 0,
-                "most_tokens": tokens + answer if answer and generates else None,
-            },
-        }
+        question = decode(await self._receive(call), Question)
+        hub, subject = self._hub, call.x.subject
+        return answer(await explain(question, hub, call.request, subject))
 
     # --- The hub ------------------------------------------------------------------
 
     async def _show_config(self, call: Call) -> Response:
-        return _answer(self._views.settings())
+        return answer(self._views.settings())
 
     async def _revoke(self, call: Call) -> Response:
         """Revoke a token or a subject; requests that run are cancelled on demand.
@@ -490,7 +369,7 @@ class Admin:
             running = [x for x in everything if x.subject == value]
         for x in running if cancel else ():
             self._hub.proxy.cancel(x)
-        return _answer(
+        return answer(
             {
                 "revoked": kind,
                 "value": value,
@@ -522,36 +401,14 @@ class Admin:
         Raises:
             RequestError: 400, 408, 413 or 415.
         """
-        value = _decode(await self._receive(call.request), object)
+        value = decode(await self._receive(call), object)
         if not isinstance(value, dict):
             text = "The request body must be a JSON object."
             raise RequestError(Code.INVALID_JSON, text)
         return value
 
-    async def _receive(self, request: web.BaseRequest) -> bytes:
-        # A page of another site can send a body of other types without asking first.
-        if request.content_type != "application/json":
-            text = "Content-Type must be application/json."
-            raise RequestError(Code.UNSUPPORTED_MEDIA_TYPE, text)
-        if request.headers.get("Content-Encoding", "identity") != "identity":
-            text = "The request body must not be compressed here."
-            raise RequestError(Code.UNSUPPORTED_ENCODING, text)
-        answer_expectation(request)
-        body, limit = b"", self._hub.config.timeouts.body
-        try:
-            async with asyncio.timeout(limit):
-                while not request.content.at_eof():
-                    body += await request.content.readany()
-                    if len(body) > MOST_BODY:
-                        text = f"The request body is larger than {MOST_BODY} bytes."
-                        raise RequestError(Code.BODY_TOO_LARGE, text)
-        except TimeoutError:
-            text = "The request body arrived too slowly."
-            raise RequestError(Code.BODY_TIMEOUT, text) from None
-        except (web.RequestPayloadError, HttpProcessingError):
-            text = "The framing of the request body is not valid HTTP."
-            raise RequestError(Code.BAD_REQUEST, text) from None
-        return body
+    async def _receive(self, call: Call) -> bytes:
+        return await receive(call.request, self._hub.config.timeouts.body)
 
 
 _NOTES = {
@@ -559,92 +416,6 @@ _NOTES = {
     "reload or start.",
     Source.AGENT: "This worker has an agent, which may register it again.",
 }
-
-
-class _Ask(msgspec.Struct, forbid_unknown_fields=True):
-    """A request to explain."""
-
-    model: str = ""
-    subject: str = ""
-    path: str = "/v1/chat/completions"
-    prompt: str = ""
-    request: dict[str, msgspec.Raw] | None = None
-    priority: Priority = Priority.INTERACTIVE
-    models: tuple[str, ...] | None = None
-    max_concurrency: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
-
-    def body(self) -> bytes:
-        """Return the body of the request; of a given one, no byte inside changes."""
-        fields: dict[str, Any] = {"model": self.model} if self.model else {}
-        if self.request is None:
-            message = {"role": "user", "content": self.prompt}
-            chat = self.path.endswith(("/chat/completions", "/messages"))
-            fields |= {"messages": [message]} if chat else {"prompt": self.prompt}
-        else:
-            fields |= self.request
-        return msgspec.json.encode(fields)
-
-
-class _Given:
-    """A request that was never sent, as far as `Body` reads one."""
-
-    def __init__(self, asked: _Ask) -> None:
-        self._body = asked.body()
-        self.content_length = len(self._body)
-        self.headers: Mapping[str, str] = {}
-        self.content = self
-
-    def __repr__(self) -> str:
-        return f"<Given {self.content_length} bytes>"
-
-    def is_eof(self) -> bool:
-        return True
-
-    def at_eof(self) -> bool:
-        return True
-
-    def read_nowait(self) -> bytes:
-        return self._body
-
-
-_T = TypeVar("_T")
-
-
-def _decode(body: bytes, kind: type[_T]) -> _T:
-    """Read a JSON object of a declared kind.
-
-    Raises:
-        RequestError: 400; it names the field.
-    """
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as exc:
-        match = re.search(r"`\$\.(\w+)|unknown field `([^`]*)`", str(exc))
-        param = (match[1] or match[2])[:40] if match else None
-        raise RequestError(Code.INVALID_VALUE, f"{exc}.", param=param) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        text = "The request body is not valid JSON."
-        raise RequestError(Code.INVALID_JSON, text) from None
-
-
-def _without_worker(error: ProxyError) -> Shown:
-    """Explain a request that would be refused before any worker is looked at."""
-    return {
-        "model": "",
-        "worker": None,
-        "code": error.code,
-        "reason": error.message,
-        "policy": "",
-        "others": [],
-        "context": {
-            "fits": False if error.code is Code.CONTEXT_LENGTH else None,
-            "prompt_tokens": error.fields.get("n_prompt_tokens", 0),
-            "counted": "n_prompt_tokens" in error.fields,
-            "largest": error.fields.get("n_ctx"),
-        },
-        "queue": None,
-        "charge": {"requests": 1, "prompt_tokens": 0, "most_tokens": None},
-    }
 
 
 def _load(row: Mapping[str, Any], ours: Collection[str] | None = None) -> WorkerConfig:
@@ -724,39 +495,3 @@ def _read_revocation(given: Mapping[str, Any]) -> tuple[str, str, bool]:
 
 def _read_description() -> bytes:
     return resources.files(__package__).joinpath("openapi.json").read_bytes()
-
-
-def _answer(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status)
-
-
-def check_local(request: web.BaseRequest) -> None:
-    """Check that a request is from a program on this machine, or a page of the hub.
-
-    Raises:
-        RequestError: 403, it is not.
-    """
-    headers = request.headers
-    host, why = headers.get("Host", ""), ""
-    own = f"http://{host}", f"https://{host}"
-    if not addresses.is_loopback(request.remote or ""):
-        why = "its address is not a loopback address"
-    elif proxies := [name for name in _OF_PROXIES if name in headers]:
-        why = f"it came through a proxy ({proxies[0]})"
-    elif not _is_local_name(host):
-        why = "its Host is not localhost or a loopback address"
-    elif any(origin not in own for origin in headers.getall("Origin", ())):
-        why = "it is from a web page of another site (Origin)"
-    elif headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-        why = "it is from a web page of another site (Sec-Fetch-Site)"
-    if why:
-        text = (
-            "Without authentication, /admin is only for programs on the hub's own "
-            f"machine, and this request is refused: {why}."
-        )
-        raise RequestError(Code.LOCAL_ONLY, text)
-
-
-def _is_local_name(host: str) -> bool:
-    match = _HOST.fullmatch(host)
-    return match is not None and addresses.is_loopback((match[1] or match[2]).lower())

@@ -27,7 +27,7 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Protocol
 
@@ -39,6 +39,7 @@ from gollama_proxy.config import addresses
 from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Origin, WorkerConfig
+from gollama_proxy.control.calls import check_local, decode, receive
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import Response
 from gollama_proxy.edge.router import Routes, name_in
@@ -114,12 +115,8 @@ class Parts(Protocol):
 class AgentApi:
     """Answers agents, and keeps their workers in the registry and the state folder."""
 
-    def __init__(
-        self, hub: Parts, check_local: Callable[[web.BaseRequest], None]
-    ) -> None:
-        """`check_local` raises for a caller that is not on the hub's own machine."""
+    def __init__(self, hub: Parts) -> None:
         self._hub = hub
-        self._check_local = check_local
 
     def __repr__(self) -> str:
         return f"<AgentApi {self._hub.agents!r}>"
@@ -131,7 +128,7 @@ class AgentApi:
 
     async def _put(self, request: web.BaseRequest, record: Record) -> Response:
         name, agent, secret = self._admit(request, record)
-        body = _decode(await _read_body(request))
+        body = decode(await receive(request, BODY_TIMEOUT, MAX_BODY), Registration)
         peer = _unmapped(request.remote or "")
         worker = await self._pinned(_load(name, body.worker), peer)
         self._refuse_clash(worker)
@@ -182,7 +179,7 @@ class AgentApi:
         """
         caller: Principal = self._hub.authenticator.identify(request, record)
         if self._hub.config.auth.mode == "off":
-            self._check_local(request)
+            check_local(request)
         elif SCOPE not in caller.scopes:
             text = f"Your token does not allow this: it needs the scope {SCOPE}."
             raise RequestError(Code.INSUFFICIENT_SCOPE, text)
@@ -355,43 +352,6 @@ def _unmapped(peer: str) -> str:
     """Return the address of a peer, an IPv4 one as such on a socket for both."""
     address = addresses.parse(peer)
     return str(getattr(address, "ipv4_mapped", None) or peer)
-
-
-async def _read_body(request: web.BaseRequest) -> bytes:
-    """Read a short body.
-
-    Raises:
-        RequestError: 408 or 413.
-    """
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT):
-            while piece := await request.content.readany():
-                body += piece
-                if len(body) > MAX_BODY:
-                    text = f"The body is longer than {MAX_BODY} bytes."
-                    raise RequestError(Code.BODY_TOO_LARGE, text)
-    except TimeoutError:
-        text = f"The body did not arrive within {BODY_TIMEOUT:g} s."
-        raise RequestError(Code.BODY_TIMEOUT, text) from None
-    return bytes(body)
-
-
-def _decode(body: bytes) -> Registration:
-    """Read the body of a PUT.
-
-    Raises:
-        RequestError: 400; it names the field.
-    """
-    try:
-        return msgspec.json.decode(body, type=Registration)
-    except msgspec.ValidationError as exc:
-        text, _, path = str(exc).partition(" - at ")
-        field = path.strip("`").removeprefix("$.") or None
-        where = f"`{field}`: " if field else ""
-        raise RequestError(Code.INVALID_VALUE, f"{where}{text}.", param=field) from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise RequestError(Code.INVALID_JSON, "The body is not valid JSON.") from None
 
 
 def _load(name: str, table: Mapping[str, Any]) -> WorkerConfig:
