@@ -88,8 +88,6 @@ class Admission:
         # Called with a ticket that had to make room for another one.
         self.on_displaced: Callable[[Ticket], None] | None = None
         self.waiting = 0  # requests, in all classes
-        # For which a request may wait for a better worker, in seconds.
-        self.patience = min(MOST_PATIENCE, settings.timeout / 2)
         self._clock = clock
         self._numbers, self._ticks = itertools.count(1), itertools.count(1)
         self._subjects: dict[str, Subject] = {}  # with requests waiting or running
@@ -248,6 +246,11 @@ class Admission:
     def has_room(self) -> bool:
         """Whether one more can wait without taking the place of another one."""
         return self.waiting < self.settings.size
+
+    @property
+    def patience(self) -> float:
+        """The seconds for which a request may wait for a better worker."""
+        return min(MOST_PATIENCE, self.settings.timeout / 2)
 
     def waiting_in(self, priority: Priority) -> int:
         """Return the number of requests that wait in a class."""
