@@ -78,7 +78,19 @@ def _complain(text: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as a wrong setting: in one line, with what is allowed."""
+    """Reports a wrong flag as a wrong setting: in one line, with what is allowed.
+
+    `fill` adds the flags, when the command is used.
+    """
+
+    fill: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        if self.fill is not None:
+            self.fill(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
@@ -103,12 +115,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(
-        name: str, run: Callable[[Any], int], help: str, *, configured: bool = True
+        name: str,
+        run: Callable[[Any], int],
+        help: str,
+        *,
+        configured: bool = True,
+        fill: Callable[[argparse.ArgumentParser], None] | None = None,
     ) -> _Parser:
         sub: _Parser = commands.add_parser(
             name, help=help, description=help, allow_abbrev=False
         )
         sub.set_defaults(run=run, parser=sub)
+        sub.fill = fill
         if configured:
             sub.add_argument("-c", "--config", metavar="FILE", help=_FILE)
         return sub
@@ -127,7 +145,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for fronting in (serve, demo):
         _add_setting_flags(fronting)
     text = "register this machine's llama-server with a hub, and keep it registered"
-    _add_agent_flags(command("agent", _agent, text, configured=False))
+    command("agent", _agent, text, configured=False, fill=_add_agent_flags)
+    for name, text in _OPERATIONS.items():
+        fill = partial(_fill_operation, name)
+        command(name, _operate, text, configured=False, fill=fill)
 
     words = list(sys.argv[1:] if argv is None else argv)
     following: list[str] = []
@@ -139,6 +160,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown:  # reported with the flags of the command
         args.parser.error(f"{' '.join(unknown)}: not a flag of this command")
     return args
+
+
+_OPERATIONS = {
+    "workers": "list the workers of a running hub, or change them",
+    "drain": "give a worker no new request; running ones end soon, or go on elsewhere",
+    "undrain": "end a drain",
+    "top": "watch workers, queue and requests; q ends",
+    "explain": "show which worker a request would get now, and why",
+    "requests": "list the requests that have ended",
+    "cancel": "cancel a request that runs or waits",
+    "reload": "have the hub read its settings again",
+    "revoke": "have the hub reject a token, or all tokens of a subject",
+}
+
+
+def _fill_operation(name: str, parser: argparse.ArgumentParser) -> None:
+    from gollama_proxy import commands
+
+    commands.add_flags(name, parser)
 
 
 def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
@@ -364,6 +404,7 @@ def _check(args: argparse.Namespace) -> int:
         print("No worker is configured: add [[workers]] to the file, each with a url,")
         print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")
         return 1
+    from gollama_proxy.control.display import print_table
     from gollama_proxy.fleet.registry import Registry
 
     # The table has these messages; do not log them as well.
@@ -374,7 +415,9 @@ def _check(args: argparse.Namespace) -> int:
     for worker, finding in zip(registry.workers, findings, strict=True):
         worker.found_at(finding.port)
         worker.observe(finding.check, finding.reason, finding.description)
-    _print_table(registry.workers, [finding.note for finding in findings])
+    notes = [finding.note for finding in findings]
+    titles = ("name", "url", "state", "models", "slots", "context", "build / reason")
+    print_table(titles, map(_describe_worker, registry.workers, notes))
     unserved = registry.unserved()
     for text in [*unknown, *unserved]:
         print(text)
@@ -412,28 +455,6 @@ def _examine_all(config: Config) -> list[Finding]:
     return asyncio.run(examine_all())
 
 
-def _print_table(workers: Sequence[Worker], notes: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    # A pipe has no width: do not wrap lines there.
-    console = Console(width=None if sys.stdout.isatty() else 10_000)
-    table = Table(box=None, pad_edge=False)
-    for title in "name", "url", "state", "models", "slots", "context", "build / reason":
-        table.add_column(title, overflow="fold")
-    colours = {"ready": "green", "loading": "yellow", "down": "red"}
-    for worker, note in zip(workers, notes, strict=True):
-        # Workers control some of the text: no markup, no control characters.
-        name, url, state, *rest = [
-            Text("".join(c if c.isprintable() else "?" for c in cell) or "-")
-            for cell in _describe_worker(worker, note)
-        ]
-        state.stylize(colours[worker.state.value])
-        table.add_row(name, url, state, *rest)
-    console.print(table)
-
-
 def _describe_worker(worker: Worker, note: str) -> Iterator[str]:
     """Yield the cells of a worker; settings take precedence over its own report."""
     yield from (worker.name, worker.url, worker.state.value)
@@ -446,6 +467,22 @@ def _describe_worker(worker: Worker, note: str) -> Iterator[str]:
         yield worker.reason
     else:
         yield ", ".join(text for text in (about.build, note) if text)
+
+
+# --- Commands for a running hub ---------------------------------------------------
+
+
+def _operate(args: argparse.Namespace) -> int:
+    from gollama_proxy import commands
+    from gollama_proxy.control.client import CallError
+    from gollama_proxy.control.display import printable
+
+    try:
+        commands.run(args)
+    except CallError as exc:
+        _complain(printable(" ".join(str(exc).split())))
+        return exc.status
+    return 0
 
 
 # --- demo -------------------------------------------------------------------------

@@ -159,6 +159,15 @@ def test_help_names_the_commands(capsys: Output) -> None:
         "check",
         "demo",
         "agent",
+        "workers",
+        "drain",
+        "undrain",
+        "top",
+        "explain",
+        "requests",
+        "cancel",
+        "reload",
+        "revoke",
     ]
 
 

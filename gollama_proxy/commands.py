@@ -1,0 +1,479 @@
+"""The commands for operators of a running hub; each is a client of its admin API.
+
+They need the address of the hub and a token with the scope `admin`.  Exit status: 0 for
+success, 1 if no hub answers, or it refuses, 2 for wrong input, which changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gollama_proxy.config.mistakes import ConfigError, cut, shown
+from gollama_proxy.control.client import (
+    DEFAULT_HUB,
+    Access,
+    AdminClient,
+    CallError,
+    Json,
+    NotFoundError,
+    connect,
+    segment,
+)
+from gollama_proxy.control.display import (
+    WORKER_TITLES,
+    Overview,
+    model_of,
+    print_fields,
+    print_table,
+    printable,
+    reason_for,
+    running_of,
+    show,
+    span,
+    state_of,
+    watch,
+    worker_row,
+)
+
+_EPILOG = f"""\
+environment variables:
+  GOLLAMA_HUB
+      address of the hub, if --hub is not given
+  GOLLAMA_TOKEN
+      token, if neither --token nor --token-file is given
+  SSL_CERT_FILE
+      CAs of an https hub, if --ca-file is not given
+
+The token needs the scope admin:
+  gollama-proxy token --sub operator --scope admin
+Without both, the hub is {DEFAULT_HUB}, and no token is sent."""
+
+# --- Flags ------------------------------------------------------------------------
+
+
+def add_flags(command: str, parser: argparse.ArgumentParser) -> None:
+    """Add the flags of one command, and what carries it out as the argument `do`."""
+    run, fill = _COMMANDS[command]
+    parser.set_defaults(do=run)
+    _add_hub_flags(parser)
+    fill(parser)
+
+
+def _add_hub_flags(parser: argparse.ArgumentParser, default: Any = None) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    add = partial(parser.add_argument, default=default)
+    add("--hub", metavar="URL", help=f"address of the hub; default: {DEFAULT_HUB}")
+    token = parser.add_mutually_exclusive_group()
+    add = partial(token.add_argument, default=default)
+    add("--token-file", metavar="FILE", help="file with the token, for its owner only")
+    text = "the token itself, which all users of this machine can see meanwhile"
+    add("--token", help=text)
+    add = partial(parser.add_argument, default=default)
+    text = "PEM file with the CAs of an https hub; default: those of the system"
+    add("--ca-file", metavar="FILE", help=text)
+    add("--json", action="store_true", help="print the answer of the hub")
+
+
+def _fill_workers(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION")
+    for name, (run, fill, text) in _WORKER_ACTIONS.items():
+        action = actions.add_parser(
+            name, help=text, description=text, allow_abbrev=False
+        )
+        action.set_defaults(do=run, parser=action)
+        # A flag in front of the action stays in force.
+        _add_hub_flags(action, default=argparse.SUPPRESS)
+        fill(action)
+
+
+def _fill_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="name of the worker")
+
+
+def _fill_explain(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", help="model, if the file names none or another one")
+    add("--file", metavar="FILE", help="request body, in JSON; - for standard input")
+    add("--sub", help="subject that would send it")
+    add("--path", help="default: /v1/chat/completions")
+    add("--priority", help="interactive (default), batch")
+
+
+def _fill_requests(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = "go on with those that end from now on"
+    add("--follow", action="store_true", help=text)
+    for name in _FILTERS:
+        text = f"only with this {name}" + (" or error code" * (name == "outcome"))
+        add(f"--{name}", help=text)
+    text = "at most so many (at once, with --follow), from 1 to 1000; default: 100"
+    add("--limit", metavar="N", default="100", help=text)
+
+
+def _fill_cancel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", help="its X-Request-Id")
+
+
+def _fill_revoke(parser: argparse.ArgumentParser) -> None:
+    text = "the id of a token, or the subject of tokens"
+    parser.add_argument("entry", metavar="jti:ID|sub:SUBJECT", help=text)
+    text = "also cancel the requests of the subject that run; by default they go on"
+    parser.add_argument("--cancel", action="store_true", help=text)
+
+
+def _fill_nothing(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _fill_new_worker(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("url", metavar="URL", help="its base URL, such as http://10.0.0.11:8080")
+    add("--name", help="default: from the URL")
+    add("--slots", metavar="N", help="generations at once; default: as it reports")
+    add(
+        "--model",
+        metavar="MODEL",
+        action="append",
+        help="model that it serves, or a pattern (repeatable); default: as it reports",
+    )
+    add("--weight", help="its share, for the policies that use one")
+    add("--vram-gib", metavar="GIB", help="memory of its graphics cards")
+    add(
+        "--api-key-env",
+        metavar="VARIABLE",
+        help="environment variable of the hub with the API key of the worker",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out a command on the hub that its flags name.
+
+    Raises:
+        CallError: no hub answers, or it refuses.
+        ConfigError: a flag is wrong.
+    """
+    access = Access(args.hub, args.token, args.token_file, args.ca_file)
+    hub = connect(access, os.environ)
+    try:
+        with contextlib.closing(hub):
+            args.do(args, hub)
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough, and what is left goes nowhere
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyError as exc:
+        text = f"the hub at {hub.url} is of another version: its answer has no {exc}"
+        raise CallError(text) from exc
+
+
+def _print_json(answer: object) -> None:
+    print(json.dumps(answer, indent=2))
+
+
+# --- workers ----------------------------------------------------------------------
+
+
+def _list_workers(args: argparse.Namespace, hub: AdminClient) -> None:
+    answer = hub.call("GET", "workers")
+    if args.json:
+        _print_json(answer)
+    elif not answer["workers"]:
+        print("The hub has no workers: gollama-proxy workers add URL")
+    else:
+        print_table(WORKER_TITLES, map(worker_row, answer["workers"]))
+
+
+def _show_worker(args: argparse.Namespace, hub: AdminClient) -> None:
+    worker = hub.call("GET", f"workers/{segment(args.name)}")
+    if args.json:
+        _print_json(worker)
+        return
+    speed, breaker = worker["speed"], worker["breaker"]
+    print_fields(
+        {
+            "name": worker["name"],
+            "url": worker["url"],
+            "source": worker["source"],
+            "state": f"{state_of(worker)}, for {span(worker['since'])}",
+            "reason": worker["reason"],
+            "breaker": f"{breaker['state']} {breaker['reason']}".strip(),
+            "last error": worker["last_error"] and reason_for(worker),
+            "running": running_of(worker),
+            "weight": worker["weight"],
+            "context": worker["context"],
+            "vram_gib": worker["vram_gib"],
+            "build": worker["build"],
+            "tokens/s": speed["tokens_per_second"],
+            "prompt tokens/s": speed["prompt_tokens_per_second"],
+            "first token": span(speed["first_token"]),
+            "models": ", ".join(map(model_of, worker["models"])),
+        }
+    )
+
+
+def _add_worker(args: argparse.Namespace, hub: AdminClient) -> None:
+    table = {
+        "url": args.url,
+        "name": args.name,
+        "slots": _number("--slots", args.slots, whole=True),
+        "models": args.model,
+        "weight": _number("--weight", args.weight),
+        "vram_gib": _number("--vram-gib", args.vram_gib),
+        "api_key_env": args.api_key_env,
+    }
+    given = {key: value for key, value in table.items() if value is not None}
+    worker = hub.call("POST", "workers", given)
+    if args.json:
+        _print_json(worker)
+    else:
+        print(f"added {printable(worker['name'])}, {printable(worker['url'])}")
+
+
+def _number(flag: str, text: str | None, *, whole: bool = False) -> float | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?[0-9]{1,9}" + ("" if whole else r"(\.[0-9]{1,9})?"), text):
+        kind = "a whole number" if whole else "a number"
+        raise ConfigError(f"{flag} = {shown(text)}: must be {kind}")
+    return int(text) if whole else float(text)
+
+
+def _remove_worker(args: argparse.Namespace, hub: AdminClient) -> None:
+    removed = hub.call("DELETE", f"workers/{segment(args.name)}")
+    _print_change(args, removed, removed["name"], removed["state"])
+
+
+def _change_worker(action: str, args: argparse.Namespace, hub: AdminClient) -> None:
+    changed = hub.call("POST", f"workers/{segment(args.name)}/{action}")
+    worker = changed["worker"]
+    _print_change(args, changed, worker["name"], state_of(worker))
+
+
+def _print_change(
+    args: argparse.Namespace, answer: Json, name: str, state: str
+) -> None:
+    if args.json:
+        _print_json(answer)
+        return
+    note = f" ({answer['note']})" if answer["note"] else ""
+    print(printable(f"{name}: {state}{note}"))
+
+
+# --- top --------------------------------------------------------------------------
+
+
+def _top(args: argparse.Namespace, hub: AdminClient) -> None:
+    overview = Overview(hub)
+    overview.update()
+    if args.json:
+        _print_json(overview.answers)
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(KeyboardInterrupt):
+            watch(overview)
+    else:
+        show(overview)
+
+
+# --- explain ----------------------------------------------------------------------
+
+
+def _explain(args: argparse.Namespace, hub: AdminClient) -> None:
+    ask: Json = {"subject": args.sub, "path": args.path, "priority": args.priority}
+    if args.file is None:
+        if args.model is None:
+            raise ConfigError("--model: must be given, or a request in --file")
+        ask["model"] = args.model
+    else:
+        ask["request"] = _read_request(args.file)
+        if args.model is not None:
+            ask["request"]["model"] = args.model
+    given = {name: value for name, value in ask.items() if value is not None}
+    answer = hub.call("POST", "explain", given)
+    if args.json:
+        _print_json(answer)
+        return
+    context, queue, charge = answer["context"], answer["queue"], answer["charge"]
+    fits = {True: "fits", False: "does not fit", None: "fits where it is not known"}
+    counted = "counted" if context["counted"] else "estimated"
+    most = charge["most_tokens"]
+    fields: dict[str, object] = {
+        "model": answer["model"],
+        "worker": answer["worker"],
+        "why": f"{answer['reason']} ({answer['code']})",
+        "policy": answer["policy"],
+        "context": f"{fits[context['fits']]}: {context['prompt_tokens']} tokens "
+        f"({counted}), the largest context has {context['largest'] or '?'}",
+        "charge": f"{charge['prompt_tokens']} tokens of the prompt, "
+        + ("and the answer" if most is None else f"at most {most} with the answer"),
+    }
+    if queue is not None:
+        fields["queue"] = f"place {queue['position']} of {queue['waiting']}" + (
+            f", in about {span(queue['expected'])}" if queue["expected"] else ""
+        )
+    print_fields(fields)
+    if answer["others"]:
+        print()
+        rows = [
+            (each["worker"], each["reason"], each["code"]) for each in answer["others"]
+        ]
+        print_table(("not", "why", "code"), rows)
+
+
+def _read_request(file: str) -> Json:
+    source = f"--file = {file!r}"
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+        request = json.loads(text)
+    except OSError as exc:
+        raise ConfigError(f"{source}: cannot be read: {exc.strerror}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"{source}: must be JSON: {cut(str(exc))}") from exc
+    if not isinstance(request, dict):
+        raise ConfigError(f"{source}: must be a JSON object, the body of a request")
+    return request
+
+
+# --- requests, cancel, reload, revoke ---------------------------------------------
+
+_FILTERS = ("subject", "model", "worker", "outcome")
+_EVERY = 1.0  # seconds between two looks at what is new
+
+
+def _requests(args: argparse.Namespace, hub: AdminClient) -> None:
+    limit: str = args.limit
+    if not re.fullmatch("[1-9][0-9]{0,2}|1000", limit):
+        text = "must be a whole number from 1 to 1000"
+        raise ConfigError(f"--limit = {shown(limit)}: {text}")
+    filters = {name: getattr(args, name) for name in _FILTERS}
+    answer = hub.call("GET", "requests", limit=limit, **filters)
+    if args.json and not args.follow:
+        _print_json(answer)
+        return
+    if not args.json:
+        print(_REQUEST_TITLES)
+    page: dict[tuple[str, float], Json] = {}
+    while True:
+        before = page
+        page = {(each["id"], each["ended"]): each for each in answer["requests"]}
+        new = [request for key, request in page.items() if key not in before]
+        for request in reversed(new):  # the newest was the first
+            print(json.dumps(request) if args.json else _request_line(request))
+        if not args.follow:
+            return
+        sys.stdout.flush()
+        time.sleep(_EVERY)
+        # As many as before, so that no older one appears.
+        answer = hub.call("GET", "requests", limit=limit, **filters)
+
+
+_REQUEST_TITLES = (
+    f"{'ended':8}  {'status':6}  {'outcome':12}  {'took':>7}  {'tokens':>6}  "
+    "worker  model  subject  id  error"
+)
+
+
+def _request_line(request: Json) -> str:
+    ended = time.strftime("%H:%M:%S", time.localtime(request["ended"]))
+    words = (request[name] or "-" for name in ("worker", "model", "subject", "id"))
+    return printable(
+        f"{ended:8}  {request['status'] or '-':<6}  {request['outcome']:12}  "
+        f"{span(request['duration']):>7}  {request['tokens']:>6}  "
+        f"{'  '.join(words)}  {request['error']}".rstrip()
+    )
+
+
+def _cancel(args: argparse.Namespace, hub: AdminClient) -> None:
+    identity = segment(args.id)
+    try:
+        answer = hub.call("DELETE", f"exchanges/{identity}")
+    except NotFoundError:  # it may still wait
+        answer = hub.call("DELETE", f"queue/{identity}")
+    if args.json:
+        _print_json(answer)
+    else:
+        print(printable(f"{answer['id']}: {answer['state']}"))
+
+
+def _reload(args: argparse.Namespace, hub: AdminClient) -> None:
+    answer = hub.call("POST", "reload")
+    if args.json:
+        _print_json(answer)
+        return
+    for change in answer["changed"]:
+        print(f"changed: {printable(change)}")
+    for setting in answer["restart"]:
+        print(f"at the next start: {printable(setting)}")
+    if not (answer["changed"] or answer["restart"]):
+        print("nothing has changed")
+
+
+def _revoke(args: argparse.Namespace, hub: AdminClient) -> None:
+    kind, _, value = args.entry.partition(":")
+    name = {"jti": "jti", "sub": "subject"}.get(kind)
+    if name is None or not value.strip() or not value.isprintable():
+        text = "must be jti: and the id of a token, or sub: and a subject"
+        raise ConfigError(f"{shown(args.entry)}: {text}")
+    if args.cancel and name == "jti":
+        text = "is for a subject: the requests of one token are not known"
+        raise ConfigError(f"--cancel: {text}")
+    entry: Json = {name: value} | ({"cancel": True} if args.cancel else {})
+    answer = hub.call("POST", "revoke", entry)
+    if args.json:
+        _print_json(answer)
+        return
+    print(f"revoked {printable(args.entry)}", end="")
+    print("" if answer["persistent"] else ", until the hub restarts")
+    what = "cancelled" if answer["cancelled"] else "still running"
+    for identity in answer["running"]:
+        print(f"{what}: {printable(identity)}")
+
+
+# --- All of them ------------------------------------------------------------------
+
+_Run = Callable[[argparse.Namespace, AdminClient], object]
+_Fill = Callable[[argparse.ArgumentParser], None]
+
+_WORKER_ACTIONS: dict[str, tuple[_Run, _Fill, str]] = {
+    "show": (_show_worker, _fill_name, "show one worker"),
+    "add": (_add_worker, _fill_new_worker, "add a worker, also for later restarts"),
+    "remove": (_remove_worker, _fill_name, "drain a worker, and forget it"),
+    "drain": (
+        partial(_change_worker, "drain"),
+        _fill_name,
+        "give a worker no new request; running ones end soon, or continue elsewhere",
+    ),
+    "undrain": (partial(_change_worker, "undrain"), _fill_name, "end a drain"),
+    "pause": (
+        partial(_change_worker, "pause"),
+        _fill_name,
+        "give a worker no new request; running ones go on",
+    ),
+    "unpause": (partial(_change_worker, "unpause"), _fill_name, "end a pause"),
+    "reset-breaker": (
+        partial(_change_worker, "reset-breaker"),
+        _fill_name,
+        "close the breakers of a worker",
+    ),
+}
+_COMMANDS: dict[str, tuple[_Run, _Fill]] = {
+    "workers": (_list_workers, _fill_workers),
+    "drain": (partial(_change_worker, "drain"), _fill_name),
+    "undrain": (partial(_change_worker, "undrain"), _fill_name),
+    "top": (_top, _fill_nothing),
+    "explain": (_explain, _fill_explain),
+    "requests": (_requests, _fill_requests),
+    "cancel": (_cancel, _fill_cancel),
+    "reload": (_reload, _fill_nothing),
+    "revoke": (_revoke, _fill_revoke),
+}

@@ -1,0 +1,347 @@
+"""What operators see on a terminal: tables of workers and requests, once or live."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gollama_proxy.control.client import CallError, Json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+
+def printable(text: object) -> str:
+    """Return a text that cannot control a terminal: users and workers choose some."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+_COLOURS = {
+    "ready": "green",
+    "starting": "yellow",
+    "loading": "yellow",
+    "waking": "yellow",
+    "asleep": "blue",
+    "down": "red",
+}
+
+
+def make_table(
+    titles: Sequence[str], rows: Iterable[Iterable[object]], *, fold: bool = True
+) -> Table:
+    """Make a table; the column `state` is coloured.
+
+    Cells are too long for a terminal at times: they are folded, or else cut.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(
+            title, overflow="fold" if fold else "ellipsis", no_wrap=not fold
+        )
+    for row in rows:
+        cells = [Text(printable("" if cell is None else cell) or "-") for cell in row]
+        for title, cell in zip(titles, cells, strict=True):
+            if title == "state":
+                cell.stylize(_COLOURS.get(re.split(r"\W", cell.plain)[0], ""))
+        table.add_row(*cells)
+    return table
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table; a pipe has no width, so that no line is folded there."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 10_000
+    Console(width=width).print(make_table(titles, rows))
+
+
+def print_fields(fields: Mapping[str, object]) -> None:
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        print(f"{name:<{width}}  {printable('' if value is None else value) or '-'}")
+
+
+def span(seconds: float | None) -> str:
+    """Show a time in the unit that fits; nothing if it is not known."""
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+WORKER_TITLES = (
+    "name",
+    "url",
+    "state",
+    "for",
+    "running",
+    "tokens/s",
+    "models",
+    "reason",
+)
+
+
+def worker_row(worker: Json) -> Sequence[object]:
+    speed = worker["speed"]["tokens_per_second"]
+    return (
+        worker["name"],
+        worker["url"],
+        state_of(worker),
+        span(worker["since"]),
+        running_of(worker),
+        "" if speed is None else f"{speed:.1f}",
+        ", ".join(map(model_of, worker["models"])),
+        reason_for(worker),
+    )
+
+
+def state_of(worker: Json) -> str:
+    parts = [worker["state"]]
+    if worker["hold"] != "none":
+        parts.append(worker["hold"])
+    if worker["breaker"]["state"] != "closed":
+        parts.append(f"breaker {worker['breaker']['state']}")
+    return ", ".join(parts)
+
+
+def running_of(worker: Json) -> str:
+    slots = worker["slots"]
+    return f"{worker['running']}/{'?' if slots is None else slots}"
+
+
+def model_of(model: Json) -> str:
+    progress = model["progress"]
+    name = str(model["name"])
+    return name if progress is None else f"{name} (loading {100 * progress:.0f}%)"
+
+
+def reason_for(worker: Json) -> str:
+    """Show what is wrong with a worker, or was last."""
+    if worker["breaker"]["state"] != "closed":
+        return str(worker["breaker"]["reason"])
+    if worker["state"] != "ready":
+        return str(worker["reason"])
+    error = worker["last_error"]
+    return f"{error['detail']} ({span(error['ago'])} ago)" if error else ""
+
+
+# --- All at once, live ------------------------------------------------------------
+
+
+_OF_WORKERS = ("name", "state", "running", "tokens/s", "models", "reason")
+_OF_WAITING = ("waiting", "model", "subject", "class", "place", "for", "expected")
+_OF_RUNNING = ("request", "model", "worker", "subject", "state", "for", "tokens")
+
+
+class Source(Protocol):
+    """A hub that answers."""
+
+    @property
+    def url(self) -> str: ...
+
+    def call(self, method: str, path: str) -> Json: ...
+
+
+class Overview:
+    """The workers, the queue and the running requests of a hub, as of one moment.
+
+    `clock` returns monotonic seconds.
+    """
+
+    def __init__(
+        self, hub: Source, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.answers: Json = {}
+        self.error = ""  # why the answers are not those of this moment
+        self._hub = hub
+        self._clock = clock
+        self._read_at = 0.0
+        self._tokens: dict[str, int] = {}  # of each request, when it was read
+        self._rates: dict[str, float] = {}  # tokens/s of each worker since then
+
+    def __repr__(self) -> str:
+        return f"<Overview of {self._hub!r}>"
+
+    def update(self) -> None:
+        """Ask the hub.
+
+        Raises:
+            CallError: it does not answer, or refuses.
+        """
+        answers: Json = {}
+        for name in ("workers", "queue", "exchanges"):
+            answers |= self._hub.call("GET", name)
+        self.answers, self.error = answers, ""
+        self._measure(self._clock())
+
+    def _measure(self, now: float) -> None:
+        """Measure how many tokens each worker generates, from request to request."""
+        elapsed, self._read_at = now - self._read_at, now
+        tokens: dict[str, int] = {}
+        rates: dict[str, float] = {}
+        for each in self.answers["exchanges"]:
+            tokens[each["id"]] = each["tokens"]
+            new = each["tokens"] - self._tokens.get(each["id"], each["tokens"])
+            if new > 0 and elapsed > 0:
+                worker = each["worker"]
+                rates[worker] = rates.get(worker, 0.0) + new / elapsed
+        self._tokens, self._rates = tokens, rates
+
+    def rows(self, height: int | None = None) -> Iterator[RenderableType]:
+        """Yield a heading and tables that fit into so many lines; None: any number."""
+        from rich.text import Text
+
+        workers, queue = self.answers["workers"], self.answers["queue"]
+        waiting = {each["id"] for each in queue}
+        exchanges = self.answers["exchanges"]
+        running = [each for each in exchanges if each["id"] not in waiting]
+        rate = sum(self._rates.values())
+        line: Any = {} if height is None else {"no_wrap": True, "overflow": "ellipsis"}
+        yield Text(
+            f"{self._hub.url}   workers {len(workers)}   running {len(running)}   "
+            f"waiting {len(queue)}   tokens/s {rate:.0f}",
+            **line,
+        )
+        if self.error:
+            yield Text(printable(self.error), "red", **line)
+        # The workers come first; the requests have what they leave.
+        left = math.inf if height is None else height - 2
+        for titles, rows, share in (
+            (_OF_WORKERS, [*map(self._worker_row, workers)], 0.7),
+            (_OF_WAITING, [*map(_waiting_row, queue)], 0.5),
+            (_OF_RUNNING, [*map(_running_row, running)], 1.0),
+        ):
+            room = share * left - 2  # beside a blank line and the titles
+            if rows and room >= 1:
+                rows = rows if len(rows) <= room else rows[: int(room)]
+                left -= len(rows) + 2
+                yield Text()
+                yield make_table(titles, rows, fold=height is None)
+
+    def _worker_row(self, worker: Json) -> Sequence[object]:
+        rate = self._rates.get(worker["name"])
+        return (
+            worker["name"],
+            state_of(worker),
+            running_of(worker),
+            "" if rate is None else f"{rate:.0f}",
+            ", ".join(map(model_of, worker["models"])),
+            reason_for(worker),
+        )
+
+
+def _waiting_row(waiting: Json) -> Sequence[object]:
+    return (
+        waiting["id"],
+        waiting["model"],
+        waiting["subject"],
+        waiting["class"],
+        waiting["position"],
+        span(waiting["waited"]),
+        span(waiting["expected"]),
+    )
+
+
+def _running_row(exchange: Json) -> Sequence[object]:
+    names = ("id", "model", "worker", "subject", "state")
+    values = [exchange[name] for name in names]
+    return (*values, span(exchange["age"]), exchange["tokens"])
+
+
+def show(overview: Overview) -> None:
+    """Print an overview once."""
+    from rich.console import Console, Group
+
+    width = None if sys.stdout.isatty() else 10_000
+    Console(width=width).print(Group(*overview.rows()))
+
+
+def watch(overview: Overview) -> None:
+    """Show an overview on the whole terminal, anew each second, until `q` is pressed.
+
+    A hub that does not answer for a while leaves the last overview, and the reason.
+    """
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    console = Console()
+
+    def view() -> Group:
+        return Group(*overview.rows(console.height))
+
+    with (
+        _keys() as read_keys,
+        Live(view(), console=console, screen=True, auto_refresh=False) as live,
+    ):
+        due = time.monotonic() + _EVERY
+        while "q" not in read_keys(max(0.0, due - time.monotonic())).lower():
+            if time.monotonic() >= due:
+                try:
+                    overview.update()
+                except CallError as exc:
+                    overview.error = str(exc)
+                due = time.monotonic() + _EVERY
+            live.update(view(), refresh=True)
+
+
+_EVERY = 1.0  # seconds
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Callable[[float], str]]:
+    """Read keys as they are pressed, without an echo; restore the terminal at the end.
+
+    The function waits for so many seconds.  It returns sooner with the keys, or with
+    none when the size of the terminal has changed; "q" when the terminal is gone.
+    """
+    import select
+    import signal
+    import socket
+    import termios
+    import tty
+
+    terminal = sys.stdin.fileno()
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def read(seconds: float) -> str:
+        ready = select.select([terminal, ours], [], [], seconds)[0]
+        if ours in ready:
+            ours.recv(4096)
+        if terminal not in ready:
+            return ""
+        try:
+            return os.read(terminal, 4096).decode(errors="replace") or "q"
+        except OSError:
+            return "q"
+
+    settings = termios.tcgetattr(terminal)
+    before = {
+        # The signal ends a wait through the socket.
+        signal.SIGWINCH: signal.signal(signal.SIGWINCH, lambda *_: None),
+        # Otherwise the terminal would stay as it is now.
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)),
+    }
+    wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    try:
+        tty.setcbreak(terminal)
+        yield read
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, settings)
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        ours.close()
+        theirs.close()

@@ -1,0 +1,684 @@
+"""Operators see and change a running hub from a shell."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import sys
+import termios
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from gollama_proxy.cli import main
+from gollama_proxy.fleet.worker import Hold
+from tests.fakes.asks import CHAT, RARELY, STREAM
+from tests.fakes.authority import Authority
+from tests.fakes.client import Wire
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.process import bare
+from tests.fakes.replies import chunk, json_reply, role, sse_head, token
+from tests.fakes.script import close, send, stall, wait
+from tests.fakes.waiting import DEADLINE, until
+from tests.fakes.worker import ScriptedWorker
+
+CALM = {"health__interval": RARELY}
+ADMIN = {"scope": "admin"}
+# All commands, with input that is right in itself.
+COMMANDS = [
+    ["workers"],
+    ["workers", "show", "a"],
+    ["workers", "add", "http://127.0.0.1:1"],
+    ["workers", "remove", "a"],
+    ["workers", "drain", "a"],
+    ["workers", "undrain", "a"],
+    ["workers", "pause", "a"],
+    ["workers", "unpause", "a"],
+    ["workers", "reset-breaker", "a"],
+    ["drain", "a"],
+    ["undrain", "a"],
+    ["top"],
+    ["explain", "--model", "tiny"],
+    ["requests"],
+    ["requests", "--follow"],
+    ["cancel", "a"],
+    ["revoke", "jti:a"],
+]
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        assert self.status == 0, self
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """Its one line of error."""
+        assert self.out == "", self
+        assert re.fullmatch(r"gollama-proxy: [^\n]+\n", self.err), self
+        return self.err.removeprefix("gollama-proxy: ").rstrip()
+
+
+Run = Callable[..., Awaitable[Done]]
+
+
+@pytest.fixture(autouse=True)
+def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Keep the settings of the person who runs the tests out of them."""
+    clean = bare()
+    monkeypatch.setattr(os, "environ", clean)
+    return clean
+
+
+@pytest.fixture
+def run(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command, on a hub if one is given, with a token of the scope admin."""
+
+    async def run(*argv: str, hub: RunningHub | None = None, **claims: Any) -> Done:
+        if hub is not None:
+            environ["GOLLAMA_HUB"] = hub.url
+            environ["GOLLAMA_TOKEN"] = hub.token("root", **ADMIN | claims)
+        status = await asyncio.to_thread(main, argv)
+        return Done(status, *capsys.readouterr())
+
+    return run
+
+
+def names(hub: RunningHub) -> list[str]:
+    return [worker.name for worker in hub.hub.registry.workers]
+
+
+# --- Workers ----------------------------------------------------------------------
+
+
+async def test_the_workers_are_listed(run: Run) -> None:
+    async with (
+        ScriptedWorker("qwen", slots=2) as one,
+        ScriptedWorker(up=False) as two,
+        running_hub(one, two, **CALM) as hub,
+    ):
+        done = await run("workers", hub=hub)
+        assert (done.status, done.err) == (0, "")
+        titles, first, second = (line.split() for line in done.out.splitlines())
+        assert titles[:3] == ["name", "url", "state"]
+        assert first[1:3] == [one.url, "ready"]
+        assert {"0/2", "qwen"} <= {*first}
+        assert second[1:3] == [two.url, "down"]
+        assert "connection refused" in done.out
+        assert (await run("workers", "--json", hub=hub)).json().keys() == {"workers"}
+
+
+async def test_a_hub_without_workers_names_the_next_command(run: Run) -> None:
+    async with running_hub() as hub:
+        done = await run("workers", hub=hub)
+        assert done.out == "The hub has no workers: gollama-proxy workers add URL\n"
+
+
+async def test_one_worker_is_shown(run: Run) -> None:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker, **CALM) as hub:
+        [name] = names(hub)
+        done = await run("workers", "show", name, hub=hub)
+        assert re.search(rf"^name +{name}$", done.out, re.MULTILINE)
+        assert re.search(r"^models +qwen$", done.out, re.MULTILINE)
+        shown = (await run("workers", "show", name, "--json", hub=hub)).json()
+        assert shown["name"] == name
+
+
+async def test_a_worker_is_added_and_removed(run: Run) -> None:
+    async with ScriptedWorker("qwen") as worker, running_hub(**CALM) as hub:
+        flags = ["--name", "new one", "--slots", "3", "--weight", "2.5"]
+        flags += ["--vram-gib", "24", "--model", "qwen", "--model", "q*"]
+        done = await run("workers", "add", worker.url, *flags, hub=hub)
+        assert done == Done(0, f"added new one, {worker.url}\n", "")
+        [added] = hub.hub.registry.workers
+        assert (added.name, added.source) == ("new one", "admin")
+        config = added.config
+        assert (config.slots, config.weight, config.vram_gib) == (3, 2.5, 24)
+        assert config.models == ("qwen", "q*")
+        done = await run("workers", "remove", "new one", hub=hub)
+        assert done == Done(0, "new one: removed\n", "")
+        assert names(hub) == []
+
+
+async def test_a_worker_is_held_back_and_released(run: Run) -> None:
+    async with ScriptedWorker() as one, running_hub(one, **CALM) as hub:
+        [worker] = hub.hub.registry.workers
+        for argv, hold, state in [
+            (["drain"], Hold.DRAINING, "ready, draining"),
+            (["undrain"], Hold.NONE, "ready"),
+            (["workers", "drain"], Hold.DRAINING, "ready, draining"),
+            (["workers", "undrain"], Hold.NONE, "ready"),
+            (["workers", "pause"], Hold.PAUSED, "ready, paused"),
+            (["workers", "unpause"], Hold.NONE, "ready"),
+            (["workers", "reset-breaker"], Hold.NONE, "ready"),
+        ]:
+            done = await run(*argv, worker.name, hub=hub)
+            assert done.out.startswith(f"{worker.name}: {state}"), argv
+            assert (done.status, worker.held) == (0, hold), argv
+        changed = (await run("drain", worker.name, "--json", hub=hub)).json()
+        assert changed["worker"]["hold"] == "draining"
+
+
+# --- Requests ---------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def busy(**settings: Any) -> AsyncIterator[tuple[RunningHub, Wire]]:
+    """Run a hub whose one slot generates for the request `mine` until the end."""
+    async with (
+        ScriptedWorker("qwen", slots=1) as worker,
+        running_hub(worker, **CALM, **settings) as hub,
+    ):
+        body = b"".join([role(), token("a"), token("b")])
+        worker.default(send(sse_head() + chunk(body)), wait("never"))
+        fields = [("X-Request-Id", "mine")]
+        async with await hub.open(CHAT, STREAM, headers=fields) as wire:
+            await wire.read_head()
+            for _ in range(3):
+                await wire.read_event()
+            yield hub, wire
+
+
+@contextlib.asynccontextmanager
+async def waiting(hub: RunningHub, identity: str) -> AsyncIterator[Wire]:
+    """Send a request that waits for the slot."""
+    fields = [("X-Request-Id", identity)]
+    before = hub.hub.queue.admission.waiting
+    async with await hub.open(CHAT, {"messages": []}, headers=fields) as wire:
+        await until(lambda: hub.hub.queue.admission.waiting == before + 1)
+        yield wire
+
+
+async def test_a_running_request_is_cancelled_by_its_id(run: Run) -> None:
+    async with busy() as (hub, wire):
+        assert (await run("cancel", "mine", hub=hub)).out == "mine: cancelled\n"
+        assert b"request_cancelled" in (await wire.read_to_end()).raw
+        done = await run("cancel", "mine", hub=hub)
+        assert done.status == 1
+        assert "mine" in done.error
+
+
+async def test_a_waiting_request_is_cancelled_by_its_id(run: Run) -> None:
+    async with busy() as (hub, _), waiting(hub, "next") as wire:
+        assert (await run("cancel", "next", hub=hub)).out == "next: cancelled\n"
+        answer = await wire.read_response()
+        assert answer.json()["error"]["code"] == "request_cancelled"
+
+
+async def test_the_requests_that_have_ended_are_listed(run: Run) -> None:
+    async with busy() as (hub, wire):
+        await run("cancel", "mine", hub=hub)
+        await wire.read_to_end()
+        await run("cancel", "mine", hub=hub)
+        done = await run("requests", hub=hub)
+        titles, line = done.out.splitlines()
+        assert titles.split()[:4] == ["ended", "status", "outcome", "took"]
+        assert re.match(r"\d\d:\d\d:\d\d  200 +error ", line)
+        assert line.endswith("qwen  alice  mine  request_cancelled")
+        for flag, value in [("--subject", "alice"), ("--limit", "1000")]:
+            found = (await run("requests", "--json", flag, value, hub=hub)).json()
+            assert [each["id"] for each in found["requests"]] == ["mine"]
+        found = (await run("requests", "--json", "--subject", "bob", hub=hub)).json()
+        assert found["requests"] == []
+
+
+async def test_later_requests_are_followed(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """Each is printed once, and the end of the hub ends it."""
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        worker.default(send(json_reply({}, status=404)))
+        loop, looks = asyncio.get_running_loop(), 0
+
+        async def request(identity: str) -> None:
+            fields = [("X-Request-Id", identity)]
+            await hub.post(CHAT, {"messages": []}, headers=fields)
+
+        def sleep(seconds: float) -> None:
+            nonlocal looks
+            looks += 1
+            if looks > 3:
+                raise KeyboardInterrupt
+            asyncio.run_coroutine_threadsafe(request(f"r{looks}"), loop).result()
+
+        await request("r0")
+        monkeypatch.setattr("gollama_proxy.commands.time.sleep", sleep)
+        done = await run("requests", "--follow", "--json", "--limit", "2", hub=hub)
+        assert done.status == 130
+        found = [json.loads(line)["id"] for line in done.out.splitlines()]
+        assert found == ["r0", "r1", "r2", "r3"]
+
+
+# --- top --------------------------------------------------------------------------
+
+
+async def test_top_without_a_terminal_prints_once(run: Run) -> None:
+    async with busy() as (hub, _), waiting(hub, "next"):
+        done = await run("top", hub=hub)
+        assert done.status == 0
+        assert done.out.startswith(f"{hub.url}   workers 1   running 1   waiting 1 ")
+        for words in [
+            ("name", "state", "running"),
+            (names(hub)[0], "ready", "1/1"),
+            ("waiting", "model", "subject"),
+            ("next", "qwen", "alice"),
+            ("request", "model", "worker"),
+            ("mine", "qwen", names(hub)[0]),
+        ]:
+            assert re.search(r" +".join(words), done.out), words
+        found = (await run("top", "--json", hub=hub)).json()
+        assert {*found} == {"workers", "queue", "exchanges"}
+
+
+class Screen:
+    """A terminal in which a command runs."""
+
+    def __init__(self, number: int) -> None:
+        self.text = ""
+        self._number = number
+        asyncio.get_running_loop().add_reader(number, self._read)
+        self._new = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Screen with {len(self.text)} characters>"
+
+    def resize(self, lines: int, columns: int) -> None:
+        size = struct.pack("HHHH", lines, columns, 0, 0)
+        fcntl.ioctl(self._number, termios.TIOCSWINSZ, size)
+
+    def type(self, keys: str) -> None:
+        os.write(self._number, keys.encode())
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._number)
+        os.close(self._number)
+
+    async def until(self, pattern: str) -> None:
+        """Wait for a text, and forget what came until then."""
+        async with asyncio.timeout(DEADLINE):
+            while (match := re.search(pattern, self.text)) is None:
+                self._new.clear()
+                await self._new.wait()
+        self.text = self.text[match.end() :]
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+            self.text += os.read(self._number, 1 << 16).decode(errors="replace")
+        self._new.set()
+
+
+@contextlib.asynccontextmanager
+async def top(
+    hub: RunningHub, environ: dict[str, str]
+) -> AsyncIterator[tuple[Screen, asyncio.subprocess.Process]]:
+    ours, theirs = pty.openpty()
+    screen = Screen(ours)
+    screen.resize(24, 100)
+    variables = environ | {"TERM": "xterm", "GOLLAMA_HUB": hub.url}
+    variables["GOLLAMA_TOKEN"] = hub.token("root", **ADMIN)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gollama_proxy", "top"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=variables,
+        cwd=Path(__file__).parent.parent,
+        start_new_session=True,
+    )
+    try:
+        yield screen, process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        os.close(theirs)
+        screen.close()
+
+
+def echoes(number: int) -> bool:
+    return bool(termios.tcgetattr(number)[3] & termios.ECHO)
+
+
+async def test_top_goes_on_until_q(environ: dict[str, str]) -> None:
+    async with (
+        busy() as (hub, _),
+        top(hub, environ) as (screen, process),
+    ):
+        await screen.until("mine")
+        screen.resize(30, 120)
+        process.send_signal(signal.SIGWINCH)
+        await screen.until("mine")
+        hub.hub.registry.pause(names(hub)[0])
+        await screen.until("ready, paused")
+        screen.type("xq")
+        assert await asyncio.wait_for(process.wait(), DEADLINE) == 0
+        await screen.until(re.escape("\x1b[?1049l"))  # back from the whole screen
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 0)]
+)
+async def test_top_leaves_the_terminal_as_it_was(
+    number: signal.Signals, status: int, environ: dict[str, str]
+) -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, **CALM) as hub,
+        top(hub, environ) as (screen, process),
+    ):
+        await screen.until("ready")
+        assert not echoes(screen._number)
+        process.send_signal(number)
+        assert await asyncio.wait_for(process.wait(), DEADLINE) == status
+        assert echoes(screen._number)
+
+
+# --- Tokens -----------------------------------------------------------------------
+
+
+async def test_a_token_may_be_in_a_file(
+    environ: dict[str, str], run: Run, tmp_path: Path
+) -> None:
+    async with running_hub() as hub:
+        environ["GOLLAMA_HUB"] = hub.url
+        file = tmp_path / "token"
+        file.write_text(hub.token(**ADMIN) + "\n")
+        file.chmod(0o600)
+        argv = ["workers", "--json", "--token-file", str(file)]
+        assert (await run(*argv)).json() == {"workers": []}
+        file.chmod(0o644)
+        done = await run(*argv)
+        assert done.status == 2
+        assert "must be for its owner only" in done.error
+
+
+async def test_a_flag_wins_over_a_variable(environ: dict[str, str], run: Run) -> None:
+    async with running_hub() as hub:
+        environ |= {"GOLLAMA_HUB": "http://127.0.0.1:1", "GOLLAMA_TOKEN": "x"}
+        flags = ["--hub", hub.url, "--token", hub.token(**ADMIN)]
+        assert (await run("workers", "--json", *flags)).json() == {"workers": []}
+        # In front of the action as well.
+        done = await run("workers", *flags, "show", "a")
+        assert "No worker is named 'a'" in done.error
+
+
+@pytest.mark.parametrize("argv", COMMANDS)
+async def test_a_token_of_a_client_is_not_enough(argv: list[str], run: Run) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        before = names(hub)
+        done = await run(*argv, hub=hub, scope="metrics")
+        assert done.status == 1
+        assert "needs the scope admin" in done.error
+        assert names(hub) == before
+        assert hub.hub.registry.workers[0].held is Hold.NONE
+
+
+async def test_without_a_valid_token_it_is_refused(
+    environ: dict[str, str], run: Run
+) -> None:
+    async with running_hub() as hub:
+        environ["GOLLAMA_HUB"] = hub.url
+        done = await run("workers")
+        assert done.status == 1
+        assert done.error.endswith("with --token-file or in GOLLAMA_TOKEN")
+        environ["GOLLAMA_TOKEN"] = "not.one.secret"
+        done = await run("workers")
+        assert done.status == 1
+        assert done.error.startswith(f"the hub at {hub.url} refuses: ")
+        assert "secret" not in done.error
+
+
+async def test_no_token_is_needed_where_there_is_no_authentication(run: Run) -> None:
+    async with running_hub(auth__mode="off") as hub:
+        argv = ["workers", "--json", "--hub", hub.url]
+        assert (await run(*argv)).json() == {"workers": []}
+
+
+# --- No hub -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", COMMANDS)
+async def test_no_hub_is_one_line(argv: list[str], run: Run) -> None:
+    async with ScriptedWorker(up=False) as gone:
+        done = await run(*argv, "--hub", gone.url)
+        assert done.status == 1
+        assert done.error == f"no hub answers at {gone.url}: connection refused"
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ((send(json_reply({}, status=404)),), "is not a hub with an admin API"),
+        ((send(json_reply([])),), "is not a hub with an admin API: it answered 200"),
+        ((send(b"220 mail.lan ESMTP\r\n"), close()), "what came is not HTTP"),
+        ((close(),), "it closed the connection"),
+        ((send(json_reply({"workers": [{}]})),), "is of another version"),
+    ],
+)
+async def test_a_server_of_another_kind(
+    script: tuple[Any, ...], reason: str, run: Run
+) -> None:
+    async with ScriptedWorker() as other:
+        other.on("/admin/workers", *script)
+        done = await run("workers", "--hub", other.url)
+        assert done.status == 1
+        assert other.url in done.error
+        assert reason in done.error
+
+
+async def test_a_hub_that_hangs(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.setattr("gollama_proxy.control.client.PATIENCE", 0.1)
+    async with ScriptedWorker() as other:
+        other.on("/admin/workers", stall())
+        done = await run("workers", "--hub", other.url)
+        assert done.status == 1
+        assert "nothing came within 0.1 s" in done.error
+
+
+async def test_text_from_a_hub_cannot_control_the_terminal(run: Run) -> None:
+    async with ScriptedWorker() as other:
+        error = {"error": {"message": "a\x1b[2J\nb", "code": "x"}}
+        other.on("/admin/workers/a", send(json_reply(error, status=409)))
+        done = await run("workers", "show", "a", "--hub", other.url)
+        assert done.error == "a?[2J b"
+
+
+async def test_a_hub_with_tls(
+    authority: Authority, environ: dict[str, str], tmp_path: Path, run: Run
+) -> None:
+    settings = authority.issue().settings
+    async with running_hub(trust=authority.client(), **settings) as hub:
+        done = await run("workers", hub=hub)
+        assert done.status == 1
+        assert "TLS: certificate not accepted" in done.error
+        flag = ["--ca-file", authority.file]
+        assert (await run("workers", "--json", *flag, hub=hub)).json() is not None
+        done = await run("workers", "--hub", hub.url.replace("https", "http"))
+        assert done.status == 1
+        # OpenSSL reads the variable itself.
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gollama_proxy", "workers", "--json"),
+            stdout=asyncio.subprocess.PIPE,
+            env=environ | {"SSL_CERT_FILE": authority.file},
+            cwd=Path(__file__).parent.parent,
+        )
+        output, _ = await process.communicate()
+        assert json.loads(output) == {"workers": []}
+
+
+# --- Wrong input ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["workers", "--hub", "gateway:8000"], "--hub = 'gateway:8000': must be a URL"),
+        (["workers", "--hub", "http://u:pw@h"], "--hub = 'http://…@h': must be"),
+        (["workers", "--hub", "http://h/?a"], "must be a URL such as"),
+        (["workers", "--hub", "http://h:99999"], "must be a URL such as"),
+        (["workers", "--token", ""], "--token: must be a token"),
+        (["workers", "--token", "a b"], "--token: must be a token"),
+        (["workers", "--token", "a", "--token-file", "b"], "not allowed with"),
+        (["workers", "--token-file", "/nowhere"], "cannot be read: No such file"),
+        (["workers", "--ca-file", "x"], "is for an https hub only"),
+        (["workers", "--ca-file", "/nowhere", "--hub", "https://h"], "cannot be read"),
+        (["workers", "--ca-file", __file__, "--hub", "https://h"], "no PEM cert"),
+        (["workers", "stop"], "'stop' (choose from 'show', 'add'"),
+        (["workers", "show"], "required: NAME"),
+        (["workers", "show", ""], "'': must be a name or an id"),
+        (["workers", "remove", ".."], "'..': must be a name or an id"),
+        (["workers", "add"], "required: URL"),
+        (["workers", "add", "gpu"], "url = 'gpu'"),
+        (["workers", "add", "http://h", "--slots", "x"], "--slots = 'x': must be a"),
+        (["workers", "add", "http://h", "--slots", "0"], "slots = 0"),
+        (["workers", "add", "http://h", "--weight", "x"], "--weight = 'x': must be"),
+        (["workers", "add", "http://h", "--weight", "-1"], "weight = -1"),
+        (["workers", "add", "http://h", "--weight", "nan"], "--weight = 'nan'"),
+        (["workers", "add", "http://h", "--vram-gib", "x"], "--vram-gib = 'x'"),
+        (["workers", "add", "http://h", "--api-key-env", "HOME"], "api_key_env"),
+        (["drain"], "required: NAME"),
+        (["undrain", "."], "'.': must be a name or an id"),
+        (["top", "x"], "x: not a flag of this command"),
+        (["explain"], "--model: must be given, or a request in --file"),
+        (["explain", "--file", "/nowhere"], "cannot be read: No such file"),
+        (["explain", "--file", __file__], "must be JSON"),
+        (["requests", "--limit", "0"], "--limit = '0': must be a whole number"),
+        (["requests", "--limit", "1001"], "--limit = '1001': must be"),
+        (["cancel"], "required: ID"),
+        (["cancel", ""], "'': must be a name or an id"),
+        (["reload", "now"], "now: not a flag of this command"),
+        (["revoke", "alice"], "'alice': must be jti: and the id"),
+        (["revoke", "sub:"], "'sub:': must be jti: and the id"),
+        (["revoke", "jti:a", "--cancel"], "--cancel: is for a subject"),
+        (["revoke", "jti:\n"], "must be jti: and the id"),
+    ],
+)
+async def test_wrong_input_changes_nothing(
+    argv: list[str], text: str, run: Run
+) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        before = names(hub)
+        done = await run(*argv, hub=hub)
+        assert done.status == 2
+        assert text in done.error
+        assert names(hub) == before
+        assert hub.hub.registry.workers[0].held is Hold.NONE
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [argv for argv in COMMANDS if argv[-1] == "a"],
+)
+async def test_what_does_not_exist_is_one_line(argv: list[str], run: Run) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        done = await run(*argv, hub=hub)
+        assert done.status == 1
+        assert "'a'" in done.error
+
+
+async def test_a_name_that_is_taken_is_refused(run: Run) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        done = await run("workers", "add", worker.url, hub=hub)
+        assert done.status == 1
+        assert names(hub)[0] in done.error
+        assert len(names(hub)) == 1
+
+
+# --- What only a hub can decide ---------------------------------------------------
+
+
+async def test_a_token_is_revoked(run: Run) -> None:
+    async with running_hub() as hub:
+        alice = hub.token(jti="x1")
+        assert (await hub.get("/v1/models", alice)).status == 200
+        done = await run("revoke", "jti:x1", hub=hub)
+        assert done.out == "revoked jti:x1, until the hub restarts\n"
+        assert (await hub.get("/v1/models", alice)).status == 401
+        assert (await run("revoke", "jti:x2", "--json", hub=hub)).json()[
+            "value"
+        ] == "x2"
+
+
+async def test_a_subject_is_revoked(run: Run) -> None:
+    async with busy() as (hub, wire):
+        done = await run("revoke", "sub:alice", hub=hub)
+        assert done.out.splitlines()[1:] == ["still running: mine"]
+        assert (await hub.get("/v1/models")).status == 401
+        done = await run("revoke", "sub:alice", "--cancel", hub=hub)
+        assert done.out.splitlines()[1:] == ["cancelled: mine"]
+        assert not (await wire.read_to_end()).clean
+
+
+async def test_a_request_is_explained(run: Run, tmp_path: Path) -> None:
+    async with (
+        ScriptedWorker("qwen") as one,
+        ScriptedWorker("llama") as two,
+        running_hub(one, two, **CALM) as hub,
+    ):
+        first, second = names(hub)
+        done = await run("explain", "--model", "qwen", hub=hub)
+        assert re.search(rf"^worker +{first}$", done.out, re.MULTILINE)
+        assert re.search(rf"^{second} +\S", done.out, re.MULTILINE)
+        file = tmp_path / "request.json"
+        file.write_text('{"model": "llama", "messages": []}')
+        argv = ["explain", "--file", str(file), "--json"]
+        answer = (await run(*argv, hub=hub)).json()
+        assert (answer["model"], answer["worker"]) == ("llama", second)
+        answer = (await run(*argv, "--model", "qwen", hub=hub)).json()
+        assert answer["worker"] == first
+        assert one.requests == two.requests == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ({"changed": [], "restart": []}, "nothing has changed\n"),
+        (
+            {"changed": ["worker a: added"], "restart": ["server.port"]},
+            "changed: worker a: added\nat the next start: server.port\n",
+        ),
+    ],
+)
+async def test_settings_are_read_again(
+    answer: dict[str, Any], text: str, run: Run
+) -> None:
+    async with ScriptedWorker() as hub:
+        hub.on("/admin/reload", send(json_reply(answer)))
+        assert await run("reload", "--hub", hub.url) == Done(0, text, "")
+
+
+# --- Output -----------------------------------------------------------------------
+
+
+async def test_a_reader_that_has_seen_enough_is_no_error(
+    environ: dict[str, str],
+) -> None:
+    async with running_hub() as hub:
+        reader, writer = os.pipe()
+        os.close(reader)
+        variables = {"GOLLAMA_HUB": hub.url, "GOLLAMA_TOKEN": hub.token(**ADMIN)}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gollama_proxy", "workers"),
+            stdout=writer,
+            stderr=asyncio.subprocess.PIPE,
+            env=environ | variables,
+            cwd=Path(__file__).parent.parent,
+        )
+        os.close(writer)
+        _, errors = await process.communicate()
+        assert (process.returncode, errors) == (0, b"")
