@@ -120,7 +120,7 @@ class Periodic:
         loop = asyncio.get_running_loop()
         due = loop.time() + seconds
         try:
-            async with asyncio.timeout_at(due):
+            async with asyncio.timeout(seconds):
                 await self._woken.wait()
             self.late = 0.0
         except TimeoutError:

@@ -89,7 +89,9 @@ class Pool:
     @property
     def available(self) -> list[Worker]:
         """The workers that the next request should be sent to; not to be modified."""
-        able = self.able
+        able = self._able
+        if able is None or self._able_until < math.inf:
+            able = self.able
         return self.preferred(able) if self._unloaded else able
 
     def preferred(self, workers: list[Worker]) -> list[Worker]:

@@ -150,6 +150,7 @@ class Worker:
     _contexts: BoundedDict[str, int] = field(default_factory=BoundedDict)
     # Models that it has listed and no longer lists.
     _gone: BoundedDict[str, None] = field(default_factory=BoundedDict)
+    full: bool = False  # every slot is taken
     _taken: int = 0  # slots
     _full_since: float | None = None
     # Models that are not loaded, or still loading; and how far, from 0 to 1.
@@ -429,13 +430,15 @@ class Worker:
         lease.loads = model in self._unloaded
         self.leases.add(lease)
         self._taken += slot
-        if self._full_since is None and self.slots is not None:
-            full = self._taken >= self.slots + self.overcommit
-            self._full_since = lease.taken_at if full else None
+        if self.slots is not None and self._taken >= self.slots + self.overcommit:
+            self.full = True
+            if self._full_since is None:
+                self._full_since = lease.taken_at
         return lease
 
     def _note_room(self) -> None:
-        if self.free > 0:
+        self.full = self.free <= 0
+        if not self.full:
             self._full_since = None
         elif self._full_since is None:
             self._full_since = self.clock()
@@ -445,6 +448,8 @@ class Worker:
         beside = len(self.leases)
         self.leases.discard(lease)
         self._taken -= lease.slot
+        if self.full:
+            self.full = self.free <= 0
         verdict = self._judge(lease, result, beside)
         for permit in lease.permits:
             permit.settle(_proof(verdict, result))
@@ -463,8 +468,8 @@ class Worker:
         """Learn from an attempt, one of `beside`; return what it shows."""
         match result:
             case Result.COMPLETE:
-                if lease.prefill is not None:
-                    self._check(lease.prefill)
+                if lease.prefill is not None and not lease.prefill.possible:
+                    self._doubt(lease.prefill)
                 model, tokens, seconds = lease.model, lease.tokens, lease.seconds
                 pace = self.paces.get(model) or self.pace_of(model)
                 slow = tokens and pace.is_slow(tokens, seconds, beside)
@@ -502,9 +507,9 @@ class Worker:
         if result is Result.REFUSED:
             self.has_answered(lease)
 
-    def _check(self, reported: Prefill) -> None:
-        """Warn, once, if a report about the reading of a prompt cannot be true."""
-        if not reported.possible and not self._odd_timings:
+    def _doubt(self, reported: Prefill) -> None:
+        """Warn, once, of a report about the reading of a prompt that cannot be true."""
+        if not self._odd_timings:
             self._odd_timings = True
             logger.warning(
                 "worker %s: reports %s tokens read in %s s, and %s from its cache",

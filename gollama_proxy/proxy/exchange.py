@@ -321,10 +321,19 @@ class Proxy:
         if alias := self._registry.alias_of(body.model):
             x.alias = alias
         pools = self._registry.pools_for(pool, body.fallbacks, caller.models)
-        x.plan = Plan.of(pools, endpoint.path, config, self._balancer.budget, self._rng)
         follows = endpoint.slot and self._balancer.follows(pool)
         prefixes = body.prefixes() if follows else ()
-        x.plan.ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
+        ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
+        rescue = config.rescue
+        x.plan = Plan(
+            pools,
+            config.retry,
+            self._balancer.budget,
+            self._rng,
+            ask,
+            continuations=rescue.attempts if rescue.enabled else 0,
+            once=endpoint.path in config.retry.once,
+        )
         if self.observer is not None:
             self.observer("started", x)
         try:
@@ -332,14 +341,19 @@ class Proxy:
                 x.enter(State.QUEUED)
                 if not self._fitting.is_certain(x):
                     await self._fitting.check(x)
+                lease = self._queue.try_acquire(x)
+                if lease is None:
+                    try:
+                        lease = await self._wait(x)
+                    except NoWorkerError:
+                        if x.failure is None:
+                            raise
+                        return recovery.give_up(x)
                 try:
-                    lease = self._queue.try_acquire(x) or await self._wait(x)
-                except NoWorkerError:
-                    if x.failure is None:
-                        raise
-                    return recovery.give_up(x)
-                with lease:
                     response = await self._attempt(x, lease)
+                finally:  # `with lease:` takes two calls more
+                    if lease.result is None:
+                        lease.release(Result.CLIENT_GONE)
                 if not isinstance(response, Failure):
                     return response
                 final = await self._recover(x, lease.worker, response)
@@ -405,10 +419,11 @@ class Proxy:
             # Passing it on
             now = self._clock()
             lease.first_token = now - lease.taken_at
-            worker.has_answered(lease)
+            if lease.loads:
+                worker.has_answered(lease)
             if x.first_byte is None:
                 x.first_byte = now - x.started
-            response = in_one_piece(x, relay)
+            response = None if relay.is_event_stream else in_one_piece(x, relay)
             if response is not None:
                 used = read_usage(relay.held, x.endpoint.api, body.answers)
                 self._charges.add(x, relay, used)
@@ -436,11 +451,12 @@ class Proxy:
         """Return why an answer cannot be passed on, or None."""
         worker = lease.worker
         failure = None
-        streams = relay.is_event_stream
-        if relay.status >= 400 or (streams and relay.early_error() is not None):
+        streams, held = relay.is_event_stream, relay.held
+        erred = streams and (b'"error"' in held or b'"message"' in held)
+        if relay.status >= 400 or (erred and relay.early_error() is not None):
             failure = await read_failure(relay, worker.name)
         elif not (
-            self._names_model(x, worker, relay)
+            self._names_model(x, worker, held)
             or await self._is_asked_for(x, worker, relay)
         ):
             failure = failure_of_model(worker.name, lease.model)
@@ -452,9 +468,8 @@ class Proxy:
             failure = failure_of(DivergedError("it does not stream"))
         return failure
 
-    def _names_model(self, x: Exchange, worker: Worker, relay: Relay) -> bool:
+    def _names_model(self, x: Exchange, worker: Worker, held: bytes) -> bool:
         """Whether the beginning of an answer has a known name of the model."""
-        held = relay.held
         worker.see_build(build_of(held))
         name = first_model(held)
         return name is None or worker.answer_names.knows(x.model, name)
@@ -488,7 +503,11 @@ class Proxy:
             kept = self._config.rescue.kept if x.sent and x.resume is None else 0
             answers = body.answers * body.prompts
             await relay.run(
-                client, self._config.timeouts.write, kept, tally_of(x), answers
+                client,
+                self._config.timeouts.write,
+                kept,
+                tally_of(x) if x.choices > 1 else None,
+                answers,
             )
             if x.resume is not None:
                 x.resume.finish()

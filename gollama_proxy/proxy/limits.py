@@ -45,12 +45,13 @@ class Limits:
         if x.noticed_at or lease.loads:
             x.noticed_at, x.loading = 0.0, lease.loads
         if streams(x):
-            pace = lease.worker.pace_of(lease.model)
+            worker, model = lease.worker, lease.model
+            pace = worker.paces.get(model) or worker.pace_of(model)
             # Loading a model takes time, and would on another worker, too.
             hard = pace.expectations.hard
-            x.allowance = hard if lease.loads else pace.allowance(x.body.size)
-            lease.allowance = x.allowance
-            limit = min(limit, x.allowance)
+            allowed = hard if lease.loads else pace.allowance(x.body.size)
+            lease.allowance = allowed
+            limit = min(limit, allowed)
         if limit > SOON:
             return None
 
@@ -83,7 +84,7 @@ class Limits:
             text = f"Worker {worker.name} sent nothing within {limit:g} s."
             relay.fail(WorkerError(Code.WORKER_TIMEOUT, text))
         elif streams(x):
-            overdue = waited >= x.allowance or worker.is_down
+            overdue = waited >= lease.allowance or worker.is_down
             if overdue and x.plan.has_other():
                 text = f"Worker {worker.name} was too slow to begin."
                 relay.fail(WorkerError(Code.WORKER_SLOW, text))

@@ -33,7 +33,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from gollama_proxy.config.settings import Config, Retry
+from gollama_proxy.config.settings import Retry
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Again, Cause, rule_of
@@ -83,15 +83,18 @@ class Plan:
         limits: Retry,
         budget: RetryBudget,
         rng: random.Random,
+        ask: Ask | None = None,
         *,
         continuations: int = 0,
         once: bool = False,
     ) -> None:
-        """Begin; `continuations` limits those of a broken answer.
+        """Begin; `ask` is what the policies know of the request.
+
+        `continuations` limits those of a broken answer.
 
         With `once`, a request that a worker may have begun is not retried.
         """
-        self.ask = Ask(pools[0].model)  # what the policies need
+        self.ask = ask or Ask(pools[0].model)
         self.begun = False  # there has been an attempt, on any pool
         self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
         self.as_sent = False  # send the request as the client wrote it
@@ -116,23 +119,6 @@ class Plan:
         self._again = False  # the last worker may get another attempt,
         self._repeat = False  # or must get it
         budget.deposit()
-
-    @classmethod
-    def of(
-        cls,
-        pools: Sequence[Pool],
-        path: str,
-        config: Config,
-        budget: RetryBudget,
-        rng: random.Random,
-    ) -> Plan:
-        """Plan a request on a path, according to the settings."""
-        rescue = config.rescue
-        continuations = rescue.attempts if rescue.enabled else 0
-        once = path in config.retry.once
-        return cls(
-            pools, config.retry, budget, rng, continuations=continuations, once=once
-        )
 
     def __repr__(self) -> str:
         pool, tried, limit = self.pool.model, len(self.tried), self._limits.attempts
@@ -178,11 +164,11 @@ class Plan:
             others += self._untried(place)
         if self._resuming:
             others += [worker for some in self._failed().values() for worker in some]
-        return any(worker.free > 0 for worker in others)
+        return any(not worker.full for worker in others)
 
     def begin(self, worker: Worker) -> None:
         """Record the worker of an attempt."""
-        self.tried.append(worker)
+        self._tried[self._place].append(worker)
         self._last = worker
         self.begun = True
         self._again = self._repeat = False

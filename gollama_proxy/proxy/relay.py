@@ -190,10 +190,7 @@ class Relay:
         """Read the error that a stream began with: it should have been a status."""
         if not self.is_event_stream:
             return None
-        held = self.held
-        if b'"error"' not in held and b'"message"' not in held:
-            return None
-        found = map(sse.error_in, sse.events_in(held))
+        found = map(sse.error_in, sse.events_in(self.held))
         return next((error for error in found if error is not None), None)
 
     async def whole(self) -> None:

@@ -130,6 +130,6 @@ class Rewriter:
             self._until[x.suspect] = self._clock() + REMEMBERED
 
 
-def tally_of(x: Exchange) -> Tally | None:
-    """Make the tally of ended choices, if several were requested."""
-    return Tally(x.endpoint.ending, x.choices) if x.choices > 1 else None
+def tally_of(x: Exchange) -> Tally:
+    """Make the tally of the choices that have ended."""
+    return Tally(x.endpoint.ending, x.choices)

@@ -98,7 +98,6 @@ class Exchange(Record):
     relay: Relay | None = None
     loading = False  # the worker of this attempt must load the model first
     waiting_since = 0.0  # monotonic seconds, when this attempt was sent
-    allowance = 0.0  # seconds for the first event, while another worker could take over
 
     # What the worker gets
     sent = b""  # the body that the worker got, to begin an answer with

@@ -174,7 +174,10 @@ class Charges:
                 prompt = max(prompt, likely)
         elif prompt and x.resume is None:  # else it is longer than the request
             self._fitting.learn(x, prompt)
-        _count(x, prompt, generated or 0)
+        x.answered = True
+        x.tokens += generated or 0
+        if prompt > x.prompt_tokens:
+            x.prompt_tokens = prompt
 
     def add_refused(self, x: Exchange, relay: Relay) -> None:
         """Add an attempt that ended with an error, if it sent anything before."""

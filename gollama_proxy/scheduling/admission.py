@@ -198,7 +198,8 @@ class Admission:
                 holder.review()
         elif ticket.state is TicketState.WAITING:
             self._take_out(ticket, TicketState.LEFT)
-        self._forget(holder)
+        if not (holder.running or holder.rounds):
+            self._forget(holder)
 
     def _is_behind(self, model: str, priority: Priority) -> bool:
         """Return whether a request waits that goes before a new one of this class."""

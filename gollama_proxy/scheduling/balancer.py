@@ -143,7 +143,7 @@ class Balancer:
 class RetryBudget:
     """Lets a retry pass while the recent requests pay for it."""
 
-    __slots__ = ("_requests", "_retries", "floor", "ratio")
+    __slots__ = ("_requests", "_retries", "deposit", "floor", "ratio")
 
     def __init__(
         self,
@@ -156,15 +156,13 @@ class RetryBudget:
         self.ratio = ratio
         self.floor = floor
         self._requests = SlidingWindow(window, clock)
+        # Counts a request; once for each, whatever its number of attempts.
+        self.deposit: Callable[[], None] = self._requests.add
         self._retries = SlidingWindow(window, clock)
 
     def __repr__(self) -> str:
         spent, requests = self._retries.count, self._requests.count
         return f"<RetryBudget {spent} of {self._allowed:g} spent, {requests} requests>"
-
-    def deposit(self) -> None:
-        """Count a request; once for each, whatever its number of attempts."""
-        self._requests.add()
 
     def withdraw(self) -> bool:
         """Ask for one retry, which is spent if the answer is True."""

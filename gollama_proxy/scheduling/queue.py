@@ -123,7 +123,7 @@ class Queue(Listener):
         if not request.needs_slot:
             worker = self._balancer.pick(plan, candidates) if candidates else None
             return None if worker is None else worker.lease(model, slot=False)
-        free = [worker for worker in candidates if worker.free > 0]
+        free = [worker for worker in candidates if not worker.full]
         if not free:
             return None
         if request.ticket is None:
@@ -318,14 +318,14 @@ class Queue(Listener):
                 self._passed_over.append(ticket)
 
     def _has_free(self, model: str) -> bool:
-        return any(worker.free > 0 for worker in self._registry.pool(model).available)
+        return any(not worker.full for worker in self._registry.pool(model).available)
 
     def _serve(self, ticket: Ticket) -> bool:
         """Give a ticket a slot, if one is free that it may have."""
         plan, future = self._waiters[ticket]
         if future.done():
             return True
-        free = [worker for worker in plan.candidates() if worker.free > 0]
+        free = [worker for worker in plan.candidates() if not worker.full]
         if not free:
             return False
         patience = ticket.joined_at + self._patience - self._clock()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -105,7 +106,7 @@ def ask_for_stream(body: bytes, endpoint: Endpoint) -> Streaming | None:
     if endpoint.api is Api.OPENAI:  # the others report it unasked
         given["stream_options"] = Raw(_ASKED)
     make = ChatAssembler if endpoint.chat else _ASSEMBLERS[endpoint.api]
-    return Streaming(msgspec.json.encode(given), lambda limit: make(limit, asked))
+    return Streaming(msgspec.json.encode(given), partial(make, asked=asked))
 
 
 def has_prompts(body: bytes) -> bool:

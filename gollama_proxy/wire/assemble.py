@@ -102,7 +102,10 @@ class Texts:
         return text.getvalue() if text else ""
 
     def all(self) -> dict[str, str | None]:
-        return {n: t.getvalue() if t else None for n, t in self._texts.items()}
+        texts: dict[str, str | None] = {}
+        for name, text in self._texts.items():  # a comprehension costs a call
+            texts[name] = text.getvalue() if text else None
+        return texts
 
 
 def read(value: Raw | None, decoder: msgspec.json.Decoder[T | None]) -> T | None:
@@ -152,8 +155,12 @@ class Assembler(abc.ABC):
             for event in self._gatherer.feed(data):
                 if self._head and self._take_word(event, self._foot):
                     continue
-                found = None if self._done else data_of(event)
-                if found is not None:
+                if self._done:
+                    continue
+                alone = b"\n" not in event and b"\r" not in event
+                if alone and event.startswith(b"data: "):  # as nearly all
+                    self._take(event[6:].strip())
+                elif (found := data_of(event)) is not None:
                     self._take(found.strip())
         if self._size + self._gatherer.size > self._limit:
             self._decode_words()  # which may have counted for too much

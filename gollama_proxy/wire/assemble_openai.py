@@ -63,10 +63,10 @@ class _Calls:
     """Calls of tools, distinguished by their ids where servers repeat an `index`."""
 
     def __init__(self) -> None:
-        self._calls: list[_Call] = []
+        self.all: list[_Call] = []
 
     def __repr__(self) -> str:
-        return f"<_Calls {len(self._calls)}>"
+        return f"<_Calls {len(self.all)}>"
 
     def fold(self, delta: dict[str, Raw]) -> int:
         """Append to the call that an event continues; return how much it grew."""
@@ -85,7 +85,7 @@ class _Calls:
         return grown + texts.add("name", name) + texts.add("arguments", arguments)
 
     def _find(self, index: int | None, id_: str, name: str, arguments: str) -> _Call:
-        same = [call for call in self._calls if index is None or call.index == index]
+        same = [call for call in self.all if index is None or call.index == index]
         if id_:
             named = [call for call in same if call.texts.get("id") == id_]
             same = named or [call for call in same[-1:] if call.lacks(id_, name)]
@@ -96,15 +96,12 @@ class _Calls:
                 raise UnfoldableError("two calls of tools cannot be distinguished")
         if not same:
             same = [_Call(index)]
-            self._calls += same
+            self.all += same
         return same[-1]
 
     def answer(self) -> list[dict[str, object]]:
-        ordered = sorted(self._calls, key=lambda call: call.index or 0)
+        ordered = sorted(self.all, key=lambda call: call.index or 0)
         return [call.answer() for call in ordered]
-
-    def __bool__(self) -> bool:
-        return bool(self._calls)
 
 
 def _is_json(text: str) -> bool:
@@ -135,7 +132,10 @@ class _Choice:
         for name, value in found.items():
             if name == "delta":
                 for part, added in (OBJECT.decode(value) or {}).items():
-                    grown += self._fold_delta(part, added)
+                    if part == "tool_calls":
+                        grown += sum(map(self.calls.fold, OBJECTS.decode(added) or ()))
+                    elif bytes(added) not in (b"[]", b"{}"):
+                        grown += self.texts.add(part, TEXT.decode(added))
             elif name == "text":
                 grown += self.texts.add("text", TEXT.decode(value))
             elif name == "logprobs":
@@ -147,13 +147,6 @@ class _Choice:
         if ended and grown:
             raise UnfoldableError("a choice went on after its end")
         return grown
-
-    def _fold_delta(self, name: str, value: Raw) -> int:
-        if name == "tool_calls":
-            return sum(map(self.calls.fold, OBJECTS.decode(value) or ()))
-        if bytes(value) in (b"[]", b"{}"):
-            return 0
-        return self.texts.add(name, TEXT.decode(value))
 
     def _keep(self, name: str, value: Raw) -> int:
         """Keep a field of which one event has all; one that grows cannot be folded."""
@@ -177,7 +170,9 @@ class _Choice:
                 self.logprobs[name] = known or values
 
     def shows_nothing(self) -> bool:
-        return not (self.calls or any((self.texts.all() | {"role": None}).values()))
+        shown = self.texts.all()
+        shown.pop("role", None)
+        return not (self.calls.all or any(shown.values()))
 
     def text(self, index: int) -> dict[str, object]:
         logprobs = self.logprobs or None
@@ -185,12 +180,12 @@ class _Choice:
         return choice | self._others | {"finish_reason": self.finish_reason}
 
     def chat(self, index: int) -> dict[str, object]:
-        message: dict[str, object] = {**self.texts.all()}
+        message: dict[str, object] = dict(self.texts.all())
         message.pop("text", None)
         message["role"] = message.get("role") or "assistant"
         # llama-server never has a null here, even in a message with nothing but calls.
         message["content"] = message.get("content") or ""
-        if self.calls:
+        if self.calls.all:
             message["tool_calls"] = self.calls.answer()
         choice = {"finish_reason": self.finish_reason, "index": index}
         logprobs = {} if self.logprobs is UNSET else {"logprobs": self.logprobs}
@@ -200,13 +195,25 @@ class _Choice:
 # --- The events -------------------------------------------------------------------
 
 
-def _additions(found: dict[str, Raw]) -> dict[str, Raw]:
-    """Return what a choice in an event adds to an answer, if the event is repeated."""
-    delta = read(found.get("delta"), OBJECT)
-    fields = {**found, **(delta or {})}
-    same = ("index", "delta", "role")
-    return {n: v for n, v in fields.items() if n not in same and not means_nothing(v)}
+def _addition(found: dict[str, Raw]) -> tuple[str, bytes] | None:
+    """Return the one field that a choice in an event adds to an answer each time.
 
+    None if there are several, or none.
+    """
+    fields, only = found, None
+    if "delta" in found:
+        fields = {**found, **(OBJECT.decode(found["delta"]) or {})}
+    for name, value in fields.items():
+        if name in _SAME or bytes(value) in _NOTHING:
+            continue
+        if only is not None:
+            return None
+        only = name, bytes(value)
+    return only
+
+
+_SAME = frozenset({"index", "delta", "role"})
+_NOTHING = frozenset({b"null", b"[]", b"{}", b'""'})
 
 _REPEATS = 2  # events, before learning the bytes around their words pays
 
@@ -265,15 +272,17 @@ class TextAssembler(Assembler):
         probe = (raw_chunk.decode(head + b"~" + foot) or RawChunk()).choices or [{}]
         # The only string that differs is this word; is it the text of the choice?
         name = word[1].decode()
-        added, other = _additions(found), _additions(probe[0])
-        if list(added) == [name] and bytes(other[name]) == b'"~"':
+        added = _addition(found)
+        if added and added[0] == name and _addition(probe[0]) == (name, b'"~"'):
             self._learn(self._choices[0].texts, name, head, foot)
 
     def _answer(self) -> object:
         choices = sorted(self._choices.items())
-        ended = choices and all(choice.finish_reason for _, choice in choices)
-        if not (ended and (self._done or self._usage)):
+        if not (choices and (self._done or self._usage)):
             raise unfinished()
+        for _, choice in choices:
+            if not choice.finish_reason:
+                raise unfinished()
         if self._asked.choices not in (0, len(choices)):
             raise UnfoldableError("the stream has another number of choices")
         for _, choice in choices:

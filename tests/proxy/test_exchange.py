@@ -101,7 +101,7 @@ class Stage:
         x.endpoint = Mock()
         x.plan = Mock()
         x.plan.has_other.return_value = False
-        x.waiting_since, x.allowance = self.clock(), 10.0
+        x.waiting_since, x.lease.allowance = self.clock(), 10.0
         x.noticed_at = 1e9  # no comments
         self.proxy._running[cast(Any, object())] = x
 

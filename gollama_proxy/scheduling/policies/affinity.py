@@ -110,7 +110,7 @@ class Affinity(Policy):
     def _waits(self, ask: Ask, match: Match, other: Worker) -> bool:
         """Return whether a request should wait for its worker, not go elsewhere."""
         worker, model = match.worker, ask.model
-        if not ask.patience or worker is other or worker.free > 0:
+        if not ask.patience or worker is other or not worker.full:
             return False
         if not (worker.can_serve(model) and worker.serves(model)):
             return False  # it would wait for more than a slot
