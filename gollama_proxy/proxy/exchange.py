@@ -324,16 +324,8 @@ class Proxy:
         follows = endpoint.slot and self._balancer.follows(pool)
         prefixes = body.prefixes() if follows else ()
         ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
-        rescue = config.rescue
-        x.plan = Plan(
-            pools,
-            config.retry,
-            self._balancer.budget,
-            self._rng,
-            ask,
-            continuations=rescue.attempts if rescue.enabled else 0,
-            once=endpoint.path in config.retry.once,
-        )
+        budget = self._balancer.budget
+        x.plan = Plan.of(pools, endpoint.path, config, budget, self._rng, ask)
         if self.observer is not None:
             self.observer("started", x)
         try:

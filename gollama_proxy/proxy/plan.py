@@ -33,7 +33,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from gollama_proxy.config.settings import Retry
+from gollama_proxy.config.settings import Config, Retry
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Again, Cause, rule_of
@@ -119,6 +119,30 @@ class Plan:
         self._again = False  # the last worker may get another attempt,
         self._repeat = False  # or must get it
         budget.deposit()
+
+    @classmethod
+    def of(
+        cls,
+        pools: Sequence[Pool],
+        path: str,
+        config: Config,
+        budget: RetryBudget,
+        rng: random.Random,
+        ask: Ask | None = None,
+    ) -> Plan:
+        """Plan a request on a path, according to the settings."""
+        rescue = config.rescue
+        continuations = rescue.attempts if rescue.enabled else 0
+        once = path in config.retry.once
+        return cls(
+            pools,
+            config.retry,
+            budget,
+            rng,
+            ask,
+            continuations=continuations,
+            once=once,
+        )
 
     def __repr__(self) -> str:
         pool, tried, limit = self.pool.model, len(self.tried), self._limits.attempts

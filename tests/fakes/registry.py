@@ -94,14 +94,7 @@ def plan(
     """Plan a request as the path of a request does."""
     config = _configs.get(balancer) or Config()
     pools = balancer.registry.pools_for(pool, fallbacks, allowed)
-    return Plan(
-        pools,
-        config.retry,
-        balancer.budget,
-        random.Random(7),
-        continuations=config.rescue.attempts if config.rescue.enabled else 0,
-        once=path in config.retry.once,
-    )
+    return Plan.of(pools, path, config, balancer.budget, random.Random(7))
 
 
 def take_out(*workers: Worker, check: Check = Check.FAILED) -> None:
