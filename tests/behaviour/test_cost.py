@@ -46,7 +46,7 @@ TWO_TOKENS = (
 @pytest.mark.parametrize(
     ("path", "body", "script", "limit"),
     [
-        pytest.param(EMBED, EMBEDDING, SHORT, 204, id="short request"),
+        pytest.param(EMBED, EMBEDDING, SHORT, 212, id="short request"),
         pytest.param(CHAT, STREAM, ONE_TOKEN, 270, id="stream of one token"),
         pytest.param(CHAT, WHOLE, TWO_TOKENS, 315, id="assembled chat of two tokens"),
     ],
