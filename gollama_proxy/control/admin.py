@@ -194,7 +194,9 @@ class Admin:
             before, row = worker.config, self._row_of(worker)
             row = {k: v for k, v in (row | patch).items() if v is not None}
             config = _load(row, ours=patch.keys())
-            if "api_key_env" not in row and "api_key_env" not in patch:
+            keyless = "api_key_env" not in row and "api_key_env" not in patch
+            if keyless and config.origin == before.origin:
+                # From the settings.  It is not sent to any other address.
                 config = replace(config, api_key=before.api_key)
             await self._prepare(config)
             try:

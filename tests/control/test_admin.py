@@ -248,6 +248,10 @@ async def test_a_worker_keeps_its_api_key_when_it_is_changed() -> None:
         answer = await call(hub, "PATCH", "/admin/workers/w", {"weight": 2})
         assert worker.config.api_key == "secret-key"
         assert b"secret-key" not in answer.body
+        # Another address is another server, which must not get it.
+        patch = {"url": "http://127.0.0.1:10"}
+        assert (await call(hub, "PATCH", "/admin/workers/w", patch)).status == 200
+        assert registry.find("w").config.api_key == ""
 
 
 async def test_a_worker_is_removed() -> None:
