@@ -151,7 +151,7 @@ class Hub(Listener):
     def _ended(self, x: Exchange) -> None:
         self.telemetry.ended(x)
         self.recent.add(x)
-        if self.events.watched:
+        if self.events.listeners:
             self.events.ended(x)
 
     async def _ping(self, worker: Worker) -> probe.Finding:

@@ -144,7 +144,7 @@ class Events(Listener):
         self._views = views
         self._recent = recent
         self._proxy = proxy
-        self._listeners: set[_Queue] = set()
+        self.listeners: set[_Queue] = set()  # empty: nothing needs to be published
         self._closed = False
         self._changed: set[Worker] = set()  # that are shown soon
         # Tokens since the last sample, by worker, and those seen of each request.
@@ -154,19 +154,14 @@ class Events(Listener):
         self._sampler: Periodic | None = None
 
     def __repr__(self) -> str:
-        return f"<Events listeners={len(self._listeners)}>"
-
-    @property
-    def watched(self) -> bool:
-        """Whether there is any listener."""
-        return bool(self._listeners)
+        return f"<Events listeners={len(self.listeners)}>"
 
     def publish(self, event: str, data: Shown) -> None:
         """Send an event to all listeners."""
-        if self._listeners:
+        if self.listeners:
             text = b"event: %b\ndata: %b\n\n"
             sent = text % (event.encode(), msgspec.json.encode(data))
-            for listener in tuple(self._listeners):
+            for listener in tuple(self.listeners):
                 if not listener.put(sent):
                     self._leave(listener)
 
@@ -188,7 +183,7 @@ class Events(Listener):
         self.publish("fleet", {"change": change, "worker": worker.name})
 
     def changed(self, worker: Worker) -> None:
-        if self._listeners:
+        if self.listeners:
             # The worker may be in the middle of a step, and several may follow.
             if not self._changed:
                 asyncio.get_running_loop().call_soon(self._show_changed)
@@ -253,7 +248,7 @@ class Events(Listener):
         Raises:
             RequestError: 429, there are too many listeners.
         """
-        if len(self._listeners) >= MOST_LISTENERS:
+        if len(self.listeners) >= MOST_LISTENERS:
             text = f"There are {MOST_LISTENERS} listeners, which is the limit."
             raise RequestError(Code.RATE_LIMITED, text, retry_after=5)
         transport = request.transport
@@ -289,19 +284,19 @@ class Events(Listener):
         return KEEP if keep_alive else CLOSE
 
     def _join(self, listener: _Queue) -> None:
-        if not self._listeners:
+        if not self.listeners:
             self._proxy().observer = self.observe
             self._sampled_at = time.monotonic()
             self._seen = {x: tokens_of(x) for x in self._proxy().running if x.attempts}
             self._sampler = Periodic("samples", self._take_sample, EVERY, delay=0.0)
             self._sampler.start()
-        self._listeners.add(listener)
+        self.listeners.add(listener)
         if self._closed:
             listener.end("the hub shuts down")
 
     def _leave(self, listener: _Queue) -> None:
-        self._listeners.discard(listener)
-        if not self._listeners and self._sampler is not None:
+        self.listeners.discard(listener)
+        if not self.listeners and self._sampler is not None:
             self._sampler.cancel()
             self._sampler = None
             self._proxy().observer = None
@@ -313,7 +308,7 @@ class Events(Listener):
     def close(self) -> None:
         """End all streams of events: the hub shuts down."""
         self._closed = True
-        for listener in tuple(self._listeners):
+        for listener in tuple(self.listeners):
             listener.end("the hub shuts down")
 
 

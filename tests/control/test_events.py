@@ -156,7 +156,7 @@ async def test_a_listener_that_does_not_read_is_dropped(
             for _ in range(1000):
                 hub.hub.events.publish("change", {"filler": "x" * 10_000})
                 await asyncio.sleep(0)
-            assert not hub.hub.events.watched
+            assert not hub.hub.events.listeners
             name, data = await slow.next("dropped", "closed")
             assert (name, list(data)) == ("dropped", ["reason"])
             assert await slow.wire.read_event() is None
@@ -194,7 +194,7 @@ async def test_a_head_request_does_not_listen() -> None:
         await wire.get("/admin/events", hub.token(**ADMIN), method="HEAD")
         answer = await wire.read_response()
         assert (answer.status, answer.body) == (200, b"")
-        assert not hub.hub.events.watched
+        assert not hub.hub.events.listeners
 
 
 # --- Requests that have ended -----------------------------------------------------
