@@ -38,6 +38,19 @@ _DEBUG = bool(os.environ.get("PYTHONASYNCIODEBUG"))
 _SERVERS = pytest.StashKey[list[LlamaServer]]()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector away from the thousands of tests.
+
+    They stay until the end, and every collection would go through them.
+    """
+    gc.disable()
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
+
+
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

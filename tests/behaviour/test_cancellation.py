@@ -35,15 +35,6 @@ PROMPT = b'{"model":"tiny","messages":[],"prompt":"' + b"x" * 100_000
 Stage = Callable[[ScriptedWorker, RunningHub], Awaitable[Wire]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """Leave what is there already out of the collections below."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True)
 def no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave nothing periodic that could cancel: what is seen here is at once."""
