@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import anthropic
-import openai
 import pytest
 
 from tests.fakes.hub import RunningHub, running_hub
@@ -301,6 +299,8 @@ async def test_an_answer_that_speaks_of_errors_passes_to_the_byte(
 
 
 async def test_anthropic_s_sdk_shows_the_reason() -> None:
+    import anthropic
+
     async with (
         ScriptedWorker("qwen", "other") as worker,
         running_hub(worker, retry__attempts=1) as hub,
@@ -332,6 +332,8 @@ async def test_anthropic_s_sdk_shows_the_reason() -> None:
 
 
 async def test_openai_s_sdk_shows_the_reason() -> None:
+    import openai
+
     async with (
         ScriptedWorker("qwen", "other") as worker,
         running_hub(worker, retry__attempts=1) as hub,

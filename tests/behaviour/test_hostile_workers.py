@@ -82,7 +82,7 @@ EVENTS = "Content-Type: text/event-stream"
 HELLO = b"hello"
 CHUNKS = b"5\r\nhello\r\n0\r\n\r\n"
 LARGE = b"x" * (64 << 10)
-BOMB = gzip.compress(bytes(10 * MIB))
+BOMB = gzip.compress(bytes(10 * MIB), 1)
 BOMB_LENGTH = f"Content-Length: {len(BOMB)}"
 CLOSE = "Connection: close"
 

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import openai
 import pytest
 
 from gollama_proxy.config.settings import POLICIES
@@ -468,6 +467,8 @@ async def test_a_client_is_notified_when_its_prompt_takes_long(
 
 
 async def test_the_official_client_skips_the_notices() -> None:
+    import openai
+
     async with crowded(queue__notice=0.05) as (worker, hub, _):
         running = sent(hub, "a")
         await worker.received(1)

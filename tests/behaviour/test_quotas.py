@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import openai
 import pytest
 
 from tests.fakes.asks import CHAT, STREAM, WHOLE
@@ -51,6 +50,8 @@ async def test_tokens_a_minute_are_those_of_prompt_and_answer(
 
 
 async def test_the_official_client_sees_a_rate_limit() -> None:
+    import openai
+
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         client = openai.AsyncOpenAI(
             base_url=f"{hub.url}/v1", api_key=hub.token(rpm=1), max_retries=0

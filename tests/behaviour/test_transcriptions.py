@@ -6,7 +6,6 @@ import contextlib
 import json
 from typing import Any
 
-import openai
 import pytest
 
 from gollama_proxy.wire.errors import RequestError
@@ -226,6 +225,8 @@ async def test_a_stream_that_broke_off_is_seen_to() -> None:
 
 
 async def test_openai_s_sdk_is_understood() -> None:
+    import openai
+
     async with (
         ScriptedWorker("qwen", "other") as worker,
         running_hub(worker, models__aliases={"whisper-1": "qwen"}) as hub,

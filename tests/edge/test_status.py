@@ -7,7 +7,6 @@ import time
 from typing import Any
 from urllib.parse import quote
 
-import openai.types
 import pytest
 
 from gollama_proxy.config.settings import Config, Queue
@@ -199,6 +198,8 @@ async def entry(hub: RunningHub, name: str) -> dict[str, Any]:
 
 
 async def test_an_entry_has_the_fields_of_openai_and_one_more() -> None:
+    import openai.types
+
     before = int(time.time())
     async with (
         ScriptedWorker("qwen", slots=3, n_ctx=512) as worker,

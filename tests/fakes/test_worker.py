@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import openai
 import pytest
 import uvloop
 
@@ -563,6 +562,8 @@ def _shape(body: bytes) -> list[object]:
 async def test_embedding_model_embeds(
     embed_model: Path, llama_server: Callable[..., LlamaServer]
 ) -> None:
+    import openai
+
     server = llama_server(embed_model, name="embed", args=("--embedding",))
     client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused")
     async with client:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import openai
 import pytest
 
 from gollama_proxy.config import load as config
@@ -91,6 +90,8 @@ async def test_a_prompt_goes_to_the_worker_whose_context_it_fits(
 async def test_the_official_client_knows_a_prompt_that_fits_nowhere(
     tiny_model: Path, llama_server: Callable[..., LlamaServer]
 ) -> None:
+    import openai
+
     async with running_hub(llama_server(tiny_model, slots=1, ctx=256)) as hub:
         client = openai.AsyncOpenAI(base_url=f"{hub.url}/v1", api_key=hub.token())
         async with client:

@@ -10,10 +10,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import openai
 import pytest
 
 from gollama_proxy.fleet.worker import WorkerState
@@ -21,6 +20,9 @@ from tests.fakes.client import TruncatedError, Wire
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.waiting import DEADLINE, until
 from tests.real.llama import LlamaServer
+
+if TYPE_CHECKING:  # they are slow to import, and few tests need them
+    import openai
 
 pytestmark = pytest.mark.real
 
@@ -34,6 +36,8 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def client_of(hub: RunningHub) -> AsyncIterator[openai.AsyncOpenAI]:
+    import openai
+
     base = f"{hub.url}/v1"
     async with openai.AsyncOpenAI(
         base_url=base, api_key=hub.token(), max_retries=0, timeout=DEADLINE
@@ -84,6 +88,8 @@ async def test_the_openai_client_streams(tiny_model: Path, llama_server: Start) 
 async def test_the_openai_client_sees_models_and_errors_as_its_own(
     tiny_model: Path, llama_server: Start
 ) -> None:
+    import openai
+
     async with (
         running_hub(llama_server(tiny_model), models__strict_models=True) as hub,
         client_of(hub) as client,

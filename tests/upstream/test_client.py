@@ -172,7 +172,7 @@ async def test_a_reply_shows_no_body() -> None:
 
 
 def packed(body: bytes, coding: str = "gzip") -> bytes:
-    data = {"gzip": gzip.compress, "deflate": zlib.compress}[coding](body)
+    data = {"gzip": gzip.compress, "deflate": zlib.compress}[coding](body, 1)
     fields = [("Content-Encoding", coding), ("Content-Length", str(len(data)))]
     return head(200, fields) + data
 

@@ -110,7 +110,7 @@ async def test_a_worker_behind_a_prefix() -> None:
 def compressed(body: bytes, coding: str = "gzip") -> bytes:
     """Build an answer as a compressing proxy in front of a worker would."""
     pack = {"gzip": gzip.compress, "deflate": zlib.compress}[coding]
-    data = pack(body)
+    data = pack(body, 1)
     fields = [("Content-Encoding", coding), ("Content-Length", str(len(data)))]
     return head(200, fields) + data
 
