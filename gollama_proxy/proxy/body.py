@@ -225,6 +225,8 @@ class Body:
         try:
             async with asyncio.timeout(patience):
                 piece = await self._content.readany()
+                if (error := self._content.exception()) is not None:
+                    raise error  # it came together with the piece, and ends the body
         except TimeoutError:
             text = "The request body arrived too slowly."
             raise RequestError(Code.BODY_TIMEOUT, text) from None

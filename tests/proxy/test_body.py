@@ -46,10 +46,12 @@ class Content:
         self._arrived.set()
 
     async def readany(self) -> bytes:
+        if self._fault is not None:
+            raise self._fault
         while not (self._pieces or self._ended or self._fault):
             self._arrived.clear()
             await self._arrived.wait()
-        if self._fault is not None:
+        if self._fault is not None and not self._pieces:  # a piece may have been first
             raise self._fault
         return self._pieces.popleft() if self._pieces else b""
 
@@ -57,6 +59,9 @@ class Content:
         taken = b"".join(self._pieces)
         self._pieces.clear()
         return taken
+
+    def exception(self) -> Exception | None:
+        return self._fault
 
     def is_eof(self) -> bool:
         """Whether the end has come; unlike at `at_eof`, bytes may be left.
@@ -565,6 +570,20 @@ async def test_a_body_with_invalid_framing_is_rejected(fault: Exception) -> None
         await read.read(1 << 20)
     assert refusal(error) == (Code.BAD_REQUEST, None)
     assert error.value.__suppress_context__
+
+
+async def test_invalid_framing_that_arrives_with_the_last_piece_is_rejected() -> None:
+    """The piece was there first, and the stream ends with the error."""
+    source = Content(end=False)
+    body = incoming(source)
+    reading = asyncio.create_task(body.read(1 << 20))
+    await asyncio.sleep(0)
+    source.feed(b"{}", end=True)
+    source.fail(web.RequestPayloadError("malformed chunk"))
+    with pytest.raises(RequestError, match="framing") as error:
+        await reading
+    assert refusal(error) == (Code.BAD_REQUEST, None)
+    assert not body.complete
 
 
 async def test_a_client_that_left_is_no_bad_request() -> None:
