@@ -39,9 +39,9 @@ from aiohttp import web
 from gollama_proxy import __version__, machine
 from gollama_proxy.children import Supervised
 from gollama_proxy.config import addresses
-from gollama_proxy.config.keys import read_secret
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Log
+from gollama_proxy.control.client import check_url, read_token, trust
 from gollama_proxy.fleet.agents import answer_to
 from gollama_proxy.tasks import Periodic, Signals, spawn
 from gollama_proxy.telemetry import logs
@@ -213,7 +213,7 @@ def check_options(options: Options, environ: Mapping[str, str]) -> str:
     for flag, urls in (("--hub", options.hubs), ("--worker", [options.worker])):
         for url in urls:
             if url:
-                _check_url(flag, url)
+                check_url(flag, url)
     if bool(options.worker) == bool(options.command):
         text = "must be given, and only one of them: --worker URL, or --exec -- COMMAND"
         raise ConfigError(f"--worker, --exec: {text}")
@@ -228,47 +228,10 @@ def check_options(options: Options, environ: Mapping[str, str]) -> str:
     return read_token(options.token_file, environ)
 
 
-def _check_url(flag: str, url: str) -> None:
-    why = ""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as exc:
-        why, parts, port = str(exc), urlsplit(""), None
-    if not why and (parts.scheme not in ("http", "https") or not parts.hostname):
-        why = "must be a URL such as http://gateway:8000"
-    elif not why and ("@" in parts.netloc or parts.query or parts.fragment):
-        why = "must be a URL without a password, a query or a fragment"
-    elif port == 0:
-        why = "port 0 cannot be connected to"
-    if why:
-        safe = re.sub("//.*@", "//...@", url)
-        raise ConfigError(f"{flag} = {safe!r}: {why}")
-
-
-def read_token(file: str, environ: Mapping[str, str]) -> str:
-    """Return the token of the file, or of GOLLAMA_TOKEN.
-
-    Raises:
-        ConfigError: the file cannot be used, or what was given is no token.
-    """
-    source, token = "GOLLAMA_TOKEN", environ.get("GOLLAMA_TOKEN", "").strip()
-    if file:
-        source = f"--token-file = {file!r}"
-        token = read_secret(source, file).decode(errors="replace").strip()
-    if (file or token) and not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError(f"{source}: holds no token (gollama-proxy token)")
-    return token
-
-
 def _credentials(options: Options) -> ssl.SSLContext | None:
     if not any(url.startswith("https:") for url in options.hubs):
         return None
-    try:
-        return ssl.create_default_context(cafile=options.ca_file or None)
-    except (OSError, ssl.SSLError) as exc:
-        why = exc.strerror or "no PEM file with certificates"
-        raise ConfigError(f"--ca-file = {options.ca_file!r}: {why}") from exc
+    return trust(options.ca_file)
 
 
 async def run(options: Options, signals: Signals) -> int:

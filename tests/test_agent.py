@@ -13,6 +13,7 @@ from gollama_proxy.agent import Answer, Refusal, Schedule
 from gollama_proxy.children import Restarts
 from gollama_proxy.cli import main
 from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.control.client import read_token
 
 LATEST = max  # of a range of waits
 
@@ -194,7 +195,7 @@ WORKER = ["--worker", "http://127.0.0.1:2"]
         ),
         (
             ["--hub", "https://x", *WORKER, "--ca-file", "/nowhere"],
-            "--ca-file = '/nowhere': No such file",
+            "--ca-file = '/nowhere': cannot be read",
         ),
         ([*HUB, *WORKER, "--drain", "3"], "--drain 3: not a flag"),
     ],
@@ -225,12 +226,12 @@ def test_a_file_without_a_token(
 
 def test_the_token_comes_from_the_file_or_the_environment(tmp_path: Path) -> None:
     environ: dict[str, Any] = {"GOLLAMA_TOKEN": " a.b.c\n"}
-    assert agent.read_token("", environ) == "a.b.c"
-    assert agent.read_token("", {}) == ""
+    assert read_token("", environ) == "a.b.c"
+    assert read_token("", {}) == ""
     file = tmp_path / "token"
     file.write_text("d.e.f\n")
     file.chmod(0o600)
-    assert agent.read_token(str(file), environ) == "d.e.f"
+    assert read_token(str(file), environ) == "d.e.f"
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
-        agent.read_token(str(file), environ)
+        read_token(str(file), environ)

@@ -1,6 +1,6 @@
-"""A client of the admin API, for the commands of operators.
+"""How a command gets at a hub: its address, the token, the CAs, and the admin API.
 
-It is used by programs that do one thing at a time, so it needs no event loop.
+The client is for programs that do one thing at a time, so it needs no event loop.
 """
 
 from __future__ import annotations
@@ -120,6 +120,9 @@ class AdminClient:
         return CallError(message, 2 if status in (400, 413, 415) else 1)
 
 
+# --- Where the hub is, and who calls ----------------------------------------------
+
+
 class Access(NamedTuple):
     """How to get at a hub, as flags give it; None: not given."""
 
@@ -141,58 +144,85 @@ def connect(access: Access, environ: Mapping[str, str]) -> AdminClient:
     source, url = "--hub", access.hub
     if url is None:
         source, url = "GOLLAMA_HUB", environ.get("GOLLAMA_HUB") or DEFAULT_HUB
-    _check_url(source, url)
-    token = _read_token(access, environ)
+    check_url(source, url)
+    if access.token is not None:
+        token = _check_token("--token", access.token)
+    else:
+        token = read_token(access.token_file or "", environ)
     context = None
     if url.startswith("https:"):
-        context = _make_context(access.ca_file)
-    elif access.ca_file is not None:
+        context = trust(access.ca_file or "")
+    elif access.ca_file:
         text = f"is for an https hub only, and {source} = {shown(url)}"
         raise ConfigError(f"--ca-file = {access.ca_file!r}: {text}")
     return AdminClient(url, token, context)
 
 
-def _check_url(source: str, url: str) -> None:
+def check_url(source: str, url: str) -> None:
+    """Check the URL of a server; `source` begins the line of an error.
+
+    Raises:
+        ConfigError: it is none, or has parts that are not used.
+    """
+    why = ""
     try:
         parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        sound = False
-    else:
-        sound = sound and not (parts.query or parts.fragment or "@" in parts.netloc)
-    if not sound or not re.fullmatch(r"[!-~]+", url):
-        safe = re.sub("//.*@", "//…@", url)
-        raise ConfigError(
-            f"{source} = {shown(safe)}: must be a URL such as {DEFAULT_HUB}"
-        )
+        port = parts.port
+    except ValueError as exc:
+        why, parts, port = str(exc), urlsplit(""), None
+    if not why and (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or not re.fullmatch(r"[!-~]+", url)
+    ):
+        why = "must be a URL such as http://gateway:8000"
+    elif not why and ("@" in parts.netloc or parts.query or parts.fragment):
+        why = "must be a URL without a password, a query or a fragment"
+    elif port == 0:
+        why = "port 0 cannot be connected to"
+    if why:
+        safe = re.sub("//.*@", "//...@", url)
+        raise ConfigError(f"{source} = {shown(safe)}: {why}")
 
 
-def _read_token(access: Access, environ: Mapping[str, str]) -> str:
-    if access.token is not None:
-        source, token = "--token", access.token
-    elif access.token_file is not None:
-        source = f"--token-file = {access.token_file!r}"
-        token = read_secret(source, access.token_file).decode(errors="replace")
-    else:
-        source, token = "GOLLAMA_TOKEN", environ.get("GOLLAMA_TOKEN", "")
-        if not token.strip():
-            return ""
+def read_token(file: str, environ: Mapping[str, str]) -> str:
+    """Return the token of the file, or of GOLLAMA_TOKEN; "" if there is none.
+
+    Raises:
+        ConfigError: the file cannot be used, or what was given is no token.
+    """
+    if file:
+        source = f"--token-file = {file!r}"
+        return _check_token(source, read_secret(source, file).decode(errors="replace"))
+    token = environ.get("GOLLAMA_TOKEN", "")
+    return _check_token("GOLLAMA_TOKEN", token) if token.strip() else ""
+
+
+def _check_token(source: str, token: str) -> str:
     token = token.strip()
     if not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError(f"{source}: must be a token, as `gollama-proxy token` prints")
-    return str(token)
+        raise ConfigError(f"{source}: holds no token (gollama-proxy token)")
+    return token
 
 
-def _make_context(ca_file: str | None) -> ssl.SSLContext:
+def trust(ca_file: str) -> ssl.SSLContext:
+    """Make the context for an https hub; "" is for the CAs of the system.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
     import ssl
 
     try:
-        return ssl.create_default_context(cafile=ca_file)
+        return ssl.create_default_context(cafile=ca_file or None)
     except OSError as exc:  # ssl.SSLError included
         why = "holds no PEM certificate"
         if not isinstance(exc, ssl.SSLError):
             why = f"cannot be read: {exc.strerror}"
         raise ConfigError(f"--ca-file = {ca_file!r}: {why}") from exc
+
+
+# --- Answers ----------------------------------------------------------------------
 
 
 def _reason_of(error: Exception) -> str:
