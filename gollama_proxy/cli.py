@@ -434,7 +434,7 @@ def _look_up_groups(config: Config) -> tuple[Config, list[str]]:
     from dataclasses import replace
 
     from gollama_proxy.fleet.groups import Groups
-    from gollama_proxy.upstream.lookup import look_up
+    from gollama_proxy.upstream.dial import look_up
 
     groups = Groups(config.health, look_up, lambda: None, time.monotonic)
     groups.follow(config.workers)

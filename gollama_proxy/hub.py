@@ -29,8 +29,7 @@ from gollama_proxy.edge.server import Server
 from gollama_proxy.edge.status import ModelList, Status
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.groups import Groups
-from gollama_proxy.fleet.health import HealthChecker
-from gollama_proxy.fleet.loading import LoadingFeeds
+from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds
 from gollama_proxy.fleet.registry import Listener, Registry
 from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Hold, Source, Worker
@@ -43,7 +42,7 @@ from gollama_proxy.state.local import LocalState
 from gollama_proxy.tasks import spawn
 from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.upstream import probe
-from gollama_proxy.upstream.lookup import look_up
+from gollama_proxy.upstream.dial import look_up
 from gollama_proxy.upstream.pool import ConnectionPool
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from functools import partial
 
 from gollama_proxy.config.settings import Health, Origin, WorkerConfig
 from gollama_proxy.tasks import Periodic
-from gollama_proxy.upstream.lookup import Endpoint
+from gollama_proxy.upstream.dial import Endpoint
 
 logger = logging.getLogger(__name__)
 

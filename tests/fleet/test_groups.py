@@ -10,7 +10,7 @@ from gollama_proxy.config import load as config
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Health, Origin, WorkerConfig
 from gollama_proxy.fleet.groups import KEPT, MOST, Groups, member_of
-from gollama_proxy.upstream.lookup import Endpoint
+from gollama_proxy.upstream.dial import Endpoint
 from tests.fakes.clock import Clock
 
 
