@@ -17,41 +17,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
-import json
 import logging
 import os
-import random
 import re
 import secrets
 import shutil
 import signal
-import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
 
-from gollama_proxy import __version__, machine
+from gollama_proxy import __version__, llama, machine
 from gollama_proxy.children import Supervised
-from gollama_proxy.config import addresses
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Log
-from gollama_proxy.control.client import check_url, read_token, trust
+from gollama_proxy.control.client import (
+    check_url,
+    read_token,
+    trust,
+)
 from gollama_proxy.fleet.agents import answer_to
+from gollama_proxy.registration import TIMEOUT, HubLink, Refusal
 from gollama_proxy.tasks import Periodic, Signals, spawn
 from gollama_proxy.telemetry import logs
 
 logger = logging.getLogger(__name__)
 
-USUAL_PORTS = (8080, 9931)  # of llama-server; the second one in newer builds
 LOOK_EVERY = 1.0  # seconds between two looks at the server
-TIMEOUT = 10.0  # of one call of a hub, which may include a proof of 3 s
-MARGIN = 5.0  # seconds beyond the drain time of a hub
 
 
 @dataclass(frozen=True)
@@ -70,146 +67,19 @@ class Options:
     log: Log = field(default_factory=Log)
 
 
-# --- Decisions --------------------------------------------------------------------
-
-
-class Refusal(enum.Enum):
-    """How a call of a hub ended."""
-
-    NONE = "registered"
-    PASSING = "the hub is away, or busy"
-    PATIENT = "the hub refuses, and may change its mind"
-    LASTING = "the hub refuses, and a person has to act"
-
-
-class Answer(NamedTuple):
-    """A hub's answer to a call; status 0 for none."""
-
-    status: int
-    text: str = ""  # of an error
-    body: Mapping[str, Any] = {}
-
-    @property
-    def refusal(self) -> Refusal:
-        if 200 <= self.status < 300:
-            return Refusal.NONE
-        if self.status == 0 or self.status == 429 or self.status >= 500:
-            return Refusal.PASSING
-        # A name or an address may be free when another lease has ended, and a proof
-        # may succeed when a firewall has let the hub through.
-        if self.status == 409 or self.body.get("code") == "address_refused":
-            return Refusal.PATIENT
-        return Refusal.LASTING
-
-
-class Schedule:
-    """When a hub is called next; `choose` varies a wait, so that agents drift apart."""
-
-    FIRST, LONGEST, SLOW = 1.0, 30.0, 15.0
-    LASTING = 60.0
-
-    def __init__(
-        self, choose: Callable[[float, float], float] = random.uniform
-    ) -> None:
-        self._choose = choose
-        self._wait = 0.0
-
-    def __repr__(self) -> str:
-        return f"<Schedule wait={self._wait:g}>"
-
-    def after(self, answer: Answer) -> float:
-        """Return the seconds to wait after this answer."""
-        match answer.refusal:
-            case Refusal.NONE:
-                self._wait = 0.0
-                lease = answer.body.get("lease")
-                usable = isinstance(lease, (int, float)) and 0.1 <= lease <= 86_400
-                return (lease if usable and lease else 30.0) / 3
-            case Refusal.PASSING:
-                self._wait = min(max(self.FIRST, 2 * self._wait), self.LONGEST)
-                return self._choose(self._wait / 2, self._wait)
-            case Refusal.PATIENT:
-                return self.SLOW
-            case Refusal.LASTING:
-                return self.LASTING
-
-
-def flag_in(
-    command: Sequence[str], flag: str, variable: str, environ: Mapping[str, str]
-) -> str | None:
-    """Return the value of a server's flag: the last one given, else of a variable."""
-    value = None
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        if word == flag:
-            value = following
-        elif word.startswith(f"{flag}="):
-            value = word.partition("=")[2]
-    return environ.get(variable) if value is None else value
-
-
-def _usable_port(found: str | None) -> int:
-    """Return the port of a command, or a free one for it: the usual one, if it is.
-
-    Raises:
-        ConfigError: it is no port.
-    """
-    if found is not None:
-        if not re.fullmatch(r"[0-9]{1,5}", found) or not 1 <= int(found) <= 65_535:
-            text = "must be a whole number from 1 to 65535"
-            raise ConfigError(f"--exec: --port {found}: {text}")
-        return int(found)
-    for port in (USUAL_PORTS[0], 0):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", port))
-            return int(probe.getsockname()[1])
-    raise ConfigError("--exec: no port of this machine is free")
-
-
-def listening(
-    command: Sequence[str], environ: Mapping[str, str]
-) -> tuple[list[str], str]:
-    """Return a server's command, with a port if it had none, and the URL it serves.
-
-    Raises:
-        ConfigError: its port or host is none that a hub can use.
-    """
-    found = flag_in(command, "--port", "LLAMA_ARG_PORT", environ)
-    port = _usable_port(found)
-    added = ["--port", str(port)] if found is None else []
-    host = flag_in(command, "--host", "LLAMA_ARG_HOST", environ) or "127.0.0.1"
-    if host.startswith("/") or host.endswith(".sock"):
-        raise ConfigError(f"--exec: --host {host}: a hub cannot reach a socket file")
-    host = f"[{host}]" if ":" in host else host
-    return [*command, *added], f"http://{host}:{port}"
-
-
-def place(url: str, local: str) -> str:
-    """Return the URL under which a hub reaches a worker.
-
-    `local` is this machine's address on the way to that hub; it takes the place of
-    loopback, and of an address that means all of them.
-    """
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    address = addresses.parse(host)
-    if not addresses.is_loopback(host) and not (address and address.is_unspecified):
-        return url
-    host = f"[{local}]" if ":" in local else local
-    return parts._replace(netloc=f"{host}:{parts.port}").geturl()
-
-
 # --- The command ------------------------------------------------------------------
 
 
-def check_options(options: Options, environ: Mapping[str, str]) -> str:
-    """Check what was asked for; return the token, or "".
+def check_options(options: Options, environ: Mapping[str, str]) -> None:
+    """Check what was asked for.
 
     Raises:
         ConfigError: a flag is wrong.
     """
     if not options.hubs:
-        raise ConfigError("--hub: is missing; must be the URL of a hub")
+        raise ConfigError(
+            "--hub: is missing; must be a URL such as http://gateway:8000"
+        )
     for flag, urls in (("--hub", options.hubs), ("--worker", [options.worker])):
         for url in urls:
             if url:
@@ -223,9 +93,10 @@ def check_options(options: Options, environ: Mapping[str, str]) -> str:
     if options.name and not re.fullmatch(r"[!-.0-~]{1,100}", options.name):
         text = "must have 1 to 100 printable ASCII characters, and no / or space"
         raise ConfigError(f"--name = {options.name!r}: {text}")
-    if options.ca_file:
-        _credentials(options)
-    return read_token(options.token_file, environ)
+    if options.ca_file and _credentials(options) is None:
+        text = "is for a hub with an https URL"
+        raise ConfigError(f"--ca-file = {options.ca_file!r}: {text}")
+    read_token(options.token_file, environ)
 
 
 def _credentials(options: Options) -> ssl.SSLContext | None:
@@ -295,10 +166,10 @@ class Agent:
         self.secret = secrets.token_hex(32)
         self.server: Supervised | None = None
         if options.command:
-            command, self.url = listening(options.command, os.environ)
+            command, self.url = llama.listening(options.command, os.environ)
             self.server = Supervised(command)
         else:
-            self.url = _with_port(options.worker)
+            self.url = llama.with_port(options.worker)
         port = urlsplit(self.url).port
         self.name = options.name or f"{machine.host_name()}:{port}"
         self.hubs = [HubLink(self, url, credentials) for url in options.hubs]
@@ -318,7 +189,7 @@ class Agent:
             ConfigError: the port is taken.
         """
         try:
-            listener = _listen(self.proof_port)
+            listener = machine.listen(self.proof_port)
         except OSError as exc:
             text = exc.strerror or "cannot be listened on"
             raise ConfigError(f"--proof-port = {self.proof_port}: {text}") from exc
@@ -369,6 +240,10 @@ class Agent:
         return ", ".join(devices) or "nothing is known of its machine"
 
     @property
+    def token_file(self) -> str:
+        return self.options.token_file
+
+    @property
     def session(self) -> aiohttp.ClientSession:
         assert self._session is not None, self
         return self._session
@@ -417,13 +292,10 @@ class Agent:
             logger.info("the server %s", "answers" if answers else "does not answer")
             for each in self.hubs:
                 each.loop.wake()
-            if answers:
-                for each in self.hubs:
-                    await each.check_reachable()
         return None
 
     async def _probe(self) -> bool:
-        url = f"{place(self.url, _local_spelling(self.url))}/health"
+        url = f"{machine.place(self.url, _local_spelling(self.url))}/health"
         try:
             async with self.session.get(
                 url, ssl=False, timeout=aiohttp.ClientTimeout(5), allow_redirects=False
@@ -433,191 +305,6 @@ class Agent:
             return False
 
 
-class HubLink:
-    """The registration with one hub."""
-
-    def __init__(
-        self, agent: Agent, url: str, credentials: ssl.SSLContext | None
-    ) -> None:
-        self.url = url.rstrip("/")
-        self.refusal: Refusal | None = None  # None before the first answer
-        self.served = False  # it has registered the worker before
-        self.loop = Periodic(f"registration at {url}", self._renew, 1.0, delay=0.0)
-        self._agent = agent
-        self._credentials = credentials
-        self._schedule = Schedule()
-        self._trouble = ""
-        self._placed = ""  # the URL that the hub has for the worker
-        self._warned = False
-
-    def __repr__(self) -> str:
-        state = self.refusal.name.lower() if self.refusal else "new"
-        return f"<HubLink {self.url} {state}>"
-
-    async def _renew(self) -> float:
-        agent = self._agent
-        try:
-            local = await _local_address(self.url)
-            placed = place(agent.url, local)
-            body = await agent.registration(placed)
-        except OSError as exc:
-            answer = Answer(0, f"cannot be reached: {exc.strerror or exc}")
-        else:
-            answer = await self._call("PUT", body)
-            self._placed = placed
-        self.refusal = answer.refusal
-        self._log(answer)
-        if self.refusal is Refusal.NONE:
-            self.served = True
-        agent.note()
-        return self._schedule.after(answer)
-
-    def _log(self, answer: Answer) -> None:
-        """Log a change once: registered, or another reason why not."""
-        trouble = answer.text if self.refusal is not Refusal.NONE else "registered"
-        if trouble == self._trouble:
-            return
-        self._trouble = trouble
-        name = self._agent.name
-        if self.refusal is Refusal.NONE:
-            logger.info("hub %s: registered %s as %s", self.url, self._placed, name)
-        elif self.refusal is Refusal.PASSING:
-            logger.warning("hub %s: %s; trying again", self.url, trouble)
-        else:
-            logger.error("hub %s refuses the worker: %s", self.url, trouble)
-
-    async def leave(self) -> None:
-        """Give the worker back, and wait for its running answers.
-
-        After its drain time, a hub has them continued elsewhere.
-        """
-        if not self.served:
-            return
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        while (answer := await self._call("DELETE")).refusal is Refusal.NONE:
-            drain = answer.body.get("drain")
-            if not isinstance(drain, (int, float)):
-                drain = 0.0
-            if not answer.body.get("running"):
-                logger.info("hub %s: the worker is out", self.url)
-                return
-            if loop.time() - began > drain + MARGIN:
-                break
-            await asyncio.sleep(0.25)
-        logger.warning("hub %s: %s", self.url, answer.text or "answers still run")
-
-    async def check_reachable(self) -> None:
-        """Warn, once, of a server that answers here but not at the address for hubs."""
-        placed = urlsplit(self._placed)
-        if self._warned or not placed.hostname:
-            return
-        try:
-            async with asyncio.timeout(5):
-                _, writer = await asyncio.open_connection(placed.hostname, placed.port)
-        except OSError:
-            self._warned = True
-            logger.warning(
-                "the server does not answer at %s, where the hub %s looks for it: it "
-                "listens on a loopback address only; start it with --host 0.0.0.0",
-                self._placed,
-                self.url,
-            )
-        else:
-            writer.close()
-
-    async def _call(self, method: str, body: object = None) -> Answer:
-        agent = self._agent
-        url = f"{self.url}/agent/workers/{quote(agent.name, safe=':')}"
-        headers = {"X-Gollama-Agent": agent.secret}
-        try:
-            # Read each time: a token that expires is replaced in its file.
-            token = await asyncio.to_thread(
-                read_token, agent.options.token_file, os.environ
-            )
-        except ConfigError as exc:
-            return Answer(401, str(exc))
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        try:
-            async with agent.session.request(
-                method,
-                url,
-                json=body,
-                headers=headers,
-                ssl=self._credentials or True,
-                allow_redirects=False,
-            ) as reply:
-                return read_answer(reply.status, await reply.content.read(64 << 10))
-        except TimeoutError:
-            return Answer(0, f"no answer within {TIMEOUT:g} s")
-        except aiohttp.ClientConnectorCertificateError:
-            return Answer(0, "its certificate is not trusted (--ca-file)")
-        except (aiohttp.ClientError, OSError) as exc:
-            number = getattr(exc, "errno", None)
-            why = os.strerror(number) if number and number > 0 else str(exc)
-            return Answer(0, f"cannot be reached: {why}")
-
-
-def read_answer(status: int, body: bytes) -> Answer:
-    try:
-        content = json.loads(body)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        return Answer(status, f"answered {status}; is it a hub?")
-    if 200 <= status < 300:
-        return Answer(status, "", content)
-    error = content.get("error")
-    error = error if isinstance(error, dict) else {}
-    text = " ".join(str(error.get("message") or "").split())[:500]
-    return Answer(status, text or f"answered {status}", error)
-
-
-# --- Addresses --------------------------------------------------------------------
-
-
-def _with_port(url: str) -> str:
-    """Add the port of llama-server to a URL without one."""
-    parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
-    if parts.port is None:
-        port = 443 if parts.scheme == "https" else USUAL_PORTS[0]
-        parts = parts._replace(netloc=f"{parts.netloc}:{port}")
-    return parts.geturl()
-
-
 def _local_spelling(url: str) -> str:
     """Return the loopback address for a URL whose host means all addresses."""
     return "::1" if ":" in (urlsplit(url).hostname or "") else "127.0.0.1"
-
-
-async def _local_address(hub: str) -> str:
-    """Return the address of this machine on the way to a hub; nothing is sent.
-
-    Raises:
-        OSError: the name does not resolve, or there is no way to it.
-    """
-    parts = urlsplit(hub)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(parts.hostname, port, type=socket.SOCK_DGRAM)
-    failure = OSError("there is no way to it")
-    for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.connect(address)
-            except OSError as exc:
-                failure = exc
-            else:
-                return str(probe.getsockname()[0])
-    raise failure
-
-
-def _listen(port: int) -> socket.socket:
-    """Listen on all addresses, IPv6 too where there is any."""
-    with contextlib.suppress(OSError):
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, dualstack_ipv6=True
-            )
-    return socket.create_server(("", port))

@@ -211,6 +211,7 @@ def _add_agent_flags(parser: argparse.ArgumentParser) -> None:
         "  gollama-proxy token --sub desktop --scope worker\n"
         "The hub connects to the worker and to the proof port: let it through.\n"
         "\nenvironment variables:\n"
+        "  GOLLAMA_HUB\n      hub, if --hub is not given\n"
         "  GOLLAMA_TOKEN\n      token, if --token-file is not given"
     )
     add = parser.add_argument
@@ -296,8 +297,8 @@ def _serve(args: argparse.Namespace) -> int:
 def _import_aiohttp() -> None:
     """Import aiohttp without the certificate authorities of the system.
 
-    Its client, which the hub does not use, loads them twice on import: a fifth of the
-    start, and 2 MiB.  Without them it would trust no server at all.
+    Its client loads them twice on import: a fifth of the start, and 2 MiB.  The hub
+    does not use it, and an agent passes the authorities that it trusts.
     """
     paths = ("SSL_CERT_FILE", "SSL_CERT_DIR")
     before = {name: os.environ.get(name) for name in paths}
@@ -338,6 +339,7 @@ async def _log_address(hub: Hub) -> None:
 
 
 def _agent(args: argparse.Namespace) -> int:
+    _import_aiohttp()
     from gollama_proxy import agent, tasks
     from gollama_proxy.telemetry import logs
 
@@ -345,7 +347,7 @@ def _agent(args: argparse.Namespace) -> int:
         missing = "a command behind --" if args.exec else "--exec in front of --"
         raise ConfigError(f"--exec: needs {missing}, such as --exec -- llama-server")
     options = agent.Options(
-        hubs=tuple(args.hub),
+        hubs=tuple(args.hub or os.environ.get("GOLLAMA_HUB", "").split()),
         worker=args.worker,
         command=tuple(args.following),
         name=args.name,

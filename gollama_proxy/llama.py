@@ -6,12 +6,17 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gollama_proxy.children import Child, ChildError
 from gollama_proxy.config.mistakes import ConfigError
+
+USUAL_PORTS = (8080, 9931)  # the second one in newer builds
 
 NOTHING_TO_RUN = """\
 found no {missing}: give --llama-server PATH and --model FILE
@@ -75,6 +80,68 @@ def find_free_ports(count: int) -> list[int]:
         for each in held:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in held]
+
+
+# --- Where a server listens -------------------------------------------------------
+
+
+def flag_in(
+    command: Sequence[str], flag: str, variable: str, environ: Mapping[str, str]
+) -> str | None:
+    """Return the value of a server's flag: the last one given, else of a variable."""
+    value = None
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word == flag:
+            value = following
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return environ.get(variable) if value is None else value
+
+
+def _usable_port(found: str | None) -> int:
+    """Return the port of a command, or a free one for it: the usual one, if it is.
+
+    Raises:
+        ConfigError: it is no port.
+    """
+    if found is not None:
+        if not re.fullmatch(r"[0-9]{1,5}", found) or not 1 <= int(found) <= 65_535:
+            text = "must be a whole number from 1 to 65535"
+            raise ConfigError(f"--exec: --port {found}: {text}")
+        return int(found)
+    for port in (USUAL_PORTS[0], 0):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    raise ConfigError("--exec: no port of this machine is free")
+
+
+def listening(
+    command: Sequence[str], environ: Mapping[str, str]
+) -> tuple[list[str], str]:
+    """Return a server's command, with a port if it had none, and the URL it serves.
+
+    Raises:
+        ConfigError: its port or host is none that a hub can use.
+    """
+    found = flag_in(command, "--port", "LLAMA_ARG_PORT", environ)
+    port = _usable_port(found)
+    added = ["--port", str(port)] if found is None else []
+    host = flag_in(command, "--host", "LLAMA_ARG_HOST", environ) or "127.0.0.1"
+    if host.startswith("/") or host.endswith(".sock"):
+        raise ConfigError(f"--exec: --host {host}: a hub cannot reach a socket file")
+    host = f"[{host}]" if ":" in host else host
+    return [*command, *added], f"http://{host}:{port}"
+
+
+def with_port(url: str) -> str:
+    """Add the port of llama-server to a URL without one."""
+    parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
+    if parts.port is None:
+        port = 443 if parts.scheme == "https" else USUAL_PORTS[0]
+        parts = parts._replace(netloc=f"{parts.netloc}:{port}")
+    return parts.geturl()
 
 
 # --- Starting a server ------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a worker's machine has: graphics cards and their memory, or its own memory.
+"""What a worker's machine has: graphics cards, memory, and addresses.
 
 Each source has a reader, which fetches text, and a parser, which is a pure function of
 that text.  The first source that knows a card is used: cards of two makers in one
@@ -22,6 +22,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+from gollama_proxy.config import addresses
 
 GIB = 1 << 30
 # A driver that hangs must not keep an agent from renewing its lease.
@@ -315,3 +318,53 @@ def _gib(value: float | None, unit: int = 1) -> float | None:
 
 def _share(percent: float | None) -> float | None:
     return None if percent is None else min(percent / 100, 1.0)
+
+
+# --- Addresses ----------------------------------------------------------------------
+
+
+def place(url: str, local: str) -> str:
+    """Return the URL under which a hub reaches a worker.
+
+    `local` is this machine's address on the way to that hub; it takes the place of
+    loopback, and of an address that means all of them.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    address = addresses.parse(host)
+    if not addresses.is_loopback(host) and not (address and address.is_unspecified):
+        return url
+    host = f"[{local}]" if ":" in local else local
+    return parts._replace(netloc=f"{host}:{parts.port}").geturl()
+
+
+async def address_towards(hub: str) -> str:
+    """Return the address of this machine on the way to a hub; nothing is sent.
+
+    Raises:
+        OSError: the name does not resolve, or there is no way to it.
+    """
+    parts = urlsplit(hub)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(parts.hostname, port, type=socket.SOCK_DGRAM)
+    failure = OSError("there is no way to it")
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.connect(address)
+            except OSError as exc:
+                failure = exc
+            else:
+                return str(probe.getsockname()[0])
+    raise failure
+
+
+def listen(port: int) -> socket.socket:
+    """Listen on all addresses, IPv6 too where there is any."""
+    with contextlib.suppress(OSError):
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True
+            )
+    return socket.create_server(("", port))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from gollama_proxy import agent
-from gollama_proxy.agent import Answer, Refusal, Schedule
+from gollama_proxy import llama, machine, registration
 from gollama_proxy.children import Restarts
 from gollama_proxy.cli import main
 from gollama_proxy.config.mistakes import ConfigError
-from gollama_proxy.control.client import read_token
+from gollama_proxy.registration import Answer, Refusal, Schedule
 
 LATEST = max  # of a range of waits
 
@@ -76,7 +74,7 @@ def test_a_refusal_is_tried_again_slowly() -> None:
     ],
 )
 def test_an_error_is_one_line(status: int, body: bytes, text: str) -> None:
-    assert agent.read_answer(status, body).text == text
+    assert registration.read_answer(status, body).text == text
 
 
 def test_a_server_that_ends_at_once_is_started_less_and_less_often() -> None:
@@ -105,7 +103,7 @@ def test_a_server_that_ends_at_once_is_started_less_and_less_often() -> None:
 def test_a_hub_gets_an_address_that_it_can_reach(
     url: str, local: str, expected: str
 ) -> None:
-    assert agent.place(url, local) == expected
+    assert machine.place(url, local) == expected
 
 
 @pytest.mark.parametrize(
@@ -128,11 +126,11 @@ def test_a_command_has_its_own_port(
     flags: list[str], environ: dict[str, str], url: str
 ) -> None:
     command = ["llama-server", *flags]
-    assert agent.listening(command, environ) == (command, url)
+    assert llama.listening(command, environ) == (command, url)
 
 
 def test_a_command_without_a_port_gets_one() -> None:
-    command, url = agent.listening(["llama-server", "-m", "x"], {})
+    command, url = llama.listening(["llama-server", "-m", "x"], {})
     assert command[:4] == ["llama-server", "-m", "x", "--port"]
     assert url == f"http://127.0.0.1:{command[4]}"
     with socket.socket() as probe:
@@ -151,7 +149,7 @@ def test_a_command_without_a_port_gets_one() -> None:
 )
 def test_a_command_that_no_hub_can_reach(flags: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        agent.listening(["llama-server", *flags], {})
+        llama.listening(["llama-server", *flags], {})
 
 
 # --- The command line -------------------------------------------------------------
@@ -195,8 +193,9 @@ WORKER = ["--worker", "http://127.0.0.1:2"]
         ),
         (
             ["--hub", "https://x", *WORKER, "--ca-file", "/nowhere"],
-            "--ca-file = '/nowhere': cannot be read",
+            "--ca-file = '/nowhere': cannot be read: No such file",
         ),
+        ([*HUB, *WORKER, "--ca-file", "/x"], "--ca-file = '/x': is for a hub with an"),
         ([*HUB, *WORKER, "--drain", "3"], "--drain 3: not a flag"),
     ],
 )
@@ -222,16 +221,3 @@ def test_a_file_without_a_token(
     written = capsys.readouterr().err
     assert "holds no token" in written
     assert not content or content not in written
-
-
-def test_the_token_comes_from_the_file_or_the_environment(tmp_path: Path) -> None:
-    environ: dict[str, Any] = {"GOLLAMA_TOKEN": " a.b.c\n"}
-    assert read_token("", environ) == "a.b.c"
-    assert read_token("", {}) == ""
-    file = tmp_path / "token"
-    file.write_text("d.e.f\n")
-    file.chmod(0o600)
-    assert read_token(str(file), environ) == "d.e.f"
-    file.chmod(0o644)
-    with pytest.raises(ConfigError, match="chmod 600"):
-        read_token(str(file), environ)

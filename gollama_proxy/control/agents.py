@@ -45,7 +45,7 @@ from gollama_proxy.edge.response import Response
 from gollama_proxy.edge.router import Routes, name_in
 from gollama_proxy.fleet.agents import Agents, LeaseState, WorkerLease, answer_to
 from gollama_proxy.fleet.registry import Registry, check_distinct
-from gollama_proxy.fleet.worker import Source, Worker
+from gollama_proxy.fleet.worker import Hold, Source, Worker
 from gollama_proxy.state.local import LocalState, StateError, StoredWorker
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.upstream import dial
@@ -110,6 +110,9 @@ class Parts(Protocol):
     def state(self) -> LocalState: ...
     @property
     def agents(self) -> Agents: ...
+    @property
+    def changing(self) -> asyncio.Lock: ...
+    async def prepare(self, config: WorkerConfig) -> None: ...
 
 
 class AgentApi:
@@ -266,28 +269,49 @@ class AgentApi:
     async def _renew(
         self, lease: WorkerLease, worker: WorkerConfig, report: dict[str, Any]
     ) -> Worker:
-        """Put the worker of a lease into the fleet, or its new settings in force."""
-        registry, agents = self._hub.registry, self._hub.agents
+        """Put the worker of a lease into the fleet, or its new settings in force.
+
+        Raises:
+            RequestError: 409, its name or address was taken in the meantime.
+        """
         served = lease.report.get("serving")
-        agents.renew(lease, report)
+        self._hub.agents.renew(lease, report)
         lease.worker = worker
+        known, stored = self._find(worker.name), self._hub.state.find(worker.name)
+        holder = None if stored is None else stored.agent.get("digest")
+        if known is None or known.config != worker or holder != lease.agent:
+            async with self._hub.changing:
+                return await self._put_in_force(lease)
+        if report.get("serving") is not served:
+            known.suspect()  # its server came back, or ended: look at once
+        return known
+
+    async def _put_in_force(self, lease: WorkerLease) -> Worker:
+        registry, worker = self._hub.registry, lease.worker
         try:
-            known: Worker | None = registry.find(worker.name)
-        except LookupError:
-            known = None
-        try:
-            if known is None:
+            await self._hub.prepare(worker)
+            if self._hub.agents.find(worker.name) is not lease:
+                raise ConfigError(f"the lease of {worker.name!r} has ended meanwhile")
+            if self._find(worker.name) is None:
                 found = registry.add(worker, Source.AGENT)
+                stored = self._hub.state.find(worker.name)
+                if stored is not None and stored.hold:
+                    found.hold(Hold(stored.hold))  # it was held when its lease ended
                 logger.info("worker %s: registered at %s", worker.name, worker.url)
             else:
                 found = registry.replace(worker)
-        except ConfigError as exc:  # taken while the address was being proved
-            agents.release(worker.name)
+        except ConfigError as exc:
+            if self._hub.agents.find(worker.name) is lease:
+                self._hub.agents.release(worker.name)
             raise RequestError(Code.CONFLICT, f"{exc}.", param="name") from None
-        if known is found and report.get("serving") is not served:
-            found.suspect()  # its server came back, or ended: look at once
         await self._keep(lease)
         return found
+
+    def _find(self, name: str) -> Worker | None:
+        try:
+            return self._hub.registry.find(name)
+        except LookupError:
+            return None
 
     async def _keep(self, lease: WorkerLease) -> None:
         worker = lease.worker
@@ -316,15 +340,16 @@ class AgentApi:
         if current is not None and current is not lease:
             return  # its agent is back
         self._hub.agents.release(name)  # before the registry notifies of it
-        try:
-            worker = self._hub.registry.find(name)
-        except LookupError:
-            pass
+        worker = self._find(name)
+        if worker is not None and worker.source is Source.AGENT:
+            self._hub.registry.remove(name)
+            logger.info("worker %s: removed, %s", name, why)
+        stored = self._hub.state.find(name)
+        if stored is not None and stored.hold:
+            # An operator holds it, and still will when its agent is back.
+            await self._hub.state.put(replace(stored, settings={}, agent={}))
         else:
-            if worker.source is Source.AGENT:
-                self._hub.registry.remove(name)
-                logger.info("worker %s: removed, %s", name, why)
-        await self._hub.state.forget(name)
+            await self._hub.state.forget(name)
 
 
 async def _challenge(worker: WorkerConfig, port: int, secret: bytes) -> str:

@@ -12,10 +12,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.fakes.agent import AgentProcess, HandAgent
 from tests.fakes.asks import CHAT
+from tests.fakes.authority import Authority
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, sse_head, token
@@ -166,6 +168,43 @@ async def test_two_hubs_have_one_worker() -> None:
         agent.signal(signal.SIGTERM)
         assert await agent.ended() == 0
         assert names(one) == names(two) == []
+
+
+async def test_a_hub_over_tls(authority: Authority) -> None:
+    pair = authority.issue()
+    trusting = {"trust": authority.client(), **pair.settings, **LONG}
+    async with ScriptedWorker() as worker, running_hub(**trusting) as hub:
+        async with agent_of(hub, worker, "--name", "desk") as agent:
+            await agent.until(r"its certificate is not trusted \(--ca-file\)")
+        assert names(hub) == []
+        flags = ("--name", "desk", "--ca-file", authority.file)
+        async with agent_of(hub, worker, *flags):
+            await answered_by(hub, "desk")
+
+
+def other_address() -> str:
+    """Return an address of this machine that is not loopback."""
+    found = [
+        each.address
+        for interface in psutil.net_if_addrs().values()
+        for each in interface
+        if each.family is socket.AF_INET and not each.address.startswith("127.")
+    ]
+    if not found:
+        pytest.skip("this machine has a loopback address alone")
+    return found[0]
+
+
+async def test_a_server_that_only_its_own_machine_reaches_is_reported() -> None:
+    address = other_address()
+    settings = LONG | {"server__host": "0.0.0.0", "agents__networks": [f"{address}/32"]}
+    async with ScriptedWorker() as worker, running_hub(**settings) as hub:
+        arguments = ["--hub", f"http://{address}:{hub.port}", "--worker", worker.url]
+        granted = hub.token("desk", scope="worker")
+        async with AgentProcess.running(*arguments, token=granted) as agent:
+            # The address is the machine's, which it proves; nothing serves there.
+            await agent.until(f"registered http://{address}:{worker.port}")
+            await agent.until("it listens on a loopback address only; start it with")
 
 
 @pytest.mark.parametrize(
@@ -331,6 +370,9 @@ async def test_only_a_new_address_is_proved() -> None:
         assert agent.proofs == 1
         agent.secret = "beef" * 10  # the agent was started anew
         assert (await agent.put()).status == 201
+        lease, stored = agent.hub.hub.agents.find("desk"), agent.hub.hub.state.workers
+        assert lease is not None
+        assert [row.agent for row in stored] == [{"digest": lease.agent}]
         assert agent.proofs == 2
         async with ScriptedWorker() as other:
             agent.url = other.url  # the machine has another address
@@ -369,6 +411,11 @@ async def test_an_address_that_is_not_proved_is_refused() -> None:
         status, code, text = error_of(await agent.put())
         assert (status, code) == (403, "address_refused")
         assert "connection refused" in text
+        # Of another address, it learns nothing.
+        agent.url = "http://127.0.0.2:8080"
+        status, code, text = error_of(await agent.put())
+        assert (status, code) == (403, "address_refused")
+        assert "refused" not in text
         assert names(agent.hub) == []
 
 
@@ -444,6 +491,24 @@ async def test_a_worker_that_an_operator_removed_has_no_lease() -> None:
         assert agent.hub.hub.agents.find("desk") is None
         assert (await agent.put()).status == 201  # its agent brings it back
         assert agent.proofs == 2
+
+
+async def test_a_hold_outlives_the_lease() -> None:
+    async with registering() as agent:
+        hub = agent.hub
+        assert (await agent.put()).status == 201
+        operator = hub.token("op", scope="admin")
+        path = "/admin/workers/desk"
+        assert (await hub.post(f"{path}/pause", {}, operator)).status == 200
+        assert (await agent.put()).status == 200
+        await agent.delete()
+        assert names(hub) == []
+        assert (await agent.put()).status == 201
+        shown = (await hub.get(path, operator)).json()
+        assert (shown["hold"], shown["source"]) == ("paused", "agent")
+        assert (await hub.post(f"{path}/unpause", {}, operator)).status == 200
+        await agent.delete()
+        assert hub.hub.state.find("desk") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,251 @@
+"""The registration of a worker with one hub, as its agent keeps it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+import logging
+import os
+import random
+import ssl
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+
+from gollama_proxy import machine
+from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.control.client import read_token
+from gollama_proxy.tasks import Periodic
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 10.0  # of one call of a hub, which may include a proof of 3 s
+MARGIN = 5.0  # seconds beyond the drain time of a hub
+
+
+# --- Decisions --------------------------------------------------------------------
+
+
+class Refusal(enum.Enum):
+    """How a call of a hub ended."""
+
+    NONE = "registered"
+    PASSING = "the hub is away, or busy"
+    PATIENT = "the hub refuses, and may change its mind"
+    LASTING = "the hub refuses, and a person has to act"
+
+
+class Answer(NamedTuple):
+    """A hub's answer to a call; status 0 for none."""
+
+    status: int
+    text: str = ""  # of an error
+    body: Mapping[str, Any] = {}
+
+    @property
+    def refusal(self) -> Refusal:
+        if 200 <= self.status < 300:
+            return Refusal.NONE
+        if self.status == 0 or self.status == 429 or self.status >= 500:
+            return Refusal.PASSING
+        # A name or an address may be free when another lease has ended, and a proof
+        # may succeed when a firewall has let the hub through.
+        if self.status == 409 or self.body.get("code") == "address_refused":
+            return Refusal.PATIENT
+        return Refusal.LASTING
+
+
+class Schedule:
+    """When a hub is called next; `choose` varies a wait, so that agents drift apart."""
+
+    FIRST, LONGEST, SLOW = 1.0, 30.0, 15.0
+    LASTING = 60.0
+
+    def __init__(
+        self, choose: Callable[[float, float], float] = random.uniform
+    ) -> None:
+        self._choose = choose
+        self._wait = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Schedule wait={self._wait:g}>"
+
+    def after(self, answer: Answer) -> float:
+        """Return the seconds to wait after this answer."""
+        match answer.refusal:
+            case Refusal.NONE:
+                self._wait = 0.0
+                lease = answer.body.get("lease")
+                usable = isinstance(lease, (int, float)) and 0.1 <= lease <= 86_400
+                return (lease if usable and lease else 30.0) / 3
+            case Refusal.PASSING:
+                self._wait = min(max(self.FIRST, 2 * self._wait), self.LONGEST)
+                return self._choose(self._wait / 2, self._wait)
+            case Refusal.PATIENT:
+                return self.SLOW
+            case Refusal.LASTING:
+                return self.LASTING
+
+
+def read_answer(status: int, body: bytes) -> Answer:
+    try:
+        content = json.loads(body)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        return Answer(status, f"answered {status}; is it a hub?")
+    if 200 <= status < 300:
+        return Answer(status, "", content)
+    error = content.get("error")
+    error = error if isinstance(error, dict) else {}
+    text = " ".join(str(error.get("message") or "").split())[:500]
+    return Answer(status, text or f"answered {status}", error)
+
+
+# --- Calls ------------------------------------------------------------------------
+
+
+class Registrant(Protocol):
+    """An agent, as its registrations see it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def url(self) -> str: ...
+    @property
+    def secret(self) -> str: ...
+    @property
+    def answers(self) -> bool | None: ...
+    @property
+    def token_file(self) -> str: ...
+    @property
+    def session(self) -> aiohttp.ClientSession: ...
+    async def registration(self, url: str) -> dict[str, Any]: ...
+    def note(self) -> None: ...
+
+
+class HubLink:
+    """The registration with one hub."""
+
+    def __init__(
+        self, agent: Registrant, url: str, credentials: ssl.SSLContext | None
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.refusal: Refusal | None = None  # None before the first answer
+        self.served = False  # it has registered the worker before
+        self.loop = Periodic(f"registration at {url}", self._renew, 1.0, delay=0.0)
+        self._agent = agent
+        self._credentials = credentials
+        self._schedule = Schedule()
+        self._trouble = ""
+        self._placed = ""  # the URL that the hub has for the worker
+        self._checked = ""  # such a URL, when it has been looked at from here
+
+    def __repr__(self) -> str:
+        state = self.refusal.name.lower() if self.refusal else "new"
+        return f"<HubLink {self.url} {state}>"
+
+    async def _renew(self) -> float:
+        agent = self._agent
+        try:
+            local = await machine.address_towards(self.url)
+            placed = machine.place(agent.url, local)
+            body = await agent.registration(placed)
+        except OSError as exc:
+            answer = Answer(0, f"cannot be reached: {exc.strerror or exc}")
+        else:
+            answer = await self._call("PUT", body)
+            self._placed = placed
+        self.refusal = answer.refusal
+        self._log(answer)
+        if self.refusal is Refusal.NONE:
+            self.served = True
+            if agent.answers and self._placed != self._checked:
+                await self._check_reachable()
+        agent.note()
+        return self._schedule.after(answer)
+
+    def _log(self, answer: Answer) -> None:
+        """Log a change once: registered, or another reason why not."""
+        trouble = answer.text if self.refusal is not Refusal.NONE else "registered"
+        if trouble == self._trouble:
+            return
+        self._trouble = trouble
+        name = self._agent.name
+        if self.refusal is Refusal.NONE:
+            logger.info("hub %s: registered %s as %s", self.url, self._placed, name)
+        elif self.refusal is Refusal.PASSING:
+            logger.warning("hub %s: %s; trying again", self.url, trouble)
+        else:
+            logger.error("hub %s refuses the worker: %s", self.url, trouble)
+
+    async def leave(self) -> None:
+        """Give the worker back, and wait for its running answers.
+
+        After its drain time, a hub has them continued elsewhere.
+        """
+        if not self.served:
+            return
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while (answer := await self._call("DELETE")).refusal is Refusal.NONE:
+            drain = answer.body.get("drain")
+            if not isinstance(drain, (int, float)):
+                drain = 0.0
+            if not answer.body.get("running"):
+                logger.info("hub %s: the worker is out", self.url)
+                return
+            if loop.time() - began > drain + MARGIN:
+                break
+            await asyncio.sleep(0.25)
+        logger.warning("hub %s: %s", self.url, answer.text or "answers still run")
+
+    async def _check_reachable(self) -> None:
+        """Warn of a server that answers here, but not at the address for hubs."""
+        self._checked = self._placed
+        placed = urlsplit(self._placed)
+        try:
+            async with asyncio.timeout(5):
+                _, writer = await asyncio.open_connection(placed.hostname, placed.port)
+        except OSError:
+            logger.warning(
+                "the server does not answer at %s, where the hub %s looks for it: it "
+                "listens on a loopback address only; start it with --host 0.0.0.0",
+                self._placed,
+                self.url,
+            )
+        else:
+            writer.close()
+
+    async def _call(self, method: str, body: object = None) -> Answer:
+        agent = self._agent
+        url = f"{self.url}/agent/workers/{quote(agent.name, safe=':')}"
+        headers = {"X-Gollama-Agent": agent.secret}
+        try:
+            # Read each time: a token that expires is replaced in its file.
+            token = await asyncio.to_thread(read_token, agent.token_file, os.environ)
+        except ConfigError as exc:
+            return Answer(401, str(exc))
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        try:
+            async with agent.session.request(
+                method,
+                url,
+                json=body,
+                headers=headers,
+                ssl=self._credentials or True,
+                allow_redirects=False,
+            ) as reply:
+                return read_answer(reply.status, await reply.content.read(64 << 10))
+        except TimeoutError:
+            return Answer(0, f"no answer within {TIMEOUT:g} s")
+        except aiohttp.ClientConnectorCertificateError:
+            return Answer(0, "its certificate is not trusted (--ca-file)")
+        except (aiohttp.ClientError, OSError) as exc:
+            number = getattr(exc, "errno", None)
+            why = os.strerror(number) if number and number > 0 else str(exc)
+            return Answer(0, f"cannot be reached: {why}")
