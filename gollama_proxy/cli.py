@@ -291,7 +291,16 @@ def _serve(args: argparse.Namespace) -> int:
     _import_aiohttp()
     from gollama_proxy import serve as lifecycle
 
-    return lifecycle.run(lambda signals: lifecycle.front(signals, config, _log_address))
+    def reload() -> Config:
+        # The same file: another one may have come into view, and this one be lost.
+        args.config = config.file or args.config
+        again = _load(args, os.environ, args.worker)
+        require_keys(again)
+        return again
+
+    return lifecycle.run(
+        lambda signals: lifecycle.front(signals, config, _log_address, reload)
+    )
 
 
 def _import_aiohttp() -> None:

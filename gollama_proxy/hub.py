@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 
 from aiohttp import web
 
 from gollama_proxy.config import tls
 from gollama_proxy.config.keys import RevocationList
-from gollama_proxy.config.load import load_worker
+from gollama_proxy.config.load import check_exposure, load_worker
 from gollama_proxy.config.mistakes import ConfigError
-from gollama_proxy.config.settings import SECTIONS, Config, Revoked, WorkerConfig
-from gollama_proxy.config.watch import Watched, Watcher
+from gollama_proxy.config.settings import Config, Revoked, WorkerConfig
+from gollama_proxy.config.watch import Changes, SettingsFile, Watched, Watcher, compare
 from gollama_proxy.control.admin import Admin
 from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events, Recent
@@ -40,6 +40,7 @@ from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.tasks import spawn
+from gollama_proxy.telemetry import logs
 from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.dial import look_up
@@ -58,12 +59,16 @@ class Hub(Listener):
         config: Config,
         clock: Callable[[], float] = time.monotonic,
         state: LocalState | None = None,
+        load: Callable[[], Config] | None = None,
     ) -> None:
         """Put the parts together; without `state`, nothing outlives this hub.
 
-        Certificates are read, so this blocks.
+        `load` reads the settings again, and may block; it raises ConfigError.  Without
+        it, only certificates and revoked tokens are read again.  Certificates are read,
+        so this blocks.
         """
         self.config = config
+        self._load = load
         self.state = LocalState() if state is None else state
         self.draining = False
         self.registry = Registry(config, clock)
@@ -106,16 +111,13 @@ class Hub(Listener):
             self._ended,
             clock,
         )
-        watched: list[Watched] = []
-        if self._tls is not None and self._tls.renewable:
-            watched.append(self._tls)
-        if config.auth.revoked:
-            revoked = RevocationList(
-                config.auth.revoked, config.revoked, self._follow_list
-            )
-            watched.append(revoked)
-        self._watcher = Watcher(watched)
+        self._revoked = self._revocations(config)
+        self._file: SettingsFile | None = self._settings_file(config)
+        self._watcher = Watcher(filter(None, (self._tls, self._revoked, self._file)))
+        self._server: Server | None = None
         self._runner: web.ServerRunner | None = None
+        self._reloading = asyncio.Lock()
+        self._reload: asyncio.Task[None] | None = None  # the last one
         self.groups = Groups(config.health, look_up, self._follow_groups, clock)
         self.groups.follow(config.workers)
         for part in (self, self.health, self.watchdog, self.loading, self.events):
@@ -130,7 +132,8 @@ class Hub(Listener):
         status = Status(
             lambda: self.registry.ready and not self.draining,
             self.telemetry,
-            None if self.config.metrics.open else self.authenticator,
+            self.authenticator,
+            lambda: self.config.metrics.open,
         )
         model_list = ModelList(self.authenticator, self.registry)
         return {
@@ -233,28 +236,128 @@ class Hub(Listener):
         await self.state.revoke(kind, value)
         self._put_revocations_in_force()
 
-    # --- A fleet that changes -------------------------------------------------------
+    # --- Settings that change -------------------------------------------------------
 
-    async def apply(self, config: Config) -> list[str]:
-        """Change the fleet to the workers of `config`; running answers go on.
+    async def reload(self) -> Changes:
+        """Read the settings and all files of theirs again, and apply what has changed.
 
-        Returns the keys of other settings that differ: they take effect at the next
-        start.
+        The result is logged in one line.
 
         Raises:
-            ConfigError: the workers are not consistent, or a file of theirs cannot be
-                used.  Nothing has changed then.
+            ConfigError: they are not valid.  Nothing has changed then.
+        """
+        async with self._reloading:
+            try:
+                changes = await self.apply(await asyncio.to_thread(self._read))
+            except ConfigError as exc:
+                why = "; ".join(exc.args)
+                logger.error(
+                    "the settings are not valid, so the old ones stay: %s", why
+                )
+                raise
+            await self._watcher.reload()
+            logger.info("settings were read again: %s", changes)
+            return changes
+
+    def _read(self) -> Config:
+        if self._file is not None:
+            self._file.note()
+        return self.config if self._load is None else self._load()
+
+    def reload_soon(self) -> None:
+        """Reload without waiting for it; an error is in the log."""
+        self._reload = spawn(self._reload_quietly(), "reload")
+
+    async def _reload_quietly(self) -> None:
+        with contextlib.suppress(ConfigError):
+            await self.reload()
+
+    async def apply(self, config: Config) -> Changes:
+        """Let new requests have these settings and workers; running ones keep theirs.
+
+        Workers that did not come from settings stay.
+
+        Raises:
+            ConfigError: the workers are not consistent, a file cannot be used, or the
+                hub would be open to all.  Nothing has changed then.
         """
         async with self.changing:
+            changes, config = compare(self.config, config)
+            check_exposure(config)
             self.registry.check(self._expanded(config.workers))
             await self._drop_unused_credentials()
             # Reads files, which may be on a sleeping disk or on another machine.
-            await asyncio.to_thread(tls.for_workers, config.workers, self._credentials)
+            credentials = await asyncio.to_thread(self._prepare_files, config)
+            self.registry.check(self._expanded(config.workers))
+            self.authenticator.reconfigure(config)
+            before, self.config = self.config, config
+            self._reconfigure(before, credentials)
             self.groups.follow(config.workers)
             self.registry.apply(self._expanded(config.workers))
-            changed = _differing(self.config, config)
-            self.config = replace(self.config, workers=config.workers)
-            return changed
+            await self._follow_files(before, credentials)
+            return changes
+
+    def _prepare_files(self, config: Config) -> tls.Credentials | None:
+        """Load the certificates that are new, and check the keys for tokens.
+
+        Returns those for clients.
+
+        Raises:
+            ConfigError: a file cannot be used.
+        """
+        tls.for_workers(config.workers, self._credentials)
+        Authenticator(config)
+        if _files_for_clients(config) == _files_for_clients(self.config):
+            return self._tls
+        return tls.for_server(config.server)
+
+    def _reconfigure(self, before: Config, credentials: tls.Credentials | None) -> None:
+        config = self.config
+        self.registry.reconfigure(config)
+        self.balancer.reconfigure(config)
+        self.queue.reconfigure(config.queue)
+        self.clients.reconfigure(config.limits)
+        if config.health != before.health:
+            self.health.reconfigure(config.health)
+            self.groups.reconfigure(config.health)
+        self.agents.reconfigure(config.agents)
+        for worker, connections in self.connections.items():
+            connections.reconfigure(worker.config, config)
+        self.proxy.reconfigure(config)
+        if self._server is not None:
+            self._server.reconfigure(config, credentials)
+        if config.log != before.log:
+            logs.reconfigure(config.log)
+
+    async def _follow_files(
+        self, before: Config, credentials: tls.Credentials | None
+    ) -> None:
+        """Watch other files in place of those that are no longer named."""
+        config = self.config
+        if credentials is not self._tls:
+            await self._follow(self._tls, credentials)
+            self._tls = credentials
+        if config.auth.revoked != before.auth.revoked:
+            old, self._revoked = self._revoked, self._revocations(config)
+            await self._follow(old, self._revoked)
+            self._follow_list(config.revoked)
+        if config.server.watch_config != before.server.watch_config:
+            old_file, self._file = self._file, self._settings_file(config)
+            await self._follow(old_file, self._file)
+
+    async def _follow(self, old: Watched | None, new: Watched | None) -> None:
+        if old is not None:
+            await self._watcher.remove(old)
+        if new is not None:
+            self._watcher.add(new)
+
+    def _revocations(self, config: Config) -> RevocationList | None:
+        file = config.auth.revoked
+        return RevocationList(file, config.revoked, self._follow_list) if file else None
+
+    def _settings_file(self, config: Config) -> SettingsFile | None:
+        watched = self._load is not None and config.file and config.server.watch_config
+        return SettingsFile(config.file, self.reload_soon) if watched else None
 
     def _expanded(self, configs: Sequence[WorkerConfig]) -> list[WorkerConfig]:
         """Return the workers of the file with the members of groups in their place."""
@@ -300,7 +403,7 @@ class Hub(Listener):
         )
 
     def replaced(self, worker: Worker, before: WorkerConfig) -> None:
-        self.connections[worker].reconfigure(worker.config)
+        self.connections[worker].reconfigure(worker.config, self.config)
 
     def removed(self, worker: Worker) -> None:
         lease = self.agents.find(worker.name)
@@ -320,16 +423,10 @@ class Hub(Listener):
             OSError: the address is in use, or not one of this machine.
         """
         server = self.config.server
-        runner = web.ServerRunner(
-            Server(
-                self.proxy,
-                self.config,
-                self.proxy.refused,
-                self.clients,
-                self._tls,
-            ),
-            shutdown_timeout=1.0,
+        self._server = Server(
+            self.proxy, self.config, self.proxy.refused, self.clients, self._tls
         )
+        runner = web.ServerRunner(self._server, shutdown_timeout=1.0)
         await runner.setup()
         try:
             await web.TCPSite(runner, server.host, server.port, backlog=1024).start()
@@ -343,10 +440,6 @@ class Hub(Listener):
         self._watcher.start()
         # In a thread, or the first token would hold up the event loop.
         await asyncio.to_thread(self.authenticator.preload)
-
-    def reload(self) -> None:
-        """Reread certificates and revocations soon; running answers are unaffected."""
-        self._watcher.reload()
 
     @property
     def url(self) -> str:
@@ -380,6 +473,8 @@ class Hub(Listener):
             await site.stop()
         await self.proxy.drain(self.config.server.drain)
         await runner.cleanup()
+        if self._reload is not None:
+            await asyncio.wait([self._reload])
         await self._watcher.stop()
         await self.watchdog.stop()
         await self.loading.stop()
@@ -395,23 +490,6 @@ class Hub(Listener):
         await self.drain()
 
 
-# What needs no restart: the workers, and the file of revoked tokens, which is watched.
-_FOLLOWED = frozenset({"workers", "file", "given", "revoked"})
-
-
-def _differing(old: Config, new: Config) -> list[str]:
-    """List the settings, except the workers, that differ between two configurations."""
-    keys = []
-    for section in fields(Config):
-        one, other = getattr(old, section.name), getattr(new, section.name)
-        if one == other or section.name in _FOLLOWED:
-            continue
-        if section.name not in SECTIONS:
-            keys.append(section.name)  # keys for tokens, which were read from files
-            continue
-        keys += [
-            f"{section.name}.{name}"
-            for name in SECTIONS[section.name].__struct_fields__
-            if getattr(one, name) != getattr(other, name)
-        ]
-    return keys
+def _files_for_clients(config: Config) -> tuple[str, str, str]:
+    server = config.server
+    return server.tls_certificate, server.tls_key, server.tls_client_ca

@@ -48,8 +48,12 @@ async def front(
     signals: Signals,
     config: Config,
     announce: Announce,
+    load: Callable[[], Config] | None = None,
 ) -> int:
-    """Run a hub until a signal; return 1 when a second one cut answers."""
+    """Run a hub until a signal; return 1 when a second one cut answers.
+
+    `load` reads the settings again, when SIGHUP asks for that.
+    """
     require_parser()
     logs.configure(config.log)
     # Streams live long and are rarely garbage.  With the default, a collection at every
@@ -57,7 +61,9 @@ async def front(
     gc.set_threshold(5_000, 10, 10)
     state = await asyncio.to_thread(_open_state, config.state.dir)
     try:
-        hub = Hub(_fit(config, _raise_file_limit()), state=state)
+        files = _raise_file_limit()
+        again = load and (lambda: _fit(load(), files))
+        hub = Hub(_fit(config, files), state=state, load=again)
         await hub.start()
     except OSError as exc:
         await state.close()
@@ -69,7 +75,7 @@ async def front(
     gc.freeze()
     gc.enable()
     try:
-        signals.reload = hub.reload
+        signals.reload = hub.reload_soon
         async with asyncio.TaskGroup() as group:
             announcing = group.create_task(announce(hub), name="announce")
             await signals.asked.wait()

@@ -133,8 +133,8 @@ class Periodic:
 class Signals:
     """The first SIGINT or SIGTERM requests the end, the second one forces it.
 
-    SIGHUP has files read again, as in other services.  In a terminal it means that the
-    terminal was closed, and requests the end.
+    SIGHUP has the settings read again, as in other services.  In a terminal it means
+    that the terminal was closed, and requests the end.
     """
 
     def __init__(self) -> None:

@@ -244,7 +244,7 @@ class StageHub:
     signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
     calls: ClassVar[list[str]] = []
 
-    def __init__(self, config: Config, state: LocalState) -> None:
+    def __init__(self, config: Config, state: LocalState, load: object) -> None:
         self.config = config
         self.registry = SimpleNamespace(ready=False, unserved=list)
         self.cut = asyncio.Event()
@@ -264,7 +264,7 @@ class StageHub:
     async def known(self) -> None:
         pass
 
-    def reload(self) -> None:
+    def reload_soon(self) -> None:
         self.calls.append("reload")
 
     async def drain(self) -> None:
@@ -460,18 +460,33 @@ async def test_sighup_says_what_it_did_and_what_it_cannot(
     async with Program.running("serve", "--port", "0", environ=environ) as hub:
         await hub.until("no worker is configured")
         hub.signal(signal.SIGHUP)
-        await hub.until("reading certificates and revoked tokens again; all other")
         await hub.until("(?s)loaded .*revoked are|revoked are .*loaded ")
+        await hub.until("settings were read again: nothing has changed")
         assert "revoked are 0 tokens and 2 subjects" in hub.output
         hub.signal(signal.SIGTERM)
         assert await hub.ended() == 0
 
 
-async def test_sighup_without_anything_to_read_says_so(environ: dict[str, str]) -> None:
-    async with Program.running("serve", "--port", "0", environ=environ) as hub:
+async def test_sighup_has_the_settings_read_again(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    """And a file with a mistake changes nothing."""
+    file = tmp_path / "gollama.toml"
+    file.write_text("[queue]\nsize = 7\n")
+    arguments = ("serve", "--port", "0", "-c", str(file))
+    async with Program.running(*arguments, environ=environ) as hub:
         await hub.until("no worker is configured")
+        file.write_text("[queue]\nsize = 8\n[queues]\n")
         hub.signal(signal.SIGHUP)
-        await hub.until("reading nothing .* again; all other settings need a restart")
+        await hub.until(
+            "the settings are not valid, so the old ones stay: queues: no such setting"
+        )
+        file.write_text("[queue]\nsize = 9\n[server]\nhost = '127.0.0.2'\n")
+        hub.signal(signal.SIGHUP)
+        await hub.until(
+            "settings were read again: queue.size 7 -> 9; "
+            "needs a restart: server.host '127.0.0.1' -> '127.0.0.2'"
+        )
         hub.signal(signal.SIGTERM)
         assert await hub.ended() == 0
 

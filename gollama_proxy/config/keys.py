@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
 
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Auth, Revoked
@@ -22,6 +21,18 @@ MIN_SECRET_BYTES = 32
 # Far more than a real file of the kind has.
 MAX_SECRET_FILE = 64 << 10
 MAX_REVOKED_FILE = 16 << 20
+
+
+def stamp(file: Path) -> tuple[int, ...]:
+    """Return what differs once a file is written, or a link points elsewhere.
+
+    () if it cannot be read.
+    """
+    try:
+        stat = file.stat()
+    except OSError:
+        return ()
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 
 def read_secret(source: str, file: str) -> bytes:
@@ -113,10 +124,11 @@ class RevocationList:
     """The revoked tokens and subjects, kept in step with their file.
 
     A file that cannot be read or understood changes nothing: the last good list stays
-    in force, and the log has the reason once.
+    in force, and the log has the reason once.  A file that is being written may be
+    empty for a moment.  So new entries are in force at once, and entries that vanish
+    stay so until the file looks the same at the next check.
     """
 
-    kind: ClassVar = "revoked tokens"
     # Nanoseconds.  Timestamps of file systems advance in steps of 10 ms, on some of
     # 2 s: a file changed this recently can change again and look the same.
     _SETTLED = 3_000_000_000
@@ -138,6 +150,7 @@ class RevocationList:
         self._clock = clock
         # What the file looked like when it was read; None: read it again.
         self._version: tuple[int, ...] | None = None
+        self._last: Revoked | None = None  # what was read at the last check
         self._trouble = ""
 
     def __repr__(self) -> str:
@@ -150,9 +163,10 @@ class RevocationList:
         Returns a function that puts a new list in force, None if there is none.
         """
         version = self._stat()
-        if version is not None and version == self._version and not always:
+        same = version is not None and version == self._version
+        if same and self._last == self._revoked and not always:
             return None
-        self._version = None
+        before, self._last, self._version = self._last, None, None
         try:
             revoked = read_revoked(self._file)
         except ConfigError as exc:
@@ -160,7 +174,10 @@ class RevocationList:
             return None
         if self._stat() != version:  # changed meanwhile: it may be half written
             return None
-        self._trouble = ""
+        self._trouble, self._last = "", revoked
+        if revoked != before:  # else it has looked the same twice
+            tokens = revoked.tokens | self._revoked.tokens
+            revoked = Revoked(tokens, revoked.subjects | self._revoked.subjects)
         if version is not None and self._clock() - version[0] > self._SETTLED:
             self._version = version
         if revoked != self._revoked:

@@ -10,8 +10,8 @@ A setting has up to three spellings, and a later one wins:
     --port 8000                       a flag, for the few that are typed often
 
 `load` collects all mistakes and raises them together, each in one line with the key,
-the value and what is allowed.  After the start, only certificates and the list of
-revoked tokens are read again.  No secret appears in a `repr`.
+the value and what is allowed.  A hub that runs reads all of it again on request
+(`Hub.reload`).  No secret appears in a `repr`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def load(
     if "auth" in sound:
         config = _with_keys(config, environ, mistakes)
     if {"auth", "server"} <= sound:
-        mistakes.collect(_check_exposure, config)
+        mistakes.collect(check_exposure, config)
     if {"server", "workers"} <= sound:
         mistakes.collect(_check_tls, config)
     if "models" in sound:
@@ -375,10 +375,13 @@ def _check_aliases(table: Mapping[str, str]) -> None:
 # --- Settings that depend on each other -------------------------------------------
 
 
-def _check_exposure(config: Config) -> None:
+def check_exposure(config: Config) -> None:
     """Reject an open address without authentication.
 
     TLS alone does not authenticate clients, but mandatory client certificates do.
+
+    Raises:
+        ConfigError: clients would need no credentials.
     """
     server = config.server
     guarded = (

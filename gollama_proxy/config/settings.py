@@ -66,7 +66,12 @@ class Server(Struct, frozen=True):
         float, seconds(1), "how long a connection may idle, and a request head may take"
     ] = 30.0
     cors_origins: Annotated[Origins, "web origins that may call the hub"] = ()
-    drain: Annotated[Seconds, "time for running requests after SIGTERM"] = 30.0
+    drain: Annotated[
+        Seconds, "time for running requests after SIGTERM, and on a removed worker"
+    ] = 30.0
+    watch_config: Annotated[
+        bool, "read this file again when it changes; SIGHUP has it read at once"
+    ] = False
     tls_certificate: Annotated[Text, "PEM file with certificates; enables https"] = ""
     tls_key: Annotated[Text, "PEM file with its key; empty: the same file"] = ""
     tls_client_ca: Annotated[
@@ -365,6 +370,12 @@ class Config:
         return f"settings are from {self.file or 'no file'}"
 
 
+# What a hub keeps until its end; all else changes while it runs (`Hub.apply`).
+FIXED = frozenset({"server.host", "server.port", "state.dir"})
+# The same, but only if one of them turns TLS on or off.
+TLS_KEYS = frozenset(
+    {f"server.tls_{name}" for name in ("certificate", "key", "client_ca")}
+)
 SECTIONS: dict[str, type[Struct]] = {
     each.name: each.type
     for each in fields(Config)

@@ -12,9 +12,8 @@ import re
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
 
-from gollama_proxy.config.keys import read_secret
+from gollama_proxy.config.keys import read_secret, stamp
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Server, WorkerConfig
 
@@ -148,8 +147,6 @@ def _no_password() -> str:
 class Credentials:
     """A TLS context that follows its files."""
 
-    kind: ClassVar = "certificates"
-
     def __init__(
         self, files: Sequence[str], make: Callable[[], ssl.SSLContext]
     ) -> None:
@@ -188,16 +185,7 @@ class Credentials:
             logger.info("loaded %s; new connections get it", names)
 
     def _look(self) -> list[tuple[int, ...]]:
-        """Return what differs once a file is written or a link points elsewhere."""
-        return [_stamp(file) for file in self._files]
-
-
-def _stamp(file: Path) -> tuple[int, ...]:
-    try:
-        stat = file.stat()
-    except OSError:
-        return ()
-    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
+        return [stamp(file) for file in self._files]
 
 
 def for_server(server: Server) -> Credentials | None:

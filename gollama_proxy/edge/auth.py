@@ -79,16 +79,28 @@ class Authenticator:
     """Checks the tokens of requests.  `clock` gives Unix time in seconds."""
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time) -> None:
-        self._off = config.auth.mode == "off"
-        self._auth = config.auth
-        self._keys: Sequence[bytes | str] = config.secrets
-        if config.auth.algorithm != "HS256":
-            self._keys = config.public_keys
-            for key in self._keys:
-                _check_key(config, key)
         self._revoked = config.revoked
         self._clock = clock
         self._known: OrderedDict[bytes, Principal] = OrderedDict()
+        self.reconfigure(config)
+
+    def reconfigure(self, config: Config) -> None:
+        """Check tokens by other settings and keys from now on.
+
+        The list of revoked tokens stays: `revoke` replaces it.
+
+        Raises:
+            ConfigError: a key does not fit the algorithm; nothing has changed then.
+        """
+        keys: Sequence[bytes | str] = config.secrets
+        if config.auth.algorithm != "HS256":
+            keys = config.public_keys
+            for key in keys:
+                _check_key(config, key)
+        self._off = config.auth.mode == "off"
+        self._auth = config.auth
+        self._keys = keys
+        self._known.clear()
 
     def __repr__(self) -> str:
         mode = "off" if self._off else self._auth.algorithm

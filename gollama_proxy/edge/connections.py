@@ -44,10 +44,16 @@ class ConnectionLimiter:
         """Make a count; `clock` gives monotonic seconds."""
         self.open = 0
         self.refused: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
-        self._limit = limits.connections
-        self._each = limits.connections_per_address
         self._by_address: Counter[str] = Counter()
         self._throttle = Throttle(clock, LOG_EVERY)
+        self.reconfigure(limits)
+
+    def reconfigure(self, limits: Limits) -> None:
+        """Take other limits for new connections; open ones stay."""
+        self._limit = limits.connections
+        self._each = limits.connections_per_address
+        if not self._each:
+            self._by_address.clear()
 
     def __repr__(self) -> str:
         return f"<ConnectionLimiter open={self.open} of {self._limit}>"
@@ -74,8 +80,7 @@ class ConnectionLimiter:
 
     def leave(self, address: str = "") -> None:
         self.open -= 1
-        if self._each:
-            host = household(address)
+        if self._each and (host := household(address)) in self._by_address:
             self._by_address[host] -= 1
             if self._by_address[host] <= 0:
                 del self._by_address[host]

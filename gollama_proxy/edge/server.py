@@ -82,8 +82,15 @@ class Server(web.Server):
         super().__init__(handler, request_factory=Request, handler_cancellation=True)
         self.refused = refused
         self.clients = clients or ConnectionLimiter(config.limits, time.monotonic)
-        self.patience = config.timeouts.write + _GRACE
+        self._shaking: set[TlsConnection] = set()
         self._tls_options: TlsOptions | None = None
+        self._options: dict[str, Any] = {}
+        self.patience = 0.0
+        self.reconfigure(config, tls)
+
+    def reconfigure(self, config: Config, tls: Credentials | None) -> None:
+        """Take other settings and credentials for new connections."""
+        self.patience = config.timeouts.write + _GRACE
         if tls is not None:
             self._tls_options = TlsOptions(
                 tls,
@@ -92,9 +99,9 @@ class Server(web.Server):
                 config.timeouts.handshake,
                 config.timeouts.write,
                 self.patience,
-                set(),
+                self._shaking,
             )
-        self._options: dict[str, Any] = {
+        self._options = {
             "access_log": None,
             "auto_decompress": False,
             # aiohttp has no other time limit for receiving a request head.
@@ -117,9 +124,8 @@ class Server(web.Server):
 
     async def shutdown(self, timeout: float | None = None) -> None:
         """Close all connections; unfinished TLS handshakes are aborted."""
-        if self._tls_options is not None:
-            for connection in tuple(self._tls_options.shaking):
-                connection.abort()
+        for connection in tuple(self._shaking):
+            connection.abort()
         await super().shutdown(timeout)
 
     def options(self) -> dict[str, Any]:

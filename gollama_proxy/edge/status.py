@@ -28,11 +28,14 @@ class Status:
         self,
         is_ready: Callable[[], bool],
         telemetry: Telemetry,
-        authenticator: Authenticator | None,
+        authenticator: Authenticator,
+        is_open: Callable[[], bool],
     ) -> None:
+        """Make the handlers; if `is_open()`, metrics need no token."""
         self._is_ready = is_ready
         self._telemetry = telemetry
-        self._authenticator = authenticator  # None: metrics are open
+        self._authenticator = authenticator
+        self._is_open = is_open
 
     def __repr__(self) -> str:
         return f"<Status ready={self._is_ready()}>"
@@ -49,7 +52,7 @@ class Status:
 
     async def metrics(self, request: web.BaseRequest, record: Record) -> Response:
         """Answer `GET /metrics`."""
-        if self._authenticator is not None:
+        if not self._is_open():
             principal = self._authenticator.identify(request, record)
             if principal.scopes.isdisjoint(_MAY_SCRAPE):
                 text = "Your token does not allow this: it needs the scope metrics."

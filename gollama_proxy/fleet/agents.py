@@ -80,14 +80,18 @@ class Agents:
     """All registrations, by the names of their workers."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
-        self._settings = settings
-        self._networks = [ipaddress.ip_network(text) for text in settings.networks]
+        self.reconfigure(settings)
         self._clock = clock
         self._leases: dict[str, WorkerLease] = {}
         self._proving: dict[str, WorkerLease] = {}
 
     def __repr__(self) -> str:
         return f"<Agents leases={len(self._leases)} proving={len(self._proving)}>"
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Take other settings for new registrations and renewals."""
+        self._settings = settings
+        self._networks = [ipaddress.ip_network(text) for text in settings.networks]
 
     def find(self, name: str) -> WorkerLease | None:
         """Return the lease of a worker, if it has one."""

@@ -152,6 +152,12 @@ class Breaker:
             f"in_a_row={self._in_a_row} opens_in={self.opens_in():.1f}>"
         )
 
+    def follow(self, policy: Policy) -> None:
+        """Take another policy; an open breaker stays open for as long as it was to."""
+        before, self.policy = self.policy, policy
+        if policy.window != before.window:
+            self._forget_the_past()
+
     # --- What it admits -----------------------------------------------------------
 
     @property

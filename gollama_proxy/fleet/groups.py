@@ -65,6 +65,12 @@ class Groups:
                 if self._running:
                     group.loop.start()
 
+    def reconfigure(self, health: Health) -> None:
+        """Look names up as often as these settings require."""
+        self._health = health
+        for group in self._groups.values():
+            group.loop.wake()
+
     def expand(
         self, configs: Iterable[WorkerConfig], others: Iterable[WorkerConfig] = ()
     ) -> list[WorkerConfig]:
@@ -122,7 +128,7 @@ class Groups:
         for origin in self._groups:
             await self._refresh(origin)
 
-    async def _refresh(self, origin: Origin) -> None:
+    async def _refresh(self, origin: Origin) -> float:
         group = self._groups[origin]
         try:
             found = await self._look_up(origin, self._health.timeout)
@@ -134,13 +140,14 @@ class Groups:
             group.members = members
             self._changed()
         group.first.set()
+        return self._health.interval
 
 
 class _Group:
     """One name, and where it led to."""
 
     def __init__(
-        self, name: str, step: Callable[[], Awaitable[None]], period: float
+        self, name: str, step: Callable[[], Awaitable[float]], period: float
     ) -> None:
         self.loop = Periodic(f"look-up of {name}", step, period, delay=0.0)
         self.first = asyncio.Event()  # the end of its first look-up

@@ -64,6 +64,12 @@ class HealthChecker(Listener):
         worker.on_suspicion = None
         checks.abandon()
 
+    def reconfigure(self, health: Health) -> None:
+        """Take other settings; each worker is checked at once."""
+        self._health = health
+        for checks in self._checks.values():
+            checks.reconfigure(health)
+
     # --- Life ---------------------------------------------------------------------
 
     def start(self) -> None:
@@ -109,6 +115,10 @@ class _Checks:
 
     def __repr__(self) -> str:
         return f"<_Checks of {self._worker.name}>"
+
+    def reconfigure(self, health: Health) -> None:
+        self._health = health
+        self.loop.wake()
 
     async def look(self) -> bool:
         """Wait for a check that begins now: one under way may have begun too early."""

@@ -63,15 +63,8 @@ class Registry:
         self.workers: list[Worker] = []
         self.leaving: list[Worker] = []  # removed, with answers that still run
         self._absent = BoundedDict[_Way, tuple[Worker, float]](MOST_ABSENT)
-        self._config = config
         self._clock = clock
         self._listeners: list[Listener] = []
-        self._models: Models = config.models
-        self._aliases = Aliases(config.models.aliases)
-        self._fallbacks = {
-            self._models.aliases.get(name, name): names
-            for name, names in self._models.fallbacks.items()
-        }
         # Every pool that something refers to; those of served models are kept.
         self._live: WeakValueDictionary[str, Pool] = WeakValueDictionary()
         self._pools = BoundedDict[str, Pool]()
@@ -79,12 +72,37 @@ class Registry:
         self._names: dict[str, None] | None = None
         self._once = BoundedDict[str, None]()  # all names that were ever listed
         self._routes = BoundedDict[tuple[str | None, Claim], Pool]()
+        self._adopt(config)
         for each in config.workers:
             if not each.is_group:  # whose members come when they have been looked up
                 self.add(each)
 
     def __repr__(self) -> str:
         return f"<Registry {self.workers!r}>"
+
+    def reconfigure(self, config: Config) -> None:
+        """Take other settings; the workers among them are for `apply`."""
+        self._adopt(config)
+        self._routes.clear()
+        for worker in (*self.workers, *self.leaving):
+            self._guide(worker)
+            worker.freed()
+
+    def _adopt(self, config: Config) -> None:
+        self._config = config
+        self._models: Models = config.models
+        self._aliases = Aliases(config.models.aliases)
+        self._fallbacks = {
+            self._models.aliases.get(name, name): names
+            for name, names in self._models.fallbacks.items()
+        }
+
+    def _guide(self, worker: Worker) -> None:
+        """Let a worker follow the settings that are the same for all workers."""
+        config, timeouts = self._config, self._config.timeouts
+        expectations = Expectations(base=timeouts.allowance, hard=timeouts.first_token)
+        extra = config.queue.overcommit
+        worker.follow(config.health, config.breaker, expectations, extra)
 
     # --- Workers that come and go -------------------------------------------------
 
@@ -252,11 +270,13 @@ class Registry:
         """Add a worker, as the last one if its place is not given."""
         worker = self._known_before(config)
         if worker is None:
-            worker = self._make(config)
+            worker = Worker(config, self._config.health, self._clock)
+            self._guide(worker)
             worker.on_offer = partial(self._note_offer, worker)
             worker.on_change = partial(self._note_change, worker)
         else:
             worker.reconfigure(config)
+            self._guide(worker)  # they may have changed while it was gone
             worker.rejoin()
         worker.source = source
         last = self.workers[-1].index if self.workers else -1
@@ -279,19 +299,6 @@ class Registry:
         if absent is None or self._clock() - absent[1] >= LONGEST_ABSENCE:
             return None
         return absent[0]
-
-    def _make(self, config: WorkerConfig) -> Worker:
-        timeouts = self._config.timeouts
-        return Worker(
-            config,
-            self._config.health,
-            self._clock,
-            policy=self._config.breaker,
-            overcommit=self._config.queue.overcommit,
-            expectations=Expectations(
-                base=timeouts.allowance, hard=timeouts.first_token
-            ),
-        )
 
     def _refuse_clash(self, config: WorkerConfig, old: Worker | None = None) -> None:
         for worker in self.workers:

@@ -544,6 +544,19 @@ class Worker:
         self._note_room()
         self.changed()
 
+    def follow(
+        self, health: Health, policy: Policy, expectations: Expectations, extra: int
+    ) -> None:
+        """Take other settings of the hub; `extra` requests are allowed beyond slots."""
+        self.health, self.policy, self.overcommit = health, policy, extra
+        for breaker in (self.breaker, *self.model_breakers.values()):
+            breaker.follow(policy)
+        self.expectations = expectations
+        for pace in self.paces.values():
+            pace.expectations = expectations
+        self._note_room()
+        self.changed()
+
     def retire(self, deadline: float = math.inf) -> None:
         """Take no new request; those that still run at the deadline are broken off."""
         self.retired = True

@@ -120,10 +120,7 @@ class Proxy:
         once and returns whether it is healthy; `ended` is called once for each request,
         when it has its outcome.
         """
-        self._config = config
-        serve = self._serve_in_time if config.timeouts.request else self._serve
-        inference: Routes = {path: {"POST": serve} for path in ENDPOINTS}
-        self._router = Router({**routes, **inference}, config.server.cors_origins)
+        self._routes = routes
         self._authenticator = authenticator
         self._quotas = quotas
         self._registry = registry
@@ -135,16 +132,24 @@ class Proxy:
         self._ended = ended
         self._clock = clock
         self._charges = Charges(quotas, fitting, clock)
-        self._rewriter = Rewriter(config.upstream, config.limits.answer, clock)
+        self._rewriter = Rewriter(clock)
         self._rng = random.Random()
-        self._limits = Limits(config, clock)
+        self._limits = Limits(clock)
         self._losses = Throttle(clock, LOG_EVERY)
-        self._counting = config.upstream.usage  # whose tokens must be exact
         self._running: dict[asyncio.Task[object], Exchange] = {}
         self._idle: asyncio.Future[None] | None = None  # done when none is running
         self._draining = False
         # Called when a request has its plan, waits, or gets to a worker.
         self.observer: Callable[[str, Exchange], None] | None = None
+        self.reconfigure(config)
+
+    def reconfigure(self, config: Config) -> None:
+        """Take other settings for the requests that begin from now on."""
+        self._config = config
+        serve = self._serve_in_time if config.timeouts.request else self._serve
+        inference: Routes = {path: {"POST": serve} for path in ENDPOINTS}
+        origins = config.server.cors_origins
+        self._router = Router({**self._routes, **inference}, origins)
 
     def __repr__(self) -> str:
         return f"<Proxy running={len(self._running)}>"
@@ -295,7 +300,7 @@ class Proxy:
             ProxyError: the answer for the client, if nothing has been sent yet.
         """
         # Before a byte of the body is read, and before `100 Continue`.
-        config = self._config
+        x.config = config = self._config
         x.caller = caller = self._authenticator.identify(request, x)
         x.endpoint = endpoint = ENDPOINTS[x.route]
         if limit := caller.max_concurrency or config.queue.max_concurrency:
@@ -306,7 +311,7 @@ class Proxy:
             x.priority = caller.priority
         if (priority := request.headers.get("X-Gollama-Priority")) is not None:
             x.priority = choose_priority(priority, caller.priority)
-        if self._counting == "always":
+        if config.upstream.usage == "always":
             x.counted = True
         if caller.rpm is not None or caller.tpm is not None:
             self._take_quota(x, caller)
@@ -399,7 +404,7 @@ class Proxy:
             data += b"%x\r\n%b\r\n" % (len(sent), sent)
         # Sending it
         x.enter(State.CONNECTING)
-        limit = self._config.timeouts.first_token
+        limit = x.config.timeouts.first_token
         attempt = Attempt(x, self._connections[worker], limit, self._clock)
         timer = self._limits.begin(x, lease)
         try:
@@ -492,11 +497,11 @@ class Proxy:
         complete = False
         try:
             client = self._open(x, relay)
-            kept = self._config.rescue.kept if x.sent and x.resume is None else 0
+            kept = x.config.rescue.kept if x.sent and x.resume is None else 0
             answers = body.answers * body.prompts
             await relay.run(
                 client,
-                self._config.timeouts.write,
+                x.config.timeouts.write,
                 kept,
                 tally_of(x) if x.choices > 1 else None,
                 answers,
@@ -545,7 +550,7 @@ class Proxy:
             x.delivery.hide_usage()
         client = x.delivery.open(relay)
         if not (
-            self._config.rescue.enabled
+            x.config.rescue.enabled
             and x.endpoint.ending is Ending.DONE
             and x.body.replayable
             and relay.is_event_stream
@@ -650,7 +655,7 @@ class Proxy:
         Raises:
             RequestError: 429, the quota is used up.
         """
-        if caller.tpm is not None and self._counting == "limited":
+        if caller.tpm is not None and x.config.upstream.usage == "limited":
             x.counted = True
         usage_left = self._quotas.take(x.subject, caller.rpm, caller.tpm)
         for name, value in usage_left.headers().items():
@@ -662,7 +667,7 @@ class Proxy:
         """Read on until `model` arrives, unless it makes no difference."""
         if self._registry.only_model() and x.caller.models is None:
             return
-        window = self._config.limits.model_window
+        window = x.config.limits.model_window
         await x.body.read(window)
         if x.body.model is None and not x.body.complete:
             text = (
@@ -682,7 +687,7 @@ class Proxy:
             eta = "" if place.eta is None else f" eta {math.ceil(place.eta)}s"
             notify_client(x, f"queued {place.position}/{place.waiting}{eta}")
 
-        patience = self._config.retry.patience
+        patience = x.config.retry.patience
         streams = takes_comments(x)
         if self.observer is not None:
             self.observer("queued", x)

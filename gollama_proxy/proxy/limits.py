@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from gollama_proxy.config.settings import Config
 from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.proxy.failures import DrainedError
 from gollama_proxy.proxy.response import Assembly, Stream
@@ -31,17 +30,12 @@ _ON_WORKER = frozenset({State.WAITING, State.STREAMING})
 class Limits:
     """Checks attempts.  `clock` returns monotonic seconds."""
 
-    def __init__(self, config: Config, clock: Callable[[], float]) -> None:
-        self._timeouts = config.timeouts
-        self._notice = config.queue.notice
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-
-    def __repr__(self) -> str:
-        return f"<Limits first_token={self._timeouts.first_token:g}>"
 
     def begin(self, x: Exchange, lease: Lease) -> asyncio.TimerHandle | None:
         """Set how long the first event may take; returns the timer of a short limit."""
-        limit = self._timeouts.first_token
+        limit = x.config.timeouts.first_token
         if x.noticed_at or lease.loads:
             x.noticed_at, x.loading = 0.0, lease.loads
         if streams(x):
@@ -79,7 +73,7 @@ class Limits:
         assert relay is not None, x
         assert lease is not None, x
         waited, worker = now - x.waiting_since, lease.worker
-        limit = self._timeouts.first_token
+        limit = x.config.timeouts.first_token
         if waited >= limit:
             text = f"Worker {worker.name} sent nothing within {limit:g} s."
             relay.fail(WorkerError(Code.WORKER_TIMEOUT, text))
@@ -96,7 +90,8 @@ class Limits:
         relay, lease = x.relay, x.lease
         assert relay is not None, x
         assert lease is not None, x
-        silent = relay.check(now, self._timeouts.gap, self._timeouts.silence)
+        timeouts = x.config.timeouts
+        silent = relay.check(now, timeouts.gap, timeouts.silence)
         if silent > SUSPICIOUS:
             lease.worker.suspect()
         if lease.worker.is_down:
@@ -107,11 +102,12 @@ class Limits:
 
         It processes the prompt, or loads the model first, which may take longer.
         """
-        if x.fed or not self._notice or not takes_comments(x):
+        notice = x.config.queue.notice
+        if x.fed or not notice or not takes_comments(x):
             return
         interval = NOTICE_EVERY if x.begun else PROCESSING_AFTER
         if x.loading and not x.noticed_at:
-            interval = self._notice
+            interval = notice
         if waited >= x.noticed_at + interval:
             x.noticed_at = waited
             try:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gollama_proxy.bounded import BoundedDict
-from gollama_proxy.config.settings import Upstream
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.response import Assembly
@@ -42,12 +41,7 @@ class Plainly(NamedTuple):
 class Rewriter:
     """Rewrites requests for workers, and remembers the workers that refuse them."""
 
-    def __init__(
-        self, upstream: Upstream, most: int, clock: Callable[[], float]
-    ) -> None:
-        """Make one; `most` limits an assembled answer, in characters."""
-        self._assemble = frozenset(upstream.assemble)
-        self._most = most
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._until = BoundedDict[Plainly, float]()
 
@@ -77,13 +71,13 @@ class Rewriter:
             if with_usage is not None:
                 x.sent, x.hides_usage, x.rewritten = with_usage, True, True
         elif self._may_assemble(x) and (asked := ask_for_stream(sent, x.endpoint)):
-            x.delivery = Assembly(x, asked.assembler(self._most))
+            x.delivery = Assembly(x, asked.assembler(x.config.limits.answer))
             x.sent, x.rewritten = asked.body, True
         return x.sent
 
     def _may_assemble(self, x: Exchange) -> bool:
         return (
-            x.endpoint.path in self._assemble
+            x.endpoint.path in x.config.upstream.assemble
             and x.body.replayable
             and not x.body.stream
             # Only the end of a stream shows whether it has all of the answer; if not,

@@ -22,6 +22,7 @@ from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
 
 if TYPE_CHECKING:
+    from gollama_proxy.config.settings import Config
     from gollama_proxy.edge.auth import Principal
     from gollama_proxy.fleet.lease import Lease
     from gollama_proxy.proxy.attempt import Failure
@@ -81,6 +82,7 @@ class Exchange(Record):
     keep_alive = False  # the client's connection may carry another request
 
     # The caller, and the request
+    config: Config  # the settings when it began; later ones are for later requests
     caller: Principal
     priority: Priority = Priority.INTERACTIVE
     needs_slot = True  # its attempts generate tokens; others need no slot

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from gollama_proxy.bounded import BoundedDict, SlidingWindow
 from gollama_proxy.config.names import matches
-from gollama_proxy.config.settings import Config
+from gollama_proxy.config.settings import Config, Routing
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
@@ -61,18 +61,30 @@ class Balancer:
     ) -> None:
         self.registry = registry
         self.budget = RetryBudget(config.retry.ratio, config.retry.floor, clock=clock)
+        self._clock = clock
         self._rng = rng or random.Random()
-        routing = config.routing
-        names = {routing.policy, *routing.policies.values()}
-        made = {name: make(name, clock, self._rng) for name in names}
-        self.policy: Policy = made[routing.policy]  # of models without another one
-        self._policies = {
-            pattern: made[name] for pattern, name in routing.policies.items()
-        }
-        self._chosen = BoundedDict[str, str | None]()  # patterns, by model
+        self._made: dict[str, Policy] = {}
+        self._adopt(config.routing)
 
     def __repr__(self) -> str:
         return f"<Balancer {self.policy!r}>"
+
+    def reconfigure(self, config: Config) -> None:
+        """Take other settings; a policy that stays in use keeps what it has learnt."""
+        self.budget.ratio, self.budget.floor = config.retry.ratio, config.retry.floor
+        self._adopt(config.routing)
+
+    def _adopt(self, routing: Routing) -> None:
+        names = {routing.policy, *routing.policies.values()}
+        self._made = {
+            name: self._made.get(name) or make(name, self._clock, self._rng)
+            for name in names
+        }
+        self.policy = self._made[routing.policy]  # of models without another one
+        self._policies = {
+            pattern: self._made[name] for pattern, name in routing.policies.items()
+        }
+        self._chosen = BoundedDict[str, str | None]()  # patterns, by model
 
     def policy_of(self, model: str) -> Policy:
         """Return the policy that picks the workers of a model.

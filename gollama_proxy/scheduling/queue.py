@@ -83,7 +83,6 @@ class Queue(Listener):
         self._clock = clock
         self._call_later = call_later
         self._notice = settings.notice
-        self._patience = self.admission.patience
         self._waiters: dict[Ticket, _Waiter] = {}
         # Had their turn, and cannot have the slots that are free, or do not want them.
         self._passed_over: list[Ticket] = []
@@ -95,6 +94,11 @@ class Queue(Listener):
             f"<Queue {self.admission!r} passed_over={len(self._passed_over)} "
             f"stranded={len(self._stranded)}>"
         )
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Take other settings; requests that wait keep the time that they have."""
+        self.admission.settings = settings
+        self._notice = settings.notice
 
     # --- The fleet ----------------------------------------------------------------
 
@@ -134,7 +138,7 @@ class Queue(Listener):
                 return None
         # It may wait for a better worker than those if there is room to wait.
         has_room = admission.waiting < admission.settings.size
-        patience = self._patience if has_room else 0.0
+        patience = self.admission.patience if has_room else 0.0
         worker = self._balancer.pick(plan, free, patience)
         return None if worker is None else worker.lease(model)
 
@@ -328,7 +332,7 @@ class Queue(Listener):
         free = [worker for worker in plan.candidates() if not worker.full]
         if not free:
             return False
-        patience = ticket.joined_at + self._patience - self._clock()
+        patience = ticket.joined_at + self.admission.patience - self._clock()
         worker = self._balancer.pick(plan, free, max(patience, 0.0))
         if worker is None:
             return False

@@ -52,20 +52,34 @@ _PRIORITIES = (
 
 def configure(log: Log) -> None:
     """Send the program's log to standard error, in the configured format."""
-    formatter: LineFormatter = (
-        JsonFormatter() if log.format == "json" else TextFormatter()
-    )
-    if journal_reads(sys.stderr):
-        formatter = JournalFormatter(formatter)
-    handler = BatchHandler(sys.stderr, formatter)
-    logging.basicConfig(handlers=[handler], level=log.level.upper(), force=True)
-    access = logging.getLogger("gollama_proxy.access")
-    access.setLevel(logging.INFO if log.access else logging.CRITICAL)
+    handler = BatchHandler(sys.stderr, _formatter(log))
+    logging.basicConfig(handlers=[handler], force=True)
+    _set_levels(log)
     # No line shows these, so they need not be looked up for each.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # documented: logging HOWTO, "Optimization"
     # aiohttp logs each malformed request with its bytes and a traceback.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
+
+
+def reconfigure(log: Log) -> None:
+    """Take other settings; handlers of another program stay as they are."""
+    _set_levels(log)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, BatchHandler):
+            handler.flush()
+            handler.write_as(_formatter(log))
+
+
+def _formatter(log: Log) -> LineFormatter:
+    made: LineFormatter = JsonFormatter() if log.format == "json" else TextFormatter()
+    return JournalFormatter(made) if journal_reads(sys.stderr) else made
+
+
+def _set_levels(log: Log) -> None:
+    logging.getLogger().setLevel(log.level.upper())
+    access = logging.getLogger("gollama_proxy.access")
+    access.setLevel(logging.INFO if log.access else logging.CRITICAL)
 
 
 def flush() -> None:
@@ -131,8 +145,7 @@ class BatchHandler(logging.Handler):
     def __init__(self, stream: TextIO | None, formatter: LineFormatter) -> None:
         """Write to `stream`, if any: Python has None for a closed standard error."""
         super().__init__()
-        self.setFormatter(formatter)
-        self._formatter = formatter
+        self.write_as(formatter)
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._sink = _sink_of(stream)
         self._lines: list[str] = []
@@ -143,6 +156,11 @@ class BatchHandler(logging.Handler):
 
     def __repr__(self) -> str:
         return f"<BatchHandler unwritten={self._size} lost={self._lost}>"
+
+    def write_as(self, formatter: LineFormatter) -> None:
+        """Write the lines to come in this format."""
+        self.setFormatter(formatter)
+        self._formatter = formatter
 
     def add(self, level: int, message: str, fields: Fields) -> None:
         """Collect a line; it is written with others, at most `DELAY` later."""

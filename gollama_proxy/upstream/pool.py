@@ -60,9 +60,7 @@ class ConnectionPool:
         self.worker = worker
         self.target = Target(worker, tls, clock)
         self.keeps_after_streams = False  # what has been learnt about this worker
-        self._connect_timeout = config.timeouts.connect
-        self._keepalive = config.upstream.keepalive
-        self._capacity = config.upstream.idle if config.upstream.keepalive else 0
+        self._adopt(config)
         self._clock = clock
         self._idle: list[Connection] = []
         self._on_probation: Connection | None = None
@@ -73,10 +71,16 @@ class ConnectionPool:
     def __repr__(self) -> str:
         return f"<ConnectionPool {self.worker.name} idle={len(self._idle)}>"
 
-    def reconfigure(self, worker: WorkerConfig) -> None:
+    def reconfigure(self, worker: WorkerConfig, config: Config) -> None:
         """Take other settings for the same address, such as its key."""
         self.worker = worker
         self.target.worker = worker
+        self._adopt(config)
+
+    def _adopt(self, config: Config) -> None:
+        self._connect_timeout = config.timeouts.connect
+        self._keepalive = config.upstream.keepalive
+        self._capacity = config.upstream.idle if config.upstream.keepalive else 0
 
     def reuse(self) -> Connection | None:
         """Return an idle connection, or None if there is none that can be used."""

@@ -375,7 +375,7 @@ async def test_reload_does_not_wait_for_its_turn(
 ) -> None:
     caplog.set_level("INFO")
     async with hub_of(authority, pair) as hub:
-        hub.hub.reload()
+        await hub.hub.reload()
         await until(lambda: f"loaded {pair.certificate}" in caplog.text)
 
 

@@ -146,5 +146,5 @@ async def test_no_request_looks_at_the_file(
             assert await status(hub, hub.token()) == 200
         assert looks == []
         monkeypatch.undo()
-        hub.hub.reload()
+        await hub.hub.reload()
         await becomes(hub, hub.token(), 401)

@@ -175,7 +175,8 @@ async def test_metrics_have_no_second_token_in_the_query() -> None:
 
 def test_it_shows_what_it_is() -> None:
     telemetry = Telemetry(Registry(Config()), Admission(Queue(), Clock()))
-    assert repr(Status(lambda: True, telemetry, None)) == "<Status ready=True>"
+    status = Status(lambda: True, telemetry, Authenticator(Config()), lambda: True)
+    assert repr(status) == "<Status ready=True>"
 
 
 # --- Models -----------------------------------------------------------------------

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import jwt
 
 from gollama_proxy.config import load as config
+from gollama_proxy.config.settings import Config
 from gollama_proxy.hub import Hub
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.state.local import LocalState
@@ -156,10 +157,14 @@ async def running_hub(
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = _spelled(value)
     variables |= environ or {}
-    loaded = config.load(file, variables, {"server.port": 0}, urls)
+
+    def load() -> Config:
+        return config.load(file, variables, {"server.port": 0}, urls)
+
+    loaded = load()
     folder = None if loaded.state.dir == "auto" else Path(loaded.state.dir)
     state = await asyncio.to_thread(LocalState, folder)
-    hub = Hub(loaded, clock, state=state)
+    hub = Hub(loaded, clock, state=state, load=load)
     running = None
     try:
         await hub.start()

@@ -85,8 +85,9 @@ class Stage:
     def __init__(self, state: State, *, stream: bool = True) -> None:
         self.clock = Clock()
         none: Any = None
+        config = Config(timeouts=Timeouts(gap=7, silence=9))
         self.proxy = Proxy(
-            Config(timeouts=Timeouts(gap=7, silence=9)),
+            config,
             {},
             *[none] * 8,
             ended=lambda x: None,
@@ -95,6 +96,7 @@ class Stage:
         self.relay = Relay()
         self.worker: Worker = worker(clock=self.clock)
         self.x = x = request()
+        x.config = config
         x.state, x.relay = state, cast(Any, self.relay)
         x.lease = self.worker.lease()
         x.body = cast(Any, SimpleNamespace(stream=stream, replayable=True))
