@@ -209,9 +209,13 @@ class Hub(Listener):
                 continue
             if stored.source == Source.AGENT:
                 self.agents.restore(config, str(stored.agent.get("digest", "")))
+        self._restore_holds()
+
+    def _restore_holds(self) -> None:
+        """Hold back the workers that operators have held back, by their names."""
         for worker in self.registry.workers:
             kept = self.state.find(worker.name)
-            if kept is not None and kept.hold:
+            if kept is not None and kept.hold and worker.held is Hold.NONE:
                 worker.hold(Hold(kept.hold))
 
     def _follow_list(self, listed: Revoked) -> None:
@@ -294,6 +298,7 @@ class Hub(Listener):
             self._reconfigure(before, credentials)
             self.groups.follow(config.workers)
             self.registry.apply(self._expanded(config.workers))
+            self._restore_holds()
             await self._follow_files(before, credentials)
             return changes
 

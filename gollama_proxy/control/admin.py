@@ -19,6 +19,7 @@ from aiohttp import web
 from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import API_KEYS, WORKER_KEYS, WorkerConfig
+from gollama_proxy.config.watch import Changes
 from gollama_proxy.control import views
 from gollama_proxy.control.calls import Call, answer, check_local, decode, receive
 from gollama_proxy.control.events import STREAM, Events, Recent
@@ -63,6 +64,9 @@ class Parts(views.Parts, Protocol):
     async def revoke(self, kind: str, value: str) -> None:
         """Revoke a token ("jti") or a subject ("sub")."""
 
+    async def reload(self) -> Changes:
+        """Read the settings again, and apply what has changed."""
+
 
 _Handler = Callable[[Call], Awaitable[Response | Sent]]
 
@@ -101,6 +105,7 @@ class Admin:
             "/admin/requests": {"GET": self._list_requests},
             "/admin/config": {"GET": self._show_config},
             "/admin/explain": {"POST": self._explain},
+            "/admin/reload": {"POST": self._reload},
             "/admin/revoke": {"POST": self._revoke},
             "/admin/events": {"GET": self._follow},
             "/admin/openapi.json": {"GET": self._show_api},
@@ -351,6 +356,29 @@ class Admin:
 
     async def _show_config(self, call: Call) -> Response:
         return answer(self._views.settings())
+
+    async def _reload(self, call: Call) -> Response:
+        """Have the settings read again; a mistake in them changes nothing."""
+        try:
+            changes = await self._hub.reload()
+        except ConfigError as exc:
+            text = "The settings are not valid, so nothing has changed: "
+            raise RequestError(Code.BAD_REQUEST, text + "; ".join(exc.args)) from None
+        self._audit(call, "reload", "settings", new=changes)
+        workers = {
+            kind: getattr(changes, kind) for kind in ("added", "replaced", "removed")
+        }
+        changed = [
+            f"worker {name} {kind}" for kind, names in workers.items() for name in names
+        ]
+        return answer(
+            {
+                "changed": [*map(str, changes.settings), *changed],
+                "restart": [*map(str, changes.restart)],
+                "settings": [each._asdict() for each in changes.settings],
+                "workers": workers,
+            }
+        )
 
     async def _revoke(self, call: Call) -> Response:
         """Revoke a token or a subject; requests that run are cancelled on demand.
