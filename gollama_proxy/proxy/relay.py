@@ -23,7 +23,6 @@ from gollama_proxy.edge.response import (
     Client,
     ClientStalledError,
     ReportedError,
-    frame,
 )
 from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.upstream.connection import Connection
@@ -34,20 +33,17 @@ from gollama_proxy.wire.ending import (
     TAIL,
     End,
     Tally,
-    has_error,
-    is_complete,
     read_end,
 )
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending, Endpoint
-from gollama_proxy.wire.resume import Transcript
+from gollama_proxy.wire.resume import MOST_WORDS, Transcript
 from gollama_proxy.wire.schema import EventError
 
 # Bytes that are held until the first event is complete; more are passed on as they are.
 HOLD_LIMIT = 256 << 10
 MOST_HELD = 100  # pieces that are passed on one by one; more are joined
-_TAIL_CHUNKS = 12
-_TAIL_KEPT = 6
+_NOTHING = Transcript()  # of a relay that has passed nothing on
 _COLON = ord(":")
 
 
@@ -64,17 +60,13 @@ class Relay:
         "_ending",
         "_endpoint",
         "_error",
-        "_failed",
         "_gatherer",
         "_held",
         "_held_size",
         "_kept",
         "_lease",
-        "_marked",
-        "_noted",
         "_progress_at",
         "_seen",
-        "_tail",
         "_tally",
         "_transcript",
         "_wakeup",
@@ -119,12 +111,8 @@ class Relay:
         self._held: list[bytes] = []
         self._held_size = 0  # bytes
         self._gatherer: sse.Gatherer | None = None
-        self._tail: list[bytes] = []  # of chunks, framed
-        self._noted = 0  # how many of them are in the transcript
+        self._transcript = _NOTHING
         self._kept = 0  # bytes that may be kept in the transcript
-        self._transcript: Transcript | None = None  # of all before the tail
-        self._marked = False  # the mark of the end has come, long before the end
-        self._failed = False  # an error has come, the same way
         self._tally: Tally | None = None  # of choices, where there are several
         self._chunked = False
         self._write: Callable[[bytes], None] = _ignore
@@ -236,7 +224,7 @@ class Relay:
         self._write = client.write
         self._buffered = client.buffered
         self._kept = keep
-        self._transcript = Transcript() if keep else None
+        self._transcript = Transcript(self._ending, keep)
         self.body_received = self._forward
         self.chunk_received = self._forward_chunk
         if tally is not None and self._has_mark:
@@ -315,8 +303,8 @@ class Relay:
     def _read_end(self, began: bytes, answers: int) -> End:
         endpoint = self._endpoint
         end = read_end(self.tail, endpoint.ending, endpoint.api, began, answers)
-        end.complete |= self._marked
-        end.failed |= self._failed
+        end.complete |= self._transcript.marked
+        end.failed |= self._transcript.failed
         if self._tally is not None and not self._tally.is_complete(done=end.done):
             end.complete = False
         return end
@@ -338,19 +326,15 @@ class Relay:
 
     def relayed(self) -> bytes | None:
         """Return all that was passed on; None if it was more than `keep` bytes."""
-        transcript, self._transcript = self._transcript, None
-        if transcript is None or self.bytes > self._kept:
+        if self.bytes > self._kept or not self._transcript.limit:
             return None
-        transcript.add(self._tail[self._noted :])
-        return transcript.body()
+        body, self._transcript.limit = self._transcript.body(), 0
+        return body
 
     @property
     def tail(self) -> bytes:
         """The last bytes that were passed on, at least `TAIL` of a longer answer."""
-        pieces = []
-        for chunk in self._tail:  # a comprehension costs a call
-            pieces.append(chunk[chunk.index(b"\n") + 1 : -2])  # noqa: PERF401
-        return b"".join(pieces)
+        return self._transcript.tail()
 
     # --- Receiver: what the connection calls ---------------------------------------
 
@@ -397,7 +381,7 @@ class Relay:
         if data[0] != _COLON:
             self.events += data.count(b"data: {") - 1
         if len(data) > TAIL:
-            self._cut_tail()
+            self._transcript.cut()
 
     def _forward_chunk(self, chunk: bytes, start: int) -> None:
         """Pass a whole chunk on: the path of every token, at a few microseconds each.
@@ -409,10 +393,17 @@ class Relay:
         self.bytes += len(chunk) - start - 2
         if chunk[start] != _COLON:  # a comment, such as a ping, is no event
             self.events += 1  # llama-server sends one in a chunk
-        tail = self._tail
-        tail.append(chunk)
-        if len(tail) > _TAIL_CHUNKS:
-            self._cut_tail()
+        kept = self._transcript
+        if chunk.endswith(kept.foot) and chunk.startswith(kept.head, start):
+            word = chunk[start + kept.before : kept.behind]
+            if kept.chunks or b"\n" in word or len(chunk) - start < kept.least:
+                kept.add(chunk)
+            else:  # nearly always
+                kept.words.append(word)
+                if len(kept.words) == MOST_WORDS:
+                    kept.fold()
+        else:
+            kept.add(chunk)
         try:
             self._write(chunk if self._chunked else chunk[start:-2])
         except RuntimeError:
@@ -429,25 +420,6 @@ class Relay:
         assert self._tally is not None, self
         self._tally.feed(chunk[start:-2])
         self._forward_chunk(chunk, start)
-
-    def _cut_tail(self) -> None:
-        """Drop the chunks that are too old for reading the end."""
-        if self._transcript is not None:
-            self._transcript.add(self._tail[self._noted :])
-            if self.bytes > self._kept:
-                self._transcript = None
-        if self._ending is not Ending.DONE:  # a long event may follow a mark
-            self._marked = self._marked or is_complete(self.tail, self._ending)
-        for chunk in self._tail:
-            if b"error" in chunk:
-                self._failed = self._failed or has_error(self.tail, self._ending)
-                break
-        recent = self._tail[-_TAIL_KEPT:]
-        if TAIL <= sum(map(len, recent)) <= 2 * TAIL:
-            self._tail = recent
-        else:  # tiny ones, or huge ones
-            self._tail = [frame(self.tail[-TAIL:])]
-        self._noted = len(self._tail)
 
     def _block(self) -> None:
         if not self._blocked:

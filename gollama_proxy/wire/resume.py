@@ -31,7 +31,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from gollama_proxy.wire.ending import TAIL, has_error, is_complete
 from gollama_proxy.wire.errors import Code, WorkerError
+from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.partial import (
     END,
     DivergedError,
@@ -52,6 +54,10 @@ from gollama_proxy.wire.sse import DONE, Gatherer
 # Between two words; JSON has control characters escaped.
 _SEPARATOR = b"\x00"
 _MOST_LEARNT = 8  # times; events that keep changing are not worth it
+MOST_WORDS = 16  # that are kept one by one
+_MOST_CHUNKS = 4  # that are kept as they are until they are looked at
+_MOST_BATCHES = 8  # of a stream of which only the end is kept
+_END = 2 * TAIL  # bytes of it
 
 
 class _Frame(NamedTuple):
@@ -89,25 +95,88 @@ class Transcript:
     So the bytes around the word are learnt from a chunk, and of chunks that are like it
     only the words are kept.  They are learnt anew when the events change, from
     reasoning to text, and from that to a call.  Nothing is parsed: a token costs two
-    comparisons of bytes.  A batch with any other event in it is kept as it is.
+    comparisons of bytes.  Other chunks are kept as they are.
+
+        batches │ words, between `head` and `foot` │ chunks │      what comes next
+                                one of the two is empty
+
+    The relay appends to `words`, as that is the path of every token.
     """
 
-    __slots__ = ("_batches", "_frame", "_learnt")
+    __slots__ = (
+        "_batches",
+        "_ending",
+        "_frame",
+        "_learnt",
+        "_size",
+        "before",
+        "behind",
+        "chunks",
+        "failed",
+        "foot",
+        "head",
+        "least",
+        "limit",
+        "marked",
+        "words",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, ending: Ending = Ending.DONE, limit: int = 0) -> None:
+        """Make one of at most `limit` bytes; of a longer stream the end is kept."""
+        self.limit = limit
+        self.marked = False  # the mark of the end has come, long before the end
+        self.failed = False  # an error has come, the same way
+        # Around the word of an event that is like the last ones.  No chunk ends so.
+        self.head = self.foot = b"\0"
+        self.before, self.behind, self.least = 1, -1, 2  # their lengths
+        self.words: list[bytes] = []
+        self.chunks: list[bytes] = []  # framed
         # The words of a batch of chunks that are alike, or the chunks themselves.  A
         # frame stands before the first words that are to be put into it.
         self._batches: list[_Frame | bytes | list[bytes]] = []
+        self._ending = ending
         self._frame: _Frame | None = None
         self._learnt = 0  # frames
+        self._size = 0  # bytes in the batches, about
 
     def __repr__(self) -> str:
         return f"<Transcript of {len(self._batches)} batches>"
 
-    def add(self, chunks: list[bytes]) -> None:
-        """Take some more chunks, framed and whole."""
-        if not chunks:
-            return
+    def add(self, chunk: bytes) -> None:
+        """Add a chunk that is not only another word, or may not be."""
+        if self.words:
+            self.fold()
+        self.chunks.append(chunk)
+        if len(self.chunks) > _MOST_CHUNKS:
+            self.cut()
+
+    def fold(self) -> None:
+        """Put the words into a batch."""
+        words, self.words = self.words, []
+        folded = _SEPARATOR.join(words)
+        if folded.count(_SEPARATOR) == len(words) - 1 and b"\r" not in folded:
+            self._batches.append(folded)
+            self._size += len(folded) + len(words) * self.least
+            self._trim()
+        elif words:  # a line may end in one of them
+            around = self.head, self.foot[:-2]
+            self.chunks = [_framed(word.join(around)) for word in words]
+            self.cut()
+
+    def cut(self) -> None:
+        """Put the chunks into batches, and learn from them."""
+        tail = self.tail()
+        if self._ending is not Ending.DONE:  # a long event may follow a mark
+            self.marked = self.marked or is_complete(tail, self._ending)
+        if b"error" in tail:
+            self.failed = self.failed or has_error(tail, self._ending)
+        chunks, self.chunks = self.chunks, []
+        if chunks:
+            self._size += sum(map(len, chunks))
+            self._add([event for chunk in chunks for event in _split(chunk)])
+            self._trim()
+
+    def _add(self, chunks: list[bytes]) -> None:
         folded = self._fold(chunks)
         if folded is not None:
             self._batches.append(folded)
@@ -133,11 +202,51 @@ class Transcript:
         if word is not None:
             start = chunk.index(b"\n") + 1
             self._frame = _Frame(chunk[start : word.start(2)], chunk[word.end(2) :])
+            self.head, self.foot = head, foot = self._frame
+            self.before, self.behind = len(head), -len(foot)
+            self.least = len(head) + len(foot)
             self._learnt += 1
             self._batches.append(self._frame)
 
+    def _trim(self) -> None:
+        """Drop what is not needed any more."""
+        if self._size > self.limit and len(self._batches) > _MOST_BATCHES:
+            end = _framed(self._last(_END))
+            self._batches = [[end]] if self._frame is None else [[end], self._frame]
+
+    def tail(self) -> bytes:
+        """Return the last bytes, at least `TAIL` of a longer stream."""
+        if self.words:
+            self.fold()
+        pieces = []
+        for chunk in self.chunks:  # a comprehension costs a call
+            pieces.append(chunk[chunk.index(b"\n") + 1 : -2])  # noqa: PERF401
+        tail = b"".join(pieces)
+        return self._last(TAIL - len(tail)) + tail if self._batches else tail
+
+    def _last(self, least: int) -> bytes:
+        """Return the last bytes in the batches, at least these if there are so many."""
+        size, pieces = 0, list[bytes]()
+        for at in range(len(self._batches) - 1, -1, -1):
+            if size >= least:
+                break
+            batch = self._batches[at]
+            if isinstance(batch, bytes):
+                before = reversed(self._batches[:at])
+                around = next(each for each in before if isinstance(each, _Frame))
+                pieces.append(around.unfold(batch))
+            elif not isinstance(batch, _Frame):
+                pieces.append(b"".join(map(_unframed, batch)))
+            else:
+                continue
+            size += len(pieces[-1])
+        return b"".join(reversed(pieces))
+
     def body(self) -> bytes:
         """Return all of it, without the framing of the chunks."""
+        if self.words:
+            self.fold()
+        self.cut()
         return b"".join(self._unfold())
 
     def _unfold(self) -> Iterator[bytes]:
@@ -149,7 +258,24 @@ class Transcript:
                 assert frame is not None, self
                 yield frame.unfold(batch)
             else:
-                yield from (chunk[chunk.index(b"\n") + 1 : -2] for chunk in batch)
+                yield from map(_unframed, batch)
+
+
+def _framed(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def _unframed(chunk: bytes) -> bytes:
+    return chunk[chunk.index(b"\n") + 1 : -2]
+
+
+def _split(chunk: bytes) -> list[bytes]:
+    """Put each event of a chunk into one of its own; several came in one read."""
+    if chunk.count(b"\n\n") < 2:
+        return [chunk]
+    *events, rest = _unframed(chunk).split(b"\n\n")
+    chunks = [_framed(event + b"\n\n") for event in events]
+    return [*chunks, _framed(rest)] if rest else chunks
 
 
 # --- The rest of the answer -------------------------------------------------------

@@ -264,12 +264,9 @@ def transcript(data: bytes) -> None:
     """What was relayed comes back as it was; a zero byte is where chunks are cut."""
     bodies = [body for body in data.split(b"\x00\x00") if body]
     chunks = [b"%x\r\n%b\r\n" % (len(body), body) for body in bodies]
-    rng = random.Random(zlib.crc32(data))
-    kept, at = Transcript(), 0
-    while at < len(chunks):
-        step = rng.randrange(1, 8)
-        kept.add(chunks[at : at + step])
-        at += step
+    kept = Transcript(limit=len(data))
+    for each in chunks:
+        kept.add(each)
     assert kept.body() == b"".join(bodies)
 
 
