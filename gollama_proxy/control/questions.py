@@ -108,10 +108,10 @@ async def _foresee(x: Exchange, question: Question, hub: Parts) -> Shown:
     x.model = x.asked = pool.model
     pools = registry.pools_for(pool, body.fallbacks, question.models)
     budget = RetryBudget(config.retry.ratio, config.retry.floor, clock=hub.clock)
-    x.plan = Plan.of(pools, x.endpoint.path, config, budget, random.Random())
     follows = x.endpoint.slot and balancer.follows(pool)
     prefixes = body.prefixes() if follows else ()
-    x.plan.ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
+    ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
+    x.plan = Plan.of(pools, x.endpoint.path, config, budget, random.Random(), ask)
     if not hub.fitting.is_certain(x):
         await hub.fitting.check(x)
     limit = question.max_concurrency or config.queue.max_concurrency

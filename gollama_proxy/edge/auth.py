@@ -141,28 +141,21 @@ class Authenticator:
         if len(token) > MAX_TOKEN:
             raise AuthError("token too long")
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-        principal = self._recall(digest)
+        principal = self._known.get(digest)
         if principal is None:
             principal = self._verify(token)
             self._remember(digest, principal)
+        elif principal.expires <= self._clock():
+            del self._known[digest]
+            raise AuthError("token has expired")
+        else:
+            self._known.move_to_end(digest)
         return principal
 
     def revoke(self, revoked: Revoked) -> None:
         """Replace the list of revoked tokens; it applies to cached tokens as well."""
         self._revoked = revoked
         self._known.clear()
-
-    # --- The cache of valid tokens ------------------------------------------------
-
-    def _recall(self, digest: bytes) -> Principal | None:
-        principal = self._known.get(digest)
-        if principal is None:
-            return None
-        if principal.expires <= self._clock():
-            del self._known[digest]
-            raise AuthError("token has expired")
-        self._known.move_to_end(digest)
-        return principal
 
     def _remember(self, digest: bytes, principal: Principal) -> None:
         self._known[digest] = principal

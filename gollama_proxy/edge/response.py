@@ -7,11 +7,13 @@ object that has nothing left to do (`Sent`).
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import NamedTuple
 
+import msgspec
 from aiohttp import web
 
 from gollama_proxy.wire import shapes
@@ -27,21 +29,16 @@ _REASONS = {status.value: status.phrase for status in HTTPStatus}
 _BODILESS = frozenset({204, 304})
 
 
-class Response:
+class Response(msgspec.Struct, frozen=True, gc=False):
     """An answer in one piece.
 
     `fields` are its header lines, each ended by CRLF; those of all answers are added
     when it is written.
     """
 
-    __slots__ = ("body", "fields", "status")
-
-    def __init__(
-        self, body: bytes = b"", status: int = 200, fields: str = JSON
-    ) -> None:
-        self.status = status
-        self.body = body
-        self.fields = fields
+    body: bytes = b""
+    status: int = 200
+    fields: str = JSON
 
     def __repr__(self) -> str:  # without its text
         return f"<Response {self.status}, {len(self.body)} bytes>"
@@ -50,9 +47,12 @@ class Response:
 class Sent(web.StreamResponse):
     """An answer that has been written, as aiohttp's server sees it."""
 
+    __slots__ = ("keep_alive",)
+
     def __init__(self, *, keep_alive: bool) -> None:
         super().__init__()
-        self._keep_alive = keep_alive  # read by aiohttp as `keep_alive`
+        # In aiohttp, this is a property.
+        self.keep_alive = keep_alive  # type: ignore[misc]
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Do nothing: the head has been written."""
@@ -67,8 +67,10 @@ KEEP, CLOSE = Sent(keep_alive=True), Sent(keep_alive=False)
 
 def write_whole(
     request: web.BaseRequest, response: Response, fields: str, *, keep_alive: bool
-) -> None:
+) -> int:
     """Write an answer, head and body together; `fields` are those of every answer.
+
+    Returns how many bytes wait because the client has not read them yet.
 
     Raises:
         ConnectionResetError: the client has left.
@@ -86,6 +88,7 @@ def write_whole(
         transport.writelines((data, body))
     else:
         transport.write(data + body)
+    return transport.get_write_buffer_size()
 
 
 def head(
@@ -102,34 +105,18 @@ def head(
         connection = "Connection: keep-alive\r\n" if keep_alive else ""
     elif not keep_alive:
         connection = "Connection: close\r\n"
-    reason = _REASONS.get(status, "")
-    return (
-        f"HTTP/{version} {status} {reason}\r\n{fields}{connection}{_date.line()}\r\n"
-    ).encode("latin-1")
+    first = f"HTTP/{version} {status} {_REASONS.get(status, '')}\r\n"
+    date = _date_line(int(time.time()))
+    return f"{first}{fields}{connection}{date}\r\n".encode("latin-1")
 
 
-class _Date:
-    """The `Date` line of the present second (RFC 9110, 6.6.1)."""
-
-    __slots__ = ("_line", "_second")
-
-    def __init__(self) -> None:
-        self._second = 0
-        self._line = ""
-
-    def __repr__(self) -> str:
-        return f"<_Date {self._line.strip()}>"
-
-    def line(self) -> str:
-        second = int(time.time())
-        if second != self._second:
-            self._second = second
-            now = time.gmtime(second)
-            day, month = _DAYS[now.tm_wday], _MONTHS[now.tm_mon]
-            time_of_day = f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
-            date = f"{day}, {now.tm_mday:02} {month} {now.tm_year} {time_of_day} GMT"
-            self._line = f"Date: {date}\r\n"
-        return self._line
+@functools.lru_cache(maxsize=1)
+def _date_line(second: int) -> str:
+    """Write the `Date` line of this second (RFC 9110, 6.6.1)."""
+    now = time.gmtime(second)
+    day, month = _DAYS[now.tm_wday], _MONTHS[now.tm_mon]
+    time_of_day = f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
+    return f"Date: {day}, {now.tm_mday:02} {month} {now.tm_year} {time_of_day} GMT\r\n"
 
 
 # In English, whatever the locale is.
@@ -138,7 +125,6 @@ _MONTHS = (
     *("", "Jan", "Feb", "Mar", "Apr", "May", "Jun"),
     *("Jul", "Aug", "Sep", "Oct", "Nov", "Dec"),
 )
-_date = _Date()
 
 
 def error_response(error: ProxyError, api: Api = Api.OPENAI) -> Response:

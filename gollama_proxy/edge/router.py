@@ -44,6 +44,7 @@ class Router:
             if "{" in path
         ]
         self._origins = frozenset(origins)
+        self.has_origins = bool(origins)  # whether any page may read the answers
 
     def __repr__(self) -> str:
         return f"<Router of {len(self._routes)} paths>"
@@ -94,11 +95,6 @@ class Router:
         raise RequestError(Code.UNKNOWN_URL, f"There is no {method} {what} here.")
 
     # --- Web pages ----------------------------------------------------------------
-
-    @property
-    def has_origins(self) -> bool:
-        """Whether any page may read the answers."""
-        return bool(self._origins)
 
     def origin_lines(self, request: web.BaseRequest) -> str:
         """Return the header lines that let a configured page read an answer.

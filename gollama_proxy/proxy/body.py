@@ -9,10 +9,11 @@ to the result.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from msgspec import UNSET
 
 from gollama_proxy.config.settings import Config
 from gollama_proxy.scheduling.policies import conversations
@@ -27,8 +28,6 @@ LEAST_RATE = 16 << 10
 
 _BOM = b"\xef\xbb\xbf"
 
-_NOTHING: Iterator[bytes] = iter(())
-
 # For each field, the kinds of JSON values that are allowed; null counts as absent.
 _ARRAY, _ANYTHING = ("[", "an array"), ("", "")
 _NUMBER = ("0n", "a number")
@@ -41,39 +40,51 @@ _KINDS = {
     "fallbacks": _ARRAY,
 }
 _ANSWERS = ("n", "n_cmpl")
+_LENGTHS = ("max_completion_tokens", "max_tokens", "n_predict")
+_BRACKET = ord("[")
 
 
 class Body:
-    """A request body that is being received."""
+    """A request body that is being received.
+
+    As in `Exchange`, a class attribute is the value before anything else is known.
+    """
+
+    size = 0
+    complete = False
+    replayable = False  # all of it is kept, and can be sent repeatedly
+    untouched = True  # it can still be sent from its beginning, at least once
+    content_type = b"application/json"  # as a worker gets it
+
+    # What the client requests, as far as the body has been read
+    model: str | None = None
+    stream = False
+    fallbacks: tuple[str, ...] = ()  # models that the client names
+    prompts = 1  # how many prompts it contains
+    answers = 1  # how many answers to each of them
+    max_tokens = 0  # the longest answer that it wants; 0 if it states none
+    converses = False  # it has messages
+
+    # How it is received
+    _waited = 0.0  # seconds
+    _received = 0  # bytes, before decompression
+    _ended = False  # everything has been received
+    _opening = b""  # the possible beginning of a byte order mark
+    _found: Mapping[str, fields.Field] = {}
+    _scanner: fields.FieldScanner | FormScanner | None = None
+    _unpacker: Unpacker | None = None
+    _unpacked: Iterator[bytes] = iter(())  # from the last piece received
 
     def __init__(
         self, request: web.BaseRequest, endpoint: Endpoint, config: Config
     ) -> None:
         self.endpoint = endpoint
-        self.length = request.content_length
-        self.size = 0
-        self.complete = False
-        self.replayable = False  # all of it is kept, and can be sent repeatedly
-        self.untouched = True  # it can still be sent from its beginning, at least once
-        # What the client requests, as far as the body has been read
-        self.model: str | None = None
-        self.stream = False
-        self.fallbacks: tuple[str, ...] = ()  # models that the client names
-        self.prompts = 1  # how many prompts it contains
-        self.answers = 1  # how many answers to each of them
-        self.content_type = b"application/json"  # as a worker gets it
+        length = request.headers.get("Content-Length")
+        self.length = None if length is None else int(length)
         self._content = request.content
         self._limit = config.limits.body
         self._grace = config.timeouts.body
-        self._waited = 0.0
-        self._received = 0  # bytes, before decompression
-        self._ended = False  # everything has been received
-        self._opening = b""  # the possible beginning of a byte order mark
         self._kept: list[bytes] = []
-        self._found: dict[str, fields.Field] = {}
-        self._scanner: fields.FieldScanner | FormScanner | None = None
-        self._unpacker: Unpacker | None = None
-        self._unpacked: Iterator[bytes] = _NOTHING  # from the last piece received
         if self.length is not None and self.length > self._limit:
             raise self._too_large()
         if endpoint.form:
@@ -99,24 +110,58 @@ class Body:
         Raises:
             RequestError: 400, 408 or 413, naming what is wrong with the body.
         """
-        content = self._content
-        if self._unpacker is None and content.is_eof():  # the body came with its head
+        if self._unpacker is None and self._content.is_eof():  # it came with its head
             self._kept.append(self._take(self._read_nowait(), ended=True))
         while not self.complete and self.size < window:
             piece = await self._next_piece()
             if piece:
                 self._kept.append(piece)
-        scanned = self._scanner is not None
-        if self.complete and scanned and not self.endpoint.form:
-            fields.check_json(self._whole)
-        self._read_fields()
+        if self._scanner is not None:
+            if self.complete and not self.endpoint.form:
+                fields.check_json(self._whole)
+            self._read_fields()
         if self.complete:
             self.replayable = True
-            found = self._found
-            if self.endpoint.generates and "messages" not in found:
+            if self.endpoint.generates and not self.converses:
                 self.prompts = fields.count_prompts(self._whole)
-            if "fallbacks" in found:
+            if "fallbacks" in self._found:
                 self._take_fallbacks()
+
+    def _read_whole(self, body: bytes) -> bool:
+        """Read a body in one piece; False, without effect, for an unusual one."""
+        wanted = fields.read_whole(body)
+        if wanted is None or wanted.fallbacks is not UNSET:
+            return False
+        for name in self.endpoint.arrays:
+            array = getattr(wanted, name)
+            if array is not UNSET and memoryview(array)[0] != _BRACKET:
+                return False
+        length: int | None = None
+        for value in (
+            wanted.max_completion_tokens,
+            wanted.max_tokens,
+            wanted.n_predict,
+        ):
+            if value is not UNSET and (raw := bytes(value)) != b"null":
+                number = fields.natural(raw)
+                if number is None:
+                    return False
+                length = number if length is None else length
+        answers: int | None = None
+        for value in (wanted.n, wanted.n_cmpl):
+            if answers is None and value is not UNSET:
+                answers = fields.natural(bytes(value))
+        if length:
+            self.max_tokens = length
+        if answers:
+            self.answers = answers
+        if wanted.model is not UNSET:
+            self.model = wanted.model
+        if wanted.stream is True:
+            self.stream = True
+        if wanted.messages is not UNSET:
+            self.converses = True
+        return True
 
     def _take_fallbacks(self) -> None:
         """Remove the field that is for the hub and not for the worker."""
@@ -132,22 +177,19 @@ class Body:
             self._kept = [b"".join(self._kept)]
         return self._kept[0]
 
-    @property
-    def max_tokens(self) -> int:
-        """The longest answer that the client wants, in tokens; 0 if it states none."""
-        return self._number("max_completion_tokens", "max_tokens", "n_predict")
-
-    def _number(self, *names: str) -> int:
+    def _number(self, names: Sequence[str]) -> int:
         """Read the first of these fields that is a natural number, else 0."""
         for name in names:
             field = self._found.get(name)
-            if field is not None and field.kind == "0" and field.raw.isdigit():
-                return int(field.raw)
+            if field is not None:
+                number = fields.natural(field.raw)
+                if number is not None:
+                    return number
         return 0
 
     def prefixes(self) -> tuple[int, ...]:
         """Return hashes of the beginnings of its conversation, if it is one."""
-        if not self.replayable or "messages" not in self._found:
+        if not (self.replayable and self.converses):
             return ()
         return conversations.prefixes(fields.messages_of(self._whole))
 
@@ -157,7 +199,7 @@ class Body:
         No other byte changes.  A `model` beyond the kept part is unchanged: it makes no
         difference then, as the workers serve only one.
         """
-        kept = self._whole
+        kept = self._kept[0] if len(self._kept) == 1 else self._whole
         if self.model is None:
             if not self.complete:
                 return kept
@@ -166,6 +208,8 @@ class Body:
         field = self._found.get("model")
         if isinstance(self._scanner, FormScanner):
             return self._scanner.with_model(kept, field, model)
+        if self._scanner is None:
+            field = fields.find_model(kept)
         return fields.with_model(kept, field, model)
 
     def _scan(self, body: bytes) -> None:
@@ -233,20 +277,22 @@ class Body:
         except (web.RequestPayloadError, HttpProcessingError) as exc:
             raise _malformed(exc) from None
         self._waited += loop.time() - began
-        return self._note(piece)
+        self._ended = self._content.at_eof()
+        self._received += len(piece)
+        if self._received > self._limit:
+            raise self._too_large()
+        return piece
 
     def _read_nowait(self) -> bytes:
+        """Take the rest of a body that has arrived."""
         try:
             piece = self._content.read_nowait()
         except (web.RequestPayloadError, HttpProcessingError) as exc:
             raise _malformed(exc) from None
-        return self._note(piece)
-
-    def _note(self, piece: bytes) -> bytes:
+        self._ended = True
         self._received += len(piece)
         if self._received > self._limit:
             raise self._too_large()
-        self._ended = self._content.at_eof()
         return piece
 
     def _take(self, piece: bytes, *, ended: bool) -> bytes:
@@ -256,19 +302,16 @@ class Body:
         self.size += len(piece)
         if self.size > self._limit:
             raise self._too_large()
-        found = None
-        if ended and len(piece) == self.size and self._scanner is None:
-            found = fields.read_whole(piece)
-        if found is not None:
-            self._found = found
-        else:
-            scanner = self._scanner
-            if scanner is None:
-                scanner = self._scanner = fields.FieldScanner()
-                self._found = scanner.found
-            scanner.feed(piece)
-            if ended:
-                scanner.finish()
+        scanner = self._scanner
+        if scanner is None:
+            if ended and len(piece) == self.size and self._read_whole(piece):
+                self.complete = True
+                return piece
+            scanner = self._scanner = fields.FieldScanner()
+            self._found = scanner.found
+        scanner.feed(piece)
+        if ended:
+            scanner.finish()
         self.complete = ended
         return piece
 
@@ -300,7 +343,9 @@ class Body:
             elif name == "stream":
                 self.stream = field.raw == b"true"
             elif name in _ANSWERS:
-                self.answers = max(1, self._number(*_ANSWERS))
+                self.answers = max(1, self._number(_ANSWERS))
+        self.max_tokens = self._number(_LENGTHS)
+        self.converses = "messages" in self._found
 
     def _too_large(self) -> RequestError:
         text = f"The request body is larger than {self._limit} bytes."

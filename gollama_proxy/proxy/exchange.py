@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import random
 from collections.abc import Awaitable, Callable, Collection, Mapping
 
@@ -27,7 +26,6 @@ from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.edge.response import (
     CLOSE,
     KEEP,
-    SERVER,
     Client,
     ClientStalledError,
     Response,
@@ -177,7 +175,8 @@ class Proxy:
             except ProxyError as error:
                 response = self._fail(x, error)
             except ConnectionError:  # the client left between two steps
-                x.outcome, x.status = Outcome.CLIENT_GONE, CLIENT_CLOSED
+                x.end(Outcome.CLIENT_GONE)
+                x.status = CLIENT_CLOSED
                 return CLOSE
             except Exception as exc:
                 logger.exception("request %s failed", x.id)
@@ -188,8 +187,7 @@ class Proxy:
                 task.uncancel()  # the client is still there, and has got nothing yet
                 x.keep_alive = False
                 return await self._finish(x, self._fail(x, x.cut))
-            if x.outcome is None:
-                x.outcome = Outcome.CLIENT_GONE
+            x.end(Outcome.CLIENT_GONE)
             x.status = x.status or CLIENT_CLOSED
             raise
         finally:
@@ -206,8 +204,9 @@ class Proxy:
             RequestError: it can be read in two ways, or is too large.
         """
         request = x.request
-        x.id = os.urandom(8).hex()
-        x.lines = self._common_lines(x)
+        x.id = f"{self._rng.getrandbits(64):016x}"
+        if self._router.has_origins:
+            x.lines = self._router.origin_lines(request)
         # A connection ends with a request whose head can be read in two ways, as what
         # follows could be read in two ways, too.
         head = headers.read_head(
@@ -215,20 +214,12 @@ class Proxy:
         )
         if head.id:
             x.id = head.id
-            x.lines = self._common_lines(x)
         x.forwarded = head.forwarded
         x.keep_alive = request.keep_alive and not (head.last or self._draining)
 
-    def _common_lines(self, x: Exchange) -> str:
-        """Return the header lines of every answer."""
-        lines = f"Server: {SERVER}\r\nX-Request-Id: {x.id}\r\n"
-        if self._router.has_origins:
-            lines += self._router.origin_lines(x.request)
-        return lines
-
     def _fail(self, x: Exchange, error: ProxyError) -> Response:
-        """Set the outcome of a request that fails before an answer has begun."""
-        x.outcome, x.error, x.detail = Outcome.ERROR, error.code, error.detail
+        """End a request that fails before an answer has begun."""
+        x.fail(error)
         content = x.request.content
         if isinstance(error, RequestError) and (
             not content.is_eof() or content.exception() is not None
@@ -237,7 +228,7 @@ class Proxy:
         return error_response(error, api_of(x.request.raw_path))
 
     def _fail_inside(self, x: Exchange, exc: Exception) -> Response | Sent:
-        """Set the outcome of a request that met a bug in the hub."""
+        """End a request that met a bug in the hub."""
         detail = type(exc).__name__
         error = HubError(Code.INTERNAL, "The hub failed.", detail=detail)
         response = self._fail(x, error)
@@ -248,30 +239,26 @@ class Proxy:
         return CLOSE
 
     async def _finish(self, x: Exchange, response: Response | Sent) -> Sent:
-        """Write the answer unless it has been written, and set the outcome."""
-        if x.outcome is None:
-            x.outcome = Outcome.COMPLETE
-        x.state = State.ENDED
+        """Write the answer unless it has been written."""
+        x.end(Outcome.COMPLETE)
         if not isinstance(response, Response):
             return response
         x.status = response.status
         keep_alive = x.keep_alive and not self._draining
         request = x.request
         try:
-            fields = x.lines + x.attempt_lines
-            write_whole(request, response, fields, keep_alive=keep_alive)
+            fields = x.header_lines()
+            if write_whole(request, response, fields, keep_alive=keep_alive):
+                await request.writer.drain()
         except ConnectionError:
             return CLOSE
-        transport = request.transport
-        if transport is not None and transport.get_write_buffer_size():
-            await request.writer.drain()
         return KEEP if keep_alive else CLOSE
 
     def refused(self, request: web.BaseRequest, error: ProxyError) -> None:
         """Record a request that is not valid HTTP, and so has no exchange."""
         x = Exchange(request, self._clock())
         x.id = x.method = "-"
-        x.outcome, x.error, x.detail = Outcome.ERROR, error.code, error.detail
+        x.fail(error)
         x.status = error.code.status
         self._ended(x)
 
@@ -323,8 +310,8 @@ class Proxy:
             await self._look_further(x)
         pool = self._registry.resolve(body.model, caller.models)
         x.model = x.asked = pool.model
-        if alias := self._registry.alias_of(body.model):
-            x.alias = alias
+        if body.model != pool.model:
+            x.alias = self._registry.alias_of(body.model)
         pools = self._registry.pools_for(pool, body.fallbacks, caller.models)
         follows = endpoint.slot and self._balancer.follows(pool)
         prefixes = body.prefixes() if follows else ()
@@ -459,7 +446,7 @@ class Proxy:
             failure = failure_of_model(worker.name, lease.model)
         if failure is not None:
             self._charges.add_refused(x, relay)
-        elif not streams and (x.resume is not None or x.begun):
+        elif not streams and (x.resume is not None or (x.delivery and x.begun)):
             used = read_usage(relay.held, x.endpoint.api)
             self._charges.add(x, relay, used)
             failure = failure_of(DivergedError("it does not stream"))
@@ -467,7 +454,8 @@ class Proxy:
 
     def _names_model(self, x: Exchange, worker: Worker, held: bytes) -> bool:
         """Whether the beginning of an answer has a known name of the model."""
-        worker.see_build(build_of(held))
+        if build := build_of(held):
+            worker.see_build(build)
         name = first_model(held)
         return name is None or worker.answer_names.knows(x.model, name)
 
@@ -518,7 +506,7 @@ class Proxy:
         except ClientStalledError:
             lease.release(Result.CLIENT_GONE)
             assert isinstance(x.delivery, Stream), x
-            x.outcome, x.error = Outcome.CLIENT_GONE, "client_stalled"
+            x.end(Outcome.CLIENT_GONE, "client_stalled")
             return x.delivery.drop()
         except AssemblyError as exc:
             return self._failed(x, lease, failure_of_assembly(exc))
@@ -531,7 +519,7 @@ class Proxy:
             if not x.client_left:
                 lease.release(Result.HUB_STOPPED)
             elif relay.complete:  # SDKs disconnect as soon as they have read [DONE]
-                x.outcome = Outcome.COMPLETE
+                x.end(Outcome.COMPLETE)
                 complete = True
             raise
         finally:
@@ -632,7 +620,7 @@ class Proxy:
     def _break_off(self, x: Exchange, error: ProxyError) -> Sent:
         """End an answer that has begun and cannot be completed."""
         assert isinstance(x.delivery, Stream), x
-        x.outcome, x.error, x.detail = Outcome.ERROR, error.code, error.detail
+        x.fail(error)
         return x.delivery.break_off(error)
 
     def _log_loss(self, worker: Worker, failure: Failure) -> None:

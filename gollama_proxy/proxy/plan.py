@@ -33,6 +33,8 @@ import math
 import random
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from gollama_proxy.config.settings import Config, Retry
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import Worker
@@ -50,32 +52,19 @@ _BELIEVED = 2  # workers with the same 5xx, after which the request is at fault
 class Plan:
     """The attempts of one request: on its model's pool, then on its fallbacks'."""
 
-    __slots__ = (
-        "_again",
-        "_budget",
-        "_continuations",
-        "_declined",
-        "_free",
-        "_last",
-        "_least_context",
-        "_limits",
-        "_place",
-        "_pools",
-        "_repeat",
-        "_resuming",
-        "_rng",
-        "_stalled",
-        "_suspects",
-        "_tried",
-        "_unreached",
-        "as_sent",
-        "ask",
-        "begun",
-        "needs",
-        "once",
-        "pool",
-        "single",
-    )
+    begun = False  # there has been an attempt, on any pool
+    as_sent = False  # send the request as the client wrote it
+    _place = 0  # of the current pool
+    _resuming = False
+    _free = False  # retries no longer cost anything
+    _last: Worker | None = None  # the worker of the last attempt
+    _unreached = 0  # attempts on this pool that cost nothing
+    _declined: tuple[Worker, ...] = ()  # workers that did not take the request
+    _stalled: tuple[Worker, ...] = ()  # workers that stopped sending
+    _suspects: tuple[Worker, ...] = ()  # sent a 5xx; the request may be at fault
+    _least_context = 0  # a worker must have more than this
+    _again = False  # the last worker may get another attempt,
+    _repeat = False  # or must get it
 
     def __init__(
         self,
@@ -83,41 +72,27 @@ class Plan:
         limits: Retry,
         budget: RetryBudget,
         rng: random.Random,
-        ask: Ask | None = None,
-        *,
+        ask: Ask,
         continuations: int = 0,
+        *,
         once: bool = False,
     ) -> None:
         """Begin; `ask` is what the policies know of the request.
 
-        `continuations` limits those of a broken answer.
-
-        With `once`, a request that a worker may have begun is not retried.
+        `continuations` limits those of a broken answer.  With `once`, a request that a
+        worker may have begun is not retried.
         """
-        self.ask = ask or Ask(pools[0].model)
-        self.begun = False  # there has been an attempt, on any pool
-        self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
-        self.as_sent = False  # send the request as the client wrote it
-        self._pools = tuple(pools)
-        self._place = 0
         self.pool = pools[0]  # the current one
+        self.ask = ask
+        self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
         self.single = len(pools) == 1  # without a fallback
+        self.once = once
+        self._pools = pools
         self._tried: list[list[Worker]] = [[]] if self.single else [[] for _ in pools]
         self._limits = limits
         self._budget = budget
         self._rng = rng
         self._continuations = continuations
-        self.once = once
-        self._resuming = False
-        self._free = False  # retries no longer cost anything
-        self._last: Worker | None = None  # the worker of the last attempt
-        self._unreached = 0  # attempts on this pool that cost nothing
-        self._declined: list[Worker] = []  # workers that did not take the request
-        self._stalled: list[Worker] = []  # workers that stopped sending
-        self._suspects: list[Worker] = []  # sent a 5xx; the request may be at fault
-        self._least_context = 0  # a worker must have more than this
-        self._again = False  # the last worker may get another attempt,
-        self._repeat = False  # or must get it
         budget.deposit()
 
     @classmethod
@@ -128,21 +103,13 @@ class Plan:
         config: Config,
         budget: RetryBudget,
         rng: random.Random,
-        ask: Ask | None = None,
+        ask: Ask,
     ) -> Plan:
         """Plan a request on a path, according to the settings."""
         rescue = config.rescue
         continuations = rescue.attempts if rescue.enabled else 0
         once = path in config.retry.once
-        return cls(
-            pools,
-            config.retry,
-            budget,
-            rng,
-            ask,
-            continuations=continuations,
-            once=once,
-        )
+        return cls(pools, config.retry, budget, rng, ask, continuations, once=once)
 
     def __repr__(self) -> str:
         pool, tried, limit = self.pool.model, len(self.tried), self._limits.attempts
@@ -195,7 +162,8 @@ class Plan:
         self._tried[self._place].append(worker)
         self._last = worker
         self.begun = True
-        self._again = self._repeat = False
+        if self._again:
+            self._again = self._repeat = False
         if self._resuming:
             self._continuations -= 1
 
@@ -321,8 +289,8 @@ class Plan:
         if place != self._place:
             self._place = place
             self.pool = self._pools[place]
-            self.ask = self.ask._replace(model=self.pool.model)
-            self._suspects.clear()
+            self.ask = replace(self.ask, model=self.pool.model)
+            self._suspects = ()
             self._unreached = 0
 
     # --- Whether to retry ---------------------------------------------------------
@@ -355,16 +323,16 @@ class Plan:
         """Record how a worker failed; return whether its 5xx is believed."""
         rule = rule_of(cause)
         if rule.hung:
-            self._stalled.append(worker)
+            self._stalled += (worker,)
         if rule.declined:
-            self._declined.append(worker)
+            self._declined += (worker,)
         if cause is Cause.UNREACHABLE:
             self._unreached += 1
         elif cause is Cause.CONTEXT:
             context = worker.context_of(self.pool.model) or 1
             self._least_context = max(self._least_context, context)
         elif cause is Cause.STATUS:
-            self._suspects.append(worker)
+            self._suspects += (worker,)
         return len(set(map(id, self._suspects))) >= _BELIEVED
 
     def _pause_before_repeat(self, again: Again, asked: float | None) -> float | None:
@@ -392,8 +360,8 @@ class Plan:
         passed = [*self._declined, last]
         self._tried = [[w for w in some if w not in passed] for some in self._tried]
         self.tried.append(last)
-        self._declined.clear()
-        self._suspects.clear()
+        self._declined = ()
+        self._suspects = ()
         self._free = self._resuming = True
 
     def repeat(self) -> None:

@@ -150,7 +150,7 @@ def give_up(x: Exchange) -> Response | Sent:
         raise too_long
     if isinstance(failure.answer, ProxyError):
         raise failure.answer
-    x.outcome = Outcome.REFUSED
+    x.end(Outcome.REFUSED)
     if x.begun and x.delivery is not None:
         return x.delivery.refuse(failure.answer)
     return in_shape_of(x, failure.answer)

@@ -146,7 +146,7 @@ class Stream:
             fields += "Transfer-Encoding: chunked\r\n"
         else:  # HTTP/1.0: the body ends with the connection
             x.keep_alive = False
-        fields += x.lines + x.attempt_lines
+        fields += x.header_lines()
         transport.write(head(x.request, status, fields, keep_alive=x.keep_alive))
         self.begun = True
         x.status = status
@@ -302,7 +302,7 @@ def in_one_piece(x: Exchange, relay: Relay) -> Response | None:
     if body is None:
         return None
     x.bytes = len(body)
-    if x.names is not None:
+    if x.alias and x.names is not None:
         body = renamed(body, *x.names)
     return Response(body, relay.status, headers.client_fields(relay.headers))
 

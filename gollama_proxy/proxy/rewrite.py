@@ -64,21 +64,26 @@ class Rewriter:
         if x.delivery is not None and not x.delivery.begun:
             x.delivery = None
         x.sent = sent
-        if x.plan.as_sent or self._is_plain(x, worker):
+        if x.plan.as_sent or (
+            (x.suspect is not None or self._until) and self._is_plain(x, worker)
+        ):
             return sent
         if streams:
             with_usage = ask_for_usage(sent) if self._needs_usage(x, worker) else None
             if with_usage is not None:
                 x.sent, x.hides_usage, x.rewritten = with_usage, True, True
-        elif self._may_assemble(x) and (asked := ask_for_stream(sent, x.endpoint)):
+        elif (
+            x.endpoint.path in x.config.upstream.assemble
+            and self._may_assemble(x)
+            and (asked := ask_for_stream(sent, x.endpoint))
+        ):
             x.delivery = Assembly(x, asked.assembler(x.config.limits.answer))
             x.sent, x.rewritten = asked.body, True
         return x.sent
 
     def _may_assemble(self, x: Exchange) -> bool:
         return (
-            x.endpoint.path in x.config.upstream.assemble
-            and x.body.replayable
+            x.body.replayable
             and not x.body.stream
             # Only the end of a stream shows whether it has all of the answer; if not,
             # the answer has to be requested again.
@@ -97,8 +102,6 @@ class Rewriter:
     # --- Workers that refuse rewritten requests -----------------------------------
 
     def _is_plain(self, x: Exchange, worker: Worker) -> bool:
-        if x.suspect is None and not self._until:
-            return False
         kind = self._kind(x, worker)
         until = self._until.get(kind)
         return kind == x.suspect or (until is not None and self._clock() < until)

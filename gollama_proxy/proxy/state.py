@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from gollama_proxy.edge.response import SERVER
 from gollama_proxy.scheduling.turns import Priority
-from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.accesslog import Outcome, Record
 
 if TYPE_CHECKING:
     from gollama_proxy.config.settings import Config
@@ -78,7 +79,7 @@ class Exchange(Record):
     id = ""
     state = State.READING
     forwarded = b""  # header lines of the client for workers
-    lines = ""  # header lines of every answer
+    lines = ""  # further header lines of its answer
     keep_alive = False  # the client's connection may carry another request
 
     # The caller, and the request
@@ -138,6 +139,18 @@ class Exchange(Record):
             raise RuntimeError(f"{self!r} cannot become {state.name}")
         self.state = state
 
+    def fail(self, error: ProxyError) -> None:
+        """Set the outcome of a request that ends with an error of the hub."""
+        self.end(Outcome.ERROR, error.code, error.detail)
+
+    def end(self, outcome: Outcome, error: str = "", detail: str = "") -> None:
+        """Set the one outcome; what happens after it does not change it."""
+        if self.outcome is None:
+            self.outcome = outcome
+            if error:
+                self.error, self.detail = error, detail
+        self.state = State.ENDED
+
     @property
     def begun(self) -> bool:
         """Whether the head of the answer has been sent."""
@@ -153,13 +166,13 @@ class Exchange(Record):
         transport = self.request.transport
         return transport is None or transport.is_closing()
 
-    @property
-    def attempt_lines(self) -> str:
-        """The header lines about the attempts so far."""
+    def header_lines(self) -> str:
+        """Return the header lines that the hub adds to the answer."""
+        lines = f"Server: {SERVER}\r\nX-Request-Id: {self.id}\r\n{self.lines}"
         if not self.attempts:
-            return ""
+            return lines
         return (
-            f"X-Gollama-Worker: {self.worker}\r\n"
+            f"{lines}X-Gollama-Worker: {self.worker}\r\n"
             f"X-Gollama-Attempts: {self.attempts}\r\n"
             f"X-Gollama-Queue-Ms: {round(self.queued * 1000)}\r\n"
         )

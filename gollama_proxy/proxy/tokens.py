@@ -45,8 +45,7 @@ class Fitting:
 
     def learn(self, x: Exchange, tokens: int) -> None:
         """Learn the number of tokens of a prompt from its answer."""
-        if x.endpoint.prompt_has_size:
-            self._prompts.learn(x.model, x.body.size, tokens)
+        self._prompts.learn(x.model, x.body.size, tokens)
 
     def likely_tokens(self, model: str, size: int) -> int:
         """Estimate the tokens of a text of `size` bytes."""
@@ -172,7 +171,8 @@ class Charges:
             if used.reading is not None and used.reading.seconds:  # of one of them
                 likely = self._fitting.likely_tokens(x.model, body.size)
                 prompt = max(prompt, likely)
-        elif prompt and x.resume is None:  # else it is longer than the request
+        elif endpoint.prompt_has_size and prompt and x.resume is None:
+            # A continued answer is a part of the prompt, and not of the request.
             self._fitting.learn(x, prompt)
         x.answered = True
         x.tokens += generated or 0
@@ -202,7 +202,8 @@ class Charges:
         generated = speed.generated(body.size, seconds, worker.in_flight)
         if generated:
             most = body.max_tokens or generated
-            _count(x, 0, min(generated, most) * body.answers)
+            x.answered = True
+            x.tokens += min(generated, most) * body.answers
 
     def settle(self, x: Exchange) -> None:
         """Charge the subject, at the end of its request."""
@@ -211,12 +212,6 @@ class Charges:
         used = x.prompt_tokens + x.tokens
         if used:
             self._quotas.spend(x.subject, used)
-
-
-def _count(x: Exchange, prompt: int, generated: int) -> None:
-    x.answered = True
-    x.tokens += generated
-    x.prompt_tokens = max(x.prompt_tokens, prompt)
 
 
 def _held_events(x: Exchange, relay: Relay) -> int:

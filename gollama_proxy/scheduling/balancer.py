@@ -17,6 +17,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from gollama_proxy.bounded import BoundedDict, SlidingWindow
 from gollama_proxy.config.names import matches
 from gollama_proxy.config.settings import Config, Routing
@@ -123,7 +125,7 @@ class Balancer:
             return candidates[0]
         policy, ask = self.policy_of(model), plan.ask
         if patience and ask.prefixes:
-            ask = ask._replace(patience=patience)
+            ask = replace(ask, patience=patience)
         if dry:
             policy = policy.twin(ask)
         left = set(candidates)

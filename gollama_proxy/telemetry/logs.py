@@ -39,7 +39,9 @@ _NO_FIELDS: Fields = {}
 _LOST = "{} lines were lost: standard error could not be written"
 # The result or exception of a task or future, in its `repr`.
 _TASK_RESULT = re.compile(r" (?:exception|result)=.*(?=> took [\d.]+ seconds\Z|>\Z)")
-_PLAIN = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
+_MOST_PLAIN = 128  # characters of a value without quotes
+_PLAIN = re.compile(rf"[\w./:@+-]{{1,{_MOST_PLAIN}}}", re.ASCII)
+_PLAIN_BYTES = bytes(n for n in range(128) if _PLAIN.fullmatch(chr(n)))
 # The priorities of syslog, from the level of Python where each begins.
 _PRIORITIES = (
     (logging.CRITICAL, 2),
@@ -164,7 +166,8 @@ class BatchHandler(logging.Handler):
 
     def add(self, level: int, message: str, fields: Fields) -> None:
         """Collect a line; it is written with others, at most `DELAY` later."""
-        self._collect(self._formatter.line(_now(), level, message, fields))
+        when = _timestamp(time.time_ns() // 1_000_000)
+        self._collect(self._formatter.line(when, level, message, fields))
         waits = self._loop is not None or self._flush_later()
         if self._size >= BATCH or not waits:
             self.flush()
@@ -183,8 +186,9 @@ class BatchHandler(logging.Handler):
             return
         if self._lost:
             lost, self._lost = self._lost, 0
+            when = _timestamp(time.time_ns() // 1_000_000)
             self._collect(
-                self._formatter.line(_now(), logging.WARNING, _LOST.format(lost))
+                self._formatter.line(when, logging.WARNING, _LOST.format(lost))
             )
         self._lines.append(line + "\n")
         self._size += len(line) + 1
@@ -324,14 +328,22 @@ class TextFormatter(LineFormatter):
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
     ) -> str:
-        line = f"{when} {_level_name(level)} {message}"
-        line += _text_of(tuple(fields)) % tuple(
-            [
-                _quoted(each) if isinstance(each, str) else each
-                for each in fields.values()
-            ]
-        )
+        template = _text_of(tuple(fields))
+        shown = template % tuple(fields.values())
+        if not _all_plain(shown, len(fields)):
+            shown = template % _quoted(fields, _unless_plain)
+        line = f"{when} {_level_name(level)} {message}{shown}"
         return line if error is None else f"{line}\n{_traceback(error)}"
+
+
+def _all_plain(shown: str, count: int) -> bool:
+    """Return whether so many fields, ` name=value` each, certainly need no quotes."""
+    rest = shown.encode("ascii", "replace").translate(None, _PLAIN_BYTES)
+    return (
+        rest == b" =" * count
+        and "= " not in shown + " "
+        and max(map(len, shown.split()), default=0) <= _MOST_PLAIN
+    )
 
 
 class JsonFormatter(LineFormatter):
@@ -345,15 +357,10 @@ class JsonFormatter(LineFormatter):
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
     ) -> str:
+        shown = _json_of(tuple(fields)) % _quoted(fields, _in_quotes)
         line = (
             f'{{"time":"{when}","level":"{_level_name(level)}"'
-            f',"message":{_in_quotes(message)}'
-        )
-        line += _json_of(tuple(fields)) % tuple(
-            [
-                _in_quotes(each) if isinstance(each, str) else each
-                for each in fields.values()
-            ]
+            f',"message":{_in_quotes(message)}{shown}'
         )
         if error is not None:
             line += f',"exception":{_in_quotes(_traceback(error))}'
@@ -391,6 +398,16 @@ def _json_of(fields: tuple[str, ...]) -> str:
     return "".join([f',"{name}":%s' for name in fields])
 
 
+def _quoted(fields: Fields, quote: Callable[[str], str]) -> tuple[object, ...]:
+    return tuple(
+        [quote(each) if isinstance(each, str) else each for each in fields.values()]
+    )
+
+
+def _unless_plain(text: str) -> str:
+    return text if _PLAIN.fullmatch(text) else _in_quotes(text)
+
+
 def _message(record: logging.LogRecord) -> str:
     """Return the message of a record, on one line."""
     text = record.getMessage()
@@ -423,10 +440,6 @@ def _kind(error: BaseException) -> str:
     return name
 
 
-def _now() -> str:
-    return _timestamp(time.time_ns() // 1_000_000)
-
-
 @functools.lru_cache(maxsize=1)  # a busy hub has many lines in one millisecond
 def _timestamp(milliseconds: int) -> str:
     seconds, milliseconds = divmod(milliseconds, 1000)
@@ -441,8 +454,3 @@ def _second(seconds: int) -> str:
 @functools.cache
 def _level_name(level: int) -> str:
     return logging.getLevelName(level).lower()
-
-
-@functools.lru_cache(maxsize=1024)  # most lines name the same subjects and models
-def _quoted(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else _in_quotes(text)

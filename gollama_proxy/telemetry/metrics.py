@@ -110,11 +110,14 @@ class RequestMetrics(Collector):
             series = self._find(record)
         series.requests.value += 1
         series.outcome.value += 1
-        series.duration.add(record.duration or 0.0)
+        duration = record.duration or 0.0
+        series.duration.buckets[bisect_left(SECONDS, duration)] += 1
+        series.duration.sum += duration
         if record.first_byte is not None:
             if series.first_byte is None:
                 series.first_byte = self._first_byte[route, series.model, worker]
-            series.first_byte.add(record.first_byte)
+            series.first_byte.buckets[bisect_left(SECONDS, record.first_byte)] += 1
+            series.first_byte.sum += record.first_byte
         if record.tokens:
             if series.tokens is None:
                 series.tokens = self._tokens[series.model, worker]
@@ -243,10 +246,6 @@ class _Histogram:
 
     def __repr__(self) -> str:
         return f"<Histogram of {sum(self.buckets)}>"
-
-    def add(self, seconds: float) -> None:
-        self.buckets[bisect_left(SECONDS, seconds)] += 1
-        self.sum += seconds
 
 
 _Counts = defaultdict[tuple[str, ...], _Count]

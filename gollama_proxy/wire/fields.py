@@ -28,6 +28,8 @@ from __future__ import annotations
 import codecs
 import enum
 import re
+from itertools import compress
+from operator import is_not
 from typing import Annotated, NamedTuple, assert_never
 
 import msgspec
@@ -63,6 +65,7 @@ _SCALAR = re.compile(rb"[^\s,{}\[\]\":]++")
 # Possessive (`++`, `*+`): a failed match must not try every shorter one.
 _IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _IN_NESTED = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+_MOST_DIGITS = 19
 _NUMBER = re.compile(rb"-?(?:0|[1-9]\d{0,18})(?:\.\d+)?(?:[eE][+-]?\d{1,3})?")
 
 
@@ -331,6 +334,11 @@ def text_of(field: Field) -> str:
         raise _invalid("a string holds an invalid escape") from None
 
 
+def natural(raw: bytes) -> int | None:
+    """Return the natural number that a value is, else None."""
+    return int(raw) if raw.isdigit() and len(raw) <= _MOST_DIGITS else None
+
+
 def with_model(body: bytes, found: Field | None, model: str) -> bytes:
     """Write another model into a body; `found` is the one that it has."""
     if found is not None:
@@ -405,26 +413,49 @@ def count_prompts(body: bytes) -> int:
 
 # --- A body in one piece ----------------------------------------------------------
 
-_Wanted = msgspec.defstruct(
-    "_Wanted",
-    [(name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in sorted(WANTED)],
-)
-_wanted = msgspec.json.Decoder(_Wanted)
-_KEYS = [(name, b'"%b"' % name.encode()) for name in sorted(WANTED)]
+_Raw = msgspec.Raw | msgspec.UnsetType
+
+
+class Wanted(msgspec.Struct, gc=False):
+    """The wanted fields of a body: those that the hub reads, and the others as sent."""
+
+    documents: _Raw = msgspec.UNSET
+    fallbacks: _Raw = msgspec.UNSET
+    max_completion_tokens: _Raw = msgspec.UNSET
+    max_tokens: _Raw = msgspec.UNSET
+    messages: _Raw = msgspec.UNSET
+    model: str | msgspec.UnsetType | None = msgspec.UNSET
+    n: _Raw = msgspec.UNSET
+    n_cmpl: _Raw = msgspec.UNSET
+    n_predict: _Raw = msgspec.UNSET
+    stream: bool | msgspec.UnsetType | None = msgspec.UNSET
+    stream_options: _Raw = msgspec.UNSET
+    tokens: _Raw = msgspec.UNSET
+
+    def __repr__(self) -> str:  # without the client's text
+        return f"<Wanted stream={self.stream}>"
+
+
+assert {*Wanted.__struct_fields__} == WANTED
+_wanted = msgspec.json.Decoder(Wanted)
+_KEYS = [b'"%b"' % name.encode() for name in Wanted.__struct_fields__]
+_UNSET = [msgspec.UNSET] * len(_KEYS)
+_LONG = 2048  # bytes from which searching a body takes longer than copying the rest
+_values_of = msgspec.structs.astuple
 # The letters of the wanted keys are a to z and the underscore.
 _ESCAPED_LETTER = re.compile(rb"\\u00[5-7]")
-_MODEL_FIELD = re.compile(rb'"model"[ \t\r\n]*+:[ \t\r\n]*+')
+_MESSAGES_FIELD = re.compile(rb'"messages"[ \t\r\n]*+:[ \t\r\n]*+')
+_MODEL_FIELD = re.compile(rb'"model"[ \t\r\n]*+:[ \t\r\n]*+(null|"(?:[^"\\]++|\\.)*+")')
+_LONGEST_NAME = MAX_TOKEN // 6  # characters; an escaped one takes six bytes
 
 
-def read_whole(body: bytes) -> dict[str, Field] | None:
-    """Find the wanted fields of a whole body; None for an unusual one.
+def read_whole(body: bytes) -> Wanted | None:
+    """Read the wanted fields of a whole body; None for an unusual one.
 
     It takes a tenth of the time of a `FieldScanner`, which has to read the bodies for
     which this returns None, to give the reason.  For each body that both accept, both
-    find the same fields.  Of the places in the body, only that of `model` is right.
+    find the same fields.
     """
-    if b"\\u00" in body and _ESCAPED_LETTER.search(body):
-        return None  # an escaped key could hide a second one
     if not body.isascii():
         try:
             body.decode()
@@ -434,19 +465,44 @@ def read_whole(body: bytes) -> dict[str, Field] | None:
         return None
     try:
         wanted = _wanted.decode(body)
+        if isinstance(wanted.messages, msgspec.Raw) and len(body) >= _LONG:
+            body = _without_messages(body, wanted.messages)
     except (msgspec.DecodeError, RecursionError):
         return None
-    found: dict[str, Field] = {}
-    for (name, key), value in zip(_KEYS, msgspec.structs.astuple(wanted), strict=True):
-        if value is not msgspec.UNSET:
-            if body.count(key) != 1:
-                return None
-            found[name] = field = classify(bytes(value), 0)
-            if len(field.raw) > MAX_TOKEN:
-                return None
-    if "model" in found:
-        match = _MODEL_FIELD.search(body)
-        if match is None or not found["model"].raw:
+    if b"\\u00" in body and _ESCAPED_LETTER.search(body):
+        return None  # an escaped key could hide a second one
+    for key in compress(_KEYS, map(is_not, _values_of(wanted), _UNSET)):
+        if body.count(key) != 1:
             return None
-        found["model"] = classify(found["model"].raw, match.end())
-    return found
+    model = wanted.model
+    if isinstance(model, str) and len(model) > _LONGEST_NAME:
+        return None
+    return wanted
+
+
+def _without_messages(body: bytes, messages: msgspec.Raw) -> bytes:
+    """Return a body with null for its messages, so that less has to be searched.
+
+    Raises:
+        DecodeError: they are not where their name first occurs.
+    """
+    match = _MESSAGES_FIELD.search(body)
+    start = 0 if match is None else match.end()
+    end = start + len(memoryview(messages))
+    rest = body[:start] + b"null" + body[end:]
+    again = _wanted.decode(rest).messages
+    if not isinstance(again, msgspec.Raw) or bytes(again) != b"null":
+        raise msgspec.DecodeError("other messages")
+    return rest
+
+
+def find_model(body: bytes) -> Field | None:
+    """Find the `model` of a body that `read_whole` has accepted."""
+    if _wanted.decode(body).model is msgspec.UNSET:
+        return None
+    if body.count(b'"model"') > 1:  # the others are in its messages
+        scanner = FieldScanner()
+        scanner.feed(body)
+        return scanner.found.get("model")
+    match = _MODEL_FIELD.search(body)
+    return None if match is None else classify(match[1], match.start(1))

@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from gollama_proxy.wire.errors import Code, RequestError
 
@@ -83,7 +84,7 @@ _READ = FORWARDED | _SUSPECT | {b"host", b"connection", b"x-request-id"}
 _VERSIONS = ((1, 0), (1, 1))
 
 
-class Head(NamedTuple):
+class Head(msgspec.Struct, frozen=True, gc=False):
     """What the hub reads of a request's head."""
 
     last: bool  # the connection has to end with this request
@@ -190,9 +191,11 @@ def to_client(headers: Headers) -> list[tuple[str, str]]:
 def client_fields(headers: Headers) -> str:
     """Write the header lines of a worker that its client gets, each ended by CRLF."""
     # Workers send the same ones again and again, but for these two.
-    return _client_fields(
-        tuple([each for each in headers if each[0].lower() not in _VARYING])
-    )
+    lasting = []
+    for field in headers:  # a comprehension costs a call
+        if field[0].lower() not in _VARYING:
+            lasting.append(field)  # noqa: PERF401
+    return _client_fields(tuple(lasting))
 
 
 _VARYING = frozenset({b"content-length", b"date"})  # never passed on

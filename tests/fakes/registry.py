@@ -24,6 +24,7 @@ from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.balancer import Balancer
+from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
@@ -94,7 +95,9 @@ def plan(
     """Plan a request as the path of a request does."""
     config = _configs.get(balancer) or Config()
     pools = balancer.registry.pools_for(pool, fallbacks, allowed)
-    return Plan.of(pools, path, config, balancer.budget, random.Random(7))
+    return Plan.of(
+        pools, path, config, balancer.budget, random.Random(7), Ask(pool.model)
+    )
 
 
 def take_out(*workers: Worker, check: Check = Check.FAILED) -> None:

@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from gollama_proxy.config.settings import STREAMED
 from gollama_proxy.scheduling.policies.conversations import prefixes
 from gollama_proxy.upstream.connection import Connection, ConnectionState
@@ -29,7 +31,14 @@ from gollama_proxy.wire.asking import (
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.ending import read_end
 from gollama_proxy.wire.errors import RequestError, WorkerError
-from gollama_proxy.wire.fields import Field, FieldScanner, check_json, read_whole
+from gollama_proxy.wire.fields import (
+    Field,
+    FieldScanner,
+    Wanted,
+    check_json,
+    find_model,
+    read_whole,
+)
 from gollama_proxy.wire.filters import Renamer, UsageHider, renamed
 from gollama_proxy.wire.openai import ENDPOINTS, Api, Ending
 from gollama_proxy.wire.partial import Partial, Span
@@ -69,24 +78,35 @@ def request(data: bytes) -> None:
     """A body is refused, or read as any other JSON parser reads it."""
     found = same_for_all(data, _scan)
     whole = read_whole(data)
-    for fields_found, placed in ((found, True), (whole, False)):
-        if fields_found is not None:
-            _check_fields(data, fields_found, placed=placed)
-    if found is not None and whole is not None:
-        assert whole.keys() == found.keys()
-        assert whole.get("model") == found.get("model")
     if found is not None:
+        _check_fields(data, found)
         _derive(data, found)
+    if whole is not None:
+        _check_wanted(data, whole)
+    if found is not None and whole is not None:
+        assert find_model(data) == found.get("model")
 
 
-def _check_fields(data: bytes, found: dict[str, Field], *, placed: bool) -> None:
+def _check_wanted(data: bytes, wanted: Wanted) -> None:
+    parsed = _parse(data)
+    assert isinstance(parsed, dict), parsed
+    values = msgspec.structs.asdict(wanted)
+    found = {name: each for name, each in values.items() if each is not msgspec.UNSET}
+    assert found.keys() == parsed.keys() & fields.WANTED
+    for name, value in found.items():
+        if name in ("model", "stream"):
+            assert value == parsed[name]
+        else:
+            _compare(name, fields.classify(bytes(value), 0), parsed[name])
+
+
+def _check_fields(data: bytes, found: dict[str, Field]) -> None:
     parsed = _parse(data)
     assert isinstance(parsed, dict), parsed
     assert found.keys() == parsed.keys() & fields.WANTED
     for name, field in found.items():
         _compare(name, field, parsed[name])
-        if placed or name == "model":
-            assert data[field.start : field.end] == field.raw
+        assert data[field.start : field.end] == field.raw
 
 
 def _scan(pieces: Sequence[bytes]) -> dict[str, Field] | None:

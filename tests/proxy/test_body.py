@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from gollama_proxy.config.settings import Config, Limits, Timeouts
 from gollama_proxy.proxy.body import LEAST_RATE, Body, answer_expectation
 from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.fields import WANTED
 from gollama_proxy.wire.openai import ENDPOINTS
-from tests.fakes.asks import CHAT
+from tests.fakes.asks import CHAT, EMBED
 
 BODY = b'{"messages": [{"role":"user"}], "stream":true ,"model" :"qwen", "n": 1}'
 
@@ -126,6 +127,36 @@ async def test_the_fields_for_routing_are_found() -> None:
     assert (read.model, read.stream) == (None, False)
     read = await read_whole(rb'{"model":"Zo\u00eb"}')
     assert read.model == "Zoë"
+
+
+_VALUES = st.one_of(
+    st.sampled_from([None, True, False, 0, 7, -1, 1.5, 10**18, 10**30, "", "7", "m"]),
+    st.sampled_from([[], [1], ["a", "b"], {}, {"a": 1}, "ë", "\ud800", 'a"\\']),
+)
+_FIELDS = st.sampled_from([*sorted(WANTED), "prompt", "input"])
+
+
+@given(st.dictionaries(_FIELDS, _VALUES, max_size=5), st.sampled_from([CHAT, EMBED]))
+def test_a_body_means_the_same_in_one_piece_and_in_several(
+    wanted: dict[str, Any], path: str
+) -> None:
+    async def outcome(*pieces: bytes) -> Any:
+        read = incoming(Content(*pieces), path)
+        try:
+            await read.read(1 << 20)
+        except RequestError as error:
+            return error.code, error.param
+        return (
+            (read.model, read.stream, read.fallbacks, read.prompts, read.answers),
+            (read.max_tokens, read.converses, read.size, read.replayable),
+            read.named("m"),
+            read.prefixes(),
+        )
+
+    body = json.dumps(wanted).encode()
+    whole = asyncio.run(outcome(body))
+    assert whole == asyncio.run(outcome(body[:5], body[5:]))
+    assert whole == asyncio.run(outcome(body, b""))
 
 
 @pytest.mark.parametrize(

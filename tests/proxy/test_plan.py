@@ -16,6 +16,7 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Again, Cause, rule_of
 from gollama_proxy.proxy.plan import PAUSE, Plan
 from gollama_proxy.scheduling.balancer import RetryBudget
+from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 
@@ -83,7 +84,8 @@ def attempts(
         Retry(**limits),
         budget or RetryBudget(1.0, 1000, clock=Clock()),
         random.Random(7),
-        continuations=continuations,
+        Ask("tiny"),
+        continuations,
         once=once,
     )
 
@@ -216,7 +218,7 @@ def test_the_pause_varies_so_that_those_who_failed_together_do_not_return_so() -
     rng = random.Random(7)
     pauses = set()
     for _ in range(10):
-        one = Plan([Pool("tiny", (a,))], Retry(), budget, rng)
+        one = Plan([Pool("tiny", (a,))], Retry(), budget, rng, Ask("tiny"))
         pauses.add(failed(one, a).retry_after(Cause.LOST))
     assert len(pauses) == 10
 

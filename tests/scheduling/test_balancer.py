@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from gollama_proxy.config.settings import Rescue, Retry, Routing
 from gollama_proxy.fleet.worker import Worker, WorkerState
@@ -165,7 +166,7 @@ def test_only_with_prefixes_has_a_request_patience() -> None:
     attempts = plan(made, made.registry.pool("a"))
     candidates = attempts.candidates()
     assert made.pick(attempts, candidates, 3.0) is made.registry.workers[0]
-    attempts.ask = attempts.ask._replace(prefixes=(1,))
+    attempts.ask = replace(attempts.ask, prefixes=(1,))
     assert made.pick(attempts, candidates, 3.0) is None
     assert made.pick(attempts, candidates) is made.registry.workers[0]
 

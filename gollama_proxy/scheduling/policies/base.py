@@ -20,7 +20,9 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from operator import attrgetter
 from statistics import fmean
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
+
+import msgspec
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
@@ -33,7 +35,7 @@ PICKS = 2
 Fits = Callable[[Worker], bool]
 
 
-class Ask(NamedTuple):
+class Ask(msgspec.Struct, frozen=True, gc=False):
     """What a policy knows of a request."""
 
     model: str
