@@ -140,20 +140,23 @@ def _fill_new_worker(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("url", metavar="URL", help="its base URL, such as http://10.0.0.11:8080")
     add("--name", help="default: from the URL")
+    _add_worker_flags(parser)
+
+
+def _fill_changes(parser: argparse.ArgumentParser) -> None:
+    _fill_name(parser)
+    _add_worker_flags(parser)
+
+
+def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--slots", metavar="N", help="generations at once; default: as it reports")
-    add(
-        "--model",
-        metavar="MODEL",
-        action="append",
-        help="model that it serves, or a pattern (repeatable); default: as it reports",
-    )
+    text = "model that it serves, or a pattern (repeatable); default: as it reports"
+    add("--model", metavar="MODEL", action="append", help=text)
     add("--weight", help="its share, for the policies that use one")
     add("--vram-gib", metavar="GIB", help="memory of its graphics cards")
-    add(
-        "--api-key-env",
-        metavar="VARIABLE",
-        help="environment variable of the hub with the API key of the worker",
-    )
+    text = "environment variable of the hub with the API key of the worker"
+    add("--api-key-env", metavar="VARIABLE", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -223,21 +226,33 @@ def _show_worker(args: argparse.Namespace, hub: AdminClient) -> None:
 
 
 def _add_worker(args: argparse.Namespace, hub: AdminClient) -> None:
-    table = {
-        "url": args.url,
-        "name": args.name,
+    name = {} if args.name is None else {"name": args.name}
+    worker = hub.call("POST", "workers", {"url": args.url} | name | _worker_keys(args))
+    if args.json:
+        _print_json(worker)
+    else:
+        print(printable(f"added {worker['name']}, {worker['url']}"))
+
+
+def _set_worker(args: argparse.Namespace, hub: AdminClient) -> None:
+    keys = _worker_keys(args)
+    if not keys:
+        raise ConfigError("nothing to set: give a flag, such as --weight 2")
+    changed = hub.call("PATCH", f"workers/{segment(args.name)}", keys)
+    worker = changed["worker"]
+    _print_change(args, changed, worker["name"], ", ".join(keys) + " set")
+
+
+def _worker_keys(args: argparse.Namespace) -> Json:
+    """Return the keys of a `[[workers]]` table that flags give."""
+    keys = {
         "slots": _number("--slots", args.slots, whole=True),
         "models": args.model,
         "weight": _number("--weight", args.weight),
         "vram_gib": _number("--vram-gib", args.vram_gib),
         "api_key_env": args.api_key_env,
     }
-    given = {key: value for key, value in table.items() if value is not None}
-    worker = hub.call("POST", "workers", given)
-    if args.json:
-        _print_json(worker)
-    else:
-        print(f"added {printable(worker['name'])}, {printable(worker['url'])}")
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def _number(flag: str, text: str | None, *, whole: bool = False) -> float | None:
@@ -379,17 +394,17 @@ def _requests(args: argparse.Namespace, hub: AdminClient) -> None:
 
 _REQUEST_TITLES = (
     f"{'ended':8}  {'status':6}  {'outcome':12}  {'took':>7}  {'tokens':>6}  "
-    "worker  model  subject  id  error"
+    f"{'worker':20}  {'model':20}  {'subject':12}  id  error"
 )
 
 
 def _request_line(request: Json) -> str:
     ended = time.strftime("%H:%M:%S", time.localtime(request["ended"]))
-    words = (request[name] or "-" for name in ("worker", "model", "subject", "id"))
     return printable(
         f"{ended:8}  {request['status'] or '-':<6}  {request['outcome']:12}  "
         f"{span(request['duration']):>7}  {request['tokens']:>6}  "
-        f"{'  '.join(words)}  {request['error']}".rstrip()
+        f"{request['worker'] or '-':20}  {request['model'] or '-':20}  "
+        f"{request['subject'] or '-':12}  {request['id']}  {request['error']}".rstrip()
     )
 
 
@@ -447,6 +462,7 @@ _Fill = Callable[[argparse.ArgumentParser], None]
 _WORKER_ACTIONS: dict[str, tuple[_Run, _Fill, str]] = {
     "show": (_show_worker, _fill_name, "show one worker"),
     "add": (_add_worker, _fill_new_worker, "add a worker, also for later restarts"),
+    "set": (_set_worker, _fill_changes, "change settings of a worker"),
     "remove": (_remove_worker, _fill_name, "drain a worker, and forget it"),
     "drain": (
         partial(_change_worker, "drain"),
