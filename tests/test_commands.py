@@ -52,6 +52,7 @@ COMMANDS = [
     ["requests"],
     ["requests", "--follow"],
     ["cancel", "a"],
+    ["reload"],
     ["revoke", "jti:a"],
 ]
 
@@ -661,22 +662,25 @@ async def test_a_request_is_explained(run: Run, tmp_path: Path) -> None:
         assert one.requests == two.requests == []
 
 
-@pytest.mark.parametrize(
-    ("answer", "text"),
-    [
-        ({"changed": [], "restart": []}, "nothing has changed\n"),
-        (
-            {"changed": ["worker a: added"], "restart": ["server.port"]},
-            "changed: worker a: added\nat the next start: server.port\n",
-        ),
-    ],
-)
-async def test_settings_are_read_again(
-    answer: dict[str, Any], text: str, run: Run
-) -> None:
-    async with ScriptedWorker() as hub:
-        hub.on("/admin/reload", send(json_reply(answer)))
-        assert await run("reload", "--hub", hub.url) == Done(0, text, "")
+async def test_settings_are_read_again(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "gollama.toml"
+    file.write_text("[routing]\n[[workers]]\nurl = 'http://127.0.0.1:1'\n")
+    async with running_hub(file=file, ready=False, **CALM) as hub:
+        assert (await run("reload", hub=hub)).out == "nothing has changed\n"
+        text = "[[workers]]\nname = 'late'\nurl = 'http://127.0.0.1:2'\n"
+        file.write_text(file.read_text() + text)
+        done = await run("reload", hub=hub)
+        assert done.out == "changed: worker late added\n"
+        assert "late" in names(hub)
+        file.write_text("[server]\nhost = '127.0.0.2'\n" + file.read_text())
+        done = await run("reload", hub=hub)
+        assert done.out.startswith("at the next start: server.host")
+        file.write_text("nonsense")
+        done = await run("reload", hub=hub)
+        assert done.status == 2
+        assert "nothing has changed" in done.error
+        assert str(file) in done.error
+        assert "late" in names(hub)
 
 
 # --- Output -----------------------------------------------------------------------
