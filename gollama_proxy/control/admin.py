@@ -37,7 +37,7 @@ audit = logging.getLogger("gollama_proxy.audit")
 
 SCOPE = "admin"
 # These lead to files or variables of the hub's machine, whose content would be sent to
-# an address that the caller chooses.  Whoever manages workers need not own the machine.
+# an address that the caller chooses.  The scope `admin` does not include the machine.
 _FILES = ("api_key_file", "ca_file", "client_certificate", "client_key")
 _KEY_PREFIX = "GOLLAMA_KEY_"
 _FILTERS = ("id", "subject", "model", "worker", "outcome")

@@ -1,4 +1,4 @@
-"""The admin API answers operators, and only them; each change is what it says."""
+"""The admin API answers operators only, and each call changes what it should."""
 
 from __future__ import annotations
 
@@ -698,24 +698,6 @@ async def test_with_a_token_any_address_will_do(
         token = hub.token(**ADMIN)
         answer = await hub.get("/admin/workers", token, headers=headers)
         assert answer.status == 200
-
-
-# --- Who may call it --------------------------------------------------------------
-
-PATHS = ["/admin/workers", "/admin/workers/x", "/admin/openapi.json"]
-
-
-@pytest.mark.parametrize("path", PATHS)
-async def test_only_the_scope_admin_is_admitted(path: str) -> None:
-    async with running_hub(ready=False) as hub:
-        for token in (None, "x", hub.token(exp=1, **ADMIN)):
-            answer = await hub.get(path, token)
-            assert answer.status == 401
-            assert answer.json()["error"]["code"] == "invalid_api_key"
-        for scope in (None, "", "metrics", "worker", "Admin", "admins"):
-            answer = await hub.get(path, hub.token(scope=scope))
-            assert answer.status == 403
-            assert answer.json()["error"]["code"] == "insufficient_scope"
 
 
 async def test_the_description_is_served() -> None:

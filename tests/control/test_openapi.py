@@ -45,7 +45,7 @@ def test_each_route_is_described_and_the_other_way_round() -> None:
 
 async def call(hub: RunningHub, method: str, path: str, token: str | None) -> Response:
     """Call a path with a body that no call accepts."""
-    path = path.format(name="nobody", id="none")
+    path = path.format(name="missing", id="none")
     fields = [("Content-Type", "application/json"), ("Content-Length", "2")]
     async with await hub.wire() as wire:
         await wire.get(path, token, method=method, headers=fields)
@@ -94,7 +94,7 @@ async def test_without_authentication_no_page_may_call_it(
     method: str, path: str
 ) -> None:
     async with running_hub(auth__mode="off", ready=False) as hub:
-        path = path.format(name="nobody", id="none")
+        path = path.format(name="missing", id="none")
         for field in (
             ("Origin", "http://evil.example"),
             ("Sec-Fetch-Site", "cross-site"),
