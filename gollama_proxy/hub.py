@@ -154,7 +154,7 @@ class Hub(Listener):
         self.telemetry.ended(x)
         self.recent.add(x)
         if self.events.listeners:
-            self.events.ended(x)
+            self.events.observe("ended", x)
 
     async def _ping(self, worker: Worker) -> probe.Finding:
         target = self.connections[worker].target

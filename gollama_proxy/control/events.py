@@ -20,6 +20,7 @@ A listener that connects again gets what happens from then on: there are no ids.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -40,6 +41,8 @@ from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.openai import ENDPOINTS
+
+logger = logging.getLogger(__name__)
 
 KEPT = 1000  # requests
 MOST_LISTENERS = 32
@@ -195,22 +198,24 @@ class Events(Listener):
             self.publish("worker", self._views.worker(worker))
 
     def observe(self, change: str, x: Exchange) -> None:
-        """Notice a request that has its plan, waits, or gets to a worker."""
-        if change == "queued":
-            shown = {"change": "joined", **self._views.waiting(x)}
-            self.publish("queue", shown)
-        else:
-            self.publish("exchange", {"change": change, **self._views.exchange(x)})
+        """Notice a request that has its plan, waits, gets to a worker, or has ended."""
+        try:
+            self._publish_request(change, x)
+        except Exception:  # which must not become the client's
+            logger.exception("an event of request %s was lost", x.id)
 
-    def ended(self, x: Exchange) -> None:
-        """Notice the end of a request; call this only while there are listeners."""
-        if x.route not in ENDPOINTS:
+    def _publish_request(self, change: str, x: Exchange) -> None:
+        if change == "queued":
+            self.publish("queue", {"change": "joined", **self._views.waiting(x)})
             return
-        self._count(x, x.tokens)
-        self._seen.pop(x, None)
-        shown = self._views.exchange(x)
-        shown |= {"status": x.status, "outcome": x.outcome, "error": x.error}
-        self.publish("exchange", {"change": "ended", **shown})
+        shown = {"change": change, **self._views.exchange(x)}
+        if change == "ended":
+            if x.route not in ENDPOINTS:
+                return
+            self._count(x, x.tokens)
+            self._seen.pop(x, None)
+            shown |= {"status": x.status, "outcome": x.outcome, "error": x.error}
+        self.publish("exchange", shown)
 
     def _sample(self) -> None:
         now = time.monotonic()
