@@ -332,15 +332,17 @@ async def _log_address(hub: Hub) -> None:
 
     log.info("listening on %s", hub.url)
     await hub.ready()
-    if not hub.config.workers:
-        log.warning("no worker is configured: every request will be refused")
+    if not hub.registry.workers:
+        log.warning(
+            "no worker is configured, and none has registered: requests are refused"
+        )
     elif not hub.registry.ready:
         log.warning("no worker can be used: requests are refused until one can")
     # A worker may take longer to load its model, which is then reported as well.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_KNOWN_WITHIN):
             await hub.known()
-    for text in hub.registry.unserved() if hub.config.workers else ():
+    for text in hub.registry.unserved() if hub.registry.workers else ():
         log.warning("%s", text)
 
 

@@ -152,7 +152,8 @@ class Hub(Listener):
 
     def _ended(self, x: Exchange) -> None:
         self.telemetry.ended(x)
-        self.recent.add(x)
+        if not x.routine:
+            self.recent.add(x)
         if self.events.listeners:
             self.events.observe("ended", x)
 

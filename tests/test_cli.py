@@ -246,7 +246,9 @@ class StageHub:
 
     def __init__(self, config: Config, state: LocalState, load: object) -> None:
         self.config = config
-        self.registry = SimpleNamespace(ready=False, unserved=list)
+        self.registry = SimpleNamespace(
+            workers=config.workers, ready=False, unserved=list
+        )
         self.cut = asyncio.Event()
 
     def __repr__(self) -> str:

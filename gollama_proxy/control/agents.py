@@ -142,6 +142,7 @@ class AgentApi:
             status = 201
         report = msgspec.to_builtins(body.report)
         found = await self._renew(lease, worker, report)
+        record.routine = status == 200
         answer = {
             "name": name,
             "url": found.config.url,

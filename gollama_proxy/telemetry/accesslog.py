@@ -53,6 +53,9 @@ class Record:
     queued: float = 0.0
     first_byte: float | None = None
     duration: float | None = None  # set at the end
+    # Whether it went as it does every few seconds, and is not listed.  No field: it
+    # would be set for every request.
+    routine = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.method} {self.route}>"
@@ -106,6 +109,8 @@ def write(record: Record) -> None:
     A `BatchHandler` gets the fields directly.  Other handlers of the
     `gollama_proxy.access` logger get a `logging.LogRecord` that has them as `fields`.
     """
+    if record.routine:
+        return
     broken = record.outcome is Outcome.ERROR and record.status < 400
     level = logging.WARNING if broken or record.status >= 500 else logging.INFO
     if not access.isEnabledFor(level):

@@ -383,6 +383,19 @@ async def test_only_a_new_address_is_proved() -> None:
             await agent.delete()
 
 
+async def test_a_renewal_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "gollama_proxy.access")
+    async with registering() as agent:
+        assert (await agent.put()).status == 201
+        assert (await agent.put()).status == 200
+        assert (await agent.put(worker={})).status == 400
+        operator = agent.hub.token("op", scope="admin")
+        listed = (await agent.hub.get("/admin/requests", operator)).json()["requests"]
+    lines = [r.fields for r in caplog.records if r.name == "gollama_proxy.access"]
+    assert [line["status"] for line in lines if line["method"] == "PUT"] == [201, 400]
+    assert 200 not in [each["status"] for each in listed if each["method"] == "PUT"]
+
+
 async def test_settings_and_reports_are_taken_up() -> None:
     async with registering() as agent:
         table = {"url": agent.url, "vram_gib": 24, "slots": 2}
