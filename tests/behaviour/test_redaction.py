@@ -308,6 +308,32 @@ async def _and_leave(stage: Stage) -> Wire:
     return await stage.hub.wire()
 
 
+async def _cancelled(stage: Stage) -> Wire:
+    wire = await stage.ask()
+    await wire.read_head()
+    for running in stage.hub.hub.proxy.running:
+        stage.hub.hub.proxy.cancel(running)
+    return wire
+
+
+def calling(method: str, path: str, body: Any = None, *headers: tuple[str, str]) -> Act:
+    """Call the admin API, or the routes of agents."""
+
+    async def call(stage: Stage) -> Wire:
+        wire = await stage.hub.wire()
+        sent = [*HEADERS, *headers]
+        filled = json.dumps(body).replace("URL", stage.first.url).encode()
+        url = f"{path}?key={QUERY}"
+        await wire.post(url, filled, stage.token, headers=sent, method=method)
+        return wire
+
+    return call
+
+
+ADMIN = {"scope": "admin"}
+WORKERS = "/admin/workers"
+
+
 CASES: dict[str, Case] = {
     # The request
     "bad head": Case(
@@ -483,7 +509,37 @@ CASES: dict[str, Case] = {
         asking(BODY),
         ASSEMBLE,
     ),
+    # The admin API
+    "not found": Case(
+        Code.NOT_FOUND, act=calling("PATCH", f"{WORKERS}/no", {}), claims=ADMIN
+    ),
+    "conflict": Case(
+        Code.CONFLICT,
+        act=calling("POST", WORKERS, {"url": "URL", "name": "other"}),
+        claims=ADMIN,
+    ),
+    "media type": Case(
+        Code.UNSUPPORTED_MEDIA_TYPE,
+        act=calling("POST", WORKERS, {"url": PROMPT}, ("Content-Type", HEADER)),
+        claims=ADMIN,
+    ),
+    "not local": Case(
+        Code.LOCAL_ONLY,
+        act=calling("POST", WORKERS, {"url": PROMPT}, ("Origin", f"http://{HEADER}")),
+        settings={"auth__mode": "off"},
+    ),
+    "address": Case(
+        Code.ADDRESS_REFUSED,
+        act=calling(
+            "PUT",
+            "/agent/workers/desk",
+            {"worker": {"url": "http://198.51.100.1:80"}, "proof_port": 8080},
+            ("X-Gollama-Agent", "beef" * 10),
+        ),
+        claims={"scope": "worker"},
+    ),
     # The hub
+    "cancelled": Case(Code.CANCELLED, ((*HALF, stall()),), _cancelled),
     "draining": Case(Code.DRAINING, ((*HALF, stall()),), _in_a_drain),
     "gone": Case(None, ((*HALF, stall()),), _and_leave),
     "fine": Case(

@@ -53,7 +53,7 @@ def test_sections_have_the_order_of_the_config() -> None:
 def test_keys_of_a_worker_are_its_attributes() -> None:
     names = set(WorkerConfig.__dataclass_fields__)
     assert WORKER_KEYS.keys() - names == {"api_key_env", "api_key_file"}
-    assert names - WORKER_KEYS.keys() == {"origin", "api_key"}
+    assert names - WORKER_KEYS.keys() == {"origin", "api_key", "parent"}
     assert convert(WORKER_KEYS["slots"], 4) == 4
 
 

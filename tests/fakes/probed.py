@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from gollama_proxy import serve as lifecycle
 from gollama_proxy.cli import main
 
@@ -48,15 +50,15 @@ class Probe:
 def run() -> int:
     probe, front = Probe(), lifecycle.front
 
-    async def probed(signals: Any, config: Any, announce: Any) -> int:
+    async def probed(signals: Any, config: Any, announce: Any, *more: Any) -> int:
         async def announced(hub: Any) -> None:
             await announce(hub)
             probe.start()  # behind the start, which reads files and may take its time
 
-        return await front(signals, config, announced)
+        return await front(signals, config, announced, *more)
 
     lifecycle.front = probed
-    lifecycle.uvloop.new_event_loop = asyncio.SelectorEventLoop  # type: ignore
+    uvloop.new_event_loop = asyncio.SelectorEventLoop  # type: ignore
     status = main(sys.argv[1:])
     text = f"{probe.calls} {probe.longest} {probe.culprit}"
     Path(os.environ["PROBE_FILE"]).write_text(text)

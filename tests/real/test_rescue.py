@@ -79,7 +79,10 @@ def talking_model() -> Path:
 
 
 def stream_of(server: LlamaServer, path: str, body: bytes) -> list[bytes]:
-    """Ask, and return the body chunk by chunk as it was sent."""
+    """Ask, and return the body chunk by chunk as it was sent, but for pings.
+
+    A server sends those when a busy machine makes it slow.
+    """
     head = (
         f"POST {path} HTTP/1.1\r\nHost: worker\r\nContent-Length: {len(body)}\r\n\r\n"
     )
@@ -91,7 +94,9 @@ def stream_of(server: LlamaServer, path: str, body: bytes) -> list[bytes]:
                 pass
             chunks = []
             while size := int(answer.readline(), 16):
-                chunks.append(answer.read(size))
+                chunk = answer.read(size)
+                if not chunk.startswith(b":"):
+                    chunks.append(chunk)
                 answer.readline()
             return chunks
 
