@@ -31,7 +31,7 @@ from gollama_proxy.edge.router import Handler, Routes
 from gollama_proxy.fleet.worker import Hold, Source, Worker
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.state.local import LocalState, StateError, StoredWorker
-from gollama_proxy.wire.errors import Code, HubError, RequestError
+from gollama_proxy.wire.errors import Code, RequestError
 
 audit = logging.getLogger("gollama_proxy.audit")
 
@@ -188,7 +188,11 @@ class Admin:
                 worker = self._hub.registry.add(config, Source.ADMIN)
             except ConfigError as exc:
                 raise _refusal(exc, Code.CONFLICT) from None
-            await self._store(worker, row)
+            try:
+                await self._store(worker, row)
+            except RequestError:
+                self._hub.registry.remove(worker.name)
+                raise
         self._audit(call, "add worker", worker.name, new=config.url)
         return answer(self._views.worker(worker), status=201)
 
@@ -197,6 +201,10 @@ class Admin:
         async with self._hub.changing:
             worker = self._worker(call.name)
             before, row = worker.config, self._row_of(worker)
+            if worker.source is Source.AGENT and not {"name", "url"}.isdisjoint(patch):
+                key = "name" if "name" in patch else "url"
+                text = f"workers.{key}: is set by the agent of this worker."
+                raise RequestError(Code.INVALID_VALUE, text, param=key)
             row = {k: v for k, v in (row | patch).items() if v is not None}
             config = _load(row, ours=patch.keys())
             keyless = "api_key_env" not in row and "api_key_env" not in patch
@@ -212,6 +220,8 @@ class Admin:
                 if worker.name != before.name:
                     await self._hub.state.forget(before.name)
                 await self._store(worker, row)
+        if config == before:
+            return self._show_changed(worker, note=False)
         changes = {key: _changed(before, config, key) for key in patch}
         old = {key: pair[0] for key, pair in changes.items()}
         new = {key: pair[1] for key, pair in changes.items()}
@@ -279,7 +289,7 @@ class Admin:
         """Keep a worker and its hold over a restart; for one of the file, its hold.
 
         Raises:
-            HubError: 503, there is no more room.
+            RequestError: 409, there is no more room.
         """
         name, state = worker.name, self._hub.state
         stored = state.find(name) or StoredWorker(name, worker.source)
@@ -294,7 +304,7 @@ class Admin:
             else:
                 await state.forget(name)
         except StateError as exc:
-            raise HubError(Code.INTERNAL, f"{exc}.") from None
+            raise RequestError(Code.CONFLICT, f"{exc}.") from None
 
     # --- Requests -----------------------------------------------------------------
 
@@ -391,7 +401,7 @@ class Admin:
         try:
             await self._hub.revoke("sub" if kind == "subject" else kind, value)
         except StateError as exc:
-            raise HubError(Code.INTERNAL, f"{exc}.") from None
+            raise RequestError(Code.CONFLICT, f"{exc}.") from None
         self._audit(call, "revoke", f"{kind}:{value}")
         running = []
         if kind == "subject":
@@ -444,7 +454,8 @@ class Admin:
 _NOTES = {
     Source.FILE: "This worker is declared in the settings, which win at the next "
     "reload or start.",
-    Source.AGENT: "This worker has an agent, which may register it again.",
+    Source.AGENT: "The agent of this worker registers it again, with the settings that "
+    "the agent has.",
 }
 
 

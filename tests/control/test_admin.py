@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.config.load import load
+from gollama_proxy.config.load import load, load_worker
 from gollama_proxy.fleet.breaker import BreakerState
 from gollama_proxy.fleet.worker import Hold, Source
 from gollama_proxy.hub import Hub
+from gollama_proxy.state import local
 from gollama_proxy.state.local import LocalState
 from tests.fakes.asks import CHAT, RARELY, STREAM
 from tests.fakes.client import Response, Wire
@@ -252,6 +253,34 @@ async def test_a_worker_keeps_its_api_key_when_it_is_changed() -> None:
         patch = {"url": "http://127.0.0.1:10"}
         assert (await call(hub, "PATCH", "/admin/workers/w", patch)).status == 200
         assert registry.find("w").config.api_key == ""
+
+
+async def test_the_name_and_address_of_an_agents_worker_are_its_agents() -> None:
+    async with running_hub(ready=False, **CALM) as hub:
+        config = load_worker("w", {"url": "http://127.0.0.1:9", "name": "w"}, {})
+        worker = hub.hub.registry.add(config, Source.AGENT)
+        for patch in ({"name": "x"}, {"url": "http://127.0.0.1:10"}):
+            answer = await call(hub, "PATCH", "/admin/workers/w", patch)
+            assert error_of(answer, 400)[1] == next(iter(patch))
+        assert worker.config == config
+        answer = await call(hub, "PATCH", "/admin/workers/w", {"weight": 2})
+        assert worker.weight == 2.0
+        assert "agent" in answer.json()["note"]
+
+
+async def test_a_worker_that_cannot_be_stored_is_not_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "MAX_WORKERS", 1)
+    monkeypatch.setattr(local, "MAX_REVOCATIONS", 1)
+    async with running_hub(ready=False, **CALM) as hub:
+        for number, status in ((1, 201), (2, 409)):
+            row = {"url": f"http://127.0.0.1:{number}", "name": f"w{number}"}
+            answer = await call(hub, "POST", "/admin/workers", row)
+            assert answer.status == status
+            answer = await call(hub, "POST", "/admin/revoke", {"jti": f"t{number}"})
+            assert answer.status == (200 if number == 1 else 409)
+        assert [worker.name for worker in hub.hub.registry.workers] == ["w1"]
 
 
 async def test_a_worker_is_removed() -> None:
