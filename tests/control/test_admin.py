@@ -434,6 +434,23 @@ async def test_an_answer_that_has_not_begun_becomes_an_error() -> None:
             assert "operator" in text
 
 
+async def test_a_request_that_is_still_sent_is_cancelled() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        async with await hub.wire() as wire:
+            fields = [JSON, ("Content-Length", "100"), ("X-Request-Id", "half")]
+            await wire.get(CHAT, hub.token(), method="POST", headers=fields)
+            await wire.send(b'{"mess')
+            shown: list[Any] = []
+            while not shown:
+                shown = (await get(hub, "/admin/exchanges")).json()["exchanges"]
+            assert (shown[0]["state"], shown[0]["attempts"]) == ("reading", 0)
+            assert (await call(hub, "DELETE", "/admin/queue/half")).status == 404
+            assert (await call(hub, "DELETE", "/admin/exchanges/half")).status == 200
+            answer = await wire.read_response()
+            assert error_of(answer, 403)[0] == "request_cancelled"
+        assert not worker.requests
+
+
 async def test_the_queue_is_shown_and_a_request_taken_out() -> None:
     async with ScriptedWorker(slots=1) as worker, running_hub(worker, **CALM) as hub:
         endless(worker)
