@@ -141,8 +141,8 @@ class _Usual:
         return f"<{self.byte:.2g} s a byte, {self.token:.2g} s a token>"
 
     def note(self, ask: Ask, worker: Worker, now: float) -> None:
-        speed = worker.pace_of(ask.model).speed
-        writes = speed.writes(worker.in_flight + 1)
+        speed = (worker.paces.get(ask.model) or worker.pace_of(ask.model)).speed
+        writes = speed.writes(len(worker.leases) + 1)
         if speed.reads is None or writes is None:
             return
         byte = (1 + worker.unread / max(ask.prompt_bytes, 1)) / speed.reads

@@ -180,7 +180,7 @@ class Memory:
 
     def find(self, ask: Ask) -> Match | None:
         """Find the conversation with the longest beginning that is known."""
-        salt, depth = _salt(ask), len(ask.prefixes)
+        salt, depth = hash((ask.subject, ask.model)), len(ask.prefixes)
         for prefix in reversed(ask.prefixes):
             known = self._prefixes.get(prefix ^ salt)
             if known is not None and known[1] <= SHARED:
@@ -193,12 +193,14 @@ class Memory:
         if match is not None and match.worker is worker:
             cache = match.conversation.cache
         else:
-            cache = self._cache(ask.model, worker)
+            cache = self._caches.get((ask.model, worker)) or self._cache(
+                ask.model, worker
+            )
         cache.served += 1
         prefixes = ask.prefixes
         if not prefixes:
             return
-        salt, new = _salt(ask), 0
+        salt, new = hash((ask.subject, ask.model)), 0
         if match is not None and match.whole:
             conversation, new = match.conversation, min(match.depth, len(prefixes) - 1)
             conversation.expected = 0.0

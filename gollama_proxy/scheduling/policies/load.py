@@ -24,6 +24,7 @@ others' speed gets one request in some six hundred.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from copy import copy, deepcopy
@@ -113,12 +114,20 @@ class Fastest(Policy):
         chosen, small = found[0], len(workers) <= SMALL
         picks = self._picks_of(ask.model) if small else _NONE
         if len(found) > 1:
-            tokens = expected_tokens(chosen, ask)
-            kind, least = _rank(chosen, ask, tokens, picks, len(workers))
-            for worker in found[1:]:
-                rank, time = _rank(worker, ask, tokens, picks, len(workers))
-                if rank < kind or (rank == kind and time * NEAR < least):
-                    chosen, kind, least = worker, rank, time
+            tokens, faded = expected_tokens(chosen, ask), FORGOTTEN * len(workers)
+            best, least = UNKNOWN_BUSY + 1, math.inf
+            for worker in found:
+                # By what is known, then by time; the lowest rank is chosen.
+                time = expected_seconds(worker, ask, tokens)
+                rank = KNOWN
+                if time is None:
+                    taken = len(worker.leases)
+                    rank = UNKNOWN_BUSY if taken else UNKNOWN_IDLE
+                    time = (taken or 1) / worker.weight
+                elif not worker.leases:
+                    time *= 0.5 ** (picks.since(worker) / faded)
+                if rank < best or (rank == best and time * NEAR < least):
+                    chosen, best, least = worker, rank, time
         if small:  # in a large pool the draw is fair enough
             picks.note(chosen)
             self._shortlist.chose(ask, chosen)
@@ -155,23 +164,9 @@ class _Picks:
 _NONE = _Picks()
 
 
-def _rank(
-    worker: Worker, ask: Ask, tokens: float, picks: _Picks, pool: int
-) -> tuple[float, float]:
-    """Rank a worker by what is known, then by time; the lowest rank is chosen."""
-    seconds = expected_seconds(worker, ask, tokens)
-    if worker.leases:
-        if seconds is None:
-            return UNKNOWN_BUSY, len(worker.leases) / worker.weight
-        return KNOWN, seconds
-    if seconds is None:
-        return UNKNOWN_IDLE, 1 / worker.weight
-    return KNOWN, seconds * 0.5 ** (picks.since(worker) / (FORGOTTEN * pool))
-
-
 def expected_tokens(worker: Worker, ask: Ask) -> float:
     """Estimate the length of an answer: as usual, but no longer than it may be."""
-    usual = worker.pace_of(ask.model).speed.tokens
+    usual = (worker.paces.get(ask.model) or worker.pace_of(ask.model)).speed.tokens
     return min(ask.max_tokens, usual) if ask.max_tokens else usual
 
 
@@ -191,13 +186,13 @@ def expected_seconds(
         return None
     seconds = 0.0
     if reads is not None:
-        seconds = (worker.unread + ask.prompt_bytes - cached) / reads
+        unread = worker.unread if taken else 0
+        seconds = (unread + ask.prompt_bytes - cached) / reads
     if writes is not None:
         seconds += tokens / writes
-    if (
-        worker.slots is not None and taken >= worker.slots
-    ):  # the request will wait there
-        seconds *= 1 + taken // worker.slots
+    slots = worker.slots
+    if slots is not None and taken >= slots:  # the request will wait there
+        seconds *= 1 + taken // slots
     return seconds
 
 
