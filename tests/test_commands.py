@@ -340,19 +340,18 @@ class Screen:
 
 @contextlib.asynccontextmanager
 async def top(
-    hub: RunningHub, environ: dict[str, str]
+    environ: dict[str, str], url: str, token: str
 ) -> AsyncIterator[tuple[Screen, asyncio.subprocess.Process]]:
     ours, theirs = pty.openpty()
     screen = Screen(ours)
     screen.resize(24, 100)
-    variables = environ | {"TERM": "xterm", "GOLLAMA_HUB": hub.url}
-    variables["GOLLAMA_TOKEN"] = hub.token("root", **ADMIN)
+    variables = {"TERM": "xterm", "GOLLAMA_HUB": url, "GOLLAMA_TOKEN": token}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gollama_proxy", "top"),
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=variables,
+        env=environ | variables,
         cwd=Path(__file__).parent.parent,
         start_new_session=True,
     )
@@ -373,7 +372,7 @@ def echoes(number: int) -> bool:
 async def test_top_goes_on_until_q(environ: dict[str, str]) -> None:
     async with (
         busy() as (hub, _),
-        top(hub, environ) as (screen, process),
+        top(environ, hub.url, hub.token(**ADMIN)) as (screen, process),
     ):
         await screen.until("mine")
         screen.resize(30, 120)
@@ -395,13 +394,28 @@ async def test_top_leaves_the_terminal_as_it_was(
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, **CALM) as hub,
-        top(hub, environ) as (screen, process),
+        top(environ, hub.url, hub.token(**ADMIN)) as (screen, process),
     ):
         await screen.until("ready")
         assert not echoes(screen._number)
         process.send_signal(number)
         assert await asyncio.wait_for(process.wait(), DEADLINE) == status
         assert echoes(screen._number)
+
+
+async def test_top_goes_on_while_the_hub_is_away(environ: dict[str, str]) -> None:
+    async with ScriptedWorker() as hub:
+        for name in ("workers", "queue", "exchanges"):
+            hub.on(f"/admin/{name}", send(json_reply({name: []})))
+        async with top(environ, hub.url, "x") as (screen, process):
+            await screen.until("workers 0")
+            await hub.down()
+            await screen.until("no hub answers at .*: connection refused")
+            await hub.up()
+            screen.text = ""
+            await screen.until("tokens/s 0 *\r\n +\r\n")  # and no error below
+            screen.type("q")
+            assert await asyncio.wait_for(process.wait(), DEADLINE) == 0
 
 
 # --- Tokens -----------------------------------------------------------------------
