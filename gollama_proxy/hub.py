@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -117,7 +116,7 @@ class Hub(Listener):
         self._server: Server | None = None
         self._runner: web.ServerRunner | None = None
         self._reloading = asyncio.Lock()
-        self._reload: asyncio.Task[None] | None = None  # the last one
+        self._reload: asyncio.Task[Changes | ConfigError] | None = None  # the last one
         self.groups = Groups(config.health, look_up, self._follow_groups, clock)
         self.groups.follow(config.workers)
         for part in (self, self.health, self.watchdog, self.loading, self.events):
@@ -246,20 +245,29 @@ class Hub(Listener):
     async def reload(self) -> Changes:
         """Read the settings and all files of theirs again, and apply what has changed.
 
-        The result is logged in one line.
+        The result is logged in one line.  A caller that is cancelled leaves it running.
 
         Raises:
             ConfigError: they are not valid.  Nothing has changed then.
         """
+        result = await asyncio.shield(self.reload_soon())
+        if isinstance(result, ConfigError):
+            raise result
+        return result
+
+    def reload_soon(self) -> asyncio.Task[Changes | ConfigError]:
+        """Begin to reload; the task returns the result, which is logged as well."""
+        self._reload = spawn(self._reload_all(), "reload")
+        return self._reload
+
+    async def _reload_all(self) -> Changes | ConfigError:
         async with self._reloading:
             try:
                 changes = await self.apply(await asyncio.to_thread(self._read))
             except ConfigError as exc:
-                why = "; ".join(exc.args)
-                logger.error(
-                    "the settings are not valid, so the old ones stay: %s", why
-                )
-                raise
+                text = "the settings are not valid, so the old ones stay: %s"
+                logger.error(text, "; ".join(exc.args))
+                return exc
             await self._watcher.reload()
             logger.info("settings were read again: %s", changes)
             return changes
@@ -268,14 +276,6 @@ class Hub(Listener):
         if self._file is not None:
             self._file.note()
         return self.config if self._load is None else self._load()
-
-    def reload_soon(self) -> None:
-        """Reload without waiting for it; an error is in the log."""
-        self._reload = spawn(self._reload_quietly(), "reload")
-
-    async def _reload_quietly(self) -> None:
-        with contextlib.suppress(ConfigError):
-            await self.reload()
 
     async def apply(self, config: Config) -> Changes:
         """Let new requests have these settings and workers; running ones keep theirs.

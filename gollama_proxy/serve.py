@@ -80,7 +80,7 @@ async def front(
             announcing = group.create_task(announce(hub), name="announce")
             await signals.asked.wait()
             announcing.cancel()
-        grace = config.server.drain
+        grace = hub.config.server.drain  # it may have changed
         logger.info("draining for %g s at most; a second signal cuts answers", grace)
     finally:
         signals.reload = _ignore

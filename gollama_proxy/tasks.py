@@ -140,7 +140,7 @@ class Signals:
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.insisted = asyncio.Event()
-        self.reload: Callable[[], None] | None = None  # while the hub runs
+        self.reload: Callable[[], object] | None = None  # while the hub runs
 
     def receive(self) -> None:
         (self.insisted if self.asked.is_set() else self.asked).set()

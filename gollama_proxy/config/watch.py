@@ -29,7 +29,7 @@ PERIOD = 1.0  # seconds between two looks at a file, whatever the traffic
 class Watched(Protocol):
     """Something that is made from files."""
 
-    def refresh(self, *, always: bool = False) -> Callable[[], None] | None:
+    def refresh(self, *, always: bool = False) -> Callable[[], object] | None:
         """Read the files again if they may have changed, or `always`; may block.
 
         Runs in a thread.  Returns the change that has to be made on the event loop.
@@ -121,7 +121,7 @@ class SettingsFile:
     """
 
     def __init__(
-        self, file: str, changed: Callable[[], None], now: int | None = None
+        self, file: str, changed: Callable[[], object], now: int | None = None
     ) -> None:
         """Watch a file that has just been read, at `now` in nanoseconds (Unix time)."""
         self._file = Path(file)
@@ -138,7 +138,7 @@ class SettingsFile:
         """Record that it is about to be read, as it looks now; blocks."""
         self._read = self._seen = stamp(self._file)
 
-    def refresh(self, *, always: bool = False) -> Callable[[], None] | None:
+    def refresh(self, *, always: bool = False) -> Callable[[], object] | None:
         """Return `changed` if the file has changed since it was read."""
         before, self._seen = self._seen, stamp(self._file)
         if self._read is None and max(self._seen[:2], default=0) < self._read_at:

@@ -219,7 +219,7 @@ class Registry:
         self.check(configs)
         present = {_way(each.config): each for each in self._of_file()}
         kept = {config: present.pop(_way(config), None) for config in configs}
-        places = {worker.name: worker.index for worker in self._of_file()}
+        places = {worker.name: worker.index for worker in present.values()}
         deadline = self._deadline(None)
         for worker in present.values():
             self._retire(worker, deadline)

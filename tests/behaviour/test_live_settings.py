@@ -25,7 +25,7 @@ from gollama_proxy.config.settings import (
     Revoked,
     settings,
 )
-from gollama_proxy.config.watch import Change
+from gollama_proxy.config.watch import Change, Changes
 from gollama_proxy.telemetry import logs
 from tests.behaviour.test_fleet_changes import CALM, begin, end, share, worker
 from tests.fakes.asks import CHAT, STREAM, WHOLE
@@ -368,6 +368,26 @@ async def test_an_operator_has_the_settings_read_again(tmp_path: Path) -> None:
         assert "queue.size = -1: must be" in refused.json()["error"]["message"]
         assert (await hub.post("/admin/reload", {})).status == 403
         assert hub.hub.config.queue.size == 8
+
+
+async def test_reloads_take_turns_and_do_not_end_with_their_callers(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "gollama.toml"
+    file.write_text("[queue]\nsize = 1\n")
+    async with ScriptedWorker() as one, running_hub(one, file=file, **CALM) as hub:
+        for size in range(2, 10):
+            file.write_text(f"[queue]\nsize = {size}\n")
+            callers = [asyncio.create_task(hub.hub.reload()) for _ in range(5)]
+            await asyncio.sleep(0)
+            for caller in callers[1:4]:
+                caller.cancel()
+            first, *_, last = await asyncio.gather(*callers, return_exceptions=True)
+            assert isinstance(first, Changes)
+            assert isinstance(last, Changes)
+            assert first.settings == (Change("queue.size", size - 1, size),)
+            assert last == Changes()
+            assert hub.hub.config.queue.size == size
 
 
 async def test_a_worker_that_moves_stays_paused(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gollama_proxy import bounded
 from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Breaker, Origin, WorkerConfig
 from gollama_proxy.fleet.breaker import Verdict
-from gollama_proxy.fleet.lease import Result
+from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import (
     LONGEST_ABSENCE,
@@ -977,3 +980,142 @@ def test_routes_for_invented_names_are_limited() -> None:
         assert made.resolve(f"x{number}", None).model == "a"
     assert made.resolve("x" * 1000, None).model == "a"
     assert len(made._routes) == bounded.MOST
+
+
+# --- Any order of changes ---------------------------------------------------------
+
+NUMBERS = st.integers(0, 5)
+SOURCES = st.sampled_from(Source)
+
+
+class Fleet(RuleBasedStateMachine):
+    """Workers come, change, are held back and go, while requests run on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.made = registry("a", clock=self.clock)
+        self.followed: dict[Worker, str] = {}  # by a listener, and their last event
+        self.leases: list[Lease] = []
+        self.made.subscribe(self)  # type: ignore[arg-type]
+
+    # --- As a listener --------------------------------------------------------
+
+    def added(self, worker: Worker) -> None:
+        assert self.followed.get(worker) in (None, "removed", "gone")
+        self.followed[worker] = "added"
+
+    def replaced(self, worker: Worker, before: WorkerConfig) -> None:
+        assert self.followed[worker] == "added"
+        assert worker.config != before
+
+    def changed(self, worker: Worker) -> None:
+        pass
+
+    def removed(self, worker: Worker) -> None:
+        assert self.followed[worker] == "added"
+        self.followed[worker] = "removed"
+
+    def gone(self, worker: Worker) -> None:
+        assert self.followed[worker] == "removed"
+        assert not worker.leases
+        self.followed[worker] = "gone"
+
+    # --- Steps ----------------------------------------------------------------
+
+    @rule(number=NUMBERS, name=NUMBERS, source=SOURCES)
+    def add(self, number: int, name: int, source: Source) -> None:
+        config = config_of(number, f"w{name}")
+        taken = [w for w in self.made.workers if w.name == config.name]
+        taken += [w for w in self.made.workers if w.config.origin == config.origin]
+        if taken:
+            with pytest.raises(ConfigError):
+                self.made.add(config, source)
+        else:
+            assert self.made.add(config, source).source is source
+
+    @rule(numbers=st.sets(NUMBERS), models=st.sampled_from(["", "a", "b"]))
+    def apply(self, numbers: set[int], models: str) -> None:
+        listed = (models,) if models else ()
+        configs = [config_of(number, models=listed) for number in numbers]
+        others = [w for w in self.made.workers if w.source is not Source.FILE]
+        names = {w.name for w in others} & {each.name for each in configs}
+        origins = {w.config.origin for w in others} & {each.origin for each in configs}
+        if names or origins:
+            with pytest.raises(ConfigError):
+                self.made.apply(configs)
+        else:
+            self.made.apply(configs)
+            assert {w.config for w in self.made.workers if w not in others} == {
+                *configs
+            }
+        assert all(worker in self.made.workers for worker in others)
+
+    @precondition(lambda self: self.made.workers)
+    @rule(data=st.data(), step=st.sampled_from(["remove", "pause", "drain", "free"]))
+    def hold(self, data: st.DataObject, step: str) -> None:
+        name = data.draw(st.sampled_from(self.made.workers)).name
+        if step == "free":
+            self.made.unpause(name)
+            self.made.undrain(name)
+        else:
+            getattr(self.made, step)(name)
+
+    @precondition(lambda self: self.made.workers)
+    @rule(data=st.data(), models=st.sampled_from(["a", "b", "a b", ""]))
+    def describe(self, data: st.DataObject, models: str) -> None:
+        see(data.draw(st.sampled_from(self.made.workers)), *models.split())
+
+    @rule(model=st.sampled_from(["a", "b"]))
+    def request(self, model: str) -> None:
+        for worker in self.made.pool(model).available[:1]:
+            assert worker in self.made.workers
+            assert worker.held is Hold.NONE
+            self.leases.append(worker.lease(model))
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        lease = data.draw(st.sampled_from(self.leases))
+        self.leases.remove(lease)
+        lease.release(Result.COMPLETE)
+
+    @rule(seconds=st.sampled_from([1.0, LONGEST_ABSENCE]))
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    # --- What always holds ----------------------------------------------------
+
+    @invariant()
+    def workers_are_in_order_and_distinct(self) -> None:
+        workers = self.made.workers
+        assert len({w.name for w in workers}) == len(workers)
+        assert len({w.config.origin for w in workers}) == len(workers)
+        indexes = [worker.index for worker in workers]
+        assert indexes == sorted(set(indexes))
+
+    @invariant()
+    def pools_have_the_workers_that_serve_their_model(self) -> None:
+        for model in ("a", "b"):
+            serving = tuple(w for w in self.made.workers if w.serves(model))
+            assert self.made.pool(model).workers == serving
+
+    @invariant()
+    def no_answer_is_forgotten(self) -> None:
+        running = {lease.worker for lease in self.leases}
+        leaving = self.made.leaving
+        assert {w for w in running if w not in self.made.workers} == {*leaving}
+        assert len(leaving) == len({*leaving})
+        assert all(worker.retired for worker in leaving)
+        assert not any(worker.retired for worker in self.made.workers)
+        assert [w for w, event in self.followed.items() if event == "added"] == (
+            sorted(self.made.workers, key=[*self.followed].index)
+        )
+
+
+TestFleet = Fleet.TestCase
+TestFleet.settings = settings(
+    max_examples=50,
+    stateful_step_count=30,
+    suppress_health_check=[HealthCheck.too_slow],  # the machine may be busy
+)
