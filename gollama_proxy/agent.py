@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import re
@@ -25,7 +26,7 @@ import shutil
 import signal
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -56,6 +57,7 @@ class Options:
     """What the command line asks for."""
 
     hubs: tuple[str, ...]
+    discover: bool = False  # look for the hub in the local network
     worker: str = ""  # its URL; empty with a command
     command: tuple[str, ...] = ()
     name: str = ""
@@ -76,10 +78,13 @@ def check_options(options: Options, environ: Mapping[str, str]) -> None:
     Raises:
         ConfigError: a flag is wrong.
     """
-    if not options.hubs:
-        raise ConfigError(
-            "--hub: is missing; must be a URL such as http://gateway:8000"
-        )
+    if bool(options.hubs) == options.discover:
+        what = "only one of them" if options.hubs else "is missing"
+        text = "must be a URL such as http://gateway:8000, or --discover be given"
+        raise ConfigError(f"--hub: {what}; {text}")
+    if options.discover and importlib.util.find_spec("zeroconf") is None:
+        text = "needs zeroconf; pip install 'gollama-proxy[mdns]'"
+        raise ConfigError(f"--discover: {text}")
     for flag, urls in (("--hub", options.hubs), ("--worker", [options.worker])):
         for url in urls:
             if url:
@@ -112,6 +117,11 @@ async def run(options: Options, signals: Signals) -> int:
         ConfigError: a flag is wrong, or the proof port is taken.
     """
     logs.configure(options.log)
+    if options.discover:
+        hub = await find_hub(signals)
+        if not hub:
+            return 0
+        options = replace(options, hubs=(hub,))
     credentials = await asyncio.to_thread(_credentials, options)
     agent = Agent(options, credentials)
     async with contextlib.AsyncExitStack() as stack:
@@ -136,6 +146,38 @@ async def run(options: Options, signals: Signals) -> int:
         await asyncio.wait([leaving])
         logger.warning("second signal: not waiting for running answers")
         return 1
+
+
+async def find_hub(signals: Signals) -> str:
+    """Look for the hub of the local network; return "" if a signal comes first.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    looking = spawn(_look_for_hub(), "search for a hub")
+    asked = spawn(signals.asked.wait(), "signal while a hub is searched")
+    try:
+        await asyncio.wait((looking, asked), return_when=asyncio.FIRST_COMPLETED)
+        return looking.result() if looking.done() else ""
+    finally:
+        looking.cancel()
+        asked.cancel()
+
+
+async def _look_for_hub() -> str:
+    from gollama_proxy import discovery  # zeroconf is optional
+
+    logger.info("looking for a hub in the local network")
+    while not (found := await discovery.discover()):
+        pass
+    if len(found) > 1:
+        # The token is for one of them, and is none of the others' business.
+        text = (
+            f"found several hubs: {', '.join(found)}; must be one of them, with --hub"
+        )
+        raise ConfigError(f"--discover: {text}")
+    logger.info("found the hub %s", found[0])
+    return found[0]
 
 
 @contextlib.contextmanager

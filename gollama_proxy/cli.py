@@ -222,6 +222,8 @@ def _add_agent_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="hub to register with (repeatable)",
     )
+    text = "find the hub in the local network, which must be a trusted one"
+    add("--discover", action="store_true", help=text)
     add("--worker", metavar="URL", default="", help="llama-server on this machine")
     add(
         "--exec",
@@ -357,8 +359,10 @@ def _agent(args: argparse.Namespace) -> int:
     if args.exec != bool(args.following):
         missing = "a command behind --" if args.exec else "--exec in front of --"
         raise ConfigError(f"--exec: needs {missing}, such as --exec -- llama-server")
+    hubs = os.environ.get("GOLLAMA_HUB", "").split()
     options = agent.Options(
-        hubs=tuple(args.hub or os.environ.get("GOLLAMA_HUB", "").split()),
+        hubs=tuple(args.hub or (() if args.discover else hubs)),
+        discover=args.discover,
         worker=args.worker,
         command=tuple(args.following),
         name=args.name,
@@ -434,7 +438,8 @@ def _check(args: argparse.Namespace) -> int:
     unserved = registry.unserved()
     for text in [*unknown, *unserved]:
         print(text)
-    ready = all(worker.state.value == "ready" for worker in registry.workers)
+    usable = ("ready", "asleep")
+    ready = all(worker.state.value in usable for worker in registry.workers)
     return 0 if ready and not unserved and not unknown else 1
 
 

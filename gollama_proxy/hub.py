@@ -30,8 +30,9 @@ from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.groups import Groups
 from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds
 from gollama_proxy.fleet.registry import Listener, Registry
+from gollama_proxy.fleet.wake import Waker
 from gollama_proxy.fleet.watchdog import Watchdog
-from gollama_proxy.fleet.worker import Hold, Source, Worker
+from gollama_proxy.fleet.worker import Hold, Source, Worker, WorkerState
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.proxy.tokens import Fitting
@@ -41,7 +42,7 @@ from gollama_proxy.state.local import LocalState
 from gollama_proxy.tasks import spawn
 from gollama_proxy.telemetry import logs
 from gollama_proxy.telemetry.metrics import Telemetry
-from gollama_proxy.upstream import probe
+from gollama_proxy.upstream import magic, probe
 from gollama_proxy.upstream.dial import look_up
 from gollama_proxy.upstream.pool import ConnectionPool
 
@@ -80,7 +81,8 @@ class Hub(Listener):
         # Also those of removed workers, until their last answer has ended.
         self.connections: dict[Worker, ConnectionPool] = {}
         self.clock = clock
-        self.queue = Queue(self.balancer, config.queue, clock)
+        self.waker = Waker(config.wake, self._send_magic, clock)
+        self.queue = Queue(self.balancer, config.queue, clock, waker=self.waker)
         self.clients = ConnectionLimiter(config.limits, clock)
         self.telemetry = Telemetry(
             self.registry, self.queue.admission, self.clients, clock
@@ -119,7 +121,14 @@ class Hub(Listener):
         self._reload: asyncio.Task[Changes | ConfigError] | None = None  # the last one
         self.groups = Groups(config.health, look_up, self._follow_groups, clock)
         self.groups.follow(config.workers)
-        for part in (self, self.health, self.watchdog, self.loading, self.events):
+        for part in (
+            self,
+            self.health,
+            self.watchdog,
+            self.loading,
+            self.waker,
+            self.events,
+        ):
             self.registry.subscribe(part)
         self._restore()
 
@@ -182,6 +191,7 @@ class Hub(Listener):
         # What arrived while the event loop was held up is read after this, and no
         # worker is to blame for it.
         self.proxy.check(self.clock() - late)
+        self._check_sleepers()
         self.queue.look_again()
         for lease in self.agents.expire():
             ending = self._agent_api.remove(lease, "its agent is silent")
@@ -239,6 +249,35 @@ class Hub(Listener):
         """
         await self.state.revoke(kind, value)
         self._put_revocations_in_force()
+
+    # --- Machines that sleep ----------------------------------------------------------
+
+    def wake(self, name: str) -> Worker:
+        """Wake the machine of a worker; harmless if it does not sleep.
+
+        Raises:
+            LookupError: there is no such worker.
+            ConfigError: its hardware address is not known.
+        """
+        worker = self.registry.find(name)
+        if not worker.config.mac:
+            raise ConfigError(f"workers.mac: the worker {name!r} has none")
+        if worker.state is WorkerState.ASLEEP:
+            self.waker.wake(worker)
+        return worker
+
+    def _send_magic(self, worker: Worker) -> None:
+        magic.send(worker.config.mac, self.config.wake.broadcast)
+
+    def _check_sleepers(self) -> None:
+        if not any(each.config.mac for each in self.registry.workers):
+            return
+        admission = self.queue.admission
+        waits = [
+            (self.registry.pool(model), admission.expected_wait(model))
+            for model in admission.wanted()
+        ]
+        self.waker.check(waits, self.registry.workers)
 
     # --- Settings that change -------------------------------------------------------
 
@@ -321,6 +360,7 @@ class Hub(Listener):
         config = self.config
         self.registry.reconfigure(config)
         self.balancer.reconfigure(config)
+        self.waker.reconfigure(config.wake)
         self.queue.reconfigure(config.queue)
         self.clients.reconfigure(config.limits)
         if config.health != before.health:

@@ -78,6 +78,8 @@ async def front(
         signals.reload = hub.reload_soon
         async with asyncio.TaskGroup() as group:
             announcing = group.create_task(announce(hub), name="announce")
+            if config.server.advertise:
+                group.create_task(_advertise(hub, signals), name="advertise")
             await signals.asked.wait()
             announcing.cancel()
         grace = hub.config.server.drain  # it may have changed
@@ -88,6 +90,20 @@ async def front(
         await state.close()
         gc.unfreeze()
     return 0 if clean else 1
+
+
+async def _advertise(hub: Hub, signals: Signals) -> None:
+    """Announce the hub in the local network until a signal ends it."""
+    from gollama_proxy import discovery  # zeroconf is optional
+
+    try:
+        host = hub.config.server.host
+        addresses = await asyncio.to_thread(discovery.addresses_of, host)
+        async with discovery.advertise(hub.url, addresses):
+            logger.info("agents can find this hub: %s", ", ".join(addresses))
+            await signals.asked.wait()
+    except OSError as exc:
+        logger.warning("server.advertise: %s", exc.strerror or exc)
 
 
 def _ignore() -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 from urllib.parse import urlsplit
 
 import jwt
@@ -302,6 +302,35 @@ def test_a_signal_drains(
     assert "listening on http://127.0.0.1:8000" in caplog.text
     assert "no worker is configured" in caplog.text
     assert signal.getsignal(number) == before
+
+
+def test_a_hub_is_advertised_until_it_drains(
+    stage: type[StageHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.asynccontextmanager
+    async def advertise(url: str, addresses: list[str]) -> AsyncIterator[None]:
+        stage.calls.append(f"{url} at {addresses}")
+        yield
+        stage.calls.append("withdrawn")
+
+    monkeypatch.setattr("gollama_proxy.discovery.advertise", advertise)
+    flags = ["--advertise", "--host", "10.0.0.5"]
+    assert main(["serve", *flags]) == 0
+    assert "http://127.0.0.1:8000 at ['10.0.0.5']" in stage.calls
+    assert stage.calls[-2:] == ["withdrawn", "drain"]
+
+
+def test_a_network_without_multicast_is_only_a_warning(
+    stage: type[StageHub],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def advertise(*_: object) -> NoReturn:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr("gollama_proxy.discovery.advertise", advertise)
+    assert main(["serve", "--advertise", "--host", "10.0.0.5"]) == 0
+    assert "server.advertise: Network is unreachable" in caplog.text
 
 
 def test_a_second_signal_cuts(

@@ -113,6 +113,8 @@ def load(
     config = Config(**parts, file=str(file or ""), given=given)
     if "auth" in sound:
         config = _with_keys(config, environ, mistakes)
+    if "server" in sound:
+        mistakes.collect(_check_advertising, config)
     if {"auth", "server"} <= sound:
         mistakes.collect(check_exposure, config)
     if {"server", "workers"} <= sound:
@@ -286,6 +288,9 @@ def load_worker(
     mistakes.collect(_check_worker_tls, where, origin, values)
     mistakes.check()
     mistakes.collect(_check_resolver, where, url, origin)
+    if values.get("mac") and origin.scheme.startswith("dns+"):
+        text = "is for one machine, and a group has several"
+        mistakes.add(f"{where}.mac = {values['mac']!r}: {text}")
     mistakes.check()
     group = origin.scheme.startswith("dns+")
     name = values.get("name") or (
@@ -394,6 +399,21 @@ def check_exposure(config: Config) -> None:
             f"server.host = {server.host!r}: without authentication only "
             "a loopback address is allowed, unless --insecure-bind is given "
             "or server.tls_client_ca set"
+        )
+
+
+def _check_advertising(config: Config) -> None:
+    server = config.server
+    if not server.advertise:
+        return
+    if addresses.is_loopback(server.host):
+        raise ConfigError(
+            f"server.advertise = true: other machines cannot reach server.host = "
+            f"{server.host!r}; must be an address of the local network, or 0.0.0.0"
+        )
+    if importlib.util.find_spec("zeroconf") is None:
+        raise ConfigError(
+            "server.advertise = true: needs zeroconf; pip install 'gollama-proxy[mdns]'"
         )
 
 

@@ -15,9 +15,11 @@ from msgspec import Struct, structs
 from gollama_proxy.config.values import (
     Duration,
     Lists,
+    Mac,
     Names,
     Networks,
     Origins,
+    Places,
     Seconds,
     Table,
     Text,
@@ -72,6 +74,7 @@ class Server(Struct, frozen=True):
     watch_config: Annotated[
         bool, "read this file again when it changes; SIGHUP has it read at once"
     ] = False
+    advertise: Annotated[bool, "let agents find the hub in the local network"] = False
     tls_certificate: Annotated[Text, "PEM file with certificates; enables https"] = ""
     tls_key: Annotated[Text, "PEM file with its key; empty: the same file"] = ""
     tls_client_ca: Annotated[
@@ -154,6 +157,19 @@ class Health(Struct, frozen=True):
     fall: Annotated[int, whole(1, 100), "failed checks that take a worker down"] = 3
     rise: Annotated[int, whole(1, 100), "good checks before it is up again"] = 1
     recheck: Annotated[Duration, "between checks while it loads or is suspected"] = 1.0
+
+
+class Wake(Struct, frozen=True):
+    timeout: Annotated[Duration, "until a machine that was woken serves requests"] = (
+        120.0
+    )
+    pause: Annotated[
+        Duration, "before one that did not wake is tried again; doubles"
+    ] = 300.0
+    broadcast: Annotated[
+        Places,
+        "where packets that wake machines are sent; a port other than 9 may follow",
+    ] = ("255.255.255.255",)
 
 
 class Breaker(Struct, frozen=True):
@@ -321,6 +337,7 @@ class WorkerConfig:
         Annotated[float, number(0.01, 10_000), "memory of its graphics cards, in GiB"]
         | None
     ) = None
+    mac: Annotated[Mac, "hardware address of its machine; wakes it from sleep"] = ""
     ca_file: Annotated[Text, "PEM file with CAs; default: those of the system"] = ""
     client_certificate: Annotated[Text, "PEM file to identify the hub to it"] = ""
     client_key: Annotated[Text, "PEM file with its key; empty: in the same file"] = ""
@@ -347,6 +364,7 @@ class Config:
     timeouts: Timeouts = field(default_factory=Timeouts)
     queue: Queue = field(default_factory=Queue)
     health: Health = field(default_factory=Health)
+    wake: Wake = field(default_factory=Wake)
     breaker: Breaker = field(default_factory=Breaker)
     retry: Retry = field(default_factory=Retry)
     rescue: Rescue = field(default_factory=Rescue)
@@ -373,7 +391,7 @@ class Config:
 
 
 # What a hub keeps until its end; all else changes while it runs (`Hub.apply`).
-FIXED = frozenset({"server.host", "server.port", "state.dir"})
+FIXED = frozenset({"server.host", "server.port", "server.advertise", "state.dir"})
 # The same, but only if one of them turns TLS on or off.
 TLS_KEYS = frozenset(
     {f"server.tls_{name}" for name in ("certificate", "key", "client_ca")}
@@ -399,6 +417,7 @@ FLAGS = {
     "server.host": "--host",
     "server.port": "--port",
     "server.insecure_bind": "--insecure-bind",
+    "server.advertise": "--advertise",
     "auth.mode": "--auth",
     "log.level": "--log-level",
 }

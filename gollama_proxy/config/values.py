@@ -83,6 +83,28 @@ def _check_networks(networks: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(ipaddress.ip_network(text)) for text in networks)
 
 
+def _check_mac(text: str) -> str:
+    digits = re.sub("[:-]", "", text).lower()
+    if not re.fullmatch("[0-9a-f]{12}", digits) or int(digits, 16) == 0:
+        raise ValueError
+    if not re.fullmatch("([^:-]{2}([:-])?)([^:-]{2}[:-]?)*[^:-]{2}", text):
+        raise ValueError
+    if int(digits[:2], 16) & 1:  # of a group, or the broadcast address
+        raise ValueError
+    return ":".join(digits[n : n + 2] for n in range(0, 12, 2))
+
+
+def _check_places(places: tuple[str, ...]) -> tuple[str, ...]:
+    if not places:
+        raise ValueError
+    for place in places:
+        host, _, port = place.partition(":")
+        ipaddress.IPv4Address(host)
+        if int(port or 9) not in range(1, 65_536):
+            raise ValueError
+    return places
+
+
 def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     """Check web origins (RFC 6454, 6.1: scheme, host and port, and no path).
 
@@ -147,6 +169,12 @@ Networks = Annotated[
     other("a list of networks such as 10.0.0.0/8 or fd00::/8", _check_networks),
 ]
 
+
+Mac = Annotated[str, other("a hardware address such as 00:11:22:aa:bb:cc", _check_mac)]
+Places = Annotated[
+    tuple[Word, ...],
+    other("a list of IPv4 addresses such as 192.168.1.255", _check_places),
+]
 
 # --- Use --------------------------------------------------------------------------
 

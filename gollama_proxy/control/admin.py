@@ -61,6 +61,9 @@ class Parts(views.Parts, Protocol):
     async def prepare(self, config: WorkerConfig) -> None:
         """Read the certificates of a worker that will be added."""
 
+    def wake(self, name: str) -> Worker:
+        """Wake the machine of a worker; harmless if it does not sleep."""
+
     async def revoke(self, kind: str, value: str) -> None:
         """Revoke a token ("jti") or a subject ("sub")."""
 
@@ -97,6 +100,7 @@ class Admin:
             "/admin/workers/{name}/pause": {"POST": self._holding(registry.pause)},
             "/admin/workers/{name}/unpause": {"POST": self._holding(registry.unpause)},
             "/admin/workers/{name}/reset-breaker": {"POST": self._reset_breaker},
+            "/admin/workers/{name}/wake": {"POST": self._wake},
             "/admin/models": {"GET": self._list_models},
             "/admin/queue": {"GET": self._list_queue},
             "/admin/queue/{id}": {"DELETE": self._remove_from_queue},
@@ -259,6 +263,20 @@ class Admin:
         before = worker.breaker.state.value
         worker.reset_breakers()
         self._audit(call, "reset breaker", worker.name, before, "closed")
+        return self._show_changed(worker, note=False)
+
+    async def _wake(self, call: Call) -> Response:
+        worker = self._worker(call.name)
+        before = worker.state
+        try:
+            self._hub.wake(worker.name)
+        except ConfigError as exc:
+            text = f"{exc}, so its machine cannot be woken."
+            raise RequestError(Code.INVALID_VALUE, text, param="mac") from None
+        if worker.state is not before:
+            self._audit(
+                call, "wake worker", worker.name, before.value, worker.state.value
+            )
         return self._show_changed(worker, note=False)
 
     def _show_changed(self, worker: Worker, *, note: bool = True) -> Response:

@@ -136,7 +136,7 @@ class _Checks:
 
     async def _check(self) -> float:
         worker = self._worker
-        was_down = worker.state is WorkerState.DOWN
+        was_down = worker.is_down
         looking, self._looking = self._looking, []
         well = False
         try:
@@ -166,7 +166,7 @@ def next_wait(worker: Worker, health: Health, last: float) -> float:
     """Return the seconds to wait before the next check of a worker."""
     if worker.state is WorkerState.READY and not worker.in_doubt:
         return health.interval
-    if worker.state is WorkerState.DOWN:
+    if worker.state in (WorkerState.DOWN, WorkerState.ASLEEP):
         return min(max(health.recheck, last * 1.5), health.interval)
     return min(health.recheck, health.interval)
 

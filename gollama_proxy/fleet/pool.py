@@ -31,12 +31,14 @@ class Pool:
         "_able_until",
         "_least_context",
         "_unloaded",
+        "missed",
         "model",
         "workers",
     )
 
     def __init__(self, model: str, workers: Iterable[Worker] = ()) -> None:
         self.model = model
+        self.missed = False  # a request went to a fallback, as none was available
         self.workers = tuple(workers)
         for worker in self.workers:
             worker.pools.add(self)

@@ -419,7 +419,8 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        return any(worker.admits for worker in self.workers)
+        """Whether a request can be served, if only by a machine that has to wake."""
+        return any(worker.admits or worker.sleeps for worker in self.workers)
 
     # --- Routes ------------------------------------------------------------------
 
@@ -537,9 +538,16 @@ class Registry:
         return text
 
     def no_worker(
-        self, model: str | None, workers: Sequence[Worker], reopens_in: float = 0.0
+        self,
+        model: str | None,
+        workers: Sequence[Worker],
+        reopens_in: float = 0.0,
+        note: str = "",
     ) -> NoWorkerError:
-        """Return the error for a model that none of these workers can serve now."""
+        """Return the error for a model that none of these workers can serve now.
+
+        A `note` is a further sentence, after a space.
+        """
         what = f"the model {model!r}" if model else "this request"
         if not self.workers:
             text = f"No worker serves {what}: the hub has none configured."
@@ -552,7 +560,7 @@ class Registry:
             count = len(workers or self.workers)
             text = f"No worker is available for {what}: {count} {whose} ({counts})."
         wait = max(RETRY_AFTER, math.ceil(reopens_in))
-        return NoWorkerError(Code.NO_WORKER, text, retry_after=wait)
+        return NoWorkerError(Code.NO_WORKER, text + note, retry_after=wait)
 
 
 def _state_of(worker: Worker, model: str | None) -> str:

@@ -8,6 +8,10 @@ Health is a state machine that the health checks drive:
 
 Failed checks of a READY worker are counted, and the `fall`th in a row leads to DOWN.
 In any other state the first failed check does.
+
+A worker with a `mac` is ASLEEP, not DOWN, while its machine does not answer at all: it
+can be woken (`wake.py`), and is WAKING until it answers, or is given up.  A machine
+that refuses connections is awake.
 """
 
 from __future__ import annotations
@@ -46,6 +50,8 @@ class WorkerState(enum.Enum):
     LOADING = "loading"
     READY = "ready"
     DOWN = "down"
+    ASLEEP = "asleep"
+    WAKING = "waking"
 
 
 class Source(enum.StrEnum):
@@ -68,6 +74,9 @@ class WorkerEvent(enum.Enum):
     ROSE = "enough good checks"
     LOADING = "it is loading its model"
     FELL = "enough failed checks"
+    SLEPT = "enough failed checks, and its machine can be woken"
+    WOKEN = "its machine is being woken"
+    GIVEN_UP = "its machine did not wake"
 
 
 TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
@@ -83,7 +92,34 @@ TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
     (WorkerState.DOWN, WorkerEvent.ROSE): WorkerState.READY,
     (WorkerState.DOWN, WorkerEvent.LOADING): WorkerState.LOADING,
     (WorkerState.DOWN, WorkerEvent.FELL): WorkerState.DOWN,
+    (WorkerState.STARTING, WorkerEvent.SLEPT): WorkerState.ASLEEP,
+    (WorkerState.LOADING, WorkerEvent.SLEPT): WorkerState.ASLEEP,
+    (WorkerState.READY, WorkerEvent.SLEPT): WorkerState.ASLEEP,
+    (WorkerState.DOWN, WorkerEvent.SLEPT): WorkerState.ASLEEP,
+    (WorkerState.ASLEEP, WorkerEvent.ROSE): WorkerState.READY,
+    (WorkerState.ASLEEP, WorkerEvent.LOADING): WorkerState.LOADING,
+    (WorkerState.ASLEEP, WorkerEvent.FELL): WorkerState.DOWN,
+    (WorkerState.ASLEEP, WorkerEvent.SLEPT): WorkerState.ASLEEP,
+    (WorkerState.ASLEEP, WorkerEvent.WOKEN): WorkerState.WAKING,
+    (WorkerState.WAKING, WorkerEvent.ROSE): WorkerState.READY,
+    (WorkerState.WAKING, WorkerEvent.LOADING): WorkerState.LOADING,
+    # It boots: the machine answers before its llama-server does.
+    (WorkerState.WAKING, WorkerEvent.FELL): WorkerState.WAKING,
+    (WorkerState.WAKING, WorkerEvent.SLEPT): WorkerState.WAKING,
+    (WorkerState.WAKING, WorkerEvent.GIVEN_UP): WorkerState.ASLEEP,
+    # There is nothing to wake, or to give up.
+    (WorkerState.STARTING, WorkerEvent.WOKEN): WorkerState.STARTING,
+    (WorkerState.LOADING, WorkerEvent.WOKEN): WorkerState.LOADING,
+    (WorkerState.READY, WorkerEvent.WOKEN): WorkerState.READY,
+    (WorkerState.DOWN, WorkerEvent.WOKEN): WorkerState.DOWN,
+    (WorkerState.WAKING, WorkerEvent.WOKEN): WorkerState.WAKING,
+    (WorkerState.STARTING, WorkerEvent.GIVEN_UP): WorkerState.STARTING,
+    (WorkerState.LOADING, WorkerEvent.GIVEN_UP): WorkerState.LOADING,
+    (WorkerState.READY, WorkerEvent.GIVEN_UP): WorkerState.READY,
+    (WorkerState.DOWN, WorkerEvent.GIVEN_UP): WorkerState.DOWN,
+    (WorkerState.ASLEEP, WorkerEvent.GIVEN_UP): WorkerState.ASLEEP,
 }
+OUT = frozenset({WorkerState.DOWN, WorkerState.ASLEEP, WorkerState.WAKING})
 
 
 # Results of an attempt after which the worker is checked at once.
@@ -193,7 +229,14 @@ class Worker:
 
     @property
     def is_down(self) -> bool:
-        return self.state is WorkerState.DOWN
+        """Whether it answers nothing, for whatever reason."""
+        return self.state in OUT
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether its machine can be woken for a request, or is being woken."""
+        awaited = self.state in (WorkerState.ASLEEP, WorkerState.WAKING)
+        return awaited and self.takes_requests
 
     @property
     def available(self) -> bool:
@@ -633,6 +676,15 @@ class Worker:
             self._step(event, reason)
         self.freed()
 
+    def woken(self) -> None:
+        """Record that its machine is being woken; it has to be asleep."""
+        self._step(WorkerEvent.WOKEN, "its machine is being woken")
+        self.suspect()
+
+    def given_up(self, reason: str) -> None:
+        """Record that its machine did not wake."""
+        self._step(WorkerEvent.GIVEN_UP, reason)
+
     def learn_context(self, model: str, tokens: int) -> None:
         """Record the context of a model as a refusal reports it; 0 is unknown."""
         known = self.context_of(model)
@@ -674,18 +726,22 @@ class Worker:
             case Check.FAILED | Check.REFUSED:
                 self._good, self._bad = 0, self._bad + 1
                 needed = self.health.fall if self.state is WorkerState.READY else 1
-                return WorkerEvent.FELL if self._bad >= needed else None
+                if self._bad < needed:
+                    return None
+                asleep = self.config.mac and check is Check.FAILED
+                return WorkerEvent.SLEPT if asleep else WorkerEvent.FELL
             case _:
                 assert_never(check)
 
     def _step(self, event: WorkerEvent, reason: str) -> None:
         before, self.state = self.state, TRANSITIONS[self.state, event]
-        self.reason = reason
+        if self.state is not WorkerState.WAKING or before is not self.state:
+            self.reason = reason
         if self.state is not before:
             self.since = self.clock()
         self.changed()
         if self.state is WorkerState.READY and before in (
-            WorkerState.DOWN,
+            *OUT,
             WorkerState.LOADING,
         ):
             self._forget_another()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
 from collections.abc import Awaitable, Callable, Collection, Mapping
 
@@ -60,7 +59,7 @@ from gollama_proxy.proxy.tokens import Charges, Fitting
 from gollama_proxy.scheduling.admission import Place
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask
-from gollama_proxy.scheduling.queue import Queue
+from gollama_proxy.scheduling.queue import Queue, Waking
 from gollama_proxy.scheduling.turns import Priority, choose_priority
 from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.telemetry.logs import Throttle
@@ -671,9 +670,8 @@ class Proxy:
             NoWorkerError: no worker is expected, or the wait was too long.
         """
 
-        async def notify(place: Place) -> None:
-            eta = "" if place.eta is None else f" eta {math.ceil(place.eta)}s"
-            notify_client(x, f"queued {place.position}/{place.waiting}{eta}")
+        async def notify(place: Place | Waking) -> None:
+            notify_client(x, str(place))
 
         patience = x.config.retry.patience
         streams = takes_comments(x)

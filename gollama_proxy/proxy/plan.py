@@ -222,6 +222,10 @@ class Plan:
             for worker in pool.workers
         )
 
+    def awaits(self, worker: Worker) -> bool:
+        """Return whether a worker that is out gets the request if it comes back."""
+        return self._fits(worker, self.pool.model) and worker not in self.tried
+
     def _fits(self, worker: Worker, model: str) -> bool:
         context = worker.context_of(model)
         least = max(self._least_context, self.needs.get(model, 0))
@@ -273,6 +277,7 @@ class Plan:
         """Move on to the next fallback with a worker; False if there is none."""
         for place in self._fallbacks():
             if self._untried(place):
+                self.pool.missed = not self.pool.able
                 self._turn_to(place)
                 self._free = True
                 return True

@@ -77,6 +77,10 @@ class Place(NamedTuple):
     waiting: int  # for the same model, in all classes
     eta: float | None  # seconds; None while the pace is not known
 
+    def __str__(self) -> str:
+        eta = "" if self.eta is None else f" eta {math.ceil(self.eta)}s"
+        return f"queued {self.position}/{self.waiting}{eta}"
+
 
 class Admission:
     """The admission queue's decisions.  `clock` returns monotonic seconds."""
@@ -285,6 +289,12 @@ class Admission:
         waiting = sum(rounds.waiting for rounds in self._rounds_for(model))
         most = min(RETRY_AFTER_MOST, math.ceil(self.settings.timeout))
         return max(1, min(most, math.ceil(interval * waiting)))
+
+    def expected_wait(self, model: str) -> float | None:
+        """Return the seconds that a new request would wait; None if it is not known."""
+        interval = self._forecast(model).interval
+        waiting = sum(rounds.waiting for rounds in self._rounds_for(model))
+        return None if interval is None else interval * waiting
 
     def no_room(self, model: str) -> NoWorkerError:
         """Make the error of a request for which there is no room, or no longer."""

@@ -38,6 +38,10 @@ class Plan(Protocol):
         """The pool that the next attempt is made on."""
 
     @property
+    def pools(self) -> Sequence[Pool]:
+        """The current pool, and those that may follow it."""
+
+    @property
     def ask(self) -> Ask:
         """What the policies know of the request."""
 
@@ -46,6 +50,9 @@ class Plan(Protocol):
 
     def can_wait(self, seconds: float) -> bool:
         """Return whether a worker may become available within so many seconds."""
+
+    def awaits(self, worker: Worker) -> bool:
+        """Return whether a worker that is out gets the request if it comes back."""
 
     def reopens_in(self) -> float:
         """Return the seconds until the next busy or open breaker reopens, or inf."""
@@ -135,13 +142,14 @@ class Balancer:
                 return worker
             left.discard(worker)
 
-    def no_worker(self, plan: Plan) -> NoWorkerError:
+    def no_worker(self, plan: Plan, note: str = "") -> NoWorkerError:
         """Make the error of a plan for which no worker is available.
 
         It counts the workers' states, and `retry_after` is when the first may be back.
         """
         pool = plan.pool
-        return self.registry.no_worker(pool.model, pool.workers, pool.reopens_in())
+        reopens_in = pool.reopens_in()
+        return self.registry.no_worker(pool.model, pool.workers, reopens_in, note)
 
     def learn(self, plan: Plan, worker: Worker, prefill: Prefill) -> None:
         """Record how a worker has read the prompt of a request that it answered."""

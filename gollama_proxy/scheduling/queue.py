@@ -10,6 +10,8 @@ A request waits for one of two things:
   displaces it, `queue.timeout` is over, or no worker is available any more;
 * a worker, while none is available for it: until a worker comes back, for at most as
   many seconds as its `patience`, and only as long as its plan sees a chance of one.
+
+While a sleeping machine is being woken for it, a request waits for a slot of that one.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from gollama_proxy.config.settings import Queue as Settings
+from gollama_proxy.config.settings import Wake
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.registry import Listener
+from gollama_proxy.fleet.wake import Waker
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.admission import Admission, Place
 from gollama_proxy.scheduling.balancer import Balancer, Plan
@@ -30,7 +34,20 @@ from gollama_proxy.scheduling.turns import Priority, Ticket
 # Seconds between two notices to a client that waits.
 EVERY = 5.0
 
-Notify = Callable[[Place], Awaitable[None]]
+
+class Waking(NamedTuple):
+    """Instead of a place: a request waits for a machine that is being woken."""
+
+    worker: str
+
+    def __str__(self) -> str:
+        return f"waking {self.worker}"
+
+
+# Seconds after which a request looks again whether its machine is still being woken.
+WAKING_CHECK = 1.0
+
+Notify = Callable[[Place | Waking], Awaitable[None]]
 CallLater = Callable[[float, Callable[[], object]], asyncio.TimerHandle]
 
 
@@ -75,10 +92,12 @@ class Queue(Listener):
         settings: Settings,
         clock: Callable[[], float],
         call_later: CallLater | None = None,
+        waker: Waker | None = None,
     ) -> None:
         self.admission = Admission(settings, clock)
         self.admission.on_displaced = self._displace
         self._balancer = balancer
+        self._waker = waker or Waker(Wake(), lambda worker: None, clock)
         self._registry = balancer.registry
         self._clock = clock
         self._call_later = call_later
@@ -162,13 +181,20 @@ class Queue(Listener):
             if lease is not None:
                 return lease
             first = first or request.ticket is not None
-            if request.plan.candidates():
+            if request.plan.candidates() or self._wakes_for(request):
                 lease = await self._wait_for_slot(request, notify, first=first)
                 if lease is not None:
                     return lease
                 first = True
             elif not await self._wait_for_worker(request, patience):
-                raise self._balancer.no_worker(request.plan)
+                workers = request.plan.pool.workers
+                note = self._waker.refusal(workers)
+                raise self._balancer.no_worker(request.plan, note)
+
+    def _wakes_for(self, request: Request) -> bool:
+        """Wake a machine that can serve a request, if one is asleep and needed."""
+        plan = request.plan
+        return request.needs_slot and bool(self._waker.wake_for(plan.pool, plan.awaits))
 
     def leave(self, request: Request) -> None:
         """End the request's stay, which may let in another one of its subject."""
@@ -239,8 +265,16 @@ class Queue(Listener):
             finally:
                 timer.cancel()
             if not future.done():
-                await notify(self.admission.place(ticket))
+                await notify(self._place(ticket))
                 wait = EVERY
+
+    def _place(self, ticket: Ticket) -> Place | Waking:
+        plan = self._waiters[ticket].plan
+        if not plan.pool.available:
+            worker = self._waker.expected(plan.pool, plan.awaits)
+            if worker is not None:
+                return Waking(worker.name)
+        return self.admission.place(ticket)
 
     def _expire(self, ticket: Ticket) -> None:
         future = self._waiters[ticket].future
@@ -261,7 +295,10 @@ class Queue(Listener):
         try:
             while not plan.candidates():
                 left = end - self._clock()
-                if left <= 0 or not plan.can_wait(left):
+                woken = [self._waker.wake_for(p, plan.awaits) for p in plan.pools]
+                if any(woken):
+                    left = WAKING_CHECK
+                elif left <= 0 or not plan.can_wait(left):
                     # A worker may have reopened between the two looks at the clock.
                     return bool(plan.candidates())
                 # A breaker reopens by the clock; all else is a worker's transition.
@@ -304,7 +341,10 @@ class Queue(Listener):
         some have a fallback.
         """
         for waiter in self._waiters.values():
-            if not waiter.plan.pool.available:
+            plan = waiter.plan
+            if not plan.pool.available and not (
+                self._waker.expected(plan.pool, plan.awaits)
+            ):
                 _finish(waiter.future)
         self.look_for_slots()
 

@@ -27,7 +27,7 @@ CALLS = [
     (method.upper(), path)
     for path, item in DESCRIPTION["paths"].items()
     for method in item
-    if method != "parameters" and not path.endswith("/wake")
+    if method != "parameters"
 ]
 EXAMPLES = 5  # for each call
 
@@ -128,7 +128,6 @@ def description() -> dict[str, Any]:
     for name in ("WorkerTable", "WorkerPatch"):
         made["components"]["schemas"][name]["properties"]["url"] = {"enum": urls}
     del made["paths"]["/admin/events"]  # its answer has no end
-    del made["paths"]["/admin/workers/{name}/wake"]
     return made
 
 

@@ -31,6 +31,7 @@ from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.speed import Pace
 from gollama_proxy.fleet.worker import (
     MOST_SLOTS,
+    OUT,
     TRANSITIONS,
     Worker,
     WorkerEvent,
@@ -65,6 +66,11 @@ def make(
         worker.observe(Check.LOADING, "loading")
     elif state is WorkerState.DOWN:
         worker.observe(Check.FAILED, "refused")
+    elif state in (WorkerState.ASLEEP, WorkerState.WAKING):
+        worker.reconfigure(replace(CONFIG, mac="00:11:22:33:44:55"))
+        worker.observe(Check.FAILED, "no answer")
+        if state is WorkerState.WAKING:
+            worker.woken()
     assert worker.state is state
     return worker
 
@@ -86,7 +92,15 @@ def test_the_table_has_every_event_in_every_state() -> None:
     assert set(TRANSITIONS.values()) <= set(WorkerState)
 
 
-@pytest.mark.parametrize("state", list(WorkerState))
+# Those of a worker whose machine cannot be woken.
+AWAKE = [
+    state
+    for state in WorkerState
+    if state not in (WorkerState.ASLEEP, WorkerState.WAKING)
+]
+
+
+@pytest.mark.parametrize("state", AWAKE)
 @pytest.mark.parametrize(
     ("event", "reached"),
     [
@@ -102,7 +116,40 @@ def test_an_event_leads_to_its_state_wherever_it_finds_the_worker(
     assert TRANSITIONS[state, event] is reached
 
 
-@pytest.mark.parametrize("state", list(WorkerState))
+@pytest.mark.parametrize(
+    ("event", "reached"),
+    [
+        (WorkerEvent.SLEPT, WorkerState.ASLEEP),
+        (WorkerEvent.WOKEN, None),
+        (WorkerEvent.GIVEN_UP, None),
+    ],
+)
+@pytest.mark.parametrize("state", AWAKE)
+def test_only_a_worker_that_does_not_answer_is_asleep(
+    state: WorkerState, event: WorkerEvent, reached: WorkerState | None
+) -> None:
+    assert TRANSITIONS[state, event] is (reached or state)
+
+
+@pytest.mark.parametrize("state", [*AWAKE, WorkerState.ASLEEP])
+@pytest.mark.parametrize(
+    ("check", "reached"),
+    [
+        (Check.OK, WorkerState.READY),
+        (Check.LOADING, WorkerState.LOADING),
+        (Check.FAILED, None),
+        (Check.REFUSED, WorkerState.DOWN),
+    ],
+)
+def test_a_worker_with_a_mac_sleeps_while_it_does_not_answer(
+    state: WorkerState, check: Check, reached: WorkerState | None
+) -> None:
+    worker = make(state, fall=1, rise=1)
+    worker.reconfigure(replace(CONFIG, mac="00:11:22:33:44:55"))
+    assert after(worker, check) == [reached or WorkerState.ASLEEP]
+
+
+@pytest.mark.parametrize("state", AWAKE)
 @pytest.mark.parametrize(
     ("check", "reached"),
     [
@@ -122,7 +169,7 @@ def test_with_fall_and_rise_of_one_each_check_decides(
 def test_only_a_ready_worker_is_available(state: WorkerState) -> None:
     worker = make(state)
     assert worker.available is worker.admits is (state is WorkerState.READY)
-    assert worker.is_down is (state is WorkerState.DOWN)
+    assert worker.is_down is (state in OUT)
 
 
 # --- Counting checks --------------------------------------------------------------
