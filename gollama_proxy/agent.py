@@ -18,7 +18,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -50,6 +52,12 @@ from gollama_proxy.telemetry import logs
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 1.0  # seconds between two looks at the server
+SUSPEND = ("systemctl", "suspend")
+SETTLED_AFTER = 5.0  # seconds until a machine that is to sleep does
+IDLE_CHECK = 5.0  # seconds between two looks whether the machine is idle
+# Seconds for which an agent reports that its machine falls asleep.  The clock stops
+# while it sleeps.
+FALLING_ASLEEP = 10.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class Options:
     proof_port: int = 0
     weight: float | None = None
     vram_gib: float | None = None
+    sleep_after: float = 0.0  # seconds without a request; 0: never
+    mac: str = ""  # by which the machine is woken; empty: that of its network card
     log: Log = field(default_factory=Log)
 
 
@@ -215,6 +225,11 @@ class Agent:
         port = urlsplit(self.url).port
         self.name = options.name or f"{machine.host_name()}:{port}"
         self.hubs = [HubLink(self, url, credentials) for url in options.hubs]
+        self.known_mac = ""  # by which hubs wake this machine, "none" if unknown
+        self.falling_asleep_until = -math.inf
+        self._awake_since = asyncio.get_running_loop().time()
+        often = min(IDLE_CHECK, options.sleep_after / 4)
+        self._resting = Periodic("sleep when idle", self._rest, often)
         self._looking = Periodic("look at the server", self._look, LOOK_EVERY, delay=0)
         self._session: aiohttp.ClientSession | None = None
 
@@ -261,6 +276,8 @@ class Agent:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             self._session = session
             tasks = [each.loop for each in self.hubs] + [self._looking]
+            if self.options.sleep_after:
+                tasks.append(self._resting)
             try:
                 if self.server is not None:
                     self.server.start()
@@ -291,7 +308,11 @@ class Agent:
         return self._session
 
     async def registration(self, url: str) -> dict[str, Any]:
-        """Return the body of a registration under this URL, with a fresh report."""
+        """Return the body of a registration under this URL, with a fresh report.
+
+        With `--sleep-after` it has the hardware address of the card for that URL, by
+        which the hub wakes the machine.
+        """
         self.machine = await machine.examine()
         worker: dict[str, Any] = {"url": url}
         vram = self.options.vram_gib or self.machine.vram_gib
@@ -299,6 +320,14 @@ class Agent:
             worker["vram_gib"] = vram
         if self.options.weight is not None:
             worker["weight"] = self.options.weight
+        if self.options.sleep_after:
+            host = urlsplit(url).hostname or ""
+            mac = self.options.mac or await asyncio.to_thread(machine.mac_of, host)
+            if mac:
+                worker["mac"] = mac
+            elif not self.known_mac:
+                logger.warning("--sleep-after: no hardware address; give it with --mac")
+            self.known_mac = mac or "none"
         report: dict[str, Any] = {
             "host": machine.host_name(),
             "version": __version__,
@@ -306,7 +335,13 @@ class Agent:
         }
         measured = {"load": machine.load(), "serving": self.answers}
         report |= {key: value for key, value in measured.items() if value is not None}
-        return {"worker": worker, "proof_port": self.proof_port, "report": report}
+        now = asyncio.get_running_loop().time()
+        return {
+            "worker": worker,
+            "proof_port": self.proof_port,
+            "report": report,
+            "sleeping": now < self.falling_asleep_until,
+        }
 
     def note(self) -> None:
         """Decide whether to go on after a hub has answered."""
@@ -318,6 +353,7 @@ class Agent:
         """Give the worker back, and wait until its running answers have ended."""
         logger.info("leaving; a second signal does not wait for running answers")
         await self._looking.stop()
+        await self._resting.stop()
         for each in self.hubs:
             await each.loop.stop()
         await asyncio.gather(*(each.leave() for each in self.hubs))
@@ -335,6 +371,61 @@ class Agent:
             for each in self.hubs:
                 each.loop.wake()
         return None
+
+    # --- Sleep --------------------------------------------------------------------
+
+    async def _rest(self) -> None:
+        """Suspend the machine if no hub has used the server for long enough."""
+        loop = asyncio.get_running_loop()
+        now, limit = loop.time(), self.options.sleep_after
+        idle = min(now - self._awake_since, *(each.idle_for(now) for each in self.hubs))
+        known = self.known_mac not in ("", "none")
+        if idle < limit or not known or not self.answers or await self._generates():
+            return
+        logger.info("no request for %.0f s: suspending this machine", idle)
+        self.falling_asleep_until = now + FALLING_ASLEEP
+        asleep = await asyncio.gather(*(each.announce_sleep() for each in self.hubs))
+        if all(asleep):
+            await self._suspend()
+        self._awake_since = loop.time()
+        self.falling_asleep_until = -math.inf
+        for each in self.hubs:
+            each.loop.wake()
+
+    async def _suspend(self) -> None:
+        """Suspend the machine; return when it is awake again, or cannot sleep."""
+        try:
+            child = await asyncio.create_subprocess_exec(
+                *SUSPEND,
+                stdin=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            _, stderr = await child.communicate()
+        except OSError as exc:
+            failed, why = True, exc.strerror or str(exc)
+        else:
+            failed, why = bool(child.returncode), " ".join(stderr.decode().split())
+        if failed:
+            logger.warning("this machine cannot be suspended: %s", why[:200])
+            return
+        await asyncio.sleep(SETTLED_AFTER)  # of the time in which it is awake
+        logger.info("this machine is awake again")
+
+    async def _generates(self) -> bool:
+        """Return whether the server works for others than the hubs, as far as known."""
+        url = f"{machine.place(self.url, _local_spelling(self.url))}/slots"
+        try:
+            async with self.session.get(
+                url, ssl=False, timeout=aiohttp.ClientTimeout(5), allow_redirects=False
+            ) as reply:
+                slots = json.loads(await reply.content.read(1 << 20))
+        except (aiohttp.ClientError, OSError, ValueError):
+            return False
+        if not isinstance(slots, list):
+            return False
+        return any(isinstance(s, dict) and s.get("is_processing") for s in slots)
+
+    # --- Whether the server answers -----------------------------------------------
 
     async def _probe(self) -> bool:
         url = f"{machine.place(self.url, _local_spelling(self.url))}/health"

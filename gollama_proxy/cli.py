@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -250,6 +251,10 @@ def _add_agent_flags(parser: argparse.ArgumentParser) -> None:
     add("--weight", help=text)
     text = "memory of its graphics cards; default: as they report"
     add("--vram-gib", metavar="GIB", help=text)
+    text = "suspend this machine after 30m without a request; the hub wakes it"
+    add("--sleep-after", metavar="TIME", help=text)
+    text = "hardware address that wakes it; default: that of its network card"
+    add("--mac", help=text)
     text = "lowest severity to log: debug, info (default), warning, error"
     add("--log-level", metavar="LEVEL", default="info", help=text)
 
@@ -371,6 +376,8 @@ def _agent(args: argparse.Namespace) -> int:
         proof_port=_converted("--proof-port", args.proof_port, "server.port") or 0,
         weight=_converted("--weight", args.weight, "weight"),
         vram_gib=_converted("--vram-gib", args.vram_gib, "vram_gib"),
+        mac=_converted("--mac", args.mac, "mac") or "",
+        sleep_after=_duration("--sleep-after", args.sleep_after),
         log=Log(level=_converted("--log-level", args.log_level, "log.level")),
     )
     agent.check_options(options, os.environ)
@@ -378,6 +385,19 @@ def _agent(args: argparse.Namespace) -> int:
         return tasks.run(lambda signals: agent.run(options, signals))
     finally:
         logs.flush()
+
+
+def _duration(flag: str, value: str | None) -> float:
+    """Return the seconds of a time such as 30m; 0 for none."""
+    if value is None:
+        return 0.0
+    match = re.fullmatch(r"([0-9]{1,6})([smhd])", value)
+    scale = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    found = int(match[1]) * scale[match[2]] if match else 0
+    if not 1 <= found <= 30 * 86_400:
+        allowed = "a time such as 90s, 30m or 2h, from 1s to 30d"
+        raise ConfigError(f"{flag} = {value!r}: must be {allowed}")
+    return float(found)
 
 
 def _converted(flag: str, value: str | None, key: str) -> Any:

@@ -218,7 +218,9 @@ class Hub(Listener):
                 logger.warning("the stored worker %r is left out: %s", stored.name, exc)
                 continue
             if stored.source == Source.AGENT:
-                self.agents.restore(config, str(stored.agent.get("digest", "")))
+                digest = str(stored.agent.get("digest", ""))
+                sleeping = bool(stored.agent.get("sleeping"))
+                self.agents.restore(config, digest, sleeping=sleeping)
         self._restore_holds()
 
     def _restore_holds(self) -> None:

@@ -88,6 +88,50 @@ def load() -> float | None:
         return None
 
 
+def mac_of(address: str) -> str:
+    """Return the hardware address of the network card with an IP address; "" if none.
+
+    Only on Linux, where a card can be asked for its address.
+    """
+    for card in sorted(Path("/sys/class/net").glob("*")):
+        try:
+            mac = (card / "address").read_text().strip()
+        except OSError:
+            continue
+        if re.fullmatch("(?!(00:){5})[0-9a-f:]{17}", mac) and address in (
+            _address_of(card.name),
+            *_addresses6_of(card.name),
+        ):
+            return mac
+    return ""
+
+
+def _address_of(card: str) -> str:
+    """Return the IPv4 address of a network card (netdevice(7), SIOCGIFADDR)."""
+    import fcntl
+
+    request = card.encode()[:15].ljust(256, b"\0")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            found = fcntl.ioctl(sock.fileno(), 0x8915, request)
+        except OSError:
+            return ""
+    return socket.inet_ntoa(found[20:24])
+
+
+def _addresses6_of(card: str) -> list[str]:
+    try:
+        lines = Path("/proc/net/if_inet6").read_text().splitlines()
+    except OSError:
+        return []
+    rows = [line.split() for line in lines]
+    return [
+        socket.inet_ntop(socket.AF_INET6, bytes.fromhex(row[0]))
+        for row in rows
+        if len(row) == 6 and row[5] == card
+    ]
+
+
 def host_name() -> str:
     """Return the first part of this machine's name, without odd characters."""
     short = socket.gethostname().partition(".")[0]

@@ -6,6 +6,7 @@ import asyncio
 import enum
 import json
 import logging
+import math
 import os
 import random
 import ssl
@@ -142,6 +143,7 @@ class HubLink:
         self._schedule = Schedule()
         self._trouble = ""
         self._placed = ""  # the URL that the hub has for the worker
+        self._used_at = math.inf  # its last request by this hub, by the event loop
         self._checked = ""  # such a URL, when it has been looked at from here
 
     def __repr__(self) -> str:
@@ -163,10 +165,30 @@ class HubLink:
         self._log(answer)
         if self.refusal is Refusal.NONE:
             self.served = True
+            self._note_idle(answer)
             if agent.answers and self._placed != self._checked:
                 await self._check_reachable()
         agent.note()
         return self._schedule.after(answer)
+
+    def _note_idle(self, answer: Answer) -> None:
+        idle = answer.body.get("idle")
+        now = asyncio.get_running_loop().time()
+        known = isinstance(idle, (int, float)) and 0 <= idle < math.inf
+        self._used_at = now - idle if known and idle is not None else math.inf
+
+    def idle_for(self, now: float) -> float:
+        """Return the seconds for which this hub has not used the server; 0: unknown."""
+        if self.refusal is not Refusal.NONE:
+            return 0.0  # it could not wake the machine
+        return max(now - self._used_at, 0.0)
+
+    async def announce_sleep(self) -> bool:
+        """Report that the machine goes to sleep; return whether the hub lets it."""
+        body = await self._agent.registration(self._placed)
+        answer = await self._call("PUT", body)
+        asleep: bool = answer.body.get("state") == "asleep"
+        return answer.refusal is Refusal.NONE and asleep
 
     def _log(self, answer: Answer) -> None:
         """Log a change once: registered, or another reason why not."""

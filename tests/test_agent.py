@@ -183,6 +183,10 @@ WORKER = ["--worker", "http://127.0.0.1:2"]
         ([*HUB, *WORKER, "--proof-port", "x"], "--proof-port = 'x': must be a whole"),
         ([*HUB, *WORKER, "--weight", "0"], "--weight = '0': must be a number"),
         ([*HUB, *WORKER, "--vram-gib", "-1"], "--vram-gib = '-1': must be a number"),
+        ([*HUB, *WORKER, "--sleep-after", "30"], "--sleep-after = '30': must be a"),
+        ([*HUB, *WORKER, "--sleep-after", "31d"], "from 1s to 30d"),
+        ([*HUB, *WORKER, "--mac", "x"], "--mac = 'x': must be a hardware address"),
+        ([*HUB, *WORKER, "--discover"], "--hub: only one of them"),
         (
             [*HUB, *WORKER, "--log-level", "loud"],
             "--log-level = 'loud': must be one of",

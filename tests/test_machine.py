@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import ifaddr
 import pytest
 
 from gollama_proxy import machine
@@ -151,3 +154,14 @@ async def test_this_machine_can_be_examined() -> None:
     load = machine.load()
     assert load is None or load >= 0
     assert machine.host_name()
+
+
+def test_a_card_is_found_by_its_address() -> None:
+    """Only real cards have a hardware address, and loopback is none."""
+    assert machine.mac_of("127.0.0.1") == ""
+    assert machine.mac_of("::1") == ""
+    assert machine.mac_of("192.0.2.255") == ""
+    for adapter in ifaddr.get_adapters():
+        for ip in adapter.ips:
+            found = machine.mac_of(ip.ip if isinstance(ip.ip, str) else ip.ip[0])
+            assert re.fullmatch("([0-9a-f]{2}:){5}[0-9a-f]{2}|", found)

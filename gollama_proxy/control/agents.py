@@ -60,7 +60,7 @@ BODY_TIMEOUT = 10.0
 PROOF_TIMEOUT = 3.0
 # What an agent may set of its worker.  The other keys name files and variables of the
 # hub, whose content would be sent to the worker.
-KEYS = ("url", "slots", "models", "weight", "vram_gib")
+KEYS = ("url", "slots", "models", "weight", "vram_gib", "mac")
 _NAME = re.compile(r"[!-~]{1,100}")
 _SECRET = re.compile(r"[0-9a-f]{32,128}")
 
@@ -95,6 +95,7 @@ class Registration(Struct):
     worker: dict[str, Any]
     proof_port: Annotated[int, Meta(ge=1024, le=65_535)]
     report: Report = msgspec.field(default_factory=Report)
+    sleeping: bool = False  # the machine goes to sleep, if nothing runs on it
 
 
 class Parts(Protocol):
@@ -143,12 +144,16 @@ class AgentApi:
         report = msgspec.to_builtins(body.report)
         found = await self._renew(lease, worker, report)
         record.routine = status == 200
+        if body.sleeping is not lease.sleeping:
+            await self._put_to_sleep(lease, found, sleeping=body.sleeping)
+        idle = 0.0 if found.leases else found.clock() - found.used_at
         answer = {
             "name": name,
             "url": found.config.url,
             "lease": self._hub.config.agents.lease,
             "state": found.state.value,
             "reason": found.reason,
+            "idle": idle,
         }
         return Response(msgspec.json.encode(answer), status)
 
@@ -314,12 +319,25 @@ class AgentApi:
         except LookupError:
             return None
 
+    async def _put_to_sleep(
+        self, lease: WorkerLease, worker: Worker, *, sleeping: bool
+    ) -> None:
+        """Let a machine sleep if nothing runs on it, or end that."""
+        if sleeping and worker.config.mac and not worker.leases:
+            lease.sleeping = True
+            worker.slept()
+            await self._keep(lease)
+        elif lease.sleeping:
+            lease.sleeping = False
+            worker.stays_awake()
+            await self._keep(lease)
+
     async def _keep(self, lease: WorkerLease) -> None:
         worker = lease.worker
         settings = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(worker).items()
-            if key in KEYS and value not in (None, ())
+            if key in KEYS and value not in (None, (), "")
         }
         stored = self._hub.state.find(worker.name)
         row = StoredWorker(
@@ -327,7 +345,7 @@ class AgentApi:
             Source.AGENT,
             settings,
             stored.hold if stored is not None else "",
-            {"digest": lease.agent},
+            {"digest": lease.agent} | ({"sleeping": True} if lease.sleeping else {}),
         )
         try:
             await self._hub.state.put(row)

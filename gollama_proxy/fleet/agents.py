@@ -62,6 +62,7 @@ class WorkerLease:
     agent: str = field(repr=False)
     state: LeaseState = LeaseState.PROVING
     expires: float = math.inf  # monotonic seconds
+    sleeping: bool = False  # its machine sleeps until the hub wakes it
     # What the agent reports of its machine, as it is shown to operators.
     report: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -160,9 +161,12 @@ class Agents:
         lease.step(LeaseEvent.PROVED)
         self._begin(lease)
 
-    def restore(self, worker: WorkerConfig, agent: str) -> None:
+    def restore(
+        self, worker: WorkerConfig, agent: str, *, sleeping: bool = False
+    ) -> None:
         """Grant a lease that an earlier hub has granted; its agent may renew it."""
-        self._begin(WorkerLease(worker, agent, LeaseState.LEASED))
+        lease = WorkerLease(worker, agent, LeaseState.LEASED, sleeping=sleeping)
+        self._begin(lease)
 
     def _begin(self, lease: WorkerLease) -> None:
         lease.expires = self._clock() + self._settings.lease
@@ -179,7 +183,11 @@ class Agents:
     def expire(self) -> list[WorkerLease]:
         """End the leases that were not renewed in time, and return them."""
         now = self._clock()
-        ended = [lease for lease in self._leases.values() if lease.expires <= now]
+        ended = [
+            lease
+            for lease in self._leases.values()
+            if lease.expires <= now and not lease.sleeping
+        ]
         for lease in ended:
             lease.step(LeaseEvent.EXPIRED)
             del self._leases[lease.name]

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SETTLING = 15.0  # seconds that a machine may take to fall asleep
 SPARE = 3  # threads of a llama-server in addition to one for each slot
 MOST_SLOTS = 10_000  # that a worker may report, or be configured with
 
@@ -179,6 +180,8 @@ class Worker:
     last_error: LastError | None = None
     _good: int = 0
     _bad: int = 0
+    used_at: float = field(init=False)  # when its last request ended
+    _settled_at: float = -math.inf  # when a machine that goes to sleep has done so
     _odd_slots: int | None = None
     _odd_timings: bool = False
     _odd_build: str = ""
@@ -195,7 +198,7 @@ class Worker:
     _seen: tuple[object, ...] = ()  # what `on_change` was last called for
 
     def __post_init__(self) -> None:
-        self.since = self.clock()
+        self.since = self.used_at = self.clock()
         self.breaker = self._new_breaker(self.config.name)
         self._seen = self._looks
         self._adopt(self.config)
@@ -489,6 +492,7 @@ class Worker:
     def take_back(self, lease: Lease, result: Result) -> None:
         """Free what a lease held; `Lease.release` calls this once."""
         beside = len(self.leases)
+        self.used_at = self.clock()
         self.leases.discard(lease)
         self._taken -= lease.slot
         if self.full:
@@ -671,13 +675,26 @@ class Worker:
             # Bursts can occupy all of llama-server's HTTP threads, so that /health gets
             # no answer while tokens flow.  A worker that sends tokens is alive.
             return
+        if self.state is WorkerState.ASLEEP and now < self._settled_at:
+            return  # it still answers, but not for long
         event = self._count(check)
         if event is not None:
             self._step(event, reason)
         self.freed()
 
+    def slept(self) -> None:
+        """Record that its machine goes to sleep, as its agent reports."""
+        self._settled_at = self.clock() + SETTLING
+        self._step(WorkerEvent.SLEPT, "its machine has gone to sleep")
+
+    def stays_awake(self) -> None:
+        """Record that its machine is awake, whatever was reported before."""
+        self._settled_at = -math.inf
+        self.suspect()
+
     def woken(self) -> None:
         """Record that its machine is being woken; it has to be asleep."""
+        self._settled_at = -math.inf
         self._step(WorkerEvent.WOKEN, "its machine is being woken")
         self.suspect()
 

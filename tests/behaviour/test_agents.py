@@ -15,10 +15,13 @@ from typing import Any
 import psutil
 import pytest
 
+from gollama_proxy.fleet.lease import Result
+from gollama_proxy.fleet.worker import SETTLING, WorkerState
 from tests.fakes.agent import AgentProcess, HandAgent
 from tests.fakes.asks import CHAT
 from tests.fakes.authority import Authority
 from tests.fakes.client import Response
+from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stream_of, wait
@@ -337,6 +340,117 @@ async def test_a_command_learns_its_port_and_not_the_token() -> None:
             await agent.until("registered http://127.0.0.1:9 as ")
         async with AgentProcess.running(*arguments, token=granted) as agent:
             await agent.until(r"it has \['--port', '\d+'\] \[\]")
+
+
+# --- Machines that sleep ----------------------------------------------------------
+
+MAC = "00:11:22:aa:bb:cc"
+
+
+async def test_an_idle_machine_is_suspended(tmp_path: Path) -> None:
+    """By systemd; the hub keeps its worker, to wake it when it is needed."""
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    systemctl.chmod(0o755)
+    granted, path = {"scope": "worker"}, f"{tmp_path}:{os.environ['PATH']}"
+    async with ScriptedWorker() as worker, running_hub(**LONG) as hub:
+        arguments = ("--hub", hub.url, "--worker", worker.url, "--mac", MAC)
+        async with AgentProcess.running(
+            *(*arguments, "--sleep-after", "1s"),
+            token=hub.token("desk", **granted),
+            environ={"PATH": path},
+        ) as agent:
+            await agent.until("suspending this machine")
+            await until((tmp_path / "called").exists, "a call of systemctl")
+            [record] = hub.hub.registry.workers
+            assert record.config.mac == MAC
+            assert record.state is WorkerState.ASLEEP
+            await agent.until("this machine is awake again")
+            await until(lambda: record.state is WorkerState.READY, "it is used again")
+    assert (tmp_path / "called").read_text() == "suspend\n"
+
+
+async def test_a_machine_that_cannot_sleep_stays_in_the_fleet(tmp_path: Path) -> None:
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text("#!/bin/sh\necho 'Access denied' >&2\nexit 1\n")
+    systemctl.chmod(0o755)
+    granted, path = {"scope": "worker"}, f"{tmp_path}:{os.environ['PATH']}"
+    async with ScriptedWorker() as worker, running_hub(**LONG) as hub:
+        arguments = ("--hub", hub.url, "--worker", worker.url, "--mac", MAC)
+        async with AgentProcess.running(
+            *(*arguments, "--sleep-after", "2s"),
+            token=hub.token("desk", **granted),
+            environ={"PATH": path},
+        ) as agent:
+            await agent.until("this machine cannot be suspended: Access denied")
+            [record] = hub.hub.registry.workers
+            await until(lambda: record.state is WorkerState.READY, "it is used again")
+
+
+async def test_a_sleeping_machine_keeps_its_place_without_renewals() -> None:
+    clock = Clock()
+    async with registering(clock=clock) as agent:
+        worker = {"url": agent.url, "mac": MAC}
+        assert (await agent.put(worker=worker)).json()["state"] == "starting"
+        [record] = agent.hub.hub.registry.workers
+        await until(lambda: record.state is WorkerState.READY, "it is up")
+        clock.advance(50)
+        assert (await agent.put(worker=worker)).json()["idle"] == 50
+        answer = (await agent.put(worker=worker, sleeping=True)).json()
+        assert answer["state"] == "asleep"
+        record.suspect()  # it still answers, which means nothing now
+        agent.hub.pass_time(1000)
+        await agent.hub.hub.health.look(record)
+        assert names(agent.hub) == ["desk"]
+        answer = (await agent.put(worker=worker)).json()
+        await until(lambda: record.state is WorkerState.READY, "it is awake")
+        agent.hub.pass_time(601)
+        await without_worker(agent.hub)
+
+
+async def test_a_machine_that_still_falls_asleep_is_not_used() -> None:
+    clock = Clock()
+    async with registering(clock=clock) as agent:
+        worker = {"url": agent.url, "mac": MAC}
+        await agent.put(worker=worker)
+        [record] = agent.hub.hub.registry.workers
+        await until(lambda: record.state is WorkerState.READY, "it is up")
+        await agent.put(worker=worker, sleeping=True)
+        assert await agent.hub.hub.health.look(record)
+        assert record.state is WorkerState.ASLEEP
+        clock.advance(SETTLING)
+        await agent.hub.hub.health.look(record)
+        assert record.state is WorkerState.READY, "it was woken by somebody"
+
+
+async def test_a_machine_in_use_stays_awake() -> None:
+    async with registering() as agent:
+        worker = {"url": agent.url, "mac": MAC}
+        await agent.put(worker=worker)
+        [record] = agent.hub.hub.registry.workers
+        await until(lambda: record.state is WorkerState.READY, "it is up")
+        lease = record.lease("tiny")
+        answer = (await agent.put(worker=worker, sleeping=True)).json()
+        assert (answer["state"], answer["idle"]) == ("ready", 0)
+        lease.release(Result.COMPLETE)
+        without = {"url": agent.url}
+        answer = (await agent.put(worker=without, sleeping=True)).json()
+        assert answer["state"] == "ready", "nothing could wake it"
+
+
+async def test_a_sleeping_machine_outlives_the_hub(tmp_path: Path) -> None:
+    state = {"state__dir": str(tmp_path)}
+    async with registering(**state) as agent:
+        worker = {"url": agent.url, "mac": MAC}
+        await agent.put(worker=worker)
+        [record] = agent.hub.hub.registry.workers
+        await until(lambda: record.state is WorkerState.READY, "it is up")
+        await agent.put(worker=worker, sleeping=True)
+    async with running_hub(clock=Clock(), **LONG | state) as hub:
+        hub.pass_time(601)
+        await asyncio.sleep(0)
+        assert names(hub) == ["desk"]
+        assert hub.hub.registry.find("desk").config.mac == MAC
 
 
 # --- What a hub accepts -----------------------------------------------------------
