@@ -14,6 +14,7 @@ from typing import NamedTuple
 from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.wake import Waker
 from gollama_proxy.fleet.worker import Hold, Worker, WorkerState
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.admission import Admission, Place
@@ -37,14 +38,19 @@ class Case(NamedTuple):
 class Decision(NamedTuple):
     """What a request would get: a worker, a place in the queue, or neither."""
 
-    code: str  # chosen, queued, waits_for_worker, no_worker or queue_full
+    # chosen, queued, wakes, waits_for_worker, no_worker or queue_full
+    code: str
     reason: str
     worker: Worker | None = None
     place: Place | None = None
 
 
 def decide(
-    case: Case, balancer: Balancer, admission: Admission, patience: float
+    case: Case,
+    balancer: Balancer,
+    admission: Admission,
+    waker: Waker,
+    patience: float,
 ) -> Decision:
     """Return what a request would get; only its own plan may change.
 
@@ -52,10 +58,19 @@ def decide(
     (`retry.patience`).
     """
     plan = case.plan
+    missed = [pool.missed for pool in case.pools]
     candidates = plan.candidates()
+    for pool, before in zip(case.pools, missed, strict=True):
+        pool.missed = before  # or a machine would be woken for it
     model = plan.pool.model
     if not candidates:
-        text = balancer.no_worker(plan).message
+        sleepers = (waker.would_wake(pool, plan.awaits) for pool in plan.pools)
+        sleeper = next(filter(None, sleepers), None)
+        if sleeper is not None and case.needs_slot:
+            text = f"It would wait until the machine of {sleeper.name!r} is awake."
+            return _queued(case, admission, text, "wakes")
+        note = waker.refusal(plan.pool.workers)
+        text = balancer.no_worker(plan, note).message
         if plan.can_wait(patience):
             return Decision("waits_for_worker", f"{text} It would wait for one.")
         return Decision("no_worker", text)
@@ -87,12 +102,14 @@ def _chosen(worker: Worker | None, reason: str) -> Decision:
     return Decision("chosen", reason, worker)
 
 
-def _queued(case: Case, admission: Admission, reason: str) -> Decision:
+def _queued(
+    case: Case, admission: Admission, reason: str, code: str = "queued"
+) -> Decision:
     if not admission.would_join(case.subject, case.priority):
         text = f"{reason} The queue is full ({admission.settings.size}, queue.size)."
         return Decision("queue_full", text)
     place = admission.outlook(case.plan.pool.model, case.priority)
-    return Decision("queued", reason, place=place)
+    return Decision(code, reason, place=place)
 
 
 # --- The workers ------------------------------------------------------------------

@@ -117,7 +117,7 @@ async def _foresee(x: Exchange, question: Question, hub: Parts) -> Shown:
     limit = question.max_concurrency or config.queue.max_concurrency
     case = Case(x.plan, pools, x.subject, x.priority, limit, x.needs_slot)
     admission = hub.queue.admission
-    decision = decide(case, balancer, admission, config.retry.patience)
+    decision = decide(case, balancer, admission, hub.waker, config.retry.patience)
     model, place = x.plan.pool.model, decision.place
     policy = policy_name(balancer.policy_of(model))
     tokens, counted = hub.fitting.estimate(x), bool(x.plan.needs.get(model))

@@ -13,6 +13,7 @@ from gollama_proxy.config.settings import Config, settings
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.wake import Waker
 from gollama_proxy.fleet.worker import Source, Worker
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.state import Exchange, State
@@ -39,6 +40,8 @@ class Parts(Protocol):
     def balancer(self) -> Balancer: ...
     @property
     def queue(self) -> Queue: ...
+    @property
+    def waker(self) -> Waker: ...
     @property
     def fitting(self) -> Fitting: ...
     @property

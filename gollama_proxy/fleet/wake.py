@@ -117,6 +117,20 @@ class Waker(Listener):
         worker = self.expected(pool, suits)
         if worker is not None:
             return worker
+        for worker in self._wakeable(pool, suits):
+            if self.wake(worker):
+                return worker
+        return None
+
+    def would_wake(
+        self, pool: Pool, suits: Callable[[Worker], bool] = bool
+    ) -> Worker | None:
+        """Return what `wake_for` would, if packets can be sent; wake nothing."""
+        able = self._wakeable(pool, suits)
+        return self.expected(pool, suits) or next(iter(able), None)
+
+    def _wakeable(self, pool: Pool, suits: Callable[[Worker], bool]) -> list[Worker]:
+        """Return the workers of a pool that may be woken, the quickest first."""
         now = self._clock()
         able = [
             worker
@@ -126,10 +140,7 @@ class Waker(Listener):
             and self._sleeper(worker).rests_until <= now
             and suits(worker)
         ]
-        for worker in sorted(able, key=self._seconds):
-            if self.wake(worker):
-                return worker
-        return None
+        return sorted(able, key=self._seconds)
 
     def refusal(self, workers: Iterable[Worker]) -> str:
         """Return why sleeping machines are not woken for a request; "" if none is."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from gollama_proxy.config.settings import POLICIES, Retry, Routing
+from gollama_proxy.config.settings import POLICIES, Retry, Routing, Wake
 from gollama_proxy.config.settings import Queue as Settings
 from gollama_proxy.control.explain import Case, Decision, decide, other_workers
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.speed import Prefill
+from gollama_proxy.fleet.wake import Waker
 from gollama_proxy.fleet.worker import Hold, Worker
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.balancer import Balancer
@@ -47,7 +49,12 @@ class Fleet:
             fallbacks={"a": ("b",)},
         )
         settings = Settings(size=self.rng.choice([0, 3, 256]))
-        self.queue = Queue(self.balancer, settings, self.clock)
+        self.waker = Waker(Wake(), lambda worker: None, self.clock)
+        self.queue = Queue(self.balancer, settings, self.clock, waker=self.waker)
+        registry = self.balancer.registry
+        registry.subscribe(self.waker)
+        for worker in registry.workers[::3]:
+            registry.replace(replace(worker.config, mac="02:00:00:00:00:01"))
         self.served: list[tuple[Request, Lease]] = []
         self.numbers = itertools.count()
 
@@ -124,7 +131,8 @@ class Fleet:
         return Request(planned(), subject, priority, limit, slot), case
 
     def explain(self, case: Case) -> Decision:
-        return decide(case, self.balancer, self.queue.admission, PATIENCE)
+        admission = self.queue.admission
+        return decide(case, self.balancer, admission, self.waker, PATIENCE)
 
     def serve(self, request: Request) -> tuple[str, Worker | None]:
         """Do what is done for a real request; return what it got."""
@@ -135,9 +143,13 @@ class Fleet:
                 prefill = Prefill(10, 90, 0.1)
                 self.balancer.learn(request.plan, lease.worker, prefill)
             return "chosen", lease.worker
-        if not request.plan.candidates():
-            waits = request.plan.can_wait(PATIENCE)
-            return ("waits_for_worker" if waits else "no_worker"), None
+        plan, code = request.plan, "queued"
+        if not plan.candidates():
+            woken = [self.waker.wake_for(pool, plan.awaits) for pool in plan.pools]
+            if not (any(woken) and request.needs_slot):
+                waits = plan.can_wait(PATIENCE)
+                return ("waits_for_worker" if waits else "no_worker"), None
+            code = "wakes"
         if request.ticket is not None:
             self.queue.admission.leave(request.ticket)
         model = request.plan.pool.model
@@ -147,7 +159,7 @@ class Fleet:
             )
         except NoWorkerError:
             return "queue_full", None
-        return "queued", None
+        return code, None
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -173,3 +185,4 @@ def test_it_agrees_with_what_then_happens(policy: str) -> None:
     assert {"chosen", "queued", "no_worker", "queue_full"} <= seen.keys()
     assert {"down", "paused", "full", "not_chosen", "context_too_small"} <= seen.keys()
     assert {"not_serving", "breaker_open", "must_load", "fallback"} <= seen.keys()
+    assert {"asleep", "wakes", "waking"} <= seen.keys()
