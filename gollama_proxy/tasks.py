@@ -40,13 +40,14 @@ def _ended(task: asyncio.Task[Any]) -> None:
 PUNCTUAL = 0.1
 
 
-def held_up(timer: asyncio.TimerHandle) -> float:
+def held_up(timer: asyncio.TimerHandle | asyncio.Timeout) -> float:
     """Return by how many seconds the event loop is late for a timer that is over.
 
     A loop that was busy for that long has not read its sockets either, and timers come
     before sockets.  So what the timer waited for may be there already.
     """
-    late = asyncio.get_running_loop().time() - timer.when()
+    due = timer.when()
+    late = 0.0 if due is None else asyncio.get_running_loop().time() - due
     return late if late > PUNCTUAL else 0.0
 
 

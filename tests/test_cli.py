@@ -523,6 +523,7 @@ async def test_sighup_has_the_settings_read_again(
 
 
 async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) -> None:
+    environ["GOLLAMA_SERVER_DRAIN"] = "3600"
     async with ScriptedWorker() as worker:
         worker.script(send(sse_head() + chunk(token("a") + token("b"))), stall())
         arguments = ("serve", "--port", "0", "--auth", "off", "--worker", worker.url)
@@ -535,10 +536,8 @@ async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) ->
                 assert await wire.read_event() is not None
                 hub.signal(signal.SIGINT)
                 await hub.until("draining")
-                started = time.monotonic()
                 hub.signal(signal.SIGTERM)
                 assert await hub.ended() == 1
-                assert time.monotonic() - started < 20  # of the 30
     assert "Traceback" not in hub.output
 
 

@@ -25,6 +25,7 @@ from gollama_proxy.edge.response import (
     ReportedError,
 )
 from gollama_proxy.fleet.lease import Lease
+from gollama_proxy.tasks import held_up
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire import answer, sse
 from gollama_proxy.wire.assemble import AssemblyError
@@ -274,11 +275,17 @@ class Relay:
         text = f"Worker {self._worker} stopped in the middle of its answer."
         self.fail(WorkerError(Code.WORKER_SLOW, text, detail=reason))
 
-    async def _drain(self, client: Client, write_timeout: float) -> None:
+    async def _drain(
+        self, client: Client, write_timeout: float, chances: int = 2
+    ) -> None:
+        limit = asyncio.timeout(write_timeout)
         try:
-            async with asyncio.timeout(write_timeout):
+            async with limit:
                 await client.drain()
         except TimeoutError:
+            if chances and held_up(limit):  # the client may have read meanwhile
+                await self._drain(client, write_timeout, chances - 1)
+                return
             raise ClientStalledError from None
         self._blocked = False
         self._connection.resume_reading()

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,19 +126,18 @@ async def test_a_second_signal_cuts_at_once(hub: Hub) -> None:
     async with ScriptedWorker() as worker:
         await play(worker, 1, stall())
         await play(worker, 1, *big, stall())
-        async with hub.running(worker) as program:  # type: ignore[attr-defined]
+        drain = {"GOLLAMA_SERVER_DRAIN": "3600"}
+        async with hub.running(worker, **drain) as program:  # type: ignore[attr-defined]
             await hub.listening(program)
             wire, unread = await hub.stream(), await hub.stream()
             silent = await Wire.connect("127.0.0.1", hub.port)
             program.signal(signal.SIGTERM)
-            await program.until("draining for 30 s at most")
-            began = time.monotonic()
+            await program.until("draining for 3600 s at most")
             program.signal(signal.SIGTERM)
             ending = await wire.read_to_end()
             assert not ending.clean
             assert b"hub_draining" in ending.raw
             assert await program.ended() == 1
-            assert time.monotonic() - began < 20  # of the 30
             assert "second signal: cutting running answers" in program.output
             assert "Traceback" not in program.output
             for each in (wire, unread, silent):

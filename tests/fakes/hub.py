@@ -153,7 +153,8 @@ async def running_hub(
     """
     before = asyncio.all_tasks()
     urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
-    variables = {"GOLLAMA_JWT_SECRET": SECRET}
+    # A drain that does not end by itself makes a test fail.
+    variables = {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_SERVER_DRAIN": "3600"}
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = _spelled(value)
     variables |= environ or {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -684,6 +685,20 @@ async def test_a_client_that_does_not_read_for_too_long_is_given_up() -> None:
     stage.sink.buffered = WRITE_BUFFER + 1
     with pytest.raises(ClientStalledError):
         await stage.run(write_timeout=0.01)
+
+
+async def test_a_client_is_not_given_up_because_the_event_loop_was_held_up() -> None:
+    """It may have read meanwhile: timers come before sockets."""
+    stage = Stage()
+    stage.stream(role())
+    stage.sink.buffered = WRITE_BUFFER + 1
+    running = asyncio.create_task(stage.run(write_timeout=0.5))
+    await steps()
+    time.sleep(0.7)  # noqa: ASYNC251 (no callback runs meanwhile)
+    asyncio.get_running_loop().call_later(0.001, stage.sink.room.set)
+    stage.parts(done())
+    stage.relay.answer_ended()
+    await running
 
 
 async def test_the_end_waits_for_the_client_too() -> None:

@@ -453,7 +453,7 @@ async def test_a_name_that_resolves_to_a_refused_address_is_not_followed(
     with pytest.raises(WorkerError) as info:
         await pool_of("http://gpu.lan").dial()
     assert info.value.code is Code.WORKER_UNREACHABLE
-    assert info.value.message == "Worker gpu.lan:80 cannot be reached."
+    assert info.value.message == "Worker gpu.lan cannot be reached."
     assert "which is a cloud's metadata service" in info.value.detail
 
 

@@ -32,6 +32,7 @@ TABLE = {
     "request_cancelled": (403, "permission_error"),
     "insufficient_scope": (403, "permission_error"),
     "local_only": (403, "permission_error"),
+    "address_refused": (403, "permission_error"),
     "model_not_found": (404, "invalid_request_error"),
     "unknown_url": (404, "invalid_request_error"),
     "not_found": (404, "invalid_request_error"),
