@@ -133,16 +133,28 @@ class AgentApi:
     async def _put(self, request: web.BaseRequest, record: Record) -> Response:
         name, agent, secret = self._admit(request, record)
         body = decode(await receive(request, BODY_TIMEOUT, MAX_BODY), Registration)
-        peer = _unmapped(request.remote or "")
-        worker = await self._pinned(_load(name, body.worker), peer)
-        self._refuse_clash(worker)
-        lease = self._hub.agents.begin(worker, agent)
-        status = 200
-        if lease.state is LeaseState.PROVING:
-            await self._prove(lease, body.proof_port, secret, peer)
-            status = 201
         report = msgspec.to_builtins(body.report)
-        found = await self._renew(lease, worker, report)
+        peer, status, found = _unmapped(request.remote or ""), 200, None
+        lease = self._hub.agents.find(name)
+        if lease is not None and lease.is_of(agent) and lease.table == body.worker:
+            if addresses.is_plain(lease.worker.origin.host):
+                self._hub.agents.check_address(lease.worker.origin.host, peer)
+            found = self._find(name)
+        else:
+            worker = await self._pinned(_load(name, body.worker), peer)
+            self._refuse_clash(worker)
+            lease = self._hub.agents.begin(worker, agent)
+            if lease.state is LeaseState.PROVING:
+                await self._prove(lease, body.proof_port, secret, peer)
+                status = 201
+            lease.worker, lease.table = worker, body.worker
+        served = lease.report.get("serving")
+        self._hub.agents.renew(lease, report)
+        if found is None:
+            async with self._hub.changing:
+                found = await self._put_in_force(lease, record.subject)
+        if report.get("serving") is not served:
+            found.suspect()  # its server came back, or ended: look at once
         record.routine = status == 200
         if body.sleeping is not lease.sleeping:
             await self._put_to_sleep(lease, found, sleeping=body.sleeping)
@@ -238,15 +250,18 @@ class AgentApi:
         Raises:
             RequestError: 403, it does not; the lease has ended then.
         """
-        proved = False
+        proved, host = False, lease.worker.origin.host
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             reason = await _challenge(lease.worker, port, secret)
             proved = not reason
+            if not proved and host != peer:
+                # Of another machine nothing is revealed, not even by the time it took.
+                await asyncio.sleep(began + PROOF_TIMEOUT - loop.time())
         finally:
             self._hub.agents.conclude(lease, proved=proved)
         if not proved:
-            host = lease.worker.origin.host
-            # Of another machine, nothing is revealed.
             detail = f" ({reason})" if host == peer else ""
             text = (
                 f"The agent did not answer the hub at {host}, port {port}{detail}. It "
@@ -272,43 +287,35 @@ class AgentApi:
 
     # --- Workers ------------------------------------------------------------------
 
-    async def _renew(
-        self, lease: WorkerLease, worker: WorkerConfig, report: dict[str, Any]
-    ) -> Worker:
+    async def _put_in_force(self, lease: WorkerLease, subject: str) -> Worker:
         """Put the worker of a lease into the fleet, or its new settings in force.
 
         Raises:
             RequestError: 409, its name or address was taken in the meantime.
         """
-        served = lease.report.get("serving")
-        self._hub.agents.renew(lease, report)
-        lease.worker = worker
-        known, stored = self._find(worker.name), self._hub.state.find(worker.name)
-        holder = None if stored is None else stored.agent.get("digest")
-        if known is None or known.config != worker or holder != lease.agent:
-            async with self._hub.changing:
-                return await self._put_in_force(lease)
-        if report.get("serving") is not served:
-            known.suspect()  # its server came back, or ended: look at once
-        return known
-
-    async def _put_in_force(self, lease: WorkerLease) -> Worker:
         registry, worker = self._hub.registry, lease.worker
         try:
             await self._hub.prepare(worker)
             if self._hub.agents.find(worker.name) is not lease:
                 raise ConfigError(f"the lease of {worker.name!r} has ended meanwhile")
-            if self._find(worker.name) is None:
+            known = self._find(worker.name)
+            if known is None:
                 found = registry.add(worker, Source.AGENT)
                 stored = self._hub.state.find(worker.name)
                 if stored is not None and stored.hold:
                     found.hold(Hold(stored.hold))  # it was held when its lease ended
-                logger.info("worker %s: registered at %s", worker.name, worker.url)
+                logger.info(
+                    "worker %s: registered at %s by %s",
+                    worker.name,
+                    worker.url,
+                    subject,
+                )
+            elif known.source is not Source.AGENT:
+                raise ConfigError(f"{worker.name!r} is the name of {known.config.url}")
             else:
                 found = registry.replace(worker)
         except ConfigError as exc:
-            if self._hub.agents.find(worker.name) is lease:
-                self._hub.agents.release(worker.name)
+            await self.remove(lease, str(exc))
             raise RequestError(Code.CONFLICT, f"{exc}.", param="name") from None
         await self._keep(lease)
         return found

@@ -63,6 +63,8 @@ class WorkerLease:
     state: LeaseState = LeaseState.PROVING
     expires: float = math.inf  # monotonic seconds
     sleeping: bool = False  # its machine sleeps until the hub wakes it
+    # The table that the agent registered last, before a name in it was resolved.
+    table: dict[str, Any] = field(default_factory=dict, repr=False)
     # What the agent reports of its machine, as it is shown to operators.
     report: dict[str, Any] = field(default_factory=dict, repr=False)
 

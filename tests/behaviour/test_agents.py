@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from gollama_proxy.config.load import load_worker
+from gollama_proxy.control import agents as api
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.worker import SETTLING, WorkerState
 from tests.fakes.agent import AgentProcess, HandAgent
@@ -527,7 +529,37 @@ async def test_settings_and_reports_are_taken_up() -> None:
         assert lease.report == {"host": "desk", "devices": [device]}
 
 
-async def test_an_address_that_is_not_proved_is_refused() -> None:
+async def test_an_operator_may_change_a_registered_worker() -> None:
+    async with registering() as agent:
+        table = {"url": agent.url, "weight": 2}
+        assert (await agent.put(worker=table)).status == 201
+        hub, operator = agent.hub, agent.hub.token("op", scope="admin")
+        async with await hub.wire() as wire:
+            path = "/admin/workers/desk"
+            await wire.post(path, {"weight": 5}, operator, method="PATCH")
+            assert (await wire.read_response()).status == 200
+        (worker,) = hub.hub.registry.workers
+        assert (await agent.put(worker=table)).status == 200
+        assert worker.config.weight == 5  # until its agent registers something else
+        assert (await agent.put(worker=table | {"weight": 3})).status == 200
+        assert worker.config.weight == 3
+
+
+async def test_a_name_that_is_taken_during_a_proof_is_refused() -> None:
+    async with registering() as agent, ScriptedWorker() as other:
+        agent.on_proof = lambda: agent.hub.hub.registry.add(
+            load_worker("worker", {"name": "desk", "url": other.url}, {})
+        )
+        assert error_of(await agent.put())[:2] == (409, "conflict")
+        (worker,) = agent.hub.hub.registry.workers
+        assert worker.config.url == other.url
+        assert agent.hub.hub.agents.find("desk") is None
+
+
+async def test_an_address_that_is_not_proved_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(api, "PROOF_TIMEOUT", 0.5)
     async with registering() as agent:
         agent.answers = False
         status, code, text = error_of(await agent.put())

@@ -7,7 +7,7 @@ import contextlib
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class HandAgent:
         self.port = 0
         self.proofs = 0
         self.answers = True
+        self.on_proof: Callable[[], object] | None = None
 
     def __repr__(self) -> str:
         return f"<HandAgent {self.name} {self.url} proofs={self.proofs}>"
@@ -106,6 +107,8 @@ class HandAgent:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         nonce = head.split()[1].rpartition("/")[2]
         self.proofs += 1
+        if self.on_proof is not None:
+            self.on_proof()
         body = answer_to(nonce, self.secret.encode(), self.name)
         if not self.answers:
             body = body[::-1]
