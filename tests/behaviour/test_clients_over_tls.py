@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import random
 import ssl
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from gollama_proxy.config import watch
+from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.fleet.worker import WorkerState
 from tests.fakes.asks import CHAT, MIB, STREAM, WHOLE
 from tests.fakes.authority import Authority, Pair
@@ -368,6 +371,43 @@ async def test_a_renewed_certificate_serves_new_connections(
     broken = [r for r in caplog.records if "going on" in r.getMessage()]
     assert all(f"server.tls_key = {pair.key!r}: " in r.getMessage() for r in broken)
     assert len(broken) <= 2  # one for each thing that was written
+
+
+async def test_another_certificate_serves_new_connections(
+    authority: Authority, pair: Pair
+) -> None:
+    """Another file, in the settings; TLS itself is turned off by a restart only."""
+    other = authority.issue(file="other")
+    async with ScriptedWorker() as worker, hub_of(authority, pair, worker) as hub:
+        worker.script(
+            send(sse_head() + chunk(role() + token("a"))),
+            wait("changed"),
+            send(chunk(finish() + done()) + last_chunk()),
+            close(),
+        )
+        first = await presented(hub)
+        async with await hub.open(CHAT, STREAM) as wire:
+            assert await wire.read_event() == role()
+            config = hub.hub.config
+            server = structs.replace(
+                config.server, tls_certificate=other.certificate, tls_key=other.key
+            )
+            changes = await hub.hub.apply(dataclasses.replace(config, server=server))
+            assert [change.key for change in changes.settings] == [
+                "server.tls_certificate",
+                "server.tls_key",
+            ]
+            second = await presented(hub)
+            assert second != first
+            lost = structs.replace(server, tls_key="/nowhere")
+            with pytest.raises(ConfigError, match=r"server\.tls_key = '/nowhere'"):
+                await hub.hub.apply(dataclasses.replace(config, server=lost))
+            off = structs.replace(server, tls_certificate="", tls_key="")
+            changes = await hub.hub.apply(dataclasses.replace(config, server=off))
+            assert len(changes.restart) == 2
+            assert await presented(hub) == second
+            worker.release("changed")
+            assert await wire.read_events() == [token("a"), finish(), done()]
 
 
 async def test_reload_does_not_wait_for_its_turn(

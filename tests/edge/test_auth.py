@@ -1053,6 +1053,29 @@ def test_a_principal_shows_whom_it_is_and_not_what_else_its_token_says() -> None
     assert principal.models == ("secret",)
 
 
+def test_other_settings_count_for_tokens_that_were_accepted_before() -> None:
+    checker = authenticator()
+    token = bearer(signed())
+    assert checker.authenticate(token).subject == "alice"
+    checker.revoke(Revoked(subjects=frozenset({"bob"})))
+    checker.reconfigure(Config(auth=Auth(issuer="x"), secrets=(SECRET,)))
+    assert refused(checker, token).detail
+    assert checker.authenticate(bearer(signed(iss="x"))).subject == "alice"
+    assert refused(checker, bearer(signed(iss="x", sub="bob"))).detail
+    checker.reconfigure(Config(auth=Auth(), secrets=(OTHER_SECRET,)))
+    assert refused(checker, token).detail
+    checker.reconfigure(Config(auth=Auth(mode="off")))
+    assert checker.authenticate([]).subject == "anonymous"
+
+
+def test_a_wrong_key_changes_nothing() -> None:
+    checker = authenticator()
+    auth = Auth(algorithm="ES256", public_key_file="keys.pem")
+    with pytest.raises(ConfigError, match="holds a key that is not ES256"):
+        checker.reconfigure(Config(auth=auth, public_keys=("no key",)))
+    assert checker.authenticate(bearer(signed())).subject == "alice"
+
+
 def test_a_key_of_another_kind_is_named_by_its_file() -> None:
     loaded = Config(
         auth=Auth(algorithm="ES256", public_key_file="keys.pem"),

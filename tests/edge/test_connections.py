@@ -52,6 +52,24 @@ def test_as_many_as_one_address_may_have() -> None:
     assert not connections._by_address  # nobody is remembered who has left
 
 
+def test_other_limits_are_for_new_connections() -> None:
+    connections = ConnectionLimiter(Limits(connections=2), Clock())
+    assert [connections.enter("10.0.0.1") for _ in range(2)] == [True, True]
+    connections.reconfigure(Limits(connections=3, connections_per_address=1))
+    assert connections.enter("10.0.0.1")  # those before were not counted by address
+    connections.reconfigure(Limits(connections=9, connections_per_address=1))
+    assert not connections.enter("10.0.0.1")
+    connections.leave("10.0.0.1")
+    assert connections.enter("10.0.0.1")
+    connections.reconfigure(Limits(connections=9))
+    assert connections.enter("10.0.0.1")
+    for _ in range(4):
+        connections.leave("10.0.0.1")
+    assert connections.open == 0
+    connections.reconfigure(Limits(connections_per_address=1))
+    assert [connections.enter("10.0.0.1") for _ in range(2)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("address", "name"),
     [

@@ -219,3 +219,13 @@ def test_the_networks_are_settings(clock: Clock, networks: Any, allowed: bool) -
         return
     with pytest.raises(RequestError, match=r"agents\.networks"):
         fleet.check_address("8.8.8.8", FAR)
+
+
+def test_other_settings_are_for_new_leases_and_renewals(clock: Clock) -> None:
+    fleet = Agents(Settings(limit=0), clock)
+    assert refusal(fleet, worker("a"), ONE).code is Code.CONFLICT
+    fleet.reconfigure(Settings(lease=7.0, networks=()))
+    lease = leased(fleet, worker("a"))
+    assert lease.expires == clock() + 7
+    with pytest.raises(RequestError, match=r"agents\.networks"):
+        fleet.check_address("10.0.0.1", FAR)

@@ -67,6 +67,33 @@ def take(breaker: Breaker) -> Permit:
     return permit
 
 
+# --- Another policy ---------------------------------------------------------------
+
+
+def test_another_policy_counts_at_once_and_an_open_breaker_stays_open() -> None:
+    breaker, clock = make()
+    record(breaker, BAD, BAD)
+    breaker.follow(Policy(jitter=0.0, consecutive=3, open=7.0))
+    record(breaker, BAD)
+    assert breaker.state is BreakerState.OPEN
+    breaker.follow(Policy(jitter=0.0, open=1.0, proofs=1))
+    assert breaker.opens_in() == 7.0
+    clock.advance(7)
+    prove(breaker, True)
+    assert breaker.state is BreakerState.CLOSED
+
+
+def test_calls_are_counted_anew_in_another_window() -> None:
+    breaker, _ = make(policy=Policy(consecutive=100, minimum_calls=4))
+    record(breaker, BAD, BAD, BAD)
+    breaker.follow(Policy(consecutive=100, minimum_calls=4, window=5.0))
+    record(breaker, BAD, BAD, BAD)
+    assert breaker.state is BreakerState.CLOSED
+    record(breaker, BAD)
+    assert breaker.state is BreakerState.OPEN
+    assert breaker.reason == "4 of 4 failed in 5 s"
+
+
 # --- The table --------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from gollama_proxy.config.settings import Health, Origin, WorkerConfig
 from gollama_proxy.fleet.groups import KEPT, MOST, Groups, member_of
 from gollama_proxy.upstream.dial import Endpoint
 from tests.fakes.clock import Clock
+from tests.fakes.waiting import until
 
 
 def configured(*urls: str) -> tuple[WorkerConfig, ...]:
@@ -63,6 +64,19 @@ async def test_each_address_is_a_worker_with_the_settings_of_the_group(
     assert one.origin == Origin("http", "llama.lan", 8080, "", "10.0.0.1")
     assert one.origin.authority == "llama.lan:8080", "for `Host`, and for TLS"
     assert one.parent == "llama.lan"
+
+
+async def test_names_are_looked_up_at_once_with_other_settings(names: Names) -> None:
+    names.answers["llama.lan"] = at("10.0.0.1")
+    names.groups.follow(GROUP)
+    names.groups.start()
+    await names.groups.looked_up()
+    names.answers["llama.lan"] = at("10.0.0.2")
+    names.groups.reconfigure(Health(rise=2))
+    await until(lambda: names.changes == 2)
+    [member] = names.groups.expand(GROUP)
+    assert member.origin.address == "10.0.0.2"
+    await names.groups.stop()
 
 
 async def test_addresses_come_and_go(names: Names) -> None:

@@ -140,6 +140,19 @@ async def test_a_limit_of_zero_keeps_nothing() -> None:
         await worker.idle()
 
 
+async def test_idle_connections_are_kept_as_long_as_other_settings_have_it() -> None:
+    async with ScriptedWorker() as worker:
+        clock = Clock()
+        pool = pool_of(worker.url, clock)
+        connection = await dial_and_use(pool)
+        pool.give_back(connection)
+        environ = {"GOLLAMA_UPSTREAM_KEEPALIVE": "0.5"}
+        pool.reconfigure(pool.worker, config.load(None, environ, {}, [worker.url]))
+        clock.advance(0.6)
+        assert pool.reuse() is None
+        pool.close()
+
+
 async def test_a_connection_that_the_worker_has_closed_is_not_reused() -> None:
     async with ScriptedWorker() as worker:
         pool = pool_of(worker.url)
