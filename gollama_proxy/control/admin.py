@@ -204,6 +204,7 @@ class Admin:
         patch = await self._read(call)
         async with self._hub.changing:
             worker = self._worker(call.name)
+            _refuse_member(worker)
             before, row = worker.config, self._row_of(worker)
             if worker.source is Source.AGENT and not {"name", "url"}.isdisjoint(patch):
                 key = "name" if "name" in patch else "url"
@@ -492,6 +493,16 @@ def _load(row: Mapping[str, Any], ours: Collection[str] | None = None) -> Worker
         text = f"workers.url = {config.url[:80]!r}: a group is for the settings file."
         raise RequestError(Code.INVALID_VALUE, text, param="url")
     return config
+
+
+def _refuse_member(worker: Worker) -> None:
+    """Refuse to change one worker of a group: all of them have the same settings."""
+    if worker.config.parent:
+        text = (
+            f"The worker {worker.name!r} belongs to the group "
+            f"{worker.config.parent!r}; change that in the settings file."
+        )
+        raise RequestError(Code.INVALID_VALUE, text, param="name")
 
 
 def _refuse_files(row: Mapping[str, Any]) -> None:

@@ -58,10 +58,7 @@ def decide(
     (`retry.patience`).
     """
     plan = case.plan
-    missed = [pool.missed for pool in case.pools]
     candidates = plan.candidates()
-    for pool, before in zip(case.pools, missed, strict=True):
-        pool.missed = before  # or a machine would be woken for it
     model = plan.pool.model
     if not candidates:
         sleepers = (waker.would_wake(pool, plan.awaits) for pool in plan.pools)

@@ -161,6 +161,8 @@ class Plan:
         """Record the worker of an attempt."""
         self._tried[self._place].append(worker)
         self._last = worker
+        if self._place and not self.begun:
+            self._pools[0].missed = True  # it may have a machine that can be woken
         self.begun = True
         if self._again:
             self._again = self._repeat = False
@@ -277,7 +279,6 @@ class Plan:
         """Move on to the next fallback with a worker; False if there is none."""
         for place in self._fallbacks():
             if self._untried(place):
-                self.pool.missed = not self.pool.able
                 self._turn_to(place)
                 self._free = True
                 return True

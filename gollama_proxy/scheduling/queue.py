@@ -295,8 +295,7 @@ class Queue(Listener):
         try:
             while not plan.candidates():
                 left = end - self._clock()
-                woken = [self._waker.wake_for(p, plan.awaits) for p in plan.pools]
-                if any(woken):
+                if any(self._waker.wake_for(p, plan.awaits) for p in plan.pools):
                     left = WAKING_CHECK
                 elif left <= 0 or not plan.can_wait(left):
                     # A worker may have reopened between the two looks at the clock.

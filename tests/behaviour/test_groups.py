@@ -50,6 +50,14 @@ async def test_workers_follow_the_addresses_of_a_name(
             [request] = worker.requests
             assert request.values("host") == [f"llama.test:{worker.port}"]
 
+            path = "/admin/workers/llama.test-127.0.0.1"
+            admin = hub.token(scope="admin")
+            async with await hub.wire() as wire:
+                await wire.post(path, {"weight": 2}, admin, method="PATCH")
+                answer = await wire.read_response()
+            assert answer.status == 400
+            assert "belongs to the group 'llama.test'" in answer.body.decode()
+
             addresses.remove("127.0.0.2")
             await until(lambda: len(registry.workers) == 1, f"one: {registry!r}")
             assert (await hub.post(CHAT, WHOLE)).status == 200
