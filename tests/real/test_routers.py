@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +12,15 @@ from typing import Any
 
 import pytest
 
+from gollama_proxy.config import load as config
+from gollama_proxy.config.settings import Health
+from gollama_proxy.upstream import probe
+from gollama_proxy.upstream.client import fetch
+from gollama_proxy.upstream.dial import Target
+from gollama_proxy.upstream.probe import MAX_ANSWER
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub
-from tests.fakes.waiting import until
+from tests.fakes.waiting import DEADLINE, until
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
@@ -78,3 +87,38 @@ async def test_a_prompt_is_counted_by_a_router(
         second = await hub.post(CHAT, long)
         assert second.json()["error"]["code"] == "context_length_exceeded"
         assert second.header("x-gollama-worker") is None
+
+
+async def test_a_router_reports_how_far_it_has_loaded_a_model(
+    tiny_model: Path, llama_server: Callable[..., LlamaServer], tmp_path: Path
+) -> None:
+    (tmp_path / "models").mkdir()
+    shutil.copy(tiny_model, tmp_path / "models" / "alpha.gguf")
+    server = llama_server(None, args=("--models-dir", str(tmp_path / "models")))
+    [worker] = config.load(None, {}, {}, [server.url]).workers
+    target, health = Target(worker), Health()
+    notes: list[tuple[str, float | None]] = []
+
+    async def have(path: str, status: str) -> None:
+        """Load or unload the model, and wait until that is done."""
+        body = b'{"model": "alpha"}'
+        reply = await fetch(target, path, body, limit=MAX_ANSWER, timeout=25)
+        assert reply.status == 200
+        while status not in await models():
+            pass
+
+    async def models() -> str:
+        reply = await fetch(target, "/models", limit=MAX_ANSWER, timeout=25)
+        [row] = json.loads(reply.body)["data"]
+        return str(row["status"]["value"]).join("<>")
+
+    async with asyncio.timeout(DEADLINE):
+        following = asyncio.create_task(
+            probe.follow_loading(target, lambda *note: notes.append(note), health)
+        )
+        while ("alpha", 1.0) not in notes or notes[-1] != ("alpha", None):
+            await have("/models/load", "<loaded>")
+            await have("/models/unload", "<unloaded>")
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following
