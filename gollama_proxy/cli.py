@@ -1,9 +1,9 @@
 """The command line: `gollama-proxy serve`, `agent`, `secret`, `token` and more.
 
-Exit status: 0 for success, 1 if a worker is unusable or a second signal cut answers, 2
-for a wrong setting or flag, 130 after Ctrl-C with nothing to drain.  With status 2,
-each mistake is one line with the key, its value and what is allowed.  All commands look
-for the settings file in the same places.
+Exit status: 0 for success, 1 if a worker is unusable, a second signal cut answers, or a
+hub does not answer or refuses, 2 for a wrong setting or flag, 130 after Ctrl-C with
+nothing to drain.  With status 2, each mistake is one line with the key, its value and
+what is allowed.  All commands with settings look for their file in the same places.
 
 Each command imports what it needs when it runs, so that `token` and `--help` do not
 wait for the libraries of the server.

@@ -77,7 +77,7 @@ def _add_hub_flags(parser: argparse.ArgumentParser, default: Any = None) -> None
     token = parser.add_mutually_exclusive_group()
     add = partial(token.add_argument, default=default)
     add("--token-file", metavar="FILE", help="file with the token, for its owner only")
-    text = "the token itself, which all users of this machine can see meanwhile"
+    text = "the token itself; the list of processes shows it to all users"
     add("--token", help=text)
     add = partial(parser.add_argument, default=default)
     text = "PEM file with the CAs of an https hub; default: those of the system"
