@@ -155,6 +155,7 @@ def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="MODEL", action="append", help=text)
     add("--weight", help="its share, for the policies that use one")
     add("--vram-gib", metavar="GIB", help="memory of its graphics cards")
+    add("--mac", metavar="ADDRESS", help="of its machine, which may sleep and be woken")
     text = "environment variable of the hub with the API key of the worker"
     add("--api-key-env", metavar="VARIABLE", help=text)
 
@@ -250,6 +251,7 @@ def _worker_keys(args: argparse.Namespace) -> Json:
         "models": args.model,
         "weight": _number("--weight", args.weight),
         "vram_gib": _number("--vram-gib", args.vram_gib),
+        "mac": args.mac,
         "api_key_env": args.api_key_env,
     }
     return {key: value for key, value in keys.items() if value is not None}
@@ -476,6 +478,11 @@ _WORKER_ACTIONS: dict[str, tuple[_Run, _Fill, str]] = {
         "give a worker no new request; running ones go on",
     ),
     "unpause": (partial(_change_worker, "unpause"), _fill_name, "end a pause"),
+    "wake": (
+        partial(_change_worker, "wake"),
+        _fill_name,
+        "wake the machine of a worker that sleeps",
+    ),
     "reset-breaker": (
         partial(_change_worker, "reset-breaker"),
         _fill_name,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from gollama_proxy.cli import main
-from gollama_proxy.fleet.worker import Hold
+from gollama_proxy.fleet.worker import Hold, WorkerState
 from tests.fakes.asks import CHAT, RARELY, STREAM
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
@@ -44,6 +44,7 @@ COMMANDS = [
     ["workers", "undrain", "a"],
     ["workers", "pause", "a"],
     ["workers", "unpause", "a"],
+    ["workers", "wake", "a"],
     ["workers", "reset-breaker", "a"],
     ["drain", "a"],
     ["undrain", "a"],
@@ -188,6 +189,26 @@ async def test_a_worker_is_held_back_and_released(run: Run) -> None:
             assert (done.status, worker.held) == (0, hold), argv
         changed = (await run("drain", worker.name, "--json", hub=hub)).json()
         assert changed["worker"]["hold"] == "draining"
+
+
+async def test_a_machine_is_woken(run: Run) -> None:
+    # The discard port: nothing has to listen there.
+    settings = {"health__timeout": 0.2, "wake__broadcast": "127.0.0.1:9"}
+    async with (
+        ScriptedWorker() as machine,
+        ScriptedWorker() as other,
+        running_hub(other, **CALM, **settings) as hub,
+    ):
+        machine.hang_health = True
+        flags = ["--name", "desktop", "--mac", "02:00:00:00:00:01", "--model", "qwen"]
+        await run("workers", "add", machine.url, *flags, hub=hub)
+        worker = hub.hub.registry.find("desktop")
+        await until(lambda: worker.state is WorkerState.ASLEEP)
+        done = await run("workers", "wake", "desktop", hub=hub)
+        assert done == Done(0, "desktop: waking\n", "")
+        done = await run("workers", "wake", names(hub)[0], hub=hub)
+        assert done.status == 2
+        assert "cannot be woken" in done.error
 
 
 # --- Requests ---------------------------------------------------------------------
@@ -580,6 +601,7 @@ async def test_a_hub_with_tls(
         (["workers", "add", "http://h", "--weight", "-1"], "weight = -1"),
         (["workers", "add", "http://h", "--weight", "nan"], "--weight = 'nan'"),
         (["workers", "add", "http://h", "--vram-gib", "x"], "--vram-gib = 'x'"),
+        (["workers", "add", "http://h", "--mac", "x"], "mac = 'x'"),
         (["workers", "add", "http://h", "--api-key-env", "HOME"], "api_key_env"),
         (["workers", "set", "a"], "nothing to set: give a flag"),
         (["workers", "set", "a", "--slots", "1.5"], "--slots = '1.5': must be"),
