@@ -342,7 +342,7 @@ def test_a_second_signal_cuts(
     assert "no worker can be used" in caplog.text
 
 
-async def test_signals_show_what_came() -> None:
+async def test_signals_show_which_were_received() -> None:
     signals = Signals()
     signals.receive()
     assert repr(signals) == "<Signals asked=True insisted=False>"
@@ -413,7 +413,7 @@ async def test_a_state_folder_belongs_to_one_hub(
             await fourth.until("listening on")
 
 
-async def test_serve_starts_with_no_worker_that_can_be_reached(
+async def test_serve_starts_without_reachable_workers(
     environ: dict[str, str],
 ) -> None:
     environ["GOLLAMA_LOG_FORMAT"] = "json"
@@ -432,7 +432,7 @@ async def test_serve_starts_with_no_worker_that_can_be_reached(
     assert "Traceback" not in hub.output
 
 
-async def test_serve_warns_once_of_names_that_nobody_serves(
+async def test_serve_warns_once_about_names_that_no_worker_serves(
     environ: dict[str, str],
 ) -> None:
     environ["GOLLAMA_MODELS_ALIASES"] = "gpt=nobody,good=qwen"
@@ -459,7 +459,7 @@ async def test_serve_warns_once_of_names_that_nobody_serves(
         ({"GOLLAMA_SERVER_HOST": "0.0.0.0", "TLS": "1"}, False),
     ],
 )
-def test_listening_beyond_the_machine_without_tls_is_warned_of_once(
+def test_listening_on_the_network_without_tls_gives_one_warning(
     settings: dict[str, str],
     warned: bool,
     stage: type[StageHub],
@@ -477,7 +477,7 @@ def test_listening_beyond_the_machine_without_tls_is_warned_of_once(
     assert len(told) == warned
 
 
-async def test_sighup_says_what_it_did_and_what_it_cannot(
+async def test_sighup_logs_what_was_reloaded(
     environ: dict[str, str], authority: Authority, tmp_path: Path
 ) -> None:
     revoked = tmp_path / "revoked"
@@ -570,9 +570,7 @@ def test_a_start_imports_nothing_that_only_later_is_needed(
     assert done.stdout == "\n"
 
 
-def test_the_certificates_of_the_system_are_left_to_connections_that_need_them() -> (
-    None
-):
+def test_the_systems_certificates_are_loaded_only_when_needed() -> None:
     """Where they are is changed while aiohttp is imported, and only then."""
     code = """
 import os, ssl
@@ -596,7 +594,7 @@ assert not any(loaded), loaded
 # --- secret -----------------------------------------------------------------------
 
 
-def test_a_secret_is_new_and_good_enough(
+def test_a_secret_is_new_and_strong_enough(
     environ: dict[str, str], capsys: Output
 ) -> None:
     made = set()
@@ -612,7 +610,7 @@ def test_a_secret_is_new_and_good_enough(
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o666, 0o640, 0o600])
-def test_the_file_of_a_secret_is_for_its_owner(
+def test_a_secret_file_is_readable_by_its_owner_only(
     mode: int, environ: dict[str, str], tmp_path: Path, capsys: Output
 ) -> None:
     """As in `gollama-proxy secret > gollama.secret`; what comes of it can be used."""
@@ -648,7 +646,7 @@ def minted(capsys: Output) -> str:
     return token
 
 
-def test_a_token_says_who_and_until_when(capsys: Output) -> None:
+def test_a_token_has_a_subject_and_an_expiry(capsys: Output) -> None:
     assert main(["token", "--sub", "alice"]) == 0
     claims = jwt.decode(minted(capsys), SECRET, ["HS256"])
     assert claims["sub"] == "alice"
@@ -896,7 +894,7 @@ def test_a_token_needs_nothing_of_the_workers(
     assert "MAC_KEY" in capsys.readouterr().err
 
 
-def test_a_token_of_a_hub_without_authentication_says_so(
+def test_a_token_for_a_hub_without_authentication_gives_a_warning(
     environ: dict[str, str], capsys: Output
 ) -> None:
     environ["GOLLAMA_AUTH_MODE"] = "off"
@@ -952,11 +950,11 @@ def test_where_the_settings_file_is_looked_for(
     assert "note: settings are from no file\n" in capsys.readouterr().err
 
 
-def test_the_places_are_these() -> None:
+def test_the_places_of_the_settings_file() -> None:
     assert config.PLACES == ("gollama.toml", "/etc/gollama-proxy/gollama.toml")
 
 
-def test_a_settings_file_that_is_named_has_to_be_there(
+def test_a_named_settings_file_must_exist(
     places: dict[str, Path], environ: dict[str, str], capsys: Output
 ) -> None:
     for argv in (["-c", "nowhere"], ["-c", ""]):
@@ -967,7 +965,7 @@ def test_a_settings_file_that_is_named_has_to_be_there(
     assert "nowhere: cannot be read: No such file" in one_line(capsys)
 
 
-def test_a_settings_file_that_cannot_be_read_is_not_passed_over(
+def test_an_unreadable_settings_file_is_an_error(
     places: dict[str, Path], capsys: Output
 ) -> None:
     """Its settings would count for the hub, and not for the token."""
@@ -978,7 +976,7 @@ def test_a_settings_file_that_cannot_be_read_is_not_passed_over(
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
-def test_every_command_says_where_its_settings_are_from(
+def test_every_command_names_the_source_of_its_settings(
     command: str,
     places: dict[str, Path],
     stage: type[StageHub],
@@ -1045,7 +1043,7 @@ def table(capsys: Output) -> list[list[str]]:
     return [re.split(r"\s{2,}", line.strip()) for line in lines[1:]]
 
 
-def test_check_shows_what_is_in_force(
+def test_check_shows_the_effective_settings(
     findings: dict[str, Finding], tmp_path: Path, capsys: Output
 ) -> None:
     """Slots and models as the settings state them, and not as the worker does."""
@@ -1080,7 +1078,7 @@ def test_check_shows_what_is_in_force(
         ("default_model = 'nobody'", "models.default_model: no worker serves"),
     ],
 )
-def test_check_tells_of_names_that_nobody_serves(
+def test_check_reports_names_that_no_worker_serves(
     models: str,
     told: str,
     findings: dict[str, Finding],
@@ -1099,7 +1097,7 @@ def test_check_tells_of_names_that_nobody_serves(
     assert "no worker serves" not in capsys.readouterr().out
 
 
-def test_check_folds_rather_than_cuts_on_a_terminal(
+def test_check_wraps_lines_on_a_terminal(
     findings: dict[str, Finding],
     environ: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
@@ -1147,7 +1145,7 @@ async def test_check_of_a_worker_that_answers(
 # --- demo -------------------------------------------------------------------------
 
 
-def test_demo_passes_on_what_it_is_given(
+def test_demo_passes_on_its_arguments(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]
 ) -> None:
     given: dict[str, Any] = {}

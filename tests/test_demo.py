@@ -100,7 +100,7 @@ async def ask_as_printed(output: str) -> str:
 
 
 @pytest.mark.real
-async def test_the_story_that_the_demo_tells(
+async def test_the_demo_runs_from_start_to_end(
     environ: dict[str, str], logs: Path
 ) -> None:
     binary()
@@ -264,7 +264,7 @@ def bare_system(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> Non
         ("--llama-server", "found no model: "),
     ],
 )
-def test_what_is_missing_is_said_in_two_lines(
+def test_missing_programs_are_reported_in_two_lines(
     flag: str | None, missing: str, capsys: Output
 ) -> None:
     assert main(["demo", *([flag, sys.executable] if flag else [])]) == 2
@@ -296,7 +296,7 @@ def test_a_llama_server_that_ends_early(
     assert Path(match[1]).read_text().startswith("1\n2\n")
 
 
-def test_a_llama_server_that_is_no_program(
+def test_a_llama_server_that_is_not_a_program(
     program: Callable[[str], Path], model: Path, capsys: Output
 ) -> None:
     file = program("")

@@ -66,7 +66,7 @@ def teach(worker: Worker, *, reads: float = 0.0, writes: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_each_turn_goes_where_the_first_one_was(stream: bool) -> None:
+async def test_each_turn_goes_to_the_worker_of_the_first(stream: bool) -> None:
     async with (
         ScriptedWorker() as one,
         ScriptedWorker() as two,
@@ -97,7 +97,7 @@ async def test_the_same_words_of_another_subject_are_another_conversation() -> N
         assert (len(busy.requests), len(other.requests)) == (1, 1)
 
 
-async def test_a_policy_for_some_models_only() -> None:
+async def test_a_policy_can_apply_to_some_models_only() -> None:
     async with (
         ScriptedWorker() as one,
         ScriptedWorker() as two,
@@ -117,7 +117,7 @@ async def test_a_policy_for_some_models_only() -> None:
         assert sorted((len(one.requests), len(two.requests))) == [0, 4]
 
 
-async def test_what_is_not_generated_is_no_part_of_a_conversation() -> None:
+async def test_requests_that_generate_nothing_are_not_part_of_a_conversation() -> None:
     async with (
         ScriptedWorker() as one,
         ScriptedWorker() as two,
@@ -151,7 +151,7 @@ async def test_with_one_worker_there_is_nothing_to_remember() -> None:
         {"prompt_n": 5, "prompt_ms": -1, "cache_n": 3},
     ],
 )
-async def test_impossible_timings_are_ignored_and_complained_of_once(
+async def test_impossible_timings_are_ignored_and_reported_once(
     timings: dict[str, float], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with ScriptedWorker() as worker, running_hub(worker, **settings()) as hub:
@@ -166,7 +166,7 @@ async def test_impossible_timings_are_ignored_and_complained_of_once(
         ]
 
 
-async def test_nonsense_in_place_of_timings_is_passed_over() -> None:
+async def test_invalid_timings_are_ignored() -> None:
     async with ScriptedWorker() as worker, running_hub(worker, **settings()) as hub:
         for timings in (
             {"prompt_n": "x"},
@@ -279,13 +279,13 @@ async def test_the_wait_for_a_warm_worker_does_not_grow_with_the_queues_timeout(
     assert balancer.patience == patience
 
 
-async def test_nothing_waits_where_waiting_is_off() -> None:
+async def test_no_request_waits_when_waiting_is_off() -> None:
     async with occupied(queue__size=0) as (_, other, hub, _busy):
         assert (await hub.post(CHAT, turn("x", 2))).status == 200
         assert asked(other) == ["x asks 2"]
 
 
-async def test_its_worker_goes_down_while_a_turn_waits_for_it() -> None:
+async def test_a_turn_goes_elsewhere_when_the_worker_it_waits_for_goes_down() -> None:
     async with occupied(retry__attempts=2) as (warm, other, hub, busy):
         second = asyncio.create_task(hub.post(CHAT, turn("x", 2)), name="fake client x")
         await until(held_up(hub.hub.queue))

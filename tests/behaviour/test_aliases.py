@@ -52,7 +52,9 @@ async def test_each_event_names_the_model_as_the_client_does() -> None:
 
 
 @pytest.mark.parametrize("assemble", [STREAMED, ()])
-async def test_an_answer_in_one_piece_does_so_too(assemble: tuple[str, ...]) -> None:
+async def test_a_complete_answer_names_the_model_as_the_client_does(
+    assemble: tuple[str, ...],
+) -> None:
     async with aliased(upstream__assemble=assemble) as (worker, hub):
         if assemble:
             worker.script(*chat_stream([TRAP], model="qwen", usage=True))
@@ -76,7 +78,7 @@ async def test_a_long_answer_that_is_passed_on_in_pieces_is_not_cut() -> None:
     assert response.json() == json.loads(body) | {"model": "gpt-4o"}
 
 
-async def test_a_name_that_a_wildcard_has_caught_is_named_too() -> None:
+async def test_a_name_matched_by_a_wildcard_is_restored_too() -> None:
     """Whatever it is made of."""
     odd = 'gpt-"\n\\é'
     async with aliased(models__aliases={"gpt-*": "qwen"}) as (worker, hub):

@@ -63,7 +63,7 @@ async def test_the_worker_is_asked_for_a_stream_and_the_client_gets_an_answer() 
     assert got.json()["choices"][0]["message"]["content"] == "Good day"
 
 
-async def test_what_cannot_be_assembled_goes_as_it_is() -> None:
+async def test_requests_that_cannot_be_assembled_are_forwarded_unchanged() -> None:
     body = BODY | {"logprobs": True}
     async with (
         ScriptedWorker("tiny") as worker,
@@ -85,7 +85,7 @@ async def test_on_a_path_with_one_try_nothing_is_assembled() -> None:
         assert worker.requests[0].json() == BODY
 
 
-async def test_a_worker_that_does_not_stream_is_passed_on() -> None:
+async def test_the_answer_of_a_worker_that_does_not_stream_is_passed_on() -> None:
     async with (
         ScriptedWorker("tiny") as worker,
         running_hub(worker, **ASSEMBLING) as hub,
@@ -110,7 +110,7 @@ async def test_another_worker_takes_over_in_the_middle_of_an_answer() -> None:
     assert got.header("x-gollama-attempts") == "2"
 
 
-async def test_an_error_in_the_stream_has_the_workers_words_and_status() -> None:
+async def test_an_error_in_the_stream_keeps_the_workers_message_and_status() -> None:
     async with (
         ScriptedWorker("tiny") as worker,
         running_hub(worker, **ASSEMBLING) as hub,
@@ -122,7 +122,7 @@ async def test_an_error_in_the_stream_has_the_workers_words_and_status() -> None
     assert got.json()["error"]["message"] == "no grammar for this"
 
 
-async def test_a_stream_without_the_text_is_asked_for_again_as_it_was() -> None:
+async def test_a_stream_without_the_text_is_requested_again_unchanged() -> None:
     """An answer that was cut in a half tool call has its raw text only unstreamed."""
     async with (
         ScriptedWorker("tiny") as worker,
@@ -177,7 +177,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
-async def test_what_cannot_be_folded_is_asked_for_as_it_was_and_no_more_in_vain(
+async def test_streams_that_cannot_be_assembled_are_remembered_and_requested_unchanged(
     odd: list[bytes],
 ) -> None:
     """No worker is blamed, and this one gets the next requests unchanged."""
@@ -197,7 +197,7 @@ async def test_what_cannot_be_folded_is_asked_for_as_it_was_and_no_more_in_vain(
         assert not record.in_doubt
 
 
-async def test_what_one_answer_alone_lost_is_not_remembered() -> None:
+async def test_a_single_incomplete_answer_is_not_remembered() -> None:
     async with ScriptedWorker("tiny") as worker, running_hub(worker) as hub:
         for _ in range(2):
             worker.script(
@@ -280,7 +280,9 @@ async def test_other_apis_are_assembled_too(path: str) -> None:
 
 @pytest.mark.parametrize("done_", [b"", b"data: [DONE]\n\n"], ids=["no mark", "done"])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-async def test_half_of_several_choices_is_no_answer(path: str, done_: bytes) -> None:
+async def test_an_answer_without_all_of_its_choices_is_incomplete(
+    path: str, done_: bytes
+) -> None:
     """Although the end of the stream does not mention the other one."""
     more = b"".join(delta(content="word ") for _ in range(40))
     events = delta(1, content="a") + delta(content="b") + more + end()
@@ -313,7 +315,7 @@ async def test_an_error_followed_by_done_is_an_error() -> None:
                 assert not (await wire.read_to_end()).clean
 
 
-async def test_a_stream_of_nothing_is_asked_for_again_as_it_was() -> None:
+async def test_an_empty_stream_is_requested_again_unchanged() -> None:
     """By a server that has its own idea of a stream; its breaker stays closed."""
     async with (
         ScriptedWorker("tiny", build="") as worker,

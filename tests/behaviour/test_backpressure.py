@@ -162,7 +162,7 @@ async def test_tokens_to_a_client_that_does_not_read_come_when_it_does() -> None
     assert response.body == role() + b"".join(tokens) + done()
 
 
-async def test_a_client_that_comes_back_too_late_has_half_an_answer() -> None:
+async def test_a_client_that_reads_too_late_gets_a_truncated_answer() -> None:
     """It can detect that: the length or the last chunk is missing."""
     async with (
         ScriptedWorker() as worker,

@@ -228,7 +228,7 @@ UNKNOWN = ["llama", "", "QWEN", "qwen ", "qwen\u0000", "../qwen", "qwen*", "x" *
         if framing != "bytes" or len(body) < WINDOW
     ],
 )
-async def test_a_wrong_body_is_rejected_with_its_reason(
+async def test_an_invalid_body_is_rejected_with_a_reason(
     name: str, framing: str
 ) -> None:
     body, code, param = BODIES[name]
@@ -247,7 +247,7 @@ async def test_a_wrong_body_is_rejected_with_its_reason(
             assert "hello" not in text
 
 
-async def test_a_model_is_not_looked_for_without_end() -> None:
+async def test_the_search_for_the_model_is_bounded() -> None:
     """A worker cannot be chosen without it, and the hub does not hoard bodies."""
     body = b'{"padding":"' + b"x" * (4 << 20) + b'","model":"qwen"}'
     limits = {"limits__body": 8 << 20, "limits__model_window": 8192}
@@ -292,14 +292,14 @@ async def test_every_route_looks_at_its_body(path: str) -> None:
 @pytest.mark.parametrize(
     "length", ["65537", "1000000000", "99999999999999999", "000000065537"]
 )
-async def test_a_body_that_announces_too_much_is_not_waited_for(length: str) -> None:
+async def test_a_body_announced_as_too_large_is_not_awaited(length: str) -> None:
     async with hub_of_two_models() as hub:
         response = await ask(hub, post_head([("Content-Length", length)]))
         assert "65536 bytes" in check(response, 413, "body_too_large")
         assert response.header("connection") == "close"
 
 
-async def test_a_body_that_announces_too_much_is_rejected_even_if_it_is_sent() -> None:
+async def test_a_body_announced_as_too_large_is_rejected_even_if_it_is_sent() -> None:
     """Its sender reads the answer only when it has sent all: no reset before."""
     async with hub_of_two_models() as hub:
         response = await hub.post(CHAT, BODY[:-1] + b" " * (4 << 20) + b"}")
@@ -338,7 +338,7 @@ async def test_a_body_of_the_largest_size_is_not_too_large() -> None:
         (b'"a":"' + b"x" * 70_000 + b'"}', "body_too_large", None),
     ],
 )
-async def test_what_is_wrong_beyond_the_window_does_not_reach_its_end(
+async def test_a_body_that_is_invalid_beyond_the_window_is_not_completed(
     rest: bytes, code: str, param: str | None
 ) -> None:
     """Its first part streams already, and the worker must not take it for a whole."""
@@ -462,7 +462,7 @@ HEADS: dict[str, tuple[list[tuple[str, str]], int, str]] = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-async def test_a_wrong_head_is_rejected_with_its_reason(name: str) -> None:
+async def test_an_invalid_head_is_rejected_with_a_reason(name: str) -> None:
     """Above all one that two servers could read in two ways."""
     headers, status, code = HEADS[name]
     names = {name.lower() for name, _ in headers}
@@ -496,7 +496,7 @@ async def test_a_wrong_head_is_rejected_with_its_reason(name: str) -> None:
         ("{}", 400, "bad_request"),
     ],
 )
-async def test_a_wrong_request_line_is_rejected_with_its_reason(
+async def test_an_invalid_request_line_is_rejected_with_a_reason(
     line: str, status: int, code: str
 ) -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
@@ -524,7 +524,7 @@ async def test_a_wrong_request_line_is_rejected_with_its_reason(
         b"Host: hub\r\nTransfer-Encoding: \x0bchunked\r\n",
     ],
 )
-async def test_a_malformed_field_is_rejected_with_its_reason(fields: bytes) -> None:
+async def test_a_malformed_field_is_rejected_with_a_reason(fields: bytes) -> None:
     start = f"POST {CHAT} HTTP/1.1\r\nAuthorization: Bearer {mint(sub='a')}\r\n"
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         await wire.send(start.encode() + fields + b"\r\n" + BODY)
@@ -546,7 +546,9 @@ async def test_a_malformed_field_is_rejected_with_its_reason(fields: bytes) -> N
         b"\r\nhello\r\n",
     ],
 )
-async def test_a_badly_framed_body_is_rejected_with_its_reason(framed: bytes) -> None:
+async def test_a_body_with_invalid_framing_is_rejected_with_a_reason(
+    framed: bytes,
+) -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         await wire.send(post_head([("Transfer-Encoding", "chunked")]) + framed)
         check(await wire.read_response(), 400, "bad_request")
@@ -576,7 +578,7 @@ _LENGTH = ("Content-Length", str(len(SMUGGLED)))
         request_head("POST", "/nowhere", None, [_LENGTH]),
     ],
 )
-async def test_the_body_of_a_wrong_request_is_not_taken_for_a_request(
+async def test_the_body_of_an_invalid_request_is_not_read_as_a_request(
     carrier: bytes,
 ) -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
@@ -594,7 +596,7 @@ async def test_the_body_of_a_wrong_request_is_not_taken_for_a_request(
 
 @pytest.mark.parametrize("begin", [b"", b'{"model":"qwen",'])
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-async def test_a_body_that_does_not_come_is_not_waited_for(
+async def test_a_body_that_does_not_arrive_is_not_awaited(
     framing: str, begin: bytes
 ) -> None:
     async with hub_of_two_models(timeouts__body=0.05) as hub:
@@ -613,7 +615,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(
 # --- Pages in a browser -----------------------------------------------------------
 
 
-async def test_a_page_asks_without_a_token_and_without_a_worker() -> None:
+async def test_a_preflight_needs_no_token_and_no_worker() -> None:
     origin = "http://localhost:3000"
     headers = [
         ("Origin", origin),
@@ -654,7 +656,7 @@ async def test_a_client_that_made_a_mistake_may_try_again() -> None:
         assert len(worker.requests) == 1
 
 
-async def test_broken_framing_of_a_body_is_rejected_at_once() -> None:
+async def test_invalid_framing_of_a_body_is_rejected_immediately() -> None:
     """The hub does not wait for the rest of such a body."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         wire = await hub.wire()

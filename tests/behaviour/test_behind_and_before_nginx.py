@@ -108,7 +108,7 @@ payloads = pytest.mark.parametrize("payload", PAYLOADS, ids=lambda p: p.name)
 
 @cuts
 @payloads
-async def test_what_nginx_lets_through_is_no_second_request(
+async def test_requests_that_nginx_accepts_are_not_split_by_the_hub(
     payload: Payload, cut: Cut, before: int, worker: ScriptedWorker
 ) -> None:
     """It is lenient about much, and shares its connections to the hub."""
@@ -124,7 +124,7 @@ async def test_what_nginx_lets_through_is_no_second_request(
 
 @cuts
 @payloads
-async def test_what_the_hub_lets_through_is_one_request_to_nginx(
+async def test_requests_that_the_hub_accepts_are_one_request_to_nginx(
     payload: Payload, cut: Cut, behind: int, worker: ScriptedWorker
 ) -> None:
     worker.requests.clear()
@@ -191,7 +191,7 @@ async def test_every_event_arrives_before_the_next_is_sent(
 @CHAINS
 @pytest.mark.parametrize("end", [reset(), close()], ids=["reset", "close"])
 @pytest.mark.parametrize("number", [1, 3])
-async def test_an_answer_that_broke_off_is_seen_to_have(
+async def test_a_truncated_answer_is_recognised_as_truncated(
     chain: Chain, directives: str, number: int, end: Step, tmp_path: Path
 ) -> None:
     async with ScriptedWorker() as worker, chain(worker, tmp_path, directives) as port:

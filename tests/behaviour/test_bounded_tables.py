@@ -89,7 +89,7 @@ def ask(hub: Hub, model: str, subject: str, outcome: Result) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_made_up_models_and_subjects_are_forgotten(tmp_path: Path, policy: str) -> None:
+def test_unknown_models_and_subjects_are_forgotten(tmp_path: Path, policy: str) -> None:
     clock = Clock()
     before = {id(table) for _, table in tables_of()}
     hub = hub_with(tmp_path, policy, clock)
@@ -169,7 +169,7 @@ def test_tokens_are_remembered_up_to_a_number_and_bad_ones_never(
     assert len(hub.authenticator._known) == 50
 
 
-def test_labels_are_a_few_and_then_others(tmp_path: Path) -> None:
+def test_labels_beyond_a_limit_are_counted_as_other(tmp_path: Path) -> None:
     hub = hub_with(tmp_path, "round_robin", Clock())
     for number in range(MOST_MODELS + 5):
         model = f"m{number}"

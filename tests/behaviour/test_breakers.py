@@ -130,7 +130,7 @@ async def broken(
 @pytest.mark.parametrize(
     "fault", [(reset(),), (send(b"garbage\r\n\r\n"), close())], ids=["reset", "garbage"]
 )
-async def test_a_worker_that_is_in_good_health_and_cannot_generate_is_taken_out(
+async def test_a_healthy_worker_that_cannot_generate_is_taken_out(
     fault: Script,
 ) -> None:
     """And stays out: a ping proves nothing about what it does not use."""
@@ -154,7 +154,7 @@ async def test_a_worker_that_is_in_good_health_and_cannot_generate_is_taken_out(
         assert record.state.value == "ready"
 
 
-async def test_canaries_are_all_that_a_broken_worker_gets() -> None:
+async def test_a_broken_worker_gets_only_canaries() -> None:
     """Its health is good; each failed canary opens the breaker again."""
     async with (
         ScriptedWorker() as bad,
@@ -209,7 +209,7 @@ async def test_a_worker_that_fails_fast_attracts_no_load(fault: Script) -> None:
         assert len(good.requests) == 60
 
 
-async def test_open_breakers_are_reported_at_once_with_a_retry_after() -> None:
+async def test_open_breakers_are_reported_immediately_with_retry_after() -> None:
     """No worker is tried in the hope that it may work."""
     async with broken(breaker__open=60, breaker__open_max=60) as (worker, hub):
         for _ in range(3):
@@ -255,7 +255,7 @@ async def test_what_a_breaker_counts_as_a_failure(end: str) -> None:
         assert count(breaker, Verdict.SLOW) == 0
 
 
-async def test_clients_that_leave_open_no_breaker() -> None:
+async def test_clients_that_disconnect_do_not_open_a_breaker() -> None:
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, breaker__minimum_calls=1) as hub,
@@ -276,7 +276,9 @@ async def test_clients_that_leave_open_no_breaker() -> None:
 # --- Back in ----------------------------------------------------------------------
 
 
-async def test_a_client_that_leaves_after_a_hang_has_left_because_of_it() -> None:
+async def test_a_client_that_disconnects_after_a_hang_counts_against_the_worker() -> (
+    None
+):
     """Within the allowance no worker is blamed; after it, the worker is."""
     clock = Clock()
     async with (
@@ -298,7 +300,7 @@ async def test_a_client_that_leaves_after_a_hang_has_left_because_of_it() -> Non
             assert count(breaker, Verdict.FAILURE) == 0
 
 
-async def test_no_request_of_a_user_gets_to_a_worker_that_has_to_prove_itself() -> None:
+async def test_no_user_request_reaches_a_worker_whose_breaker_is_half_open() -> None:
     async with broken(state=BreakerState.HALF_OPEN) as (worker, hub):
         responses = await asyncio.gather(*(hub.post(CHAT, STREAM) for _ in range(50)))
         for response in responses:
@@ -326,7 +328,7 @@ async def test_good_canaries_close_a_breaker() -> None:
         assert (await hub.get("/readyz", None)).status == 200
 
 
-async def test_the_sweep_sends_canaries_by_itself(
+async def test_the_watchdog_sends_canaries_periodically(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(watchdog, "PERIOD", 0.01)
@@ -456,7 +458,7 @@ async def test_a_request_that_proves_a_worker_bad_goes_to_the_next_one() -> None
 
 
 @pytest.mark.parametrize("leaves", [True, False])
-async def test_a_proof_that_shows_nothing_leaves_its_place_to_the_next(
+async def test_an_inconclusive_proof_returns_its_permit(
     leaves: bool,
 ) -> None:
     """The permit comes back, whether the client leaves or has asked for too much."""
@@ -480,7 +482,7 @@ async def test_a_proof_that_shows_nothing_leaves_its_place_to_the_next(
         assert (await hub.post(CHAT, WHOLE)).status == 200
 
 
-async def test_a_model_that_a_request_has_to_prove() -> None:
+async def test_a_request_can_prove_a_model() -> None:
     """A 5xx fails the proof, whatever its cause."""
     settings: dict[str, Any] = {
         "breaker__consecutive": 1,
@@ -516,9 +518,7 @@ async def test_a_model_that_a_request_has_to_prove() -> None:
 # --- Models -----------------------------------------------------------------------
 
 
-async def test_a_model_that_fails_takes_the_other_models_of_its_worker_along_not() -> (
-    None
-):
+async def test_a_failing_model_does_not_affect_the_other_models_of_its_worker() -> None:
     """And the canary asks for this very model."""
     async with (
         ScriptedWorker("ill", "well") as bad,
@@ -597,7 +597,7 @@ async def watched(
         yield worker, hub, clock
 
 
-async def test_a_stream_that_stops_is_ended_and_its_worker_is_slow() -> None:
+async def test_a_stalled_stream_is_ended_and_its_worker_counts_as_slow() -> None:
     """After 30 s without an event: an error, and the generation is cancelled."""
     async with watched() as (worker, hub, clock):
         worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())
@@ -622,7 +622,7 @@ async def test_a_stream_that_stops_is_ended_and_its_worker_is_slow() -> None:
         await until(lambda: not record.in_doubt)  # it was checked at once
 
 
-async def test_an_event_now_and_then_is_enough() -> None:
+async def test_occasional_events_keep_a_stream_alive() -> None:
     async with watched() as (worker, hub, clock):
         pace = asyncio.Semaphore(0)
         worker.script(*stream_of(6, pace))
@@ -658,7 +658,9 @@ async def test_slow_answers_open_a_breaker() -> None:
         assert breaker_of(hub, worker).reason == "4 of 5 slow in 30 s"
 
 
-async def test_a_comment_shows_that_a_worker_lives_and_not_that_it_works() -> None:
+async def test_comments_show_that_a_worker_lives_but_not_that_it_makes_progress() -> (
+    None
+):
     """Pings do not count as events, or a stuck GPU would be waited for in vain."""
     async with watched() as (worker, hub, clock):
         pings = asyncio.Semaphore(0)
@@ -703,7 +705,7 @@ async def test_an_answer_in_one_piece_may_be_silent_for_a_while_and_no_longer() 
         assert count(breaker_of(hub, worker), Verdict.SLOW) == 1
 
 
-async def test_a_refusal_that_stops_in_its_middle_is_not_waited_for() -> None:
+async def test_a_refusal_that_stalls_is_not_awaited() -> None:
     async with watched() as (worker, hub, clock):
         error = head(500, [("Content-Length", "99")])
         worker.script(send(error + b"{"), expect_eof())
@@ -718,7 +720,7 @@ async def test_a_refusal_that_stops_in_its_middle_is_not_waited_for() -> None:
         assert response.json()["error"]["code"] == "worker_slow"
 
 
-async def test_a_client_that_does_not_read_is_not_its_workers_fault() -> None:
+async def test_a_client_that_does_not_read_does_not_count_against_its_worker() -> None:
     """While the client blocks, the clocks are stopped; then they restart from zero."""
     text = "x" * 60_000
     many = 300
@@ -752,7 +754,7 @@ async def test_a_client_that_does_not_read_is_not_its_workers_fault() -> None:
         assert count(breaker, Verdict.SUCCESS) == 1
 
 
-async def test_what_was_ended_is_not_watched_any_more() -> None:
+async def test_an_ended_answer_is_no_longer_watched() -> None:
     async with watched() as (worker, hub, clock):
         worker.default(*chat_stream(["a", "b"]))
         for _ in range(3):

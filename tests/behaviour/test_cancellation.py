@@ -275,7 +275,7 @@ async def test_a_client_that_leaves_while_its_worker_does_not_read(
         assert not hub.hub.registry.workers[0].in_doubt
 
 
-async def test_clients_that_leave_at_any_moment_leave_nothing() -> None:
+async def test_clients_that_disconnect_at_any_moment_leave_nothing_behind() -> None:
     """Aborted after each of many delays; the hub's exit checks for tasks and leases."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.default(*stream_of(20, 0.0005))
@@ -292,7 +292,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing() -> None:
         assert (await hub.post(CHAT, STREAM)).status == 200
 
 
-async def test_a_client_that_leaves_affects_no_other() -> None:
+async def test_a_client_that_disconnects_affects_no_other_client() -> None:
     gate = asyncio.Semaphore(0)
     async with ScriptedWorker(slots=64) as worker, running_hub(worker) as hub:
         worker.default(*stream_of(10, gate))
@@ -310,7 +310,7 @@ async def test_a_client_that_leaves_affects_no_other() -> None:
             assert len(await wire.read_events()) == 12
 
 
-async def test_a_client_that_leaves_after_done_has_had_it_all(
+async def test_a_client_that_disconnects_after_done_has_received_everything(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """SDKs hang up as soon as they have read [DONE]; the worker is to be credited."""

@@ -153,7 +153,7 @@ def assert_canonical(request: Request, host: str) -> None:
 
 @settings(max_examples=150, deadline=None, database=None)
 @given(headers=headers, framing=framed())
-async def test_what_a_worker_gets_is_written_in_one_way(
+async def test_requests_to_workers_have_a_canonical_form(
     headers: list[tuple[str, str]],
     framing: tuple[tuple[str, str], bytes, bytes],
     hub: RunningHub,
@@ -181,7 +181,7 @@ async def test_what_a_worker_gets_is_written_in_one_way(
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-async def test_a_body_that_streams_through_is_framed_in_one_way(
+async def test_streamed_bodies_have_canonical_framing(
     chunked: bool, hub: RunningHub, worker: ScriptedWorker
 ) -> None:
     """As it came: with both, its length would be ambiguous."""

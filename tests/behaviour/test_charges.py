@@ -74,7 +74,7 @@ CACHED = {"cache_read_input_tokens": 289, "input_tokens": 1}
 MESSAGE = {"type": "message", "role": "assistant", "content": [], "model": "tiny"}
 
 
-async def test_a_prompt_from_the_cache_costs_as_much_as_any(
+async def test_cached_prompt_tokens_are_charged_like_any_others(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Anthropic's `input_tokens` are only those that were not in the cache."""
@@ -169,7 +169,7 @@ async def test_the_same_request_costs_the_same_on_every_route(
 
 
 @pytest.mark.real
-async def test_several_answers_cost_as_many(
+async def test_several_answers_are_charged_in_full(
     llama_server: Callable[..., LlamaServer], tiny_model: Path
 ) -> None:
     """The prompt counts once, whether they come in one piece or as a stream."""
@@ -187,7 +187,7 @@ async def test_several_answers_cost_as_many(
 
 
 @pytest.mark.real
-async def test_several_prompts_cost_as_many(
+async def test_several_prompts_are_charged_in_full(
     llama_server: Callable[..., LlamaServer], tiny_model: Path
 ) -> None:
     """llama-server reports one of them; the others are estimated by their size."""
@@ -372,7 +372,7 @@ async def test_an_answer_that_ends_with_an_error_is_charged(log: Log) -> None:
     assert costs == [len(json.dumps(STREAMED)) // 4, 4]
 
 
-async def test_what_came_with_an_error_is_charged(log: Log) -> None:
+async def test_the_tokens_before_an_error_are_charged(log: Log) -> None:
     """The client gets a status instead.  An error alone costs nothing."""
     for events, tokens in ((word("a") + word("b"), 2), (role(), 0)):
         async with (
@@ -387,7 +387,7 @@ async def test_what_came_with_an_error_is_charged(log: Log) -> None:
         log.forget()
 
 
-async def test_what_a_worker_generated_before_another_one_did_it_is_charged(
+async def test_the_tokens_of_a_failed_attempt_are_charged(
     log: Log,
 ) -> None:
     """The prompt counts once; the answer that was lost had three events."""
@@ -441,7 +441,9 @@ async def test_an_answer_without_usage_costs_by_its_size(log: Log) -> None:
         assert 2000 <= tokens <= 2010
 
 
-async def test_leaving_an_answer_that_shows_nothing_costs_the_time(log: Log) -> None:
+async def test_leaving_an_answer_without_visible_tokens_is_charged_by_time(
+    log: Log,
+) -> None:
     """In one piece, it is generated unseen; here by a worker that is very fast."""
     body = WHOLE | {"logprobs": True, "max_tokens": 77}
     async with ScriptedWorker() as worker, running_hub(worker) as hub:

@@ -99,7 +99,7 @@ async def test_old_versions_of_tls_are_refused(
             assert tls_of(wire).version() == "TLSv1.2"
 
 
-async def test_http_where_https_is_spoken(
+async def test_plain_http_on_an_https_port_is_rejected(
     authority: Authority, pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with hub_of(authority, pair) as hub:
@@ -125,7 +125,7 @@ async def test_a_client_that_leaves_in_its_handshake(
         wires[0].close()
 
 
-async def test_a_handshake_that_is_not_finished_is_cut(
+async def test_an_unfinished_handshake_is_aborted(
     authority: Authority, pair: Pair
 ) -> None:
     """Whether nothing comes, or half of it."""
@@ -155,7 +155,7 @@ async def test_a_drain_does_not_wait_for_a_handshake(
 # --- The stream -------------------------------------------------------------------
 
 
-async def test_events_pass_unchanged_and_at_once(
+async def test_events_pass_unchanged_and_immediately(
     authority: Authority, pair: Pair
 ) -> None:
     """Each is with the client before the worker sends the next one."""
@@ -212,7 +212,7 @@ async def test_a_stream_of_http_1_0_ends_with_a_notice(
 # --- Ends -------------------------------------------------------------------------
 
 
-async def test_a_broken_answer_is_seen_to_be_broken(
+async def test_a_truncated_answer_is_recognised_as_truncated(
     authority: Authority, pair: Pair
 ) -> None:
     async with (

@@ -114,7 +114,7 @@ async def test_a_bomb_is_refused(encoding: str, framing: str) -> None:
         assert len(worker.requests) == 1
 
 
-async def test_what_is_packed_and_never_gives_anything_is_refused_too() -> None:
+async def test_compressed_bodies_that_decode_to_nothing_are_refused() -> None:
     empty = b"\x00\x00\x00\xff\xff" * 20_000  # stored blocks without a byte
     async with (
         ScriptedWorker() as worker,
@@ -143,7 +143,7 @@ async def test_what_is_packed_and_never_gives_anything_is_refused_too() -> None:
         ("deflate", gzip.compress(BODY, mtime=0)),
     ],
 )
-async def test_what_is_damaged_is_refused(
+async def test_damaged_bodies_are_refused(
     encoding: str, data: bytes, framing: str
 ) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -157,7 +157,9 @@ async def test_what_is_damaged_is_refused(
 @pytest.mark.parametrize(
     "encoding", ["br", "compress", "gzip, gzip", "deflate, gzip", "x", "gzip;q=1", "*"]
 )
-async def test_another_coding_hears_of_those_that_are_allowed(encoding: str) -> None:
+async def test_an_unsupported_coding_gets_a_list_of_the_supported_ones(
+    encoding: str,
+) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         response = await post(hub, gzip.compress(BODY), encoding)
         assert response.status == 415
@@ -181,7 +183,7 @@ async def test_a_byte_order_mark_is_left_out(encoding: str, framing: str) -> Non
 
 @pytest.mark.parametrize("framing", FRAMINGS)
 @pytest.mark.parametrize("body", [BOM, BOM[:2], BOM[:2] + BODY, b" " + BOM + BODY])
-async def test_half_a_mark_or_one_elsewhere_is_no_json(
+async def test_an_incomplete_or_misplaced_byte_order_mark_is_invalid_json(
     body: bytes, framing: str
 ) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -195,7 +197,7 @@ async def test_half_a_mark_or_one_elsewhere_is_no_json(
 
 @pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
 @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress, raw_deflate])
-def test_all_of_it_is_unpacked_in_bounded_pieces(
+def test_bodies_are_decompressed_in_bounded_pieces(
     pack: Callable[[bytes], bytes], size: int
 ) -> None:
     unpacker = Unpacker("gzip" if pack is gzip.compress else "deflate")
@@ -211,5 +213,5 @@ def test_codings_of_several_headers_are_one_list() -> None:
     assert coding_of(["gzip", "gzip"]) == "gzip, gzip"
 
 
-def test_zstd_is_there_where_the_standard_library_has_it() -> None:
+def test_zstd_is_supported_where_the_standard_library_has_it() -> None:
     assert ("zstd" in CODINGS) == hasattr(coding, "zstd")

@@ -67,7 +67,7 @@ async def test_connections_over_the_limit_are_closed(
         await until(lambda: hub.hub.clients.open == 0)
 
 
-async def test_one_address_does_not_keep_out_another() -> None:
+async def test_the_limit_of_one_address_does_not_affect_another() -> None:
     async with running_hub(limits__connections_per_address=1) as hub:
         inside = await silent(hub, 1)
         await until(lambda: hub.hub.clients.open == 1)
@@ -156,7 +156,7 @@ def serves(hub: HubProcess) -> bool:
     return hub.descriptors() < 30
 
 
-async def test_what_is_open_at_the_start_is_no_accident(tmp_path: Path) -> None:
+async def test_a_low_limit_of_open_files_is_raised_at_the_start(tmp_path: Path) -> None:
     """The first line of the log warns if the limit of open files is too low."""
     async with ScriptedWorker() as worker:
         with contextlib.ExitStack() as stack:

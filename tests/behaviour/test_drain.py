@@ -74,7 +74,7 @@ async def play(worker: ScriptedWorker, number: int, *steps: Step) -> None:
         worker.script(*BEGUN, *steps)
 
 
-async def test_five_streams_end_as_they_should(hub: Hub) -> None:
+async def test_five_streams_end_normally_during_a_drain(hub: Hub) -> None:
     """Meanwhile it is not ready, takes no connections, and refuses requests."""
     async with ScriptedWorker(slots=8) as worker:
         await play(worker, 5, wait("go"), *ENDED)
@@ -167,7 +167,7 @@ async def test_sighup_has_certificates_read_again(authority: Authority) -> None:
 
 
 @pytest.mark.parametrize(("tty", "ends"), [(False, False), (True, True)])
-def test_a_terminal_that_goes_takes_the_hub_with_it(
+def test_a_closed_terminal_ends_the_hub(
     tty: bool, ends: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reloads: list[int] = []
@@ -186,7 +186,7 @@ def test_sighup_ends_a_program_that_has_nothing_to_reload() -> None:
     assert signals.asked.is_set()
 
 
-async def test_sighup_does_not_hurry_a_drain(hub: Hub) -> None:
+async def test_sighup_does_not_shorten_a_drain(hub: Hub) -> None:
     async with ScriptedWorker() as worker:
         await play(worker, 1, wait("go"), *ENDED)
         async with hub.running(worker) as program:  # type: ignore[attr-defined]

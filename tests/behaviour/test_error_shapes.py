@@ -114,7 +114,7 @@ def check_responses_event(told: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("path", [MESSAGES, COUNT, RESPONSES, "/responses"])
-async def test_an_error_of_the_hub_s_own(path: str) -> None:
+async def test_errors_of_the_hub_have_the_shape_of_the_api(path: str) -> None:
     kinds = {
         400: "invalid_request_error",
         401: "authentication_error",
@@ -184,7 +184,7 @@ async def test_a_worker_that_is_gone_and_one_that_is_too_slow() -> None:
         (501, "api_error"),
     ],
 )
-async def test_a_worker_s_refusal_on_an_anthropic_route(
+async def test_a_refusal_of_a_worker_on_an_anthropic_route(
     status: int, kind: str, path: str, body: dict[str, Any]
 ) -> None:
     """A llama-server answers in OpenAI's shape, whatever the route."""
@@ -200,7 +200,9 @@ async def test_a_worker_s_refusal_on_an_anthropic_route(
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", RESPONSES, "/completion"])
-async def test_a_worker_s_refusal_elsewhere_passes_as_it_is(path: str) -> None:
+async def test_a_refusal_of_a_worker_elsewhere_is_passed_on_unchanged(
+    path: str,
+) -> None:
     body = BODY | {"prompt": "hello"}
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         reply = error_reply(400, "no such thing")
@@ -233,7 +235,7 @@ async def broken(
 
 
 @pytest.mark.parametrize("path", BEGUN)
-async def test_an_answer_that_broke_off(path: str) -> None:
+async def test_a_truncated_answer_ends_with_an_error(path: str) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         name, told = await broken(hub, worker, path, kill())
     assert name == "error"
@@ -282,7 +284,7 @@ async def test_a_stream_that_begins_with_an_error_is_one_with_a_status(
 
 @pytest.mark.parametrize("size", [10_000, 40, 7, 1])
 @pytest.mark.parametrize("path", BEGUN)
-async def test_an_answer_that_speaks_of_errors_passes_to_the_byte(
+async def test_an_answer_about_errors_is_passed_on_unchanged(
     path: str, size: int
 ) -> None:
     end = "message_stop" if path == MESSAGES else "response.completed"
@@ -298,7 +300,7 @@ async def test_an_answer_that_speaks_of_errors_passes_to_the_byte(
 # --- Official SDKs ----------------------------------------------------------------
 
 
-async def test_anthropic_s_sdk_shows_the_reason() -> None:
+async def test_anthropics_sdk_shows_the_reason() -> None:
     import anthropic
 
     async with (
@@ -331,7 +333,7 @@ async def test_anthropic_s_sdk_shows_the_reason() -> None:
             assert told.value.body["error"]["type"] == "api_error"  # type: ignore[index]
 
 
-async def test_openai_s_sdk_shows_the_reason() -> None:
+async def test_openais_sdk_shows_the_reason() -> None:
     import openai
 
     async with (

@@ -102,14 +102,14 @@ async def test_a_refused_route_reaches_no_worker(route: str) -> None:
         assert not worker.requests
 
 
-async def test_the_hub_is_healthy_by_both_names() -> None:
+async def test_the_health_route_has_two_names() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for path in ("/health", "/v1/health"):
             assert (await hub.get(path, None)).status == 200
 
 
 @pytest.mark.parametrize("path", COUNTING)
-async def test_counting_tokens_waits_for_no_slot_and_costs_nothing(path: str) -> None:
+async def test_counting_tokens_needs_no_slot_and_is_free(path: str) -> None:
     """All slots are taken, and the queue has no room."""
     async with (
         ScriptedWorker(slots=1) as worker,

@@ -158,7 +158,7 @@ async def test_an_accepted_request_gets_100_continue_before_its_body(
         assert worker.requests[0].header("expect") is None
 
 
-async def test_each_request_of_a_connection_is_let_in_for_itself() -> None:
+async def test_each_request_of_a_connection_is_authorised_separately() -> None:
     async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             for _ in range(2):
@@ -171,7 +171,7 @@ async def test_each_request_of_a_connection_is_let_in_for_itself() -> None:
         assert len(worker.requests) == 2
 
 
-async def test_a_wrong_body_is_rejected_after_the_100_continue() -> None:
+async def test_an_invalid_body_is_rejected_after_100_continue() -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         await expect(wire, hub.token(), framing=("Content-Length", "2"))
         assert await wire.read_until(b"\r\n\r\n") == GO_ON

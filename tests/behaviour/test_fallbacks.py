@@ -127,7 +127,7 @@ async def test_fallbacks_are_not_paid_from_the_budget() -> None:
         assert not small.requests
 
 
-async def test_what_would_be_the_same_everywhere_does_not_fall_back() -> None:
+async def test_errors_that_every_worker_would_give_do_not_fall_back() -> None:
     async with family() as (big, medium, small, hub):
         big.default(send(error_reply(400, "no", "invalid_request_error")))
         response = await hub.post(CHAT, WHOLE | {"model": "big"})
@@ -217,7 +217,7 @@ async def test_a_prompt_too_long_for_another_server_goes_to_a_fallback(
         assert response.status == 400
 
 
-async def test_an_overflow_that_a_stream_begins_with_is_one() -> None:
+async def test_a_stream_that_begins_with_an_overflow_counts_as_an_overflow() -> None:
     async with (
         ScriptedWorker("big") as big,
         ScriptedWorker("small") as small,
@@ -286,7 +286,7 @@ async def test_when_every_fallback_refuses_the_last_refusal_is_passed_on() -> No
 
 
 @pytest.mark.parametrize("payload", [WHOLE, STREAM], ids=["whole", "stream"])
-async def test_a_request_may_name_its_own(payload: dict[str, Any]) -> None:
+async def test_a_request_may_name_its_own_fallbacks(payload: dict[str, Any]) -> None:
     """They come in place of the configured ones; the worker does not see them."""
     async with family() as (big, medium, small, hub):
         big.default(reset())
@@ -311,7 +311,7 @@ async def test_a_token_that_does_not_allow_a_fallback_does_not_get_it() -> None:
 @pytest.mark.parametrize(
     "wished", ["small", 7, {"a": 1}, [1], [["small"]], ["x"] * 9, [None]], ids=str
 )
-async def test_bad_wishes_are_refused(wished: Any) -> None:
+async def test_invalid_fallbacks_are_refused(wished: Any) -> None:
     async with family() as (big, _, _, hub):
         response = await hub.post(CHAT, WHOLE | {"model": "big", "fallbacks": wished})
         assert response.status == 400
@@ -319,7 +319,7 @@ async def test_bad_wishes_are_refused(wished: Any) -> None:
         assert not big.requests
 
 
-async def test_nothing_but_the_wishes_is_taken_out_of_a_body() -> None:
+async def test_only_the_fallbacks_are_removed_from_a_body() -> None:
     body = {"fallbacks": ["small"], "model": "big", "é": [1.50, "\u2028"], **WHOLE}
     async with family() as (big, _, _, hub):
         await hub.post(CHAT, json.dumps(body, ensure_ascii=False).encode())

@@ -130,7 +130,7 @@ async def running(seed: int, plan: Plan) -> AsyncIterator[Run]:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-async def test_whatever_the_schedule_no_answer_is_dishonest(seed: int) -> None:
+async def test_no_fault_schedule_leads_to_a_dishonest_answer(seed: int) -> None:
     rng = random.Random(f"tasks of {seed}")
     tasks = [random_task(rng, 1000 + number) for number in range(TASKS)]
     plan = Plan.of(seed)
@@ -208,7 +208,7 @@ async def check_recovery(run: Run) -> None:
 # --- The schedules themselves -----------------------------------------------------
 
 
-def test_the_seeds_stand_for_everything_that_can_happen() -> None:
+def test_the_seeds_cover_every_fault_and_outcome() -> None:
     faults, leaves, kinds = set(), set(), set()
     for seed in SEEDS:
         rng = random.Random(f"tasks of {seed}")

@@ -322,7 +322,7 @@ async def test_the_same_configuration_changes_nothing() -> None:
         assert len(one.control) == checks
 
 
-async def test_names_that_change_places_are_no_clash() -> None:
+async def test_swapped_names_are_not_a_clash() -> None:
     async with worker() as one, worker() as two, running_hub(**CALM) as hub:
         await hub.hub.apply(
             with_workers(hub, settings_of(one, "a"), settings_of(two, "b"))

@@ -59,7 +59,7 @@ def words(value: str) -> set[str]:
 # --- Who is let in ----------------------------------------------------------------
 
 
-async def test_no_page_is_let_in_unless_it_is_listed() -> None:
+async def test_only_listed_pages_are_allowed() -> None:
     """By default there is no CORS at all: the browser keeps every answer."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         for path in PATHS:
@@ -103,7 +103,7 @@ async def test_no_page_is_let_in_unless_it_is_listed() -> None:
         "http://chat.example",
     ],
 )
-async def test_what_only_looks_like_a_listed_page(origin: str) -> None:
+async def test_origins_that_resemble_a_listed_one_are_refused(origin: str) -> None:
     listed = [PAGE, OTHER]
     async with (
         ScriptedWorker() as worker,
@@ -118,7 +118,7 @@ async def test_what_only_looks_like_a_listed_page(origin: str) -> None:
         assert len(worker.requests) == before
 
 
-async def test_two_origins_are_none() -> None:
+async def test_two_origins_are_refused() -> None:
     async with running_hub(server__cors_origins=[PAGE, OTHER]) as hub:
         for second in (PAGE, OTHER, "http://evil.example"):
             answer = await preflight(hub, CHAT, PAGE, ("origin", second))
@@ -169,7 +169,7 @@ async def test_a_preflight_opens_no_path_that_is_not_there() -> None:
             assert answer.header("access-control-allow-origin") == PAGE
 
 
-async def test_options_without_a_question_is_a_wrong_method() -> None:
+async def test_options_without_a_preflight_is_not_allowed() -> None:
     async with running_hub(server__cors_origins=[PAGE]) as hub:
         async with await hub.wire() as wire:
             await wire.get(CHAT, method="OPTIONS", headers=[("Origin", PAGE)])

@@ -13,7 +13,7 @@ ALL = [(name, seed) for name, seeds in SEEDS.items() for seed in seeds]
 
 
 @pytest.mark.parametrize(("name", "seed"), ALL, ids=lambda value: repr(value)[:60])
-def test_every_seed_keeps_the_promises(name: str, seed: bytes) -> None:
+def test_every_seed_keeps_the_invariants(name: str, seed: bytes) -> None:
     TARGETS[name](seed)
 
 
@@ -36,5 +36,7 @@ def broken(draw: st.DrawFn, name: str) -> bytes:
 @pytest.mark.parametrize("name", TARGETS)
 @settings(max_examples=150, deadline=None, database=None)
 @given(draw=st.data())
-def test_no_mutation_of_a_seed_breaks_a_promise(name: str, draw: st.DataObject) -> None:
+def test_no_mutation_of_a_seed_breaks_an_invariant(
+    name: str, draw: st.DataObject
+) -> None:
     TARGETS[name](draw.draw(broken(name)))

@@ -67,7 +67,7 @@ async def ask(hub: RunningHub, headers: Headers, body: Any = WHOLE) -> Response:
 
 
 @pytest.mark.parametrize("connection", named("accept", "traceparent"))
-async def test_what_a_client_names_is_for_the_hub_alone(connection: Headers) -> None:
+async def test_headers_named_by_a_client_stop_at_the_hub(connection: Headers) -> None:
     others = [("Accept", "text/event-stream"), ("Traceparent", "00-1-1-01")]
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         await ask(hub, [*others, ("Accept-Language", "de"), *connection])
@@ -131,7 +131,7 @@ async def test_a_client_cannot_remove_the_headers_of_its_answer(
         ("X-Anything", "at all"),
     ],
 )
-async def test_what_is_not_listed_reaches_no_worker(name: str, value: str) -> None:
+async def test_unlisted_headers_reach_no_worker(name: str, value: str) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         await ask(hub, [(name, value)])
         [request] = worker.requests
@@ -143,9 +143,7 @@ async def test_what_is_not_listed_reaches_no_worker(name: str, value: str) -> No
     "value", ["a b", "a" * 65, "\xe9", "", "a\tb", '"', "<x>", "a,b", "../x", "%00"]
 )
 @pytest.mark.parametrize("body", [WHOLE, STREAM, {"messages": 1}])
-async def test_a_request_id_that_could_do_harm_comes_back_in_no_reply(
-    value: str, body: Any
-) -> None:
+async def test_a_dangerous_request_id_is_not_returned(value: str, body: Any) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         response = await hub.post(CHAT, body, headers=[("X-Request-Id", value)])
     given = response.header("x-request-id") or ""
@@ -196,7 +194,7 @@ def answers(headers: Headers) -> dict[str, Script]:
 
 
 @pytest.mark.parametrize("kind", answers([]))
-async def test_a_worker_does_not_speak_for_the_hub(kind: str) -> None:
+async def test_a_worker_cannot_set_headers_of_the_hub(kind: str) -> None:
     passing = [("X-Model-Hash", "abc"), ("Vary", "Accept")]
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.default(*answers([*STRIPPED, *passing])[kind])
@@ -223,7 +221,7 @@ async def test_a_worker_does_not_speak_for_the_hub(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", answers([]))
 @pytest.mark.parametrize("connection", named("x-note", *TO_CLIENT, "content-length"))
-async def test_what_a_worker_names_is_for_the_hub_alone(
+async def test_headers_named_by_a_worker_stop_at_the_hub(
     connection: Headers, kind: str
 ) -> None:
     note = ("X-Note", "1")
@@ -238,7 +236,7 @@ async def test_what_a_worker_names_is_for_the_hub_alone(
 
 
 @pytest.mark.parametrize("body", [WHOLE, STREAM])
-async def test_a_trailer_of_a_worker_goes_nowhere(body: Any) -> None:
+async def test_trailers_of_a_worker_are_dropped(body: Any) -> None:
     kind = "text/event-stream" if body is STREAM else "application/json"
     headers = [("Content-Type", kind), ("Transfer-Encoding", "chunked")]
     sent = EVENTS if body is STREAM else BODY
@@ -291,7 +289,7 @@ async def test_an_interim_answer_or_a_redirect_is_a_bad_gateway(
 
 
 @pytest.mark.parametrize("times", [1, 3])
-async def test_100_continue_is_the_beginning_of_an_answer_and_none(times: int) -> None:
+async def test_a_workers_100_continue_is_skipped(times: int) -> None:
     """The one that a worker may send unasked (RFC 9110, 15.2); no client sees it."""
     # The client is to see what became of the second one: it is not tried again.
     async with (

@@ -41,7 +41,7 @@ async def status(hub: RunningHub, path: str = "/readyz") -> int:
 # --- Falling and rising -----------------------------------------------------------
 
 
-async def test_a_worker_that_dies_is_out_and_comes_back() -> None:
+async def test_a_worker_that_dies_is_taken_out_and_returns() -> None:
     async with ScriptedWorker() as worker, running_hub(worker, **QUICK) as hub:
         assert await status(hub) == 200
         await worker.down()
@@ -165,7 +165,7 @@ async def test_a_hub_may_start_with_a_worker_that_is_loading() -> None:
     ],
     ids=["reset", "close", "garbage", "mid-stream", "incomplete"],
 )
-async def test_a_failed_request_has_the_worker_asked_at_once(script: Any) -> None:
+async def test_a_failed_request_triggers_a_health_check(script: Any) -> None:
     """The interval is an hour: nothing else can have caused the ping."""
     async with (
         ScriptedWorker() as worker,
@@ -193,7 +193,7 @@ async def test_a_request_that_finds_its_worker_dead_takes_it_out() -> None:
         assert (await hub.post(CHAT, WHOLE)).status == 503
 
 
-async def test_a_worker_in_doubt_is_asked_more_often() -> None:
+async def test_a_worker_in_doubt_is_checked_more_often() -> None:
     """By the recheck, until it is known to be down; not by the interval."""
     async with (
         ScriptedWorker() as worker,
@@ -313,7 +313,7 @@ async def test_models_are_learnt_again_while_all_is_well() -> None:
         assert record.state is WorkerState.READY
 
 
-async def test_a_worker_that_is_down_still_counts_for_what_it_served() -> None:
+async def test_the_models_of_a_worker_that_is_down_stay_known() -> None:
     """Its model is not unknown, but not available: waiting helps."""
     async with ScriptedWorker("a") as one, ScriptedWorker("b") as two:
         async with running_hub(one, two, **QUICK) as hub:
@@ -364,7 +364,7 @@ async def test_a_worker_with_another_key_is_not_used() -> None:
 # --- The checker itself -----------------------------------------------------------
 
 
-async def test_a_ping_that_raises_is_survived(
+async def test_an_error_in_a_ping_does_not_stop_health_checks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Requests are served meanwhile, and the worker's death is still noticed."""
@@ -395,7 +395,7 @@ async def test_a_ping_that_raises_is_survived(
     assert all("it runs again" in r.getMessage() for r in errors)
 
 
-async def test_what_happens_to_a_worker_is_logged_once(
+async def test_changes_of_a_workers_state_are_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Each change of state is one line; a ping that changes nothing is none."""

@@ -308,7 +308,7 @@ async def test_a_stream_may_break_off_at_any_byte(place: int, broken: bool) -> N
         ("/v1/responses", [named_event({"type": "response.output_text.delta"})]),
     ],
 )
-async def test_where_events_have_names_the_error_has_one(
+async def test_streams_with_named_events_get_a_named_error(
     path: str, events: list[bytes]
 ) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -318,7 +318,7 @@ async def test_where_events_have_names_the_error_has_one(
     assert_broken_off(ending, prefix, "worker_incomplete_answer", named=True)
 
 
-async def test_the_text_of_a_router_whose_child_dies_is_no_end() -> None:
+async def test_the_text_of_a_router_whose_child_dies_does_not_end_a_stream() -> None:
     """Bare text after the events, and a clean end of the chunks."""
     text = b"proxy error: Failed to read connection"
     async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
@@ -361,7 +361,7 @@ async def test_the_workers_own_error_is_passed_on_once(last: bytes) -> None:
         assert not ending.clean
 
 
-async def test_an_error_after_the_finish_reason_is_no_good_end() -> None:
+async def test_an_error_after_the_finish_reason_is_a_failure() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         late = chunk(finish()) + chunk(error_event("late")) + last_chunk()
         worker.script(
@@ -411,7 +411,7 @@ COMPLETE = {
 
 @pytest.mark.parametrize("how", endings())
 @pytest.mark.parametrize(("path", "events"), COMPLETE.values(), ids=COMPLETE.keys())
-async def test_a_complete_stream_ends_well_however_its_connection_does(
+async def test_a_complete_stream_is_a_success_however_its_connection_ends(
     path: str, events: list[bytes], how: str
 ) -> None:
     """Its own mark counts, which is another one on each route; nothing is added."""
@@ -427,7 +427,7 @@ async def test_a_complete_stream_ends_well_however_its_connection_does(
 
 
 @pytest.mark.parametrize("how", endings())
-async def test_a_finished_stream_gets_the_done_that_it_lacks(how: str) -> None:
+async def test_a_missing_done_is_added_to_a_finished_stream(how: str) -> None:
     """Clients wait for it; a finish_reason shows that nothing else is missing."""
     events = [role(), token("a"), finish("length")]
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -448,7 +448,7 @@ async def test_a_finished_stream_gets_the_done_that_it_lacks(how: str) -> None:
         ("/v1/responses", [named_event({"type": "response.completed.not"}), done()]),
     ],
 )
-async def test_no_words_of_a_model_make_an_answer_complete(
+async def test_the_text_of_a_model_cannot_mark_an_answer_as_complete(
     path: str, events: list[bytes]
 ) -> None:
     """And no mark of another route."""
@@ -480,7 +480,7 @@ CHUNKS = head(200, [("Transfer-Encoding", "chunked")]) + chunk(CUT)
         ("1.1", CHUNKS, send(b"xyz\r\n\r\n")),
     ],
 )
-async def test_an_answer_that_is_cut_is_seen_to_be_cut(
+async def test_a_cut_answer_is_recognised_as_cut(
     version: str, wire: bytes, end: Step
 ) -> None:
     """By its length, or by the last chunk that is missing; nothing is put into it."""
@@ -511,7 +511,7 @@ async def test_an_answer_that_is_cut_is_seen_to_be_cut(
         (504, "server_error"),
     ],
 )
-async def test_a_workers_error_passes_as_it_is(
+async def test_an_error_of_a_worker_is_passed_on_unchanged(
     status: int, kind: str, payload: dict[str, Any]
 ) -> None:
     """A 500 of llama-server often means a bad request: no worker is blamed for it."""
@@ -536,7 +536,7 @@ async def test_a_workers_error_passes_as_it_is(
         (500, "server_error"),
     ],
 )
-async def test_an_error_without_words_gets_some(status: int, kind: str) -> None:
+async def test_an_error_without_a_message_gets_one(status: int, kind: str) -> None:
     """llama-server's 413 is empty, and SDKs show what is in the body."""
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.default(send(head(status, [("Content-Length", "0")])), close())
@@ -566,7 +566,7 @@ async def test_a_worker_that_refuses_the_hubs_key_is_at_fault(status: int) -> No
 
 
 @pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
-async def test_a_worker_that_is_loading_is_asked_for_later(
+async def test_a_loading_worker_leads_to_retry_after(
     payload: dict[str, Any],
 ) -> None:
     async with (
@@ -583,7 +583,7 @@ async def test_a_worker_that_is_loading_is_asked_for_later(
 
 
 @pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
-async def test_a_worker_that_is_busy_is_heard_and_looked_at(
+async def test_a_busy_workers_answer_is_passed_on_and_its_health_checked(
     payload: dict[str, Any],
 ) -> None:
     """Its 429 passes as it is; to be busy is no failure."""
@@ -602,7 +602,7 @@ async def test_a_worker_that_is_busy_is_heard_and_looked_at(
 
 
 @pytest.mark.parametrize("status", [502, 504])
-async def test_the_words_of_a_gateway_in_front_of_a_worker_pass(status: int) -> None:
+async def test_the_error_of_a_gateway_before_a_worker_is_passed_on(status: int) -> None:
     """Whatever their shape: they are the worker's, and more precise than the hub's."""
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.script(send(json_reply({"error": "upstream"}, status)))
@@ -611,7 +611,7 @@ async def test_the_words_of_a_gateway_in_front_of_a_worker_pass(status: int) -> 
 
 
 @pytest.mark.parametrize("end", [reset(), close()])
-async def test_an_error_that_is_cut_is_a_loss(end: Step) -> None:
+async def test_a_truncated_error_counts_as_a_lost_connection(end: Step) -> None:
     """Half of its JSON would be useless."""
     async with (
         ScriptedWorker() as worker,

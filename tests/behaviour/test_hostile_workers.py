@@ -283,7 +283,7 @@ async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("script", REFUSED.values(), ids=REFUSED)
-async def test_what_is_no_answer_is_a_bad_gateway(script: Script, stream: bool) -> None:
+async def test_invalid_answers_are_a_bad_gateway(script: Script, stream: bool) -> None:
     # Or it would be asked again.
     async with beside_a_good_stream(retry__attempts=1) as scene:
         ending = await scene.attack(script, stream=stream)
@@ -298,7 +298,7 @@ async def test_what_is_no_answer_is_a_bad_gateway(script: Script, stream: bool) 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("script", CUT.values(), ids=CUT)
-async def test_what_goes_wrong_later_is_cut(script: Script, stream: bool) -> None:
+async def test_later_violations_cut_the_answer(script: Script, stream: bool) -> None:
     """The client has the beginning, and can detect that the rest is missing."""
     async with beside_a_good_stream() as scene:
         ending = await scene.attack(script, stream=stream)
@@ -310,7 +310,7 @@ async def test_what_goes_wrong_later_is_cut(script: Script, stream: bool) -> Non
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(("script", "status", "body"), HARMLESS.values(), ids=HARMLESS)
-async def test_what_does_no_harm_passes_without_the_harm(
+async def test_harmless_oddities_are_passed_on_sanitised(
     script: Script, status: int, body: bytes, stream: bool
 ) -> None:
     async with beside_a_good_stream() as scene:
@@ -382,7 +382,7 @@ async def test_an_answer_without_an_end_costs_no_memory() -> None:
     assert most - before < 24 * MIB
 
 
-async def test_an_event_without_an_end_is_no_rest_of_an_answer() -> None:
+async def test_an_endless_event_does_not_continue_an_answer() -> None:
     """Events that have to be whole to be understood have a size limit."""
     async with beside_a_good_stream(
         rescue__enabled=True, retry__attempts=2, retry__patience=2, timeouts__gap=5
@@ -429,7 +429,7 @@ NONSENSE: list[Any] = [-1, 0, 10**15, 10**400, math.pi, True, None, "3", [], {}]
 
 
 @pytest.mark.parametrize("number", NONSENSE, ids=lambda value: repr(value)[:20])
-async def test_nonsense_about_tokens_is_nobodys_debt(number: Any) -> None:
+async def test_invalid_token_counts_are_not_charged(number: Any) -> None:
     """It counts for a subject's limit, and the speed of the worker is learnt of it."""
     told = {"predicted_n": number, "prompt_n": number, "cache_n": number}
     told |= {"predicted_ms": number, "prompt_ms": number}
@@ -468,7 +468,7 @@ async def test_a_continuation_with_numbers_of_any_size_is_passed_on() -> None:
         assert ending.response.status == 200
 
 
-async def test_a_model_list_full_of_nonsense_is_no_danger_to_the_catalogue() -> None:
+async def test_an_invalid_model_list_does_not_harm_the_catalogue() -> None:
     names = ["<script>", "../../etc", "\x1b[2J", "a\nb", "x" * 10_000, '"', "a" * 300]
     listed = {"data": [{"id": n, "meta": {"n_ctx": 10**400}} for n in names]}
     props = {"total_slots": 10**400, "default_generation_settings": {"n_ctx": -3}}
@@ -488,7 +488,7 @@ async def test_a_model_list_full_of_nonsense_is_no_danger_to_the_catalogue() -> 
             assert (await hub.post(CHAT, chat("a\nb"))).status == 404
 
 
-async def test_a_worker_that_answers_before_it_is_asked_is_not_believed() -> None:
+async def test_an_answer_before_the_request_is_not_used() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(OK)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -507,7 +507,7 @@ async def test_a_worker_that_answers_before_it_is_asked_is_not_believed() -> Non
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/props"])
 @pytest.mark.parametrize("script", [*REFUSED.values()], ids=REFUSED)
-async def test_a_ping_is_no_way_in_either(path: str, script: Script) -> None:
+async def test_answers_to_pings_are_bounded_too(path: str, script: Script) -> None:
     """Its reason is short and on one line, for it gets into the log."""
     async with ScriptedWorker() as worker:
         worker.on(path, *script)

@@ -133,7 +133,7 @@ def pieces(before: bytes, behind: bytes, number: int) -> Iterator[bytes]:
     [(b'"model":"tiny",', b"", False), (b"", b',"model":"tiny"', True)],
     ids=["model first, length", "model last, chunks"],
 )
-async def test_200_megabytes_cost_the_hub_next_to_nothing(
+async def test_200_megabytes_cost_the_hub_hardly_any_memory(
     before: bytes, behind: bytes, chunked: bool
 ) -> None:
     """While the worker does not read, the client has to wait; every byte arrives."""
@@ -181,7 +181,7 @@ async def test_200_megabytes_cost_the_hub_next_to_nothing(
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
-async def test_a_model_in_front_is_found(chunked: bool) -> None:
+async def test_a_model_at_the_beginning_is_found(chunked: bool) -> None:
     body = prompt(LARGE, before='"model":"b",')
     async with a_worker("a") as one, a_worker("b") as two:
         async with running(one, two) as hub:
@@ -191,7 +191,7 @@ async def test_a_model_in_front_is_found(chunked: bool) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
-async def test_a_model_is_looked_for_where_it_matters(chunked: bool) -> None:
+async def test_the_model_is_searched_for_only_when_needed(chunked: bool) -> None:
     """Up to a second, larger window; what was read on the way is sent first."""
     body = prompt(LARGE, behind=',"model":"b","messages":[]')
     async with a_worker("a") as one, a_worker("b") as two:
@@ -217,7 +217,7 @@ async def test_a_model_beyond_the_window_is_missing(chunked: bool) -> None:
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
 @pytest.mark.parametrize("behind", ["", ',"model":"tiny"', ',"model":null'])
-async def test_where_one_model_is_served_it_may_be_anywhere(
+async def test_the_model_may_be_anywhere_if_only_one_is_served(
     behind: str, chunked: bool
 ) -> None:
     """It need not be looked for; llama-server ignores it anyway."""
@@ -262,7 +262,7 @@ async def test_another_name_changes_the_length_of_the_whole(
 
 @pytest.mark.parametrize("size", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
-async def test_the_edge_of_the_window_is_no_edge_of_the_body(
+async def test_the_edge_of_the_window_does_not_split_the_body(
     size: int, chunked: bool
 ) -> None:
     body = b'{"model":"tiny","prompt":""}'
@@ -347,7 +347,7 @@ BAD = {
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
 @pytest.mark.parametrize(("body", "code"), BAD.values(), ids=BAD.keys())
-async def test_a_body_that_turns_out_bad_is_never_completed(
+async def test_an_invalid_body_is_never_completed(
     body: bytes, code: str, chunked: bool
 ) -> None:
     """The worker has a part of it by then, and must not take it for the whole."""
@@ -386,7 +386,7 @@ async def test_a_body_that_grows_beyond_the_limit_is_never_completed() -> None:
         assert not worker.requests[0].complete
 
 
-async def test_a_body_that_stops_coming_is_given_up() -> None:
+async def test_a_stalled_body_is_given_up() -> None:
     """The worker is free for others then."""
     async with a_worker() as worker, running(worker, timeouts__body=0.1) as hub:
         worker.script(read_body(), *OK)
@@ -401,7 +401,7 @@ async def test_a_body_that_stops_coming_is_given_up() -> None:
 
 
 @pytest.mark.parametrize("length", [100, LARGE])
-async def test_chunks_that_are_none_are_a_bad_request(length: int) -> None:
+async def test_invalid_chunks_are_a_bad_request(length: int) -> None:
     """At once, also where a worker has a part of the body already."""
     async with a_worker() as worker, running(worker) as hub:
         worker.script(read_body(), *OK)
@@ -493,7 +493,7 @@ async def test_the_first_event_has_a_deadline_from_the_end_of_the_body() -> None
         assert worker.requests[0].complete
 
 
-async def test_what_streams_is_not_sent_twice() -> None:
+async def test_a_streamed_body_is_not_sent_twice() -> None:
     """So it gets a fresh connection, which cannot be stale."""
     async with a_worker() as worker, running(worker) as hub:
         assert (await hub.post(CHAT, {"messages": []})).status == 200

@@ -66,7 +66,9 @@ async def test_a_request_waits_for_it_rather_than_have_another_one_load() -> Non
         assert not cold.requests
 
 
-async def test_but_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_waits_for_a_loaded_model_only_briefly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(pool, "LOAD_AFTER", 0.2)
     async with routers("unloaded", "loaded") as ((cold, warm), hub):
         warm.default(wait("go"), *answer({"choices": []}))
@@ -78,14 +80,14 @@ async def test_but_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(warm.requests) == 1
 
 
-async def test_one_that_has_it_and_fails_is_made_up_for_by_one_that_has_not() -> None:
+async def test_an_unloaded_worker_replaces_a_loaded_one_that_fails() -> None:
     async with routers("loaded", "unloaded") as ((warm, cold), hub):
         warm.default(reset())
         response = await hub.post(CHAT, WHOLE)
         assert response.header("x-gollama-worker") == cold.name
 
 
-async def test_a_crowd_has_one_worker_load_and_not_all() -> None:
+async def test_many_requests_make_only_one_worker_load() -> None:
     async with routers("unloaded", "unloaded", slots=4) as (workers, hub):
         for worker in workers:
             worker.default(wait("go"), *answer({"choices": []}))
@@ -97,7 +99,7 @@ async def test_a_crowd_has_one_worker_load_and_not_all() -> None:
         assert sorted(len(each.requests) for each in workers) == [0, 3]
 
 
-async def test_one_that_is_loading_it_already_goes_first() -> None:
+async def test_a_worker_that_is_already_loading_is_preferred() -> None:
     async with routers("unloaded", "loading") as ((cold, loading), hub):
         assert (await hub.post(CHAT, WHOLE)).status == 200
         assert (len(cold.requests), len(loading.requests)) == (0, 1)
@@ -144,7 +146,7 @@ async def test_a_worker_with_the_model_loaded_gets_no_extra_time() -> None:
         assert b"loading model" not in response.body
 
 
-async def test_no_notice_is_no_notice() -> None:
+async def test_notices_can_be_switched_off() -> None:
     async with routers("unloaded", clock=Clock(), queue__notice=0) as ((worker,), hub):
         worker.script(wait("loaded"), *chat_stream(["a"]))
         asking = asyncio.create_task(hub.post(CHAT, STREAM), name="client")

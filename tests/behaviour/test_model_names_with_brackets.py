@@ -37,7 +37,7 @@ from tests.fleet.test_worker import CONFIG
         ("x3", "x[!12]"),
     ],
 )
-def test_a_name_is_covered(name: str, pattern: str) -> None:
+def test_a_name_with_brackets_is_covered(name: str, pattern: str) -> None:
     assert matches(name, ["nothing", pattern])
 
 
@@ -52,7 +52,7 @@ def test_a_name_is_covered(name: str, pattern: str) -> None:
         ("x3", "x[12]"),
     ],
 )
-def test_a_name_is_not_covered(name: str, pattern: str) -> None:
+def test_a_name_with_brackets_is_not_covered(name: str, pattern: str) -> None:
     assert not matches(name, [pattern])
 
 
@@ -83,7 +83,7 @@ async def test_a_token_may_be_for_such_an_alias(allowed: str) -> None:
         assert (await hub.post(CHAT, WHOLE | {"model": "qwen"}, token)).status == 403
 
 
-def test_what_a_class_catches_needs_the_class_in_the_token_to_the_letter() -> None:
+def test_a_class_in_a_token_must_match_literally() -> None:
     assert Aliases({"gpt[34]": "a"}).key("gpt3") == "gpt[34]"
     assert Aliases({"gpt[34]": "a"}).names == {"gpt[34]": "a"}
 

@@ -64,7 +64,7 @@ SECOND = head(404, [("Content-Length", "5")]) + b"hello"
 
 
 @pytest.mark.parametrize("length", range(1, len(SECOND) + 1))
-def test_what_follows_an_answer_in_the_same_read_is_no_part_of_it(length: int) -> None:
+def test_bytes_after_an_answer_are_not_part_of_it(length: int) -> None:
     """Not its status, not its body, and nothing of the next answer either."""
     connection, _, recorder = ask()
     connection.data_received(SHORT + SECOND[:length])
@@ -86,7 +86,9 @@ async def test_a_second_answer_does_not_reach_the_next_client() -> None:
 
 
 @pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 200 OK\r\nContent-", head(100)])
-async def test_one_byte_of_an_answer_and_it_is_not_asked_again(part: bytes) -> None:
+async def test_a_request_is_not_repeated_after_one_byte_of_an_answer(
+    part: bytes,
+) -> None:
     # One try: that it is not asked again as a stale connection would be.
     async with (
         ScriptedWorker() as worker,
@@ -142,7 +144,7 @@ DECISIVE = {
     ("path", "first", "last"), DECISIVE.values(), ids=DECISIVE.keys()
 )
 @pytest.mark.parametrize("missing", [2, 5, 10])
-async def test_half_a_closing_event_closes_nothing(
+async def test_an_incomplete_closing_event_does_not_end_the_stream(
     missing: int, path: str, first: bytes, last: bytes, end: object
 ) -> None:
     async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
@@ -170,7 +172,7 @@ async def test_the_error_is_a_separate_event(half: bytes) -> None:
 # --- 6: test_honest_endings.py ----------------------------------------------------
 
 
-async def test_one_choice_of_two_that_finished_is_not_the_answer() -> None:
+async def test_one_finished_choice_of_two_is_not_a_complete_answer() -> None:
     """`"n": 2`: the other one went on, and was cut."""
     other = token("more").replace(b'"index":0', b'"index":1')
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -230,7 +232,7 @@ async def test_an_error_that_is_too_long_is_replaced() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/props"])
-async def test_a_list_that_is_no_utf_8_is_a_finding(path: str) -> None:
+async def test_a_model_list_that_is_not_utf_8_is_reported(path: str) -> None:
     body = b'{"data":[{"id":"\xff"}],"build_info":"\xff"}'
     async with ScriptedWorker() as worker:
         worker.on(path, send(head(200, [("Content-Length", str(len(body)))]) + body))
@@ -333,7 +335,7 @@ async def test_a_client_that_left_is_not_logged_as_refused(
 
 
 @pytest.mark.parametrize("received", [4096, 64 << 10])
-async def test_what_came_of_a_cut_answer_is_not_thrown_away(received: int) -> None:
+async def test_the_received_part_of_a_cut_answer_is_passed_on(received: int) -> None:
     """Its length shows that it is cut; every byte before the cut arrives."""
     length = ("Content-Length", str(10 << 20))
     async with ScriptedWorker() as worker, running_hub(worker) as hub:

@@ -69,7 +69,9 @@ async def test_an_http_1_0_client_sees_each_event_at_once() -> None:
                 gate.release()
 
 
-async def test_an_http_1_0_client_that_does_not_keep_alive_is_hung_up() -> None:
+async def test_the_connection_of_an_http_1_0_client_is_closed_without_keep_alive() -> (
+    None
+):
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
             await wire.post(CHAT, WHOLE, hub.token(), version="1.0")
@@ -103,7 +105,7 @@ async def test_an_answer_in_chunks_reaches_an_http_1_0_client_without_them() -> 
     assert response.header("transfer-encoding") is None
 
 
-async def test_an_http_1_0_client_hears_of_a_stream_that_broke_off() -> None:
+async def test_an_http_1_0_client_can_detect_a_truncated_stream() -> None:
     # Where it is not continued, that is.
     async with (
         ScriptedWorker() as worker,
@@ -154,7 +156,9 @@ async def test_an_http_1_0_client_gets_no_100_continue() -> None:
 
 
 @pytest.mark.parametrize("payload", [STREAM, WHOLE], ids=["stream", "whole"])
-async def test_a_client_that_wants_to_close_is_hung_up(payload: object) -> None:
+async def test_a_connection_is_closed_if_the_client_asks_for_it(
+    payload: object,
+) -> None:
     """After a whole answer, framed as usual."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
@@ -215,7 +219,7 @@ async def test_pipelined_requests_are_answered_in_their_order() -> None:
         assert [request.json()["seed"] for request in worker.requests] == [1, 2, 3, 4]
 
 
-async def test_a_pipelined_request_waits_for_the_stream_in_front() -> None:
+async def test_a_pipelined_request_waits_for_the_stream_before_it() -> None:
     """Its worker is not asked before, and its answer does not get in between."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
@@ -245,7 +249,7 @@ async def test_each_pipelined_request_needs_its_own_token(token_: str | None) ->
         assert len(worker.requests) == 1
 
 
-async def test_a_refused_request_does_not_take_the_next_one_along() -> None:
+async def test_a_refused_request_does_not_affect_the_next_one() -> None:
     refused = request_head("GET", "/nope")
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         async with await hub.wire() as wire:
@@ -254,7 +258,7 @@ async def test_a_refused_request_does_not_take_the_next_one_along() -> None:
             assert (await wire.read_response()).status == 200
 
 
-async def test_nothing_is_answered_after_a_stream_that_broke_off() -> None:
+async def test_no_answer_follows_a_truncated_stream() -> None:
     """The client could not find the beginning of the next answer."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*event_stream(role() + token("a"))[:-2], close())

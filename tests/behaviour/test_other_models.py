@@ -211,7 +211,7 @@ async def test_without_another_worker_the_error_is_passed_on(route: str) -> None
         assert (await hub.post(path, payload | {"model": "gpt-4"})).status == 200
 
 
-async def test_an_answer_that_names_its_model_too_late_has_its_worker_looked_at() -> (
+async def test_an_answer_that_names_its_model_too_late_triggers_a_health_check() -> (
     None
 ):
     """One in one piece whose first bytes were passed on; the next one is not."""
@@ -272,7 +272,7 @@ async def test_an_answer_that_names_no_model_is_passed_on(route: str) -> None:
         assert len(worker.control) == pings
 
 
-async def test_a_model_in_the_words_of_an_answer_is_not_the_one_it_comes_from() -> None:
+async def test_a_model_in_the_text_of_an_answer_is_not_its_source() -> None:
     call = {"type": "tool_use", "id": "t", "name": "buy", "input": {"model": "a car"}}
     async with ScriptedWorker("tiny") as worker, hub_of(worker) as hub:
         worker.default(*answer(a_message("tiny", [call])))
@@ -318,7 +318,7 @@ async def test_a_stated_name_that_the_worker_has_listed_can_be_gone(
             assert (await hub.post(CHAT, body)).status == 200
 
 
-async def test_another_build_is_a_reason_to_look_once() -> None:
+async def test_a_new_build_triggers_one_health_check() -> None:
     """Its answer is passed on meanwhile, and what it has become is learnt at once."""
     async with (
         ScriptedWorker("tiny", build="b0-0000000", slots=1) as worker,

@@ -142,7 +142,7 @@ SPELLED = [
 
 
 @pytest.mark.parametrize("path", [*THEIRS, *STRANGE, *SPELLED])
-async def test_what_is_not_on_the_list_is_not_there(path: str) -> None:
+async def test_unlisted_paths_are_not_found(path: str) -> None:
     async with hub_of_two_models() as hub:
         for token in (None, hub.token()):
             check(await hub.post(path, GOOD, token), 404, "unknown_url")
@@ -181,7 +181,7 @@ async def test_what_is_not_on_the_list_is_not_there(path: str) -> None:
     ],
     ids=repr,
 )
-async def test_what_is_no_path_is_none(target: bytes) -> None:
+async def test_invalid_paths_are_not_found(target: bytes) -> None:
     async with hub_of_two_models() as hub:
         for method in (b"POST", b"GET", b"DELETE"):
             head = request_head("POST", "@", hub.token())
@@ -194,7 +194,7 @@ async def test_what_is_no_path_is_none(target: bytes) -> None:
 @pytest.mark.parametrize(
     "path", ["/models/load", "/models/../props", "/v1/models/%2e%2e/props"]
 )
-async def test_what_looks_like_a_model_is_one_that_does_not_exist(path: str) -> None:
+async def test_a_path_that_looks_like_a_model_is_an_unknown_model(path: str) -> None:
     async with hub_of_two_models() as hub:
         check(await hub.get(path), 404, "model_not_found", "model")
 
@@ -224,7 +224,7 @@ async def test_what_looks_like_a_model_is_one_that_does_not_exist(path: str) -> 
         ("POST", "/metrics", "GET"),
     ],
 )
-async def test_a_wrong_method_hears_the_right_one(
+async def test_a_wrong_method_gets_the_allowed_ones(
     method: str, path: str, allow: str
 ) -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
@@ -258,7 +258,7 @@ async def test_no_method_but_post_reaches_a_worker(path: str) -> None:
         ("POST *", 400),
     ],
 )
-async def test_a_hub_is_no_tunnel(line: str, status: int) -> None:
+async def test_connect_is_refused(line: str, status: int) -> None:
     async with hub_of_two_models() as hub, await hub.wire() as wire:
         method, target = line.split()
         await wire.send(request_head(method, target, hub.token()))

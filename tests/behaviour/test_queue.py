@@ -112,7 +112,7 @@ async def test_a_worker_that_does_not_report_its_slots_is_not_limited() -> None:
         assert not queue.admission.waiting
 
 
-async def test_what_needs_no_slot_does_not_wait_for_one() -> None:
+async def test_requests_that_need_no_slot_do_not_wait() -> None:
     async with crowded() as (worker, hub, _):
         running = sent(hub, "a")
         await worker.received(1)
@@ -123,7 +123,7 @@ async def test_what_needs_no_slot_does_not_wait_for_one() -> None:
         await running
 
 
-async def test_slots_that_become_more_are_used_without_a_restart() -> None:
+async def test_additional_slots_are_used_without_a_restart() -> None:
     async with crowded() as (worker, hub, queue):
         clients = [sent(hub, str(n)) for n in range(3)]
         await waiting(queue, 2)
@@ -147,7 +147,7 @@ async def test_more_requests_than_slots_can_be_allowed() -> None:
 # --- Bounds -----------------------------------------------------------------------
 
 
-async def test_a_full_queue_rejects_at_once_and_names_its_limit() -> None:
+async def test_a_full_queue_rejects_immediately_and_names_its_limit() -> None:
     async with crowded(queue__size=8) as (worker, hub, queue):
         clients = [sent(hub, str(n)) for n in range(9)]
         await waiting(queue, 8)
@@ -258,7 +258,7 @@ async def test_a_priority_that_is_not_allowed_is_refused(
         assert not worker.requests
 
 
-async def test_a_subject_has_no_more_running_than_it_may() -> None:
+async def test_a_subject_has_no_more_running_requests_than_allowed() -> None:
     """The other slots are for other subjects meanwhile."""
     async with crowded(slots=4) as (worker, hub, queue):
         token = hub.token("greedy", max_concurrency=2)
@@ -302,9 +302,7 @@ async def test_a_request_that_failed_goes_before_those_that_wait() -> None:
         assert asked(good) == ["second", "first"]
 
 
-async def test_when_all_workers_of_a_model_have_gone_no_request_waits_for_them() -> (
-    None
-):
+async def test_no_request_waits_for_a_model_whose_workers_are_all_down() -> None:
     async with (
         ScriptedWorker("big", slots=1) as big,
         ScriptedWorker("small") as small,

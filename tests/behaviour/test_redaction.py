@@ -673,7 +673,7 @@ async def test_a_bug_reveals_its_place_and_no_user_text(
     witness.conclude()
 
 
-async def test_what_asyncio_logs_of_a_bug_is_cut(
+async def test_what_asyncio_logs_about_a_bug_is_shortened(
     witness: Witness, unretrieved: list[str]
 ) -> None:
     """It lists the `repr` of everything that was involved."""
@@ -698,7 +698,7 @@ async def test_what_asyncio_logs_of_a_bug_is_cut(
 # --- Objects that live for a moment -----------------------------------------------
 
 
-def test_what_is_read_of_an_answer_shows_nothing() -> None:
+def test_the_reprs_of_parsed_answers_show_no_text() -> None:
     read = read_event(token(ANSWER).strip())
     assert read is not None
     folded = raw_chunk.decode(token(ANSWER)[6:].strip())

@@ -93,7 +93,7 @@ CUTS = [whole, by_lines, by_bytes]
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: payload.name)
-async def test_a_worker_sees_one_request_or_none(
+async def test_a_worker_receives_one_request_or_none(
     payload: Payload,
     cut: Callable[[bytes], list[bytes]],
     hub: RunningHub,
@@ -115,7 +115,7 @@ async def test_a_worker_sees_one_request_or_none(
     assert {record.name for record in warnings} <= {"gollama_proxy.access"}
 
 
-async def test_what_is_sent_in_pieces_is_read_in_pieces(
+async def test_requests_sent_in_pieces_are_read_in_pieces(
     hub: RunningHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the cuts above would be none."""

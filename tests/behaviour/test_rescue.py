@@ -245,7 +245,7 @@ UNPROVED: dict[str, list[str]] = {
     "build", [replies.BUILD, ""], ids=["llama-server", "another server"]
 )
 @pytest.mark.parametrize("way", UNPROVED)
-async def test_what_proves_nothing_is_not_believed(way: str, build: str) -> None:
+async def test_an_unproven_continuation_is_not_used(way: str, build: str) -> None:
     """All of it is asked for again, and that is no other attempt."""
     bad, good = ScriptedWorker(), ScriptedWorker(build=build)
     async with pool(bad, good, rescue__attempts=1) as (_, hub):
@@ -256,7 +256,7 @@ async def test_what_proves_nothing_is_not_believed(way: str, build: str) -> None
         assert good.requests[1].json() == BODY
 
 
-async def test_one_token_is_not_proof_enough() -> None:
+async def test_one_token_is_not_enough_proof() -> None:
     """Any answer may begin and continue with it."""
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset(), texts=FIRST[:1]))
@@ -288,7 +288,7 @@ async def test_a_text_is_continued_after_its_prompt() -> None:
     assert (seen.text, seen.reasons, seen.done) == (WHOLE, ["stop"], 1)
 
 
-async def test_what_is_left_of_max_tokens_is_asked_for_and_usage_is_of_both() -> None:
+async def test_a_continuation_asks_for_the_remaining_tokens_and_reports_all() -> None:
     body = BODY | {"max_tokens": 20, "stream_options": {"include_usage": True}}
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset()))
@@ -310,7 +310,7 @@ async def test_what_is_left_of_max_tokens_is_asked_for_and_usage_is_of_both() ->
     assert usage["total_tokens"] == 24 + len(FIRST)
 
 
-async def test_half_of_the_last_token_is_not_all_of_it() -> None:
+async def test_an_incomplete_last_token_is_continued() -> None:
     async with pool() as ([bad, good], hub):
         half = token(" fox").partition(b"ox")[0]
         bad.script(*partial(close(), texts=FIRST[:3], tail=half))
@@ -322,7 +322,7 @@ async def test_half_of_the_last_token_is_not_all_of_it() -> None:
     assert (seen.text, seen.reasons) == (" One day, a fox", ["length"])
 
 
-async def test_no_worker_is_asked_for_an_answer_that_lacks_only_its_end() -> None:
+async def test_an_answer_that_lacks_only_its_end_is_completed_by_the_hub() -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset(), texts=[*FIRST, *REST]))
         ending = await asked(hub, BODY | {"max_tokens": len(FIRST + REST)})
@@ -369,7 +369,7 @@ async def test_a_worker_that_broke_off_may_continue_after_another_one() -> None:
         assert complete(await asked(hub), rescued=2)
 
 
-async def test_a_worker_that_cannot_be_reached_is_passed_over() -> None:
+async def test_an_unreachable_worker_is_skipped() -> None:
     workers = [ScriptedWorker() for _ in range(3)]
     async with pool(*workers) as ([bad, gone, good], hub):
         bad.script(*partial(notify("said"), wait("go"), reset()))
@@ -427,7 +427,7 @@ async def test_the_only_worker_is_not_asked_again_when_it_has_stalled() -> None:
     assert broken_off(ending, "worker_slow")
 
 
-async def test_an_answer_is_continued_only_so_often() -> None:
+async def test_the_number_of_continuations_is_limited() -> None:
     async with pool(rescue__attempts=2) as (workers, hub):
         one, two = workers
         one.script(*partial(reset(), texts=FIRST[:1]))
@@ -464,7 +464,7 @@ async def test_a_fallback_continues_before_a_worker_that_has_failed_the_answer()
         assert (len(one.requests), len(two.requests)) == (1, 1)
 
 
-async def test_what_a_worker_refuses_uses_up_no_continuation() -> None:
+async def test_a_refusal_does_not_count_as_a_continuation() -> None:
     """So that it can still be asked for the whole answer again."""
     async with pool(rescue__attempts=1) as ([bad, good], hub):
         bad.script(*partial(reset()))
@@ -477,7 +477,9 @@ async def test_what_a_worker_refuses_uses_up_no_continuation() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 422, 500])
-async def test_a_worker_that_refuses_is_asked_for_all_of_it(status: int) -> None:
+async def test_a_worker_that_refuses_to_continue_is_asked_for_the_whole_answer(
+    status: int,
+) -> None:
     """Its refusal is nothing that the client gets to see."""
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset()))
@@ -487,7 +489,7 @@ async def test_a_worker_that_refuses_is_asked_for_all_of_it(status: int) -> None
         assert good.requests[1].json() == BODY
 
 
-async def test_a_worker_that_begins_a_new_turn_is_asked_for_all_of_it() -> None:
+async def test_a_worker_that_begins_a_new_turn_is_asked_for_the_whole_answer() -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset()))
         good.script(*chat_stream(["".join(FIRST)[:17], "ouse?"]))
@@ -495,7 +497,7 @@ async def test_a_worker_that_begins_a_new_turn_is_asked_for_all_of_it() -> None:
         assert complete(await asked(hub))
 
 
-async def test_at_the_first_difference_it_ends_honestly() -> None:
+async def test_a_regenerated_answer_that_differs_ends_with_an_error() -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset()))
         good.script(send(error_reply(400, "no prefill", "invalid_request_error")))
@@ -567,7 +569,7 @@ async def test_an_answer_is_continued_after_its_reasoning() -> None:
     }
 
 
-async def test_thoughts_that_broke_off_are_asked_for_again() -> None:
+async def test_broken_reasoning_is_regenerated() -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*stream_of(*THINKING, then=(reset(),)))
         answer = map(token, FIRST + REST)
@@ -578,7 +580,7 @@ async def test_thoughts_that_broke_off_are_asked_for_again() -> None:
     assert reasoning_of(ending) == "".join(THOUGHTS) + "."
 
 
-async def test_other_thoughts_are_the_end_of_the_answer() -> None:
+async def test_different_reasoning_ends_the_answer() -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*stream_of(*THINKING, then=(reset(),)))
         good.script(*stream_of(role(), thought("two or"), token(" 3"), finish()))
@@ -619,7 +621,7 @@ async def test_an_agents_answer_is_continued_as_any_other() -> None:
 
 
 @pytest.mark.parametrize("place", range(2 + len(FIRST), len(CALLING) + 1))
-async def test_a_call_that_broke_off_is_asked_for_again(place: int) -> None:
+async def test_a_broken_tool_call_is_regenerated(place: int) -> None:
     """It continues under the id that the client knows."""
     body = AGENT | {"seed": 7, "temperature": 0.5, "max_tokens": 99}
     async with pool() as ([bad, good], hub):
@@ -635,7 +637,7 @@ async def test_a_call_that_broke_off_is_asked_for_again(place: int) -> None:
     assert seen.comments == ["gollama rescued 1"]
 
 
-async def test_another_call_is_the_end_of_the_answer() -> None:
+async def test_a_different_tool_call_ends_the_answer() -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*stream_of(*CALLING[:-1], then=(reset(),)))
         other = arguments('"color": "red"}')
@@ -658,7 +660,7 @@ FORMS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", FORMS, ids=str)
-async def test_what_a_grammar_holds_to_is_asked_for_again(
+async def test_an_answer_held_to_a_grammar_is_regenerated(
     fields: dict[str, Any],
 ) -> None:
     """It would begin in the middle of the text."""
@@ -670,7 +672,9 @@ async def test_what_a_grammar_holds_to_is_asked_for_again(
 
 
 @pytest.mark.parametrize("fields", FORMS[:1], ids=str)
-async def test_another_text_in_that_form_is_the_end(fields: dict[str, Any]) -> None:
+async def test_a_different_text_held_to_a_grammar_ends_the_answer(
+    fields: dict[str, Any],
+) -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset()))
         good.script(*chat_stream([*FIRST[:-1], " ate", *REST]))
@@ -725,7 +729,9 @@ async def test_an_error_from_the_worker_itself_ends_the_answer() -> None:
 @pytest.mark.parametrize(
     "settings", [{"rescue__enabled": False}, {"rescue__kept": 1024}]
 )
-async def test_it_can_be_switched_off_and_has_a_limit(settings: dict[str, Any]) -> None:
+async def test_rescues_can_be_switched_off_and_have_a_limit(
+    settings: dict[str, Any],
+) -> None:
     async with pool(**settings) as ([bad, good], hub):
         bad.script(*partial(reset()))
         ending = await asked(hub)
@@ -744,7 +750,7 @@ async def test_a_long_answer_within_the_limit_is_continued() -> None:
     assert read(ending).text == "".join(words) + " end"
 
 
-async def test_a_client_that_leaves_during_a_rescue_takes_it_along() -> None:
+async def test_a_client_that_disconnects_cancels_a_rescue() -> None:
     async with pool() as ([bad, good], hub):
         bad.script(*partial(reset()))
         good.script(notify("asked"), expect_eof())
@@ -806,7 +812,7 @@ async def test_an_answer_in_one_piece_that_no_worker_continues_starts_over() -> 
     assert response.json()["choices"][0]["message"]["content"] == "Another"
 
 
-async def test_a_call_in_one_piece_that_broke_off_starts_over() -> None:
+async def test_a_broken_tool_call_in_one_piece_starts_over() -> None:
     """No worker has to make the same one, as the client has nothing of it."""
     async with pool(**ASSEMBLING, retry__floor=9) as ([bad, good], hub):
         bad.script(*stream_of(*CALLING[:-1], then=(reset(),)))

@@ -199,7 +199,7 @@ async def test_the_other_worker_gets_the_very_same_request() -> None:
         assert again.header("traceparent") == was.header("traceparent") == "00-1-2-03"
 
 
-async def test_so_many_attempts_as_are_set_and_no_more() -> None:
+async def test_the_number_of_attempts_is_limited() -> None:
     """The last one's words are what the client gets."""
     workers = [ScriptedWorker() for _ in range(4)]
     async with (
@@ -221,7 +221,7 @@ async def test_so_many_attempts_as_are_set_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 415, 422, 501])
-async def test_what_would_be_the_same_everywhere_is_not_tried_again(
+async def test_errors_that_every_worker_would_give_are_not_retried(
     status: int,
 ) -> None:
     async with two() as (first, second, hub):
@@ -280,7 +280,7 @@ async def test_the_only_worker_gets_no_third_chance() -> None:
 
 
 @pytest.mark.parametrize("fault", ["garbage", "a redirect", "401"])
-async def test_a_failure_that_the_only_worker_would_repeat_is_passed_on_at_once(
+async def test_a_failure_that_the_only_worker_would_repeat_is_not_retried(
     fault: str,
 ) -> None:
     async with one() as (worker, hub):
@@ -289,7 +289,9 @@ async def test_a_failure_that_the_only_worker_would_repeat_is_passed_on_at_once(
         assert len(worker.requests) == 1
 
 
-async def test_a_refused_connection_of_the_only_worker_is_reported_at_once() -> None:
+async def test_a_refused_connection_of_the_only_worker_is_reported_immediately() -> (
+    None
+):
     async with one() as (worker, hub):
         await worker.down()
         response = await hub.post(CHAT, WHOLE)
@@ -323,7 +325,7 @@ async def test_the_only_worker_may_be_slower_than_the_allowance() -> None:
         assert answered(await asking, worker, 1)
 
 
-async def test_the_only_worker_is_waited_for_when_it_is_busy_for_a_moment() -> None:
+async def test_a_request_waits_for_the_only_worker_if_it_is_briefly_busy() -> None:
     """As long as it asks for, and not shorter."""
     async with one() as (worker, hub):
         worker.script(*busy("1"))
@@ -334,23 +336,21 @@ async def test_the_only_worker_is_waited_for_when_it_is_busy_for_a_moment() -> N
 
 
 @pytest.mark.parametrize("again", ["0", "00"])
-async def test_a_busy_worker_that_can_be_asked_at_once_is(again: str) -> None:
+async def test_a_busy_worker_may_be_asked_again_immediately(again: str) -> None:
     async with one() as (worker, hub):
         worker.script(*busy(again))
         assert answered(await hub.post(CHAT, WHOLE), worker, 2)
 
 
 @pytest.mark.parametrize("asked", ["86400", "9" * 400])
-async def test_a_worker_cannot_ask_for_more_time_than_it_may_have(asked: str) -> None:
+async def test_the_time_that_a_busy_worker_asks_for_is_limited(asked: str) -> None:
     """Beyond that it is not believed, so that a short limit makes it worth waiting."""
     async with one(breaker__busy_max=0.1) as (worker, hub):
         worker.script(*busy(asked))
         assert answered(await hub.post(CHAT, WHOLE), worker, 2)
 
 
-async def test_a_request_that_comes_while_the_only_worker_is_busy_waits_as_well() -> (
-    None
-):
+async def test_a_new_request_waits_for_the_only_worker_while_it_is_busy() -> None:
     """No longer than for `retry.patience`; a longer wait is rejected at once."""
     async with one(breaker__busy_max=0.3) as (worker, hub):
         [record] = records(hub)
@@ -446,7 +446,7 @@ async def test_a_prompt_that_is_too_long_for_all_is_refused_once() -> None:
         assert len(first.requests) + len(second.requests) == 1
 
 
-async def test_a_larger_worker_that_fails_is_not_made_up_for_by_a_smaller_one() -> None:
+async def test_a_smaller_worker_does_not_replace_a_larger_one_that_fails() -> None:
     async with (
         ScriptedWorker(n_ctx=1024) as small,
         ScriptedWorker(n_ctx=4096) as large,
@@ -474,7 +474,7 @@ async def test_a_larger_worker_that_fails_is_not_made_up_for_by_a_smaller_one() 
         ("401", True),
     ],
 )
-async def test_what_a_worker_may_have_begun_can_be_barred_from_a_second_try(
+async def test_retries_of_requests_that_may_have_begun_can_be_forbidden(
     fault: str, again: bool
 ) -> None:
     """What it has refused unread may still go elsewhere; so may other paths."""
@@ -488,7 +488,7 @@ async def test_what_a_worker_may_have_begun_can_be_barred_from_a_second_try(
         assert (await hub.post("/v1/embeddings", body)).status == 200
 
 
-async def test_a_path_with_one_try_is_waited_for() -> None:
+async def test_a_slow_worker_is_awaited_on_a_path_without_retries() -> None:
     """Though somebody else could take over."""
     settings = {"retry__once": [CHAT], "timeouts__allowance": 10}
     async with two(clock=Clock(), **settings) as (slow, other, hub):
@@ -505,7 +505,7 @@ async def test_a_path_with_one_try_is_waited_for() -> None:
 # --- Whose fault a 500 was --------------------------------------------------------
 
 
-async def test_a_500_of_all_is_the_requests_fault() -> None:
+async def test_a_500_from_all_workers_is_blamed_on_the_request() -> None:
     """The worker's own error passes, and no breaker counts it."""
     async with two(breaker__consecutive=1) as (first, second, hub):
         for worker in (first, second):
@@ -521,7 +521,7 @@ async def test_a_500_of_all_is_the_requests_fault() -> None:
 
 
 @pytest.mark.parametrize("fault", ["500", "502", "an error for a first event"])
-async def test_a_500_is_the_workers_fault_when_another_one_does_better(
+async def test_a_500_is_blamed_on_the_worker_if_another_succeeds(
     fault: str,
 ) -> None:
     """It counts against the worker and this model, not against the machine."""
@@ -547,7 +547,7 @@ async def test_a_worker_that_does_better_the_second_time_is_not_blamed() -> None
         assert records(hub)[0].can_serve("tiny")
 
 
-async def test_a_good_answer_ends_a_row_of_500s() -> None:
+async def test_a_good_answer_ends_a_series_of_500s() -> None:
     async with two(breaker__consecutive=2) as (bad, good, hub):
         for _ in range(3):
             bad.script(*FAULTS["500"])
@@ -559,7 +559,7 @@ async def test_a_good_answer_ends_a_row_of_500s() -> None:
 # --- When it is too late ----------------------------------------------------------
 
 
-async def test_nothing_is_tried_again_once_a_byte_is_out() -> None:
+async def test_nothing_is_retried_after_the_first_byte() -> None:
     async with two(rescue__enabled=False) as (bad, good, hub):
         bad.script(send(sse_head() + chunk(role() + token("wu"))), stall())
         async with await hub.open(CHAT, STREAM) as wire:
@@ -632,7 +632,9 @@ async def test_an_outage_is_not_multiplied(fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["gone", "loading"])
-async def test_what_costs_a_worker_nothing_costs_no_retry(fault: str) -> None:
+async def test_failures_that_cost_a_worker_nothing_use_no_retry_budget(
+    fault: str,
+) -> None:
     async with two(retry__ratio=0, retry__floor=0, **UNBREAKABLE) as (bad, good, hub):
         if fault == "gone":
             await bad.down()

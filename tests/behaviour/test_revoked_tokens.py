@@ -47,7 +47,7 @@ async def becomes(hub: RunningHub, token: str, expected: int) -> None:
             pass
 
 
-async def test_a_token_is_taken_back_and_given_again(tmp_path: Path) -> None:
+async def test_a_token_is_revoked_and_restored(tmp_path: Path) -> None:
     file = tmp_path / "revoked"
     file.write_text("# jti:a1 sub:alice\n")
     async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
@@ -83,7 +83,7 @@ async def test_a_token_on_the_list_at_the_start_is_never_accepted(
         assert worker.requests == []
 
 
-async def test_a_lost_file_makes_no_revoked_token_valid(
+async def test_a_missing_file_does_not_restore_revoked_tokens(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "revoked"
@@ -116,7 +116,7 @@ async def test_a_running_answer_is_completed(tmp_path: Path) -> None:
         assert (await wire.read_response()).status == 401
 
 
-async def test_a_token_that_expires_in_mid_stream_was_good_enough(
+async def test_a_token_may_expire_during_a_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:

@@ -73,7 +73,7 @@ async def test_a_worker_that_only_sends_a_role_is_silent() -> None:
         assert slow(records(hub)[0]) == 1
 
 
-async def test_pings_alone_are_a_gap() -> None:
+async def test_pings_do_not_end_a_gap() -> None:
     settings = {"rescue__enabled": True, **LIMITS}
     async with two(clock=Clock(), **settings) as (first, second, hub):
         pings = [step for _ in range(2) for step in (wait("ping"), send(chunk(ping())))]

@@ -92,7 +92,7 @@ async def stock_of_rest(
 
 
 @pytest.mark.timeout(4 * LONG)
-async def test_a_thousand_requests_leave_nothing() -> None:
+async def test_a_thousand_requests_leave_nothing_behind() -> None:
     faults = Faults("soak", RATE)
     async with faults.workers() as workers, running_hub(*workers, **QUICK) as hub:
         crowd = Crowd(hub.port, faults, seed=1, visitors=16)

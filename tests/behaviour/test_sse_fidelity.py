@@ -149,7 +149,7 @@ async def test_every_byte_is_seen_before_the_next_one_is_sent(
     middle=st.lists(events(), min_size=1, max_size=4),
     cuts=st.sets(st.integers(1, 900), min_size=1, max_size=12),
 )
-async def test_a_chunk_that_is_cut_is_seen_as_far_as_it_came(
+async def test_a_cut_chunk_is_passed_on_as_far_as_it_came(
     middle: list[bytes], cuts: set[int]
 ) -> None:
     """The packets end anywhere, in the framing as well."""
@@ -176,7 +176,7 @@ def as_far_as_it_came(wire: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"])
-async def test_a_line_of_a_megabyte_passes_between_two_others(eol: bytes) -> None:
+async def test_a_line_of_a_megabyte_is_passed_on(eol: bytes) -> None:
     """In pieces that are no chunks, with characters of four bytes across their ends."""
     line = b"data: " + "\N{BANANA}".encode() * (1 << 18) + eol + eol
     wire = chunk(OPENING) + chunk(line) + chunk(ENDING) + last_chunk()
@@ -262,7 +262,7 @@ def percentile(values: list[float], share: int) -> float:
     return statistics.quantiles(values, n=100)[share - 1]
 
 
-async def test_an_event_is_hardly_delayed() -> None:
+async def test_events_are_hardly_delayed() -> None:
     """What the hub adds to the age of an event, against asking the worker directly."""
     server = await asyncio.get_running_loop().create_server(
         Clockwork, "127.0.0.1", 0, backlog=STREAMS * 2

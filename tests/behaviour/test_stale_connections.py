@@ -120,7 +120,7 @@ async def test_a_worker_that_was_restarted_between_two_requests() -> None:
         assert_not_blamed(hub)
 
 
-async def test_many_idle_connections_that_die_at_once() -> None:
+async def test_many_idle_connections_may_die_at_once() -> None:
     async with ScriptedWorker(slots=64) as worker, running_hub(worker) as hub:
         for _ in range(3):
             gate = asyncio.Event()
@@ -236,7 +236,7 @@ async def test_a_used_connection_that_dies_unanswered_is_asked_again(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_it_is_asked_again_once(stream: bool) -> None:
+async def test_a_request_is_repeated_only_once(stream: bool) -> None:
     """A worker that dies on a fresh connection dies of the request."""
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.script(*OK)
@@ -258,7 +258,7 @@ async def test_it_is_asked_again_once(stream: bool) -> None:
     ],
     ids=["head", "stream", "event", "garbage"],
 )
-async def test_what_was_begun_is_not_asked_again(script: Script) -> None:
+async def test_a_request_whose_answer_has_begun_is_not_repeated(script: Script) -> None:
     """On a used connection as little as on a fresh one."""
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         worker.script(*OK)

@@ -97,7 +97,7 @@ async def test_a_stream_arrives_byte_by_byte_as_it_was_sent(
 @pytest.mark.parametrize(
     "framing", [[], [("Content-Length", str(len(role() + done())))]]
 )
-async def test_a_stream_without_chunks_gets_them(
+async def test_a_stream_without_chunks_is_sent_in_chunks(
     framing: list[tuple[str, str]],
 ) -> None:
     """Of other servers: the end is the connection's, or a length's."""
@@ -145,7 +145,7 @@ async def test_a_head_is_only_seen_with_the_first_event() -> None:
             assert await wire.read_events() == [ping(), role(), done()]
 
 
-async def test_many_small_events_in_one_read_all_pass() -> None:
+async def test_many_small_events_in_one_read_are_all_passed_on() -> None:
     sent = [token(f" {number}") for number in range(500)]
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(
@@ -157,7 +157,7 @@ async def test_many_small_events_in_one_read_all_pass() -> None:
             assert await wire.read_events() == [role(), *sent, done()]
 
 
-async def test_an_event_of_a_megabyte_passes() -> None:
+async def test_an_event_of_a_megabyte_is_passed_on() -> None:
     """Larger than what is held, than what is read at once, than what is written."""
     large = token("x" * (1 << 20))
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -227,7 +227,7 @@ async def test_every_route_passes_what_the_worker_answers(
 
 
 @pytest.mark.parametrize("stream", [False, None])
-async def test_a_client_that_wants_no_stream_gets_none(stream: bool | None) -> None:
+async def test_a_client_that_requests_no_stream_gets_none(stream: bool | None) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         response = await hub.post(CHAT, WHOLE | {"stream": stream})
     assert response.json() == chat_completion(" no towu")
@@ -236,7 +236,9 @@ async def test_a_client_that_wants_no_stream_gets_none(stream: bool | None) -> N
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-async def test_an_answer_that_is_no_stream_passes_as_it_comes(chunked: bool) -> None:
+async def test_an_answer_that_is_not_a_stream_is_passed_on_as_it_arrives(
+    chunked: bool,
+) -> None:
     """Its length is sent if the worker sent it."""
     body = json.dumps({"text": "x" * 300_000}).encode()
     parts = [body[i : i + 50_000] for i in range(0, len(body), 50_000)]
@@ -365,7 +367,7 @@ PRIVATE = [
 ]
 
 
-async def test_what_is_the_clients_own_never_reaches_a_worker() -> None:
+async def test_the_credentials_of_a_client_never_reach_a_worker() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         secret = hub.token(sub="canary")
         headers = [*PRIVATE, ("Accept", "text/event-stream"), ("X-Request-Id", "r1")]
@@ -460,7 +462,7 @@ async def test_a_name_that_needs_no_change_is_left_as_it_was_spelt() -> None:
         (b" { } ", b' {"model":"tiny" } '),
     ],
 )
-async def test_a_missing_model_is_put_in_front(body: bytes, sent: bytes) -> None:
+async def test_a_missing_model_is_inserted(body: bytes, sent: bytes) -> None:
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, upstream__assemble="") as hub,  # bytes are compared

@@ -129,7 +129,7 @@ async def test_limits_and_permissions_are_those_of_any_request() -> None:
         "multipart/mixed; boundary=AaB03x",
     ],
 )
-async def test_what_is_no_form_is_refused(kind: str) -> None:
+async def test_invalid_forms_are_refused(kind: str) -> None:
     async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         response = await post(hub, form(MODEL, FILE), kind=kind)
         assert response.status == 400
@@ -166,9 +166,7 @@ async def test_what_is_no_form_is_refused(kind: str) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [1 << 20, 1])
-def test_a_form_that_could_be_read_in_two_ways_is_refused(
-    body: bytes, size: int
-) -> None:
+def test_ambiguous_forms_are_refused(body: bytes, size: int) -> None:
     def scan() -> None:
         scanner = FormScanner("AaB03x")
         for at in range(0, len(body), size):
@@ -180,7 +178,7 @@ def test_a_form_that_could_be_read_in_two_ways_is_refused(
 
 
 @pytest.mark.parametrize("size", [1 << 20, 7, 1])
-def test_the_fields_are_found_in_any_pieces(size: int) -> None:
+def test_the_fields_are_found_however_the_form_is_split(size: int) -> None:
     more = [part("stream", b"true"), part("max_tokens", b"7"), part("temperature", b"")]
     body = form(FILE, *more, MODEL)
     scanner = FormScanner("AaB03x")
@@ -206,14 +204,14 @@ STREAM = form(MODEL, part("stream", b"true"), FILE)
 
 
 @pytest.mark.parametrize("end", [event(DONE), event(DONE) + b"data: [DONE]\n\n"])
-async def test_a_stream_passes_as_it_comes(end: bytes) -> None:
+async def test_a_stream_is_passed_on_as_it_arrives(end: bytes) -> None:
     async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         worker.script(send(sse_head() + chunk(DELTA + end) + last_chunk()), close())
         response = await post(hub, STREAM)
     assert response.body == DELTA + end
 
 
-async def test_a_stream_that_broke_off_is_seen_to() -> None:
+async def test_a_truncated_stream_is_recognised_as_truncated() -> None:
     async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
         for end in ((kill(),), (send(last_chunk()), close())):
             worker.script(send(sse_head() + chunk(DELTA)), *end)
@@ -224,7 +222,7 @@ async def test_a_stream_that_broke_off_is_seen_to() -> None:
             assert b'data: {"error":' in ending.response.body
 
 
-async def test_openai_s_sdk_is_understood() -> None:
+async def test_requests_of_openais_sdk_are_understood() -> None:
     import openai
 
     async with (

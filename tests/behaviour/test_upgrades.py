@@ -36,7 +36,7 @@ OFFERS = {
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 @pytest.mark.parametrize("offer", OFFERS)
-async def test_the_request_is_served_and_the_worker_hears_of_no_offer(
+async def test_the_request_is_served_and_the_worker_gets_no_upgrade(
     offer: str, framing: str
 ) -> None:
     half = len(BODY) // 2
@@ -72,7 +72,7 @@ async def test_a_stream_and_a_request_without_a_body_are_served_too() -> None:
 
 
 @pytest.mark.parametrize("offer", OFFERS)
-async def test_what_follows_is_no_request(offer: str) -> None:
+async def test_bytes_after_an_upgrade_are_not_a_request(offer: str) -> None:
     """The parser drops what it has read beyond; the rest would begin in mid-request."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         headers = [*OFFERS[offer], ("Content-Length", str(len(BODY)))]

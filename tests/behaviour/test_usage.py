@@ -71,7 +71,7 @@ async def used(hub: RunningHub, token: str) -> int:
 # --- Who is asked -----------------------------------------------------------------
 
 
-async def test_a_limited_stream_is_counted_and_its_client_sees_nothing_of_it() -> None:
+async def test_a_stream_is_counted_without_the_client_seeing_usage() -> None:
     async with other_server() as (worker, hub):
         limited = hub.token(tpm=TPM)
         worker.script(
@@ -158,7 +158,7 @@ async def test_a_body_that_streams_through_is_not_changed() -> None:
 # --- What comes, however it comes -------------------------------------------------
 
 
-async def test_a_stream_without_usage_is_whole_all_the_same() -> None:
+async def test_a_stream_without_usage_is_complete() -> None:
     async with other_server() as (worker, hub):
         limited = hub.token(tpm=TPM)
         worker.script(*event_stream(role() + token("a"), token("b"), NEWS, done()))
@@ -296,7 +296,7 @@ async def test_a_server_that_dies_while_it_sends_usage_does_no_harm() -> None:
         assert not good.requests
 
 
-async def test_it_is_for_the_worker_that_answers() -> None:
+async def test_usage_is_requested_only_from_workers_that_need_it() -> None:
     """One that failed was asked; one that sends it anyway is not."""
     async with (
         ScriptedWorker(build="") as other,

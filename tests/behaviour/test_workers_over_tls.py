@@ -92,7 +92,7 @@ async def test_a_large_body_goes_up_as_it_is(
             assert worker.requests[0].json()["pad"] == body["pad"]
 
 
-async def test_a_worker_that_wants_to_see_a_certificate(
+async def test_a_worker_may_require_a_client_certificate(
     authority: Authority, tmp_path: Path
 ) -> None:
     hubs = Authority(tmp_path / "hubs")
@@ -104,7 +104,7 @@ async def test_a_worker_that_wants_to_see_a_certificate(
             assert (await hub.post(CHAT, WHOLE)).status == 200
 
 
-async def test_a_client_that_leaves_frees_it(
+async def test_a_client_that_disconnects_frees_it(
     authority: Authority, tmp_path: Path
 ) -> None:
     async with served_by(authority, authority.issue()) as worker:
@@ -144,7 +144,7 @@ async def test_a_body_without_a_frame_ends_with_a_notice(
             assert response.body == b'{"tokens": []}'
 
 
-async def test_a_body_without_a_frame_that_is_cut_is_no_whole_one(
+async def test_an_unframed_body_that_is_cut_is_incomplete(
     authority: Authority, tmp_path: Path
 ) -> None:
     """In the clear the same bytes would be all there is (RFC 9112, 9.8)."""
@@ -197,7 +197,7 @@ async def test_a_stream_that_ends_well_but_not_its_tls(
         ),
     ],
 )
-async def test_a_certificate_that_will_not_do(
+async def test_a_certificate_that_is_not_accepted_is_reported(
     names: tuple[str, ...],
     expired: bool,
     trusted: bool,

@@ -537,7 +537,7 @@ async def test_a_body_that_announces_nothing_is_cut_at_the_limit(window: int) ->
 # --- Time -------------------------------------------------------------------------
 
 
-async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+async def test_a_body_that_does_not_arrive_is_not_awaited() -> None:
     read = incoming(Content(b"{", end=False), grace=0.02)
     with pytest.raises(RequestError, match="too slowly") as error:
         await read.read(1 << 20)

@@ -217,7 +217,9 @@ def test_a_tool_call_is_what_it_should_be(tiny: LlamaServer) -> None:
     assert function == {"name": "paint", "arguments": '{"c": "red"}'}
 
 
-def test_what_ends_by_itself_is_the_same(llama_server: Start, tmp_path: Path) -> None:
+def test_answers_that_end_by_themselves_are_the_same(
+    llama_server: Start, tmp_path: Path
+) -> None:
     """Greedy answers of the other model never end; these are cut, or end anywhere."""
     model = write_tiny_gguf(tmp_path / "ending.gguf", mean_length=10)
     server = llama_server(model)
@@ -346,7 +348,7 @@ STOPS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("path", "field", "request_"), STOPS.values(), ids=STOPS)
-def test_an_answer_with_stop_strings_is_the_same_or_is_not_told(
+def test_an_answer_with_stop_strings_is_the_same_or_is_not_streamed(
     tiny: LlamaServer, path: str, field: str, request_: dict[str, Any]
 ) -> None:
     """It ends at a stop string, or is cut, where another one may have begun."""
@@ -379,7 +381,7 @@ NOT_THE_SAME = {
 
 
 @pytest.mark.parametrize("request_", NOT_THE_SAME.values(), ids=NOT_THE_SAME)
-def test_an_answer_that_a_stream_does_not_tell_is_not_streamed(
+def test_answers_that_a_stream_cannot_represent_are_not_streamed(
     tiny: LlamaServer, request_: dict[str, Any]
 ) -> None:
     both = Both(tiny, request_)

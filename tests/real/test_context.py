@@ -51,7 +51,7 @@ def ask(words: int, **fields: Any) -> dict[str, Any]:
         ("/v1/responses", {"input": "hello " * 20, "max_output_tokens": 2}),
     ],
 )
-async def test_the_count_is_the_workers_own(
+async def test_the_count_equals_the_workers_own(
     path: str,
     body: dict[str, Any],
     tiny_model: Path,

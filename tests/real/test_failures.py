@@ -51,7 +51,7 @@ async def one_stream(hub: RunningHub) -> tuple[str, float]:
     return ending.response.header("x-gollama-worker") or "", first
 
 
-async def test_a_stopped_worker_fails_nobody_and_is_taken_back(
+async def test_a_stopped_worker_fails_no_request_and_returns(
     tiny_model: Path, llama_server: Start
 ) -> None:
     """SIGSTOP: it accepts connections and says nothing, the worst kind of dead."""
@@ -177,7 +177,7 @@ async def hit_in_mid_answer(
     return await asyncio.gather(*answers)
 
 
-async def test_a_worker_is_killed_in_mid_answer_and_all_answers_are_whole(
+async def test_answers_are_complete_although_a_worker_is_killed(
     brisk_model: Path, llama_server: Start
 ) -> None:
     """Thirty at once on three workers, each the same to the last character."""
@@ -201,7 +201,7 @@ async def test_a_worker_is_killed_in_mid_answer_and_all_answers_are_whole(
     assert {each.completion_tokens for each in results} == {TOKENS}
 
 
-async def test_a_worker_that_is_told_to_end_takes_no_answer_along(
+async def test_a_worker_that_is_terminated_breaks_no_answer(
     brisk_model: Path, llama_server: Start
 ) -> None:
     """SIGTERM: llama-server does not drain, and may even fall silent before it ends."""

@@ -55,7 +55,7 @@ async def kept_waiting(told: list[bytes], *script: Any) -> AsyncIterator[NodeSdk
         await running
 
 
-async def test_it_passes_over_the_comments(told: list[bytes]) -> None:
+async def test_the_node_sdk_skips_comments(told: list[bytes]) -> None:
     async with kept_waiting(told, *chat_stream(TEXTS)) as client:
         *texts, end = await client.rest()
     assert texts == [{"content": text} for text in TEXTS]
@@ -73,7 +73,7 @@ BROKEN = chat_stream(["a", "b"])[:3]
     ],
     ids=["refused", "broken off"],
 )
-async def test_it_sees_an_error_behind_the_comments(
+async def test_the_node_sdk_sees_an_error_after_comments(
     told: list[bytes], script: Script, texts: list[str], code: int | str
 ) -> None:
     async with kept_waiting(told, *script) as client:

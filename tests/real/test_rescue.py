@@ -211,7 +211,7 @@ def test_a_broken_chat_is_the_unbroken_one(
     assert True in check(first, second, unknown=unknown)
 
 
-def test_a_build_that_repeats_nothing_is_asked_for_all_of_it(
+def test_a_build_without_echo_is_asked_for_the_whole_answer(
     tiny_model: Path, llama_server: Start
 ) -> None:
     first, second = llama_server(tiny_model), llama_server(tiny_model)
@@ -247,14 +247,14 @@ def test_an_agents_text_goes_on(tiny_model: Path, llama_server: Start) -> None:
 
 
 @pytest.mark.parametrize("fields", [PAINT, FORM], ids=["a call", "a form"])
-def test_every_cut_of_what_is_held_to_a_grammar_is_made_up_for(
+def test_answers_held_to_a_grammar_can_be_cut_anywhere(
     fields: dict[str, Any], tiny_model: Path, llama_server: Start
 ) -> None:
     first, second = llama_server(tiny_model), llama_server(tiny_model)
     assert check(first, second, cuts=99, **fields) == {False}
 
 
-def test_a_call_behind_a_text_is_made_up_for_as_well(
+def test_a_tool_call_after_text_is_resumed_too(
     tiny_model: Path, llama_server: Start
 ) -> None:
     """In the continuation, which is forced to call."""

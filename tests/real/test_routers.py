@@ -36,7 +36,7 @@ async def loaded(hub: RunningHub, model: str) -> list[bool | None]:
     return [worker["loaded"] for worker in row["gollama"]["workers"]]
 
 
-async def test_a_router_loads_on_demand_and_who_has_a_model_is_preferred(
+async def test_a_router_loads_on_demand_and_loaded_workers_are_preferred(
     tiny_model: Path,
     llama_server: Callable[..., LlamaServer],
     tmp_path: Path,

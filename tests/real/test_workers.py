@@ -85,7 +85,7 @@ async def test_the_openai_client_streams(tiny_model: Path, llama_server: Start) 
         assert chunks[-1].usage.completion_tokens == 8
 
 
-async def test_the_openai_client_sees_models_and_errors_as_its_own(
+async def test_the_openai_client_understands_models_and_errors(
     tiny_model: Path, llama_server: Start
 ) -> None:
     import openai
@@ -110,7 +110,7 @@ async def test_the_openai_client_sees_models_and_errors_as_its_own(
             await stranger.models.list()
 
 
-async def test_a_name_that_nobody_serves_goes_to_the_only_model(
+async def test_an_unknown_name_goes_to_the_only_model(
     tiny_model: Path, llama_server: Start
 ) -> None:
     async with running_hub(llama_server(tiny_model)) as hub, client_of(hub) as client:
@@ -122,7 +122,7 @@ async def test_a_name_that_nobody_serves_goes_to_the_only_model(
         assert answer.model == "tiny"
 
 
-async def test_the_rest_of_the_surface(
+async def test_the_other_routes_work(
     tiny_model: Path, embed_model: Path, llama_server: Start
 ) -> None:
     """Embeddings, reranking, native and Anthropic routes answer as the worker does."""

@@ -172,7 +172,7 @@ def test_an_answer_that_the_client_has_begun_is_asked_for_again() -> None:
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], {}, 7, None])
-def test_a_prompt_is_one(prompt: Any) -> None:
+def test_a_prompt_counts_as_a_request_for_text(prompt: Any) -> None:
     assert not can_rescue(text_body(prompt=prompt), chat=False)
     assert can_rescue(text_body(prompt=[1, 2, 3]), chat=False)
 
@@ -180,7 +180,7 @@ def test_a_prompt_is_one(prompt: Any) -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{", b"{}", b'{"prompt":"\xff"}', b'{"n":' + b"[" * 9999]
 )
-def test_nonsense_cannot_be_rescued(body: bytes) -> None:
+def test_invalid_requests_cannot_be_rescued(body: bytes) -> None:
     assert not can_rescue(body, chat=True)
     assert not can_rescue(body, chat=False)
 
@@ -219,7 +219,7 @@ def test_thoughts_stand_in_the_message_before_the_text() -> None:
     assert asked["max_tokens"] == 5
 
 
-def test_blank_thoughts_are_none() -> None:
+def test_blank_reasoning_is_ignored() -> None:
     partial = parsed(chat_event(reasoning="\n") + chat_stream(["a", "b"], reason=None))
     asked = json.loads(ask_for_rest(chat_body(), partial, chat=True))
     assert "reasoning_content" not in asked["messages"][-1]
@@ -248,7 +248,7 @@ def test_an_answer_with_all_requested_tokens_is_exhausted(
     assert exhausted(text_body(**{name: limit}), partial) is nothing_left
 
 
-def test_of_several_limits_the_lowest_counts() -> None:
+def test_the_lowest_of_several_limits_applies() -> None:
     partial = parsed(chat_stream(["a", "b"], reason=None))
     assert exhausted(chat_body(max_tokens=2, n_predict=9), partial)
     assert exhausted(chat_body(max_tokens=9, n_predict=2), partial)
@@ -259,7 +259,7 @@ def test_without_a_limit_there_is_always_more() -> None:
     assert not exhausted(chat_body(), parsed(chat_stream(["a"] * 99, reason=None)))
 
 
-def test_an_answer_of_which_there_is_nothing_yet_is_begun_anew() -> None:
+def test_an_answer_without_text_is_started_again() -> None:
     partial = parsed(
         dump(chat_chunk(delta(content=""), usage={"completion_tokens": 4}))
     )
@@ -267,7 +267,7 @@ def test_an_answer_of_which_there_is_nothing_yet_is_begun_anew() -> None:
     assert not exhausted(chat_body(max_tokens=4), partial)
 
 
-def test_thoughts_and_calls_are_tokens_as_well() -> None:
+def test_reasoning_and_calls_count_as_tokens() -> None:
     for begun in (chat_event(reasoning="hm") * 2, call("f", "{") + arguments("}")):
         assert exhausted(chat_body(max_tokens=2), parsed(begun))
         assert not exhausted(chat_body(max_tokens=3), parsed(begun))
@@ -437,7 +437,7 @@ def test_the_choices_that_a_request_asks_for(request_: Any, choices: int) -> Non
         ),
     ],
 )
-def test_asking_is_a_splice(before: bytes, after: bytes) -> None:
+def test_asking_for_usage_changes_only_that_field(before: bytes, after: bytes) -> None:
     assert ask_for_usage(before) == after
     partial = json.loads(after)
     assert partial.pop("stream_options") == {"include_usage": True}
@@ -455,7 +455,7 @@ def test_asking_is_a_splice(before: bytes, after: bytes) -> None:
         [],
     ],
 )
-def test_a_client_with_options_of_its_own_is_left_alone(options: Any) -> None:
+def test_stream_options_of_the_client_are_kept(options: Any) -> None:
     body = json.dumps({"stream": True, "stream_options": options}).encode()
     assert ask_for_usage(body) is None
 
@@ -478,7 +478,7 @@ VALUES = st.recursive(
     indent=st.sampled_from([None, 2]),
     ascii=st.booleans(),
 )
-def test_all_else_of_any_body_stays(
+def test_all_other_fields_of_a_body_stay(
     before: dict[str, Any], options: Any, after: Any, indent: int | None, ascii: bool
 ) -> None:
     fields = {**before, **({} if options == "absent" else {"stream_options": options})}

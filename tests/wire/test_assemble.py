@@ -344,7 +344,7 @@ def test_an_event_without_an_end_has_a_limit(piece: bytes) -> None:
         feed_often(ChatAssembler(1000), piece, 1001)
 
 
-def test_a_long_answer_of_short_events_is_no_matter() -> None:
+def test_a_long_answer_of_short_events_is_accepted() -> None:
     """What counts is the answer, which is a fraction of what its events take."""
     assembler = ChatAssembler(10_000)
     feed_often(assembler, delta({"content": "x"}), 5000)
@@ -518,7 +518,7 @@ def similar_events(draw: st.DrawFn) -> list[bytes]:
 
 
 @given(similar_events(), st.booleans(), st.sampled_from([300, 2000, LIMIT]))
-def test_learning_makes_no_difference(
+def test_learning_does_not_change_the_result(
     events: list[bytes], together: bool, limit: int
 ) -> None:
     """The answer is the same, or there is none for the same kind of reason."""
@@ -535,7 +535,7 @@ def test_learning_makes_no_difference(
     assert assembled(ChatAssembler) == assembled(Plain)
 
 
-def test_of_events_that_differ_in_a_word_only_the_word_is_kept() -> None:
+def test_only_the_changing_word_of_similar_events_is_kept() -> None:
     assembler = ChatAssembler(LIMIT)
     for word in ("a", "b", "\n", "é", '"', "z"):
         assembler.feed(delta({"content": word}))
@@ -555,7 +555,7 @@ def test_a_word_that_cannot_be_read_is_noticed_in_time() -> None:
 
 
 @pytest.mark.parametrize("word", ['"', "\\", '","x":"'])
-def test_bytes_that_are_no_word_are_read_as_events(word: str) -> None:
+def test_bytes_that_are_not_a_word_are_read_as_events(word: str) -> None:
     """They look like one between what was learnt, and end the string too early."""
     assembler = ChatAssembler(LIMIT)
     for text in ("a", "b", "c"):

@@ -90,7 +90,7 @@ def test_an_empty_body_is_empty_in_every_coding() -> None:
     assert unpacked("gzip") == b""
 
 
-def test_its_repr_holds_no_data() -> None:
+def test_the_repr_shows_no_data() -> None:
     unpacker = Unpacker("gzip")
     list(unpacker.feed(CODED["gzip"][:-1]))
     assert repr(unpacker) == "<Unpacker of gzip>"

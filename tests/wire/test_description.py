@@ -168,7 +168,9 @@ def test_an_entry_with_bytes_that_are_no_text_costs_no_other() -> None:
     ],
     ids=repr,
 )
-def test_a_list_of_another_shape_is_a_list(listed: Any, names: list[str]) -> None:
+def test_other_shapes_of_model_lists_are_accepted(
+    listed: Any, names: list[str]
+) -> None:
     """Go writes an empty list as null; Ollama's own list is called `models`."""
     result = described(listed)
     assert [model.name for model in result.models] == names
@@ -251,7 +253,7 @@ def test_anything_is_described_or_refused(
 # --- What is too much, or cannot be true ------------------------------------------
 
 
-def test_of_too_many_models_the_first_ones_are_known() -> None:
+def test_only_the_first_of_too_many_models_are_known() -> None:
     """Each request looks through all of them."""
     listed = [{"id": f"m{n}"} for n in range(MOST_MODELS + 5)]
     names = [model.name for model in described({"data": listed}).models]
@@ -269,7 +271,7 @@ def test_a_name_that_could_not_be_shown_is_skipped(name: str) -> None:
 
 
 @pytest.mark.parametrize("context", [-1, 0, MOST_CONTEXT + 1, 10**400])
-def test_a_context_that_cannot_be_true_is_not_known(context: int) -> None:
+def test_an_impossible_context_is_unknown(context: int) -> None:
     settings = {"default_generation_settings": {"n_ctx": context}}
     models = {"data": [{"id": "a", "meta": {"n_ctx": context}}, {"id": "b"}]}
     result = described(models, settings)
@@ -278,7 +280,7 @@ def test_a_context_that_cannot_be_true_is_not_known(context: int) -> None:
 
 
 @pytest.mark.parametrize("slots", [10**400, -(10**400), 1 << 31, 2.5, "4"])
-def test_slots_that_are_no_number_are_not_known(slots: object) -> None:
+def test_slots_that_are_not_a_number_are_unknown(slots: object) -> None:
     """Such as could not even be shown in the metrics."""
     assert described(props={"total_slots": slots}).slots is None
 

@@ -119,7 +119,7 @@ def test_a_done_is_seen_at_the_very_beginning_and_with_any_line_end(
 
 
 @pytest.mark.parametrize("cut", range(1, len(b"data: [DONE]\n")))
-def test_half_a_done_is_none(cut: int) -> None:
+def test_an_incomplete_done_is_not_a_done(cut: int) -> None:
     tail = replies.token("a") + b"data: [DONE]\n"[:cut]
     assert marks(tail, Ending.DONE) == NOTHING
 
@@ -204,9 +204,7 @@ def test_an_error_from_the_worker_is_seen(error: bytes, ending: Ending) -> None:
     "line",
     [b"data: [DONE]", b'data: {"error":{}}', b"event: error", b"event: message_stop"],
 )
-def test_a_mark_that_does_not_begin_its_line_is_none(
-    line: bytes, ending: Ending
-) -> None:
+def test_a_mark_within_a_line_is_not_a_mark(line: bytes, ending: Ending) -> None:
     """In a comment, in the name of an event, or after the other kind of data."""
     for before in (b": ", b"event: ", b"data: ", b"id: ", b" "):
         assert marks(before + line + b"\n\n", ending) == NOTHING
@@ -259,7 +257,7 @@ def test_generated_text_ends_no_stream(words: str) -> None:
     words=st.lists(st.text(max_size=5) | st.sampled_from(QUOTES), max_size=5),
     start=st.integers(0, 400),
 )
-def test_no_words_of_a_model_end_a_stream(words: list[str], start: int) -> None:
+def test_text_of_a_model_does_not_end_a_stream(words: list[str], start: int) -> None:
     tail = (replies.token("".join(words)) + native("".join(words), stop=False))[start:]
     for ending in STREAMED:
         assert marks(tail, ending) == NOTHING
@@ -321,7 +319,7 @@ def test_half_of_several_native_completions_is_not_complete() -> None:
         b'{"object":"error","message":"no"}',
     ],
 )
-def test_an_error_is_one_whatever_follows(error: bytes, ending: Ending) -> None:
+def test_an_error_counts_whatever_follows(error: bytes, ending: Ending) -> None:
     assert read_end(b"data: %b\n\n" % error + DONE, ending).failed
     said = error.replace(b'"', rb"\"")
     assert not read_end(b'data: {"content":"%b"}\n\n' % said, ending).failed

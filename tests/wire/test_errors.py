@@ -72,7 +72,7 @@ def test_every_code_has_its_status_and_its_type(code: Code) -> None:
     assert (code.status, code.type) == TABLE[code]
 
 
-def test_no_code_is_gone_that_programs_may_know() -> None:
+def test_published_codes_are_never_removed() -> None:
     assert {str(code) for code in Code} == set(TABLE)
 
 
@@ -113,7 +113,7 @@ def test_all_four_keys_are_there_even_when_they_are_null() -> None:
     }
 
 
-def test_its_repr_names_the_error_and_quotes_no_text() -> None:
+def test_the_repr_names_the_error_without_its_text() -> None:
     error = RequestError(Code.MODEL_NOT_FOUND, "No 'secret' here.", detail="secret")
     assert repr(error) == "<RequestError model_not_found>"
 

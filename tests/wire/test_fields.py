@@ -149,7 +149,7 @@ def test_the_kind_of_a_value_is_its_first_character(value: str, kind: str) -> No
     ],
 )
 @pytest.mark.parametrize("key", ["max_tokens", "stream", "model"])
-def test_values_that_parsers_disagree_on_are_of_no_kind(value: str, key: str) -> None:
+def test_values_that_parsers_disagree_on_have_no_kind(value: str, key: str) -> None:
     """Too large for 64 bits, or no JSON at all: a check of the kind refuses it."""
     body = f'{{"{key}":{value}}}'.encode()
     start = len(key) + 4
@@ -349,9 +349,7 @@ anything = damaged() | debris.map(b"{".__add__) | debris | st.binary(max_size=40
 @example(b'{"model":"\\', [9])
 @example(b'{"a":"\\', [7])
 @example(b'{"a":"x\\"y"}', [8])
-def test_whatever_comes_is_accepted_or_refused_wherever_it_is_cut(
-    body: bytes, cut_at: list[int]
-) -> None:
+def test_the_verdict_does_not_depend_on_cuts(body: bytes, cut_at: list[int]) -> None:
     """No other exception, and no second opinion because of how TCP cut it."""
     assert outcome(pieces_of(body, cut_at)) == outcome([body])
 
@@ -433,7 +431,7 @@ def nested(depth: int, opening: bytes = b"[", closing: bytes = b"]") -> bytes:
 
 
 @pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
-def test_a_body_may_be_so_deep_and_no_deeper(opening: bytes, closing: bytes) -> None:
+def test_the_depth_of_a_body_is_limited(opening: bytes, closing: bytes) -> None:
     body = nested(MAX_DEPTH, opening, closing)
     scan(body)
     check_json(body)
@@ -509,7 +507,7 @@ def test_a_body_that_ends_in_the_middle_of_a_character_is_refused() -> None:
 @pytest.mark.parametrize(
     "bad", [rb"\ud800", rb"\udc00", rb"\ud800x", rb"\udc00\ud800", rb"\ud800\u0041"]
 )
-def test_half_a_surrogate_pair_is_no_text(bad: bytes) -> None:
+def test_an_incomplete_surrogate_pair_is_not_text(bad: bytes) -> None:
     """Python reads it, and cannot encode it; llama-server refuses it."""
     with pytest.raises(RequestError) as caught:
         text_of(scan(b'{"model":"%b"}' % bad).found["model"])
@@ -717,7 +715,7 @@ def test_the_limit_of_a_token_holds_wherever_it_is_cut(form: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("start", [b'{"x":"', b'{"messages":["', b'{"x":[{"y":"'])
-def test_bytes_that_are_passed_over_take_no_memory(start: bytes, filler: bytes) -> None:
+def test_skipped_bytes_take_no_memory(start: bytes, filler: bytes) -> None:
     """An image of 200 MB in front of the model's name is read and forgotten."""
     scanner = FieldScanner()
     scanner.feed(start)
@@ -905,7 +903,7 @@ def agree(body: bytes) -> bool:
 
 @UNHURRIED
 @given(BODIES, st.sampled_from([None, 2]), st.booleans())
-def test_both_ways_find_the_same(
+def test_both_readers_find_the_same(
     fields: dict[str, Any], indent: int | None, ascii_only: bool
 ) -> None:
     body = json.dumps(fields, indent=indent, ensure_ascii=ascii_only)

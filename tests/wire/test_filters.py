@@ -85,7 +85,7 @@ def test_usage_alone_is_left_out(hidden: bytes) -> None:
         assert fed([whole[:place], whole[place:]]) == token("a") + done()
 
 
-def test_of_several_choices_each_has_its_usage_left_out() -> None:
+def test_usage_is_removed_from_each_of_several_choices() -> None:
     """As llama-server sends it: after each choice, and so in the middle."""
     one = finish(usage=usage_of(3))
     shown = one.split(b"\n\n")[0] + b"\n\n"
@@ -278,7 +278,7 @@ def test_the_name_is_replaced_and_nothing_else(before: bytes, after: bytes) -> N
         b"proxy error: Failed to read connection",
     ],
 )
-def test_whatever_is_not_the_name_stays(body: bytes) -> None:
+def test_everything_but_the_name_stays(body: bytes) -> None:
     assert renamed(body, OLD, NEW) == body
     assert renamed_in([body[i : i + 1] for i in range(len(body))]) == body
 
@@ -348,7 +348,7 @@ def test_only_bytes_that_may_become_the_name_are_held_back(
     assert renamer.finish() == b""
 
 
-def test_the_longest_spelling_of_a_name_comes_together_again() -> None:
+def test_the_longest_spelling_of_a_name_is_reassembled() -> None:
     spaces = b" " * MOST_SPACES
     name = b"".join(rb"\u%04x" % ord(letter) for letter in OLD)
     key = b'"model"%b:%b' % (spaces, spaces)
@@ -446,7 +446,7 @@ def test_cuts_make_no_difference_even_where_it_is_no_json(
     assert re.sub(rb'(:\s*)"gpt-4o-mini"', rb'\1"tiny"', whole) == data
 
 
-def test_how_much_is_held_back_has_a_bound() -> None:
+def test_the_held_back_bytes_are_limited() -> None:
     renamer = Renamer(OLD, NEW)
     spelled = b'{"model":"' + rb"\u0074" * 10_000
     spaced = b'{"model"' + b" " * 10_000

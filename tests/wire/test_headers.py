@@ -99,7 +99,7 @@ def test_only_http_1_0_and_1_1_are_spoken(version: tuple[int, int]) -> None:
     assert f"HTTP/{version[0]}.{version[1]} " in error.message
 
 
-def test_the_hub_is_no_tunnel() -> None:
+def test_connect_is_refused() -> None:
     error = refusal(HOST, method="CONNECT")
     assert error.code is Code.METHOD_NOT_ALLOWED
     assert error.allow  # RFC 9110, 15.5.6: a 405 names the methods that there are
@@ -207,7 +207,7 @@ def test_a_name_that_some_servers_read_as_framing_is_refused(name: str) -> None:
     assert repr(name) in error.message  # the client is result which header
 
 
-def test_a_head_may_be_as_large_as_the_limit_and_not_a_byte_larger() -> None:
+def test_a_head_may_be_exactly_as_large_as_the_limit() -> None:
     """What counts is what is sent: the name, `: `, the value and the line end."""
     exact = sum(len(b"%b: %b\r\n" % header) for header in (HOST, JSON))
     check_head("POST", (1, 1), (HOST, JSON), exact)
@@ -239,18 +239,18 @@ def test_any_other_request_id_is_replaced(given_id: str) -> None:
     assert request_id(headers, "ours") == "ours"
 
 
-def test_of_two_request_ids_neither_is_taken() -> None:
+def test_two_request_ids_are_both_ignored() -> None:
     headers = lines("X-Request-Id: one", "X-REQUEST-ID: two")
     assert request_id(headers, "ours") == "ours"
 
 
-def test_without_a_request_id_there_is_ours() -> None:
+def test_a_missing_request_id_is_generated() -> None:
     assert request_id(iter([HOST]), "ours") == "ours"
 
 
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=80), max_size=3))
-def test_whatever_comes_the_request_id_is_harmless(values: list[bytes]) -> None:
+def test_the_request_id_is_always_harmless(values: list[bytes]) -> None:
     chosen = request_id([(b"X-Request-Id", value) for value in values], "ours")
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", chosen)
 
@@ -307,7 +307,7 @@ def test_credentials_framing_and_switches_never_reach_a_worker(name: str) -> Non
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.binary(max_size=30), st.binary(max_size=30)), max_size=6))
-def test_whatever_comes_a_worker_gets_listed_names_and_one_line_each(
+def test_workers_get_only_listed_headers_on_one_line_each(
     headers: list[tuple[bytes, bytes]],
 ) -> None:
     headers = [*headers, *((b"Accept", value) for _, value in headers)]
@@ -317,7 +317,7 @@ def test_whatever_comes_a_worker_gets_listed_names_and_one_line_each(
 
 
 @pytest.mark.parametrize("bad", [b"a\r\nX-Api-Key: k", b"a\nb", b"\x00", b"caf\xe9"])
-def test_a_value_that_two_programs_may_read_differently_goes_nowhere(
+def test_ambiguous_header_values_are_dropped(
     bad: bytes,
 ) -> None:
     assert to_worker([(b"Accept", bad)]) == []
@@ -338,7 +338,7 @@ CONNECTIONS = [
 
 @pytest.mark.parametrize("spelled", ["accept", "Accept", "ACCEPT"])
 @pytest.mark.parametrize("connection", CONNECTIONS)
-def test_a_client_can_name_a_header_that_is_for_the_hub_alone(
+def test_a_client_can_name_headers_that_stop_at_the_hub(
     connection: list[str], spelled: str
 ) -> None:
     named = lines(*(line.format(spelled) for line in connection))
@@ -348,7 +348,7 @@ def test_a_client_can_name_a_header_that_is_for_the_hub_alone(
 
 @pytest.mark.parametrize("spelled", ["x-note", "X-Note", "X-NOTE"])
 @pytest.mark.parametrize("connection", CONNECTIONS)
-def test_a_worker_can_name_a_header_that_is_for_the_hub_alone(
+def test_a_worker_can_name_headers_that_stop_at_the_hub(
     connection: list[str], spelled: str
 ) -> None:
     named = lines(*(line.format(spelled) for line in connection))
@@ -411,7 +411,7 @@ def test_headers_of_one_hop_or_of_the_hub_end_at_the_hub(name: bytes) -> None:
         "Cache-Control",
     ],
 )
-def test_a_worker_does_not_speak_for_the_hub(name: str) -> None:
+def test_a_worker_cannot_set_headers_of_the_hub(name: str) -> None:
     """Spelled out here, so that no name leaves the lists by accident."""
     assert to_client([(name.encode(), b"x")]) == []
 
@@ -430,7 +430,7 @@ def test_a_header_whose_name_is_not_ascii_is_dropped() -> None:
         max_size=8,
     )
 )
-def test_whatever_a_worker_sends_nothing_of_its_hop_comes_through(
+def test_hop_by_hop_headers_of_a_worker_are_always_dropped(
     headers: list[tuple[bytes, bytes]],
 ) -> None:
     for name, value in to_client(headers):

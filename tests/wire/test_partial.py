@@ -46,7 +46,7 @@ def event_of(raw: bytes) -> Event:
 @pytest.mark.parametrize(
     "raw", [b"", b":", b": ping", b"event: x\nid: 7", b": data: {", b"proxy error: x"]
 )
-def test_an_event_without_data_is_none(raw: bytes) -> None:
+def test_events_without_data_are_ignored(raw: bytes) -> None:
     assert read_event(raw) is None
 
 
@@ -235,7 +235,7 @@ def test_an_error_is_the_workers_own(error: Any) -> None:
     assert "out of memory" not in caught.value.message
 
 
-def test_a_null_is_no_error() -> None:
+def test_null_is_not_an_error() -> None:
     event = event_of(dump(chat_chunk(delta(content="a"), error=None)))
     assert event.spans == [Span("text", "a")]
 
@@ -305,7 +305,7 @@ def test_an_answer_that_calls_a_tool_is_more_than_a_text() -> None:
     assert not partial.is_plain
 
 
-def test_thoughts_between_texts_are_no_beginning_of_a_message() -> None:
+def test_reasoning_between_texts_cannot_begin_a_message() -> None:
     thought = chat_event(reasoning_content="hm")
     assert not parsed(chat_stream(["a"], reason=None) + thought).is_plain
 
@@ -420,7 +420,7 @@ def test_after_the_finish_reason_only_the_end_is_missing(half: bytes) -> None:
     assert (seen.text, seen.reasons, seen.done) == ("a", ["stop"], 1)
 
 
-def test_half_an_end_is_completed_to_the_end_itself() -> None:
+def test_an_incomplete_end_is_completed() -> None:
     partial = parsed(chat_stream(["a"])[:-6])
     assert (partial.done, partial.mend) == (True, replies.done()[-6:])
 
@@ -459,7 +459,7 @@ def test_half_a_line_that_can_be_no_data_is_ended(half: bytes) -> None:
         b"event: x\ndata: {",
     ],
 )
-def test_half_of_something_else_is_not_mended(half: bytes) -> None:
+def test_other_incomplete_lines_are_not_mended(half: bytes) -> None:
     assert Partial.parse(chat_stream(["a"], reason=None) + half) is None
 
 
@@ -488,7 +488,7 @@ def test_an_answer_of_max_tokens_is_closed_for_its_length() -> None:
     assert (seen.text, seen.reasons, seen.done) == ("ab", ["length"], 1)
 
 
-def test_closing_what_is_closed_adds_nothing() -> None:
+def test_closing_a_closed_answer_adds_nothing() -> None:
     """But what was cut, which the hub writes before anything else."""
     stream = chat_stream(["a"])
     for relayed, mend in ((stream, b""), (stream[:-1], b"\n")):

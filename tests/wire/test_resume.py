@@ -93,7 +93,7 @@ def test_all_added_chunks_come_out_again(batches: list[list[bytes]]) -> None:
     assert transcript.body() == body  # as often as one likes
 
 
-def test_in_the_beginning_there_is_nothing() -> None:
+def test_a_new_transcript_is_empty() -> None:
     assert Transcript().body() == b""
 
 
@@ -353,7 +353,9 @@ def test_a_last_event_with_text_is_aligned_like_any_other() -> None:
 
 @pytest.mark.parametrize("last", ["", "ab", "b"])
 @pytest.mark.parametrize("regenerate", [True, False])
-def test_an_end_before_all_was_repeated_is_none(last: str, regenerate: bool) -> None:
+def test_an_end_before_everything_is_repeated_is_not_an_end(
+    last: str, regenerate: bool
+) -> None:
     resumer = splice_behind(
         chat_stream(["ab", "ab"], reason=None), regenerate=regenerate
     )
@@ -374,7 +376,7 @@ def test_usage_after_the_end_comes_alone() -> None:
     assert (seen.text, len(seen.usages), seen.reasons) == ("ab", 1, ["stop"])
 
 
-def test_the_end_is_added_where_it_lacks() -> None:
+def test_a_missing_end_is_added() -> None:
     stream = chat_stream(["ab"]).removesuffix(replies.done())
     seen = read(spliced(BEGUN, stream))
     assert (seen.reasons, seen.done) == (["stop"], 1)
@@ -456,7 +458,7 @@ def test_after_the_repetition_an_unreadable_event_passes_raw(
     assert resumer.partial.text == "abc"
 
 
-def test_it_does_not_pass_after_the_end() -> None:
+def test_unreadable_events_after_the_end_are_dropped() -> None:
     resumer = splice_behind(BEGUN)
     fed(resumer, chat_stream(["ab"]))
     assert fed(resumer, b"data: {\n\n") == b""
@@ -531,7 +533,7 @@ def test_an_error_of_the_second_worker_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("stream", [b"", chat_stream(["ab"], reason=None)])
-def test_an_end_without_a_finish_reason_is_none(stream: bytes) -> None:
+def test_an_end_without_a_finish_reason_is_not_an_end(stream: bytes) -> None:
     resumer = splice_behind(BEGUN)
     assert b"[DONE]" not in fed(resumer, stream + replies.done())
     with pytest.raises(WorkerError, match="before it was complete"):
@@ -554,7 +556,7 @@ def test_a_rescued_answer_can_be_rescued_again() -> None:
 
 
 @given(TOKENS, TOKENS, st.integers(0, 9), st.booleans())
-def test_it_knows_what_the_client_has_by_then(
+def test_a_resumed_answer_knows_what_the_client_has(
     before: list[str], after: list[str], number: int, joined: bool
 ) -> None:
     """The same as if all that was passed on were read again."""

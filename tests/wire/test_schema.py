@@ -18,6 +18,6 @@ def test_no_field_of_a_struct_is_shown() -> None:
     assert repr([said]) == "[<Said>]"
 
 
-def test_it_is_a_struct_all_the_same() -> None:
+def test_a_quiet_struct_is_still_a_struct() -> None:
     assert msgspec.json.decode(b'{"text":"a"}', type=Said) == Said("a")
     assert msgspec.json.encode(Said("a")) == b'{"text":"a","inner":null}'

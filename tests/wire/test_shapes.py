@@ -17,7 +17,7 @@ OTHERS = [Api.OPENAI, Api.NATIVE]
 
 
 @pytest.mark.parametrize("api", [*OTHERS, Api.RESPONSES])
-def test_a_status_has_openai_s_shape(api: Api) -> None:
+def test_a_status_has_openais_shape(api: Api) -> None:
     assert status_body(api, 502, LOST) == LOST
     assert status_body(api, 500, b"anything") == b"anything"
 
@@ -38,9 +38,7 @@ def test_a_status_has_openai_s_shape(api: Api) -> None:
         (b"[" * 99_999, "A worker refused"),
     ],
 )
-def test_anthropic_s_shape_has_the_message_of_any_other(
-    body: bytes, message: str
-) -> None:
+def test_anthropics_shape_has_the_same_message(body: bytes, message: str) -> None:
     told = json.loads(status_body(Api.ANTHROPIC, 400, body))
     assert told["type"] == "error"
     assert told["error"]["type"] == "invalid_request_error"
@@ -64,13 +62,13 @@ def test_anthropic_s_shape_has_the_message_of_any_other(
         (529, "overloaded_error"),
     ],
 )
-def test_anthropic_s_types(status: int, kind: str) -> None:
+def test_anthropics_types_follow_the_status(status: int, kind: str) -> None:
     told = json.loads(status_body(Api.ANTHROPIC, status, LOST))
     assert told["error"]["type"] == kind
     assert told["error"]["code"] == "worker_connection_lost"  # for programs, as ever
 
 
-def test_an_error_in_anthropic_s_shape_keeps_its_type() -> None:
+def test_an_error_in_anthropics_shape_keeps_its_type() -> None:
     body = b'{"type":"error","error":{"type":"overloaded_error","message":"no"}}'
     assert status_body(Api.ANTHROPIC, 500, body) == body
     event = b"event: error\ndata: %b\n\n" % body
@@ -314,7 +312,7 @@ def test_the_numbers_of_a_llama_server(
         b"[" * 10_000,
     ],
 )
-def test_other_errors_are_other_errors(body: bytes) -> None:
+def test_other_errors_are_not_overflows(body: bytes) -> None:
     assert Overflow.read(body) is None
 
 

@@ -96,7 +96,7 @@ def test_a_gatherer_shows_how_much_it_holds_and_no_text() -> None:
     assert repr(gatherer) == "<Gatherer, 12 bytes of an event>"
 
 
-def test_a_byte_is_looked_at_once() -> None:
+def test_each_byte_is_examined_once() -> None:
     """A thousand pieces of one event are joined when it ends, and not before."""
     gatherer = Gatherer()
     for _ in range(1000):
@@ -153,7 +153,7 @@ def test_comments_pings_and_events_without_data_are_passed_over(eol: bytes) -> N
     assert first_data(eol.join([*before, b"", b""])) is None
 
 
-def test_the_pings_of_llama_server_are_no_answer() -> None:
+def test_the_pings_of_llama_server_do_not_begin_an_answer() -> None:
     assert first_data(replies.ping() * 3) is None
     held = replies.ping() * 3 + replies.role() + replies.token("a")
     data = first_data(held)
@@ -173,7 +173,7 @@ def test_the_space_after_the_colon_is_not_data(line: bytes, data: bytes) -> None
     assert first_data(line + b"\n\n") == data
 
 
-def test_before_a_byte_came_there_is_no_event() -> None:
+def test_there_is_no_event_before_the_first_byte() -> None:
     assert first_data(b"") is None
 
 
@@ -265,7 +265,7 @@ def chat(_reason: str | None = None, **delta: Any) -> bytes:
         b"",
     ],
 )
-def test_a_role_alone_is_no_beginning(event: bytes) -> None:
+def test_a_role_alone_does_not_begin_an_answer(event: bytes) -> None:
     """Other servers than llama-server do so before they have read the prompt."""
     assert not opens(event, Ending.DONE)
     assert not opens(event * 3, Ending.DONE)
@@ -322,7 +322,9 @@ def test_a_stream_begins_with_the_first_event_that_has_something(event: bytes) -
         b'event: message_start\ndata: {"message": {}, "type" : "message_start"}\n\n',
     ],
 )
-def test_the_preamble_of_an_api_with_named_events_is_no_beginning(event: bytes) -> None:
+def test_the_preamble_of_an_api_with_named_events_does_not_begin_an_answer(
+    event: bytes,
+) -> None:
     assert not opens(event, Ending.NAMED)
     word = anthropic("content_block_delta", delta={"text": "a"})
     assert opens(event + word, Ending.NAMED)
@@ -398,7 +400,7 @@ def test_an_event_that_is_an_error_is_read(data: bytes, error: EventError) -> No
         b'{"error":{},"x":' + b"[" * 100_000,
     ],
 )
-def test_an_event_that_is_anything_else_is_no_error(data: bytes) -> None:
+def test_other_events_are_not_errors(data: bytes) -> None:
     assert error_in(data) is None
 
 
@@ -431,7 +433,7 @@ def test_an_error_may_have_no_object_around_it(data: bytes) -> None:
         b'{"message":"no"}',
     ],
 )
-def test_a_message_alone_is_no_error(data: bytes) -> None:
+def test_a_message_alone_is_not_an_error(data: bytes) -> None:
     assert error_in(data) is None
 
 
@@ -442,7 +444,7 @@ def test_the_done_that_the_hub_adds_is_the_one_that_workers_send() -> None:
     assert replies.done() == DONE
 
 
-def test_a_stream_asks_proxies_not_to_keep_it() -> None:
+def test_streams_ask_proxies_not_to_buffer() -> None:
     assert STREAM_HEADERS == {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
