@@ -82,6 +82,8 @@ def _set_levels(log: Log) -> None:
     logging.getLogger().setLevel(log.level.upper())
     access = logging.getLogger("gollama_proxy.access")
     access.setLevel(logging.INFO if log.access else logging.CRITICAL)
+    # What operators change is recorded at any level.
+    logging.getLogger("gollama_proxy.audit").setLevel(logging.INFO)
 
 
 def flush() -> None:

@@ -146,7 +146,8 @@ def test_results_of_tasks_are_cut_from_messages_of_asyncio(
 def logging_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let a test configure logging, and undo it afterwards."""
     root = logging.getLogger()
-    touched = [root, logging.getLogger("gollama_proxy.access")]
+    names = "gollama_proxy.access", "gollama_proxy.audit"
+    touched = [root, *map(logging.getLogger, names)]
     touched.append(logging.getLogger("aiohttp"))
     levels = [logger.level for logger in touched]
     monkeypatch.setattr(root, "handlers", [])  # `force` closes those that it finds
@@ -198,6 +199,17 @@ def test_the_level_is_the_lowest_that_is_shown(
         getattr(logger, name)("message")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == shown
+
+
+@configured
+def test_changes_by_operators_are_shown_at_every_level(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure(Log(level="error"))
+    fields = {"subject": "root", "action": "pause"}
+    logging.getLogger("gollama_proxy.audit").info("admin", extra={"fields": fields})
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("info admin subject=root action=pause")
 
 
 @configured
