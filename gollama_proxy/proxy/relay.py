@@ -309,7 +309,9 @@ class Relay:
 
     def _read_end(self, began: bytes, answers: int) -> End:
         endpoint = self._endpoint
-        end = read_end(self.tail, endpoint.ending, endpoint.api, began, answers)
+        end = read_end(
+            self._transcript.tail(), endpoint.ending, endpoint.api, began, answers
+        )
         end.complete |= self._transcript.marked
         end.failed |= self._transcript.failed
         if self._tally is not None and not self._tally.is_complete(done=end.done):

@@ -174,7 +174,7 @@ def read_tail(api: Api, tail: bytes, began: bytes = b"", answers: int = 1) -> Us
     `began` is what `beginning` found; the tokens that were generated are read from the
     tail alone.  `answers` is how many there are to the prompt.
     """
-    usage = _last(b'"usage"', _USAGE_OBJECT, tail)
+    usage = _last(b'"usage"', _USAGE_OBJECT, tail) if b'"usage"' in tail else {}
     if began:
         first = _decoded(began)
         first = {k: v for k, v in first.items() if k not in _GENERATED}
@@ -210,7 +210,7 @@ _SEVERAL = (Api.OPENAI, Api.NATIVE)  # may answer a prompt more than once
 
 def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage:
     """Read the fields as their API defines them, and else llama-server's timings."""
-    counts = _counts(usage)
+    counts = _counts(usage) if usage else {}
     cached: int | None
     match api:
         case Api.ANTHROPIC:
@@ -229,7 +229,8 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage
             # Transcriptions name them as Responses does, and rerankers have a total
             # alone.  llama-server's `tokens_cached` are those in the slot, with those
             # of the answer.
-            cached = _cached(usage.get("prompt_tokens_details"))
+            details = usage.get("prompt_tokens_details")
+            cached = _cached(details) if details else None
             prompt = counts.get("prompt_tokens", counts.get("input_tokens"))
             generated = counts.get("completion_tokens", counts.get("output_tokens"))
             if prompt is None and generated is None:

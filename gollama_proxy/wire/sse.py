@@ -165,7 +165,11 @@ def opens(events: Iterable[bytes], ending: Ending) -> bool:
     other than llama-server even before the prompt is read.
     """
     for event in events:
-        data = data_of(event)
+        alone = b"\n" not in event and b"\r" not in event
+        if alone and event.startswith(b"data: {"):  # as nearly all, without a call
+            data: bytes | None = event[6:]
+        else:
+            data = data_of(event)
         if data is not None and _carries(data, ending):
             return True
     return False

@@ -47,8 +47,8 @@ TWO_TOKENS = (
     ("path", "body", "script", "limit"),
     [
         pytest.param(EMBED, EMBEDDING, SHORT, 180, id="short request"),
-        pytest.param(CHAT, STREAM, ONE_TOKEN, 250, id="stream of one token"),
-        pytest.param(CHAT, WHOLE, TWO_TOKENS, 298, id="assembled chat of two tokens"),
+        pytest.param(CHAT, STREAM, ONE_TOKEN, 245, id="stream of one token"),
+        pytest.param(CHAT, WHOLE, TWO_TOKENS, 294, id="assembled chat of two tokens"),
     ],
 )
 async def test_a_request_takes_no_more_frames_than(
