@@ -44,6 +44,16 @@ async def without_worker(hub: RunningHub) -> None:
     await until(lambda: not names(hub), "a fleet without workers")
 
 
+async def lapse(hub: RunningHub) -> None:
+    """Let leases run out; a last renewal may still be on its way."""
+
+    def lapsed() -> bool:
+        hub.pass_time(30)
+        return not names(hub)
+
+    await until(lapsed, "a fleet without workers")
+
+
 @contextlib.asynccontextmanager
 async def agent_of(
     hub: RunningHub, worker: ScriptedWorker, *arguments: str, **claims: Any
@@ -78,11 +88,14 @@ async def test_an_agent_brings_its_worker_and_takes_it_away() -> None:
 
 
 async def test_a_killed_agent_loses_its_worker_and_gets_it_back() -> None:
-    async with ScriptedWorker() as worker, running_hub(agents__lease=1) as hub:
+    async with ScriptedWorker() as worker, running_hub(clock=Clock()) as hub:
         async with agent_of(hub, worker, "--name", "desk") as agent:
             await answered_by(hub, "desk")
             agent.signal(signal.SIGKILL)
-            await without_worker(hub)
+            await agent.process.wait()
+            hub.pass_time(29)
+            assert names(hub) == ["desk"]
+            await lapse(hub)
         async with agent_of(hub, worker, "--name", "desk"):
             await answered_by(hub, "desk")
 
@@ -138,14 +151,14 @@ async def test_a_registered_worker_outlives_the_hub(tmp_path: Path) -> None:
 
 
 async def test_a_stored_lease_runs_out_too(tmp_path: Path) -> None:
-    settings = {"state__dir": tmp_path, "agents__lease": 1}
+    settings: dict[str, Any] = {"state__dir": tmp_path}
     async with ScriptedWorker() as worker:
         async with running_hub(**settings) as hub:
             async with HandAgent(hub, worker.url).answering() as agent:
                 assert (await agent.put()).status == 201
-        async with running_hub(**settings) as hub:
+        async with running_hub(clock=Clock(), **settings) as hub:
             assert names(hub) == ["desk"]
-            await without_worker(hub)
+            await lapse(hub)
             await until(lambda: hub.hub.state.find("desk") is None)
 
 
@@ -273,17 +286,10 @@ async def starting(
         yield it
 
 
-async def started(agent: AgentProcess) -> int:
-    """Wait until a server runs that has not been seen; return its process."""
-    pid = int((await agent.until(r"started \S+, process (\d+)"))[1])
-    agent.output = ""
-    return pid
-
-
 async def test_a_server_lives_as_long_as_its_agent() -> None:
     async with reserved() as port, running_hub(**CALM) as hub:
         async with starting(hub, "--port", str(port)) as agent:
-            pid = await started(agent)
+            pid = await agent.started()
             await agent.until(f"little: serving on port {port}")
             await answered_by(hub, "desk")
             agent.signal(signal.SIGUSR1)
@@ -297,20 +303,29 @@ async def test_a_server_lives_as_long_as_its_agent() -> None:
 async def test_a_server_that_ended_is_started_again_and_used() -> None:
     async with reserved() as port, running_hub(**CALM) as hub:
         async with starting(hub, "--port", str(port)) as agent:
-            first = await started(agent)
+            first = await agent.started()
             await answered_by(hub, "desk")
             os.kill(first, signal.SIGKILL)
             await agent.until("ended with SIGKILL; again in 1 s")
-            assert await started(agent) != first
-            await agent.until("the server answers")
+            assert await agent.started(2) != first
+            await agent.until("(?s)ended with SIGKILL.*the server answers")
             await answered_by(hub, "desk")
+
+
+async def test_a_server_ends_with_an_agent_that_is_refused() -> None:
+    async with reserved() as port, running_hub(**LONG) as hub:
+        arguments = ["--hub", hub.url, "--exec", "--", sys.executable]
+        arguments += ["-m", "tests.fakes.little_server", "--port", str(port)]
+        async with AgentProcess.running(*arguments, token="a.b.c") as agent:
+            assert await agent.ended() == 1
+            await gone(await agent.started())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends it then")
 async def test_a_server_does_not_outlive_an_agent_that_is_killed() -> None:
     async with reserved() as port, running_hub(**LONG) as hub:
         async with starting(hub, "--port", str(port)) as agent:
-            pid = await started(agent)
+            pid = await agent.started()
             await agent.until("little: serving")
             agent.signal(signal.SIGKILL)
             await gone(pid)

@@ -64,6 +64,14 @@ class AgentProcess:
             raise AssertionError(f"{self!r}: no {pattern!r}:\n{self.output}") from None
         return match
 
+    async def started(self, times: int = 1) -> int:
+        """Wait until it has started its server so many times; return the process.
+
+        The server's own output may come before that line, which is written later.
+        """
+        line = r"started \S+, process (\d+)"
+        return int((await self.until(rf"(?s)(?:{line}.*){{{times - 1}}}{line}"))[2])
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

@@ -50,14 +50,13 @@ async def test_a_server_that_an_agent_started(tiny_model: Path) -> None:
             reply = await answer(hub)
             assert reply.header("X-Gollama-Worker") == "desk"
             assert reply.json()["choices"][0]["message"]["content"]
-            first = int((await agent.until(r"started .*, process (\d+)"))[1])
+            first = await agent.started()
             assert "llama" in agent.output  # its log comes through
 
             os.kill(first, signal.SIGKILL)
             await agent.until("ended with SIGKILL; again in 1 s")
-            agent.output = ""
-            second = int((await agent.until(r"started .*, process (\d+)"))[1])
-            await agent.until("the server answers")
+            second = await agent.started(2)
+            await agent.until("(?s)ended with SIGKILL.*the server answers")
             assert (await answer(hub)).header("X-Gollama-Worker") == "desk"
 
             body = json.dumps(QUESTION | {"stream": True, "max_tokens": 200})
