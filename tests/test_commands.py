@@ -334,6 +334,11 @@ class Screen:
     def __repr__(self) -> str:
         return f"<Screen with {len(self.text)} characters>"
 
+    @property
+    def echoes(self) -> bool:
+        """Whether it shows what is typed, as it does for a shell."""
+        return bool(termios.tcgetattr(self._number)[3] & termios.ECHO)
+
     def resize(self, lines: int, columns: int) -> None:
         size = struct.pack("HHHH", lines, columns, 0, 0)
         fcntl.ioctl(self._number, termios.TIOCSWINSZ, size)
@@ -354,7 +359,7 @@ class Screen:
         self.text = self.text[match.end() :]
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+        with contextlib.suppress(OSError):  # EIO: no process has it open any more
             self.text += os.read(self._number, 1 << 16).decode(errors="replace")
         self._new.set()
 
@@ -386,10 +391,6 @@ async def top(
         screen.close()
 
 
-def echoes(number: int) -> bool:
-    return bool(termios.tcgetattr(number)[3] & termios.ECHO)
-
-
 async def test_top_goes_on_until_q(environ: dict[str, str]) -> None:
     async with (
         busy() as (hub, _),
@@ -418,10 +419,10 @@ async def test_top_leaves_the_terminal_as_it_was(
         top(environ, hub.url, hub.token(**ADMIN)) as (screen, process),
     ):
         await screen.until("ready")
-        assert not echoes(screen._number)
+        assert not screen.echoes
         process.send_signal(number)
         assert await asyncio.wait_for(process.wait(), DEADLINE) == status
-        assert echoes(screen._number)
+        assert screen.echoes
 
 
 async def test_top_goes_on_while_the_hub_is_away(environ: dict[str, str]) -> None:
