@@ -211,6 +211,8 @@ class Hub(Listener):
                 continue
             try:
                 row = {**stored.settings, "name": stored.name}
+                if models := stored.agent.get("models"):
+                    row.setdefault("models", models)  # while its machine sleeps
                 config = load_worker(stored.name, row, os.environ)
                 self.registry.add(config, Source(stored.source))
             except ConfigError as exc:

@@ -352,12 +352,19 @@ class AgentApi:
             Source.AGENT,
             settings,
             stored.hold if stored is not None else "",
-            {"digest": lease.agent} | ({"sleeping": True} if lease.sleeping else {}),
+            {"digest": lease.agent} | self._asleep(lease),
         )
         try:
             await self._hub.state.put(row)
         except StateError as exc:
             logger.warning("worker %s: %s", worker.name, exc)
+
+    def _asleep(self, lease: WorkerLease) -> dict[str, Any]:
+        """Return what the next hub has to know of a machine that sleeps now."""
+        worker = self._find(lease.name)
+        if not lease.sleeping or worker is None:
+            return {}
+        return {"sleeping": True, "models": [model.name for model in worker.models]}
 
     async def remove(self, lease: WorkerLease, why: str) -> None:
         """Remove the worker of a lease: it drains, and is not stored any more."""

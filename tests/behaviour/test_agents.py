@@ -468,6 +468,7 @@ async def test_a_sleeping_machine_outlives_the_hub(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         assert names(hub) == ["desk"]
         assert hub.hub.registry.find("desk").config.mac == MAC
+        assert hub.hub.registry.models() == ["tiny"]
 
 
 # --- What a hub accepts -----------------------------------------------------------
