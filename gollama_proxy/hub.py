@@ -42,8 +42,8 @@ from gollama_proxy.state.local import LocalState
 from gollama_proxy.tasks import spawn
 from gollama_proxy.telemetry import logs
 from gollama_proxy.telemetry.metrics import Telemetry
-from gollama_proxy.upstream import magic, probe
-from gollama_proxy.upstream.dial import look_up
+from gollama_proxy.upstream import probe
+from gollama_proxy.upstream.dial import look_up, send_magic
 from gollama_proxy.upstream.pool import ConnectionPool
 
 logger = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ class Hub(Listener):
         return worker
 
     def _send_magic(self, worker: Worker) -> None:
-        magic.send(worker.config.mac, self.config.wake.broadcast)
+        send_magic(worker.config.mac, self.config.wake.broadcast)
 
     def _check_sleepers(self) -> None:
         if not any(each.config.mac for each in self.registry.workers):

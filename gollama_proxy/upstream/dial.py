@@ -17,6 +17,8 @@ an underscore has SRV records (RFC 2782), each with the name and the port of one
 for each worker.  A machine with both IPv4 and IPv6 is one worker, so the IPv6 addresses
 count only if there are no others.  Priorities and weights of SRV records are not used:
 health checks and the routing policy choose among all workers.
+
+**Machines that sleep** are woken with a Wake-on-LAN packet (`send_magic`).
 """
 
 from __future__ import annotations
@@ -215,3 +217,41 @@ def _explain(error: Exception) -> str:
         "NoResolverConfiguration": "no name server is configured",
     }
     return reasons.get(type(error).__name__, "cannot be looked up")
+
+
+# --- Machines that sleep ----------------------------------------------------------
+
+WAKE_PORT = 9  # discard
+
+
+def magic_packet(mac: str) -> bytes:
+    """Return the packet that wakes the machine with a hardware address.
+
+    Six bytes of ones, then the address sixteen times (AMD, Magic Packet Technology,
+    1995).
+    """
+    return b"\xff" * 6 + bytes.fromhex(mac.replace(":", "")) * 16
+
+
+def send_magic(mac: str, places: Iterable[str]) -> None:
+    """Send the packet to each of these broadcast addresses, which may have a port.
+
+    A machine that sleeps has no address of its own.
+
+    Raises:
+        OSError: none of them can be reached.
+    """
+    packet, failure, sent = magic_packet(mac), OSError("no address"), False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.setblocking(False)
+        for place in places:
+            host, _, port = place.partition(":")
+            try:
+                sock.sendto(packet, (host, int(port or WAKE_PORT)))
+            except OSError as exc:
+                failure = exc
+            else:
+                sent = True
+    if not sent:
+        raise failure

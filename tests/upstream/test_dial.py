@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import dns.flags
@@ -24,7 +24,9 @@ from gollama_proxy.upstream.dial import (
     admitted,
     connect,
     look_up,
+    magic_packet,
     resolve,
+    send_magic,
 )
 from tests.fakes.clock import Clock
 from tests.fakes.worker import ScriptedWorker, full_backlog
@@ -273,3 +275,46 @@ async def test_each_address_of_a_name_is_a_server(
     monkeypatch.setattr(uvloop.Loop, "getaddrinfo", getaddrinfo)
     endpoints = await look_up(origin_of("dns+http://llama.lan:8080"), 5.0)
     assert endpoints == [Endpoint("llama.lan", 8080, address) for address in kept]
+
+
+# --- Machines that sleep ----------------------------------------------------------
+
+MAC = "00:11:22:aa:bb:cc"
+
+
+@pytest.fixture
+def receiver() -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(10)
+        yield sock
+
+
+def test_the_packet_holds_the_address_sixteen_times() -> None:
+    packet = magic_packet(MAC)
+    assert packet == b"\xff" * 6 + b"\x00\x11\x22\xaa\xbb\xcc" * 16
+    assert len(packet) == 102
+
+
+def test_the_packet_goes_to_each_place(receiver: socket.socket) -> None:
+    place = f"127.0.0.1:{receiver.getsockname()[1]}"
+    send_magic(MAC, [place, place])
+    for _ in range(2):
+        assert receiver.recv(2000) == magic_packet(MAC)
+
+
+def test_one_place_that_can_be_reached_is_enough(receiver: socket.socket) -> None:
+    place = f"127.0.0.1:{receiver.getsockname()[1]}"
+    send_magic(MAC, ["0.0.0.0:0", place])
+    assert receiver.recv(2000) == magic_packet(MAC)
+
+
+def test_no_place_that_can_be_reached_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sendto(*_: object) -> int:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "sendto", sendto)
+    with pytest.raises(OSError, match="unreachable"):
+        send_magic(MAC, ["255.255.255.255"])
