@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.fakes.replies import (
 from tests.fakes.script import answer, chat_stream, close, reset, send, stall, wait
 from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
+from tests.real.llama import LlamaServer
 from tests.real.test_workers import Start, busy_slots
 
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
@@ -333,6 +335,16 @@ async def test_an_empty_stream_is_requested_again_unchanged() -> None:
 # --- With a real llama-server -----------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def slow_server(
+    slow_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LlamaServer]:
+    log = tmp_path_factory.mktemp("slow") / "llama-server.log"
+    server = LlamaServer(slow_model, log, args=("--slots",)).start()
+    yield server
+    server.kill()
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("path", "more"),
@@ -348,10 +360,13 @@ async def test_an_empty_stream_is_requested_again_unchanged() -> None:
     ],
 )
 async def test_a_client_that_leaves_frees_the_slot_beside_a_busy_one(
-    slow_model: Path, llama_server: Start, path: str, more: dict[str, Any]
+    slow_server: LlamaServer, path: str, more: dict[str, Any]
 ) -> None:
     """llama-server itself would not notice: another slot is generating."""
-    server = llama_server(slow_model, args=("--slots",))
+    server = slow_server
+    async with asyncio.timeout(DEADLINE):
+        while await busy_slots(server):  # with what the last test has left
+            await asyncio.sleep(0.05)
     body = BODY | {"max_tokens": 2000}
     asked = body | {"prompt": "x", "input": "x", "n_predict": 2000} | more
     asked |= {"max_output_tokens": 2000, "input_prefix": "a", "input_suffix": "b"}

