@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
@@ -62,6 +63,7 @@ class Registry:
     ) -> None:
         self.workers: list[Worker] = []
         self.leaving: list[Worker] = []  # removed, with answers that still run
+        self._indexes = itertools.count()  # none is used twice at a time
         self._absent = BoundedDict[_Way, tuple[Worker, float]](MOST_ABSENT)
         self._clock = clock
         self._listeners: list[Listener] = []
@@ -280,7 +282,7 @@ class Registry:
             worker.rejoin()
         worker.source = source
         last = self.workers[-1].index if self.workers else -1
-        worker.index = last + 1 if index is None else index
+        worker.index = next(self._indexes) if index is None else index
         self.workers.append(worker)
         if worker.index < last:
             self.workers.sort(key=lambda each: each.index)
