@@ -105,7 +105,7 @@ def check_options(options: Options, environ: Mapping[str, str]) -> None:
     if options.command and shutil.which(options.command[0]) is None:
         program = options.command[0]
         raise ConfigError(f"--exec = {program!r}: must be an executable file")
-    if options.name and not re.fullmatch(r"[!-.0-~]{1,100}", options.name):
+    if options.name and not re.fullmatch(r"(?!\.{1,2}$)[!-.0-~]{1,100}", options.name):
         text = "must have 1 to 100 printable ASCII characters, and no / or space"
         raise ConfigError(f"--name = {options.name!r}: {text}")
     if options.ca_file and _credentials(options) is None:

@@ -180,6 +180,7 @@ WORKER = ["--worker", "http://127.0.0.1:2"]
         ([*HUB, "--worker", "ftp://x"], "--worker = 'ftp://x': must be a URL"),
         ([*HUB, *WORKER, "--name", "a b"], "--name = 'a b': must have"),
         ([*HUB, *WORKER, "--name", "a/b"], "--name = 'a/b': must have"),
+        ([*HUB, *WORKER, "--name", ".."], "--name = '..': must have"),
         ([*HUB, *WORKER, "--proof-port", "x"], "--proof-port = 'x': must be a whole"),
         ([*HUB, *WORKER, "--weight", "0"], "--weight = '0': must be a number"),
         ([*HUB, *WORKER, "--vram-gib", "-1"], "--vram-gib = '-1': must be a number"),

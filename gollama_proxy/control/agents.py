@@ -61,7 +61,7 @@ PROOF_TIMEOUT = 3.0
 # What an agent may set of its worker.  The other keys name files and variables of the
 # hub, whose content would be sent to the worker.
 KEYS = ("url", "slots", "models", "weight", "vram_gib", "mac")
-_NAME = re.compile(r"[!-~]{1,100}")
+_NAME = re.compile(r"(?!\.{1,2}$)[!-~]{1,100}")  # no step of a path
 _SECRET = re.compile(r"[0-9a-f]{32,128}")
 
 Share = Annotated[float, Meta(ge=0, le=1)]

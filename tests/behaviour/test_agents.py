@@ -731,6 +731,14 @@ async def test_a_bad_registration_changes_nothing(body: Any, field: str | None) 
         assert names(agent.hub) == []
 
 
+@pytest.mark.parametrize("name", [".", "..", "a%20b", "%C3%A4", "%00", "x" * 101])
+async def test_a_name_is_one_that_paths_and_logs_can_have(name: str) -> None:
+    async with registering() as agent:
+        agent.name = name
+        assert error_of(await agent.put())[:2] == (400, "invalid_value")
+        assert names(agent.hub) == []
+
+
 @pytest.mark.parametrize("secret", ["", "xyz", "a" * 31, "a" * 129, "A" * 40])
 async def test_a_registration_needs_a_secret(secret: str) -> None:
     async with registering() as agent:
