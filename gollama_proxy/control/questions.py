@@ -121,8 +121,7 @@ async def _foresee(x: Exchange, question: Question, hub: Parts) -> Shown:
     model, place = x.plan.pool.model, decision.place
     policy = policy_name(balancer.policy_of(model))
     tokens, counted = hub.fitting.estimate(x), bool(x.plan.needs.get(model))
-    contexts = [w.context_of(model) for w in x.plan.pool.workers]
-    largest = max((each for each in contexts if each is not None), default=None)
+    largest = x.plan.pool.largest_context or None
     answer = body.max_tokens * body.answers * body.prompts
     generates = x.endpoint.generates
     return {

@@ -29,7 +29,7 @@ class Pool:
         "__weakref__",
         "_able",
         "_able_until",
-        "_least_context",
+        "_contexts",
         "_unloaded",
         "missed",
         "model",
@@ -67,7 +67,7 @@ class Pool:
         self._able: list[Worker] | None = None
         self._able_until = math.inf  # when time alone may change it
         self._unloaded = False  # some worker would have to load the model
-        self._least_context: int | None = -1  # not computed
+        self._contexts: tuple[int, ...] | None = None  # those that are known, sorted
 
     # --- Who can take a request ---------------------------------------------------
 
@@ -109,11 +109,24 @@ class Pool:
     @property
     def least_context(self) -> int | None:
         """The smallest context of a worker, in tokens; None if none is known."""
-        if self._least_context == -1:
-            contexts = [worker.context_of(self.model) for worker in self.workers]
-            known = [context for context in contexts if context is not None]
-            self._least_context = min(known, default=None)
-        return self._least_context
+        contexts = self._contexts
+        if contexts is None:
+            contexts = self._sort_contexts()
+        return contexts[0] if contexts else None
+
+    @property
+    def largest_context(self) -> int:
+        """The largest context of a worker, in tokens; 0 if none is known."""
+        contexts = self._contexts
+        if contexts is None:
+            contexts = self._sort_contexts()
+        return contexts[-1] if contexts else 0
+
+    def _sort_contexts(self) -> tuple[int, ...]:
+        contexts = [worker.context_of(self.model) for worker in self.workers]
+        known = [context for context in contexts if context is not None]
+        self._contexts = tuple(sorted(known))
+        return self._contexts
 
     def busy_for(self) -> float:
         """Return the seconds until some worker is no longer busy; inf if none is."""

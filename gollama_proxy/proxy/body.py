@@ -41,6 +41,7 @@ _KINDS = {
 }
 _ANSWERS = ("n", "n_cmpl")
 _LENGTHS = ("max_completion_tokens", "max_tokens", "n_predict")
+_NO_LIMITS = (UNSET, UNSET, UNSET)
 _BRACKET = ord("[")
 
 
@@ -137,11 +138,8 @@ class Body:
             if array is not UNSET and memoryview(array)[0] != _BRACKET:
                 return False
         length: int | None = None
-        for value in (
-            wanted.max_completion_tokens,
-            wanted.max_tokens,
-            wanted.n_predict,
-        ):
+        limits = wanted.max_completion_tokens, wanted.max_tokens, wanted.n_predict
+        for value in limits if limits != _NO_LIMITS else ():
             if value is not UNSET and (raw := bytes(value)) != b"null":
                 number = fields.natural(raw)
                 if number is None:

@@ -59,7 +59,7 @@ class Fitting:
         counted = x.plan.needs.get(pool.model)
         size = body.length or body.size
         tokens = counted or self._prompts.likely_tokens(pool.model, size)
-        return min(tokens, _largest_context(pool) or tokens)
+        return min(tokens, pool.largest_context or tokens)
 
     def is_certain(self, x: Exchange) -> bool:
         """Whether a prompt certainly fits, so that `check` is not needed."""
@@ -126,13 +126,7 @@ class Fitting:
         """
         size = x.body.length or x.body.size
         tokens = self._prompts.likely_tokens(pool.model, size)
-        return tokens if tokens < _largest_context(pool) else 0
-
-
-def _largest_context(pool: Pool) -> int:
-    """Find the largest context of a pool; 0 if none is known."""
-    contexts = [worker.context_of(pool.model) for worker in pool.workers]
-    return max((context for context in contexts if context is not None), default=0)
+        return tokens if tokens < pool.largest_context else 0
 
 
 def _is_served(pool: Pool) -> bool:

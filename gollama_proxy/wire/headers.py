@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from itertools import chain
 
 import msgspec
 
@@ -115,12 +116,11 @@ def read_head(
     if method == "CONNECT":
         text = "CONNECT is not supported: this is no tunnel."
         raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow="GET, POST")
-    total, last, ids = 0, False, []
+    last, ids = False, []
     forwarded: list[tuple[bytes, bytes]] = []
     named = b""  # in `Connection`: of one hop only (RFC 9110, 7.6.1)
     for field in headers:
         name, value = field
-        total += len(name) + len(value) + 4  # ": " and CRLF
         lowered = name.lower()
         if lowered not in _READ:
             continue
@@ -137,7 +137,8 @@ def read_head(
         else:
             _check_field(name, value, version)
             last = last or lowered in _LAST
-    if total > limit:
+    # With ": " and CRLF
+    if sum(map(len, chain.from_iterable(headers))) + 4 * len(headers) > limit:
         text = f"The request head is larger than {limit} bytes."
         raise RequestError(Code.HEAD_TOO_LARGE, text)
     lines = b""

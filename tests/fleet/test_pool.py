@@ -248,18 +248,18 @@ def test_an_open_breaker_that_is_forgotten_is_open_no_more(clock: Clock) -> None
     assert pool.able == [a]
 
 
-def test_the_least_context_follows_what_is_learnt(clock: Clock) -> None:
+def test_the_contexts_of_a_pool_follow_what_is_learnt(clock: Clock) -> None:
     a, b = worker(clock), worker(clock)
     pool = Pool("tiny", (a, b))
-    assert pool.least_context is None
+    assert (pool.least_context, pool.largest_context) == (None, 0)
     a.learn_context("tiny", 512)
-    assert pool.least_context == 512
+    assert (pool.least_context, pool.largest_context) == (512, 512)
     b.observe(Check.OK, "ok", Description((Model("tiny", 256),)))
-    assert pool.least_context == 256
+    assert (pool.least_context, pool.largest_context) == (256, 512)
     pool.remove(b)
-    assert pool.least_context == 512
+    assert (pool.least_context, pool.largest_context) == (512, 512)
     pool.add(b)
-    assert pool.least_context == 256
+    assert (pool.least_context, pool.largest_context) == (256, 512)
 
 
 class Cached(RuleBasedStateMachine):

@@ -16,8 +16,9 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.limits import SUSPICIOUS
 from gollama_proxy.proxy.state import TRANSITIONS, Exchange, State
+from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.wire.description import Check
-from gollama_proxy.wire.errors import Code
+from gollama_proxy.wire.errors import Code, RequestError
 from tests.fakes.asks import CHAT
 from tests.fakes.client import request_head
 from tests.fakes.clock import Clock
@@ -54,6 +55,18 @@ def test_every_state_is_reached_and_all_but_the_last_may_end() -> None:
     ends = {state for state, after in TRANSITIONS.items() if State.ENDED in after}
     assert ends == set(State) - {State.ENDED}
     assert repr(request()) == "<Exchange  READING attempts=0>"
+
+
+def test_the_first_outcome_is_the_only_one() -> None:
+    x = request()
+    x.fail(RequestError(Code.BAD_REQUEST, "no", detail="why"))
+    assert (x.state, x.outcome) == (State.ENDED, Outcome.ERROR)
+    x.end(Outcome.CLIENT_GONE, "client_stalled")
+    assert (x.outcome, x.error, x.detail) == (Outcome.ERROR, Code.BAD_REQUEST, "why")
+    y = request()
+    y.end(Outcome.COMPLETE)
+    y.fail(RequestError(Code.BAD_REQUEST, "no"))
+    assert (y.outcome, y.error, y.detail) == (Outcome.COMPLETE, "", "")
 
 
 # --- Once a second ----------------------------------------------------------------
