@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 LIMITS = ("rpm", "tpm", "max_concurrency")  # claims that are numbers, or absent
 MAX_TOKEN = 8 << 10  # bytes; checked before anything is decoded
+# Built into Python, and quicker to begin than those of OpenSSL.
+_digest_of = functools.partial(hashlib.blake2b, digest_size=32)
 # RFC 7515, 7.1 and 2: without padding, so that no token has a second spelling.
 _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
@@ -140,7 +142,7 @@ class Authenticator:
         token = _token_in(headers, api_keys)
         if len(token) > MAX_TOKEN:
             raise AuthError("token too long")
-        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+        digest = _digest_of(token.encode("utf-8", "surrogateescape")).digest()
         principal = self._known.get(digest)
         if principal is None:
             principal = self._verify(token)

@@ -91,6 +91,9 @@ CLIENT_CLOSED = 499
 # Seconds between two lines about losses of one worker.
 LOG_EVERY = 1.0
 _LOSSES = frozenset({Code.WORKER_LOST, Code.WORKER_INCOMPLETE})
+# Before Python 3.12, it takes long to look up a member of an enum in its class.
+_INTERACTIVE = Priority.INTERACTIVE
+_QUEUED, _CONNECTING, _STREAMING = State.QUEUED, State.CONNECTING, State.STREAMING
 
 
 class Proxy:
@@ -293,7 +296,7 @@ class Proxy:
             x.max_concurrency = limit
         if not endpoint.slot:
             x.needs_slot = False
-        if caller.priority is not Priority.INTERACTIVE:
+        if caller.priority is not _INTERACTIVE:
             x.priority = caller.priority
         if (priority := request.headers.get("X-Gollama-Priority")) is not None:
             x.priority = choose_priority(priority, caller.priority)
@@ -321,7 +324,7 @@ class Proxy:
             self.observer("started", x)
         try:
             while True:
-                x.enter(State.QUEUED)
+                x.enter(_QUEUED)
                 if not self._fitting.is_certain(x):
                     await self._fitting.check(x)
                 lease = self._queue.try_acquire(x)
@@ -389,13 +392,13 @@ class Proxy:
         elif sent:
             data += b"%x\r\n%b\r\n" % (len(sent), sent)
         # Sending it
-        x.enter(State.CONNECTING)
+        x.enter(_CONNECTING)
         limit = x.config.timeouts.first_token
         attempt = Attempt(x, self._connections[worker], limit, self._clock)
         timer = self._limits.begin(x, lease)
         try:
             relay = await attempt.send(data, chunked=length is None)
-            x.enter(State.STREAMING)
+            x.enter(_STREAMING)
             failure = await self._read_failure(x, lease, relay)
             if failure is not None:
                 return self._failed(x, lease, failure)
@@ -414,7 +417,7 @@ class Proxy:
                 return response
             return await self._relay(x, lease, relay)
         except WorkerError as exc:
-            if x.state is State.CONNECTING:  # the worker has received nothing
+            if x.state is _CONNECTING:  # the worker has received nothing
                 failure = failure_to_connect(exc, lease)
             else:
                 failure = recovery.failure_on(x, worker, exc)
@@ -722,7 +725,7 @@ class Proxy:
             task.cancel()
 
 
-_UNSEEN = frozenset({State.CONNECTING, State.WAITING})
+_UNSEEN = frozenset({_CONNECTING, State.WAITING})
 
 
 def draining() -> HubError:

@@ -68,6 +68,8 @@ GAIN = 1 / 8
 # before a request fails; this request could be answered at once.
 MOST_PATIENCE = 30.0
 FRESH = 1.0  # seconds for which the places stay valid once they were counted
+# Before Python 3.12, it takes long to look up a member of an enum in its class.
+_RUNNING, _DONE = TicketState.RUNNING, TicketState.DONE
 
 
 class Place(NamedTuple):
@@ -128,7 +130,7 @@ class Admission:
         if holder.withheld or (self.waiting and self._is_behind(model, priority)):
             self._forget(holder)
             return None
-        number, running = next(self._numbers), TicketState.RUNNING
+        number, running = next(self._numbers), _RUNNING
         ticket = Ticket(number, subject, model, priority, state=running)
         holder.running += 1
         if limit:
@@ -195,8 +197,8 @@ class Admission:
         holder = self._subjects.get(ticket.subject)
         if holder is None:
             return
-        if ticket.state is TicketState.RUNNING:
-            ticket.state = TicketState.DONE
+        if ticket.state is _RUNNING:
+            ticket.state = _DONE
             holder.running -= 1
             if holder.limit:
                 holder.review()
@@ -331,7 +333,7 @@ class Admission:
         self.turns[ticket.priority] += 1
         self._forecast(ticket.model).had_turn()
         holder = self._subjects[ticket.subject]
-        self._take_out(ticket, TicketState.RUNNING)
+        self._take_out(ticket, _RUNNING)
         holder.running += 1
         holder.review()
         return ticket

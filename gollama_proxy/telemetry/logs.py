@@ -39,9 +39,7 @@ _NO_FIELDS: Fields = {}
 _LOST = "{} lines were lost: standard error could not be written"
 # The result or exception of a task or future, in its `repr`.
 _TASK_RESULT = re.compile(r" (?:exception|result)=.*(?=> took [\d.]+ seconds\Z|>\Z)")
-_MOST_PLAIN = 128  # characters of a value without quotes
-_PLAIN = re.compile(rf"[\w./:@+-]{{1,{_MOST_PLAIN}}}", re.ASCII)
-_PLAIN_BYTES = bytes(n for n in range(128) if _PLAIN.fullmatch(chr(n)))
+_PLAIN = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
 # The priorities of syslog, from the level of Python where each begins.
 _PRIORITIES = (
     (logging.CRITICAL, 2),
@@ -300,6 +298,11 @@ class _Descriptor:
 class LineFormatter(logging.Formatter):
     """Formats records of `logging`, and lines that need no record."""
 
+    # How a subclass writes a line with these fields, a string in it, and the message.
+    _template: Callable[[tuple[str, ...]], str]
+    _quote: Callable[[str], str]
+    _write_message: Callable[[str], str] = str
+
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record, and its traceback."""
         when = _timestamp(int(record.created) * 1000 + int(record.msecs))
@@ -316,57 +319,52 @@ class LineFormatter(logging.Formatter):
         error: BaseException | None = None,
     ) -> str:
         """Return a line without its newline; `message` is printable."""
+        quote = self._quote
+        values: list[object] = [when, _level_name(level), self._write_message(message)]
+        for each in fields.values():  # a comprehension costs a call
+            values.append(quote(each) if isinstance(each, str) else each)  # noqa: PERF401
+        line = self._template(tuple(fields)) % tuple(values)
+        return line if error is None else self._with_error(line, error)
+
+    def _with_error(self, line: str, error: BaseException) -> str:
         raise NotImplementedError
+
+
+@functools.lru_cache(maxsize=1024)  # most lines name the same subjects and models
+def _quoted(text: str) -> str:
+    return text if _PLAIN.fullmatch(text) else _in_quotes(text)
+
+
+# Most lines have the same fields, so templates are faster than a loop.
+@functools.lru_cache(maxsize=256)
+def _text_of(fields: tuple[str, ...]) -> str:
+    return "%s %s %s" + "".join([f" {name}=%s" for name in fields])
+
+
+@functools.lru_cache(maxsize=256)
+def _json_of(fields: tuple[str, ...]) -> str:
+    rest = "".join([f',"{name}":%s' for name in fields])
+    return f'{{"time":"%s","level":"%s","message":%s{rest}}}'
 
 
 class TextFormatter(LineFormatter):
     """`time level message key=value …`, for people and grep."""
 
-    def line(
-        self,
-        when: str,
-        level: int,
-        message: str,
-        fields: Fields = _NO_FIELDS,
-        error: BaseException | None = None,
-    ) -> str:
-        template = _text_of(tuple(fields))
-        shown = template % tuple(fields.values())
-        if not _all_plain(shown, len(fields)):
-            shown = template % _quoted(fields, _unless_plain)
-        line = f"{when} {_level_name(level)} {message}{shown}"
-        return line if error is None else f"{line}\n{_traceback(error)}"
+    _template = staticmethod(_text_of)
+    _quote = staticmethod(_quoted)
 
-
-def _all_plain(shown: str, count: int) -> bool:
-    """Return whether so many fields, ` name=value` each, certainly need no quotes."""
-    rest = shown.encode("ascii", "replace").translate(None, _PLAIN_BYTES)
-    return (
-        rest == b" =" * count
-        and "= " not in shown + " "
-        and max(map(len, shown.split()), default=0) <= _MOST_PLAIN
-    )
+    def _with_error(self, line: str, error: BaseException) -> str:
+        return f"{line}\n{_traceback(error)}"
 
 
 class JsonFormatter(LineFormatter):
     """One JSON object on a line, for machines."""
 
-    def line(
-        self,
-        when: str,
-        level: int,
-        message: str,
-        fields: Fields = _NO_FIELDS,
-        error: BaseException | None = None,
-    ) -> str:
-        shown = _json_of(tuple(fields)) % _quoted(fields, _in_quotes)
-        line = (
-            f'{{"time":"{when}","level":"{_level_name(level)}"'
-            f',"message":{_in_quotes(message)}{shown}'
-        )
-        if error is not None:
-            line += f',"exception":{_in_quotes(_traceback(error))}'
-        return line + "}"
+    _template = staticmethod(_json_of)
+    _quote = _write_message = staticmethod(_in_quotes)
+
+    def _with_error(self, line: str, error: BaseException) -> str:
+        return f'{line[:-1]},"exception":{_in_quotes(_traceback(error))}}}'
 
 
 class JournalFormatter(LineFormatter):
@@ -387,27 +385,6 @@ class JournalFormatter(LineFormatter):
         return prioritised(
             self._formatter.line(when, level, message, fields, error), level
         )
-
-
-# Most lines have the same fields, so templates are faster than a loop.
-@functools.lru_cache(maxsize=256)
-def _text_of(fields: tuple[str, ...]) -> str:
-    return "".join([f" {name}=%s" for name in fields])
-
-
-@functools.lru_cache(maxsize=256)
-def _json_of(fields: tuple[str, ...]) -> str:
-    return "".join([f',"{name}":%s' for name in fields])
-
-
-def _quoted(fields: Fields, quote: Callable[[str], str]) -> tuple[object, ...]:
-    return tuple(
-        [quote(each) if isinstance(each, str) else each for each in fields.values()]
-    )
-
-
-def _unless_plain(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else _in_quotes(text)
 
 
 def _message(record: logging.LogRecord) -> str:

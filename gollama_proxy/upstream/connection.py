@@ -77,6 +77,14 @@ class ConnectionState(enum.Enum):
     CLOSED = "closed"
 
 
+# Before Python 3.12, it takes long to look up a member of an enum in its class.
+_IDLE, _ACTIVE, _CLOSED = (
+    ConnectionState.IDLE,
+    ConnectionState.ACTIVE,
+    ConnectionState.CLOSED,
+)
+
+
 class Connection(asyncio.Protocol):
     """Carries one request at a time, and several one after the other."""
 
@@ -116,7 +124,7 @@ class Connection(asyncio.Protocol):
         `any_answer` also accepts redirections and content codings, which are errors in
         an answer that is passed on to a client.
         """
-        self.state = ConnectionState.IDLE
+        self.state = _IDLE
         self._any_answer = any_answer
         self.used = 0  # requests sent
         self.idle_since = 0.0  # for its pool, as the next one
@@ -146,7 +154,7 @@ class Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """Whether another request may follow, now that an answer has ended."""
-        idle = self.state is ConnectionState.IDLE and not self._reading_paused
+        idle = self.state is _IDLE and not self._reading_paused
         return idle and self._reusable
 
     @property
@@ -168,14 +176,14 @@ class Connection(asyncio.Protocol):
 
     def start(self, receiver: Receiver) -> None:
         """Begin a request, whose answer goes to this receiver."""
-        assert self.state is not ConnectionState.ACTIVE, self
+        assert self.state is not _ACTIVE, self
         if self.used:
             self._reset_answer()
         self.used += 1
-        if self.state is ConnectionState.CLOSED:
+        if self.state is _CLOSED:
             receiver.answer_lost("closed before the request", malformed=False)
             return
-        self.state = ConnectionState.ACTIVE
+        self.state = _ACTIVE
         self._receiver = receiver
 
     def write(self, data: bytes) -> None:
@@ -185,7 +193,7 @@ class Connection(asyncio.Protocol):
 
     async def drain(self) -> None:
         """Wait until the worker has taken most of what was written, or has answered."""
-        if self._writing_paused and self.state is not ConnectionState.CLOSED:
+        if self._writing_paused and self.state is not _CLOSED:
             self._write_waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._write_waiter
@@ -205,7 +213,7 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the connection at once; this also cancels a running generation."""
-        self.state = ConnectionState.CLOSED
+        self.state = _CLOSED
         self._receiver = None
         if self._transport is not None:
             self._transport.abort()
@@ -318,7 +326,7 @@ class Connection(asyncio.Protocol):
 
     def _end(self) -> None:
         receiver, self._receiver = self._receiver, None
-        self.state = ConnectionState.IDLE
+        self.state = _IDLE
         if receiver is not None:
             receiver.answer_ended()
         if self._write_waiter is not None:
@@ -337,19 +345,19 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._eof = True
-        if self.state is ConnectionState.IDLE:
+        if self.state is _IDLE:
             self.close()  # now: the next request may come before `connection_lost`
         return False  # the transport closes
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        if self.state is ConnectionState.CLOSED:  # by this side
+        if self.state is _CLOSED:  # by this side
             return
         if self._head_done and not self._delimited and self._eof and exc is None:
             # RFC 9112, 6.3, 8: a body that ends with the connection; 9.8: in TLS it was
             # cut if there was no `close_notify`.
             self._end()
-            self.state = ConnectionState.CLOSED
+            self.state = _CLOSED
             return
         if exc is None:
             self._lose("connection closed by the worker")

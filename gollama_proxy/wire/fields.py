@@ -469,7 +469,7 @@ def read_whole(body: bytes) -> Wanted | None:
             body = _without_messages(body, wanted.messages)
     except (msgspec.DecodeError, RecursionError):
         return None
-    if b"\\u00" in body and _ESCAPED_LETTER.search(body):
+    if body.find(b"\\u00") >= 0 and _ESCAPED_LETTER.search(body):
         return None  # an escaped key could hide a second one
     for key in compress(_KEYS, map(is_not, _values_of(wanted), _UNSET)):
         if body.count(key) != 1:
