@@ -19,23 +19,13 @@ import asyncio
 from collections.abc import Callable
 
 from gollama_proxy.edge.connections import WRITE_BUFFER
-from gollama_proxy.edge.response import (
-    Client,
-    ClientStalledError,
-    ReportedError,
-)
+from gollama_proxy.edge.response import Client, ClientStalledError, ReportedError
 from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.tasks import held_up
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire import answer, sse
 from gollama_proxy.wire.assemble import AssemblyError
-from gollama_proxy.wire.ending import (
-    NOTHING,
-    TAIL,
-    End,
-    Tally,
-    read_end,
-)
+from gollama_proxy.wire.ending import NOTHING, TAIL, End, Tally, read_end
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.openai import Ending, Endpoint
 from gollama_proxy.wire.resume import MOST_WORDS, Transcript
@@ -441,13 +431,12 @@ class Relay:
         self._wake()
 
     def answer_lost(self, reason: str, *, malformed: bool) -> None:
+        code = Code.WORKER_LOST
+        text = f"The connection to worker {self._worker} was lost."
         if malformed:
+            code = Code.WORKER_PROTOCOL
             text = f"Worker {self._worker} sent what is no HTTP answer."
-            error = WorkerError(Code.WORKER_PROTOCOL, text, detail=reason)
-        else:
-            text = f"The connection to worker {self._worker} was lost."
-            error = WorkerError(Code.WORKER_LOST, text, detail=reason)
-        self.fail(error)
+        self.fail(WorkerError(code, text, detail=reason))
 
     def _wake(self) -> None:
         if self._wakeup is not None and not self._wakeup.done():
