@@ -168,8 +168,9 @@ async def running_hub(
         return config.load(file, variables, {"server.port": 0}, urls)
 
     loaded = load()
-    folder = None if loaded.state.dir == "auto" else Path(loaded.state.dir)
-    state = await asyncio.to_thread(LocalState, folder)
+    state = LocalState()  # in memory, which needs no thread
+    if loaded.state.dir != "auto":
+        state = await asyncio.to_thread(LocalState, Path(loaded.state.dir))
     hub = Hub(loaded, clock, state=state, load=load)
     running = None
     try:
