@@ -8,8 +8,9 @@ import pytest
 
 from gollama_proxy.config import load as config
 from gollama_proxy.config.mistakes import ConfigError
-from gollama_proxy.config.settings import Health, Origin, WorkerConfig
+from gollama_proxy.config.settings import Config, Health, Origin, WorkerConfig
 from gollama_proxy.fleet.groups import KEPT, MOST, Groups, member_of
+from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.upstream.dial import Endpoint
 from tests.fakes.clock import Clock
 from tests.fakes.waiting import until
@@ -173,3 +174,20 @@ def test_srv_records_need_an_optional_package(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match=r"pip install 'gollama-proxy\[dns\]'"):
         configured("dns+http://_llama._tcp.lan")
     configured("dns+http://llama.lan")
+
+
+async def test_a_group_that_comes_while_others_are_looked_up(names: Names) -> None:
+    names.answers["llama.lan"] = at("10.0.0.1")
+    names.groups.start()
+    names.groups.follow(GROUP)
+    await names.groups.looked_up()
+    assert repr(names.groups) == "<Groups [<_Group llama.lan members=1>]>"
+    await names.groups.stop()
+
+
+def test_only_settings_can_have_a_group() -> None:
+    registry = Registry(Config(workers=configured("http://10.0.0.1:8080")))
+    with pytest.raises(ConfigError, match="a group of workers belongs into"):
+        registry.add(GROUP[0])
+    with pytest.raises(ConfigError, match="a group of workers belongs into"):
+        registry.replace(GROUP[0], "10.0.0.1:8080")

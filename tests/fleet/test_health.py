@@ -7,19 +7,21 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Health
-from gollama_proxy.fleet.health import HealthChecker, next_wait
+from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds, next_wait
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import SUSPICIOUS, Worker, WorkerState
+from gollama_proxy.upstream.client import FetchError
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
-from tests.fakes.waiting import DEADLINE
+from tests.fakes.waiting import DEADLINE, until
 
 GOOD = Finding(Check.OK, "ok", Description((Model("tiny"),)))
 LOADING = Finding(Check.LOADING, "loading model")
@@ -428,3 +430,65 @@ async def test_other_settings_have_a_worker_checked() -> None:
         await pings.reached(1)
         checker.replaced(worker, worker.config)
         await pings.reached(2)
+
+
+# --- The progress of loading ------------------------------------------------------
+
+ROUTER = Description((Model("a", loaded=False, loading=True),), build="b1-ab")
+
+
+def loading_worker(description: Description = ROUTER) -> Worker:
+    [worker] = workers()
+    worker.observe(Check.OK, "ok", description)
+    assert worker.loading == {"a"}
+    return worker
+
+
+async def test_a_feed_that_breaks_off_is_opened_again() -> None:
+    opened = []
+
+    async def follow(worker: Worker, note: object) -> bool:
+        opened.append(worker)
+        raise FetchError("its answer broke off")
+
+    worker, feeds = loading_worker(), LoadingFeeds(follow)
+    feeds.added(worker)
+    feeds.added(worker)
+    for count in 1, 2:
+        feeds.check()
+        await until(lambda: "open=0" in repr(feeds), "no feed")
+        assert len(opened) == count
+    feeds.gone(worker)
+
+
+async def test_only_a_llama_server_has_a_feed() -> None:
+    async def follow(worker: Worker, note: object) -> bool:
+        raise AssertionError
+
+    worker = loading_worker(replace(ROUTER, build=""))
+    feeds = LoadingFeeds(follow)
+    feeds.added(worker)
+    feeds.check()
+    assert repr(feeds) == "<LoadingFeeds open=0>"
+
+
+@pytest.mark.parametrize("how", ["gone", "loaded", "stop"])
+async def test_a_feed_ends_with_its_reason(how: str) -> None:
+    async def follow(worker: Worker, note: Callable[[str, float | None], None]) -> bool:
+        note("a", 0.5)
+        await asyncio.Event().wait()
+        return True
+
+    worker, feeds = loading_worker(), LoadingFeeds(follow)
+    feeds.added(worker)
+    feeds.check()
+    await until(lambda: worker.progress == {"a": 0.5}, "some progress")
+    if how == "gone":
+        feeds.gone(worker)
+    elif how == "loaded":
+        worker.observe(Check.OK, "ok", Description((Model("a", loaded=True),)))
+        feeds.check()
+    else:
+        await feeds.stop()
+    await until(lambda: "open=0" in repr(feeds), "no feed")
+    assert not worker.progress

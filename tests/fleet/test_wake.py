@@ -235,3 +235,41 @@ def test_a_machine_that_refuses_connections_is_awake(fleet: Fleet) -> None:
     assert fleet.waker.wake_for(fleet.pool) is None
     worker.observe(Check.FAILED, "no answer")
     assert worker.state is WorkerState.ASLEEP
+
+
+def test_a_machine_that_wakes_and_fails_is_no_longer_expected(fleet: Fleet) -> None:
+    [worker] = fleet.workers
+    fleet.waker.wake_for(fleet.pool)
+    worker.observe(Check.LOADING, "loading model")
+    worker.observe(Check.REFUSED, "connection refused")
+    assert worker.state is WorkerState.DOWN
+    assert fleet.waker.expected(fleet.pool) is None
+
+
+def test_a_machine_that_loads_for_too_long_is_not_waited_for(fleet: Fleet) -> None:
+    """It is awake, so it does not rest."""
+    [worker] = fleet.workers
+    fleet.waker.wake_for(fleet.pool)
+    worker.observe(Check.LOADING, "loading model")
+    fleet.clock.advance(SETTINGS.timeout)
+    assert fleet.waker.expected(fleet.pool) is None
+    fleet.check()
+    assert worker.state is WorkerState.LOADING
+    assert fleet.waker.refusal([worker]) == ""
+
+
+def test_an_outlook_wakes_nothing(fleet: Fleet) -> None:
+    [worker] = fleet.workers
+    assert fleet.waker.would_wake(fleet.pool) is worker
+    assert not fleet.packets
+    fleet.waker.wake_for(fleet.pool)
+    assert fleet.waker.would_wake(fleet.pool) is worker
+
+
+def test_other_settings_count_at_once(fleet: Fleet) -> None:
+    [worker] = fleet.workers
+    fleet.waker.wake_for(fleet.pool)
+    fleet.waker.reconfigure(Wake(timeout=10.0))
+    fleet.clock.advance(10)
+    fleet.check()
+    assert worker.reason == "did not wake within 10 s"
