@@ -489,7 +489,8 @@ class Hub(Listener):
         self.watchdog.start()
         self._watcher.start()
         # In a thread, or the first token would hold up the event loop.
-        await asyncio.to_thread(self.authenticator.preload)
+        if not self.authenticator.preloaded:
+            await asyncio.to_thread(self.authenticator.preload)
 
     @property
     def url(self) -> str:

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import re
 import secrets
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -108,10 +109,14 @@ class Authenticator:
         mode = "off" if self._off else self._auth.algorithm
         return f"<Authenticator {mode} keys={len(self._keys)} known={len(self._known)}>"
 
+    @property
+    def preloaded(self) -> bool:
+        """Whether what checks a token is imported, or not needed."""
+        return self._off or "jwt" in sys.modules
+
     def preload(self) -> None:
         """Import what checks a token; it takes a moment and reads files."""
-        if not self._off:
-            _new_decoder()
+        _new_decoder()
 
     def identify(self, request: web.BaseRequest, record: Record) -> Principal:
         """Return the sender of a request, and set the subject of its record.

@@ -231,9 +231,11 @@ async def test_a_turn_waits_for_its_worker_while_others_use_the_free_one() -> No
 
 async def test_a_request_that_has_waited_long_enough_goes_elsewhere() -> None:
     """The watchdog checks again; no request has come or gone in the meantime."""
-    async with occupied(queue__timeout=2) as (_, other, hub, _busy):
-        response = await hub.post(CHAT, turn("x", 2))
-        assert response.status == 200
+    async with occupied(clock=Clock(), timeouts__allowance=300) as (_, other, hub, _b):
+        asking = asyncio.create_task(hub.post(CHAT, turn("x", 2)), name="fake client x")
+        await until(held_up(hub.hub.queue))
+        hub.pass_time(30.1)  # half of `queue.timeout`
+        assert (await asking).status == 200
         assert asked(other) == ["x asks 2"]
 
 
