@@ -47,7 +47,7 @@ async def spawn(
 def inherited() -> dict[str, str]:
     """Return the environment without the user's own settings of the hub."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
-    return clean | {"GOLLAMA_CONFIG": os.devnull}
+    return clean | {"GOLLAMA_CONFIG": os.devnull, "GOLLAMA_STATE_DIR": ""}
 
 
 async def until_answered(port: int, bearer: str, child: Child) -> None:

@@ -133,7 +133,8 @@ class Pool:
         for worker in self.workers:
             command += ["--worker", worker.url]
         log = self._folder / "hub.log"
-        return await Child.start("the hub", command, log, os.environ)
+        environ = dict(os.environ) | {"GOLLAMA_STATE_DIR": ""}
+        return await Child.start("the hub", command, log, environ)
 
     def choose_victim(self, rng: random.Random) -> Worker | None:
         """Choose a worker to hit; never the last of several."""
