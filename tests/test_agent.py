@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -133,8 +132,7 @@ def test_a_command_without_a_port_gets_one() -> None:
     command, url = llama.listening(["llama-server", "-m", "x"], {})
     assert command[:4] == ["llama-server", "-m", "x", "--port"]
     assert url == f"http://127.0.0.1:{command[4]}"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", int(command[4])))
+    assert 1024 <= int(command[4]) <= 65_535
 
 
 @pytest.mark.parametrize(

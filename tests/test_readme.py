@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.hub import SECRET
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 
 
 def test_every_setting_is_in_the_table() -> None:
@@ -44,16 +48,35 @@ def test_every_error_is_explained() -> None:
 
 
 def test_the_commands_are_there(capsys: pytest.CaptureFixture[str]) -> None:
-    """With their flags: what is pasted has to work."""
-    pattern = r"^ {4}[^\n]*?gollama-proxy ([a-z]+)((?:[^\n#)]|\\\n)*)"
-    used = re.findall(pattern, README, re.MULTILINE)
-    assert {"secret", "check", "serve", "token"} <= {command for command, _ in used}
+    """With their actions and flags: what is pasted has to work."""
+    used = commands_in(README) + commands_in(OPERATIONS)
+    described = {"secret", "check", "serve", "token", "workers", "agent", "reload"}
+    assert described <= {command for command, _ in used}
     for command, rest in used:
+        action = re.match(r" ([a-z-]+)\b", rest) if command == "workers" else None
+        argv = [command, action[1]] if action else [command]
         with pytest.raises(SystemExit, match=r"^0$"):
-            main([command, "--help"])
+            main([*argv, "--help"])
         shown = capsys.readouterr().out
-        for flag in re.findall(r"--[a-z-]+", rest):
-            assert flag in shown, (command, flag)
+        for flag in re.findall(r"--[a-z-]+", rest.partition(" -- ")[0]):
+            assert flag in shown, (argv, flag)
+
+
+def commands_in(text: str) -> list[tuple[str, str]]:
+    """Return each command and the rest of it, from blocks and from quoted words."""
+    block = r"^ {4}[^\n]*?gollama-proxy ([a-z]+)((?:[^\n#)\\]|\\\n)*)"
+    quoted = r"`gollama-proxy\s([a-z]+)((?:[^`])*)`"
+    return re.findall(block, text, re.MULTILINE) + re.findall(quoted, text)
+
+
+def test_every_call_of_the_admin_api_is_described() -> None:
+    described = OPERATIONS.partition("## The admin API")[2]
+    file = resources.files("gollama_proxy") / "control" / "openapi.json"
+    for path, methods in json.loads(file.read_text())["paths"].items():
+        called = path.rpartition("/")[2] if path.count("/") == 4 else path
+        assert re.search(rf"[`/ ]{re.escape(called)}`", described), path
+        for method in methods.keys() & {"get", "post", "patch", "delete"}:
+            assert f"`{method.upper()}`" in described
 
 
 def test_every_route_is_named() -> None:
