@@ -153,12 +153,13 @@ async def running_hub(
     """
     before = asyncio.all_tasks()
     urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
-    # A drain that does not end by itself makes a test fail, and no health check comes
-    # unexpectedly in a test that takes long.
+    # A drain that does not end by itself makes a test fail.  In a test that takes long,
+    # no health check comes unexpectedly, and no client is given up.
     variables = {
         "GOLLAMA_JWT_SECRET": SECRET,
         "GOLLAMA_SERVER_DRAIN": "3600",
         "GOLLAMA_HEALTH_INTERVAL": "3600",
+        "GOLLAMA_TIMEOUTS_WRITE": "3600",
     }
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = _spelled(value)
