@@ -364,7 +364,8 @@ async def test_each_change_is_logged_with_its_author(
         await call(hub, "POST", f"{path}/pause")  # which changes nothing
         await call(hub, "PATCH", path, {"weight": 0})  # neither does this
         await get(hub, "/admin/workers")
-    found = [record.__dict__["fields"] for record in caplog.records]
+    audit = [each for each in caplog.records if each.name == "gollama_proxy.audit"]
+    found = [record.__dict__["fields"] for record in audit]
     assert [(each["subject"], each["action"]) for each in found] == [
         ("root", "change worker"),
         ("root", "hold worker"),
