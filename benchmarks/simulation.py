@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from statistics import quantiles
 
+import msgspec
+
 from benchmarks.machines import MODEL, Kind, Machine, Request
 from benchmarks.workload import (
     ANSWER,
@@ -50,7 +52,9 @@ class Patient(Affinity):
     """Affinity for requests that can all wait for their worker."""
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
-        return super().pick(ask._replace(patience=math.inf), workers, fits)
+        return super().pick(
+            msgspec.structs.replace(ask, patience=math.inf), workers, fits
+        )
 
 
 # --- The run ----------------------------------------------------------------------

@@ -114,6 +114,18 @@ def unretrieved() -> Iterator[list[str]]:
     assert not losses.texts
 
 
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """Restore the levels of the loggers, which settings of a hub change."""
+    names = (None, "aiohttp", "gollama_proxy.access", "gollama_proxy.audit")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        if logger.level != level:  # as it empties the caches of all loggers
+            logger.setLevel(level)
+
+
 class _Losses(logging.Handler):
     """Keeps what asyncio logs about tasks and futures that are garbage."""
 
