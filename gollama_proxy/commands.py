@@ -25,13 +25,13 @@ from gollama_proxy.control.client import (
     AdminClient,
     CallError,
     Json,
-    NotFoundError,
     connect,
     segment,
 )
 from gollama_proxy.control.display import (
     WORKER_TITLES,
     Overview,
+    machine_of,
     model_of,
     print_fields,
     print_table,
@@ -211,7 +211,7 @@ def _show_worker(args: argparse.Namespace, hub: AdminClient) -> None:
             "source": worker["source"],
             "state": f"{state_of(worker)}, for {span(worker['since'])}",
             "reason": worker["reason"],
-            "breaker": f"{breaker['state']} {breaker['reason']}".strip(),
+            "breaker": f"{breaker['state']} ({breaker['reason']})",
             "last error": worker["last_error"] and reason_for(worker),
             "running": running_of(worker),
             "weight": worker["weight"],
@@ -222,6 +222,7 @@ def _show_worker(args: argparse.Namespace, hub: AdminClient) -> None:
             "prompt tokens/s": speed["prompt_tokens_per_second"],
             "first token": span(speed["first_token"]),
             "models": ", ".join(map(model_of, worker["models"])),
+            **machine_of(worker["agent"] or {}),
         }
     )
 
@@ -411,11 +412,7 @@ def _request_line(request: Json) -> str:
 
 
 def _cancel(args: argparse.Namespace, hub: AdminClient) -> None:
-    identity = segment(args.id)
-    try:
-        answer = hub.call("DELETE", f"exchanges/{identity}")
-    except NotFoundError:  # it may still wait
-        answer = hub.call("DELETE", f"queue/{identity}")
+    answer = hub.call("DELETE", f"exchanges/{segment(args.id)}")
     if args.json:
         _print_json(answer)
     else:

@@ -21,6 +21,7 @@ import pytest
 
 from gollama_proxy.cli import main
 from gollama_proxy.fleet.worker import Hold, WorkerState
+from tests.fakes.agent import HandAgent
 from tests.fakes.asks import CHAT, RARELY, STREAM
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
@@ -138,8 +139,36 @@ async def test_one_worker_is_shown(run: Run) -> None:
         done = await run("workers", "show", name, hub=hub)
         assert re.search(rf"^name +{name}$", done.out, re.MULTILINE)
         assert re.search(r"^models +qwen$", done.out, re.MULTILINE)
+        assert re.search(r"^breaker +closed \(never tripped\)$", done.out, re.MULTILINE)
+        assert "machine" not in done.out
         shown = (await run("workers", "show", name, "--json", hub=hub)).json()
         assert shown["name"] == name
+
+
+async def test_what_an_agent_reports_of_its_machine_is_shown(run: Run) -> None:
+    gpu = {"name": "RTX 3060", "memory_gib": 12, "used_gib": 9.5}
+    devices = [gpu | {"busy": 0.87, "celsius": 71.5}, {"name": "GT 710"}]
+    report = {"host": "attic", "version": "2.0", "serving": True, "load": 0.25}
+    async with ScriptedWorker() as worker, running_hub(**CALM) as hub:
+        async with HandAgent(hub, worker.url).answering() as agent:
+            await agent.put(report=report | {"devices": devices})
+            done = await run("workers", "show", "desk", hub=hub)
+            lines = [
+                re.split("  +", line, maxsplit=1) for line in done.out.splitlines()
+            ]
+            assert [line for line in lines if line[0].startswith(("mach", "dev"))] == [
+                ["machine", "attic, load 0.25, agent 2.0"],
+                ["device 1", "RTX 3060, 9.5 of 12 GiB used, 87% busy, 71.5 °C"],
+                ["device 2", "GT 710"],
+            ]
+            await agent.put(report={"serving": False})
+            done = await run("workers", "show", "desk", hub=hub)
+            assert re.search(
+                r"^machine +its server does not answer the agent$",
+                done.out,
+                re.MULTILINE,
+            )
+            await agent.delete()
 
 
 async def test_a_worker_is_added_and_removed(run: Run) -> None:
@@ -247,7 +276,7 @@ async def test_a_running_request_is_cancelled_by_its_id(run: Run) -> None:
         assert b"request_cancelled" in (await wire.read_to_end()).raw
         done = await run("cancel", "mine", hub=hub)
         assert done.status == 1
-        assert "mine" in done.error
+        assert done.error == "No request with the id 'mine' runs or waits."
 
 
 async def test_a_waiting_request_is_cancelled_by_its_id(run: Run) -> None:

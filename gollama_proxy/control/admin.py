@@ -337,7 +337,7 @@ class Admin:
         return answer({"exchanges": self._views.exchanges()})
 
     async def _cancel(self, call: Call) -> Response:
-        return self._end_request(call, "cancel request", "is in flight", waiting=False)
+        return self._end_request(call, "cancel request", "runs or waits", waiting=False)
 
     async def _remove_from_queue(self, call: Call) -> Response:
         return self._end_request(call, "remove from queue", "waits", waiting=True)

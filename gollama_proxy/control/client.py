@@ -33,10 +33,6 @@ class CallError(Exception):
         self.status = status
 
 
-class NotFoundError(CallError):
-    """The hub has no such worker or request."""
-
-
 class AdminClient:
     """A running hub, called with one request after the other."""
 
@@ -115,8 +111,6 @@ class AdminClient:
             return CallError(f"the hub at {self.url} needs a token: {hint}")
         if status in (401, 403):
             return CallError(f"the hub at {self.url} refuses: {message}")
-        if status == 404:
-            return NotFoundError(message)
         return CallError(message, 2 if status in (400, 413, 415) else 1)
 
 

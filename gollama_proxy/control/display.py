@@ -127,6 +127,39 @@ def model_of(model: Json) -> str:
     return name if progress is None else f"{name} (loading {100 * progress:.0f}%)"
 
 
+def machine_of(report: Json) -> dict[str, str]:
+    """Show what an agent has reported of its machine: a row, and one for each device.
+
+    All of a report is optional.
+    """
+    parts = [report.get("host")]
+    if "load" in report:
+        parts.append(f"load {report['load']:g}")
+    if "version" in report:
+        parts.append(f"agent {report['version']}")
+    if report.get("serving") is False:
+        parts.append("its server does not answer the agent")
+    rows = {"machine": ", ".join(filter(None, parts))} if report else {}
+    for number, device in enumerate(report.get("devices", ()), 1):
+        rows[f"device {number}"] = _device(device)
+    return rows
+
+
+def _device(device: Json) -> str:
+    parts = [device["name"]]
+    total, used = device.get("memory_gib"), device.get("used_gib")
+    if used is not None:
+        of = "" if total is None else f"of {total:g} "
+        parts.append(f"{used:g} {of}GiB used")
+    elif total is not None:
+        parts.append(f"{total:g} GiB")
+    if device.get("busy") is not None:
+        parts.append(f"{100 * device['busy']:.0f}% busy")
+    if device.get("celsius") is not None:
+        parts.append(f"{device['celsius']:g} °C")
+    return ", ".join(parts)
+
+
 def reason_for(worker: Json) -> str:
     """Show what is wrong with a worker, or was last."""
     if worker["breaker"]["state"] != "closed":

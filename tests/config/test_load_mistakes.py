@@ -207,7 +207,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "an API key file open to all users": (
         WORKER + "api_key_file = '%/openkey'",
-        "workers[0].api_key_file = '%/openkey': everybody can get at it (mode 0644)",
+        "workers[0].api_key_file = '%/openkey': all users of this machine can use it (mode 0644)",
     ),
     "an API key of two words": (
         WORKER + "api_key_file = '%/words'",
@@ -234,8 +234,11 @@ def test_a_mistake_in_the_file(name: str, folder: Path, capsys: Output) -> None:
     ("name", "begins"),
     [
         ("none", "cannot be read: No such file"),
-        ("open", "everybody can get at it (mode 0604); must be for its owner only"),
-        ("writable", "everybody can get at it (mode 0602)"),
+        (
+            "open",
+            "all users of this machine can use it (mode 0604); must be for its owner only",
+        ),
+        ("writable", "all users of this machine can use it (mode 0602)"),
         ("short", "has 12 bytes; HS256 needs at least 32"),
         ("three", "has 3 words; must hold the secret"),
         ("empty", "has 0 words; must hold the secret"),

@@ -139,8 +139,11 @@ def open_key_in_the_same_file(pair: Pair) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (open_key, "127.0.0.1.key': everybody can get at it (mode 0644)"),
-        (open_key_in_the_same_file, "127.0.0.1.pem': everybody can get at it"),
+        (open_key, "127.0.0.1.key': all users of this machine can use it (mode 0644)"),
+        (
+            open_key_in_the_same_file,
+            "127.0.0.1.pem': all users of this machine can use it",
+        ),
         (no_file, "server.tls_certificate = '/nowhere': cannot be read: No such file"),
         (no_key, "server.tls_key = '/nowhere': cannot be read: No such file or"),
         (empty, "127.0.0.1.pem': holds no PEM certificate"),
