@@ -121,13 +121,24 @@ class Child:
             self.process.send_signal(number)
 
     async def end(self) -> None:
-        """Send SIGTERM, and SIGKILL if the process still runs after `GRACE`."""
-        self.signal(signal.SIGTERM)
-        try:
+        """Send SIGTERM, and SIGKILL if the process still runs after `GRACE`.
+
+        What it has started itself ends with it: a script may have started the server.
+        """
+        self._signal_all(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.process.wait(), GRACE)
-        except TimeoutError:
-            self.process.kill()
-            await self.process.wait()
+        self._signal_all(signal.SIGKILL)
+        await self.process.wait()
+
+    def end_rest(self) -> None:
+        """Send SIGKILL to what a process that has ended leaves behind."""
+        self._signal_all(signal.SIGKILL)
+
+    def _signal_all(self, number: int) -> None:
+        # It leads a session, and so a process group with its own number.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
 
 
 # --- Commands that are started again ----------------------------------------------
@@ -194,6 +205,7 @@ class Supervised:
             self._child = await asyncio.shield(self._starting)
             logger.info("started %s, process %d", self._name, self._child.process.pid)
             status = await self._child.process.wait()
+            self._child.end_rest()  # it would keep the port
             how = f"status {status}" if status >= 0 else signal.Signals(-status).name
             wait = self._restarts.after(loop.time() - started)
             logger.error("%s ended with %s; again in %g s", self._name, how, wait)

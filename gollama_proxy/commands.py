@@ -173,9 +173,12 @@ def run(args: argparse.Namespace) -> None:
         with contextlib.closing(hub):
             args.do(args, hub)
             sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough, and what is left goes nowhere
-        with contextlib.suppress(OSError, ValueError):
+    except OSError as exc:  # of the output: the client has errors of its own kind
+        with contextlib.suppress(OSError, ValueError):  # what is left goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(exc, BrokenPipeError):  # else `| head` has seen enough
+            text = f"the output cannot be written: {exc.strerror or exc}"
+            raise CallError(text) from exc
     except KeyError as exc:
         text = f"the hub at {hub.url} is of another version: its answer has no {exc}"
         raise CallError(text) from exc

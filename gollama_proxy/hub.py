@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from aiohttp import web
 
@@ -330,7 +331,9 @@ class Hub(Listener):
                 hub would be open to all.  Nothing has changed then.
         """
         async with self.changing:
-            changes, config = compare(self.config, config)
+            changes, config = compare(
+                replace(self.config, workers=self._declared()), config
+            )
             check_exposure(config)
             self.registry.check(self._expanded(config.workers))
             await self._drop_unused_credentials()
@@ -416,13 +419,17 @@ class Hub(Listener):
 
     def _follow_groups(self) -> None:
         """Take up other members of the groups; all other workers stay as they are."""
+        self.registry.apply(self._expanded(self._declared()))
+
+    def _declared(self) -> tuple[WorkerConfig, ...]:
+        """Return the workers and groups of the file, as operators have changed them."""
         fixed = [
             worker.config
             for worker in self.registry.workers
             if worker.source is Source.FILE and not worker.config.parent
         ]
         groups = [each for each in self.config.workers if each.is_group]
-        self.registry.apply(self._expanded([*fixed, *groups]))
+        return (*fixed, *groups)
 
     async def prepare(self, config: WorkerConfig) -> None:
         """Read the certificates of a worker that will be added; hold `changing`.

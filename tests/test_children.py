@@ -84,6 +84,36 @@ async def test_the_end_is_asked_for_first(start: Start) -> None:
     await child.end()  # once more, for who does not know
 
 
+def ended(reader: int) -> bool:
+    """Return whether no process has a pipe open for writing any more."""
+    os.set_blocking(reader, False)
+    try:
+        return os.read(reader, 1) == b""
+    except BlockingIOError:
+        return False
+
+
+@pytest.mark.parametrize("first", [":", "trap '' TERM", "exit"])
+async def test_the_children_of_a_child_end_with_it(
+    first: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may be started by a script, and must not keep its port."""
+    monkeypatch.setattr(children, "GRACE", 0.2)
+    reader, writer = os.pipe()
+    try:
+        # A process that runs has the pipe open for writing.
+        script = f"(trap '' TERM; exec sleep 3600) & echo set; {first}; wait; wait"
+        child = await start(f"exec 9>/proc/{os.getpid()}/fd/{writer}; {script}")
+        await until(lambda: "set" in child.log.read_text())
+        if first == "exit":
+            await child.process.wait()
+        os.close(writer)
+        await child.end()
+        await until(lambda: ended(reader))
+    finally:
+        os.close(reader)
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 async def test_the_end_is_made_where_asking_does_not_help(
     stopped: bool, start: Start, monkeypatch: pytest.MonkeyPatch

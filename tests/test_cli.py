@@ -831,7 +831,7 @@ def test_a_wrong_private_key(
     (tmp_path / "bad").write_text("secret words")
     (tmp_path / "bad").chmod(0o644)
     assert main([*argv, "--private-key", str(tmp_path / "bad")]) == 2
-    assert "bad': all users of this machine can use it (mode 0644)" in one_line(capsys)
+    assert "bad': every user can use it (mode 0644)" in one_line(capsys)
     (tmp_path / "bad").chmod(0o600)
     assert main([*argv, "--private-key", str(tmp_path / "bad")]) == 2
     said = one_line(capsys)

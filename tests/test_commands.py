@@ -752,6 +752,25 @@ async def test_settings_are_read_again(run: Run, tmp_path: Path) -> None:
 # --- Output -----------------------------------------------------------------------
 
 
+async def test_output_that_cannot_be_written_is_an_error(
+    environ: dict[str, str],
+) -> None:
+    async with running_hub() as hub:
+        variables = {"GOLLAMA_HUB": hub.url, "GOLLAMA_TOKEN": hub.token(**ADMIN)}
+        full = os.open("/dev/full", os.O_WRONLY)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gollama_proxy", "workers"),
+            stdout=full,
+            stderr=asyncio.subprocess.PIPE,
+            env=environ | variables,
+            cwd=Path(__file__).parent.parent,
+        )
+        os.close(full)
+        _, errors = await process.communicate()
+        text = "gollama-proxy: the output cannot be written: No space left on device\n"
+        assert (process.returncode, errors.decode()) == (1, text)
+
+
 async def test_a_reader_that_has_seen_enough_is_no_error(
     environ: dict[str, str],
 ) -> None:

@@ -45,7 +45,7 @@ def read_secret(source: str, file: str) -> bytes:
         with Path(file).open("rb") as stream:
             mode = os.fstat(stream.fileno()).st_mode
             if mode & 0o007:
-                text = f"{source}: all users of this machine can use it (mode {mode & 0o777:04o})"
+                text = f"{source}: every user can use it (mode {mode & 0o777:04o})"
                 raise ConfigError(f"{text}; must be for its owner only: chmod 600")
             content = stream.read(MAX_SECRET_FILE + 1)
     except OSError as exc:

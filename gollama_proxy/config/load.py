@@ -49,6 +49,7 @@ from gollama_proxy.config.values import convert, describe
 
 # Settings files to look for if none is given.
 PLACES = ("gollama.toml", "/etc/gollama-proxy/gollama.toml")
+MAX_WORKER_NAME = 200
 
 
 def locate(given: str | None, environ: Mapping[str, str]) -> str | None:
@@ -296,8 +297,19 @@ def load_worker(
     name = values.get("name") or (
         origin.host if group else origin.authority + origin.prefix
     )
+    _check_worker_name(where, name)
     own = {name: values[name] for name in values if name not in API_KEYS}
     return WorkerConfig(**own | {"url": url, "name": name}, origin=origin, api_key=key)
+
+
+def _check_worker_name(where: str, name: str) -> None:
+    """Check that a worker can be named in a path of the admin API.
+
+    Clients take `.` and `..` out of paths, even when they are escaped.
+    """
+    if name in (".", "..") or len(name) > MAX_WORKER_NAME:
+        text = f"must have at most {MAX_WORKER_NAME} characters, and not be . or .."
+        raise ConfigError(f"{where}.name = {shown(name)}: {text}")
 
 
 def _check_resolver(where: str, url: str, origin: Origin) -> None:

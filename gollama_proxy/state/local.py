@@ -254,11 +254,17 @@ class LocalState:
         self._unlock()
 
 
+_SOURCES = frozenset({"file", "admin", "agent"})
+_HOLDS = frozenset({"", "paused", "draining"})
+
+
 def _stored_workers(database: sqlite3.Connection) -> Iterator[StoredWorker]:
     rows = database.execute(
         "SELECT name, source, settings, hold, agent FROM workers ORDER BY rowid"
     )
     for name, source, settings, hold, agent in rows:
+        if source not in _SOURCES or hold not in _HOLDS:
+            raise ValueError(f"a worker of the source {source!r}, held {hold!r}")
         yield StoredWorker(name, source, _table(settings), hold, _table(agent))
 
 

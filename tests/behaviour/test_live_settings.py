@@ -371,6 +371,27 @@ async def test_an_operator_has_the_settings_read_again(tmp_path: Path) -> None:
         assert hub.hub.config.queue.size == 8
 
 
+async def test_a_reload_lists_the_changes_of_operators_that_it_undoes(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "gollama.toml"
+    async with ScriptedWorker() as one, ScriptedWorker() as two:
+        rows = [f"[[workers]]\nurl = '{each.url}'\n" for each in (one, two)]
+        file.write_text(f"{rows[0]}name = 'one'\n{rows[1]}name = 'two'\n")
+        async with running_hub(file=file, **CALM) as hub:
+            token = hub.token("root", scope="admin")
+            async with await hub.wire() as wire:
+                await wire.post(
+                    "/admin/workers/one", {"weight": 2}, token, method="PATCH"
+                )
+                assert (await wire.read_response()).status == 200
+                await wire.post("/admin/workers/two", {}, token, method="DELETE")
+                assert (await wire.read_response()).status == 200
+            changes = await hub.hub.reload()
+            assert (changes.added, changes.replaced) == (("two",), ("one",))
+            assert str(await hub.hub.reload()) == "nothing has changed"
+
+
 async def test_reloads_take_turns_and_do_not_end_with_their_callers(
     tmp_path: Path,
 ) -> None:

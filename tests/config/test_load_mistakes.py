@@ -205,9 +205,17 @@ MISTAKES: dict[str, tuple[str, str]] = {
         WORKER + "api_key_file = '%/none'",
         "workers[0].api_key_file = '%/none': cannot be read",
     ),
+    "a name that no path has": (
+        WORKER + "name = '..'",
+        "workers[0].name = '..': must have at most 200 characters, and not be . or ..",
+    ),
+    "a name that is too long": (
+        WORKER + f"name = '{'n' * 201}'",
+        "workers[0].name = 'nnn",
+    ),
     "an API key file open to all users": (
         WORKER + "api_key_file = '%/openkey'",
-        "workers[0].api_key_file = '%/openkey': all users of this machine can use it (mode 0644)",
+        "workers[0].api_key_file = '%/openkey': every user can use it (mode 0644)",
     ),
     "an API key of two words": (
         WORKER + "api_key_file = '%/words'",
@@ -236,9 +244,9 @@ def test_a_mistake_in_the_file(name: str, folder: Path, capsys: Output) -> None:
         ("none", "cannot be read: No such file"),
         (
             "open",
-            "all users of this machine can use it (mode 0604); must be for its owner only",
+            "every user can use it (mode 0604); must be for its owner only",
         ),
-        ("writable", "all users of this machine can use it (mode 0602)"),
+        ("writable", "every user can use it (mode 0602)"),
         ("short", "has 12 bytes; HS256 needs at least 32"),
         ("three", "has 3 words; must hold the secret"),
         ("empty", "has 0 words; must hold the secret"),

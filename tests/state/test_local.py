@@ -144,7 +144,10 @@ def test_the_folder_is_the_one_set_or_the_usual_one(
 # --- A database that is not sound -------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["text", "torn", "no tables", "no JSON", "a list"])
+KINDS = ["text", "torn", "no tables", "no JSON", "a list", "no source", "no hold"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_damaged_database_is_moved_aside(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -180,6 +183,8 @@ def _damage(file: Path, kind: str) -> None:
         "no tables": "DROP TABLE workers",
         "no JSON": "UPDATE workers SET settings = '{' WHERE name = 'w7'",
         "a list": "UPDATE workers SET settings = '[]' WHERE name = 'w7'",
+        "no source": "UPDATE workers SET source = 'elsewhere' WHERE name = 'w7'",
+        "no hold": "UPDATE workers SET hold = 'stuck' WHERE name = 'w7'",
     }[kind]
     database = sqlite3.connect(file)
     with database:
