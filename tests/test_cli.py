@@ -12,10 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn
 from urllib.parse import urlsplit
 
 import jwt
@@ -41,7 +41,7 @@ from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
-from tests.fakes.process import bare
+from tests.fakes.process import Program, bare
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stall
 from tests.fakes.worker import ScriptedWorker
@@ -59,63 +59,6 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     clean["GOLLAMA_JWT_SECRET"] = SECRET
     monkeypatch.setattr(os, "environ", clean)
     return clean
-
-
-class Program:
-    """`gollama-proxy …`, or a script, as a process watched through what it writes."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.output = ""
-
-    def __repr__(self) -> str:
-        return f"<Program pid={self.process.pid} status={self.process.returncode}>"
-
-    @classmethod
-    @contextlib.asynccontextmanager
-    async def running(
-        cls,
-        *arguments: str,
-        environ: Mapping[str, str],
-        program: Sequence[str] = ("-m", "gollama_proxy"),
-    ) -> AsyncIterator[Self]:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *program, *arguments),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=environ,
-            cwd=Path(__file__).parent.parent,
-        )
-        try:
-            yield cls(process)
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.communicate()
-
-    async def until(self, pattern: str) -> re.Match[str]:
-        """Read on until the output matches."""
-        assert self.process.stdout is not None
-        try:
-            async with asyncio.timeout(DEADLINE):
-                while not (match := re.search(pattern, self.output)):
-                    line = await self.process.stdout.readline()
-                    assert line, f"{self!r} never wrote {pattern!r}:\n{self.output}"
-                    self.output += line.decode()
-        except TimeoutError:
-            raise AssertionError(f"{self!r}: no {pattern!r}:\n{self.output}") from None
-        return match
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    async def ended(self) -> int:
-        """Wait for the end; `output` is whole then."""
-        assert self.process.stdout is not None
-        async with asyncio.timeout(DEADLINE):
-            self.output += (await self.process.stdout.read()).decode()
-            return await self.process.wait()
 
 
 async def until_ready(port: int) -> None:

@@ -24,10 +24,11 @@ from gollama_proxy.config.settings import Auth, Config, Health, WorkerConfig
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check
 from tests.fakes.client import Wire
+from tests.fakes.process import Program
 from tests.fakes.waiting import gone
 from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import binary
-from tests.test_cli import SECRET, Output, Program, environ, one_line
+from tests.test_cli import SECRET, Output, environ, one_line
 
 __all__ = ["environ"]  # a fixture: nothing of the caller's settings gets into a test
 

@@ -23,12 +23,11 @@ from rich.console import Console
 from gollama_proxy.config.settings import Server, settings
 from tests.fakes import replies
 from tests.fakes.hub import running_hub
-from tests.fakes.process import bare
+from tests.fakes.process import Program, bare
 from tests.fakes.script import chat_stream, reset, send
 from tests.fakes.waiting import gone
 from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import binary
-from tests.test_cli import Program
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

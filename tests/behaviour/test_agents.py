@@ -60,7 +60,7 @@ async def agent_of(
 ) -> AsyncIterator[AgentProcess]:
     granted = hub.token("desk", **{"scope": "worker"} | claims)
     arguments = ("--hub", hub.url, "--worker", worker.url, *arguments)
-    async with AgentProcess.running(*arguments, token=granted) as agent:
+    async with AgentProcess.serving(*arguments, token=granted) as agent:
         yield agent
 
 
@@ -167,7 +167,7 @@ async def test_an_agent_finds_a_hub_that_was_away() -> None:
         port = place.getsockname()[1]
     async with ScriptedWorker() as worker:
         arguments = ("--hub", f"http://127.0.0.1:{port}", "--worker", worker.url)
-        async with AgentProcess.running(*arguments) as agent:
+        async with AgentProcess.serving(*arguments) as agent:
             await agent.until("cannot be reached: .*; trying again")
             assert agent.process.returncode is None
             agent.signal(signal.SIGTERM)
@@ -219,7 +219,7 @@ async def test_a_server_that_only_its_own_machine_reaches_is_reported() -> None:
     async with ScriptedWorker() as worker, running_hub(**settings) as hub:
         arguments = ["--hub", f"http://{address}:{hub.port}", "--worker", worker.url]
         granted = hub.token("desk", scope="worker")
-        async with AgentProcess.running(*arguments, token=granted) as agent:
+        async with AgentProcess.serving(*arguments, token=granted) as agent:
             # The address is the machine's, which it proves; nothing serves there.
             await agent.until(f"registered http://{address}:{worker.port}")
             await agent.until("it listens on a loopback address only; start it with")
@@ -282,7 +282,7 @@ async def starting(
     arguments = ["--hub", hub.url, "--name", "desk", "--exec", "--", sys.executable]
     arguments += ["-m", "tests.fakes.little_server", *flags]
     granted = hub.token("desk", scope="worker")
-    async with AgentProcess.running(*arguments, token=granted, environ=environ) as it:
+    async with AgentProcess.serving(*arguments, token=granted, environ=environ) as it:
         yield it
 
 
@@ -316,7 +316,7 @@ async def test_a_server_ends_with_an_agent_that_is_refused() -> None:
     async with reserved() as port, running_hub(**LONG) as hub:
         arguments = ["--hub", hub.url, "--exec", "--", sys.executable]
         arguments += ["-m", "tests.fakes.little_server", "--port", str(port)]
-        async with AgentProcess.running(*arguments, token="a.b.c") as agent:
+        async with AgentProcess.serving(*arguments, token="a.b.c") as agent:
             assert await agent.ended() == 1
             await gone(await agent.started())
 
@@ -350,12 +350,12 @@ async def test_a_command_learns_its_port_and_not_the_token() -> None:
         arguments = ["--hub", hub.url, "--exec", "--", sys.executable, "-c", program]
         granted = hub.token("desk", scope="worker")
         environ = {"LLAMA_ARG_PORT": "9"}
-        async with AgentProcess.running(
+        async with AgentProcess.serving(
             *arguments, token=granted, environ=environ
         ) as agent:
             await agent.until(r"it has \[\] \[\]")
             await agent.until("registered http://127.0.0.1:9 as ")
-        async with AgentProcess.running(*arguments, token=granted) as agent:
+        async with AgentProcess.serving(*arguments, token=granted) as agent:
             await agent.until(r"it has \['--port', '\d+'\] \[\]")
 
 
@@ -372,7 +372,7 @@ async def test_an_idle_machine_is_suspended(tmp_path: Path) -> None:
     granted, path = {"scope": "worker"}, f"{tmp_path}:{os.environ['PATH']}"
     async with ScriptedWorker() as worker, running_hub(**LONG) as hub:
         arguments = ("--hub", hub.url, "--worker", worker.url, "--mac", MAC)
-        async with AgentProcess.running(
+        async with AgentProcess.serving(
             *(*arguments, "--sleep-after", "1s"),
             token=hub.token("desk", **granted),
             environ={"PATH": path},
@@ -394,7 +394,7 @@ async def test_a_machine_that_cannot_sleep_stays_in_the_fleet(tmp_path: Path) ->
     granted, path = {"scope": "worker"}, f"{tmp_path}:{os.environ['PATH']}"
     async with ScriptedWorker() as worker, running_hub(**LONG) as hub:
         arguments = ("--hub", hub.url, "--worker", worker.url, "--mac", MAC)
-        async with AgentProcess.running(
+        async with AgentProcess.serving(
             *(*arguments, "--sleep-after", "2s"),
             token=hub.token("desk", **granted),
             environ={"PATH": path},

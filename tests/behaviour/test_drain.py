@@ -16,11 +16,11 @@ from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.authority import Authority
 from tests.fakes.client import TlsWire, Wire
 from tests.fakes.hub import SECRET, mint
+from tests.fakes.process import Program
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import Step, close, send, stall, wait
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
-from tests.test_cli import Program
 
 BEGUN = (send(sse_head() + chunk(role() + token("a"))),)
 ENDED = (send(chunk(finish() + done()) + last_chunk()), close())

@@ -4,65 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
-import signal
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from gollama_proxy.fleet.agents import answer_to
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub
-from tests.fakes.process import bare
-from tests.fakes.waiting import DEADLINE
+from tests.fakes.process import Program, bare
 
 SECRET = "5ec7e7" * 8
 
 
-class AgentProcess:
+class AgentProcess(Program):
     """`gollama-proxy agent …`, watched through what it logs."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.output = ""
-
-    def __repr__(self) -> str:
-        return f"<AgentProcess pid={self.process.pid}>"
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def running(
+    async def serving(
         cls, *arguments: str, token: str = "", environ: Mapping[str, str] | None = None
     ) -> AsyncIterator[AgentProcess]:
         variables = bare() | {"GOLLAMA_TOKEN": token} | dict(environ or {})
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "gollama_proxy", "agent", *arguments),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=variables,
-            cwd=Path(__file__).parent.parent.parent,
-        )
-        try:
-            yield cls(process)
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.communicate()
-
-    async def until(self, pattern: str) -> re.Match[str]:
-        """Read on until the output matches."""
-        assert self.process.stdout is not None
-        try:
-            async with asyncio.timeout(DEADLINE):
-                while not (match := re.search(pattern, self.output)):
-                    line = await self.process.stdout.readline()
-                    assert line, f"{self!r} never wrote {pattern!r}:\n{self.output}"
-                    self.output += line.decode()
-        except TimeoutError:
-            raise AssertionError(f"{self!r}: no {pattern!r}:\n{self.output}") from None
-        return match
+        async with cls.running("agent", *arguments, environ=variables) as agent:
+            yield agent
 
     async def started(self, times: int = 1) -> int:
         """Wait until it has started its server so many times; return the process.
@@ -71,16 +34,6 @@ class AgentProcess:
         """
         line = r"started \S+, process (\d+)"
         return int((await self.until(rf"(?s)(?:{line}.*){{{times - 1}}}{line}"))[2])
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    async def ended(self) -> int:
-        """Wait for the end; `output` is whole then."""
-        assert self.process.stdout is not None
-        async with asyncio.timeout(DEADLINE):
-            self.output += (await self.process.stdout.read()).decode()
-            return await self.process.wait()
 
 
 class HandAgent:

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -149,6 +150,63 @@ async def _ready(hub: HubProcess) -> None:
             if (await wire.read_response()).status == 200:
                 return
         await asyncio.sleep(0.02)
+
+
+class Program:
+    """`gollama-proxy …`, or a script, as a process watched through what it writes."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.output = ""
+
+    def __repr__(self) -> str:
+        return f"<Program pid={self.process.pid} status={self.process.returncode}>"
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(
+        cls,
+        *arguments: str,
+        environ: Mapping[str, str],
+        program: Sequence[str] = ("-m", "gollama_proxy"),
+    ) -> AsyncIterator[Self]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, *program, *arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environ,
+            cwd=Path(__file__).parent.parent.parent,
+        )
+        try:
+            yield cls(process)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
+
+    async def until(self, pattern: str) -> re.Match[str]:
+        """Read on until the output matches."""
+        assert self.process.stdout is not None
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while not (match := re.search(pattern, self.output)):
+                    line = await self.process.stdout.readline()
+                    assert line, f"{self!r} never wrote {pattern!r}:\n{self.output}"
+                    self.output += line.decode()
+        except TimeoutError:
+            raise AssertionError(f"{self!r}: no {pattern!r}:\n{self.output}") from None
+        return match
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def ended(self) -> int:
+        """Wait for the end; `output` is whole then."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(DEADLINE):
+            self.output += (await self.process.stdout.read()).decode()
+            return await self.process.wait()
 
 
 def bare() -> dict[str, str]:

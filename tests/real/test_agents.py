@@ -46,7 +46,7 @@ async def test_a_server_that_an_agent_started(tiny_model: Path) -> None:
     async with running_hub(agents__lease=600, health__interval=600) as hub:
         granted = hub.token("desk", scope="worker")
         arguments = ("--hub", hub.url, "--name", "desk", "--exec", "--", *command)
-        async with AgentProcess.running(*arguments, token=granted) as agent:
+        async with AgentProcess.serving(*arguments, token=granted) as agent:
             reply = await answer(hub)
             assert reply.header("X-Gollama-Worker") == "desk"
             assert reply.json()["choices"][0]["message"]["content"]
