@@ -1067,7 +1067,12 @@ def test_ctrl_c_leaves_no_traceback(
 
     monkeypatch.setattr("gollama_proxy.upstream.probe.examine", examine)
     environ["GOLLAMA_WORKERS"] = "http://a:80"
-    assert main(["check"]) == 130
+    # A shell without job control has its background jobs ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["check"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr() == ("", f"note: settings are from {os.devnull}\n")
 
 
