@@ -138,27 +138,37 @@ def _announce(config: Config, model: str) -> Announce:
     question = {"role": "user", "content": "Tell me three things about the sea."}
     body = {"model": model, "stream": True, "max_tokens": 200, "messages": [question]}
     curl = ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
-    token, auth = "", config.auth
-    if auth.mode == "jwt":
-        key = config.secrets[0]
-        token = mint(
-            key,
-            "HS256",
-            "demo",
-            min(LIFETIME, auth.max_lifetime or LIFETIME),
-            issuer=auth.issuer,
-            audience=auth.audience,
-        )
+    token, operator = "", []
+    if config.auth.mode == "jwt":
+        token = _mint(config, "demo")
         curl += ["-H", f"Authorization: Bearer {token}"]
+        operator = [f"GOLLAMA_TOKEN={_mint(config, 'operator', scopes=('admin',))}"]
 
     async def announce(hub: Hub) -> None:
         await hub.ready()
         command = shlex.join(["curl", "-N", f"{hub.url}/v1/chat/completions", *curl])
+        program = [sys.executable, "-m", "gollama_proxy", "top"]
+        top = shlex.join([f"GOLLAMA_HUB={hub.url}", *operator, *program])
         print(f"\nThe hub is ready: {hub.url}")
         print(f"\nA token:\n\n{token}" if token else "\nNo token needed.")
-        print(f"\nAn answer, streamed:\n\n{command}\n\nCtrl-C ends it.", flush=True)
+        print(f"\nAn answer, streamed:\n\n{command}")
+        print(f"\nWhat the hub does, live:\n\n{top}")
+        print("\nCtrl-C ends it.", flush=True)
 
     return announce
+
+
+def _mint(config: Config, subject: str, scopes: Sequence[str] = ()) -> str:
+    auth = config.auth
+    return mint(
+        config.secrets[0],
+        "HS256",
+        subject,
+        min(LIFETIME, auth.max_lifetime or LIFETIME),
+        scopes=scopes,
+        issuer=auth.issuer,
+        audience=auth.audience,
+    )
 
 
 def _say(text: str) -> None:

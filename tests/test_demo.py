@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import re
 import shlex
@@ -24,7 +26,7 @@ from gollama_proxy.config.settings import Auth, Config, Health, WorkerConfig
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check
 from tests.fakes.client import Wire
-from tests.fakes.process import Program
+from tests.fakes.process import Program, bare
 from tests.fakes.waiting import gone
 from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import binary
@@ -73,6 +75,20 @@ def folders(parent: Path) -> int:
 
 def started(output: str) -> list[int]:
     return [int(pid) for pid in re.findall(r"started llama-server (\d+) on", output)]
+
+
+async def watch_as_printed(output: str) -> str:
+    """Run the printed `top`, which writes one table where there is no terminal."""
+    [line] = [each for each in output.splitlines() if each.endswith(" top")]
+    assignments = itertools.takewhile(lambda each: "=" in each, shlex.split(line))
+    variables = dict(each.split("=", 1) for each in assignments)
+    command = shlex.split(line)[len(variables) :]
+    watched = await asyncio.create_subprocess_exec(
+        *command, env=bare() | variables, stdout=asyncio.subprocess.PIPE
+    )
+    shown, _ = await watched.communicate()
+    assert watched.returncode == 0
+    return shown.decode()
 
 
 async def ask_as_printed(output: str) -> str:
@@ -136,6 +152,7 @@ async def test_a_demo_that_is_killed_takes_its_servers_along(
         claims = jwt.decode(token[1], SECRET, ["HS256"])
         assert claims["sub"] == "demo"
         assert claims["exp"] - claims["iat"] == 30 * 86_400
+        assert " running 0 " in await watch_as_printed(it.output)
 
         # One beside it collides in nothing but the port that it was told to take.
         port = ("--port", match[1])
