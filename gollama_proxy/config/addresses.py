@@ -70,9 +70,9 @@ def parse_url(where: str, url: str) -> Origin:
     if not host or not re.fullmatch(r"[\w.:%-]+", host, re.ASCII):
         raise wrong("the host is missing or malformed")
     if "@" in parts.netloc:
-        raise wrong("a user name or password does not belong into it")
+        raise wrong("must not contain a user name or password")
     if "?" in url or "#" in url:
-        raise wrong("a query or fragment does not belong into it")
+        raise wrong("must not contain a query or fragment")
     if port == 0:
         raise wrong("port 0 cannot be connected to")
     if why := why_refused(host):

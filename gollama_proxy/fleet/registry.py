@@ -311,7 +311,7 @@ class Registry:
                 check_distinct([worker.config, config])
 
     def _no_group(self, config: WorkerConfig) -> ConfigError:
-        text = "a group of workers belongs into the settings file"
+        text = "a group of workers can only be in the settings file"
         return ConfigError(f"workers.url = {config.url!r}: {text}")
 
     def _retire(self, worker: Worker, deadline: float) -> None:

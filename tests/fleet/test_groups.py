@@ -187,7 +187,7 @@ async def test_a_group_that_comes_while_others_are_looked_up(names: Names) -> No
 
 def test_only_settings_can_have_a_group() -> None:
     registry = Registry(Config(workers=configured("http://10.0.0.1:8080")))
-    with pytest.raises(ConfigError, match="a group of workers belongs into"):
+    with pytest.raises(ConfigError, match="a group of workers can only be"):
         registry.add(GROUP[0])
-    with pytest.raises(ConfigError, match="a group of workers belongs into"):
+    with pytest.raises(ConfigError, match="a group of workers can only be"):
         registry.replace(GROUP[0], "10.0.0.1:8080")
