@@ -413,11 +413,8 @@ class Agent:
 
     async def _generates(self) -> bool:
         """Return whether the server works for others than the hubs, as far as known."""
-        url = f"{machine.place(self.url, _local_spelling(self.url))}/slots"
         try:
-            async with self.session.get(
-                url, ssl=False, timeout=aiohttp.ClientTimeout(5), allow_redirects=False
-            ) as reply:
+            async with self._ask_server("/slots") as reply:
                 slots = json.loads(await reply.content.read(1 << 20))
         except (aiohttp.ClientError, OSError, ValueError):
             return False
@@ -428,14 +425,20 @@ class Agent:
     # --- Whether the server answers -----------------------------------------------
 
     async def _probe(self) -> bool:
-        url = f"{machine.place(self.url, _local_spelling(self.url))}/health"
         try:
-            async with self.session.get(
-                url, ssl=False, timeout=aiohttp.ClientTimeout(5), allow_redirects=False
-            ) as reply:
+            async with self._ask_server("/health") as reply:
                 return reply.status < 500 or reply.status == 501
         except (aiohttp.ClientError, OSError):
             return False
+
+    def _ask_server(
+        self, path: str
+    ) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Get a path of the agent's own server, on this machine."""
+        url = machine.place(self.url, _local_spelling(self.url)) + path
+        return self.session.get(
+            url, ssl=False, timeout=aiohttp.ClientTimeout(5), allow_redirects=False
+        )
 
 
 def _local_spelling(url: str) -> str:

@@ -752,23 +752,30 @@ async def test_settings_are_read_again(run: Run, tmp_path: Path) -> None:
 # --- Output -----------------------------------------------------------------------
 
 
+async def list_workers(
+    hub: RunningHub, environ: dict[str, str], output: int
+) -> tuple[int | None, bytes]:
+    """Run `workers` with a descriptor for its output; return its status and errors."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gollama_proxy", "workers"),
+        stdout=output,
+        stderr=asyncio.subprocess.PIPE,
+        env=environ | {"GOLLAMA_HUB": hub.url, "GOLLAMA_TOKEN": hub.token(**ADMIN)},
+        cwd=Path(__file__).parent.parent,
+    )
+    os.close(output)
+    _, errors = await process.communicate()
+    return process.returncode, errors
+
+
 async def test_output_that_cannot_be_written_is_an_error(
     environ: dict[str, str],
 ) -> None:
     async with running_hub() as hub:
-        variables = {"GOLLAMA_HUB": hub.url, "GOLLAMA_TOKEN": hub.token(**ADMIN)}
         full = os.open("/dev/full", os.O_WRONLY)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "gollama_proxy", "workers"),
-            stdout=full,
-            stderr=asyncio.subprocess.PIPE,
-            env=environ | variables,
-            cwd=Path(__file__).parent.parent,
-        )
-        os.close(full)
-        _, errors = await process.communicate()
+        status, errors = await list_workers(hub, environ, full)
         text = "gollama-proxy: the output cannot be written: No space left on device\n"
-        assert (process.returncode, errors.decode()) == (1, text)
+        assert (status, errors.decode()) == (1, text)
 
 
 async def test_a_reader_that_has_seen_enough_is_no_error(
@@ -777,14 +784,5 @@ async def test_a_reader_that_has_seen_enough_is_no_error(
     async with running_hub() as hub:
         reader, writer = os.pipe()
         os.close(reader)
-        variables = {"GOLLAMA_HUB": hub.url, "GOLLAMA_TOKEN": hub.token(**ADMIN)}
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "gollama_proxy", "workers"),
-            stdout=writer,
-            stderr=asyncio.subprocess.PIPE,
-            env=environ | variables,
-            cwd=Path(__file__).parent.parent,
-        )
-        os.close(writer)
-        _, errors = await process.communicate()
-        assert (process.returncode, errors) == (0, b"")
+        status, errors = await list_workers(hub, environ, writer)
+        assert (status, errors) == (0, b"")
