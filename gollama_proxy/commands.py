@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
         with contextlib.closing(hub):
             args.do(args, hub)
             sys.stdout.flush()
-    except OSError as exc:  # of the output: the client has errors of its own kind
+    except OSError as exc:  # of the output; those of the client are another class
         with contextlib.suppress(OSError, ValueError):  # what is left goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(exc, BrokenPipeError):  # else `| head` has seen enough

@@ -77,7 +77,7 @@ class Groups:
         """Return these workers with the known members of each group in its place.
 
         A member that is configured by itself as well, or is among the `others`, is left
-        out: settings of its own come first.
+        out: its own settings come first.
         """
         configs = list(configs)
         single = [*(each for each in configs if not each.is_group), *others]

@@ -270,7 +270,7 @@ def _unframed(chunk: bytes) -> bytes:
 
 
 def _split(chunk: bytes) -> list[bytes]:
-    """Put each event of a chunk into one of its own; several came in one read."""
+    """Split a chunk with several events, which came in one read, into one for each."""
     if chunk.count(b"\n\n") < 2:
         return [chunk]
     *events, rest = _unframed(chunk).split(b"\n\n")

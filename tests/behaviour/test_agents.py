@@ -437,7 +437,7 @@ async def test_a_machine_that_still_falls_asleep_is_not_used() -> None:
         assert record.state is WorkerState.ASLEEP
         clock.advance(SETTLING)
         await agent.hub.hub.health.look(record)
-        assert record.state is WorkerState.READY, "it was woken by somebody"
+        assert record.state is WorkerState.READY, "it was woken"
 
 
 async def test_a_machine_in_use_stays_awake() -> None:
@@ -703,7 +703,7 @@ async def test_a_hold_outlives_the_lease() -> None:
         ({"worker": [], "proof_port": 2000}, "worker"),
         ({"worker": {"url": "http://10.0.0.1:1"}, "proof_port": 22}, "proof_port"),
         ({"worker": {"url": "http://10.0.0.1:1"}, "proof_port": "x"}, "proof_port"),
-        # Each would have the hub send a file or a variable of its own to a worker.
+        # Each would have the hub send one of its files or variables to a worker.
         (
             {"worker": {"url": "u", "api_key_file": "/etc/shadow"}, "proof_port": 2000},
             "w",

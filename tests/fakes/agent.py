@@ -1,4 +1,4 @@
-"""Agents: the command in a process of its own, and one that a test acts for."""
+"""Agents: the command in a separate process, and one that a test drives."""
 
 from __future__ import annotations
 

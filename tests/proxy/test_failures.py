@@ -1,4 +1,4 @@
-"""What is made of a worker's answer: who is told what, and who is to blame."""
+"""How a worker's answer is judged: the error for the client, and what is blamed."""
 
 from __future__ import annotations
 
