@@ -37,8 +37,8 @@ from aiohttp import web
 
 from gollama_proxy import __version__, llama, machine
 from gollama_proxy.children import Supervised
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Log
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.client import (
     check_url,
     read_token,

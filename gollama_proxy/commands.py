@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gollama_proxy.config.mistakes import ConfigError, cut, shown
+from gollama_proxy.config.values import ConfigError, cut, shown
 from gollama_proxy.control.client import (
     DEFAULT_HUB,
     Access,

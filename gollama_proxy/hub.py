@@ -14,8 +14,8 @@ from aiohttp import web
 from gollama_proxy.config import tls
 from gollama_proxy.config.keys import RevocationList
 from gollama_proxy.config.load import check_exposure, load_worker
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Revoked, WorkerConfig
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes, SettingsFile, Watched, Watcher, compare
 from gollama_proxy.control.admin import Admin
 from gollama_proxy.control.agents import AgentApi
@@ -24,9 +24,8 @@ from gollama_proxy.control.views import Views
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.edge.quotas import Quotas
-from gollama_proxy.edge.router import Routes
+from gollama_proxy.edge.router import ModelList, Routes, Status
 from gollama_proxy.edge.server import Server
-from gollama_proxy.edge.status import ModelList, Status
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.groups import Groups
 from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gollama_proxy.children import Child, ChildError
-from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.values import ConfigError
 
 USUAL_PORTS = (8080, 9931)  # the second one in newer builds
 

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 
 from gollama_proxy import machine
-from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.client import read_token
 from gollama_proxy.tasks import Periodic
 

@@ -17,8 +17,8 @@ from msgspec import structs
 
 from gollama_proxy import tasks
 from gollama_proxy.config import addresses
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Server
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
 from gollama_proxy.state.local import LocalState, StateError, folder_of

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 from msgspec import structs
 
 from gollama_proxy.config.keys import MIN_SECRET_BYTES, read_secret
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config
+from gollama_proxy.config.values import ConfigError
 
 if TYPE_CHECKING:
     from gollama_proxy.scheduling.turns import Priority

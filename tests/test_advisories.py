@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp import http_parser
 
-from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.server import require_parser
 from tests.fakes.process import bare
 

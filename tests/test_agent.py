@@ -9,7 +9,7 @@ import pytest
 from gollama_proxy import llama, machine, registration
 from gollama_proxy.children import Restarts
 from gollama_proxy.cli import main
-from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.registration import Answer, Refusal, Schedule
 
 LATEST = max  # of a range of waits

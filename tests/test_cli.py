@@ -27,7 +27,6 @@ from gollama_proxy import __version__, demo
 from gollama_proxy.children import ChildError
 from gollama_proxy.cli import main
 from gollama_proxy.config import load as config
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import (
     VARIABLES,
     Config,
@@ -35,6 +34,7 @@ from gollama_proxy.config.settings import (
     WorkerConfig,
     settings,
 )
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.tasks import Signals
 from gollama_proxy.upstream.probe import Finding

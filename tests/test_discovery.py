@@ -9,7 +9,7 @@ import pytest
 
 from gollama_proxy import agent, discovery
 from gollama_proxy.config.load import load
-from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.tasks import Signals
 from tests.fakes.waiting import DEADLINE
 

@@ -12,8 +12,8 @@ import pytest
 
 from gollama_proxy.cli import main, show_default
 from gollama_proxy.config.load import load
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import settings
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.hub import SECRET

@@ -13,8 +13,8 @@ import re
 import socket
 from urllib.parse import urlsplit
 
-from gollama_proxy.config.mistakes import ConfigError, shown
 from gollama_proxy.config.settings import Origin
+from gollama_proxy.config.values import ConfigError, shown
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Auth, Revoked
+from gollama_proxy.config.values import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,6 @@ from gollama_proxy.config.keys import (
     read_revoked,
     read_secret,
 )
-from gollama_proxy.config.mistakes import ConfigError, Mistakes, cut, shown
 from gollama_proxy.config.names import Aliases
 from gollama_proxy.config.settings import (
     API_KEYS,
@@ -45,7 +44,14 @@ from gollama_proxy.config.settings import (
     WorkerConfig,
     settings,
 )
-from gollama_proxy.config.values import convert, describe
+from gollama_proxy.config.values import (
+    ConfigError,
+    Mistakes,
+    convert,
+    cut,
+    describe,
+    shown,
+)
 
 # Settings files to look for if none is given.
 PLACES = ("gollama.toml", "/etc/gollama-proxy/gollama.toml")

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gollama_proxy.config.keys import read_secret, stamp
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Server, WorkerConfig
+from gollama_proxy.config.values import ConfigError
 
 logger = logging.getLogger(__name__)
 

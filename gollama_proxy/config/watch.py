@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 from msgspec import structs
 
 from gollama_proxy.config.keys import stamp
-from gollama_proxy.config.mistakes import shown
 from gollama_proxy.config.settings import (
     FIXED,
     SECTIONS,
@@ -21,6 +20,7 @@ from gollama_proxy.config.settings import (
     Config,
     WorkerConfig,
 )
+from gollama_proxy.config.values import shown
 from gollama_proxy.tasks import Periodic
 
 PERIOD = 1.0  # seconds between two looks at a file, whatever the traffic

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from gollama_proxy.config.load import load_worker
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import API_KEYS, WORKER_KEYS, WorkerConfig
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes
 from gollama_proxy.control import views
 from gollama_proxy.control.calls import Call, answer, check_local, decode, receive

@@ -37,8 +37,8 @@ from msgspec import Meta, Struct
 
 from gollama_proxy.config import addresses
 from gollama_proxy.config.load import load_worker
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Origin, WorkerConfig
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.calls import check_local, decode, receive
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import Response

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
 from gollama_proxy.config.keys import read_secret
-from gollama_proxy.config.mistakes import ConfigError, shown
+from gollama_proxy.config.values import ConfigError, shown
 
 if TYPE_CHECKING:
     import http.client

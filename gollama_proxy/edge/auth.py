@@ -26,8 +26,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Revoked
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError

@@ -20,9 +20,9 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.tls import Credentials
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.connections import (
     ConnectionLimiter,
     TlsConnection,

@@ -16,7 +16,7 @@ import pytest
 from msgspec import structs
 
 from gollama_proxy.config import watch
-from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.fleet.worker import WorkerState
 from tests.fakes.asks import CHAT, MIB, STREAM, WHOLE
 from tests.fakes.authority import Authority, Pair

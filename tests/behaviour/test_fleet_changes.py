@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Origin, WorkerConfig
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes
 from gollama_proxy.fleet.breaker import BreakerState, Verdict
 from gollama_proxy.fleet.worker import Worker

@@ -16,7 +16,6 @@ import pytest
 from msgspec import structs
 
 from gollama_proxy.config import watch
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import (
     FIXED,
     SECTIONS,
@@ -25,6 +24,7 @@ from gollama_proxy.config.settings import (
     Revoked,
     settings,
 )
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Change, Changes
 from gollama_proxy.telemetry import logs
 from tests.behaviour.test_fleet_changes import CALM, begin, end, share, worker

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.config.mistakes import ConfigError
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.fleet.worker import Worker, WorkerState
 from gollama_proxy.upstream.dial import magic_packet
 from tests.fakes.asks import CHAT, STREAM, WHOLE

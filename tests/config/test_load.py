@@ -12,8 +12,8 @@ import pytest
 
 from gollama_proxy.config.keys import MAX_REVOKED_FILE, read_revoked
 from gollama_proxy.config.load import load, require_keys
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Origin, Revoked, settings
+from gollama_proxy.config.values import ConfigError
 
 SECRET = "s" * 32
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gollama.toml"

@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives import serialization
 
 from gollama_proxy.config import load as config
 from gollama_proxy.config import tls
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Origin, Server, WorkerConfig
+from gollama_proxy.config.values import ConfigError
 from tests.fakes.authority import Authority, Pair
 
 

@@ -18,8 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.config import load as config
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Auth, Config, Revoked
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.auth import (
     ANONYMOUS,
     MAX_TOKEN,

@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from gollama_proxy.config import load as config
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Config, Health, Origin, WorkerConfig
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.fleet.groups import KEPT, MOST, Groups, member_of
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.upstream.dial import Endpoint

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gollama_proxy import bounded
-from gollama_proxy.config.mistakes import ConfigError
 from gollama_proxy.config.settings import Breaker, Origin, WorkerConfig
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.pool import Pool

@@ -11,7 +11,7 @@ import pytest
 
 from gollama_proxy.config.settings import Config, Queue
 from gollama_proxy.edge.auth import Authenticator
-from gollama_proxy.edge.status import ModelList, Status
+from gollama_proxy.edge.router import ModelList, Status
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.telemetry.metrics import Telemetry
