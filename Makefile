@@ -4,9 +4,11 @@ VENV    := .venv
 PYTHON  ?= python3
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
-# OpenAI's client for Node, of the last line for Node 18 and 20; it needs no package.
-NODE_SDK   := openai@6.49.0
-NODE_STAMP := $(VENV)/node/$(NODE_SDK)
+# OpenAI's client for Node, of the last line for Node 18 and 20, and the checks of the
+# dashboard's accessibility; they need no other package.
+NODE_PACKAGES := openai@6.49.0 axe-core@4.14.1
+EMPTY      :=
+NODE_STAMP := $(VENV)/node/$(subst $(EMPTY) $(EMPTY),+,$(NODE_PACKAGES))
 # Empty: start two llama-servers with a small model as workers.
 WORKERS ?=
 PORT    ?= 8000
@@ -32,7 +34,7 @@ help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
 	@echo "make test     the whole test suite, real llama-server included (with another one:"
 	@echo "              GOLLAMA_TEST_LLAMA_SERVER=/path/to/llama-server make test)"
-	@echo "make node     install OpenAI's client for Node, for optional tests"
+	@echo "make node     install what optional tests need of npm: OpenAI's client, axe-core"
 	@echo "make debug    the tests with the most tasks, in asyncio's debug mode"
 	@echo "make cov      the whole test suite with branch coverage"
 	@echo "make lint     ruff and the import contracts"
@@ -66,7 +68,7 @@ install: $(STAMP)
 
 $(NODE_STAMP): | $(STAMP)
 	npm install --prefix $(@D) --no-save --ignore-scripts --no-audit --no-fund \
-	  --loglevel=error $(NODE_SDK)
+	  --loglevel=error $(NODE_PACKAGES)
 	@touch $@
 
 node: $(NODE_STAMP)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import sys
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 
 from tests.fakes.client import DEADLINE
 from tests.fakes.hub import RunningHub
-from tests.fakes.tools import missing, require
+from tests.fakes.tools import NODE_MODULES, require, require_node_module
 
 _PROGRAM = Path(__file__).with_suffix(".cjs")
-_MODULES = Path(sys.prefix) / "node" / "node_modules"  # where `make node` puts it
 
 
 class NodeSdk:
@@ -47,8 +45,7 @@ class NodeSdk:
 def find_node() -> str:
     """Give the path of Node; without it or the client the test is skipped."""
     node = require("node", package="nodejs")
-    if not (_MODULES / "openai").is_dir():
-        missing("OpenAI's client for Node is not there (make node)")
+    require_node_module("openai")
     return node
 
 
@@ -59,7 +56,7 @@ async def node_sdk(node: str, hub: RunningHub, text: str) -> AsyncIterator[NodeS
         *(node, str(_PROGRAM), f"{hub.url}/v1", hub.token(), text),
         stdin=DEVNULL,
         stdout=PIPE,
-        env=os.environ | {"NODE_PATH": str(_MODULES)},
+        env=os.environ | {"NODE_PATH": str(NODE_MODULES)},
     )
     try:
         assert process.stdout is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 # Set by .ci/run, which has installed them all: there, no test
 # may be skipped.
 _CI = "GOLLAMA_CI"
+
+NODE_MODULES = Path(sys.prefix) / "node" / "node_modules"  # where `make node` puts them
 
 
 def require(program: str, *, package: str) -> str:
@@ -24,6 +28,14 @@ def require(program: str, *, package: str) -> str:
     if found is None:
         missing(f"{program} is not there (apt-get install {package})")
     return found
+
+
+def require_node_module(name: str) -> Path:
+    """Return the folder of a package from npm; without it as `require()`."""
+    folder = NODE_MODULES / name
+    if not folder.is_dir():
+        missing(f"the Node package {name} is not there (make node)")
+    return folder
 
 
 def missing(what: str) -> NoReturn:

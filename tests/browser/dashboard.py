@@ -1,0 +1,178 @@
+"""The dashboard in a real browser, and how a test watches it.
+
+    async with dashboard(browser, hub, hub.token(scope="admin")) as page:
+        await expect(page.worker("desk")).to_contain_text("ready")
+
+A page that logs an error, violates its own content security policy, loads anything from
+another origin, or gets an answer that it did not expect, fails the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.async_api import (
+    Browser,
+    ConsoleMessage,
+    Locator,
+    Page,
+    Request,
+    Response,
+    async_playwright,
+    expect,
+)
+
+from tests.fakes.hub import HasUrl
+from tests.fakes.tools import require, require_node_module
+from tests.fakes.waiting import DEADLINE
+
+# For each module of tests: one event loop and one browser for all of them.
+BROWSER = [
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.xdist_group("browser"),
+]
+# As everywhere: no outcome depends on the speed of the machine.
+expect.set_options(timeout=DEADLINE * 1000)
+
+PHONE = {"width": 360, "height": 740}
+DESK = {"width": 1280, "height": 800}
+
+
+@contextlib.asynccontextmanager
+async def chromium() -> AsyncIterator[Browser]:
+    """Start the system's Chromium; without it, skip the test or fail, as in CI."""
+    path = require("chromium", package="chromium")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=path)
+        yield browser
+        await browser.close()
+
+
+class Dashboard:
+    """A page of the hub in a browser of its own: no cookies, no storage of others."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.url = url
+        self.problems: list[str] = []
+        self._expected: list[re.Pattern[str]] = []
+        page.on("console", self._heard)
+        page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
+        page.on("requestfailed", self._failed)
+        page.on("response", self._answered)
+
+    def __repr__(self) -> str:
+        return f"<Dashboard {self.url}, {len(self.problems)} problems>"
+
+    async def open(self, fragment: str = "") -> None:
+        """Load the page, or another view of it."""
+        await self.page.goto(f"{self.url}/{fragment}")
+
+    async def sign_in(self, token: str) -> None:
+        """Fill in the form, as a person would."""
+        await self.page.get_by_label("Token", exact=True).fill(token)
+        await self.page.get_by_role("button", name="Sign in", exact=True).click()
+
+    def worker(self, name: str) -> Locator:
+        """The card or the row of a worker."""
+        return self.page.locator(f'[data-worker="{name}"]')
+
+    async def violations(self) -> list[str]:
+        """Check the page with axe-core for WCAG 2, level A and AA."""
+        source = require_node_module("axe-core") / "axe.min.js"
+        await self.page.evaluate(source.read_text())
+        found: list[dict[str, Any]] = await self.page.evaluate(_AXE)
+        return [
+            f"{violation['id']}: {node['html']}: {node['failureSummary']}"
+            for violation in found
+            for node in violation["nodes"]
+        ]
+
+    async def overflow(self) -> int:
+        """Count the pixels by which the page is wider than its window."""
+        pixels: int = await self.page.evaluate(
+            "() => { const root = document.documentElement;"
+            " return root.scrollWidth - root.clientWidth }"
+        )
+        return pixels
+
+    def expect_problem(self, pattern: str) -> None:
+        """Let what matches be no failure of the test: it is what the test provokes."""
+        self._expected.append(re.compile(pattern))
+
+    async def check(self) -> None:
+        """Fail for what went wrong in the page so far."""
+        await self.page.evaluate("0")  # what it has reported before is here then
+        unexpected = [
+            problem
+            for problem in self.problems
+            if not any(pattern.search(problem) for pattern in self._expected)
+        ]
+        assert not unexpected, f"in the page: {unexpected}"
+
+    def _heard(self, message: ConsoleMessage) -> None:
+        # The answer itself is a problem with more in it than this line.
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            self.problems.append(f"console: {message.text}")
+
+    def _failed(self, request: Request) -> None:
+        # The page ends its own requests when a view is left.
+        if request.failure != "net::ERR_ABORTED":
+            self.problems.append(f"{request.failure}: {_where(request.url)}")
+
+    def _answered(self, response: Response) -> None:
+        if response.status >= 400:
+            self.problems.append(f"{response.status}: {_where(response.url)}")
+        if not response.url.startswith((self.url, "data:", "blob:")):
+            self.problems.append(f"another origin: {response.url}")
+
+
+@contextlib.asynccontextmanager
+async def dashboard(
+    browser: Browser,
+    hub: HasUrl,
+    token: str | None = None,
+    *,
+    view: str = "",
+    dark: bool = False,
+    size: dict[str, int] = DESK,
+    permissions: Sequence[str] = (),
+) -> AsyncIterator[Dashboard]:
+    """Open the dashboard of a hub, signed in with the token if there is one.
+
+    `view` is a fragment, as `#/usage`; `size` is that of the window in pixels.  Leaving
+    the block closes the page, and fails for what went wrong in it.
+    """
+    context = await browser.new_context(
+        viewport={"width": size["width"], "height": size["height"]},
+        color_scheme="dark" if dark else "light",
+        reduced_motion="reduce",
+        permissions=list(permissions),
+    )
+    context.set_default_timeout(DEADLINE * 1000)
+    try:
+        page = Dashboard(await context.new_page(), hub.url)
+        await page.open(view)
+        if token is not None:
+            await page.sign_in(token)
+        yield page
+        await page.check()
+    finally:
+        await context.close()
+
+
+def _where(url: str) -> str:
+    return urlsplit(url).path
+
+
+_AXE = """
+async () => {
+  const options = {runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]};
+  return (await axe.run(document, options)).violations;
+}
+"""
