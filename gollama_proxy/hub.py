@@ -20,6 +20,7 @@ from gollama_proxy.config.watch import Changes, SettingsFile, Watched, Watcher, 
 from gollama_proxy.control.admin import Admin
 from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events, Recent
+from gollama_proxy.control.page import Dashboard
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
@@ -156,6 +157,7 @@ class Hub(Listener):
             "/models/": {"GET": model_list.show_model},
             **Admin(self, self._views).routes(),
             **self._agent_api.routes(),
+            **Dashboard(self).routes(),
         }
 
     def _ended(self, x: Exchange) -> None:

@@ -23,7 +23,8 @@ from gollama_proxy.wire.errors import Code, RequestError
 # Takes a request and its record, of the type that the handler needs.
 Handler = Callable[[web.BaseRequest, Any], Awaitable[Response | Sent]]
 # Path → method → handler.  A path that ends with a slash is followed by a name, which
-# may contain slashes; `{name}` in a path stands for one segment, see `name_in`.
+# may contain slashes, except for the root; `{name}` in a path stands for one segment,
+# see `name_in`.
 Routes = Mapping[str, Mapping[str, Handler]]
 
 # Metrics name every worker and model, which is more than users should see.
@@ -46,7 +47,7 @@ class Router:
 
     def __init__(self, routes: Routes, origins: Sequence[str] = ()) -> None:
         self._routes = routes
-        self._parents = tuple(path for path in routes if path.endswith("/"))
+        self._parents = tuple(path for path in routes if path[1:].endswith("/"))
         self._patterns = [
             (re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path))), path)
             for path in routes

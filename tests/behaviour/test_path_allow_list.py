@@ -130,7 +130,7 @@ SPELLED = [
     "/v1/Chat/Completions",
     "/v1/chat/completions#x",
     "/v1/chat/completions#?",
-    "/?/v1/chat/completions",
+    "/none?/v1/chat/completions",
     "/#/v1/chat/completions",
     "http://hub/v1/chat/completions",
     "HTTP://hub/v1/chat/completions",

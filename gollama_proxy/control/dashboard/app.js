@@ -1,0 +1,1 @@
+// The entry of the dashboard: mounts the view that the address names.

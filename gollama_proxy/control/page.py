@@ -1,0 +1,230 @@
+"""The dashboard: its page and files, and what a page learns about the token it has.
+
+A browser gets the page at `/`, any other program a short JSON object.  The page loads
+only files of this package, which are read once, at the first request for one of them;
+everything it shows comes from the admin API.  All its addresses are relative, so it
+also works behind a reverse proxy that adds a prefix to the path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gzip
+import hashlib
+import math
+import re
+import time
+from collections.abc import Mapping
+from importlib import resources
+from typing import NamedTuple, Protocol
+
+from aiohttp import web
+
+from gollama_proxy import __version__
+from gollama_proxy.config.settings import Config
+from gollama_proxy.control.calls import answer, check_local
+from gollama_proxy.edge.auth import Authenticator
+from gollama_proxy.edge.response import JSON, Response
+from gollama_proxy.edge.router import Routes, name_in
+from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.wire.errors import Code, RequestError
+
+INDEX = "index.html"
+# Scripts, styles and pictures come from this hub alone, and no text of the page can
+# become markup or a script (W3C Content Security Policy 3; Trusted Types).
+POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; "
+    "base-uri 'none'; frame-ancestors 'none'; form-action 'none'; "
+    "require-trusted-types-for 'script'"
+)
+_PROTECTION = (
+    f"Content-Security-Policy: {POLICY}\r\n"
+    "X-Content-Type-Options: nosniff\r\n"
+    "Referrer-Policy: no-referrer\r\n"
+    "Cross-Origin-Opener-Policy: same-origin\r\n"
+    "Cross-Origin-Resource-Policy: same-origin\r\n"
+)
+# Kept by a browser, which asks each time whether there is a newer one.
+_KEPT = "Cache-Control: no-cache\r\n"
+_NOT_KEPT = "Cache-Control: no-store\r\n"
+_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+    "png": "image/png",
+    "txt": "text/plain; charset=utf-8",
+}
+_LINKS = {
+    "dashboard": "/",
+    "models": "/v1/models",
+    "health": "/health",
+    "metrics": "/metrics",
+    "admin": "/admin/openapi.json",
+}
+
+
+class Parts(Protocol):
+    """The parts of a hub that the dashboard needs."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def authenticator(self) -> Authenticator: ...
+    @property
+    def url(self) -> str: ...
+
+
+class Dashboard:
+    """Answers a browser that opens the dashboard."""
+
+    def __init__(self, hub: Parts) -> None:
+        self._hub = hub
+        self._started = round(time.time(), 3)
+
+    def __repr__(self) -> str:
+        return f"<Dashboard of {self._hub!r}>"
+
+    def routes(self) -> Routes:
+        """Return the handlers of all paths."""
+        return {
+            "/": {"GET": self._show_index},
+            "/dashboard/session": {"GET": self._show_session},
+            "/dashboard/{file}": {"GET": self._show_file},
+        }
+
+    async def _show_index(self, request: web.BaseRequest, record: Record) -> Response:
+        """Answer `GET /`: the page for a browser, a short JSON for other programs."""
+        accepted = ",".join(request.headers.getall("Accept", ()))
+        if quality(accepted, "text/html") > quality(accepted, "application/json"):
+            return _serve(await _read_files(), INDEX, request, "Accept, ")
+        value = {
+            "name": "gollama-proxy",
+            "version": __version__,
+            "base_url": f"{self._url_of(request)}/v1",
+            "links": _LINKS,
+        }
+        fields = f"{JSON}Vary: Accept\r\n{_NOT_KEPT}{_PROTECTION}"
+        return Response(answer(value).body, fields=fields)
+
+    def _url_of(self, request: web.BaseRequest) -> str:
+        """Return the address of the hub, with the name by which the client knows it."""
+        url = self._hub.url
+        host = request.headers.get("Host")  # which is valid, or the hub refuses it
+        return f"{url.partition(':')[0]}://{host}" if host else url
+
+    async def _show_file(self, request: web.BaseRequest, record: Record) -> Response:
+        """Answer `GET /dashboard/{file}`.
+
+        Raises:
+            RequestError: 404, the page has no such file.
+        """
+        files, name = await _read_files(), name_in(request, record)
+        if name not in files or name == INDEX:
+            text = f"The dashboard has no file {name[:100]!r}."
+            raise RequestError(Code.NOT_FOUND, text)
+        return _serve(files, name, request)
+
+    async def _show_session(self, request: web.BaseRequest, record: Record) -> Response:
+        """Answer `GET /dashboard/session`: what the token of a page allows.
+
+        Raises:
+            AuthError: there is no valid token.
+        """
+        caller = self._hub.authenticator.identify(request, record)
+        auth = self._hub.config.auth
+        scopes = caller.scopes
+        if auth.mode == "off":
+            try:
+                check_local(request)
+            except RequestError:  # /admin refuses this caller as well
+                scopes = frozenset()
+        expires = caller.expires - auth.leeway
+        value = {
+            "subject": caller.subject,
+            "scopes": sorted(scopes),
+            "models": caller.models,
+            "expires": None if math.isinf(expires) else expires,
+            "auth": auth.mode,
+            "version": __version__,
+            "started": self._started,
+        }
+        return Response(answer(value).body, fields=JSON + _NOT_KEPT + _PROTECTION)
+
+
+# --- Files ------------------------------------------------------------------------
+
+
+class _File(NamedTuple):
+    """A file of the page, as it is and compressed, and its type and version."""
+
+    content: bytes
+    compressed: bytes
+    type: str
+    tag: str
+
+
+async def _read_files() -> Mapping[str, _File]:
+    """Return the files of the page by their names."""
+    if not _load_files.cache_info().currsize:
+        await asyncio.to_thread(_load_files)
+    return _load_files()
+
+
+@functools.cache
+def _load_files() -> Mapping[str, _File]:
+    """Read the files of the page, once in a process."""
+    files = {}
+    for each in resources.files(__package__).joinpath("dashboard").iterdir():
+        kind = _TYPES.get(each.name.rpartition(".")[2])
+        if kind is not None:
+            content = each.read_bytes()
+            # Weak: it stands for the compressed file as well (RFC 9110, 8.8.3).
+            tag = hashlib.blake2b(content, digest_size=12).hexdigest()
+            compressed = gzip.compress(content, mtime=0)
+            files[each.name] = _File(content, compressed, kind, f'W/"{tag}"')
+    return files
+
+
+def _serve(
+    files: Mapping[str, _File], name: str, request: web.BaseRequest, vary: str = ""
+) -> Response:
+    """Make the answer with a file; 304 if the client has it."""
+    file = files[name]
+    fields = f"ETag: {file.tag}\r\nVary: {vary}Accept-Encoding\r\n{_KEPT}{_PROTECTION}"
+    known = ",".join(request.headers.getall("If-None-Match", ()))
+    if file.tag in re.findall(r'(?:W/)?"[^"]*"', known) or known.strip() == "*":
+        return Response(status=304, fields=fields)
+    fields += f"Content-Type: {file.type}\r\n"
+    codings = ",".join(request.headers.getall("Accept-Encoding", ()))
+    if quality(codings, "gzip") and len(file.compressed) < len(file.content):
+        return Response(file.compressed, fields=fields + "Content-Encoding: gzip\r\n")
+    return Response(file.content, fields=fields)
+
+
+def quality(accepted: str, wanted: str) -> float:
+    """Return how much a client wants a type or coding, from 0 to 1.
+
+    `accepted` is its `Accept` or `Accept-Encoding` header (RFC 9110, 12.4.2).  The most
+    specific range decides.
+    """
+    best = 0, 0.0
+    group = f"{wanted.partition('/')[0]}/*"
+    for part in accepted.lower().split(","):
+        name, *parameters = (piece.strip() for piece in part.split(";"))
+        kind = {wanted: 3, group: 2, "*/*": 1, "*": 1}.get(name)
+        if kind is not None and kind > best[0]:
+            best = kind, _weight_in(parameters)
+    return best[1]
+
+
+def _weight_in(parameters: list[str]) -> float:
+    """Return the weight in the parameters of a range; one that is not valid is 0."""
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            value = value.strip()
+            valid = re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", value)
+            return float(value) if valid else 0.0
+    return 1.0
