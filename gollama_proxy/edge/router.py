@@ -16,8 +16,10 @@ from aiohttp import web
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import Response, Sent
 from gollama_proxy.fleet.registry import Registry, may_use
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.telemetry.metrics import CONTENT_TYPE, Telemetry
+from gollama_proxy.wire.description import INPUTS
 from gollama_proxy.wire.errors import Code, RequestError
 
 # Takes a request and its record, of the type that the handler needs.
@@ -265,13 +267,29 @@ class ModelList:
         }
         if model != name:
             extra["alias_of"] = model
-        return {
+        entry = {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "gollama",
             "gollama": extra,
         }
+        if inputs := _inputs(workers, model):
+            entry["architecture"] = {  # as llama-server lists it
+                "input_modalities": ["text", *inputs],
+                "output_modalities": ["text"],
+            }
+        return entry
+
+
+def _inputs(workers: Iterable[Worker], model: str) -> list[str]:
+    """Return what a model takes besides text on every worker that may answer."""
+    of_each = [worker.inputs_of(model) for worker in workers if worker.description]
+    return [
+        kind
+        for kind in INPUTS.values()
+        if of_each and all(kind in each for each in of_each)
+    ]
 
 
 def _any_of(values: Iterable[bool | None]) -> bool | None:

@@ -333,8 +333,11 @@ class Worker:
                     names[name] = None  # `x[1m]` is a name: it matches none of them
         for name in (*(model.name for model in seen), *self._gone):
             names.pop(name, None)
-        context = self.description.context if self.description else None
-        return (*seen, *(Model(name, context) for name in names))
+        if self.description is None:
+            return (*seen, *map(Model, names))
+        context, listed = self.description.context, self.description.models
+        inputs = listed[0].inputs if len(listed) == 1 else ()
+        return (*seen, *(Model(name, context, inputs=inputs) for name in names))
 
     @property
     def some_model(self) -> str | None:
@@ -384,6 +387,10 @@ class Worker:
         another one for that.
         """
         return model in self._unloaded
+
+    def inputs_of(self, model: str) -> tuple[str, ...]:
+        """Return what a model takes besides text, as far as the worker reports it."""
+        return next((m.inputs for m in self.models if m.name == model), ())
 
     def has_loaded(self, model: str) -> bool | None:
         """Return whether a model is loaded; None if the worker does not report it."""

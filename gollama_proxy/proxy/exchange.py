@@ -550,7 +550,7 @@ class Proxy:
             x.body.forget()
         if x.resume is None:
             return client
-        return x.resume.client_of(client, x.model, relay.fail)
+        return x.resume.client_of(client, x.model, x.worker, relay.fail)
 
     def _look_late(self, x: Exchange, worker: Worker, relay: Relay) -> None:
         """Check a worker whose long answer in one piece has a new model name.

@@ -233,11 +233,13 @@ class Resume:
         self,
         client: Client,
         model: str,
+        worker: str,
         fail: Callable[[ProxyError], None],
     ) -> Client:
         """Wrap a client: it gets only what it does not have yet.
 
-        `fail` is called if this turns out not to be the rest of the answer.
+        A comment names the `worker` first.  `fail` is called if this turns out not to
+        be the rest of the answer.
         """
         splice = Resumer(
             self.partial,
@@ -245,7 +247,8 @@ class Resume:
             regenerate=self._asked_for_all,
             model=None if model == self._model else model,
         )
-        self._splicer = splicer = _Splicer(splice, client, self.count + 1, fail)
+        comment = f": gollama rescued {self.count + 1} by {worker}\n\n".encode()
+        self._splicer = splicer = _Splicer(splice, client, comment, fail)
         return Client(splicer.write, client.drain, client.buffered, chunked=False)
 
     def finish(self) -> None:
@@ -275,13 +278,13 @@ class _Splicer:
         self,
         splice: Resumer,
         client: Client,
-        number: int,
+        comment: bytes,
         fail: Callable[[ProxyError], None],
     ) -> None:
         self.splice = splice
         self.used = False  # the client got something from it
         self._client = client
-        self._number = number
+        self._comment = comment  # sent in front of the first event
         self._fail = fail
         self._error: WorkerError | None = None
 
@@ -305,5 +308,5 @@ class _Splicer:
     def _send(self, event: bytes) -> None:
         if not self.used:
             self.used = True
-            self._client.send(b": gollama rescued %d\n\n" % self._number)
+            self._client.send(self._comment)
         self._client.send(event)

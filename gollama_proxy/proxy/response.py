@@ -113,6 +113,8 @@ class Stream:
             elif not self._filters:
                 length = relay.header(b"content-length")
             self._begin(relay.status, fields, length)
+        elif self._relay is None:  # its head was sent with a comment, too early for it
+            self.notify(f"worker {self._x.worker}")
         if self._relay is None:
             self._relay, self.fed = relay, True
             endpoint = self._x.endpoint

@@ -20,6 +20,8 @@ import msgspec
 MOST_MODELS = 1000  # of one worker; each request looks through their names
 MAX_NAME = 4000  # characters of a model's name: a path, and what a request can name
 MOST_CONTEXT = 1 << 30  # tokens
+# What a model may take besides text, by the names that llama-server's `/props` uses.
+INPUTS = {"vision": "image", "audio": "audio", "video": "video"}
 
 _T = TypeVar("_T")
 
@@ -41,6 +43,7 @@ class Model:
     context: int | None = None  # tokens of one slot
     loaded: bool | None = None  # None where the worker does not report it
     loading: bool = False  # it is being loaded
+    inputs: tuple[str, ...] = ()  # what it takes besides text, of `INPUTS`
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +116,11 @@ def describe(listing: Listing, props: bytes) -> Description:
     context = _tokens(settings.n_ctx)  # 0 in a router, which has no model itself
     own = [entry.context for entry in listing.entries]
     build = _read(read.build_info, str) or ""
+    takes = _read(read.modalities, dict[str, msgspec.Raw]) or {}
+    inputs = tuple(INPUTS[key] for key in INPUTS if _read(takes.get(key, b""), bool))
     return Description(
         models=tuple(
-            Model(entry.name, tokens or context, *entry.loaded)
+            Model(entry.name, tokens or context, *entry.loaded, entry.inputs or inputs)
             for entry, tokens in zip(listing.entries, own, strict=True)
         ),
         slots=_read(read.total_slots, _Slots),
@@ -135,6 +140,10 @@ class _Meta(msgspec.Struct):
     n_ctx: msgspec.Raw = msgspec.Raw()
 
 
+class _Architecture(msgspec.Struct):
+    input_modalities: msgspec.Raw = msgspec.Raw()
+
+
 class _Status(msgspec.Struct):
     value: msgspec.Raw = msgspec.Raw()
 
@@ -147,6 +156,7 @@ class _Entry(msgspec.Struct):
     loaded_context_length: msgspec.Raw = msgspec.Raw()  # LM Studio
     context_length: msgspec.Raw = msgspec.Raw()
     context_window: msgspec.Raw = msgspec.Raw()
+    architecture: msgspec.Raw = msgspec.Raw()  # llama-server, and what it proxies
     # Of a llama-server that is a router; in other servers it can be anything.
     status: msgspec.Raw = msgspec.Raw()
 
@@ -175,6 +185,14 @@ class _Entry(msgspec.Struct):
         value = _read((_read(self.status, _Status) or _Status()).value, str)
         return (None if value is None else value == "loaded"), value == "loading"
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What it takes besides text."""
+        read = _read(self.architecture, _Architecture) or _Architecture()
+        listed = _read(read.input_modalities, list[msgspec.Raw]) or []
+        names = {_read(each, str) for each in listed}
+        return tuple(name for name in INPUTS.values() if name in names)
+
 
 class _ModelList(msgspec.Struct):
     data: msgspec.Raw = msgspec.Raw()
@@ -184,6 +202,7 @@ class _ModelList(msgspec.Struct):
 class _Props(msgspec.Struct):
     total_slots: msgspec.Raw = msgspec.Raw()
     build_info: msgspec.Raw = msgspec.Raw()
+    modalities: msgspec.Raw = msgspec.Raw()
     default_generation_settings: msgspec.Raw = msgspec.Raw()
 
 

@@ -360,6 +360,8 @@ async def test_the_client_of_a_stream_is_notified_that_it_waits() -> None:
             worker.release("go")
             ending = await wire.read_to_end()
         assert ending.clean
+        # The head was too early to name the worker.
+        assert f": worker {worker.name}\n\ndata: ".encode() in ending.response.body
         assert b"[DONE]" in ending.raw
         assert (await running).status == 200
     assert not queue.admission.waiting

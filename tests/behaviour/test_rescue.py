@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ BODY = {"model": "tiny", **STREAM}
 FIRST = [" One", " day", ", a", " fox", " met"]  # what the first worker gets to say
 REST = [" a", " crow", "."]
 WHOLE = "".join(FIRST + REST)
+_RESCUER = re.compile(r"(?<=rescued [0-9]) by \S+$")  # its name has a test below
 
 
 class Seen(NamedTuple):
@@ -83,7 +85,7 @@ def read(ending: Ending) -> Seen:
         [c["finish_reason"] for c in choices if c["finish_reason"]],
         {each["id"] for each in chunks if "id" in each},
         [each["usage"] for each in chunks if each.get("usage")],
-        [comment for comment in comments if comment],
+        [_RESCUER.sub("", comment) for comment in comments if comment],
         data.count("[DONE]"),
         [each["error"] for each in chunks if "error" in each],
     )
@@ -181,6 +183,16 @@ BREAKS: dict[str, Script] = {
         close(),
     ),
 }
+
+
+async def test_a_comment_names_the_worker_that_continues_an_answer() -> None:
+    async with pool() as ([bad, good], hub):
+        bad.script(*BREAKS["reset"])
+        good.script(*continued())
+        ending = await asked(hub)
+    assert ending.response.header("x-gollama-worker") == bad.name
+    comment = f": gollama rescued 1 by {good.name}\n\n"
+    assert ending.response.body.count(comment.encode()) == 1
 
 
 @pytest.mark.parametrize("end", BREAKS)

@@ -264,7 +264,7 @@ async def test_a_rescued_answer_hides_usage_too_or_sends_the_sums(asks: bool) ->
         assert await used(hub, limited) == 3 + 26  # events, and what the other did
     for worker in workers:
         assert worker.requests[0].json()["stream_options"] == ASKED
-    assert response.body.startswith(begun + b": gollama rescued 1\n\n")
+    assert response.body.startswith(begun + b": gollama rescued 1 by ")
     assert response.body.endswith(done())
     told = [each["usage"] for each in chunks(response.body) if "usage" in each]
     assert [each["total_tokens"] for each in told] == ([26] if asks else [])

@@ -292,6 +292,30 @@ async def test_workers_with_the_same_model_share_an_entry() -> None:
         assert [w["name"] for w in extra["workers"]] == [two.name]
 
 
+async def test_a_model_takes_what_all_of_its_workers_take() -> None:
+    async with (
+        ScriptedWorker("qwen", "phi", takes=("vision", "audio")) as one,
+        ScriptedWorker("qwen", takes=("vision",)) as two,
+        running_hub(one, two, models__aliases={"gpt": "qwen"}) as hub,
+    ):
+        for name in ("qwen", "gpt"):
+            assert (await entry(hub, name))["architecture"] == {
+                "input_modalities": ["text", "image"],
+                "output_modalities": ["text"],
+            }
+        kinds = (await entry(hub, "phi"))["architecture"]["input_modalities"]
+        assert kinds == ["text", "image", "audio"]
+
+
+async def test_a_model_of_one_worker_without_pictures_takes_none() -> None:
+    async with (
+        ScriptedWorker("qwen", takes=("vision",)) as one,
+        ScriptedWorker("qwen") as two,
+        running_hub(one, two) as hub,
+    ):
+        assert "architecture" not in await entry(hub, "qwen")
+
+
 async def test_a_model_whose_workers_are_down_stays_and_says_so() -> None:
     """A client that lists models once must not lose them to a restart."""
     async with (

@@ -74,6 +74,7 @@ def _control_answer(worker: ScriptedWorker, path: str) -> Script:
                     n_ctx=worker.n_ctx,
                     model=worker.models[0],
                     build=worker.build,
+                    takes=worker.takes,
                 )
             )
         case _:

@@ -273,7 +273,15 @@ def models(
     }
 
 
-def props(*, slots: int, n_ctx: int, model: str, build: str = BUILD) -> dict[str, Any]:
+def props(
+    *,
+    slots: int,
+    n_ctx: int,
+    model: str,
+    build: str = BUILD,
+    takes: Iterable[str] = (),
+) -> dict[str, Any]:
+    kinds = ("vision", "video", "audio")
     params = {"temperature": 0.8, "top_k": 40, "max_tokens": -1, "stream": False}
     return {
         "default_generation_settings": {"params": params, "n_ctx": n_ctx},
@@ -281,7 +289,7 @@ def props(*, slots: int, n_ctx: int, model: str, build: str = BUILD) -> dict[str
         "model_alias": model,
         "model_ftype": "all F32",
         "model_path": f"{model}.gguf",
-        "modalities": {"vision": False, "video": False, "audio": False},
+        "modalities": {kind: kind in takes for kind in kinds},
         "endpoint_slots": True,
         "endpoint_props": False,
         "endpoint_metrics": False,

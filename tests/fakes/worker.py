@@ -28,7 +28,7 @@ class ScriptedWorker:
     """One fake llama-server with its own port; use it with `async with`.
 
     Attributes can be changed while it runs: `models`, `slots`, `n_ctx`, `build`,
-    `status` (of a model, as a router tells: "loaded", "unloaded", "loading"),
+    `takes`, `status` (of a model, as a router tells: "loaded", "unloaded", "loading"),
     `loading` (503 on every path) and `hang_health` (GET /health is never answered).
     """
 
@@ -38,6 +38,7 @@ class ScriptedWorker:
         slots: int = 4,
         n_ctx: int = 1024,
         build: str = replies.BUILD,
+        takes: tuple[str, ...] = (),
         keep_body: int = 1 << 20,
         receive_buffer: int | None = None,
         up: bool = True,
@@ -47,6 +48,7 @@ class ScriptedWorker:
         self.slots = slots
         self.n_ctx = n_ctx
         self.build = build
+        self.takes = takes  # besides text: "vision", "audio", "video"
         self.status: dict[str, str] = {}
         self.loading = False
         self.hang_health = False

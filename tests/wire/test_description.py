@@ -22,6 +22,7 @@ from gollama_proxy.wire.description import (
     read_progress,
 )
 
+IMAGE, PICTURES_SOUND = ("image",), ("image", "audio")
 ONE = {"data": [{"id": "a"}]}
 FIELDS = (
     "id",
@@ -35,6 +36,9 @@ FIELDS = (
     "total_slots",
     "build_info",
     "default_generation_settings",
+    "architecture",
+    "input_modalities",
+    "modalities",
 )
 
 
@@ -114,6 +118,23 @@ def described(models: Any = ONE, props: Any = None) -> Description:
                 ("loaded", None),
                 (["loaded"], None),
                 (None, None),
+            ]
+        ),
+        *(
+            ([{"id": "a", **entry}], props, (Model("a", inputs=inputs),))
+            for entry, props, inputs in [
+                ({}, {"modalities": {"audio": True, "vision": True}}, PICTURES_SOUND),
+                ({}, {"modalities": {"vision": False, "audio": False}}, ()),
+                ({}, {"modalities": {"vision": "yes", "smell": True}}, ()),
+                ({}, {"modalities": [True]}, ()),
+                ({"architecture": {"input_modalities": ["text", "image"]}}, {}, IMAGE),
+                (
+                    {"architecture": {"input_modalities": ["image", 7, [], "x"]}},
+                    {"modalities": {"vision": False}},
+                    IMAGE,
+                ),
+                ({"architecture": {"input_modalities": "image"}}, {}, ()),
+                ({"architecture": ["image"]}, {}, ()),
             ]
         ),
     ],
