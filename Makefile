@@ -28,7 +28,7 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
-.PHONY: help install node run test debug cov lint types format diagrams soak fuzz mutants bench bench-faults bench-routing clean simulate
+.PHONY: help install node run test debug cov lint types format diagrams soak fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -48,6 +48,7 @@ help:
 	@echo "make bench-faults  the effect of a stopped worker on clients"
 	@echo "make bench-routing the routing policies with unequal workers, compared with nginx"
 	@echo "              and vllm-router (VLLM_ROUTER=PATH), as a Markdown table"
+	@echo "make bench-dashboard what open dashboards cost the hub (QUICK=1: half a minute)"
 	@echo "make simulate the routing policies with 1,000 unequal workers, in simulated time"
 	@echo "make format   reformat with ruff"
 	@echo "make diagrams update the diagrams in ARCHITECTURE.md"
@@ -140,6 +141,9 @@ bench-faults: $(STAMP)
 
 bench-routing: $(STAMP)
 	@$(BIN)/python -m benchmarks.routing $(if $(VLLM_ROUTER),--vllm-router "$(VLLM_ROUTER)")
+
+bench-dashboard: $(STAMP)
+	@$(BIN)/python -m benchmarks.dashboard $(if $(QUICK),--quick)
 
 simulate: $(STAMP)
 	$(BIN)/python -m benchmarks.simulate

@@ -161,12 +161,21 @@ def _is_answered(port: int, request: bytes) -> bool:
 @contextlib.asynccontextmanager
 async def paced_worker(rate: float, folder: Path) -> AsyncIterator[int]:
     """Run a worker that streams at this rate; yields its port."""
-    [port] = find_free_ports(1)
-    command = [sys.executable, "-m", "benchmarks.paced_worker"]
-    command += ["--port", str(port), "--rate", str(rate)]
-    async with spawn(command, folder / "worker.log") as child:
-        await until_answered(port, "none", child)
+    async with paced_workers(1, rate, folder) as [port]:
         yield port
+
+
+@contextlib.asynccontextmanager
+async def paced_workers(
+    count: int, rate: float, folder: Path
+) -> AsyncIterator[list[int]]:
+    """Run one process that stands in for so many workers; yields their ports."""
+    ports = find_free_ports(count)
+    command = [sys.executable, "-m", "benchmarks.paced_worker", "--rate", str(rate)]
+    command += ["--port", *map(str, ports)]
+    async with spawn(command, folder / "worker.log") as child:
+        await until_answered(ports[-1], "none", child)
+        yield ports
 
 
 # --- The process of the clients ---------------------------------------------------

@@ -2,9 +2,10 @@
 
     python -m benchmarks.paced_worker --port 9001 --rate 50
 
-It speaks the part of llama-server that a proxy meets (`llama_wire.py`).  Every stream
-gets the same bytes, encoded once at the start.  Short answers come at 1,000 tokens a
-second, so that many of them fit into a measurement; each token is still sent alone.
+With several ports it stands in for as many workers.  It speaks the part of llama-server
+that a proxy meets (`llama_wire.py`).  Every stream gets the same bytes, encoded once at
+the start.  Short answers come at 1,000 tokens a second, so that many of them fit into a
+measurement; each token is still sent alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import uvloop
@@ -131,19 +133,22 @@ class Connection(llama_wire.Connection):
         self._wheel.add(self._stream)
 
 
-async def serve(port: int, rate: float) -> None:
-    """Listen on a port of the loopback interface until cancelled."""
+async def serve(ports: Sequence[int], rate: float) -> None:
+    """Listen on these ports of the loopback interface until cancelled."""
     wheel, short, answers = Wheel(rate), Wheel(SHORT_RATE), pages(SLOTS)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(
-        lambda: Connection(wheel, short, answers), "127.0.0.1", port, backlog=SLOTS
-    )
-    await server.serve_forever()
+    servers = [
+        await loop.create_server(
+            lambda: Connection(wheel, short, answers), "127.0.0.1", port, backlog=SLOTS
+        )
+        for port in ports
+    ]
+    await asyncio.gather(*(server.serve_forever() for server in servers))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int, nargs="+", required=True)
     parser.add_argument("--rate", type=float, default=50.0, help="tokens/s of a stream")
     options = parser.parse_args()
     uvloop.run(serve(options.port, options.rate))
