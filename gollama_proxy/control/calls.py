@@ -16,16 +16,19 @@ With authentication a token is needed, which no browser adds by itself.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
-from typing import NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from gollama_proxy.config import addresses
+from gollama_proxy.config.settings import Config
 from gollama_proxy.edge.auth import Principal
-from gollama_proxy.edge.response import Response
+from gollama_proxy.edge.response import Response, Sent
 from gollama_proxy.edge.router import name_in
 from gollama_proxy.proxy.body import answer_expectation
 from gollama_proxy.proxy.state import Exchange
@@ -50,11 +53,35 @@ class Call(NamedTuple):
     request: web.BaseRequest
     x: Exchange
     caller: Principal
+    config: Config
 
     @property
     def name(self) -> str:
         """The name or id in the path."""
         return name_in(self.request, self.x)
+
+    async def read(self) -> dict[str, Any]:
+        """Read the JSON object that a call sends.
+
+        Raises:
+            RequestError: 400, 408, 413 or 415.
+        """
+        value = decode(await self.receive(), object)
+        if not isinstance(value, dict):
+            text = "The request body must be a JSON object."
+            raise RequestError(Code.INVALID_JSON, text)
+        return value
+
+    async def receive(self) -> bytes:
+        """Read the body that a call sends.
+
+        Raises:
+            RequestError: 400, 408, 413 or 415.
+        """
+        return await receive(self.request, self.config.timeouts.body)
+
+
+CallHandler = Callable[[Call], Awaitable[Response | Sent]]
 
 
 def answer(value: object, status: int = 200) -> Response:
@@ -142,11 +169,24 @@ def decode(body: bytes, kind: type[_T]) -> _T:
         RequestError: 400; it names the field.
     """
     try:
-        return msgspec.json.decode(body, type=kind)
+        value = msgspec.json.decode(body, type=kind)
+        # A number of thousands of digits stays text.
+        json.loads(body, object_pairs_hook=_refuse_repetition, parse_int=str)
+        return value
     except msgspec.ValidationError as exc:
         match = re.search(r"`\$\.(\w+)|unknown field `([^`]*)`", str(exc))
         param = (match[1] or match[2])[:40] if match else None
         raise RequestError(Code.INVALID_VALUE, f"{exc}.", param=param) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         text = "The request body is not valid JSON."
         raise RequestError(Code.INVALID_JSON, text) from None
+
+
+def _refuse_repetition(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object with two fields of one name, of which only one would count."""
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            text = f"{name[:40]}: this field is there twice."
+            raise RequestError(Code.INVALID_VALUE, text, param=name[:40])
+        seen.add(name)

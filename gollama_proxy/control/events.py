@@ -43,6 +43,7 @@ from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.openai import ENDPOINTS
 
 logger = logging.getLogger(__name__)
+audit = logging.getLogger("gollama_proxy.audit")
 
 KEPT = 1000  # requests
 MOST_LISTENERS = 32
@@ -167,6 +168,25 @@ class Events(Listener):
             for listener in tuple(self.listeners):
                 if not listener.put(sent):
                     self._leave(listener)
+
+    def record_change(
+        self, x: Exchange, action: str, target: str, old: object = "", new: object = ""
+    ) -> None:
+        """Log a change with its author, the old value and the new one."""
+        fields = {
+            "subject": x.subject,
+            "remote": x.remote,
+            "action": action,
+            "target": target,
+            **{
+                name: str(value)
+                for name, value in (("old", old), ("new", new))
+                if value
+            },
+            "id": x.id,
+        }
+        audit.info("admin", extra={"fields": fields})
+        self.publish("change", fields)
 
     # --- What happens -------------------------------------------------------------
 

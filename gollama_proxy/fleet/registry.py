@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.names import Aliases, is_name, matches
 from gollama_proxy.config.settings import Config, Models, WorkerConfig
-from gollama_proxy.config.values import ConfigError
+from gollama_proxy.config.values import ConfigError, shown
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.speed import Expectations
 from gollama_proxy.fleet.worker import Hold, Source, Worker, WorkerState
@@ -124,8 +124,7 @@ class Registry:
             ConfigError: another worker has this name or this address, or this one is
                 a group, which only a configuration can have.
         """
-        if config.is_group:
-            raise self._no_group(config)
+        check_single(config)
         self._refuse_clash(config)
         return self._join(config, source)
 
@@ -140,8 +139,7 @@ class Registry:
             LookupError: there is no such worker.
         """
         worker = self.find(name or config.name)
-        if config.is_group:
-            raise self._no_group(config)
+        check_single(config)
         self._refuse_clash(config, worker)
         if not _same_server(worker.config, config):
             self._retire(worker, self._deadline(None))
@@ -309,10 +307,6 @@ class Registry:
                 worker is not old
             ):
                 check_distinct([worker.config, config])
-
-    def _no_group(self, config: WorkerConfig) -> ConfigError:
-        text = "a group of workers can only be in the settings file"
-        return ConfigError(f"workers.url = {config.url!r}: {text}")
 
     def _retire(self, worker: Worker, deadline: float) -> None:
         self.workers.remove(worker)
@@ -578,6 +572,17 @@ def _state_of(worker: Worker, model: str | None) -> str:
 def may_use(allowed: Sequence[str] | None, model: str) -> bool:
     """Return whether a `models` claim covers a name; patterns are shell-like."""
     return allowed is None or matches(model, allowed)
+
+
+def check_single(config: WorkerConfig) -> None:
+    """Check that a worker is not a group of them.
+
+    Raises:
+        ConfigError: it is; only the settings file can have groups.
+    """
+    if config.is_group:
+        text = "a group of workers can only be in the settings file"
+        raise ConfigError(f"workers.url = {shown(config.url)}: {text}")
 
 
 def check_distinct(configs: Sequence[WorkerConfig]) -> None:

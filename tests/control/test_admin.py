@@ -38,6 +38,7 @@ from tests.fakes.worker import ScriptedWorker
 ADMIN = {"scope": "admin"}
 CALM = {"health__interval": RARELY}
 JSON = ("Content-Type", "application/json")
+DESK = {"name": "desk", "url": "http://127.0.0.1:9"}
 
 
 async def get(hub: RunningHub, path: str) -> Response:
@@ -140,6 +141,7 @@ async def test_a_worker_is_added_and_gets_requests() -> None:
         ({"url": "http://10.0.0.9", "slots": 0}, "slots", "from 1 to 10,000"),
         ({"url": "http://10.0.0.9", "slots": "many"}, "slots", "'many'"),
         ({"url": "http://10.0.0.9", "models": []}, "models", "a list of model names"),
+        ({"url": "dns+http://llama.lan:80"}, "url", "settings file"),
         ({"url": "http://10.0.0.9", "wieght": 1}, "wieght", "did you mean weight?"),
         ({"url": "http://10.0.0.9", "ca_file": "/x"}, "ca_file", "settings file"),
         (
@@ -209,6 +211,27 @@ async def test_a_body_has_to_be_a_json_object(
     async with running_hub(**CALM, ready=False) as hub:
         answer = await call(hub, "POST", "/admin/workers", body, kind)
         assert error_of(answer, status)[0] == code
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "field"),
+    [
+        ("POST", "workers", b'{"url": "http://10.0.0.8", "url": "http://a"}', "url"),
+        ("PATCH", "workers/desk", b'{"weight": 2, "slots": 2, "weight": 3}', "weight"),
+        ("POST", "revoke", b'{"subject": "eve", "subject": "bob"}', "subject"),
+        ("POST", "explain", b'{"request": {"n": 1, "n": 2}}', "n"),
+    ],
+)
+async def test_a_field_that_is_there_twice_is_refused(
+    method: str, path: str, body: bytes, field: str
+) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        hub.hub.registry.add(load_worker("workers", DESK, {}))
+        answer = await call(hub, method, f"/admin/{path}", body)
+        code, param, message = error_of(answer, 400)
+        assert (code, param) == ("invalid_value", field)
+        assert message == f"{field}: this field is there twice."
+        assert hub.hub.registry.find("desk").config.weight is None
 
 
 async def test_a_compressed_body_is_refused() -> None:
