@@ -104,6 +104,7 @@ class Dashboard:
             "version": __version__,
             "base_url": f"{self._url_of(request)}/v1",
             "links": _LINKS,
+            "auth": self._hub.config.auth.mode,  # so the page knows whether to ask
         }
         fields = f"{JSON}Vary: Accept\r\n{_NOT_KEPT}{_PROTECTION}"
         return Response(answer(value).body, fields=fields)

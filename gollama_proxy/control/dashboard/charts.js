@@ -1,0 +1,121 @@
+// Small charts of a quarter of an hour: SVG, of which a new value changes one attribute.
+
+const NS = 'http://www.w3.org/2000/svg';
+const WIDTH = 300; // of the drawing, which is stretched to its box
+const HEIGHT = 40;
+
+function svg(tag, attributes) {
+  const node = document.createElementNS(NS, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return node;
+}
+
+// The values of the last `size * step` seconds, one for each `step` seconds: the mean of
+// those that were pushed, or the highest.  null: nothing was measured.
+export class Series {
+  #sum = 0;
+  #count = 0;
+
+  constructor({ size = 180, step = 5, highest = false } = {}) {
+    Object.assign(this, { size, step, highest });
+    this.values = new Array(size).fill(null);
+  }
+
+  // Replace all values; `values` are one for each step, the oldest first.
+  load(values) {
+    const kept = (values ?? []).slice(-this.size);
+    this.values = [...new Array(this.size - kept.length).fill(null), ...kept];
+    this.#sum = this.#count = 0;
+  }
+
+  // Add the value of one second; `fresh` begins the next step.
+  push(value, fresh) {
+    if (fresh) {
+      this.values.shift();
+      this.values.push(null);
+      this.#sum = this.#count = 0;
+    }
+    if (value == null) return;
+    this.#count += 1;
+    this.#sum = this.highest ? Math.max(this.#sum, value) : this.#sum + value;
+    this.values[this.size - 1] = this.highest ? this.#sum : this.#sum / this.#count;
+  }
+
+  get top() {
+    let top = 0;
+    for (const value of this.values) if (value > top) top = value;
+    return top;
+  }
+}
+
+// A chart of one or two series.  The first is a line, with its area if `area`; the second
+// a dashed line.  `describe(chart)` is its text for screen readers.
+export class Chart {
+  #paths;
+  #area = null;
+  #label = '';
+
+  constructor({ series, area = false, describe }) {
+    this.series = series;
+    this.describe = describe;
+    this.node = svg('svg', {
+      class: 'chart', role: 'img', viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+      preserveAspectRatio: 'none',
+    });
+    this.node.append(svg('path', { class: 'base', d: `M0 ${HEIGHT}H${WIDTH}` }));
+    if (area) this.node.append((this.#area = svg('path', { class: 'area' })));
+    this.#paths = series.map((_, place) => {
+      const path = svg('path', { class: place ? 'b b-dash' : 'a' });
+      this.node.append(path);
+      return path;
+    });
+    this.top = 1;
+  }
+
+  draw() {
+    this.top = ceiling(Math.max(...this.series.map((each) => each.top)));
+    this.series.forEach((series, place) => {
+      const runs = runsOf(series.values, this.top);
+      this.#paths[place].setAttribute('d', runs.map(line).join(''));
+      if (!place) this.#area?.setAttribute('d', runs.map(surface).join(''));
+    });
+    const label = this.describe(this);
+    if (label !== this.#label) this.node.setAttribute('aria-label', (this.#label = label));
+  }
+}
+
+// The points of each run of values without a gap.
+function runsOf(values, top) {
+  const width = WIDTH / (values.length - 1);
+  const runs = [];
+  let run = null;
+  values.forEach((value, place) => {
+    if (value == null) {
+      run = null;
+      return;
+    }
+    if (!run) runs.push((run = []));
+    const height = HEIGHT * (1 - value / top);
+    run.push([Math.round(place * width * 10) / 10, Math.round(height * 10) / 10]);
+  });
+  // A value alone has no length, so that it gets one.
+  for (const each of runs) {
+    if (each.length === 1) {
+      const [x, y] = each[0];
+      each[0] = [Math.max(x - width / 2, 0), y];
+      each.push([Math.min(x + width / 2, WIDTH), y]);
+    }
+  }
+  return runs;
+}
+
+const line = (run) => `M${run.map((point) => point.join(' ')).join('L')}`;
+
+const surface = (run) => `${line(run)}V${HEIGHT}H${run[0][0]}Z`;
+
+// The next number that is easy to read: 1, 2, 5, 10, 20, 50 …
+function ceiling(value) {
+  if (!(value > 0)) return 1;
+  const power = 10 ** Math.floor(Math.log10(value));
+  return [1, 2, 5, 10].find((each) => each * power >= value * 0.999) * power;
+}
