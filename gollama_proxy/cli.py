@@ -166,6 +166,7 @@ _OPERATIONS = {
     "workers": "list the workers of a running hub, or change them",
     "drain": "give a worker no new request; running ones end soon, or go on elsewhere",
     "undrain": "end a drain",
+    "dashboard": "print a link that opens the dashboard, signed in",
     "top": "watch workers, queue and requests; q ends",
     "explain": "show which worker a request would get now, and why",
     "requests": "list the requests that have ended",
@@ -336,7 +337,7 @@ _KNOWN_WITHIN = 60.0
 async def _log_address(hub: Hub) -> None:
     import asyncio
 
-    log.info("listening on %s", hub.url)
+    log.info("listening on %s; dashboard: %s/", hub.url, hub.url)
     await hub.ready()
     if not hub.registry.workers:
         log.warning(

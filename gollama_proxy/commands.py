@@ -54,7 +54,7 @@ environment variables:
   SSL_CERT_FILE
       CAs of an https hub, if --ca-file is not given
 
-The token needs the scope admin:
+The token needs the scope admin, or monitor for what changes nothing:
   gollama-proxy token --sub operator --scope admin
 Without both, the hub is {DEFAULT_HUB}, and no token is sent."""
 
@@ -186,6 +186,20 @@ def run(args: argparse.Namespace) -> None:
 
 def _print_json(answer: object) -> None:
     print(json.dumps(answer, indent=2))
+
+
+# --- dashboard --------------------------------------------------------------------
+
+
+def _link(args: argparse.Namespace, hub: AdminClient) -> None:
+    link = hub.call("POST", "links")
+    if args.json:
+        _print_json(link)
+        return
+    print(f"{hub.url.rstrip('/')}{link['path']}")
+    if link["expires_in"] is not None:
+        text = f"It signs in once, within {span(link['expires_in'])}."
+        print(text, file=sys.stderr)
 
 
 # --- workers ----------------------------------------------------------------------
@@ -493,6 +507,7 @@ _COMMANDS: dict[str, tuple[_Run, _Fill]] = {
     "workers": (_list_workers, _fill_workers),
     "drain": (partial(_change_worker, "drain"), _fill_name),
     "undrain": (partial(_change_worker, "undrain"), _fill_name),
+    "dashboard": (_link, _fill_nothing),
     "top": (_top, _fill_nothing),
     "explain": (_explain, _fill_explain),
     "requests": (_requests, _fill_requests),

@@ -28,6 +28,7 @@ from gollama_proxy import llama
 from gollama_proxy.children import Child, ChildError
 from gollama_proxy.config.settings import Config, Health
 from gollama_proxy.config.values import ConfigError
+from gollama_proxy.control.page import LIFETIME as LINK_LIFETIME
 from gollama_proxy.edge.auth import mint
 from gollama_proxy.hub import Hub
 from gollama_proxy.serve import Announce, front
@@ -138,18 +139,25 @@ def _announce(config: Config, model: str) -> Announce:
     question = {"role": "user", "content": "Tell me three things about the sea."}
     body = {"model": model, "stream": True, "max_tokens": 200, "messages": [question]}
     curl = ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
-    token, operator = "", []
+    token = operator = ""
     if config.auth.mode == "jwt":
         token = _mint(config, "demo")
         curl += ["-H", f"Authorization: Bearer {token}"]
-        operator = [f"GOLLAMA_TOKEN={_mint(config, 'operator', scopes=('admin',))}"]
+        operator = _mint(config, "operator", scopes=("admin",))
 
     async def announce(hub: Hub) -> None:
         await hub.ready()
         command = shlex.join(["curl", "-N", f"{hub.url}/v1/chat/completions", *curl])
         program = [sys.executable, "-m", "gollama_proxy", "top"]
-        top = shlex.join([f"GOLLAMA_HUB={hub.url}", *operator, *program])
+        variables = [f"GOLLAMA_HUB={hub.url}"]
+        dashboard, once = f"{hub.url}/", ""
+        if operator:
+            variables.append(f"GOLLAMA_TOKEN={operator}")
+            dashboard += f"#sign-in={hub.links.make(operator)}"
+            once = f" (this link signs in once, within {LINK_LIFETIME // 60} minutes)"
+        top = shlex.join([*variables, *program])
         print(f"\nThe hub is ready: {hub.url}")
+        print(f"\nThe dashboard, for a browser{once}:\n\n{dashboard}")
         print(f"\nA token:\n\n{token}" if token else "\nNo token needed.")
         print(f"\nAn answer, streamed:\n\n{command}")
         print(f"\nWhat the hub does, live:\n\n{top}")

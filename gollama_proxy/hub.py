@@ -20,7 +20,7 @@ from gollama_proxy.config.watch import Changes, SettingsFile, Watched, Watcher, 
 from gollama_proxy.control.admin import Admin
 from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events, Recent
-from gollama_proxy.control.page import Dashboard
+from gollama_proxy.control.page import Dashboard, Links
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
@@ -95,6 +95,7 @@ class Hub(Listener):
         self.fitting = Fitting(self.registry, self._count)
         self.agents = Agents(config.agents, clock)
         self._agent_api = AgentApi(self)
+        self.links = Links(clock)
         self._views = Views(self)
         self.recent = Recent(clock)
         self.events = Events(self._views, self.recent, lambda: self.proxy)

@@ -50,7 +50,8 @@ def _make_private(stream: TextIO) -> None:
 
 _SCOPES = (
     "extra permission: metrics (GET /metrics), worker (for an agent, which registers "
-    "a worker), or admin (for operators: /admin and /metrics)"
+    "a worker), monitor (sees everything in the dashboard and in /admin, and changes "
+    "nothing), or admin (for operators: /admin and /metrics)"
 )
 
 _LIMITS = {

@@ -49,6 +49,7 @@ COMMANDS = [
     ["workers", "reset-breaker", "a"],
     ["drain", "a"],
     ["undrain", "a"],
+    ["dashboard"],
     ["top"],
     ["explain", "--model", "tiny"],
     ["requests"],
@@ -105,6 +106,29 @@ def run(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Run:
 
 def names(hub: RunningHub) -> list[str]:
     return [worker.name for worker in hub.hub.registry.workers]
+
+
+# --- The dashboard ----------------------------------------------------------------
+
+
+async def test_a_link_to_the_dashboard_is_printed(run: Run) -> None:
+    async with running_hub() as hub:
+        for scope in ("admin", "monitor"):
+            done = await run("dashboard", hub=hub, scope=scope)
+            match = re.fullmatch(r"(\S+)/#sign-in=([\w-]+)\n", done.out)
+            assert match, done
+            assert match[1] == hub.url
+            assert done.err == "It signs in once, within 5 min.\n"
+            answer = await hub.post("/dashboard/sign-in", {"code": match[2]}, None)
+            assert answer.status == 200
+        link = (await run("dashboard", "--json", hub=hub)).json()
+        assert link["path"] == f"/#sign-in={link['code']}"
+
+
+async def test_without_authentication_the_address_is_enough(run: Run) -> None:
+    async with running_hub(auth__mode="off") as hub:
+        done = await run("dashboard", hub=hub)
+        assert done == Done(0, f"{hub.url}/\n", "")
 
 
 # --- Workers ----------------------------------------------------------------------

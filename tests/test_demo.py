@@ -23,6 +23,7 @@ from gollama_proxy import children, demo, llama
 from gollama_proxy.cli import main
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Auth, Config, Health, WorkerConfig
+from gollama_proxy.control.page import Links
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check
 from tests.fakes.client import Wire
@@ -252,6 +253,7 @@ async def test_the_token_of_the_demo_lives_no_longer_than_it_may(
 ) -> None:
     class Hub:
         url = "http://127.0.0.1:8000"
+        links = Links()
 
         async def ready(self) -> None:
             pass

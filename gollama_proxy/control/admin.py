@@ -1,5 +1,6 @@
 """The admin API: `/admin/*`, JSON, for tokens with the scope `admin`.
 
+The scope `monitor` is enough for what changes nothing: all that is read, and questions.
 `openapi.json` beside this file describes it, and is served with it.
 """
 
@@ -18,6 +19,7 @@ from gollama_proxy.config.watch import Changes
 from gollama_proxy.control import views, workers
 from gollama_proxy.control.calls import Call, CallHandler, answer, check_local, decode
 from gollama_proxy.control.events import STREAM, Recent
+from gollama_proxy.control.page import LIFETIME, Links
 from gollama_proxy.control.questions import Question, explain
 from gollama_proxy.control.views import Views
 from gollama_proxy.control.workers import Workers
@@ -28,7 +30,10 @@ from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.state.local import StateError
 from gollama_proxy.wire.errors import Code, RequestError
 
-SCOPE = "admin"
+# The scope of operators, and that of those who may look, and change nothing.
+SCOPE, LOOKING = "admin", "monitor"
+# They change nothing, or only who looks.
+_HARMLESS = frozenset({"/admin/explain", "/admin/links"})
 _FILTERS = ("id", "subject", "model", "worker", "outcome")
 
 
@@ -39,6 +44,8 @@ class Parts(workers.Parts, Protocol):
     def authenticator(self) -> Authenticator: ...
     @property
     def recent(self) -> Recent: ...
+    @property
+    def links(self) -> Links: ...
 
     async def revoke(self, kind: str, value: str) -> None:
         """Revoke a token ("jti") or a subject ("sub")."""
@@ -71,6 +78,7 @@ class Admin:
             "/admin/requests": {"GET": self._list_requests},
             "/admin/config": {"GET": self._show_config},
             "/admin/explain": {"POST": self._explain},
+            "/admin/links": {"POST": self._make_link},
             "/admin/reload": {"POST": self._reload},
             "/admin/revoke": {"POST": self._revoke},
             "/admin/events": {"GET": self._follow},
@@ -78,29 +86,35 @@ class Admin:
         }
         return {
             path: {
-                method: self._guarded(handler) for method, handler in methods.items()
+                method: self._guarded(
+                    handler, looks=method == "GET" or path in _HARMLESS
+                )
+                for method, handler in methods.items()
             }
             for path, methods in routes.items()
         }
 
     # --- Permission ---------------------------------------------------------------
 
-    def _guarded(self, handler: CallHandler) -> Handler:
+    def _guarded(self, handler: CallHandler, *, looks: bool) -> Handler:
         async def guard(request: web.BaseRequest, x: Exchange) -> Response | Sent:
-            caller = self._admit(request, x)
+            caller = self._admit(request, x, looks=looks)
             return await handler(Call(request, x, caller, self._hub.config))
 
         return guard
 
-    def _admit(self, request: web.BaseRequest, x: Exchange) -> Principal:
-        """Return the caller if it may use the API.
+    def _admit(
+        self, request: web.BaseRequest, x: Exchange, *, looks: bool
+    ) -> Principal:
+        """Return the caller if it may use the API; `looks`: it changes nothing.
 
         Raises:
             RequestError: 401 or 403.
         """
         caller = self._hub.authenticator.identify(request, x)
-        if SCOPE not in caller.scopes:
-            text = f"Your token does not allow this: it needs the scope {SCOPE}."
+        if SCOPE not in caller.scopes and not (looks and LOOKING in caller.scopes):
+            scope = f"{SCOPE} or {LOOKING}" if looks else SCOPE
+            text = f"Your token does not allow this: it needs the scope {scope}."
             raise RequestError(Code.INSUFFICIENT_SCOPE, text)
         if self._hub.config.auth.mode == "off":
             check_local(request)
@@ -226,9 +240,19 @@ class Admin:
             return Response(b"", fields=STREAM)
 
         def check() -> None:
-            self._admit(call.request, call.x)
+            self._admit(call.request, call.x, looks=True)
 
         return await self._hub.events.follow(call.request, call.x, check)
+
+    async def _make_link(self, call: Call) -> Response:
+        """Make a link that opens the dashboard once, with the token of the caller."""
+        token = self._hub.authenticator.token_in(call.request)
+        if not token:  # authentication is off
+            return answer({"code": None, "path": "/", "expires_in": None})
+        code = self._hub.links.make(token)
+        self._hub.events.record_change(call.x, "make link", call.x.subject)
+        link = {"code": code, "path": f"/#sign-in={code}"}
+        return answer(link | {"expires_in": LIFETIME}, status=201)
 
     async def _show_api(self, call: Call) -> Response:
         if not self._description:

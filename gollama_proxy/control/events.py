@@ -170,7 +170,7 @@ class Events(Listener):
                     self._leave(listener)
 
     def record_change(
-        self, x: Exchange, action: str, target: str, old: object = "", new: object = ""
+        self, x: Record, action: str, target: str, old: object = "", new: object = ""
     ) -> None:
         """Log a change with its author, the old value and the new one."""
         fields = {

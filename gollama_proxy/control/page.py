@@ -14,17 +14,20 @@ import gzip
 import hashlib
 import math
 import re
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import NamedTuple, Protocol
 
+import msgspec
 from aiohttp import web
 
 from gollama_proxy import __version__
 from gollama_proxy.config.settings import Config
-from gollama_proxy.control.calls import answer, check_local
-from gollama_proxy.edge.auth import Authenticator
+from gollama_proxy.control.calls import answer, check_local, decode, receive
+from gollama_proxy.control.events import Events
+from gollama_proxy.edge.auth import Authenticator, AuthError
 from gollama_proxy.edge.response import JSON, Response
 from gollama_proxy.edge.router import Routes, name_in
 from gollama_proxy.telemetry.accesslog import Record
@@ -73,6 +76,10 @@ class Parts(Protocol):
     @property
     def authenticator(self) -> Authenticator: ...
     @property
+    def events(self) -> Events: ...
+    @property
+    def links(self) -> Links: ...
+    @property
     def url(self) -> str: ...
 
 
@@ -91,6 +98,7 @@ class Dashboard:
         return {
             "/": {"GET": self._show_index},
             "/dashboard/session": {"GET": self._show_session},
+            "/dashboard/sign-in": {"POST": self._sign_in},
             "/dashboard/{file}": {"GET": self._show_file},
         }
 
@@ -152,6 +160,88 @@ class Dashboard:
             "started": self._started,
         }
         return Response(answer(value).body, fields=JSON + _NOT_KEPT + _PROTECTION)
+
+    async def _sign_in(self, request: web.BaseRequest, record: Record) -> Response:
+        """Answer `POST /dashboard/sign-in`: the token that a link stands for.
+
+        Raises:
+            RequestError: 400, 401, 408, 413 or 415.
+        """
+        timeout = self._hub.config.timeouts.body
+        given = decode(await receive(request, timeout, MOST_BODY), _SignIn)
+        token = self._hub.links.use(given.code)
+        try:
+            if token is None:
+                raise AuthError("no such link")
+            authenticator = self._hub.authenticator
+            caller = authenticator.authenticate([f"Bearer {token}"])
+        except AuthError as exc:
+            text = (
+                "This link does not sign in: it was used before, it has expired, or "
+                "the hub has restarted. Make another one: gollama-proxy dashboard"
+            )
+            raise RequestError(Code.INVALID_API_KEY, text, detail=exc.detail) from None
+        record.subject = caller.subject
+        self._hub.events.record_change(record, "use link", caller.subject)
+        fields = JSON + _NOT_KEPT + _PROTECTION
+        return Response(answer({"token": token}).body, fields=fields)
+
+
+# --- Links that sign in -----------------------------------------------------------
+
+LIFETIME = 300  # seconds
+MOST_LINKS = 100
+MOST_BODY = 1 << 10  # bytes
+
+
+class _SignIn(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of a page that signs in."""
+
+    code: str
+
+
+class Links:
+    """Codes that stand for tokens: each for one use, and for a short time.
+
+    A code is in the fragment of a link, which no browser sends to any server.  It can
+    stay in a terminal or in a history: a token would be of use there much longer.
+    `clock` gives monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # By the hash of their codes, the oldest first: a token, and when it ends.
+        self._links: dict[bytes, tuple[str, float]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Links {len(self._links)}>"
+
+    def make(self, token: str) -> str:
+        """Return a new code for a token; the oldest one gives way if there are many."""
+        self._forget()
+        while len(self._links) >= MOST_LINKS:
+            del self._links[next(iter(self._links))]
+        code = secrets.token_urlsafe(24)
+        self._links[_digest_of(code)] = token, self._clock() + LIFETIME
+        return code
+
+    def use(self, code: str) -> str | None:
+        """Return the token of a code, which ends with that; None if there is none."""
+        self._forget()
+        token, _ = self._links.pop(_digest_of(code), (None, 0.0))
+        return token
+
+    def _forget(self) -> None:
+        """Drop the links that have expired."""
+        now = self._clock()
+        for key, (_, end) in tuple(self._links.items()):
+            if end > now:
+                break
+            del self._links[key]
+
+
+def _digest_of(code: str) -> bytes:
+    return hashlib.blake2b(code.encode()).digest()
 
 
 # --- Files ------------------------------------------------------------------------

@@ -131,6 +131,21 @@ class Authenticator:
         record.subject = principal.subject
         return principal
 
+    def token_in(self, request: web.BaseRequest) -> str:
+        """Return the token of a request, unchecked; "" where none is needed.
+
+        Raises:
+            AuthError: it has none, or several.
+        """
+        headers = request.headers
+        return (
+            ""
+            if self._off
+            else _token_in(
+                headers.getall("Authorization", ()), headers.getall("X-Api-Key", ())
+            )
+        )
+
     def authenticate(
         self, headers: Sequence[str], api_keys: Sequence[str] = ()
     ) -> Principal:

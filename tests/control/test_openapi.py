@@ -74,6 +74,7 @@ async def test_only_operators_are_admitted() -> None:
                 hub.token(scope="metrics"),
                 hub.token(scope="metrics worker"),
                 hub.token(scope="Admin"),
+                hub.token(scope="Monitor"),
             ],
         }
         for method, path in CALLS:
@@ -86,6 +87,20 @@ async def test_only_operators_are_admitted() -> None:
                 token = hub.token("root", scope=scope)
                 answer = await call(hub, method, path, token)
                 assert answer.status not in (401, 403), (method, path, scope)
+
+
+async def test_a_monitor_sees_everything_and_changes_nothing() -> None:
+    async with running_hub(**CALM, ready=False) as hub:
+        token = hub.token("eve", scope="monitor")
+        for method, path in CALLS:
+            answer = await call(hub, method, path, token)
+            if method == "GET" or path in ("/admin/explain", "/admin/links"):
+                assert answer.status not in (401, 403), (method, path)
+            else:
+                assert answer.status == 403, (method, path)
+                error = answer.json()["error"]
+                assert error["code"] == "insufficient_scope"
+                assert "needs the scope admin." in error["message"]
 
 
 async def test_without_authentication_no_page_may_call_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import re
 import time
 from importlib import resources
@@ -11,8 +12,9 @@ from importlib import resources
 import pytest
 
 from gollama_proxy import __version__
-from gollama_proxy.control.page import quality
+from gollama_proxy.control.page import Links, quality
 from tests.fakes.client import Response
+from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
@@ -236,3 +238,128 @@ async def test_without_authentication_the_machine_itself_may_do_everything() -> 
         through = ("X-Forwarded-For", "192.0.2.7")
         answer = await hub.get("/dashboard/session", None, headers=[LOCAL, through])
         assert answer.json()["scopes"] == []
+
+
+# --- Links that sign in -----------------------------------------------------------
+
+
+async def make_link(hub: RunningHub, token: str) -> str:
+    """Make a link with a token; return its code."""
+    answer = await hub.post("/admin/links", {}, token)
+    assert answer.status == 201, answer
+    link = answer.json()
+    assert link == {
+        "code": link["code"],
+        "path": f"/#sign-in={link['code']}",
+        "expires_in": 300,
+    }
+    code: str = link["code"]
+    return code
+
+
+async def sign_in(hub: RunningHub, code: object) -> Response:
+    return await hub.post("/dashboard/sign-in", {"code": code}, None)
+
+
+def assert_refused(answer: Response) -> None:
+    assert answer.status == 401
+    error = answer.json()["error"]
+    assert error["code"] == "invalid_api_key"
+    assert "gollama-proxy dashboard" in error["message"]
+
+
+async def test_a_link_signs_in_once() -> None:
+    async with running_hub() as hub:
+        token = hub.token("root", scope="monitor")
+        code = await make_link(hub, token)
+        assert re.fullmatch(r"[\w-]{32}", code)
+        answer = await sign_in(hub, code)
+        assert (answer.status, answer.json()) == (200, {"token": token})
+        assert answer.header("cache-control") == "no-store"
+        assert_refused(await sign_in(hub, code))
+
+
+async def test_a_wrong_code_does_not_sign_in() -> None:
+    async with running_hub() as hub:
+        await make_link(hub, hub.token("root", scope="admin"))
+        for code in ("", "x", "\u00e4", hub.token()):
+            assert_refused(await sign_in(hub, code))
+
+
+async def test_a_link_expires() -> None:
+    clock = Clock()
+    async with running_hub(clock=clock) as hub:
+        token = hub.token("root", scope="admin")
+        old = await make_link(hub, token)
+        clock.advance(299.0)
+        new = await make_link(hub, token)
+        clock.advance(1.0)
+        assert_refused(await sign_in(hub, old))
+        assert (await sign_in(hub, new)).status == 200
+
+
+async def test_a_link_ends_with_its_token() -> None:
+    async with running_hub() as hub:
+        code = await make_link(hub, hub.token("root", scope="admin"))
+        await hub.hub.revoke("sub", "root")
+        assert_refused(await sign_in(hub, code))
+
+
+def test_of_many_links_the_oldest_give_way() -> None:
+    links = Links(Clock())
+    codes = [links.make(f"token {number}") for number in range(101)]
+    assert links.use(codes[0]) is None
+    assert links.use(codes[1]) == "token 1"
+    assert links.use(codes[100]) == "token 100"
+    assert repr(links) == "<Links 98>"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 400),
+        ({"code": 7}, 400),
+        ({"code": "x", "more": 1}, 400),
+        ([], 400),
+        (b"{", 400),
+        ({"code": "x" * 2000}, 413),
+    ],
+)
+async def test_a_wrong_body_does_not_sign_in(body: object, status: int) -> None:
+    async with running_hub() as hub:
+        answer = await hub.post("/dashboard/sign-in", body, None)
+        assert answer.status == status
+
+
+async def test_a_page_of_another_site_cannot_sign_in() -> None:
+    async with running_hub() as hub, await hub.wire() as wire:
+        kind = ("Content-Type", "text/plain")  # which needs no preflight
+        await wire.post("/dashboard/sign-in", {"code": "x"}, headers=[kind])
+        assert (await wire.read_response()).status == 415
+
+
+async def test_without_authentication_no_link_is_needed() -> None:
+    async with running_hub(auth__mode="off") as hub, await hub.wire() as wire:
+        await wire.post("/admin/links", {}, headers=[LOCAL])
+        answer = await wire.read_response()
+        expected = {"code": None, "path": "/", "expires_in": None}
+        assert (answer.status, answer.json()) == (200, expected)
+
+
+async def test_links_are_audited_without_their_codes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with running_hub() as hub:
+        token = hub.token("root", scope="admin")
+        code = await make_link(hub, token)
+        await sign_in(hub, code)
+    lines = [each.__dict__ for each in caplog.records if "audit" in each.name]
+    found = [line["fields"] for line in lines]
+    assert [(each["subject"], each["action"]) for each in found] == [
+        ("root", "make link"),
+        ("root", "use link"),
+    ]
+    logged = repr([each.__dict__ for each in caplog.records])
+    assert code not in logged
+    assert token not in logged
