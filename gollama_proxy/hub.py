@@ -42,12 +42,15 @@ from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.tasks import spawn
 from gollama_proxy.telemetry import logs
+from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.dial import look_up, send_magic
 from gollama_proxy.upstream.pool import ConnectionPool
 
 logger = logging.getLogger(__name__)
+
+_FAILED = (Outcome.ERROR, Outcome.REFUSED)
 
 
 class Hub(Listener):
@@ -71,6 +74,8 @@ class Hub(Listener):
         self.config = config
         self._load = load
         self.state = LocalState() if state is None else state
+        self.ledger = self.state.ledger
+        self.ledger.reconfigure(config.usage.days)
         self.draining = False
         self.registry = Registry(config, clock)
         self.balancer = Balancer(self.registry, config, clock)
@@ -163,6 +168,8 @@ class Hub(Listener):
 
     def _ended(self, x: Exchange) -> None:
         self.telemetry.ended(x)
+        if x.model:  # else it was refused before anything was used
+            self.ledger.add(x, failed=x.outcome in _FAILED)
         if not x.routine:
             self.recent.add(x)
         if self.events.listeners:
@@ -200,6 +207,7 @@ class Hub(Listener):
             ending = self._agent_api.remove(lease, "its agent is silent")
             _ = spawn(ending, f"end of the lease of {lease.name}")
         self.loading.check()
+        self.ledger.save_soon()
         for connections in self.connections.values():
             connections.close_stale()
 
@@ -376,6 +384,7 @@ class Hub(Listener):
             self.health.reconfigure(config.health)
             self.groups.reconfigure(config.health)
         self.agents.reconfigure(config.agents)
+        self.ledger.reconfigure(config.usage.days)
         for worker, connections in self.connections.items():
             connections.reconfigure(worker.config, config)
         self.proxy.reconfigure(config)

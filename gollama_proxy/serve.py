@@ -21,7 +21,8 @@ from gollama_proxy.config.settings import Config, Server
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
-from gollama_proxy.state.local import LocalState, StateError, folder_of
+from gollama_proxy.state.database import StateError
+from gollama_proxy.state.local import LocalState, folder_of
 from gollama_proxy.tasks import Signals, spawn
 from gollama_proxy.telemetry import logs
 

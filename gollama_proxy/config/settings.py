@@ -270,6 +270,15 @@ class State(Struct, frozen=True):
     ] = "auto"
 
 
+class Usage(Struct, frozen=True):
+    days: Annotated[
+        int,
+        whole(0, 3660),
+        "how long usage by subject, model and day is kept; the current month is kept "
+        "in any case",
+    ] = 400
+
+
 # --- Workers, and everything together ---------------------------------------------
 
 
@@ -375,6 +384,7 @@ class Config:
     metrics: Metrics = field(default_factory=Metrics)
     agents: Agents = field(default_factory=Agents)
     state: State = field(default_factory=State)
+    usage: Usage = field(default_factory=Usage)
     workers: tuple[WorkerConfig, ...] = ()
     file: str = field(default="", compare=False)  # the file that was read, if any
     # The file, variable or flag of each setting that is not the default, by key.

@@ -27,7 +27,7 @@ from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import Response, Sent
 from gollama_proxy.edge.router import Handler, Routes
 from gollama_proxy.proxy.state import Exchange, State
-from gollama_proxy.state.local import StateError
+from gollama_proxy.state.database import StateError
 from gollama_proxy.wire.errors import Code, RequestError
 
 # The scope of operators, and that of those who may look, and change nothing.

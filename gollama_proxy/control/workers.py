@@ -23,7 +23,8 @@ from gollama_proxy.control.views import Views
 from gollama_proxy.edge.response import Response
 from gollama_proxy.fleet.registry import check_single
 from gollama_proxy.fleet.worker import Hold, Source, Worker
-from gollama_proxy.state.local import LocalState, StateError, StoredWorker
+from gollama_proxy.state.database import StateError
+from gollama_proxy.state.local import LocalState, StoredWorker
 from gollama_proxy.wire.errors import Code, RequestError
 
 # These lead to files or variables of the hub's machine, whose content would be sent to

@@ -48,6 +48,7 @@ class Lease:
         "permits",
         "prefill",
         "prompt_bytes",
+        "released_at",
         "result",
         "seconds",
         "slot",
@@ -61,6 +62,7 @@ class Lease:
         self.model = model
         self.slot = slot  # it takes one of the worker's slots
         self.taken_at = worker.clock()
+        self.released_at = 0.0  # when it was given back
         self.heard_at = -math.inf
         self.result: Result | None = None  # None while it is held
         self.loads = False  # the worker has to load the model first

@@ -499,7 +499,7 @@ class Worker:
     def take_back(self, lease: Lease, result: Result) -> None:
         """Free what a lease held; `Lease.release` calls this once."""
         beside = len(self.leases)
-        self.used_at = self.clock()
+        self.used_at = lease.released_at = self.clock()
         self.leases.discard(lease)
         self._taken -= lease.slot
         if self.full:

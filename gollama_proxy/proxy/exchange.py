@@ -340,6 +340,8 @@ class Proxy:
                 finally:  # `with lease:` takes two calls more
                     if lease.result is None:
                         lease.release(Result.CLIENT_GONE)
+                    if lease.slot:
+                        x.slot_seconds += lease.released_at - lease.taken_at
                 if not isinstance(response, Failure):
                     return response
                 final = await self._recover(x, lease.worker, response)

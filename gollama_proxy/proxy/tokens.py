@@ -172,6 +172,8 @@ class Charges:
         x.tokens += generated or 0
         if prompt > x.prompt_tokens:
             x.prompt_tokens = prompt
+            if used.reading is not None and 0 < used.reading.cached <= prompt:
+                x.cached_tokens = used.reading.cached
 
     def add_refused(self, x: Exchange, relay: Relay) -> None:
         """Add an attempt that ended with an error, if it sent anything before."""

@@ -7,8 +7,6 @@ order by one thread.  A disk that takes no more changes is logged, and the hub g
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import fcntl
 import json
 import logging
@@ -16,12 +14,13 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from gollama_proxy.config.settings import Revoked
+from gollama_proxy.state.database import Database, StateError
+from gollama_proxy.state.ledger import open_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +40,6 @@ CREATE TABLE revocations (
 """
 _PUT_WORKER = "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?)"
 _PUT_REVOCATION = "INSERT OR REPLACE INTO revocations VALUES (?, ?, ?)"
-
-
-class StateError(Exception):
-    """Why a folder cannot be used, or why nothing more can be kept; one line."""
 
 
 def folder_of(setting: str, environ: Mapping[str, str]) -> Path | None:
@@ -90,11 +85,9 @@ class LocalState:
         self._workers: dict[str, StoredWorker] = {}
         self._revocations: dict[tuple[str, str], float] = {}
         self._lock: TextIO | None = None
-        self._database: sqlite3.Connection | None = None
-        self._writer: ThreadPoolExecutor | None = None
         self._failing = False
-        if folder is not None:
-            self._open(folder)
+        self._database = None if folder is None else self._open(folder)
+        self.ledger = open_ledger(folder)
 
     def __repr__(self) -> str:
         where = "in memory" if self.folder is None else str(self.folder)
@@ -156,78 +149,39 @@ class LocalState:
         self._revocations[key] = now = time.time()
         await self._write(_PUT_REVOCATION, (*key, now))
 
-    # --- The database -------------------------------------------------------------
+    # --- The folder ---------------------------------------------------------------
 
-    def _open(self, folder: Path) -> None:
+    def _open(self, folder: Path) -> Database:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(folder / "lock")
         except OSError as exc:
             raise StateError(f"{folder}: cannot be used: {exc.strerror}") from exc
-        file = folder / "state.db"
         try:
-            self._database = self._read(file)
-        except (sqlite3.Error, ValueError, TypeError) as exc:
-            if not _is_damage(exc):
-                self._unlock()
-                raise StateError(f"{file}: cannot be used: {exc}") from exc
-            self._workers.clear()
-            self._revocations.clear()
-            aside = _move_aside(file)
-            logger.error(
-                "%s: damaged (%s); moved to %s, and a new one begins", file, exc, aside
-            )
-            self._database = self._read(file)
+            return Database(folder / "state.db", _SCHEMA, VERSION, self._load)
         except StateError:
             self._unlock()
             raise
-        self._writer = ThreadPoolExecutor(1, "state")
 
     def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    def _read(self, file: Path) -> sqlite3.Connection:
-        file.touch(0o600)
-        # The writing thread is another one; only one thread at a time has it.
-        database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
-        with contextlib.ExitStack() as stack:
-            stack.callback(database.close)
-            (flaw,) = database.execute("PRAGMA quick_check(1)").fetchone()
-            if flaw != "ok":
-                raise sqlite3.DatabaseError("a check found an inconsistency")
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version > VERSION:
-                text = f"{file}: written by a newer version of gollama-proxy"
-                raise StateError(f"{text}; use that, or another folder (state.dir)")
-            database.execute("PRAGMA journal_mode = WAL")
-            if not version:
-                # Its pages and the version are written together, or not at all.
-                script = f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;"
-                database.executescript(script)
-            for worker in _stored_workers(database):
-                self._workers[worker.name] = worker
-            rows = database.execute("SELECT kind, value, added FROM revocations")
-            for kind, value, added in rows:
-                if kind not in ("jti", "sub"):
-                    raise ValueError(f"a revocation of the kind {kind!r}")
-                self._revocations[kind, value] = added
-            stack.pop_all()
-        return database
+    def _load(self, database: sqlite3.Connection) -> None:
+        self._workers = {each.name: each for each in _stored_workers(database)}
+        self._revocations = {}
+        rows = database.execute("SELECT kind, value, added FROM revocations")
+        for kind, value, added in rows:
+            if kind not in ("jti", "sub"):
+                raise ValueError(f"a revocation of the kind {kind!r}")
+            self._revocations[kind, value] = added
 
     async def _write(self, statement: str, values: tuple[Any, ...]) -> None:
-        if self._writer is None:
+        if self._database is None:
             return
-        loop = asyncio.get_running_loop()
-        writing = loop.run_in_executor(self._writer, self._execute, statement, values)
-        # A client that leaves does not undo what it has begun.
-        await asyncio.shield(writing)
-
-    def _execute(self, statement: str, values: tuple[Any, ...]) -> None:
-        assert self._database is not None
         try:
-            self._database.execute(statement, values)
+            await self._database.run(lambda each: each.execute(statement, values))
         except sqlite3.Error as exc:
             if not self._failing:
                 logger.error(
@@ -241,16 +195,9 @@ class LocalState:
 
     async def close(self) -> None:
         """Write what is left and let the folder go; harmless when closed."""
-        if self._writer is None:
-            return
-        writer, self._writer = self._writer, None
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(writer, self._close)
-        writer.shutdown(wait=False)
-
-    def _close(self) -> None:
-        assert self._database is not None
-        self._database.close()
+        await self.ledger.close()
+        if self._database is not None:
+            await self._database.close()
         self._unlock()
 
 
@@ -293,32 +240,3 @@ def _lock(file: Path) -> TextIO:
     stream.write(f"{os.getpid()}\n")
     stream.flush()
     return stream
-
-
-# What SQLite reports of a file that is no database, or no longer a whole one.
-_DAMAGE = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether the content is at fault, rather than the disk or its permissions."""
-    code = getattr(error, "sqlite_errorcode", None)
-    if code is not None:
-        missing_table = code == sqlite3.SQLITE_ERROR
-        return missing_table or code & 0xFF in _DAMAGE
-    return not isinstance(error, sqlite3.OperationalError)
-
-
-def _move_aside(file: Path) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    aside = file.with_name(f"{file.name}.damaged-{stamp}")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = file.with_name(f"{file.name}.damaged-{stamp}-{number}")
-    file.rename(aside)
-    for suffix in ("-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            file.with_name(file.name + suffix).rename(
-                aside.with_name(aside.name + suffix)
-            )
-    return aside

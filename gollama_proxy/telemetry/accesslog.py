@@ -49,6 +49,8 @@ class Record:
     bytes: int = 0
     tokens: int = 0  # generated, in all attempts
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, that the worker had read before
+    slot_seconds: float = 0.0  # for which its attempts held a slot
     started: float = 0.0  # monotonic seconds, as are all times here
     queued: float = 0.0
     first_byte: float | None = None

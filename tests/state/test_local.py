@@ -14,12 +14,8 @@ import pytest
 
 from gollama_proxy.config.settings import Revoked
 from gollama_proxy.state import local
-from gollama_proxy.state.local import (
-    LocalState,
-    StateError,
-    StoredWorker,
-    folder_of,
-)
+from gollama_proxy.state.database import StateError
+from gollama_proxy.state.local import LocalState, StoredWorker, folder_of
 
 ONE = StoredWorker("one", "admin", {"url": "http://10.0.0.1:1", "slots": 4}, "paused")
 TWO = StoredWorker("two", "agent", {"url": "http://10.0.0.2:1"}, agent={"mac": "00:01"})
