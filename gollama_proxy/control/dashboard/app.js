@@ -259,6 +259,8 @@ export const app = {
   fetch: send,
   ask,
   announce,
+  mention,
+  command,
   ApiError,
   can(scope) {
     const scopes = app.session?.scopes ?? [];
@@ -280,6 +282,11 @@ function announce(text, kind = '') {
   const toasts = byId('toasts');
   toasts.append(toast);
   while (toasts.children.length > 4) toasts.firstChild.remove();
+}
+
+// Have a screen reader read something that is seen already.
+function mention(text) {
+  byId('news').textContent = text;
 }
 
 // Ask whether to do something; `button` names it.  Resolves to true or false.
@@ -351,18 +358,19 @@ function showSignIn(problem = '') {
     button,
     el('h2', {}, 'No token yet?'),
     el('p', {}, 'Make one on the hub’s machine, with its settings:'),
-    code(COMMAND),
+    command(COMMAND),
     el('dl', { class: 'scopes' },
       el('dt', {}, '--scope admin'), el('dd', {}, 'sees and changes everything'),
       el('dt', {}, '--scope monitor'), el('dd', {}, 'sees everything, changes nothing'),
       el('dt', {}, 'no scope'), el('dd', {}, 'the playground, and your own usage')),
     el('p', {}, 'Or print a link that signs in once, within five minutes:'),
-    code('gollama-proxy dashboard'));
+    command('gollama-proxy dashboard'));
   byId('main').replaceChildren(form);
   input.focus();
 }
 
-function code(text) {
+// A command to copy.
+function command(text) {
   const copy = el('button', {
     type: 'button', class: 'quiet', 'aria-label': `Copy: ${text}`,
     async onclick() {
@@ -561,13 +569,14 @@ function showConnection() {
   const shown = `${kind} ${text}`;
   if (box.dataset.shown !== shown) {
     const was = box.className;
+    if (kind === 'open' && was.includes('lost')) mention('The hub is connected again.');
     box.dataset.shown = shown;
     box.className = `link-state ${kind}`;
     box.textContent = text;
     box.title = reason;
     document.body.classList.toggle('stale', kind === 'lost');
     if (kind === 'lost' && !was.includes('lost')) {
-      announce('The connection to the hub was lost. It is being made again.', 'bad');
+      mention('The connection to the hub was lost. It is being made again.');
     }
   }
 }
@@ -660,7 +669,7 @@ async function route() {
     main.replaceChildren(el('div', { class: 'empty' },
       el('h1', {}, 'Your token does not show this'),
       el('p', {}, `It needs the scope ${view.scope} or admin. Make such a token with:`),
-      code(`gollama-proxy token --sub me --scope ${view.scope}`)));
+      command(`gollama-proxy token --sub me --scope ${view.scope}`)));
     return;
   }
   try {

@@ -48,15 +48,16 @@ export class Series {
   }
 }
 
-// A chart of one or two series.  The first is a line, with its area if `area`; the second
-// a dashed line.  `describe(chart)` is its text for screen readers.
+// A chart of one or two lines, the first with its area if `area`.  Up to `bridge` missing
+// values are drawn over.  `describe(chart)` is its text for screen readers.
 export class Chart {
   #paths;
   #area = null;
   #label = '';
 
-  constructor({ series, area = false, describe }) {
+  constructor({ series, area = false, bridge = 0, describe }) {
     this.series = series;
+    this.bridge = bridge;
     this.describe = describe;
     this.node = svg('svg', {
       class: 'chart', role: 'img', viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
@@ -65,7 +66,7 @@ export class Chart {
     this.node.append(svg('path', { class: 'base', d: `M0 ${HEIGHT}H${WIDTH}` }));
     if (area) this.node.append((this.#area = svg('path', { class: 'area' })));
     this.#paths = series.map((_, place) => {
-      const path = svg('path', { class: place ? 'b b-dash' : 'a' });
+      const path = svg('path', { class: place ? 'b' : 'a' });
       this.node.append(path);
       return path;
     });
@@ -75,7 +76,7 @@ export class Chart {
   draw() {
     this.top = ceiling(Math.max(...this.series.map((each) => each.top)));
     this.series.forEach((series, place) => {
-      const runs = runsOf(series.values, this.top);
+      const runs = runsOf(series.values, this.top, this.bridge);
       this.#paths[place].setAttribute('d', runs.map(line).join(''));
       if (!place) this.#area?.setAttribute('d', runs.map(surface).join(''));
     });
@@ -85,16 +86,15 @@ export class Chart {
 }
 
 // The points of each run of values without a gap.
-function runsOf(values, top) {
+function runsOf(values, top, bridge) {
   const width = WIDTH / (values.length - 1);
   const runs = [];
   let run = null;
+  let last = 0;
   values.forEach((value, place) => {
-    if (value == null) {
-      run = null;
-      return;
-    }
-    if (!run) runs.push((run = []));
+    if (value == null) return;
+    if (!run || place - last > bridge + 1) runs.push((run = []));
+    last = place;
     const height = HEIGHT * (1 - value / top);
     run.push([Math.round(place * width * 10) / 10, Math.round(height * 10) / 10]);
   });
@@ -113,9 +113,9 @@ const line = (run) => `M${run.map((point) => point.join(' ')).join('L')}`;
 
 const surface = (run) => `${line(run)}V${HEIGHT}H${run[0][0]}Z`;
 
-// The next number that is easy to read: 1, 2, 5, 10, 20, 50 …
+// The next number that is easy to read: 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15 …
 function ceiling(value) {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].find((each) => each * power >= value * 0.999) * power;
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((each) => each * power >= value * 0.999) * power;
 }

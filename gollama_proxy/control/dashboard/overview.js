@@ -15,7 +15,7 @@ const STATES = {
   asleep: ['☾', 'Asleep', ''],
   waking: ['…', 'Waking', 'warn'],
 };
-const MARKS = { bad: '✕', warn: '▲', good: '✓', '': '·' };
+const MARKS = { bad: '✕', warn: '▲', good: '✓', '': '○' };
 
 const now = () => performance.now() / 1_000;
 
@@ -89,24 +89,24 @@ class Overview {
     this.mark = el('span', { class: 'mark', 'aria-hidden': 'true' });
     this.verdict = el('span', {}, 'Loading…');
     this.troubles = el('ul', {});
-    this.news = el('p', { class: 'unseen', role: 'status' });
+    this.age = el('p', { class: 'notice', hidden: true });
     this.totalsBox = new Totals(this.#app);
     this.count = el('h2', {});
     this.filters = this.#buildFilters();
     this.list = el('div', { class: 'workers' });
     this.waiting = new Table(this.#app, 'Nothing waits for a slot.', [
-      ['Place', 'num'], ['Subject'], ['Class'], ['Model'], ['Waited', 'num'],
+      ['Place', 'num'], ['Subject'], ['Class', 'less'], ['Model', 'less'], ['Waited', 'num'],
       ['Expected', 'num'], ...(admin ? [['', 'num']] : []),
     ]);
     this.queueHead = el('h2', {}, 'Queue');
     this.queueSums = el('p', { class: 'hint' });
     this.flight = new Table(this.#app, 'No request is being answered.', [
-      ['Subject'], ['Model'], ['Worker'], ['State'], ['Age', 'num'], ['Tokens', 'num'],
+      ['Subject'], ['Model', 'less'], ['Worker'], ['State', 'less'], ['Age', 'num'], ['Tokens', 'num'],
       ...(admin ? [['', 'num']] : []),
     ]);
     this.flightHead = el('h2', {}, 'In flight');
-    this.body = el('div', { class: 'view-body' });
     this.root.append(
+      this.age,
       el('section', { class: 'verdict', 'aria-label': 'Verdict' },
         el('div', { class: 'head' },
           el('h1', {}, this.mark, this.verdict),
@@ -115,15 +115,14 @@ class Overview {
             el('button', { type: 'button', onclick: () => this.#reload() },
               'Reload settings'))),
         this.troubles),
-      this.news,
       this.totalsBox.node,
       el('section', { class: 'fleet', 'aria-label': 'Workers' },
         el('div', { class: 'head' }, this.count, this.filters), this.list),
-      el('div', { class: 'two' },
+      (this.two = el('div', { class: 'two' },
         el('section', { class: 'card', 'aria-label': 'Queue' },
           this.queueHead, this.queueSums, this.waiting.node),
         el('section', { class: 'card', 'aria-label': 'Requests in flight' },
-          this.flightHead, this.flight.node)));
+          this.flightHead, this.flight.node))));
   }
 
   #buildFilters() {
@@ -292,7 +291,9 @@ class Overview {
   // Once a second: what no event is sent for.
   #tick() {
     const seconds = (this.seconds = (this.seconds ?? 0) + 1);
-    if (document.hidden || this.#app.live.state !== 'open') return;
+    if (document.hidden) return;
+    this.#schedule();
+    if (this.#app.live.state !== 'open') return;
     if (seconds % 2 === 0 && (this.exchanges.size || this.totals.running)) {
       this.#refetch('exchanges', ({ exchanges }) => this.#setExchanges(exchanges));
     }
@@ -385,7 +386,7 @@ class Overview {
       place += 1;
     }
     if (!this.workers.size) this.list.replaceChildren(this.#emptyHub());
-    else this.list.querySelector('.empty')?.remove();
+    else this.list.querySelector('.first')?.remove();
     this.#seek();
   }
 
@@ -414,21 +415,25 @@ class Overview {
   }
 
   #emptyHub() {
-    const { el } = this.#app;
-    return el('div', { class: 'empty card' },
+    const { el, command } = this.#app;
+    const add = 'gollama-proxy workers add http://10.0.0.13:8080 --name attic';
+    return el('div', { class: 'first card' },
       el('h3', {}, 'How to add the first worker'),
-      el('ol', { class: 'steps' },
-        el('li', {}, 'Start a llama-server on any machine: ',
-          el('code', {}, 'llama-server -m model.gguf --host 0.0.0.0 --port 8080')),
-        el('li', {}, 'Add its address, ', this.#app.can('admin')
-          ? el('span', {}, 'with the button “Add worker”, or with ') : 'with ',
-        el('code', {}, 'gollama-proxy workers add http://10.0.0.13:8080 --name attic'))),
-      el('p', { class: 'muted' }, 'A machine can also register itself: see ',
+      el('p', {}, 'Start a llama-server on any machine of your network:'),
+      command('llama-server -m model.gguf --host 0.0.0.0 --port 8080'),
+      el('p', {}, this.#app.can('admin')
+        ? 'Then add its address with the button above, or with this command:'
+        : 'Then add its address:'),
+      command(add),
+      el('p', { class: 'muted' }, 'Workers can also stand in the settings file, as ',
+        el('code', {}, '[[workers]]'), ', and a machine can register itself: see ',
         el('code', {}, 'gollama-proxy agent --help'), '.'));
   }
 
   #renderVerdict() {
     const { level, text, list } = verdictOf(this.workers, this.totals, this.queue);
+    const empty = !this.workers.size;
+    this.totalsBox.node.hidden = this.two.hidden = empty && !this.exchanges.size;
     look(this.mark, `mark ${level}`);
     put(this.mark, MARKS[level]);
     put(this.verdict, text);
@@ -436,14 +441,26 @@ class Overview {
       text.split(':')[0]} · gollama_proxy`;
     if (document.title !== title) document.title = title;
     this.#renderTroubles(list);
+    this.#renderAge();
     const size = this.workers.size;
     put(this.count, size ? this.#app.format.plural(size, 'worker') : '');
     this.#tellNews();
   }
 
+  // Without events, what is shown gets old.
+  #renderAge() {
+    const { state, sampled } = this.#app.live;
+    const age = sampled ? (Date.now() - sampled) / 1_000 : 0;
+    this.age.hidden = age < 4 || (state !== 'lost' && state !== 'open');
+    if (!this.age.hidden) {
+      put(this.age, `The hub has sent nothing for ${duration(age)}. `
+        + 'What you see is that old; the page is reconnecting.');
+    }
+  }
+
   #renderTroubles(list) {
     const { el } = this.#app;
-    const lines = list.slice(0, MOST_TROUBLES);
+    const lines = list.slice(0, this.#compact ? 3 : MOST_TROUBLES);
     const more = list.length - lines.length;
     const rows = more > 0 ? [...lines, { level: '', text: `and ${more} more` }] : lines;
     while (this.troubles.children.length > rows.length) this.troubles.lastChild.remove();
@@ -455,7 +472,7 @@ class Overview {
       }
       const [mark, , link, rest] = row.childNodes;
       look(mark, level);
-      put(mark, MARKS[level]);
+      put(mark, level ? MARKS[level] : '');
       put(link, name ?? '');
       link.hidden = !name;
       const href = `#/workers/${encodeURIComponent(name ?? '')}`;
@@ -475,7 +492,7 @@ class Overview {
       }
       this.#said.set(name, key);
     }
-    if (news.length) put(this.news, news.slice(0, 3).join(' '));
+    if (news.length) this.#app.mention(news.slice(0, 3).join(' '));
   }
 
   colour(subject) {
@@ -721,6 +738,7 @@ class Overview {
 
 class Totals {
   #app;
+  pointed = {}; // the chart that the pointer is on, and where
 
   constructor(app) {
     this.#app = app;
@@ -736,36 +754,37 @@ class Totals {
     const text = (name, unit) => (chart) => `${name}, the last ${MINUTES} minutes: now ${
       chart.series.map((each) => unit(now(each))).join(' and ')}, highest ${
       unit(Math.max(...chart.series.map((each) => each.top)))}`;
-    const chart = (name, unit, series, area = true) =>
-      new Chart({ series, area, describe: text(name, unit) });
+    const chart = (name, unit, series, options = { area: true }) =>
+      new Chart({ series, ...options, describe: text(name, unit) });
     this.charts = {
       speed: chart('Tokens per second', format.short, [this.speed]),
-      first: chart('Time to first token, median and 95 %', format.ms, [this.p50, this.p95]),
+      first: chart('Time to first token, median and 95 %', format.ms, [this.p50, this.p95],
+        { bridge: 24 }),
       running: chart('Requests that run and wait', format.short, [this.running, this.waiting]),
       requests: chart('Requests and errors per second', format.short,
         [this.requests, this.errors]),
     };
     this.figures = {};
     this.tops = {};
-    const figure = (key, after, key2 = '') => [
-      (this.figures[key] = el('b', {}, '–')), el('small', { class: key2 }, after)];
+    const figure = (key, after = '', kind = '') => el('span', { class: 'figure' },
+      (this.figures[key] = el('b', {}, '–')), ' ', after && el('small', { class: kind }, after));
     const box = (name, title, figures) => {
       this.tops[name] = el('span', {});
+      this.#watchPointer(name);
       return el('section', { class: 'card total' }, el('h2', {}, title),
         el('p', { class: 'figures' }, figures), this.charts[name].node,
         el('p', { class: 'axis', 'aria-hidden': 'true' },
           el('span', {}, `${MINUTES} min`), this.tops[name], el('span', {}, 'now')));
     };
-    this.slots = el('small', {});
+    this.slots = el('span', {});
     this.node = el('section', { class: 'totals', 'aria-label': 'Figures of the hub' },
-      box('speed', 'Tokens per second', [(this.figures.speed = el('b', {}, '–'))]),
+      box('speed', 'Tokens per second', figure('speed')),
       box('first', 'Time to first token',
-        [figure('p50', 'median', 'key'), figure('p95', '95 %', 'key b')]),
-      box('running', 'Requests',
-        [(this.figures.running = el('b', {}, '–')), this.slots,
-          figure('waiting', 'waiting', 'key b')]),
+        [figure('p50', 'p50', 'key'), figure('p95', 'p95', 'key b')]),
+      box('running', ['Requests', this.slots],
+        [figure('running', 'running', 'key'), figure('waiting', 'waiting', 'key b')]),
       box('requests', 'Requests per minute',
-        [(this.figures.requests = el('b', {}, '–')), figure('errors', 'errors', 'key b')]));
+        [figure('requests', 'done', 'key'), figure('errors', 'errors', 'key b')]));
   }
 
   load(columns = {}) {
@@ -791,12 +810,39 @@ class Totals {
   }
 
   #draw() {
-    const { format } = this.#app;
     for (const [name, chart] of Object.entries(this.charts)) {
       chart.draw();
-      const unit = name === 'first' ? format.ms : format.short;
-      put(this.tops[name], `to ${unit(chart.top)}`);
+      this.#showTop(name);
     }
+  }
+
+  // Below a chart: its highest value, or those at the pointer.
+  #showTop(name) {
+    const { format } = this.#app;
+    const { series, top } = this.charts[name];
+    const unit = name === 'first' ? format.ms : format.short;
+    const { chart, place } = this.pointed;
+    if (chart !== name) return put(this.tops[name], `up to ${unit(top)}`);
+    const [{ size, step }] = series;
+    const ago = format.duration((size - 1 - place) * step);
+    const values = series.map((each) => unit(each.values[place])).join(', ');
+    return put(this.tops[name], `${ago} ago: ${values}`);
+  }
+
+  #watchPointer(name) {
+    const { node, series } = this.charts[name];
+    const point = (event) => {
+      const { left, width } = node.getBoundingClientRect();
+      const part = Math.min(Math.max((event.clientX - left) / width, 0), 1);
+      this.pointed = { chart: name, place: Math.round(part * (series[0].size - 1)) };
+      this.#showTop(name);
+    };
+    node.addEventListener('pointermove', point);
+    node.addEventListener('pointerdown', point);
+    node.addEventListener('pointerleave', () => {
+      this.pointed = {};
+      this.#showTop(name);
+    });
   }
 
   render(totals, workers) {
@@ -808,7 +854,7 @@ class Totals {
     put(this.figures.p50, format.ms(totals.first_token_p50 ?? lastOf(this.p50)));
     put(this.figures.p95, format.ms(totals.first_token_p95 ?? lastOf(this.p95)));
     put(this.figures.running, format.number(totals.running));
-    put(this.slots, slots ? `running, of ${format.number(slots)} slots` : 'running');
+    put(this.slots, slots ? `, ${format.number(slots)} slots` : '');
     put(this.figures.waiting, format.number(totals.waiting));
     const minute = (series) => {
       const known = series.values.slice(-12).filter((each) => each != null);
@@ -842,7 +888,7 @@ class Card {
         `Tokens per second, the last ${MINUTES} minutes: highest ${format.short(one.top)}`,
     });
     this.firstChart = new Chart({
-      series: [this.p50, this.p95],
+      series: [this.p50, this.p95], bridge: 12,
       describe: ({ series: [one, two] }) =>
         `Time to first token: median up to ${format.ms(one.top)}, 95 % up to ${
           format.ms(two.top)}`,
@@ -853,7 +899,7 @@ class Card {
     this.dots = el('span', { class: 'slots', 'aria-hidden': 'true' });
     this.busy = el('span', { class: 'text' });
     this.now = el('b', {}, '–');
-    this.first = el('b', {}, '–');
+    this.first = el('b', { title: 'p50 and p95' }, '–');
     this.models = el('ul', { class: 'models', 'aria-label': 'Models' });
     this.machine = el('ul', { class: 'machine', 'aria-label': 'Machine' });
     this.foot = el('p', { class: 'foot' });
@@ -905,19 +951,19 @@ class Card {
     const { format } = this.#app;
     const passed = now() - worker.at;
     const trouble = troubleOf(worker);
-    const [mark, word, kind] = shownState(worker);
+    const [mark, word, kind, since] = shownState(worker);
     const sought = this.node.classList.contains('sought') ? ' sought' : '';
     const edge = trouble.level || kind;
     look(this.node, `card worker ${edge ? `${edge}-edge` : ''}${sought}`);
     look(this.state, kind);
     put(this.state, `${mark} ${word}`);
-    put(this.since, `for ${format.duration(worker.since + passed)}`);
+    put(this.since, since == null ? '' : `for ${format.duration(since + passed)}`);
     this.#renderWhy(worker, trouble);
     this.#renderSlots(worker, exchanges);
     put(this.now, format.short(worker.tokens_per_second ?? 0));
     const p50 = worker.first_token_p50 ?? this.p50.values.findLast((each) => each != null);
     const p95 = worker.first_token_p95 ?? this.p95.values.findLast((each) => each != null);
-    put(this.first, p50 == null ? '–' : `${format.ms(p50)} · ${format.ms(p95 ?? p50)}`);
+    put(this.first, p50 == null ? '–' : both(p50, p95 ?? p50, format));
     this.#renderModels(worker);
     this.#renderMachine(worker);
     this.#renderFoot(worker, passed);
@@ -974,8 +1020,9 @@ class Card {
         : [model.loaded ? 'loaded' : 'not loaded'];
       const context = model.context ?? worker.context;
       return el('li', {}, el('span', { class: 'name' }, model.name),
-        context && el('span', { class: 'muted' }, `${format.number(context)} tokens`),
-        el('span', { class: model.loaded ? 'good' : 'muted' }, state),
+        context && el('span', { class: 'muted', title: `${format.number(context)} tokens` },
+          `${thousands(context)} context`),
+        el('span', { class: `row ${model.loaded ? 'good' : 'muted'}` }, state),
         model.breaker && model.breaker.state !== 'closed'
           && el('span', { class: 'warn' }, `▲ breaker ${model.breaker.state}`));
     });
@@ -984,9 +1031,9 @@ class Card {
     this.models.replaceChildren(...rows);
   }
 
-  #renderMachine({ agent, vram_gib: vram }) {
+  #renderMachine({ agent }) {
     const { el } = this.#app;
-    const key = JSON.stringify([agent, vram]);
+    const key = JSON.stringify(agent);
     if (key === this.machineKey) return;
     this.machineKey = key;
     const rows = (agent?.devices ?? []).slice(0, 8).map((device) => {
@@ -994,15 +1041,14 @@ class Card {
       const memory = all && (used == null ? `${short(all)} GiB`
         : `${short(used)} of ${short(all)} GiB`);
       return el('li', {}, el('span', { class: 'name' }, name),
+        celsius != null && el('span', { class: celsius >= HOT ? 'bad' : '' },
+          `${celsius >= HOT ? '▲ ' : ''}${Math.round(celsius)} °C`),
+        busy != null && el('span', {}, `${Math.round(busy * 100)} % busy`),
         all && used != null && el('meter', {
           min: 0, max: all, high: all * 0.97, value: used, 'aria-label': `Memory of ${name}`,
         }),
-        memory && el('span', {}, memory),
-        busy != null && el('span', {}, `${Math.round(busy * 100)} % busy`),
-        celsius != null && el('span', { class: celsius >= HOT ? 'bad' : '' },
-          `${celsius >= HOT ? '▲ ' : ''}${Math.round(celsius)} °C`));
+        memory && el('span', { class: 'memory' }, memory));
     });
-    if (!rows.length && vram) rows.push(el('li', {}, `${short(vram)} GiB VRAM, as set`));
     if (agent?.load != null) {
       rows.push(el('li', {}, `${agent.host ? `${agent.host}: ` : ''}processor load ${
         Math.round(agent.load * 100)} %`));
@@ -1018,7 +1064,8 @@ class Card {
       this.about = el('span', {});
       this.foot.append(this.about, this.error);
     }
-    const parts = [worker.url, worker.build && `build ${worker.build}`,
+    const parts = [worker.url, worker.build && `build\u00a0${worker.build}`,
+      worker.vram_gib && !worker.agent?.devices?.length && `${short(worker.vram_gib)}\u00a0GiB\u00a0VRAM`,
       worker.source !== 'file' && SOURCES[worker.source]];
     put(this.about, parts.filter(Boolean).join(' · '));
     put(this.error, error
@@ -1060,7 +1107,7 @@ class Tile {
     put(this.mark, mark);
     put(this.use, `${worker.running ?? 0}/${worker.slots ?? '?'}`);
     const speed = worker.tokens_per_second;
-    put(this.sub, level ? brief : `${word}${speed ? `, ${format.short(speed)} tok/s` : ''}`);
+    put(this.sub, level ? sentence(brief.replace(/^is /, ''), '') : `${word}${speed ? `, ${format.short(speed)} tok/s` : ''}`);
     const kinds = Object.keys(KINDS).filter((each) => isOf(each, worker)).join();
     const moved = level !== this.#level || kinds !== this.#kinds;
     this.#level = level;
@@ -1106,8 +1153,11 @@ class Table {
         this.columns.forEach((_, column) => {
           const cell = cells[column];
           const box = row.children[column];
-          if (typeof cell !== 'function') put(box, String(cell ?? ''));
-          else if (fresh) box.append(cell());
+          if (typeof cell !== 'function') {
+            const text = String(cell ?? '');
+            put(box, text);
+            if (text.length > 20 && box.title !== text) box.title = text;
+          } else if (fresh) box.append(cell());
         });
       });
       if (this.body.children[place] !== row) {
@@ -1182,17 +1232,18 @@ function actionsOf(worker) {
 
 const isHeld = ({ hold }) => hold === 'paused' || hold === 'draining';
 
-// The symbol, the word and the kind of its state; a hold comes before "ready".
+// The symbol, the word and the kind of its state, and the seconds since it began, if they
+// are known; a hold and a breaker come before "ready".
 function shownState(worker) {
-  if (worker.state === 'ready' && worker.hold === 'paused') return ['‖', 'Paused', ''];
-  if (worker.state === 'ready' && worker.hold === 'draining') return ['↓', 'Draining', 'warn'];
+  if (worker.state === 'ready' && worker.hold === 'paused') return ['‖', 'Paused', '', null];
+  if (worker.state === 'ready' && worker.hold === 'draining') return ['↓', 'Draining', 'warn', null];
   if (worker.state === 'ready' && worker.breaker.state === 'open') {
-    return ['✕', 'Ready, but fails', 'bad'];
+    return ['✕', 'Failing', 'bad', worker.breaker.since];
   }
   if (worker.state === 'ready' && worker.breaker.state === 'half-open') {
-    return ['◐', 'Ready, on trial', 'warn'];
+    return ['◐', 'On trial', 'warn', worker.breaker.since];
   }
-  return STATES[worker.state] ?? ['?', worker.state, 'warn'];
+  return [...(STATES[worker.state] ?? ['?', worker.state, 'warn']), worker.since];
 }
 
 // What is wrong with a worker: {level: 'bad', 'warn' or '', text, brief}.
@@ -1269,7 +1320,9 @@ function breakerWords({ state, reason, since, opens_in: left }, passed) {
   return `${state}${lasting}: ${reason}.${next}`;
 }
 
-const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? '' : '.'}`;
+function sentence(text, end = '.') {
+  return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? '' : end}`;
+}
 
 function isOf(kind, worker) {
   if (kind === 'trouble') return Boolean(troubleOf(worker).level);
@@ -1291,8 +1344,9 @@ function verdictOf(workers, { waiting = 0 }, queue) {
   const asleep = all.filter(({ state }) => state === 'asleep');
   const usable = all.filter((worker) => worker.state === 'ready' && !isHeld(worker)
     && worker.breaker.state !== 'open');
-  const size = all.length;
-  const of = size === 1 ? 'The worker' : '';
+  const size = all.length.toLocaleString('en');
+  const single = all.length === 1;
+  const of = single ? 'The worker' : '';
   const list = [...troubles];
   let level = 'good';
   let text;
@@ -1300,13 +1354,13 @@ function verdictOf(workers, { waiting = 0 }, queue) {
     level = 'bad';
     if (bad.length === 1) {
       const [{ name, text: what }] = bad;
-      text = size === 1 ? `The worker ${name} ${what}`
+      text = single ? `The worker ${name} ${what}`
         : `1 of ${size} workers ${what.replace(/^(is down|gets no requests): /, `$1: ${name}, `)}`;
       list.splice(list.indexOf(bad[0]), 1);
     } else {
       const down = bad.filter(({ kind }) => kind === 'down').length;
       const words = down === bad.length ? 'are down' : down ? 'are down or fail' : 'fail';
-      text = bad.length === size ? `All ${size} workers ${words}`
+      text = bad.length === all.length ? `All ${size} workers ${words}`
         : `${bad.length} of ${size} workers ${words}`;
     }
   } else if (!usable.length && !asleep.length) {
@@ -1319,18 +1373,18 @@ function verdictOf(workers, { waiting = 0 }, queue) {
     level = 'warn';
     const [{ name, text: what }] = troubles;
     text = `${usable.length} of ${size} workers are ready; ${name} ${what}`;
-    if (size === 1) text = `The worker ${name} ${what}`;
+    if (single) text = `The worker ${name} ${what}`;
     list.shift();
   } else if (troubles.length) {
     level = 'warn';
     text = `${usable.length} of ${size} workers are ready`;
-  } else if (usable.length < size) {
+  } else if (usable.length < all.length) {
     const rest = [held.length && `${held.length} held by operators`,
       asleep.length && `${asleep.length} asleep`].filter(Boolean).join(', ');
     text = `${usable.length} of ${size} workers ${usable.length === 1 ? 'is' : 'are'} ready; ${rest}`;
   } else {
-    text = size === 1 ? `The worker ${all[0].name} is ready`
-      : size === 2 ? 'Both workers are ready' : `All ${size} workers are ready`;
+    text = single ? `The worker ${all[0].name} is ready`
+      : all.length === 2 ? 'Both workers are ready' : `All ${size} workers are ready`;
   }
   const count = Math.max(waiting, queue.length);
   if (count) {
@@ -1379,6 +1433,16 @@ function recent(worker) {
   if (!worker) return {};
   const { tokens_per_second, first_token_p50, first_token_p95 } = worker;
   return { tokens_per_second, first_token_p50, first_token_p95 };
+}
+
+// Two times: "188 · 502 ms", or with a unit each.
+function both(low, high, { ms }) {
+  return high < 1_000 ? `${Math.round(low)} · ${ms(high)}` : `${ms(low)} · ${ms(high)}`;
+}
+
+// Tokens: 8k, 128k, 1,000
+function thousands(tokens) {
+  return tokens % 1_024 ? tokens.toLocaleString('en') : `${tokens / 1_024}k`;
 }
 
 const short = (value) => String(Math.round(value * 10) / 10);
