@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from gollama_proxy import __version__
 from gollama_proxy import tokens as minting
 from gollama_proxy.config.load import PLACES, load, locate, require_keys
-from gollama_proxy.config.names import is_plain
 from gollama_proxy.config.settings import (
     FLAGS,
     VARIABLES,
@@ -36,7 +35,7 @@ from gollama_proxy.config.settings import (
     Row,
     settings,
 )
-from gollama_proxy.config.values import ConfigError, convert, describe
+from gollama_proxy.config.values import ConfigError, convert, describe, is_plain
 
 if TYPE_CHECKING:
     from gollama_proxy.fleet.worker import Worker

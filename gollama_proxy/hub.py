@@ -29,10 +29,9 @@ from gollama_proxy.edge.router import ModelList, Routes, Status
 from gollama_proxy.edge.server import Server
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.groups import Groups
-from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds
+from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds, Watchdog
 from gollama_proxy.fleet.registry import Listener, Registry
 from gollama_proxy.fleet.wake import Waker
-from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Hold, Source, Worker, WorkerState
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.state import Exchange

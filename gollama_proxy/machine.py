@@ -364,7 +364,7 @@ def _share(percent: float | None) -> float | None:
     return None if percent is None else min(percent / 100, 1.0)
 
 
-# --- Addresses ----------------------------------------------------------------------
+# --- Addresses --------------------------------------------------------------------
 
 
 def place(url: str, local: str) -> str:

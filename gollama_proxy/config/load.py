@@ -31,7 +31,6 @@ from gollama_proxy.config.keys import (
     read_revoked,
     read_secret,
 )
-from gollama_proxy.config.names import Aliases
 from gollama_proxy.config.settings import (
     API_KEYS,
     FLAGS,
@@ -45,6 +44,7 @@ from gollama_proxy.config.settings import (
     settings,
 )
 from gollama_proxy.config.values import (
+    Aliases,
     ConfigError,
     Mistakes,
     convert,

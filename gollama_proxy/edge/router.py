@@ -150,7 +150,7 @@ async def _answer_preflight(request: web.BaseRequest, record: Record) -> Respons
     return Response(status=204, fields=fields)
 
 
-# --- What the hub itself answers ---------------------------------------------------
+# --- What the hub itself answers --------------------------------------------------
 
 
 class Status:

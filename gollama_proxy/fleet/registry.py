@@ -11,9 +11,8 @@ from functools import partial
 from weakref import WeakValueDictionary
 
 from gollama_proxy.bounded import BoundedDict
-from gollama_proxy.config.names import Aliases, is_name, matches
 from gollama_proxy.config.settings import Config, Models, WorkerConfig
-from gollama_proxy.config.values import ConfigError, shown
+from gollama_proxy.config.values import Aliases, ConfigError, is_name, matches, shown
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.speed import Expectations
 from gollama_proxy.fleet.worker import Hold, Source, Worker, WorkerState

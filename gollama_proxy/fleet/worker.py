@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, NamedTuple, assert_never
 from weakref import WeakSet
 
 from gollama_proxy.bounded import BoundedDict
-from gollama_proxy.config.names import is_name, is_plain, matches
 from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, WorkerConfig
+from gollama_proxy.config.values import is_name, is_plain, matches
 from gollama_proxy.fleet.breaker import Breaker, Verdict
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.naming import AnswerNames

@@ -42,7 +42,7 @@ from gollama_proxy.wire.shapes import Overflow
 _SECONDS = re.compile(r"\d+(?:\.\d*)?")
 
 
-# --- The request --------------------------------------------------------------------
+# --- The request ------------------------------------------------------------------
 
 
 def request_head(
@@ -206,7 +206,7 @@ class Attempt:
             connection.write(b"0\r\n\r\n")
 
 
-# --- Why it failed ------------------------------------------------------------------
+# --- Why it failed ----------------------------------------------------------------
 
 # The errors of connections and relays, by their code.
 _CAUSES = {

@@ -16,7 +16,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import UNSET
 
 from gollama_proxy.config.settings import Config
-from gollama_proxy.scheduling.policies import conversations
+from gollama_proxy.scheduling.policies import affinity
 from gollama_proxy.wire import fields
 from gollama_proxy.wire.coding import CODINGS, CodingError, Unpacker, coding_of
 from gollama_proxy.wire.errors import Code, RequestError
@@ -189,7 +189,7 @@ class Body:
         """Return hashes of the beginnings of its conversation, if it is one."""
         if not (self.replayable and self.converses):
             return ()
-        return conversations.prefixes(fields.messages_of(self._whole))
+        return affinity.prefixes(fields.messages_of(self._whole))
 
     def named(self, model: str) -> bytes:
         """Return the kept part with the name that the worker has for the model.

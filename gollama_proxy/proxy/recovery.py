@@ -39,7 +39,7 @@ from gollama_proxy.wire.openai import Api
 from gollama_proxy.wire.partial import Partial, closing
 from gollama_proxy.wire.resume import Resumer
 
-# --- The answer broke off -----------------------------------------------------------
+# --- The answer broke off ---------------------------------------------------------
 
 
 def failure_on(x: Exchange, worker: Worker, error: WorkerError) -> Failure:
@@ -91,7 +91,7 @@ def _is_worthwhile(x: Exchange, resume: Resume) -> bool:
     return x.fed or resume.exhausted or resume.can_continue
 
 
-# --- The next attempt ---------------------------------------------------------------
+# --- The next attempt -------------------------------------------------------------
 
 
 def pause_before_next(
@@ -130,7 +130,7 @@ def _ask_for_all(x: Exchange) -> bool:
     return True
 
 
-# --- The end ------------------------------------------------------------------------
+# --- The end ----------------------------------------------------------------------
 
 
 def give_up(x: Exchange) -> Response | Sent:

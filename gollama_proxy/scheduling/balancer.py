@@ -20,8 +20,8 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from gollama_proxy.bounded import BoundedDict, SlidingWindow
-from gollama_proxy.config.names import matches
 from gollama_proxy.config.settings import Config, Routing
+from gollama_proxy.config.values import matches
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
@@ -159,7 +159,7 @@ class Balancer:
             policy.learn(plan.ask, worker, prefill.cached, total)
 
 
-# --- The retry budget --------------------------------------------------------------
+# --- The retry budget -------------------------------------------------------------
 
 
 class RetryBudget:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet import watchdog
+from gollama_proxy.fleet import health
 from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
 from tests.fakes.asks import CHAT, EMBED, RARELY, STREAM, WHOLE
 from tests.fakes.clock import Clock
@@ -65,7 +65,7 @@ BEGUN = role() + token("a")
 
 @pytest.fixture(autouse=True)
 def _no_sweep_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "PERIOD", RARELY)
+    monkeypatch.setattr(health, "PERIOD", RARELY)
 
 
 def breaker_of(hub: RunningHub, worker: ScriptedWorker) -> Breaker:
@@ -331,7 +331,7 @@ async def test_good_canaries_close_a_breaker() -> None:
 async def test_the_watchdog_sends_canaries_periodically(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watchdog, "PERIOD", 0.01)
+    monkeypatch.setattr(health, "PERIOD", 0.01)
     async with broken() as (worker, hub):
         hub.advance(OPEN)
         await until(lambda: breaker_of(hub, worker).closed)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from gollama_proxy.fleet import watchdog
+from gollama_proxy.fleet import health
 from gollama_proxy.fleet.worker import WorkerState
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Wire
@@ -38,7 +38,7 @@ Stage = Callable[[ScriptedWorker, RunningHub], Awaitable[Wire]]
 @pytest.fixture(autouse=True)
 def no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave nothing periodic that could cancel: what is seen here is at once."""
-    monkeypatch.setattr(watchdog, "PERIOD", RARELY)
+    monkeypatch.setattr(health, "PERIOD", RARELY)
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from gollama_proxy.config.names import Aliases, matches
 from gollama_proxy.config.settings import Health
+from gollama_proxy.config.values import Aliases, matches
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.upstream.probe import Description
 from gollama_proxy.wire.description import Check

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config.settings import POLICIES
-from gollama_proxy.fleet import watchdog
+from gollama_proxy.fleet import health
 from gollama_proxy.proxy import limits
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.upstream.pool import SPACING
@@ -454,7 +454,7 @@ async def test_another_worker_can_still_take_over_after_a_notice() -> None:
 async def test_a_client_is_notified_when_its_prompt_takes_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
+    monkeypatch.setattr(health, "PERIOD", 0.02)
     monkeypatch.setattr(limits, "PROCESSING_AFTER", 0.1)
     async with crowded() as (worker, hub, _):
         worker.script(wait("read"), *chat_stream(["a"]))

@@ -25,8 +25,8 @@ import pytest
 
 from gollama_proxy.config.settings import Log
 from gollama_proxy.edge.response import Response
+from gollama_proxy.fleet.health import Watchdog
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.telemetry import accesslog, logs
 from gollama_proxy.telemetry.logs import JsonFormatter, TextFormatter
@@ -119,7 +119,7 @@ class Witness:
                 # An alias is a setting, and settings show themselves.
                 setting = type(each).__module__ in (
                     "gollama_proxy.config.settings",
-                    "gollama_proxy.config.names",
+                    "gollama_proxy.config.values",
                 )
                 but = (ALIAS,) if setting else ()
                 name = f"the repr of a {type(each).__qualname__}"

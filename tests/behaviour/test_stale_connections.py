@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet import watchdog
+from gollama_proxy.fleet import health
 from gollama_proxy.fleet.worker import WorkerState
 from gollama_proxy.upstream import pool as pools
 from tests.fakes.asks import CHAT
@@ -178,7 +178,7 @@ async def test_no_connection_of_a_worker_that_closes_after_streams_is_reused() -
 
 @pytest.fixture
 def _quick_probation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "PERIOD", 0.01)
+    monkeypatch.setattr(health, "PERIOD", 0.01)
     monkeypatch.setattr(pools, "PROBATION", 0.01)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet import watchdog
+from gollama_proxy.fleet import health
 from gollama_proxy.proxy import limits
 from gollama_proxy.proxy.response import Stream
 from tests.behaviour.test_queue import crowded, sent
@@ -23,7 +23,7 @@ TEXTS = ["a", ' "b"\n\n', " data: [DONE]\n\n", " : c", " é🦙"]
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What a client is told while it waits, which is soon."""
-    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
+    monkeypatch.setattr(health, "PERIOD", 0.02)
     monkeypatch.setattr(limits, "PROCESSING_AFTER", 0.05)
     monkeypatch.setattr(limits, "NOTICE_EVERY", 0.05)
     told: list[bytes] = []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.policies import Ask
-from gollama_proxy.scheduling.policies.conversations import (
+from gollama_proxy.scheduling.policies.affinity import (
     BOUNDARIES,
     LEAST_TRUST,
     SHARED,

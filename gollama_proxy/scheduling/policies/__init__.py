@@ -7,8 +7,12 @@ from collections.abc import Callable
 
 from gollama_proxy.scheduling.policies.affinity import Affinity
 from gollama_proxy.scheduling.policies.base import Ask, Fits, Policy
-from gollama_proxy.scheduling.policies.load import Fastest, LeastBusy
-from gollama_proxy.scheduling.policies.rotation import RoundRobin, Weighted
+from gollama_proxy.scheduling.policies.load import (
+    Fastest,
+    LeastBusy,
+    RoundRobin,
+    Weighted,
+)
 
 __all__ = [
     "Affinity",

@@ -10,10 +10,10 @@ import pytest
 
 from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, Origin, WorkerConfig
-from gollama_proxy.fleet import watchdog
+from gollama_proxy.fleet import health
 from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
+from gollama_proxy.fleet.health import Watchdog
 from gollama_proxy.fleet.lease import Result
-from gollama_proxy.fleet.watchdog import Watchdog
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
@@ -198,7 +198,7 @@ async def test_a_canary_that_is_cancelled_proves_nothing() -> None:
 async def test_the_rounds_go_on_after_one_that_failed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watchdog, "PERIOD", 0.001)
+    monkeypatch.setattr(health, "PERIOD", 0.001)
     stage = Stage()
     enough = asyncio.Event()
     rounds: list[None] = []
