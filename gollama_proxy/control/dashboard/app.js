@@ -282,6 +282,9 @@ function announce(text, kind = '') {
   const toasts = byId('toasts');
   toasts.append(toast);
   while (toasts.children.length > 4) toasts.firstChild.remove();
+  // Above a dialog that is open.
+  toasts.hidePopover?.();
+  toasts.showPopover?.();
 }
 
 // Have a screen reader read something that is seen already.

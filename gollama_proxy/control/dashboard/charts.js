@@ -14,7 +14,8 @@ function svg(tag, attributes) {
 // those that were pushed, or the highest.  null: nothing was measured.
 export class Series {
   #sum = 0;
-  #count = 0;
+  #known = 0; // values in the last step that are not null
+  #pushed = Infinity; // seconds in the last step: it is complete, so a new one begins
 
   constructor({ size = 180, step = 5, highest = false } = {}) {
     Object.assign(this, { size, step, highest });
@@ -25,20 +26,25 @@ export class Series {
   load(values) {
     const kept = (values ?? []).slice(-this.size);
     this.values = [...new Array(this.size - kept.length).fill(null), ...kept];
-    this.#sum = this.#count = 0;
+    this.#pushed = Infinity;
   }
 
-  // Add the value of one second; `fresh` begins the next step.
-  push(value, fresh) {
+  // Add the value of one second; returns whether the chart differs.
+  push(value) {
+    const fresh = this.#pushed >= this.step;
     if (fresh) {
       this.values.shift();
       this.values.push(null);
-      this.#sum = this.#count = 0;
+      this.#sum = this.#known = this.#pushed = 0;
     }
-    if (value == null) return;
-    this.#count += 1;
+    this.#pushed += 1;
+    if (value == null) return fresh;
+    const before = this.values[this.size - 1];
+    this.#known += 1;
     this.#sum = this.highest ? Math.max(this.#sum, value) : this.#sum + value;
-    this.values[this.size - 1] = this.highest ? this.#sum : this.#sum / this.#count;
+    const after = this.highest ? this.#sum : this.#sum / this.#known;
+    this.values[this.size - 1] = after;
+    return fresh || after !== before;
   }
 
   get top() {
@@ -46,24 +52,33 @@ export class Series {
     for (const value of this.values) if (value > top) top = value;
     return top;
   }
+
+  // The last value that was measured.
+  get last() {
+    return this.values.findLast((each) => each != null) ?? null;
+  }
 }
 
 // A chart of one or two lines, the first with its area if `area`.  Up to `bridge` missing
-// values are drawn over.  `describe(chart)` is its text for screen readers.
+// values are drawn over; behind the steps in which `marked` is not 0, the ground is red.
+// `describe(chart)` is its text for screen readers.
 export class Chart {
   #paths;
   #area = null;
+  #ground = null;
   #label = '';
 
-  constructor({ series, area = false, bridge = 0, describe }) {
+  constructor({ series, area = false, bridge = 0, marked = null, describe }) {
     this.series = series;
     this.bridge = bridge;
+    this.marked = marked;
     this.describe = describe;
     this.node = svg('svg', {
       class: 'chart', role: 'img', viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
       preserveAspectRatio: 'none',
     });
     this.node.append(svg('path', { class: 'base', d: `M0 ${HEIGHT}H${WIDTH}` }));
+    if (marked) this.node.prepend((this.#ground = svg('path', { class: 'ground' })));
     if (area) this.node.append((this.#area = svg('path', { class: 'area' })));
     this.#paths = series.map((_, place) => {
       const path = svg('path', { class: place ? 'b' : 'a' });
@@ -80,6 +95,7 @@ export class Chart {
       this.#paths[place].setAttribute('d', runs.map(line).join(''));
       if (!place) this.#area?.setAttribute('d', runs.map(surface).join(''));
     });
+    this.#ground?.setAttribute('d', groundOf(this.marked.values));
     const label = this.describe(this);
     if (label !== this.#label) this.node.setAttribute('aria-label', (this.#label = label));
   }
@@ -110,6 +126,21 @@ function runsOf(values, top, bridge) {
 }
 
 const line = (run) => `M${run.map((point) => point.join(' ')).join('L')}`;
+
+// A rectangle for each run of steps with a value above 0.
+function groundOf(values) {
+  const width = WIDTH / (values.length - 1);
+  let path = '';
+  for (let end, place = 0; place < values.length; place = end + 1) {
+    for (end = place; values[end] > 0;) end += 1;
+    if (end > place) {
+      const left = Math.max(place - 0.5, 0) * width;
+      const right = Math.min(end - 0.5, values.length - 1) * width;
+      path += `M${left.toFixed(1)} 0H${right.toFixed(1)}V${HEIGHT}H${left.toFixed(1)}Z`;
+    }
+  }
+  return path;
+}
 
 const surface = (run) => `${line(run)}V${HEIGHT}H${run[0][0]}Z`;
 

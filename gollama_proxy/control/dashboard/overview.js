@@ -47,7 +47,6 @@ class Overview {
   #last = 0;
   #timers = [];
   #stopped = new AbortController();
-  #ticks = 0;
   #requested = {}; // what is being fetched
   #said = new Map(); // by worker: the trouble that was announced
   #filter = { text: '', kind: 'all' };
@@ -252,14 +251,11 @@ class Overview {
       Object.assign(known, figures);
       this.#dirty.add(each.name);
     }
-    this.#ticks += 1;
-    const fresh = this.#ticks % 5 === 0;
-    this.totalsBox.push(sample, fresh);
+    this.totalsBox.push(sample);
     if (!this.#compact) {
-      for (const [name, box] of this.#boxes) {
-        box.push(this.workers.get(name), this.#ticks % 10 === 0);
-      }
+      for (const [name, box] of this.#boxes) box.push(this.workers.get(name));
     }
+    this.detail?.push(this.workers.get(this.detail.name));
     this.#schedule();
   }
 
@@ -699,7 +695,8 @@ class Overview {
     const card = (this.detail = new Card(this, this.#app, name));
     const dialog = (this.dialog = el('dialog', { class: 'wide', 'aria-label': name },
       card.node,
-      el('form', { method: 'dialog', class: 'row end' }, el('button', {}, 'Close'))));
+      el('form', { method: 'dialog', class: 'row end' },
+        el('button', { autofocus: true }, 'Close'))));
     dialog.addEventListener('close', () => {
       dialog.remove();
       this.detail = this.dialog = null;
@@ -798,14 +795,14 @@ class Totals {
     this.#draw();
   }
 
-  push(sample, fresh) {
-    this.speed.push(sample.tokens_per_second, fresh);
-    this.p50.push(sample.first_token_p50, fresh);
-    this.p95.push(sample.first_token_p95, fresh);
-    this.running.push(sample.running, fresh);
-    this.waiting.push(sample.waiting, fresh);
-    this.requests.push(sample.requests, fresh);
-    this.errors.push(sample.errors, fresh);
+  push(sample) {
+    this.speed.push(sample.tokens_per_second);
+    this.p50.push(sample.first_token_p50);
+    this.p95.push(sample.first_token_p95);
+    this.running.push(sample.running);
+    this.waiting.push(sample.waiting);
+    this.requests.push(sample.requests);
+    this.errors.push(sample.errors);
     this.#draw();
   }
 
@@ -847,12 +844,11 @@ class Totals {
 
   render(totals, workers) {
     const { format } = this.#app;
-    const lastOf = (series) => series.values.findLast((each) => each != null);
     let slots = 0;
     for (const each of workers.values()) slots += each.slots ?? 0;
     put(this.figures.speed, format.short(totals.tokens_per_second));
-    put(this.figures.p50, format.ms(totals.first_token_p50 ?? lastOf(this.p50)));
-    put(this.figures.p95, format.ms(totals.first_token_p95 ?? lastOf(this.p95)));
+    put(this.figures.p50, format.ms(totals.first_token_p50 ?? this.p50.last));
+    put(this.figures.p95, format.ms(totals.first_token_p95 ?? this.p95.last));
     put(this.figures.running, format.number(totals.running));
     put(this.slots, slots ? `, ${format.number(slots)} slots` : '');
     put(this.figures.waiting, format.number(totals.waiting));
@@ -882,10 +878,14 @@ class Card {
     this.speed = series();
     this.p50 = series();
     this.p95 = series({ highest: true });
+    this.failing = series({ highest: true });
     this.chart = new Chart({
-      series: [this.speed], area: true,
-      describe: ({ series: [one] }) =>
-        `Tokens per second, the last ${MINUTES} minutes: highest ${format.short(one.top)}`,
+      series: [this.speed], area: true, marked: this.failing,
+      describe: ({ series: [one], marked }) => {
+        const failed = marked.values.filter((each) => each).length * marked.step;
+        return `Tokens per second, the last ${MINUTES} minutes: highest ${
+          format.short(one.top)}${failed ? `; down or failing for ${duration(failed)}` : ''}`;
+      },
     });
     this.firstChart = new Chart({
       series: [this.p50, this.p95], bridge: 12,
@@ -925,20 +925,23 @@ class Card {
   }
 
   loadHistory(columns = {}) {
+    const { state = [], breaker = [] } = columns;
     this.speed.load(columns.tokens_per_second);
     this.p50.load(columns.first_token_p50);
     this.p95.load(columns.first_token_p95);
+    this.failing.load(state.map((each, place) => isFailing(each, breaker[place])));
     this.#draw();
   }
 
-  push(worker, fresh) {
+  push(worker) {
     if (!worker) return;
-    const tops = `${worker.tokens_per_second} ${worker.first_token_p50} ${worker.first_token_p95}`;
-    this.speed.push(worker.tokens_per_second ?? 0, fresh);
-    this.p50.push(worker.first_token_p50, fresh);
-    this.p95.push(worker.first_token_p95, fresh);
-    if (fresh || tops !== this.tops) this.#draw();
-    this.tops = tops;
+    const changed = [
+      this.speed.push(worker.tokens_per_second ?? 0),
+      this.p50.push(worker.first_token_p50),
+      this.p95.push(worker.first_token_p95),
+      this.failing.push(isFailing(worker.state, worker.breaker.state)),
+    ];
+    if (changed.some(Boolean)) this.#draw();
   }
 
   #draw() {
@@ -961,8 +964,8 @@ class Card {
     this.#renderWhy(worker, trouble);
     this.#renderSlots(worker, exchanges);
     put(this.now, format.short(worker.tokens_per_second ?? 0));
-    const p50 = worker.first_token_p50 ?? this.p50.values.findLast((each) => each != null);
-    const p95 = worker.first_token_p95 ?? this.p95.values.findLast((each) => each != null);
+    const p50 = worker.first_token_p50 ?? this.p50.last;
+    const p95 = worker.first_token_p95 ?? this.p95.last;
     put(this.first, p50 == null ? '–' : both(p50, p95 ?? p50, format));
     this.#renderModels(worker);
     this.#renderMachine(worker);
@@ -1229,6 +1232,8 @@ function actionsOf(worker) {
     'remove',
   ].filter(Boolean);
 }
+
+const isFailing = (state, breaker) => (state === 'down' || breaker === 'open' ? 1 : 0);
 
 const isHeld = ({ hold }) => hold === 'paused' || hold === 'draining';
 
