@@ -19,7 +19,8 @@ from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes, SettingsFile, Watched, Watcher, compare
 from gollama_proxy.control.admin import Admin
 from gollama_proxy.control.agents import AgentApi
-from gollama_proxy.control.events import Events, Recent
+from gollama_proxy.control.events import Events
+from gollama_proxy.control.history import History, Recent
 from gollama_proxy.control.page import Dashboard, Links
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.auth import Authenticator
@@ -100,9 +101,10 @@ class Hub(Listener):
         self.agents = Agents(config.agents, clock)
         self._agent_api = AgentApi(self)
         self.links = Links(clock)
-        self._views = Views(self)
+        self.views = Views(self)
         self.recent = Recent(clock)
-        self.events = Events(self._views, self.recent, lambda: self.proxy)
+        self.history = History(self.recent, clock)
+        self.events = Events(self.views, self.history, lambda: self.proxy)
         self.changing = asyncio.Lock()
         self.proxy = Proxy(
             config,
@@ -160,7 +162,7 @@ class Hub(Listener):
             "/models": {"GET": model_list.list_models},
             "/v1/models/": {"GET": model_list.show_model},
             "/models/": {"GET": model_list.show_model},
-            **Admin(self, self._views).routes(),
+            **Admin(self, self.views).routes(),
             **self._agent_api.routes(),
             **Dashboard(self).routes(),
         }
@@ -504,6 +506,7 @@ class Hub(Listener):
         self.groups.start()
         self.health.start()
         self.watchdog.start()
+        self.events.start()
         self._watcher.start()
         # In a thread, or the first token would hold up the event loop.
         if not self.authenticator.preloaded:
@@ -544,6 +547,7 @@ class Hub(Listener):
         if self._reload is not None:
             await asyncio.wait([self._reload])
         await self._watcher.stop()
+        await self.events.stop()
         await self.watchdog.stop()
         await self.loading.stop()
         await self.groups.stop()

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any, Protocol
 
+import msgspec
 from aiohttp import web
 
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes
 from gollama_proxy.control import views, workers
 from gollama_proxy.control.calls import Call, CallHandler, answer, check_local, decode
-from gollama_proxy.control.events import STREAM, Recent
-from gollama_proxy.control.page import LIFETIME, Links
+from gollama_proxy.control.events import STREAM
+from gollama_proxy.control.history import SAMPLES, History, Recent
+from gollama_proxy.control.page import LIFETIME, Links, compress
 from gollama_proxy.control.questions import Question, explain
 from gollama_proxy.control.views import Views
 from gollama_proxy.control.workers import Workers
@@ -34,6 +36,8 @@ from gollama_proxy.wire.errors import Code, RequestError
 SCOPE, LOOKING = "admin", "monitor"
 # They change nothing, or only who looks.
 _HARMLESS = frozenset({"/admin/explain", "/admin/links"})
+# Samples of workers in one answer: a quarter of an hour of a hundred of them.
+_MOST_VALUES = 100_000
 _FILTERS = ("id", "subject", "model", "worker", "outcome")
 
 
@@ -44,6 +48,8 @@ class Parts(workers.Parts, Protocol):
     def authenticator(self) -> Authenticator: ...
     @property
     def recent(self) -> Recent: ...
+    @property
+    def history(self) -> History: ...
     @property
     def links(self) -> Links: ...
 
@@ -76,6 +82,7 @@ class Admin:
             "/admin/exchanges": {"GET": self._list_exchanges},
             "/admin/exchanges/{id}": {"DELETE": self._cancel},
             "/admin/requests": {"GET": self._list_requests},
+            "/admin/history": {"GET": self._show_history},
             "/admin/config": {"GET": self._show_config},
             "/admin/explain": {"POST": self._explain},
             "/admin/links": {"POST": self._make_link},
@@ -163,15 +170,46 @@ class Admin:
 
     async def _list_requests(self, call: Call) -> Response:
         query = dict(call.request.query)
-        limit = query.pop("limit", "100")
-        if not re.fullmatch("[0-9]{1,4}", limit) or not 1 <= int(limit) <= 1000:
-            text = f"limit = {limit[:40]!r}: must be a whole number from 1 to 1,000."
-            raise RequestError(Code.INVALID_VALUE, text, param="limit")
-        for name in query:
-            if name not in _FILTERS:
-                text = f"{name[:40]}: no such filter; known: {', '.join(_FILTERS)}."
-                raise RequestError(Code.INVALID_VALUE, text, param=name[:40])
-        return answer({"requests": self._hub.recent.find(int(limit), **query)})
+        limit = _number(query, "limit", 100, 1000)
+        _refuse_others(query, _FILTERS)
+        return answer({"requests": self._hub.recent.find(limit, **query)})
+
+    async def _show_history(self, call: Call) -> Response:
+        query = dict(call.request.query)
+        names = call.request.query.getall("worker", [])
+        query.pop("worker", None)
+        seconds = _number(query, "seconds", SAMPLES, SAMPLES)
+        step = _number(query, "step", 1, 60)
+        _refuse_others(query, ("worker", "seconds", "step"))
+        history = self._hub.history
+        if "*" in names:
+            names = history.names
+        values = len(names) * -(-seconds // step)
+        if values > _MOST_VALUES:
+            text = (
+                f"step = {step}: the answer would have {values:,} samples of workers, "
+                f"and {_MOST_VALUES:,} is the limit; a larger step makes it smaller."
+            )
+            raise RequestError(Code.INVALID_VALUE, text, param="step")
+        hub = history.of_hub(seconds, step)
+        head = {"time": history.time, "step": step, "hub": hub}
+        workers = []
+        for name in names:
+            columns = history.of_worker(name, seconds, step)
+            if columns is None:
+                text = f"No worker is named {name[:200]!r}."
+                raise RequestError(Code.NOT_FOUND, text, param="worker")
+            workers.append(
+                b"%b:%b" % (msgspec.json.encode(name), msgspec.json.encode(columns))
+            )
+            await asyncio.sleep(0)  # a millisecond each
+        parts = (
+            msgspec.json.encode(head)[:-1],
+            b',"workers":{',
+            b",".join(workers),
+            b"}}",
+        )
+        return await compress(b"".join(parts), call.request)
 
     async def _explain(self, call: Call) -> Response:
         question = decode(await call.receive(), Question)
@@ -290,3 +328,23 @@ def _read_revocation(given: Mapping[str, Any]) -> tuple[str, str, bool]:
 
 def _read_description() -> bytes:
     return resources.files(__package__).joinpath("openapi.json").read_bytes()
+
+
+def _number(query: dict[str, str], name: str, default: int, most: int) -> int:
+    """Take a whole number from 1 out of a query.
+
+    Raises:
+        RequestError: 400.
+    """
+    given = query.pop(name, str(default))
+    if not re.fullmatch("[0-9]{1,4}", given) or not 1 <= int(given) <= most:
+        text = f"{name} = {given[:40]!r}: must be a whole number from 1 to {most:,}."
+        raise RequestError(Code.INVALID_VALUE, text, param=name)
+    return int(given)
+
+
+def _refuse_others(query: Collection[str], known: Sequence[str]) -> None:
+    for name in query:
+        if name not in known:
+            text = f"{name[:40]}: no such filter; known: {', '.join(known)}."
+            raise RequestError(Code.INVALID_VALUE, text, param=name[:40])

@@ -1,8 +1,7 @@
-"""What happens in a hub: the requests that have ended, and a stream of events.
+"""What happens in a hub, as a stream of events, and a sample each second.
 
-The last `KEPT` requests are kept, without content, as plain tuples: a request costs
-half a microsecond for that.  Everything else here costs nothing without listeners:
-the parts of the hub have no observer then, and no sample is taken.
+Without listeners, only the samples cost something (`History`): the parts of the hub
+have no observer then.
 
     event      data
     worker     a worker, after its state, breaker, hold or models have changed
@@ -10,7 +9,9 @@ the parts of the hub have no observer then, and no sample is taken.
     exchange   {"change": "started", "attempt" or "ended", …the request}
     queue      {"change": "joined", …the request}; `attempt` or `ended` follows
     change     an operator has changed something, as in the log
-    sample     numbers of the whole hub, once a second
+    sample     figures of the last second, as in `History`: of the hub, and in `workers`
+               of those workers whose figures differ from the last sample; the first
+               sample that a listener gets has all workers
     dropped    this listener did not read fast enough; the stream ends
     closed     the hub shuts down, or the token is no longer valid; the stream ends
 
@@ -21,16 +22,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
 
 import msgspec
 from aiohttp import web
 
 from gollama_proxy.config.settings import WorkerConfig
-from gollama_proxy.control.views import Shown, Views, tokens_of
+from gollama_proxy.control.history import EVERY, History, Shown
+from gollama_proxy.control.views import Views
 from gollama_proxy.edge.response import CLOSE, KEEP, Sent, frame, head
 from gollama_proxy.fleet.registry import Listener
 from gollama_proxy.fleet.worker import Worker
@@ -45,95 +45,12 @@ from gollama_proxy.wire.openai import ENDPOINTS
 logger = logging.getLogger(__name__)
 audit = logging.getLogger("gollama_proxy.audit")
 
-KEPT = 1000  # requests
 MOST_LISTENERS = 32
 MOST_EVENTS = 1000  # that wait for one listener
-EVERY = 1.0  # seconds between two samples
 
 STREAM = "Content-Type: text/event-stream\r\n" + "".join(
     f"{name}: {value}\r\n" for name, value in sse.STREAM_HEADERS.items()
 )
-
-# --- Requests that have ended -----------------------------------------------------
-
-_FIELDS = (
-    *("id", "ended", "subject", "remote", "method", "route", "model", "worker"),
-    *("status", "outcome", "error", "attempts", "rescued", "fell_back", "queued"),
-    *("first_byte", "duration", "tokens", "prompt_tokens", "bytes"),
-)
-
-
-class Recent:
-    """The last requests.  `clock` gives monotonic seconds, as in `Record.started`."""
-
-    def __init__(self, clock: Callable[[], float], kept: int = KEPT) -> None:
-        self._clock = clock
-        self._ended: deque[tuple[Any, ...]] = deque(maxlen=kept)
-        self.count = 0  # of all, since the start
-
-    def __repr__(self) -> str:
-        return f"<Recent requests={len(self._ended)}>"
-
-    def add(self, x: Record) -> None:
-        """Keep what is known of a request for workers that has ended."""
-        if x.route not in ENDPOINTS:
-            return
-        self.count += 1
-        # In the order of `_FIELDS`; a tuple costs less than any object with names.
-        self._ended.append(
-            (
-                x.id,
-                x.started + (x.duration or 0.0),
-                x.subject,
-                x.remote,
-                x.method,
-                x.route,
-                x.model,
-                x.worker,
-                x.status,
-                x.outcome,
-                x.error,
-                x.attempts,
-                x.rescued,
-                x.fell_back,
-                x.queued,
-                x.first_byte,
-                x.duration,
-                x.tokens,
-                x.prompt_tokens,
-                x.bytes,
-            )
-        )
-
-    def find(self, limit: int = KEPT, **wanted: str) -> list[Shown]:
-        """Return the last requests with these values, the newest first.
-
-        An `outcome` may also be the code of an error.
-        """
-        found: list[Shown] = []
-        for entry in reversed(self._ended):
-            request = dict(zip(_FIELDS, entry, strict=True))
-            if all(_has(request, name, value) for name, value in wanted.items()):
-                found.append(self._shown(request))
-                if len(found) >= limit:
-                    break
-        return found
-
-    def _shown(self, request: Shown) -> Shown:
-        ago = self._clock() - request["ended"]
-        request["ended"] = round(time.time() - ago, 3)
-        request["outcome"] = request["outcome"] or ""
-        for name in ("queued", "first_byte", "duration"):
-            if request[name] is not None:
-                request[name] = round(request[name], 6)
-        return request
-
-
-def _has(request: Shown, name: str, value: str) -> bool:
-    if name == "outcome":
-        return value in (request["outcome"], request["error"])
-    return bool(request[name] == value)
-
 
 # --- Events -----------------------------------------------------------------------
 
@@ -142,20 +59,16 @@ class Events(Listener):
     """Notifies listeners of what happens."""
 
     def __init__(
-        self, views: Views, recent: Recent, proxy: Callable[[], Proxy]
+        self, views: Views, history: History, proxy: Callable[[], Proxy]
     ) -> None:
         """`proxy` returns the part that serves requests; it is made later."""
         self._views = views
-        self._recent = recent
+        self._history = history
         self._proxy = proxy
         self.listeners: set[_Queue] = set()  # empty: nothing needs to be published
         self._closed = False
         self._changed: set[Worker] = set()  # that are shown soon
-        # Tokens since the last sample, by worker, and those seen of each request.
-        self._generated: dict[str, int] = {}
-        self._seen: dict[Exchange, int] = {}
-        self._sampled_at = 0.0
-        self._sampler: Periodic | None = None
+        self._sampler = Periodic("samples", self._sample, EVERY, delay=0.0)
 
     def __repr__(self) -> str:
         return f"<Events listeners={len(self.listeners)}>"
@@ -163,8 +76,7 @@ class Events(Listener):
     def publish(self, event: str, data: Shown) -> None:
         """Send an event to all listeners."""
         if self.listeners:
-            text = b"event: %b\ndata: %b\n\n"
-            sent = text % (event.encode(), msgspec.json.encode(data))
+            sent = _event(event, data)
             for listener in tuple(self.listeners):
                 if not listener.put(sent):
                     self._leave(listener)
@@ -232,34 +144,27 @@ class Events(Listener):
         if change == "ended":
             if x.route not in ENDPOINTS:
                 return
-            self._count(x, x.tokens)
-            self._seen.pop(x, None)
             shown |= {"status": x.status, "outcome": x.outcome, "error": x.error}
         self.publish("exchange", shown)
 
-    def _sample(self) -> None:
-        now = time.monotonic()
-        for x in self._proxy().running:
-            if x.attempts:
-                self._count(x, tokens_of(x))
-        seconds = max(now - self._sampled_at, 0.001)
-        rates = {
-            name: round(tokens / seconds, 1) for name, tokens in self._generated.items()
-        }
-        self._generated, self._sampled_at = {}, now
-        data = {"time": round(time.time(), 3), **self._views.totals()}
-        data["requests"] = self._recent.count
-        data["tokens_per_second"] = round(sum(rates.values()), 1)
-        for worker in data["workers"]:
-            worker["tokens_per_second"] = rates.get(worker["name"], 0.0)
-        self.publish("sample", data)
+    # --- Samples ------------------------------------------------------------------
 
-    def _count(self, x: Exchange, tokens: int) -> None:
-        """Count the tokens that a request has generated since it was last seen."""
-        new = tokens - self._seen.get(x, 0)
-        self._seen[x] = tokens
-        if new > 0:
-            self._generated[x.worker] = self._generated.get(x.worker, 0) + new
+    def start(self) -> None:
+        """Take samples from now on."""
+        self._sampler.start()
+
+    async def stop(self) -> None:
+        """Take no more samples."""
+        await self._sampler.stop()
+
+    async def _sample(self) -> None:
+        changed = self._history.take(*self._views.sampled())
+        if self.listeners:
+            self.publish("sample", self._shown(changed))
+
+    def _shown(self, workers: Collection[Shown]) -> Shown:
+        kept = self._history
+        return {"time": kept.time, **kept.latest, "workers": workers}
 
     # --- Listeners ----------------------------------------------------------------
 
@@ -309,26 +214,17 @@ class Events(Listener):
         return KEEP if keep_alive else CLOSE
 
     def _join(self, listener: _Queue) -> None:
-        if not self.listeners:
-            self._proxy().observer = self.observe
-            self._sampled_at = time.monotonic()
-            self._seen = {x: tokens_of(x) for x in self._proxy().running if x.attempts}
-            self._sampler = Periodic("samples", self._take_sample, EVERY, delay=0.0)
-            self._sampler.start()
+        self._proxy().observer = self.observe
         self.listeners.add(listener)
+        workers = self._history.present(self._views.fleet)
+        listener.put(_event("sample", self._shown(workers)))
         if self._closed:
             listener.end("the hub shuts down")
 
     def _leave(self, listener: _Queue) -> None:
         self.listeners.discard(listener)
-        if not self.listeners and self._sampler is not None:
-            self._sampler.cancel()
-            self._sampler = None
+        if not self.listeners:
             self._proxy().observer = None
-            self._seen, self._generated = {}, {}
-
-    async def _take_sample(self) -> None:
-        self._sample()
 
     def close(self) -> None:
         """End all streams of events: the hub shuts down."""
@@ -369,8 +265,7 @@ class _Queue:
             self._finish("closed", reason)
 
     def _finish(self, event: str, reason: str) -> None:
-        data = msgspec.json.encode({"reason": reason})
-        self._events.append(b"event: %b\ndata: %b\n\n" % (event.encode(), data))
+        self._events.append(_event(event, {"reason": reason}))
         self.ended = True
         self._woken.set()
 
@@ -381,3 +276,7 @@ class _Queue:
         taken = b"".join(self._events)
         self._events.clear()
         return taken
+
+
+def _event(name: str, data: Shown) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(data))

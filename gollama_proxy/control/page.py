@@ -288,10 +288,23 @@ def _serve(
     if file.tag in re.findall(r'(?:W/)?"[^"]*"', known) or known.strip() == "*":
         return Response(status=304, fields=fields)
     fields += f"Content-Type: {file.type}\r\n"
-    codings = ",".join(request.headers.getall("Accept-Encoding", ()))
-    if quality(codings, "gzip") and len(file.compressed) < len(file.content):
+    if _accepts_gzip(request) and len(file.compressed) < len(file.content):
         return Response(file.compressed, fields=fields + "Content-Encoding: gzip\r\n")
     return Response(file.content, fields=fields)
+
+
+async def compress(content: bytes, request: web.BaseRequest) -> Response:
+    """Make an answer of much JSON, compressed if the client accepts that."""
+    fields = f"{JSON}Vary: Accept-Encoding\r\n"
+    if _accepts_gzip(request):
+        content = await asyncio.to_thread(gzip.compress, content, 1, mtime=0)
+        fields += "Content-Encoding: gzip\r\n"
+    return Response(content, fields=fields)
+
+
+def _accepts_gzip(request: web.BaseRequest) -> bool:
+    codings = ",".join(request.headers.getall("Accept-Encoding", ()))
+    return quality(codings, "gzip") > 0
 
 
 def quality(accepted: str, wanted: str) -> float:

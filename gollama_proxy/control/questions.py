@@ -13,7 +13,8 @@ import msgspec
 from aiohttp import web
 
 from gollama_proxy.control.explain import Case, decide, other_workers
-from gollama_proxy.control.views import Parts, Shown, policy_name
+from gollama_proxy.control.history import Shown
+from gollama_proxy.control.views import Parts, policy_name
 from gollama_proxy.proxy.body import Body
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.state import Exchange

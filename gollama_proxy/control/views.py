@@ -6,10 +6,11 @@ No prompt, no answer and no secret is in any of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Protocol
 
 from gollama_proxy.config.settings import Config, settings
+from gollama_proxy.control.history import Running, Shown
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.registry import Registry
@@ -23,8 +24,6 @@ from gollama_proxy.scheduling.policies import Policy
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.turns import TicketState
 from gollama_proxy.wire.openai import ENDPOINTS
-
-Shown = dict[str, Any]
 
 
 class Parts(Protocol):
@@ -212,23 +211,18 @@ class Views:
             if x.state is State.QUEUED
         )
 
-    def totals(self) -> Shown:
-        """Show the numbers of the present, for a sample."""
-        return {
-            "running": len(list(in_flight(self._hub.proxy.running))),
-            "waiting": self._hub.queue.admission.waiting,
-            "workers": [
-                {
-                    "name": worker.name,
-                    "state": worker.state.value,
-                    "hold": worker.held,
-                    "breaker": worker.breaker.state.value,
-                    "running": worker.in_flight,
-                    "slots": worker.slots,
-                }
-                for worker in self._hub.registry.workers
-            ],
-        }
+    @property
+    def fleet(self) -> Sequence[Worker]:
+        return self._hub.registry.workers
+
+    def sampled(self) -> tuple[list[Running], int, Sequence[Worker]]:
+        """Return what a sample is taken of: requests, how many wait, and workers."""
+        hub = self._hub
+        running = [
+            Running(x.id, x.started, x.route, x.worker, x.first_byte, tokens_of(x))
+            for x in in_flight(hub.proxy.running)
+        ]
+        return running, hub.queue.admission.waiting, self.fleet
 
     # --- Settings -----------------------------------------------------------------
 

@@ -11,13 +11,10 @@ from typing import Any
 import pytest
 
 from gollama_proxy.control import events
-from gollama_proxy.control.events import Recent
-from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire import sse
 from tests.control.test_admin import ADMIN, CALM, call, complete, endless, error_of
 from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.client import Wire
-from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.registry import trip
 from tests.fakes.waiting import DEADLINE, until
@@ -142,9 +139,6 @@ async def test_without_listeners_nothing_observes() -> None:
             await two.next("sample")
             assert hub.hub.proxy.observer is not None
         await until(lambda: hub.hub.proxy.observer is None)
-        await until(
-            lambda: "samples" not in {each.get_name() for each in asyncio.all_tasks()}
-        )
         assert repr(hub.hub.events) == "<Events listeners=0>"
 
 
@@ -205,24 +199,3 @@ async def test_a_head_request_does_not_listen() -> None:
         answer = await wire.read_response()
         assert (answer.status, answer.body) == (200, b"")
         assert not hub.hub.events.listeners
-
-
-# --- Requests that have ended -----------------------------------------------------
-
-
-def record(number: int, route: str = CHAT) -> Record:
-    made = Record(str(number), "POST", route, subject="ann", status=200)
-    made.outcome, made.duration = Outcome.COMPLETE, 1.0
-    return made
-
-
-def test_only_the_last_requests_are_kept() -> None:
-    recent = Recent(Clock(), kept=3)
-    for number in range(5):
-        recent.add(record(number))
-    recent.add(record(9, "/metrics"))
-    assert [each["id"] for each in recent.find()] == ["4", "3", "2"]
-    assert recent.count == 5
-    assert repr(recent) == "<Recent requests=3>"
-    assert [each["id"] for each in recent.find(1, subject="ann")] == ["4"]
-    assert recent.find(subject="bob") == []

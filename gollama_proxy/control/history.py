@@ -1,0 +1,427 @@
+"""What has happened: the requests that have ended, and a sample of each second.
+
+The last `KEPT` requests are kept, without content, as plain tuples: a request costs
+half a microsecond for that.  Once a second, `History` makes a sample of those that have
+ended since, of those that run, and of the workers; the samples of the last quarter of
+an hour are kept.  So a page that is opened after the trouble still shows it.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from gollama_proxy.fleet.breaker import BreakerState
+from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.telemetry.accesslog import Outcome, Record
+from gollama_proxy.wire.openai import ENDPOINTS
+
+Shown = dict[str, Any]
+
+KEPT = 1000  # requests
+SAMPLES = 900  # that are kept
+EVERY = 1.0  # seconds between two samples
+
+# --- Requests that have ended -----------------------------------------------------
+
+_FIELDS = (
+    *("id", "started", "subject", "remote", "method", "route", "model", "worker"),
+    *("status", "outcome", "error", "attempts", "rescued", "fell_back", "queued"),
+    *("first_byte", "duration", "tokens", "prompt_tokens", "bytes"),
+)
+
+
+class Recent:
+    """The last requests.  `clock` gives monotonic seconds, as in `Record.started`."""
+
+    def __init__(self, clock: Callable[[], float], kept: int = KEPT) -> None:
+        self._clock = clock
+        self._ended: deque[tuple[Any, ...]] = deque(maxlen=kept)
+        self.count = 0  # of all, since the start
+
+    def __repr__(self) -> str:
+        return f"<Recent requests={len(self._ended)}>"
+
+    def add(self, x: Record) -> None:
+        """Keep what is known of a request for workers that has ended."""
+        if x.route not in ENDPOINTS:
+            return
+        self.count += 1
+        # In the order of `_FIELDS`; a tuple costs less than any object with names.
+        self._ended.append(
+            (
+                x.id,
+                x.started,
+                x.subject,
+                x.remote,
+                x.method,
+                x.route,
+                x.model,
+                x.worker,
+                x.status,
+                x.outcome,
+                x.error,
+                x.attempts,
+                x.rescued,
+                x.fell_back,
+                x.queued,
+                x.first_byte,
+                x.duration,
+                x.tokens,
+                x.prompt_tokens,
+                x.bytes,
+            )
+        )
+
+    def find(self, limit: int = KEPT, **wanted: str) -> list[Shown]:
+        """Return the last requests with these values, the newest first.
+
+        An `outcome` may also be the code of an error.
+        """
+        found: list[Shown] = []
+        for entry in reversed(self._ended):
+            request = dict(zip(_FIELDS, entry, strict=True))
+            if all(_has(request, name, value) for name, value in wanted.items()):
+                found.append(self._shown(request))
+                if len(found) >= limit:
+                    break
+        return found
+
+    def since(self, count: int) -> Iterator[tuple[Any, ...]]:
+        """Return the requests that have ended since the count was this one.
+
+        Of more than are kept, the last ones.
+        """
+        return islice(reversed(self._ended), self.count - count)
+
+    def _shown(self, request: Shown) -> Shown:
+        ended = request.pop("started") + (request["duration"] or 0.0)
+        shown = {
+            "id": request.pop("id"),
+            "ended": round(time.time() - (self._clock() - ended), 3),
+            **request,
+            "outcome": request["outcome"] or "",
+        }
+        for name in ("queued", "first_byte", "duration"):
+            if shown[name] is not None:
+                shown[name] = round(shown[name], 6)
+        return shown
+
+
+def _has(request: Shown, name: str, value: str) -> bool:
+    if name == "outcome":
+        return value in (request["outcome"], request["error"])
+    return bool(request[name] == value)
+
+
+# --- A sample of each second ------------------------------------------------------
+
+
+class Running(NamedTuple):
+    """A request for workers that has no outcome yet, as a sample needs it."""
+
+    id: str
+    started: float
+    route: str
+    worker: str
+    first_byte: float | None
+    tokens: int
+
+
+# The figures that are kept of the hub, and those of each worker besides its states.
+OF_HUB = (
+    *("requests", "errors", "running", "waiting", "tokens_per_second"),
+    *("first_token_p50", "first_token_p95"),
+)
+OF_WORKER = ("running", "tokens_per_second", "first_token_p50", "first_token_p95")
+_PICK = itemgetter(
+    *map(
+        _FIELDS.index,
+        ("id", "started", "route", "worker", "first_byte", "tokens"),
+    )
+)
+_ENDING = itemgetter(_FIELDS.index("outcome"), _FIELDS.index("status"))
+
+
+class History:
+    """The samples of the last quarter of an hour, of the hub and of each worker.
+
+    `requests` and `errors` are of those that have ended in the second; an error is one
+    that its client cannot avoid, so neither a mistake in the request (4xx) nor a client
+    that left.  `first_token_p50` and `first_token_p95` are in milliseconds, of the
+    answers that have begun in the second.  None: not known.  `clock` gives monotonic
+    seconds.
+    """
+
+    def __init__(self, recent: Recent, clock: Callable[[], float]) -> None:
+        self._recent = recent
+        self._clock = clock
+        self._taken = 0  # samples, those that were missed included
+        self._at = clock()  # when the last one was taken
+        self._counted = recent.count
+        # Of each request that runs: its tokens, and whether its answer has begun.
+        self._seen: dict[tuple[str, float], tuple[int, bool]] = {}
+        self._hub = _Track(OF_HUB)
+        self._workers: dict[str, _WorkerTrack] = {}
+        self.time = round(time.time(), 3)  # of the last sample, in Unix seconds
+        self.latest: Shown = dict.fromkeys(OF_HUB)
+        self._shown: dict[str, Shown] = {}  # the latest figures of each worker
+
+    def __repr__(self) -> str:
+        return f"<History samples={self._taken} workers={len(self._workers)}>"
+
+    # --- Taking one ---------------------------------------------------------------
+
+    def take(
+        self, running: Collection[Running], waiting: int, workers: Sequence[Worker]
+    ) -> list[Shown]:
+        """Take a sample; return the figures of the workers that have changed."""
+        now = self._clock()
+        seconds = now - self._at
+        # A machine that slept, or an event loop that was held up, has missed some.
+        for _ in range(min(int(seconds / EVERY - 0.5), SAMPLES)):
+            self._skip()
+        self._taken += 1
+        self._at, self.time = now, round(time.time(), 3)
+        ended = self._recent.count - self._counted
+        errors, tokens, begun = self._compare(running)
+        rate = 1.0 / (seconds if seconds > 0.0 else EVERY)
+        changed = [
+            self._shown[worker.name]
+            for worker in workers
+            if self._note(
+                worker,
+                round(tokens.get(worker.name, 0) * rate, 1),
+                begun.get(worker.name, ()),
+            )
+        ]
+        if len(self._workers) > len(workers):
+            self._forget({worker.name for worker in workers})
+        firsts = [first for each in begun.values() for first in each]
+        speed = round(sum(tokens.values()) * rate, 1)
+        figures = (
+            *(ended, errors, len(running), waiting, speed),
+            *percentiles(firsts),
+        )
+        self._hub.put(self._place, figures)
+        self.latest = dict(zip(OF_HUB, figures, strict=True))
+        return changed
+
+    @property
+    def _place(self) -> int:
+        return self._taken % SAMPLES
+
+    def _skip(self) -> None:
+        self._taken += 1
+        for track in (self._hub, *self._workers.values()):
+            track.clear(self._place)
+
+    def _compare(
+        self, running: Iterable[Running]
+    ) -> tuple[int, dict[str, int], dict[str, list[float]]]:
+        """Compare the requests with those of the last sample.
+
+        Returns the number of errors, and for each worker the tokens that it has
+        generated since, and the seconds after which its answers have begun.
+        """
+        before, self._seen = self._seen, {}
+        tokens: dict[str, int] = {}
+        begun: dict[str, list[float]] = {}
+
+        def count(x: Running) -> None:
+            known, had_begun = before.get((x.id, x.started), (0, False))
+            if x.tokens > known:
+                tokens[x.worker] = tokens.get(x.worker, 0) + x.tokens - known
+            begins = x.first_byte is not None and not had_begun
+            if begins and ENDPOINTS[x.route].generates:
+                begun.setdefault(x.worker, []).append(x.first_byte or 0.0)
+
+        errors = 0
+        for entry in self._recent.since(self._counted):
+            count(Running(*_PICK(entry)))
+            outcome, status = _ENDING(entry)
+            errors += outcome is Outcome.ERROR and not 400 <= status < 500
+        self._counted = self._recent.count
+        for x in running:
+            count(x)
+            self._seen[x.id, x.started] = x.tokens, x.first_byte is not None
+        return errors, tokens, begun
+
+    def _note(self, worker: Worker, speed: float, firsts: Collection[float]) -> bool:
+        """Note the figures of a worker; return whether one of them has changed."""
+        name = worker.name
+        figures = (worker.in_flight, speed, *percentiles(firsts))
+        track = self._workers.get(name)
+        if track is None:
+            track = self._workers[name] = _WorkerTrack()
+        track.put(self._place, figures)
+        track.put_states(self._place, worker.state, worker.breaker.state)
+        shown = _present(worker) | dict(zip(OF_WORKER, figures, strict=True))
+        if self._shown.get(name) == shown:
+            return False
+        self._shown[name] = shown
+        return True
+
+    def _forget(self, names: set[str]) -> None:
+        """Forget all workers but these."""
+        for name in self._workers.keys() - names:
+            del self._workers[name]
+            self._shown.pop(name, None)
+
+    # --- Reading ------------------------------------------------------------------
+
+    def present(self, workers: Iterable[Worker]) -> list[Shown]:
+        """Return what is known of workers now, with the figures of the last sample."""
+        idle = {**dict.fromkeys(OF_WORKER), "tokens_per_second": 0.0}
+        return [self._shown.get(each.name, idle) | _present(each) for each in workers]
+
+    @property
+    def names(self) -> list[str]:
+        """The workers that have samples."""
+        return [*self._workers]
+
+    def of_hub(self, seconds: int, step: int) -> Shown:
+        """Return the columns of the hub, the oldest first: a value for `step` seconds.
+
+        That is the mean of the samples of these seconds, and of the 95th percentiles
+        the highest one.
+        """
+        return self._hub.columns(self._window(seconds), step)
+
+    def of_worker(self, name: str, seconds: int, step: int) -> Shown | None:
+        """Return the columns of a worker, as `of_hub`; None if there is none.
+
+        Of its states, one that is not as it should be counts for all `step` seconds.
+        """
+        track = self._workers.get(name)
+        return None if track is None else track.columns(self._window(seconds), step)
+
+    def _window(self, seconds: int) -> tuple[int, int]:
+        """Return how many samples are shown, and the place behind the newest one."""
+        return min(seconds, self._taken, SAMPLES), self._place + 1
+
+
+def _present(worker: Worker) -> Shown:
+    return {
+        "name": worker.name,
+        "state": worker.state.value,
+        "hold": worker.held.value,
+        "breaker": worker.breaker.state.value,
+        "slots": worker.slots,
+        "running": worker.in_flight,
+    }
+
+
+class _Track:
+    """The figures of a quarter of an hour, in rings of 4 bytes each; NaN: none."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._columns = [array("f", [math.nan]) * SAMPLES for _ in names]
+
+    def __repr__(self) -> str:
+        return f"<Track of {len(self._names)} figures>"
+
+    def put(self, place: int, figures: Iterable[float | None]) -> None:
+        for column, value in zip(self._columns, figures, strict=True):
+            column[place] = math.nan if value is None else value
+
+    def clear(self, place: int) -> None:
+        self.put(place, [None] * len(self._columns))
+
+    def columns(self, window: tuple[int, int], step: int) -> Shown:
+        return {
+            name: _summed(_newest(column, *window), step, highest="p95" in name)
+            for name, column in zip(self._names, self._columns, strict=True)
+        }
+
+
+class _WorkerTrack(_Track):
+    """The figures of a worker, and its states, a byte each; 0: none."""
+
+    def __init__(self) -> None:
+        super().__init__(OF_WORKER)
+        self._states = array("B", [0]) * SAMPLES
+        self._breakers = array("B", [0]) * SAMPLES
+
+    def put_states(self, place: int, state: WorkerState, breaker: BreakerState) -> None:
+        self._states[place] = _STATES.index(state)
+        self._breakers[place] = _BREAKERS.index(breaker)
+
+    def clear(self, place: int) -> None:
+        super().clear(place)
+        self._states[place] = self._breakers[place] = 0
+
+    def columns(self, window: tuple[int, int], step: int) -> Shown:
+        states = _newest(self._states, *window)
+        breakers = _newest(self._breakers, *window)
+        return {
+            "state": _words(states, step, _STATES, WorkerState.READY),
+            "breaker": _words(breakers, step, _BREAKERS, BreakerState.CLOSED),
+            **super().columns(window, step),
+        }
+
+
+_STATES = (None, *WorkerState)
+_BREAKERS = (None, *BreakerState)
+
+
+def _newest(ring: array[Any], count: int, end: int) -> array[Any]:
+    """Return the last entries of a ring before `end`, the oldest first."""
+    if count <= end:
+        return ring[end - count : end]
+    return ring[end - count :] + ring[:end]
+
+
+def _summed(values: array[float], step: int, *, highest: bool) -> list[float | None]:
+    """Return a value for every `step` of them; the last group is complete."""
+    if step == 1:
+        return [None if each != each else _short(each) for each in values]
+    summed: list[float | None] = []
+    for group in _groups(values, step):
+        known = [each for each in group if each == each]
+        value = None
+        if known:
+            value = max(known) if highest else sum(known) / len(known)
+        summed.append(None if value is None else _short(value))
+    return summed
+
+
+def _short(value: float) -> float:
+    whole = int(value)
+    return whole if value == whole else round(value, 1)
+
+
+def _words(
+    codes: array[int], step: int, members: Sequence[enum.Enum | None], usual: enum.Enum
+) -> list[str | None]:
+    words = [None if each is None else each.value for each in members]
+    calm = (0, members.index(usual))
+    return [
+        words[next((code for code in group if code not in calm), group[-1])]
+        for group in _groups(codes, step)
+    ]
+
+
+def _groups(values: array[Any], step: int) -> Iterator[array[Any]]:
+    """Yield groups of `step` values; the first one may have fewer."""
+    begin = -(-len(values) // step) * step - len(values)
+    for end in range(step - begin, len(values) + 1, step):
+        yield values[max(end - step, 0) : end]
+
+
+def percentiles(seconds: Collection[float]) -> tuple[float | None, float | None]:
+    """Return the 50th and the 95th percentile, in milliseconds (nearest rank)."""
+    if not seconds:
+        return None, None
+    ordered = sorted(seconds)
+    middle = ordered[(len(ordered) - 1) // 2]
+    high = ordered[math.ceil(0.95 * len(ordered)) - 1]
+    return round(middle * 1000, 1), round(high * 1000, 1)
