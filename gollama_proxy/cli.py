@@ -1,9 +1,10 @@
 """The command line: `gollama-proxy serve`, `agent`, `secret`, `token` and more.
 
-Exit status: 0 for success, 1 if a worker is unusable, a second signal cut answers, or a
-hub does not answer or refuses, 2 for a wrong setting or flag, 130 after Ctrl-C with
-nothing to drain.  With status 2, each mistake is one line with the key, its value and
-what is allowed.  All commands with settings look for their file in the same places.
+Exit status: 0 for success, 1 if a worker is unusable, a second signal cut answers, a
+hub does not answer or refuses, or the output cannot be written, 2 for a wrong setting
+or flag, 130 after Ctrl-C with nothing to drain.  With status 2, each mistake is one
+line with the key, its value and what is allowed.  All commands with settings look for
+their file in the same places.
 
 Each command imports what it needs when it runs, so that `token` and `--help` do not
 wait for the libraries of the server.
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gc
+import io
 import json
 import logging
 import os
@@ -21,10 +24,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from gollama_proxy import __version__
-from gollama_proxy import tokens as minting
+from gollama_proxy import __version__, offline
 from gollama_proxy.config.load import PLACES, load, locate, require_keys
 from gollama_proxy.config.settings import (
     FLAGS,
@@ -35,14 +37,7 @@ from gollama_proxy.config.settings import (
     Row,
     settings,
 )
-from gollama_proxy.config.values import ConfigError, convert, describe, is_plain
-
-if TYPE_CHECKING:
-    from gollama_proxy.fleet.worker import Worker
-    from gollama_proxy.hub import Hub
-    from gollama_proxy.upstream.probe import Finding
-
-log = logging.getLogger(__name__)
+from gollama_proxy.config.values import ConfigError, convert, describe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # While modules are imported, a search for garbage finds none and takes a tenth of
     # the start.  A running hub enables it again.
     gc.disable()
+    _replace_closed_streams()
     try:
         args = _parse(argv)
         run: Callable[[argparse.Namespace], int] = args.run
@@ -62,6 +58,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         gc.enable()
+
+
+# --- Output -----------------------------------------------------------------------
+
+
+def _printing(command: Callable[[], int]) -> int:
+    """Run a command that prints, and return its exit status, or 1 if it could not.
+
+    All OSErrors are of the output: others are mapped where they occur.
+    """
+    try:
+        status = command()
+        sys.stdout.flush()
+        return status
+    except OSError as exc:
+        with contextlib.suppress(OSError, ValueError):  # what is left goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(exc, BrokenPipeError):  # `| head` has seen enough
+            return 0
+        _complain(f"the output cannot be written: {exc.strerror or exc}")
+        return 1
+
+
+class _Closed(io.TextIOWrapper):
+    """A standard output that is closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def _replace_closed_streams() -> None:
+    """Open standard streams that were closed (`>&-`), to read or keep nothing.
+
+    Otherwise the next file or socket that is opened would get the number of one.
+    """
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    if sys.stdout is None:
+        sys.stdout = _Closed(os.fdopen(os.open(os.devnull, os.O_WRONLY), "wb"))
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def _complain(text: str) -> None:
@@ -136,7 +173,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "print a new secret for signing tokens; an output file gets mode 0600"
     command("secret", _secret, text)
     token = command("token", _token, "print a token for a client")
-    minting.add_flags(token)
+    offline.add_flags(token)
     command("check", _check, "validate the settings and probe every worker")
     demo = command("demo", _demo, "run the hub in front of two small llama-servers")
     demo.add_argument("--llama-server", metavar="PATH", help="the program to start")
@@ -304,8 +341,9 @@ def _serve(args: argparse.Namespace) -> int:
         require_keys(again)
         return again
 
+    announce = lifecycle.log_address
     return lifecycle.run(
-        lambda signals: lifecycle.front(signals, config, _log_address, reload)
+        lambda signals: lifecycle.front(signals, config, announce, reload)
     )
 
 
@@ -326,30 +364,6 @@ def _import_aiohttp() -> None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-# Seconds after which models without a worker are reported, even if some workers have
-# not been reached yet.
-_KNOWN_WITHIN = 60.0
-
-
-async def _log_address(hub: Hub) -> None:
-    import asyncio
-
-    log.info("listening on %s; dashboard: %s/", hub.url, hub.url)
-    await hub.ready()
-    if not hub.registry.workers:
-        log.warning(
-            "no worker is configured, and none has registered: requests are refused"
-        )
-    elif not hub.registry.ready:
-        log.warning("no worker can be used: requests are refused until one can")
-    # A worker may take longer to load its model, which is then reported as well.
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_KNOWN_WITHIN):
-            await hub.known()
-    for text in hub.registry.unserved() if hub.registry.workers else ():
-        log.warning("%s", text)
 
 
 # --- agent ------------------------------------------------------------------------
@@ -411,99 +425,20 @@ def _converted(flag: str, value: str | None, key: str) -> Any:
         raise ConfigError(f"{flag} = {value!r}: must be {allowed}") from None
 
 
-# --- secret and token -------------------------------------------------------------
+# --- Commands that need no running hub --------------------------------------------
 
 
 def _secret(args: argparse.Namespace) -> int:
-    return minting.print_secret()
+    return _printing(offline.print_secret)
 
 
 def _token(args: argparse.Namespace) -> int:
-    return minting.print_token(args, partial(_load, args, os.environ, for_tokens=True))
-
-
-# --- check ------------------------------------------------------------------------
+    load = partial(_load, args, os.environ, for_tokens=True)
+    return _printing(lambda: offline.print_token(args, load))
 
 
 def _check(args: argparse.Namespace) -> int:
-    from gollama_proxy.edge.auth import Authenticator
-
-    config = _load(args, os.environ)
-    minting.note(config.source)
-    try:
-        require_keys(config)
-    except ConfigError as exc:  # the secret is often known to the service alone
-        minting.note(str(exc))
-    else:
-        Authenticator(config)  # rejects keys of another algorithm, as in the hub
-    if not config.workers:
-        print("No worker is configured: add [[workers]] to the file, each with a url,")
-        print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")
-        return 1
-    from gollama_proxy.control.display import print_table
-    from gollama_proxy.fleet.registry import Registry
-
-    # The table has these messages; do not log them as well.
-    logging.getLogger("gollama_proxy").addHandler(logging.NullHandler())
-    config, unknown = _look_up_groups(config)
-    registry = Registry(config)
-    findings = _examine_all(config)
-    for worker, finding in zip(registry.workers, findings, strict=True):
-        worker.found_at(finding.port)
-        worker.observe(finding.check, finding.reason, finding.description)
-    notes = [finding.note for finding in findings]
-    titles = ("name", "url", "state", "models", "slots", "context", "build / reason")
-    print_table(titles, map(_describe_worker, registry.workers, notes))
-    unserved = registry.unserved()
-    for text in [*unknown, *unserved]:
-        print(text)
-    usable = ("ready", "asleep")
-    ready = all(worker.state.value in usable for worker in registry.workers)
-    return 0 if ready and not unserved and not unknown else 1
-
-
-def _look_up_groups(config: Config) -> tuple[Config, list[str]]:
-    """Put the members of each group in its place; return what cannot be looked up."""
-    if not any(each.is_group for each in config.workers):
-        return config, []
-    import asyncio
-    import time
-    from dataclasses import replace
-
-    from gollama_proxy.fleet.groups import Groups
-    from gollama_proxy.upstream.dial import look_up
-
-    groups = Groups(config.health, look_up, lambda: None, time.monotonic)
-    groups.follow(config.workers)
-    asyncio.run(groups.refresh())
-    workers = tuple(groups.expand(config.workers))
-    return replace(config, workers=workers), groups.failures()
-
-
-def _examine_all(config: Config) -> list[Finding]:
-    import asyncio
-
-    from gollama_proxy.upstream.probe import examine
-
-    async def examine_all() -> list[Finding]:
-        every = (examine(each, config.health) for each in config.workers)
-        return await asyncio.gather(*every)
-
-    return asyncio.run(examine_all())
-
-
-def _describe_worker(worker: Worker, note: str) -> Iterator[str]:
-    """Yield the cells of a worker; settings take precedence over its own report."""
-    yield from (worker.name, worker.url, worker.state.value)
-    patterns = (name for name in worker.config.models if not is_plain(name))
-    yield ", ".join([*patterns, *(model.name for model in worker.models)])
-    about = worker.description
-    for number in (worker.slots, about and about.context):
-        yield "" if number is None else str(number)
-    if about is None:
-        yield worker.reason
-    else:
-        yield ", ".join(text for text in (about.build, note) if text)
+    return _printing(lambda: offline.check(_load(args, os.environ)))
 
 
 # --- Commands for a running hub ---------------------------------------------------
@@ -515,11 +450,10 @@ def _operate(args: argparse.Namespace) -> int:
     from gollama_proxy.control.display import printable
 
     try:
-        commands.run(args)
+        return _printing(lambda: commands.run(args))
     except CallError as exc:
         _complain(printable(" ".join(str(exc).split())))
         return exc.status
-    return 0
 
 
 # --- demo -------------------------------------------------------------------------

@@ -160,8 +160,8 @@ def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
     add("--api-key-env", metavar="VARIABLE", help=text)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Carry out a command on the hub that its flags name.
+def run(args: argparse.Namespace) -> int:
+    """Carry out a command on the hub that its flags name; return the exit status.
 
     Raises:
         CallError: no hub answers, or it refuses.
@@ -172,13 +172,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         with contextlib.closing(hub):
             args.do(args, hub)
-            sys.stdout.flush()
-    except OSError as exc:  # of the output; those of the client are another class
-        with contextlib.suppress(OSError, ValueError):  # what is left goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(exc, BrokenPipeError):  # else `| head` has seen enough
-            text = f"the output cannot be written: {exc.strerror or exc}"
-            raise CallError(text) from exc
+            return 0
     except KeyError as exc:
         text = f"the hub at {hub.url} is of another version: its answer has no {exc}"
         raise CallError(text) from exc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import logging
@@ -33,6 +34,10 @@ logger = logging.getLogger(__name__)
 _SPARE_FILES = 256
 # Enough for any hub; taken where the hard limit is infinite.
 _MANY_FILES = 1 << 20
+
+# Seconds after which models without a worker are reported, even if some workers have
+# not been reached yet.
+_KNOWN_WITHIN = 60.0
 
 Announce = Callable[[Hub], Coroutine[Any, Any, None]]
 
@@ -91,6 +96,24 @@ async def front(
         await state.close()
         gc.unfreeze()
     return 0 if clean else 1
+
+
+async def log_address(hub: Hub) -> None:
+    """Log where the hub listens, and what it cannot serve once it knows its workers."""
+    logger.info("listening on %s; dashboard: %s/", hub.url, hub.url)
+    await hub.ready()
+    if not hub.registry.workers:
+        logger.warning(
+            "no worker is configured, and none has registered: requests are refused"
+        )
+    elif not hub.registry.ready:
+        logger.warning("no worker can be used: requests are refused until one can")
+    # A worker may take longer to load its model, which is then reported as well.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_KNOWN_WITHIN):
+            await hub.known()
+    for text in hub.registry.unserved() if hub.registry.workers else ():
+        logger.warning("%s", text)
 
 
 async def _advertise(hub: Hub, signals: Signals) -> None:

@@ -513,6 +513,22 @@ def test_a_start_imports_nothing_that_only_later_is_needed(
     assert done.stdout == "\n"
 
 
+@pytest.mark.parametrize("target", ["&-", "/dev/full"])
+@pytest.mark.parametrize("command", ["secret", "token --sub a", "check"])
+def test_output_that_cannot_be_written_is_an_error(command: str, target: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m gollama_proxy {command} >{target}', sys.executable],
+        env=bare() | {"GOLLAMA_JWT_SECRET": "s" * 32},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("gollama-proxy: the output cannot be written: ")
+
+
 def test_the_systems_certificates_are_loaded_only_when_needed() -> None:
     """Where they are is changed while aiohttp is imported, and only then."""
     code = """

@@ -777,17 +777,22 @@ async def test_settings_are_read_again(run: Run, tmp_path: Path) -> None:
 
 
 async def list_workers(
-    hub: RunningHub, environ: dict[str, str], output: int
+    hub: RunningHub, environ: dict[str, str], output: int | None
 ) -> tuple[int | None, bytes]:
-    """Run `workers` with a descriptor for its output; return its status and errors."""
+    """Run `workers` with a descriptor for its output; return its status and errors.
+
+    Without one, the output is closed.
+    """
     process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", f'exec "$@" {">&-" if output is None else ""}', "sh"),
         *(sys.executable, "-m", "gollama_proxy", "workers"),
         stdout=output,
         stderr=asyncio.subprocess.PIPE,
         env=environ | {"GOLLAMA_HUB": hub.url, "GOLLAMA_TOKEN": hub.token(**ADMIN)},
         cwd=Path(__file__).parent.parent,
     )
-    os.close(output)
+    if output is not None:
+        os.close(output)
     _, errors = await process.communicate()
     return process.returncode, errors
 
@@ -799,6 +804,13 @@ async def test_output_that_cannot_be_written_is_an_error(
         full = os.open("/dev/full", os.O_WRONLY)
         status, errors = await list_workers(hub, environ, full)
         text = "gollama-proxy: the output cannot be written: No space left on device\n"
+        assert (status, errors.decode()) == (1, text)
+
+
+async def test_closed_output_is_an_error(environ: dict[str, str]) -> None:
+    async with running_hub() as hub:
+        status, errors = await list_workers(hub, environ, None)
+        text = "gollama-proxy: the output cannot be written: Bad file descriptor\n"
         assert (status, errors.decode()) == (1, text)
 
 

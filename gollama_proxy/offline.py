@@ -1,25 +1,29 @@
-"""The commands `gollama-proxy secret` and `gollama-proxy token`."""
+"""The commands that need no running hub: `secret`, `token` and `check`."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import secrets
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from msgspec import structs
 
 from gollama_proxy.config.keys import MIN_SECRET_BYTES, read_secret
+from gollama_proxy.config.load import require_keys
 from gollama_proxy.config.settings import Config
-from gollama_proxy.config.values import ConfigError
+from gollama_proxy.config.values import ConfigError, is_plain
 
 if TYPE_CHECKING:
+    from gollama_proxy.fleet.worker import Worker
     from gollama_proxy.scheduling.turns import Priority
+    from gollama_proxy.upstream.probe import Finding
 
 # --- secret -----------------------------------------------------------------------
 
@@ -195,6 +199,92 @@ def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
         raise ConfigError(f"--private-key: {algorithm} needs a PEM file to sign with")
     source = f"--private-key = {file!r}"
     return source, read_secret(source, file)
+
+
+# --- check ------------------------------------------------------------------------
+
+
+def check(config: Config) -> int:
+    """Examine every worker and print a table; return the exit status."""
+    from gollama_proxy.edge.auth import Authenticator
+
+    note(config.source)
+    try:
+        require_keys(config)
+    except ConfigError as exc:  # the secret is often known to the service alone
+        note(str(exc))
+    else:
+        Authenticator(config)  # rejects keys of another algorithm, as in the hub
+    if not config.workers:
+        print("No worker is configured: add [[workers]] to the file, each with a url,")
+        print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")
+        return 1
+    from gollama_proxy.control.display import print_table
+    from gollama_proxy.fleet.registry import Registry
+
+    # The table has these messages; do not log them as well.
+    logging.getLogger("gollama_proxy").addHandler(logging.NullHandler())
+    config, unknown = _look_up_groups(config)
+    registry = Registry(config)
+    findings = _examine_all(config)
+    for worker, finding in zip(registry.workers, findings, strict=True):
+        worker.found_at(finding.port)
+        worker.observe(finding.check, finding.reason, finding.description)
+    notes = [finding.note for finding in findings]
+    titles = ("name", "url", "state", "models", "slots", "context", "build / reason")
+    print_table(titles, map(_describe_worker, registry.workers, notes))
+    unserved = registry.unserved()
+    for text in [*unknown, *unserved]:
+        print(text)
+    usable = ("ready", "asleep")
+    ready = all(worker.state.value in usable for worker in registry.workers)
+    return 0 if ready and not unserved and not unknown else 1
+
+
+def _look_up_groups(config: Config) -> tuple[Config, list[str]]:
+    """Put the members of each group in its place; return what cannot be looked up."""
+    if not any(each.is_group for each in config.workers):
+        return config, []
+    import asyncio
+    import time
+
+    from gollama_proxy.fleet.groups import Groups
+    from gollama_proxy.upstream.dial import look_up
+
+    groups = Groups(config.health, look_up, lambda: None, time.monotonic)
+    groups.follow(config.workers)
+    asyncio.run(groups.refresh())
+    workers = tuple(groups.expand(config.workers))
+    return replace(config, workers=workers), groups.failures()
+
+
+def _examine_all(config: Config) -> list[Finding]:
+    import asyncio
+
+    from gollama_proxy.upstream.probe import examine
+
+    async def examine_all() -> list[Finding]:
+        every = (examine(each, config.health) for each in config.workers)
+        return await asyncio.gather(*every)
+
+    return asyncio.run(examine_all())
+
+
+def _describe_worker(worker: Worker, note: str) -> Iterator[str]:
+    """Yield the cells of a worker; settings take precedence over its own report."""
+    yield from (worker.name, worker.url, worker.state.value)
+    patterns = (name for name in worker.config.models if not is_plain(name))
+    yield ", ".join([*patterns, *(model.name for model in worker.models)])
+    about = worker.description
+    for number in (worker.slots, about and about.context):
+        yield "" if number is None else str(number)
+    if about is None:
+        yield worker.reason
+    else:
+        yield ", ".join(text for text in (about.build, note) if text)
+
+
+# --- All of them ------------------------------------------------------------------
 
 
 def note(text: str) -> None:
