@@ -97,6 +97,7 @@ class Hub(Listener):
         self.health = HealthChecker(config.health, self._ping)
         self.loading = LoadingFeeds(self._follow_loading)
         self.watchdog = Watchdog(self._prove, then=self._each_second)
+        self.quotas = Quotas(clock, self.ledger)
         self.fitting = Fitting(self.registry, self._count)
         self.agents = Agents(config.agents, clock)
         self._agent_api = AgentApi(self)
@@ -110,7 +111,7 @@ class Hub(Listener):
             config,
             self._routes(),
             self.authenticator,
-            Quotas(clock),
+            self.quotas,
             self.registry,
             self.balancer,
             self.queue,

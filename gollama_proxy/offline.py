@@ -61,6 +61,8 @@ _SCOPES = (
 _LIMITS = {
     "--rpm": "requests a minute",
     "--tpm": "tokens a minute",
+    "--tokens-per-day": "tokens a day, which begins at midnight UTC",
+    "--tokens-per-month": "tokens a month, which begins on the first (UTC)",
     "--max-concurrency": "requests at once",
 }
 

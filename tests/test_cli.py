@@ -645,14 +645,19 @@ def test_the_help_names_every_scope(capsys: Output) -> None:
 
 def test_a_token_with_limits(capsys: Output) -> None:
     argv = ["token", "--sub", "a", "--rpm", "60", "--tpm=100000"]
+    argv += ["--tokens-per-day", "1000000", "--tokens-per-month", "9"]
     argv += ["--max-concurrency", "4", "--priority", "batch"]
     assert main(argv) == 0
     claims = jwt.decode(minted(capsys), SECRET, ["HS256"])
     assert (claims["rpm"], claims["tpm"]) == (60, 100_000)
+    limits = claims["tokens_per_day"], claims["tokens_per_month"]
+    assert limits == (1_000_000, 9)
     assert (claims["max_concurrency"], claims["priority"]) == (4, "batch")
 
 
-@pytest.mark.parametrize("flag", ["--rpm", "--tpm", "--max-concurrency"])
+@pytest.mark.parametrize(
+    "flag", ["--rpm", "--tpm", "--tokens-per-day", "--max-concurrency"]
+)
 @pytest.mark.parametrize(
     "text", ["0", "-1", "1.5", "1e3", "x", "", " 1", "٣", "9" * 16]
 )

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     import jwt
     from aiohttp import web
 
-LIMITS = ("rpm", "tpm", "max_concurrency")  # claims that are numbers, or absent
+# Claims that are numbers, or absent.
+LIMITS = ("rpm", "tpm", "max_concurrency", "tokens_per_day", "tokens_per_month")
 MAX_TOKEN = 8 << 10  # bytes; checked before anything is decoded
 # Built into Python, and quicker to begin than those of OpenSSL.
 _digest_of = functools.partial(hashlib.blake2b, digest_size=32)
@@ -57,6 +58,8 @@ class Principal(NamedTuple):
     rpm: int | None = None  # requests a minute
     tpm: int | None = None  # tokens a minute
     max_concurrency: int | None = None  # requests that run at once
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
     priority: Priority = Priority.INTERACTIVE  # the highest class it may use
 
     def __repr__(self) -> str:  # without the other claims of the token

@@ -1,36 +1,60 @@
-"""How many requests and tokens a subject may use per minute.
+"""How many requests and tokens a subject may use per minute, day and month.
 
-The limits come with each request, from its token (`rpm`, `tpm`); usage is remembered by
-subject, for all of its tokens together.  The tokens of an answer are known at its end,
-so a request is allowed while any are left, and concurrent requests can exceed a limit;
-the excess must age before the next request is allowed.
+The limits come with each request, from its token (`rpm`, `tpm`, `tokens_per_day`,
+`tokens_per_month`); usage is remembered by subject, for all of its tokens together.
+The tokens of an answer are known at its end, so a request is allowed while any are
+left, and concurrent requests can exceed a limit.
 
 A rejected request uses nothing, so a retry that comes too early costs nothing.
 
 No minute exceeds the limit: the window is divided into seconds, and one is added, so
-that the last 60 to 61 s count.
+that the last 60 to 61 s count.  What exceeds it must age before the next request is
+allowed.  Days and months are those of the calendar (UTC).  Their usage is stored, so it
+outlives a restart; that of the minute does not.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 from gollama_proxy.bounded import SlidingWindow
 from gollama_proxy.wire.errors import Code, RequestError
 
-SECONDS = 61  # that count towards a limit
+SECONDS = 61  # that count towards a limit per minute
 # Subjects whose usage is remembered, about 1.5 KiB each; the least recent one is
 # forgotten first.
 REMEMBERED = 10_000
 
 
+class Spent(Protocol):
+    """The tokens of a subject."""
+
+    today: int
+    month: int
+
+
+class Spending(Protocol):
+    """What subjects have used in days and months; moments are in Unix time."""
+
+    @property
+    def clock(self) -> Callable[[], float]: ...
+    @property
+    def day_ends(self) -> float: ...
+    @property
+    def month_ends(self) -> float: ...
+
+    def spent(self, subject: str) -> Spent:
+        """Return the tokens that a subject has used today and this month."""
+
+
 class Gauge(NamedTuple):
     """How much of one limit is left."""
 
-    limit: int  # per minute
+    limit: int
     remaining: int
     reset: float  # seconds until all of it is available again
     free: float  # seconds until some of it is; 0 while some is left
@@ -39,12 +63,29 @@ class Gauge(NamedTuple):
 class Standing(NamedTuple):
     """The usage of a subject; None for what has no limit."""
 
-    requests: Gauge | None = None
+    requests: Gauge | None = None  # per minute, as the next one
     tokens: Gauge | None = None
     allowed: bool = True  # whether the request may proceed
+    day: Gauge | None = None
+    month: Gauge | None = None
+    ends: float = 0.0  # Unix time, when an exceeded day or month ends
+
+    def gauges(self) -> Iterator[tuple[str, str, Gauge]]:
+        """Yield the limits that there are: claim, meaning, and how much is left."""
+        for claim, meaning, gauge in (
+            ("rpm", "requests per minute", self.requests),
+            ("tpm", "tokens per minute", self.tokens),
+            ("tokens_per_day", "tokens per day", self.day),
+            ("tokens_per_month", "tokens per month", self.month),
+        ):
+            if gauge is not None:
+                yield claim, meaning, gauge
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of a reply, in the format of the OpenAI API."""
+        """Return the headers of a reply, in the format of the OpenAI API.
+
+        They are about minutes: it has none for days and months.
+        """
         headers: dict[str, str] = {}
         for name, gauge in (("requests", self.requests), ("tokens", self.tokens)):
             if gauge is not None:
@@ -55,13 +96,16 @@ class Standing(NamedTuple):
 
     def error(self) -> RequestError:
         """Make the error of a request that is not allowed: 429, with `retry_after`."""
-        exceeded, wait = [], 0.0
-        for name, gauge in (("requests", self.requests), ("tokens", self.tokens)):
-            if gauge is not None and gauge.free:
-                exceeded.append(f"{name[0]}pm = {gauge.limit} ({name} per minute)")
-                wait = max(wait, gauge.free)
-        limits, when = ", ".join(exceeded), duration(wait)
-        text = f"Your token's limit is used up: {limits}. Please try again in {when}."
+        exceeded = [each for each in self.gauges() if each[2].free]
+        limits = ", ".join(
+            f"{claim} = {gauge.limit} ({meaning})" for claim, meaning, gauge in exceeded
+        )
+        wait = max(gauge.free for _, _, gauge in exceeded)
+        when = f"in {duration(wait)}"
+        if self.ends:
+            date = time.strftime("%Y-%m-%d %H:%M", time.gmtime(self.ends))
+            when = f"at {date} UTC"
+        text = f"Your token's limit is used up: {limits}. Please try again {when}."
         after = max(1, math.ceil(wait))
         return RequestError(Code.RATE_LIMITED, text, retry_after=after)
 
@@ -70,30 +114,63 @@ class Quotas:
     """The recent usage of each subject.  `clock` gives monotonic seconds."""
 
     def __init__(
-        self, clock: Callable[[], float], remembered: int = REMEMBERED
+        self,
+        clock: Callable[[], float],
+        spending: Spending,
+        remembered: int = REMEMBERED,
     ) -> None:
         self._clock = clock
+        self._spending = spending
         self._remembered = remembered
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"<Quotas of {len(self._accounts)} subjects>"
 
-    def take(self, subject: str, rpm: int | None, tpm: int | None) -> Standing:
+    def take(
+        self,
+        subject: str,
+        rpm: int | None,
+        tpm: int | None,
+        per_day: int | None = None,
+        per_month: int | None = None,
+    ) -> Standing:
         """Count a request if its subject may make one; None is no limit."""
-        if rpm is None and tpm is None:
-            return Standing()
-        account = self._account(subject)
-        allowed = (rpm is None or account.requests.count < rpm) and (
-            tpm is None or account.tokens.count < tpm
-        )
-        if allowed:
+        standing = self.look(subject, rpm, tpm, per_day, per_month)
+        if standing.allowed and (rpm is not None or tpm is not None):
+            account = self._account(subject)
             account.requests.add()
-        return Standing(
-            None if rpm is None else _gauge(account.requests, rpm),
-            None if tpm is None else _gauge(account.tokens, tpm),
-            allowed,
-        )
+            if rpm is not None:
+                standing = standing._replace(requests=_gauge(account.requests, rpm))
+        return standing
+
+    def look(
+        self,
+        subject: str,
+        rpm: int | None,
+        tpm: int | None,
+        per_day: int | None = None,
+        per_month: int | None = None,
+    ) -> Standing:
+        """Return whether a subject may make a request, and count none."""
+        requests = tokens = day = month = None
+        ends = 0.0
+        if rpm is not None or tpm is not None:
+            account = self._account(subject)
+            requests = None if rpm is None else _gauge(account.requests, rpm)
+            tokens = None if tpm is None else _gauge(account.tokens, tpm)
+        if per_day is not None or per_month is not None:
+            spending = self._spending
+            spent, now = spending.spent(subject), spending.clock()
+            if per_day is not None:
+                day = _gauge_until(spending.day_ends - now, spent.today, per_day)
+                ends = spending.day_ends if day.free else ends
+            if per_month is not None:
+                month = _gauge_until(spending.month_ends - now, spent.month, per_month)
+                ends = spending.month_ends if month.free else ends
+        gauges = requests, tokens, day, month
+        allowed = not any(gauge is not None and gauge.free for gauge in gauges)
+        return Standing(requests, tokens, allowed, day, month, ends)
 
     def spend(self, subject: str, tokens: int) -> None:
         """Count the tokens of an answer, if its subject has limits."""
@@ -131,6 +208,14 @@ def _gauge(used: SlidingWindow, limit: int) -> Gauge:
         max(0, limit - count),
         used.leaves_in(count),
         used.leaves_in(count - limit + 1),
+    )
+
+
+def _gauge_until(end: float, used: int, limit: int) -> Gauge:
+    """Gauge a period that ends in so many seconds, when all of it is available."""
+    end = max(end, 0.001)
+    return Gauge(
+        limit, max(0, limit - used), end if used else 0.0, end if used >= limit else 0.0
     )
 
 

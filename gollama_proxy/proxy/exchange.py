@@ -302,7 +302,12 @@ class Proxy:
             x.priority = choose_priority(priority, caller.priority)
         if config.upstream.usage == "always":
             x.counted = True
-        if caller.rpm is not None or caller.tpm is not None:
+        if (
+            caller.rpm is not None
+            or caller.tpm is not None
+            or caller.tokens_per_day is not None
+            or caller.tokens_per_month is not None
+        ):
             self._take_quota(x, caller)
         x.body = body = Body(request, endpoint, config)
         if "Expect" in request.headers:
@@ -647,9 +652,10 @@ class Proxy:
         Raises:
             RequestError: 429, the quota is used up.
         """
-        if caller.tpm is not None and x.config.upstream.usage == "limited":
+        in_tokens = caller.tpm, caller.tokens_per_day, caller.tokens_per_month
+        if any(in_tokens) and x.config.upstream.usage == "limited":
             x.counted = True
-        usage_left = self._quotas.take(x.subject, caller.rpm, caller.tpm)
+        usage_left = self._quotas.take(x.subject, caller.rpm, *in_tokens)
         for name, value in usage_left.headers().items():
             x.lines += f"{name}: {value}\r\n"
         if not usage_left.allowed:

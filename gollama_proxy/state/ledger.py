@@ -140,7 +140,7 @@ class Ledger:
         Raises:
             StateError: the file cannot be used.
         """
-        self._clock = clock
+        self.clock = clock
         self._days = 400
         self._pending: dict[tuple[str, str], _Row] = {}  # of today
         self._unsaved: dict[_Key, _Row] = {}
@@ -166,7 +166,7 @@ class Ledger:
 
     def add(self, ended: Ended, *, failed: bool = False) -> None:
         """Add a request that has ended; the request path calls this."""
-        if not self._begins <= self._clock() < self._ends:
+        if not self._begins <= self.clock() < self._ends:
             self._turn()
         key = ended.subject, ended.model
         row = self._pending.get(key)
@@ -204,14 +204,14 @@ class Ledger:
 
     def spent(self, subject: str) -> Spent:
         """Return the tokens that a subject has used today and this month."""
-        if not self._begins <= self._clock() < self._ends:
+        if not self._begins <= self.clock() < self._ends:
             self._turn()
         return self._spent.get(subject) or Spent()
 
     @property
     def day(self) -> int:
         """The current day, since 1970."""
-        return int(self._clock() // DAY)
+        return int(self.clock() // DAY)
 
     @property
     def day_ends(self) -> float:
@@ -269,7 +269,7 @@ class Ledger:
     async def save(self) -> None:
         """Save what was used; what cannot be written is tried again the next time."""
         async with self._saving:
-            if self._clock() >= self._ends or self._clock() < self._begins:
+            if self.clock() >= self._ends or self.clock() < self._begins:
                 self._turn()
             self._put_aside()
             rows, self._unsaved = self._unsaved, {}

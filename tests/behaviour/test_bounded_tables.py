@@ -22,6 +22,7 @@ from gollama_proxy.edge.quotas import REMEMBERED, Quotas
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.hub import Hub
 from gollama_proxy.scheduling.turns import Priority
+from gollama_proxy.state.ledger import Ledger
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.telemetry.metrics import MOST_MODELS
 from gollama_proxy.wire.description import Check, Description, Model
@@ -148,7 +149,7 @@ def test_no_more_requests_wait_than_the_queue_takes(tmp_path: Path) -> None:
 def test_a_flood_of_subjects_with_limits_is_forgotten() -> None:
     """The one that was not seen for longest goes first."""
     clock = Clock()
-    quotas = Quotas(clock)
+    quotas = Quotas(clock, Ledger())
     for number in range(REMEMBERED + 500):
         quotas.take(f"subject {number}", rpm=10, tpm=None)
         quotas.take("regular", rpm=10_000_000, tpm=None)

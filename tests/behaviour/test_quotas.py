@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gollama_proxy.state.ledger import day_of
 from tests.fakes.asks import CHAT, STREAM, WHOLE
-from tests.fakes.hub import running_hub
+from tests.fakes.clock import Clock
+from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import usage_of
 from tests.fakes.script import answer, chat_stream
 from tests.fakes.worker import ScriptedWorker
+
+NOON = day_of("2026-11-29") * 86_400 + 43_200.0
+
+
+async def stop_calendar(hub: RunningHub) -> None:
+    """Let no midnight come during a test."""
+    hub.hub.ledger.clock = Clock(NOON)
+    await hub.hub.ledger.save()  # it finds the usage of another day
 
 
 async def test_requests_a_minute_are_counted_and_reported() -> None:
@@ -47,6 +58,62 @@ async def test_tokens_a_minute_are_those_of_prompt_and_answer(
         assert response.status == 200
         assert response.header("x-ratelimit-remaining-tokens") == "5"
         assert (await hub.post(CHAT, payload, token)).status == 429
+
+
+@pytest.mark.parametrize(
+    ("claim", "days", "end"),
+    [
+        ("tokens_per_day", 0.5, "2026-11-30 00:00 UTC"),
+        ("tokens_per_month", 1.5, "2026-12-01 00:00 UTC"),
+    ],
+)
+@pytest.mark.parametrize("payload", [WHOLE, STREAM], ids=["whole", "stream"])
+async def test_tokens_of_a_day_and_a_month_are_limited(
+    payload: dict[str, Any], claim: str, days: float, end: str
+) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        await stop_calendar(hub)
+        token = hub.token(**{claim: 30})
+        usage = usage_of(5, 20)
+        if payload is STREAM:
+            worker.script(*chat_stream(["a"] * 5))
+        else:
+            worker.script(*answer({"choices": [], "usage": usage}))
+        assert (await hub.post(CHAT, payload, token)).status == 200
+        response = await hub.post(CHAT, payload, token)
+        assert response.status == 200
+        assert response.header("x-ratelimit-limit-tokens") is None
+        refused = await hub.post(CHAT, payload, token)
+        assert refused.status == 429
+        error = refused.json()["error"]
+        assert error["code"] == "rate_limit_exceeded"
+        assert f"{claim} = 30" in error["message"]
+        assert end in error["message"]
+        assert refused.header("retry-after") == str(round(days * 86_400))
+        assert len(worker.requests) == 2
+        assert (await hub.post(CHAT, WHOLE, hub.token("bob"))).status == 200
+
+
+async def test_a_limit_per_day_has_tokens_counted_by_any_server() -> None:
+    """Another server than llama-server reports no usage unless it is asked."""
+    async with ScriptedWorker(build="") as worker, running_hub(worker) as hub:
+        await hub.post(CHAT, STREAM, hub.token(tokens_per_day=100))
+    assert worker.requests[0].json()["stream_options"] == {"include_usage": True}
+
+
+async def test_quotas_of_days_survive_a_restart(tmp_path: Path) -> None:
+    async with ScriptedWorker() as worker:
+        worker.script(*answer({"choices": [], "usage": usage_of(5, 20)}))
+        async with running_hub(worker, state__dir=tmp_path) as hub:
+            await stop_calendar(hub)
+            token = hub.token(tokens_per_day=25)
+            assert (await hub.post(CHAT, WHOLE, token)).status == 200
+        async with running_hub(worker, state__dir=tmp_path) as hub:
+            await stop_calendar(hub)
+            refused = await hub.post(CHAT, WHOLE, token)
+            assert refused.status == 429
+            more = hub.token(tokens_per_day=26)
+            assert (await hub.post(CHAT, WHOLE, more)).status == 200
 
 
 async def test_the_official_client_sees_a_rate_limit() -> None:

@@ -220,7 +220,7 @@ REFUSED: dict[str, str] = {
     "scope true": signed(scope=True),
     **{
         f"{name} {what}": signed(**{name: value})
-        for name in ("rpm", "tpm", "max_concurrency")
+        for name in ("rpm", "tpm", "max_concurrency", "tokens_per_month")
         for what, value in {
             "a string": "60",
             "a fraction": 60.5,
@@ -279,7 +279,7 @@ def test_a_token_that_is_not_good_is_refused(name: str) -> None:
     assert REFUSED[name] not in error.detail or not REFUSED[name]
 
 
-@pytest.mark.parametrize("name", ["rpm", "tpm", "max_concurrency", "priority"])
+@pytest.mark.parametrize("name", ["rpm", "tpm", "tokens_per_day", "priority"])
 def test_the_log_names_the_claim_that_is_wrong(name: str) -> None:
     error = refused(authenticator(), bearer(signed(**{name: [7]})))
     assert error.detail.startswith(f"{name} is no ")
@@ -402,13 +402,22 @@ ACCEPTED: dict[str, tuple[str, Principal]] = {
         Principal("alice", expires=NOW + 3600 + LEEWAY),
     ),
     "limits": (
-        signed(rpm=60, tpm=10**15, max_concurrency=1, priority="batch"),
+        signed(
+            rpm=60,
+            tpm=10**15,
+            max_concurrency=1,
+            tokens_per_day=7,
+            tokens_per_month=8,
+            priority="batch",
+        ),
         Principal(
             "alice",
             expires=NOW + 3600 + LEEWAY,
             rpm=60,
             tpm=10**15,
             max_concurrency=1,
+            tokens_per_day=7,
+            tokens_per_month=8,
             priority=Priority.BATCH,
         ),
     ),

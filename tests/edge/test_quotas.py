@@ -9,12 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gollama_proxy.edge.quotas import Gauge, Quotas, Standing, duration
+from gollama_proxy.state.ledger import Ledger, day_of
+from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code
 from tests.fakes.clock import Clock
 
+NOON = day_of("2026-11-29") * 86_400 + 43_200.0
 
-def make(*, remembered: int = 100, clock: Clock | None = None) -> Quotas:
-    return Quotas(clock or Clock(), remembered)
+
+def make(
+    *, remembered: int = 100, clock: Clock | None = None, ledger: Ledger | None = None
+) -> Quotas:
+    return Quotas(clock or Clock(), ledger or Ledger(), remembered)
 
 
 # --- Requests ---------------------------------------------------------------------
@@ -151,6 +157,79 @@ def test_retry_after_is_never_zero() -> None:
     refused = quotas.take("a", 1, None)
     assert not refused.allowed
     assert refused.error().retry_after == 1
+
+
+# --- Days and months --------------------------------------------------------------
+
+
+def spending(ledger: Ledger, tokens: int, subject: str = "a") -> None:
+    ledger.add(Record("1", "POST", subject=subject, model="tiny", tokens=tokens))
+
+
+def test_the_tokens_of_a_day_are_available_again_at_midnight() -> None:
+    today = Clock(NOON)
+    ledger = Ledger(clock=today)
+    quotas = make(ledger=ledger)
+    assert quotas.take("a", None, None, 100).day == Gauge(100, 100, 0.0, 0.0)
+    spending(ledger, 99)
+    standing = quotas.take("a", None, None, 100)
+    assert standing == Standing(day=Gauge(100, 1, 43_200.0, 0.0))
+    assert standing.headers() == {}
+    spending(ledger, 1)
+    refused = quotas.take("a", None, None, 100)
+    assert not refused.allowed
+    error = refused.error()
+    assert (error.code, error.retry_after) == (Code.RATE_LIMITED, 43_200)
+    assert error.message == (
+        "Your token's limit is used up: tokens_per_day = 100 (tokens per day). "
+        "Please try again at 2026-11-30 00:00 UTC."
+    )
+    assert quotas.take("b", None, None, 100).allowed
+    assert repr(quotas) == "<Quotas of 0 subjects>"
+    today.advance(43_200)
+    assert quotas.take("a", None, None, 100).allowed
+
+
+def test_the_tokens_of_a_month_are_available_again_on_the_first() -> None:
+    today = Clock(NOON)
+    ledger = Ledger(clock=today)
+    quotas = make(ledger=ledger)
+    spending(ledger, 60)
+    today.advance(86_400)
+    spending(ledger, 60)
+    refused = quotas.take("a", 5, None, 60, 100)
+    assert refused.day == Gauge(60, 0, 43_200.0, 43_200.0)
+    assert refused.month == Gauge(100, 0, 43_200.0, 43_200.0)
+    assert refused.requests == Gauge(5, 5, 0.0, 0.0)
+    assert refused.error().message == (
+        "Your token's limit is used up: tokens_per_day = 60 (tokens per day), "
+        "tokens_per_month = 100 (tokens per month). "
+        "Please try again at 2026-12-01 00:00 UTC."
+    )
+    assert quotas.take("a", 5, None, 61, 121).allowed
+    today.advance(43_200)
+    assert quotas.take("a", 5, None, 60, 100).allowed
+
+
+def test_a_month_that_has_begun_may_take_weeks_to_end() -> None:
+    today = Clock(NOON + 2 * 86_400)
+    ledger = Ledger(clock=today)
+    quotas = make(ledger=ledger)
+    spending(ledger, 100)
+    error = quotas.take("a", None, None, 101, 100).error()
+    assert error.retry_after == 30 * 86_400 + 43_200
+    assert "tokens_per_day" not in error.message
+    assert "2027-01-01 00:00 UTC" in error.message
+
+
+def test_what_is_only_shown_is_not_counted() -> None:
+    quotas = make()
+    for _ in range(3):
+        standing = quotas.look("a", 2, 5, 7, 9)
+        assert standing.allowed
+        assert [(claim, gauge.remaining) for claim, _, gauge in standing.gauges()] == [
+            *(("rpm", 2), ("tpm", 5), ("tokens_per_day", 7), ("tokens_per_month", 9))
+        ]
 
 
 # --- Memory -----------------------------------------------------------------------
