@@ -3,6 +3,7 @@
 const NS = 'http://www.w3.org/2000/svg';
 const WIDTH = 300; // of the drawing, which is stretched to its box
 const HEIGHT = 40;
+const LEAST = 120; // seconds that a chart shows, of a hub that has just started
 
 function svg(tag, attributes) {
   const node = document.createElementNS(NS, tag);
@@ -53,6 +54,12 @@ export class Series {
     return top;
   }
 
+  // The place of the first value that was measured.
+  get first() {
+    const place = this.values.findIndex((each) => each != null);
+    return place < 0 ? this.size : place;
+  }
+
   // The last value that was measured.
   get last() {
     return this.values.findLast((each) => each != null) ?? null;
@@ -60,7 +67,8 @@ export class Series {
 }
 
 // A chart of one or two lines, the first with its area if `area`.  Up to `bridge` missing
-// values are drawn over; behind the steps in which `marked` is not 0, the ground is red.
+// values are drawn over.  It begins with the first value, and `span` is its length in
+// seconds; behind the steps in which `marked` is not 0, the ground is red.
 // `describe(chart)` is its text for screen readers.
 export class Chart {
   #paths;
@@ -86,16 +94,21 @@ export class Chart {
       return path;
     });
     this.top = 1;
+    this.span = LEAST;
   }
 
   draw() {
     this.top = ceiling(Math.max(...this.series.map((each) => each.top)));
+    const [{ size, step }] = this.series;
+    const first = Math.min(...this.series.map((each) => each.first));
+    const count = Math.min(Math.max(size - first, Math.ceil(LEAST / step)), size);
+    this.span = count * step;
     this.series.forEach((series, place) => {
-      const runs = runsOf(series.values, this.top, this.bridge);
+      const runs = runsOf(series.values.slice(-count), this.top, this.bridge);
       this.#paths[place].setAttribute('d', runs.map(line).join(''));
       if (!place) this.#area?.setAttribute('d', runs.map(surface).join(''));
     });
-    this.#ground?.setAttribute('d', groundOf(this.marked.values));
+    this.#ground?.setAttribute('d', groundOf(this.marked.values.slice(-count)));
     const label = this.describe(this);
     if (label !== this.#label) this.node.setAttribute('aria-label', (this.#label = label));
   }

@@ -505,12 +505,11 @@ class Overview {
     const waiting = Math.max(this.queue.length, this.totals.waiting ?? 0);
     put(this.queueHead, waiting ? `Queue: ${format.number(waiting)} waiting` : 'Queue');
     this.queueSums.hidden = this.queue.length < 2;
-    if (!this.queueSums.hidden) put(this.queueSums, sumsOf(this.queue, format));
+    if (!this.queueSums.hidden) put(this.queueSums, sumsOf(this.queue));
     this.waiting.render(this.queue, (each, cells) => {
       const passed = each.at ? now() - each.at : 0;
       cells(each.position ?? '–', () => this.#subject(each.subject), each.class,
-        each.model, format.duration((each.waited ?? 0) + passed),
-        each.expected == null ? 'unknown' : format.duration(each.expected),
+        each.model, duration((each.waited ?? 0) + passed), soon(each.expected),
         () => this.#cancelButton(each));
     }, (each) => `${each.id} ${each.subject}`);
   }
@@ -522,7 +521,7 @@ class Overview {
     put(this.flightHead, head);
     this.flight.render(rows, (each, cells) => {
       cells(() => this.#subject(each.subject), each.model, each.worker || '–',
-        STEPS[each.state] ?? each.state, format.duration(each.age + now() - each.at),
+        STEPS[each.state] ?? each.state, duration(each.age + now() - each.at),
         format.number(each.tokens), () => this.#cancelButton(each));
     }, (each) => `${each.id} ${each.subject}`);
   }
@@ -763,6 +762,7 @@ class Totals {
     };
     this.figures = {};
     this.tops = {};
+    this.spans = {};
     const figure = (key, after = '', kind = '') => el('span', { class: 'figure' },
       (this.figures[key] = el('b', {}, '–')), ' ', after && el('small', { class: kind }, after));
     const box = (name, title, figures) => {
@@ -771,7 +771,7 @@ class Totals {
       return el('section', { class: 'card total' }, el('h2', {}, title),
         el('p', { class: 'figures' }, figures), this.charts[name].node,
         el('p', { class: 'axis', 'aria-hidden': 'true' },
-          el('span', {}, `${MINUTES} min`), this.tops[name], el('span', {}, 'now')));
+          (this.spans[name] = el('span', {})), this.tops[name], el('span', {}, 'now')));
     };
     this.slots = el('span', {});
     this.node = el('section', { class: 'totals', 'aria-label': 'Figures of the hub' },
@@ -788,7 +788,8 @@ class Totals {
     this.speed.load(columns.tokens_per_second);
     this.p50.load(columns.first_token_p50);
     this.p95.load(columns.first_token_p95);
-    this.running.load(columns.running);
+    this.running.load(columns.running?.map((each, place) =>
+      active(each, columns.waiting[place])));
     this.waiting.load(columns.waiting);
     this.requests.load(columns.requests);
     this.errors.load(columns.errors);
@@ -799,7 +800,7 @@ class Totals {
     this.speed.push(sample.tokens_per_second);
     this.p50.push(sample.first_token_p50);
     this.p95.push(sample.first_token_p95);
-    this.running.push(sample.running);
+    this.running.push(active(sample.running, sample.waiting));
     this.waiting.push(sample.waiting);
     this.requests.push(sample.requests);
     this.errors.push(sample.errors);
@@ -816,22 +817,24 @@ class Totals {
   // Below a chart: its highest value, or those at the pointer.
   #showTop(name) {
     const { format } = this.#app;
-    const { series, top } = this.charts[name];
+    const { series, top, span } = this.charts[name];
+    put(this.spans[name], duration(span));
     const unit = name === 'first' ? format.ms : format.short;
     const { chart, place } = this.pointed;
     if (chart !== name) return put(this.tops[name], `up to ${unit(top)}`);
     const [{ size, step }] = series;
-    const ago = format.duration((size - 1 - place) * step);
+    const ago = duration((size - 1 - place) * step);
     const values = series.map((each) => unit(each.values[place])).join(', ');
     return put(this.tops[name], `${ago} ago: ${values}`);
   }
 
   #watchPointer(name) {
-    const { node, series } = this.charts[name];
+    const { node, series: [{ size, step }] } = this.charts[name];
     const point = (event) => {
       const { left, width } = node.getBoundingClientRect();
       const part = Math.min(Math.max((event.clientX - left) / width, 0), 1);
-      this.pointed = { chart: name, place: Math.round(part * (series[0].size - 1)) };
+      const count = this.charts[name].span / step;
+      this.pointed = { chart: name, place: size - count + Math.round(part * (count - 1)) };
       this.#showTop(name);
     };
     node.addEventListener('pointermove', point);
@@ -849,7 +852,7 @@ class Totals {
     put(this.figures.speed, format.short(totals.tokens_per_second));
     put(this.figures.p50, format.ms(totals.first_token_p50 ?? this.p50.last));
     put(this.figures.p95, format.ms(totals.first_token_p95 ?? this.p95.last));
-    put(this.figures.running, format.number(totals.running));
+    put(this.figures.running, format.number(active(totals.running, totals.waiting)));
     put(this.slots, slots ? `, ${format.number(slots)} slots` : '');
     put(this.figures.waiting, format.number(totals.waiting));
     const minute = (series) => {
@@ -861,6 +864,10 @@ class Totals {
     look(this.figures.errors, minute(this.errors) ? 'bad' : '');
   }
 }
+
+// Requests in flight that do not wait for a slot.
+const active = (running, waiting) =>
+  (running == null ? null : Math.max(running - (waiting ?? 0), 0));
 
 // --- A worker as a card -------------------------------------------------------------
 
@@ -960,7 +967,7 @@ class Card {
     look(this.node, `card worker ${edge ? `${edge}-edge` : ''}${sought}`);
     look(this.state, kind);
     put(this.state, `${mark} ${word}`);
-    put(this.since, since == null ? '' : `for ${format.duration(since + passed)}`);
+    put(this.since, since == null ? '' : `for ${duration(since + passed)}`);
     this.#renderWhy(worker, trouble);
     this.#renderSlots(worker, exchanges);
     put(this.now, format.short(worker.tokens_per_second ?? 0));
@@ -1012,7 +1019,7 @@ class Card {
 
   #renderModels(worker) {
     const { el, format } = this.#app;
-    const key = JSON.stringify(worker.models);
+    const key = JSON.stringify([worker.models, worker.breaker.state]);
     if (key === this.modelsKey) return;
     this.modelsKey = key;
     const shown = worker.models.slice(0, 8);
@@ -1026,8 +1033,7 @@ class Card {
         context && el('span', { class: 'muted', title: `${format.number(context)} tokens` },
           `${thousands(context)} context`),
         el('span', { class: `row ${model.loaded ? 'good' : 'muted'}` }, state),
-        model.breaker && model.breaker.state !== 'closed'
-          && el('span', { class: 'warn' }, `▲ breaker ${model.breaker.state}`));
+        ofItself(model, worker) && el('span', { class: 'warn' }, `▲ breaker ${model.breaker.state}`));
     });
     const more = worker.models.length - shown.length;
     if (more > 0) rows.push(el('li', { class: 'muted' }, `and ${more} more models`));
@@ -1072,7 +1078,7 @@ class Card {
       worker.source !== 'file' && SOURCES[worker.source]];
     put(this.about, parts.filter(Boolean).join(' · '));
     put(this.error, error
-      ? `Last error, ${format.duration(error.ago + passed)} ago: ${error.detail || error.code}`
+      ? `Last error, ${duration(error.ago + passed)} ago: ${error.detail || error.code}`
       : '');
   }
 }
@@ -1222,8 +1228,7 @@ const ACTIONS = {
 };
 
 function actionsOf(worker) {
-  const tripped = [worker, ...worker.models].some((each) =>
-    each.breaker && each.breaker.state !== 'closed');
+  const tripped = [worker, ...worker.models].some((each) => each.breaker.state !== 'closed');
   return [
     worker.state === 'asleep' && 'wake',
     tripped && 'reset-breaker',
@@ -1231,6 +1236,12 @@ function actionsOf(worker) {
     worker.hold === 'draining' ? 'undrain' : 'drain',
     'remove',
   ].filter(Boolean);
+}
+
+// Whether a model has a breaker that is not closed, besides that of its worker.
+function ofItself({ breaker }, worker) {
+  return breaker.state !== 'closed' && (breaker.state !== worker.breaker.state
+    || breaker.reason !== worker.breaker.reason);
 }
 
 const isFailing = (state, breaker) => (state === 'down' || breaker === 'open' ? 1 : 0);
@@ -1258,7 +1269,7 @@ function troubleOf(worker) {
   const { state, breaker, models } = worker;
   const progress = models.find((each) => each.progress != null && !each.loaded)?.progress;
   const hot = worker.agent?.devices?.find((each) => each.celsius >= HOT);
-  const model = models.find((each) => each.breaker && each.breaker.state === 'open');
+  const model = models.find((each) => ofItself(each, worker) && each.breaker.state === 'open');
   if (state === 'down') {
     return { level: 'bad', kind: 'down', brief: `is down: ${worker.reason}`,
       text: `is down: ${worker.reason}, ${lasting}` };
@@ -1310,7 +1321,7 @@ function whyOf(worker) {
   if (state !== 'ready' && worker.reason) lines.push(sentence(worker.reason));
   if (breaker.state !== 'closed') lines.push(`Breaker ${breakerWords(breaker, passed)}`);
   for (const each of models) {
-    if (each.breaker && each.breaker.state !== 'closed') {
+    if (ofItself(each, worker)) {
       lines.push(`${each.name}: breaker ${breakerWords(each.breaker, passed)}`);
     }
   }
@@ -1398,14 +1409,14 @@ function verdictOf(workers, { waiting = 0 }, queue) {
     const expected = queue.map((each) => each.expected).filter((each) => each != null);
     list.push({ level: 'warn', text: ` ${count === 1 ? '1 request waits' : `${count} requests wait`}${
       longest >= 1 ? `, the longest for ${duration(longest)}` : ''}${
-      expected.length ? `; the last expects ${duration(Math.max(...expected))}` : ''}` });
+      expected.length ? `; the last gets its slot in about ${soon(Math.max(...expected))}` : ''}` });
     if (level === 'good' && longest > 10) level = 'warn';
   }
   return { level, text, list };
 }
 
 // The queue by subject and class, in a line.
-function sumsOf(queue, format) {
+function sumsOf(queue) {
   const sums = new Map();
   for (const each of queue) {
     const key = `${each.subject}, ${each.class}`;
@@ -1416,7 +1427,7 @@ function sumsOf(queue, format) {
   }
   const shown = [...sums].sort((a, b) => b[1].count - a[1].count);
   const words = shown.slice(0, 6).map(([key, { count, expected }]) =>
-    `${key}: ${count}${expected == null ? '' : ` (next in ${format.duration(expected)})`}`);
+    `${key}: ${count}${expected == null ? '' : ` (next: ${soon(expected)})`}`);
   if (shown.length > 6) words.push(`and ${shown.length - 6} more`);
   return words.join(' · ');
 }
@@ -1451,6 +1462,12 @@ function thousands(tokens) {
 }
 
 const short = (value) => String(Math.round(value * 10) / 10);
+
+// A wait that is expected.
+function soon(seconds) {
+  if (seconds == null) return 'unknown';
+  return seconds < 1 ? '1 s' : duration(seconds);
+}
 
 function duration(seconds) {
   if (seconds < 90) return `${Math.round(Math.max(seconds, 0))} s`;
