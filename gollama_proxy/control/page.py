@@ -156,6 +156,7 @@ class Dashboard:
             "models": caller.models,
             "expires": None if math.isinf(expires) else expires,
             "auth": auth.mode,
+            "largest_body": self._hub.config.limits.body,
             "version": __version__,
             "started": self._started,
         }

@@ -217,6 +217,7 @@ async def test_a_session_shows_what_the_token_allows() -> None:
         assert (shown["subject"], shown["scopes"]) == ("ann", ["admin", "monitor"])
         assert (shown["models"], shown["expires"]) == (["q*"], end)
         assert (shown["auth"], shown["version"]) == ("jwt", __version__)
+        assert shown["largest_body"] == hub.hub.config.limits.body
         assert shown["started"] > 1.7e9
         assert token not in json.dumps(shown)
 

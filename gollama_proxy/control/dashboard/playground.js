@@ -126,7 +126,9 @@ class Chat {
     }, 'Add a picture');
     this.send = el('button', { class: 'main' }, 'Send');
     this.halt = el('button', { type: 'button', onclick: () => this.stop() }, 'Stop');
-    this.thumbs = el('ul', { class: 'thumbs', 'aria-label': 'Pictures of this message' });
+    this.thumbs = el('ul', {
+      class: 'thumbs', 'aria-label': 'Pictures of this message', hidden: true,
+    });
     return el('div', { class: 'composer' },
       el('form', {
         class: 'write',
@@ -146,8 +148,8 @@ class Chat {
       this.words, this.file,
       el('div', { class: 'row' }, this.attach, this.send, this.halt)),
       el('p', { class: 'hint' },
-        'Enter sends, Shift+Enter begins a new line, Esc stops. Nothing is stored: the ',
-        'conversation is gone when you reload or close this page.'));
+        'Enter sends, Shift+Enter begins a new line, Esc stops. ',
+        'Nothing is stored: a reload ends the conversation.'));
   }
 
   // Show the conversation, after another view has been shown.
@@ -349,21 +351,23 @@ class Chat {
   }
 
   #showActions(turn) {
-    const { el, app } = { el: this.app.el, app: this.app };
+    const { app, app: { el } } = this;
     const button = (text, label, onclick) =>
       el('button', { type: 'button', class: 'quiet', 'aria-label': label, onclick }, text);
-    const copies = turn.answers.filter((answer) => answer.text).map((answer) => button(
-      turn.answers.length > 1 ? `Copy ${answer.model}` : 'Copy',
+    const alone = turn.answers.length === 1;
+    const copies = turn.answers.map((answer, n) => answer.text && button(
+      alone ? 'Copy' : `Copy the ${n ? 'second' : 'first'}`,
       `Copy the answer of ${answer.model}`,
       async () => {
         const done = await copyText(answer.text);
         app.announce(done ? 'Copied.' : 'The browser does not allow copying here.',
           done ? '' : 'bad');
       }));
-    turn.actions.replaceChildren(
+    turn.actions.replaceChildren(...[
       button('Try again', 'Ask this again', () => this.#retry(turn)),
       button('Edit', 'Edit this message', () => this.#edit(turn)),
-      ...copies);
+      ...copies,
+    ].filter(Boolean));
   }
 
   #retry(turn) {
