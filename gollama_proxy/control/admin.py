@@ -7,6 +7,7 @@ The scope `monitor` is enough for what changes nothing: all that is read, and qu
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
@@ -171,8 +172,11 @@ class Admin:
     async def _list_requests(self, call: Call) -> Response:
         query = dict(call.request.query)
         limit = _number(query, "limit", 100, 1000)
+        since = _moment(query, "since", 0.0)
+        until = _moment(query, "until", math.inf)
         _refuse_others(query, _FILTERS)
-        return answer({"requests": self._hub.recent.find(limit, **query)})
+        found = self._hub.recent.find(limit, since, until, **query)
+        return answer({"requests": found})
 
     async def _show_history(self, call: Call) -> Response:
         query = dict(call.request.query)
@@ -341,6 +345,21 @@ def _number(query: dict[str, str], name: str, default: int, most: int) -> int:
         text = f"{name} = {given[:40]!r}: must be a whole number from 1 to {most:,}."
         raise RequestError(Code.INVALID_VALUE, text, param=name)
     return int(given)
+
+
+def _moment(query: dict[str, str], name: str, default: float) -> float:
+    """Take a time out of a query, in Unix seconds.
+
+    Raises:
+        RequestError: 400.
+    """
+    given = query.pop(name, None)
+    if given is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", given):
+        text = f"{name} = {given[:40]!r}: must be a time in Unix seconds."
+        raise RequestError(Code.INVALID_VALUE, text, param=name)
+    return float(given)
 
 
 def _refuse_others(query: Collection[str], known: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from gollama_proxy.fleet.breaker import BreakerState
 from gollama_proxy.fleet.worker import Worker, WorkerState
-from gollama_proxy.telemetry.accesslog import Outcome, Record
+from gollama_proxy.telemetry.accesslog import Outcome, Record, Step
 from gollama_proxy.wire.openai import ENDPOINTS
 
 Shown = dict[str, Any]
@@ -34,7 +34,7 @@ EVERY = 1.0  # seconds between two samples
 _FIELDS = (
     *("id", "started", "subject", "remote", "method", "route", "model", "worker"),
     *("status", "outcome", "error", "attempts", "rescued", "fell_back", "queued"),
-    *("first_byte", "duration", "tokens", "prompt_tokens", "bytes"),
+    *("first_byte", "duration", "tokens", "prompt_tokens", "bytes", "detail", "steps"),
 )
 
 
@@ -77,19 +77,35 @@ class Recent:
                 x.tokens,
                 x.prompt_tokens,
                 x.bytes,
+                x.detail,
+                x.steps,
             )
         )
 
-    def find(self, limit: int = KEPT, **wanted: str) -> list[Shown]:
+    def find(
+        self,
+        limit: int = KEPT,
+        since: float = 0.0,
+        until: float = math.inf,
+        **wanted: str,
+    ) -> list[Shown]:
         """Return the last requests with these values, the newest first.
 
-        An `outcome` may also be the code of an error.
+        Of those that ran at some time between `since` and `until`, in Unix seconds.  An
+        `outcome` may also be the code of an error, and a `worker` one that failed.
         """
         found: list[Shown] = []
+        offset = time.time() - self._clock()
         for entry in reversed(self._ended):
             request = dict(zip(_FIELDS, entry, strict=True))
-            if all(_has(request, name, value) for name, value in wanted.items()):
-                found.append(self._shown(request))
+            started = request["started"] + offset
+            ended = started + (request["duration"] or 0.0)
+            if (
+                started <= until
+                and ended >= since
+                and all(_has(request, name, value) for name, value in wanted.items())
+            ):
+                found.append(_shown(request, ended))
                 if len(found) >= limit:
                     break
         return found
@@ -101,24 +117,51 @@ class Recent:
         """
         return islice(reversed(self._ended), self.count - count)
 
-    def _shown(self, request: Shown) -> Shown:
-        ended = request.pop("started") + (request["duration"] or 0.0)
-        shown = {
-            "id": request.pop("id"),
-            "ended": round(time.time() - (self._clock() - ended), 3),
-            **request,
-            "outcome": request["outcome"] or "",
-        }
-        for name in ("queued", "first_byte", "duration"):
-            if shown[name] is not None:
-                shown[name] = round(shown[name], 6)
-        return shown
-
 
 def _has(request: Shown, name: str, value: str) -> bool:
     if name == "outcome":
         return value in (request["outcome"], request["error"])
+    if name == "worker":
+        tried = [step.worker for step in request["steps"]]
+        return value in (request["worker"], *tried)
     return bool(request[name] == value)
+
+
+def _shown(request: Shown, ended: float) -> Shown:
+    shown = {
+        "id": request["id"],
+        "ended": round(ended, 3),
+        **request,
+        "outcome": request["outcome"] or "",
+        "steps": [
+            each._asdict() | {"at": round(each.at, 6)} for each in _steps_of(request)
+        ],
+    }
+    del shown["started"], shown["detail"]
+    for name in ("queued", "first_byte", "duration"):
+        if shown[name] is not None:
+            shown[name] = round(shown[name], 6)
+    return shown
+
+
+def _steps_of(request: Shown) -> list[Step]:
+    """Return what happened to a request; most have only an attempt and an end."""
+    steps, worker = [*request["steps"]], request["worker"]
+    if not steps and request["attempts"]:
+        steps = [Step(request["queued"], "attempt", worker)]
+    outcome, reason = request["outcome"], request["error"]
+    if outcome in _ENDINGS:
+        reason = _ENDINGS[outcome]
+    elif request["detail"]:
+        reason += f": {request['detail']}"
+    return [*steps, Step(request["duration"] or 0.0, "ended", worker, reason)]
+
+
+_ENDINGS = {
+    Outcome.COMPLETE: "the answer is complete",
+    Outcome.REFUSED: "the client got the error of the worker",
+    Outcome.CLIENT_GONE: "the client left",
+}
 
 
 # --- A sample of each second ------------------------------------------------------

@@ -61,7 +61,7 @@ from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.queue import Queue, Waking
 from gollama_proxy.scheduling.turns import Priority, choose_priority
-from gollama_proxy.telemetry.accesslog import Outcome
+from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome
 from gollama_proxy.telemetry.logs import Throttle
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers
@@ -377,9 +377,15 @@ class Proxy:
         x.lease = lease
         x.model, x.worker = model, worker.name
         if x.asked != model:
+            if not x.fell_back:
+                reason = f"{model} instead of {x.asked}"
+                x.note(lease.taken_at, "fell_back", worker.name, reason)
             x.fell_back = x.asked
         elif x.fell_back:
             x.fell_back = ""
+        if x.steps:
+            step = "attempt" if x.resume is None else "resumed"
+            x.note(lease.taken_at, step, worker.name)
         x.attempts += 1
         x.queued = lease.taken_at - x.started
         if self.observer is not None:
@@ -607,6 +613,7 @@ class Proxy:
             ProxyError: no other attempt follows, and nothing has been sent yet.
         """
         x.enter(State.BROKEN)
+        self._note_failure(x, worker, failure)
         self._log_loss(worker, failure)
         if x.resume is not None and x.resume.exhausted:
             assert x.delivery is not None, x
@@ -631,6 +638,14 @@ class Proxy:
         assert isinstance(x.delivery, Stream), x
         x.fail(error)
         return x.delivery.break_off(error)
+
+    def _note_failure(self, x: Exchange, worker: Worker, failure: Failure) -> None:
+        if not x.steps and x.lease is not None:  # that of an attempt without trouble
+            x.note(x.lease.taken_at, "attempt", worker.name)
+        answer = failure.answer
+        detail = answer.detail if isinstance(answer, WorkerError) else ""
+        reason = failure.cause.value + (f": {detail[:MOST_DETAIL]}" if detail else "")
+        x.note(self._clock(), "failed", worker.name, reason)
 
     def _log_loss(self, worker: Worker, failure: Failure) -> None:
         """Record how a worker failed; log that it was lost, which retries hide."""
@@ -686,6 +701,9 @@ class Proxy:
 
         patience = x.config.retry.patience
         streams = takes_comments(x)
+        some = x.plan.pool.available
+        reason = "every slot is taken" if some else "no worker is available"
+        x.note(self._clock(), "queued", reason=reason)
         if self.observer is not None:
             self.observer("queued", x)
         return await self._queue.acquire(x, patience, notify if streams else None)

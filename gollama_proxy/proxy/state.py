@@ -20,7 +20,7 @@ from aiohttp import web
 
 from gollama_proxy.edge.response import SERVER
 from gollama_proxy.scheduling.turns import Priority
-from gollama_proxy.telemetry.accesslog import Outcome, Record
+from gollama_proxy.telemetry.accesslog import Outcome, Record, Step
 
 if TYPE_CHECKING:
     from gollama_proxy.config.settings import Config
@@ -139,6 +139,11 @@ class Exchange(Record):
             raise RuntimeError(f"{self!r} cannot become {state.name}")
         self.state = state
 
+    def note(self, at: float, step: str, worker: str = "", reason: str = "") -> None:
+        """Keep a step, for operators; `at` is in monotonic seconds."""
+        if len(self.steps) < MOST_STEPS:
+            self.steps += (Step(at - self.started, step, worker, reason),)
+
     def fail(self, error: ProxyError) -> None:
         """Set the outcome of a request that ends with an error of the hub."""
         self.end(Outcome.ERROR, error.code, error.detail)
@@ -183,6 +188,8 @@ class Exchange(Record):
         model = self.plan.pool.model
         return (model, self.alias) if self.alias and model == self.asked else None
 
+
+MOST_STEPS = 100  # of one request; more are not kept
 
 _OF_A_STREAM = (
     "request method remote started id lines forwarded keep_alive route subject caller "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gollama_proxy.telemetry.logs import BatchHandler, Fields
 
@@ -25,6 +26,18 @@ class Outcome(enum.StrEnum):
     REFUSED = "refused"  # by a worker: the client has the worker's own error
     ERROR = "error"  # the client has an error of the hub, or a broken answer
     CLIENT_GONE = "client_gone"
+
+
+class Step(NamedTuple):
+    """What happened to a request, beyond an attempt that succeeds.
+
+    `at` is in seconds since its start.
+    """
+
+    at: float
+    step: str  # "queued", "attempt", "failed", "resumed" or "fell_back"
+    worker: str = ""
+    reason: str = ""
 
 
 @dataclass(eq=False, repr=False)
@@ -58,6 +71,8 @@ class Record:
     # Whether it went as it does every few seconds, and is not listed.  No field: it
     # would be set for every request.
     routine = False
+    # Empty unless something unusual happens.  No field, either.
+    steps = tuple[Step, ...]()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.method} {self.route}>"
