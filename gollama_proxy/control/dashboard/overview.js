@@ -1,31 +1,16 @@
 // The overview: a verdict, the hub's figures, a card for each worker, and its requests.
 
 import { Chart, Series } from './charts.js';
+import {
+  duration, isOf, KINDS, LEVELS, MARKS, MINUTES, now, soon, STEPS, sumsOf, troubleOf,
+  verdictOf,
+} from './words.js';
+import { Card, Tile, look, put } from './workers.js';
 
 const MOST_CARDS = 60; // more workers than this are shown as tiles
 const MOST_ROWS = 50; // of a table
 const MOST_TROUBLES = 6; // below the verdict
 const LEAST = 250; // ms between two renderings
-const MINUTES = 15;
-const STATES = {
-  ready: ['✓', 'Ready', 'good'],
-  starting: ['…', 'Starting', 'warn'],
-  loading: ['…', 'Loading', 'warn'],
-  down: ['✕', 'Down', 'bad'],
-  asleep: ['☾', 'Asleep', ''],
-  waking: ['…', 'Waking', 'warn'],
-};
-const MARKS = { bad: '✕', warn: '▲', good: '✓', '': '○' };
-
-const now = () => performance.now() / 1_000;
-
-function put(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
-function look(node, name) {
-  if (node.className !== name) node.className = name;
-}
 
 export function mount(root, app) {
   const overview = new Overview(root, app);
@@ -100,7 +85,8 @@ class Overview {
     this.queueHead = el('h2', {}, 'Queue');
     this.queueSums = el('p', { class: 'hint' });
     this.flight = new Table(this.#app, 'No request is being answered.', [
-      ['Subject'], ['Model', 'less'], ['Worker'], ['State', 'less'], ['Age', 'num'], ['Tokens', 'num'],
+      ['Subject'], ['Model', 'less'], ['Worker'], ['State', 'less'], ['Age', 'num'],
+      ['Tokens', 'num'],
       ...(admin ? [['', 'num']] : []),
     ]);
     this.flightHead = el('h2', {}, 'In flight');
@@ -127,7 +113,8 @@ class Overview {
   #buildFilters() {
     const { el } = this.#app;
     const input = el('input', {
-      type: 'search', placeholder: 'Find a worker or model', 'aria-label': 'Find a worker or model',
+      type: 'search', placeholder: 'Find a worker or model',
+      'aria-label': 'Find a worker or model',
       oninput: () => {
         this.#filter.text = input.value.trim().toLowerCase();
         this.#arrange();
@@ -395,8 +382,7 @@ class Overview {
       const named = !text || words.some((each) => each.toLowerCase().includes(text));
       if (named && isOf(kind, worker)) wanted.push(worker);
     }
-    const order = { bad: 0, warn: 1, '': 2 };
-    wanted.sort((a, b) => order[troubleOf(a).level] - order[troubleOf(b).level]);
+    wanted.sort((a, b) => LEVELS[troubleOf(a).level] - LEVELS[troubleOf(b).level]);
     const nodes = wanted.map(({ name }) => this.#boxes.get(name).node);
     const shown = this.list.children;
     if (nodes.length !== shown.length || nodes.some((node, i) => node !== shown[i])) {
@@ -648,8 +634,9 @@ class Overview {
         this.act(action, this.workers.get(worker.name) ?? worker);
       },
     }, ACTIONS[action].button));
-    const node = el('div', { class: 'menu', role: 'menu', 'aria-label': `Actions for ${worker.name}` },
-      items);
+    const node = el('div', {
+      class: 'menu', role: 'menu', 'aria-label': `Actions for ${worker.name}`,
+    }, items);
     const stopped = new AbortController();
     const { signal } = stopped;
     node.addEventListener('keydown', (event) => {
@@ -764,7 +751,8 @@ class Totals {
     this.tops = {};
     this.spans = {};
     const figure = (key, after = '', kind = '') => el('span', { class: 'figure' },
-      (this.figures[key] = el('b', {}, '–')), ' ', after && el('small', { class: kind }, after));
+      (this.figures[key] = el('b', {}, '–')), ' ',
+      after && el('small', { class: kind }, after));
     const box = (name, title, figures) => {
       this.tops[name] = el('span', {});
       this.#watchPointer(name);
@@ -869,262 +857,6 @@ class Totals {
 const active = (running, waiting) =>
   (running == null ? null : Math.max(running - (waiting ?? 0), 0));
 
-// --- A worker as a card -------------------------------------------------------------
-
-class Card {
-  #app;
-  #overview;
-  #worker = null;
-
-  constructor(overview, app, name) {
-    this.#app = app;
-    this.#overview = overview;
-    this.name = name;
-    const { el, format } = app;
-    const series = (options) => new Series({ size: 90, step: 10, ...options });
-    this.speed = series();
-    this.p50 = series();
-    this.p95 = series({ highest: true });
-    this.failing = series({ highest: true });
-    this.chart = new Chart({
-      series: [this.speed], area: true, marked: this.failing,
-      describe: ({ series: [one], marked }) => {
-        const failed = marked.values.filter((each) => each).length * marked.step;
-        return `Tokens per second, the last ${MINUTES} minutes: highest ${
-          format.short(one.top)}${failed ? `; down or failing for ${duration(failed)}` : ''}`;
-      },
-    });
-    this.firstChart = new Chart({
-      series: [this.p50, this.p95], bridge: 12,
-      describe: ({ series: [one, two] }) =>
-        `Time to first token: median up to ${format.ms(one.top)}, 95 % up to ${
-          format.ms(two.top)}`,
-    });
-    this.state = el('strong', {});
-    this.since = el('span', { class: 'muted' });
-    this.why = el('ul', { class: 'why', hidden: true });
-    this.dots = el('span', { class: 'slots', 'aria-hidden': 'true' });
-    this.busy = el('span', { class: 'text' });
-    this.now = el('b', {}, '–');
-    this.first = el('b', { title: 'p50 and p95' }, '–');
-    this.models = el('ul', { class: 'models', 'aria-label': 'Models' });
-    this.machine = el('ul', { class: 'machine', 'aria-label': 'Machine' });
-    this.foot = el('p', { class: 'foot' });
-    this.error = el('span', {});
-    this.button = el('button', {
-      type: 'button', class: 'quiet', 'aria-haspopup': 'menu', 'aria-expanded': 'false',
-      'aria-label': `Actions for ${name}`, hidden: !app.can('admin'),
-      onclick: () => overview.openMenu(this, this.#worker),
-    }, '⋯');
-    this.node = el('article', { class: 'card worker', tabindex: '-1', 'aria-label': name, 'data-worker': name },
-      el('header', {},
-        el('div', {}, el('h3', {}, name),
-          el('p', { class: 'state' }, this.state, this.since)),
-        this.button),
-      this.why,
-      el('div', { class: 'slots' }, this.dots, this.busy),
-      el('div', { class: 'pair' },
-        el('div', { class: 'gauge' },
-          el('p', { class: 'top' }, 'Tokens/s ', this.now), this.chart.node),
-        el('div', { class: 'gauge' },
-          el('p', { class: 'top' }, 'First token ', this.first), this.firstChart.node)),
-      this.models, this.machine, this.foot);
-  }
-
-  loadHistory(columns = {}) {
-    const { state = [], breaker = [] } = columns;
-    this.speed.load(columns.tokens_per_second);
-    this.p50.load(columns.first_token_p50);
-    this.p95.load(columns.first_token_p95);
-    this.failing.load(state.map((each, place) => isFailing(each, breaker[place])));
-    this.#draw();
-  }
-
-  push(worker) {
-    if (!worker) return;
-    const changed = [
-      this.speed.push(worker.tokens_per_second ?? 0),
-      this.p50.push(worker.first_token_p50),
-      this.p95.push(worker.first_token_p95),
-      this.failing.push(isFailing(worker.state, worker.breaker.state)),
-    ];
-    if (changed.some(Boolean)) this.#draw();
-  }
-
-  #draw() {
-    this.chart.draw();
-    this.firstChart.draw();
-  }
-
-  render(worker, exchanges) {
-    this.#worker = worker;
-    const { format } = this.#app;
-    const passed = now() - worker.at;
-    const trouble = troubleOf(worker);
-    const [mark, word, kind, since] = shownState(worker);
-    const sought = this.node.classList.contains('sought') ? ' sought' : '';
-    const edge = trouble.level || kind;
-    look(this.node, `card worker ${edge ? `${edge}-edge` : ''}${sought}`);
-    look(this.state, kind);
-    put(this.state, `${mark} ${word}`);
-    put(this.since, since == null ? '' : `for ${duration(since + passed)}`);
-    this.#renderWhy(worker, trouble);
-    this.#renderSlots(worker, exchanges);
-    put(this.now, format.short(worker.tokens_per_second ?? 0));
-    const p50 = worker.first_token_p50 ?? this.p50.last;
-    const p95 = worker.first_token_p95 ?? this.p95.last;
-    put(this.first, p50 == null ? '–' : both(p50, p95 ?? p50, format));
-    this.#renderModels(worker);
-    this.#renderMachine(worker);
-    this.#renderFoot(worker, passed);
-  }
-
-  #renderWhy(worker, trouble) {
-    const { el } = this.#app;
-    const lines = whyOf(worker);
-    this.why.hidden = !lines.length;
-    look(this.why, `why ${trouble.level}`);
-    while (this.why.children.length > lines.length) this.why.lastChild.remove();
-    lines.forEach((line, place) => {
-      if (!this.why.children[place]) this.why.append(el('li'));
-      put(this.why.children[place], line);
-    });
-  }
-
-  // A dot for each slot, in the colour of its subject; many slots are only counted.
-  #renderSlots({ slots, running }, exchanges) {
-    const { el } = this.#app;
-    const count = Math.max(slots ?? 0, running ?? 0, exchanges.length);
-    const dots = count > 40 ? 0 : count;
-    while (this.dots.children.length > dots) this.dots.lastChild.remove();
-    while (this.dots.children.length < dots) this.dots.append(el('span', { class: 'slot' }));
-    const sorted = dots && exchanges.toSorted((a, b) => (a.subject < b.subject ? -1 : 1));
-    for (let place = 0; place < dots; place += 1) {
-      const exchange = sorted[place];
-      const dot = this.dots.children[place];
-      if (exchange) {
-        const step = exchange.state === 'streaming' ? 'busy' : 'reading';
-        look(dot, `slot ${step} ${this.#overview.colour(exchange.subject)}`);
-        const title = `${exchange.subject}: ${STEPS[exchange.state] ?? exchange.state}`;
-        if (dot.title !== title) dot.title = title;
-      } else {
-        look(dot, place < (running ?? 0) ? 'slot busy' : 'slot');
-        if (dot.title) dot.title = '';
-      }
-    }
-    const busy = Math.max(running ?? 0, exchanges.length);
-    put(this.busy, slots == null ? `${busy} running, slots not known yet`
-      : `${busy} of ${slots} slots busy`);
-  }
-
-  #renderModels(worker) {
-    const { el, format } = this.#app;
-    const key = JSON.stringify([worker.models, worker.breaker.state]);
-    if (key === this.modelsKey) return;
-    this.modelsKey = key;
-    const shown = worker.models.slice(0, 8);
-    const rows = shown.map((model) => {
-      const state = model.progress != null && !model.loaded
-        ? [el('progress', { max: 1, value: model.progress, 'aria-label': `Loading ${model.name}` }),
-          `loading, ${Math.round(model.progress * 100)} %`]
-        : [model.loaded ? 'loaded' : 'not loaded'];
-      const context = model.context ?? worker.context;
-      return el('li', {}, el('span', { class: 'name' }, model.name),
-        context && el('span', { class: 'muted', title: `${format.number(context)} tokens` },
-          `${thousands(context)} context`),
-        el('span', { class: `row ${model.loaded ? 'good' : 'muted'}` }, state),
-        ofItself(model, worker) && el('span', { class: 'warn' }, `▲ breaker ${model.breaker.state}`));
-    });
-    const more = worker.models.length - shown.length;
-    if (more > 0) rows.push(el('li', { class: 'muted' }, `and ${more} more models`));
-    this.models.replaceChildren(...rows);
-  }
-
-  #renderMachine({ agent }) {
-    const { el } = this.#app;
-    const key = JSON.stringify(agent);
-    if (key === this.machineKey) return;
-    this.machineKey = key;
-    const rows = (agent?.devices ?? []).slice(0, 8).map((device) => {
-      const { name, memory_gib: all, used_gib: used, busy, celsius } = device;
-      const memory = all && (used == null ? `${short(all)} GiB`
-        : `${short(used)} of ${short(all)} GiB`);
-      return el('li', {}, el('span', { class: 'name' }, name),
-        celsius != null && el('span', { class: celsius >= HOT ? 'bad' : '' },
-          `${celsius >= HOT ? '▲ ' : ''}${Math.round(celsius)} °C`),
-        busy != null && el('span', {}, `${Math.round(busy * 100)} % busy`),
-        all && used != null && el('meter', {
-          min: 0, max: all, high: all * 0.97, value: used, 'aria-label': `Memory of ${name}`,
-        }),
-        memory && el('span', { class: 'memory' }, memory));
-    });
-    if (agent?.load != null) {
-      rows.push(el('li', {}, `${agent.host ? `${agent.host}: ` : ''}processor load ${
-        Math.round(agent.load * 100)} %`));
-    }
-    this.machine.hidden = !rows.length;
-    this.machine.replaceChildren(...rows);
-  }
-
-  #renderFoot(worker, passed) {
-    const { el, format } = this.#app;
-    const { last_error: error } = worker;
-    if (!this.foot.firstChild) {
-      this.about = el('span', {});
-      this.foot.append(this.about, this.error);
-    }
-    const parts = [worker.url, worker.build && `build\u00a0${worker.build}`,
-      worker.vram_gib && !worker.agent?.devices?.length && `${short(worker.vram_gib)}\u00a0GiB\u00a0VRAM`,
-      worker.source !== 'file' && SOURCES[worker.source]];
-    put(this.about, parts.filter(Boolean).join(' · '));
-    put(this.error, error
-      ? `Last error, ${duration(error.ago + passed)} ago: ${error.detail || error.code}`
-      : '');
-  }
-}
-
-// --- A worker as a tile, where there are many ---------------------------------------
-
-class Tile {
-  #level = '';
-  #kinds = '';
-  #app;
-
-  constructor(overview, app, name) {
-    const { el } = app;
-    this.#app = app;
-    this.name = name;
-    this.mark = el('span', {});
-    this.use = el('span', { class: 'num' });
-    this.sub = el('span', { class: 'sub' });
-    this.node = el('button', {
-      type: 'button', class: 'tile', title: name, 'data-worker': name, onclick: () => overview.show(name),
-    }, this.mark, el('span', { class: 'name' }, name), this.use, this.sub);
-  }
-
-  loadHistory() {}
-
-  push() {}
-
-  // Returns whether it may belong to another place now.
-  render(worker) {
-    const { format } = this.#app;
-    const { level, brief } = troubleOf(worker);
-    const [mark, word, kind] = shownState(worker);
-    look(this.node, `tile ${level}`);
-    look(this.mark, kind);
-    put(this.mark, mark);
-    put(this.use, `${worker.running ?? 0}/${worker.slots ?? '?'}`);
-    const speed = worker.tokens_per_second;
-    put(this.sub, level ? sentence(brief.replace(/^is /, ''), '') : `${word}${speed ? `, ${format.short(speed)} tok/s` : ''}`);
-    const kinds = Object.keys(KINDS).filter((each) => isOf(each, worker)).join();
-    const moved = level !== this.#level || kinds !== this.#kinds;
-    this.#level = level;
-    this.#kinds = kinds;
-    return moved;
-  }
-}
-
 // --- A table that changes only where it has to --------------------------------------
 
 class Table {
@@ -1138,9 +870,12 @@ class Table {
     this.body = el('tbody');
     this.none = el('p', { class: 'muted' }, empty);
     this.more = el('p', { class: 'hint' });
-    this.sheet = el('div', { class: 'sheet', tabindex: '0', role: 'group', 'aria-label': 'Table' },
-      el('table', {}, el('thead', {}, el('tr', {}, columns.map(([name, kind]) =>
-        (name ? el('th', { class: kind, scope: 'col' }, name) : el('td', {}, el('span', { class: 'unseen' }, 'Action')))))), this.body));
+    const heads = columns.map(([name, kind]) => (name
+      ? el('th', { class: kind, scope: 'col' }, name)
+      : el('td', {}, el('span', { class: 'unseen' }, 'Action'))));
+    this.sheet = el('div', {
+      class: 'sheet', tabindex: '0', role: 'group', 'aria-label': 'Table',
+    }, el('table', {}, el('thead', {}, el('tr', {}, heads)), this.body));
     this.node = el('div', {}, this.none, this.sheet, this.more);
   }
 
@@ -1179,16 +914,7 @@ class Table {
   }
 }
 
-// --- Words --------------------------------------------------------------------------
-
-const HOT = 90; // °C
-const KINDS = { all: 'All', trouble: 'In trouble', busy: 'Busy', idle: 'Idle', held: 'Held' };
-const SOURCES = { admin: 'added by an operator', agent: 'registered by its agent' };
-const STEPS = {
-  reading: 'request arrives', queued: 'waits', connecting: 'connecting',
-  waiting: 'reads the prompt', streaming: 'answers', broken: 'broken off',
-  resuming: 'continues elsewhere', ended: 'ended',
-};
+// --- What can be done ----------------------------------------------------------------
 
 const ACTIONS = {
   pause: {
@@ -1238,207 +964,13 @@ function actionsOf(worker) {
   ].filter(Boolean);
 }
 
-// Whether a model has a breaker that is not closed, besides that of its worker.
-function ofItself({ breaker }, worker) {
-  return breaker.state !== 'closed' && (breaker.state !== worker.breaker.state
-    || breaker.reason !== worker.breaker.reason);
-}
-
-const isFailing = (state, breaker) => (state === 'down' || breaker === 'open' ? 1 : 0);
-
-const isHeld = ({ hold }) => hold === 'paused' || hold === 'draining';
-
-// The symbol, the word and the kind of its state, and the seconds since it began, if they
-// are known; a hold and a breaker come before "ready".
-function shownState(worker) {
-  if (worker.state === 'ready' && worker.hold === 'paused') return ['‖', 'Paused', '', null];
-  if (worker.state === 'ready' && worker.hold === 'draining') return ['↓', 'Draining', 'warn', null];
-  if (worker.state === 'ready' && worker.breaker.state === 'open') {
-    return ['✕', 'Failing', 'bad', worker.breaker.since];
-  }
-  if (worker.state === 'ready' && worker.breaker.state === 'half-open') {
-    return ['◐', 'On trial', 'warn', worker.breaker.since];
-  }
-  return [...(STATES[worker.state] ?? ['?', worker.state, 'warn']), worker.since];
-}
-
-// What is wrong with a worker: {level: 'bad', 'warn' or '', text, brief}.
-function troubleOf(worker) {
-  const passed = now() - worker.at;
-  const lasting = `for ${duration(worker.since + passed)}`;
-  const { state, breaker, models } = worker;
-  const progress = models.find((each) => each.progress != null && !each.loaded)?.progress;
-  const hot = worker.agent?.devices?.find((each) => each.celsius >= HOT);
-  const model = models.find((each) => ofItself(each, worker) && each.breaker.state === 'open');
-  if (state === 'down') {
-    return { level: 'bad', kind: 'down', brief: `is down: ${worker.reason}`,
-      text: `is down: ${worker.reason}, ${lasting}` };
-  }
-  if (breaker.state === 'open') {
-    const left = breaker.opens_in - passed;
-    return { level: 'bad', kind: 'failing', brief: `fails: ${breaker.reason}`,
-      text: `gets no requests: ${breaker.reason}${
-        left > 0 ? `; it is tried again in ${duration(Math.ceil(left))}` : ''}` };
-  }
-  if (state === 'starting') {
-    return { level: 'warn', kind: 'starting', brief: 'is not reached yet',
-      text: `is not reached yet, ${lasting}` };
-  }
-  if (state === 'loading') {
-    const far = progress ? `, ${Math.round(progress * 100)} %` : '';
-    return { level: 'warn', kind: 'loading', brief: 'is loading its model',
-      text: `is loading its model${far}, ${lasting}` };
-  }
-  if (state === 'waking') {
-    return { level: 'warn', kind: 'waking', brief: 'is waking', text: `is waking, ${lasting}` };
-  }
-  if (breaker.state === 'half-open') {
-    return { level: 'warn', kind: 'on trial', brief: 'is tried again after failures',
-      text: `is tried again: ${breaker.reason}` };
-  }
-  if (model) {
-    return { level: 'warn', kind: 'failing with a model', brief: `fails with ${model.name}`,
-      text: `gets no requests for ${model.name}: ${model.breaker.reason}` };
-  }
-  if (hot) {
-    const text = `is hot: ${hot.name} is at ${Math.round(hot.celsius)} °C`;
-    return { level: 'warn', kind: 'hot', brief: text, text };
-  }
-  if (worker.agent?.serving === false) {
-    const text = 'does not answer its agent';
-    return { level: 'warn', kind: 'silent', brief: text, text };
-  }
-  return { level: '', kind: '', brief: '', text: '' };
-}
-
-// Why a worker is as it is: lines for its card.
-function whyOf(worker) {
-  const passed = now() - worker.at;
-  const { state, hold, breaker, models } = worker;
-  const lines = [];
-  if (hold === 'paused') lines.push('Paused by an operator: it gets no new request.');
-  if (hold === 'draining') lines.push('Draining: no new request; running ones have a time limit.');
-  if (state !== 'ready' && worker.reason) lines.push(sentence(worker.reason));
-  if (breaker.state !== 'closed') lines.push(`Breaker ${breakerWords(breaker, passed)}`);
-  for (const each of models) {
-    if (ofItself(each, worker)) {
-      lines.push(`${each.name}: breaker ${breakerWords(each.breaker, passed)}`);
-    }
-  }
-  if (worker.agent?.serving === false) lines.push('The server does not answer its agent.');
-  return lines.slice(0, 6);
-}
-
-function breakerWords({ state, reason, since, opens_in: left }, passed) {
-  const lasting = since == null ? '' : ` for ${duration(since + passed)}`;
-  const next = state === 'open' && left > passed
-    ? ` Tried again in ${duration(Math.ceil(left - passed))}.` : '';
-  return `${state}${lasting}: ${reason}.${next}`;
-}
-
-function sentence(text, end = '.') {
-  return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? '' : end}`;
-}
-
-function isOf(kind, worker) {
-  if (kind === 'trouble') return Boolean(troubleOf(worker).level);
-  if (kind === 'busy') return worker.running > 0;
-  if (kind === 'idle') return !worker.running && worker.state === 'ready' && !isHeld(worker);
-  if (kind === 'held') return isHeld(worker);
-  return true;
-}
-
-// One sentence about the whole hub, and a line for each trouble.
-function verdictOf(workers, { waiting = 0 }, queue) {
-  const all = [...workers.values()];
-  if (!all.length) return { level: '', text: 'This hub has no workers yet', list: [] };
-  const troubles = all.map((worker) => ({ name: worker.name, ...troubleOf(worker) }))
-    .filter(({ level }) => level)
-    .sort((a, b) => (a.level < b.level ? -1 : a.level > b.level ? 1 : 0));
-  const bad = troubles.filter(({ level }) => level === 'bad');
-  const held = all.filter(isHeld);
-  const asleep = all.filter(({ state }) => state === 'asleep');
-  const usable = all.filter((worker) => worker.state === 'ready' && !isHeld(worker)
-    && worker.breaker.state !== 'open');
-  const size = all.length.toLocaleString('en');
-  const single = all.length === 1;
-  const of = single ? 'The worker' : '';
-  const list = [...troubles];
-  let level = 'good';
-  let text;
-  if (bad.length) {
-    level = 'bad';
-    if (bad.length === 1) {
-      const [{ name, text: what }] = bad;
-      text = single ? `The worker ${name} ${what}`
-        : `1 of ${size} workers ${what.replace(/^(is down|gets no requests): /, `$1: ${name}, `)}`;
-      list.splice(list.indexOf(bad[0]), 1);
-    } else {
-      const down = bad.filter(({ kind }) => kind === 'down').length;
-      const words = down === bad.length ? 'are down' : down ? 'are down or fail' : 'fail';
-      text = bad.length === all.length ? `All ${size} workers ${words}`
-        : `${bad.length} of ${size} workers ${words}`;
-    }
-  } else if (!usable.length && !asleep.length) {
-    level = held.length ? 'bad' : 'warn';
-    text = held.length ? `No worker takes requests: ${held.length} of ${size} held by operators`
-      : of ? `${of} ${troubles[0]?.name ?? ''} ${troubles[0]?.text ?? 'is not ready'}`
-        : 'No worker is ready yet';
-    if (of && troubles.length) list.shift();
-  } else if (troubles.length === 1) {
-    level = 'warn';
-    const [{ name, text: what }] = troubles;
-    text = `${usable.length} of ${size} workers are ready; ${name} ${what}`;
-    if (single) text = `The worker ${name} ${what}`;
-    list.shift();
-  } else if (troubles.length) {
-    level = 'warn';
-    text = `${usable.length} of ${size} workers are ready`;
-  } else if (usable.length < all.length) {
-    const rest = [held.length && `${held.length} held by operators`,
-      asleep.length && `${asleep.length} asleep`].filter(Boolean).join(', ');
-    text = `${usable.length} of ${size} workers ${usable.length === 1 ? 'is' : 'are'} ready; ${rest}`;
-  } else {
-    text = single ? `The worker ${all[0].name} is ready`
-      : all.length === 2 ? 'Both workers are ready' : `All ${size} workers are ready`;
-  }
-  const count = Math.max(waiting, queue.length);
-  if (count) {
-    const longest = Math.max(0, ...queue.map((each) =>
-      (each.waited ?? 0) + (each.at ? now() - each.at : 0)));
-    const expected = queue.map((each) => each.expected).filter((each) => each != null);
-    list.push({ level: 'warn', text: ` ${count === 1 ? '1 request waits' : `${count} requests wait`}${
-      longest >= 1 ? `, the longest for ${duration(longest)}` : ''}${
-      expected.length ? `; the last gets its slot in about ${soon(Math.max(...expected))}` : ''}` });
-    if (level === 'good' && longest > 10) level = 'warn';
-  }
-  return { level, text, list };
-}
-
-// The queue by subject and class, in a line.
-function sumsOf(queue) {
-  const sums = new Map();
-  for (const each of queue) {
-    const key = `${each.subject}, ${each.class}`;
-    const { count = 0, expected = null } = sums.get(key) ?? {};
-    const next = each.expected != null && (expected == null || each.expected < expected)
-      ? each.expected : expected;
-    sums.set(key, { count: count + 1, expected: next });
-  }
-  const shown = [...sums].sort((a, b) => b[1].count - a[1].count);
-  const words = shown.slice(0, 6).map(([key, { count, expected }]) =>
-    `${key}: ${count}${expected == null ? '' : ` (next: ${soon(expected)})`}`);
-  if (shown.length > 6) words.push(`and ${shown.length - 6} more`);
-  return words.join(' · ');
-}
-
 // The table of a new worker, of the fields that are filled in.
 function rowOf(inputs) {
   const row = {};
   for (const [key, input] of Object.entries(inputs)) {
     const value = input.value.trim();
     if (!value) continue;
-    if (key === 'models') row.models = value.split(',').map((each) => each.trim()).filter(Boolean);
+    if (key === 'models') row.models = value.split(/\s*,\s*/).filter(Boolean);
     else row[key] = key === 'slots' || key === 'vram_gib' ? Number(value) : value;
   }
   return row;
@@ -1449,31 +981,4 @@ function recent(worker) {
   if (!worker) return {};
   const { tokens_per_second, first_token_p50, first_token_p95 } = worker;
   return { tokens_per_second, first_token_p50, first_token_p95 };
-}
-
-// Two times: "188 · 502 ms", or with a unit each.
-function both(low, high, { ms }) {
-  return high < 1_000 ? `${Math.round(low)} · ${ms(high)}` : `${ms(low)} · ${ms(high)}`;
-}
-
-// Tokens: 8k, 128k, 1,000
-function thousands(tokens) {
-  return tokens % 1_024 ? tokens.toLocaleString('en') : `${tokens / 1_024}k`;
-}
-
-const short = (value) => String(Math.round(value * 10) / 10);
-
-// A wait that is expected.
-function soon(seconds) {
-  if (seconds == null) return 'unknown';
-  return seconds < 1 ? '1 s' : duration(seconds);
-}
-
-function duration(seconds) {
-  if (seconds < 90) return `${Math.round(Math.max(seconds, 0))} s`;
-  const minutes = Math.round(seconds / 60);
-  if (minutes < 60) return `${minutes} min`;
-  const hours = Math.floor(minutes / 60);
-  if (hours < 10 && minutes % 60) return `${hours} h ${minutes % 60} min`;
-  return hours < 48 ? `${hours} h` : `${Math.floor(hours / 24)} days`;
 }
