@@ -206,6 +206,7 @@ _OPERATIONS = {
     "top": "watch workers, queue and requests; q ends",
     "explain": "show which worker a request would get now, and why",
     "requests": "list the requests that have ended",
+    "usage": "add up what subjects have used, by model and day",
     "cancel": "cancel a request that runs or waits",
     "reload": "have the hub read its settings again",
     "revoke": "have the hub reject a token, or all tokens of a subject",

@@ -33,12 +33,14 @@ from gollama_proxy.control.display import (
     Overview,
     machine_of,
     model_of,
+    print_csv,
     print_fields,
     print_table,
     printable,
     reason_for,
     running_of,
     show,
+    show_usage,
     span,
     state_of,
     watch,
@@ -119,6 +121,18 @@ def _fill_requests(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", help=text)
     text = "at most so many (at once, with --follow), from 1 to 1000; default: 100"
     add("--limit", metavar="N", default="100", help=text)
+
+
+def _fill_usage(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = "what to add up by: subject (default), model, day, or several with commas"
+    add("--by", metavar="NAMES", help=text)
+    text = "first day: 7d (default) or 12h ago, a date (UTC), or Unix seconds"
+    add("--since", metavar="WHEN", help=text)
+    add("--until", metavar="WHEN", help="last day, in the same forms; default: today")
+    text = "only of the subject of the token, which needs no scope, and its limits"
+    add("--own", action="store_true", help=text)
+    add("--csv", action="store_true", help="print a table for spreadsheets")
 
 
 def _fill_cancel(parser: argparse.ArgumentParser) -> None:
@@ -373,6 +387,25 @@ def _read_request(file: str) -> Json:
     return request
 
 
+# --- usage ------------------------------------------------------------------------
+
+
+def _usage(args: argparse.Namespace, hub: AdminClient) -> None:
+    if args.csv and args.json:
+        raise ConfigError("--csv: cannot be given together with --json")
+    path = "/v1/usage" if args.own else "usage"
+    answer = hub.call("GET", path, by=args.by, since=args.since, until=args.until)
+    if args.json:
+        _print_json(answer)
+    elif args.csv:
+        print_csv([*answer["by"], *answer["total"]], answer["rows"])
+    else:
+        show_usage(answer)
+    if not (args.json or answer["complete"]):
+        text = "note: there are more rows; a later --since or another --by leaves fewer"
+        print(text, file=sys.stderr)
+
+
 # --- requests, cancel, reload, revoke ---------------------------------------------
 
 _FILTERS = ("subject", "model", "worker", "outcome")
@@ -505,6 +538,7 @@ _COMMANDS: dict[str, tuple[_Run, _Fill]] = {
     "top": (_top, _fill_nothing),
     "explain": (_explain, _fill_explain),
     "requests": (_requests, _fill_requests),
+    "usage": (_usage, _fill_usage),
     "cancel": (_cancel, _fill_cancel),
     "reload": (_reload, _fill_nothing),
     "revoke": (_revoke, _fill_revoke),

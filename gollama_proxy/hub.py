@@ -22,6 +22,7 @@ from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events
 from gollama_proxy.control.history import History, Recent
 from gollama_proxy.control.page import Dashboard, Links
+from gollama_proxy.control.usage import Usage
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
@@ -164,6 +165,7 @@ class Hub(Listener):
             "/v1/models/": {"GET": model_list.show_model},
             "/models/": {"GET": model_list.show_model},
             **Admin(self, self.views).routes(),
+            **Usage(self).routes(),
             **self._agent_api.routes(),
             **Dashboard(self).routes(),
         }

@@ -108,6 +108,7 @@ def test_help_names_the_commands(capsys: Output) -> None:
         "top",
         "explain",
         "requests",
+        "usage",
         "cancel",
         "reload",
         "revoke",

@@ -21,10 +21,14 @@ import pytest
 
 from gollama_proxy.cli import main
 from gollama_proxy.fleet.worker import Hold, WorkerState
+from gollama_proxy.state import ledger
+from gollama_proxy.state.ledger import day_of
+from gollama_proxy.telemetry.accesslog import Record
 from tests.fakes.agent import HandAgent
 from tests.fakes.asks import CHAT, RARELY, STREAM
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
+from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import bare
 from tests.fakes.replies import chunk, json_reply, role, sse_head, token
@@ -54,6 +58,7 @@ COMMANDS = [
     ["explain", "--model", "tiny"],
     ["requests"],
     ["requests", "--follow"],
+    ["usage"],
     ["cancel", "a"],
     ["reload"],
     ["revoke", "jti:a"],
@@ -325,6 +330,95 @@ async def test_the_requests_that_have_ended_are_listed(run: Run) -> None:
             assert [each["id"] for each in found["requests"]] == ["mine"]
         found = (await run("requests", "--json", "--subject", "bob", hub=hub)).json()
         assert found["requests"] == []
+
+
+# --- Usage ------------------------------------------------------------------------
+
+NOON = day_of("2026-11-29") * 86_400 + 43_200.0
+
+
+def use(hub: RunningHub, *subjects: str, model: str = "tiny") -> None:
+    """Let subjects use something, on the 29th of November."""
+    hub.hub.ledger.clock = Clock(NOON)
+    for number, subject in enumerate(subjects, 1):
+        hub.hub.ledger.add(
+            Record(
+                "1",
+                "POST",
+                subject=subject,
+                model=model,
+                prompt_tokens=1200 // number,
+                tokens=30,
+                cached_tokens=7,
+                slot_seconds=90.0,
+            ),
+            failed=number == 2,
+        )
+
+
+async def test_usage_is_shown_as_a_table_with_a_total(run: Run) -> None:
+    async with running_hub() as hub:
+        use(hub, "alice", "bob", "Zoë\x1b[2J")
+        done = await run("usage", hub=hub)
+        assert re.sub(" *\n", "\n", re.sub("  +", "  ", done.out)) == (
+            "subject  requests  errors  prompt tokens  completion tokens  "
+            "cached tokens  slot time\n"
+            "alice  1  0  1,200  30  7  90 s\n"
+            "bob  1  1  600  30  7  90 s\n"
+            "Zoë?[2J  1  0  400  30  7  90 s\n"
+            "total  3  1  2,200  90  21  4 min\n"
+        )
+        assert len({len(line) for line in done.out.splitlines()}) == 1  # it is aligned
+        done = await run("usage", "--by", "day,model", "--since", "2026-11-29", hub=hub)
+        assert re.search(r"^2026-11-29 +tiny +3 +1 ", done.out, re.MULTILINE)
+        done = await run("usage", "--until", "1d", hub=hub)
+        assert done.out == (
+            "Nothing was used from 2026-11-22 to 2026-11-28 (UTC); "
+            "--since 90d looks further back.\n"
+        )
+        found = (await run("usage", "--json", hub=hub)).json()
+        assert len(found["rows"]) == 3
+
+
+async def test_usage_as_csv_has_no_formula(run: Run) -> None:
+    async with running_hub() as hub:
+        use(hub, '=cmd|"/c calc"!A1', "-1+1", "@x, y")
+        done = await run("usage", "--csv", "--by", "subject,model", hub=hub)
+        assert done.out == (
+            "subject,model,requests,errors,prompt_tokens,completion_tokens,"
+            "cached_tokens,slot_seconds\r\n"
+            '"\'=cmd|""/c calc""!A1",tiny,1,0,1200,30,7,90.0\r\n'
+            "'-1+1,tiny,1,1,600,30,7,90.0\r\n"
+            '"\'@x, y",tiny,1,0,400,30,7,90.0\r\n'
+        )
+        assert done.err == ""
+
+
+async def test_a_subject_sees_its_own_usage_and_limits(run: Run) -> None:
+    async with running_hub() as hub:
+        use(hub, "root", "bob")
+        claims = {"scope": None, "tokens_per_day": 2000, "rpm": 5}
+        done = await run("usage", "--own", hub=hub, **claims)
+        assert [line.split()[0] for line in done.out.splitlines()] == [
+            *("model", "tiny", "total", "rpm:", "tokens_per_day:")
+        ]
+        assert done.out.endswith(
+            "rpm: 5 of 5 left\ntokens_per_day: 770 of 2,000 left, all of it in 12 h\n"
+        )
+        refused = await run("usage", hub=hub, scope=None)
+        assert refused.status == 1
+        assert "it needs the scope admin" in refused.error
+
+
+async def test_usage_that_is_too_much_to_show_is_noted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "MOST_ROWS", 1)
+    async with running_hub() as hub:
+        use(hub, "alice", "bob")
+        done = await run("usage", "--csv", hub=hub)
+        assert len(done.out.splitlines()) == 2
+        assert done.err.startswith("note: there are more rows;")
 
 
 async def test_later_requests_are_followed(
@@ -667,6 +761,9 @@ async def test_a_hub_with_tls(
         (["explain", "--file", __file__], "must be JSON"),
         (["requests", "--limit", "0"], "--limit = '0': must be a whole number"),
         (["requests", "--limit", "1001"], "--limit = '1001': must be"),
+        (["usage", "--since", "soon"], "since = 'soon': must be 7d or 12h ago"),
+        (["usage", "--by", "worker"], "by = 'worker': must be some of subject"),
+        (["usage", "--csv", "--json"], "--csv: cannot be given together with --json"),
         (["cancel"], "required: ID"),
         (["cancel", ""], "'': must be a name or an id"),
         (["reload", "now"], "now: not a flag of this command"),

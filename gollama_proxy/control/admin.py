@@ -18,15 +18,16 @@ from aiohttp import web
 
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes
-from gollama_proxy.control import views, workers
+from gollama_proxy.control import usage, views, workers
 from gollama_proxy.control.calls import Call, CallHandler, answer, check_local, decode
 from gollama_proxy.control.events import STREAM
 from gollama_proxy.control.history import SAMPLES, History, Recent
 from gollama_proxy.control.page import LIFETIME, Links, compress
 from gollama_proxy.control.questions import Question, explain
+from gollama_proxy.control.usage import Usage
 from gollama_proxy.control.views import Views
 from gollama_proxy.control.workers import Workers
-from gollama_proxy.edge.auth import Authenticator, Principal
+from gollama_proxy.edge.auth import Principal
 from gollama_proxy.edge.response import Response, Sent
 from gollama_proxy.edge.router import Handler, Routes
 from gollama_proxy.proxy.state import Exchange, State
@@ -42,11 +43,9 @@ _MOST_VALUES = 100_000
 _FILTERS = ("id", "subject", "model", "worker", "outcome")
 
 
-class Parts(workers.Parts, Protocol):
+class Parts(workers.Parts, usage.Parts, Protocol):
     """The parts of a hub that operators see and change."""
 
-    @property
-    def authenticator(self) -> Authenticator: ...
     @property
     def recent(self) -> Recent: ...
     @property
@@ -68,6 +67,7 @@ class Admin:
         self._hub = hub
         self._views = views
         self._workers = Workers(hub, views)
+        self._usage = Usage(hub)
         self._description = b""  # of the API, once it was read
 
     def __repr__(self) -> str:
@@ -84,6 +84,7 @@ class Admin:
             "/admin/exchanges/{id}": {"DELETE": self._cancel},
             "/admin/requests": {"GET": self._list_requests},
             "/admin/history": {"GET": self._show_history},
+            "/admin/usage": {"GET": self._usage.show},
             "/admin/config": {"GET": self._show_config},
             "/admin/explain": {"POST": self._explain},
             "/admin/links": {"POST": self._make_link},

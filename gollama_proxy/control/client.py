@@ -68,6 +68,8 @@ class AdminClient:
     ) -> Json:
         """Call the admin API; return what it answers, a JSON object.
 
+        A path that begins with a slash leads elsewhere on the hub.
+
         Raises:
             CallError: no hub answers, or it refuses.
         """
@@ -81,9 +83,9 @@ class AdminClient:
             data = b"" if body is None else json.dumps(body).encode()
             fields["Content-Type"] = "application/json"
         given = {name: value for name, value in query.items() if value is not None}
-        target = f"{self._base}/admin/{path}" + (
-            f"?{urlencode(given)}" if given else ""
-        )
+        target = self._base + (path if path.startswith("/") else f"/admin/{path}")
+        if given:
+            target += f"?{urlencode(given)}"
         try:
             self._connection.request(method, target, data, fields)
             response = self._connection.getresponse()

@@ -170,6 +170,64 @@ def reason_for(worker: Json) -> str:
     return f"{error['detail']} ({span(error['ago'])} ago)" if error else ""
 
 
+# --- Usage ------------------------------------------------------------------------
+
+
+def show_usage(answer: Json) -> None:
+    """Print a table of usage with a total, and what is left of limits."""
+    titles = [*answer["by"], *answer["total"]]
+    begins, ends = (
+        time.strftime("%Y-%m-%d", time.gmtime(moment))
+        for moment in (answer["since"], answer["until"] - 1)
+    )
+    if answer["rows"]:
+        total = dict.fromkeys(answer["by"], "") | answer["total"]
+        total[answer["by"][0]] = "total"
+        rows = [[row[title] for title in titles] for row in (*answer["rows"], total)]
+        names = [title.replace("_", " ") for title in titles]
+        print_table(*_aligned([*names[:-1], "slot time"], rows))
+    else:
+        text = "--since 90d looks further back"
+        print(f"Nothing was used from {begins} to {ends} (UTC); {text}.")
+    for claim, limit in answer.get("limits", {}).items():
+        left = f"{limit['remaining']:,} of {limit['limit']:,} left"
+        resets = limit["resets_in"]
+        print(f"{claim}: {left}" + (f", all of it in {span(resets)}" * bool(resets)))
+
+
+def _aligned(
+    titles: Sequence[str], rows: Iterable[Sequence[object]]
+) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Align columns of numbers to the right; the last one is a time in seconds."""
+    columns = []
+    for title, *values in zip(titles, *rows, strict=True):
+        if any(isinstance(value, str) for value in values):
+            columns.append([title, *map(str, values)])
+            continue
+        last = title == titles[-1]
+        cells = [span(value) if last else f"{value:,}" for value in values]
+        width = max(map(len, (title, *cells)))
+        columns.append([f"{cell:>{width}}" for cell in (title, *cells)])
+    first, *others = zip(*columns, strict=True)
+    return [*first], others
+
+
+def print_csv(titles: Sequence[str], rows: Iterable[Json]) -> None:
+    """Print rows as RFC 4180 has it, with names that no spreadsheet calculates."""
+    import csv
+
+    writer = csv.writer(sys.stdout, lineterminator="\r\n")
+    writer.writerow(titles)
+    for row in rows:
+        writer.writerow([_plain(row[title]) for title in titles])
+
+
+def _plain(value: object) -> object:
+    """Return a value that a spreadsheet does not take for a formula (OWASP)."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
+    return f"'{printable(value)}" if formula else printable(value)
+
+
 # --- All at once, live ------------------------------------------------------------
 
 
