@@ -180,11 +180,11 @@ async def hit_in_mid_answer(
 async def test_answers_are_complete_although_a_worker_is_killed(
     brisk_model: Path, llama_server: Start
 ) -> None:
-    """Thirty at once on three workers, each the same to the last character."""
+    """Fifteen at once on three workers, each the same to the last character."""
     servers = [llama_server(brisk_model, slots=16, ctx=16 * 256) for _ in range(3)]
     async with running_hub(*servers, **RESCUE) as hub:
         expected = await unbroken(hub)
-        prompts, lost = PROMPTS * 6, 0
+        prompts, lost = PROMPTS * 3, 0
         victim = hub.hub.registry.workers[0]
 
         def kill() -> None:
@@ -196,7 +196,7 @@ async def test_answers_are_complete_although_a_worker_is_killed(
     assert [each.text for each in results] == [expected[prompt] for prompt in prompts]
     assert all(each.clean for each in results)
     # What had ended, and was still on its way, needed none.
-    assert 0 < sum(each.rescued for each in results) <= lost <= 10
+    assert 0 < sum(each.rescued for each in results) <= lost <= 5
     assert {each.finish_reasons for each in results} == {1}
     assert {each.completion_tokens for each in results} == {TOKENS}
 
