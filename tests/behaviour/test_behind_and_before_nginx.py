@@ -21,7 +21,7 @@ from tests.behaviour.test_honest_endings import (
     error_of,
 )
 from tests.behaviour.test_request_smuggling import answers_to, by_lines, whole
-from tests.corpora.smuggling import BODY, MODEL, PAYLOADS, Payload
+from tests.corpora.smuggling import BODY, MODEL, PAYLOADS
 from tests.fakes.client import Ending, Wire
 from tests.fakes.hub import mint, running_hub
 from tests.fakes.nginx import PLAIN, STREAMING, running_nginx
@@ -38,8 +38,8 @@ from tests.fakes.replies import (
 from tests.fakes.script import Step, close, reset, send, stall, wait
 from tests.fakes.worker import ScriptedWorker
 
-# Bodies are compared byte by byte and broken answers looked at: the hub changes and
-# repairs nothing, so that what nginx makes of them is seen.
+# Bodies are compared byte by byte, and broken answers are examined: the hub changes and
+# repairs nothing, so that a test shows what nginx makes of them.
 AS_IT_IS = {
     "retry__attempts": 1,
     "rescue__enabled": False,
@@ -103,36 +103,37 @@ async def behind(
 
 Cut = Callable[[bytes], list[bytes]]
 cuts = pytest.mark.parametrize("cut", [whole, by_lines])
-payloads = pytest.mark.parametrize("payload", PAYLOADS, ids=lambda p: p.name)
 
 
 @cuts
-@payloads
 async def test_requests_that_nginx_accepts_are_not_split_by_the_hub(
-    payload: Payload, cut: Cut, before: int, worker: ScriptedWorker
+    cut: Cut, before: int, worker: ScriptedWorker
 ) -> None:
     """It is lenient about much, and shares its connections to the hub."""
-    worker.requests.clear()
-    answers = await answers_to(cut(payload.raw), before)
-    # A carriage return that nginx has counted in is blank to JSON.
-    assert [request.body.strip() for request in worker.requests] in ([], [BODY])
-    assert answers.count(200) <= 1  # the poison's is none of them
-    assert not worker.violations
-    if payload.name in ("a length", "chunks"):
-        assert answers == (200, 401)
+    for payload in PAYLOADS:
+        worker.requests.clear()
+        answers = await answers_to(cut(payload.raw), before)
+        # A carriage return that nginx has counted in is blank to JSON.
+        bodies = [request.body.strip() for request in worker.requests]
+        assert bodies in ([], [BODY]), payload
+        assert answers.count(200) <= 1, payload  # the poison's is none of them
+        assert not worker.violations, payload
+        if payload.name in ("a length", "chunks"):
+            assert answers == (200, 401), payload
 
 
 @cuts
-@payloads
 async def test_requests_that_the_hub_accepts_are_one_request_to_nginx(
-    payload: Payload, cut: Cut, behind: int, worker: ScriptedWorker
+    cut: Cut, behind: int, worker: ScriptedWorker
 ) -> None:
-    worker.requests.clear()
-    answers = await answers_to(cut(payload.raw), behind)
-    assert answers in payload.answers, payload
-    served = payload.served and 200 in answers
-    assert [request.body for request in worker.requests] == [BODY] * served
-    assert not worker.violations
+    for payload in PAYLOADS:
+        worker.requests.clear()
+        answers = await answers_to(cut(payload.raw), behind)
+        assert answers in payload.answers, payload
+        served = payload.served and 200 in answers
+        bodies = [request.body for request in worker.requests]
+        assert bodies == [BODY] * served, payload
+        assert not worker.violations, payload
 
 
 # --- Streams ----------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from gollama_proxy.edge import server
-from tests.corpora.smuggling import BODY, CHAT, GOOD, MODEL, PAYLOADS, POISON, Payload
+from tests.corpora.smuggling import BODY, CHAT, GOOD, MODEL, PAYLOADS, POISON
 from tests.fakes.client import Wire
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.worker import ScriptedWorker
@@ -92,33 +92,35 @@ CUTS = [whole, by_lines, by_bytes]
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: payload.name)
 async def test_a_worker_receives_one_request_or_none(
-    payload: Payload,
     cut: Callable[[bytes], list[bytes]],
     hub: RunningHub,
     worker: ScriptedWorker,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    worker.requests.clear()
-    answers = await answers_to(cut(payload.raw), hub.port)
-    assert answers in payload.answers, payload
-    served = payload.served and 200 in answers
-    assert [request.body for request in worker.requests] == [BODY] * served
-    assert not worker.violations  # what it is sent is well-formed
-    for request in worker.requests:
-        assert (request.method, request.target) == ("POST", CHAT.decode())
-        if payload.strict:
-            assert read_strictly(payload.raw) == (b"POST", CHAT, BODY)
-    # Nor does anybody write a traceback into the log for it.
-    warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert {record.name for record in warnings} <= {"gollama_proxy.access"}
+    for payload in PAYLOADS:
+        worker.requests.clear()
+        caplog.clear()
+        answers = await answers_to(cut(payload.raw), hub.port)
+        assert answers in payload.answers, payload
+        served = payload.served and 200 in answers
+        bodies = [request.body for request in worker.requests]
+        assert bodies == [BODY] * served, payload
+        assert not worker.violations, payload  # what it is sent is well-formed
+        for request in worker.requests:
+            assert (request.method, request.target) == ("POST", CHAT.decode()), payload
+            if payload.strict:
+                assert read_strictly(payload.raw) == (b"POST", CHAT, BODY), payload
+        # No traceback is logged for it either.
+        warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
+        names = {record.name for record in warnings}
+        assert names <= {"gollama_proxy.access"}, payload
 
 
 async def test_requests_sent_in_pieces_are_read_in_pieces(
     hub: RunningHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the cuts above would be none."""
+    """Otherwise the cuts above would not be cuts."""
     reads: list[int] = []
     read = server._Protocol.data_received
 
