@@ -47,6 +47,8 @@ class Chat {
     this.models = [];
     this.turns = []; // {question, pictures, answers, element}, oldest first
     this.pictures = []; // those of the next message
+    this.preparing = 0; // choices of pictures that are being read
+    this.attached = Promise.resolve();
     this.running = null; // aborts the answers that are being generated
     this.loaded = -Infinity; // when the models were, by performance.now()
     this.#build();
@@ -119,7 +121,10 @@ class Chat {
     });
     this.file = el('input', {
       type: 'file', accept: 'image/*', multiple: true, hidden: true,
-      onchange: () => this.#attach([...this.file.files]),
+      onchange: () => {
+        this.#attach([...this.file.files]);
+        this.file.value = ''; // the same file may be chosen again
+      },
     });
     this.attach = el('button', {
       type: 'button', class: 'quiet', onclick: () => this.file.click(),
@@ -239,7 +244,7 @@ class Chat {
     const busy = this.running !== null;
     const pictures = this.#takesPictures();
     const given = words.value.trim() || this.pictures.length;
-    this.send.disabled = !given || !this.chosen.length ||
+    this.send.disabled = !given || !this.chosen.length || this.preparing > 0 ||
       (this.pictures.length > 0 && !pictures);
     this.send.title = this.pictures.length && !pictures
       ? 'This model takes no pictures. Remove them, or choose another model.' : '';
@@ -251,8 +256,18 @@ class Chat {
     words.style.height = `${words.scrollHeight + 2}px`;
   }
 
-  async #attach(files) {
-    this.file.value = '';
+  // Add pictures, one after the other: each takes a moment to be read.
+  #attach(files) {
+    this.preparing += 1;
+    this.attached = this.attached.then(async () => {
+      await this.#addPictures(files);
+      this.preparing -= 1;
+      this.#showThumbs();
+    });
+    this.#showReady();
+  }
+
+  async #addPictures(files) {
     for (const file of files) {
       if (this.pictures.length >= MOST_PICTURES) {
         this.app.announce(`A message takes up to ${MOST_PICTURES} pictures.`, 'bad');
@@ -265,7 +280,6 @@ class Chat {
           + 'browser can read.', 'bad');
       }
     }
-    this.#showThumbs();
   }
 
   #showThumbs() {
@@ -352,19 +366,20 @@ class Chat {
 
   #showActions(turn) {
     const { app, app: { el } } = this;
-    const button = (text, label, onclick) =>
-      el('button', { type: 'button', class: 'quiet', 'aria-label': label, onclick }, text);
+    const button = (text, label, onclick) => el('button', {
+      type: 'button', class: 'quiet', 'aria-label': label, onclick,
+    }, text);
     const alone = turn.answers.length === 1;
     const copies = turn.answers.map((answer, n) => answer.text && button(
       alone ? 'Copy' : `Copy the ${n ? 'second' : 'first'}`,
-      `Copy the answer of ${answer.model}`,
+      alone ? 'Copy the answer' : null,
       async () => {
         const done = await copyText(answer.text);
         app.announce(done ? 'Copied.' : 'The browser does not allow copying here.',
           done ? '' : 'bad');
       }));
     turn.actions.replaceChildren(...[
-      button('Try again', 'Ask this again', () => this.#retry(turn)),
+      button('Try again', null, () => this.#retry(turn)),
       button('Edit', 'Edit this message', () => this.#edit(turn)),
       ...copies,
     ].filter(Boolean));
