@@ -15,7 +15,8 @@ from aiohttp import web
 
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import Response, Sent
-from gollama_proxy.fleet.registry import Registry, may_use
+from gollama_proxy.fleet.pool import may_use
+from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.telemetry.metrics import CONTENT_TYPE, Telemetry

@@ -19,7 +19,7 @@ from gollama_proxy import __version__
 from gollama_proxy.config.settings import Origin, WorkerConfig
 from gollama_proxy.edge.response import JSON, Response, frame
 from gollama_proxy.fleet.lease import Lease
-from gollama_proxy.fleet.registry import RETRY_AFTER
+from gollama_proxy.fleet.pool import RETRY_AFTER
 from gollama_proxy.proxy.failures import Cause, DrainedError, Rule, rule_of
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange, State

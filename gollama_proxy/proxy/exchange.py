@@ -34,7 +34,8 @@ from gollama_proxy.edge.response import (
 )
 from gollama_proxy.edge.router import Router, Routes
 from gollama_proxy.fleet.lease import Lease, Result
-from gollama_proxy.fleet.registry import RETRY_AFTER, Registry
+from gollama_proxy.fleet.pool import RETRY_AFTER
+from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import LastError, Worker
 from gollama_proxy.proxy import recovery
 from gollama_proxy.proxy.attempt import (

@@ -18,14 +18,12 @@ from gollama_proxy.config.settings import Breaker, Origin, WorkerConfig
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.lease import Lease, Result
-from gollama_proxy.fleet.pool import Pool
+from gollama_proxy.fleet.pool import RETRY_AFTER, Pool, may_use
 from gollama_proxy.fleet.registry import (
     LONGEST_ABSENCE,
     MOST_ABSENT,
-    RETRY_AFTER,
     Listener,
     Registry,
-    may_use,
 )
 from gollama_proxy.fleet.worker import Hold, Source, Worker, WorkerState
 from gollama_proxy.wire.description import Check, Description, Model
