@@ -33,8 +33,9 @@ from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.groups import Groups
 from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds, Watchdog
 from gollama_proxy.fleet.registry import Listener, Registry
+from gollama_proxy.fleet.state import Hold, Source, WorkerState
 from gollama_proxy.fleet.wake import Waker
-from gollama_proxy.fleet.worker import Hold, Source, Worker, WorkerState
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.proxy.tokens import Fitting

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gollama_proxy.fleet import breaker, worker
+from gollama_proxy.fleet import breaker
+from gollama_proxy.fleet import state as worker
 from gollama_proxy.proxy import state
 
 PAGE = Path(__file__).parent.parent / "ARCHITECTURE.md"

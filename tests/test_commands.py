@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from gollama_proxy.cli import main
-from gollama_proxy.fleet.worker import Hold, WorkerState
+from gollama_proxy.fleet.state import Hold, WorkerState
 from gollama_proxy.state import ledger
 from gollama_proxy.state.ledger import day_of
 from gollama_proxy.telemetry.accesslog import Record

@@ -45,7 +45,8 @@ from gollama_proxy.edge.response import Response
 from gollama_proxy.edge.router import Routes, name_in
 from gollama_proxy.fleet.agents import Agents, LeaseState, WorkerLease, answer_to
 from gollama_proxy.fleet.registry import Registry, check_distinct
-from gollama_proxy.fleet.worker import Hold, Source, Worker
+from gollama_proxy.fleet.state import Hold, Source
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.local import LocalState, StoredWorker
 from gollama_proxy.telemetry.accesslog import Record

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.state import Hold, WorkerState
 from gollama_proxy.fleet.wake import Waker
-from gollama_proxy.fleet.worker import Hold, Worker, WorkerState
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.admission import Admission, Place
 from gollama_proxy.scheduling.balancer import Balancer

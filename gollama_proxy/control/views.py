@@ -14,8 +14,9 @@ from gollama_proxy.control.history import Running, Shown
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.state import Source
 from gollama_proxy.fleet.wake import Waker
-from gollama_proxy.fleet.worker import Source, Worker
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.proxy.tokens import Fitting

@@ -22,7 +22,8 @@ from gollama_proxy.control.events import Events
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.response import Response
 from gollama_proxy.fleet.registry import check_single
-from gollama_proxy.fleet.worker import Hold, Source, Worker
+from gollama_proxy.fleet.state import Hold, Source
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.local import LocalState, StoredWorker
 from gollama_proxy.wire.errors import Code, RequestError

@@ -22,7 +22,8 @@ from collections.abc import Awaitable, Callable
 from gollama_proxy.config.settings import Health
 from gollama_proxy.fleet.breaker import Breaker, Permit
 from gollama_proxy.fleet.registry import Listener
-from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.tasks import Periodic, spawn
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.client import FetchError

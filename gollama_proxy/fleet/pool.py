@@ -22,7 +22,8 @@ from weakref import WeakValueDictionary
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.settings import Models
 from gollama_proxy.config.values import Aliases, is_name, matches
-from gollama_proxy.fleet.worker import Hold, Worker, WorkerState
+from gollama_proxy.fleet.state import Hold, WorkerState
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 
 LOAD_AFTER = 10.0  # seconds

@@ -12,7 +12,8 @@ from gollama_proxy.config.settings import Config, WorkerConfig
 from gollama_proxy.config.values import ConfigError, shown
 from gollama_proxy.fleet.pool import Pools
 from gollama_proxy.fleet.speed import Expectations
-from gollama_proxy.fleet.worker import Hold, Source, Worker
+from gollama_proxy.fleet.state import Hold, Source
+from gollama_proxy.fleet.worker import Worker
 
 # How many removed workers are remembered, and for how many seconds: a machine that is
 # moved, or an agent that is restarted, comes back with what was learnt about it.

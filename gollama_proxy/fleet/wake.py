@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from gollama_proxy.config.settings import Wake
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Listener
-from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.worker import Worker
 
 logger = logging.getLogger(__name__)
 

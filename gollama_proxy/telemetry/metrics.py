@@ -31,7 +31,7 @@ from prometheus_client.registry import Collector
 from gollama_proxy import __version__
 from gollama_proxy.fleet.breaker import BreakerState, Cause
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.worker import WorkerState
+from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry import accesslog

@@ -18,7 +18,8 @@ import pytest
 from gollama_proxy.config.load import load_worker
 from gollama_proxy.control import agents as api
 from gollama_proxy.fleet.lease import Result
-from gollama_proxy.fleet.worker import SETTLING, WorkerState
+from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.worker import SETTLING
 from tests.fakes.agent import AgentProcess, HandAgent
 from tests.fakes.asks import CHAT
 from tests.fakes.authority import Authority

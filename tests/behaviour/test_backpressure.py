@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gollama_proxy.fleet.worker import WorkerState
+from gollama_proxy.fleet.state import WorkerState
 from tests.fakes.asks import CHAT, MIB, STREAM
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.process import hub_process

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from gollama_proxy.fleet import health
-from gollama_proxy.fleet.worker import WorkerState
+from gollama_proxy.fleet.state import WorkerState
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Wire
 from tests.fakes.hub import RunningHub, running_hub

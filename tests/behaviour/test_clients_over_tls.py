@@ -17,7 +17,7 @@ from msgspec import structs
 
 from gollama_proxy.config import watch
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.fleet.worker import WorkerState
+from gollama_proxy.fleet.state import WorkerState
 from tests.fakes.asks import CHAT, MIB, STREAM, WHOLE
 from tests.fakes.authority import Authority, Pair
 from tests.fakes.client import TlsWire, TruncatedError, Wire

@@ -9,7 +9,8 @@ from contextlib import AsyncExitStack
 import pytest
 
 from gollama_proxy.fleet.breaker import BreakerState, Verdict
-from gollama_proxy.fleet.worker import Hold, Worker
+from gollama_proxy.fleet.state import Hold
+from gollama_proxy.fleet.worker import Worker
 from tests.behaviour.test_fleet_changes import settings_of
 from tests.behaviour.test_rescue import (
     BODY,

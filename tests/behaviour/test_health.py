@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config import settings
-from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.openai import ENDPOINTS, Ending
 from tests.fakes import client
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE

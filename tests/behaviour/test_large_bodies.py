@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.fleet.worker import WorkerState
+from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.asks import CHAT, MIB
 from tests.fakes.client import Response, Wire, request_head

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.fleet import health
-from gollama_proxy.fleet.worker import WorkerState
+from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.upstream import pool as pools
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import ONE_TRY, RunningHub, running_hub

@@ -17,7 +17,7 @@ import uvloop
 from gollama_proxy.cli import main
 from gollama_proxy.config import watch
 from gollama_proxy.fleet.breaker import BreakerState, Verdict
-from gollama_proxy.fleet.worker import WorkerState
+from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.errors import Code, WorkerError
 from tests.fakes.asks import CHAT, EMBED, STREAM, WHOLE

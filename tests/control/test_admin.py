@@ -14,7 +14,7 @@ import pytest
 
 from gollama_proxy.config.load import load, load_worker
 from gollama_proxy.fleet.breaker import BreakerState
-from gollama_proxy.fleet.worker import Hold, Source
+from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.hub import Hub
 from gollama_proxy.state import local
 from gollama_proxy.state.local import LocalState

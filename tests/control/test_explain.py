@@ -14,8 +14,9 @@ from gollama_proxy.config.settings import Queue as Settings
 from gollama_proxy.control.explain import Case, Decision, decide, other_workers
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.speed import Prefill
+from gollama_proxy.fleet.state import Hold
 from gollama_proxy.fleet.wake import Waker
-from gollama_proxy.fleet.worker import Hold, Worker
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask

@@ -16,7 +16,8 @@ from gollama_proxy.config.settings import Health
 from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds, next_wait
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.worker import SUSPICIOUS, Worker, WorkerState
+from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.worker import SUSPICIOUS, Worker
 from gollama_proxy.upstream.client import FetchError
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check, Description, Model

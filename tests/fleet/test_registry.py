@@ -25,7 +25,8 @@ from gollama_proxy.fleet.registry import (
     Listener,
     Registry,
 )
-from gollama_proxy.fleet.worker import Hold, Source, Worker, WorkerState
+from gollama_proxy.fleet.state import Hold, Source, WorkerState
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 from tests.fakes.clock import Clock

@@ -7,8 +7,9 @@ import pytest
 from gollama_proxy.config.settings import Config, Health, Origin, Wake, WorkerConfig
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.wake import LONGEST_PAUSE, REPEAT, UNKNOWN, Waker
-from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 

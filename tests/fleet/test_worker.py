@@ -29,14 +29,8 @@ from gollama_proxy.config.settings import Health, Origin, WorkerConfig
 from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.speed import Pace
-from gollama_proxy.fleet.worker import (
-    MOST_SLOTS,
-    OUT,
-    TRANSITIONS,
-    Worker,
-    WorkerEvent,
-    WorkerState,
-)
+from gollama_proxy.fleet.state import OUT, TRANSITIONS, WorkerEvent, WorkerState
+from gollama_proxy.fleet.worker import MOST_SLOTS, Worker
 from gollama_proxy.wire.answer import Prefill
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from gollama_proxy.config.settings import Rescue, Retry, Routing
-from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.balancer import Balancer, RetryBudget
