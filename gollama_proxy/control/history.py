@@ -19,7 +19,8 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from gollama_proxy.fleet.breaker import BreakerState
-from gollama_proxy.fleet.worker import Worker, WorkerState
+from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.telemetry.accesslog import Outcome, Record, Step
 from gollama_proxy.wire.openai import ENDPOINTS
 

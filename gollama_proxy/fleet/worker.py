@@ -13,10 +13,9 @@ from weakref import WeakSet
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, WorkerConfig
-from gollama_proxy.config.values import is_name, is_plain, matches
 from gollama_proxy.fleet.breaker import Breaker, Verdict
 from gollama_proxy.fleet.lease import Lease, Result
-from gollama_proxy.fleet.naming import AnswerNames
+from gollama_proxy.fleet.offer import Offer
 from gollama_proxy.fleet.speed import Expectations, Pace
 from gollama_proxy.fleet.state import (
     OUT,
@@ -27,7 +26,7 @@ from gollama_proxy.fleet.state import (
     WorkerState,
 )
 from gollama_proxy.wire.answer import Prefill
-from gollama_proxy.wire.description import Check, Description, Model
+from gollama_proxy.wire.description import Check, Description
 
 if TYPE_CHECKING:
     from gollama_proxy.fleet.pool import Pool
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 SETTLING = 15.0  # seconds that a machine may take to fall asleep
 SPARE = 3  # threads of a llama-server in addition to one for each slot
 MOST_SLOTS = 10_000  # that a worker may report, or be configured with
-
 
 # Results of an attempt after which the worker is checked at once.
 SUSPICIOUS = frozenset({Result.WORKER_FAILED, Result.SLOW, Result.BUSY})
@@ -52,10 +50,9 @@ class LastError(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Worker:
+class Worker(Offer):
     """The live record of one worker.  `clock` returns monotonic seconds."""
 
-    config: WorkerConfig
     health: Health
     clock: Callable[[], float]
     index: int = 0  # its place among the workers
@@ -63,7 +60,6 @@ class Worker:
     name: str = field(init=False)
     state: WorkerState = WorkerState.STARTING
     reason: str = "not reached yet"
-    description: Description | None = None  # None until it has been reached
     port: int = 0  # at which it was found, if its URL has none; 0: not found yet
     slots: int | None = field(init=False)  # None: unknown, so there is no limit
     weight: float = field(init=False)  # its share of the requests
@@ -76,7 +72,6 @@ class Worker:
     # the worker and the model together.
     paces: dict[str, Pace] = field(default_factory=BoundedDict)
     model_breakers: dict[str, Breaker] = field(default_factory=BoundedDict)
-    answer_names: AnswerNames = field(default_factory=AnswerNames)
     # Called when it should be checked at once; when its state, breakers, hold or models
     # have changed; when a slot may be free; when its models or their contexts have
     # changed; when the last request of a retired one has ended.
@@ -101,16 +96,9 @@ class Worker:
     _odd_slots: int | None = None
     _odd_timings: bool = False
     _odd_build: str = ""
-    # The contexts of models for which it lists none, as its refusals report them.
-    _contexts: BoundedDict[str, int] = field(default_factory=BoundedDict)
-    # Models that it has listed and no longer lists.
-    _gone: BoundedDict[str, None] = field(default_factory=BoundedDict)
     full: bool = False  # every slot is taken
     _taken: int = 0  # slots
     _full_since: float | None = None
-    # Models that are not loaded, or still loading; and how far, from 0 to 1.
-    _unloaded: set[str] = field(default_factory=set)
-    progress: dict[str, float] = field(default_factory=dict)
     _seen: tuple[object, ...] = ()  # what `on_change` was last called for
 
     def __post_init__(self) -> None:
@@ -140,11 +128,6 @@ class Worker:
         if not self.port:
             return self.config.url
         return self.config.origin._replace(port=self.port).url
-
-    @property
-    def is_llama_server(self) -> bool:
-        """Whether it has reported its build, as only llama-server does."""
-        return self.description is not None and bool(self.description.build)
 
     @property
     def is_down(self) -> bool:
@@ -236,36 +219,11 @@ class Worker:
         return pace
 
     @property
-    def models(self) -> tuple[Model, ...]:
-        """The models that it serves, as far as names are known: listed or stated."""
-        seen = self.description.models if self.description else ()
-        if not self.config.models:
-            return seen
-        seen = tuple(model for model in seen if self.serves(model.name))
-        names = dict.fromkeys(name for name in self.config.models if is_plain(name))
-        if self.description is not None:
-            for name in filter(is_name, self.config.models):
-                if not any(matches(model.name, (name,)) for model in seen):
-                    names[name] = None  # `x[1m]` is a name: it matches none of them
-        for name in (*(model.name for model in seen), *self._gone):
-            names.pop(name, None)
-        if self.description is None:
-            return (*seen, *map(Model, names))
-        context, listed = self.description.context, self.description.models
-        inputs = listed[0].inputs if len(listed) == 1 else ()
-        return (*seen, *(Model(name, context, inputs=inputs) for name in names))
-
-    @property
     def some_model(self) -> str | None:
         """The name of a model for a canary; None if none is known."""
         seen = self.description.models if self.description else ()
         names = (model.name for model in (*self.models, *seen))
         return next(names, next(iter(self.paces), None))
-
-    def context_of(self, model: str) -> int | None:
-        """Return the context of a model, in tokens for one slot; None if unknown."""
-        listed = next((m.context for m in self.models if m.name == model), None)
-        return listed or self._contexts.get(model)
 
     @property
     def in_flight(self) -> int:
@@ -295,23 +253,6 @@ class Worker:
         if self._full_since is None or self.free > 0:
             return 0.0
         return self.clock() - self._full_since
-
-    def loads(self, model: str) -> bool:
-        """Return whether a request for this model has to wait until it is loaded.
-
-        llama-server's router mode loads a model when a request names it, and may unload
-        another one for that.
-        """
-        return model in self._unloaded
-
-    def inputs_of(self, model: str) -> tuple[str, ...]:
-        """Return what a model takes besides text, as far as the worker reports it."""
-        return next((m.inputs for m in self.models if m.name == model), ())
-
-    def has_loaded(self, model: str) -> bool | None:
-        """Return whether a model is loaded; None if the worker does not report it."""
-        loaded = next((m.loaded for m in self.models if m.name == model), None)
-        return None if loaded is None else model not in self._unloaded
 
     def is_cold(self, model: str) -> bool:
         """Return whether a request for this model would start loading it."""
@@ -358,23 +299,6 @@ class Worker:
     def in_doubt(self) -> bool:
         """Whether it is ready, and has failed its last check."""
         return self.state is WorkerState.READY and self._bad > 0
-
-    def serves(self, model: str) -> bool:
-        if self.config.models:
-            return model not in self._gone and matches(model, self.config.models)
-        return any(model == served.name for served in self.models)
-
-    # --- Answers of another model -------------------------------------------------
-
-    def accepts_name(self, model: str, name: str) -> bool:
-        """Return whether an answer that names a model is from the requested one.
-
-        Call it for a new name, right after a health check.
-        """
-        described = self.description.models if self.description else ()
-        listed = {each.name for each in described}
-        stated = self.serves(model)
-        return self.answer_names.accept(model, name, listed, stated=stated)
 
     def see_build(self, build: str) -> None:
         """Check the worker, once, if an answer names another build than before."""
@@ -582,14 +506,8 @@ class Worker:
         """Record the result of a health check, and the description if it has one."""
         now = self.clock()
         if description is not None:
-            before, self.description = self.description, description
-            changed = before != description
-            self._note_gone(before, description)
-            if before is None or before.identity != description.identity:
-                self._forget_another()
+            changed = self.describe(description)
             self.slots = self.config.slots or self._believed(description.slots)
-            self._unloaded = {m.name for m in description.models if m.loaded is False}
-            self.progress = {m: p for m, p in self.progress.items() if self.loads(m)}
             self._note_room()
             self.changed()
             if changed and self.on_offer is not None:
@@ -634,17 +552,6 @@ class Worker:
             if self.on_offer is not None:
                 self.on_offer()
 
-    def _forget_another(self) -> None:
-        """Forget what was learnt from answers: another server may send them now."""
-        self.answer_names.forget()
-        self._contexts.clear()
-
-    def _note_gone(self, before: Description | None, now: Description) -> None:
-        for model in before.models if before else ():
-            self._gone[model.name] = None
-        for model in now.models:
-            self._gone.pop(model.name, None)
-
     def _believed(self, slots: int | None) -> int | None:
         """Return a number of slots that can be true; warn about any other, once."""
         if slots is None or 1 <= slots <= MOST_SLOTS:
@@ -684,7 +591,7 @@ class Worker:
             *OUT,
             WorkerState.LOADING,
         ):
-            self._forget_another()
+            self.forget_answers()
             for breaker in (self.breaker, *self.model_breakers.values()):
                 breaker.renew()
         if self.state is not before:
