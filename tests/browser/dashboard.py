@@ -9,9 +9,10 @@ another origin, or gets an answer that it did not expect, fails the test.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ from playwright.async_api import (
     Page,
     Request,
     Response,
+    ViewportSize,
     async_playwright,
     expect,
 )
@@ -39,8 +41,10 @@ BROWSER = [
 # As everywhere: no outcome depends on the speed of the machine.
 expect.set_options(timeout=DEADLINE * 1000)
 
-PHONE = {"width": 360, "height": 740}
-DESK = {"width": 1280, "height": 800}
+# Windows, in pixels.
+PHONE = ViewportSize(width=360, height=740)
+TABLET = ViewportSize(width=800, height=1200)
+DESK = ViewportSize(width=1280, height=800)
 
 
 @contextlib.asynccontextmanager
@@ -101,6 +105,28 @@ class Dashboard:
         )
         return pixels
 
+    async def stop_clock(self) -> None:
+        """Stop the time of the page; `page.clock.run_for()` lets some of it pass."""
+        now: float = await self.page.evaluate("Date.now()")
+        # It has to be a moment in the future, and less than the silence after which the
+        # page connects again.
+        await self.page.clock.pause_at(now / 1000 + 8)
+
+    async def next_event(self, name: str) -> Callable[[], Awaitable[Any]]:
+        """Return a function that waits for the first such event from now on."""
+        event = await self.page.evaluate_handle(_NEXT, name)
+
+        async def wait() -> Any:
+            async with asyncio.timeout(DEADLINE):
+                return await event.evaluate("({promise}) => promise")
+
+        return wait
+
+    async def count_changes(self) -> Callable[[], Awaitable[int]]:
+        """Return a function that counts the nodes that were changed from now on."""
+        count = await self.page.evaluate_handle(_COUNT)
+        return lambda: count.evaluate("count => count()")
+
     def expect_problem(self, pattern: str) -> None:
         """Let what matches be no failure of the test: it is what the test provokes."""
         self._expected.append(re.compile(pattern))
@@ -140,27 +166,34 @@ async def dashboard(
     *,
     view: str = "",
     dark: bool = False,
-    size: dict[str, int] = DESK,
+    size: ViewportSize = DESK,
+    clock: bool = False,
     permissions: Sequence[str] = (),
 ) -> AsyncIterator[Dashboard]:
     """Open the dashboard of a hub, signed in with the token if there is one.
 
-    `view` is a fragment, as `#/usage`; `size` is that of the window in pixels.  Leaving
-    the block closes the page, and fails for what went wrong in it.
+    `view` is a fragment, as `#/usage`.  With `clock`, the page has one that can stop.
+    Leaving the block closes the page, and fails for what went wrong in it.
     """
     context = await browser.new_context(
-        viewport={"width": size["width"], "height": size["height"]},
+        viewport=size,
         color_scheme="dark" if dark else "light",
         reduced_motion="reduce",
         permissions=list(permissions),
     )
     context.set_default_timeout(DEADLINE * 1000)
     try:
+        if clock:
+            await context.clock.install()
         page = Dashboard(await context.new_page(), hub.url)
         await page.open(view)
         if token is not None:
             await page.sign_in(token)
-        yield page
+        try:
+            yield page
+        except BaseException as error:
+            error.add_note(f"in the page: {page.problems}")
+            raise
         await page.check()
     finally:
         await context.close()
@@ -170,6 +203,34 @@ def _where(url: str) -> str:
     return urlsplit(url).path
 
 
+# The page's own modules are what it imported itself.
+_NEXT = """
+async (name) => {
+  const {app} = await import(new URL("dashboard/app.js", document.baseURI));
+  const promise = new Promise((resolve) => {
+    app.live.addEventListener(name, ({detail}) => resolve(detail), {once: true});
+  });
+  return {promise};
+}
+"""
+_COUNT = """
+() => {
+  let count = 0;
+  const add = (records) => {
+    for (const {addedNodes, removedNodes} of records) {
+      count += Math.max(addedNodes.length + removedNodes.length, 1);
+    }
+  };
+  const observer = new MutationObserver(add);
+  observer.observe(document, {
+    subtree: true, childList: true, attributes: true, characterData: true,
+  });
+  return () => {
+    add(observer.takeRecords());
+    return count;
+  };
+}
+"""
 _AXE = """
 async () => {
   const options = {runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]};

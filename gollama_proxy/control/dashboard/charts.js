@@ -93,7 +93,7 @@ export class Chart {
       this.node.append(path);
       return path;
     });
-    this.top = 1;
+    this.draw(); // also without values it has a name
     this.span = LEAST;
   }
 

@@ -384,12 +384,9 @@ class Overview {
     }
     wanted.sort((a, b) => LEVELS[troubleOf(a).level] - LEVELS[troubleOf(b).level]);
     const nodes = wanted.map(({ name }) => this.#boxes.get(name).node);
-    const shown = this.list.children;
-    if (nodes.length !== shown.length || nodes.some((node, i) => node !== shown[i])) {
-      const focused = document.activeElement;
-      this.list.replaceChildren(...nodes);
-      if (this.list.contains(focused)) focused.focus();
-    }
+    const focused = document.activeElement;
+    arrange(this.list, nodes);
+    if (focused !== document.activeElement && this.list.contains(focused)) focused.focus();
     for (const each of this.kinds) {
       const found = [...this.workers.values()].filter((one) => isOf(each.dataset.kind, one));
       put(each, `${KINDS[each.dataset.kind]} ${this.#app.format.number(found.length)}`);
@@ -714,6 +711,22 @@ class Overview {
       node.scrollIntoView({ block: 'center' });
       node.focus();
     }
+  }
+}
+
+// Make these nodes the children of a list, in this order, and move as few as possible.
+function arrange(list, nodes) {
+  const wanted = new Set(nodes);
+  for (const each of [...list.children]) if (!wanted.has(each)) each.remove();
+  let next = list.firstElementChild;
+  for (const node of nodes) {
+    if (next && next !== node && next.nextElementSibling === node) {
+      const later = next; // its place is further down
+      next = node;
+      later.remove();
+    }
+    if (next === node) next = node.nextElementSibling;
+    else list.insertBefore(node, next);
   }
 }
 
