@@ -61,7 +61,7 @@ async def test_any_other_program_gets_json() -> None:
             assert_protected(answer)
             shown = answer.json()
             assert (shown["name"], shown["version"]) == ("gollama-proxy", __version__)
-            assert shown["links"]["dashboard"] == "/"
+            assert (shown["auth"], shown["links"]["dashboard"]) == ("jwt", "/")
         plain = await hub.get("/", None)
         assert plain.json() == shown
 
