@@ -277,10 +277,14 @@ class Overview {
     if (document.hidden) return;
     this.#schedule();
     if (this.#app.live.state !== 'open') return;
-    if (seconds % 2 === 0 && (this.exchanges.size || this.totals.running)) {
+    // The longer a list, the less often: each row costs the hub some microseconds.
+    const often = (size) => (size > MOST_ROWS ? 5 : 2);
+    const running = Math.max(this.exchanges.size, this.totals.running ?? 0);
+    if (running && seconds % often(running) === 0) {
       this.#refetch('exchanges', ({ exchanges }) => this.#setExchanges(exchanges));
     }
-    if (seconds % 2 === 1 && (this.queue.length || this.totals.waiting)) {
+    const waiting = Math.max(this.queue.length, this.totals.waiting ?? 0);
+    if (waiting && seconds % often(waiting) === 1) {
       this.#refetch('queue', ({ queue }) => {
         this.queue = queue.map((each) => ({ ...each, at: now() }));
       });
@@ -422,7 +426,8 @@ class Overview {
     this.#renderTroubles(list);
     this.#renderAge();
     const size = this.workers.size;
-    put(this.count, size ? this.#app.format.plural(size, 'worker') : '');
+    this.count.hidden = !size;
+    put(this.count, this.#app.format.plural(size, 'worker'));
     this.#tellNews();
   }
 
