@@ -161,6 +161,7 @@ async def test_reasoning_is_folded(browser: Browser) -> None:
                 await expect(folded.get_by_text(thinking)).to_be_hidden()
                 await folded.get_by_text("Thinking").click()
                 await expect(folded.get_by_text(thinking)).to_be_visible()
+                assert await page.violations() == []
             assert [each["content"] for each in messages(worker)][1] == "Four"
 
 

@@ -584,6 +584,7 @@ export class Markdown {
       return;
     }
     this.finish();
+    this.#root.getBoundingClientRect(); // so that the time of its layout counts
     // However long the text is, a tenth of the time is enough for it.
     const now = performance.now();
     this.#notBefore = now + 9 * (now - began);

@@ -583,7 +583,7 @@ class Answer {
       const [, place, waiting, eta] = queued;
       if (!about.place) this.app.mention(`Place ${place} of ${waiting} in the queue.`);
       about.place = `place ${place} of ${waiting} in the queue`
-        + (eta ? `, about ${this.app.format.duration(Number(eta))}` : '');
+        + (eta ? `, about ${this.app.format.duration(Number(eta))} to go` : '');
       about.state = about.place;
     } else if (word === 'waking') about.state = `waking ${rest}`;
     else if (word === 'processing') about.state = 'reading the prompt';
@@ -632,8 +632,8 @@ function describe(about, format) {
   const { workers, rescues, usage, timings, ending } = about;
   if (ending === 'running' && !about.first) {
     const waited = Math.floor((performance.now() - about.sent) / 1000);
-    const state = about.state || (waited >= 2 ? 'waiting for the first word' : '');
-    if (state) facts.push([waited >= 2 ? `${state}, ${waited} s` : state, '', 'waiting']);
+    if (about.state) facts.push([about.state]);
+    if (waited >= 2) facts.push([`waiting for the first word for ${waited} s`]);
   }
   if (workers.length) facts.push([workers.join(' → '), 'The worker that answers']);
   if (rescues) {
