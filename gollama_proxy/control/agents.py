@@ -39,7 +39,6 @@ from gollama_proxy.config import addresses
 from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.settings import Config, Origin, WorkerConfig
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.config.watch import Files
 from gollama_proxy.control.calls import check_local, decode, receive
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import Response
@@ -116,8 +115,7 @@ class Parts(Protocol):
     def agents(self) -> Agents: ...
     @property
     def changing(self) -> asyncio.Lock: ...
-    @property
-    def files(self) -> Files: ...
+    async def prepare(self, config: WorkerConfig) -> None: ...
 
 
 class AgentApi:
@@ -299,7 +297,7 @@ class AgentApi:
         """
         registry, worker = self._hub.registry, lease.worker
         try:
-            await self._hub.files.prepare([worker])
+            await self._hub.prepare(worker)
             if self._hub.agents.find(worker.name) is not lease:
                 raise ConfigError(f"the lease of {worker.name!r} has ended meanwhile")
             known = self._find(worker.name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.wire.schema import ENDPOINTS
+from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.asks import CHAT, JSON_ROUTES
 from tests.fakes.client import Response, request_head
 from tests.fakes.hub import RunningHub, mint, running_hub

@@ -82,6 +82,16 @@ class Dashboard:
         await self.page.get_by_label("Token", exact=True).fill(token)
         await self.page.get_by_role("button", name="Sign in", exact=True).click()
 
+    @property
+    def account(self) -> Locator:
+        """Shows the subject of the token, and what it allows."""
+        return self.page.locator("#account")
+
+    @property
+    def toasts(self) -> Locator:
+        """Shows the results of actions for a while."""
+        return self.page.locator("#toasts")
+
     def worker(self, name: str) -> Locator:
         """The card or the row of a worker."""
         return self.page.locator(f'[data-worker="{name}"]')
@@ -96,6 +106,14 @@ class Dashboard:
             for violation in found
             for node in violation["nodes"]
         ]
+
+    async def kept(self) -> str:
+        """Return all that the browser stores for the page."""
+        text: str = await self.page.evaluate(
+            "[...Object.values(sessionStorage), ...Object.values(localStorage),"
+            " document.cookie].join(' ').trim()"
+        )
+        return text
 
     async def overflow(self) -> int:
         """Count the pixels by which the page is wider than its window."""

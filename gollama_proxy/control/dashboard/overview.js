@@ -49,7 +49,7 @@ class Overview {
       live.addEventListener(name, (event) => listener(event.detail), { signal });
     on('connection', ({ state }) => state === 'open' && this.#load());
     on('sample', (sample) => this.#sample(sample));
-    on('worker', (worker) => this.#take(worker));
+    on('worker', (worker) => this.#take(worker, Infinity));
     on('fleet', (change) => this.#changeFleet(change));
     on('exchange', (exchange) => this.#follow(exchange));
     on('queue', (waiting) => this.#join(waiting));
@@ -141,12 +141,13 @@ class Overview {
     this.#requested.all = true;
     const { api } = this.#app;
     const signal = this.#stopped.signal;
+    const asked = now();
     try {
       const [{ workers }, { exchanges }, { queue }] = await Promise.all([
         api('/admin/workers', { signal }), api('/admin/exchanges', { signal }),
         api('/admin/queue', { signal }),
       ]);
-      this.#setWorkers(workers);
+      this.#setWorkers(workers, asked);
       this.#setExchanges(exchanges);
       this.queue = queue;
       this.totals.waiting = Math.max(this.totals.waiting, queue.length);
@@ -186,11 +187,18 @@ class Overview {
 
   // Fetch something again, at most once at a time.
   async #refetch(what, take) {
-    if (this.#requested[what]) return;
-    this.#requested[what] = true;
+    if (this.#requested[what]) {
+      this.#requested[what] = 'again'; // what is on its way may be older than the reason
+      return;
+    }
     try {
-      take(await this.#app.api(`/admin/${what}`, { signal: this.#stopped.signal }));
-      this.#schedule();
+      do {
+        this.#requested[what] = 'once';
+        const asked = now();
+        const signal = this.#stopped.signal;
+        take(await this.#app.api(`/admin/${what}`, { signal }), asked);
+        this.#schedule();
+      } while (this.#requested[what] === 'again');
     } catch (error) {
       if (!(error instanceof this.#app.ApiError) && error.name !== 'AbortError') throw error;
     } finally {
@@ -198,10 +206,13 @@ class Overview {
     }
   }
 
-  #setWorkers(workers) {
+  // `asked`: when the answer was asked for.  A worker of whom an event came since then may
+  // have changed after the answer was written.
+  #setWorkers(workers, asked) {
     const known = this.workers;
     this.workers = new Map(workers.map((each) => {
       const before = known.get(each.name);
+      if (before?.heard > asked) return [each.name, before];
       return [each.name, { ...recent(before), ...each, at: now() }];
     }));
     for (const name of this.workers.keys()) this.#dirty.add(name);
@@ -214,9 +225,11 @@ class Overview {
     for (const name of touched) this.#dirty.add(name);
   }
 
-  #take(worker) {
+  #take(worker, asked) {
     const before = this.workers.get(worker.name);
-    this.workers.set(worker.name, { ...recent(before), ...worker, at: now() });
+    if (before?.heard > asked) return;
+    const heard = asked === Infinity ? now() : 0;
+    this.workers.set(worker.name, { ...recent(before), ...worker, at: now(), heard });
     this.#dirty.add(worker.name);
     this.#schedule();
   }
@@ -226,7 +239,7 @@ class Overview {
       this.workers.delete(worker);
       this.#schedule();
     }
-    this.#refetch('workers', ({ workers }) => this.#setWorkers(workers));
+    this.#refetch('workers', ({ workers }, asked) => this.#setWorkers(workers, asked));
   }
 
   #sample(sample) {
@@ -290,7 +303,7 @@ class Overview {
       });
     }
     if (seconds % (this.#compact ? 60 : 15) === 0) {
-      this.#refetch('workers', ({ workers }) => this.#setWorkers(workers));
+      this.#refetch('workers', ({ workers }, asked) => this.#setWorkers(workers, asked));
     }
     for (const [name, worker] of this.workers) {
       // Their times go on: for how long, and until when.
@@ -548,12 +561,13 @@ class Overview {
     const { question, button, detail, danger, done } = ACTIONS[action];
     if (!await this.#app.ask(question(name), button, { detail, danger })) return;
     const path = `/admin/workers/${encodeURIComponent(name)}`;
+    const asked = now();
     const answer = action === 'remove'
       ? await this.#do(path, { method: 'DELETE' }, (result) =>
         [`${name} is ${result.state}.`, result.note].filter(Boolean).join(' '))
       : await this.#do(`${path}/${action}`, {}, (result) =>
         [done(name, result.worker), result.note].filter(Boolean).join(' '));
-    if (answer?.worker) this.#take(answer.worker);
+    if (answer?.worker) this.#take(answer.worker, asked);
     else if (answer) this.#changeFleet({ change: 'removed', worker: name });
   }
 
@@ -604,11 +618,12 @@ class Overview {
       event.preventDefault();
       trouble.textContent = '';
       for (const input of Object.values(inputs)) input.removeAttribute('aria-invalid');
+      const asked = now();
       try {
         const worker = await api('/admin/workers', { method: 'POST', body: rowOf(inputs) });
         dialog.close();
         announce(`${worker.name} is added. It gets requests after its first good check.`);
-        this.#take(worker);
+        this.#take(worker, asked);
       } catch (error) {
         trouble.textContent = error.message;
         const wrong = inputs[error.param?.replace(/^workers?\./, '')] ?? inputs.url;
