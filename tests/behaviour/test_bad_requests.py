@@ -11,6 +11,7 @@ import pytest
 
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.asks import CHAT, JSON_ROUTES
+from tests.fakes.cases import case
 from tests.fakes.client import Response, request_head
 from tests.fakes.hub import RunningHub, mint, running_hub
 from tests.fakes.worker import ScriptedWorker
@@ -219,32 +220,28 @@ BODIES: dict[str, tuple[bytes, str, str | None]] = {
 UNKNOWN = ["llama", "", "QWEN", "qwen ", "qwen\u0000", "../qwen", "qwen*", "x" * 4000]
 
 
-@pytest.mark.parametrize(
-    ("name", "framing"),
-    [
-        (name, framing)
-        for name, (body, _, _) in BODIES.items()
-        for framing in ("length", "chunks", "bytes")
-        if framing != "bytes" or len(body) < WINDOW
-    ],
-)
-async def test_an_invalid_body_is_rejected_with_a_reason(
-    name: str, framing: str
-) -> None:
-    body, code, param = BODIES[name]
+async def test_an_invalid_body_is_rejected_with_a_reason() -> None:
     async with hub_of_two_models() as hub:
-        if framing == "length":
-            head = post_head([("Content-Length", str(len(body)))])
-            response = await ask(hub, head + body)
-        else:
-            head = post_head([("Transfer-Encoding", "chunked")])
-            size = 1 if framing == "bytes" else 1000
-            response = await ask(hub, head + chunked(body, size))
-        text = check(response, 400, code, param)
-        if code == "model_missing":
-            assert "qwen" in text  # what there is to choose from
-        else:
-            assert "hello" not in text
+        for name, framing in [
+            (name, framing)
+            for name, (body, _, _) in BODIES.items()
+            for framing in ("length", "chunks", "bytes")
+            if framing != "bytes" or len(body) < WINDOW
+        ]:
+            with case((name, framing)):
+                body, code, param = BODIES[name]
+                if framing == "length":
+                    head = post_head([("Content-Length", str(len(body)))])
+                    response = await ask(hub, head + body)
+                else:
+                    head = post_head([("Transfer-Encoding", "chunked")])
+                    size = 1 if framing == "bytes" else 1000
+                    response = await ask(hub, head + chunked(body, size))
+                text = check(response, 400, code, param)
+                if code == "model_missing":
+                    assert "qwen" in text  # what there is to choose from
+                else:
+                    assert "hello" not in text
 
 
 async def test_the_search_for_the_model_is_bounded() -> None:
@@ -257,12 +254,13 @@ async def test_the_search_for_the_model_is_bounded() -> None:
         assert "first 8192 bytes" in text
 
 
-@pytest.mark.parametrize("model", UNKNOWN)
-async def test_a_model_without_a_worker_is_not_found(model: str) -> None:
+async def test_a_model_without_a_worker_is_not_found() -> None:
     async with hub_of_two_models() as hub:
-        response = await hub.post(CHAT, {**GOOD, "model": model})
-        text = check(response, 404, "model_not_found", "model")
-        assert "phi, qwen" in text
+        for model in UNKNOWN:
+            with case(model):
+                response = await hub.post(CHAT, {**GOOD, "model": model})
+                text = check(response, 404, "model_not_found", "model")
+                assert "phi, qwen" in text
 
 
 async def test_a_model_that_the_token_does_not_allow_is_refused() -> None:
@@ -274,29 +272,34 @@ async def test_a_model_that_the_token_does_not_allow_is_refused() -> None:
         assert "qwen" not in check(response, 400, "model_missing", "model")
 
 
-@pytest.mark.parametrize("path", JSON_ROUTES)
-async def test_every_route_looks_at_its_body(path: str) -> None:
+async def test_every_route_looks_at_its_body() -> None:
     async with hub_of_two_models() as hub:
-        check(await hub.post(path, b"hello"), 400, "invalid_json")
-        check(await hub.post(path, {}), 400, "model_missing", "model")
-        check(await hub.post(path, {"model": 7}), 400, "invalid_value", "model")
-        check(await hub.post(path, GOOD, None), 401, "invalid_api_key")
-        response = await hub.get(path)
-        check(response, 405, "method_not_allowed", response.json()["error"]["param"])
-        assert response.header("allow") == "POST"
+        for path in JSON_ROUTES:
+            with case(path):
+                check(await hub.post(path, b"hello"), 400, "invalid_json")
+                check(await hub.post(path, {}), 400, "model_missing", "model")
+                check(await hub.post(path, {"model": 7}), 400, "invalid_value", "model")
+                check(await hub.post(path, GOOD, None), 401, "invalid_api_key")
+                response = await hub.get(path)
+                check(
+                    response,
+                    405,
+                    "method_not_allowed",
+                    response.json()["error"]["param"],
+                )
+                assert response.header("allow") == "POST"
 
 
 # --- The size of the body ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "length", ["65537", "1000000000", "99999999999999999", "000000065537"]
-)
-async def test_a_body_announced_as_too_large_is_not_awaited(length: str) -> None:
+async def test_a_body_announced_as_too_large_is_not_awaited() -> None:
     async with hub_of_two_models() as hub:
-        response = await ask(hub, post_head([("Content-Length", length)]))
-        assert "65536 bytes" in check(response, 413, "body_too_large")
-        assert response.header("connection") == "close"
+        for length in ["65537", "1000000000", "99999999999999999", "000000065537"]:
+            with case(length):
+                response = await ask(hub, post_head([("Content-Length", length)]))
+                assert "65536 bytes" in check(response, 413, "body_too_large")
+                assert response.header("connection") == "close"
 
 
 async def test_a_body_announced_as_too_large_is_rejected_even_if_it_is_sent() -> None:
@@ -461,134 +464,134 @@ HEADS: dict[str, tuple[list[tuple[str, str]], int, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
-async def test_an_invalid_head_is_rejected_with_a_reason(name: str) -> None:
+async def test_an_invalid_head_is_rejected_with_a_reason() -> None:
     """Above all one that two servers could read in two ways."""
-    headers, status, code = HEADS[name]
-    names = {name.lower() for name, _ in headers}
-    body = b"hello" if "content-length" in names else b""
-    if "transfer-encoding" in names:
-        body = chunked(b"hello")
     async with hub_of_two_models() as hub:
-        check(await ask(hub, post_head(headers) + body), status, code)
+        for name in HEADS:
+            with case(name):
+                headers, status, code = HEADS[name]
+                names = {name.lower() for name, _ in headers}
+                body = b"hello" if "content-length" in names else b""
+                if "transfer-encoding" in names:
+                    body = chunked(b"hello")
+                check(await ask(hub, post_head(headers) + body), status, code)
 
 
-@pytest.mark.parametrize(
-    ("line", "status", "code"),
-    [
-        (f"POST {CHAT} HTTP/2.0", 505, "unsupported_http_version"),
-        (f"POST {CHAT} HTTP/0.9", 505, "unsupported_http_version"),
-        (f"POST {CHAT} HTTP/1.2", 400, "bad_request"),
-        (f"POST {CHAT} HTTP/3", 400, "bad_request"),
-        (f"POST {CHAT} http/1.1", 400, "bad_request"),
-        (f"POST {CHAT}", 505, "unsupported_http_version"),  # as HTTP/0.9 had it
-        (f"post {CHAT} HTTP/1.1", 400, "bad_request"),
-        (f"BREW {CHAT} HTTP/1.1", 400, "bad_request"),
-        (f"POST  {CHAT} x HTTP/1.1", 400, "bad_request"),
-        (f"POST {CHAT}\t HTTP/1.1", 400, "bad_request"),
-        (f"POST {CHAT}\x00 HTTP/1.1", 400, "bad_request"),
-        (f"POST {CHAT}\xff HTTP/1.1", 400, "bad_request"),
-        (f"POST /{'x' * 20_000} HTTP/1.1", 431, "head_too_large"),
-        ("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, "bad_request"),
-        ("PRI * HTTP/2.0\r\n\r\nSM", 400, "bad_request"),
-        ("\x00\x01\x02\x03", 400, "bad_request"),
-        ("hello", 400, "bad_request"),
-        ("{}", 400, "bad_request"),
-    ],
-)
-async def test_an_invalid_request_line_is_rejected_with_a_reason(
-    line: str, status: int, code: str
-) -> None:
-    async with hub_of_two_models() as hub, await hub.wire() as wire:
-        token = hub.token()
-        head = f"{line}\r\nHost: hub\r\nAuthorization: Bearer {token}\r\n\r\n"
-        await wire.send(head.encode("latin-1"))
-        check(await wire.read_response(), status, code)
-        await wire.read_eof()
+async def test_an_invalid_request_line_is_rejected_with_a_reason() -> None:
+    async with hub_of_two_models() as hub:
+        for line, status, code in [
+            (f"POST {CHAT} HTTP/2.0", 505, "unsupported_http_version"),
+            (f"POST {CHAT} HTTP/0.9", 505, "unsupported_http_version"),
+            (f"POST {CHAT} HTTP/1.2", 400, "bad_request"),
+            (f"POST {CHAT} HTTP/3", 400, "bad_request"),
+            (f"POST {CHAT} http/1.1", 400, "bad_request"),
+            (f"POST {CHAT}", 505, "unsupported_http_version"),  # as HTTP/0.9 had it
+            (f"post {CHAT} HTTP/1.1", 400, "bad_request"),
+            (f"BREW {CHAT} HTTP/1.1", 400, "bad_request"),
+            (f"POST  {CHAT} x HTTP/1.1", 400, "bad_request"),
+            (f"POST {CHAT}\t HTTP/1.1", 400, "bad_request"),
+            (f"POST {CHAT}\x00 HTTP/1.1", 400, "bad_request"),
+            (f"POST {CHAT}\xff HTTP/1.1", 400, "bad_request"),
+            (f"POST /{'x' * 20_000} HTTP/1.1", 431, "head_too_large"),
+            ("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, "bad_request"),
+            ("PRI * HTTP/2.0\r\n\r\nSM", 400, "bad_request"),
+            ("\x00\x01\x02\x03", 400, "bad_request"),
+            ("hello", 400, "bad_request"),
+            ("{}", 400, "bad_request"),
+        ]:
+            with case((line, status, code)):
+                async with await hub.wire() as wire:
+                    token = hub.token()
+                    head = (
+                        f"{line}\r\nHost: hub\r\nAuthorization: Bearer {token}\r\n\r\n"
+                    )
+                    await wire.send(head.encode("latin-1"))
+                    check(await wire.read_response(), status, code)
+                    await wire.read_eof()
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        b"",  # no Host
-        b"Host: hub\r\nX : y\r\n",
-        b"Host: hub\r\n: y\r\n",
-        b"Host: hub\r\nX\r\n",
-        b"Host: hub\r\nX: a\r\n b\r\n",
-        b"Host: hub\r\nX: a\rb\r\n",
-        b"Host: hub\nX: a\r\n",
-        b"Host: hub\r\nX: \x00\r\n",
-        b"Host: hub\r\nX: \x0b\r\n",
-        b"Host: hub\r\nX Y: z\r\n",
-        b"Host: hub\r\nTransfer-Encoding : chunked\r\n",
-        b"Host: hub\r\nTransfer-Encoding: \x0bchunked\r\n",
-    ],
-)
-async def test_a_malformed_field_is_rejected_with_a_reason(fields: bytes) -> None:
+async def test_a_malformed_field_is_rejected_with_a_reason() -> None:
     start = f"POST {CHAT} HTTP/1.1\r\nAuthorization: Bearer {mint(sub='a')}\r\n"
-    async with hub_of_two_models() as hub, await hub.wire() as wire:
-        await wire.send(start.encode() + fields + b"\r\n" + BODY)
-        check(await wire.read_response(), 400, "bad_request")
-        assert await wire.read_eof() == b""
+    async with hub_of_two_models() as hub:
+        for fields in [
+            b"",  # no Host
+            b"Host: hub\r\nX : y\r\n",
+            b"Host: hub\r\n: y\r\n",
+            b"Host: hub\r\nX\r\n",
+            b"Host: hub\r\nX: a\r\n b\r\n",
+            b"Host: hub\r\nX: a\rb\r\n",
+            b"Host: hub\nX: a\r\n",
+            b"Host: hub\r\nX: \x00\r\n",
+            b"Host: hub\r\nX: \x0b\r\n",
+            b"Host: hub\r\nX Y: z\r\n",
+            b"Host: hub\r\nTransfer-Encoding : chunked\r\n",
+            b"Host: hub\r\nTransfer-Encoding: \x0bchunked\r\n",
+        ]:
+            with case(fields):
+                async with await hub.wire() as wire:
+                    await wire.send(start.encode() + fields + b"\r\n" + BODY)
+                    check(await wire.read_response(), 400, "bad_request")
+                    assert await wire.read_eof() == b""
 
 
-@pytest.mark.parametrize(
-    "framed",
-    [
-        b"zz\r\nhello\r\n",
-        b"-5\r\nhello\r\n",
-        b"+5\r\nhello\r\n",
-        b"0x5\r\nhello\r\n",
-        b"5 \r\nhello\r\n",
-        b"5\nhello\n",
-        b"5\r\nhello world\r\n",
-        b"fffffffffffffffff\r\nhello\r\n",
-        b"\r\nhello\r\n",
-    ],
-)
-async def test_a_body_with_invalid_framing_is_rejected_with_a_reason(
-    framed: bytes,
-) -> None:
-    async with hub_of_two_models() as hub, await hub.wire() as wire:
-        await wire.send(post_head([("Transfer-Encoding", "chunked")]) + framed)
-        check(await wire.read_response(), 400, "bad_request")
-        assert await wire.read_eof() == b""
+async def test_a_body_with_invalid_framing_is_rejected_with_a_reason() -> None:
+    async with hub_of_two_models() as hub:
+        for framed in [
+            b"zz\r\nhello\r\n",
+            b"-5\r\nhello\r\n",
+            b"+5\r\nhello\r\n",
+            b"0x5\r\nhello\r\n",
+            b"5 \r\nhello\r\n",
+            b"5\nhello\n",
+            b"5\r\nhello world\r\n",
+            b"fffffffffffffffff\r\nhello\r\n",
+            b"\r\nhello\r\n",
+        ]:
+            with case(framed):
+                async with await hub.wire() as wire:
+                    await wire.send(
+                        post_head([("Transfer-Encoding", "chunked")]) + framed
+                    )
+                    check(await wire.read_response(), 400, "bad_request")
+                    assert await wire.read_eof() == b""
 
 
 SMUGGLED = request_head("POST", CHAT, mint(sub="alice")) + BODY
 _LENGTH = ("Content-Length", str(len(SMUGGLED)))
 
 
-@pytest.mark.parametrize(
-    "carrier",
-    [
-        request_head(
-            "POST",
-            CHAT,
-            None,
-            [("Connection", "Upgrade"), ("Upgrade", "websocket"), _LENGTH],
-        ),
-        request_head(
-            "POST", CHAT, None, [("Connection", "Upgrade"), ("Upgrade", "h2c"), _LENGTH]
-        ),
-        request_head("CONNECT", "hub:80", None, [_LENGTH]),
-        request_head("GET", CHAT, None, [_LENGTH]),
-        request_head("POST", CHAT, None, [_LENGTH, ("Content_Length", "0")]),
-        request_head("POST", CHAT, None, [_LENGTH, ("Expect", "100-continue")]),
-        request_head("POST", "/nowhere", None, [_LENGTH]),
-    ],
-)
-async def test_the_body_of_an_invalid_request_is_not_read_as_a_request(
-    carrier: bytes,
-) -> None:
-    async with hub_of_two_models() as hub, await hub.wire() as wire:
-        await wire.send(carrier + SMUGGLED)
-        assert (await wire.read_response()).status >= 400
-        # A separate request, if the connection stays open, and nothing before it.
-        with contextlib.suppress(ConnectionError):
-            await wire.get("/livez", headers=[("Connection", "close")])
-        left = await wire.read_eof()
-        assert left.count(b"HTTP/1.1 ") == left.count(b'{"status":"ok"}') <= 1
+async def test_the_body_of_an_invalid_request_is_not_read_as_a_request() -> None:
+    async with hub_of_two_models() as hub:
+        for carrier in [
+            request_head(
+                "POST",
+                CHAT,
+                None,
+                [("Connection", "Upgrade"), ("Upgrade", "websocket"), _LENGTH],
+            ),
+            request_head(
+                "POST",
+                CHAT,
+                None,
+                [("Connection", "Upgrade"), ("Upgrade", "h2c"), _LENGTH],
+            ),
+            request_head("CONNECT", "hub:80", None, [_LENGTH]),
+            request_head("GET", CHAT, None, [_LENGTH]),
+            request_head("POST", CHAT, None, [_LENGTH, ("Content_Length", "0")]),
+            request_head("POST", CHAT, None, [_LENGTH, ("Expect", "100-continue")]),
+            request_head("POST", "/nowhere", None, [_LENGTH]),
+        ]:
+            with case(carrier):
+                async with await hub.wire() as wire:
+                    await wire.send(carrier + SMUGGLED)
+                    assert (await wire.read_response()).status >= 400
+                    # A separate request, if the connection stays open, and nothing before it.
+                    with contextlib.suppress(ConnectionError):
+                        await wire.get("/livez", headers=[("Connection", "close")])
+                    left = await wire.read_eof()
+                    assert (
+                        left.count(b"HTTP/1.1 ") == left.count(b'{"status":"ok"}') <= 1
+                    )
 
 
 # --- Time -------------------------------------------------------------------------
