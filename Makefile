@@ -78,10 +78,11 @@ run: $(STAMP)
 	@exec $(BIN)/gollama-proxy demo --port $(PORT) $(foreach url,$(WORKERS),--worker $(url))
 
 # Half as many again as processors: the tests wait a lot, for real time and processes.
+# Each process gets its share in one piece, so that the servers of a file start once.
 JOBS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) * 3 / 2)))
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # The tests with the most tasks, in asyncio's debug mode.
 DEBUGGED := $(foreach story,breakers cancellation fallbacks queue rescue retries streaming,\

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,29 +42,54 @@ class Ended:
     details: str  # standard error
 
 
-async def run_client(url: str, token: str, *more: str) -> Ended:
-    command = [sys.executable, str(EXAMPLES / "openai_client.py"), "hello"]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
-    environ |= {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": token}
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        *("--retries", "0", *more),
-        env=environ,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        answer, details = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode is not None
-    assert "Traceback" not in details.decode()
-    return Ended(process.returncode, answer.decode(), details.decode())
+Client = Callable[..., Awaitable[Ended]]
 
 
-async def test_client_streams_an_answer_and_shows_its_worker() -> None:
+@pytest.fixture
+def run_client(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Client:
+    """Run the client in a thread: a process for each would import `openai` again."""
+    for name in [name for name in os.environ if name.startswith("OPENAI_")]:
+        monkeypatch.delenv(name)
+    client = load_example("openai_client")
+
+    async def run(url: str, token: str, *more: str) -> Ended:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{url}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", token)
+        argv = ["openai_client.py", "hello", "--retries", "0", *more]
+        monkeypatch.setattr(sys, "argv", argv)
+        problem = await asyncio.to_thread(client.main)
+        answer, details = capsys.readouterr()
+        # As `sys.exit()` does with what `main` returns.
+        return Ended(1 if problem else 0, answer, f"{details}{problem or ''}\n")
+
+    return run
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+async def test_client_is_a_program() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        environ = {**bare(), "OPENAI_BASE_URL": f"{hub.url}/v1"}
+        environ["OPENAI_API_KEY"] = "nonsense"
+        program = [str(EXAMPLES / "openai_client.py")]
+        async with Program.running("hello", environ=environ, program=program) as it:
+            assert await it.ended() == 1, it.output
+    assert "does not accept this token (401)" in it.output
+    assert "Traceback" not in it.output
+
+
+async def test_client_streams_an_answer_and_shows_its_worker(
+    run_client: Client,
+) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         ended = await run_client(hub.url, hub.token())
     assert ended.status == 0, ended
@@ -75,21 +100,16 @@ async def test_client_streams_an_answer_and_shows_its_worker() -> None:
     assert "finish='stop'" in ended.details
 
 
-async def test_client_reports_a_rejected_token() -> None:
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        ended = await run_client(hub.url, "nonsense")
-    assert ended.status == 1
-    assert "does not accept this token (401)" in ended.details
-
-
-async def test_client_reports_an_unknown_model() -> None:
+async def test_client_reports_an_unknown_model(run_client: Client) -> None:
     async with ScriptedWorker("one", "two") as worker, running_hub(worker) as hub:
         ended = await run_client(hub.url, hub.token(), "--model", "three")
     assert ended.status == 1
     assert "does not know this model or address (404)" in ended.details
 
 
-async def test_client_reports_when_to_retry_if_no_worker_is_ready() -> None:
+async def test_client_reports_when_to_retry_if_no_worker_is_ready(
+    run_client: Client,
+) -> None:
     async with ScriptedWorker() as worker:
         worker.loading = True
         async with running_hub(worker) as hub:
@@ -98,7 +118,7 @@ async def test_client_reports_when_to_retry_if_no_worker_is_ready() -> None:
     assert re.search(r"refused \(503\): .* Try again in \d+ s\.", ended.details), ended
 
 
-async def test_client_reports_an_error_in_mid_stream() -> None:
+async def test_client_reports_an_error_in_mid_stream(run_client: Client) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         head_and_two_tokens = chat_stream([" no", " to"])[:3]
         worker.default(*head_and_two_tokens, reset())
@@ -107,7 +127,9 @@ async def test_client_reports_an_error_in_mid_stream() -> None:
     assert "The answer broke off" in ended.details
 
 
-async def test_client_reports_an_answer_without_a_finish_reason() -> None:
+async def test_client_reports_an_answer_without_a_finish_reason(
+    run_client: Client,
+) -> None:
     body = replies.chunk(replies.role()) + replies.chunk(replies.token(" no"))
     cut = replies.sse_head() + body + replies.last_chunk()
     async with ScriptedWorker() as worker:
@@ -119,7 +141,7 @@ async def test_client_reports_an_answer_without_a_finish_reason() -> None:
     assert "without a finish reason" in ended.details
 
 
-async def test_client_reports_a_hub_that_cannot_be_reached() -> None:
+async def test_client_reports_a_hub_that_cannot_be_reached(run_client: Client) -> None:
     async with ScriptedWorker() as worker:
         url = worker.url
     ended = await run_client(url, "any")
@@ -166,12 +188,7 @@ def locustfile(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.setitem(sys.modules, name, module)
     for name in ("GOLLAMA_TOKEN", "GOLLAMA_MODEL", "GOLLAMA_MAX_TOKENS"):
         monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("x", EXAMPLES / "locustfile.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("locustfile")
 
 
 WHOLE = (
@@ -360,7 +377,7 @@ async def test_chaos_without_a_hit_leaves_every_answer_whole(
         assert row(it.output, text) == 0
     assert row(it.output, "hits on workers") == 0
     assert re.search(r"to the first token( +\d+\.\d\d){3} ", it.output)
-    assert not list((tmp_path / "logs").iterdir()), "nobody will want to read these"
+    assert not list((tmp_path / "logs").iterdir()), "logs of servers without a fault"
 
 
 @pytest.mark.real
@@ -374,7 +391,8 @@ async def test_chaos_leaves_no_process_behind(
     own_model = tmp_path / "own.gguf"
     own_model.symlink_to(tiny_model)
     arguments = ["--llama-server", str(binary()), "--model", str(own_model)]
-    arguments += ["--workers", "2", "--requests", "1000000", "--tokens", "200"]
+    arguments += ["--workers", "2", "--requests", "1000000", "--clients", "2"]
+    arguments += ["--tokens", "50"]
     arguments += ["--every", "0.4", "--down", "0.1", "--signal", "kill"]
     async with chaos(*arguments, environ=chaos_environ) as it:
         await it.until(r"(?s)SIGKILL to .*SIGKILL to ")
@@ -405,31 +423,45 @@ def is_using(model: Path, process: psutil.Process) -> bool:
         ("--clients", "0", "a whole number from 1 to 48"),
         ("--every", "nan", "seconds from 0 to 86400"),
         ("--signal", "hup", "'kill', 'stop', 'term'"),
-        ("--model", "/nowhere", "a GGUF file"),
         ("--request", "1", "unrecognized"),
     ],
 )
-async def test_chaos_reports_a_wrong_flag_on_one_line(
-    flag: str, value: str, allowed: str, chaos_environ: dict[str, str], tmp_path: Path
+def test_chaos_reports_a_wrong_flag_on_one_line(
+    flag: str,
+    value: str,
+    allowed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    async with chaos(flag, value, environ=chaos_environ) as it:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", ["chaos.py", flag, value])
+    with pytest.raises(SystemExit) as ended:
+        load_example("chaos").main()
+    assert ended.value.code == 2
+    output, error = capsys.readouterr()
+    assert not output
+    assert_one_line(error, flag, allowed)
+
+
+async def test_chaos_reports_a_missing_model_on_one_line(
+    chaos_environ: dict[str, str], tmp_path: Path
+) -> None:
+    async with chaos("--model", "/nowhere", environ=chaos_environ) as it:
         assert await it.ended() == 2, it.output
-    assert it.output.startswith("chaos: ")
-    assert it.output.count("\n") == 1
-    assert flag in it.output
-    assert allowed in it.output
+    assert_one_line(it.output, "--model", "a GGUF file")
     assert not list((tmp_path / "logs").iterdir())
+
+
+def assert_one_line(output: str, flag: str, allowed: str) -> None:
+    assert output.startswith("chaos: ")
+    assert output.count("\n") == 1
+    assert flag in output
+    assert allowed in output
 
 
 @pytest.fixture(scope="module")
 def report() -> ModuleType:
-    name = "chaos_report"
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("chaos_report")
 
 
 RIGHT = " no towu"

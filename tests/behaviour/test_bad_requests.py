@@ -585,7 +585,7 @@ async def test_the_body_of_an_invalid_request_is_not_read_as_a_request() -> None
                 async with await hub.wire() as wire:
                     await wire.send(carrier + SMUGGLED)
                     assert (await wire.read_response()).status >= 400
-                    # A separate request, if the connection stays open, and nothing before it.
+                    # If the connection stays open, this is a separate request.
                     with contextlib.suppress(ConnectionError):
                         await wire.get("/livez", headers=[("Connection", "close")])
                     left = await wire.read_eof()

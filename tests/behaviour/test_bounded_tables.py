@@ -2,7 +2,7 @@
 
 Models are made up (a worker serves `q*`), subjects come and go, tokens are new each
 time, conversations begin.  Afterwards every table of every object of the hub is looked
-at, those that nobody thought of when this was written included.
+at, including those that were added after this was written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.fakes.clock import Clock
 from tests.fakes.hub import SECRET, mint
 from tests.fakes.registry import plan
 
-NAMES = 3000  # of each kind, that somebody makes up
+NAMES = MOST + 500  # of each kind, that clients or workers make up
 WORKERS = 10
 POLICIES = ["round_robin", "weighted", "least_busy", "fastest", "affinity"]
 
@@ -186,7 +186,7 @@ def test_labels_beyond_a_limit_are_counted_as_other(tmp_path: Path) -> None:
 
 
 def test_the_audit_sees_a_table_that_grows() -> None:
-    """A table that somebody forgets to bound has to be found by it."""
+    """A table without a limit has to be found by it."""
 
     class Forgetful:
         def __init__(self) -> None:

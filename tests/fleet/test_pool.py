@@ -325,5 +325,5 @@ class Cached(RuleBasedStateMachine):
 
 TestCached = Cached.TestCase
 TestCached.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, database=None
+    max_examples=60, stateful_step_count=40, deadline=None, database=None
 )

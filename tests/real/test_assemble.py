@@ -22,8 +22,7 @@ from gollama_proxy.wire.openai import ENDPOINTS, Ending
 from tests.real.gguf_tiny import write_tiny_gguf
 from tests.real.llama import LlamaServer
 
-# Its servers are for all of these tests, so these are all for one process.
-pytestmark = [pytest.mark.real, pytest.mark.xdist_group("assemble")]
+pytestmark = pytest.mark.real
 
 Start = Callable[..., LlamaServer]
 LIMIT = 1 << 20

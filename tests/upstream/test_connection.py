@@ -188,7 +188,7 @@ def chunked_answers(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
     return body, cut(wire, draw(st.sets(places, max_size=30)))
 
 
-@settings(properties, max_examples=150)
+@settings(properties, max_examples=75)
 @given(chunked_answers())
 @example(
     (
@@ -206,7 +206,7 @@ def test_a_chunked_body_is_the_same_in_any_framing_and_any_reads(
     assert connection.reusable
 
 
-@settings(properties, max_examples=100)
+@settings(properties, max_examples=50)
 @given(st.lists(st.binary(min_size=1, max_size=300), max_size=5), st.data())
 def test_whole_chunks_are_not_parsed_wherever_they_come(
     bodies: list[bytes], data: st.DataObject

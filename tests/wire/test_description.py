@@ -253,7 +253,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, database=None, max_examples=200)
+@settings(deadline=None, database=None, max_examples=60)
 @given(st.lists(JSON), JSON, st.binary(max_size=50), st.binary(max_size=50))
 def test_anything_is_described_or_refused(
     listed: list[Any], props: Any, junk: bytes, more: bytes

@@ -342,7 +342,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 anything = damaged() | debris.map(b"{".__add__) | debris | st.binary(max_size=40)
 
 
-@settings(thorough, max_examples=300)
+@settings(thorough, max_examples=120)
 @given(anything, cuts)
 @example(b"", [])
 @example(b"\xef\xbb\xbf{}", [])
@@ -354,7 +354,7 @@ def test_the_verdict_does_not_depend_on_cuts(body: bytes, cut_at: list[int]) -> 
     assert outcome(pieces_of(body, cut_at)) == outcome([body])
 
 
-@settings(thorough, max_examples=300)
+@settings(thorough, max_examples=120)
 @given(anything)
 @example(b'{"model":"a","model":"b"}')
 @example(b'{"stream":tru}')
