@@ -13,7 +13,14 @@ import math
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from itertools import islice
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -184,7 +191,16 @@ OF_HUB = (
     *("requests", "errors", "running", "waiting", "tokens_per_second"),
     *("first_token_p50", "first_token_p95"),
 )
+_STATES = (
+    WorkerState.READY,
+    *(state for state in WorkerState if state is not WorkerState.READY),
+)
+_BREAKERS = (
+    BreakerState.CLOSED,
+    *(state for state in BreakerState if state is not BreakerState.CLOSED),
+)
 OF_WORKER = ("running", "tokens_per_second", "first_token_p50", "first_token_p95")
+_KINDS = {"state": _STATES, "breaker": _BREAKERS, **dict.fromkeys(OF_WORKER)}
 _PICK = itemgetter(
     *map(
         _FIELDS.index,
@@ -212,8 +228,8 @@ class History:
         self._counted = recent.count
         # Of each request that runs: its tokens, and whether its answer has begun.
         self._seen: dict[tuple[str, float], tuple[int, bool]] = {}
-        self._hub = _Track(OF_HUB)
-        self._workers: dict[str, _WorkerTrack] = {}
+        self._hub = _Track(dict.fromkeys(OF_HUB), 1)
+        self._workers: dict[str, _Track] = {}
         self.time = round(time.time(), 3)  # of the last sample, in Unix seconds
         self.latest: Shown = dict.fromkeys(OF_HUB)
         self._shown: dict[str, Shown] = {}  # the latest figures of each worker
@@ -254,18 +270,14 @@ class History:
             *(ended, errors, len(running), waiting, speed),
             *percentiles(firsts),
         )
-        self._hub.put(self._place, figures)
+        self._hub.put(self._taken, figures)
         self.latest = dict(zip(OF_HUB, figures, strict=True))
         return changed
-
-    @property
-    def _place(self) -> int:
-        return self._taken % SAMPLES
 
     def _skip(self) -> None:
         self._taken += 1
         for track in (self._hub, *self._workers.values()):
-            track.clear(self._place)
+            track.put(self._taken, _NOTHING)
 
     def _compare(
         self, running: Iterable[Running]
@@ -304,13 +316,15 @@ class History:
         figures = (worker.in_flight, speed, *percentiles(firsts))
         track = self._workers.get(name)
         if track is None:
-            track = self._workers[name] = _WorkerTrack()
-        track.put(self._place, figures)
-        track.put_states(self._place, worker.state, worker.breaker.state)
-        shown = _present(worker) | dict(zip(OF_WORKER, figures, strict=True))
-        if self._shown.get(name) == shown:
+            track = self._workers[name] = _Track(_KINDS, self._taken)
+        state, breaker = worker.state, worker.breaker.state
+        if not track.put(
+            self._taken, (state, breaker, *figures, worker.held, worker.slots)
+        ):
             return False
-        self._shown[name] = shown
+        self._shown[name] = _present(worker) | dict(
+            zip(OF_WORKER, figures, strict=True)
+        )
         return True
 
     def _forget(self, names: set[str]) -> None:
@@ -337,7 +351,7 @@ class History:
         That is the mean of the samples of these seconds, and of the 95th percentiles
         the highest one.
         """
-        return self._hub.columns(self._window(seconds), step)
+        return self._hub.columns(self._taken, self._within(seconds), step)
 
     def of_worker(self, name: str, seconds: int, step: int) -> Shown | None:
         """Return the columns of a worker, as `of_hub`; None if there is none.
@@ -345,11 +359,13 @@ class History:
         Of its states, one that is not as it should be counts for all `step` seconds.
         """
         track = self._workers.get(name)
-        return None if track is None else track.columns(self._window(seconds), step)
+        if track is None:
+            return None
+        return track.columns(self._taken, self._within(seconds), step)
 
-    def _window(self, seconds: int) -> tuple[int, int]:
-        """Return how many samples are shown, and the place behind the newest one."""
-        return min(seconds, self._taken, SAMPLES), self._place + 1
+    def _within(self, seconds: int) -> int:
+        """Return how many samples are shown."""
+        return min(seconds, self._taken, SAMPLES)
 
 
 def _present(worker: Worker) -> Shown:
@@ -364,57 +380,77 @@ def _present(worker: Worker) -> Shown:
 
 
 class _Track:
-    """The figures of a quarter of an hour, in rings of 4 bytes each; NaN: none."""
+    """The values of a quarter of an hour, in rings of a few bytes each.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-        self._columns = [array("f", [math.nan]) * SAMPLES for _ in names]
+    Numbers have four bytes, where NaN is none, and members of an enum have one.  A
+    value that stays is written when it is needed: most workers are idle for most of the
+    time.
+    """
+
+    def __init__(
+        self, kinds: Mapping[str, Sequence[enum.Enum] | None], at: int
+    ) -> None:
+        """Make one for columns of these names, whose first sample has the number `at`.
+
+        Each is of numbers (None), or of members of an enum, the usual one first.
+        """
+        self._kinds = kinds
+        self._columns = [
+            array("f", [math.nan]) * SAMPLES
+            if members is None
+            else array("B", [0]) * SAMPLES
+            for members in kinds.values()
+        ]
+        self._last: tuple[Any, ...] = _NOTHING
+        self._written = at - 1
 
     def __repr__(self) -> str:
-        return f"<Track of {len(self._names)} figures>"
+        return f"<Track of {', '.join(self._kinds)}>"
 
-    def put(self, place: int, figures: Iterable[float | None]) -> None:
-        for column, value in zip(self._columns, figures, strict=True):
-            column[place] = math.nan if value is None else value
+    def put(self, at: int, values: tuple[Any, ...]) -> bool:
+        """Note the values of a sample; return whether they differ from the last ones.
 
-    def clear(self, place: int) -> None:
-        self.put(place, [None] * len(self._columns))
+        There may be more values than columns.
+        """
+        if values == self._last:
+            return False
+        self._write(at - 1)
+        self._last = values
+        return True
 
-    def columns(self, window: tuple[int, int], step: int) -> Shown:
-        return {
-            name: _summed(_newest(column, *window), step, highest="p95" in name)
-            for name, column in zip(self._names, self._columns, strict=True)
-        }
+    def _write(self, at: int) -> None:
+        """Write the last values up to the sample with this number."""
+        count = min(at - self._written, SAMPLES)
+        begin = (at - count + 1) % SAMPLES
+        behind = max(begin + count - SAMPLES, 0)  # these are at the front of the ring
+        for members, column, value in zip(
+            self._kinds.values(), self._columns, self._last, strict=False
+        ):
+            if members is not None:
+                value = 0 if value is None else members.index(value) + 1
+            elif value is None:
+                value = math.nan
+            values = array(column.typecode, [value])
+            column[begin : begin + count - behind] = values * (count - behind)
+            column[:behind] = values * behind
+        self._written = at
+
+    def columns(self, at: int, count: int, step: int) -> Shown:
+        """Return the last values up to a sample, by name: one for each `step`."""
+        self._write(at)
+        columns: Shown = {}
+        for (name, members), ring in zip(
+            self._kinds.items(), self._columns, strict=True
+        ):
+            values = _newest(ring, count, at % SAMPLES + 1)
+            if members is None:
+                columns[name] = _summed(values, step, highest="p95" in name)
+            else:
+                columns[name] = _words(values, step, members)
+        return columns
 
 
-class _WorkerTrack(_Track):
-    """The figures of a worker, and its states, a byte each; 0: none."""
-
-    def __init__(self) -> None:
-        super().__init__(OF_WORKER)
-        self._states = array("B", [0]) * SAMPLES
-        self._breakers = array("B", [0]) * SAMPLES
-
-    def put_states(self, place: int, state: WorkerState, breaker: BreakerState) -> None:
-        self._states[place] = _STATES.index(state)
-        self._breakers[place] = _BREAKERS.index(breaker)
-
-    def clear(self, place: int) -> None:
-        super().clear(place)
-        self._states[place] = self._breakers[place] = 0
-
-    def columns(self, window: tuple[int, int], step: int) -> Shown:
-        states = _newest(self._states, *window)
-        breakers = _newest(self._breakers, *window)
-        return {
-            "state": _words(states, step, _STATES, WorkerState.READY),
-            "breaker": _words(breakers, step, _BREAKERS, BreakerState.CLOSED),
-            **super().columns(window, step),
-        }
-
-
-_STATES = (None, *WorkerState)
-_BREAKERS = (None, *BreakerState)
+_NOTHING = (None,) * 9
 
 
 def _newest(ring: array[Any], count: int, end: int) -> array[Any]:
@@ -444,12 +480,11 @@ def _short(value: float) -> float:
 
 
 def _words(
-    codes: array[int], step: int, members: Sequence[enum.Enum | None], usual: enum.Enum
+    codes: array[int], step: int, members: Sequence[enum.Enum]
 ) -> list[str | None]:
-    words = [None if each is None else each.value for each in members]
-    calm = (0, members.index(usual))
+    words = [None, *(member.value for member in members)]
     return [
-        words[next((code for code in group if code not in calm), group[-1])]
+        words[next((code for code in group if code > 1), group[-1])]
         for group in _groups(codes, step)
     ]
 

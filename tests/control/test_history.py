@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.control.history import (
@@ -247,6 +247,20 @@ def test_a_larger_step_gives_means_and_the_trouble_within() -> None:
     assert of_worker is not None
     assert of_worker["breaker"] == ["closed", "open"]
     assert of_worker["state"] == ["ready", "ready"]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(0, 3)), max_size=6))
+def test_values_that_stay_are_all_there(runs: list[tuple[int, int]]) -> None:
+    kept, expected = Kept(), list[int]()
+    kept.workers = []
+    for seconds, waiting in runs:
+        for _ in range(seconds):
+            kept.take(waiting=waiting)
+        expected += [waiting] * seconds
+        if waiting == 2:  # reading in between changes nothing
+            kept.history.of_hub(3, 1)
+    assert kept.history.of_hub(SAMPLES, 1)["waiting"] == expected[-SAMPLES:]
 
 
 def test_a_worker_that_left_is_forgotten() -> None:
