@@ -426,6 +426,7 @@ async function enter(given, keep) {
   remember(keep);
   byId('views').hidden = byId('account').hidden = false;
   showAccount();
+  document.querySelector('.brand').title = `Version ${app.session.version}`;
   watchExpiry();
   if (app.can('monitor') && !document.hidden) app.live.start();
   route();
@@ -483,6 +484,8 @@ async function start() {
   document.addEventListener('visibilitychange', onVisibility);
   app.live.addEventListener('connection', showConnection);
   app.live.addEventListener('sample', showConnection);
+  app.live.addEventListener('connection', ({ detail }) =>
+    detail.state === 'open' && checkVersion());
   setInterval(showConnection, 1_000);
   await (match ? enterByLink(match[1]) : enterAsBefore());
 }
@@ -594,6 +597,16 @@ function onVisibility() {
   }
 }
 
+// A hub that was updated has another page.
+async function checkVersion() {
+  const { version } = app.session;
+  const now = await api('/dashboard/session').catch(() => null);
+  if (now && now.version !== version && app.session) {
+    app.session.version = now.version;
+    announce(`The hub is version ${now.version} now. Reload this page.`);
+  }
+}
+
 const THEMES = { auto: 'light', light: 'dark', dark: 'auto' };
 const GLYPHS = { auto: '◐', light: '☀', dark: '☾' };
 
@@ -631,6 +644,7 @@ function showTheme() {
 
 let leave = null; // unmounts the view that is shown
 let shown = null; // its address
+let current = null; // its entry of VIEWS
 
 function unmount() {
   const left = leave;
@@ -663,7 +677,12 @@ async function route() {
   if (!view || (view.path === '' && !allowed(view))) view = VIEWS.find(allowed);
   showViews(view);
   if (shown === location.hash) return;
+  if (view === current && leave?.follow?.()) {
+    shown = location.hash;
+    return;
+  }
   unmount();
+  current = view;
   const at = (shown = location.hash);
   document.title = `${view.name} · gollama_proxy`;
   const main = byId('main');
@@ -691,10 +710,10 @@ async function route() {
   }
 }
 
-function showViews(current) {
+function showViews(active) {
   byId('views').replaceChildren(...VIEWS.filter(allowed).map((view) =>
     el('a', {
-      href: `#/${view.path}`, 'aria-current': view === current ? 'page' : null,
+      href: `#/${view.path}`, 'aria-current': view === active ? 'page' : null,
     }, view.name)));
 }
 

@@ -15,7 +15,7 @@ const LEAST = 250; // ms between two renderings
 export function mount(root, app) {
   const overview = new Overview(root, app);
   overview.start();
-  return () => overview.stop();
+  return Object.assign(() => overview.stop(), { follow: () => overview.follow() });
 }
 
 class Overview {
@@ -446,12 +446,13 @@ class Overview {
 
   // Without events, what is shown gets old.
   #renderAge() {
-    const { state, sampled } = this.#app.live;
+    const { state, sampled, reason } = this.#app.live;
     const age = sampled ? (Date.now() - sampled) / 1_000 : 0;
-    this.age.hidden = age < 4 || (state !== 'lost' && state !== 'open');
+    const old = age >= 4 && (state === 'lost' || state === 'open');
+    this.age.hidden = !old && !(state === 'lost' && !sampled);
     if (!this.age.hidden) {
-      put(this.age, `The hub has sent nothing for ${duration(age)}. `
-        + 'What you see is that old; the page is reconnecting.');
+      const since = old ? `The figures are ${duration(age)} old. ` : '';
+      put(this.age, `${since}${reason} The page is reconnecting…`);
     }
   }
 
@@ -464,7 +465,8 @@ class Overview {
     rows.forEach(({ level, name, text }, place) => {
       let row = this.troubles.children[place];
       if (!row) {
-        row = el('li', {}, el('span', { 'aria-hidden': 'true' }), ' ', el('a'), el('span'));
+        const link = el('a', { onclick: () => location.hash === link.hash && this.follow() });
+        row = el('li', {}, el('span', { 'aria-hidden': 'true' }), ' ', link, el('span'));
         this.troubles.append(row);
       }
       const [mark, , link, rest] = row.childNodes;
@@ -702,7 +704,8 @@ class Overview {
         el('button', { autofocus: true }, 'Close'))));
     dialog.addEventListener('close', () => {
       dialog.remove();
-      this.detail = this.dialog = null;
+      this.detail = this.dialog = this.sought = null;
+      if (location.hash.startsWith('#/workers/')) history.replaceState(null, '', '#/');
     });
     document.body.append(dialog);
     card.render(worker, this.#exchangesByWorker().get(name) ?? []);
@@ -716,12 +719,21 @@ class Overview {
     }
   }
 
+  // The address has changed; returns whether it is still one of this view.
+  follow() {
+    this.sought = null;
+    if (!/^#?\/?(workers\/.*)?$/.test(location.hash)) return false;
+    this.#seek();
+    return true;
+  }
+
   // Show the worker that the address names.
   #seek() {
     const [, , name] = location.hash.split('/');
     if (!name || this.sought === name) return;
     const wanted = decodeURIComponent(name);
     if (!this.workers.has(wanted)) return;
+    this.list.querySelector('.sought')?.classList.remove('sought');
     this.sought = name;
     if (this.#compact) {
       this.show(wanted);

@@ -175,7 +175,7 @@ export class Card {
         ? [el('progress', {
           max: 1, value: model.progress, 'aria-label': `Loading ${model.name}`,
         }), `loading, ${Math.round(model.progress * 100)} %`]
-        : [model.loaded ? 'loaded' : 'not loaded'];
+        : [model.loaded == null ? '' : model.loaded ? 'loaded' : 'not loaded'];
       const context = model.context ?? worker.context;
       return el('li', {}, el('span', { class: 'name' }, model.name),
         context && el('span', { class: 'muted', title: `${format.number(context)} tokens` },
@@ -220,7 +220,9 @@ export class Card {
     const { last_error: error } = worker;
     if (!this.foot.firstChild) {
       this.about = el('span', {});
-      this.foot.append(this.about, this.error);
+      const query = new URLSearchParams({ worker: worker.name });
+      this.foot.append(this.about, this.error,
+        el('a', { href: `#/requests?${query}` }, 'Its last requests'));
     }
     const parts = [worker.url, worker.build && `build\u00a0${worker.build}`,
       worker.vram_gib && !worker.agent?.devices?.length
