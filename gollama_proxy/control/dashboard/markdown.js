@@ -419,9 +419,12 @@ function addressAt(text, start) {
 }
 
 // Pairs runs of `*`, `_` and `~~`. What stays without a partner is text.
+//
+// As in CommonMark, but for two things: `**` and `*` are no pair, so that half of a mark
+// does no harm while a text arrives, and `**` ends what `**` began also in `**a:**b`.
 class Emphasis {
-  #frames = [{ mark: '', left: 0, nodes: [], depth: 0 }]; // outermost first
-  #open = { '*': [], _: [], '~': [] }; // indexes of the frames of each mark
+  #frames = [{ key: '', mark: '', left: 0, nodes: [], depth: 0 }]; // outermost first
+  #open = new Map(); // by key: the indexes of its frames
 
   add(child) {
     if (child !== '') this.#frames.at(-1).nodes.push(child);
@@ -438,43 +441,62 @@ class Emphasis {
     const closes = !SPACE.test(before) &&
       (!PUNCTUATION.test(before) || SPACE.test(after) || PUNCTUATION.test(after));
     const inWord = mark === '_' && opens && closes;
+    const ends = closes ||
+      (!SPACE.test(before) && length === 2 && this.#find(mark, 2) > 0);
     let left = length;
-    if (closes && !(inWord && !PUNCTUATION.test(after))) {
-      while (left && this.#open[mark].length) {
-        const used = this.#close(mark, left);
-        if (!used) break;
-        left -= used;
-      }
+    if (ends && !(inWord && !PUNCTUATION.test(after))) {
+      for (let used = 1; used && left; left -= used) used = this.#close(mark, left);
     }
     if (left && opens && !(inWord && !PUNCTUATION.test(before))) {
-      this.#open[mark].push(this.#frames.length);
-      this.#frames.push({ mark, left, nodes: [], depth: 0 });
+      this.#push({ mark, left, nodes: [], depth: 0 });
     } else if (left) this.add(mark.repeat(left));
   }
 
-  // Close the innermost run of this mark; return how many marks that used.
+  #push(frame) {
+    frame.key = keyOf(frame.mark, frame.left);
+    if (!this.#open.has(frame.key)) this.#open.set(frame.key, []);
+    this.#open.get(frame.key).push(this.#frames.length);
+    this.#frames.push(frame);
+  }
+
+  // Return the index of the innermost run that this one may end; 0 if there is none.
+  #find(mark, left) {
+    const sizes = left > 2 ? [1, 2, 3] : [left, 3];
+    return Math.max(...sizes.map((size) => this.#open.get(keyOf(mark, size))?.at(-1) ?? 0));
+  }
+
+  // Close the innermost run that fits; return how many marks that used.
   #close(mark, left) {
-    this.#flatten(this.#open[mark].at(-1));
+    const index = this.#find(mark, left);
+    if (!index) return 0;
+    this.#flatten(index);
     const top = this.#frames.at(-1);
     if (top.depth >= DEEPEST) return 0;
     const used = mark === '~' || (left > 1 && top.left > 1) ? 2 : 1;
     const tag = mark === '~' ? 'del' : used === 2 ? 'strong' : 'em';
+    this.#frames.pop();
+    this.#open.get(top.key).pop();
     top.nodes = [node(tag, {}, ...joined(top.nodes))];
     top.depth += 1;
     top.left -= used;
-    if (!top.left) this.#flatten(this.#frames.length - 2);
+    if (top.left) this.#push(top);
+    else this.#take(this.#frames.at(-1), top);
     return used;
   }
 
   // Turn the runs behind an index into text, and add them to the run there.
   #flatten(index) {
     const target = this.#frames[index];
-    for (const { mark, left, nodes, depth } of this.#frames.splice(index + 1)) {
-      this.#open[mark].pop();
-      if (left) target.nodes.push(mark.repeat(left));
-      for (const each of nodes) target.nodes.push(each);
-      target.depth = Math.max(target.depth, depth);
+    for (const frame of this.#frames.splice(index + 1)) {
+      this.#open.get(frame.key).pop();
+      target.nodes.push(frame.mark.repeat(frame.left));
+      this.#take(target, frame);
     }
+  }
+
+  #take(target, { nodes, depth }) {
+    for (const each of nodes) target.nodes.push(each);
+    target.depth = Math.max(target.depth, depth);
   }
 
   finish() {
@@ -482,6 +504,8 @@ class Emphasis {
     return this.#frames[0].nodes;
   }
 }
+
+const keyOf = (mark, left) => `${mark}${Math.min(left, 3)}`;
 
 // Join strings that follow each other, as a browser may do with text nodes.
 function joined(nodes) {
