@@ -205,6 +205,8 @@ async def test_without_authentication_there_is_no_token(
         await it.until("Ctrl-C ends it")
         assert "No token needed" in it.output
         assert "Authorization" not in it.output
+        assert re.search(r"^http://127\.0\.0\.1:\d+/$", it.output, re.MULTILINE)
+        assert "sign-in" not in it.output
         it.signal(signal.SIGTERM)
         assert await it.ended() == 0
 
@@ -260,8 +262,15 @@ async def test_the_token_of_the_demo_lives_no_longer_than_it_may(
 
     loaded = Config(auth=Auth(max_lifetime=longest), secrets=(SECRET.encode(),))
     await demo._announce(loaded, "any")(cast(Any, Hub()))
-    [token] = re.findall(r"^eyJ\S+$", capsys.readouterr().out, re.MULTILINE)
+    printed = capsys.readouterr().out
+    [token] = re.findall(r"^eyJ\S+$", printed, re.MULTILINE)
     claims = jwt.decode(token, SECRET, ["HS256"])
+    assert claims["exp"] - claims["iat"] == lifetime
+    [code] = re.findall(r"^http://127\.0\.0\.1:8000/#sign-in=(\S+)$", printed, re.M)
+    operator = Hub.links.use(code)
+    assert operator is not None
+    claims = jwt.decode(operator, SECRET, ["HS256"])
+    assert (claims["sub"], claims["scope"]) == ("operator", "admin")
     assert claims["exp"] - claims["iat"] == lifetime
 
 

@@ -142,6 +142,25 @@ async def test_without_listeners_nothing_observes() -> None:
         assert repr(hub.hub.events) == "<Events listeners=0>"
 
 
+async def test_a_mistake_in_an_event_does_not_reach_a_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        worker.default(*complete())
+        async with listening(hub) as listener:
+            await listener.next("sample")
+            monkeypatch.setattr(hub.hub.views, "exchange", fail)
+            monkeypatch.setattr(hub.hub.history, "take", fail)
+            assert (await hub.post(CHAT, STREAM)).status == 200
+            await until(lambda: "was lost" in caplog.text)
+            await until(lambda: "samples" in caplog.text)
+            monkeypatch.undo()
+            await listener.next("sample")
+
+
 async def test_the_number_of_listeners_is_limited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
