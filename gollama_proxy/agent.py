@@ -51,10 +51,10 @@ from gollama_proxy.telemetry import logs
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY = 1.0  # seconds between two looks at the server
+LOOK_EVERY = 1.0  # seconds between two checks of the server
 SUSPEND = ("systemctl", "suspend")
 SETTLED_AFTER = 5.0  # seconds until a machine that is to sleep does
-IDLE_CHECK = 5.0  # seconds between two looks whether the machine is idle
+IDLE_CHECK = 5.0  # seconds between two checks of whether the machine is idle
 # Seconds for which an agent reports that its machine falls asleep.  The clock stops
 # while it sleeps.
 FALLING_ASLEEP = 10.0
@@ -65,7 +65,7 @@ class Options:
     """What the command line asks for."""
 
     hubs: tuple[str, ...]
-    discover: bool = False  # look for the hub in the local network
+    discover: bool = False  # look for the hub on the local network
     worker: str = ""  # its URL; empty with a command
     command: tuple[str, ...] = ()
     name: str = ""
@@ -90,7 +90,7 @@ def check_options(options: Options, environ: Mapping[str, str]) -> None:
     """
     if bool(options.hubs) == options.discover:
         what = "only one of them" if options.hubs else "is missing"
-        text = "must be a URL such as http://gateway:8000, or --discover be given"
+        text = "must be a URL such as http://gateway:8000; or give --discover"
         raise ConfigError(f"--hub: {what}; {text}")
     if options.discover and importlib.util.find_spec("zeroconf") is None:
         text = "needs zeroconf; pip install 'gollama-proxy[mdns]'"
@@ -144,7 +144,7 @@ async def run(options: Options, signals: Signals) -> int:
         with _passing_on(agent.server):
             await asyncio.wait((asked, refused), return_when=asyncio.FIRST_COMPLETED)
         if not signals.asked.is_set():
-            logger.error("every hub refuses this worker: the agent ends")
+            logger.error("all hubs refuse this worker, so the agent ends")
             return 1
         leaving = spawn(agent.leave(), "drain")
         insisted = spawn(signals.insisted.wait(), "second signal")
@@ -159,13 +159,13 @@ async def run(options: Options, signals: Signals) -> int:
 
 
 async def find_hub(signals: Signals) -> str:
-    """Look for the hub of the local network; return "" if a signal comes first.
+    """Look for the hub on the local network; return "" if a signal comes first.
 
     Raises:
         ConfigError: there are several.
     """
     looking = spawn(_look_for_hub(), "search for a hub")
-    asked = spawn(signals.asked.wait(), "signal while a hub is searched")
+    asked = spawn(signals.asked.wait(), "signal during the search for a hub")
     try:
         await asyncio.wait((looking, asked), return_when=asyncio.FIRST_COMPLETED)
         return looking.result() if looking.done() else ""
@@ -177,11 +177,11 @@ async def find_hub(signals: Signals) -> str:
 async def _look_for_hub() -> str:
     from gollama_proxy import discovery  # zeroconf is optional
 
-    logger.info("looking for a hub in the local network")
+    logger.info("looking for a hub on the local network")
     while not (found := await discovery.discover()):
         pass
     if len(found) > 1:
-        # The token is for one of them, and is none of the others' business.
+        # The token is for one of them, and the others must not see it.
         text = (
             f"found several hubs: {', '.join(found)}; must be one of them, with --hub"
         )
@@ -192,7 +192,7 @@ async def _look_for_hub() -> str:
 
 @contextlib.contextmanager
 def _passing_on(server: Supervised | None) -> Iterator[None]:
-    """Pass signals on to the server that mean nothing to an agent."""
+    """Pass on to the server the signals that an agent has no use for."""
     if server is None:
         yield
         return

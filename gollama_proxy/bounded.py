@@ -1,4 +1,4 @@
-"""Memory that forgets: tables with a limit to their size, and counts of recent events.
+"""Bounded memory: tables of limited size, and counts of recent events.
 
 Tables are kept by names that clients and workers choose.  A worker can be configured to
 serve `qwen*`, and then clients can invent any number of models; and a worker can list
@@ -18,7 +18,7 @@ MOST = 1000  # names; llama-server's router mode with all of its presets has abo
 
 
 class BoundedDict(dict[K, V]):
-    """A dict that drops its oldest entry when it gets one too many."""
+    """A dict that drops its oldest entry to make room for a new one."""
 
     __slots__ = ("most",)
 

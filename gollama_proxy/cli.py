@@ -140,7 +140,7 @@ _FILE = (
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    # No abbreviations: a typing error would pass for one.
+    # No abbreviations: a typing mistake could be taken for one.
     parser = _Parser(
         prog="gollama-proxy",
         description="One OpenAI-compatible address in front of llama.cpp machines.",
@@ -200,14 +200,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 _OPERATIONS = {
     "workers": "list the workers of a running hub, or change them",
-    "drain": "give a worker no new request; running ones end soon, or go on elsewhere",
+    "drain": "give a worker no new requests; running ones end, or continue elsewhere",
     "undrain": "end a drain",
     "dashboard": "print a link that opens the dashboard, signed in",
     "top": "watch workers, queue and requests; q ends",
     "explain": "show which worker a request would get now, and why",
     "requests": "list the requests that have ended",
     "usage": "add up what subjects have used, by model and day",
-    "cancel": "cancel a request that runs or waits",
+    "cancel": "cancel a running or waiting request",
     "reload": "have the hub read its settings again",
     "revoke": "have the hub reject a token, or all tokens of a subject",
 }
@@ -260,13 +260,13 @@ def _add_agent_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="hub to register with (repeatable)",
     )
-    text = "find the hub in the local network, which must be a trusted one"
+    text = "find the hub on the local network, which must be trusted"
     add("--discover", action="store_true", help=text)
     add("--worker", metavar="URL", default="", help="llama-server on this machine")
     add(
         "--exec",
         action="store_true",
-        help="start the command behind --, and start it again when it ends",
+        help="start the command after --, and start it again when it ends",
     )
     text = "name in replies, logs and metrics; default: this machine's, and the port"
     add("--name", default="", help=text)
@@ -336,7 +336,7 @@ def _serve(args: argparse.Namespace) -> int:
     from gollama_proxy import serve as lifecycle
 
     def reload() -> Config:
-        # The same file: another one may have come into view, and this one be lost.
+        # The same file, even if it is gone, or another one takes precedence by now.
         args.config = config.file or args.config
         again = _load(args, os.environ, args.worker)
         require_keys(again)
@@ -376,7 +376,7 @@ def _agent(args: argparse.Namespace) -> int:
     from gollama_proxy.telemetry import logs
 
     if args.exec != bool(args.following):
-        missing = "a command behind --" if args.exec else "--exec in front of --"
+        missing = "a command after --" if args.exec else "--exec before --"
         raise ConfigError(f"--exec: needs {missing}, such as --exec -- llama-server")
     hubs = os.environ.get("GOLLAMA_HUB", "").split()
     options = agent.Options(

@@ -114,12 +114,12 @@ def _fill_explain(parser: argparse.ArgumentParser) -> None:
 
 def _fill_requests(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    text = "go on with those that end from now on"
+    text = "then list requests as they end"
     add("--follow", action="store_true", help=text)
     for name in _FILTERS:
         text = f"only with this {name}" + (" or error code" * (name == "outcome"))
         add(f"--{name}", help=text)
-    text = "at most so many (at once, with --follow), from 1 to 1000; default: 100"
+    text = "how many to list (at once, with --follow), from 1 to 1000; default: 100"
     add("--limit", metavar="N", default="100", help=text)
 
 
@@ -142,7 +142,7 @@ def _fill_cancel(parser: argparse.ArgumentParser) -> None:
 def _fill_revoke(parser: argparse.ArgumentParser) -> None:
     text = "the id of a token, or the subject of tokens"
     parser.add_argument("entry", metavar="jti:ID|sub:SUBJECT", help=text)
-    text = "also cancel the requests of the subject that run; by default they go on"
+    text = "also cancel the running requests of the subject; by default they continue"
     parser.add_argument("--cancel", action="store_true", help=text)
 
 
@@ -409,7 +409,7 @@ def _usage(args: argparse.Namespace, hub: AdminClient) -> None:
 # --- requests, cancel, reload, revoke ---------------------------------------------
 
 _FILTERS = ("subject", "model", "worker", "outcome")
-_EVERY = 1.0  # seconds between two looks at what is new
+_EVERY = 1.0  # seconds between two requests for what is new
 
 
 def _requests(args: argparse.Namespace, hub: AdminClient) -> None:
@@ -510,13 +510,13 @@ _WORKER_ACTIONS: dict[str, tuple[_Run, _Fill, str]] = {
     "drain": (
         partial(_change_worker, "drain"),
         _fill_name,
-        "give a worker no new request; running ones end soon, or continue elsewhere",
+        "give a worker no new requests; running ones end, or continue elsewhere",
     ),
     "undrain": (partial(_change_worker, "undrain"), _fill_name, "end a drain"),
     "pause": (
         partial(_change_worker, "pause"),
         _fill_name,
-        "give a worker no new request; running ones go on",
+        "give a worker no new requests; running ones continue",
     ),
     "unpause": (partial(_change_worker, "unpause"), _fill_name, "end a pause"),
     "wake": (

@@ -324,7 +324,7 @@ class Hub(Listener):
             try:
                 changes = await self.apply(await asyncio.to_thread(self._read))
             except ConfigError as exc:
-                text = "the settings are not valid, so the old ones stay: %s"
+                text = "the settings are not valid, so the old ones stay in force: %s"
                 logger.error(text, "; ".join(exc.args))
                 return exc
             await self._watcher.reload()

@@ -102,7 +102,7 @@ def _usable_port(found: str | None) -> int:
     """Return the port of a command, or a free one for it: the usual one, if it is.
 
     Raises:
-        ConfigError: it is no port.
+        ConfigError: it is not a port.
     """
     if found is not None:
         if not re.fullmatch(r"[0-9]{1,5}", found) or not 1 <= int(found) <= 65_535:
@@ -123,7 +123,7 @@ def listening(
     """Return a server's command, with a port if it had none, and the URL it serves.
 
     Raises:
-        ConfigError: its port or host is none that a hub can use.
+        ConfigError: a hub cannot use its port or host.
     """
     found = flag_in(command, "--port", "LLAMA_ARG_PORT", environ)
     port = _usable_port(found)

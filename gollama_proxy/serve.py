@@ -117,7 +117,7 @@ async def log_address(hub: Hub) -> None:
 
 
 async def _advertise(hub: Hub, signals: Signals) -> None:
-    """Announce the hub in the local network until a signal ends it."""
+    """Announce the hub on the local network until a signal ends it."""
     from gollama_proxy import discovery  # zeroconf is optional
 
     try:

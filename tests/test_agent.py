@@ -162,8 +162,8 @@ WORKER = ["--worker", "http://127.0.0.1:2"]
         ([], "--hub: is missing"),
         (HUB, "--worker, --exec: must be given"),
         ([*HUB, *WORKER, "--exec", "--", "true"], "only one of them"),
-        ([*HUB, "--exec"], "--exec: needs a command behind --"),
-        ([*HUB, *WORKER, "--", "true"], "--exec: needs --exec in front of --"),
+        ([*HUB, "--exec"], "--exec: needs a command after --"),
+        ([*HUB, *WORKER, "--", "true"], "--exec: needs --exec before --"),
         (
             [*HUB, "--exec", "--", "no-such-program"],
             "'no-such-program': must be an exec",

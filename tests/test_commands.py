@@ -664,7 +664,7 @@ async def test_no_hub_is_one_line(argv: list[str], run: Run) -> None:
     [
         ((send(json_reply({}, status=404)),), "is not a hub with an admin API"),
         ((send(json_reply([])),), "is not a hub with an admin API: it answered 200"),
-        ((send(b"220 mail.lan ESMTP\r\n"), close()), "what came is not HTTP"),
+        ((send(b"220 mail.lan ESMTP\r\n"), close()), "the answer is not HTTP"),
         ((close(),), "it closed the connection"),
         ((send(json_reply({"workers": [{}]})),), "is of another version"),
     ],
@@ -686,7 +686,7 @@ async def test_a_hub_that_hangs(monkeypatch: pytest.MonkeyPatch, run: Run) -> No
         other.on("/admin/workers", stall())
         done = await run("workers", "--hub", other.url)
         assert done.status == 1
-        assert "nothing came within 0.1 s" in done.error
+        assert "no answer within 0.1 s" in done.error
 
 
 async def test_text_from_a_hub_cannot_control_the_terminal(run: Run) -> None:

@@ -121,7 +121,7 @@ def why_address_refused(address: IPAddress) -> str:
     if address.is_multicast:
         return "is a multicast address"
     if address.is_unspecified or any(address in network for network in _NOWHERE):
-        return "is no address of a machine"
+        return "is not the address of a machine"
     return ""
 
 

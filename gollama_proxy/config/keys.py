@@ -75,7 +75,7 @@ def load_secrets(auth: Auth, environ: Mapping[str, str]) -> tuple[bytes, ...]:
         raise ConfigError(f"{source}: {auth.algorithm} has a key, no secret")
     secrets = read_secret(source, auth.secret_file).split()
     if not 1 <= len(secrets) <= len(names):
-        text = "must hold the secret, and the one before it while that is good, too"
+        text = "must hold the secret, and the previous one if that is still accepted"
         raise ConfigError(f"{source}: has {len(secrets)} words; {text}")
     return tuple(_check_secret(source, secret) for secret in secrets)
 
@@ -172,7 +172,9 @@ class RevocationList:
         except ConfigError as exc:
             self._report(str(exc), always)
             return None
-        if self._stat() != version:  # changed meanwhile: it may be half written
+        if (
+            self._stat() != version
+        ):  # it has changed in the meantime, and may be half written
             return None
         self._trouble, self._last = "", revoked
         if revoked != before:  # else it has looked the same twice

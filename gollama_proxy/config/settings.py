@@ -74,7 +74,7 @@ class Server(Struct, frozen=True):
     watch_config: Annotated[
         bool, "read this file again when it changes; SIGHUP has it read at once"
     ] = False
-    advertise: Annotated[bool, "let agents find the hub in the local network"] = False
+    advertise: Annotated[bool, "let agents find the hub on the local network"] = False
     tls_certificate: Annotated[Text, "PEM file with certificates; enables https"] = ""
     tls_key: Annotated[Text, "PEM file with its key; empty: the same file"] = ""
     tls_client_ca: Annotated[
@@ -234,7 +234,9 @@ class Routing(Struct, frozen=True):
 
 
 class Models(Struct, frozen=True):
-    default_model: Annotated[Text, "model if none or an unknown one is named"] = ""
+    default_model: Annotated[
+        Text, "model for requests that name none, or an unknown one"
+    ] = ""
     strict_models: Annotated[bool, "reject unknown names of models"] = False
     aliases: Annotated[Table, 'other names for a model; "gpt-*" is a pattern'] = {}
     fallbacks: Annotated[Lists, "fallback models when no worker is available"] = {}
@@ -319,7 +321,7 @@ class Origin(NamedTuple):
     def meets(self, other: "Origin") -> bool:
         """Return whether both may lead to the same server."""
         if (self.address or self.host) != (other.address or other.host):
-            return False  # as of most pairs, and there are many
+            return False  # the common case, of many pairs
         return not set(self.places).isdisjoint(other.places)
 
 

@@ -124,7 +124,7 @@ def _has_pem(file: str, label: str) -> bool:
 def _read(file: str) -> bytes:
     try:
         return Path(file).read_bytes()
-    except OSError:  # removed meanwhile
+    except OSError:  # it was removed in the meantime
         return b""
 
 
@@ -179,7 +179,7 @@ class Credentials:
         try:
             self.context = self._make()
         except ConfigError as exc:
-            logger.error("%s; going on with what was loaded before", exc)
+            logger.error("%s; what was loaded before stays in use", exc)
         else:
             names = ", ".join(map(str, self._files))
             logger.info("loaded %s; new connections get it", names)

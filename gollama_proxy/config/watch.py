@@ -23,7 +23,7 @@ from gollama_proxy.config.settings import (
 from gollama_proxy.config.values import shown
 from gollama_proxy.tasks import Periodic
 
-PERIOD = 1.0  # seconds between two looks at a file, whatever the traffic
+PERIOD = 1.0  # seconds between two checks of a file, whatever the traffic
 
 
 class Watched(Protocol):

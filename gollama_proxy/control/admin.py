@@ -36,7 +36,7 @@ from gollama_proxy.wire.errors import Code, RequestError
 
 # The scope of operators, and that of those who may look, and change nothing.
 SCOPE, LOOKING = "admin", "monitor"
-# They change nothing, or only who looks.
+# They change nothing, or only who may look.
 _HARMLESS = frozenset({"/admin/explain", "/admin/links"})
 # Samples of workers in one answer: a quarter of an hour of a hundred of them.
 _MOST_VALUES = 100_000

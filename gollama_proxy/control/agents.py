@@ -299,7 +299,9 @@ class AgentApi:
         try:
             await self._hub.prepare(worker)
             if self._hub.agents.find(worker.name) is not lease:
-                raise ConfigError(f"the lease of {worker.name!r} has ended meanwhile")
+                raise ConfigError(
+                    f"the lease of {worker.name!r} has ended in the meantime"
+                )
             known = self._find(worker.name)
             if known is None:
                 found = registry.add(worker, Source.AGENT)

@@ -1,4 +1,4 @@
-"""Calls of operators: where they may come from, and what they send.
+"""Calls of operators: where they may come from, and what they may contain.
 
 **Without authentication** anything that reaches the address of the hub may use its
 models.  That is no reason to let it change the fleet, and a browser on the same machine

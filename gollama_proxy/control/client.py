@@ -1,4 +1,4 @@
-"""How a command gets at a hub: its address, the token, the CAs, and the admin API.
+"""How a command reaches a hub: its address, the token, the CAs, and the admin API.
 
 The client is for programs that do one thing at a time, so it needs no event loop.
 """
@@ -120,7 +120,7 @@ class AdminClient:
 
 
 class Access(NamedTuple):
-    """How to get at a hub, as flags give it; None: not given."""
+    """How to reach a hub, as flags state it; None: not given."""
 
     hub: str | None = None  # its URL
     token: str | None = None
@@ -158,7 +158,7 @@ def check_url(source: str, url: str) -> None:
     """Check the URL of a server; `source` begins the line of an error.
 
     Raises:
-        ConfigError: it is none, or has parts that are not used.
+        ConfigError: it is not a URL, or has parts that are not used.
     """
     why = ""
     try:
@@ -185,7 +185,7 @@ def read_token(file: str, environ: Mapping[str, str]) -> str:
     """Return the token of the file, or of GOLLAMA_TOKEN; "" if there is none.
 
     Raises:
-        ConfigError: the file cannot be used, or what was given is no token.
+        ConfigError: the file cannot be used, or holds something other than a token.
     """
     if file:
         source = f"--token-file = {file!r}"
@@ -229,10 +229,10 @@ def _reason_of(error: Exception) -> str:
     if isinstance(error, RemoteDisconnected):
         return "it closed the connection"
     if isinstance(error, TimeoutError):
-        return f"nothing came within {PATIENCE:g} s"
+        return f"no answer within {PATIENCE:g} s"
     if isinstance(error, OSError):
         return explain(error) or (error.strerror or str(error)).lower()
-    return "what came is not HTTP"
+    return "the answer is not HTTP"
 
 
 def _decode(content: bytes) -> Any:

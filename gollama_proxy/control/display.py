@@ -360,7 +360,7 @@ def show(overview: Overview) -> None:
 
 
 def watch(overview: Overview) -> None:
-    """Show an overview on the whole terminal, anew each second, until `q` is pressed.
+    """Show an overview on the whole terminal, every second, until `q` is pressed.
 
     A hub that does not answer for a while leaves the last overview, and the reason.
     """

@@ -272,7 +272,7 @@ def _load_files() -> Mapping[str, _File]:
         kind = _TYPES.get(each.name.rpartition(".")[2])
         if kind is not None:
             content = each.read_bytes()
-            # Weak: it stands for the compressed file as well (RFC 9110, 8.8.3).
+            # Weak: it is also the tag of the compressed file (RFC 9110, 8.8.3).
             tag = hashlib.blake2b(content, digest_size=12).hexdigest()
             compressed = gzip.compress(content, mtime=0)
             files[each.name] = _File(content, compressed, kind, f'W/"{tag}"')

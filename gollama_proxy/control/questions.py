@@ -97,7 +97,7 @@ async def explain(
 
 
 async def _foresee(x: Exchange, question: Question, hub: Parts) -> Shown:
-    """Do with a request what is done with a real one, up to the choice.
+    """Treat a request as a real one, up to the choice of a worker.
 
     Raises:
         ProxyError: the request would be refused.

@@ -164,7 +164,7 @@ class Workers:
         return answer({"name": worker.name, "state": state, "note": note})
 
     def _holding(self, change: Callable[[str], Worker]) -> CallHandler:
-        """Make the handler that holds a worker back, or no longer; harmless twice."""
+        """Make a handler that holds a worker back, or releases it; may be repeated."""
 
         async def hold(call: Call) -> Response:
             async with self._hub.changing:
@@ -251,8 +251,8 @@ class Workers:
 
 
 _NOTES = {
-    Source.FILE: "This worker is declared in the settings, which win at the next "
-    "reload or start.",
+    Source.FILE: "This worker is declared in the settings, which take precedence "
+    "at the next reload or start.",
     Source.AGENT: "The agent of this worker registers it again, with the settings that "
     "the agent has.",
 }

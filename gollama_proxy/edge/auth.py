@@ -244,7 +244,7 @@ class Authenticator:
                 raise AuthError(f"{name} lies in the future")
         subject = claims["sub"]
         if not isinstance(subject, str) or not subject.strip():
-            raise AuthError("sub is no name")
+            raise AuthError("sub is not a name")
         if subject.strip() in self._revoked.subjects:
             raise AuthError("sub is revoked")
         if claims.get("jti", "").strip() in self._revoked.tokens:
@@ -254,7 +254,7 @@ class Authenticator:
             models = _strings(models, "models")
         scope = claims.get("scope", "")
         if not isinstance(scope, str):  # RFC 8693, 4.2: one string, spaces between
-            raise AuthError("scope is no string")
+            raise AuthError("scope is not a string")
         return Principal(
             subject,
             models,
@@ -307,7 +307,7 @@ def _check_key(config: Config, key: bytes | str) -> None:
 def _seconds(claims: Mapping[str, Any], name: str) -> float:
     value = claims[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise AuthError(f"{name} is no number")
+        raise AuthError(f"{name} is not a number")
     if not 0 <= value < 1 << 53:  # also NaN
         raise AuthError(f"{name} is out of range")
     return float(value)
@@ -315,7 +315,7 @@ def _seconds(claims: Mapping[str, Any], name: str) -> float:
 
 def _strings(value: object, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise AuthError(f"{name} is no list of strings")
+        raise AuthError(f"{name} is not a list of strings")
     return tuple(value)
 
 
@@ -324,7 +324,7 @@ def _limit(claims: Mapping[str, Any], name: str) -> int | None:
         return None
     value = claims[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise AuthError(f"{name} is no whole number from 1")
+        raise AuthError(f"{name} is not a whole number from 1")
     return value
 
 
@@ -332,7 +332,7 @@ def _priority(claims: Mapping[str, Any]) -> Priority:
     try:
         return Priority(claims.get("priority", Priority.INTERACTIVE))
     except ValueError:
-        raise AuthError("priority is no class that there is") from None
+        raise AuthError("priority is not a known class") from None
 
 
 # --- Making tokens ----------------------------------------------------------------

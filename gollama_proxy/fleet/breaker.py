@@ -231,7 +231,7 @@ class Breaker:
             self._trip(*objection)
 
     def busy(self, seconds: float, *, unavailable: bool = False) -> float:
-        """Admit nothing for some seconds, as the worker asked; this is no failure.
+        """Admit nothing for some seconds, as the worker asked; this is not a failure.
 
         Being `unavailable` again and again is one; requests that ran at the same time
         count once.  Returns the seconds, which are at most `busy_max`.
@@ -317,7 +317,7 @@ class Breaker:
 
     def _settle(self, good: bool | None, generation: int) -> None:
         if generation != self.generation:
-            return  # it was reset meanwhile
+            return  # it was reset in the meantime
         self._permit_out = False
         self._changed()
         if good is False:

@@ -111,9 +111,9 @@ class Attempt:
     async def send(self, data: bytes, *, chunked: bool = False) -> Relay:
         """Send a request, and wait for the first bytes of its answer.
 
-        A reused connection that dies before the first byte of the answer is no failure:
-        llama-server closes its connections without notice, so the request is sent again
-        on a new one (RFC 9112, 9.3.1).
+        A reused connection that dies before the first byte of the answer is not a
+        failure: llama-server closes its connections without notice, so the request is
+        sent again on a new one (RFC 9112, 9.3.1).
 
         `data` is the head, and the body as far as it is kept; the rest of a longer one
         follows, in chunks if its length is not known.

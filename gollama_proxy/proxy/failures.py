@@ -46,7 +46,7 @@ class Cause(enum.Enum):
     LOST = "the connection was lost, or the answer is incomplete"
     STATUS = "the worker answered 5xx"
     SLOW = "another worker is likely to be faster"
-    SILENT = "nothing came within the time limit"
+    SILENT = "no answer within the time limit"
     MALFORMED = "the answer is not valid HTTP"
     KEY = "the worker rejects the hub's key"
     MODEL = "the worker serves another model now"

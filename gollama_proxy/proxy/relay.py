@@ -273,7 +273,7 @@ class Relay:
             async with limit:
                 await client.drain()
         except TimeoutError:
-            if chances and held_up(limit):  # the client may have read meanwhile
+            if chances and held_up(limit):  # the client may have read in the meantime
                 await self._drain(client, write_timeout, chances - 1)
                 return
             raise ClientStalledError from None
@@ -390,7 +390,7 @@ class Relay:
         """
         self._lease.heard_at = self._clock()
         self.bytes += len(chunk) - start - 2
-        if chunk[start] != _COLON:  # a comment, such as a ping, is no event
+        if chunk[start] != _COLON:  # a comment, such as a ping, is not an event
             self.events += 1  # llama-server sends one in a chunk
         kept = self._transcript
         if chunk.endswith(kept.foot) and chunk.startswith(kept.head, start):
@@ -435,7 +435,7 @@ class Relay:
         text = f"The connection to worker {self._worker} was lost."
         if malformed:
             code = Code.WORKER_PROTOCOL
-            text = f"Worker {self._worker} sent what is no HTTP answer."
+            text = f"Worker {self._worker} sent something that is not HTTP."
         self.fail(WorkerError(code, text, detail=reason))
 
     def _wake(self) -> None:

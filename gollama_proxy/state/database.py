@@ -119,7 +119,7 @@ class Database:
         thread.shutdown(wait=False)
 
 
-# What SQLite reports of a file that is no database, or no longer a whole one.
+# What SQLite reports of a file that is not a database, or only a part of one.
 _DAMAGE = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
 
 

@@ -395,7 +395,7 @@ def day_of(text: str) -> int:
     """Return the day of a date such as 2026-11-30, since 1970.
 
     Raises:
-        ValueError: it is no date.
+        ValueError: it is not a date.
     """
     return (date.fromisoformat(text) - _FIRST).days
 

@@ -218,7 +218,7 @@ def _stored_workers(database: sqlite3.Connection) -> Iterator[StoredWorker]:
 def _table(text: str) -> dict[str, Any]:
     table = json.loads(text)
     if not isinstance(table, dict):
-        raise ValueError("a table is no object")
+        raise ValueError("a table is not an object")
     return table
 
 

@@ -226,7 +226,7 @@ class BatchHandler(logging.Handler):
     def _write(self, patience: float) -> None:
         assert self.lock is not None
         with self.lock:
-            count = len(self._lines)  # another thread may add to them meanwhile
+            count = len(self._lines)  # another thread may add to them in the meantime
             text = "".join(self._lines[:count])
             del self._lines[:count]
             data = self._rest + text.encode(self._encoding, "backslashreplace")

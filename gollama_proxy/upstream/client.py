@@ -1,10 +1,10 @@
 """The hub's own requests to workers: pings, canaries, token counts.
 
-Each has its own connection, which is closed behind the answer: an idle one would cost
+Each has its own connection, which is closed after the answer: an idle one would cost
 the worker a thread, and a pooled one may be dead already.  No cookies, no redirects, no
 proxy of the environment.
 
-An answer is bounded in time and size.  Compression is not asked for; a server in front
+An answer is bounded in time and size.  Compression is not requested; a server in front
 of a worker may compress all the same, and what it sends is unpacked in bounded steps.
 Nothing that a worker sends can hold up the event loop: framing that brings no body is
 limited by `Connection`, and unpacking lets others run between two pieces.
@@ -258,7 +258,7 @@ class _Answer:
 
     def answer_lost(self, reason: str, *, malformed: bool) -> None:
         if malformed:
-            reason = "sent what is no HTTP answer"
+            reason = "sent something that is not HTTP"
         elif self._status:
             reason = "its answer broke off"
         self._failure = reason

@@ -68,7 +68,7 @@ class Receiver(Protocol):
         """The answer is complete at the level of HTTP."""
 
     def answer_lost(self, reason: str, *, malformed: bool) -> None:
-        """The connection ended too early, or what came is not HTTP (`malformed`)."""
+        """The connection ended too early, or the answer is not HTTP (`malformed`)."""
 
 
 class ConnectionState(enum.Enum):

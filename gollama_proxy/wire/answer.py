@@ -35,7 +35,7 @@ _Fields = Mapping[str, Any]
 
 
 class Prefill(msgspec.Struct, frozen=True, gc=False):
-    """How a worker has read a prompt, by its account.  The numbers may be absurd."""
+    """How a worker has read a prompt, as it reports.  The numbers may be absurd."""
 
     tokens: int  # that it has read
     cached: int  # that it had in its cache

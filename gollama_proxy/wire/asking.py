@@ -1,4 +1,4 @@
-"""Requests that a worker gets otherwise than their clients have written them.
+"""Requests that a worker gets in another form than their clients wrote.
 
 The hub asks for a stream where a client wants one piece, so that the worker notices
 when the client leaves; for usage, where a client streams without it; and for the rest
@@ -42,7 +42,7 @@ _FOLDABLE = {
     "n_indent": (b"null", b"0"),
     # The message that is continued is a part of the answer, and not of the stream.
     "continue_final_message": (b"null", b"false"),
-    # The text in `__verbose` is that of a whole answer, as the model has written it.
+    # The text in `__verbose` is that of a whole answer, as the model wrote it.
     "verbose": (b"null", b"false"),
     # "deepseek-legacy" has a switch (`reasoning_in_content`) for streams only.
     "reasoning_format": (b"null", b'"none"', b'"auto"', b'"deepseek"'),

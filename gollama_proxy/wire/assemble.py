@@ -1,4 +1,4 @@
-"""An event stream folded into the one JSON answer that its client asked for.
+"""An event stream folded into the single JSON answer that its client requested.
 
 llama-server gives up a generation as soon as its client is gone only if it streams: for
 an answer in one piece it checks after a second in which no slot had a result, and on a
@@ -240,7 +240,7 @@ def _unreadable(error: Exception) -> UnfoldableError:
 
 def fail(error: EventError) -> None:
     """Pass on the error with which a worker ends its answer."""
-    raise AssemblyError("the worker ended the answer by an error", error)
+    raise AssemblyError("the worker ended the answer with an error", error)
 
 
 def unfinished() -> UnfoldableError:
@@ -351,7 +351,7 @@ class MessageAssembler(Assembler):
 
 
 def _kept(found: Mapping[str, Raw]) -> dict[str, Raw]:
-    """Copy values, which would else hold on to their whole event."""
+    """Copy values, which would otherwise keep their whole event."""
     return {name: value.copy() for name, value in found.items()}
 
 
@@ -380,7 +380,7 @@ class _Completion:
         grown += 8 * len(event.tokens or ())
         if event.completion_probabilities:
             self.probabilities += event.completion_probabilities
-            grown += len(data)  # they hold on to the whole event
+            grown += len(data)  # they keep the whole event in memory
         if event.stop:
             self.last, self.fields = event, raw_fields.decode(data)
             grown += len(data)

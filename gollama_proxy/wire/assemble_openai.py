@@ -250,7 +250,7 @@ class TextAssembler(Assembler):
                 self._size += FRAME
             self._size += choice.fold(found)
             if "logprobs" in found and not means_nothing(found["logprobs"]):
-                self._size += len(data)  # they hold on to the whole event
+                self._size += len(data)  # they keep the whole event in memory
         if self._latest == 0 and event.choices is not None:
             self._last = data
             if len(event.choices) == 1 and event.usage is None:

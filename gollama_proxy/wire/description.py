@@ -80,7 +80,7 @@ def read_models(body: bytes) -> Listing:
     """
     answer = _read(body, _ModelList)
     if answer is None:
-        raise DescriptionError("/v1/models answered what cannot be read")
+        raise DescriptionError("/v1/models sent an answer that cannot be read")
     listed = _read(answer.data, list[msgspec.Raw])
     if listed is None:  # as Ollama lists them
         listed = _read(answer.models, list[msgspec.Raw])

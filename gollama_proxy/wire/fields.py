@@ -298,7 +298,7 @@ def check_json(body: bytes) -> None:
     """Check the grammar of a whole body that the scanner has accepted.
 
     Raises:
-        RequestError: it is no JSON.
+        RequestError: it is not JSON.
     """
     try:
         _grammar.decode(body)

@@ -52,7 +52,7 @@ def boundary_of(content_type: str) -> str:
     """Return the boundary that a Content-Type header names.
 
     Raises:
-        RequestError: 400, it is no form, or names none that is valid.
+        RequestError: 400, it is not a form, or its boundary is not valid.
     """
     match = _BOUNDARY.fullmatch(content_type)
     if match is None:
@@ -87,7 +87,7 @@ class FormScanner:
         """Take the next piece of the body.
 
         Raises:
-            RequestError: it is no form, or not one that is accepted.
+            RequestError: it is not a form, or not one that is accepted.
         """
         self._rest += piece
         while (taken := self._step()) > 0:
@@ -175,16 +175,16 @@ class FormScanner:
             if field.lower() == b"content-disposition":
                 dispositions.append(value.strip(b" \t"))
         if len(dispositions) != 1 or not (match := _NAME.fullmatch(dispositions[0])):
-            raise _invalid("a part is no form field with a plain name")
+            raise _invalid("a part is not a form field with a plain name")
         parameters: list[tuple[bytes, bytes]] = _PARAMETER.findall(match[1])
         names = [value for key, value in parameters if key.lower() == b"name"]
         if len(names) != 1:
-            raise _invalid("a part has not one name")
+            raise _invalid("a part does not have exactly one name")
         name = names[0].decode("latin-1").lower()
         if name not in WANTED:
             return ""
         if name.encode() != names[0] or len(parameters) != 1:
-            raise _invalid(f"`{name}` is no plain field")
+            raise _invalid(f"`{name}` is not a plain field")
         if name in self.found:
             raise _invalid(f"the field `{name}` occurs twice")
         return name

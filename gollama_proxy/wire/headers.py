@@ -114,7 +114,7 @@ def read_head(
         text = f"HTTP/{version[0]}.{version[1]} is not supported; use HTTP/1.1."
         raise RequestError(Code.UNSUPPORTED_HTTP_VERSION, text)
     if method == "CONNECT":
-        text = "CONNECT is not supported: this is no tunnel."
+        text = "CONNECT is not supported: this is not a tunnel."
         raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow="GET, POST")
     last, ids = False, []
     forwarded: list[tuple[bytes, bytes]] = []
@@ -128,7 +128,7 @@ def read_head(
             forwarded.append(field)
         elif lowered == b"host":
             if not _HOST.fullmatch(value):  # RFC 9112, 3.2
-                text = "Host is no name or address, with or without a port."
+                text = "Host is not a name or an address, with or without a port."
                 raise RequestError(Code.BAD_REQUEST, text)
         elif lowered == b"connection":
             named += b"," + value

@@ -176,7 +176,7 @@ def opens(events: Iterable[bytes], ending: Ending) -> bool:
 
 
 def content_events(held: bytes, ending: Ending) -> int:
-    """Count the events that carry content, and are no error."""
+    """Count the events that carry content and are not errors."""
     events = [data for data in events_in(held) if _carries(data, ending)]
     return sum(error_in(data) is None for data in events)
 

@@ -603,7 +603,7 @@ async def test_an_address_that_is_not_proved_is_refused(
         ("http://169.254.1.1:8080", "link-local"),
         ("http://169.254.169.254", "metadata"),
         ("http://[fe80::1]:8080", "link-local"),
-        ("http://0.0.0.0:8080", "no address of a machine"),
+        ("http://0.0.0.0:8080", "not the address of a machine"),
         ("http://224.0.0.1:8080", "multicast"),
     ],
 )

@@ -19,7 +19,7 @@ from gollama_proxy.config.addresses import (
 METADATA = "is a cloud's metadata service"
 LINK_LOCAL = "is a link-local address"
 MULTICAST = "is a multicast address"
-NOWHERE = "is no address of a machine"
+NOWHERE = "is not the address of a machine"
 
 
 @pytest.mark.parametrize(

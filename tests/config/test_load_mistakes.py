@@ -186,7 +186,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "a worker at an impossible address": (
         "[[workers]]\nurl = 'http://0.0.0.0:8080'",
-        "workers[0].url = 'http://0.0.0.0:8080': the host is no address",
+        "workers[0].url = 'http://0.0.0.0:8080': the host is not the address",
     ),
     "a worker with a file URL": ("[[workers]]\nurl = 'file:///etc'", "workers[0].url"),
     "a worker with a query": (

@@ -279,7 +279,7 @@ def test_a_missing_file_is_reported_once(
         credentials.refresh()
     [record] = caplog.records
     assert "cannot be read: No such file" in record.getMessage()
-    assert "going on with what was loaded before" in record.getMessage()
+    assert "what was loaded before stays in use" in record.getMessage()
 
 
 def test_without_a_certificate_there_is_no_tls() -> None:

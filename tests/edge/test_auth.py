@@ -128,12 +128,12 @@ REFUSED: dict[str, str] = {
     "standard base64": signed(padding="~~~???>>>" * 3).translate(
         str.maketrans("-_", "+/")
     ),
-    "header is no base64": "!" + signed(),
-    "header is no JSON": forge(b"alg=HS256"),
-    "header is no UTF-8": forge(b'{"alg":"HS256","x":"\xff"}'),
+    "header is not base64": "!" + signed(),
+    "header is not JSON": forge(b"alg=HS256"),
+    "header is not UTF-8": forge(b'{"alg":"HS256","x":"\xff"}'),
     "header is an array": forge(["HS256"]),
     "header is a thousand arrays": forge(b"[" * 1000),
-    "payload is no JSON": signed(b"sub=alice"),
+    "payload is not JSON": signed(b"sub=alice"),
     "payload is an array": forge({"alg": "HS256"}, [CLAIMS]),
     "payload is a thousand arrays": signed(b"[" * 5000),
     "payload is empty": signed(b""),
@@ -282,7 +282,7 @@ def test_a_token_that_is_not_good_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["rpm", "tpm", "tokens_per_day", "priority"])
 def test_the_log_names_the_claim_that_is_wrong(name: str) -> None:
     error = refused(authenticator(), bearer(signed(**{name: [7]})))
-    assert error.detail.startswith(f"{name} is no ")
+    assert error.detail.startswith(f"{name} is not a ")
 
 
 def test_every_refusal_reads_the_same() -> None:
@@ -1035,9 +1035,9 @@ async def test_every_route_with_substance_has_the_same_door(path: str) -> None:
         ([], "0 Authorization headers"),
         (["Basic YTpi"], "not a Bearer token"),
         (bearer("a.b"), "not three parts of base64url"),
-        (bearer(signed(sub=" ")), "sub is no name"),
-        (bearer(signed(models="qwen")), "models is no list of strings"),
-        (bearer(signed(scope=["admin"])), "scope is no string"),
+        (bearer(signed(sub=" ")), "sub is not a name"),
+        (bearer(signed(models="qwen")), "models is not a list of strings"),
+        (bearer(signed(scope=["admin"])), "scope is not a string"),
         (bearer(signed(exp=1 << 53)), "exp is out of range"),
         (
             bearer(forge({"alg": "HS256", "crit": ["secret"], "secret": 1})),

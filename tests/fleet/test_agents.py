@@ -198,8 +198,8 @@ def test_an_address_in_a_private_network(fleet: Agents, host: str, peer: str) ->
         ("100.100.100.200", FAR, "metadata"),
         ("169.254.7.7", "169.254.7.7", "link-local"),
         ("fe80::1", "fe80::1", "link-local"),
-        ("0.0.0.0", NEAR, "no address of a machine"),
-        ("255.255.255.255", FAR, "no address of a machine"),
+        ("0.0.0.0", NEAR, "not the address of a machine"),
+        ("255.255.255.255", FAR, "not the address of a machine"),
     ],
 )
 def test_another_address(fleet: Agents, host: str, peer: str, reason: str) -> None:

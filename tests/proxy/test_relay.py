@@ -262,7 +262,7 @@ async def test_an_answer_without_a_body_is_open_with_its_end() -> None:
     ("malformed", "code", "text"),
     [
         (False, Code.WORKER_LOST, "The connection to worker w was lost."),
-        (True, Code.WORKER_PROTOCOL, "Worker w sent what is no HTTP answer."),
+        (True, Code.WORKER_PROTOCOL, "Worker w sent something that is not HTTP."),
     ],
 )
 async def test_a_loss_before_the_first_bytes_is_raised(

@@ -241,15 +241,15 @@ async def test_a_body_of_the_limit_is_read() -> None:
     [
         ((close(),), "connection closed by the worker"),
         ((reset(),), "[Errno 104] Connection reset by peer"),
-        ((send(b"garbage\r\n\r\n"), close()), "sent what is no HTTP answer"),
-        ((send(bytes(100)), close()), "sent what is no HTTP answer"),
+        ((send(b"garbage\r\n\r\n"), close()), "sent something that is not HTTP"),
+        ((send(bytes(100)), close()), "sent something that is not HTTP"),
         (
             (send(b"HTTP/1.1 999 X\r\nContent-Length: 0\r\n\r\n"),),
-            "sent what is no HTTP answer",
+            "sent something that is not HTTP",
         ),
         (
             (send(head(101, [("Upgrade", "h2c"), ("Connection", "upgrade")])),),
-            "sent what is no HTTP answer",
+            "sent something that is not HTTP",
         ),
         (
             (send(head(200, [("Content-Length", "9")]) + b"{}"), close()),
@@ -277,7 +277,7 @@ async def test_the_reason_why_no_answer_came(script: Script, reason: str) -> Non
 async def test_a_flood_is_no_answer(script: Script) -> None:
     async with ScriptedWorker() as worker:
         worker.script(*script)
-        with pytest.raises(FetchError, match="sent what is no HTTP answer"):
+        with pytest.raises(FetchError, match="sent something that is not HTTP"):
             await ask(worker)
         await worker.idle()
         assert worker.requests[0].sent < IN_SOCKETS
@@ -300,7 +300,7 @@ async def test_a_flood_of_interim_answers_is_ended_at_once() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(asyncio.to_thread(flood_with_interim_answers, listener))
             began = loop.time()
-            with pytest.raises(FetchError, match="sent what is no HTTP answer"):
+            with pytest.raises(FetchError, match="sent something that is not HTTP"):
                 await fetch(target, "/health", limit=LIMIT, timeout=DEADLINE)
             assert loop.time() - began < DEADLINE / 2
 

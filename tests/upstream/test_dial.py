@@ -143,7 +143,7 @@ async def test_refused_addresses_are_skipped(names: dict[str, list[str]]) -> Non
         ("169.254.169.254", "a cloud's metadata service"),
         ("::ffff:169.254.169.254", "a cloud's metadata service"),
         ("fd00:ec2::254", "a cloud's metadata service"),
-        ("0.0.0.0", "no address of a machine"),
+        ("0.0.0.0", "not the address of a machine"),
         ("fe80::1", "a link-local address"),
         ("239.1.1.1", "a multicast address"),
     ],

@@ -228,7 +228,7 @@ ODD_MODELS = {
         (send(head(302, [("Location", "/props"), ("Content-Length", "0")])),),
         "/v1/models answered 302",
     ),
-    "array": (answer([]), "/v1/models answered what cannot be read"),
+    "array": (answer([]), "/v1/models sent an answer that cannot be read"),
     "no data": (answer({"object": "list"}), "/v1/models has no list of models"),
     "no list": (answer({"data": "many"}), "/v1/models has no list of models"),
     "number": (answer({"data": [{"id": 7}]}), "/v1/models has no name"),
@@ -263,11 +263,11 @@ ODD_MODELS = {
     ),
     "text": (
         (send(head(200, [("Content-Length", "2")]) + b"hi"),),
-        "/v1/models answered what cannot be read",
+        "/v1/models sent an answer that cannot be read",
     ),
     "nested": (
         (send(head(200, [("Content-Length", "100000")]) + b"[" * 100_000),),
-        "/v1/models answered what cannot be read",
+        "/v1/models sent an answer that cannot be read",
     ),
     "nested where nobody looks": (
         (
@@ -276,7 +276,7 @@ ODD_MODELS = {
                 + b'{"data":[{"id":"","x":%b%b}]}' % (b"[" * 100_000, b"]" * 100_000)
             ),
         ),
-        "/v1/models answered what cannot be read",
+        "/v1/models sent an answer that cannot be read",
     ),
     "endless": (
         (send(head(200) + b" " * (MAX_ANSWER + 1)), stall()),
@@ -287,7 +287,7 @@ ODD_MODELS = {
         "its answer broke off",
     ),
     "reset": ((send(head(200, [("Content-Length", "99")])), reset()), ""),
-    "garbage": ((send(b"garbage\r\n\r\n"), close()), "sent what is no HTTP answer"),
+    "garbage": ((send(b"garbage\r\n\r\n"), close()), "sent something that is not HTTP"),
     "no names": (
         answer({"data": [{"id": ""}, {"id": "\x1b[2J"}]}),
         "/v1/models has no name",

@@ -222,10 +222,10 @@ def test_an_odd_property_costs_no_other(field: str, odd: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"[]", "/v1/models answered what cannot be read"),
-        (b"", "/v1/models answered what cannot be read"),
-        (b"\xff", "/v1/models answered what cannot be read"),
-        (b"[" * 100_000, "/v1/models answered what cannot be read"),
+        (b"[]", "/v1/models sent an answer that cannot be read"),
+        (b"", "/v1/models sent an answer that cannot be read"),
+        (b"\xff", "/v1/models sent an answer that cannot be read"),
+        (b"[" * 100_000, "/v1/models sent an answer that cannot be read"),
         (b"{}", "/v1/models has no list of models"),
         (b'{"data": "many"}', "/v1/models has no list of models"),
         (b'{"data": [null]}', "/v1/models has no name that can be used"),

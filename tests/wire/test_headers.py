@@ -465,7 +465,7 @@ def test_transfer_encoding_needs_http_1_1() -> None:
         (
             "Host: a b",
             Code.BAD_REQUEST,
-            "Host is no name or address, with or without a port.",
+            "Host is not a name or an address, with or without a port.",
         ),
     ],
 )
@@ -482,5 +482,5 @@ def test_the_words_for_old_clients_and_for_tunnels() -> None:
     assert result == (Code.BAD_REQUEST, "Transfer-Encoding needs HTTP/1.1.")
     error = refusal(HOST, method="CONNECT")
     assert error.code is Code.METHOD_NOT_ALLOWED
-    assert error.message == "CONNECT is not supported: this is no tunnel."
+    assert error.message == "CONNECT is not supported: this is not a tunnel."
     assert error.allow == "GET, POST"

@@ -37,12 +37,12 @@ next one are found, the longest first.  A client that rewrites its last message 
 turn is found one boundary earlier.
 
 A system prompt alone is what thousands of conversations begin with.  No answer is asked
-for behind it, so it is no boundary; not even where a greeting follows it.
+for behind it, so it is not a boundary; not even if a greeting follows.
 
 **Shared beginnings.**  A system prompt and a greeting, or a few examples, begin many
 conversations, and sending them all to the worker that had the first would be the end of
 balance.  One request does not show that.  But a prefix that was part of more than
-`SHARED` conversations is no sign of any, and is skipped.
+`SHARED` conversations says nothing about any of them, and is skipped.
 
 **Privacy.**  What is found depends on the subject: no client can find out from the time
 of an answer what others have asked.
@@ -73,7 +73,7 @@ from gollama_proxy.scheduling.policies.load import expected_seconds, expected_to
 
 BOUNDARIES = 8  # of one request, counted from its end
 SIZE = 32_768  # prefixes that are kept, in some 10 MB
-SHARED = 4  # conversations with the same beginning, before it is no sign of any
+SHARED = 4  # conversations with the same beginning, more of which mean nothing
 CACHES = 20_000  # models on workers whose trust is kept
 LEVELS = 12  # distances that are distinguished: 0, 1, 2-3, 4-7 … 1024+
 LEARNT = 0.25  # by which trust moves towards what was found
@@ -324,7 +324,7 @@ def _level(distance: int) -> int:
 
 # --- The policy -------------------------------------------------------------------
 
-PRICE = 8.0  # of reading a prompt anew
+PRICE = 8.0  # of reading a prompt again
 RECENT = 1.0  # seconds for which the other policy's choices are a measure
 RATE = 0.25  # by which each of them counts
 
@@ -347,7 +347,7 @@ class Affinity(Policy):
         return f"<Affinity {self._memory!r} {self.inner!r}>"
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
-        """Choose the warm worker unless another one is worth the reading."""
+        """Choose the warm worker, unless reading the prompt elsewhere pays."""
         match = self._memory.find(ask) if ask.prefixes else None
         warm = match is not None and _has(workers, match.worker) and fits(match.worker)
         chosen: Worker | None
@@ -425,7 +425,7 @@ class _Usual:
 
     def __init__(self) -> None:
         self.byte = self.token = 0.0  # seconds
-        self.until = -math.inf  # when it is no measure any more
+        self.until = -math.inf  # when it is out of date
 
     def __repr__(self) -> str:
         return f"<{self.byte:.2g} s a byte, {self.token:.2g} s a token>"

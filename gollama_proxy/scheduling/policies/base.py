@@ -168,7 +168,7 @@ class _Lots:
     """The capacities of a pool, as they were when this was made.
 
     Each worker has as many tickets as it can carry, so that drawing one takes no longer
-    in a large pool.  It is made anew after `PICKS` picks for each worker, so its cost
+    in a large pool.  It is made again after `PICKS` picks for each worker, so its cost
     is spread over them.
     """
 

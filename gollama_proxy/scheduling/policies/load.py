@@ -163,7 +163,7 @@ class _Round:
 
 ASSUMED_SLOTS = 4  # of a worker that does not report them: llama-server's own default
 FORGOTTEN = 64  # picks, for each worker of the pool
-NEAR = 1.15  # times the shortest time, which is as good
+NEAR = 1.15  # times the shortest time, that counts as equally short
 
 UNKNOWN_IDLE, KNOWN, UNKNOWN_BUSY = range(3)
 
