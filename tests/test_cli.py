@@ -453,9 +453,7 @@ async def test_sighup_has_the_settings_read_again(
         await hub.until("no worker is configured")
         file.write_text("[queue]\nsize = 8\n[queues]\n")
         hub.signal(signal.SIGHUP)
-        await hub.until(
-            "the settings are not valid, so the old ones stay in force: queues: no such setting"
-        )
+        await hub.until("so the old ones stay in force: queues: no such setting")
         file.write_text("[queue]\nsize = 9\n[server]\nhost = '127.0.0.2'\n")
         hub.signal(signal.SIGHUP)
         await hub.until(

@@ -25,7 +25,14 @@ from gollama_proxy.config.values import matches
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask, Policy, make
+from gollama_proxy.scheduling.policies import Ask, Policy
+from gollama_proxy.scheduling.policies.affinity import Affinity
+from gollama_proxy.scheduling.policies.load import (
+    Fastest,
+    LeastBusy,
+    RoundRobin,
+    Weighted,
+)
 from gollama_proxy.wire.answer import Prefill
 from gollama_proxy.wire.errors import NoWorkerError
 
@@ -201,3 +208,23 @@ class RetryBudget:
     @property
     def _allowed(self) -> float:
         return self.ratio * self._requests.count + self.floor
+
+
+def make(name: str, clock: Callable[[], float], rng: random.Random) -> Policy:
+    """Make the policy of this name, one of `settings.POLICIES`.
+
+    `clock` returns monotonic seconds.
+    """
+    match name:
+        case "round_robin":
+            return RoundRobin()
+        case "weighted":
+            return Weighted()
+        case "least_busy":
+            return LeastBusy(rng)
+        case "fastest":
+            return Fastest(rng)
+        case "affinity":
+            return Affinity(Fastest(rng), clock)
+        case _:
+            raise ValueError(name)

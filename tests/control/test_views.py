@@ -8,7 +8,7 @@ import pytest
 
 from gollama_proxy.config.settings import POLICIES
 from gollama_proxy.control.views import policy_name
-from gollama_proxy.scheduling.policies import make
+from gollama_proxy.scheduling.balancer import make
 from tests.control.test_admin import CALM, complete, get
 from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.clock import Clock

@@ -11,17 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import (
-    Affinity,
-    Ask,
+from gollama_proxy.scheduling.policies import Ask, Fits, Policy
+from gollama_proxy.scheduling.policies.affinity import PRICE, RECENT, Affinity
+from gollama_proxy.scheduling.policies.load import (
     Fastest,
-    Fits,
     LeastBusy,
-    Policy,
     RoundRobin,
     Weighted,
 )
-from gollama_proxy.scheduling.policies.affinity import PRICE, RECENT
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 from tests.fakes.pool import MODEL, has_room, occupy, pool, teach

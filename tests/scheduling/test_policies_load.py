@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask, Fastest, LeastBusy
+from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.policies.load import (
     FORGOTTEN,
     NEAR,
+    Fastest,
+    LeastBusy,
     expected_seconds,
     expected_tokens,
 )

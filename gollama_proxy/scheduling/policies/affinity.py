@@ -68,7 +68,7 @@ import msgspec
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies.base import Ask, Fits, Policy, place_behind
+from gollama_proxy.scheduling.policies import Ask, Fits, Policy, place_behind
 from gollama_proxy.scheduling.policies.load import expected_seconds, expected_tokens
 
 BOUNDARIES = 8  # of one request, counted from its end

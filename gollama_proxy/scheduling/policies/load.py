@@ -42,7 +42,7 @@ from copy import copy, deepcopy
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies.base import (
+from gollama_proxy.scheduling.policies import (
     SMALL,
     Ask,
     Fits,
