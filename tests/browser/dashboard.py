@@ -77,6 +77,14 @@ class Dashboard:
         """Load the page, or another view of it."""
         await self.page.goto(f"{self.url}/{fragment}")
 
+    @contextlib.asynccontextmanager
+    async def second(self) -> AsyncIterator[Dashboard]:
+        """Open another tab beside it, in the same browser."""
+        page = Dashboard(await self.page.context.new_page(), self.url)
+        yield page
+        await page.check()
+        await page.page.close()
+
     async def sign_in(self, token: str) -> None:
         """Fill in the form, as a person would."""
         await self.page.get_by_label("Token", exact=True).fill(token)
@@ -151,7 +159,8 @@ class Dashboard:
 
     async def check(self) -> None:
         """Fail for what went wrong in the page so far."""
-        await self.page.evaluate("0")  # what it has reported before is here then
+        if not self.page.is_closed():
+            await self.page.evaluate("0")  # what it has reported before is here then
         unexpected = [
             problem
             for problem in self.problems

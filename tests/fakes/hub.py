@@ -139,11 +139,12 @@ async def running_hub(
     clock: Callable[[], float] = time.monotonic,
     environ: Mapping[str, str] | None = None,
     file: Path | None = None,
+    port: int = 0,
     ready: bool = True,
     trust: ssl.SSLContext | None = None,
     **settings: Any,
 ) -> AsyncIterator[RunningHub]:
-    """Run a hub on a free port; leaving the block checks that nothing is left of it.
+    """Run a hub on a free port, or on `port`, and check that it leaves nothing behind.
 
     Settings are given as `health__interval=0.05`; without `state__dir`, the hub keeps
     nothing.  With `ready`, the block begins when each worker has been pinged once.
@@ -166,7 +167,7 @@ async def running_hub(
     variables |= environ or {}
 
     def load() -> Config:
-        return config.load(file, variables, {"server.port": 0}, urls)
+        return config.load(file, variables, {"server.port": port}, urls)
 
     loaded = load()
     state = LocalState()  # in memory, which needs no thread
