@@ -69,7 +69,8 @@ class Server(Struct, frozen=True):
     ] = 30.0
     cors_origins: Annotated[Origins, "web origins that may call the hub"] = ()
     drain: Annotated[
-        Seconds, "time for running requests after SIGTERM, and on a removed worker"
+        Seconds,
+        "time for running requests to end after SIGTERM, and on a removed worker",
     ] = 30.0
     watch_config: Annotated[
         bool, "read this file again when it changes; SIGHUP has it read at once"
@@ -99,10 +100,12 @@ class Auth(Struct, frozen=True):
         Text, "file with revoked tokens and subjects; read again when it changes"
     ] = ""
     max_lifetime: Annotated[
-        float, seconds(0, 3_660 * 86_400), "longest validity of a token; 0: no limit"
+        float, seconds(0, 3_660 * 86_400), "longest lifetime of a token; 0: no limit"
     ] = 366 * 86_400.0
     leeway: Annotated[float, seconds(0, 300), "tolerated clock difference"] = 30.0
-    cache_size: Annotated[int, whole(0, 1_000_000), "verified tokens to cache"] = 4096
+    cache_size: Annotated[
+        int, whole(0, 1_000_000), "how many verified tokens are cached"
+    ] = 4096
 
 
 class Limits(Struct, frozen=True):
@@ -115,89 +118,119 @@ class Limits(Struct, frozen=True):
         16 << 20
     )
     model_window: Annotated[
-        int, size(4 << 10, 1 << 30), "how far to look for `model` in a body"
+        int, size(4 << 10, 1 << 30), "how much of a body is searched for `model`"
     ] = 16 << 20
-    connections: Annotated[int, whole(1, 1_000_000), "client connections"] = 8000
+    connections: Annotated[int, whole(1, 1_000_000), "open connections of clients"] = (
+        8000
+    )
     connections_per_address: Annotated[
-        int, whole(0, 1_000_000), "the same per address (IPv6: /64); 0: no limit"
+        int,
+        whole(0, 1_000_000),
+        "open connections of each client address (IPv6: /64); 0: no limit",
     ] = 0
 
 
 class Timeouts(Struct, frozen=True):
-    connect: Annotated[Duration, "connecting to a worker"] = 3.0
-    first_token: Annotated[Duration, "request to first event of the answer"] = 300.0
+    connect: Annotated[Duration, "time to connect to a worker"] = 3.0
+    first_token: Annotated[
+        Duration, "time from a request to the first event of its answer"
+    ] = 300.0
     allowance: Annotated[
         Duration,
-        "first event of a stream if another worker could take over; the time that its "
-        "prompt needs is added",
+        "the same for a stream that another worker could take over; the time "
+        "for its prompt is added",
     ] = 10.0
-    gap: Annotated[Duration, "between two events of a stream"] = 30.0
-    silence: Annotated[Duration, "between two bytes of an answer"] = 45.0
-    body: Annotated[Duration, "request body, plus 1 s for each 16 KiB"] = 30.0
-    handshake: Annotated[Duration, "TLS handshake with a client"] = 10.0
-    write: Annotated[Duration, "a client that does not read"] = 60.0
-    request: Annotated[Seconds, "a whole request; 0: no limit"] = 0.0
+    gap: Annotated[Duration, "time between two events of a stream"] = 30.0
+    silence: Annotated[Duration, "time between two bytes of an answer"] = 45.0
+    body: Annotated[
+        Duration, "time to receive a request body, plus 1 s for each 16 KiB"
+    ] = 30.0
+    handshake: Annotated[Duration, "time for a TLS handshake with a client"] = 10.0
+    write: Annotated[Duration, "how long a client may stop reading"] = 60.0
+    request: Annotated[Seconds, "time for a whole request; 0: no limit"] = 0.0
 
 
 class Queue(Struct, frozen=True):
     size: Annotated[int, whole(0, 10_000), "requests that may wait for a slot"] = 256
     timeout: Annotated[Duration, "how long a request may wait"] = 300.0
     notice: Annotated[
-        Seconds, "wait before a streaming client is sent its position; 0: never"
+        Seconds, "wait after which a streaming client is sent its position; 0: never"
     ] = 1.0
     max_concurrency: Annotated[
         int, whole(0, 10_000), "concurrent requests of a subject; 0: no limit"
     ] = 0
-    overcommit: Annotated[int, whole(0, 10_000), "requests beyond a worker's slots"] = 0
+    overcommit: Annotated[
+        int, whole(0, 10_000), "requests sent to a worker beyond its slots"
+    ] = 0
 
 
 class Health(Struct, frozen=True):
-    interval: Annotated[Duration, "between two health checks of a worker"] = 30.0
-    timeout: Annotated[Duration, "reply to a health check"] = 5.0
-    fall: Annotated[int, whole(1, 100), "failed checks that take a worker down"] = 3
-    rise: Annotated[int, whole(1, 100), "good checks before it is up again"] = 1
-    recheck: Annotated[Duration, "between checks while it loads or is suspected"] = 1.0
+    interval: Annotated[Duration, "time between two health checks of a worker"] = 30.0
+    timeout: Annotated[Duration, "time to answer a health check"] = 5.0
+    fall: Annotated[
+        int, whole(1, 100), "failed checks in a row that take a worker down"
+    ] = 3
+    rise: Annotated[
+        int, whole(1, 100), "good checks in a row that bring a worker back"
+    ] = 1
+    recheck: Annotated[
+        Duration, "time between two checks of a worker that is loading or in doubt"
+    ] = 1.0
 
 
 class Wake(Struct, frozen=True):
-    timeout: Annotated[Duration, "until a machine that was woken serves requests"] = (
+    timeout: Annotated[Duration, "time for a machine to wake up and serve requests"] = (
         120.0
     )
     pause: Annotated[
-        Duration, "before one that did not wake is tried again; doubles"
+        Duration, "pause before a machine that did not wake is tried again; doubles"
     ] = 300.0
     broadcast: Annotated[
         Places,
-        "where packets that wake machines are sent; a port other than 9 may follow",
+        "where packets that wake machines are sent; a port may follow, 9 by default",
     ] = ("255.255.255.255",)
 
 
 class Breaker(Struct, frozen=True):
-    consecutive: Annotated[int, whole(1, 1000), "failures in a row that open it"] = 5
+    consecutive: Annotated[
+        int, whole(1, 1000), "failures in a row that open the breaker of a worker"
+    ] = 5
     failure_rate: Annotated[
-        float, number(0.01, 1), "share of failed calls in the window that opens it"
+        float, number(0.01, 1), "share of failed requests in the window that opens it"
     ] = 0.5
     slow_rate: Annotated[
-        float, number(0.01, 1), "share of slow calls in the window that opens it"
+        float, number(0.01, 1), "share of slow requests in the window that opens it"
     ] = 0.8
-    minimum_calls: Annotated[int, whole(1, 10_000), "calls before a share counts"] = 10
-    window: Annotated[float, seconds(0.1), "how far back calls are counted"] = 30.0
-    open: Annotated[Duration, "how long it stays open at first; doubles"] = 5.0
+    minimum_calls: Annotated[
+        int, whole(1, 10_000), "requests in the window before a share counts"
+    ] = 10
+    window: Annotated[float, seconds(0.1), "how far back requests are counted"] = 30.0
+    open: Annotated[Duration, "how long it stays open at first; doubles each time"] = (
+        5.0
+    )
     open_max: Annotated[Duration, "longest time that it stays open"] = 15.0
     jitter: Annotated[float, number(0, 1), "random variation of these times"] = 0.2
     proofs: Annotated[int, whole(1, 100), "good canaries in a row that close it"] = 2
     ramp: Annotated[Seconds, "time to reach the full share after closing"] = 10.0
     busy_max: Annotated[Seconds, "longest Retry-After that is respected"] = 60.0
     canary: Annotated[
-        bool, "test a worker with a one-token request of the hub, not a client's"
+        bool, "test a worker with a one-token request of the hub, not with a client's"
     ] = True
 
 
 class Retry(Struct, frozen=True):
-    attempts: Annotated[int, whole(1, 10), "workers to try before the first byte"] = 3
-    ratio: Annotated[float, number(0, 1), "share of recent requests to retry"] = 0.1
-    floor: Annotated[int, whole(0, 1000), "retries in 10 s that are always free"] = 10
-    patience: Annotated[Seconds, "wait for the only worker if it is busy"] = 5.0
+    attempts: Annotated[
+        int, whole(1, 10), "workers to try before the first byte of an answer"
+    ] = 3
+    ratio: Annotated[
+        float, number(0, 1), "retries allowed, as a share of recent requests"
+    ] = 0.1
+    floor: Annotated[
+        int, whole(0, 1000), "retries allowed in any 10 s beyond that share"
+    ] = 10
+    patience: Annotated[
+        Seconds, "how long to wait for a busy worker if there is no other"
+    ] = 5.0
     once: Annotated[
         Routes, "paths on which a request that a worker may have begun is not retried"
     ] = ()
@@ -208,14 +241,19 @@ class Rescue(Struct, frozen=True):
     kept: Annotated[
         int,
         size(1 << 10, 1 << 30),
-        "memory per answer; longer answers are not continued",
+        "memory for each answer; longer answers are not continued",
     ] = 256 << 10
-    attempts: Annotated[int, whole(1, 100), "continuations of one answer in total"] = 5
+    attempts: Annotated[int, whole(1, 100), "how often one answer may be continued"] = 5
 
 
 class Upstream(Struct, frozen=True):
-    keepalive: Annotated[Seconds, "idle worker connection (llama-server: 5 s)"] = 4.0
-    idle: Annotated[int, whole(0, 10_000), "idle connections kept for each worker"] = 32
+    keepalive: Annotated[
+        Seconds,
+        "how long a connection to a worker may idle (llama-server closes it after 5 s)",
+    ] = 4.0
+    idle: Annotated[
+        int, whole(0, 10_000), "idle connections that are kept for each worker"
+    ] = 32
     assemble: Annotated[
         StreamedRoutes, "paths whose answers in one piece are assembled from a stream"
     ] = STREAMED
@@ -237,7 +275,7 @@ class Models(Struct, frozen=True):
     default_model: Annotated[
         Text, "model for requests that name none, or an unknown one"
     ] = ""
-    strict_models: Annotated[bool, "reject unknown names of models"] = False
+    strict_models: Annotated[bool, "reject unknown model names"] = False
     aliases: Annotated[Table, 'other names for a model; "gpt-*" is a pattern'] = {}
     fallbacks: Annotated[Lists, "fallback models when no worker is available"] = {}
 
@@ -247,7 +285,7 @@ class Log(Struct, frozen=True):
         str, one_of("debug", "info", "warning", "error"), "lowest severity to log"
     ] = "info"
     format: Annotated[str, one_of("text", "json"), "format of a log line"] = "text"
-    access: Annotated[bool, "one line for each request"] = True
+    access: Annotated[bool, "log one line for each request"] = True
 
 
 class Metrics(Struct, frozen=True):
@@ -259,9 +297,13 @@ class Agents(Struct, frozen=True):
         PRIVATE_NETWORKS
     )
     lease: Annotated[
-        float, seconds(1, 3600), "time after which a silent agent's worker is removed"
+        float,
+        seconds(1, 3600),
+        "time after which the worker of a silent agent is removed",
     ] = 30.0
-    limit: Annotated[int, whole(0, 10_000), "workers that agents may register"] = 256
+    limit: Annotated[int, whole(0, 10_000), "how many workers agents may register"] = (
+        256
+    )
 
 
 class State(Struct, frozen=True):
