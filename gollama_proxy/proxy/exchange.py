@@ -199,6 +199,9 @@ class Proxy:
                 self._idle.set_result(None)
                 self._idle = None
             self._ended(x)
+            x.delivery = (
+                None  # it refers to `x`: only the garbage collector could free it
+            )
 
     def _receive(self, x: Exchange) -> None:
         """Check the head of a request.

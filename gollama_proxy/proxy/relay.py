@@ -238,7 +238,7 @@ class Relay:
                     self._wakeup = asyncio.get_running_loop().create_future()
                     await self._wakeup
         finally:
-            self.body_received = self.chunk_received = _ignore
+            self.body_received = self.chunk_received = self._write = _ignore
             self.end = self._read_end(began, answers)
         self._finish(client)
 
@@ -428,6 +428,9 @@ class Relay:
 
     def answer_ended(self) -> None:
         self._ended = True
+        # Nothing more comes.  An object that has its own methods as attributes stays in
+        # memory until the garbage collector runs.
+        self.body_received = self.chunk_received = _ignore
         self._wake()
 
     def answer_lost(self, reason: str, *, malformed: bool) -> None:

@@ -215,6 +215,8 @@ class Connection(asyncio.Protocol):
         """Close the connection at once; this also cancels a running generation."""
         self.state = _CLOSED
         self._receiver = None
+        # It refers to this object: only the garbage collector could free the two.
+        self._parser = self._feed = None  # type: ignore[assignment]
         if self._transport is not None:
             self._transport.abort()
             self._transport = None

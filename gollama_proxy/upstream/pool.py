@@ -172,33 +172,17 @@ class ConnectionPool:
         """
         if self._surplus() > 0:
             await asyncio.sleep(self._spacing())
-        # As `asyncio.timeout`, which takes six calls where this takes one.
-        loop = asyncio.get_running_loop()
-        task, late = asyncio.current_task(), False
-        assert task is not None
-        cancelled, chances = task.cancelling(), CHANCES
-        timer: asyncio.TimerHandle
-
-        def expire() -> None:
-            nonlocal late, timer, chances
-            if chances and (wait := held_up(timer)):
-                chances -= 1
-                timer = loop.call_later(wait, expire)
-                return
-            late = True
-            task.cancel()
-
-        timer = loop.call_later(self._connect_timeout, expire)
+        limit = _Limit(self._connect_timeout)
         try:
             return await connect(self.target)
         except asyncio.CancelledError:
-            if not late or task.uncancel() > cancelled:  # from elsewhere
+            if not limit.exceeded():
                 raise
             raise self._too_late() from None
         except OSError as exc:  # also name resolution and TLS
             raise self._unreachable(exc) from exc
         finally:
-            timer.cancel()
+            limit.timer.cancel()
 
     def _too_late(self) -> WorkerError:
         text = (
@@ -218,3 +202,37 @@ class ConnectionPool:
         at = max(now, self._next_dial)
         self._next_dial = at + SPACING
         return at - now
+
+
+class _Limit:
+    """Cancels the current task if it takes too long to open a connection.
+
+    `asyncio.timeout` does the same, and takes five calls more.
+    """
+
+    __slots__ = ("_cancelled", "_chances", "_late", "_task", "timer")
+
+    def __init__(self, seconds: float) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelled = task.cancelling()
+        self._chances = CHANCES
+        self._late = False
+        self.timer = loop.call_later(seconds, self._expire)
+
+    def __repr__(self) -> str:
+        return f"<Limit{' exceeded' if self._late else ''}>"
+
+    def _expire(self) -> None:
+        if self._chances and (wait := held_up(self.timer)):
+            self._chances -= 1
+            loop = asyncio.get_running_loop()
+            self.timer = loop.call_later(wait, self._expire)
+            return
+        self._late = True
+        self._task.cancel()
+
+    def exceeded(self) -> bool:
+        """Return whether it has cancelled the task, and nothing else has."""
+        return self._late and self._task.uncancel() <= self._cancelled

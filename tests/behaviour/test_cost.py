@@ -6,7 +6,10 @@ one only for a feature that is worth its price.
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ import pytest
 from tests.fakes.asks import CHAT, EMBED, STREAM, WHOLE
 from tests.fakes.client import Wire
 from tests.fakes.frames import count_frames, listening_at
-from tests.fakes.hub import mint
+from tests.fakes.hub import mint, running_hub
 from tests.fakes.process import hub_process
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import Script, answer, close, pause, send
@@ -77,3 +80,50 @@ async def test_a_request_takes_no_more_frames_than(
     print(f"{cost.frames} frames, {cost.ours} of them ours; the limit is {limit}")
     frames = cost.frames
     assert frames <= limit, cost.table()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "script"),
+    [
+        pytest.param(EMBED, EMBEDDING, SHORT, id="short request"),
+        pytest.param(CHAT, STREAM, ONE_TOKEN, id="stream of one token"),
+        pytest.param(CHAT, WHOLE, TWO_TOKENS, id="assembled chat of two tokens"),
+    ],
+)
+async def test_a_request_leaves_nothing_to_the_garbage_collector(
+    path: str, body: dict[str, Any], script: Script
+) -> None:
+    """Its objects are freed at its end, and so the next request finds memory warm."""
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker.url) as hub,
+        await Wire.connect("127.0.0.1", hub.port) as wire,
+    ):
+        worker.default(*script)
+
+        async def request() -> None:
+            await wire.post(path, body, hub.token())
+            assert (await wire.read_response()).status == 200
+
+        await request()  # makes what is made once
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for _ in range(3):
+                await request()
+            gc.collect()
+            left = Counter(_kind(found) for found in gc.garbage)
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+    ours = {kind: n for kind, n in left.items() if kind.startswith("gollama_proxy.")}
+    assert not ours, left
+
+
+def _kind(found: object) -> str:
+    """Name the type of an object, and of a method the function."""
+    named = found.__func__ if isinstance(found, MethodType) else type(found)
+    named = found if isinstance(found, FunctionType) else named
+    return f"{named.__module__}.{named.__qualname__}"
