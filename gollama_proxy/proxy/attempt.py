@@ -39,6 +39,8 @@ from gollama_proxy.wire.partial import DivergedError
 from gollama_proxy.wire.schema import EventError
 from gollama_proxy.wire.shapes import Overflow
 
+# Before Python 3.12, it takes long to look up a member of an enum in its class.
+_CONNECTING, _WAITING = State.CONNECTING, State.WAITING
 _SECONDS = re.compile(r"\d+(?:\.\d*)?")
 
 
@@ -76,133 +78,123 @@ def _common_head(origin: Origin, key: str, path: str, content_type: bytes) -> by
     return head
 
 
-class Attempt:
-    """Holds the connection of an attempt until it is over."""
+async def send(
+    x: Exchange,
+    connections: ConnectionPool,
+    data: bytes,
+    clock: Callable[[], float],
+    *,
+    chunked: bool = False,
+) -> Relay:
+    """Send a request, and wait for the first bytes of its answer.
 
-    __slots__ = (
-        "_clock",
-        "_connection",
-        "_connections",
-        "_limit",
-        "_sent",
-        "_upload",
-        "_x",
-    )
+    A reused connection that dies before the first byte of the answer is not a failure:
+    llama-server closes its connections without notice, so the request is sent again on
+    a new one (RFC 9112, 9.3.1).
+
+    `data` is the head, and the body as far as it is kept; the rest of a longer one
+    follows, in chunks if its length is not known.  Call `release` when the attempt is
+    over.
+
+    Raises:
+        WorkerError: the worker was not reached, was lost, sent no HTTP, or exceeded a
+            limit (see `Proxy.check`).
+        ProxyError: the client did not send the rest of its body.
+    """
+    lease, replayable = x.lease, x.body.replayable
+    assert lease is not None, x
+    # A body that streams through cannot be sent twice.
+    connection = connections.reuse() if replayable else None
+    while True:
+        if connection is None:
+            x.enter(_CONNECTING)
+            connection = await connections.dial()
+        stale = connection.used > 0
+        relay = Relay(x.worker, connection, lease, x.endpoint, clock)
+        x.relay, x.waiting_since = relay, clock()
+        x.enter(_WAITING)
+        connection.start(relay, data)
+        if not replayable:
+            x.upload = Upload(x, relay, clock, chunked=chunked)
+        try:
+            await relay.opened()
+        except WorkerError as exc:
+            lost = exc.code is Code.WORKER_LOST and stale and connection.untouched
+            if isinstance(exc, DrainedError) or not lost:
+                raise
+            connections.discard(connection)
+            x.relay = connection = None
+        else:
+            return relay
+
+
+async def release(x: Exchange, connections: ConnectionPool) -> None:
+    """Return the connection to the pool if its answer is complete, else close it.
+
+    Closing a connection also cancels the generation.
+    """
+    relay, upload = x.relay, x.upload
+    if relay is not None:
+        if relay.spares_connection and (upload is None or upload.complete):
+            streamed = relay.is_event_stream
+            connections.give_back(relay.connection, streamed=streamed)
+        else:
+            relay.connection.close()
+    if upload is not None:
+        await upload.cancel()
+        x.upload = None
+    x.relay = None
+
+
+class Upload:
+    """Sends the rest of a body that is longer than the replay window.
+
+    The worker may answer meanwhile.  It must take some of the body every
+    `timeouts.first_token` seconds.
+    """
+
+    __slots__ = ("_chunked", "_clock", "_relay", "_task", "_x", "complete")
 
     def __init__(
-        self,
-        x: Exchange,
-        connections: ConnectionPool,
-        limit: float,
-        clock: Callable[[], float],
+        self, x: Exchange, relay: Relay, clock: Callable[[], float], *, chunked: bool
     ) -> None:
-        """Make one; a worker must take some of a long body every `limit` seconds."""
+        self.complete = False
         self._x = x
-        self._limit = limit
-        self._connections = connections
+        self._relay = relay
         self._clock = clock
-        self._connection: Connection | None = None
-        self._upload: asyncio.Task[None] | None = None  # of a long body
-        self._sent = True  # the whole request
+        self._chunked = chunked
+        x.waiting_since = math.inf  # the body has its own limits
+        self._task = spawn(self._run(), "upload to a worker")
 
     def __repr__(self) -> str:
-        return f"<Attempt on {self._connections!r} {self._connection!r}>"
+        return f"<Upload {'complete' if self.complete else 'running'}>"
 
-    async def send(self, data: bytes, *, chunked: bool = False) -> Relay:
-        """Send a request, and wait for the first bytes of its answer.
+    async def cancel(self) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
 
-        A reused connection that dies before the first byte of the answer is not a
-        failure: llama-server closes its connections without notice, so the request is
-        sent again on a new one (RFC 9112, 9.3.1).
+    async def _run(self) -> None:
+        try:
+            await self._send_rest(self._relay.connection)
+        except ProxyError as exc:
+            self._relay.fail(exc)
+        except ConnectionError:
+            pass  # the client left, and the handler is being cancelled
+        else:
+            self.complete = True
+            self._x.waiting_since = self._clock()
 
-        `data` is the head, and the body as far as it is kept; the rest of a longer one
-        follows, in chunks if its length is not known.
-
-        Raises:
-            WorkerError: the worker was not reached, was lost, sent no HTTP, or exceeded
-                a limit (see `Proxy.check`).
-            ProxyError: the client did not send the rest of its body.
-        """
-        x = self._x
-        lease, body = x.lease, x.body
-        assert lease is not None, x
-        # A body that streams through cannot be sent twice.
-        connection = self._connections.reuse() if body.replayable else None
-        while True:
-            if connection is None:
-                connection = await self._connections.dial()
-            self._connection = connection
-            stale = connection.used > 0
-            x.relay = relay = Relay(
-                lease.worker.name, connection, lease, x.endpoint, self._clock
-            )
-            x.waiting_since = self._clock()
-            x.enter(State.WAITING)
-            connection.start(relay)
-            connection.write(data)
-            if not body.replayable:
-                self._start_upload(connection, relay, chunked=chunked)
-            try:
-                await relay.opened()
-            except WorkerError as exc:
-                lost = exc.code is Code.WORKER_LOST and stale and connection.untouched
-                if isinstance(exc, DrainedError) or not lost:
-                    raise
-                self._connections.discard(connection)
-                self._connection = connection = None
-                x.enter(State.CONNECTING)
-            else:
-                return relay
-
-    async def close(self) -> None:
-        """Return the connection to the pool if its answer is complete, else close it.
-
-        Closing a connection also cancels the generation.
-        """
-        if self._connection is not None:
-            relay = self._x.relay
-            if relay is not None and relay.spares_connection and self._sent:
-                streamed = relay.is_event_stream
-                self._connections.give_back(self._connection, streamed=streamed)
-            else:
-                self._connection.close()
-        if self._upload is not None:
-            self._upload.cancel()
-            await asyncio.wait([self._upload])
-
-    # --- Bodies that are longer than the replay window ----------------------------
-
-    def _start_upload(
-        self, connection: Connection, relay: Relay, *, chunked: bool
-    ) -> None:
-        x = self._x
-
-        async def upload() -> None:
-            try:
-                await self._send_rest(connection, chunked=chunked)
-            except ProxyError as exc:
-                relay.fail(exc)
-            except ConnectionError:
-                pass  # the client left, and the handler is being cancelled
-            else:
-                self._sent = True
-                x.waiting_since = self._clock()
-
-        self._sent = False
-        x.waiting_since = math.inf  # the body has its own limits
-        self._upload = spawn(upload(), "upload to a worker")
-
-    async def _send_rest(self, connection: Connection, *, chunked: bool) -> None:
+    async def _send_rest(self, connection: Connection) -> None:
+        limit = self._x.config.timeouts.first_token
         async for piece in self._x.body.rest():
-            connection.write(frame(piece) if chunked else piece)
-            limit = self._limit
+            connection.write(frame(piece) if self._chunked else piece)
             try:
                 async with asyncio.timeout(limit):
                     await connection.drain()
             except TimeoutError:
                 text = f"Worker {self._x.worker} read nothing within {limit:g} s."
                 raise WorkerError(Code.WORKER_TIMEOUT, text) from None
-        if chunked:
+        if self._chunked:
             connection.write(b"0\r\n\r\n")
 
 

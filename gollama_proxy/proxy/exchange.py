@@ -39,14 +39,15 @@ from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import LastError, Worker
 from gollama_proxy.proxy import recovery
 from gollama_proxy.proxy.attempt import (
-    Attempt,
     Failure,
     failure_of,
     failure_of_assembly,
     failure_of_model,
     failure_to_connect,
     read_failure,
+    release,
     request_head,
+    send,
 )
 from gollama_proxy.proxy.body import Body, answer_expectation
 from gollama_proxy.proxy.failures import Cause
@@ -94,7 +95,7 @@ LOG_EVERY = 1.0
 _LOSSES = frozenset({Code.WORKER_LOST, Code.WORKER_INCOMPLETE})
 # Before Python 3.12, it takes long to look up a member of an enum in its class.
 _INTERACTIVE = Priority.INTERACTIVE
-_QUEUED, _CONNECTING, _STREAMING = State.QUEUED, State.CONNECTING, State.STREAMING
+_CONNECTING, _STREAMING = State.CONNECTING, State.STREAMING
 
 
 class Proxy:
@@ -199,9 +200,8 @@ class Proxy:
                 self._idle.set_result(None)
                 self._idle = None
             self._ended(x)
-            x.delivery = (
-                None  # it refers to `x`: only the garbage collector could free it
-            )
+            # It refers to `x`: only the garbage collector could free the two.
+            x.delivery = None
 
     def _receive(self, x: Exchange) -> None:
         """Check the head of a request.
@@ -333,7 +333,6 @@ class Proxy:
             self.observer("started", x)
         try:
             while True:
-                x.enter(_QUEUED)
                 if not self._fitting.is_certain(x):
                     await self._fitting.check(x)
                 lease = self._queue.try_acquire(x)
@@ -409,12 +408,12 @@ class Proxy:
         elif sent:
             data += b"%x\r\n%b\r\n" % (len(sent), sent)
         # Sending it
-        x.enter(_CONNECTING)
-        limit = x.config.timeouts.first_token
-        attempt = Attempt(x, self._connections[worker], limit, self._clock)
+        connections = self._connections[worker]
         timer = self._limits.begin(x, lease)
         try:
-            relay = await attempt.send(data, chunked=length is None)
+            relay = await send(
+                x, connections, data, self._clock, chunked=length is None
+            )
             x.enter(_STREAMING)
             failure = await self._read_failure(x, lease, relay)
             if failure is not None:
@@ -446,7 +445,7 @@ class Proxy:
         finally:
             if timer is not None:
                 timer.cancel()
-            await attempt.close()
+            await release(x, connections)
 
     async def _read_failure(
         self, x: Exchange, lease: Lease, relay: Relay
@@ -708,6 +707,7 @@ class Proxy:
         some = x.plan.pool.available
         reason = "every slot is taken" if some else "no worker is available"
         x.note(self._clock(), "queued", reason=reason)
+        x.enter(State.QUEUED)
         if self.observer is not None:
             self.observer("queued", x)
         return await self._queue.acquire(x, patience, notify if streams else None)

@@ -46,7 +46,6 @@ class Relay:
         "_buffered",
         "_chunked",
         "_clock",
-        "_connection",
         "_ended",
         "_ending",
         "_endpoint",
@@ -66,6 +65,7 @@ class Relay:
         "body_received",
         "bytes",
         "chunk_received",
+        "connection",
         "content_type",
         "end",
         "events",
@@ -94,7 +94,7 @@ class Relay:
         self.body_received: Callable[[bytes], None] = self._hold
         self.chunk_received: Callable[[bytes, int], None] = self._hold_chunk
         self._worker = worker
-        self._connection = connection
+        self.connection = connection
         self._lease = lease
         self._endpoint = endpoint
         self._ending = endpoint.ending
@@ -109,7 +109,7 @@ class Relay:
         self._write: Callable[[bytes], None] = _ignore
         self._buffered: Callable[[], int] = int
         self._blocked = False
-        self._ended = False
+        self._ended = False  # all of it has come
         self._seen = 0  # events, at the last round of the watchdog
         self._progress_at = 0.0
         self._error: ProxyError | AssemblyError | None = None
@@ -278,7 +278,7 @@ class Relay:
                 return
             raise ClientStalledError from None
         self._blocked = False
-        self._connection.resume_reading()
+        self.connection.resume_reading()
 
     def _finish(self, client: Client) -> None:
         """Raise for an incomplete answer, and add what a complete one may lack."""
@@ -348,13 +348,17 @@ class Relay:
 
     def _hold(self, data: bytes) -> None:
         self._lease.heard_at = self._clock()
-        if not (self._held or self.is_event_stream) and self._looks_like_events(data):
+        if (
+            data[:1] in sse.BEGINNINGS
+            and not (self._held or self.is_event_stream)
+            and self._looks_like_events()
+        ):
             self.is_event_stream = True
             self._gatherer = sse.Gatherer()
         self._held.append(data)
         self._held_size += len(data)
         if self._held_size > HOLD_LIMIT:
-            self._connection.pause_reading()
+            self.connection.pause_reading()
             self._blocked = True  # until `run` has made room
             self._wake()
         elif self._gatherer is not None:
@@ -365,11 +369,10 @@ class Relay:
             self.opened_at = self._clock()
             self._wake()
 
-    def _looks_like_events(self, data: bytes) -> bool:
-        """Whether a body is a stream without its Content-Type; JSON differs."""
+    def _looks_like_events(self) -> bool:
+        """Whether a body that begins like one is a stream without its Content-Type."""
         texts = (Ending.BODY, Ending.TRANSCRIPT)  # may begin with any letter
-        streams = self.status == 200 and self._ending not in texts
-        return streams and data[:1] in sse.BEGINNINGS
+        return self.status == 200 and self._ending not in texts
 
     def _hold_chunk(self, chunk: bytes, start: int) -> None:
         self._hold(chunk[start:-2])
@@ -423,7 +426,7 @@ class Relay:
     def _block(self) -> None:
         if not self._blocked:
             self._blocked = True
-            self._connection.pause_reading()
+            self.connection.pause_reading()
             self._wake()
 
     def answer_ended(self) -> None:

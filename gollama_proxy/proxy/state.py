@@ -7,8 +7,9 @@
                  │              │
                  ╰─ RESUMING ◀──╯   the rest of the answer comes from another worker
 
-ENDED may follow every state.  CONNECTING follows WAITING when a reused connection was
-dead.  `TRANSITIONS` is the table.
+ENDED may follow every state.  A request that gets a slot at once is never QUEUED, and
+one that gets an open connection is never CONNECTING, unless that connection was dead.
+`TRANSITIONS` is the table.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from gollama_proxy.config.settings import Config
     from gollama_proxy.edge.auth import Principal
     from gollama_proxy.fleet.lease import Lease
-    from gollama_proxy.proxy.attempt import Failure
+    from gollama_proxy.proxy.attempt import Failure, Upload
     from gollama_proxy.proxy.body import Body
     from gollama_proxy.proxy.plan import Plan
     from gollama_proxy.proxy.recovery import Resume
@@ -43,7 +44,7 @@ class State(enum.Enum):
 
     READING = "its head and body are being read"
     QUEUED = "it waits for a slot"
-    CONNECTING = "it is being sent to a worker"
+    CONNECTING = "a connection to a worker is being opened for it"
     WAITING = "the worker has it; the answer has not begun"
     STREAMING = "the answer is being sent to the client"
     BROKEN = "the attempt failed"
@@ -54,16 +55,18 @@ class State(enum.Enum):
     __hash__ = object.__hash__
 
 
+_ATTEMPT = {State.QUEUED, State.CONNECTING, State.WAITING}  # where one begins
+
 TRANSITIONS: dict[State, frozenset[State]] = {
-    State.READING: frozenset({State.QUEUED, State.ENDED}),
-    State.QUEUED: frozenset({State.CONNECTING, State.ENDED}),
+    State.READING: frozenset({*_ATTEMPT, State.ENDED}),
+    State.QUEUED: frozenset({State.CONNECTING, State.WAITING, State.ENDED}),
     State.CONNECTING: frozenset({State.WAITING, State.BROKEN, State.ENDED}),
     State.WAITING: frozenset(
         {State.CONNECTING, State.STREAMING, State.BROKEN, State.ENDED}
     ),
     State.STREAMING: frozenset({State.BROKEN, State.ENDED}),
-    State.BROKEN: frozenset({State.QUEUED, State.RESUMING, State.ENDED}),
-    State.RESUMING: frozenset({State.QUEUED, State.ENDED}),
+    State.BROKEN: frozenset({*_ATTEMPT, State.RESUMING, State.ENDED}),
+    State.RESUMING: frozenset({*_ATTEMPT, State.ENDED}),
     State.ENDED: frozenset(),
 }
 
@@ -99,6 +102,7 @@ class Exchange(Record):
     ticket: Ticket | None = None  # its place in the queue
     lease: Lease | None = None
     relay: Relay | None = None
+    upload: Upload | None = None  # of a long body
     loading = False  # the worker of this attempt must load the model first
     waiting_since = 0.0  # monotonic seconds, when this attempt was sent
 

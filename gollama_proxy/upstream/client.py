@@ -136,8 +136,7 @@ async def follow(
         async with asyncio.timeout(timeout):
             connection = await connect(target, any_answer=True)
             events = _Events(notice)
-            connection.start(events)
-            connection.write(_head(target, path, None))
+            connection.start(events, _head(target, path, None))
             try:
                 await events.begun
             except BaseException:

@@ -174,8 +174,8 @@ class Connection(asyncio.Protocol):
 
     # --- Sending the request ------------------------------------------------------
 
-    def start(self, receiver: Receiver) -> None:
-        """Begin a request, whose answer goes to this receiver."""
+    def start(self, receiver: Receiver, data: bytes = b"") -> None:
+        """Begin a request with its first bytes; its answer goes to this receiver."""
         assert self.state is not _ACTIVE, self
         if self.used:
             self._reset_answer()
@@ -185,6 +185,8 @@ class Connection(asyncio.Protocol):
             return
         self.state = _ACTIVE
         self._receiver = receiver
+        if data:
+            self.write(data)
 
     def write(self, data: bytes) -> None:
         """Send a part of the request; does nothing once the connection is closed."""

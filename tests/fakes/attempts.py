@@ -13,9 +13,9 @@ from aiohttp.test_utils import make_mocked_request
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, WorkerConfig
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.proxy.attempt import Attempt, request_head
+from gollama_proxy.proxy.attempt import release, request_head, send
 from gollama_proxy.proxy.relay import Relay
-from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.openai import ENDPOINTS
 from tests.fakes.clock import Clock
@@ -38,29 +38,28 @@ class Bench:
         self.config: WorkerConfig = loaded.workers[0]
         self.pool = pool or ConnectionPool(self.config, loaded, self.clock)
         self.worker: Worker = a_worker(name="w", clock=self.clock)
-        self.limit = loaded.timeouts.first_token
+        self.loaded = loaded
 
     @asynccontextmanager
     async def attempt(
         self,
         path: str = "/v1/chat/completions",
         rest: AsyncIterator[bytes] | None = None,
-    ) -> AsyncIterator[Attempt]:
+    ) -> AsyncIterator[Exchange]:
         """Begin an attempt; the `rest` of a body follows what is sent first."""
         x = Exchange(make_mocked_request("POST", path), 0.0)
         x.endpoint, x.worker = ENDPOINTS[path], "w"
         x.body = SimpleNamespace(replayable=rest is None, rest=lambda: rest)  # type: ignore[assignment]
         x.lease = self.worker.lease()
-        x.state = State.CONNECTING
-        attempt = Attempt(x, self.pool, self.limit, self.clock)
+        x.config = self.loaded
         try:
-            yield attempt
+            yield x
         finally:
-            await attempt.close()
+            await release(x, self.pool)
 
     async def send(
         self,
-        attempt: Attempt,
+        x: Exchange,
         body: bytes = BODY,
         *,
         path: str = "/v1/chat/completions",
@@ -74,7 +73,7 @@ class Bench:
         head = request_head(self.config, path, lines, b"application/json", length)
         if length is None and body:
             body = b"%x\r\n%b\r\n" % (len(body), body)
-        return await attempt.send(head + body, chunked=length is None)
+        return await send(x, self.pool, head + body, self.clock, chunked=length is None)
 
     async def exchange(
         self,
@@ -85,8 +84,8 @@ class Bench:
         **more: Any,
     ) -> Relay:
         """Send a request, wait for its whole answer, and end the attempt."""
-        async with asyncio.timeout(DEADLINE), self.attempt(path, rest) as attempt:
-            relay = await self.send(attempt, body, path=path, **more)
+        async with asyncio.timeout(DEADLINE), self.attempt(path, rest) as x:
+            relay = await self.send(x, body, path=path, **more)
             await relay.whole()
             return relay
 

@@ -232,8 +232,7 @@ async def test_an_attempt_that_is_left_early_hangs_up() -> None:
         async with made.attempt() as attempt:
             relay = await made.send(attempt)
             assert relay.status == 200
-            held = f"{made.pool!r} <Connection ACTIVE used=1>"
-            assert repr(attempt) == f"<Attempt on {held}>"
+            assert repr(relay.connection) == "<Connection ACTIVE used=1>"
         await worker.idle()
 
 
@@ -250,7 +249,7 @@ async def test_an_attempt_that_is_cancelled_hangs_up() -> None:
 
 async def test_an_attempt_that_never_began_leaves_nothing() -> None:
     async with bench("http://127.0.0.1:1") as made, made.attempt() as attempt:
-        assert repr(attempt) == "<Attempt on <ConnectionPool 127.0.0.1:1 idle=0> None>"
+        assert attempt.relay is None
 
 
 # --- Connections that are dead already --------------------------------------------
