@@ -112,7 +112,7 @@ async def _foresee(x: Exchange, question: Question, hub: Parts) -> Shown:
     follows = x.endpoint.slot and balancer.follows(pool)
     prefixes = body.prefixes() if follows else ()
     ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
-    x.plan = Plan.of(pools, x.endpoint.path, config, budget, random.Random(), ask)
+    x.plan = Plan(pools, x.endpoint.path, config, budget, random.Random(), ask)
     if not hub.fitting.is_certain(x):
         await hub.fitting.check(x)
     limit = question.max_concurrency or config.queue.max_concurrency

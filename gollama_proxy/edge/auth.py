@@ -162,7 +162,10 @@ class Authenticator:
         """
         if self._off:
             return ANONYMOUS
-        token = _token_in(headers, api_keys)
+        if not api_keys and len(headers) == 1 and headers[0].startswith("Bearer "):
+            token = headers[0][7:].strip(" ")
+        else:
+            token = _token_in(headers, api_keys)
         if len(token) > MAX_TOKEN:
             raise AuthError("token too long")
         digest = _digest_of(token.encode("utf-8", "surrogateescape")).digest()

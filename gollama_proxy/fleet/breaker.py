@@ -110,6 +110,10 @@ class Verdict(enum.Enum):
     NEUTRAL = "neutral"  # nothing: the client left, or sent a request that is wrong
 
 
+# Before Python 3.12, it takes long to look up a member of an enum in its class.
+_NEUTRAL, _SUCCESS = Verdict.NEUTRAL, Verdict.SUCCESS
+
+
 class Breaker:
     """The breaker of a worker or of a model on it; `clock` gives monotonic seconds."""
 
@@ -217,9 +221,9 @@ class Breaker:
         requests of an earlier breakdown cannot trip a breaker that has closed since.
         """
         late = generation is not None and generation != self.generation
-        if late or not self.closed or verdict is Verdict.NEUTRAL:
+        if late or not self.closed or verdict is _NEUTRAL:
             return
-        if verdict is Verdict.SUCCESS:
+        if verdict is _SUCCESS:
             self._successes.add()
             self._in_a_row = 0
             return

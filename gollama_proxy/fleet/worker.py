@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, assert_never
+from typing import TYPE_CHECKING, Final, NamedTuple, assert_never
 from weakref import WeakSet
 
 from gollama_proxy.bounded import BoundedDict
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from gollama_proxy.fleet.pool import Pool
 
 logger = logging.getLogger(__name__)
+
+# Before Python 3.12, it takes long to look up a member of an enum in its class.
+_COMPLETE: Final = Result.COMPLETE
+_NEUTRAL, _SUCCESS = Verdict.NEUTRAL, Verdict.SUCCESS
 
 SETTLING = 15.0  # seconds that a machine may take to fall asleep
 SPARE = 3  # threads of a llama-server in addition to one for each slot
@@ -347,9 +351,9 @@ class Worker(Offer):
         verdict = self._judge(lease, result, beside)
         for permit in lease.permits:
             permit.settle(_proof(verdict, result))
-        if verdict is not Verdict.NEUTRAL:
+        if verdict is not _NEUTRAL:
             self.breaker.record(verdict, lease.generation)
-        if result is not Result.COMPLETE:
+        if result is not _COMPLETE:
             self._take_notice(lease, result)
         if self.on_free is not None:
             self.on_free()
@@ -360,22 +364,22 @@ class Worker(Offer):
 
     def _judge(self, lease: Lease, result: Result, beside: int) -> Verdict:
         """Learn from an attempt, one of `beside`; return what it shows."""
+        if result is _COMPLETE:
+            if lease.prefill is not None and not lease.prefill.possible:
+                self._doubt(lease.prefill)
+            model, tokens, seconds = lease.model, lease.tokens, lease.seconds
+            pace = self.paces.get(model) or self.pace_of(model)
+            slow = tokens and pace.is_slow(tokens, seconds, beside)
+            pace.learn(
+                0 if lease.loads else lease.prompt_bytes,  # not a time of reading
+                lease.first_token,
+                tokens,
+                seconds,
+                beside,
+                lease.prefill,
+            )
+            return Verdict.SLOW if slow else _SUCCESS
         match result:
-            case Result.COMPLETE:
-                if lease.prefill is not None and not lease.prefill.possible:
-                    self._doubt(lease.prefill)
-                model, tokens, seconds = lease.model, lease.tokens, lease.seconds
-                pace = self.paces.get(model) or self.pace_of(model)
-                slow = tokens and pace.is_slow(tokens, seconds, beside)
-                pace.learn(
-                    0 if lease.loads else lease.prompt_bytes,  # not a time of reading
-                    lease.first_token,
-                    tokens,
-                    seconds,
-                    beside,
-                    lease.prefill,
-                )
-                return Verdict.SLOW if slow else Verdict.SUCCESS
             case Result.SLOW:
                 if not lease.first_token:
                     self.pace_of(lease.model).missed()

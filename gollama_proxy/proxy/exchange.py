@@ -96,6 +96,8 @@ _LOSSES = frozenset({Code.WORKER_LOST, Code.WORKER_INCOMPLETE})
 # Before Python 3.12, it takes long to look up a member of an enum in its class.
 _INTERACTIVE = Priority.INTERACTIVE
 _CONNECTING, _STREAMING = State.CONNECTING, State.STREAMING
+_DONE, _COMPLETE = Outcome.COMPLETE, Result.COMPLETE
+_DONE_EVENT = Ending.DONE
 
 
 class Proxy:
@@ -246,7 +248,7 @@ class Proxy:
 
     async def _finish(self, x: Exchange, response: Response | Sent) -> Sent:
         """Write the answer unless it has been written."""
-        x.end(Outcome.COMPLETE)
+        x.end(_DONE)
         if not isinstance(response, Response):
             return response
         x.status = response.status
@@ -324,11 +326,12 @@ class Proxy:
         if body.model != pool.model:
             x.alias = self._registry.alias_of(body.model)
         pools = self._registry.pools_for(pool, body.fallbacks, caller.models)
-        follows = endpoint.slot and self._balancer.follows(pool)
-        prefixes = body.prefixes() if follows else ()
+        prefixes: tuple[int, ...] = ()
+        if body.converses and endpoint.slot and self._balancer.follows(pool):
+            prefixes = body.prefixes()
         ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
         budget = self._balancer.budget
-        x.plan = Plan.of(pools, endpoint.path, config, budget, self._rng, ask)
+        x.plan = Plan(pools, endpoint.path, config, budget, self._rng, ask)
         if self.observer is not None:
             self.observer("started", x)
         try:
@@ -426,12 +429,12 @@ class Proxy:
             if x.first_byte is None:
                 x.first_byte = now - x.started
             response = None if relay.is_event_stream else in_one_piece(x, relay)
-            if response is not None:
-                used = read_usage(relay.held, x.endpoint.api, body.answers)
-                self._charges.add(x, relay, used)
-                self._complete(x, lease, relay, used)
-                return response
-            return await self._relay(x, lease, relay)
+            if response is None:
+                return await self._relay(x, lease, relay)
+            used = read_usage(response.body, x.endpoint.api, body.answers)
+            self._charges.add(x, relay, used)
+            self._complete(x, lease, relay, used)
+            return response
         except WorkerError as exc:
             if x.state is _CONNECTING:  # the worker has received nothing
                 failure = failure_to_connect(exc, lease)
@@ -457,11 +460,16 @@ class Proxy:
         erred = streams and (b'"error"' in held or b'"message"' in held)
         if relay.status >= 400 or (erred and relay.early_error() is not None):
             failure = await read_failure(relay, worker.name)
-        elif not (
-            self._names_model(x, worker, held)
-            or await self._is_asked_for(x, worker, relay)
-        ):
-            failure = failure_of_model(worker.name, lease.model)
+        else:
+            if b'"system_fingerprint"' in held:
+                worker.see_build(build_of(held))
+            name = first_model(held)
+            if not (
+                name is None
+                or worker.answer_names.knows(x.model, name)
+                or await self._is_asked_for(x, worker, relay)
+            ):
+                failure = failure_of_model(worker.name, lease.model)
         if failure is not None:
             self._charges.add_refused(x, relay)
         elif not streams and (x.resume is not None or (x.delivery and x.begun)):
@@ -469,13 +477,6 @@ class Proxy:
             self._charges.add(x, relay, used)
             failure = failure_of(DivergedError("it does not stream"))
         return failure
-
-    def _names_model(self, x: Exchange, worker: Worker, held: bytes) -> bool:
-        """Whether the beginning of an answer has a known name of the model."""
-        if build := build_of(held):
-            worker.see_build(build)
-        name = first_model(held)
-        return name is None or worker.answer_names.knows(x.model, name)
 
     async def _is_asked_for(self, x: Exchange, worker: Worker, relay: Relay) -> bool:
         """Whether an answer with a new name comes from the requested model.
@@ -557,7 +558,7 @@ class Proxy:
         client = x.delivery.open(relay)
         if not (
             x.config.rescue.enabled
-            and x.endpoint.ending is Ending.DONE
+            and x.endpoint.ending is _DONE_EVENT
             and x.body.replayable
             and relay.is_event_stream
         ):
@@ -587,7 +588,7 @@ class Proxy:
             lease.prefill = used.reading
             if x.plan.ask.prefixes:  # else no policy has expected anything
                 self._balancer.learn(x.plan, lease.worker, lease.prefill)
-        lease.release(Result.COMPLETE)
+        lease.release(_COMPLETE)
         if x.failure is not None or lease.worker.model_breakers:
             recovery.settle_blame(x, lease.worker)
             self._rewriter.confirm(x, lease.worker)

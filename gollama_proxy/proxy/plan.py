@@ -35,7 +35,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from gollama_proxy.config.settings import Config, Retry
+from gollama_proxy.config.settings import Config
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Again, Cause, rule_of
@@ -69,47 +69,27 @@ class Plan:
     def __init__(
         self,
         pools: Sequence[Pool],
-        limits: Retry,
-        budget: RetryBudget,
-        rng: random.Random,
-        ask: Ask,
-        continuations: int = 0,
-        *,
-        once: bool = False,
-    ) -> None:
-        """Begin; `ask` is what the policies know of the request.
-
-        `continuations` limits those of a broken answer.  With `once`, a request that a
-        worker may have begun is not retried.
-        """
-        self.pool = pools[0]  # the current one
-        self.ask = ask
-        self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
-        self.single = len(pools) == 1  # without a fallback
-        self.once = once
-        self._pools = pools
-        self._tried: list[list[Worker]] = [[]] if self.single else [[] for _ in pools]
-        self._limits = limits
-        self._budget = budget
-        self._rng = rng
-        self._continuations = continuations
-        budget.deposit()
-
-    @classmethod
-    def of(
-        cls,
-        pools: Sequence[Pool],
         path: str,
         config: Config,
         budget: RetryBudget,
         rng: random.Random,
         ask: Ask,
-    ) -> Plan:
-        """Plan a request on a path, according to the settings."""
+    ) -> None:
+        """Plan a request on a path; `ask` is what the policies know of it."""
+        self.pool = pools[0]  # the current one
+        self.ask = ask
+        self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
+        self.single = len(pools) == 1  # without a fallback
+        # A request that a worker may have begun is not retried.
+        self.once = path in config.retry.once
+        self._pools = pools
+        self._tried: list[list[Worker]] = [[]] if self.single else [[] for _ in pools]
+        self._limits = config.retry
+        self._budget = budget
+        self._rng = rng
         rescue = config.rescue
-        continuations = rescue.attempts if rescue.enabled else 0
-        once = path in config.retry.once
-        return cls(pools, config.retry, budget, rng, ask, continuations, once=once)
+        self._continuations = rescue.attempts if rescue.enabled else 0
+        budget.deposit()
 
     def __repr__(self) -> str:
         pool, tried, limit = self.pool.model, len(self.tried), self._limits.attempts

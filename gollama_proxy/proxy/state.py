@@ -55,6 +55,7 @@ class State(enum.Enum):
     __hash__ = object.__hash__
 
 
+_ENDED = State.ENDED  # see `exchange.py`
 _ATTEMPT = {State.QUEUED, State.CONNECTING, State.WAITING}  # where one begins
 
 TRANSITIONS: dict[State, frozenset[State]] = {
@@ -158,7 +159,7 @@ class Exchange(Record):
             self.outcome = outcome
             if error:
                 self.error, self.detail = error, detail
-        self.state = State.ENDED
+        self.state = _ENDED
 
     @property
     def begun(self) -> bool:

@@ -19,6 +19,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import filterfalse
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 from gollama_proxy.config.settings import Queue as Settings
@@ -46,6 +48,8 @@ class Waking(NamedTuple):
 
 # Seconds after which a request looks again whether its machine is still being woken.
 WAKING_CHECK = 1.0
+
+_is_full = attrgetter("full")
 
 Notify = Callable[[Place | Waking], Awaitable[None]]
 CallLater = Callable[[float, Callable[[], object]], asyncio.TimerHandle]
@@ -146,7 +150,7 @@ class Queue(Listener):
         if not request.needs_slot:
             worker = self._balancer.pick(plan, candidates) if candidates else None
             return None if worker is None else worker.lease(model, slot=False)
-        free = [worker for worker in candidates if not worker.full]
+        free = [*filterfalse(_is_full, candidates)]  # a comprehension costs a call
         if not free:
             return None
         if request.ticket is None:
@@ -155,9 +159,10 @@ class Queue(Listener):
             )
             if request.ticket is None:
                 return None
-        # It may wait for a better worker than those if there is room to wait.
-        has_room = admission.waiting < admission.settings.size
-        patience = self.admission.patience if has_room else 0.0
+        patience = 0.0
+        if plan.ask.prefixes and admission.waiting < admission.settings.size:
+            # It has room to wait for the worker that knows its conversation.
+            patience = admission.patience
         worker = self._balancer.pick(plan, free, patience)
         return None if worker is None else worker.lease(model)
 

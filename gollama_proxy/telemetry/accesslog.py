@@ -40,6 +40,9 @@ class Step(NamedTuple):
     reason: str = ""
 
 
+_ERROR = Outcome.ERROR  # before Python 3.12, looking it up in its class takes long
+
+
 @dataclass(eq=False, repr=False)
 class Record:
     """The data of a request that telemetry needs, filled in along its path."""
@@ -128,7 +131,7 @@ def write(record: Record) -> None:
     """
     if record.routine:
         return
-    broken = record.outcome is Outcome.ERROR and record.status < 400
+    broken = record.outcome is _ERROR and record.status < 400
     level = logging.WARNING if broken or record.status >= 500 else logging.INFO
     if not access.isEnabledFor(level):
         return

@@ -40,6 +40,8 @@ CHANCES = 5
 # server may run at its address by then.
 RETRIAL = 60.0
 
+_IDLE = ConnectionState.IDLE  # before Python 3.12, looking it up takes long
+
 
 class ConnectionPool:
     """The idle connections to one worker; the one used last is reused first."""
@@ -87,7 +89,7 @@ class ConnectionPool:
         idle = self._idle
         while idle:
             connection = idle[-1]
-            if connection.state is ConnectionState.IDLE:
+            if connection.state is _IDLE:
                 if self._clock() - connection.idle_since >= self._keepalive:
                     return None  # the others are older; `close_stale` closes them all
                 return idle.pop()

@@ -32,6 +32,8 @@ from gollama_proxy.wire.schema import (
 # --- A whole answer ---------------------------------------------------------------
 
 _Fields = Mapping[str, Any]
+# Before Python 3.12, it takes long to look up a member of an enum in its class.
+_ANTHROPIC, _NATIVE, _RESPONSES = Api.ANTHROPIC, Api.NATIVE, Api.RESPONSES
 
 
 class Prefill(msgspec.Struct, frozen=True, gc=False):
@@ -83,10 +85,12 @@ def read_usage(body: bytes, api: Api, answers: int = 1) -> Usage:
 
 def _read_one(api: Api, answer: Counted) -> Usage:
     usage = answer.usage if isinstance(answer.usage, dict) else {}
-    if api is Api.NATIVE:
+    if api is _NATIVE:
         usage["tokens_evaluated"] = answer.tokens_evaluated
         usage["tokens_predicted"] = answer.tokens_predicted
     if not isinstance(answer.timings, dict):
+        if not usage:
+            return NOTHING
         return _usage_of(api, usage, {}, 1)
     answers = len(any_list.decode(answer.choices)) or 1
     return _usage_of(api, usage, answer.timings, answers)
@@ -212,34 +216,33 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage
     """Read the fields as their API defines them, and else llama-server's timings."""
     counts = _counts(usage) if usage else {}
     cached: int | None
-    match api:
-        case Api.ANTHROPIC:
-            # `input_tokens` leaves out the other two (Messages API, `usage`).
-            cached = counts.get("cache_read_input_tokens")
-            prompt = counts.get("input_tokens")
-            if prompt is not None:
-                prompt += cached or 0
-                prompt += counts.get("cache_creation_input_tokens", 0)
-            generated = counts.get("output_tokens")
-        case Api.RESPONSES:
-            cached = _cached(usage.get("input_tokens_details"))
-            prompt = counts.get("input_tokens")
-            generated = counts.get("output_tokens")
-        case _:
-            # Transcriptions name them as Responses does, and rerankers have a total
-            # alone.  llama-server's `tokens_cached` are those in the slot, with those
-            # of the answer.
-            details = usage.get("prompt_tokens_details")
-            cached = _cached(details) if details else None
-            prompt = counts.get("prompt_tokens", counts.get("input_tokens"))
-            generated = counts.get("completion_tokens", counts.get("output_tokens"))
-            if prompt is None and generated is None:
-                prompt = counts.get("total_tokens")
-            if api is Api.NATIVE:
-                if prompt is None:
-                    prompt = counts.get("tokens_evaluated")
-                if generated is None:
-                    generated = counts.get("tokens_predicted")
+    if api is _ANTHROPIC:
+        # `input_tokens` leaves out the other two (Messages API, `usage`).
+        cached = counts.get("cache_read_input_tokens")
+        prompt = counts.get("input_tokens")
+        if prompt is not None:
+            prompt += cached or 0
+            prompt += counts.get("cache_creation_input_tokens", 0)
+        generated = counts.get("output_tokens")
+    elif api is _RESPONSES:
+        cached = _cached(usage.get("input_tokens_details"))
+        prompt = counts.get("input_tokens")
+        generated = counts.get("output_tokens")
+    else:
+        # Transcriptions name them as Responses does, and rerankers have a total alone.
+        # llama-server's `tokens_cached` are those in the slot, with those of the
+        # answer.
+        details = usage.get("prompt_tokens_details")
+        cached = _cached(details) if details else None
+        prompt = counts.get("prompt_tokens", counts.get("input_tokens"))
+        generated = counts.get("completion_tokens", counts.get("output_tokens"))
+        if prompt is None and generated is None:
+            prompt = counts.get("total_tokens")
+        if api is _NATIVE:
+            if prompt is None:
+                prompt = counts.get("tokens_evaluated")
+            if generated is None:
+                generated = counts.get("tokens_predicted")
     if timings:
         times = _counts(timings)
         if prompt is None and ("prompt_n" in times or "cache_n" in times):

@@ -95,9 +95,7 @@ def plan(
     """Plan a request as the path of a request does."""
     config = _configs.get(balancer) or Config()
     pools = balancer.registry.pools_for(pool, fallbacks, allowed)
-    return Plan.of(
-        pools, path, config, balancer.budget, random.Random(7), Ask(pool.model)
-    )
+    return Plan(pools, path, config, balancer.budget, random.Random(7), Ask(pool.model))
 
 
 def take_out(*workers: Worker, check: Check = Check.FAILED) -> None:

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gollama_proxy.config.settings import Health, Origin, Retry, WorkerConfig
+from gollama_proxy.config.settings import (
+    Config,
+    Health,
+    Origin,
+    Rescue,
+    Retry,
+    WorkerConfig,
+)
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Again, Cause, rule_of
@@ -18,6 +25,7 @@ from gollama_proxy.proxy.plan import PAUSE, Plan
 from gollama_proxy.scheduling.balancer import RetryBudget
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.wire.description import Check, Description, Model
+from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
 
 RULES = {cause: rule_of(cause) for cause in Cause}
@@ -79,14 +87,15 @@ def attempts(
 ) -> Plan:
     pools = [Pool("tiny", workers)]
     pools += [Pool(f"other{n}", tuple(some)) for n, some in enumerate(fallbacks, 1)]
+    retry = Retry(once=(CHAT,) if once else (), **limits)
+    rescue = Rescue(enabled=continuations > 0, attempts=continuations)
     return Plan(
         pools,
-        Retry(**limits),
+        CHAT,
+        Config(retry=retry, rescue=rescue),
         budget or RetryBudget(1.0, 1000, clock=Clock()),
         random.Random(7),
         Ask("tiny"),
-        continuations,
-        once=once,
     )
 
 
@@ -218,7 +227,7 @@ def test_the_pause_varies_so_that_those_who_failed_together_do_not_return_so() -
     rng = random.Random(7)
     pauses = set()
     for _ in range(10):
-        one = Plan([Pool("tiny", (a,))], Retry(), budget, rng, Ask("tiny"))
+        one = Plan([Pool("tiny", (a,))], CHAT, Config(), budget, rng, Ask("tiny"))
         pauses.add(failed(one, a).retry_after(Cause.LOST))
     assert len(pauses) == 10
 
