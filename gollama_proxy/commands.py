@@ -119,6 +119,8 @@ def _fill_requests(parser: argparse.ArgumentParser) -> None:
     for name in _FILTERS:
         text = f"only with this {name}" + (" or error code" * (name == "outcome"))
         add(f"--{name}", help=text)
+    text = "only those of the last 45s, 90m, 12h or 30d"
+    add("--since", metavar="TIME", help=text)
     text = "how many to list (at once, with --follow), from 1 to 1000; default: 100"
     add("--limit", metavar="N", default="100", help=text)
 
@@ -408,7 +410,7 @@ def _usage(args: argparse.Namespace, hub: AdminClient) -> None:
 
 # --- requests, cancel, reload, revoke ---------------------------------------------
 
-_FILTERS = ("subject", "model", "worker", "outcome")
+_FILTERS = ("id", "subject", "model", "worker", "outcome")
 _EVERY = 1.0  # seconds between two requests for what is new
 
 
@@ -418,6 +420,8 @@ def _requests(args: argparse.Namespace, hub: AdminClient) -> None:
         text = "must be a whole number from 1 to 1000"
         raise ConfigError(f"--limit = {shown(limit)}: {text}")
     filters = {name: getattr(args, name) for name in _FILTERS}
+    if args.since is not None:
+        filters["since"] = f"{time.time() - _ago(args.since):.3f}"
     answer = hub.call("GET", "requests", limit=limit, **filters)
     if args.json and not args.follow:
         _print_json(answer)
@@ -431,6 +435,8 @@ def _requests(args: argparse.Namespace, hub: AdminClient) -> None:
         new = [request for key, request in page.items() if key not in before]
         for request in reversed(new):  # the newest was the first
             print(json.dumps(request) if args.json else _request_line(request))
+            if args.id is not None and not args.json:
+                print("\n".join(map(_step_line, request["steps"])))
         if not args.follow:
             return
         sys.stdout.flush()
@@ -453,6 +459,22 @@ def _request_line(request: Json) -> str:
         f"{request['worker'] or '-':20}  {request['model'] or '-':20}  "
         f"{request['subject'] or '-':12}  {request['id']}  {request['error']}".rstrip()
     )
+
+
+def _step_line(step: Json) -> str:
+    name, at = step["step"].replace("_", " "), f"+{step['at']:.3f} s"
+    return printable(
+        f"  {at:>10}  {name:9}  {step['worker'] or '-':20}  {step['reason']}".rstrip()
+    )
+
+
+def _ago(text: str) -> float:
+    """Return the seconds that `--since` names."""
+    match = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
+    if match is None:
+        text = f"--since = {shown(text)}: must be a time such as 45s, 90m, 12h or 30d"
+        raise ConfigError(text)
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
 
 
 def _cancel(args: argparse.Namespace, hub: AdminClient) -> None:

@@ -105,7 +105,7 @@ class Hub(Listener):
         self._agent_api = AgentApi(self)
         self.links = Links(clock)
         self.views = Views(self)
-        self.recent = Recent(clock)
+        self.recent = Recent()
         self.history = History(self.recent, clock)
         self.events = Events(self.views, self.history, lambda: self.proxy)
         self.changing = asyncio.Lock()

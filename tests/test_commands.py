@@ -330,6 +330,10 @@ async def test_the_requests_that_have_ended_are_listed(run: Run) -> None:
             assert [each["id"] for each in found["requests"]] == ["mine"]
         found = (await run("requests", "--json", "--subject", "bob", hub=hub)).json()
         assert found["requests"] == []
+        done = await run("requests", "--id", "mine", "--since", "1h", hub=hub)
+        _, _, attempt, end = done.out.splitlines()
+        assert re.fullmatch(r" +\+\d+\.\d{3} s  attempt +127\.0\.0\.1:\d+", attempt)
+        assert re.search(r"  ended  .*  request_cancelled$", end)
 
 
 # --- Usage ------------------------------------------------------------------------
@@ -760,6 +764,7 @@ async def test_a_hub_with_tls(
         (["explain", "--file", "/nowhere"], "cannot be read: No such file"),
         (["explain", "--file", __file__], "must be JSON"),
         (["requests", "--limit", "0"], "--limit = '0': must be a whole number"),
+        (["requests", "--since", "1y"], "--since = '1y': must be a time such as 45s"),
         (["requests", "--limit", "1001"], "--limit = '1001': must be"),
         (["usage", "--since", "soon"], "since = 'soon': must be 7d or 12h ago"),
         (["usage", "--by", "worker"], "by = 'worker': must be some of subject"),

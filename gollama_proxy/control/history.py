@@ -40,17 +40,21 @@ EVERY = 1.0  # seconds between two samples
 # --- Requests that have ended -----------------------------------------------------
 
 _FIELDS = (
-    *("id", "started", "subject", "remote", "method", "route", "model", "worker"),
+    *("id", "ended", "subject", "remote", "method", "route", "model", "worker"),
     *("status", "outcome", "error", "attempts", "rescued", "fell_back", "queued"),
-    *("first_byte", "duration", "tokens", "prompt_tokens", "bytes", "detail", "steps"),
+    *("first_byte", "duration", "tokens", "prompt_tokens", "bytes"),
+    # Not shown as they are.
+    *("started", "detail", "steps"),
+)
+_ENDED, _DURATION, _OUTCOME, _ERROR, _STATUS = map(
+    _FIELDS.index, ("ended", "duration", "outcome", "error", "status")
 )
 
 
 class Recent:
-    """The last requests.  `clock` gives monotonic seconds, as in `Record.started`."""
+    """The last requests."""
 
-    def __init__(self, clock: Callable[[], float], kept: int = KEPT) -> None:
-        self._clock = clock
+    def __init__(self, kept: int = KEPT) -> None:
         self._ended: deque[tuple[Any, ...]] = deque(maxlen=kept)
         self.count = 0  # of all, since the start
 
@@ -66,7 +70,7 @@ class Recent:
         self._ended.append(
             (
                 x.id,
-                x.started,
+                time.time(),
                 x.subject,
                 x.remote,
                 x.method,
@@ -85,6 +89,7 @@ class Recent:
                 x.tokens,
                 x.prompt_tokens,
                 x.bytes,
+                x.started,
                 x.detail,
                 x.steps,
             )
@@ -103,17 +108,14 @@ class Recent:
         `outcome` may also be the code of an error, and a `worker` one that failed.
         """
         found: list[Shown] = []
-        offset = time.time() - self._clock()
         for entry in reversed(self._ended):
-            request = dict(zip(_FIELDS, entry, strict=True))
-            started = request["started"] + offset
-            ended = started + (request["duration"] or 0.0)
+            ended, duration = entry[_ENDED], entry[_DURATION] or 0.0
             if (
-                started <= until
-                and ended >= since
-                and all(_has(request, name, value) for name, value in wanted.items())
+                ended >= since
+                and ended - duration <= until
+                and all(_has(entry, name, value) for name, value in wanted.items())
             ):
-                found.append(_shown(request, ended))
+                found.append(_shown(entry))
                 if len(found) >= limit:
                     break
         return found
@@ -126,30 +128,30 @@ class Recent:
         return islice(reversed(self._ended), self.count - count)
 
 
-def _has(request: Shown, name: str, value: str) -> bool:
+def _has(entry: tuple[Any, ...], name: str, value: str) -> bool:
     if name == "outcome":
-        return value in (request["outcome"], request["error"])
-    if name == "worker":
-        tried = [step.worker for step in request["steps"]]
-        return value in (request["worker"], *tried)
-    return bool(request[name] == value)
+        return value in (entry[_OUTCOME], entry[_ERROR])
+    if name == "worker" and any(step.worker == value for step in entry[-1]):
+        return True
+    return bool(entry[_FIELDS.index(name)] == value)
 
 
-def _shown(request: Shown, ended: float) -> Shown:
-    shown = {
-        "id": request["id"],
-        "ended": round(ended, 3),
-        **request,
+def _shown(entry: tuple[Any, ...]) -> Shown:
+    request = dict(zip(_FIELDS, entry, strict=True))
+    request |= {
+        "ended": round(request["ended"], 3),
         "outcome": request["outcome"] or "",
-        "steps": [
-            each._asdict() | {"at": round(each.at, 6)} for each in _steps_of(request)
-        ],
+        "steps": shown_steps(_steps_of(request)),
     }
-    del shown["started"], shown["detail"]
     for name in ("queued", "first_byte", "duration"):
-        if shown[name] is not None:
-            shown[name] = round(shown[name], 6)
-    return shown
+        if request[name] is not None:
+            request[name] = round(request[name], 6)
+    del request["started"], request["detail"]
+    return request
+
+
+def shown_steps(steps: Iterable[Step]) -> list[Shown]:
+    return [each._asdict() | {"at": round(each.at, 6)} for each in steps]
 
 
 def _steps_of(request: Shown) -> list[Step]:
@@ -207,7 +209,6 @@ _PICK = itemgetter(
         ("id", "started", "route", "worker", "first_byte", "tokens"),
     )
 )
-_ENDING = itemgetter(_FIELDS.index("outcome"), _FIELDS.index("status"))
 
 
 class History:
@@ -302,8 +303,8 @@ class History:
         errors = 0
         for entry in self._recent.since(self._counted):
             count(Running(*_PICK(entry)))
-            outcome, status = _ENDING(entry)
-            errors += outcome is Outcome.ERROR and not 400 <= status < 500
+            failed = entry[_OUTCOME] is Outcome.ERROR
+            errors += failed and not 400 <= entry[_STATUS] < 500
         self._counted = self._recent.count
         for x in running:
             count(x)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from gollama_proxy.config.settings import Config, settings
-from gollama_proxy.control.history import Running, Shown
+from gollama_proxy.control.history import Running, Shown, shown_steps
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.registry import Registry
@@ -181,6 +181,7 @@ class Views:
             "attempts": x.attempts,
             "stream": body is not None and body.stream,
             "class": x.priority,
+            "steps": shown_steps(x.steps),
         }
 
     def queue(self) -> list[Shown]:

@@ -68,6 +68,10 @@ async def test_a_request_that_waits_is_queued_first() -> None:
             await begun(first)
             async with await hub.open(CHAT, STREAM):
                 await until(lambda: hub.hub.queue.admission.waiting == 1)
+                exchanges = (await get(hub, "/admin/exchanges")).json()["exchanges"]
+                [shown] = [each for each in exchanges if each["state"] == "queued"]
+                [step] = shown["steps"]
+                assert (step["step"], step["worker"]) == ("queued", "")
                 worker.default(*complete())
                 first.close()
                 name = worker.name

@@ -45,7 +45,7 @@ def record(number: int, route: str = CHAT, **fields: Any) -> Record:
 
 
 def test_only_the_last_requests_are_kept() -> None:
-    recent = Recent(Clock(), kept=3)
+    recent = Recent(kept=3)
     for number in range(5):
         recent.add(record(number))
     recent.add(record(9, "/metrics"))
@@ -57,12 +57,15 @@ def test_only_the_last_requests_are_kept() -> None:
 
 
 def test_the_end_of_a_request_is_shown_in_unix_time() -> None:
-    clock = Clock()
-    recent = Recent(clock)
-    recent.add(record(1, started=clock() - 3.0, duration=2.0))
+    recent, before = Recent(), time.time()
+    recent.add(record(1, duration=2.0))
     [shown] = recent.find()
-    assert shown["ended"] == pytest.approx(time.time() - 1.0, abs=0.5)
+    assert before - 0.001 <= shown["ended"] <= time.time() + 0.001
+    assert recent.find() == [shown]
     assert "started" not in shown
+    assert recent.find(since=shown["ended"] + 1) == []
+    assert recent.find(until=shown["ended"] - 3) == []
+    assert recent.find(until=shown["ended"] - 1) == [shown]  # it ran at that time
 
 
 # --- Samples ----------------------------------------------------------------------
@@ -73,7 +76,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.recent = Recent(self.clock)
+        self.recent = Recent()
         self.history = History(self.recent, self.clock)
         self.workers = list(registry("tiny", "tiny").workers)
         self.number = 0

@@ -435,7 +435,10 @@ class Detail {
         Tries: format.number(exchange.attempts),
         Class: exchange.class,
       }),
-      el('p', { class: 'hint' }, 'What happened to it is shown here as soon as it has ended.'));
+      this.#listSteps({ ...exchange, first_byte: null }),
+      el('p', { class: 'hint' }, exchange.steps.length
+        ? 'The rest is shown as soon as it has ended.'
+        : 'Nothing unusual has happened to it so far.'));
   }
 
   #show(request) {
