@@ -793,7 +793,8 @@ async function streamChat(app, body, signal, { onHead, onComment, onChunk }) {
     }
     onChunk(chunk);
   }, onComment);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = answer.body.getReader();
+  const decoder = new TextDecoder();
   try {
     for (let ended = false; !ended && !done;) {
       const piece = await reader.read().catch((error) => {
@@ -801,7 +802,7 @@ async function streamChat(app, body, signal, { onHead, onComment, onChunk }) {
         throw new Trouble('The answer broke off: the connection was lost.');
       });
       ended = piece.done;
-      feed(piece.value ?? '', ended);
+      feed(decoder.decode(piece.value, { stream: !ended }), ended);
     }
   } finally {
     reader.cancel().catch(() => {}); // closes the connection after an error
