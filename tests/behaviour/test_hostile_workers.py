@@ -1,8 +1,8 @@
 """A malicious worker can affect only its own request.
 
-Each attack has a request of its own, while a good stream goes through the hub at the
-same time: each of its events is seen before the next one is sent.  Afterwards the
-connection of the attack is not used again, and the log is short.
+While a worker attacks, a good stream goes through the hub: each of its events is seen
+before the next one is sent.  Afterwards the connection of the attack is not used again,
+and the log is short.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import io
 import logging
 import math
 from collections.abc import AsyncIterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import pytest
@@ -25,7 +25,9 @@ from gollama_proxy.upstream.connection import MAX_HEAD, MAX_HEADERS
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.resume import MAX_EVENT
 from tests.fakes.asks import CHAT, MIB
+from tests.fakes.cases import case
 from tests.fakes.client import Ending
+from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
     chunk,
@@ -47,6 +49,7 @@ from tests.fakes.script import (
     close,
     flood,
     give_way,
+    notify,
     pause,
     reset,
     send,
@@ -76,6 +79,9 @@ def raw(*lines: str, status: str = "200 OK", version: str = "HTTP/1.1") -> bytes
     return "\r\n".join([f"{version} {status}", *lines, "", ""]).encode("latin-1")
 
 
+GAP = 1.5  # seconds on the hub's clock, which only the tests advance
+HANGS = "hangs"
+HANG = notify(HANGS)  # the step of a script from which on it hangs
 LENGTH = "Content-Length: 5"
 CHUNKED = "Transfer-Encoding: chunked"
 EVENTS = "Content-Type: text/event-stream"
@@ -141,6 +147,7 @@ CUT: dict[str, Script] = {
     "a giant chunk": (send(raw(CHUNKED) + b"7FFFFFFFFFFFFFFF\r\nhello"), close()),
     "a giant chunk that stalls": (
         send(raw(CHUNKED) + b"F" * 16 + b"\r\nhello"),
+        HANG,
         stall(),
     ),
     "no CRLF behind a chunk": (send(raw(CHUNKED) + b"5\r\nhelloXX0\r\n\r\n"),),
@@ -201,19 +208,58 @@ HARMLESS: dict[str, tuple[Script, int, bytes]] = {
 COMMENT = b": \n\n"
 
 
-class Scene(NamedTuple):
-    """A hub with a good stream through it, and a worker that is up to something."""
+class Scene:
+    """A hub with a good stream through it, and a worker that attacks it."""
 
-    hub: RunningHub
-    worker: ScriptedWorker
+    def __init__(self, hub: RunningHub, worker: ScriptedWorker) -> None:
+        self.hub = hub
+        self.worker = worker
+        self.seen = 0  # events of the good stream
+        self.log = io.StringIO()
+        self._seen_before = 0
+
+    def __repr__(self) -> str:
+        return f"<Scene of {self.seen} good events>"
 
     async def attack(self, script: Script, *, stream: bool) -> Ending:
-        """Send a request to the bad worker; return how it ended."""
+        """Send a request to the bad worker; return how it ended.
+
+        Time passes only while a script hangs.
+        """
         self.worker.script(*script)
         async with await self.hub.open(CHAT, chat(BAD, stream=stream)) as wire:
-            ending = await wire.read_to_end()
+            reading = asyncio.create_task(wire.read_to_end(), name="fake client")
+            if HANG in script:
+                await self.worker.reached(HANGS)
+                await self._pass_time_until(reading)
+            ending = await reading
         await self.worker.requests[-1].finished.wait()
         return ending
+
+    async def _pass_time_until(self, ended: asyncio.Task[Ending]) -> None:
+        """Let no more time pass than the good stream can bear."""
+        while not ended.done():
+            at = self.seen
+            await until(lambda: self.seen > at or ended.done())
+            self.hub.pass_time(GAP / 3)
+
+    async def conclude(self) -> None:
+        """Check that the attack has changed nothing for other requests."""
+        at = self.seen
+        await until(lambda: self.seen >= at + 3)
+        self.worker.script(send(raw(CLOSE, LENGTH) + HELLO), close())
+        assert (await self.hub.post(CHAT, chat(BAD))).body == HELLO
+        assert self.seen >= self._seen_before + 3
+        assert not self.worker.requests[-1].reused, (
+            "the connection of the attack was used again"
+        )
+        logged = self.log.getvalue()
+        assert len(logged) < MOST_LOGGED, logged[:3000]
+        lines = logged.splitlines()
+        assert all(line[:2] == "20" for line in lines), "a forged line"
+        self.log.seek(0)
+        self.log.truncate()
+        self._seen_before = self.seen
 
 
 # Built once, since that takes longer than most of these tests.
@@ -224,35 +270,34 @@ GOOD_STREAM = stream_of(3_000, "the next token", model=GOOD)
 @contextlib.asynccontextmanager
 async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
     """Keep a good stream running, event by event; check the log at the end."""
-    gate, log = asyncio.Semaphore(0), io.StringIO()
-    handler = logging.StreamHandler(log)
-    handler.setFormatter(TextFormatter())
+    gate = asyncio.Semaphore(0)
     settings = {
         "timeouts__first_token": 2,
-        # Short enough for what hangs, and long enough for a busy machine.
-        "timeouts__gap": 1.5,
-        "timeouts__silence": 1.5,
+        "timeouts__gap": GAP,
+        "timeouts__silence": GAP,
         "breaker__consecutive": 1000,
+        "breaker__minimum_calls": 10_000,
     } | settings
     async with (
         ScriptedWorker(GOOD) as good,
         ScriptedWorker(BAD) as bad,
-        running_hub(good, bad, **settings) as hub,
+        running_hub(good, bad, clock=Clock(), **settings) as hub,
     ):
         passed = wait(gate)
         good.script(*(passed if step == PACE else step for step in GOOD_STREAM))
         wire = await hub.open(CHAT, chat(GOOD, stream=True))
         await wire.read_event()
         await wire.read_event()
-        seen = 0
+        scene = Scene(hub, bad)
+        handler = logging.StreamHandler(scene.log)
+        handler.setFormatter(TextFormatter())
 
         async def follow() -> None:
-            nonlocal seen
             while True:
                 gate.release()
                 told = await wire.read_event()
-                seen += 1
-                assert told == token(f" t{seen}", model=GOOD)
+                scene.seen += 1
+                assert told == token(f" t{scene.seen}", model=GOOD)
                 await asyncio.sleep(0.01)
 
         following = asyncio.create_task(follow(), name="fake client")
@@ -261,62 +306,59 @@ async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
         before = root.level
         root.setLevel(logging.DEBUG)
         try:
-            yield Scene(hub, bad)
-            at = seen
-            await until(lambda: seen >= at + 3 or following.done())
-            bad.script(send(OK))
-            assert (await hub.post(CHAT, chat(BAD))).body == b'{"n":1}'
+            yield scene
+            await scene.conclude()
         finally:
             root.setLevel(before)
             root.removeHandler(handler)
             following.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await following
-        assert seen >= 3
-        assert not bad.requests[-1].reused, (
-            "the connection of the attack was used again"
-        )
-    logged = log.getvalue()
-    assert len(logged) < MOST_LOGGED, logged[:3000]
-    assert all(line[:2] == "20" for line in logged.splitlines()), "a forged line"
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("script", REFUSED.values(), ids=REFUSED)
-async def test_invalid_answers_are_a_bad_gateway(script: Script, stream: bool) -> None:
-    # Or it would be asked again.
+STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+
+
+@STREAM
+async def test_invalid_answers_are_a_bad_gateway(stream: bool) -> None:
+    # One attempt: otherwise the worker would be asked again.
     async with beside_a_good_stream(retry__attempts=1) as scene:
-        ending = await scene.attack(script, stream=stream)
-        assert ending.clean
-        assert ending.response.status == 502
-        assert ending.response.json()["error"]["code"] in (
-            "worker_bad_response",
-            "worker_connection_lost",
-        )
-        assert scene.worker.requests[0].sent < IN_SOCKETS
+        for name, script in REFUSED.items():
+            with case(name):
+                ending = await scene.attack(script, stream=stream)
+                assert ending.clean
+                assert ending.response.status == 502
+                assert ending.response.json()["error"]["code"] in (
+                    "worker_bad_response",
+                    "worker_connection_lost",
+                )
+                assert scene.worker.requests[-1].sent < IN_SOCKETS
+                await scene.conclude()
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("script", CUT.values(), ids=CUT)
-async def test_later_violations_cut_the_answer(script: Script, stream: bool) -> None:
+@STREAM
+async def test_later_violations_cut_the_answer(stream: bool) -> None:
     """The client has the beginning, and can detect that the rest is missing."""
     async with beside_a_good_stream() as scene:
-        ending = await scene.attack(script, stream=stream)
-        assert not ending.clean
-        assert ending.response.status == 200
-        assert HELLO.startswith(ending.response.body[:5].strip(b"x"))
-        assert scene.worker.requests[0].sent < IN_SOCKETS
+        for name, script in CUT.items():
+            with case(name):
+                ending = await scene.attack(script, stream=stream)
+                assert not ending.clean
+                assert ending.response.status == 200
+                assert HELLO.startswith(ending.response.body[:5].strip(b"x"))
+                assert scene.worker.requests[-1].sent < IN_SOCKETS
+                await scene.conclude()
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize(("script", "status", "body"), HARMLESS.values(), ids=HARMLESS)
-async def test_harmless_oddities_are_passed_on_sanitised(
-    script: Script, status: int, body: bytes, stream: bool
-) -> None:
+@STREAM
+async def test_harmless_oddities_are_passed_on_sanitised(stream: bool) -> None:
     async with beside_a_good_stream() as scene:
-        response = (await scene.attack(script, stream=stream)).response
-    assert (response.status, response.body) == (status, body)
-    assert not {name for name, _ in response.headers} & {"set-cookie", "x"}
+        for name, (script, status, body) in HARMLESS.items():
+            with case(name):
+                response = (await scene.attack(script, stream=stream)).response
+                assert (response.status, response.body) == (status, body)
+                assert not {name for name, _ in response.headers} & {"set-cookie", "x"}
+                await scene.conclude()
 
 
 # --- Time -------------------------------------------------------------------------
@@ -324,15 +366,16 @@ async def test_harmless_oddities_are_passed_on_sanitised(
 
 async def test_a_head_that_drips_is_cut_at_the_deadline() -> None:
     drip = [step for _ in range(999) for step in (pause(0.02), send(b"X: a\r\n"))]
-    async with beside_a_good_stream(timeouts__first_token=1) as scene:
-        ending = await scene.attack((send(b"HTTP/1.1 200 OK\r\n"), *drip), stream=True)
+    script = (send(b"HTTP/1.1 200 OK\r\n"), HANG, *drip)
+    async with beside_a_good_stream() as scene:
+        ending = await scene.attack(script, stream=True)
     assert ending.response.status == 504
     assert ending.response.json()["error"]["code"] == "worker_timeout"
 
 
 async def test_an_event_that_drips_is_cut_at_the_gap() -> None:
     drip = [step for _ in range(999) for step in (pause(0.01), send(chunk(b": \n\n")))]
-    script = (send(sse_head() + chunk(role() + token("a"))), *drip)
+    script = (send(sse_head() + chunk(role() + token("a"))), HANG, *drip)
     async with beside_a_good_stream() as scene:
         ending = await scene.attack(script, stream=True)
     assert not ending.clean
@@ -341,14 +384,16 @@ async def test_an_event_that_drips_is_cut_at_the_gap() -> None:
 
 async def test_comments_before_the_first_event_cost_little() -> None:
     """Each byte is looked at once: thousands of reads, and others have their turns."""
-    script = (send(sse_head()), *[send(chunk(COMMENT)), give_way()] * 5000, stall())
+    comments = [send(chunk(COMMENT)), give_way()] * 5000
+    script = (send(sse_head()), *comments, HANG, stall())
     async with beside_a_good_stream() as scene:
         ending = await scene.attack(script, stream=True)
     assert ending.response.status == 504
 
 
 async def test_more_comments_than_are_held_are_the_beginning_of_an_answer() -> None:
-    script = (send(sse_head()), *[send(chunk(COMMENT * 1000))] * 100, stall())
+    comments = [send(chunk(COMMENT * 1000))] * 100
+    script = (send(sse_head()), *comments, HANG, stall())
     assert len(COMMENT) * 1000 * 100 > HOLD_LIMIT
     async with beside_a_good_stream(rescue__enabled=False) as scene:
         ending = await scene.attack(script, stream=True)
@@ -385,7 +430,7 @@ async def test_an_answer_without_an_end_costs_no_memory() -> None:
 async def test_an_endless_event_does_not_continue_an_answer() -> None:
     """Events that have to be whole to be understood have a size limit."""
     async with beside_a_good_stream(
-        rescue__enabled=True, retry__attempts=2, retry__patience=2, timeouts__gap=5
+        rescue__enabled=True, retry__attempts=2, retry__patience=2
     ) as scene:
         first = (send(sse_head() + chunk(role() + token("a", model=BAD))), reset())
         scene.worker.script(*first)
@@ -413,9 +458,7 @@ ENDLESS = {
 async def test_an_assembled_answer_has_a_limit(first: bytes, more: bytes) -> None:
     """The limit is enforced as bytes arrive, since such an answer has no end."""
     settings = {"upstream__assemble": CHAT, "limits__answer": 1 << 20}
-    async with beside_a_good_stream(
-        timeouts__gap=10, timeouts__silence=10, **settings
-    ) as scene:
+    async with beside_a_good_stream(**settings) as scene:
         # Then it is asked as the client has asked, which the hub need not keep.
         scene.worker.script(send(first), flood(more))
         ending = await scene.attack((send(error_reply(400, "no")),), stream=False)
@@ -506,16 +549,17 @@ async def test_an_answer_before_the_request_is_not_used() -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/props"])
-@pytest.mark.parametrize("script", [*REFUSED.values()], ids=REFUSED)
-async def test_answers_to_pings_are_bounded_too(path: str, script: Script) -> None:
-    """Its reason is short and on one line, for it gets into the log."""
-    async with ScriptedWorker() as worker:
-        worker.on(path, *script)
-        finding = await ping(worker, timeout=0.5)
-        worker.violations.clear()
-    assert finding.check in Check
-    assert len(finding.reason) < 200
-    assert finding.reason.isprintable()
+async def test_answers_to_pings_are_bounded_too(path: str) -> None:
+    """The reason is short and on one line, as it is logged."""
+    for name, script in REFUSED.items():
+        with case(name):
+            async with ScriptedWorker() as worker:
+                worker.on(path, *script)
+                finding = await ping(worker, timeout=0.5)
+                worker.violations.clear()
+            assert finding.check in Check
+            assert len(finding.reason) < 200
+            assert finding.reason.isprintable()
 
 
 def test_the_limits_are_larger_than_any_honest_worker_needs() -> None:
