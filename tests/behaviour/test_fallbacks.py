@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ import pytest
 from gollama_proxy.fleet.worker import Worker
 from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.client import Response
+from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.pool import InOrder
 from tests.fakes.replies import error_event, error_reply, loading, not_found
@@ -111,10 +113,13 @@ async def test_a_model_that_no_worker_has_ever_served_has_its_fallback() -> None
 
 
 async def test_a_fallback_takes_over_when_the_first_token_is_overdue() -> None:
-    async with family(timeouts__allowance=1) as (big, medium, _, hub):
+    settings = {"clock": Clock(), "timeouts__allowance": 1}
+    async with family(**settings) as (big, medium, _, hub):
         big.script(expect_eof())
-        response = await hub.post(CHAT, STREAM | {"model": "big"})
-        assert answered(response, medium, 2)
+        asking = asyncio.create_task(hub.post(CHAT, STREAM | {"model": "big"}))
+        await big.received()
+        hub.pass_time(3)
+        assert answered(await asking, medium, 2)
         await big.idle()
 
 

@@ -239,9 +239,12 @@ class Scene:
     async def _pass_time_until(self, ended: asyncio.Task[Ending]) -> None:
         """Let no more time pass than the good stream can bear."""
         while not ended.done():
-            at = self.seen
-            await until(lambda: self.seen > at or ended.done())
+            await self._events(1, ended)
             self.hub.pass_time(GAP / 3)
+
+    async def _events(self, more: int, ended: asyncio.Task[Ending]) -> None:
+        at = self.seen + more
+        await until(lambda: self.seen >= at or ended.done())
 
     async def conclude(self) -> None:
         """Check that the attack has changed nothing for other requests."""

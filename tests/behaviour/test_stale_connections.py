@@ -13,6 +13,7 @@ from gollama_proxy.fleet import health
 from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.upstream import pool as pools
 from tests.fakes.asks import CHAT
+from tests.fakes.clock import Clock
 from tests.fakes.hub import ONE_TRY, RunningHub, running_hub
 from tests.fakes.replies import (
     chat_completion,
@@ -30,6 +31,7 @@ from tests.fakes.script import (
     answer,
     close,
     event_stream,
+    notify,
     pause,
     reset,
     send,
@@ -280,18 +282,21 @@ async def test_a_silent_worker_is_not_asked_again() -> None:
     """It may be thinking."""
     async with (
         ScriptedWorker() as worker,
-        running_hub(worker, timeouts__first_token=1) as hub,
+        running_hub(worker, clock=Clock(), timeouts__first_token=1) as hub,
     ):
         worker.script(*OK)
-        worker.script(stall())
+        worker.script(notify("asked"), stall())
         assert (await hub.post(CHAT, numbered(1))).status == 200
-        assert (await hub.post(CHAT, numbered(2))).status == 504
+        asking = asyncio.create_task(hub.post(CHAT, numbered(2)))
+        await worker.reached("asked")
+        hub.pass_time(2)
+        assert (await asking).status == 504
         assert executions(worker) == {"number 1": 1, "number 2": 1}
 
 
 async def test_bytes_without_a_request_are_not_an_answer() -> None:
-    """A worker that talks on an idle connection is hung up, not listened to."""
-    late = json_reply({"whose": "nobody's"})
+    """The connection of a worker that sends while idle is closed, and not read."""
+    late = json_reply({"whose": "no request"})
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.script(*OK, pause(0.005), send(late))
         assert (await hub.post(CHAT, numbered(1))).status == 200
