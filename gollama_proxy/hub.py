@@ -12,11 +12,10 @@ from dataclasses import replace
 from aiohttp import web
 
 from gollama_proxy.config import tls
-from gollama_proxy.config.keys import RevocationList
 from gollama_proxy.config.load import check_exposure, load_worker
 from gollama_proxy.config.settings import Config, Revoked, WorkerConfig
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.config.watch import Changes, SettingsFile, Watched, Watcher, compare
+from gollama_proxy.config.watch import Changes, Files, compare
 from gollama_proxy.control.admin import Admin
 from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events
@@ -81,11 +80,7 @@ class Hub(Listener):
         self.draining = False
         self.registry = Registry(config, clock)
         self.balancer = Balancer(self.registry, config, clock)
-        self._tls = tls.for_server(config.server)
-        # By the files that they are made from, and by the https worker that uses them.
-        self._credentials: dict[tuple[str, ...], tls.Credentials] = {}
-        self._worker_tls: dict[Worker, tls.Credentials] = {}
-        tls.for_workers(config.workers, self._credentials)
+        self.files = Files(config, load and self.reload_soon, self._follow_list)
         # Also those of removed workers, until their last answer has ended.
         self.connections: dict[Worker, ConnectionPool] = {}
         self.clock = clock
@@ -123,9 +118,6 @@ class Hub(Listener):
             self._ended,
             clock,
         )
-        self._revoked = self._revocations(config)
-        self._file: SettingsFile | None = self._settings_file(config)
-        self._watcher = Watcher(filter(None, (self._tls, self._revoked, self._file)))
         self._server: Server | None = None
         self._runner: web.ServerRunner | None = None
         self._reloading = asyncio.Lock()
@@ -327,13 +319,12 @@ class Hub(Listener):
                 text = "the settings are not valid, so the old ones stay in force: %s"
                 logger.error(text, "; ".join(exc.args))
                 return exc
-            await self._watcher.reload()
+            await self.files.reload()
             logger.info("settings were read again: %s", changes)
             return changes
 
     def _read(self) -> Config:
-        if self._file is not None:
-            self._file.note()
+        self.files.note()
         return self.config if self._load is None else self._load()
 
     async def apply(self, config: Config) -> Changes:
@@ -351,9 +342,9 @@ class Hub(Listener):
             )
             check_exposure(config)
             self.registry.check(self._expanded(config.workers))
-            await self._drop_unused_credentials()
-            # Reads files, which may be on a sleeping disk or on another machine.
-            credentials = await asyncio.to_thread(self._prepare_files, config)
+            await self.files.drop_unused()
+            credentials = await self.files.read(self.config, config)
+            await asyncio.to_thread(Authenticator, config)  # checks the keys for tokens
             self.registry.check(self._expanded(config.workers))
             self.authenticator.reconfigure(config)
             before, self.config = self.config, config
@@ -361,22 +352,8 @@ class Hub(Listener):
             self.groups.follow(config.workers)
             self.registry.apply(self._expanded(config.workers))
             self._restore_holds()
-            await self._follow_files(before, credentials)
+            await self.files.follow(before, config, credentials)
             return changes
-
-    def _prepare_files(self, config: Config) -> tls.Credentials | None:
-        """Load the certificates that are new, and check the keys for tokens.
-
-        Returns those for clients.
-
-        Raises:
-            ConfigError: a file cannot be used.
-        """
-        tls.for_workers(config.workers, self._credentials)
-        Authenticator(config)
-        if _files_for_clients(config) == _files_for_clients(self.config):
-            return self._tls
-        return tls.for_server(config.server)
 
     def _reconfigure(self, before: Config, credentials: tls.Credentials | None) -> None:
         config = self.config
@@ -398,36 +375,6 @@ class Hub(Listener):
         if config.log != before.log:
             logs.reconfigure(config.log)
 
-    async def _follow_files(
-        self, before: Config, credentials: tls.Credentials | None
-    ) -> None:
-        """Watch other files in place of those that are no longer named."""
-        config = self.config
-        if credentials is not self._tls:
-            await self._follow(self._tls, credentials)
-            self._tls = credentials
-        if config.auth.revoked != before.auth.revoked:
-            old, self._revoked = self._revoked, self._revocations(config)
-            await self._follow(old, self._revoked)
-            self._follow_list(config.revoked)
-        if config.server.watch_config != before.server.watch_config:
-            old_file, self._file = self._file, self._settings_file(config)
-            await self._follow(old_file, self._file)
-
-    async def _follow(self, old: Watched | None, new: Watched | None) -> None:
-        if old is not None:
-            await self._watcher.remove(old)
-        if new is not None:
-            self._watcher.add(new)
-
-    def _revocations(self, config: Config) -> RevocationList | None:
-        file = config.auth.revoked
-        return RevocationList(file, config.revoked, self._follow_list) if file else None
-
-    def _settings_file(self, config: Config) -> SettingsFile | None:
-        watched = self._load is not None and config.file and config.server.watch_config
-        return SettingsFile(config.file, self.reload_soon) if watched else None
-
     def _expanded(self, configs: Sequence[WorkerConfig]) -> list[WorkerConfig]:
         """Return the workers of the file with the members of groups in their place."""
         others = (w for w in self.registry.workers if w.source is not Source.FILE)
@@ -447,30 +394,10 @@ class Hub(Listener):
         groups = [each for each in self.config.workers if each.is_group]
         return (*fixed, *groups)
 
-    async def prepare(self, config: WorkerConfig) -> None:
-        """Read the certificates of a worker that will be added; hold `changing`.
-
-        Raises:
-            ConfigError: a file cannot be used.
-        """
-        # Reads files, which may be on a sleeping disk or on another machine.
-        await asyncio.to_thread(tls.for_workers, [config], self._credentials)
-
-    async def _drop_unused_credentials(self) -> None:
-        used = self._worker_tls.values()
-        for files, credentials in list(self._credentials.items()):
-            if credentials not in used:
-                del self._credentials[files]
-                await self._watcher.remove(credentials)
-
     def added(self, worker: Worker) -> None:
         if worker in self.connections:
             return  # it was removed, and is back before it was gone
-        known = tls.for_workers([worker.config], self._credentials).get(worker.name)
-        if known is not None:
-            self._worker_tls[worker] = known
-            if known.renewable:
-                self._watcher.add(known)
+        known = self.files.take(worker, worker.config)
         self.connections[worker] = ConnectionPool(
             worker.config, self.config, self.clock, known, worker.surplus
         )
@@ -485,7 +412,7 @@ class Hub(Listener):
 
     def gone(self, worker: Worker) -> None:
         self.connections.pop(worker).close()
-        self._worker_tls.pop(worker, None)
+        self.files.give_back(worker)
 
     # --- Life ---------------------------------------------------------------------
 
@@ -497,7 +424,11 @@ class Hub(Listener):
         """
         server = self.config.server
         self._server = Server(
-            self.proxy, self.config, self.proxy.refused, self.clients, self._tls
+            self.proxy,
+            self.config,
+            self.proxy.refused,
+            self.clients,
+            self.files.for_clients,
         )
         runner = web.ServerRunner(self._server, shutdown_timeout=1.0)
         await runner.setup()
@@ -511,7 +442,7 @@ class Hub(Listener):
         self.health.start()
         self.watchdog.start()
         self.events.start()
-        self._watcher.start()
+        self.files.start()
         # In a thread, or the first token would hold up the event loop.
         if not self.authenticator.preloaded:
             await asyncio.to_thread(self.authenticator.preload)
@@ -521,7 +452,7 @@ class Hub(Listener):
         """The URL for clients, with the actual port."""
         assert self._runner is not None, self
         host, port = self._runner.addresses[0][:2]
-        scheme = "http" if self._tls is None else "https"
+        scheme = "http" if self.files.for_clients is None else "https"
         return (
             f"{scheme}://[{host}]:{port}"
             if ":" in host
@@ -550,7 +481,7 @@ class Hub(Listener):
         await runner.cleanup()
         if self._reload is not None:
             await asyncio.wait([self._reload])
-        await self._watcher.stop()
+        await self.files.stop()
         await self.events.stop()
         await self.watchdog.stop()
         await self.loading.stop()
@@ -564,8 +495,3 @@ class Hub(Listener):
         self.events.close()
         self.proxy.cut()
         await self.drain()
-
-
-def _files_for_clients(config: Config) -> tuple[str, str, str]:
-    server = config.server
-    return server.tls_certificate, server.tls_key, server.tls_client_ca

@@ -1,10 +1,14 @@
-"""What changes while the hub runs: files, and the settings that are read from them."""
+"""What changes while the hub runs: files, and the settings that are read from them.
+
+`Watcher` looks at any files, `Files` has all that the settings of a hub name, and
+`compare` finds what another configuration changes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +16,15 @@ from typing import Any, NamedTuple, Protocol
 
 from msgspec import structs
 
-from gollama_proxy.config.keys import stamp
+from gollama_proxy.config import tls
+from gollama_proxy.config.keys import RevocationList, stamp
 from gollama_proxy.config.settings import (
     FIXED,
     SECTIONS,
     TLS_KEYS,
     Config,
+    Revoked,
+    Server,
     WorkerConfig,
 )
 from gollama_proxy.config.values import shown
@@ -51,7 +58,7 @@ class Watcher:
             self.add(item)
 
     def __repr__(self) -> str:
-        return f"<Watcher items={len(self._loops)}>"
+        return f"<{type(self).__name__} items={len(self._loops)}>"
 
     def add(self, item: Watched) -> None:
         """Watch an item, if it is not watched already."""
@@ -149,6 +156,122 @@ class SettingsFile:
         return self._changed
 
 
+# --- All files --------------------------------------------------------------------
+
+
+class Files(Watcher):
+    """The files that settings name: certificates, revoked tokens, and the settings.
+
+    `reload` is called when the settings file has changed, and `revoke` with another
+    list of revoked tokens.  Certificates are read, so making one blocks.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        reload: Callable[[], object] | None,
+        revoke: Callable[[Revoked], None],
+    ) -> None:
+        self._reload = reload
+        self._revoke = revoke
+        self.for_clients = tls.for_server(config.server)
+        # By the files that they are made from, and by the worker that uses them.
+        self._credentials: dict[tuple[str, ...], tls.Credentials] = {}
+        self._used: dict[Hashable, tls.Credentials] = {}
+        tls.for_workers(config.workers, self._credentials)
+        self._revoked = self._make_list(config)
+        self._settings = self._make_settings(config)
+        super().__init__(
+            filter(None, (self.for_clients, self._revoked, self._settings))
+        )
+
+    def note(self) -> None:
+        """Record that the settings file is about to be read; blocks."""
+        if self._settings is not None:
+            self._settings.note()
+
+    # --- Workers ------------------------------------------------------------------
+
+    async def prepare(self, configs: Sequence[WorkerConfig]) -> None:
+        """Read the certificates of workers that will be added.
+
+        Raises:
+            ConfigError: a file cannot be used.
+        """
+        # They may be on a sleeping disk or on another machine.
+        await asyncio.to_thread(tls.for_workers, configs, self._credentials)
+
+    def take(self, worker: Hashable, config: WorkerConfig) -> tls.Credentials | None:
+        """Return the credentials for a worker, and watch them; None if it has none."""
+        known = tls.for_workers([config], self._credentials).get(config.name)
+        if known is not None:
+            self._used[worker] = known
+            if known.renewable:
+                self.add(known)
+        return known
+
+    def give_back(self, worker: Hashable) -> None:
+        self._used.pop(worker, None)
+
+    async def drop_unused(self) -> None:
+        """Forget the certificates of workers that are gone."""
+        used = self._used.values()
+        for files, credentials in list(self._credentials.items()):
+            if credentials not in used:
+                del self._credentials[files]
+                await self.remove(credentials)
+
+    # --- Other settings -----------------------------------------------------------
+
+    async def read(self, before: Config, config: Config) -> tls.Credentials | None:
+        """Read the certificates that are new, and return those for clients.
+
+        Raises:
+            ConfigError: a file cannot be used.
+        """
+        await self.prepare(config.workers)
+        if _certificate_of(config.server) == _certificate_of(before.server):
+            return self.for_clients
+        return await asyncio.to_thread(tls.for_server, config.server)
+
+    async def follow(
+        self, before: Config, config: Config, credentials: tls.Credentials | None
+    ) -> None:
+        """Watch other files in place of those that are no longer named."""
+        if credentials is not self.for_clients:
+            await self._swap(self.for_clients, credentials)
+            self.for_clients = credentials
+        if config.auth.revoked != before.auth.revoked:
+            old, self._revoked = self._revoked, self._make_list(config)
+            await self._swap(old, self._revoked)
+            self._revoke(config.revoked)
+        if config.server.watch_config != before.server.watch_config:
+            old_file, self._settings = self._settings, self._make_settings(config)
+            await self._swap(old_file, self._settings)
+
+    async def _swap(self, old: Watched | None, new: Watched | None) -> None:
+        if old is not None:
+            await self.remove(old)
+        if new is not None:
+            self.add(new)
+
+    def _make_list(self, config: Config) -> RevocationList | None:
+        file = config.auth.revoked
+        return RevocationList(file, config.revoked, self._revoke) if file else None
+
+    def _make_settings(self, config: Config) -> SettingsFile | None:
+        if self._reload is None or not (config.file and config.server.watch_config):
+            return None
+        return SettingsFile(config.file, self._reload)
+
+
+def _certificate_of(server: Server) -> tuple[str, str, str]:
+    return server.tls_certificate, server.tls_key, server.tls_client_ca
+
+
+# --- What changes -----------------------------------------------------------------
+
+
 class Change(NamedTuple):
     """A setting with another value."""
 
@@ -193,8 +316,8 @@ _SECRET = {"auth.secrets": "secrets", "auth.public_keys": "public_keys"}
 
 def compare(old: Config, new: Config) -> tuple[Changes, Config]:
     """Return what differs, and `new` as far as it takes effect without a restart."""
-    tls = bool(old.server.tls_certificate), bool(new.server.tls_certificate)
-    fixed = FIXED if tls[0] == tls[1] else FIXED | TLS_KEYS
+    had, has = bool(old.server.tls_certificate), bool(new.server.tls_certificate)
+    fixed = FIXED if had == has else FIXED | TLS_KEYS
     settings, restart, merged = [], [], {}
     for section, type_ in SECTIONS.items():
         one, other = getattr(old, section), getattr(new, section)

@@ -39,6 +39,7 @@ from gollama_proxy.config import addresses
 from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.settings import Config, Origin, WorkerConfig
 from gollama_proxy.config.values import ConfigError
+from gollama_proxy.config.watch import Files
 from gollama_proxy.control.calls import check_local, decode, receive
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import Response
@@ -115,7 +116,8 @@ class Parts(Protocol):
     def agents(self) -> Agents: ...
     @property
     def changing(self) -> asyncio.Lock: ...
-    async def prepare(self, config: WorkerConfig) -> None: ...
+    @property
+    def files(self) -> Files: ...
 
 
 class AgentApi:
@@ -297,7 +299,7 @@ class AgentApi:
         """
         registry, worker = self._hub.registry, lease.worker
         try:
-            await self._hub.prepare(worker)
+            await self._hub.files.prepare([worker])
             if self._hub.agents.find(worker.name) is not lease:
                 raise ConfigError(
                     f"the lease of {worker.name!r} has ended in the meantime"

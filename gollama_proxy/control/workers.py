@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.settings import API_KEYS, WORKER_KEYS, WorkerConfig
 from gollama_proxy.config.values import ConfigError
+from gollama_proxy.config.watch import Files
 from gollama_proxy.control import views
 from gollama_proxy.control.calls import Call, CallHandler, answer
 from gollama_proxy.control.events import Events
@@ -42,11 +43,10 @@ class Parts(views.Parts, Protocol):
     @property
     def events(self) -> Events: ...
     @property
+    def files(self) -> Files: ...
+    @property
     def changing(self) -> asyncio.Lock:
         """Held while the fleet or the settings change."""
-
-    async def prepare(self, config: WorkerConfig) -> None:
-        """Read the certificates of a worker that will be added."""
 
     def wake(self, name: str) -> Worker:
         """Wake the machine of a worker; harmless if it does not sleep."""
@@ -210,7 +210,7 @@ class Workers:
 
     async def _prepare(self, config: WorkerConfig) -> None:
         try:
-            await self._hub.prepare(config)
+            await self._hub.files.prepare([config])
         except ConfigError as exc:
             raise _refusal(exc) from None
 

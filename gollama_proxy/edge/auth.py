@@ -296,15 +296,22 @@ def _new_decoder() -> jwt.PyJWT:
 
 
 def _check_key(config: Config, key: bytes | str) -> None:
+    algorithm, file = config.auth.algorithm, config.auth.public_key_file
+    if not _is_key(algorithm, key):
+        text = f"auth.public_key_file = {file!r}: holds a key that is not {algorithm}"
+        raise ConfigError(text)
+
+
+@functools.lru_cache(maxsize=16)
+def _is_key(algorithm: str, key: bytes | str) -> bool:
+    """Return whether a key is of an algorithm; a reload asks in a thread first."""
     import jwt
 
-    algorithm = config.auth.algorithm
     try:
         jwt.get_algorithm_by_name(algorithm).prepare_key(key)
-    except (jwt.PyJWTError, ValueError, TypeError) as exc:
-        file = config.auth.public_key_file
-        text = f"auth.public_key_file = {file!r}: holds a key that is not {algorithm}"
-        raise ConfigError(text) from exc
+    except (jwt.PyJWTError, ValueError, TypeError):
+        return False
+    return True
 
 
 def _seconds(claims: Mapping[str, Any], name: str) -> float:

@@ -391,10 +391,10 @@ async def test_workers_over_tls_come_and_go_with_their_certificates(
             assert config.name in (await hub.hub.apply(with_workers(hub, config))).added
             await ready(hub, config.name)
             assert await worker_of(hub) == config.name
-            assert repr(hub.hub._watcher) == "<Watcher items=1>"
+            assert repr(hub.hub.files) == "<Files items=1>"
         for _ in range(2):
             await hub.hub.apply(with_workers(hub))
-        assert repr(hub.hub._watcher) == "<Watcher items=0>"
+        assert repr(hub.hub.files) == "<Files items=0>"
         lost = replace(configs[0], ca_file="/nowhere/ca.pem")
         with pytest.raises(ConfigError, match="ca_file"):
             await hub.hub.apply(with_workers(hub, lost))

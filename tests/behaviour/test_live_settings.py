@@ -453,7 +453,7 @@ async def test_a_file_that_is_watched_is_applied_when_it_has_changed(
         new.write_text("[server]\nwatch_config = false\n")
         new.replace(file)
         await until(lambda: hub.hub.config.queue.size == 256)
-        await until(lambda: repr(hub.hub._watcher) == "<Watcher items=0>")
+        await until(lambda: repr(hub.hub.files) == "<Files items=0>")
 
 
 async def test_another_list_of_revoked_tokens_takes_the_place_of_the_first(
