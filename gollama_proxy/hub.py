@@ -51,6 +51,8 @@ from gollama_proxy.upstream.pool import ConnectionPool
 
 logger = logging.getLogger(__name__)
 
+BATCH = 100  # workers that are added between two turns of the event loop
+
 _FAILED = (Outcome.ERROR, Outcome.REFUSED)
 
 
@@ -350,7 +352,10 @@ class Hub(Listener):
             before, self.config = self.config, config
             self._reconfigure(before, credentials)
             self.groups.follow(config.workers)
-            self.registry.apply(self._expanded(config.workers))
+            # A thousand workers would hold up the event loop, and with it all answers.
+            while not self.registry.apply(self._expanded(config.workers), most=BATCH):
+                self._restore_holds()
+                await asyncio.sleep(0)
             self._restore_holds()
             await self.files.follow(before, config, credentials)
             return changes

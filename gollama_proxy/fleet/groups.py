@@ -80,6 +80,8 @@ class Groups:
         out: its own settings come first.
         """
         configs = list(configs)
+        if not any(each.is_group for each in configs):
+            return [*configs]
         single = [*(each for each in configs if not each.is_group), *others]
         names = {each.name for each in single}
         places = {place for each in single for place in each.origin.places}

@@ -181,27 +181,42 @@ class Registry(Pools):
     def _deadline(self, within: float | None) -> float:
         return self._clock() + (self._config.server.drain if within is None else within)
 
-    def apply(self, configs: Sequence[WorkerConfig]) -> None:
+    def apply(self, configs: Sequence[WorkerConfig], most: int | None = None) -> bool:
         """Add, replace and remove workers until those of the file are these.
 
-        Workers from other sources stay as they are.
+        Workers from other sources stay as they are.  At most `most` new ones are added,
+        in the order of `configs`.  If there are more, nothing else changes yet, and the
+        result is False: the caller has to call again.
 
         Raises:
             ConfigError: two workers have the same name or address; nothing has changed.
         """
         self.check(configs)
         present = {_way(each.config): each for each in self._of_file()}
-        kept = {config: present.pop(_way(config), None) for config in configs}
-        places = {worker.name: worker.index for worker in present.values()}
+        pairs = [(config, present.pop(_way(config), None)) for config in configs]
+        going = present.values()
+        names = {worker.name for worker in self.workers}
+        taken = {place for worker in going for place in worker.config.origin.places}
+        new: list[WorkerConfig] = []
+        moved: list[WorkerConfig] = []
+        for config, known in pairs:
+            if known is None:
+                free = taken.isdisjoint(config.origin.places)
+                (new if free and config.name not in names else moved).append(config)
+        for config in new[:most]:
+            self._join(config, Source.FILE)
+        if most is not None and len(new) > most:
+            return False
+        indexes = {worker.name: worker.index for worker in going}
         deadline = self._deadline(None)
-        for worker in present.values():
+        for worker in going:
             self._retire(worker, deadline)
-        for config, known in kept.items():
+        for config, known in pairs:
             if known is not None:
                 self._reconfigure(known, config)
-        for config, known in kept.items():
-            if known is None:
-                self._join(config, Source.FILE, places.get(config.name))
+        for config in moved:
+            self._join(config, Source.FILE, indexes.get(config.name))
+        return True
 
     def check(self, configs: Sequence[WorkerConfig]) -> None:
         """Check that these can be the workers of the file.

@@ -7,6 +7,7 @@ import ssl
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 import pytest
@@ -16,6 +17,7 @@ from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes
 from gollama_proxy.fleet.breaker import BreakerState, Verdict
 from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.hub import BATCH
 from tests.fakes.asks import CHAT, RARELY, STREAM
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
@@ -294,7 +296,12 @@ async def test_a_thousand_workers_come_and_go_while_answers_run() -> None:
         wires = await begin(hub, STREAMS)
         here = hub.hub.config.workers
         many = tuple(absent(number) for number in range(MANY))
-        await hub.hub.apply(with_workers(hub, *here, *many))
+        grown: list[int] = []
+        applying = asyncio.create_task(hub.hub.apply(with_workers(hub, *here, *many)))
+        while not applying.done():
+            grown.append(len(hub.hub.registry.workers))
+            await asyncio.sleep(0)
+        assert max(b - a for a, b in pairwise(grown)) <= BATCH  # answers go on between
         assert len(hub.hub.connections) == MANY + 1
         assert hub.hub.registry.find(many[-1].name).index == MANY
         wires += await begin(hub, 1)
