@@ -15,7 +15,7 @@ from gollama_proxy.config.load import load
 from gollama_proxy.config.settings import settings
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.wire.errors import Code
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes.hub import SECRET
 
 ROOT = Path(__file__).parent.parent

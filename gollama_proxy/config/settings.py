@@ -31,7 +31,7 @@ from gollama_proxy.config.values import (
     size,
     whole,
 )
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 
 ALGORITHMS = ("HS256", "RS256", "ES256", "EdDSA")
 POLICIES = ("round_robin", "weighted", "least_busy", "fastest", "affinity")

@@ -40,7 +40,7 @@ from gollama_proxy.tasks import Periodic
 from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.errors import Code, RequestError
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 
 logger = logging.getLogger(__name__)
 audit = logging.getLogger("gollama_proxy.audit")

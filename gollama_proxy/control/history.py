@@ -29,7 +29,7 @@ from gollama_proxy.fleet.breaker import BreakerState
 from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.telemetry.accesslog import Outcome, Record, Step
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 
 Shown = dict[str, Any]
 

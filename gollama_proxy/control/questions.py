@@ -22,7 +22,7 @@ from gollama_proxy.scheduling.balancer import RetryBudget
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.wire.errors import Code, ProxyError, RequestError
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 
 
 class Question(msgspec.Struct, forbid_unknown_fields=True):

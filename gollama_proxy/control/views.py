@@ -24,7 +24,7 @@ from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Policy
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.turns import TicketState
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 
 
 class Parts(Protocol):

@@ -19,7 +19,7 @@ from aiohttp import web
 from gollama_proxy.wire import shapes
 from gollama_proxy.wire.coding import CODINGS
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.openai import Api
+from gollama_proxy.wire.schema import Api
 
 SERVER = "gollama-proxy"
 JSON = "Content-Type: application/json\r\n"

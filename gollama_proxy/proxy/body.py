@@ -21,7 +21,7 @@ from gollama_proxy.wire import fields
 from gollama_proxy.wire.coding import CODINGS, CodingError, Unpacker, coding_of
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.form import FormScanner, boundary_of, content_type_of
-from gollama_proxy.wire.openai import Endpoint
+from gollama_proxy.wire.schema import Endpoint
 
 # The time limit grows by a second for each so many bytes (as mod_reqtimeout does).
 LEAST_RATE = 16 << 10

@@ -83,8 +83,8 @@ from gollama_proxy.wire.errors import (
     RequestError,
     WorkerError,
 )
-from gollama_proxy.wire.openai import ENDPOINTS, Ending, api_of
 from gollama_proxy.wire.partial import DivergedError
+from gollama_proxy.wire.schema import ENDPOINTS, Ending, api_of
 
 logger = logging.getLogger(__name__)
 

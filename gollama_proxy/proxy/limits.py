@@ -14,7 +14,7 @@ from gollama_proxy.proxy.response import Assembly, Stream
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.tasks import held_up
 from gollama_proxy.wire.errors import Code, WorkerError
-from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.schema import Ending
 
 # Limits up to this many seconds have a timer.
 SOON = 5.0

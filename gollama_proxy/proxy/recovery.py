@@ -35,9 +35,9 @@ from gollama_proxy.wire.asking import (
 )
 from gollama_proxy.wire.assemble import UnfoldableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.openai import Api
 from gollama_proxy.wire.partial import Partial, closing
 from gollama_proxy.wire.resume import Resumer
+from gollama_proxy.wire.schema import Api
 
 # --- The answer broke off ---------------------------------------------------------
 

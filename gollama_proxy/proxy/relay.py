@@ -24,12 +24,11 @@ from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.tasks import held_up
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire import answer, sse
+from gollama_proxy.wire.answer import NO_END, TAIL, End, Tally, read_end
 from gollama_proxy.wire.assemble import AssemblyError
-from gollama_proxy.wire.ending import NOTHING, TAIL, End, Tally, read_end
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.openai import Ending, Endpoint
 from gollama_proxy.wire.resume import MOST_WORDS, Transcript
-from gollama_proxy.wire.schema import EventError
+from gollama_proxy.wire.schema import Ending, Endpoint, EventError
 
 # Bytes that are held until the first event is complete; more are passed on as they are.
 HOLD_LIMIT = 256 << 10
@@ -88,7 +87,7 @@ class Relay:
         self.is_event_stream = False
         self.headers: list[tuple[bytes, bytes]] = []
         self.opened_at: float | None = None
-        self.end = NOTHING  # known when `run` has returned or raised
+        self.end = NO_END  # known when `run` has returned or raised
         self.bytes = 0
         self.events = 0
         self.body_received: Callable[[bytes], None] = self._hold

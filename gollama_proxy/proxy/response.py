@@ -29,9 +29,9 @@ from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.wire import headers, shapes, sse
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.errors import ProxyError
-from gollama_proxy.wire.filters import Renamer, UsageHider, renamed
-from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.schema import Ending
 from gollama_proxy.wire.shapes import ErrorReshaper
+from gollama_proxy.wire.sse import Renamer, UsageHider, renamed
 
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 _STREAM = "".join(f"{name}: {value}\r\n" for name, value in sse.STREAM_HEADERS.items())

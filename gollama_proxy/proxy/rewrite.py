@@ -17,14 +17,14 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.response import Assembly
 from gollama_proxy.proxy.state import Exchange
+from gollama_proxy.wire.answer import Tally
 from gollama_proxy.wire.asking import (
     ask_for_stream,
     ask_for_usage,
     choices_of,
     has_prompts,
 )
-from gollama_proxy.wire.ending import Tally
-from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.schema import Ending
 
 REMEMBERED = 600.0  # seconds; a worker may have been updated by then
 

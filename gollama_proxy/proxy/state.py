@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gollama_proxy.proxy.rewrite import Plainly
     from gollama_proxy.scheduling.turns import Ticket
     from gollama_proxy.wire.errors import ProxyError
-    from gollama_proxy.wire.openai import Endpoint
+    from gollama_proxy.wire.schema import Endpoint
 
 
 class State(enum.Enum):

@@ -26,7 +26,7 @@ from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.scheduling.context import Prompts
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.answer import Usage, read_tail
-from gollama_proxy.wire.openai import Api
+from gollama_proxy.wire.schema import Api
 
 # Counts the tokens of a body on a worker, for a path and a model; None: it cannot.
 Count = Callable[[Worker, str, str, bytes], Awaitable[int | None]]

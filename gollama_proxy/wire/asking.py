@@ -28,9 +28,8 @@ from gollama_proxy.wire.assemble_openai import (
     TextAssembler,
 )
 from gollama_proxy.wire.fields import FieldScanner
-from gollama_proxy.wire.openai import Api, Endpoint
 from gollama_proxy.wire.partial import Partial
-from gollama_proxy.wire.schema import UNREADABLE, Private, raw_fields
+from gollama_proxy.wire.schema import UNREADABLE, Api, Endpoint, Private, raw_fields
 
 # --- A stream ---------------------------------------------------------------------
 

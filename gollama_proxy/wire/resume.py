@@ -31,9 +31,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from gollama_proxy.wire.ending import TAIL, has_error, is_complete
+from gollama_proxy.wire.answer import TAIL, has_error, is_complete
 from gollama_proxy.wire.errors import Code, WorkerError
-from gollama_proxy.wire.openai import Ending
 from gollama_proxy.wire.partial import (
     END,
     DivergedError,
@@ -46,7 +45,7 @@ from gollama_proxy.wire.partial import (
     joined,
     read_event,
 )
-from gollama_proxy.wire.schema import WORD, ChunkUsage
+from gollama_proxy.wire.schema import WORD, ChunkUsage, Ending
 from gollama_proxy.wire.sse import DONE, Gatherer
 
 # --- What the client was sent -----------------------------------------------------

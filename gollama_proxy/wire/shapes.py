@@ -22,8 +22,7 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 
-from gollama_proxy.wire.openai import Api
-from gollama_proxy.wire.schema import UNREADABLE, Private
+from gollama_proxy.wire.schema import UNREADABLE, Api, Private
 from gollama_proxy.wire.sse import EventFilter, data_of
 
 # Bytes of the longest event that is held; an error has a few hundred.

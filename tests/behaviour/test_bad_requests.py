@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes.asks import CHAT, JSON_ROUTES
 from tests.fakes.cases import case
 from tests.fakes.client import Response, request_head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gollama_proxy.wire.openai import ENDPOINTS, REFUSED
+from gollama_proxy.wire.schema import ENDPOINTS, REFUSED
 from tests.fakes.asks import WHOLE
 from tests.fakes.hub import running_hub
 from tests.fakes.script import answer, notify, stall

@@ -11,7 +11,7 @@ import pytest
 
 from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.wire.openai import ENDPOINTS, Ending
+from gollama_proxy.wire.schema import ENDPOINTS, Ending
 from tests.fakes import client
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
 from tests.fakes.client import Response

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 from tests.behaviour.test_bad_requests import (
     BODY,
     CHAT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 WHOLE: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}

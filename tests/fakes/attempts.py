@@ -17,7 +17,7 @@ from gollama_proxy.proxy.attempt import release, request_head, send
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker as a_worker
 from tests.fakes.waiting import DEADLINE

@@ -19,7 +19,7 @@ from gollama_proxy.config.settings import STREAMED
 from gollama_proxy.scheduling.policies.affinity import prefixes
 from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.wire import fields, sse
-from gollama_proxy.wire.answer import beginning, read_tail, read_usage
+from gollama_proxy.wire.answer import beginning, read_end, read_tail, read_usage
 from gollama_proxy.wire.asking import (
     ask_for_rest,
     ask_for_stream,
@@ -29,7 +29,6 @@ from gollama_proxy.wire.asking import (
     exhausted,
 )
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
-from gollama_proxy.wire.ending import read_end
 from gollama_proxy.wire.errors import RequestError, WorkerError
 from gollama_proxy.wire.fields import (
     Field,
@@ -39,10 +38,10 @@ from gollama_proxy.wire.fields import (
     find_model,
     read_whole,
 )
-from gollama_proxy.wire.filters import Renamer, UsageHider, renamed
-from gollama_proxy.wire.openai import ENDPOINTS, Api, Ending
 from gollama_proxy.wire.partial import Partial, Span
 from gollama_proxy.wire.resume import Resumer, Transcript
+from gollama_proxy.wire.schema import ENDPOINTS, Api, Ending
+from gollama_proxy.wire.sse import Renamer, UsageHider, renamed
 
 T = TypeVar("T")
 

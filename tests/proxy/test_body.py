@@ -22,7 +22,7 @@ from gollama_proxy.config.settings import Config, Limits, Timeouts
 from gollama_proxy.proxy.body import LEAST_RATE, Body, answer_expectation
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.fields import WANTED
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes.asks import CHAT, EMBED
 
 BODY = b'{"messages": [{"role":"user"}], "stream":true ,"model" :"qwen", "n": 1}'

@@ -22,9 +22,8 @@ from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.openai import ENDPOINTS
 from gollama_proxy.wire.partial import DivergedError, UnreadableError
-from gollama_proxy.wire.schema import EventError
+from gollama_proxy.wire.schema import ENDPOINTS, EventError
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker
 from tests.fakes.replies import error_event, event, ping, role, token

@@ -20,10 +20,9 @@ from gollama_proxy.proxy.relay import (
     Relay,
 )
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.wire.answer import Prefill, Usage
-from gollama_proxy.wire.ending import TAIL
+from gollama_proxy.wire.answer import TAIL, Prefill, Usage
 from gollama_proxy.wire.errors import Code, ProxyError, RequestError, WorkerError
-from gollama_proxy.wire.openai import Ending, Endpoint
+from gollama_proxy.wire.schema import Ending, Endpoint
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker as a_worker
 from tests.fakes.replies import (

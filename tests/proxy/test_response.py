@@ -21,7 +21,7 @@ from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire.asking import ask_for_stream
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker
 from tests.fakes.replies import chunk, error_event, role, token, usage_of

@@ -18,7 +18,7 @@ import pytest
 
 from gollama_proxy.wire.asking import ask_for_stream
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
-from gollama_proxy.wire.openai import ENDPOINTS, Ending
+from gollama_proxy.wire.schema import ENDPOINTS, Ending
 from tests.real.gguf_tiny import write_tiny_gguf
 from tests.real.llama import LlamaServer
 

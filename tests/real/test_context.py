@@ -14,7 +14,7 @@ from gollama_proxy.config import load as config
 from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.dial import Target
 from gollama_proxy.wire.answer import read_usage
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import running_hub
 from tests.real.llama import LlamaServer

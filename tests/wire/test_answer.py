@@ -21,7 +21,7 @@ from gollama_proxy.wire.answer import (
     read_tail,
     read_usage,
 )
-from gollama_proxy.wire.openai import Api
+from gollama_proxy.wire.schema import Api
 from tests.fakes.replies import (
     chat_completion,
     done,

@@ -20,7 +20,7 @@ from gollama_proxy.wire.asking import (
     for_model,
     has_prompts,
 )
-from gollama_proxy.wire.openai import ENDPOINTS
+from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes.streams import (
     arguments,
     call,

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from gollama_proxy.wire.ending import read_end
+from gollama_proxy.wire.answer import read_end
 from gollama_proxy.wire.errors import Code, WorkerError
-from gollama_proxy.wire.openai import Api, Ending
+from gollama_proxy.wire.schema import Api, Ending
 from gollama_proxy.wire.shapes import ErrorReshaper, Overflow, error_event, status_body
 from gollama_proxy.wire.sse import EventError, error_in, events_in
 

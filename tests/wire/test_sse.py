@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.wire import sse
-from gollama_proxy.wire.openai import Ending
+from gollama_proxy.wire.schema import Ending
 from gollama_proxy.wire.sse import (
     DONE,
     STREAM_HEADERS,

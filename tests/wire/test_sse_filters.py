@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gollama_proxy.wire.filters import HELD, MOST_SPACES, Renamer, UsageHider, renamed
+from gollama_proxy.wire.sse import HELD, MOST_SPACES, Renamer, UsageHider, renamed
 from tests.fakes.replies import (
     done,
     finish,

@@ -10,19 +10,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.wire.answer import Usage, read_tail
-from gollama_proxy.wire.ending import (
+from gollama_proxy.wire.answer import (
     MOST_CHOICES,
     MOST_HELD,
     TAIL,
     End,
     Tally,
+    Usage,
     ends_in,
     has_error,
     is_complete,
     read_end,
+    read_tail,
 )
-from gollama_proxy.wire.openai import Api, Ending
+from gollama_proxy.wire.schema import Api, Ending
 from gollama_proxy.wire.sse import DONE, events_in
 from tests.fakes import replies
 from tests.fakes.replies import event
