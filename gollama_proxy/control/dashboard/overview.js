@@ -316,7 +316,8 @@ class Overview {
 
   #schedule() {
     if (this.#due || this.#stopped.signal.aborted) return;
-    const wait = Math.max(LEAST - (performance.now() - this.#last), 0);
+    const least = this.#compact ? 4 * LEAST : LEAST;
+    const wait = Math.max(least - (performance.now() - this.#last), 0);
     this.#due = setTimeout(() => requestAnimationFrame(() => this.#render()), wait);
   }
 
