@@ -17,12 +17,11 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-
-import msgspec
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.state.database import Database, StateError
@@ -103,14 +102,16 @@ class Ended(Protocol):
     slot_seconds: float
 
 
-class Spent(msgspec.Struct, gc=False):
+@dataclass(slots=True)
+class Spent:
     """The tokens of a subject, of prompts and answers."""
 
     today: int = 0
     month: int = 0
 
 
-class _Row(msgspec.Struct, gc=False):
+@dataclass(slots=True)
+class _Row:
     """What was used since the last time that rows were written."""
 
     spent: Spent
