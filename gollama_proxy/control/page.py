@@ -286,7 +286,8 @@ def _serve(
     file = files[name]
     fields = f"ETag: {file.tag}\r\nVary: {vary}Accept-Encoding\r\n{_KEPT}{_PROTECTION}"
     known = ",".join(request.headers.getall("If-None-Match", ()))
-    if file.tag in re.findall(r'(?:W/)?"[^"]*"', known) or known.strip() == "*":
+    # Compared without the marks of weak tags (RFC 9110, 13.1.2).
+    if file.tag[2:] in re.findall(r'"[^"]*"', known) or known.strip() == "*":
         return Response(status=304, fields=fields)
     fields += f"Content-Type: {file.type}\r\n"
     if _accepts_gzip(request) and len(file.compressed) < len(file.content):

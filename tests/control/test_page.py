@@ -16,6 +16,7 @@ from gollama_proxy.control.page import Links, quality
 from tests.fakes.client import Response
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.worker import ScriptedWorker
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 HTML = ("Accept", BROWSER)
@@ -149,7 +150,7 @@ async def test_a_file_that_has_not_changed_is_not_sent_again() -> None:
             fields = [("Accept", accepted)]
             tag = (await hub.get(path, None, headers=fields)).header("etag")
             assert tag is not None
-            for known in (tag, f'"x", {tag}', "*"):
+            for known in (tag, tag.removeprefix("W/"), f'"x", {tag}', "*"):
                 condition = ("If-None-Match", known)
                 answer = await hub.get(path, None, headers=[*fields, condition])
                 assert (answer.status, answer.body) == (304, b"")
@@ -364,3 +365,21 @@ async def test_links_are_audited_without_their_codes(
     logged = repr([each.__dict__ for each in caplog.records])
     assert code not in logged
     assert token not in logged
+
+
+async def test_what_a_monitor_may_do_elsewhere() -> None:
+    """Its scope is for operators' paths alone, and leaves its other rights alone."""
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        token = hub.token("eve", scope="monitor")
+        for path, status in (
+            ("/", 200),
+            ("/dashboard/app.js", 200),
+            ("/dashboard/session", 200),
+            ("/v1/models", 200),
+            ("/v1/usage", 200),
+            ("/metrics", 403),
+        ):
+            assert (await hub.get(path, token)).status == status, path
+        async with await hub.wire() as wire:
+            await wire.post("/agent/workers/x", {}, token, method="PUT")
+            assert (await wire.read_response()).status == 403
