@@ -26,7 +26,7 @@ class Reader:
     def __init__(self, node: str) -> None:
         module = resources.files("gollama_proxy.control") / "dashboard" / "markdown.js"
         self._process = subprocess.Popen(
-            [node, "--no-warnings", str(DRIVER), Path(str(module)).as_uri()],
+            [node, str(DRIVER), str(module)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

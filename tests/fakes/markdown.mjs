@@ -1,9 +1,13 @@
 // Reads texts in Markdown, one JSON object a line: {"text": …, "cuts": [offsets]}.
 // Writes for each the nodes of the whole, and those of the text as it grew in pieces.
 
+import { readFileSync } from "node:fs";
 import { createInterface } from "node:readline";
 
-const { Growing, parse } = await import(process.argv[2]);
+// Node 18 takes a file that ends in .js for a module of another kind.
+const source = readFileSync(process.argv[2], "utf8");
+const module = `data:text/javascript,${encodeURIComponent(source)}`;
+const { Growing, parse } = await import(module);
 
 function grow(text, cuts) {
   const growing = new Growing();
