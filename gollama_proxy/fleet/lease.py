@@ -1,13 +1,13 @@
-"""What a request holds on a worker, given back exactly once, with a result."""
+"""What a request holds on a worker, given back exactly once, and what it shows."""
 
 from __future__ import annotations
 
 import enum
 import math
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, assert_never
 
-from gollama_proxy.fleet.breaker import Permit
+from gollama_proxy.fleet.breaker import Permit, Verdict
 from gollama_proxy.wire.answer import Prefill
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ class Result(enum.Enum):
     CLIENT_GONE = "client gone"
     HUB_STOPPED = "hub stopped"
     WORKER_FAILED = "worker failed"
+
+
+# Before Python 3.12, it takes long to look up a member of an enum in its class.
+_COMPLETE: Final = Result.COMPLETE
+_SUCCESS: Final = Verdict.SUCCESS
 
 
 class Lease:
@@ -86,6 +91,41 @@ class Lease:
             self.result = result
             self.worker.take_back(self, result)
 
+    def judge(self, result: Result, beside: int) -> Verdict:
+        """Learn from how the attempt ended, one of `beside`; return what it shows."""
+        worker = self.worker
+        if result is _COMPLETE:
+            if self.prefill is not None and not self.prefill.possible:
+                worker.doubt(self.prefill)
+            model, tokens, seconds = self.model, self.tokens, self.seconds
+            pace = worker.paces.get(model) or worker.pace_of(model)
+            slow = tokens and pace.is_slow(tokens, seconds, beside)
+            pace.learn(
+                0 if self.loads else self.prompt_bytes,  # not a time of reading
+                self.first_token,
+                tokens,
+                seconds,
+                beside,
+                self.prefill,
+            )
+            return Verdict.SLOW if slow else _SUCCESS
+        match result:
+            case Result.SLOW:
+                if not self.first_token:
+                    worker.pace_of(self.model).missed()
+                return Verdict.HUNG
+            case Result.WORKER_FAILED:
+                return Verdict.FAILURE
+            case Result.CLIENT_GONE:
+                # A client that leaves after a hang has left because of it.
+                waited = worker.clock() - self.taken_at
+                hung = not self.first_token and waited > self.allowance
+                return Verdict.HUNG if hung else Verdict.NEUTRAL
+            case Result.BUSY | Result.REFUSED | Result.ERRED | Result.HUB_STOPPED:
+                return Verdict.NEUTRAL
+            case _:
+                assert_never(result)
+
     def __enter__(self) -> Lease:
         return self
 
@@ -96,3 +136,12 @@ class Lease:
         traceback: TracebackType | None,
     ) -> None:
         self.release(Result.CLIENT_GONE)
+
+
+def proof_of(verdict: Verdict, result: Result) -> bool | None:
+    """Return what a request proves that was admitted as a proof; None is nothing."""
+    if result is Result.ERRED:
+        return False
+    if verdict is Verdict.NEUTRAL:
+        return None
+    return verdict is Verdict.SUCCESS

@@ -14,7 +14,7 @@ from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, WorkerConfig
 from gollama_proxy.fleet.breaker import Breaker, Verdict
-from gollama_proxy.fleet.lease import Lease, Result
+from gollama_proxy.fleet.lease import Lease, Result, proof_of
 from gollama_proxy.fleet.offer import Offer
 from gollama_proxy.fleet.speed import Expectations, Pace
 from gollama_proxy.fleet.state import (
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Before Python 3.12, it takes long to look up a member of an enum in its class.
 _COMPLETE: Final = Result.COMPLETE
-_NEUTRAL, _SUCCESS = Verdict.NEUTRAL, Verdict.SUCCESS
+_NEUTRAL: Final = Verdict.NEUTRAL
 
 SETTLING = 15.0  # seconds that a machine may take to fall asleep
 SPARE = 3  # threads of a llama-server in addition to one for each slot
@@ -348,9 +348,9 @@ class Worker(Offer):
         self._taken -= lease.slot
         if self.full:
             self.full = self.free <= 0
-        verdict = self._judge(lease, result, beside)
+        verdict = lease.judge(result, beside)
         for permit in lease.permits:
-            permit.settle(_proof(verdict, result))
+            permit.settle(proof_of(verdict, result))
         if verdict is not _NEUTRAL:
             self.breaker.record(verdict, lease.generation)
         if result is not _COMPLETE:
@@ -362,40 +362,6 @@ class Worker(Offer):
         if self.on_gone is not None and not self.leases:
             self.on_gone()
 
-    def _judge(self, lease: Lease, result: Result, beside: int) -> Verdict:
-        """Learn from an attempt, one of `beside`; return what it shows."""
-        if result is _COMPLETE:
-            if lease.prefill is not None and not lease.prefill.possible:
-                self._doubt(lease.prefill)
-            model, tokens, seconds = lease.model, lease.tokens, lease.seconds
-            pace = self.paces.get(model) or self.pace_of(model)
-            slow = tokens and pace.is_slow(tokens, seconds, beside)
-            pace.learn(
-                0 if lease.loads else lease.prompt_bytes,  # not a time of reading
-                lease.first_token,
-                tokens,
-                seconds,
-                beside,
-                lease.prefill,
-            )
-            return Verdict.SLOW if slow else _SUCCESS
-        match result:
-            case Result.SLOW:
-                if not lease.first_token:
-                    self.pace_of(lease.model).missed()
-                return Verdict.HUNG
-            case Result.WORKER_FAILED:
-                return Verdict.FAILURE
-            case Result.CLIENT_GONE:
-                # A client that leaves after a hang has left because of it.
-                waited = self.clock() - lease.taken_at
-                hung = not lease.first_token and waited > lease.allowance
-                return Verdict.HUNG if hung else Verdict.NEUTRAL
-            case Result.BUSY | Result.REFUSED | Result.ERRED | Result.HUB_STOPPED:
-                return Verdict.NEUTRAL
-            case _:
-                assert_never(result)
-
     def _take_notice(self, lease: Lease, result: Result) -> None:
         if result in (Result.WORKER_FAILED, Result.SLOW):
             self._bad += 1
@@ -405,7 +371,7 @@ class Worker(Offer):
         if result is Result.REFUSED:
             self.has_answered(lease)
 
-    def _doubt(self, reported: Prefill) -> None:
+    def doubt(self, reported: Prefill) -> None:
         """Warn, once, of a report about the reading of a prompt that cannot be true."""
         if not self._odd_timings:
             self._odd_timings = True
@@ -608,12 +574,3 @@ class Worker(Offer):
                 self.state.value,
                 reason,
             )
-
-
-def _proof(verdict: Verdict, result: Result) -> bool | None:
-    """Return what a request proves that was admitted as a proof; None is nothing."""
-    if result is Result.ERRED:
-        return False
-    if verdict is Verdict.NEUTRAL:
-        return None
-    return verdict is Verdict.SUCCESS
