@@ -761,6 +761,27 @@ def test_applying_keeps_what_has_its_address_and_the_places_of_names() -> None:
     assert (made.workers, made.leaving) == ([], [])
 
 
+def test_new_workers_come_in_batches_and_all_else_changes_behind_them() -> None:
+    made = registry("a", "a")
+    wanted = [config_of(0, "renamed"), *map(config_of, (2, 3, 4))]
+
+    def present() -> list[str]:
+        return [worker.name for worker in made.workers]
+
+    assert not made.apply(wanted, most=2)
+    assert present() == ["w0", "w1", "w2", "w3"]
+    assert made.apply(wanted, most=2)
+    assert present() == ["renamed", "w2", "w3", "w4"]
+
+
+def test_a_new_worker_in_the_place_of_another_one_is_no_addition() -> None:
+    made = registry("a")
+    assert made.apply([config_of(5, "w0")], most=0)
+    assert [(each.name, each.config.url) for each in made.workers] == [
+        ("w0", config_of(5).url)
+    ]
+
+
 # --- Workers that come back -------------------------------------------------------
 
 
