@@ -1,4 +1,4 @@
-"""The hub's own requests to workers: pings, canaries, token counts.
+"""A small HTTP client for the hub's own requests to workers.
 
 Each has its own connection, which is closed after the answer: an idle one would cost
 the worker a thread, and a pooled one may be dead already.  No cookies, no redirects, no
