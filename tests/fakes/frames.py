@@ -141,5 +141,9 @@ def _name(code: CodeType) -> str:
 if __name__ == "__main__":
     _Frames().start(os.environ[_VARIABLE])
     from gollama_proxy.cli import main
+    from gollama_proxy.control import events
+    from gollama_proxy.fleet import health
 
+    # On a busy machine, what is done once a second would be a part of each request.
+    health.PERIOD = events.EVERY = 3600.0
     sys.exit(main(sys.argv[1:]))
