@@ -316,7 +316,7 @@ class Usage {
       svg.append(draw('line', { x1: 0, x2: '100%', y1: y, y2: y }),
         draw('text', { class: 'value', x: 0, y: y - 3 }, share ? this.#amount(most * share) : ''));
     }
-    const every = Math.ceil(count / 8);
+    const every = Math.ceil(count / 6);
     for (let index = 0; index < count; index += 1) {
       const day = dayOf(first + index * DAY);
       const x = 6 + (index / count) * 94;
