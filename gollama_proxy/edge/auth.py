@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import re
 import secrets
 import sys
@@ -32,8 +33,7 @@ from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
 
-# PyJWT imports `cryptography`, which takes longer and more memory than all modules of
-# the hub: functions import it, so that a hub listens before that (`preload`).
+# Functions import PyJWT, so that a hub listens before that (`preload`).
 if TYPE_CHECKING:
     import jwt
     from aiohttp import web
@@ -105,6 +105,7 @@ class Authenticator:
                 _check_key(config, key)
         self._off = config.auth.mode == "off"
         self._auth = config.auth
+        self.__dict__.pop("_decoder", None)
         self._keys = keys
         self._known.clear()
 
@@ -115,11 +116,12 @@ class Authenticator:
     @property
     def preloaded(self) -> bool:
         """Whether what checks a token is imported, or not needed."""
-        return self._off or "jwt" in sys.modules
+        return self._off or "_decoder" in self.__dict__
 
     def preload(self) -> None:
         """Import what checks a token; it takes a moment and reads files."""
-        _new_decoder()
+        if not self._off:
+            self._decoder  # noqa: B018
 
     def identify(self, request: web.BaseRequest, record: Record) -> Principal:
         """Return the sender of a request, and set the subject of its record.
@@ -195,12 +197,13 @@ class Authenticator:
     def _verify(self, token: str) -> Principal:
         if not _COMPACT.fullmatch(token):
             raise AuthError("not three parts of base64url")
+        decoder = self._decoder  # first, as it may import PyJWT anew
         import jwt
 
         error = AuthError("no key is configured")
         for key in self._keys:
             try:
-                claims = self._decode(token, key)
+                claims = self._decode(decoder, token, key)
             except jwt.InvalidSignatureError as exc:
                 error = AuthError(str(exc))  # it may be signed with the other key
             except (jwt.PyJWTError, ValueError, TypeError) as exc:
@@ -212,12 +215,14 @@ class Authenticator:
 
     @functools.cached_property
     def _decoder(self) -> jwt.PyJWT:
-        return _new_decoder()
+        return _new_decoder(self._auth.algorithm)
 
-    def _decode(self, token: str, key: bytes | str) -> Mapping[str, Any]:
+    def _decode(
+        self, decoder: jwt.PyJWT, token: str, key: bytes | str
+    ) -> Mapping[str, Any]:
         """Check the signature and the claims, except times (see `_principal`)."""
         auth = self._auth
-        claims: dict[str, Any] = self._decoder.decode(
+        claims: dict[str, Any] = decoder.decode(
             token,
             key,
             algorithms=[auth.algorithm],
@@ -289,10 +294,32 @@ def _token_in(headers: Sequence[str], api_keys: Sequence[str]) -> str:
     return token
 
 
-def _new_decoder() -> jwt.PyJWT:
+def _new_decoder(algorithm: str) -> jwt.PyJWT:
+    _import_pyjwt(algorithm)
     import jwt
 
     return jwt.PyJWT({"enforce_minimum_key_length": True})
+
+
+def _import_pyjwt(algorithm: str) -> None:
+    """Import PyJWT, without `cryptography` where the algorithm does not need it.
+
+    For HS256, PyJWT needs only Python's `hmac`; it would import `cryptography` anyway,
+    which takes 8 MiB of memory, and half as long as all modules of the hub.
+    """
+    loaded = sys.modules.get("jwt")
+    if algorithm == "HS256":
+        if loaded is None and "cryptography" not in sys.modules:
+            # Its import fails then, as if it was not installed.
+            sys.modules["cryptography"] = None  # type: ignore[assignment]
+            try:
+                importlib.import_module("jwt")
+            finally:
+                del sys.modules["cryptography"]
+    elif loaded is not None and not loaded.algorithms.has_crypto:
+        # It was imported for HS256, and the settings have changed.
+        for name in [each for each in sys.modules if each.partition(".")[0] == "jwt"]:
+            del sys.modules[name]
 
 
 def _check_key(config: Config, key: bytes | str) -> None:
@@ -305,6 +332,7 @@ def _check_key(config: Config, key: bytes | str) -> None:
 @functools.lru_cache(maxsize=16)
 def _is_key(algorithm: str, key: bytes | str) -> bool:
     """Return whether a key is of an algorithm; a reload asks in a thread first."""
+    _import_pyjwt(algorithm)
     import jwt
 
     try:
@@ -371,6 +399,7 @@ def mint(
     Raises:
         ValueError: the key does not fit the algorithm.
     """
+    decoder = _new_decoder(algorithm)
     import jwt
 
     issued = int(time.time() if now is None else now)
@@ -392,6 +421,6 @@ def mint(
     if audience:
         claims["aud"] = audience
     try:
-        return _new_decoder().encode(claims, key, algorithm)
+        return decoder.encode(claims, key, algorithm)
     except (jwt.PyJWTError, AttributeError, TypeError, ValueError) as exc:
         raise ValueError(f"the key cannot sign {algorithm}: {exc}") from exc

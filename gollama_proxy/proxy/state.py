@@ -197,9 +197,9 @@ class Exchange(Record):
 MOST_STEPS = 100  # of one request; more are not kept
 
 _OF_A_STREAM = (
-    "request method remote started id lines forwarded keep_alive route subject caller "
-    "endpoint body model asked plan state ticket lease worker attempts queued sent "
-    "relay waiting_since first_byte delivery status rewritten hides_usage"
+    "request method remote started id forwarded keep_alive route config subject caller "
+    "endpoint body model asked alias plan ticket lease worker attempts queued sent state "
+    "relay waiting_since first_byte delivery status"
 )
 
 

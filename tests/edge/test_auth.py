@@ -6,6 +6,8 @@ import functools
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -1165,3 +1167,29 @@ async def test_an_api_key_opens_every_route_and_reaches_no_worker() -> None:
         other = [("x-api-key", hub.token("bob"))]
         assert (await hub.post("/v1/messages", body, headers=other)).status == 401
         assert not any(token.encode() in request.head for request in worker.requests)
+
+
+def test_cryptography_is_imported_only_for_an_algorithm_that_needs_it() -> None:
+    """It takes more memory than all modules of the hub."""
+    script = f"""
+import sys, time
+from gollama_proxy.config.settings import Auth, Config
+from gollama_proxy.edge.auth import Authenticator, mint
+
+secret = "s" * 32
+hub = Authenticator(Config(secrets=(secret.encode(),)))
+hub.preload()
+assert hub.preloaded
+token = mint(secret, "HS256", "alice", 60)
+assert hub.authenticate(["Bearer " + token]).subject == "alice"
+assert "cryptography" not in sys.modules
+
+public, private = {key_pair("ES256").public!r}, {key_pair("ES256").private!r}
+auth = Auth(algorithm="ES256", public_key_file="key.pem")
+hub.reconfigure(Config(auth=auth, public_keys=(public,)))
+token = mint(private, "ES256", "bob", 60)
+assert hub.authenticate(["Bearer " + token]).subject == "bob"
+hub.reconfigure(Config(secrets=(secret.encode(),)))
+assert hub.authenticate(["Bearer " + mint(secret, "HS256", "eve", 60)]).subject == "eve"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
