@@ -15,12 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
 from gollama_proxy.config.settings import Config
-from gollama_proxy.edge.auth import Authenticator, Principal
+from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.edge.response import (
     CLOSE,
@@ -34,9 +34,8 @@ from gollama_proxy.edge.response import (
 )
 from gollama_proxy.edge.router import Router, Routes
 from gollama_proxy.fleet.lease import Lease, Result
-from gollama_proxy.fleet.pool import RETRY_AFTER
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.worker import LastError, Worker
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy import recovery
 from gollama_proxy.proxy.attempt import (
     Failure,
@@ -56,14 +55,14 @@ from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Stream, in_one_piece
 from gollama_proxy.proxy.rewrite import Rewriter, tally_of
-from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.proxy.state import Exchange, Running, State, draining
 from gollama_proxy.proxy.tokens import Charges, Fitting
 from gollama_proxy.scheduling.admission import Place
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.queue import Queue, Waking
 from gollama_proxy.scheduling.turns import Priority, choose_priority
-from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome
+from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.telemetry.logs import Throttle
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers
@@ -92,7 +91,6 @@ logger = logging.getLogger(__name__)
 CLIENT_CLOSED = 499
 # Seconds between two lines about losses of one worker.
 LOG_EVERY = 1.0
-_LOSSES = frozenset({Code.WORKER_LOST, Code.WORKER_INCOMPLETE})
 # Before Python 3.12, it takes long to look up a member of an enum in its class.
 _INTERACTIVE = Priority.INTERACTIVE
 _CONNECTING, _STREAMING = State.CONNECTING, State.STREAMING
@@ -100,7 +98,7 @@ _DONE, _COMPLETE = Outcome.COMPLETE, Result.COMPLETE
 _DONE_EVENT = Ending.DONE
 
 
-class Proxy:
+class Proxy(Running):
     """Serves every request."""
 
     def __init__(
@@ -124,6 +122,7 @@ class Proxy:
         once and returns whether it is healthy; `ended` is called once for each request,
         when it has its outcome.
         """
+        super().__init__()
         self._routes = routes
         self._authenticator = authenticator
         self._quotas = quotas
@@ -140,9 +139,6 @@ class Proxy:
         self._rng = random.Random()
         self._limits = Limits(clock)
         self._losses = Throttle(clock, LOG_EVERY)
-        self._running: dict[asyncio.Task[object], Exchange] = {}
-        self._idle: asyncio.Future[None] | None = None  # done when none is running
-        self._draining = False
         # Called when a request has its plan, waits, or gets to a worker.
         self.observer: Callable[[str, Exchange], None] | None = None
         self.reconfigure(config)
@@ -157,11 +153,6 @@ class Proxy:
 
     def __repr__(self) -> str:
         return f"<Proxy running={len(self._running)}>"
-
-    @property
-    def running(self) -> Collection[Exchange]:
-        """The requests that have no outcome yet."""
-        return self._running.values()
 
     # --- Receiving a request, and ending it ---------------------------------------
 
@@ -314,7 +305,7 @@ class Proxy:
             or caller.tokens_per_day is not None
             or caller.tokens_per_month is not None
         ):
-            self._take_quota(x, caller)
+            self._charges.take_quota(x, caller)
         x.body = body = Body(request, endpoint, config)
         if "Expect" in request.headers:
             answer_expectation(request)
@@ -617,8 +608,7 @@ class Proxy:
             ProxyError: no other attempt follows, and nothing has been sent yet.
         """
         x.enter(State.BROKEN)
-        self._note_failure(x, worker, failure)
-        self._log_loss(worker, failure)
+        recovery.note_failure(x, worker, failure, self._losses, self._clock())
         if x.resume is not None and x.resume.exhausted:
             assert x.delivery is not None, x
             try:
@@ -643,42 +633,7 @@ class Proxy:
         x.fail(error)
         return x.delivery.break_off(error)
 
-    def _note_failure(self, x: Exchange, worker: Worker, failure: Failure) -> None:
-        if not x.steps and x.lease is not None:  # that of an attempt without trouble
-            x.note(x.lease.taken_at, "attempt", worker.name)
-        answer = failure.answer
-        detail = answer.detail if isinstance(answer, WorkerError) else ""
-        reason = failure.cause.value + (f": {detail[:MOST_DETAIL]}" if detail else "")
-        x.note(self._clock(), "failed", worker.name, reason)
-
-    def _log_loss(self, worker: Worker, failure: Failure) -> None:
-        """Record how a worker failed; log that it was lost, which retries hide."""
-        error = failure.answer
-        if failure.cause is Cause.DRAINED or not isinstance(error, WorkerError):
-            return  # it is well, or has refused the request
-        worker.last_error = LastError(self._clock(), error.code, error.detail)
-        if error.code not in _LOSSES:
-            return
-        if count := self._losses.count(worker.name):
-            text = "worker %s: lost while it had a request: %d times (%s)"
-            logger.warning(text, worker.name, count, error.detail or error.code)
-
     # --- What few requests need ---------------------------------------------------
-
-    def _take_quota(self, x: Exchange, caller: Principal) -> None:
-        """Count a request of a caller with a quota.
-
-        Raises:
-            RequestError: 429, the quota is used up.
-        """
-        in_tokens = caller.tpm, caller.tokens_per_day, caller.tokens_per_month
-        if any(in_tokens) and x.config.upstream.usage == "limited":
-            x.counted = True
-        usage_left = self._quotas.take(x.subject, caller.rpm, *in_tokens)
-        for name, value in usage_left.headers().items():
-            x.lines += f"{name}: {value}\r\n"
-        if not usage_left.allowed:
-            raise usage_left.error()
 
     async def _look_further(self, x: Exchange) -> None:
         """Read on until `model` arrives, unless it makes no difference."""
@@ -718,50 +673,8 @@ class Proxy:
         for x in tuple(self._running.values()):
             self._limits.check(x, now)
 
-    def cancel(self, x: Exchange) -> None:
-        """Cancel a running request for an operator; its client gets an error."""
-        text = "An operator of the hub has cancelled this request."
-        for task, each in self._running.items():
-            if each is x and x.cut is None:
-                x.cut = RequestError(Code.CANCELLED, text)
-                task.cancel()
-
-    # --- The end of the hub -------------------------------------------------------
-
-    async def drain(self, limit: float) -> None:
-        """Wait for running requests, at most `limit` seconds; then cut the rest.
-
-        New requests on open connections are refused from now on.
-        """
-        self._draining = True
-        try:
-            async with asyncio.timeout(limit):
-                await self._no_request()
-        except TimeoutError:
-            logger.warning("cutting %d running requests", len(self._running))
-        self.cut()
-        await self._no_request()
-
-    async def _no_request(self) -> None:
-        """Wait until no request is running."""
-        while self._running:
-            if self._idle is None:
-                self._idle = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._idle])
-
-    def cut(self) -> None:
-        """Cancel every running request; clients are notified if possible."""
-        for task, x in self._running.items():
-            x.cut = x.cut or draining()
-            task.cancel()
-
 
 _UNSEEN = frozenset({_CONNECTING, State.WAITING})
-
-
-def draining() -> HubError:
-    """Make the error of a request that arrives while the hub shuts down."""
-    return HubError(Code.DRAINING, "The hub is shutting down.", retry_after=RETRY_AFTER)
 
 
 def _took_too_long(limit: float) -> HubError:

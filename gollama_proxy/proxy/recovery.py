@@ -13,19 +13,21 @@ requested again (`ask_for_all`) and must be the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Self
 
 from gollama_proxy.edge.response import Client, ReportedError, Response, Sent
 from gollama_proxy.fleet.breaker import Verdict
-from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.fleet.worker import LastError, Worker
 from gollama_proxy.proxy.attempt import Failure, failure_of, failure_of_assembly
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly, Stream, in_shape_of
 from gollama_proxy.proxy.rewrite import Rewriter
 from gollama_proxy.proxy.state import Exchange
-from gollama_proxy.telemetry.accesslog import Outcome
+from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome
+from gollama_proxy.telemetry.logs import Throttle
 from gollama_proxy.wire.asking import (
     ask_for_rest,
     can_continue,
@@ -38,6 +40,10 @@ from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.partial import Partial, closing
 from gollama_proxy.wire.resume import Resumer
 from gollama_proxy.wire.schema import Api
+
+logger = logging.getLogger(__name__)
+
+_LOSSES = frozenset({Code.WORKER_LOST, Code.WORKER_INCOMPLETE})
 
 # --- The answer broke off ---------------------------------------------------------
 
@@ -92,6 +98,26 @@ def _is_worthwhile(x: Exchange, resume: Resume) -> bool:
 
 
 # --- The next attempt -------------------------------------------------------------
+
+
+def note_failure(
+    x: Exchange, worker: Worker, failure: Failure, losses: Throttle, now: float
+) -> None:
+    """Record how a worker failed; log that it was lost, which retries hide."""
+    error = failure.answer
+    detail = error.detail if isinstance(error, WorkerError) else ""
+    if not x.steps and x.lease is not None:  # that of an attempt without trouble
+        x.note(x.lease.taken_at, "attempt", worker.name)
+    reason = failure.cause.value + (f": {detail[:MOST_DETAIL]}" if detail else "")
+    x.note(now, "failed", worker.name, reason)
+    if failure.cause is Cause.DRAINED or not isinstance(error, WorkerError):
+        return  # it is well, or has refused the request
+    worker.last_error = LastError(now, error.code, error.detail)
+    if error.code not in _LOSSES:
+        return
+    if count := losses.count(worker.name):
+        text = "worker %s: lost while it had a request: %d times (%s)"
+        logger.warning(text, worker.name, count, error.detail or error.code)
 
 
 def pause_before_next(

@@ -1,4 +1,4 @@
-"""The one object of a request, and the states that it passes through.
+"""The one object of a request, the states that it passes through, and those that run.
 
     READING ──▶ QUEUED ──▶ CONNECTING ◀──▶ WAITING ──▶ STREAMING ──▶ ENDED
                  ▲  ▲           │             │            │
@@ -14,14 +14,21 @@ one that gets an open connection is never CONNECTING, unless that connection was
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from gollama_proxy.edge.response import SERVER
+from gollama_proxy.fleet.pool import RETRY_AFTER
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Outcome, Record, Step
+from gollama_proxy.wire.errors import Code, HubError, RequestError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from gollama_proxy.config.settings import Config
@@ -198,8 +205,8 @@ MOST_STEPS = 100  # of one request; more are not kept
 
 _OF_A_STREAM = (
     "request method remote started id forwarded keep_alive route config subject caller "
-    "endpoint body model asked alias plan ticket lease worker attempts queued sent state "
-    "relay waiting_since first_byte delivery status"
+    "endpoint body model asked alias plan ticket lease worker attempts queued sent "
+    "state relay waiting_since first_byte delivery status"
 )
 
 
@@ -215,3 +222,60 @@ def _share_names() -> None:
 
 
 _share_names()
+
+
+# --- The requests that run --------------------------------------------------------
+
+
+class Running:
+    """The requests that have no outcome yet, each in a task."""
+
+    def __init__(self) -> None:
+        self._running: dict[asyncio.Task[object], Exchange] = {}
+        self._idle: asyncio.Future[None] | None = None  # done when none is running
+        self._draining = False
+
+    @property
+    def running(self) -> Collection[Exchange]:
+        """The requests that have no outcome yet."""
+        return self._running.values()
+
+    def cancel(self, x: Exchange) -> None:
+        """Cancel a running request for an operator; its client gets an error."""
+        text = "An operator of the hub has cancelled this request."
+        for task, each in self._running.items():
+            if each is x and x.cut is None:
+                x.cut = RequestError(Code.CANCELLED, text)
+                task.cancel()
+
+    async def drain(self, limit: float) -> None:
+        """Wait for running requests, at most `limit` seconds; then cut the rest.
+
+        New requests on open connections are refused from now on.
+        """
+        self._draining = True
+        try:
+            async with asyncio.timeout(limit):
+                await self._no_request()
+        except TimeoutError:
+            logger.warning("cutting %d running requests", len(self._running))
+        self.cut()
+        await self._no_request()
+
+    async def _no_request(self) -> None:
+        """Wait until no request is running."""
+        while self._running:
+            if self._idle is None:
+                self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._idle])
+
+    def cut(self) -> None:
+        """Cancel every running request; clients are notified if possible."""
+        for task, x in self._running.items():
+            x.cut = x.cut or draining()
+            task.cancel()
+
+
+def draining() -> HubError:
+    """Make the error of a request that arrives while the hub shuts down."""
+    return HubError(Code.DRAINING, "The hub is shutting down.", retry_after=RETRY_AFTER)

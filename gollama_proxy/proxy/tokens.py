@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+from gollama_proxy.edge.auth import Principal
 from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.fleet.pool import Pool
@@ -148,6 +149,21 @@ class Charges:
 
     def __repr__(self) -> str:
         return f"<Charges to {self._quotas!r}>"
+
+    def take_quota(self, x: Exchange, caller: Principal) -> None:
+        """Count a request of a caller with a quota.
+
+        Raises:
+            RequestError: 429, the quota is used up.
+        """
+        in_tokens = caller.tpm, caller.tokens_per_day, caller.tokens_per_month
+        if any(in_tokens) and x.config.upstream.usage == "limited":
+            x.counted = True
+        usage_left = self._quotas.take(x.subject, caller.rpm, *in_tokens)
+        for name, value in usage_left.headers().items():
+            x.lines += f"{name}: {value}\r\n"
+        if not usage_left.allowed:
+            raise usage_left.error()
 
     def add(self, x: Exchange, relay: Relay, used: Usage) -> None:
         """Add an attempt that began to answer, with the usage from its worker."""
