@@ -123,6 +123,14 @@ class Dashboard:
         )
         return text
 
+    async def transferred(self) -> int:
+        """Count the bytes that the page has loaded so far, as they were sent."""
+        size: int = await self.page.evaluate(
+            "performance.getEntries()"
+            ".reduce((sum, {transferSize = 0}) => sum + transferSize, 0)"
+        )
+        return size
+
     async def overflow(self) -> int:
         """Count the pixels by which the page is wider than its window."""
         pixels: int = await self.page.evaluate(

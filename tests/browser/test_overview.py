@@ -162,3 +162,12 @@ async def test_a_thousand_workers_stay_usable(browser: Browser) -> None:
             await page.page.set_viewport_size(PHONE)
             assert await page.overflow() == 0
             assert await page.violations() == []
+
+
+async def test_the_first_view_is_small(browser: Browser) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        [known] = hub.hub.registry.workers
+        async with dashboard(browser, hub, operator(hub)) as page:
+            await live(page)
+            await expect(page.worker(known.name)).to_contain_text("Ready")
+            assert 10_000 < await page.transferred() < 100_000

@@ -661,7 +661,7 @@ function describe(about, format) {
     facts.push([format.plural(tokens, 'token')]);
     if (rate) facts.push([`${format.short(rate)} tokens/s`]);
   }
-  if (usage) {
+  if (usage?.prompt_tokens) {
     const { prompt_tokens: prompt = 0 } = usage;
     const cached = usage.prompt_tokens_details?.cached_tokens ?? timings?.cache_n ?? 0;
     const share = cached ? `, ${format.number(cached)} from the cache` : '';
