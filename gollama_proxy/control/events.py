@@ -15,7 +15,9 @@ have no observer then.
     dropped    this listener did not read fast enough; the stream ends
     closed     the hub shuts down, or the token is no longer valid; the stream ends
 
-A listener that connects again gets what happens from then on: there are no ids.
+A listener that connects again gets what happens from then on: there are no ids.  Each
+event of a request costs it some microseconds, so of more than `MOST_REQUESTS` that
+begin in one second, the others have no events; they are in the sample.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ audit = logging.getLogger("gollama_proxy.audit")
 
 MOST_LISTENERS = 32
 MOST_EVENTS = 1000  # that wait for one listener
+MOST_REQUESTS = 100  # that have events, of those that begin within a second
 
 STREAM = "Content-Type: text/event-stream\r\n" + "".join(
     f"{name}: {value}\r\n" for name, value in sse.STREAM_HEADERS.items()
@@ -68,6 +71,8 @@ class Events(Listener):
         self.listeners: set[_Queue] = set()  # empty: nothing needs to be published
         self._closed = False
         self._changed: set[Worker] = set()  # that are shown soon
+        self._followed: set[Exchange] = set()  # whose next events are published, too
+        self._left = MOST_REQUESTS  # that may still begin in this second
         self._sampler = Periodic("samples", self._sample, EVERY, delay=0.0)
 
     def __repr__(self) -> str:
@@ -131,10 +136,17 @@ class Events(Listener):
 
     def observe(self, change: str, x: Exchange) -> None:
         """Notice a request that has its plan, waits, gets to a worker, or has ended."""
+        if x not in self._followed:
+            if not self._left:
+                return
+            self._left -= 1
+            self._followed.add(x)
         try:
             self._publish_request(change, x)
         except Exception:  # which must not become the client's
             logger.exception("an event of request %s was lost", x.id)
+        if change == "ended":
+            self._followed.discard(x)
 
     def _publish_request(self, change: str, x: Exchange) -> None:
         if change == "queued":
@@ -158,6 +170,7 @@ class Events(Listener):
         await self._sampler.stop()
 
     async def _sample(self) -> None:
+        self._left = MOST_REQUESTS
         changed = self._history.take(*self._views.sampled())
         if self.listeners:
             self.publish("sample", self._shown(changed))
@@ -225,6 +238,7 @@ class Events(Listener):
         self.listeners.discard(listener)
         if not self.listeners:
             self._proxy().observer = None
+            self._followed.clear()
 
     def close(self) -> None:
         """End all streams of events: the hub shuts down."""

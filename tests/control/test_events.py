@@ -142,6 +142,27 @@ async def test_without_listeners_nothing_observes() -> None:
         assert repr(hub.hub.events) == "<Events listeners=0>"
 
 
+async def test_of_very_many_requests_only_some_have_events(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(events, "EVERY", 3600.0)
+    monkeypatch.setattr(events, "MOST_REQUESTS", 2)
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        worker.default(*complete())
+        await until(lambda: hub.hub.history.names)  # the only sample
+        async with listening(hub) as listener:
+            for number in range(4):
+                await hub.post(CHAT, STREAM, hub.token(f"user {number}"))
+            await until(lambda: hub.hub.recent.count == 4)
+            hub.hub.events.publish("exchange", {"subject": "last", "change": ""})
+            seen = [(await listener.next("exchange"))[1] for _ in range(7)]
+            assert [(each["subject"], each["change"]) for each in seen] == [
+                *(("user 0", change) for change in ("started", "attempt", "ended")),
+                *(("user 1", change) for change in ("started", "attempt", "ended")),
+                ("last", ""),
+            ]
+
+
 async def test_a_mistake_in_an_event_does_not_reach_a_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
