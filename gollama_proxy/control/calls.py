@@ -16,6 +16,7 @@ With authentication a token is needed, which no browser adds by itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -35,6 +36,7 @@ from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.wire.errors import Code, RequestError
 
 MOST_BODY = 1 << 20  # bytes; a request to explain may be long
+LONG_BODY = 32 << 10  # bytes that take the event loop a few milliseconds
 # Each of them shows that the peer speaks for another one (RFC 9110, 7.6.3; RFC 7239).
 _OF_PROXIES = (
     "Forwarded",
@@ -159,7 +161,30 @@ async def receive(
     except (web.RequestPayloadError, HttpProcessingError):
         text = "The framing of the request body is not valid HTTP."
         raise RequestError(Code.BAD_REQUEST, text) from None
+    if len(body) > LONG_BODY:
+        await asyncio.to_thread(_check_fields, body)
+    else:
+        _check_fields(body)
     return body
+
+
+def _check_fields(body: bytes) -> None:
+    """Check that no object in a body has two fields of one name: only one would count.
+
+    Anything that is not JSON passes; `decode` refuses it.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        # A number of thousands of digits stays text.
+        json.loads(body, object_pairs_hook=_refuse_repetition, parse_int=str)
+
+
+def _refuse_repetition(pairs: list[tuple[str, Any]]) -> None:
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            text = f"{name[:40]}: this field is there twice."
+            raise RequestError(Code.INVALID_VALUE, text, param=name[:40])
+        seen.add(name)
 
 
 def decode(body: bytes, kind: type[_T]) -> _T:
@@ -169,24 +194,11 @@ def decode(body: bytes, kind: type[_T]) -> _T:
         RequestError: 400; it names the field.
     """
     try:
-        value = msgspec.json.decode(body, type=kind)
-        # A number of thousands of digits stays text.
-        json.loads(body, object_pairs_hook=_refuse_repetition, parse_int=str)
-        return value
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as exc:
         match = re.search(r"`\$\.(\w+)|unknown field `([^`]*)`", str(exc))
         param = (match[1] or match[2])[:40] if match else None
         raise RequestError(Code.INVALID_VALUE, f"{exc}.", param=param) from None
-    except (msgspec.DecodeError, ValueError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         text = "The request body is not valid JSON."
         raise RequestError(Code.INVALID_JSON, text) from None
-
-
-def _refuse_repetition(pairs: list[tuple[str, Any]]) -> None:
-    """Refuse an object with two fields of one name, of which only one would count."""
-    seen = set()
-    for name, _ in pairs:
-        if name in seen:
-            text = f"{name[:40]}: this field is there twice."
-            raise RequestError(Code.INVALID_VALUE, text, param=name[:40])
-        seen.add(name)
