@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config.load import load, load_worker
+from gollama_proxy.control.calls import LONG_BODY
 from gollama_proxy.fleet.breaker import BreakerState
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.hub import Hub
@@ -38,6 +39,7 @@ from tests.fakes.worker import ScriptedWorker
 ADMIN = {"scope": "admin"}
 CALM = {"health__interval": RARELY}
 JSON = ("Content-Type", "application/json")
+LONG = b"x" * 2 * LONG_BODY
 DESK = {"name": "desk", "url": "http://127.0.0.1:9"}
 
 
@@ -220,6 +222,12 @@ async def test_a_body_has_to_be_a_json_object(
         ("PATCH", "workers/desk", b'{"weight": 2, "slots": 2, "weight": 3}', "weight"),
         ("POST", "revoke", b'{"subject": "eve", "subject": "bob"}', "subject"),
         ("POST", "explain", b'{"request": {"n": 1, "n": 2}}', "n"),
+        (
+            "POST",
+            "explain",
+            b'{"prompt": "%b", "model": "", "model": ""}' % LONG,
+            "model",
+        ),
     ],
 )
 async def test_a_field_that_is_there_twice_is_refused(
