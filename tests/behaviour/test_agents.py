@@ -23,6 +23,7 @@ from gollama_proxy.fleet.worker import SETTLING
 from tests.fakes.agent import AgentProcess, HandAgent
 from tests.fakes.asks import CHAT
 from tests.fakes.authority import Authority
+from tests.fakes.cases import case
 from tests.fakes.client import Response
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
@@ -687,49 +688,56 @@ async def test_a_hold_outlives_the_lease() -> None:
         assert hub.hub.state.find("desk") is None
 
 
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
-        (b"{", None),
-        (b"[]", None),
-        (b"\xff", None),
-        ({}, None),
-        ({"worker": {"url": "x"}}, None),
-        ({"worker": {}, "proof_port": 2000}, "worker"),
-        ({"worker": {"url": "http://10.0.0.1"}, "proof_port": 2000}, "worker"),
-        ({"worker": {"url": "dns+http://x:1"}, "proof_port": 2000}, "worker"),
-        ({"worker": {"url": "ftp://x"}, "proof_port": 2000}, "worker"),
-        ({"worker": {"url": "http://10.0.0.1:1", "slots": 0}, "proof_port": 2000}, "w"),
-        ({"worker": {"url": 3}, "proof_port": 2000}, "worker"),
-        ({"worker": [], "proof_port": 2000}, "worker"),
-        ({"worker": {"url": "http://10.0.0.1:1"}, "proof_port": 22}, "proof_port"),
-        ({"worker": {"url": "http://10.0.0.1:1"}, "proof_port": "x"}, "proof_port"),
-        # Each would have the hub send one of its files or variables to a worker.
-        (
-            {"worker": {"url": "u", "api_key_file": "/etc/shadow"}, "proof_port": 2000},
-            "w",
-        ),
-        ({"worker": {"url": "u", "api_key_env": "X"}, "proof_port": 2000}, "w"),
-        ({"worker": {"url": "u", "ca_file": "/x"}, "proof_port": 2000}, "w"),
-        ({"worker": {"url": "u", "name": "other"}, "proof_port": 2000}, "w"),
-        (
-            {
-                "worker": {"url": "http://10.0.0.1:1"},
-                "proof_port": 2000,
-                "report": {"devices": [{"name": "x" * 101}]},
-            },
-            "report",
-        ),
-        (b" " * (1 << 17), None),
-    ],
-)
-async def test_a_bad_registration_changes_nothing(body: Any, field: str | None) -> None:
+async def test_a_bad_registration_changes_nothing() -> None:
     async with registering() as agent:
-        answer = await agent.call("PUT", body)
-        assert answer.status in (400, 413)
-        error = answer.json()["error"]
-        assert (error["param"] or "").startswith(field or "")
-        assert names(agent.hub) == []
+        for body, field in [
+            (b"{", None),
+            (b"[]", None),
+            (b"\xff", None),
+            ({}, None),
+            ({"worker": {"url": "x"}}, None),
+            ({"worker": {}, "proof_port": 2000}, "worker"),
+            ({"worker": {"url": "http://10.0.0.1"}, "proof_port": 2000}, "worker"),
+            ({"worker": {"url": "dns+http://x:1"}, "proof_port": 2000}, "worker"),
+            ({"worker": {"url": "ftp://x"}, "proof_port": 2000}, "worker"),
+            (
+                {
+                    "worker": {"url": "http://10.0.0.1:1", "slots": 0},
+                    "proof_port": 2000,
+                },
+                "w",
+            ),
+            ({"worker": {"url": 3}, "proof_port": 2000}, "worker"),
+            ({"worker": [], "proof_port": 2000}, "worker"),
+            ({"worker": {"url": "http://10.0.0.1:1"}, "proof_port": 22}, "proof_port"),
+            ({"worker": {"url": "http://10.0.0.1:1"}, "proof_port": "x"}, "proof_port"),
+            # Each would have the hub send one of its files or variables to a worker.
+            (
+                {
+                    "worker": {"url": "u", "api_key_file": "/etc/shadow"},
+                    "proof_port": 2000,
+                },
+                "w",
+            ),
+            ({"worker": {"url": "u", "api_key_env": "X"}, "proof_port": 2000}, "w"),
+            ({"worker": {"url": "u", "ca_file": "/x"}, "proof_port": 2000}, "w"),
+            ({"worker": {"url": "u", "name": "other"}, "proof_port": 2000}, "w"),
+            (
+                {
+                    "worker": {"url": "http://10.0.0.1:1"},
+                    "proof_port": 2000,
+                    "report": {"devices": [{"name": "x" * 101}]},
+                },
+                "report",
+            ),
+            (b" " * (1 << 17), None),
+        ]:
+            with case((body, field)):
+                answer = await agent.call("PUT", body)
+                assert answer.status in (400, 413)
+                error = answer.json()["error"]
+                assert (error["param"] or "").startswith(field or "")
+                assert names(agent.hub) == []
 
 
 @pytest.mark.parametrize("name", [".", "..", "a%20b", "%C3%A4", "%00", "x" * 101])

@@ -13,6 +13,7 @@ import pytest
 from gollama_proxy.wire import coding
 from gollama_proxy.wire.coding import CODINGS, PIECE, Unpacker, coding_of
 from tests.fakes.asks import CHAT
+from tests.fakes.cases import case
 from tests.fakes.client import Response, request_head
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import MODEL
@@ -127,31 +128,30 @@ async def test_compressed_bodies_that_decode_to_nothing_are_refused() -> None:
         assert not worker.requests
 
 
-@pytest.mark.parametrize("framing", FRAMINGS)
-@pytest.mark.parametrize(
-    ("encoding", "data"),
-    [
-        ("gzip", BODY),
-        ("gzip", gzip.compress(BODY, mtime=0)[:-1]),
-        ("gzip", gzip.compress(BODY, mtime=0)[:20]),
-        ("gzip", gzip.compress(BODY, mtime=0) + b"x"),
-        ("gzip", gzip.compress(BODY, mtime=0)[:-8] + b"\0" * 8),
-        ("gzip", zlib.compress(BODY)),
-        ("deflate", BODY),
-        ("deflate", zlib.compress(BODY)[:-1]),
-        ("deflate", raw_deflate(BODY)[:-1]),
-        ("deflate", gzip.compress(BODY, mtime=0)),
-    ],
-)
-async def test_damaged_bodies_are_refused(
-    encoding: str, data: bytes, framing: str
-) -> None:
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        response = await post(hub, data, encoding, framing)
-        assert response.status == 400
-        assert response.json()["error"]["code"] == "bad_request"
-        assert encoding in response.json()["error"]["message"]
-        assert not worker.requests
+async def test_damaged_bodies_are_refused() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker) as hub,
+    ):
+        for framing in FRAMINGS:
+            for encoding, data in [
+                ("gzip", BODY),
+                ("gzip", gzip.compress(BODY, mtime=0)[:-1]),
+                ("gzip", gzip.compress(BODY, mtime=0)[:20]),
+                ("gzip", gzip.compress(BODY, mtime=0) + b"x"),
+                ("gzip", gzip.compress(BODY, mtime=0)[:-8] + b"\0" * 8),
+                ("gzip", zlib.compress(BODY)),
+                ("deflate", BODY),
+                ("deflate", zlib.compress(BODY)[:-1]),
+                ("deflate", raw_deflate(BODY)[:-1]),
+                ("deflate", gzip.compress(BODY, mtime=0)),
+            ]:
+                with case((framing, encoding, data)):
+                    response = await post(hub, data, encoding, framing)
+                    assert response.status == 400
+                    assert response.json()["error"]["code"] == "bad_request"
+                    assert encoding in response.json()["error"]["message"]
+                    assert not worker.requests
 
 
 @pytest.mark.parametrize(

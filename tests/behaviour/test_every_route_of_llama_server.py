@@ -6,6 +6,7 @@ import pytest
 
 from gollama_proxy.wire.schema import ENDPOINTS, REFUSED
 from tests.fakes.asks import WHOLE
+from tests.fakes.cases import case
 from tests.fakes.hub import running_hub
 from tests.fakes.script import answer, notify, stall
 from tests.fakes.worker import ScriptedWorker
@@ -91,15 +92,19 @@ def test_each_route_is_in_exactly_one_list() -> None:
     assert all(REFUSED.values())
 
 
-@pytest.mark.parametrize("route", REFUSED)
-async def test_a_refused_route_reaches_no_worker(route: str) -> None:
-    method, path = route.replace(":id_slot", "0").split()
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        async with await hub.wire() as wire:
-            await wire.get(path, hub.token(), method=method)
-            response = await wire.read_response()
-        assert response.status in (404, 405)
-        assert not worker.requests
+async def test_a_refused_route_reaches_no_worker() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker) as hub,
+    ):
+        for route in REFUSED:
+            with case(route):
+                method, path = route.replace(":id_slot", "0").split()
+                async with await hub.wire() as wire:
+                    await wire.get(path, hub.token(), method=method)
+                    response = await wire.read_response()
+                assert response.status in (404, 405)
+                assert not worker.requests
 
 
 async def test_the_health_route_has_two_names() -> None:

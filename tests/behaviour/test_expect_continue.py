@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from tests.behaviour.test_bad_requests import BODY, CHAT, GOOD, check, hub_of_two_models
+from tests.fakes.cases import case
 from tests.fakes.client import Wire, request_head
 from tests.fakes.hub import RunningHub, mint, running_hub
 from tests.fakes.worker import ScriptedWorker
@@ -53,14 +54,14 @@ BAD_TOKENS = {
 }
 
 
-@pytest.mark.parametrize("framing", [LENGTH, CHUNKED], ids=["length", "chunks"])
-@pytest.mark.parametrize("token", BAD_TOKENS.values(), ids=BAD_TOKENS.keys())
-async def test_without_a_valid_token_there_is_no_100_continue(
-    token: str | None, framing: tuple[str, str]
-) -> None:
-    async with hub_of_two_models() as hub, await hub.wire() as wire:
-        await expect(wire, token, framing=framing)
-        await assert_refused(wire, 401)
+async def test_without_a_valid_token_there_is_no_100_continue() -> None:
+    async with hub_of_two_models() as hub:
+        for framing in [LENGTH, CHUNKED]:
+            for token in BAD_TOKENS.values():
+                with case((framing, token)):
+                    async with await hub.wire() as wire:
+                        await expect(wire, token, framing=framing)
+                        await assert_refused(wire, 401)
 
 
 @pytest.mark.parametrize("token", BAD_TOKENS.values(), ids=BAD_TOKENS.keys())

@@ -12,6 +12,7 @@ import re
 import pytest
 
 from tests.fakes.asks import CHAT
+from tests.fakes.cases import case
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import head
@@ -70,52 +71,50 @@ async def test_only_listed_pages_are_allowed() -> None:
         assert answer.header("vary") is None
 
 
-@pytest.mark.parametrize(
-    "origin",
-    [
-        "null",  # a sandboxed frame, a file: anybody's
-        "*",
-        "",
-        "http://localhost",
-        "http://localhost:3001",
-        "http://localhost:30000",
-        "https://localhost:3000",
-        "http://localhost:3000/",
-        "http://localhost:3000/page",
-        "http://LOCALHOST:3000",
-        "HTTP://localhost:3000",
-        "http://localhost.:3000",
-        "http://x.localhost:3000",
-        "http://localhost.evil.example:3000",
-        "http://evil-localhost:3000",
-        "http://localhost:3000.evil.example",
-        "http://localhost:3000@evil.example",
-        "http://evil.example/http://localhost:3000",
-        "http://localhost:3000, http://evil.example",
-        "http://localhost:3000 http://evil.example",
-        "http://127.0.0.1:3000",
-        "https://evil.example?https://chat.example",
-        "https://chat.example.evil.example",
-        "https://evilchat.example",
-        "https://chat.example:8443",
-        "https://chat_example",
-        "https://chatxexample",
-        "http://chat.example",
-    ],
-)
-async def test_origins_that_resemble_a_listed_one_are_refused(origin: str) -> None:
+async def test_origins_that_resemble_a_listed_one_are_refused() -> None:
     listed = [PAGE, OTHER]
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, server__cors_origins=listed) as hub,
     ):
-        answer = await preflight(hub, CHAT, origin)
-        assert (answer.status, cors(answer)) == (405, {})
-        before = len(worker.requests)
-        answer = await hub.get("/v1/models", headers=[("Origin", origin)])
-        assert (answer.status, cors(answer)) == (200, {})
-        assert answer.header("vary") == "Origin"
-        assert len(worker.requests) == before
+        for origin in [
+            "null",  # a sandboxed frame, a file: anybody's
+            "*",
+            "",
+            "http://localhost",
+            "http://localhost:3001",
+            "http://localhost:30000",
+            "https://localhost:3000",
+            "http://localhost:3000/",
+            "http://localhost:3000/page",
+            "http://LOCALHOST:3000",
+            "HTTP://localhost:3000",
+            "http://localhost.:3000",
+            "http://x.localhost:3000",
+            "http://localhost.evil.example:3000",
+            "http://evil-localhost:3000",
+            "http://localhost:3000.evil.example",
+            "http://localhost:3000@evil.example",
+            "http://evil.example/http://localhost:3000",
+            "http://localhost:3000, http://evil.example",
+            "http://localhost:3000 http://evil.example",
+            "http://127.0.0.1:3000",
+            "https://evil.example?https://chat.example",
+            "https://chat.example.evil.example",
+            "https://evilchat.example",
+            "https://chat.example:8443",
+            "https://chat_example",
+            "https://chatxexample",
+            "http://chat.example",
+        ]:
+            with case(origin):
+                answer = await preflight(hub, CHAT, origin)
+                assert (answer.status, cors(answer)) == (405, {})
+                before = len(worker.requests)
+                answer = await hub.get("/v1/models", headers=[("Origin", origin)])
+                assert (answer.status, cors(answer)) == (200, {})
+                assert answer.header("vary") == "Origin"
+                assert len(worker.requests) == before
 
 
 async def test_two_origins_are_refused() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.asks import CHAT, STREAM, WHOLE
+from tests.fakes.cases import case
 from tests.fakes.client import Response
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import (
@@ -139,16 +140,31 @@ async def test_unlisted_headers_reach_no_worker(name: str, value: str) -> None:
     assert value.encode() not in request.head
 
 
-@pytest.mark.parametrize(
-    "value", ["a b", "a" * 65, "\xe9", "", "a\tb", '"', "<x>", "a,b", "../x", "%00"]
-)
-@pytest.mark.parametrize("body", [WHOLE, STREAM, {"messages": 1}])
-async def test_a_dangerous_request_id_is_not_returned(value: str, body: Any) -> None:
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        response = await hub.post(CHAT, body, headers=[("X-Request-Id", value)])
-    given = response.header("x-request-id") or ""
-    assert len(given) == 16
-    assert given.isalnum()
+async def test_a_dangerous_request_id_is_not_returned() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker) as hub,
+    ):
+        for value in [
+            "a b",
+            "a" * 65,
+            "\xe9",
+            "",
+            "a\tb",
+            '"',
+            "<x>",
+            "a,b",
+            "../x",
+            "%00",
+        ]:
+            for body in [WHOLE, STREAM, {"messages": 1}]:
+                with case((value, body)):
+                    response = await hub.post(
+                        CHAT, body, headers=[("X-Request-Id", value)]
+                    )
+                    given = response.header("x-request-id") or ""
+                    assert len(given) == 16
+                    assert given.isalnum()
 
 
 # --- From a worker to a client ----------------------------------------------------

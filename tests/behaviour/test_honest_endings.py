@@ -14,8 +14,9 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.schema import ENDPOINTS, Ending
 from tests.fakes import client
 from tests.fakes.asks import CHAT, RARELY, STREAM, WHOLE
+from tests.fakes.cases import case
 from tests.fakes.client import Response
-from tests.fakes.hub import NO_RESCUE, ONE_TRY, RunningHub, running_hub
+from tests.fakes.hub import NO_BREAKER, NO_RESCUE, ONE_TRY, RunningHub, running_hub
 from tests.fakes.replies import (
     chunk,
     done,
@@ -281,24 +282,38 @@ async def test_a_stream_may_break_off_after_any_event(number: int, end: Step) ->
 FRAMED = b"".join(map(chunk, EVENTS))
 
 
-@pytest.mark.parametrize("broken", [False, True], ids=["cut", "broken"])
-@pytest.mark.parametrize("place", range(len(chunk(EVENTS[0])), len(FRAMED), 23))
-async def test_a_stream_may_break_off_at_any_byte(place: int, broken: bool) -> None:
+async def test_a_stream_may_break_off_at_any_byte() -> None:
     """In a chunk, in its size, in an event; by a cut or by bytes that are no chunk."""
-    end = (send(bytes(300)), stall()) if broken else (reset(),)
-    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
-        worker.script(send(sse_head() + FRAMED[:place]), *end)
-        ending = await ended(hub, STREAM)
-    assert ending.response.status == 200
-    assert not ending.clean
-    before, mark, error = ending.response.body.partition(b'data: {"error":{')
-    assert json.loads(b'{"error":{' + error)["error"]["type"] == "server_error"
-    kept = before.rstrip(b"\n\0")
-    assert PREFIX.startswith(kept)
-    framing = len(FRAMED) - len(PREFIX) + len(PREFIX) - len(PREFIX.rstrip(b"\n"))
-    assert len(kept) >= place - framing - 2
-    assert mark not in error
-    assert b"[DONE]" not in ending.response.body
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, **NO_RESCUE, **NO_BREAKER) as hub,
+    ):
+        for broken in [False, True]:
+            for place in range(len(chunk(EVENTS[0])), len(FRAMED), 23):
+                with case((broken, place)):
+                    end = (send(bytes(300)), stall()) if broken else (reset(),)
+                    worker.script(send(sse_head() + FRAMED[:place]), *end)
+                    ending = await ended(hub, STREAM)
+                    assert ending.response.status == 200
+                    assert not ending.clean
+                    before, mark, error = ending.response.body.partition(
+                        b'data: {"error":{'
+                    )
+                    assert (
+                        json.loads(b'{"error":{' + error)["error"]["type"]
+                        == "server_error"
+                    )
+                    kept = before.rstrip(b"\n\0")
+                    assert PREFIX.startswith(kept)
+                    framing = (
+                        len(FRAMED)
+                        - len(PREFIX)
+                        + len(PREFIX)
+                        - len(PREFIX.rstrip(b"\n"))
+                    )
+                    assert len(kept) >= place - framing - 2
+                    assert mark not in error
+                    assert b"[DONE]" not in ending.response.body
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tests.fakes.asks import CHAT, MIB
 from tests.fakes.cases import case
 from tests.fakes.client import Ending
 from tests.fakes.clock import Clock
-from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.hub import NO_BREAKER, RunningHub, running_hub
 from tests.fakes.replies import (
     chunk,
     done,
@@ -278,8 +278,7 @@ async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
         "timeouts__first_token": 2,
         "timeouts__gap": GAP,
         "timeouts__silence": GAP,
-        "breaker__consecutive": 1000,
-        "breaker__minimum_calls": 10_000,
+        **NO_BREAKER,
     } | settings
     async with (
         ScriptedWorker(GOOD) as good,

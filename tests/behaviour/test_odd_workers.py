@@ -24,8 +24,9 @@ from tests.behaviour.test_large_bodies import (
     running,
 )
 from tests.fakes.asks import CHAT, STREAM, WHOLE
+from tests.fakes.cases import case
 from tests.fakes.client import Wire
-from tests.fakes.hub import NO_RESCUE, running_hub
+from tests.fakes.hub import NO_BREAKER, NO_RESCUE, running_hub
 from tests.fakes.replies import (
     chat_completion,
     chunk,
@@ -63,13 +64,18 @@ OK = answer(chat_completion("hello"))
 SECOND = head(404, [("Content-Length", "5")]) + b"hello"
 
 
-@pytest.mark.parametrize("length", range(1, len(SECOND) + 1))
-def test_bytes_after_an_answer_are_not_part_of_it(length: int) -> None:
+def test_bytes_after_an_answer_are_not_part_of_it() -> None:
     """Not its status, not its body, and nothing of the next answer either."""
-    connection, _, recorder = ask()
-    connection.data_received(SHORT + SECOND[:length])
-    assert (recorder.status, recorder.body, recorder.ended) == (200, b"{}", True)
-    assert not connection.reusable
+    for length in range(1, len(SECOND) + 1):
+        with case(length):
+            connection, _, recorder = ask()
+            connection.data_received(SHORT + SECOND[:length])
+            assert (recorder.status, recorder.body, recorder.ended) == (
+                200,
+                b"{}",
+                True,
+            )
+            assert not connection.reusable
 
 
 async def test_a_second_answer_does_not_reach_the_next_client() -> None:
@@ -139,20 +145,23 @@ DECISIVE = {
 }
 
 
-@pytest.mark.parametrize("end", [close(), reset(), send(last_chunk())])
-@pytest.mark.parametrize(
-    ("path", "first", "last"), DECISIVE.values(), ids=DECISIVE.keys()
-)
-@pytest.mark.parametrize("missing", [2, 5, 10])
-async def test_an_incomplete_closing_event_does_not_end_the_stream(
-    missing: int, path: str, first: bytes, last: bytes, end: object
-) -> None:
-    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
-        worker.script(send(sse_head() + chunk(first) + chunk(last[:-missing])), end)
-        ending = await ended(hub, STREAM, path)
-    assert not ending.clean
-    assert b"[DONE]" not in ending.response.body
-    assert b'"error"' in ending.response.body
+async def test_an_incomplete_closing_event_does_not_end_the_stream() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, **NO_RESCUE, **NO_BREAKER) as hub,
+    ):
+        for end in [close(), reset(), send(last_chunk())]:
+            for path, first, last in DECISIVE.values():
+                for missing in [2, 5, 10]:
+                    with case((end, path, first, last, missing)):
+                        worker.script(
+                            send(sse_head() + chunk(first) + chunk(last[:-missing])),
+                            end,
+                        )
+                        ending = await ended(hub, STREAM, path)
+                        assert not ending.clean
+                        assert b"[DONE]" not in ending.response.body
+                        assert b'"error"' in ending.response.body
 
 
 @pytest.mark.parametrize(

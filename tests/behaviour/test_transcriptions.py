@@ -10,6 +10,7 @@ import pytest
 
 from gollama_proxy.wire.errors import RequestError
 from gollama_proxy.wire.form import FormScanner
+from tests.fakes.cases import case
 from tests.fakes.client import Response
 from tests.fakes.hub import MINT, RunningHub, running_hub
 from tests.fakes.replies import chunk, last_chunk, sse_head
@@ -136,9 +137,8 @@ async def test_invalid_forms_are_refused(kind: str) -> None:
         assert not worker.requests
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
+def test_ambiguous_forms_are_refused() -> None:
+    for body in [
         b"",
         b"{}",
         form(MODEL, FILE)[:-4],
@@ -163,18 +163,17 @@ async def test_invalid_forms_are_refused(kind: str) -> None:
         form(part("x", b"\r\n--AaB03xy"), FILE),
         form(part("a", b"", "\r\nX: " + "y" * 5000), FILE),
         form(*[part("x", b"")] * 129, FILE),
-    ],
-)
-@pytest.mark.parametrize("size", [1 << 20, 1])
-def test_ambiguous_forms_are_refused(body: bytes, size: int) -> None:
-    def scan() -> None:
-        scanner = FormScanner("AaB03x")
-        for at in range(0, len(body), size):
-            scanner.feed(body[at : at + size])
-        scanner.finish()
+    ]:
+        for size in [1 << 20, 1]:
+            with case((body, size)), pytest.raises(RequestError):
+                scan(body, size)
 
-    with pytest.raises(RequestError):
-        scan()
+
+def scan(body: bytes, size: int) -> None:
+    scanner = FormScanner("AaB03x")
+    for at in range(0, len(body), size):
+        scanner.feed(body[at : at + size])
+    scanner.finish()
 
 
 @pytest.mark.parametrize("size", [1 << 20, 7, 1])

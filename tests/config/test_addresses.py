@@ -15,6 +15,7 @@ from gollama_proxy.config.addresses import (
     why_address_refused,
     why_refused,
 )
+from tests.fakes.cases import case
 
 METADATA = "is a cloud's metadata service"
 LINK_LOCAL = "is a link-local address"
@@ -22,9 +23,8 @@ MULTICAST = "is a multicast address"
 NOWHERE = "is not the address of a machine"
 
 
-@pytest.mark.parametrize(
-    ("host", "why"),
-    [
+def test_a_rejected_host() -> None:
+    for host, why in [
         ("169.254.169.254", METADATA),
         ("169.254.169.254.", METADATA),
         ("fd00:ec2::254", METADATA),
@@ -79,15 +79,14 @@ NOWHERE = "is not the address of a machine"
         ("ff02::1", MULTICAST),
         ("ff02::1%eth0", MULTICAST),
         ("::ffff:224.0.0.1", MULTICAST),
-    ],
-)
-def test_a_rejected_host(host: str, why: str) -> None:
-    assert why_refused(host) == why
+    ]:
+        with case((host, why)):
+            assert why_refused(host) == why
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
+def test_an_allowed_host() -> None:
+    """Workers are on loopback and private networks."""
+    for host in [
         "localhost",
         "127.0.0.1",
         "127.255.255.254",
@@ -118,11 +117,9 @@ def test_a_rejected_host(host: str, why: str) -> None:
         "10.0.0.256",  # not an address, so at best a name
         "a9fea9fe",
         "",
-    ],
-)
-def test_an_allowed_host(host: str) -> None:
-    """Workers are on loopback and private networks."""
-    assert why_refused(host) == ""
+    ]:
+        with case(host):
+            assert why_refused(host) == ""
 
 
 @given(st.ip_addresses(v=4))

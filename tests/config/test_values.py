@@ -26,6 +26,7 @@ from gollama_proxy.config.values import (
     size,
     whole,
 )
+from tests.fakes.cases import case
 
 WHOLE = Annotated[int, whole(1, 9)]
 NUMBER = Annotated[float, number(1, 9)]
@@ -40,9 +41,8 @@ def size_of(*limits: int) -> Any:
     return Annotated[int, size(*limits)]
 
 
-@pytest.mark.parametrize(
-    ("hint", "value", "parsed"),
-    [
+def test_a_value_is_read() -> None:
+    for hint, value, parsed in [
         (WHOLE, 9, 9),
         (WHOLE, " 9 ", 9),
         (WHOLE, 3.0, 3),
@@ -93,19 +93,17 @@ def size_of(*limits: int) -> Any:
         (Lists, "big = medium | small", {"big": ("medium", "small")}),
         (Lists, "org/big:7b=org/small:1b", {"org/big:7b": ("org/small:1b",)}),
         (Lists, "", {}),
-    ],
-)
-def test_a_value_is_read(hint: Any, value: Any, parsed: Any) -> None:
-    if parsed is None:
-        parsed = tuple(value.split(", "))
-    result = convert(hint, value)
-    assert result == parsed
-    assert type(result) is type(parsed)
+    ]:
+        with case((hint, value, parsed)):
+            if parsed is None:
+                parsed = tuple(value.split(", "))
+            result = convert(hint, value)
+            assert result == parsed
+            assert type(result) is type(parsed)
 
 
-@pytest.mark.parametrize(
-    ("hint", "value"),
-    [
+def test_a_value_is_refused() -> None:
+    for hint, value in [
         (WHOLE, 0),
         (WHOLE, 10),
         (WHOLE, 3.5),
@@ -187,11 +185,10 @@ def test_a_value_is_read(hint: Any, value: Any, parsed: Any) -> None:
         (Lists, "big=small|small"),
         (Lists, "big=|"),
         (Lists, "big=small||tiny"),
-    ],
-)
-def test_a_value_is_refused(hint: Any, value: Any) -> None:
-    with pytest.raises(ValueError):
-        convert(hint, value)
+    ]:
+        with case((hint, value)):
+            with pytest.raises(ValueError):
+                convert(hint, value)
 
 
 @pytest.mark.parametrize(

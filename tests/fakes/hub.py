@@ -29,6 +29,8 @@ MINT = "mint a token"  # instead of a token: one is made, with the default claim
 # Settings under which a client sees what one attempt came to.
 ONE_TRY = {"retry__attempts": 1}
 NO_RESCUE = {"rescue__enabled": False}
+# A worker gets the next case, however often it has failed.
+NO_BREAKER = {"breaker__consecutive": 1000, "breaker__minimum_calls": 10_000}
 
 _SCOPES = {"/metrics": {"scope": "metrics"}}  # what a GET takes beside a token
 

@@ -13,6 +13,7 @@ import pytest
 import uvloop
 
 from tests.fakes.asks import CHAT, STREAM, WHOLE
+from tests.fakes.cases import case
 from tests.fakes.client import TruncatedError, Wire
 from tests.fakes.clock import Clock
 from tests.fakes.replies import (
@@ -423,41 +424,37 @@ def test_steps_show_and_compare() -> None:
 PREFIX = sse_head() + chunk(token("a"))
 
 
-@pytest.mark.parametrize(
-    ("sent", "clean"),
-    [
-        (PREFIX + last_chunk(), True),
-        (PREFIX, False),
-        (PREFIX + b"0\r\n", False),
-        (PREFIX + b"5\r\nab", False),
-        (PREFIX + b"zz\r\n", False),
-        (sse_head(), False),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nab", False),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", True),
-        (b"HTTP/1.0 200 OK\r\n\r\nabc", True),
-        (b"HTTP/1.1 200", False),
-        (b"", False),
-    ],
-)
-@pytest.mark.parametrize("end", [close, reset])
-async def test_wire_recognises_a_clean_end(
-    sent: bytes, clean: bool, end: Callable[[], Step]
-) -> None:
+async def test_wire_recognises_a_clean_end() -> None:
     async with ScriptedWorker() as worker:
-        # A reset may overtake what was sent and not read yet.
-        worker.script(send(sent), wait("read"), end())
-        async with await connect(worker) as wire:
-            await wire.post(CHAT, STREAM)
-            await wire.read_until(sent)
-            wire._inbox += sent
-            worker.release("read")
-            ending = await wire.read_to_end()
-            by_length = b"HTTP/1.0" not in sent
-            assert ending.clean == (clean and (by_length or end is close))
-            assert ending.raw == sent
-            assert ending.reset == (
-                end is reset and not ending.clean and b"zz" not in sent
-            )
+        for sent, clean in [
+            (PREFIX + last_chunk(), True),
+            (PREFIX, False),
+            (PREFIX + b"0\r\n", False),
+            (PREFIX + b"5\r\nab", False),
+            (PREFIX + b"zz\r\n", False),
+            (sse_head(), False),
+            (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nab", False),
+            (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", True),
+            (b"HTTP/1.0 200 OK\r\n\r\nabc", True),
+            (b"HTTP/1.1 200", False),
+            (b"", False),
+        ]:
+            for end in [close, reset]:
+                with case((sent, clean, end)):
+                    # A reset may overtake what was sent and not read yet.
+                    worker.script(send(sent), wait("read"), end())
+                    async with await connect(worker) as wire:
+                        await wire.post(CHAT, STREAM)
+                        await wire.read_until(sent)
+                        wire._inbox += sent
+                        worker.release("read")
+                        ending = await wire.read_to_end()
+                        by_length = b"HTTP/1.0" not in sent
+                        assert ending.clean == (clean and (by_length or end is close))
+                        assert ending.raw == sent
+                        assert ending.reset == (
+                            end is reset and not ending.clean and b"zz" not in sent
+                        )
 
 
 async def test_wire_reads_events_across_chunks() -> None:

@@ -24,6 +24,7 @@ from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.fields import WANTED
 from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes.asks import CHAT, EMBED
+from tests.fakes.cases import case
 
 BODY = b'{"messages": [{"role":"user"}], "stream":true ,"model" :"qwen", "n": 1}'
 
@@ -159,9 +160,8 @@ def test_a_body_means_the_same_in_one_piece_and_in_several(
     assert whole == asyncio.run(outcome(body, b""))
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
-    [
+async def test_a_field_of_the_wrong_type_is_named() -> None:
+    for path, body, param in [
         (CHAT, '{"model": 7}', "model"),
         (CHAT, '{"model": ["qwen"]}', "model"),
         (CHAT, '{"model": {"a": 1}}', "model"),
@@ -186,14 +186,11 @@ def test_a_body_means_the_same_in_one_piece_and_in_several(
         ("/completion", '{"n_predict": "7"}', "n_predict"),
         ("/v1/rerank", '{"documents": "a"}', "documents"),
         ("/detokenize", '{"tokens": "a"}', "tokens"),
-    ],
-)
-async def test_a_field_of_the_wrong_type_is_named(
-    path: str, body: str, param: str
-) -> None:
-    with pytest.raises(RequestError, match=f"`{param}` must be") as error:
-        await read_whole(body.encode(), path)
-    assert refusal(error) == (Code.INVALID_VALUE, param)
+    ]:
+        with case((path, body, param)):
+            with pytest.raises(RequestError, match=f"`{param}` must be") as error:
+                await read_whole(body.encode(), path)
+            assert refusal(error) == (Code.INVALID_VALUE, param)
 
 
 @pytest.mark.parametrize(
@@ -250,13 +247,14 @@ NO_JSON = [
 NO_JSON += [body.replace(b"{", b'{"model":"m",', 1) for body in NO_JSON if b"{" in body]
 
 
-@pytest.mark.parametrize("body", NO_JSON)
-@pytest.mark.parametrize("size", [1, 1000])
-async def test_what_is_no_json_object_is_refused(body: bytes, size: int) -> None:
-    read = incoming(Content(*pieces_of(body, size)))
-    with pytest.raises(RequestError) as error:
-        await read.read(1 << 20)
-    assert refusal(error) == (Code.INVALID_JSON, None)
+async def test_what_is_no_json_object_is_refused() -> None:
+    for body in NO_JSON:
+        for size in [1, 1000]:
+            with case((body, size)):
+                read = incoming(Content(*pieces_of(body, size)))
+                with pytest.raises(RequestError) as error:
+                    await read.read(1 << 20)
+                assert refusal(error) == (Code.INVALID_JSON, None)
 
 
 # --- The body as a worker gets it -------------------------------------------------

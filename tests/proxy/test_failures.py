@@ -24,6 +24,7 @@ from gollama_proxy.wire.assemble import AssemblyError, LostTextError, Unfoldable
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.partial import DivergedError, UnreadableError
 from gollama_proxy.wire.schema import ENDPOINTS, EventError
+from tests.fakes.cases import case
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker
 from tests.fakes.replies import error_event, event, ping, role, token
@@ -150,32 +151,30 @@ async def test_a_503_says_to_come_back(body: bytes) -> None:
     assert (error_of(found).retry_after or 0) > 0
 
 
-@pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize(
-    ("given", "seconds"),
-    [
-        (None, 1.0),
-        (b"0", 0.0),
-        (b"30", 30.0),
-        (b"", 1.0),
-        (b"-3", 1.0),
-        (b"1.5", 1.5),
-        (b"1.5.", 1.0),
-        (b"soon", 1.0),
-        (b"nan", 1.0),
-        (b"Fri, 31 Dec 1999 23:59:59 GMT", 0.0),
-        (b"Fri, 31 Dec 1999 23:59:59", 0.0),
-        (b"Fri, 99 Dec 1999 23:59:59 GMT", 1.0),
-        ("٣".encode(), 1.0),
-        (b"9" * 400, float("inf")),
-    ],
-)
-async def test_how_long_a_busy_worker_is_left_alone(
-    status: int, given: bytes | None, seconds: float
-) -> None:
+async def test_how_long_a_busy_worker_is_left_alone() -> None:
     """As it asks, in seconds; one second where it does not say so."""
-    headers = [JSON] if given is None else [JSON, (b"Retry-After", given)]
-    assert (await refusal(received(status, worded(), *headers))).busy == seconds
+    for status in [429, 503]:
+        for given, seconds in [
+            (None, 1.0),
+            (b"0", 0.0),
+            (b"30", 30.0),
+            (b"", 1.0),
+            (b"-3", 1.0),
+            (b"1.5", 1.5),
+            (b"1.5.", 1.0),
+            (b"soon", 1.0),
+            (b"nan", 1.0),
+            (b"Fri, 31 Dec 1999 23:59:59 GMT", 0.0),
+            (b"Fri, 31 Dec 1999 23:59:59", 0.0),
+            (b"Fri, 99 Dec 1999 23:59:59 GMT", 1.0),
+            ("٣".encode(), 1.0),
+            (b"9" * 400, float("inf")),
+        ]:
+            with case((status, given, seconds)):
+                headers = [JSON] if given is None else [JSON, (b"Retry-After", given)]
+                assert (
+                    await refusal(received(status, worded(), *headers))
+                ).busy == seconds
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -26,6 +26,7 @@ from gollama_proxy.scheduling.balancer import RetryBudget
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.asks import CHAT
+from tests.fakes.cases import case
 from tests.fakes.clock import Clock
 
 RULES = {cause: rule_of(cause) for cause in Cause}
@@ -242,30 +243,26 @@ def test_nobody_is_asked_a_third_time(failure: Cause) -> None:
     assert made.candidates() == []
 
 
-@pytest.mark.parametrize("failure", sorted(LATER, key=str))
-@pytest.mark.parametrize(
-    ("asked", "patience", "waits"),
-    [
-        (None, 5.0, False),
-        (0.0, 5.0, True),
-        (1.0, 5.0, True),
-        (5.0, 5.0, True),
-        (5.1, 5.0, False),
-        (0.0, 0.0, True),
-        (1.0, 0.0, False),
-    ],
-)
-def test_the_only_worker_is_waited_for_if_it_is_busy_for_a_short_time(
-    failure: Cause, asked: float | None, patience: float, waits: bool
-) -> None:
+def test_the_only_worker_is_waited_for_if_it_is_busy_for_a_short_time() -> None:
     """A little longer than it asks for: whoever is early is sent away again."""
-    a = worker("a")
-    made = failed(attempts(a, patience=patience), a)
-    pause = made.retry_after(failure, asked)
-    assert (pause is not None) is waits
-    if pause is not None:
-        assert asked is not None
-        assert asked + PAUSE[0] <= pause <= asked + PAUSE[1]
+    for failure in sorted(LATER, key=str):
+        for asked, patience, waits in [
+            (None, 5.0, False),
+            (0.0, 5.0, True),
+            (1.0, 5.0, True),
+            (5.0, 5.0, True),
+            (5.1, 5.0, False),
+            (0.0, 0.0, True),
+            (1.0, 0.0, False),
+        ]:
+            with case((failure, asked, patience, waits)):
+                a = worker("a")
+                made = failed(attempts(a, patience=patience), a)
+                pause = made.retry_after(failure, asked)
+                assert (pause is not None) is waits
+                if pause is not None:
+                    assert asked is not None
+                    assert asked + PAUSE[0] <= pause <= asked + PAUSE[1]
 
 
 def test_a_busy_worker_is_waited_for_though_it_is_not_available_meanwhile() -> None:
@@ -578,25 +575,26 @@ def test_a_fallback_that_is_there_waits_for_the_model_that_was_asked_for() -> No
     assert made.candidates() == [b]
 
 
-@pytest.mark.parametrize("failure", ELSEWHERE)
-@pytest.mark.parametrize("limit", [1, 2])
-def test_when_the_attempts_are_used_up_the_fallback_has_as_many(
-    failure: Cause, limit: int
-) -> None:
+def test_when_the_attempts_are_used_up_the_fallback_has_as_many() -> None:
     """At once, and it is not paid for."""
-    first = [worker(name) for name in "abc"]
-    second = [worker(name) for name in "def"]
-    budget = RetryBudget(0.0, limit - 1, clock=Clock())
-    made = attempts(*first, fallbacks=[second], budget=budget, attempts=limit)
-    asked: list[Worker] = []
-    while (some := made.candidates()) and len(asked) < 10:
-        asked.append(some[0])
-        made.begin(some[0])
-        if made.retry_after(failure, 30.0) is None:
-            break
-    if failure is Cause.UNREACHABLE:  # uses up none of them
-        limit = 3
-    assert asked == [*first[:limit], *second[:limit]]
+    for failure in ELSEWHERE:
+        for limit in [1, 2]:
+            with case((failure, limit)):
+                first = [worker(name) for name in "abc"]
+                second = [worker(name) for name in "def"]
+                budget = RetryBudget(0.0, limit - 1, clock=Clock())
+                made = attempts(
+                    *first, fallbacks=[second], budget=budget, attempts=limit
+                )
+                asked: list[Worker] = []
+                while (some := made.candidates()) and len(asked) < 10:
+                    asked.append(some[0])
+                    made.begin(some[0])
+                    if made.retry_after(failure, 30.0) is None:
+                        break
+                if failure is Cause.UNREACHABLE:  # uses up none of them
+                    limit = 3
+                assert asked == [*first[:limit], *second[:limit]]
 
 
 def test_a_retry_that_cannot_be_paid_for_is_the_fallbacks() -> None:

@@ -23,6 +23,7 @@ from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire.answer import TAIL, Prefill, Usage
 from gollama_proxy.wire.errors import Code, ProxyError, RequestError, WorkerError
 from gollama_proxy.wire.schema import Ending, Endpoint
+from tests.fakes.cases import case
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker as a_worker
 from tests.fakes.replies import (
@@ -569,23 +570,24 @@ async def test_the_end_is_kept_and_little_else(
 # --- What is remembered -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 7, 240, TAIL - 1, TAIL, 3 * TAIL])
-@pytest.mark.parametrize("number", [0, 1, 5, 12, 13, 60])
 async def test_all_that_was_passed_on_is_remembered(
-    number: int, size: int, deliver: Callable[[Relay, bytes], None]
+    deliver: Callable[[Relay, bytes], None],
 ) -> None:
     """What was held, and what came then, however it is cut."""
-    stage = Stage()
-    stage.stream(ping(), role())
-    running = stage.running(keep=1 << 20)
-    await steps()
-    body = ping() + role()
-    for count in range(number):
-        part = (b"%d," % count * size)[:size]
-        deliver(stage.relay, part)
-        body += part
-    assert stage.relay.relayed() == body
-    running.cancel()
+    for size in [1, 7, 240, TAIL - 1, TAIL, 3 * TAIL]:
+        for number in [0, 1, 5, 12, 13, 60]:
+            with case((size, number)):
+                stage = Stage()
+                stage.stream(ping(), role())
+                running = stage.running(keep=1 << 20)
+                await steps()
+                body = ping() + role()
+                for count in range(number):
+                    part = (b"%d," % count * size)[:size]
+                    deliver(stage.relay, part)
+                    body += part
+                assert stage.relay.relayed() == body
+                running.cancel()
 
 
 SIZES = st.lists(

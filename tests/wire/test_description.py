@@ -21,6 +21,7 @@ from gollama_proxy.wire.description import (
     read_models,
     read_progress,
 )
+from tests.fakes.cases import case
 
 IMAGE, PICTURES_SOUND = ("image",), ("image", "audio")
 ONE = {"data": [{"id": "a"}]}
@@ -59,9 +60,9 @@ def described(models: Any = ONE, props: Any = None) -> Description:
     return describe(read_models(encoded(models)), encoded(props or {}))
 
 
-@pytest.mark.parametrize(
-    ("listed", "props", "models"),
-    [
+def test_models_and_their_context() -> None:
+    """A model's own context first, then the worker's, else unknown."""
+    for listed, props, models in [
         ([], {}, ()),
         ([{"id": "a"}], {}, (Model("a"),)),
         ([{"id": "a", "meta": None}], {}, (Model("a"),)),
@@ -137,13 +138,9 @@ def described(models: Any = ONE, props: Any = None) -> Description:
                 ({"architecture": ["image"]}, {}, ()),
             ]
         ),
-    ],
-)
-def test_models_and_their_context(
-    listed: list[Any], props: dict[str, Any], models: tuple[Model, ...]
-) -> None:
-    """A model's own context first, then the worker's, else unknown."""
-    assert described({"data": listed}, props).models == models
+    ]:
+        with case((listed, props, models)):
+            assert described({"data": listed}, props).models == models
 
 
 ODD_ENTRIES = [

@@ -18,6 +18,7 @@ from gollama_proxy.wire.errors import (
     WorkerError,
     error_body,
 )
+from tests.fakes.cases import case
 
 # What programs rely on: the code's spelling, its status and its type.
 TABLE = {
@@ -67,9 +68,10 @@ def decoded(body: bytes) -> Any:
     return json.loads(body.decode())
 
 
-@pytest.mark.parametrize("code", list(Code))
-def test_every_code_has_its_status_and_its_type(code: Code) -> None:
-    assert (code.status, code.type) == TABLE[code]
+def test_every_code_has_its_status_and_its_type() -> None:
+    for code in list(Code):
+        with case(code):
+            assert (code.status, code.type) == TABLE[code]
 
 
 def test_published_codes_are_never_removed() -> None:

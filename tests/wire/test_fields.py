@@ -32,6 +32,7 @@ from gollama_proxy.wire.fields import (
     text_of,
     with_model,
 )
+from tests.fakes.cases import case
 
 thorough = settings(
     deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
@@ -140,20 +141,20 @@ def test_the_kind_of_a_value_is_its_first_character(value: str, kind: str) -> No
     assert field.raw == (b"" if kind in "[{" else value.encode())
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
+def test_values_that_parsers_disagree_on_have_no_kind() -> None:
+    """Too large for 64 bits, or no JSON at all: a check of the kind refuses it."""
+    for value in [
         *("1" + "0" * 19, "-" + "9" * 20, "1e1000"),
         *("01", "00", "0x1", "1.", ".5", "+1", "1e", "1_0", "-", "NaN"),
         *("tru", "truex", "True", "nul", "nulll", "f", "x", "é"),
-    ],
-)
-@pytest.mark.parametrize("key", ["max_tokens", "stream", "model"])
-def test_values_that_parsers_disagree_on_have_no_kind(value: str, key: str) -> None:
-    """Too large for 64 bits, or no JSON at all: a check of the kind refuses it."""
-    body = f'{{"{key}":{value}}}'.encode()
-    start = len(key) + 4
-    assert scan(body).found == {key: Field("?", value.encode(), start, len(body) - 1)}
+    ]:
+        for key in ["max_tokens", "stream", "model"]:
+            with case((value, key)):
+                body = f'{{"{key}":{value}}}'.encode()
+                start = len(key) + 4
+                assert scan(body).found == {
+                    key: Field("?", value.encode(), start, len(body) - 1)
+                }
 
 
 @pytest.mark.parametrize("where", ["[%b]", "{%b}", '"%b"', '["%b"]', '{"a":["%b"]}'])
@@ -389,12 +390,13 @@ def _no_constant(name: str) -> float:
 # --- Keys that occur twice --------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", sorted(WANTED))
-@pytest.mark.parametrize("first", ['"a"', "1", "[]", "{}", "null"])
-def test_a_wanted_key_that_occurs_twice_is_refused(key: str, first: str) -> None:
+def test_a_wanted_key_that_occurs_twice_is_refused() -> None:
     """Two parsers disagree on which of them counts; that would bypass a token."""
-    body = f'{{"{key}": {first}, "x": 1, "{key}": "b"}}'.encode()
-    assert f"the key {key!r} occurs twice" in refusal(body)
+    for key in sorted(WANTED):
+        for first in ['"a"', "1", "[]", "{}", "null"]:
+            with case((key, first)):
+                body = f'{{"{key}": {first}, "x": 1, "{key}": "b"}}'.encode()
+                assert f"the key {key!r} occurs twice" in refusal(body)
 
 
 @pytest.mark.parametrize(
@@ -463,21 +465,25 @@ def test_brackets_in_strings_and_siblings_are_no_depth() -> None:
 TEXTS = ["é", "ß\u0080", "\u07ff\u0800", "漢字", "\ud7ff\ue000\uffff", "🦙\U0010ffff"]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize(
-    "form", ['{"model":"%s"}', '{"%s":1,"model":"x"}', '{"a":"%s"}', '{"a":["%s",1]}']
-)
-def test_a_character_may_be_cut_at_every_byte(form: str, text: str) -> None:
-    body = (form % text).encode()
-    whole = outcome([body])
-    assert whole is not None
-    for pieces in halves(body):
-        assert outcome(pieces) == whole
+def test_a_character_may_be_cut_at_every_byte() -> None:
+    for text in TEXTS:
+        for form in [
+            '{"model":"%s"}',
+            '{"%s":1,"model":"x"}',
+            '{"a":"%s"}',
+            '{"a":["%s",1]}',
+        ]:
+            with case((text, form)):
+                body = (form % text).encode()
+                whole = outcome([body])
+                assert whole is not None
+                for pieces in halves(body):
+                    assert outcome(pieces) == whole
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_invalid_utf_8_is_refused_wherever_it_is_cut() -> None:
+    """Overlong, a surrogate, too large, or cut: each parser replaces it its own way."""
+    for bad in [
         b"\x80",
         b"\xbf\xbf",
         b"\xc3",
@@ -491,13 +497,11 @@ def test_a_character_may_be_cut_at_every_byte(form: str, text: str) -> None:
         b"\xf5\x80\x80\x80",
         b"\xfe",
         b"\xff",
-    ],
-)
-@pytest.mark.parametrize("form", [b'{"model":"%b"}', b'{"a":["%b"]}', b'{"a":"%b"}'])
-def test_invalid_utf_8_is_refused_wherever_it_is_cut(form: bytes, bad: bytes) -> None:
-    """Overlong, a surrogate, too large, or cut: each parser replaces it its own way."""
-    for pieces in halves(form % bad):
-        assert "not UTF-8" in refusal(*pieces)
+    ]:
+        for form in [b'{"model":"%b"}', b'{"a":["%b"]}', b'{"a":"%b"}']:
+            with case((bad, form)):
+                for pieces in halves(form % bad):
+                    assert "not UTF-8" in refusal(*pieces)
 
 
 def test_a_body_that_ends_in_the_middle_of_a_character_is_refused() -> None:
@@ -578,9 +582,8 @@ def test_utf_16_is_refused() -> None:
         refusal('{"model":"a"}'.encode(encoding))
 
 
-@pytest.mark.parametrize(
-    ("body", "why"),
-    [
+def test_a_mistake_on_the_top_level_is_refused_with_its_place() -> None:
+    for body, why in [
         (b"{a:1}", "a key was expected at byte 1"),
         (b"{,}", "a key was expected at byte 1"),
         (b'{"a":1,}', "a key was expected at byte 7"),
@@ -602,13 +605,10 @@ def test_utf_16_is_refused() -> None:
         (b"{} \n x", "something follows the object"),
         (b"{}\x00", "something follows the object"),
         (b"{}}", "something follows the object"),
-    ],
-)
-def test_a_mistake_on_the_top_level_is_refused_with_its_place(
-    body: bytes, why: str
-) -> None:
-    for pieces in halves(body):
-        assert why in refusal(*pieces)
+    ]:
+        with case((body, why)):
+            for pieces in halves(body):
+                assert why in refusal(*pieces)
 
 
 @pytest.mark.parametrize(
@@ -625,9 +625,9 @@ def test_a_body_that_ends_too_early_is_refused_wherever_it_ends(whole: bytes) ->
         assert "the body ends too early" in refusal(whole[:end])
 
 
-@pytest.mark.parametrize(
-    ("body", "where"),
-    [
+def test_a_mistake_inside_of_a_value_is_seen_by_the_grammar() -> None:
+    """The scanner passes over other values; `check_json` reads bodies that are kept."""
+    for body, where in [
         (b'{"a":[1,]}', "byte 8"),
         (b'{"a":[}}', "byte 6"),
         (b'{"a":{"b":1]}', "byte 11"),
@@ -645,18 +645,14 @@ def test_a_body_that_ends_too_early_is_refused_wherever_it_ends(whole: bytes) ->
         (b'{"a":"\\x"}', "byte 7"),
         (b'{"a":"x\\\n"}', "byte 8"),
         (b'{"a":["\\\n"]}', "byte 8"),
-    ],
-)
-def test_a_mistake_inside_of_a_value_is_seen_by_the_grammar(
-    body: bytes, where: str
-) -> None:
-    """The scanner passes over other values; `check_json` reads bodies that are kept."""
-    scan(body)
-    with pytest.raises(RequestError, match=where) as caught:
-        check_json(body)
-    assert caught.value.code is Code.INVALID_JSON
-    assert caught.value.message.startswith("The body is not valid JSON: ")
-    assert "malformed" not in caught.value.message  # which the text says once
+    ]:
+        with case((body, where)):
+            scan(body)
+            with pytest.raises(RequestError, match=where) as caught:
+                check_json(body)
+            assert caught.value.code is Code.INVALID_JSON
+            assert caught.value.message.startswith("The body is not valid JSON: ")
+            assert "malformed" not in caught.value.message  # which the text says once
 
 
 def test_numbers_of_any_size_are_json() -> None:

@@ -18,6 +18,7 @@ from gollama_proxy.wire.headers import (
     read_head,
     to_client,
 )
+from tests.fakes.cases import case
 
 LIMIT = 16 << 10
 JSON = (b"Content-Type", b"application/json")
@@ -162,9 +163,8 @@ def test_a_name_or_an_address_is_a_host(value: str) -> None:
     check_head("POST", (1, 1), [(b"hOst", value.encode())], LIMIT)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
+def test_a_host_is_a_name_or_an_address() -> None:
+    for value in [
         "hub evil",
         "hub\tevil",
         "hub@evil",
@@ -190,12 +190,11 @@ def test_a_name_or_an_address_is_a_host(value: str) -> None:
         "<hub>",
         '"hub"',
         "hub\n",
-    ],
-)
-def test_a_host_is_a_name_or_an_address(value: str) -> None:
-    error = refusal((b"HOST", value.encode("latin-1")))
-    assert error.code is Code.BAD_REQUEST
-    assert "Host" in error.message
+    ]:
+        with case(value):
+            error = refusal((b"HOST", value.encode("latin-1")))
+            assert error.code is Code.BAD_REQUEST
+            assert "Host" in error.message
 
 
 @pytest.mark.parametrize(
@@ -268,9 +267,8 @@ def test_listed_headers_alone_reach_a_worker_and_unchanged() -> None:
     assert to_worker([HOST, *headers, JSON]) == headers
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_credentials_framing_and_switches_never_reach_a_worker() -> None:
+    for name in [
         "X-Conversation-Id",
         "x-conversation-id",
         "Authorization",
@@ -299,10 +297,9 @@ def test_listed_headers_alone_reach_a_worker_and_unchanged() -> None:
         "Accept_Language",
         "Accept ",
         "",
-    ],
-)
-def test_credentials_framing_and_switches_never_reach_a_worker(name: str) -> None:
-    assert to_worker([(name.encode(), b"x")]) == []
+    ]:
+        with case(name):
+            assert to_worker([(name.encode(), b"x")]) == []
 
 
 @settings(deadline=None)
@@ -377,14 +374,18 @@ def test_headers_about_the_answer_reach_the_client() -> None:
     assert to_client(headers) == [(n.decode(), v.decode()) for n, v in headers]
 
 
-@pytest.mark.parametrize("name", sorted(HOP_BY_HOP | OWNED))
-def test_headers_of_one_hop_or_of_the_hub_end_at_the_hub(name: bytes) -> None:
-    assert to_client([(name, b"x"), (name.title(), b"x"), (name.upper(), b"x")]) == []
+def test_headers_of_one_hop_or_of_the_hub_end_at_the_hub() -> None:
+    for name in sorted(HOP_BY_HOP | OWNED):
+        with case(name):
+            assert (
+                to_client([(name, b"x"), (name.title(), b"x"), (name.upper(), b"x")])
+                == []
+            )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_a_worker_cannot_set_headers_of_the_hub() -> None:
+    """Spelled out here, so that no name leaves the lists by accident."""
+    for name in [
         "Connection",
         "Keep-Alive",
         "Proxy-Authenticate",
@@ -409,11 +410,9 @@ def test_headers_of_one_hop_or_of_the_hub_end_at_the_hub(name: bytes) -> None:
         "x-gollama-anything",
         "X-Accel-Buffering",
         "Cache-Control",
-    ],
-)
-def test_a_worker_cannot_set_headers_of_the_hub(name: str) -> None:
-    """Spelled out here, so that no name leaves the lists by accident."""
-    assert to_client([(name.encode(), b"x")]) == []
+    ]:
+        with case(name):
+            assert to_client([(name.encode(), b"x")]) == []
 
 
 def test_a_header_whose_name_is_not_ascii_is_dropped() -> None:

@@ -21,6 +21,7 @@ from gollama_proxy.wire.partial import (
     read_event,
 )
 from tests.fakes import replies
+from tests.fakes.cases import case
 from tests.fakes.streams import (
     arguments,
     call,
@@ -69,9 +70,8 @@ def test_the_end_is_known_by_its_name(raw: bytes) -> None:
 # --- Its text ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("raw", "said"),
-    [
+def test_an_event_has_its_spans_and_marks() -> None:
+    for raw, said in [
         (chat_event(role="assistant", content=None), {"role": True}),
         (chat_event(content="a"), {"spans": [Span("text", "a")]}),
         (chat_event(content=""), {}),
@@ -124,14 +124,13 @@ def test_the_end_is_known_by_its_name(raw: bytes) -> None:
         (dump({"choices": []}), {}),
         (dump({"choices": None}), {}),
         (dump({}), {}),
-    ],
-)
-def test_an_event_has_its_spans_and_marks(raw: bytes, said: dict[str, Any]) -> None:
-    event = event_of(raw)
-    nothing = {"spans": [], "role": False, "finish": False}
-    partial = {name: getattr(event, name) for name in nothing}
-    assert partial == {**nothing, **said}
-    assert event.fields == json.loads(raw[6:])
+    ]:
+        with case((raw, said)):
+            event = event_of(raw)
+            nothing = {"spans": [], "role": False, "finish": False}
+            partial = {name: getattr(event, name) for name in nothing}
+            assert partial == {**nothing, **said}
+            assert event.fields == json.loads(raw[6:])
 
 
 def test_the_text_of_an_event_can_be_replaced() -> None:

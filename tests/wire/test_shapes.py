@@ -11,6 +11,7 @@ from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.schema import Api, Ending
 from gollama_proxy.wire.shapes import ErrorReshaper, Overflow, error_event, status_body
 from gollama_proxy.wire.sse import EventError, error_in, events_in
+from tests.fakes.cases import case
 
 LOST = WorkerError(Code.WORKER_LOST, "The worker\nwas lost.").body()
 OTHERS = [Api.OPENAI, Api.NATIVE]
@@ -257,18 +258,17 @@ MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize(("message", "tokens", "context"), MESSAGES)
-def test_the_words_of_servers_are_read_in_every_shape_of_an_error(
-    message: str, tokens: int, context: int
-) -> None:
-    for overflow in (
-        {"error": {"message": message, "type": "BadRequestError", "code": 400}},
-        {"object": "error", "message": message, "type": "BadRequestError"},
-        {"error": message, "error_type": "validation"},
-        {"detail": message},
-    ):
-        body = json.dumps(overflow).encode()
-        assert Overflow.read(body) == Overflow(message, tokens, context)
+def test_the_words_of_servers_are_read_in_every_shape_of_an_error() -> None:
+    for message, tokens, context in MESSAGES:
+        with case((message, tokens, context)):
+            for overflow in (
+                {"error": {"message": message, "type": "BadRequestError", "code": 400}},
+                {"object": "error", "message": message, "type": "BadRequestError"},
+                {"error": message, "error_type": "validation"},
+                {"detail": message},
+            ):
+                body = json.dumps(overflow).encode()
+                assert Overflow.read(body) == Overflow(message, tokens, context)
 
 
 @pytest.mark.parametrize(
