@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -492,6 +493,24 @@ async def registering(
 def error_of(answer: Response) -> tuple[int, str, str]:
     error = answer.json()["error"]
     return answer.status, error["code"], error["message"]
+
+
+async def test_a_token_that_expires_during_a_lease_does_not_renew_it() -> None:
+    """The worker serves until the lease ends, and is registered by a new token."""
+    async with registering(clock=Clock()) as agent:
+        assert (await agent.put()).status == 201
+        hub, body = agent.hub, {"worker": {"url": agent.url}, "proof_port": agent.port}
+        now = int(time.time())
+        old = hub.token("desk", scope="worker", iat=now - 7200, exp=now - 3600)
+        answer = await agent.call("PUT", body, old)
+        assert error_of(answer)[:2] == (401, "invalid_api_key")
+        assert (await agent.call("DELETE", {}, old)).status == 401
+        assert names(hub) == ["desk"]
+        await until(lambda: hub.hub.registry.ready)
+        chat = {"messages": [{"role": "user", "content": "hi"}]}
+        assert (await hub.post(CHAT, chat)).status == 200
+        await lapse(hub)
+        assert (await agent.put()).status == 201
 
 
 async def test_only_a_new_address_is_proved() -> None:

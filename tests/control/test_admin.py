@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from gollama_proxy.state.local import LocalState
 from tests.fakes.asks import CHAT, RARELY, STREAM
 from tests.fakes.client import Response, Wire
 from tests.fakes.hub import SECRET, RunningHub, running_hub
+from tests.fakes.pool import InOrder
 from tests.fakes.registry import trip
 from tests.fakes.replies import (
     chunk,
@@ -32,9 +35,9 @@ from tests.fakes.replies import (
     sse_head,
     token,
 )
-from tests.fakes.script import send, wait
+from tests.fakes.script import expect_eof, notify, reset, send, wait
 from tests.fakes.waiting import until
-from tests.fakes.worker import ScriptedWorker
+from tests.fakes.worker import ScriptedWorker, full_backlog
 
 ADMIN = {"scope": "admin"}
 CALM = {"health__interval": RARELY}
@@ -483,6 +486,54 @@ async def test_a_request_that_is_still_sent_is_cancelled() -> None:
         assert not worker.requests
 
 
+async def test_a_request_whose_worker_is_dialled_is_cancelled() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        await worker.down()
+        fields = [("X-Request-Id", "mine")]
+        with full_backlog(worker.port):
+            async with await hub.open(CHAT, STREAM, headers=fields) as wire:
+                shown: list[Any] = []
+                while not shown:
+                    shown = (await get(hub, "/admin/exchanges")).json()["exchanges"]
+                assert shown[0]["state"] == "connecting"
+                await call(hub, "DELETE", "/admin/exchanges/mine")
+                answer = await wire.read_response()
+        assert error_of(answer, 403)[0] == "request_cancelled"
+        [worker_] = hub.hub.registry.workers
+        await until(lambda: worker_.in_flight == 0)
+        assert worker_.breaker.closed
+        assert not worker_.in_doubt
+
+
+async def test_an_answer_that_is_rescued_is_cancelled() -> None:
+    """Neither worker keeps a slot, and the one that continued is not blamed."""
+    async with (
+        ScriptedWorker() as one,
+        ScriptedWorker() as two,
+        running_hub(one, two, **CALM, rescue__enabled=True) as hub,
+    ):
+        hub.hub.balancer.policy = InOrder()
+        begun_, fields = chunk(role() + token("a")), [("X-Request-Id", "mine")]
+        one.script(send(sse_head() + begun_), wait("seen"), reset())
+        two.script(notify("asked"), expect_eof())
+        async with await hub.open(CHAT, STREAM, headers=fields) as wire:
+            await wire.read_event()
+            one.release("seen")
+            await two.reached("asked")
+            [shown] = (await get(hub, "/admin/exchanges")).json()["exchanges"]
+            assert shown["attempts"] == 2
+            await call(hub, "DELETE", "/admin/exchanges/mine")
+            ending = await wire.read_to_end()
+        assert not ending.clean
+        assert ending.raw.count(b"request_cancelled") == 1
+        assert b"[DONE]" not in ending.raw
+        await two.idle()
+        _, second = hub.hub.registry.workers
+        await until(lambda: not any(w.in_flight for w in hub.hub.registry.workers))
+        assert second.breaker.closed
+        assert not second.in_doubt
+
+
 async def test_the_queue_is_shown_and_a_request_taken_out() -> None:
     async with ScriptedWorker(slots=1) as worker, running_hub(worker, **CALM) as hub:
         endless(worker)
@@ -512,6 +563,34 @@ async def test_the_queue_is_shown_and_a_request_taken_out() -> None:
             answer = await call(hub, "DELETE", "/admin/queue/w0")
             assert error_of(answer, 404)[1] == "id"
             wires[1].close()
+
+
+async def test_a_full_disk_refuses_no_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The change holds until the hub stops, and the log says that it will be lost."""
+    settings: dict[str, Any] = {**CALM, "state__dir": tmp_path}
+    async with ScriptedWorker() as worker:
+        async with running_hub(ready=False, **settings) as hub:
+            with contextlib.closing(
+                sqlite3.connect(tmp_path / "state.db", timeout=0)
+            ) as other:
+                for table in ("workers", "revocations"):
+                    full = "raise(ABORT, 'database or disk is full')"
+                    other.execute(
+                        f"CREATE TRIGGER full_{table} BEFORE INSERT ON {table} "
+                        f"BEGIN SELECT {full}; END"
+                    )
+            row = {"url": worker.url, "name": "desk"}
+            assert (await call(hub, "POST", "/admin/workers", row)).status == 201
+            await until(lambda: hub.hub.registry.ready)
+            assert (await hub.post(CHAT, {"messages": []})).status == 200
+            answer = await call(hub, "POST", "/admin/revoke", {"subject": "bob"})
+            assert answer.status == 200
+            assert (await hub.post(CHAT, {}, hub.token("bob"))).status == 401
+        assert caplog.text.count("disk is full; changes are lost") == 1
+        async with running_hub(ready=False, **settings) as hub:
+            assert not hub.hub.registry.workers
 
 
 async def test_recent_requests_are_found_by_what_they_were() -> None:
