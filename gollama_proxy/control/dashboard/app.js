@@ -50,12 +50,12 @@ const whole = new Intl.NumberFormat('en');
 export const format = {
   number: (value) => (value == null ? '–' : whole.format(Math.round(value))),
 
-  // 0.42, 4.2, 42, 1,234
+  // 0.42, 4.2, 5, 42, 1,234
   short(value) {
     if (value == null) return '–';
     if (value === 0) return '0';
-    if (value < 1) return value.toFixed(2);
-    return value < 10 ? value.toFixed(1) : whole.format(Math.round(value));
+    if (value < 10) return String(Number(value.toPrecision(2)));
+    return whole.format(Math.round(value));
   },
 
   // Milliseconds: 42 ms, 1.2 s, 2 min

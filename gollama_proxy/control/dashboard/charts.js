@@ -67,7 +67,7 @@ export class Series {
 }
 
 // A chart of one or two lines, the first with its area if `area`.  Up to `bridge` missing
-// values are drawn over.  It begins with the first value, and `span` is its length in
+// values are drawn over, and the scale ends at `least` or higher.  It begins with the first value, and `span` is its length in
 // seconds; behind the steps in which `marked` is not 0, the ground is red.
 // `describe(chart)` is its text for screen readers.
 export class Chart {
@@ -76,9 +76,10 @@ export class Chart {
   #ground = null;
   #label = '';
 
-  constructor({ series, area = false, bridge = 0, marked = null, describe }) {
+  constructor({ series, area = false, bridge = 0, least = 0, marked = null, describe }) {
     this.series = series;
     this.bridge = bridge;
+    this.least = least;
     this.marked = marked;
     this.describe = describe;
     this.node = svg('svg', {
@@ -98,7 +99,7 @@ export class Chart {
   }
 
   draw() {
-    this.top = ceiling(Math.max(...this.series.map((each) => each.top)));
+    this.top = ceiling(Math.max(this.least, ...this.series.map((each) => each.top)));
     const [{ size, step }] = this.series;
     const first = Math.min(...this.series.map((each) => each.first));
     const count = Math.min(Math.max(size - first, Math.ceil(LEAST / step)), size);

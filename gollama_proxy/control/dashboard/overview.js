@@ -789,9 +789,10 @@ class Totals {
       speed: chart('Tokens per second', format.short, [this.speed]),
       first: chart('Time to first token, median and 95 %', format.ms, [this.p50, this.p95],
         { bridge: 24 }),
-      running: chart('Requests that run and wait', format.short, [this.running, this.waiting]),
-      requests: chart('Requests and errors per second', format.short,
-        [this.requests, this.errors]),
+      running: chart('Requests that run and wait', format.short, [this.running, this.waiting],
+        { area: true, least: 1 }),
+      requests: chart('Requests and errors per minute', format.short,
+        [this.requests, this.errors], { area: true, least: 6 }),
     };
     this.figures = {};
     this.tops = {};
@@ -825,8 +826,8 @@ class Totals {
     this.running.load(columns.running?.map((each, place) =>
       active(each, columns.waiting[place])));
     this.waiting.load(columns.waiting);
-    this.requests.load(columns.requests);
-    this.errors.load(columns.errors);
+    this.requests.load(columns.requests?.map(perMinute));
+    this.errors.load(columns.errors?.map(perMinute));
     this.#draw();
   }
 
@@ -836,8 +837,8 @@ class Totals {
     this.p95.push(sample.first_token_p95);
     this.running.push(active(sample.running, sample.waiting));
     this.waiting.push(sample.waiting);
-    this.requests.push(sample.requests);
-    this.errors.push(sample.errors);
+    this.requests.push(perMinute(sample.requests));
+    this.errors.push(perMinute(sample.errors));
     this.#draw();
   }
 
@@ -891,13 +892,15 @@ class Totals {
     put(this.figures.waiting, format.number(totals.waiting));
     const minute = (series) => {
       const known = series.values.slice(-12).filter((each) => each != null);
-      return known.length ? known.reduce((a, b) => a + b, 0) / known.length * 60 : null;
+      return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
     };
     put(this.figures.requests, format.number(minute(this.requests)));
     put(this.figures.errors, format.number(minute(this.errors)));
     look(this.figures.errors, minute(this.errors) ? 'bad' : '');
   }
 }
+
+const perMinute = (value) => (value == null ? null : value * 60);
 
 // Requests in flight that do not wait for a slot.
 const active = (running, waiting) =>

@@ -175,12 +175,12 @@ export class Card {
         ? [el('progress', {
           max: 1, value: model.progress, 'aria-label': `Loading ${model.name}`,
         }), `loading, ${Math.round(model.progress * 100)} %`]
-        : [model.loaded == null ? '' : model.loaded ? 'loaded' : 'not loaded'];
+        : model.loaded != null && [model.loaded ? 'loaded' : 'not loaded'];
       const context = model.context ?? worker.context;
       return el('li', {}, el('span', { class: 'name' }, model.name),
         context && el('span', { class: 'muted', title: `${format.number(context)} tokens` },
           `${thousands(context)} context`),
-        el('span', { class: `row ${model.loaded ? 'good' : 'muted'}` }, state),
+        state && el('span', { class: `row ${model.loaded ? 'good' : 'muted'}` }, state),
         ofItself(model, worker)
           && el('span', { class: 'warn' }, `▲ breaker ${model.breaker.state}`));
     });
