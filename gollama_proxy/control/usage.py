@@ -23,6 +23,8 @@ from gollama_proxy.state.ledger import DAY, GROUPS, Ledger, Question, day_of
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, HubError, RequestError
 
+# That wait at once.  The thread that answers them, one by one, also saves usage.
+MOST_QUESTIONS = 16
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": DAY}
 _ALLOWED = "7d or 12h ago, a date such as 2026-11-30, or Unix seconds"
 _KNOWN = ("by", "since", "until")
@@ -44,9 +46,10 @@ class Usage:
 
     def __init__(self, hub: Parts) -> None:
         self._hub = hub
+        self._asked = 0  # questions without an answer yet
 
     def __repr__(self) -> str:
-        return f"<Usage of {self._hub!r}>"
+        return f"<Usage of {self._hub!r} asked={self._asked}>"
 
     def routes(self) -> Routes:
         """Return the handlers for callers of any scope."""
@@ -81,10 +84,16 @@ class Usage:
         return answer({"subject": caller.subject, **shown, "limits": limits})
 
     async def _read(self, question: Question) -> dict[str, Any]:
+        if self._asked >= MOST_QUESTIONS:
+            text = "Too many questions about usage wait for their answers."
+            raise RequestError(Code.RATE_LIMITED, text, retry_after=1)
+        self._asked += 1
         try:
             found = await self._hub.ledger.read(question)
         except StateError as exc:
             raise HubError(Code.INTERNAL, f"{exc}.") from exc
+        finally:
+            self._asked -= 1
         return {
             "by": question.by,
             "since": question.first * DAY,

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from gollama_proxy.control import usage
 from gollama_proxy.control.usage import read_question
-from gollama_proxy.state.ledger import DAY, Question, day_of
+from gollama_proxy.state.ledger import DAY, Answer, Question, day_of
 from gollama_proxy.wire.errors import RequestError
 from tests.fakes.asks import CHAT, RARELY, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chat_completion, json_reply
 from tests.fakes.script import answer, send
+from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
 TODAY = day_of("2026-11-29")
@@ -27,8 +29,8 @@ async def used(hub: RunningHub, worker: ScriptedWorker) -> None:
     """Let alice and bob use something, on the 29th of November."""
     hub.hub.ledger.clock = Clock(NOON)
     whole = chat_completion("a", tokens=3)
-    usage = whole["usage"] | {"prompt_tokens": 20, "completion_tokens": 3}
-    worker.default(*answer(whole | {"usage": usage, "timings": TIMINGS}))
+    counts = whole["usage"] | {"prompt_tokens": 20, "completion_tokens": 3}
+    worker.default(*answer(whole | {"usage": counts, "timings": TIMINGS}))
     for name in ("alice", "alice", "bob"):
         assert (await hub.post(CHAT, WHOLE, hub.token(name))).status == 200
     worker.default(send(json_reply({"error": {"message": "x"}}, status=400)))
@@ -155,6 +157,31 @@ async def test_usage_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         error = answer.json()["error"]
         assert "usage cannot be read" in error["message"]
         assert (await hub.post(CHAT, WHOLE)).status == 200
+
+
+async def test_questions_that_wait_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users who ask much hold up neither operators nor the saving of usage."""
+    monkeypatch.setattr(usage, "MOST_QUESTIONS", 2)
+    async with running_hub(ready=False) as hub:
+        let, ledger = asyncio.Event(), hub.hub.ledger
+        read = ledger.read
+
+        async def slowly(question: Question) -> Answer:
+            await let.wait()
+            return await read(question)
+
+        monkeypatch.setattr(ledger, "read", slowly)
+        async with asyncio.TaskGroup() as group:
+            waiting = [
+                group.create_task(hub.get("/v1/usage"), name="fake user")
+                for _ in range(2)
+            ]
+            await until(lambda: len(hub.hub.proxy.running) == 2)
+            refused = await hub.get("/v1/usage")
+            assert (refused.status, refused.header("retry-after")) == (429, "1")
+            let.set()
+        assert [task.result().status for task in waiting] == [200, 200]
+        assert (await hub.get("/v1/usage")).status == 200
 
 
 # --- Questions --------------------------------------------------------------------
