@@ -287,9 +287,14 @@ class Ledger:
                     self._wait(key, row)
                 self._note_failure(exc)
                 return
-            self._note_success()
             if turned:
-                await self._look_back()
+                try:
+                    await self._look_back()
+                except sqlite3.Error as exc:
+                    self._turned = True
+                    self._note_failure(exc)
+                    return
+            self._note_success()
 
     async def _look_back(self) -> None:
         """Take the numbers of this day from the database, after its first save.

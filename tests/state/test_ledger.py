@@ -372,6 +372,28 @@ async def test_a_full_disk_is_one_warning_and_nothing_is_lost(
     await ledger.close()
 
 
+async def test_a_disk_that_cannot_be_read_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock(NOON)
+    ledger = await opened(tmp_path, clock)
+    ledger.add(Ended())
+    await ledger.save()
+    with monkeypatch.context() as patch:
+        patch.setattr(ledgers, "_SPENT", "SELECT * FROM nowhere")
+        clock.advance(DAY)
+        ledger.add(Ended())
+        await ledger.save()
+        await ledger.save()
+        assert caplog.text.count("no such table: nowhere") == 1
+    assert ledger.spent("alice") == Spent(25, 50)
+    await ledger.save()
+    assert ledger.spent("alice") == Spent(25, 50)
+    assert [row[3] for row in stored(tmp_path)] == [1, 1]
+    assert "is written again" in caplog.text
+    await ledger.close()
+
+
 async def test_what_waits_for_a_disk_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
