@@ -99,6 +99,13 @@ async def test_markup_from_everywhere_is_shown_as_text(
                 await expect(main).to_contain_text(name)
                 await assert_harmless(page)
 
+                await page.open("#/usage")
+                table = page.page.get_by_role("region", name="Table")
+                await expect(table).to_contain_text(subject)
+                await page.page.get_by_label("By", exact=True).select_option("model")
+                await expect(table).to_contain_text(model)
+                await assert_harmless(page)
+
                 link = "[link](javascript:stolen='link')"
                 picture = "![picture](https://example.com/x.png)"
                 text = f"{payload('answer')}\n\n{link} {picture}\n\n```\n</code>{name}"
