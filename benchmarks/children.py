@@ -45,8 +45,12 @@ async def spawn(
 
 
 def inherited() -> dict[str, str]:
-    """Return the environment without the user's own settings of the hub."""
+    """Return the environment without the user's own settings of the hub.
+
+    Programs in Python may write their bytecode, as pip does when it installs them.
+    """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    clean.pop("PYTHONDONTWRITEBYTECODE", None)
     return clean | {"GOLLAMA_CONFIG": os.devnull, "GOLLAMA_STATE_DIR": ""}
 
 

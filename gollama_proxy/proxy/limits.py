@@ -38,7 +38,7 @@ class Limits:
         limit = x.config.timeouts.first_token
         if x.noticed_at or lease.loads:
             x.noticed_at, x.loading = 0.0, lease.loads
-        if streams(x):
+        if (x.body.stream or x.delivery is not None) and streams(x):
             worker, model = lease.worker, lease.model
             pace = worker.paces.get(model) or worker.pace_of(model)
             # Loading a model takes time, and would on another worker, too.

@@ -433,7 +433,8 @@ class Relay:
         # Nothing more comes.  An object that has its own methods as attributes stays in
         # memory until the garbage collector runs.
         self.body_received = self.chunk_received = _ignore
-        self._wake()
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
 
     def answer_lost(self, reason: str, *, malformed: bool) -> None:
         code = Code.WORKER_LOST

@@ -342,6 +342,13 @@ def _text_of(fields: tuple[str, ...]) -> str:
 
 
 @functools.lru_cache(maxsize=256)
+def _plain_text_of(fields: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
+    """Return a template with a line for each field, and what matches plain values."""
+    template = "".join([f"\n{name}=%s" for name in fields])
+    return template, re.compile(template.replace("%s", _PLAIN.pattern), re.ASCII)
+
+
+@functools.lru_cache(maxsize=256)
 def _json_of(fields: tuple[str, ...]) -> str:
     rest = "".join([f',"{name}":%s' for name in fields])
     return f'{{"time":"%s","level":"%s","message":%s{rest}}}'
@@ -352,6 +359,22 @@ class TextFormatter(LineFormatter):
 
     _template = staticmethod(_text_of)
     _quote = staticmethod(_quoted)
+
+    def line(
+        self,
+        when: str,
+        level: int,
+        message: str,
+        fields: Fields = _NO_FIELDS,
+        error: BaseException | None = None,
+    ) -> str:
+        template, plain = _plain_text_of(tuple(fields))
+        shown = template % (*fields.values(),)
+        # Nearly always; to look at each value takes longer than all else of a line.
+        if error is None and plain.fullmatch(shown):
+            shown = shown.replace("\n", " ")
+            return f"{when} {_level_name(level)} {message}{shown}"
+        return super().line(when, level, message, fields, error)
 
     def _with_error(self, line: str, error: BaseException) -> str:
         return f"{line}\n{_traceback(error)}"

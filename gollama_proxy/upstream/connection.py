@@ -185,8 +185,8 @@ class Connection(asyncio.Protocol):
             return
         self.state = _ACTIVE
         self._receiver = receiver
-        if data:
-            self.write(data)
+        if data and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
 
     def write(self, data: bytes) -> None:
         """Send a part of the request; does nothing once the connection is closed."""
