@@ -50,7 +50,7 @@ class SlidingWindow:
     never more than the span.  `clock` returns monotonic seconds.
     """
 
-    __slots__ = ("_buckets", "_clock", "_count", "_tick", "_width")
+    __slots__ = ("_at", "_buckets", "_clock", "_count", "_tick", "_width")
 
     def __init__(
         self, span: float, clock: Callable[[], float], buckets: int = BUCKETS
@@ -59,6 +59,7 @@ class SlidingWindow:
         self._width = span / buckets
         self._buckets = [0] * buckets  # a ring: tick t is at t % buckets
         self._tick = int(clock() / self._width)
+        self._at = self._tick % buckets
         self._count = 0
 
     def __repr__(self) -> str:
@@ -75,7 +76,7 @@ class SlidingWindow:
         tick = int(self._clock() / self._width)
         if tick != self._tick:
             self._expire(tick)
-        self._buckets[self._tick % len(self._buckets)] += amount
+        self._buckets[self._at] += amount
         self._count += amount
 
     def leaves_in(self, amount: int) -> float:
@@ -94,3 +95,4 @@ class SlidingWindow:
             self._count -= self._buckets[tick % size]
             self._buckets[tick % size] = 0
         self._tick = now
+        self._at = now % size

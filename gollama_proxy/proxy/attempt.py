@@ -26,7 +26,6 @@ from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.tasks import spawn
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.wire import headers
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError
 from gollama_proxy.wire.errors import (
     Code,
@@ -313,7 +312,7 @@ def _pass_on(relay: Relay, worker: str, body: bytes) -> Response:
     SDKs read JSON, and users need the reason.
     """
     if body.lstrip().startswith(b"{"):
-        return Response(body, relay.status, headers.client_fields(relay.headers))
+        return Response(body, relay.status, relay.client_fields)
     text = f"Worker {worker} answered {relay.status} without a reason."
     kind = "invalid_request_error" if relay.status < 500 else "server_error"
     return Response(error_body(text, kind, None), relay.status, JSON)

@@ -27,6 +27,7 @@ from gollama_proxy.wire import answer, sse
 from gollama_proxy.wire.answer import NO_END, TAIL, End, Tally, read_end
 from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.headers import read_answer_head
 from gollama_proxy.wire.resume import MOST_WORDS, Transcript
 from gollama_proxy.wire.schema import Ending, Endpoint, EventError
 
@@ -64,6 +65,7 @@ class Relay:
         "body_received",
         "bytes",
         "chunk_received",
+        "client_fields",
         "connection",
         "content_type",
         "end",
@@ -84,6 +86,7 @@ class Relay:
     ) -> None:
         self.status = 0
         self.content_type = b""
+        self.client_fields = ""  # the header lines for the client
         self.is_event_stream = False
         self.headers: list[tuple[bytes, bytes]] = []
         self.opened_at: float | None = None
@@ -340,7 +343,7 @@ class Relay:
         self._lease.heard_at = self._clock()
         self.status = status
         self.headers = headers
-        self.content_type = self.header(b"content-type")
+        self.content_type, self.client_fields = read_answer_head(headers)
         if self.content_type.startswith(b"text/event-stream"):
             self.is_event_stream = True
             self._gatherer = sse.Gatherer()

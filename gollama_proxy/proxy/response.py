@@ -26,7 +26,7 @@ from gollama_proxy.edge.response import (
 )
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange
-from gollama_proxy.wire import headers, shapes, sse
+from gollama_proxy.wire import shapes, sse
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.errors import ProxyError
 from gollama_proxy.wire.schema import Ending
@@ -104,7 +104,7 @@ class Stream:
             ConnectionResetError: the client has left.
         """
         if not self.begun:
-            fields = headers.client_fields(relay.headers)
+            fields = relay.client_fields
             length = b""
             if relay.is_event_stream:
                 if not relay.content_type:
@@ -306,7 +306,7 @@ def in_one_piece(x: Exchange, relay: Relay) -> Response | None:
     x.bytes = len(body)
     if x.alias and x.names is not None:
         body = renamed(body, *x.names)
-    return Response(body, relay.status, headers.client_fields(relay.headers))
+    return Response(body, relay.status, relay.client_fields)
 
 
 def in_shape_of(x: Exchange, refusal: Response) -> Response:

@@ -39,7 +39,9 @@ _NO_FIELDS: Fields = {}
 _LOST = "{} lines were lost: standard error could not be written"
 # The result or exception of a task or future, in its `repr`.
 _TASK_RESULT = re.compile(r" (?:exception|result)=.*(?=> took [\d.]+ seconds\Z|>\Z)")
-_PLAIN = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
+_LONGEST = 128  # characters of a value without quotes
+_PLAIN = re.compile(rf"[\w./:@+-]{{1,{_LONGEST}}}", re.ASCII)
+_PLAIN_LETTERS = bytes(n for n in range(128) if _PLAIN.fullmatch(chr(n)))
 # The priorities of syslog, from the level of Python where each begins.
 _PRIORITIES = (
     (logging.CRITICAL, 2),
@@ -342,10 +344,14 @@ def _text_of(fields: tuple[str, ...]) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _plain_text_of(fields: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
-    """Return a template with a line for each field, and what matches plain values."""
+def _plain_text_of(fields: tuple[str, ...]) -> tuple[str, int, bytes]:
+    """Return a template with a line for each field.
+
+    Its second part is the length of a text of which each value is plain if all of them
+    consist of plain letters.  The third part is what remains of such a text.
+    """
     template = "".join([f"\n{name}=%s" for name in fields])
-    return template, re.compile(template.replace("%s", _PLAIN.pattern), re.ASCII)
+    return template, len(template) - 2 * len(fields) + _LONGEST, b"\n=" * len(fields)
 
 
 @functools.lru_cache(maxsize=256)
@@ -368,10 +374,16 @@ class TextFormatter(LineFormatter):
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
     ) -> str:
-        template, plain = _plain_text_of(tuple(fields))
+        template, longest, rest = _plain_text_of(tuple(fields))
         shown = template % (*fields.values(),)
         # Nearly always; to look at each value takes longer than all else of a line.
-        if error is None and plain.fullmatch(shown):
+        if (
+            error is None
+            and len(shown) <= longest
+            and shown.encode(errors="replace").translate(None, _PLAIN_LETTERS) == rest
+            and "=\n" not in shown
+            and not shown.endswith("=")
+        ):
             shown = shown.replace("\n", " ")
             return f"{when} {_level_name(level)} {message}{shown}"
         return super().line(when, level, message, fields, error)

@@ -189,22 +189,28 @@ def to_client(headers: Headers) -> list[tuple[str, str]]:
     ]
 
 
-def client_fields(headers: Headers) -> str:
-    """Write the header lines of a worker that its client gets, each ended by CRLF."""
+def read_answer_head(headers: Headers) -> tuple[bytes, str]:
+    """Return the Content-Type of a worker's answer, and the lines that its client gets.
+
+    The Content-Type is in lower case, and empty if there is none; each of the lines is
+    ended by CRLF.
+    """
     # Workers send the same ones again and again, but for these two.
     lasting = []
     for field in headers:  # a comprehension costs a call
         if field[0].lower() not in _VARYING:
             lasting.append(field)  # noqa: PERF401
-    return _client_fields(tuple(lasting))
+    return _read_answer_head(tuple(lasting))
 
 
 _VARYING = frozenset({b"content-length", b"date"})  # never passed on
 
 
 @functools.lru_cache(maxsize=256)
-def _client_fields(headers: tuple[tuple[bytes, bytes], ...]) -> str:
-    return "".join(f"{name}: {value}\r\n" for name, value in to_client(headers))
+def _read_answer_head(headers: tuple[tuple[bytes, bytes], ...]) -> tuple[bytes, str]:
+    types = [value for name, value in headers if name.lower() == b"content-type"]
+    lines = [f"{name}: {value}\r\n" for name, value in to_client(headers)]
+    return types[-1].lower() if types else b"", "".join(lines)
 
 
 def _named_in_connection(headers: Headers) -> set[bytes]:

@@ -49,9 +49,9 @@ TWO_TOKENS = (
 @pytest.mark.parametrize(
     ("path", "body", "script", "limit"),
     [
-        pytest.param(EMBED, EMBEDDING, SHORT, 154, id="short request"),
-        pytest.param(CHAT, STREAM, ONE_TOKEN, 236, id="stream of one token"),
-        pytest.param(CHAT, WHOLE, TWO_TOKENS, 284, id="assembled chat of two tokens"),
+        pytest.param(EMBED, EMBEDDING, SHORT, 150, id="short request"),
+        pytest.param(CHAT, STREAM, ONE_TOKEN, 231, id="stream of one token"),
+        pytest.param(CHAT, WHOLE, TWO_TOKENS, 280, id="assembled chat of two tokens"),
     ],
 )
 async def test_a_request_takes_no_more_frames_than(

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gollama_proxy.config.settings import Log
 from gollama_proxy.telemetry import accesslog, logs
@@ -28,6 +30,24 @@ from gollama_proxy.telemetry.logs import (
 from tests.fakes.clock import Clock
 
 # --- Format -----------------------------------------------------------------------
+
+
+_values = st.one_of(
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(max_size=4),
+    st.sampled_from(["", "=", "a b", "a=b", "\n", "a\nb=c", "é", "\ud800", "x" * 128]),
+    st.integers(120, 136).map("y".__mul__),
+)
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), _values))
+def test_a_line_from_one_template_is_the_line_field_by_field(
+    fields: dict[str, str | int | float],
+) -> None:
+    form = TextFormatter()
+    line = form.line("now", logging.INFO, "request", fields)
+    assert line == logs.LineFormatter.line(form, "now", logging.INFO, "request", fields)
 
 
 @pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
