@@ -32,8 +32,9 @@ _FRAMING = frozenset({b"content-encoding", b"content-length", b"transfer-encodin
 # five, but extensions and trailers (RFC 9112, 7.1) can have any length; what is beyond
 # this ratio may come to `MAX_HEAD`, the head included.
 PAYS_FOR = 16
-# Chunks up to this size can take the fast lane; an event is some 240 bytes.
-MAX_FAST = 16 << 10
+# Chunks up to this size can take the fast lane; an event is some 240 bytes.  The table
+# takes 60 bytes of memory for each of them.
+MAX_FAST = 4 << 10
 
 
 def _chunk_heads() -> list[bytes | tuple[()]]:
