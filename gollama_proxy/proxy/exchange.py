@@ -391,8 +391,11 @@ class Proxy(Running):
         # What is sent
         if x.resume is None:
             sent = self._rewriter.prepare(x, worker)
+            if x.repeated:
+                x.repeated = 0
         else:
             sent = x.resume.request(model)
+            x.repeated = x.resume.repeated
         length = len(sent) if body.replayable else body.length_behind(sent)
         data = request_head(
             worker.config, x.endpoint.path, x.forwarded, body.content_type, length

@@ -248,6 +248,11 @@ class Resume:
             return body
         return ask_for_rest(body, self.partial, self._chat)
 
+    @property
+    def repeated(self) -> int:
+        """The tokens of the answer that are a part of the last request's prompt."""
+        return 0 if self._asked_for_all else self.partial.tokens
+
     def ask_for_all(self) -> bool:
         """Send the first request again next time; False if the last one was that."""
         self._for_all = not self._asked_for_all

@@ -124,6 +124,7 @@ class Exchange(Record):
     # What the client gets
     delivery: Stream | Assembly | None = None
     resume: Resume | None = None  # the answer broke off, and is being continued
+    repeated = 0  # tokens of it that the worker of this attempt reads as prompt
     lost: ProxyError | None = None  # why the answer broke off
     failure: Failure | None = None  # the last one
     answered = False  # a worker has begun to generate

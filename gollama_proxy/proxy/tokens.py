@@ -176,20 +176,23 @@ class Charges:
         elif generated is None and endpoint.generates:
             size = relay.bytes or len(relay.held)
             generated = self._fitting.likely_tokens(x.model, size)
-        prompt = used.prompt or 0
+        read = prompt = used.prompt or 0
         if body.prompts > 1:
             if used.reading is not None and used.reading.seconds:  # of one of them
                 likely = self._fitting.likely_tokens(x.model, body.size)
                 prompt = max(prompt, likely)
-        elif endpoint.prompt_has_size and prompt and x.resume is None:
-            # A continued answer is a part of the prompt, and not of the request.
+        elif x.repeated:
+            # What the client has of the answer is a part of this prompt, and not of
+            # the request; it was counted when it was generated.
+            prompt = max(prompt - x.repeated, 0)
+        elif endpoint.prompt_has_size and prompt:
             self._fitting.learn(x, prompt)
         x.answered = True
         x.tokens += generated or 0
         if prompt > x.prompt_tokens:
             x.prompt_tokens = prompt
-            if used.reading is not None and 0 < used.reading.cached <= prompt:
-                x.cached_tokens = used.reading.cached
+            if used.reading is not None and 0 < used.reading.cached <= read:
+                x.cached_tokens = min(used.reading.cached, prompt)
 
     def add_refused(self, x: Exchange, relay: Relay) -> None:
         """Add an attempt that ended with an error, if it sent anything before."""

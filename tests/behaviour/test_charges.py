@@ -404,6 +404,41 @@ async def test_the_tokens_of_a_failed_attempt_are_charged(
     assert costs == [20, 3 + 5]
 
 
+@pytest.mark.parametrize("breaks", [1, 2])
+@pytest.mark.parametrize("body", [STREAMED, WHOLE])
+async def test_what_another_worker_continues_is_not_charged_as_prompt(
+    log: Log, body: dict[str, Any], breaks: int
+) -> None:
+    """For a worker that continues, the answer so far is a part of the prompt."""
+    texts = ["Once", " upon", " a", " time", "."]
+
+    def ends(already: int, new: int) -> tuple[bytes, ...]:
+        said = ["".join(texts[:already])] * bool(already)
+        first, *more = map(word, [*said, *texts[already : already + new]])
+        return role() + first, *more
+
+    async with (
+        ScriptedWorker() as first,
+        ScriptedWorker() as second,
+        ScriptedWorker() as third,
+        running_hub(first, second, third) as hub,
+    ):
+        hub.hub.balancer.policy = InOrder()
+        first.on(CHAT, *begun(*ends(0, 2)), reset())
+        last, already = second, 2
+        if breaks == 2:
+            second.on(CHAT, *begun(*ends(2, 1)), reset())
+            last, already = third, 3
+        rest = ["".join(texts[:already]), *texts[already:]]
+        read = timings_of(len(rest) - 1, 20 + already - 7, 7)
+        last.on(CHAT, *chat_stream(rest, timings=read))
+        async with charged(hub, log) as (token, costs):
+            assert b" time" in (await hub.post(CHAT, body, token)).body
+    assert last.requests
+    # A stream that broke off counts by its events: one with the role, a repetition.
+    assert costs == [20, len(texts) + (1 if breaks == 1 else 1 + 2)]
+
+
 async def test_a_hub_that_stops_logs_what_was_generated(log: Log) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         worker.on(CHAT, *begun(role() + word("a")), expect_eof())
