@@ -552,7 +552,7 @@ function storyOf(request) {
     switch (step) {
       case 'queued': return { at, kind: 'warn', text: `It waits: ${reason}.` };
       case 'attempt': return { at, kind: '', text: `${worker} gets it.` };
-      case 'failed': return { at, kind: 'bad', text: `${worker} fails: ${reason}.` };
+      case 'failed': return { at, kind: 'bad', text: `The attempt on ${worker} fails: ${reason}.` };
       case 'resumed': return { at, kind: 'good', text: `${worker} continues the answer.` };
       case 'fell_back': return { at, kind: 'warn', text: `Another model takes over: ${reason}.` };
       default: {
