@@ -1,6 +1,6 @@
-"""Tell how many of the mutants were noticed: `make mutants`.
+"""Count the mutants that the tests detected: `make mutants`.
 
-Reads what mutmut has noted down, and exits with 1 where a module is below `LEAST`.
+Reads the results of mutmut, and exits with 1 where a module is below `LEAST`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from mutmut.stats import status_by_exit_code
 LEAST = 0.9  # of the mutants of a module that were tried
 SURVIVED = {"survived", "no tests", "suspicious"}
 KILLED = {"killed", "timeout", "segfault"}
-NOTED = Path("mutants/gollama_proxy")
+RESULTS = Path("mutants/gollama_proxy")
 
 
 def main() -> int:
     bad = 0
-    for file in sorted(NOTED.rglob("*.meta")):
+    for file in sorted(RESULTS.rglob("*.meta")):
         codes = json.loads(file.read_text())["exit_code_by_key"].values()
         states = [status_by_exit_code[code] for code in codes]
         tried = Counter(
@@ -29,7 +29,7 @@ def main() -> int:
         if tried:
             share = tried[True] / tried.total()
             bad += share < LEAST
-            name = file.relative_to(NOTED).with_suffix("")
+            name = file.relative_to(RESULTS).with_suffix("")
             print(f"{name!s:24} {tried[True]:4} of {tried.total():4}  {share:.1%}")
     return min(bad, 1)
 

@@ -49,7 +49,7 @@ async def test_output_and_environment(start: Start) -> None:
 @pytest.mark.parametrize(
     ("script", "how"), [("exit 3", "status 3"), ("kill -ILL $$", "SIGILL")]
 )
-async def test_a_child_that_ended_is_told_of_with_its_last_words(
+async def test_a_child_that_ended_is_reported_with_its_last_lines(
     script: str, how: str, start: Start
 ) -> None:
     child = await start(f"read line; seq 12; {script}")
@@ -61,7 +61,7 @@ async def test_a_child_that_ended_is_told_of_with_its_last_words(
     assert caught.value.status == 1
 
 
-async def test_a_child_that_runs_has_nothing_to_tell(start: Start) -> None:
+async def test_a_child_that_runs_reports_nothing(start: Start) -> None:
     child = await start("sleep 60")
     child.check()
     assert repr(child) == f"<Child a script pid={child.process.pid} log='{child.log}'>"

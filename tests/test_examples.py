@@ -671,7 +671,7 @@ def test_unit_gives_no_privileges(unit: dict[str, dict[str, list[str]]]) -> None
 # --- README.md --------------------------------------------------------------------
 
 
-def test_readme_tells_of_every_example() -> None:
+def test_readme_describes_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text("utf-8")
     told = set(re.findall(r"\]\(([^)]+)\)", text))
     files = {p.name for p in EXAMPLES.iterdir() if p.is_file()} - {"README.md"}

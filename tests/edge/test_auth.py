@@ -437,7 +437,7 @@ ACCEPTED: dict[str, tuple[str, Principal]] = {
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_a_good_token_tells_who_sent_it(name: str) -> None:
+def test_a_good_token_identifies_its_sender(name: str) -> None:
     token, principal = ACCEPTED[name]
     assert authenticator(leeway=LEEWAY).authenticate(bearer(token)) == principal
 
@@ -530,7 +530,7 @@ def test_issuer_and_audience_are_checked_where_they_are_configured(
         assert refused(who, bearer(signed(claims))).detail
 
 
-def test_without_authentication_everybody_is_anonymous() -> None:
+def test_without_authentication_every_client_is_anonymous() -> None:
     who = authenticator(mode="off")
     for headers in ([], ["Bearer x"], ["Basic x", "Basic y"]):
         assert who.authenticate(headers) is ANONYMOUS
@@ -539,7 +539,7 @@ def test_without_authentication_everybody_is_anonymous() -> None:
 # --- Keys -------------------------------------------------------------------------
 
 
-def test_without_a_key_nobody_is_let_in() -> None:
+def test_without_a_key_no_token_is_accepted() -> None:
     who = Authenticator(Config(), Clock(NOW))
     assert refused(who, bearer(GOOD)).detail == "no key is configured"
     who = authenticator_of("RS256")  # although there is a secret
@@ -814,7 +814,7 @@ def test_no_secret_and_no_token_shows() -> None:
         (Revoked(frozenset({"a1"}), frozenset({"alice"})), "sub is revoked"),
     ],
 )
-def test_who_is_revoked_is_refused_at_once(revoked: Revoked, detail: str) -> None:
+def test_a_revoked_subject_is_refused_at_once(revoked: Revoked, detail: str) -> None:
     """Also a token that was good a moment ago, and until it is revoked no more."""
     who = authenticator()
     token = signed(jti="a1")
@@ -830,14 +830,14 @@ def test_who_is_revoked_is_refused_at_once(revoked: Revoked, detail: str) -> Non
     assert refused(from_the_start, bearer(token)).detail == detail
 
 
-def test_nobody_else_is_revoked() -> None:
+def test_no_other_subject_is_revoked() -> None:
     who = authenticator()
     who.revoke(Revoked(frozenset({"a1", "alice"}), frozenset({"a2", "Alice", "alic"})))
     for claims in ({}, {"jti": "a2"}, {"jti": "A1"}, {"jti": ""}, {"jti": "a1x"}):
         assert who.authenticate(bearer(signed(claims))).subject == "alice"
 
 
-def test_spaces_around_a_name_revoke_nobody_else_and_save_nobody() -> None:
+def test_spaces_around_a_name_do_not_matter_to_a_revocation() -> None:
     """A line of the file cannot have them."""
     who = authenticator()
     who.revoke(Revoked(frozenset({"a1"}), frozenset({"bob"})))
@@ -907,7 +907,7 @@ def test_limits_are_minted_as_they_are_read() -> None:
     assert (who.rpm, who.tpm, who.max_concurrency, who.priority) == (1, 2, 3, "batch")
 
 
-def test_a_minted_token_says_no_more_than_it_was_asked_to() -> None:
+def test_a_minted_token_has_only_the_requested_claims() -> None:
     token = mint(SECRET, "HS256", "alice", 60, now=NOW)
     claims = jwt.decode(token, options={"verify_signature": False})
     assert re.fullmatch("[0-9a-f]{16}", claims.pop("jti"))
@@ -954,7 +954,7 @@ def test_a_token_is_minted_for_now() -> None:
         (key_pair("RS256").public, "HS256"),
     ],
 )
-def test_a_key_that_cannot_sign_is_told(key: Any, algorithm: str) -> None:
+def test_a_key_that_cannot_sign_is_reported(key: Any, algorithm: str) -> None:
     with pytest.raises(ValueError, match=f"the key cannot sign {algorithm}: ") as told:
         mint(key, algorithm, "alice", 60)
     if isinstance(key, str | bytes) and key:
@@ -1060,7 +1060,7 @@ def test_the_log_has_the_cause_and_the_client_has_not(
     )
 
 
-def test_a_principal_shows_whom_it_is_and_not_what_else_its_token_says() -> None:
+def test_a_principal_shows_its_subject_and_no_other_claim() -> None:
     principal = authenticator().authenticate(bearer(signed(models=["secret"])))
     assert repr(principal) == "<Principal 'alice'>"
     assert principal.models == ("secret",)

@@ -87,7 +87,7 @@ def test_whose_an_address_is(address: str, name: str) -> None:
     assert household(address) == name
 
 
-def test_a_flood_is_told_of_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_flood_is_reported_at_intervals(caplog: pytest.LogCaptureFixture) -> None:
     connections = ConnectionLimiter(Limits(connections=1), clock := Clock())
     connections.enter()
     for _ in range(1000):

@@ -26,7 +26,7 @@ def make(
 # --- Requests ---------------------------------------------------------------------
 
 
-def test_without_limits_nothing_is_counted_and_nothing_told() -> None:
+def test_without_limits_nothing_is_counted_or_reported() -> None:
     quotas = make()
     assert quotas.take("a", None, None) == Standing()
     quotas.spend("a", 1000)
@@ -34,7 +34,7 @@ def test_without_limits_nothing_is_counted_and_nothing_told() -> None:
     assert repr(quotas) == "<Quotas of 0 subjects>"
 
 
-def test_so_many_requests_go_in_and_the_next_one_is_told_when_to_come() -> None:
+def test_requests_up_to_the_limit_enter_and_the_next_gets_a_time() -> None:
     clock = Clock()
     quotas = make(clock=clock)
     for remaining in (2, 1, 0):
@@ -133,7 +133,7 @@ def test_an_answer_without_tokens_costs_none(tokens: int) -> None:
     assert quotas.take("a", None, 1).allowed
 
 
-def test_both_limits_are_told_and_the_longer_wait() -> None:
+def test_both_limits_are_reported_and_the_longer_wait() -> None:
     clock = Clock()
     quotas = make(clock=clock)
     quotas.take("a", 1, 10)
@@ -235,7 +235,7 @@ def test_what_is_only_shown_is_not_counted() -> None:
 # --- Memory -----------------------------------------------------------------------
 
 
-def test_who_was_not_seen_for_the_longest_time_is_forgotten_first() -> None:
+def test_the_subject_not_seen_for_longest_is_forgotten_first() -> None:
     quotas = make(remembered=2)
     for subject in "abac":
         assert quotas.take(subject, 2, None).allowed
@@ -248,7 +248,7 @@ def test_who_was_not_seen_for_the_longest_time_is_forgotten_first() -> None:
     assert standing.requests.remaining == 1
 
 
-def test_an_account_tells_what_was_used() -> None:
+def test_an_account_shows_what_was_used() -> None:
     quotas = make()
     quotas.take("a", 5, None)
     quotas.spend("a", 7)
@@ -294,7 +294,7 @@ def test_in_no_minute_more_goes_in_than_is_allowed(
 
 
 @given(steps=STEPS, rpm=st.integers(1, 5), tpm=st.integers(1, 50))
-def test_who_comes_back_when_told_to_gets_in(
+def test_a_request_that_returns_after_its_time_enters(
     steps: list[tuple[float, int, int]], rpm: int, tpm: int
 ) -> None:
     clock = Clock()

@@ -189,6 +189,6 @@ def test_a_frame_is_one_chunk(size: int) -> None:
     assert frame(b"x" * size) == chunk(b"x" * size)
 
 
-def test_an_error_that_was_told_already_is_still_the_workers() -> None:
+def test_an_error_that_was_already_sent_still_blames_the_worker() -> None:
     error = ReportedError(Code.WORKER_INCOMPLETE, "because")
     assert isinstance(error, WorkerError)

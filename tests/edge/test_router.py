@@ -253,7 +253,7 @@ async def test_nothing_is_decoded_or_normalised_first(path: str) -> None:
         ("PATCH", "/b", "POST"),
     ],
 )
-async def test_a_wrong_method_hears_which_ones_are_right(
+async def test_a_wrong_method_gets_the_right_ones(
     method: str, path: str, allow: str
 ) -> None:
     async with dispatching(ROUTES) as running:
@@ -579,7 +579,7 @@ async def test_the_hub_does_not_claim_to_speak_a_version_that_it_does_not(
 @pytest.mark.parametrize(
     ("body", "length", "kept"), [(b"", 0, True), (b"x" * 10, 1 << 20, False)]
 )
-async def test_a_body_that_nobody_reads_ends_the_connection(
+async def test_an_unread_body_ends_the_connection(
     body: bytes, length: int, kept: bool
 ) -> None:
     """Otherwise the rest of it would be read as the next request."""
@@ -720,7 +720,7 @@ async def test_running_requests_may_finish() -> None:
 
 
 @pytest.mark.parametrize("how", ["finish", "cut"])
-async def test_who_was_told_nothing_yet_is_told_why(
+async def test_a_client_that_has_received_nothing_gets_an_error(
     how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     waiting = Waiting()

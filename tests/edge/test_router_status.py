@@ -240,7 +240,7 @@ async def test_an_entry_has_the_fields_of_openai_and_one_more() -> None:
         assert (await hub.get("/v1/models/qwen")).json() == row
 
 
-async def test_the_shorter_paths_and_repeated_calls_say_the_same() -> None:
+async def test_the_shorter_paths_and_repeated_calls_agree() -> None:
     async with ScriptedWorker("qwen", "phi") as worker, running_hub(worker) as hub:
         bodies = {
             (await hub.get(path)).body
@@ -316,7 +316,7 @@ async def test_a_model_of_one_worker_without_pictures_takes_none() -> None:
         assert "architecture" not in await entry(hub, "qwen")
 
 
-async def test_a_model_whose_workers_are_down_stays_and_says_so() -> None:
+async def test_a_model_whose_workers_are_down_is_listed_as_down() -> None:
     """A client that lists models once must not lose them to a restart."""
     async with (
         ScriptedWorker("qwen") as one,
@@ -383,7 +383,7 @@ async def test_an_alias_in_the_place_of_a_model_is_listed_once() -> None:
         assert (await entry(hub, "phi"))["gollama"]["alias_of"] == "qwen"
 
 
-async def test_an_alias_of_what_nobody_serves_is_down() -> None:
+async def test_an_alias_of_an_unserved_model_is_down() -> None:
     """And the route agrees: the only model does not answer in its place."""
     async with (
         ScriptedWorker("qwen") as worker,

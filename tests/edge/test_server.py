@@ -77,7 +77,7 @@ def shape(body: bytes) -> str:
         b"\r\n\r\n\0",
     ],
 )
-async def test_what_is_no_http_is_told_so_in_the_hubs_own_words(
+async def test_what_is_not_http_gets_an_error_of_the_hub(
     sent: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     """aiohttp would answer with text, and log what was sent, with a traceback."""
@@ -120,7 +120,7 @@ async def test_what_follows_what_is_no_http_is_not_read() -> None:
         b"GET /" + b"x" * 2000,  # and it does not end
     ],
 )
-async def test_a_line_that_is_too_long_is_told(sent: bytes) -> None:
+async def test_a_line_that_is_too_long_is_reported(sent: bytes) -> None:
     config = Config(limits=settings.Limits(head=1024))
     async with serving(config=config) as address, await Wire.connect(*address) as wire:
         await wire.send(sent)
@@ -160,7 +160,7 @@ async def test_an_error_of_a_handler_is_logged_and_not_shown(
 # --- What aiohttp would do by itself ----------------------------------------------
 
 
-async def test_nobody_is_told_to_go_on_before_the_handler_says_so() -> None:
+async def test_there_is_no_100_continue_before_the_handler_allows_it() -> None:
     async def refuse(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(status=401)
 
@@ -262,7 +262,7 @@ async def test_a_head_that_drips_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "keep"])
-async def test_what_is_left_of_an_answer_is_not_kept_for_ever(
+async def test_what_is_left_of_an_answer_is_dropped_after_a_limit(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A transport that is closed waits until all is sent, and a client may never read.

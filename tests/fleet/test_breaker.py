@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Callable
 from itertools import pairwise, product
@@ -65,6 +66,54 @@ def take(breaker: Breaker) -> Permit:
     permit = breaker.permit()
     assert permit is not None
     return permit
+
+
+# --- What is shown ----------------------------------------------------------------
+
+
+def test_a_new_breaker_opens_at_the_configured_number_and_not_before() -> None:
+    breaker, clock = make()
+    assert breaker.since == clock()
+    record(breaker, *[BAD] * (STEADY.consecutive - 1))
+    assert breaker.closed
+    clock.advance(1)
+    record(breaker, BAD)
+    assert breaker.state is BreakerState.OPEN
+    assert breaker.since == clock()
+
+
+def test_the_next_change_is_the_end_of_a_pause_or_of_the_open_time() -> None:
+    breaker, clock = make()
+    assert breaker.next_change() == math.inf
+    breaker.busy(5.0)
+    assert breaker.next_change() == clock() + 5
+    clock.advance(5)
+    assert breaker.next_change() == math.inf
+    breaker, clock = make(BreakerState.OPEN)
+    breaker.busy(60.0)
+    assert breaker.next_change() == clock() + STEADY.open
+
+
+def test_an_operator_who_resets_a_breaker_is_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    breaker, clock = make(BreakerState.OPEN)
+    with caplog.at_level(logging.INFO):
+        breaker.reset()
+    assert "(reset by an operator)" in caplog.text
+    clock.advance(STEADY.window)
+    record(breaker, *[BAD] * STEADY.consecutive)
+    assert breaker.opens_in() == STEADY.open  # and not twice as long
+
+
+def test_unavailability_in_a_row_is_the_reason_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    breaker, _ = make()
+    with caplog.at_level(logging.INFO):
+        for _ in range(STEADY.consecutive):
+            breaker.busy(0.0, unavailable=True)
+    assert f"unavailable {STEADY.consecutive} times" in caplog.text
 
 
 # --- Another policy ---------------------------------------------------------------
@@ -160,7 +209,7 @@ def test_each_step_is_logged_once_with_its_reason(
     assert breaker.reason == "2 good proofs"
 
 
-def test_its_repr_tells_all_and_changes_nothing() -> None:
+def test_its_repr_shows_all_and_changes_nothing() -> None:
     breaker, clock = make()
     record(breaker, SLOW, BAD, BAD)
     assert repr(breaker) == (
@@ -406,7 +455,7 @@ def test_requests_prove_one_at_a_time() -> None:
     assert breaker.available
 
 
-def test_asking_who_is_let_in_takes_the_step_that_time_has_made() -> None:
+def test_asking_for_admission_takes_the_step_that_time_has_made() -> None:
     breaker, clock = make(BreakerState.OPEN, Policy(jitter=0.0, canary=False))
     assert not breaker.admits
     clock.advance(5)
@@ -474,7 +523,7 @@ def test_the_open_state_ends_when_it_is_read_in_time() -> None:
 # --- Permits ----------------------------------------------------------------------
 
 
-def test_of_a_hundred_who_ask_one_gets_the_permit() -> None:
+def test_one_of_a_hundred_requests_gets_the_permit() -> None:
     breaker, _ = make(BreakerState.HALF_OPEN)
     permits = [breaker.permit() for _ in range(100)]
     assert [permit is not None for permit in permits] == [True] + [False] * 99

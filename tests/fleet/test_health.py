@@ -365,7 +365,7 @@ async def test_a_look_waits_for_a_ping_that_begins_now() -> None:
     ("found", "well"),
     [(GOOD, True), (BAD, False), (LOADING, False), (RuntimeError("no"), False)],
 )
-async def test_a_look_tells_whether_the_worker_is_well(
+async def test_a_ping_shows_whether_the_worker_is_well(
     found: Finding | Exception, well: bool
 ) -> None:
     [worker] = workers()

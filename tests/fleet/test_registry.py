@@ -139,7 +139,7 @@ def test_a_pool_has_the_workers_that_serve_the_model_whatever_their_state() -> N
     assert names(made.pool("A")) == []
 
 
-def test_what_a_worker_tells_anew_is_known_at_once() -> None:
+def test_what_a_worker_reports_anew_is_known_at_once() -> None:
     made = registry("a", "b")
     pool = made.pool("a")
     assert made.pool("a") is pool
@@ -460,7 +460,7 @@ def test_an_invented_name_that_a_token_allows_is_no_way_to_another_model(
     )  # configured, not invented
 
 
-def test_whether_a_model_is_allowed_does_not_depend_on_who_is_up() -> None:
+def test_whether_a_model_is_allowed_does_not_depend_on_its_workers() -> None:
     made = registry("a", "b")
     take_out(*made.workers)
     assert refused(made, "b", ["a"]).code is Code.MODEL_NOT_ALLOWED

@@ -319,7 +319,7 @@ def test_a_kilobyte_is_worth_measuring() -> None:
     assert pace.rate == pytest.approx(220)
 
 
-def test_who_is_cut_off_for_a_rate_that_was_too_high_gets_the_time_in_the_end() -> None:
+def test_a_rejected_rate_recovers_with_time() -> None:
     """Only answers that completed are learnt, and these cannot complete."""
     pace = Pace(Clock())
     prefill(pace, 1e9, 100)

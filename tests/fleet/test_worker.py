@@ -188,7 +188,7 @@ def test_failed_checks_count_in_a_row_only(between: Check) -> None:
 
 
 @pytest.mark.parametrize("state", [WorkerState.STARTING, WorkerState.LOADING])
-def test_who_was_not_ready_falls_with_the_first_failed_check(
+def test_a_worker_that_was_not_ready_falls_with_the_first_failed_check(
     state: WorkerState,
 ) -> None:
     assert after(make(state, fall=3), Check.FAILED) == [WorkerState.DOWN]
@@ -216,7 +216,7 @@ def test_good_checks_of_an_earlier_life_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("state", [WorkerState.STARTING, WorkerState.LOADING])
-def test_who_was_not_down_is_ready_with_the_first_good_check(
+def test_a_worker_that_was_not_down_is_ready_with_the_first_good_check(
     state: WorkerState,
 ) -> None:
     assert after(make(state, rise=3), Check.OK) == [WorkerState.READY]
@@ -242,7 +242,7 @@ def test_it_is_in_doubt_between_its_first_failure_and_its_fall() -> None:
     assert not worker.in_doubt
 
 
-def test_it_tells_why_it_is_in_its_state() -> None:
+def test_it_shows_the_reason_for_its_state() -> None:
     worker = make()
     assert worker.reason == "not reached yet"
     worker.observe(Check.OK, "ok in 2 ms")
@@ -403,7 +403,7 @@ def test_an_answer_shows_that_its_model_is_loaded() -> None:
     assert worker.is_cold("a")
 
 
-def test_the_time_of_a_load_tells_nothing_about_reading() -> None:
+def test_the_time_of_a_load_is_no_measure_of_reading() -> None:
     clock = Clock()
     worker = router(Model("a", loaded=False), clock=clock)
     lease = worker.lease("a")
@@ -548,7 +548,7 @@ def test_a_failed_check_that_is_not_believed_leaves_the_count_as_it_was() -> Non
     assert after(worker, Check.FAILED) == [WorkerState.DOWN]
 
 
-def test_one_talking_answer_among_silent_ones_is_enough() -> None:
+def test_one_active_answer_among_silent_ones_is_enough() -> None:
     clock = Clock()
     worker = make(WorkerState.READY, clock=clock)
     silent, talking = worker.lease(), worker.lease()
@@ -880,7 +880,7 @@ def test_prompts_are_unread_until_the_answer_begins() -> None:
     assert worker.unread == 0
 
 
-def test_what_a_worker_tells_of_its_cache_is_taken_into_account() -> None:
+def test_what_a_worker_reports_about_its_cache_counts() -> None:
     worker = make(WorkerState.READY)
     lease = worker.lease("qwen")
     lease.prompt_bytes, lease.first_token = 8000, 1.0
@@ -921,7 +921,7 @@ def test_a_first_token_that_was_missed_lowers_what_is_expected() -> None:
     assert pace.rate < fast
 
 
-def test_a_record_of_a_worker_tells_what_it_is_doing() -> None:
+def test_a_record_of_a_worker_shows_its_work() -> None:
     worker = make(WorkerState.READY)
     worker.lease()
     after(worker, Check.FAILED)

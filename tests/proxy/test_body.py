@@ -560,7 +560,7 @@ async def test_a_body_that_drips_is_not_waited_for() -> None:
     assert not task.done()
 
 
-async def test_whoever_sends_much_gets_more_time() -> None:
+async def test_a_client_that_sends_much_gets_more_time() -> None:
     """A large body on a slow line is no attack: bytes buy patience."""
     first = b'{"a":"' + b"x" * LEAST_RATE
     source = Content(first, end=False)
@@ -647,13 +647,13 @@ def expecting(
 
 
 @pytest.mark.parametrize("value", ["100-continue", "100-Continue", "100-CONTINUE"])
-def test_a_client_that_waits_is_told_to_go_on(value: str) -> None:
+def test_a_client_that_waits_gets_100_continue(value: str) -> None:
     request, transport = expecting(value)
     answer_expectation(request)
     transport.write.assert_called_once_with(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def test_a_client_that_does_not_wait_is_told_nothing() -> None:
+def test_a_client_that_does_not_wait_gets_no_100_continue() -> None:
     request, transport = expecting(None)
     answer_expectation(request)
     transport.write.assert_not_called()
@@ -676,7 +676,7 @@ def test_no_other_expectation_is_met(value: str) -> None:
     transport.write.assert_not_called()
 
 
-def test_a_client_that_left_is_not_told_to_go_on() -> None:
+def test_a_client_that_left_gets_no_100_continue() -> None:
     request, transport = expecting("100-continue")
     request._protocol.transport = None
     answer_expectation(request)

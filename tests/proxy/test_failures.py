@@ -144,7 +144,7 @@ async def test_a_refused_key_is_the_hubs_own(status: int) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", worded("unavailable_error")])
-async def test_a_503_says_to_come_back(body: bytes) -> None:
+async def test_a_503_has_a_time_to_come_back(body: bytes) -> None:
     found = await refusal(received(503, body))
     assert (found.rule.result, found.cause) == (BUSY, Cause.LOADING)
     assert error_of(found).code is Code.NO_WORKER
@@ -274,7 +274,7 @@ async def test_so_does_one_of_which_nothing_was_passed_on_yet(begun: bytes) -> N
         (Code.WORKER_SLOW, Result.SLOW, Cause.SLOW),
     ],
 )
-def test_an_error_of_the_connection_is_told_as_it_is(
+def test_an_error_of_the_connection_is_reported_unchanged(
     code: Code, outcome: Result, cause: Cause
 ) -> None:
     error = WorkerError(code, "because")

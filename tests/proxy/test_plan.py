@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from gollama_proxy.proxy.plan import PAUSE, Plan
 from gollama_proxy.scheduling.balancer import RetryBudget
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.wire.description import Check, Description, Model
+from gollama_proxy.wire.shapes import OVERFLOW_TYPE, Overflow
 from tests.fakes.asks import CHAT
 from tests.fakes.cases import case
 from tests.fakes.clock import Clock
@@ -114,7 +116,7 @@ def failed(made: Plan, *tried: Worker) -> Plan:
 # --- Who --------------------------------------------------------------------------
 
 
-def test_at_first_everybody_may_try() -> None:
+def test_at_first_every_worker_may_try() -> None:
     a, b = worker("a"), worker("b")
     made = attempts(a, b)
     assert made.candidates() == [a, b]
@@ -126,13 +128,13 @@ def test_at_first_everybody_may_try() -> None:
         assert not nobody.has_other()
 
 
-def test_whoever_has_had_an_attempt_comes_behind_whoever_has_not() -> None:
+def test_workers_without_an_attempt_go_first() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     assert failed(attempts(a, b, c), a).candidates() == [b, c]
     assert failed(attempts(a, b, c), a, b).candidates() == [c]
 
 
-def test_when_all_have_had_one_it_is_the_last_ones_once_more() -> None:
+def test_when_all_have_had_an_attempt_the_last_one_has_another() -> None:
     """But only where that has been decided: one is not asked again for being there."""
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b), a, b)
@@ -144,7 +146,7 @@ def test_when_all_have_had_one_it_is_the_last_ones_once_more() -> None:
     assert made.candidates() == []
 
 
-def test_whoever_comes_back_meanwhile_goes_before_the_last_one() -> None:
+def test_a_worker_that_comes_back_goes_before_the_last_one() -> None:
     a, b = worker("a"), worker("b")
     take_out(b)
     made = failed(attempts(a, b), a)
@@ -164,7 +166,7 @@ def test_one_that_is_not_available_any_more_is_not_asked_once_more() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
-def test_nobody_is_left_when_the_attempts_are_used_up(limit: int) -> None:
+def test_no_worker_is_left_when_the_attempts_are_used_up(limit: int) -> None:
     workers = [worker(name) for name in "abcd"]
     made = attempts(*workers, attempts=limit)
     for each in workers[:limit]:
@@ -222,7 +224,7 @@ def test_what_would_be_the_same_everywhere_is_not_tried_again() -> None:
     assert made.pool.model == "tiny"
 
 
-def test_the_pause_varies_so_that_those_who_failed_together_do_not_return_so() -> None:
+def test_the_pause_varies_so_that_retries_do_not_coincide() -> None:
     a = worker("a")
     budget = RetryBudget(1.0, 1000, clock=Clock())
     rng = random.Random(7)
@@ -234,7 +236,7 @@ def test_the_pause_varies_so_that_those_who_failed_together_do_not_return_so() -
 
 
 @pytest.mark.parametrize("failure", sorted(AGAIN | LATER, key=str))
-def test_nobody_is_asked_a_third_time(failure: Cause) -> None:
+def test_no_worker_is_asked_a_third_time(failure: Cause) -> None:
     a = worker("a")
     made = failed(attempts(a, attempts=9), a)
     assert made.retry_after(failure, 0.0) is not None
@@ -287,7 +289,7 @@ def test_a_prompt_that_is_too_long_goes_to_a_worker_with_more_context() -> None:
     assert made.candidates() == [large]
 
 
-def test_where_nobody_has_more_context_nobody_is_asked() -> None:
+def test_without_more_context_no_worker_is_asked() -> None:
     """Nor the same worker, which has none either."""
     small, same, smaller = worker("a"), worker("b"), worker("c", 512)
     made = failed(attempts(small, same, smaller), small)
@@ -374,7 +376,7 @@ def test_the_pools_that_are_left_are_named() -> None:
     assert [pool.model for pool in made.pools] == ["other1"]
 
 
-def test_whether_it_fits_somewhere_does_not_depend_on_who_is_there() -> None:
+def test_whether_it_fits_somewhere_does_not_depend_on_which_workers_are_up() -> None:
     small, large = worker("a"), worker("b", 4096)
     take_out(large)
     made = attempts(small, large)
@@ -399,6 +401,103 @@ def test_each_model_counts_for_itself() -> None:
     assert "the prompt has 2000" in error.message
     assert "tiny on a 1024, other1 on b 1024" in error.message
     assert attempts(worker("a", None)).too_long() is None
+
+
+# --- What is remembered -----------------------------------------------------------
+
+
+def test_only_a_first_attempt_on_a_fallback_misses_a_worker() -> None:
+    """A machine of the requested model may be woken for the next request."""
+    a, b = worker("a"), worker("b")
+    made = failed(attempts(a, fallbacks=[[b]]), a)
+    requested = made.pool
+    assert made.retry_after(Cause.UNREACHABLE) == 0.0
+    made.begin(b)
+    assert not requested.missed
+    take_out(a)
+    made = attempts(a, fallbacks=[[b]])
+    requested = made.pool
+    assert made.candidates() == [b]
+    made.begin(b)
+    assert requested.missed is True
+    assert not made.pool.missed
+
+
+def test_a_worker_that_is_out_is_waited_for_if_it_may_have_the_request() -> None:
+    a, b = worker("a"), worker("b", 4096)
+    made = attempts(a, b)
+    assert made.awaits(a)
+    made.needs["tiny"] = 2000
+    assert not made.awaits(a)
+    assert made.awaits(b)
+    made.begin(b)
+    assert not made.awaits(b)
+
+
+def test_a_worker_may_be_waited_for_as_long_as_it_is_busy() -> None:
+    clock = Clock()
+    a = worker("a", clock=clock)
+    made = attempts(a)
+    assert made.busy_for() == math.inf
+    assert not made.can_wait(3600)
+    a.breaker.busy(5.0)
+    assert made.busy_for() == 5.0
+    assert made.can_wait(5.0)
+    assert not made.can_wait(4.9)
+    assert made.reopens_in() == 5.0
+
+
+def test_workers_of_every_pool_may_take_over() -> None:
+    a, b, c = (worker(name) for name in "abc")
+    made = failed(attempts(a, b, fallbacks=[[c]]), a)
+    assert made.has_other()
+    for full in (b, c):
+        take_out(full)
+        assert made.has_other() is (full is b)
+    bring_back(b)
+    assert made.has_other()
+
+
+def test_every_worker_that_stalled_is_barred_from_a_continuation() -> None:
+    a, b, c = (worker(name) for name in "abc")
+    made = failed(attempts(a, b, c, continuations=9), a)
+    for each in (b, c):
+        assert made.retry_after(Cause.SILENT) == 0.0
+        made.resume()
+        made.begin(each)
+    assert made.retry_after(Cause.LOST) is not None
+    made.resume()
+    assert made.candidates() in ([], [c])
+
+
+def test_the_last_worker_is_never_among_those_that_another_outdid() -> None:
+    a, b, c = (worker(name) for name in "abc")
+    made = failed(attempts(a, b, c), a)
+    assert made.retry_after(Cause.STATUS) == 0.0
+    made.begin(b)
+    assert made.retry_after(Cause.LOST) == 0.0
+    made.begin(c)
+    assert made.succeeded() == [a]
+
+
+def test_a_request_that_moves_to_a_fallback_asks_for_its_model() -> None:
+    a, b = worker("a"), worker("b")
+    made = failed(attempts(a, fallbacks=[[b]]), a)
+    assert made.ask.model == "tiny"
+    assert made.retry_after(Cause.UNREACHABLE) == 0.0
+    assert made.candidates() == [b]
+    assert made.ask.model == "other1"
+
+
+def test_a_refusal_of_a_worker_keeps_its_words() -> None:
+    made = attempts(worker("a", None))
+    refusal = Overflow("too many tokens", 2000, 1024)
+    error, own = made.too_long(refusal), made.too_long(refusal, native=True)
+    assert error is not None
+    assert own is not None
+    assert error.message.startswith("too many tokens")
+    assert error.fields == {"n_prompt_tokens": 2000, "n_ctx": 1024}
+    assert own.fields == {**error.fields, "type": OVERFLOW_TYPE, "code": 400}
 
 
 # --- Streams in place of answers --------------------------------------------------
@@ -443,7 +542,7 @@ def test_waiting_for_a_worker_that_loads_is_free_and_for_a_busy_one_is_not() -> 
         assert (made.retry_after(failure, 1.0) is not None) is free
 
 
-def test_without_a_retry_left_nobody_is_waiting_to_take_over() -> None:
+def test_without_a_retry_left_no_worker_could_take_over() -> None:
     """But a fallback, which is free; and asking spends nothing."""
     a, b, c = worker("a"), worker("b"), worker("c")
     budget = RetryBudget(0.0, 1, clock=Clock())
@@ -477,7 +576,7 @@ def test_every_request_pays_once() -> None:
 # --- Whose fault a 5xx was --------------------------------------------------------
 
 
-def test_a_5xx_is_held_against_the_one_whom_another_worker_outdid() -> None:
+def test_a_5xx_blames_its_worker_when_another_one_succeeds() -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, b), a)
     assert made.retry_after(Cause.STATUS) == 0.0
@@ -485,7 +584,7 @@ def test_a_5xx_is_held_against_the_one_whom_another_worker_outdid() -> None:
     assert made.succeeded() == [a]
 
 
-def test_a_5xx_that_two_workers_tell_is_believed() -> None:
+def test_a_5xx_from_two_workers_is_believed() -> None:
     """No other worker of the model is asked then, and none is blamed."""
     a, b, c = (worker(name) for name in "abc")
     made = failed(attempts(a, b, c), a)
@@ -495,7 +594,7 @@ def test_a_5xx_that_two_workers_tell_is_believed() -> None:
     assert made.retry_after(Cause.STATUS) is None
 
 
-def test_a_fallback_is_asked_before_a_5xx_that_is_believed_is_told() -> None:
+def test_a_fallback_is_asked_before_a_believed_5xx_is_passed_on() -> None:
     """Another model may read what this one cannot."""
     a, b, c, d = (worker(name) for name in "abcd")
     made = failed(attempts(a, b, c, fallbacks=[[d]]), a)
@@ -507,7 +606,7 @@ def test_a_fallback_is_asked_before_a_5xx_that_is_believed_is_told() -> None:
     assert made.succeeded() == []
 
 
-def test_a_5xx_that_one_worker_tells_twice_is_not_believed() -> None:
+def test_a_5xx_that_one_worker_sends_twice_is_not_believed() -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, fallbacks=[[b]]), a)
     assert made.retry_after(Cause.STATUS)
@@ -545,7 +644,7 @@ def test_other_failures_are_held_against_a_worker_elsewhere(failure: Cause) -> N
 # --- Fallbacks --------------------------------------------------------------------
 
 
-def test_where_nobody_is_there_the_fallback_is_asked() -> None:
+def test_without_a_worker_the_fallback_is_asked() -> None:
     """The next one that has somebody; the answer may then take what it takes."""
     a, b, c = worker("a"), worker("b"), worker("c")
     take_out(a)
@@ -558,7 +657,7 @@ def test_where_nobody_is_there_the_fallback_is_asked() -> None:
     assert made.candidates() == [c]
 
 
-def test_where_nobody_of_a_fallback_is_there_either_nobody_is_asked() -> None:
+def test_without_a_worker_of_a_fallback_none_is_asked() -> None:
     a, b = worker("a"), worker("b")
     take_out(a)
     take_out(b)
@@ -621,7 +720,7 @@ def test_a_worker_may_try_again_with_the_other_model() -> None:
     assert (made.pool.model, made.candidates(), made.tried) == ("other1", [a], [])
 
 
-def test_a_fallback_that_does_better_blames_nobody() -> None:
+def test_a_fallback_that_succeeds_blames_no_worker() -> None:
     """Another model proves nothing about the first one."""
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, fallbacks=[[b]], attempts=1), a)
@@ -640,7 +739,7 @@ def test_two_models_that_answer_5xx_are_not_two_workers_that_agree() -> None:
     assert made.retry_after(Cause.STATUS) is None
 
 
-def test_a_fallback_counts_as_somebody_who_could_take_over() -> None:
+def test_a_worker_of_a_fallback_could_take_over() -> None:
     a, b = worker("a"), worker("b")
     made = failed(attempts(a, fallbacks=[[b]]), a)
     assert made.has_other()
@@ -702,12 +801,12 @@ def test_what_a_worker_may_have_begun_is_not_tried_again_where_that_is_wanted(
         assert made.candidates() == [b]  # who is there is not the question
 
 
-def test_what_may_have_begun_is_told_from_what_surely_has_not() -> None:
+def test_what_may_have_begun_differs_from_what_surely_has_not() -> None:
     refused = {Cause.UNREACHABLE, Cause.CROWDED, Cause.LOADING, Cause.BUSY, Cause.KEY}
     assert set(Cause) - BEGUN - FINAL == refused | {Cause.CONTEXT, Cause.UNFOLDABLE}
 
 
-def test_where_it_is_not_tried_again_nobody_is_waiting_to_take_over() -> None:
+def test_without_retries_no_worker_could_take_over() -> None:
     """So that a worker is not given up for being slow."""
     a, b, c = worker("a"), worker("b"), worker("c")
     assert not attempts(a, b, fallbacks=[[c]], once=True).has_other()
@@ -762,7 +861,7 @@ def test_a_fallback_goes_on_before_those_that_have_failed_the_answer() -> None:
 
 
 @pytest.mark.parametrize("failure", [*ELSEWHERE, Cause.CONTEXT])
-def test_who_did_not_take_the_request_has_not_failed_its_answer(
+def test_a_worker_that_declined_the_request_has_not_failed_its_answer(
     failure: Cause,
 ) -> None:
     """A busy worker may be free by the time at which another one's answer breaks."""
@@ -787,7 +886,7 @@ def test_an_answer_of_a_fallback_may_go_back_to_the_model_that_was_asked_for() -
     assert (made.pool.model, made.candidates()) == ("tiny", [a])
 
 
-def test_who_failed_before_may_go_on_when_nobody_else_is_left() -> None:
+def test_a_worker_that_failed_before_may_continue_when_none_else_is_left() -> None:
     """It may have been started anew; but whoever has stalled would stall again."""
     a, b, c, d = worker("a"), worker("b"), worker("c"), worker("d")
     made = resumed(attempts(a, b, c, d, continuations=9), a)
@@ -843,7 +942,7 @@ def test_there_are_only_so_many_continuations_of_an_answer(continuations: int) -
         assert made.retry_after(Cause.LOST) is None
 
 
-def test_without_continuations_left_nobody_is_waiting_to_take_over() -> None:
+def test_without_continuations_left_no_worker_could_take_over() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     made = resumed(attempts(a, b, c, continuations=1), a)
     assert made.has_other()
@@ -899,7 +998,7 @@ def test_whatever_happens_to_the_rest_it_comes_to_an_end(
     assert number <= continuations
 
 
-def test_who_has_broken_off_comes_behind_who_has_not() -> None:
+def test_workers_that_broke_off_come_after_those_that_did_not() -> None:
     """Two bad workers do not play an answer to and fro while a good one is there."""
     a, b, c = worker("a"), worker("b"), worker("c")
     made = attempts(a, b, c, continuations=5)
@@ -909,7 +1008,7 @@ def test_who_has_broken_off_comes_behind_who_has_not() -> None:
         assert made.candidates() == others
 
 
-def test_a_5xx_from_before_is_not_held_against_anybody() -> None:
+def test_a_5xx_from_before_blames_no_worker() -> None:
     """The answer that broke off has shown nothing, and what follows is another one."""
     a, b, c = worker("a"), worker("b"), worker("c")
     made = failed(attempts(a, b, c, continuations=5), a)
@@ -923,7 +1022,7 @@ def test_a_5xx_from_before_is_not_held_against_anybody() -> None:
 # --- The same worker, asked for something else ------------------------------------
 
 
-def test_the_last_worker_is_asked_for_something_else_whoever_else_is_there() -> None:
+def test_the_last_worker_gets_another_request_although_others_are_up() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     made = resumed(attempts(a, b, c, continuations=5), a)
     made.begin(b)
@@ -955,6 +1054,6 @@ def test_that_is_the_same_continuation() -> None:
     assert made.retry_after(Cause.LOST) is None
 
 
-def test_attempts_say_how_many_they_are() -> None:
+def test_attempts_show_their_number() -> None:
     a = worker("a")
     assert repr(failed(attempts(a), a)) == "<Plan 1 of 3 on 'tiny'>"

@@ -173,7 +173,7 @@ async def test_a_stream_is_open_with_its_first_whole_event(
     assert stage.relay.opened_at == stage.clock.now - 1
 
 
-async def test_a_stream_is_not_open_before_it_has_something_to_tell() -> None:
+async def test_a_stream_is_not_open_before_its_first_event() -> None:
     """Who is going to speak is told by some before they have read the prompt."""
     stage = Stage()
     opening = asyncio.create_task(stage.relay.opened())
@@ -197,7 +197,7 @@ async def test_a_stream_is_not_open_before_it_has_something_to_tell() -> None:
         (Ending.NAMED, [named_event({"type": "message_start"})]),
     ],
 )
-async def test_a_stream_that_ends_before_it_has_told_anything_is_a_failure(
+async def test_a_stream_that_ends_without_an_event_is_a_failure(
     ending: Ending, parts: list[bytes]
 ) -> None:
     """In time for somebody else to be asked."""
@@ -220,7 +220,7 @@ async def test_a_stream_that_ends_before_it_has_told_anything_is_a_failure(
         (Ending.BODY, ping()),
     ],
 )
-async def test_a_stream_that_ends_with_its_mark_has_told_all_there_is(
+async def test_a_stream_that_ends_with_its_mark_is_complete(
     ending: Ending, last: bytes
 ) -> None:
     stage = Stage(ending)
@@ -410,7 +410,7 @@ async def test_whole_waits_for_the_end() -> None:
     assert stage.relay.held_body() == b"{}"
 
 
-async def test_whole_tells_of_a_loss() -> None:
+async def test_a_loss_of_an_answer_in_one_piece_is_reported() -> None:
     stage = Stage()
     stage.relay.head_received(400, JSON)
     waiting = asyncio.create_task(stage.relay.whole())
@@ -744,7 +744,7 @@ async def test_what_comes_behind_the_end_is_not_passed_on() -> None:
 # --- An answer that does not go on ------------------------------------------------
 
 
-async def test_a_stream_that_stops_is_ended_by_whoever_looks_at_it() -> None:
+async def test_a_stream_that_stops_is_ended_by_its_reader() -> None:
     stage = Stage()
     stage.stream(role())
     running = stage.running()
@@ -761,7 +761,7 @@ async def test_a_stream_that_stops_is_ended_by_whoever_looks_at_it() -> None:
     assert (error.code, error.detail) == (Code.WORKER_SLOW, "no event for 5 s")
 
 
-async def test_whoever_looks_is_told_for_how_long_nothing_was_heard() -> None:
+async def test_the_time_without_a_sign_of_life_is_shown() -> None:
     stage = Stage()
     stage.stream(role())
     running = stage.running()
@@ -865,7 +865,7 @@ async def test_a_complete_stream_ends_well(
 
 
 @pytest.mark.parametrize(("ending", "parts"), COMPLETE.values(), ids=COMPLETE.keys())
-async def test_with_its_mark_a_stream_has_told_all(
+async def test_with_its_mark_a_stream_is_complete(
     ending: Ending, parts: list[bytes]
 ) -> None:
     """A client that leaves then has not missed anything."""
@@ -880,7 +880,7 @@ async def test_with_its_mark_a_stream_has_told_all(
         assert stage.relay.complete is (number > 0)
 
 
-async def test_nothing_is_passed_on_when_nobody_waits_for_it_any_more() -> None:
+async def test_nothing_is_passed_on_when_its_reader_is_gone() -> None:
     stage = Stage()
     stage.stream(role(), token("a"))
     running = stage.running()
@@ -944,7 +944,7 @@ async def test_a_stream_without_its_mark_is_not_complete(
 
 
 @pytest.mark.parametrize("lost", ["", "reset"])
-async def test_a_stream_that_told_its_own_error_is_not_told_another(lost: str) -> None:
+async def test_a_stream_with_its_own_error_gets_no_other(lost: str) -> None:
     stage = Stage()
     with pytest.raises(ReportedError):
         await stage.play(role(), error_event("no"), lost=lost)

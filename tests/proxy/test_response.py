@@ -464,6 +464,6 @@ def test_a_whole_that_breaks_off_has_not_begun() -> None:
     assert caught.value is LOST
 
 
-def test_a_whole_says_how_far_it_is() -> None:
+def test_an_answer_in_one_piece_shows_its_progress() -> None:
     delivery, _ = assembly()
     assert repr(delivery) == "<Assembly <ChatAssembler size=0 open>>"

@@ -195,7 +195,7 @@ async def test_a_fallback_that_comes_into_question_later_is_looked_at_too(
         assert (served(other), counts(other)) == ([0], 1)
 
 
-async def test_a_fallback_alone_is_judged_when_nobody_of_the_first_is_there() -> None:
+async def test_a_fallback_alone_is_judged_when_no_first_worker_is_up() -> None:
     async with family(65536, 1024, health__fall=1) as (big, other, hub):
         counting(other, 3000)
         await big.down()
@@ -290,7 +290,7 @@ async def test_a_body_beyond_the_replay_window_goes_by_its_size() -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
-async def test_what_answers_tell_of_their_prompts_saves_the_count(path: str) -> None:
+async def test_prompt_sizes_in_answers_save_the_count(path: str) -> None:
     """Also those of Anthropic's API, which leaves out what was in the cache."""
     async with pair() as (small, large, hub):
         usage = {"prompt_tokens": 500, "completion_tokens": 1, "total_tokens": 501}
@@ -323,7 +323,7 @@ def overflow(tokens: int | None) -> bytes:
 
 
 @pytest.mark.parametrize("tokens", [None, 9000])
-async def test_a_refusal_says_what_each_worker_offers(tokens: int | None) -> None:
+async def test_a_refusal_lists_what_each_worker_offers(tokens: int | None) -> None:
     """It may be pictures that make it too long, which no tokenizer counts."""
     async with pair() as (small, large, hub):
         for worker in (small, large):
@@ -384,7 +384,7 @@ async def test_where_no_context_is_known_the_worker_has_the_last_word() -> None:
         assert error["code"] == "context_length_exceeded"
 
 
-async def test_who_has_been_told_something_gets_it_as_an_event() -> None:
+async def test_a_client_that_has_received_something_gets_an_event() -> None:
     async with ScriptedWorker(slots=1) as worker:
         worker.script(wait("go"), *answer(chat_completion("a")))
         worker.default(send(overflow(9000)))

@@ -59,7 +59,7 @@ def test_a_dense_prompt_counts_at_once_and_thin_ones_slowly() -> None:
 @pytest.mark.parametrize(
     ("size", "tokens"), [(1023, 100), (0, 0), (4000, 0), (4000, -1)]
 )
-def test_what_tells_nothing_is_not_learnt(size: int, tokens: int) -> None:
+def test_what_proves_nothing_is_not_learnt(size: int, tokens: int) -> None:
     prompts = Prompts()
     prompts.learn("qwen", size, tokens)
     assert prompts.most_tokens("qwen", 4000) == 4000
@@ -77,7 +77,7 @@ def test_what_is_no_text_is_believed_within_bounds(tokens: int, density: float) 
 # --- Words ------------------------------------------------------------------------
 
 
-def test_the_error_says_what_each_worker_offers() -> None:
+def test_the_error_lists_what_each_worker_offers() -> None:
     big, small = offering(0, ("qwen", 4096)), offering(1, ("qwen", 1024), ("phi", 512))
     pools = [Pool("qwen", (big, small)), Pool("phi", (small,))]
     error = too_long(pools, 5000)
@@ -122,7 +122,7 @@ def test_a_refusal_without_words_or_numbers_is_one() -> None:
     assert not error.fields
 
 
-def test_it_does_not_say_what_nobody_knows() -> None:
+def test_unknown_values_are_left_out() -> None:
     silent, small = offering(0, ("qwen", None)), offering(1, ("qwen", 512))
     assert too_long([Pool("qwen", (silent,))], 7) is None
     error = too_long([Pool("qwen", (silent, small))], 0)

@@ -298,7 +298,9 @@ def test_a_body_cut_at_any_byte_is_the_same_body(body: bytes) -> None:
 
 @thorough
 @given(documents(), st.text())
-def test_a_model_can_be_inserted_where_the_scanner_says(body: bytes, name: str) -> None:
+def test_a_model_can_be_inserted_where_the_scanner_points(
+    body: bytes, name: str
+) -> None:
     """In place of the old name, or first of all; nothing else changes."""
     scanner = scan(body)
     parsed = json.loads(body)
