@@ -396,7 +396,12 @@ def _usage(args: argparse.Namespace, hub: AdminClient) -> None:
     if args.csv and args.json:
         raise ConfigError("--csv: cannot be given together with --json")
     path = "/v1/usage" if args.own else "usage"
-    answer = hub.call("GET", path, by=args.by, since=args.since, until=args.until)
+    try:
+        answer = hub.call("GET", path, by=args.by, since=args.since, until=args.until)
+    except CallError as exc:
+        if exc.code != "insufficient_scope":
+            raise
+        raise CallError(f"{exc} With --own, it shows its own usage.") from exc
     if args.json:
         _print_json(answer)
     elif args.csv:

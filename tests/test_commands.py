@@ -412,6 +412,7 @@ async def test_a_subject_sees_its_own_usage_and_limits(run: Run) -> None:
         refused = await run("usage", hub=hub, scope=None)
         assert refused.status == 1
         assert "it needs the scope admin" in refused.error
+        assert refused.error.endswith("With --own, it shows its own usage.")
 
 
 async def test_usage_that_is_too_much_to_show_is_noted(

@@ -26,11 +26,15 @@ MOST = 64 << 20  # bytes of an answer
 
 
 class CallError(Exception):
-    """Why a hub did not do what was asked; `status` is the exit status of a command."""
+    """Why a hub did not do what was asked.
 
-    def __init__(self, text: str, status: int = 1) -> None:
+    `status` is the exit status of a command, `code` that of the error of the hub.
+    """
+
+    def __init__(self, text: str, status: int = 1, code: str = "") -> None:
         super().__init__(text)
         self.status = status
+        self.code = code
 
 
 class AdminClient:
@@ -112,7 +116,8 @@ class AdminClient:
             hint = "give one with --token-file or in GOLLAMA_TOKEN"
             return CallError(f"the hub at {self.url} needs a token: {hint}")
         if status in (401, 403):
-            return CallError(f"the hub at {self.url} refuses: {message}")
+            text = f"the hub at {self.url} refuses: {message}"
+            return CallError(text, code=str(answer["error"].get("code")))
         return CallError(message, 2 if status in (400, 413, 415) else 1)
 
 
