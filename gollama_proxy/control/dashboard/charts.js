@@ -67,9 +67,9 @@ export class Series {
 }
 
 // A chart of one or two lines, the first with its area if `area`.  Up to `bridge` missing
-// values are drawn over, and the scale ends at `least` or higher.  It begins with the first value, and `span` is its length in
-// seconds; behind the steps in which `marked` is not 0, the ground is red.
-// `describe(chart)` is its text for screen readers.
+// values are drawn over, and the scale ends at `least` or higher.  It begins with the
+// first value, and `span` is its length in seconds; behind the steps in which `marked` is
+// not 0, the ground is red.  `describe(chart)` is its text for screen readers.
 export class Chart {
   #paths;
   #area = null;
@@ -95,7 +95,6 @@ export class Chart {
       return path;
     });
     this.draw(); // also without values it has a name
-    this.span = LEAST;
   }
 
   draw() {
