@@ -360,7 +360,7 @@ async def test_a_renewed_certificate_serves_new_connections(
             assert await wire.read_event() == role()
             assert await wire.read_event() == token("a")
             await asyncio.to_thread(replace, pair.key, "half a key")
-            await until(lambda: "going on with what was loaded" in caplog.text)
+            await until(lambda: "what was loaded before stays in use" in caplog.text)
             assert await presented(hub) == first
             authority.issue(file="127.0.0.1")  # over the old ones
             await until(lambda: "new connections get it" in caplog.text)

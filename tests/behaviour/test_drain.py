@@ -158,7 +158,7 @@ async def test_sighup_has_certificates_read_again(authority: Authority) -> None:
             await program.until(f"loaded {hub.pair.certificate}")
             await asyncio.to_thread(Path(hub.pair.key).unlink)
             program.signal(signal.SIGHUP)
-            await program.until("going on with what was loaded before")
+            await program.until("what was loaded before stays in use")
             worker.release("go")
             assert await wire.read_events() == [finish(), done()]
             program.signal(signal.SIGTERM)
