@@ -149,6 +149,9 @@ async def test_a_thousand_workers_stay_usable(browser: Browser) -> None:
             await expect(heading).to_contain_text(victim.name)
             await expect(tiles.first).to_contain_text("Fails")
             assert await changes() < 1000
+            await expect(
+                page.page.get_by_role("button", name="Idle 999")
+            ).to_be_visible()
             find = page.page.get_by_label("Find a worker or model")
             await find.fill(victim.name)
             await expect(tiles).to_have_count(1)

@@ -136,7 +136,8 @@ export function sentence(text, end = '.') {
 export function isOf(kind, worker) {
   if (kind === 'trouble') return Boolean(troubleOf(worker).level);
   if (kind === 'busy') return worker.running > 0;
-  if (kind === 'idle') return !worker.running && worker.state === 'ready' && !isHeld(worker);
+  if (kind === 'idle') return !worker.running && worker.state === 'ready' && !isHeld(worker)
+    && !troubleOf(worker).level;
   if (kind === 'held') return isHeld(worker);
   return true;
 }
