@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from gollama_proxy.config import load as config
 from gollama_proxy.fleet.lease import Result
@@ -267,6 +268,7 @@ async def test_the_wait_for_a_warm_worker_does_not_grow_with_the_queues_timeout(
     registry.workers[0].observe(Check.OK, "ok", told)
     queue = Queue(balancer, loaded.queue, Clock())
     attempts = plan(balancer, registry.pool("tiny"))
+    attempts.ask = replace(attempts.ask, prefixes=(1,))  # a conversation
     entry = SimpleNamespace(
         plan=attempts,
         subject="alice",
