@@ -546,7 +546,7 @@ function showAccount() {
   const rights = app.can('admin') ? 'admin' : app.can('monitor') ? 'read only' : 'user';
   const until = expires ? `until ${new Date(expires * 1_000).toLocaleString()}` : '';
   byId('account').replaceChildren(
-    el('span', { class: 'who', title: `Scopes: ${scopes.join(', ') || 'none'} ${until}` },
+    el('span', { class: 'caller', title: `Scopes: ${scopes.join(', ') || 'none'} ${until}` },
       subject, el('small', {}, rights)),
     el('button', {
       type: 'button', class: 'quiet', onclick: () => signOut('You have signed out.'),

@@ -33,7 +33,7 @@ class Overview {
   #timers = [];
   #stopped = new AbortController();
   #requested = {}; // what is being fetched
-  #said = new Map(); // by worker: the trouble that was announced
+  #mentioned = new Map(); // by worker: the trouble that was announced
   #filter = { text: '', kind: 'all' };
 
   constructor(root, app) {
@@ -442,7 +442,7 @@ class Overview {
     const size = this.workers.size;
     this.count.hidden = !size;
     put(this.count, this.#app.format.plural(size, 'worker'));
-    this.#tellNews();
+    this.#mentionNews();
   }
 
   // Without events, what is shown gets old.
@@ -482,15 +482,15 @@ class Overview {
   }
 
   // For screen readers: a worker got into trouble, or out of it.
-  #tellNews() {
+  #mentionNews() {
     const news = [];
     for (const [name, worker] of this.workers) {
       const { level, brief } = troubleOf(worker);
       const key = level && brief;
-      if (this.#said.has(name) && this.#said.get(name) !== key) {
+      if (this.#mentioned.has(name) && this.#mentioned.get(name) !== key) {
         news.push(key ? `${name} ${brief}.` : `${name} is ready again.`);
       }
-      this.#said.set(name, key);
+      this.#mentioned.set(name, key);
     }
     if (news.length) this.#app.mention(news.slice(0, 3).join(' '));
   }
