@@ -81,6 +81,40 @@ async def test_a_link_signs_in_once(browser: Browser) -> None:
             await expect(alert).to_contain_text("This link was used before")
 
 
+async def test_a_link_of_no_use_changes_nothing_in_a_tab_that_is_signed_in(
+    browser: Browser,
+) -> None:
+    async with running_hub() as hub:
+        async with dashboard(browser, hub, hub.token("ann", scope="monitor")) as page:
+            page.expect_problem("401: /dashboard/sign-in")
+            page.expect_problem("413: /dashboard/sign-in")
+            await expect(page.account).to_contain_text("ann")
+            for code in ("", "%E0%A4%A", "<b>x", "a&b", "x" * 2000):
+                await page.page.evaluate(f"location.hash = '#sign-in={code}'")
+                await expect(page.toasts).to_contain_text("This link was used before")
+                assert "sign-in" not in page.page.url
+                await page.toasts.get_by_role("button").click()
+                await expect(page.toasts).to_be_empty()
+            await expect(page.account).to_contain_text("ann")
+
+
+async def test_a_link_for_another_subject_replaces_all_that_was_shown(
+    browser: Browser,
+) -> None:
+    """It may be a link of a stranger, so the page names the new subject."""
+    async with running_hub() as hub:
+        async with dashboard(browser, hub, hub.token("ann", scope="monitor")) as page:
+            await expect(page.account).to_contain_text("ann")
+            await page.open("#/playground")
+            await page.page.get_by_label("Your message").fill("a secret of ann")
+            link = (await call(hub, "POST", "/admin/links")).json()["path"]
+            await page.page.evaluate(f"location.hash = '{link.lstrip('/')}'")
+            await expect(page.toasts).to_contain_text("You are signed in as root.")
+            await expect(page.account).to_contain_text("root")
+            await page.open("#/playground")
+            await expect(page.page.get_by_label("Your message")).to_be_empty()
+
+
 async def test_a_token_without_a_scope_sees_the_playground_and_its_own_usage(
     browser: Browser,
 ) -> None:

@@ -112,14 +112,15 @@ async function send(path, { headers, ...options } = {}) {
 }
 
 // Call the API: the parsed JSON of the answer, or an ApiError is thrown.
-async function api(path, { method = 'GET', body, signal, headers } = {}) {
+// With `open`, it needs no token, so a 401 is not about the one that the page has.
+async function api(path, { method = 'GET', body, signal, headers, open } = {}) {
   const sent = { method, signal, headers: { ...headers } };
   if (body !== undefined) {
     sent.body = JSON.stringify(body);
     sent.headers['Content-Type'] = 'application/json';
   }
   const answer = await send(path, sent);
-  if (!answer.ok) throw await errorOf(answer);
+  if (!answer.ok) throw await errorOf(answer, open);
   try {
     return answer.status === 204 ? null : await answer.json();
   } catch (error) {
@@ -128,14 +129,14 @@ async function api(path, { method = 'GET', body, signal, headers } = {}) {
   }
 }
 
-async function errorOf(answer) {
+async function errorOf(answer, open = false) {
   let error = {};
   try {
     error = (await answer.json()).error ?? {};
   } catch {
     // The status has to be enough.
   }
-  if (answer.status === 401 && app.session) expire();
+  if (answer.status === 401 && app.session && !open) expire();
   const message = error.message || `The hub answered with the status ${answer.status}.`;
   return new ApiError(answer.status, error.code ?? '', message, error.param ?? null);
 }
@@ -415,6 +416,8 @@ function claim(given, name) {
 
 // Sign in with a token ('' without authentication), and show the page.
 async function enter(given, keep) {
+  unmount(); // what another subject has seen
+  app.live.stop();
   token = given;
   try {
     app.session = null;
@@ -478,7 +481,7 @@ async function start() {
   });
   byId('theme').addEventListener('click', turnTheme);
   showTheme();
-  const match = location.hash.match(/^#sign-in=([^&]+)$/);
+  const match = location.hash.match(/^#sign-in=(.*)$/s);
   if (match) history.replaceState(null, '', '#/'); // before anything else can see it
   window.addEventListener('hashchange', onHash);
   document.addEventListener('visibilitychange', onVisibility);
@@ -490,19 +493,32 @@ async function start() {
   await (match ? enterByLink(match[1]) : enterAsBefore());
 }
 
+// The tab may be signed in already: a link that is of no use changes nothing then, and
+// another one replaces the subject, which is announced.
 async function enterByLink(code) {
+  let answer;
   try {
-    const answer = await api('/dashboard/sign-in', {
-      method: 'POST', body: { code: decodeURIComponent(code) },
+    answer = await api('/dashboard/sign-in', {
+      method: 'POST', body: { code }, open: true,
     });
+  } catch (error) {
+    const problem = [400, 401, 413].includes(error.status)
+      ? 'This link was used before, is older than five minutes, or is incomplete. Make a '
+        + 'new one with gollama-proxy dashboard.'
+      : error.message;
+    if (!app.session && !kept()) return showSignIn(problem);
+    if (app.session) route();
+    else await enterAsBefore();
+    return announce(problem, 'bad');
+  }
+  try {
     // Its user has no token to paste after a reload, so the tab keeps it.
     await enter(answer.token, true);
+    announce(`You are signed in as ${app.session.subject}.`);
   } catch (error) {
-    showSignIn(error.status === 401
-      ? 'This link was used before, or it is older than five minutes. Make a new one with '
-        + 'gollama-proxy dashboard.'
-      : error.message);
+    showSignIn(error.message);
   }
+  return undefined;
 }
 
 async function enterAsBefore() {
@@ -658,7 +674,7 @@ function unmount() {
 }
 
 function onHash() {
-  const match = location.hash.match(/^#sign-in=([^&]+)$/);
+  const match = location.hash.match(/^#sign-in=(.*)$/s);
   if (match) { // a link that was opened in this tab
     history.replaceState(null, '', '#/');
     enterByLink(match[1]);
