@@ -380,6 +380,8 @@ async def test_usage_is_shown_as_a_table_with_a_total(run: Run) -> None:
             "Nothing was used from 2026-11-22 to 2026-11-28 (UTC); "
             "--since 90d looks further back.\n"
         )
+        done = await run("usage", "--since", "300d", "--until", "2026-11-28", hub=hub)
+        assert done.out.endswith(" to 2026-11-28 (UTC).\n")
         found = (await run("usage", "--json", hub=hub)).json()
         assert len(found["rows"]) == 3
 

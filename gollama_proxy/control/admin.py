@@ -175,7 +175,7 @@ class Admin:
         limit = _number(query, "limit", 100, 1000)
         since = _moment(query, "since", 0.0)
         until = _moment(query, "until", math.inf)
-        _refuse_others(query, _FILTERS)
+        _refuse_others(query, (*_FILTERS, "since", "until", "limit"))
         found = self._hub.recent.find(limit, since, until, **query)
         return answer({"requests": found})
 

@@ -187,8 +187,10 @@ def show_usage(answer: Json) -> None:
         names = [title.replace("_", " ") for title in titles]
         print_table(*_aligned([*names[:-1], "slot time"], rows))
     else:
-        text = "--since 90d looks further back"
-        print(f"Nothing was used from {begins} to {ends} (UTC); {text}.")
+        further = "; --since 90d looks further back"
+        if answer["until"] - answer["since"] >= 90 * 86_400:
+            further = ""
+        print(f"Nothing was used from {begins} to {ends} (UTC){further}.")
     for claim, limit in answer.get("limits", {}).items():
         left = f"{limit['remaining']:,} of {limit['limit']:,} left"
         resets = limit["resets_in"]

@@ -623,6 +623,7 @@ async def test_recent_requests_are_found_by_what_they_were() -> None:
         ):
             answer = await get(hub, f"/admin/requests{query}")
             assert error_of(answer, 400)[1] == param
+        assert b"outcome, since, until, limit." in answer.body
 
 
 # --- What a request would get -----------------------------------------------------
