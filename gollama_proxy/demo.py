@@ -161,6 +161,8 @@ def _announce(config: Config, model: str) -> Announce:
         print(f"\nA token:\n\n{token}" if token else "\nNo token needed.")
         print(f"\nAn answer, streamed:\n\n{command}")
         print(f"\nWhat the hub does, live:\n\n{top}")
+        if operator:
+            print("\n(With dashboard instead of top: another link that signs in.)")
         print("\nCtrl-C ends it.", flush=True)
 
     return announce

@@ -130,6 +130,7 @@ async def test_the_demo_runs_from_start_to_end(
         pids = started(it.output)
         assert len(pids) == 2
         assert '"model": "smollm2-135m-instruct"' in it.output
+        assert "With dashboard instead of top: another link" in it.output
         text = await ask_as_printed(it.output)
         assert len(text.split()) > 10
         it.signal(signal.SIGTERM)
