@@ -121,7 +121,10 @@ class Dashboard:
         """Return the address of the hub, with the name by which the client knows it."""
         url = self._hub.url
         host = request.headers.get("Host")  # which is valid, or the hub refuses it
-        return f"{url.partition(':')[0]}://{host}" if host else url
+        # A proxy that ends TLS states that; no more depends on it than this text.
+        https = request.headers.get("X-Forwarded-Proto", "").lower() == "https"
+        scheme = "https" if https else url.partition(":")[0]
+        return f"{scheme}://{host}" if host else url
 
     async def _show_file(self, request: web.BaseRequest, record: Record) -> Response:
         """Answer `GET /dashboard/{file}`.

@@ -71,6 +71,10 @@ async def test_the_base_url_has_the_name_that_the_client_used() -> None:
     async with running_hub() as hub:
         answer = await hub.get("/", None, headers=[("Host", "hub.lan:8000")])
         assert answer.json()["base_url"] == "http://hub.lan:8000/v1"
+        for given, scheme in (("https", "https"), ("http", "http"), ("x", "http")):
+            named = [("Host", "hub.lan"), ("X-Forwarded-Proto", given)]
+            answer = await hub.get("/", None, headers=named)
+            assert answer.json()["base_url"] == f"{scheme}://hub.lan/v1"
         async with await hub.wire() as wire:
             await wire.send(b"GET / HTTP/1.0\r\n\r\n")
             answer = await wire.read_response()
