@@ -164,16 +164,23 @@ async def picture(page: Dashboard) -> bytes:
     return base64.b64decode(shot["data"])
 
 
+# The page goes on, so that what it writes is changed each time before it is shown.
 _MOVE = """
 () => {
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   const hosts = new Map();
-  for (let node; (node = walker.nextNode());) {
-    node.data = node.data.replace(/127\\.0\\.0\\.1(:\\d+)?/g, (found, port) => {
-      if (!hosts.has(found)) hosts.set(found, `10.0.0.${11 + hosts.size}`);
-      return hosts.get(found) + (port ? ":8080" : "");
-    });
-  }
+  const move = () => {
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node; (node = walker.nextNode());) {
+      const moved = node.data.replace(/127\\.0\\.0\\.1(:\\d+)?/g, (found, port) => {
+        if (!hosts.has(found)) hosts.set(found, `10.0.0.${11 + hosts.size}`);
+        return hosts.get(found) + (port ? ":8080" : "");
+      });
+      if (moved !== node.data) node.data = moved;
+    }
+  };
+  move();
+  const changes = {subtree: true, childList: true, characterData: true};
+  new MutationObserver(move).observe(document.body, changes);
 }
 """
 
