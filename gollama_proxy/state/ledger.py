@@ -70,6 +70,12 @@ SELECT subject, sum((prompt_tokens + completion_tokens) * (day = ?)),
     sum(prompt_tokens + completion_tokens)
 FROM usage WHERE day BETWEEN ? AND ? GROUP BY subject LIMIT ?
 """
+# Not on the day of a clock that leapt ahead, which has no usage shortly before it.
+_DELETE = """
+DELETE FROM usage WHERE day < :oldest AND EXISTS (
+    SELECT 1 FROM usage WHERE day BETWEEN :today - 31 AND :today - 1
+)
+"""
 _TEMPORARY = """
 CREATE TEMP TABLE IF NOT EXISTS unsaved (
     day, subject, model, requests, errors, prompt_tokens, completion_tokens,
@@ -277,9 +283,10 @@ class Ledger:
             turned, self._turned = self._turned, False
             if not rows and not turned:
                 return
-            oldest = min(self._month, self._day - self._days) if turned else None
+            oldest = min(self._month, self._day - self._days)
+            limits = {"oldest": oldest, "today": self._day} if turned else None
             try:
-                await self._database.run(partial(_write, rows, oldest))
+                await self._database.run(partial(_write, rows, limits))
             except sqlite3.Error as exc:
                 self._turned = self._turned or turned
                 later, self._unsaved = self._unsaved, rows
@@ -417,15 +424,15 @@ def _first_of_month(day: int) -> int:
 
 
 def _write(
-    rows: dict[_Key, _Row], oldest: int | None, database: sqlite3.Connection
+    rows: dict[_Key, _Row], limits: dict[str, int] | None, database: sqlite3.Connection
 ) -> None:
     """Add rows, and delete days before the oldest one, together or not at all."""
     database.execute("PRAGMA synchronous = NORMAL")
     database.execute("BEGIN IMMEDIATE")
     try:
         database.executemany(_ADD, map(_values, rows.items()))
-        if oldest is not None:
-            database.execute("DELETE FROM usage WHERE day < ?", (oldest,))
+        if limits is not None:
+            database.execute(_DELETE, limits)
         database.execute("COMMIT")
     except BaseException:
         if database.in_transaction:

@@ -261,6 +261,20 @@ async def test_a_clock_that_is_set_finds_the_usage_of_its_day(tmp_path: Path) ->
     await again.close()
 
 
+async def test_a_clock_that_leaps_ahead_deletes_nothing(tmp_path: Path) -> None:
+    clock = Clock(NOON)
+    ledger = await opened(tmp_path, clock)
+    ledger.add(Ended())
+    await ledger.save()
+    clock.advance(9999 * DAY)
+    ledger.add(Ended())
+    await ledger.save()
+    clock.now = NOON
+    assert (await read(ledger)).total["requests"] == 2
+    assert ledger.spent("alice") == Spent(25, 25)
+    await ledger.close()
+
+
 async def test_usage_during_a_look_back_counts_once(tmp_path: Path) -> None:
     clock = Clock(NOON)
     ledger = await opened(tmp_path, clock)
