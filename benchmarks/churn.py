@@ -57,7 +57,7 @@ def measure() -> dict[str, float]:
     add(registry, *range(FEW))
     pool = registry.pool(MODEL)
     rng, path = random.Random(1), "/v1/chat/completions"
-    plan = Plan.of((pool,), path, config, balancer.budget, rng, Ask(MODEL))
+    plan = Plan((pool,), path, config, balancer.budget, rng, Ask(MODEL))
 
     def pick() -> float:
         def picks() -> None:

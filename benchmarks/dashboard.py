@@ -200,7 +200,7 @@ new Promise(resolve => {
 
 async def first_views(hub: Hub, count: int) -> list[View]:
     """Open the page so often, each time without anything in the browser's cache."""
-    path = shutil.which("chromium")
+    path = shutil.which("chromium-headless-shell") or shutil.which("chromium")
     if path is None:
         return []
     from playwright.async_api import async_playwright

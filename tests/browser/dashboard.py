@@ -33,11 +33,10 @@ from tests.fakes.hub import HasUrl
 from tests.fakes.tools import require, require_node_module
 from tests.fakes.waiting import DEADLINE
 
-# For each module of tests: one event loop and one browser for all of them.
-BROWSER = [
-    pytest.mark.asyncio(loop_scope="session"),
-    pytest.mark.xdist_group("browser"),
-]
+# For each module of tests: one event loop and one browser in each process.
+BROWSER = pytest.mark.asyncio(loop_scope="session")
+# The first one has no window to draw, so that the tests take half as long.
+PROGRAMS = ("chromium-headless-shell", "chromium")
 # As everywhere: no outcome depends on the speed of the machine.
 expect.set_options(timeout=DEADLINE * 1000)
 
@@ -50,7 +49,7 @@ DESK = ViewportSize(width=1280, height=800)
 @contextlib.asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
     """Start the system's Chromium; without it, skip the test or fail, as in CI."""
-    path = require("chromium", package="chromium")
+    path = require(*PROGRAMS, package=PROGRAMS[0])
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=path)
         yield browser

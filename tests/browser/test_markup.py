@@ -54,7 +54,6 @@ def test_no_file_makes_markup_of_text(name: str) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="session")
-@pytest.mark.xdist_group("browser")
 async def test_markup_from_everywhere_is_shown_as_text(
     browser: Browser, tmp_path: Path
 ) -> None:

@@ -17,16 +17,17 @@ _CI = "GOLLAMA_CI"
 NODE_MODULES = Path(sys.prefix) / "node" / "node_modules"  # where `make node` puts them
 
 
-def require(program: str, *, package: str) -> str:
-    """Return the path of a program; `package` is the Debian package that has it.
+def require(*programs: str, package: str) -> str:
+    """Return the path of the first of these programs that is there.
 
-    Without it the test is skipped, and fails in CI.
+    `package` is the Debian package that has it.  Without one, the test is skipped, and
+    fails in CI.
     """
     # Debian keeps servers out of the PATH of ordinary users.
     path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-    found = shutil.which(program, path=path)
-    if found is None:
-        missing(f"{program} is not there (apt-get install {package})")
+    found = next(filter(None, (shutil.which(each, path=path) for each in programs)), "")
+    if not found:
+        missing(f"{' or '.join(programs)} is not there (apt-get install {package})")
     return found
 
 

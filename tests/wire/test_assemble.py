@@ -272,7 +272,7 @@ def test_a_done_without_the_end_of_each_choice_is_no_answer() -> None:
 @pytest.mark.parametrize("event", ["%b", "event: error\n%b"])
 def test_the_workers_own_error_is_passed_on(event: str) -> None:
     parts = event.encode() % replies.error_event("no such luck", 503)
-    with pytest.raises(AssemblyError, match="by an error") as caught:
+    with pytest.raises(AssemblyError, match="with an error") as caught:
         fold(replies.token("a") + parts)
     error = caught.value.error
     assert error is not None
