@@ -39,9 +39,9 @@ QUARTERS = 4
 SAMPLE_EVERY = 50  # requests, of the memory
 # What the median of the last quarter may be above that of the third.  A sound hub grows
 # by up to 2.7 MiB between these two: by 0.9 as it remembers conversations (of which
-# `affinity` keeps a limited number), and otherwise by garbage that waits for a collection
-# of the oldest generation, which a request without trouble no longer brings nearer.  One
-# that kept the `Record` of each request would grow by 3.9 MiB more.
+# `affinity` keeps a limited number), and otherwise by garbage that waits for a
+# collection of the oldest generation, which a request without trouble no longer brings
+# nearer.  One that kept the `Record` of each request would grow by 3.9 MiB more.
 TOLERANCE = 4 * MIB
 
 SETTINGS: dict[str, Any] = {
