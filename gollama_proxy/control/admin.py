@@ -34,9 +34,10 @@ from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.state.database import StateError
 from gollama_proxy.wire.errors import Code, RequestError
 
-# The scope of operators, and that of those who may look, and change nothing.
+# The scope of operators, and the one that only reads.
 SCOPE, LOOKING = "admin", "monitor"
-# They change nothing, or only who may look.
+# Open to that one as well: an explanation changes nothing, and a link signs in with the
+# caller's token.
 _HARMLESS = frozenset({"/admin/explain", "/admin/links"})
 # Samples of workers in one answer: a quarter of an hour of a hundred of them.
 _MOST_VALUES = 100_000

@@ -21,7 +21,7 @@ An alias is known to the client alone, and an answer names its model in every ev
     data: {"choices":[…],"model":"qwen2.5-7b","object":"chat.completion.chunk"}
 
 Decoding each of them would cost more than relaying does, so the name is found by its
-key.  It may stand at any depth (`/v1/responses` has it in an object of its own); a
+key.  It may stand at any depth (`/v1/responses` has it in a separate object); a
 value that is not the worker's name is left alone.
 
 Every other byte stays as it is, spaces included, and generated text cannot be mistaken

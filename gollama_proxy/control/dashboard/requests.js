@@ -493,7 +493,7 @@ class Detail {
       el('a', { class: 'button', href: `#/requests?${around}` }, 'Others at that time'));
   }
 
-  // A list of what happened, with the times; it says more than the bar.
+  // A list of what happened, with the times; it has more detail than the bar.
   #listSteps(request) {
     const { el } = this.#app;
     return el('ol', { class: 'steps' }, storyOf(request).map(({ at, kind, text }) =>

@@ -1,4 +1,4 @@
-// What the overview says in words: about one worker, and about all of them.
+// The texts of the overview: about one worker, and about all of them.
 //
 // A worker is as `GET /admin/workers` shows it, with `at`: when that was, by `now()`.
 
