@@ -41,6 +41,14 @@ async def test_requests_a_minute_are_counted_and_reported() -> None:
         assert (await hub.post(CHAT, WHOLE, hub.token("bob", rpm=2))).status == 200
 
 
+def script_usage(worker: ScriptedWorker, payload: dict[str, Any]) -> None:
+    """Let the worker answer with 5 tokens, to a prompt of 20."""
+    if payload is STREAM:
+        worker.script(*chat_stream(["a"] * 5))
+    else:
+        worker.script(*answer({"choices": [], "usage": usage_of(5, 20)}))
+
+
 @pytest.mark.parametrize("payload", [WHOLE, STREAM], ids=["whole", "stream"])
 async def test_tokens_a_minute_are_those_of_prompt_and_answer(
     payload: dict[str, Any],
@@ -48,11 +56,7 @@ async def test_tokens_a_minute_are_those_of_prompt_and_answer(
     """As the worker counts them, whether or not the client has asked for usage."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         token = hub.token(tpm=30)
-        usage = usage_of(5, 20)
-        if payload is STREAM:
-            worker.script(*chat_stream(["a"] * 5))
-        else:
-            worker.script(*answer({"choices": [], "usage": usage}))
+        script_usage(worker, payload)
         assert (await hub.post(CHAT, payload, token)).status == 200
         response = await hub.post(CHAT, payload, token)
         assert response.status == 200
@@ -74,11 +78,7 @@ async def test_tokens_of_a_day_and_a_month_are_limited(
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         await stop_calendar(hub)
         token = hub.token(**{claim: 30})
-        usage = usage_of(5, 20)
-        if payload is STREAM:
-            worker.script(*chat_stream(["a"] * 5))
-        else:
-            worker.script(*answer({"choices": [], "usage": usage}))
+        script_usage(worker, payload)
         assert (await hub.post(CHAT, payload, token)).status == 200
         response = await hub.post(CHAT, payload, token)
         assert response.status == 200

@@ -57,7 +57,7 @@ async def chromium() -> AsyncIterator[Browser]:
 
 
 class Dashboard:
-    """A page of the hub in a browser of its own: no cookies, no storage of others."""
+    """A page of the hub, in a browser context without cookies or stored data."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.page = page

@@ -1,4 +1,4 @@
-"""The dashboard works behind a proxy that serves the hub under a path of its own."""
+"""The dashboard works behind a proxy that serves the hub under a path prefix."""
 
 from __future__ import annotations
 

@@ -133,6 +133,30 @@ def error_event(message: str, code: int = 500) -> bytes:
     return event({"error": error})
 
 
+def native(content: str, *, stop: bool) -> bytes:
+    """Build an event of llama-server's own /completion."""
+    fields: dict[str, Any] = {
+        "index": 0,
+        "content": content,
+        "tokens": [1],
+        "stop": stop,
+    }
+    if stop:
+        fields |= {"model": "tiny", "tokens_predicted": 3, "stop_type": "limit"}
+        fields["timings"] = timings_of(3)
+    return event(fields)
+
+
+def anthropic(type: str, **more: Any) -> bytes:
+    """Build an event of /v1/messages."""
+    return named_event({"type": type, **more})
+
+
+def responses(type: str, **more: Any) -> bytes:
+    """Build an event of /v1/responses."""
+    return named_event({"type": f"response.{type}", **more})
+
+
 def timings_of(predicted: int = 3, prompt: int = 20, cached: int = 0) -> dict[str, Any]:
     return {
         "cache_n": cached,

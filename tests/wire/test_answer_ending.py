@@ -26,7 +26,7 @@ from gollama_proxy.wire.answer import (
 from gollama_proxy.wire.schema import Api, Ending
 from gollama_proxy.wire.sse import DONE, events_in
 from tests.fakes import replies
-from tests.fakes.replies import event
+from tests.fakes.replies import anthropic, event, native, responses
 
 NOTHING = (False, False, False)
 STREAMED = [Ending.DONE, Ending.STOP, Ending.NAMED]
@@ -41,28 +41,6 @@ def marks(tail: bytes, ending: Ending) -> tuple[bool, bool, bool]:
 
 def rest_of(tail: bytes) -> bytes:
     return read_end(tail, Ending.DONE).rest
-
-
-def native(content: str, *, stop: bool) -> bytes:
-    """Build an event of llama-server's own /completion."""
-    fields: dict[str, Any] = {
-        "index": 0,
-        "content": content,
-        "tokens": [1],
-        "stop": stop,
-    }
-    if stop:
-        fields |= {"model": "tiny", "tokens_predicted": 3, "stop_type": "limit"}
-        fields["timings"] = replies.timings_of(3)
-    return replies.event(fields)
-
-
-def anthropic(type: str, **more: Any) -> bytes:
-    return replies.named_event({"type": type, **more})
-
-
-def responses(type: str, **more: Any) -> bytes:
-    return replies.named_event({"type": f"response.{type}", **more})
 
 
 # --- How a stream ended -----------------------------------------------------------

@@ -24,6 +24,7 @@ from gollama_proxy.wire.sse import (
 )
 from tests.fakes import replies
 from tests.fakes.cases import case
+from tests.fakes.replies import anthropic, native, responses
 
 LINE_ENDS = pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"])
 
@@ -34,28 +35,6 @@ def first_data(held: bytes) -> bytes | None:
 
 def opens(held: bytes, ending: Ending) -> bool:
     return sse.opens(split_events(held)[0], ending)
-
-
-def native(content: str, *, stop: bool) -> bytes:
-    """Build an event of llama-server's own /completion."""
-    fields: dict[str, Any] = {
-        "index": 0,
-        "content": content,
-        "tokens": [1],
-        "stop": stop,
-    }
-    if stop:
-        fields |= {"model": "tiny", "tokens_predicted": 3, "stop_type": "limit"}
-        fields["timings"] = replies.timings_of(3)
-    return replies.event(fields)
-
-
-def anthropic(type: str, **more: Any) -> bytes:
-    return replies.named_event({"type": type, **more})
-
-
-def responses(type: str, **more: Any) -> bytes:
-    return replies.named_event({"type": f"response.{type}", **more})
 
 
 # --- Whole events -----------------------------------------------------------------
