@@ -2,6 +2,8 @@
 //
 // A worker is as `GET /admin/workers` shows it, with `at`: when that was, by `now()`.
 
+import { format } from './app.js';
+
 // Seconds since the page was opened.
 export const now = () => performance.now() / 1_000;
 
@@ -251,11 +253,8 @@ export function soon(seconds) {
   return seconds < 1 ? '1 s' : duration(seconds);
 }
 
+// As elsewhere on the page, but in whole seconds, as these texts change each second.
 export function duration(seconds) {
-  if (seconds < 90) return `${Math.round(Math.max(seconds, 0))} s`;
-  const minutes = Math.round(seconds / 60);
-  if (minutes < 60) return `${minutes} min`;
-  const hours = Math.floor(minutes / 60);
-  if (hours < 10 && minutes % 60) return `${hours} h ${minutes % 60} min`;
-  return hours < 48 ? `${hours} h` : `${Math.floor(hours / 24)} days`;
+  if (seconds < 9.95) return `${Math.round(Math.max(seconds, 0))} s`;
+  return format.duration(seconds);
 }
