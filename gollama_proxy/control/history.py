@@ -42,7 +42,8 @@ EVERY = 1.0  # seconds between two samples
 _FIELDS = (
     *("id", "ended", "subject", "remote", "method", "route", "model", "worker"),
     *("status", "outcome", "error", "attempts", "rescued", "fell_back", "queued"),
-    *("first_byte", "duration", "tokens", "prompt_tokens", "bytes"),
+    *("first_byte", "duration", "tokens", "prompt_tokens", "cached_tokens"),
+    "bytes",
     # Not shown as they are.
     *("started", "detail", "steps"),
 )
@@ -88,6 +89,7 @@ class Recent:
                 x.duration,
                 x.tokens,
                 x.prompt_tokens,
+                x.cached_tokens,
                 x.bytes,
                 x.started,
                 x.detail,

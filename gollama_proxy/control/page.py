@@ -97,6 +97,7 @@ class Dashboard:
         """Return the handlers of all paths."""
         return {
             "/": {"GET": self._show_index},
+            "/dashboard": {"GET": _lead_to_index},
             "/dashboard/session": {"GET": self._show_session},
             "/dashboard/sign-in": {"POST": self._sign_in},
             "/dashboard/{file}": {"GET": self._show_file},
@@ -189,6 +190,12 @@ class Dashboard:
         self._hub.events.record_change(record, "use link", caller.subject)
         fields = JSON + _NOT_KEPT + _PROTECTION
         return Response(answer({"token": token}).body, fields=fields)
+
+
+async def _lead_to_index(request: web.BaseRequest, record: Record) -> Response:
+    """Answer `GET /dashboard`, which people try: the page is at the root."""
+    # Relative, for a hub that a proxy shows below a path.
+    return Response(status=307, fields=f"Location: ./\r\n{_NOT_KEPT}{_PROTECTION}")
 
 
 # --- Links that sign in -----------------------------------------------------------

@@ -83,7 +83,8 @@ class Router:
             and "Access-Control-Request-Method" in request.headers
         ):
             return _answer_preflight
-        allowed = ", ".join(sorted(methods))
+        names = {*methods, "HEAD"} if "GET" in methods else methods
+        allowed = ", ".join(sorted(names))
         text = f"{method} is not allowed on {path}; allowed: {allowed}."
         raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow=allowed)
 

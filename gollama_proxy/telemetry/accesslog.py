@@ -115,6 +115,8 @@ class Record:
             shown["duration_ms"] = duration
         if self.prompt_tokens:
             shown["prompt_tokens"] = self.prompt_tokens
+        if self.cached_tokens:
+            shown["cached_tokens"] = self.cached_tokens
         if self.tokens:
             shown["tokens"] = self.tokens
         if self.bytes:

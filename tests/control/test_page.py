@@ -52,6 +52,15 @@ async def test_a_browser_gets_the_page() -> None:
         assert_protected(answer)
 
 
+async def test_dashboard_without_a_file_leads_to_the_page() -> None:
+    """By a relative address, which is right behind a proxy with a prefix as well."""
+    async with running_hub() as hub:
+        answer = await hub.get("/dashboard", None, headers=[HTML])
+        assert (answer.status, answer.header("location")) == (307, "./")
+        assert answer.body == b""
+        assert_protected(answer)
+
+
 async def test_any_other_program_gets_json() -> None:
     async with running_hub() as hub:
         for accepted in ("*/*", "application/json", "text/html;q=0.5, */*"):
@@ -185,7 +194,6 @@ async def test_a_file_is_compressed_for_those_that_accept_it() -> None:
         "/dashboard/none.js",
         "/dashboard/index.html",
         "/dashboard/",
-        "/dashboard",
         "/dashboard/..",
         "/dashboard/../openapi.json",
         "/dashboard/..%2fopenapi.json",

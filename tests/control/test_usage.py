@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,20 @@ async def test_the_question_chooses_groups_and_days() -> None:
         query = "since=2026-11-01&until=2026-11-28"
         found = (await hub.get(f"/admin/usage?{query}", admin(hub))).json()
         assert (found["rows"], found["total"]["requests"]) == ([], 0)
+
+
+async def test_what_was_in_a_cache_is_known_of_each_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "gollama_proxy.access")
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        await used(hub, worker)
+        shown = (await hub.get("/admin/requests", admin(hub))).json()["requests"]
+    counts = [(each["prompt_tokens"], each["cached_tokens"]) for each in shown]
+    assert counts == [(0, 0), *[(20, 15)] * 3]  # the newest one first
+    lines = [record.__dict__["fields"] for record in caplog.records]
+    of_chats = [line.get("cached_tokens") for line in lines if line["route"] == CHAT]
+    assert of_chats == [15, 15, 15, None]
 
 
 async def test_a_subject_sees_its_own_usage_and_what_is_left() -> None:

@@ -159,6 +159,7 @@ RECORDS = st.builds(
     bytes=NUMBERS,
     tokens=NUMBERS,
     prompt_tokens=NUMBERS,
+    cached_tokens=NUMBERS,
     first_byte=st.none() | SECONDS,
     duration=SECONDS,
 )
@@ -185,6 +186,7 @@ def plainly(record: Record) -> dict[str, Any]:
         "first_byte_ms": None if first_byte is None else round(first_byte * 1000, 1),
         "duration_ms": round(record.duration * 1000, 1),
         "prompt_tokens": record.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
         "tokens": record.tokens,
         "bytes": record.bytes,
         "id": record.id,
