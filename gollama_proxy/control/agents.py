@@ -52,7 +52,7 @@ from gollama_proxy.state.database import StateError
 from gollama_proxy.state.local import LocalState, StoredWorker
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.upstream import dial
-from gollama_proxy.upstream.client import FetchError, fetch
+from gollama_proxy.upstream.probe import FetchError, fetch
 from gollama_proxy.wire.errors import Code, RequestError
 
 logger = logging.getLogger(__name__)

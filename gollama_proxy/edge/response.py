@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 
 from gollama_proxy.wire import shapes
-from gollama_proxy.wire.coding import CODINGS
+from gollama_proxy.wire.bodies import CODINGS
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.schema import Api
 

@@ -26,7 +26,7 @@ from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.tasks import Periodic, spawn
 from gollama_proxy.upstream import probe
-from gollama_proxy.upstream.client import FetchError
+from gollama_proxy.upstream.probe import FetchError
 from gollama_proxy.wire.description import Check
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from gollama_proxy.config.settings import Breaker as Policy
 from gollama_proxy.config.settings import Health, WorkerConfig
 from gollama_proxy.fleet.breaker import Breaker, Verdict
 from gollama_proxy.fleet.lease import Lease, Result, proof_of
-from gollama_proxy.fleet.offer import Offer
 from gollama_proxy.fleet.speed import Expectations, Pace
 from gollama_proxy.fleet.state import (
     OUT,
     TRANSITIONS,
     Hold,
+    Offer,
     Source,
     WorkerEvent,
     WorkerState,

@@ -18,9 +18,16 @@ from msgspec import UNSET
 from gollama_proxy.config.settings import Config
 from gollama_proxy.scheduling.policies import affinity
 from gollama_proxy.wire import fields
-from gollama_proxy.wire.coding import CODINGS, CodingError, Unpacker, coding_of
+from gollama_proxy.wire.bodies import (
+    CODINGS,
+    CodingError,
+    FormScanner,
+    Unpacker,
+    boundary_of,
+    coding_of,
+    content_type_of,
+)
 from gollama_proxy.wire.errors import Code, RequestError
-from gollama_proxy.wire.form import FormScanner, boundary_of, content_type_of
 from gollama_proxy.wire.schema import Endpoint
 
 # The time limit grows by a second for each so many bytes (as mod_reqtimeout does).

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from gollama_proxy.wire import coding
-from gollama_proxy.wire.coding import CODINGS, PIECE, Unpacker, coding_of
+from gollama_proxy.wire import bodies
+from gollama_proxy.wire.bodies import CODINGS, PIECE, Unpacker, coding_of
 from tests.fakes.asks import CHAT
 from tests.fakes.cases import case
 from tests.fakes.client import Response, request_head
@@ -214,4 +214,4 @@ def test_codings_of_several_headers_are_one_list() -> None:
 
 
 def test_zstd_is_supported_where_the_standard_library_has_it() -> None:
-    assert ("zstd" in CODINGS) == hasattr(coding, "zstd")
+    assert ("zstd" in CODINGS) == hasattr(bodies, "zstd")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from gollama_proxy.wire.bodies import FormScanner
 from gollama_proxy.wire.errors import RequestError
-from gollama_proxy.wire.form import FormScanner
 from tests.fakes.cases import case
 from tests.fakes.client import Response
 from tests.fakes.hub import MINT, RunningHub, running_hub

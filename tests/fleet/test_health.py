@@ -18,8 +18,7 @@ from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.worker import SUSPICIOUS, Worker
-from gollama_proxy.upstream.client import FetchError
-from gollama_proxy.upstream.probe import Finding
+from gollama_proxy.upstream.probe import FetchError, Finding
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 from tests.fakes.waiting import DEADLINE, until

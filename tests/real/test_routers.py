@@ -15,9 +15,8 @@ import pytest
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Health
 from gollama_proxy.upstream import probe
-from gollama_proxy.upstream.client import fetch
 from gollama_proxy.upstream.dial import Target
-from gollama_proxy.upstream.probe import MAX_ANSWER
+from gollama_proxy.upstream.probe import MAX_ANSWER, fetch
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.waiting import DEADLINE, until

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gollama_proxy.fleet.offer import MOST_NAMES, AnswerNames
+from gollama_proxy.fleet.state import MOST_NAMES, AnswerNames
 
 
 def test_the_name_that_was_asked_for_is_known() -> None:

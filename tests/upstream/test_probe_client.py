@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 from gollama_proxy import __version__
-from gollama_proxy.upstream.client import PIECE, FetchError, Reply, fetch
+from gollama_proxy.upstream.probe import PIECE, FetchError, Reply, fetch
 from tests.fakes.authority import Authority
 from tests.fakes.replies import chunk, head, json_reply, last_chunk
 from tests.fakes.script import (

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from gollama_proxy.wire.coding import PIECE, CodingError, Unpacker
+from gollama_proxy.wire.bodies import PIECE, CodingError, Unpacker
 
 TEXT = b'{"data": [{"id": "tiny"}]}' * 50
 
