@@ -28,7 +28,7 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
-.PHONY: help install node run test debug cov lint types format diagrams screenshots soak fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate
+.PHONY: help install node run test debug cov lint types format docs screenshots soak fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -51,7 +51,7 @@ help:
 	@echo "make bench-dashboard what open dashboards cost the hub (QUICK=1: half a minute)"
 	@echo "make simulate the routing policies with 1,000 unequal workers, in simulated time"
 	@echo "make format   reformat with ruff"
-	@echo "make diagrams update the diagrams in ARCHITECTURE.md"
+	@echo "make docs     update the generated parts of the documentation"
 	@echo "make screenshots renew the pictures of the dashboard in docs/images"
 	@echo "make clean    remove the virtual environment and caches"
 
@@ -115,8 +115,8 @@ format: $(STAMP)
 screenshots: $(STAMP)
 	$(BIN)/python -m tests.screenshots docs/images
 
-diagrams: $(STAMP)
-	$(BIN)/python -m tests.diagrams
+docs: $(STAMP)
+	$(BIN)/python -m tests.docs.parts
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak

@@ -108,7 +108,7 @@ class Hub(Listener):
         self.changing = asyncio.Lock()
         self.proxy = Proxy(
             config,
-            self._routes(),
+            self.routes(),
             self.authenticator,
             self.quotas,
             self.registry,
@@ -141,7 +141,8 @@ class Hub(Listener):
         state = "draining" if self.draining else "running" if self._runner else "new"
         return f"<Hub {state} workers={len(self.registry.workers)}>"
 
-    def _routes(self) -> Routes:
+    def routes(self) -> Routes:
+        """Return the handlers of what the hub answers itself, by path and method."""
         status = Status(
             lambda: self.registry.ready and not self.draining,
             self.telemetry,

@@ -1,7 +1,7 @@
 """All settings: each with its default, its limits and its help, declared once.
 
-The loader, `gollama-proxy serve --help`, the table in the README and the example file
-are made from these declarations, or tested against them.
+The loader, `gollama-proxy serve --help`, the tables in docs/configuration.md and the
+example file are made from these declarations, or tested against them.
 """
 
 # No `from __future__ import annotations`: the annotations are used as they stand.
@@ -488,7 +488,7 @@ VARIABLES = {
 
 
 class Row(NamedTuple):
-    """One setting: a line in the README's table and in `serve --help`."""
+    """One setting: a line in docs/configuration.md and in `serve --help`."""
 
     key: str
     env: str

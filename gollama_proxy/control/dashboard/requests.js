@@ -21,7 +21,7 @@ const OUTCOMES = {
   error: ['✕', 'Error', 'bad'],
   client_gone: ['○', 'Client left', ''],
 };
-// What the codes of errors mean; the hub's README lists all of them.
+// What the codes of errors mean; docs/api.md lists all of them.
 const CODES = {
   invalid_api_key: 'The token is missing or not valid.',
   model_not_allowed: 'The token does not allow this model.',

@@ -1,4 +1,4 @@
-"""The README's tables are checked against the code."""
+"""The reference pages describe the program as it is."""
 
 from __future__ import annotations
 
@@ -12,20 +12,34 @@ import pytest
 
 from gollama_proxy.cli import main, show_default
 from gollama_proxy.config.load import load
-from gollama_proxy.config.settings import settings
+from gollama_proxy.config.settings import Config, settings
 from gollama_proxy.config.values import ConfigError
+from gollama_proxy.edge.auth import LIMITS
+from gollama_proxy.hub import Hub
 from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.schema import ENDPOINTS
+from tests.docs.parts import PAGES, ROOT, fill, parts
 from tests.fakes.hub import SECRET
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_generated_parts_are_current(page: Path) -> None:
+    text = page.read_text()
+    assert fill(text) == text, "run `make docs`"
+
+
+def test_every_generated_part_has_a_place() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    places = re.findall("^<!-- generated: (.+) -->$", text, re.MULTILINE)
+    assert sorted(places) == sorted(parts())
 
 
 def test_every_setting_is_in_the_table() -> None:
     """With the default, the limits and the help that the program has."""
-    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    rows = [line for line in CONFIGURATION.splitlines() if line.startswith("| `")]
     for row in settings():
         line = f"| `{row.key}` | `{show_default(row)}` | {row.help}; {row.allowed} |"
         assert line in rows
@@ -37,19 +51,20 @@ def test_the_rule_for_variables_holds() -> None:
         variable = f"GOLLAMA_{row.key.replace('.', '_').upper()}"
         with pytest.raises(ConfigError, match=re.escape(row.key)):
             load(None, {"GOLLAMA_JWT_SECRET": SECRET, variable: "\x00nonsense"})
-    [(key, variable)] = re.findall("The variable of `(.+)` is `(.+)`", README)
+    [(key, variable)] = re.findall("The variable of `(.+)` is `(.+)`", CONFIGURATION)
     loaded = load(None, {"GOLLAMA_JWT_SECRET": SECRET, variable: "7"})
     assert operator.attrgetter(key)(loaded) == 7
 
 
 def test_every_error_is_explained() -> None:
-    codes = re.findall(r"^\| (\d{3}) \| `(\w+)` \| \S.* \|$", README, re.MULTILINE)
+    codes = re.findall(r"^\| (\d{3}) \| `(\w+)` \| \S.* \|$", API, re.MULTILINE)
     assert sorted(codes) == sorted((str(code.status), code.value) for code in Code)
 
 
 def test_the_commands_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     """With their actions and flags: what is pasted has to work."""
-    used = commands_in(README) + commands_in(OPERATIONS)
+    pages = [ROOT / "README.md", *PAGES]
+    used = [command for page in pages for command in commands_in(page.read_text())]
     described = {"secret", "check", "serve", "token", "workers", "agent", "reload"}
     assert described <= {command for command, _ in used}
     for command, rest in used:
@@ -70,15 +85,30 @@ def commands_in(text: str) -> list[tuple[str, str]]:
 
 
 def test_every_call_of_the_admin_api_is_described() -> None:
-    described = OPERATIONS.partition("## The admin API")[2]
+    described = API.partition("## The admin API")[2]
     file = resources.files("gollama_proxy") / "control" / "openapi.json"
     for path, methods in json.loads(file.read_text())["paths"].items():
-        called = path.rpartition("/")[2] if path.count("/") == 4 else path
-        assert re.search(rf"[`/ ]{re.escape(called)}`", described), path
         for method in methods.keys() & {"get", "post", "patch", "delete"}:
-            assert f"`{method.upper()}`" in described
+            assert f"\n#### {method.upper()} {path}\n" in described
 
 
 def test_every_route_is_named() -> None:
     for path in ENDPOINTS:
-        assert f"`{path}`" in README
+        assert f"| `{path}` |" in API
+
+
+def test_every_route_of_the_hub_itself_is_named() -> None:
+    described = API.partition("These are answered by the hub itself")[2]
+    for path, methods in Hub(Config()).routes().items():
+        if path.startswith(("/admin/", "/agent/", "/dashboard", "/models")):
+            continue
+        name = path + "{id}" if path == "/v1/models/" else path
+        row = re.search(rf"^\| `(.+?)` \|.*`{name}`.* \|$", described, re.MULTILINE)
+        assert row, path
+        assert row[1] in methods
+
+
+def test_every_claim_of_a_token_is_described() -> None:
+    for claim in LIMITS:
+        flag = "--" + claim.replace("_", "-")
+        assert f"| `{claim}` | `{flag}` |" in API
