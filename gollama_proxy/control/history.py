@@ -43,7 +43,7 @@ _FIELDS = (
     *("id", "ended", "subject", "remote", "method", "route", "model", "worker"),
     *("status", "outcome", "error", "attempts", "rescued", "fell_back", "queued"),
     *("first_byte", "duration", "tokens", "prompt_tokens", "cached_tokens"),
-    "bytes",
+    *("bytes", "trace"),
     # Not shown as they are.
     *("started", "detail", "steps"),
 )
@@ -91,6 +91,7 @@ class Recent:
                 x.prompt_tokens,
                 x.cached_tokens,
                 x.bytes,
+                "" if x.trace is None else x.trace.trace_id,
                 x.started,
                 x.detail,
                 x.steps,

@@ -181,6 +181,7 @@ class Views:
             "attempts": x.attempts,
             "stream": body is not None and body.stream,
             "class": x.priority,
+            "trace": "" if x.trace is None else x.trace.trace_id,
             "steps": shown_steps(x.steps),
         }
 

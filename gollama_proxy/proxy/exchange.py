@@ -176,7 +176,7 @@ class Proxy(Running):
                 x.status = CLIENT_CLOSED
                 return CLOSE
             except Exception as exc:
-                logger.exception("request %s failed", x.id)
+                logger.exception("request %s failed", x.id, extra=_trace_of(x))
                 response = self._fail_inside(x, exc)
             return await self._finish(x, response)
         except asyncio.CancelledError:
@@ -214,6 +214,8 @@ class Proxy(Running):
         if head.id:
             x.id = head.id
         x.forwarded = head.forwarded
+        if head.trace is not None:
+            x.trace = head.trace
         x.keep_alive = request.keep_alive and not (head.last or self._draining)
 
     def _fail(self, x: Exchange, error: ProxyError) -> Response:
@@ -675,6 +677,11 @@ class Proxy(Running):
         """Check the time limits of all requests; the watchdog calls it every second."""
         for x in tuple(self._running.values()):
             self._limits.check(x, now)
+
+
+def _trace_of(x: Exchange) -> dict[str, object]:
+    """Return what a line of the log has besides its message."""
+    return {"fields": {"trace": x.trace.trace_id}} if x.trace is not None else {}
 
 
 _UNSEEN = frozenset({_CONNECTING, State.WAITING})

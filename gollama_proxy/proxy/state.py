@@ -207,7 +207,7 @@ MOST_STEPS = 100  # of one request; more are not kept
 _OF_A_STREAM = (
     "request method remote started id forwarded keep_alive route config subject caller "
     "endpoint body model asked alias plan ticket lease worker attempts queued sent "
-    "state relay waiting_since first_byte delivery status"
+    "state relay waiting_since first_byte delivery status trace"
 )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gollama_proxy.telemetry.logs import BatchHandler, Fields
+from gollama_proxy.wire.headers import TraceContext
 
 access = logging.getLogger("gollama_proxy.access")
 
@@ -71,6 +72,7 @@ class Record:
     queued: float = 0.0
     first_byte: float | None = None
     duration: float | None = None  # set at the end
+    trace: TraceContext | None = None  # what its spans and lines have in common
     # Whether it went as it does every few seconds, and is not listed.  No field: it
     # would be set for every request.
     routine = False
@@ -122,6 +124,8 @@ class Record:
         if self.bytes:
             shown["bytes"] = self.bytes
         shown["id"] = self.id
+        if self.trace is not None:
+            shown["trace"] = self.trace.trace_id
         return shown
 
 

@@ -17,6 +17,7 @@ import functools
 import re
 from collections.abc import Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,6 +27,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 # Client → worker.  Everything else that a worker gets is written by the hub.
 FORWARDED = frozenset({b"accept", b"accept-language", b"traceparent", b"tracestate"})
+_TRACES = frozenset({b"traceparent", b"tracestate"})
 
 HOP_BY_HOP = frozenset(
     {
@@ -91,6 +93,19 @@ class Head(msgspec.Struct, frozen=True, gc=False):
     last: bool  # the connection has to end with this request
     id: str  # the client's `X-Request-Id`, or empty
     forwarded: bytes  # the header lines that a worker gets, each ended by CRLF
+    trace: TraceContext | None = None  # the client's, if it has a valid one
+
+
+class TraceContext(NamedTuple):
+    """The place of a request in a trace that its client has begun."""
+
+    trace_id: str  # 32 hexadecimal digits
+    span_id: str  # 16, of the client's span
+    sampled: bool  # whether the client records the trace
+    state: str  # what other tracing systems pass on; empty if there is nothing
+
+    def __repr__(self) -> str:  # without the state, which a client may choose
+        return f"<TraceContext {self.trace_id} {self.span_id}>"
 
 
 def read_head(
@@ -142,10 +157,14 @@ def read_head(
         text = f"The request head is larger than {limit} bytes."
         raise RequestError(Code.HEAD_TOO_LARGE, text)
     lines = b""
+    traces: list[tuple[bytes, bytes]] = []
     for name, value in forwarded:
         if _FIELD_VALUE.fullmatch(value) and not (named and _names(named, name)):
             lines += b"%b: %b\r\n" % (name, value)
-    return Head(last, _harmless_id(ids) if ids else "", lines)
+            if name.lower() in _TRACES:
+                traces.append((name.lower(), value))
+    trace = _trace_context(traces) if traces else None
+    return Head(last, _harmless_id(ids) if ids else "", lines, trace)
 
 
 def _names(named: bytes, name: bytes) -> bool:
@@ -174,6 +193,84 @@ def _check_field(name: bytes, value: bytes, version: tuple[int, int]) -> None:
         # Some servers read Content_Length as Content-Length (Envoy refuses it, too).
         text = f"Header {name.decode()!r} is ambiguous."
         raise RequestError(Code.BAD_REQUEST, text)
+
+
+# --- Traces (W3C Trace Context) ---------------------------------------------------
+
+# 3.2.2: version, trace, span and flags; a later version may add more behind a dash.
+_TRACEPARENT = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})"
+    r"-([0-9a-f]{2})(-.*)?"
+)
+_SAMPLED = 0x01
+# 3.3.1.3, and as in level 2, a key that begins with a digit.
+_TRACESTATE_MEMBER = re.compile(
+    r"[a-z0-9][a-z0-9_\-*/@]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}"
+    r"[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
+)
+MOST_MEMBERS = 32  # of a `tracestate`
+MOST_STATE = 512  # characters of it that are passed on; what is longer is shortened
+_LONG_MEMBER = 128  # characters; such members are left out first
+_TRACE_LINES = re.compile(
+    rb"^trace(?:parent|state):.*\r\n", re.IGNORECASE | re.MULTILINE
+)
+
+
+def _trace_context(fields: Headers) -> TraceContext | None:
+    """Read the trace of a request; None if it is not valid, or there are two.
+
+    A `tracestate` that is not valid is left out, and one without a valid `traceparent`
+    is never read (4.3).
+    """
+    parents = [value for name, value in fields if name == b"traceparent"]
+    found = _TRACEPARENT.fullmatch(parents[0].decode()) if len(parents) == 1 else None
+    if found is None:
+        return None
+    version, trace_id, span_id, flags, more = found.groups()
+    if version == "00" and more is not None:
+        return None
+    states = [value.decode() for name, value in fields if name == b"tracestate"]
+    sampled = bool(int(flags, 16) & _SAMPLED)
+    return TraceContext(trace_id, span_id, sampled, _trace_state(",".join(states)))
+
+
+def _trace_state(text: str) -> str:
+    """Return a list of members as it may be passed on, or nothing if it is not valid.
+
+    The first member is the most recent one, so the last ones are left out of a list
+    that is too long (3.3.1.5).
+    """
+    members = [each.strip(" \t") for each in text.split(",")]
+    members = [each for each in members if each]
+    keys = {each.partition("=")[0] for each in members}
+    if (
+        len(members) > MOST_MEMBERS
+        or len(keys) < len(members)
+        or not all(map(_TRACESTATE_MEMBER.fullmatch, members))
+    ):
+        return ""
+    if len(",".join(members)) > MOST_STATE:
+        members = [each for each in members if len(each) <= _LONG_MEMBER]
+    while len(",".join(members)) > MOST_STATE:
+        members.pop()
+    return ",".join(members)
+
+
+def trace_lines(context: TraceContext) -> bytes:
+    """Return the header lines with which a request takes its place in a trace."""
+    trace_id, span_id, sampled, state = context
+    lines = f"traceparent: 00-{trace_id}-{span_id}-{sampled:02x}\r\n"
+    if state:
+        lines += f"tracestate: {state}\r\n"
+    return lines.encode()
+
+
+def without_trace(lines: bytes) -> bytes:
+    """Return header lines without those of a trace."""
+    return _TRACE_LINES.sub(b"", lines)
+
+
+# --- Worker → client --------------------------------------------------------------
 
 
 def to_client(headers: Headers) -> list[tuple[str, str]]:

@@ -13,10 +13,14 @@ from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.headers import (
     FORWARDED,
     HOP_BY_HOP,
+    MOST_MEMBERS,
     OWNED,
     Headers,
+    TraceContext,
     read_head,
     to_client,
+    trace_lines,
+    without_trace,
 )
 from tests.fakes.cases import case
 
@@ -483,3 +487,122 @@ def test_the_words_for_old_clients_and_for_tunnels() -> None:
     assert error.code is Code.METHOD_NOT_ALLOWED
     assert error.message == "CONNECT is not supported: this is not a tunnel."
     assert error.allow == "GET, POST"
+
+
+# --- Traces -----------------------------------------------------------------------
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+SPAN = "00f067aa0ba902b7"
+PARENT = f"traceparent: 00-{TRACE}-{SPAN}-01"
+
+
+def trace_of(*text: str) -> TraceContext | None:
+    return read_head("POST", (1, 1), [HOST, *lines(*text)], 1 << 20).trace
+
+
+@pytest.mark.parametrize(
+    ("value", "sampled"),
+    [
+        (f"00-{TRACE}-{SPAN}-01", True),
+        (f"00-{TRACE}-{SPAN}-00", False),
+        (f"00-{TRACE}-{SPAN}-03", True),  # a flag of level 2
+        (f"00-{TRACE}-{SPAN}-fe", False),
+        (f"01-{TRACE}-{SPAN}-01", True),  # of a later version
+        (f"cc-{TRACE}-{SPAN}-01-what-the-future-will-be-like", True),
+        (f"cc-{TRACE}-{SPAN}-01-", True),
+    ],
+)
+def test_a_trace_of_this_and_of_later_versions_is_read(
+    value: str, sampled: bool
+) -> None:
+    assert trace_of(f"TraceParent: {value}") == (TRACE, SPAN, sampled, "")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "00",
+        f"00-{TRACE}-{SPAN}",
+        f"00-{TRACE}-{SPAN}-1",
+        f"00-{TRACE}-{SPAN}-01-",  # version 00 has four parts
+        f"00-{TRACE}-{SPAN}-01-more",
+        f"cc-{TRACE}-{SPAN}-01.more",
+        f"ff-{TRACE}-{SPAN}-01",
+        f"0x-{TRACE}-{SPAN}-01",
+        f"00-{'0' * 32}-{SPAN}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"00-{TRACE.upper()}-{SPAN}-01",
+        f"00-{TRACE[1:]}-{SPAN}-01",
+        f"00-{TRACE}-{SPAN}0-01",
+        f"00-{TRACE}-{SPAN}-0g",
+        f"00_{TRACE}_{SPAN}_01",
+    ],
+)
+def test_a_trace_that_is_not_valid_is_ignored(value: str) -> None:
+    assert trace_of(f"traceparent: {value}", "tracestate: a=1") is None
+
+
+def test_two_traces_of_one_request_are_ignored() -> None:
+    assert trace_of(PARENT, PARENT.replace("t", "T")) is None
+    assert trace_of("tracestate: a=1") is None
+
+
+def test_a_trace_of_the_hop_before_is_not_read() -> None:
+    assert trace_of(PARENT, "Connection: traceparent") is None
+    assert trace_of(PARENT, "tracestate: a=1", "Connection: Tracestate") == (
+        *(TRACE, SPAN, True),
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "state"),
+    [
+        (["a=1"], "a=1"),
+        (["a=1,b=2", "c=3"], "a=1,b=2,c=3"),  # several fields are one list
+        (["a=1 , \tb=2,, ,c=3"], "a=1,b=2,c=3"),
+        (["tenant@vendor=x", "0a_-*/=!~"], "tenant@vendor=x,0a_-*/=!~"),
+        ([""], ""),
+        ([f"{'a' * 256}={'b' * 255}"], f"{'a' * 256}={'b' * 255}"),
+        # What is not valid makes the whole list worthless.
+        (["a=1", "b"], ""),
+        (["a=1,A=1"], ""),
+        (["a=1,=1"], ""),
+        (["a=1,b="], ""),
+        (["a=1,b =1"], ""),
+        (["a=1,b=1=1"], ""),
+        (["a=1,a=2"], ""),
+        ([f"{'a' * 257}=1"], ""),
+        ([f"a={'b' * 257}"], ""),
+        ([",".join(f"k{n}=1" for n in range(MOST_MEMBERS + 1))], ""),
+    ],
+)
+def test_the_state_of_a_trace_is_passed_on_if_it_is_valid(
+    fields: list[str], state: str
+) -> None:
+    context = trace_of(PARENT, *[f"tracestate: {each}" for each in fields])
+    assert context == (TRACE, SPAN, True, state)
+
+
+def test_a_long_state_loses_its_long_members_and_then_its_last_ones() -> None:
+    long, short = f"long={'x' * 200}", [f"k{n:02}={'y' * 20}" for n in range(30)]
+    context = trace_of(PARENT, f"tracestate: {','.join([long, *short])}")
+    assert context is not None
+    assert context.state == ",".join(short[:20])
+    assert 480 < len(context.state) <= 512
+
+
+def test_a_place_in_a_trace_is_written_as_it_is_read() -> None:
+    for sampled in True, False:
+        for state in "", "a=1,b=2":
+            context = TraceContext(TRACE, SPAN, sampled, state)
+            text = trace_lines(context).decode().splitlines()
+            assert trace_of(*text) == context
+
+
+def test_header_lines_can_lose_those_of_a_trace() -> None:
+    kept = b"Accept: traceparent: 1\r\nAccept-Language: de\r\n"
+    traced = b"TraceParent: 1\r\n" + kept + b"tracestate: \r\ntraceparent: 2\r\n"
+    assert without_trace(traced) == kept
+    assert without_trace(kept) == kept

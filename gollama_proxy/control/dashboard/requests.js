@@ -468,6 +468,7 @@ class Detail {
         'Generated tokens': format.number(request.tokens)
           + (speed ? `, ${format.short(speed)} per second` : ''),
         'Bytes sent': format.number(request.bytes),
+        ...(request.trace && { Trace: request.trace }),
       }),
       this.#links(request));
   }
