@@ -52,6 +52,7 @@ from gollama_proxy.telemetry import logs
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 1.0  # seconds between two checks of the server
+HELPER_CHECK = 1.0  # seconds between two attempts to reach the helpers of `--rpc`
 SUSPEND = ("systemctl", "suspend")
 SETTLED_AFTER = 5.0  # seconds until a machine that is to sleep does
 IDLE_CHECK = 5.0  # seconds between two checks of whether the machine is idle
@@ -217,9 +218,14 @@ class Agent:
         self.proof_port = options.proof_port
         self.secret = secrets.token_hex(32)
         self.server: Supervised | None = None
+        self._helpers: tuple[tuple[str, int], ...] = ()
+        self.waiting_for: tuple[str, ...] = ()  # the helpers that are missing
         if options.command:
             command, self.url = llama.listening(options.command, os.environ)
-            self.server = Supervised(command)
+            self._helpers = llama.rpc_helpers(command, os.environ)
+            # A backtrace takes llama-server seconds, in which it seems to be well.
+            environ = {"GGML_NO_BACKTRACE": "1"} if self._helpers else None
+            self.server = Supervised(command, self._helped, environ)
         else:
             self.url = llama.with_port(options.worker)
         port = urlsplit(self.url).port
@@ -335,6 +341,8 @@ class Agent:
         }
         measured = {"load": machine.load(), "serving": self.answers}
         report |= {key: value for key, value in measured.items() if value is not None}
+        if self.waiting_for:
+            report["waiting_for"] = self.waiting_for
         now = asyncio.get_running_loop().time()
         return {
             "worker": worker,
@@ -371,6 +379,28 @@ class Agent:
             for each in self.hubs:
                 each.loop.wake()
         return None
+
+    async def _helped(self) -> None:
+        """Wait until each helper of `--rpc` can be reached.
+
+        Without one of them, llama-server logs a line and loads all of the model on this
+        machine, which may be much too small for it.
+        """
+        while missing := await llama.unreachable(self._helpers):
+            if missing != self.waiting_for:
+                text = "not starting the server: no connection to %s (--rpc)"
+                logger.warning(text, ", ".join(missing))
+                self._wait_for(missing)
+            await asyncio.sleep(HELPER_CHECK)
+        if self.waiting_for:
+            logger.info("all helpers of the server can be reached (--rpc)")
+            self._wait_for(())
+
+    def _wait_for(self, helpers: tuple[str, ...]) -> None:
+        """Notify the hubs of what the server waits for."""
+        self.waiting_for = helpers
+        for each in self.hubs:
+            each.loop.wake()
 
     # --- Sleep --------------------------------------------------------------------
 

