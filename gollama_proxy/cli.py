@@ -334,6 +334,9 @@ def _serve(args: argparse.Namespace) -> int:
     require_keys(config)
     _import_aiohttp()
     from gollama_proxy import serve as lifecycle
+    from gollama_proxy.service import Service
+
+    service = Service.take(os.environ)
 
     def reload() -> Config:
         # The same file, even if it is gone, or another one takes precedence by now.
@@ -344,7 +347,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     announce = lifecycle.log_address
     return lifecycle.run(
-        lambda signals: lifecycle.front(signals, config, announce, reload)
+        lambda signals: lifecycle.front(signals, config, announce, reload, service)
     )
 
 

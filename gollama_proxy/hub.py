@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -51,6 +52,7 @@ from gollama_proxy.upstream.pool import ConnectionPool
 
 logger = logging.getLogger(__name__)
 
+BACKLOG = 1024  # connections that wait to be accepted
 BATCH = 100  # workers that are added between two turns of the event loop
 
 _FAILED = (Outcome.ERROR, Outcome.REFUSED)
@@ -314,6 +316,13 @@ class Hub(Listener):
         self._reload = spawn(self._reload_all(), "reload")
         return self._reload
 
+    @property
+    def reload_refused(self) -> bool:
+        """Whether the last reload found settings that are not valid."""
+        last = self._reload
+        done = last is not None and last.done() and not last.cancelled()
+        return last is not None and done and isinstance(last.result(), ConfigError)
+
     async def _reload_all(self) -> Changes | ConfigError:
         async with self._reloading:
             try:
@@ -422,8 +431,11 @@ class Hub(Listener):
 
     # --- Life ---------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, listeners: Sequence[socket.socket] = ()) -> None:
         """Listen for clients and start the health checks; no worker has to be up.
+
+        With `listeners`, which listen already, the hub serves on these instead of
+        `server.host` and `server.port`, and closes them when it drains.
 
         Raises:
             OSError: the address is in use, or not one of this machine.
@@ -439,7 +451,11 @@ class Hub(Listener):
         runner = web.ServerRunner(self._server, shutdown_timeout=1.0)
         await runner.setup()
         try:
-            await web.TCPSite(runner, server.host, server.port, backlog=1024).start()
+            for each in listeners:
+                await web.SockSite(runner, each, backlog=BACKLOG).start()
+            if not listeners:
+                host, port = server.host, server.port
+                await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
         except BaseException:
             await runner.cleanup()
             raise
@@ -456,14 +472,23 @@ class Hub(Listener):
     @property
     def url(self) -> str:
         """The URL for clients, with the actual port."""
+        return self.urls[0]
+
+    @property
+    def urls(self) -> list[str]:
+        """The URLs for clients; one that begins with unix: is the path of a socket."""
         assert self._runner is not None, self
-        host, port = self._runner.addresses[0][:2]
         scheme = "http" if self.files.for_clients is None else "https"
-        return (
-            f"{scheme}://[{host}]:{port}"
-            if ":" in host
-            else f"{scheme}://{host}:{port}"
-        )
+        found = []
+        for address in self._runner.addresses:
+            if isinstance(address, (str, bytes)):  # abstract ones are bytes
+                path = os.fsdecode(address).replace("\0", "@", 1)
+                found.append(f"unix:{path}")
+                continue
+            host, port = address[:2]
+            host = f"[{host}]" if ":" in host else host
+            found.append(f"{scheme}://{host}:{port}")
+        return sorted(found, key=lambda url: url.startswith("unix:"))
 
     async def ready(self) -> None:
         """Wait until every worker has been checked once."""

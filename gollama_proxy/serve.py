@@ -10,7 +10,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,12 @@ from msgspec import structs
 
 from gollama_proxy import tasks
 from gollama_proxy.config import addresses
+from gollama_proxy.config.load import check_exposure
 from gollama_proxy.config.settings import Config, Server
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
+from gollama_proxy.service import READY_WITHIN, Service
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.local import LocalState, folder_of
 from gollama_proxy.tasks import Signals, spawn
@@ -55,11 +57,14 @@ async def front(
     config: Config,
     announce: Announce,
     load: Callable[[], Config] | None = None,
+    service: Service | None = None,
 ) -> int:
     """Run a hub until a signal; return 1 when a second one cut answers.
 
-    `load` reads the settings again, when SIGHUP asks for that.
+    `load` reads the settings again, when SIGHUP asks for that.  The hub serves on the
+    sockets that `service` has inherited, if there are any.
     """
+    service = service or Service()
     require_parser()
     logs.configure(config.log)
     # Streams live long and are rarely garbage.  With the default, a collection at every
@@ -68,39 +73,52 @@ async def front(
     state = await asyncio.to_thread(_open_state, config.state.dir)
     try:
         files = _raise_file_limit()
-        again = load and (lambda: _fit(load(), files))
-        hub = Hub(_fit(config, files), state=state, load=again)
-        await hub.start()
+
+        def prepare(config: Config) -> Config:
+            _check_listeners(service, config)
+            return _fit(config, files)
+
+        again = load and (lambda: prepare(load()))
+        hub = Hub(prepare(config), state=state, load=again)
+        await hub.start(service.listeners.clients)
+    except ConfigError:
+        await state.close()
+        raise
     except OSError as exc:
         await state.close()
         raise _refuse_address(config.server, exc) from exc
     logger.info("%s", config.source)
-    _warn_of_plain_text(config.server)
+    _warn_of_plain_text(config.server, _hosts(service, config))
     # Everything so far stays: searching all modules for garbage would block the event
     # loop for 30 ms each time, and for another 20 ms now.
     gc.freeze()
     gc.enable()
+    service.start()
     try:
-        signals.reload = hub.reload_soon
+        signals.reload = lambda: service.reload(hub.reload_soon)
         async with asyncio.TaskGroup() as group:
             announcing = group.create_task(announce(hub), name="announce")
+            readying = group.create_task(_become_ready(hub, service), name="readiness")
             if config.server.advertise:
                 group.create_task(_advertise(hub, signals), name="advertise")
             await signals.asked.wait()
             announcing.cancel()
+            readying.cancel()
         grace = hub.config.server.drain  # it may have changed
         logger.info("draining for %g s at most; a second signal cuts answers", grace)
     finally:
         signals.reload = _ignore
+        service.stopping(lambda: _describe_stop(hub))
         clean = await _drain(hub, signals)
         await state.close()
+        await service.stop()
         gc.unfreeze()
     return 0 if clean else 1
 
 
 async def log_address(hub: Hub) -> None:
     """Log where the hub listens, and what it cannot serve once it knows its workers."""
-    logger.info("listening on %s; dashboard: %s/", hub.url, hub.url)
+    logger.info("listening on %s; dashboard: %s/", ", ".join(hub.urls), hub.url)
     await hub.ready()
     if not hub.registry.workers:
         logger.warning(
@@ -116,12 +134,52 @@ async def log_address(hub: Hub) -> None:
         logger.warning("%s", text)
 
 
+async def _become_ready(hub: Hub, service: Service) -> None:
+    """Report that the hub is ready, once it knows its workers.
+
+    One that cannot be reached does not delay that: the others can serve meanwhile.
+    """
+    service.describe(lambda: _describe(hub))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(READY_WITHIN):
+            await hub.ready()
+    service.ready()
+
+
+def _describe(hub: Hub) -> str:
+    """Return the line that `systemctl status` shows."""
+    workers = hub.registry.workers
+    usable = sum(each.admits for each in workers)
+    waiting = hub.queue.admission.waiting
+    running = _count(_running(hub) - waiting, "request")
+    of = _count(len(workers), "worker")
+    refused = "; the last reload was refused" if hub.reload_refused else ""
+    return f"{usable} of {of} ready; {running} running, {waiting} waiting{refused}"
+
+
+def _describe_stop(hub: Hub) -> str:
+    running = _count(_running(hub), "running request")
+    return f"stopping; {running} may end within {hub.config.server.drain:g} s"
+
+
+def _running(hub: Hub) -> int:
+    """Return the number of requests for models; others are not worth a wait."""
+    return sum(bool(each.model) for each in hub.proxy.running)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 async def _advertise(hub: Hub, signals: Signals) -> None:
     """Announce the hub on the local network until a signal ends it."""
     from gollama_proxy import discovery  # zeroconf is optional
 
     try:
         host = hub.config.server.host
+        if not hub.url.startswith("http"):
+            logger.warning("server.advertise: the hub serves on Unix sockets only")
+            return
         addresses = await asyncio.to_thread(discovery.addresses_of, host)
         async with discovery.advertise(hub.url, addresses):
             logger.info("agents can find this hub: %s", ", ".join(addresses))
@@ -184,13 +242,34 @@ def _open_state(setting: str) -> LocalState:
         return LocalState()
 
 
-def _warn_of_plain_text(server: Server) -> None:
-    if not server.tls_certificate and not addresses.is_loopback(server.host):
-        logger.warning(
-            "server.host = %r without TLS: tokens and prompts can be read on the "
-            "network; set server.tls_certificate, or put a proxy with TLS in front",
-            server.host,
+def _hosts(service: Service, config: Config) -> list[str]:
+    """Return the addresses to listen on, as far as other machines may reach them."""
+    inherited = service.listeners.clients
+    if not inherited:
+        return [config.server.host]
+    return [x.getsockname()[0] for x in inherited if x.family != socket.AF_UNIX]
+
+
+def _check_listeners(service: Service, config: Config) -> None:
+    """Reject an inherited address that would be open to all, as a configured one is.
+
+    Raises:
+        ConfigError: clients would need no credentials.
+    """
+    for host in _hosts(service, config):
+        check_exposure(
+            replace(config, server=structs.replace(config.server, host=host))
         )
+
+
+def _warn_of_plain_text(server: Server, hosts: Iterable[str]) -> None:
+    for host in hosts:
+        if not server.tls_certificate and not addresses.is_loopback(host):
+            logger.warning(
+                "server.host = %r without TLS: tokens and prompts can be read on the "
+                "network; set server.tls_certificate, or put a proxy with TLS in front",
+                host,
+            )
 
 
 def _refuse_address(server: Server, exc: OSError) -> ConfigError:

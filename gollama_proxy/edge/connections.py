@@ -68,7 +68,7 @@ class ConnectionLimiter:
         if self.open >= self._limit:
             self.refuse("limit", f"limits.connections = {self._limit}")
             return False
-        if self._each:
+        if self._each and address:  # those of a Unix socket are a proxy's
             host = household(address)
             if self._by_address[host] >= self._each:
                 text = f"limits.connections_per_address = {self._each}, last {host}"
@@ -80,7 +80,7 @@ class ConnectionLimiter:
 
     def leave(self, address: str = "") -> None:
         self.open -= 1
-        if self._each and (host := household(address)) in self._by_address:
+        if self._each and address and (host := household(address)) in self._by_address:
             self._by_address[host] -= 1
             if self._by_address[host] <= 0:
                 del self._by_address[host]
@@ -264,6 +264,7 @@ class TlsConnection(asyncio.BufferedProtocol):
 
 
 def peer(transport: asyncio.BaseTransport) -> str:
-    """Return the address of the peer; empty if it has gone."""
+    """Return the address of the peer; empty if it has gone, or has none."""
     name = transport.get_extra_info("peername")
-    return str(name[0]) if name else ""
+    # That of a Unix socket is a path, or empty.
+    return str(name[0]) if name and isinstance(name, tuple) else ""

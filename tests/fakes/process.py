@@ -169,7 +169,9 @@ class Program:
         *arguments: str,
         environ: Mapping[str, str],
         program: Sequence[str] = ("-m", "gollama_proxy"),
+        descriptors: Sequence[int] = (),
     ) -> AsyncIterator[Self]:
+        """Run it; `descriptors` are inherited under their numbers."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, *program, *arguments),
             stdin=asyncio.subprocess.DEVNULL,
@@ -177,6 +179,7 @@ class Program:
             stderr=asyncio.subprocess.STDOUT,
             env=environ,
             cwd=Path(__file__).parent.parent.parent,
+            pass_fds=descriptors,
         )
         try:
             yield cls(process)

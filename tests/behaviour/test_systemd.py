@@ -1,0 +1,209 @@
+"""The hub as systemd runs it: messages, a watchdog, and sockets that it inherits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.asks import CHAT, STREAM
+from tests.fakes.client import Wire
+from tests.fakes.hub import SECRET, mint
+from tests.fakes.process import Program, bare
+from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
+from tests.fakes.script import close, send, wait
+from tests.fakes.systemd import Systemd, listening, passing
+from tests.fakes.worker import ScriptedWorker
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    with Systemd(tmp_path / "notify") as it:
+        yield it
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    systemd: Systemd,
+    *urls: str,
+    sockets: Sequence[socket.socket] = (),
+    **environ: str,
+) -> AsyncIterator[Program]:
+    variables = bare() | systemd.environ | {"GOLLAMA_JWT_SECRET": SECRET} | environ
+    workers = [argument for url in urls for argument in ("--worker", url)]
+    command = ("serve", "--port", "0", *workers)
+    numbers = [each.fileno() for each in sockets]
+    program = passing(numbers) if sockets else ("-m", "gollama_proxy")
+    async with Program.running(
+        *command, environ=variables, program=program, descriptors=numbers
+    ) as it:
+        yield it
+
+
+async def port_of(program: Program) -> int:
+    return int((await program.until(r"listening on http://127\.0\.0\.1:(\d+)"))[1])
+
+
+async def connect(address: object, family: int = socket.AF_INET) -> Wire:
+    sock = socket.socket(family)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, address)  # type: ignore[arg-type]
+    return Wire(sock)
+
+
+async def answer(wire: Wire) -> int:
+    async with wire:
+        await wire.get("/livez")
+        return (await wire.read_response()).status
+
+
+# --- Messages -----------------------------------------------------------------------
+
+
+async def test_a_hub_reports_its_life(systemd: Systemd, tmp_path: Path) -> None:
+    """Ready, reloaded, reloaded with a mistake, and stopping while a stream ends."""
+    file = tmp_path / "gollama.toml"
+    async with ScriptedWorker() as worker:
+        worker.script(
+            send(sse_head() + chunk(role() + token("a"))),
+            wait("go"),
+            send(chunk(finish() + done()) + last_chunk()),
+            close(),
+        )
+        file.write_text(f'[[workers]]\nurl = "{worker.url}"\n')
+        async with serving(systemd, GOLLAMA_CONFIG=str(file)) as program:
+            port = await port_of(program)
+            await systemd.until("READY=1")
+            await systemd.until(
+                "STATUS=1 of 1 worker ready; 0 requests running, 0 wait"
+            )
+
+            program.signal(signal.SIGHUP)
+            await systemd.until("RELOADING=1\nMONOTONIC_USEC=")
+            await systemd.until("READY=1")
+            file.write_text("[queue]\nsize = -1\n")
+            program.signal(signal.SIGHUP)
+            await systemd.until("RELOADING=1\n")
+            await systemd.until("READY=1")
+            await systemd.until(
+                "STATUS=1 of 1 worker ready; 0 requests running, 0 wait"
+            )
+            assert systemd.status.endswith("; the last reload was refused")
+
+            wire = await Wire.connect("127.0.0.1", port)
+            await wire.post(CHAT, STREAM, mint(sub="alice"))
+            assert await wire.read_event() == role()
+            await systemd.until("STATUS=1 of 1 worker ready; 1 request running, 0 wait")
+            program.signal(signal.SIGTERM)
+            await systemd.until("STOPPING=1")
+            await systemd.until("EXTEND_TIMEOUT_USEC=")
+            await systemd.until(
+                "STATUS=stopping; 1 running request may end within 30 s"
+            )
+            await systemd.until("EXTEND_TIMEOUT_USEC=")  # again, as it goes on
+            worker.release("go")
+            assert (await wire.read_events())[-1] == done()
+            wire.close()
+            assert await program.ended() == 0
+            assert "Traceback" not in program.output
+
+
+async def test_a_worker_that_hangs_does_not_delay_readiness(systemd: Systemd) -> None:
+    with listening() as silent:  # takes connections and never answers
+        url = "http://{}:{}".format(*silent.getsockname())
+        settings = {"GOLLAMA_HEALTH_TIMEOUT": "60"}
+        async with serving(systemd, url, **settings):
+            await systemd.until("STATUS=0 of 1 worker ready")
+            await systemd.until("READY=1")
+
+
+async def test_the_watchdog_is_fed(systemd: Systemd) -> None:
+    async with serving(systemd, WATCHDOG_USEC="400000") as program:
+        for _ in range(3):
+            await systemd.until("WATCHDOG=1")
+        program.signal(signal.SIGTERM)
+        await systemd.until("STOPPING=1")
+        assert await program.ended() == 0
+
+
+# --- Sockets ------------------------------------------------------------------------
+
+
+async def test_a_hub_serves_on_the_sockets_that_it_inherits(
+    systemd: Systemd, tmp_path: Path
+) -> None:
+    """All of them, of each family; they are open before it starts and after it ends."""
+    path = str(tmp_path / "hub")
+    sockets = [listening(), listening(socket.AF_UNIX, path)]
+    if socket.has_ipv6:
+        with contextlib.suppress(OSError):  # it may be switched off
+            sockets.append(listening(socket.AF_INET6))
+    with contextlib.ExitStack() as stack:
+        for each in sockets:
+            stack.enter_context(each)
+        early = await connect(sockets[0].getsockname())
+        async with serving(systemd, sockets=sockets) as program:
+            assert await answer(early) == 200
+            for each in sockets:
+                wire = await connect(each.getsockname(), each.family)
+                assert await answer(wire) == 200, each
+            await program.until(f"unix:{path}; dashboard: http://127.0.0.1:")
+            program.signal(signal.SIGTERM)
+            assert await program.ended() == 0
+        late = await connect(sockets[0].getsockname())  # waits for the next hub
+        async with serving(systemd, sockets=sockets):
+            assert await answer(late) == 200
+
+
+async def test_a_unix_socket_alone(systemd: Systemd, tmp_path: Path) -> None:
+    path = str(tmp_path / "hub")
+    with listening(socket.AF_UNIX, path) as only:
+        async with serving(
+            systemd, sockets=[only], GOLLAMA_LIMITS_CONNECTIONS_PER_ADDRESS="1"
+        ) as program:
+            await program.until(f"listening on unix:{path}; ")
+            wires = [await connect(path, socket.AF_UNIX) for _ in range(3)]
+            assert [await answer(each) for each in wires] == [200, 200, 200]
+
+
+async def test_an_open_socket_without_authentication_is_refused(
+    systemd: Systemd,
+) -> None:
+    """As `server.host` would be; otherwise a socket unit would open the hub to all."""
+    with listening(address=("0.0.0.0", 0)) as everywhere:
+        settings = {"GOLLAMA_AUTH_MODE": "off"}
+        async with serving(systemd, sockets=[everywhere], **settings) as program:
+            assert await program.ended() == 2
+    assert "server.host = '0.0.0.0': without authentication only" in program.output
+
+
+@pytest.mark.parametrize("kind", ["file", "not listening", "datagram"])
+async def test_a_descriptor_that_cannot_be_served_on(
+    kind: str, systemd: Systemd, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        number = _descriptor(kind, tmp_path, stack)
+        async with Program.running(
+            "serve",
+            environ=bare() | {"GOLLAMA_JWT_SECRET": SECRET, "LISTEN_FDNAMES": "http"},
+            program=passing([number]),
+            descriptors=[number],
+        ) as program:
+            assert await program.ended() == 2
+    assert program.output == (
+        "gollama-proxy: descriptor 3 (http): must be a listening stream socket "
+        "(ListenStream= with Accept=no)\n"
+    )
+
+
+def _descriptor(kind: str, folder: Path, stack: contextlib.ExitStack) -> int:
+    if kind == "file":
+        return stack.enter_context((folder / "x").open("w")).fileno()
+    kinds: Mapping[str, int] = {"datagram": socket.SOCK_DGRAM}
+    sock = socket.socket(type=kinds.get(kind, socket.SOCK_STREAM))
+    return stack.enter_context(sock).fileno()

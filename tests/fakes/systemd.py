@@ -1,0 +1,106 @@
+"""The part of systemd that a service speaks with: messages, and sockets for it."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.fakes.client import DEADLINE
+
+# Runs a command with these descriptors as 3, 4, and so on; systemd does the same.
+_PASS = """
+import os, sys
+number = int(sys.argv[1])
+for place, each in enumerate(sys.argv[2 : 2 + number]):
+    os.dup2(int(each), 100 + place)  # first out of the way of each other
+for place in range(number):
+    os.dup2(100 + place, 3 + place)
+os.environ |= {"LISTEN_FDS": str(number), "LISTEN_PID": str(os.getpid())}
+os.execv(sys.executable, [sys.executable, *sys.argv[2 + number :]])
+"""
+
+
+class Systemd:
+    """A datagram socket, at a path or under an abstract name."""
+
+    def __init__(self, address: Path | str) -> None:
+        self.address = str(address)
+        self.messages: list[str] = []  # all that were read, with STATUS= and the rest
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        name = self.address
+        self._socket.bind("\0" + name[1:] if name.startswith("@") else name)
+
+    def __repr__(self) -> str:
+        return f"<Systemd {self.address} {self.messages[-3:]}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._socket.close()
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {"NOTIFY_SOCKET": self.address}
+
+    @property
+    def status(self) -> str:
+        """The last status that was read."""
+        lines = [each for each in self.messages if each.startswith("STATUS=")]
+        return lines[-1].removeprefix("STATUS=") if lines else ""
+
+    async def next(self) -> str:
+        """Read one message."""
+        message = await asyncio.get_running_loop().sock_recv(self._socket, 4096)
+        self.messages.append(message.decode())
+        return self.messages[-1]
+
+    async def until(self, begin: str) -> str:
+        """Read on until a message that begins like this, and return it."""
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while not (message := await self.next()).startswith(begin):
+                    pass
+        except TimeoutError:
+            raise AssertionError(f"{self!r}: no {begin!r}") from None
+        return message
+
+    def arrived(self) -> list[str]:
+        """Read what is there, without waiting."""
+        found = []
+        while True:
+            try:
+                found.append(self._socket.recv(4096).decode())
+            except BlockingIOError:
+                self.messages += found
+                return found
+
+    def arrives_within(self, seconds: float) -> bool:
+        """Block until a message is there, or for so long; for a thread of its own."""
+        return bool(select.select([self._socket], [], [], seconds)[0])
+
+
+def passing(descriptors: Sequence[int]) -> tuple[str, ...]:
+    """Return what starts the program with these descriptors as systemd would."""
+    numbers = [str(each) for each in descriptors]
+    return ("-c", _PASS, str(len(numbers)), *numbers, "-m", "gollama_proxy")
+
+
+def listening(family: int = socket.AF_INET, address: object = None) -> socket.socket:
+    """Return a socket that listens, as a socket unit makes one."""
+    found = socket.socket(family)
+    default = ("::1", 0) if family == socket.AF_INET6 else ("127.0.0.1", 0)
+    found.bind(default if address is None else address)
+    found.listen()
+    return found
