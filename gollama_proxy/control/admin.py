@@ -21,9 +21,9 @@ from gollama_proxy.config.watch import Changes
 from gollama_proxy.control import usage, views, workers
 from gollama_proxy.control.calls import Call, CallHandler, answer, check_local, decode
 from gollama_proxy.control.events import STREAM
+from gollama_proxy.control.explain import Question, explain
 from gollama_proxy.control.history import SAMPLES, History, Recent
 from gollama_proxy.control.page import LIFETIME, Links, compress
-from gollama_proxy.control.questions import Question, explain
 from gollama_proxy.control.usage import Usage
 from gollama_proxy.control.views import Views
 from gollama_proxy.control.workers import Workers

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import msgspec
 from aiohttp import web
 
-from gollama_proxy.wire import shapes
 from gollama_proxy.wire.bodies import CODINGS
-from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.errors import Code, ProxyError, WorkerError, status_body
 from gollama_proxy.wire.schema import Api
 
 SERVER = "gollama-proxy"
@@ -143,7 +142,7 @@ def error_response(error: ProxyError, api: Api = Api.OPENAI) -> Response:
     elif error.code is Code.INSUFFICIENT_SCOPE:
         fields += 'WWW-Authenticate: Bearer error="insufficient_scope"\r\n'
     status = error.code.status
-    return Response(shapes.status_body(api, status, error.body()), status, fields)
+    return Response(status_body(api, status, error.body()), status, fields)
 
 
 # --- The connection of a client, as a relay uses it -------------------------------

@@ -30,13 +30,13 @@ from gollama_proxy.wire.assemble import AssemblyError, LostTextError
 from gollama_proxy.wire.errors import (
     Code,
     NoWorkerError,
+    Overflow,
     ProxyError,
     WorkerError,
     error_body,
 )
 from gollama_proxy.wire.partial import DivergedError
 from gollama_proxy.wire.schema import EventError
-from gollama_proxy.wire.shapes import Overflow
 
 # Before Python 3.12, it takes long to look up a member of an enum in its class.
 _CONNECTING, _WAITING = State.CONNECTING, State.WAITING

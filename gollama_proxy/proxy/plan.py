@@ -42,8 +42,7 @@ from gollama_proxy.proxy.failures import Again, Cause, rule_of
 from gollama_proxy.scheduling.balancer import RetryBudget
 from gollama_proxy.scheduling.context import too_long
 from gollama_proxy.scheduling.policies import Ask
-from gollama_proxy.wire.errors import RequestError
-from gollama_proxy.wire.shapes import Overflow
+from gollama_proxy.wire.errors import Overflow, RequestError
 
 PAUSE = (0.05, 0.15)  # seconds, between two attempts on the same worker
 _BELIEVED = 2  # workers with the same 5xx, after which the request is at fault

@@ -26,12 +26,11 @@ from gollama_proxy.edge.response import (
 )
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange
-from gollama_proxy.wire import shapes, sse
+from gollama_proxy.wire import sse
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
-from gollama_proxy.wire.errors import ProxyError
+from gollama_proxy.wire.errors import ProxyError, status_body, write_error_event
 from gollama_proxy.wire.schema import Ending
-from gollama_proxy.wire.shapes import ErrorReshaper
-from gollama_proxy.wire.sse import Renamer, UsageHider, renamed
+from gollama_proxy.wire.sse import ErrorReshaper, Renamer, UsageHider, renamed
 
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 _STREAM = "".join(f"{name}: {value}\r\n" for name, value in sse.STREAM_HEADERS.items())
@@ -219,7 +218,7 @@ class Stream:
 
     def _end_by(self, status: int, error: bytes) -> None:
         before = self._relay.tail if self._relay is not None else b""
-        event = shapes.error_event(self._x.endpoint.api, status, error, before)
+        event = write_error_event(self._x.endpoint.api, status, error, before)
         self._client.send(event)
         self._transport.close()
 
@@ -311,5 +310,5 @@ def in_one_piece(x: Exchange, relay: Relay) -> Response | None:
 
 def in_shape_of(x: Exchange, refusal: Response) -> Response:
     """Give a worker's refusal the shape of errors of the API."""
-    body = shapes.status_body(x.endpoint.api, refusal.status, refusal.body)
+    body = status_body(x.endpoint.api, refusal.status, refusal.body)
     return Response(body, refusal.status, refusal.fields)

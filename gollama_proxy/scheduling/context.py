@@ -25,8 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gollama_proxy.fleet.pool import Pool
-from gollama_proxy.wire.errors import Code, RequestError
-from gollama_proxy.wire.shapes import OVERFLOW_TYPE, Overflow
+from gollama_proxy.wire.errors import OVERFLOW_TYPE, Code, Overflow, RequestError
 
 MARGIN = 1.5
 LEAST_BYTES = 1024  # of a request that is learnt from; shorter ones are mostly syntax

@@ -4,9 +4,9 @@ A relay does not parse a stream.  It reads the first events, in which an error s
 have been a status, and the last bytes (answer.py).  The format is that of the HTML
 standard, section 9.2.6: events end with a blank line, lines with LF, CR or CRLF.
 
-Two things change in a body on its way: usage is hidden from a client, and a model is
-renamed.  Both work on a body that comes in pieces, and decode nothing in the common
-case.
+Three things change in a body on its way: usage is hidden from a client, an error gets
+the shape of the API, and a model is renamed.  Each works on a body that comes in
+pieces, and decodes nothing in the common case.
 
 A stream reports its usage in an event before `[DONE]`, if asked to (OpenAI's API
 reference, chat completions, `stream_options.include_usage`):
@@ -37,9 +37,11 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from gollama_proxy.wire.errors import status_of, write_error_event
 from gollama_proxy.wire.fields import encode
 from gollama_proxy.wire.schema import (
     UNREADABLE,
+    Api,
     Ending,
     EventError,
     chunk_head,
@@ -303,6 +305,59 @@ class UsageHider(EventFilter):
         held, self._held = self._held, b""
         self._passing = False
         return held
+
+
+# --- Errors, in the shape of the API ----------------------------------------------
+
+# Bytes of the longest event that is held; an error has a few hundred.
+MOST_ERROR = 64 << 10
+# Beginnings of an event that is an error, from llama-server and from the APIs.
+_ERROR_BEGINNINGS = (
+    b"event: error",
+    b"event:error",
+    b'data: {"error"',
+    b'data:{"error"',
+    b'data: {"type":"error"',
+    b'data: {"type": "error"',
+)
+
+
+class ErrorReshaper(EventFilter):
+    """Gives the error events of a worker's stream the shape of the API.
+
+    It is for the APIs whose events have names: there, llama-server writes an error
+    that the clients of these APIs do not expect.
+    """
+
+    __slots__ = ("_api", "_last")
+
+    def __init__(self, api: Api) -> None:
+        super().__init__()
+        self._api = api
+        self._last = b""  # what was passed on last
+
+    def __repr__(self) -> str:
+        return f"<ErrorReshaper {self._api.value} held={len(self._held)}>"
+
+    def feed(self, data: bytes) -> bytes:
+        passed = super().feed(data)
+        self._last = passed or self._last
+        return passed
+
+    def _concerns(self, data: bytes) -> bool:
+        return b"error" in data
+
+    def _may_concern(self, begun: bytes) -> bool:
+        return len(begun) <= MOST_ERROR and any(
+            begun.startswith(beginning) or beginning.startswith(begun)
+            for beginning in _ERROR_BEGINNINGS
+        )
+
+    def _change(self, event: bytes) -> bytes:
+        if not event.startswith(_ERROR_BEGINNINGS):
+            return event
+        body = data_of(event) or b""
+        return write_error_event(self._api, status_of(body), body, self._last)
 
 
 # --- A model, renamed -------------------------------------------------------------

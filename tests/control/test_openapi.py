@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from gollama_proxy import control
 from gollama_proxy.config.settings import Config
-from gollama_proxy.control.admin import Admin
-from gollama_proxy.control.usage import Usage
+from gollama_proxy.control.admin import Admin, Usage
 from gollama_proxy.control.views import Views
 from gollama_proxy.hub import Hub
 from tests.control.test_admin import ADMIN, CALM

@@ -26,7 +26,7 @@ from gollama_proxy.proxy.plan import PAUSE, Plan
 from gollama_proxy.scheduling.balancer import RetryBudget
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.wire.description import Check, Description, Model
-from gollama_proxy.wire.shapes import OVERFLOW_TYPE, Overflow
+from gollama_proxy.wire.errors import OVERFLOW_TYPE, Overflow
 from tests.fakes.asks import CHAT
 from tests.fakes.cases import case
 from tests.fakes.clock import Clock

@@ -17,8 +17,7 @@ from gollama_proxy.scheduling.context import (
     too_long,
 )
 from gollama_proxy.wire.description import Check, Description, Model
-from gollama_proxy.wire.errors import Code
-from gollama_proxy.wire.shapes import Overflow
+from gollama_proxy.wire.errors import Code, Overflow
 from tests.fakes.pool import worker
 
 

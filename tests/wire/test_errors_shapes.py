@@ -7,10 +7,15 @@ import json
 import pytest
 
 from gollama_proxy.wire.answer import read_end
-from gollama_proxy.wire.errors import Code, WorkerError
+from gollama_proxy.wire.errors import (
+    Code,
+    Overflow,
+    WorkerError,
+    status_body,
+    write_error_event,
+)
 from gollama_proxy.wire.schema import Api, Ending
-from gollama_proxy.wire.shapes import ErrorReshaper, Overflow, error_event, status_body
-from gollama_proxy.wire.sse import EventError, error_in, events_in
+from gollama_proxy.wire.sse import ErrorReshaper, EventError, error_in, events_in
 from tests.fakes.cases import case
 
 LOST = WorkerError(Code.WORKER_LOST, "The worker\nwas lost.").body()
@@ -78,20 +83,20 @@ def test_an_error_in_anthropics_shape_keeps_its_type() -> None:
 
 @pytest.mark.parametrize("api", OTHERS)
 def test_an_event_is_data_without_a_name(api: Api) -> None:
-    event = error_event(api, 502, LOST)
+    event = write_error_event(api, 502, LOST)
     assert event == b"data: " + LOST + b"\n\n"
     assert list(events_in(event)) == [LOST]
     assert error_in(LOST) == EventError(
         "The worker\nwas lost.", "server_error", "worker_connection_lost"
     )
     assert read_end(event, Ending.DONE).failed
-    assert b"without a reason" in error_event(api, 502, b"a\n\nb")
+    assert b"without a reason" in write_error_event(api, 502, b"a\n\nb")
 
 
 @pytest.mark.parametrize("api", [Api.ANTHROPIC, Api.RESPONSES])
 @pytest.mark.parametrize("body", [LOST, b'{\n\n"error":\n{}}', b"a\n\nb"])
 def test_an_event_has_a_name_where_events_have_names(api: Api, body: bytes) -> None:
-    event = error_event(api, 502, body)
+    event = write_error_event(api, 502, body)
     assert event.startswith(b"event: error\ndata: {")
     assert event.count(b"\n") == 3
     assert json.loads(event[19:])["type"] == "error"
@@ -100,7 +105,7 @@ def test_an_event_has_a_name_where_events_have_names(api: Api, body: bytes) -> N
 
 def test_the_event_of_responses_goes_on_counting() -> None:
     before = b'data: {"sequence_number": 41}\n\ndata: {"sequence_number":42}\n\n'
-    event = json.loads(error_event(Api.RESPONSES, 502, LOST, before)[19:])
+    event = json.loads(write_error_event(Api.RESPONSES, 502, LOST, before)[19:])
     assert event == {
         "type": "error",
         "code": "worker_connection_lost",
