@@ -30,7 +30,6 @@ from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.edge.router import ModelList, Routes, Status
 from gollama_proxy.edge.server import Server
 from gollama_proxy.fleet.agents import Agents
-from gollama_proxy.fleet.groups import Groups
 from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds, Watchdog
 from gollama_proxy.fleet.registry import Listener, Registry
 from gollama_proxy.fleet.state import Hold, Source, WorkerState
@@ -47,8 +46,9 @@ from gollama_proxy.telemetry import logs
 from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.upstream import probe
-from gollama_proxy.upstream.dial import look_up, send_magic
+from gollama_proxy.upstream.names import Groups, look_up
 from gollama_proxy.upstream.pool import ConnectionPool
+from gollama_proxy.upstream.probe import send_magic
 
 logger = logging.getLogger(__name__)
 

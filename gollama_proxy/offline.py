@@ -250,8 +250,7 @@ def _look_up_groups(config: Config) -> tuple[Config, list[str]]:
     import asyncio
     import time
 
-    from gollama_proxy.fleet.groups import Groups
-    from gollama_proxy.upstream.dial import look_up
+    from gollama_proxy.upstream.names import Groups, look_up
 
     groups = Groups(config.health, look_up, lambda: None, time.monotonic)
     groups.follow(config.workers)

@@ -51,7 +51,8 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.local import LocalState, StoredWorker
 from gollama_proxy.telemetry.accesslog import Record
-from gollama_proxy.upstream import dial
+from gollama_proxy.upstream import names
+from gollama_proxy.upstream.pool import Target
 from gollama_proxy.upstream.probe import FetchError, fetch
 from gollama_proxy.wire.errors import Code, RequestError
 
@@ -241,7 +242,7 @@ class AgentApi:
         if not addresses.is_plain(origin.host):
             try:
                 async with asyncio.timeout(PROOF_TIMEOUT):
-                    found = await dial.resolve(origin.host, origin.port)
+                    found = await names.resolve(origin.host, origin.port)
             except OSError:
                 text = f"The hub cannot resolve the name {origin.host!r}."
                 raise RequestError(Code.ADDRESS_REFUSED, text, param="url") from None
@@ -402,7 +403,7 @@ async def _challenge(worker: WorkerConfig, port: int, secret: bytes) -> str:
     """Check that an agent answers at the address of its worker; return why not."""
     nonce = secrets.token_hex(16)
     origin = Origin("http", worker.origin.host, port, "")
-    target = dial.Target(replace(worker, origin=origin, api_key=""))
+    target = Target(replace(worker, origin=origin, api_key=""))
     try:
         reply = await fetch(
             target, f"/proof/{nonce}", limit=1024, timeout=PROOF_TIMEOUT

@@ -17,13 +17,16 @@ An answer is bounded in time and size.  Compression is not requested; a server i
 of a worker may compress all the same, and what it sends is unpacked in bounded steps.
 Nothing that a worker sends can hold up the event loop: framing that brings no body is
 limited by `Connection`, and unpacking lets others run between two pieces.
+
+**Machines that sleep** are woken with a Wake-on-LAN packet (`send_magic`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -32,7 +35,7 @@ from gollama_proxy import __version__
 from gollama_proxy.config.settings import Health, WorkerConfig
 from gollama_proxy.config.tls import explain, for_workers
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.upstream.dial import Target, connect
+from gollama_proxy.upstream.pool import Target, connect
 from gollama_proxy.wire.bodies import CodingError, Unpacker, coding_of
 from gollama_proxy.wire.description import (
     Check,
@@ -502,3 +505,41 @@ class _Gathered:
     def _finish(self) -> None:
         if not self.over.done():
             self.over.set_result(None)
+
+
+# --- Machines that sleep ----------------------------------------------------------
+
+WAKE_PORT = 9  # discard
+
+
+def magic_packet(mac: str) -> bytes:
+    """Return the packet that wakes the machine with a hardware address.
+
+    Six bytes of ones, then the address sixteen times (AMD, Magic Packet Technology,
+    1995).
+    """
+    return b"\xff" * 6 + bytes.fromhex(mac.replace(":", "")) * 16
+
+
+def send_magic(mac: str, places: Iterable[str]) -> None:
+    """Send the packet to each of these broadcast addresses, which may have a port.
+
+    A machine that sleeps has no address of its own.
+
+    Raises:
+        OSError: none of them can be reached.
+    """
+    packet, failure, sent = magic_packet(mac), OSError("no address"), False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.setblocking(False)
+        for place in places:
+            host, _, port = place.partition(":")
+            try:
+                sock.sendto(packet, (host, int(port or WAKE_PORT)))
+            except OSError as exc:
+                failure = exc
+            else:
+                sent = True
+    if not sent:
+        raise failure

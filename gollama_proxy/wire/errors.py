@@ -343,7 +343,7 @@ def status_of(body: bytes) -> int:
 # --- A prompt that is too long for a worker ---------------------------------------
 
 # Every server words this differently, and most messages have the length of the prompt
-# and of the context (`tests/wire/test_errors_shapes.py` quotes them).  Missing numbers are 0.
+# and of the context (quoted in `tests/wire/test_errors_shapes.py`).  0: missing.
 
 MOST_TOKENS = 10**8  # more cannot be true
 OVERFLOW_TYPE = "exceed_context_size_error"  # llama-server's own

@@ -13,7 +13,7 @@ import pytest
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.upstream.dial import magic_packet
+from gollama_proxy.upstream.probe import magic_packet
 from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub

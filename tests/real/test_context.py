@@ -12,7 +12,7 @@ import pytest
 
 from gollama_proxy.config import load as config
 from gollama_proxy.upstream import probe
-from gollama_proxy.upstream.dial import Target
+from gollama_proxy.upstream.pool import Target
 from gollama_proxy.wire.answer import read_usage
 from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes.asks import CHAT

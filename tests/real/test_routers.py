@@ -15,7 +15,7 @@ import pytest
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Health
 from gollama_proxy.upstream import probe
-from gollama_proxy.upstream.dial import Target
+from gollama_proxy.upstream.pool import Target
 from gollama_proxy.upstream.probe import MAX_ANSWER, fetch
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub

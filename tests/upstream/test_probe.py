@@ -17,7 +17,7 @@ from gollama_proxy.config import settings
 from gollama_proxy.config.settings import Health, WorkerConfig
 from gollama_proxy.config.tls import for_workers
 from gollama_proxy.upstream import probe
-from gollama_proxy.upstream.dial import Target
+from gollama_proxy.upstream.pool import Target
 from gollama_proxy.upstream.probe import (
     MAX_ANSWER,
     Finding,

@@ -9,9 +9,8 @@ import pytest
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, Health, Origin, WorkerConfig
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.fleet.groups import KEPT, MOST, Groups, member_of
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.upstream.dial import Endpoint
+from gollama_proxy.upstream.names import KEPT, MOST, Endpoint, Groups, member_of
 from tests.fakes.clock import Clock
 from tests.fakes.waiting import until
 

@@ -17,17 +17,9 @@ from dns.asyncresolver import Resolver
 
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Origin, WorkerConfig
-from gollama_proxy.upstream.dial import (
-    RESOLVED_FOR,
-    Endpoint,
-    Target,
-    admitted,
-    connect,
-    look_up,
-    magic_packet,
-    resolve,
-    send_magic,
-)
+from gollama_proxy.upstream.names import Endpoint, admitted, look_up, resolve
+from gollama_proxy.upstream.pool import RESOLVED_FOR, Target, connect
+from gollama_proxy.upstream.probe import magic_packet, send_magic
 from tests.fakes.clock import Clock
 from tests.fakes.worker import ScriptedWorker, full_backlog
 

@@ -1,28 +1,138 @@
-"""Groups of workers behind DNS names, whose members come and go.
+"""Names of workers: their addresses, and the groups of workers behind them.
+
+The configuration is checked when it is loaded.  What a name resolves to is chosen by
+others and can change (DNS rebinding), so the addresses are checked as well, and the
+connection goes to an address that was checked, not to the name.  A name may have
+several addresses: in many home networks one of them is link-local, and is skipped.
 
 A worker with the URL `dns+http://llama.lan:8080` is a group: the name is looked up
 again and again, and each address that it leads to is a worker with the settings of the
 group.  A name that has no answer, or an empty one, keeps its last members for a while:
 name servers fail more often than all machines of a group do.
+
+A name that begins with an underscore has SRV records (RFC 2782), each with the name and
+the port of one server; `getaddrinfo` cannot ask for them, so dnspython does.  Any other
+name has addresses, one for each worker.  A machine with both IPv4 and IPv6 is one
+worker, so the IPv6 addresses count only if there are no others.  Priorities and weights
+of SRV records are not used: health checks and the routing policy choose among all
+workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
+from gollama_proxy.config import addresses
 from gollama_proxy.config.settings import Health, Origin, WorkerConfig
 from gollama_proxy.tasks import Periodic
-from gollama_proxy.upstream.dial import Endpoint
+
+if TYPE_CHECKING:
+    from dns.asyncresolver import Resolver
 
 logger = logging.getLogger(__name__)
 
 # Seconds for which the last members are kept without an answer.
 KEPT = 300.0
 MOST = 256  # members of a group
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """Look up the addresses of a name at which a worker can be; raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return admitted(host, (str(entry[4][0]) for entry in found))
+
+
+def admitted(host: str, found: Iterable[str]) -> list[str]:
+    """Return the addresses at which a worker can be; raise OSError if there is none."""
+    kept: list[str] = []
+    why = "has no address"
+    for address in found:
+        refused = addresses.why_address_refused(ipaddress.ip_address(address))
+        if refused:
+            why = f"resolves to {address}, which {refused}"
+        else:
+            kept.append(address)
+    if not kept:
+        raise socket.gaierror(socket.EAI_NONAME, f"{host} {why}")
+    return kept
+
+
+# --- Looking up the workers behind a name -----------------------------------------
+
+
+class Endpoint(NamedTuple):
+    """One server behind a name: a host and a port, or an address of the name."""
+
+    host: str
+    port: int
+    address: str = ""
+
+
+async def look_up(
+    origin: Origin, timeout: float, resolver: Resolver | None = None
+) -> list[Endpoint]:
+    """Return what a name leads to, in a fixed order; `timeout` in seconds.
+
+    Raises:
+        OSError: it does not resolve, or to nothing at which a worker can be.
+    """
+    if origin.host.startswith("_"):
+        return await _look_up_services(origin.host, timeout, resolver)
+    found = await resolve(origin.host, origin.ports[0])
+    every = sorted(map(ipaddress.ip_address, set(found)), key=lambda a: a.packed)
+    of_ipv4 = [address for address in every if address.version == 4]
+    return [
+        Endpoint(origin.host, origin.port, str(address)) for address in of_ipv4 or every
+    ]
+
+
+async def _look_up_services(
+    name: str, timeout: float, resolver: Resolver | None
+) -> list[Endpoint]:
+    from dns.asyncresolver import Resolver as SystemResolver
+    from dns.exception import DNSException
+
+    try:
+        answer = await (resolver or SystemResolver()).resolve(
+            name, "SRV", lifetime=timeout, search=True
+        )
+    except DNSException as exc:
+        raise OSError(f"{name}: {_explain(exc)}") from exc
+    found = {
+        (record.target.to_text(omit_final_dot=True).lower(), record.port)
+        for record in answer
+    }
+    usable = [
+        Endpoint(host, port)
+        for host, port in sorted(found)
+        # RFC 2782: a target of "." means that there is no such service.
+        if host and port and not addresses.why_refused(host)
+    ]
+    if not usable:
+        raise OSError(f"{name}: its SRV records name no server")
+    return usable
+
+
+def _explain(error: Exception) -> str:
+    reasons = {
+        "NXDOMAIN": "no such name",
+        "NoAnswer": "no SRV record",
+        "NoNameservers": "no name server answered",
+        "LifetimeTimeout": "no answer in time",
+        "NoResolverConfiguration": "no name server is configured",
+    }
+    return reasons.get(type(error).__name__, "cannot be looked up")
+
+
+# --- Groups -----------------------------------------------------------------------
 
 LookUp = Callable[[Origin, float], Awaitable[Sequence[Endpoint]]]
 
