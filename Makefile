@@ -9,6 +9,9 @@ STAMP   := $(VENV)/.installed
 NODE_PACKAGES := openai@6.49.0 axe-core@4.14.1
 EMPTY      :=
 NODE_STAMP := $(VENV)/node/$(subst $(EMPTY) $(EMPTY),+,$(NODE_PACKAGES))
+# The programs that build packages, apart from those of developers, and only as locked.
+TOOLS      := $(VENV)/tools
+TOOLS_STAMP := $(TOOLS)/.installed
 # Empty: start two llama-servers with a small model as workers.
 WORKERS ?=
 PORT    ?= 8000
@@ -28,7 +31,8 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks setup.py
 
-.PHONY: help install node run test debug cov lint types format docs screenshots soak fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate
+.PHONY: help install node run test debug cov lint types format docs screenshots soak fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate \
+	lock
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -50,6 +54,8 @@ help:
 	@echo "              and vllm-router (VLLM_ROUTER=PATH), as a Markdown table"
 	@echo "make bench-dashboard what open dashboards cost the hub (QUICK=1: half a minute)"
 	@echo "make simulate the routing policies with 1,000 unequal workers, in simulated time"
+	@echo "make lock     renew the versions and hashes that packages are built with, from releases"
+	@echo "              that are a week old (QUARANTINE=\"0 days\": or younger)"
 	@echo "make format   reformat with ruff"
 	@echo "make docs     update the generated parts of the documentation"
 	@echo "make screenshots renew the pictures of the dashboard in docs/images"
@@ -153,6 +159,25 @@ bench-dashboard: $(STAMP)
 simulate: $(STAMP)
 	$(BIN)/python -m benchmarks.simulate
 	$(BIN)/python -m benchmarks.simulate --small
+
+# --- Packages ---------------------------------------------------------------------
+
+$(TOOLS_STAMP): requirements-build.lock
+	$(PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --require-hashes --only-binary :all: -r requirements-build.lock
+	@touch $@
+
+# Packages contain what these extras need as well: a file cannot be extended by pip.
+EXTRAS     := dns mdns
+# Most releases from stolen accounts are found and removed within days.
+QUARANTINE ?= 7 days
+COMPILE    := $(TOOLS)/bin/uv --quiet pip compile --universal --python-version 3.11 --upgrade \
+	--generate-hashes --exclude-newer "$(QUARANTINE)" --custom-compile-command "make lock"
+
+lock: $(TOOLS_STAMP)
+	$(COMPILE) $(EXTRAS:%=--extra %) setup.cfg --output-file requirements.lock
+	$(COMPILE) requirements-build.in --output-file requirements-build.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis mutants
