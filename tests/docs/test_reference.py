@@ -18,6 +18,7 @@ from gollama_proxy.edge.auth import LIMITS
 from gollama_proxy.hub import Hub
 from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.schema import ENDPOINTS
+from tests.docs.blocks import SHOWN, blocks
 from tests.docs.parts import PAGES, ROOT, fill, parts
 from tests.fakes.hub import SECRET
 
@@ -34,7 +35,7 @@ def test_the_generated_parts_are_current(page: Path) -> None:
 def test_every_generated_part_has_a_place() -> None:
     text = "".join(page.read_text() for page in PAGES)
     places = re.findall("^<!-- generated: (.+) -->$", text, re.MULTILINE)
-    assert sorted(places) == sorted(parts())
+    assert set(places) == set(parts())
 
 
 def test_every_setting_is_in_the_table() -> None:
@@ -63,8 +64,7 @@ def test_every_error_is_explained() -> None:
 
 def test_the_commands_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     """With their actions and flags: what is pasted has to work."""
-    pages = [ROOT / "README.md", *PAGES]
-    used = [command for page in pages for command in commands_in(page.read_text())]
+    used = [command for page in SHOWN for command in commands_in(page)]
     described = {"secret", "check", "serve", "token", "workers", "agent", "reload"}
     assert described <= {command for command, _ in used}
     for command, rest in used:
@@ -77,11 +77,16 @@ def test_the_commands_are_there(capsys: pytest.CaptureFixture[str]) -> None:
             assert flag in shown, (argv, flag)
 
 
-def commands_in(text: str) -> list[tuple[str, str]]:
+def commands_in(page: Path) -> list[tuple[str, str]]:
     """Return each command and the rest of it, from blocks and from quoted words."""
-    block = r"^ {4}[^\n]*?gollama-proxy ([a-z]+)((?:[^\n#)\\]|\\\n)*)"
+    typed = r"gollama-proxy ([a-z]+)((?:[^\n#)\\]|\\\n)*)"
     quoted = r"`gollama-proxy\s([a-z]+)((?:[^`])*)`"
-    return re.findall(block, text, re.MULTILINE) + re.findall(quoted, text)
+    return [
+        found
+        for block in blocks(page)
+        if block.language in ("shell", "console")
+        for found in re.findall(typed, block.code)
+    ] + re.findall(quoted, page.read_text())
 
 
 def test_every_call_of_the_admin_api_is_described() -> None:
