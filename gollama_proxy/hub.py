@@ -22,8 +22,7 @@ from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events
 from gollama_proxy.control.history import History, Recent
 from gollama_proxy.control.page import Dashboard, Links
-from gollama_proxy.control.usage import Usage
-from gollama_proxy.control.views import Views
+from gollama_proxy.control.views import Usage, Views
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.edge.quotas import Quotas

@@ -18,14 +18,13 @@ from aiohttp import web
 
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes
-from gollama_proxy.control import usage, views, workers
+from gollama_proxy.control import views, workers
 from gollama_proxy.control.calls import Call, CallHandler, answer, check_local, decode
 from gollama_proxy.control.events import STREAM
 from gollama_proxy.control.explain import Question, explain
 from gollama_proxy.control.history import SAMPLES, History, Recent
 from gollama_proxy.control.page import LIFETIME, Links, compress
-from gollama_proxy.control.usage import Usage
-from gollama_proxy.control.views import Views
+from gollama_proxy.control.views import Usage, Views
 from gollama_proxy.control.workers import Workers
 from gollama_proxy.edge.auth import Principal
 from gollama_proxy.edge.response import Response, Sent
@@ -44,7 +43,7 @@ _MOST_VALUES = 100_000
 _FILTERS = ("id", "subject", "model", "worker", "outcome")
 
 
-class Parts(workers.Parts, usage.Parts, Protocol):
+class Parts(workers.Parts, Protocol):
     """The parts of a hub that operators see and change."""
 
     @property
