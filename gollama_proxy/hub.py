@@ -90,15 +90,20 @@ class Hub(Listener):
         self.waker = Waker(config.wake, self._send_magic, clock)
         self.queue = Queue(self.balancer, config.queue, clock, waker=self.waker)
         self.clients = ConnectionLimiter(config.limits, clock)
+        self.fitting = Fitting(self.registry, self._count)
         self.telemetry = Telemetry(
-            self.registry, self.queue.admission, self.clients, clock
+            self.registry,
+            self.queue.admission,
+            self.clients,
+            clock,
+            self.connections,
+            self.fitting.likely_tokens,
         )
         self.authenticator = Authenticator(config)
         self.health = HealthChecker(config.health, self._ping)
         self.loading = LoadingFeeds(self._follow_loading)
         self.watchdog = Watchdog(self._prove, then=self._each_second)
         self.quotas = Quotas(clock, self.ledger)
-        self.fitting = Fitting(self.registry, self._count)
         self.agents = Agents(config.agents, clock)
         self._agent_api = AgentApi(self)
         self.links = Links(clock)
@@ -199,6 +204,7 @@ class Hub(Listener):
         return await probe.count_tokens(connections.target, path, model, body)
 
     def _each_second(self, late: float) -> None:
+        self.telemetry.note_lag(late)
         # What arrived while the event loop was held up is read after this, and no
         # worker is to blame for it.
         self.proxy.check(self.clock() - late)

@@ -70,8 +70,6 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 # Where the event loop may be blocked, and why.
 _MAY_BLOCK = {
-    # /proc is memory, and only a scrape reads it.
-    "prometheus_client/process_collector.py": {"collect"},
     # Standard error, which is written when it is ready, and no more than it takes.
     "gollama_proxy/telemetry/logs.py": {"write"},
     # Before there is a hub: settings are read, programs and models looked for.

@@ -19,7 +19,12 @@ from gollama_proxy.fleet.pool import may_use
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.telemetry.accesslog import Record
-from gollama_proxy.telemetry.metrics import CONTENT_TYPE, Telemetry
+from gollama_proxy.telemetry.exposition import (
+    OPEN_METRICS,
+    TEXT,
+    prefers_open_metrics,
+)
+from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.wire.description import INPUTS
 from gollama_proxy.wire.errors import Code, RequestError
 
@@ -191,8 +196,10 @@ class Status:
             if principal.scopes.isdisjoint(_MAY_SCRAPE):
                 text = "Your token does not allow this: it needs the scope metrics."
                 raise RequestError(Code.INSUFFICIENT_SCOPE, text)
-        page = self._telemetry.exposition()
-        return Response(page, fields=f"Content-Type: {CONTENT_TYPE}\r\n")
+        open_metrics = prefers_open_metrics(request.headers.get("Accept", ""))
+        page = await self._telemetry.page(open_metrics=open_metrics)
+        kind = OPEN_METRICS if open_metrics else TEXT
+        return Response(page, fields=f"Content-Type: {kind}\r\n")
 
 
 # --- Models -----------------------------------------------------------------------

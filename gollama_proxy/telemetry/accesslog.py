@@ -9,10 +9,13 @@ from __future__ import annotations
 import enum
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from gollama_proxy.telemetry.logs import BatchHandler, Fields
 from gollama_proxy.wire.headers import TraceContext
+
+if TYPE_CHECKING:
+    from gollama_proxy.fleet.lease import Lease
 
 access = logging.getLogger("gollama_proxy.access")
 
@@ -78,6 +81,7 @@ class Record:
     routine = False
     # Empty unless something unusual happens.  No field, either.
     steps = tuple[Step, ...]()
+    lease = cast("Lease | None", None)  # of its last attempt
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.method} {self.route}>"

@@ -169,9 +169,16 @@ class ConnectionPool:
         self._next_probation = 0.0
         self._surplus = surplus
         self._next_dial = 0.0  # for connections beyond the slots
+        # For metrics; a user that closes its connection lowers `in_use` itself.
+        self.in_use = self.opened = self.reused = 0
 
     def __repr__(self) -> str:
         return f"<ConnectionPool {self.worker.name} idle={len(self._idle)}>"
+
+    @property
+    def idle(self) -> int:
+        """The number of connections that wait for a request."""
+        return len(self._idle)
 
     def reconfigure(self, worker: WorkerConfig, config: Config) -> None:
         """Take other settings for the same address, such as its key."""
@@ -192,12 +199,15 @@ class ConnectionPool:
             if connection.state is _IDLE:
                 if self._clock() - connection.idle_since >= self._keepalive:
                     return None  # the others are older; `close_stale` closes them all
+                self.in_use += 1
+                self.reused += 1
                 return idle.pop()
             self.discard(idle.pop())
         return None
 
     def give_back(self, connection: Connection, *, streamed: bool = False) -> None:
         """Keep a connection if it can be reused; `streamed` after an event stream."""
+        self.in_use -= 1
         if not connection.reusable or len(self._idle) >= self._capacity:
             connection.close()
         elif streamed and not self.keeps_after_streams:
@@ -276,7 +286,10 @@ class ConnectionPool:
             await asyncio.sleep(self._spacing())
         limit = _Limit(self._connect_timeout)
         try:
-            return await connect(self.target)
+            connection = await connect(self.target)
+            self.in_use += 1
+            self.opened += 1
+            return connection
         except asyncio.CancelledError:
             if not limit.exceeded():
                 raise

@@ -166,7 +166,7 @@ def check_books(run: Run, tasks: list[Task]) -> None:
 
 def metric(run: Run, name: str) -> float:
     """Add up all series of a metric."""
-    lines = run.hub.hub.telemetry.exposition().decode().splitlines()
+    lines = "".join(run.hub.hub.telemetry.pieces()).splitlines()
     return sum(
         float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{")
     )

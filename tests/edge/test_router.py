@@ -110,8 +110,8 @@ class Running:
         return self.lines[-1]
 
     def outcomes(self) -> dict[str, float]:
-        text = self.telemetry.exposition().decode()
-        found = re.findall(r'gollama_outcomes_total\{outcome="(\w+)"\} (\S+)', text)
+        text = "".join(self.telemetry.pieces())
+        found = re.findall(r'gollama_outcomes_total\{.*outcome="(\w+)".*\} (\S+)', text)
         return {outcome: float(value) for outcome, value in found}
 
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import platform
 import random
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.openmetrics.exposition import generate_latest as modern_page
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from gollama_proxy import __version__
@@ -18,17 +26,38 @@ from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.turns import Priority
-from gollama_proxy.telemetry.accesslog import Outcome, Record
+from gollama_proxy.telemetry.accesslog import Outcome, Record, Step
+from gollama_proxy.telemetry.exposition import Family, pieces
 from gollama_proxy.telemetry.metrics import (
-    MOST_MODELS,
-    SECONDS,
-    ClientCollector,
-    FleetCollector,
+    CACHED,
+    DURATION,
+    FALLBACKS,
+    FIRST_BYTE,
+    LAG,
+    LIMITED,
+    METRICS,
+    OUTCOMES,
+    PROMPTS,
+    QUEUED,
+    RELAYED,
+    REQUESTS,
+    RESCUES,
+    RETRIES,
+    SIZES,
+    USED_CACHED,
+    USED_GENERATED,
+    USED_PROMPTS,
+    USED_REQUESTS,
+    USED_SLOTS,
+    ClientMetrics,
+    FleetMetrics,
+    Names,
     RequestMetrics,
     Telemetry,
 )
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code
+from gollama_proxy.wire.headers import TraceContext
 from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
@@ -48,6 +77,10 @@ def telemetry(clock: Clock) -> Telemetry:
     return Telemetry(Registry(Config()), Admission(Queue(), Clock()), clock=clock)
 
 
+def shown(telemetry: Telemetry) -> bytes:
+    return "".join(telemetry.pieces()).encode()
+
+
 # --- Counting ---------------------------------------------------------------------
 
 
@@ -60,7 +93,7 @@ def test_a_request_is_counted_under_its_labels(
             id="1",
             method="POST",
             route=CHAT,
-            subject="canary",
+            subject="alice",
             model="qwen",
             worker="gpu1",
             status=200,
@@ -71,12 +104,12 @@ def test_a_request_is_counted_under_its_labels(
         )
         telemetry.ended(record)
         assert record.duration == 12.5
-    samples = parse(telemetry.exposition())
+    samples = parse(shown(telemetry))
     where = {"model": "qwen", "worker": "gpu1"}
     assert (
         value(samples, "gollama_requests_total", route=CHAT, status="200", **where) == 2
     )
-    assert value(samples, "gollama_outcomes_total", outcome="complete") == 2
+    assert value(samples, "gollama_outcomes_total", outcome="complete", **where) == 2
     assert value(samples, "gollama_tokens_relayed_total", **where) == 14
     first = "gollama_time_to_first_byte_seconds"
     assert value(samples, f"{first}_count", route=CHAT, **where) == 2
@@ -84,10 +117,12 @@ def test_a_request_is_counted_under_its_labels(
     assert value(samples, f"{first}_bucket", route=CHAT, le="0.25", **where) == 0
     assert value(samples, f"{first}_bucket", route=CHAT, le="0.5", **where) == 2
     duration = "gollama_request_duration_seconds"
-    assert value(samples, f"{duration}_sum", route=CHAT) == 25
-    assert value(samples, f"{duration}_bucket", route=CHAT, le="10.0") == 0
-    assert value(samples, f"{duration}_bucket", route=CHAT, le="30.0") == 2
-    assert "canary" not in str(samples)
+    assert value(samples, f"{duration}_sum", route=CHAT, **where) == 25
+    assert value(samples, f"{duration}_bucket", route=CHAT, le="10.24", **where) == 0
+    assert value(samples, f"{duration}_bucket", route=CHAT, le="20.48", **where) == 2
+    used = {"subject": "alice", "model": "qwen"}
+    assert value(samples, "gollama_usage_requests_total", **used) == 2
+    assert value(samples, "gollama_usage_generated_tokens_total", **used) == 14
 
 
 def test_the_end_of_a_request_is_recorded_once(telemetry: Telemetry) -> None:
@@ -109,7 +144,7 @@ def test_a_request_without_an_answer_has_no_series_of_answers(
     telemetry: Telemetry,
 ) -> None:
     telemetry.ended(Record("1", "GET", status=404, error=Code.UNKNOWN_URL))
-    samples = parse(telemetry.exposition())
+    samples = parse(shown(telemetry))
     assert value(
         samples,
         "gollama_requests_total",
@@ -125,7 +160,7 @@ def test_a_request_without_an_answer_has_no_series_of_answers(
 def test_a_request_with_an_error_is_counted_by_its_code(telemetry: Telemetry) -> None:
     telemetry.ended(Record("1", "GET", outcome=Outcome.ERROR, error=Code.NO_WORKER))
     telemetry.ended(Record("2", "GET", outcome=Outcome.CLIENT_GONE))
-    samples = parse(telemetry.exposition())
+    samples = parse(shown(telemetry))
     assert values_of(samples, "outcome") == {"no_worker_available", "client_gone"}
 
 
@@ -134,18 +169,18 @@ def test_two_hubs_in_a_process_count_apart() -> None:
         Telemetry(Registry(Config()), Admission(Queue(), Clock())) for _ in range(2)
     )
     one.ended(Record("1", "GET", outcome=Outcome.COMPLETE))
-    assert "gollama_outcomes_total" in names_of(parse(one.exposition()))
-    assert "gollama_outcomes_total" not in names_of(parse(two.exposition()))
+    assert "gollama_outcomes_total" in names_of(parse(shown(one)))
+    assert "gollama_outcomes_total" not in names_of(parse(shown(two)))
 
 
 FULL = {"outcome": Outcome.COMPLETE, "first_byte": 1.0, "tokens": 1}
 
 
-def test_the_page_has_the_metrics_of_the_hub_and_of_its_process_once(
+async def test_the_page_has_the_metrics_of_the_hub_and_of_its_process_once(
     telemetry: Telemetry,
 ) -> None:
     telemetry.ended(Record("1", "GET", **FULL))
-    names = names_of(parse(telemetry.exposition()))
+    names = names_of(parse(await telemetry.page()))
     assert all(name.startswith(("gollama_", "process_")) for name in names)
     assert not any(name.endswith("_created") for name in names)
     assert {"process_open_fds", "process_resident_memory_bytes"} <= names
@@ -154,9 +189,18 @@ def test_the_page_has_the_metrics_of_the_hub_and_of_its_process_once(
 
 def test_each_metric_has_a_description(telemetry: Telemetry) -> None:
     telemetry.ended(Record("1", "GET", **FULL))
-    for family in text_string_to_metric_families(telemetry.exposition().decode()):
+    for family in text_string_to_metric_families(shown(telemetry).decode()):
         assert family.documentation, family.name
         assert family.type in ("counter", "gauge", "histogram")
+
+
+SOME = 10  # models and subjects with a label each
+OF_THE_PRESENT = {
+    family.name
+    for family in METRICS
+    if family.name.startswith(("process_", "gollama_breaker_", "gollama_worker_"))
+    or family.name in (LAG.name, "gollama_connections_refused_total")
+}
 
 
 class ByLibrary:
@@ -164,97 +208,90 @@ class ByLibrary:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.models = {""}
-        self.requests = self.counter(
-            "gollama_requests",
-            "Requests that have ended.",
-            ["route", "status", "model", "worker"],
-        )
-        self.outcomes = self.counter(
-            "gollama_outcomes",
-            "How requests ended: complete, an error code, or client_gone.",
-            ["outcome"],
-        )
-        self.first_byte = self.histogram(
-            "gollama_time_to_first_byte_seconds",
-            "From the request's head to the first byte or event of the answer.",
-            ["route", "model", "worker"],
-        )
-        self.duration = self.histogram(
-            "gollama_request_duration_seconds",
-            "From the request's head to the end of the answer.",
-            ["route"],
-        )
-        self.retries = self.counter(
-            "gollama_retries",
-            "Attempts beyond the first, of requests that had several.",
-            ["model"],
-        )
-        self.rescues = self.counter(
-            "gollama_rescues",
-            "Continuations of an answer that had broken off, by how it ended.",
-            ["model", "outcome"],
-        )
-        self.fallbacks = self.counter(
-            "gollama_fallbacks",
-            "Requests for a model that went to another one.",
-            ["model", "fallback"],
-        )
-        self.tokens = self.counter(
-            "gollama_tokens_relayed",
-            "Generated tokens, as the worker counted them, else events.",
-            ["model", "worker"],
+        self.models, self.subjects = Names(SOME), Names(SOME)
+        self.made = {
+            family.name: self.counter(family)
+            if family.type == "counter"
+            else self.histogram(family)
+            for family in METRICS
+            if family.type != "gauge" and family.name not in OF_THE_PRESENT
+        }
+
+    def counter(self, family: Family) -> Counter:
+        name = family.name.removesuffix("_total")
+        return Counter(name, family.help, family.labels, registry=self.registry)
+
+    def histogram(self, family: Family) -> Histogram:
+        return Histogram(
+            family.name,
+            family.help,
+            family.labels,
+            buckets=family.bounds,
+            registry=self.registry,
         )
 
-    def counter(self, name: str, help: str, labels: list[str]) -> Counter:
-        return Counter(name, help, labels, registry=self.registry)
-
-    def histogram(self, name: str, help: str, labels: list[str]) -> Histogram:
-        return Histogram(name, help, labels, buckets=SECONDS, registry=self.registry)
-
-    def label(self, model: str) -> str:
-        if model not in self.models:
-            if len(self.models) > MOST_MODELS:
-                return "other"
-            self.models.add(model)
-        return model
+    def series(self, family: Family, *values: object) -> Any:
+        return self.made[family.name].labels(*values)
 
     def observe(self, record: Record) -> None:
-        model, worker = self.label(record.model), record.worker
+        model, worker = self.models.label(record.model), record.worker
         outcome = record.error or record.outcome or ""
-        self.requests.labels(record.route, record.status, model, worker).inc()
-        self.outcomes.labels(outcome).inc()
-        self.duration.labels(record.route).observe(record.duration)
+        route, status = record.route, record.status
+        self.series(REQUESTS, route, status, model, worker).inc()
+        self.series(OUTCOMES, outcome, model, worker).inc()
+        self.series(DURATION, route, model, worker).observe(record.duration)
         if record.first_byte is not None:
-            series = self.first_byte.labels(record.route, model, worker)
-            series.observe(record.first_byte)
+            self.series(FIRST_BYTE, route, model, worker).observe(record.first_byte)
+        if status == 429:
+            subject = self.subjects.label(record.subject)
+            self.series(LIMITED, subject, outcome).inc()
+        if not model:
+            return
+        used = self.subjects.label(record.subject), model
+        self.series(USED_REQUESTS, *used).inc()
+        self.series(USED_SLOTS, *used).inc(record.slot_seconds)
+        self.series(USED_PROMPTS, *used).inc(record.prompt_tokens)
+        self.series(USED_CACHED, *used).inc(record.cached_tokens)
+        self.series(USED_GENERATED, *used).inc(record.tokens)
+        if record.tokens or record.prompt_tokens:
+            self.series(RELAYED, model, worker).inc(record.tokens)
+            self.series(PROMPTS, model, worker).inc(record.prompt_tokens)
+            self.series(CACHED, model, worker).inc(record.cached_tokens)
+            self.series(SIZES, model, "input").observe(record.prompt_tokens)
+            self.series(SIZES, model, "output").observe(record.tokens)
+        if record.attempts:
+            self.series(QUEUED, model, worker).observe(0)
         if record.attempts > 1:
-            self.retries.labels(model).inc(record.attempts - 1)
+            self.series(RETRIES, model).inc(record.attempts - 1)
         if record.rescued:
-            self.rescues.labels(model, outcome).inc(record.rescued)
+            self.series(RESCUES, model, outcome).inc(record.rescued)
         if record.fell_back:
-            self.fallbacks.labels(self.label(record.fell_back), model).inc()
-        if record.tokens:
-            self.tokens.labels(model, worker).inc(record.tokens)
+            self.series(FALLBACKS, self.models.label(record.fell_back), model).inc()
 
 
 def some_record(rng: random.Random) -> Record:
     seconds = (0.0, 0.01, 0.05, rng.random(), rng.expovariate(0.05), 300.0, 301.0)
-    names = rng.choice([5, MOST_MODELS + 50])
+    prompt = rng.choice([0, 1, 64, 100_000])
+    subjects = rng.choice([5, SOME + 10])
+    names = rng.choice([5, SOME + 10])
     model = f'm"{rng.randrange(names)}\\' if rng.random() < 0.9 else ""
     return Record(
         id="1",
         method="POST",
         route=rng.choice([CHAT, "/v1/embeddings", "other"]),
+        subject=f"s\n{rng.randrange(subjects)}",
         model=model,
         worker=rng.choice(["", "gpu1", "gpu2"]),
         attempts=rng.choice([0, 1, 1, 2, 3]),
         rescued=rng.choice([0, 0, 1, 2]),
-        fell_back=rng.choice(["", "", f"f{rng.randrange(MOST_MODELS)}"]),
-        status=rng.choice([200, 200, 400, 499, 502]),
+        fell_back=rng.choice(["", "", f"f{rng.randrange(SOME)}"]),
+        status=rng.choice([200, 200, 400, 429, 499, 502]),
         outcome=rng.choice([None, *Outcome]),
         error=rng.choice(["", "", "client_stalled", Code.WORKER_LOST]),
         tokens=rng.choice([0, 1, 20, 1_000_000]),
+        prompt_tokens=prompt,
+        cached_tokens=rng.choice([0, prompt // 2]),
+        slot_seconds=rng.choice([0.0, 0.5, rng.random()]),
         first_byte=rng.choice([None, *seconds]),
         duration=rng.choice(seconds),
     )
@@ -264,16 +301,105 @@ def some_record(rng: random.Random) -> Record:
 def test_the_page_is_the_one_that_the_library_would_have_made(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Byte by byte, the order of the series included."""
+    """Sample by sample, the order of the series included, and in both formats."""
     monkeypatch.setattr("prometheus_client.metrics._use_created", False)
-    rng, expected = random.Random(seed), ByLibrary()
-    registry = CollectorRegistry()
-    registry.register(metrics := RequestMetrics())
-    for _ in range(seed * 500):
+    rng, expected, metrics = random.Random(seed), ByLibrary(), RequestMetrics()
+    metrics.models.most = metrics.subjects.most = SOME
+    for _ in range(seed * 200):
         record = some_record(rng)
         metrics.observe(record)
         expected.observe(record)
-    assert generate_latest(registry) == generate_latest(expected.registry)
+    text, theirs = page([metrics.collect]), generate_latest(expected.registry)
+    assert families(text) == families(theirs)
+    modern = page([metrics.collect], open_metrics=True)
+    assert modern_families(modern) == modern_families(modern_page(expected.registry))
+
+
+def page(sources: list[Any], *, open_metrics: bool = False) -> bytes:
+    return "".join(pieces(sources, open_metrics=open_metrics)).encode()
+
+
+def families(text: bytes) -> list[Any]:
+    return _samples(text_string_to_metric_families(text.decode()))
+
+
+def modern_families(text: bytes) -> list[Any]:
+    return _samples(openmetrics_families(text.decode()))
+
+
+def _samples(parsed: Iterable[Metric]) -> list[Any]:
+    """Return the families that have samples, with bounds of buckets as numbers."""
+    found = sorted((each for each in parsed if each.samples), key=attrgetter("name"))
+    for family in found:
+        for sample in family.samples:
+            if "le" in sample.labels:
+                sample.labels["le"] = float(sample.labels["le"])
+    return found
+
+
+TRACE = TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", True, "")
+
+
+def test_a_bucket_has_its_last_traced_request_as_an_example() -> None:
+    metrics = RequestMetrics()
+    quiet = TRACE._replace(trace_id="0" * 31 + "1", sampled=False)
+    for duration, trace in ((0.3, TRACE), (0.31, quiet), (7.0, None)):
+        record = Record("1", "POST", status=200, trace=trace, duration=duration)
+        metrics.observe(record)
+    [family] = [
+        family
+        for family in modern_families(page([metrics.collect], open_metrics=True))
+        if family.name == DURATION.name
+    ]
+    found = {
+        sample.labels["le"]: sample.exemplar
+        for sample in family.samples
+        if sample.exemplar is not None
+    }
+    assert list(found) == [0.32]
+    assert found[0.32].labels == {"trace_id": TRACE.trace_id}
+    assert found[0.32].value == 0.3
+    assert b"trace_id" not in page([metrics.collect])  # the other format has none
+
+
+def test_the_time_in_the_queue_is_that_between_its_steps() -> None:
+    metrics, steps = RequestMetrics(), [(0.5, "queued"), (2.5, "attempt")]
+    steps += [(3.0, "failed"), (3.5, "queued")]
+    record = Record("1", "POST", model="qwen", duration=4.0)
+    record.steps = tuple(Step(at, step) for at, step in steps)
+    metrics.observe(record)
+    metrics.observe(Record("2", "POST", model="qwen", attempts=1, duration=4.0))
+    metrics.observe(Record("3", "POST", model="qwen", duration=4.0))  # was refused
+    samples = parse(page([metrics.collect]))
+    where = {"model": "qwen", "worker": ""}
+    assert value(samples, f"{QUEUED.name}_count", **where) == 2
+    assert value(samples, f"{QUEUED.name}_sum", **where) == 2.0 + 0.5
+
+
+def test_pairs_of_subject_and_model_beyond_a_limit_share_their_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gollama_proxy.telemetry.metrics.MOST_PAIRS", 2)
+    metrics = RequestMetrics()
+    for subject in ("alice", "bob", "carol", "dave", "alice"):
+        record = Record("1", "POST", subject=subject, model="qwen", duration=1.0)
+        metrics.observe(record)
+    samples = parse(page([metrics.collect]))
+    used = {
+        subject: value(samples, USED_REQUESTS.name, subject=subject, model=model)
+        for subject, model in (("alice", "qwen"), ("bob", "qwen"), ("other", "other"))
+    }
+    assert used == {"alice": 2, "bob": 1, "other": 2}
+    assert values_of(samples, "subject") == used.keys()
+
+
+def test_workers_beyond_a_limit_share_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gollama_proxy.telemetry.metrics.MOST_WORKERS", 1)
+    metrics = RequestMetrics()
+    for name in ("gpu1", "gpu2", "gpu3"):
+        metrics.observe(Record("1", "POST", worker=name, duration=1.0))
+    samples = parse(page([metrics.collect]))
+    assert values_of(samples, "worker") == {"gpu1", "other"}
 
 
 # --- In a running hub -------------------------------------------------------------
@@ -294,7 +420,7 @@ async def test_a_stream_is_counted_at_its_end() -> None:
         name = "gollama_time_to_first_byte_seconds_count"
         assert value(samples, name, route=CHAT, **where) == 1
         name = "gollama_request_duration_seconds_count"
-        assert value(samples, name, route=CHAT) == 1
+        assert value(samples, name, route=CHAT, **where) == 1
 
 
 async def test_events_are_counted_where_a_worker_counts_no_tokens() -> None:
@@ -322,21 +448,21 @@ async def test_a_client_that_leaves_has_an_outcome_for_it() -> None:
         assert await wire.read_event()
         wire.close()
         samples = await scraped_until(
-            hub,
-            lambda s: value(s, "gollama_outcomes_total", outcome="client_gone") == 1,
+            hub, lambda s: "client_gone" in values_of(s, "outcome")
         )
         assert value(samples, "gollama_in_flight", worker=worker.name) == 0
 
 
 async def test_a_refusal_is_counted_by_its_code() -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        none = {"model": "", "worker": ""}
         await hub.post(CHAT, b"no JSON")
         await hub.post(CHAT, {}, "no token")
         await hub.get("/nowhere")
         samples = await scrape(hub)
         for code in ("invalid_json", "invalid_api_key", "unknown_url"):
-            assert value(samples, "gollama_outcomes_total", outcome=code) == 1
-        none = {"model": "", "worker": ""}
+            labels = {"outcome": code, **none}
+            assert value(samples, "gollama_outcomes_total", **labels) == 1
         name = "gollama_requests_total"
         assert value(samples, name, route=CHAT, status="401", **none) == 1
         assert value(samples, name, route="other", status="404", **none) == 1
@@ -400,8 +526,10 @@ def test_workers_are_shown_in_their_present_state() -> None:
     telemetry = Telemetry(registry, Admission(Queue(), Clock()))
     a, b = registry.workers
 
-    samples = parse(telemetry.exposition())
-    assert value(samples, "gollama_build_info", version=__version__) == 1
+    samples = parse(shown(telemetry))
+    python = platform.python_version()
+    build = {"version": __version__, "python": python}
+    assert value(samples, "gollama_build_info", **build) == 1
     for name in ("a:1", "b:2"):
         assert value(samples, "gollama_worker_up", worker=name) == 0
         assert value(samples, "gollama_in_flight", worker=name) == 0
@@ -412,7 +540,7 @@ def test_workers_are_shown_in_their_present_state() -> None:
     a.observe(Check.OK, "ok", Description((Model("qwen"),), slots=3))
     b.observe(Check.OK, "ok", Description())  # does not report its slots
     lease = a.lease()
-    samples = parse(telemetry.exposition())
+    samples = parse(shown(telemetry))
     assert value(samples, "gollama_worker_up", worker="a:1") == 1
     assert value(samples, "gollama_in_flight", worker="a:1") == 1
     assert value(samples, "gollama_in_flight", worker="b:2") == 0
@@ -426,7 +554,7 @@ def test_workers_are_shown_in_their_present_state() -> None:
 
     with lease:
         pass
-    samples = parse(telemetry.exposition())
+    samples = parse(shown(telemetry))
     assert value(samples, "gollama_in_flight", worker="a:1") == 0
 
 
@@ -435,10 +563,11 @@ def test_requests_in_the_queue_are_shown_by_class() -> None:
     registry = Registry(config.load(None, {}, {}, ["http://a:1"]), Clock())
     telemetry = Telemetry(registry, admission)
     admission.join("alice", "qwen", Priority.BATCH)
-    samples = parse(telemetry.exposition())
+    samples = parse(shown(telemetry))
     assert value(samples, "gollama_queue_waiting", **{"class": "batch"}) == 1
     assert value(samples, "gollama_queue_waiting", **{"class": "interactive"}) == 0
-    assert repr(FleetCollector(registry, admission)) == "<FleetCollector workers=1>"
+    fleet = FleetMetrics(registry, admission, {}, len, Names(1))
+    assert repr(fleet) == "<FleetMetrics workers=1>"
 
 
 def test_connections_are_shown_with_the_refused_ones_by_reason() -> None:
@@ -447,13 +576,13 @@ def test_connections_are_shown_with_the_refused_ones_by_reason() -> None:
     telemetry = Telemetry(registry, Admission(Queue(), Clock()), clients)
     assert clients.enter()
     assert not clients.enter()
-    samples = parse(telemetry.exposition())
+    samples = parse(shown(telemetry))
     assert value(samples, "gollama_connections") == 1
     refused = "gollama_connections_refused_total"
     assert value(samples, refused, reason="limit") == 1
     assert value(samples, refused, reason="address") == 0
-    shown = "<ClientCollector of <ConnectionLimiter open=1 of 1>>"
-    assert repr(ClientCollector(clients)) == shown
+    text = "<ClientMetrics of <ConnectionLimiter open=1 of 1>>"
+    assert repr(ClientMetrics(clients)) == text
 
 
 async def test_running_requests_are_in_flight() -> None:

@@ -1,0 +1,184 @@
+"""The page of metrics, in the text format of Prometheus or in OpenMetrics.
+
+A page of a thousand workers has 100,000 lines.  It is made in pieces, between which the
+event loop relays tokens, and the text of a series' labels is made once.  So the hub
+writes the format itself: `prometheus_client` needs ten times as long for a page, in one
+go, and 3.4 MB and 20 ms for its import.  Tests compare the page with what its parsers
+and `promtool` read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+PIECE = 32 << 10  # characters, at least; about a quarter of a millisecond
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+_ESCAPED = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+class Family(NamedTuple):
+    """The declaration of a metric."""
+
+    name: str
+    type: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    bounds: tuple[float, ...] = ()  # of a histogram's buckets, but for the last one
+
+    def at(self, *values: str) -> str:
+        """Return the labels of a series as they are written, in alphabetical order."""
+        pairs = sorted(zip(self.labels, values, strict=True))
+        return ",".join(f'{name}="{v.translate(_ESCAPED)}"' for name, v in pairs)
+
+
+class Exemplar(NamedTuple):
+    """A request that stands for those of its bucket."""
+
+    trace: str  # its id, in hexadecimal digits
+    value: float
+    at: float  # Unix time
+
+
+class Histogram:
+    """The counts of one series."""
+
+    __slots__ = ("buckets", "exemplars", "labels", "sum")
+
+    def __init__(self, family: Family, *values: str) -> None:
+        self.labels = family.at(*values)
+        self.buckets = [0] * (len(family.bounds) + 1)
+        self.sum = 0.0
+        self.exemplars: dict[int, Exemplar] | None = None  # by the index of the bucket
+
+    def __repr__(self) -> str:
+        return f"<Histogram of {sum(self.buckets)}>"
+
+    def exemplify(self, bucket: int, trace: str, value: float) -> None:
+        """Keep a request as the example of its bucket, until the next one."""
+        if self.exemplars is None:
+            self.exemplars = {}
+        self.exemplars[bucket] = Exemplar(trace, value, time.time())
+
+
+# A family, and its series: labels with a value, or histograms.
+Numbers = Iterable[tuple[str, float]]
+Collected = tuple[Family, Numbers] | tuple[Family, Iterable[Histogram]]
+Collect = Callable[[], Iterator[Collected]]
+
+
+def pieces(sources: Iterable[Collect], *, open_metrics: bool) -> Iterator[str]:
+    """Write the page; what happens between two pieces may show in the later one."""
+    parts: list[str] = []
+    size = 0
+    for part in _parts(sources, open_metrics=open_metrics):
+        parts.append(part)
+        size += len(part)
+        if size >= PIECE:
+            yield "".join(parts)
+            parts.clear()
+            size = 0
+    if open_metrics:
+        parts.append("# EOF\n")
+    yield "".join(parts)
+
+
+def _parts(sources: Iterable[Collect], *, open_metrics: bool) -> Iterator[str]:
+    for collect in sources:
+        for family, series in collect():
+            name = family.name
+            of_family = name
+            if open_metrics and family.type == "counter":
+                of_family = name.removesuffix("_total")
+            yield f"# HELP {of_family} {family.help}\n"
+            yield f"# TYPE {of_family} {family.type}\n"
+            bounds = [f'le="{float(bound)}"}} ' for bound in family.bounds]
+            bounds.append('le="+Inf"} ')
+            for each in series:
+                if isinstance(each, Histogram):
+                    yield _of_histogram(name, bounds, each, exemplars=open_metrics)
+                elif each[0]:
+                    yield f"{name}{{{each[0]}}} {float(each[1])}\n"
+                else:
+                    yield f"{name} {float(each[1])}\n"
+
+
+def _of_histogram(
+    name: str, bounds: list[str], histogram: Histogram, *, exemplars: bool
+) -> str:
+    labels, noted = histogram.labels, histogram.exemplars
+    start = f"{name}_bucket{{{labels},"
+    total, lines = 0, []
+    for bound, count in zip(bounds, histogram.buckets, strict=True):
+        total += count
+        lines.append(f"{start}{bound}{total}.0\n")
+    if exemplars and noted is not None:
+        for index, (trace, value, at) in noted.items():
+            line = lines[index][:-1]
+            lines[index] = f'{line} # {{trace_id="{trace}"}} {value} {at:.3f}\n'
+    lines.append(f"{name}_count{{{labels}}} {total}.0\n")
+    lines.append(f"{name}_sum{{{labels}}} {histogram.sum}\n")
+    return "".join(lines)
+
+
+# --- The format that a client prefers -----------------------------------------------
+
+
+def prefers_open_metrics(accept: str) -> bool:
+    """Return whether an `Accept` header prefers OpenMetrics to text.
+
+    Without a preference it is text, which every client understands.
+    """
+    best = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for entry in accept.split(","):
+        kind, *parameters = (part.strip().lower() for part in entry.split(";"))
+        quality = 1.0
+        for parameter in parameters:
+            if found := re.fullmatch(r"q\s*=\s*([01](?:\.\d{0,3})?)", parameter):
+                quality = float(found[1])
+        if kind in best:
+            best[kind] = max(best[kind], quality)
+    return best["application/openmetrics-text"] > best["text/plain"]
+
+
+# --- The process ------------------------------------------------------------------
+
+# As Prometheus' own client libraries name them.
+CPU = Family(
+    "process_cpu_seconds_total", "counter", "CPU time of the hub, user and system."
+)
+RESIDENT = Family("process_resident_memory_bytes", "gauge", "Resident memory.")
+VIRTUAL = Family("process_virtual_memory_bytes", "gauge", "Virtual memory.")
+STARTED = Family("process_start_time_seconds", "gauge", "When it started, Unix time.")
+OPEN_FILES = Family("process_open_fds", "gauge", "Open file descriptors.")
+MOST_FILES = Family("process_max_fds", "gauge", "Most open file descriptors allowed.")
+
+
+def of_process(proc: Path = Path("/proc")) -> Iterator[Collected]:
+    """Read what the kernel knows of this process; nothing where there is no /proc."""
+    try:
+        # The name of the program, in parentheses, may contain spaces.
+        fields = (proc / "self/stat").read_text().rpartition(")")[2].split()
+        boot = re.search(r"^btime (\d+)$", (proc / "stat").read_text(), re.MULTILINE)
+        limit = re.search(
+            r"^Max open files +(\d+)", (proc / "self/limits").read_text(), re.MULTILINE
+        )
+        files = sum(1 for _ in (proc / "self/fd").iterdir())
+    except OSError:
+        return
+    ticks = os.sysconf("SC_CLK_TCK")
+    yield CPU, [("", (int(fields[11]) + int(fields[12])) / ticks)]
+    yield VIRTUAL, [("", int(fields[20]))]
+    yield RESIDENT, [("", int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))]
+    if boot is not None:
+        yield STARTED, [("", int(boot[1]) + int(fields[19]) / ticks)]
+    yield OPEN_FILES, [("", files)]
+    if limit is not None:  # else "unlimited"
+        yield MOST_FILES, [("", int(limit[1]))]
