@@ -167,6 +167,7 @@ def _fill_changes(parser: argparse.ArgumentParser) -> None:
 def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--slots", metavar="N", help="generations at once; default: as it reports")
+    add("--context", metavar="N", help="tokens of its context; default: as it reports")
     text = "model that it serves, or a pattern (repeatable); default: as it reports"
     add("--model", metavar="MODEL", action="append", help=text)
     add("--weight", help="its share, for the policies that use one")
@@ -276,6 +277,7 @@ def _worker_keys(args: argparse.Namespace) -> Json:
     """Return the keys of a `[[workers]]` table that flags give."""
     keys = {
         "slots": _number("--slots", args.slots, whole=True),
+        "context": _number("--context", args.context, whole=True),
         "models": args.model,
         "weight": _number("--weight", args.weight),
         "vram_gib": _number("--vram-gib", args.vram_gib),

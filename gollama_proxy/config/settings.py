@@ -379,6 +379,14 @@ class WorkerConfig:
         Annotated[int, whole(1, 10_000), "generations at once; default: as it reports"]
         | None
     ) = None
+    context: (
+        Annotated[
+            int,
+            whole(1, 100_000_000),
+            "tokens that fit its context; default: as it reports",
+        ]
+        | None
+    ) = None
     models: Annotated[
         Names, "names and patterns that it serves; default: what it lists"
     ] = ()

@@ -64,7 +64,7 @@ BODY_TIMEOUT = 10.0
 PROOF_TIMEOUT = 3.0
 # What an agent may set of its worker.  The other keys name files and variables of the
 # hub, whose content would be sent to the worker.
-KEYS = ("url", "slots", "models", "weight", "vram_gib", "mac")
+KEYS = ("url", "slots", "context", "models", "weight", "vram_gib", "mac")
 _NAME = re.compile(r"(?!\.{1,2}$)[!-~]{1,100}")  # no step of a path
 _SECRET = re.compile(r"[0-9a-f]{32,128}")
 

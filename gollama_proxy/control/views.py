@@ -120,7 +120,7 @@ class Views:
                 }
                 for model in worker.models
             ],
-            "context": described.context if described else None,
+            "context": worker.config.context or (described and described.context),
             "vram_gib": worker.config.vram_gib,
             "build": (described.build or None) if described else None,
             "speed": self._speed(worker),

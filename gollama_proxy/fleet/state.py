@@ -232,7 +232,7 @@ class Offer:
     def context_of(self, model: str) -> int | None:
         """Return the context of a model, in tokens for one slot; None if unknown."""
         listed = next((m.context for m in self.models if m.name == model), None)
-        return listed or self._contexts.get(model)
+        return self.config.context or listed or self._contexts.get(model)
 
     def loads(self, model: str) -> bool:
         """Return whether a request for this model has to wait until it is loaded.

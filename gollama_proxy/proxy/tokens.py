@@ -112,22 +112,28 @@ class Fitting:
         if not able:
             return
         needs[model] = 0
-        counter = min(able, key=lambda worker: worker.in_flight)
+        # Other servers have no such routes; llama-swap has those of its servers.
+        counter = min(able, key=lambda w: (not w.is_llama_server, w.in_flight))
         body = x.body.named(model)
         tokens = await self._count(counter, x.endpoint.path, model, body)
-        if tokens is not None:
+        if tokens is None:
+            # A server whose context has to be stated may cut a prompt in silence.
+            if any(worker.config.context for worker in pool.workers):
+                needs[model] = self._guess(x, pool)
+        else:
             needs[model] = tokens
             self._prompts.learn(model, x.body.size, tokens)
 
     def _guess(self, x: Exchange, pool: Pool) -> int:
-        """Estimate the tokens of a body of which only the beginning has arrived.
+        """Estimate the tokens of a body that cannot be counted.
 
         A body that would fit nowhere as text is assumed to contain something else, such
         as images.
         """
         size = x.body.length or x.body.size
         tokens = self._prompts.likely_tokens(pool.model, size)
-        return tokens if tokens < pool.largest_context else 0
+        largest = max(each.largest_context or 0 for each in x.plan.pools)
+        return tokens if tokens < largest else 0
 
 
 def _is_served(pool: Pool) -> bool:

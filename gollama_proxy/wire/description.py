@@ -5,7 +5,7 @@ the same; what it does not report stays unknown.  So does what has an unexpected
 each field is read separately, and does not affect the others.
 
 Sources: tools/server/README.md of llama.cpp, and the model lists of Ollama, vLLM,
-SGLang and LM Studio.
+SGLang, TabbyAPI and LM Studio.
 """
 
 from __future__ import annotations
@@ -140,6 +140,10 @@ class _Meta(msgspec.Struct):
     n_ctx: msgspec.Raw = msgspec.Raw()
 
 
+class _Parameters(msgspec.Struct):
+    max_seq_len: msgspec.Raw = msgspec.Raw()
+
+
 class _Architecture(msgspec.Struct):
     input_modalities: msgspec.Raw = msgspec.Raw()
 
@@ -156,6 +160,7 @@ class _Entry(msgspec.Struct):
     loaded_context_length: msgspec.Raw = msgspec.Raw()  # LM Studio
     context_length: msgspec.Raw = msgspec.Raw()
     context_window: msgspec.Raw = msgspec.Raw()
+    parameters: msgspec.Raw = msgspec.Raw()  # TabbyAPI
     architecture: msgspec.Raw = msgspec.Raw()  # llama-server, and what it proxies
     # Of a llama-server that is a router; in other servers it can be anything.
     status: msgspec.Raw = msgspec.Raw()
@@ -173,6 +178,7 @@ class _Entry(msgspec.Struct):
             self.loaded_context_length,
             self.context_window,
             self.context_length,
+            (_read(self.parameters, _Parameters) or _Parameters()).max_seq_len,
         )
         return next(filter(None, map(_tokens, fields)), None)
 

@@ -188,7 +188,7 @@ class EventError(Private):
 
 
 class ErrorEvent(Private):
-    error: EventError | None = None
+    error: EventError | str | None = None  # LM Studio writes the text alone
     # llama-server's event on `/v1/messages`, and that of Responses, have these fields
     # without an object around them.
     type: str = ""

@@ -251,6 +251,8 @@ def error_in(data: bytes) -> EventError | None:
         event = error_event.decode(data)
     except UNREADABLE:
         return None
+    if isinstance(event.error, str):
+        return EventError(event.error)
     if event.error is not None:
         return event.error
     if event.type == "error" or (event.message and isinstance(event.code, int)):

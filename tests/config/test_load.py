@@ -187,6 +187,11 @@ def refusal(
             "a number from",
         ),
         (
+            "[[workers]]\nurl = 'http://a'\ncontext = 0",
+            "workers[0].context = 0",
+            "a whole number from 1 to 100,000,000",
+        ),
+        (
             "[[workers]]\nurl = 'http://a'\nvram_gib = 0",
             "workers[0].vram_gib = 0",
             "from 0.01",
@@ -544,9 +549,11 @@ def test_the_weight_the_memory_and_the_slots_of_a_worker(tmp_path: Path) -> None
         weight = 2
         vram_gib = 24
         slots = 4
+        context = 8192
         """
     )
     plain, other = load(file).workers
+    assert (plain.context, other.context) == (None, 8192)
     assert (plain.weight, plain.vram_gib, plain.slots) == (None, None, None)
     assert (other.weight, other.vram_gib, other.slots) == (2.0, 24.0, 4)
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 import h11
 
 from tests.fakes import replies
-from tests.fakes.answers import default_answer
 
 if TYPE_CHECKING:
     from tests.fakes.worker import ScriptedWorker
@@ -246,7 +245,7 @@ class Exchange(asyncio.Protocol):
             if self._left or self._inbox:
                 text = f"connection {self.number}: pipelined: {self._left[:80]!r}"
                 self.worker.violations.append(text)
-        for step in default_answer(self.worker, request) if script is None else script:
+        for step in self.worker.answer(request) if script is None else script:
             await step.play(self)
             if self.transport.is_closing():
                 return False

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.fakes import replies
-from tests.fakes.answers import CONTROL
+from tests.fakes.answers import CONTROL, default_answer
 from tests.fakes.exchange import Exchange, Request
 from tests.fakes.script import Script, Step, send, stall
 from tests.fakes.waiting import DEADLINE
@@ -165,6 +165,11 @@ class ScriptedWorker:
         """Set what is played when the queue is empty."""
         self._default = steps
 
+    def repair(self) -> None:
+        """Answer again as without a script."""
+        self._queue.clear()
+        self._default = None
+
     def on(self, path: str, *steps: Step) -> None:
         """Set what is played for each request of a path, control routes included."""
         self._routes[path] = steps
@@ -223,6 +228,10 @@ class ScriptedWorker:
                 future.set_result(None)
 
     # --- What a request gets ------------------------------------------------------
+
+    def answer(self, request: Request) -> Script:
+        """Return the answer to a request without a script, once its body is there."""
+        return default_answer(self, request)
 
     def _record(self, request: Request) -> Script | None:
         """Note the request and choose its script; None: the default answer."""

@@ -81,6 +81,12 @@ def test_models_and_their_context() -> None:
         ([{"id": "a"}, {"id": "a", "meta": {"n_ctx": 7}}], {}, (Model("a"),)),
         ([{"id": "a", "max_model_len": 7}], {}, (Model("a", 7),)),  # vLLM, SGLang
         ([{"id": "a", "max_model_len": None}], {}, (Model("a"),)),
+        (
+            [{"id": "a", "parameters": {"max_seq_len": 7}}],
+            {},
+            (Model("a", 7),),
+        ),  # Tabby
+        ([{"id": "a", "parameters": "max_seq_len"}], {}, (Model("a"),)),
         ([{"id": "a", "context_length": 9}], {}, (Model("a", 9),)),
         ([{"id": "a", "context_window": "9"}], {}, (Model("a"),)),
         (

@@ -355,6 +355,7 @@ def test_elsewhere_any_event_is_a_beginning(ending: Ending) -> None:
             EventError("Busy", "overloaded_error", None),
         ),
         (b'{"error":{}}', EventError()),
+        (b'{"error":"text"}', EventError("text")),  # LM Studio
     ],
 )
 def test_an_event_that_is_an_error_is_read(data: bytes, error: EventError) -> None:
@@ -367,7 +368,6 @@ def test_an_event_that_is_an_error_is_read(data: bytes, error: EventError) -> No
         b"",
         b"[DONE]",
         b'{"error":null,"choices":[]}',
-        b'{"error":"text"}',
         b'{"error":{"message":',
         b'{"id":"error","choices":[]}',
         b'"error"',

@@ -609,6 +609,8 @@ class Overview {
           { type: 'number', min: 1, max: 10_000 }),
         field('vram_gib', 'VRAM in GiB', 'optional; its share of the requests',
           { type: 'number', min: 0, step: 'any' })),
+      field('context', 'Context in tokens', 'optional, for servers that do not report it',
+        { type: 'number', min: 1, max: 100_000_000 }),
       field('models', 'Models', 'optional, separated by commas; all that it has if empty'),
       field('mac', 'Hardware address', 'optional; wakes its machine when it sleeps',
         { placeholder: '00:11:22:aa:bb:cc' }),
@@ -1020,7 +1022,7 @@ function rowOf(inputs) {
     const value = input.value.trim();
     if (!value) continue;
     if (key === 'models') row.models = value.split(/\s*,\s*/).filter(Boolean);
-    else row[key] = key === 'slots' || key === 'vram_gib' ? Number(value) : value;
+    else row[key] = ['slots', 'context', 'vram_gib'].includes(key) ? Number(value) : value;
   }
   return row;
 }

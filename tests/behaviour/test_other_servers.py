@@ -1,0 +1,367 @@
+"""Other servers than llama-server, with the tables that docs/large-models.md shows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tomllib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from gollama_proxy.config import load
+from gollama_proxy.fleet.state import WorkerState
+from tests.fakes.asks import CHAT
+from tests.fakes.cases import case
+from tests.fakes.client import Response
+from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.replies import chunk, last_chunk, role, token
+from tests.fakes.script import answer, chat_stream, close, reset, send, wait
+from tests.fakes.standins import (
+    TEXTS,
+    LmStudio,
+    Ollama,
+    SGLang,
+    StandIn,
+    TabbyApi,
+    Vllm,
+)
+from tests.fakes.waiting import until
+from tests.fakes.worker import ScriptedWorker
+
+PAGE = Path(__file__).parents[2] / "docs" / "large-models.md"
+TEXT = PAGE.read_text()
+KEY = "secret-of-the-worker"
+HELLO = [{"role": "user", "content": "hello"}]
+STREAM: dict[str, Any] = {
+    "messages": HELLO,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+
+
+class Kind(NamedTuple):
+    """A server of the page: its stand-in, and what the hub should know of it."""
+
+    title: str
+    stand_in: type[StandIn]
+    models: tuple[str, ...]
+    context: int  # that the server has
+    bad: Any  # a temperature that it refuses
+    refusal: str  # in its words, which reach the client
+
+
+KINDS = (
+    Kind("vLLM", Vllm, ("qwen2.5-72b",), 4096, 9, "temperature must be in [0, 2]"),
+    Kind("SGLang", SGLang, ("qwen2.5-72b",), 4096, 9, "temperature must be in [0, 2]"),
+    Kind("TabbyAPI", TabbyApi, ("qwen2.5-32b",), 4096, 9, "less than or equal to 2"),
+    Kind("Ollama", Ollama, ("qwen3:8b", "llama3.2:latest"), 8192, "x", "unmarshal"),
+    Kind(
+        "LM Studio",
+        LmStudio,
+        ("qwen2.5-7b-instruct", "not-for-the-hub"),
+        8192,
+        "x",
+        "'temperature' must be a number",
+    ),
+)
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=[kind.title for kind in KINDS])
+
+
+def section(title: str) -> str:
+    found = re.search(rf"^#+ {re.escape(title)}$(.*?)(?=^##|\Z)", TEXT, re.M | re.S)
+    assert found is not None, title
+    return found[1]
+
+
+def table_of(title: str) -> str:
+    """Return the settings that a section of the page shows."""
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", section(title), re.M | re.S)
+    return str(block)
+
+
+@contextlib.asynccontextmanager
+async def behind(
+    kind: Kind,
+    folder: Path,
+    *others: ScriptedWorker,
+    more: str = "",
+    key: str = KEY,
+    **settings: Any,
+) -> AsyncIterator[tuple[StandIn, RunningHub]]:
+    """Run a hub with the table of the page, in front of its server."""
+    table = table_of(kind.title)
+    variables = re.findall(r'^api_key_env = "(\w+)"', table, re.M)
+    async with kind.stand_in(
+        *kind.models, context=kind.context, key=KEY if variables else ""
+    ) as server:
+        table, changed = re.subn(
+            r'^url = ".*"', f'url = "{server.url}"', table, flags=re.M
+        )
+        assert changed == 1
+        for each in others:
+            table += f'\n[[workers]]\nurl = "{each.url}"\n'
+        file = folder / "gollama.toml"
+        file.write_text(table + more)
+        environ = dict.fromkeys(variables, key)
+        async with running_hub(file=file, environ=environ, **settings) as hub:
+            yield server, hub
+
+
+def ask(kind: Kind, **fields: Any) -> dict[str, Any]:
+    return STREAM | {"model": kind.models[0]} | fields
+
+
+def events_of(response: Response) -> list[dict[str, Any]]:
+    lines = response.body.replace(b"\r\n", b"\n").split(b"\n")
+    found = [line[6:] for line in lines if line.startswith(b"data: {")]
+    return [json.loads(data) for data in found]
+
+
+def text_of(events: list[dict[str, Any]]) -> str:
+    choices = [choice for each in events for choice in each.get("choices", ())]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
+# --- The page ---------------------------------------------------------------------
+
+
+def test_every_server_of_the_page_is_tried() -> None:
+    shown = re.findall(r"^### (.+)$", section("Other servers") + TEXT, re.M)
+    assert set(shown) == {kind.title for kind in KINDS}
+    names = re.findall(r"^\| (.+?) \| listed", section("Other servers"), re.M)
+    assert names == [kind.title for kind in KINDS]
+
+
+def test_all_settings_of_the_page_are_valid(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```toml\n(.*?)^```$", TEXT, re.M | re.S)
+    assert len(blocks) == len(KINDS) + 2
+    for number, block in enumerate(blocks):
+        with case(block):
+            tomllib.loads(block)
+            file = tmp_path / f"{number}.toml"
+            file.write_text(block)
+            variables = re.findall(r'^api_key_env = "(\w+)"', block, re.M)
+            environ = {"GOLLAMA_JWT_SECRET": "x" * 32} | dict.fromkeys(variables, KEY)
+            load.load(file, environ)
+
+
+# --- What the hub knows -----------------------------------------------------------
+
+
+@each_kind
+async def test_models_slots_context_and_health_are_known(
+    kind: Kind, tmp_path: Path
+) -> None:
+    async with behind(kind, tmp_path) as (_, hub):
+        (worker,) = hub.hub.registry.workers
+        assert (worker.state, worker.reason) == (WorkerState.READY, "ok")
+        assert worker.slots is not None
+        stated = worker.config.models
+        listed = (await hub.get("/v1/models")).json()["data"]
+        usable = {model for model in kind.models if not stated or model in stated}
+        assert {each["id"] for each in listed} == usable
+        for each in listed:
+            assert each["gollama"]["context"] == kind.context
+            assert each["gollama"]["state"] == "ready"
+
+
+@each_kind
+async def test_a_wrong_key_is_found_out_by_the_health_check(
+    kind: Kind, tmp_path: Path
+) -> None:
+    if "api_key_env" not in table_of(kind.title):
+        pytest.skip(f"{kind.title} has no keys")
+    async with behind(kind, tmp_path, key="wrong") as (_, hub):
+        (worker,) = hub.hub.registry.workers
+        assert worker.state is WorkerState.DOWN
+        assert re.search("key$", worker.reason, re.IGNORECASE)
+        assert (await hub.post(CHAT, ask(kind))).status in (404, 503)
+
+
+# --- Answers ----------------------------------------------------------------------
+
+
+@each_kind
+async def test_answers_stream_and_come_in_one_piece(kind: Kind, tmp_path: Path) -> None:
+    async with behind(kind, tmp_path) as (server, hub):
+        response = await hub.post(CHAT, ask(kind))
+        assert response.status == 200
+        assert response.body.replace(b"\r\n", b"\n").endswith(b"data: [DONE]\n\n")
+        events = events_of(response)
+        assert text_of(events) == "".join(TEXTS)
+        (usage,) = [each["usage"] for each in events if each.get("usage")]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (1, len(TEXTS))
+
+        whole = (await hub.post(CHAT, ask(kind, stream=False))).json()
+        assert whole["choices"][0]["message"]["content"] == "".join(TEXTS)
+        assert whole["choices"][0]["finish_reason"] == "stop"
+        assert whole["usage"]["completion_tokens"] == len(TEXTS)
+        paths = {request.path for request in server.requests}
+        assert paths == {CHAT}  # nothing was tried that it does not have
+
+
+@each_kind
+async def test_each_token_arrives_as_soon_as_it_is_there(
+    kind: Kind, tmp_path: Path
+) -> None:
+    async with behind(kind, tmp_path) as (server, hub):
+        server.pace = "go"
+        async with await hub.open(CHAT, ask(kind)) as wire:
+            await wire.read_until(b'"content":" no"')
+            server.release("go")
+            await wire.read_until(b'"content":"wu"')
+            await wire.read_until(b"[DONE]")
+
+
+@each_kind
+async def test_a_refusal_reaches_the_client_in_the_words_of_the_server(
+    kind: Kind, tmp_path: Path
+) -> None:
+    async with behind(kind, tmp_path) as (_, hub):
+        for stream in (True, False):
+            response = await hub.post(
+                CHAT, ask(kind, temperature=kind.bad, stream=stream)
+            )
+            assert 400 <= response.status < 500
+            assert kind.refusal in response.body.decode()
+        (worker,) = hub.hub.registry.workers
+        assert worker.breaker.closed
+        reply = await hub.post(CHAT, ask(kind, model="nobody-has-it"))
+        if len(kind.models) > 1 and not worker.config.models:
+            assert reply.status == 404  # of the hub, with the names that there are
+            assert "qwen3:8b" in reply.body.decode()
+        else:  # the only model is meant
+            assert reply.status == 200
+
+
+@each_kind
+async def test_a_prompt_that_is_too_long_is_refused_or_goes_elsewhere(
+    kind: Kind, tmp_path: Path
+) -> None:
+    words = " ".join(["w"] * (kind.context + 100))
+    body = ask(kind, messages=[{"role": "user", "content": words}])
+    if kind.title != "Ollama":  # it cuts the prompt, and no other worker is larger
+        async with behind(kind, tmp_path) as (_, hub):
+            for stream in (True, False):
+                response = await hub.post(CHAT, body | {"stream": stream})
+                error = response.json()["error"]
+                assert (response.status, error["code"]) == (
+                    400,
+                    "context_length_exceeded",
+                )
+                assert str(kind.context) in error["message"]
+    async with (
+        ScriptedWorker(kind.models[0], n_ctx=100_000) as large,
+        behind(kind, tmp_path, large) as (_, hub),
+    ):
+        large.on("/tokenize", *answer({"tokens": [1] * (kind.context + 100)}))
+        response = await hub.post(CHAT, body)
+        assert response.status == 200
+        assert response.header("X-Gollama-Worker") == large.name
+
+
+async def test_a_prompt_that_cannot_be_counted_goes_to_a_larger_fallback(
+    tmp_path: Path,
+) -> None:
+    """Ollama would cut it; a short prompt stays there."""
+    (kind,) = (kind for kind in KINDS if kind.title == "Ollama")
+    more = '\n[models]\nfallbacks = {"qwen3:8b" = ["large"]}\n'
+    words = "word " * 20_000
+    async with (
+        ScriptedWorker("large", n_ctx=100_000) as large,
+        behind(kind, tmp_path, large, more=more) as (server, hub),
+    ):
+        response = await hub.post(CHAT, ask(kind))
+        assert response.header("X-Gollama-Worker") == "ollama"
+        body = ask(kind, messages=[{"role": "user", "content": words}])
+        response = await hub.post(CHAT, body)
+        assert response.header("X-Gollama-Worker") == large.name
+        chats = [each for each in server.requests if each.path == CHAT]
+        assert len(chats) == 1
+
+
+# --- Failures ---------------------------------------------------------------------
+
+
+@each_kind
+async def test_an_answer_that_breaks_off_does_not_look_complete(
+    kind: Kind, tmp_path: Path
+) -> None:
+    async with behind(kind, tmp_path, rescue__enabled=False) as (server, hub):
+        server.breaks_after, server.pace = 2, "go"
+        async with await hub.open(CHAT, ask(kind)) as wire:
+            await wire.read_until(b'"content":" no"')
+            server.release("go")
+            await wire.read_until(b'"error"')
+            assert not (await wire.read_eof()).endswith(last_chunk())
+        (failed,) = hub.hub.recent.find()
+        assert failed["outcome"] == "error"
+
+
+@each_kind
+async def test_an_answer_whose_server_dies_is_continued_by_a_llama_server(
+    kind: Kind, tmp_path: Path
+) -> None:
+    async with (
+        ScriptedWorker(kind.models[0]) as spare,
+        behind(kind, tmp_path, spare) as (server, hub),
+    ):
+        hub.hub.registry.pause(spare.name)
+        server.dies_after, server.pace = 2, "go"
+        async with await hub.open(CHAT, ask(kind)) as wire:
+            await wire.read_head()
+            hub.hub.registry.unpause(spare.name)
+            server.release("go")
+            ending = await wire.read_to_end()
+        assert ending.clean
+        assert f"rescued 1 by {spare.name}".encode() in ending.response.body
+        assert text_of(events_of(ending.response)) == "".join(TEXTS)
+
+
+@each_kind
+async def test_an_answer_of_llama_server_is_continued_by_any_of_them(
+    kind: Kind, tmp_path: Path
+) -> None:
+    async with (
+        ScriptedWorker(kind.models[0]) as first,
+        behind(kind, tmp_path, first) as (_, hub),
+    ):
+        (worker,) = (w for w in hub.hub.registry.workers if w.name != first.name)
+        hub.hub.registry.pause(worker.name)
+        role_, *_ = chat_stream([], model=kind.models[0])
+        begun = chunk(role(model=kind.models[0]) + token(" no", model=kind.models[0]))
+        first.script(role_, send(begun), wait("go"), close())
+        async with await hub.open(CHAT, ask(kind)) as wire:
+            await wire.read_head()
+            hub.hub.registry.unpause(worker.name)
+            first.release("go")
+            ending = await wire.read_to_end()
+        assert ending.clean
+        assert f"rescued 1 by {worker.name}".encode() in ending.response.body
+        assert text_of(events_of(ending.response)) == "".join(TEXTS)
+
+
+@each_kind
+async def test_a_server_that_fails_again_and_again_gets_no_requests(
+    kind: Kind, tmp_path: Path
+) -> None:
+    """Its breaker opens, and closes when canaries of the hub are answered."""
+    settings = {"breaker__open": 0.05, "retry__attempts": 1, "rescue__enabled": False}
+    async with behind(kind, tmp_path, **settings) as (server, hub):
+        (worker,) = hub.hub.registry.workers
+        server.default(reset())
+        while worker.breaker.closed:
+            assert (await hub.post(CHAT, ask(kind))).status == 502
+        assert worker.breaker.reason
+        server.repair()
+
+        def healed() -> bool:
+            hub.hub.watchdog.round()
+            return worker.breaker.closed
+
+        await until(healed)
+        assert (await hub.post(CHAT, ask(kind))).status == 200
