@@ -114,7 +114,7 @@ def _of_histogram(
     name: str, bounds: list[str], histogram: Histogram, *, exemplars: bool
 ) -> str:
     labels, noted = histogram.labels, histogram.exemplars
-    start = f"{name}_bucket{{{labels},"
+    start = f"{name}_bucket{{{labels}," if labels else f"{name}_bucket{{"
     total, lines = 0, []
     for bound, count in zip(bounds, histogram.buckets, strict=True):
         total += count
@@ -123,8 +123,9 @@ def _of_histogram(
         for index, (trace, value, at) in noted.items():
             line = lines[index][:-1]
             lines[index] = f'{line} # {{trace_id="{trace}"}} {value} {at:.3f}\n'
-    lines.append(f"{name}_count{{{labels}}} {total}.0\n")
-    lines.append(f"{name}_sum{{{labels}}} {histogram.sum}\n")
+    of_all = f"{{{labels}}}" if labels else ""
+    lines.append(f"{name}_count{of_all} {total}.0\n")
+    lines.append(f"{name}_sum{of_all} {histogram.sum}\n")
     return "".join(lines)
 
 

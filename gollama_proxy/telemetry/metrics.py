@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 from gollama_proxy import __version__
@@ -303,7 +304,7 @@ class Telemetry:
         admission: Admission,
         clients: Clients | None = None,
         clock: Callable[[], float] = time.monotonic,
-        connections: Mapping[Worker, ConnectionPool] | None = None,
+        connections: Mapping[Worker, ConnectionPool] = MappingProxyType({}),
         tokens_of: Callable[[str, int], int] = lambda model, size: size // 4,
     ) -> None:
         """Make one.
@@ -315,7 +316,7 @@ class Telemetry:
         self._requests = RequestMetrics()
         self._lag = Histogram(LAG)
         fleet = FleetMetrics(
-            registry, admission, connections or {}, tokens_of, self._requests.models
+            registry, admission, connections, tokens_of, self._requests.models
         )
         self._sources: list[exposition.Collect] = [fleet.collect]
         if clients is not None:
@@ -343,9 +344,9 @@ class Telemetry:
         process = await asyncio.to_thread(lambda: [*of_process()])
         parts = []
         for part in self.pieces(process, open_metrics=open_metrics):
-            parts.append(part)
+            parts.append(part.encode())
             await asyncio.sleep(0)
-        return "".join(parts).encode()
+        return b"".join(parts)
 
     def pieces(
         self, process: Iterable[Collected] = (), *, open_metrics: bool = False
@@ -389,7 +390,11 @@ class RequestMetrics:
         return f"<RequestMetrics series={len(self._series)}>"
 
     def observe(self, record: Record) -> None:
-        """Count a request that has ended."""
+        """Count a request that has ended.
+
+        Every request pays for this, so it calls nothing that is written in Python
+        unless something unusual has happened.
+        """
         route, model, worker = record.route, record.model, record.worker
         outcome = record.error or record.outcome
         series = self._series.get((route, record.status, outcome, model, worker))
@@ -397,21 +402,27 @@ class RequestMetrics:
             series = self._find(record)
         series.requests.value += 1
         series.outcome.value += 1
+        trace = record.trace
+        if trace is not None and not trace.sampled:
+            trace = None
         duration = record.duration or 0.0
         bucket = bisect_left(DURATIONS, duration)
         series.duration.buckets[bucket] += 1
         series.duration.sum += duration
-        trace = record.trace
-        if trace is not None and trace.sampled:
+        if trace is not None:
             series.duration.exemplify(bucket, trace.trace_id, duration)
-        if record.first_byte is not None:
-            if series.first_byte is None:
-                series.first_byte = self._first_byte[route, series.model, series.worker]
-            series.first_byte.buckets[bisect_left(SECONDS, record.first_byte)] += 1
-            series.first_byte.sum += record.first_byte
+        histogram: Histogram | None
+        first = record.first_byte
+        if first is not None:
+            histogram = series.first_byte
+            if histogram is None:
+                histogram = self._first_byte[route, series.model, series.worker]
+                series.first_byte = histogram
+            histogram.buckets[bisect_left(SECONDS, first)] += 1
+            histogram.sum += first
         if record.status == 429:
             subject = self.subjects.label(record.subject)
-            self._limited[subject, str(record.error or outcome or "")].value += 1
+            self._limited[subject, str(outcome or "")].value += 1
         if not model:
             return
         # What it has used
@@ -426,47 +437,56 @@ class RequestMetrics:
             usage.prompts += prompt
             usage.cached += cached
             usage.generated += tokens
-            if series.tokens is None:
-                series.begin_tokens(self._tokens, self._sizes)
-            assert series.tokens is not None
-            series.tokens.prompts += prompt
-            series.tokens.cached += cached
-            series.tokens.generated += tokens
-            series.prompts.buckets[bisect_left(TOKENS, prompt)] += 1
-            series.prompts.sum += prompt
-            series.answers.buckets[bisect_left(TOKENS, tokens)] += 1
-            series.answers.sum += tokens
+            of_worker = series.tokens
+            if of_worker is None:
+                of_worker = series.begin_tokens(self._tokens, self._sizes)
+            of_worker.prompts += prompt
+            of_worker.cached += cached
+            of_worker.generated += tokens
+            histogram = series.prompts
+            histogram.buckets[bisect_left(TOKENS, prompt)] += 1
+            histogram.sum += prompt
+            histogram = series.answers
+            histogram.buckets[bisect_left(TOKENS, tokens)] += 1
+            histogram.sum += tokens
         # How long it took
-        waited = _waited(record.steps, duration) if record.steps else 0.0
-        if record.attempts or record.steps:
-            if series.queued is None:
-                series.queued = self._queued[series.model, series.worker]
-            bucket = bisect_left(WAITS, waited)
-            series.queued.buckets[bucket] += 1
-            series.queued.sum += waited
-            if trace is not None and trace.sampled:
-                series.queued.exemplify(bucket, trace.trace_id, waited)
+        attempts = record.attempts
+        if attempts or record.steps:
+            histogram = series.queued
+            if histogram is None:
+                histogram = self._queued[series.model, series.worker]
+                series.queued = histogram
+            bucket, waited = 0, 0.0
+            if record.steps:
+                waited = _waited(record.steps, duration)
+                bucket = bisect_left(WAITS, waited)
+                histogram.sum += waited
+            histogram.buckets[bucket] += 1
+            if trace is not None:
+                histogram.exemplify(bucket, trace.trace_id, waited)
         lease = record.lease
-        if lease is not None and lease.tokens and record.first_byte is not None:
-            if series.first_token is None:
-                series.first_token = self._first_token[series.model, series.worker]
+        if lease is not None and (number := lease.tokens) and first is not None:
+            histogram = series.first_token
+            if histogram is None:
+                histogram = self._first_token[series.model, series.worker]
+                series.first_token = histogram
                 series.per_token = self._per_token[series.model, series.worker]
-            first = record.first_byte
             bucket = bisect_left(FIRST_TOKENS, first)
-            series.first_token.buckets[bucket] += 1
-            series.first_token.sum += first
-            if trace is not None and trace.sampled:
-                series.first_token.exemplify(bucket, trace.trace_id, first)
-            if lease.tokens > 1:
-                each = lease.seconds / (lease.tokens - 1)
+            histogram.buckets[bucket] += 1
+            histogram.sum += first
+            if trace is not None:
+                histogram.exemplify(bucket, trace.trace_id, first)
+            if number > 1:
+                each = lease.seconds / (number - 1)
                 bucket = bisect_left(EACH_TOKEN, each)
-                series.per_token.buckets[bucket] += 1
-                series.per_token.sum += each
-                if trace is not None and trace.sampled:
-                    series.per_token.exemplify(bucket, trace.trace_id, each)
+                histogram = series.per_token
+                histogram.buckets[bucket] += 1
+                histogram.sum += each
+                if trace is not None:
+                    histogram.exemplify(bucket, trace.trace_id, each)
         # What went wrong
-        if record.attempts > 1:
-            self._retries[series.model,].value += record.attempts - 1
+        if attempts > 1:
+            self._retries[series.model,].value += attempts - 1
         if record.rescued:
             self._rescues[series.model, str(outcome or "")].value += record.rescued
         if record.fell_back:
@@ -643,11 +663,14 @@ class _Series:
     def __repr__(self) -> str:
         return f"<Series {self.requests.value}>"
 
-    def begin_tokens(self, tokens: _Table[_Tokens], sizes: _Table[Histogram]) -> None:
-        """Find the counts for tokens."""
-        self.tokens = tokens[self.model, self.worker]
+    def begin_tokens(
+        self, tokens: _Table[_Tokens], sizes: _Table[Histogram]
+    ) -> _Tokens:
+        """Find the counts of tokens."""
         self.prompts = sizes[self.model, "input"]
         self.answers = sizes[self.model, "output"]
+        self.tokens = found = tokens[self.model, self.worker]
+        return found
 
 
 def _waited(steps: tuple[Step, ...], duration: float) -> float:

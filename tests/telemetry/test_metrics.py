@@ -27,18 +27,27 @@ from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Outcome, Record, Step
-from gollama_proxy.telemetry.exposition import Family, pieces
+from gollama_proxy.telemetry.exposition import (
+    OPEN_METRICS,
+    TEXT,
+    Family,
+    pieces,
+    prefers_open_metrics,
+)
 from gollama_proxy.telemetry.metrics import (
     CACHED,
     DURATION,
     FALLBACKS,
     FIRST_BYTE,
+    FIRST_TOKEN,
     LAG,
     LIMITED,
     METRICS,
     OUTCOMES,
+    PER_TOKEN,
     PROMPTS,
     QUEUED,
+    READS,
     RELAYED,
     REQUESTS,
     RESCUES,
@@ -49,6 +58,7 @@ from gollama_proxy.telemetry.metrics import (
     USED_PROMPTS,
     USED_REQUESTS,
     USED_SLOTS,
+    WRITES,
     ClientMetrics,
     FleetMetrics,
     Names,
@@ -58,7 +68,7 @@ from gollama_proxy.telemetry.metrics import (
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.headers import TraceContext
-from tests.fakes.asks import CHAT
+from tests.fakes.asks import CHAT, EMBED
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.page import names_of, parse, scrape, scraped_until, value, values_of
@@ -583,6 +593,120 @@ def test_connections_are_shown_with_the_refused_ones_by_reason() -> None:
     assert value(samples, refused, reason="address") == 0
     text = "<ClientMetrics of <ConnectionLimiter open=1 of 1>>"
     assert repr(ClientMetrics(clients)) == text
+
+
+async def test_the_speed_of_a_worker_and_its_connections_are_shown() -> None:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
+        worker.default(*stream_of(20))
+        for _ in range(2):
+            wire = await hub.open(CHAT, {"messages": [], "stream": True})
+            await wire.read_events()
+        await hub.post(EMBED, {"input": "hello"})
+        await hub.post(EMBED, {"input": "hello"})
+        samples = await scrape(hub)
+        where = {"model": "qwen", "worker": worker.name}
+        for metric in (READS, WRITES):
+            speed = value(samples, metric.name, **where)
+            assert speed is not None
+            assert speed > 0
+        at = {"worker": worker.name}
+        opened = value(samples, "gollama_worker_connections_opened_total", **at)
+        reused = value(samples, "gollama_worker_connections_reused_total", **at)
+        assert opened is not None
+        assert reused is not None
+        assert opened + reused == 4
+        pool = "gollama_worker_connections"
+        assert value(samples, pool, state="in_use", **at) == 0
+
+
+async def test_connections_in_use_are_counted_until_they_are_given_back() -> None:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
+        worker.script(*stream_of(2, "never"))
+        worker.script(close())
+        at = {"worker": worker.name, "state": "in_use"}
+        wire = await hub.open(CHAT, {"messages": [], "stream": True})
+        assert await wire.read_event()
+        samples = await scrape(hub)
+        assert value(samples, "gollama_worker_connections", **at) == 1
+        wire.close()
+        await hub.post(CHAT, {"messages": []})  # an attempt that fails
+        await scraped_until(
+            hub, lambda s: value(s, "gollama_worker_connections", **at) == 0
+        )
+
+
+async def test_what_generates_nothing_has_no_first_token() -> None:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
+        count = "/v1/messages/count_tokens"
+        for path, body in (
+            (EMBED, {"input": "hello"}),
+            (count, {"messages": []}),
+            ("/tokenize", {"content": "hello"}),
+        ):
+            assert (await hub.post(path, body)).status == 200
+        samples = await scrape(hub)
+        assert FIRST_TOKEN.name + "_count" not in names_of(samples)
+        assert PER_TOKEN.name + "_count" not in names_of(samples)
+        assert values_of(samples, "route") >= {EMBED, count, "/tokenize"}
+
+
+async def test_an_answer_in_one_piece_is_timed_by_the_tokens_of_its_worker() -> None:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
+        worker.script(*stream_of(3))
+        assert (await hub.post(CHAT, {"messages": []})).status == 200
+        samples = await scrape(hub)
+        where = {"model": "qwen", "worker": worker.name}
+        assert value(samples, f"{FIRST_TOKEN.name}_count", **where) == 1
+        assert value(samples, f"{PER_TOKEN.name}_count", **where) == 1
+
+
+async def test_a_limit_is_counted_for_its_subject() -> None:
+    async with ScriptedWorker("qwen") as worker, running_hub(worker) as hub:
+        bearer = hub.token(sub="alice", rpm=1)
+        statuses = [
+            (await hub.post(EMBED, {"input": "hello"}, bearer)).status for _ in range(3)
+        ]
+        assert statuses == [200, 429, 429]
+        samples = await scrape(hub)
+        limited = {"subject": "alice", "reason": "rate_limit_exceeded"}
+        assert value(samples, LIMITED.name, **limited) == 2
+        used = {"subject": "alice", "model": "qwen"}
+        assert value(samples, USED_REQUESTS.name, **used) == 1
+
+
+async def test_a_scraper_gets_the_format_that_it_prefers() -> None:
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        modern = "application/openmetrics-text;version=1.0.0;q=0.6"
+        accept = f"{modern},text/plain;q=0.4,*/*;q=0.2"
+        response = await hub.get("/metrics", headers=[("Accept", accept)])
+        assert response.body.endswith(b"# EOF\n")
+        assert response.header("Content-Type") == OPEN_METRICS
+        assert modern_families(response.body)
+        response = await hub.get("/metrics")
+        assert response.header("Content-Type") == TEXT
+        assert b"# EOF" not in response.body
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("", False),
+        ("*/*", False),
+        ("text/plain", False),
+        ("application/openmetrics-text", True),
+        ("application/openmetrics-text; version=1.0.0", True),
+        ("application/openmetrics-text;q=0.5,text/plain;q=0.4", True),
+        ("application/openmetrics-text;q=0.4,text/plain;q=0.5", False),
+        ("text/plain;version=0.0.4,application/openmetrics-text;q=0.9", False),
+        ("application/openmetrics-text;q=0", False),
+        ("Application/OpenMetrics-Text ; Q=0.2", True),
+        ("application/openmetrics-text;q=nonsense", True),
+    ],
+)
+def test_open_metrics_is_sent_where_it_is_preferred(
+    accept: str, expected: bool
+) -> None:
+    assert prefers_open_metrics(accept) is expected
 
 
 async def test_running_requests_are_in_flight() -> None:
