@@ -172,7 +172,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     serve.epilog = "\n".join(_describe_settings())
     text = "print a new secret for signing tokens; an output file gets mode 0600"
     command("secret", _secret, text)
-    token = command("token", _token, "print a token for a client")
+    text = "print a token for a client; an output file gets mode 0600"
+    token = command("token", _token, text)
     offline.add_flags(token)
     command("check", _check, "validate the settings and probe every worker")
     demo = command("demo", _demo, "run the hub in front of two small llama-servers")

@@ -138,6 +138,7 @@ def print_token(args: argparse.Namespace, load: Callable[[], Config]) -> int:
     note(f"to revoke it: jti:{token_id}")
     if auth.mode == "off":
         note("auth.mode is off: the hub asks for no token")
+    _make_private(sys.stdout)
     print(token)
     return 0
 

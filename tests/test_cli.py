@@ -590,6 +590,20 @@ def test_a_secret_file_is_readable_by_its_owner_only(
 # --- token ------------------------------------------------------------------------
 
 
+def test_a_file_with_a_token_is_readable_by_its_owner_only(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    """As an agent demands of `--token-file`."""
+    file = tmp_path / "worker.token"
+    with file.open("w") as opened:
+        file.chmod(0o644)
+        command = [sys.executable, "-m", "gollama_proxy", "token", "--sub", "a"]
+        subprocess.run(
+            command, stdout=opened, env=environ, timeout=DEADLINE, check=True
+        )
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
 def minted(capsys: Output) -> str:
     captured = capsys.readouterr()
     told = re.fullmatch(
