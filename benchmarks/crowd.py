@@ -17,7 +17,7 @@ END_WITHIN = 60.0
 
 
 class Call(Protocol):
-    """One request of a client, as far as a crowd needs it."""
+    """One request of a client, as far as many clients at once need it."""
 
     ended: asyncio.Future[None]
 
@@ -122,7 +122,7 @@ class Visit(StreamClient):
 def visiting(job: Job, habit: Habit) -> Come[Visit]:
     """Return a loop in which a client repeats the job's request.
 
-    Each is a conversation of its own: the hub would send the same one again to the
+    Each is a separate conversation: the hub would send the same one again to the
     worker that had it before, and to no other one.
     """
 

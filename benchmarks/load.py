@@ -1,4 +1,4 @@
-"""The clients of a measurement, in a process of their own.
+"""The clients of a measurement, in a separate process.
 
 The first line on standard input is the job, as JSON (see `Job`).  Events are written to
 standard output, one JSON object per line:

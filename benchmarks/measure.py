@@ -251,7 +251,7 @@ class Load:
 
     async def _send(self, line: str) -> None:
         assert self._child.process.stdin
-        # If the clients are gone, `expect` notices it and reports why.
+        # If the clients have ended, `expect` notices it and reports why.
         with contextlib.suppress(ConnectionError, RuntimeError):
             self._child.process.stdin.write(line.encode() + b"\n")
             await self._child.process.stdin.drain()

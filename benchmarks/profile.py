@@ -110,7 +110,7 @@ async def profile(
 
 
 def table(stats: pstats.Stats, requests: int, lines: int) -> str:
-    """List the functions with the most time of their own, per request."""
+    """List the functions that take the most time themselves, per request."""
     # Of each function: primitive calls, calls, own time, cumulative time, callers.
     rows = [
         (own / requests * 1e6, calls / requests, _name(*place))

@@ -248,7 +248,7 @@ class Nginx(Proxy):
         """Return the path of the program.
 
         Raises:
-            BenchmarkError: it is not installed; the text says how to install it.
+            BenchmarkError: it is not installed; the text describes how to install it.
         """
         path = cls.find()
         if path is None:

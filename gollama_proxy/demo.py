@@ -63,7 +63,7 @@ async def run(
     ports = llama.find_free_ports(SERVERS)
     config = _load_signing(load, [f"http://127.0.0.1:{port}" for port in ports])
     async with _start_servers(binary, weights, ports) as servers:
-        _say(f"loading {weights.name}")
+        _print_step(f"loading {weights.name}")
         if not await _wait_until_loaded(config, servers, signals.asked):
             return 0
         return await front(signals, config, _announce(config, llama.name(weights)))
@@ -98,7 +98,7 @@ async def _start_servers(
     try:
         for port in ports:
             server = await llama.start(binary, weights, port, folder)
-            _say(f"started llama-server {server.process.pid} on port {port}")
+            _print_step(f"started llama-server {server.process.pid} on port {port}")
             servers.append(server)
         yield servers
     except ChildError:
@@ -181,5 +181,5 @@ def _mint(config: Config, subject: str, scopes: Sequence[str] = ()) -> str:
     )
 
 
-def _say(text: str) -> None:
+def _print_step(text: str) -> None:
     print(f"gollama-proxy: {text}", file=sys.stderr, flush=True)

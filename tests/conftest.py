@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from tests.fakes.authority import Authority
 from tests.real.llama import LlamaServer
 
-# A settings file that lies about is no part of any test.
+# A settings file of this machine is no part of any test.
 os.environ["GOLLAMA_CONFIG"] = os.devnull
 # And no hub of a test keeps anything, unless the test names a folder.
 os.environ["GOLLAMA_STATE_DIR"] = ""

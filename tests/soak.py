@@ -2,7 +2,7 @@
 
     make soak          python -m tests.soak --requests 20000 --seed 1
 
-The hub runs in a process of its own.  Its files, its requests in flight and its memory
+The hub runs in a separate process.  Its files, its requests in flight and its memory
 are looked at while it works and when all is over.  The status is 1 where something is
 left, or where an answer was not what it claimed to be.
 """
@@ -132,7 +132,7 @@ class Soak:
             worker.requests.clear()
 
     async def _recovered(self) -> int:
-        """Wait until every breaker is closed; tell how many workers are used again."""
+        """Wait until every breaker is closed; return how many workers are in use."""
         up = 0.0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DEADLINE):
@@ -171,7 +171,7 @@ class Soak:
         )
 
     def violations(self) -> list[str]:
-        """Say what is not as it should be."""
+        """List what is not as it should be."""
         found = [*self.crowd.flaws, *self._hub.complaints]
         before, after = self.files
         if after > before:
@@ -180,7 +180,7 @@ class Soak:
             found.append(f"{self.in_flight:g} requests are still in flight")
         if self.up < len(self._workers):
             found.append(f"only {self.up} workers are in use again")
-        # Who sent a request and was gone in the same moment may not have been seen.
+        # A client that sent a request and closed at once may not have been seen.
         if not 0 <= self.uncounted <= self.crowd.outcomes["left"]:
             found.append(f"{self.uncounted:g} requests are in no outcome")
         grown = self.quarters[-1] - self.quarters[-2]

@@ -81,7 +81,7 @@ async def test_the_end_is_asked_for_first(start: Start) -> None:
     await until(lambda: "set" in child.log.read_text())
     await child.end()
     assert child.process.returncode == 7
-    await child.end()  # once more, for who does not know
+    await child.end()  # once more, for readers who do not know
 
 
 def ended(reader: int) -> bool:
@@ -133,9 +133,9 @@ async def test_ctrl_c_on_the_terminal_does_not_reach_it(start: Start) -> None:
     assert os.getpgid(child.process.pid) != os.getpgid(0)
 
 
-def test_the_tether_starts_nothing_for_a_parent_that_is_gone() -> None:
+def test_the_tether_starts_nothing_for_a_parent_that_has_ended() -> None:
     command = [sys.executable, "-I", "-S", "-c", children._TETHER]
     for parent, output in ((os.getpid(), "hello\n"), (1, "")):
-        told = [*command, str(parent), "/bin/echo", "hello"]
-        done = subprocess.run(told, capture_output=True, text=True, check=True)
+        reported = [*command, str(parent), "/bin/echo", "hello"]
+        done = subprocess.run(reported, capture_output=True, text=True, check=True)
         assert (done.stdout, done.stderr) == (output, "")

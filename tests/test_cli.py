@@ -1,4 +1,4 @@
-"""The command line: what it says, what it returns, how it ends."""
+"""The command line: what it prints, what it returns, how it ends."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Output = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Keep the settings of whoever runs the tests out of them."""
+    """Keep the settings of the person who runs the tests out of them."""
     clean = bare()
     clean["GOLLAMA_JWT_SECRET"] = SECRET
     monkeypatch.setattr(os, "environ", clean)
@@ -73,7 +73,7 @@ async def until_ready(port: int) -> None:
 
 
 def one_line(capsys: Output) -> str:
-    """Return what a command that ended with status 2 said."""
+    """Return what a command that ended with status 2 printed."""
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("gollama-proxy: ")
@@ -417,8 +417,8 @@ def test_listening_on_the_network_without_tls_gives_one_warning(
         environ["GOLLAMA_SERVER_TLS_KEY"] = pair.key
     environ |= settings
     assert main(["serve"]) == 0
-    told = [text for text in caplog.messages if "without TLS" in text]
-    assert len(told) == warned
+    reported = [text for text in caplog.messages if "without TLS" in text]
+    assert len(reported) == warned
 
 
 async def test_sighup_logs_what_was_reloaded(
@@ -606,15 +606,15 @@ def test_a_file_with_a_token_is_readable_by_its_owner_only(
 
 def minted(capsys: Output) -> str:
     captured = capsys.readouterr()
-    told = re.fullmatch(
+    reported = re.fullmatch(
         r"note: settings are from \S+\nnote: to revoke it: jti:([0-9a-f]{16})\n",
         captured.err,
     )
-    assert told
+    assert reported
     assert re.fullmatch(r"[\w.-]+\n", captured.out)
     token = captured.out.strip()
     claims = jwt.decode(token, options={"verify_signature": False})
-    assert claims["jti"] == told[1]
+    assert claims["jti"] == reported[1]
     return token
 
 
@@ -682,8 +682,8 @@ def test_a_wrong_limit(flag: str, text: str, capsys: Output) -> None:
 @pytest.mark.parametrize("text", ["urgent", "BATCH", ""])
 def test_a_wrong_priority(text: str, capsys: Output) -> None:
     assert main(["token", "--sub", "a", f"--priority={text}"]) == 2
-    said = one_line(capsys)
-    assert f"--priority = {text!r}: must be one of interactive, batch" in said
+    printed = one_line(capsys)
+    assert f"--priority = {text!r}: must be one of interactive, batch" in printed
 
 
 @pytest.mark.parametrize(
@@ -702,8 +702,8 @@ def test_a_lifetime(
 ) -> None:
     if text == "3650d":
         assert main(["token", "--sub", "a", "--expires", text]) == 2
-        said = one_line(capsys)
-        assert "--expires = '3650d': must be 31622400s (auth.max_lifetime)" in said
+        printed = one_line(capsys)
+        assert "--expires = '3650d': must be 31622400s (auth.max_lifetime)" in printed
         environ["GOLLAMA_AUTH_MAX_LIFETIME"] = "0"
     assert main(["token", "--sub", "a", "--expires", text]) == 0
     claims = jwt.decode(minted(capsys), SECRET, ["HS256"])
@@ -715,8 +715,10 @@ def test_a_lifetime(
 )
 def test_a_wrong_lifetime(text: str, capsys: Output) -> None:
     assert main(["token", "--sub", "a", f"--expires={text}"]) == 2
-    said = one_line(capsys)
-    assert f"--expires = {text!r}: must be a time such as 45s, 90m, 12h or 30d" in said
+    printed = one_line(capsys)
+    assert (
+        f"--expires = {text!r}: must be a time such as 45s, 90m, 12h or 30d" in printed
+    )
 
 
 @pytest.mark.parametrize("previous", [False, True])
@@ -811,10 +813,10 @@ def test_a_wrong_private_key(
     assert "bad': every user can use it (mode 0644)" in one_line(capsys)
     (tmp_path / "bad").chmod(0o600)
     assert main([*argv, "--private-key", str(tmp_path / "bad")]) == 2
-    said = one_line(capsys)
-    assert "bad': " in said
-    assert "ES256" in said
-    assert "secret words" not in said
+    printed = one_line(capsys)
+    assert "bad': " in printed
+    assert "ES256" in printed
+    assert "secret words" not in printed
 
 
 def test_a_private_key_that_is_not_the_hubs(
@@ -829,9 +831,9 @@ def test_a_private_key_that_is_not_the_hubs(
     environ["GOLLAMA_AUTH_ALGORITHM"] = "EdDSA"
     environ["GOLLAMA_AUTH_PUBLIC_KEY_FILE"] = str(public)
     assert main(["token", "--sub", "a", "--private-key", str(private)]) == 2
-    said = one_line(capsys)
-    assert "private.pem': the hub would refuse such a token: " in said
-    assert "ignature" in said
+    printed = one_line(capsys)
+    assert "private.pem': the hub would refuse such a token: " in printed
+    assert "ignature" in printed
 
 
 @pytest.mark.parametrize(
@@ -858,7 +860,7 @@ def test_a_token_that_the_hub_would_refuse_is_not_made(
 def test_a_token_needs_nothing_of_the_workers(
     environ: dict[str, str], tmp_path: Path, capsys: Output
 ) -> None:
-    """Whoever makes tokens may have no access to their keys, nor to the hub's."""
+    """A user who makes tokens may have no access to the keys of TLS."""
     file = tmp_path / "gollama.toml"
     file.write_text(
         "[server]\ntls_certificate = '/nowhere'\n"
@@ -888,7 +890,7 @@ def test_a_token_for_a_hub_without_authentication_gives_a_warning(
 def places(
     tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Path]:
-    """Settings files that tell themselves apart by the issuer of a token."""
+    """Settings files that differ in the issuer of a token."""
     del environ["GOLLAMA_CONFIG"]
     here = tmp_path / "here"
     here.mkdir()
@@ -981,8 +983,8 @@ def findings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Finding]:
 
 
 def found(*models: str, note: str = "") -> Finding:
-    told = Description(tuple(Model(name) for name in models), 4, 2048, "b10068")
-    return Finding(Check.OK, "ok", told, note)
+    reported = Description(tuple(Model(name) for name in models), 4, 2048, "b10068")
+    return Finding(Check.OK, "ok", reported, note)
 
 
 def test_check_without_workers(environ: dict[str, str], capsys: Output) -> None:
@@ -1047,7 +1049,7 @@ def test_check_shows_the_effective_settings(
 
 
 @pytest.mark.parametrize(
-    ("models", "told"),
+    ("models", "reported"),
     [
         ("aliases = { gpt = 'nobody' }", "models.aliases: 'gpt': no worker serves"),
         ("fallbacks = { qwen = ['nobody'] }", "models.fallbacks: 'qwen': no worker"),
@@ -1057,7 +1059,7 @@ def test_check_shows_the_effective_settings(
 )
 def test_check_reports_names_that_no_worker_serves(
     models: str,
-    told: str,
+    reported: str,
     findings: dict[str, Finding],
     tmp_path: Path,
     capsys: Output,
@@ -1067,7 +1069,7 @@ def test_check_reports_names_that_no_worker_serves(
     findings["a:80"] = found("qwen")
     assert main(["check", "-c", str(file)]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(told)
+    assert last.startswith(reported)
     assert "'nobody'" in last
     findings["a:80"] = found("qwen", "nobody")
     assert main(["check", "-c", str(file)]) == 0

@@ -156,7 +156,7 @@ async def test_a_demo_that_is_killed_takes_its_servers_along(
         assert claims["exp"] - claims["iat"] == 30 * 86_400
         assert " running 0 " in await watch_as_printed(it.output)
 
-        # One beside it collides in nothing but the port that it was told to take.
+        # Another one beside it conflicts in nothing but the port that it was given.
         port = ("--port", match[1])
         async with Program.running(*arguments, *port, environ=environ) as other:
             assert await other.ended() == 2

@@ -1,4 +1,4 @@
-"""The examples work unchanged, and do what their texts say."""
+"""The examples work unchanged, and do what their texts describe."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_locust_measures_from_the_request_to_the_last_token(
         answer.feed(piece, when)
     assert answer.problem() == ""
     assert answer.size == sum(map(len, WHOLE))
-    # The first event has no text; the usage says that the three others were 5 tokens.
+    # The first event has no text; the usage shows that the three others were 5 tokens.
     assert dict(answer.metrics(10.0)) == pytest.approx(
         {"TTFT": 250.0, "GAP": 750.0, "tok/s": 4 / 1.0}
     )
@@ -290,7 +290,7 @@ def chat(locustfile: ModuleType, reply: Reply) -> list[dict[str, Any]]:
     return fired
 
 
-def test_locust_reports_rows_of_its_own_for_a_whole_answer(
+def test_locust_reports_separate_rows_for_a_whole_answer(
     locustfile: ModuleType,
 ) -> None:
     reply = Reply(200, list(WHOLE))
@@ -574,8 +574,8 @@ def test_chaos_counts_to_a_table(report: ModuleType) -> None:
 
 
 def test_chaos_shows_where_a_text_is_another_one(report: ModuleType) -> None:
-    told = report.difference("a red fox", "a red hen")
-    assert told == "another text from character 6: 'hen' instead of 'fox'"
+    reported = report.difference("a red fox", "a red hen")
+    assert reported == "another text from character 6: 'hen' instead of 'fox'"
 
 
 # --- chat.html --------------------------------------------------------------------
@@ -673,9 +673,9 @@ def test_unit_gives_no_privileges(unit: dict[str, dict[str, list[str]]]) -> None
 
 def test_readme_describes_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text("utf-8")
-    told = set(re.findall(r"\]\(([^)]+)\)", text))
+    reported = set(re.findall(r"\]\(([^)]+)\)", text))
     files = {p.name for p in EXAMPLES.iterdir() if p.is_file()} - {"README.md"}
-    assert told == files
+    assert reported == files
 
 
 def test_readme_names_only_settings_that_exist() -> None:

@@ -195,7 +195,7 @@ async def test_no_new_client_is_accepted_during_a_drain() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /livez HT"])
-async def test_a_connection_without_a_request_is_hung_up(sent: bytes) -> None:
+async def test_a_connection_without_a_request_is_closed(sent: bytes) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         wire = await hub.wire()
         await wire.get("/livez")

@@ -67,6 +67,6 @@ async def test_the_context_is_for_each_slot(
         assert await child.process.wait() == 0
     finally:
         child.signal(signal.SIGKILL)
-    told = child.log.read_text()
-    assert f"--model {weights} --alias tiny --host 127.0.0.1 --port 8080 " in told
-    assert " -np 3 -c 1500 " in told
+    reported = child.log.read_text()
+    assert f"--model {weights} --alias tiny --host 127.0.0.1 --port 8080 " in reported
+    assert " -np 3 -c 1500 " in reported

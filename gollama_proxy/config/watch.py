@@ -214,7 +214,7 @@ class Files(Watcher):
         self._used.pop(worker, None)
 
     async def drop_unused(self) -> None:
-        """Forget the certificates of workers that are gone."""
+        """Forget the certificates of workers that were removed."""
         used = self._used.values()
         for files, credentials in list(self._credentials.items()):
             if credentials not in used:

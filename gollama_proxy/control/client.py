@@ -121,7 +121,7 @@ class AdminClient:
         return CallError(message, 2 if status in (400, 413, 415) else 1)
 
 
-# --- Where the hub is, and who calls ----------------------------------------------
+# --- Address and token ------------------------------------------------------------
 
 
 class Access(NamedTuple):

@@ -133,7 +133,7 @@ class Server(web.Server):
 
 
 class Request(web.BaseRequest):
-    """A request as aiohttp makes it, with what every request needs at hand.
+    """A request as aiohttp makes it, with what every request needs.
 
     In aiohttp each of these is a property, which costs a call whenever it is read.
     """

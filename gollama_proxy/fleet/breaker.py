@@ -266,7 +266,7 @@ class Breaker:
         """Record that the worker is back, and may be another server by now.
 
         That proves nothing, so an open breaker stays open until the proofs, which can
-        begin at once.  A closed one forgets the past, and its share rises gradually.
+        begin at once.  A closed one counts from zero, and its share rises gradually.
         """
         now = self._clock()
         if self.closed:

@@ -9,7 +9,7 @@ Once a second, the watchdog looks at whether answers make progress, and whether 
 workers recover.  One task serves all running answers (`Proxy.check`), so that no timer
 is armed for a token.  The same round sends the canaries: one-token generations, which
 are all that a worker gets while its breaker is half-open.  A good `/health` proves
-nothing there: the process can be well and its GPU gone.
+nothing there: the process can be well and its GPU lost.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Pool:
         self._unloaded = False  # some worker would have to load the model
         self._contexts: tuple[int, ...] | None = None  # those that are known, sorted
 
-    # --- Who can take a request ---------------------------------------------------
+    # --- Workers that can take a request ------------------------------------------
 
     @property
     def able(self) -> list[Worker]:

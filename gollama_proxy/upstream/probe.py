@@ -198,7 +198,7 @@ async def prove(target: Target, model: str, limit: float) -> bool | None:
 COUNT_LIMIT = 2.0
 MAX_COUNT = 16 << 20  # bytes: the tokens of the largest prompt that can be sent twice
 
-# Routes with a counting route of their own.
+# Routes that have a route for counting.
 _COUNTED_BY = {
     "/v1/messages": "/v1/messages/count_tokens",
     "/v1/responses": "/v1/responses/input_tokens",
@@ -524,7 +524,7 @@ def magic_packet(mac: str) -> bytes:
 def send_magic(mac: str, places: Iterable[str]) -> None:
     """Send the packet to each of these broadcast addresses, which may have a port.
 
-    A machine that sleeps has no address of its own.
+    A machine that sleeps has no address.
 
     Raises:
         OSError: none of them can be reached.

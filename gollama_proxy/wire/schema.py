@@ -325,7 +325,7 @@ class NativeEvent(Private):
     error: EventError | None = None
 
 
-# --- Answers in one piece, and what any event says about its own ------------------
+# --- Answers in one piece, and what any event reports of its answer ----------------
 
 
 class Named(Private):

@@ -32,7 +32,10 @@ from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 from tests.real.llama import LlamaServer
 
-SYSTEM = {"role": "system", "content": "You are what everybody's system prompt says."}
+SYSTEM = {
+    "role": "system",
+    "content": "You are what the system prompt of all users describes.",
+}
 
 
 def turn(name: str, number: int, **fields: Any) -> dict[str, Any]:
@@ -231,7 +234,7 @@ async def test_a_turn_waits_for_its_worker_while_others_use_the_free_one() -> No
 
 
 async def test_a_request_that_has_waited_long_enough_goes_elsewhere() -> None:
-    """The watchdog checks again; no request has come or gone in the meantime."""
+    """The watchdog checks again; no request has begun or ended in the meantime."""
     async with occupied(clock=Clock(), timeouts__allowance=300) as (_, other, hub, _b):
         asking = asyncio.create_task(hub.post(CHAT, turn("x", 2)), name="fake client x")
         await until(held_up(hub.hub.queue))
@@ -264,8 +267,8 @@ async def test_the_wait_for_a_warm_worker_does_not_grow_with_the_queues_timeout(
     loaded = config.load(None, environ, {}, ["http://127.0.0.1:1"])
     registry = Registry(loaded, Clock())
     balancer = Recorded(registry, loaded, Clock())
-    told = Description((Model("tiny"),), slots=1)
-    registry.workers[0].observe(Check.OK, "ok", told)
+    reported = Description((Model("tiny"),), slots=1)
+    registry.workers[0].observe(Check.OK, "ok", reported)
     queue = Queue(balancer, loaded.queue, Clock())
     attempts = plan(balancer, registry.pool("tiny"))
     attempts.ask = replace(attempts.ask, prefixes=(1,))  # a conversation

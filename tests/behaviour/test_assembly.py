@@ -39,8 +39,10 @@ from tests.real.test_workers import Start, busy_slots
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
 
 
-def delta(index: int = 0, **told: Any) -> bytes:
-    return event({"choices": [{"index": index, "delta": told, "finish_reason": None}]})
+def delta(index: int = 0, **reported: Any) -> bytes:
+    return event(
+        {"choices": [{"index": index, "delta": reported, "finish_reason": None}]}
+    )
 
 
 def end(index: int = 0) -> bytes:

@@ -60,9 +60,9 @@ async def hub_of_two_models(**settings: Any) -> AsyncIterator[RunningHub]:
 
 def check(response: Response, status: int, code: str, param: str | None = None) -> str:
     """Check that it is an error of the hub in the shape of its API; give its text."""
-    told = response.json()
-    anthropic = told.pop("type", None) == "error"  # see test_error_shapes.py
-    [(name, error)] = told.items()
+    reported = response.json()
+    anthropic = reported.pop("type", None) == "error"  # see test_error_shapes.py
+    [(name, error)] = reported.items()
     assert name == "error"
     assert error.keys() == {"message", "type", "param", "code"}
     assert (response.status, error["code"]) == (status, code), error

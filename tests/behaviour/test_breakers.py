@@ -402,8 +402,8 @@ async def test_what_a_breaker_does_shows_in_the_metrics_and_in_the_log(
         f"gollama_breaker_openings_total{{{cause},{machine},{where}}} 1.0",
     ):
         assert line in page
-    said = f"worker {worker.name}: breaker closed -> open (5 failures in a row)"
-    assert said in caplog.messages
+    expected = f"worker {worker.name}: breaker closed -> open (5 failures in a row)"
+    assert expected in caplog.messages
 
 
 # --- Without canaries -------------------------------------------------------------

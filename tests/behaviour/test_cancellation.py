@@ -195,7 +195,7 @@ async def test_a_client_that_leaves_cancels_its_request(
         [record] = hub.hub.registry.workers
         assert record.state is WorkerState.READY
         assert not record.in_doubt
-        assert len(worker.control) == pings, "nobody was suspected"
+        assert len(worker.control) == pings, "no worker was suspected"
         [line] = await logged(caplog)
         assert line["outcome"] == "client_gone", stage
         assert "error" not in line
@@ -313,7 +313,7 @@ async def test_a_client_that_disconnects_affects_no_other_client() -> None:
 async def test_a_client_that_disconnects_after_done_has_received_everything(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """SDKs hang up as soon as they have read [DONE]; the worker is to be credited."""
+    """SDKs close the connection after [DONE]; that is a success of the worker."""
     caplog.set_level("INFO", "gollama_proxy.access")
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         events = chunk(token("a")) + chunk(finish()) + chunk(done())

@@ -249,7 +249,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[Log]:
 
 
 WHOLE = {"model": "tiny", **CHATTED}
-# As no worker has said: four bytes each.
+# No worker has counted them: four bytes each.
 PROMPT_TOKENS = len(json.dumps(WHOLE)) // 4
 STREAMED = WHOLE | {"stream": True}
 
@@ -348,7 +348,7 @@ async def test_a_client_that_leaves_before_anything_is_generated_is_not_charged(
 async def test_an_answer_that_breaks_off_is_charged(log: Log) -> None:
     async with (
         ScriptedWorker() as worker,
-        # Nobody is to go on with it.
+        # No other worker may resume it.
         running_hub(worker, rescue__enabled=False, retry__attempts=1) as hub,
     ):
         worker.on(CHAT, *begun(role() + word("a")), reset())
@@ -413,8 +413,8 @@ async def test_what_another_worker_continues_is_not_charged_as_prompt(
     texts = ["Once", " upon", " a", " time", "."]
 
     def ends(already: int, new: int) -> tuple[bytes, ...]:
-        said = ["".join(texts[:already])] * bool(already)
-        first, *more = map(word, [*said, *texts[already : already + new]])
+        written = ["".join(texts[:already])] * bool(already)
+        first, *more = map(word, [*written, *texts[already : already + new]])
         return role() + first, *more
 
     async with (

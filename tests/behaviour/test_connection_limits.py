@@ -135,7 +135,7 @@ async def test_a_hub_without_free_file_descriptors_keeps_serving() -> None:
             wire.close()
         await until(lambda: serves(hub))
         async with asyncio.timeout(DEADLINE):
-            while not await answers(hub):  # some in the backlog are hung up before
+            while not await answers(hub):  # some in the backlog are closed before
                 pass
 
 

@@ -94,10 +94,10 @@ async def test_a_request_whose_answer_has_not_begun_goes_to_another_worker() -> 
 
 async def test_an_answer_in_one_piece_goes_on_elsewhere() -> None:
     async with pool() as ([old, new], hub):
-        old.script(*partial(notify("said"), expect_eof()))
+        old.script(*partial(notify("begun"), expect_eof()))
         new.script(*continued())
         asked = asyncio.create_task(hub.post(CHAT, {"model": "tiny", **WHOLE}))
-        await old.reached("said")
+        await old.reached("begun")
         take_out(hub, "drain", within=0)
         answer = await asked
         assert answer.status == 200
@@ -120,9 +120,9 @@ async def test_an_answer_may_end_before_the_deadline(way: str) -> None:
 
 async def test_a_pause_breaks_nothing_off() -> None:
     async with pool(server__drain=0) as ([old, new], hub):
-        old.script(*partial(notify("said"), wait("go"), *chat_stream([])[1:]))
+        old.script(*partial(notify("begun"), wait("go"), *chat_stream([])[1:]))
         async with await hub.open(CHAT, BODY) as wire:
-            await old.reached("said")
+            await old.reached("begun")
             hub.hub.registry.pause(first(hub).name)
             hub.hub.watchdog.round()
             new.script(*chat_stream([" b"]))
@@ -136,9 +136,9 @@ async def test_a_pause_breaks_nothing_off() -> None:
 
 async def test_without_another_worker_it_ends_honestly() -> None:
     async with pool(ScriptedWorker(), retry__patience=0) as ([only], hub):
-        only.script(*partial(notify("said"), expect_eof()))
+        only.script(*partial(notify("begun"), expect_eof()))
         async with await hub.open(CHAT, BODY) as wire:
-            await only.reached("said")
+            await only.reached("begun")
             take_out(hub, "remove", within=0)
             ending = await wire.read_to_end()
         assert broken_off(ending, "worker_connection_lost")
@@ -147,9 +147,9 @@ async def test_without_another_worker_it_ends_honestly() -> None:
 
 async def test_requests_that_wait_for_a_drained_worker_get_their_error() -> None:
     async with pool(ScriptedWorker(slots=1), queue__overcommit=0) as ([only], hub):
-        only.script(*partial(notify("said"), wait("go"), *chat_stream([])[1:]))
+        only.script(*partial(notify("begun"), wait("go"), *chat_stream([])[1:]))
         async with await hub.open(CHAT, BODY) as wire:
-            await only.reached("said")
+            await only.reached("begun")
             waiting = asyncio.create_task(hub.post(CHAT, STREAM))
             await until(lambda: hub.hub.queue.admission.waiting == 1)
             hub.hub.registry.drain(first(hub).name)

@@ -96,18 +96,18 @@ def last_event(raw: bytes) -> tuple[str, dict[str, Any]]:
     return name.decode().strip(), json.loads(data)
 
 
-def check_anthropic(told: dict[str, Any], kind: str) -> None:
-    assert told["type"] == "error"
-    assert told["error"]["type"] == kind
-    assert told["error"]["message"]
+def check_anthropic(reported: dict[str, Any], kind: str) -> None:
+    assert reported["type"] == "error"
+    assert reported["error"]["type"] == kind
+    assert reported["error"]["message"]
 
 
-def check_responses_event(told: dict[str, Any]) -> None:
-    assert told["type"] == "error"
-    assert told["message"]
-    assert isinstance(told["code"], str)
-    assert told["param"] is None
-    assert told["sequence_number"] == 7
+def check_responses_event(reported: dict[str, Any]) -> None:
+    assert reported["type"] == "error"
+    assert reported["message"]
+    assert isinstance(reported["code"], str)
+    assert reported["param"] is None
+    assert reported["sequence_number"] == 7
 
 
 # --- As a status ------------------------------------------------------------------
@@ -147,14 +147,14 @@ async def test_errors_of_the_hub_have_the_shape_of_the_api(path: str) -> None:
             await hub.post(path, BODY, headers=[("Content_Length", "3")]),
             await hub.post(path, b"x", headers=[("Expect", "wonders")]),
         ):
-            told = response.json()
-            seen[response.status] = told
+            reported = response.json()
+            seen[response.status] = reported
             if "messages" in path:
                 kind = kinds.get(response.status, "invalid_request_error")
-                check_anthropic(told, kind)
+                check_anthropic(reported, kind)
             else:
-                assert told.keys() == {"error"}
-                assert {"message", "type", "param", "code"} <= told["error"].keys()
+                assert reported.keys() == {"error"}
+                assert {"message", "type", "param", "code"} <= reported["error"].keys()
         await hub.hub.proxy.drain(limit=1)
         response = await hub.post(path, BODY)
         seen[response.status] = response.json()
@@ -237,13 +237,13 @@ async def broken(
 @pytest.mark.parametrize("path", BEGUN)
 async def test_a_truncated_answer_ends_with_an_error(path: str) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
-        name, told = await broken(hub, worker, path, kill())
+        name, reported = await broken(hub, worker, path, kill())
     assert name == "error"
     if path == MESSAGES:
-        check_anthropic(told, "api_error")
+        check_anthropic(reported, "api_error")
     else:
-        check_responses_event(told)
-        assert told["code"] == "worker_connection_lost"
+        check_responses_event(reported)
+        assert reported["code"] == "worker_connection_lost"
 
 
 def in_pieces(raw: bytes, size: int) -> Script:
@@ -256,14 +256,17 @@ def in_pieces(raw: bytes, size: int) -> Script:
 async def test_an_error_of_a_worker_in_mid_stream(path: str, size: int) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         rest = *in_pieces(THEIRS[path], size), send(last_chunk()), close()
-        name, told = await broken(hub, worker, path, *rest)
+        name, reported = await broken(hub, worker, path, *rest)
     assert name == "error"
     if path == MESSAGES:
-        check_anthropic(told, "api_error")
-        assert told["error"]["message"] == "out of memory"
+        check_anthropic(reported, "api_error")
+        assert reported["error"]["message"] == "out of memory"
     else:
-        check_responses_event(told)
-        assert (told["message"], told["code"]) == ("out of memory", "server_error")
+        check_responses_event(reported)
+        assert (reported["message"], reported["code"]) == (
+            "out of memory",
+            "server_error",
+        )
 
 
 @pytest.mark.parametrize("path", BEGUN)
@@ -327,10 +330,10 @@ async def test_anthropics_sdk_shows_the_reason() -> None:
         for rest in ((kill(),), (send(chunk(THEIRS[MESSAGES])), close())):
             worker.event("seen").clear()
             worker.script(*begun(MESSAGES, *rest))
-            with pytest.raises(anthropic.APIStatusError) as told:
+            with pytest.raises(anthropic.APIStatusError) as reported:
                 async for _ in await client.messages.create(**given, stream=True):
                     worker.event("seen").set()
-            assert told.value.body["error"]["type"] == "api_error"  # type: ignore[index]
+            assert reported.value.body["error"]["type"] == "api_error"  # type: ignore[index]
 
 
 async def test_openais_sdk_shows_the_reason() -> None:

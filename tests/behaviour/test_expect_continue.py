@@ -40,7 +40,7 @@ async def assert_refused(wire: Wire, status: int) -> None:
     assert b"100 Continue" not in await wire.read_eof()
 
 
-# --- Who is refused ---------------------------------------------------------------
+# --- Requests that are refused ----------------------------------------------------
 
 BAD_TOKENS = {
     "none": None,
@@ -131,7 +131,7 @@ async def test_a_refusal_does_not_depend_on_the_expectation() -> None:
         await assert_refused(wire, 401)
 
 
-# --- Who is let in ----------------------------------------------------------------
+# --- Requests that are admitted ---------------------------------------------------
 
 
 async def goes_on(hub: RunningHub, worker: ScriptedWorker, value: str) -> None:

@@ -1,8 +1,8 @@
 """A page in a browser may call the hub if its origin is listed, and no other page can.
 
-CORS as the Fetch standard has it, through a whole hub: the browser's question is
-answered before anybody asks for a token and without a worker; the answers that count
-say so on every status; tokens travel in a header, so cookies are never allowed.
+CORS as the Fetch standard has it, through a whole hub: the browser's preflight request
+is answered without a token or a worker, and the answers to its requests have the
+headers with every status.  Tokens travel in a header, so cookies are never allowed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def words(value: str) -> set[str]:
     return set(value.lower().split(", "))
 
 
-# --- Who is let in ----------------------------------------------------------------
+# --- Origins that are admitted ----------------------------------------------------
 
 
 async def test_only_listed_pages_are_allowed() -> None:
@@ -144,16 +144,16 @@ async def test_a_listed_page_may_ask_before_it_has_a_token(origin: str) -> None:
         for path in PATHS:
             answer = await preflight(hub, path, origin)
             assert (answer.status, answer.body) == (204, b"")
-            told = cors(answer)
-            assert told["access-control-allow-origin"] == origin
-            assert words(told["access-control-allow-methods"]) >= {"get", "post"}
-            allowed = words(told["access-control-allow-headers"])
+            reported = cors(answer)
+            assert reported["access-control-allow-origin"] == origin
+            assert words(reported["access-control-allow-methods"]) >= {"get", "post"}
+            allowed = words(reported["access-control-allow-headers"])
             # By name, as an asterisk does not stand for it (Fetch standard, 4.9).
             assert allowed >= {"authorization", "content-type", "*"}
-            assert 0 < int(told["access-control-max-age"]) <= 7_200  # Chrome's most
+            assert 0 < int(reported["access-control-max-age"]) <= 7_200  # Chrome's most
             assert answer.header("vary") == "Origin"
-            assert "access-control-allow-credentials" not in told
-            assert "access-control-allow-private-network" not in told
+            assert "access-control-allow-credentials" not in reported
+            assert "access-control-allow-private-network" not in reported
             assert answer.header("www-authenticate") is None
         assert worker.requests == []
         assert worker.connections == len(worker.control)
@@ -209,10 +209,10 @@ async def test_a_listed_page_reads_every_answer_and_its_headers() -> None:
             answers.append((await wire.read_to_end()).response)
     assert [a.status for a in answers] == [401, 400, 404, 200, 200, 429, 200]
     for answer in answers:
-        told = cors(answer)
-        assert told.pop("access-control-allow-origin") == PAGE
-        exposed = words(told.pop("access-control-expose-headers"))
-        assert told == {}, "and nothing of credentials"
+        reported = cors(answer)
+        assert reported.pop("access-control-allow-origin") == PAGE
+        exposed = words(reported.pop("access-control-expose-headers"))
+        assert reported == {}, "and nothing of credentials"
         assert answer.header("vary") == "Origin"
         assert "*" not in exposed
         ours = {

@@ -1,4 +1,4 @@
-"""The targets of `make fuzz`, without a fuzzer: their seeds, and seeds gone wrong."""
+"""The targets of `make fuzz`, without a fuzzer: their seeds, and damaged seeds."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ async def test_a_dangerous_request_id_is_not_returned() -> None:
 
 # --- From a worker to a client ----------------------------------------------------
 
-# What a worker has no say in, or what is of its hop.
+# What a worker does not decide, or what belongs to its hop.
 STRIPPED = [
     ("Server", "llama.cpp"),
     ("Set-Cookie", "a=b"),

@@ -207,7 +207,7 @@ async def test_a_worker_in_doubt_is_checked_more_often() -> None:
         await until_state(hub, WorkerState.DOWN)
 
 
-# --- Who talks is alive -----------------------------------------------------------
+# --- Answers prove that a worker is alive -----------------------------------------
 
 
 async def test_a_worker_that_emits_tokens_is_not_taken_out() -> None:
@@ -301,8 +301,8 @@ async def test_models_are_learnt_again_at_recovery() -> None:
             assert (await hub.post(CHAT, WHOLE | {"model": "newer"})).status == 200
             rows = (await hub.get("/v1/models")).json()["data"]
             assert [row["id"] for row in rows] == ["new", "newer"]
-            [told] = rows[0]["gollama"]["workers"]
-            assert (told["slots"], told["context"]) == (7, 128)
+            [reported] = rows[0]["gollama"]["workers"]
+            assert (reported["slots"], reported["context"]) == (7, 128)
 
 
 async def test_models_are_learnt_again_while_all_is_well() -> None:
@@ -381,10 +381,10 @@ async def test_an_error_in_a_ping_does_not_stop_health_checks(
     async with ScriptedWorker() as worker, running_hub(worker, **QUICK) as hub:
         broken.set()
 
-        def told() -> int:
+        def reported() -> int:
             return sum("it runs again" in r.getMessage() for r in caplog.records)
 
-        await until(lambda: told() >= 3, "told three times")
+        await until(lambda: reported() >= 3, "reported three times")
         assert (await hub.post(CHAT, WHOLE)).status == 200
         assert await status(hub) == 200
         broken.clear()

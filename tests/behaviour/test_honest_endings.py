@@ -135,7 +135,7 @@ FAULTS = {
 async def test_a_worker_that_fails_before_its_answer_is_an_error_with_a_status(
     script: Script, status: int, code: str, payload: dict[str, Any]
 ) -> None:
-    """Nothing of it has gone out yet, so the client gets plain JSON; never a 200."""
+    """Nothing of it has been sent yet, so the client gets plain JSON; never a 200."""
     async with (
         ScriptedWorker() as worker,
         running_hub(
@@ -641,7 +641,7 @@ async def test_a_truncated_error_counts_as_a_lost_connection(end: Step) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "status"),
+    ("reported", "status"),
     [
         (400, 400),
         (500, 500),
@@ -653,10 +653,10 @@ async def test_a_truncated_error_counts_as_a_lost_connection(end: Step) -> None:
     ],
 )
 async def test_a_stream_that_begins_with_an_error_is_an_error(
-    told: int | str | None, status: int
+    reported: int | str | None, status: int
 ) -> None:
     """With the status that it should have had, not 200 and an event."""
-    first = event({"error": {"code": told, "message": "because", "type": "oh"}})
+    first = event({"error": {"code": reported, "message": "because", "type": "oh"}})
     async with ScriptedWorker() as worker, running_hub(worker, **ONE_TRY) as hub:
         pings = len(worker.control)
         worker.script(*event_stream(ping(), first))
@@ -706,7 +706,7 @@ async def cut_at_the_limit(
 ) -> client.Ending:
     """Have an answer cut after its beginning, however slow the machine is.
 
-    The worker is hung up on, and not blamed.
+    The connection to the worker is closed, and the worker is not blamed.
     """
     for limit in (0.3, 2, 8):  # seconds of real time; at last the answer has begun
         async with (
@@ -740,7 +740,7 @@ async def test_a_request_has_a_limit_in_an_answer_that_is_no_stream() -> None:
 
 
 async def test_a_worker_whose_upload_fails_is_lost() -> None:
-    """It hung up in the middle of a large body."""
+    """It closed the connection in the middle of a large body."""
     async with (
         ScriptedWorker() as worker,
         running_hub(worker, limits__replay_window=4096) as hub,

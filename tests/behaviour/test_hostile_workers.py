@@ -65,7 +65,7 @@ pytestmark = pytest.mark.usefixtures("frequent_rounds")
 
 GOOD, BAD = "good", "bad"
 OK = json_reply({"n": 1})
-# What the kernel may hold of a flood when the hub has hung up already.
+# What the kernel may hold of a flood when the hub has closed the connection already.
 IN_SOCKETS = 8 * MIB
 MOST_LOGGED = 2000  # bytes, of one attack
 
@@ -297,9 +297,9 @@ async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
         async def follow() -> None:
             while True:
                 gate.release()
-                told = await wire.read_event()
+                reported = await wire.read_event()
                 scene.seen += 1
-                assert told == token(f" t{scene.seen}", model=GOOD)
+                assert reported == token(f" t{scene.seen}", model=GOOD)
                 await asyncio.sleep(0.01)
 
         following = asyncio.create_task(follow(), name="fake client")
@@ -468,7 +468,7 @@ async def test_an_assembled_answer_has_a_limit(first: bytes, more: bytes) -> Non
         assert scene.worker.requests[0].sent < MIB + IN_SOCKETS
 
 
-# --- Lies -------------------------------------------------------------------------
+# --- False values -----------------------------------------------------------------
 
 NONSENSE: list[Any] = [-1, 0, 10**15, 10**400, math.pi, True, None, "3", [], {}]
 
@@ -476,15 +476,17 @@ NONSENSE: list[Any] = [-1, 0, 10**15, 10**400, math.pi, True, None, "3", [], {}]
 @pytest.mark.parametrize("number", NONSENSE, ids=lambda value: repr(value)[:20])
 async def test_invalid_token_counts_are_not_charged(number: Any) -> None:
     """It counts for a subject's limit, and the speed of the worker is learnt of it."""
-    told = {"predicted_n": number, "prompt_n": number, "cache_n": number}
-    told |= {"predicted_ms": number, "prompt_ms": number}
+    reported = {"predicted_n": number, "prompt_n": number, "cache_n": number}
+    reported |= {"predicted_ms": number, "prompt_ms": number}
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens"), number)
     async with beside_a_good_stream() as scene:
         token_ = scene.hub.token("bob", tpm=1000)
         for _ in range(2):
             scene.worker.script(
                 send(sse_head() + chunk(role() + token("a"))),
-                send(chunk(finish(timings=timings_of() | told, usage=usage) + done())),
+                send(
+                    chunk(finish(timings=timings_of() | reported, usage=usage) + done())
+                ),
                 send(last_chunk()),
                 close(),
             )
@@ -521,14 +523,14 @@ async def test_an_invalid_model_list_does_not_harm_the_catalogue() -> None:
         worker.on("/v1/models", send(json_reply(listed)))
         worker.on("/props", send(json_reply(props)))
         async with running_hub(worker) as hub:
-            told = (await hub.get("/v1/models")).json()["data"]
-            assert [model["id"] for model in told] == [
+            reported = (await hub.get("/v1/models")).json()["data"]
+            assert [model["id"] for model in reported] == [
                 "<script>",
                 "../../etc",
                 '"',
                 "a" * 300,
             ]
-            assert {model["gollama"]["context"] for model in told} == {None}
+            assert {model["gollama"]["context"] for model in reported} == {None}
             assert (await hub.get("/metrics")).status == 200
             assert (await hub.post(CHAT, chat("a\nb"))).status == 404
 
@@ -564,7 +566,7 @@ async def test_answers_to_pings_are_bounded_too(path: str) -> None:
             assert finding.reason.isprintable()
 
 
-def test_the_limits_are_larger_than_any_honest_worker_needs() -> None:
+def test_the_limits_are_larger_than_any_good_worker_needs() -> None:
     assert len(sse_head()) * 10 < MAX_HEAD
     assert sse_head().count(b"\r\n") * 10 < MAX_HEADERS
     assert len(event({})) < MAX_EVENT

@@ -95,7 +95,7 @@ def code_of(response: Response) -> str:
 class Digest:
     """A worker's step: read a body piece by piece, and keep nothing but its hash.
 
-    It waits in the middle until it is let go on.
+    It waits in the middle until it may continue.
     """
 
     def __init__(self) -> None:
@@ -256,8 +256,8 @@ async def test_another_name_changes_the_length_of_the_whole(
         [request] = worker.requests
         sent = prompt(LARGE, before='"model":"tiny",')
         assert request.body == sent
-        told = None if chunked else str(len(sent))
-        assert request.header("content-length") == told
+        reported = None if chunked else str(len(sent))
+        assert request.header("content-length") == reported
 
 
 @pytest.mark.parametrize("size", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
@@ -304,8 +304,8 @@ async def test_a_client_may_wait_for_100_continue() -> None:
         headers = [("Expect", "100-continue"), ("Content-Length", str(len(body)))]
         async with await hub.wire() as wire:
             await wire.send(request_head("POST", CHAT, hub.token(), headers))
-            told = await wire.read_until(b"\r\n\r\n")
-            assert told == b"HTTP/1.1 100 Continue\r\n\r\n"
+            reported = await wire.read_until(b"\r\n\r\n")
+            assert reported == b"HTTP/1.1 100 Continue\r\n\r\n"
             await wire.send(body)
             assert (await wire.read_response()).status == 200
         [request] = worker.requests
@@ -360,7 +360,7 @@ async def test_an_invalid_body_is_never_completed(
         await worker.idle()
         assert not any(request.complete for request in worker.requests)
         assert len(worker.requests) <= 1
-        assert len(worker.control) == pings, "nobody was suspected"
+        assert len(worker.control) == pings, "no worker was suspected"
 
 
 @pytest.mark.parametrize("size", [60_000, 2_000])
@@ -556,5 +556,5 @@ async def test_a_large_body_goes_elsewhere_if_its_worker_cannot_be_reached(
         [request] = good.requests
         sent = prompt(LARGE, before='"model":"tiny",')
         assert request.body == sent
-        told = None if chunked else str(len(sent))
-        assert request.header("content-length") == told
+        reported = None if chunked else str(len(sent))
+        assert request.header("content-length") == reported

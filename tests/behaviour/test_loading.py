@@ -46,7 +46,7 @@ async def routers(
         yield workers, hub
 
 
-# --- Who is asked -----------------------------------------------------------------
+# --- Workers that are asked -------------------------------------------------------
 
 
 async def test_a_worker_that_has_the_model_loaded_gets_all_requests() -> None:
@@ -242,8 +242,8 @@ async def test_the_list_of_models_shows_which_are_loaded() -> None:
 
         async def loaded() -> tuple[bool | None, list[bool | None]]:
             [row] = (await hub.get("/v1/models")).json()["data"]
-            told = row["gollama"]
-            return told["loaded"], [each["loaded"] for each in told["workers"]]
+            reported = row["gollama"]
+            return reported["loaded"], [each["loaded"] for each in reported["workers"]]
 
         def loading(worker: ScriptedWorker) -> Step:
             async def load(exchange: Exchange) -> None:

@@ -51,7 +51,7 @@ async def test_errors_that_are_never_retrieved_are_found(
 
 
 async def test_no_callback_takes_long_under_load(tmp_path: Path) -> None:
-    """Streams by the hundred, long prompts, large answers, a crowd, lists, metrics."""
+    """Hundreds of streams, long prompts, large answers, many clients, lists."""
     probe = tmp_path / "probe"
     events = chunk(role()) + b"".join(chunk(token(f" {n}")) for n in range(EVENTS))
     stream = (
@@ -76,8 +76,8 @@ async def test_no_callback_takes_long_under_load(tmp_path: Path) -> None:
                     group.create_task(ask(hub, stream=True, prompt="x" * (8 << 20)))
                 for _ in range(10):
                     group.create_task(look(hub))
-    told = await asyncio.to_thread(probe.read_text)
-    calls, longest, culprit = told.split(maxsplit=2)
+    reported = await asyncio.to_thread(probe.read_text)
+    calls, longest, culprit = reported.split(maxsplit=2)
     print(f"longest {float(longest) * 1e3:.1f} ms of {calls} calls: {culprit}")
     assert int(calls) > STREAMS
     assert float(longest) < LIMIT, culprit

@@ -80,7 +80,7 @@ TOKENS: dict[str, str] = {
     "RS256": jwt.encode(CLAIMS, _RSA.private, "RS256"),
     "ES256": jwt.encode(CLAIMS, key_pair("ES256").private, "ES256"),
     "EdDSA": jwt.encode(CLAIMS, key_pair("EdDSA").private, "EdDSA"),
-    "said to be RS256": forge({"alg": "RS256"}, CLAIMS, KEY),
+    "named RS256": forge({"alg": "RS256"}, CLAIMS, KEY),
     # The key
     "another key": forge(HS256, CLAIMS, _OTHER),
     "an empty key": forge(HS256, CLAIMS, b""),
@@ -103,7 +103,7 @@ TOKENS: dict[str, str] = {
     "nbf in the future": signed(nbf=NOW + 600),
     "nbf a string": signed(nbf=str(NOW)),
     "iat in the future": signed(iat=NOW + 600),
-    # Who, from whom, for whom
+    # Subject, issuer, audience
     "no sub": signed(sub=None),
     "sub a number": signed(sub=7),
     "sub blank": signed(sub=" "),

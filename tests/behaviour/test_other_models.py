@@ -194,7 +194,7 @@ async def test_an_answer_of_another_model_comes_from_another_worker(route: str) 
 
 @EVERY_ROUTE
 async def test_without_another_worker_the_error_is_passed_on(route: str) -> None:
-    """First that it is gone, and then that there is none; not an answer of another."""
+    """First that it was removed, then that there is none; not an answer of another."""
     path, payload, replies = ROUTES[route]
     async with ScriptedWorker("old") as back, hub_of(back) as hub:
         come_back_with(back, "new", replies("new"))

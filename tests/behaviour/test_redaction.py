@@ -582,7 +582,7 @@ QUOTED = [
 ]
 
 
-# --- And what is said of it -------------------------------------------------------
+# --- What the documentation states ------------------------------------------------
 
 
 def codes_in(answer: bytes) -> set[str]:
@@ -624,9 +624,9 @@ async def test_no_failure_reveals_user_text(
 
 
 def test_every_error_code_is_provoked_here() -> None:
-    told = {case.code for case in CASES.values()}
+    reported = {case.code for case in CASES.values()}
     elsewhere = {Code.INTERNAL, Code.CONTEXT_LENGTH}
-    assert told - {None} == set(Code) - elsewhere
+    assert reported - {None} == set(Code) - elsewhere
 
 
 # --- Bugs -------------------------------------------------------------------------
@@ -687,8 +687,8 @@ async def test_what_asyncio_logs_about_a_bug_is_shortened(
     )
     witness.look()
     log = witness.logs["text"].getvalue()
-    [told] = unretrieved
-    assert told.startswith("Future exception was never retrieved")
+    [reported] = unretrieved
+    assert reported.startswith("Future exception was never retrieved")
     unretrieved.clear()
     assert "Future exception was never retrieved" in log
     assert "it failed\nTraceback (most recent call last):\nOSError: Input/output" in log
@@ -702,12 +702,12 @@ def test_the_reprs_of_parsed_answers_show_no_text() -> None:
     read = read_event(token(ANSWER).strip())
     assert read is not None
     folded = raw_chunk.decode(token(ANSWER)[6:].strip())
-    told = Partial("i", 1, "m", (Span("text", ANSWER),), 1)
+    reported = Partial("i", 1, "m", (Span("text", ANSWER),), 1)
     answer = Response(ANSWER.encode())
     error = sse.error_in(error_event(ANSWER)[6:])
     field_ = classify(f'"{ANSWER}"'.encode(), 0)
     raised = RequestError(Code.MODEL_NOT_FOUND, ANSWER)
-    for each in (read, read.chunk, read.chunk.choices, folded, told, answer):
+    for each in (read, read.chunk, read.chunk.choices, folded, reported, answer):
         assert ANSWER not in repr(each)
     for other in (error, field_, raised):
         assert ANSWER not in repr(other)

@@ -42,7 +42,7 @@ async def hub(worker: ScriptedWorker) -> AsyncIterator[RunningHub]:
 async def answers_to(pieces: Iterable[bytes], port: int) -> tuple[int, ...]:
     """Send pieces, each to be read by itself; return the statuses that come back."""
     async with await Wire.connect("127.0.0.1", port) as wire:
-        with contextlib.suppress(ConnectionError):  # hung up upon, which is an answer
+        with contextlib.suppress(ConnectionError):  # closed, which is an answer
             for piece in pieces:
                 await wire.send(piece)
                 await asyncio.sleep(0)

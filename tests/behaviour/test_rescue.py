@@ -50,7 +50,7 @@ from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
 BODY = {"model": "tiny", **STREAM}
-FIRST = [" One", " day", ", a", " fox", " met"]  # what the first worker gets to say
+FIRST = [" One", " day", ", a", " fox", " met"]  # what the first worker writes
 REST = [" a", " crow", "."]
 WHOLE = "".join(FIRST + REST)
 _RESCUER = re.compile(r"(?<=rescued [0-9]) by \S+$")  # its name has a test below
@@ -112,11 +112,11 @@ def partial(
     *ends: Step, texts: Iterable[str] = FIRST, tail: bytes = b""
 ) -> tuple[Step, ...]:
     """Stream the beginning of an answer, and then play the steps of `ends`."""
-    said = [
+    written = [
         role() + token(text) if not n else token(text) for n, text in enumerate(texts)
     ]
     extra = (send(chunk(tail)),) if tail else ()
-    return (send(sse_head()), *(send(chunk(each)) for each in said), *extra, *ends)
+    return (send(sse_head()), *(send(chunk(each)) for each in written), *extra, *ends)
 
 
 def continued(
@@ -213,7 +213,7 @@ async def test_another_worker_continues_a_broken_answer(end: str) -> None:
 
 
 async def test_an_answer_that_stalls_is_continued_elsewhere() -> None:
-    """And the worker is hung up on, which ends its generation, and counts as slow."""
+    """Its connection is closed, which ends its generation; it counts as slow."""
     async with pool(clock=Clock()) as ([bad, good], hub):
         bad.script(*partial(expect_eof()))
         good.script(*continued())
@@ -361,7 +361,7 @@ async def test_a_broken_event_of_the_second_worker_is_no_reason_to_break_off() -
     assert b"[DONE]" in ending.raw
 
 
-# --- Who goes on ------------------------------------------------------------------
+# --- Workers that continue --------------------------------------------------------
 
 
 async def test_the_second_worker_may_break_off_as_well() -> None:
@@ -384,10 +384,10 @@ async def test_a_worker_that_broke_off_may_continue_after_another_one() -> None:
 async def test_an_unreachable_worker_is_skipped() -> None:
     workers = [ScriptedWorker() for _ in range(3)]
     async with pool(*workers) as ([bad, gone, good], hub):
-        bad.script(*partial(notify("said"), wait("go"), reset()))
+        bad.script(*partial(notify("begun"), wait("go"), reset()))
         good.script(*continued())
         async with await hub.open(CHAT, BODY) as wire:
-            await bad.reached("said")
+            await bad.reached("begun")
             await gone.down()
             bad.release("go")
             assert complete(await wire.read_to_end())
@@ -397,10 +397,10 @@ async def test_a_rescue_waits_a_while_for_a_worker() -> None:
     """A worker that was killed is often started again at once."""
     async with pool(health__interval=0.05, health__recheck=0.05) as (workers, hub):
         bad, good = workers
-        bad.script(*partial(notify("said"), wait("go"), reset()))
+        bad.script(*partial(notify("begun"), wait("go"), reset()))
         good.script(*continued())
         async with await hub.open(CHAT, BODY) as wire:
-            await bad.reached("said")
+            await bad.reached("begun")
             await good.down()
             await until(lambda: hub.hub.registry.workers[1].is_down)
             bad.script(reset())
@@ -414,9 +414,9 @@ async def test_a_rescue_waits_a_while_for_a_worker() -> None:
 
 async def test_a_rescue_does_not_wait_without_limit() -> None:
     async with pool(ScriptedWorker(), retry__patience=0.5) as ([only], hub):
-        only.script(*partial(notify("said"), wait("go"), reset()))
+        only.script(*partial(notify("begun"), wait("go"), reset()))
         async with await hub.open(CHAT, BODY) as wire:
-            await only.reached("said")
+            await only.reached("begun")
             breaker = hub.hub.registry.workers[0].breaker
             breaker.busy(60)
             only.release("go")
@@ -559,9 +559,9 @@ def stream_of(*events: bytes, then: tuple[Step, ...] | None = None) -> tuple[Ste
 
 def reasoning_of(ending: Ending) -> str:
     """Read what the client got before the end, or before an error."""
-    told = Partial.parse(ending.response.body.partition(b'data: {"error"')[0])
-    assert told is not None
-    return told.reasoning
+    reported = Partial.parse(ending.response.body.partition(b'data: {"error"')[0])
+    assert reported is not None
+    return reported.reasoning
 
 
 async def test_an_answer_is_continued_after_its_reasoning() -> None:

@@ -143,13 +143,13 @@ async def test_another_worker_answers_for_one_that_is_gone(
         assert (len(bad.requests), len(good.requests)) == (0, 1)
 
 
-@pytest.mark.parametrize("said", [b"", sse_head()], ids=["nothing", "a head"])
+@pytest.mark.parametrize("sent", [b"", sse_head()], ids=["nothing", "a head"])
 async def test_another_worker_answers_for_one_that_is_slow_to_begin(
-    said: bytes,
+    sent: bytes,
 ) -> None:
-    """The first is hung up on, which ends its generation, and counts as slow."""
+    """The first connection is closed, which ends its generation; it counts as slow."""
     async with two(clock=Clock(), timeouts__allowance=10) as (slow, good, hub):
-        slow.script(send(said), notify("here"), expect_eof())
+        slow.script(send(sent), notify("here"), expect_eof())
         asking = posted(hub, STREAM)
         await slow.reached("here")
         hub.pass_time(12)
@@ -242,7 +242,7 @@ async def test_a_stream_that_begins_with_the_clients_mistake_is_not_tried_again(
         assert (len(first.requests), len(second.requests)) == (1, 0)
 
 
-# --- Nobody else ------------------------------------------------------------------
+# --- No other worker --------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -597,9 +597,9 @@ async def test_a_body_beyond_the_replay_window_is_not_tried_again(fault: str) ->
 
 async def test_a_client_that_leaves_while_the_hub_waits_is_not_served() -> None:
     async with one() as (worker, hub):
-        worker.script(*busy("4"), notify("said"))
+        worker.script(*busy("4"), notify("begun"))
         async with await hub.open(CHAT, WHOLE) as wire:
-            await worker.reached("said")
+            await worker.reached("begun")
             await worker.idle()
             wire.abort()
         # Leaving the hub's block finds no task that waits.

@@ -88,7 +88,7 @@ async def test_a_request_wakes_the_machine_and_waits_for_it(tmp_path: Path) -> N
         assert len(network.packets) == 1
 
 
-async def test_a_crowd_is_served_by_the_one_that_wakes(tmp_path: Path) -> None:
+async def test_many_requests_are_served_by_the_one_that_wakes(tmp_path: Path) -> None:
     async with asleep(tmp_path) as (machine, _worker, network, hub):
         crowd = [asyncio.create_task(hub.post(CHAT, WHOLE), name="c") for _ in "abcdef"]
         await until(lambda: hub.hub.queue.admission.waiting == 6, "six wait")

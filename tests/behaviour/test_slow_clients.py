@@ -181,14 +181,14 @@ async def test_500_slow_clients_do_not_slow_down_a_good_one() -> None:
                 attacked, idle, peak = await under_attack(
                     hub, other, program, arguments
                 )
-                # The hub ignores ranges: these are answered, and gone.
+                # The hub ignores ranges: these are answered, and closed.
                 assert peak >= CONNECTIONS / 5 or mode == "ranges", mode
-                told = f"{mode}: p10 {attacked * 1e3:.1f}, idle {idle * 1e3:.1f} ms"
-                print(told)
+                reported = f"{mode}: p10 {attacked * 1e3:.1f}, idle {idle * 1e3:.1f} ms"
+                print(reported)
                 if attacked < 2 * max(idle, NOISE):
                     break
-                assert not last, told
-            # All of them are gone soon after.
+                assert not last, reported
+            # All of them are closed soon after.
             await until(lambda: hub.descriptors() < 50)
         assert not hub.complaints
 

@@ -1,6 +1,6 @@
 """A thousand requests with faults leave nothing in the hub: no file, task or object.
 
-`make soak` is the same with twenty thousand, a process of its own, and its memory.
+`make soak` is the same with twenty thousand, in a separate process, and its memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ QUICK: dict[str, Any] = {
     "timeouts__allowance": 0.1,
     "timeouts__first_token": 0.4,
     "timeouts__silence": 0.4,
-    "server__keepalive": 5,  # what is only kept is gone by the deadline
+    "server__keepalive": 5,  # what is only kept is released by the deadline
     "rescue__enabled": True,
     "upstream__assemble": STREAMED,
     "routing__policy": "round_robin",  # others remember conversations, up to a number

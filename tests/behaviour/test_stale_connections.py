@@ -151,7 +151,7 @@ async def test_idle_connections_are_closed_in_the_background() -> None:
         await worker.idle()
 
 
-async def test_health_checks_have_connections_of_their_own() -> None:
+async def test_health_checks_have_separate_connections() -> None:
     """Idle ones may be dead, and a health check must not find a dead one."""
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         [record] = hub.hub.registry.workers

@@ -232,10 +232,10 @@ async def test_requests_of_openais_sdk_are_understood() -> None:
         ) as client,
     ):
         worker.script(*answer(DONE))
-        told = await client.audio.transcriptions.create(
+        reported = await client.audio.transcriptions.create(
             model="whisper-1", file=("a.wav", SOUND)
         )
-        assert told.text == "hello"
+        assert reported.text == "hello"
         [request] = worker.requests
         assert b"qwen" in request.body
         assert b"whisper-1" not in request.body

@@ -68,7 +68,7 @@ async def used(hub: RunningHub, token: str) -> int:
     return TPM - int(response.header("x-ratelimit-remaining-tokens") or "")
 
 
-# --- Who is asked -----------------------------------------------------------------
+# --- Workers that are asked -------------------------------------------------------
 
 
 async def test_a_stream_is_counted_without_the_client_seeing_usage() -> None:
@@ -216,8 +216,8 @@ async def test_held_back_bytes_are_sent_before_an_error() -> None:
         ) as wire:
             ending = await wire.read_to_end()
     assert not ending.clean
-    told = (role() + token("a") + half).replace(b'"tiny"', b'"a"')
-    assert ending.response.body.startswith(told + b'\n\ndata: {"error"')
+    reported = (role() + token("a") + half).replace(b'"tiny"', b'"a"')
+    assert ending.response.body.startswith(reported + b'\n\ndata: {"error"')
 
 
 async def test_an_alias_is_renamed_as_well() -> None:
@@ -267,8 +267,8 @@ async def test_a_rescued_answer_hides_usage_too_or_sends_the_sums(asks: bool) ->
         assert worker.requests[0].json()["stream_options"] == ASKED
     assert response.body.startswith(begun + b": gollama rescued 1 by ")
     assert response.body.endswith(done())
-    told = [each["usage"] for each in chunks(response.body) if "usage" in each]
-    assert [each["total_tokens"] for each in told] == ([26] if asks else [])
+    reported = [each["usage"] for each in chunks(response.body) if "usage" in each]
+    assert [each["total_tokens"] for each in reported] == ([26] if asks else [])
 
 
 async def test_an_answer_is_continued_wherever_it_was_cut() -> None:
@@ -279,9 +279,9 @@ async def test_an_answer_is_continued_wherever_it_was_cut() -> None:
         async with rescued(begun) as (_, hub):
             async with await hub.open(CHAT, BODY, hub.token(tpm=TPM)) as wire:
                 ending = await wire.read_to_end()
-        told = chunks(ending.response.body)
+        reported = chunks(ending.response.body)
         text = "".join(
-            each["choices"][0]["delta"].get("content") or "" for each in told
+            each["choices"][0]["delta"].get("content") or "" for each in reported
         )
         assert text == FIRST + REST, f"cut at {place}"
         assert ending.clean
@@ -328,9 +328,9 @@ async def test_the_usage_of_a_real_server_is_hidden(
         hidden = await hub.post(CHAT, body, hub.token(tpm=TPM))
         asked = await hub.post(CHAT, body | {"stream_options": ASKED})
     assert asked.body.count(b'"usage"') == 2
-    told = [without_times(each) for each in (plain.body, hidden.body, asked.body)]
-    assert told[0] == told[1]
-    assert [each for each in told[2] if each["choices"]] == told[1]
+    reported = [without_times(each) for each in (plain.body, hidden.body, asked.body)]
+    assert reported[0] == reported[1]
+    assert [each for each in reported[2] if each["choices"]] == reported[1]
 
 
 def chunks(stream: bytes) -> list[dict[str, Any]]:

@@ -246,7 +246,7 @@ async def test_a_worker_that_refuses_the_hub(
 
 @contextlib.contextmanager
 def refusing(context: ssl.SSLContext) -> Iterator[str]:
-    """A server that says why it refuses a client: that of asyncio just hangs up."""
+    """A server that reports why it refuses a client: that of asyncio only closes."""
 
     def serve() -> None:
         while True:

@@ -46,6 +46,6 @@ def test_a_turn_contains_the_answers_before_it() -> None:
 
 def test_any_conversation_fits_its_context() -> None:
     turns = max(TURNS)
-    said = SYSTEM_WORDS + MOST_WORDS + (turns - 1) * max(LATER_WORDS)
-    longest = TOKENS_PER_WORD * said + turns * (MOST_TOKENS + TEMPLATE)
+    texts = SYSTEM_WORDS + MOST_WORDS + (turns - 1) * max(LATER_WORDS)
+    longest = TOKENS_PER_WORD * texts + turns * (MOST_TOKENS + TEMPLATE)
     assert all(longest < build.context for build in REAL)

@@ -107,8 +107,8 @@ async def test_settings_are_sent_and_a_turn_can_be_edited(browser: Browser) -> N
 
             await ask(page, "Two")
             await finished(page, 1)
-            said = [each["content"] for each in messages(worker)]
-            assert said == ["Be short.", "One", "Yes.", "Two"]
+            sent = [each["content"] for each in messages(worker)]
+            assert sent == ["Be short.", "One", "Yes.", "Two"]
 
             await view.get_by_role("button", name="Edit this message").click()
             await expect(view.get_by_label("Your message")).to_have_value("Two")

@@ -1,4 +1,4 @@
-"""What the overview says about workers, for each way in which they can be."""
+"""The words of the overview for workers in each state."""
 
 from __future__ import annotations
 

@@ -568,7 +568,7 @@ async def test_the_queue_is_shown_and_a_request_taken_out() -> None:
 async def test_a_full_disk_refuses_no_change(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The change holds until the hub stops, and the log says that it will be lost."""
+    """The change holds until the hub stops, and the log warns that it will be lost."""
     settings: dict[str, Any] = {**CALM, "state__dir": tmp_path}
     async with ScriptedWorker() as worker:
         async with running_hub(ready=False, **settings) as hub:

@@ -1,4 +1,4 @@
-"""The dashboard's page: who gets it, with which headers, and what it learns."""
+"""The dashboard's page: its headers, and what it learns about the token."""
 
 from __future__ import annotations
 

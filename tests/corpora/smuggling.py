@@ -1,7 +1,7 @@
 """Requests that two programs may read in two ways (RFC 9112, 11.2), as raw bytes.
 
 Each payload is a request that its sender may make, with something odd about it, and
-behind it `POISON`: a request of nobody's, which has to be answered for itself (401) or
+behind it `POISON`: a request without token, which has to be answered itself (401) or
 not at all.  Where the odd request is good, it is `GOOD`: its body must be all that a
 worker gets to see.
 
@@ -29,20 +29,20 @@ _CHUNKED = b"Transfer-Encoding: chunked"
 _HALF = len(BODY) // 2
 
 
-# The statuses on one connection, until the hub hangs up.  Any of these will do: where
+# The statuses on one connection, until the hub closes it.  Any of these will do: where
 # bytes are cut may change how early it is known that nothing good comes.
 Answers = tuple[tuple[int, ...], ...]
 
 
 class Payload(NamedTuple):
-    """One thing to send on a connection of its own."""
+    """One thing to send on a new connection."""
 
     name: str
-    why: str  # what a reader may make of it, and who says that it must not
+    why: str  # what a reader may make of it, and the source that forbids it
     raw: bytes  # with POISON behind it
     answers: Answers
     served: bool  # by a worker, which sees GOOD and nothing else
-    strict: bool  # to be read by who allows nothing but what the grammar has
+    strict: bool  # to be read by parsers that allow nothing but what the grammar has
 
     def __repr__(self) -> str:
         return f"<Payload {self.name}: {self.why}>"
@@ -78,9 +78,9 @@ GOOD = _post(_LENGTH, body=BODY)
 PAYLOADS: list[Payload] = []
 
 
-# Framed in another way than the one: whoever sent that may mean anything by the rest.
+# Framed in another way than the one: the sender may mean anything by the rest.
 _REFUSED: Answers = ((400,),)
-# A length: what follows is a request of its own.
+# A length: what follows is another request.
 _SERVED: Answers = ((200, 401),)
 # Chunks: what follows is not read (see `Dispatcher`).
 _LAST_SERVED: Answers = ((200,),)
@@ -106,7 +106,7 @@ def _add(
     PAYLOADS.append(Payload(name, why, raw + POISON, answers, served, strict))
 
 
-# --- What is good: one request, and the poison is one of its own ------------------
+# --- What is good: one request, and the poison is another one ----------------------
 
 _add("a length", "the plain case (6.2)", GOOD, _SERVED)
 _add("chunks", "the plain case (7.1)", _post(_CHUNKED, body=_CHUNKS), _LAST_SERVED)
@@ -633,25 +633,25 @@ for _method in (b"GET", b"DELETE", b"OPTIONS", b"TRACE", b"PUT", b"PROPFIND"):
     _name = _method.decode()
     _add(
         f"{_name} with a length",
-        "a body is framed as any other, whoever thinks that there is none (6)",
+        "a body is framed as any other, even if some see none in it (6)",
         _post(b"Content-Length: %d" % len(GOOD), body=GOOD, line=_line),
         _known(405),
     )
     _add(
         f"{_name} with chunks",
-        "a body is framed as any other, whoever thinks that there is none (6)",
+        "a body is framed as any other, even if some see none in it (6)",
         _post(_CHUNKED, body=_chunk(GOOD) + _LAST, line=_line),
         _known(405),
     )
 _add(
     "GET of a probe with a request as its body",
-    "a body that nobody wants is no request",
+    "a body that is not read is no request",
     _post(b"Content-Length: %d" % len(GOOD), body=GOOD, line=b"GET /livez HTTP/1.1"),
     ((200,), (200, 401)),
 )
 _add(
     "HEAD with a request as its body",
-    "a body that nobody wants is no request",
+    "a body that is not read is no request",
     _post(b"Content-Length: %d" % len(GOOD), body=GOOD, line=b"HEAD /livez HTTP/1.1"),
     ((200,), (200, 401)),
 )
@@ -722,7 +722,7 @@ _add(
     _known(400),
 )
 _add(
-    "a request in a body of nobody's",
+    "a request in a body without a token",
     "401, and its body is not read as a request",
     _post(_CARRIED, body=GOOD).replace(_BEARER + b"\r\n", b"", 1),
     _known(401),
@@ -759,7 +759,7 @@ for _name, _line in {
 }.items():
     _add(
         f"Authorization {_name}",
-        "one says yes, and the other? (fails closed)",
+        "one agrees, and the other? (fails closed)",
         _post(_line, _LENGTH, body=BODY),
         _REFUSED if b"\r\n" in _line else _known(401),
     )

@@ -290,7 +290,7 @@ def test_the_log_names_the_claim_that_is_wrong(name: str) -> None:
 
 
 def test_every_refusal_reads_the_same() -> None:
-    """The cause is for the log: it would tell an attacker how far a guess got."""
+    """The cause is for the log: it would show an attacker how far a guess got."""
     who = authenticator()
     errors = [refused(who, bearer(token)) for token in REFUSED.values()]
     errors += [refused(who, []), refused(who, ["Basic eA=="])]
@@ -401,7 +401,7 @@ ACCEPTED: dict[str, tuple[str, Principal]] = {
         signed(sub="Zoë 😀"),
         Principal("Zoë 😀", expires=NOW + 3600 + LEEWAY),
     ),
-    "aud and iss that nobody asked for": (
+    "aud and iss that were not asked for": (
         signed(aud=["a", "b"], iss="https://x"),
         Principal("alice", expires=NOW + 3600 + LEEWAY),
     ),
@@ -429,7 +429,7 @@ ACCEPTED: dict[str, tuple[str, Principal]] = {
         signed(tpm=1, priority="interactive"),
         Principal("alice", expires=NOW + 3600 + LEEWAY, tpm=1),
     ),
-    "claims that nobody knows": (
+    "unknown claims": (
         signed(admin=True, jti="1", scp=["admin"]),
         Principal("alice", expires=NOW + 3600 + LEEWAY),
     ),
@@ -557,7 +557,7 @@ def test_both_secrets_of_a_rotation_are_good() -> None:
     who = Authenticator(loaded, Clock(NOW))
     assert who.authenticate(bearer(signed())).subject == "alice"
     assert who.authenticate(bearer(signed(sub="bob", key=OTHER_SECRET)))
-    third = b"a third secret that nobody has configured"
+    third = b"a third secret that is not configured"
     assert "ignature" in refused(who, bearer(signed(key=third))).detail
     # The old secret opens nothing that its claims do not.
     assert refused(who, bearer(signed(exp=1, key=OTHER_SECRET))).detail == (
@@ -659,7 +659,7 @@ def test_a_key_that_does_not_fit_the_algorithm_is_refused_at_the_start(
 
 @functools.cache
 def good_for(algorithm: str) -> tuple[Authenticator, bytes]:
-    """Make a token and one who knows it by heart."""
+    """Make a token, and an authenticator that has seen it."""
     if algorithm == "HS256":
         who, token = authenticator(), GOOD
     else:
@@ -799,11 +799,11 @@ def test_no_secret_and_no_token_shows() -> None:
     loaded = Config(secrets=(SECRET,))
     shown = f"{who!r} {error!r} {error} {error.__cause__} {loaded!r} {vars(who)}"
     for hidden in (*GOOD.split("."), SECRET.decode(), OTHER_SECRET.decode()):
-        # Only the keys themselves are kept, for whoever looks into the object.
+        # Only the keys themselves are kept, where debuggers can see them.
         assert hidden not in shown.replace(str(who._keys), "")
 
 
-# --- Whom nobody wants any more ---------------------------------------------------
+# --- Revoked tokens and subjects --------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -914,7 +914,7 @@ def test_a_minted_token_has_only_the_requested_claims() -> None:
     assert claims == {"sub": "alice", "iat": NOW, "exp": NOW + 60}
 
 
-def test_each_minted_token_has_a_name_of_its_own() -> None:
+def test_each_minted_token_has_another_id() -> None:
     minted = [mint(SECRET, "HS256", "alice", 60, now=NOW) for _ in range(2)]
     minted.append(mint(SECRET, "HS256", "alice", 60, token_id="laptop", now=NOW))
     names = [jwt.decode(t, options={"verify_signature": False})["jti"] for t in minted]
@@ -955,10 +955,12 @@ def test_a_token_is_minted_for_now() -> None:
     ],
 )
 def test_a_key_that_cannot_sign_is_reported(key: Any, algorithm: str) -> None:
-    with pytest.raises(ValueError, match=f"the key cannot sign {algorithm}: ") as told:
+    with pytest.raises(
+        ValueError, match=f"the key cannot sign {algorithm}: "
+    ) as reported:
         mint(key, algorithm, "alice", 60)
     if isinstance(key, str | bytes) and key:
-        assert str(key) not in str(told.value)
+        assert str(key) not in str(reported.value)
 
 
 # --- At the door ------------------------------------------------------------------
@@ -1030,7 +1032,7 @@ async def test_every_route_with_substance_has_the_same_door(path: str) -> None:
     assert strange.body == refused(authenticator(), []).body()
 
 
-# --- What is said of it -----------------------------------------------------------
+# --- Log and repr -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1045,7 +1047,7 @@ async def test_every_route_with_substance_has_the_same_door(path: str) -> None:
         (bearer(signed(exp=1 << 53)), "exp is out of range"),
         (
             bearer(forge({"alg": "HS256", "crit": ["secret"], "secret": 1})),
-            "Unsupported critical extension",  # and not which: a token may say anything
+            "Unsupported critical extension",  # not which: it may be anything
         ),
     ],
 )

@@ -49,7 +49,7 @@ def test_as_many_as_one_address_may_have() -> None:
     for address in ("10.0.0.1", "10.0.0.1", "10.0.0.2"):
         connections.leave(address)
     assert connections.open == 0
-    assert not connections._by_address  # nobody is remembered who has left
+    assert not connections._by_address  # no closed connection is remembered
 
 
 def test_other_limits_are_for_new_connections() -> None:
@@ -304,7 +304,7 @@ async def test_a_client_that_ends_its_side(house: House) -> None:
             await until(lambda: "lost" in echo.heard)
 
 
-def test_a_peer_that_has_gone_has_no_address() -> None:
+def test_a_peer_that_has_closed_has_no_address() -> None:
     class Gone(asyncio.BaseTransport):
         def get_extra_info(self, name: str, default: Any = None) -> Any:
             return default

@@ -1,4 +1,4 @@
-"""Nobody gets more in a minute than its token allows, and is told how much that is."""
+"""No caller gets more in a minute than its token allows; each sees how much is left."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_requests_up_to_the_limit_enter_and_the_next_gets_a_time() -> None:
 
 
 def test_a_refusal_costs_nothing() -> None:
-    """Else who asks too often would never get in again."""
+    """Otherwise a caller that asks too often would never be admitted again."""
     clock = Clock()
     quotas = make(clock=clock)
     assert quotas.take("a", 1, 5).allowed

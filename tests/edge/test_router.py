@@ -1,4 +1,4 @@
-"""Every request finds its handler or hears why not, and has one outcome, told once."""
+"""Every request finds its handler or gets the reason, and has one outcome."""
 
 from __future__ import annotations
 
@@ -489,7 +489,7 @@ async def test_an_answer_that_was_begun_is_not_ended_well_after_a_fault() -> Non
 
 @pytest.mark.parametrize("begun", [False, True])
 async def test_a_connection_ends_with_a_request_in_chunks(begun: bool) -> None:
-    """And says so."""
+    """And the answer explains it."""
 
     async def handler(request: web.BaseRequest, record: Any) -> Answer | Sent:
         body = await request.content.read()
@@ -515,7 +515,7 @@ async def test_a_connection_ends_with_a_request_in_chunks(begun: bool) -> None:
 
 @pytest.mark.parametrize("together", [True, False])
 async def test_a_trailer_is_no_field_of_the_next_request(together: bool) -> None:
-    """The parser takes it for one: it would speak for who sent the trailer."""
+    """The parser takes it for a header: the trailer's sender could authenticate."""
     asked: list[str | None] = []
 
     async def handler(request: web.BaseRequest, record: Record) -> Answer:
@@ -551,7 +551,7 @@ async def test_a_trailer_is_no_field_of_the_next_request(together: bool) -> None
 async def test_a_head_that_can_be_read_in_two_ways_ends_the_connection(
     line: str, header: str, status: int
 ) -> None:
-    """Although the body is there: nobody knows where its sender has it end."""
+    """Although the body is there: it is not certain where it ends."""
     host = "" if header.startswith("Host") else "Host: hub\r\n"
     head = f"{line}\r\n{host}{header}\r\nContent-Length: 5\r\n\r\n"
     async with dispatching(ROUTES) as running, await running.connect() as wire:
@@ -665,7 +665,7 @@ async def test_a_configured_page_may_read_every_reply() -> None:
                 exposed.split(", ")
             )
             assert response.header("vary") == "Origin"
-            # Tokens travel in a header; a cookie is nobody's.
+            # Tokens travel in a header; a cookie proves nothing.
             assert response.header("access-control-allow-credentials") is None
 
 

@@ -361,7 +361,7 @@ async def test_without_any_worker_the_list_is_empty() -> None:
 # --- Aliases ----------------------------------------------------------------------
 
 
-async def test_an_alias_is_an_entry_of_its_own() -> None:
+async def test_an_alias_is_a_separate_entry() -> None:
     async with (
         ScriptedWorker("qwen", n_ctx=512) as worker,
         running_hub(worker, models__aliases={"gpt-4o-mini": "qwen"}) as hub,
@@ -415,7 +415,7 @@ async def test_an_alias_of_an_unserved_model_is_down() -> None:
         (["qwen*"], ["qwen-4b", "qwen-8b"]),
         (["qwen-[48]b"], ["qwen-4b", "qwen-8b"]),
         (["qwen-?b", "x"], ["qwen-4b", "qwen-8b"]),
-        (["phi"], ["phi", "gpt"]),  # who may use the model may call it by any name
+        (["phi"], ["phi", "gpt"]),  # any name of a model allows it
         (["gpt"], ["gpt"]),
         (["PHI"], []),
         ([""], []),

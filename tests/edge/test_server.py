@@ -173,7 +173,7 @@ async def test_there_is_no_100_continue_before_the_handler_allows_it() -> None:
 async def test_a_body_that_is_framed_wrongly_fails_at_once_and_quietly(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The handler hears of it while it waits; nobody listens on, or logs the body."""
+    """The handler is notified while it waits; no more is read, and no body logged."""
     faults: list[str] = []
     reading = asyncio.Event()
 
@@ -267,7 +267,7 @@ async def test_what_is_left_of_an_answer_is_dropped_after_a_limit(
 ) -> None:
     """A transport that is closed waits until all is sent, and a client may never read.
 
-    Less than what would pause the writer is left here, so that nobody was told.
+    Less than what would pause the writer is left here, so there was no notice.
     """
     monkeypatch.setattr(edge_server, "_GRACE", 0.1)
     left = asyncio.get_running_loop().create_future()

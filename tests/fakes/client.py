@@ -208,7 +208,7 @@ class Wire:
         return ending
 
     async def read_eof(self, timeout: float = DEADLINE) -> bytes:
-        """Wait until the peer hangs up; return what came before."""
+        """Wait until the peer closes; return what came before."""
         async with self._deadline(timeout, "hang-up of the peer"):
             while await self._receive():
                 pass
@@ -320,7 +320,7 @@ class TlsWire(Wire):
 
         Raises:
             ssl.SSLError: it came to nothing.
-            ConnectionError: the peer hung up.
+            ConnectionError: the peer has closed the connection.
         """
         self.tls = context.wrap_bio(
             self._incoming, self._outgoing, server_hostname=name
@@ -349,7 +349,7 @@ class TlsWire(Wire):
         await self._flush()
 
     async def hung_up(self) -> None:
-        """Wait until the peer hangs up, whatever it sends before, below TLS."""
+        """Wait until the peer closes, whatever it sends before, below TLS."""
         async with self._deadline(DEADLINE, "hang-up of the peer"):
             while await self._fill():
                 pass

@@ -1,4 +1,4 @@
-"""A crowd of clients: tasks and errands, many at once, and how they ended."""
+"""Many clients at once: their tasks and errands, and how they ended."""
 
 from __future__ import annotations
 

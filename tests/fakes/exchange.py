@@ -24,7 +24,7 @@ _LINGER_ZERO = struct.pack("ii", 1, 0)
 
 
 class HungUp(Exception):
-    """The peer is gone, or this side has ended the connection: the script is over."""
+    """The peer has closed, or this side has: the script is over."""
 
 
 @dataclass(eq=False)
@@ -255,7 +255,7 @@ class Exchange(asyncio.Protocol):
         return request.complete and not self._stopped
 
     async def _read_head(self) -> Request | None:
-        """Read the next head; None when the peer hangs up between two requests."""
+        """Read the next head; None when the peer closes between two requests."""
         # h11 wants to see the answer before it goes on: a new parser has seen nothing.
         self._parser = h11.Connection(h11.SERVER, max_incomplete_event_size=64 << 10)
         if self._left:  # to h11, no bytes are EOF
@@ -276,7 +276,7 @@ class Exchange(asyncio.Protocol):
             reused=self._last is not None,
         )
         if request.values("content-length") and request.values("transfer-encoding"):
-            # h11 allows it, as RFC 9112 does to a server; no honest client sends it.
+            # h11 allows it, as RFC 9112 does to a server; no real client sends it.
             raise h11.RemoteProtocolError("Content-Length beside Transfer-Encoding")
         self.request = self._last = request
         return request
@@ -292,7 +292,7 @@ class Exchange(asyncio.Protocol):
                 if not self._head:
                     return None
             if not data:
-                raise HungUp  # in the middle of a request: the client has gone
+                raise HungUp  # in the middle of a request: the client has closed
             self._parser.receive_data(data)
         return event
 

@@ -102,7 +102,7 @@ class Faults:
             yield workers
 
     def taken(self, key: int) -> asyncio.Event:
-        """Return the event of a task coming to a worker; it forgets what has been."""
+        """Return the event of the next task that a worker gets."""
         return self._taken.setdefault(key, asyncio.Event())
 
     def heal(self) -> None:
@@ -122,7 +122,7 @@ class Faults:
         time = self._times[order.key]
         fault = self.fault_of(order.key, time)
         self.drawn[fault] += 1
-        if fault is Fault.OVERFLOW and order.told:
+        if fault is Fault.OVERFLOW and order.begun:
             fault = Fault.ERROR_500  # the prompt has fitted a moment ago
         if fault in _BEFORE:
             return _BEFORE[fault]
@@ -206,13 +206,13 @@ def _streamed(
     order: Order, name: str, fault: Fault | None, rng: random.Random
 ) -> Script:
     groups = stream_events(order, name, echo=rng.random() < 0.5)
-    told = _number_told(len(groups), fault, rng)
-    chunks = _framed(groups[:told], rng)
+    begun = _number_begun(len(groups), fault, rng)
+    chunks = _framed(groups[:begun], rng)
     if fault is Fault.HALF_EVENT:
-        part = groups[told][0]
+        part = groups[begun][0]
         chunks.append(chunk(part[: _place_of_a_cut(part, order, rng)]))
     if fault is Fault.CUT:
-        part = chunk(b"".join(groups[told]))
+        part = chunk(b"".join(groups[begun]))
         chunks.append(part[: _place_of_a_cut(part, order, rng)])
     # The hub gets a chance to see each part of it for itself.
     parts = [step for part in chunks for step in (send(part), give_way())]
@@ -237,10 +237,10 @@ _ENDS: dict[Fault | None, Script] = {
 }
 
 
-def _number_told(groups: int, fault: Fault | None, rng: random.Random) -> int:
+def _number_begun(groups: int, fault: Fault | None, rng: random.Random) -> int:
     """Return how many groups of events are sent.
 
-    The last two are the reason and the mark: all there is where the text was told.
+    The last two are the reason and the mark: all there is where the text was sent.
     """
     match fault:
         case None | Fault.NO_LAST_CHUNK:

@@ -1,10 +1,10 @@
 """A text that is known before it is generated.
 
 A `Task` asks for so many words about a number, and each word is a pure function of the
-number and of its own place.  So there is one right answer to every task, whoever begins
-it and whoever goes on with it, and each character that a client gets can be compared
+number and place.  So there is one right answer to every task, whichever worker begins
+it and whichever continues, and each character that a client gets can be compared
 with it.  An `Order` is what reaches a worker of a task: the task itself, or the rest of
-one whose beginning somebody else has told.
+one whose beginning another worker has written.
 """
 
 from __future__ import annotations
@@ -101,22 +101,22 @@ def word(key: int, place: int) -> str:
     return f"{_WORDS[zlib.crc32(b'%d %d' % (key, place)) % len(_WORDS)]}{place}"
 
 
-def generate(key: int, words: int, told: str, limit: int | None) -> Generated:
+def generate(key: int, words: int, begun: str, limit: int | None) -> Generated:
     """Continue a text after what was sent; each word is one token.
 
     A word that was sent in part has been counted, so its rest is free.
 
     Raises:
-        ValueError: what was told is not how the text begins.
+        ValueError: what was written is not how the text begins.
     """
     all_words = [word(key, place) for place in range(words)]
-    if not "".join(all_words).startswith(told):
-        raise ValueError(f"not the beginning of the text about {key}: {told!r}")
+    if not "".join(all_words).startswith(begun):
+        raise ValueError(f"not the beginning of the text about {key}: {begun!r}")
     before, length = 0, 0
-    while length < len(told):
+    while length < len(begun):
         length += len(all_words[before])
         before += 1
-    rest = all_words[before - 1][len(told) - length :] if length > len(told) else ""
+    rest = all_words[before - 1][len(begun) - length :] if length > len(begun) else ""
     end = words if limit is None else min(words, before + limit)
     texts = all_words[before:end]
     if rest:
@@ -137,7 +137,7 @@ class Order(NamedTuple):
     usage: bool
     limited: bool
     generated: Generated
-    told: str
+    begun: str
 
     @classmethod
     def read(cls, path: str, body: Mapping[str, Any]) -> Order | None:
@@ -152,15 +152,15 @@ class Order(NamedTuple):
         asked = _ASKED.search(_last_of_user(body) if chat else body["prompt"])
         if asked is None:
             return None
-        words, key, told = int(asked[1]), int(asked[2]), asked[3]
+        words, key, begun = int(asked[1]), int(asked[2]), asked[3]
         limit = body.get("max_tokens")
         if chat and body["messages"][-1]["role"] == "assistant":
-            told = body["messages"][-1]["content"]
-        generated = generate(key, words, told, limit)
+            begun = body["messages"][-1]["content"]
+        generated = generate(key, words, begun, limit)
         stream = body.get("stream") is True
         usage = bool((body.get("stream_options") or {}).get("include_usage"))
         limited = limit is not None
-        return cls(key, chat, stream, usage, limited, generated, told)
+        return cls(key, chat, stream, usage, limited, generated, begun)
 
 
 def _last_of_user(body: Mapping[str, Any]) -> str:
@@ -174,15 +174,15 @@ def _last_of_user(body: Mapping[str, Any]) -> str:
 def stream_events(order: Order, name: str, *, echo: bool = False) -> list[list[bytes]]:
     """Give the events of a streamed answer: a list for each chunk of llama-server's.
 
-    `name` is the answer's id.  With `echo` a chat repeats what was told, as builds do
+    `name` is the answer's id.  With `echo` a chat repeats what was sent, as builds do
     that were asked to, and older ones in any case.
     """
     generated = order.generated
     usage, timings = _counts(generated)
     if order.chat:
         role = [replies.role()]
-        if echo and order.told:
-            role.append(replies.token(order.told))
+        if echo and order.begun:
+            role.append(replies.token(order.begun))
         tokens = [[replies.token(text)] for text in generated.texts]
         tokens[:1] = [role + (tokens[0] if tokens else [])]
         counted = usage if order.usage else None

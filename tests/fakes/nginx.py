@@ -36,7 +36,7 @@ _CONFIGURATION = """
         fastcgi_temp_path {folder}/fastcgi;
         scgi_temp_path {folder}/scgi;
         uwsgi_temp_path {folder}/uwsgi;
-        # Whoever waits for the rest of something odd, is not to wait for long.
+        # A client that waits for the rest of something odd must not wait for long.
         client_header_timeout 2s;
         client_body_timeout 2s;
         keepalive_timeout 2s;

@@ -1,7 +1,7 @@
 """`gollama-proxy`, with each callback timed: `python -m tests.fakes.probed serve …`.
 
 Processor time of the thread and not the clock on the wall: what a busy machine does
-meanwhile is nothing that the hub could help.  uvloop lets nobody look at its callbacks,
+meanwhile is nothing that the hub could help.  uvloop does not show its callbacks,
 so the hub runs on the event loop of the standard library.  How many there were and the
 longest one are written to the file that `PROBE_FILE` names when the hub has ended.
 """

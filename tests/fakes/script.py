@@ -69,7 +69,7 @@ async def send(exchange: Exchange, data: bytes) -> None:
 
 @_step
 async def flood(exchange: Exchange, data: bytes) -> None:
-    """Write the same bytes again and again, until the peer hangs up."""
+    """Write the same bytes again and again, until the peer closes."""
     while True:
         await exchange.write(data)
         await asyncio.sleep(0)  # the kernel may always have taken all of it
@@ -106,7 +106,7 @@ async def give_way(exchange: Exchange) -> None:
 
 @_step
 async def stall(exchange: Exchange) -> None:
-    """Do nothing until the peer hangs up."""
+    """Do nothing until the peer closes."""
     await exchange.unless_hung_up(asyncio.get_running_loop().create_future())
 
 
@@ -130,7 +130,7 @@ async def close(exchange: Exchange) -> None:
 
 @_step
 async def expect_eof(exchange: Exchange, timeout: float = DEADLINE) -> None:
-    """Wait for the peer to hang up; the worker's exit fails when it does not."""
+    """Wait for the peer to close; the worker's exit fails when it does not."""
     try:
         async with asyncio.timeout(timeout):
             await exchange.hung_up.wait()

@@ -135,7 +135,7 @@ def read_calls(stream: bytes) -> dict[int, tuple[str, str, str]]:
                 known[0] = each.get("id", known[0])
                 known[1] += function.get("name", "")
                 known[2] += function.get("arguments", "")
-    return {index: (told[0], told[1], told[2]) for index, told in calls.items()}
+    return {index: (parts[0], parts[1], parts[2]) for index, parts in calls.items()}
 
 
 # --- Broken answers ---------------------------------------------------------------
@@ -143,16 +143,16 @@ def read_calls(stream: bytes) -> dict[int, tuple[str, str, str]]:
 
 def parsed(relayed: bytes) -> Partial:
     """Parse the part of an answer that a client has and that can be continued."""
-    told = Partial.parse(relayed)
-    assert told is not None
-    return told
+    reported = Partial.parse(relayed)
+    assert reported is not None
+    return reported
 
 
 def spliced(
     relayed: bytes, stream: bytes, *, chat: bool = True, **options: Any
 ) -> bytes:
     """Return all that a client gets if its answer is continued with `stream`."""
-    told = parsed(relayed)
-    resumer = Resumer(told, chat, **options)
+    reported = parsed(relayed)
+    resumer = Resumer(reported, chat, **options)
     rest = b"".join(resumer.feed(stream)) + resumer.finish()
-    return relayed + told.mend + rest
+    return relayed + reported.mend + rest

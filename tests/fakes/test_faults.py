@@ -65,11 +65,11 @@ def test_no_rest_of_a_text_begins_as_the_text_does() -> None:
 def test_a_text_is_continued_after_any_character() -> None:
     whole = generate(7, 30, "", None)
     for place in range(len(whole.text) + 1):
-        told = whole.text[:place]
-        rest = generate(7, 30, told, None)
-        assert told + rest.text == whole.text
+        begun = whole.text[:place]
+        rest = generate(7, 30, begun, None)
+        assert begun + rest.text == whole.text
         assert rest.before + rest.tokens == 30
-        limited = generate(7, 30, told, 30 - rest.before)
+        limited = generate(7, 30, begun, 30 - rest.before)
         assert (limited.texts, limited.reason) == (rest.texts, "length")
 
 
@@ -86,9 +86,9 @@ def test_a_text_ends_by_itself_or_at_the_limit(
 
 
 def test_a_wrong_beginning_is_not_continued() -> None:
-    for told in ("x", word(7, 0) + word(7, 2), generate(7, 3, "", None).text + "."):
+    for begun in ("x", word(7, 0) + word(7, 2), generate(7, 3, "", None).text + "."):
         with pytest.raises(ValueError, match="not the beginning"):
-            generate(7, 3, told, None)
+            generate(7, 3, begun, None)
 
 
 def test_what_is_no_task_is_none() -> None:
@@ -111,19 +111,19 @@ def test_a_broken_answer_can_be_continued(task: Task, echo: bool) -> None:
     stream = stream_by("first", order)
     continued = 0
     for place in range(0, len(stream), 31):
-        told = Partial.parse(stream[:place])
-        if not told or told.finished or exhausted(body, told):
+        begun = Partial.parse(stream[:place])
+        if not begun or begun.finished or exhausted(body, begun):
             continue
-        if told.halved and task.limit is not None and told.tokens >= task.limit:
+        if begun.halved and task.limit is not None and begun.tokens >= task.limit:
             continue  # what the other half takes, every worker counts for itself
-        goes_on = can_continue(body, told, task.chat) and (echo or not task.chat)
-        asked = ask_for_rest(body, told, task.chat) if goes_on else body
+        goes_on = can_continue(body, begun, task.chat) and (echo or not task.chat)
+        asked = ask_for_rest(body, begun, task.chat) if goes_on else body
         order = Order.read(task.path, json.loads(asked))
         assert order is not None
-        resumer = Resumer(told, task.chat, regenerate=not goes_on)
+        resumer = Resumer(begun, task.chat, regenerate=not goes_on)
         rest = stream_by("second", order, echo=goes_on)
-        told_more = b"".join(resumer.feed(rest)) + resumer.finish()
-        answer = stream[:place] + told.mend + told_more
+        begun_more = b"".join(resumer.feed(rest)) + resumer.finish()
+        answer = stream[:place] + begun.mend + begun_more
         assert judge(task, ended(answer)) is Verdict.COMPLETE
         continued += 1
     assert continued > 25
@@ -216,7 +216,7 @@ async def test_a_client_leaves_when_it_is_to(leave: Leave) -> None:
     async with direct(faults) as (worker, visitor):
         assert await visitor.visit(TASK, leave) is Verdict.LEFT
         await until(lambda: not worker.open)
-        # Who wants more events than there are stays to the end.
+        # A client that expects more events than there are stays to the end.
         assert await visitor.visit(TASK, 1000) is Verdict.COMPLETE
 
 
@@ -277,7 +277,7 @@ def test_comments_are_no_part_of_an_answer() -> None:
 
 def test_usage_is_sent_on_request_only() -> None:
     events = stream_of(Task(7, 30, usage=True))
-    with pytest.raises(DishonestError, match="nobody asked"):
+    with pytest.raises(DishonestError, match="not requested"):
         judge(TASK, ended(b"".join(events)))
 
 

@@ -100,7 +100,7 @@ async def test_loading_is_503_on_every_path() -> None:
             assert response.header("connection") == "close"
 
 
-async def test_hanging_health_leaves_the_rest_alone() -> None:
+async def test_a_health_route_that_stalls_does_not_affect_the_rest() -> None:
     async with ScriptedWorker() as worker:
         worker.hang_health = True
         async with await connect(worker) as hanging, await connect(worker) as wire:
@@ -256,7 +256,7 @@ async def test_semaphore_releases_token_by_token() -> None:
                 assert await wire.read_event() == token(f" t{number}")
 
 
-async def test_hang_up_of_the_peer_ends_the_script_and_is_recorded() -> None:
+async def test_a_peer_that_closes_ends_the_script_and_is_recorded() -> None:
     async with ScriptedWorker() as worker:
         worker.script(send(sse_head()), stall())
         async with await connect(worker) as wire:
@@ -271,7 +271,7 @@ async def test_hang_up_of_the_peer_ends_the_script_and_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "abort", "half_close"])
-async def test_expect_eof_sees_every_kind_of_hang_up(how: str) -> None:
+async def test_expect_eof_sees_every_way_to_close(how: str) -> None:
     async with ScriptedWorker() as worker:
         worker.script(send(sse_head()), notify("sent"), expect_eof())
         async with await connect(worker) as wire:
@@ -282,7 +282,7 @@ async def test_expect_eof_sees_every_kind_of_hang_up(how: str) -> None:
             await worker.idle()
 
 
-async def test_expect_eof_fails_the_block_without_a_hang_up() -> None:
+async def test_expect_eof_fails_the_block_if_the_peer_does_not_close() -> None:
     async def stay() -> None:
         async with ScriptedWorker() as worker:
             worker.script(expect_eof(0.01))
@@ -545,8 +545,8 @@ def _shape(body: bytes) -> list[object]:
     def keys(value: object) -> object:
         if isinstance(value, dict):
             # A build reports its number.
-            told = {**value, "system_fingerprint": None} if "id" in value else value
-            return [(key, keys(item)) for key, item in told.items()]
+            reported = {**value, "system_fingerprint": None} if "id" in value else value
+            return [(key, keys(item)) for key, item in reported.items()]
         if isinstance(value, list):
             return [keys(item) for item in value]
         return value if isinstance(value, str) and len(value) < 20 else None

@@ -23,7 +23,7 @@ class KeyPair(NamedTuple):
 
 @functools.cache
 def key_pair(algorithm: str, number: int = 0) -> KeyPair:
-    """Make a key, once; `number` tells keys of one algorithm apart."""
+    """Make a key, once; `number` distinguishes keys of one algorithm."""
     key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
     match algorithm:
         case "RS256":

@@ -73,7 +73,7 @@ class Visitor:
     async def visit(self, task: Task, leave: Leave = None) -> Verdict:
         """Have one task done.
 
-        `leave` says when to go without waiting for the end: "at once", when a worker
+        `leave` is when to close without waiting for the end: "at once", when a worker
         has "taken" it, or after so many events.
 
         Raises:
@@ -98,7 +98,7 @@ class Visitor:
     async def _ask(self, task: Task, leave: Leave) -> Ending | None:
         wire, taken = await self._connected(), self._faults.taken(task.key)
         ids = [("X-Request-Id", f"task-{task.key}")]
-        # A hub that refuses a body may hang up on the rest of it.
+        # A hub that refuses a body may close before the rest of it.
         with contextlib.suppress(ConnectionError):
             await wire.post(task.path, task.payload, self._token, headers=ids)
         if leave == "at once":

@@ -100,7 +100,7 @@ class _Case:
         _check(len(ids) == 1, f"several answers in one: {ids}")
         if self._task.chat and not self._task.usage:
             unasked = any("usage" in chunk for chunk in chunks)
-            _check(not unasked, "a usage that nobody asked for")
+            _check(not unasked, "a usage that was not requested")
 
     def _judge_broken_stream(self, events: list[str]) -> None:
         _check("error" in json.loads(events[-1]), "broken off without an error")

@@ -28,7 +28,7 @@ class ScriptedWorker:
     """One fake llama-server with its own port; use it with `async with`.
 
     Attributes can be changed while it runs: `models`, `slots`, `n_ctx`, `build`,
-    `takes`, `status` (of a model, as a router tells: "loaded", "unloaded", "loading"),
+    `takes`, `status` (of a model, as a router has it: "loaded", "unloaded", "loading"),
     `loading` (503 on every path) and `hang_health` (GET /health is never answered).
     """
 
@@ -203,7 +203,7 @@ class ScriptedWorker:
         await self._until(lambda: len(self.control) >= n, f"{n} pings", timeout)
 
     async def idle(self, timeout: float = DEADLINE) -> None:
-        """Wait until every connection is gone."""
+        """Wait until every connection is closed."""
         await self._until(lambda: not self._open, "no connection", timeout)
 
     async def _until(

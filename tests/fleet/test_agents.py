@@ -1,4 +1,4 @@
-"""Leases: who gets one, how long it lasts, and which addresses it may be for."""
+"""Leases: which agents get one, how long it lasts, and for which addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The breaker follows its table, and neither flaps nor forgets a permit."""
+"""The breaker follows its table, does not flap, and loses no permit."""
 
 from __future__ import annotations
 
@@ -728,7 +728,7 @@ def test_openings_are_bounded_whatever_the_worker_does(
 
 
 class Model:
-    """The same machine, with all of its past at hand and no eye for cost."""
+    """The same machine, which keeps all of its past, at any cost."""
 
     def __init__(self) -> None:
         self.state, self.since, self.open_time = BreakerState.CLOSED, -1e9, 0.0

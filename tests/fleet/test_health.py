@@ -162,17 +162,17 @@ async def test_every_worker_is_asked_at_once_and_on_its_own() -> None:
     """One that hangs does not keep the others waiting."""
     found = workers(3)
     hang = asyncio.Event()
-    told = Pings(GOOD)
+    reported = Pings(GOOD)
 
     async def ping(worker: Worker) -> Finding:
         if worker is found[0]:
             await hang.wait()
-        return await told(worker)
+        return await reported(worker)
 
     async with pinging(found, Health(interval=NEVER), ping) as checker:
         assert repr(checker) == "<HealthChecker running=3 of 3>"
         first = asyncio.create_task(checker.first_round())
-        await told.reached(2)
+        await reported.reached(2)
         assert [worker.state for worker in found] == [
             WorkerState.STARTING,
             WorkerState.READY,
@@ -180,7 +180,7 @@ async def test_every_worker_is_asked_at_once_and_on_its_own() -> None:
         ]
         assert not first.done()
         hang.set()
-        await told.reached(3)
+        await reported.reached(3)
         async with asyncio.timeout(DEADLINE):
             await first
         assert found[0].state is WorkerState.READY
@@ -211,7 +211,7 @@ async def test_a_worker_is_asked_again_after_the_interval() -> None:
 
 @pytest.mark.parametrize("outcome", sorted(SUSPICIOUS, key=str))
 async def test_a_suspicion_has_its_worker_asked_at_once(outcome: Result) -> None:
-    """Nobody waits for the interval to find out."""
+    """It is found without waiting for the interval."""
     found = workers(2)
     pings = Pings(GOOD)
     async with pinging(found, Health(interval=NEVER), pings):
@@ -237,22 +237,22 @@ async def test_a_failure_during_a_ping_has_the_worker_asked_once_more() -> None:
     """What was asked before cannot know of it; two failures are one question."""
     [worker] = workers()
     gate = asyncio.Event()
-    told = Pings(GOOD)
+    reported = Pings(GOOD)
 
     async def ping(worker: Worker) -> Finding:
-        finding = await told(worker)
+        finding = await reported(worker)
         await gate.wait()
         return finding
 
     async with pinging([worker], Health(interval=NEVER), ping):
-        await told.reached(1)
+        await reported.reached(1)
         for _ in range(2):
             worker.lease().release(Result.WORKER_FAILED)
         gate.set()
-        await told.reached(2)
+        await reported.reached(2)
         for _ in range(20):
             await asyncio.sleep(0)
-    assert len(told.asked) == 2
+    assert len(reported.asked) == 2
 
 
 async def test_a_ping_that_raises_is_logged_and_survived(
@@ -319,9 +319,9 @@ async def test_an_oddity_of_a_worker_is_logged_once(
     health = Health(interval=0.01, recheck=0.01)
     async with pinging(watched, health, pings):
         await pings.reached(12)
-    told = [record for record in caplog.records if "odd" in record.message]
-    assert {record.levelname for record in told} == {"WARNING"}
-    names = [record.message.partition(": ")[0] for record in told]
+    warnings = [record for record in caplog.records if "odd" in record.message]
+    assert {record.levelname for record in warnings} == {"WARNING"}
+    names = [record.message.partition(": ")[0] for record in warnings]
     assert len(names) == len(set(names)), names
     assert f"worker {watched[0].name}: /v1/models is odd" in caplog.text
 
@@ -383,7 +383,7 @@ async def test_a_ping_shows_whether_the_worker_is_well(
 # --- Workers that come and go -----------------------------------------------------
 
 
-async def test_a_worker_that_is_added_is_checked_and_one_that_is_gone_is_not() -> None:
+async def test_an_added_worker_is_checked_and_a_removed_one_is_not() -> None:
     first, second = workers(2)
     pings = Pings(GOOD)
     async with pinging([first], Health(interval=NEVER), pings) as checker:
@@ -401,7 +401,7 @@ async def test_a_worker_that_is_added_is_checked_and_one_that_is_gone_is_not() -
     assert pings.asked == [first.name, second.name, second.name]
 
 
-async def test_a_worker_that_is_gone_keeps_nothing_waiting() -> None:
+async def test_a_worker_that_was_removed_keeps_nothing_waiting() -> None:
     [worker] = workers()
     begun = asyncio.Event()
 

@@ -44,7 +44,7 @@ def trip(worker: Worker, model: str | None = None) -> None:
     assert not breaker.closed
 
 
-# --- Who is available -------------------------------------------------------------
+# --- Available workers ------------------------------------------------------------
 
 
 def test_those_that_are_ready_are_available_in_their_order(clock: Clock) -> None:
@@ -87,7 +87,7 @@ def test_one_that_is_to_prove_itself_by_a_request_is_available_for_that(
         assert Pool("tiny", (a,)).available == ([] if canary else [a])
 
 
-# --- Who has the model loaded -----------------------------------------------------
+# --- Workers that have the model loaded -------------------------------------------
 
 
 def router(clock: Clock, model: Model, slots: int = 1) -> Worker:

@@ -50,7 +50,7 @@ def refused(
     return caught.value
 
 
-def nobody(
+def unavailable(
     made: Registry, name: str | None, retry_after: int = RETRY_AFTER
 ) -> NoWorkerError:
     """Return the error of a model that no worker can serve now."""
@@ -120,7 +120,7 @@ def test_a_model_that_matches_a_stated_pattern_is_known_before_it_is_listed() ->
 
 def test_stated_models_are_known_before_their_worker_was_reached() -> None:
     made = registry(None, stated=["qwen", "phi"])
-    assert "1 serve it (1 starting)" in nobody(made, "qwen").message
+    assert "1 serve it (1 starting)" in unavailable(made, "qwen").message
     assert refused(made, "other").code is Code.MODEL_NOT_FOUND
 
 
@@ -218,7 +218,7 @@ def test_an_alias_stands_for_no_other_model_than_its_own(
     """While no worker serves it, there is no answer, and none of another model."""
     made = registry(*workers, aliases={"gpt": "gone", "gpt-*": "gone"}, **models)
     assert found(made.resolve(name, None)) == ("gone", ())
-    assert "'gone'" in nobody(made, name).message
+    assert "'gone'" in unavailable(made, name).message
 
 
 def test_names_that_no_worker_serves_are_reported() -> None:
@@ -470,10 +470,10 @@ def test_whether_a_model_is_allowed_does_not_depend_on_its_workers() -> None:
 
 
 def test_without_workers_the_reason_is_the_configuration() -> None:
-    assert nobody(registry(), "a").message == (
+    assert unavailable(registry(), "a").message == (
         "No worker serves the model 'a': the hub has none configured."
     )
-    assert nobody(registry(), None).message == (
+    assert unavailable(registry(), None).message == (
         "No worker serves this request: the hub has none configured."
     )
 
@@ -484,7 +484,7 @@ def test_while_nothing_is_known_yet_clients_have_to_wait(name: str | None) -> No
     made = registry(None, None, None)
     take_out(made.workers[1])
     what = "the model 'a'" if name else "this request"
-    assert nobody(made, name).message == (
+    assert unavailable(made, name).message == (
         f"No worker is available for {what}: "
         "3 known, none seen to serve it (2 starting, 1 down)."
     )
@@ -494,14 +494,14 @@ def test_the_error_of_a_pool_that_is_down_counts_the_states() -> None:
     made = registry("a", "a", "a", "b")
     take_out(made.workers[0], made.workers[2])
     take_out(made.workers[1], check=Check.LOADING)
-    assert nobody(made, "a").message == (
+    assert unavailable(made, "a").message == (
         "No worker is available for the model 'a': 3 serve it (2 down, 1 loading)."
     )
 
 
 def test_the_error_of_an_unserved_default_model_counts_all_workers() -> None:
     made = registry("a", None, default_model="b")
-    assert nobody(made, None).message == (
+    assert unavailable(made, None).message == (
         "No worker is available for the model 'b': "
         "2 known, none seen to serve it (1 ready, 1 starting)."
     )
@@ -510,7 +510,7 @@ def test_the_error_of_an_unserved_default_model_counts_all_workers() -> None:
 def test_a_worker_that_is_not_ready_does_not_hide_the_names_that_are_known() -> None:
     made = registry("a", None)
     take_out(made.workers[0])
-    assert nobody(made, "a").message.endswith("1 serve it (1 down).")
+    assert unavailable(made, "a").message.endswith("1 serve it (1 down).")
 
 
 def test_the_error_of_a_pool_that_fails_or_is_busy_names_that() -> None:
@@ -521,7 +521,7 @@ def test_the_error_of_a_pool_that_fails_or_is_busy_names_that() -> None:
     trip_again = made.workers[1].breaker.permit()
     assert trip_again is not None
     trip_again.settle(False)
-    assert nobody(made, "a").message == (
+    assert unavailable(made, "a").message == (
         "No worker is available for the model 'a': "
         "3 serve it (1 breaker half-open, 1 breaker open, 1 busy)."
     )
@@ -531,11 +531,11 @@ def test_retry_after_is_when_the_first_worker_may_be_back() -> None:
     made = registry("a", "a", "b", clock=(clock := Clock()))
     trip(made.workers[0])
     made.workers[1].breaker.busy(30)
-    nobody(made, "a", retry_after=5)
+    unavailable(made, "a", retry_after=5)
     clock.advance(0.5)
-    nobody(made, "a", retry_after=5)
+    unavailable(made, "a", retry_after=5)
     clock.advance(3)
-    nobody(made, "a", retry_after=RETRY_AFTER)
+    unavailable(made, "a", retry_after=RETRY_AFTER)
 
 
 def test_a_model_that_has_a_fallback_is_known_though_it_is_not_served() -> None:
@@ -547,7 +547,9 @@ def test_a_model_that_has_a_fallback_is_known_though_it_is_not_served() -> None:
         assert names == ["big", "small"]
         assert made.models() == ["small"]
     made = registry(None, fallbacks={"big": ("small",)})
-    assert nobody(made, "big").message.endswith("none seen to serve it (1 starting).")
+    assert unavailable(made, "big").message.endswith(
+        "none seen to serve it (1 starting)."
+    )
 
 
 def test_a_model_with_a_fallback_must_be_allowed_as_any_other() -> None:
@@ -948,7 +950,7 @@ def test_the_error_for_a_held_worker_names_the_hold() -> None:
     made = registry("a", "a")
     made.pause("w0")
     made.drain("w1")
-    assert "2 serve it (1 paused, 1 draining)" in str(nobody(made, "a"))
+    assert "2 serve it (1 paused, 1 draining)" in str(unavailable(made, "a"))
     assert not made.ready
 
 

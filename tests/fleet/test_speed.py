@@ -26,21 +26,21 @@ KIB = 1024
 
 
 @pytest.mark.parametrize(
-    "told", [Prefill(0, 0), Prefill(5, 3, 1.5), Prefill(1, 0, 1e9)]
+    "reported", [Prefill(0, 0), Prefill(5, 3, 1.5), Prefill(1, 0, 1e9)]
 )
-def test_possible_reports(told: Prefill) -> None:
-    assert told.possible
+def test_possible_reports(reported: Prefill) -> None:
+    assert reported.possible
 
 
 @pytest.mark.parametrize(
-    "told",
+    "reported",
     [Prefill(-1, 0, 1), Prefill(1, -1, 1), Prefill(1, 1, -1), Prefill(1, 1, math.inf)],
 )
-def test_impossible_reports(told: Prefill) -> None:
-    assert not told.possible
+def test_impossible_reports(reported: Prefill) -> None:
+    assert not reported.possible
 
 
-def test_nothing_is_known_of_who_has_answered_nothing() -> None:
+def test_nothing_is_known_of_a_worker_without_answers() -> None:
     speed = Speed()
     assert speed.reads is None
     assert [speed.writes(beside) for beside in (0, 1, 1000)] == [None] * 3
@@ -73,7 +73,7 @@ def test_what_was_in_the_cache_was_not_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "reported",
     [
         Prefill(0, 2000, 0.1),
         Prefill(-5, 2000, 0.1),
@@ -85,9 +85,9 @@ def test_what_was_in_the_cache_was_not_read() -> None:
         Prefill(500, 1500, math.inf),
     ],
 )
-def test_impossible_reports_are_ignored(told: Prefill) -> None:
+def test_impossible_reports_are_ignored(reported: Prefill) -> None:
     speed = Speed()
-    speed.read(8000, 1.0, told)
+    speed.read(8000, 1.0, reported)
     assert speed.reads == 8000
 
 

@@ -482,8 +482,8 @@ def test_impossible_slots_are_ignored_and_logged_once(
     for _ in range(3):
         worker.observe(Check.OK, "ok", Description(slots=slots))
         assert (worker.slots, worker.free) == (None, math.inf)
-    told = [line for line in caplog.messages if "slots" in line]
-    assert told == [f"worker w1: reports {slots} slots"]
+    reported = [line for line in caplog.messages if "slots" in line]
+    assert reported == [f"worker w1: reports {slots} slots"]
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,7 @@ def test_the_weight_is_what_is_configured_else_the_memory(
     assert Worker(config, Health(), Clock()).weight == result
 
 
-# --- Who talks is alive -----------------------------------------------------------
+# --- Answers prove that a worker is alive -----------------------------------------
 
 
 def test_a_worker_that_sends_tokens_is_kept_whatever_its_health_check_finds() -> None:
@@ -629,7 +629,7 @@ def test_failed_requests_alone_leave_the_health_as_it_is() -> None:
 
 
 def test_failed_requests_open_the_breaker_which_good_checks_do_not_close() -> None:
-    """A process can be in good `/health` with its GPU gone."""
+    """A process can answer `/health` well although its GPU is lost."""
     worker = make(WorkerState.READY)
     failures = worker.policy.consecutive
     for _ in range(failures - 1):
@@ -851,7 +851,7 @@ def test_a_model_that_fails_keeps_away_its_own_requests_only() -> None:
 # --- Speed ------------------------------------------------------------------------
 
 
-def test_each_model_has_a_speed_of_its_own() -> None:
+def test_each_model_has_its_speed() -> None:
     worker = make(WorkerState.READY)
     before = worker.pace_of("qwen").allowance(10_000)
     lease = worker.lease("qwen")
@@ -1080,7 +1080,7 @@ class Leases(RuleBasedStateMachine):
         assert self.worker.can_serve("qwen") is (ready and breaker.admits)
 
     @invariant()
-    def each_suspicion_is_told_once(self) -> None:
+    def each_suspicion_is_reported_once(self) -> None:
         assert self.suspicions == self.blamed
 
     @invariant()
@@ -1124,16 +1124,16 @@ def test_requests_beyond_the_threads(
 
 def test_a_context_that_is_not_listed_is_learnt_from_a_refusal() -> None:
     worker = make(WorkerState.READY)
-    told: list[str] = []
-    worker.on_offer = lambda: told.append("told")
+    reported: list[str] = []
+    worker.on_offer = lambda: reported.append("reported")
     worker.observe(Check.OK, "ok", ABOUT)
-    told.clear()
+    reported.clear()
     worker.learn_context("tiny", 0)
     assert worker.context_of("tiny") is None
     for tokens in (2048, 2048, 1024):
         worker.learn_context("tiny", tokens)
         assert worker.context_of("tiny") == tokens
-    assert len(told) == 2, "once for each news"
+    assert len(reported) == 2, "once for each news"
     worker.learn_context("qwen", 1)
     assert worker.context_of("qwen") == 4096, "what it lists is believed"
 

@@ -1,7 +1,7 @@
 """What must hold for any bytes at all: the targets of `make fuzz`.
 
 Each takes bytes and raises if a promise is broken: `AssertionError` where an answer is
-wrong, anything else where an exception came out that nobody declared.  What is read in
+wrong, anything else where an undeclared exception came out.  What is read in
 pieces is read whole, byte by byte and in random pieces, with one result.
 """
 
@@ -173,9 +173,9 @@ def _derive(data: bytes, found: dict[str, Field]) -> None:
             assert json.loads(streamed.body, parse_int=str)["stream"] is True
     for chat in (True, False):
         if can_rescue(data, chat):
-            told = Partial("i", 1, "m", (Span("text", "so far"),), 2, pieces=2)
-            if not exhausted(data, told) and can_continue(data, told, chat):
-                assert b"so far" in ask_for_rest(data, told, chat)
+            begun = Partial("i", 1, "m", (Span("text", "so far"),), 2, pieces=2)
+            if not exhausted(data, begun) and can_continue(data, begun, chat):
+                assert b"so far" in ask_for_rest(data, begun, chat)
     if data.strip(b" \t\r\n{}"):
         asked = ask_for_usage(data)
         if asked is not None:
@@ -188,7 +188,7 @@ def _derive(data: bytes, found: dict[str, Field]) -> None:
 
 
 def stream(data: bytes) -> None:
-    """What is said of a stream: never an exception, and no word is taken back."""
+    """What is reported of a stream: never an exception, and nothing is taken back."""
     for ending in Ending:
         end = read_end(data, ending)
         assert data.endswith(end.rest)
@@ -198,12 +198,12 @@ def stream(data: bytes) -> None:
     for event in sse.events_in(data):
         sse.error_in(event)
     for api in Api:
-        for told in (
+        for reported in (
             read_usage(data, api),
             read_tail(api, data, beginning(data)),
         ):
-            assert (told.prompt or 0) >= 0
-            assert (told.generated or 0) >= 0
+            assert (reported.prompt or 0) >= 0
+            assert (reported.generated or 0) >= 0
 
 
 def assembly(data: bytes) -> None:
@@ -268,10 +268,10 @@ def _with_new_name(value: Any) -> Any:
 
 
 def hiding(data: bytes) -> None:
-    """Usage that nobody asked for is left out, wherever it was cut; all else passes."""
-    told = same_for_all(data, _hide)
+    """Usage that was not requested is left out, wherever it is cut; the rest passes."""
+    kept = same_for_all(data, _hide)
     if b'"usage"' not in data:
-        assert told == data
+        assert kept == data
 
 
 def _hide(pieces: Sequence[bytes]) -> bytes:
@@ -291,28 +291,28 @@ def transcript(data: bytes) -> None:
 
 
 def rescue(data: bytes) -> None:
-    """What broke off is gone on with or not; `\\x00\\x00` is where it broke."""
+    """What broke off is continued or not; `\\x00\\x00` is where it broke."""
     relayed, _, rest = data.partition(b"\x00\x00")
     for chat in (True, False):
-        told = Partial.parse(relayed)
-        if told is None:
+        begun = Partial.parse(relayed)
+        if begun is None:
             continue
-        again = Partial.parse(relayed + told.mend)
-        assert again is not None, told.mend
-        assert (again.spans, again.mend) == (told.spans, b""), (told, again)
+        again = Partial.parse(relayed + begun.mend)
+        assert again is not None, begun.mend
+        assert (again.spans, again.mend) == (begun.spans, b""), (begun, again)
         for regenerate in (True, False):
             same_for_all(
                 rest,
-                lambda pieces, told=told, chat=chat, again=regenerate: _splice(  # type: ignore[misc]
-                    pieces, told, chat, again
+                lambda pieces, begun=begun, chat=chat, again=regenerate: _splice(  # type: ignore[misc]
+                    pieces, begun, chat, again
                 ),
             )
 
 
 def _splice(
-    pieces: Sequence[bytes], told: Partial, chat: bool, regenerate: bool
+    pieces: Sequence[bytes], begun: Partial, chat: bool, regenerate: bool
 ) -> Any:
-    resumer = Resumer(told, chat, regenerate=regenerate)
+    resumer = Resumer(begun, chat, regenerate=regenerate)
     events: list[bytes] = []
     try:
         for piece in pieces:

@@ -130,7 +130,7 @@ async def test_an_answered_request_leaves_its_connection_to_the_next() -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        (send(error_reply(400, "no")),),  # says `Connection: close`
+        (send(error_reply(400, "no")),),  # has `Connection: close`
         (send(head(500, [("Content-Length", "0")])),),
         (send(head(503, [("Content-Length", "2")]) + b"{}"),),
         (send(json_reply({}) + b"behind the end"),),
@@ -139,7 +139,7 @@ async def test_an_answered_request_leaves_its_connection_to_the_next() -> None:
     ],
     ids=["close", "500", "503", "behind", "fin", "http/1.0"],
 )
-async def test_answers_after_which_a_connection_is_hung_up(
+async def test_answers_after_which_a_connection_is_closed(
     script: tuple[Step, ...],
 ) -> None:
     async with ScriptedWorker() as worker, bench(worker.url) as made:
@@ -225,8 +225,8 @@ async def test_a_stream_that_is_left_early_leaves_no_connection() -> None:
         await worker.idle()
 
 
-async def test_an_attempt_that_is_left_early_hangs_up() -> None:
-    """Which is how llama-server is told to stop generating."""
+async def test_an_attempt_that_is_left_early_closes_its_connection() -> None:
+    """Which is what makes llama-server stop generating."""
     async with ScriptedWorker() as worker, bench(worker.url) as made:
         worker.script(send(sse_head() + chunk(role() + token("a"))), expect_eof())
         async with made.attempt() as attempt:
@@ -236,7 +236,7 @@ async def test_an_attempt_that_is_left_early_hangs_up() -> None:
         await worker.idle()
 
 
-async def test_an_attempt_that_is_cancelled_hangs_up() -> None:
+async def test_an_attempt_that_is_cancelled_closes_its_connection() -> None:
     async with ScriptedWorker() as worker, bench(worker.url) as made:
         worker.script(expect_eof())
         exchange = asyncio.create_task(made.exchange())
@@ -326,7 +326,7 @@ async def test_what_streams_gets_a_fresh_connection() -> None:
 
 
 async def test_a_body_that_turns_out_bad_is_not_completed() -> None:
-    """The client's error is told, and the worker does not see the body end well."""
+    """The client's error is reported, and the worker does not see the body end well."""
 
     async def bad() -> AsyncIterator[bytes]:
         yield b"1"
@@ -341,7 +341,7 @@ async def test_a_body_that_turns_out_bad_is_not_completed() -> None:
             assert not (await worker.received()).complete
 
 
-async def test_an_answer_may_come_before_the_body_has_gone() -> None:
+async def test_an_answer_may_come_before_the_body_is_sent() -> None:
     """The upload ends with the attempt, and the connection with it."""
     ended = asyncio.Event()
 

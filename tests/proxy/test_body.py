@@ -77,7 +77,7 @@ class Content:
 
     @property
     def untouched(self) -> int:
-        """Count the pieces that nobody took."""
+        """Count the pieces that were not read."""
         return len(self._pieces)
 
 
@@ -486,7 +486,7 @@ async def test_the_rest_is_checked_on_its_way() -> None:
     assert refusal(error) == (Code.INVALID_JSON, None)
 
 
-async def test_what_is_not_sent_again_is_let_go() -> None:
+async def test_what_is_not_sent_again_is_not_kept() -> None:
     """The answer has begun, and may take minutes."""
     read = await read_whole(BODY)
     read.forget()
@@ -525,7 +525,7 @@ async def test_a_body_that_announces_nothing_is_cut_at_the_limit(window: int) ->
     body = b'{"model":"","a":"' + b"x" * 981 + b'"}'
     pieces = pieces_of(body, 100)
     assert await read_both_parts(incoming(Content(*pieces), limit=1000), window) == 1000
-    # The client need not have said all of it.
+    # The client need not have sent all of it.
     read = incoming(Content(*pieces, b" ", end=False), limit=1000)
     with pytest.raises(RequestError, match="larger than 1000 bytes") as error:
         await read_both_parts(read, window)

@@ -131,9 +131,9 @@ async def test_a_workers_words_are_passed_on_and_judged(
 ) -> None:
     found = await refusal(received(status, worded(kind)))
     assert (found.rule.result, found.cause) == (outcome, cause)
-    told = response_of(found)
-    assert (told.status, told.body) == (status, worded(kind))
-    assert f"Content-Type: {JSON[1].decode()}\r\n" in told.fields
+    reported = response_of(found)
+    assert (reported.status, reported.body) == (status, worded(kind))
+    assert f"Content-Type: {JSON[1].decode()}\r\n" in reported.fields
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -152,7 +152,7 @@ async def test_a_503_has_a_time_to_come_back(body: bytes) -> None:
 
 
 async def test_how_long_a_busy_worker_is_left_alone() -> None:
-    """As it asks, in seconds; one second where it does not say so."""
+    """The seconds that it asks for; one second without them."""
     for status in [429, 503]:
         for given, seconds in [
             (None, 1.0),
@@ -201,9 +201,9 @@ async def test_a_refusal_without_words_gets_some(
     status: int, kind: str, body: bytes
 ) -> None:
     """A proxy before a worker answers in HTML, which no SDK reads."""
-    told = response_of(await refusal(received(status, body)))
-    assert told.status == status
-    assert json.loads(told.body)["error"] == {
+    reported = response_of(await refusal(received(status, body)))
+    assert reported.status == status
+    assert json.loads(reported.body)["error"] == {
         "message": f"Worker w answered {status} without a reason.",
         "type": kind,
         "param": None,
@@ -246,9 +246,9 @@ async def test_a_stream_that_begins_with_an_error_gets_its_status(
     found = await refusal(received(200, ping() + first, EVENTS))
     outcome = REFUSED if cause is Cause.REFUSED else ERRED
     assert (found.rule.result, found.cause) == (outcome, cause)
-    told = response_of(found)
-    assert told.status == status
-    error = json.loads(told.body)["error"]
+    reported = response_of(found)
+    assert reported.status == status
+    error = json.loads(reported.body)["error"]
     assert (error["message"], error["type"]) == ("because", "oh")
 
 
@@ -330,9 +330,9 @@ def test_a_stream_that_can_never_be_folded_is_nobodys_fault_either() -> None:
 def test_an_error_in_a_stream_becomes_the_answers_own(
     code: int | None, status: int, outcome: Result, cause: Cause
 ) -> None:
-    error = AssemblyError("it told an error", EventError("because", "oh", code))
+    error = AssemblyError("it reported an error", EventError("because", "oh", code))
     found = failure_of_assembly(error)
     assert (found.rule.result, found.cause) == (outcome, cause)
-    told = response_of(found)
-    assert told.status == status
-    assert json.loads(told.body)["error"]["message"] == "because"
+    reported = response_of(found)
+    assert reported.status == status
+    assert json.loads(reported.body)["error"]["message"] == "because"

@@ -39,7 +39,7 @@ DECLINED = {cause for cause, rule in RULES.items() if rule.declined}
 BEGUN = {cause for cause, rule in RULES.items() if rule.begun}
 FINAL = {cause for cause, rule in RULES.items() if not rule.elsewhere}
 
-# What is tried again elsewhere and not on the same worker, whoever else is there.
+# What is tried again elsewhere and not on the same worker, whatever others there are.
 ELSEWHERE = [
     Cause.UNREACHABLE,
     Cause.LOADING,
@@ -65,8 +65,8 @@ def worker(
     origin = Origin("http", "127.0.0.1", 8080, "")
     config = WorkerConfig("http://127.0.0.1:8080", origin, name)
     made = Worker(config, Health(fall=1), clock or Clock())
-    told = Description(tuple(Model(model, context) for model in models))
-    made.observe(Check.OK, "ok", told)
+    reported = Description(tuple(Model(model, context) for model in models))
+    made.observe(Check.OK, "ok", reported)
     return made
 
 
@@ -113,7 +113,7 @@ def failed(made: Plan, *tried: Worker) -> Plan:
     return made
 
 
-# --- Who --------------------------------------------------------------------------
+# --- Workers ----------------------------------------------------------------------
 
 
 def test_at_first_every_worker_may_try() -> None:
@@ -246,7 +246,7 @@ def test_no_worker_is_asked_a_third_time(failure: Cause) -> None:
 
 
 def test_the_only_worker_is_waited_for_if_it_is_busy_for_a_short_time() -> None:
-    """A little longer than it asks for: whoever is early is sent away again."""
+    """A little longer than it asks for: an early request is refused again."""
     for failure in sorted(LATER, key=str):
         for asked, patience, waits in [
             (None, 5.0, False),
@@ -344,7 +344,7 @@ def test_a_prompt_that_is_too_long_costs_no_retry() -> None:
 
 
 def test_a_prompt_that_is_too_long_may_fit_a_fallback() -> None:
-    """One that has more context, that is; whoever has not is passed over."""
+    """One that has more context, that is; others are skipped."""
     small = worker("a", 1024)
     same, large = worker("b", 1024, models=["other1"]), worker("c", models=["other2"])
     large.observe(Check.OK, "ok", Description((Model("other2", 4096),)))
@@ -798,7 +798,7 @@ def test_what_a_worker_may_have_begun_is_not_tried_again_where_that_is_wanted(
     for made in (attempts(a, b, once=True), attempts(a, fallbacks=[[b]], once=True)):
         failed(made, a)
         assert (made.retry_after(failure, 30.0) is None) is (failure in BEGUN)
-        assert made.candidates() == [b]  # who is there is not the question
+        assert made.candidates() == [b]  # whatever workers there are
 
 
 def test_what_may_have_begun_differs_from_what_surely_has_not() -> None:
@@ -887,7 +887,7 @@ def test_an_answer_of_a_fallback_may_go_back_to_the_model_that_was_asked_for() -
 
 
 def test_a_worker_that_failed_before_may_continue_when_none_else_is_left() -> None:
-    """It may have been started anew; but whoever has stalled would stall again."""
+    """It may have been started again; but a worker that stalled would stall again."""
     a, b, c, d = worker("a"), worker("b"), worker("c"), worker("d")
     made = resumed(attempts(a, b, c, d, continuations=9), a)
     for each, failure in ((b, Cause.SLOW), (c, Cause.LOST), (d, Cause.LOST)):
@@ -950,7 +950,7 @@ def test_without_continuations_left_no_worker_could_take_over() -> None:
 
 
 def test_without_continuations_left_a_fallback_is_not_waiting_either() -> None:
-    """Or the last one would be given up for being slow, and nobody take over."""
+    """Or the last one would be given up for being slow, with no other to take over."""
     a, b, c = worker("a"), worker("b"), worker("c")
     made = resumed(attempts(a, b, fallbacks=[[c]], continuations=1), a)
     made.begin(b)
@@ -1032,7 +1032,7 @@ def test_the_last_worker_gets_another_request_although_others_are_up() -> None:
     assert made.candidates() == [c]
 
 
-def test_one_that_is_gone_meanwhile_is_not_waited_for() -> None:
+def test_one_that_was_removed_meanwhile_is_not_waited_for() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     made = resumed(attempts(a, b, c, continuations=5), a)
     made.begin(b)

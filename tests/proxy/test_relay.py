@@ -174,7 +174,7 @@ async def test_a_stream_is_open_with_its_first_whole_event(
 
 
 async def test_a_stream_is_not_open_before_its_first_event() -> None:
-    """Who is going to speak is told by some before they have read the prompt."""
+    """Some servers send the role before they have read the prompt."""
     stage = Stage()
     opening = asyncio.create_task(stage.relay.opened())
     stage.stream(role(), ping(), role())
@@ -534,7 +534,7 @@ USAGE = {"input_tokens": 1, "cache_read_input_tokens": 289, "output_tokens": 1}
 
 @pytest.mark.parametrize("ending", list(Ending))
 async def test_the_usage_that_a_stream_begins_with_is_kept(ending: Ending) -> None:
-    """A `message_start` is long gone when the stream ends; others tell it there."""
+    """A `message_start` is long past when the stream ends; others report it there."""
     stage = Stage(ending, path="/v1/messages")
     start = named_event({"type": "message_start", "message": {"usage": USAGE}})
     delta = named_event({"type": "content_block_delta", "usage": {"input_tokens": 7}})
@@ -880,7 +880,7 @@ async def test_with_its_mark_a_stream_is_complete(
         assert stage.relay.complete is (number > 0)
 
 
-async def test_nothing_is_passed_on_when_its_reader_is_gone() -> None:
+async def test_nothing_is_passed_on_when_its_reader_has_left() -> None:
     stage = Stage()
     stage.stream(role(), token("a"))
     running = stage.running()
@@ -934,7 +934,7 @@ INCOMPLETE = {
 async def test_a_stream_without_its_mark_is_not_complete(
     ending: Ending, parts: list[bytes], lost: str
 ) -> None:
-    """What came is passed on; how it ended decides what is told."""
+    """What came is passed on; how it ended decides what is reported."""
     stage = Stage(ending)
     with pytest.raises(WorkerError) as info:
         await stage.play(*parts, lost=lost)

@@ -1,4 +1,4 @@
-"""An answer begins once and ends once, and nobody takes half of it for the whole."""
+"""An answer begins once and ends once, and half of it never looks like the whole."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ async def test_a_broken_stream_ends_with_one_error_event(
 async def test_a_broken_answer_is_not_added_to(
     headers: tuple[tuple[bytes, bytes], ...], chunked: bool, end: str
 ) -> None:
-    """Where only the connection's end tells of the answer's, it ends with a reset."""
+    """Where only the end of the connection ends the answer, it ends with a reset."""
     stage = Stage(chunked=chunked)
     await stage.pass_on(received(b"{", headers=headers))
     before = stage.transport.written
@@ -297,7 +297,7 @@ async def test_a_broken_answer_is_not_added_to(
         (b"proxy error: Failed to read connection", True),
     ],
 )
-async def test_the_error_is_an_event_of_its_own(last: bytes, half: bool) -> None:
+async def test_the_error_is_a_separate_event(last: bytes, half: bool) -> None:
     stage = Stage()
     error = await stage.pass_on(received(role(), last))
     before = stage.transport.written
@@ -345,7 +345,7 @@ async def test_the_bytes_of_another_worker_are_not_the_clients() -> None:
 
 @pytest.mark.parametrize("headers", [(EVENTS,), (JSON,), (JSON, LENGTH)])
 @pytest.mark.parametrize("chunked", [True, False])
-async def test_a_client_that_does_not_read_is_hung_up_on(
+async def test_the_connection_of_a_client_that_does_not_read_is_closed(
     chunked: bool, headers: tuple[tuple[bytes, bytes], ...]
 ) -> None:
     """It gets nothing more, and by no means what looks like a good end."""
@@ -356,7 +356,7 @@ async def test_a_client_that_does_not_read_is_hung_up_on(
     assert stage.transport.lingers is (chunked or LENGTH in headers)
 
 
-async def test_a_connection_without_a_socket_is_hung_up_all_the_same() -> None:
+async def test_a_connection_without_a_socket_is_closed_all_the_same() -> None:
     stage = Stage(chunked=False)
     stage.open(received())
     stage.transport.socket = None
@@ -456,7 +456,7 @@ async def test_the_first_thing_that_is_wrong_counts() -> None:
 
 
 def test_a_whole_that_breaks_off_has_not_begun() -> None:
-    """So its client is told with a status."""
+    """So its client gets a status."""
     delivery, _ = assembly()
     delivery.send(chat_stream(["a"], reason=None))
     with pytest.raises(WorkerError) as caught:

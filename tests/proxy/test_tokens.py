@@ -33,7 +33,7 @@ def counting(worker: ScriptedWorker, tokens: int) -> ScriptedWorker:
 
 
 def served(*workers: ScriptedWorker) -> list[int]:
-    """Tell how many requests each had, beside those to count."""
+    """Return how many requests each had, beside those to count."""
     return [sum(r.path not in COUNTS for r in each.requests) for each in workers]
 
 
@@ -41,8 +41,8 @@ def counts(*workers: ScriptedWorker) -> int:
     return sum(r.path == "/tokenize" for each in workers for r in each.requests)
 
 
-def told(response: Response) -> str:
-    """Check that a prompt was refused for its length; return what was said."""
+def reported(response: Response) -> str:
+    """Check that a prompt was refused for its length; return the message."""
     assert response.status == 400, response.body
     error = response.json()["error"]
     assert error["code"] == "context_length_exceeded"
@@ -108,7 +108,7 @@ async def test_a_prompt_that_fits_nowhere_is_refused_and_sent_nowhere() -> None:
         counting(small, 4096)
         counting(large, 4096)
         for stream in (False, True):
-            message = told(await hub.post(CHAT, ask(6000, stream=stream)))
+            message = reported(await hub.post(CHAT, ask(6000, stream=stream)))
             assert "the prompt has 4096" in message
             assert f"{MODEL} on {small.name} 1024" in message
             assert f"{MODEL} on {large.name} 4096" in message
@@ -130,7 +130,7 @@ async def test_it_is_refused_at_once_though_all_slots_are_taken() -> None:
         busy = [asyncio.create_task(hub.post(CHAT, ask(1)), name="b") for _ in range(8)]
         await small.received(4)
         await large.received(4)
-        told(await hub.post(CHAT, ask(9000)))
+        reported(await hub.post(CHAT, ask(9000)))
         for worker in (small, large):
             worker.release("go")
         assert {(await each).status for each in busy} == {200}
@@ -176,7 +176,7 @@ async def test_a_prompt_that_fits_a_fallback_goes_there() -> None:
         assert (served(big, other), counts(big), counts(other)) == ([0, 1], 1, 1)
         assert other.requests[0].json()["model"] == "other"
         counting(other, 2048)
-        message = told(await hub.post(CHAT, ask(6000, model="big")))
+        message = reported(await hub.post(CHAT, ask(6000, model="big")))
         assert "the prompt has 2500" in message
         assert "other on" in message
 
@@ -247,7 +247,7 @@ async def test_a_count_is_no_reason_to_load_a_model() -> None:
             counting(warm, 2000)
             counting(cold, 2000)
             for _ in range(2):
-                told(await hub.post(CHAT, ask(6000)))
+                reported(await hub.post(CHAT, ask(6000)))
             assert (counts(cold), counts(warm)) == (0, 2)
         warm.status = {MODEL: "unloaded"}
         async with running_hub(cold, warm, health__interval=3600) as hub:
@@ -329,14 +329,14 @@ async def test_a_refusal_lists_what_each_worker_offers(tokens: int | None) -> No
         for worker in (small, large):
             worker.default(send(overflow(tokens)))
         for stream in (False, True):
-            message = told(await hub.post(CHAT, ask(10, stream=stream)))
+            message = reported(await hub.post(CHAT, ask(10, stream=stream)))
             assert f"{MODEL} on {large.name} 4096" in message
             assert f"the prompt has {tokens or 'more'}" in message
 
 
 @pytest.mark.parametrize("path", [CHAT, "/completion"])
 async def test_the_error_has_the_numbers_as_fields(path: str) -> None:
-    """Whoever finds out: the hub, or a worker, whose words are kept."""
+    """Whether the hub finds it, or a worker, whose words are kept."""
     async with pair() as (small, large, hub):
         for worker in (small, large):
             worker.default(send(overflow(9000)))

@@ -30,7 +30,7 @@ PR_SET_PDEATHSIG = 1
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):
-        sys.exit("the tests were gone first")
+        sys.exit("the tests had ended first")
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
@@ -53,7 +53,7 @@ def binary() -> Path:
 class LlamaServer:
     """One llama-server; start it from the main thread only.
 
-    Without a `model` it is a router, whose `args` say where the models are.
+    Without a `model` it is a router, whose `args` contain where the models are.
 
     The kernel counts a thread that ends as the death of the parent.
     """
@@ -104,7 +104,7 @@ class LlamaServer:
         """Start and wait until it is healthy."""
         self.launch()
         deadline = time.monotonic() + START_DEADLINE
-        # Another program has no other way to tell.
+        # Another program has no other way to report it.
         while not self.healthy():
             if not self.running:
                 pytest.fail(f"{self!r} did not start:\n{self.tail()}", pytrace=False)

@@ -44,7 +44,7 @@ TOOL_CALL: dict[str, Any] = {
     "max_tokens": 60,
 }
 
-# A model that thinks is one whose template tells how thoughts are written.
+# A model that thinks is one whose template describes how thoughts are written.
 THINKING = r"""
 {%- for m in messages -%}
 {{- '<|im_start|>' + m.role + '\n' -}}
@@ -58,7 +58,7 @@ THINKING = r"""
 
 
 def thought(text: str, **fields: Any) -> dict[str, Any]:
-    """Make the model say a text."""
+    """Make the model write a text."""
     return {
         **CHAT,
         "max_tokens": 200,
@@ -92,7 +92,7 @@ class Both:
         asked: dict[str, Any] = {"stream": True}
         if ENDPOINTS[path].ending is Ending.DONE:
             asked["stream_options"] = {"include_usage": True}
-        # What is not streamed is so here, with nothing that would say why not.
+        # What is not streamed here, without a reason.
         allowed = ask_for_stream(_ANY[chat], ENDPOINTS[path])
         assert allowed is not None
         post(server, path, body)  # both shall find their prompt in the cache
@@ -186,7 +186,7 @@ CASES = {
     "text": TEXT,
     "text, one token": TEXT | {"max_tokens": 1},
     "text that stops at once": TEXT | END_OF_TURN,
-    "text, echo": TEXT | {"echo": True},  # which llama-server does not heed
+    "text, echo": TEXT | {"echo": True},  # which llama-server ignores
     "text, not cached": TEXT | {"cache_prompt": False},
     "text, tokens": TEXT | {"return_tokens": True, "verbose": None},
     "text, progress": TEXT | {"timings_per_token": True, "return_progress": True},
@@ -244,21 +244,21 @@ def test_answers_that_end_by_themselves_are_the_same(
     ],
 )
 def test_thoughts_are_the_same(thinker: LlamaServer, text: str, format_: str) -> None:
-    """Wherever the answer is cut; or nothing was told, and that is noticed."""
-    told = 0
+    """Wherever the answer is cut; or nothing was written, and that is noticed."""
+    reported = 0
     fields = {"reasoning_format": format_} if format_ else {}
     for length in itertools.count(1):
         request = thought(text, max_tokens=length, **fields)
         both = Both(thinker, request)
         try:
             assert both.assembled == both.whole
-            told += 1
+            reported += 1
         except LostTextError:
             shown = both.whole["choices"][0]["message"]
             assert "<think>".startswith(shown["content"][:7])
         if both.whole["choices"][0]["finish_reason"] == "stop":
             break
-    assert told > 1
+    assert reported > 1
     reasoning = both.whole["choices"][0]["message"].get("reasoning_content")
     thinks = text.startswith(("<think>ab", "<think>\nab"))
     assert bool(reasoning) == (thinks and format_ != "none")
@@ -322,7 +322,7 @@ def test_the_answer_of_other_apis_is_the_same(
 def test_thoughts_of_other_apis_are_the_same(
     thinker: LlamaServer, path: str, text: str
 ) -> None:
-    told = 0
+    reported = 0
     for length in itertools.count(1):
         request = thought(text, max_tokens=length, max_output_tokens=length)
         if path == "/v1/responses":
@@ -330,12 +330,12 @@ def test_thoughts_of_other_apis_are_the_same(
         both = Both(thinker, request, path)
         try:
             assert both.assembled == both.whole
-            told += 1
+            reported += 1
         except LostTextError:
             pass
         if length > 40:
             break
-    assert told > 30
+    assert reported > 30
 
 
 STOPS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -351,7 +351,7 @@ def test_an_answer_with_stop_strings_is_the_same_or_is_not_streamed(
     tiny: LlamaServer, path: str, field: str, request_: dict[str, Any]
 ) -> None:
     """It ends at a stop string, or is cut, where another one may have begun."""
-    told = lost = 0
+    reported = lost = 0
     for length in range(1, 10):
         cut = dict.fromkeys(("max_tokens", "n_predict"), length)
         request = request_ | cut | {"max_output_tokens": length}
@@ -359,11 +359,11 @@ def test_an_answer_with_stop_strings_is_the_same_or_is_not_streamed(
         assert both.streaming is not None
         try:
             assert both.assembled == both.whole
-            told += 1
+            reported += 1
         except LostTextError:
             lost += 1
-    assert told
-    assert told + lost == 9
+    assert reported
+    assert reported + lost == 9
 
 
 # --- Not the same answer ----------------------------------------------------------
@@ -453,8 +453,8 @@ def test_an_error_is_the_same(tiny: LlamaServer, request_: dict[str, Any]) -> No
         assert both.assembled
     error = caught.value.error
     assert error is not None
-    told = {"code": error.code, "message": error.message, "type": error.type}
-    assert json.loads(both.answer) == {"error": told}
+    reported = {"code": error.code, "message": error.message, "type": error.type}
+    assert json.loads(both.answer) == {"error": reported}
 
 
 @pytest.mark.parametrize(

@@ -59,13 +59,13 @@ async def test_the_count_equals_the_workers_own(
 ) -> None:
     server = llama_server(tiny_model)
     [worker] = config.load(None, {"GOLLAMA_AUTH_MODE": "off"}, {}, [server.url]).workers
-    told = await probe.count_tokens(
+    reported = await probe.count_tokens(
         Target(worker), path, "tiny", json.dumps(body).encode()
     )
     async with aiohttp.ClientSession() as session:
         async with session.post(server.url + path, json={**body, "stream": False}) as r:
             answer = await r.read()
-    assert told == read_usage(answer, ENDPOINTS[path].api).prompt
+    assert reported == read_usage(answer, ENDPOINTS[path].api).prompt
 
 
 async def test_a_prompt_goes_to_the_worker_whose_context_it_fits(

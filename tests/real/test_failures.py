@@ -34,7 +34,7 @@ IMPATIENT: dict[str, Any] = {
 
 
 async def one_stream(hub: RunningHub) -> tuple[str, float]:
-    """Stream an answer to its end; tell its worker and the time to its first event."""
+    """Stream a whole answer; return its worker and the time to its first event."""
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "hello"}],
@@ -54,7 +54,7 @@ async def one_stream(hub: RunningHub) -> tuple[str, float]:
 async def test_a_stopped_worker_fails_no_request_and_returns(
     tiny_model: Path, llama_server: Start
 ) -> None:
-    """SIGSTOP: it accepts connections and says nothing, the worst kind of dead."""
+    """SIGSTOP: it accepts connections and does not answer, the worst failure."""
     servers = [llama_server(tiny_model, slots=16, ctx=16 * 256) for _ in range(3)]
     async with running_hub(*servers, **IMPATIENT) as hub:
         stopped = hub.hub.registry.workers[0]
@@ -108,10 +108,10 @@ class Told(NamedTuple):
     completion_tokens: int
 
 
-async def told(
+async def reported(
     hub: RunningHub, prompt: str, begun: asyncio.Semaphore | None = None
 ) -> Told:
-    """Have a long answer streamed, at temperature 0; say when it has begun."""
+    """Have a long answer streamed, at temperature 0; return when it has begun."""
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": prompt}],
@@ -156,8 +156,8 @@ def chunks_of(raw: bytes) -> list[bytes]:
 
 
 async def unbroken(hub: RunningHub) -> dict[str, str]:
-    """Tell the answers as they are when nothing happens to them."""
-    answers = [await told(hub, prompt) for prompt in PROMPTS]
+    """Return the answers as they are when nothing happens to them."""
+    answers = [await reported(hub, prompt) for prompt in PROMPTS]
     assert not any(each.rescued for each in answers)
     return {prompt: each.text for prompt, each in zip(PROMPTS, answers, strict=True)}
 
@@ -168,7 +168,7 @@ async def hit_in_mid_answer(
     """Have all of these answered at once, and do it when all have begun."""
     begun = asyncio.Semaphore(0)
     answers = [
-        asyncio.create_task(told(hub, prompt, begun), name="fake client")
+        asyncio.create_task(reported(hub, prompt, begun), name="fake client")
         for prompt in prompts
     ]
     for _ in prompts:
@@ -235,7 +235,7 @@ async def test_a_worker_that_is_stopped_in_mid_answer_is_not_waited_for(
 async def test_a_worker_that_is_restarted_is_taken_back_once_it_has_loaded(
     tiny_model: Path, llama_server: Start
 ) -> None:
-    """It refuses, then says that it is loading, and nobody notices either."""
+    """It refuses, then reports that it is loading, and no client notices either."""
     servers = [llama_server(tiny_model, slots=16, ctx=16 * 256) for _ in range(2)]
     async with running_hub(*servers, **RESCUE) as hub:
         for _ in range(3):

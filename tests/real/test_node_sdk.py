@@ -1,4 +1,4 @@
-"""OpenAI's client for Node passes over what it is told, and sees what goes wrong."""
+"""OpenAI's client for Node ignores comments of the hub, and sees what goes wrong."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ TEXTS = ["a", ' "b"\n\n', " data: [DONE]\n\n", " : c", " é🦙"]
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What a client is told while it waits, which is soon."""
+def comments(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What a client gets while it waits, which is soon."""
     monkeypatch.setattr(health, "PERIOD", 0.02)
     monkeypatch.setattr(limits, "PROCESSING_AFTER", 0.05)
     monkeypatch.setattr(limits, "NOTICE_EVERY", 0.05)
-    told: list[bytes] = []
+    comments: list[bytes] = []
     notify = Stream.notify
 
     def noted(stream: Stream, comment: str) -> None:
         notify(stream, comment)
-        told.append(comment.encode())
+        comments.append(comment.encode())
 
     monkeypatch.setattr(Stream, "notify", noted)
-    return told
+    return comments
 
 
 @asynccontextmanager
-async def kept_waiting(told: list[bytes], *script: Any) -> AsyncIterator[NodeSdk]:
+async def kept_waiting(comments: list[bytes], *script: Any) -> AsyncIterator[NodeSdk]:
     """Have it wait in line, and then for its prompt; then the worker plays `script`."""
     node = find_node()
     async with crowded(queue__notice=0.02) as (worker, hub, _):
@@ -46,17 +46,17 @@ async def kept_waiting(told: list[bytes], *script: Any) -> AsyncIterator[NodeSdk
         await worker.received(1)
         async with node_sdk(node, hub, "b") as client:
             assert await client.seen() == {"begun": True}  # the head came with a notice
-            assert told == [b"queued 1/1"]
+            assert comments == [b"queued 1/1"]
             worker.script(wait("read"), *script)
             worker.release("go")
-            await until(lambda: b"processing" in told)
+            await until(lambda: b"processing" in comments)
             worker.release("read")
             yield client
         await running
 
 
-async def test_the_node_sdk_skips_comments(told: list[bytes]) -> None:
-    async with kept_waiting(told, *chat_stream(TEXTS)) as client:
+async def test_the_node_sdk_skips_comments(comments: list[bytes]) -> None:
+    async with kept_waiting(comments, *chat_stream(TEXTS)) as client:
         *texts, end = await client.rest()
     assert texts == [{"content": text} for text in TEXTS]
     assert end == {"ended": True}
@@ -74,9 +74,9 @@ BROKEN = chat_stream(["a", "b"])[:3]
     ids=["refused", "broken off"],
 )
 async def test_the_node_sdk_sees_an_error_after_comments(
-    told: list[bytes], script: Script, texts: list[str], code: int | str
+    comments: list[bytes], script: Script, texts: list[str], code: int | str
 ) -> None:
-    async with kept_waiting(told, *script) as client:
+    async with kept_waiting(comments, *script) as client:
         *seen, error = await client.rest()
     assert seen == [{"content": text} for text in texts]
     assert error["name"] == "APIError"

@@ -138,16 +138,18 @@ def rest_of(
     second: LlamaServer,
     path: str,
     body: bytes,
-    told: Partial,
+    reported: Partial,
     unknown: tuple[str, ...] = (),
 ) -> tuple[bytes, bool]:
-    """Ask for the rest as the hub does; say also whether it was a continuation."""
+    """Ask for the rest as the hub does; also return whether it was a continuation."""
     chat = path == CHAT
     for goes_on in (True, False):
-        if goes_on and not can_continue(body, told, chat):
+        if goes_on and not can_continue(body, reported, chat):
             continue
-        asked = without(ask_for_rest(body, told, chat), unknown) if goes_on else body
-        resumer = Resumer(told, chat, regenerate=not goes_on)
+        asked = (
+            without(ask_for_rest(body, reported, chat), unknown) if goes_on else body
+        )
+        resumer = Resumer(reported, chat, regenerate=not goes_on)
         stream = stream_of(second, path, asked)
         try:
             rest = b"".join(event for data in stream for event in resumer.feed(data))
@@ -169,7 +171,7 @@ def check(
 ) -> set[bool]:
     """Break one answer at many of its chunks; each one must come out the same.
 
-    Return how it was gone on with: as a continuation, or by asking for all again.
+    Return how it was resumed: as a continuation, or by asking for all again.
     """
     body = request(path == CHAT, **fields)
     chat = path == CHAT
@@ -182,11 +184,11 @@ def check(
     ways = set()
     for place in sorted({1 + (last - 1) * i // (cuts - 1) for i in range(cuts)}):
         relayed = b"".join(chunks[:place])
-        told = Partial.parse(relayed)
-        assert told is not None
-        assert told.mend == b""
-        assert not exhausted(body, told), place
-        rest, goes_on = rest_of(second, path, body, told, unknown)
+        reported = Partial.parse(relayed)
+        assert reported is not None
+        assert reported.mend == b""
+        assert not exhausted(body, reported), place
+        rest, goes_on = rest_of(second, path, body, reported, unknown)
         assert read(relayed + rest) == seen, f"cut behind chunk {place}"
         assert usage_of(rest) == usage, f"cut behind chunk {place}"
         ways.add(goes_on)
@@ -224,15 +226,15 @@ def test_an_answer_that_lacks_only_its_end_gets_it(
     body = request(chat)
     chunks = stream_of(server, path, body)
     relayed = b"".join(chunks[:-2])
-    told = Partial.parse(relayed)
-    assert told is not None
-    assert exhausted(body, told)
-    seen = read(relayed + closing(told, chat))
+    reported = Partial.parse(relayed)
+    assert reported is not None
+    assert exhausted(body, reported)
+    seen = read(relayed + closing(reported, chat))
     assert seen == read(b"".join(chunks))
 
 
 def test_an_agents_text_goes_on(tiny_model: Path, llama_server: Start) -> None:
-    """With tools a build tells no white space in front of what it repeats."""
+    """With tools a build writes no white space in front of what it repeats."""
     first, second = llama_server(tiny_model), llama_server(tiny_model)
     assert True in check(first, second, tools=PAINT["tools"])
 
@@ -252,17 +254,17 @@ def test_a_tool_call_after_text_is_resumed_too(
     first, second = llama_server(tiny_model), llama_server(tiny_model)
     chunks = stream_of(first, CHAT, request(chat=True, tools=PAINT["tools"]))
     relayed = b"".join(chunks[:9])
-    told = Partial.parse(relayed)
-    assert told is not None
+    reported = Partial.parse(relayed)
+    assert reported is not None
     body = request(chat=True, **PAINT | {"tool_choice": "auto"})
-    forced = json.loads(ask_for_rest(body, told, chat=True)) | {
+    forced = json.loads(ask_for_rest(body, reported, chat=True)) | {
         "tool_choice": "required"
     }
-    resumer = Resumer(told, chat=True)
+    resumer = Resumer(reported, chat=True)
     stream = b"".join(stream_of(second, CHAT, json.dumps(forced).encode()))
     rest = b"".join(resumer.feed(stream)) + resumer.finish()
     text, calls, once = read(relayed + rest)
-    assert (text, calls) == (told.text, [("paint", '{"colour": "red"}')])
+    assert (text, calls) == (reported.text, [("paint", '{"colour": "red"}')])
     assert "tool_calls" in once
 
 
@@ -279,7 +281,7 @@ def test_real_sentences_go_on(talking_model: Path, llama_server: Start) -> None:
 def test_a_template_that_leaves_out_what_was_begun_proves_nothing(
     talking_model: Path, llama_server: Start
 ) -> None:
-    """So all of it is asked for again, although the model tells the same by itself."""
+    """So all of it is asked for again, although the model writes the same by itself."""
     args = ("--skip-chat-parsing",)
     first = llama_server(talking_model, slots=1, ctx=512, args=args)
     second = llama_server(talking_model, slots=1, ctx=512, args=args)
@@ -311,13 +313,13 @@ def test_a_repetition_is_known_behind_what_the_template_puts_there(
     chunks = stream_of(first, CHAT, body)
     for place in range(5, len(chunks) - 3, 9):
         relayed = b"".join(chunks[:place])
-        told = Partial.parse(relayed)
-        assert told is not None
-        rest, goes_on = rest_of(second, CHAT, body, told)
+        reported = Partial.parse(relayed)
+        assert reported is not None
+        rest, goes_on = rest_of(second, CHAT, body, reported)
         assert goes_on
         text, _, once = read(relayed + rest)
-        assert text.startswith(told.text)
-        assert text.count(told.text) == 1
+        assert text.startswith(reported.text)
+        assert text.count(reported.text) == 1
         assert "<think>" not in text
         assert len(once) == 4
 
@@ -339,12 +341,12 @@ def test_an_answer_goes_on_as_it_would_have_behind_its_thoughts(
     body = request(chat=True)
     for place in range(4, len(chunks) - 3, 7):
         relayed = b"".join(chunks[:place])
-        told = Partial.parse(relayed)
-        assert told is not None
-        assert told.reasoning == thoughts
-        limit = told.tokens + len(chunks) - 2 - place
+        reported = Partial.parse(relayed)
+        assert reported is not None
+        assert reported.reasoning == thoughts
+        limit = reported.tokens + len(chunks) - 2 - place
         body = request(chat=True, max_tokens=limit)
-        rest, goes_on = rest_of(second, CHAT, body, told)
+        rest, goes_on = rest_of(second, CHAT, body, reported)
         assert goes_on
         out = relayed + rest
         assert read(out) == seen, f"cut behind chunk {place}"

@@ -210,7 +210,7 @@ async def test_fifty_streams_are_shared_evenly_and_all_complete(
         llama_server(tiny_model, slots=32, ctx=32 * 256),
     ]
     async with (
-        # All say the same, which would keep them on the worker that knows it.
+        # All have the same prompt, which would keep them on the worker that knows it.
         running_hub(*workers, routing__policy="round_robin") as hub,
         client_of(hub) as client,
     ):

@@ -1,4 +1,4 @@
-"""Whether a prompt fits, as far as its size tells, and what is said if it does not."""
+"""Whether a prompt fits, as far as its size shows, and the error if it does not."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.fakes.pool import worker
 
 def offering(index: int, *models: tuple[str, int | None]) -> Worker:
     made = worker(index)
-    told = tuple(Model(name, context) for name, context in models)
-    made.observe(Check.OK, "ok", Description(told))
+    reported = tuple(Model(name, context) for name, context in models)
+    made.observe(Check.OK, "ok", Description(reported))
     return made
 
 
@@ -96,9 +96,9 @@ def test_llama_servers_own_routes_have_its_own_type() -> None:
     pools = [Pool("qwen", (offering(0, ("qwen", 4096)),))]
     error = too_long(pools, 5000, native=True)
     assert error is not None
-    told = json.loads(error.body())["error"]
-    assert (told["type"], told["code"]) == ("exceed_context_size_error", 400)
-    assert (told["n_prompt_tokens"], told["n_ctx"]) == (5000, 4096)
+    reported = json.loads(error.body())["error"]
+    assert (reported["type"], reported["code"]) == ("exceed_context_size_error", 400)
+    assert (reported["n_prompt_tokens"], reported["n_ctx"]) == (5000, 4096)
 
 
 def test_the_words_and_the_numbers_of_a_refusal_are_kept() -> None:

@@ -203,7 +203,7 @@ def test_an_answer_is_as_long_as_usual_but_no_longer_than_it_may_be() -> None:
     assert expected_tokens(each, Ask(MODEL, max_tokens=20)) == 20
 
 
-# --- Who is picked ----------------------------------------------------------------
+# --- Picks ------------------------------------------------------------------------
 
 
 def test_a_long_prompt_goes_to_the_fast_reader_and_a_short_one_to_the_writer() -> None:

@@ -328,7 +328,7 @@ async def test_a_request_that_a_worker_has_failed_goes_first() -> None:
             assert (await again).worker is other.worker
 
 
-async def test_where_all_workers_have_gone_the_fallback_is_asked() -> None:
+async def test_where_all_workers_were_removed_the_fallback_is_asked() -> None:
     hub = Hub("big", "small", fallbacks={"big": ("small",)})
     hub.lease(model="big")
     async with hub.waiting(hub.request("bob", "big")) as task:
@@ -337,7 +337,7 @@ async def test_where_all_workers_have_gone_the_fallback_is_asked() -> None:
         assert (await task).worker is hub.workers[1]
 
 
-async def test_where_all_workers_have_gone_and_there_is_no_fallback_it_fails() -> None:
+async def test_where_all_workers_were_removed_without_a_fallback_it_fails() -> None:
     hub = Hub("m", "x")
     hub.lease()
     async with (
@@ -353,7 +353,7 @@ async def test_where_all_workers_have_gone_and_there_is_no_fallback_it_fails() -
     assert hub.queue.admission.waiting == 0
 
 
-async def test_a_client_may_leave_just_when_all_workers_have_gone() -> None:
+async def test_a_client_may_leave_just_when_all_workers_were_removed() -> None:
     hub = Hub()
     hub.lease()
     request = hub.request("bob")

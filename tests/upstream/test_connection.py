@@ -513,7 +513,7 @@ MALFORMED = {
     "0x chunk": CHUNKED + b"0x5\r\nhello\r\n",
     "giant chunk": CHUNKED + b"f" * 17 + b"\r\n",
     "no chunk size": CHUNKED + b"\r\nhello\r\n",
-    "chunk longer than said": CHUNKED + b"3\r\nhello\r\n",
+    "chunk longer than announced": CHUNKED + b"3\r\nhello\r\n",
     "chunk with bare lf": CHUNKED + b"3\nabc\n",
     "no crlf behind a chunk": CHUNKED + b"3\r\nabc3\r\nabc\r\n",
     "http/2": head(200, [("Content-Length", "0")]).replace(b"1.1", b"2.0", 1),
@@ -574,9 +574,9 @@ def test_garbage_raises_nothing(data: st.DataObject) -> None:
     connection, _, recorder = receive(*cut(bytes(wire), ends))
     connection.connection_lost(None)
     assert recorder.over
-    told = read_by_h11(bytes(wire))
-    if recorder.ended and told is not None:
-        assert recorder.body == told
+    reported = read_by_h11(bytes(wire))
+    if recorder.ended and reported is not None:
+        assert recorder.body == reported
 
 
 def read_by_h11(wire: bytes) -> bytes | None:
@@ -914,7 +914,7 @@ async def test_a_writer_that_is_faster_than_the_worker_waits() -> None:
                 if not waiting.done():
                     break
             else:
-                raise AssertionError("the writer was never told to wait")
+                raise AssertionError("the writer was never asked to wait")
             connection.close()
             async with asyncio.timeout(DEADLINE):
                 await waiting

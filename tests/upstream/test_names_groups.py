@@ -137,7 +137,7 @@ async def test_an_endless_answer_is_cut(names: Names) -> None:
     assert len(names.groups.expand(GROUP)) == MOST
 
 
-async def test_a_group_that_is_gone_has_no_members(names: Names) -> None:
+async def test_a_group_that_was_removed_has_no_members(names: Names) -> None:
     names.answers["llama.lan"] = at("10.0.0.1")
     names.groups.follow(GROUP)
     await names.groups.refresh()

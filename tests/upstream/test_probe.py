@@ -129,15 +129,15 @@ async def test_compressed_answers_are_read_nevertheless(coding: str) -> None:
     models = {"data": [{"id": "a"}, {"id": "b"}]}
     props = {"total_slots": 3, "build_info": "b1"}
     async with ScriptedWorker() as worker:
-        for path, told in {
+        for path, reported in {
             "/health": {"status": "ok"},
             "/v1/models": models,
             "/props": props,
         }.items():
-            worker.on(path, send(compressed(json.dumps(told).encode(), coding)))
+            worker.on(path, send(compressed(json.dumps(reported).encode(), coding)))
         finding = await ping(worker)
-    told = Description((Model("a"), Model("b")), 3, None, "b1")
-    assert finding == Finding(Check.OK, "ok", told)
+    reported = Description((Model("a"), Model("b")), 3, None, "b1")
+    assert finding == Finding(Check.OK, "ok", reported)
 
 
 async def test_a_compressed_answer_shows_that_a_worker_is_loading() -> None:
@@ -269,7 +269,7 @@ ODD_MODELS = {
         (send(head(200, [("Content-Length", "100000")]) + b"[" * 100_000),),
         "/v1/models sent an answer that cannot be read",
     ),
-    "nested where nobody looks": (
+    "nested where it is not looked for": (
         (
             send(
                 head(200, [("Content-Length", "200023")])
@@ -376,8 +376,8 @@ async def test_the_proxy_of_the_environment_is_not_used(
 async def test_examining_a_good_worker() -> None:
     async with ScriptedWorker("a", slots=2, n_ctx=64, build="b9") as worker:
         report = await probe.examine(configured(worker.url), HEALTH)
-    told = Description((Model("a", 64),), 2, 64, "b9")
-    assert report == Finding(Check.OK, "ok", told)
+    reported = Description((Model("a", 64),), 2, 64, "b9")
+    assert report == Finding(Check.OK, "ok", reported)
 
 
 async def test_examining_a_worker_that_is_loading() -> None:

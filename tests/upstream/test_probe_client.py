@@ -333,7 +333,7 @@ async def test_the_time_limit_is_for_the_connection_too() -> None:
     assert str(info.value) == "no answer within 0.05 s"
 
 
-async def test_a_closed_port_is_a_reason_of_its_own() -> None:
+async def test_a_closed_port_is_a_separate_reason() -> None:
     async with ScriptedWorker(up=False) as worker:
         with pytest.raises(FetchError) as info:
             await ask(worker)

@@ -357,7 +357,7 @@ def test_the_first_model_is_what_a_plain_expression_finds(parts: list[bytes]) ->
         name = json.loads(found[1]) if found else None
     except ValueError:
         name = None
-    if name is not None and not name.isascii():  # half of a surrogate pair, say
+    if name is not None and not name.isascii():  # half of a surrogate pair, for example
         assert first_model(held) in (name, None)
     else:
         assert first_model(held) == name

@@ -218,7 +218,7 @@ QUOTES = [
 
 @pytest.mark.parametrize("words", QUOTES)
 def test_generated_text_ends_no_stream(words: str) -> None:
-    """Nor does the tail, which begins anywhere: in the middle of a word, say."""
+    """Nor does the tail, which begins anywhere: for example in the middle of a word."""
     arguments = [{"index": 0, "function": {"arguments": json.dumps({"x": words})}}]
     tool_call = {"choices": [{"delta": {"tool_calls": arguments}}]}
     delta = {"type": "text_delta", "text": words}
@@ -300,8 +300,8 @@ def test_half_of_several_native_completions_is_not_complete() -> None:
 )
 def test_an_error_counts_whatever_follows(error: bytes, ending: Ending) -> None:
     assert read_end(b"data: %b\n\n" % error + DONE, ending).failed
-    said = error.replace(b'"', rb"\"")
-    assert not read_end(b'data: {"content":"%b"}\n\n' % said, ending).failed
+    written = error.replace(b'"', rb"\"")
+    assert not read_end(b'data: {"content":"%b"}\n\n' % written, ending).failed
     assert not read_end(b'data: {"choices":[],"error":null}\n\n', ending).failed
 
 

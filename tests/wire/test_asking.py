@@ -336,7 +336,7 @@ def test_no_other_field_changes(fields: dict[str, Any]) -> None:
         {"reasoning_format": "deepseek-legacy"},
         {"reasoning_format": "of the future"},
         {"verbose": True},
-        # Of a chat, it would not tell all of them.
+        # Of a chat, it would not report all of them.
         {**CHAT_BODY, "logprobs": True},
         {**CHAT_BODY, "n_probs": 1},
     ],

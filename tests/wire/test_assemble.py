@@ -66,7 +66,7 @@ LOGPROB = st.fixed_dictionaries({"token": TEXTS, "logprob": st.floats(-99, 0)})
 
 @st.composite
 def chat_choices(draw: st.DrawFn, index: int) -> tuple[dict[str, Any], list[bytes]]:
-    """Draw a choice, and the events that tell it."""
+    """Draw a choice, and the events that bring it."""
     message: dict[str, Any] = {"role": "assistant", "content": ""}
     events = [delta({"role": "assistant", "content": None}, index)]
     logprobs: list[Any] = []
@@ -207,7 +207,7 @@ def test_events_without_content_are_passed_over() -> None:
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
 def test_data_of_several_lines_is_one_event(newline: bytes) -> None:
-    """Also byte by byte: the LF of a CRLF is no line of its own."""
+    """Also byte by byte: the LF of a CRLF is not another line."""
     event = b'data: {"choices":\ndata:[{"delta":{"content":"a"},\ndata:"index":0}]}\n\n'
     assembler = ChatAssembler(LIMIT)
     for byte in (event + end() + usage()).replace(b"\n", newline):
@@ -221,7 +221,7 @@ def test_nothing_counts_after_the_done() -> None:
 
 
 def test_repeated_fields_are_not_doubled() -> None:
-    """Some servers tell the role, or the name of a call, with each delta."""
+    """Some servers repeat the role, or the name of a call, in each delta."""
     call = {"index": 0, "id": "i", "type": "function", "function": {"name": "f"}}
     parts = delta({"role": "assistant", "tool_calls": [call]})
     message = fold(parts + parts + end() + usage())["choices"][0]["message"]

@@ -45,10 +45,10 @@ def test_a_status_has_openais_shape(api: Api) -> None:
     ],
 )
 def test_anthropics_shape_has_the_same_message(body: bytes, message: str) -> None:
-    told = json.loads(status_body(Api.ANTHROPIC, 400, body))
-    assert told["type"] == "error"
-    assert told["error"]["type"] == "invalid_request_error"
-    assert told["error"]["message"].startswith(message)
+    reported = json.loads(status_body(Api.ANTHROPIC, 400, body))
+    assert reported["type"] == "error"
+    assert reported["error"]["type"] == "invalid_request_error"
+    assert reported["error"]["message"].startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,11 @@ def test_anthropics_shape_has_the_same_message(body: bytes, message: str) -> Non
     ],
 )
 def test_anthropics_types_follow_the_status(status: int, kind: str) -> None:
-    told = json.loads(status_body(Api.ANTHROPIC, status, LOST))
-    assert told["error"]["type"] == kind
-    assert told["error"]["code"] == "worker_connection_lost"  # for programs, as ever
+    reported = json.loads(status_body(Api.ANTHROPIC, status, LOST))
+    assert reported["error"]["type"] == kind
+    assert (
+        reported["error"]["code"] == "worker_connection_lost"
+    )  # for programs, as ever
 
 
 def test_an_error_in_anthropics_shape_keeps_its_type() -> None:
@@ -135,7 +137,7 @@ def test_held_bytes_are_returned_at_the_end() -> None:
 
 
 LIMIT = "This model's maximum context length is 4096 tokens"
-# Message, tokens of the prompt and of the context; 0 where it does not say.
+# Message, tokens of the prompt and of the context; 0 where it has none.
 MESSAGES = [
     # vLLM, from old to new
     (

@@ -654,7 +654,7 @@ def test_a_mistake_inside_of_a_value_is_seen_by_the_grammar() -> None:
                 check_json(body)
             assert caught.value.code is Code.INVALID_JSON
             assert caught.value.message.startswith("The body is not valid JSON: ")
-            assert "malformed" not in caught.value.message  # which the text says once
+            assert "malformed" not in caught.value.message  # which the text has once
 
 
 def test_numbers_of_any_size_are_json() -> None:

@@ -74,7 +74,7 @@ def refusal(
 @pytest.mark.parametrize("version", [(1, 0), (1, 1)])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS", "BREW"])
 def test_an_ordinary_head_is_accepted(method: str, version: tuple[int, int]) -> None:
-    """Which methods a path has is for the routes to say."""
+    """The routes decide which methods a path has."""
     headers = lines("Host: hub", "Content-Length: 5", "Content-Type: application/json")
     check_head(method, version, headers, LIMIT)
 
@@ -237,7 +237,7 @@ def test_a_harmless_request_id_of_the_client_is_taken(given_id: str) -> None:
     ["", "0" * 65, "a b", "a\tb", "a\n", "a\r\nX: y", "é", "a/b", 'a"b', "<b>", "a,b"],
 )
 def test_any_other_request_id_is_replaced(given_id: str) -> None:
-    """It goes into logs and replies: no quotes, no line ends, no length of its own."""
+    """It goes into logs and replies: no quotes, no line ends, and not any length."""
     headers = [(b"X-Request-Id", given_id.encode("latin-1"))]
     assert request_id(headers, "ours") == "ours"
 
@@ -449,7 +449,7 @@ def test_transfer_encoding_needs_http_1_1() -> None:
         check_head("POST", (1, 0), chunked, 1024)
 
 
-# --- What is said of it -----------------------------------------------------------
+# --- Log and repr -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_the_end_is_known_by_its_name(raw: bytes) -> None:
 
 
 def test_an_event_has_its_spans_and_marks() -> None:
-    for raw, said in [
+    for raw, expected in [
         (chat_event(role="assistant", content=None), {"role": True}),
         (chat_event(content="a"), {"spans": [Span("text", "a")]}),
         (chat_event(content=""), {}),
@@ -125,11 +125,11 @@ def test_an_event_has_its_spans_and_marks() -> None:
         (dump({"choices": None}), {}),
         (dump({}), {}),
     ]:
-        with case((raw, said)):
+        with case((raw, expected)):
             event = event_of(raw)
             nothing = {"spans": [], "role": False, "finish": False}
             partial = {name: getattr(event, name) for name in nothing}
-            assert partial == {**nothing, **said}
+            assert partial == {**nothing, **expected}
             assert event.fields == json.loads(raw[6:])
 
 
@@ -180,7 +180,7 @@ def test_the_worker_may_count_the_tokens(more: dict[str, Any], tokens: int) -> N
     assert event_of(dump(chat_chunk(delta(content="🍌"), **more))).tokens == tokens
 
 
-# --- What cannot be gone on with --------------------------------------------------
+# --- What cannot be continued -----------------------------------------------------
 
 
 @pytest.mark.parametrize(

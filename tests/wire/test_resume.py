@@ -433,7 +433,7 @@ def test_thoughts_that_broke_off_go_on_where_they_were() -> None:
 
 
 def test_thoughts_may_follow_a_text() -> None:
-    """Some models think between what they say."""
+    """Some models think between parts of their answer."""
     resumer = splice_behind(BEGUN, regenerate=True)
     assert fed(resumer, chat_event(content="ab"))
     assert b'"hm"' in fed(resumer, chat_event(reasoning_content="hm"))
@@ -708,7 +708,7 @@ def test_an_event_that_does_not_end_is_given_up() -> None:
 
 @pytest.mark.parametrize("junk", [b"\xff", b"1e999", b"9" * 5000, b'"\\ud800"'])
 def test_an_unused_field_can_make_an_event_unreadable(junk: bytes) -> None:
-    """It is passed over by who reads the event, and not by who writes it anew."""
+    """A reader of the event skips it; a writer of the event must not."""
     event = chat_event(content="ab").replace(b'"created"', b'"x":%b,"created"' % junk)
     with pytest.raises(UnreadableError):
         fed(splice_behind(BEGUN), event.replace(b"\xff", b'"\xff"'))

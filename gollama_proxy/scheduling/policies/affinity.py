@@ -42,7 +42,7 @@ for behind it, so it is not a boundary; not even if a greeting follows.
 **Shared beginnings.**  A system prompt and a greeting, or a few examples, begin many
 conversations, and sending them all to the worker that had the first would be the end of
 balance.  One request does not show that.  But a prefix that was part of more than
-`SHARED` conversations says nothing about any of them, and is skipped.
+`SHARED` conversations identifies none of them, and is skipped.
 
 **Privacy.**  What is found depends on the subject: no client can find out from the time
 of an answer what others have asked.

@@ -285,7 +285,7 @@ class _Picks:
         self._last[worker.index] = self._count
 
     def since(self, worker: Worker) -> int:
-        """Return how many picks have gone to others."""
+        """Return how many picks went to others."""
         return self._count - self._last.get(worker.index, 0)
 
 
