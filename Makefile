@@ -29,10 +29,10 @@ RUFF    := $(BIN)/ruff
 RUFF_OPTIONS := --isolated --line-length 88 --target-version py311
 RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T10,TID,UP,W \
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
-SOURCES := gollama_proxy tests examples benchmarks setup.py
+SOURCES := gollama_proxy tests examples benchmarks tools setup.py
 
 .PHONY: help install node run test debug cov lint types format docs screenshots soak fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate \
-	lock
+	lock wheel pyz
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -54,6 +54,9 @@ help:
 	@echo "              and vllm-router (VLLM_ROUTER=PATH), as a Markdown table"
 	@echo "make bench-dashboard what open dashboards cost the hub (QUICK=1: half a minute)"
 	@echo "make simulate the routing policies with 1,000 unequal workers, in simulated time"
+	@echo "make wheel    dist/*.whl and the source of it, dist/*.tar.gz"
+	@echo "make pyz      dist/gollama-proxy.pyz, one file with all that it needs but Python"
+	@echo "              (PYTHONS=\"3.12 3.13\": for these versions; PLATFORM, as uv names them)"
 	@echo "make lock     renew the versions and hashes that packages are built with, from releases"
 	@echo "              that are a week old (QUARANTINE=\"0 days\": or younger)"
 	@echo "make format   reformat with ruff"
@@ -179,6 +182,46 @@ lock: $(TOOLS_STAMP)
 	$(COMPILE) $(EXTRAS:%=--extra %) setup.cfg --output-file requirements.lock
 	$(COMPILE) requirements-build.in --output-file requirements-build.lock
 
+# Times within packages, so that the same commit makes the same bytes.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
+
+PACKAGED := setup.cfg setup.py MANIFEST.in README.md LICENSE requirements.lock \
+	$(shell find gollama_proxy -type f -not -name '*.pyc')
+WHEEL    := dist/.wheel
+
+wheel: $(WHEEL)
+
+# The wheel is built from the source archive: what is missing there is missing in both.
+$(WHEEL): $(PACKAGED) $(TOOLS_STAMP)
+	@mkdir -p $(@D)
+	rm -f dist/*.whl dist/*.tar.gz
+	$(TOOLS)/bin/uv --quiet build --no-build-isolation --python $(TOOLS)/bin/python \
+	  --out-dir $(@D) .
+	@touch $@
+
+PYTHONS  ?= 3.11 3.12 3.13
+# As on Debian 10, Ubuntu 20.04, RHEL 8 and later; not Alpine.
+PLATFORM ?= $(shell uname -m)-manylinux_2_28
+UNPACKED := $(foreach python,$(PYTHONS),$(TOOLS)/pyz/$(PLATFORM)/$(python))
+
+# Only wheels whose hashes are in the lock.
+$(UNPACKED): requirements.lock $(TOOLS_STAMP)
+	rm -rf $@
+	$(TOOLS)/bin/uv --quiet pip install --target $@ --python-version $(@F) \
+	  --python-platform $(PLATFORM) --no-build --no-deps --require-hashes --no-config \
+	  --link-mode copy -r requirements.lock
+	@touch $@
+
+dist/gollama-proxy.pyz: $(WHEEL) $(UNPACKED) tools/pyz.py tools/launch.py
+	@command -v strip >/dev/null || { echo "make: strip is needed; on Debian or Ubuntu:" \
+	  "apt-get install binutils" >&2; exit 1; }
+	rm -rf $(TOOLS)/pyz/program
+	$(TOOLS)/bin/uv --quiet pip install --target $(TOOLS)/pyz/program --no-deps \
+	  --link-mode copy dist/*.whl
+	$(TOOLS)/bin/python tools/pyz.py $@ $(UNPACKED) $(TOOLS)/pyz/program
+
+pyz: dist/gollama-proxy.pyz
+
 clean:
-	rm -rf $(VENV) build *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis mutants
+	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis mutants
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import zipimport
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -145,17 +146,22 @@ def _announce(config: Config, model: str) -> Announce:
         curl += ["-H", f"Authorization: Bearer {token}"]
         operator = _mint(config, "operator", scopes=("admin",))
 
+    loader = getattr(sys.modules["__main__"], "__loader__", None)
+    if isinstance(loader, zipimport.zipimporter):  # gollama-proxy.pyz
+        program = [sys.executable, str(Path(sys.argv[0]).resolve())]
+    else:
+        program = [sys.executable, "-m", "gollama_proxy"]
+
     async def announce(hub: Hub) -> None:
         await hub.ready()
         command = shlex.join(["curl", "-N", f"{hub.url}/v1/chat/completions", *curl])
-        program = [sys.executable, "-m", "gollama_proxy", "top"]
         variables = [f"GOLLAMA_HUB={hub.url}"]
         dashboard, once = f"{hub.url}/", ""
         if operator:
             variables.append(f"GOLLAMA_TOKEN={operator}")
             dashboard += f"#sign-in={hub.links.make(operator)}"
             once = f" (this link signs in once, within {LINK_LIFETIME // 60} minutes)"
-        top = shlex.join([*variables, *program])
+        top = shlex.join([*variables, *program, "top"])
         print(f"\nThe hub is ready: {hub.url}")
         print(f"\nThe dashboard, for a browser{once}:\n\n{dashboard}")
         print(f"\nA token:\n\n{token}" if token else "\nNo token needed.")

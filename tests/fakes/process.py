@@ -169,16 +169,18 @@ class Program:
         *arguments: str,
         environ: Mapping[str, str],
         program: Sequence[str] = ("-m", "gollama_proxy"),
+        python: str | Path = sys.executable,
+        cwd: Path = Path(__file__).parent.parent.parent,
         descriptors: Sequence[int] = (),
     ) -> AsyncIterator[Self]:
         """Run it; `descriptors` are inherited under their numbers."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *program, *arguments),
+            *(python, *program, *arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=environ,
-            cwd=Path(__file__).parent.parent.parent,
+            cwd=cwd,
             pass_fds=descriptors,
         )
         try:

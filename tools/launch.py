@@ -1,0 +1,74 @@
+"""Start the program of a `gollama-proxy.pyz`.
+
+shiv unpacks the file once and imports from there, as compiled modules cannot be loaded
+from a zip.  This module, at the top of the zip, first checks that the file fits the
+interpreter, and chooses the folder.  Old interpreters have to be able to read it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import shutil
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+# The variable with the folder, unless there is a SHIV_ROOT.  It has another name, so
+# that a child process that shiv has packed as well does not unpack there.
+UNPACKED_IN = "_GOLLAMA_PROXY_UNPACKED_IN"
+
+
+def start() -> None:
+    """Run the program; with status 2 if it was not built for this interpreter."""
+    import built_for  # written by pyz.py, beside this module
+
+    here = (sys.platform, platform.machine())
+    if sys.version_info[:2] not in built_for.VERSIONS or here != built_for.PLATFORM:
+        versions = ", ".join(f"{major}.{minor}" for major, minor in built_for.VERSIONS)
+        sys.stderr.write(
+            f"gollama-proxy: this file is for Python {versions} on "
+            f"{' '.join(built_for.PLATFORM)}; this is Python "
+            f"{sys.version_info[0]}.{sys.version_info[1]} on {' '.join(here)}\n"
+        )
+        sys.exit(2)
+    os.environ[UNPACKED_IN] = find_folder()
+
+    from _bootstrap import bootstrap  # of shiv
+
+    bootstrap()
+
+
+def find_folder() -> str:
+    """Return the first folder that only this user can write to."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    places = [
+        # Of systemd's CacheDirectory=; an empty name is relative.
+        Path(os.environ.get("CACHE_DIRECTORY", "").split(":")[0]),
+        Path(caches, "gollama-proxy"),
+        # Its name is known to others, so that `_is_private` has to reject theirs.
+        Path(tempfile.gettempdir(), f"gollama-proxy-{os.geteuid()}"),
+    ]
+    for place in places:
+        if place.is_absolute() and _is_private(place):
+            return str(place)
+    made = tempfile.mkdtemp(prefix="gollama-proxy-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def _is_private(place: Path) -> bool:
+    """Make a folder if there is none; return whether nobody else can write to it."""
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = place.lstat()
+    except OSError:
+        return False
+    return (
+        stat.S_ISDIR(found.st_mode)
+        and found.st_uid == os.geteuid()
+        and not found.st_mode & 0o022
+        and os.access(place, os.W_OK | os.X_OK)
+    )
