@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from aiohttp import web
-
 from gollama_proxy.config import tls
 from gollama_proxy.config.load import check_exposure, load_worker
 from gollama_proxy.config.settings import Config, Revoked, WorkerConfig
@@ -51,7 +49,6 @@ from gollama_proxy.upstream.probe import send_magic
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 1024  # connections that wait to be accepted
 BATCH = 100  # workers that are added between two turns of the event loop
 
 _FAILED = (Outcome.ERROR, Outcome.REFUSED)
@@ -127,7 +124,6 @@ class Hub(Listener):
             clock,
         )
         self._server: Server | None = None
-        self._runner: web.ServerRunner | None = None
         self._reloading = asyncio.Lock()
         self._reload: asyncio.Task[Changes | ConfigError] | None = None  # the last one
         self.groups = Groups(config.health, look_up, self._follow_groups, clock)
@@ -144,7 +140,7 @@ class Hub(Listener):
         self._restore()
 
     def __repr__(self) -> str:
-        state = "draining" if self.draining else "running" if self._runner else "new"
+        state = "draining" if self.draining else "running" if self._server else "new"
         return f"<Hub {state} workers={len(self.registry.workers)}>"
 
     def routes(self) -> Routes:
@@ -446,25 +442,15 @@ class Hub(Listener):
             OSError: the address is in use, or not one of this machine.
         """
         server = self.config.server
-        self._server = Server(
+        found = Server(
             self.proxy,
             self.config,
             self.proxy.refused,
             self.clients,
             self.files.for_clients,
         )
-        runner = web.ServerRunner(self._server, shutdown_timeout=1.0)
-        await runner.setup()
-        try:
-            for each in listeners:
-                await web.SockSite(runner, each, backlog=BACKLOG).start()
-            if not listeners:
-                host, port = server.host, server.port
-                await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
-        except BaseException:
-            await runner.cleanup()
-            raise
-        self._runner = runner
+        await found.listen(server.host, server.port, listeners)
+        self._server = found
         self.groups.start()
         self.health.start()
         self.watchdog.start()
@@ -482,10 +468,10 @@ class Hub(Listener):
     @property
     def urls(self) -> list[str]:
         """The URLs for clients; one that begins with unix: is the path of a socket."""
-        assert self._runner is not None, self
+        assert self._server is not None, self
         scheme = "http" if self.files.for_clients is None else "https"
         found = []
-        for address in self._runner.addresses:
+        for address in self._server.addresses:
             if isinstance(address, (str, bytes)):  # abstract ones are bytes
                 path = os.fsdecode(address).replace("\0", "@", 1)
                 found.append(f"unix:{path}")
@@ -506,15 +492,14 @@ class Hub(Listener):
 
     async def drain(self) -> None:
         """Stop listening, let answers end (`server.drain`), and close everything."""
-        if self._runner is None:
+        if self._server is None:
             return
         self.draining = True
         self.events.close()
-        runner, self._runner = self._runner, None
-        for site in runner.sites:
-            await site.stop()
+        server, self._server = self._server, None
+        server.stop_listening()
         await self.proxy.drain(self.config.server.drain)
-        await runner.cleanup()
+        await server.close()
         if self._reload is not None:
             await asyncio.wait([self._reload])
         await self.files.stop()

@@ -486,46 +486,79 @@ async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) ->
 # --- What a start imports ---------------------------------------------------------
 
 
+# What takes long to import, or much memory.
+HEAVY = """
+aiohttp aiohttp.client aiohttp.web_app asyncio cryptography dns gollama_proxy.agent
+gollama_proxy.commands gollama_proxy.hub http.client httptools jwt opentelemetry
+prometheus_client rich sqlite3 statistics uvloop zeroconf
+""".split()
+# Runs a command, and prints which of them it has imported.
+_SPY = """
+import sys
+from gollama_proxy.cli import main
+main(sys.argv[2:])
+print("imported:", *sorted(sys.modules.keys() & set(sys.argv[1].split())))
+"""
+
+
 @pytest.mark.parametrize(
-    ("imported", "absent"),
+    ("command", "imported"),
     [
+        ("secret", ""),
+        ("token --sub alice", "jwt http.client"),
+        ("workers --hub http://127.0.0.1:1", "gollama_proxy.commands http.client"),
         (
-            "gollama_proxy.cli",
-            "asyncio aiohttp jwt prometheus_client rich tomllib uvloop",
+            "serve --port 0",
+            "aiohttp asyncio gollama_proxy.hub http.client httptools jwt "
+            "sqlite3 uvloop",
         ),
-        ("gollama_proxy.edge.auth", "aiohttp jwt"),
-        ("gollama_proxy.serve", "cryptography jwt rich tomllib"),
+        (
+            "agent --hub http://127.0.0.1:1 --worker http://127.0.0.1:2",
+            "aiohttp aiohttp.client aiohttp.web_app asyncio gollama_proxy.agent "
+            "http.client uvloop",
+        ),
     ],
 )
-def test_a_start_imports_nothing_that_only_later_is_needed(
-    imported: str, absent: str
+async def test_a_command_imports_only_what_it_needs(
+    command: str, imported: str
 ) -> None:
-    code = f"import sys, {imported}; print(*sys.modules.keys() & set(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *absent.split()],
-        env=bare(),
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=20,
-    )
-    assert done.stdout == "\n"
+    environ = bare() | {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_TOKEN": "x"}
+    program = ("-c", _SPY, " ".join(HEAVY))
+    async with Program.running(
+        *command.split(), environ=environ, program=program
+    ) as it:
+        if command.startswith(("serve", "agent")):
+            await it.until("no worker is configured|cannot be reached")
+            it.signal(signal.SIGTERM)
+        assert await it.ended() == 0
+    assert it.output.splitlines()[-1].split()[1:] == sorted(imported.split())
 
 
-@pytest.mark.parametrize("target", ["&-", "/dev/full"])
-@pytest.mark.parametrize("command", ["secret", "token --sub a", "check"])
-def test_output_that_cannot_be_written_is_an_error(command: str, target: str) -> None:
+def test_authentication_imports_no_server() -> None:
+    code = "import sys, gollama_proxy.edge.auth; print('aiohttp' in sys.modules)"
     done = subprocess.run(
-        ["sh", "-c", f'exec "$0" -m gollama_proxy {command} >{target}', sys.executable],
-        env=bare() | {"GOLLAMA_JWT_SECRET": "s" * 32},
-        capture_output=True,
-        text=True,
-        timeout=20,
+        [sys.executable, "-c", code], capture_output=True, check=True, timeout=20
     )
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("gollama-proxy: the output cannot be written: ")
+    assert done.stdout == b"False\n"
+
+
+def test_all_of_aiohttp_is_there_for_those_who_ask_for_it() -> None:
+    """What a hub imports is a part; plugins and tests may use the rest."""
+    code = """
+import sys
+from gollama_proxy.cli import _import_server
+_import_server()
+import aiohttp
+from aiohttp import hdrs, web_protocol
+assert "aiohttp.client" not in sys.modules
+assert not hasattr(aiohttp, "__wrapped__")
+assert aiohttp.ClientSession.__module__ == "aiohttp.client"
+assert aiohttp.__version__
+assert aiohttp.web_protocol is web_protocol
+from aiohttp import web
+assert web.RequestHandler is web_protocol.RequestHandler
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
 
 
 def test_the_systems_certificates_are_loaded_only_when_needed() -> None:

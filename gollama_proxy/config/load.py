@@ -16,10 +16,9 @@ the value and what is allowed.  A hub that runs reads all of it again on request
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,8 +191,8 @@ def _reject_unknown(prefix: str, table: Mapping[str, Any], known: list[str]) -> 
     unknown = []
     for name in table:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
+            near = _nearest(name, known, 0.5)
+            hint = f"did you mean {near}?" if near else "known: " + ", ".join(known)
             spelt = name if name.isprintable() else shown(name)
             unknown.append(f"{prefix}{spelt}: no such setting; {hint}")
     if unknown:
@@ -217,12 +216,18 @@ def _reject_misspelt_variables(
         section = rest.partition("_")[0].lower()
         if head != "GOLLAMA" or name in known or name in api_keys:
             continue
-        if difflib.get_close_matches(section, sections, n=1, cutoff=0.8):
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+        if _nearest(section, sections, 0.8):
+            near = _nearest(name, known, 0.6)
+            hint = f"; did you mean {near}?" if near else ""
             misspelt.append(f"{name}: no such environment variable{hint}")
     if misspelt:
         raise ConfigError(*misspelt)
+
+
+def _nearest(name: str, known: Iterable[str], cutoff: float) -> str:
+    import difflib  # only here: few settings are misspelt
+
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), "")
 
 
 def _with_keys(

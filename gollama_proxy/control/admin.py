@@ -11,10 +11,9 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
-from aiohttp import web
 
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes
@@ -32,6 +31,9 @@ from gollama_proxy.edge.router import Handler, Routes
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.state.database import StateError
 from gollama_proxy.wire.errors import Code, RequestError
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 # The scope of operators, and the one that only reads.
 SCOPE, LOOKING = "admin", "monitor"

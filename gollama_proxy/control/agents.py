@@ -29,10 +29,9 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import msgspec
-from aiohttp import web
 from msgspec import Meta, Struct
 
 from gollama_proxy.config import addresses
@@ -55,6 +54,9 @@ from gollama_proxy.upstream import names
 from gollama_proxy.upstream.pool import Target
 from gollama_proxy.upstream.probe import FetchError, fetch
 from gollama_proxy.wire.errors import Code, RequestError
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
+from aiohttp.web_request import BaseRequest
 
 from gollama_proxy.config import addresses
 from gollama_proxy.config.settings import Config
@@ -52,7 +53,7 @@ _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::[0-9]*)?")
 class Call(NamedTuple):
     """One call of the API by an operator who may make it."""
 
-    request: web.BaseRequest
+    request: BaseRequest
     x: Exchange
     caller: Principal
     config: Config
@@ -94,7 +95,7 @@ def answer(value: object, status: int = 200) -> Response:
 # --- Where a call comes from ------------------------------------------------------
 
 
-def check_local(request: web.BaseRequest) -> None:
+def check_local(request: BaseRequest) -> None:
     """Check that a request is from a program on this machine, or a page of the hub.
 
     Raises:
@@ -131,9 +132,7 @@ def _is_local_name(host: str) -> bool:
 _T = TypeVar("_T")
 
 
-async def receive(
-    request: web.BaseRequest, timeout: float, most: int = MOST_BODY
-) -> bytes:
+async def receive(request: BaseRequest, timeout: float, most: int = MOST_BODY) -> bytes:
     """Read a JSON body of at most `most` bytes, within `timeout` seconds.
 
     Raises:
@@ -158,7 +157,7 @@ async def receive(
     except TimeoutError:
         text = "The request body arrived too slowly."
         raise RequestError(Code.BODY_TIMEOUT, text) from None
-    except (web.RequestPayloadError, HttpProcessingError):
+    except (RequestPayloadError, HttpProcessingError):
         text = "The framing of the request body is not valid HTTP."
         raise RequestError(Code.BAD_REQUEST, text) from None
     if len(body) > LONG_BODY:

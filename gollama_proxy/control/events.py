@@ -26,9 +26,9 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import msgspec
-from aiohttp import web
 
 from gollama_proxy.config.settings import WorkerConfig
 from gollama_proxy.control.history import EVERY, History, Shown
@@ -43,6 +43,9 @@ from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.schema import ENDPOINTS
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 logger = logging.getLogger(__name__)
 audit = logging.getLogger("gollama_proxy.audit")

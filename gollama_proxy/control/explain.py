@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import msgspec
-from aiohttp import web
 
 from gollama_proxy.control.history import Shown
 from gollama_proxy.control.views import Parts, policy_name
@@ -33,6 +32,9 @@ from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.wire.errors import Code, ProxyError, RequestError
 from gollama_proxy.wire.schema import ENDPOINTS
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 # --- The decision -----------------------------------------------------------------
 

@@ -18,10 +18,9 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from importlib import resources
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
-from aiohttp import web
 
 from gollama_proxy import __version__
 from gollama_proxy.config.settings import Config
@@ -32,6 +31,9 @@ from gollama_proxy.edge.response import JSON, Response
 from gollama_proxy.edge.router import Routes, name_in
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 INDEX = "index.html"
 # Scripts, styles and pictures come from this hub alone, and no text of the page can

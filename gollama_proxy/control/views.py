@@ -13,9 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
-
-from aiohttp import web
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gollama_proxy.config.settings import Config, settings
 from gollama_proxy.control.calls import Call, answer
@@ -42,6 +40,9 @@ from gollama_proxy.state.ledger import DAY, GROUPS, Ledger, Question, day_of
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, HubError, RequestError
 from gollama_proxy.wire.schema import ENDPOINTS
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 # Questions about usage that wait at once.  The thread that answers them, one by one,
 # also saves usage.

@@ -14,7 +14,8 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 import msgspec
-from aiohttp import web
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 
 from gollama_proxy.wire.bodies import CODINGS
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError, status_body
@@ -43,7 +44,7 @@ class Response(msgspec.Struct, frozen=True, gc=False):
         return f"<Response {self.status}, {len(self.body)} bytes>"
 
 
-class Sent(web.StreamResponse):
+class Sent(StreamResponse):
     """An answer that has been written, as aiohttp's server sees it."""
 
     __slots__ = ("keep_alive",)
@@ -53,7 +54,7 @@ class Sent(web.StreamResponse):
         # In aiohttp, this is a property.
         self.keep_alive = keep_alive  # type: ignore[misc]
 
-    async def prepare(self, request: web.BaseRequest) -> None:
+    async def prepare(self, request: BaseRequest) -> None:
         """Do nothing: the head has been written."""
 
     async def write_eof(self, data: bytes = b"") -> None:
@@ -65,7 +66,7 @@ KEEP, CLOSE = Sent(keep_alive=True), Sent(keep_alive=False)
 
 
 def write_whole(
-    request: web.BaseRequest, response: Response, fields: str, *, keep_alive: bool
+    request: BaseRequest, response: Response, fields: str, *, keep_alive: bool
 ) -> int:
     """Write an answer, head and body together; `fields` are those of every answer.
 
@@ -90,9 +91,7 @@ def write_whole(
     return transport.get_write_buffer_size()
 
 
-def head(
-    request: web.BaseRequest, status: int, fields: str, *, keep_alive: bool
-) -> bytes:
+def head(request: BaseRequest, status: int, fields: str, *, keep_alive: bool) -> bytes:
     """Write the head of an answer: its status line, `fields`, `Date`, `Connection`.
 
     The version is the client's, if the hub conforms to it (RFC 9110, 6.2: a server must

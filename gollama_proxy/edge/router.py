@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import msgspec
-from aiohttp import web
+from aiohttp.web_request import BaseRequest
 
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import Response, Sent
@@ -29,7 +29,7 @@ from gollama_proxy.wire.description import INPUTS
 from gollama_proxy.wire.errors import Code, RequestError
 
 # Takes a request and its record, of the type that the handler needs.
-Handler = Callable[[web.BaseRequest, Any], Awaitable[Response | Sent]]
+Handler = Callable[[BaseRequest, Any], Awaitable[Response | Sent]]
 # Path → method → handler.  A path that ends with a slash is followed by a name, which
 # may contain slashes, except for the root; `{name}` in a path stands for one segment,
 # see `name_in`.
@@ -67,7 +67,7 @@ class Router:
     def __repr__(self) -> str:
         return f"<Router of {len(self._routes)} paths>"
 
-    def find(self, request: web.BaseRequest, record: Record) -> Handler:
+    def find(self, request: BaseRequest, record: Record) -> Handler:
         """Find the handler of a request; its record gets the route.
 
         Raises:
@@ -115,7 +115,7 @@ class Router:
 
     # --- Web pages ----------------------------------------------------------------
 
-    def origin_lines(self, request: web.BaseRequest) -> str:
+    def origin_lines(self, request: BaseRequest) -> str:
         """Return the header lines that let a configured page read an answer.
 
         (Fetch standard, 3.2.)  Without them the browser withholds the answer from the
@@ -128,20 +128,20 @@ class Router:
             fields += f"Access-Control-Allow-Origin: {origin}\r\n{_EXPOSED}"
         return fields
 
-    def admits_origin(self, request: web.BaseRequest) -> bool:
+    def admits_origin(self, request: BaseRequest) -> bool:
         """Whether a request comes from a configured page; repeated origins do not."""
         origins = request.headers.getall("Origin", ())
         return len(origins) == 1 and origins[0] in self._origins
 
 
-def name_in(request: web.BaseRequest, record: Record) -> str:
+def name_in(request: BaseRequest, record: Record) -> str:
     """Return the name in a path, decoded, where its route has braces."""
     path = request.raw_path.partition("?")[0]
     segments = zip(record.route.split("/"), path.split("/"), strict=True)
     return next(unquote(given) for part, given in segments if part.startswith("{"))
 
 
-async def _answer_preflight(request: web.BaseRequest, record: Record) -> Response:
+async def _answer_preflight(request: BaseRequest, record: Record) -> Response:
     """Answer a preflight request of a browser; no worker is involved."""
     fields = (
         "Access-Control-Allow-Methods: GET, POST\r\n"
@@ -179,17 +179,17 @@ class Status:
     def __repr__(self) -> str:
         return f"<Status ready={self._is_ready()}>"
 
-    async def live(self, request: web.BaseRequest, record: Record) -> Response:
+    async def live(self, request: BaseRequest, record: Record) -> Response:
         """Answer `GET /livez`: the process runs, whatever the state of the workers."""
         return Response(b'{"status":"ok"}')
 
-    async def ready(self, request: web.BaseRequest, record: Record) -> Response:
+    async def ready(self, request: BaseRequest, record: Record) -> Response:
         """Answer `GET /readyz` and `/health`: 200 if a worker is usable."""
         if self._is_ready():
             return Response(b'{"status":"ok"}')
         return Response(b'{"status":"no worker is ready"}', status=503)
 
-    async def metrics(self, request: web.BaseRequest, record: Record) -> Response:
+    async def metrics(self, request: BaseRequest, record: Record) -> Response:
         """Answer `GET /metrics`."""
         if not self._is_open():
             principal = self._authenticator.identify(request, record)
@@ -218,13 +218,13 @@ class ModelList:
     def __repr__(self) -> str:
         return f"<ModelList of {self._registry!r}>"
 
-    async def list_models(self, request: web.BaseRequest, record: Record) -> Response:
+    async def list_models(self, request: BaseRequest, record: Record) -> Response:
         """Answer `GET /v1/models`."""
         principal = self._authenticator.identify(request, record)
         data = [self._entry(name) for name in self._names(principal)]
         return Response(msgspec.json.encode({"object": "list", "data": data}))
 
-    async def show_model(self, request: web.BaseRequest, record: Record) -> Response:
+    async def show_model(self, request: BaseRequest, record: Record) -> Response:
         """Answer `GET /v1/models/{id}`; an id may contain slashes."""
         principal = self._authenticator.identify(request, record)
         path = request.raw_path.partition("?")[0]

@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
-from aiohttp import StreamReader, http_parser, web
+from aiohttp import http_parser, web_server
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.tls import Credentials
@@ -40,11 +45,12 @@ from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
 # Seconds by which the limit of a connection exceeds that of an answer
 # (`timeouts.write`), as only the latter stops the worker and sets the outcome.
 _GRACE = 1.0
+BACKLOG = 1024  # connections that wait to be accepted
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-Refused = Callable[[web.BaseRequest, ProxyError], None]
+Handler = Callable[[BaseRequest], Awaitable[StreamResponse]]
+Refused = Callable[[BaseRequest, ProxyError], None]
 
 
 def require_parser() -> None:
@@ -64,7 +70,7 @@ def require_parser() -> None:
         )
 
 
-class Server(web.Server):
+class Server(web_server.Server):
     """Makes a protocol for each client connection."""
 
     def __init__(
@@ -85,6 +91,7 @@ class Server(web.Server):
         self._shaking: set[TlsConnection] = set()
         self._tls_options: TlsOptions | None = None
         self._options: dict[str, Any] = {}
+        self._listening: list[asyncio.Server] = []
         self.patience = 0.0
         self.reconfigure(config, tls)
 
@@ -122,6 +129,47 @@ class Server(web.Server):
     def _make(self) -> _Protocol:
         return _Protocol(self)
 
+    # --- Listening ------------------------------------------------------------------
+
+    async def listen(
+        self, host: str, port: int, inherited: Sequence[socket.socket] = ()
+    ) -> None:
+        """Take connections at an address, or on inherited sockets instead.
+
+        Raises:
+            OSError: the address is in use, or not one of this machine.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            for each in inherited:
+                found = await loop.create_server(self, sock=each, backlog=BACKLOG)
+                self._listening.append(found)
+            if not inherited:
+                found = await loop.create_server(self, host, port, backlog=BACKLOG)
+                self._listening.append(found)
+        except BaseException:
+            self.stop_listening()
+            raise
+
+    @property
+    def addresses(self) -> list[Any]:
+        """Those it listens on: a host and a port, or the name of a Unix socket."""
+        sockets = [each for server in self._listening for each in server.sockets]
+        return [each.getsockname() for each in sockets]
+
+    def stop_listening(self) -> None:
+        """Take no more connections; those that are open stay."""
+        for each in self._listening:
+            each.close()
+        self._listening = []
+
+    async def close(self) -> None:
+        """Close idle connections at once, and the others a second later."""
+        self.stop_listening()
+        await asyncio.sleep(0)  # what has just arrived is a request by then
+        self.pre_shutdown()
+        await self.shutdown(1.0)
+
     async def shutdown(self, timeout: float | None = None) -> None:
         """Close all connections; unfinished TLS handshakes are aborted."""
         for connection in tuple(self._shaking):
@@ -132,7 +180,7 @@ class Server(web.Server):
         return {"loop": asyncio.get_running_loop(), **self._options}
 
 
-class Request(web.BaseRequest):
+class Request(BaseRequest):
     """A request as aiohttp makes it, with what every request needs.
 
     In aiohttp each of these is a property, which costs a call whenever it is read.
@@ -153,7 +201,7 @@ class Request(web.BaseRequest):
         self,
         message: RawRequestMessage,
         content: StreamReader,
-        protocol: web.RequestHandler,
+        protocol: RequestHandler,
         writer: AbstractStreamWriter,
         task: asyncio.Task[None],
     ) -> None:
@@ -173,7 +221,7 @@ class Request(web.BaseRequest):
             protocol.serve_in(task)
 
 
-class _Protocol(web.RequestHandler):
+class _Protocol(RequestHandler):
     """The HTTP protocol of one connection."""
 
     __slots__ = (
@@ -259,7 +307,7 @@ class _Protocol(web.RequestHandler):
         content = self.content
         if self._messages and content is not None and not content.is_eof():
             text = "malformed chunk"  # the parser's own message quotes the body
-            content.set_exception(web.RequestPayloadError(text))
+            content.set_exception(RequestPayloadError(text))
             content.feed_eof()  # aiohttp must not wait for the rest,
             self.close()  # nor answer it
 
@@ -270,11 +318,11 @@ class _Protocol(web.RequestHandler):
 
     def handle_error(
         self,
-        request: web.BaseRequest,
+        request: BaseRequest,
         status: int = 500,
         exc: BaseException | None = None,
         message: str | None = None,
-    ) -> web.StreamResponse:
+    ) -> StreamResponse:
         """Answer a request that the parser rejected, or an error below the handler."""
         error: ProxyError
         if isinstance(exc, LineTooLong):

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
-from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
+from aiohttp.web_request import BaseRequest
 from msgspec import UNSET
 
 from gollama_proxy.config.settings import Config
@@ -84,7 +85,7 @@ class Body:
     _unpacked: Iterator[bytes] = iter(())  # from the last piece received
 
     def __init__(
-        self, request: web.BaseRequest, endpoint: Endpoint, config: Config
+        self, request: BaseRequest, endpoint: Endpoint, config: Config
     ) -> None:
         self.endpoint = endpoint
         length = request.headers.get("Content-Length")
@@ -279,7 +280,7 @@ class Body:
         except TimeoutError:
             text = "The request body arrived too slowly."
             raise RequestError(Code.BODY_TIMEOUT, text) from None
-        except (web.RequestPayloadError, HttpProcessingError) as exc:
+        except (RequestPayloadError, HttpProcessingError) as exc:
             raise _malformed(exc) from None
         self._waited += loop.time() - began
         self._ended = self._content.at_eof()
@@ -292,7 +293,7 @@ class Body:
         """Take the rest of a body that has arrived."""
         try:
             piece = self._content.read_nowait()
-        except (web.RequestPayloadError, HttpProcessingError) as exc:
+        except (RequestPayloadError, HttpProcessingError) as exc:
             raise _malformed(exc) from None
         self._ended = True
         self._received += len(piece)
@@ -370,7 +371,7 @@ def _unpacker_of(coding: str) -> Unpacker:
         raise RequestError(Code.UNSUPPORTED_ENCODING, text) from None
 
 
-def answer_expectation(request: web.BaseRequest) -> None:
+def answer_expectation(request: BaseRequest) -> None:
     """Send `100 Continue` to a client that waits for it before it sends the body.
 
     Raises:

@@ -16,8 +16,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
-
-from aiohttp import web
+from typing import TYPE_CHECKING
 
 from gollama_proxy.config.settings import Config
 from gollama_proxy.edge.auth import Authenticator
@@ -84,6 +83,9 @@ from gollama_proxy.wire.errors import (
 )
 from gollama_proxy.wire.partial import DivergedError
 from gollama_proxy.wire.schema import ENDPOINTS, Ending, api_of
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 logger = logging.getLogger(__name__)
 

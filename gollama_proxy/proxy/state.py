@@ -20,8 +20,6 @@ import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from aiohttp import web
-
 from gollama_proxy.edge.response import SERVER
 from gollama_proxy.fleet.pool import RETRY_AFTER
 from gollama_proxy.scheduling.turns import Priority
@@ -31,6 +29,8 @@ from gollama_proxy.wire.errors import Code, HubError, RequestError
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
     from gollama_proxy.config.settings import Config
     from gollama_proxy.edge.auth import Principal
     from gollama_proxy.fleet.lease import Lease

@@ -8,7 +8,6 @@ does not wait.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import logging
@@ -23,9 +22,12 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from json.encoder import encode_basestring_ascii as _in_quotes
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from gollama_proxy.config.settings import Log
+
+if TYPE_CHECKING:
+    import asyncio
 
 DELAY = 0.02  # seconds that a line about a request may wait
 BATCH = 1 << 16  # characters that are written without waiting any longer
@@ -208,6 +210,10 @@ class BatchHandler(logging.Handler):
 
     def _flush_later(self) -> bool:
         """Set a timer; return False if no event loop is running."""
+        if "asyncio" not in sys.modules:  # a command without one need not wait for it
+            return False
+        import asyncio
+
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
