@@ -26,7 +26,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.abc import InspectLoader
 from typing import Any, NoReturn
 
 from gollama_proxy import __version__, offline

@@ -139,6 +139,8 @@ async def _become_ready(hub: Hub, service: Service) -> None:
 
     One that cannot be reached does not delay that: the others can serve meanwhile.
     """
+    if not service.notifies:
+        return
     service.describe(lambda: _describe(hub))
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(READY_WITHIN):

@@ -134,6 +134,11 @@ class Service:
         return cls(address, _watchdog(found), _listeners(found))
 
     @property
+    def notifies(self) -> bool:
+        """Whether systemd waits for messages."""
+        return bool(self._address)
+
+    @property
     def watched(self) -> bool:
         """Whether systemd waits for signs of life."""
         return self._feeding is not None
@@ -176,6 +181,9 @@ class Service:
 
     def reload(self, reload: Callable[[], asyncio.Task[object]]) -> None:
         """Run a reload, between the two messages that systemd expects around one."""
+        if not self._address:
+            _ = reload()
+            return
         self._reloads += 1
         # systemd compares this with the moment at which it asked for the reload.
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -215,7 +223,9 @@ class Service:
         return wait
 
     def _send_status(self) -> None:
-        status = "" if self._describe is None else self._describe()
+        if not self._address or self._describe is None:
+            return
+        status = self._describe()
         # It must not overtake a message that waits.
         changed = status != self._status and not self._unsent
         if changed and self._send_or_drop(f"STATUS={status}"):

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NoReturn
@@ -184,6 +184,7 @@ class StageHub:
     """A hub that does nothing but sends the signals which a test asks for."""
 
     url = "http://127.0.0.1:8000"
+    urls = (url,)
     start_error: OSError | None = None
     signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
     calls: ClassVar[list[str]] = []
@@ -198,7 +199,7 @@ class StageHub:
     def __repr__(self) -> str:
         return f"<StageHub {self.calls}>"
 
-    async def start(self) -> None:
+    async def start(self, listeners: Sequence[socket.socket]) -> None:
         self.calls.append("start")
         if self.start_error is not None:
             raise self.start_error
@@ -491,7 +492,7 @@ HEAVY = """
 aiohttp aiohttp.client aiohttp.web_app asyncio cryptography dns gollama_proxy.agent
 gollama_proxy.commands gollama_proxy.hub http.client httptools jwt opentelemetry
 prometheus_client rich sqlite3 statistics uvloop zeroconf
-""".split()
+"""
 # Runs a command, and prints which of them it has imported.
 _SPY = """
 import sys
@@ -501,29 +502,24 @@ print("imported:", *sorted(sys.modules.keys() & set(sys.argv[1].split())))
 """
 
 
-@pytest.mark.parametrize(
-    ("command", "imported"),
-    [
-        ("secret", ""),
-        ("token --sub alice", "jwt http.client"),
-        ("workers --hub http://127.0.0.1:1", "gollama_proxy.commands http.client"),
-        (
-            "serve --port 0",
-            "aiohttp asyncio gollama_proxy.hub http.client httptools jwt "
-            "sqlite3 uvloop",
-        ),
-        (
-            "agent --hub http://127.0.0.1:1 --worker http://127.0.0.1:2",
-            "aiohttp aiohttp.client aiohttp.web_app asyncio gollama_proxy.agent "
-            "http.client uvloop",
-        ),
-    ],
-)
+IMPORTED = {
+    "secret": "",
+    "token --sub alice": "jwt http.client",
+    "workers --hub http://127.0.0.1:1": "gollama_proxy.commands http.client",
+    "serve --port 0": """aiohttp asyncio gollama_proxy.hub http.client httptools jwt
+        sqlite3 uvloop""",
+    "agent --hub http://127.0.0.1:1 --worker http://127.0.0.1:2": """aiohttp
+        aiohttp.client aiohttp.web_app asyncio gollama_proxy.agent http.client
+        uvloop""",
+}
+
+
+@pytest.mark.parametrize(("command", "imported"), IMPORTED.items(), ids=IMPORTED)
 async def test_a_command_imports_only_what_it_needs(
     command: str, imported: str
 ) -> None:
     environ = bare() | {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_TOKEN": "x"}
-    program = ("-c", _SPY, " ".join(HEAVY))
+    program = ("-c", _SPY, " ".join(HEAVY.split()))
     async with Program.running(
         *command.split(), environ=environ, program=program
     ) as it:

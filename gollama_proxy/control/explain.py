@@ -256,7 +256,7 @@ async def explain(
     x.endpoint, x.needs_slot = endpoint, endpoint.slot
     x.subject = question.subject or subject
     x.priority = question.priority
-    x.body = Body(cast(web.BaseRequest, _Given(question)), endpoint, hub.config)
+    x.body = Body(cast("web.BaseRequest", _Given(question)), endpoint, hub.config)
     try:
         return await _foresee(x, question, hub)
     except ProxyError as error:

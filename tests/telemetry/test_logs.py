@@ -401,7 +401,7 @@ class Later:
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> Later:
     later = Later()
-    monkeypatch.setattr(logs.asyncio, "get_running_loop", lambda: later)
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: later)
     return later
 
 

@@ -19,7 +19,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from copy import copy
 from operator import attrgetter
-from statistics import fmean
 from typing import ClassVar
 
 import msgspec
@@ -180,7 +179,7 @@ class _Lots:
         self.workers = workers
         self.left = len(workers) * PICKS
         known = [capacity for capacity in capacities if capacity is not None]
-        mean = fmean(known) if known else 1.0
+        mean = sum(known) / len(known) if known else 1.0
         self.tickets: list[Worker] = []
         for worker, capacity in zip(workers, capacities, strict=True):
             count = TICKETS if capacity is None else round(TICKETS * capacity / mean)
