@@ -73,6 +73,9 @@ class Options:
     token_file: str = ""
     ca_file: str = ""
     proof_port: int = 0
+    slots: int | None = None  # None here: as the server reports
+    context: int | None = None
+    models: tuple[str, ...] = ()
     weight: float | None = None
     vram_gib: float | None = None
     sleep_after: float = 0.0  # seconds without a request; 0: never
@@ -324,8 +327,9 @@ class Agent:
         vram = self.options.vram_gib or self.machine.vram_gib
         if vram is not None:
             worker["vram_gib"] = vram
-        if self.options.weight is not None:
-            worker["weight"] = self.options.weight
+        for key in ("slots", "context", "models", "weight"):
+            if (value := getattr(self.options, key)) not in (None, ()):
+                worker[key] = value
         if self.options.sleep_after:
             host = urlsplit(url).hostname or ""
             mac = self.options.mac or await asyncio.to_thread(machine.mac_of, host)

@@ -287,6 +287,10 @@ def _add_agent_flags(parser: argparse.ArgumentParser) -> None:
     )
     text = "port on which hubs check this agent; default: any free one"
     add("--proof-port", metavar="PORT", help=text)
+    add("--slots", metavar="N", help="generations at once; default: as it reports")
+    add("--context", metavar="N", help="tokens of its context; default: as it reports")
+    text = "model that it serves, or a pattern (repeatable); default: as it reports"
+    add("--model", metavar="MODEL", action="append", default=[], help=text)
     text = "its share, for the policies that use one; default: by its memory"
     add("--weight", help=text)
     text = "memory of its graphics cards; default: as they report"
@@ -401,6 +405,9 @@ def _agent(args: argparse.Namespace) -> int:
         token_file=args.token_file,
         ca_file=args.ca_file,
         proof_port=_converted("--proof-port", args.proof_port, "server.port") or 0,
+        slots=_converted("--slots", args.slots, "slots"),
+        context=_converted("--context", args.context, "context"),
+        models=tuple(args.model),
         weight=_converted("--weight", args.weight, "weight"),
         vram_gib=_converted("--vram-gib", args.vram_gib, "vram_gib"),
         mac=_converted("--mac", args.mac, "mac") or "",

@@ -236,6 +236,9 @@ def check(config: Config) -> int:
     notes = [finding.note for finding in findings]
     titles = ("name", "url", "state", "models", "slots", "context", "build / reason")
     print_table(titles, map(_describe_worker, registry.workers, notes))
+    for worker in registry.workers:
+        for text in _find_gaps(worker):
+            note(f"{worker.name}: {text}")
     unserved = registry.unserved()
     for text in [*unknown, *unserved]:
         print(text)
@@ -278,12 +281,22 @@ def _describe_worker(worker: Worker, note: str) -> Iterator[str]:
     patterns = (name for name in worker.config.models if not is_plain(name))
     yield ", ".join([*patterns, *(model.name for model in worker.models)])
     about = worker.description
-    for number in (worker.slots, about and about.context):
+    for number in (worker.slots, worker.config.context or (about and about.context)):
         yield "" if number is None else str(number)
     if about is None:
         yield worker.reason
     else:
         yield ", ".join(text for text in (about.build, note) if text)
+
+
+def _find_gaps(worker: Worker) -> Iterator[str]:
+    """Yield what a worker does not report, and the settings do not state."""
+    if worker.description is None or not worker.models:
+        return
+    if worker.slots is None:
+        yield "reports no slots, so it gets every request at once; set slots"
+    if any(worker.context_of(model.name) is None for model in worker.models):
+        yield "does not report its context, so any prompt is sent to it; set context"
 
 
 # --- All of them ------------------------------------------------------------------

@@ -1077,6 +1077,25 @@ def test_check_shows_the_effective_settings(
     ]
 
 
+def test_check_reports_what_is_not_known_of_a_worker(
+    findings: dict[str, Finding], tmp_path: Path, capsys: Output
+) -> None:
+    """As of Ollama: what the settings state is not missing."""
+    file = tmp_path / "gollama.toml"
+    silent = Description((Model("qwen3:8b"),))
+    findings["a:80"] = Finding(Check.OK, "ok", silent)
+    file.write_text("[[workers]]\nurl = 'http://a:80'\n")
+    assert main(["check", "-c", str(file)]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "a:80" in line]
+    assert [line.rpartition("; ")[2] for line in notes] == ["set slots", "set context"]
+    with file.open("a") as more:
+        more.write("slots = 2\ncontext = 8192\n")
+    assert main(["check", "-c", str(file)]) == 0
+    captured = capsys.readouterr()
+    assert "a:80" not in captured.err
+    assert re.search(r"qwen3:8b +2 +8192", captured.out)
+
+
 @pytest.mark.parametrize(
     ("models", "reported"),
     [

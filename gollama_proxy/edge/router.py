@@ -268,7 +268,7 @@ class ModelList:
                     "name": worker.name,
                     "state": worker.state.value,
                     "context": worker.context_of(model),
-                    "slots": worker.description and worker.description.slots,
+                    "slots": worker.slots,
                     "loaded": worker.has_loaded(model),
                 }
                 for worker in workers

@@ -31,6 +31,7 @@ from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stream_of, wait
+from tests.fakes.standins import Ollama
 from tests.fakes.waiting import DEADLINE, gone, until
 from tests.fakes.worker import ScriptedWorker
 
@@ -89,6 +90,21 @@ async def test_an_agent_brings_its_worker_and_takes_it_away() -> None:
             assert await agent.ended() == 0
         assert names(hub) == []
         assert (await hub.post(CHAT, QUESTION)).status == 503
+
+
+async def test_an_agent_states_what_its_server_does_not_report() -> None:
+    flags = ["--slots", "2", "--context", "8192", "--model", "qwen3:8b"]
+    async with Ollama("qwen3:8b", "other") as worker, running_hub(**LONG) as hub:
+        async with agent_of(hub, worker, "--name", "desk", *flags) as agent:
+            await agent.until("the server answers")
+            await agent.until(f"registered {worker.url} as desk")
+            (known,) = hub.hub.registry.workers
+            await until(lambda: known.description is not None)
+            assert (known.slots, known.context_of("qwen3:8b")) == (2, 8192)
+            (listed,) = (await hub.get("/v1/models")).json()["data"]
+            assert listed["id"] == "qwen3:8b"
+            (shown,) = listed["gollama"]["workers"]
+            assert (shown["slots"], shown["context"]) == (2, 8192)
 
 
 async def test_a_killed_agent_loses_its_worker_and_gets_it_back() -> None:
