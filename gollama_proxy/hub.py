@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from gollama_proxy.config import tls
 from gollama_proxy.config.load import check_exposure, load_worker
@@ -46,6 +47,9 @@ from gollama_proxy.upstream import probe
 from gollama_proxy.upstream.names import Groups, look_up
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.upstream.probe import send_magic
+
+if TYPE_CHECKING:
+    from gollama_proxy.telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +174,8 @@ class Hub(Listener):
 
     def _ended(self, x: Exchange) -> None:
         self.telemetry.ended(x)
+        if x.spans is not None:
+            x.spans.end(x, _asked(x))
         if x.model:  # else it was refused before anything was used
             self.ledger.add(x, failed=x.outcome in _FAILED)
         if not x.routine:
@@ -456,9 +462,16 @@ class Hub(Listener):
         self.watchdog.start()
         self.events.start()
         self.files.start()
+        if self.config.tracing.enabled:
+            self.proxy.tracer = await asyncio.to_thread(self._make_tracer)
         # In a thread, or the first token would hold up the event loop.
         if not self.authenticator.preloaded:
             await asyncio.to_thread(self.authenticator.preload)
+
+    def _make_tracer(self) -> Tracer | None:
+        from gollama_proxy.telemetry.tracing import Tracer  # OpenTelemetry is optional
+
+        return Tracer.configured(self.config.tracing)
 
     @property
     def url(self) -> str:
@@ -510,9 +523,22 @@ class Hub(Listener):
         await self.health.stop()
         for connections in self.connections.values():
             connections.close()
+        if self.proxy.tracer is not None:
+            await self.proxy.tracer.close()
 
     async def abort(self) -> None:
         """Cut running answers; a `drain` in progress then returns at once."""
         self.events.close()
         self.proxy.cut()
         await self.drain()
+
+
+def _asked(x: Exchange) -> dict[str, str | int | float | bool]:
+    """Return what a client has requested, as attributes of a span."""
+    asked: dict[str, str | int | float | bool] = {"gollama.class": x.priority.value}
+    body = getattr(x, "body", None)  # there is none before its head was read
+    if body is not None and x.endpoint.generates:
+        asked["gen_ai.request.stream"] = body.stream
+        if body.max_tokens:
+            asked["gen_ai.request.max_tokens"] = body.max_tokens
+    return asked

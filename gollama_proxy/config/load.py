@@ -121,6 +121,7 @@ def load(
         config = _with_keys(config, environ, mistakes)
     if "server" in sound:
         mistakes.collect(_check_advertising, config)
+        mistakes.collect(_check_tracing, config)
     if {"auth", "server"} <= sound:
         mistakes.collect(check_exposure, config)
     if {"server", "workers"} <= sound:
@@ -437,6 +438,26 @@ def _check_advertising(config: Config) -> None:
     if importlib.util.find_spec("zeroconf") is None:
         raise ConfigError(
             "server.advertise = true: needs zeroconf; pip install 'gollama-proxy[mdns]'"
+        )
+
+
+def _check_tracing(config: Config) -> None:
+    endpoint = config.tracing.endpoint
+    if endpoint and not re.match(r"https?://[^/\s]", endpoint):
+        raise ConfigError(
+            f"tracing.endpoint = {endpoint!r}: must be a URL such as "
+            "http://localhost:4318"
+        )
+    if not config.tracing.enabled:
+        return
+    try:
+        found = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http")
+    except ModuleNotFoundError:  # not even the packages around it
+        found = None
+    if found is None:
+        raise ConfigError(
+            "tracing.enabled = true: needs OpenTelemetry; pip install "
+            "'gollama-proxy[otel]'"
         )
 
 

@@ -292,6 +292,17 @@ class Metrics(Struct, frozen=True):
     open: Annotated[bool, "serve /metrics without a token of scope metrics"] = False
 
 
+class Tracing(Struct, frozen=True):
+    enabled: Annotated[
+        bool, "send OpenTelemetry spans of requests, also as OTEL_* variables define"
+    ] = False
+    endpoint: Annotated[
+        Text,
+        "collector, by OTLP over HTTP; empty: $OTEL_EXPORTER_OTLP_ENDPOINT, else "
+        "http://localhost:4318",
+    ] = ""
+
+
 class Agents(Struct, frozen=True):
     networks: Annotated[Networks, "networks in which agents may register workers"] = (
         PRIVATE_NETWORKS
@@ -434,6 +445,7 @@ class Config:
     models: Models = field(default_factory=Models)
     log: Log = field(default_factory=Log)
     metrics: Metrics = field(default_factory=Metrics)
+    tracing: Tracing = field(default_factory=Tracing)
     agents: Agents = field(default_factory=Agents)
     state: State = field(default_factory=State)
     usage: Usage = field(default_factory=Usage)
@@ -453,7 +465,12 @@ class Config:
 
 
 # What a hub keeps until its end; all else changes while it runs (`Hub.apply`).
-FIXED = frozenset({"server.host", "server.port", "server.advertise", "state.dir"})
+FIXED = frozenset(
+    {
+        *("server.host", "server.port", "server.advertise", "state.dir"),
+        *("tracing.enabled", "tracing.endpoint"),
+    }
+)
 # The same, but only if one of them turns TLS on or off.
 TLS_KEYS = frozenset(
     {f"server.tls_{name}" for name in ("certificate", "key", "client_ca")}

@@ -87,6 +87,8 @@ from gollama_proxy.wire.schema import ENDPOINTS, Ending, api_of
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from gollama_proxy.telemetry.tracing import Tracer
+
 logger = logging.getLogger(__name__)
 
 # nginx's status for a client that left before the answer; only logs show it.
@@ -143,6 +145,7 @@ class Proxy(Running):
         self._losses = Throttle(clock, LOG_EVERY)
         # Called when a request has its plan, waits, or gets to a worker.
         self.observer: Callable[[str, Exchange], None] | None = None
+        self.tracer: Tracer | None = None  # of the requests for workers
         self.reconfigure(config)
 
     def reconfigure(self, config: Config) -> None:
@@ -289,6 +292,9 @@ class Proxy(Running):
         Raises:
             ProxyError: the answer for the client, if nothing has been sent yet.
         """
+        if self.tracer is not None:
+            x.spans = self.tracer.begin(x)
+            x.forwarded = headers.without_trace(x.forwarded)
         # Before a byte of the body is read, and before `100 Continue`.
         x.config = config = self._config
         x.caller = caller = self._authenticator.identify(request, x)
@@ -401,8 +407,11 @@ class Proxy(Running):
             sent = x.resume.request(model)
             x.repeated = x.resume.repeated
         length = len(sent) if body.replayable else body.length_behind(sent)
+        forwarded = x.forwarded
+        if x.spans is not None:
+            forwarded += x.spans.attempt(lease, resumes=x.resume is not None)
         data = request_head(
-            worker.config, x.endpoint.path, x.forwarded, body.content_type, length
+            worker.config, x.endpoint.path, forwarded, body.content_type, length
         )
         if length is not None:
             data += sent

@@ -110,6 +110,8 @@ def note_failure(
         x.note(x.lease.taken_at, "attempt", worker.name)
     reason = failure.cause.value + (f": {detail[:MOST_DETAIL]}" if detail else "")
     x.note(now, "failed", worker.name, reason)
+    if x.spans is not None:
+        x.spans.failed(failure.cause.name.lower(), reason)
     if failure.cause is Cause.DRAINED or not isinstance(error, WorkerError):
         return  # it is well, or has refused the request
     worker.last_error = LastError(now, error.code, error.detail)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from gollama_proxy.proxy.response import Assembly, Stream
     from gollama_proxy.proxy.rewrite import Plainly
     from gollama_proxy.scheduling.turns import Ticket
+    from gollama_proxy.telemetry.tracing import Spans
     from gollama_proxy.wire.errors import ProxyError
     from gollama_proxy.wire.schema import Endpoint
 
@@ -91,6 +92,7 @@ class Exchange(Record):
     state = State.READING
     forwarded = b""  # header lines of the client for workers
     lines = ""  # further header lines of its answer
+    spans: Spans | None = None  # unless the hub traces no requests
     keep_alive = False  # the client's connection may carry another request
 
     # The caller, and the request

@@ -127,9 +127,9 @@ class Throttle:
     def __repr__(self) -> str:
         return f"<Throttle unlogged={self._unlogged.total()}>"
 
-    def count(self, kind: str) -> int:
-        """Count an event; return how many to log now, or 0 if it is too early."""
-        self._unlogged[kind] += 1
+    def count(self, kind: str, events: int = 1) -> int:
+        """Count events; return how many to log now, or 0 if it is too early."""
+        self._unlogged[kind] += events
         now = self._clock()
         if now - self._last.get(kind, -math.inf) < self._every:
             return 0

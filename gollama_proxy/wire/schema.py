@@ -67,6 +67,7 @@ class Endpoint:
     # What each request needs to know, worked out once.
     chat: bool = field(init=False)  # its answers are messages, and not texts
     generates: bool = field(init=False)  # its answers are generated token by token
+    operation: str = field(init=False)  # `gen_ai.operation.name`, if it has a name
     # The size of a body is a measure of how many tokens its prompt has.
     prompt_has_size: bool = field(init=False)
 
@@ -76,6 +77,15 @@ class Endpoint:
         put(self, "chat", self.path.endswith("chat/completions"))
         put(self, "generates", self.ending is not Ending.BODY)
         put(self, "prompt_has_size", self.generates and not self.form)
+        put(self, "operation", _operation_of(self))
+
+
+def _operation_of(endpoint: Endpoint) -> str:
+    """Name what an endpoint does as OpenTelemetry does (GenAI semantic conventions)."""
+    if endpoint.prompt_has_size:
+        conversation = endpoint.chat or endpoint.ending is Ending.NAMED
+        return "chat" if conversation else "text_completion"
+    return "embeddings" if "/embedding" in endpoint.path else ""
 
 
 def api_of(path: str) -> Api:

@@ -64,6 +64,7 @@ OTHERS: dict[str, Any] = {
     "models.fallbacks": {"tiny": ("small",)},
     "log.level": "debug",
     "log.format": "json",
+    "tracing.endpoint": "http://localhost:4318",
     "state.dir": "/elsewhere",
 }
 # Their values name files, which other tests change: `test_clients_over_tls.py` and
