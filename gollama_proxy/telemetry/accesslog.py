@@ -86,39 +86,38 @@ class Record:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.method} {self.route}>"
 
-    def fields(self) -> dict[str, str | int | float]:
+    def fields(self) -> Fields:
         """Return the fields that the log shows; empty and zero values are left out."""
+        shown = {k: v for k, v in zip(COMMON, self.common(), strict=True) if v}
+        return shown | self.measured()
+
+    def common(self) -> tuple[str | int, ...]:
+        """Return the values of `COMMON`, which many requests have in common."""
+        return (
+            self.remote,
+            self.subject,
+            self.method,
+            self.route,
+            self.path and self.path[:MOST_PATH],
+            self.status,
+            self.outcome or "",
+            self.error,
+            self.detail and self.detail[:MOST_DETAIL],
+            self.model,
+            self.worker,
+            self.attempts,
+            self.rescued,
+            self.fell_back,
+        )
+
+    def measured(self) -> dict[str, str | int | float]:
+        """Return the fields that differ from request to request."""
         shown: dict[str, str | int | float] = {}
-        if self.remote:
-            shown["remote"] = self.remote
-        if self.subject:
-            shown["subject"] = self.subject
-        shown["method"] = self.method
-        shown["route"] = self.route
-        if self.path:
-            shown["path"] = self.path[:MOST_PATH]
-        if self.status:
-            shown["status"] = self.status
-        if self.outcome is not None:
-            shown["outcome"] = self.outcome
-        if self.error:
-            shown["error"] = self.error
-        if self.detail:
-            shown["detail"] = self.detail[:MOST_DETAIL]
-        if self.model:
-            shown["model"] = self.model
-        if self.worker:
-            shown["worker"] = self.worker
-        if self.attempts:
-            shown["attempts"] = self.attempts
-        if self.rescued:
-            shown["rescued"] = self.rescued
-        if self.fell_back:
-            shown["fell_back"] = self.fell_back
-        if self.first_byte and (first_byte := round(self.first_byte * 1000, 1)):
-            shown["first_byte_ms"] = first_byte
-        if self.duration and (duration := round(self.duration * 1000, 1)):
-            shown["duration_ms"] = duration
+        # `round` to a decimal takes as long as all else here.
+        if self.first_byte and (tenths := int(self.first_byte * 10_000 + 0.5)):
+            shown["first_byte_ms"] = tenths / 10
+        if self.duration and (tenths := int(self.duration * 10_000 + 0.5)):
+            shown["duration_ms"] = tenths / 10
         if self.prompt_tokens:
             shown["prompt_tokens"] = self.prompt_tokens
         if self.cached_tokens:
@@ -133,6 +132,13 @@ class Record:
         return shown
 
 
+# The fields of a line that come first.
+COMMON = (
+    *("remote", "subject", "method", "route", "path", "status", "outcome", "error"),
+    *("detail", "model", "worker", "attempts", "rescued", "fell_back"),
+)
+
+
 def write(record: Record) -> None:
     """Log the end of a request; a failure on this side is a warning.
 
@@ -145,14 +151,15 @@ def write(record: Record) -> None:
     level = logging.WARNING if broken or record.status >= 500 else logging.INFO
     if not access.isEnabledFor(level):
         return
-    fields = record.fields()
     logger: logging.Logger | None = access
     while logger is not None:
         for handler in logger.handlers:
             if isinstance(handler, BatchHandler):
-                handler.add(level, "request", fields)
+                handler.add(
+                    level, "request", record.measured(), COMMON, record.common()
+                )
             elif level >= handler.level:
-                handler.handle(_log_record(level, fields))
+                handler.handle(_log_record(level, record.fields()))
         logger = logger.parent if logger.propagate else None
 
 

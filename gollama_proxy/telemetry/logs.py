@@ -38,12 +38,12 @@ MOST_CAUSES = 5  # exceptions shown of a chain of causes
 # The part of a line after its message; the names are those of the program.
 Fields = Mapping[str, str | int | float]
 _NO_FIELDS: Fields = {}
+_Opening = tuple[str, str]  # of a line: what is before and after its time
 _LOST = "{} lines were lost: standard error could not be written"
 # The result or exception of a task or future, in its `repr`.
 _TASK_RESULT = re.compile(r" (?:exception|result)=.*(?=> took [\d.]+ seconds\Z|>\Z)")
 _LONGEST = 128  # characters of a value without quotes
 _PLAIN = re.compile(rf"[\w./:@+-]{{1,{_LONGEST}}}", re.ASCII)
-_PLAIN_LETTERS = bytes(n for n in range(128) if _PLAIN.fullmatch(chr(n)))
 # The priorities of syslog, from the level of Python where each begins.
 _PRIORITIES = (
     (logging.CRITICAL, 2),
@@ -168,10 +168,22 @@ class BatchHandler(logging.Handler):
         self.setFormatter(formatter)
         self._formatter = formatter
 
-    def add(self, level: int, message: str, fields: Fields) -> None:
-        """Collect a line; it is written with others, at most `DELAY` later."""
+    def add(
+        self,
+        level: int,
+        message: str,
+        fields: Fields,
+        common: tuple[str, ...] = (),
+        values: tuple[str | int, ...] = (),
+    ) -> None:
+        """Collect a line; it is written with others, at most `DELAY` later.
+
+        Fields whose names are `common` come first, unless their values are empty.
+        The text of those is remembered, as many lines have the same.
+        """
         when = _timestamp(time.time_ns() // 1_000_000)
-        self._collect(self._formatter.line(when, level, message, fields))
+        form = self._formatter
+        self._collect(form.line(when, level, message, fields, None, common, values))
         waits = self._loop is not None or self._flush_later()
         if self._size >= BATCH or not waits:
             self.flush()
@@ -306,10 +318,8 @@ class _Descriptor:
 class LineFormatter(logging.Formatter):
     """Formats records of `logging`, and lines that need no record."""
 
-    # How a subclass writes a line with these fields, a string in it, and the message.
-    _template: Callable[[tuple[str, ...]], str]
-    _quote: Callable[[str], str]
-    _write_message: Callable[[str], str] = str
+    # Writes what is before and after the time of a line, up to the fields that differ.
+    _opening: Callable[[int, str, tuple[str, ...], tuple[str | int, ...]], _Opening]
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record, and its traceback."""
@@ -325,84 +335,83 @@ class LineFormatter(logging.Formatter):
         message: str,
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
+        common: tuple[str, ...] = (),
+        values: tuple[str | int, ...] = (),
     ) -> str:
-        """Return a line without its newline; `message` is printable."""
-        quote = self._quote
-        values: list[object] = [when, _level_name(level), self._write_message(message)]
-        for each in fields.values():  # a comprehension costs a call
-            values.append(quote(each) if isinstance(each, str) else each)  # noqa: PERF401
-        line = self._template(tuple(fields)) % tuple(values)
+        """Return a line without its newline; `message` is printable.
+
+        `common` and `values` are as in `BatchHandler.add`.
+        """
+        before, after = self._opening(level, message, common, values)
+        line = f"{before}{when}{after}{self._write(fields)}"
         return line if error is None else self._with_error(line, error)
+
+    def _write(self, fields: Fields) -> str:
+        """Write the last fields of a line, and its end."""
+        raise NotImplementedError
 
     def _with_error(self, line: str, error: BaseException) -> str:
         raise NotImplementedError
 
 
-@functools.lru_cache(maxsize=1024)  # most lines name the same subjects and models
-def _quoted(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else _in_quotes(text)
+@functools.lru_cache(maxsize=1024)
+def _text_opening(
+    level: int, message: str, names: tuple[str, ...], values: tuple[str | int, ...]
+) -> _Opening:
+    fields = {name: value for name, value in zip(names, values, strict=True) if value}
+    return "", f" {_level_name(level)} {message}{_text_of(fields)}"
 
 
-# Most lines have the same fields, so templates are faster than a loop.
-@functools.lru_cache(maxsize=256)
-def _text_of(fields: tuple[str, ...]) -> str:
-    return "%s %s %s" + "".join([f" {name}=%s" for name in fields])
+def _text_of(fields: Fields) -> str:
+    shown = ""
+    for name, value in fields.items():
+        if isinstance(value, str):
+            # Most are ids, and the pattern takes longer.
+            if not (value.isalnum() and value.isascii() and len(value) <= _LONGEST):
+                value = value if _PLAIN.fullmatch(value) else _in_quotes(value)
+        elif isinstance(value, float):
+            value = _decimal(value)
+        shown = f"{shown} {name}={value}"
+    return shown
 
 
-@functools.lru_cache(maxsize=256)
-def _plain_text_of(fields: tuple[str, ...]) -> tuple[str, int, bytes]:
-    """Return a template with a line for each field.
-
-    Its second part is the length of a text of which each value is plain if all of them
-    consist of plain letters.  The third part is what remains of such a text.
-    """
-    template = "".join([f"\n{name}=%s" for name in fields])
-    return template, len(template) - 2 * len(fields) + _LONGEST, b"\n=" * len(fields)
-
-
-@functools.lru_cache(maxsize=256)
-def _json_of(fields: tuple[str, ...]) -> str:
-    rest = "".join([f',"{name}":%s' for name in fields])
-    return f'{{"time":"%s","level":"%s","message":%s{rest}}}'
+_decimal = functools.lru_cache(maxsize=4096)(repr)  # of most durations in milliseconds
 
 
 class TextFormatter(LineFormatter):
     """`time level message key=value …`, for people and grep."""
 
-    _template = staticmethod(_text_of)
-    _quote = staticmethod(_quoted)
-
-    def line(
-        self,
-        when: str,
-        level: int,
-        message: str,
-        fields: Fields = _NO_FIELDS,
-        error: BaseException | None = None,
-    ) -> str:
-        template, longest, rest = _plain_text_of(tuple(fields))
-        shown = template % (*fields.values(),)
-        # Nearly always; to look at each value takes longer than all else of a line.
-        if (
-            error is None
-            and len(shown) <= longest
-            and shown.encode(errors="replace").translate(None, _PLAIN_LETTERS) == rest
-            and "=\n" not in shown
-            and not shown.endswith("=")
-        ):
-            shown = shown.replace("\n", " ")
-            return f"{when} {_level_name(level)} {message}{shown}"
-        return super().line(when, level, message, fields, error)
+    _opening = staticmethod(_text_opening)
+    _write = staticmethod(_text_of)
 
     def _with_error(self, line: str, error: BaseException) -> str:
         return f"{line}\n{_traceback(error)}"
 
 
+@functools.lru_cache(maxsize=1024)
+def _json_opening(
+    level: int, message: str, names: tuple[str, ...], values: tuple[str | int, ...]
+) -> _Opening:
+    fields = {name: value for name, value in zip(names, values, strict=True) if value}
+    begun = f'"level":"{_level_name(level)}","message":{_in_quotes(message)}'
+    return '{"time":"', f'",{begun}{_json_of(fields)}'
+
+
+def _json_of(fields: Fields) -> str:
+    shown = ""
+    for name, value in fields.items():
+        text = _in_quotes(value) if isinstance(value, str) else value
+        shown = f'{shown},"{name}":{text}'
+    return shown
+
+
 class JsonFormatter(LineFormatter):
     """One JSON object on a line, for machines."""
 
-    _template = staticmethod(_json_of)
-    _quote = _write_message = staticmethod(_in_quotes)
+    _opening = staticmethod(_json_opening)
+
+    def _write(self, fields: Fields) -> str:
+        return f"{_json_of(fields)}}}"
 
     def _with_error(self, line: str, error: BaseException) -> str:
         return f'{line[:-1]},"exception":{_in_quotes(_traceback(error))}}}'
@@ -422,10 +431,11 @@ class JournalFormatter(LineFormatter):
         message: str,
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
+        common: tuple[str, ...] = (),
+        values: tuple[str | int, ...] = (),
     ) -> str:
-        return prioritised(
-            self._formatter.line(when, level, message, fields, error), level
-        )
+        line = self._formatter.line(when, level, message, fields, error, common, values)
+        return prioritised(line, level)
 
 
 def _message(record: logging.LogRecord) -> str:

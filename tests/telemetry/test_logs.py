@@ -41,13 +41,39 @@ _values = st.one_of(
 )
 
 
-@given(st.dictionaries(st.sampled_from("abcdef"), _values))
+@pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
+@given(fields=st.dictionaries(st.sampled_from("abcdef"), _values))
 def test_a_line_from_one_template_is_the_line_field_by_field(
+    form: LineFormatter, fields: dict[str, str | int | float]
+) -> None:
+    line = form.line("now", logging.INFO, "request", fields)
+    empty = form.line("now", logging.INFO, "request")
+    end = "}" if empty.endswith("}") else ""
+    each = empty.removesuffix(end)
+    for name, value in fields.items():
+        single = form.line("now", logging.INFO, "request", {name: value})
+        each += single.removeprefix(empty.removesuffix(end)).removesuffix(end)
+    assert line == each + end
+
+
+@pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
+@given(
+    repeated=st.dictionaries(st.sampled_from("abc"), st.integers() | st.text()),
+    fields=st.dictionaries(st.sampled_from("def"), _values),
+)
+def test_fields_that_lines_have_in_common_come_first(
+    form: LineFormatter,
+    repeated: dict[str, str | int],
     fields: dict[str, str | int | float],
 ) -> None:
-    form = TextFormatter()
-    line = form.line("now", logging.INFO, "request", fields)
-    assert line == logs.LineFormatter.line(form, "now", logging.INFO, "request", fields)
+    names, values = tuple(repeated), tuple(repeated.values())
+    line = form.line("now", logging.INFO, "request", fields, None, names, values)
+    shown = {name: value for name, value in repeated.items() if value} | fields
+    assert line == form.line("now", logging.INFO, "request", shown)
+
+
+def test_an_empty_value_is_in_quotes() -> None:
+    assert TextFormatter().line("now", logging.INFO, "m", {"a": ""}).endswith(' a=""')
 
 
 @pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
