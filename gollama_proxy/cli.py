@@ -172,9 +172,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     serve = command("serve", _serve, "run the hub")
     serve.formatter_class = argparse.RawDescriptionHelpFormatter
     serve.epilog = "\n".join(_describe_settings())
-    text = "print a new secret for signing tokens; an output file gets mode 0600"
+    text = "print a new secret for signing tokens; redirected to a file, with mode 0600"
     command("secret", _secret, text)
-    text = "print a token for a client; an output file gets mode 0600"
+    text = "print a token for a client; redirected to a file, with mode 0600"
     token = command("token", _token, text)
     offline.add_flags(token)
     command("check", _check, "validate the settings and probe every worker")
@@ -203,16 +203,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 _OPERATIONS = {
     "workers": "list the workers of a running hub, or change them",
-    "drain": "give a worker no new requests; running ones end, or continue elsewhere",
+    "drain": "send a worker no new requests; running ones end, or continue elsewhere",
     "undrain": "end a drain",
     "dashboard": "print a link that opens the dashboard, signed in",
-    "top": "watch workers, queue and requests; q ends",
+    "top": "watch workers, queue and requests live; q quits",
     "explain": "show which worker a request would get now, and why",
     "requests": "list the requests that have ended",
-    "usage": "add up what subjects have used, by model and day",
+    "usage": "show what was used, by subject, model and day",
     "cancel": "cancel a running or waiting request",
-    "reload": "have the hub read its settings again",
-    "revoke": "have the hub reject a token, or all tokens of a subject",
+    "reload": "make the hub read its settings again",
+    "revoke": "revoke a token, or all tokens of a subject",
 }
 
 
@@ -225,7 +225,8 @@ def _fill_operation(name: str, parser: argparse.ArgumentParser) -> None:
 def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
     for row in settings():
         if row.key in FLAGS:
-            flag: dict[str, Any] = {"dest": row.key, "help": row.help}
+            choices = f"; {row.allowed}" * row.allowed.startswith("one of")
+            flag: dict[str, Any] = {"dest": row.key, "help": row.help + choices}
             if row.default is False:
                 flag |= {"action": "store_const", "const": True}
             else:
@@ -250,7 +251,7 @@ def _add_agent_flags(parser: argparse.ArgumentParser) -> None:
         "      --exec -- llama-server -m model.gguf --host 0.0.0.0 --port 8080\n"
         "\nThe token needs the scope worker:\n"
         "  gollama-proxy token --sub desktop --scope worker\n"
-        "The hub connects to the worker and to the proof port: let it through.\n"
+        "The hub connects to the worker and to the proof port: open both to it.\n"
         "\nenvironment variables:\n"
         "  GOLLAMA_HUB\n      hub, if --hub is not given\n"
         "  GOLLAMA_TOKEN\n      token, if --token-file is not given"
@@ -263,15 +264,17 @@ def _add_agent_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="hub to register with (repeatable)",
     )
-    text = "find the hub on the local network, which must be trusted"
+    text = "find the hub by mDNS, on a local network that you trust"
     add("--discover", action="store_true", help=text)
     add("--worker", metavar="URL", default="", help="llama-server on this machine")
     add(
         "--exec",
         action="store_true",
-        help="start the command after --, and start it again when it ends",
+        help="start the command after --, and restart it when it ends",
     )
-    text = "name in replies, logs and metrics; default: this machine's, and the port"
+    text = (
+        "name in replies, logs and metrics; default: this machine's name, and the port"
+    )
     add("--name", default="", help=text)
     add(
         "--token-file",
@@ -285,19 +288,19 @@ def _add_agent_flags(parser: argparse.ArgumentParser) -> None:
         default="",
         help="PEM file with the CAs of an https hub; default: those of the system",
     )
-    text = "port on which hubs check this agent; default: any free one"
+    text = "port at which the hub checks this agent; default: any free one"
     add("--proof-port", metavar="PORT", help=text)
-    add("--slots", metavar="N", help="generations at once; default: as it reports")
+    add("--slots", metavar="N", help="answers at once; default: as it reports")
     add("--context", metavar="N", help="tokens of its context; default: as it reports")
     text = "model that it serves, or a pattern (repeatable); default: as it reports"
     add("--model", metavar="MODEL", action="append", default=[], help=text)
-    text = "its share, for the policies that use one; default: by its memory"
+    text = "share of requests, for policies that use it; default: by its memory"
     add("--weight", help=text)
-    text = "memory of its graphics cards; default: as they report"
+    text = "memory of its graphics cards, in GiB; default: as they report"
     add("--vram-gib", metavar="GIB", help=text)
-    text = "suspend this machine after 30m without a request; the hub wakes it"
+    text = "suspend this machine after such a time without a request, for example 30m"
     add("--sleep-after", metavar="TIME", help=text)
-    text = "hardware address that wakes it; default: that of its network card"
+    text = "hardware address that wakes it; default: its network card's"
     add("--mac", help=text)
     text = "lowest severity to log: debug, info (default), warning, error"
     add("--log-level", metavar="LEVEL", default="info", help=text)

@@ -58,7 +58,7 @@ environment variables:
 
 The token needs the scope admin, or monitor for what changes nothing:
   gollama-proxy token --sub operator --scope admin
-Without both, the hub is {DEFAULT_HUB}, and no token is sent."""
+Without these, the hub is {DEFAULT_HUB}, and no token is sent."""
 
 # --- Flags ------------------------------------------------------------------------
 
@@ -78,13 +78,13 @@ def _add_hub_flags(parser: argparse.ArgumentParser, default: Any = None) -> None
     add("--hub", metavar="URL", help=f"address of the hub; default: {DEFAULT_HUB}")
     token = parser.add_mutually_exclusive_group()
     add = partial(token.add_argument, default=default)
-    add("--token-file", metavar="FILE", help="file with the token, for its owner only")
-    text = "the token itself; the list of processes shows it to all users"
+    add("--token-file", metavar="FILE", help="file with the token, of mode 0600")
+    text = "the token; other users of this machine can see it, so prefer --token-file"
     add("--token", help=text)
     add = partial(parser.add_argument, default=default)
     text = "PEM file with the CAs of an https hub; default: those of the system"
     add("--ca-file", metavar="FILE", help=text)
-    add("--json", action="store_true", help="print the answer of the hub")
+    add("--json", action="store_true", help="print the hub's answer as JSON")
 
 
 def _fill_workers(parser: argparse.ArgumentParser) -> None:
@@ -105,21 +105,22 @@ def _fill_name(parser: argparse.ArgumentParser) -> None:
 
 def _fill_explain(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help="model, if the file names none or another one")
+    add("--model", help="model to ask for, instead of the one in --file")
     add("--file", metavar="FILE", help="request body, in JSON; - for standard input")
-    add("--sub", help="subject that would send it")
-    add("--path", help="default: /v1/chat/completions")
-    add("--priority", help="interactive (default), batch")
+    add("--sub", help="subject that sends it; default: that of the token")
+    add("--path", help="path of the request; default: /v1/chat/completions")
+    add("--priority", help="interactive (default) or batch")
 
 
 def _fill_requests(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    text = "then list requests as they end"
+    text = "keep running, and list each request as it ends"
     add("--follow", action="store_true", help=text)
     for name in _FILTERS:
-        text = f"only with this {name}" + (" or error code" * (name == "outcome"))
+        text = f"only requests with this {name}"
+        text += " or error code" * (name == "outcome")
         add(f"--{name}", help=text)
-    text = "only those of the last 45s, 90m, 12h or 30d"
+    text = "only requests of the last 45s, 90m, 12h or 30d, for example"
     add("--since", metavar="TIME", help=text)
     text = "how many to list (at once, with --follow), from 1 to 1000; default: 100"
     add("--limit", metavar="N", default="100", help=text)
@@ -127,22 +128,22 @@ def _fill_requests(parser: argparse.ArgumentParser) -> None:
 
 def _fill_usage(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    text = "what to add up by: subject (default), model, day, or several with commas"
+    text = "group by subject (default), model or day, or by several, as in model,day"
     add("--by", metavar="NAMES", help=text)
     text = "first day: 7d (default) or 12h ago, a date (UTC), or Unix seconds"
     add("--since", metavar="WHEN", help=text)
     add("--until", metavar="WHEN", help="last day, in the same forms; default: today")
-    text = "only of the subject of the token, which needs no scope, and its limits"
+    text = "show the token's own subject, and what its limits leave; needs no scope"
     add("--own", action="store_true", help=text)
-    add("--csv", action="store_true", help="print a table for spreadsheets")
+    add("--csv", action="store_true", help="print CSV, for spreadsheets")
 
 
 def _fill_cancel(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", metavar="ID", help="its X-Request-Id")
+    parser.add_argument("id", metavar="ID", help="X-Request-Id of the request")
 
 
 def _fill_revoke(parser: argparse.ArgumentParser) -> None:
-    text = "the id of a token, or the subject of tokens"
+    text = "the id of one token, or the subject of several"
     parser.add_argument("entry", metavar="jti:ID|sub:SUBJECT", help=text)
     text = "also cancel the running requests of the subject; by default they continue"
     parser.add_argument("--cancel", action="store_true", help=text)
@@ -154,8 +155,8 @@ def _fill_nothing(parser: argparse.ArgumentParser) -> None:
 
 def _fill_new_worker(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("url", metavar="URL", help="its base URL, such as http://10.0.0.11:8080")
-    add("--name", help="default: from the URL")
+    add("url", metavar="URL", help="base URL, such as http://10.0.0.11:8080")
+    add("--name", help="name; default: host and port of the URL")
     _add_worker_flags(parser)
 
 
@@ -166,14 +167,14 @@ def _fill_changes(parser: argparse.ArgumentParser) -> None:
 
 def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--slots", metavar="N", help="generations at once; default: as it reports")
+    add("--slots", metavar="N", help="answers at once; default: as it reports")
     add("--context", metavar="N", help="tokens of its context; default: as it reports")
     text = "model that it serves, or a pattern (repeatable); default: as it reports"
     add("--model", metavar="MODEL", action="append", help=text)
-    add("--weight", help="its share, for the policies that use one")
-    add("--vram-gib", metavar="GIB", help="memory of its graphics cards")
-    add("--mac", metavar="ADDRESS", help="of its machine, which may sleep and be woken")
-    text = "environment variable of the hub with the API key of the worker"
+    add("--weight", help="share of requests, for policies that use it")
+    add("--vram-gib", metavar="GIB", help="memory of its graphics cards, in GiB")
+    add("--mac", metavar="ADDRESS", help="hardware address of its machine, to wake it")
+    text = "environment variable of the hub that has the worker's API key"
     add("--api-key-env", metavar="VARIABLE", help=text)
 
 
@@ -411,7 +412,7 @@ def _usage(args: argparse.Namespace, hub: AdminClient) -> None:
     else:
         show_usage(answer)
     if not (args.json or answer["complete"]):
-        text = "note: there are more rows; a later --since or another --by leaves fewer"
+        text = "note: not all rows are shown; --since and --by can leave fewer"
         print(text, file=sys.stderr)
 
 
@@ -533,25 +534,25 @@ _Fill = Callable[[argparse.ArgumentParser], None]
 
 _WORKER_ACTIONS: dict[str, tuple[_Run, _Fill, str]] = {
     "show": (_show_worker, _fill_name, "show one worker"),
-    "add": (_add_worker, _fill_new_worker, "add a worker, also for later restarts"),
+    "add": (_add_worker, _fill_new_worker, "add a worker, which survives restarts"),
     "set": (_set_worker, _fill_changes, "change settings of a worker"),
-    "remove": (_remove_worker, _fill_name, "drain a worker, and forget it"),
+    "remove": (_remove_worker, _fill_name, "drain a worker, then forget it"),
     "drain": (
         partial(_change_worker, "drain"),
         _fill_name,
-        "give a worker no new requests; running ones end, or continue elsewhere",
+        "send a worker no new requests; running ones end, or continue elsewhere",
     ),
     "undrain": (partial(_change_worker, "undrain"), _fill_name, "end a drain"),
     "pause": (
         partial(_change_worker, "pause"),
         _fill_name,
-        "give a worker no new requests; running ones continue",
+        "send a worker no new requests; running ones continue",
     ),
     "unpause": (partial(_change_worker, "unpause"), _fill_name, "end a pause"),
     "wake": (
         partial(_change_worker, "wake"),
         _fill_name,
-        "wake the machine of a worker that sleeps",
+        "wake the sleeping machine of a worker",
     ),
     "reset-breaker": (
         partial(_change_worker, "reset-breaker"),

@@ -53,16 +53,16 @@ def _make_private(stream: TextIO) -> None:
 # --- token ------------------------------------------------------------------------
 
 _SCOPES = (
-    "extra permission: metrics (GET /metrics), worker (for an agent, which registers "
-    "a worker), monitor (sees everything in the dashboard and in /admin, and changes "
-    "nothing), or admin (for operators: /admin and /metrics)"
+    "permission beyond the models (repeatable): metrics (GET /metrics), worker (for an "
+    "agent, which registers a worker), monitor (see everything in the dashboard and "
+    "/admin, change nothing), or admin (for operators: see and change everything)"
 )
 
 _LIMITS = {
-    "--rpm": "requests a minute",
-    "--tpm": "tokens a minute",
-    "--tokens-per-day": "tokens a day, which begins at midnight UTC",
-    "--tokens-per-month": "tokens a month, which begins on the first (UTC)",
+    "--rpm": "requests per minute",
+    "--tpm": "tokens per minute",
+    "--tokens-per-day": "tokens per day (UTC)",
+    "--tokens-per-month": "tokens per calendar month (UTC)",
     "--max-concurrency": "requests at once",
 }
 
@@ -74,21 +74,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="subject: the user or program that the token is for",
     )
-    parser.add_argument("--expires", default="30d", help="45s, 90m, 12h, 30d (default)")
+    parser.add_argument(
+        "--expires",
+        default="30d",
+        help="lifetime, such as 45s, 90m, 12h or 30d (default)",
+    )
     parser.add_argument(
         "--model",
         action="append",
         default=[],
-        help="allow only these models, such as 'qwen*'",
+        help="allow only such models, for example 'qwen*' (repeatable)",
     )
     parser.add_argument("--scope", action="append", default=[], help=_SCOPES)
     for flag, what in _LIMITS.items():
         parser.add_argument(flag, metavar="N", help=f"limit: {what}")
     parser.add_argument(
-        "--priority", help="highest priority: interactive (default), batch"
+        "--priority", help="highest priority: interactive (default) or batch"
     )
     parser.add_argument(
-        "--private-key", metavar="FILE", help="PEM file to sign with, for all but HS256"
+        "--private-key",
+        metavar="FILE",
+        help="PEM file to sign with, for all algorithms but HS256",
     )
 
 

@@ -425,7 +425,7 @@ async def test_usage_that_is_too_much_to_show_is_noted(
         use(hub, "alice", "bob")
         done = await run("usage", "--csv", hub=hub)
         assert len(done.out.splitlines()) == 2
-        assert done.err.startswith("note: there are more rows;")
+        assert done.err.startswith("note: not all rows are shown;")
 
 
 async def test_later_requests_are_followed(

@@ -45,7 +45,7 @@ def read_secret(source: str, file: str) -> bytes:
         with Path(file).open("rb") as stream:
             mode = os.fstat(stream.fileno()).st_mode
             if mode & 0o007:
-                text = f"{source}: every user can use it (mode {mode & 0o777:04o})"
+                text = f"{source}: other users have access (mode {mode & 0o777:04o})"
                 raise ConfigError(f"{text}; must be for its owner only: chmod 600")
             content = stream.read(MAX_SECRET_FILE + 1)
     except OSError as exc:
@@ -72,7 +72,7 @@ def load_secrets(auth: Auth, environ: Mapping[str, str]) -> tuple[bytes, ...]:
     if given:
         raise ConfigError(f"{source}: must not be set beside {next(iter(given))}")
     if auth.algorithm != "HS256":
-        raise ConfigError(f"{source}: {auth.algorithm} has a key, no secret")
+        raise ConfigError(f"{source}: {auth.algorithm} uses a key, not a secret")
     secrets = read_secret(source, auth.secret_file).split()
     if not 1 <= len(secrets) <= len(names):
         text = "must hold the secret, and the previous one if that is still accepted"
@@ -98,8 +98,8 @@ def load_public_keys(auth: Auth) -> tuple[str, ...]:
     if auth.algorithm == "HS256":
         if auth.public_key_file:
             raise ConfigError(
-                f"auth.public_key_file = {auth.public_key_file!r}: HS256 has a secret; "
-                "set auth.algorithm to RS256, ES256 or EdDSA"
+                f"auth.public_key_file = {auth.public_key_file!r}: HS256 uses a secret"
+                "; set auth.algorithm to RS256, ES256 or EdDSA"
             )
         return ()
     source = f"auth.public_key_file = {auth.public_key_file!r}"
@@ -195,12 +195,12 @@ class RevocationList:
 
     def _report(self, trouble: str, always: bool) -> None:
         if always or trouble != self._trouble:
-            logger.error("%s; the last good list stays", trouble)
+            logger.error("%s; the last good list stays in force", trouble)
         self._trouble = trouble
 
     def _log(self) -> None:
         tokens, subjects = map(len, self._revoked)
-        logger.info("revoked are %d tokens and %d subjects", tokens, subjects)
+        logger.info("%d tokens and %d subjects are revoked", tokens, subjects)
 
     def _stat(self) -> tuple[int, ...] | None:
         try:

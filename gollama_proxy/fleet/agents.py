@@ -113,7 +113,7 @@ class Agents:
         inner = getattr(address, "ipv4_mapped", None) or address
         why = addresses.why_address_refused(inner)
         if not why and inner.is_loopback and not addresses.is_loopback(peer):
-            why = "is a loopback address, which is another machine for the hub"
+            why = "is a loopback address, which means the hub itself to the hub"
         elif not why and not inner.is_loopback:
             networks = (net for net in self._networks if net.version == inner.version)
             if not any(inner in network for network in networks):

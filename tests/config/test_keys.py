@@ -163,7 +163,7 @@ def test_a_malformed_list_changes_nothing(
     assert it.applied == [of("good")]
     [line] = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
     assert line.startswith(f"auth.revoked = '{it.file}': {why}")
-    assert line.endswith("; the last good list stays")
+    assert line.endswith("; the last good list stays in force")
     assert "secret" not in line
     # It is read again, and takes effect once it is valid.
     it.write("jti:good\njti:more\n")
@@ -202,7 +202,7 @@ def test_a_reload_logs_the_size_of_the_list(
     it.check()
     for _ in range(2):
         it.check(always=True)
-    assert caplog.messages == ["revoked are 0 tokens and 1 subjects"] * 3
+    assert caplog.messages == ["0 tokens and 1 subjects are revoked"] * 3
     assert it.applied == [of(sub=("alice",))]
     assert len(reads) == 3
     caplog.clear()

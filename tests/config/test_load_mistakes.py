@@ -146,7 +146,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "a public key for HS256": (
         "auth.public_key_file = '%/public.pem'",
-        "auth.public_key_file = '%/public.pem': HS256 has a secret",
+        "auth.public_key_file = '%/public.pem': HS256 uses a secret",
     ),
     "a missing revocation list": (
         "auth.revoked = '%/none'",
@@ -215,7 +215,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "an API key file open to all users": (
         WORKER + "api_key_file = '%/openkey'",
-        "workers[0].api_key_file = '%/openkey': every user can use it (mode 0644)",
+        "workers[0].api_key_file = '%/openkey': other users have access (mode 0644)",
     ),
     "an API key of two words": (
         WORKER + "api_key_file = '%/words'",
@@ -244,9 +244,9 @@ def test_a_mistake_in_the_file(name: str, folder: Path, capsys: Output) -> None:
         ("none", "cannot be read: No such file"),
         (
             "open",
-            "every user can use it (mode 0604); must be for its owner only",
+            "other users have access (mode 0604); must be for its owner only",
         ),
-        ("writable", "every user can use it (mode 0602)"),
+        ("writable", "other users have access (mode 0602)"),
         ("short", "has 12 bytes; HS256 needs at least 32"),
         ("three", "has 3 words; must hold the secret"),
         ("empty", "has 0 words; must hold the secret"),
@@ -267,7 +267,9 @@ def test_a_secret_file_for_an_algorithm_with_keys(
     del environ["GOLLAMA_JWT_SECRET"]
     toml = "auth = {algorithm='ES256', public_key_file='%/public.pem', "
     line = refusal(toml + "secret_file='%/secret'}", folder, capsys)
-    assert line.startswith("auth.secret_file = '%/secret': ES256 has a key, no secret")
+    assert line.startswith(
+        "auth.secret_file = '%/secret': ES256 uses a key, not a secret"
+    )
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,10 @@ def open_key_in_the_same_file(pair: Pair) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (open_key, "127.0.0.1.key': every user can use it (mode 0644)"),
+        (open_key, "127.0.0.1.key': other users have access (mode 0644)"),
         (
             open_key_in_the_same_file,
-            "127.0.0.1.pem': every user can use it",
+            "127.0.0.1.pem': other users have access",
         ),
         (no_file, "server.tls_certificate = '/nowhere': cannot be read: No such file"),
         (no_key, "server.tls_key = '/nowhere': cannot be read: No such file or"),
