@@ -519,6 +519,7 @@ class Proxy(Running):
                 kept,
                 tally_of(x) if x.choices > 1 else None,
                 answers,
+                reports=not (kept and isinstance(x.delivery, Stream)),
             )
             if x.resume is not None:
                 x.resume.finish()

@@ -36,6 +36,9 @@ HOLD_LIMIT = 256 << 10
 MOST_HELD = 100  # pieces that are passed on one by one; more are joined
 _NOTHING = Transcript()  # of a relay that has passed nothing on
 _COLON = ord(":")
+# How the event of an error begins in a stream of OpenAI's APIs.
+_ERRORS = (b'data: {"error"', b'data:{"error"', b"event: error", b"event:error")
+MOST_MESSAGE = 500  # characters of such an error that a client gets
 
 
 class Relay:
@@ -56,6 +59,7 @@ class Relay:
         "_kept",
         "_lease",
         "_progress_at",
+        "_reports",
         "_seen",
         "_tally",
         "_transcript",
@@ -106,6 +110,7 @@ class Relay:
         self._gatherer: sse.Gatherer | None = None
         self._transcript = _NOTHING
         self._kept = 0  # bytes that may be kept in the transcript
+        self._reports = True  # the client gets the error in which a server fails
         self._tally: Tally | None = None  # of choices, where there are several
         self._chunked = False
         self._write: Callable[[bytes], None] = _ignore
@@ -200,13 +205,16 @@ class Relay:
         keep: int = 0,
         tally: Tally | None = None,
         answers: int = 1,
+        *,
+        reports: bool = True,
     ) -> None:
         """Pass the answer on until it has ended, and remember `keep` bytes of it.
 
         A stream that lacks its `[DONE]` but has a finish_reason gets it.  If several
         choices are requested, a `tally` counts their ends.  However this returns,
         nothing more is passed on, and `end` is the reading of the last bytes, with the
-        usage of `answers` answers to the prompt.
+        usage of `answers` answers to the prompt.  Without `reports`, the event in which
+        another server than llama-server reports its failure is not passed on.
 
         Raises:
             WorkerError: the answer is not complete; what arrived of it was passed on.
@@ -217,6 +225,7 @@ class Relay:
         self._write = client.write
         self._buffered = client.buffered
         self._kept = keep
+        self._reports = reports
         self._transcript = Transcript(self._ending, keep)
         self.body_received = self._forward
         self.chunk_received = self._forward_chunk
@@ -407,6 +416,9 @@ class Relay:
                 if len(kept.words) == MOST_WORDS:
                     kept.fold()
         else:
+            failed = not self._reports and chunk.startswith(_ERRORS, start)
+            if failed and self._note_failure(chunk[start:-2]):
+                return
             kept.add(chunk)
         try:
             self._write(chunk if self._chunked else chunk[start:-2])
@@ -414,6 +426,26 @@ class Relay:
             return  # uvloop: closed a moment ago; the handler is being cancelled
         if self._buffered() > WRITE_BUFFER:
             self._block()
+
+    def _note_failure(self, event: bytes) -> bool:
+        """Return whether an event reports that a server has failed; this ends it.
+
+        llama-server sends errors that lie in the answer: another one would send them,
+        too.  Other servers send them when a process of theirs has died.
+        """
+        found = map(sse.error_in, sse.events_in(event))
+        error = next((each for each in found if each is not None), None)
+        if error is None or self._lease.worker.is_llama_server:
+            return False
+        if isinstance(error.code, int) and error.code < 500:
+            return False
+        self.events -= 1
+        text = f"Worker {self._worker} ended the answer with an error"
+        if error.message:
+            text += f": {error.message[:MOST_MESSAGE]}"
+        self.fail(WorkerError(Code.WORKER_INCOMPLETE, text, detail="it sent an error"))
+        self.body_received = self.chunk_received = _ignore
+        return True
 
     def _count(self, data: bytes) -> None:
         assert self._tally is not None, self

@@ -303,6 +303,48 @@ async def test_an_answer_that_breaks_off_does_not_look_complete(
 
 
 @each_kind
+async def test_an_answer_that_a_server_reports_as_failed_is_continued(
+    kind: Kind, tmp_path: Path
+) -> None:
+    """A process of it may have died, such as that of another machine under Ray."""
+    async with (
+        ScriptedWorker(kind.models[0]) as spare,
+        behind(kind, tmp_path, spare) as (server, hub),
+    ):
+        hub.hub.registry.pause(spare.name)
+        server.breaks_after, server.pace = 2, "go"
+        async with await hub.open(CHAT, ask(kind)) as wire:
+            await wire.read_head()
+            hub.hub.registry.unpause(spare.name)
+            server.release("go")
+            ending = await wire.read_to_end()
+        assert ending.clean
+        assert b'"error"' not in ending.response.body
+        assert f"rescued 1 by {spare.name}".encode() in ending.response.body
+        assert text_of(events_of(ending.response)) == "".join(TEXTS)
+
+
+@each_kind
+async def test_a_failure_without_help_is_reported_in_the_words_of_the_server(
+    kind: Kind, tmp_path: Path
+) -> None:
+    async with behind(kind, tmp_path) as (server, hub):
+        server.breaks_after, server.pace = 2, "go"
+        async with await hub.open(CHAT, ask(kind)) as wire:
+            await wire.read_head()
+            server.script(reset())  # and so when it is asked once more
+            server.release("go")
+            ending = await wire.read_to_end()
+        assert not ending.clean
+        assert b"[DONE]" not in ending.response.body
+        (error,) = [each["error"] for each in events_of(ending.response)[-1:]]
+        assert error["code"] == "worker_incomplete_answer"
+        own = re.findall(rb'"message":"([^"]+)"', b"".join(server.breaking()))
+        for message in own:  # Ollama sends none
+            assert message.decode() in error["message"]
+
+
+@each_kind
 async def test_an_answer_whose_server_dies_is_continued_by_a_llama_server(
     kind: Kind, tmp_path: Path
 ) -> None:
