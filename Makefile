@@ -31,8 +31,9 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 	--ignore A002,ASYNC109,ASYNC110,PT011,PT012,S101,S104,S105,S106,S603,S607,S311,RUF001,RUF002,RUF003,SIM105,SIM117
 SOURCES := gollama_proxy tests examples benchmarks tools setup.py
 
+.DELETE_ON_ERROR:
 .PHONY: help install node run test debug cov lint types format docs screenshots soak fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate \
-	lock wheel pyz
+	lock wheel pyz man
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -54,6 +55,7 @@ help:
 	@echo "              and vllm-router (VLLM_ROUTER=PATH), as a Markdown table"
 	@echo "make bench-dashboard what open dashboards cost the hub (QUICK=1: half a minute)"
 	@echo "make simulate the routing policies with 1,000 unequal workers, in simulated time"
+	@echo "make man      $(MANUAL), the page of the manual"
 	@echo "make wheel    dist/*.whl and the source of it, dist/*.tar.gz"
 	@echo "make pyz      dist/gollama-proxy.pyz, one file with all that it needs but Python"
 	@echo "              (PYTHONS=\"3.12 3.13\": for these versions; PLATFORM, as uv names them)"
@@ -189,10 +191,26 @@ PACKAGED := setup.cfg setup.py MANIFEST.in README.md LICENSE requirements.lock \
 	$(shell find gollama_proxy -type f -not -name '*.pyc')
 WHEEL    := dist/.wheel
 
+# A page of the manual and completions, which packages install.
+MANUAL   := share/man/man1/gollama-proxy.1
+SHELLS   := share/bash-completion/completions/gollama-proxy \
+	share/zsh/site-functions/_gollama-proxy \
+	share/fish/vendor_completions.d/gollama-proxy.fish
+
+man: $(MANUAL)
+
+$(MANUAL): $(PACKAGED) tools/manual.py | $(STAMP)
+	@mkdir -p $(@D)
+	$(BIN)/python -m tools.manual > $@
+
+$(SHELLS): $(PACKAGED) | $(STAMP)
+	@mkdir -p $(@D)
+	$(BIN)/gollama-proxy completion $(word 2,$(subst /, ,$(subst -completion,,$@))) > $@
+
 wheel: $(WHEEL)
 
 # The wheel is built from the source archive: what is missing there is missing in both.
-$(WHEEL): $(PACKAGED) $(TOOLS_STAMP)
+$(WHEEL): $(PACKAGED) $(MANUAL) $(SHELLS) $(TOOLS_STAMP)
 	@mkdir -p $(@D)
 	rm -f dist/*.whl dist/*.tar.gz
 	$(TOOLS)/bin/uv --quiet build --no-build-isolation --python $(TOOLS)/bin/python \
@@ -223,5 +241,5 @@ dist/gollama-proxy.pyz: $(WHEEL) $(UNPACKED) tools/pyz.py tools/launch.py
 pyz: dist/gollama-proxy.pyz
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis mutants
+	rm -rf $(VENV) build dist share *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis mutants
 	find . -name __pycache__ -prune -exec rm -rf {} +

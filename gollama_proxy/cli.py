@@ -26,7 +26,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from gollama_proxy import __version__, offline
 from gollama_proxy.config.load import PLACES, load, locate, require_keys
@@ -123,11 +123,17 @@ class _Parser(argparse.ArgumentParser):
 
     fill: Callable[[argparse.ArgumentParser], None] | None = None
 
+    def filled(self) -> Self:
+        """Add the flags, unless they are there, and return this parser."""
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill(self)
+        return self
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        if self.fill is not None:
-            self.fill(self)
+        self.filled()
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -141,7 +147,8 @@ _FILE = (
 )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands, which get their flags when they are used."""
     # No abbreviations: a typing mistake could be taken for one.
     parser = _Parser(
         prog="gollama-proxy",
@@ -188,7 +195,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, text in _OPERATIONS.items():
         fill = partial(_fill_operation, name)
         command(name, _operate, text, configured=False, fill=fill)
+    text = "print what makes a shell complete commands, flags and files"
+    completion = command("completion", _completion, text, configured=False)
+    offline.add_shells(completion)
+    return parser
 
+
+def make_whole_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands, with all flags."""
+    parser = make_parser()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                command.filled()
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     following: list[str] = []
     if words[:1] == ["agent"] and "--" in words:  # the flags of another program
@@ -478,6 +502,10 @@ def _secret(args: argparse.Namespace) -> int:
 def _token(args: argparse.Namespace) -> int:
     load = partial(_load, args, os.environ, for_tokens=True)
     return _printing(lambda: offline.print_token(args, load))
+
+
+def _completion(args: argparse.Namespace) -> int:
+    return _printing(lambda: offline.print_completion(args.shell, make_whole_parser()))
 
 
 def _check(args: argparse.Namespace) -> int:

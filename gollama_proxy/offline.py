@@ -1,4 +1,4 @@
-"""The commands that need no running hub: `secret`, `token` and `check`."""
+"""The commands that need no hub: `secret`, `token`, `check` and `completion`."""
 
 from __future__ import annotations
 
@@ -311,3 +311,53 @@ def _find_gaps(worker: Worker) -> Iterator[str]:
 def note(text: str) -> None:
     """Print a remark that is not part of a command's output."""
     print("note:", text, file=sys.stderr)
+
+
+# --- completion -------------------------------------------------------------------
+
+_SHELLS = """\
+to have it in every new shell:
+  bash:  gollama-proxy completion bash > \\
+             ~/.local/share/bash-completion/completions/gollama-proxy
+  zsh:   gollama-proxy completion zsh > ~/.zfunc/_gollama-proxy
+             (a folder of fpath, which ~/.zshrc names before it calls compinit)
+  fish:  gollama-proxy completion fish > \\
+             ~/.config/fish/completions/gollama-proxy.fish
+"""
+_VALUES = {
+    "--auth": ("jwt", "off"),
+    "--log-level": ("debug", "info", "warning", "error"),
+    "--priority": ("interactive", "batch"),
+    "--scope": ("metrics", "worker", "monitor", "admin"),
+}
+
+
+def add_shells(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that `print_completion` reads."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _SHELLS
+    shells = ("bash", "zsh", "fish")
+    parser.add_argument("shell", choices=shells, help="the shell: bash, zsh or fish")
+
+
+def print_completion(shell: str, parser: argparse.ArgumentParser) -> int:
+    """Print the completion of these commands for a shell; return the exit status."""
+    import shtab
+
+    _annotate(parser)
+    print(shtab.complete(parser, shell))
+    return 0
+
+
+def _annotate(parser: argparse.ArgumentParser) -> None:
+    """Add what an argument may be, as far as only the command itself checks it."""
+    import shtab
+
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _annotate(command)
+        elif action.metavar in ("FILE", "PATH"):
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        for flag in action.option_strings:
+            action.choices = _VALUES.get(flag, action.choices)

@@ -101,6 +101,18 @@ def test_the_wheel_states_its_command_and_licence(wheel: zipfile.Path) -> None:
     assert "\nRequires-Python: >=3.11\n" in metadata
 
 
+def test_the_wheel_installs_a_manual_and_completions(wheel: zipfile.Path) -> None:
+    share = wheel / f"gollama_proxy-{__version__}.data" / "data" / "share"
+    assert (share / "man/man1/gollama-proxy.1").read_text().startswith(".TH ")
+    shells = {
+        "bash-completion/completions/gollama-proxy": "-F _shtab_gollama_proxy",
+        "zsh/site-functions/_gollama-proxy": "#compdef gollama-proxy",
+        "fish/vendor_completions.d/gollama-proxy.fish": "complete -c gollama-proxy",
+    }
+    for name, text in shells.items():
+        assert text in (share / name).read_text()
+
+
 def test_the_source_archive_can_build_the_wheel(wheel: zipfile.Path) -> None:
     with tarfile.open(DIST / f"gollama_proxy-{__version__}.tar.gz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
