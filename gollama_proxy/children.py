@@ -43,6 +43,15 @@ if os.getppid() == int(parent):
 """
 
 
+def environment() -> dict[str, str]:
+    """Return the variables for a child: without settings, secrets and credentials."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GOLLAMA_") and name != "CREDENTIALS_DIRECTORY"
+    }
+
+
 class ChildError(Exception):
     """Why a child does not run; the text is shown to the user."""
 
@@ -211,7 +220,7 @@ class Supervised:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+        environ = environment()
         environ = {**self._environ, **environ}
         while True:
             await self._ready()

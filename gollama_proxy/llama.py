@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gollama_proxy.children import Child, ChildError
+from gollama_proxy.children import Child, ChildError, environment
 from gollama_proxy.config.values import ConfigError
 
 USUAL_PORTS = (8080, 9931)  # the second one in newer builds
@@ -208,7 +208,7 @@ async def start(
     command += ["-np", str(slots), "-c", str(slots * context), "-t", "1"]
     # Each connection holds a thread, and /health needs one too.
     command += ["--threads-http", "64"]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("GOLLAMA_")}
+    environ = environment()
     # An older build exits at an unknown flag, but ignores an unknown variable.
     environ |= {"LLAMA_ARG_SSE_PING_INTERVAL": "5", "LLAMA_ARG_UI": "0"}
     log = folder / f"llama-server-{port}.log"

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from msgspec import structs
 
-from gollama_proxy.config.keys import MIN_SECRET_BYTES, read_secret
+from gollama_proxy.config.keys import (
+    MIN_SECRET_BYTES,
+    SECRET,
+    find_credential,
+    read_secret,
+)
 from gollama_proxy.config.load import require_keys
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.values import ConfigError, is_plain
@@ -199,6 +204,8 @@ def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
             )
         if config.auth.secret_file:
             return "auth.secret_file", config.secrets[0]
+        if credential := find_credential(SECRET, os.environ):
+            return f"credential {credential!r}", config.secrets[0]
         if not os.environ.get("GOLLAMA_JWT_SECRET"):
             raise ConfigError(
                 "GOLLAMA_JWT_SECRET: is not set; must be the hub's secret"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy import children
-from gollama_proxy.children import Child, ChildError
+from gollama_proxy.children import Child, ChildError, environment
 from tests.fakes.waiting import until
 
 Start = Callable[[str], Awaitable[Child]]
@@ -139,3 +139,14 @@ def test_the_tether_starts_nothing_for_a_parent_that_has_ended() -> None:
         reported = [*command, str(parent), "/bin/echo", "hello"]
         done = subprocess.run(reported, capture_output=True, text=True, check=True)
         assert (done.stdout, done.stderr) == (output, "")
+
+
+def test_a_child_gets_no_settings_and_no_credentials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GOLLAMA_JWT_SECRET", "s" * 32)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/x")
+    monkeypatch.setenv("LLAMA_ARG_PORT", "8080")
+    found = environment()
+    assert found["LLAMA_ARG_PORT"] == "8080"
+    assert not found.keys() & {"GOLLAMA_JWT_SECRET", "CREDENTIALS_DIRECTORY"}

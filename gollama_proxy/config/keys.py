@@ -18,6 +18,8 @@ from gollama_proxy.config.values import ConfigError
 logger = logging.getLogger(__name__)
 
 MIN_SECRET_BYTES = 32
+# The names under which systemd passes credentials.
+SECRET, TOKEN = "gollama.secret", "gollama.token"
 # Far more than a real file of the kind has.
 MAX_SECRET_FILE = 64 << 10
 MAX_REVOKED_FILE = 16 << 20
@@ -58,11 +60,19 @@ def read_secret(source: str, file: str) -> bytes:
 def load_secrets(auth: Auth, environ: Mapping[str, str]) -> tuple[bytes, ...]:
     """Return the HS256 secrets, from the environment or the file; the current first.
 
+    Without either, they are those of the credential that systemd passes, if any.
+
     Raises:
         ConfigError: a secret is too short, or comes from two places.
     """
     names = ("GOLLAMA_JWT_SECRET", "GOLLAMA_JWT_SECRET_PREVIOUS")
     given = {name: environ[name] for name in names if environ.get(name)}
+    credential = find_credential(SECRET, environ)
+    if credential and auth.algorithm == "HS256" and not auth.secret_file:
+        if given:
+            text = f"must not be set beside the credential {credential!r}"
+            raise ConfigError(f"{next(iter(given))}: {text}")
+        return _read_secrets(f"credential {credential!r}", credential)
     if not auth.secret_file:
         return tuple(
             _check_secret(name, text.encode(errors="surrogateescape"))
@@ -73,8 +83,19 @@ def load_secrets(auth: Auth, environ: Mapping[str, str]) -> tuple[bytes, ...]:
         raise ConfigError(f"{source}: must not be set beside {next(iter(given))}")
     if auth.algorithm != "HS256":
         raise ConfigError(f"{source}: {auth.algorithm} uses a key, not a secret")
-    secrets = read_secret(source, auth.secret_file).split()
-    if not 1 <= len(secrets) <= len(names):
+    return _read_secrets(source, auth.secret_file)
+
+
+def find_credential(name: str, environ: Mapping[str, str]) -> str:
+    """Return the path of a file that systemd passes (LoadCredential=); "" for none."""
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    path = Path(folder, name) if folder else None
+    return str(path) if path is not None and path.exists() else ""
+
+
+def _read_secrets(source: str, file: str) -> tuple[bytes, ...]:
+    secrets = read_secret(source, file).split()
+    if not 1 <= len(secrets) <= 2:
         text = "must hold the secret, and the previous one if that is still accepted"
         raise ConfigError(f"{source}: has {len(secrets)} words; {text}")
     return tuple(_check_secret(source, secret) for secret in secrets)

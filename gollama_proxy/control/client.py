@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
-from gollama_proxy.config.keys import read_secret
+from gollama_proxy.config.keys import TOKEN, find_credential, read_secret
 from gollama_proxy.config.values import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -189,11 +189,15 @@ def check_url(source: str, url: str) -> None:
 def read_token(file: str, environ: Mapping[str, str]) -> str:
     """Return the token of the file, or of GOLLAMA_TOKEN; "" if there is none.
 
+    Without either, it is that of the credential that systemd passes, if any.
+
     Raises:
         ConfigError: the file cannot be used, or holds something other than a token.
     """
-    if file:
-        source = f"--token-file = {file!r}"
+    credential = find_credential(TOKEN, environ)
+    if file or (credential and not environ.get("GOLLAMA_TOKEN", "").strip()):
+        source = f"--token-file = {file!r}" if file else f"credential {credential!r}"
+        file = file or credential
         return _check_token(source, read_secret(source, file).decode(errors="replace"))
     token = environ.get("GOLLAMA_TOKEN", "")
     return _check_token("GOLLAMA_TOKEN", token) if token.strip() else ""

@@ -11,8 +11,11 @@ import pytest
 
 from gollama_proxy.config import keys, watch
 from gollama_proxy.config.keys import RevocationList
+from gollama_proxy.config.load import load
 from gollama_proxy.config.settings import Revoked
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Watcher
+from gollama_proxy.control.client import read_token
 from tests.fakes.clock import Clock
 from tests.fakes.files import replace
 from tests.fakes.waiting import until
@@ -234,3 +237,71 @@ async def test_a_failure_to_apply_a_list_does_not_stop_the_watcher(
     await until(lambda: of("b") in applied)
     await watcher.stop()
     assert applied == [of("a", "b"), of("b")]
+
+
+# --- Credentials of systemd -------------------------------------------------------
+
+KEY = "k" * 40
+
+
+def passed(folder: Path, content: str, name: str = "gollama.secret") -> dict[str, str]:
+    """Pass a credential as systemd does, and return the environment."""
+    file = folder / name
+    file.write_text(content)
+    file.chmod(0o400)
+    return {"CREDENTIALS_DIRECTORY": str(folder)}
+
+
+def test_the_secret_is_found_among_the_credentials(tmp_path: Path) -> None:
+    assert load(environ=passed(tmp_path, f"{KEY}\n")).secrets == (KEY.encode(),)
+
+
+def test_a_credential_may_hold_the_previous_secret_too(tmp_path: Path) -> None:
+    assert len(load(environ=passed(tmp_path, f"{KEY}\n{KEY}2\n")).secrets) == 2
+
+
+def test_a_configured_secret_file_takes_precedence(tmp_path: Path) -> None:
+    file = tmp_path / "other"
+    file.write_text("o" * 32)
+    file.chmod(0o600)
+    environ = passed(tmp_path, KEY) | {"GOLLAMA_AUTH_SECRET_FILE": str(file)}
+    assert load(environ=environ).secrets == (b"o" * 32,)
+
+
+def test_credentials_without_a_secret_change_nothing(tmp_path: Path) -> None:
+    environ = passed(tmp_path, "x", "desk") | {"GOLLAMA_JWT_SECRET": KEY}
+    assert load(environ=environ).secrets == (KEY.encode(),)
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "line"),
+    [
+        ("short", {}, "credential '{}': has 5 bytes; HS256 needs at least 32 (try: "),
+        ("", {}, "credential '{}': has 0 words; must hold the secret, and "),
+        (
+            KEY,
+            {"GOLLAMA_JWT_SECRET": "e" * 40},
+            "GOLLAMA_JWT_SECRET: must not be set beside the credential '{}'",
+        ),
+    ],
+)
+def test_a_credential_that_is_wrong_is_named_and_not_quoted(
+    content: str, more: dict[str, str], line: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as info:
+        load(environ=passed(tmp_path, content) | more)
+    assert info.value.args[0].startswith(line.format(tmp_path / "gollama.secret"))
+    assert not content or content not in info.value.args[0]
+
+
+def test_an_agent_finds_its_token_among_the_credentials(tmp_path: Path) -> None:
+    environ = passed(tmp_path, "abc\n", "gollama.token")
+    assert read_token("", environ) == "abc"
+    assert read_token("", environ | {"GOLLAMA_TOKEN": "def"}) == "def"
+    assert read_token("", {"CREDENTIALS_DIRECTORY": str(tmp_path / "no")}) == ""
+
+
+def test_a_credential_that_is_no_token_is_named(tmp_path: Path) -> None:
+    environ = passed(tmp_path, "a b", "gollama.token")
+    with pytest.raises(ConfigError, match=r"credential '.*gollama\.token': holds no"):
+        read_token("", environ)
