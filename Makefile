@@ -33,7 +33,7 @@ SOURCES := gollama_proxy tests examples benchmarks tools setup.py
 
 .DELETE_ON_ERROR:
 .PHONY: help install node run test debug cov lint types format docs screenshots soak fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate \
-	lock wheel pyz man
+	lock wheel pyz man install-service install-program install-units uninstall-service
 
 help:
 	@echo "make run      hub and two small real llama-servers (or WORKERS=\"http://… http://…\")"
@@ -59,6 +59,9 @@ help:
 	@echo "make wheel    dist/*.whl and the source of it, dist/*.tar.gz"
 	@echo "make pyz      dist/gollama-proxy.pyz, one file with all that it needs but Python"
 	@echo "              (PYTHONS=\"3.12 3.13\": for these versions; PLATFORM, as uv names them)"
+	@echo "make install-service    as root: the hub and the agent as systemd services, in"
+	@echo "              /opt/gollama-proxy and /etc/gollama-proxy (PREFIX, DESTDIR)"
+	@echo "make uninstall-service  as root: remove them; settings and state stay"
 	@echo "make lock     renew the versions and hashes that packages are built with, from releases"
 	@echo "              that are a week old (QUARANTINE=\"0 days\": or younger)"
 	@echo "make format   reformat with ruff"
@@ -239,6 +242,63 @@ dist/gollama-proxy.pyz: $(WHEEL) $(UNPACKED) tools/pyz.py tools/launch.py
 	$(TOOLS)/bin/python tools/pyz.py $@ $(UNPACKED) $(TOOLS)/pyz/program
 
 pyz: dist/gollama-proxy.pyz
+
+# --- The service ------------------------------------------------------------------
+
+# Where the services run from.  DESTDIR goes before all paths, to install elsewhere.
+PREFIX   ?= /opt/gollama-proxy
+SETTINGS := /etc/gollama-proxy
+UNITS    ?= /etc/systemd/system
+UNIT_NAMES := gollama-proxy.service gollama-proxy.socket gollama-proxy-agent.service
+PROGRAM  := $(DESTDIR)$(PREFIX)/.venv
+NEW_SECRET ?= $(PROGRAM)/bin/python -m gollama_proxy secret
+ROOT_ONLY = test -n "$(DESTDIR)" || test "$$(id -u)" = 0 || { \
+	  echo "make: $@ needs root; or DESTDIR=/a/folder to install there" >&2; exit 1; }
+
+install-service: install-program install-units
+	@echo
+	@echo "Installed, and not started.  Next: enter your workers in"
+	@echo "$(SETTINGS)/gollama.toml, and start the hub:"
+	@echo "  systemctl enable --now gollama-proxy"
+	@echo "docs/service.md goes on from there: tokens, agents, upgrades."
+
+install-program: $(WHEEL)
+	@$(ROOT_ONLY)
+	@echo "The program: $(PREFIX)/.venv, in the versions of requirements.lock"
+	$(PYTHON) -m venv $(PROGRAM)
+	$(PROGRAM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --require-hashes --only-binary :all: -r requirements.lock
+	$(PROGRAM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --force-reinstall dist/*.whl
+ifneq ($(DESTDIR),)
+	sed -i '1s|^#!$(DESTDIR)|#!|' $(PROGRAM)/bin/gollama-proxy
+endif
+
+# Nothing in $(SETTINGS) is ever replaced.
+install-units:
+	@$(ROOT_ONLY)
+	@echo "The units: $(UNITS); their description: $(PREFIX)/share/doc/service.md"
+	install -d -m 755 $(DESTDIR)$(UNITS) $(DESTDIR)$(PREFIX)/share/doc
+	install -m 644 docs/service.md $(DESTDIR)$(PREFIX)/share/doc/service.md
+	for unit in $(UNIT_NAMES); do \
+	  sed 's|/opt/gollama-proxy|$(PREFIX)|g' examples/$$unit \
+	    > $(DESTDIR)$(UNITS)/$$unit && chmod 644 $(DESTDIR)$(UNITS)/$$unit || exit 1; \
+	done
+	@echo "The settings, if there are none: $(SETTINGS)/gollama.toml and gollama.secret"
+	install -d -m 755 $(DESTDIR)$(SETTINGS)
+	test -e $(DESTDIR)$(SETTINGS)/gollama.toml || \
+	  install -m 644 examples/gollama.toml $(DESTDIR)$(SETTINGS)/gollama.toml
+	test -e $(DESTDIR)$(SETTINGS)/gollama.secret || \
+	  (umask 077; $(NEW_SECRET) > $(DESTDIR)$(SETTINGS)/gollama.secret)
+	test -n "$(DESTDIR)" || systemctl daemon-reload
+
+uninstall-service:
+	@$(ROOT_ONLY)
+	test -n "$(DESTDIR)" || systemctl disable --now $(UNIT_NAMES)
+	rm -f $(UNIT_NAMES:%=$(DESTDIR)$(UNITS)/%)
+	rm -rf $(PROGRAM) $(DESTDIR)$(PREFIX)/share/doc/service.md
+	test -n "$(DESTDIR)" || systemctl daemon-reload
+	@echo "Left: $(SETTINGS), with the secret, and /var/lib/gollama-proxy"
 
 clean:
 	rm -rf $(VENV) build dist share *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis mutants

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from gollama_proxy.config.settings import Server, settings
+from gollama_proxy.config.settings import settings
 from tests.fakes import replies
 from tests.fakes.hub import running_hub
 from tests.fakes.process import Program, bare
@@ -614,58 +614,6 @@ def test_page_names_a_setting_that_exists(page: str) -> None:
     named = set(re.findall(r"GOLLAMA_[A-Z_]+", page))
     assert named == {"GOLLAMA_SERVER_CORS_ORIGINS"}
     assert named <= {row.env for row in settings()}
-
-
-# --- gollama-proxy.service --------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def unit() -> dict[str, dict[str, list[str]]]:
-    """Read the unit as systemd does: a name may come twice, a line may go on."""
-    sections: dict[str, dict[str, list[str]]] = {}
-    section: dict[str, list[str]] = {}
-    text = (EXAMPLES / "gollama-proxy.service").read_text("utf-8")
-    for line in text.replace("\\\n", " ").splitlines():
-        if not line.strip() or line.startswith(("#", ";")):
-            continue
-        if header := re.fullmatch(r"\[(\w+)\]", line):
-            section = sections.setdefault(header[1], {})
-            continue
-        name, equals, value = line.partition("=")
-        assert equals, line
-        assert name.isalnum(), line
-        section.setdefault(name, []).append(value.strip())
-    return sections
-
-
-def test_unit_gives_the_drain_its_time(unit: dict[str, dict[str, list[str]]]) -> None:
-    service = unit["Service"]
-    assert set(unit) == {"Unit", "Service", "Install"}
-    assert float(service["TimeoutStopSec"][0]) > Server().drain
-    assert service["KillSignal"] == ["SIGTERM"]
-    assert service["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
-    assert service["Restart"] == ["on-failure"]
-
-
-def test_unit_starts_the_hub_with_what_it_installs(
-    unit: dict[str, dict[str, list[str]]],
-) -> None:
-    service = unit["Service"]
-    program, *arguments = service["ExecStart"][0].split()
-    assert program == "/opt/gollama-proxy/.venv/bin/gollama-proxy"
-    assert arguments == ["serve", "-c", "/etc/gollama-proxy/gollama.toml"]
-    assert service["EnvironmentFile"] == ["/etc/gollama-proxy/secret.env"]
-    text = (EXAMPLES / "gollama-proxy.service").read_text("utf-8")
-    assert "umask 077" in text, "the secret must not be readable to others"
-
-
-def test_unit_gives_no_privileges(unit: dict[str, dict[str, list[str]]]) -> None:
-    service = unit["Service"]
-    for name in ("DynamicUser", "NoNewPrivileges", "PrivateTmp", "ProtectHome"):
-        assert service[name] == ["yes"], name
-    assert service["ProtectSystem"] == ["strict"]
-    assert service["CapabilityBoundingSet"] == [""]
-    assert service["SystemCallFilter"][0] == "@system-service"
 
 
 # --- README.md --------------------------------------------------------------------
