@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.docs.parts import PAGES, ROOT
+from tests.docs.parts import PAGES, ROOT, name_of
 
 SHOWN = [
     ROOT / "README.md",
@@ -44,7 +44,7 @@ class Block(NamedTuple):
 
     @property
     def place(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
+        return f"{name_of(self.page)}:{self.line}"
 
 
 def blocks(page: Path) -> Iterator[Block]:

@@ -37,6 +37,11 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def name_of(page: Path) -> str:
+    """Return the path of a page within the project."""
+    return str(page.relative_to(ROOT))
+
+
 def parts() -> dict[str, str]:
     """Return every generated part, by the name in its marker."""
     api = json.loads(

@@ -25,7 +25,7 @@ import yaml
 from gollama_proxy.config.load import load
 from tests.browser.fleet import settings_file
 from tests.docs.blocks import SHOWN, Block, blocks
-from tests.docs.parts import ROOT
+from tests.docs.parts import ROOT, name_of
 from tests.fakes.authority import Authority
 from tests.fakes.hub import SECRET, RunningHub, running_hub
 from tests.fakes.script import chat_stream
@@ -98,9 +98,10 @@ async def running_desk(folder: Path, authority: Authority) -> AsyncIterator[Desk
     async with (
         ScriptedWorker(*MODELS) as desktop,
         ScriptedWorker(*MODELS) as mac,
-        ScriptedWorker(*MODELS) as other,
+        ScriptedWorker(*MODELS) as attic,
+        ScriptedWorker(*MODELS) as own,
     ):
-        for worker in (desktop, mac, other):
+        for worker in (desktop, mac, attic, own):
             worker.default(*chat_stream(list(ANSWER), model=MODELS[1]))
         file = settings_file(folder, {"desktop": desktop, "mac": mac})
         async with running_hub(file=file, models__aliases=ALIASES) as hub:
@@ -109,7 +110,8 @@ async def running_desk(folder: Path, authority: Authority) -> AsyncIterator[Desk
                 "http://127.0.0.1:8000": hub.url,
                 "http://10.0.0.11:8080": desktop.url,
                 "http://10.0.0.12:8080": mac.url,
-                "http://127.0.0.1:8080": other.url,
+                "http://10.0.0.13:8080": attic.url,
+                "http://127.0.0.1:8080": own.url,
                 "/etc/gollama/": f"{authority.folder}/",
                 "/etc/prometheus/": f"{folder}/",
             }
@@ -145,7 +147,7 @@ def environ(hub: RunningHub, folder: Path) -> dict[str, str]:
 # --- Blocks -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", SHOWN, ids=name_of)
 async def test_the_blocks_of_a_page_work(
     page: Path, tmp_path: Path, authority: Authority
 ) -> None:
@@ -244,7 +246,7 @@ def test_output_is_compared_line_by_line() -> None:
 COMING = {"install.md", "service.md", "monitoring.md"}
 
 
-@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", SHOWN, ids=name_of)
 def test_every_link_leads_somewhere(page: Path) -> None:
     text = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.M | re.S)
     links = re.findall(r"\]\(([^)\s]+)\)", text)

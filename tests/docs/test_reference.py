@@ -19,14 +19,14 @@ from gollama_proxy.hub import Hub
 from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.schema import ENDPOINTS
 from tests.docs.blocks import SHOWN, blocks
-from tests.docs.parts import PAGES, ROOT, fill, parts
+from tests.docs.parts import PAGES, ROOT, fill, name_of, parts
 from tests.fakes.hub import SECRET
 
 API = (ROOT / "docs" / "api.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_generated_parts_are_current(page: Path) -> None:
     text = page.read_text()
     assert fill(text) == text, "run `make docs`"
@@ -44,6 +44,17 @@ def test_every_setting_is_in_the_table() -> None:
     for row in settings():
         line = f"| `{row.key}` | `{show_default(row)}` | {row.help}; {row.allowed} |"
         assert line in rows
+
+
+def test_time_limits_are_shown_with_their_defaults() -> None:
+    defaults = {row.key: row.default for row in settings()}
+    shown = (ROOT / "docs" / "failures.md").read_text().partition("## Time limits")[2]
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \|", shown, re.MULTILINE)
+    assert len(rows) > 5
+    for keys, times in rows:
+        for key, time in zip(keys.split(", "), times.split(", "), strict=True):
+            default = defaults[key.strip("`")]
+            assert time == (f"{default:g} s" if default else "no limit"), key
 
 
 def test_the_rule_for_variables_holds() -> None:
