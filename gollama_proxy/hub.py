@@ -25,7 +25,7 @@ from gollama_proxy.control.views import Usage, Views
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.edge.quotas import Quotas
-from gollama_proxy.edge.router import ModelList, Routes, Status
+from gollama_proxy.edge.router import MetricsServer, ModelList, Routes, Status
 from gollama_proxy.edge.server import Server
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds, Watchdog
@@ -100,7 +100,16 @@ class Hub(Listener):
             self.connections,
             self.fitting.likely_tokens,
         )
+        self.telemetry.reconfigure(config.metrics)
         self.authenticator = Authenticator(config)
+        self.status = Status(
+            lambda: self.registry.ready and not self.draining,
+            self.telemetry,
+            self.authenticator,
+            lambda: self.config.metrics.open,
+            lambda: bool(self.scrapes),
+        )
+        self.scrapes = MetricsServer(self.status, self.telemetry.ended, clock)
         self.health = HealthChecker(config.health, self._ping)
         self.loading = LoadingFeeds(self._follow_loading)
         self.watchdog = Watchdog(self._prove, then=self._each_second)
@@ -149,19 +158,13 @@ class Hub(Listener):
 
     def routes(self) -> Routes:
         """Return the handlers of what the hub answers itself, by path and method."""
-        status = Status(
-            lambda: self.registry.ready and not self.draining,
-            self.telemetry,
-            self.authenticator,
-            lambda: self.config.metrics.open,
-        )
         model_list = ModelList(self.authenticator, self.registry)
         return {
-            "/livez": {"GET": status.live},
-            "/readyz": {"GET": status.ready},
-            "/health": {"GET": status.ready},
-            "/v1/health": {"GET": status.ready},
-            "/metrics": {"GET": status.metrics},
+            "/livez": {"GET": self.status.live},
+            "/readyz": {"GET": self.status.ready},
+            "/health": {"GET": self.status.ready},
+            "/v1/health": {"GET": self.status.ready},
+            "/metrics": {"GET": self.status.metrics},
             "/v1/models": {"GET": model_list.list_models},
             "/models": {"GET": model_list.list_models},
             "/v1/models/": {"GET": model_list.show_model},
@@ -365,6 +368,9 @@ class Hub(Listener):
             credentials = await self.files.read(self.config, config)
             await asyncio.to_thread(Authenticator, config)  # checks the keys for tokens
             self.registry.check(self._expanded(config.workers))
+            if self._server is not None:
+                tls_now = credentials or self.files.for_clients
+                await self.scrapes.open(config, tls_now)
             self.authenticator.reconfigure(config)
             before, self.config = self.config, config
             self._reconfigure(before, credentials)
@@ -375,6 +381,7 @@ class Hub(Listener):
                 await asyncio.sleep(0)
             self._restore_holds()
             await self.files.follow(before, config, credentials)
+            await self.scrapes.reconfigure(config, credentials)
             return changes
 
     def _reconfigure(self, before: Config, credentials: tls.Credentials | None) -> None:
@@ -389,6 +396,7 @@ class Hub(Listener):
             self.groups.reconfigure(config.health)
         self.agents.reconfigure(config.agents)
         self.ledger.reconfigure(config.usage.days)
+        self.telemetry.reconfigure(config.metrics)
         for worker, connections in self.connections.items():
             connections.reconfigure(worker.config, config)
         self.proxy.reconfigure(config)
@@ -438,14 +446,20 @@ class Hub(Listener):
 
     # --- Life ---------------------------------------------------------------------
 
-    async def start(self, listeners: Sequence[socket.socket] = ()) -> None:
+    async def start(
+        self,
+        listeners: Sequence[socket.socket] = (),
+        for_metrics: Sequence[socket.socket] = (),
+    ) -> None:
         """Listen for clients and start the health checks; no worker has to be up.
 
         With `listeners`, which listen already, the hub serves on these instead of
-        `server.host` and `server.port`, and closes them when it drains.
+        `server.host` and `server.port`, and closes them when it drains; `for_metrics`
+        are in addition to `metrics.listen`.
 
         Raises:
             OSError: the address is in use, or not one of this machine.
+            ConfigError: the same, of one for metrics.
         """
         server = self.config.server
         found = Server(
@@ -456,6 +470,11 @@ class Hub(Listener):
             self.files.for_clients,
         )
         await found.listen(server.host, server.port, listeners)
+        try:
+            await self.scrapes.open(self.config, self.files.for_clients, for_metrics)
+        except ConfigError:
+            found.stop_listening()
+            raise
         self._server = found
         self.groups.start()
         self.health.start()
@@ -482,17 +501,7 @@ class Hub(Listener):
     def urls(self) -> list[str]:
         """The URLs for clients; one that begins with unix: is the path of a socket."""
         assert self._server is not None, self
-        scheme = "http" if self.files.for_clients is None else "https"
-        found = []
-        for address in self._server.addresses:
-            if isinstance(address, (str, bytes)):  # abstract ones are bytes
-                path = os.fsdecode(address).replace("\0", "@", 1)
-                found.append(f"unix:{path}")
-                continue
-            host, port = address[:2]
-            host = f"[{host}]" if ":" in host else host
-            found.append(f"{scheme}://{host}:{port}")
-        return sorted(found, key=lambda url: url.startswith("unix:"))
+        return self._server.urls
 
     async def ready(self) -> None:
         """Wait until every worker has been checked once."""
@@ -521,6 +530,7 @@ class Hub(Listener):
         await self.loading.stop()
         await self.groups.stop()
         await self.health.stop()
+        await self.scrapes.close()
         for connections in self.connections.values():
             connections.close()
         if self.proxy.tracer is not None:

@@ -80,7 +80,7 @@ async def front(
 
         again = load and (lambda: prepare(load()))
         hub = Hub(prepare(config), state=state, load=again)
-        await hub.start(service.listeners.clients)
+        await hub.start(service.listeners.clients, service.listeners.metrics)
     except ConfigError:
         await state.close()
         raise
@@ -119,6 +119,8 @@ async def front(
 async def log_address(hub: Hub) -> None:
     """Log where the hub listens, and what it cannot serve once it knows its workers."""
     logger.info("listening on %s; dashboard: %s/", ", ".join(hub.urls), hub.url)
+    if hub.scrapes:
+        logger.info("metrics: %s", ", ".join(hub.scrapes.urls))
     await hub.ready()
     if not hub.registry.workers:
         logger.warning(

@@ -185,6 +185,7 @@ class StageHub:
 
     url = "http://127.0.0.1:8000"
     urls = (url,)
+    scrapes = None
     start_error: OSError | None = None
     signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
     calls: ClassVar[list[str]] = []
@@ -199,7 +200,9 @@ class StageHub:
     def __repr__(self) -> str:
         return f"<StageHub {self.calls}>"
 
-    async def start(self, listeners: Sequence[socket.socket]) -> None:
+    async def start(
+        self, listeners: Sequence[socket.socket], for_metrics: Sequence[socket.socket]
+    ) -> None:
         self.calls.append("start")
         if self.start_error is not None:
             raise self.start_error

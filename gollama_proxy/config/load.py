@@ -49,6 +49,7 @@ from gollama_proxy.config.values import (
     convert,
     cut,
     describe,
+    host_and_port,
     shown,
 )
 
@@ -424,6 +425,13 @@ def check_exposure(config: Config) -> None:
             "a loopback address is allowed, unless --insecure-bind is given "
             "or server.tls_client_ca set"
         )
+    free = server.insecure_bind or server.tls_client_ca or config.metrics.open
+    for address in () if config.auth.mode != "off" or free else config.metrics.listen:
+        if not addresses.is_loopback(host_and_port(address)[0]):
+            raise ConfigError(
+                f"metrics.listen = {address!r}: without authentication only a loopback "
+                "address is allowed, unless metrics.open is set"
+            )
 
 
 def _check_advertising(config: Config) -> None:

@@ -14,6 +14,7 @@ from msgspec import Struct, structs
 
 from gollama_proxy.config.values import (
     Duration,
+    Listen,
     Lists,
     Mac,
     Names,
@@ -290,6 +291,14 @@ class Log(Struct, frozen=True):
 
 class Metrics(Struct, frozen=True):
     open: Annotated[bool, "serve /metrics without a token of scope metrics"] = False
+    listen: Annotated[
+        Listen, "addresses that serve /metrics, and nothing else; empty: the main one"
+    ] = ()
+    subjects: Annotated[
+        int,
+        whole(0, 100_000),
+        "subjects that metrics name; the others share the label other",
+    ] = 1000
 
 
 class Tracing(Struct, frozen=True):

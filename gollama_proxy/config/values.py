@@ -167,6 +167,28 @@ def _check_places(places: tuple[str, ...]) -> tuple[str, ...]:
     return places
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Take an address to listen on apart, such as `[::1]:9464`; 0 is any free port.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    found = re.fullmatch(r"(?:\[([\da-fA-F:.%\w]+)\]|([\w.-]+)):(\d{1,5})", address)
+    if found is None or int(found[3]) > 65_535:
+        raise ValueError
+    if found[1]:
+        ipaddress.IPv6Address(found[1])
+    return found[1] or found[2], int(found[3])
+
+
+def _check_listen(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    for address in addresses:
+        host_and_port(address)
+    if len(set(addresses)) < len(addresses):
+        raise ValueError
+    return addresses
+
+
 def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     """Check web origins (RFC 6454, 6.1: scheme, host and port, and no path).
 
@@ -236,6 +258,10 @@ Mac = Annotated[str, other("a hardware address such as 00:11:22:aa:bb:cc", _chec
 Places = Annotated[
     tuple[Word, ...],
     other("a list of IPv4 addresses such as 192.168.1.255", _check_places),
+]
+Listen = Annotated[
+    tuple[Word, ...],
+    other("a list of addresses such as 127.0.0.1:9464 or [::1]:9464", _check_listen),
 ]
 
 # --- Use --------------------------------------------------------------------------

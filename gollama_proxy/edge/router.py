@@ -4,7 +4,9 @@ Those are preflights, liveness, readiness, metrics, and the list of models."""
 
 from __future__ import annotations
 
+import errno
 import re
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,12 +15,24 @@ from urllib.parse import unquote
 import msgspec
 from aiohttp.web_request import BaseRequest
 
+from gollama_proxy.config.settings import Config
+from gollama_proxy.config.tls import Credentials
+from gollama_proxy.config.values import ConfigError, host_and_port
 from gollama_proxy.edge.auth import Authenticator, Principal
-from gollama_proxy.edge.response import Response, Sent
+from gollama_proxy.edge.response import (
+    CLOSE,
+    KEEP,
+    SERVER,
+    Response,
+    Sent,
+    error_response,
+    write_whole,
+)
+from gollama_proxy.edge.server import Server
 from gollama_proxy.fleet.pool import may_use
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.telemetry.exposition import (
     OPEN_METRICS,
     TEXT,
@@ -26,7 +40,7 @@ from gollama_proxy.telemetry.exposition import (
 )
 from gollama_proxy.telemetry.metrics import Telemetry
 from gollama_proxy.wire.description import INPUTS
-from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.errors import Code, ProxyError, RequestError
 
 # Takes a request and its record, of the type that the handler needs.
 Handler = Callable[[BaseRequest, Any], Awaitable[Response | Sent]]
@@ -169,12 +183,18 @@ class Status:
         telemetry: Telemetry,
         authenticator: Authenticator,
         is_open: Callable[[], bool],
+        are_elsewhere: Callable[[], bool] = bool,
     ) -> None:
-        """Make the handlers; if `is_open()`, metrics need no token."""
+        """Make the handlers.
+
+        If `is_open()`, metrics need no token; if they `are_elsewhere()`, `metrics` has
+        none.
+        """
         self._is_ready = is_ready
         self._telemetry = telemetry
         self._authenticator = authenticator
         self._is_open = is_open
+        self._are_elsewhere = are_elsewhere
 
     def __repr__(self) -> str:
         return f"<Status ready={self._is_ready()}>"
@@ -190,7 +210,14 @@ class Status:
         return Response(b'{"status":"no worker is ready"}', status=503)
 
     async def metrics(self, request: BaseRequest, record: Record) -> Response:
-        """Answer `GET /metrics`."""
+        """Answer `GET /metrics` on the main address."""
+        if self._are_elsewhere():
+            text = "This hub serves its metrics on another address (metrics.listen)."
+            raise RequestError(Code.UNKNOWN_URL, text)
+        return await self.scrape(request, record)
+
+    async def scrape(self, request: BaseRequest, record: Record) -> Response:
+        """Answer with the page of metrics."""
         if not self._is_open():
             principal = self._authenticator.identify(request, record)
             if principal.scopes.isdisjoint(_MAY_SCRAPE):
@@ -201,6 +228,119 @@ class Status:
         kind = OPEN_METRICS if open_metrics else TEXT
         return Response(page, fields=f"Content-Type: {kind}\r\n")
 
+
+class MetricsServer:
+    """Serves `/metrics` on its own addresses, if it has any.
+
+    They share nothing with the address for clients but its certificate: a hub without
+    free connections can still be scraped, and one that drains, too.
+    """
+
+    def __init__(
+        self,
+        status: Status,
+        ended: Callable[[Record], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make one that does not listen yet; `ended` is called for each request."""
+        self._status = status
+        self._ended = ended
+        self._clock = clock
+        self._servers: dict[str, Server] = {}  # by address, as it was set
+
+    def __repr__(self) -> str:
+        return f"<MetricsServer of {len(self._servers)} addresses>"
+
+    def __bool__(self) -> bool:
+        return bool(self._servers)
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the metrics are, with the actual ports."""
+        servers = self._servers.values()
+        return [f"{url}/metrics" for server in servers for url in server.urls]
+
+    async def open(
+        self,
+        config: Config,
+        tls: Credentials | None,
+        inherited: Sequence[socket.socket] = (),
+    ) -> None:
+        """Listen on the addresses of `metrics.listen` that are new.
+
+        Raises:
+            ConfigError: one cannot be listened on.  Nothing has changed then.
+        """
+        opened: dict[str, Server] = {}
+        address = ""
+        try:
+            if inherited:
+                opened[_INHERITED] = server = self._server(config, tls)
+                await server.listen("", 0, inherited)
+            for address in config.metrics.listen:
+                if address not in self._servers:
+                    opened[address] = server = self._server(config, tls)
+                    await server.listen(*host_and_port(address))
+        except OSError as exc:
+            for each in opened.values():
+                each.stop_listening()
+            why = "already in use" if exc.errno == errno.EADDRINUSE else exc.strerror
+            raise ConfigError(
+                f"metrics.listen = {address!r}: {why}; must be a free address of this "
+                "machine"
+            ) from exc
+        self._servers |= opened
+
+    async def reconfigure(self, config: Config, tls: Credentials | None) -> None:
+        """Take other settings, and leave the addresses that are no longer set."""
+        for address in [*self._servers]:
+            if address in config.metrics.listen or address == _INHERITED:
+                self._servers[address].reconfigure(config, tls)
+            else:
+                await self._servers.pop(address).close()
+
+    async def close(self) -> None:
+        """Leave all addresses."""
+        while self._servers:
+            await self._servers.popitem()[1].close()
+
+    def _server(self, config: Config, tls: Credentials | None) -> Server:
+        return Server(self._serve, config, self._refuse, tls=tls)
+
+    async def _serve(self, request: BaseRequest) -> Sent:
+        record = Record("-", request.method, "/metrics", remote=request.remote or "")
+        record.started = self._clock()
+        try:
+            if request.raw_path.partition("?")[0] != record.route:
+                record.route = "other"
+                text = "This address serves /metrics, and nothing else."
+                raise RequestError(Code.UNKNOWN_URL, text)
+            if request.method not in ("GET", "HEAD"):
+                text = f"{request.method} is not allowed on /metrics; allowed: GET."
+                raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow="GET")
+            response = await self._status.scrape(request, record)
+            record.outcome = Outcome.COMPLETE
+        except ProxyError as error:
+            record.outcome, record.error = Outcome.ERROR, error.code
+            response = error_response(error)
+        record.status = response.status
+        self._ended(record)
+        keep = request.keep_alive and request.content.is_eof()
+        try:
+            fields = f"Server: {SERVER}\r\n"
+            if write_whole(request, response, fields, keep_alive=keep):
+                await request.writer.drain()
+        except ConnectionError:
+            return CLOSE
+        return KEEP if keep else CLOSE
+
+    def _refuse(self, request: BaseRequest, error: ProxyError) -> None:
+        record = Record("-", "-", outcome=Outcome.ERROR, error=error.code)
+        record.started, record.status = self._clock(), error.code.status
+        self._ended(record)
+
+
+_INHERITED = "inherited"  # the key of sockets that systemd has opened
 
 # --- Models -----------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -156,6 +157,21 @@ class Server(web_server.Server):
         """Those it listens on: a host and a port, or the name of a Unix socket."""
         sockets = [each for server in self._listening for each in server.sockets]
         return [each.getsockname() for each in sockets]
+
+    @property
+    def urls(self) -> list[str]:
+        """The URLs for clients; those that begin with unix: are paths of sockets."""
+        scheme = "http" if self._tls_options is None else "https"
+        found = []
+        for address in self.addresses:
+            if isinstance(address, (str, bytes)):  # abstract ones are bytes
+                path = os.fsdecode(address).replace("\0", "@", 1)
+                found.append(f"unix:{path}")
+                continue
+            host, port = address[:2]
+            host = f"[{host}]" if ":" in host else host
+            found.append(f"{scheme}://{host}:{port}")
+        return sorted(found, key=lambda url: url.startswith("unix:"))
 
     def stop_listening(self) -> None:
         """Take no more connections; those that are open stay."""

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 from gollama_proxy import __version__
+from gollama_proxy.config.settings import Metrics
 from gollama_proxy.fleet.breaker import Breaker, BreakerState, Cause
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.state import WorkerState
@@ -38,7 +39,6 @@ from gollama_proxy.upstream.pool import ConnectionPool
 
 MOST_MODELS = 200
 MOST_WORKERS = 2000
-MOST_SUBJECTS = 1000
 MOST_PAIRS = 5000  # of a subject and a model
 OTHER = "other"
 
@@ -326,6 +326,10 @@ class Telemetry:
     def __repr__(self) -> str:
         return f"<Telemetry of {self._requests!r}>"
 
+    def reconfigure(self, settings: Metrics) -> None:
+        """Take other settings; names that have a label keep it."""
+        self._requests.subjects.most = settings.subjects
+
     def ended(self, record: Record) -> None:
         """Record the end of a request; this must be called once for each."""
         assert record.duration is None, record
@@ -365,7 +369,7 @@ class Telemetry:
 class RequestMetrics:
     """Counts requests that have ended, in memory until the next scrape."""
 
-    def __init__(self, subjects: int = MOST_SUBJECTS) -> None:
+    def __init__(self, subjects: int = Metrics().subjects) -> None:
         self.models = Names(MOST_MODELS)
         self.subjects = Names(subjects)
         self._workers = Names(MOST_WORKERS)

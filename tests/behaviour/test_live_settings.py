@@ -42,6 +42,7 @@ STREAMS = 200
 
 # A second value for each setting that is a text, a table or an empty list.
 OTHERS: dict[str, Any] = {
+    "metrics.listen": ("127.0.0.1:0",),
     "server.host": "::1",
     "server.cors_origins": ("https://chat.example",),
     "server.tls_certificate": "",
