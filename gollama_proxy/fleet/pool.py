@@ -29,6 +29,7 @@ from gollama_proxy.wire.errors import Code, NoWorkerError, RequestError
 LOAD_AFTER = 10.0  # seconds
 # Seconds after which a client may try again: one or two rechecks.
 RETRY_AFTER = 2
+LATEST = ":latest"  # the tag of a model of Ollama that has no other
 LONGEST_NAME = 200  # of a model for which a route is remembered, in characters
 
 Claim = tuple[str, ...] | None
@@ -225,10 +226,14 @@ class Pools:
         return self._aliases.names
 
     def alias_of(self, name: str | None) -> str:
-        """Return the name if it is an alias or matches one; else an empty string."""
-        if name is None or not self._models.aliases:
+        """Return the name if it stands for another one; else an empty string.
+
+        It is an alias, or matches one, or lacks a tag.
+        """
+        if name is None:
             return ""
-        return name if self._alias_key(name) is not None else ""
+        stands = self._alias_key(name) is not None or self._in_full(name) != name
+        return name if stands else ""
 
     def pool(self, model: str) -> Pool:
         """Return the pool of a model: one object, as long as something refers to it."""
@@ -267,7 +272,8 @@ class Pools:
         return [
             f"models.{where}: no worker serves {model!r}{more}"
             for where, name in named
-            for model in [models.aliases.get(name) or self.model_of(name)]
+            for alias in [models.aliases.get(name)]
+            for model in [self._in_full(alias) if alias else self.model_of(name)]
             if not self.pool(model).workers
         ]
 
@@ -321,16 +327,26 @@ class Pools:
         if may_use(allowed, model):
             return True
         key = None if name is None else self._alias_key(name)
-        if allowed is None or key is None or self._aliases[key] != model:
+        if name is not None and name + LATEST == model and may_use(allowed, name):
+            return True
+        if allowed is None or key is None or self.model_of(key) != model:
             return False
         if key == name and is_name(key):
             return may_use(allowed, key)
         return key in allowed
 
     def model_of(self, name: str) -> str:
-        """Return the model of an alias; any other name is returned as it is."""
+        """Return the model of an alias; any other name is returned as it is.
+
+        Of Ollama's models, `llama3.2` is short for `llama3.2:latest`.
+        """
         key = self._alias_key(name)
-        return name if key is None else self._aliases[key]
+        return self._in_full(name if key is None else self._aliases[key])
+
+    def _in_full(self, model: str) -> str:
+        """Return the name of a model with its tag, if it is served by that only."""
+        tagged, known = model + LATEST, self._known()
+        return tagged if tagged in known and model not in known else model
 
     def _alias_key(self, name: str) -> str | None:
         """Return the alias that a name is, or the wildcard alias that it matches.
@@ -344,7 +360,7 @@ class Pools:
 
     def _is_served(self, model: str) -> bool:
         # A model with fallbacks counts as served even before a worker has listed it.
-        known = model in self._known() or model in self._fallbacks
+        known = self._in_full(model) in self._known() or model in self._fallbacks
         return known or bool(self.pool(model).workers)
 
     def pools_for(
@@ -355,7 +371,10 @@ class Pools:
         The client's own `fallbacks`, if there are any, replace the configured ones of
         the model.  Fallbacks that its token does not allow are skipped.
         """
-        wanted = fallbacks or self._fallbacks.get(pool.model, ())
+        model = pool.model
+        wanted = fallbacks or self._fallbacks.get(model, ())
+        if not wanted and model.endswith(LATEST):
+            wanted = self._fallbacks.get(model.removesuffix(LATEST), ())
         if not wanted:
             return (pool,)
         models = dict.fromkeys(

@@ -284,6 +284,55 @@ async def test_a_prompt_that_cannot_be_counted_goes_to_a_larger_fallback(
         assert len(chats) == 1
 
 
+# --- Names of Ollama --------------------------------------------------------------
+
+
+async def test_a_name_without_a_tag_means_the_latest_one() -> None:
+    aliases = {"small": "llama3.2", "*": "qwen3:8b"}
+    async with (
+        Ollama("llama3.2:latest", "qwen3:8b", "phi:latest", "phi") as server,
+        running_hub(server, models__aliases=aliases) as hub,
+    ):
+        for name, model in (
+            ("llama3.2", "llama3.2:latest"),
+            ("llama3.2:latest", "llama3.2:latest"),
+            ("small", "llama3.2:latest"),
+            ("phi", "phi"),  # which is another one
+            ("qwen3", "qwen3:8b"),  # by the wildcard: it has no such tag
+        ):
+            with case(name):
+                body = {"model": name, "messages": HELLO}
+                reply = (await hub.post(CHAT, body)).json()
+                assert reply["model"] == name
+                assert server.requests[-1].json()["model"] == model
+                assert (await hub.get(f"/v1/models/{name}")).status == 200
+        assert hub.hub.registry.unserved() == []
+
+
+async def test_a_name_without_a_tag_has_its_own_fallbacks_and_permission() -> None:
+    async with (
+        Ollama("llama3.2:latest") as server,
+        ScriptedWorker("spare") as spare,
+        running_hub(
+            server, spare, environ={"GOLLAMA_MODELS_FALLBACKS": "llama3.2=spare"}
+        ) as hub,
+    ):
+        body = {"model": "llama3.2", "messages": HELLO}
+        for claim, status in (
+            (["llama3.2"], 200),
+            (["llama3.2:latest"], 200),
+            (["llama*"], 200),
+            (["llama3"], 403),
+            (["spare"], 403),
+        ):
+            with case(claim):
+                reply = await hub.post(CHAT, body, hub.token(models=claim))
+                assert reply.status == status
+        server.overloaded = True
+        reply = await hub.post(CHAT, body)
+        assert reply.header("X-Gollama-Worker") == spare.name
+
+
 # --- Failures ---------------------------------------------------------------------
 
 
