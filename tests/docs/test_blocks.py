@@ -243,7 +243,7 @@ def test_output_is_compared_line_by_line() -> None:
 # --- Links ------------------------------------------------------------------------
 
 # Pages that are still being written.
-COMING = {"install.md", "service.md", "monitoring.md"}
+COMING = {"install.md", "monitoring.md"}
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=name_of)
