@@ -26,11 +26,12 @@ os.environ["GOLLAMA_CONFIG"] = os.devnull
 os.environ["GOLLAMA_STATE_DIR"] = ""
 
 # On a busy machine an example may take any time.  Every run has the same examples, so
-# that it is the change that fails; `make fuzz` looks for others.
+# that it is the change that fails; `make fuzz` looks for others, and for many more.
 settings.register_profile(
     "tests",
     deadline=None,
     derandomize=True,
+    max_examples=60,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

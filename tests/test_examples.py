@@ -22,7 +22,7 @@ from rich.console import Console
 
 from gollama_proxy.config.settings import settings
 from tests.fakes import replies
-from tests.fakes.hub import running_hub
+from tests.fakes.hub import NO_RESCUE, running_hub
 from tests.fakes.process import Program, bare
 from tests.fakes.script import chat_stream, reset, send
 from tests.fakes.waiting import gone
@@ -119,7 +119,7 @@ async def test_client_reports_when_to_retry_if_no_worker_is_ready(
 
 
 async def test_client_reports_an_error_in_mid_stream(run_client: Client) -> None:
-    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+    async with ScriptedWorker() as worker, running_hub(worker, **NO_RESCUE) as hub:
         head_and_two_tokens = chat_stream([" no", " to"])[:3]
         worker.default(*head_and_two_tokens, reset())
         ended = await run_client(hub.url, hub.token())

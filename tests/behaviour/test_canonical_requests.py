@@ -151,7 +151,7 @@ def assert_canonical(request: Request, host: str) -> None:
         assert request.header(framing) == str(request.body_length)
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=40, deadline=None, database=None)
 @given(headers=headers, framing=framed())
 async def test_requests_to_workers_have_a_canonical_form(
     headers: list[tuple[str, str]],

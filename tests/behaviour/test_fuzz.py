@@ -36,7 +36,7 @@ def broken(draw: st.DrawFn, name: str) -> bytes:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=40, deadline=None, database=None)
 @given(draw=st.data())
 def test_no_mutation_of_a_seed_breaks_an_invariant(
     name: str, draw: st.DataObject

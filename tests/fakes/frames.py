@@ -99,7 +99,6 @@ class _Frames:
         listener.listen()
         threading.Thread(target=self._serve, args=(listener,), daemon=True).start()
         uvloop.new_event_loop = self._make_loop  # type: ignore[assignment]
-        sys.setprofile(self._count)
 
     def _count(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call":
@@ -107,6 +106,7 @@ class _Frames:
 
     def _make_loop(self) -> asyncio.AbstractEventLoop:
         self._loop = self._new_loop()
+        sys.setprofile(self._count)  # not before: imports would take four times as long
         return self._loop
 
     def _serve(self, listener: socket.socket) -> None:

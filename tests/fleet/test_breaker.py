@@ -823,7 +823,7 @@ class Breakers(RuleBasedStateMachine):
 
 
 TestBreakers = Breakers.TestCase
-TestBreakers.settings = settings(max_examples=100, stateful_step_count=40)
+TestBreakers.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 # --- Counts -----------------------------------------------------------------------

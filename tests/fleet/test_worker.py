@@ -1101,7 +1101,7 @@ class Leases(RuleBasedStateMachine):
 
 
 TestLeases = Leases.TestCase
-TestLeases.settings = settings(deadline=None, max_examples=80, stateful_step_count=30)
+TestLeases.settings = settings(deadline=None, max_examples=50, stateful_step_count=30)
 
 
 # --- Bursts ---------------------------------------------------------------------

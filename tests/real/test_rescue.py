@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from tests.real.llama import LlamaServer
 pytestmark = pytest.mark.real
 
 Start = Callable[..., LlamaServer]
+Pair = tuple[LlamaServer, LlamaServer]
 
 CUTS = 12
-CUTS_OF_SENTENCES = 5  # of the larger model, each token of which takes long
+CUTS_OF_SENTENCES = 3  # of the larger model, each token of which takes long
 # What builds do not know of the request for the rest.
 UNKNOWN: dict[str, tuple[str, ...]] = {
     "as it is sent": (),
@@ -69,6 +70,18 @@ FORM: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Start two servers with the tiny model, which answer for all tests."""
+    folder = tmp_path_factory.mktemp("pair")
+    servers = tuple(LlamaServer(tiny_model, folder / f"{n}.log") for n in (1, 2))
+    try:
+        yield servers[0].start(), servers[1].start()
+    finally:
+        for server in servers:
+            server.kill()
+
+
 def stream_of(server: LlamaServer, path: str, body: bytes) -> list[bytes]:
     """Ask, and return the body chunk by chunk as it was sent, but for pings.
 
@@ -98,7 +111,7 @@ def request(chat: bool, **fields: Any) -> bytes:
     if not chat:
         asked = {"prompt": "Once upon a time, a fox"}
     asked |= {"stream": True, "stream_options": {"include_usage": True}}
-    return json.dumps({**asked, "temperature": 0, "max_tokens": 32, **fields}).encode()
+    return json.dumps({**asked, "temperature": 0, "max_tokens": 24, **fields}).encode()
 
 
 def read(stream: bytes) -> tuple[str, list[tuple[str, str]], list[str]]:
@@ -197,32 +210,26 @@ def check(
 
 @pytest.mark.parametrize("unknown", UNKNOWN.values(), ids=UNKNOWN)
 def test_a_broken_chat_is_the_unbroken_one(
-    unknown: tuple[str, ...], tiny_model: Path, llama_server: Start
+    unknown: tuple[str, ...], pair: Pair
 ) -> None:
     """Text, usage, role, finish_reason and id are as if nothing had happened."""
-    first, second = llama_server(tiny_model), llama_server(tiny_model)
+    first, second = pair
     assert True in check(first, second, unknown=unknown)
 
 
-def test_a_build_without_echo_is_asked_for_the_whole_answer(
-    tiny_model: Path, llama_server: Start
-) -> None:
-    first, second = llama_server(tiny_model), llama_server(tiny_model)
+def test_a_build_without_echo_is_asked_for_the_whole_answer(pair: Pair) -> None:
+    first, second = pair
     assert check(first, second, unknown=("echo",)) == {False}
 
 
-def test_a_broken_text_is_the_unbroken_one(
-    tiny_model: Path, llama_server: Start
-) -> None:
-    first, second = llama_server(tiny_model), llama_server(tiny_model)
+def test_a_broken_text_is_the_unbroken_one(pair: Pair) -> None:
+    first, second = pair
     assert check(first, second, TEXT) == {True}
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_an_answer_that_lacks_only_its_end_gets_it(
-    path: str, tiny_model: Path, llama_server: Start
-) -> None:
-    chat, server = path == CHAT, llama_server(tiny_model)
+def test_an_answer_that_lacks_only_its_end_gets_it(path: str, pair: Pair) -> None:
+    chat, server = path == CHAT, pair[0]
     body = request(chat)
     chunks = stream_of(server, path, body)
     relayed = b"".join(chunks[:-2])
@@ -233,25 +240,23 @@ def test_an_answer_that_lacks_only_its_end_gets_it(
     assert seen == read(b"".join(chunks))
 
 
-def test_an_agents_text_goes_on(tiny_model: Path, llama_server: Start) -> None:
+def test_an_agents_text_goes_on(pair: Pair) -> None:
     """With tools a build writes no white space in front of what it repeats."""
-    first, second = llama_server(tiny_model), llama_server(tiny_model)
+    first, second = pair
     assert True in check(first, second, tools=PAINT["tools"])
 
 
 @pytest.mark.parametrize("fields", [PAINT, FORM], ids=["a call", "a form"])
 def test_answers_held_to_a_grammar_can_be_cut_anywhere(
-    fields: dict[str, Any], tiny_model: Path, llama_server: Start
+    fields: dict[str, Any], pair: Pair
 ) -> None:
-    first, second = llama_server(tiny_model), llama_server(tiny_model)
+    first, second = pair
     assert check(first, second, cuts=99, **fields) == {False}
 
 
-def test_a_tool_call_after_text_is_resumed_too(
-    tiny_model: Path, llama_server: Start
-) -> None:
+def test_a_tool_call_after_text_is_resumed_too(pair: Pair) -> None:
     """In the continuation, which is forced to call."""
-    first, second = llama_server(tiny_model), llama_server(tiny_model)
+    first, second = pair
     chunks = stream_of(first, CHAT, request(chat=True, tools=PAINT["tools"]))
     relayed = b"".join(chunks[:9])
     reported = Partial.parse(relayed)
@@ -311,7 +316,7 @@ def test_a_repetition_is_known_behind_what_the_template_puts_there(
     first, second = (thinking("--reasoning-format", "none") for _ in range(2))
     body = request(chat=True)
     chunks = stream_of(first, CHAT, body)
-    for place in range(5, len(chunks) - 3, 9):
+    for place in range(5, len(chunks) - 3, 14):
         relayed = b"".join(chunks[:place])
         reported = Partial.parse(relayed)
         assert reported is not None
@@ -339,7 +344,7 @@ def test_an_answer_goes_on_as_it_would_have_behind_its_thoughts(
     plain = read(b"".join(stream_of(first, CHAT, request(chat=True))))
     assert seen[0] != plain[0], "the thoughts make no difference"
     body = request(chat=True)
-    for place in range(4, len(chunks) - 3, 7):
+    for place in range(4, len(chunks) - 3, 12):
         relayed = b"".join(chunks[:place])
         reported = Partial.parse(relayed)
         assert reported is not None

@@ -694,7 +694,7 @@ EVENTS = [
 @given(
     events=st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 5)), max_size=40)
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_whatever_happens_no_slot_is_lost_and_no_request_is_forgotten(
     events: list[tuple[str, int]],
 ) -> None:

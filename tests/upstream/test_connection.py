@@ -189,7 +189,7 @@ def chunked_answers(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
     return body, cut(wire, draw(st.sets(places, max_size=30)))
 
 
-@settings(properties, max_examples=75)
+@settings(properties, max_examples=50)
 @given(chunked_answers())
 @example(
     (
@@ -313,7 +313,7 @@ def test_a_chunk_of_a_body_with_a_length_is_text() -> None:
     assert recorder.ended
 
 
-@settings(properties, max_examples=60)
+@settings(properties, max_examples=40)
 @given(st.binary(max_size=300), st.sets(st.integers(0, 400)))
 def test_a_body_with_a_length_is_the_same_in_any_reads(
     body: bytes, ends: set[int]
@@ -324,7 +324,7 @@ def test_a_body_with_a_length_is_the_same_in_any_reads(
     assert connection.reusable
 
 
-@settings(properties, max_examples=60)
+@settings(properties, max_examples=40)
 @given(st.binary(max_size=300), st.sets(st.integers(0, 400)))
 def test_a_body_that_ends_with_the_connection(body: bytes, ends: set[int]) -> None:
     """As an HTTP/1.0 server sends it (RFC 9112, 6.3, 8)."""
@@ -554,7 +554,7 @@ def test_the_body_before_a_fault_is_passed_on() -> None:
     assert recorder.malformed
 
 
-@settings(properties, max_examples=80)
+@settings(properties, max_examples=50)
 @given(st.data())
 def test_garbage_raises_nothing(data: st.DataObject) -> None:
     """A good answer with some bytes changed: an end, a loss, or a wait for more.

@@ -459,7 +459,7 @@ PIECES = [
 ]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=14))
 @example([b"data: [DONE]\n", b"\n\n"])
 @example([b"\r", replies.done()])

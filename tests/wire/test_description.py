@@ -256,7 +256,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, database=None, max_examples=60)
+@settings(deadline=None, database=None, max_examples=40)
 @given(st.lists(JSON), JSON, st.binary(max_size=50), st.binary(max_size=50))
 def test_anything_is_described_or_refused(
     listed: list[Any], props: Any, junk: bytes, more: bytes

@@ -35,7 +35,7 @@ from gollama_proxy.wire.fields import (
 from tests.fakes.cases import case
 
 thorough = settings(
-    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
@@ -287,7 +287,7 @@ def test_the_scanner_finds_what_a_parser_finds(body: bytes, cut_at: list[int]) -
             assert field.kind == "0"
 
 
-@settings(thorough, max_examples=40)
+@settings(thorough, max_examples=30)
 @given(documents())
 def test_a_body_cut_at_any_byte_is_the_same_body(body: bytes) -> None:
     whole = outcome([body])
@@ -345,7 +345,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 anything = damaged() | debris.map(b"{".__add__) | debris | st.binary(max_size=40)
 
 
-@settings(thorough, max_examples=120)
+@settings(thorough, max_examples=70)
 @given(anything, cuts)
 @example(b"", [])
 @example(b"\xef\xbb\xbf{}", [])
@@ -357,7 +357,7 @@ def test_the_verdict_does_not_depend_on_cuts(body: bytes, cut_at: list[int]) -> 
     assert outcome(pieces_of(body, cut_at)) == outcome([body])
 
 
-@settings(thorough, max_examples=120)
+@settings(thorough, max_examples=70)
 @given(anything)
 @example(b'{"model":"a","model":"b"}')
 @example(b'{"stream":tru}')
@@ -867,7 +867,7 @@ VALUES = st.recursive(
 BODIES = st.dictionaries(st.sampled_from(sorted(WANTED)) | NAMES, VALUES, max_size=6)
 # What is measured here is what is found, not how busy the machine is.
 UNHURRIED = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
