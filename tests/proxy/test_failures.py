@@ -17,7 +17,7 @@ from gollama_proxy.proxy.attempt import (
     failure_to_connect,
     read_failure,
 )
-from gollama_proxy.proxy.failures import Cause, rule_of
+from gollama_proxy.proxy.failures import Again, Cause, DrainedError, rule_of
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
@@ -289,11 +289,51 @@ def test_every_error_of_a_worker_has_its_failure() -> None:
         assert failure_of(WorkerError(Code(code), "")).rule.elsewhere
 
 
+def test_a_drained_worker_is_not_blamed() -> None:
+    error = DrainedError("gpu-1")
+    assert error.code is Code.WORKER_LOST
+    assert error.detail == "drained"
+    assert "Worker gpu-1 was taken out of service" in error.message
+    assert failure_of(error) == Failure(Cause.DRAINED, error)
+
+
+NO, PAUSE, ASKED = Again.NO, Again.PAUSE, Again.ASKED
+# For each cause: the code for the client, the result for the breaker, whether another
+# worker may succeed, whether the same one may, and what else holds.
+RULES: dict[Cause, tuple[Code, Result, bool, Again, str]] = {
+    Cause.UNREACHABLE: (Code.WORKER_UNREACHABLE, FAILED, True, NO, "free declined"),
+    Cause.CROWDED: (Code.WORKER_TIMEOUT, BUSY, True, ASKED, "free declined"),
+    Cause.LOADING: (Code.NO_WORKER, BUSY, True, ASKED, "free declined"),
+    Cause.BUSY: (Code.QUEUE_FULL, BUSY, True, ASKED, "declined"),
+    Cause.LOST: (Code.WORKER_LOST, FAILED, True, PAUSE, "begun"),
+    Cause.STATUS: (Code.WORKER_PROTOCOL, ERRED, True, PAUSE, "begun"),
+    Cause.SLOW: (Code.WORKER_SLOW, Result.SLOW, True, NO, "begun hung"),
+    Cause.SILENT: (Code.WORKER_TIMEOUT, FAILED, True, NO, "begun hung"),
+    Cause.MALFORMED: (Code.WORKER_PROTOCOL, FAILED, True, NO, "begun"),
+    Cause.KEY: (Code.WORKER_REFUSED_KEY, FAILED, True, NO, ""),
+    Cause.MODEL: (Code.NO_WORKER, REFUSED, True, NO, "free begun"),
+    Cause.CONTEXT: (Code.CONTEXT_LENGTH, REFUSED, True, NO, "free"),
+    Cause.UNFOLDABLE: (Code.WORKER_PROTOCOL, REFUSED, True, Again.AS_SENT, ""),
+    Cause.DRAINED: (Code.WORKER_LOST, Result.HUB_STOPPED, True, NO, "free begun"),
+    Cause.DIVERGED: (Code.WORKER_INCOMPLETE, REFUSED, False, NO, ""),
+    Cause.REFUSED: (Code.BAD_REQUEST, REFUSED, False, NO, ""),
+}
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_each_cause_has_its_rule(cause: Cause) -> None:
+    code, result, elsewhere, again, rest = RULES[cause]
+    rule = rule_of(cause)
+    assert rule[:4] == (code, result, elsewhere, again)
+    flags = ("free", "declined", "begun", "hung")
+    assert [flag for flag in flags if getattr(rule, flag)] == rest.split()
+
+
 @pytest.mark.parametrize("error", [DivergedError, UnreadableError])
 def test_what_cannot_be_the_rest_of_an_answer_is_no_failure(
     error: type[DivergedError],
 ) -> None:
-    """The worker was asked for too much; somebody else would do no better."""
+    """The worker was asked for too much; no other one would do better."""
     raised = error("another text")
     assert failure_of(raised) == Failure(Cause.DIVERGED, raised)
     assert not rule_of(Cause.DIVERGED).elsewhere
