@@ -15,7 +15,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import product
+from itertools import chain, product
 from types import MappingProxyType
 from typing import Protocol, TypeVar
 
@@ -30,6 +30,12 @@ from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry import accesslog, exposition
 from gollama_proxy.telemetry.accesslog import Record, Step
 from gollama_proxy.telemetry.exposition import (
+    CPU,
+    MOST_FILES,
+    OPEN_FILES,
+    RESIDENT,
+    STARTED,
+    VIRTUAL,
     Collected,
     Family,
     Histogram,
@@ -286,13 +292,21 @@ LAG = Family(
     LAGS,
 )
 
-# Those above, and those of the process, in their order.
-METRICS = tuple(
-    each
-    for names in (globals(), vars(exposition))
-    for each in tuple(names.values())
-    if isinstance(each, Family)
-)
+# All of them, in the order of the documentation.
+GROUPS = {
+    "Requests": (REQUESTS, OUTCOMES, RETRIES, RESCUES, FALLBACKS),
+    "Latency": (FIRST_TOKEN, PER_TOKEN, QUEUED, DURATION, FIRST_BYTE),
+    "Tokens": (RELAYED, PROMPTS, CACHED, SIZES),
+    "Subjects": (
+        *(USED_REQUESTS, USED_PROMPTS, USED_CACHED, USED_GENERATED, USED_SLOTS),
+        LIMITED,
+    ),
+    "Workers": (UP, STATE, IN_FLIGHT, SLOTS, READS, WRITES, POOL, OPENED, REUSED),
+    "Breakers": (BREAKER, TRANSITIONS, OPENINGS),
+    "Queue and clients": (WAITING, ROOM, CONNECTIONS, REFUSED),
+    "The hub": (BUILD, LAG, CPU, RESIDENT, VIRTUAL, STARTED, OPEN_FILES, MOST_FILES),
+}
+METRICS = tuple(chain.from_iterable(GROUPS.values()))
 
 
 class Telemetry:

@@ -16,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gollama_proxy.cli import show_default
 from gollama_proxy.config.settings import (
     FIXED,
@@ -31,6 +33,7 @@ from gollama_proxy.fleet import state as worker
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.proxy import state
 from gollama_proxy.proxy.failures import Again, Cause, Rule, rule_of
+from gollama_proxy.telemetry.metrics import GROUPS
 from gollama_proxy.wire.schema import ENDPOINTS, REFUSED, Api, Endpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -73,6 +76,8 @@ def parts() -> dict[str, str]:
         "admin": "\n\n".join(_describe_calls(api["paths"])),
         "objects": "\n\n".join(_describe_objects(api["components"]["schemas"])),
         "failures": _describe_failures(),
+        "metrics": "\n\n".join(_describe_metrics()),
+        "alerts": _describe_alerts(),
         "exchange": draw(
             (before, "", after)
             for before, states in state.TRANSITIONS.items()
@@ -103,6 +108,49 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
         .replace("| --- ", "|---")
         .replace("|--- |", "|---|")
     )
+
+
+# --- Metrics ----------------------------------------------------------------------
+
+
+def _describe_metrics() -> Iterator[str]:
+    for title, families in GROUPS.items():
+        rows = (
+            (
+                f"`{family.name}`",
+                family.type,
+                ", ".join(f"`{label}`" for label in family.labels),
+                family.help,
+            )
+            for family in families
+        )
+        head = ("metric", "type", "labels", "what it is")
+        yield f"#### {title}\n\n{_table(head, rows)}"
+    bounds = {
+        family.name: ", ".join(f"{bound:g}" for bound in family.bounds)
+        for families in GROUPS.values()
+        for family in families
+        if family.bounds
+    }
+    rows = ((f"`{name}`", text) for name, text in bounds.items())
+    yield f"#### Buckets\n\n{_table(('histogram', 'upper bounds'), rows)}"
+
+
+def _describe_alerts() -> str:
+    text = (ROOT / "examples" / "monitoring" / "alerts.yml").read_text()
+    rules = [
+        rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]
+    ]
+    rows = (
+        (
+            f"`{rule['alert']}`",
+            rule["labels"]["severity"],
+            rule.get("for", "at once"),
+            rule["annotations"]["description"],
+        )
+        for rule in rules
+    )
+    return _table(("alert", "severity", "after", "what it means"), rows)
 
 
 # --- Settings ---------------------------------------------------------------------
