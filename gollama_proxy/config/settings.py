@@ -285,7 +285,11 @@ class Log(Struct, frozen=True):
     level: Annotated[
         str, one_of("debug", "info", "warning", "error"), "lowest severity to log"
     ] = "info"
-    format: Annotated[str, one_of("text", "json"), "format of a log line"] = "text"
+    format: Annotated[
+        str,
+        one_of("text", "json", "auto"),
+        "format of a log line; auto: text, in columns and colours on a terminal",
+    ] = "auto"
     access: Annotated[bool, "log one line for each request"] = True
 
 

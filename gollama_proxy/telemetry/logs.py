@@ -4,6 +4,9 @@ Lines about requests are collected and written together, at most `DELAY` seconds
 All other lines are written at once, after the lines collected before them, so that the
 log keeps the order of events.  When standard error is not read, lines are lost; the hub
 does not wait.
+
+A warning or an error that is repeated is written once; a line like it counts the rest,
+at the latest a minute later.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as _in_quotes
 from typing import TYPE_CHECKING, TextIO
 
@@ -34,6 +38,10 @@ BATCH = 1 << 16  # characters that are written without waiting any longer
 MOST_UNWRITTEN = 1 << 18  # characters kept while standard error is not read
 PATIENCE = 1.0  # seconds to wait for its reader when the process ends
 MOST_CAUSES = 5  # exceptions shown of a chain of causes
+QUIET = 10.0  # seconds without a repetition, after which a warning is written again
+SUMMARY = 60.0  # seconds after which the repetitions so far are counted in a line
+MOST_KINDS = 200  # of warnings whose repetitions are counted
+MOST_MESSAGE = 500  # characters of a warning that are repeated with their number
 
 # The part of a line after its message; the names are those of the program.
 Fields = Mapping[str, str | int | float]
@@ -56,7 +64,7 @@ _PRIORITIES = (
 
 def configure(log: Log) -> None:
     """Send the program's log to standard error, in the configured format."""
-    handler = BatchHandler(sys.stderr, _formatter(log))
+    handler = BatchHandler(sys.stderr, _formatter(log, sys.stderr), Bursts())
     logging.basicConfig(handlers=[handler], force=True)
     _set_levels(log)
     # No line shows these, so they need not be looked up for each.
@@ -72,12 +80,26 @@ def reconfigure(log: Log) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, BatchHandler):
             handler.flush()
-            handler.write_as(_formatter(log))
+            handler.write_as(_formatter(log, sys.stderr))
 
 
-def _formatter(log: Log) -> LineFormatter:
+def _formatter(log: Log, stream: TextIO | None) -> LineFormatter:
     made: LineFormatter = JsonFormatter() if log.format == "json" else TextFormatter()
-    return JournalFormatter(made) if journal_reads(sys.stderr) else made
+    if journal_reads(stream):
+        return JournalFormatter(made)
+    if log.format == "auto" and stream is not None:
+        return _for_people(stream, os.environ) or made
+    return made
+
+
+def _for_people(stream: TextIO, environ: Mapping[str, str]) -> LineFormatter | None:
+    """Return the format for a terminal; None if this is none (no-color.org)."""
+    forced, refused = environ.get("FORCE_COLOR", ""), environ.get("NO_COLOR", "")
+    terminal = stream.isatty()
+    if not terminal and forced in ("", "0"):
+        return None
+    plain = refused or forced == "0" or (environ.get("TERM") == "dumb" and not forced)
+    return TerminalFormatter(colours=not plain)
 
 
 def _set_levels(log: Log) -> None:
@@ -137,6 +159,84 @@ class Throttle:
         return self._unlogged.pop(kind)
 
 
+# --- Repeated warnings ------------------------------------------------------------
+
+
+@dataclass
+class _Burst:
+    """A warning that was written, and those like it that were not."""
+
+    name: str  # of its logger
+    level: int
+    message: str
+    since: float  # when it was written, or counted for the last time
+    last: float  # when the last one of its kind arrived
+    count: int = 0
+
+    def summary(self, now: float) -> logging.LogRecord:
+        """Return a line about what was not written, and count from there."""
+        seconds = max(1, round(now - self.since))
+        text = f"{self.message} (and {self.count} more in {seconds} s)"
+        self.count, self.since = 0, now
+        return logging.LogRecord(self.name, self.level, "", 0, text, None, None)
+
+
+class Bursts:
+    """Decides which warnings are repetitions, and counts those.
+
+    Two are of the same kind if they have the same text and the same first value in it,
+    which is the name of a worker where there is one; exceptions, if they are of the
+    same type and from the same line.  `clock` returns monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._kinds: dict[Hashable, _Burst] = {}
+
+    def __repr__(self) -> str:
+        return f"<Bursts kinds={len(self._kinds)} counting={self.counting}>"
+
+    @property
+    def counting(self) -> bool:
+        """Whether there is anything that no summary has yet."""
+        return any(burst.count for burst in self._kinds.values())
+
+    def repeats(self, record: logging.LogRecord) -> bool:
+        """Count a record if it repeats an earlier one; else it is to be written."""
+        if record.levelno < logging.WARNING:
+            return False
+        now, kind = self._clock(), _kind_of_record(record)
+        burst = self._kinds.get(kind)
+        if burst is not None and now - burst.last < QUIET:
+            burst.count += 1
+            burst.last = now
+            return True
+        message = _message(record)[:MOST_MESSAGE]
+        self._kinds[kind] = _Burst(record.name, record.levelno, message, now, now)
+        return False
+
+    def summaries(self, *, all: bool = False) -> Iterator[logging.LogRecord]:
+        """Yield lines about the bursts that are over, or last long, or about all."""
+        now = self._clock()
+        for kind, burst in [*self._kinds.items()]:
+            over = now - burst.last >= QUIET or len(self._kinds) > MOST_KINDS
+            if burst.count and (all or over or now - burst.since >= SUMMARY):
+                yield burst.summary(now)
+            if over and not burst.count:
+                del self._kinds[kind]
+
+
+def _kind_of_record(record: logging.LogRecord) -> Hashable:
+    if record.exc_info and (error := record.exc_info[1]) is not None:
+        place = None
+        for frame, number in traceback.walk_tb(error.__traceback__):
+            place = frame.f_code.co_filename, number
+        return record.name, record.levelno, record.msg, type(error), place
+    args = record.args
+    first = args[0] if isinstance(args, tuple) and args else None
+    return record.name, record.levelno, record.msg, str(first)
+
+
 # --- Writing ----------------------------------------------------------------------
 
 
@@ -148,9 +248,20 @@ class BatchHandler(logging.Handler):
     and counted.  `logging` closes its handlers when the process ends.
     """
 
-    def __init__(self, stream: TextIO | None, formatter: LineFormatter) -> None:
-        """Write to `stream`, if any: Python has None for a closed standard error."""
+    def __init__(
+        self,
+        stream: TextIO | None,
+        formatter: LineFormatter,
+        bursts: Bursts | None = None,
+    ) -> None:
+        """Write to `stream`, if any: Python has None for a closed standard error.
+
+        Without `bursts`, repeated warnings are all written.
+        """
         super().__init__()
+        self._bursts = bursts
+        # With a timer for their summaries
+        self._watching: asyncio.AbstractEventLoop | None = None
         self.write_as(formatter)
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._sink = _sink_of(stream)
@@ -181,19 +292,52 @@ class BatchHandler(logging.Handler):
         Fields whose names are `common` come first, unless their values are empty.
         The text of those is remembered, as many lines have the same.
         """
-        when = _timestamp(time.time_ns() // 1_000_000)
         form = self._formatter
+        when = form.stamp(time.time_ns() // 1_000_000)
         self._collect(form.line(when, level, message, fields, None, common, values))
         waits = self._loop is not None or self._flush_later()
         if self._size >= BATCH or not waits:
             self.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, after the lines that were collected before it."""
+        """Write a record, after the lines that were collected before it.
+
+        Not if it repeats a warning.
+        """
         try:
+            if self._bursts is not None and self._bursts.repeats(record):
+                self._summarise_later()
+                return
+            self._summarise()
             self._collect(self.format(record))
         except Exception:
             self.handleError(record)
+        self.flush()
+
+    def _summarise(self, *, all: bool = False) -> None:
+        if self._bursts is not None:
+            for summary in self._bursts.summaries(all=all):
+                self._collect(self.format(summary))
+
+    def _summarise_later(self) -> None:
+        """Set a timer; without an event loop, the next line has the summaries."""
+        if self._watching is not None and not self._watching.is_closed():
+            return
+        if "asyncio" not in sys.modules:
+            return
+        import asyncio
+
+        with contextlib.suppress(RuntimeError):  # none is running
+            self._watching = asyncio.get_running_loop()
+            self._watching.call_later(QUIET, self._summary_due)
+
+    def _summary_due(self) -> None:
+        assert self.lock is not None
+        self._watching = None
+        with self.lock:
+            self._summarise()
+            if self._bursts is not None and self._bursts.counting:
+                self._summarise_later()
         self.flush()
 
     def _collect(self, line: str) -> None:
@@ -202,7 +346,7 @@ class BatchHandler(logging.Handler):
             return
         if self._lost:
             lost, self._lost = self._lost, 0
-            when = _timestamp(time.time_ns() // 1_000_000)
+            when = self._formatter.stamp(time.time_ns() // 1_000_000)
             self._collect(
                 self._formatter.line(when, logging.WARNING, _LOST.format(lost))
             )
@@ -240,6 +384,7 @@ class BatchHandler(logging.Handler):
 
     def close(self) -> None:
         """Write the remaining lines; wait up to `PATIENCE` seconds for the stream."""
+        self._summarise(all=True)
         self._write(PATIENCE)
         super().close()
 
@@ -315,15 +460,28 @@ class _Descriptor:
 # --- Format -----------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1)  # a busy hub has many lines in one millisecond
+def _timestamp(milliseconds: int) -> str:
+    seconds, milliseconds = divmod(milliseconds, 1000)
+    return f"{_second(seconds)}.{milliseconds:03d}Z"
+
+
+@functools.lru_cache(maxsize=1)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
 class LineFormatter(logging.Formatter):
     """Formats records of `logging`, and lines that need no record."""
 
     # Writes what is before and after the time of a line, up to the fields that differ.
     _opening: Callable[[int, str, tuple[str, ...], tuple[str | int, ...]], _Opening]
+    # Writes a time, of Unix milliseconds.
+    stamp: Callable[[int], str] = staticmethod(_timestamp)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record, and its traceback."""
-        when = _timestamp(int(record.created) * 1000 + int(record.msecs))
+        when = self.stamp(int(record.created) * 1000 + int(record.msecs))
         fields = getattr(record, "fields", _NO_FIELDS)
         error = record.exc_info[1] if record.exc_info else None
         return self.line(when, record.levelno, _message(record), fields, error)
@@ -417,6 +575,85 @@ class JsonFormatter(LineFormatter):
         return f'{line[:-1]},"exception":{_in_quotes(_traceback(error))}}}'
 
 
+def _time_of_day(milliseconds: int) -> str:
+    """Write a time without its day, in the time zone of this machine."""
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{rest:03d}"
+
+
+class TerminalFormatter(LineFormatter):
+    """Columns, for the eyes of people: `time level message key=value …`.
+
+    The line of a request begins with its status, its time, and where it went.
+    """
+
+    stamp = staticmethod(_time_of_day)
+
+    def __init__(self, *, colours: bool) -> None:
+        super().__init__()
+        self._colours = colours
+
+    def line(
+        self,
+        when: str,
+        level: int,
+        message: str,
+        fields: Fields = _NO_FIELDS,
+        error: BaseException | None = None,
+        common: tuple[str, ...] = (),
+        values: tuple[str | int, ...] = (),
+    ) -> str:
+        name = _level_name(level)
+        parts = [self._paint(when, _DIM), self._paint(f"{name:7}", _COLOURS.get(name))]
+        rest = {key: v for key, v in zip(common, values, strict=True) if v} | {**fields}
+        if message == "request" and "route" in rest:
+            parts += self._request(rest)
+        else:
+            parts.append(message)
+        for key, value in rest.items():
+            colour = _COLOURS["error"] if key in ("error", "detail") else None
+            shown = self._paint(_shown(value), colour)
+            parts.append(self._paint(f"{key}=", _DIM) + shown)
+        line = "  ".join(parts)
+        return line if error is None else f"{line}\n{_traceback(error)}"
+
+    def _request(self, fields: dict[str, str | int | float]) -> Iterator[str]:
+        """Take the columns of a request from its fields."""
+        if fields.get("outcome") == "complete":
+            del fields["outcome"]
+        if fields.get("attempts") == 1:
+            del fields["attempts"]
+        status = int(fields.pop("status", 0))
+        took = float(fields.pop("duration_ms", 0.0))
+        yield self._paint(str(status or "-"), _STATUS.get(status // 100))
+        yield f"{took / 1000:6.2f} s" if took >= 1000 else f"{took:5.0f} ms"
+        path = fields.pop("path", "") or fields["route"]
+        fields.pop("route")
+        for name, width in (
+            (f"{fields.pop('method')} {_shown(path)}", 25),
+            *(
+                (_shown(fields.pop(each, "-")), width)
+                for each, width in (("model", 16), ("worker", 16), ("subject", 10))
+            ),
+        ):
+            yield f"{name:{width}}"
+
+    def _paint(self, text: str, colour: str | None) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if self._colours and colour else text
+
+
+# "Select graphic rendition" (ECMA-48, 8.3.117)
+_DIM = "2"
+_COLOURS = {"debug": _DIM, "warning": "33", "error": "31", "critical": "1;31"}
+_STATUS = {2: "32", 4: "33", 5: "31"}  # by the first digit
+
+
+def _shown(value: str | float) -> str:
+    if isinstance(value, str):
+        return value if _PLAIN.fullmatch(value) else _in_quotes(value)
+    return str(value)
+
+
 class JournalFormatter(LineFormatter):
     """Puts the priority in front of each line of another formatter."""
 
@@ -468,17 +705,6 @@ def _kind(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return f"{name} of {', '.join(map(_kind, error.exceptions))}"
     return name
-
-
-@functools.lru_cache(maxsize=1)  # a busy hub has many lines in one millisecond
-def _timestamp(milliseconds: int) -> str:
-    seconds, milliseconds = divmod(milliseconds, 1000)
-    return f"{_second(seconds)}.{milliseconds:03d}Z"
-
-
-@functools.lru_cache(maxsize=1)
-def _second(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 @functools.cache

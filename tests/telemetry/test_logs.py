@@ -7,12 +7,16 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,7 +31,9 @@ from gollama_proxy.telemetry.logs import (
     LineFormatter,
     TextFormatter,
 )
+from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
+from tests.fakes.waiting import until
 
 # --- Format -----------------------------------------------------------------------
 
@@ -331,6 +337,249 @@ def test_a_process_without_standard_error_logs_nothing(
     logs.configure(Log())
     logging.getLogger("gollama_proxy.test").warning("message")
     accesslog.write(REQUEST)
+
+
+@configured
+@pytest.mark.parametrize(
+    ("terminal", "environ", "columns", "colours"),
+    [
+        (False, {}, False, False),
+        (False, {"TERM": "xterm"}, False, False),
+        (False, {"FORCE_COLOR": "1"}, True, True),
+        (False, {"FORCE_COLOR": "0"}, False, False),
+        (False, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, True, False),
+        (True, {}, True, True),
+        (True, {"NO_COLOR": ""}, True, True),  # an empty one counts as none
+        (True, {"NO_COLOR": "1"}, True, False),
+        (True, {"FORCE_COLOR": "0"}, True, False),
+        (True, {"TERM": "dumb"}, True, False),
+        (True, {"TERM": "dumb", "FORCE_COLOR": "1"}, True, True),
+    ],
+)
+def test_columns_and_colours_are_for_terminals(
+    terminal: bool,
+    environ: dict[str, str],
+    columns: bool,
+    colours: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("TERM", "NO_COLOR", "FORCE_COLOR", "JOURNAL_STREAM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    for form in ("auto", "text", "json"):
+        monkeypatch.setattr(sys, "stderr", stream := Screen())
+        logs.configure(Log(format=form))
+        logging.getLogger("gollama_proxy.test").warning("message")
+        line = stream.getvalue().rstrip("\n")
+        at_rest = form != "auto"  # no other form ever has columns or colours
+        assert ("\x1b" in line) is (colours and not at_rest)
+        assert ("  " in line) is (columns and not at_rest)
+        assert line.startswith("{") is (form == "json")
+
+
+ASKED = Record(
+    *("0123456789abcdef", "POST", CHAT),
+    subject="alice",
+    model="tiny",
+    worker="gpu1",
+    status=200,
+    outcome=accesslog.Outcome.COMPLETE,
+    attempts=1,
+    tokens=42,
+)
+
+
+def lines_of(*records: Record, colours: bool = False) -> list[str]:
+    form = logs.TerminalFormatter(colours=colours)
+    return [form.line("12:00", logging.INFO, "request", r.fields()) for r in records]
+
+
+def test_the_line_of_a_request_has_columns_on_a_terminal() -> None:
+    slow = replace(ASKED, duration=12.3456, worker="a-worker-with-a-long-name")
+    failed = replace(ASKED, duration=0.0021, status=502, error="worker_unreachable")
+    unknown = Record("1", "GET", path="/x\x1b[2J", status=404, duration=0.001)
+    columns = "{}  info     {}  {:>8}  {:25}  {:16}  {:16}  {:10}  {}".format
+    assert lines_of(slow, failed, unknown) == [
+        columns(
+            *("12:00", 200, "12.35 s", f"POST {CHAT}", "tiny"),
+            *("a-worker-with-a-long-name", "alice"),
+            "tokens=42  id=0123456789abcdef",
+        ),
+        columns(
+            *("12:00", 502, "2 ms", f"POST {CHAT}", "tiny", "gpu1", "alice"),
+            "error=worker_unreachable  tokens=42  id=0123456789abcdef",
+        ),
+        columns(
+            *("12:00", 404, "1 ms", 'GET "/x\\u001b[2J"', "-", "-", "-"),
+            "id=1",
+        ),
+    ]
+
+
+def test_colours_add_nothing_but_colours() -> None:
+    failed = replace(ASKED, status=502, error="internal_error")
+    for record in ASKED, failed, Record("1", "GET"):
+        [plain], [coloured] = lines_of(record), lines_of(record, colours=True)
+        assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+    assert "\x1b[31m502\x1b[0m" in lines_of(failed, colours=True)[0]
+    assert "\x1b[32m200\x1b[0m" in lines_of(ASKED, colours=True)[0]
+
+
+def test_other_lines_on_a_terminal_begin_with_their_message() -> None:
+    form = logs.TerminalFormatter(colours=False)
+    fields = {"subject": "a b", "action": "pause"}
+    line = form.line("12:00", logging.INFO, "admin", fields)
+    assert line == '12:00  info     admin  subject="a b"  action=pause'
+    failed = form.line("12:00", logging.ERROR, "failed", error=raised(KeyError("a")))
+    assert failed.startswith("12:00  error    failed\nTraceback")
+    assert failed.endswith("\nKeyError")
+
+
+def test_a_terminal_shows_the_local_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = logs.TerminalFormatter(colours=False)
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        assert form.stamp(1_800_000_000_042) == "13:30:00.042"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+# --- Repeated warnings ------------------------------------------------------------
+
+
+class Quiet:
+    """A log in memory, whose repeated warnings are counted by a clock."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.bursts = logs.Bursts(self.clock)
+        self._stream = io.StringIO()
+        self.handler = BatchHandler(self._stream, TextFormatter(), self.bursts)
+        self._logger = logging.Logger("quiet")
+        self._logger.addHandler(self.handler)
+
+    def __repr__(self) -> str:
+        return f"<Quiet {self.bursts!r}>"
+
+    def warn(self, text: str, *args: object, **more: Any) -> None:
+        self._logger.warning(text, *args, **more)
+
+    def info(self, text: str) -> None:
+        self._logger.info(text)
+
+    def lines(self) -> list[str]:
+        """Return what was written since the last call, without times."""
+        text = self._stream.getvalue()
+        self._stream.seek(0)
+        self._stream.truncate()
+        return [line.partition(" ")[2] for line in text.splitlines()]
+
+
+def test_a_burst_of_warnings_is_one_line_and_a_count() -> None:
+    log = Quiet()
+    for _ in range(413):
+        log.warn("worker %s: lost (%s)", "gpu1", "reset")
+        log.clock.advance(0.1)
+    assert log.lines() == ["warning worker gpu1: lost (reset)"]
+    log.clock.advance(logs.QUIET)
+    log.info("any line")
+    assert log.lines() == [
+        "warning worker gpu1: lost (reset) (and 412 more in 51 s)",
+        "info any line",
+    ]
+    log.warn("worker %s: lost (%s)", "gpu1", "reset")
+    assert log.lines() == ["warning worker gpu1: lost (reset)"]
+
+
+def test_a_long_burst_is_counted_every_minute() -> None:
+    log = Quiet()
+    for _ in range(180):
+        log.warn("worker %s: lost", "gpu1")
+        log.clock.advance(1.0)
+        log.info("any")
+    shown = [line for line in log.lines() if "any" not in line]
+    assert shown == [
+        "warning worker gpu1: lost",
+        "warning worker gpu1: lost (and 59 more in 60 s)",
+        "warning worker gpu1: lost (and 60 more in 60 s)",
+        "warning worker gpu1: lost (and 60 more in 60 s)",
+    ]
+
+
+def test_what_differs_in_kind_is_no_repetition() -> None:
+    log = Quiet()
+    log.warn("worker %s: lost (%s)", "gpu1", "a")
+    log.warn("worker %s: lost (%s)", "gpu2", "a")
+    log.warn("worker %s: slow (%s)", "gpu1", "a")
+    log.info("worker gpu1: up")
+    log.info("worker gpu1: up")  # only warnings and errors come in bursts
+    log.warn("worker %s: lost (%s)", "gpu1", "b")  # of the same kind
+    assert [line.partition(" ")[2] for line in log.lines()] == [
+        *("worker gpu1: lost (a)", "worker gpu2: lost (a)", "worker gpu1: slow (a)"),
+        *("worker gpu1: up", "worker gpu1: up"),
+    ]
+
+
+def test_warnings_that_are_rare_are_all_written() -> None:
+    log = Quiet()
+    for _ in range(3):
+        log.warn("worker %s: lost", "gpu1")
+        log.clock.advance(logs.QUIET)
+    assert log.lines() == ["warning worker gpu1: lost"] * 3
+
+
+def test_exceptions_of_one_line_of_code_are_a_burst() -> None:
+    log = Quiet()
+    for number in range(3):
+        error = raised(KeyError(number))
+        log.warn("request %s failed", number, exc_info=error)
+    log.warn("request %s failed", 3, exc_info=raised(ValueError()))
+    log.warn("request %s failed", 4, exc_info=(None, None, None))
+    assert [line for line in log.lines() if "request" in line] == [
+        *("warning request 0 failed", "warning request 3 failed"),
+        "warning request 4 failed",
+    ]
+    log.handler.close()
+    assert log.lines() == ["warning request 0 failed (and 2 more in 1 s)"]
+
+
+def test_the_kinds_of_warnings_that_are_remembered_are_bounded() -> None:
+    log = Quiet()
+    log.warn("worker %s: lost", -1)
+    log.warn("worker %s: lost", -1)
+    for number in range(2 * logs.MOST_KINDS):
+        log.warn("worker %s: lost", number)
+    assert repr(log.bursts) == f"<Bursts kinds={logs.MOST_KINDS} counting=False>"
+    lines = log.lines()
+    assert "warning worker -1: lost (and 1 more in 1 s)" in lines  # nothing is lost
+    assert len(lines) == 2 * logs.MOST_KINDS + 2
+
+
+async def test_a_burst_that_ends_is_counted_without_another_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = Quiet()
+    monkeypatch.setattr(logs, "QUIET", 0.01)
+    for _ in range(3):
+        log.warn("worker %s: lost", "gpu1")
+    assert log.lines() == ["warning worker gpu1: lost"]
+    log.clock.advance(1.0)
+    seen: list[str] = []
+
+    def summarised() -> bool:
+        seen.extend(log.lines())
+        return bool(seen)
+
+    await until(summarised)
+    assert seen == ["warning worker gpu1: lost (and 2 more in 1 s)"]
 
 
 # --- Writing ----------------------------------------------------------------------
