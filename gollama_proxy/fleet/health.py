@@ -305,8 +305,9 @@ class Watchdog(Listener):
     def _send_canaries(self, worker: Worker) -> None:
         # While the machine itself is out or busy, its models are not tried.
         suspects = [*worker.model_breakers.items()] if worker.breaker.available else []
-        if (model := worker.some_model) is not None:  # any of them proves the machine
-            suspects.append((model, worker.breaker))
+        any_model = None if worker.breaker.closed else worker.some_model
+        if any_model is not None:  # any of them proves the machine
+            suspects.append((any_model, worker.breaker))
         for model, breaker in suspects:
             permit = breaker.permit()
             if permit is not None:

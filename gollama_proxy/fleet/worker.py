@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, assert_never
 from weakref import WeakSet
 
@@ -224,10 +225,15 @@ class Worker(Offer):
 
     @property
     def some_model(self) -> str | None:
-        """The name of a model for a canary; None if none is known."""
+        """The name of a model for a canary; None if none is known.
+
+        Rather one that was used: any other may have to be loaded first, in place of it.
+        """
         seen = self.description.models if self.description else ()
-        names = (model.name for model in (*self.models, *seen))
-        return next(names, next(iter(self.paces), None))
+        names = [model.name for model in (*self.models, *seen)]
+        used = (name for name in reversed(self.paces) if name in names)
+        loaded = (n for n in chain(used, names) if n not in self._unloaded)
+        return next(chain(loaded, names, self.paces), None)
 
     @property
     def in_flight(self) -> int:

@@ -337,6 +337,18 @@ def test_its_models_are_those_listed_that_match_and_the_plain_names() -> None:
     assert (worker.context_of("qwen"), worker.context_of("llama")) == (9, 7)
 
 
+def test_a_canary_loads_no_model_if_another_one_was_used() -> None:
+    """A router, Ollama and LM Studio list all models that they could load."""
+    worker = make()
+    loaded = {"first": False, "second": True, "third": None, "fourth": None}
+    listed = tuple(Model(name, loaded=each) for name, each in loaded.items())
+    worker.observe(Check.OK, "ok", Description(listed))
+    assert worker.some_model == "second"
+    for name in ("third", "gone", "first"):
+        worker.pace_of(name)
+    assert worker.some_model == "third"
+
+
 def test_some_model_is_known_as_soon_as_any_is() -> None:
     """One that it serves, or one that it lists, or one that it has answered to."""
     worker = stated("qwen*")
