@@ -27,7 +27,7 @@ import secrets
 import shutil
 import signal
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,11 +46,13 @@ from gollama_proxy.control.client import (
 )
 from gollama_proxy.fleet.agents import answer_to
 from gollama_proxy.registration import TIMEOUT, HubLink, Refusal
+from gollama_proxy.service import Service, count
 from gollama_proxy.tasks import Periodic, Signals, spawn
 from gollama_proxy.telemetry import logs
 
 logger = logging.getLogger(__name__)
 
+READY_WITHIN = 10.0  # seconds after which a hub is not waited for any longer
 LOOK_EVERY = 1.0  # seconds between two checks of the server
 HELPER_CHECK = 1.0  # seconds between two attempts to reach the helpers of `--rpc`
 SUSPEND = ("systemctl", "suspend")
@@ -124,20 +126,37 @@ def _credentials(options: Options) -> ssl.SSLContext | None:
     return trust(options.ca_file)
 
 
-async def run(options: Options, signals: Signals) -> int:
+async def run(
+    options: Options, signals: Signals, service: Service | None = None
+) -> int:
     """Serve the hubs until a signal; return the exit status.
 
     Raises:
         ConfigError: a flag is wrong, or the proof port is taken.
     """
     logs.configure(options.log)
+    service = service or Service()
+    service.start()
+    # A hub that is away must not hold up the start of this machine.
+    loop = asyncio.get_running_loop()
+    overdue = loop.call_later(READY_WITHIN, service.ready)
+    try:
+        return await _run(options, signals, service)
+    finally:
+        overdue.cancel()
+        await service.stop()
+
+
+async def _run(options: Options, signals: Signals, service: Service) -> int:
     if options.discover:
+        service.describe(lambda: "looking for a hub on the local network")
         hub = await find_hub(signals)
         if not hub:
             return 0
         options = replace(options, hubs=(hub,))
     credentials = await asyncio.to_thread(_credentials, options)
-    agent = Agent(options, credentials)
+    agent = Agent(options, credentials, service.ready)
+    service.describe(agent.describe)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(agent.answering())
         await stack.enter_async_context(agent.serving())
@@ -150,6 +169,7 @@ async def run(options: Options, signals: Signals) -> int:
         if not signals.asked.is_set():
             logger.error("all hubs refuse this worker, so the agent ends")
             return 1
+        service.stopping(agent.describe_stop)
         leaving = spawn(agent.leave(), "drain")
         insisted = spawn(signals.insisted.wait(), "second signal")
         stack.callback(insisted.cancel)
@@ -213,7 +233,14 @@ def _passing_on(server: Supervised | None) -> Iterator[None]:
 class Agent:
     """One worker, its machine, and the hubs that it is registered with."""
 
-    def __init__(self, options: Options, credentials: ssl.SSLContext | None) -> None:
+    def __init__(
+        self,
+        options: Options,
+        credentials: ssl.SSLContext | None,
+        registered: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make one; `registered` is called when a hub has accepted the worker."""
+        self._registered = registered
         self.options = options
         self.refused = asyncio.Event()  # by every hub, for good, from the start
         self.machine = machine.Machine()
@@ -357,9 +384,31 @@ class Agent:
 
     def note(self) -> None:
         """Decide whether to go on after a hub has answered."""
+        if any(each.refusal is Refusal.NONE for each in self.hubs):
+            self._registered()
         lasting = all(each.refusal is Refusal.LASTING for each in self.hubs)
         if lasting and not any(each.served for each in self.hubs):
             self.refused.set()
+
+    def describe(self) -> str:
+        """Return the line that `systemctl status` shows."""
+        of = count(len(self.hubs), "hub")
+        at = sum(each.refusal is Refusal.NONE for each in self.hubs)
+        refusals = [each.refusal for each in self.hubs if each.refusal is not None]
+        if at:
+            state = f"registered as {self.name} with {at} of {of}"
+        elif refusals:
+            state = f"not registered with {of}: {refusals[0].value}"
+        else:
+            state = "not registered yet"
+        if self.answers is None:
+            return state
+        answers = "answers" if self.answers else "does not answer"
+        return f"{state}; the server {answers}"
+
+    def describe_stop(self) -> str:
+        running = count(sum(each.running for each in self.hubs), "running answer")
+        return f"stopping; {running} may end"
 
     async def leave(self) -> None:
         """Give the worker back, and wait until its running answers have ended."""

@@ -417,6 +417,7 @@ def _import_server() -> None:
 def _agent(args: argparse.Namespace) -> int:
     _import_aiohttp()
     from gollama_proxy import agent, tasks
+    from gollama_proxy.service import Service
     from gollama_proxy.telemetry import logs
 
     if args.exec != bool(args.following):
@@ -442,8 +443,9 @@ def _agent(args: argparse.Namespace) -> int:
         log=Log(level=_converted("--log-level", args.log_level, "log.level")),
     )
     agent.check_options(options, os.environ)
+    service = Service.take(os.environ)
     try:
-        return tasks.run(lambda signals: agent.run(options, signals))
+        return tasks.run(lambda signals: agent.run(options, signals, service))
     finally:
         logs.flush()
 

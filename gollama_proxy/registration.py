@@ -136,6 +136,7 @@ class HubLink:
     ) -> None:
         self.url = url.rstrip("/")
         self.refusal: Refusal | None = None  # None before the first answer
+        self.running = 0  # answers that a hub that was left still waits for
         self.served = False  # it has registered the worker before
         self.loop = Periodic(f"registration at {url}", self._renew, 1.0, delay=0.0)
         self._agent = agent
@@ -217,7 +218,9 @@ class HubLink:
             drain = answer.body.get("drain")
             if not isinstance(drain, (int, float)):
                 drain = 0.0
-            if not answer.body.get("running"):
+            running = answer.body.get("running")
+            self.running = running if isinstance(running, int) else 0
+            if not running:
                 logger.info("hub %s: the worker is out", self.url)
                 return
             if loop.time() - began > drain + MARGIN:

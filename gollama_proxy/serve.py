@@ -23,7 +23,7 @@ from gollama_proxy.config.settings import Config, Server
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
-from gollama_proxy.service import READY_WITHIN, Service
+from gollama_proxy.service import Service, count
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.local import LocalState, folder_of
 from gollama_proxy.tasks import Signals, spawn
@@ -37,6 +37,8 @@ _SPARE_FILES = 256
 # Enough for any hub; taken where the hard limit is infinite.
 _MANY_FILES = 1 << 20
 
+# Seconds after which the hub is ready, even if some workers have not answered a check.
+_READY_WITHIN = 3.0
 # Seconds after which models without a worker are reported, even if some workers have
 # not been reached yet.
 _KNOWN_WITHIN = 60.0
@@ -145,7 +147,7 @@ async def _become_ready(hub: Hub, service: Service) -> None:
         return
     service.describe(lambda: _describe(hub))
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(READY_WITHIN):
+        async with asyncio.timeout(_READY_WITHIN):
             await hub.ready()
     service.ready()
 
@@ -155,24 +157,20 @@ def _describe(hub: Hub) -> str:
     workers = hub.registry.workers
     usable = sum(each.admits for each in workers)
     waiting = hub.queue.admission.waiting
-    running = _count(_running(hub) - waiting, "request")
-    of = _count(len(workers), "worker")
+    running = count(_running(hub) - waiting, "request")
+    of = count(len(workers), "worker")
     refused = "; the last reload was refused" if hub.reload_refused else ""
     return f"{usable} of {of} ready; {running} running, {waiting} waiting{refused}"
 
 
 def _describe_stop(hub: Hub) -> str:
-    running = _count(_running(hub), "running request")
+    running = count(_running(hub), "running request")
     return f"stopping; {running} may end within {hub.config.server.drain:g} s"
 
 
 def _running(hub: Hub) -> int:
     """Return the number of requests for models; others are not worth a wait."""
     return sum(bool(each.model) for each in hub.proxy.running)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 async def _advertise(hub: Hub, signals: Signals) -> None:

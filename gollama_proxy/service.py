@@ -26,8 +26,6 @@ from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)
 
-# Seconds after which a service is ready at the latest, whatever it waits for.
-READY_WITHIN = 3.0
 STATUS_EVERY = 1.0  # seconds between two looks at the status
 # Seconds for which each message during the stop extends systemd's time limit.  There is
 # one a second, and a few may be late.
@@ -102,7 +100,7 @@ class Service:
         self._unsent: list[str] = []  # messages that must not be lost
         self._describe: Callable[[], str] | None = None
         self._status = ""  # the last one that was sent
-        self._stopping = False
+        self._ready = self._stopping = False
         self._failed = False  # and that was logged
         self._reloads = 0  # under way
         self._feed = Feed(watchdog)
@@ -175,9 +173,11 @@ class Service:
         self._send_status()
 
     def ready(self) -> None:
-        """Report that the program serves."""
-        self._send("READY=1")
-        self._send_status()
+        """Report that the program serves; only the first call does."""
+        if not self._ready and not self._stopping:
+            self._ready = True
+            self._send("READY=1")
+            self._send_status()
 
     def reload(self, reload: Callable[[], asyncio.Task[object]]) -> None:
         """Run a reload, between the two messages that systemd expects around one."""
@@ -192,7 +192,8 @@ class Service:
     def _reloaded(self, _: object) -> None:
         self._reloads -= 1
         if not self._reloads and not self._stopping:
-            self.ready()
+            self._send("READY=1")
+            self._send_status()
 
     def stopping(self, status: Callable[[], str]) -> None:
         """Report that the program ends, and extend systemd's time limit until it has.
@@ -258,6 +259,11 @@ class Service:
 
 def _extension() -> str:
     return f"EXTEND_TIMEOUT_USEC={int(EXTENSION * 1e6)}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number of things, for a status."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # --- What systemd passes ------------------------------------------------------------

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.client import Wire
-from tests.fakes.hub import SECRET, mint
+from tests.fakes.hub import SECRET, mint, running_hub
 from tests.fakes.process import Program, bare
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, send, wait
@@ -79,9 +80,7 @@ async def test_a_hub_reports_its_life(systemd: Systemd, tmp_path: Path) -> None:
         async with serving(systemd, GOLLAMA_CONFIG=str(file)) as program:
             port = await port_of(program)
             await systemd.until("READY=1")
-            await systemd.until(
-                "STATUS=1 of 1 worker ready; 0 requests running, 0 wait"
-            )
+            await systemd.shows("1 of 1 worker ready; 0 requests running, 0 wait")
 
             program.signal(signal.SIGHUP)
             await systemd.until("RELOADING=1\nMONOTONIC_USEC=")
@@ -90,21 +89,17 @@ async def test_a_hub_reports_its_life(systemd: Systemd, tmp_path: Path) -> None:
             program.signal(signal.SIGHUP)
             await systemd.until("RELOADING=1\n")
             await systemd.until("READY=1")
-            await systemd.until(
-                "STATUS=1 of 1 worker ready; 0 requests running, 0 wait"
-            )
-            assert systemd.status.endswith("; the last reload was refused")
+            usual = "1 of 1 worker ready; 0 requests running, 0 waiting"
+            await systemd.shows(f"{usual}; the last reload was refused")
 
             wire = await Wire.connect("127.0.0.1", port)
             await wire.post(CHAT, STREAM, mint(sub="alice"))
             assert await wire.read_event() == role()
-            await systemd.until("STATUS=1 of 1 worker ready; 1 request running, 0 wait")
+            await systemd.shows("1 of 1 worker ready; 1 request running, 0 wait")
             program.signal(signal.SIGTERM)
             await systemd.until("STOPPING=1")
             await systemd.until("EXTEND_TIMEOUT_USEC=")
-            await systemd.until(
-                "STATUS=stopping; 1 running request may end within 30 s"
-            )
+            await systemd.shows("stopping; 1 running request may end within 30 s")
             await systemd.until("EXTEND_TIMEOUT_USEC=")  # again, as it goes on
             worker.release("go")
             assert (await wire.read_events())[-1] == done()
@@ -118,8 +113,8 @@ async def test_a_worker_that_hangs_does_not_delay_readiness(systemd: Systemd) ->
         url = "http://{}:{}".format(*silent.getsockname())
         settings = {"GOLLAMA_HEALTH_TIMEOUT": "60"}
         async with serving(systemd, url, **settings):
-            await systemd.until("STATUS=0 of 1 worker ready")
             await systemd.until("READY=1")
+            await systemd.shows("0 of 1 worker ready")
 
 
 async def test_the_watchdog_is_fed(systemd: Systemd) -> None:
@@ -207,3 +202,105 @@ def _descriptor(kind: str, folder: Path, stack: contextlib.ExitStack) -> int:
     kinds: Mapping[str, int] = {"datagram": socket.SOCK_DGRAM}
     sock = socket.socket(type=kinds.get(kind, socket.SOCK_STREAM))
     return stack.enter_context(sock).fileno()
+
+
+# --- The agent ----------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def agent(
+    systemd: Systemd,
+    url: str,
+    *arguments: str,
+    granted: str = "",
+    program: Sequence[str] = ("-m", "gollama_proxy"),
+    **environ: str,
+) -> AsyncIterator[Program]:
+    variables = bare() | systemd.environ | {"GOLLAMA_TOKEN": granted} | environ
+    async with Program.running(
+        "agent", "--hub", url, *arguments, environ=variables, program=program
+    ) as it:
+        yield it
+
+
+async def test_an_agent_reports_its_life(systemd: Systemd) -> None:
+    """Ready once it is registered, then what it does, and that it leaves."""
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(agents__lease=600) as hub,
+        agent(
+            systemd,
+            hub.url,
+            *("--worker", worker.url, "--name", "desk"),
+            granted=hub.token("desk", scope="worker"),
+            WATCHDOG_USEC="400000",
+        ) as program,
+    ):
+        await systemd.until("READY=1")
+        assert [each.name for each in hub.hub.registry.workers] == ["desk"]
+        await systemd.shows("registered as desk with 1 of 1 hub; the server answers")
+        await systemd.until("WATCHDOG=1")
+        program.signal(signal.SIGTERM)
+        await systemd.until("STOPPING=1")
+        await systemd.until("EXTEND_TIMEOUT_USEC=")
+        await systemd.shows("stopping; 0 running answers may end")
+        assert await program.ended() == 0
+        assert "Traceback" not in program.output
+
+
+# Runs a command with less patience, so that a test need not wait for it.
+_IMPATIENT = """
+import sys
+from gollama_proxy import agent, cli
+agent.READY_WITHIN = 0.5
+sys.exit(cli.main())
+"""
+
+
+async def test_a_hub_that_is_away_does_not_hold_up_an_agent(systemd: Systemd) -> None:
+    """Nor the start of its machine; it goes on trying."""
+    async with ScriptedWorker() as worker:
+        async with agent(
+            systemd, nowhere(), "--worker", worker.url, program=("-c", _IMPATIENT)
+        ) as program:
+            await systemd.until("READY=1")
+            await systemd.shows("not registered with 1 hub: the hub is away, or busy")
+            program.signal(signal.SIGTERM)
+            assert await program.ended() == 0
+
+
+async def test_an_agent_that_is_refused_for_good_does_not_start(
+    systemd: Systemd,
+) -> None:
+    async with ScriptedWorker() as worker, running_hub() as hub:
+        async with agent(
+            systemd, hub.url, "--worker", worker.url, granted=hub.token("desk")
+        ) as program:
+            assert await program.ended() == 1
+    assert "READY=1" not in systemd.arrived() + systemd.messages
+
+
+async def test_the_server_of_an_agent_is_not_taken_for_a_service(
+    systemd: Systemd, tmp_path: Path
+) -> None:
+    file = tmp_path / "environ"
+    code = (
+        f"import os, pathlib; pathlib.Path({str(file)!r}).write_text(str(os.environ))"
+    )
+    command = ("--exec", "--", sys.executable, "-c", code, "--port", "1")
+    passed = {"WATCHDOG_USEC": "1000000", "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    async with agent(systemd, nowhere(), *command, **passed) as program:
+        await program.until("ended with status 0")
+        program.signal(signal.SIGTERM)
+        assert await program.ended() == 0
+    found = file.read_text()
+    assert "PATH" in found
+    for name in ("NOTIFY_SOCKET", *passed):
+        assert name not in found
+
+
+def nowhere() -> str:
+    """Return the URL of a port at which nothing listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{sock.getsockname()[1]}"

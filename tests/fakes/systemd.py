@@ -76,6 +76,11 @@ class Systemd:
             raise AssertionError(f"{self!r}: no {begin!r}") from None
         return message
 
+    async def shows(self, status: str) -> None:
+        """Read on until the status begins like this, unless it does already."""
+        while not self.status.startswith(status):
+            await self.until("STATUS=")
+
     def arrived(self) -> list[str]:
         """Read what is there, without waiting."""
         found = []
