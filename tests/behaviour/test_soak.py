@@ -1,4 +1,4 @@
-"""A thousand requests with faults leave nothing in the hub: no file, task or object.
+"""Hundreds of requests with faults leave nothing in the hub: no file, task or object.
 
 `make soak` is the same with twenty thousand, in a separate process, and its memory.
 """
@@ -24,7 +24,7 @@ from tests.soak import EXECUTIONS, RATE, SETTINGS
 
 pytestmark = pytest.mark.usefixtures("frequent_rounds")
 
-REQUESTS = 1000
+REQUESTS = 600
 LONG = 60.0  # seconds: to take stock takes long where other tests have the machine
 WARM_UP = 200
 # Less than one for each request: only the series of the metrics become more.
@@ -100,7 +100,7 @@ async def stock_of_rest(
 
 
 @pytest.mark.timeout(4 * LONG)
-async def test_a_thousand_requests_leave_nothing_behind() -> None:
+async def test_hundreds_of_requests_leave_nothing_behind() -> None:
     faults = Faults("soak", RATE)
     async with faults.workers() as workers, running_hub(*workers, **QUICK) as hub:
         crowd = Crowd(hub.port, faults, seed=1, visitors=16)
@@ -115,7 +115,7 @@ async def test_a_thousand_requests_leave_nothing_behind() -> None:
         grown = after.ours - before.ours
         # Of combinations of labels that had not been seen yet.
         series = [grown.pop(each, 0) for each in ("_Series", "_Count", "_Histogram")]
-        assert sum(series) < REQUESTS // 10, series
+        assert sum(series) < 100, series
         steps = grown.pop("Step", 0)  # kept with the recent requests
         assert grown.total() < REQUESTS // 100, grown
         assert after.tasks == before.tasks
