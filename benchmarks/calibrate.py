@@ -9,7 +9,7 @@ from statistics import median
 
 from benchmarks.chat import Exchange, Timings
 from benchmarks.children import BenchmarkError
-from benchmarks.crowd import connect
+from benchmarks.clients import connect
 from benchmarks.dialogue import words
 from benchmarks.engine import Pace
 from benchmarks.slotted_worker import render

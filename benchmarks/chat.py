@@ -7,7 +7,7 @@ import time
 
 import msgspec
 
-from benchmarks.crowd import Come, Habit, connect
+from benchmarks.clients import Come, Habit, connect
 from benchmarks.dialogue import Message, dialogues
 from benchmarks.load import Client, Tally, spell
 

@@ -1,9 +1,10 @@
 """Simulated llama-servers: slots, two speeds, a prompt cache, and no sockets.
 
 A machine reads prompts and writes answers.  All prompts share its reading speed.  Of n
-answers each is written at `writes / (1 + crowd * (n - 1))`: a large card hardly notices
-another one (`crowd` near 0), a processor divides its speed (near 1).  While a prompt
-is read, llama-server writes one token for each batch of it, so answers come slowly.
+answers each is written at `writes / (1 + sharing * (n - 1))`: a large card notices
+others little (`sharing` near 0), a processor divides its speed (near 1).  While a
+prompt is read, llama-server writes one token for each batch of it, so answers come
+slowly.
 
 Each slot keeps the state of its last conversation, and `kept` more are kept in memory
 (llama-server's `--cache-ram`); the least recently used one is evicted first.  Of any
@@ -38,13 +39,13 @@ class Kind:
     slots: int
     reads: float
     writes: float  # of a single answer
-    crowd: float
+    sharing: float
     kept: int  # states of conversations, beside those in the slots
     weight: float  # as its owner would declare it
 
     def seconds(self, prompt: float, answer: float) -> float:
         """Return the seconds of work that a request takes when all slots are busy."""
-        each = self.writes / (1 + self.crowd * (self.slots - 1))
+        each = self.writes / (1 + self.sharing * (self.slots - 1))
         return prompt / self.reads + answer / (each * self.slots)
 
 
@@ -160,7 +161,7 @@ class Machine:
 
     def _rates(self) -> tuple[float, float]:
         kind, reading, writing = self.kind, len(self._reading), len(self._writing)
-        writes = kind.writes / (1 + kind.crowd * max(writing - 1, 0))
+        writes = kind.writes / (1 + kind.sharing * max(writing - 1, 0))
         slowed = WHILE_READING if reading else 1.0
         return kind.reads / max(reading, 1), writes * slowed
 

@@ -48,12 +48,12 @@ from benchmarks import command
 from benchmarks.calibrate import Measured, calibrate
 from benchmarks.chat import talking
 from benchmarks.children import BenchmarkError, last_words, spawn
+from benchmarks.clients import Habit, connected
 from benchmarks.contestants import (
     Contestant,
     Pool,
     contestants,
 )
-from benchmarks.crowd import Habit, crowd
 from benchmarks.llama import Build, llama_servers, taking_turns
 from benchmarks.proxies import Nginx, VllmRouter
 from benchmarks.slotted_worker import Spec, spell
@@ -222,7 +222,7 @@ async def meet(
     async with arena.pool(folder) as pool:
         proxy = contestant.make(pool, folder)
         come = talking(proxy.port, proxy.bearers, Habit(PAUSE, seed))
-        async with proxy.running(), crowd(arena.clients, come) as exchanges:
+        async with proxy.running(), connected(arena.clients, come) as exchanges:
             await asyncio.sleep(warm_up)
             began, before = time.monotonic(), psutil.cpu_times()
             await asyncio.sleep(arena.seconds)

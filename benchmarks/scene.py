@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.children import BenchmarkError, until
-from benchmarks.crowd import Habit, Visit, crowd, visiting
+from benchmarks.clients import Habit, Visit, connected, visiting
 from benchmarks.llama import LlamaServer
 from benchmarks.load import Job
 from benchmarks.proxies import Hub
@@ -132,7 +132,7 @@ class Scene:
         hub.settings["TIMEOUTS_ALLOWANCE"] = str(self._allowance)
         job = Job(hub.port, self._clients, max_tokens=TOKENS, bearers=hub.bearers)
         come = visiting(job, Habit(PAUSE, f"round {turn}"))
-        async with hub.running(), crowd(job.clients, come) as visits:
+        async with hub.running(), connected(job.clients, come) as visits:
             yield hub, visits
 
 

@@ -38,15 +38,15 @@ from gollama_proxy.scheduling.policies.load import (
     Weighted,
 )
 
-CARD = Kind("card", 8, reads=4000, writes=90, crowd=0.1, kept=64, weight=24)
-OLD_CARD = Kind("old-card", 4, reads=1200, writes=40, crowd=0.2, kept=48, weight=12)
-MAC = Kind("mac", 4, reads=500, writes=30, crowd=0.3, kept=48, weight=16)
-LAPTOP = Kind("laptop", 2, reads=100, writes=10, crowd=0.7, kept=16, weight=4)
+CARD = Kind("card", 8, reads=4000, writes=90, sharing=0.1, kept=64, weight=24)
+OLD_CARD = Kind("old-card", 4, reads=1200, writes=40, sharing=0.2, kept=48, weight=12)
+MAC = Kind("mac", 4, reads=500, writes=30, sharing=0.3, kept=48, weight=16)
+LAPTOP = Kind("laptop", 2, reads=100, writes=10, sharing=0.7, kept=16, weight=4)
 # A small model on two threads, on one, and on a slow one.
 SMALL = [
-    Kind("fast", 4, reads=600, writes=80, crowd=0.7, kept=64, weight=4),
-    Kind("middle", 2, reads=300, writes=40, crowd=0.7, kept=64, weight=2),
-    Kind("slow", 2, reads=120, writes=16, crowd=0.7, kept=64, weight=1),
+    Kind("fast", 4, reads=600, writes=80, sharing=0.7, kept=64, weight=4),
+    Kind("middle", 2, reads=300, writes=40, sharing=0.7, kept=64, weight=2),
+    Kind("slow", 2, reads=120, writes=16, sharing=0.7, kept=64, weight=1),
 ]
 POOL = [CARD, OLD_CARD, OLD_CARD, OLD_CARD, MAC, MAC, MAC, LAPTOP, LAPTOP, LAPTOP]
 

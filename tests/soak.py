@@ -23,9 +23,9 @@ import uvloop
 
 from gollama_proxy.config.settings import Rescue
 from tests.fakes.asks import MIB
-from tests.fakes.crowd import Crowd
 from tests.fakes.faults import Faults
 from tests.fakes.process import HubProcess, hub_process
+from tests.fakes.visitors import Visitors
 from tests.fakes.waiting import DEADLINE, settled, until
 from tests.fakes.worker import ScriptedWorker
 
@@ -69,7 +69,7 @@ class Soak:
     def __init__(
         self, hub: HubProcess, workers: list[ScriptedWorker], faults: Faults, seed: int
     ) -> None:
-        self.crowd = Crowd(hub.port, faults, seed=seed, visitors=VISITORS)
+        self.visitors = Visitors(hub.port, faults, seed=seed, visitors=VISITORS)
         self.quarters: list[float] = []  # median of the memory
         self.files = (0, 0)  # before and after
         self.in_flight = math.nan
@@ -81,10 +81,10 @@ class Soak:
         self._scrapes = 0
 
     def __repr__(self) -> str:
-        return f"<Soak of {self._hub!r} by {self.crowd!r}>"
+        return f"<Soak of {self._hub!r} by {self.visitors!r}>"
 
     async def run(self, number: int) -> None:
-        await self.crowd.send(WARM_UP)
+        await self.visitors.send(WARM_UP)
         await self._calm_down()
         before = await settled(self._hub.descriptors)
         counted = await self._metric("gollama_outcomes_total")
@@ -99,7 +99,7 @@ class Soak:
         self.in_flight = await self._metric("gollama_in_flight")
         self.up = await self._recovered()
         counted = await self._metric("gollama_outcomes_total") - counted
-        made = self.crowd.ended - WARM_UP + self._scrapes - scraped
+        made = self.visitors.ended - WARM_UP + self._scrapes - scraped
         self.uncounted = made - counted
 
     async def _quarter(self, number: int, name: str) -> None:
@@ -107,19 +107,19 @@ class Soak:
         began = time.monotonic()
 
         def look() -> None:
-            if self.crowd.ended % SAMPLE_EVERY == 0:
+            if self.visitors.ended % SAMPLE_EVERY == 0:
                 sizes.append(self._hub.resident())
                 for worker in self._workers:
                     worker.requests.clear()
                     worker.control.clear()
 
-        await self.crowd.send(number, look)
+        await self.visitors.send(number, look)
         sizes.append(self._hub.resident())
         self.quarters.append(statistics.median(sizes) / MIB)
         speed = number / (time.monotonic() - began)
         print(
             f"{name}: {speed:.0f} requests/s, {self._hub.descriptors()} files, "
-            f"{self.quarters[-1]:.2f} MiB, {len(self.crowd.flaws)} flaws",
+            f"{self.quarters[-1]:.2f} MiB, {len(self.visitors.flaws)} flaws",
             flush=True,
         )
 
@@ -151,13 +151,13 @@ class Soak:
     # --- The end ------------------------------------------------------------------
 
     def summary(self) -> str:
-        outcomes = sorted(self.crowd.outcomes.items())
+        outcomes = sorted(self.visitors.outcomes.items())
         executed = sum(self._faults.drawn.values())
         failed = executed - self._faults.drawn[None]
         before, after = self.files
         return "\n".join(
             [
-                f"requests    {self.crowd.ended}, the first {WARM_UP} to warm up",
+                f"requests    {self.visitors.ended}, the first {WARM_UP} to warm up",
                 *(f"  {count:6d}    {outcome}" for outcome, count in outcomes),
                 f"executions  {executed} by workers, {failed} of them failed",
                 f"files       {before} before, {after} after",
@@ -172,7 +172,7 @@ class Soak:
 
     def violations(self) -> list[str]:
         """List what is not as it should be."""
-        found = [*self.crowd.flaws, *self._hub.complaints]
+        found = [*self.visitors.flaws, *self._hub.complaints]
         before, after = self.files
         if after > before:
             found.append(f"{after - before} files or sockets are left")
@@ -181,7 +181,7 @@ class Soak:
         if self.up < len(self._workers):
             found.append(f"only {self.up} workers are in use again")
         # A client that sent a request and closed at once may not have been seen.
-        if not 0 <= self.uncounted <= self.crowd.outcomes["left"]:
+        if not 0 <= self.uncounted <= self.visitors.outcomes["left"]:
             found.append(f"{self.uncounted:g} requests are in no outcome")
         grown = self.quarters[-1] - self.quarters[-2]
         if grown > TOLERANCE / MIB:

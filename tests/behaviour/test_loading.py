@@ -91,11 +91,11 @@ async def test_many_requests_make_only_one_worker_load() -> None:
     async with routers("unloaded", "unloaded", slots=4) as (workers, hub):
         for worker in workers:
             worker.default(wait("go"), *answer({"choices": []}))
-        crowd = [asyncio.create_task(hub.post(CHAT, WHOLE), name="c") for _ in "abc"]
+        waiting = [asyncio.create_task(hub.post(CHAT, WHOLE), name="c") for _ in "abc"]
         await until(lambda: sum(len(each.requests) for each in workers) == 3)
         for worker in workers:
             worker.release("go")
-        assert {(await each).status for each in crowd} == {200}
+        assert {(await each).status for each in waiting} == {200}
         assert sorted(len(each.requests) for each in workers) == [0, 3]
 
 

@@ -90,10 +90,12 @@ async def test_a_request_wakes_the_machine_and_waits_for_it(tmp_path: Path) -> N
 
 async def test_many_requests_are_served_by_the_one_that_wakes(tmp_path: Path) -> None:
     async with asleep(tmp_path) as (machine, _worker, network, hub):
-        crowd = [asyncio.create_task(hub.post(CHAT, WHOLE), name="c") for _ in "abcdef"]
+        waiting = [
+            asyncio.create_task(hub.post(CHAT, WHOLE), name="c") for _ in "abcdef"
+        ]
         await until(lambda: hub.hub.queue.admission.waiting == 6, "six wait")
         machine.hang_health = False
-        assert {(await each).status for each in crowd} == {200}
+        assert {(await each).status for each in waiting} == {200}
         assert len(network.packets) == 1
 
 

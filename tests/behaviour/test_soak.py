@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from gollama_proxy.config.settings import STREAMED
-from tests.fakes.crowd import Crowd
 from tests.fakes.faults import Faults
 from tests.fakes.hub import RunningHub, running_hub, shown
 from tests.fakes.replies import MODEL
+from tests.fakes.visitors import Visitors
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 from tests.soak import EXECUTIONS, RATE, SETTINGS
@@ -103,14 +103,14 @@ async def stock_of_rest(
 async def test_hundreds_of_requests_leave_nothing_behind() -> None:
     faults = Faults("soak", RATE)
     async with faults.workers() as workers, running_hub(*workers, **QUICK) as hub:
-        crowd = Crowd(hub.port, faults, seed=1, visitors=16)
-        await crowd.send(WARM_UP)
+        clients = Visitors(hub.port, faults, seed=1, visitors=16)
+        await clients.send(WARM_UP)
         before = await stock_of_rest(hub, faults, workers)
         kept = shown(hub.hub.recent, "requests")
-        await crowd.send(REQUESTS)
+        await clients.send(REQUESTS)
         await stock_of_rest(hub, faults, workers)
         after = Inventory()
-        assert not crowd.flaws
+        assert not clients.flaws
         # What is learnt, and pings, come and go; a leak would be of each request.
         grown = after.ours - before.ours
         # Of combinations of labels that had not been seen yet.

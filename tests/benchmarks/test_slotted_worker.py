@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from benchmarks.chat import Exchange
-from benchmarks.crowd import connect
+from benchmarks.clients import connect
 from benchmarks.engine import Pace
 from benchmarks.llama_wire import WORD, pages
 from benchmarks.slotted_worker import Connection, Server, Spec

@@ -41,7 +41,7 @@ _SHARE = 0.1  # of the requests are errands
 _PATIENCE = 0.05  # seconds before a client that was refused comes again
 
 
-class Crowd:
+class Visitors:
     """Sends requests to a hub; what they are is a function of the seed."""
 
     def __init__(self, port: int, faults: Faults, *, seed: int, visitors: int) -> None:
@@ -55,7 +55,7 @@ class Crowd:
         self._token = mint(sub="alice", exp=int(time.time()) + 86_400, scope="metrics")
 
     def __repr__(self) -> str:
-        return f"<Crowd {self.ended} requests ended, {len(self.flaws)} flaws>"
+        return f"<Visitors {self.ended} requests ended, {len(self.flaws)} flaws>"
 
     async def send(self, number: int, after_each: Callable[[], object] = bool) -> None:
         """Make so many requests, and wait for their ends."""

@@ -31,7 +31,7 @@ Come = Callable[[int, list[C], asyncio.Event], Coroutine[None, None, None]]
 
 
 @contextlib.asynccontextmanager
-async def crowd(clients: int, come: Come[C]) -> AsyncIterator[list[C]]:
+async def connected(clients: int, come: Come[C]) -> AsyncIterator[list[C]]:
     """Run clients while the context lasts, and let their last requests end.
 
     The calls are in the order in which they began; each has ended after the context.
