@@ -25,6 +25,13 @@ from tests.fakes.hub import SECRET
 API = (ROOT / "docs" / "api.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 
+EXAMPLES = [
+    file
+    for file in (ROOT / "examples").rglob("*")
+    if file.is_file() and file.suffix not in (".md", ".pyc", ".json")
+]
+COMMANDS = ("serve", "secret", "token", "check", "demo", "agent", "workers", "top")
+
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_generated_parts_are_current(page: Path) -> None:
@@ -78,6 +85,7 @@ def test_the_commands_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     used = [command for page in SHOWN for command in commands_in(page)]
     described = {"secret", "check", "serve", "token", "workers", "agent", "reload"}
     assert described <= {command for command, _ in used}
+    used += [command for file in EXAMPLES for command in commands_in(file)]
     for command, rest in used:
         action = re.match(r" ([a-z-]+)\b", rest) if command == "workers" else None
         argv = [command, action[1]] if action else [command]
@@ -89,8 +97,14 @@ def test_the_commands_are_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def commands_in(page: Path) -> list[tuple[str, str]]:
-    """Return each command and the rest of it, from blocks and from quoted words."""
+    """Return each command and the rest of it, from blocks and from quoted words.
+
+    In a file that is no page, they are in comments, or are what the file is for.
+    """
     typed = r"gollama-proxy ([a-z]+)((?:[^\n#)\\]|\\\n)*)"
+    if page.suffix != ".md":
+        found = re.findall(typed, page.read_text())
+        return [(command, rest) for command, rest in found if command in COMMANDS]
     quoted = r"`gollama-proxy\s([a-z]+)((?:[^`])*)`"
     return [
         found
