@@ -17,6 +17,7 @@ from gollama_proxy.fleet.state import WorkerState
 from tests.fakes.asks import CHAT
 from tests.fakes.cases import case
 from tests.fakes.client import Response
+from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.replies import chunk, last_chunk, role, token
 from tests.fakes.script import answer, chat_stream, close, reset, send, wait
@@ -205,6 +206,23 @@ async def test_answers_stream_and_come_in_one_piece(kind: Kind, tmp_path: Path) 
 
 
 @each_kind
+async def test_a_stream_of_a_limited_subject_is_counted_exactly(
+    kind: Kind, tmp_path: Path
+) -> None:
+    """The hub asks for usage, and keeps it from a client that did not."""
+    async with behind(kind, tmp_path) as (server, hub):
+        token = hub.token("bob", tpm=1000)
+        body = ask(kind, stream_options=None)
+        first = await hub.post(CHAT, body, token)
+        assert text_of(events_of(first)) == "".join(TEXTS)
+        assert all(each["choices"] for each in events_of(first))
+        assert server.requests[0].json()["stream_options"]["include_usage"] is True
+        second = await hub.post(CHAT, body, token)
+        left = second.header("X-RateLimit-Remaining-Tokens")
+        assert left == str(1000 - 1 - len(TEXTS))
+
+
+@each_kind
 async def test_each_token_arrives_as_soon_as_it_is_there(
     kind: Kind, tmp_path: Path
 ) -> None:
@@ -282,6 +300,51 @@ async def test_a_prompt_that_cannot_be_counted_goes_to_a_larger_fallback(
         assert response.header("X-Gollama-Worker") == large.name
         chats = [each for each in server.requests if each.path == CHAT]
         assert len(chats) == 1
+
+
+# --- Models that are loaded at their first request ---------------------------------
+
+loading_kinds = pytest.mark.parametrize(
+    "kind",
+    [kind for kind in KINDS if issubclass(kind.stand_in, Ollama | LmStudio)],
+    ids=lambda kind: kind.title,
+)
+
+
+@loading_kinds
+async def test_a_client_is_notified_while_a_model_is_loaded(
+    kind: Kind, tmp_path: Path
+) -> None:
+    async with behind(kind, tmp_path, clock=Clock()) as (server, hub):
+        server.holds = "loaded"
+        async with await hub.open(CHAT, ask(kind)) as wire:
+            await server.received()
+            hub.pass_time(20)
+            await wire.read_until(b": processing\n\n")
+            server.release("loaded")
+            await wire.read_until(b"[DONE]")
+        (worker,) = hub.hub.registry.workers
+        assert worker.breaker.closed
+
+
+@loading_kinds
+async def test_a_stream_does_not_wait_for_a_model_that_another_worker_has(
+    kind: Kind, tmp_path: Path
+) -> None:
+    async with (
+        ScriptedWorker(kind.models[0]) as spare,
+        behind(kind, tmp_path, spare, clock=Clock()) as (server, hub),
+    ):
+        server.holds = "loaded"
+        hub.hub.registry.pause(spare.name)
+        async with await hub.open(CHAT, ask(kind)) as wire:
+            await server.received()
+            hub.hub.registry.unpause(spare.name)
+            hub.pass_time(60)
+            response = await wire.read_response()
+        assert response.header("X-Gollama-Worker") in (spare.name, None)
+        assert text_of(events_of(response)) == "".join(TEXTS)
+        assert len(spare.requests) == 1
 
 
 # --- Names of Ollama --------------------------------------------------------------

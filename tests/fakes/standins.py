@@ -39,6 +39,7 @@ class StandIn(ScriptedWorker):
         self.breaks_after: int | None = None  # tokens: the generation fails there
         self.dies_after: int | None = None  # tokens: the process ends there
         self.overloaded = False
+        self.holds: Barrier | None = None  # passed first, as while a model is loaded
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -82,7 +83,8 @@ class StandIn(ScriptedWorker):
             case "GET", "/v1/models":
                 return self.reply(self.listing())
             case "POST", "/v1/chat/completions":
-                return self.chat(body)
+                held = () if self.holds is None else (wait(self.holds),)
+                return (*held, *self.chat(body))
             case _:
                 return self.unknown(request)
 
@@ -434,14 +436,6 @@ class Ollama(StandIn):
     server = (("Date", DATE[1]),)
     stream_type = "text/event-stream"
 
-    def __init__(self, *models: str, context: int = 4096, key: str = "") -> None:
-        super().__init__(*models, context=context, key=key)
-        self.loads: Barrier | None = None  # passed before anything is answered
-
-    def chat(self, body: dict[str, Any]) -> Script:
-        script = super().chat(body)
-        return script if self.loads is None else (wait(self.loads), *script)
-
     def health(self) -> Script:
         return self.reply("404 page not found", 404, "text/plain")  # it has none
 
@@ -512,14 +506,6 @@ class LmStudio(StandIn):
         ("Keep-Alive", "timeout=5"),
     )
     stream_type = "text/event-stream"
-
-    def __init__(self, *models: str, context: int = 4096, key: str = "") -> None:
-        super().__init__(*models, context=context, key=key)
-        self.loads: Barrier | None = None  # passed before anything is answered
-
-    def chat(self, body: dict[str, Any]) -> Script:
-        script = super().chat(body)
-        return script if self.loads is None else (wait(self.loads), *script)
 
     def health(self) -> Script:
         text = "Unexpected endpoint or method. (GET /health)"
