@@ -113,7 +113,6 @@ async def running_desk(folder: Path, authority: Authority) -> AsyncIterator[Desk
                 "http://10.0.0.13:8080": attic.url,
                 "http://127.0.0.1:8080": own.url,
                 "/etc/gollama/": f"{authority.folder}/",
-                "/etc/prometheus/": f"{folder}/",
             }
             desk = Desk(folder, places)
             for name, value in environ(hub, folder).items():
@@ -243,7 +242,7 @@ def test_output_is_compared_line_by_line() -> None:
 # --- Links ------------------------------------------------------------------------
 
 # Pages that are still being written.
-COMING = {"install.md", "monitoring.md"}
+COMING = {"install.md"}
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=name_of)
