@@ -41,7 +41,7 @@ from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
-from tests.fakes.process import Program, bare
+from tests.fakes.process import Program, bare, hub_process
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stall
 from tests.fakes.worker import ScriptedWorker
@@ -531,6 +531,14 @@ async def test_a_command_imports_only_what_it_needs(
             it.signal(signal.SIGTERM)
         assert await it.ended() == 0
     assert it.output.splitlines()[-1].split()[1:] == sorted(imported.split())
+
+
+async def test_an_idle_hub_takes_little_memory() -> None:
+    """45 MB; the limit allows for other versions of Python and of libraries."""
+    environ = {"COVERAGE_PROCESS_START": ""}  # measured without what measures
+    async with ScriptedWorker() as worker:
+        async with hub_process(worker.url, environ=environ) as hub:
+            assert hub.resident() < 52e6
 
 
 def test_authentication_imports_no_server() -> None:

@@ -103,6 +103,28 @@ async def test_five_streams_end_normally_during_a_drain(hub: Hub) -> None:
             assert "Traceback" not in program.output
 
 
+async def test_two_hundred_streams_end_normally_during_a_drain(
+    authority: Authority,
+) -> None:
+    """Each gets its every token, most of them after the signal."""
+    hub, streams = Hub(authority, https=False), 200
+    rest = [token(str(number)) for number in range(20)]
+    async with ScriptedWorker(slots=streams) as worker:
+        sent = [send(b"".join(chunk(each) for each in rest))]
+        await play(worker, streams, wait("go"), *sent, *ENDED)
+        async with hub.running(worker) as program:  # type: ignore[attr-defined]
+            await hub.listening(program)
+            wires = [await hub.stream() for _ in range(streams)]
+            program.signal(signal.SIGTERM)
+            await program.until("draining for 30 s at most")
+            worker.release("go")
+            for wire in wires:
+                assert await wire.read_events() == [*rest, finish(), done()]
+                wire.close()
+            assert await program.ended() == 0
+    assert "cutting" not in program.output
+
+
 async def test_a_stuck_stream_is_cut_at_the_limit(hub: Hub) -> None:
     async with ScriptedWorker() as worker:
         await play(worker, 1, stall())
