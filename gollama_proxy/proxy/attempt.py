@@ -20,12 +20,14 @@ from gollama_proxy.config.settings import Origin, WorkerConfig
 from gollama_proxy.edge.response import JSON, Response, frame
 from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.fleet.pool import RETRY_AFTER
+from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Cause, DrainedError, Rule, rule_of
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.tasks import spawn
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import ConnectionPool
+from gollama_proxy.wire.answer import build_of, first_model
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError
 from gollama_proxy.wire.errors import (
     Code,
@@ -121,17 +123,17 @@ async def send(
             lost = exc.code is Code.WORKER_LOST and stale and connection.untouched
             if isinstance(exc, DrainedError) or not lost:
                 raise
-            connections.in_use -= 1
             connections.discard(connection)
             x.relay = connection = None
         else:
             return relay
 
 
-async def release(x: Exchange, connections: ConnectionPool) -> None:
+def release(x: Exchange, connections: ConnectionPool) -> Upload | None:
     """Return the connection to the pool if its answer is complete, else close it.
 
-    Closing a connection also cancels the generation.
+    Closing a connection also cancels the generation.  Returns an upload that has to be
+    cancelled.
     """
     relay, upload = x.relay, x.upload
     if relay is not None:
@@ -139,12 +141,11 @@ async def release(x: Exchange, connections: ConnectionPool) -> None:
             streamed = relay.is_event_stream
             connections.give_back(relay.connection, streamed=streamed)
         else:
-            connections.in_use -= 1
             relay.connection.close()
+        x.relay = None
     if upload is not None:
-        await upload.cancel()
         x.upload = None
-    x.relay = None
+    return upload
 
 
 class Upload:
@@ -268,6 +269,22 @@ def failure_of_model(worker: str, model: str) -> Failure:
     text = f"Worker {worker} no longer serves the model {model!r}."
     answer = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
     return Failure(Cause.MODEL, answer)
+
+
+def looks_right(x: Exchange, worker: Worker, relay: Relay) -> bool:
+    """Whether an answer begins as it should, as nearly all do."""
+    held = relay.held
+    if relay.status >= 400:
+        return False
+    if b'"system_fingerprint"' in held:
+        worker.see_build(build_of(held))
+    if relay.is_event_stream:
+        if b'"error"' in held or b'"message"' in held:
+            return False
+    elif x.resume is not None or x.delivery is not None:
+        return False
+    name = first_model(held)
+    return name is None or worker.answer_names.knows(x.model, name)
 
 
 async def read_failure(relay: Relay, worker: str) -> Failure:

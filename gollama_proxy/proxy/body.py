@@ -51,42 +51,47 @@ _ANSWERS = ("n", "n_cmpl")
 _LENGTHS = ("max_completion_tokens", "max_tokens", "n_predict")
 _NO_LIMITS = (UNSET, UNSET, UNSET)
 _BRACKET = ord("[")
+_NOTHING: Mapping[str, fields.Field] = {}
 
 
 class Body:
-    """A request body that is being received.
+    """A request body that is being received."""
 
-    As in `Exchange`, a class attribute is the value before anything else is known.
-    """
-
-    size = 0
-    complete = False
-    replayable = False  # all of it is kept, and can be sent repeatedly
-    untouched = True  # it can still be sent from its beginning, at least once
-    content_type = b"application/json"  # as a worker gets it
-
-    # What the client requests, as far as the body has been read
-    model: str | None = None
-    stream = False
-    fallbacks: tuple[str, ...] = ()  # models that the client names
-    prompts = 1  # how many prompts it contains
-    answers = 1  # how many answers to each of them
-    max_tokens = 0  # the longest answer that it wants; 0 if it states none
-    converses = False  # it has messages
-
-    # How it is received
-    _waited = 0.0  # seconds
-    _received = 0  # bytes, before decompression
-    _ended = False  # everything has been received
-    _opening = b""  # the possible beginning of a byte order mark
-    _found: Mapping[str, fields.Field] = {}
-    _scanner: fields.FieldScanner | FormScanner | None = None
-    _unpacker: Unpacker | None = None
-    _unpacked: Iterator[bytes] = iter(())  # from the last piece received
+    __slots__ = (
+        *("_content", "_ended", "_found", "_grace", "_kept", "_limit", "_opening"),
+        *("_received", "_scanner", "_unpacked", "_unpacker", "_waited", "answers"),
+        *("complete", "content_type", "converses", "endpoint", "fallbacks", "length"),
+        *("max_tokens", "model", "prompts", "replayable", "size", "stream"),
+        "untouched",
+    )
 
     def __init__(
         self, request: BaseRequest, endpoint: Endpoint, config: Config
     ) -> None:
+        self.size = 0
+        self.complete = False
+        self.replayable = False  # all of it is kept, and can be sent repeatedly
+        self.untouched = True  # it can still be sent from its beginning, at least once
+        self.content_type = b"application/json"  # as a worker gets it
+
+        # What the client requests, as far as the body has been read
+        self.model: str | None = None
+        self.stream = False
+        self.fallbacks: tuple[str, ...] = ()  # models that the client names
+        self.prompts = 1  # how many prompts it contains
+        self.answers = 1  # how many answers to each of them
+        self.max_tokens = 0  # the longest answer that it wants; 0 if it states none
+        self.converses = False  # it has messages
+
+        # How it is received
+        self._waited = 0.0  # seconds
+        self._received = 0  # bytes, before decompression
+        self._ended = False  # everything has been received
+        self._opening = b""  # the possible beginning of a byte order mark
+        self._found: Mapping[str, fields.Field] = _NOTHING
+        self._scanner: fields.FieldScanner | FormScanner | None = None
+        self._unpacker: Unpacker | None = None
+        self._unpacked: Iterator[bytes] | None = None  # from the last piece received
         self.endpoint = endpoint
         length = request.headers.get("Content-Length")
         self.length = None if length is None else int(length)
@@ -254,7 +259,7 @@ class Body:
             piece = await self._receive()
             return self._take(piece, ended=self._ended)
         try:
-            while (part := next(self._unpacked, None)) is None:
+            while (part := next(self._unpacked or iter(()), None)) is None:
                 if self._ended:
                     self._unpacker.end()
                     return self._take(b"", ended=True)

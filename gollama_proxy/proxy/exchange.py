@@ -42,6 +42,7 @@ from gollama_proxy.proxy.attempt import (
     failure_of_assembly,
     failure_of_model,
     failure_to_connect,
+    looks_right,
     read_failure,
     release,
     request_head,
@@ -67,7 +68,6 @@ from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers
 from gollama_proxy.wire.answer import (
     Usage,
-    build_of,
     first_model,
     model_of,
     read_usage,
@@ -425,9 +425,10 @@ class Proxy(Running):
                 x, connections, data, self._clock, chunked=length is None
             )
             x.enter(_STREAMING)
-            failure = await self._read_failure(x, lease, relay)
-            if failure is not None:
-                return self._failed(x, lease, failure)
+            if not looks_right(x, worker, relay):
+                failure = await self._read_failure(x, lease, relay)
+                if failure is not None:
+                    return self._failed(x, lease, failure)
             # Passing it on
             now = self._clock()
             lease.first_token = now - lease.taken_at
@@ -455,7 +456,9 @@ class Proxy(Running):
         finally:
             if timer is not None:
                 timer.cancel()
-            await release(x, connections)
+            upload = release(x, connections)
+            if upload is not None:
+                await upload.cancel()
 
     async def _read_failure(
         self, x: Exchange, lease: Lease, relay: Relay
@@ -468,8 +471,6 @@ class Proxy(Running):
         if relay.status >= 400 or (erred and relay.early_error() is not None):
             failure = await read_failure(relay, worker.name)
         else:
-            if b'"system_fingerprint"' in held:
-                worker.see_build(build_of(held))
             name = first_model(held)
             if not (
                 name is None

@@ -51,19 +51,32 @@ _BELIEVED = 2  # workers with the same 5xx, after which the request is at fault
 class Plan:
     """The attempts of one request: on its model's pool, then on its fallbacks'."""
 
-    begun = False  # there has been an attempt, on any pool
-    as_sent = False  # send the request as the client wrote it
-    _place = 0  # of the current pool
-    _resuming = False
-    _free = False  # retries no longer cost anything
-    _last: Worker | None = None  # the worker of the last attempt
-    _unreached = 0  # attempts on this pool that cost nothing
-    _declined: tuple[Worker, ...] = ()  # workers that did not take the request
-    _stalled: tuple[Worker, ...] = ()  # workers that stopped sending
-    _suspects: tuple[Worker, ...] = ()  # sent a 5xx; the request may be at fault
-    _least_context = 0  # a worker must have more than this
-    _again = False  # the last worker may get another attempt,
-    _repeat = False  # or must get it
+    __slots__ = (
+        "_again",
+        "_budget",
+        "_continuations",
+        "_declined",
+        "_free",
+        "_last",
+        "_least_context",
+        "_limits",
+        "_place",
+        "_pools",
+        "_repeat",
+        "_resuming",
+        "_rng",
+        "_stalled",
+        "_suspects",
+        "_tried",
+        "_unreached",
+        "as_sent",
+        "ask",
+        "begun",
+        "needs",
+        "once",
+        "pool",
+        "single",
+    )
 
     def __init__(
         self,
@@ -88,6 +101,21 @@ class Plan:
         self._rng = rng
         rescue = config.rescue
         self._continuations = rescue.attempts if rescue.enabled else 0
+        self.begun = False  # there has been an attempt, on any pool
+        self.as_sent = False  # send the request as the client wrote it
+        self._place = 0  # of the current pool
+        self._resuming = False
+        self._free = False  # retries no longer cost anything
+        self._last: Worker | None = None  # the worker of the last attempt
+        self._unreached = 0  # attempts on this pool that cost nothing
+        self._declined: tuple[Worker, ...] = ()  # workers that did not take the request
+        self._stalled: tuple[Worker, ...] = ()  # workers that stopped sending
+        self._suspects: tuple[
+            Worker, ...
+        ] = ()  # sent a 5xx; the request may be at fault
+        self._least_context = 0  # a worker must have more than this
+        self._again = False  # the last worker may get another attempt,
+        self._repeat = False  # or must get it
         budget.deposit()
 
     def __repr__(self) -> str:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from gollama_proxy.config.settings import Config
     from gollama_proxy.edge.auth import Principal
-    from gollama_proxy.fleet.lease import Lease
     from gollama_proxy.proxy.attempt import Failure, Upload
     from gollama_proxy.proxy.body import Body
     from gollama_proxy.proxy.plan import Plan
@@ -63,7 +62,8 @@ class State(enum.Enum):
     __hash__ = object.__hash__
 
 
-_ENDED = State.ENDED  # see `exchange.py`
+_READING, _ENDED = State.READING, State.ENDED  # see `exchange.py`
+_INTERACTIVE = Priority.INTERACTIVE
 _ATTEMPT = {State.QUEUED, State.CONNECTING, State.WAITING}  # where one begins
 
 TRANSITIONS: dict[State, frozenset[State]] = {
@@ -81,65 +81,68 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 
 
 class Exchange(Record):
-    """One client request, from its first byte to its outcome.
+    """One client request, from its first byte to its outcome."""
 
-    A class attribute is the value before anything else is known.  What stays as it is
-    there is not set on the object, so that a plain request costs little time and
-    memory.
-    """
+    __slots__ = (
+        *("alias", "answered", "asked", "body", "caller", "choices", "config"),
+        *("counted", "cut", "delivery", "endpoint", "failure", "forwarded"),
+        *("hides_usage", "keep_alive", "lines", "loading", "lost", "max_concurrency"),
+        *("needs_slot", "noticed_at", "plan", "priority", "relay", "repeated"),
+        *("request", "resume", "rewritten", "sent", "spans", "state", "suspect"),
+        *("ticket", "upload", "waited", "waiting_since"),
+    )
 
-    id = ""
-    state = State.READING
-    forwarded = b""  # header lines of the client for workers
-    lines = ""  # further header lines of its answer
-    spans: Spans | None = None  # unless the hub traces no requests
-    keep_alive = False  # the client's connection may carry another request
-
-    # The caller, and the request
     config: Config  # the settings when it began; later ones are for later requests
     caller: Principal
-    priority: Priority = Priority.INTERACTIVE
-    needs_slot = True  # its attempts generate tokens; others need no slot
-    max_concurrency = 0  # concurrent requests of the subject; 0: no limit
     endpoint: Endpoint
     body: Body
-    asked = ""  # the requested model, by the name that its workers use
-    alias = ""  # the client's name for it, if that differs
-    counted = False  # its tokens must be known exactly
-
-    # The attempts
     plan: Plan
-    ticket: Ticket | None = None  # its place in the queue
-    lease: Lease | None = None
-    relay: Relay | None = None
-    upload: Upload | None = None  # of a long body
-    loading = False  # the worker of this attempt must load the model first
-    waiting_since = 0.0  # monotonic seconds, when this attempt was sent
-
-    # What the worker gets
-    sent = b""  # the body that the worker got, to begin an answer with
-    choices = 1  # requested from a stream
-    hides_usage = False  # the hub requested usage, and the client did not
-    rewritten = False  # the request differs from the client's
-    suspect: Plainly | None = None  # a worker that may refuse rewritten requests
-
-    # What the client gets
-    delivery: Stream | Assembly | None = None
-    resume: Resume | None = None  # the answer broke off, and is being continued
-    repeated = 0  # tokens of it that the worker of this attempt reads as prompt
-    lost: ProxyError | None = None  # why the answer broke off
-    failure: Failure | None = None  # the last one
-    answered = False  # a worker has begun to generate
-    waited = 0.0  # seconds for which no worker was available
-    cut: ProxyError | None = None  # why the hub has cancelled it, if it has
-    noticed_at = 0.0  # seconds of an attempt, when the client was last notified
 
     def __init__(self, request: web.BaseRequest, started: float) -> None:
         """Begin; `started` is in monotonic seconds."""
+        super().__init__("", request.method, remote=request.remote or "")
         self.request = request
-        self.method = request.method
-        self.remote = request.remote or ""
         self.started = started
+        self.state = _READING
+        self.forwarded = b""  # header lines of the client for workers
+        self.lines = ""  # further header lines of its answer
+        self.spans: Spans | None = None  # unless the hub traces no requests
+        self.keep_alive = False  # the client's connection may carry another request
+
+        # The caller, and the request
+        self.priority: Priority = _INTERACTIVE
+        self.needs_slot = True  # its attempts generate tokens; others need no slot
+        self.max_concurrency = 0  # concurrent requests of the subject; 0: no limit
+        self.asked = ""  # the requested model, by the name that its workers use
+        self.alias = ""  # the client's name for it, if that differs
+        self.counted = False  # its tokens must be known exactly
+
+        # The attempts
+        self.ticket: Ticket | None = None  # its place in the queue
+        self.relay: Relay | None = None
+        self.upload: Upload | None = None  # of a long body
+        self.loading = False  # the worker of this attempt must load the model first
+        self.waiting_since = 0.0  # monotonic seconds, when this attempt was sent
+
+        # What the worker gets
+        self.sent = b""  # the body that the worker got, to begin an answer with
+        self.choices = 1  # requested from a stream
+        self.hides_usage = False  # the hub requested usage, and the client did not
+        self.rewritten = False  # the request differs from the client's
+        self.suspect: Plainly | None = None  # a worker may refuse rewritten requests
+
+        # What the client gets
+        self.delivery: Stream | Assembly | None = None
+        self.resume: Resume | None = None  # the answer broke off, and is continued
+        self.repeated = 0  # tokens of it that the worker of this attempt gets as prompt
+        self.lost: ProxyError | None = None  # why the answer broke off
+        self.failure: Failure | None = None  # the last one
+        self.answered = False  # a worker has begun to generate
+        self.waited = 0.0  # seconds for which no worker was available
+        self.cut: ProxyError | None = None  # why the hub has cancelled it, if it has
+        self.noticed_at = (
+            0.0  # seconds of an attempt, when the client was last notified
+        )
 
     def __repr__(self) -> str:  # without text of the user
         return f"<Exchange {self.id} {self.state.name} attempts={self.attempts}>"
@@ -205,27 +208,6 @@ class Exchange(Record):
 
 
 MOST_STEPS = 100  # of one request; more are not kept
-
-_OF_A_STREAM = (
-    "request method remote started id forwarded keep_alive route config subject caller "
-    "endpoint body model asked alias plan ticket lease worker attempts queued sent "
-    "state relay waiting_since first_byte delivery status trace"
-)
-
-
-def _share_names() -> None:
-    """Put the attributes that a running stream has into the table that all share.
-
-    CPython keeps 30 names in that table, in the order in which they are first set.  An
-    exchange with another name gets a table for itself, which takes 1.5 KiB.
-    """
-    first = Exchange.__new__(Exchange)
-    for name in _OF_A_STREAM.split():
-        setattr(first, name, None)
-
-
-_share_names()
-
 
 # --- The requests that run --------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from gollama_proxy.telemetry.logs import BatchHandler, Fields
 from gollama_proxy.wire.headers import TraceContext
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 _ERROR = Outcome.ERROR  # before Python 3.12, looking it up in its class takes long
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, slots=True)
 class Record:
     """The data of a request that telemetry needs, filled in along its path."""
 
@@ -76,12 +76,10 @@ class Record:
     first_byte: float | None = None
     duration: float | None = None  # set at the end
     trace: TraceContext | None = None  # what its spans and lines have in common
-    # Whether it went as it does every few seconds, and is not listed.  No field: it
-    # would be set for every request.
-    routine = False
-    # Empty unless something unusual happens.  No field, either.
-    steps = tuple[Step, ...]()
-    lease = cast("Lease | None", None)  # of its last attempt
+    # Whether it went as it does every few seconds, and is not listed.
+    routine: bool = False
+    steps: tuple[Step, ...] = ()  # empty unless something unusual happens
+    lease: Lease | None = None  # of its last attempt
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.method} {self.route}>"

@@ -55,7 +55,9 @@ class Bench:
         try:
             yield x
         finally:
-            await release(x, self.pool)
+            upload = release(x, self.pool)
+            if upload is not None:
+                await upload.cancel()
 
     async def send(
         self,
