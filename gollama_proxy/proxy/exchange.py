@@ -63,7 +63,6 @@ from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.queue import Queue, Waking
 from gollama_proxy.scheduling.turns import Priority, choose_priority
 from gollama_proxy.telemetry.accesslog import Outcome
-from gollama_proxy.telemetry.logs import Throttle
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers
 from gollama_proxy.wire.answer import (
@@ -93,8 +92,6 @@ logger = logging.getLogger(__name__)
 
 # nginx's status for a client that left before the answer; only logs show it.
 CLIENT_CLOSED = 499
-# Seconds between two lines about losses of one worker.
-LOG_EVERY = 1.0
 # Before Python 3.12, it takes long to look up a member of an enum in its class.
 _INTERACTIVE = Priority.INTERACTIVE
 _CONNECTING, _STREAMING = State.CONNECTING, State.STREAMING
@@ -142,7 +139,6 @@ class Proxy(Running):
         self._rewriter = Rewriter(clock)
         self._rng = random.Random()
         self._limits = Limits(clock)
-        self._losses = Throttle(clock, LOG_EVERY)
         # Called when a request has its plan, waits, or gets to a worker.
         self.observer: Callable[[str, Exchange], None] | None = None
         self.tracer: Tracer | None = None  # of the requests for workers
@@ -181,7 +177,7 @@ class Proxy(Running):
                 x.status = CLIENT_CLOSED
                 return CLOSE
             except Exception as exc:
-                logger.exception("request %s failed", x.id, extra=_trace_of(x))
+                logger.exception("request %s failed", x.id, extra=x.extra)
                 response = self._fail_inside(x, exc)
             return await self._finish(x, response)
         except asyncio.CancelledError:
@@ -626,7 +622,7 @@ class Proxy(Running):
             ProxyError: no other attempt follows, and nothing has been sent yet.
         """
         x.enter(State.BROKEN)
-        recovery.note_failure(x, worker, failure, self._losses, self._clock())
+        recovery.note_failure(x, worker, failure, self._clock())
         if x.resume is not None and x.resume.exhausted:
             assert x.delivery is not None, x
             try:
@@ -690,11 +686,6 @@ class Proxy(Running):
         """Check the time limits of all requests; the watchdog calls it every second."""
         for x in tuple(self._running.values()):
             self._limits.check(x, now)
-
-
-def _trace_of(x: Exchange) -> dict[str, object]:
-    """Return what a line of the log has besides its message."""
-    return {"fields": {"trace": x.trace.trace_id}} if x.trace is not None else {}
 
 
 _UNSEEN = frozenset({_CONNECTING, State.WAITING})

@@ -27,7 +27,6 @@ from gollama_proxy.proxy.response import Assembly, Stream, in_shape_of
 from gollama_proxy.proxy.rewrite import Rewriter
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome
-from gollama_proxy.telemetry.logs import Throttle
 from gollama_proxy.wire.asking import (
     ask_for_rest,
     can_continue,
@@ -100,9 +99,7 @@ def _is_worthwhile(x: Exchange, resume: Resume) -> bool:
 # --- The next attempt -------------------------------------------------------------
 
 
-def note_failure(
-    x: Exchange, worker: Worker, failure: Failure, losses: Throttle, now: float
-) -> None:
+def note_failure(x: Exchange, worker: Worker, failure: Failure, now: float) -> None:
     """Record how a worker failed; log that it was lost, which retries hide."""
     error = failure.answer
     detail = error.detail if isinstance(error, WorkerError) else ""
@@ -110,6 +107,8 @@ def note_failure(
         x.note(x.lease.taken_at, "attempt", worker.name)
     reason = failure.cause.value + (f": {detail[:MOST_DETAIL]}" if detail else "")
     x.note(now, "failed", worker.name, reason)
+    text = "request %s: worker %s failed: %s"
+    logger.debug(text, x.id, worker.name, reason, extra=x.extra)
     if x.spans is not None:
         x.spans.failed(failure.cause.name.lower(), reason)
     if failure.cause is Cause.DRAINED or not isinstance(error, WorkerError):
@@ -117,9 +116,8 @@ def note_failure(
     worker.last_error = LastError(now, error.code, error.detail)
     if error.code not in _LOSSES:
         return
-    if count := losses.count(worker.name):
-        text = "worker %s: lost while it had a request: %d times (%s)"
-        logger.warning(text, worker.name, count, error.detail or error.code)
+    text = "worker %s: lost while it had a request (%s)"
+    logger.warning(text, worker.name, error.detail or error.code, extra=x.extra)
 
 
 def pause_before_next(

@@ -84,6 +84,11 @@ class Record:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.method} {self.route}>"
 
+    @property
+    def extra(self) -> dict[str, Fields]:
+        """What a line of `logging` about it has besides its message: its trace."""
+        return {} if self.trace is None else {"fields": {"trace": self.trace.trace_id}}
+
     def fields(self) -> Fields:
         """Return the fields that the log shows; empty and zero values are left out."""
         shown = {k: v for k, v in zip(COMMON, self.common(), strict=True) if v}

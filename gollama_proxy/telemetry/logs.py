@@ -72,6 +72,8 @@ def configure(log: Log) -> None:
     logging._srcfile = None  # documented: logging HOWTO, "Optimization"
     # aiohttp logs each malformed request with its bytes and a traceback.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
+    # The exporter of traces logs each connection at level debug.
+    logging.getLogger("urllib3").setLevel(logging.INFO)
 
 
 def reconfigure(log: Log) -> None:
