@@ -16,7 +16,9 @@ from gollama_proxy.config.settings import Config, settings
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.auth import LIMITS
 from gollama_proxy.hub import Hub
+from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire.errors import Code
+from gollama_proxy.wire.headers import TraceContext
 from gollama_proxy.wire.schema import ENDPOINTS
 from tests.docs.blocks import SHOWN, blocks
 from tests.docs.parts import PAGES, ROOT, fill, name_of, parts
@@ -142,3 +144,32 @@ def test_every_claim_of_a_token_is_described() -> None:
     for claim in LIMITS:
         flag = "--" + claim.replace("_", "-")
         assert f"| `{claim}` | `{flag}` |" in API
+
+
+def test_the_fields_of_a_log_line_are_those_of_the_table() -> None:
+    record = Record(
+        *("1", "GET"),
+        path="/x",
+        remote="10.0.0.1",
+        subject="alice",
+        model="tiny",
+        worker="gpu1",
+        attempts=1,
+        rescued=1,
+        fell_back="other",
+        status=200,
+        outcome=Outcome.COMPLETE,
+        error="no_worker_available",
+        detail="x",
+        bytes=1,
+        tokens=1,
+        prompt_tokens=1,
+        cached_tokens=1,
+        first_byte=1.0,
+        duration=1.0,
+        trace=TraceContext("1" * 32, "1" * 16, True, ""),
+    )
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    _, _, table = page.partition("### Fields of a request")
+    rows = re.findall(r"^\| (`.+?) \|", table.partition("\n### ")[0], re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == list(record.fields())
