@@ -20,7 +20,7 @@ from gollama_proxy.config.load import load_worker
 from gollama_proxy.control import agents as api
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.state import WorkerState
-from gollama_proxy.fleet.worker import SETTLING
+from gollama_proxy.fleet.worker import SETTLING, Worker
 from gollama_proxy.wire.description import Check
 from tests.fakes.agent import AgentProcess, HandAgent
 from tests.fakes.asks import CHAT
@@ -583,6 +583,13 @@ async def test_settings_and_reports_are_taken_up() -> None:
         assert lease.report == {"host": "desk", "devices": [device]}
 
 
+def refuse(worker: Worker) -> None:
+    """Have its server refuse connections until it is down, if it was up already."""
+    worker.observe(Check.REFUSED, "connection refused")
+    while not worker.is_down:
+        worker.observe(Check.REFUSED, "connection refused")
+
+
 async def test_operators_see_what_the_server_of_an_agent_waits_for(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -591,11 +598,11 @@ async def test_operators_see_what_the_server_of_an_agent_waits_for(
         await agent.put(report={"waiting_for": helpers})
         await agent.put(report={"waiting_for": helpers})
         (worker,) = agent.hub.hub.registry.workers
-        worker.observe(Check.REFUSED, "connection refused")
+        refuse(worker)
         shown = agent.hub.hub.views.worker(worker)
         assert shown["reason"] == f"its server waits for helpers: {', '.join(helpers)}"
         await agent.put(report={"serving": True})
-        worker.observe(Check.REFUSED, "connection refused")
+        refuse(worker)
         assert agent.hub.hub.views.worker(worker)["reason"] == "connection refused"
     lines = [r.getMessage() for r in caplog.records if "waits for" in r.getMessage()]
     text = "worker desk: its server waits for helpers: 10.0.0.12:50052, 10.0.0.13:50052"

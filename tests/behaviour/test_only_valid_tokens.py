@@ -100,9 +100,9 @@ TOKENS: dict[str, str] = {
     "exp of 5,000 digits": spelled("exp", "9" * 5_000),
     "exp in milliseconds": signed(exp=(NOW + 3_600) * 1_000),
     "exp in two years": signed(exp=NOW + 2 * 366 * 86_400),
-    "nbf in the future": signed(nbf=NOW + 600),
+    "nbf in the future": signed(nbf=NOW + 86_400),
     "nbf a string": signed(nbf=str(NOW)),
-    "iat in the future": signed(iat=NOW + 600),
+    "iat in the future": signed(iat=NOW + 86_400),
     # Subject, issuer, audience
     "no sub": signed(sub=None),
     "sub a number": signed(sub=7),

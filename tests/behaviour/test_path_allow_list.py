@@ -215,14 +215,14 @@ async def test_a_wrong_method_gets_the_allowed_ones() -> None:
             ("TRACE", CHAT, "POST"),
             ("PROPFIND", CHAT, "POST"),
             ("GET", f"{CHAT}?method=POST", "POST"),
-            ("POST", "/v1/models", "GET"),
-            ("DELETE", "/v1/models/qwen", "GET"),
-            ("POST", "/v1/models/load", "GET"),
-            ("POST", "/models/load", "GET"),
-            ("POST", "/models/unload", "GET"),
-            ("POST", "/models/../props", "GET"),
-            ("POST", "/health", "GET"),
-            ("POST", "/metrics", "GET"),
+            ("POST", "/v1/models", "GET, HEAD"),
+            ("DELETE", "/v1/models/qwen", "GET, HEAD"),
+            ("POST", "/v1/models/load", "GET, HEAD"),
+            ("POST", "/models/load", "GET, HEAD"),
+            ("POST", "/models/unload", "GET, HEAD"),
+            ("POST", "/models/../props", "GET, HEAD"),
+            ("POST", "/health", "GET, HEAD"),
+            ("POST", "/metrics", "GET, HEAD"),
         ]:
             with case((method, path, allow)):
                 async with await hub.wire() as wire:
