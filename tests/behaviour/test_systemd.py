@@ -19,6 +19,7 @@ from tests.fakes.process import Program, bare
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, send, wait
 from tests.fakes.systemd import Systemd, listening, passing
+from tests.fakes.tools import require
 from tests.fakes.worker import ScriptedWorker
 
 
@@ -164,6 +165,41 @@ async def test_a_unix_socket_alone(systemd: Systemd, tmp_path: Path) -> None:
             await program.until(f"listening on unix:{path}; ")
             wires = [await connect(path, socket.AF_UNIX) for _ in range(3)]
             assert [await answer(each) for each in wires] == [200, 200, 200]
+
+
+async def test_systemd_starts_a_hub_for_its_first_client(tmp_path: Path) -> None:
+    """With its own program for that: two sockets, of which one is for metrics."""
+    starter = require("systemd-socket-activate", package="systemd")
+    addresses = [str(tmp_path / "http"), str(tmp_path / "metrics")]
+    settings = bare() | {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_METRICS_OPEN": "true"}
+    process = await asyncio.create_subprocess_exec(
+        starter,
+        *(f"--listen={each}" for each in addresses),
+        "--fdname=http:metrics",
+        *(f"--setenv={name}={value}" for name, value in settings.items()),
+        *(sys.executable, "-m", "gollama_proxy", "serve"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=settings,
+    )
+    hub = Program(process)
+    try:
+        await hub.until("Listening on .*metrics")
+        first = await connect(addresses[0], socket.AF_UNIX)
+        assert await answer(first) == 200
+        async with await connect(addresses[1], socket.AF_UNIX) as wire:
+            await wire.get("/metrics")
+            assert b"gollama_build_info" in (await wire.read_response()).body
+        async with await connect(addresses[1], socket.AF_UNIX) as wire:
+            await wire.get("/v1/models")
+            assert (await wire.read_response()).status == 404
+        hub.signal(signal.SIGTERM)
+        assert await hub.ended() == 0, hub.output
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
 
 
 async def test_an_open_socket_without_authentication_is_refused(
