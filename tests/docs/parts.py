@@ -70,7 +70,7 @@ def parts() -> dict[str, str]:
         ),
         "endpoints": _describe_endpoints(),
         "refused": _table(
-            ("route of llama-server", "what it does"),
+            ("route of llama-server", "because it"),
             ((f"`{route}`", reason) for route, reason in REFUSED.items()),
         ),
         "admin": "\n\n".join(_describe_calls(api["paths"])),
@@ -178,12 +178,12 @@ _APIS = {
 
 def _describe_endpoints() -> str:
     def features(endpoint: Endpoint) -> Iterator[str]:
-        yield "streams" if endpoint.generates else "answers in one piece"
+        yield "can stream" if endpoint.generates else "answers in one piece"
         if not endpoint.slot:
             yield "needs no slot"
         if endpoint.form:
             yield "takes a multipart form"
-        yield from (f"`{name}` is an array" for name in endpoint.arrays)
+        yield from (f"`{name}` must be an array" for name in endpoint.arrays)
 
     return _table(
         ("path", "API", ""),
