@@ -25,7 +25,9 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from gollama_proxy.config.settings import Config, Revoked
 from gollama_proxy.config.values import ConfigError
@@ -47,7 +49,7 @@ _digest_of = functools.partial(hashlib.blake2b, digest_size=32)
 _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 
-class Principal(NamedTuple):
+class Principal(msgspec.Struct, frozen=True, gc=False):
     """The subject of a token and its permissions."""
 
     subject: str
@@ -171,7 +173,8 @@ class Authenticator:
         if len(token) > MAX_TOKEN:
             raise AuthError("token too long")
         digest = _digest_of(token.encode("utf-8", "surrogateescape")).digest()
-        principal = self._known.get(digest)
+        known = self._known
+        principal = known.get(digest)
         if principal is None:
             principal = self._verify(token)
             self._remember(digest, principal)
@@ -179,7 +182,7 @@ class Authenticator:
             del self._known[digest]
             raise AuthError("token has expired")
         else:
-            self._known.move_to_end(digest)
+            known.move_to_end(digest)
         return principal
 
     def revoke(self, revoked: Revoked) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.tasks import spawn
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.wire.answer import build_of, first_model
+from gollama_proxy.wire.answer import build_of, first_model, model_of
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError
 from gollama_proxy.wire.errors import (
     Code,
@@ -285,6 +285,58 @@ def looks_right(x: Exchange, worker: Worker, relay: Relay) -> bool:
         return False
     name = first_model(held)
     return name is None or worker.answer_names.knows(x.model, name)
+
+
+def look_late(x: Exchange, worker: Worker, relay: Relay) -> None:
+    """Check a worker whose long answer in one piece has a new model name.
+
+    The name comes at the end of such an answer, when it has been passed on.
+    """
+    name = first_model(relay.tail)
+    if name is not None and not worker.answer_names.knows(x.model, name):
+        worker.suspect()
+
+
+async def find_failure(
+    x: Exchange, relay: Relay, check_health: Callable[[Worker], Awaitable[bool]]
+) -> Failure | None:
+    """Return why an answer that does not look right cannot be passed on, or None."""
+    assert x.lease is not None, x
+    worker = x.lease.worker
+    if relay.status >= 400 or relay.early_error() is not None:
+        return await read_failure(relay, worker.name)
+    name = first_model(relay.held)
+    if not (
+        name is None
+        or worker.answer_names.knows(x.model, name)
+        or await _is_asked_for(x, worker, relay, check_health)
+    ):
+        return failure_of_model(worker.name, x.lease.model)
+    if not relay.is_event_stream and (x.resume is not None or x.begun):
+        return failure_of(DivergedError("it does not stream"))
+    return None
+
+
+async def _is_asked_for(
+    x: Exchange,
+    worker: Worker,
+    relay: Relay,
+    check_health: Callable[[Worker], Awaitable[bool]],
+) -> bool:
+    """Whether an answer with a new name comes from the requested model.
+
+    A worker may have been restarted with another model since its last health check, so
+    it is checked before the answer is passed on.
+    """
+    if not relay.is_event_stream:
+        try:
+            await relay.whole()
+        except WorkerError:
+            return True  # handled when it is passed on
+    name = model_of(relay.held, events=relay.is_event_stream)
+    if name is None or worker.answer_names.knows(x.model, name):
+        return True
+    return await check_health(worker) and worker.accepts_name(x.model, name)
 
 
 async def read_failure(relay: Relay, worker: str) -> Failure:

@@ -24,7 +24,6 @@ from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.edge.response import (
     CLOSE,
     KEEP,
-    Client,
     ClientStalledError,
     Response,
     Sent,
@@ -38,22 +37,20 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy import recovery
 from gollama_proxy.proxy.attempt import (
     Failure,
-    failure_of,
     failure_of_assembly,
-    failure_of_model,
     failure_to_connect,
+    find_failure,
+    look_late,
     looks_right,
-    read_failure,
     release,
     request_head,
     send,
 )
 from gollama_proxy.proxy.body import Body, answer_expectation
-from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.limits import Limits, notify_client, takes_comments
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.relay import Relay
-from gollama_proxy.proxy.response import Stream, in_one_piece
+from gollama_proxy.proxy.response import Stream, in_one_piece, open_answer
 from gollama_proxy.proxy.rewrite import Rewriter, tally_of
 from gollama_proxy.proxy.state import Exchange, Running, State, draining
 from gollama_proxy.proxy.tokens import Charges, Fitting
@@ -67,8 +64,6 @@ from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers
 from gollama_proxy.wire.answer import (
     Usage,
-    first_model,
-    model_of,
     read_usage,
 )
 from gollama_proxy.wire.assemble import AssemblyError
@@ -80,7 +75,6 @@ from gollama_proxy.wire.errors import (
     RequestError,
     WorkerError,
 )
-from gollama_proxy.wire.partial import DivergedError
 from gollama_proxy.wire.schema import ENDPOINTS, Ending, api_of
 
 if TYPE_CHECKING:
@@ -352,20 +346,22 @@ class Proxy(Running):
                         x.slot_seconds += lease.released_at - lease.taken_at
                 if not isinstance(response, Failure):
                     return response
-                final = await self._recover(x, lease.worker, response)
+                final = await recovery.recover(
+                    x, lease.worker, response, self._rewriter, self._clock
+                )
                 if final is not None:
                     return final
         except ProxyError as error:
             if not x.begun:
                 raise
-            return self._break_off(x, error)
+            return recovery.break_off(x, error)
         except asyncio.CancelledError:
             # A client with a part of an answer is notified that it is incomplete.
             if not x.begun or x.client_left:
                 raise
             if deadline is not None and deadline.expired():
-                return self._break_off(x, _took_too_long(config.timeouts.request))
-            self._break_off(x, x.cut or draining())
+                return recovery.break_off(x, _took_too_long(config.timeouts.request))
+            recovery.break_off(x, x.cut or draining())
             raise
         finally:
             self._queue.leave(x)
@@ -422,9 +418,10 @@ class Proxy(Running):
             )
             x.enter(_STREAMING)
             if not looks_right(x, worker, relay):
-                failure = await self._read_failure(x, lease, relay)
+                failure = await find_failure(x, relay, self._check_health)
                 if failure is not None:
-                    return self._failed(x, lease, failure)
+                    self._charges.add_refused(x, relay, failure.cause)
+                    return recovery.failed(x, lease, failure)
             # Passing it on
             now = self._clock()
             lease.first_token = now - lease.taken_at
@@ -444,7 +441,7 @@ class Proxy(Running):
                 failure = failure_to_connect(exc, lease)
             else:
                 failure = recovery.failure_on(x, worker, exc)
-            return self._failed(x, lease, failure)
+            return recovery.failed(x, lease, failure)
         except asyncio.CancelledError:
             if x.state in _UNSEEN:
                 self._charges.add_unseen(x, lease)
@@ -456,48 +453,6 @@ class Proxy(Running):
             if upload is not None:
                 await upload.cancel()
 
-    async def _read_failure(
-        self, x: Exchange, lease: Lease, relay: Relay
-    ) -> Failure | None:
-        """Return why an answer cannot be passed on, or None."""
-        worker = lease.worker
-        failure = None
-        streams, held = relay.is_event_stream, relay.held
-        erred = streams and (b'"error"' in held or b'"message"' in held)
-        if relay.status >= 400 or (erred and relay.early_error() is not None):
-            failure = await read_failure(relay, worker.name)
-        else:
-            name = first_model(held)
-            if not (
-                name is None
-                or worker.answer_names.knows(x.model, name)
-                or await self._is_asked_for(x, worker, relay)
-            ):
-                failure = failure_of_model(worker.name, lease.model)
-        if failure is not None:
-            self._charges.add_refused(x, relay)
-        elif not streams and (x.resume is not None or (x.delivery and x.begun)):
-            used = read_usage(relay.held, x.endpoint.api)
-            self._charges.add(x, relay, used)
-            failure = failure_of(DivergedError("it does not stream"))
-        return failure
-
-    async def _is_asked_for(self, x: Exchange, worker: Worker, relay: Relay) -> bool:
-        """Whether an answer with a new name comes from the requested model.
-
-        A worker may have been restarted with another model since its last health
-        check, so it is checked before the answer is passed on.
-        """
-        if not relay.is_event_stream:
-            try:
-                await relay.whole()
-            except WorkerError:
-                return True  # handled when it is passed on
-        name = model_of(relay.held, events=relay.is_event_stream)
-        if name is None or worker.answer_names.knows(x.model, name):
-            return True
-        return await self._check_health(worker) and worker.accepts_name(x.model, name)
-
     # --- The answer ---------------------------------------------------------------
 
     async def _relay(
@@ -507,7 +462,7 @@ class Proxy(Running):
         worker, body = lease.worker, x.body
         complete = False
         try:
-            client = self._open(x, relay)
+            client = open_answer(x, relay)
             kept = x.config.rescue.kept if x.sent and x.resume is None else 0
             answers = body.answers * body.prompts
             await relay.run(
@@ -525,7 +480,7 @@ class Proxy(Running):
             response = x.delivery.finish()
             complete = True
             if not relay.is_event_stream:
-                self._look_late(x, worker, relay)
+                look_late(x, worker, relay)
             return response
         except ClientStalledError:
             lease.release(Result.CLIENT_GONE)
@@ -533,9 +488,9 @@ class Proxy(Running):
             x.end(Outcome.CLIENT_GONE, "client_stalled")
             return x.delivery.drop()
         except AssemblyError as exc:
-            return self._failed(x, lease, failure_of_assembly(exc))
+            return recovery.failed(x, lease, failure_of_assembly(exc))
         except WorkerError as exc:
-            return self._failed(x, lease, recovery.broke_off(x, worker, relay, exc))
+            return recovery.failed(x, lease, recovery.broke_off(x, worker, relay, exc))
         except ProxyError:  # an error in the client's body
             lease.release(Result.REFUSED)
             raise
@@ -553,36 +508,6 @@ class Proxy(Running):
             if complete:
                 self._complete(x, lease, relay, relay.end.usage)
 
-    def _open(self, x: Exchange, relay: Relay) -> Client:
-        """Begin or continue the answer; return the client for the relay."""
-        if x.delivery is None or not relay.is_event_stream:
-            x.delivery = Stream(x)
-        if x.hides_usage and relay.is_event_stream:
-            assert isinstance(x.delivery, Stream), x
-            x.delivery.hide_usage()
-        client = x.delivery.open(relay)
-        if not (
-            x.config.rescue.enabled
-            and x.endpoint.ending is _DONE_EVENT
-            and x.body.replayable
-            and relay.is_event_stream
-        ):
-            x.sent = b""  # it cannot be rescued
-        if x.fed:
-            x.body.forget()
-        if x.resume is None:
-            return client
-        return x.resume.client_of(client, x.model, x.worker, relay.fail)
-
-    def _look_late(self, x: Exchange, worker: Worker, relay: Relay) -> None:
-        """Check a worker whose long answer in one piece has a new model name.
-
-        The name comes at the end of such an answer, when it has been passed on.
-        """
-        name = first_model(relay.tail)
-        if name is not None and not worker.answer_names.knows(x.model, name):
-            worker.suspect()
-
     def _complete(self, x: Exchange, lease: Lease, relay: Relay, used: Usage) -> None:
         """Release the lease of a complete answer, and learn from it."""
         if relay.is_event_stream and relay.opened_at is not None:
@@ -597,55 +522,6 @@ class Proxy(Running):
         if x.failure is not None or lease.worker.model_breakers:
             recovery.settle_blame(x, lease.worker)
             self._rewriter.confirm(x, lease.worker)
-
-    # --- After a failure ----------------------------------------------------------
-
-    def _failed(self, x: Exchange, lease: Lease, failure: Failure) -> Failure:
-        """Release the lease of a failed attempt."""
-        worker, model = lease.worker, lease.model
-        if failure.overflow is not None:
-            worker.learn_context(model, failure.overflow.context)
-        if failure.busy is not None:
-            unavailable = failure.cause is Cause.LOADING
-            breaker = worker.breaker_of(model)
-            left_alone = breaker.busy(failure.busy, unavailable=unavailable)
-            failure = failure._replace(busy=left_alone)
-        lease.release(failure.rule.result)
-        return failure
-
-    async def _recover(
-        self, x: Exchange, worker: Worker, failure: Failure
-    ) -> Response | Sent | None:
-        """Decide what follows a failed attempt; None: another one.
-
-        Raises:
-            ProxyError: no other attempt follows, and nothing has been sent yet.
-        """
-        x.enter(State.BROKEN)
-        recovery.note_failure(x, worker, failure, self._clock())
-        if x.resume is not None and x.resume.exhausted:
-            assert x.delivery is not None, x
-            try:
-                x.delivery.send(x.resume.closing())
-                return x.delivery.finish()
-            except AssemblyError as exc:
-                failure = failure_of_assembly(exc)
-        pause = recovery.pause_before_next(x, failure, self._rewriter)
-        if pause is not None:
-            if pause:
-                await asyncio.sleep(pause)
-        elif not (failure.rule.elsewhere and x.resume and x.plan.some_left):
-            return recovery.give_up(x)
-        # Otherwise it waits for a worker, as for a slot.
-        if x.resume is not None:
-            x.enter(State.RESUMING)
-        return None
-
-    def _break_off(self, x: Exchange, error: ProxyError) -> Sent:
-        """End an answer that has begun and cannot be completed."""
-        assert isinstance(x.delivery, Stream), x
-        x.fail(error)
-        return x.delivery.break_off(error)
 
     # --- What few requests need ---------------------------------------------------
 

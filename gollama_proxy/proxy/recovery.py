@@ -13,19 +13,21 @@ requested again (`ask_for_all`) and must be the same.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Self
 
 from gollama_proxy.edge.response import Client, ReportedError, Response, Sent
 from gollama_proxy.fleet.breaker import Verdict
+from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.fleet.worker import LastError, Worker
 from gollama_proxy.proxy.attempt import Failure, failure_of, failure_of_assembly
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly, Stream, in_shape_of
 from gollama_proxy.proxy.rewrite import Rewriter
-from gollama_proxy.proxy.state import Exchange
+from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome
 from gollama_proxy.wire.asking import (
     ask_for_rest,
@@ -34,7 +36,7 @@ from gollama_proxy.wire.asking import (
     exhausted,
     for_model,
 )
-from gollama_proxy.wire.assemble import UnfoldableError
+from gollama_proxy.wire.assemble import AssemblyError, UnfoldableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.partial import Partial, closing
 from gollama_proxy.wire.resume import Resumer
@@ -43,6 +45,63 @@ from gollama_proxy.wire.schema import Api
 logger = logging.getLogger(__name__)
 
 _LOSSES = frozenset({Code.WORKER_LOST, Code.WORKER_INCOMPLETE})
+
+# --- An attempt failed ------------------------------------------------------------
+
+
+def failed(x: Exchange, lease: Lease, failure: Failure) -> Failure:
+    """Release the lease of a failed attempt."""
+    worker, model = lease.worker, lease.model
+    if failure.overflow is not None:
+        worker.learn_context(model, failure.overflow.context)
+    if failure.busy is not None:
+        unavailable = failure.cause is Cause.LOADING
+        breaker = worker.breaker_of(model)
+        left_alone = breaker.busy(failure.busy, unavailable=unavailable)
+        failure = failure._replace(busy=left_alone)
+    lease.release(failure.rule.result)
+    return failure
+
+
+async def recover(
+    x: Exchange,
+    worker: Worker,
+    failure: Failure,
+    rewriter: Rewriter,
+    clock: Callable[[], float],
+) -> Response | Sent | None:
+    """Decide what follows a failed attempt; None: another one.
+
+    Raises:
+        ProxyError: no other attempt follows, and nothing has been sent yet.
+    """
+    x.enter(State.BROKEN)
+    _note_failure(x, worker, failure, clock())
+    if x.resume is not None and x.resume.exhausted:
+        assert x.delivery is not None, x
+        try:
+            x.delivery.send(x.resume.closing())
+            return x.delivery.finish()
+        except AssemblyError as exc:
+            failure = failure_of_assembly(exc)
+    pause = _pause_before_next(x, failure, rewriter)
+    if pause is not None:
+        if pause:
+            await asyncio.sleep(pause)
+    elif not (failure.rule.elsewhere and x.resume and x.plan.some_left):
+        return give_up(x)
+    # Otherwise it waits for a worker, as for a slot.
+    if x.resume is not None:
+        x.enter(State.RESUMING)
+    return None
+
+
+def break_off(x: Exchange, error: ProxyError) -> Sent:
+    """End an answer that has begun and cannot be completed."""
+    assert isinstance(x.delivery, Stream), x
+    x.fail(error)
+    return x.delivery.break_off(error)
+
 
 # --- The answer broke off ---------------------------------------------------------
 
@@ -99,7 +158,7 @@ def _is_worthwhile(x: Exchange, resume: Resume) -> bool:
 # --- The next attempt -------------------------------------------------------------
 
 
-def note_failure(x: Exchange, worker: Worker, failure: Failure, now: float) -> None:
+def _note_failure(x: Exchange, worker: Worker, failure: Failure, now: float) -> None:
     """Record how a worker failed; log that it was lost, which retries hide."""
     error = failure.answer
     detail = error.detail if isinstance(error, WorkerError) else ""
@@ -120,7 +179,7 @@ def note_failure(x: Exchange, worker: Worker, failure: Failure, now: float) -> N
     logger.warning(text, worker.name, error.detail or error.code, extra=x.extra)
 
 
-def pause_before_next(
+def _pause_before_next(
     x: Exchange, failure: Failure, rewriter: Rewriter
 ) -> float | None:
     """Decide on another attempt: the pause before it in seconds; None if it is over."""

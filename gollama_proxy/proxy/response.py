@@ -312,3 +312,25 @@ def in_shape_of(x: Exchange, refusal: Response) -> Response:
     """Give a worker's refusal the shape of errors of the API."""
     body = status_body(x.endpoint.api, refusal.status, refusal.body)
     return Response(body, refusal.status, refusal.fields)
+
+
+def open_answer(x: Exchange, relay: Relay) -> Client:
+    """Begin or continue the answer; return the client for the relay."""
+    if x.delivery is None or not relay.is_event_stream:
+        x.delivery = Stream(x)
+    if x.hides_usage and relay.is_event_stream:
+        assert isinstance(x.delivery, Stream), x
+        x.delivery.hide_usage()
+    client = x.delivery.open(relay)
+    if not (
+        x.config.rescue.enabled
+        and x.endpoint.ending is Ending.DONE
+        and x.body.replayable
+        and relay.is_event_stream
+    ):
+        x.sent = b""  # it cannot be rescued
+    if x.fed:
+        x.body.forget()
+    if x.resume is None:
+        return client
+    return x.resume.client_of(client, x.model, x.worker, relay.fail)

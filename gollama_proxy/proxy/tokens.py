@@ -21,12 +21,13 @@ from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.scheduling.context import Prompts
 from gollama_proxy.wire import sse
-from gollama_proxy.wire.answer import Usage, read_tail
+from gollama_proxy.wire.answer import Usage, read_tail, read_usage
 from gollama_proxy.wire.schema import Api
 
 # Counts the tokens of a body on a worker, for a path and a model; None: it cannot.
@@ -200,9 +201,11 @@ class Charges:
             if used.reading is not None and 0 < used.reading.cached <= read:
                 x.cached_tokens = min(used.reading.cached, prompt)
 
-    def add_refused(self, x: Exchange, relay: Relay) -> None:
-        """Add an attempt that ended with an error, if it sent anything before."""
-        if relay.is_event_stream and _held_events(x, relay):
+    def add_refused(self, x: Exchange, relay: Relay, cause: Cause) -> None:
+        """Add an attempt that failed after it had sent something, or everything."""
+        if cause is Cause.DIVERGED:
+            self.add(x, relay, read_usage(relay.held, x.endpoint.api))
+        elif relay.is_event_stream and _held_events(x, relay):
             self.add(x, relay, read_tail(x.endpoint.api, relay.held))
 
     def add_unseen(self, x: Exchange, lease: Lease) -> None:
