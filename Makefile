@@ -264,6 +264,10 @@ install-service: install-program install-units
 
 install-program: $(WHEEL)
 	@$(ROOT_ONLY)
+	@test -n "$(DESTDIR)" || $(PYTHON) -c 'import sys; \
+	  sys.exit(sys.base_prefix.startswith(("/home/", "/root/")))' || { \
+	  echo "make: services cannot use a Python in a home folder;" \
+	       "PYTHON=/usr/bin/python3 make $@" >&2; exit 1; }
 	@echo "The program: $(PREFIX)/.venv, in the versions of requirements.lock"
 	$(PYTHON) -m venv $(PROGRAM)
 	$(PROGRAM)/bin/python -m pip install --quiet --disable-pip-version-check \

@@ -127,6 +127,46 @@ async def test_the_watchdog_is_fed(systemd: Systemd) -> None:
         assert await program.ended() == 0
 
 
+# Runs a command whose event loop is blocked from a signal until a line of its input.
+_BLOCKABLE = """
+import signal, sys
+from gollama_proxy import cli
+def block(number, frame):
+    print("blocked", flush=True)
+    sys.stdin.readline()
+signal.signal(signal.SIGUSR1, block)
+sys.exit(cli.main())
+"""
+
+
+async def test_a_hub_whose_loop_is_blocked_is_not_alive(systemd: Systemd) -> None:
+    variables = bare() | systemd.environ | {"GOLLAMA_JWT_SECRET": SECRET}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _BLOCKABLE, "serve", "--port", "0"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=variables | {"WATCHDOG_USEC": "400000"},
+    )
+    hub = Program(process)
+    try:
+        await systemd.until("READY=1")
+        await systemd.until("WATCHDOG=1")
+        hub.signal(signal.SIGUSR1)
+        await hub.until("blocked")
+        systemd.arrived()
+        assert not await asyncio.to_thread(systemd.arrives_within, 1.2)
+        assert process.stdin is not None
+        process.stdin.write(b"go on\n")
+        await systemd.until("WATCHDOG=1")
+        hub.signal(signal.SIGTERM)
+        assert await hub.ended() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
 # --- Sockets ------------------------------------------------------------------------
 
 
