@@ -281,7 +281,7 @@ def looks_right(x: Exchange, worker: Worker, relay: Relay) -> bool:
     if relay.is_event_stream:
         if b'"error"' in held or b'"message"' in held:
             return False
-    elif x.resume is not None or x.delivery is not None:
+    elif held[:8] == b'{"error"' or x.resume is not None or x.delivery is not None:
         return False
     name = first_model(held)
     return name is None or worker.answer_names.knows(x.model, name)
@@ -303,9 +303,11 @@ async def find_failure(
     """Return why an answer that does not look right cannot be passed on, or None."""
     assert x.lease is not None, x
     worker = x.lease.worker
-    if relay.status >= 400 or relay.early_error() is not None:
+    held = relay.held
+    unknown = held.startswith(b'{"error"') and b'"Unexpected endpoint' in held
+    if relay.status >= 400 or relay.early_error() is not None or unknown:
         return await read_failure(relay, worker.name)
-    name = first_model(relay.held)
+    name = first_model(held)
     if not (
         name is None
         or worker.answer_names.knows(x.model, name)
@@ -349,6 +351,8 @@ async def read_failure(relay: Relay, worker: str) -> Failure:
     except WorkerError as exc:
         return failure_of(exc)
     status, body = relay.status, relay.held_body() or b""
+    if status == 200:
+        status = 404  # LM Studio answers so to a path that it does not have
     if status in (401, 403):
         text = f"Worker {worker} rejects the hub's API key."
         return Failure(Cause.KEY, WorkerError(Code.WORKER_REFUSED_KEY, text))
@@ -356,7 +360,7 @@ async def read_failure(relay: Relay, worker: str) -> Failure:
         text = f"Worker {worker} is loading its model or too busy."
         answer = NoWorkerError(Code.NO_WORKER, text, retry_after=RETRY_AFTER)
         return Failure(Cause.LOADING, answer, _retry_after(relay))
-    refusal = _pass_on(relay, worker, body)
+    refusal = _pass_on(relay, worker, status, body)
     if status == 429:
         return Failure(Cause.BUSY, refusal, _retry_after(relay))
     if (overflow := Overflow.read(body)) is not None:
@@ -376,17 +380,17 @@ def promote(early: EventError) -> Failure:
     return Failure(Cause.STATUS if status >= 500 else Cause.REFUSED, refusal)
 
 
-def _pass_on(relay: Relay, worker: str, body: bytes) -> Response:
+def _pass_on(relay: Relay, worker: str, status: int, body: bytes) -> Response:
     """Pass a refusal on unchanged; one without a reason gets a text.
 
     llama-server's 413 and 415 are empty, and a proxy in front of a worker sends HTML:
     SDKs read JSON, and users need the reason.
     """
     if body.lstrip().startswith(b"{"):
-        return Response(body, relay.status, relay.client_fields)
-    text = f"Worker {worker} answered {relay.status} without a reason."
-    kind = "invalid_request_error" if relay.status < 500 else "server_error"
-    return Response(error_body(text, kind, None), relay.status, JSON)
+        return Response(body, status, relay.client_fields)
+    text = f"Worker {worker} answered {status} without a reason."
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return Response(error_body(text, kind, None), status, JSON)
 
 
 def _retry_after(relay: Relay) -> float:

@@ -257,6 +257,20 @@ async def test_a_refusal_reaches_the_client_in_the_words_of_the_server(
 
 
 @each_kind
+async def test_a_path_that_a_server_does_not_have_is_a_404(
+    kind: Kind, tmp_path: Path
+) -> None:
+    """Even that of LM Studio, which answers 200 to any path."""
+    async with behind(kind, tmp_path) as (_, hub):
+        body = {"model": kind.models[0], "content": "hello"}
+        reply = await hub.post("/tokenize", body)
+        assert reply.status == 404
+        assert b"error" in reply.body or b"detail" in reply.body
+        (worker,) = hub.hub.registry.workers
+        assert worker.breaker.closed
+
+
+@each_kind
 async def test_a_prompt_that_is_too_long_is_refused_or_goes_elsewhere(
     kind: Kind, tmp_path: Path
 ) -> None:
