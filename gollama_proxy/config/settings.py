@@ -74,7 +74,7 @@ class Server(Struct, frozen=True):
         "time for running requests to end after SIGTERM, and on a removed worker",
     ] = 30.0
     watch_config: Annotated[
-        bool, "read this file again when it changes; SIGHUP has it read at once"
+        bool, "read the file again when it changes; SIGHUP does so at once"
     ] = False
     advertise: Annotated[bool, "let agents find the hub on the local network"] = False
     tls_certificate: Annotated[Text, "PEM file with certificates; enables https"] = ""
@@ -155,7 +155,7 @@ class Queue(Struct, frozen=True):
     size: Annotated[int, whole(0, 10_000), "requests that may wait for a slot"] = 256
     timeout: Annotated[Duration, "how long a request may wait"] = 300.0
     notice: Annotated[
-        Seconds, "wait after which a streaming client is sent its position; 0: never"
+        Seconds, "wait after which a streaming client sees its position; 0: never"
     ] = 1.0
     max_concurrency: Annotated[
         int, whole(0, 10_000), "concurrent requests of a subject; 0: no limit"
@@ -188,7 +188,7 @@ class Wake(Struct, frozen=True):
     ] = 300.0
     broadcast: Annotated[
         Places,
-        "where packets that wake machines are sent; a port may follow, 9 by default",
+        "addresses for packets that wake machines; a port may follow, 9 by default",
     ] = ("255.255.255.255",)
 
 
@@ -215,7 +215,7 @@ class Breaker(Struct, frozen=True):
     ramp: Annotated[Seconds, "time to reach the full share after closing"] = 10.0
     busy_max: Annotated[Seconds, "longest Retry-After that is respected"] = 60.0
     canary: Annotated[
-        bool, "test a worker with a one-token request of the hub, not with a client's"
+        bool, "test a worker with a one-token request of the hub, not of a client"
     ] = True
 
 
@@ -333,7 +333,7 @@ class Agents(Struct, frozen=True):
 class State(Struct, frozen=True):
     dir: Annotated[
         Text,
-        "folder for what outlives a restart, such as workers added at run time; "
+        "folder for what survives a restart, such as workers added at run time; "
         "auto: $STATE_DIRECTORY, else ~/.local/state/gollama-proxy; empty: none",
     ] = "auto"
 
@@ -400,7 +400,7 @@ class WorkerConfig:
     name: Annotated[Text, "name in replies, logs and metrics; default: host:port"]
     api_key: str = field(default="", repr=False)  # from one of `API_KEYS`
     slots: (
-        Annotated[int, whole(1, 10_000), "generations at once; default: as it reports"]
+        Annotated[int, whole(1, 10_000), "answers at once; default: as it reports"]
         | None
     ) = None
     context: (
@@ -424,7 +424,9 @@ class WorkerConfig:
     ) = None
     mac: Annotated[Mac, "hardware address of its machine; wakes it from sleep"] = ""
     ca_file: Annotated[Text, "PEM file with CAs; default: those of the system"] = ""
-    client_certificate: Annotated[Text, "PEM file to identify the hub to it"] = ""
+    client_certificate: Annotated[
+        Text, "PEM file with the certificate of the hub, if it requires one"
+    ] = ""
     client_key: Annotated[Text, "PEM file with its key; empty: in the same file"] = ""
     parent: str = ""  # the group that it is a member of, by name
 
