@@ -129,6 +129,23 @@ async def test_all_that_the_dashboard_and_the_alerts_name_exists() -> None:
         assert name in shown, f"the dashboard does not show {family.name}"
 
 
+async def test_prometheus_accepts_what_the_dashboard_asks(
+    promtool: str, tmp_path: Path
+) -> None:
+    asked: list[dict[str, Any]] = []
+    for text in expressions():
+        text = text.replace("$__rate_interval", "5m")
+        if not text.startswith("label_values("):  # Grafana's, for its variables
+            asked.append({"record": "asked", "expr": text})
+    assert len(asked) > 50
+    for number, rule in enumerate(asked):
+        rule["labels"] = {"number": str(number)}  # or they would be duplicates
+    (tmp_path / "rules.yml").write_text(
+        yaml.safe_dump({"groups": [{"name": "dashboard", "rules": asked}]})
+    )
+    await run(promtool, "check", "rules", tmp_path / "rules.yml")
+
+
 def check_selectors(
     expression: str, labels: dict[str, set[str]], samples: Samples
 ) -> list[str]:

@@ -123,6 +123,7 @@ async def send(
             lost = exc.code is Code.WORKER_LOST and stale and connection.untouched
             if isinstance(exc, DrainedError) or not lost:
                 raise
+            connections.in_use -= 1
             connections.discard(connection)
             x.relay = connection = None
         else:
@@ -141,6 +142,7 @@ def release(x: Exchange, connections: ConnectionPool) -> Upload | None:
             streamed = relay.is_event_stream
             connections.give_back(relay.connection, streamed=streamed)
         else:
+            connections.in_use -= 1
             relay.connection.close()
         x.relay = None
     if upload is not None:

@@ -8,6 +8,7 @@ import platform
 import random
 from collections.abc import Iterable
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,14 +24,17 @@ from gollama_proxy import __version__
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, Limits, Queue
 from gollama_proxy.edge.connections import ConnectionLimiter
+from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Outcome, Record, Step
 from gollama_proxy.telemetry.exposition import (
     OPEN_METRICS,
+    PIECE,
     TEXT,
     Family,
+    of_process,
     pieces,
     prefers_open_metrics,
 )
@@ -524,6 +528,46 @@ async def test_a_model_name_that_the_only_worker_ignores_is_not_a_label() -> Non
         response = await hub.get("/metrics")
         assert b"canary" not in response.body
         assert values_of(parse(response.body), "model") == {"", "qwen"}
+
+
+async def test_a_large_page_leaves_time_for_everything_else() -> None:
+    """A piece takes about a quarter of a millisecond; between two, tokens are relayed.
+
+    Of 300 workers and subjects, whose page has a third of a thousand's.
+    """
+    urls = [f"http://worker{number}:1" for number in range(300)]
+    registry = Registry(config.load(None, {}, {}, urls), Clock())
+    telemetry = Telemetry(registry, Admission(Queue(), Clock()), clock=Clock())
+    for number, worker in enumerate(registry.workers):
+        lease = worker.lease("qwen")
+        lease.tokens, lease.seconds = 20, 1.0
+        record = Record("1", "POST", CHAT, model="qwen", worker=worker.name)
+        record.subject, record.attempts, record.status = f"s{number}", 1, 200
+        record.first_byte, record.tokens, record.prompt_tokens = 0.1, 20, 100
+        record.lease = lease
+        telemetry.ended(record)
+        lease.release(Result.COMPLETE)
+    parts = [*telemetry.pieces()]
+    assert sum(part.count("\n") for part in parts) > 30_000
+    assert len(parts) > 80
+    assert max(map(len, parts)) < 2 * PIECE
+    turns = 0
+
+    async def relay() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    relaying = asyncio.create_task(relay())
+    page = await telemetry.page()
+    relaying.cancel()
+    assert turns >= len(parts)
+    assert len(page) > 3_000_000
+
+
+def test_a_system_without_proc_has_no_metrics_of_the_process(tmp_path: Path) -> None:
+    assert [*of_process(tmp_path)] == []
 
 
 # --- The present ------------------------------------------------------------------
