@@ -249,6 +249,7 @@ pyz: dist/gollama-proxy.pyz
 PREFIX   ?= /opt/gollama-proxy
 SETTINGS := /etc/gollama-proxy
 UNITS    ?= /etc/systemd/system
+BINDIR   ?= /usr/local/bin
 UNIT_NAMES := gollama-proxy.service gollama-proxy.socket gollama-proxy-agent.service
 PROGRAM  := $(DESTDIR)$(PREFIX)/.venv
 NEW_SECRET ?= $(PROGRAM)/bin/python -m gollama_proxy secret
@@ -274,6 +275,8 @@ install-program: $(WHEEL)
 	  --require-hashes --only-binary :all: -r requirements.lock
 	$(PROGRAM)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --force-reinstall dist/*.whl
+	install -d -m 755 $(DESTDIR)$(BINDIR)
+	ln -sfn $(PREFIX)/.venv/bin/gollama-proxy $(DESTDIR)$(BINDIR)/gollama-proxy
 ifneq ($(DESTDIR),)
 	sed -i '1s|^#!$(DESTDIR)|#!|' $(PROGRAM)/bin/gollama-proxy
 endif
@@ -301,6 +304,7 @@ uninstall-service:
 	test -n "$(DESTDIR)" || systemctl disable --now $(UNIT_NAMES)
 	rm -f $(UNIT_NAMES:%=$(DESTDIR)$(UNITS)/%)
 	rm -rf $(PROGRAM) $(DESTDIR)$(PREFIX)/share/doc/service.md
+	test ! -L $(DESTDIR)$(BINDIR)/gollama-proxy || rm $(DESTDIR)$(BINDIR)/gollama-proxy
 	test -n "$(DESTDIR)" || systemctl daemon-reload
 	@echo "Left: $(SETTINGS), with the secret, and /var/lib/gollama-proxy"
 

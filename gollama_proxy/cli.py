@@ -537,7 +537,9 @@ def _demo(args: argparse.Namespace) -> int:
     from gollama_proxy import demo
     from gollama_proxy import serve as lifecycle
     from gollama_proxy.children import ChildError
+    from gollama_proxy.service import Service
 
+    Service.take(os.environ)  # so that no llama-server takes itself for a service
     try:
         return lifecycle.run(
             lambda signals: demo.run(
