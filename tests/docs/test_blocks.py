@@ -241,9 +241,6 @@ def test_output_is_compared_line_by_line() -> None:
 
 # --- Links ------------------------------------------------------------------------
 
-# Pages that are still being written.
-COMING = {"install.md"}
-
 
 @pytest.mark.parametrize("page", SHOWN, ids=name_of)
 def test_every_link_leads_somewhere(page: Path) -> None:
@@ -252,7 +249,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     links += re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
     for link in links:
         path, _, anchor = link.partition("#")
-        if "://" in link or path.rpartition("/")[2] in COMING:
+        if "://" in link:
             continue
         target = page.parent / path if path else page
         assert target.exists(), link
