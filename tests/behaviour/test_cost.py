@@ -7,6 +7,7 @@ one only for a feature that is worth its price.
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections import Counter
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -21,6 +22,7 @@ from tests.fakes.hub import mint, running_hub
 from tests.fakes.process import hub_process
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import Script, answer, close, pause, send
+from tests.fakes.tools import missing
 from tests.fakes.worker import ScriptedWorker
 
 WARM_UP = 10
@@ -80,6 +82,47 @@ async def test_a_request_takes_no_more_frames_than(
     print(f"{cost.frames} frames, {cost.ours} of them ours; the limit is {limit}")
     frames = cost.frames
     assert frames <= limit, cost.table()
+
+
+TRACING = {
+    "GOLLAMA_TRACING_ENABLED": "true",
+    "GOLLAMA_TRACING_ENDPOINT": "http://127.0.0.1:9",  # nobody listens there
+    "OTEL_BSP_SCHEDULE_DELAY": "3600000",
+    "OTEL_EXPORTER_OTLP_TIMEOUT": "0.1",
+}
+
+
+@pytest.mark.parametrize(("sampler", "limit"), [("always_on", 98), ("always_off", 28)])
+async def test_a_trace_takes_no_more_frames_than(
+    tmp_path: Path, sampler: str, limit: int
+) -> None:
+    """Of a short request; those of the thread that sends spans are not counted."""
+    if importlib.util.find_spec("opentelemetry") is None:
+        missing("the extra otel is not installed (make install)")
+    found = []
+    for variables in {}, TRACING | {"OTEL_TRACES_SAMPLER": sampler}:
+        counts = tmp_path / f"frames-{len(found)}"
+        async with (
+            ScriptedWorker() as worker,
+            hub_process(
+                worker.url,
+                module="tests.fakes.frames",
+                environ=listening_at(counts) | variables,
+            ) as hub,
+            await Wire.connect("127.0.0.1", hub.port) as wire,
+        ):
+            worker.default(*SHORT)
+
+            async def request(wire: Wire = wire) -> None:
+                await wire.post(EMBED, EMBEDDING, mint(sub="alice"))
+                assert (await wire.read_response()).status == 200
+
+            for _ in range(WARM_UP):
+                await request()
+            found.append((await count_frames(counts, request)).frames)
+    plain, traced = found
+    print(f"{traced - plain} frames for a trace; the limit is {limit}")
+    assert traced <= plain + limit
 
 
 @pytest.mark.parametrize(
