@@ -14,15 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.config.settings import Origin, Retry, WorkerConfig
+from gollama_proxy.config.settings import Config, Origin, Retry, WorkerConfig
 from gollama_proxy.config.settings import Queue as Settings
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.scheduling.admission import MOST_PATIENCE, Place
+from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask, Fits
-from gollama_proxy.scheduling.queue import EVERY, Queue
+from gollama_proxy.scheduling.queue import EVERY, Queue, Waking
 from gollama_proxy.scheduling.turns import Priority, Ticket
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError
@@ -30,6 +31,7 @@ from tests.fakes.clock import Clock
 from tests.fakes.pool import InOrder
 from tests.fakes.registry import balancer, plan, take_out, trip
 from tests.fakes.timers import Timers
+from tests.fleet.test_wake import Fleet
 
 SCHEDULING = {"admission", "balancer", "queue", "turns"}
 
@@ -232,6 +234,23 @@ async def test_a_request_makes_room_for_another_subject() -> None:
         error = await refused(second, Code.QUEUE_FULL)
         assert "2 (queue.size)" in error.message
         assert not first.done()
+
+
+async def test_other_settings_hold_for_requests_that_come() -> None:
+    hub = Hub(timeout=60.0, notice=2.0)
+    hub.lease()
+    notices: list[object] = []
+
+    async def notify(place: object) -> None:
+        notices.append(place)
+
+    async with hub.waiting(hub.request("bob"), 0.0, notify) as before:
+        hub.queue.reconfigure(Settings(size=256, timeout=5.0, notice=0.0))
+        async with hub.waiting(hub.request("eve"), 0.0, notify) as after:
+            hub.timers.advance(5.0)
+            await refused(after, Code.QUEUE_TIMEOUT)
+            assert len(notices) == 1, "only the first is to be notified"
+        assert not before.done()
 
 
 async def test_a_request_is_not_displaced_when_its_wait_is_over() -> None:
@@ -664,6 +683,29 @@ async def test_a_request_that_keeps_its_turn_is_notified_too() -> None:
         hub.timers.advance(2.0)
         await turn()
     assert places == [Place(1, 1, None)]
+
+
+async def test_a_client_is_notified_of_the_machine_that_wakes_for_it() -> None:
+    fleet = Fleet()
+    timers = Timers(fleet.clock)
+    made = Balancer(fleet.registry, Config(), fleet.clock)
+    queue = Queue(made, Settings(notice=2.0), fleet.clock, timers, fleet.waker)
+    notices: list[Place | Waking] = []
+
+    async def notify(place: Place | Waking) -> None:
+        notices.append(place)
+
+    request = Request(plan(made, fleet.pool))
+    task = asyncio.create_task(queue.acquire(request, 0.0, notify), name="request")
+    await turn()
+    assert fleet.packets == ["w0"]
+    timers.advance(2.0)
+    await turn()
+    assert notices == [Waking("w0")]
+    fleet.rise(fleet.workers[0])
+    lease = await task
+    assert lease.worker is fleet.workers[0]
+    lease.release(Result.COMPLETE)
 
 
 # --- With the event loop's timers -------------------------------------------------
