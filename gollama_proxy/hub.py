@@ -99,6 +99,7 @@ class Hub(Listener):
             clock,
             self.connections,
             self.fitting.likely_tokens,
+            self._certificate_expires,
         )
         self.telemetry.reconfigure(config.metrics)
         self.authenticator = Authenticator(config)
@@ -185,6 +186,10 @@ class Hub(Listener):
             self.recent.add(x)
         if self.events.listeners:
             self.events.observe("ended", x)
+
+    def _certificate_expires(self) -> float | None:
+        credentials = self.files.for_clients
+        return None if credentials is None else credentials.expires()
 
     async def _ping(self, worker: Worker) -> probe.Finding:
         target = self.connections[worker].target
@@ -340,7 +345,9 @@ class Hub(Listener):
             except ConfigError as exc:
                 text = "the settings are not valid, so the old ones stay in force: %s"
                 logger.error(text, "; ".join(exc.args))
+                self.telemetry.note_reload(valid=False)
                 return exc
+            self.telemetry.note_reload(valid=True)
             await self.files.reload()
             logger.info("settings were read again: %s", changes)
             return changes

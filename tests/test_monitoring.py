@@ -17,6 +17,7 @@ from gollama_proxy.wire.errors import Code
 from tests.behaviour.test_rescue import continued, partial
 from tests.behaviour.test_retries import InOrder
 from tests.fakes.asks import CHAT, EMBED, RARELY, STREAM
+from tests.fakes.authority import Authority
 from tests.fakes.hub import running_hub
 from tests.fakes.page import Samples, parse
 from tests.fakes.script import Script, reset, stream_of
@@ -46,14 +47,20 @@ async def run(*command: str | Path, text: bytes = b"") -> str:
     return printed.decode()
 
 
-async def page_of_a_busy_hub() -> bytes:
+@pytest.fixture
+async def page(tmp_path: Path) -> bytes:
     """Return the metrics of a hub that has met all that there are metrics for."""
+    authority = Authority(tmp_path / "tls")
+    certificate, key = authority.issue("127.0.0.1")
     async with (
         ScriptedWorker("qwen") as first,
         ScriptedWorker("qwen") as second,
         ScriptedWorker("big") as big,
         running_hub(
             *(first, second, big),
+            server__tls_certificate=certificate,
+            server__tls_key=key,
+            trust=authority.client(),
             models__fallbacks="big=qwen",
             metrics__open=True,
             rescue__enabled=True,
@@ -85,8 +92,7 @@ async def page_of_a_busy_hub() -> bytes:
         return (await hub.get("/metrics")).body
 
 
-async def test_promtool_accepts_the_metrics(promtool: str) -> None:
-    page = await page_of_a_busy_hub()
+async def test_promtool_accepts_the_metrics(promtool: str, page: bytes) -> None:
     assert await run(promtool, "check", "metrics", text=page) == ""
 
 
@@ -112,8 +118,8 @@ async def test_the_scrape_configuration_is_valid(promtool: str, tmp_path: Path) 
     await run(promtool, "check", "config", tmp_path / "prometheus.yml")
 
 
-async def test_all_that_the_dashboard_and_the_alerts_name_exists() -> None:
-    samples = parse(await page_of_a_busy_hub())
+async def test_all_that_the_dashboard_and_the_alerts_name_exists(page: bytes) -> None:
+    samples = parse(page)
     labels: dict[str, set[str]] = {}
     for name, of_sample in samples:
         labels.setdefault(name, set()).update(label for label, _ in of_sample)

@@ -7,6 +7,7 @@ the two writes of a renewal, change nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import ssl
@@ -158,6 +159,7 @@ class Credentials:
         self._files = [Path(file) for file in files if file]
         self._make = make
         self._seen = self._look()
+        self._expires: float | None = None  # not known yet
         self.context = make()
 
     def __repr__(self) -> str:
@@ -178,11 +180,31 @@ class Credentials:
         self._seen = seen
         try:
             self.context = self._make()
+            self._expires = None
         except ConfigError as exc:
             logger.error("%s; what was loaded before stays in use", exc)
         else:
             names = ", ".join(map(str, self._files))
             logger.info("loaded %s; new connections get it", names)
+
+    def expires(self) -> float | None:
+        """Return when the first certificate in the files expires, in Unix time.
+
+        None if that is not known.  This blocks for a moment.
+        """
+        try:
+            from cryptography import x509  # large, and only TLS needs it
+        except ImportError:  # also while `Authenticator.preload` does without it
+            return None
+        if self._expires is None:
+            times = []
+            for file in self._files:
+                # A key has none, and neither has a file that is being renewed.
+                with contextlib.suppress(OSError, ValueError):
+                    found = x509.load_pem_x509_certificates(file.read_bytes())
+                    times += [each.not_valid_after_utc.timestamp() for each in found]
+            self._expires = min(times, default=None)
+        return self._expires
 
     def _look(self) -> list[tuple[int, ...]]:
         return [stamp(file) for file in self._files]

@@ -292,6 +292,22 @@ LAG = Family(
     LAGS,
 )
 
+EXPIRY = Family(
+    "gollama_certificate_expiry_timestamp_seconds",
+    "gauge",
+    "When the first certificate of the hub expires, Unix time.",
+)
+RELOADED = Family(
+    "gollama_config_last_reload_successful",
+    "gauge",
+    "1 if the settings were valid when they were last read, else 0.",
+)
+RELOADED_AT = Family(
+    "gollama_config_last_reload_success_timestamp_seconds",
+    "gauge",
+    "When the settings in force were read, Unix time.",
+)
+
 # All of them, in the order of the documentation.
 GROUPS = {
     "Requests": (REQUESTS, OUTCOMES, RETRIES, RESCUES, FALLBACKS),
@@ -304,7 +320,10 @@ GROUPS = {
     "Workers": (UP, STATE, IN_FLIGHT, SLOTS, READS, WRITES, POOL, OPENED, REUSED),
     "Breakers": (BREAKER, TRANSITIONS, OPENINGS),
     "Queue and clients": (WAITING, ROOM, CONNECTIONS, REFUSED),
-    "The hub": (BUILD, LAG, CPU, RESIDENT, VIRTUAL, STARTED, OPEN_FILES, MOST_FILES),
+    "The hub": (
+        *(BUILD, LAG, RELOADED, RELOADED_AT, EXPIRY),
+        *(CPU, RESIDENT, VIRTUAL, STARTED, OPEN_FILES, MOST_FILES),
+    ),
 }
 METRICS = tuple(chain.from_iterable(GROUPS.values()))
 
@@ -320,12 +339,16 @@ class Telemetry:
         clock: Callable[[], float] = time.monotonic,
         connections: Mapping[Worker, ConnectionPool] = MappingProxyType({}),
         tokens_of: Callable[[str, int], int] = lambda model, size: size // 4,
+        expires: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Make one.
 
         `clock` returns monotonic seconds, as in `Record.started`; `tokens_of` estimates
-        the tokens of so many bytes of a prompt for a model.
+        the tokens of so many bytes of a prompt for a model.  `expires` returns when the
+        certificate of the hub expires, in Unix time; it may block.
         """
+        self._expires = expires
+        self._reloaded, self._reloaded_at = True, time.time()
         self._clock = clock
         self._requests = RequestMetrics()
         self._lag = Histogram(LAG)
@@ -335,7 +358,7 @@ class Telemetry:
         self._sources: list[exposition.Collect] = [fleet.collect]
         if clients is not None:
             self._sources.append(ClientMetrics(clients).collect)
-        self._sources += [self._collect_lag, self._requests.collect]
+        self._sources += [self._collect_own, self._requests.collect]
 
     def __repr__(self) -> str:
         return f"<Telemetry of {self._requests!r}>"
@@ -351,6 +374,12 @@ class Telemetry:
         self._requests.observe(record)
         accesslog.write(record)
 
+    def note_reload(self, *, valid: bool) -> None:
+        """Record that the settings were read again."""
+        self._reloaded = valid
+        if valid:
+            self._reloaded_at = time.time()
+
     def note_lag(self, seconds: float) -> None:
         """Record by how much the event loop was late; to be called once a second."""
         self._lag.buckets[bisect_left(LAGS, seconds)] += 1
@@ -359,7 +388,7 @@ class Telemetry:
     async def page(self, *, open_metrics: bool = False) -> bytes:
         """Write the page of all metrics; other tasks run between its parts."""
         # In a thread: the list of open files is long when there are many clients.
-        process = await asyncio.to_thread(lambda: [*of_process()])
+        process = await asyncio.to_thread(self._collect_outside)
         parts = []
         for part in self.pieces(process, open_metrics=open_metrics):
             parts.append(part.encode())
@@ -373,8 +402,17 @@ class Telemetry:
         sources = [*self._sources, lambda: iter(process)]
         return exposition.pieces(sources, open_metrics=open_metrics)
 
-    def _collect_lag(self) -> Iterator[Collected]:
+    def _collect_outside(self) -> list[Collected]:
+        """Read what the system knows of this process and its files."""
+        found = [*of_process()]
+        if (expiry := self._expires()) is not None:
+            found.append((EXPIRY, [("", expiry)]))
+        return found
+
+    def _collect_own(self) -> Iterator[Collected]:
         yield LAG, [self._lag]
+        yield RELOADED, [("", int(self._reloaded))]
+        yield RELOADED_AT, [("", self._reloaded_at)]
 
 
 # --- Requests that have ended -------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from gollama_proxy.config import load as config
@@ -297,3 +298,27 @@ def test_an_error_raised_in_python() -> None:
     assert tls.explain(ssl.SSLError(1, "Odd")) == "TLS: odd"
     error = ssl.SSLCertVerificationError(1, "wrong name.")
     assert tls.explain(error) == "TLS: certificate not accepted: wrong name"
+
+
+def test_when_the_first_certificate_expires_is_known(authority: Authority) -> None:
+    pair = authority.issue()  # for a day; that of the authority is for longer
+    server = server_of(pair, tls_client_ca=authority.file)
+    credentials = tls.for_server(server)
+    assert credentials is not None
+    [certificate] = x509.load_pem_x509_certificates(Path(pair.certificate).read_bytes())
+    expected = certificate.not_valid_after_utc.timestamp()
+    assert credentials.expires() == expected
+    authority.issue(expired=True)
+    assert credentials.expires() == expected  # of what is in use
+    credentials.refresh(always=True)
+    expired = credentials.expires()
+    assert expired is not None
+    assert expired < expected
+
+
+def test_without_certificates_in_files_nothing_expires(authority: Authority) -> None:
+    pair = authority.issue()
+    credentials = tls.for_server(server_of(pair))
+    assert credentials is not None
+    Path(pair.certificate).unlink()  # before anything has asked
+    assert credentials.expires() is None

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gollama_proxy import __version__
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, Limits, Queue
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.connections import ConnectionLimiter
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.fleet.registry import Registry
@@ -53,9 +54,12 @@ from gollama_proxy.telemetry.metrics import (
     QUEUED,
     READS,
     RELAYED,
+    RELOADED,
+    RELOADED_AT,
     REQUESTS,
     RESCUES,
     RETRIES,
+    ROOM,
     SIZES,
     USED_CACHED,
     USED_GENERATED,
@@ -568,6 +572,29 @@ async def test_a_large_page_leaves_time_for_everything_else() -> None:
 
 def test_a_system_without_proc_has_no_metrics_of_the_process(tmp_path: Path) -> None:
     assert [*of_process(tmp_path)] == []
+
+
+async def test_a_reload_shows_whether_the_settings_were_valid(tmp_path: Path) -> None:
+    file = tmp_path / "gollama.toml"
+    file.write_text("")
+    async with running_hub(file=file, metrics__open=True) as hub:
+        before = await scrape(hub)
+        assert value(before, RELOADED.name) == 1
+        file.write_text("[queue]\nsize = -1")
+        with pytest.raises(ConfigError):
+            await hub.hub.reload()
+        refused = await scrape(hub)
+        assert value(refused, RELOADED.name) == 0
+        assert value(refused, RELOADED_AT.name) == value(before, RELOADED_AT.name)
+        file.write_text("[queue]\nsize = 7")
+        await hub.hub.reload()
+        after = await scrape(hub)
+        assert value(after, RELOADED.name) == 1
+        assert value(after, ROOM.name) == 7
+        earlier, later = (value(each, RELOADED_AT.name) for each in (before, after))
+        assert earlier is not None
+        assert later is not None
+        assert later >= earlier
 
 
 # --- The present ------------------------------------------------------------------
