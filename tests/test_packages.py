@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import venv
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,6 +267,25 @@ async def test_the_demo_prints_commands_that_run_the_same_file(
         arguments = ("demo", "--port", "0", "--worker", worker.url)
         async with machine.running(*arguments, environ=machine.environ) as hub:
             await hub.until(rf" {machine.python} {machine.file} top\n")
+
+
+def pythons(machine: Machine) -> Iterator[Path]:
+    """Yield an interpreter of each version that is on this machine."""
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    folders = [Path("/usr/bin"), *Path("~/.pyenv/versions").expanduser().glob("*/bin")]
+    yield machine.python
+    for version in {"3.11", "3.12", "3.13"} - {here}:
+        programs = (folder / f"python{version}" for folder in folders)
+        if program := next(filter(Path.exists, programs), None):
+            yield program
+
+
+def test_it_starts_with_every_python_that_it_is_for(machine: Machine) -> None:
+    for python in pythons(machine):
+        # An event loop, parsers and all other compiled modules are loaded on the way.
+        done = machine.run("demo", python=python, environ={"PATH": "/nonexistent"})
+        assert done.returncode == 2, python
+        assert "found no llama-server" in done.stderr
 
 
 # --- Where it is unpacked ---------------------------------------------------------
