@@ -58,9 +58,9 @@ class Listeners:
 class Feed:
     """Decides when the watchdog is fed, from how late the event loop runs.
 
-    A loop that is blocked asks nothing, so nothing is sent.  One that still turns, but
-    too slowly to serve anybody, is seen by its timers: after such a look the feed is
-    withheld, and the next look comes soon, so that a hiccup does not end the service.
+    A loop that is blocked makes no decision, so nothing is sent.  One that turns too
+    slowly to be of use has late timers: it is not fed then, and looked at again soon,
+    so that a single delay does not end the service.
     """
 
     def __init__(self, limit: float) -> None:

@@ -549,7 +549,7 @@ def test_authentication_imports_no_server() -> None:
     assert done.stdout == b"False\n"
 
 
-def test_all_of_aiohttp_is_there_for_those_who_ask_for_it() -> None:
+def test_all_of_aiohttp_is_there_for_code_that_needs_it() -> None:
     """What a hub imports is a part; plugins and tests may use the rest."""
     code = """
 import sys
