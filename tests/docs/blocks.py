@@ -13,7 +13,7 @@ Every block is fenced and names its language:
 A comment before a block changes that:
 
     <!-- not run: needs Docker -->      it cannot run here, for this reason
-    <!-- until: listening on -->        it runs until it prints this, and gets a SIGTERM
+    <!-- until: listening on -->        a command that logs this, then gets a SIGTERM
 """
 
 from __future__ import annotations

@@ -34,9 +34,12 @@ from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 MODELS = ("qwen2.5-7b", "smollm2-135m-instruct")
+ALIASES = {"gpt-4o-mini": MODELS[0]}
 ANSWER = ("The", " sea", " is", " deep", ".")
 CHECKED = ("shell", "console", "python", "toml", "json", "yaml")
 ONLY_SHOWN = ("text", "mermaid", "html", "ini", "nginx")
+# For a script of many commands, each of which starts a program.
+PATIENCE = 4 * DEADLINE
 # What a block may change of the environment of those behind it.
 KEEP_VARIABLES = "\nexport -p > variables"
 
@@ -74,7 +77,7 @@ class Desk:
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            async with asyncio.timeout(DEADLINE):
+            async with asyncio.timeout(PATIENCE):
                 seen = b""
                 if until:
                     assert process.stderr is not None
@@ -118,9 +121,6 @@ async def running_desk(folder: Path, authority: Authority) -> AsyncIterator[Desk
             for name, value in environ(hub, folder).items():
                 desk.export(name, value)
             yield desk
-
-
-ALIASES = {"gpt-4o-mini": MODELS[0]}
 
 
 def environ(hub: RunningHub, folder: Path) -> dict[str, str]:
@@ -182,7 +182,8 @@ async def try_out(block: Block, place: Desk) -> None:
             (place.folder / "program.py").write_text(code)
             await succeed(place, "python program.py")
         case "shell" if block.until:
-            status, output, errors = await place.run(code, block.until)
+            # Without a shell, which would get the signal in its place.
+            status, output, errors = await place.run(f"exec env {code}", block.until)
             assert status == 0, output + errors
         case "shell":
             await succeed(place, code + KEEP_VARIABLES)
