@@ -16,6 +16,7 @@ from gollama_proxy.telemetry.metrics import METRICS
 from gollama_proxy.wire.errors import Code
 from tests.behaviour.test_rescue import continued, partial
 from tests.behaviour.test_retries import InOrder
+from tests.docs.parts import PAGES, name_of
 from tests.fakes.asks import CHAT, EMBED, RARELY, STREAM
 from tests.fakes.authority import Authority
 from tests.fakes.hub import running_hub
@@ -177,6 +178,14 @@ def check_selectors(
             for each in text.split("|") if "~" in sign else [text]:
                 assert any(re.fullmatch(each, value) for value in values), each
     return named
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_documentation_names_metrics_that_exist(page: Path) -> None:
+    known = {family.name for family in METRICS}
+    named = re.findall(r"\bgollama_(?!proxy)\w+", page.read_text())
+    for name in named:
+        assert re.sub("_(bucket|sum|count)$", "", name) in known, name
 
 
 # --- The dashboard ----------------------------------------------------------------

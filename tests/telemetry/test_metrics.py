@@ -394,6 +394,35 @@ def test_the_time_in_the_queue_is_that_between_its_steps() -> None:
     assert value(samples, f"{QUEUED.name}_sum", **where) == 2.0 + 0.5
 
 
+def test_the_time_of_a_token_is_that_between_two_of_them() -> None:
+    registry = Registry(config.load(None, {}, {}, ["http://a:1"]), Clock())
+    lease = registry.workers[0].lease("qwen")
+    lease.tokens, lease.seconds = 21, 3.0
+    metrics = RequestMetrics()
+    record = Record("1", "POST", model="qwen", worker="a", first_byte=0.3, duration=5.0)
+    record.lease, record.trace, record.attempts = lease, TRACE, 1
+    metrics.observe(record)
+    lease.tokens = 1  # there is nothing between one
+    metrics.observe(record)
+    lease.tokens = 0  # it was no stream, or did not come to its end
+    metrics.observe(record)
+    samples = parse(page([metrics.collect]))
+    where = {"model": "qwen", "worker": "a"}
+    assert value(samples, f"{FIRST_TOKEN.name}_count", **where) == 2
+    assert value(samples, f"{FIRST_TOKEN.name}_sum", **where) == 0.6
+    assert value(samples, f"{FIRST_TOKEN.name}_bucket", le="0.25", **where) == 0
+    assert value(samples, f"{FIRST_TOKEN.name}_bucket", le="0.5", **where) == 2
+    assert value(samples, f"{PER_TOKEN.name}_count", **where) == 1
+    assert value(samples, f"{PER_TOKEN.name}_sum", **where) == 3.0 / 20
+    for family in modern_families(page([metrics.collect], open_metrics=True)):
+        examples = [each.exemplar for each in family.samples if each.exemplar]
+        timed = family.name in {
+            each.name for each in (FIRST_TOKEN, PER_TOKEN, QUEUED, DURATION)
+        }
+        assert bool(examples) is timed, family.name
+    lease.release(Result.COMPLETE)
+
+
 def test_pairs_of_subject_and_model_beyond_a_limit_share_their_labels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
