@@ -418,7 +418,7 @@ def _usage(args: argparse.Namespace, hub: AdminClient) -> None:
 
 # --- requests, cancel, reload, revoke ---------------------------------------------
 
-_FILTERS = ("id", "subject", "model", "worker", "outcome")
+_FILTERS = ("id", "trace", "subject", "model", "worker", "outcome")
 _EVERY = 1.0  # seconds between two requests for what is new
 
 

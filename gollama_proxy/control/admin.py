@@ -42,7 +42,7 @@ SCOPE, LOOKING = "admin", "monitor"
 _HARMLESS = frozenset({"/admin/explain", "/admin/links"})
 # Samples of workers in one answer: a quarter of an hour of a hundred of them.
 _MOST_VALUES = 100_000
-_FILTERS = ("id", "subject", "model", "worker", "outcome")
+_FILTERS = ("id", "trace", "subject", "model", "worker", "outcome")
 
 
 class Parts(workers.Parts, Protocol):

@@ -63,8 +63,9 @@ async def test_operators_see_the_trace_of_a_request(log: io.StringIO) -> None:
             [shown] = (await get(hub, "/admin/exchanges")).json()["exchanges"]
             assert shown["trace"] == TRACE
         await until(lambda: hub.hub.recent.count == 1)
-        [shown] = await recent(hub)
+        [shown] = await recent(hub, f"?trace={TRACE}")
         assert shown["trace"] == TRACE
+        assert await recent(hub, f"?trace={TRACE[::-1]}") == []
     logs.flush()
     entries = map(json.loads, log.getvalue().splitlines())
     [line] = [each for each in entries if each.get("route") == CHAT]
