@@ -18,8 +18,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.tasks import Periodic
@@ -43,16 +42,11 @@ _VARIABLES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Listeners:
+class Listeners(NamedTuple):
     """The listening sockets that were inherited."""
 
     clients: Sequence[socket.socket] = ()
     metrics: Sequence[socket.socket] = ()
-
-    def close(self) -> None:
-        for each in (*self.clients, *self.metrics):
-            each.close()
 
 
 class Feed:
