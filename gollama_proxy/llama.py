@@ -167,7 +167,7 @@ async def unreachable(helpers: Sequence[tuple[str, int]]) -> tuple[str, ...]:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 _, writer = await asyncio.open_connection(host, port)
-        except OSError:
+        except (OSError, UnicodeError):  # the latter for a name that cannot be one
             return False
         writer.close()
         return True

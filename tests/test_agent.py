@@ -182,6 +182,7 @@ async def test_a_helper_is_reachable_if_it_accepts_connections() -> None:
         assert await llama.unreachable([there]) == ()
         place = f"127.0.0.1:{missing[1]}"
         assert await llama.unreachable([there, missing]) == (place,)
+        assert await llama.unreachable([("a..b", 1)]) == ("a..b:1",)
 
 
 # --- The command line -------------------------------------------------------------

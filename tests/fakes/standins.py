@@ -427,8 +427,8 @@ class TabbyApi(StandIn):
 class Ollama(StandIn):
     """`ollama serve`, which loads a model at its first request, and then answers.
 
-    It cuts a prompt that is too long, without a word.  A generation that fails late
-    becomes an event without text, and a stream that ends without `[DONE]`.
+    It cuts a prompt that is too long, and does not report it.  A generation that fails
+    late becomes an event without text, and a stream that ends without `[DONE]`.
 
     Source: ollama/ollama (openai/openai.go, middleware/openai.go, server/routes.go).
     """
