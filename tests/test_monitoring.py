@@ -192,7 +192,7 @@ def test_the_documentation_names_metrics_that_exist(page: Path) -> None:
 
 
 def test_the_dashboard_can_be_imported() -> None:
-    """As Grafana requires it: it finds its data source, and gets an id of its own."""
+    """As Grafana requires it: the data source is chosen, and the id is Grafana's."""
     board = load("dashboard.json")
     assert board["id"] is None
     assert board["uid"] is None  # a fixed one would replace another dashboard
