@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import socket
 from collections.abc import AsyncIterator
@@ -115,6 +116,33 @@ async def test_the_url_of_an_ipv6_address_has_brackets() -> None:
         writer.close()
         await writer.wait_closed()
         await hub.abort()
+
+
+async def test_inherited_sockets_take_the_place_of_the_address() -> None:
+    """The first URL is one for browsers; that of a Unix socket is only shown."""
+    name = f"\0gollama-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as local, socket.create_server(("", 0)) as tcp:
+        local.bind(name)
+        local.listen()
+        port = tcp.getsockname()[1]
+        hub = new_hub()
+        await hub.start([local.dup(), tcp.dup()])
+        try:
+            assert hub.urls == [f"http://0.0.0.0:{port}", f"unix:@{name[1:]}"]
+            assert hub.url == hub.urls[0]
+        finally:
+            await hub.drain()
+        with socket.create_connection(("127.0.0.1", port)):
+            pass  # it still listens: the socket is not the hub's alone
+
+
+async def test_if_one_socket_cannot_be_served_on_none_is() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as good:
+        kept, closed = good.dup(), socket.socket()
+        closed.close()
+        with pytest.raises((OSError, ValueError)):
+            await new_hub().start([kept, closed])
+        assert kept.fileno() == -1
 
 
 async def test_no_worker_has_to_be_there() -> None:
