@@ -58,7 +58,8 @@ help:
 	@echo "make man      $(MANUAL), the page of the manual"
 	@echo "make wheel    dist/*.whl and the source of it, dist/*.tar.gz"
 	@echo "make pyz      dist/gollama-proxy.pyz, one file with all that it needs but Python"
-	@echo "              (PYTHONS=\"3.12 3.13\": for these versions; PLATFORM, as uv names them)"
+	@echo "              (PYTHONS=\"3.12 3.13\": for these versions; for another platform, as uv"
+	@echo "              names it: PLATFORM=aarch64-manylinux_2_28 STRIP=aarch64-linux-gnu-strip)"
 	@echo "make install-service    as root: the hub and the agent as systemd services, in"
 	@echo "              /opt/gollama-proxy and /etc/gollama-proxy (PREFIX, DESTDIR)"
 	@echo "make uninstall-service  as root: remove them; settings and state stay"
@@ -228,7 +229,10 @@ $(WHEEL): $(PACKAGED) $(MANUAL) $(SHELLS) $(TOOLS_STAMP)
 
 PYTHONS  ?= 3.11 3.12 3.13
 # As on Debian 10, Ubuntu 20.04, RHEL 8 and later; not Alpine.
-PLATFORM ?= $(shell uname -m)-manylinux_2_28
+NATIVE   := $(shell uname -m)-manylinux_2_28
+PLATFORM ?= $(NATIVE)
+STRIP    ?= strip
+PYZ      := dist/gollama-proxy$(if $(filter-out $(NATIVE),$(PLATFORM)),-$(PLATFORM)).pyz
 UNPACKED := $(foreach python,$(PYTHONS),$(TOOLS)/pyz/$(PLATFORM)/$(python))
 
 # Only wheels whose hashes are in the lock.
@@ -239,15 +243,15 @@ $(UNPACKED): requirements.lock $(TOOLS_STAMP)
 	  --link-mode copy -r requirements.lock
 	@touch $@
 
-dist/gollama-proxy.pyz: $(WHEEL) $(UNPACKED) tools/pyz.py tools/launch.py
-	@command -v strip >/dev/null || { echo "make: strip is needed; on Debian or Ubuntu:" \
-	  "apt-get install binutils" >&2; exit 1; }
+$(PYZ): $(WHEEL) $(UNPACKED) tools/pyz.py tools/launch.py
+	@command -v $(STRIP) >/dev/null || { echo "make: $(STRIP) is needed; on Debian or" \
+	  "Ubuntu: apt-get install binutils" >&2; exit 1; }
 	rm -rf $(TOOLS)/pyz/program
 	$(TOOLS)/bin/uv --quiet pip install --target $(TOOLS)/pyz/program --no-deps \
 	  --link-mode copy dist/*.whl
-	$(TOOLS)/bin/python tools/pyz.py $@ $(UNPACKED) $(TOOLS)/pyz/program
+	STRIP=$(STRIP) $(TOOLS)/bin/python tools/pyz.py $@ $(UNPACKED) $(TOOLS)/pyz/program
 
-pyz: dist/gollama-proxy.pyz
+pyz: $(PYZ)
 
 # --- The service ------------------------------------------------------------------
 

@@ -138,6 +138,7 @@ class Machine:
         self.temporary.mkdir()
         venv.create(folder / "python", symlinks=True)
         self.python = folder / "python" / "bin" / "python"
+        self.run("--version")  # it is unpacked, which takes a while
 
     def __repr__(self) -> str:
         return f"<Machine {self.folder}>"
@@ -355,12 +356,10 @@ def test_a_folder_that_others_can_write_to_is_not_used(
 def test_another_python_is_an_error_that_names_the_right_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    built = SimpleNamespace(VERSIONS=[(3, 7), (3, 8)], PLATFORM=("linux", "sparc"))
-    monkeypatch.setitem(sys.modules, "built_for", built)
+    tags = ["cpython-37-sparc-linux-gnu", "cpython-38-sparc-linux-gnu"]
+    monkeypatch.setitem(sys.modules, "built_for", SimpleNamespace(TAGS=tags))
     with pytest.raises(SystemExit) as ended:
         launch.start()
     assert ended.value.code == 2
-    text = (
-        "gollama-proxy: this file is for Python 3.7, 3.8 on linux sparc; this is Python"
-    )
+    text = f"gollama-proxy: this file is for {tags[0]}, {tags[1]}; this Python is "
     assert capsys.readouterr().err.startswith(text)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import atexit
 import os
-import platform
 import shutil
 import stat
 import sys
 import tempfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 # The variable with the folder, unless there is a SHIV_ROOT.  It has another name, so
@@ -25,13 +25,11 @@ def start() -> None:
     """Run the program; with status 2 if it was not built for this interpreter."""
     import built_for  # written by pyz.py, beside this module
 
-    here = (sys.platform, platform.machine())
-    if sys.version_info[:2] not in built_for.VERSIONS or here != built_for.PLATFORM:
-        versions = ", ".join(f"{major}.{minor}" for major, minor in built_for.VERSIONS)
+    own = EXTENSION_SUFFIXES[0].split(".")[1]  # such as cpython-311-x86_64-linux-gnu
+    if own not in built_for.TAGS:
         sys.stderr.write(
-            f"gollama-proxy: this file is for Python {versions} on "
-            f"{' '.join(built_for.PLATFORM)}; this is Python "
-            f"{sys.version_info[0]}.{sys.version_info[1]} on {' '.join(here)}\n"
+            f"gollama-proxy: this file is for {', '.join(built_for.TAGS)}; "
+            f"this Python is {own}, {sys.version.split()[0]}\n"
         )
         sys.exit(2)
     os.environ[UNPACKED_IN] = find_folder()

@@ -11,8 +11,6 @@ SOURCE_DATE_EPOCH.
 from __future__ import annotations
 
 import os
-import platform
-import re
 import shutil
 import stat
 import subprocess
@@ -53,7 +51,8 @@ def _clean(merged: Path) -> None:
             (path / name).unlink(missing_ok=True)
     libraries = sorted(merged.rglob("*.so"))
     # More than half of a library.
-    subprocess.run(["strip", "-S", *map(str, libraries)], check=True)
+    strip = os.environ.get("STRIP", "strip")
+    subprocess.run([strip, "-S", *map(str, libraries)], check=True)
     for path in merged.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # whatever the umask is
 
@@ -83,18 +82,12 @@ def pack(merged: Path, output: Path) -> None:
 
 
 def _built_for(merged: Path) -> str:
-    """Return the module that lists the versions for which every library is there."""
-    found: dict[str, set[tuple[int, int]]] = {}
+    """Return the module that lists the interpreters that have every library."""
+    found: dict[str, set[str]] = {}
     for path in merged.rglob("*.cpython-*.so"):
-        module, tag = path.name.split(".cpython-")
-        match = re.match(r"(\d)(\d+)-", tag)
-        assert match, f"{path}: of which version?"
-        found.setdefault(f"{path.parent}/{module}", set()).add(
-            (int(match[1]), int(match[2]))
-        )
-    versions = sorted(set.intersection(*found.values()))
-    here = (sys.platform, platform.machine())
-    return f"VERSIONS = {versions!r}\nPLATFORM = {here!r}\n"
+        module, tag, _ = path.name.split(".")
+        found.setdefault(f"{path.parent}/{module}", set()).add(tag)
+    return f"TAGS = {sorted(set.intersection(*found.values()))!r}\n"
 
 
 if __name__ == "__main__":
