@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gollama_proxy import bounded
-from gollama_proxy.config.settings import Breaker, Origin, WorkerConfig
+from gollama_proxy.config.settings import (
+    Breaker,
+    Config,
+    Health,
+    Models,
+    Origin,
+    Queue,
+    WorkerConfig,
+)
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.lease import Lease, Result
@@ -67,6 +75,28 @@ def unavailable(
 
 
 # --- What there is ----------------------------------------------------------------
+
+
+def test_other_settings_hold_for_every_worker() -> None:
+    """Also for one that was removed, and still has an answer to end."""
+    made = registry("a", "a")
+    first, second = made.workers
+    lease = second.lease("a")
+    made.remove(second.name, 60.0)
+    config = Config(
+        breaker=Breaker(consecutive=7),
+        health=Health(fall=4),
+        queue=Queue(overcommit=2),
+        models=Models(aliases={"b": "a"}),
+    )
+    made.reconfigure(config)
+    for worker in (first, second):
+        assert (worker.policy, worker.health) == (config.breaker, config.health)
+        assert worker.overcommit == 2
+    assert made.resolve("b", None).model == "a"
+    added = made.add(config_of(9))
+    assert added.policy == config.breaker
+    lease.release(Result.COMPLETE)
 
 
 def test_workers_keep_the_order_of_the_configuration() -> None:
