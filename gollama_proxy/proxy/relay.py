@@ -3,7 +3,7 @@
 A relay has three phases; in each, a different method receives the body:
 
     _hold ─────▶ _forward ─────▶ _ignore
-    until the status and the      the fast lane: worker's read →      once the answer
+    until the status and the      the fast path: worker's read →      once the answer
     first bytes are known, so     client's transport, one plain       has ended, or is
     that another worker can       call for each read, no task         no longer needed
     still be tried                switch
@@ -196,7 +196,7 @@ class Relay:
         self._error = self._error or error
         self._wake()
 
-    # --- The fast lane ------------------------------------------------------------
+    # --- The fast path ------------------------------------------------------------
 
     async def run(
         self,

@@ -3,7 +3,7 @@
 The body of an answer goes to a receiver in plain calls, one for each read of the
 socket: no task, no queue and no future between a worker's token and its client.
 
-The fast lane: llama-server writes one chunk for each token, and one read nearly always
+The fast path: llama-server writes one chunk for each token, and one read nearly always
 holds exactly that chunk.  For a read of `n` bytes only one canonical chunk head fits
 (RFC 9112, 7.1: the size in hex), so one look into a table recognises a whole chunk.  It
 is passed on as it came, without being parsed or framed again.  The parser does not see
@@ -32,7 +32,7 @@ _FRAMING = frozenset({b"content-encoding", b"content-length", b"transfer-encodin
 # five, but extensions and trailers (RFC 9112, 7.1) can have any length; what is beyond
 # this ratio may come to `MAX_HEAD`, the head included.
 PAYS_FOR = 16
-# Chunks up to this size can take the fast lane; an event is some 240 bytes.  The table
+# Chunks up to this size can take the fast path; an event is some 240 bytes.  The table
 # takes 60 bytes of memory for each of them.
 MAX_FAST = 4 << 10
 

@@ -1,4 +1,4 @@
-"""What holds for clients in the clear holds over TLS, the fast lane included."""
+"""What holds for clients in the clear holds over TLS, the fast path included."""
 
 from __future__ import annotations
 

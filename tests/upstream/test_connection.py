@@ -159,7 +159,7 @@ def cut(data: bytes, ends: Iterable[int]) -> list[bytes]:
     return [data[i:j] for i, j in pairwise(places)]
 
 
-# --- Chunked bodies: the parser and the fast lane ---------------------------------
+# --- Chunked bodies: the parser and the fast path ---------------------------------
 
 
 @st.composite
@@ -212,7 +212,7 @@ def test_a_chunked_body_is_the_same_in_any_framing_and_any_reads(
 def test_whole_chunks_are_not_parsed_wherever_they_come(
     bodies: list[bytes], data: st.DataObject
 ) -> None:
-    """Each chunk is one read or two: only the former take the fast lane."""
+    """Each chunk is one read or two: only the former take the fast path."""
     reads = [CHUNKED + chunk(b"first")]
     whole = 0
     for body in bodies:
@@ -271,7 +271,7 @@ def test_a_chunk_in_another_form_is_parsed(read: bytes, data: bytes) -> None:
 
 @pytest.mark.parametrize("over", [-1, 0, 1])
 def test_large_chunks_are_parsed(over: int) -> None:
-    """Nothing is lost where the table of the fast lane ends."""
+    """Nothing is lost where the table of the fast path ends."""
     framing = len(chunk(bytes(MAX_FAST - 100))) - (MAX_FAST - 100)
     data = bytes(MAX_FAST - framing + over)
     framed = chunk(data)
