@@ -21,6 +21,7 @@ from gollama_proxy.config.settings import (
     Models,
     Origin,
     Queue,
+    Timeouts,
     WorkerConfig,
 )
 from gollama_proxy.config.values import ConfigError
@@ -86,16 +87,18 @@ def test_other_settings_hold_for_every_worker() -> None:
     config = Config(
         breaker=Breaker(consecutive=7),
         health=Health(fall=4),
+        timeouts=Timeouts(allowance=12.0, first_token=34.0),
         queue=Queue(overcommit=2),
         models=Models(aliases={"b": "a"}),
     )
     made.reconfigure(config)
     for worker in (first, second):
         assert (worker.policy, worker.health) == (config.breaker, config.health)
+        assert (worker.expectations.base, worker.expectations.hard) == (12.0, 34.0)
         assert worker.overcommit == 2
     assert made.resolve("b", None).model == "a"
     added = made.add(config_of(9))
-    assert added.policy == config.breaker
+    assert (added.policy, added.health) == (config.breaker, config.health)
     lease.release(Result.COMPLETE)
 
 
