@@ -19,8 +19,8 @@ from tests.fakes.cases import case
 from tests.fakes.client import Response
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
-from tests.fakes.replies import chunk, last_chunk, role, token
-from tests.fakes.script import answer, chat_stream, close, reset, send, wait
+from tests.fakes.replies import chunk, last_chunk, role, sse_head, token
+from tests.fakes.script import answer, close, reset, send, wait
 from tests.fakes.standins import (
     TEXTS,
     LmStudio,
@@ -502,9 +502,8 @@ async def test_an_answer_of_llama_server_is_continued_by_any_of_them(
     ):
         (worker,) = (w for w in hub.hub.registry.workers if w.name != first.name)
         hub.hub.registry.pause(worker.name)
-        role_, *_ = chat_stream([], model=kind.models[0])
         begun = chunk(role(model=kind.models[0]) + token(" no", model=kind.models[0]))
-        first.script(role_, send(begun), wait("go"), close())
+        first.script(send(sse_head()), send(begun), wait("go"), close())
         async with await hub.open(CHAT, ask(kind)) as wire:
             await wire.read_head()
             hub.hub.registry.unpause(worker.name)
@@ -512,6 +511,38 @@ async def test_an_answer_of_llama_server_is_continued_by_any_of_them(
             ending = await wire.read_to_end()
         assert ending.clean
         assert f"rescued 1 by {worker.name}".encode() in ending.response.body
+        assert text_of(events_of(ending.response)) == "".join(TEXTS)
+
+
+@each_kind
+async def test_an_answer_survives_the_failures_of_two_servers(
+    kind: Kind, tmp_path: Path
+) -> None:
+    """Begun by a llama-server, continued by another kind, and ended by a third one."""
+    model = kind.models[0]
+    async with (
+        ScriptedWorker(model) as first,
+        ScriptedWorker(model) as last,
+        behind(kind, tmp_path, first, last) as (server, hub),
+    ):
+        registry = hub.hub.registry
+        (second,) = {each.name for each in registry.workers} - {first.name, last.name}
+        registry.pause(second)
+        registry.pause(last.name)
+        begun = chunk(role(model=model) + token(" no", model=model))
+        first.script(send(sse_head()), send(begun), wait("go"), close())
+        server.breaks_after, server.pace = 2, "go"
+        async with await hub.open(CHAT, ask(kind)) as wire:
+            await wire.read_head()
+            registry.unpause(second)
+            first.release("go")
+            await server.received()
+            registry.pause(first.name)
+            registry.unpause(last.name)
+            server.release("go")
+            ending = await wire.read_to_end()
+        assert ending.clean
+        assert f"rescued 2 by {last.name}".encode() in ending.response.body
         assert text_of(events_of(ending.response)) == "".join(TEXTS)
 
 
