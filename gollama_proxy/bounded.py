@@ -73,7 +73,8 @@ class SlidingWindow:
         return self._count
 
     def add(self, amount: int = 1) -> None:
-        tick = int(self._clock() / self._width)
+        clock = self._clock  # on an object, it takes three times as long to call
+        tick = int(clock() / self._width)
         if tick != self._tick:
             self._expire(tick)
         self._buckets[self._at] += amount

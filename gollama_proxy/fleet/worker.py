@@ -349,7 +349,8 @@ class Worker(Offer):
     def take_back(self, lease: Lease, result: Result) -> None:
         """Free what a lease held; `Lease.release` calls this once."""
         beside = len(self.leases)
-        self.used_at = lease.released_at = self.clock()
+        clock = self.clock  # on an object, it takes three times as long to call
+        self.used_at = lease.released_at = clock()
         self.leases.discard(lease)
         self._taken -= lease.slot
         if self.full:

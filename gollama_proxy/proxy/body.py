@@ -118,18 +118,32 @@ class Body:
 
     # --- The part that is kept ----------------------------------------------------
 
+    def take(self) -> bool:
+        """Take a body that came with its head; False if there is more to `read`.
+
+        Raises:
+            RequestError: as in `read`.
+        """
+        if self._unpacker is not None or not self._content.is_eof():
+            return False
+        self._kept.append(self._take(self._read_nowait(), ended=True))
+        self._settle()
+        return True
+
     async def read(self, window: int) -> None:
         """Read until the body is complete, or `window` bytes of it are kept.
 
         Raises:
             RequestError: 400, 408 or 413, naming what is wrong with the body.
         """
-        if self._unpacker is None and self._content.is_eof():  # it came with its head
-            self._kept.append(self._take(self._read_nowait(), ended=True))
         while not self.complete and self.size < window:
             piece = await self._next_piece()
             if piece:
                 self._kept.append(piece)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Read the fields of what is kept."""
         if self._scanner is not None:
             if self.complete and not self.endpoint.form:
                 fields.check_json(self._whole)

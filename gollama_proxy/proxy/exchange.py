@@ -173,12 +173,14 @@ class Proxy(Running):
             except Exception as exc:
                 logger.exception("request %s failed", x.id, extra=x.extra)
                 response = self._fail_inside(x, exc)
-            return await self._finish(x, response)
+            sent = self._finish(x, response)
+            return sent if sent is not None else await _drained(x)
         except asyncio.CancelledError:
             if x.cut is not None and not x.begun and x.state is not State.ENDED:
                 task.uncancel()  # the client is still there, and has got nothing yet
                 x.keep_alive = False
-                return await self._finish(x, self._fail(x, x.cut))
+                sent = self._finish(x, self._fail(x, x.cut))
+                return sent if sent is not None else await _drained(x)
             x.end(Outcome.CLIENT_GONE)
             x.status = x.status or CLIENT_CLOSED
             raise
@@ -234,8 +236,8 @@ class Proxy(Running):
             x.request.transport.abort()
         return CLOSE
 
-    async def _finish(self, x: Exchange, response: Response | Sent) -> Sent:
-        """Write the answer unless it has been written."""
+    def _finish(self, x: Exchange, response: Response | Sent) -> Sent | None:
+        """Write the answer unless it has been written; None if some of it waits."""
         x.end(_DONE)
         if not isinstance(response, Response):
             return response
@@ -245,7 +247,8 @@ class Proxy(Running):
         try:
             fields = x.header_lines()
             if write_whole(request, response, fields, keep_alive=keep_alive):
-                await request.writer.drain()
+                x.keep_alive = keep_alive
+                return None
         except ConnectionError:
             return CLOSE
         return KEEP if keep_alive else CLOSE
@@ -309,7 +312,8 @@ class Proxy(Running):
         x.body = body = Body(request, endpoint, config)
         if "Expect" in request.headers:
             answer_expectation(request)
-        await body.read(config.limits.replay_window)
+        if not body.take():
+            await body.read(config.limits.replay_window)
         if body.model is None and not body.complete:
             await self._look_further(x)
         pool = self._registry.resolve(body.model, caller.models)
@@ -562,6 +566,15 @@ class Proxy(Running):
         """Check the time limits of all requests; the watchdog calls it every second."""
         for x in tuple(self._running.values()):
             self._limits.check(x, now)
+
+
+async def _drained(x: Exchange) -> Sent:
+    """Wait until a client has read most of its answer."""
+    try:
+        await x.request.writer.drain()
+    except ConnectionError:
+        return CLOSE
+    return KEEP if x.keep_alive else CLOSE
 
 
 _UNSEEN = frozenset({_CONNECTING, State.WAITING})

@@ -349,7 +349,8 @@ class Relay:
     # --- Receiver: what the connection calls ---------------------------------------
 
     def head_received(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        self._lease.heard_at = self._clock()
+        clock = self._clock  # on an object, it takes three times as long to call
+        self._lease.heard_at = clock()
         self.status = status
         self.headers = headers
         self.content_type, self.client_fields = read_answer_head(headers)
@@ -358,7 +359,8 @@ class Relay:
             self._gatherer = sse.Gatherer()
 
     def _hold(self, data: bytes) -> None:
-        self._lease.heard_at = self._clock()
+        clock = self._clock
+        self._lease.heard_at = now = clock()
         if (
             data[:1] in sse.BEGINNINGS
             and not (self._held or self.is_event_stream)
@@ -377,7 +379,7 @@ class Relay:
             if not events or not sse.opens(events, self._ending):
                 return
         if self.opened_at is None:
-            self.opened_at = self._clock()
+            self.opened_at = now
             self._wake()
 
     def _looks_like_events(self) -> bool:

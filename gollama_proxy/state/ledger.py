@@ -173,7 +173,8 @@ class Ledger:
 
     def add(self, ended: Ended, *, failed: bool = False) -> None:
         """Add a request that has ended; the request path calls this."""
-        if not self._begins <= self.clock() < self._ends:
+        clock = self.clock  # on an object, it takes three times as long to call
+        if not self._begins <= clock() < self._ends:
             self._turn()
         key = ended.subject, ended.model
         row = self._pending.get(key)

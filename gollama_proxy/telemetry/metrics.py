@@ -370,7 +370,8 @@ class Telemetry:
     def ended(self, record: Record) -> None:
         """Record the end of a request; this must be called once for each."""
         assert record.duration is None, record
-        record.duration = self._clock() - record.started
+        clock = self._clock  # on an object, it takes three times as long to call
+        record.duration = clock() - record.started
         self._requests.observe(record)
         accesslog.write(record)
 

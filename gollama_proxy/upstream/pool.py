@@ -193,11 +193,11 @@ class ConnectionPool:
 
     def reuse(self) -> Connection | None:
         """Return an idle connection, or None if there is none that can be used."""
-        idle = self._idle
+        idle, clock = self._idle, self._clock
         while idle:
             connection = idle[-1]
             if connection.state is _IDLE:
-                if self._clock() - connection.idle_since >= self._keepalive:
+                if clock() - connection.idle_since >= self._keepalive:
                     return None  # the others are older; `close_stale` closes them all
                 self.in_use += 1
                 self.reused += 1
@@ -213,7 +213,8 @@ class ConnectionPool:
         elif streamed and not self.keeps_after_streams:
             self._put_on_probation(connection)
         else:
-            connection.idle_since = self._clock()
+            clock = self._clock
+            connection.idle_since = clock()
             connection.streamed = streamed
             self._idle.append(connection)
 
