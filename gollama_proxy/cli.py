@@ -195,7 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in _OPERATIONS.items():
         fill = partial(_fill_operation, name)
         command(name, _operate, text, configured=False, fill=fill)
-    text = "print what makes a shell complete commands, flags and files"
+    text = "print the completion script of bash, zsh or fish"
     completion = command("completion", _completion, text, configured=False)
     offline.add_shells(completion)
     return parser
