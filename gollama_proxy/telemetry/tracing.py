@@ -101,6 +101,7 @@ class Tracer:
         endpoint = tracing.endpoint.rstrip("/")
         exporter = OTLPSpanExporter(f"{endpoint}/v1/traces" if endpoint else None)
         provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
+        logger.info("requests are traced, by %s", provider.sampler.get_description())
         return cls(provider, BatchSpanProcessor(Exporter(exporter, time.monotonic)))
 
     def begin(self, x: Record) -> Spans:
