@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.partial import DivergedError, Span, UnreadableError, closing
-from gollama_proxy.wire.resume import MAX_EVENT, Resumer, Transcript
+from gollama_proxy.wire.resume import MAX_EVENT, MOST_WORDS, Resumer, Transcript
 from tests.fakes import replies
 from tests.fakes.replies import chunk
 from tests.fakes.streams import (
@@ -38,6 +38,23 @@ def filled(*batches: Iterable[bytes]) -> Transcript:
     for data in itertools.chain(*batches):
         transcript.add(chunk(data))
     return transcript
+
+
+def pass_on(transcript: Transcript, data: bytes) -> None:
+    """Keep a chunk as the relay does: its word alone, if it is like the last ones."""
+    framed = chunk(data)
+    start = framed.index(b"\n") + 1
+    alike = framed.endswith(transcript.foot) and framed.startswith(
+        transcript.head, start
+    )
+    word = framed[start + transcript.before : transcript.behind]
+    short = len(framed) - start < transcript.least
+    if not alike or transcript.chunks or b"\n" in word or short:
+        transcript.add(framed)
+        return
+    transcript.words.append(word)
+    if len(transcript.words) == MOST_WORDS:
+        transcript.fold()
 
 
 def text_event(text: str) -> bytes:
@@ -91,6 +108,39 @@ def test_all_added_chunks_come_out_again(batches: list[list[bytes]]) -> None:
     body = b"".join(data for batch in batches for data in batch)
     assert transcript.body() == body
     assert transcript.body() == body  # as often as one likes
+
+
+@settings(deadline=None)
+@given(st.lists(EVENTS, max_size=20), st.lists(WORDS, max_size=40))
+@example([], ["a\x00b"] * 6)
+def test_words_come_out_as_the_chunks_that_they_were(
+    others: list[bytes], words: list[str]
+) -> None:
+    passed = [*map(replies.token, "abcdef"), *others, *map(replies.token, words)]
+    # A line may end within a word, and a separator may stand in one.
+    passed += [replies.token("@").replace(b"@", raw) for raw in (b"\r", b"\0", b"y")]
+    transcript = Transcript(limit=1 << 20)
+    for data in passed:
+        pass_on(transcript, data)
+    assert transcript.body() == b"".join(passed)
+
+
+def test_words_are_kept_apart_from_their_frames() -> None:
+    transcript = filled(map(replies.token, "abcdef"))
+    transcript.cut()
+    pass_on(transcript, replies.token("g"))
+    assert transcript.words == [b"g"]
+
+
+def test_of_a_stream_beyond_the_limit_the_end_is_kept() -> None:
+    transcript = Transcript(limit=50_000)
+    passed = [replies.token(f" {number}") for number in range(2000)]
+    for data in passed:
+        pass_on(transcript, data)
+    stream, body = b"".join(passed), transcript.body()
+    assert len(stream) > 4 * 50_000
+    assert stream.endswith(body)
+    assert len(body) < 2 * 50_000
 
 
 def test_a_new_transcript_is_empty() -> None:
