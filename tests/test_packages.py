@@ -19,6 +19,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from gollama_proxy import __version__
@@ -287,6 +288,28 @@ def test_it_starts_with_every_python_that_it_is_for(machine: Machine) -> None:
         done = machine.run("demo", python=python, environ={"PATH": "/nonexistent"})
         assert done.returncode == 2, python
         assert "found no llama-server" in done.stderr
+
+
+def test_the_same_contents_make_the_same_file(machine: Machine, tmp_path: Path) -> None:
+    library = Path(msgspec._core.__file__)
+    python = ROOT / ".venv" / "tools" / "bin" / "python"
+    made = []
+    for number in (1, 2):
+        folder = tmp_path / f"site-{number}"
+        (folder / "package").mkdir(parents=True)
+        shutil.copy(library, folder / "package")
+        for name in ("a.py", "b.py")[:: 1 if number == 1 else -1]:
+            (folder / "package" / name).write_text(name)
+            os.utime(folder / "package" / name, (number * 1e9, number * 1e9))
+            (folder / "package" / name).chmod(0o600 if number == 1 else 0o664)
+        output = tmp_path / f"{number}.pyz"
+        subprocess.run(
+            [python, ROOT / "tools" / "pyz.py", output, folder],
+            env={"PATH": os.environ["PATH"], "SOURCE_DATE_EPOCH": "1700000000"},
+            check=True,
+        )
+        made.append(output.read_bytes())
+    assert made[0] == made[1]
 
 
 # --- Where it is unpacked ---------------------------------------------------------
