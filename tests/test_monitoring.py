@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gollama_proxy.telemetry.metrics import METRICS
+from gollama_proxy.telemetry.families import METRICS
 from gollama_proxy.wire.errors import Code
 from tests.behaviour.test_rescue import continued, partial
 from tests.behaviour.test_retries import InOrder

@@ -9,11 +9,9 @@ and `promtool` read.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 PIECE = 32 << 10  # characters, at least; about a quarter of a millisecond
@@ -147,39 +145,3 @@ def prefers_open_metrics(accept: str) -> bool:
         if kind in best:
             best[kind] = max(best[kind], quality)
     return best["application/openmetrics-text"] > best["text/plain"]
-
-
-# --- The process ------------------------------------------------------------------
-
-# As Prometheus' own client libraries name them.
-CPU = Family(
-    "process_cpu_seconds_total", "counter", "CPU time of the hub, user and system."
-)
-RESIDENT = Family("process_resident_memory_bytes", "gauge", "Resident memory.")
-VIRTUAL = Family("process_virtual_memory_bytes", "gauge", "Virtual memory.")
-STARTED = Family("process_start_time_seconds", "gauge", "When it started, Unix time.")
-OPEN_FILES = Family("process_open_fds", "gauge", "Open file descriptors.")
-MOST_FILES = Family("process_max_fds", "gauge", "Most open file descriptors allowed.")
-
-
-def of_process(proc: Path = Path("/proc")) -> Iterator[Collected]:
-    """Read what the kernel knows of this process; nothing where there is no /proc."""
-    try:
-        # The name of the program, in parentheses, may contain spaces.
-        fields = (proc / "self/stat").read_text().rpartition(")")[2].split()
-        boot = re.search(r"^btime (\d+)$", (proc / "stat").read_text(), re.MULTILINE)
-        limit = re.search(
-            r"^Max open files +(\d+)", (proc / "self/limits").read_text(), re.MULTILINE
-        )
-        files = sum(1 for _ in (proc / "self/fd").iterdir())
-    except OSError:
-        return
-    ticks = os.sysconf("SC_CLK_TCK")
-    yield CPU, [("", (int(fields[11]) + int(fields[12])) / ticks)]
-    yield VIRTUAL, [("", int(fields[20]))]
-    yield RESIDENT, [("", int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))]
-    if boot is not None:
-        yield STARTED, [("", int(boot[1]) + int(fields[19]) / ticks)]
-    yield OPEN_FILES, [("", files)]
-    if limit is not None:  # else "unlimited"
-        yield MOST_FILES, [("", int(limit[1]))]

@@ -33,7 +33,7 @@ from gollama_proxy.fleet import state as worker
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.proxy import state
 from gollama_proxy.proxy.failures import Again, Cause, Rule, rule_of
-from gollama_proxy.telemetry.metrics import GROUPS
+from gollama_proxy.telemetry.families import GROUPS
 from gollama_proxy.wire.schema import ENDPOINTS, REFUSED, Api, Endpoint
 
 ROOT = Path(__file__).parent.parent.parent

@@ -35,11 +35,10 @@ from gollama_proxy.telemetry.exposition import (
     PIECE,
     TEXT,
     Family,
-    of_process,
     pieces,
     prefers_open_metrics,
 )
-from gollama_proxy.telemetry.metrics import (
+from gollama_proxy.telemetry.families import (
     CACHED,
     DURATION,
     FALLBACKS,
@@ -67,12 +66,9 @@ from gollama_proxy.telemetry.metrics import (
     USED_REQUESTS,
     USED_SLOTS,
     WRITES,
-    ClientMetrics,
-    FleetMetrics,
-    Names,
-    RequestMetrics,
-    Telemetry,
 )
+from gollama_proxy.telemetry.gauges import ClientMetrics, FleetMetrics, of_process
+from gollama_proxy.telemetry.metrics import Names, RequestMetrics, Telemetry
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.headers import TraceContext

@@ -1,0 +1,298 @@
+"""The metrics that there are: their names, types, labels and buckets, declared once.
+
+The page of metrics, the documentation and the checks of dashboard and alerts follow
+these declarations.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from gollama_proxy.telemetry.exposition import Family
+
+# Prompt processing takes from milliseconds on a GPU to minutes on a laptop.
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# The buckets that OpenTelemetry recommends for the metrics of GenAI servers, and longer
+# ones behind them.
+DURATIONS = (
+    *(0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48),
+    *(40.96, 81.92, 163.84, 327.68, 655.36),
+)
+FIRST_TOKENS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5),
+    *(5.0, 7.5, 10.0, 30.0, 60.0, 120.0, 300.0),
+)
+EACH_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+TOKENS = tuple(4**exponent for exponent in range(14))
+WAITS = (0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+LAGS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+# Requests that have ended
+REQUESTS = Family(
+    "gollama_requests_total",
+    "counter",
+    "Requests that have ended.",
+    ("route", "status", "model", "worker"),
+)
+OUTCOMES = Family(
+    "gollama_outcomes_total",
+    "counter",
+    "How requests ended: complete, an error code, or client_gone.",
+    ("outcome", "model", "worker"),
+)
+DURATION = Family(
+    "gollama_request_duration_seconds",
+    "histogram",
+    "From the request's head to the end of the answer.",
+    ("route", "model", "worker"),
+    DURATIONS,
+)
+FIRST_BYTE = Family(
+    "gollama_time_to_first_byte_seconds",
+    "histogram",
+    "From the request's head to the first byte or event of the answer.",
+    ("route", "model", "worker"),
+    SECONDS,
+)
+FIRST_TOKEN = Family(
+    "gollama_time_to_first_token_seconds",
+    "histogram",
+    "From the request's head to the first token of an answer that a worker streamed to "
+    "its end.",
+    ("model", "worker"),
+    FIRST_TOKENS,
+)
+PER_TOKEN = Family(
+    "gollama_time_per_output_token_seconds",
+    "histogram",
+    "Mean time between the tokens of an answer that a worker streamed to its end.",
+    ("model", "worker"),
+    EACH_TOKEN,
+)
+QUEUED = Family(
+    "gollama_queue_time_seconds",
+    "histogram",
+    "How long requests waited for a slot; 0 if one was free.",
+    ("model", "worker"),
+    WAITS,
+)
+RETRIES = Family(
+    "gollama_retries_total",
+    "counter",
+    "Attempts beyond the first, of requests that had several.",
+    ("model",),
+)
+RESCUES = Family(
+    "gollama_rescues_total",
+    "counter",
+    "Continuations of an answer that had broken off, by how it ended.",
+    ("model", "outcome"),
+)
+FALLBACKS = Family(
+    "gollama_fallbacks_total",
+    "counter",
+    "Requests for a model that went to another one.",
+    ("model", "fallback"),
+)
+# Tokens
+RELAYED = Family(
+    "gollama_tokens_relayed_total",
+    "counter",
+    "Generated tokens, as the worker counted them, else events.",
+    ("model", "worker"),
+)
+PROMPTS = Family(
+    "gollama_prompt_tokens_total",
+    "counter",
+    "Tokens of prompts.",
+    ("model", "worker"),
+)
+CACHED = Family(
+    "gollama_prompt_tokens_cached_total",
+    "counter",
+    "Tokens of prompts that the worker had in its cache.",
+    ("model", "worker"),
+)
+SIZES = Family(
+    "gollama_request_tokens",
+    "histogram",
+    "Tokens of each request: type input for its prompt, output for its answer.",
+    ("model", "type"),
+    TOKENS,
+)
+# Subjects
+USED_REQUESTS = Family(
+    "gollama_usage_requests_total",
+    "counter",
+    "Requests for a model, by the subject of the token.",
+    ("subject", "model"),
+)
+USED_PROMPTS = Family(
+    "gollama_usage_prompt_tokens_total",
+    "counter",
+    "Tokens of prompts, by the subject of the token.",
+    ("subject", "model"),
+)
+USED_CACHED = Family(
+    "gollama_usage_cached_tokens_total",
+    "counter",
+    "Tokens of prompts that a worker had in its cache, by the subject of the token.",
+    ("subject", "model"),
+)
+USED_GENERATED = Family(
+    "gollama_usage_generated_tokens_total",
+    "counter",
+    "Generated tokens, by the subject of the token.",
+    ("subject", "model"),
+)
+USED_SLOTS = Family(
+    "gollama_usage_slot_seconds_total",
+    "counter",
+    "How long requests held slots, by the subject of the token.",
+    ("subject", "model"),
+)
+LIMITED = Family(
+    "gollama_limited_requests_total",
+    "counter",
+    "Requests that got a 429, by the code of the error: a limit of the subject, or a "
+    "full queue.",
+    ("subject", "reason"),
+)
+# The present
+BUILD = Family(
+    "gollama_build_info", "gauge", "Version of the hub.", ("version", "python")
+)
+UP = Family(
+    "gollama_worker_up",
+    "gauge",
+    "1 while a worker accepts requests, else 0.",
+    ("worker",),
+)
+STATE = Family(
+    "gollama_worker_state",
+    "gauge",
+    "1 for the present state, else 0.",
+    ("worker", "state"),
+)
+IN_FLIGHT = Family(
+    "gollama_in_flight", "gauge", "Requests that a worker is serving.", ("worker",)
+)
+SLOTS = Family(
+    "gollama_worker_slots",
+    "gauge",
+    "Generations that a worker runs at once.",
+    ("worker",),
+)
+READS = Family(
+    "gollama_worker_prefill_tokens_per_second",
+    "gauge",
+    "How fast a worker reads prompts, learnt from its last answers.",
+    ("worker", "model"),
+)
+WRITES = Family(
+    "gollama_worker_decode_tokens_per_second",
+    "gauge",
+    "How fast a worker writes each of its present answers, learnt from its last ones.",
+    ("worker", "model"),
+)
+BREAKER = Family(
+    "gollama_breaker_state",
+    "gauge",
+    "1 for the present state, else 0; of a worker, or of one of its models.",
+    ("worker", "model", "state"),
+)
+TRANSITIONS = Family(
+    "gollama_breaker_transitions_total",
+    "counter",
+    "Times that a breaker changed into a state.",
+    ("worker", "model", "state"),
+)
+OPENINGS = Family(
+    "gollama_breaker_openings_total",
+    "counter",
+    "Times that a breaker opened, by cause.",
+    ("worker", "model", "cause"),
+)
+POOL = Family(
+    "gollama_worker_connections",
+    "gauge",
+    "Connections to a worker: idle, or in use by a request.",
+    ("worker", "state"),
+)
+OPENED = Family(
+    "gollama_worker_connections_opened_total",
+    "counter",
+    "Connections to a worker that were opened for requests.",
+    ("worker",),
+)
+REUSED = Family(
+    "gollama_worker_connections_reused_total",
+    "counter",
+    "Requests that were sent on an idle connection.",
+    ("worker",),
+)
+WAITING = Family(
+    "gollama_queue_waiting", "gauge", "Requests waiting for a slot.", ("class",)
+)
+ROOM = Family(
+    "gollama_queue_limit", "gauge", "Requests that may wait for a slot: queue.size."
+)
+CONNECTIONS = Family("gollama_connections", "gauge", "Open connections of clients.")
+REFUSED = Family(
+    "gollama_connections_refused_total",
+    "counter",
+    "Connections closed at once: over a limit, or without TLS.",
+    ("reason",),
+)
+LAG = Family(
+    "gollama_event_loop_lag_seconds",
+    "histogram",
+    "By how much a step of the event loop that is due once a second was late.",
+    (),
+    LAGS,
+)
+
+EXPIRY = Family(
+    "gollama_certificate_expiry_timestamp_seconds",
+    "gauge",
+    "When the first certificate of the hub expires, Unix time.",
+)
+RELOADED = Family(
+    "gollama_config_last_reload_successful",
+    "gauge",
+    "1 if the settings were valid when they were last read, else 0.",
+)
+RELOADED_AT = Family(
+    "gollama_config_last_reload_success_timestamp_seconds",
+    "gauge",
+    "When the settings in force were read, Unix time.",
+)
+
+# The process, as Prometheus' own client libraries name it.
+CPU = Family(
+    "process_cpu_seconds_total", "counter", "CPU time of the hub, user and system."
+)
+RESIDENT = Family("process_resident_memory_bytes", "gauge", "Resident memory.")
+VIRTUAL = Family("process_virtual_memory_bytes", "gauge", "Virtual memory.")
+STARTED = Family("process_start_time_seconds", "gauge", "When it started, Unix time.")
+OPEN_FILES = Family("process_open_fds", "gauge", "Open file descriptors.")
+MOST_FILES = Family("process_max_fds", "gauge", "Most open file descriptors allowed.")
+
+# All of them, in the order of the documentation.
+GROUPS = {
+    "Requests": (REQUESTS, OUTCOMES, RETRIES, RESCUES, FALLBACKS),
+    "Latency": (FIRST_TOKEN, PER_TOKEN, QUEUED, DURATION, FIRST_BYTE),
+    "Tokens": (RELAYED, PROMPTS, CACHED, SIZES),
+    "Subjects": (
+        *(USED_REQUESTS, USED_PROMPTS, USED_CACHED, USED_GENERATED, USED_SLOTS),
+        LIMITED,
+    ),
+    "Workers": (UP, STATE, IN_FLIGHT, SLOTS, READS, WRITES, POOL, OPENED, REUSED),
+    "Breakers": (BREAKER, TRANSITIONS, OPENINGS),
+    "Queue and clients": (WAITING, ROOM, CONNECTIONS, REFUSED),
+    "The hub": (
+        *(BUILD, LAG, RELOADED, RELOADED_AT, EXPIRY),
+        *(CPU, RESIDENT, VIRTUAL, STARTED, OPEN_FILES, MOST_FILES),
+    ),
+}
+METRICS = tuple(chain.from_iterable(GROUPS.values()))
