@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -586,9 +587,29 @@ def test_an_error_of_the_second_worker_is_its_own() -> None:
 def test_an_end_without_a_finish_reason_is_not_an_end(stream: bytes) -> None:
     resumer = splice_behind(BEGUN)
     assert b"[DONE]" not in fed(resumer, stream + replies.done())
-    with pytest.raises(WorkerError, match="before it was complete"):
+    with pytest.raises(WorkerError, match="^The worker ended .* complete.$") as caught:
         resumer.finish()
+    assert caught.value.code is Code.WORKER_INCOMPLETE
     assert "complete" not in repr(resumer)
+
+
+def test_a_role_and_lines_without_data_do_not_come_again() -> None:
+    resumer = splice_behind(BEGUN)
+    assert fed(resumer, b"id: 1\n\n") == b""
+    assert fed(resumer, b": a comment\n\n") == b": a comment\n\n"
+    rest = fed(resumer, chat_event(content="amore", role="assistant"))
+    assert b'"more"' in rest
+    assert b"role" not in rest
+
+
+def test_what_else_a_server_counts_is_passed_on() -> None:
+    resumer = splice_behind(BEGUN)
+    fed(resumer, chat_stream(["amore"]).removesuffix(replies.done()))
+    counts = {"prompt_tokens": 9, "completion_tokens": 2, "other": 3}
+    rest = fed(resumer, dump(chat_chunk(usage=counts)))
+    usage = json.loads(rest.removeprefix(b"data: "))["usage"]
+    assert usage["other"] == 3
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
 # --- Once more --------------------------------------------------------------------
