@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from gollama_proxy.wire.answer import TAIL
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.partial import DivergedError, Span, UnreadableError, closing
 from gollama_proxy.wire.resume import MAX_EVENT, MOST_WORDS, Resumer, Transcript
@@ -121,9 +122,14 @@ def test_words_come_out_as_the_chunks_that_they_were(
     # A line may end within a word, and a separator may stand in one.
     passed += [replies.token("@").replace(b"@", raw) for raw in (b"\r", b"\0", b"y")]
     transcript = Transcript(limit=1 << 20)
+    stream = b""
     for data in passed:
         pass_on(transcript, data)
-    assert transcript.body() == b"".join(passed)
+        stream += data
+        tail = transcript.tail()
+        assert stream.endswith(tail)
+        assert len(tail) >= min(len(stream), TAIL)
+    assert transcript.body() == stream
 
 
 def test_words_are_kept_apart_from_their_frames() -> None:
@@ -141,7 +147,9 @@ def test_of_a_stream_beyond_the_limit_the_end_is_kept() -> None:
     stream, body = b"".join(passed), transcript.body()
     assert len(stream) > 4 * 50_000
     assert stream.endswith(body)
-    assert len(body) < 2 * 50_000
+    assert TAIL <= len(body) < 2 * 50_000
+    assert stream.endswith(transcript.tail())
+    assert len(transcript.tail()) >= TAIL
 
 
 def test_a_new_transcript_is_empty() -> None:
@@ -587,7 +595,9 @@ def test_an_error_of_the_second_worker_is_its_own() -> None:
 def test_an_end_without_a_finish_reason_is_not_an_end(stream: bytes) -> None:
     resumer = splice_behind(BEGUN)
     assert b"[DONE]" not in fed(resumer, stream + replies.done())
-    with pytest.raises(WorkerError, match="^The worker ended .* complete.$") as caught:
+    with pytest.raises(
+        WorkerError, match=r"^The worker ended .* complete\.$"
+    ) as caught:
         resumer.finish()
     assert caught.value.code is Code.WORKER_INCOMPLETE
     assert "complete" not in repr(resumer)
