@@ -460,6 +460,8 @@ ENDLESS = {
 async def test_an_assembled_answer_has_a_limit(first: bytes, more: bytes) -> None:
     """The limit is enforced as bytes arrive, since such an answer has no end."""
     settings = {"upstream__assemble": CHAT, "limits__answer": 1 << 20}
+    # On a busy machine it takes a while to read all this.
+    settings |= {"timeouts__gap": 60, "timeouts__silence": 60}
     async with beside_a_good_stream(**settings) as scene:
         # Then it is asked as the client has asked, which the hub need not keep.
         scene.worker.script(send(first), flood(more))

@@ -186,8 +186,9 @@ async def test_an_end_without_done_gets_it() -> None:
     assert response.body == SHOWN
 
 
-async def test_an_error_is_passed_on() -> None:
-    error = event({"error": {"message": "x"}, "choices": [], "usage": {}})
+async def test_an_error_about_the_request_is_passed_on() -> None:
+    about = {"message": "x", "code": 400}  # another worker would report it as well
+    error = event({"error": about, "choices": [], "usage": {}})
     async with other_server() as (worker, hub):
         begun = sse_head() + chunk(role() + token("a"))
         worker.script(
