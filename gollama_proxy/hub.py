@@ -466,7 +466,7 @@ class Hub(Listener):
 
         Raises:
             OSError: the address is in use, or not one of this machine.
-            ConfigError: the same, of one for metrics.
+            ConfigError: the same, of one for metrics; or traces cannot be sent.
         """
         server = self.config.server
         found = Server(
@@ -479,8 +479,11 @@ class Hub(Listener):
         await found.listen(server.host, server.port, listeners)
         try:
             await self.scrapes.open(self.config, self.files.for_clients, for_metrics)
+            if self.config.tracing.enabled:
+                self.proxy.tracer = await asyncio.to_thread(self._make_tracer)
         except ConfigError:
             found.stop_listening()
+            await self.scrapes.close()
             raise
         self._server = found
         self.groups.start()
@@ -488,8 +491,6 @@ class Hub(Listener):
         self.watchdog.start()
         self.events.start()
         self.files.start()
-        if self.config.tracing.enabled:
-            self.proxy.tracer = await asyncio.to_thread(self._make_tracer)
         # In a thread, or the first token would hold up the event loop.
         if not self.authenticator.preloaded:
             await asyncio.to_thread(self.authenticator.preload)

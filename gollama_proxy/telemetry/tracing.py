@@ -55,6 +55,7 @@ from opentelemetry.trace import (
 )
 
 from gollama_proxy import __version__
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome, Record, Step
 from gollama_proxy.telemetry.logs import Throttle
 from gollama_proxy.wire.headers import TraceContext, trace_lines
@@ -95,14 +96,26 @@ class Tracer:
         """Make the one of the settings and `OTEL_*` variables, which may turn it off.
 
         This blocks.  A thread is started, which sends the spans.
+
+        Raises:
+            ConfigError: the SDK rejects one of the variables.
         """
         if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
             return None
         endpoint = tracing.endpoint.rstrip("/")
-        exporter = OTLPSpanExporter(f"{endpoint}/v1/traces" if endpoint else None)
-        provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
+        # It quotes headers that it cannot read, and with them the key of a collector.
+        logging.getLogger("opentelemetry.util.re").addFilter(_without_values)
+        try:
+            exporter = OTLPSpanExporter(f"{endpoint}/v1/traces" if endpoint else None)
+            provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
+            spans = BatchSpanProcessor(Exporter(exporter, time.monotonic))
+        except (ValueError, RuntimeError) as exc:
+            raise ConfigError(
+                "tracing.enabled = true: OpenTelemetry rejects the OTEL_* variables of "
+                f"the environment: {str(exc)[:MOST_REASON]}"
+            ) from exc
         logger.info("requests are traced, by %s", provider.sampler.get_description())
-        return cls(provider, BatchSpanProcessor(Exporter(exporter, time.monotonic)))
+        return cls(provider, spans)
 
     def begin(self, x: Record) -> Spans:
         """Begin the span of a request, below that of its client if it has one."""
@@ -198,6 +211,11 @@ class _Attempt:
 
     def __repr__(self) -> str:
         return f"<_Attempt {self.span_id} {self.lease!r}>"
+
+
+def _without_values(record: logging.LogRecord) -> bool:
+    record.args = tuple("…" for _ in record.args or ())
+    return True
 
 
 def _resource() -> Resource:

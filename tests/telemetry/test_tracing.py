@@ -471,6 +471,33 @@ async def test_the_environment_can_turn_traces_off(
             assert hub.hub.proxy.tracer is None
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "100000"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "-5"),
+        ("OTEL_SPAN_LINK_COUNT_LIMIT", "many"),
+    ],
+)
+async def test_a_variable_that_the_sdk_rejects_is_a_clear_error(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=r"tracing\.enabled = true: .* OTEL_\* var"):
+        async with running_hub(tracing__enabled=True):
+            pass
+
+
+async def test_a_key_for_the_collector_that_cannot_be_read_is_not_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "Bearer canary")
+    async with running_hub(tracing__enabled=True, **CALM):
+        pass
+    assert "Header format invalid" in caplog.text
+    assert "canary" not in caplog.text
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     environ = {"GOLLAMA_TRACING_ENABLED": "true", "GOLLAMA_AUTH_MODE": "off"}
     load(None, environ)
