@@ -16,6 +16,7 @@ last kilobytes when it has ended (`end`).
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
 from gollama_proxy.edge.connections import WRITE_BUFFER
@@ -36,8 +37,7 @@ HOLD_LIMIT = 256 << 10
 MOST_HELD = 100  # pieces that are passed on one by one; more are joined
 _NOTHING = Transcript()  # of a relay that has passed nothing on
 _COLON = ord(":")
-# How the event of an error begins in a stream of OpenAI's APIs.
-_ERRORS = (b'data: {"error"', b'data:{"error"', b"event: error", b"event:error")
+_BLANK = re.compile(rb"\n\r?\n")
 MOST_MESSAGE = 500  # characters of such an error that a client gets
 
 
@@ -420,7 +420,7 @@ class Relay:
                 if len(kept.words) == MOST_WORDS:
                     kept.fold()
         else:
-            failed = not self._reports and chunk.startswith(_ERRORS, start)
+            failed = not self._reports and b'"error"' in chunk
             if failed and self._note_failure(chunk[start:-2]):
                 return
             kept.add(chunk)
@@ -431,19 +431,26 @@ class Relay:
         if buffered() > WRITE_BUFFER:
             self._block()
 
-    def _note_failure(self, event: bytes) -> bool:
-        """Return whether an event reports that a server has failed; this ends it.
+    def _note_failure(self, data: bytes) -> bool:
+        """Return whether events report that a server has failed; this ends them.
 
         llama-server sends errors that lie in the answer: another one would send them,
-        too.  Other servers send them when a process of theirs has died.
+        too.  Other servers send them when a process of theirs has died.  Proxies in
+        front of a server join events, so that tokens may come before.
         """
+        if self._lease.worker.is_llama_server:
+            return False
+        at = data.rfind(b'"error"')
+        begin = max((found.end() for found in _BLANK.finditer(data, 0, at)), default=0)
+        before, event = data[:begin], data[begin:]
         found = map(sse.error_in, sse.events_in(event))
         error = next((each for each in found if each is not None), None)
-        if error is None or self._lease.worker.is_llama_server:
-            return False
-        if isinstance(error.code, int) and error.code < 500:
+        if error is None or (isinstance(error.code, int) and error.code < 500):
             return False
         self.events -= 1
+        self.bytes -= len(data)
+        if begin:
+            self._forward(before)
         text = f"Worker {self._worker} ended the answer with an error"
         if error.message:
             text += f": {error.message[:MOST_MESSAGE]}"

@@ -198,12 +198,14 @@ class EventError(Private):
 
 
 class ErrorEvent(Private):
-    error: EventError | str | None = None  # LM Studio writes the text alone
+    """Fields may have other types: such events are errors as well."""
+
+    error: Any = None  # LM Studio writes the text alone
     # llama-server's event on `/v1/messages`, and that of Responses, have these fields
     # without an object around them.
-    type: str = ""
-    message: str = ""
-    code: int | str | None = None
+    type: Any = ""
+    message: Any = ""
+    code: Any = None
 
 
 # --- OpenAI's chats and completions -----------------------------------------------

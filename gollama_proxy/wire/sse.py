@@ -251,13 +251,27 @@ def error_in(data: bytes) -> EventError | None:
         event = error_event.decode(data)
     except UNREADABLE:
         return None
-    if isinstance(event.error, str):
-        return EventError(event.error)
-    if event.error is not None:
-        return event.error
+    found = event.error
+    if isinstance(found, dict):
+        fields = (found.get(name) for name in ("message", "type", "code"))
+        return _event_error(*fields)
+    if found is not None:
+        return _event_error(found, None, None)
     if event.type == "error" or (event.message and isinstance(event.code, int)):
-        return EventError(event.message, event.type, event.code)
+        return _event_error(event.message, event.type, event.code)
     return None
+
+
+def _event_error(message: object, kind: object, code: object) -> EventError:
+    """Take what an event has; some servers write numbers as text."""
+    found = EventError(message if isinstance(message, str) else "")
+    if isinstance(kind, str) and kind:
+        found.type = kind
+    if isinstance(code, str) and re.fullmatch(r"[1-5]\d\d", code, re.ASCII):
+        code = int(code)
+    if isinstance(code, (int, str)) and not isinstance(code, bool):
+        found.code = code
+    return found
 
 
 # --- Usage, hidden from a client --------------------------------------------------

@@ -19,7 +19,7 @@ from tests.fakes.cases import case
 from tests.fakes.client import Response
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
-from tests.fakes.replies import chunk, last_chunk, role, sse_head, token
+from tests.fakes.replies import chunk, done, last_chunk, role, sse_head, token
 from tests.fakes.script import answer, close, reset, send, wait
 from tests.fakes.standins import (
     TEXTS,
@@ -449,6 +449,45 @@ async def test_an_answer_that_a_server_reports_as_failed_is_continued(
         assert ending.clean
         assert b'"error"' not in ending.response.body
         assert f"rescued 1 by {spare.name}".encode() in ending.response.body
+        assert text_of(events_of(ending.response)) == "".join(TEXTS)
+
+
+FAILED = b'{"error":{"message":"boom","type":"server_error","code":500}}'
+
+
+@pytest.mark.parametrize(
+    ("before", "error"),
+    [
+        (b"", b'{"object":"error","message":"boom","type":"x","code":500}'),
+        (b"", b'{ "error" : {"message":null,"code":"500"}}'),
+        (b"", b'{"id":"x","error":{"message":"boom","code":"internal"}}'),
+        (b": ping\n\n", FAILED),
+        (b"token", FAILED),
+        (b": ping\r\n\r\n", FAILED),
+    ],
+)
+async def test_an_error_is_found_in_other_forms_and_behind_other_events(
+    before: bytes, error: bytes, tmp_path: Path
+) -> None:
+    kind = KINDS[0]
+    async with (
+        ScriptedWorker(kind.models[0]) as spare,
+        behind(kind, tmp_path, spare) as (server, hub),
+    ):
+        if before == b"token":
+            before = [*server.events(TEXTS, kind.models[0], None)][-3]
+        broken = before + b"data: " + error + b"\n\n"
+        server.breaking = lambda: iter([broken, done()])  # type: ignore[method-assign]
+        hub.hub.registry.pause(spare.name)
+        server.breaks_after, server.pace = 2, "go"
+        async with await hub.open(CHAT, ask(kind)) as wire:
+            await wire.read_head()
+            hub.hub.registry.unpause(spare.name)
+            server.release("go")
+            ending = await wire.read_to_end()
+        assert ending.clean
+        assert b'"error"' not in ending.response.body
+        assert b"rescued 1 by" in ending.response.body
         assert text_of(events_of(ending.response)) == "".join(TEXTS)
 
 

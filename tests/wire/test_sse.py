@@ -356,6 +356,15 @@ def test_elsewhere_any_event_is_a_beginning(ending: Ending) -> None:
         ),
         (b'{"error":{}}', EventError()),
         (b'{"error":"text"}', EventError("text")),  # LM Studio
+        (b'{"error":{"code":"503"}}', EventError(code=503)),
+        (b'{"error":{"code":"5xx"}}', EventError(code="5xx")),
+        (b'{"error":{"message":null,"type":null,"code":true}}', EventError()),
+        (b'{"error":["text"]}', EventError()),
+        (b'{"error":500}', EventError()),
+        (
+            b'{"object":"error","message":"boom","type":"E","param":null,"code":500}',
+            EventError("boom", "E", 500),  # vLLM, until it had an object for it
+        ),
     ],
 )
 def test_an_event_that_is_an_error_is_read(data: bytes, error: EventError) -> None:
