@@ -4,6 +4,7 @@ Those are preflights, liveness, readiness, metrics, and the list of models."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import socket
@@ -268,10 +269,14 @@ class MetricsServer:
     ) -> None:
         """Listen on the addresses of `metrics.listen` that are new.
 
+        Those that are no longer set, but have a port that a new one needs, are left
+        before: 127.0.0.1:9464 is a part of 0.0.0.0:9464.
+
         Raises:
             ConfigError: one cannot be listened on.  Nothing has changed then.
         """
         opened: dict[str, Server] = {}
+        left = self._leave(config.metrics.listen)
         address = ""
         try:
             if inherited:
@@ -284,12 +289,28 @@ class MetricsServer:
         except OSError as exc:
             for each in opened.values():
                 each.stop_listening()
+            for server, (host, port) in left:
+                with contextlib.suppress(OSError):  # another program was faster
+                    await server.listen(host, port)
             why = "already in use" if exc.errno == errno.EADDRINUSE else exc.strerror
             raise ConfigError(
                 f"metrics.listen = {address!r}: {why}; must be a free address of this "
                 "machine"
             ) from exc
         self._servers |= opened
+
+    def _leave(self, wanted: Sequence[str]) -> list[tuple[Server, tuple[str, int]]]:
+        """Free the ports that are wanted; return what has to be listened on again."""
+        ports = {host_and_port(each)[1] for each in wanted if each not in self._servers}
+        left = []
+        for address, server in self._servers.items():
+            if address == _INHERITED or address in wanted:
+                continue
+            places = [(place[0], place[1]) for place in server.addresses]
+            if any(port in ports for _, port in places):
+                server.stop_listening()
+                left += [(server, place) for place in places]
+        return left
 
     async def reconfigure(self, config: Config, tls: Credentials | None) -> None:
         """Take other settings, and leave the addresses that are no longer set."""

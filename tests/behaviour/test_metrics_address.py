@@ -168,6 +168,30 @@ async def test_a_reload_to_an_address_that_is_taken_changes_nothing() -> None:
         assert (await fetch(urls[0])).status == 200
 
 
+async def test_a_reload_can_widen_an_address_and_narrow_it_again() -> None:
+    async with running_hub(metrics__listen=[ANYWHERE], metrics__open=True) as hub:
+        _, port = place(hub.hub.scrapes.urls[0])
+        for host in ("0.0.0.0", "127.0.0.1"):
+            await change(hub, "metrics", listen=(f"{host}:{port}",))
+            assert (host, port) in listening()
+            assert (await fetch(f"http://127.0.0.1:{port}")).status == 200
+        assert ("0.0.0.0", port) not in listening()
+
+
+async def test_an_address_is_listened_on_again_if_the_next_one_is_taken() -> None:
+    async with running_hub(metrics__listen=[ANYWHERE], metrics__open=True) as hub:
+        [url] = hub.hub.scrapes.urls
+        wider = f"0.0.0.0:{place(url)[1]}"
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            listened = listening()
+            with pytest.raises(ConfigError, match="already in use"):
+                await change(hub, "metrics", listen=(wider, address))
+            assert listening() == listened
+        assert hub.hub.scrapes.urls == [url]
+        assert (await fetch(url)).status == 200
+
+
 async def test_the_certificate_is_that_of_the_hub(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     certificate, key = authority.issue("127.0.0.1")
