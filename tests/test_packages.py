@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import pwd
 import shutil
 import signal
 import stat
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import msgspec
 import pytest
@@ -346,6 +348,20 @@ def test_a_user_unpacks_in_the_own_cache(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(places["TMPDIR"]))
     assert launch.find_folder() == str(places["TMPDIR"] / ".cache" / "gollama-proxy")
+
+
+def test_a_user_without_home_and_name_unpacks_in_the_folder_for_temporary_files(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def has_no_name(uid: int) -> NoReturn:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", has_no_name)
+    expected = places["TMPDIR"] / f"gollama-proxy-{os.geteuid()}"
+    assert launch.find_folder() == str(expected)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ interpreter, and chooses the folder.  Old interpreters have to be able to read i
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import stat
@@ -41,9 +42,13 @@ def start() -> None:
 
 def find_folder() -> str:
     """Return the first folder that only this user can write to."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME") or ""
+    if not caches:
+        # A user of a container may have neither a HOME nor a name.
+        with contextlib.suppress(RuntimeError):
+            caches = str(Path("~/.cache").expanduser())
     places = [
-        # Of systemd's CacheDirectory=; an empty name is relative.
+        # Of systemd's CacheDirectory=.  What is not set is a relative path here.
         Path(os.environ.get("CACHE_DIRECTORY", "").split(":")[0]),
         Path(caches, "gollama-proxy"),
         # Its name is known to others, so that `_is_private` has to reject theirs.
