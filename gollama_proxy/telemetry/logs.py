@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as _in_quotes
 from typing import TYPE_CHECKING, TextIO
 
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.settings import Log
 
 if TYPE_CHECKING:
@@ -40,13 +41,14 @@ PATIENCE = 1.0  # seconds to wait for its reader when the process ends
 MOST_CAUSES = 5  # exceptions shown of a chain of causes
 QUIET = 10.0  # seconds without a repetition, after which a warning is written again
 SUMMARY = 60.0  # seconds after which the repetitions so far are counted in a line
+MOST_OPENINGS = 1024  # of lines, remembered as many have the same one
 MOST_KINDS = 200  # of warnings whose repetitions are counted
 MOST_MESSAGE = 500  # characters of a warning that are repeated with their number
 
 # The part of a line after its message; the names are those of the program.
 Fields = Mapping[str, str | int | float]
 _NO_FIELDS: Fields = {}
-_Opening = tuple[str, str]  # of a line: what is before and after its time
+Opening = tuple[str, str]  # of a line: what is before and after its time
 _LOST = "{} lines were lost: standard error could not be written"
 # The result or exception of a task or future, in its `repr`.
 _TASK_RESULT = re.compile(r" (?:exception|result)=.*(?=> took [\d.]+ seconds\Z|>\Z)")
@@ -279,24 +281,11 @@ class BatchHandler(logging.Handler):
     def write_as(self, formatter: LineFormatter) -> None:
         """Write the lines to come in this format."""
         self.setFormatter(formatter)
-        self._formatter = formatter
+        self.form = formatter
 
-    def add(
-        self,
-        level: int,
-        message: str,
-        fields: Fields,
-        common: tuple[str, ...] = (),
-        values: tuple[str | int, ...] = (),
-    ) -> None:
-        """Collect a line; it is written with others, at most `DELAY` later.
-
-        Fields whose names are `common` come first, unless their values are empty.
-        The text of those is remembered, as many lines have the same.
-        """
-        form = self._formatter
-        when = form.stamp(time.time_ns() // 1_000_000)
-        self._collect(form.line(when, level, message, fields, None, common, values))
+    def add(self, line: str) -> None:
+        """Collect a line; it is written with others, at most `DELAY` later."""
+        self._collect(line)
         waits = self._loop is not None or self._flush_later()
         if self._size >= BATCH or not waits:
             self.flush()
@@ -348,10 +337,8 @@ class BatchHandler(logging.Handler):
             return
         if self._lost:
             lost, self._lost = self._lost, 0
-            when = self._formatter.stamp(time.time_ns() // 1_000_000)
-            self._collect(
-                self._formatter.line(when, logging.WARNING, _LOST.format(lost))
-            )
+            when = self.form.stamp(time.time_ns() // 1_000_000)
+            self._collect(self.form.line(when, logging.WARNING, _LOST.format(lost)))
         self._lines.append(line + "\n")
         self._size += len(line) + 1
 
@@ -462,24 +449,31 @@ class _Descriptor:
 # --- Format -----------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)  # a busy hub has many lines in one millisecond
-def _timestamp(milliseconds: int) -> str:
-    seconds, milliseconds = divmod(milliseconds, 1000)
-    return f"{_second(seconds)}.{milliseconds:03d}Z"
-
-
 @functools.lru_cache(maxsize=1)
 def _second(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-class LineFormatter(logging.Formatter):
-    """Formats records of `logging`, and lines that need no record."""
+def _timestamp(milliseconds: int) -> str:
+    seconds = milliseconds // 1000
+    return f"{_second(seconds)}.{milliseconds - seconds * 1000:03d}Z"
 
-    # Writes what is before and after the time of a line, up to the fields that differ.
-    _opening: Callable[[int, str, tuple[str, ...], tuple[str | int, ...]], _Opening]
+
+class LineFormatter(logging.Formatter):
+    """Formats records of `logging`, and lines that need no record.
+
+    A line is an opening, around its time, then its fields, then `end`.  What many lines
+    have in common can so be formatted once, and be remembered in `openings`.
+    """
+
+    before = between = end = ""  # the name of a field; it and its value; the line's end
+    quote: Callable[[str], str]  # writes a text value
     # Writes a time, of Unix milliseconds.
     stamp: Callable[[int], str] = staticmethod(_timestamp)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.openings: dict[Hashable, Opening] = BoundedDict(MOST_OPENINGS)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record, and its traceback."""
@@ -495,83 +489,56 @@ class LineFormatter(logging.Formatter):
         message: str,
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
-        common: tuple[str, ...] = (),
-        values: tuple[str | int, ...] = (),
     ) -> str:
-        """Return a line without its newline; `message` is printable.
-
-        `common` and `values` are as in `BatchHandler.add`.
-        """
-        before, after = self._opening(level, message, common, values)
-        line = f"{before}{when}{after}{self._write(fields)}"
+        """Return a line without its newline; `message` is printable."""
+        start, rest = self.opening(level, message, fields) or ("", "")
+        line = f"{start}{when}{rest}{self.end}"
         return line if error is None else self._with_error(line, error)
 
+    def opening(self, level: int, message: str, fields: Fields) -> Opening | None:
+        """Return what is before and after the time, with the first fields.
+
+        None: the fields of this line have to be arranged all together.
+        """
+        raise NotImplementedError
+
     def _write(self, fields: Fields) -> str:
-        """Write the last fields of a line, and its end."""
-        raise NotImplementedError
-
-    def _with_error(self, line: str, error: BaseException) -> str:
-        raise NotImplementedError
-
-
-@functools.lru_cache(maxsize=1024)
-def _text_opening(
-    level: int, message: str, names: tuple[str, ...], values: tuple[str | int, ...]
-) -> _Opening:
-    fields = {name: value for name, value in zip(names, values, strict=True) if value}
-    return "", f" {_level_name(level)} {message}{_text_of(fields)}"
-
-
-def _text_of(fields: Fields) -> str:
-    shown = ""
-    for name, value in fields.items():
-        if isinstance(value, str):
-            # Most are ids, and the pattern takes longer.
-            if not (value.isalnum() and value.isascii() and len(value) <= _LONGEST):
-                value = value if _PLAIN.fullmatch(value) else _in_quotes(value)
-        elif isinstance(value, float):
-            value = _decimal(value)
-        shown = f"{shown} {name}={value}"
-    return shown
-
-
-_decimal = functools.lru_cache(maxsize=4096)(repr)  # of most durations in milliseconds
-
-
-class TextFormatter(LineFormatter):
-    """`time level message key=value …`, for people and grep."""
-
-    _opening = staticmethod(_text_opening)
-    _write = staticmethod(_text_of)
+        shown, before, between = "", self.before, self.between
+        for name, value in fields.items():
+            written = self.quote(value) if isinstance(value, str) else value
+            shown = f"{shown}{before}{name}{between}{written}"
+        return shown
 
     def _with_error(self, line: str, error: BaseException) -> str:
         return f"{line}\n{_traceback(error)}"
 
 
-@functools.lru_cache(maxsize=1024)
-def _json_opening(
-    level: int, message: str, names: tuple[str, ...], values: tuple[str | int, ...]
-) -> _Opening:
-    fields = {name: value for name, value in zip(names, values, strict=True) if value}
-    begun = f'"level":"{_level_name(level)}","message":{_in_quotes(message)}'
-    return '{"time":"', f'",{begun}{_json_of(fields)}'
+def _quote(text: str) -> str:
+    # Most are ids, and the pattern takes longer.
+    if text.isalnum() and text.isascii() and len(text) <= _LONGEST:
+        return text
+    return text if _PLAIN.fullmatch(text) else _in_quotes(text)
 
 
-def _json_of(fields: Fields) -> str:
-    shown = ""
-    for name, value in fields.items():
-        text = _in_quotes(value) if isinstance(value, str) else value
-        shown = f'{shown},"{name}":{text}'
-    return shown
+class TextFormatter(LineFormatter):
+    """`time level message key=value …`, for people and grep."""
+
+    before, between = " ", "="
+    quote = staticmethod(_quote)
+
+    def opening(self, level: int, message: str, fields: Fields) -> Opening:
+        return "", f" {_level_name(level)} {message}{self._write(fields)}"
 
 
 class JsonFormatter(LineFormatter):
     """One JSON object on a line, for machines."""
 
-    _opening = staticmethod(_json_opening)
+    before, between, end = ',"', '":', "}"
+    quote = staticmethod(_in_quotes)
 
-    def _write(self, fields: Fields) -> str:
-        return f"{_json_of(fields)}}}"
+    def opening(self, level: int, message: str, fields: Fields) -> Opening:
+        begun = f'"level":"{_level_name(level)}","message":{_in_quotes(message)}'
+        return '{"time":"', f'",{begun}{self._write(fields)}'
 
     def _with_error(self, line: str, error: BaseException) -> str:
         return f'{line[:-1]},"exception":{_in_quotes(_traceback(error))}}}'
@@ -602,12 +569,10 @@ class TerminalFormatter(LineFormatter):
         message: str,
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
-        common: tuple[str, ...] = (),
-        values: tuple[str | int, ...] = (),
     ) -> str:
         name = _level_name(level)
         parts = [self._paint(when, _DIM), self._paint(f"{name:7}", _COLOURS.get(name))]
-        rest = {key: v for key, v in zip(common, values, strict=True) if v} | {**fields}
+        rest = {**fields}
         if message == "request" and "route" in rest:
             parts += self._request(rest)
         else:
@@ -618,6 +583,9 @@ class TerminalFormatter(LineFormatter):
             parts.append(self._paint(f"{key}=", _DIM) + shown)
         line = "  ".join(parts)
         return line if error is None else f"{line}\n{_traceback(error)}"
+
+    def opening(self, level: int, message: str, fields: Fields) -> None:
+        """Return None: the columns of a request come first."""
 
     def _request(self, fields: dict[str, str | int | float]) -> Iterator[str]:
         """Take the columns of a request from its fields."""
@@ -662,6 +630,9 @@ class JournalFormatter(LineFormatter):
     def __init__(self, formatter: LineFormatter) -> None:
         super().__init__()
         self._formatter = formatter
+        self.before, self.between = formatter.before, formatter.between
+        self.end = formatter.end
+        self.quote = formatter.quote
 
     def line(
         self,
@@ -670,11 +641,13 @@ class JournalFormatter(LineFormatter):
         message: str,
         fields: Fields = _NO_FIELDS,
         error: BaseException | None = None,
-        common: tuple[str, ...] = (),
-        values: tuple[str | int, ...] = (),
     ) -> str:
-        line = self._formatter.line(when, level, message, fields, error, common, values)
+        line = self._formatter.line(when, level, message, fields, error)
         return prioritised(line, level)
+
+    def opening(self, level: int, message: str, fields: Fields) -> Opening | None:
+        found = self._formatter.opening(level, message, fields)
+        return found and (prioritised(found[0], level), found[1])
 
 
 def _message(record: logging.LogRecord) -> str:

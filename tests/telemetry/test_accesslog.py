@@ -23,9 +23,11 @@ from gollama_proxy.telemetry.logs import (
     JournalFormatter,
     JsonFormatter,
     LineFormatter,
+    TerminalFormatter,
     TextFormatter,
 )
 from gollama_proxy.wire.errors import Code
+from gollama_proxy.wire.headers import TraceContext
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Wire, request_head
 from tests.fakes.hub import RunningHub, running_hub
@@ -94,6 +96,9 @@ SHOWN = {
 
 
 TEXT, JSON = TextFormatter(), JsonFormatter()
+JOURNAL = JournalFormatter(TEXT)
+FORMS = (TEXT, JSON, JOURNAL, TerminalFormatter(colours=True))
+TRACE = TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", True, "")
 TIME = "2027-01-15T08:00:00.042Z"
 
 
@@ -209,8 +214,18 @@ def test_a_plain_program_would_write_the_same_lines(
     assert logged(record, JSON) == json.dumps(begin | fields, separators=(",", ":"))
     pairs = [f"{key}={quoted(value)}" for key, value in fields.items()]
     assert logged(record, TEXT) == " ".join([TIME, "info request", *pairs])
-    priority = JournalFormatter(TEXT)
-    assert logged(record, priority) == f"<6>{logged(record, TEXT)}"
+    assert logged(record, JOURNAL) == f"<6>{logged(record, TEXT)}"
+
+
+@hypothesis.given(RECORDS, st.none() | st.just(TRACE))
+def test_fields_that_lines_have_in_common_are_written_as_the_others(
+    record: Record, trace: TraceContext | None
+) -> None:
+    record.trace = trace
+    for form in FORMS:
+        for _ in range(2):  # the second one finds what is remembered of the first
+            written = accesslog.line(record, form, TIME, logging.INFO)
+            assert written == logged(record, form)
 
 
 @pytest.mark.parametrize(

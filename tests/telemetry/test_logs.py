@@ -62,22 +62,6 @@ def test_a_line_from_one_template_is_the_line_field_by_field(
     assert line == each + end
 
 
-@pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
-@given(
-    repeated=st.dictionaries(st.sampled_from("abc"), st.integers() | st.text()),
-    fields=st.dictionaries(st.sampled_from("def"), _values),
-)
-def test_fields_that_lines_have_in_common_come_first(
-    form: LineFormatter,
-    repeated: dict[str, str | int],
-    fields: dict[str, str | int | float],
-) -> None:
-    names, values = tuple(repeated), tuple(repeated.values())
-    line = form.line("now", logging.INFO, "request", fields, None, names, values)
-    shown = {name: value for name, value in repeated.items() if value} | fields
-    assert line == form.line("now", logging.INFO, "request", shown)
-
-
 def test_an_empty_value_is_in_quotes() -> None:
     assert TextFormatter().line("now", logging.INFO, "m", {"a": ""}).endswith(' a=""')
 
@@ -595,7 +579,7 @@ class Pipe:
         self.handler = BatchHandler(self._stream, TextFormatter())
 
     def add(self, text: str = "request") -> None:
-        self.handler.add(logging.INFO, text, {})
+        self.handler.add(TextFormatter().line("now", logging.INFO, text))
 
     def warn(self, text: str) -> None:
         entry = logging.LogRecord("x", logging.WARNING, "", 0, text, None, None)
@@ -815,7 +799,7 @@ def test_a_stream_that_was_closed_is_no_error() -> None:
     stream = io.StringIO()
     handler = BatchHandler(stream, TextFormatter())
     stream.close()
-    handler.add(logging.INFO, "request", {})
+    handler.add("request")
     handler.close()
 
 
