@@ -12,6 +12,7 @@ at the latest a minute later.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import math
@@ -54,6 +55,7 @@ _LOST = "{} lines were lost: standard error could not be written"
 _TASK_RESULT = re.compile(r" (?:exception|result)=.*(?=> took [\d.]+ seconds\Z|>\Z)")
 _LONGEST = 128  # characters of a value without quotes
 _PLAIN = re.compile(rf"[\w./:@+-]{{1,{_LONGEST}}}", re.ASCII)
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, on which there may be room later
 # The priorities of syslog, from the level of Python where each begins.
 _PRIORITIES = (
     (logging.CRITICAL, 2),
@@ -441,8 +443,10 @@ class _Descriptor:
                 start += os.write(self._number, data[start:end])
             except BlockingIOError:
                 break
-            except OSError:  # closed, or nothing reads it any more
-                return b""
+            except OSError as exc:
+                if exc.errno in _FULL:
+                    break
+                return b""  # closed, or nothing reads it any more
         return data[start:]
 
 

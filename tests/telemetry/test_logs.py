@@ -768,6 +768,25 @@ def test_lines_beyond_a_bound_are_lost_and_counted(pipe: Pipe, loop: Later) -> N
     assert all(text.endswith(line) for text in written)
 
 
+def test_lines_that_a_full_disk_does_not_take_are_written_later(
+    tmp_path: Path, loop: Later
+) -> None:
+    file = tmp_path / "log"
+    with Path("/dev/full").open("w") as stream, file.open("w") as roomy:
+        handler = BatchHandler(stream, TextFormatter())
+        line = "x" * 1000
+        for _ in range(2 * logs.MOST_UNWRITTEN // len(line)):
+            handler.add(line)
+        os.dup2(roomy.fileno(), stream.fileno())
+        loop.run()
+        handler.add("after")
+        handler.close()
+    written = file.read_text().splitlines()
+    assert written[0] == line
+    assert " lines were lost" in written[-2]
+    assert written[-1] == "after"
+
+
 def test_a_stopped_reader_does_not_keep_the_process_from_ending(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
