@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from playwright.async_api import Browser, Locator, expect
+from playwright.async_api import Browser, Locator, Route, expect
 
 from tests.browser.dashboard import BROWSER, PHONE, Dashboard, dashboard
 from tests.browser.fleet import settings_file
@@ -44,6 +45,33 @@ async def ask(page: Dashboard, text: str) -> Locator:
 
 def facts(answer: Locator) -> Locator:
     return answer.get_by_role("list", name="About this answer")
+
+
+async def test_a_message_is_sent_once_the_models_are_listed(
+    browser: Browser, tmp_path: Path
+) -> None:
+    listed = asyncio.Event()
+
+    async def list_later(route: Route) -> None:
+        await listed.wait()
+        await route.continue_()
+
+    async with ScriptedWorker("qwen") as worker:
+        worker.default(*chat_stream(["Yes."]))
+        file = settings_file(tmp_path, {"desk": worker})
+        async with running_hub(file=file) as hub:
+            user = hub.token("ann")
+            async with dashboard(browser, hub, user, view="#/usage") as page:
+                await page.page.route("**/v1/models", list_later)
+                await page.open("#/playground")
+                words = page.page.get_by_label("Your message")
+                await words.fill("Early?")
+                await words.press("Enter")
+                await expect(words).to_have_value("Early?")
+                listed.set()
+                answer = page.page.get_by_role("article")
+                await expect(answer).to_contain_text("Yes.")
+                assert len(worker.requests) == 1
 
 
 async def test_a_chat_shows_its_answer_and_where_it_is_from(

@@ -51,6 +51,8 @@ class Chat {
     this.attached = Promise.resolve();
     this.running = null; // aborts the answers that are being generated
     this.loaded = -Infinity; // when the models were, by performance.now()
+    this.loading = false;
+    this.entered = false; // a message, before the models were there
     this.#build();
   }
 
@@ -104,7 +106,10 @@ class Chat {
     const { el } = this.app;
     this.words = el('textarea', {
       id: 'chat-words', rows: 1, placeholder: 'Write a message', autocomplete: 'off',
-      oninput: () => this.#showReady(),
+      oninput: () => {
+        this.entered = false;
+        this.#showReady();
+      },
       onkeydown: (event) => {
         // While an input method composes a word, Enter belongs to it.
         if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
@@ -174,6 +179,7 @@ class Chat {
   async #load() {
     if (performance.now() - this.loaded < MODELS_KEPT) return;
     this.loaded = performance.now();
+    this.loading = true;
     let trouble = null;
     try {
       const listing = await this.app.api('/v1/models');
@@ -188,8 +194,10 @@ class Chat {
       this.#load();
     };
     this.trouble.replaceChildren(...(trouble ? [notice(this.app, trouble, again)] : []));
+    this.loading = false;
     this.#showModels();
     this.#showReady();
+    if (this.entered) this.#submit();
   }
 
   #noModel() {
@@ -299,6 +307,7 @@ class Chat {
   }
 
   #submit() {
+    this.entered = this.send.disabled && this.loading;
     if (this.running || this.send.disabled) return;
     const wrong = [this.temperature, this.most].find((input) => !input.checkValidity());
     if (wrong) {
