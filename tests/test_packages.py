@@ -136,7 +136,7 @@ class Machine:
         self.folder.mkdir()
         self.file = shutil.copy(DIST / "gollama-proxy.pyz", self.folder)
         self.home = folder / "home"
-        self.home.write_text("no folder")  # nobody can write there, not even root
+        self.home.write_text("no folder")  # not even root can write there
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         venv.create(folder / "python", symlinks=True)

@@ -86,7 +86,7 @@ async def test_a_request_takes_no_more_frames_than(
 
 TRACING = {
     "GOLLAMA_TRACING_ENABLED": "true",
-    "GOLLAMA_TRACING_ENDPOINT": "http://127.0.0.1:9",  # nobody listens there
+    "GOLLAMA_TRACING_ENDPOINT": "http://127.0.0.1:9",  # nothing listens there
     "OTEL_BSP_SCHEDULE_DELAY": "3600000",
     "OTEL_EXPORTER_OTLP_TIMEOUT": "0.1",
 }
