@@ -206,9 +206,9 @@ def opens(events: Iterable[bytes], ending: Ending) -> bool:
 
 
 def content_events(held: bytes, ending: Ending) -> int:
-    """Count the events that carry content and are not errors."""
+    """Count the events that carry content, and are neither errors nor `[DONE]`."""
     events = [data for data in events_in(held) if _carries(data, ending)]
-    return sum(error_in(data) is None for data in events)
+    return sum(data != b"[DONE]" and error_in(data) is None for data in events)
 
 
 def _carries(data: bytes, ending: Ending) -> bool:

@@ -19,6 +19,7 @@ from tests.fakes.cases import case
 from tests.fakes.client import Response
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
+from tests.fakes.page import parse, value
 from tests.fakes.replies import chunk, done, last_chunk, role, sse_head, token
 from tests.fakes.script import answer, close, reset, send, wait
 from tests.fakes.standins import (
@@ -489,6 +490,18 @@ async def test_an_error_is_found_in_other_forms_and_behind_other_events(
         assert b'"error"' not in ending.response.body
         assert b"rescued 1 by" in ending.response.body
         assert text_of(events_of(ending.response)) == "".join(TEXTS)
+
+
+async def test_an_answer_that_is_only_an_error_costs_nothing(tmp_path: Path) -> None:
+    kind = KINDS[0]
+    async with behind(kind, tmp_path, metrics__open=True) as (server, hub):
+        server.breaks_after = 0
+        response = await hub.post(CHAT, ask(kind))
+        assert response.status == 500
+        page = parse((await hub.get("/metrics")).body)
+    used = {"model": kind.models[0], "subject": "alice"}
+    assert value(page, "gollama_usage_prompt_tokens_total", **used) == 0
+    assert value(page, "gollama_usage_generated_tokens_total", **used) == 0
 
 
 @each_kind

@@ -437,4 +437,5 @@ def test_streams_ask_proxies_not_to_buffer() -> None:
 
 def test_events_with_content_are_counted_and_errors_are_not() -> None:
     held = replies.role() + replies.token("a") + replies.token("b")
-    assert sse.content_events(held + replies.error_event("no"), Ending.DONE) == 2
+    ended = replies.error_event("no") + replies.done()
+    assert sse.content_events(held + ended, Ending.DONE) == 2
