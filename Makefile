@@ -281,6 +281,7 @@ install-program: $(WHEEL)
 	       "PYTHON=/usr/bin/python3 make $@" >&2; exit 1; }
 	@echo "The program: $(PREFIX)/.venv, in the versions of requirements.lock"
 	$(PYTHON) -m venv $(PROGRAM)
+	@$(PROGRAM)/bin/python -c '$(NEW_ENOUGH)' || { $(TOO_OLD); }
 	$(PROGRAM)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --require-hashes --only-binary :all: -r requirements.lock
 	$(PROGRAM)/bin/python -m pip install --quiet --disable-pip-version-check \
@@ -311,7 +312,8 @@ install-units:
 
 uninstall-service:
 	@$(ROOT_ONLY)
-	test -n "$(DESTDIR)" || systemctl disable --now $(UNIT_NAMES)
+	test -n "$(DESTDIR)" || for unit in $(UNIT_NAMES); do \
+	  test ! -e $(UNITS)/$$unit || systemctl disable --now $$unit || exit 1; done
 	rm -f $(UNIT_NAMES:%=$(DESTDIR)$(UNITS)/%)
 	rm -rf $(PROGRAM) $(DESTDIR)$(PREFIX)/share/doc/service.md
 	test ! -L $(DESTDIR)$(BINDIR)/gollama-proxy || rm $(DESTDIR)$(BINDIR)/gollama-proxy

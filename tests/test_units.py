@@ -41,12 +41,13 @@ def read(path: Path) -> Unit:
     return sections
 
 
-def make(*arguments: str) -> str:
-    """Run `make`, and return what it prints."""
+def make(*arguments: str, **environ: str) -> str:
+    """Run `make`, with more variables, and return what it prints."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "DESTDIR")}
     done = subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=TOP,
-        env={k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "DESTDIR")},
+        env=kept | environ,
         capture_output=True,
         text=True,
         timeout=60,
@@ -112,6 +113,25 @@ def test_uninstalling_leaves_settings_and_secret(tmp_path: Path) -> None:
     make("uninstall-service", f"DESTDIR={tmp_path}")
     left = {each.name for each in tmp_path.rglob("*") if each.is_file()}
     assert left == {"gollama.toml", "gollama.secret"}
+
+
+def test_only_units_that_are_there_are_stopped(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    for name, line in {
+        "id": "echo 0",
+        "systemctl": f'echo "$@" >> {calls}',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / UNITS[0]).write_text("")
+    places = [f"{name}={tmp_path}" for name in ("PREFIX", "UNITS", "BINDIR")]
+    uninstall = ("uninstall-service", *places)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    make(*uninstall, PATH=path)
+    make(*uninstall, PATH=path)
+    stopped, *reloads = calls.read_text().splitlines()
+    assert stopped == f"disable --now {UNITS[0]}"
+    assert reloads == ["daemon-reload"] * 2
 
 
 def test_a_dry_run_changes_nothing_and_shows_all(tmp_path: Path) -> None:
