@@ -113,7 +113,7 @@ def print_token(args: argparse.Namespace, load: Callable[[], Config]) -> int:
 
     _reject_unprintable("--sub", [args.sub])
     _reject_unprintable("--model", args.model)
-    _reject_unprintable("--scope", args.scope)
+    _reject_unknown_scopes(args.scope)
     lifetime = _parse_lifetime(args.expires)
     limits, priority = _parse_limits(args), _parse_priority(args.priority)
     config = load()
@@ -158,6 +158,14 @@ def _reject_unprintable(flag: str, values: Sequence[str]) -> None:
     for value in values:
         if not value.strip() or not value.isprintable():
             raise ConfigError(f"{flag} = {value!r}: must be printable, and not empty")
+
+
+def _reject_unknown_scopes(scopes: Sequence[str]) -> None:
+    known = _VALUES["--scope"]
+    for scope in scopes:
+        if scope not in known:
+            allowed = f"{', '.join(known[:-1])} or {known[-1]}; repeat it for several"
+            raise ConfigError(f"--scope = {scope!r}: must be {allowed}")
 
 
 def _parse_lifetime(text: str) -> float:

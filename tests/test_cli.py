@@ -152,7 +152,9 @@ def test_serve_help_lists_every_setting(capsys: Output) -> None:
         (["token", "--sub", " "], "--sub = ' '", "printable, and not empty"),
         (["token", "--sub", "a\x1b"], r"--sub = 'a\x1b'", "printable, and not empty"),
         (["token", "--sub", "a", "--model", ""], "--model = ''", "not empty"),
-        (["token", "--sub", "a", "--scope", ""], "--scope = ''", "not empty"),
+        (["token", "--sub", "a", "--scope", ""], "--scope = ''", "or admin"),
+        (["token", "--sub", "a", "--scope", "amdin"], "'amdin'", "must be metrics, "),
+        (["token", "--sub", "a", "--scope", "admin worker"], "'admin w", "repeat it"),
         (["demo", "--model", "/nowhere"], "--model = '/nowhere'", "a GGUF file"),
         (["demo", "--llama-server", "/"], "--llama-server = '/'", "executable file"),
         (
