@@ -17,6 +17,7 @@ import venv
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -401,4 +402,20 @@ def test_another_python_is_an_error_that_names_the_right_ones(
         launch.start()
     assert ended.value.code == 2
     text = f"gollama-proxy: this file is for {tags[0]}, {tags[1]}; this Python is "
+    assert capsys.readouterr().err.startswith(text)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    tags = [EXTENSION_SUFFIXES[0].split(".")[1]]
+    monkeypatch.setitem(sys.modules, "built_for", SimpleNamespace(TAGS=tags))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SHIV_ROOT", str(tmp_path / "file" / "folder"))
+    with pytest.raises(SystemExit) as ended:
+        launch.start()
+    assert ended.value.code == 2
+    text = f"gollama-proxy: SHIV_ROOT = '{tmp_path}/file/folder': must be a folder"
     assert capsys.readouterr().err.startswith(text)

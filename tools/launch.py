@@ -33,7 +33,15 @@ def start() -> None:
             f"this Python is {own}, {sys.version.split()[0]}\n"
         )
         sys.exit(2)
-    os.environ[UNPACKED_IN] = find_folder()
+    chosen = os.environ.get("SHIV_ROOT")
+    if chosen and not _is_usable(Path(chosen)):
+        sys.stderr.write(
+            f"gollama-proxy: SHIV_ROOT = {chosen!r}: must be a folder that this user "
+            "can write to\n"
+        )
+        sys.exit(2)
+    if not chosen:
+        os.environ[UNPACKED_IN] = find_folder()
 
     from _bootstrap import bootstrap  # of shiv
 
@@ -60,6 +68,18 @@ def find_folder() -> str:
     made = tempfile.mkdtemp(prefix="gollama-proxy-")
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return made
+
+
+def _is_usable(place: Path) -> bool:
+    """Make a folder if there is none; return whether files can be unpacked there.
+
+    One in which another user has unpacked this file will do as well.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        return os.access(place, os.W_OK | os.X_OK) or any(place.iterdir())
+    except OSError:
+        return False
 
 
 def _is_private(place: Path) -> bool:
