@@ -11,10 +11,9 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from urllib.parse import urlsplit
 
 from gollama_proxy.config.settings import Origin
-from gollama_proxy.config.values import ConfigError, shown
+from gollama_proxy.config.values import ConfigError, shown, split_url
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -60,8 +59,7 @@ def parse_url(where: str, url: str) -> Origin:
     if not url:
         raise wrong("is missing")
     try:
-        parts = urlsplit(url)
-        port = parts.port
+        parts, port = split_url(url)
     except ValueError as exc:
         raise wrong(str(exc)) from None
     if parts.scheme not in ("http", "https", "dns+http", "dns+https"):

@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -179,6 +180,23 @@ def host_and_port(address: str) -> tuple[str, int]:
     if found[1]:
         ipaddress.IPv6Address(found[1])
     return found[1] or found[2], int(found[3])
+
+
+def split_url(url: str) -> tuple[SplitResult, int | None]:
+    """Take a URL apart; the second value is its port, if it has one.
+
+    Raises:
+        ValueError: there is no way to read it; the text is for an error.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as exc:
+        raise ValueError(f"malformed: {exc}") from exc
+    try:
+        return parts, parts.port
+    except ValueError as exc:
+        text = "the port must be a number in the range from 1 to 65535"
+        raise ValueError(f"{text}, and an IPv6 address in brackets") from exc
 
 
 def _check_listen(addresses: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
 from gollama_proxy.config.keys import TOKEN, find_credential, read_secret
-from gollama_proxy.config.values import ConfigError, shown
+from gollama_proxy.config.values import ConfigError, shown, split_url
 
 if TYPE_CHECKING:
     import http.client
@@ -167,8 +167,7 @@ def check_url(source: str, url: str) -> None:
     """
     why = ""
     try:
-        parts = urlsplit(url)
-        port = parts.port
+        parts, port = split_url(url)
     except ValueError as exc:
         why, parts, port = str(exc), urlsplit(""), None
     if not why and (
