@@ -7,9 +7,10 @@ client chose are quoted, so that they cannot forge a line.
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from gollama_proxy.fleet.lease import Lease
 
 access = logging.getLogger("gollama_proxy.access")
+_program, _root = logging.getLogger("gollama_proxy"), logging.getLogger()
 
 MOST_PATH = 200  # characters shown of an unknown path, which may be as long as a head
 MOST_DETAIL = 200
+SHORTEST = 0.05  # milliseconds that are shown, as 0.1
 
 
 class Outcome(enum.StrEnum):
@@ -95,52 +98,35 @@ class Record:
 
     def fields(self) -> Fields:
         """Return the fields that the log shows; empty and zero values are left out."""
-        shown: dict[str, str | int | float] = {}
-        shown |= _nonzero(_COMMON, self.common())
-        if tenths := _tenths(self.first_byte):
-            shown["first_byte_ms"] = tenths / 10
-        if tenths := _tenths(self.duration):
-            shown["duration_ms"] = tenths / 10
-        shown |= _nonzero(_COUNTS, (getattr(self, name) for name in _COUNTS))
-        shown["id"] = self.id
-        if self.trace is not None:
-            shown["trace"] = self.trace.trace_id
-        return shown
-
-    def common(self) -> tuple[str | int, ...]:
-        """Return the values of the first fields, which many requests have in common."""
-        return (
-            self.remote,
-            self.subject,
-            self.method,
-            self.route,
-            self.path and self.path[:MOST_PATH],
-            self.status,
-            self.outcome or "",
-            self.error,
-            self.detail and self.detail[:MOST_DETAIL],
-            self.model,
-            self.worker,
-            self.attempts,
-            self.rescued,
-            self.fell_back,
+        measured = (
+            round((self.first_byte or 0.0) * 1000, 1),
+            round((self.duration or 0.0) * 1000, 1),
+            self.prompt_tokens,
+            self.cached_tokens,
+            self.tokens,
+            self.bytes,
+            self.id,
+            self.trace and self.trace.trace_id,
         )
+        last = zip(_MEASURED, measured, strict=True)
+        return {**self.common(), **{name: value for name, value in last if value}}
+
+    def common(self) -> Fields:
+        """Return the first of them, which many requests have in common."""
+        shown = {name: getattr(self, name) for name in _COMMON}
+        shown["path"] = self.path[:MOST_PATH]
+        shown["detail"] = self.detail[:MOST_DETAIL]
+        return {name: value for name, value in shown.items() if value}
 
 
 _COMMON = (
     *("remote", "subject", "method", "route", "path", "status", "outcome", "error"),
     *("detail", "model", "worker", "attempts", "rescued", "fell_back"),
 )
-_COUNTS = ("prompt_tokens", "cached_tokens", "tokens", "bytes")
-
-
-def _nonzero(names: Iterable[str], values: Iterable[str | int]) -> dict[str, str | int]:
-    return {name: value for name, value in zip(names, values, strict=True) if value}
-
-
-def _tenths(seconds: float | None) -> int:
-    """Return the tenths of a millisecond in some seconds."""
-    return int(seconds * 10_000 + 0.5) if seconds else 0
+_MEASURED = (
+    *("first_byte_ms", "duration_ms", "prompt_tokens", "cached_tokens", "tokens"),
+    *("bytes", "id", "trace"),
+)
 
 
 def write(record: Record) -> None:
@@ -155,54 +141,72 @@ def write(record: Record) -> None:
     level = logging.WARNING if broken or record.status >= 500 else logging.INFO
     if not access.isEnabledFor(level):
         return
+    handlers = _root.handlers
+    if access.handlers or _program.handlers or not access.propagate:
+        handlers = [*_all_handlers()]
+    for handler in handlers:
+        if isinstance(handler, BatchHandler):
+            handler.add(line(record, handler.form, level, time.time()))
+        elif level >= handler.level:
+            handler.handle(_log_record(level, record.fields()))
+
+
+def _all_handlers() -> Iterator[logging.Handler]:
     logger: logging.Logger | None = access
     while logger is not None:
-        for handler in logger.handlers:
-            if isinstance(handler, BatchHandler):
-                form = handler.form
-                when = form.stamp(time.time_ns() // 1_000_000)
-                handler.add(line(record, form, when, level))
-            elif level >= handler.level:
-                handler.handle(_log_record(level, record.fields()))
+        yield from logger.handlers
         logger = logger.parent if logger.propagate else None
 
 
-def line(record: Record, form: LineFormatter, when: str, level: int) -> str:
-    """Return what `form` makes of the fields of a record, without collecting them.
+def line(record: Record, form: LineFormatter, level: int, now: float) -> str:
+    """Return the line of a record, at a Unix time.
 
-    Every request pays for this.
+    Every request pays for this, so what many have in common is written once.
     """
-    common = record.common()
-    opening = form.openings.get((level, common))
-    if opening is None:
-        opening = form.opening(level, "request", _nonzero(_COMMON, common))
-        if opening is None:
-            return form.line(when, level, "request", record.fields())
-        form.openings[level, common] = opening
-    before, between = form.before, form.between
-    shown = ""
-    # In whole numbers, as a decimal takes ten times as long to write.
-    if record.first_byte and (tenths := int(record.first_byte * 10_000 + 0.5)):
-        shown = f"{before}first_byte_ms{between}{tenths // 10}.{tenths % 10}"
-    if record.duration and (tenths := int(record.duration * 10_000 + 0.5)):
-        shown = f"{shown}{before}duration_ms{between}{tenths // 10}.{tenths % 10}"
-    if record.prompt_tokens:
-        shown = f"{shown}{before}prompt_tokens{between}{record.prompt_tokens}"
-    if record.cached_tokens:
-        shown = f"{shown}{before}cached_tokens{between}{record.cached_tokens}"
-    if record.tokens:
-        shown = f"{shown}{before}tokens{between}{record.tokens}"
-    if record.bytes:
-        shown = f"{shown}{before}bytes{between}{record.bytes}"
-    if record.trace is None:
-        trace = ""
-    else:
-        trace = f"{before}trace{between}{form.quote(record.trace.trace_id)}"
-    start, rest = opening
-    return (
-        f"{start}{when}{rest}{shown}{before}id{between}{form.quote(record.id)}"
-        f"{trace}{form.end}"
+    path, detail = record.path, record.detail
+    common = (
+        record.remote,
+        record.subject,
+        record.method,
+        record.route,
+        path and path[:MOST_PATH],
+        record.status,
+        record.outcome or "",
+        record.error,
+        detail and detail[:MOST_DETAIL],
+        record.model,
+        record.worker,
+        record.attempts,
+        record.rescued,
+        record.fell_back,
+        level,
     )
+    parts = form.openings.get(common)
+    if parts is None:
+        opening = form.opening(level, "request", record.common())
+        if opening is None:
+            return form.line(form.stamp(now), level, "request", record.fields())
+        parts = form.openings[common] = (*opening, *_names(form.before, form.between))
+    before, after, first, took, prompt, cached, tokens, size, id, trace = parts
+    milliseconds = (record.first_byte or 0.0) * 1000
+    first = f"{first}{milliseconds:.1f}" if milliseconds >= SHORTEST else ""
+    milliseconds = (record.duration or 0.0) * 1000
+    took = f"{took}{milliseconds:.1f}" if milliseconds >= SHORTEST else ""
+    prompt = f"{prompt}{number}" if (number := record.prompt_tokens) else ""
+    cached = f"{cached}{number}" if (number := record.cached_tokens) else ""
+    tokens = f"{tokens}{number}" if (number := record.tokens) else ""
+    size = f"{size}{number}" if (number := record.bytes) else ""
+    context = record.trace
+    trace = "" if context is None else f"{trace}{form.quote(context.trace_id)}"
+    return (
+        f"{before}{form.stamp(now)}{after}{first}{took}{prompt}{cached}{tokens}{size}"
+        f"{id}{form.quote(record.id)}{trace}{form.end}"
+    )
+
+
+@functools.lru_cache(maxsize=4)  # formats of the log
+def _names(before: str, between: str) -> tuple[str, ...]:
+    return tuple(f"{before}{name}{between}" for name in _MEASURED)
 
 
 def _log_record(level: int, fields: Fields) -> logging.LogRecord:

@@ -288,8 +288,7 @@ class BatchHandler(logging.Handler):
     def add(self, line: str) -> None:
         """Collect a line; it is written with others, at most `DELAY` later."""
         self._collect(line)
-        waits = self._loop is not None or self._flush_later()
-        if self._size >= BATCH or not waits:
+        if self._size >= BATCH or (self._loop is None and not self._flush_later()):
             self.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -339,9 +338,9 @@ class BatchHandler(logging.Handler):
             return
         if self._lost:
             lost, self._lost = self._lost, 0
-            when = self.form.stamp(time.time_ns() // 1_000_000)
+            when = self.form.stamp(time.time())
             self._collect(self.form.line(when, logging.WARNING, _LOST.format(lost)))
-        self._lines.append(line + "\n")
+        self._lines.append(line)
         self._size += len(line) + 1
 
     def flush(self) -> None:
@@ -383,7 +382,7 @@ class BatchHandler(logging.Handler):
         assert self.lock is not None
         with self.lock:
             count = len(self._lines)  # another thread may add to them in the meantime
-            text = "".join(self._lines[:count])
+            text = "\n".join((*self._lines[:count], ""))
             del self._lines[:count]
             data = self._rest + text.encode(self._encoding, "backslashreplace")
             self._rest = self._sink(data, patience)
@@ -453,14 +452,8 @@ class _Descriptor:
 # --- Format -----------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def _second(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-
-
-def _timestamp(milliseconds: int) -> str:
-    seconds = milliseconds // 1000
-    return f"{_second(seconds)}.{milliseconds - seconds * 1000:03d}Z"
+# A format with a width takes longer than all else of a time.
+_FRACTIONS = tuple(f".{milliseconds:03d}Z" for milliseconds in range(1000))
 
 
 class LineFormatter(logging.Formatter):
@@ -472,19 +465,28 @@ class LineFormatter(logging.Formatter):
 
     before = between = end = ""  # the name of a field; it and its value; the line's end
     quote: Callable[[str], str]  # writes a text value
-    # Writes a time, of Unix milliseconds.
-    stamp: Callable[[int], str] = staticmethod(_timestamp)
 
     def __init__(self) -> None:
         super().__init__()
-        self.openings: dict[Hashable, Opening] = BoundedDict(MOST_OPENINGS)
+        self._second, self._written = 0, ""  # the last one, and how it is written
+        self.openings: dict[Hashable, tuple[str, ...]] = BoundedDict(MOST_OPENINGS)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record, and its traceback."""
-        when = self.stamp(int(record.created) * 1000 + int(record.msecs))
+        when = self.stamp(record.created)
         fields = getattr(record, "fields", _NO_FIELDS)
         error = record.exc_info[1] if record.exc_info else None
         return self.line(when, record.levelno, _message(record), fields, error)
+
+    def stamp(self, now: float) -> str:
+        """Write a Unix time."""
+        passed = now - self._second
+        if not 0.0 <= passed < 1.0:
+            self._second = int(now)
+            utc = time.gmtime(self._second)
+            self._written = time.strftime("%Y-%m-%dT%H:%M:%S", utc)
+            passed = now - self._second
+        return f"{self._written}{_FRACTIONS[int(passed * 1000)]}"
 
     def line(
         self,
@@ -548,19 +550,11 @@ class JsonFormatter(LineFormatter):
         return f'{line[:-1]},"exception":{_in_quotes(_traceback(error))}}}'
 
 
-def _time_of_day(milliseconds: int) -> str:
-    """Write a time without its day, in the time zone of this machine."""
-    seconds, rest = divmod(milliseconds, 1000)
-    return f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{rest:03d}"
-
-
 class TerminalFormatter(LineFormatter):
     """Columns, for the eyes of people: `time level message key=value …`.
 
     The line of a request begins with its status, its time, and where it went.
     """
-
-    stamp = staticmethod(_time_of_day)
 
     def __init__(self, *, colours: bool) -> None:
         super().__init__()
@@ -587,6 +581,12 @@ class TerminalFormatter(LineFormatter):
             parts.append(self._paint(f"{key}=", _DIM) + shown)
         line = "  ".join(parts)
         return line if error is None else f"{line}\n{_traceback(error)}"
+
+    def stamp(self, now: float) -> str:
+        """Write a time without its day, in the time zone of this machine."""
+        seconds = int(now)
+        of_day = time.strftime("%H:%M:%S", time.localtime(seconds))
+        return f"{of_day}.{int((now - seconds) * 1000):03d}"
 
     def opening(self, level: int, message: str, fields: Fields) -> None:
         """Return None: the columns of a request come first."""
