@@ -36,8 +36,6 @@ class Outcome(enum.StrEnum):
     ERROR = "error"  # the client has an error of the hub, or a broken answer
     CLIENT_GONE = "client_gone"
 
-    __hash__ = str.__hash__  # that of `Enum` is written in Python, and so slow
-
 
 class Step(NamedTuple):
     """What happened to a request, beyond an attempt that succeeds.
@@ -187,7 +185,7 @@ def line(record: Record, form: LineFormatter, level: int, now: float) -> str:
         if opening is None:
             return form.line(form.stamp(now), level, "request", record.fields())
         parts = form.openings[common] = (*opening, *_names(form.before, form.between))
-    before, after, first, took, prompt, cached, tokens, size, id, trace = parts
+    before, after, first, took, prompt, cached, tokens, size, name, trace = parts
     milliseconds = (record.first_byte or 0.0) * 1000
     first = f"{first}{milliseconds:.1f}" if milliseconds >= SHORTEST else ""
     milliseconds = (record.duration or 0.0) * 1000
@@ -200,7 +198,7 @@ def line(record: Record, form: LineFormatter, level: int, now: float) -> str:
     trace = "" if context is None else f"{trace}{form.quote(context.trace_id)}"
     return (
         f"{before}{form.stamp(now)}{after}{first}{took}{prompt}{cached}{tokens}{size}"
-        f"{id}{form.quote(record.id)}{trace}{form.end}"
+        f"{name}{form.quote(record.id)}{trace}{form.end}"
     )
 
 

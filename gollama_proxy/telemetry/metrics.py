@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TypeVar
@@ -26,15 +25,11 @@ from gollama_proxy.telemetry.exposition import Collected, Family, Histogram
 from gollama_proxy.telemetry.families import (
     CACHED,
     DURATION,
-    DURATIONS,
-    EACH_TOKEN,
     EXPIRY,
     FALLBACKS,
     FIRST_BYTE,
     FIRST_TOKEN,
-    FIRST_TOKENS,
     LAG,
-    LAGS,
     LIMITED,
     OUTCOMES,
     PER_TOKEN,
@@ -46,15 +41,12 @@ from gollama_proxy.telemetry.families import (
     REQUESTS,
     RESCUES,
     RETRIES,
-    SECONDS,
     SIZES,
-    TOKENS,
     USED_CACHED,
     USED_GENERATED,
     USED_PROMPTS,
     USED_REQUESTS,
     USED_SLOTS,
-    WAITS,
 )
 from gollama_proxy.telemetry.gauges import (
     ClientMetrics,
@@ -68,6 +60,7 @@ MOST_MODELS = 200
 MOST_WORKERS = 2000
 MOST_PAIRS = 5000  # of a subject and a model
 OTHER = "other"
+MOST_VALUES = 256  # of requests, until they are counted
 
 
 class Telemetry:
@@ -125,8 +118,9 @@ class Telemetry:
 
     def note_lag(self, seconds: float) -> None:
         """Record by how much the event loop was late; to be called once a second."""
-        self._lag.buckets[bisect_left(LAGS, seconds)] += 1
-        self._lag.sum += seconds
+        self._lag.values.append(seconds)
+        if len(self._lag.values) >= MOST_VALUES:
+            self._lag.count()
 
     async def page(self, *, open_metrics: bool = False) -> bytes:
         """Write the page of all metrics; other tasks run between its parts."""
@@ -199,17 +193,17 @@ class RequestMetrics:
         series = self._series.get((route, record.status, outcome, model, worker))
         if series is None:
             series = self._find(record)
-        series.requests.value += 1
+        number = series.requests.value = series.requests.value + 1
+        if not number % MOST_VALUES:
+            series.count()
         series.outcome.value += 1
         trace = record.trace
         if trace is not None and not trace.sampled:
             trace = None
         duration = record.duration or 0.0
-        bucket = bisect_left(DURATIONS, duration)
-        series.duration.buckets[bucket] += 1
-        series.duration.sum += duration
+        series.duration.values.append(duration)
         if trace is not None:
-            series.duration.exemplify(bucket, trace.trace_id, duration)
+            series.duration.exemplify(trace.trace_id, duration)
         histogram: Histogram | None
         first = record.first_byte
         if first is not None:
@@ -217,8 +211,7 @@ class RequestMetrics:
             if histogram is None:
                 histogram = self._first_byte[route, series.model, series.worker]
                 series.first_byte = histogram
-            histogram.buckets[bisect_left(SECONDS, first)] += 1
-            histogram.sum += first
+            histogram.values.append(first)
         if record.status == 429:
             subject = self.subjects.label(record.subject)
             self._limited[subject, str(outcome or "")].value += 1
@@ -242,12 +235,12 @@ class RequestMetrics:
             of_worker.prompts += prompt
             of_worker.cached += cached
             of_worker.generated += tokens
-            histogram = series.prompts
-            histogram.buckets[bisect_left(TOKENS, prompt)] += 1
-            histogram.sum += prompt
-            histogram = series.answers
-            histogram.buckets[bisect_left(TOKENS, tokens)] += 1
-            histogram.sum += tokens
+            series.prompts.values.append(prompt)
+            sizes = series.answers.values
+            sizes.append(tokens)
+            if len(sizes) >= MOST_VALUES:  # all workers of a model share these
+                series.prompts.count()
+                series.answers.count()
         # How long it took
         attempts = record.attempts
         if attempts or record.steps:
@@ -255,14 +248,10 @@ class RequestMetrics:
             if histogram is None:
                 histogram = self._queued[series.model, series.worker]
                 series.queued = histogram
-            bucket, waited = 0, 0.0
-            if record.steps:
-                waited = _waited(record.steps, duration)
-                bucket = bisect_left(WAITS, waited)
-                histogram.sum += waited
-            histogram.buckets[bucket] += 1
+            waited = _waited(record.steps, duration) if record.steps else 0.0
+            histogram.values.append(waited)
             if trace is not None:
-                histogram.exemplify(bucket, trace.trace_id, waited)
+                histogram.exemplify(trace.trace_id, waited)
         lease = record.lease
         if lease is not None and (number := lease.tokens) and first is not None:
             histogram = series.first_token
@@ -270,19 +259,15 @@ class RequestMetrics:
                 histogram = self._first_token[series.model, series.worker]
                 series.first_token = histogram
                 series.per_token = self._per_token[series.model, series.worker]
-            bucket = bisect_left(FIRST_TOKENS, first)
-            histogram.buckets[bucket] += 1
-            histogram.sum += first
+            histogram.values.append(first)
             if trace is not None:
-                histogram.exemplify(bucket, trace.trace_id, first)
+                histogram.exemplify(trace.trace_id, first)
             if number > 1:
                 each = lease.seconds / (number - 1)
-                bucket = bisect_left(EACH_TOKEN, each)
                 histogram = series.per_token
-                histogram.buckets[bucket] += 1
-                histogram.sum += each
+                histogram.values.append(each)
                 if trace is not None:
-                    histogram.exemplify(bucket, trace.trace_id, each)
+                    histogram.exemplify(trace.trace_id, each)
         # What went wrong
         if attempts > 1:
             self._retries[series.model,].value += attempts - 1
@@ -461,6 +446,15 @@ class _Series:
 
     def __repr__(self) -> str:
         return f"<Series {self.requests.value}>"
+
+    def count(self) -> None:
+        """Count what its requests have measured."""
+        for histogram in (self.duration, self.first_byte, self.queued):
+            if histogram is not None:
+                histogram.count()
+        if self.first_token is not None:
+            self.first_token.count()
+            self.per_token.count()
 
     def begin_tokens(
         self, tokens: _Table[_Tokens], sizes: _Table[Histogram]
