@@ -24,7 +24,7 @@ import msgspec
 
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.schema import IN_STRING, WORD, Chunk
-from gollama_proxy.wire.sse import DONE, data_of, split_events
+from gollama_proxy.wire.sse import DONE, data_of, error_in, split_events
 
 
 class DivergedError(WorkerError):
@@ -158,7 +158,7 @@ def read_event(event: bytes) -> Event | None:
         chunk = msgspec.convert(fields, Chunk)
     except (ValueError, RecursionError) as exc:
         raise UnreadableError(f"an event that cannot be read: {exc}") from None
-    if chunk.error is not None:
+    if chunk.error is not None or error_in(data) is not None:
         text = "The worker ended the answer with an error."
         # The error itself may quote a prompt.
         raise WorkerError(Code.WORKER_INCOMPLETE, text)

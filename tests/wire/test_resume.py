@@ -584,9 +584,17 @@ def test_a_continuation_does_not_think_again() -> None:
         fed(resumer, chat_event(reasoning_content="hm, well"))
 
 
-def test_an_error_of_the_second_worker_is_its_own() -> None:
+@pytest.mark.parametrize(
+    "event",
+    [
+        replies.error_event("out of memory"),
+        replies.event({"error": "out of memory"}),
+        replies.event({"object": "error", "message": "out of memory", "code": 500}),
+    ],
+)
+def test_an_error_of_the_second_worker_is_its_own(event: bytes) -> None:
     with pytest.raises(WorkerError) as caught:
-        fed(splice_behind(BEGUN), replies.error_event("out of memory"))
+        fed(splice_behind(BEGUN), event)
     assert not isinstance(caught.value, DivergedError)
     assert caught.value.detail == ""
 
