@@ -59,6 +59,7 @@ from gollama_proxy.upstream.pool import ConnectionPool
 MOST_MODELS = 200
 MOST_WORKERS = 2000
 MOST_PAIRS = 5000  # of a subject and a model
+LONGEST = 256  # characters of a label; 200 histograms of longer ones fill a page
 OTHER = "other"
 MOST_VALUES = 256  # of requests, until they are counted
 
@@ -326,7 +327,10 @@ class RequestMetrics:
 
 
 class Names:
-    """The values of a label: the first `most` as they are, and one for all others."""
+    """The values of a label: the first `most` as they are, and one for all others.
+
+    Long ones are among the others.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -341,7 +345,7 @@ class Names:
     def label(self, name: str) -> str:
         """Return the label of a name, which gets one if there is room."""
         if name not in self._known:
-            if len(self._known) > self.most:
+            if len(self._known) > self.most or len(name) > LONGEST:
                 return OTHER
             self._known.add(name)
         return name

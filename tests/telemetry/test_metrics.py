@@ -445,6 +445,14 @@ def test_workers_beyond_a_limit_share_a_label(monkeypatch: pytest.MonkeyPatch) -
     assert values_of(samples, "worker") == {"gpu1", "other"}
 
 
+def test_names_that_are_too_long_share_a_label() -> None:
+    metrics = RequestMetrics()
+    for model in ("m" * 256, "m" * 257, "n" * 4096):
+        metrics.observe(Record("1", "POST", model=model, duration=1.0))
+    samples = parse(page([metrics.collect]))
+    assert values_of(samples, "model") == {"m" * 256, "other"}
+
+
 # --- In a running hub -------------------------------------------------------------
 
 
