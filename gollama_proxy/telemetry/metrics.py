@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
+from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.settings import Metrics
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
@@ -163,7 +164,8 @@ class RequestMetrics:
         self.models = Names(MOST_MODELS)
         self.subjects = Names(subjects)
         self._workers = Names(MOST_WORKERS)
-        self._series: dict[tuple[object, ...], _Series] = {}
+        # Where to count what; found again when it was forgotten.
+        self._series: dict[tuple[object, ...], _Series] = BoundedDict(MOST_PAIRS)
         # By label values, in the order of their first use.
         self._requests = _Table(REQUESTS, _Count)
         self._outcomes = _Table(OUTCOMES, _Count)
@@ -189,11 +191,12 @@ class RequestMetrics:
         Every request pays for this, so it calls nothing that is written in Python
         unless something unusual has happened.
         """
-        route, model, worker = record.route, record.model, record.worker
-        outcome = record.error or record.outcome
-        series = self._series.get((route, record.status, outcome, model, worker))
+        route, model, subject = record.route, record.model, record.subject
+        outcome, status = record.error or record.outcome, record.status
+        key = (subject, route, status, outcome, model, record.worker)
+        series = self._series.get(key)
         if series is None:
-            series = self._find(record)
+            series = self._series[key] = self._find(record)
         number = series.requests.value = series.requests.value + 1
         if not number % MOST_VALUES:
             series.count()
@@ -213,16 +216,16 @@ class RequestMetrics:
                 histogram = self._first_byte[route, series.model, series.worker]
                 series.first_byte = histogram
             histogram.values.append(first)
-        if record.status == 429:
-            subject = self.subjects.label(record.subject)
+        if status == 429:
+            subject = self.subjects.label(subject)
             self._limited[subject, str(outcome or "")].value += 1
         if not model:
             return
         # What it has used
         tokens, prompt = record.tokens, record.prompt_tokens
-        usage = self._usage.get((record.subject, model))
+        usage = series.usage
         if usage is None:
-            usage = self._find_usage(record.subject, series.model)
+            usage = series.usage = self._find_usage(subject, series.model)
         usage.requests += 1
         usage.slots += record.slot_seconds
         if tokens or prompt:
@@ -279,22 +282,18 @@ class RequestMetrics:
             self._fallbacks[fell_back, series.model].value += 1
 
     def _find(self, record: Record) -> _Series:
-        """Return the series of a request that may share its labels with others."""
-        route, status = record.route, record.status
-        outcome = record.error or record.outcome
+        """Return where to count requests of this kind, by the labels of its names."""
+        route = record.route
+        outcome = str(record.error or record.outcome or "")
         model = self.models.label(record.model)
         worker = self._workers.label(record.worker)
-        key = (route, status, outcome, model, worker)
-        series = self._series.get(key)
-        if series is None:
-            series = self._series[key] = _Series(
-                model,
-                worker,
-                self._requests[route, str(status), model, worker],
-                self._outcomes[str(outcome or ""), model, worker],
-                self._duration[route, model, worker],
-            )
-        return series
+        return _Series(
+            model,
+            worker,
+            self._requests[route, str(record.status), model, worker],
+            self._outcomes[outcome, model, worker],
+            self._duration[route, model, worker],
+        )
 
     def _find_usage(self, subject: str, model: str) -> _Usage:
         subject = self.subjects.label(subject)
@@ -422,6 +421,7 @@ class _Series:
         "queued",
         "requests",
         "tokens",
+        "usage",
         "worker",
     )
 
@@ -447,6 +447,7 @@ class _Series:
         self.queued: Histogram | None = None
         self.first_token: Histogram | None = None
         self.tokens: _Tokens | None = None
+        self.usage: _Usage | None = None
 
     def __repr__(self) -> str:
         return f"<Series {self.requests.value}>"
