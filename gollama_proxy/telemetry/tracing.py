@@ -479,19 +479,28 @@ class Exporter(SpanExporter):
 
 
 class _Reason(logging.Handler):
-    """Keeps the last thing that the exporter logs, instead of logging it."""
+    """Keeps the last things that the exporter logs, instead of logging them.
+
+    Its error at the end of its attempts does not state why they failed; its warning
+    about each of them does.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.text = "no reason is known"
+        self._attempt = ""
         self._logger = logging.getLogger("opentelemetry.exporter")
         self._logger.addHandler(self)
         self._logger.propagate = False
 
     def emit(self, record: logging.LogRecord) -> None:
         # A URL may have a password.
-        text = re.sub(r"//[^/\s@]*@", "//", record.getMessage())
-        self.text = text[:MOST_REASON]
+        text = re.sub(r"//[^/\s@]*@", "//", record.getMessage())[:MOST_REASON]
+        if record.levelno < logging.ERROR:
+            self._attempt = self.text = text
+        else:
+            self.text = f"{text} {self._attempt}".rstrip()
+            self._attempt = ""
 
     def close(self) -> None:
         self._logger.removeHandler(self)

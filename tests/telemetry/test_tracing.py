@@ -525,7 +525,8 @@ class Refusing(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         logger = logging.getLogger("opentelemetry.exporter.any")
-        logger.error("no route to http://user:canary@host:4318/v1/traces")
+        logger.warning("no route to http://user:canary@host:4318/v1/traces")
+        logger.error("Failed.")
         return SpanExportResult.FAILURE
 
     def shutdown(self) -> None:
@@ -539,14 +540,14 @@ def test_spans_that_are_lost_are_logged_once_a_minute(
     exporter = Exporter(Refusing(), clock)
     for _ in range(5):
         exporter.export([ReadableSpan("a"), ReadableSpan("b")])
-    reason = "no route to http://host:4318/v1/traces"
+    reason = "Failed. no route to http://host:4318/v1/traces"
     assert caplog.messages == [f"traces: 2 spans were not accepted: {reason}"]
     clock.advance(60)
     exporter.export([ReadableSpan("a")])
     assert caplog.messages[1:] == [f"traces: 9 spans were not accepted: {reason}"]
     exporter.shutdown()
     Refusing().export([])  # the next one logs for itself
-    assert len(caplog.messages) == 3
+    assert len(caplog.messages) == 4
 
 
 async def test_a_collector_that_does_not_answer_holds_up_no_end(
