@@ -289,7 +289,7 @@ install-program: $(WHEEL)
 	install -d -m 755 $(DESTDIR)$(BINDIR)
 	ln -sfn $(PREFIX)/.venv/bin/gollama-proxy $(DESTDIR)$(BINDIR)/gollama-proxy
 ifneq ($(DESTDIR),)
-	sed -i '1s|^#!$(DESTDIR)|#!|' $(PROGRAM)/bin/gollama-proxy
+	sed -i '1s|.*|#!$(PREFIX)/.venv/bin/python|' $(PROGRAM)/bin/gollama-proxy
 endif
 
 # Nothing in $(SETTINGS) is ever replaced.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,21 @@ def test_a_dry_run_changes_nothing_and_shows_all(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     for word in ("--require-hashes", *UNITS, "gollama.toml", "gollama.secret"):
         assert word in shown, word
+
+
+@pytest.mark.parametrize("folder", ["root", "root/", "./root"])
+def test_a_program_in_a_package_starts_the_python_beside_it(
+    folder: str, tmp_path: Path
+) -> None:
+    """What `pip` has written is the path at the time of packaging."""
+    program = tmp_path / "root/srv/hub/.venv/bin/gollama-proxy"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!{program.parent}/python\nimport sys\n")
+    shown = make("-n", "install-program", f"DESTDIR={folder}", "PREFIX=/srv/hub")
+    (edit,) = (line for line in shown.splitlines() if line.startswith("sed "))
+    subprocess.run(shlex.split(edit), cwd=tmp_path, check=True, timeout=60)
+    expected = "#!/srv/hub/.venv/bin/python\nimport sys\n"
+    assert program.read_text() == expected
 
 
 def test_help_lists_both() -> None:
