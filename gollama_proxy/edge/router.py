@@ -292,7 +292,7 @@ class MetricsServer:
             for server, (host, port) in left:
                 with contextlib.suppress(OSError):  # another program was faster
                     await server.listen(host, port)
-            why = "already in use" if exc.errno == errno.EADDRINUSE else exc.strerror
+            why = _REFUSALS.get(exc.errno or 0, exc.strerror)
             raise ConfigError(
                 f"metrics.listen = {address!r}: {why}; must be a free address of this "
                 "machine"
@@ -361,6 +361,11 @@ class MetricsServer:
         self._ended(record)
 
 
+_REFUSALS = {
+    errno.EADDRINUSE: "already in use",
+    errno.EADDRNOTAVAIL: "not there",
+    errno.EACCES: "not permitted",
+}
 _INHERITED = "inherited"  # the key of sockets that systemd has opened
 
 # --- Models -----------------------------------------------------------------------

@@ -137,6 +137,17 @@ async def test_an_address_that_is_taken_is_an_error_that_names_it() -> None:
     )
 
 
+async def test_an_address_of_another_machine_is_an_error_that_names_it() -> None:
+    address = "192.0.2.1:9464"  # RFC 5737: of no machine
+    with pytest.raises(ConfigError) as caught:
+        async with running_hub(metrics__listen=[address]):
+            pass
+    assert str(caught.value) == (
+        f"metrics.listen = {address!r}: not there; must be a free address of this "
+        "machine"
+    )
+
+
 async def test_a_reload_moves_metrics_without_a_restart() -> None:
     async with running_hub(metrics__open=True) as hub:
         assert (await hub.get("/metrics")).status == 200
