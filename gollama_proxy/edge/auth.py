@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 # Claims that are numbers, or absent.
 LIMITS = ("rpm", "tpm", "max_concurrency", "tokens_per_day", "tokens_per_month")
 MAX_TOKEN = 8 << 10  # bytes; checked before anything is decoded
-# Built into Python, and quicker to begin than those of OpenSSL.
-_digest_of = functools.partial(hashlib.blake2b, digest_size=32)
+# Built into Python, and quicker to begin than those of OpenSSL, or with a size.
+_digest_of = hashlib.blake2b
 # RFC 7515, 7.1 and 2: without padding, so that no token has a second spelling.
 _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
