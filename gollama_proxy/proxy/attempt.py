@@ -347,7 +347,10 @@ async def read_failure(relay: Relay, worker: str) -> Failure:
     """Read why a worker refuses a request, from its status or first event."""
     early = relay.early_error()
     if early is not None:
-        return promote(early)
+        failure = promote(early)
+        if early.code == 429:
+            return Failure(Cause.BUSY, failure.answer, _retry_after(relay))
+        return failure
     try:
         await relay.whole()
     except WorkerError as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -20,7 +21,7 @@ from tests.fakes.client import Response
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.page import parse, value
-from tests.fakes.replies import chunk, done, last_chunk, role, sse_head, token
+from tests.fakes.replies import chunk, done, event, last_chunk, role, sse_head, token
 from tests.fakes.script import answer, close, reset, send, wait
 from tests.fakes.standins import (
     TEXTS,
@@ -490,6 +491,26 @@ async def test_an_error_is_found_in_other_forms_and_behind_other_events(
         assert b'"error"' not in ending.response.body
         assert b"rescued 1 by" in ending.response.body
         assert text_of(events_of(ending.response)) == "".join(TEXTS)
+
+
+async def test_a_stream_that_begins_with_too_many_requests_is_tried_elsewhere(
+    tmp_path: Path,
+) -> None:
+    kind = KINDS[0]
+    async with (
+        ScriptedWorker(kind.models[0]) as spare,
+        behind(kind, tmp_path, spare) as (server, hub),
+    ):
+        busy = event({"error": {"message": "slow down", "code": 429}})
+        server.breaking = lambda: iter([busy])  # type: ignore[method-assign]
+        server.breaks_after = 0
+        hub.hub.registry.pause(spare.name)
+        asking = asyncio.create_task(hub.post(CHAT, ask(kind)))
+        await server.received()
+        hub.hub.registry.unpause(spare.name)
+        response = await asking
+        assert response.status == 200
+        assert text_of(events_of(response)) == "".join(TEXTS)
 
 
 async def test_an_answer_that_is_only_an_error_costs_nothing(tmp_path: Path) -> None:
