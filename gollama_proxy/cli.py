@@ -134,6 +134,11 @@ class _Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
         self.filled()
+        # Otherwise the value of a wrong flag is reported, as a wrong command.
+        words = list(sys.argv[1:] if args is None else args)
+        flag = words[0].partition("=")[0] if self._subparsers and words else ""
+        if flag[:2] == "--" != flag and flag not in self._option_string_actions:
+            self.error(f"{flag}: not a flag of this command")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -737,6 +737,7 @@ async def test_a_hub_with_tls(
         (["workers", "--hub", "http://u:pw@h"], "--hub = 'http://...@h': must be"),
         (["workers", "--hub", "http://h/?a"], "must be a URL without a password"),
         (["workers", "--hub", "http://h:99999"], "the port must be a number in the"),
+        (["workers", "--tokn", "x"], "--tokn: not a flag of this command"),
         (["workers", "--hub", "http://::1:80"], "an IPv6 address in brackets"),
         (["workers", "--hub", "http://[::1"], "malformed: Invalid IPv6 URL"),
         (["workers", "--token", ""], "--token: holds no token"),
