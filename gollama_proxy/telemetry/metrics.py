@@ -62,7 +62,7 @@ MOST_WORKERS = 2000
 MOST_PAIRS = 5000  # of a subject and a model
 LONGEST = 256  # characters of a label; 200 histograms of longer ones fill a page
 OTHER = "other"
-MOST_VALUES = 256  # of requests, until they are counted
+MOST_VALUES = 64  # of a series, until they are counted: a large fleet has many of them
 
 
 class Telemetry:
