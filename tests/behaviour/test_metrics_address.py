@@ -179,14 +179,15 @@ async def test_a_reload_to_an_address_that_is_taken_changes_nothing() -> None:
         assert (await fetch(urls[0])).status == 200
 
 
-async def test_a_reload_can_widen_an_address_and_narrow_it_again() -> None:
-    async with running_hub(metrics__listen=[ANYWHERE], metrics__open=True) as hub:
+async def test_a_reload_can_narrow_an_address_and_widen_it_again() -> None:
+    # The first one is the wide one: its port is free on all addresses.
+    async with running_hub(metrics__listen=["0.0.0.0:0"], metrics__open=True) as hub:
         _, port = place(hub.hub.scrapes.urls[0])
-        for host in ("0.0.0.0", "127.0.0.1"):
+        for host, other in (("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1")):
             await change(hub, "metrics", listen=(f"{host}:{port}",))
             assert (host, port) in listening()
+            assert (other, port) not in listening()
             assert (await fetch(f"http://127.0.0.1:{port}")).status == 200
-        assert ("0.0.0.0", port) not in listening()
 
 
 async def test_an_address_is_listened_on_again_if_the_next_one_is_taken() -> None:
