@@ -433,16 +433,20 @@ async def test_an_answer_that_breaks_off_does_not_look_complete(
 
 
 @each_kind
-async def test_an_answer_that_a_server_reports_as_failed_is_continued(
-    kind: Kind, tmp_path: Path
+@pytest.mark.parametrize("ends", ["by reporting an error", "without a word"])
+async def test_an_answer_that_a_server_cannot_complete_is_continued(
+    ends: str, kind: Kind, tmp_path: Path
 ) -> None:
-    """A process of it may have died, such as that of another machine under Ray."""
+    """It reports that when a process has died, such as one of another machine."""
     async with (
         ScriptedWorker(kind.models[0]) as spare,
         behind(kind, tmp_path, spare) as (server, hub),
     ):
         hub.hub.registry.pause(spare.name)
-        server.breaks_after, server.pace = 2, "go"
+        if ends == "without a word":
+            server.dies_after, server.pace = 2, "go"
+        else:
+            server.breaks_after, server.pace = 2, "go"
         async with await hub.open(CHAT, ask(kind)) as wire:
             await wire.read_head()
             hub.hub.registry.unpause(spare.name)
@@ -543,26 +547,6 @@ async def test_a_failure_without_help_is_reported_in_the_words_of_the_server(
         own = re.findall(rb'"message":"([^"]+)"', b"".join(server.breaking()))
         for message in own:  # Ollama sends none
             assert message.decode() in error["message"]
-
-
-@each_kind
-async def test_an_answer_whose_server_dies_is_continued_by_a_llama_server(
-    kind: Kind, tmp_path: Path
-) -> None:
-    async with (
-        ScriptedWorker(kind.models[0]) as spare,
-        behind(kind, tmp_path, spare) as (server, hub),
-    ):
-        hub.hub.registry.pause(spare.name)
-        server.dies_after, server.pace = 2, "go"
-        async with await hub.open(CHAT, ask(kind)) as wire:
-            await wire.read_head()
-            hub.hub.registry.unpause(spare.name)
-            server.release("go")
-            ending = await wire.read_to_end()
-        assert ending.clean
-        assert f"rescued 1 by {spare.name}".encode() in ending.response.body
-        assert text_of(events_of(ending.response)) == "".join(TEXTS)
 
 
 @each_kind

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import itertools
 import socket
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -99,24 +101,30 @@ async def test_the_head_of_a_request(
     assert request.body == (body or b"")
 
 
-async def test_a_large_body_leaves_others_their_turns() -> None:
-    turns = 0
+@contextlib.contextmanager
+def turns_of_others() -> Iterator[Iterator[int]]:
+    """Let another task run meanwhile; the next number counts its turns."""
+    turns = itertools.count()
 
     async def take_turns() -> None:
-        nonlocal turns
         while True:
-            turns += 1
+            next(turns)
             await asyncio.sleep(0)
 
+    other = asyncio.create_task(take_turns())
+    yield turns
+    other.cancel()
+
+
+async def test_a_large_body_leaves_others_their_turns() -> None:
     body = bytes(range(256)) * (64 * PIECE // 256)
     async with ScriptedWorker(keep_body=len(body)) as worker:
         worker.script(*answer({}))
-        other = asyncio.create_task(take_turns())
-        reply = await ask(worker, body)
-        other.cancel()
+        with turns_of_others() as turns:
+            reply = await ask(worker, body)
         assert worker.requests[0].body == body
     assert reply.status == 200
-    assert turns > len(body) // PIECE
+    assert next(turns) > len(body) // PIECE
 
 
 @pytest.mark.parametrize("reads", [True, False])
@@ -183,19 +191,10 @@ async def test_a_compressed_body_is_unpacked(coding: str) -> None:
 
 
 async def test_unpacking_leaves_others_their_turns() -> None:
-    turns = 0
-
-    async def take_turns() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    other = asyncio.create_task(take_turns())
-    reply = await asked(send(packed(bytes(16 << 20))), limit=16 << 20)
-    other.cancel()
+    with turns_of_others() as turns:
+        reply = await asked(send(packed(bytes(16 << 20))), limit=16 << 20)
     assert reply == Reply(200, bytes(16 << 20))
-    assert turns > (16 << 20) // (64 << 10)
+    assert next(turns) > (16 << 20) // (64 << 10)
 
 
 @pytest.mark.parametrize(
