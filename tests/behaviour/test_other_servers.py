@@ -17,7 +17,7 @@ from gollama_proxy.config import load
 from gollama_proxy.fleet.state import WorkerState
 from tests.fakes.asks import CHAT
 from tests.fakes.cases import case
-from tests.fakes.client import Response
+from tests.fakes.client import Ending, Response
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.page import parse, value
@@ -127,6 +127,13 @@ def events_of(response: Response) -> list[dict[str, Any]]:
 def text_of(events: list[dict[str, Any]]) -> str:
     choices = [choice for each in events for choice in each.get("choices", ())]
     return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
+def assert_continued(ending: Ending, times: int, by: str) -> None:
+    """Check that an answer is complete, and which worker has continued it last."""
+    assert ending.clean
+    assert f"rescued {times} by {by}".encode() in ending.response.body
+    assert text_of(events_of(ending.response)) == "".join(TEXTS)
 
 
 # --- The page ---------------------------------------------------------------------
@@ -452,10 +459,8 @@ async def test_an_answer_that_a_server_cannot_complete_is_continued(
             hub.hub.registry.unpause(spare.name)
             server.release("go")
             ending = await wire.read_to_end()
-        assert ending.clean
         assert b'"error"' not in ending.response.body
-        assert f"rescued 1 by {spare.name}".encode() in ending.response.body
-        assert text_of(events_of(ending.response)) == "".join(TEXTS)
+        assert_continued(ending, 1, by=spare.name)
 
 
 FAILED = b'{"error":{"message":"boom","type":"server_error","code":500}}'
@@ -491,10 +496,8 @@ async def test_an_error_is_found_in_other_forms_and_behind_other_events(
             hub.hub.registry.unpause(spare.name)
             server.release("go")
             ending = await wire.read_to_end()
-        assert ending.clean
         assert b'"error"' not in ending.response.body
-        assert b"rescued 1 by" in ending.response.body
-        assert text_of(events_of(ending.response)) == "".join(TEXTS)
+        assert_continued(ending, 1, by=spare.name)
 
 
 async def test_a_stream_that_begins_with_too_many_requests_is_tried_elsewhere(
@@ -566,9 +569,7 @@ async def test_an_answer_of_llama_server_is_continued_by_any_of_them(
             hub.hub.registry.unpause(worker.name)
             first.release("go")
             ending = await wire.read_to_end()
-        assert ending.clean
-        assert f"rescued 1 by {worker.name}".encode() in ending.response.body
-        assert text_of(events_of(ending.response)) == "".join(TEXTS)
+        assert_continued(ending, 1, by=worker.name)
 
 
 @each_kind
@@ -598,9 +599,7 @@ async def test_an_answer_survives_the_failures_of_two_servers(
             registry.unpause(last.name)
             server.release("go")
             ending = await wire.read_to_end()
-        assert ending.clean
-        assert f"rescued 2 by {last.name}".encode() in ending.response.body
-        assert text_of(events_of(ending.response)) == "".join(TEXTS)
+        assert_continued(ending, 2, by=last.name)
 
 
 @each_kind
