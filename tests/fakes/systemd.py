@@ -92,7 +92,7 @@ class Systemd:
                 return found
 
     def arrives_within(self, seconds: float) -> bool:
-        """Block until a message is there, or for so long; for a thread of its own."""
+        """Block until a message arrives; return whether one did within the time."""
         return bool(select.select([self._socket], [], [], seconds)[0])
 
 
