@@ -554,7 +554,7 @@ class Hub(Listener):
 def _asked(x: Exchange) -> dict[str, str | int | float | bool]:
     """Return what a client has requested, as attributes of a span."""
     asked: dict[str, str | int | float | bool] = {"gollama.class": x.priority.value}
-    body = getattr(x, "body", None)  # there is none before its head was read
+    body = x.body_so_far
     if body is not None and x.endpoint.generates:
         asked["gen_ai.request.stream"] = body.stream
         if body.max_tokens:

@@ -203,7 +203,7 @@ class Views:
 
     def exchange(self, x: Exchange) -> Shown:
         """Show a request that has not ended."""
-        body = getattr(x, "body", None)  # there is none before its head was read
+        body = x.body_so_far
         return {
             "id": x.id,
             "subject": x.subject,

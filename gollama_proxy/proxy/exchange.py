@@ -62,10 +62,7 @@ from gollama_proxy.scheduling.turns import Priority, choose_priority
 from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers
-from gollama_proxy.wire.answer import (
-    Usage,
-    read_usage,
-)
+from gollama_proxy.wire.answer import Usage, read_usage
 from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.errors import (
     Code,

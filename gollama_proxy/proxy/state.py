@@ -140,9 +140,7 @@ class Exchange(Record):
         self.answered = False  # a worker has begun to generate
         self.waited = 0.0  # seconds for which no worker was available
         self.cut: ProxyError | None = None  # why the hub has cancelled it, if it has
-        self.noticed_at = (
-            0.0  # seconds of an attempt, when the client was last notified
-        )
+        self.noticed_at = 0.0  # seconds of an attempt, when the client got a notice
 
     def __repr__(self) -> str:  # without text of the user
         return f"<Exchange {self.id} {self.state.name} attempts={self.attempts}>"
@@ -173,6 +171,11 @@ class Exchange(Record):
             if error:
                 self.error, self.detail = error, detail
         self.state = _ENDED
+
+    @property
+    def body_so_far(self) -> Body | None:
+        """The body; there is none before the head of the request was read."""
+        return getattr(self, "body", None)
 
     @property
     def begun(self) -> bool:
