@@ -33,6 +33,8 @@ class Family(NamedTuple):
     help: str
     labels: tuple[str, ...] = ()
     bounds: tuple[float, ...] = ()  # of a histogram's buckets, but for the last one
+    # What several processes have together, if this is a gauge.
+    whole: Literal["sum", "highest", "lowest"] = "sum"
 
     def at(self, *values: str) -> str:
         """Return the labels of a series as they are written, in alphabetical order."""

@@ -160,19 +160,25 @@ LIMITED = Family(
 )
 # The present
 BUILD = Family(
-    "gollama_build_info", "gauge", "Version of the hub.", ("version", "python")
+    "gollama_build_info",
+    "gauge",
+    "Version of the hub.",
+    ("version", "python"),
+    whole="highest",
 )
 UP = Family(
     "gollama_worker_up",
     "gauge",
     "1 while a worker accepts requests, else 0.",
     ("worker",),
+    whole="highest",
 )
 STATE = Family(
     "gollama_worker_state",
     "gauge",
     "1 for the present state, else 0.",
     ("worker", "state"),
+    whole="highest",
 )
 IN_FLIGHT = Family(
     "gollama_in_flight", "gauge", "Requests that a worker is serving.", ("worker",)
@@ -182,24 +188,28 @@ SLOTS = Family(
     "gauge",
     "Generations that a worker runs at once.",
     ("worker",),
+    whole="highest",
 )
 READS = Family(
     "gollama_worker_prefill_tokens_per_second",
     "gauge",
     "How fast a worker reads prompts, learnt from its last answers.",
     ("worker", "model"),
+    whole="highest",
 )
 WRITES = Family(
     "gollama_worker_decode_tokens_per_second",
     "gauge",
     "How fast a worker writes each of its present answers, learnt from its last ones.",
     ("worker", "model"),
+    whole="highest",
 )
 BREAKER = Family(
     "gollama_breaker_state",
     "gauge",
     "1 for the present state, else 0; of a worker, or of one of its models.",
     ("worker", "model", "state"),
+    whole="highest",
 )
 TRANSITIONS = Family(
     "gollama_breaker_transitions_total",
@@ -256,16 +266,19 @@ EXPIRY = Family(
     "gollama_certificate_expiry_timestamp_seconds",
     "gauge",
     "When the first certificate of the hub expires, Unix time.",
+    whole="lowest",
 )
 RELOADED = Family(
     "gollama_config_last_reload_successful",
     "gauge",
     "1 if the settings were valid when they were last read, else 0.",
+    whole="lowest",
 )
 RELOADED_AT = Family(
     "gollama_config_last_reload_success_timestamp_seconds",
     "gauge",
     "When the settings in force were read, Unix time.",
+    whole="lowest",
 )
 
 # The process, as Prometheus' own client libraries name it.
@@ -274,7 +287,9 @@ CPU = Family(
 )
 RESIDENT = Family("process_resident_memory_bytes", "gauge", "Resident memory.")
 VIRTUAL = Family("process_virtual_memory_bytes", "gauge", "Virtual memory.")
-STARTED = Family("process_start_time_seconds", "gauge", "When it started, Unix time.")
+STARTED = Family(
+    "process_start_time_seconds", "gauge", "When it started, Unix time.", whole="lowest"
+)
 OPEN_FILES = Family("process_open_fds", "gauge", "Open file descriptors.")
 MOST_FILES = Family("process_max_fds", "gauge", "Most open file descriptors allowed.")
 

@@ -1,0 +1,178 @@
+"""What several hubs answer, as one answer.
+
+Each function takes what the hubs have answered by their names, the asked hub first.  A
+worker is the same one on all hubs, by its name.  What a hub alone knows, such as its
+requests, is marked with it (`hub`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+Shown = dict[str, Any]
+ByHub = Mapping[str, Sequence[Shown]]
+
+# --- Workers and models -------------------------------------------------------------
+
+
+def merge_workers(answers: ByHub) -> list[Shown]:
+    """Merge lists of workers, in the order of the asked hub.
+
+    A worker is shown as the first hub that knows it shows it, with the requests of all
+    hubs, and in `hubs` each one that has requests on it or sees it in another state.
+    """
+    return [merge_worker(views) for views in _by_name(answers).values()]
+
+
+def merge_worker(views: Mapping[str, Shown]) -> Shown:
+    """Merge what hubs show of one worker."""
+    shown = dict(next(iter(views.values())))
+    shown["running"] = sum(view["running"] for view in views.values())
+    shown["slots"] = max((v["slots"] or 0 for v in views.values()), default=0) or None
+    for key in ("agent", "build", "context"):
+        shown[key] = _first(view[key] for view in views.values())
+    speeds = [view["speed"] for view in views.values()]
+    shown["speed"] = {key: _first(each[key] for each in speeds) for key in speeds[0]}
+    errors = [view["last_error"] for view in views.values() if view["last_error"]]
+    shown["last_error"] = min(errors, key=lambda error: error["ago"], default=None)
+    seen = _condition(shown)
+    shown["hubs"] = [
+        {"hub": hub, **_condition(view), "running": view["running"]}
+        for hub, view in views.items()
+        if view["running"] or _condition(view) != seen
+    ]
+    return shown
+
+
+def _condition(view: Shown) -> Shown:
+    """Return what may differ between hubs for a while, in words."""
+    breaker = view["breaker"]
+    if not isinstance(breaker, str):  # a sample has only its state
+        breaker = breaker["state"]
+    return {"state": view["state"], "hold": view["hold"], "breaker": breaker}
+
+
+def merge_models(answers: ByHub) -> list[Shown]:
+    """Merge lists of models: as the first hub shows each, with what waits on all."""
+    merged = []
+    for views in _by_name(answers).values():
+        waiting = sum(view["waiting"] for view in views.values())
+        merged.append(next(iter(views.values())) | {"waiting": waiting})
+    return merged
+
+
+def _by_name(answers: ByHub) -> dict[str, dict[str, Shown]]:
+    """Return what each hub shows, by the names of what is shown."""
+    found: dict[str, dict[str, Shown]] = {}
+    for hub, rows in answers.items():
+        for row in rows:
+            found.setdefault(row["name"], {})[hub] = row
+    return found
+
+
+def _first(values: Iterable[Any]) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+# --- Requests -----------------------------------------------------------------------
+
+
+def merge_exchanges(answers: ByHub) -> list[Shown]:
+    """Merge requests in flight, the oldest first."""
+    return sorted(_marked(answers), key=lambda x: -x["age"])
+
+
+def merge_queues(answers: ByHub) -> list[Shown]:
+    """Merge requests that wait, by model; each has its place in its hub's queue."""
+    return sorted(
+        _marked(answers), key=lambda x: (x["model"], x["position"] or 0, -x["waited"])
+    )
+
+
+def merge_requests(answers: ByHub, limit: int) -> list[Shown]:
+    """Merge requests that have ended, the newest first, at most so many."""
+    return sorted(_marked(answers), key=lambda x: -x["ended"])[:limit]
+
+
+def _marked(answers: ByHub) -> Iterable[Shown]:
+    return chain.from_iterable(
+        ({**row, "hub": hub} for row in rows) for hub, rows in answers.items()
+    )
+
+
+# --- Samples ------------------------------------------------------------------------
+
+_SUMMED = ("requests", "errors", "running", "waiting", "tokens_per_second")
+
+
+def merge_figures(figures: Collection[Mapping[str, Any]]) -> Shown:
+    """Merge the figures of one moment, of hubs or of one worker on several hubs.
+
+    Rates and numbers of requests are summed.  A percentile of all cannot be computed
+    from those of parts: it is between them, and shown is the mean of the medians, and
+    the highest of the 95th percentiles.  The rest is as in the first one.
+    """
+    merged = dict(next(iter(figures)))
+    for name in merged:
+        if name in _SUMMED or name.startswith("first_token"):
+            known = [each[name] for each in figures if each.get(name) is not None]
+            merged[name] = _combine(name, known) if known else None
+    return merged
+
+
+def _combine(name: str, known: Sequence[float]) -> float:
+    if name in _SUMMED:
+        return _tidy(sum(known))
+    if name.endswith("p95"):
+        return max(known)
+    return _tidy(sum(known) / len(known))
+
+
+def _tidy(value: float) -> float:
+    return int(value) if value == int(value) else round(value, 1)
+
+
+def merge_samples(workers: ByHub) -> list[Shown]:
+    """Merge the figures that hubs have of workers, as a sample shows them."""
+    merged = []
+    for views in _by_name(workers).values():
+        figures = merge_figures([*views.values()])
+        figures["slots"] = max(v["slots"] or 0 for v in views.values()) or None
+        merged.append(figures)
+    return merged
+
+
+def merge_columns(columns: Sequence[Mapping[str, Sequence[Any]]]) -> Shown:
+    """Merge columns of samples; the last values of all are of the same moment.
+
+    Of states, the first one that is known counts.
+    """
+    longest = max(len(next(iter(each.values()), ())) for each in columns)
+    merged: Shown = {}
+    for name in columns[0]:
+        parts = [each[name] for each in columns if name in each]
+        padded = [[None] * (longest - len(each)) + [*each] for each in parts]
+        if name in ("state", "breaker"):
+            merged[name] = [_first(values) for values in zip(*padded, strict=True)]
+        else:
+            merged[name] = [
+                _combine(name, known) if known else None
+                for values in zip(*padded, strict=True)
+                for known in [[each for each in values if each is not None]]
+            ]
+    return merged
+
+
+def merge_histories(histories: Mapping[str, Shown]) -> Shown:
+    """Merge histories of the same length and step."""
+    own = next(iter(histories.values()))
+    of_workers: dict[str, list[Shown]] = {}
+    for history in histories.values():
+        for name, columns in history["workers"].items():
+            of_workers.setdefault(name, []).append(columns)
+    return own | {
+        "hub": merge_columns([each["hub"] for each in histories.values()]),
+        "workers": {name: merge_columns(each) for name, each in of_workers.items()},
+    }

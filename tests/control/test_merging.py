@@ -1,0 +1,173 @@
+"""What several hubs answer becomes one answer, which names the hub where it matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gollama_proxy.control.merging import (
+    merge_columns,
+    merge_exchanges,
+    merge_figures,
+    merge_histories,
+    merge_models,
+    merge_queues,
+    merge_requests,
+    merge_samples,
+    merge_workers,
+)
+
+
+def worker(name: str = "desk", **fields: Any) -> dict[str, Any]:
+    """Return what a hub shows of a worker."""
+    breaker = {"state": "closed", "reason": "", "since": None, "opens_in": 0.0}
+    made = {
+        "name": name,
+        "state": "ready",
+        "hold": "none",
+        "breaker": breaker | {"state": fields.pop("breaker", "closed")},
+        "slots": 4,
+        "running": 0,
+        "context": 4096,
+        "build": None,
+        "agent": None,
+        "speed": {"tokens_per_second": None, "first_token": None},
+        "last_error": None,
+    }
+    return made | fields
+
+
+# --- Workers and models -----------------------------------------------------------
+
+
+def test_requests_of_all_hubs_are_summed_and_shown_by_hub() -> None:
+    answers = {"a": [worker(running=1)], "b": [worker(running=2)], "c": [worker()]}
+    [shown] = merge_workers(answers)
+    assert shown["running"] == 3
+    assert shown["slots"] == 4
+    assert [(each["hub"], each["running"]) for each in shown["hubs"]] == [
+        ("a", 1),
+        ("b", 2),
+    ]
+
+
+def test_a_hub_that_sees_another_state_is_named() -> None:
+    answers = {"a": [worker()], "b": [worker(state="down")]}
+    [shown] = merge_workers(answers)
+    assert shown["state"] == "ready"
+    [other] = shown["hubs"]
+    assert (other["hub"], other["state"]) == ("b", "down")
+    tripped = {"a": [worker()], "b": [worker(breaker="open")]}
+    assert merge_workers(tripped)[0]["hubs"][0]["breaker"] == "open"
+
+
+def test_an_idle_worker_that_all_see_alike_has_no_hubs() -> None:
+    answers = {"a": [worker()], "b": [worker()]}
+    assert merge_workers(answers)[0]["hubs"] == []
+
+
+def test_workers_that_only_another_hub_has_come_last() -> None:
+    answers = {"a": [worker("one"), worker("two")], "b": [worker("new"), worker("two")]}
+    names = [each["name"] for each in merge_workers(answers)]
+    assert names == ["one", "two", "new"]
+
+
+def test_what_the_asked_hub_does_not_know_is_from_another() -> None:
+    speed = {"tokens_per_second": 42.0, "first_token": 0.1}
+    error = {"code": "x", "detail": "y", "ago": 5.0}
+    newer = error | {"ago": 1.0}
+    answers = {
+        "a": [worker(slots=None, last_error=error)],
+        "b": [worker(speed=speed, agent={"host": "desk"}, last_error=newer)],
+    }
+    [shown] = merge_workers(answers)
+    assert shown["slots"] == 4
+    assert shown["speed"] == speed
+    assert shown["agent"] == {"host": "desk"}
+    assert shown["last_error"] == newer
+
+
+def test_models_count_what_waits_on_all_hubs() -> None:
+    def model(waiting: int) -> dict[str, Any]:
+        return {"name": "qwen", "policy": "auto", "waiting": waiting}
+
+    merged = merge_models({"a": [model(1)], "b": [model(2)]})
+    assert merged == [model(3)]
+
+
+# --- Requests ---------------------------------------------------------------------
+
+
+def test_requests_have_their_hub() -> None:
+    answers = {"a": [{"id": "1", "age": 1.0}], "b": [{"id": "2", "age": 9.0}]}
+    assert merge_exchanges(answers) == [
+        {"id": "2", "age": 9.0, "hub": "b"},
+        {"id": "1", "age": 1.0, "hub": "a"},
+    ]
+
+
+def test_the_queue_is_by_model_and_place() -> None:
+    def waits(number: str, model: str, position: int | None) -> dict[str, Any]:
+        return {"id": number, "model": model, "position": position, "waited": 1.0}
+
+    answers = {
+        "a": [waits("1", "x", 1), waits("2", "x", 2)],
+        "b": [waits("3", "w", None), waits("4", "x", 1)],
+    }
+    assert [each["id"] for each in merge_queues(answers)] == ["3", "1", "4", "2"]
+
+
+def test_the_newest_of_all_requests_are_listed() -> None:
+    answers = {
+        "a": [{"id": "1", "ended": 5.0}, {"id": "2", "ended": 1.0}],
+        "b": [{"id": "3", "ended": 4.0}],
+    }
+    assert [each["id"] for each in merge_requests(answers, 2)] == ["1", "3"]
+
+
+# --- Samples ----------------------------------------------------------------------
+
+
+def test_figures_are_summed_and_percentiles_are_not() -> None:
+    one = {"requests": 2, "tokens_per_second": 1.5, "first_token_p50": 100.0}
+    two = {"requests": 3, "tokens_per_second": 2.5, "first_token_p50": 300.0}
+    one |= {"first_token_p95": 150.0, "errors": None}
+    two |= {"first_token_p95": 400.0, "errors": None}
+    assert merge_figures([one, two]) == {
+        "requests": 5,
+        "tokens_per_second": 4,
+        "first_token_p50": 200,
+        "first_token_p95": 400.0,
+        "errors": None,
+    }
+    assert merge_figures([one]) == one
+
+
+def test_samples_of_a_worker_are_one() -> None:
+    def figures(running: int, **fields: Any) -> dict[str, Any]:
+        state = {"state": "ready", "hold": "none", "breaker": "closed", "slots": 4}
+        return {"name": "desk", **state, "running": running, **fields}
+
+    merged = merge_samples({"a": [figures(1)], "b": [figures(2, slots=None)]})
+    assert merged == [figures(3)]
+
+
+def test_columns_end_at_the_same_moment() -> None:
+    one = {"running": [1, 2, 3], "state": ["ready", None, "down"]}
+    two = {"running": [10, None], "state": ["down", "ready"]}
+    assert merge_columns([one, two]) == {
+        "running": [1, 12, 3],
+        "state": ["ready", "down", "down"],
+    }
+    assert merge_columns([two, one])["running"] == [1, 12, 3]
+    assert merge_columns([{"running": []}, one])["running"] == [1, 2, 3]
+
+
+def test_histories_have_the_workers_of_all_hubs() -> None:
+    own = {"time": 5.0, "step": 1, "hub": {"requests": [1]}, "workers": {}}
+    other = own | {"time": 4.5, "workers": {"desk": {"running": [1]}}}
+    assert merge_histories({"a": own, "b": other}) == {
+        "time": 5.0,
+        "step": 1,
+        "hub": {"requests": [2]},
+        "workers": {"desk": {"running": [1]}},
+    }
