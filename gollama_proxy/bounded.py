@@ -8,6 +8,7 @@ limited number of names.  What was dropped is learnt again when a request needs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -79,6 +80,14 @@ class SlidingWindow:
             self._expire(tick)
         self._buckets[self._at] += amount
         self._count += amount
+
+    def recent(self, seconds: float) -> int:
+        """Return what was counted in the last seconds; up to one bucket more."""
+        size, buckets = len(self._buckets), math.ceil(seconds / self._width) + 1
+        if not self.count:  # which empties the buckets that have left
+            return 0
+        newest = range(self._tick - min(buckets, size) + 1, self._tick + 1)
+        return sum(self._buckets[tick % size] for tick in newest)
 
     def leaves_in(self, amount: int) -> float:
         """Return the seconds until `amount` of the count, or all of it, has left."""

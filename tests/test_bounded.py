@@ -93,6 +93,20 @@ def test_nine_tenths_of_the_span_are_counted_and_never_more_than_the_span(
         assert surely <= window.count <= at_most
 
 
+def test_what_is_recent_is_counted_to_a_bucket() -> None:
+    clock = Clock(100.0)
+    window = SlidingWindow(10.0, clock)
+    assert window.recent(3.0) == 0
+    window.add(2)
+    clock.advance(3.0)
+    window.add()
+    assert (window.recent(0.0), window.recent(2.0), window.recent(3.0)) == (1, 1, 3)
+    clock.advance(6.0)
+    assert (window.recent(6.0), window.recent(100.0)) == (1, 3)
+    clock.advance(4.0)
+    assert window.recent(100.0) == 0
+
+
 def test_several_at_once_are_counted_and_leave_together() -> None:
     clock = Clock(1000.0)
     window = SlidingWindow(10.0, clock)

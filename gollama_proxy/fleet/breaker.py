@@ -13,6 +13,7 @@ Theory of operation
                                      ╰───────────────────────────────╯
 
     RESET, by an operator, leads from OPEN and HALF_OPEN to CLOSED.
+    DOUBTED, as the breaker of another hub is open, leads from CLOSED to HALF_OPEN.
 
 CLOSED     Each request ends with a `record()` of its verdict.  Three things trip the
            breaker: consecutive failures (the worker is dead), and the failure rate or
@@ -32,6 +33,11 @@ HALF_OPEN  `permit()` returns one permit at a time, for a request that generates
            request is a canary, or with `canary` off one of a client.  `proofs` good
            ones in a row close the breaker, and a bad one opens it.  A permit is always
            given back; if its request was cancelled, it proves nothing.
+
+           What another hub found out leads here at most, never to OPEN: its network
+           may be what is broken.  A worker that has answered this hub in the last
+           `TRUSTED` seconds is not in doubt, and one that has just been proved is not
+           doubted again for `open_max` seconds.
 
 CLOSED     again: the worker's share of the requests rises from a tenth to all of them
            in `ramp` seconds.
@@ -60,6 +66,7 @@ from gollama_proxy.config.settings import Breaker as Policy
 logger = logging.getLogger(__name__)
 
 FIRST_SHARE = 0.1  # of the turns, for a worker whose breaker has just closed
+TRUSTED = 5.0  # seconds after a good answer in which other hubs raise no doubt
 
 
 class BreakerState(enum.Enum):
@@ -74,6 +81,7 @@ class BreakerEvent(enum.Enum):
     PROVED = "enough good proofs"
     DISPROVED = "a bad proof"
     RESET = "an operator reset it"
+    DOUBTED = "the breaker of another hub is open"
 
 
 # All the steps there are; any other raises.
@@ -84,6 +92,7 @@ TRANSITIONS: dict[tuple[BreakerState, BreakerEvent], BreakerState] = {
     (BreakerState.HALF_OPEN, BreakerEvent.DISPROVED): BreakerState.OPEN,
     (BreakerState.OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
     (BreakerState.HALF_OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
+    (BreakerState.CLOSED, BreakerEvent.DOUBTED): BreakerState.HALF_OPEN,
 }
 
 
@@ -143,6 +152,7 @@ class Breaker:
         self._closed_at = -math.inf  # the last time; before everything at the start
         self._open_time = 0.0  # the last one, without the jitter; 0 when forgotten
         self._rested_at = -math.inf  # when the open time is, or was, over
+        self._proved_at = -math.inf  # when proofs last closed it
         self._permit_out, self._proofs = False, 0
         self._in_a_row = 0  # failures
         self._forget_the_past()
@@ -276,6 +286,23 @@ class Breaker:
             self._rested_at, self._open_time = min(self._rested_at, now), 0.0
             self._changed()
 
+    def doubt(self, reason: str) -> bool:
+        """Ask for proofs, as the breaker of another hub is open for this worker.
+
+        Returns whether it does: only a closed one, of a worker that has not shown in
+        the last seconds that it works.
+        """
+        now = self._clock()
+        if (
+            not self.closed
+            or now - self._proved_at < self.policy.open_max
+            or self._successes.recent(TRUSTED)
+        ):
+            return False
+        self._forget_old_openings(now)
+        self._step(BreakerEvent.DOUBTED, reason)
+        return True
+
     def reset(self) -> None:
         """Close it at once, and forget failures and pauses: an operator knows better.
 
@@ -289,10 +316,13 @@ class Breaker:
             self._step(BreakerEvent.RESET, "reset by an operator")
 
     def _trip(self, cause: Cause, reason: str) -> None:
-        if self._clock() - self._closed_at >= self.policy.window:
-            self._open_time = 0.0
+        self._forget_old_openings(self._clock())
         self.causes[cause] += 1
         self._step(BreakerEvent.TRIPPED, reason)
+
+    def _forget_old_openings(self, now: float) -> None:
+        if now - self._closed_at >= self.policy.window:
+            self._open_time = 0.0
 
     def _objection(self, verdict: Verdict) -> tuple[Cause, str] | None:
         policy = self.policy
@@ -330,6 +360,7 @@ class Breaker:
         elif good:
             self._proofs += 1
             if self._proofs >= self.policy.proofs:
+                self._proved_at = self._clock()
                 self._step(BreakerEvent.PROVED, f"{self._proofs} good proofs")
 
     def _changed(self) -> None:

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gollama_proxy.fleet.breaker import (
     TRANSITIONS,
+    TRUSTED,
     Breaker,
     BreakerEvent,
     BreakerState,
@@ -173,6 +174,7 @@ def test_the_table_leads_round() -> None:
         (BreakerState.HALF_OPEN, BreakerEvent.DISPROVED): BreakerState.OPEN,
         (BreakerState.OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
         (BreakerState.HALF_OPEN, BreakerEvent.RESET): BreakerState.CLOSED,
+        (BreakerState.CLOSED, BreakerEvent.DOUBTED): BreakerState.HALF_OPEN,
     }
 
 
@@ -688,6 +690,71 @@ def test_a_good_worker_that_was_away_begins_anew() -> None:
     assert not breaker.transitions
 
 
+# --- The verdicts of other hubs ---------------------------------------------------
+
+
+def test_a_doubted_worker_proves_itself_with_one_request_at_a_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    breaker, _ = make()
+    with caplog.at_level(logging.INFO):
+        assert breaker.doubt("the breaker of hub b is open")
+    assert breaker.state is BreakerState.HALF_OPEN
+    assert caplog.messages == [
+        "worker w1: breaker closed -> half-open (the breaker of hub b is open)"
+    ]
+    first = take(breaker)
+    assert breaker.permit() is None
+    first.settle(True)
+    prove(breaker, True)
+    assert breaker.closed
+
+
+def test_a_bad_proof_of_a_doubted_worker_opens_its_breaker_for_the_first_time() -> None:
+    breaker, clock = make(BreakerState.HALF_OPEN)
+    prove(breaker, False)  # twice as long
+    clock.advance(breaker.opens_in())
+    prove(breaker, True, True)
+    clock.advance(STEADY.window)
+    assert breaker.doubt("because")
+    prove(breaker, False)
+    assert breaker.opens_in() == STEADY.open
+
+
+@pytest.mark.parametrize("state", [BreakerState.OPEN, BreakerState.HALF_OPEN])
+def test_only_a_closed_breaker_is_doubted(state: BreakerState) -> None:
+    breaker, _ = make(state)
+    assert not breaker.doubt("because")
+    assert breaker.state is state
+
+
+def test_a_worker_that_has_just_answered_is_not_doubted() -> None:
+    breaker, clock = make()
+    record(breaker, GOOD)
+    clock.advance(TRUSTED)
+    assert not breaker.doubt("because")
+    clock.advance(2 * STEADY.window / 10)  # the parts in which answers are counted
+    assert breaker.doubt("because")
+
+
+def test_failures_and_slow_answers_of_here_are_nothing_against_a_doubt() -> None:
+    breaker, _ = make()
+    record(breaker, BAD, SLOW, HUNG)
+    assert breaker.doubt("because")
+
+
+def test_what_has_just_been_proved_is_not_doubted_again_soon() -> None:
+    """A hub that cannot reach the worker must not take it from the others."""
+    breaker, clock = make()
+    doubts = 0
+    for _ in range(600):
+        clock.advance(1)
+        doubts += breaker.doubt("because")
+        if breaker.state is BreakerState.HALF_OPEN:
+            prove(breaker, True, True)
+    assert doubts == pytest.approx(600 / STEADY.open_max, abs=1)
+
+
 # --- No flapping ------------------------------------------------------------------
 
 
@@ -734,6 +801,7 @@ class Model:
         self.state, self.since, self.open_time = BreakerState.CLOSED, -1e9, 0.0
         self.past: list[tuple[float, Verdict]] = []
         self.proofs = 0
+        self.proved_at = -1e9
 
     def look(self, now: float) -> None:
         if self.state is BreakerState.OPEN and now >= self.since + self.open_time:
@@ -755,7 +823,8 @@ class Model:
             self.open(now, calm=now - self.since >= 30)
 
     def open(self, now: float, *, calm: bool) -> None:
-        self.open_time = 5.0 if calm else min(self.open_time * 2, 15.0)
+        longer = self.open_time * 2 or 5.0
+        self.open_time = 5.0 if calm else min(longer, 15.0)
         self.state, self.since = BreakerState.OPEN, now
 
     def settle(self, now: float, good: bool | None) -> None:
@@ -764,6 +833,20 @@ class Model:
             self.open(now, calm=False)
         elif self.proofs == 2:
             self.state, self.since, self.past = BreakerState.CLOSED, now, []
+            self.proved_at = now
+
+    def doubt(self, now: float) -> bool:
+        recent = [v for at, v in self.past if int(at / 3) > int(now / 3) - 3]
+        if (
+            self.state is not BreakerState.CLOSED
+            or GOOD in recent
+            or now - self.proved_at < 15
+        ):
+            return False
+        if now - self.since >= 30:
+            self.open_time = 0.0
+        self.state, self.proofs, self.since = BreakerState.HALF_OPEN, 0, now
+        return True
 
 
 class Breakers(RuleBasedStateMachine):
@@ -789,6 +872,14 @@ class Breakers(RuleBasedStateMachine):
         for verdict in verdicts:
             self.breaker.record(verdict)
             self.model.record(self.clock(), verdict)
+
+    @rule()
+    def another_hub_has_opened_its_own(self) -> None:
+        doubted = self.model.doubt(self.clock())
+        assert self.breaker.doubt("because") == doubted
+        if doubted:
+            self.old += [self.held] if self.held is not None else []
+            self.held = None
 
     @rule()
     def somebody_asks(self) -> None:
