@@ -184,7 +184,7 @@ $(TOOLS_STAMP): requirements-build.lock requirements.lock
 	@touch $@
 
 # Packages contain what these extras need as well: a file cannot be extended by pip.
-EXTRAS     := dns mdns otel
+EXTRAS     := cluster dns mdns otel
 # Most releases from stolen accounts are found and removed within days.
 QUARANTINE ?= 7 days
 COMPILE    := $(TOOLS)/bin/uv --quiet pip compile --universal --python-version 3.11 --upgrade \

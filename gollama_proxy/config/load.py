@@ -42,6 +42,7 @@ from gollama_proxy.config.settings import (
     WorkerConfig,
     settings,
 )
+from gollama_proxy.config.stores import parse_store_url
 from gollama_proxy.config.values import (
     Aliases,
     ConfigError,
@@ -50,6 +51,7 @@ from gollama_proxy.config.values import (
     cut,
     describe,
     host_and_port,
+    is_secret,
     shown,
 )
 
@@ -123,6 +125,8 @@ def load(
     if "server" in sound:
         mistakes.collect(_check_advertising, config)
         mistakes.collect(_check_tracing, config)
+    if config.state.url:
+        mistakes.collect(_check_store, config)
     if {"auth", "server"} <= sound:
         mistakes.collect(check_exposure, config)
     if {"server", "workers"} <= sound:
@@ -185,8 +189,8 @@ def _convert(source: str, value: Any, hint: Any) -> Any:
     try:
         return convert(hint, value)
     except ValueError:
-        text = f"{source} = {shown(value)}: must be {describe(hint)}"
-        raise ConfigError(text) from None
+        given = "" if is_secret(hint) else f" = {shown(value)}"
+        raise ConfigError(f"{source}{given}: must be {describe(hint)}") from None
 
 
 def _reject_unknown(prefix: str, table: Mapping[str, Any], known: list[str]) -> None:
@@ -466,6 +470,15 @@ def _check_tracing(config: Config) -> None:
         raise ConfigError(
             "tracing.enabled = true: needs OpenTelemetry; pip install "
             "'gollama-proxy[otel]'"
+        )
+
+
+def _check_store(config: Config) -> None:
+    url = config.state.url
+    parse_store_url("state.url", url)
+    if importlib.util.find_spec("valkey") is None:
+        raise ConfigError(
+            f"state.url = {url!r}: needs valkey; pip install 'gollama-proxy[cluster]'"
         )
 
 

@@ -21,7 +21,10 @@ from gollama_proxy.config.values import (
     Networks,
     Origins,
     Places,
+    Prefix,
     Seconds,
+    SecretUrl,
+    StoreUrl,
     Table,
     Text,
     describe,
@@ -336,6 +339,19 @@ class State(Struct, frozen=True):
         "folder for what survives a restart, such as workers added at run time; "
         "auto: $STATE_DIRECTORY, else ~/.local/state/gollama-proxy; empty: none",
     ] = "auto"
+    url: Annotated[
+        StoreUrl,
+        "Valkey or Redis through which several hubs act as one; empty: this hub is "
+        "alone",
+    ] = SecretUrl()
+    prefix: Annotated[
+        Prefix, "begins all keys and channels there; hubs with the same one act as one"
+    ] = "gollama"
+    trust: Annotated[
+        Seconds,
+        "how long revocations are relied on while the store cannot be reached; then "
+        "tokens are refused; 0: no limit",
+    ] = 3600.0
 
 
 class Usage(Struct, frozen=True):
@@ -482,7 +498,8 @@ class Config:
 # What a hub keeps until its end; all else changes while it runs (`Hub.apply`).
 FIXED = frozenset(
     {
-        *("server.host", "server.port", "server.advertise", "state.dir"),
+        *("server.host", "server.port", "server.advertise"),
+        *("state.dir", "state.url", "state.prefix"),
         *("tracing.enabled", "tracing.endpoint"),
     }
 )

@@ -8,6 +8,7 @@ else there is travels in `extra`:
     unit      "bytes" if a string such as "64MiB" is a number here
     split     False if a string is never a list of words
     check     a function that takes the converted value and returns the final one
+    secret    True if no error may show the value
 
 Strings are accepted for every type, since environment variables and flags have nothing
 else: "8000", "yes", "a, b" for a list, "a=b, c=d" for a table.
@@ -121,6 +122,25 @@ def other(
 
 def _range(unit: str, low: float, high: float) -> str:
     return f"{unit} from {low:g} to {high:,.0f}"
+
+
+class SecretUrl(str):
+    """A URL that may hold a password, which is shown in no `repr`."""
+
+    __slots__ = ()
+
+    @property
+    def masked(self) -> str:
+        """The URL for people: with dots in place of the user and the password."""
+        text = re.sub(r"//.*@", "//...@", self, flags=re.DOTALL)
+        return re.sub(r"(?i)(\b(?:password|username)=)[^&]*", r"\1...", text)
+
+    def __repr__(self) -> str:
+        return repr(self.masked)
+
+
+def _check_secret_url(url: str) -> SecretUrl:
+    return SecretUrl(_check_printable(url))
 
 
 def _check_printable(value: str) -> str:
@@ -240,6 +260,21 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 Word = Annotated[str, Meta(min_length=1)]
 Text = Annotated[str, other("text on one line", _check_printable)]
+StoreUrl = Annotated[
+    str,
+    other(
+        "a URL such as redis://host:6379 or unix:///path/of/socket",
+        _check_secret_url,
+        secret=True,
+    ),
+]
+Prefix = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[A-Za-z0-9_.-]{1,64}\Z",
+        extra={"allowed": "1 to 64 letters, digits, dots, hyphens and underscores"},
+    ),
+]
 Seconds = Annotated[float, seconds()]
 Duration = Annotated[float, seconds(0.01)]
 Names = Annotated[
@@ -288,6 +323,11 @@ Listen = Annotated[
 def describe(hint: Any) -> str:
     """Return the allowed values of a declared type."""
     return str(_extra(hint).get("allowed", "true or false"))
+
+
+def is_secret(hint: Any) -> bool:
+    """Return whether a value of a declared type may hold a password."""
+    return bool(_extra(hint).get("secret"))
 
 
 def convert(hint: Any, value: Any) -> Any:

@@ -67,6 +67,8 @@ OTHERS: dict[str, Any] = {
     "log.format": "json",
     "tracing.endpoint": "http://localhost:4318",
     "state.dir": "/elsewhere",
+    "state.url": "redis://elsewhere",
+    "state.prefix": "another",
 }
 # Their values name files, which other tests change: `test_clients_over_tls.py` and
 # below.
