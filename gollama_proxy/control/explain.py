@@ -277,7 +277,7 @@ async def _foresee(x: Exchange, question: Question, hub: Parts) -> Shown:
     pools = registry.pools_for(pool, body.fallbacks, question.models)
     budget = RetryBudget(config.retry.ratio, config.retry.floor, clock=hub.clock)
     follows = x.endpoint.slot and balancer.follows(pool)
-    prefixes = body.prefixes() if follows else ()
+    prefixes = body.prefixes(balancer.key) if follows else ()
     ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
     x.plan = Plan(pools, x.endpoint.path, config, budget, random.Random(), ask)
     if not hub.fitting.is_certain(x):

@@ -13,7 +13,9 @@ whose time is mostly latency.  Reading is counted in bytes of the prompt, which 
 is known of a request before it is sent; what came from the prompt cache does not count,
 if the worker reports how much that was (llama-server does, in `timings`).  Writing
 depends on the number of answers that share the machine: there is a rate for each number
-(by powers of two), and for one that has not been seen the nearest one stands in.
+(by powers of two), and for one that has not been seen the nearest one stands in.  What
+another hub has learnt is assumed as long as nothing was learnt here, and forgotten with
+the first answer.
 
 Is this worker slower than usual?  `Pace` compares a worker with its own past, and errs
 on the safe side.  A laptop that writes four tokens a second is not slow; a graphics
@@ -46,8 +48,9 @@ own baseline: a busy worker is compared with its busy past.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gollama_proxy.wire.answer import Prefill
 
@@ -60,6 +63,14 @@ LEVELS = 8  # numbers of parallel answers that are distinguished: 1, 2-3, 4-7 â€
 
 
 # --- Compared with other workers --------------------------------------------------
+
+
+class Learnt(NamedTuple):
+    """What one hub has learnt about a speed, and another one may assume."""
+
+    reads: float  # bytes of a prompt per second; 0 is not known
+    writes: dict[int, float]  # tokens/s of each answer, by level (`LEVELS`)
+    tokens: float  # of an answer, on average
 
 
 class Speed:
@@ -86,7 +97,8 @@ class Speed:
         if not self._table:
             if not self._writing:
                 return None
-            self._table = [self._at(level) for level in range(LEVELS)]
+            rates = {level: rate.value for level, rate in self._writing.items()}
+            self._table = _spread(rates)
         return self._table[min(beside.bit_length(), LEVELS) - 1]
 
     def generated(self, prompt_bytes: int, seconds: float, beside: int = 1) -> int:
@@ -96,6 +108,21 @@ class Speed:
         """
         reads, writes = self.reads or LEAST_READS, self.writes(beside) or LEAST_WRITES
         return int(max(seconds - prompt_bytes / reads, 0.0) * writes)
+
+    def learnt(self) -> Learnt | None:
+        """Return what was learnt here; None if nothing was."""
+        writes = {level: rate.value for level, rate in self._writing.items()}
+        if not (writes or self._reading.value):
+            return None
+        return Learnt(self._reading.value, writes, self.tokens)
+
+    def assume(self, learnt: Learnt) -> None:
+        """Take what another hub has learnt, as far as nothing was learnt here."""
+        if learnt.reads and not self._reading.value:
+            self.reads = learnt.reads
+        if learnt.writes and not self._writing:
+            self.tokens = learnt.tokens
+            self._table = _spread(learnt.writes)
 
     def read(
         self, prompt_bytes: int, first_token: float, reported: Prefill | None = None
@@ -124,9 +151,15 @@ class Speed:
             self.tokens += (1 - KEPT) * (tokens - self.tokens)
             self._table = []
 
-    def _at(self, level: int) -> float:
-        nearest = min(self._writing, key=lambda known: abs(known - level))
-        return float(self._writing[nearest].value * SHARED ** (level - nearest))
+
+def _spread(rates: Mapping[int, float]) -> list[float]:
+    """Return the rate at each level; where it is not known, by that of the nearest."""
+
+    def rate(level: int) -> float:
+        nearest = min(rates, key=lambda known: abs(known - level))
+        return float(rates[nearest] * SHARED ** (level - nearest))
+
+    return [rate(level) for level in range(LEVELS)]
 
 
 class _Rate:

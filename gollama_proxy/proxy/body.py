@@ -212,11 +212,14 @@ class Body:
                     return number
         return 0
 
-    def prefixes(self) -> tuple[int, ...]:
-        """Return hashes of the beginnings of its conversation, if it is one."""
+    def prefixes(self, key: bytes) -> tuple[int, ...]:
+        """Return hashes of the beginnings of its conversation, if it is one.
+
+        Without a `key` they are valid in this process only.
+        """
         if not (self.replayable and self.converses):
             return ()
-        return affinity.prefixes(fields.messages_of(self._whole))
+        return affinity.prefixes(fields.messages_of(self._whole), key=key)
 
     def named(self, model: str) -> bytes:
         """Return the kept part with the name that the worker has for the model.

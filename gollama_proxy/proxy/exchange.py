@@ -320,7 +320,7 @@ class Proxy(Running):
         pools = self._registry.pools_for(pool, body.fallbacks, caller.models)
         prefixes: tuple[int, ...] = ()
         if body.converses and endpoint.slot and self._balancer.follows(pool):
-            prefixes = body.prefixes()
+            prefixes = body.prefixes(self._balancer.key)
         ask = Ask(pool.model, body.size, body.max_tokens, x.subject, prefixes)
         budget = self._balancer.budget
         x.plan = Plan(pools, endpoint.path, config, budget, self._rng, ask)

@@ -25,7 +25,7 @@ from gollama_proxy.config.values import matches
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask, Policy
+from gollama_proxy.scheduling.policies import Ask, Policy, Turn
 from gollama_proxy.scheduling.policies.affinity import Affinity
 from gollama_proxy.scheduling.policies.load import (
     Fastest,
@@ -80,6 +80,8 @@ class Balancer:
         self._clock = clock
         self._rng = rng or random.Random()
         self._made: dict[str, Policy] = {}
+        self.key = b""  # of the hashes of conversations, if other hubs have the same
+        self.turns: dict[int, Turn] = {}  # for the other hubs
         self._adopt(config.routing)
 
     def __repr__(self) -> str:
@@ -96,6 +98,8 @@ class Balancer:
             name: self._made.get(name) or make(name, self._clock, self._rng)
             for name in names
         }
+        if self.key:
+            self.share(self.key)
         self.policy = self._made[routing.policy]  # of models without another one
         self._policies = {
             pattern: self._made[name] for pattern, name in routing.policies.items()
@@ -118,6 +122,16 @@ class Balancer:
     def follows(self, pool: Pool) -> bool:
         """Return whether the choice depends on the conversation of a request."""
         return len(pool.workers) > 1 and self.policy_of(pool.model).follows
+
+    def share(self, key: bytes) -> None:
+        """Follow conversations together with other hubs, which have the same key."""
+        self.key = key
+        for policy in self._made.values():
+            policy.share(key, self.turns)
+
+    def note(self, turn: Turn) -> None:
+        """Record a turn that another hub has sent to a worker."""
+        self.policy_of(turn.model).note(turn)
 
     def pick(
         self,

@@ -14,6 +14,7 @@ from gollama_proxy.fleet.speed import (
     LEVELS,
     SHARED,
     Expectations,
+    Learnt,
     Pace,
     Speed,
 )
@@ -46,6 +47,49 @@ def test_nothing_is_known_of_a_worker_without_answers() -> None:
     assert [speed.writes(beside) for beside in (0, 1, 1000)] == [None] * 3
     assert speed.tokens == 256
     assert repr(speed) == "<Speed reads ? bytes/s, writes {} tokens/s>"
+
+
+# --- What another hub has learnt --------------------------------------------------
+
+
+def learnt(reads: float = 1000.0, writes: float = 40.0, tokens: int = 100) -> Learnt:
+    speed = Speed()
+    speed.read(1000, 1000 / reads)
+    speed.wrote(tokens, tokens / writes)
+    found = speed.learnt()
+    assert found is not None
+    return found
+
+
+def test_what_another_hub_has_learnt_is_assumed_where_nothing_is_known() -> None:
+    speed = Speed()
+    assert speed.learnt() is None
+    speed.assume(learnt())
+    assert (speed.reads, speed.writes(1), speed.tokens) == (1000, 40, 100)
+    assert speed.writes(2) == 40 * SHARED
+    assert speed.learnt() is None  # it is no news for others
+    speed.assume(learnt(reads=2000.0, writes=80.0))
+    assert (speed.reads, speed.writes(1)) == (2000, 80)
+
+
+def test_the_first_answer_replaces_what_was_assumed() -> None:
+    speed = Speed()
+    speed.assume(learnt())
+    speed.read(1000, 10.0)
+    speed.wrote(50, 10.0)
+    assert (speed.reads, speed.writes(1), speed.tokens) == (100, 5, 50)
+    speed.assume(learnt())
+    assert (speed.reads, speed.writes(1), speed.tokens) == (100, 5, 50)
+    assert speed.learnt() == Learnt(100, {0: 5.0}, 50)
+
+
+def test_what_is_known_in_part_is_assumed_for_the_rest() -> None:
+    speed = Speed()
+    speed.read(1000, 10.0)
+    speed.assume(learnt())
+    assert (speed.reads, speed.writes(1)) == (100, 40)
+    speed.assume(Learnt(0.0, {}, 9.0))
+    assert (speed.reads, speed.writes(1)) == (100, 40)
 
 
 # --- Reading ----------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_a_body_means_the_same_in_one_piece_and_in_several(
             (read.model, read.stream, read.fallbacks, read.prompts, read.answers),
             (read.max_tokens, read.converses, read.size, read.replayable),
             read.named("m"),
-            read.prefixes(),
+            read.prefixes(b""),
         )
 
     body = json.dumps(wanted).encode()

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask
+from gollama_proxy.scheduling.policies import Ask, Turn
 from gollama_proxy.scheduling.policies.affinity import (
     BOUNDARIES,
     LEAST_TRUST,
+    OUTBOX,
     SHARED,
     Match,
     Memory,
@@ -445,3 +446,129 @@ def test_what_it_knows_can_be_read() -> None:
     assert repr(match.conversation) == "<Conversation of 1000 bytes on w0>"
     (cache,) = memory._caches.values()
     assert repr(cache) == "<Cache served=1 kept=" + " ".join(["1.00"] * 12) + ">"
+
+
+# --- Several hubs -----------------------------------------------------------------
+
+KEY = b"k" * 32
+
+
+def hubs(count: int = 2, *, key: bytes = KEY) -> list[tuple[Memory, dict[int, Turn]]]:
+    made = [(Memory(), dict[int, Turn]()) for _ in range(count)]
+    for memory, outbox in made:
+        memory.share(key, outbox)
+    return made
+
+
+def deliver(outbox: dict[int, Turn], *memories: Memory) -> None:
+    """Have hubs hear of the turns of another one."""
+    for turn in outbox.values():
+        for memory in memories:
+            memory.note(turn)
+    outbox.clear()
+
+
+def test_with_a_key_the_next_turn_begins_with_the_last_one_in_every_process() -> None:
+    texts = ["s", "u1", "a1", "u2", "a2", "u3"]
+    first = prefixes(chat(*texts[:2]), key=b"k" * 32)
+    assert first == (8547887772691317023,)
+    third = prefixes(chat(*texts), key=KEY)
+    assert third[:1] == first
+    assert third[:2] == prefixes(chat(*texts[:4]), key=KEY)
+    items = msgspec.json.decode(chat(*texts), type=list[msgspec.Raw])
+    assert prefixes(items, key=KEY) == third
+    assert set(prefixes(chat(*texts), key=b"x" * 32)).isdisjoint(third)
+
+
+def test_each_turn_is_found_whichever_hub_had_the_last_one() -> None:
+    (one, out), (two, back) = hubs()
+    turn(one, ask(1, size=600), A)
+    deliver(out, two)
+    match = turn(two, ask(1, 2, size=1000), B)
+    assert match is not None
+    assert match.worker is A
+    assert (match.whole, match.depth, match.cached) == (True, 1, 600)
+    deliver(back, one)
+    match = one.find(ask(1, 2, 3, size=1500))
+    assert match is not None
+    assert match.worker is B
+    assert (match.whole, match.depth, match.cached) == (True, 2, 1000)
+    assert len(one) == len(two) == 2
+
+
+def test_what_a_hub_has_sent_out_is_what_was_new_and_no_text() -> None:
+    ((memory, out),) = hubs(1)
+    turn(memory, ask(1, size=600, subject="alice"), A)
+    (first,) = out.values()
+    turn(memory, ask(1, 2, 3, size=900, subject="alice"), A)
+    last = [*out.values()][-1]
+    assert (first.keys, first.before, first.size) == (first.keys[:1], 0, 600)
+    assert (last.before, last.size, len(last.keys)) == (first.keys[0], 900, 2)
+    assert first.worker is A
+    assert first.model == MODEL
+
+
+def test_other_subjects_and_other_keys_find_nothing() -> None:
+    (one, out), (two, _) = hubs()
+    turn(one, ask(1, subject="alice"), A)
+    deliver(out, two)
+    assert two.find(ask(1, 2, subject="alice")) is not None
+    assert two.find(ask(1, 2, subject="bob")) is None
+    assert two.find(ask(1, 2, subject="alice", model="other")) is None
+    two.share(b"x" * 32, {})
+    assert two.find(ask(1, 2, subject="alice")) is None
+    assert len(two) == 0
+
+
+def test_the_requests_of_other_hubs_wear_a_cache_out_too() -> None:
+    (one, out), (two, _) = hubs()
+    turn(one, ask(1), A)
+    deliver(out, two)
+    others(one, 7)
+    deliver(out, two)
+    match = two.find(ask(1, 2))
+    assert match is not None
+    assert match.distance == 7
+
+
+def test_a_beginning_that_many_share_on_several_hubs_is_no_sign() -> None:
+    (one, out), (two, _) = hubs()
+    for number in range(SHARED + 1):
+        turn(one, ask(1, 10 + number), A)
+    deliver(out, two)
+    assert two.find(ask(1, 99)) is None
+    assert two.find(ask(1, 10, 99)) is not None
+
+
+def test_a_hub_that_did_not_hear_of_the_first_turns_finds_the_later_ones() -> None:
+    (one, out), (two, _) = hubs()
+    turn(one, ask(1), A)
+    out.clear()
+    turn(one, ask(1, 2), A)
+    deliver(out, two)
+    assert two.find(ask(1, 3)) is None
+    assert two.find(ask(1, 2, 3)) is not None
+
+
+def test_the_outbox_is_bounded_where_nothing_empties_it() -> None:
+    ((memory, out),) = hubs(1)
+    for number in range(OUTBOX + 10):
+        turn(memory, ask(number), A)
+    assert len(out) == OUTBOX
+
+
+def test_what_others_report_is_bounded_too() -> None:
+    memory = Memory(size=10)
+    for number in range(1, 50):
+        memory.note(Turn(MODEL, A, (number * 2, number * 2 + 1), 0, 100))
+    assert len(memory) == 10
+
+
+def test_a_question_that_only_asks_sends_nothing_out() -> None:
+    ((memory, out),) = hubs(1)
+    turn(memory, ask(1), A)
+    part, sent = memory.excerpt(ask(1, 2)), len(out)
+    match = part.find(ask(1, 2))
+    assert match is not None
+    part.hold(ask(1, 2), A, match)
+    assert len(out) == sent

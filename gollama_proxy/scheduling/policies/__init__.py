@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from copy import copy
 from operator import attrgetter
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import msgspec
 
@@ -43,6 +43,16 @@ class Ask(msgspec.Struct, frozen=True, gc=False):
     subject: str = ""
     prefixes: tuple[int, ...] = ()  # of the conversation, the shortest first
     patience: float = 0.0  # seconds for which it may still wait for a better worker
+
+
+class Turn(NamedTuple):
+    """A turn that a worker got, as hubs report it to each other."""
+
+    model: str
+    worker: Worker
+    keys: tuple[int, ...]  # prefixes that were new, with the salt; the longest is last
+    before: int  # the longest one of the turn before; 0 if there was none
+    size: int  # bytes of the request
 
 
 class Policy:
@@ -82,6 +92,15 @@ class Policy:
         `prompt_tokens` are all of them, as in `usage`; in llama-server's `timings` they
         are `cache_n + prompt_n`, and `cached_tokens` is `cache_n`.
         """
+
+    def share(self, key: bytes, outbox: dict[int, Turn]) -> None:
+        """Follow conversations together with other hubs, which have the same key.
+
+        `outbox` gets the turns that they should know of, by the longest prefix of each.
+        """
+
+    def note(self, turn: Turn) -> None:
+        """Record a turn that another hub has sent to a worker."""
 
 
 def place_behind(workers: Sequence[Worker], index: int) -> int:

@@ -54,6 +54,12 @@ requests it had since: what is kept for longer would have been kept for less, an
 is lost sooner would have been lost later too.  A worker that has restarted disappoints
 some conversations, and is then hardly preferred to others; as they come back and find
 what they have left there, trust returns.
+
+**Several hubs.**  The next turn may be sent to another hub.  With a store, the hubs
+have a key in common, and the hashes are SHA-256 with that key instead of Python's own,
+so that each hub finds the same ones: for the messages, and for subject and model.
+What `hold()` has recorded is left in an outbox, as hashes without any text, for the
+other hubs, where `note()` records it.
 """
 
 from __future__ import annotations
@@ -62,19 +68,22 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
+from hashlib import sha256
 from typing import NamedTuple
 
 import msgspec
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask, Fits, Policy, place_behind
+from gollama_proxy.scheduling.policies import Ask, Fits, Policy, Turn, place_behind
 from gollama_proxy.scheduling.policies.load import expected_seconds, expected_tokens
 
 BOUNDARIES = 8  # of one request, counted from its end
 SIZE = 32_768  # prefixes that are kept, in some 10 MB
 SHARED = 4  # conversations with the same beginning, more of which mean nothing
 CACHES = 20_000  # models on workers whose trust is kept
+SALTS = 4096  # subjects with models whose keyed hash is kept
+OUTBOX = 4096  # turns that wait to be sent to other hubs
 LEVELS = 12  # distances that are distinguished: 0, 1, 2-3, 4-7 … 1024+
 LEARNT = 0.25  # by which trust moves towards what was found
 LEAST_TRUST = 0.1  # so that a worker still gets requests, and can prove itself
@@ -94,13 +103,16 @@ _message = msgspec.json.Decoder(_Message)
 
 
 def prefixes(
-    messages: bytes | Sequence[bytes | msgspec.Raw], limit: int = BOUNDARIES
+    messages: bytes | Sequence[bytes | msgspec.Raw],
+    limit: int = BOUNDARIES,
+    key: bytes = b"",
 ) -> tuple[int, ...]:
     """Hash what is before each boundary of a conversation, the shortest first.
 
     `messages` is the JSON array, or its items as the client sent them, byte for byte.
-    Anything but an array of messages has no prefixes.  The hashes are valid in this
-    process only: Python keys them anew in each, so that no client can aim at one.
+    Anything but an array of messages has no prefixes.  The hashes are keyed, so that no
+    client can aim at one.  Without a `key` they are valid in this process only, as
+    Python keys them anew in each; with one, in all that have it.
     """
     try:
         items = _array.decode(messages) if isinstance(messages, bytes) else messages
@@ -108,14 +120,22 @@ def prefixes(
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ()
     found: deque[int] = deque(maxlen=limit)
-    rolled = 0
+    rolled, digest = 0, sha256(key) if key else None
     following = [*roles[1:], "assistant"]
     for number, item in enumerate(items):
-        rolled = hash((rolled, bytes(item)))
+        if digest is None:
+            rolled = hash((rolled, bytes(item)))
+        else:
+            digest.update(item)  # objects, which need no mark between them
         alone = number == 0 and roles[0] in _INSTRUCTIONS
         if following[number] == "assistant" and not alone:
-            found.append(rolled)
+            found.append(rolled if digest is None else _number(digest.digest()))
     return tuple(found)
+
+
+def _number(digest: bytes) -> int:
+    """Return the first 63 bits, which fit in an integer of any format."""
+    return int.from_bytes(digest[:8]) >> 1
 
 
 # --- Memory -----------------------------------------------------------------------
@@ -169,11 +189,15 @@ class Memory:
     were not used for longest are forgotten.
     """
 
+    outbox: dict[int, Turn] | None = None  # for other hubs, if there are any
+
     def __init__(self, size: int = SIZE) -> None:
         self.size = size
         # Each prefix with its last conversation, and the number of conversations.
         self._prefixes: OrderedDict[int, tuple[Conversation, int]] = OrderedDict()
         self._caches = BoundedDict[tuple[str, Worker], _Cache](CACHES)
+        self._key = b""
+        self._salts = BoundedDict[tuple[str, str], int](SALTS)
 
     def __repr__(self) -> str:
         return f"<Memory of {len(self)} prefixes>"
@@ -181,9 +205,38 @@ class Memory:
     def __len__(self) -> int:
         return len(self._prefixes)
 
+    def share(self, key: bytes, outbox: dict[int, Turn]) -> None:
+        """Record what other hubs find with the same key, and leave new turns for them.
+
+        What was recorded with another key can be found no more, and is forgotten.
+        """
+        if key != self._key:
+            self._prefixes.clear()
+            self._salts.clear()
+        self._key, self.outbox = key, outbox
+
+    def note(self, turn: Turn) -> None:
+        """Record a turn that another hub has sent to a worker."""
+        cache = self._cache(turn.model, turn.worker)
+        cache.served += 1
+        known = self._prefixes.get(turn.before)
+        if known is not None and known[0].whole == turn.before:
+            conversation = known[0]
+            conversation.worker, conversation.cache = turn.worker, cache
+        else:
+            conversation = Conversation(turn.worker, cache)
+        conversation.expected, conversation.awaited_since = 0.0, None
+        conversation.size, conversation.stamp = turn.size, cache.served
+        conversation.whole = turn.keys[-1]
+        for key in turn.keys:
+            self._note(key, conversation)
+        while len(self._prefixes) > self.size:
+            self._prefixes.popitem(last=False)
+
     def excerpt(self, ask: Ask) -> Memory:
         """Return a copy of what matters for one request."""
-        salt, part = _salt(ask), Memory(self.size)
+        salt, part = self._salt(ask), Memory(self.size)
+        part._key, part._salts = self._key, self._salts
         known = {
             key: self._prefixes[key]
             for key in (prefix ^ salt for prefix in ask.prefixes)
@@ -203,7 +256,8 @@ class Memory:
 
     def find(self, ask: Ask) -> Match | None:
         """Find the conversation with the longest beginning that is known."""
-        salt, depth = hash((ask.subject, ask.model)), len(ask.prefixes)
+        salt = self._salt(ask) if self._key else hash((ask.subject, ask.model))
+        depth = len(ask.prefixes)
         for prefix in reversed(ask.prefixes):
             known = self._prefixes.get(prefix ^ salt)
             if known is not None and known[1] <= SHARED:
@@ -223,9 +277,11 @@ class Memory:
         prefixes = ask.prefixes
         if not prefixes:
             return
-        salt, new = hash((ask.subject, ask.model)), 0
+        salt = self._salt(ask) if self._key else hash((ask.subject, ask.model))
+        new = before = 0
         if match is not None and match.whole:
             conversation, new = match.conversation, min(match.depth, len(prefixes) - 1)
+            before = conversation.whole
             conversation.expected = 0.0
             if match.worker is worker:
                 conversation.expected = match.cached / max(ask.prompt_bytes, 1)
@@ -240,6 +296,11 @@ class Memory:
             self._note(prefix ^ salt, conversation)
         while len(self._prefixes) > self.size:
             self._prefixes.popitem(last=False)
+        outbox = self.outbox
+        if outbox is not None and len(outbox) < OUTBOX:
+            keys = tuple([prefix ^ salt for prefix in prefixes[new:]])
+            size = ask.prompt_bytes
+            outbox[keys[-1]] = Turn(ask.model, worker, keys, before, size)
 
     def verify(
         self, ask: Ask, worker: Worker, cached_tokens: int, prompt_tokens: int
@@ -250,7 +311,7 @@ class Memory:
         """
         if not ask.prefixes or not 0 <= cached_tokens <= prompt_tokens:
             return
-        known = self._prefixes.get(ask.prefixes[-1] ^ _salt(ask))
+        known = self._prefixes.get(ask.prefixes[-1] ^ self._salt(ask))
         if known is None or known[0].worker is not worker or not known[0].expected:
             return
         conversation = known[0]
@@ -280,6 +341,17 @@ class Memory:
         if known[0] is not conversation:
             self._prefixes[prefix] = (conversation, known[1] + 1)
         self._prefixes.move_to_end(prefix)
+
+    def _salt(self, ask: Ask) -> int:
+        """Hash what has to be the same, beside the messages, for a prefix to count."""
+        case = ask.subject, ask.model
+        if not self._key:
+            return hash(case)
+        salt = self._salts.get(case)
+        if salt is None:
+            digest = sha256(self._key + repr(case).encode()).digest()
+            salt = self._salts[case] = _number(digest)
+        return salt
 
     def _cache(self, model: str, worker: Worker) -> _Cache:
         cache = self._caches.get((model, worker))
@@ -312,10 +384,6 @@ class _Cache:
             better, worse = each <= level, each >= level
             if (better and found > kept) or (worse and found < kept):
                 self._kept[each] += LEARNT * (found - kept)
-
-
-def _salt(ask: Ask) -> int:
-    return hash((ask.subject, ask.model))
 
 
 def _level(distance: int) -> int:
@@ -377,6 +445,14 @@ class Affinity(Policy):
     ) -> None:
         """Correct what was expected of the worker's cache."""
         self._memory.verify(ask, worker, cached_tokens, prompt_tokens)
+
+    def share(self, key: bytes, outbox: dict[int, Turn]) -> None:
+        """Follow conversations together with other hubs, which have the same key."""
+        self._memory.share(key, outbox)
+
+    def note(self, turn: Turn) -> None:
+        """Record a turn that another hub has sent to a worker."""
+        self._memory.note(turn)
 
     def _choose(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         chosen = self.inner.pick(ask, workers, fits)
