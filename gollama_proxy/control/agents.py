@@ -48,7 +48,7 @@ from gollama_proxy.fleet.registry import Registry, check_distinct
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state.database import StateError
-from gollama_proxy.state.local import LocalState, StoredWorker
+from gollama_proxy.state.facts import State, StoredWorker
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.upstream import names
 from gollama_proxy.upstream.pool import Target
@@ -116,7 +116,7 @@ class Parts(Protocol):
     @property
     def registry(self) -> Registry: ...
     @property
-    def state(self) -> LocalState: ...
+    def state(self) -> State: ...
     @property
     def agents(self) -> Agents: ...
     @property

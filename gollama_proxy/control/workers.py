@@ -26,7 +26,7 @@ from gollama_proxy.fleet.registry import check_single
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state.database import StateError
-from gollama_proxy.state.local import LocalState, StoredWorker
+from gollama_proxy.state.facts import State, StoredWorker
 from gollama_proxy.wire.errors import Code, RequestError
 
 # These lead to files or variables of the hub's machine, whose content would be sent to
@@ -39,7 +39,7 @@ class Parts(views.Parts, Protocol):
     """The parts of a hub that a change of its workers needs."""
 
     @property
-    def state(self) -> LocalState: ...
+    def state(self) -> State: ...
     @property
     def events(self) -> Events: ...
     @property

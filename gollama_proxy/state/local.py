@@ -3,6 +3,9 @@
 One SQLite database in a folder that one hub at a time may use.  Everything is in memory
 as well, so that nothing waits for the disk to read it; changes are written in their
 order by one thread.  A disk that takes no more changes is logged, and the hub goes on.
+
+Each change is stamped, so that a hub that shares them with others knows which ones the
+others do not have (`facts.py`).
 """
 
 from __future__ import annotations
@@ -13,19 +16,32 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from gollama_proxy.config.settings import Revoked
 from gollama_proxy.state.database import Database, StateError
+from gollama_proxy.state.facts import (
+    HOLDS,
+    MAX_REVOCATIONS,
+    MAX_TOMBSTONES,
+    MAX_WORKERS,
+    REVOKED,
+    SOURCES,
+    TOMBSTONES,
+    Fact,
+    Key,
+    Stamp,
+    StoredWorker,
+    texts_of,
+    with_fact,
+)
 from gollama_proxy.state.ledger import open_ledger
 
 logger = logging.getLogger(__name__)
 
-MAX_WORKERS = 10_000
-MAX_REVOCATIONS = 100_000
 VERSION = 1  # of the tables
 
 _SCHEMA = """
@@ -38,6 +54,16 @@ CREATE TABLE revocations (
     PRIMARY KEY (kind, value)
 );
 """
+# Of all versions: an older hub leaves it alone, and its changes are not stamped.  The
+# row of the kind "store" has the id of the store's life as its name.
+_STAMPS = """
+CREATE TABLE IF NOT EXISTS stamps (
+    kind TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL,
+    changed REAL NOT NULL, PRIMARY KEY (kind, name)
+) WITHOUT ROWID
+"""
+_PUT_STAMP = "INSERT OR REPLACE INTO stamps VALUES (?, ?, ?, ?)"
+_DROP_STAMP = "DELETE FROM stamps WHERE kind = ? AND name = ?"
 _PUT_WORKER = "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?)"
 _PUT_REVOCATION = "INSERT OR REPLACE INTO revocations VALUES (?, ?, ?)"
 
@@ -55,24 +81,12 @@ def folder_of(setting: str, environ: Mapping[str, str]) -> Path | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredWorker:
-    """One worker; `settings` is its `[[workers]]` table, and has no secrets.
-
-    A worker of the settings file is stored only for its hold, without its settings.
-    """
-
-    name: str
-    source: str  # "file", "admin" or "agent"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    hold: str = ""  # "paused", "draining", or "" for none
-    agent: Mapping[str, Any] = field(default_factory=dict)  # of its agent, or empty
-
-
 class LocalState:
     """The stored workers and revocations; without a folder, they end with the hub."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path | None = None, wall: Callable[[], float] = time.time
+    ) -> None:
         """Open the database of a folder, which is made if it does not exist; blocks.
 
         A damaged database is moved aside, and a new one begins.
@@ -82,8 +96,13 @@ class LocalState:
                 was written by a newer version.
         """
         self.folder = folder
+        # Facts that the store does not have yet, if this hub shares them.
+        self.unsent: dict[Key, None] = {}
+        self.store_id = ""  # of the life of the store that was read last
+        self._wall = wall
         self._workers: dict[str, StoredWorker] = {}
-        self._revocations: dict[tuple[str, str], float] = {}
+        self._revocations: dict[Key, float] = {}
+        self._stamps: dict[Key, Stamp] = {}  # of workers and holds, also removed ones
         self._lock: TextIO | None = None
         self._failing = False
         self._database = None if folder is None else self._open(folder)
@@ -111,21 +130,48 @@ class LocalState:
         Raises:
             StateError: there are too many.
         """
-        if worker.name not in self._workers and len(self._workers) >= MAX_WORKERS:
+        before = self._workers.get(worker.name)
+        if before is None and len(self._workers) >= MAX_WORKERS:
             raise StateError(f"{MAX_WORKERS} workers are stored; no more fit")
-        if self._workers.get(worker.name) == worker:
+        if before == worker:
             return
         self._workers[worker.name] = worker
-        row = (
-            *(worker.name, worker.source, json.dumps(dict(worker.settings))),
-            *(worker.hold, json.dumps(dict(worker.agent))),
-        )
-        await self._write(_PUT_WORKER, row)
+        await self._write(_row_of(worker), *self._stamp(worker.name, before, worker))
 
     async def forget(self, name: str) -> None:
         """Remove a worker; return when written.  Harmless if there is none."""
-        if self._workers.pop(name, None) is not None:
-            await self._write("DELETE FROM workers WHERE name = ?", (name,))
+        before = self._workers.pop(name, None)
+        if before is not None:
+            await self._write(_removal_of(name), *self._stamp(name, before, None))
+
+    def _stamp(
+        self, name: str, before: StoredWorker | None, after: StoredWorker | None
+    ) -> Iterator[_Statement]:
+        """Mark the facts that differ as changed here, and now."""
+        old, new = texts_of(before), texts_of(after)
+        for kind, text in new.items():
+            if text != old[kind]:
+                key = kind, name
+                yield self._put_stamp(key, Stamp(0, self._wall()))
+                self.unsent[key] = None
+        yield from self._drop_tombstones()
+
+    def _put_stamp(self, key: Key, stamp: Stamp) -> _Statement:
+        self._stamps.pop(key, None)  # so that this is the newest one
+        self._stamps[key] = stamp
+        return _PUT_STAMP, (*key, *stamp)
+
+    def _drop_tombstones(self) -> Iterator[_Statement]:
+        """Forget the oldest removals, if there are too many."""
+        if len(self._stamps) <= 2 * len(self._workers) + MAX_TOMBSTONES:
+            return
+        for key in [each for each in self._stamps if not self.text(each)][:100]:
+            yield self._drop(key)
+
+    def _drop(self, key: Key) -> _Statement:
+        self._stamps.pop(key, None)
+        self.unsent.pop(key, None)
+        return _DROP_STAMP, key
 
     @property
     def revoked(self) -> Revoked:
@@ -146,8 +192,93 @@ class LocalState:
             return
         if len(self._revocations) >= MAX_REVOCATIONS:
             raise StateError(f"{MAX_REVOCATIONS} revocations are stored; no more fit")
-        self._revocations[key] = now = time.time()
-        await self._write(_PUT_REVOCATION, (*key, now))
+        self._revocations[key] = now = self._wall()
+        self.unsent[key] = None
+        await self._write((_PUT_REVOCATION, (*key, now)))
+
+    # --- For a hub that shares them -------------------------------------------------
+
+    def text(self, key: Key) -> str:
+        """Return the text of a fact; "" if there is none, or it was removed."""
+        kind, name = key
+        if kind in ("jti", "sub"):
+            return REVOKED if key in self._revocations else ""
+        return texts_of(self._workers.get(name))[kind]
+
+    def stamp(self, key: Key) -> Stamp | None:
+        """Return how new a fact is; None if there never was one."""
+        if key in self._revocations:
+            return Stamp(0, self._revocations[key])
+        return self._stamps.get(key)
+
+    @property
+    def keys(self) -> list[Key]:
+        """All facts, also those that were removed not long ago."""
+        return [*self._stamps, *self._revocations]
+
+    async def take(self, facts: Iterable[Fact], now: int) -> None:
+        """Follow facts of the store; `now` is its time in microseconds.
+
+        One that exceeds the bounds of this hub is left out, and logged.
+        """
+        statements: list[_Statement] = []
+        for fact in facts:
+            statements.extend(self._take(fact, self._wall() - (now - fact.version) / 1e6))
+        await self._write(*statements)
+
+    def _take(self, fact: Fact, changed: float) -> Iterator[_Statement]:
+        self.unsent.pop(fact.key, None)
+        if fact.kind in ("jti", "sub"):
+            if fact.key in self._revocations:
+                return
+            if len(self._revocations) >= MAX_REVOCATIONS:
+                logger.error("%d revocations are stored; no more fit", MAX_REVOCATIONS)
+                return
+            self._revocations[fact.key] = changed
+            yield _PUT_REVOCATION, (*fact.key, changed)
+            return
+        before = self._workers.get(fact.name)
+        worker = with_fact(before, fact)
+        if worker is None:
+            if self._workers.pop(fact.name, None) is not None:
+                yield _removal_of(fact.name)
+        elif before is None and len(self._workers) >= MAX_WORKERS:
+            logger.error("%d workers are stored; no more fit", MAX_WORKERS)
+            return
+        elif worker != before:
+            self._workers[fact.name] = worker
+            yield _row_of(worker)
+        yield self._put_stamp(fact.key, Stamp(fact.version, changed))
+        yield from self._drop_tombstones()
+
+    async def note_sent(self, versions: Mapping[Key, int]) -> None:
+        """Record the versions that the store has given to facts of this hub."""
+        statements = []
+        for key, version in versions.items():
+            self.unsent.pop(key, None)
+            stamp = self._stamps.get(key)
+            if stamp is not None:
+                statements.append(self._put_stamp(key, stamp._replace(version=version)))
+        await self._write(*statements)
+
+    async def drop(self, keys: Iterable[Key]) -> None:
+        """Remove facts that were removed elsewhere, and leave nothing of them."""
+        statements: list[_Statement] = []
+        for kind, name in keys:
+            before = self._workers.get(name)
+            if before is not None:
+                statements.extend(self._take(Fact(kind, name, "", 0), 0))
+            statements.append(self._drop((kind, name)))
+        await self._write(*statements)
+
+    async def note_store(self, store_id: str) -> None:
+        """Record which life of the store this hub has read to its end."""
+        if store_id != self.store_id:
+            self.store_id = store_id
+            await self._write(
+                ("DELETE FROM stamps WHERE kind = 'store'", ()),
+                (_PUT_STAMP, ("store", store_id, 0, self._wall())),
+            )
 
     # --- The folder ---------------------------------------------------------------
 
@@ -176,12 +307,38 @@ class LocalState:
             if kind not in ("jti", "sub"):
                 raise ValueError(f"a revocation of the kind {kind!r}")
             self._revocations[kind, value] = added
+        self._load_stamps(database)
 
-    async def _write(self, statement: str, values: tuple[Any, ...]) -> None:
-        if self._database is None:
+    def _load_stamps(self, database: sqlite3.Connection) -> None:
+        database.execute(_STAMPS)
+        database.execute(
+            "DELETE FROM stamps WHERE kind IN ('worker', 'hold') AND changed < ? "
+            "AND name NOT IN (SELECT name FROM workers)",
+            (self._wall() - TOMBSTONES,),
+        )
+        # What an older hub has left has no stamp, and is older than all that has one.
+        self._stamps = {
+            (kind, worker.name): Stamp(0, 0.0)
+            for worker in self._workers.values()
+            for kind, text in texts_of(worker).items()
+            if text
+        }
+        rows = database.execute(
+            "SELECT kind, name, version, changed FROM stamps ORDER BY changed"
+        )
+        for kind, name, version, changed in rows:
+            if kind == "store":
+                self.store_id = name
+            else:
+                self._stamps[kind, name] = Stamp(version, changed)
+        unsent = [key for key, each in self._stamps.items() if not each.version]
+        self.unsent = dict.fromkeys([*unsent, *self._revocations])
+
+    async def _write(self, *statements: _Statement) -> None:
+        if self._database is None or not statements:
             return
         try:
-            await self._database.run(lambda each: each.execute(statement, values))
+            await self._database.run(partial(_execute, statements))
         except sqlite3.Error as exc:
             if not self._failing:
                 logger.error(
@@ -201,8 +358,32 @@ class LocalState:
         self._unlock()
 
 
-_SOURCES = frozenset({"file", "admin", "agent"})
-_HOLDS = frozenset({"", "paused", "draining"})
+_Statement = tuple[str, tuple[Any, ...]]
+
+
+def _execute(statements: Iterable[_Statement], database: sqlite3.Connection) -> None:
+    """Carry out statements together, or none of them."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        for statement, values in statements:
+            database.execute(statement, values)
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+
+
+def _row_of(worker: StoredWorker) -> _Statement:
+    row = (
+        *(worker.name, worker.source, json.dumps(dict(worker.settings))),
+        *(worker.hold, json.dumps(dict(worker.agent))),
+    )
+    return _PUT_WORKER, row
+
+
+def _removal_of(name: str) -> _Statement:
+    return "DELETE FROM workers WHERE name = ?", (name,)
 
 
 def _stored_workers(database: sqlite3.Connection) -> Iterator[StoredWorker]:
@@ -210,7 +391,7 @@ def _stored_workers(database: sqlite3.Connection) -> Iterator[StoredWorker]:
         "SELECT name, source, settings, hold, agent FROM workers ORDER BY rowid"
     )
     for name, source, settings, hold, agent in rows:
-        if source not in _SOURCES or hold not in _HOLDS:
+        if source not in SOURCES or hold not in HOLDS:
             raise ValueError(f"a worker of the source {source!r}, held {hold!r}")
         yield StoredWorker(name, source, _table(settings), hold, _table(agent))
 

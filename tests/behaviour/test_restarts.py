@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gollama_proxy.state.local import LocalState, StoredWorker
+from gollama_proxy.state.facts import StoredWorker
+from gollama_proxy.state.local import LocalState
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import running_hub
 from tests.fakes.worker import ScriptedWorker

@@ -15,7 +15,8 @@ import pytest
 from gollama_proxy.config.settings import Revoked
 from gollama_proxy.state import local
 from gollama_proxy.state.database import StateError
-from gollama_proxy.state.local import LocalState, StoredWorker, folder_of
+from gollama_proxy.state.facts import StoredWorker
+from gollama_proxy.state.local import LocalState, folder_of
 
 ONE = StoredWorker("one", "admin", {"url": "http://10.0.0.1:1", "slots": 4}, "paused")
 TWO = StoredWorker("two", "agent", {"url": "http://10.0.0.2:1"}, agent={"mac": "00:01"})
@@ -106,7 +107,8 @@ async def test_a_killed_hub_leaves_all_that_was_written(tmp_path: Path) -> None:
     program = f"""
 import asyncio, os, signal
 from pathlib import Path
-from gollama_proxy.state.local import LocalState, StoredWorker
+from gollama_proxy.state.facts import StoredWorker
+from gollama_proxy.state.local import LocalState
 async def main():
     state = LocalState(Path({str(tmp_path)!r}))
     await state.put(StoredWorker("one", "admin", {{"slots": 1}}))
