@@ -12,9 +12,10 @@ another one both stay in force.
 
 **Versions.**  The store gives each change a version: the microsecond of its own clock.
 The greatest version of a fact is its truth.  A change that the store does not have yet
-has the version 0, and the moment when it was made; when it is sent, its version is the
-store's time less its age, so that it loses to a later change at another hub.  No clock
-of a hub is compared with another one's.
+has the moment when it was made, and the version that it was made to.  When it is sent,
+its version is the store's time less its age, so that it loses to a later change at
+another hub, but always wins over what it has replaced.  No clock of a hub is compared
+with another one's.
 
 A fact that was removed stays as an empty one for `TOMBSTONES` seconds, so that a hub
 that was away does not bring it back.
@@ -24,11 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from gollama_proxy.config.settings import Revoked
+from gollama_proxy.state.messages import Message, decode
 
 if TYPE_CHECKING:
     from gollama_proxy.state.ledger import Ledger
@@ -64,8 +67,9 @@ class StoredWorker:
 class Stamp(NamedTuple):
     """How new a fact is."""
 
-    version: int  # 0: the store does not have it yet
+    version: int  # the last one known; 0: the store never had it
     changed: float  # Unix time of this machine
+    sent: bool  # else the store does not have this change yet
 
 
 class Fact(NamedTuple):
@@ -84,6 +88,8 @@ class Fact(NamedTuple):
 class State(Protocol):
     """What outlives a hub: of this hub alone, or shared with others."""
 
+    @property
+    def folder(self) -> Path | None: ...
     @property
     def ledger(self) -> Ledger: ...
     @property
@@ -115,8 +121,8 @@ class State(Protocol):
 # --- Facts of a worker ------------------------------------------------------------
 
 
-class _Registered(msgspec.Struct):
-    """The text of a worker; an unknown key is one of a newer hub, and is left out."""
+class _Registered(Message):
+    """The text of a worker."""
 
     source: Literal["admin", "agent"]
     settings: dict[str, Any]
@@ -130,7 +136,9 @@ def texts_of(worker: StoredWorker | None) -> dict[str, str]:
     text = ""
     if worker.settings:
         agent = dict(worker.agent)
-        registered = _Registered(_source(worker), dict(worker.settings), agent)
+        registered = _Registered(
+            source=_source(worker), settings=dict(worker.settings), agent=agent
+        )
         text = msgspec.json.encode(registered, order="sorted").decode()
     return {"worker": text, "hold": worker.hold}
 
@@ -138,24 +146,30 @@ def texts_of(worker: StoredWorker | None) -> dict[str, str]:
 def with_fact(worker: StoredWorker | None, fact: Fact) -> StoredWorker | None:
     """Return a worker with one of its facts changed; None if nothing is left of it.
 
-    Raises:
-        ValueError: the text cannot be read.
+    The fact has to be sound.
     """
     worker = worker or StoredWorker(fact.name, "file")
     if fact.kind == "hold":
-        if fact.text not in HOLDS:
-            raise ValueError("an unknown hold")
         worker = replace(worker, hold=fact.text)
     elif not fact.text:
         worker = StoredWorker(fact.name, "file", hold=worker.hold)
-    else:
-        found = msgspec.json.decode(fact.text, type=_Registered)
-        if not found.settings:
-            raise ValueError("a worker without settings")
+    elif found := decode(_Registered, fact.text, "facts"):
         worker = replace(
             worker, source=found.source, settings=found.settings, agent=found.agent
         )
     return worker if worker.settings or worker.hold else None
+
+
+def is_sound(fact: Fact) -> bool:
+    """Whether a fact of the store can be kept; other programs may write there, too."""
+    if not fact.name or len(fact.name) > MAX_TEXT or len(fact.text) > MAX_TEXT:
+        return False
+    if fact.kind == "worker":
+        found = not fact.text or decode(_Registered, fact.text, "facts")
+        return found is True or (found is not None and bool(found.settings))
+    if fact.kind == "hold":
+        return fact.text in HOLDS
+    return fact.kind in ("jti", "sub") and bool(fact.text)
 
 
 def _source(worker: StoredWorker) -> Literal["admin", "agent"]:
@@ -174,10 +188,10 @@ class Verdict(NamedTuple):
 
 def compare(mine: Stamp | None, theirs: int) -> Verdict:
     """Compare a fact of this hub with the version in the store."""
-    if mine is None or 0 < mine.version < theirs:
+    if mine is None or (mine.sent and mine.version < theirs):
         return Verdict(take=True)
     # One that was not sent yet: the store decides when it comes.
-    return Verdict(send=mine.version == 0 or mine.version > theirs)
+    return Verdict(send=not mine.sent or mine.version > theirs)
 
 
 def left_over(mine: Stamp, *, same_life: bool) -> Verdict:
@@ -186,21 +200,6 @@ def left_over(mine: Stamp, *, same_life: bool) -> Verdict:
     In the same life of the store, it was removed so long ago that not even the empty
     fact is left; a store that has lost its data is filled again.
     """
-    if same_life and mine.version:
+    if same_life and mine.sent and mine.version:
         return Verdict(take=True)
     return Verdict(send=True)
-
-
-def is_sound(fact: Fact) -> bool:
-    """Whether a fact of the store can be kept; other programs may write there, too."""
-    if not fact.name or len(fact.name) > MAX_TEXT or len(fact.text) > MAX_TEXT:
-        return False
-    if fact.kind in ("jti", "sub"):
-        return bool(fact.text)
-    if fact.kind not in ("worker", "hold"):
-        return False
-    try:
-        with_fact(None, fact)
-    except ValueError:  # msgspec's errors are ValueErrors
-        return False
-    return True

@@ -11,8 +11,8 @@
 --       rows to return at most, rows to keep at most, age at which mortal rows are
 --       removed (microseconds), mortal ("all" rows, or those that are "empty"), expiry
 --       of the journal (milliseconds; 0: none), channel, message; and of each row to
---       write: its key, "a" and its age, "v" and its version, or "n" (only if there is
---       none with a value), and its value
+--       write: its key, "aAGE:KNOWN" (wins over the version that is known), "vVERSION",
+--       or "n" (only if there is none with a value), and its value
 -- Returns the id, this server's time, the new cursor, whether there is more, for each
 --       row to write "+VERSION", "-VERSION VALUE" (the one in force) or "!" (no room),
 --       and key, number and "VERSION VALUE" of each row that is new
@@ -31,7 +31,8 @@ local first = last
 local results = {}
 for at = 12, #ARGV, 3 do
   local key, when, value = ARGV[at], ARGV[at + 1], ARGV[at + 2]
-  local kind, amount = string.sub(when, 1, 1), tonumber(string.sub(when, 2)) or 0
+  local kind, amount, known = string.match(when, '^(%a)(%d*):?(%d*)$')
+  amount, known = tonumber(amount) or 0, tonumber(known) or 0
   local stored = redis.call('HGET', rows, key)
   local held, content = 0, ''
   if stored then
@@ -42,7 +43,7 @@ for at = 12, #ARGV, 3 do
   local number = math.max(now, last + 1)
   local version = amount
   if kind == 'a' then
-    version = math.max(number - amount, 1)
+    version = math.max(number - amount, known + 1)
     if amount == 0 then version = math.max(number, held + 1) end
   elseif kind == 'n' then
     version = content == '' and math.max(number, held + 1) or 0

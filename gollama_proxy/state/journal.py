@@ -25,8 +25,9 @@ MOST_WRITTEN = 200  # rows in one step: the script holds up the store for about 
 class Entry(NamedTuple):
     """A row to write.
 
-    `when` is "a" with its age in microseconds, "v" with its version, or "n": only if
-    there is none, or an empty one.
+    `when` is "aAGE:KNOWN", with its age in microseconds (0: it replaces any other one)
+    and the version that it replaces; "vVERSION"; or "n": only if there is none, or an
+    empty one.
     """
 
     key: str

@@ -59,10 +59,10 @@ CREATE TABLE revocations (
 _STAMPS = """
 CREATE TABLE IF NOT EXISTS stamps (
     kind TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL,
-    changed REAL NOT NULL, PRIMARY KEY (kind, name)
+    changed REAL NOT NULL, sent INTEGER NOT NULL, PRIMARY KEY (kind, name)
 ) WITHOUT ROWID
 """
-_PUT_STAMP = "INSERT OR REPLACE INTO stamps VALUES (?, ?, ?, ?)"
+_PUT_STAMP = "INSERT OR REPLACE INTO stamps VALUES (?, ?, ?, ?, ?)"
 _DROP_STAMP = "DELETE FROM stamps WHERE kind = ? AND name = ?"
 _PUT_WORKER = "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?)"
 _PUT_REVOCATION = "INSERT OR REPLACE INTO revocations VALUES (?, ?, ?)"
@@ -152,7 +152,9 @@ class LocalState:
         for kind, text in new.items():
             if text != old[kind]:
                 key = kind, name
-                yield self._put_stamp(key, Stamp(0, self._wall()))
+                known = self._stamps.get(key)
+                version = known.version if known is not None else 0
+                yield self._put_stamp(key, Stamp(version, self._wall(), sent=False))
                 self.unsent[key] = None
         yield from self._drop_tombstones()
 
@@ -208,7 +210,7 @@ class LocalState:
     def stamp(self, key: Key) -> Stamp | None:
         """Return how new a fact is; None if there never was one."""
         if key in self._revocations:
-            return Stamp(0, self._revocations[key])
+            return Stamp(0, self._revocations[key], sent=key not in self.unsent)
         return self._stamps.get(key)
 
     @property
@@ -223,7 +225,9 @@ class LocalState:
         """
         statements: list[_Statement] = []
         for fact in facts:
-            statements.extend(self._take(fact, self._wall() - (now - fact.version) / 1e6))
+            statements.extend(
+                self._take(fact, self._wall() - (now - fact.version) / 1e6)
+            )
         await self._write(*statements)
 
     def _take(self, fact: Fact, changed: float) -> Iterator[_Statement]:
@@ -248,17 +252,22 @@ class LocalState:
         elif worker != before:
             self._workers[fact.name] = worker
             yield _row_of(worker)
-        yield self._put_stamp(fact.key, Stamp(fact.version, changed))
+        yield self._put_stamp(fact.key, Stamp(fact.version, changed, sent=True))
         yield from self._drop_tombstones()
 
-    async def note_sent(self, versions: Mapping[Key, int]) -> None:
-        """Record the versions that the store has given to facts of this hub."""
+    async def note_sent(self, versions: Mapping[Key, tuple[Stamp | None, int]]) -> None:
+        """Record the versions that the store has given to facts of this hub.
+
+        Each comes with the stamp that was sent; what has changed since is not sent yet.
+        """
         statements = []
-        for key, version in versions.items():
-            self.unsent.pop(key, None)
-            stamp = self._stamps.get(key)
-            if stamp is not None:
-                statements.append(self._put_stamp(key, stamp._replace(version=version)))
+        for key, (stamp, version) in versions.items():
+            now = self.stamp(key)
+            if now == stamp:
+                self.unsent.pop(key, None)
+            if key in self._stamps and now is not None:
+                new = Stamp(version, now.changed, sent=now == stamp)
+                statements.append(self._put_stamp(key, new))
         await self._write(*statements)
 
     async def drop(self, keys: Iterable[Key]) -> None:
@@ -277,7 +286,7 @@ class LocalState:
             self.store_id = store_id
             await self._write(
                 ("DELETE FROM stamps WHERE kind = 'store'", ()),
-                (_PUT_STAMP, ("store", store_id, 0, self._wall())),
+                (_PUT_STAMP, ("store", store_id, 0, self._wall(), True)),
             )
 
     # --- The folder ---------------------------------------------------------------
@@ -318,20 +327,20 @@ class LocalState:
         )
         # What an older hub has left has no stamp, and is older than all that has one.
         self._stamps = {
-            (kind, worker.name): Stamp(0, 0.0)
+            (kind, worker.name): Stamp(0, 0.0, sent=False)
             for worker in self._workers.values()
             for kind, text in texts_of(worker).items()
             if text
         }
         rows = database.execute(
-            "SELECT kind, name, version, changed FROM stamps ORDER BY changed"
+            "SELECT kind, name, version, changed, sent FROM stamps ORDER BY changed"
         )
-        for kind, name, version, changed in rows:
+        for kind, name, version, changed, sent in rows:
             if kind == "store":
                 self.store_id = name
             else:
-                self._stamps[kind, name] = Stamp(version, changed)
-        unsent = [key for key, each in self._stamps.items() if not each.version]
+                self._stamps[kind, name] = Stamp(version, changed, bool(sent))
+        unsent = [key for key, each in self._stamps.items() if not each.sent]
         self.unsent = dict.fromkeys([*unsent, *self._revocations])
 
     async def _write(self, *statements: _Statement) -> None:

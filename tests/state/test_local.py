@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ import pytest
 from gollama_proxy.config.settings import Revoked
 from gollama_proxy.state import local
 from gollama_proxy.state.database import StateError
-from gollama_proxy.state.facts import StoredWorker
+from gollama_proxy.state.facts import TOMBSTONES, Fact, Stamp, StoredWorker, texts_of
 from gollama_proxy.state.local import LocalState, folder_of
+from tests.fakes.clock import Clock
 
 ONE = StoredWorker("one", "admin", {"url": "http://10.0.0.1:1", "slots": 4}, "paused")
 TWO = StoredWorker("two", "agent", {"url": "http://10.0.0.2:1"}, agent={"mac": "00:01"})
@@ -106,8 +108,9 @@ async def test_a_second_hub_cannot_use_the_same_folder(tmp_path: Path) -> None:
 async def test_a_killed_hub_leaves_all_that_was_written(tmp_path: Path) -> None:
     program = f"""
 import asyncio, os, signal
+from dataclasses import replace
 from pathlib import Path
-from gollama_proxy.state.facts import StoredWorker
+from gollama_proxy.state.facts import TOMBSTONES, Fact, Stamp, StoredWorker, texts_of
 from gollama_proxy.state.local import LocalState
 async def main():
     state = LocalState(Path({str(tmp_path)!r}))
@@ -249,3 +252,107 @@ async def test_the_settings_are_stored_as_json(tmp_path: Path) -> None:
     database.close()
     assert json.loads(settings) == ONE.settings
     await state.close()
+
+
+# --- What others do not know yet --------------------------------------------------
+
+
+async def test_changes_are_marked_as_not_sent_also_after_a_restart(
+    tmp_path: Path,
+) -> None:
+    wall = Clock(1000.0)
+    state = await asyncio.to_thread(LocalState, tmp_path, wall)
+    await state.put(ONE)
+    await state.revoke("jti", "f00d")
+    keys = [("worker", "one"), ("hold", "one"), ("jti", "f00d")]
+    assert [*state.unsent] == keys
+    await state.note_sent({key: (state.stamp(key), 7) for key in keys})
+    assert not state.unsent
+    wall.advance(5)
+    await state.put(replace(ONE, hold="draining"))
+    assert [*state.unsent] == [("hold", "one")]  # its settings are the same
+    await state.note_store("life 1")
+    await state.close()
+
+    again = await asyncio.to_thread(LocalState, tmp_path, wall)
+    assert again.stamp(("worker", "one")) == Stamp(7, 1000.0, sent=True)
+    assert again.stamp(("hold", "one")) == Stamp(7, 1005.0, sent=False)
+    # A revocation has no version: whether the store has it is found out there.
+    assert [*again.unsent] == [("hold", "one"), ("jti", "f00d")]
+    assert again.store_id == "life 1"
+    await again.close()
+
+
+async def test_a_change_during_a_change_is_sent_as_well() -> None:
+    state = LocalState()
+    await state.put(ONE)
+    key = "hold", "one"
+    sent = state.stamp(key)
+    await state.put(replace(ONE, hold=""))
+    await state.note_sent({key: (sent, 7)})
+    stamp = state.stamp(key)
+    assert key in state.unsent
+    assert stamp is not None
+    assert (stamp.version, stamp.sent) == (7, False)
+
+
+async def test_facts_of_the_store_are_followed(tmp_path: Path) -> None:
+    wall = Clock(1000.0)
+    state = await asyncio.to_thread(LocalState, tmp_path, wall)
+    await state.put(ONE)
+    second = 1_000_000
+    facts = [
+        Fact("hold", "one", "", 60 * second),
+        *(Fact(kind, "two", text, 61 * second) for kind, text in texts_of(TWO).items()),
+        Fact("sub", "alice", "1", 62 * second),
+    ]
+    await state.take(facts, 65 * second)
+    expected = [replace(ONE, hold=""), TWO]
+    assert state.workers == expected
+    assert state.revoked.subjects == {"alice"}
+    # As long ago as it is for the store, whatever the time is there.
+    assert state.stamp(("worker", "two")) == Stamp(61 * second, 996.0, sent=True)
+    await state.take([Fact("worker", "two", "", 66 * second)], 66 * second)
+    await state.drop([("worker", "one")])
+    await state.close()
+    again = await asyncio.to_thread(LocalState, tmp_path, wall)
+    assert again.workers == []
+    assert again.stamp(("worker", "one")) is None
+    stamp = again.stamp(("worker", "two"))  # so that no hub brings it back
+    assert stamp is not None
+    assert stamp.version == 66 * second
+    await again.close()
+    wall.advance(TOMBSTONES + 1)
+    last = await asyncio.to_thread(LocalState, tmp_path, wall)
+    assert last.stamp(("worker", "two")) is None
+    await last.close()
+
+
+async def test_removals_are_remembered_within_a_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "MAX_TOMBSTONES", 10)
+    state = LocalState()
+    for number in range(500):
+        worker = StoredWorker(f"w{number}", "admin", {"slots": 1})
+        await state.put(worker)
+        await state.forget(worker.name)
+    assert len(state.keys) <= 12
+    assert len(state.unsent) <= 12
+    assert ("worker", "w499") in state.unsent
+
+
+async def test_what_an_older_hub_has_left_is_older_than_anything(
+    tmp_path: Path,
+) -> None:
+    state = await opened(tmp_path)
+    await state.put(ONE)
+    await state.close()
+    database = sqlite3.connect(tmp_path / "state.db")
+    with database:
+        database.execute("DROP TABLE stamps")
+    database.close()
+    again = await opened(tmp_path)
+    assert [*again.unsent] == [("worker", "one"), ("hold", "one")]
+    assert again.stamp(("worker", "one")) == Stamp(0, 0.0, sent=False)
+    await again.close()
