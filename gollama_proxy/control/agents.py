@@ -48,7 +48,8 @@ from gollama_proxy.fleet.registry import Registry, check_distinct
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state.database import StateError
-from gollama_proxy.state.facts import State, StoredWorker
+from gollama_proxy.state.facts import StoredWorker
+from gollama_proxy.state.local import State
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.upstream import names
 from gollama_proxy.upstream.pool import Target

@@ -26,7 +26,8 @@ from gollama_proxy.fleet.registry import check_single
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state.database import StateError
-from gollama_proxy.state.facts import State, StoredWorker
+from gollama_proxy.state.facts import StoredWorker
+from gollama_proxy.state.local import State
 from gollama_proxy.wire.errors import Code, RequestError
 
 # These lead to files or variables of the hub's machine, whose content would be sent to

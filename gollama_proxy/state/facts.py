@@ -25,16 +25,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from gollama_proxy.config.settings import Revoked
 from gollama_proxy.state.messages import Message, decode
-
-if TYPE_CHECKING:
-    from gollama_proxy.state.ledger import Ledger
 
 MAX_WORKERS = 10_000
 MAX_REVOCATIONS = 100_000
@@ -85,39 +80,6 @@ class Fact(NamedTuple):
         return self.kind, self.name
 
 
-class State(Protocol):
-    """What outlives a hub: of this hub alone, or shared with others."""
-
-    @property
-    def folder(self) -> Path | None: ...
-    @property
-    def ledger(self) -> Ledger: ...
-    @property
-    def workers(self) -> list[StoredWorker]: ...
-    @property
-    def revoked(self) -> Revoked: ...
-
-    def find(self, name: str) -> StoredWorker | None:
-        """Return what is kept of a worker."""
-
-    async def put(self, worker: StoredWorker) -> None:
-        """Keep a worker, in place of another one of its name; return when written.
-
-        Raises:
-            StateError: there are too many, or another hub has just added one.
-        """
-
-    async def forget(self, name: str) -> None:
-        """Remove a worker; return when written.  Harmless if there is none."""
-
-    async def revoke(self, kind: str, value: str) -> None:
-        """Keep that a token ("jti") or a subject ("sub") is revoked.
-
-        Raises:
-            StateError: there are too many.
-        """
-
-
 # --- Facts of a worker ------------------------------------------------------------
 
 
@@ -126,7 +88,7 @@ class _Registered(Message):
 
     source: Literal["admin", "agent"]
     settings: dict[str, Any]
-    agent: dict[str, Any] = {}
+    agent: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 def texts_of(worker: StoredWorker | None) -> dict[str, str]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from gollama_proxy.config.settings import Revoked
 from gollama_proxy.state.database import Database, StateError
@@ -38,7 +38,7 @@ from gollama_proxy.state.facts import (
     texts_of,
     with_fact,
 )
-from gollama_proxy.state.ledger import open_ledger
+from gollama_proxy.state.ledger import Ledger, open_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,39 @@ def folder_of(setting: str, environ: Mapping[str, str]) -> Path | None:
         return Path(base).expanduser() / "gollama-proxy"
     except RuntimeError:  # this user has no home
         return None
+
+
+class State(Protocol):
+    """What outlives a hub: of this hub alone, or shared with others."""
+
+    @property
+    def folder(self) -> Path | None: ...
+    @property
+    def ledger(self) -> Ledger: ...
+    @property
+    def workers(self) -> list[StoredWorker]: ...
+    @property
+    def revoked(self) -> Revoked: ...
+
+    def find(self, name: str) -> StoredWorker | None:
+        """Return what is kept of a worker."""
+
+    async def put(self, worker: StoredWorker) -> None:
+        """Keep a worker, in place of another one of its name; return when written.
+
+        Raises:
+            StateError: there are too many, or another hub has just added one.
+        """
+
+    async def forget(self, name: str) -> None:
+        """Remove a worker; return when written.  Harmless if there is none."""
+
+    async def revoke(self, kind: str, value: str) -> None:
+        """Keep that a token ("jti") or a subject ("sub") is revoked.
+
+        Raises:
+            StateError: there are too many.
+        """
 
 
 class LocalState:
