@@ -21,6 +21,7 @@ from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events
 from gollama_proxy.control.history import History, Recent
 from gollama_proxy.control.page import Dashboard, Links
+from gollama_proxy.control.replies import Peers, Replies
 from gollama_proxy.control.views import Usage, Views
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter
@@ -122,6 +123,8 @@ class Hub(Listener):
         self.recent = Recent()
         self.history = History(self.recent, clock)
         self.events = Events(self.views, self.history, lambda: self.proxy)
+        self.replies = Replies(self, self.views)
+        self.peers: Peers | None = None  # the other hubs, with `state.url`
         self.changing = asyncio.Lock()
         self.proxy = Proxy(
             config,

@@ -7,28 +7,29 @@ The scope `monitor` is enough for what changes nothing: all that is read, and qu
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.config.watch import Changes
-from gollama_proxy.control import views, workers
+from gollama_proxy.control import merging, workers
 from gollama_proxy.control.calls import Call, CallHandler, answer, check_local, decode
 from gollama_proxy.control.events import STREAM
 from gollama_proxy.control.explain import Question, explain
-from gollama_proxy.control.history import SAMPLES, History, Recent
+from gollama_proxy.control.history import SAMPLES, Shown
+from gollama_proxy.control.merging import Answers
 from gollama_proxy.control.page import LIFETIME, Links, compress
+from gollama_proxy.control.replies import Replies
 from gollama_proxy.control.views import Usage, Views
 from gollama_proxy.control.workers import Workers
 from gollama_proxy.edge.auth import Principal
 from gollama_proxy.edge.response import Response, Sent
 from gollama_proxy.edge.router import Handler, Routes
-from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.state.database import StateError
 from gollama_proxy.wire.errors import Code, RequestError
 
@@ -49,17 +50,12 @@ class Parts(workers.Parts, Protocol):
     """The parts of a hub that operators see and change."""
 
     @property
-    def recent(self) -> Recent: ...
-    @property
-    def history(self) -> History: ...
-    @property
     def links(self) -> Links: ...
+    @property
+    def replies(self) -> Replies: ...
 
     async def revoke(self, kind: str, value: str) -> None:
         """Revoke a token ("jti") or a subject ("sub")."""
-
-    async def reload(self) -> Changes:
-        """Read the settings again, and apply what has changed."""
 
 
 class Admin:
@@ -79,6 +75,7 @@ class Admin:
         """Return the handlers of all paths."""
         routes: dict[str, dict[str, CallHandler]] = {
             **self._workers.routes(),
+            "/admin/hubs": {"GET": self._list_hubs},
             "/admin/models": {"GET": self._list_models},
             "/admin/queue": {"GET": self._list_queue},
             "/admin/queue/{id}": {"DELETE": self._remove_from_queue},
@@ -134,52 +131,53 @@ class Admin:
     # --- Requests -----------------------------------------------------------------
 
     async def _list_models(self, call: Call) -> Response:
-        return answer({"models": self._views.models()})
+        return await self._hub.replies.list_all("models")
 
     async def _list_queue(self, call: Call) -> Response:
-        return answer({"queue": self._views.queue()})
+        return await self._hub.replies.list_all("queue")
 
     async def _list_exchanges(self, call: Call) -> Response:
-        return answer({"exchanges": self._views.exchanges()})
+        return await self._hub.replies.list_all("exchanges")
 
     async def _cancel(self, call: Call) -> Response:
-        return self._end_request(call, "cancel request", "runs or waits", waiting=False)
+        return await self._end_request(call, "cancel request", "runs or waits")
 
     async def _remove_from_queue(self, call: Call) -> Response:
-        return self._end_request(call, "remove from queue", "waits", waiting=True)
+        return await self._end_request(call, "remove from queue", "waits", waiting=True)
 
-    def _end_request(
-        self, call: Call, action: str, what: str, *, waiting: bool
+    async def _end_request(
+        self, call: Call, action: str, what: str, *, waiting: bool = False
     ) -> Response:
-        """Cancel the requests with the id in the path; clients may repeat an id.
+        """Cancel the requests with the id in the path, on any hub.
 
         Raises:
             RequestError: 404, there is none.
         """
-        found = [
-            x
-            for x in views.in_flight(self._hub.proxy.running)
-            if x.id == call.name and (x.state is State.QUEUED or not waiting)
-        ]
-        if not found:
-            text = f"No request with the id {call.name[:64]!r} {what}."
+        name = call.name
+        gathered = await self._hub.replies.gather("cancel", id=name, waiting=waiting)
+        if not any(gathered.found.values()):
+            text = f"No request with the id {name[:64]!r} {what}{_but(gathered)}."
             raise RequestError(Code.NOT_FOUND, text, param="id")
-        for x in found:
-            state = x.state.name.lower()
-            self._hub.proxy.cancel(x)
-            self._hub.events.record_change(
-                call.x, action, x.id, f"{state} request of {x.subject}"
-            )
-        return answer({"id": call.name, "state": "cancelled"})
+        for hub, found in gathered.found.items():
+            place = f" at {hub}" if hub else ""
+            for state, subject in found:
+                old = f"{state} request of {subject}{place}"
+                self._hub.events.record_change(call.x, action, name, old)
+        return answer({"id": name, "state": "cancelled"} | gathered.note)
 
     async def _list_requests(self, call: Call) -> Response:
         query = dict(call.request.query)
         limit = _number(query, "limit", 100, 1000)
         since = _moment(query, "since", 0.0)
-        until = _moment(query, "until", math.inf)
+        until = _moment(query, "until", None)
         _refuse_others(query, (*_FILTERS, "since", "until", "limit"))
-        found = self._hub.recent.find(limit, since, until, **query)
-        return answer({"requests": found})
+        gathered = await self._hub.replies.gather(
+            "requests", limit=limit, since=since, until=until, wanted=query
+        )
+        if self._hub.peers is None:
+            return answer({"requests": gathered.found[""]})
+        found = merging.merge_requests(gathered.found, limit)
+        return answer({"requests": found} | gathered.note)
 
     async def _show_history(self, call: Call) -> Response:
         query = dict(call.request.query)
@@ -188,42 +186,41 @@ class Admin:
         seconds = _number(query, "seconds", SAMPLES, SAMPLES)
         step = _number(query, "step", 1, 60)
         _refuse_others(query, ("worker", "seconds", "step"))
-        history = self._hub.history
+        known = self._hub.history.names
         if "*" in names:
-            names = history.names
-        values = len(names) * -(-seconds // step)
+            names = ["*"]
+        values = len(known if names == ["*"] else names) * -(-seconds // step)
         if values > _MOST_VALUES:
             text = (
                 f"step = {step}: the answer would have {values:,} samples of workers, "
                 f"and {_MOST_VALUES:,} is the limit; a larger step makes it smaller."
             )
             raise RequestError(Code.INVALID_VALUE, text, param="step")
-        hub = history.of_hub(seconds, step)
-        head = {"time": history.time, "step": step, "hub": hub}
-        workers = []
+        gathered = await self._hub.replies.gather(
+            "history", seconds=seconds, step=step, workers=names
+        )
+        history = gathered.found[next(iter(gathered.found))]
+        if len(gathered.found) > 1:
+            merge = merging.merge_histories
+            history = await asyncio.to_thread(merge, gathered.found)
         for name in names:
-            columns = history.of_worker(name, seconds, step)
-            if columns is None:
+            if name not in (*history["workers"], "*"):
                 text = f"No worker is named {name[:200]!r}."
                 raise RequestError(Code.NOT_FOUND, text, param="worker")
-            workers.append(
-                b"%b:%b" % (msgspec.json.encode(name), msgspec.json.encode(columns))
-            )
-            await asyncio.sleep(0)  # a millisecond each
-        parts = (
-            msgspec.json.encode(head)[:-1],
-            b',"workers":{',
-            b",".join(workers),
-            b"}}",
-        )
-        return await compress(b"".join(parts), call.request)
+        return await compress(await _encode(history | gathered.note), call.request)
 
     async def _explain(self, call: Call) -> Response:
         question = decode(await call.receive(), Question)
         hub, subject = self._hub, call.x.subject
-        return answer(await explain(question, hub, call.request, subject))
+        shown = await explain(question, hub, call.request, subject)
+        if hub.peers is not None:
+            shown["hub"] = hub.peers.name  # another one has another queue
+        return answer(shown)
 
-    # --- The hub ------------------------------------------------------------------
+    # --- The hub, and others ------------------------------------------------------
+
+    async def _list_hubs(self, call: Call) -> Response:
+        return answer(await self._hub.replies.list_hubs())
 
     async def _show_config(self, call: Call) -> Response:
         return answer(self._views.settings())
@@ -236,6 +233,10 @@ class Admin:
             text = "The settings are not valid, so nothing has changed: "
             raise RequestError(Code.BAD_REQUEST, text + "; ".join(exc.args)) from None
         self._hub.events.record_change(call.x, "reload", "settings", new=changes)
+        gathered = await self._hub.replies.gather_others("reload", "", {}, group=True)
+        for hub, problem in gathered.found.items():
+            if problem:  # it is found in the log of that process, too
+                gathered.missing.append(hub)
         workers = {
             kind: getattr(changes, kind) for kind in ("added", "replaced", "removed")
         }
@@ -249,6 +250,7 @@ class Admin:
                 "settings": [each._asdict() for each in changes.settings],
                 "workers": workers,
             }
+            | gathered.note
         )
 
     async def _revoke(self, call: Call) -> Response:
@@ -264,20 +266,20 @@ class Admin:
         except StateError as exc:
             raise RequestError(Code.CONFLICT, f"{exc}.") from None
         self._hub.events.record_change(call.x, "revoke", f"{kind}:{value}")
-        running = []
+        gathered = Answers({}, [])
         if kind == "subject":
-            everything = views.in_flight(self._hub.proxy.running)
-            running = [x for x in everything if x.subject == value]
-        for x in running if cancel else ():
-            self._hub.proxy.cancel(x)
+            gathered = await self._hub.replies.gather(
+                "running", subject=value, cancel=cancel
+            )
         return answer(
             {
                 "revoked": kind,
                 "value": value,
                 "persistent": self._hub.state.folder is not None,
-                "running": [x.id for x in running],
+                "running": [*chain.from_iterable(gathered.found.values())],
                 "cancelled": cancel,
             }
+            | gathered.note
         )
 
     async def _follow(self, call: Call) -> Response | Sent:
@@ -333,6 +335,25 @@ def _read_revocation(given: Mapping[str, Any]) -> tuple[str, str, bool]:
     return kind, value.strip(), cancel
 
 
+async def _encode(history: Shown) -> bytes:
+    """Write a history: a thousand workers at once would hold up the event loop."""
+    head = {name: value for name, value in history.items() if name != "workers"}
+    workers = []
+    for name, columns in history["workers"].items():
+        workers.append(
+            b"%b:%b" % (msgspec.json.encode(name), msgspec.json.encode(columns))
+        )
+        await asyncio.sleep(0)  # a millisecond each
+    parts = (msgspec.json.encode(head)[:-1], b',"workers":{', b",".join(workers), b"}}")
+    return b"".join(parts)
+
+
+def _but(gathered: Answers) -> str:
+    """Return what follows if not all hubs have answered."""
+    missing = ", ".join(gathered.missing)
+    return f"; {missing} did not answer" if missing else ""
+
+
 def _read_description() -> bytes:
     return resources.files(__package__).joinpath("openapi.json").read_bytes()
 
@@ -350,7 +371,10 @@ def _number(query: dict[str, str], name: str, default: int, most: int) -> int:
     return int(given)
 
 
-def _moment(query: dict[str, str], name: str, default: float) -> float:
+_T = TypeVar("_T", float, None)
+
+
+def _moment(query: dict[str, str], name: str, default: _T) -> float | _T:
     """Take a time out of a query, in Unix seconds.
 
     Raises:

@@ -9,10 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 Shown = dict[str, Any]
 ByHub = Mapping[str, Sequence[Shown]]
+
+
+class Answers(NamedTuple):
+    """What hubs have answered, by their names, and which ones have not in time."""
+
+    found: dict[str, Any]
+    missing: list[str]
+
+    @property
+    def note(self) -> Shown:
+        """What an answer to an operator has besides, if it is not complete."""
+        return {"missing": self.missing} if self.missing else {}
+
 
 # --- Workers and models -------------------------------------------------------------
 

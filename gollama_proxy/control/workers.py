@@ -17,9 +17,10 @@ from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.settings import API_KEYS, WORKER_KEYS, WorkerConfig
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Files
-from gollama_proxy.control import views
+from gollama_proxy.control import replies
 from gollama_proxy.control.calls import Call, CallHandler, answer
 from gollama_proxy.control.events import Events
+from gollama_proxy.control.replies import Replies
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.response import Response
 from gollama_proxy.fleet.registry import check_single
@@ -36,13 +37,15 @@ _FILES = ("api_key_file", "ca_file", "client_certificate", "client_key")
 _KEY_PREFIX = "GOLLAMA_KEY_"
 
 
-class Parts(views.Parts, Protocol):
+class Parts(replies.Parts, Protocol):
     """The parts of a hub that a change of its workers needs."""
 
     @property
     def state(self) -> State: ...
     @property
     def events(self) -> Events: ...
+    @property
+    def replies(self) -> Replies: ...
     @property
     def files(self) -> Files: ...
     @property
@@ -82,11 +85,14 @@ class Workers:
         }
 
     async def _list_workers(self, call: Call) -> Response:
-        workers = [self._views.worker(each) for each in self._hub.registry.workers]
-        return answer({"workers": workers})
+        return await self._hub.replies.list_all("workers")
 
     async def _show_worker(self, call: Call) -> Response:
-        return answer(self._views.worker(self._worker(call.name)))
+        name, local = call.name, self._hub.replies
+        shown = await local.show_worker(name, local.table["worker"]({"name": name}))
+        if shown is None:
+            raise _unknown(name)
+        return answer(shown)
 
     def _worker(self, name: str) -> Worker:
         """Return the worker that a path names.
@@ -97,8 +103,7 @@ class Workers:
         try:
             return self._hub.registry.find(name)
         except LookupError:
-            text = f"No worker is named {name[:200]!r}."
-            raise RequestError(Code.NOT_FOUND, text, param="name") from None
+            raise _unknown(name) from None
 
     async def _add_worker(self, call: Call) -> Response:
         row = await call.read()
@@ -117,7 +122,9 @@ class Workers:
         self._hub.events.record_change(
             call.x, "add worker", worker.name, new=config.url
         )
-        return answer(self._views.worker(worker), status=201)
+        own = self._views.worker(worker)
+        shown = await self._hub.replies.show_worker(worker.name, own)
+        return answer(shown, status=201)
 
     async def _change_worker(self, call: Call) -> Response:
         patch = await call.read()
@@ -145,12 +152,12 @@ class Workers:
                     await self._hub.state.forget(before.name)
                 await self._store(worker, row)
         if config == before:
-            return self._show_changed(worker, note=False)
+            return await self._show_changed(worker, note=False)
         changes = {key: _changed(before, config, key) for key in patch}
         old = {key: pair[0] for key, pair in changes.items()}
         new = {key: pair[1] for key, pair in changes.items()}
         self._hub.events.record_change(call.x, "change worker", before.name, old, new)
-        return self._show_changed(worker)
+        return await self._show_changed(worker)
 
     async def _remove_worker(self, call: Call) -> Response:
         async with self._hub.changing:
@@ -178,7 +185,7 @@ class Workers:
                 self._hub.events.record_change(
                     call.x, "hold worker", worker.name, before, worker.held
                 )
-            return self._show_changed(worker, note=False)
+            return await self._show_changed(worker, note=False)
 
         return hold
 
@@ -186,10 +193,12 @@ class Workers:
         worker = self._worker(call.name)
         before = worker.breaker.state.value
         worker.reset_breakers()
+        arguments = {"name": worker.name}
+        await self._hub.replies.gather_others("reset", None, arguments)
         self._hub.events.record_change(
             call.x, "reset breaker", worker.name, before, "closed"
         )
-        return self._show_changed(worker, note=False)
+        return await self._show_changed(worker, note=False)
 
     async def _wake(self, call: Call) -> Response:
         worker = self._worker(call.name)
@@ -203,11 +212,13 @@ class Workers:
             self._hub.events.record_change(
                 call.x, "wake worker", worker.name, before.value, worker.state.value
             )
-        return self._show_changed(worker, note=False)
+        return await self._show_changed(worker, note=False)
 
-    def _show_changed(self, worker: Worker, *, note: bool = True) -> Response:
+    async def _show_changed(self, worker: Worker, *, note: bool = True) -> Response:
         text = _NOTES.get(worker.source) if note else None
-        return answer({"worker": self._views.worker(worker), "note": text})
+        own = self._views.worker(worker)
+        shown = await self._hub.replies.show_worker(worker.name, own)
+        return answer({"worker": shown, "note": text})
 
     async def _prepare(self, config: WorkerConfig) -> None:
         try:
@@ -249,6 +260,11 @@ class Workers:
                 await state.forget(name)
         except StateError as exc:
             raise RequestError(Code.CONFLICT, f"{exc}.") from None
+
+
+def _unknown(name: str) -> RequestError:
+    text = f"No worker is named {name[:200]!r}."
+    return RequestError(Code.NOT_FOUND, text, param="name")
 
 
 _NOTES = {

@@ -46,10 +46,13 @@ _complaints = BoundedDict[tuple[str, bool], None]()
 encode = msgspec.json.Encoder().encode
 
 
-def decode(kind: type[_M], data: bytes | str, where: str) -> _M | None:
+def decode(
+    kind: type[_M], data: bytes | str, where: str, most: int = MOST_BYTES
+) -> _M | None:
     """Return a message of this kind; None if it cannot be understood.
 
-    `where` is the kind of key or channel that it comes from, such as "gollama:hints".
+    `where` is the kind of key or channel that it comes from, such as "gollama:hints";
+    `most` is how many bytes it may have.
     The first message from there that is malformed, and the first of another version, is
     a warning in the log, which shows nothing of its contents.
     """
@@ -57,7 +60,7 @@ def decode(kind: type[_M], data: bytes | str, where: str) -> _M | None:
     if decoder is None:
         decoder = _decoders[kind] = msgspec.json.Decoder(kind)
     try:
-        if len(data) > MOST_BYTES:
+        if len(data) > most:
             raise msgspec.DecodeError("too long")
         version = _head.decode(data).v
         if version == kind.version:
