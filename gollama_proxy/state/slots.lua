@@ -44,9 +44,11 @@ local function new_lease(owner)
   return owner .. ':' .. string.format('%.0f', serial)
 end
 
-local function set_of(list)
+local function set_of(...)
   local set = {}
-  for _, each in ipairs(list) do set[each] = true end
+  for _, list in ipairs({...}) do
+    for _, each in ipairs(list) do set[each] = true end
+  end
   return set
 end
 
@@ -224,22 +226,23 @@ local function forget_turns(line)
   end
 end
 
--- Give a subject its turn back: its hub did not use the slot.
+-- Give a subject its turn back, before all others: its hub did not use the slot.
 local function refund(line, rank, name)
   local mine = round_of(line, rank)[3][name]
-  if mine then mine[1] = mine[1] - 1 end
+  if mine then mine[1], mine[2] = mine[1] - 1, 0 end
 end
 
 -- Grants ---------------------------------------------------------------------------
 
 -- Return the grants to this hub that it does not know of, and forget those that it does.
 local function unseen(ask)
-  local line, found, held, back = ask.line, {}, nil, nil
+  local line, found, known, unused = ask.line, {}, nil, nil
   for lease, grant in pairs(line.sent) do
     if grant[1] == hub then
-      held, back = held or set_of(ask.held), back or set_of(ask.back)
-      if back[lease] and grant[2] ~= '' then refund(line, grant[5], grant[2]) end
-      if held[lease] or back[lease] then
+      known = known or set_of(ask.held, ask.back)
+      unused = unused or set_of(ask.unused)
+      if unused[lease] and grant[2] ~= '' then refund(line, grant[5], grant[2]) end
+      if known[lease] or unused[lease] then
         line.sent[lease] = nil
       else
         found[#found + 1] = {lease, grant[2]}
@@ -333,16 +336,17 @@ local careful = cautious()
 for i, row in ipairs(asks) do
   local ask = {
     worker = row[1], slots = row[2], fair = row[3], held = row[4], back = row[5],
-    spare = row[6], leases = KEYS[2 * i + 1], key = KEYS[2 * i + 2],
+    spare = row[6], wants = row[7], unused = row[8], leases = KEYS[2 * i + 1], key = KEYS[2 * i + 2],
   }
   asks[i] = ask
   redis.call('ZREMRANGEBYSCORE', ask.leases, '-inf', now)
   remove(ask.leases, ask.back)
+  remove(ask.leases, ask.unused)
   renew(ask.leases, ask.held)
   ask.line, ask.stored = read_line(ask.key)
   prune_line(ask.line)
   ask.granted = unseen(ask)
-  replace_wants(ask.line, row[7])
+  replace_wants(ask.line, ask.wants)
 end
 for _, ask in ipairs(asks) do
   ask.taken = redis.call('ZCOUNT', ask.leases, now + 1, now + lifetime)

@@ -83,6 +83,9 @@ class Ask(NamedTuple):
     back: Sequence[str] = ()  # leases to give back
     spare: int = 0  # leases that it would like besides, if no request waits for them
     wants: Sequence[Want] = ()  # all that wait here now, in the order of their turns
+    # Leases to give back that were granted to a subject, and no request has used.  The
+    # subject has its turn again.
+    unused: Sequence[str] = ()
 
 
 class Grant(NamedTuple):
