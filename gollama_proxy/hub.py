@@ -50,6 +50,7 @@ from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.upstream.probe import send_magic
 
 if TYPE_CHECKING:
+    from gollama_proxy.cluster import Cluster
     from gollama_proxy.telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ class Hub(Listener):
         ):
             self.registry.subscribe(part)
         self._restore()
+        self.cluster = self._make_cluster() if config.state.url else None
 
     def __repr__(self) -> str:
         state = "draining" if self.draining else "running" if self._server else "new"
@@ -178,6 +180,11 @@ class Hub(Listener):
             **self._agent_api.routes(),
             **Dashboard(self).routes(),
         }
+
+    def _make_cluster(self) -> Cluster:
+        from gollama_proxy.cluster import Cluster  # its client library is optional
+
+        return Cluster(self)
 
     def _ended(self, x: Exchange) -> None:
         self.telemetry.ended(x)
@@ -469,8 +476,33 @@ class Hub(Listener):
 
         Raises:
             OSError: the address is in use, or not one of this machine.
-            ConfigError: the same, of one for metrics; or traces cannot be sent.
+            ConfigError: the same, of one for metrics; or traces cannot be sent, or the
+                store cannot be used.
         """
+        if self.cluster is not None:
+            await self.cluster.open()
+        try:
+            self._server = await self._listen(listeners, for_metrics)
+        except BaseException:
+            if self.cluster is not None:
+                await self.cluster.close()
+            raise
+        if self.cluster is not None:
+            await self.cluster.start(self.url)
+        self.groups.start()
+        self.health.start()
+        self.watchdog.start()
+        self.events.start()
+        self.files.start()
+        # In a thread, or the first token would hold up the event loop.
+        if not self.authenticator.preloaded:
+            await asyncio.to_thread(self.authenticator.preload)
+
+    async def _listen(
+        self,
+        listeners: Sequence[socket.socket],
+        for_metrics: Sequence[socket.socket],
+    ) -> Server:
         server = self.config.server
         found = Server(
             self.proxy,
@@ -488,15 +520,7 @@ class Hub(Listener):
             found.stop_listening()
             await self.scrapes.close()
             raise
-        self._server = found
-        self.groups.start()
-        self.health.start()
-        self.watchdog.start()
-        self.events.start()
-        self.files.start()
-        # In a thread, or the first token would hold up the event loop.
-        if not self.authenticator.preloaded:
-            await asyncio.to_thread(self.authenticator.preload)
+        return found
 
     def _make_tracer(self) -> Tracer | None:
         from gollama_proxy.telemetry.tracing import Tracer  # OpenTelemetry is optional
@@ -542,6 +566,8 @@ class Hub(Listener):
         await self.groups.stop()
         await self.health.stop()
         await self.scrapes.close()
+        if self.cluster is not None:
+            await self.cluster.close()
         for connections in self.connections.values():
             connections.close()
         if self.proxy.tracer is not None:

@@ -17,8 +17,14 @@ import uvloop
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
 
+from gollama_proxy.state import store
 from tests.fakes.authority import Authority
+from tests.fakes.waiting import DEADLINE
 from tests.real.llama import LlamaServer
+
+# A busy machine may take any time to answer: tests of that have the fixture
+# `usual_timeouts`, and real hub processes have them in any case.
+store.TIMEOUT = DEADLINE
 
 # A settings file of this machine is no part of any test.
 os.environ["GOLLAMA_CONFIG"] = os.devnull
@@ -139,6 +145,12 @@ class _Losses(logging.Handler):
         text = record.getMessage()
         if "never retrieved" in text or "destroyed but it is pending" in text:
             self.texts.append(text)
+
+
+@pytest.fixture
+def usual_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have hubs wait as long for the store as in production: 50 ms."""
+    monkeypatch.setattr(store, "TIMEOUT", 0.05)
 
 
 @pytest.fixture

@@ -243,12 +243,13 @@ class Store:
         await self.call("PUBLISH", channel, data)
 
     async def pipe(
-        self, commands: Iterable[Sequence[Argument]], *, within: float = TIMEOUT
+        self, commands: Iterable[Sequence[Argument]], *, within: float | None = None
     ) -> list[Any]:
         """Send commands in one round trip; return their answers, in the same order.
 
         They are carried out in this order, but those of others may come in between.
-        A call with much data may need more time than usual: `within` seconds.
+        A call with much data may need more time than usual: `within` seconds, by
+        default `TIMEOUT`.
 
         Raises:
             StoreDownError: as `call`.
@@ -258,7 +259,7 @@ class Store:
         if self.mode is not Mode.UP or link is None:
             raise StoreDownError(self.reason)
         try:
-            return await self._ask(link, commands, within)
+            return await self._ask(link, commands, within or TIMEOUT)
         except _UnusableError as exc:
             self.failures += 1
             raise StoreDownError(str(exc)) from None
@@ -567,7 +568,7 @@ class _Link:
         """End the connection if it stays silent."""
         if self._check is None and self._error is None:
             loop = asyncio.get_running_loop()
-            wait = SILENCE - TIMEOUT
+            wait = max(0.0, SILENCE - TIMEOUT)
             self._check = loop.call_later(wait, self._look, loop.time())
 
     def _look(self, since: float) -> None:

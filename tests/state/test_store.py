@@ -63,17 +63,18 @@ async def test_a_store_that_is_killed_and_comes_back_empty(tmp_path: Path) -> No
         await until(lambda: got == [b"again"])
 
 
+@pytest.mark.usefixtures("usual_timeouts")
 async def test_a_store_that_is_paused(tmp_path: Path) -> None:
     async with running_store(tmp_path) as server, connected(server.url) as store:
         server.pause()
         with pytest.raises(StoreDownError, match="no answer within 50 ms"):
             await store.call("PING")
-        await is_down(store)
+        await until(lambda: store.outages > 0)
         server.go_on()
         await is_up(store)
-        assert store.outages == 1
 
 
+@pytest.mark.usefixtures("usual_timeouts")
 async def test_a_network_that_loses_everything(tmp_path: Path) -> None:
     async with (
         running_store(tmp_path) as server,

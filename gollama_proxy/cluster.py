@@ -1,0 +1,74 @@
+"""What a hub shares with others through the store: the parts, their start and stop.
+
+A hub without `state.url` has no cluster, and imports nothing of this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from gollama_proxy.config.settings import Config
+from gollama_proxy.config.values import ConfigError
+from gollama_proxy.state.local import LocalState
+from gollama_proxy.state.members import Members, describe_me
+from gollama_proxy.state.store import Store, StoreError
+
+logger = logging.getLogger(__name__)
+
+
+class Shares(Protocol):
+    """The parts of a hub that share something."""
+
+    config: Config
+    state: LocalState
+    clock: Callable[[], float]
+
+
+class Cluster:
+    """The parts of one hub that share something with other hubs."""
+
+    store: Store
+    members: Members  # after `open`
+
+    def __init__(self, hub: Shares) -> None:
+        """Prepare; nothing happens before `open`."""
+        self._hub = hub
+        state = hub.config.state
+        self.store = Store(state.url, state.prefix, hub.clock)
+
+    def __repr__(self) -> str:
+        return f"<Cluster {self.store!r}>"
+
+    async def open(self) -> None:
+        """Connect to the store and join the other hubs, before there are clients.
+
+        A store that cannot be reached delays nothing: the hub goes on without it.
+
+        Raises:
+            ConfigError: the store can never be used like this.
+        """
+        try:
+            await self.store.open()
+            me = await asyncio.to_thread(describe_me, self._hub.state.folder)
+            self.members = Members(self.store, me, self._hub.clock)
+            await self.members.start()
+        except StoreError as exc:
+            await self.store.close()
+            url = self._hub.config.state.url
+            raise ConfigError(f"state.url = {url!r}: {exc}") from exc
+
+    async def start(self, url: str) -> None:
+        """Begin to serve the other hubs; `url` is where clients reach this one."""
+        port = urlsplit(url).port
+        name = f"{socket.gethostname()}:{port}" if port else socket.gethostname()
+        await self.members.listens_at(url, name)
+
+    async def close(self) -> None:
+        """Give back what this hub holds, and leave the others."""
+        await self.members.stop()
+        await self.store.close()

@@ -1,0 +1,132 @@
+"""The hubs that share a store."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from gollama_proxy.state.members import LIFETIME, Member, Members, describe_me
+from gollama_proxy.state.store import Store
+from tests.fakes.clock import Clock
+from tests.fakes.valkey import ENGINES, StoreServer, connected, is_up, running_store
+from tests.fakes.waiting import until
+
+
+@contextlib.asynccontextmanager
+async def joined(store: Store, clock: Clock | None = None) -> AsyncIterator[Members]:
+    """Run the membership of a hub."""
+    members = Members(store, describe_me(None), clock or Clock())
+    await members.start()
+    try:
+        yield members
+    finally:
+        await members.stop()
+
+
+async def expire(server: StoreServer, member: Member) -> None:
+    """Let the time pass in the store after which a silent hub counts as gone."""
+    await server.ask("ZADD", "gollama:hubs", 1, member.run)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_hubs_come_and_go(tmp_path: Path, engine: str) -> None:
+    async with (
+        running_store(tmp_path, engine) as server,
+        connected(server.url) as store,
+        connected(server.url) as other,
+        joined(store) as a,
+    ):
+        assert (a.others, a.all, a.last_seen) == ({}, [a.me], 1)
+        events: list[tuple[str, str]] = []
+        a.on_join(lambda member: events.append(("join", member.run)))
+        a.on_leave(lambda member: events.append(("leave", member.run)))
+        async with joined(other) as b:
+            assert b.others == {a.me.run: a.me}
+            await until(lambda: a.others == {b.me.run: b.me})
+            assert a.last_seen == 2
+            await b.listens_at("http://10.0.0.2:8000", "b:8000")
+            await until(lambda: a.others[b.me.run].url == "http://10.0.0.2:8000")
+            assert a.all == [a.me, b.me]
+        await until(lambda: a.last_seen == 1)
+        assert events == [("join", b.me.run), ("leave", b.me.run)]
+
+
+async def test_a_hub_that_is_silent_counts_as_gone(tmp_path: Path) -> None:
+    clock = Clock()
+    async with (
+        running_store(tmp_path) as server,
+        connected(server.url) as store,
+        connected(server.url) as other,
+        joined(store, clock) as a,
+    ):
+        clock.advance(LIFETIME)
+        gone: list[Member] = []
+        a.on_leave(gone.append)
+        b = Members(other, describe_me(None), clock)
+        await b.start()
+        await until(lambda: a.last_seen == 2)
+        await other.close()  # and so its heartbeats
+        await b.stop()
+        await expire(server, b.me)
+        await a.listens_at("http://a", "a")  # a heartbeat
+        assert gone == [b.me]
+        assert a.last_seen == 1
+        assert await server.ask("ZRANGE", "gollama:hubs", 0, -1) == [a.me.run.encode()]
+
+
+async def test_a_store_that_is_gone_leaves_the_hubs_that_were_seen_last(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+    async with (
+        running_store(tmp_path) as server,
+        connected(server.url) as store,
+        joined(store, clock) as a,
+    ):
+        async with connected(server.url) as other, joined(other):
+            await until(lambda: a.last_seen == 2)
+            clock.advance(LIFETIME)
+            await server.kill()
+        assert a.last_seen == 2
+        # It comes back empty: the other one may be late to register again.
+        await server.start()
+        await is_up(store)
+        await a.listens_at("http://a", "a")  # a heartbeat
+        assert a.last_seen == 2
+        clock.advance(LIFETIME)
+        await a.listens_at("http://a", "a")
+        assert a.last_seen == 1
+
+
+async def test_what_another_version_writes_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_store(tmp_path) as server, connected(server.url) as store:
+        await server.ask("ZADD", "gollama:hubs", 1 << 45, "x")
+        await server.ask("SET", "gollama:hub:x", "[]")
+        async with joined(store) as a:
+            assert a.last_seen == 1
+        assert "the hub x cannot be understood: b'[]'" in caplog.text
+
+
+def test_the_stable_id_survives_a_restart(tmp_path: Path) -> None:
+    first, second = describe_me(tmp_path), describe_me(tmp_path)
+    assert first.stable == second.stable
+    assert first.run != second.run
+    assert first.group == first.run
+    assert describe_me(None, "g").group == "g"
+    (tmp_path / "hub-id").write_bytes(b"\xff")
+    assert describe_me(tmp_path).stable not in ("", first.stable)
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    me = describe_me(tmp_path / "missing")
+    assert me.stable
+    assert "hub-id: cannot be written: No such file or directory" in caplog.text
+    assert structs.asdict(me)["pid"]

@@ -1,0 +1,61 @@
+"""The parts that a hub shares with others, from its start to its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gollama_proxy.config.values import ConfigError
+from tests.fakes.hub import running_hub
+from tests.fakes.process import hub_process
+from tests.fakes.valkey import ENGINES, running_store
+from tests.fakes.waiting import until
+from tests.fakes.worker import ScriptedWorker
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_two_hub_processes_see_each_other(tmp_path: Path, engine: str) -> None:
+    async with running_store(tmp_path, engine) as server, ScriptedWorker() as worker:
+        settings = {"state__url": server.url}
+        async with (
+            hub_process(worker.url, **settings) as one,
+            hub_process(worker.url, **settings) as other,
+        ):
+            runs = await server.ask("ZRANGE", "gollama:hubs", 0, -1)
+            about = [
+                json.loads(await server.ask("GET", f"gollama:hub:{run.decode()}"))
+                for run in runs
+            ]
+            found = {row["pid"]: row["url"] for row in about}
+            assert found == {
+                hub.pid: f"http://127.0.0.1:{hub.port}" for hub in (one, other)
+            }
+        assert await server.ask("KEYS", "gollama:hub*") == []
+
+
+async def test_two_hubs_in_one_process(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as server, ScriptedWorker() as worker:
+        settings = {"state__url": server.url}
+        async with running_hub(worker, **settings) as a:
+            async with running_hub(worker, **settings) as b:
+                one, other = a.hub.cluster, b.hub.cluster
+                assert one is not None
+                assert other is not None
+                mine = one.members.me
+                await until(lambda: other.members.others == {mine.run: mine})
+                await until(lambda: one.members.last_seen == 2)
+
+
+async def test_a_store_that_can_never_be_used_ends_the_start(tmp_path: Path) -> None:
+    async with running_store(tmp_path, "valkey", "--requirepass", "x") as server:
+        expected = "^state.url = '.*': it requires a password, and state.url has none$"
+        with pytest.raises(ConfigError, match=expected):
+            async with running_hub(state__url=server.url):
+                pass
+
+
+async def test_a_hub_without_a_store_has_no_cluster() -> None:
+    async with running_hub() as hub:
+        assert hub.hub.cluster is None
