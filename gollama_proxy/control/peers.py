@@ -1,0 +1,354 @@
+"""Questions between hubs: any hub answers operators for all of them.
+
+A hub asks all others at once through a channel of the store, and waits for half a
+second at most: what arrives by then is merged, and hubs without an answer are named
+(`missing`).  Only what `/admin` shows is asked for, so no secret is in a message.
+
+    channel            message
+    PREFIX:peers       a question for all hubs, or for one group of processes
+    PREFIX:peers:RUN   answers for the hub with this run id; and while someone follows
+                       events there (the question `watch`), those of other hubs
+
+Nothing is kept in the store.  A message that is lost leaves a hub missing once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Protocol, TypeVar
+
+from msgspec import field
+
+from gollama_proxy.control.merging import Answers
+from gollama_proxy.state import messages
+from gollama_proxy.state.messages import Message
+from gollama_proxy.state.store import Store, StoreError
+from gollama_proxy.tasks import spawn
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 0.5  # seconds
+LONG = 16 << 10  # bytes of a message that is worth compressing
+# A server drops a subscriber for whom more than 8 MiB wait for a minute, or 32 MiB wait
+# (`client-output-buffer-limit pubsub`, Valkey and Redis), so no message comes near.
+MOST_SENT = 2 << 20  # bytes of a message, compressed
+MOST_READ = 64 << 20  # bytes of one that is decompressed
+MOST_HANDLED = 64  # messages at once; further ones are ignored
+
+Events = list[tuple[str, dict[str, Any]]]  # by name
+
+
+class Member(Protocol):
+    """A hub that is alive."""
+
+    @property
+    def run(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def group(self) -> str: ...
+
+
+class Members(Protocol):
+    """This hub and the others."""
+
+    @property
+    def me(self) -> Member: ...
+    @property
+    def others(self) -> Mapping[str, Member]: ...
+
+
+# --- Messages ---------------------------------------------------------------------
+
+
+class Question(Message):
+    """What a hub asks: all hubs (group ""), perhaps without an answer (number 0)."""
+
+    hub: str
+    what: str
+    number: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
+    group: str = ""
+
+
+class Answer(Message):
+    """The answer to a question, or why there is none; events have the number 0."""
+
+    hub: str
+    number: int = 0
+    value: Any = None
+    error: str = ""
+
+
+async def encode(message: Message) -> bytes:
+    """Write a message; a long one is compressed, in a thread."""
+    data = messages.encode(message)
+    if len(data) < LONG:
+        return data
+    return await asyncio.to_thread(zlib.compress, data, 1)
+
+
+def inflate(data: bytes) -> bytes:
+    """Return a message as it was before it was compressed, if it was; else as it is."""
+    if data.startswith(b"{"):
+        return data
+    decompress = zlib.decompressobj()
+    try:
+        plain = decompress.decompress(data, MOST_READ)
+    except zlib.error:
+        return data
+    return plain if decompress.eof else b""
+
+
+# --- Asking and answering ---------------------------------------------------------
+
+Reply = Callable[[dict[str, Any]], Any]
+M = TypeVar("M", Question, Answer)
+
+MOST_WATCHED = 60.0  # seconds, after which the other hub asks again
+
+
+class Peers:
+    """Asks the other hubs, and answers them.
+
+    `replies` are what this hub answers, by the name of the question: functions of the
+    arguments, whose result may be awaitable.  `take_news`
+    gets what happens at other hubs while events are followed here.  `patience` is in
+    seconds, `clock` returns monotonic ones.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        members: Members,
+        replies: Mapping[str, Reply],
+        take_news: Callable[[str, Events], object],
+        patience: float = PATIENCE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._channel = store.key("peers")
+        self._members = members
+        self._replies = replies
+        self._take_news = take_news
+        self._patience = patience
+        self._clock = clock
+        self._number = 0
+        self._asked: dict[int, _Asked] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # that read or answer
+        self._watchers: dict[str, float] = {}  # run ids, and until when
+
+    def __repr__(self) -> str:
+        return (
+            f"<Peers of {self.name} others={len(self._members.others)} "
+            f"asked={len(self._asked)}>"
+        )
+
+    @property
+    def name(self) -> str:
+        """The name of this hub."""
+        return self._names()[self._members.me.run]
+
+    def _names(self) -> dict[str, str]:
+        """Return the names of all hubs, by their runs.
+
+        The processes of a group listen at one address; their process ids
+        distinguish them.
+        """
+        members = [self._members.me, *self._members.others.values()]
+        counts = Counter(each.name for each in members)
+        return {
+            each.run: f"{each.name}/{each.pid}" if counts[each.name] > 1 else each.name
+            for each in members
+        }
+
+    @property
+    def store(self) -> dict[str, str]:
+        """The mode of the store, and the reason of it."""
+        return {"mode": self._store.mode.value, "reason": self._store.reason}
+
+    async def start(self) -> None:
+        """Listen to the other hubs."""
+        await self._store.listen(self._channel, self._take_question)
+        own = f"{self._channel}:{self._members.me.run}"
+        await self._store.listen(own, self._take_answer)
+
+    async def stop(self) -> None:
+        """End what is being answered."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def ask(
+        self,
+        what: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        group: bool = False,
+        patience: float | None = None,
+    ) -> Answers:
+        """Ask the other hubs (of this group only, if `group`) and wait for answers.
+
+        A hub that refuses is among the missing ones.
+        """
+        me = self._members.me
+        names = self._names()
+        wanted = {
+            run: names[run]
+            for run, each in self._members.others.items()
+            if not group or each.group == me.group
+        }
+        if not wanted:
+            return Answers({}, [])
+        self._number += 1
+        number = self._number
+        asked = self._asked[number] = _Asked(wanted)
+        question = Question(
+            hub=me.run,
+            what=what,
+            number=number,
+            arguments=arguments or {},
+            group=me.group if group else "",
+        )
+        try:
+            if await self._send(self._channel, question):
+                async with asyncio.timeout(patience or self._patience):
+                    await asked.complete.wait()
+        except TimeoutError:
+            pass
+        finally:
+            del self._asked[number]
+        missing = [name for run, name in wanted.items() if run not in asked.answers]
+        found = {wanted[run]: value for run, value in asked.answers.items()}
+        return Answers(found, missing)
+
+    async def _send(self, channel: str, message: Question | Answer) -> bool:
+        """Publish a message; return whether the store has taken it."""
+        data = await encode(message)
+        if len(data) > MOST_SENT:
+            logger.warning("a message to other hubs is too long: %d bytes", len(data))
+            return False
+        try:
+            await self._store.publish(channel, data)
+        except StoreError as exc:
+            logger.debug("a message to other hubs is lost: %s", exc)
+            return False
+        return True
+
+    # --- What arrives -------------------------------------------------------------
+
+    def _take_question(self, data: bytes) -> None:
+        self._handle(self._reply_to(data))
+
+    def _take_answer(self, data: bytes) -> None:
+        self._handle(self._read_answer(data))
+
+    def _handle(self, step: Coroutine[Any, Any, None]) -> None:
+        if len(self._tasks) >= MOST_HANDLED:
+            step.close()
+            return
+        task = spawn(step, "message of another hub")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _read(self, kind: type[M], data: bytes) -> M | None:
+        """Read a message of another hub; a long one in a thread."""
+
+        def read() -> M | None:
+            return messages.decode(kind, inflate(data), self._channel, MOST_READ)
+
+        message = read() if len(data) < LONG else await asyncio.to_thread(read)
+        own = message is None or message.hub == self._members.me.run
+        return None if own else message
+
+    async def _read_answer(self, data: bytes) -> None:
+        answer = await self._read(Answer, data)
+        if answer is None:
+            return
+        if asked := self._asked.get(answer.number):
+            asked.take(answer)
+        elif not answer.number and answer.hub in self._members.others:
+            self._take_news(self._names()[answer.hub], answer.value)
+
+    async def _reply_to(self, data: bytes) -> None:
+        question = await self._read(Question, data)
+        me = self._members.me
+        if question is None or question.group not in ("", me.group):
+            return
+        if question.what == "watch":
+            seconds = float(question.arguments.get("seconds", 0))
+            self._watchers[question.hub] = self._clock() + min(seconds, MOST_WATCHED)
+            return
+        answer = Answer(hub=me.run, number=question.number)
+        reply = self._replies.get(question.what)
+        try:
+            if reply is None:
+                answer.error = "it is of another version"
+            else:
+                value = reply(question.arguments)
+                answer.value = await value if inspect.isawaitable(value) else value
+        except Exception:
+            logger.exception("the question %r of another hub failed", question.what)
+            answer.error = "it failed"
+        channel = f"{self._channel}:{question.hub}"
+        if not await self._send(channel, answer) and answer.value is not None:
+            answer = Answer(hub=me.run, number=question.number, error="too long")
+            await self._send(channel, answer)
+
+    # --- Events -------------------------------------------------------------------
+
+    async def watch(self, seconds: float) -> None:
+        """Have the other hubs send their events for so long."""
+        if self._members.others:
+            arguments = {"seconds": seconds}
+            question = Question(
+                hub=self._members.me.run, what="watch", arguments=arguments
+            )
+            await self._send(self._channel, question)
+
+    @property
+    def watched(self) -> bool:
+        """Whether events are followed at another hub."""
+        now = self._clock()
+        for run, until in tuple(self._watchers.items()):
+            if until <= now:
+                del self._watchers[run]
+        return bool(self._watchers)
+
+    async def send_news(self, events: Events) -> None:
+        """Send what has happened to the hubs at which events are followed."""
+        for run in tuple(self._watchers):
+            news = Answer(hub=self._members.me.run, value=events)
+            await self._send(f"{self._channel}:{run}", news)
+
+
+class _Asked:
+    """A question that waits for its answers."""
+
+    def __init__(self, wanted: Mapping[str, str]) -> None:
+        self._left = set(wanted)  # run ids
+        self.answers: dict[str, Any] = {}
+        self.complete = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Asked answers={len(self.answers)} left={len(self._left)}>"
+
+    def take(self, answer: Answer) -> None:
+        if answer.hub not in self._left:
+            return
+        self._left.discard(answer.hub)
+        if answer.error:
+            logger.info("a hub has no answer: %s", answer.error)
+        else:
+            self.answers[answer.hub] = answer.value
+        if not self._left:
+            self.complete.set()
