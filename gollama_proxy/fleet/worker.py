@@ -101,8 +101,15 @@ class Worker(Offer):
     _odd_slots: int | None = None
     _odd_timings: bool = False
     _odd_build: str = ""
-    full: bool = False  # every slot is taken
+    # Where hubs share it: the slots that this one may use, whether the others use all
+    # the rest, and what is called for each slot that comes free, if that goes to them.
+    share: int | None = None  # None: it is not shared
+    scarce: bool = True
+    on_yield: Callable[[Worker], None] | None = None
+    peak: int = 0  # most slots taken at once since this was last set
+    full: bool = False  # every slot that it may use is taken
     _taken: int = 0  # slots
+    _limit: float = math.inf  # of those that may be taken
     _full_since: float | None = None
     _seen: tuple[object, ...] = ()  # what `on_change` was last called for
 
@@ -117,6 +124,7 @@ class Worker(Offer):
         self.weight = config.weight or config.vram_gib or 1.0
         described = self.description.slots if self.description else None
         self.slots = config.slots or self._believed(described)
+        self._note_room()
 
     def _new_breaker(self, name: str) -> Breaker:
         return Breaker(name, self.policy, self.clock, self.rng, self.changed)
@@ -240,14 +248,22 @@ class Worker(Offer):
         return len(self.leases)
 
     @property
+    def running(self) -> int:
+        """The slots that its requests take; `in_flight` counts all requests."""
+        return self._taken
+
+    @property
+    def room(self) -> int | None:
+        """How many requests it can take at once, from all hubs; None if unknown."""
+        return None if self.slots is None else self.slots + self.overcommit
+
+    @property
     def free(self) -> float:
         """How many more requests it can take; below 0 if it has too many.
 
         Infinite if the number of slots is unknown.
         """
-        if self.slots is None:
-            return math.inf
-        return self.slots + self.overcommit - self._taken
+        return self._limit - self._taken
 
     def surplus(self) -> int:
         """Return how many more requests it has than threads, if that is above 0.
@@ -333,15 +349,29 @@ class Worker(Offer):
         lease.loads = model in self._unloaded
         self.leases.add(lease)
         self._taken += slot
-        if self.slots is not None and self._taken >= self.slots + self.overcommit:
+        if self._taken > self.peak:
+            self.peak = self._taken
+        if self._taken >= self._limit:
             self.full = True
-            if self._full_since is None:
+            if self._full_since is None and self.scarce:
                 self._full_since = lease.taken_at
         return lease
 
+    def allot(self, share: int | None, *, scarce: bool = True) -> None:
+        """Limit it to this hub's share of its slots; None is no limit.
+
+        Unless the rest is `scarce`, being full does not last: the hub gets more.
+        """
+        self.share, self.scarce = share, scarce
+        self._note_room()
+
     def _note_room(self) -> None:
+        room = self.room
+        self._limit = math.inf if room is None else room
+        if self.share is not None and room is not None:
+            self._limit = min(room, self.share)
         self.full = self.free <= 0
-        if not self.full:
+        if not (self.full and self.scarce):
             self._full_since = None
         elif self._full_since is None:
             self._full_since = self.clock()
@@ -353,8 +383,10 @@ class Worker(Offer):
         self.used_at = lease.released_at = clock()
         self.leases.discard(lease)
         self._taken -= lease.slot
+        if self.on_yield is not None and lease.slot:
+            self.on_yield(self)
         if self.full:
-            self.full = self.free <= 0
+            self.full = self._taken >= self._limit
         verdict = lease.judge(result, beside)
         for permit in lease.permits:
             permit.settle(proof_of(verdict, result))

@@ -12,6 +12,8 @@ Theory of operation
 `join()`   lets it wait otherwise, if there is room.
 `next()`   names the request that gets a slot which has come free, of those that wait
            for these models.
+`take()`   does the same for one subject: where hubs share a worker, they compare the
+           turns of all subjects in the store, and it names the one that is next.
 `leave()`  ends a ticket, waiting or running.  It is called for each ticket, and at once
            when the client goes away.
 
@@ -183,6 +185,51 @@ class Admission:
                     return self._take_turn(some)
         return None
 
+    def take(
+        self, subject: str, models: Collection[str], able: Callable[[Ticket], bool]
+    ) -> Ticket | None:
+        """Admit the next request of one subject that is `able` to use the slot.
+
+        `models` are those of the worker: a turn counts for each.  None if no request
+        of the subject can be admitted.
+        """
+        holder = self._subjects.get(subject)
+        if holder is None or holder.withheld:
+            return None
+        found = (
+            next(filter(able, rounds.of(subject)), None) for rounds in holder.rounds
+        )
+        ticket = min(filter(None, found), key=_rank, default=None)
+        if ticket is not None:
+            self._admit(
+                ticket, [self._rounds_of(each, ticket.priority) for each in models]
+            )
+        return ticket
+
+    def in_turn(self, model: str, most: int) -> list[Ticket]:
+        """Return the tickets that may be admitted, in the order of their turns.
+
+        At most `most` of them, and of each subject no more than its limit lets run.
+        """
+        left = {
+            name: holder.limit - holder.running
+            for name, holder in self._subjects.items()
+            if holder.limit
+        }
+        found: list[Ticket] = []
+        for rounds in self._rounds_for(model):
+            for ticket in rounds.turns():
+                if len(found) >= most:
+                    return found
+                if left:
+                    allowed = left.get(ticket.subject, 1)
+                    if allowed <= 0:
+                        continue
+                    if ticket.subject in left:
+                        left[ticket.subject] = allowed - 1
+                found.append(ticket)
+        return found
+
     def wanted(self) -> set[str]:
         """Return the models for which a request waits that could be admitted."""
         return {
@@ -328,15 +375,19 @@ class Admission:
         subject = min(some, key=lambda rounds: rounds.tick).front
         waiting = (rounds.oldest(subject) for rounds in some)
         ticket = min(filter(None, waiting), key=_number)
+        self._admit(ticket, some)
+        return ticket
+
+    def _admit(self, ticket: Ticket, some: Iterable[Rounds]) -> None:
+        """Let a request go in whose turn it is; the turn counts in some rounds."""
         for rounds in some:
-            rounds.had_turn(subject)
+            rounds.had_turn(ticket.subject)
         self.turns[ticket.priority] += 1
         self._forecast(ticket.model).had_turn()
         holder = self._subjects[ticket.subject]
         self._take_out(ticket, _RUNNING)
         holder.running += 1
         holder.review()
-        return ticket
 
     def _take_out(self, ticket: Ticket, state: TicketState) -> None:
         """Take a ticket that waits out of the queue."""
@@ -425,6 +476,10 @@ class Admission:
 
 def _number(ticket: Ticket) -> int:
     return ticket.number
+
+
+def _rank(ticket: Ticket) -> tuple[int, int]:
+    return ticket.priority.rank, ticket.number
 
 
 class Forecast:

@@ -12,12 +12,16 @@ A request waits for one of two things:
   many seconds as its `patience`, and only as long as its plan sees a chance of one.
 
 While a sleeping machine is being woken for it, a request waits for a slot of that one.
+
+Where several hubs share the workers, each hands out only the slots that it holds.
+`on_wait` is called while requests wait here, `wants()` lists what they wait for, and
+`grant()` serves one subject with a slot that it got in its turn among all hubs.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from functools import partial
 from itertools import filterfalse
 from operator import attrgetter
@@ -48,6 +52,9 @@ class Waking(NamedTuple):
 
 # Seconds after which a request looks again whether its machine is still being woken.
 WAKING_CHECK = 1.0
+
+# Workers that hubs share among which a request may wait for a better one.
+MOST_COMPARED = 64
 
 _is_full = attrgetter("full")
 
@@ -110,6 +117,8 @@ class Queue(Listener):
         # Had their turn, and cannot have the slots that are free, or do not want them.
         self._passed_over: list[Ticket] = []
         self._stranded: dict[asyncio.Future[None], Plan] = {}  # without a worker
+        # Called when requests wait for slots and there is none to hand out.
+        self.on_wait: Callable[[], None] | None = None
         self._registry.subscribe(self)
 
     def __repr__(self) -> str:
@@ -357,31 +366,121 @@ class Queue(Listener):
         if not self._waiters:
             return
         self._passed_over = [
-            each for each in self._passed_over if not self._serve(each)
+            each
+            for each in self._passed_over
+            if not self._serve(each, self._free_for(each))
         ]
         while models := [m for m in self.admission.wanted() if self._has_free(m)]:
             ticket = self.admission.next(models)
             assert ticket is not None, self
-            if not self._serve(ticket):
+            if not self._serve(ticket, self._free_for(ticket)):
                 self._passed_over.append(ticket)
+        if self.on_wait is not None:
+            self.on_wait()
+
+    # --- Slots that hubs share ----------------------------------------------------
+
+    @property
+    def waits(self) -> bool:
+        """Whether any request waits for a slot."""
+        return bool(self._waiters)
+
+    def wants(
+        self, most: int, scarce: Callable[[Worker], bool]
+    ) -> Iterator[tuple[Ticket, list[Worker]]]:
+        """Yield requests that wait for a slot, with the workers that they wait for.
+
+        Those of each model in the order of their turns, at most `most` of them, after
+        those that have had their turn and wait for a better worker.  A request waits
+        for the worker that its policy prefers, of those that are not `scarce`; if there
+        are only such, for any.
+        """
+        for ticket in self._passed_over[:most]:
+            yield ticket, self._acceptable(ticket)
+        for model in self.admission.wanted():
+            for ticket in self.admission.in_turn(model, most):
+                yield ticket, self._preferred(ticket, scarce)
+
+    def _preferred(
+        self, ticket: Ticket, scarce: Callable[[Worker], bool]
+    ) -> list[Worker]:
+        plan = self._waiters[ticket].plan
+        workers = plan.candidates()
+        free = [worker for worker in workers if not scarce(worker)]
+        if not free:
+            return workers
+        patience = self._patience(ticket, workers)
+        worker = self._balancer.pick(plan, free, patience, dry=True)
+        return self._acceptable(ticket) if worker is None else [worker]
+
+    def _acceptable(self, ticket: Ticket) -> list[Worker]:
+        """Return the workers of which a request would take a slot."""
+        plan = self._waiters[ticket].plan
+        workers = plan.candidates()
+        patience = self._patience(ticket, workers)
+        if not patience:
+            return workers
+        pick = self._balancer.pick
+        return [each for each in workers if pick(plan, [each], patience, dry=True)]
+
+    def grant(self, worker: Worker, subject: str) -> bool:
+        """Give a free slot of a worker to a request of one subject, whose turn it is.
+
+        False if none of its requests can use the slot.
+        """
+
+        def able(ticket: Ticket) -> bool:
+            plan, future = self._waiters[ticket]
+            return not future.done() and worker in plan.candidates()
+
+        for ticket in self._passed_over:
+            own = ticket.subject == subject and able(ticket)
+            if own and self._serve(ticket, [worker]):
+                self._passed_over.remove(ticket)
+                return True
+
+        models = [
+            model
+            for model in self.admission.wanted()
+            if worker in self._registry.pool(model).available
+        ]
+        while True:
+            found = self.admission.take(subject, models, able)
+            if found is None:
+                return False
+            if self._serve(found, [worker]):
+                return True
+            self._passed_over.append(found)
 
     def _has_free(self, model: str) -> bool:
         return any(not worker.full for worker in self._registry.pool(model).available)
 
-    def _serve(self, ticket: Ticket) -> bool:
-        """Give a ticket a slot, if one is free that it may have."""
+    def _free_for(self, ticket: Ticket) -> list[Worker]:
+        candidates = self._waiters[ticket].plan.candidates()
+        return [worker for worker in candidates if not worker.full]
+
+    def _serve(self, ticket: Ticket, free: list[Worker]) -> bool:
+        """Give a ticket a slot of one of these workers, if it takes one."""
         plan, future = self._waiters[ticket]
         if future.done():
             return True
-        free = [worker for worker in plan.candidates() if not worker.full]
         if not free:
             return False
-        patience = ticket.joined_at + self.admission.patience - self._clock()
-        worker = self._balancer.pick(plan, free, max(patience, 0.0))
+        patience = self._patience(ticket, plan.candidates())
+        worker = self._balancer.pick(plan, free, patience)
         if worker is None:
             return False
         future.set_result(worker.lease(plan.pool.model))
         return True
+
+    def _patience(self, ticket: Ticket, workers: Collection[Worker]) -> float:
+        """Return the seconds for which a request may still wait for a better worker.
+
+        Where hubs share many workers, none: each would have to be considered.
+        """
+        if self.on_wait is not None and len(workers) > MOST_COMPARED:
+            return 0.0
+        return max(ticket.joined_at + self.admission.patience - self._clock(), 0.0)
 
 
 def _finish(future: asyncio.Future[None] | asyncio.Future[Lease | None]) -> None:

@@ -133,7 +133,7 @@ class Ticket:
 class Rounds:
     """The subjects that wait for one model in one class, and their tickets.
 
-    Every step but `order()` takes constant time on average.
+    Every step but `order()` and `turns()` takes constant time on average.
     """
 
     __slots__ = (
@@ -187,7 +187,7 @@ class Rounds:
         return not queue
 
     def oldest(self, subject: str) -> Ticket | None:
-        return next(iter(self._queues.get(subject, ())), None)
+        return next(iter(self.of(subject)), None)
 
     def newest(self, subject: str) -> Ticket:
         return next(reversed(self._queues[subject]))
@@ -250,10 +250,18 @@ class Rounds:
 
         The tickets of withheld subjects come last.
         """
+        yield from self.turns()
+        withheld = sorted(self._queues.keys() - self._now.keys() - self._after.keys())
+        yield from _in_turn(self._queues[subject] for subject in withheld)
+
+    def turns(self) -> Iterator[Ticket]:
+        """Yield the tickets of subjects that may be admitted, in their order."""
         ring = [*self._now, *self._after]
-        withheld = sorted(self._queues.keys() - ring)
-        for subjects in ring, withheld:
-            yield from _in_turn(self._queues[subject] for subject in subjects)
+        yield from _in_turn(self._queues[subject] for subject in ring)
+
+    def of(self, subject: str) -> Iterable[Ticket]:
+        """Return the tickets of a subject, the oldest one first."""
+        return self._queues.get(subject, ())
 
 
 def _in_turn(queues: Iterable[Iterable[Ticket]]) -> Iterator[Ticket]:

@@ -81,3 +81,6 @@ class InOrder(Policy):
 
     def pick(self, ask: Ask, workers: Sequence[Worker], fits: Fits) -> Worker | None:
         return next(filter(fits, workers), None)
+
+    def twin(self, ask: Ask) -> Policy:
+        return self

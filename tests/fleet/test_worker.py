@@ -455,6 +455,58 @@ def test_a_slot_that_is_taken_again_at_once_was_not_free() -> None:
     assert worker.full_for == 0.0
 
 
+def test_it_takes_no_more_requests_than_this_hub_may_have_of_it() -> None:
+    (worker,) = pool(4)
+    worker.allot(1)
+    assert (worker.free, worker.room, worker.full) == (1, 4, False)
+    lease = worker.lease("m")
+    assert worker.full
+    with worker.lease("m", slot=False):
+        assert (worker.in_flight, worker.running) == (2, 1)
+    worker.allot(9)
+    assert worker.free == 3
+    worker.allot(None)
+    assert worker.free == 3
+    assert worker.peak == 1
+    lease.release(Result.COMPLETE)
+
+
+def test_a_worker_without_a_number_of_slots_has_no_share() -> None:
+    (worker,) = pool(None)
+    worker.allot(0)
+    assert not worker.full
+    assert worker.room is None
+    worker.observe(Check.OK, "ok", Description((Model("m"),), slots=2))
+    assert worker.full
+
+
+def test_a_slot_that_others_wait_for_is_given_up_before_it_can_be_taken_again() -> None:
+    (worker,) = pool(4)
+    worker.allot(2)
+    seen: list[tuple[int, bool]] = []
+    worker.on_yield = lambda it: it.allot(it.running)
+    worker.on_free = lambda: seen.append((worker.running, worker.full))
+    first, second = worker.lease("m"), worker.lease("m")
+    first.release(Result.COMPLETE)
+    second.release(Result.COMPLETE)
+    assert seen == [(1, True), (0, True)]
+
+
+def test_it_is_full_for_good_only_if_no_other_slot_can_be_had() -> None:
+    (worker,) = pool(4)
+    worker.allot(0, scarce=False)
+    worker.clock.advance(10)  # type: ignore[attr-defined]
+    assert worker.full
+    assert worker.full_for == 0
+    worker.allot(0, scarce=True)
+    worker.clock.advance(10)  # type: ignore[attr-defined]
+    assert worker.full_for == 10
+    worker.allot(1)
+    worker.lease("m")
+    worker.clock.advance(3)  # type: ignore[attr-defined]
+    assert worker.full_for == 3
+
+
 def test_slots_are_those_that_it_reported_last() -> None:
     worker = make()
     assert (worker.slots, worker.free) == (None, math.inf)

@@ -681,6 +681,51 @@ class Admissions(RuleBasedStateMachine):
         self.waiting.remove(ticket)
         self.running.append(ticket)
 
+    @precondition(lambda self: self.waiting)
+    @rule(
+        subject=subjects,
+        models=st.sampled_from(["x", "y", "xy", "yx", "xyz"]),
+        able=st.sampled_from(["x", "y", "xy", ""]),
+    )
+    def a_slot_is_for_one_subject(self, subject: str, models: str, able: str) -> None:
+        own = [
+            each
+            for priority in Priority
+            for each in self.waiting
+            if each.priority is priority
+            and each.subject == subject
+            and each.model in able
+            and not self.at_limit(subject)
+        ]
+        ticket = self.admission.take(subject, models, lambda each: each.model in able)
+        assert ticket is (own[0] if own else None), "the oldest one of the best class"
+        if ticket is None:
+            return
+        assert ticket.state is TicketState.RUNNING
+        self.passed.clear()  # the order is not this admission's
+        self.waiting.remove(ticket)
+        self.running.append(ticket)
+
+    @invariant()
+    def those_that_may_go_in_are_listed(self) -> None:
+        for model in "xy":
+            listed = self.admission.in_turn(model, 100)
+            left = {
+                each: limit - [one.subject for one in self.running].count(each)
+                for each, limit in self.limit.items()
+                if limit
+            }
+            able = [each for each in self.waiting if each.model == model]
+            for subject in "abcd":
+                own = [each for each in able if each.subject == subject]
+                own.sort(key=lambda each: each.priority.rank)
+                most = max(left.get(subject, len(own)), 0)
+                there = [each for each in listed if each.subject == subject]
+                assert there == own[:most]
+            ranks = [each.priority.rank for each in listed]
+            assert ranks == sorted(ranks)
+            assert self.admission.in_turn(model, 1) == listed[:1]
+
     def note_turn(self, ticket: Ticket, models: str, others: set[str]) -> None:
         for subject in others - {ticket.subject}:
             key = (ticket.model, ticket.priority, subject)
@@ -759,6 +804,23 @@ TestAdmissions.settings = settings(
     stateful_step_count=50,
     suppress_health_check=[HealthCheck.too_slow],  # the machine may be busy
 )
+
+
+def test_a_turn_that_was_granted_counts_for_each_model_of_the_worker() -> None:
+    admission = make()
+    wait(admission, "aab", "x")
+    wait(admission, "a", "y")
+    ticket = admission.take("a", "xy", lambda each: each.model == "y")
+    assert ticket is not None
+    assert ticket.model == "y"
+    assert turns(admission, "x") == "baa"
+
+
+def test_a_retry_goes_before_the_subjects_other_requests() -> None:
+    admission = make()
+    wait(admission, "aa")
+    first = admission.join("a", "m", first=True)
+    assert admission.take("a", "m", lambda each: True) is first
 
 
 @given(

@@ -835,3 +835,78 @@ class Play:
             while (permit := worker.breaker.permit()) is not None:
                 permit.settle(True)
         self.hub.queue.look_again()
+
+
+# --- Slots that hubs share --------------------------------------------------------
+
+
+def never(worker: Worker) -> bool:
+    return False
+
+
+def always(worker: Worker) -> bool:
+    return True
+
+
+async def test_while_requests_wait_the_queue_reports_it() -> None:
+    hub = Hub()
+    calls: list[bool] = []
+    hub.queue.on_wait = lambda: calls.append(hub.queue.waits)
+    hub.workers[0].allot(0)
+    assert hub.queue.try_acquire(hub.request()) is None
+    assert not hub.queue.waits
+    async with hub.waiting(hub.request()):
+        assert calls == [True]
+    assert not hub.queue.waits
+
+
+async def test_a_slot_that_is_granted_to_a_subject_goes_to_its_oldest_request() -> None:
+    hub = Hub()
+    worker = hub.workers[0]
+    worker.allot(0)
+    async with hub.waiting(hub.request("bob")) as bob, hub.waiting(hub.request()):
+        worker.allot(1)
+        assert hub.queue.grant(worker, "bob")
+        lease = await bob
+        assert lease.worker is worker
+        worker.allot(2)
+        assert not hub.queue.grant(worker, "bob"), "it has no other request"
+        assert not hub.queue.grant(worker, "cid")
+
+
+async def test_a_request_wants_the_worker_that_its_policy_prefers_or_any() -> None:
+    hub = Hub("m", "m")
+    hub.balancer.policy = InOrder()
+    for worker in hub.workers:
+        worker.allot(0)
+    one, two = hub.workers
+    async with hub.waiting(hub.request()):
+        [(ticket, workers)] = hub.queue.wants(9, never)
+        assert (ticket.subject, workers) == ("ann", [one])
+        [(_, workers)] = hub.queue.wants(9, lambda worker: worker is one)
+        assert workers == [two]
+        [(_, workers)] = hub.queue.wants(9, always)
+        assert workers == [one, two]
+
+
+async def test_a_request_with_patience_leaves_a_slot_to_others() -> None:
+    hub = Hub("m", "m")
+    hub.balancer.policy = Choosy()
+    one, two = hub.workers
+    for worker in hub.workers:
+        worker.allot(0)
+    async with hub.waiting(choosy(hub)) as bob:
+        [(_, workers)] = hub.queue.wants(9, always)
+        assert workers == [one, two]
+        one.allot(1)
+        assert not hub.queue.grant(one, "bob"), "it waits for the other one"
+        one.allot(0)
+        async with hub.waiting(hub.request("bob")) as other:
+            wants = [workers for _, workers in hub.queue.wants(9, always)]
+            assert wants == [[two], [one, two]]
+            one.allot(1)
+            assert hub.queue.grant(one, "bob")
+            assert (await other).worker is one
+        two.allot(1)
+        assert hub.queue.grant(two, "bob")
+        assert (await bob).worker is two
