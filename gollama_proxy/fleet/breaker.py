@@ -207,6 +207,12 @@ class Breaker:
         moment = self._rested_at if opens else self._busy_until
         return moment if moment > self._clock() else math.inf
 
+    @property
+    def works(self) -> bool:
+        """Whether the last answers were good, and not long ago."""
+        good = self.closed and not self._in_a_row
+        return good and self._successes.recent(TRUSTED) > 0
+
     def turn(self, *, dry: bool = False) -> bool:
         """Return whether an available worker should take this request, or leave it.
 
@@ -296,7 +302,7 @@ class Breaker:
         if (
             not self.closed
             or now - self._proved_at < self.policy.open_max
-            or self._successes.recent(TRUSTED)
+            or self._successes.recent(TRUSTED) > 0
         ):
             return False
         self._forget_old_openings(now)

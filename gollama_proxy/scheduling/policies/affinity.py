@@ -217,6 +217,12 @@ class Memory:
 
     def note(self, turn: Turn) -> None:
         """Record a turn that another hub has sent to a worker."""
+        known = self._prefixes.get(turn.keys[-1])
+        if known is not None and (known[0].whole, known[0].worker) == (
+            turn.keys[-1],
+            turn.worker,
+        ):
+            return  # it is known already, from here or from another report
         cache = self._cache(turn.model, turn.worker)
         cache.served += 1
         known = self._prefixes.get(turn.before)
