@@ -7,6 +7,9 @@ starts the server too, restarts it when it ends, and ends it last.
 
 A hub checks an address by connecting to the agent there, at the proof port.
 
+Hubs of one cluster share the registration: the agent renews it with one of them, and
+continues with the next as soon as that one does not answer or refuses.
+
 A hub that is away, or refuses the worker for a reason that can pass, is tried again,
 less and less often.  If every hub refuses for a reason that stays, such as a wrong
 token, an agent that has just been started ends with status 1.  One that has served
@@ -260,7 +263,10 @@ class Agent:
             self.url = llama.with_port(options.worker)
         port = urlsplit(self.url).port
         self.name = options.name or f"{machine.host_name()}:{port}"
-        self.hubs = [HubLink(self, url, credentials) for url in options.hubs]
+        self.hubs = [
+            HubLink(self, url, credentials, place)
+            for place, url in enumerate(options.hubs)
+        ]
         self.known_mac = ""  # by which hubs wake this machine, "none" if unknown
         self.falling_asleep_until = -math.inf
         self._awake_since = asyncio.get_running_loop().time()
@@ -382,8 +388,29 @@ class Agent:
             "sleeping": now < self.falling_asleep_until,
         }
 
+    def in_place_of(self, link: HubLink) -> HubLink | None:
+        """Return the hub of the same cluster that has the registration, if one has.
+
+        Which hub has used the server last is what each of them has to be asked, so
+        with `--sleep-after` none is left out.
+        """
+        if not link.cluster or self.options.sleep_after:
+            return None
+        others = (each for each in self.hubs if each is not link and each.registered)
+        return next((each for each in others if each.cluster == link.cluster), None)
+
     def note(self) -> None:
-        """Decide whether to go on after a hub has answered."""
+        """Decide whether to go on after a hub has answered.
+
+        The next hub is called if this was the first answer of one, and those that
+        stand by if theirs has failed.  They are called one after the other, so that
+        two hubs of a cluster do not check the same worker at once.
+        """
+        if new := next((each for each in self.hubs if not each.called), None):
+            new.loop.wake()
+        waiting = (each for each in self.hubs if each.standing_by)
+        if left := next((w for w in waiting if not self.in_place_of(w)), None):
+            left.loop.wake()
         if any(each.refusal is Refusal.NONE for each in self.hubs):
             self._registered()
         lasting = all(each.refusal is Refusal.LASTING for each in self.hubs)
@@ -393,10 +420,13 @@ class Agent:
     def describe(self) -> str:
         """Return the line that `systemctl status` shows."""
         of = count(len(self.hubs), "hub")
-        at = sum(each.refusal is Refusal.NONE for each in self.hubs)
+        at = sum(each.registered for each in self.hubs)
+        standby = sum(each.standing_by for each in self.hubs)
         refusals = [each.refusal for each in self.hubs if each.refusal is not None]
         if at:
             state = f"registered as {self.name} with {at} of {of}"
+            if standby:
+                state += f", {standby} standing by"
         elif refusals:
             state = f"not registered with {of}: {refusals[0].value}"
         else:
@@ -429,9 +459,14 @@ class Agent:
         if answers != self.answers:
             self.answers = answers
             logger.info("the server %s", "answers" if answers else "does not answer")
-            for each in self.hubs:
-                each.loop.wake()
+            self._report()
         return None
+
+    def _report(self) -> None:
+        """Call the hubs now, except those whose turn has not come yet."""
+        for each in self.hubs:
+            if each.called:
+                each.loop.wake()
 
     async def _helped(self) -> None:
         """Wait until each helper of `--rpc` can be reached.
@@ -452,8 +487,7 @@ class Agent:
     def _wait_for(self, helpers: tuple[str, ...]) -> None:
         """Notify the hubs of what the server waits for."""
         self.waiting_for = helpers
-        for each in self.hubs:
-            each.loop.wake()
+        self._report()
 
     # --- Sleep --------------------------------------------------------------------
 
@@ -472,8 +506,7 @@ class Agent:
             await self._suspend()
         self._awake_since = loop.time()
         self.falling_asleep_until = -math.inf
-        for each in self.hubs:
-            each.loop.wake()
+        self._report()
 
     async def _suspend(self) -> None:
         """Suspend the machine; return when it is awake again, or cannot sleep."""

@@ -281,8 +281,10 @@ def _add_agent_flags(parser: argparse.ArgumentParser) -> None:
         "\nThe token needs the scope worker:\n"
         "  gollama-proxy token --sub desktop --scope worker\n"
         "The hub connects to the worker and to the proof port: open both to it.\n"
+        "\nHubs of one cluster share their workers: the agent registers with one of\n"
+        "them, and with the next when that one does not answer.\n"
         "\nenvironment variables:\n"
-        "  GOLLAMA_HUB\n      hub, if --hub is not given\n"
+        "  GOLLAMA_HUB\n      hubs, separated by spaces, if --hub is not given\n"
         "  GOLLAMA_TOKEN\n      token, if --token-file is not given"
     )
     add = parser.add_argument
@@ -422,15 +424,16 @@ def _import_server() -> None:
 def _agent(args: argparse.Namespace) -> int:
     _import_aiohttp()
     from gollama_proxy import agent, tasks
+    from gollama_proxy.control.client import split_hubs
     from gollama_proxy.service import Service
     from gollama_proxy.telemetry import logs
 
     if args.exec != bool(args.following):
         missing = "a command after --" if args.exec else "--exec before --"
         raise ConfigError(f"--exec: needs {missing}, such as --exec -- llama-server")
-    hubs = os.environ.get("GOLLAMA_HUB", "").split()
+    hubs = split_hubs(os.environ.get("GOLLAMA_HUB", ""))
     options = agent.Options(
-        hubs=tuple(args.hub or (() if args.discover else hubs)),
+        hubs=tuple(dict.fromkeys(args.hub or (() if args.discover else hubs))),
         discover=args.discover,
         worker=args.worker,
         command=tuple(args.following),

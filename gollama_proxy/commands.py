@@ -50,7 +50,8 @@ from gollama_proxy.control.display import (
 _EPILOG = f"""\
 environment variables:
   GOLLAMA_HUB
-      address of the hub, if --hub is not given
+      address of the hub, if --hub is not given; of several, separated by spaces,
+      the first that accepts a connection is used
   GOLLAMA_TOKEN
       token, if neither --token nor --token-file is given
   SSL_CERT_FILE

@@ -1,4 +1,10 @@
-"""The registration of a worker with one hub, as its agent keeps it."""
+"""The registration of a worker with one hub, as its agent keeps it.
+
+Hubs that share a store share the registration, too: their answers have the same
+`cluster`.  One of them is called, and the others stand by until it does not answer.
+A hub that cannot reach its store leaves `cluster` out, because it is on its own then,
+and has to be called like one that has nothing to do with the others.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 10.0  # of one call of a hub, which may include a proof of 3 s
 MARGIN = 5.0  # seconds beyond the drain time of a hub
+FIRST_ANSWER = 2.0  # seconds for which a hub is waited for before the next is called
 
 
 # --- Decisions --------------------------------------------------------------------
@@ -125,6 +132,7 @@ class Registrant(Protocol):
     @property
     def session(self) -> aiohttp.ClientSession: ...
     async def registration(self, url: str) -> dict[str, Any]: ...
+    def in_place_of(self, link: HubLink) -> HubLink | None: ...
     def note(self) -> None: ...
 
 
@@ -132,13 +140,23 @@ class HubLink:
     """The registration with one hub."""
 
     def __init__(
-        self, agent: Registrant, url: str, credentials: ssl.SSLContext | None
+        self,
+        agent: Registrant,
+        url: str,
+        credentials: ssl.SSLContext | None,
+        place: int = 0,
     ) -> None:
+        """Make one; `place` is that of the hub in the agent's list, 0 first."""
         self.url = url.rstrip("/")
+        self.called = False
         self.refusal: Refusal | None = None  # None before the first answer
         self.running = 0  # answers that a hub that was left still waits for
         self.served = False  # it has registered the worker before
-        self.loop = Periodic(f"registration at {url}", self._renew, 1.0, delay=0.0)
+        self.cluster = ""  # what it shares with other hubs; empty: nothing
+        self.standing_by = False  # another hub of the cluster has the registration
+        self.loop = Periodic(
+            f"registration at {url}", self._renew, 1.0, delay=place * FIRST_ANSWER
+        )
         self._agent = agent
         self._credentials = credentials
         self._schedule = Schedule()
@@ -149,10 +167,20 @@ class HubLink:
 
     def __repr__(self) -> str:
         state = self.refusal.name.lower() if self.refusal else "new"
+        state = "standing by" if self.standing_by else state
         return f"<HubLink {self.url} {state}>"
+
+    @property
+    def registered(self) -> bool:
+        """Return whether this hub has the registration, and is called to renew it."""
+        return self.refusal is Refusal.NONE and not self.standing_by
 
     async def _renew(self) -> float:
         agent = self._agent
+        if (keeper := agent.in_place_of(self)) is not None:
+            self._stand_by(keeper)
+            return Schedule.LONGEST
+        self.called, self.standing_by = True, False
         try:
             local = await machine.address_towards(self.url)
             placed = machine.place(agent.url, local)
@@ -166,11 +194,22 @@ class HubLink:
         self._log(answer)
         if self.refusal is Refusal.NONE:
             self.served = True
+            cluster = answer.body.get("cluster")
+            self.cluster = cluster if isinstance(cluster, str) else ""
             self._note_idle(answer)
             if agent.answers and self._placed != self._checked:
                 await self._check_reachable()
+            if (keeper := agent.in_place_of(self)) is not None:
+                self._stand_by(keeper)
         agent.note()
         return self._schedule.after(answer)
+
+    def _stand_by(self, keeper: HubLink) -> None:
+        if not self.standing_by:
+            text = "hub %s stands by: it shares its workers with the hub %s"
+            logger.info(text, self.url, keeper.url)
+        self.standing_by = True
+        self._trouble = "standing by"
 
     def _note_idle(self, answer: Answer) -> None:
         idle = answer.body.get("idle")

@@ -84,6 +84,8 @@ _MAY_BLOCK = {
     "gollama_proxy/config/tls.py": {"for_server", "for_workers"},
     "gollama_proxy/llama.py": {"find", "_find_model"},
     "gollama_proxy/demo.py": {"_start_servers"},
+    # A datagram socket that is given its peer: nothing is sent.
+    "gollama_proxy/machine.py": {"address_towards"},
     # A llama-server of the demo has died: its last words are read, and all ends.
     "gollama_proxy/children.py": {"check"},
     # The end of an event loop waits for its threads, the last of which may still end.

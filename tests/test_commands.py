@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from gollama_proxy.cli import main
+from gollama_proxy.control.client import AdminClient, CallError
 from gollama_proxy.fleet.state import Hold, WorkerState
 from gollama_proxy.state import ledger
 from gollama_proxy.state.ledger import day_of
@@ -664,6 +665,36 @@ async def test_no_hub_is_one_line(argv: list[str], run: Run) -> None:
         done = await run(*argv, "--hub", gone.url)
         assert done.status == 1
         assert done.error == f"no hub answers at {gone.url}: connection refused"
+
+
+async def test_of_several_hubs_the_first_that_answers_is_used(
+    environ: dict[str, str], run: Run
+) -> None:
+    async with ScriptedWorker(up=False) as gone, running_hub() as hub:
+        environ["GOLLAMA_HUB"] = f"{gone.url}, {hub.url}"
+        environ["GOLLAMA_TOKEN"] = hub.token(**ADMIN)
+        assert (await run("workers", "--json")).json() == {"workers": []}
+        done = await run("workers", "--hub", f"{gone.url} {gone.url}")
+        assert done.status == 1
+        where = f"{gone.url}: connection refused"
+        assert done.error == f"no hub answers at {where}; {where}"
+
+
+async def test_a_display_goes_on_with_another_hub() -> None:
+    async with ScriptedWorker(slots=1) as one, ScriptedWorker() as two:
+        for hub in (one, two):
+            hub.on("/admin/workers", send(json_reply({"workers": [hub.name]})))
+        client = AdminClient(one.url, others=[two.url])
+
+        async def seen() -> object:
+            return (await asyncio.to_thread(client.call, "GET", "workers"))["workers"]
+
+        assert await seen() == [one.name]
+        await one.down()
+        with pytest.raises(CallError, match=f"no hub answers at {one.url}"):
+            await seen()  # it may have been carried out, so it is not repeated
+        assert await seen() == [two.name]
+        client.close()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -38,19 +38,29 @@ class CallError(Exception):
 
 
 class AdminClient:
-    """A running hub, called with one request after the other."""
+    """A running hub, called with one request after the other.
+
+    With several URLs, it is the first one that accepts a connection, and another one
+    as soon as that does not accept any.
+    """
 
     def __init__(
         self,
         url: str,
         token: str = "",
         context: ssl.SSLContext | None = None,
+        others: Sequence[str] = (),
     ) -> None:
+        self._token = token
+        self._context = context
+        self._urls = [url, *others]
+        self._turn_to(url)
+
+    def _turn_to(self, url: str) -> None:
         import http.client
 
         self.url = url
-        self._token = token
-        parts = urlsplit(url)
+        parts, context = urlsplit(url), self._context
         self._base = parts.path.rstrip("/")
         host, port = parts.hostname or "", parts.port
         self._connection: http.client.HTTPConnection
@@ -87,11 +97,12 @@ class AdminClient:
             data = b"" if body is None else json.dumps(body).encode()
             fields["Content-Type"] = "application/json"
         given = {name: value for name, value in query.items() if value is not None}
-        target = self._base + (path if path.startswith("/") else f"/admin/{path}")
+        target = path if path.startswith("/") else f"/admin/{path}"
         if given:
             target += f"?{urlencode(given)}"
+        self._connect()
         try:
-            self._connection.request(method, target, data, fields)
+            self._connection.request(method, self._base + target, data, fields)
             response = self._connection.getresponse()
             content = response.read(MOST + 1)
         except (OSError, HTTPException) as exc:
@@ -105,6 +116,27 @@ class AdminClient:
         if 200 <= response.status < 300 and isinstance(answer, dict):
             return answer
         raise self._refusal(response.status, answer)
+
+    def _connect(self) -> None:
+        """Choose a hub that accepts a connection, if there are several to choose from.
+
+        Raises:
+            CallError: none of them does.
+        """
+        if len(self._urls) == 1 or self._connection.sock is not None:
+            return
+        refused = []
+        first = self._urls.index(self.url)
+        for url in self._urls[first:] + self._urls[:first]:
+            self._turn_to(url)
+            try:
+                self._connection.connect()
+            except OSError as exc:
+                self.close()
+                refused.append(f"{url}: {_reason_of(exc)}")
+            else:
+                return
+        raise CallError(f"no hub answers at {'; '.join(refused)}")
 
     def _refusal(self, status: int, answer: Any) -> CallError:
         error = answer.get("error") if isinstance(answer, dict) else None
@@ -127,7 +159,7 @@ class AdminClient:
 class Access(NamedTuple):
     """How to reach a hub, as flags state it; None: not given."""
 
-    hub: str | None = None  # its URL
+    hub: str | None = None  # its URL, or several
     token: str | None = None
     token_file: str | None = None
     ca_file: str | None = None
@@ -142,21 +174,28 @@ def connect(access: Access, environ: Mapping[str, str]) -> AdminClient:
     Raises:
         ConfigError: one of them is wrong.
     """
-    source, url = "--hub", access.hub
-    if url is None:
-        source, url = "GOLLAMA_HUB", environ.get("GOLLAMA_HUB") or DEFAULT_HUB
-    check_url(source, url)
+    source, given = "--hub", access.hub
+    if given is None:
+        source, given = "GOLLAMA_HUB", environ.get("GOLLAMA_HUB") or DEFAULT_HUB
+    urls = split_hubs(given) or [given]
+    for url in urls:
+        check_url(source, url)
     if access.token is not None:
         token = _check_token("--token", access.token)
     else:
         token = read_token(access.token_file or "", environ)
     context = None
-    if url.startswith("https:"):
+    if any(url.startswith("https:") for url in urls):
         context = trust(access.ca_file or "")
     elif access.ca_file:
-        text = f"is for an https hub only, and {source} = {shown(url)}"
+        text = f"is for an https hub only, and {source} = {shown(given)}"
         raise ConfigError(f"--ca-file = {access.ca_file!r}: {text}")
-    return AdminClient(url, token, context)
+    return AdminClient(urls[0], token, context, urls[1:])
+
+
+def split_hubs(text: str) -> list[str]:
+    """Return the URLs of hubs in a list separated by spaces or commas."""
+    return [url for url in re.split(r"[,\s]+", text) if url]
 
 
 def check_url(source: str, url: str) -> None:
