@@ -194,7 +194,7 @@ class Hub(Listener):
             self.ledger.add(x, failed=x.outcome in _FAILED)
         if not x.routine:
             self.recent.add(x)
-        if self.events.listeners:
+        if self.events.active:
             self.events.observe("ended", x)
 
     def _certificate_expires(self) -> float | None:

@@ -15,6 +15,12 @@ have no observer then.
     dropped    this listener did not read fast enough; the stream ends
     closed     the hub shuts down, or the token is no longer valid; the stream ends
 
+With other hubs (`control/peers.py`), a listener gets what happens at all of them.
+Requests and changes have their `hub` then, workers are shown with the requests of all,
+and a sample has the sum, the figures of each of the `hubs`, and the mode of the
+`store`.  Others send what happens there at most once a second, and only while someone
+listens anywhere else.
+
 A listener that connects again gets what happens from then on: there are no ids.  Each
 event of a request costs it some microseconds, so of more than `MOST_REQUESTS` that
 begin in one second, the others have no events; they are in the sample.
@@ -24,13 +30,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from gollama_proxy.config.settings import WorkerConfig
+from gollama_proxy.control.elsewhere import Elsewhere
 from gollama_proxy.control.history import EVERY, History, Shown
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.response import CLOSE, KEEP, Sent, frame, head
@@ -38,7 +46,7 @@ from gollama_proxy.fleet.registry import Listener
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.state import Exchange, State
-from gollama_proxy.tasks import Periodic
+from gollama_proxy.tasks import Periodic, spawn
 from gollama_proxy.telemetry.accesslog import Outcome, Record
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.errors import Code, RequestError
@@ -53,12 +61,35 @@ audit = logging.getLogger("gollama_proxy.audit")
 MOST_LISTENERS = 32
 MOST_EVENTS = 1000  # that wait for one listener
 MOST_REQUESTS = 100  # that have events, of those that begin within a second
+MOST_NEWS = 1000  # events that other hubs get at once
+WATCHED = 5.0  # seconds for which others send their events, unless they are asked again
+ALL = 15  # samples, of which one has all workers, for hubs that missed one
+# Events of one hub; the others are about workers, which all hubs have.
+_MARKED = ("exchange", "queue", "change")
 
 STREAM = "Content-Type: text/event-stream\r\n" + "".join(
     f"{name}: {value}\r\n" for name, value in sse.STREAM_HEADERS.items()
 )
 
 # --- Events -----------------------------------------------------------------------
+
+
+class Peers(Protocol):
+    """The other hubs (`control/peers.py`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def store(self) -> dict[str, str]: ...
+    @property
+    def watched(self) -> bool:
+        """Whether someone follows events at another hub."""
+
+    async def watch(self, seconds: float) -> None:
+        """Have the others send their events for so long."""
+
+    async def send_news(self, events: list[tuple[str, Shown]]) -> None:
+        """Send what has happened to those that follow it."""
 
 
 class Events(Listener):
@@ -71,7 +102,12 @@ class Events(Listener):
         self._views = views
         self._history = history
         self._proxy = proxy
-        self.listeners: set[_Queue] = set()  # empty: nothing needs to be published
+        self.listeners: set[_Queue] = set()
+        self.active = False  # else nothing needs to be published
+        self._peers: Peers | None = None
+        self._elsewhere = Elsewhere(time.monotonic)
+        self._news: list[tuple[str, Shown]] | None = None  # for other hubs
+        self._samples = 0
         self._closed = False
         self._changed: set[Worker] = set()  # that are shown soon
         self._followed: set[Exchange] = set()  # whose next events are published, too
@@ -81,13 +117,27 @@ class Events(Listener):
     def __repr__(self) -> str:
         return f"<Events listeners={len(self.listeners)}>"
 
+    def join(self, peers: Peers) -> None:
+        """Share events with other hubs from now on."""
+        self._peers = peers
+
     def publish(self, event: str, data: Shown) -> None:
-        """Send an event to all listeners."""
+        """Send an event to all listeners, and to hubs where it is followed."""
+        if self._news is not None and event != "fleet" and len(self._news) < MOST_NEWS:
+            self._news.append((event, data))
         if self.listeners:
-            sent = _event(event, data)
-            for listener in tuple(self.listeners):
-                if not listener.put(sent):
-                    self._leave(listener)
+            if self._peers is not None:
+                if event in _MARKED:
+                    data = {**data, "hub": self._peers.name}
+                elif event == "worker":
+                    data = self._elsewhere.worker(self._peers.name, data)
+            self._send(event, data)
+
+    def _send(self, event: str, data: Shown) -> None:
+        sent = _event(event, data)
+        for listener in tuple(self.listeners):
+            if not listener.put(sent):
+                self._leave(listener)
 
     def record_change(
         self, x: Record, action: str, target: str, old: object = "", new: object = ""
@@ -126,7 +176,7 @@ class Events(Listener):
         self.publish("fleet", {"change": change, "worker": worker.name})
 
     def changed(self, worker: Worker) -> None:
-        if self.listeners:
+        if self.active:
             # The worker may be in the middle of a step, and several may follow.
             if not self._changed:
                 asyncio.get_running_loop().call_soon(self._show_changed)
@@ -175,12 +225,60 @@ class Events(Listener):
     async def _sample(self) -> None:
         self._left = MOST_REQUESTS
         changed = self._history.take(*self._views.sampled())
+        self._samples += 1
         if self.listeners:
-            self.publish("sample", self._shown(changed))
+            self._send("sample", self._shown(changed))
+        if self._peers is not None:
+            await self._exchange_news(self._peers, changed)
 
-    def _shown(self, workers: Collection[Shown]) -> Shown:
+    def _shown(self, workers: Collection[Shown], *, full: bool = False) -> Shown:
+        """Return a sample with these workers; `full`: they are all that there are."""
+        kept, peers = self._history, self._peers
+        sample = {"time": kept.time, **kept.latest, "workers": workers}
+        if peers is None:
+            return sample
+        rows = [*workers]
+        known = {each["name"] for each in workers}
+        if not full and (others := self._elsewhere.changed() - known):
+            fleet = (each for each in self._views.fleet if each.name in others)
+            rows += self._history.present(fleet)
+        shown = self._elsewhere.sample(peers.name, sample, rows)
+        return shown | {"store": peers.store}
+
+    # --- Other hubs ---------------------------------------------------------------
+
+    async def _exchange_news(self, peers: Peers, changed: Collection[Shown]) -> None:
+        """Ask the others for their events, and send what they follow; once a second."""
+        if self.listeners and self._samples % 2:
+            await peers.watch(WATCHED)
+        if not peers.watched:
+            self._news = None
+            self._look()
+            return
+        if self._news is None or self._samples % ALL == 0:
+            changed = self._history.present(self._views.fleet)
         kept = self._history
-        return {"time": kept.time, **kept.latest, "workers": workers}
+        sample = {"time": kept.time, **kept.latest, "workers": changed}
+        events, self._news = [*(self._news or ()), ("sample", sample)], []
+        self._look()
+        await peers.send_news(events)
+
+    def take_news(self, hub: str, events: Iterable[tuple[str, Shown]]) -> None:
+        """Take what another hub has sent."""
+        if not self.listeners or self._peers is None:
+            return
+        for event, data in events:
+            if event == "sample":
+                self._elsewhere.take(hub, data)
+            elif event in _MARKED:
+                self._send(event, {**data, "hub": hub})
+            elif event == "worker":
+                self._elsewhere.take_worker(hub, data)
+                for worker in self._views.fleet:
+                    if worker.name == data["name"]:
+                        view = self._views.worker(worker)
+                        view = self._elsewhere.worker(self._peers.name, view)
+                        self._send("worker", view)
 
     # --- Listeners ----------------------------------------------------------------
 
@@ -230,17 +328,24 @@ class Events(Listener):
         return KEEP if keep_alive else CLOSE
 
     def _join(self, listener: _Queue) -> None:
-        self._proxy().observer = self.observe
         self.listeners.add(listener)
+        self._look()
+        if self._peers is not None:
+            _ = spawn(self._peers.watch(WATCHED), "request for events")
         workers = self._history.present(self._views.fleet)
-        listener.put(_event("sample", self._shown(workers)))
+        listener.put(_event("sample", self._shown(workers, full=True)))
         if self._closed:
             listener.end("the hub shuts down")
 
     def _leave(self, listener: _Queue) -> None:
         self.listeners.discard(listener)
-        if not self.listeners:
-            self._proxy().observer = None
+        self._look()
+
+    def _look(self) -> None:
+        """Observe requests if someone follows them."""
+        self.active = bool(self.listeners) or self._news is not None
+        self._proxy().observer = self.observe if self.active else None
+        if not self.active:
             self._followed.clear()
 
     def close(self) -> None:

@@ -41,22 +41,28 @@ def merge_workers(answers: ByHub) -> list[Shown]:
 
 def merge_worker(views: Mapping[str, Shown]) -> Shown:
     """Merge what hubs show of one worker."""
-    shown = dict(next(iter(views.values())))
-    shown["running"] = sum(view["running"] for view in views.values())
-    shown["slots"] = max((v["slots"] or 0 for v in views.values()), default=0) or None
+    shown = mark_hubs(next(iter(views.values())), views)
     for key in ("agent", "build", "context"):
         shown[key] = _first(view[key] for view in views.values())
     speeds = [view["speed"] for view in views.values()]
     shown["speed"] = {key: _first(each[key] for each in speeds) for key in speeds[0]}
     errors = [view["last_error"] for view in views.values() if view["last_error"]]
     shown["last_error"] = min(errors, key=lambda error: error["ago"], default=None)
-    seen = _condition(shown)
-    shown["hubs"] = [
-        {"hub": hub, **_condition(view), "running": view["running"]}
-        for hub, view in views.items()
-        if view["running"] or _condition(view) != seen
-    ]
     return shown
+
+
+def mark_hubs(shown: Shown, views: Mapping[str, Shown]) -> Shown:
+    """Return a view of a worker with what runs on it for each hub."""
+    seen = _condition(shown)
+    return shown | {
+        "running": sum(view["running"] for view in views.values()),
+        "slots": max(view["slots"] or 0 for view in views.values()) or None,
+        "hubs": [
+            {"hub": hub, **_condition(view), "running": view["running"]}
+            for hub, view in views.items()
+            if view["running"] or _condition(view) != seen
+        ],
+    }
 
 
 def _condition(view: Shown) -> Shown:
