@@ -14,6 +14,10 @@ from urllib.parse import urlsplit
 
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.values import ConfigError
+from gollama_proxy.control.events import Events
+from gollama_proxy.control.peers import Peers
+from gollama_proxy.control.replies import Peers as Answering
+from gollama_proxy.control.replies import Replies
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.state.members import Members, describe_me
 from gollama_proxy.state.store import Store, StoreError
@@ -27,6 +31,9 @@ class Shares(Protocol):
     config: Config
     state: LocalState
     clock: Callable[[], float]
+    replies: Replies
+    events: Events
+    peers: Answering | None
 
 
 class Cluster:
@@ -34,6 +41,7 @@ class Cluster:
 
     store: Store
     members: Members  # after `open`
+    peers: Peers | None = None  # after `start`
 
     def __init__(self, hub: Shares) -> None:
         """Prepare; nothing happens before `open`."""
@@ -67,8 +75,21 @@ class Cluster:
         port = urlsplit(url).port
         name = f"{socket.gethostname()}:{port}" if port else socket.gethostname()
         await self.members.listens_at(url, name)
+        hub = self._hub
+        self.peers = Peers(
+            self.store,
+            self.members,
+            hub.replies.table,
+            hub.events.take_news,
+            clock=hub.clock,
+        )
+        await self.peers.start()
+        hub.peers = self.peers
+        hub.events.join(self.peers)
 
     async def close(self) -> None:
         """Give back what this hub holds, and leave the others."""
+        if self.peers is not None:
+            await self.peers.stop()
         await self.members.stop()
         await self.store.close()

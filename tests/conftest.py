@@ -17,6 +17,7 @@ import uvloop
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
 
+from gollama_proxy.control import peers
 from gollama_proxy.state import store
 from tests.fakes.authority import Authority
 from tests.fakes.waiting import DEADLINE
@@ -24,7 +25,7 @@ from tests.real.llama import LlamaServer
 
 # A busy machine may take any time to answer: tests of that have the fixture
 # `usual_timeouts`, and real hub processes have them in any case.
-store.TIMEOUT = DEADLINE
+store.TIMEOUT = peers.PATIENCE = DEADLINE
 
 # A settings file of this machine is no part of any test.
 os.environ["GOLLAMA_CONFIG"] = os.devnull

@@ -28,7 +28,7 @@ from msgspec import field
 from gollama_proxy.control.merging import Answers
 from gollama_proxy.state import messages
 from gollama_proxy.state.messages import Message
-from gollama_proxy.state.store import Store, StoreError
+from gollama_proxy.state.store import Store, StoreDownError
 from gollama_proxy.tasks import spawn
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Peers:
     `replies` are what this hub answers, by the name of the question: functions of the
     arguments, whose result may be awaitable.  `take_news`
     gets what happens at other hubs while events are followed here.  `patience` is in
-    seconds, `clock` returns monotonic ones.
+    seconds, by default `PATIENCE`; `clock` returns monotonic ones.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Peers:
         members: Members,
         replies: Mapping[str, Reply],
         take_news: Callable[[str, Events], object],
-        patience: float = PATIENCE,
+        patience: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
@@ -139,7 +139,7 @@ class Peers:
         self._members = members
         self._replies = replies
         self._take_news = take_news
-        self._patience = patience
+        self._patience = PATIENCE if patience is None else patience
         self._clock = clock
         self._number = 0
         self._asked: dict[int, _Asked] = {}
@@ -239,7 +239,7 @@ class Peers:
             return False
         try:
             await self._store.publish(channel, data)
-        except StoreError as exc:
+        except StoreDownError as exc:
             logger.debug("a message to other hubs is lost: %s", exc)
             return False
         return True
