@@ -18,6 +18,9 @@ from gollama_proxy.control.events import Events
 from gollama_proxy.control.peers import Peers
 from gollama_proxy.control.replies import Peers as Answering
 from gollama_proxy.control.replies import Replies
+from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.scheduling.queue import Queue
+from gollama_proxy.scheduling.sharing import Sharing
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.state.members import Members, describe_me
 from gollama_proxy.state.store import Store, StoreError
@@ -34,6 +37,8 @@ class Shares(Protocol):
     replies: Replies
     events: Events
     peers: Answering | None
+    registry: Registry
+    queue: Queue
 
 
 class Cluster:
@@ -42,6 +47,7 @@ class Cluster:
     store: Store
     members: Members  # after `open`
     peers: Peers | None = None  # after `start`
+    sharing: Sharing  # after `open`
 
     def __init__(self, hub: Shares) -> None:
         """Prepare; nothing happens before `open`."""
@@ -65,10 +71,24 @@ class Cluster:
             me = await asyncio.to_thread(describe_me, self._hub.state.folder)
             self.members = Members(self.store, me, self._hub.clock)
             await self.members.start()
+            self.sharing = self._share_slots()
+            await self.sharing.start()
         except StoreError as exc:
             await self.store.close()
             url = self._hub.config.state.url
             raise ConfigError(f"state.url = {url!r}: {exc}") from exc
+
+    def _share_slots(self) -> Sharing:
+        members = self.members
+        return Sharing(
+            self.store,
+            self._hub.registry,
+            self._hub.queue,
+            self._hub.clock,
+            hub=members.me.run,
+            machine=members.me.host,
+            hubs=lambda: [member.run for member in members.all],
+        )
 
     async def start(self, url: str) -> None:
         """Begin to serve the other hubs; `url` is where clients reach this one."""
@@ -91,5 +111,6 @@ class Cluster:
         """Give back what this hub holds, and leave the others."""
         if self.peers is not None:
             await self.peers.stop()
+        await self.sharing.stop()
         await self.members.stop()
         await self.store.close()

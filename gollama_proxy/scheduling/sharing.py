@@ -1,0 +1,365 @@
+"""Shares the slots of all workers with other hubs, through the store.
+
+`fleet/shares.py` decides what this hub holds, asks for and gives back; `state/slots.py`
+is the one call that carries it, for all workers at once.  Here is when that call is
+made: while no other hub waits, at each heartbeat, and when a request finds no lease; at
+once when a slot is owed to others.  Never two calls at a time: what happens during one
+is in the next.  No request waits for a call while this hub holds a spare lease.
+
+Grants arrive in replies and as messages.  Each names a subject, whose oldest request
+gets the slot (`Queue.grant`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+from zlib import crc32
+
+from gollama_proxy.config.settings import WorkerConfig
+from gollama_proxy.fleet.registry import Listener, Registry
+from gollama_proxy.fleet.shares import Share, fair_part, fair_parts, shared_key
+from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.scheduling.queue import Queue
+from gollama_proxy.scheduling.turns import Ticket
+from gollama_proxy.state.slots import (
+    LIFETIME,
+    MOST_WANTS,
+    Ask,
+    Grant,
+    Want,
+    decode_grants,
+    decode_wanted,
+    grants_channel,
+    sync,
+    wanted_channel,
+)
+from gollama_proxy.state.store import Mode, Store, StoreDownError, StoreError
+from gollama_proxy.tasks import Periodic
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT: Final = 2.0  # seconds between two renewals of all leases
+WAITING: Final = 1.0  # the same while requests wait; then others may have news
+AGAIN: Final = 0.1  # seconds until a call is repeated that was not answered
+# Calls without an answer, one after the other, after which the hub goes on by itself.
+MOST_FAILURES: Final = 2
+# Workers that a request asks at once: in larger pools, others every second.
+MOST_PLACES: Final = 32
+
+
+class Sharing(Listener):
+    """Gets and gives back the slots of this hub.  `clock` returns monotonic seconds."""
+
+    def __init__(
+        self,
+        store: Store,
+        registry: Registry,
+        queue: Queue,
+        clock: Callable[[], float],
+        *,
+        hub: str,
+        machine: str,
+        hubs: Callable[[], Sequence[str]],
+    ) -> None:
+        """Take over the slots of all workers: none can be used before `start`.
+
+        `hub` is the run id of this hub, on `machine`; `hubs` returns those of all hubs
+        that were last seen.
+        """
+        self.alone = True  # the store does not answer
+        self.calls = 0  # that were answered
+        self._store, self._registry, self._queue = store, registry, queue
+        self._clock = clock
+        self._hub, self._machine, self._hubs = hub, machine, hubs
+        self._shares: dict[Worker, Share] = {}
+        self._workers: dict[str, Worker] = {}  # by their keys
+        self._former: dict[str, Share] = {}  # of workers that are gone, by their keys
+        self._due: set[Worker] = set()  # about which the store has to know at once
+        self._parts: dict[str, int] | None = None  # while the hub is alone
+        self._renewed_at = clock()  # when the last call for all workers began
+        self._full_at = -math.inf  # when the next one is due
+        self._place = 1, 0  # how many hubs there are, and which one of them this is
+        self._failures = 0  # calls without an answer, since the last one
+        self._expired = False  # no lease is valid any more
+        self._task = Periodic("slots", self._step, HEARTBEAT, delay=0.0)
+        registry.subscribe(self)
+        queue.on_wait = self._task.wake
+
+    def __repr__(self) -> str:
+        held = sum(len(share.leases) for share in self._shares.values())
+        return f"<Sharing {'alone' if self.alone else 'shared'} leases={held}>"
+
+    async def start(self) -> None:
+        """Listen to other hubs and begin to call; the store need not be there."""
+        prefix = self._store.prefix
+        await self._store.listen(grants_channel(prefix, self._hub), self._on_grants)
+        await self._store.listen(wanted_channel(prefix), self._on_wanted)
+        self._store.subscribe_mode(self._on_mode)
+        self._task.start()
+
+    async def stop(self) -> None:
+        """Give back everything, if the store can be reached."""
+        await self._task.stop()
+        self._queue.on_wait = None
+        for worker, share in self._shares.items():
+            worker.on_yield = None
+            share.trim(0)
+        asks = [
+            (share, ask)
+            for share in (*self._shares.values(), *self._former.values())
+            if (ask := share.ask(0, 0, 0))
+        ]
+        try:
+            await sync(self._store, self._hub, [ask for _, ask in asks])
+        except StoreError:
+            logger.info("leases of slots could not be given back; they will expire")
+
+    # --- The fleet ----------------------------------------------------------------
+
+    def added(self, worker: Worker) -> None:
+        if worker not in self._shares:
+            key = shared_key(worker.config.origin, self._machine)
+            share = self._former.pop(key, None) or Share(key, self._hub, self._clock())
+            self._shares[worker] = share
+            self._workers[key] = worker
+        worker.allot(0)  # until the next step
+        self._note_change(worker)
+
+    def replaced(self, worker: Worker, before: WorkerConfig) -> None:
+        self._note_change(worker)
+
+    def changed(self, worker: Worker) -> None:
+        self._note_change(worker)
+
+    def removed(self, worker: Worker) -> None:
+        self._note_change(worker)
+
+    def gone(self, worker: Worker) -> None:
+        share = self._shares.pop(worker)
+        if self._workers.get(share.key) is worker:
+            del self._workers[share.key]
+        share.trim(0)
+        self._former[share.key] = share
+        self._due.discard(worker)
+        worker.on_yield = None
+        self._full_at = -math.inf
+        self._task.wake()
+
+    def _note_change(self, worker: Worker) -> None:
+        """Its slots may be others, or it may take requests again, or no longer."""
+        if worker in self._shares:
+            self._parts = None
+            self._due.add(worker)
+            self._task.wake()
+
+    # --- Calls --------------------------------------------------------------------
+
+    async def _step(self) -> float:
+        now = self._clock()
+        if self._store.mode is not Mode.UP:
+            return self._go_alone(now)
+        if now - self._renewed_at >= LIFETIME:
+            for each, share in self._shares.items():
+                share.expire(each.running)
+        full = now >= self._full_at
+        asks = self._collect_all(now) if full else self._collect_urgent(now)
+        if not (asks or full):
+            return max(0.0, self._full_at - now)
+        try:
+            replies = await sync(self._store, self._hub, [ask for _, ask in asks])
+        except StoreError as exc:
+            if not isinstance(exc, StoreDownError):
+                logger.warning("the slots of workers cannot be shared: %s", exc)
+            self._failures += 1
+            self._full_at = -math.inf
+            alone = self.alone or self._failures >= MOST_FAILURES
+            return self._go_alone(now) if alone else AGAIN
+        self.calls += 1
+        self._failures = 0
+        if full:
+            self._renewed_at = now
+            self._full_at = now + (WAITING if self._queue.waits else HEARTBEAT)
+        if self.alone:
+            self._join_others()
+        for (share, ask), reply in zip(asks, replies, strict=True):
+            granted = share.take(ask, reply)
+            worker = self._workers.get(share.key)
+            if worker is not None:
+                self._settle(worker, share, granted)
+            else:
+                share.trim(0)
+        self._former = {key: each for key, each in self._former.items() if each.owes}
+        self._queue.look_for_slots()
+        return 0.0 if self._due else max(0.0, self._full_at - self._clock())
+
+    def _collect_all(self, now: float) -> list[tuple[Share, Ask]]:
+        self._place = self._standing()
+        wants = self._wants(now)
+        self._due.clear()
+        workers = {**dict.fromkeys(wants), **dict.fromkeys(self._shares)}
+        asks = [self._ask(worker, wants.get(worker, ()), now) for worker in workers]
+        asks += [(each, each.ask(0, 0, 0)) for each in self._former.values()]
+        return [(share, ask) for share, ask in asks if ask is not None]
+
+    def _collect_urgent(self, now: float) -> list[tuple[Share, Ask]]:
+        """Return what to ask now if anything of it is urgent: then all that changes."""
+        wants = self._wants(now)
+        for worker, share in self._shares.items():
+            if share.waits:
+                wants.setdefault(worker, ())
+        urgent = [w for w, some in wants.items() if self._shares[w].is_urgent(some)]
+        if not (urgent or self._due):
+            return []
+        for worker in self._due:
+            wants.setdefault(worker, ())
+        self._due.clear()
+        asks = [self._ask(worker, some, now) for worker, some in wants.items()]
+        return [(share, ask) for share, ask in asks if ask is not None]
+
+    def _ask(
+        self, worker: Worker, wants: Sequence[Want], now: float
+    ) -> tuple[Share, Ask | None]:
+        share, slots = self._shares[worker], worker.room
+        share.note(worker.peak, now)
+        worker.peak = worker.running
+        if slots is None:  # it is not known yet, so there is nothing to share
+            share.trim(0)
+            return share, share.ask(0, 0, 0)
+        fair = fair_part(slots, *self._place, share.key)
+        in_use = worker.admits
+        ask = share.ask(slots, fair, worker.running, wants, in_use=in_use)
+        self._allot(worker)
+        return share, ask
+
+    def _wants(self, now: float) -> dict[Worker, Sequence[Want]]:
+        """Return what waits here for each worker, those first that are preferred."""
+        if not self._queue.waits:
+            return {}
+        shares, found = self._shares, dict[Worker, Counter[_Kind]]()
+        for ticket, workers in self._queue.wants(
+            MOST_WANTS, lambda worker: shares[worker].scarce
+        ):
+            kind = ticket.subject, _rank(ticket), ticket.model
+            for worker in self._some(workers, now):
+                if worker.room is not None:
+                    found.setdefault(worker, Counter())[kind] += 1
+        return {
+            worker: [
+                Want(subject, rank, count, model)
+                for (subject, rank, model), count in kinds.items()
+            ]
+            for worker, kinds in found.items()
+        }
+
+    def _some(self, workers: Sequence[Worker], now: float) -> Sequence[Worker]:
+        if len(workers) <= MOST_PLACES:
+            return workers
+        first = (crc32(self._hub.encode()) + int(now) * MOST_PLACES) % len(workers)
+        return [*workers[first:], *workers[:first]][:MOST_PLACES]
+
+    def _standing(self) -> tuple[int, int]:
+        """Return how many hubs there are, and the place of this one among them."""
+        hubs = sorted({*self._hubs(), self._hub})
+        return len(hubs), hubs.index(self._hub)
+
+    # --- What other hubs cause ----------------------------------------------------
+
+    def _on_grants(self, message: bytes) -> None:
+        for key, grant in decode_grants(message):
+            worker = self._workers.get(key)
+            if worker is not None and not self.alone:
+                share = self._shares[worker]
+                if share.receive(grant):
+                    self._settle(worker, share, [grant])
+        self._queue.look_for_slots()
+
+    def _on_wanted(self, message: bytes) -> None:
+        for key in decode_wanted(message):
+            worker = self._workers.get(key)
+            if worker is not None and not self.alone:
+                self._shares[worker].alert()
+                self._yield(worker)
+
+    def _on_mode(self, mode: Mode) -> None:
+        self._full_at = -math.inf
+        self._task.wake()
+
+    def _settle(self, worker: Worker, share: Share, granted: Iterable[Grant]) -> None:
+        """Give the requests of some subjects the slots that they were granted."""
+        for lease, subject in granted:
+            if subject:
+                worker.allot(worker.running + 1)
+                if not self._queue.grant(worker, subject) and share.contended:
+                    share.refuse(lease)
+        self._yield(worker)
+
+    def _yield(self, worker: Worker) -> None:
+        """Give back what the requests on a worker do not use, if others wait for it."""
+        share = self._shares[worker]
+        if share.contended and not self.alone:
+            share.trim(worker.running)
+        if share.owes:
+            self._due.add(worker)
+            self._task.wake()
+        self._allot(worker)
+
+    # --- Limits -------------------------------------------------------------------
+
+    def _allot(self, worker: Worker) -> None:
+        """Limit a worker to what this hub may use of it now."""
+        share = self._shares[worker]
+        most = len(share.leases)
+        if self.alone:
+            part = self._part(share.key)
+            most = part if self._expired else min(most, part)
+        contended = share.contended and not self.alone
+        worker.on_yield = self._yield if contended else None
+        worker.allot(most, scarce=share.scarce or self.alone)
+
+    def _part(self, key: str) -> int:
+        """Return this hub's part of a worker's slots without the store."""
+        if self._parts is None:
+            shares = self._shares
+            rooms = {
+                share.key: worker.room
+                for worker, share in shares.items()
+                if worker.room is not None
+            }
+            pools = [
+                [shares[w].key for w in self._registry.pool(model).workers]
+                for model in self._registry.models()
+            ]
+            self._parts = fair_parts(rooms, pools, *self._standing())
+        return self._parts.get(key, 0)
+
+    def _go_alone(self, now: float) -> float:
+        """Use what is held, then a fair part; return the seconds until that changes."""
+        left = self._renewed_at + LIFETIME - now
+        expired = left <= 0
+        self._full_at = -math.inf
+        if not self.alone or self._parts is None or expired != self._expired:
+            self.alone, self._expired = True, expired
+            for worker in self._shares:
+                self._allot(worker)
+            self._queue.look_for_slots()
+        return left if left > 0 else HEARTBEAT
+
+    def _join_others(self) -> None:
+        """Count again what this hub holds in the store."""
+        self.alone, self._parts = False, None
+        for worker, share in self._shares.items():
+            if worker.room is not None:
+                share.cover(worker.running)
+            self._allot(worker)
+
+
+_Kind = tuple[str, int, str]
+
+
+def _rank(ticket: Ticket) -> int:
+    """Return the place of a request among all hubs, before the turns of subjects."""
+    return 2 * ticket.priority.rank + (not ticket.first)
