@@ -475,11 +475,15 @@ def _check_tracing(config: Config) -> None:
 
 def _check_store(config: Config) -> None:
     url = config.state.url
-    parse_store_url("state.url", url)
+    address = parse_store_url("state.url", url)
     if importlib.util.find_spec("valkey") is None:
         raise ConfigError(
             f"state.url = {url!r}: needs valkey; pip install 'gollama-proxy[cluster]'"
         )
+    if address.tls:
+        from gollama_proxy.config import tls
+
+        tls.store_context(address)
 
 
 def _check_tls(config: Config) -> None:

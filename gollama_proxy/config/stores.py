@@ -34,7 +34,7 @@ class StoreAddress(NamedTuple):
     tls: bool
     ca_file: str  # empty: the certificate authorities of the system
     certificate: str  # of this hub, if the store requires one
-    key: str
+    key: str  # empty: in the file of the certificate
 
     def __repr__(self) -> str:
         where = self.path or f"{self.host}:{self.port}"
@@ -84,7 +84,6 @@ def parse_store_url(where: str, url: str) -> StoreAddress:
         raise wrong(f"{text}, and not {cut(database)!r}")
     if options.get("ssl_keyfile") and not options.get("ssl_certfile"):
         raise wrong("ssl_keyfile needs ssl_certfile beside it")
-    certificate = options.get("ssl_certfile", "")
     return StoreAddress(
         host="" if unix else unquote(parts.hostname or ""),
         port=0 if unix else port or 6379,
@@ -94,6 +93,6 @@ def parse_store_url(where: str, url: str) -> StoreAddress:
         password=unquote(parts.password or ""),
         tls=parts.scheme == "rediss",
         ca_file=options.get("ssl_ca_certs", ""),
-        certificate=certificate,
-        key=options.get("ssl_keyfile", "") or certificate,
+        certificate=options.get("ssl_certfile", ""),
+        key=options.get("ssl_keyfile", ""),
     )

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from gollama_proxy.config.keys import read_secret, stamp
 from gollama_proxy.config.settings import Server, WorkerConfig
+from gollama_proxy.config.stores import StoreAddress
 from gollama_proxy.config.values import ConfigError
 
 logger = logging.getLogger(__name__)
 
 # The only protocol that the hub speaks (RFC 7301).
 _ALPN = ["http/1.1"]
+_OLDEST = ssl.TLSVersion.TLSv1_2  # RFC 9325, 3.1.1
 
 
 # --- Making a context -------------------------------------------------------------
@@ -34,7 +36,8 @@ def server_context(server: Server) -> ssl.SSLContext:
         ConfigError: a file cannot be used.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    _set_up(context)
+    context.minimum_version = _OLDEST
+    context.set_alpn_protocols(_ALPN)
     _load_pair(
         context,
         ("server.tls_certificate", server.tls_certificate),
@@ -55,12 +58,8 @@ def worker_context(worker: WorkerConfig) -> ssl.SSLContext:
         ConfigError: a file cannot be used.
     """
     where = f"worker {worker.name}: "
-    if worker.ca_file:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts no CA yet
-        _load_ca(context, f"{where}ca_file", worker.ca_file)
-    else:
-        context = ssl.create_default_context()
-    _set_up(context)
+    context = _client_context(f"{where}ca_file", worker.ca_file)
+    context.set_alpn_protocols(_ALPN)
     if worker.client_certificate:
         _load_pair(
             context,
@@ -70,9 +69,33 @@ def worker_context(worker: WorkerConfig) -> ssl.SSLContext:
     return context
 
 
-def _set_up(context: ssl.SSLContext) -> None:
-    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9325, 3.1.1
-    context.set_alpn_protocols(_ALPN)
+def store_context(address: StoreAddress) -> ssl.SSLContext:
+    """Make the context for connections to the store; its name is always checked.
+
+    Without a file of CAs, it is checked against those of the system.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    where = "state.url: the option "
+    context = _client_context(f"{where}ssl_ca_certs", address.ca_file)
+    if address.certificate:
+        _load_pair(
+            context,
+            (f"{where}ssl_certfile", address.certificate),
+            (f"{where}ssl_keyfile", address.key),
+        )
+    return context
+
+
+def _client_context(name: str, ca_file: str) -> ssl.SSLContext:
+    if ca_file:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts no CA yet
+        _load_ca(context, name, ca_file)
+    else:
+        context = ssl.create_default_context()
+    context.minimum_version = _OLDEST
+    return context
 
 
 def _load_pair(

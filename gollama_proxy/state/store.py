@@ -38,20 +38,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import importlib
 import logging
 import os
 import random
 import re
 import secrets
 import socket
-import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gollama_proxy.config import tls
 from gollama_proxy.config.stores import StoreAddress, parse_store_url
-from gollama_proxy.config.values import SecretUrl, cut
+from gollama_proxy.config.values import ConfigError, SecretUrl, cut
 from gollama_proxy.tasks import PUNCTUAL, Periodic, spawn
 
 if TYPE_CHECKING:
@@ -70,19 +71,26 @@ BACK_OFF_MAX = 2.0
 # The oldest versions that are tested.
 OLDEST = {"valkey": (7, 2), "redis": (7, 0)}
 
-# What hubs do with keys that begin with the prefix; an ACL has to allow all of it.
+# What hubs do with keys that begin with the prefix, besides EVAL, HELLO and PING;
+# an ACL has to allow all of it.
 COMMANDS = (
-    *("del", "eval", "exists", "get", "hdel", "hget", "hgetall", "hincrby", "hlen"),
+    *("del", "exists", "get", "hdel", "hget", "hgetall", "hincrby", "hlen"),
     *("hmget", "hscan", "hset", "mget", "pexpire", "set", "type", "zadd", "zcard"),
     *("zincrby", "zrange", "zrangebyscore", "zrem", "zremrangebyrank"),
-    *("zremrangebyscore", "zscore", "zcount"),
+    *("zremrangebyscore", "zscore", "zcount", "publish", "subscribe", "time"),
 )
 _PERMITTED = """
 local denied = {}
 for _, name in ipairs(ARGV) do
-  local args = {name, KEYS[1], '1', '1', '1'}
-  local ok, allowed = pcall(redis.acl_check_cmd, unpack(args))
-  if ok and not allowed then denied[#denied + 1] = name end
+  local words = {name}
+  for count = 1, 5 do  -- until there are as many as it takes
+    words[count + 1] = KEYS[1]
+    local ok, allowed = pcall(redis.acl_check_cmd, unpack(words))
+    if ok then
+      if not allowed then denied[#denied + 1] = name end
+      break
+    end
+  end
 end
 return denied
 """
@@ -178,6 +186,8 @@ class Store:
                 version, TLS, a server that is a replica or part of a cluster, or
                 keys of another program.
         """
+        # The first import reads files.
+        await asyncio.to_thread(importlib.import_module, "valkey.asyncio.connection")
         try:
             await self._connect()
         except StoreDownError as exc:
@@ -341,7 +351,8 @@ class Store:
         except BaseException as exc:
             await link.close()
             if isinstance(exc, TimeoutError):
-                exc = StoreDownError(f"no answer within {CONNECT:g} s")
+                hint = "; is it a port for TLS?" if self._address.tls else ""
+                exc = StoreDownError(f"no answer within {CONNECT:g} s{hint}")
             reason = str(exc) if isinstance(exc, StoreError) else "stopped"
             self._step(Event.REFUSED, reason)
             raise exc from None
@@ -375,8 +386,7 @@ class Store:
         [denied] = await self._ask(link, [command], CONNECT)
         if denied:
             names = ", ".join(each.decode() for each in denied)
-            text = f"the user of state.url has no permission for {names}"
-            raise StoreError(f"{text}; it needs all keys and channels {self.prefix}:*")
+            raise StoreError(f"{_NOT_PERMITTED} for {names}; {_NEEDED}")
 
     async def _read_epoch(self, link: _Link, within: float) -> str:
         command = ("SET", self.key("epoch"), secrets.token_hex(8), "NX", "GET")
@@ -437,6 +447,7 @@ class _Link:
         self._clock = clock
         self._receive = receive
         self._lost = lost
+        self._address = address
         self._commands = _make_connection(address)
         self._messages = _make_connection(address)
         self._waiting: deque[asyncio.Future[Any]] = deque()  # for answers, in order
@@ -460,21 +471,26 @@ class _Link:
             StoreDownError: it cannot be reached, or not be used yet.
             StoreError: it cannot be used like this.
         """
-        for connection in (self._commands, self._messages):
-            try:
-                context = getattr(connection, "ssl_context", None)
-                if context is not None:
-                    await asyncio.to_thread(context.get)  # it reads files
-                await connection.connect()  # type: ignore[no-untyped-call]
-            except Exception as exc:
-                raise _explain(exc) from None
+        try:
+            if self._address.tls:  # its files may have been renewed
+                context = await asyncio.to_thread(tls.store_context, self._address)
+                connection: Any
+                for connection in (self._commands, self._messages):
+                    connection.ssl_context.context = context
+            for connection in (self._commands, self._messages):
+                await connection.connect()
+        except Exception as exc:
+            raise _explain(exc) from None
         self._readers = [
             spawn(self._read_answers(), "answers of the store"),
             spawn(self._read_messages(), "messages of the store"),
         ]
         [about] = await self.ask([("HELLO",)], CONNECT)
         if isinstance(about, Exception):
-            raise _explain(about)
+            error = _explain(about)
+            if "unknown command" in str(error):
+                error = StoreError(f"it is too old: must be {_KNOWN}, or newer")
+            raise error
         return _check_server(about)
 
     def end(self, error: StoreError) -> None:
@@ -663,13 +679,10 @@ def _make_connection(address: StoreAddress) -> AbstractConnection:
     common |= {"host": address.host, "port": address.port}
     if not address.tls:
         return connection.Connection(**common)
-    return connection.SSLConnection(
-        ssl_check_hostname=True,
-        ssl_ca_certs=address.ca_file or None,
-        ssl_certfile=address.certificate or None,
-        ssl_keyfile=address.key or None,
-        **common,
-    )
+    return connection.SSLConnection(ssl_check_hostname=True, **common)
+
+
+_KNOWN = " or ".join(f"{name} {a}.{b}" for name, (a, b) in OLDEST.items())
 
 
 def _check_server(about: list[Any]) -> str:
@@ -688,8 +701,7 @@ def _check_server(about: list[Any]) -> str:
     if oldest is None:
         raise StoreError(f"{cut(text)!r} is neither Valkey nor Redis")
     if _numbers(version) < oldest:
-        known = " or ".join(f"{name} {a}.{b}" for name, (a, b) in OLDEST.items())
-        raise StoreError(f"{text} is too old: must be {known}, or newer")
+        raise StoreError(f"{text} is too old: must be {_KNOWN}, or newer")
     if mode != "standalone":
         raise StoreError(f"{text} runs in the mode {mode}: must be standalone")
     if role not in ("master", "primary"):
@@ -701,6 +713,8 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(each) for each in re.findall(r"\d+", version)[:2])
 
 
+_NOT_PERMITTED = "the user of state.url has no permission"
+_NEEDED = "it needs all keys and channels that begin with state.prefix"
 # The first words of errors that end by themselves, and what they mean.
 _FOR_NOW = {
     "OOM": "it is out of memory (maxmemory)",
@@ -716,13 +730,17 @@ def _explain(exc: BaseException) -> StoreError:
     """Return what an exception of the client library means, on one line."""
     from valkey import exceptions
 
+    if isinstance(exc.__cause__, exceptions.ValkeyError):
+        exc = exc.__cause__  # it was raised while a connection was made
     text = " ".join(str(exc).split())
-    code, _, rest = text.partition(" ")
+    code = text.partition(" ")[0]
     match exc:
         case StoreError():
             return exc
+        case ConfigError():
+            return _UnusableError(str(exc))
         case exceptions.AuthenticationError():
-            return _UnusableError(_explain_authentication(rest and text))
+            return _UnusableError(_explain_authentication(text))
         case exceptions.BusyLoadingError():
             return StoreDownError("it is loading its data")
         case exceptions.OutOfMemoryError():
@@ -731,7 +749,7 @@ def _explain(exc: BaseException) -> StoreError:
             text = "it is a replica: state.url must lead to the primary"
             return _UnusableError(text)
         case exceptions.NoPermissionError():
-            return _UnusableError(f"no permission: {text[:200]}")
+            return _UnusableError(f"{_NOT_PERMITTED} ({text[:200]}); {_NEEDED}")
         case exceptions.ResponseError():
             if code in _FOR_NOW:
                 return StoreDownError(_FOR_NOW[code])
@@ -740,7 +758,11 @@ def _explain(exc: BaseException) -> StoreError:
                     "a key has another type: another program uses the same prefix "
                     "(state.prefix), or the same database"
                 )
-            return StoreError(text[:300])
+            return StoreError(f"it rejects a command: {text[:300]}")
+        case exceptions.InvalidResponse():
+            return _UnusableError("it does not speak the protocol of Valkey and Redis")
+        case exceptions.ConnectionError() if "max number of clients" in text:
+            return StoreDownError("it has too many clients (maxclients)")
         case _:
             pass
     return _explain_failure(exc.__cause__ or exc.__context__ or exc)
@@ -756,10 +778,8 @@ def _explain_authentication(text: str) -> str:
 
 def _explain_failure(exc: BaseException) -> StoreError:
     """Return what a failure of the network means."""
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return _UnusableError(f"its certificate is rejected: {exc.verify_message}")
-    if isinstance(exc, ssl.SSLError):
-        return _UnusableError(f"TLS fails ({exc.reason}): does it speak TLS?")
+    if text := tls.explain(exc):
+        return _UnusableError(text)
     if isinstance(exc, PermissionError):
         return _UnusableError("this user may not open its socket")
     if isinstance(exc, socket.gaierror):

@@ -25,9 +25,7 @@ from gollama_proxy.config.watch import compare
         ),
         (
             "rediss://a?ssl_ca_certs=/ca.pem&ssl_certfile=/me.pem",
-            StoreAddress(
-                "a", 6379, "", 0, "", "", True, "/ca.pem", "/me.pem", "/me.pem"
-            ),
+            StoreAddress("a", 6379, "", 0, "", "", True, "/ca.pem", "/me.pem", ""),
         ),
         (
             "unix://me:secret@/run/a.sock?db=2",

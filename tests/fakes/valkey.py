@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -76,7 +77,8 @@ class StoreServer:
             assert self._child is not None
             if self._child.process.returncode is not None:
                 raise AssertionError(f"{self!r} has ended: {last_words(log)}")
-            return self.socket.exists()
+            with socket.socket(socket.AF_UNIX) as probe:
+                return probe.connect_ex(str(self.socket)) == 0
 
         await until(listens, f"the socket of {self!r}")
         return self
@@ -149,8 +151,8 @@ async def is_down(store: Store) -> None:
 class Partition:
     """A network between hubs and a store, which can lose everything or break."""
 
-    def __init__(self, target: Path, socket: Path) -> None:
-        self.socket = socket
+    def __init__(self, target: Path, place: Path) -> None:
+        self.socket = place
         self._target = target
         self._through = asyncio.Event()
         self._through.set()
