@@ -15,15 +15,17 @@ from urllib.parse import urlsplit
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.events import Events
+from gollama_proxy.control.following import Follower
 from gollama_proxy.control.peers import Peers
 from gollama_proxy.control.replies import Peers as Answering
 from gollama_proxy.control.replies import Replies
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.sharing import Sharing
-from gollama_proxy.state.local import LocalState
+from gollama_proxy.state.local import State
 from gollama_proxy.state.members import Members, describe_me
 from gollama_proxy.state.store import Store, StoreError
+from gollama_proxy.state.valkey import SharedState
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +34,9 @@ class Shares(Protocol):
     """The parts of a hub that share something."""
 
     config: Config
-    state: LocalState
+    state: State
     clock: Callable[[], float]
+    follower: Follower
     replies: Replies
     events: Events
     peers: Answering | None
@@ -54,6 +57,9 @@ class Cluster:
         self._hub = hub
         state = hub.config.state
         self.store = Store(state.url, state.prefix, hub.clock)
+        self.shared = SharedState(hub.state, self.store, hub.clock)
+        self.shared.on_change = hub.follower.follow
+        hub.state = self.shared
 
     def __repr__(self) -> str:
         return f"<Cluster {self.store!r}>"
@@ -71,6 +77,9 @@ class Cluster:
             me = await asyncio.to_thread(describe_me, self._hub.state.folder)
             self.members = Members(self.store, me, self._hub.clock)
             await self.members.start()
+            # The fleet is that of all hubs before the first client comes.
+            await self.shared.start()
+            await self.shared.round()
             self.sharing = self._share_slots()
             await self.sharing.start()
         except StoreError as exc:
@@ -109,6 +118,7 @@ class Cluster:
 
     async def close(self) -> None:
         """Give back what this hub holds, and leave the others."""
+        await self.shared.stop()
         if self.peers is not None:
             await self.peers.stop()
         await self.sharing.stop()

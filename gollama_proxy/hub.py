@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gollama_proxy.config import tls
-from gollama_proxy.config.load import check_exposure, load_worker
+from gollama_proxy.config.load import check_exposure
 from gollama_proxy.config.settings import Config, Revoked, WorkerConfig
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes, Files, compare
 from gollama_proxy.control.admin import Admin
 from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events
+from gollama_proxy.control.following import Follower
 from gollama_proxy.control.history import History, Recent
 from gollama_proxy.control.page import Dashboard, Links
 from gollama_proxy.control.replies import Peers, Replies
@@ -31,7 +31,7 @@ from gollama_proxy.edge.server import Server
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.health import HealthChecker, LoadingFeeds, Watchdog
 from gollama_proxy.fleet.registry import Listener, Registry
-from gollama_proxy.fleet.state import Hold, Source, WorkerState
+from gollama_proxy.fleet.state import Source, WorkerState
 from gollama_proxy.fleet.wake import Waker
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.exchange import Proxy
@@ -39,7 +39,7 @@ from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.proxy.tokens import Fitting
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.queue import Queue
-from gollama_proxy.state.local import LocalState
+from gollama_proxy.state.local import LocalState, State
 from gollama_proxy.tasks import spawn
 from gollama_proxy.telemetry import logs
 from gollama_proxy.telemetry.accesslog import Outcome
@@ -80,7 +80,7 @@ class Hub(Listener):
         """
         self.config = config
         self._load = load
-        self.state = LocalState() if state is None else state
+        self.state: State = LocalState() if state is None else state
         self.ledger = self.state.ledger
         self.ledger.reconfigure(config.usage.days)
         self.draining = False
@@ -127,6 +127,7 @@ class Hub(Listener):
         self.replies = Replies(self, self.views)
         self.peers: Peers | None = None  # the other hubs, with `state.url`
         self.changing = asyncio.Lock()
+        self.follower = Follower(self)
         self.proxy = Proxy(
             config,
             self.routes(),
@@ -155,7 +156,7 @@ class Hub(Listener):
             self.events,
         ):
             self.registry.subscribe(part)
-        self._restore()
+        self.follower.restore()
         self.cluster = self._make_cluster() if config.state.url else None
 
     def __repr__(self) -> str:
@@ -240,48 +241,8 @@ class Hub(Listener):
 
     # --- What outlives the hub ------------------------------------------------------
 
-    def _restore(self) -> None:
-        """Take up what an earlier hub left in the state folder."""
-        self._listed = self.config.revoked
-        self._put_revocations_in_force()
-        for stored in self.state.workers:
-            if not stored.settings:
-                continue
-            try:
-                row = {**stored.settings, "name": stored.name}
-                if models := stored.agent.get("models"):
-                    row.setdefault("models", models)  # while its machine sleeps
-                config = load_worker(stored.name, row, os.environ)
-                self.registry.add(config, Source(stored.source))
-            except ConfigError as exc:
-                # The settings file has its name or address now, or a key is missing.
-                logger.warning("the stored worker %r is left out: %s", stored.name, exc)
-                continue
-            if stored.source == Source.AGENT:
-                digest = str(stored.agent.get("digest", ""))
-                sleeping = bool(stored.agent.get("sleeping"))
-                self.agents.restore(config, digest, sleeping=sleeping)
-        self._restore_holds()
-
-    def _restore_holds(self) -> None:
-        """Hold back the workers that operators have held back, by their names."""
-        for worker in self.registry.workers:
-            kept = self.state.find(worker.name)
-            if kept is not None and kept.hold and worker.held is Hold.NONE:
-                worker.hold(Hold(kept.hold))
-
     def _follow_list(self, listed: Revoked) -> None:
-        """Take up a new list from the file of revoked tokens."""
-        self._listed = listed
-        self._put_revocations_in_force()
-
-    def _put_revocations_in_force(self) -> None:
-        stored, listed = self.state.revoked, self._listed
-        if stored or listed:
-            both = Revoked(
-                listed.tokens | stored.tokens, listed.subjects | stored.subjects
-            )
-            self.authenticator.revoke(both)
+        self.follower.follow_list(listed)
 
     async def revoke(self, kind: str, value: str) -> None:
         """Revoke a token ("jti") or a subject ("sub"), also for later hubs.
@@ -290,7 +251,7 @@ class Hub(Listener):
             StateError: too many are revoked.
         """
         await self.state.revoke(kind, value)
-        self._put_revocations_in_force()
+        self.follower.put_revocations_in_force()
 
     # --- Machines that sleep ----------------------------------------------------------
 
@@ -394,9 +355,10 @@ class Hub(Listener):
             self.groups.follow(config.workers)
             # A thousand workers would hold up the event loop, and with it all answers.
             while not self.registry.apply(self._expanded(config.workers), most=BATCH):
-                self._restore_holds()
+                self.follower.restore_holds()
                 await asyncio.sleep(0)
-            self._restore_holds()
+            self.follower.retry()
+            self.follower.restore_holds()
             await self.files.follow(before, config, credentials)
             await self.scrapes.reconfigure(config, credentials)
             return changes
@@ -559,6 +521,7 @@ class Hub(Listener):
         await server.close()
         if self._reload is not None:
             await asyncio.wait([self._reload])
+        await self.follower.stop()  # before the checks of workers that it may add
         await self.files.stop()
         await self.events.stop()
         await self.watchdog.stop()

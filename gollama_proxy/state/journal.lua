@@ -36,9 +36,8 @@ for at = 12, #ARGV, 3 do
   local stored = redis.call('HGET', rows, key)
   local held, content = 0, ''
   if stored then
-    local space = string.find(stored, ' ', 1, true)
-    held = tonumber(string.sub(stored, 1, space - 1))
-    content = string.sub(stored, space + 1)
+    local number, rest = string.match(stored, '^(%d+) (.*)$')
+    held, content = tonumber(number) or 0, rest or ''
   end
   local number = math.max(now, last + 1)
   local version = amount

@@ -10,6 +10,7 @@ another one, and the answer reports that it is `renewed`.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from importlib import resources
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from gollama_proxy.state.facts import TOMBSTONES
 
 SCRIPT = resources.files(__package__).joinpath("journal.lua").read_text("utf-8")
+_NUMBER = re.compile(r"[0-9]{1,16}")
 MOST_NEWS = 500  # rows in one answer
 MOST_WRITTEN = 200  # rows in one step: the script holds up the store for about 1 ms
 
@@ -143,6 +145,8 @@ def _result(text: str) -> Result:
 
 def _split(row: str) -> tuple[int, str]:
     version, _, value = row.partition(" ")
+    if not _NUMBER.fullmatch(version):
+        return 0, ""  # of another program
     return int(version), value
 
 

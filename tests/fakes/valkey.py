@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import gollama_proxy.cluster  # noqa: F401  # with its scripts, before a loop runs
 from benchmarks.children import last_words
 from gollama_proxy.children import Child
 from gollama_proxy.state.store import Mode, Store
