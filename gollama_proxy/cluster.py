@@ -16,6 +16,7 @@ from gollama_proxy.config.settings import Config
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.events import Events
 from gollama_proxy.control.following import Follower
+from gollama_proxy.control.group import GroupMetrics
 from gollama_proxy.control.peers import Peers
 from gollama_proxy.control.replies import Peers as Answering
 from gollama_proxy.control.replies import Replies
@@ -26,6 +27,8 @@ from gollama_proxy.state.local import State
 from gollama_proxy.state.members import Members, describe_me
 from gollama_proxy.state.store import Store, StoreError
 from gollama_proxy.state.valkey import SharedState
+from gollama_proxy.telemetry.families import METRICS
+from gollama_proxy.telemetry.metrics import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class Shares(Protocol):
     peers: Answering | None
     registry: Registry
     queue: Queue
+    telemetry: Telemetry
 
 
 class Cluster:
@@ -105,16 +109,25 @@ class Cluster:
         name = f"{socket.gethostname()}:{port}" if port else socket.gethostname()
         await self.members.listens_at(url, name)
         hub = self._hub
+
+        async def collect(_: object) -> dict[str, object]:
+            families = await hub.telemetry.collect()
+            return {"run": self.members.me.run, "families": families}
+
         self.peers = Peers(
             self.store,
             self.members,
-            hub.replies.table,
+            {**hub.replies.table, "metrics": collect},
             hub.events.take_news,
             clock=hub.clock,
         )
         await self.peers.start()
         hub.peers = self.peers
         hub.events.join(self.peers)
+        me = self.members.me
+        if me.group != me.run:
+            group = GroupMetrics(self.store, self.peers, me.group, me.run, METRICS)
+            hub.telemetry.others = group.collect
 
     async def close(self) -> None:
         """Give back what this hub holds, and leave the others."""

@@ -157,6 +157,11 @@ class Peers:
         """The name of this hub."""
         return self._names()[self._members.me.run]
 
+    @property
+    def runs(self) -> set[str]:
+        """The runs of all hubs that are alive."""
+        return {self._members.me.run, *self._members.others}
+
     def _names(self) -> dict[str, str]:
         """Return the names of all hubs, by their runs.
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -32,6 +33,7 @@ from gollama_proxy.telemetry.families import (
     FIRST_TOKEN,
     LAG,
     LIMITED,
+    METRICS,
     OUTCOMES,
     PER_TOKEN,
     PROMPTS,
@@ -55,6 +57,7 @@ from gollama_proxy.telemetry.gauges import (
     FleetMetrics,
     of_process,
 )
+from gollama_proxy.telemetry.summing import Part, Plain, Sums, to_plain
 from gollama_proxy.upstream.pool import ConnectionPool
 
 MOST_MODELS = 200
@@ -96,6 +99,9 @@ class Telemetry:
         if clients is not None:
             self._sources.append(ClientMetrics(clients).collect)
         self._sources += [self._collect_own, self._requests.collect]
+        # What other processes of a group have, and whether they have ended; it takes
+        # what this one has.
+        self.others: Callable[[list[Plain]], Awaitable[list[Part]]] | None = None
 
     def __repr__(self) -> str:
         return f"<Telemetry of {self._requests!r}>"
@@ -126,13 +132,33 @@ class Telemetry:
 
     async def page(self, *, open_metrics: bool = False) -> bytes:
         """Write the page of all metrics; other tasks run between its parts."""
-        # In a thread: the list of open files is long when there are many clients.
-        process = await asyncio.to_thread(self._collect_outside)
+        if self.others is None:
+            # In a thread: the list of open files is long when there are many clients.
+            process = await asyncio.to_thread(self._collect_outside)
+            pieces = self.pieces(process, open_metrics=open_metrics)
+        else:
+            own = await self.collect()
+            sums = Sums(METRICS)
+            for families, ended in [(own, False), *await self.others(own)]:
+                for family in families:
+                    sums.add([family], ended=ended)
+                    await asyncio.sleep(0)
+            pieces = exposition.pieces([sums.collect], open_metrics=open_metrics)
         parts = []
-        for part in self.pieces(process, open_metrics=open_metrics):
+        for part in pieces:
             parts.append(part.encode())
             await asyncio.sleep(0)
         return b"".join(parts)
+
+    async def collect(self) -> list[Plain]:
+        """Return all metrics of this process, as values for another one."""
+        process = await asyncio.to_thread(self._collect_outside)
+        collected = chain.from_iterable(collect() for collect in self._sources)
+        found = []
+        for family in to_plain(chain(collected, process)):
+            found.append(family)
+            await asyncio.sleep(0)
+        return found
 
     def pieces(
         self, process: Iterable[Collected] = (), *, open_metrics: bool = False

@@ -18,9 +18,13 @@ from gollama_proxy.telemetry.exposition import (
     Histogram,
 )
 
+MOST_ROWS = 500  # of one piece: less than a millisecond
+
 # A family as plain values: its name, and of each series the labels and the value; of a
-# histogram the buckets and the sum, and exemplars by bucket.
+# histogram the buckets and the sum, and exemplars by bucket.  A long one is in pieces.
 Plain = list[Any]
+# What a process has, and whether it has ended.
+Part = tuple[Sequence[Plain], bool]
 
 
 def to_plain(collected: Iterable[Collected]) -> Iterator[Plain]:
@@ -34,6 +38,9 @@ def to_plain(collected: Iterable[Collected]) -> Iterator[Plain]:
                 rows.append([each.labels, each.buckets[:], each.sum, noted])
             else:
                 rows.append([each[0], each[1]])
+            if len(rows) >= MOST_ROWS:
+                yield [family.name, rows]
+                rows = []
         yield [family.name, rows]
 
 

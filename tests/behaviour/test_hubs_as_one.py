@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from gollama_proxy.cluster import Cluster
 from gollama_proxy.control import events
-from gollama_proxy.state.members import Members
 from tests.control.test_admin import CALM, begun, call, endless, error_of, get
 from tests.control.test_events import Listener, listening
 from tests.fakes.asks import CHAT, STREAM
@@ -34,12 +34,12 @@ async def two_hubs(
     ):
         for hub in (one, two):
             assert hub.hub.cluster is not None
-            await until(partial(_knows_another, hub.hub.cluster.members))
+            await until(partial(_knows_another, hub.hub.cluster))
         yield one, two
 
 
-def _knows_another(members: Members) -> bool:
-    return any(each.url for each in members.others.values())
+def _knows_another(cluster: Cluster) -> bool:
+    return any(each.url for each in cluster.members.others.values())
 
 
 def name_of(hub: RunningHub) -> str:

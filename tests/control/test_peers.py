@@ -30,6 +30,17 @@ class Hub(NamedTuple):
     pid: int = 1
 
 
+class Seen:
+    """The members as one hub knows them."""
+
+    def __init__(self, me: Hub, hubs: Mapping[str, Hub]) -> None:
+        self.me, self._hubs = me, hubs
+
+    @property
+    def others(self) -> Mapping[str, Hub]:
+        return {run: each for run, each in self._hubs.items() if each != self.me}
+
+
 class Group:
     """All hubs, as each of them knows the others."""
 
@@ -37,14 +48,8 @@ class Group:
         self.hubs = {hub.run: hub for hub in hubs}
         self.news: dict[str, list[Any]] = {hub.run: [] for hub in hubs}
 
-    def seen_by(self, run: str) -> Any:
-        class Members:
-            me = self.hubs[run]
-            others: Mapping[str, Hub] = {
-                each.run: each for each in self.hubs.values() if each.run != run
-            }
-
-        return Members()
+    def seen_by(self, run: str) -> Seen:
+        return Seen(self.hubs[run], self.hubs)
 
     async def peer(
         self,

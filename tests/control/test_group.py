@@ -1,0 +1,125 @@
+"""A group of processes has one page of metrics, whose counters never fall."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gollama_proxy.control import group as module
+from gollama_proxy.control.group import GroupMetrics
+from gollama_proxy.state.store import Store
+from gollama_proxy.telemetry import exposition
+from gollama_proxy.telemetry.exposition import Family
+from gollama_proxy.telemetry.summing import Sums
+from tests.control.test_peers import Group, Hub
+from tests.fakes.valkey import StoreServer, connected, is_down, running_store
+
+COUNTED = Family("c_total", "counter", "Counted.")
+RUNS = Family("runs", "gauge", "Run.")
+KNOWN = (COUNTED, RUNS)
+
+
+def counts(number: int) -> list[Any]:
+    return [["c_total", [["", number]]], ["runs", [["", 1]]]]
+
+
+class Box:
+    """Processes of one group on one machine."""
+
+    def __init__(self, group: Group, store: Store) -> None:
+        self.group, self.store = group, store
+        self.counted: dict[str, int] = {}
+
+    async def process(self, run: str, store: Store | None = None) -> GroupMetrics:
+        """Make a process that answers the others."""
+        store = store or self.store
+        self.counted.setdefault(run, 0)
+
+        def reply(_: object) -> Mapping[str, Any]:
+            return {"run": run, "families": counts(self.counted[run])}
+
+        peers = await self.group.peer(store, run, {"metrics": reply})
+        return GroupMetrics(store, peers, "g", run, KNOWN)
+
+    async def page(self, metrics: GroupMetrics, run: str) -> dict[str, float]:
+        """Return what the process with this run shows."""
+        own = counts(self.counted[run])
+        sums = Sums(KNOWN)
+        for families, ended in [(own, False), *await metrics.collect(own)]:
+            sums.add(families, ended=ended)
+        text = "".join(exposition.pieces([sums.collect], open_metrics=False))
+        rows = [line.split() for line in text.splitlines() if line[0] != "#"]
+        return {name: float(value) for name, value in rows}
+
+
+@contextlib.asynccontextmanager
+async def box(
+    folder: Path, *runs: str
+) -> AsyncIterator[tuple[Box, list[Store], StoreServer]]:
+    group = Group(*(Hub(run, "box", "g", 10 + n) for n, run in enumerate(runs)))
+    async with running_store(folder) as server, contextlib.AsyncExitStack() as stack:
+        stores = [await stack.enter_async_context(connected(server.url)) for _ in runs]
+        yield Box(group, stores[0]), stores, server
+
+
+async def test_each_process_shows_the_whole(tmp_path: Path) -> None:
+    async with box(tmp_path, "1", "2") as (group, stores, _):
+        one = await group.process("1", stores[0])
+        two = await group.process("2", stores[1])
+        group.counted = {"1": 3, "2": 4}
+        assert await group.page(one, "1") == {"c_total": 7, "runs": 2}
+        assert await group.page(two, "2") == {"c_total": 7, "runs": 2}
+        assert repr(one) == "<GroupMetrics gollama:metrics:g>"
+
+
+async def test_counters_of_ended_processes_stay(tmp_path: Path) -> None:
+    async with box(tmp_path, "1", "2", "3") as (group, stores, _):
+        one = await group.process("1", stores[0])
+        await group.process("2", stores[1])
+        three = await group.process("3", stores[2])
+        group.counted = {"1": 3, "2": 4, "3": 5}
+        assert (await group.page(one, "1"))["c_total"] == 12
+        # The second one ends, and the third one has never asked for its counters.
+        del group.group.hubs["2"]
+        assert await group.page(three, "3") == {"c_total": 12, "runs": 2}
+        assert await group.page(one, "1") == {"c_total": 12, "runs": 2}
+
+
+@pytest.mark.parametrize("ends", [1, 5])
+async def test_many_ended_processes_become_one_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int
+) -> None:
+    monkeypatch.setattr(module, "MOST_ENDED", 2)
+    async with box(tmp_path, "1") as (group, [store], server):
+        one = await group.process("1")
+        group.counted["1"] = 1
+        for number in range(ends):
+            text = zlib.compress(b'[["c_total",[["",10]]],["runs",[["",1]]]]')
+            await store.call("HSET", "gollama:metrics:g", f"gone-{number}", text)
+            expected = {"c_total": 11 + 10 * number, "runs": 1}
+            assert await group.page(one, "1") == expected
+        kept = await server.ask("HKEYS", "gollama:metrics:g")
+        assert len(kept) <= 4
+        assert (b"ended" in kept) == (ends > 2)
+
+
+async def test_without_the_store_a_process_shows_itself(tmp_path: Path) -> None:
+    async with box(tmp_path, "1", "2") as (group, stores, server):
+        one = await group.process("1", stores[0])
+        group.counted = {"1": 3, "2": 4}
+        await server.kill()
+        await is_down(stores[0])
+        assert await group.page(one, "1") == {"c_total": 3, "runs": 1}
+
+
+async def test_garbage_in_the_store_is_left_out(tmp_path: Path) -> None:
+    async with box(tmp_path, "1") as (group, [store], _):
+        one = await group.process("1")
+        for name, text in {"a": b"x", "b": zlib.compress(b"{}"), "c": b""}.items():
+            await store.call("HSET", "gollama:metrics:g", name, text)
+        assert await group.page(one, "1") == {"c_total": 0, "runs": 1}
