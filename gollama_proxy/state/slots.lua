@@ -146,7 +146,8 @@ end
 local function before(a, b)
   if a.rank ~= b.rank then return a.rank < b.rank end
   if a.turn ~= b.turn then return a.turn < b.turn end
-  return a.tick < b.tick
+  if a.tick ~= b.tick then return a.tick < b.tick end
+  return a.name < b.name
 end
 
 local function by_tick(a, b) return a.want[TICK] < b.want[TICK] end
