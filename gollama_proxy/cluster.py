@@ -25,7 +25,7 @@ from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.sharing import Sharing
 from gollama_proxy.state.local import State
 from gollama_proxy.state.members import Members, describe_me
-from gollama_proxy.state.store import Store, StoreError
+from gollama_proxy.state.store import Mode, Store, StoreError
 from gollama_proxy.state.valkey import SharedState
 from gollama_proxy.telemetry.families import METRICS
 from gollama_proxy.telemetry.metrics import Telemetry
@@ -67,6 +67,11 @@ class Cluster:
 
     def __repr__(self) -> str:
         return f"<Cluster {self.store!r}>"
+
+    @property
+    def identity(self) -> str:
+        """The same for all hubs that share registrations; empty without the store."""
+        return self.store.epoch if self.store.mode is Mode.UP else ""
 
     async def open(self) -> None:
         """Connect to the store and join the other hubs, before there are clients.

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy.config.values import ConfigError
+from tests.fakes.agent import HandAgent
 from tests.fakes.hub import running_hub
 from tests.fakes.process import hub_process
-from tests.fakes.valkey import ENGINES, running_store
+from tests.fakes.valkey import ENGINES, is_down, running_store
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
@@ -46,6 +47,23 @@ async def test_two_hubs_in_one_process(tmp_path: Path) -> None:
                 mine = one.members.me
                 await until(lambda: other.members.others == {mine.run: mine})
                 await until(lambda: one.members.last_seen == 2)
+
+
+async def test_hubs_have_one_identity_for_agents(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as server, ScriptedWorker() as worker:
+        settings = {"state__url": server.url}
+        async with running_hub(**settings) as one, running_hub(**settings) as other:
+            answers = []
+            for hub in (one, other):
+                async with HandAgent(hub, worker.url).answering() as agent:
+                    answers.append((await agent.put()).json()["cluster"])
+                    cluster = hub.hub.cluster
+                    assert cluster is not None
+            assert answers[0] == answers[1] != ""
+            await server.kill()
+            await is_down(cluster.store)
+            async with HandAgent(other, worker.url).answering() as agent:
+                assert "cluster" not in (await agent.put()).json()
 
 
 async def test_a_store_that_can_never_be_used_ends_the_start(tmp_path: Path) -> None:

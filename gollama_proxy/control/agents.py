@@ -107,8 +107,18 @@ class Registration(Struct):
     sleeping: bool = False  # the machine goes to sleep, if nothing runs on it
 
 
+class Group(Protocol):
+    """The hubs that share registrations with this one."""
+
+    @property
+    def identity(self) -> str: ...
+
+
 class Parts(Protocol):
     """The parts of a hub that registrations use and change."""
+
+    @property
+    def cluster(self) -> Group | None: ...
 
     @property
     def config(self) -> Config: ...
@@ -182,6 +192,10 @@ class AgentApi:
             "reason": found.reason,
             "idle": idle,
         }
+        cluster = self._hub.cluster
+        if cluster is not None and cluster.identity:
+            # Its agent need not register with the other hubs.
+            answer["cluster"] = cluster.identity
         return Response(msgspec.json.encode(answer), status)
 
     async def _delete(self, request: web.BaseRequest, record: Record) -> Response:

@@ -29,6 +29,7 @@ SHOWN = [
     ROOT / "README.md",
     ROOT / "SECURITY.md",
     ROOT / "examples" / "README.md",
+    ROOT / "examples" / "ha" / "README.md",
     *PAGES,
 ]
 _NOTE = re.compile(r"<!-- (not run|until): (.+) -->")
