@@ -85,6 +85,8 @@ _MAY_BLOCK = {
     "gollama_proxy/config/tls.py": {"for_server", "for_workers"},
     "gollama_proxy/llama.py": {"find", "_find_model"},
     "gollama_proxy/demo.py": {"_start_servers"},
+    # Before there is a hub: what it shares with others is imported.
+    "gollama_proxy/hub.py": {"_make_cluster"},
     # A datagram socket that is given its peer: nothing is sent.
     "gollama_proxy/machine.py": {"address_towards"},
     # A llama-server of the demo has died: its last words are read, and all ends.
