@@ -38,7 +38,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from aiohttp import web
 
-from gollama_proxy import __version__, llama, machine
+from gollama_proxy import __version__, children, llama, machine
 from gollama_proxy.children import Supervised
 from gollama_proxy.config.settings import Log
 from gollama_proxy.config.values import ConfigError
@@ -257,7 +257,8 @@ class Agent:
             command, self.url = llama.listening(options.command, os.environ)
             self._helpers = llama.rpc_helpers(command, os.environ)
             # A backtrace takes llama-server seconds, in which it seems to be well.
-            environ = {"GGML_NO_BACKTRACE": "1"} if self._helpers else None
+            environ = {"GGML_NO_BACKTRACE": "1"} if self._helpers else {}
+            environ |= children.environment()
             self.server = Supervised(command, self._helped, environ)
         else:
             self.url = llama.with_port(options.worker)

@@ -25,19 +25,30 @@ logger = logging.getLogger(__name__)
 
 GRACE = 3.0  # llama-server cannot drain: it may wait for its clients indefinitely
 
-# A small program that makes the request and then becomes the child's program.  A
+# A small program that makes the request and then becomes the child's program.  The
+# descriptors that it gets become 3, 4 and so on, as sd_listen_fds(3) has them.  A
 # preexec_fn would run Python in a fork of a process with threads, where a lock held by
 # another thread stays locked.  The request is bound to the thread that forks: the main
 # one, which runs the event loop and lives as long as the process.  A parent that died
 # before the request was made sends no signal any more, hence `getppid`.
 _TETHER = """
-import os, signal, sys
-parent, *command = sys.argv[1:]
+import fcntl, os, signal, sys
+parent, numbers, *command = sys.argv[1:]
 if sys.platform == "linux":
     import ctypes
     PR_SET_PDEATHSIG = 1
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
         sys.exit(f"prctl: {os.strerror(ctypes.get_errno())}")
+given = [int(each) for each in numbers.split()]
+end = 3 + len(given)
+copies = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, end) for each in given]
+for place, each in enumerate(copies):
+    os.dup2(each, 3 + place)
+for each in given:
+    if each >= end:
+        os.close(each)
+if "LISTEN_FDS" in os.environ:
+    os.environ["LISTEN_PID"] = str(os.getpid())
 if os.getppid() == int(parent):
     os.execv(command[0], command)
 """
@@ -50,6 +61,11 @@ def environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith("GOLLAMA_") and name != "CREDENTIALS_DIRECTORY"
     }
+
+
+def how(status: int) -> str:
+    """Describe how a process has ended."""
+    return f"status {status}" if status >= 0 else signal.Signals(-status).name
 
 
 class ChildError(Exception):
@@ -85,6 +101,7 @@ class Child:
         piped: bool = False,
         tethered: bool = True,
         folder: Path | None = None,
+        descriptors: Sequence[int] = (),
     ) -> Self:
         """Start a program, whose path comes first; call this from the main thread.
 
@@ -92,9 +109,11 @@ class Child:
 
         With `piped`, standard input and output are pipes, and the file has standard
         error alone.  Without `tethered`, the process starts some 20 ms sooner, and
-        survives a `kill -9` of this one.  `folder` is its working directory.
+        survives a `kill -9` of this one.  `folder` is its working directory.  A
+        tethered one inherits `descriptors`, as 3 and so on.
         """
-        tether = [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid())]
+        numbers = " ".join(map(str, descriptors))
+        tether = [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid()), numbers]
         with contextlib.nullcontext() if log is None else log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *(tether if tethered else []),
@@ -104,6 +123,7 @@ class Child:
                 stderr=output,
                 env=dict(environ),  # uvloop accepts only a dict
                 cwd=folder,
+                pass_fds=descriptors,
                 start_new_session=True,  # Ctrl-C reaches the parent, which ends them
             )
         return cls(name, process, log)
@@ -117,8 +137,7 @@ class Child:
         status = self.process.returncode
         if status is None:
             return
-        how = f"status {status}" if status >= 0 else signal.Signals(-status).name
-        text, lines = f"{self.name} ended with {how}", []
+        text, lines = f"{self.name} ended with {how(status)}", []
         if self.log is not None:
             lines = self.log.read_text(errors="replace").splitlines()[-10:]
             text += f"; from {self.log}:"
@@ -176,11 +195,16 @@ async def _at_once() -> None:
     """Wait for nothing."""
 
 
+def _always(status: int) -> bool:
+    return True
+
+
 class Supervised:
     """A command that is started, and started again when it ends.
 
-    `ready` is awaited before each start.  `environ` has variables for the command that
-    this process has not.
+    `ready` is awaited before each start.  `environ` has its variables; default: those
+    of `environment`.  `again` is called with each status, and returns whether to start
+    it again.
     """
 
     def __init__(
@@ -188,19 +212,34 @@ class Supervised:
         command: Sequence[str],
         ready: Callable[[], Awaitable[None]] = _at_once,
         environ: Mapping[str, str] | None = None,
+        *,
+        name: str = "",
+        log: Path | None = None,
+        descriptors: Sequence[int] = (),
+        again: Callable[[int], bool] = _always,
     ) -> None:
         program = shutil.which(command[0]) or command[0]
         self._command = (program, *command[1:])
-        self._name = Path(program).name
+        self._name = name or Path(program).name
+        self._log = log
+        self._descriptors = descriptors
         self._child: Child | None = None
         self._ready = ready
-        self._environ = environ or {}
+        self._environ = environment() if environ is None else environ
+        self._again = again
         self._restarts = Restarts()
         self._running: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[Child] | None = None
+        self._retired = False
 
     def __repr__(self) -> str:
         return f"<Supervised {self._name} {self._child!r}>"
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, while it runs."""
+        runs = self._child is not None and self._child.process.returncode is None
+        return self._child.process.pid if self._child is not None and runs else None
 
     def start(self) -> None:
         self._running = spawn(self._run(), f"process {self._name}")
@@ -209,6 +248,17 @@ class Supervised:
         """Pass a signal on, if it runs."""
         if self._child is not None:
             self._child.signal(number)
+
+    async def retire(self) -> None:
+        """Send SIGTERM, and wait for its end, however long that takes."""
+        self._retired = True
+        if self._running is None:
+            return
+        if self._starting is not None:
+            (await self._starting).signal(signal.SIGTERM)
+        if self.pid is None:
+            self._running.cancel()  # it waits to start
+        await asyncio.wait([self._running])
 
     async def stop(self) -> None:
         """End it: with SIGTERM, and SIGKILL a few seconds later."""
@@ -220,19 +270,26 @@ class Supervised:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        environ = environment()
-        environ = {**self._environ, **environ}
         while True:
             await self._ready()
             started = loop.time()
-            start = Child.start(self._name, self._command, None, environ)
+            start = Child.start(
+                self._name,
+                self._command,
+                self._log,
+                self._environ,
+                descriptors=self._descriptors,
+            )
             # In a task that is not cancelled, or the child could be lost.
             self._starting = spawn(start, f"start of {self._name}")
             self._child = await asyncio.shield(self._starting)
             logger.info("started %s, process %d", self._name, self._child.process.pid)
             status = await self._child.process.wait()
             self._child.end_rest()  # it would keep the port
-            how = f"status {status}" if status >= 0 else signal.Signals(-status).name
+            if not self._again(status) or self._retired:
+                return
             wait = self._restarts.after(loop.time() - started)
-            logger.error("%s ended with %s; again in %g s", self._name, how, wait)
+            logger.error(
+                "%s ended with %s; again in %g s", self._name, how(status), wait
+            )
             await asyncio.sleep(wait)

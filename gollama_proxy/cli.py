@@ -24,7 +24,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, Self
 
@@ -36,6 +37,7 @@ from gollama_proxy.config.settings import (
     WORKER_KEYS,
     Config,
     Log,
+    Process,
     Row,
     settings,
 )
@@ -194,7 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--llama-server", metavar="PATH", help="the program to start")
     demo.add_argument("--model", metavar="FILE", help="GGUF file to start it with")
     for fronting in (serve, demo):
-        _add_setting_flags(fronting)
+        _add_setting_flags(fronting, () if fronting is serve else {"--processes"})
     text = "register this machine's llama-server with a hub, and keep it registered"
     command("agent", _agent, text, configured=False, fill=_add_agent_flags)
     for name, text in _OPERATIONS.items():
@@ -224,7 +226,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         place = words.index("--")
         words, following = words[:place], words[place + 1 :]
     args, unknown = parser.parse_known_args(words)
-    args.following = following
+    args.following, args.words = following, words
     if unknown:  # reported with the flags of the command
         args.parser.error(f"{' '.join(unknown)}: not a flag of this command")
     return args
@@ -251,9 +253,11 @@ def _fill_operation(name: str, parser: argparse.ArgumentParser) -> None:
     commands.add_flags(name, parser)
 
 
-def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
+def _add_setting_flags(
+    parser: argparse.ArgumentParser, without: Container[str]
+) -> None:
     for row in settings():
-        if row.key in FLAGS:
+        if row.key in FLAGS and FLAGS[row.key] not in without:
             choices = f"; {row.allowed}" * row.allowed.startswith("one of")
             flag: dict[str, Any] = {"dest": row.key, "help": row.help + choices}
             if row.default is False:
@@ -371,25 +375,54 @@ def _load(
 
 
 def _serve(args: argparse.Namespace) -> int:
-    config = _load(args, os.environ, args.worker)
-    require_keys(config)
-    _import_server()
-    from gollama_proxy import serve as lifecycle
-    from gollama_proxy.service import Service
+    process = Process.parse(os.environ.pop("GOLLAMA_PROCESS", ""))
 
-    service = Service.take(os.environ)
+    def load() -> Config:
+        found = replace(_load(args, os.environ, args.worker), process=process)
+        require_keys(found)
+        return found
+
+    config = load()
 
     def reload() -> Config:
         # The same file, even if it is gone, or another one takes precedence by now.
         args.config = config.file or args.config
-        again = _load(args, os.environ, args.worker)
-        require_keys(again)
-        return again
+        return load()
 
-    announce = lifecycle.log_address
+    if process.number or config.server.processes == 1:
+        return _serve_here(config, reload)
+    return _serve_by_processes(args, config, reload)
+
+
+def _serve_here(config: Config, reload: Callable[[], Config]) -> int:
+    _import_server()
+    from gollama_proxy import serve as lifecycle
+    from gollama_proxy.service import Service
+
+    service, announce = Service.take(os.environ), lifecycle.log_address
     return lifecycle.run(
         lambda signals: lifecycle.front(signals, config, announce, reload, service)
     )
+
+
+def _serve_by_processes(
+    args: argparse.Namespace, config: Config, reload: Callable[[], Config]
+) -> int:
+    from gollama_proxy import processes, tasks
+    from gollama_proxy.service import Service
+    from gollama_proxy.telemetry import logs
+
+    if processes.number_of(config.server.processes) == 1:
+        return _serve_here(config, reload)
+    service = Service.take(os.environ)
+    try:
+        return tasks.run(
+            lambda signals: processes.front(
+                signals, config, args.words, reload, service
+            )
+        )
+    finally:
+        logs.flush()
 
 
 def _import_server() -> None:

@@ -83,7 +83,9 @@ class Cluster:
         """
         try:
             await self.store.open()
-            me = await asyncio.to_thread(describe_me, self._hub.state.folder)
+            me = await asyncio.to_thread(
+                describe_me, self._hub.state.folder, self._hub.config.process
+            )
             self.members = Members(self.store, me, self._hub.clock)
             await self.members.start()
             # The fleet is that of all hubs before the first client comes.

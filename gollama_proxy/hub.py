@@ -297,9 +297,9 @@ class Hub(Listener):
             raise result
         return result
 
-    def reload_soon(self) -> asyncio.Task[Changes | ConfigError]:
-        """Begin to reload; the task returns the result, which is logged as well."""
-        self._reload = spawn(self._reload_all(), "reload")
+    def reload_soon(self, *, log: bool = True) -> asyncio.Task[Changes | ConfigError]:
+        """Begin to reload; the task returns the result, which is logged with `log`."""
+        self._reload = spawn(self._reload_all(log), "reload")
         return self._reload
 
     @property
@@ -309,18 +309,20 @@ class Hub(Listener):
         done = last is not None and last.done() and not last.cancelled()
         return last is not None and done and isinstance(last.result(), ConfigError)
 
-    async def _reload_all(self) -> Changes | ConfigError:
+    async def _reload_all(self, log: bool) -> Changes | ConfigError:
         async with self._reloading:
             try:
                 changes = await self.apply(await asyncio.to_thread(self._read))
             except ConfigError as exc:
-                text = "the settings are not valid, so the old ones stay in force: %s"
-                logger.error(text, "; ".join(exc.args))
+                if log:
+                    text = "the settings are not valid, so the old ones stay in force: "
+                    logger.error("%s%s", text, "; ".join(exc.args))
                 self.telemetry.note_reload(valid=False)
                 return exc
             self.telemetry.note_reload(valid=True)
             await self.files.reload()
-            logger.info("settings were read again: %s", changes)
+            if log:
+                logger.info("settings were read again: %s", changes)
             return changes
 
     def _read(self) -> Config:

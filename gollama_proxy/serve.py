@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
 import os
-import resource
 import socket
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
@@ -21,9 +19,10 @@ from gollama_proxy.config import addresses
 from gollama_proxy.config.load import check_exposure
 from gollama_proxy.config.settings import Config, Server
 from gollama_proxy.config.values import ConfigError
+from gollama_proxy.config.watch import Changes
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
-from gollama_proxy.service import Service, count
+from gollama_proxy.service import Load, Service, count, raise_file_limit
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.local import LocalState, folder_of
 from gollama_proxy.tasks import Signals, spawn
@@ -34,8 +33,6 @@ logger = logging.getLogger(__name__)
 # Open files in addition to clients and their requests: logs, health checks, canaries
 # and idle connections.
 _SPARE_FILES = 256
-# Enough for any hub; taken where the hard limit is infinite.
-_MANY_FILES = 1 << 20
 
 # Seconds after which the hub is ready, even if some workers have not answered a check.
 _READY_WITHIN = 3.0
@@ -68,17 +65,18 @@ async def front(
     """
     service = service or Service()
     require_parser()
-    logs.configure(config.log)
+    config = _for_process(config)
+    logs.configure(config.log, config.process.number)
     # Streams live long and are rarely garbage.  With the default, a collection at every
     # 700 new objects, collecting takes a tenth of the time of a short request.
     gc.set_threshold(5_000, 10, 10)
     state = await asyncio.to_thread(_open_state, config.state.dir)
     try:
-        files = _raise_file_limit()
+        files = raise_file_limit()
 
         def prepare(config: Config) -> Config:
             _check_listeners(service, config)
-            return _fit(config, files)
+            return _fit(_for_process(config), files)
 
         again = load and (lambda: prepare(load()))
         hub = Hub(prepare(config), state=state, load=again)
@@ -88,26 +86,38 @@ async def front(
         raise
     except OSError as exc:
         await state.close()
-        raise _refuse_address(config.server, exc) from exc
-    logger.info("%s", config.source)
-    _warn_of_plain_text(config.server, _hosts(service, config))
+        raise addresses.refuse(config.server, exc) from exc
+    process = config.process
+    if process.first:
+        logger.info("%s", config.source)
+        _warn_of_plain_text(config.server, _hosts(service, config))
     # Everything so far stays: searching all modules for garbage would block the event
     # loop for 30 ms each time, and for another 20 ms now.
     gc.freeze()
     gc.enable()
     service.start()
     try:
-        signals.reload = lambda: service.reload(hub.reload_soon)
+        if process.number:
+            signals.follow_parent()
+            signals.reload = lambda: service.reload(
+                lambda: hub.reload_soon(log=False), _outcome
+            )
+        else:
+            signals.reload = lambda: service.reload(hub.reload_soon)
         async with asyncio.TaskGroup() as group:
-            announcing = group.create_task(announce(hub), name="announce")
+            announcing = group.create_task(
+                announce(hub) if process.first else _quiet(), name="announce"
+            )
             readying = group.create_task(_become_ready(hub, service), name="readiness")
             if config.server.advertise:
                 group.create_task(_advertise(hub, signals), name="advertise")
             await signals.asked.wait()
             announcing.cancel()
             readying.cancel()
-        grace = hub.config.server.drain  # it may have changed
-        logger.info("draining for %g s at most; a second signal cuts answers", grace)
+        if not process.number:  # else its parent has
+            grace = hub.config.server.drain  # it may have changed
+            text = "draining for %g s at most; a second signal cuts answers"
+            logger.info(text, grace)
     finally:
         signals.reload = _ignore
         service.stopping(lambda: _describe_stop(hub))
@@ -152,18 +162,28 @@ async def _become_ready(hub: Hub, service: Service) -> None:
     service.ready()
 
 
+def _outcome(result: Changes | ConfigError) -> str:
+    """Describe the result of a reload for a parent, which logs it."""
+    if isinstance(result, ConfigError):
+        return "refused: " + " ".join("; ".join(result.args).splitlines())
+    return f"changed: {result}"
+
+
 def _describe(hub: Hub) -> str:
-    """Return the line that `systemctl status` shows."""
+    """Return the line that `systemctl status` shows, or the words for a parent."""
     workers = hub.registry.workers
     usable = sum(each.admits for each in workers)
     waiting = hub.queue.admission.waiting
-    running = count(_running(hub) - waiting, "request")
-    of = count(len(workers), "worker")
+    load = Load(usable, len(workers), _running(hub) - waiting, waiting)
+    if hub.config.process.number:
+        return load.words
     refused = "; the last reload was refused" if hub.reload_refused else ""
-    return f"{usable} of {of} ready; {running} running, {waiting} waiting{refused}"
+    return f"{load}{refused}"
 
 
 def _describe_stop(hub: Hub) -> str:
+    if hub.config.process.number:
+        return Load(running=_running(hub)).words
     running = count(_running(hub), "running request")
     return f"stopping; {running} may end within {hub.config.server.drain:g} s"
 
@@ -190,22 +210,28 @@ async def _advertise(hub: Hub, signals: Signals) -> None:
         logger.warning("server.advertise: %s", exc.strerror or exc)
 
 
+async def _quiet() -> None:
+    """Leave it to the first process to report what is the same for all."""
+
+
 def _ignore() -> None:
     """A hub that drains reads nothing again, and SIGHUP does not force its end."""
 
 
-def _raise_file_limit() -> int:
-    """Raise the limit of open files as far as is allowed; return it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else hard
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return wanted
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):  # macOS has a lower one that it does not report
-        return soft
-    logger.info("raised the limit of open files from %d to %d", soft, wanted)
-    return wanted
+def _for_process(config: Config) -> Config:
+    """Leave to one process, or to the parent, what only one of them can do."""
+    process = config.process
+    if not process.number:
+        return config
+    server = structs.replace(
+        config.server,
+        watch_config=False,  # the parent does
+        advertise=config.server.advertise and process.first,
+    )
+    # The parent has made these sockets, and passes them.
+    return replace(
+        config, server=server, metrics=structs.replace(config.metrics, listen=())
+    )
 
 
 def _fit(config: Config, files: int) -> Config:
@@ -272,18 +298,6 @@ def _warn_of_plain_text(server: Server, hosts: Iterable[str]) -> None:
                 "network; set server.tls_certificate, or put a proxy with TLS in front",
                 host,
             )
-
-
-def _refuse_address(server: Server, exc: OSError) -> ConfigError:
-    host = f"server.host = {server.host!r}"
-    port = f"server.port = {server.port}"
-    if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
-        return ConfigError(f"{host}: must be an address of this machine")
-    if exc.errno == errno.EADDRINUSE:
-        return ConfigError(f"{port}: already in use; must be a free port, or 0 for any")
-    if exc.errno == errno.EACCES:
-        return ConfigError(f"{port}: not permitted; must be 1024 or above")
-    return ConfigError(f"{host}, {port}: cannot be listened on: {exc.strerror or exc}")
 
 
 async def _drain(hub: Hub, signals: Signals) -> bool:

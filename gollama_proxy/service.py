@@ -14,17 +14,21 @@ import contextlib
 import itertools
 import logging
 import os
+import resource
 import socket
 import stat
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+# Enough for any hub; taken where the hard limit of open files is infinite.
+_MANY_FILES = 1 << 20
 STATUS_EVERY = 1.0  # seconds between two looks at the status
 # Seconds for which each message during the stop extends systemd's time limit.  There is
 # one a second, and a few may be late.
@@ -40,6 +44,30 @@ _VARIABLES = (
     "LISTEN_PID",
     "LISTEN_FDNAMES",
 )
+
+
+OUTCOME = "X_GOLLAMA_RELOADED"  # in a message to the parent of several processes
+
+
+class Load(NamedTuple):
+    """What a hub does, for its status; `parse` reads what `words` wrote."""
+
+    usable: int = 0  # workers
+    workers: int = 0
+    running: int = 0  # requests
+    waiting: int = 0
+
+    @classmethod
+    def parse(cls, words: str) -> Self:
+        return cls(*map(int, words.split()))
+
+    @property
+    def words(self) -> str:
+        return " ".join(map(str, self))
+
+    def __str__(self) -> str:
+        of, running = count(self.workers, "worker"), count(self.running, "request")
+        return f"{self.usable} of {of} ready; {running} running, {self.waiting} waiting"
 
 
 class Listeners(NamedTuple):
@@ -173,20 +201,32 @@ class Service:
             self._send("READY=1")
             self._send_status()
 
-    def reload(self, reload: Callable[[], asyncio.Task[object]]) -> None:
-        """Run a reload, between the two messages that systemd expects around one."""
+    def reload(
+        self,
+        reload: Callable[[], asyncio.Task[_T]],
+        outcome: Callable[[_T], str] | None = None,
+    ) -> None:
+        """Run a reload, between the two messages that systemd expects around one.
+
+        With `outcome`, the second one has the line that it returns, for a parent.
+        """
         if not self._address:
             _ = reload()
             return
         self._reloads += 1
         # systemd compares this with the moment at which it asked for the reload.
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        reload().add_done_callback(self._reloaded)
+        reload().add_done_callback(lambda task: self._reloaded(task, outcome))
 
-    def _reloaded(self, _: object) -> None:
+    def _reloaded(
+        self, task: asyncio.Task[_T], outcome: Callable[[_T], str] | None
+    ) -> None:
         self._reloads -= 1
         if not self._reloads and not self._stopping:
-            self._send("READY=1")
+            message = "READY=1"
+            if outcome is not None and not task.cancelled():
+                message += f"\n{OUTCOME}={outcome(task.result())}"
+            self._send(message)
             self._send_status()
 
     def stopping(self, status: Callable[[], str]) -> None:
@@ -249,6 +289,20 @@ class Service:
                 logger.warning("systemd cannot be notified: %s", exc.strerror or exc)
             self._failed = True
         return True
+
+
+def raise_file_limit() -> int:
+    """Raise the limit of open files as far as is allowed; return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # macOS has a lower one that it does not report
+        return soft
+    logger.info("raised the limit of open files from %d to %d", soft, wanted)
+    return wanted
 
 
 def _extension() -> str:

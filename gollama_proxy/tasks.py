@@ -131,6 +131,9 @@ class Periodic:
 # --- The main task ----------------------------------------------------------------
 
 
+CUT = signal.SIGUSR1  # of a parent
+
+
 class Signals:
     """The first SIGINT or SIGTERM requests the end, the second one forces it.
 
@@ -142,9 +145,22 @@ class Signals:
         self.asked = asyncio.Event()
         self.insisted = asyncio.Event()
         self.reload: Callable[[], object] | None = None  # while the hub runs
+        self._led = False  # by a parent, see `follow_parent`
 
     def receive(self) -> None:
-        (self.insisted if self.asked.is_set() else self.asked).set()
+        if not self.asked.is_set():
+            self.asked.set()
+        elif not self._led:
+            self.insisted.set()
+
+    def follow_parent(self) -> None:
+        """Have the end forced by `CUT` of the parent, and by no second signal.
+
+        A service manager may send SIGTERM to the parent and to this process, to which
+        the parent sends another one.
+        """
+        self._led = True
+        asyncio.get_running_loop().add_signal_handler(CUT, self.insisted.set)
 
     def hang_up(self) -> None:
         if self.reload is None or (sys.stdin is not None and sys.stdin.isatty()):

@@ -136,7 +136,7 @@ async def test_ctrl_c_on_the_terminal_does_not_reach_it(start: Start) -> None:
 def test_the_tether_starts_nothing_for_a_parent_that_has_ended() -> None:
     command = [sys.executable, "-I", "-S", "-c", children._TETHER]
     for parent, output in ((os.getpid(), "hello\n"), (1, "")):
-        reported = [*command, str(parent), "/bin/echo", "hello"]
+        reported = [*command, str(parent), "", "/bin/echo", "hello"]
         done = subprocess.run(reported, capture_output=True, text=True, check=True)
         assert (done.stdout, done.stderr) == (output, "")
 

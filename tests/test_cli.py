@@ -236,7 +236,9 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> type[StageHub]:
         calls: ClassVar[list[str]] = []
 
     monkeypatch.setattr("gollama_proxy.serve.Hub", Stage)
-    monkeypatch.setattr("gollama_proxy.telemetry.logs.configure", lambda log: None)
+    monkeypatch.setattr(
+        "gollama_proxy.telemetry.logs.configure", lambda log, process: None
+    )
     return Stage
 
 

@@ -8,12 +8,15 @@ Request Forgery Prevention).
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import re
 import socket
 
-from gollama_proxy.config.settings import Origin
+from gollama_proxy.config.settings import Origin, Server
 from gollama_proxy.config.values import ConfigError, shown, split_url
+
+BACKLOG = 1024  # connections that wait to be accepted
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -159,3 +162,35 @@ def _carried(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     if any(address in network for network in _CARRIERS):
         return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
     return address.sixtofour  # RFC 3056
+
+
+# --- Addresses to listen on --------------------------------------------------------
+
+
+def refuse(server: Server, exc: OSError) -> ConfigError:
+    """Describe why the address of clients cannot be listened on."""
+    host = f"server.host = {server.host!r}"
+    port = f"server.port = {server.port}"
+    if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
+        return ConfigError(f"{host}: must be an address of this machine")
+    if exc.errno == errno.EADDRINUSE:
+        return ConfigError(f"{port}: already in use; must be a free port, or 0 for any")
+    if exc.errno == errno.EACCES:
+        return ConfigError(f"{port}: not permitted; must be 1024 or above")
+    return ConfigError(f"{host}, {port}: cannot be listened on: {exc.strerror or exc}")
+
+
+def refuse_metrics(address: str, exc: OSError) -> ConfigError:
+    """Describe why an address of `metrics.listen` cannot be listened on."""
+    why = _REFUSALS.get(exc.errno or 0, exc.strerror)
+    text = (
+        f"metrics.listen = {address!r}: {why}; must be a free address of this machine"
+    )
+    return ConfigError(text)
+
+
+_REFUSALS = {
+    errno.EADDRINUSE: "already in use",
+    errno.EADDRNOTAVAIL: "not there",
+    errno.EACCES: "not permitted",
+}

@@ -125,6 +125,8 @@ def load(
     if "server" in sound:
         mistakes.collect(_check_advertising, config)
         mistakes.collect(_check_tracing, config)
+    if config.server.processes != 1:
+        mistakes.collect(_check_processes, config)
     if config.state.url:
         mistakes.collect(_check_store, config)
     if {"auth", "server"} <= sound:
@@ -470,6 +472,15 @@ def _check_tracing(config: Config) -> None:
         raise ConfigError(
             "tracing.enabled = true: needs OpenTelemetry; pip install "
             "'gollama-proxy[otel]'"
+        )
+
+
+def _check_processes(config: Config) -> None:
+    if not config.state.url and importlib.util.find_spec("valkey") is None:
+        number = config.server.processes or "auto"
+        raise ConfigError(
+            f"server.processes = {number}: needs valkey; "
+            "pip install 'gollama-proxy[cluster]'"
         )
 
 

@@ -6,13 +6,15 @@ example file are made from these declarations, or tested against them.
 
 # No `from __future__ import annotations`: the annotations are used as they stand.
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, Self, get_args
 
 from msgspec import Struct, structs
 
 from gollama_proxy.config.values import (
+    ConfigError,
     Duration,
     Listen,
     Lists,
@@ -22,6 +24,7 @@ from gollama_proxy.config.values import (
     Origins,
     Places,
     Prefix,
+    Processes,
     Seconds,
     SecretUrl,
     StoreUrl,
@@ -67,6 +70,9 @@ StreamedRoutes = Annotated[
 class Server(Struct, frozen=True):
     host: Annotated[Text, "address to listen on"] = "127.0.0.1"
     port: Annotated[int, whole(0, 65_535), "port to listen on; 0: any free one"] = 8000
+    processes: Annotated[
+        Processes, "processes that share the address; auto: one for each CPU core"
+    ] = 1
     insecure_bind: Annotated[bool, "allow any address without authentication"] = False
     keepalive: Annotated[
         float, seconds(1), "how long a connection may idle, and a request head may take"
@@ -459,6 +465,33 @@ class Revoked(NamedTuple):
     subjects: frozenset[str] = frozenset()  # by their `sub`
 
 
+class Process(NamedTuple):
+    """Which of the processes of `serve --processes` this is; 0: one without others."""
+
+    number: int = 0
+    of: int = 1
+    group: str = ""  # what the processes of one parent have in common
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what `str` wrote; empty: one without others."""
+        if not text:
+            return cls()
+        match = re.fullmatch(r"(\d{1,4})/(\d{1,4}):(\w*)", text)
+        if match is None:
+            why = "is set by `serve --processes`, and by nothing else"
+            raise ConfigError(f"GOLLAMA_PROCESS = {text!r}: {why}")
+        return cls(int(match[1]), int(match[2]), match[3])
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}:{self.group}"
+
+    @property
+    def first(self) -> bool:
+        """Whether this one reports what is the same for all."""
+        return self.number < 2
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     server: Server = field(default_factory=Server)
@@ -487,6 +520,7 @@ class Config:
     # The current HS256 secret first, then the previous one during a rotation.
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
     public_keys: tuple[str, ...] = field(default=(), repr=False)
+    process: Process = field(default=Process(), compare=False)
     revoked: Revoked = field(default=Revoked(), repr=False)
 
     @property
@@ -498,7 +532,7 @@ class Config:
 # What a hub keeps until its end; all else changes while it runs (`Hub.apply`).
 FIXED = frozenset(
     {
-        *("server.host", "server.port", "server.advertise"),
+        *("server.host", "server.port", "server.processes", "server.advertise"),
         *("state.dir", "state.url", "state.prefix"),
         *("tracing.enabled", "tracing.endpoint"),
     }
@@ -527,6 +561,7 @@ WORKER_KEYS: dict[str, Any] = API_KEYS | {
 FLAGS = {
     "server.host": "--host",
     "server.port": "--port",
+    "server.processes": "--processes",
     "server.insecure_bind": "--insecure-bind",
     "server.advertise": "--advertise",
     "auth.mode": "--auth",

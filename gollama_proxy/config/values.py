@@ -317,6 +317,19 @@ Listen = Annotated[
     other("a list of addresses such as 127.0.0.1:9464 or [::1]:9464", _check_listen),
 ]
 
+MAX_PROCESSES = 64
+Processes = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=MAX_PROCESSES,
+        extra={
+            "allowed": f"a whole number from 1 to {MAX_PROCESSES}, or auto",
+            "words": {"auto": 0},
+        },
+    ),
+]
+
 # --- Use --------------------------------------------------------------------------
 
 
@@ -337,6 +350,8 @@ def convert(hint: Any, value: Any) -> Any:
         ValueError: the value is not allowed.
     """
     extra = _extra(hint)
+    if "words" in extra and isinstance(value, str) and value in extra["words"]:
+        return extra["words"][value]
     try:
         value = msgspec.convert(_unquote(hint, value, extra), hint)
     except (msgspec.ValidationError, OverflowError) as exc:

@@ -5,7 +5,6 @@ Those are preflights, liveness, readiness, metrics, and the list of models."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 import socket
 import time
@@ -16,9 +15,10 @@ from urllib.parse import unquote
 import msgspec
 from aiohttp.web_request import BaseRequest
 
+from gollama_proxy.config import addresses
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.tls import Credentials
-from gollama_proxy.config.values import ConfigError, host_and_port
+from gollama_proxy.config.values import host_and_port
 from gollama_proxy.edge.auth import Authenticator, Principal
 from gollama_proxy.edge.response import (
     CLOSE,
@@ -292,11 +292,7 @@ class MetricsServer:
             for server, (host, port) in left:
                 with contextlib.suppress(OSError):  # another program was faster
                     await server.listen(host, port)
-            why = _REFUSALS.get(exc.errno or 0, exc.strerror)
-            raise ConfigError(
-                f"metrics.listen = {address!r}: {why}; must be a free address of this "
-                "machine"
-            ) from exc
+            raise addresses.refuse_metrics(address, exc) from exc
         self._servers |= opened
 
     def _leave(self, wanted: Sequence[str]) -> list[tuple[Server, tuple[str, int]]]:
@@ -361,11 +357,6 @@ class MetricsServer:
         self._ended(record)
 
 
-_REFUSALS = {
-    errno.EADDRINUSE: "already in use",
-    errno.EADDRNOTAVAIL: "not there",
-    errno.EACCES: "not permitted",
-}
 _INHERITED = "inherited"  # the key of sockets that systemd has opened
 
 # --- Models -----------------------------------------------------------------------

@@ -26,6 +26,7 @@ from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
 
+from gollama_proxy.config.addresses import BACKLOG
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.tls import Credentials
 from gollama_proxy.config.values import ConfigError
@@ -46,7 +47,6 @@ from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
 # Seconds by which the limit of a connection exceeds that of an answer
 # (`timeouts.write`), as only the latter stops the worker and sets the outcome.
 _GRACE = 1.0
-BACKLOG = 1024  # connections that wait to be accepted
 
 logger = logging.getLogger(__name__)
 

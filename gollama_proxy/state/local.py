@@ -327,7 +327,7 @@ class LocalState:
     def _open(self, folder: Path) -> Database:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = _lock(folder / "lock")
+            self._lock = lock(folder / "lock")
         except OSError as exc:
             raise StateError(f"{folder}: cannot be used: {exc.strerror}") from exc
         try:
@@ -445,7 +445,7 @@ def _table(text: str) -> dict[str, Any]:
     return table
 
 
-def _lock(file: Path) -> TextIO:
+def lock(file: Path) -> TextIO:
     """Take the lock of a folder; it ends with the process, however that ends."""
     stream = file.open("a+")
     try:

@@ -27,6 +27,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from gollama_proxy import __version__
+from gollama_proxy.config.settings import Process
 from gollama_proxy.state.store import HEARTBEAT, Mode, Store, StoreDownError
 from gollama_proxy.tasks import Periodic
 
@@ -206,16 +207,19 @@ class Members:
             self._beats.wake()
 
 
-def describe_me(folder: Path | None, group: str = "") -> Member:
+_ALONE = Process()
+
+
+def describe_me(folder: Path | None, process: Process = _ALONE) -> Member:
     """Describe this process; `folder` is the state folder, which keeps the stable id.
 
-    This blocks.  `group` is empty for a hub that is alone in its group.
+    This blocks.
     """
-    run, host = secrets.token_hex(8), socket.gethostname()
+    run, host, group = secrets.token_hex(8), socket.gethostname(), process.group
     return Member(
         run=run,
         stable=_stable_id(folder) or run,
-        name=host,
+        name=f"{host}/{process.number}" if process.number else host,
         host=host,
         pid=os.getpid(),
         group=group or run,

@@ -66,9 +66,12 @@ _PRIORITIES = (
 )
 
 
-def configure(log: Log) -> None:
-    """Send the program's log to standard error, in the configured format."""
-    handler = BatchHandler(sys.stderr, _formatter(log, sys.stderr), Bursts())
+def configure(log: Log, process: int = 0) -> None:
+    """Send the program's log to standard error, in the configured format.
+
+    Each line has the number of the process, unless that is 0.
+    """
+    handler = BatchHandler(sys.stderr, _formatter(log, sys.stderr, process), Bursts())
     logging.basicConfig(handlers=[handler], force=True)
     _set_levels(log)
     # No line shows these, so they need not be looked up for each.
@@ -86,26 +89,29 @@ def reconfigure(log: Log) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, BatchHandler):
             handler.flush()
-            handler.write_as(_formatter(log, sys.stderr))
+            handler.write_as(_formatter(log, sys.stderr, handler.form.process))
 
 
-def _formatter(log: Log, stream: TextIO | None) -> LineFormatter:
-    made: LineFormatter = JsonFormatter() if log.format == "json" else TextFormatter()
+def _formatter(log: Log, stream: TextIO | None, process: int) -> LineFormatter:
+    kind = JsonFormatter if log.format == "json" else TextFormatter
+    made: LineFormatter = kind(process)
     if journal_reads(stream):
         return JournalFormatter(made)
     if log.format == "auto" and stream is not None:
-        return _for_people(stream, os.environ) or made
+        return _for_people(stream, os.environ, process) or made
     return made
 
 
-def _for_people(stream: TextIO, environ: Mapping[str, str]) -> LineFormatter | None:
+def _for_people(
+    stream: TextIO, environ: Mapping[str, str], process: int
+) -> LineFormatter | None:
     """Return the format for a terminal; None if this is none (no-color.org)."""
     forced, refused = environ.get("FORCE_COLOR", ""), environ.get("NO_COLOR", "")
     terminal = stream.isatty()
     if not terminal and forced in ("", "0"):
         return None
     plain = refused or forced == "0" or (environ.get("TERM") == "dumb" and not forced)
-    return TerminalFormatter(colours=not plain)
+    return TerminalFormatter(process, colours=not plain)
 
 
 def _set_levels(log: Log) -> None:
@@ -466,8 +472,11 @@ class LineFormatter(logging.Formatter):
     before = between = end = ""  # the name of a field; it and its value; the line's end
     quote: Callable[[str], str]  # writes a text value
 
-    def __init__(self) -> None:
+    def __init__(self, process: int = 0) -> None:
+        """Make one; a `process` of several is a field of each line."""
         super().__init__()
+        self.process = process
+        self._source: Fields = {"process": process} if process else _NO_FIELDS
         self._second, self._written = 0, ""  # the last one, and how it is written
         self.openings: dict[Hashable, tuple[str, ...]] = BoundedDict(MOST_OPENINGS)
 
@@ -533,7 +542,8 @@ class TextFormatter(LineFormatter):
     quote = staticmethod(_quote)
 
     def opening(self, level: int, message: str, fields: Fields) -> Opening:
-        return "", f" {_level_name(level)} {message}{self._write(fields)}"
+        source = self._write(self._source)
+        return "", f" {_level_name(level)} {message}{source}{self._write(fields)}"
 
 
 class JsonFormatter(LineFormatter):
@@ -544,7 +554,8 @@ class JsonFormatter(LineFormatter):
 
     def opening(self, level: int, message: str, fields: Fields) -> Opening:
         begun = f'"level":"{_level_name(level)}","message":{_in_quotes(message)}'
-        return '{"time":"', f'",{begun}{self._write(fields)}'
+        source = self._write(self._source)
+        return '{"time":"', f'",{begun}{source}{self._write(fields)}'
 
     def _with_error(self, line: str, error: BaseException) -> str:
         return f'{line[:-1]},"exception":{_in_quotes(_traceback(error))}}}'
@@ -556,8 +567,8 @@ class TerminalFormatter(LineFormatter):
     The line of a request begins with its status, its time, and where it went.
     """
 
-    def __init__(self, *, colours: bool) -> None:
-        super().__init__()
+    def __init__(self, process: int = 0, *, colours: bool) -> None:
+        super().__init__(process)
         self._colours = colours
 
     def line(
@@ -570,7 +581,7 @@ class TerminalFormatter(LineFormatter):
     ) -> str:
         name = _level_name(level)
         parts = [self._paint(when, _DIM), self._paint(f"{name:7}", _COLOURS.get(name))]
-        rest = {**fields}
+        rest = {**fields, **self._source}
         if message == "request" and "route" in rest:
             parts += self._request(rest)
         else:
@@ -632,7 +643,7 @@ class JournalFormatter(LineFormatter):
     """Puts the priority in front of each line of another formatter."""
 
     def __init__(self, formatter: LineFormatter) -> None:
-        super().__init__()
+        super().__init__(formatter.process)
         self._formatter = formatter
         self.before, self.between = formatter.before, formatter.between
         self.end = formatter.end

@@ -14,6 +14,7 @@ import pytest
 
 from gollama_proxy import serve as lifecycle
 from gollama_proxy.config.settings import Config, Limits
+from gollama_proxy.service import raise_file_limit
 from tests.fakes.asks import CHAT, WHOLE
 from tests.fakes.authority import Authority
 from tests.fakes.client import TlsWire, TruncatedError, Wire
@@ -89,13 +90,13 @@ def test_the_limit_of_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     limits, wanted = [(1024, 4096)], []
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits[0])
     monkeypatch.setattr(resource, "setrlimit", lambda which, pair: wanted.append(pair))
-    assert lifecycle._raise_file_limit() == 4096
+    assert raise_file_limit() == 4096
     limits[0] = (4096, 4096)
-    assert lifecycle._raise_file_limit() == 4096
+    assert raise_file_limit() == 4096
     limits[0] = (1024, resource.RLIM_INFINITY)
-    assert lifecycle._raise_file_limit() == 1 << 20
+    assert raise_file_limit() == 1 << 20
     limits[0] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    assert lifecycle._raise_file_limit() == 1 << 20
+    assert raise_file_limit() == 1 << 20
     assert wanted == [(4096, 4096), (1 << 20, resource.RLIM_INFINITY)]
 
 
@@ -105,7 +106,7 @@ def test_a_limit_that_cannot_be_raised_stays(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 4096))
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    assert lifecycle._raise_file_limit() == 256
+    assert raise_file_limit() == 256
 
 
 def test_no_more_clients_than_there_are_files(

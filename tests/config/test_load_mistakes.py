@@ -35,7 +35,9 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     clean |= {"GOLLAMA_JWT_SECRET": SECRET, "DESK_KEY": KEY}
     monkeypatch.setattr(os, "environ", clean)
     # Some mistakes are found only by the hub; it must not change the log of the tests.
-    monkeypatch.setattr("gollama_proxy.telemetry.logs.configure", lambda log: None)
+    monkeypatch.setattr(
+        "gollama_proxy.telemetry.logs.configure", lambda log, process: None
+    )
 
     async def start(hub: object) -> None:
         raise AssertionError("started with wrong settings")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from gollama_proxy.config.settings import Process
 from gollama_proxy.state.members import LIFETIME, Member, Members, describe_me
 from gollama_proxy.state.store import Store
 from tests.fakes.clock import Clock
@@ -118,7 +119,8 @@ def test_the_stable_id_survives_a_restart(tmp_path: Path) -> None:
     assert first.stable == second.stable
     assert first.run != second.run
     assert first.group == first.run
-    assert describe_me(None, "g").group == "g"
+    process = describe_me(None, Process(2, 4, "g"))
+    assert (process.group, process.name) == ("g", f"{process.host}/2")
     (tmp_path / "hub-id").write_bytes(b"\xff")
     assert describe_me(tmp_path).stable not in ("", first.stable)
 

