@@ -21,7 +21,11 @@ from gollama_proxy.control.peers import Peers
 from gollama_proxy.control.replies import Peers as Answering
 from gollama_proxy.control.replies import Replies
 from gollama_proxy.fleet.registry import Registry
+from gollama_proxy.fleet.shares import shared_key
+from gollama_proxy.scheduling.balancer import Balancer
+from gollama_proxy.scheduling.hints import Hints
 from gollama_proxy.scheduling.queue import Queue
+from gollama_proxy.scheduling.reports import Reports
 from gollama_proxy.scheduling.sharing import Sharing
 from gollama_proxy.state.local import State
 from gollama_proxy.state.members import Members, describe_me
@@ -46,6 +50,7 @@ class Shares(Protocol):
     registry: Registry
     queue: Queue
     telemetry: Telemetry
+    balancer: Balancer
 
 
 class Cluster:
@@ -93,6 +98,8 @@ class Cluster:
             await self.shared.round()
             self.sharing = self._share_slots()
             await self.sharing.start()
+            self._reports = self._make_reports()
+            await self._reports.start()
         except StoreError as exc:
             await self.store.close()
             url = self._hub.config.state.url
@@ -109,6 +116,17 @@ class Cluster:
             machine=members.me.host,
             hubs=lambda: [member.run for member in members.all],
         )
+
+    def _make_reports(self) -> Reports:
+        hub, me = self._hub, self.members.me
+        hints = Hints(
+            hub.registry,
+            hub.balancer,
+            me.run,
+            lambda worker: shared_key(worker.config.origin, me.host),
+            hub.clock,
+        )
+        return Reports(self.store, self.members, hub.balancer, hints, hub.clock)
 
     async def start(self, url: str) -> None:
         """Begin to serve the other hubs; `url` is where clients reach this one."""
@@ -142,5 +160,6 @@ class Cluster:
         if self.peers is not None:
             await self.peers.stop()
         await self.sharing.stop()
+        await self._reports.stop()
         await self.members.stop()
         await self.store.close()

@@ -44,8 +44,8 @@ Place = tuple[str, str]
 class Hints(Listener):
     """Gathers what this hub has found out, and takes what others have.
 
-    `run` and `name` are those of this hub, `key_of` returns the name that all hubs have
-    for a worker, and `clock` monotonic seconds.
+    `run` is the run id of this hub, `key_of` returns the name that all hubs have for a
+    worker, and `clock` monotonic seconds.
     """
 
     def __init__(
@@ -53,13 +53,11 @@ class Hints(Listener):
         registry: Registry,
         balancer: Balancer,
         run: str,
-        name: str,
         key_of: Callable[[Worker], str],
         clock: Callable[[], float],
     ) -> None:
         self._registry, self._balancer = registry, balancer
-        self._run, self._name = run, name
-        self._key_of, self._clock = key_of, clock
+        self._run, self._key_of, self._clock = run, key_of, clock
         self._workers: dict[str, Worker] = {}
         self._stirred: dict[Worker, None] = {}  # whose state or models have changed
         self._openings = BoundedDict[tuple[Worker, str], int](MOST)  # that are known
@@ -167,7 +165,6 @@ class Hints(Listener):
 
         report = Report(
             hub=self._run,
-            name=self._name,
             opened=tuple([place(*each) for each in opened]),
             rates=tuple([Rates(place(w, m), *each) for w, m, each in rates]),
             visits=tuple([Visit(place(t.worker, t.model), *t[2:]) for t in turns]),

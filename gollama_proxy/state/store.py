@@ -78,6 +78,7 @@ COMMANDS = (
     *("hmget", "hscan", "hset", "mget", "pexpire", "set", "type", "zadd", "zcard"),
     *("zincrby", "zrange", "zrangebyscore", "zrem", "zremrangebyrank"),
     *("zremrangebyscore", "zscore", "zcount", "publish", "subscribe", "time"),
+    *("xadd", "xrange"),
 )
 _PERMITTED = """
 local denied = {}

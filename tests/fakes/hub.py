@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import re
 import ssl
 import time
@@ -178,6 +179,8 @@ async def running_hub(
     state = LocalState()  # in memory, which needs no thread
     if loaded.state.dir != "auto":
         state = await asyncio.to_thread(LocalState, Path(loaded.state.dir))
+    if loaded.state.url:  # it reads the script, and a hub may block at its start
+        await asyncio.to_thread(importlib.import_module, "gollama_proxy.cluster")
     hub = Hub(loaded, clock, state=state, load=load)
     running = None
     _inside.append(None)

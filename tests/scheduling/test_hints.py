@@ -31,13 +31,12 @@ class FakeHub:
 
     def __init__(self, name: str, clock: Clock, count: int = 3) -> None:
         routing = Routing(policy="affinity")
+        self.clock = clock
         models = [MODEL] * count
         self.balancer = balancer(*models, clock=clock, routing=routing, slots=4)
         self.balancer.share(KEY)
         self.registry = self.balancer.registry
-        self.hints = Hints(
-            self.registry, self.balancer, name, name, lambda w: w.url, clock
-        )
+        self.hints = Hints(self.registry, self.balancer, name, lambda w: w.url, clock)
 
     @property
     def workers(self) -> list[Worker]:
