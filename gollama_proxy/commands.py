@@ -29,8 +29,8 @@ from gollama_proxy.control.client import (
     segment,
 )
 from gollama_proxy.control.display import (
-    WORKER_TITLES,
     Overview,
+    hubs_of,
     machine_of,
     model_of,
     print_csv,
@@ -44,7 +44,7 @@ from gollama_proxy.control.display import (
     span,
     state_of,
     watch,
-    worker_row,
+    workers_table,
 )
 
 _EPILOG = f"""\
@@ -191,6 +191,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         with contextlib.closing(hub):
             args.do(args, hub)
+            if hub.missing:
+                names = printable(", ".join(hub.missing))
+                text = f"note: this is without {names}, which did not answer"
+                print(text, file=sys.stderr)
             return 0
     except KeyError as exc:
         text = f"the hub at {hub.url} is of another version: its answer has no {exc}"
@@ -225,7 +229,7 @@ def _list_workers(args: argparse.Namespace, hub: AdminClient) -> None:
     elif not answer["workers"]:
         print("The hub has no workers: gollama-proxy workers add URL")
     else:
-        print_table(WORKER_TITLES, map(worker_row, answer["workers"]))
+        print_table(*workers_table(answer["workers"]))
 
 
 def _show_worker(args: argparse.Namespace, hub: AdminClient) -> None:
@@ -244,6 +248,7 @@ def _show_worker(args: argparse.Namespace, hub: AdminClient) -> None:
             "breaker": f"{breaker['state']} ({breaker['reason']})",
             "last error": worker["last_error"] and reason_for(worker),
             "running": running_of(worker),
+            **({"hubs": hubs_of(worker)} if "hubs" in worker else {}),
             "weight": worker["weight"],
             "context": worker["context"],
             "vram_gib": worker["vram_gib"],
@@ -332,6 +337,7 @@ def _top(args: argparse.Namespace, hub: AdminClient) -> None:
             watch(overview)
     else:
         show(overview)
+    hub.missing = []  # it is in the heading
 
 
 # --- explain ----------------------------------------------------------------------
@@ -366,6 +372,8 @@ def _explain(args: argparse.Namespace, hub: AdminClient) -> None:
         "charge": f"{charge['prompt_tokens']} tokens of the prompt, "
         + ("and the answer" if most is None else f"at most {most} with the answer"),
     }
+    if "hub" in answer:
+        fields["hub"] = answer["hub"]
     if queue is not None:
         fields["queue"] = f"place {queue['position']} of {queue['waiting']}" + (
             f", in about {span(queue['expected'])}" if queue["expected"] else ""
@@ -462,11 +470,13 @@ _REQUEST_TITLES = (
 
 def _request_line(request: Json) -> str:
     ended = time.strftime("%H:%M:%S", time.localtime(request["ended"]))
+    place = f" at {request['hub']}" if "hub" in request else ""
     return printable(
         f"{ended:8}  {request['status'] or '-':<6}  {request['outcome']:12}  "
         f"{span(request['duration']):>7}  {request['tokens']:>6}  "
         f"{request['worker'] or '-':20}  {request['model'] or '-':20}  "
-        f"{request['subject'] or '-':12}  {request['id']}  {request['error']}".rstrip()
+        f"{request['subject'] or '-':12}  {request['id']}{place}  "
+        f"{request['error']}".rstrip()
     )
 
 

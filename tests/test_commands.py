@@ -25,6 +25,8 @@ from gollama_proxy.fleet.state import Hold, WorkerState
 from gollama_proxy.state import ledger
 from gollama_proxy.state.ledger import day_of
 from gollama_proxy.telemetry.accesslog import Record
+from tests.control.test_admin import complete
+from tests.control.test_replies import join
 from tests.fakes.agent import HandAgent
 from tests.fakes.asks import CHAT, RARELY, STREAM
 from tests.fakes.authority import Authority
@@ -961,3 +963,42 @@ async def test_a_reader_that_has_seen_enough_is_no_error(
         os.close(reader)
         status, errors = await list_workers(hub, environ, writer)
         assert (status, errors) == (0, b"")
+
+
+# --- Several hubs -----------------------------------------------------------------
+
+
+async def test_the_hub_of_a_request_is_shown(run: Run) -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, **CALM) as one,
+        running_hub(worker, **CALM) as two,
+    ):
+        join(one, b=two)
+        worker.default(*complete())
+        headers = [("X-Request-Id", "abc")]
+        assert (await two.post(CHAT, STREAM, headers=headers)).status == 200
+        await until(lambda: two.hub.recent.count)
+        done = await run("requests", "--id", "abc", hub=one)
+        assert "  abc at b" in done.out
+        assert "hubs" in (await run("workers", hub=one)).out
+        shown = await run("workers", "show", names(one)[0], hub=one)
+        assert "\nhubs " in shown.out
+        explained = await run("explain", "--model", "tiny", hub=one)
+        assert re.search(r"^hub +a$", explained.out, re.MULTILINE)
+        done = await run("top", hub=one)
+        assert "hubs   a: 0 running   b: 0 running" in done.out
+
+
+async def test_hubs_that_did_not_answer_are_noted(run: Run) -> None:
+    async with ScriptedWorker() as worker, running_hub(worker, **CALM) as hub:
+        join(hub, "gateway-b")
+        note = "note: this is without gateway-b, which did not answer\n"
+        for argv in (["workers"], ["requests"], ["reload"], ["workers", "--json"]):
+            done = await run(*argv, hub=hub)
+            assert (done.status, done.err) == (0, note), argv
+        done = await run("top", hub=hub)
+        assert "without gateway-b" in done.out
+        assert done.err == ""
+        done = await run("cancel", "x", hub=hub)
+        assert "gateway-b did not answer" in done.error

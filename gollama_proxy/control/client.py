@@ -51,6 +51,7 @@ class AdminClient:
         context: ssl.SSLContext | None = None,
         others: Sequence[str] = (),
     ) -> None:
+        self.missing: list[str] = []  # hubs that the last answer is without
         self._token = token
         self._context = context
         self._urls = [url, *others]
@@ -114,6 +115,7 @@ class AdminClient:
             raise
         answer = _decode(content) if len(content) <= MOST else None
         if 200 <= response.status < 300 and isinstance(answer, dict):
+            self.missing = [*map(str, answer.get("missing", ()))]
             return answer
         raise self._refusal(response.status, answer)
 

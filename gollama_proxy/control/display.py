@@ -81,7 +81,7 @@ def span(seconds: float | None) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
-WORKER_TITLES = (
+_TITLES = (
     "name",
     "url",
     "state",
@@ -93,7 +93,28 @@ WORKER_TITLES = (
 )
 
 
-def worker_row(worker: Json) -> Sequence[object]:
+def workers_table(
+    workers: Sequence[Json],
+) -> tuple[Sequence[str], Iterable[Sequence[object]]]:
+    """Return the titles and the rows of a table of workers."""
+    if not any("hubs" in worker for worker in workers):
+        return _TITLES, map(_worker_row, workers)
+    return (*_TITLES, "hubs"), ([*_worker_row(w), hubs_of(w)] for w in workers)
+
+
+def hubs_of(worker: Json) -> str:
+    """Show what each hub runs on a worker, and how it sees it if not as the others."""
+    seen = state_of(worker)
+    parts = []
+    for each in worker.get("hubs", ()):
+        view = {**each, "breaker": {"state": each["breaker"]}}
+        other = state_of(view)
+        note = "" if other == seen else f" ({other})"
+        parts.append(f"{each['hub']}: {each['running']}{note}")
+    return ", ".join(parts)
+
+
+def _worker_row(worker: Json) -> Sequence[object]:
     speed = worker["speed"]["tokens_per_second"]
     return (
         worker["name"],
@@ -274,8 +295,17 @@ class Overview:
             CallError: it does not answer, or refuses.
         """
         answers: Json = {}
+        missing: set[str] = set()
         for name in ("workers", "queue", "exchanges"):
-            answers |= self._hub.call("GET", name)
+            answer = self._hub.call("GET", name)
+            missing.update(answer.pop("missing", ()))
+            answers |= answer
+        if any("hubs" in worker for worker in answers["workers"]):
+            answer = self._hub.call("GET", "hubs")
+            missing.update(answer.pop("missing", ()))
+            answers |= answer
+        if missing:
+            answers["missing"] = sorted(missing)
         self.answers, self.error = answers, ""
         self._measure(self._clock())
 
@@ -307,10 +337,13 @@ class Overview:
             f"waiting {len(queue)}   tokens/s {rate:.0f}",
             **line,
         )
-        if self.error:
-            yield Text(printable(self.error), "red", **line)
         # The workers come first; the requests have what they leave.
         left = math.inf if height is None else height - 2
+        if self.error:
+            yield Text(printable(self.error), "red", **line)
+        for text, colour in _hub_lines(self.answers):
+            left -= 1
+            yield Text(printable(text), colour, **line)
         for titles, rows, share in (
             (_OF_WORKERS, [*map(self._worker_row, workers)], 0.7),
             (_OF_WAITING, [*map(_waiting_row, queue)], 0.5),
@@ -318,6 +351,8 @@ class Overview:
         ):
             room = share * left - 2  # beside a blank line and the titles
             if rows and room >= 1:
+                if len(rows[0]) > len(titles):
+                    titles = (*titles, "hub")
                 rows = rows if len(rows) <= room else rows[: int(room)]
                 left -= len(rows) + 2
                 yield Text()
@@ -335,7 +370,28 @@ class Overview:
         )
 
 
+def _hub_lines(answers: Json) -> Iterator[tuple[str, str]]:
+    """Yield lines about the hubs and their store, with colours; none for one alone."""
+    if (store := answers.get("store")) is None:
+        return
+    hubs = (
+        f"{each['hub']}: {each['running']} running"
+        + (f", {each['waiting']} waiting" if each["waiting"] else "")
+        for each in answers["hubs"]
+    )
+    yield "hubs   " + "   ".join(hubs), ""
+    if store["mode"] != "up":
+        text = f"the store is {store['mode']} ({store['reason']}): {ALONE}"
+        yield text, "red"
+    elif missing := answers.get("missing"):
+        yield f"without {', '.join(missing)}, which did not answer", "red"
+
+
+ALONE = "each hub goes on with its part of the slots, and shows only its own requests"
+
+
 def _waiting_row(waiting: Json) -> Sequence[object]:
+    hub = (waiting["hub"],) if "hub" in waiting else ()
     return (
         waiting["id"],
         waiting["model"],
@@ -344,13 +400,15 @@ def _waiting_row(waiting: Json) -> Sequence[object]:
         waiting["position"],
         span(waiting["waited"]),
         span(waiting["expected"]),
+        *hub,
     )
 
 
 def _running_row(exchange: Json) -> Sequence[object]:
     names = ("id", "model", "worker", "subject", "state")
     values = [exchange[name] for name in names]
-    return (*values, span(exchange["age"]), exchange["tokens"])
+    hub = (exchange["hub"],) if "hub" in exchange else ()
+    return (*values, span(exchange["age"]), exchange["tokens"], *hub)
 
 
 def show(overview: Overview) -> None:

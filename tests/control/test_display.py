@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 from rich.console import Console, Group
 
-from gollama_proxy.control.display import Overview, model_of, span
+from gollama_proxy.control.display import (
+    Overview,
+    hubs_of,
+    model_of,
+    span,
+    workers_table,
+)
 from tests.fakes.clock import Clock
 
 SPEED = {"tokens_per_second": None, "prompt_tokens_per_second": None}
@@ -146,3 +152,59 @@ def test_a_model_shows_how_far_it_is_loaded() -> None:
 
 def test_it_shows_what_it_is() -> None:
     assert repr(Overview(Hub(), Clock())).startswith("<Overview of ")
+
+
+# --- Several hubs -----------------------------------------------------------------
+
+
+class Cluster(Hub):
+    """A hub that has a store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        used = {"hub": "a", "running": 1, "state": "ready", "hold": "none"}
+        self.workers = [WORKER | {"hubs": [used | {"breaker": "closed"}]}]
+        self.exchanges = [RUNNING | {"id": "x", "tokens": 1, "hub": "a"}]
+        self.queue = [WAITING | {"id": "y", "hub": "b"}]
+        self.store = {"mode": "up", "reason": ""}
+        self.missing: list[str] = []
+
+    def call(self, method: str, path: str) -> dict[str, Any]:
+        if path != "hubs":
+            return super().call(method, path)
+        hubs = [{"hub": "a", "running": 1, "waiting": 0}]
+        answer = {"store": self.store, "hubs": hubs}
+        return answer | ({"missing": self.missing} if self.missing else {})
+
+
+def test_the_hubs_are_shown_with_what_each_runs() -> None:
+    overview = Overview(Cluster(), Clock())
+    overview.update()
+    lines = printed(overview).splitlines()
+    assert lines[1].rstrip() == "hubs   a: 1 running"
+    assert any(line.split()[-1:] == ["hub"] for line in lines)
+    assert any(line.startswith("x ") and line.split()[-1] == "a" for line in lines)
+    assert any(line.startswith("y ") and line.split()[-1] == "b" for line in lines)
+
+
+def test_hubs_that_do_not_answer_are_named() -> None:
+    hub = Cluster()
+    overview = Overview(hub, Clock())
+    hub.missing = ["b"]
+    overview.update()
+    assert "without b, which did not answer" in printed(overview)
+    hub.store = {"mode": "down", "reason": "closed"}
+    overview.update()
+    assert "the store is down (closed): each hub goes on" in printed(overview)
+
+
+def test_the_hubs_of_a_worker_are_in_its_row() -> None:
+    row = {"hub": "a", "running": 2, "state": "ready", "hold": "none"}
+    row |= {"breaker": "closed"}
+    rows = [row, row | {"hub": "b", "running": 0, "breaker": "open"}]
+    worker = WORKER | {"hubs": rows, "url": "http://gpu", "since": 1.0}
+    assert hubs_of(worker) == "a: 2, b: 0 (ready, breaker open)"
+    titles, [cells] = workers_table([worker])
+    assert titles[-1] == "hubs"
+    assert [*cells][-1] == hubs_of(worker)
+    assert "hubs" not in workers_table([WORKER])[0]
