@@ -92,6 +92,7 @@ class Cluster:
                 describe_me, self._hub.state.folder, self._hub.config.process
             )
             self.members = Members(self.store, me, self._hub.clock)
+            self._hub.telemetry.follow_store(self.store, lambda: self.members.last_seen)
             await self.members.start()
             # The fleet is that of all hubs before the first client comes.
             await self.shared.start()

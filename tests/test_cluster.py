@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy.config.values import ConfigError
+from gollama_proxy.state.store import Mode
 from tests.fakes.agent import HandAgent
 from tests.fakes.hub import running_hub
+from tests.fakes.page import parse
 from tests.fakes.process import hub_process
 from tests.fakes.valkey import ENGINES, is_down, running_store
 from tests.fakes.waiting import until
@@ -64,6 +66,32 @@ async def test_hubs_have_one_identity_for_agents(tmp_path: Path) -> None:
             await is_down(cluster.store)
             async with HandAgent(other, worker.url).answering() as agent:
                 assert "cluster" not in (await agent.put()).json()
+
+
+async def test_the_metrics_show_the_store(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as server:
+        settings = {"state__url": server.url, "metrics__open": True}
+        async with running_hub(**settings) as hub:
+            store = hub.hub.cluster.store if hub.hub.cluster else None
+            assert store is not None
+
+            async def metric(name: str, **labels: str) -> float:
+                page = parse((await hub.get("/metrics")).body)
+                return page[name, frozenset(labels.items())]
+
+            assert await metric("gollama_hubs") == 1
+            assert await metric("gollama_store_mode", mode="up") == 1
+            assert await metric("gollama_store_mode", mode="down") == 0
+            before = await metric("gollama_store_operations_total")
+            for _ in range(100):
+                await store.call("PING")
+            assert await metric("gollama_store_operations_total") >= before + 100
+            assert await metric("gollama_store_seconds_count") >= 100
+            assert await metric("gollama_store_failures_total") == 0
+            await server.kill()
+            await until(lambda: store.mode is Mode.DOWN)
+            assert await metric("gollama_store_outages_total") == 1
+            assert await metric("gollama_store_mode", mode="up") == 0
 
 
 async def test_a_store_that_can_never_be_used_ends_the_start(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.fakes.hub import running_hub
 from tests.fakes.page import Samples, parse
 from tests.fakes.script import Script, reset, stream_of
 from tests.fakes.tools import require
+from tests.fakes.valkey import running_store
 from tests.fakes.worker import ScriptedWorker
 
 MONITORING = Path(__file__).parent.parent / "examples" / "monitoring"
@@ -54,6 +55,7 @@ async def page(tmp_path: Path) -> bytes:
     authority = Authority(tmp_path / "tls")
     certificate, key = authority.issue("127.0.0.1")
     async with (
+        running_store(tmp_path) as server,
         ScriptedWorker("qwen") as first,
         ScriptedWorker("qwen") as second,
         ScriptedWorker("big") as big,
@@ -67,6 +69,7 @@ async def page(tmp_path: Path) -> bytes:
             rescue__enabled=True,
             retry__attempts=2,
             health__interval=RARELY,
+            state__url=server.url,
         ) as hub,
     ):
         hub.hub.balancer.policy = InOrder()

@@ -159,7 +159,8 @@ class Store:
         self.operations = 0  # commands that were answered
         self.failures = 0  # calls that failed, not those of a store that is DOWN
         self.outages = 0  # how often it was LOST
-        self.latency = 0.0  # seconds until the last answer
+        # Called with the seconds that each call took, from this hub's view.
+        self.observe: Callable[[float], None] = lambda seconds: None
         self._address = parse_store_url("state.url", url)
         self._clock = clock
         self._link: _Link | None = None
@@ -417,7 +418,7 @@ class Store:
     ) -> list[Any]:
         answers = await link.ask(commands, within)
         self.operations += len(answers)
-        self.latency = link.latency
+        self.observe(link.latency)
         for answer in answers:
             if isinstance(answer, Exception):
                 error = _explain(answer)

@@ -25,6 +25,7 @@ FIRST_TOKENS = (
 EACH_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 TOKENS = tuple(4**exponent for exponent in range(14))
 WAITS = (0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+ROUND_TRIPS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05)
 LAGS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 # Requests that have ended
@@ -281,6 +282,41 @@ RELOADED_AT = Family(
     whole="lowest",
 )
 
+# Several hubs; only with `state.url`.
+STORE_MODE = Family(
+    "gollama_store_mode",
+    "gauge",
+    "1 for the mode of the connection to the store: up, down or probing.",
+    ("mode",),
+    whole="highest",
+)
+STORE_OPERATIONS = Family(
+    "gollama_store_operations_total", "counter", "Commands that the store has answered."
+)
+STORE_FAILURES = Family(
+    "gollama_store_failures_total",
+    "counter",
+    "Calls that the store rejected, or did not answer within 50 ms.",
+)
+STORE_OUTAGES = Family(
+    "gollama_store_outages_total",
+    "counter",
+    "How often the connection to the store was lost.",
+)
+STORE_SECONDS = Family(
+    "gollama_store_seconds",
+    "histogram",
+    "How long the store took to answer.",
+    (),
+    ROUND_TRIPS,
+)
+HUBS = Family(
+    "gollama_hubs",
+    "gauge",
+    "Hubs that share the store, this one included, as it has seen last.",
+    whole="highest",
+)
+
 # The process, as Prometheus' own client libraries name it.
 CPU = Family(
     "process_cpu_seconds_total", "counter", "CPU time of the hub, user and system."
@@ -308,6 +344,10 @@ GROUPS = {
     "The hub": (
         *(BUILD, LAG, RELOADED, RELOADED_AT, EXPIRY),
         *(CPU, RESIDENT, VIRTUAL, STARTED, OPEN_FILES, MOST_FILES),
+    ),
+    "Several hubs": (
+        *(STORE_MODE, STORE_OPERATIONS, STORE_FAILURES, STORE_OUTAGES, STORE_SECONDS),
+        HUBS,
     ),
 }
 METRICS = tuple(chain.from_iterable(GROUPS.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import platform
 import re
@@ -18,12 +19,13 @@ from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.turns import Priority
-from gollama_proxy.telemetry.exposition import Collected
+from gollama_proxy.telemetry.exposition import Collected, Histogram
 from gollama_proxy.telemetry.families import (
     BREAKER,
     BUILD,
     CONNECTIONS,
     CPU,
+    HUBS,
     IN_FLIGHT,
     MOST_FILES,
     OPEN_FILES,
@@ -39,6 +41,11 @@ from gollama_proxy.telemetry.families import (
     SLOTS,
     STARTED,
     STATE,
+    STORE_FAILURES,
+    STORE_MODE,
+    STORE_OPERATIONS,
+    STORE_OUTAGES,
+    STORE_SECONDS,
     TRANSITIONS,
     UP,
     VIRTUAL,
@@ -46,6 +53,8 @@ from gollama_proxy.telemetry.families import (
     WRITES,
 )
 from gollama_proxy.upstream.pool import ConnectionPool
+
+MOST_VALUES = 64  # of a series, until they are counted: a large fleet has many of them
 
 
 class FleetMetrics:
@@ -178,6 +187,51 @@ class ClientMetrics:
         yield CONNECTIONS, [("", self._clients.open)]
         refused = self._clients.refused.items()
         yield REFUSED, [(REFUSED.at(reason), count) for reason, count in refused]
+
+
+class SharedStore(Protocol):
+    """The connection to the store."""
+
+    @property
+    def mode(self) -> enum.Enum: ...
+
+    operations: int
+    failures: int
+    outages: int
+    observe: Callable[[float], None]
+
+
+class StoreMetrics:
+    """Reads the connection to the store, and times its answers."""
+
+    def __init__(self, store: SharedStore, hubs: Callable[[], int]) -> None:
+        """Follow a connection; `hubs` returns how many there are."""
+        self._store, self._hubs = store, hubs
+        self._seconds = Histogram(STORE_SECONDS)
+        store.observe = self._observe
+
+    def __repr__(self) -> str:
+        return f"<StoreMetrics of {self._store!r}>"
+
+    def _observe(self, seconds: float) -> None:
+        values = self._seconds.values
+        values.append(seconds)
+        if len(values) >= MOST_VALUES:
+            self._seconds.count()
+
+    def collect(self) -> Iterator[Collected]:
+        """Return what there is at a scrape."""
+        store = self._store
+        modes = type(store.mode)
+        yield (
+            STORE_MODE,
+            [(STORE_MODE.at(m.value), int(m is store.mode)) for m in modes],
+        )
+        yield STORE_OPERATIONS, [("", store.operations)]
+        yield STORE_FAILURES, [("", store.failures)]
+        yield STORE_OUTAGES, [("", store.outages)]
+        yield STORE_SECONDS, [self._seconds]
+        yield HUBS, [("", self._hubs())]
 
 
 # --- The process ------------------------------------------------------------------

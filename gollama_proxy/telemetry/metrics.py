@@ -52,9 +52,12 @@ from gollama_proxy.telemetry.families import (
     USED_SLOTS,
 )
 from gollama_proxy.telemetry.gauges import (
+    MOST_VALUES,
     ClientMetrics,
     Clients,
     FleetMetrics,
+    SharedStore,
+    StoreMetrics,
     of_process,
 )
 from gollama_proxy.telemetry.summing import Part, Plain, Sums, to_plain
@@ -65,7 +68,6 @@ MOST_WORKERS = 2000
 MOST_PAIRS = 5000  # of a subject and a model
 LONGEST = 256  # characters of a label; 200 histograms of longer ones fill a page
 OTHER = "other"
-MOST_VALUES = 64  # of a series, until they are counted: a large fleet has many of them
 
 
 class Telemetry:
@@ -105,6 +107,10 @@ class Telemetry:
 
     def __repr__(self) -> str:
         return f"<Telemetry of {self._requests!r}>"
+
+    def follow_store(self, store: SharedStore, hubs: Callable[[], int]) -> None:
+        """Show the connection to the store too; `hubs` returns how many there are."""
+        self._sources.append(StoreMetrics(store, hubs).collect)
 
     def reconfigure(self, settings: Metrics) -> None:
         """Take other settings; names that have a label keep it."""

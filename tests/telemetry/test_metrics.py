@@ -212,7 +212,9 @@ SOME = 6  # models and subjects with a label each
 OF_THE_PRESENT = {
     family.name
     for family in METRICS
-    if family.name.startswith(("process_", "gollama_breaker_", "gollama_worker_"))
+    if family.name.startswith(
+        ("process_", "gollama_breaker_", "gollama_worker_", "gollama_store_")
+    )
     or family.name in (LAG.name, "gollama_connections_refused_total")
 }
 
