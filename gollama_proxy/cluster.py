@@ -18,8 +18,10 @@ from gollama_proxy.control.events import Events
 from gollama_proxy.control.following import Follower
 from gollama_proxy.control.group import GroupMetrics
 from gollama_proxy.control.peers import Peers
+from gollama_proxy.control.renewals import Renewals
 from gollama_proxy.control.replies import Peers as Answering
 from gollama_proxy.control.replies import Replies
+from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.shares import shared_key
 from gollama_proxy.scheduling.balancer import Balancer
@@ -44,6 +46,7 @@ class Shares(Protocol):
     state: State
     clock: Callable[[], float]
     follower: Follower
+    agents: Agents
     replies: Replies
     events: Events
     peers: Answering | None
@@ -68,6 +71,8 @@ class Cluster:
         self.store = Store(state.url, state.prefix, hub.clock)
         self.shared = SharedState(hub.state, self.store, hub.clock)
         self.shared.on_change = hub.follower.follow
+        self.shared.add(Renewals(hub.agents, state.prefix))
+        self.shared.on_round = self._note_round
         hub.state = self.shared
 
     def __repr__(self) -> str:
@@ -105,6 +110,11 @@ class Cluster:
             await self.store.close()
             url = self._hub.config.state.url
             raise ConfigError(f"state.url = {url!r}: {exc}") from exc
+
+    def _note_round(self) -> None:
+        """Follow whether the state of this hub is that of all hubs."""
+        if not self.shared.caught_up:
+            self._hub.agents.prolong()
 
     def _share_slots(self) -> Sharing:
         members = self.members

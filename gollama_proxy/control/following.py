@@ -190,10 +190,9 @@ class Follower:
         digest = str(stored.agent.get("digest", ""))
         sleeping = bool(stored.agent.get("sleeping"))
         lease = self._hub.agents.find(stored.name)
-        if lease is None or not lease.is_of(digest) or lease.worker != config:
+        known = lease is not None and lease.is_of(digest) and lease.worker == config
+        if lease is None or not known or lease.sleeping is not sleeping:
             self._hub.agents.restore(config, digest, sleeping=sleeping)
-        elif lease.sleeping is not sleeping:
-            lease.sleeping = sleeping
 
     def _settle_hold(self, name: str, stored: StoredWorker | None) -> None:
         worker, registry = self._find(name), self._hub.registry

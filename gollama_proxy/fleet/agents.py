@@ -6,6 +6,8 @@ address is proved first (see `control/agents.py`), and only an agent that knows 
 secret of a registration renews it without another proof.
 
 There is no timer: the hub asks once a second which leases have expired (`expire`).
+
+With a store, an agent may renew its lease at any hub; the others `hear` of it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from gollama_proxy.wire.errors import Code, RequestError
 
 # Proofs under way at once: each is one connection, for a few seconds.
 MOST_PROOFS = 16
+# Seconds by which a lease is longer where it was not renewed: the hub that the agent
+# calls is the one that ends it.
+GRACE = 5.0
 
 
 class LeaseState(enum.Enum):
@@ -87,6 +92,8 @@ class Agents:
         self._clock = clock
         self._leases: dict[str, WorkerLease] = {}
         self._proving: dict[str, WorkerLease] = {}
+        # Called with each lease that its agent renews here.
+        self.on_renewed: Callable[[WorkerLease], None] | None = None
 
     def __repr__(self) -> str:
         return f"<Agents leases={len(self._leases)} proving={len(self._proving)}>"
@@ -166,8 +173,11 @@ class Agents:
     def restore(
         self, worker: WorkerConfig, agent: str, *, sleeping: bool = False
     ) -> None:
-        """Grant a lease that an earlier hub has granted; its agent may renew it."""
+        """Grant a lease that another hub has granted; its agent may renew it."""
         lease = WorkerLease(worker, agent, LeaseState.LEASED, sleeping=sleeping)
+        known = self._leases.get(worker.name)
+        if known is not None and known.is_of(agent):
+            lease.report = known.report
         self._begin(lease)
 
     def _begin(self, lease: WorkerLease) -> None:
@@ -179,6 +189,23 @@ class Agents:
         lease.step(LeaseEvent.RENEWED)
         lease.expires = self._clock() + self._settings.lease
         lease.report = report
+        if self.on_renewed is not None:
+            self.on_renewed(lease)
+
+    def hear(self, name: str, agent: str, report: dict[str, Any], age: float) -> None:
+        """Take up that an agent has renewed its lease at another hub, `age` s ago."""
+        lease = self._leases.get(name)
+        if lease is None or not lease.is_of(agent):
+            return
+        expires = self._clock() - age + self._settings.lease + GRACE
+        if expires > lease.expires:
+            lease.expires, lease.report = expires, report
+
+    def prolong(self) -> None:
+        """Prolong all leases: it is not known which are renewed at other hubs."""
+        least = self._clock() + self._settings.lease + GRACE
+        for lease in self._leases.values():
+            lease.expires = max(lease.expires, least)
 
     # --- Ends ---------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from gollama_proxy.config.settings import Agents as Settings
 from gollama_proxy.config.settings import WorkerConfig
 from gollama_proxy.fleet import agents
 from gollama_proxy.fleet.agents import (
+    GRACE,
     TRANSITIONS,
     Agents,
     LeaseEvent,
@@ -229,3 +230,42 @@ def test_other_settings_are_for_new_leases_and_renewals(clock: Clock) -> None:
     assert lease.expires == clock() + 7
     with pytest.raises(RequestError, match=r"agents\.networks"):
         fleet.check_address("10.0.0.1", FAR)
+
+
+def test_a_lease_that_is_renewed_at_another_hub_lasts(
+    fleet: Agents, clock: Clock
+) -> None:
+    lease = leased(fleet, worker())
+    renewed: list[WorkerLease] = []
+    fleet.on_renewed = renewed.append
+    fleet.renew(lease, {"load": 0.5})
+    assert renewed == [lease]
+    lasts = lease.expires - clock()
+    clock.advance(20)
+    fleet.hear("unknown", ONE, {}, 0)
+    fleet.hear(lease.name, OTHER, {}, 0)  # another registration of its name
+    fleet.hear(lease.name, ONE, {"load": 0.1}, 26)  # before the one here
+    assert lease.report == {"load": 0.5}
+    assert lease.expires == clock() - 20 + lasts
+    fleet.hear(lease.name, ONE, {"load": 0.7}, 2)
+    assert lease.report == {"load": 0.7}
+    assert lease.expires == clock() - 2 + lasts + GRACE
+    assert renewed == [lease]
+    clock.advance(lasts)
+    fleet.prolong()
+    assert lease.expires == clock() + lasts + GRACE
+    clock.advance(lasts + GRACE)
+    assert fleet.expire() == [lease]
+
+
+def test_a_restored_lease_keeps_what_its_agent_has_reported(fleet: Agents) -> None:
+    lease = leased(fleet, worker())
+    fleet.renew(lease, {"load": 0.5})
+    fleet.restore(lease.worker, ONE, sleeping=True)
+    again = fleet.find(lease.name)
+    assert again is not None
+    assert (again.report, again.sleeping) == ({"load": 0.5}, True)
+    fleet.restore(lease.worker, OTHER)
+    other = fleet.find(lease.name)
+    assert other is not None
+    assert other.report == {}
