@@ -155,12 +155,10 @@ def _tidy(value: float) -> float:
 
 def merge_samples(workers: ByHub) -> list[Shown]:
     """Merge the figures that hubs have of workers, as a sample shows them."""
-    merged = []
-    for views in _by_name(workers).values():
-        figures = merge_figures([*views.values()])
-        figures["slots"] = max(v["slots"] or 0 for v in views.values()) or None
-        merged.append(figures)
-    return merged
+    return [
+        mark_hubs(merge_figures([*views.values()]), views)
+        for views in _by_name(workers).values()
+    ]
 
 
 def merge_columns(columns: Sequence[Mapping[str, Sequence[Any]]]) -> Shown:

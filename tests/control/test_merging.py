@@ -147,8 +147,10 @@ def test_samples_of_a_worker_are_one() -> None:
         state = {"state": "ready", "hold": "none", "breaker": "closed", "slots": 4}
         return {"name": "desk", **state, "running": running, **fields}
 
-    merged = merge_samples({"a": [figures(1)], "b": [figures(2, slots=None)]})
-    assert merged == [figures(3)]
+    [merged] = merge_samples({"a": [figures(1)], "b": [figures(2, slots=None)]})
+    used = [(each["hub"], each["running"]) for each in merged.pop("hubs")]
+    assert used == [("a", 1), ("b", 2)]
+    assert merged == figures(3)
 
 
 def test_columns_end_at_the_same_moment() -> None:

@@ -2,8 +2,8 @@
 
 import { Chart, Series } from './charts.js';
 import {
-  duration, isOf, KINDS, LEVELS, MARKS, MINUTES, now, soon, STEPS, sumsOf, troubleOf,
-  verdictOf,
+  duration, hubsOf, isOf, KINDS, LEVELS, MARKS, MINUTES, now, soon, STEPS, sumsOf,
+  troubleOf, verdictOf,
 } from './words.js';
 import { Card, Tile, look, put } from './workers.js';
 
@@ -23,6 +23,7 @@ class Overview {
   exchanges = new Map(); // by id
   queue = [];
   totals = { running: 0, waiting: 0 };
+  cluster = { store: null, hubs: [], missing: [] }; // a store is null where there is one hub
   colours = new Map(); // of subjects
   #app;
   #boxes = new Map(); // by worker: its card or tile
@@ -74,19 +75,20 @@ class Overview {
     this.verdict = el('span', {}, 'Loading…');
     this.troubles = el('ul', {});
     this.age = el('p', { class: 'notice', hidden: true });
+    this.hubs = el('ul', { class: 'hubs row', 'aria-label': 'Hubs', hidden: true });
     this.totalsBox = new Totals(this.#app);
     this.count = el('h2', {});
     this.filters = this.#buildFilters();
     this.list = el('div', { class: 'workers' });
     this.waiting = new Table(this.#app, 'Nothing waits for a slot.', [
       ['Place', 'num'], ['Subject'], ['Class', 'less'], ['Model', 'less'], ['Waited', 'num'],
-      ['Expected', 'num'], ...(admin ? [['', 'num']] : []),
+      ['Expected', 'num'], ['Hub', 'hub'], ...(admin ? [['', 'num']] : []),
     ]);
     this.queueHead = el('h2', {}, 'Queue');
     this.queueSums = el('p', { class: 'hint' });
     this.flight = new Table(this.#app, 'No request is being answered.', [
       ['Subject'], ['Model', 'less'], ['Worker'], ['State', 'less'], ['Age', 'num'],
-      ['Tokens', 'num'],
+      ['Tokens', 'num'], ['Hub', 'hub'],
       ...(admin ? [['', 'num']] : []),
     ]);
     this.flightHead = el('h2', {}, 'In flight');
@@ -99,7 +101,7 @@ class Overview {
             el('button', { type: 'button', onclick: () => this.#add() }, 'Add worker'),
             el('button', { type: 'button', onclick: () => this.#reload() },
               'Reload settings'))),
-        this.troubles),
+        this.troubles, this.hubs),
       this.totalsBox.node,
       el('section', { class: 'fleet', 'aria-label': 'Workers' },
         el('div', { class: 'head' }, this.count, this.filters), this.list),
@@ -143,10 +145,11 @@ class Overview {
     const signal = this.#stopped.signal;
     const asked = now();
     try {
-      const [{ workers }, { exchanges }, { queue }] = await Promise.all([
+      const [{ workers }, { exchanges }, { queue }, hubs] = await Promise.all([
         api('/admin/workers', { signal }), api('/admin/exchanges', { signal }),
-        api('/admin/queue', { signal }),
+        api('/admin/queue', { signal }), api('/admin/hubs', { signal }),
       ]);
+      this.#setHubs(hubs);
       this.#setWorkers(workers, asked);
       this.#setExchanges(exchanges);
       this.queue = queue;
@@ -234,6 +237,10 @@ class Overview {
     this.#schedule();
   }
 
+  #setHubs({ store, hubs, missing = [] }) {
+    this.cluster = { store, hubs, missing };
+  }
+
   #changeFleet({ change, worker }) {
     if (change === 'removed' || change === 'gone') {
       this.workers.delete(worker);
@@ -244,6 +251,11 @@ class Overview {
 
   #sample(sample) {
     this.totals = sample;
+    if (sample.store) {
+      const missing = this.cluster.missing.filter((name) =>
+        !sample.hubs.some(({ hub }) => hub === name));
+      this.#setHubs({ ...sample, missing });
+    }
     for (const each of sample.workers ?? []) {
       const known = this.workers.get(each.name);
       if (!known) continue;
@@ -301,6 +313,9 @@ class Overview {
       this.#refetch('queue', ({ queue }) => {
         this.queue = queue.map((each) => ({ ...each, at: now() }));
       });
+    }
+    if (this.cluster.store && seconds % 5 === 0) {
+      this.#refetch('hubs', (hubs) => this.#setHubs(hubs));
     }
     if (seconds % (this.#compact ? 60 : 15) === 0) {
       this.#refetch('workers', ({ workers }, asked) => this.#setWorkers(workers, asked));
@@ -428,7 +443,9 @@ class Overview {
   }
 
   #renderVerdict() {
-    const { level, text, list } = verdictOf(this.workers, this.totals, this.queue);
+    const { level, text, list } = verdictOf(this.workers, this.totals, this.queue,
+      this.cluster);
+    this.#renderHubs();
     const empty = !this.workers.size;
     this.totalsBox.node.hidden = this.two.hidden = empty && !this.exchanges.size;
     look(this.mark, `mark ${level}`);
@@ -443,6 +460,24 @@ class Overview {
     this.count.hidden = !size;
     put(this.count, this.#app.format.plural(size, 'worker'));
     this.#mentionNews();
+  }
+
+  // The hubs that share a store, with what each of them runs.
+  #renderHubs() {
+    const lines = hubsOf(this.cluster);
+    this.hubs.hidden = !lines.length;
+    this.root.classList.toggle('several', lines.length > 0);
+    while (this.hubs.children.length > lines.length) this.hubs.lastChild.remove();
+    lines.forEach(({ level, name, text }, place) => {
+      if (!this.hubs.children[place]) {
+        const { el } = this.#app;
+        this.hubs.append(el('li', {}, el('span', { class: 'name' }), ' ', el('span')));
+      }
+      const [first, , second] = this.hubs.children[place].childNodes;
+      put(first, name);
+      put(second, text);
+      look(second, level || 'muted');
+    });
   }
 
   // Without events, what is shown gets old.
@@ -514,7 +549,7 @@ class Overview {
       const passed = each.at ? now() - each.at : 0;
       cells(each.position ?? '–', () => this.#subject(each.subject), each.class,
         each.model, duration((each.waited ?? 0) + passed), soon(each.expected),
-        () => this.#cancelButton(each));
+        each.hub ?? '', () => this.#cancelButton(each));
     }, (each) => `${each.id} ${each.subject}`);
   }
 
@@ -526,7 +561,7 @@ class Overview {
     this.flight.render(rows, (each, cells) => {
       cells(() => this.#subject(each.subject), each.model, each.worker || '–',
         STEPS[each.state] ?? each.state, duration(each.age + now() - each.at),
-        format.number(each.tokens), () => this.#cancelButton(each));
+        format.number(each.tokens), each.hub ?? '', () => this.#cancelButton(each));
     }, (each) => `${each.id} ${each.subject}`);
   }
 

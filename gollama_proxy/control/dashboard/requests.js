@@ -85,7 +85,7 @@ function tagOf(app, request) {
 const COLUMNS = [
   ['Ended', ''], ['Outcome', ''], ['Subject', ''], ['Model', ''], ['Worker', 'less'],
   ['Waited', 'num less'], ['First token', 'num less'], ['Took', 'num'],
-  ['Tokens', 'num less'], ['Tries', 'num less'],
+  ['Tokens', 'num less'], ['Tries', 'num less'], ['Hub', 'hub less'],
 ];
 
 class List {
@@ -99,6 +99,7 @@ class List {
   constructor(root, app) {
     const { el } = app;
     this.#app = app;
+    this.root = root;
     this.body = el('tbody');
     this.count = el('p', { class: 'hint', role: 'status' });
     this.none = el('p', { class: 'muted', hidden: true });
@@ -259,8 +260,8 @@ class List {
     query.set('limit', MOST);
     try {
       const { signal } = this.#stop;
-      const { requests } = await this.#app.api(`/admin/requests?${query}`, { signal });
-      requestAnimationFrame(() => this.#render(requests, filtered));
+      const { requests, missing } = await this.#app.api(`/admin/requests?${query}`, { signal });
+      requestAnimationFrame(() => this.#render(requests, filtered, missing));
     } catch (error) {
       if (error.name !== 'AbortError') this.#fail(error);
     } finally {
@@ -278,7 +279,7 @@ class List {
     this.none.className = 'problem';
   }
 
-  #render(requests, filtered) {
+  #render(requests, filtered, missing = []) {
     if (this.#stop.signal.aborted) return;
     const kept = new Map();
     requests.forEach((each, place) => {
@@ -291,6 +292,7 @@ class List {
     });
     while (this.body.children.length > requests.length) this.body.lastChild.remove();
     this.#rows = kept;
+    this.root.classList.toggle('several', requests.some((each) => each.hub));
     this.sheet.hidden = !requests.length;
     this.none.hidden = requests.length > 0;
     this.none.className = 'muted';
@@ -301,6 +303,9 @@ class List {
     this.count.textContent = requests.length
       ? `${most ? `the newest ${MOST}` : this.#app.format.plural(requests.length, 'request')}`
       : '';
+    if (missing.length) {
+      this.count.append(` ▲ without those of ${missing.join(', ')}, which did not answer`);
+    }
   }
 
   #row(request) {
@@ -318,6 +323,7 @@ class List {
       took(this.#app, request.duration),
       format.number(request.tokens),
       format.number(request.attempts),
+      request.hub ?? '',
     ];
     const [, , kind] = OUTCOMES[request.outcome] ?? ['', '', ''];
     return el('tr', {}, cells.map((cell, place) => {
@@ -400,7 +406,7 @@ class Detail {
     const { api, el } = this.#app;
     const { signal } = this.#stop;
     try {
-      const [{ requests }, { exchanges }] = await Promise.all([
+      const [{ requests, missing = [] }, { exchanges }] = await Promise.all([
         api(`/admin/requests?${new URLSearchParams({ id: this.#id })}`, { signal }),
         api('/admin/exchanges', { signal }),
       ]);
@@ -412,6 +418,8 @@ class Detail {
       if (!cards.length) {
         cards.push(el('div', { class: 'empty' },
           el('h2', {}, 'The hub does not know this request'),
+          missing.length > 0 && el('p', { class: 'problem' },
+            `${missing.join(', ')} did not answer, and may know it.`),
           el('p', {}, 'It keeps the last 1,000 requests until it restarts. The id is the '
             + 'X-Request-Id of an answer; the access log may still have it.')));
       }
@@ -434,6 +442,7 @@ class Detail {
         'Tokens so far': format.number(exchange.tokens),
         Tries: format.number(exchange.attempts),
         Class: exchange.class,
+        ...(exchange.hub && { Hub: exchange.hub }),
       }),
       this.#listSteps({ ...exchange, first_byte: null }),
       el('p', { class: 'hint' }, exchange.steps.length
@@ -461,6 +470,7 @@ class Detail {
         Model: request.fell_back
           ? `${request.model}, instead of ${request.fell_back}` : request.model || '–',
         Worker: request.worker || '–',
+        ...(request.hub && { Hub: request.hub }),
         Status: request.status || '–',
         Took: took(this.#app, request.duration),
         'First token': took(this.#app, request.first_byte),

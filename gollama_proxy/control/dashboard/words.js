@@ -121,7 +121,18 @@ export function whyOf(worker) {
     }
   }
   if (worker.agent?.serving === false) lines.push('The server does not answer its agent.');
+  for (const each of worker.hubs ?? []) {
+    const other = differs(each, worker);
+    if (other) lines.push(`${each.hub} sees it differently: ${other}.`);
+  }
   return lines.slice(0, 6);
+}
+
+// How another hub sees a worker, if not as this one does.
+function differs({ state, hold, breaker }, worker) {
+  const parts = [state !== worker.state && state, hold !== worker.hold && `hold ${hold}`,
+    breaker !== worker.breaker.state && `breaker ${breaker}`];
+  return parts.filter(Boolean).join(', ');
 }
 
 function breakerWords({ state, reason, since, opens_in: left }, passed) {
@@ -146,7 +157,7 @@ export function isOf(kind, worker) {
 
 // One sentence about the whole hub, and a line for each trouble that is not in it:
 // {level, text, list: [{level, name, text}]}.
-export function verdictOf(workers, { waiting = 0 }, queue) {
+export function verdictOf(workers, { waiting = 0 }, queue, cluster = {}) {
   const all = [...workers.values()];
   if (!all.length) return { level: '', text: 'This hub has no workers yet', list: [] };
   const troubles = all.map((worker) => ({ name: worker.name, ...troubleOf(worker) }))
@@ -155,6 +166,11 @@ export function verdictOf(workers, { waiting = 0 }, queue) {
   const bad = troubles.filter(({ level }) => level === 'bad');
   const list = bad.length === 1 || troubles.length === 1 ? troubles.slice(1) : troubles;
   const verdict = { ...sentenceOf(all, troubles, bad), list: [...list] };
+  const gone = storeTrouble(cluster);
+  if (gone) {
+    verdict.list.unshift(gone);
+    if (verdict.level === 'good') verdict.level = 'warn';
+  }
   const wait = waitOf(waiting, queue);
   if (wait) {
     verdict.list.push({ level: 'warn', text: wait.text });
@@ -201,6 +217,28 @@ function sentenceOf(all, troubles, bad) {
   }
   if (all.length === 1) return { level, text: `The worker ${all[0].name} is ready` };
   return { level, text: `${all.length === 2 ? 'Both' : `All ${size}`} workers are ready` };
+}
+
+// The hubs that share a store, a line for each: {level, name, text}; none for one hub alone.
+export function hubsOf({ store, hubs, missing }) {
+  if (!store) return [];
+  const lines = hubs.map(({ hub, running, waiting, draining }) => {
+    const parts = [`${running} running`, waiting && `${waiting} waiting`,
+      draining && 'shutting down'];
+    return { level: '', name: hub, text: parts.filter(Boolean).join(', ') };
+  });
+  const silent = missing.map((name) => ({ level: 'warn', name, text: '▲ does not answer' }));
+  const mode = store.mode === 'up' ? { level: 'good', name: 'Store', text: '✓ connected' }
+    : { level: 'warn', name: 'Store', text: '▲ not connected' };
+  return [...lines, ...silent, mode];
+}
+
+// What it means that the store is gone; null while it is there.
+export function storeTrouble({ store }) {
+  if (!store || store.mode === 'up') return null;
+  const why = store.reason ? `: ${store.reason}` : '';
+  return { level: 'warn', text: `The store cannot be reached${why}. Each hub goes on with its `
+    + 'part of the slots and its own quotas, and this page shows one hub only.' };
 }
 
 // How many requests wait, and for how long; null if none does.

@@ -139,7 +139,7 @@ export class Card {
   }
 
   // A dot for each slot, in the colour of its subject; many slots are only counted.
-  #renderSlots({ slots, running }, exchanges) {
+  #renderSlots({ slots, running, hubs = [] }, exchanges) {
     const { el } = this.#app;
     const count = Math.max(slots ?? 0, running ?? 0, exchanges.length);
     const dots = count > 40 ? 0 : count;
@@ -160,8 +160,10 @@ export class Card {
       }
     }
     const busy = Math.max(running ?? 0, exchanges.length);
-    put(this.busy, slots == null ? `${busy} running, slots not known yet`
-      : `${busy} of ${slots} slots busy`);
+    const shares = hubs.filter((each) => each.running)
+      .map((each) => `${each.hub}: ${each.running}`).join(', ');
+    put(this.busy, (slots == null ? `${busy} running, slots not known yet`
+      : `${busy} of ${slots} slots busy`) + (shares && ` (${shares})`));
   }
 
   #renderModels(worker) {
