@@ -6,8 +6,8 @@ A hub without `state.url` has no cluster, and imports nothing of this.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import socket
 from collections.abc import Callable
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -67,6 +67,8 @@ class Cluster:
     def __init__(self, hub: Shares) -> None:
         """Prepare; nothing happens before `open`."""
         self._hub = hub
+        # How to end what has been started, the last part first.
+        self._ends = contextlib.AsyncExitStack()
         state = hub.config.state
         self.store = Store(state.url, state.prefix, hub.clock)
         self.shared = SharedState(hub.state, self.store, hub.clock)
@@ -92,24 +94,35 @@ class Cluster:
             ConfigError: the store can never be used like this.
         """
         try:
-            await self.store.open()
-            me = await asyncio.to_thread(
-                describe_me, self._hub.state.folder, self._hub.config.process
-            )
-            self.members = Members(self.store, me, self._hub.clock)
-            self._hub.telemetry.follow_store(self.store, lambda: self.members.last_seen)
-            await self.members.start()
-            # The fleet is that of all hubs before the first client comes.
-            await self.shared.start()
-            await self.shared.round()
-            self.sharing = self._share_slots()
-            await self.sharing.start()
-            self._reports = self._make_reports()
-            await self._reports.start()
-        except StoreError as exc:
-            await self.store.close()
+            await self._open()
+        except BaseException as exc:
+            await self.close()
+            if not isinstance(exc, StoreError):
+                raise
             url = self._hub.config.state.url
             raise ConfigError(f"state.url = {url!r}: {exc}") from exc
+
+    async def _open(self) -> None:
+        ends = self._ends
+        ends.push_async_callback(self.store.close)
+        await self.store.open()
+        me = await asyncio.to_thread(
+            describe_me, self._hub.state.folder, self._hub.config.process
+        )
+        self.members = Members(self.store, me, self._hub.clock)
+        self._hub.telemetry.follow_store(self.store, lambda: self.members.last_seen)
+        ends.push_async_callback(self.members.stop)
+        await self.members.start()
+        # The fleet is that of all hubs before the first client comes.
+        ends.push_async_callback(self.shared.stop)
+        await self.shared.start()
+        await self.shared.round()
+        self.sharing = self._share_slots()
+        ends.push_async_callback(self.sharing.stop)
+        await self.sharing.start()
+        self._reports = self._make_reports()
+        ends.push_async_callback(self._reports.stop)
+        await self._reports.start()
 
     def _note_round(self) -> None:
         """Follow whether the state of this hub is that of all hubs."""
@@ -141,10 +154,10 @@ class Cluster:
 
     async def start(self, url: str) -> None:
         """Begin to serve the other hubs; `url` is where clients reach this one."""
-        port = urlsplit(url).port
-        name = f"{socket.gethostname()}:{port}" if port else socket.gethostname()
+        hub, name, port = self._hub, self.members.me.name, urlsplit(url).port
+        if port and not hub.config.process.number:  # else they all have the same port
+            name = f"{name}:{port}"
         await self.members.listens_at(url, name)
-        hub = self._hub
 
         async def collect(_: object) -> dict[str, object]:
             families = await hub.telemetry.collect()
@@ -157,6 +170,7 @@ class Cluster:
             hub.events.take_news,
             clock=hub.clock,
         )
+        self._ends.push_async_callback(self.peers.stop)
         await self.peers.start()
         hub.peers = self.peers
         hub.events.join(self.peers)
@@ -166,11 +180,5 @@ class Cluster:
             hub.telemetry.others = group.collect
 
     async def close(self) -> None:
-        """Give back what this hub holds, and leave the others."""
-        await self.shared.stop()
-        if self.peers is not None:
-            await self.peers.stop()
-        await self.sharing.stop()
-        await self._reports.stop()
-        await self.members.stop()
-        await self.store.close()
+        """Give back what this hub holds, and leave the others; harmless when closed."""
+        await self._ends.aclose()

@@ -229,7 +229,7 @@ def _find_signing_key(config: Config, file: str | None) -> tuple[str, bytes]:
 
 
 def check(config: Config) -> int:
-    """Examine every worker and print a table; return the exit status."""
+    """Examine the store and every worker, and print a table; return the exit status."""
     from gollama_proxy.edge.auth import Authenticator
 
     note(config.source)
@@ -239,6 +239,7 @@ def check(config: Config) -> int:
         note(str(exc))
     else:
         Authenticator(config)  # rejects keys of another algorithm, as in the hub
+    shared = _check_store(config)
     if not config.workers:
         print("No worker is configured: add [[workers]] to the file, each with a url,")
         print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")
@@ -265,7 +266,24 @@ def check(config: Config) -> int:
         print(text)
     usable = ("ready", "asleep")
     ready = all(worker.state.value in usable for worker in registry.workers)
-    return 0 if ready and not unserved and not unknown else 1
+    return 0 if ready and shared and not unserved and not unknown else 1
+
+
+def _check_store(config: Config) -> bool:
+    """Examine the store, if there is one; return whether it can be used."""
+    if not config.state.url:
+        return True
+    import asyncio
+
+    from gollama_proxy.state.store import Store, StoreError
+
+    store = Store(config.state.url, config.state.prefix)
+    try:
+        note(f"the store: {asyncio.run(store.examine())}")
+    except StoreError as exc:
+        print(f"state.url = {config.state.url!r}: {exc}")
+        return False
+    return True
 
 
 def _look_up_groups(config: Config) -> tuple[Config, list[str]]:

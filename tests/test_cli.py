@@ -44,6 +44,7 @@ from tests.fakes.client import Wire
 from tests.fakes.process import Program, bare, hub_process
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stall
+from tests.fakes.valkey import running_store
 from tests.fakes.worker import ScriptedWorker
 
 SECRET = "0123456789abcdef" * 2
@@ -1187,6 +1188,34 @@ async def test_check_of_a_worker_that_answers(
         await worker.down()
         assert await asyncio.to_thread(main, ["check"]) == 1
         assert f"{worker.url}  down" in capsys.readouterr().out
+
+
+async def test_check_of_a_store(
+    tmp_path: Path, environ: dict[str, str], capsys: Output
+) -> None:
+    async with ScriptedWorker() as worker:
+        environ["GOLLAMA_WORKERS"] = worker.url
+        async with running_store(
+            tmp_path, "valkey", "--requirepass", "hunter2"
+        ) as store:
+            url = store.url.replace("unix://", "unix://:hunter2@")
+            environ["GOLLAMA_STATE_URL"] = url
+            assert await asyncio.to_thread(main, ["check"]) == 0
+            error = capsys.readouterr().err
+            assert "note: the store: valkey 9." in error
+            assert f" at unix://...@{store.socket}, hubs of 'gollama': 0\n" in error
+            assert await store.ask("KEYS", "*", password="hunter2") == []
+            environ["GOLLAMA_STATE_URL"] = store.url
+            assert await asyncio.to_thread(main, ["check"]) == 1
+            reason = "it requires a password, and state.url has none"
+            expected = f"state.url = '{store.url}': {reason}\n"
+            assert capsys.readouterr().out.startswith(expected)
+        environ["GOLLAMA_STATE_URL"] = url
+        assert await asyncio.to_thread(main, ["check"]) == 1
+        output, error = capsys.readouterr()
+        expected = f"state.url = 'unix://...@{store.socket}': Connection refused"
+        assert output.startswith(expected)
+        assert "hunter2" not in output + error
 
 
 # --- demo -------------------------------------------------------------------------

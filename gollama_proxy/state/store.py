@@ -188,8 +188,7 @@ class Store:
                 version, TLS, a server that is a replica or part of a cluster, or
                 keys of another program.
         """
-        # The first import reads files.
-        await asyncio.to_thread(importlib.import_module, "valkey.asyncio.connection")
+        await self._import()
         try:
             await self._connect()
         except StoreDownError as exc:
@@ -198,6 +197,30 @@ class Store:
             self._keeper.wake()
         self._keeper.start()
 
+    async def examine(self) -> str:
+        """Connect once and change nothing; return what was found, for people.
+
+        Raises:
+            StoreDownError: it cannot be reached.
+            StoreError: as `open`.
+        """
+        await self._import()
+        link = _Link(self._address, self._receive, self._lose, self._clock)
+        try:
+            async with asyncio.timeout(CONNECT):
+                server = await link.open()
+                await self._check_permissions(link)
+                commands = ("GET", self.key("epoch")), ("ZCARD", self.key("hubs"))
+                epoch, hubs = await self._ask(link, commands, CONNECT)
+                if epoch is not None:
+                    self._check_epoch(epoch)
+        except TimeoutError:
+            raise self._late() from None
+        finally:
+            await link.close()
+        found = f"{server} at {self.url.masked}, hubs of {self.prefix!r}: {hubs}"
+        return f"{found}; {link.concern}" if link.concern else found
+
     async def close(self) -> None:
         """Close the connection; harmless when closed."""
         await self._keeper.stop()
@@ -205,6 +228,10 @@ class Store:
         self.mode, self.reason = Mode.DOWN, "closed"
         if link is not None:
             await link.close()
+
+    async def _import(self) -> None:
+        """Import the client library, which reads files."""
+        await asyncio.to_thread(importlib.import_module, "valkey.asyncio.connection")
 
     def subscribe_mode(self, callback: Callable[[Mode], None]) -> None:
         """Have a function called after each change of the mode.
@@ -353,14 +380,19 @@ class Store:
         except BaseException as exc:
             await link.close()
             if isinstance(exc, TimeoutError):
-                hint = "; is it a port for TLS?" if self._address.tls else ""
-                exc = StoreDownError(f"no answer within {CONNECT:g} s{hint}")
+                exc = self._late()
             reason = str(exc) if isinstance(exc, StoreError) else "stopped"
             self._step(Event.REFUSED, reason)
             raise exc from None
         self._link = link
         self._step(Event.ANSWERED)
+        if link.concern:
+            logger.warning("%s", link.concern)
         self._note_epoch(epoch)
+
+    def _late(self) -> StoreDownError:
+        hint = "; is it a port for TLS?" if self._address.tls else ""
+        return StoreDownError(f"no answer within {CONNECT:g} s{hint}")
 
     def _lose(self, link: _Link, reason: str) -> None:
         """Go on without a connection that is closed or silent."""
@@ -395,8 +427,10 @@ class Store:
         # A hub that is the first one here gets nothing, and reads what it wrote.
         again = ("GET", self.key("epoch"))
         first, second = await self._ask(link, (command, again), within)
-        found = second if first is None else first
-        text = found.decode(errors="replace") if isinstance(found, bytes) else ""
+        return self._check_epoch(second if first is None else first)
+
+    def _check_epoch(self, found: bytes) -> str:
+        text = found.decode(errors="replace")
         if not re.fullmatch("[0-9a-f]{16}", text):
             raise StoreError(
                 f"the key {self.key('epoch')} is of another program: choose another "
@@ -446,6 +480,7 @@ class _Link:
         clock: Callable[[], float],
     ) -> None:
         self.latency = 0.0
+        self.concern = ""  # about what the store may do, for people
         self._clock = clock
         self._receive = receive
         self._lost = lost
@@ -487,13 +522,17 @@ class _Link:
             spawn(self._read_answers(), "answers of the store"),
             spawn(self._read_messages(), "messages of the store"),
         ]
-        [about] = await self.ask([("HELLO",)], CONNECT)
+        commands = ("HELLO",), ("INFO", "memory")
+        about, memory = await self.ask(commands, CONNECT)
         if isinstance(about, Exception):
             error = _explain(about)
             if "unknown command" in str(error):
                 error = StoreError(f"it is too old: must be {_KNOWN}, or newer")
             raise error
-        return _check_server(about)
+        server = _check_server(about)
+        if isinstance(memory, bytes):  # else it is not permitted
+            self.concern = _find_concern(memory.decode(errors="replace"))
+        return server
 
     def end(self, error: StoreError) -> None:
         """Fail all calls, and report the loss; harmless when closed."""
@@ -565,18 +604,17 @@ class _Link:
         return [each.result() for each in futures]
 
     async def _read_answers(self) -> None:
-        from valkey.exceptions import ConnectionError as LostError
-        from valkey.exceptions import ValkeyError
+        from valkey.exceptions import ResponseError, ValkeyError
 
         while True:
             answer: Any
             try:
                 answer = await self._commands.read_response(disable_decoding=True)
-            except (LostError, OSError) as exc:
+            except ResponseError as exc:
+                answer = exc  # of one command
+            except (ValkeyError, OSError) as exc:
                 self.end(_explain(exc))
                 return
-            except ValkeyError as exc:
-                answer = exc  # of one command
             self._heard = asyncio.get_running_loop().time()
             future = self._waiting.popleft()
             if not future.done():
@@ -635,21 +673,20 @@ class _Link:
             await self._messages.send_command("PING", check_health=False)
 
     async def _read_messages(self) -> None:
-        from valkey.exceptions import ConnectionError as LostError
-        from valkey.exceptions import ValkeyError
+        from valkey.exceptions import ResponseError, ValkeyError
 
         while True:
             try:
                 message = await self._messages.read_response(disable_decoding=True)
-            except (LostError, OSError) as exc:
-                self.end(_explain(exc))
-                return
-            except ValkeyError as exc:
+            except ResponseError as exc:
                 for future in self._subscribing.values():
                     if not future.done():
                         future.set_result(exc)
                 self._subscribing.clear()
                 continue
+            except (ValkeyError, OSError) as exc:
+                self.end(_explain(exc))
+                return
             match message:
                 case [b"message", channel, data]:
                     self._receive(channel, data)
@@ -709,6 +746,18 @@ def _check_server(about: list[Any]) -> str:
     if role not in ("master", "primary"):
         raise StoreError(f"{text} is a {role}: state.url must lead to the primary")
     return text
+
+
+def _find_concern(memory: str) -> str:
+    """Return a warning about a store by its own report on memory, or ""."""
+    facts = dict(line.split(":", 1) for line in memory.split() if ":" in line)
+    policy = facts.get("maxmemory_policy", "noeviction")
+    if facts.get("maxmemory", "0") == "0" or policy in ("noeviction", ""):
+        return ""
+    return (
+        f"the store drops keys when its memory is full (maxmemory-policy {policy}), "
+        "and hubs could then use a slot twice: set it to noeviction"
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -140,8 +140,8 @@ async def impostor(folder: Path, answer: bytes) -> AsyncIterator[str]:
         assert task is not None
         task.set_name("fake store")
         with contextlib.suppress(ConnectionError):
-            while await reader.read(1000):
-                writer.write(answer)
+            while data := await reader.read(1000):
+                writer.write(answer * data.count(b"*"))  # each command begins with it
                 await writer.drain()
         writer.close()
 
@@ -214,6 +214,19 @@ async def test_a_store_without_memory(tmp_path: Path, engine: str) -> None:
                 await server.ask("CONFIG", "SET", "maxmemory", "0")
                 await is_up(late)
             await is_up(store)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_a_store_that_may_drop_keys(
+    tmp_path: Path, engine: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
+    async with running_store(tmp_path, engine, *options) as server:
+        async with connected(server.url) as store:
+            assert "(maxmemory-policy allkeys-lru)" in caplog.text
+            assert "set it to noeviction" in await store.examine()
+            await server.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+            assert "noeviction" not in await store.examine()
 
 
 async def test_a_store_that_is_busy_with_a_script(tmp_path: Path) -> None:
