@@ -35,7 +35,7 @@ requests = st.tuples(
     st.sampled_from(SUBJECTS),
     st.integers(0, 1),
     st.sampled_from(sorted(MODELS)),
-    st.integers(1, 3),
+    st.integers(1, 2),
 )
 lost = st.sampled_from([False, False, False, True])
 
@@ -121,6 +121,8 @@ class Cluster(RuleBasedStateMachine):
         self.hubs = {name: Hub(name) for name in HUBS}
         self.gone: list[Hub] = []
         self.owners: dict[str, str] = {}  # of all leases that were granted
+        self.call(self.hubs["a"])
+        self.time_passes(CAUTION)
 
     def teardown(self) -> None:
         try:
@@ -140,7 +142,7 @@ class Cluster(RuleBasedStateMachine):
         name=hubs,
         seconds=st.sampled_from(TIMES),
         arriving=st.lists(requests, max_size=2),
-        ending=st.lists(workers, max_size=3),
+        ending=st.lists(workers, max_size=6),
         spare=st.integers(0, 2),
         lost=lost,
         dropped=lost,
@@ -276,7 +278,7 @@ def test_the_script_does_what_the_model_does(socket: Path) -> None:
     run_state_machine_as_test(
         Case,
         settings=settings(
-            max_examples=30,
+            max_examples=25,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
