@@ -82,6 +82,7 @@ class Line:
     sent: dict[str, Sent] = field(default_factory=dict)
     tick: int = 0
     announced: float | None = None
+    unaware: set[str] = field(default_factory=set)  # hubs, that others wait
 
     def next_tick(self) -> int:
         self.tick += 1
@@ -242,6 +243,7 @@ class Leases:
         if not line.waiting:
             line.rounds.clear()
             line.announced = None
+            line.unaware.clear()
             if not line.sent:
                 line.tick = 0
             return 0, False
@@ -250,12 +252,19 @@ class Leases:
             for subject, turn in list(round_.turns.items()):
                 if turn.turn <= round_.turn and (rank, subject) not in waits:
                     del round_.turns[subject]
+        own = sum(each.requests for each in line.waiting if each.hub == hub)
+        others = sum(each.requests for each in line.waiting) - own
+        line.unaware.discard(hub)
         announce = len(line.leases) > len(ask.held) + known and (
-            line.announced is None or now - line.announced >= REPEAT
+            line.announced is None
+            or now - line.announced >= REPEAT
+            or (own > 0 and bool(line.unaware))
         )
         if announce:
             line.announced = now
-        others = sum(each.requests for each in line.waiting if each.hub != hub)
+            line.unaware.clear()
+        if own and not others:
+            line.unaware.add(hub)
         return others, announce
 
 

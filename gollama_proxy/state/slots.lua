@@ -75,7 +75,8 @@ end
 --
 -- {format, waiting = {hub: {seen, {{subject, rank, requests, queue, tick}, ...}}},
 --  rounds = {rank: {turn, had, {subject: {turn, tick}}}},
---  sent = {lease: {hub, subject, expires, key, rank}}, tick, announced}
+--  sent = {lease: {hub, subject, expires, key, rank}}, tick,
+--  announced = when, unaware = {hub: true}}: hubs with no news since that others wait
 --
 -- Hubs of another format have lines of their own; the leases are the same.
 
@@ -88,7 +89,7 @@ local function read_line(key)
   if packed and readable and type(line) == 'table' and line.format == FORMAT then
     return line, true
   end
-  return {format = FORMAT, waiting = {}, rounds = {}, sent = {}, tick = 0}, false
+  return {format = FORMAT, waiting = {}, rounds = {}, sent = {}, tick = 0, unaware = {}}, false
 end
 
 local function next_tick(line)
@@ -301,7 +302,7 @@ end
 
 -- Write the line, without the requests that were served in this call.
 local function write_line(ask)
-  local line, others, all = ask.line, 0, 0
+  local line, others, own = ask.line, 0, 0
   for owner, entry in pairs(line.waiting) do
     local rest = {}
     for _, want in ipairs(entry[2]) do
@@ -309,14 +310,13 @@ local function write_line(ask)
       if count > 0 then
         want[REQUESTS] = count
         rest[#rest + 1] = want
-        all = all + count
-        if owner ~= hub then others = others + count end
+        if owner == hub then own = own + count else others = others + count end
       end
     end
     if #rest > 0 then entry[2] = rest else line.waiting[owner] = nil end
   end
-  if all == 0 then
-    line.rounds, line.announced = {}, nil
+  if own + others == 0 then
+    line.rounds, line.announced, line.unaware = {}, nil, {}
     if not next(line.sent) then
       if ask.stored then redis.call('DEL', ask.key) end
       return others, false
@@ -324,9 +324,12 @@ local function write_line(ask)
   else
     forget_turns(line)
   end
-  local announce = all > 0 and ask.taken > #ask.held + #ask.granted
-    and math.abs(now - (line.announced or 0)) >= REPEAT
-  if announce then line.announced = now end
+  line.unaware[hub] = nil
+  local announce = own + others > 0 and ask.taken > #ask.held + #ask.granted
+    and (own > 0 and next(line.unaware) ~= nil
+      or math.abs(now - (line.announced or 0)) >= REPEAT)
+  if announce then line.announced, line.unaware = now, {} end
+  if own > 0 and others == 0 then line.unaware[hub] = true end
   redis.call('SET', ask.key, cmsgpack.pack(line), 'PX', KEEP)
   return others, announce
 end

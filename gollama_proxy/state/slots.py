@@ -20,8 +20,8 @@ grants what is free, for any number of workers.  Grants to the caller are in the
 other hubs get theirs as a message in the channel `PREFIX:grants:HUB`.  A grant is
 repeated in each reply to its hub until a call names the lease as held or given back, so
 a lost message or reply loses no slot.  `PREFIX:wanted` names workers for which requests
-wait while other hubs than the caller hold leases, at most once a second for each: hubs
-give back what they do not use.
+wait while other hubs than the caller hold leases, when that is news for some hub, and
+once a second: hubs give back what they do not use.
 
 **Spare leases** are granted while no request waits for the worker, and as long as there
 are several hubs only half of what is free at a time: hubs compete for the last slots of

@@ -248,6 +248,22 @@ def test_hubs_are_notified_that_requests_wait_once_a_second(store: SlotStore) ->
     assert store.heard() == {"wanted": ["w"]}
 
 
+def test_a_hub_that_was_alone_in_the_line_is_notified_at_once(
+    store: SlotStore,
+) -> None:
+    held = leases_of(store.ask("a", wants=[Want("s", 0, 2)]).granted)
+    other = leases_of(store.ask("b", wants=[Want("t", 0, 3)]).granted)
+    store.listen()
+    store.ask("a", held=held, wants=[Want("s", 0, 1)])
+    store.ask("b", held=other)
+    assert store.ask("a", held=held, wants=[Want("s", 0, 1)]).waiting == 0
+    store.heard()
+    store.ask("b", held=other, wants=[Want("t", 0, 1)])
+    assert store.heard() == {"wanted": ["w"]}
+    store.ask("b", held=other, wants=[Want("t", 0, 2)])
+    assert store.heard() == {}
+
+
 def test_no_spare_lease_while_a_request_waits(store: SlotStore) -> None:
     store.ask("b", slots=0, wants=[Want("t", 0, 1)])
     reply = store.ask("a", slots=1, fair=1, spare=1)
