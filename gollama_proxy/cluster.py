@@ -17,6 +17,8 @@ from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.events import Events
 from gollama_proxy.control.following import Follower
 from gollama_proxy.control.group import GroupMetrics
+from gollama_proxy.control.links import LinksInStore
+from gollama_proxy.control.page import Links
 from gollama_proxy.control.peers import Peers
 from gollama_proxy.control.renewals import Renewals
 from gollama_proxy.control.replies import Peers as Answering
@@ -53,6 +55,7 @@ class Shares(Protocol):
     registry: Registry
     queue: Queue
     telemetry: Telemetry
+    links: Links
     balancer: Balancer
 
 
@@ -174,6 +177,7 @@ class Cluster:
         await self.peers.start()
         hub.peers = self.peers
         hub.events.join(self.peers)
+        hub.links.shared = LinksInStore(self.store)
         me = self.members.me
         if me.group != me.run:
             group = GroupMetrics(self.store, self.peers, me.group, me.run, METRICS)

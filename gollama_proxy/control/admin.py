@@ -296,7 +296,7 @@ class Admin:
         token = self._hub.authenticator.token_in(call.request)
         if not token:  # authentication is off
             return answer({"code": None, "path": "/", "expires_in": None})
-        code = self._hub.links.make(token)
+        code = await self._hub.links.issue(token)
         self._hub.events.record_change(call.x, "make link", call.x.subject)
         link = {"code": code, "path": f"/#sign-in={code}"}
         return answer(link | {"expires_in": LIFETIME}, status=201)

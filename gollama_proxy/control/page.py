@@ -176,7 +176,7 @@ class Dashboard:
         """
         timeout = self._hub.config.timeouts.body
         given = decode(await receive(request, timeout, MOST_BODY), _SignIn)
-        token = self._hub.links.use(given.code)
+        token = await self._hub.links.redeem(given.code)
         try:
             if token is None:
                 raise AuthError("no such link")
@@ -218,16 +218,33 @@ class Links:
 
     A code is in the fragment of a link, which no browser sends to any server.  It can
     stay in a terminal or in a history: a token would be of use there much longer.
-    `clock` gives monotonic seconds.
+    `clock` gives monotonic seconds.  Hubs that share a store keep them there, where
+    any of them finds them (`shared`).
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         # By the hash of their codes, the oldest first: a token, and when it ends.
         self._links: dict[bytes, tuple[str, float]] = {}
+        self.shared: SharedLinks | None = None
 
     def __repr__(self) -> str:
         return f"<Links {len(self._links)}>"
+
+    async def issue(self, token: str) -> str:
+        """Return a new code for a token, for any hub that shares the store."""
+        if self.shared is not None:
+            code = secrets.token_urlsafe(24)
+            if await self.shared.keep(code, token):
+                return code
+        return self.make(token)
+
+    async def redeem(self, code: str) -> str | None:
+        """Return the token of a code, which ends with that; None if there is none."""
+        token = self.use(code)
+        if token is None and self.shared is not None:
+            token = await self.shared.take(code)
+        return token
 
     def make(self, token: str) -> str:
         """Return a new code for a token; the oldest one gives way if there are many."""
@@ -251,6 +268,16 @@ class Links:
             if end > now:
                 break
             del self._links[key]
+
+
+class SharedLinks(Protocol):
+    """The codes that all hubs know (`control/links.py`)."""
+
+    async def keep(self, code: str, token: str) -> bool:
+        """Keep the token of a code; return whether it is kept."""
+
+    async def take(self, code: str) -> str | None:
+        """Return the token of a code, and forget it."""
 
 
 def _digest_of(code: str) -> bytes:

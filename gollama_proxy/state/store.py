@@ -74,7 +74,18 @@ OLDEST = {"valkey": (7, 2), "redis": (7, 0)}
 # What hubs do with keys that begin with the prefix, besides EVAL, HELLO and PING;
 # an ACL has to allow all of it.
 COMMANDS = (
-    *("del", "exists", "get", "hdel", "hget", "hgetall", "hincrby", "hkeys", "hlen"),
+    *(
+        "del",
+        "exists",
+        "get",
+        "getdel",
+        "hdel",
+        "hget",
+        "hgetall",
+        "hincrby",
+        "hkeys",
+        "hlen",
+    ),
     *("hmget", "hscan", "hset", "mget", "pexpire", "set", "type", "zadd", "zcard"),
     *("zincrby", "zrange", "zrangebyscore", "zrem", "zremrangebyrank"),
     *("zremrangebyscore", "zscore", "zcount", "publish", "subscribe", "time"),
