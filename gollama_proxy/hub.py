@@ -24,7 +24,7 @@ from gollama_proxy.control.page import Dashboard, Links
 from gollama_proxy.control.replies import Peers, Replies
 from gollama_proxy.control.views import Usage, Views
 from gollama_proxy.edge.auth import Authenticator
-from gollama_proxy.edge.connections import ConnectionLimiter
+from gollama_proxy.edge.connections import ConnectionLimiter, SharedCounts
 from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.edge.router import MetricsServer, ModelList, Routes, Status
 from gollama_proxy.edge.server import Server
@@ -92,7 +92,8 @@ class Hub(Listener):
         self.clock = clock
         self.waker = Waker(config.wake, self._send_magic, clock)
         self.queue = Queue(self.balancer, config.queue, clock, waker=self.waker)
-        self.clients = ConnectionLimiter(config.limits, clock)
+        shared = SharedCounts(config.process) if config.process.number else None
+        self.clients = ConnectionLimiter(config.limits, clock, shared)
         self.fitting = Fitting(self.registry, self._count)
         self.telemetry = Telemetry(
             self.registry,

@@ -24,31 +24,28 @@ import math
 import os
 import secrets
 import signal
-import socket
+import site
 import sys
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from msgspec import structs
-
+import gollama_proxy
 from gollama_proxy.children import Supervised, how
 from gollama_proxy.config.settings import Config, Process
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import SettingsFile, Watcher
 from gollama_proxy.service import (
+    FIRST_DESCRIPTOR,
     METRICS,
     OUTCOME,
-    Listeners,
+    REFUSED,
     Load,
     Service,
     count,
     raise_file_limit,
 )
-from gollama_proxy.shared import EmbeddedStore, claim, listen, mailbox
+from gollama_proxy.shared import Common, EmbeddedStore, mailbox, prepare
 from gollama_proxy.tasks import CUT, Periodic, Signals, spawn
 from gollama_proxy.telemetry import logs
 
@@ -85,20 +82,17 @@ async def front(
     logs.configure(config.log)
     raise_file_limit()  # for all: they inherit it
     gc.enable()
+    number = number_of(config.server.processes)
     async with contextlib.AsyncExitStack() as stack:
-        listeners = await listen(config, service.listeners, stack)
-        folder, run_folder = claim(config, stack)
-        store = None
+        common = await prepare(config, service.listeners, number, stack)
+        environ = dict(os.environ)
         if not config.state.url:
-            store = EmbeddedStore(run_folder)
+            store = EmbeddedStore(common.sockets)
             stack.push_async_callback(store.stop)
             await store.start()
-        parent = Parent(config, load, listeners, run_folder)
-        stack.callback(parent.close)
-        environ = dict(os.environ)
-        if store is not None:
             environ["GOLLAMA_STATE_URL"] = store.url
-        parent.make_hubs(_command(arguments), environ, folder)
+        parent = Parent(config, load, common, number, arguments, environ)
+        stack.callback(parent.close)
         service.start()
         stack.push_async_callback(service.stop)
         signals.reload = lambda: service.reload(parent.reload_soon)
@@ -118,31 +112,56 @@ async def front(
 
 
 class HubProcess:
-    """A hub that the parent started, as far as it reports."""
+    """A hub that the parent starts, and what it reports."""
 
-    def __init__(self, number: int, mailbox: socket.socket) -> None:
-        """Make one that has not reported anything; messages arrive at `mailbox`."""
-        self.number = number
-        self.mailbox = mailbox
-        self.server: Supervised | None = None
+    def __init__(
+        self,
+        process: Process,
+        common: Common,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        again: Callable[[HubProcess, int], bool],
+    ) -> None:
+        """Prepare it; `again` is called when it has ended, as for `Supervised`."""
+        self.number = process.number
         self.status: int | None = None  # of its last end
         self.load = Load()
-        self.started = asyncio.Event()
-        self.ready = asyncio.Event()
+        self.started, self.ready = asyncio.Event(), asyncio.Event()
         self.heard = math.inf  # when it last gave a sign of life
-        # It may have read the settings before they changed.
-        self.outdated = False
-        self.outcome: asyncio.Future[str] | None = None  # of a reload
+        self._again = again
+        self._hangs = False
+        self._outdated = False  # it may have read the settings before they changed
+        self._outcome: asyncio.Future[str] | None = None  # of a reload
+        self._path = common.sockets / f"{self.number}.notify"
+        self._mailbox = mailbox(self._path)
+        self.server = Supervised(
+            command,
+            environ={**environ, **_variables(process, common, self._path)},
+            name=f"process {self.number}",
+            descriptors=common.descriptors,
+            again=self._ended,
+        )
 
     def __repr__(self) -> str:
-        state = (
-            "ready"
-            if self.ready.is_set()
-            else "up"
-            if self.started.is_set()
-            else "down"
-        )
+        state = "ready" if self.ready.is_set() else "not ready"
         return f"<HubProcess {self.number} {state}>"
+
+    def start(self, clock: Callable[[], float]) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._mailbox, self._read, clock)
+        self.server.start()
+
+    def close(self) -> None:
+        """Give back the socket at which it reports."""
+        asyncio.get_running_loop().remove_reader(self._mailbox)
+        self._mailbox.close()
+        self._path.unlink(missing_ok=True)
+
+    def _read(self, clock: Callable[[], float]) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                message = self._mailbox.recv(1 << 16)
+                self.receive(message.decode(errors="replace"), clock())
 
     def receive(self, message: str, now: float) -> None:
         """Take what it reports; see sd_notify(3)."""
@@ -159,37 +178,71 @@ class HubProcess:
                     self.load = Load.parse(value)
             elif name == OUTCOME:
                 self._resolve(value)
-        if self.outdated:
-            self.outdated = False
-            self.signal(signal.SIGHUP)
+        if self._outdated:
+            self._outdated = False
+            self.server.signal(signal.SIGHUP)
 
-    def ended(self, status: int) -> None:
+    def _ended(self, status: int) -> bool:
         """Forget what it has reported."""
         self.status, self.load = status, Load()
-        self.heard = math.inf
+        self.heard, self._hangs = math.inf, False
         self.started.clear()
         self.ready.clear()
         self._resolve(f"ended with {how(status)}")
+        return self._again(self, status)
 
-    def _resolve(self, outcome: str) -> None:
-        if self.outcome is not None and not self.outcome.done():
-            self.outcome.set_result(outcome)
+    async def reload(self) -> str | None:
+        """Have it read its settings again; return what it reports.
 
-    def signal(self, number: signal.Signals) -> None:
-        if self.server is not None:
-            self.server.signal(number)
-
-    async def reload(self) -> str:
-        """Have it read its settings again; return what it reports."""
-        self.outcome = asyncio.get_running_loop().create_future()
-        self.signal(signal.SIGHUP)
+        None: it reads them anyway, as it starts.
+        """
+        if not self.started.is_set():
+            self._outdated = self.server.pid is not None
+            return None
+        self._outcome = asyncio.get_running_loop().create_future()
+        self.server.signal(signal.SIGHUP)
         try:
             async with asyncio.timeout(RELOADS_WITHIN):
-                return await self.outcome
+                return await self._outcome
         except TimeoutError:
-            return f"refused: no answer within {RELOADS_WITHIN:g} s"
+            return f"{REFUSED}no answer within {RELOADS_WITHIN:g} s"
         finally:
-            self.outcome = None
+            self._outcome = None
+
+    def _resolve(self, outcome: str) -> None:
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    def look(self, now: float) -> None:
+        """End it if it has given no sign of life for too long."""
+        if now - self.heard <= WATCHDOG:
+            return
+        logger.error("process %d hangs: ending it", self.number)
+        # The first signal has Python write where it hangs (PYTHONFAULTHANDLER).
+        self.server.signal(signal.SIGKILL if self._hangs else signal.SIGABRT)
+        self._hangs = True
+
+
+def _variables(process: Process, common: Common, path: Path) -> dict[str, str]:
+    """Return what systemd would set, and the place of a hub among the others.
+
+    The first one uses the state folder as a hub without others does, so that nothing is
+    lost when their number changes.
+    """
+    folder = common.folder
+    if folder is not None and not process.first:
+        folder = folder / f"process-{process.number}"
+    names = ["clients"] * len(common.listeners.clients)
+    names += [METRICS] * len(common.listeners.metrics)
+    return {
+        "GOLLAMA_PROCESS": str(process),
+        "GOLLAMA_STATE_DIR": str(folder or ""),
+        "LISTEN_FDS": str(len(names)),
+        "LISTEN_FDNAMES": ":".join(names),
+        "NOTIFY_SOCKET": str(path),
+        "WATCHDOG_USEC": f"{WATCHDOG * 1e6:.0f}",
+        "PYTHONFAULTHANDLER": "1",
+    }
 
 
 # --- All of them ------------------------------------------------------------------
@@ -202,17 +255,17 @@ class Parent:
         self,
         config: Config,
         load: Callable[[], Config],
-        listeners: Listeners,
-        folder: Path,
+        common: Common,
+        number: int,
+        arguments: Sequence[str],
+        environ: Mapping[str, str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Make one without hubs; `folder` is for the sockets at which they report."""
+        """Prepare `number` hubs, with these arguments and variables."""
         self.config = config
-        self.hubs: list[HubProcess] = []
         self.status = 0  # of the whole
         self._load = load
-        self._listeners = listeners
-        self._folder = folder
+        self._common = common
         self._clock = clock
         self._starting = True
         self._failed = asyncio.Event()
@@ -221,55 +274,27 @@ class Parent:
         self._looking = Periodic("look at the processes", self._look, LOOK)
         self._file = SettingsFile(config.file, self.reload_soon)
         self._watcher = Watcher([self._file] if config.file else [])
-        self._reload: asyncio.Task[None] | None = None
+        group = secrets.token_hex(8)
+        command = [sys.executable, "-P", "-m", "gollama_proxy", *arguments]
+        environ = {**environ, **_import_path(environ)}
+        memory = FIRST_DESCRIPTOR + len(common.descriptors) - 1
+        self.hubs = [
+            HubProcess(
+                Process(each, number, group, memory),
+                common,
+                command,
+                environ,
+                self._ended,
+            )
+            for each in range(1, number + 1)
+        ]
 
     def __repr__(self) -> str:
         return f"<Parent of {len(self.hubs)} processes>"
 
-    def make_hubs(
-        self, command: Sequence[str], environ: Mapping[str, str], folder: Path | None
-    ) -> None:
-        """Prepare the hubs; they inherit the sockets, and report to this process.
-
-        `folder` is for what survives a restart.  The first hub uses it as a hub without
-        others does, so that nothing is lost when their number changes.
-        """
-        group = secrets.token_hex(8)
-        sockets = [*self._listeners.clients, *self._listeners.metrics]
-        names = ["clients"] * len(self._listeners.clients)
-        names += [METRICS] * len(self._listeners.metrics)
-        of = number_of(self.config.server.processes)
-        for number in range(1, of + 1):
-            path = self._folder / f"{number}.notify"
-            hub = HubProcess(number, mailbox(path))
-            own = folder if number == 1 else folder and folder / f"process-{number}"
-            variables = {
-                **environ,
-                "GOLLAMA_PROCESS": str(Process(number, of, group)),
-                "GOLLAMA_STATE_DIR": str(own or ""),
-                "LISTEN_FDS": str(len(sockets)),
-                "LISTEN_FDNAMES": ":".join(names),
-                "NOTIFY_SOCKET": str(path),
-                "WATCHDOG_USEC": f"{WATCHDOG * 1e6:.0f}",
-            }
-            hub.server = Supervised(
-                command,
-                environ=variables,
-                name=f"process {number}",
-                descriptors=[each.fileno() for each in sockets],
-                again=partial(self._ended, hub),
-            )
-            loop = asyncio.get_running_loop()
-            loop.add_reader(hub.mailbox, self._receive, hub)
-            self.hubs.append(hub)
-
     def close(self) -> None:
-        """Give back the sockets at which hubs report."""
         for hub in self.hubs:
-            asyncio.get_running_loop().remove_reader(hub.mailbox)
-            path = hub.mailbox.getsockname()
-            hub.mailbox.close()
-            Path(path).unlink(missing_ok=True)
+            hub.close()
 
     # --- Start and end ----------------------------------------------------------------
 
@@ -279,105 +304,73 @@ class Parent:
         The first one alone: what is wrong for all of them is reported once, and is the
         end of all.
         """
+        over = signals.asked, self._failed
         for hubs in (self.hubs[:1], self.hubs[1:]):
             for hub in hubs:
-                assert hub.server is not None, hub
-                hub.server.start()
-            await self._until(signals, STARTS_WITHIN, [x.started for x in hubs])
-            if self._over(signals):
+                hub.start(self._clock)
+            await _all_or_one([x.started for x in hubs], over, STARTS_WITHIN)
+            if any(each.is_set() for each in over):
                 return
         self._starting = False
-        await self._until(signals, READY_WITHIN, [x.ready for x in self.hubs])
+        await _all_or_one([x.ready for x in self.hubs], over, READY_WITHIN)
 
     async def run(self, signals: Signals) -> None:
-        """Watch the hubs until a signal."""
+        """Watch the hubs until a signal, unless their start has failed."""
+        if self._failed.is_set():
+            return
         self._looking.start()
         if self.config.server.watch_config:
             self._watcher.start()
-        if not self._failed.is_set():
-            await signals.asked.wait()
-            grace = self.config.server.drain
-            text = "draining for %g s at most; a second signal cuts answers"
-            logger.info(text, grace)
-
-    def _over(self, signals: Signals) -> bool:
-        return signals.asked.is_set() or self._failed.is_set()
-
-    async def _until(
-        self, signals: Signals, seconds: float, events: Iterable[asyncio.Event]
-    ) -> None:
-        """Wait for all events, some time at most, or for the end."""
-        ends = signals.asked, self._failed
-        over = [spawn(each.wait(), "end of the start") for each in ends]
-        steps = spawn(_all(each.wait() for each in events), "start")
-        first = asyncio.FIRST_COMPLETED
-        await asyncio.wait((steps, *over), timeout=seconds, return_when=first)
-        for task in (steps, *over):
-            task.cancel()
+        await signals.asked.wait()
+        grace = self.config.server.drain
+        logger.info("draining for %g s at most; a second signal cuts answers", grace)
 
     async def drain(self, signals: Signals) -> None:
         """Close the sockets, and let the hubs end; kill those that do not."""
         await self._looking.stop()
         await self._watcher.stop()
-        for each in (*self._listeners.clients, *self._listeners.metrics):
-            each.close()
+        self._common.close()
         self._starting = False
         for hub in self.hubs:
             hub.status = None
-        retiring = [hub.server.retire() for hub in self.hubs if hub.server is not None]
+        retiring = [hub.server.retire() for hub in self.hubs]
         ending = spawn(_all(retiring), "end of the processes")
         insisting = spawn(signals.insisted.wait(), "second signal")
         patience = self.config.server.drain + BEYOND_DRAIN
-        await asyncio.wait(
-            (ending, insisting),
-            timeout=patience,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
+        first = asyncio.FIRST_COMPLETED
+        await asyncio.wait((ending, insisting), timeout=patience, return_when=first)
         insisting.cancel()
         if not ending.done() and signals.insisted.is_set():
             logger.warning("second signal: cutting running answers")
             self._signal(CUT)
             await asyncio.wait((ending,), timeout=BEYOND_DRAIN)
         if not ending.done():
-            left = [str(hub.number) for hub in self.hubs if hub.status is None]
-            logger.error("killing what has not ended: process %s", ", ".join(left))
+            logger.error("killing the processes that have not ended")
             self._signal(signal.SIGKILL)
         await ending
-        cut = any(hub.status not in (None, 0, -signal.SIGTERM) for hub in self.hubs)
-        self.status = self.status or int(cut)
+        # One that a signal ended had not begun to serve.
+        ends = {hub.status or 0 for hub in self.hubs} - {0, -signal.SIGTERM}
+        self.status = self.status or int(bool(ends))
 
     def _signal(self, number: signal.Signals) -> None:
         for hub in self.hubs:
-            hub.signal(number)
+            hub.server.signal(number)
 
     def _ended(self, hub: HubProcess, status: int) -> bool:
         """Take note of the end of a hub; return whether to start it again."""
-        hub.ended(status)
+        self._common.forget(hub.number)
         if self._starting:  # it has reported why
             self.status = status if status > 0 else 1
             self._failed.set()
-            return False
-        return True
+        return not self._starting
 
-    # --- Messages ---------------------------------------------------------------------
-
-    def _receive(self, hub: HubProcess) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                message = hub.mailbox.recv(1 << 16).decode(errors="replace")
-                hub.receive(message, self._clock())
+    # --- What it reports --------------------------------------------------------------
 
     async def _look(self) -> None:
-        """Start hubs again that give no sign of life; none is expected at the start."""
         if self._looking.late > LOOK:  # this machine was asleep, or is too busy
             return
-        now = self._clock()
         for hub in self.hubs:
-            if now - hub.heard > WATCHDOG:
-                hub.heard = now  # SIGKILL the next time
-                logger.error("process %d hangs: ending it", hub.number)
-                hub.signal(signal.SIGKILL if hub.load is _HANGS else signal.SIGABRT)
-                hub.load = _HANGS
+            hub.look(self._clock())
 
     def describe(self) -> str:
         """Return the line that `systemctl status` shows."""
@@ -395,67 +388,44 @@ class Parent:
 
     def reload_soon(self) -> asyncio.Task[None]:
         """Begin to have the settings read again; the result is logged."""
-        self._reload = spawn(self._reload_all(), "reload")
-        return self._reload
+        return spawn(self._reload_all(), "reload")
 
     async def _reload_all(self) -> None:
         async with self._reloading:
             try:
                 config = await asyncio.to_thread(self._read)
+                first, *rest = self.hubs
+                outcomes = {first.number: await first.reload()}
+                # What only a hub can find, the first one finds, and nothing changes.
+                if (found := outcomes[first.number] or "").startswith(REFUSED):
+                    raise ConfigError(found.removeprefix(REFUSED))
             except ConfigError as exc:
-                self._refuse("; ".join(exc.args))
+                self._refused = True
+                text = "the settings are not valid, so the old ones stay in force: %s"
+                logger.error(text, "; ".join(exc.args))
                 return
-            first, *rest = self.hubs
-            outcomes: dict[int, str] = {}
-            # What only a hub can find is found by the first one, and changes nothing.
-            outcomes |= await self._reload_hubs([first])
-            if outcomes.get(1, "").startswith("refused: "):
-                self._refuse(outcomes[1].removeprefix("refused: "))
-                return
-            outcomes |= await self._reload_hubs(rest)
-            self._refused = any(x.startswith("refused: ") for x in outcomes.values())
-            for line in combine(outcomes):
-                level = logging.ERROR if "refused: " in line else logging.INFO
-                logger.log(level, "%s", line)
-            if config.metrics.listen != self.config.metrics.listen:
-                logger.warning("metrics.listen: has changed, and needs a restart")
-                metrics = structs.replace(
-                    config.metrics, listen=self.config.metrics.listen
-                )
-                config = replace(config, metrics=metrics)
+            others = await asyncio.gather(*(each.reload() for each in rest))
+            outcomes |= {x.number: y for x, y in zip(rest, others, strict=True)}
+            known = {number: text for number, text in outcomes.items() if text}
+            self._refused = any(each.startswith(REFUSED) for each in known.values())
+            for line in combine(known):
+                logger.log(logging.ERROR if REFUSED in line else logging.INFO, line)
             await self._follow(config)
+
+    def _read(self) -> Config:
+        self._file.note()
+        return self._load()
 
     async def _follow(self, config: Config) -> None:
         before, self.config = self.config, config
+        if config.metrics.listen != before.metrics.listen:
+            logger.warning("needs a restart: metrics.listen, of several processes")
         if config.log != before.log:
             logs.reconfigure(config.log)
         if config.server.watch_config != before.server.watch_config:
             await self._watcher.stop()
             if config.server.watch_config:
                 self._watcher.start()
-
-    def _read(self) -> Config:
-        self._file.note()
-        return self._load()
-
-    async def _reload_hubs(self, hubs: Iterable[HubProcess]) -> dict[int, str]:
-        """Have these read their settings; return what each reports."""
-        up = []
-        for hub in hubs:
-            if hub.started.is_set():
-                up.append(hub)
-            elif hub.server is not None and hub.server.pid is not None:
-                hub.outdated = True
-        outcomes = await asyncio.gather(*(each.reload() for each in up))
-        return {hub.number: text for hub, text in zip(up, outcomes, strict=True)}
-
-    def _refuse(self, why: str) -> None:
-        self._refused = True
-        text = "the settings are not valid, so the old ones stay in force: %s"
-        logger.error(text, why)
-
-
-_HANGS = Load()
 
 
 def total(loads: Sequence[Load]) -> Load:
@@ -471,14 +441,10 @@ def total(loads: Sequence[Load]) -> Load:
 def combine(outcomes: Mapping[int, str]) -> list[str]:
     """Return the lines for the outcomes of a reload: one if all are the same."""
     lines = []
-    for text, number in Counter(outcomes.values()).items():
-        shown = text.removeprefix("changed: ")
-        if number == len(outcomes):
-            where = ""
-        else:
-            same = [str(each) for each in outcomes if outcomes[each] == text]
-            where = f" in process {', '.join(same)}"
-        lines.append(f"settings were read again{where}: {shown}")
+    for text in dict.fromkeys(outcomes.values()):
+        same = [str(each) for each in outcomes if outcomes[each] == text]
+        where = "" if len(same) == len(outcomes) else f" by process {', '.join(same)}"
+        lines.append(f"settings were read again{where}: {text}")
     return lines
 
 
@@ -486,9 +452,28 @@ async def _all(steps: Iterable[Awaitable[object]]) -> None:
     await asyncio.gather(*steps)
 
 
-def _command(arguments: Sequence[str]) -> list[str]:
-    """Return the command of a hub, which finds its modules where this one has."""
-    return [sys.executable, "-P", "-m", "gollama_proxy", *arguments]
+async def _all_or_one(
+    needed: Iterable[asyncio.Event], over: Iterable[asyncio.Event], seconds: float
+) -> None:
+    """Wait for all events, for one that ends the wait, or for some time at most."""
+    ends = [spawn(each.wait(), "end of a wait") for each in over]
+    steps = spawn(_all(each.wait() for each in needed), "start of the processes")
+    first = asyncio.FIRST_COMPLETED
+    await asyncio.wait((steps, *ends), timeout=seconds, return_when=first)
+    for task in (steps, *ends):
+        task.cancel()
+
+
+def _import_path(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable with which hubs find this package where it is not installed.
+
+    The working directory is not searched, as it may be any.
+    """
+    root = str(Path(gollama_proxy.__file__).parent.parent)
+    if root in (*site.getsitepackages(), site.getusersitepackages()):
+        return {}
+    before = environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([root, *([before] if before else [])])}
 
 
 def _cores() -> int:

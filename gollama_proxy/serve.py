@@ -22,7 +22,7 @@ from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
-from gollama_proxy.service import Load, Service, count, raise_file_limit
+from gollama_proxy.service import REFUSED, Load, Service, count, raise_file_limit
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.local import LocalState, folder_of
 from gollama_proxy.tasks import Signals, spawn
@@ -165,8 +165,8 @@ async def _become_ready(hub: Hub, service: Service) -> None:
 def _outcome(result: Changes | ConfigError) -> str:
     """Describe the result of a reload for a parent, which logs it."""
     if isinstance(result, ConfigError):
-        return "refused: " + " ".join("; ".join(result.args).splitlines())
-    return f"changed: {result}"
+        return REFUSED + " ".join("; ".join(result.args).splitlines())
+    return str(result)
 
 
 def _describe(hub: Hub) -> str:
@@ -237,18 +237,16 @@ def _for_process(config: Config) -> Config:
 def _fit(config: Config, files: int) -> Config:
     """Limit the clients to those for which there are files, and for their workers.
 
-    A hub without free files could not reach its workers, and would blame them.
+    A hub without free files could not reach its workers, and would blame them.  Of
+    several processes, one may get all clients.
     """
     limits = config.limits
     room = max(1, (files - _SPARE_FILES) // 2)
     if limits.connections <= room:
         return config
-    logger.warning(
-        "limits.connections = %d: %d open files (LimitNOFILE) are enough for %d",
-        limits.connections,
-        files,
-        room,
-    )
+    if config.process.first:
+        text = "limits.connections = %d: %d open files (LimitNOFILE) are enough for %d"
+        logger.warning(text, limits.connections, files, room)
     return replace(config, limits=structs.replace(limits, connections=room))
 
 

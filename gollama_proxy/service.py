@@ -47,6 +47,7 @@ _VARIABLES = (
 
 
 OUTCOME = "X_GOLLAMA_RELOADED"  # in a message to the parent of several processes
+REFUSED = "refused: "  # begins the outcome of a reload that has changed nothing
 
 
 class Load(NamedTuple):

@@ -16,16 +16,17 @@ import platform
 import shutil
 import socket
 import tempfile
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from msgspec import structs
 
 from gollama_proxy.children import Supervised, environment
 from gollama_proxy.config import addresses
 from gollama_proxy.config.load import check_exposure
-from gollama_proxy.config.settings import Config
+from gollama_proxy.config.settings import COUNTS, Config
 from gollama_proxy.config.values import ConfigError, host_and_port
 from gollama_proxy.service import Listeners
 from gollama_proxy.state.database import StateError
@@ -41,11 +42,53 @@ _LOOK = 0.02  # seconds between two looks at a server that starts
 _CLIENTS = 512
 _LONGEST_PATH = 100  # bytes of a Unix socket's path; the kernels allow 103 or 107
 
+
+class Common(NamedTuple):
+    """What all processes use."""
+
+    listeners: Listeners
+    folder: Path | None  # for what survives a restart
+    sockets: Path  # a folder for sockets
+    memory: int  # the descriptor of memory for `SharedCounts`
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Those that a hub inherits, the one of the memory last."""
+        sockets = (*self.listeners.clients, *self.listeners.metrics)
+        return [*(each.fileno() for each in sockets), self.memory]
+
+    def close(self) -> None:
+        """Take no more connections."""
+        for each in (*self.listeners.clients, *self.listeners.metrics):
+            each.close()
+
+    def forget(self, number: int) -> None:
+        """Forget the connections of a hub that has ended."""
+        os.pwrite(self.memory, bytes(COUNTS), (number - 1) * COUNTS)
+
+
+async def prepare(
+    config: Config, inherited: Listeners, number: int, stack: AsyncExitStack
+) -> Common:
+    """Make what `number` processes share; `stack` gives it back.
+
+    Raises:
+        ConfigError: an address or a folder cannot be used.
+    """
+    listeners = await _listen(config, inherited, stack)
+    folder, sockets = _claim(config, stack)
+    memory, name = tempfile.mkstemp(dir=sockets)
+    stack.callback(os.close, memory)
+    os.unlink(name)  # noqa: PTH108
+    os.ftruncate(memory, number * COUNTS)
+    return Common(listeners, folder, sockets, memory)
+
+
 # --- Sockets ----------------------------------------------------------------------
 
 
-async def listen(
-    config: Config, inherited: Listeners, stack: contextlib.AsyncExitStack
+async def _listen(
+    config: Config, inherited: Listeners, stack: AsyncExitStack
 ) -> Listeners:
     """Return sockets that listen, for clients and for metrics.
 
@@ -87,7 +130,7 @@ async def _bind(host: str, port: int) -> list[socket.socket]:
 # --- A folder ---------------------------------------------------------------------
 
 
-def claim(config: Config, stack: contextlib.AsyncExitStack) -> tuple[Path | None, Path]:
+def _claim(config: Config, stack: AsyncExitStack) -> tuple[Path | None, Path]:
     """Return the folder for what survives a restart, and one for sockets.
 
     Raises:
@@ -108,7 +151,7 @@ def claim(config: Config, stack: contextlib.AsyncExitStack) -> tuple[Path | None
     return None, _temporary(stack)
 
 
-def _open(folder: Path, stack: contextlib.AsyncExitStack) -> Path | None:
+def _open(folder: Path, stack: AsyncExitStack) -> Path | None:
     """Take a folder for sockets; None if there can be none in it.
 
     Raises:
@@ -131,7 +174,7 @@ def _open(folder: Path, stack: contextlib.AsyncExitStack) -> Path | None:
     return folder
 
 
-def _temporary(stack: contextlib.AsyncExitStack) -> Path:
+def _temporary(stack: AsyncExitStack) -> Path:
     folder = tempfile.mkdtemp(prefix="gollama-")
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)

@@ -465,26 +465,33 @@ class Revoked(NamedTuple):
     subjects: frozenset[str] = frozenset()  # by their `sub`
 
 
+# Of the connections by address that processes share: numbers in a row, of which there
+# are two, and bytes for each process, with the number of all its connections.
+COUNTS_ROW = 4096
+COUNTS = 4 * (1 + 2 * COUNTS_ROW)
+
+
 class Process(NamedTuple):
     """Which of the processes of `serve --processes` this is; 0: one without others."""
 
     number: int = 0
     of: int = 1
     group: str = ""  # what the processes of one parent have in common
+    memory: int = -1  # the descriptor of what they share, see `SharedCounts`
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read what `str` wrote; empty: one without others."""
         if not text:
             return cls()
-        match = re.fullmatch(r"(\d{1,4})/(\d{1,4}):(\w*)", text)
+        match = re.fullmatch(r"(\d{1,4})/(\d{1,4}):(\w*):(\d{1,4})", text)
         if match is None:
             why = "is set by `serve --processes`, and by nothing else"
             raise ConfigError(f"GOLLAMA_PROCESS = {text!r}: {why}")
-        return cls(int(match[1]), int(match[2]), match[3])
+        return cls(int(match[1]), int(match[2]), match[3], int(match[4]))
 
     def __str__(self) -> str:
-        return f"{self.number}/{self.of}:{self.group}"
+        return f"{self.number}/{self.of}:{self.group}:{self.memory}"
 
     @property
     def first(self) -> bool:

@@ -18,13 +18,15 @@ and stays below TLS until the connection ends.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import ipaddress
 import logging
+import mmap
 from collections import Counter
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, cast
 
-from gollama_proxy.config.settings import Limits
+from gollama_proxy.config.settings import COUNTS, COUNTS_ROW, Limits, Process
 from gollama_proxy.config.tls import Credentials, explain
 from gollama_proxy.telemetry.logs import Throttle
 
@@ -37,12 +39,81 @@ LOG_EVERY = 10.0
 KINDS = ("limit", "address", "handshake")
 
 
+_PART = COUNTS // 4  # numbers of a process
+
+
+class SharedCounts:
+    """Counts of connections that all processes at one address can read.
+
+    Each process writes only its own part, so there is no lock: what is read at the same
+    moment may be off by the connections of that moment.
+
+    Open connections are one number.  Those of each address are two rows of numbers, at
+    places that two hashes of the address choose (a count-min sketch): the smaller one
+    is too large only if other addresses share both places.
+    """
+
+    def __init__(self, process: Process) -> None:
+        """Use the memory that the processes of one parent have in common."""
+        size = process.of * COUNTS
+        self._memory = memoryview(mmap.mmap(process.memory, size)).cast("i")
+        self._first = (process.number - 1) * _PART
+        self._key = process.group.encode()
+
+    def __repr__(self) -> str:
+        return f"<SharedCounts open={self.open}>"
+
+    @property
+    def open(self) -> int:
+        """The open connections of all processes."""
+        return sum(self._memory[::_PART])
+
+    def note(self, open: int) -> None:
+        """Publish the open connections of this process."""
+        self._memory[self._first] = open
+
+    def elsewhere(self, host: str) -> int:
+        """Return the connections of a host at the other processes."""
+        return min(
+            sum(self._memory[place::_PART]) - self._memory[self._first + place]
+            for place in self._places(host)
+        )
+
+    def change(self, host: str, by: int) -> None:
+        """Publish that this process has more or fewer connections of a host."""
+        for place in self._places(host):
+            self._memory[self._first + place] += by
+
+    def forget(self) -> None:
+        """Publish that this process counts the connections of no host."""
+        row = self._first + 1
+        self._memory[row : self._first + _PART] = memoryview(
+            bytes(8 * COUNTS_ROW)
+        ).cast("i")
+
+    def _places(self, host: str) -> tuple[int, int]:
+        digest = hashlib.blake2b(host.encode(), key=self._key, digest_size=8).digest()
+        one, two = (
+            int.from_bytes(each) % COUNTS_ROW for each in (digest[:4], digest[4:])
+        )
+        return 1 + one, 1 + COUNTS_ROW + two
+
+
 class ConnectionLimiter:
     """Counts client connections, and refuses those over a limit."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
-        """Make a count; `clock` gives monotonic seconds."""
+    def __init__(
+        self,
+        limits: Limits,
+        clock: Callable[[], float],
+        shared: SharedCounts | None = None,
+    ) -> None:
+        """Make a count; `clock` gives monotonic seconds.
+
+        With `shared`, the limits are for all processes together.
+        """
         self.open = 0
+        self._shared = shared
         self.refused: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         self._by_address: Counter[str] = Counter()
         self._throttle = Throttle(clock, LOG_EVERY)
@@ -54,6 +125,8 @@ class ConnectionLimiter:
         self._each = limits.connections_per_address
         if not self._each:
             self._by_address.clear()
+            if self._shared is not None:
+                self._shared.forget()
 
     def __repr__(self) -> str:
         return f"<ConnectionLimiter open={self.open} of {self._limit}>"
@@ -65,23 +138,33 @@ class ConnectionLimiter:
 
     def enter(self, address: str = "") -> bool:
         """Count a connection; False: close it.  Each True requires a `leave` later."""
-        if self.open >= self._limit:
+        shared = self._shared
+        if (self.open if shared is None else shared.open) >= self._limit:
             self.refuse("limit", f"limits.connections = {self._limit}")
             return False
         if self._each and address:  # those of a Unix socket are a proxy's
             host = household(address)
-            if self._by_address[host] >= self._each:
+            elsewhere = 0 if shared is None else shared.elsewhere(host)
+            if self._by_address[host] + elsewhere >= self._each:
                 text = f"limits.connections_per_address = {self._each}, last {host}"
                 self.refuse("address", text)
                 return False
             self._by_address[host] += 1
+            if shared is not None:
+                shared.change(host, 1)
         self.open += 1
+        if shared is not None:
+            shared.note(self.open)
         return True
 
     def leave(self, address: str = "") -> None:
         self.open -= 1
+        if self._shared is not None:
+            self._shared.note(self.open)
         if self._each and address and (host := household(address)) in self._by_address:
             self._by_address[host] -= 1
+            if self._shared is not None:
+                self._shared.change(host, -1)
             if self._by_address[host] <= 0:
                 del self._by_address[host]
 

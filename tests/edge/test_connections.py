@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 
-from gollama_proxy.config.settings import Limits, Server
+from gollama_proxy.config.settings import COUNTS, Limits, Process, Server
 from gollama_proxy.config.tls import for_server
 from gollama_proxy.edge.connections import (
     LOG_EVERY,
     ConnectionLimiter,
+    SharedCounts,
     TlsConnection,
     TlsOptions,
     household,
@@ -50,6 +52,45 @@ def test_as_many_as_one_address_may_have() -> None:
         connections.leave(address)
     assert connections.open == 0
     assert not connections._by_address  # no closed connection is remembered
+
+
+@pytest.fixture
+def processes() -> Iterator[list[ConnectionLimiter]]:
+    """Two processes with limits for both: 4 connections, 2 of an address."""
+    limits = Limits(connections=4, connections_per_address=2)
+    with tempfile.TemporaryFile() as memory:
+        memory.truncate(2 * COUNTS)
+        yield [
+            ConnectionLimiter(
+                limits, Clock(), SharedCounts(Process(each, 2, "key", memory.fileno()))
+            )
+            for each in (1, 2)
+        ]
+
+
+def test_processes_admit_together_what_one_would(
+    processes: list[ConnectionLimiter],
+) -> None:
+    one, two = processes
+    assert [each.enter("10.0.0.1") for each in (one, two)] == [True, True]
+    assert [each.enter("10.0.0.1") for each in (one, two)] == [False, False]
+    assert [each.enter("10.0.0.2") for each in (two, two)] == [True, True]
+    assert [each.enter("10.0.0.3") for each in (one, two)] == [False, False]
+    assert (one.open, two.open) == (1, 3)
+    two.leave("10.0.0.1")
+    assert [each.enter("10.0.0.1") for each in (one, two)] == [True, False]
+    assert one.refused == {"limit": 1, "address": 1, "handshake": 0}
+
+
+def test_connections_are_not_counted_by_address_without_need(
+    processes: list[ConnectionLimiter],
+) -> None:
+    one, two = processes
+    assert [one.enter("10.0.0.1") for _ in range(2)] == [True, True]
+    one.reconfigure(Limits(connections=4))
+    assert two.enter("10.0.0.1")  # for this one, they are connections of no address
+    one.reconfigure(Limits(connections=9, connections_per_address=2))
+    assert [one.enter("10.0.0.1") for _ in range(2)] == [True, False]
 
 
 def test_other_limits_are_for_new_connections() -> None:
