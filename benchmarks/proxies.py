@@ -86,14 +86,15 @@ class Proxy:
 
     def cpu_seconds(self) -> float:
         """Return the CPU time that all its processes and threads have used."""
-        return sum(map(_cpu_seconds, self._processes))
+        return sum(map(cpu_seconds, self._processes))
 
     def memory(self) -> int:
         """Return the resident bytes of the process that does the work."""
         return max(process.memory_info().rss for process in self._processes)
 
 
-def _cpu_seconds(process: psutil.Process) -> float:
+def cpu_seconds(process: psutil.Process) -> float:
+    """Return the CPU time that a process and its threads have used."""
     if sys.platform == "linux":
         # What clock_getcpuclockid(3) returns: nanoseconds, where psutil has ticks.
         return time.clock_gettime((~process.pid << 3) | 2)
