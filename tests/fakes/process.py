@@ -97,9 +97,12 @@ async def hub_process(
     *urls: str,
     environ: Mapping[str, str] | None = None,
     module: str = "gollama_proxy",
+    ready: bool = True,
     **settings: Any,
 ) -> AsyncIterator[HubProcess]:
     """Run `gollama-proxy serve` with these workers, and wait until it is ready.
+
+    Without `ready`, it need not have a worker yet.
 
     Another `module` is one that runs the same command and does more.
     """
@@ -128,7 +131,8 @@ async def hub_process(
             listening = asyncio.create_task(
                 hub.listen_to(process.stderr), name="fake reader of a log"
             )
-            await _ready(hub)
+            if ready:
+                await _ready(hub)
         yield hub
     finally:
         with contextlib.suppress(ProcessLookupError):
