@@ -24,7 +24,7 @@ the store is back, under leases that the hub makes itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 from zlib import crc32
 
@@ -210,7 +210,22 @@ class Share:
         if grant.lease in self._returned or grant.lease in self.leases:
             return False
         self.leases.append(grant.lease)
+        if grant.subject:
+            self._wants = tuple(_without(self._wants, grant.subject))
         return True
+
+
+def _without(wants: Sequence[Want], subject: str) -> Iterator[Want]:
+    """Yield what still waits in the store after a grant to a subject.
+
+    If its requests are of several kinds, the grant may be for any: none is relied on.
+    """
+    alone = [want.subject for want in wants].count(subject) == 1
+    for want in wants:
+        if want.subject != subject:
+            yield want
+        elif alone and want.requests > 1:
+            yield want._replace(requests=want.requests - 1)
 
 
 def _kind(want: Want) -> tuple[str, int, str]:

@@ -165,6 +165,7 @@ class Sharing(Listener):
         if now - self._renewed_at >= LIFETIME:
             for each, share in self._shares.items():
                 share.expire(each.running)
+        self._place = self._standing()
         full = now >= self._full_at
         asks = self._collect_all(now) if full else self._collect_urgent(now)
         if not (asks or full):
@@ -197,7 +198,6 @@ class Sharing(Listener):
         return 0.0 if self._due else max(0.0, self._full_at - self._clock())
 
     def _collect_all(self, now: float) -> list[tuple[Share, Ask]]:
-        self._place = self._standing()
         wants = self._wants(now)
         self._due.clear()
         workers = {**dict.fromkeys(wants), **dict.fromkeys(self._shares)}
