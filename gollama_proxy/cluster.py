@@ -76,7 +76,8 @@ class Cluster:
         self.store = Store(state.url, state.prefix, hub.clock)
         self.shared = SharedState(hub.state, self.store, hub.clock)
         self.shared.on_change = hub.follower.follow
-        self.shared.add(Renewals(hub.agents, state.prefix))
+        renewals = Renewals(hub.agents, state.prefix)
+        self.shared.add(lambda: [renewals])
         self.shared.on_round = self._note_round
         hub.state = self.shared
 
@@ -116,6 +117,7 @@ class Cluster:
         self._hub.telemetry.follow_store(self.store, lambda: self.members.last_seen)
         ends.push_async_callback(self.members.stop)
         await self.members.start()
+        self.shared.others = lambda: [member.name for member in self.members.all[1:]]
         # The fleet is that of all hubs before the first client comes.
         ends.push_async_callback(self.shared.stop)
         await self.shared.start()

@@ -420,6 +420,10 @@ def _usage(args: argparse.Namespace, hub: AdminClient) -> None:
         print_csv([*answer["by"], *answer["total"]], answer["rows"])
     else:
         show_usage(answer)
+    if "missing_since" in answer:
+        when = time.strftime("%F %T", time.localtime(answer["missing_since"]))
+        text = f"note: what other hubs used since {when} is missing: the store is down"
+        print(text, file=sys.stderr)
     if not (args.json or answer["complete"]):
         text = "note: not all rows are shown; --since and --by can leave fewer"
         print(text, file=sys.stderr)

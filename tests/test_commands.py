@@ -23,6 +23,7 @@ from gollama_proxy.cli import main
 from gollama_proxy.control.client import AdminClient, CallError
 from gollama_proxy.fleet.state import Hold, WorkerState
 from gollama_proxy.state import ledger
+from gollama_proxy.state.facts import Gap
 from gollama_proxy.state.ledger import day_of
 from gollama_proxy.telemetry.accesslog import Record
 from tests.control.test_admin import complete
@@ -429,6 +430,20 @@ async def test_usage_that_is_too_much_to_show_is_noted(
         done = await run("usage", "--csv", hub=hub)
         assert len(done.out.splitlines()) == 2
         assert done.err.startswith("note: not all rows are shown;")
+
+
+async def test_usage_of_other_hubs_that_is_missing_is_noted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_hub() as hub:
+        use(hub, "alice")
+        gap = Gap(["gateway-b:8080"], NOON)
+        monkeypatch.setattr(hub.hub.state, "gap", lambda: gap)
+        done = await run("usage", hub=hub)
+        assert "alice" in done.out
+        note = r"note: what other hubs used since 2026-11-\S+ \S+ is missing: the store"
+        assert re.search(note, done.err)
+        assert "without gateway-b:8080" in done.err
 
 
 async def test_later_requests_are_followed(

@@ -36,6 +36,7 @@ from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Policy
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.turns import TicketState
+from gollama_proxy.state import local
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.ledger import DAY, GROUPS, Ledger, Question, day_of
 from gollama_proxy.telemetry.accesslog import Record
@@ -78,6 +79,8 @@ class Parts(Protocol):
     def authenticator(self) -> Authenticator: ...
     @property
     def quotas(self) -> Quotas: ...
+    @property
+    def state(self) -> local.State: ...
     @property
     def ledger(self) -> Ledger: ...
 
@@ -365,6 +368,8 @@ class Usage:
             raise HubError(Code.INTERNAL, f"{exc}.") from exc
         finally:
             self._asked -= 1
+        gap = self._hub.state.gap()
+        missing = {"missing": gap.hubs, "missing_since": gap.since} if gap else {}
         return {
             "by": question.by,
             "since": question.first * DAY,
@@ -372,6 +377,7 @@ class Usage:
             "rows": found.rows,
             "total": found.total,
             "complete": found.complete,
+            **missing,
         }
 
 

@@ -28,7 +28,6 @@ from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import StoredWorker
-from gollama_proxy.state.local import State
 from gollama_proxy.wire.errors import Code, RequestError
 
 # These lead to files or variables of the hub's machine, whose content would be sent to
@@ -40,8 +39,6 @@ _KEY_PREFIX = "GOLLAMA_KEY_"
 class Parts(replies.Parts, Protocol):
     """The parts of a hub that a change of its workers needs."""
 
-    @property
-    def state(self) -> State: ...
     @property
     def events(self) -> Events: ...
     @property

@@ -80,6 +80,13 @@ class Fact(NamedTuple):
         return self.kind, self.name
 
 
+class Gap(NamedTuple):
+    """What this hub does not know of the others, as it cannot reach the store."""
+
+    hubs: list[str]  # the names of those that were seen last
+    since: float  # Unix time
+
+
 # --- Facts of a worker ------------------------------------------------------------
 
 

@@ -8,12 +8,18 @@ and is written later.
 
 Quotas per day and month rest on the same numbers.  They are in memory from the start,
 for every subject that has used something this month.
+
+With a store, hubs exchange totals (`usage.py`): each row is that of one ledger, which
+has an id in its file, for a day, a subject and a model.  The rows of others are kept in
+a table beside the own ones, so that an answer needs no other hub.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -55,6 +61,31 @@ CREATE TABLE usage (
     PRIMARY KEY (day, subject, model)
 ) WITHOUT ROWID;
 """
+# Of all versions: an older hub leaves them alone.
+_SHARED = """
+CREATE TABLE IF NOT EXISTS identity (id TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS others (
+    ledger TEXT NOT NULL, day INTEGER NOT NULL, subject TEXT NOT NULL,
+    model TEXT NOT NULL, requests INTEGER NOT NULL, errors INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    cached_tokens INTEGER NOT NULL, slot_seconds REAL NOT NULL,
+    PRIMARY KEY (day, subject, model, ledger)
+) WITHOUT ROWID;
+CREATE TEMP VIEW IF NOT EXISTS everything AS
+    SELECT * FROM usage UNION ALL
+    SELECT day, subject, model, requests, errors, prompt_tokens, completion_tokens,
+        cached_tokens, slot_seconds
+    FROM others;
+"""
+_PUT_OTHER = "INSERT OR REPLACE INTO others VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_KNOWN_OTHER = """
+SELECT prompt_tokens + completion_tokens FROM others
+WHERE day = ? AND subject = ? AND model = ? AND ledger = ?
+"""
+_OWN = """
+SELECT requests, errors, prompt_tokens, completion_tokens, cached_tokens, slot_seconds
+FROM usage WHERE day = ? AND subject = ? AND model = ?
+"""
 _ADD = """
 INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (day, subject, model) DO UPDATE SET
@@ -68,7 +99,7 @@ ON CONFLICT (day, subject, model) DO UPDATE SET
 _SPENT = """
 SELECT subject, sum((prompt_tokens + completion_tokens) * (day = ?)),
     sum(prompt_tokens + completion_tokens)
-FROM usage WHERE day BETWEEN ? AND ? GROUP BY subject LIMIT ?
+FROM everything WHERE day BETWEEN ? AND ? GROUP BY subject LIMIT ?
 """
 # Not on the day of a clock that leapt ahead, which has no usage shortly before it.
 _DELETE = """
@@ -76,6 +107,7 @@ DELETE FROM usage WHERE day < :oldest AND EXISTS (
     SELECT 1 FROM usage WHERE day BETWEEN :today - 31 AND :today - 1
 )
 """
+_DELETE_OTHERS = _DELETE.replace("usage", "others")
 _TEMPORARY = """
 CREATE TEMP TABLE IF NOT EXISTS unsaved (
     day, subject, model, requests, errors, prompt_tokens, completion_tokens,
@@ -89,7 +121,7 @@ SELECT CASE WHEN :by_subject THEN subject END AS of_subject,
     CASE WHEN :by_day THEN day END AS of_day,
     sum(requests), sum(errors), sum(prompt_tokens), sum(completion_tokens),
     sum(cached_tokens), sum(slot_seconds)
-FROM (SELECT * FROM usage UNION ALL SELECT * FROM unsaved)
+FROM (SELECT * FROM everything UNION ALL SELECT * FROM unsaved)
 WHERE day >= :first AND day < :end AND subject = coalesce(:subject, subject)
 GROUP BY of_subject, of_model, of_day
 ORDER BY of_day, sum(prompt_tokens + completion_tokens) DESC, of_subject, of_model
@@ -134,6 +166,17 @@ class _Row:
 
 
 _Key = tuple[int, str, str]  # day (since 1970), subject, model
+Sums = tuple[int, int, int, int, int, float]  # in the order of `SUMS`
+
+
+class OtherRow(NamedTuple):
+    """What a subject has used of a model on a day, by another ledger."""
+
+    ledger: str
+    day: int
+    subject: str
+    model: str
+    sums: Sums
 
 
 class Ledger:
@@ -148,6 +191,11 @@ class Ledger:
             StateError: the file cannot be used.
         """
         self.clock = clock
+        self.id = secrets.token_hex(8)  # of the file; of this object without one
+        # Rows that other hubs do not have, each with the number of its last change;
+        # None: there are no others.
+        self.unshared: dict[_Key, int] | None = None
+        self._changes = itertools.count()
         self._days = 400
         self._pending: dict[tuple[str, str], _Row] = {}  # of today
         self._unsaved: dict[_Key, _Row] = {}
@@ -303,6 +351,10 @@ class Ledger:
                     self._note_failure(exc)
                     return
             self._note_success()
+            if self.unshared is not None:
+                for day, subject, model in rows:
+                    key = day, _storable(subject), _storable(model)
+                    self.unshared[key] = next(self._changes)
 
     async def _look_back(self) -> None:
         """Take the numbers of this day from the database, after its first save.
@@ -322,6 +374,12 @@ class Ledger:
                 row.spent.month += row.prompt_tokens + row.completion_tokens
 
     def _load(self, database: sqlite3.Connection) -> None:
+        database.execute("PRAGMA temp_store = MEMORY")  # which drops temporary views
+        database.executescript(_SHARED)
+        for (self.id,) in database.execute("SELECT id FROM identity"):
+            break
+        else:
+            database.execute("INSERT INTO identity VALUES (?)", (self.id,))
         self._take(*_read_spent(self._day, self._month, database))
 
     def _take(
@@ -353,6 +411,46 @@ class Ledger:
         """Save what is left, and close the database; harmless when closed."""
         await self.save()
         await self._database.close()
+
+    # --- Other hubs -----------------------------------------------------------------
+
+    async def share(self, first: int) -> None:
+        """Have all rows since a day be unshared, and those that change later.
+
+        Raises:
+            sqlite3.Error: the database cannot be read.
+        """
+        if self.unshared is None:
+            self.unshared = {}
+        await self.save()
+        for key in await self._database.run(partial(_own_keys, first)) or ():
+            self.unshared.setdefault(key, next(self._changes))
+
+    async def totals(self, keys: Sequence[_Key]) -> list[Sums]:
+        """Return the totals of rows of this ledger that were saved.
+
+        Raises:
+            sqlite3.Error: the database cannot be read.
+        """
+        found = await self._database.run(partial(_read_own, keys))
+        return found or [(0, 0, 0, 0, 0, 0.0)] * len(keys)
+
+    async def take_others(self, rows: Sequence[OtherRow]) -> None:
+        """Keep totals of other ledgers, in place of earlier ones, and count them.
+
+        Raises:
+            sqlite3.Error: the database cannot be written; nothing was kept then.
+        """
+        async with self._saving:
+            more = await self._database.run(partial(_write_others, rows))
+            for (day, subject), tokens in (more or {}).items():
+                spent = self._spent.get(subject)
+                if spent is None:
+                    spent = self._spent[subject] = Spent()
+                if day == self._day:
+                    spent.today += tokens
+                if self._month <= day <= self._day:
+                    spent.month += tokens
 
     # --- Questions ----------------------------------------------------------------
 
@@ -395,14 +493,14 @@ class Answer(NamedTuple):
     complete: bool  # whether no row was left out
 
 
-def open_ledger(folder: Path | None) -> Ledger:
+def open_ledger(folder: Path | None, clock: Callable[[], float] = time.time) -> Ledger:
     """Open the ledger of a folder; one that cannot be used is only a warning."""
     if folder is not None:
         try:
-            return Ledger(folder / "usage.db")
+            return Ledger(folder / "usage.db", clock)
         except StateError as exc:
             logger.warning("%s; usage will not survive a restart", exc)
-    return Ledger()
+    return Ledger(clock=clock)
 
 
 def day_of(text: str) -> int:
@@ -434,11 +532,45 @@ def _write(
         database.executemany(_ADD, map(_values, rows.items()))
         if limits is not None:
             database.execute(_DELETE, limits)
+            database.execute(_DELETE_OTHERS, limits)
         database.execute("COMMIT")
     except BaseException:
         if database.in_transaction:
             database.execute("ROLLBACK")
         raise
+
+
+def _own_keys(first: int, database: sqlite3.Connection) -> list[_Key]:
+    found = database.execute(
+        "SELECT day, subject, model FROM usage WHERE day >= ?", (first,)
+    )
+    return found.fetchall()
+
+
+def _read_own(keys: Sequence[_Key], database: sqlite3.Connection) -> list[Sums]:
+    nothing: Sums = (0, 0, 0, 0, 0, 0.0)
+    return [database.execute(_OWN, key).fetchone() or nothing for key in keys]
+
+
+def _write_others(
+    rows: Sequence[OtherRow], database: sqlite3.Connection
+) -> dict[tuple[int, str], int]:
+    """Keep totals, together or not at all; return by how many tokens they are more."""
+    more: dict[tuple[int, str], int] = {}
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        for ledger, day, subject, model, sums in rows:
+            place = day, subject, model, ledger
+            (known,) = database.execute(_KNOWN_OTHER, place).fetchone() or (0,)
+            change = sums[2] + sums[3] - known
+            more[day, subject] = more.get((day, subject), 0) + change
+            database.execute(_PUT_OTHER, (ledger, day, subject, model, *sums))
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+    return more
 
 
 def _values(item: tuple[_Key, _Row]) -> tuple[Any, ...]:
@@ -467,7 +599,6 @@ def _read_spent(
 def _read(
     question: Question, unsaved: list[tuple[Any, ...]], database: sqlite3.Connection
 ) -> Answer:
-    database.execute("PRAGMA temp_store = MEMORY")
     database.execute(_TEMPORARY)
     database.execute("DELETE FROM unsaved")
     database.executemany(_PUT_TEMPORARY, unsaved)

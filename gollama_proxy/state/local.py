@@ -32,6 +32,7 @@ from gollama_proxy.state.facts import (
     SOURCES,
     TOMBSTONES,
     Fact,
+    Gap,
     Key,
     Stamp,
     StoredWorker,
@@ -113,6 +114,9 @@ class State(Protocol):
             StateError: there are too many.
         """
 
+    def gap(self) -> Gap | None:
+        """Return what is not known of other hubs; None if everything is."""
+
 
 class LocalState:
     """The stored workers and revocations; without a folder, they end with the hub."""
@@ -139,7 +143,7 @@ class LocalState:
         self._lock: TextIO | None = None
         self._failing = False
         self._database = None if folder is None else self._open(folder)
-        self.ledger = open_ledger(folder)
+        self.ledger = open_ledger(folder, wall)
 
     def __repr__(self) -> str:
         where = "in memory" if self.folder is None else str(self.folder)
@@ -230,6 +234,9 @@ class LocalState:
         self._revocations[key] = now = self._wall()
         self.unsent[key] = None
         await self._write((_PUT_REVOCATION, (*key, now)))
+
+    def gap(self) -> Gap | None:
+        return None
 
     # --- For a hub that shares them -------------------------------------------------
 

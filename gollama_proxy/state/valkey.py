@@ -27,6 +27,7 @@ from gollama_proxy.state.facts import (
     MAX_TOMBSTONES,
     MAX_WORKERS,
     Fact,
+    Gap,
     Key,
     Stamp,
     StoredWorker,
@@ -38,6 +39,7 @@ from gollama_proxy.state.journal import MOST_WRITTEN, Answer, Entry, Journal
 from gollama_proxy.state.ledger import Ledger
 from gollama_proxy.state.local import LocalState, State
 from gollama_proxy.state.store import TIMEOUT, Mode, Store, StoreError
+from gollama_proxy.state.usage import Usage
 from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)
@@ -77,10 +79,13 @@ class SharedState:
         self.on_round: Callable[[], None] | None = None  # after each attempt
         # When the store was read to its end last; before that, when this began.
         self.read_at = clock()
-        self.caught_up = False  # since the store is UP
-        self._store, self._clock = store, clock
+        self.caught_up = False  # by the last attempt
+        self.others: Callable[[], list[str]] = list  # the names of the other hubs
+        self._store, self._clock, self._wall = store, clock, wall
         self._facts = _Facts(local, store.prefix, wall)
-        self._parts: list[Part] = [self._facts]
+        self._parts: list[Callable[[], Sequence[Part]]] = []
+        self.add(lambda: [self._facts])
+        self.add(Usage(local.ledger, store.prefix).parts)
         self._turn = asyncio.Lock()
         self._rounds = Periodic("rounds of shared state", self._step, PERIOD, delay=0)
 
@@ -134,11 +139,16 @@ class SharedState:
         await self.local.revoke(kind, value)
         await self.round()
 
+    def gap(self) -> Gap | None:
+        if self.caught_up:
+            return None
+        return Gap(self.others(), self._wall() - (self._clock() - self.read_at))
+
     # --- Rounds -----------------------------------------------------------------------
 
-    def add(self, part: Part) -> None:
-        """Have a part take part in the rounds."""
-        self._parts.append(part)
+    def add(self, parts: Callable[[], Sequence[Part]]) -> None:
+        """Have parts take part in the rounds; they are asked for in each."""
+        self._parts.append(parts)
 
     async def start(self) -> None:
         """Begin with the rounds; the first one follows at once if the store is UP."""
@@ -174,6 +184,7 @@ class SharedState:
                     began = self._clock()
                 self.read_at, self.caught_up = began, True
         except (StoreError, ValueError) as exc:
+            self.caught_up = False
             logger.debug("no round with the store: %s", exc)
             return False
         finally:
@@ -184,7 +195,8 @@ class SharedState:
 
     async def _exchange(self) -> bool:
         """Make one round trip; return whether another one has to follow."""
-        batches = [(part, await part.entries()) for part in self._parts]
+        parts = [part for parts in self._parts for part in parts()]
+        batches = [(part, await part.entries()) for part in parts]
         commands = [part.journal.command(batch) for part, batch in batches]
         within = TIMEOUT if self.caught_up else CATCHING_UP
         replies = await self._store.pipe(commands, within=within)

@@ -17,8 +17,10 @@ from gollama_proxy.fleet.worker import Worker
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Response
 from tests.fakes.hub import HasUrl, RunningHub, running_hub
-from tests.fakes.valkey import ENGINES, StoreServer, running_store
-from tests.fakes.waiting import until
+from tests.fakes.replies import chat_completion
+from tests.fakes.script import answer
+from tests.fakes.valkey import ENGINES, StoreServer, is_down, running_store
+from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 
 QUESTION = {"messages": []}
@@ -203,3 +205,43 @@ async def test_two_hubs_that_change_one_worker_end_with_the_same(
             assert first is not None
             assert second is not None
             await until(lambda: first.held is second.held is not Hold.NONE)
+
+
+async def usage_of(hub: RunningHub, path: str = "/admin/usage") -> dict[str, Any]:
+    found = await hub.get(path, hub.token("alice", scope="admin", tokens_per_day=300))
+    assert found.status == 200
+    shown: dict[str, Any] = found.json()
+    return shown
+
+
+async def test_usage_and_limits_are_those_of_all_hubs(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as server, ScriptedWorker() as worker:
+        worker.default(
+            *answer(chat_completion("yes", tokens=80))
+        )  # 100 with the prompt
+        async with hubs(server, worker) as [a, b]:
+
+            async def counted(requests: int, *running: RunningHub) -> None:
+                for hub in running:
+                    async with asyncio.timeout(DEADLINE):
+                        while (await usage_of(hub))["total"]["requests"] < requests:
+                            await asyncio.sleep(0.05)
+
+            for hub in a, b, a:
+                token = hub.token("alice", tokens_per_day=300)
+                assert (await hub.post(CHAT, QUESTION, token)).status == 200
+            await counted(3, a, b)
+            for hub in a, b:
+                shown = await usage_of(hub, "/v1/usage")
+                assert shown["total"]["completion_tokens"] == 240
+                assert shown["limits"]["tokens_per_day"]["remaining"] == 0
+                assert "missing" not in shown
+                refused = await hub.post(CHAT, QUESTION, token)
+                assert refused.status == 429
+            await server.kill()
+            assert a.hub.cluster is not None
+            await is_down(a.hub.cluster.store)
+            shown = await usage_of(a)
+            assert shown["total"]["requests"] == 3
+            [other] = shown["missing"]
+            assert str(b.port) in other
