@@ -106,6 +106,7 @@ class Leases:
         self._since = self._last = float("-inf")
         self._serial = 0
         self._served: Counter[Key] = Counter()
+        self._careful = True
 
     def __repr__(self) -> str:
         return f"<Leases of {len(self.lines)} workers>"
@@ -115,12 +116,12 @@ class Leases:
         if abs(now - self._last) > LIFETIME:
             self._since = now
         self._last = now
-        careful = now - self._since < CAUTION
+        self._careful = now - self._since < CAUTION
         self._served.clear()
         outcome = Outcome([], {}, [])
         granted = [self._renew(hub, ask, now) for ask in asks]
         for ask, known in zip(asks, granted, strict=True):
-            for owner, grant in self._grant_free(hub, ask, len(known), now, careful):
+            for owner, grant in self._grant_free(hub, ask, len(known), now):
                 if owner == hub:
                     known.append(grant)
                 else:
@@ -128,7 +129,7 @@ class Leases:
                     outcome.messages.setdefault(owner, []).append(message)
         for ask, known in zip(asks, granted, strict=True):
             waiting, announce = self._tidy(hub, ask, len(known), now)
-            free = max(ask.slots - len(self.lines[ask.worker].leases), 0)
+            free = self._free(ask, len(known))
             outcome.replies.append(Reply(ask.worker, known, waiting, free))
             if announce:
                 outcome.wanted.append(ask.worker)
@@ -168,15 +169,18 @@ class Leases:
             tick = ticks.get(_key(hub, want)) or line.next_tick()
             line.waiting.append(Waiting(hub, want, now, tick, want.requests))
 
+    def _free(self, ask: Ask, known: int) -> int:
+        free = ask.slots - len(self.lines[ask.worker].leases)
+        if self._careful:
+            free = min(free, ask.fair - len(ask.held) - known)
+        return max(free, 0)
+
     def _grant_free(
-        self, hub: str, ask: Ask, known: int, now: float, careful: bool
+        self, hub: str, ask: Ask, known: int, now: float
     ) -> Iterator[tuple[str, Grant]]:
-        line = self.lines[ask.worker]
-        free = max(ask.slots - len(line.leases), 0)
-        if careful:
-            free = max(min(free, ask.fair - len(ask.held) - known), 0)
+        line, free = self.lines[ask.worker], self._free(ask, known)
         while free > 0:
-            found = self._next(line, hub if careful else None)
+            found = self._next(line, hub if self._careful else None)
             if found is None:
                 break
             self._served[found.key] += 1
@@ -189,7 +193,7 @@ class Leases:
             yield found.hub, grant
         if any(self._left(each) > 0 for each in line.waiting):
             return
-        if ask.fair < ask.slots and not careful:
+        if ask.fair < ask.slots and not self._careful:
             free //= 2
         for _ in range(min(free, ask.spare)):
             grant = Grant(self._new(hub, now), "")

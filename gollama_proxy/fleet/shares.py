@@ -62,6 +62,7 @@ class Share:
         "_since",
         "_unused",
         "_wants",
+        "_whole",
         "contended",
         "hub",
         "key",
@@ -79,6 +80,7 @@ class Share:
         self._unused: list[str] = []  # the same, for which a subject has its turn again
         self._returned = BoundedDict[str, None](MOST_RETURNED)
         self._wants: tuple[Want, ...] = ()  # as the store knows them
+        self._whole = False  # no other hub had a lease, at the last ask
         self._made = 0  # leases that the hub made itself
         self._peak = self._before = (
             0  # most requests at once, in this period and before
@@ -116,6 +118,8 @@ class Share:
         """
         if self.owes or self.contended:
             return self.owes or tuple(wants) != self._wants
+        if self._whole:
+            return False
         return not {_kind(want) for want in wants} <= {*map(_kind, self._wants)}
 
     def ask(
@@ -137,7 +141,8 @@ class Share:
         waiting = sum(want.requests for want in wants)
         target = min(slots, max(self.target, running + waiting)) if in_use else 0
         self.trim(running if self.contended else max(running, target))
-        if len(self.leases) >= slots and not self.contended:
+        self._whole = len(self.leases) >= slots and not self.contended
+        if self._whole:
             wants = ()  # no other hub has a slot to give back
         spare = 0 if self.contended else max(0, target - len(self.leases))
         if not (self.leases or self.owes or spare or wants or self._wants):

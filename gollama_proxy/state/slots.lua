@@ -33,6 +33,8 @@ local function cautious()
   return now - since < caution
 end
 
+local careful = cautious()
+
 -- Numbers of leases are never used twice, also after the store has come back empty.
 local serial
 local function new_lease(owner)
@@ -272,12 +274,16 @@ local function grant(ask, owner, expires, want)
   end
 end
 
-local function grant_free(ask, careful)
-  local line, mine = ask.line, #ask.held + #ask.granted
-  local free = math.max(ask.slots - ask.taken, 0)
-  if careful then free = math.max(math.min(free, ask.fair - mine), 0) end
-  local list = {}
-  if free > 0 and next(line.waiting) then
+-- Return how many slots the caller could be granted, if no request went before it.
+local function free_of(ask)
+  local free = ask.slots - ask.taken
+  if careful then free = math.min(free, ask.fair - #ask.held - #ask.granted) end
+  return math.max(free, 0)
+end
+
+local function grant_free(ask)
+  local line, free, list = ask.line, free_of(ask), {}
+  if free > 0 and next(line.waiting) ~= nil then
     list = candidates(line, careful and hub)
   end
   while free > 0 do
@@ -336,7 +342,6 @@ end
 
 -- ----------------------------------------------------------------------------------
 
-local careful = cautious()
 for i, row in ipairs(asks) do
   local ask = {
     worker = row[1], slots = row[2], fair = row[3], held = row[4], back = row[5],
@@ -354,14 +359,14 @@ for i, row in ipairs(asks) do
 end
 for _, ask in ipairs(asks) do
   ask.taken = redis.call('ZCOUNT', ask.leases, now + 1, now + lifetime)
-  grant_free(ask, careful)
+  grant_free(ask)
   if ask.taken > 0 then redis.call('PEXPIRE', ask.leases, KEEP) end
 end
 local replies, wanted = {}, {}
 for i, ask in ipairs(asks) do
   local others, announce = write_line(ask)
   if announce then wanted[#wanted + 1] = ask.worker end
-  replies[i] = {ask.worker, ask.granted, others, math.max(ask.slots - ask.taken, 0)}
+  replies[i] = {ask.worker, ask.granted, others, free_of(ask)}
 end
 if serial then
   redis.call('SET', KEYS[2], string.format('%.0f', serial), 'PX', KEEP)

@@ -104,7 +104,7 @@ class Reply(NamedTuple):
     worker: str
     granted: list[Grant]
     waiting: int  # requests of other hubs, for this worker
-    free: int  # slots that no hub holds
+    free: int  # slots that this hub could be granted, if no request went before it
 
 
 class Store(Protocol):

@@ -113,6 +113,15 @@ def test_a_hub_that_has_every_slot_asks_nobody() -> None:
     assert (ask.wants, ask.spare) == ((), 0)
 
 
+def test_a_hub_that_has_every_slot_does_not_call_again_and_again() -> None:
+    share, want = make("1", "2"), Want("ann", 1, 1, "m")
+    assert share.is_urgent([want])
+    share.take(asked(share, 2, 2, want), NOTHING)
+    assert not share.is_urgent([want])
+    share.alert()
+    assert share.is_urgent([want])
+
+
 def test_while_no_other_hub_waits_numbers_may_be_late() -> None:
     share = make("1")
     share.take(asked(share, 4, 1, Want("ann", 1, 1, "m")), NOTHING)
