@@ -85,16 +85,17 @@ class Hints(Listener):
 
     # --- What this hub has found out ----------------------------------------------
 
-    def gather(self) -> Report | None:
+    def gather(self, *, last: bool = False) -> Report | None:
         """Return what is new since the last call; None if nothing is.
 
-        If there is much, a part is left for the next one.
+        Of many turns and of the speeds, a part is left for the next calls; of the
+        speeds not if this is the `last` one.
         """
         stirred, self._stirred = [*self._stirred], {}
         opened = [each for worker in stirred for each in self._newly_open(worker)]
         for worker in stirred:
             self._assume(worker)
-        rates = [*self._changed_rates()]
+        rates = [*self._changed_rates(1 if last else CYCLE)]
         turns = self._balancer.turns
         some = [turns.pop(key) for key in [*islice(turns, VISITS)]]
         self._kept.extend(some)
@@ -135,12 +136,12 @@ class Hints(Listener):
         good = sum(breaker.works for breaker in breakers)
         return good >= max(1, sum(not breaker.closed for breaker in breakers))
 
-    def _changed_rates(self) -> Iterator[tuple[Worker, str, Learnt]]:
-        """Look at the speeds of the next few workers."""
+    def _changed_rates(self, cycle: int) -> Iterator[tuple[Worker, str, Learnt]]:
+        """Look at the speeds of the next workers, of all in so many calls."""
         workers = self._registry.workers
-        if self._next >= len(workers):
+        if self._next >= len(workers) or cycle == 1:
             self._next = 0
-        first, self._next = self._next, self._next + 1 + len(workers) // CYCLE
+        first, self._next = self._next, self._next + 1 + len(workers) // cycle
         for worker in workers[first : self._next]:
             key = self._key_of(worker)
             for model, pace in worker.paces.items():

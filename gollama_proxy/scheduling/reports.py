@@ -19,6 +19,7 @@ conversations are missing there until they go on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
@@ -87,7 +88,11 @@ class Reports:
         self._sending.start()
 
     async def stop(self) -> None:
+        """Report what is left, also for the hub that takes this one's place."""
         await self._sending.stop()
+        self._copy_at = 0.0
+        with contextlib.suppress(StoreError):
+            await self._send(last=True)
 
     def _note_mode(self, mode: Mode) -> None:
         self._behind = True
@@ -128,8 +133,8 @@ class Reports:
 
     # --- Sending --------------------------------------------------------------------
 
-    async def _send(self) -> float | None:
-        report, copy = self._hints.gather(), None
+    async def _send(self, *, last: bool = False) -> float | None:
+        report, copy = self._hints.gather(last=last), None
         commands: list[tuple[Argument, ...]] = []
         if report is not None:
             commands.append(("PUBLISH", self._channel, self._encode(report)))
