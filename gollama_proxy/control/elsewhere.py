@@ -55,8 +55,10 @@ class Elsewhere:
         for name in COUNTED:
             other.counted[name] += sample.get(name) or 0
         for figures in sample["workers"]:
-            other.workers[figures["name"]] = figures
-            self._changed.add(figures["name"])
+            name = figures["name"]
+            if other.workers.get(name) != figures:
+                other.workers[name] = figures
+                self._changed.add(name)
 
     def take_worker(self, hub: str, view: Shown) -> None:
         """Take the state of a worker, which has changed at another hub."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from gollama_proxy.telemetry.exposition import (
@@ -20,8 +21,10 @@ from gollama_proxy.telemetry.exposition import (
 
 MOST_ROWS = 500  # of one piece: less than a millisecond
 
-# A family as plain values: its name, and of each series the labels and the value; of a
-# histogram the buckets and the sum, and exemplars by bucket.  A long one is in pieces.
+# A family as plain values: its name, the labels of its series and their values; of a
+# histogram the buckets of all, one after the other, the sums, and the exemplars, each
+# with the numbers of its series and its bucket.  There are few lists, as a hundred
+# thousand would keep the garbage collector busy.  A long family is in pieces.
 Plain = list[Any]
 # What a process has, and whether it has ended.
 Part = tuple[Sequence[Plain], bool]
@@ -30,18 +33,27 @@ Part = tuple[Sequence[Plain], bool]
 def to_plain(collected: Iterable[Collected]) -> Iterator[Plain]:
     """Yield each family as values that can be sent to another process."""
     for family, series in collected:
-        rows: list[Any] = []
-        for each in series:
-            if isinstance(each, Histogram):
-                each.count()
-                noted = [[i, *e] for i, e in (each.exemplars or {}).items()]
-                rows.append([each.labels, each.buckets[:], each.sum, noted])
+        rows = iter(series)
+        piece: list[Any] = [*islice(rows, MOST_ROWS)]
+        while True:
+            if family.type == "histogram":
+                yield _plain_histograms(family, piece)
             else:
-                rows.append([each[0], each[1]])
-            if len(rows) >= MOST_ROWS:
-                yield [family.name, rows]
-                rows = []
-        yield [family.name, rows]
+                yield [family.name, [r[0] for r in piece], [r[1] for r in piece]]
+            if not (piece := [*islice(rows, MOST_ROWS)]):
+                break
+
+
+def _plain_histograms(family: Family, series: Sequence[Histogram]) -> Plain:
+    buckets: list[int] = []
+    noted: list[list[Any]] = []
+    for number, each in enumerate(series):
+        each.count()
+        buckets += each.buckets
+        if each.exemplars:
+            noted += ([number, i, *e] for i, e in each.exemplars.items())
+    labels = [each.labels for each in series]
+    return [family.name, labels, buckets, [each.sum for each in series], noted]
 
 
 class Sums:
@@ -61,18 +73,18 @@ class Sums:
 
     def add(self, plain: Sequence[Plain], *, ended: bool = False) -> None:
         """Add what one process has; of one that has `ended`, what was counted."""
-        for name, rows in plain:
+        for name, labels, values, *more in plain:
             family = self._families.get(name)
             if family is None or (ended and family.type == "gauge"):
                 continue
             series = self._series.setdefault(name, {})
-            for labels, *values in rows:
-                if family.type == "histogram":
-                    _add_histogram(family, series, labels, *values)
-                elif labels in series:
-                    series[labels] = _JOIN[family.whole](series[labels], values[0])
-                else:
-                    series[labels] = values[0]
+            if family.type == "histogram":
+                _add_histograms(family, series, labels, values, *more)
+                continue
+            join = _JOIN[family.whole]
+            for label, value in zip(labels, values, strict=True):
+                known = series.get(label)
+                series[label] = value if known is None else join(known, value)
 
     def collect(self) -> Iterator[Collected]:
         """Return the sums, for the page."""
@@ -84,23 +96,28 @@ class Sums:
                 yield family, [*series.items()]
 
 
-def _add_histogram(
+def _add_histograms(
     family: Family,
     series: dict[str, Any],
-    labels: str,
+    labels: Sequence[str],
     buckets: Sequence[int],
-    total: float,
+    sums: Sequence[float],
     noted: Iterable[Sequence[Any]],
 ) -> None:
-    if len(buckets) != len(family.bounds) + 1:
+    size = len(family.bounds) + 1
+    if len(buckets) != size * len(labels):
         return  # of another version
-    found = series.get(labels)
-    if found is None:
-        found = series[labels] = Histogram(family._replace(labels=()))
-        found.labels = labels  # as they are written
-    found.buckets = [a + b for a, b in zip(found.buckets, buckets, strict=True)]
-    found.sum += total
-    for bucket, *exemplar in noted:
+    for number, (label, total) in enumerate(zip(labels, sums, strict=True)):
+        found = series.get(label)
+        if found is None:
+            found = series[label] = Histogram(family._replace(labels=()))
+            found.labels = label  # as they are written
+        begin = number * size
+        added = buckets[begin : begin + size]
+        found.buckets = [*map(operator.add, found.buckets, added)]
+        found.sum += total
+    for number, bucket, *exemplar in noted:
+        found = series[labels[number]]
         found.exemplars = found.exemplars or {}
         kept = found.exemplars.get(bucket)
         if kept is None or kept.at < exemplar[2]:

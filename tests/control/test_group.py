@@ -25,7 +25,7 @@ KNOWN = (COUNTED, RUNS)
 
 
 def counts(number: int) -> list[Any]:
-    return [["c_total", [["", number]]], ["runs", [["", 1]]]]
+    return [["c_total", [""], [number]], ["runs", [""], [1]]]
 
 
 class Box:
@@ -99,7 +99,7 @@ async def test_many_ended_processes_become_one_sum(
         one = await group.process("1")
         group.counted["1"] = 1
         for number in range(ends):
-            text = zlib.compress(b'[["c_total",[["",10]]],["runs",[["",1]]]]')
+            text = zlib.compress(b'[["c_total",[""],[10]],["runs",[""],[1]]]')
             await store.call("HSET", "gollama:metrics:g", f"gone-{number}", text)
             expected = {"c_total": 11 + 10 * number, "runs": 1}
             assert await group.page(one, "1") == expected

@@ -93,8 +93,8 @@ def test_the_newest_exemplar_of_a_bucket_stays() -> None:
 
 def test_what_another_version_has_besides_is_left_out() -> None:
     sums = Sums((TIMES,))
-    sums.add([["new_total", [['a="x"', 1]]]])
-    sums.add([["t_seconds", [['a="x"', [1, 2], 3.0, []]]]])  # of other buckets
+    sums.add([["new_total", ['a="x"'], [1]]])
+    sums.add([["t_seconds", ['a="x"'], [1, 2], [3.0], []]])  # of other buckets
     assert page_of(sums) == []
     assert repr(sums) == "<Sums of 1 families>"
 
@@ -116,3 +116,20 @@ def test_the_page_of_one_process_stays_as_it_is() -> None:
         alone = "".join(exposition.pieces([collect], open_metrics=open_metrics))
         summed = "".join(exposition.pieces([sums.collect], open_metrics=open_metrics))
         assert summed == alone
+
+
+def test_a_family_without_series_is_named() -> None:
+    sums = Sums(ALL)
+    sums.add(json.loads(json.dumps([*to_plain([(COUNTED, []), (TIMES, [])])])))
+    text = "".join(exposition.pieces([sums.collect], open_metrics=False))
+    assert "# TYPE c_total counter" in text
+    assert "# TYPE t_seconds histogram" in text
+
+
+def test_long_families_are_in_pieces() -> None:
+    series = [(RUNS.at(str(number)), number) for number in range(1200)]
+    pieces = [*to_plain([(RUNS, series)])]
+    assert [len(labels) for _, labels, _ in pieces] == [500, 500, 200]
+    sums = Sums(ALL)
+    sums.add(pieces)
+    assert len(page_of(sums)) == 1200
