@@ -23,6 +23,7 @@ from gollama_proxy.control.peers import Peers
 from gollama_proxy.control.renewals import Renewals
 from gollama_proxy.control.replies import Peers as Answering
 from gollama_proxy.control.replies import Replies
+from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.shares import shared_key
@@ -49,6 +50,7 @@ class Shares(Protocol):
     clock: Callable[[], float]
     follower: Follower
     agents: Agents
+    authenticator: Authenticator
     replies: Replies
     events: Events
     peers: Answering | None
@@ -131,8 +133,23 @@ class Cluster:
 
     def _note_round(self) -> None:
         """Follow whether the state of this hub is that of all hubs."""
-        if not self.shared.caught_up:
-            self._hub.agents.prolong()
+        hub, shared = self._hub, self.shared
+        if shared.caught_up:
+            if hub.authenticator.suspended:
+                logger.warning("the store is reached again: tokens are accepted")
+            hub.authenticator.resume()
+            return
+        hub.agents.prolong()
+        trust = hub.config.state.trust
+        if trust and hub.clock() - shared.read_at >= trust:
+            before = hub.authenticator.suspended
+            hub.authenticator.suspend()
+            if hub.authenticator.suspended and not before:
+                text = (
+                    "the store was not reached for %g s (state.trust): tokens are "
+                    "refused, as revocations may have been missed"
+                )
+                logger.error(text, trust)
 
     def _share_slots(self) -> Sharing:
         members = self.members

@@ -107,7 +107,7 @@ class Hub(Listener):
         self.telemetry.reconfigure(config.metrics)
         self.authenticator = Authenticator(config)
         self.status = Status(
-            lambda: self.registry.ready and not self.draining,
+            self._is_ready,
             self.telemetry,
             self.authenticator,
             lambda: self.config.metrics.open,
@@ -198,6 +198,10 @@ class Hub(Listener):
             self.recent.add(x)
         if self.events.active:
             self.events.observe("ended", x)
+
+    def _is_ready(self) -> bool:
+        usable = not (self.draining or self.authenticator.suspended)
+        return usable and self.registry.ready
 
     def _certificate_expires(self) -> float | None:
         credentials = self.files.for_clients

@@ -33,13 +33,14 @@ from gollama_proxy.config.settings import Config, Revoked
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
-from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.errors import Code, HubError, RequestError
 
 # Functions import PyJWT, so that a hub listens before that (`preload`).
 if TYPE_CHECKING:
     import jwt
     from aiohttp import web
 
+SUSPENDED = 10  # seconds after which to try again, while no token is accepted
 # Claims that are numbers, or absent.
 LIMITS = ("rpm", "tpm", "max_concurrency", "tokens_per_day", "tokens_per_month")
 MAX_TOKEN = 8 << 10  # bytes; checked before anything is decoded
@@ -90,6 +91,8 @@ class Authenticator:
         self._revoked = config.revoked
         self._clock = clock
         self._known: OrderedDict[bytes, Principal] = OrderedDict()
+        # Whether no token is accepted, as revocations may have been missed.
+        self.suspended = False
         self.reconfigure(config)
 
     def reconfigure(self, config: Config) -> None:
@@ -163,6 +166,7 @@ class Authenticator:
 
         Raises:
             AuthError: they do not contain exactly one token, or it is not valid.
+            HubError: no token is accepted now.
         """
         if self._off:
             return ANONYMOUS
@@ -190,6 +194,15 @@ class Authenticator:
         self._revoked = revoked
         self._known.clear()
 
+    def suspend(self) -> None:
+        """Accept no token until `resume`; without authentication, nothing changes."""
+        self.suspended = not self._off
+        self._known.clear()  # so that each token is verified, and rejected
+
+    def resume(self) -> None:
+        """Accept tokens again; harmless if they are."""
+        self.suspended = False
+
     def _remember(self, digest: bytes, principal: Principal) -> None:
         self._known[digest] = principal
         if len(self._known) > self._auth.cache_size:
@@ -198,6 +211,12 @@ class Authenticator:
     # --- Verification -------------------------------------------------------------
 
     def _verify(self, token: str) -> Principal:
+        if self.suspended:
+            text = (
+                "This hub has not reached the store that it shares with other hubs for "
+                "too long to know which tokens are revoked. Please try again later."
+            )
+            raise HubError(Code.STORE_DOWN, text, retry_after=SUSPENDED)
         if not _COMPACT.fullmatch(token):
             raise AuthError("not three parts of base64url")
         decoder = self._decoder  # first, as it may import PyJWT anew

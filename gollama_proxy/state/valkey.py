@@ -38,7 +38,7 @@ from gollama_proxy.state.facts import (
 from gollama_proxy.state.journal import MOST_WRITTEN, Answer, Entry, Journal
 from gollama_proxy.state.ledger import Ledger
 from gollama_proxy.state.local import LocalState, State
-from gollama_proxy.state.store import TIMEOUT, Mode, Store, StoreError
+from gollama_proxy.state.store import Mode, Store, StoreDownError, StoreError
 from gollama_proxy.state.usage import Usage
 from gollama_proxy.tasks import Periodic
 
@@ -87,6 +87,7 @@ class SharedState:
         self.add(lambda: [self._facts])
         self.add(Usage(local.ledger, store.prefix).parts)
         self._turn = asyncio.Lock()
+        self._complaint = ""
         self._rounds = Periodic("rounds of shared state", self._step, PERIOD, delay=0)
 
     def __repr__(self) -> str:
@@ -185,7 +186,9 @@ class SharedState:
                 self.read_at, self.caught_up = began, True
         except (StoreError, ValueError) as exc:
             self.caught_up = False
-            logger.debug("no round with the store: %s", exc)
+            if not isinstance(exc, StoreDownError) and self._complaint != str(exc):
+                self._complaint = str(exc)
+                logger.error("nothing is shared with other hubs: %s", exc)
             return False
         finally:
             if self.on_round is not None:
@@ -198,7 +201,7 @@ class SharedState:
         parts = [part for parts in self._parts for part in parts()]
         batches = [(part, await part.entries()) for part in parts]
         commands = [part.journal.command(batch) for part, batch in batches]
-        within = TIMEOUT if self.caught_up else CATCHING_UP
+        within = None if self.caught_up else CATCHING_UP
         replies = await self._store.pipe(commands, within=within)
         more = False
         for (part, batch), reply in zip(batches, replies, strict=True):

@@ -89,6 +89,7 @@ class Code(enum.StrEnum):
     # The hub
     REQUEST_TIMEOUT = "request_timeout"
     DRAINING = "hub_draining"
+    STORE_DOWN = "store_unavailable"
     INTERNAL = "internal_error"
 
     @property
@@ -144,7 +145,7 @@ class Code(enum.StrEnum):
                 | Code.WORKER_REFUSED_KEY
             ):
                 return 502
-            case Code.NO_WORKER | Code.QUEUE_TIMEOUT | Code.DRAINING:
+            case Code.NO_WORKER | Code.QUEUE_TIMEOUT | Code.DRAINING | Code.STORE_DOWN:
                 return 503
             case Code.WORKER_TIMEOUT | Code.WORKER_SLOW | Code.REQUEST_TIMEOUT:
                 return 504

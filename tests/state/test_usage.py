@@ -33,7 +33,6 @@ NOON = TODAY * DAY + DAY / 2
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(valkey, "TIMEOUT", 30.0)
     monkeypatch.setattr(valkey, "CATCHING_UP", 30.0)
     monkeypatch.setattr(stores, "SILENCE", 30.0)
 

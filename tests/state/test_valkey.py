@@ -38,7 +38,6 @@ TWO = StoredWorker(
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     # A busy machine may need longer than the 50 ms after which a hub goes on alone.
-    monkeypatch.setattr(valkey, "TIMEOUT", 30.0)
     monkeypatch.setattr(valkey, "CATCHING_UP", 30.0)
     monkeypatch.setattr(stores, "SILENCE", 30.0)
 

@@ -57,6 +57,7 @@ TABLE = {
     "no_worker_available": (503, "server_error"),
     "queue_timeout": (503, "server_error"),
     "hub_draining": (503, "server_error"),
+    "store_unavailable": (503, "server_error"),
     "worker_timeout": (504, "server_error"),
     "worker_slow": (504, "server_error"),
     "request_timeout": (504, "server_error"),

@@ -42,6 +42,7 @@ const CODES = {
   worker_slow: 'The worker was too slow to begin.',
   client_stalled: 'The client stopped reading its answer.',
   hub_draining: 'The hub was shutting down.',
+  store_unavailable: 'The hub had not reached the store for too long to accept tokens.',
   internal_error: 'The hub itself failed; its log has the reason.',
 };
 // What a code of `explain` means.
