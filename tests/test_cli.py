@@ -1198,17 +1198,17 @@ async def test_check_of_a_store(
         async with running_store(
             tmp_path, "valkey", "--requirepass", "hunter2"
         ) as store:
-            url = store.url.replace("unix://", "unix://:hunter2@")
+            url = store.plain_url.replace("unix://", "unix://:hunter2@")
             environ["GOLLAMA_STATE_URL"] = url
             assert await asyncio.to_thread(main, ["check"]) == 0
             error = capsys.readouterr().err
             assert "note: the store: valkey 9." in error
             assert f" at unix://...@{store.socket}, hubs of 'gollama': 0\n" in error
             assert await store.ask("KEYS", "*", password="hunter2") == []
-            environ["GOLLAMA_STATE_URL"] = store.url
+            environ["GOLLAMA_STATE_URL"] = store.plain_url
             assert await asyncio.to_thread(main, ["check"]) == 1
             reason = "it requires a password, and state.url has none"
-            expected = f"state.url = '{store.url}': {reason}\n"
+            expected = f"state.url = '{store.plain_url}': {reason}\n"
             assert capsys.readouterr().out.startswith(expected)
         environ["GOLLAMA_STATE_URL"] = url
         assert await asyncio.to_thread(main, ["check"]) == 1

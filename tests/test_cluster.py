@@ -10,10 +10,11 @@ import pytest
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.state.store import Mode
 from tests.fakes.agent import HandAgent
+from tests.fakes.asks import CHAT, WHOLE
 from tests.fakes.hub import running_hub
 from tests.fakes.page import parse
 from tests.fakes.process import hub_process
-from tests.fakes.valkey import ENGINES, is_down, running_store
+from tests.fakes.valkey import ENGINES, is_down, is_up, running_store
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
@@ -94,11 +95,31 @@ async def test_the_metrics_show_the_store(tmp_path: Path) -> None:
             assert await metric("gollama_store_mode", mode="up") == 0
 
 
+async def test_a_hub_starts_without_its_store_and_uses_it_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with ScriptedWorker() as worker:
+        settings = {"state__url": f"unix://{tmp_path}/store.sock"}
+        async with running_hub(worker, **settings) as hub:
+            assert "the store cannot be reached: No such file" in caplog.text
+            cluster = hub.hub.cluster
+            assert cluster is not None
+            assert (await hub.post(CHAT, WHOLE)).status == 200
+            async with running_store(tmp_path):
+                await is_up(cluster.store)
+                async with running_hub(worker, **settings) as other:
+                    await until(lambda: cluster.members.last_seen == 2)
+                    for each in (hub, other):
+                        assert (await each.post(CHAT, WHOLE)).status == 200
+            await is_down(cluster.store)
+            assert (await hub.post(CHAT, WHOLE)).status == 200
+
+
 async def test_a_store_that_can_never_be_used_ends_the_start(tmp_path: Path) -> None:
     async with running_store(tmp_path, "valkey", "--requirepass", "x") as server:
         expected = "^state.url = '.*': it requires a password, and state.url has none$"
         with pytest.raises(ConfigError, match=expected):
-            async with running_hub(state__url=server.url):
+            async with running_hub(state__url=server.plain_url):
                 pass
 
 

@@ -14,13 +14,33 @@ from typing import Any, Self
 import gollama_proxy.cluster  # noqa: F401  # with its scripts, before a loop runs
 from benchmarks.children import last_words
 from gollama_proxy.children import Child
-from gollama_proxy.state.store import Mode, Store
+from gollama_proxy.state.store import BASICS, COMMANDS, Mode, Store
 from tests.fakes.client import DEADLINE
 from tests.fakes.tools import missing, require
 from tests.fakes.waiting import until
 
 ENGINES = ("valkey", "redis")
-_QUIET = ("--save", "", "--appendonly", "no", "--databases", "16", "--port", "0")
+# What a hub may do, in all tests.
+_USER = (
+    "hub",
+    "on",
+    ">hub",
+    "~*",
+    "&*",
+    *(f"+{name}" for name in (*COMMANDS, *BASICS)),
+)
+_QUIET = (
+    "--user",
+    *_USER,
+    "--save",
+    "",
+    "--appendonly",
+    "no",
+    "--databases",
+    "16",
+    "--port",
+    "0",
+)
 
 
 def program(engine: str) -> str:
@@ -53,6 +73,11 @@ class StoreServer:
 
     @property
     def url(self) -> str:
+        """For a hub: with the least permissions that documentation states."""
+        return f"unix://hub:hub@{self.socket}"
+
+    @property
+    def plain_url(self) -> str:
         return f"unix://{self.socket}"
 
     @property
@@ -104,6 +129,19 @@ class StoreServer:
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
+    async def denied(self) -> set[bytes]:
+        """Return the commands and keys for which hubs had no permission, if it runs."""
+        if self._child is None or "--requirepass" in self._options:
+            return set()
+        from valkey.exceptions import ConnectionError as RefusedError
+
+        try:
+            rows = await self.ask("ACL", "LOG")
+        except RefusedError:  # it is paused, or got a password meanwhile
+            return set()
+        facts = [dict(zip(row[::2], row[1::2], strict=True)) for row in rows]
+        return {each[b"object"] for each in facts if each[b"username"] == b"hub"}
+
     async def ask(self, *command: Any, **options: Any) -> Any:
         """Send a command past the hubs; `options` are those of the client."""
         from valkey.asyncio import Valkey
@@ -124,6 +162,8 @@ async def running_store(
     server = StoreServer(folder, engine, options)
     try:
         yield await server.start()
+        denied = await server.denied()
+        assert not denied, f"missing in COMMANDS of store.py: {denied}"
     finally:
         await server.kill()
 

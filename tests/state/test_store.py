@@ -106,6 +106,6 @@ async def test_a_store_that_is_not_there_yet(
 
 async def test_calls_at_once_have_one_answer_each(tmp_path: Path) -> None:
     async with running_store(tmp_path) as server, connected(server.url) as store:
-        calls = (store.call("ECHO", number) for number in range(100))
+        calls = (store.run("return ARGV[1]", [], [n]) for n in range(100))
         answers = await asyncio.gather(*calls)
         assert answers == [str(number).encode() for number in range(100)]

@@ -41,11 +41,11 @@ async def test_passwords(tmp_path: Path, engine: str) -> None:
     secret = ("--requirepass", "hunter2")
     async with running_store(tmp_path, engine, *secret) as server:
         expected = "it requires a password, and state.url has none"
-        assert await mistake(server.url) == expected
+        assert await mistake(server.plain_url) == expected
         wrong = "it rejects the user or the password of state.url"
-        assert await mistake(with_user(server.url, ":hunter22")) == wrong
-        assert await mistake(with_user(server.url, "me:hunter2")) == wrong
-        async with connected(with_user(server.url, ":hunter2")) as store:
+        assert await mistake(with_user(server.plain_url, ":hunter22")) == wrong
+        assert await mistake(with_user(server.plain_url, "me:hunter2")) == wrong
+        async with connected(with_user(server.plain_url, ":hunter2")) as store:
             assert store.mode is Mode.UP
             assert "hunter2" not in repr(store)
 
@@ -54,7 +54,7 @@ async def test_passwords(tmp_path: Path, engine: str) -> None:
 async def test_a_password_for_a_store_without_one(tmp_path: Path, engine: str) -> None:
     async with running_store(tmp_path, engine) as server:
         expected = "state.url has a password, and the store has none for this user"
-        assert await mistake(with_user(server.url, ":hunter2")) == expected
+        assert await mistake(with_user(server.plain_url, ":hunter2")) == expected
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -62,20 +62,20 @@ async def test_the_least_permissions(tmp_path: Path, engine: str) -> None:
     allowed = " ".join(f"+{name}" for name in (*COMMANDS, "eval", "hello", "ping"))
     rules = f"on >hunter2 ~gollama:* &gollama:* {allowed}"
     async with running_store(tmp_path, engine) as server:
-        url = with_user(server.url, "hub:hunter2")
-        await server.ask("ACL", "SETUSER", "hub", *rules.split())
+        url = with_user(server.plain_url, "me:hunter2")
+        await server.ask("ACL", "SETUSER", "me", *rules.split())
         async with connected(url) as store:
             await store.listen(store.key("news"), lambda data: None)
             await store.publish(store.key("news"), "x")
         denied = "the user of state.url has no permission"
         assert (await mistake(url, "other")).startswith(f"{denied} (")
-        await server.ask("ACL", "SETUSER", "hub", "-zadd", "-hset")
+        await server.ask("ACL", "SETUSER", "me", "-zadd", "-hset")
         needed = "it needs all keys and channels that begin with state.prefix"
         assert await mistake(url) == f"{denied} for hset, zadd; {needed}"
-        await server.ask("ACL", "SETUSER", "hub", "-eval")
+        await server.ask("ACL", "SETUSER", "me", "-eval")
         assert (await mistake(url)).startswith(f"{denied} (")
-        await server.ask("ACL", "SETUSER", "hub", "+eval", "+zadd", "+hset")
-        await server.ask("ACL", "SETUSER", "hub", "resetchannels")
+        await server.ask("ACL", "SETUSER", "me", "+eval", "+zadd", "+hset")
+        await server.ask("ACL", "SETUSER", "me", "resetchannels")
         assert await mistake(url) == f"{denied} for publish, subscribe; {needed}"
 
 
@@ -84,7 +84,7 @@ async def test_a_password_that_changes_takes_the_store_down(
 ) -> None:
     async with running_store(tmp_path) as server:
         await server.ask("CONFIG", "SET", "requirepass", "hunter2")
-        async with connected(with_user(server.url, ":hunter2")) as store:
+        async with connected(with_user(server.plain_url, ":hunter2")) as store:
             client = {"password": "hunter2"}
             await server.ask("CONFIG", "SET", "requirepass", "other", **client)
             await server.ask("CLIENT", "KILL", "TYPE", "normal", password="other")
