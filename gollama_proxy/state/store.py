@@ -38,6 +38,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import errno
 import importlib
 import logging
 import os
@@ -71,8 +72,8 @@ BACK_OFF_MAX = 2.0
 # The oldest versions that are tested.
 OLDEST = {"valkey": (7, 2), "redis": (7, 0)}
 
-# What hubs do with keys and channels that begin with the prefix; an ACL has to allow all
-# of it, and INFO, without which only a warning is missing.
+# What hubs do with keys and channels that begin with the prefix.  An ACL has to allow
+# all of it; without INFO, only a warning is missing.
 BASICS = ("eval", "hello", "info", "ping")
 COMMANDS = (
     *("del", "get", "getdel", "hdel", "hget", "hkeys", "hlen", "hmget", "hscan"),
@@ -115,10 +116,10 @@ class Event(enum.Enum):
 
 # All the steps there are; any other raises.
 TRANSITIONS: dict[tuple[Mode, Event], Mode] = {
-    (Mode.UP, Event.LOST): Mode.DOWN,
     (Mode.DOWN, Event.DUE): Mode.PROBING,
     (Mode.PROBING, Event.ANSWERED): Mode.UP,
     (Mode.PROBING, Event.REFUSED): Mode.DOWN,
+    (Mode.UP, Event.LOST): Mode.DOWN,
 }
 
 
@@ -207,15 +208,11 @@ class Store:
         await self._import()
         link = _Link(self._address, self._receive, self._lose, self._clock)
         try:
-            async with asyncio.timeout(CONNECT):
-                server = await link.open()
-                await self._check_permissions(link)
-                commands = ("GET", self.key("epoch")), ("ZCARD", self.key("hubs"))
-                epoch, hubs = await self._ask(link, commands, CONNECT)
-                if epoch is not None:
-                    self._check_epoch(epoch)
-        except TimeoutError:
-            raise self._late() from None
+            server = await self._meet(link)
+            commands = ("GET", self.key("epoch")), ("ZCARD", self.key("hubs"))
+            epoch, hubs = await self._ask(link, commands, CONNECT)
+            if epoch is not None:
+                self._check_epoch(epoch)
         finally:
             await link.close()
         found = f"{server} at {self.url.masked}, hubs of {self.prefix!r}: {hubs}"
@@ -372,27 +369,37 @@ class Store:
         self._attempts += 1
         link = _Link(self._address, self._receive, self._lose, self._clock)
         try:
-            async with asyncio.timeout(CONNECT):
-                self.server = await link.open()
-                await self._check_permissions(link)
-                await link.subscribe(self._takers)
-                epoch = await self._read_epoch(link, CONNECT)
+            self.server = await self._meet(link)
+            await link.subscribe(self._takers)
+            epoch = await self._read_epoch(link, CONNECT)
         except BaseException as exc:
             await link.close()
-            if isinstance(exc, TimeoutError):
-                exc = self._late()
             reason = str(exc) if isinstance(exc, StoreError) else "stopped"
             self._step(Event.REFUSED, reason)
-            raise exc from None
+            raise
         self._link = link
         self._step(Event.ANSWERED)
         if link.concern:
             logger.warning("%s", link.concern)
         self._note_epoch(epoch)
 
-    def _late(self) -> StoreDownError:
-        hint = "; is it a port for TLS?" if self._address.tls else ""
-        return StoreDownError(f"no answer within {CONNECT:g} s{hint}")
+    async def _meet(self, link: _Link) -> str:
+        """Connect, and check what is there; return its name and version."""
+        address = self._address
+        try:
+            async with asyncio.timeout(CONNECT):
+                server = await link.open()
+                await self._check_permissions(link)
+                return server
+        except TimeoutError:
+            hint = "; is it a port for TLS?" if address.tls else ""
+            text = f"no answer within {CONNECT:g} s{hint}"
+            raise StoreDownError(text) from None
+        except StoreDownError as exc:
+            if address.tls and not address.certificate and str(exc) in _BROKEN:
+                text = f"{exc}; does it require a certificate (ssl_certfile)?"
+                raise StoreDownError(text) from None
+            raise
 
     def _lose(self, link: _Link, reason: str) -> None:
         """Go on without a connection that is closed or silent."""
@@ -827,6 +834,11 @@ def _explain_authentication(text: str) -> str:
     return "it rejects the user or the password of state.url"
 
 
+_CLOSED = "the connection was closed"
+# How a server may end a connection without a certificate, instead of an alert.
+_BROKEN = {_CLOSED, *map(os.strerror, (errno.ECONNRESET, errno.EPIPE))}
+
+
 def _explain_failure(exc: BaseException) -> StoreError:
     """Return what a failure of the network means."""
     if text := tls.explain(exc):
@@ -839,4 +851,4 @@ def _explain_failure(exc: BaseException) -> StoreError:
         return StoreDownError(f"no answer within {CONNECT:g} s")
     if isinstance(exc, OSError) and exc.errno:
         return StoreDownError(os.strerror(exc.errno))
-    return StoreDownError("the connection was closed")
+    return StoreDownError(_CLOSED)

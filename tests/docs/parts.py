@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -33,6 +34,7 @@ from gollama_proxy.fleet import state as worker
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.proxy import state
 from gollama_proxy.proxy.failures import Again, Cause, Rule, rule_of
+from gollama_proxy.state import store
 from gollama_proxy.telemetry.families import GROUPS
 from gollama_proxy.wire.schema import ENDPOINTS, REFUSED, Api, Endpoint
 
@@ -85,6 +87,8 @@ def parts() -> dict[str, str]:
         ),
         "breaker": draw(_steps(breaker.TRANSITIONS)),
         "worker": draw(_steps(worker.TRANSITIONS)),
+        "store": draw(_steps(store.TRANSITIONS)),
+        "acl": _describe_permissions(),
     }
 
 
@@ -154,6 +158,13 @@ def _describe_alerts() -> str:
 
 
 # --- Settings ---------------------------------------------------------------------
+
+
+def _describe_permissions() -> str:
+    names = sorted((*store.BASICS, *store.COMMANDS))
+    rule = "ACL SETUSER gollama on >PASSWORD ~gollama:* &gollama:*"
+    words = (rule, *(f"+{name}" for name in names))
+    return "\n".join(("```text", *textwrap.wrap(" ".join(words), 88), "```"))
 
 
 def _describe_sections() -> Iterator[str]:
