@@ -141,7 +141,7 @@ async def end_caution(store: StoreServer) -> None:
     await store.ask("EVAL", text, 1, "gollama:slots")
 
 
-async def call(hub: HasPort, method: str, path: str) -> Response:
+async def call(hub: HasPort, method: str, path: str, body: object = None) -> Response:
     """Call a hub as an operator."""
     now = int(time.time())
     claims = {"iat": now - DAY, "exp": now + DAY}  # for clocks that are hours off
@@ -150,7 +150,7 @@ async def call(hub: HasPort, method: str, path: str) -> Response:
         if method == "GET":
             await wire.get(path, token)
         else:
-            await wire.post(path, {}, token, method=method)
+            await wire.post(path, body or {}, token, method=method)
         return await wire.read_response()
 
 

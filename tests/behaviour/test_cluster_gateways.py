@@ -1,0 +1,135 @@
+"""Two hubs behind a real HAProxy: what clients with the real SDK see of their ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import openai
+import pytest
+
+from tests.fakes.crowd import CountingWorker, acts_with, call, running_hubs
+from tests.fakes.haproxy import Gateway, running_haproxy
+from tests.fakes.hub import mint
+from tests.fakes.process import HubProcess
+from tests.fakes.replies import MODEL
+from tests.fakes.script import chat_stream
+from tests.fakes.valkey import running_store
+from tests.fakes.waiting import DEADLINE, gone, until
+
+
+class Gateways(NamedTuple):
+    front: Gateway
+    hubs: list[HubProcess]
+
+    async def hub_of(self) -> HubProcess:
+        """Return the hub that has the only request there is."""
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                shown = (await call(self.hubs[0], "GET", "/admin/exchanges")).json()
+                names = [each["hub"] for each in shown["exchanges"]]
+                for hub in self.hubs:
+                    if any(name.endswith(f":{hub.port}") for name in names):
+                        return hub
+                await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def gateways(folder: Path, *workers: CountingWorker) -> AsyncIterator[Gateways]:
+    urls = [worker.url for worker in workers]
+    async with (
+        running_store(folder) as store,
+        running_hubs(2, *urls, state__url=store.url, server__drain=3600) as hubs,
+        running_haproxy([hub.port for hub in hubs], folder) as front,
+    ):
+        for hub in hubs:
+            await acts_with(hub, 2)
+        yield Gateways(front, hubs)
+
+
+def sdk(front: Gateway, retries: int = 2) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(
+        base_url=f"{front.url}/v1",
+        api_key=mint(sub="alice"),
+        timeout=DEADLINE,
+        max_retries=retries,
+    )
+
+
+async def test_what_clients_see_when_a_hub_is_killed(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    async with (
+        CountingWorker(8) as worker,
+        gateways(tmp_path, worker) as site,
+        sdk(site.front) as client,
+    ):
+        worker.script(*chat_stream(["one", "two"], pace=gate))
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=ask("stream 0"), stream=True
+        )
+        words = words_of(stream)
+        assert await anext(words) == "one"
+        dead = await site.hub_of()
+        # Some of these are at the same hub: HAProxy gives each hub as many.
+        worker.pace = gate
+        whole = [f"whole {n}" for n in range(4)]
+        async with asyncio.TaskGroup() as group:
+            answers = [
+                group.create_task(
+                    client.chat.completions.create(model=MODEL, messages=ask(each)),
+                    name=f"fake {each}",
+                )
+                for each in whole
+            ]
+            await until(lambda: len(worker.began) == len(whole))
+            os.kill(dead.pid, signal.SIGKILL)
+            # The stream ends with an error: nobody takes it for a whole one.
+            with pytest.raises(openai.APIError):
+                await anext(words)
+            # The others are asked again, at the other hub.
+            await until(lambda: len(worker.began) > len(whole))
+            gate.set()
+        assert [each.result().choices[0].message.content for each in answers] == whole
+        # And new ones land there at once, without a second attempt of the SDK.
+        once = client.with_options(max_retries=0)
+        for _ in range(5):
+            await once.chat.completions.create(model=MODEL, messages=ask("new 0"))
+
+
+async def test_a_hub_that_drains_breaks_nothing(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    async with (
+        CountingWorker(8) as worker,
+        gateways(tmp_path, worker) as site,
+        sdk(site.front, retries=0) as client,
+    ):
+        worker.script(*chat_stream(["one", "two"], pace=gate))
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=ask("stream 0"), stream=True
+        )
+        words = words_of(stream)
+        assert await anext(words) == "one"
+        leaving = await site.hub_of()
+        os.kill(leaving.pid, signal.SIGTERM)
+        for n in range(20):
+            await client.chat.completions.create(model=MODEL, messages=ask(f"new {n}"))
+        gate.set()
+        assert [word async for word in words] == ["two"]
+        await gone(leaving.pid)
+
+
+async def words_of(stream: Any) -> AsyncIterator[str]:
+    async with stream:
+        async for each in stream:
+            for choice in each.choices:
+                if choice.delta.content:
+                    yield choice.delta.content
+
+
+def ask(question: str) -> list[Any]:
+    return [{"role": "user", "content": question}]
