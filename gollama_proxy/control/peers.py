@@ -165,15 +165,17 @@ class Peers:
     def _names(self) -> dict[str, str]:
         """Return the names of all hubs, by their runs.
 
-        The processes of a group listen at one address; their process ids
-        distinguish them.
+        Two may have the same one: a process that was killed, and the one that follows
+        it; containers with one name of a machine.
         """
         members = [self._members.me, *self._members.others.values()]
-        counts = Counter(each.name for each in members)
-        return {
-            each.run: f"{each.name}/{each.pid}" if counts[each.name] > 1 else each.name
-            for each in members
-        }
+        names = {each.run: each.name for each in members}
+        for more in ("pid", "run"):
+            counts = Counter(names.values())
+            for each in members:
+                if counts[names[each.run]] > 1:
+                    names[each.run] = f"{each.name}/{getattr(each, more)}"
+        return names
 
     @property
     def store(self) -> dict[str, str]:
@@ -282,7 +284,10 @@ class Peers:
         if asked := self._asked.get(answer.number):
             asked.take(answer)
         elif not answer.number and answer.hub in self._members.others:
-            self._take_news(self._names()[answer.hub], answer.value)
+            try:
+                self._take_news(self._names()[answer.hub], answer.value)
+            except Exception:  # it may be of another version
+                logger.exception("events of another hub are lost")
 
     async def _reply_to(self, data: bytes) -> None:
         question = await self._read(Question, data)

@@ -152,6 +152,14 @@ async def test_only_the_processes_of_a_group_are_asked(tmp_path: Path) -> None:
         assert asking.name == "box/11"
 
 
+async def test_hubs_of_one_name_are_distinguished(tmp_path: Path) -> None:
+    same = [Hub("1", "box"), Hub("2", "box"), Hub("3", "box", pid=7), Hub("4", "c")]
+    group = Group(*same)
+    async with stores(tmp_path, 1) as [store]:
+        names = [(await group.peer(store, hub.run, {})).name for hub in same]
+        assert names == ["box/1", "box/2", "box/7", "c"]
+
+
 async def test_without_a_store_all_are_missing_at_once(tmp_path: Path) -> None:
     group = Group(A, B)
     async with running_store(tmp_path) as server, connected(server.url) as store:
@@ -204,3 +212,22 @@ async def test_events_are_sent_while_they_are_followed(tmp_path: Path) -> None:
         assert not other.watched
         await other.send_news([("exchange", {"id": "2"})])
         assert len(group.news["1"]) == 1
+
+
+async def test_events_of_another_version_harm_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = Group(A, B)
+
+    def fail(hub: str, events: Any) -> None:
+        raise KeyError("workers")
+
+    async with stores(tmp_path, 2) as (one, two):
+        following = Peers(one, group.seen_by("1"), {}, fail, RARELY)
+        await following.start()
+        other = await group.peer(two, "2", {"x": lambda _: 7})
+        await following.watch(5.0)
+        await until(lambda: other.watched)
+        await other.send_news([("sample", {})])
+        await until(lambda: "events of another hub are lost" in caplog.text)
+        assert await following.ask("x") == Answers({"b": 7}, [])
