@@ -43,7 +43,9 @@ from gollama_proxy.tasks import Periodic
 logger = logging.getLogger(__name__)
 
 HEARTBEAT: Final = 2.0  # seconds between two renewals of all leases
-WAITING: Final = 1.0  # the same while requests wait; then others may have news
+WAITING: Final = 1.0  # the same of workers for which requests wait
+# Leases that a hub renews less often, as late as one failed call allows.
+MANY: Final = 10_000
 AGAIN: Final = 0.1  # seconds until a call is repeated that was not answered
 # Calls without an answer, one after the other, after which the hub goes on by itself.
 MOST_FAILURES: Final = 2
@@ -82,6 +84,7 @@ class Sharing(Listener):
         self._parts: dict[str, int] | None = None  # while the hub is alone
         self._renewed_at = clock()  # when the last call for all workers began
         self._full_at = -math.inf  # when the next one is due
+        self._look_at = math.inf  # the same for workers for which requests wait
         self._place = 1, 0  # how many hubs there are, and which one of them this is
         self._failures = 0  # calls without an answer, since the last one
         self._expired = False  # no lease is valid any more
@@ -169,7 +172,9 @@ class Sharing(Listener):
         full = now >= self._full_at
         asks = self._collect_all(now) if full else self._collect_urgent(now)
         if not (asks or full):
-            return max(0.0, self._full_at - now)
+            if now >= self._look_at:
+                self._look_at = now + WAITING
+            return self._next_in(now)
         try:
             replies = await sync(self._store, self._hub, [ask for _, ask in asks])
         except StoreError as exc:
@@ -181,9 +186,11 @@ class Sharing(Listener):
             return self._go_alone(now) if alone else AGAIN
         self.calls += 1
         self._failures = 0
+        self._look_at = now + WAITING
         if full:
             self._renewed_at = now
-            self._full_at = now + (WAITING if self._queue.waits else HEARTBEAT)
+            leases = sum(len(ask.held) for _, ask in asks)
+            self._full_at = now + HEARTBEAT * (1 if leases <= MANY else 2)
         if self.alone:
             self._join_others()
         for (share, ask), reply in zip(asks, replies, strict=True):
@@ -195,7 +202,13 @@ class Sharing(Listener):
                 share.trim(0)
         self._former = {key: each for key, each in self._former.items() if each.owes}
         self._queue.look_for_slots()
-        return 0.0 if self._due else max(0.0, self._full_at - self._clock())
+        return 0.0 if self._due else self._next_in(self._clock())
+
+    def _next_in(self, now: float) -> float:
+        """Return the seconds until a call is due, even if nothing happens."""
+        waits = self._queue.waits
+        due = min(self._full_at, self._look_at) if waits else self._full_at
+        return max(0.0, due - now)
 
     def _collect_all(self, now: float) -> list[tuple[Share, Ask]]:
         wants = self._wants(now)
@@ -212,7 +225,8 @@ class Sharing(Listener):
             if share.waits:
                 wants.setdefault(worker, ())
         urgent = [w for w, some in wants.items() if self._shares[w].is_urgent(some)]
-        if not (urgent or self._due):
+        look = bool(wants) and now >= self._look_at
+        if not (urgent or self._due or look):
             return []
         for worker in self._due:
             wants.setdefault(worker, ())

@@ -11,6 +11,7 @@
 -- key: that only removes what no hub uses any more.
 
 local KEEP = 600000  -- milliseconds that unused keys are kept
+local MINUTE, CALL = 60000, 5000  -- for longer no hub is silent
 local AT_ONCE = 1000  -- pairs in one command: Lua has room for 8,000 values
 local MOST_TURNS = 256  -- in a round, so that ever new subjects cannot keep it open
 local REPEAT = 1000  -- milliseconds between two notices that requests wait for a worker
@@ -54,17 +55,19 @@ local function set_of(...)
   return set
 end
 
+-- Return how many of them had ended.
 local function renew(key, leases)
   -- As text: Lua takes longer to print a number than the server to parse it.
-  local expires = string.format('%.0f', now + lifetime)
+  local expires, added = string.format('%.0f', now + lifetime), 0
   for first = 1, #leases, AT_ONCE do
     local members = {}
     for i = first, math.min(first + AT_ONCE - 1, #leases) do
       members[#members + 1] = expires
       members[#members + 1] = leases[i]
     end
-    redis.call('ZADD', key, unpack(members))
+    added = added + redis.call('ZADD', key, unpack(members))
   end
+  return added
 end
 
 local function remove(key, leases)
@@ -85,8 +88,7 @@ end
 local FORMAT = 1
 local SUBJECT, RANK, REQUESTS, QUEUE, TICK = 1, 2, 3, 4, 5
 
-local function read_line(key)
-  local packed = redis.call('GET', key)
+local function read_line(packed)
   local readable, line = pcall(cmsgpack.unpack, packed or '')
   if packed and readable and type(line) == 'table' and line.format == FORMAT then
     return line, true
@@ -342,6 +344,9 @@ end
 
 -- ----------------------------------------------------------------------------------
 
+local line_keys = {}
+for i = 4, #KEYS, 2 do line_keys[#line_keys + 1] = KEYS[i] end
+local lines = redis.call('MGET', unpack(line_keys))
 for i, row in ipairs(asks) do
   local ask = {
     worker = row[1], slots = row[2], fair = row[3], held = row[4], back = row[5],
@@ -351,8 +356,8 @@ for i, row in ipairs(asks) do
   redis.call('ZREMRANGEBYSCORE', ask.leases, '-inf', now)
   remove(ask.leases, ask.back)
   remove(ask.leases, ask.unused)
-  renew(ask.leases, ask.held)
-  ask.line, ask.stored = read_line(ask.key)
+  ask.added = renew(ask.leases, ask.held)
+  ask.line, ask.stored = read_line(lines[i])
   prune_line(ask.line)
   ask.granted = unseen(ask)
   replace_wants(ask.line, ask.wants)
@@ -360,7 +365,9 @@ end
 for _, ask in ipairs(asks) do
   ask.taken = redis.call('ZCOUNT', ask.leases, now + 1, now + lifetime)
   grant_free(ask)
-  if ask.taken > 0 then redis.call('PEXPIRE', ask.leases, KEEP) end
+  if ask.added + #ask.granted > 0 or now % MINUTE < CALL then
+    redis.call('PEXPIRE', ask.leases, KEEP)
+  end
 end
 local replies, wanted = {}, {}
 for i, ask in ipairs(asks) do
