@@ -89,7 +89,7 @@ def decide(
     if not case.needs_slot:
         worker = balancer.pick(plan, candidates, dry=True)
         return _chosen(worker, "Its requests need no slot.")
-    free = [worker for worker in candidates if worker.free > 0]
+    free = [worker for worker in candidates if not worker.full]
     if not free:
         return _queued(case, admission, "No slot is free.")
     running, limit = admission.running(case.subject), case.max_concurrency
@@ -168,8 +168,10 @@ def _why_not(worker: Worker, case: Case, decision: Decision, policy: str) -> Rea
     if worker not in plan.candidates():
         text = f"It would have to load {model!r}, which others have loaded."
         return Reason(worker, "must_load", text)
-    if case.needs_slot and worker.free <= 0:
+    if case.needs_slot and worker.full:
         text = f"All of its slots are taken ({worker.in_flight} requests)."
+        if worker.share is not None:
+            text = f"All of its slots are taken ({worker.in_flight} by this hub)."
         return Reason(worker, "full", text)
     if decision.worker is None:
         return Reason(worker, "waits", decision.reason)

@@ -9,7 +9,9 @@ lease in particular, only their number counts.  One without a request is *spare*
 
 * While no request waits anywhere, a hub holds somewhat more leases than it has had
   requests at once in the last seconds (`target`), so that the common request finds a
-  spare one and costs no round trip.  A hub that does not use a worker holds nothing.
+  spare one and costs no round trip.  It holds one of each other worker of the same
+  models (`least`), as its routing policy can only choose among those that it has a
+  lease of.  A hub that does not use a model holds nothing.
 * Once a request of another hub waits for a worker, the worker is *contended* here:
   spare leases go back at once, and so does each slot that comes free.  The store then
   grants it to the request of all hubs whose turn it is, possibly to one of this hub.
@@ -67,6 +69,7 @@ class Share:
         "hub",
         "key",
         "leases",
+        "least",
         "scarce",
     )
 
@@ -74,6 +77,7 @@ class Share:
         self.key, self.hub = key, hub
         self.leases: list[str] = []  # with a request and spare
         self.contended = False  # requests of other hubs wait for this worker
+        self.least = 0  # leases to hold, as its model is in demand
         self.scarce = False  # no slot of it was free, as far as is known
         self._alerted = False  # since the last ask
         self._back: list[str] = []  # to be given back
@@ -106,7 +110,12 @@ class Share:
     def target(self) -> int:
         """How many leases are good to have: half as many again as were needed."""
         most = max(self._peak, self._before)
-        return most and most + max(1, most // 2)
+        return max(self.least, most and most + max(1, most // 2))
+
+    @property
+    def in_demand(self) -> bool:
+        """Whether requests have run here in the last seconds."""
+        return self._peak + self._before > 0
 
     # --- What is asked of the store -----------------------------------------------
 

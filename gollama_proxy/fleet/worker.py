@@ -107,9 +107,11 @@ class Worker(Offer):
     scarce: bool = True
     on_yield: Callable[[Worker], None] | None = None
     peak: int = 0  # most slots taken at once since this was last set
-    full: bool = False  # every slot that it may use is taken
+    full: bool = False  # every slot is taken
+    short: bool = False  # the same of this hub's share, and the others may have more
     _taken: int = 0  # slots
     _limit: float = math.inf  # of those that may be taken
+    _room: float = math.inf  # the same for all hubs
     _full_since: float | None = None
     _seen: tuple[object, ...] = ()  # what `on_change` was last called for
 
@@ -352,26 +354,29 @@ class Worker(Offer):
         if self._taken > self.peak:
             self.peak = self._taken
         if self._taken >= self._limit:
-            self.full = True
-            if self._full_since is None and self.scarce:
+            self.short = not self.scarce and self._taken < self._room
+            self.full = not self.short
+            if self.full and self._full_since is None:
                 self._full_since = lease.taken_at
         return lease
 
     def allot(self, share: int | None, *, scarce: bool = True) -> None:
         """Limit it to this hub's share of its slots; None is no limit.
 
-        Unless the rest is `scarce`, being full does not last: the hub gets more.
+        Unless the rest is `scarce`, it is not full then: the hub may get more.
         """
         self.share, self.scarce = share, scarce
         self._note_room()
 
     def _note_room(self) -> None:
         room = self.room
-        self._limit = math.inf if room is None else room
+        self._room = self._limit = math.inf if room is None else room
         if self.share is not None and room is not None:
             self._limit = min(room, self.share)
-        self.full = self.free <= 0
-        if not (self.full and self.scarce):
+        taken = self._taken
+        self.short = self._limit <= taken < self._room and not self.scarce
+        self.full = taken >= self._limit and not self.short
+        if not self.full:
             self._full_since = None
         elif self._full_since is None:
             self._full_since = self.clock()
@@ -385,8 +390,8 @@ class Worker(Offer):
         self._taken -= lease.slot
         if self.on_yield is not None and lease.slot:
             self.on_yield(self)
-        if self.full:
-            self.full = self._taken >= self._limit
+        if self._taken < self._limit:
+            self.full = self.short = False
         verdict = lease.judge(result, beside)
         for permit in lease.permits:
             permit.settle(proof_of(verdict, result))

@@ -151,7 +151,8 @@ class Queue(Listener):
         """Return a lease if the request may have one at once; None if it has to wait.
 
         It has to wait if no slot is free, if other requests go first, if its subject
-        is at its limit, or if the policy wants it to wait for a better worker.
+        is at its limit, or if the policy wants a worker of which this hub has no slot,
+        and may get one.
         """
         plan, admission = request.plan, self.admission
         candidates = plan.candidates()
@@ -173,7 +174,7 @@ class Queue(Listener):
             # It has room to wait for the worker that knows its conversation.
             patience = admission.patience
         worker = self._balancer.pick(plan, free, patience)
-        return None if worker is None else worker.lease(model)
+        return None if worker is None or worker.short else worker.lease(model)
 
     async def acquire(
         self, request: Request, patience: float = 0.0, notify: Notify | None = None
@@ -235,7 +236,12 @@ class Queue(Listener):
         timer = self._after(left, partial(self._expire, ticket))
         lease = None
         try:
-            self.hand_out()
+            if self.on_wait is None or not any(
+                worker.short for worker in request.plan.candidates()
+            ):
+                self.hand_out()
+            else:  # it is better to ask for a slot than to use another worker's
+                self.on_wait()
             if notify is not None and self._notice:
                 await self._notify(ticket, future, notify)
             lease = await future
@@ -453,11 +459,10 @@ class Queue(Listener):
             self._passed_over.append(found)
 
     def _has_free(self, model: str) -> bool:
-        return any(not worker.full for worker in self._registry.pool(model).available)
+        return any(map(_has_slot, self._registry.pool(model).available))
 
     def _free_for(self, ticket: Ticket) -> list[Worker]:
-        candidates = self._waiters[ticket].plan.candidates()
-        return [worker for worker in candidates if not worker.full]
+        return [*filter(_has_slot, self._waiters[ticket].plan.candidates())]
 
     def _serve(self, ticket: Ticket, free: list[Worker]) -> bool:
         """Give a ticket a slot of one of these workers, if it takes one."""
@@ -481,6 +486,10 @@ class Queue(Listener):
         if self.on_wait is not None and len(workers) > MOST_COMPARED:
             return 0.0
         return max(ticket.joined_at + self.admission.patience - self._clock(), 0.0)
+
+
+def _has_slot(worker: Worker) -> bool:
+    return not (worker.full or worker.short)
 
 
 def _finish(future: asyncio.Future[None] | asyncio.Future[Lease | None]) -> None:

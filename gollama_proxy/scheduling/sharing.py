@@ -213,6 +213,10 @@ class Sharing(Listener):
     def _collect_all(self, now: float) -> list[tuple[Share, Ask]]:
         wants = self._wants(now)
         self._due.clear()
+        used = [worker for worker, share in self._shares.items() if share.in_demand]
+        for share in self._shares.values():
+            share.least = 0
+        self._spread({*wants, *used}, now)
         workers = {**dict.fromkeys(wants), **dict.fromkeys(self._shares)}
         asks = [self._ask(worker, wants.get(worker, ()), now) for worker in workers]
         asks += [(each, each.ask(0, 0, 0)) for each in self._former.values()]
@@ -228,7 +232,7 @@ class Sharing(Listener):
         look = bool(wants) and now >= self._look_at
         if not (urgent or self._due or look):
             return []
-        for worker in self._due:
+        for worker in (*self._due, *self._spread(wants, now)):
             wants.setdefault(worker, ())
         self._due.clear()
         asks = [self._ask(worker, some, now) for worker, some in wants.items()]
@@ -268,6 +272,18 @@ class Sharing(Listener):
             ]
             for worker, kinds in found.items()
         }
+
+    def _spread(self, used: Iterable[Worker], now: float) -> list[Worker]:
+        """Hold a lease of each worker that could be used instead of those in use.
+
+        Returns those of which there has been none.
+        """
+        pools = {pool for worker in used for pool in worker.pools}
+        mates = {w for pool in pools for w in self._some(pool.workers, now)}
+        found = [worker for worker in mates if not self._shares[worker].least]
+        for worker in found:
+            self._shares[worker].least = 1
+        return found
 
     def _some(self, workers: Sequence[Worker], now: float) -> Sequence[Worker]:
         if len(workers) <= MOST_PLACES:
@@ -353,6 +369,8 @@ class Sharing(Listener):
     def _go_alone(self, now: float) -> float:
         """Use what is held, then a fair part; return the seconds until that changes."""
         left = self._renewed_at + LIFETIME - now
+        if self.calls and self._standing()[0] == 1:
+            left = 0.0  # no other hub can hold anything
         expired = left <= 0
         self._full_at = -math.inf
         if not self.alone or self._parts is None or expired != self._expired:

@@ -60,6 +60,18 @@ def test_what_was_needed_counts_for_some_seconds() -> None:
     assert share.target == 0
 
 
+def test_one_lease_is_held_of_a_worker_whose_model_is_in_demand_elsewhere() -> None:
+    share = make()
+    share.least = 1
+    assert not share.in_demand
+    assert asked(share).spare == 1
+    share.alert()
+    assert share.ask(4, 4, 0) is None
+    share.note(2, 1.0)
+    assert share.in_demand
+    assert share.target == 3
+
+
 def test_a_long_silence_ends_all_demand() -> None:
     share = make()
     share.note(3, 1.0)

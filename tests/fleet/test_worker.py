@@ -492,12 +492,24 @@ def test_a_slot_that_others_wait_for_is_given_up_before_it_can_be_taken_again() 
     assert seen == [(1, True), (0, True)]
 
 
-def test_it_is_full_for_good_only_if_no_other_slot_can_be_had() -> None:
-    (worker,) = pool(4)
-    worker.allot(0, scarce=False)
+def test_it_is_not_full_but_short_of_slots_if_this_hub_can_get_more() -> None:
+    (worker,) = pool(2)
+    worker.allot(1, scarce=False)
+    lease = worker.lease("m")
+    assert (worker.full, worker.short) == (False, True)
     worker.clock.advance(10)  # type: ignore[attr-defined]
-    assert worker.full
     assert worker.full_for == 0
+    worker.allot(2, scarce=False)
+    assert (worker.full, worker.short) == (False, False)
+    other = worker.lease("m")
+    assert (worker.full, worker.short) == (True, False)
+    other.release(Result.COMPLETE)
+    lease.release(Result.COMPLETE)
+    assert (worker.full, worker.short) == (False, False)
+
+
+def test_it_is_full_without_a_request_if_other_hubs_have_all_slots() -> None:
+    (worker,) = pool(4)
     worker.allot(0, scarce=True)
     worker.clock.advance(10)  # type: ignore[attr-defined]
     assert worker.full_for == 10
