@@ -176,9 +176,10 @@ class Cluster:
 
     async def start(self, url: str) -> None:
         """Begin to serve the other hubs; `url` is where clients reach this one."""
-        hub, name, port = self._hub, self.members.me.name, urlsplit(url).port
-        if port and not hub.config.process.number:  # else they all have the same port
-            name = f"{name}:{port}"
+        hub, me, port = self._hub, self.members.me, urlsplit(url).port
+        name = f"{me.host}:{port}" if port else me.host
+        if number := hub.config.process.number:
+            name = f"{name}/{number}"
         await self.members.listens_at(url, name)
 
         async def collect(_: object) -> dict[str, object]:

@@ -55,6 +55,9 @@ class Member(Protocol):
     def pid(self) -> int: ...
     @property
     def group(self) -> str: ...
+    @property
+    def url(self) -> str:
+        """Where clients reach it; empty until it listens."""
 
 
 class Members(Protocol):
@@ -212,7 +215,7 @@ class Peers:
         wanted = {
             run: names[run]
             for run, each in self._members.others.items()
-            if not group or each.group == me.group
+            if each.url and (not group or each.group == me.group)
         }
         if not wanted:
             return Answers({}, [])

@@ -173,10 +173,11 @@ class Members:
             except msgspec.MsgspecError:  # of another version
                 logger.warning("the hub %s cannot be understood: %s", run, text[:80])
                 continue
-            new = run not in self.others
+            before = self.others.get(run)
             self.others[run] = member
-            if new:
+            if member.url and (before is None or not before.url):
                 logger.info("another hub has joined: %s", member.name)
+            if before is None:
                 for callback in self._joined:
                     callback(member)
         if self._clock() >= self._settled:

@@ -28,6 +28,7 @@ class Hub(NamedTuple):
     name: str
     group: str = ""
     pid: int = 1
+    url: str = "http://hub"
 
 
 class Seen:
@@ -98,6 +99,12 @@ async def test_a_hub_alone_asks_nobody() -> None:
     alone = Peers(store, Group(A).seen_by("1"), {}, lambda *_: None)
     assert await alone.ask("x") == Answers({}, [])
     await alone.watch(1.0)
+
+
+async def test_a_hub_that_does_not_listen_yet_is_not_asked(tmp_path: Path) -> None:
+    async with stores(tmp_path, 1) as [store]:
+        asking = await Group(A, Hub("2", "b", url="")).peer(store, "1", {})
+        assert await asking.ask("x") == Answers({}, [])
 
 
 async def test_a_silent_hub_is_missing(tmp_path: Path) -> None:
