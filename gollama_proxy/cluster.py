@@ -17,6 +17,7 @@ from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.events import Events
 from gollama_proxy.control.following import Follower
 from gollama_proxy.control.group import GroupMetrics
+from gollama_proxy.control.limits import SharedLimits
 from gollama_proxy.control.links import LinksInStore
 from gollama_proxy.control.page import Links
 from gollama_proxy.control.peers import Peers
@@ -24,6 +25,7 @@ from gollama_proxy.control.renewals import Renewals
 from gollama_proxy.control.replies import Peers as Answering
 from gollama_proxy.control.replies import Replies
 from gollama_proxy.edge.auth import Authenticator
+from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.shares import shared_key
@@ -51,6 +53,7 @@ class Shares(Protocol):
     follower: Follower
     agents: Agents
     authenticator: Authenticator
+    quotas: Quotas
     replies: Replies
     events: Events
     peers: Answering | None
@@ -120,6 +123,7 @@ class Cluster:
         ends.push_async_callback(self.members.stop)
         await self.members.start()
         self.shared.others = lambda: [member.name for member in self.members.all[1:]]
+        self._share_limits()
         # The fleet is that of all hubs before the first client comes.
         ends.push_async_callback(self.shared.stop)
         await self.shared.start()
@@ -140,6 +144,7 @@ class Cluster:
             hub.authenticator.resume()
             return
         hub.agents.prolong()
+        self._limits.lose()
         trust = hub.config.state.trust
         if trust and hub.clock() - shared.read_at >= trust:
             before = hub.authenticator.suspended
@@ -150,6 +155,20 @@ class Cluster:
                     "refused, as revocations may have been missed"
                 )
                 logger.error(text, trust)
+
+    def _share_limits(self) -> None:
+        hub, members = self._hub, self.members
+        limits = SharedLimits(
+            hub.quotas,
+            hub.queue.admission,
+            hub.queue.look_again,
+            prefix=self.store.prefix,
+            run=members.me.run,
+            clock=hub.clock,
+        )
+        self.shared.add(lambda: [limits])
+        members.on_leave(lambda member: limits.forget(member.run))
+        self._limits = limits
 
     def _share_slots(self) -> Sharing:
         members = self.members

@@ -11,6 +11,9 @@ No minute exceeds the limit: the window is divided into seconds, and one is adde
 that the last 60 to 61 s count.  What exceeds it must age before the next request is
 allowed.  Days and months are those of the calendar (UTC).  Their usage is stored, so it
 outlives a restart; that of the minute does not.
+
+With a store, what was used at other hubs is added as it becomes known, up to a second
+late (`add_others`); `control/limits.py` states the error.
 """
 
 from __future__ import annotations
@@ -123,6 +126,8 @@ class Quotas:
         self._spending = spending
         self._remembered = remembered
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
+        # Subjects with usage that other hubs do not know; None: there are no others.
+        self.changed: dict[str, None] | None = None
 
     def __repr__(self) -> str:
         return f"<Quotas of {len(self._accounts)} subjects>"
@@ -140,6 +145,9 @@ class Quotas:
         if standing.allowed and (rpm is not None or tpm is not None):
             account = self._account(subject)
             account.requests.add()
+            if self.changed is not None:
+                account.own_requests += 1
+                self.changed[subject] = None
             if rpm is not None:
                 standing = standing._replace(requests=_gauge(account.requests, rpm))
         return standing
@@ -177,6 +185,20 @@ class Quotas:
         account = self._accounts.get(subject)
         if account is not None and tokens > 0:
             account.tokens.add(tokens)
+            if self.changed is not None:
+                account.own_tokens += tokens
+                self.changed[subject] = None
+
+    def used_here(self, subject: str) -> tuple[int, int]:
+        """Return the requests and tokens of a subject that this hub has counted."""
+        account = self._accounts.get(subject)
+        return (account.own_requests, account.own_tokens) if account else (0, 0)
+
+    def add_others(self, subject: str, requests: int, tokens: int) -> None:
+        """Count what a subject has used at other hubs just now."""
+        account = self._account(subject)
+        account.requests.add(requests)
+        account.tokens.add(tokens)
 
     def _account(self, subject: str) -> _Account:
         account = self._accounts.get(subject)
@@ -191,11 +213,12 @@ class Quotas:
 class _Account:
     """The usage of one subject."""
 
-    __slots__ = ("requests", "tokens")
+    __slots__ = ("own_requests", "own_tokens", "requests", "tokens")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.requests = SlidingWindow(SECONDS, clock, SECONDS)
         self.tokens = SlidingWindow(SECONDS, clock, SECONDS)
+        self.own_requests = self.own_tokens = 0  # of this hub, since the account began
 
     def __repr__(self) -> str:
         return f"<_Account requests={self.requests!r} tokens={self.tokens!r}>"

@@ -96,6 +96,8 @@ class Admission:
         # Called with a ticket that had to make room for another one.
         self.on_displaced: Callable[[Ticket], None] | None = None
         self.waiting = 0  # requests, in all classes
+        # How many requests of a subject run at other hubs (`note_elsewhere`).
+        self.elsewhere: dict[str, int] = {}
         self._clock = clock
         self._numbers, self._ticks = itertools.count(1), itertools.count(1)
         self._subjects: dict[str, Subject] = {}  # with requests waiting or running
@@ -125,10 +127,10 @@ class Admission:
         """
         holder = self._subjects.get(subject)
         if holder is None:
-            holder = self._subjects[subject] = Subject(subject, limit)
+            elsewhere = self.elsewhere.get(subject, 0) if limit else 0
+            holder = self._subjects[subject] = Subject(subject, limit, elsewhere)
         elif holder.limit != limit:
-            holder.limit = limit
-            holder.review()
+            self._limit(holder, limit)
         if holder.withheld or (self.waiting and self._is_behind(model, priority)):
             self._forget(holder)
             return None
@@ -254,6 +256,26 @@ class Admission:
         if not (holder.running or holder.rounds):
             self._forget(holder)
 
+    def limited(self) -> dict[str, int]:
+        """Return how many requests run here of each subject that has a limit."""
+        return {
+            name: holder.running
+            for name, holder in self._subjects.items()
+            if holder.limit and holder.running
+        }
+
+    def note_elsewhere(self, counts: dict[str, int]) -> None:
+        """Record how many requests of each subject run at other hubs.
+
+        Those of subjects with a limit count towards it.
+        """
+        before, self.elsewhere = self.elsewhere, counts
+        for name in before.keys() | counts.keys():
+            holder = self._subjects.get(name)
+            if holder is not None:
+                holder.elsewhere = counts.get(name, 0)
+                holder.review()
+
     def _is_behind(self, model: str, priority: Priority) -> bool:
         """Return whether a request waits that goes before a new one of this class."""
         return any(
@@ -268,10 +290,10 @@ class Admission:
         self, subject: str, model: str, priority: Priority, limit: int
     ) -> bool:
         """Return what `admit` would decide now."""
+        if 0 < limit <= self.running(subject):
+            return False
         holder = self._subjects.get(subject)
         if holder is not None:
-            if 0 < limit <= holder.running:
-                return False
             # Its earlier requests go first, also those that another limit withheld.
             for rounds in holder.rounds:
                 if rounds.model == model and rounds.priority.rank <= priority.rank:
@@ -311,9 +333,10 @@ class Admission:
         return self._counts[priority].total
 
     def running(self, subject: str) -> int:
-        """Return the number of requests that a subject has running."""
+        """Return the number of requests that a subject has running, at all hubs."""
         holder = self._subjects.get(subject)
-        return holder.running if holder is not None else 0
+        here = holder.running if holder is not None else 0
+        return here + self.elsewhere.get(subject, 0)
 
     def deadline(self, ticket: Ticket) -> float:
         """Return the moment until which a ticket may wait, in monotonic seconds."""
@@ -357,8 +380,9 @@ class Admission:
         holder = self._subjects.get(ticket.subject)
         limit = f"within {self.settings.timeout:g} s (queue.timeout)"
         if holder is not None and holder.withheld:
+            running = self.running(holder.name)
             text = (
-                f"None of your {holder.running} running requests ended {limit}, "
+                f"None of your {running} running requests ended {limit}, "
                 f"and no more than {holder.limit} may run at once (max_concurrency)."
             )
         else:
@@ -445,11 +469,15 @@ class Admission:
         """Find or make the record of a subject, which has this limit from now on."""
         holder = self._subjects.get(name)
         if holder is None:
-            holder = self._subjects[name] = Subject(name, limit)
+            elsewhere = self.elsewhere.get(name, 0) if limit else 0
+            holder = self._subjects[name] = Subject(name, limit, elsewhere)
         elif holder.limit != limit:
-            holder.limit = limit
-            holder.review()
+            self._limit(holder, limit)
         return holder
+
+    def _limit(self, holder: Subject, limit: int) -> None:
+        holder.limit, holder.elsewhere = limit, self.elsewhere.get(holder.name, 0)
+        holder.review()
 
     def _forget(self, holder: Subject) -> None:
         if not holder.running and not holder.rounds:

@@ -280,13 +280,14 @@ def _in_turn(queues: Iterable[Iterable[Ticket]]) -> Iterator[Ticket]:
 class Subject:
     """The requests that one subject has waiting and running."""
 
-    __slots__ = ("limit", "name", "rounds", "running", "withheld")
+    __slots__ = ("elsewhere", "limit", "name", "rounds", "running", "withheld")
 
-    def __init__(self, name: str, limit: int = 0) -> None:
+    def __init__(self, name: str, limit: int = 0, elsewhere: int = 0) -> None:
         self.name = name
         self.limit = limit  # of requests that run at once; 0 is no limit
         self.running = 0
-        self.withheld = False  # because it has reached the limit
+        self.elsewhere = elsewhere  # requests that run at other hubs
+        self.withheld = 0 < limit <= elsewhere  # because it has reached the limit
         self.rounds: dict[Rounds, None] = {}  # in which it waits
 
     def __repr__(self) -> str:
@@ -294,7 +295,7 @@ class Subject:
 
     def review(self) -> None:
         """Withhold the subject from its rounds while it is at its limit."""
-        withheld = 0 < self.limit <= self.running
+        withheld = 0 < self.limit <= self.running + self.elsewhere
         if withheld == self.withheld:
             return
         self.withheld = withheld

@@ -353,7 +353,7 @@ class Ledger:
             self._note_success()
             if self.unshared is not None:
                 for day, subject, model in rows:
-                    key = day, _storable(subject), _storable(model)
+                    key = day, storable(subject), storable(model)
                     self.unshared[key] = next(self._changes)
 
     async def _look_back(self) -> None:
@@ -576,13 +576,13 @@ def _write_others(
 def _values(item: tuple[_Key, _Row]) -> tuple[Any, ...]:
     (day, subject, model), row = item
     return (
-        *(day, _storable(subject), _storable(model), row.requests, row.errors),
+        *(day, storable(subject), storable(model), row.requests, row.errors),
         *(row.prompt_tokens, row.completion_tokens, row.cached_tokens),
         row.slot_seconds,
     )
 
 
-def _storable(name: str) -> str:
+def storable(name: str) -> str:
     """Return a name that is valid UTF-8: that of a token may have half of a pair."""
     return name if name.isascii() else name.encode("utf-8", "replace").decode()
 
@@ -615,7 +615,7 @@ def _sums(
         **{f"by_{name}": name in by for name in GROUPS},
         "first": question.first,
         "end": question.end,
-        "subject": None if subject is None else _storable(subject),
+        "subject": None if subject is None else storable(subject),
         "most": MOST_ROWS + 1,
     }
     rows = []

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.fleet.state import Hold
 from gollama_proxy.fleet.worker import Worker
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Response
 from tests.fakes.hub import HasUrl, RunningHub, running_hub
 from tests.fakes.replies import chat_completion
-from tests.fakes.script import answer
+from tests.fakes.script import answer, wait
 from tests.fakes.valkey import ENGINES, StoreServer, is_down, running_store
 from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
@@ -245,3 +246,27 @@ async def test_usage_and_limits_are_those_of_all_hubs(tmp_path: Path) -> None:
             assert shown["total"]["requests"] == 3
             [other] = shown["missing"]
             assert str(b.port) in other
+
+
+async def test_the_limits_of_a_token_hold_at_all_hubs(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as server, ScriptedWorker(slots=4) as worker:
+        async with hubs(server, worker) as [a, b]:
+            token = a.token("alice", rpm=2, max_concurrency=1)
+            worker.script(wait("end"), *answer(chat_completion("yes")))
+            first = await a.open(CHAT, QUESTION, token)
+            await worker.received()
+            admission = b.hub.queue.admission
+            await until(lambda: admission.elsewhere == {"alice": 1})
+            second = await b.open(CHAT, QUESTION, token)
+            await until(lambda: admission.waiting == 1, "it waits for the other hub")
+            worker.release("end")
+            for wire in first, second:
+                assert (await wire.read_response()).status == 200
+            for hub in a, b:
+                await until(partial(uses_all, hub.hub.quotas))
+                assert (await hub.post(CHAT, QUESTION, token)).status == 429
+
+
+def uses_all(quotas: Quotas) -> bool:
+    gauge = quotas.look("alice", 2, None).requests
+    return gauge is not None and gauge.remaining == 0
