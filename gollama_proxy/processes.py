@@ -31,6 +31,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import gollama_proxy
+from gollama_proxy import shared
 from gollama_proxy.children import Supervised, how
 from gollama_proxy.config.settings import Config, Process
 from gollama_proxy.config.values import ConfigError
@@ -45,7 +46,7 @@ from gollama_proxy.service import (
     count,
     raise_file_limit,
 )
-from gollama_proxy.shared import Common, EmbeddedStore, mailbox, prepare
+from gollama_proxy.shared import Common, EmbeddedStore, prepare
 from gollama_proxy.tasks import CUT, Periodic, Signals, spawn
 from gollama_proxy.telemetry import logs
 
@@ -58,11 +59,6 @@ STARTS_WITHIN = 30.0  # a hub, until it has read its settings and listens
 READY_WITHIN = 15.0  # all of them, before the parent reports that it is ready
 RELOADS_WITHIN = 60.0
 BEYOND_DRAIN = 15.0  # for a hub to end after `server.drain`, before it is killed
-
-
-def number_of(setting: int) -> int:
-    """Return the number of processes that `server.processes` stands for."""
-    return setting or _cores()
 
 
 async def front(
@@ -82,16 +78,18 @@ async def front(
     logs.configure(config.log)
     raise_file_limit()  # for all: they inherit it
     gc.enable()
-    number = number_of(config.server.processes)
+    number = shared.number_of(config.server.processes)
     async with contextlib.AsyncExitStack() as stack:
         common = await prepare(config, service.listeners, number, stack)
         environ = dict(os.environ)
         if not config.state.url:
-            store = EmbeddedStore(common.sockets)
+            store = await asyncio.to_thread(EmbeddedStore, common.sockets)
             stack.push_async_callback(store.stop)
             await store.start()
             environ["GOLLAMA_STATE_URL"] = store.url
-        parent = Parent(config, load, common, number, arguments, environ)
+        parent = await asyncio.to_thread(
+            Parent, config, load, common, number, arguments, environ
+        )
         stack.callback(parent.close)
         service.start()
         stack.push_async_callback(service.stop)
@@ -132,11 +130,10 @@ class HubProcess:
         self._hangs = False
         self._outdated = False  # it may have read the settings before they changed
         self._outcome: asyncio.Future[str] | None = None  # of a reload
-        self._path = common.sockets / f"{self.number}.notify"
-        self._mailbox = mailbox(self._path)
+        self._mailbox = common.mailboxes[self.number - 1]
         self.server = Supervised(
             command,
-            environ={**environ, **_variables(process, common, self._path)},
+            environ={**environ, **_variables(process, common)},
             name=f"process {self.number}",
             descriptors=common.descriptors,
             again=self._ended,
@@ -152,10 +149,8 @@ class HubProcess:
         self.server.start()
 
     def close(self) -> None:
-        """Give back the socket at which it reports."""
+        """Read no more of what it reports."""
         asyncio.get_running_loop().remove_reader(self._mailbox)
-        self._mailbox.close()
-        self._path.unlink(missing_ok=True)
 
     def _read(self, clock: Callable[[], float]) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -223,7 +218,7 @@ class HubProcess:
         self._hangs = True
 
 
-def _variables(process: Process, common: Common, path: Path) -> dict[str, str]:
+def _variables(process: Process, common: Common) -> dict[str, str]:
     """Return what systemd would set, and the place of a hub among the others.
 
     The first one uses the state folder as a hub without others does, so that nothing is
@@ -239,7 +234,7 @@ def _variables(process: Process, common: Common, path: Path) -> dict[str, str]:
         "GOLLAMA_STATE_DIR": str(folder or ""),
         "LISTEN_FDS": str(len(names)),
         "LISTEN_FDNAMES": ":".join(names),
-        "NOTIFY_SOCKET": str(path),
+        "NOTIFY_SOCKET": common.mailboxes[process.number - 1].getsockname(),
         "WATCHDOG_USEC": f"{WATCHDOG * 1e6:.0f}",
         "PYTHONFAULTHANDLER": "1",
     }
@@ -474,10 +469,3 @@ def _import_path(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     before = environ.get("PYTHONPATH")
     return {"PYTHONPATH": os.pathsep.join([root, *([before] if before else [])])}
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

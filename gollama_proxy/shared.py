@@ -11,23 +11,26 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import platform
 import shutil
 import socket
 import tempfile
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from msgspec import structs
 
-from gollama_proxy.children import Supervised, environment
+from gollama_proxy.children import Supervised
 from gollama_proxy.config import addresses
 from gollama_proxy.config.load import check_exposure
 from gollama_proxy.config.settings import COUNTS, Config
-from gollama_proxy.config.values import ConfigError, host_and_port
+from gollama_proxy.config.values import MAX_PROCESSES, ConfigError, host_and_port
 from gollama_proxy.service import Listeners
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.local import folder_of, lock
@@ -43,12 +46,30 @@ _CLIENTS = 512
 _LONGEST_PATH = 100  # bytes of a Unix socket's path; the kernels allow 103 or 107
 
 
+def number_of(setting: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the number of processes that `server.processes` stands for.
+
+    0 (auto) is one for each core that this process may use: a container may have a
+    quota of CPU time, of which the kernel has a file (cgroups, version 2).
+    """
+    if setting:
+        return setting
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, (cgroup / "cpu.max").read_text().split())  # or "max"
+        cores = min(cores, math.ceil(quota / period))
+    return min(cores, MAX_PROCESSES)
+
+
 class Common(NamedTuple):
     """What all processes use."""
 
     listeners: Listeners
     folder: Path | None  # for what survives a restart
     sockets: Path  # a folder for sockets
+    mailboxes: Sequence[socket.socket]  # where the hubs report, in their order
     memory: int  # the descriptor of memory for `SharedCounts`
 
     @property
@@ -76,12 +97,22 @@ async def prepare(
         ConfigError: an address or a folder cannot be used.
     """
     listeners = await _listen(config, inherited, stack)
+    return await asyncio.to_thread(_take_folders, config, listeners, number, stack)
+
+
+def _take_folders(
+    config: Config, listeners: Listeners, number: int, stack: AsyncExitStack
+) -> Common:
     folder, sockets = _claim(config, stack)
+    mailboxes = [_mailbox(sockets / f"{each}.notify") for each in range(1, number + 1)]
+    for each in mailboxes:
+        stack.callback(each.close)
+        stack.push_async_callback(asyncio.to_thread, Path(each.getsockname()).unlink)
     memory, name = tempfile.mkstemp(dir=sockets)
     stack.callback(os.close, memory)
-    os.unlink(name)  # noqa: PTH108
+    Path(name).unlink()
     os.ftruncate(memory, number * COUNTS)
-    return Common(listeners, folder, sockets, memory)
+    return Common(listeners, folder, sockets, mailboxes, memory)
 
 
 # --- Sockets ----------------------------------------------------------------------
@@ -97,32 +128,33 @@ async def _listen(
     """
     server = config.server
     clients, metrics = [*inherited.clients], [*inherited.metrics]
+    for each in (*clients, *metrics):
+        stack.callback(each.close)
     for each in clients:
         if each.family != socket.AF_UNIX:
             host = each.getsockname()[0]
             check_exposure(replace(config, server=structs.replace(server, host=host)))
     try:
         if not clients:
-            clients += await _bind(server.host, server.port)
+            clients += await _bind(server.host, server.port, stack)
     except OSError as exc:
         raise addresses.refuse(server, exc) from exc
     for address in config.metrics.listen:
         try:
-            metrics += await _bind(*host_and_port(address))
+            metrics += await _bind(*host_and_port(address), stack)
         except OSError as exc:
             raise addresses.refuse_metrics(address, exc) from exc
-    for each in (*clients, *metrics):
-        stack.callback(each.close)
     return Listeners(clients, metrics)
 
 
-async def _bind(host: str, port: int) -> list[socket.socket]:
+async def _bind(host: str, port: int, stack: AsyncExitStack) -> list[socket.socket]:
     """Listen as asyncio does: on all addresses that a name stands for."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(asyncio.Protocol, host, port, start_serving=False)
     found = [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
     server.close()
     for each in found:
+        stack.callback(each.close)
         each.listen(addresses.BACKLOG)
     return found
 
@@ -167,7 +199,7 @@ def _open(folder: Path, stack: AsyncExitStack) -> Path | None:
     if len(os.fsencode(folder / SOCKET)) > _LONGEST_PATH:
         return None
     try:  # a folder that several machines share may have no sockets
-        mailbox(folder / "probe").close()
+        _mailbox(folder / "probe").close()
         (folder / "probe").unlink()
     except OSError:
         return None
@@ -176,15 +208,20 @@ def _open(folder: Path, stack: AsyncExitStack) -> Path | None:
 
 def _temporary(stack: AsyncExitStack) -> Path:
     folder = tempfile.mkdtemp(prefix="gollama-")
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    remove = partial(shutil.rmtree, folder, ignore_errors=True)
+    stack.push_async_callback(asyncio.to_thread, remove)
     return Path(folder)
 
 
-def mailbox(path: Path) -> socket.socket:
+def _mailbox(path: Path) -> socket.socket:
     path.unlink(missing_ok=True)
     found = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    found.setblocking(False)
-    found.bind(str(path))
+    try:
+        found.setblocking(False)
+        found.bind(str(path))
+    except OSError:
+        found.close()
+        raise
     return found
 
 
@@ -194,33 +231,30 @@ def mailbox(path: Path) -> socket.socket:
 class EmbeddedStore:
     """Runs the server, and starts it again when it ends."""
 
-    def __init__(self, folder: Path, program: Path | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         """Prepare the server; its socket and its log will be in the folder.
 
         Raises:
             ConfigError: there is no server to start.
         """
-        self._folder = folder
+        self._log = folder / LOG
         self._path = folder / SOCKET
+        self._works = self._failed = False
         self._server = Supervised(
-            command(program or find_program(), self._path),
+            command(find_program(), self._path),
             self._clear,
-            environment(),
             name="the store",
-            log=folder / LOG,
+            log=self._log,
+            again=self._ended,
         )
 
     def __repr__(self) -> str:
-        return f"<EmbeddedStore {self._folder}>"
+        return f"<EmbeddedStore {str(self._path)!r} pid={self._server.pid}>"
 
     @property
     def url(self) -> str:
         """The value of `state.url` for the hubs."""
         return f"unix://{self._path}"
-
-    @property
-    def pid(self) -> int | None:
-        return self._server.pid
 
     async def start(self) -> None:
         """Start it, and return when it accepts connections.
@@ -229,25 +263,31 @@ class EmbeddedStore:
             ConfigError: it does not.
         """
         self._server.start()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STARTS_WITHIN):
-                while not _answers(self._path):
+                while not (self._failed or await _answers(self._path)):
                     await asyncio.sleep(_LOOK)
-        except TimeoutError:
+                self._works = not self._failed
+        if not self._works:
             await self.stop()
-            last = _last_line(self._folder / LOG)
+            last = await asyncio.to_thread(_last_line, self._log)
             raise ConfigError(
-                f"server.processes: the embedded Valkey does not start: {last}; "
-                "state.url can name another one"
-            ) from None
+                f"server.processes: the embedded Valkey does not start: {last} "
+                f"(from {self._log}); state.url can name another server"
+            )
+
+    def _ended(self, status: int) -> bool:
+        """Return whether to start it again: not if it has never worked."""
+        self._failed = not self._works
+        return self._works
 
     async def stop(self) -> None:
         await self._server.stop()
-        self._path.unlink(missing_ok=True)
+        await self._clear()
 
     async def _clear(self) -> None:
         """Remove the socket of a server that was killed."""
-        self._path.unlink(missing_ok=True)
+        await asyncio.to_thread(self._path.unlink, missing_ok=True)
 
 
 def command(program: Path, path: Path) -> list[str]:
@@ -291,13 +331,13 @@ def find_program() -> Path:
     )
 
 
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)
-        with contextlib.suppress(OSError):
-            probe.connect(str(path))
-            return True
-    return False
+async def _answers(path: Path) -> bool:
+    try:
+        _, writer = await asyncio.open_unix_connection(str(path))
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 def _last_line(log: Path) -> str:
