@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import re
 import signal
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
 
+from gollama_proxy.state.local import lock
 from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.client import Wire
 from tests.fakes.hub import SECRET, mint
 from tests.fakes.process import Program, bare
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, send, wait
-from tests.fakes.systemd import Systemd
+from tests.fakes.systemd import Systemd, listening, passing
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
@@ -143,6 +147,58 @@ async def test_what_ends_is_started_again(tmp_path: Path) -> None:
         await program.until(r"started the store(.|\n)*started the store")
         program.signal(signal.SIGTERM)
         assert await program.ended() == 0
+
+
+async def test_sockets_of_systemd_and_for_metrics_are_shared(tmp_path: Path) -> None:
+    """Each process answers at each of them, also while another one hangs."""
+    path = str(tmp_path / "hub.sock")
+    environ = bare() | {
+        "GOLLAMA_JWT_SECRET": SECRET,
+        "GOLLAMA_METRICS_LISTEN": "127.0.0.1:0",
+        "GOLLAMA_STATE_DIR": "",
+    }
+    with listening(socket.AF_UNIX, path) as unix, listening() as inet:
+        numbers = [unix.fileno(), inet.fileno()]
+        async with Program.running(
+            *("serve", "--processes", "2"),
+            environ=environ,
+            program=passing(numbers),
+            descriptors=numbers,
+        ) as program:
+            address = f"http://127.0.0.1:{inet.getsockname()[1]}"
+            await program.until(f"listening on {address}, unix:{path}; ")
+            at = await program.until(r"metrics: http://127\.0\.0\.1:(\d+)/metrics")
+            await program.until(r"the store is up: .* process=2")
+            found = re.findall(r"started process \d, process (\d+)", program.output)
+            for stopped in map(int, found):
+                os.kill(stopped, signal.SIGSTOP)  # the other one answers
+                sock = socket.socket(socket.AF_UNIX)
+                sock.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(sock, path)
+                async with Wire(sock) as wire:
+                    await wire.get("/livez")
+                    assert (await wire.read_response()).status == 200
+                os.kill(stopped, signal.SIGCONT)
+            async with await Wire.connect("127.0.0.1", int(at[1])) as wire:
+                await wire.get("/metrics", mint(sub="alice", scope="metrics"))
+                assert (await wire.read_response()).status == 200
+            program.signal(signal.SIGTERM)
+            assert await program.ended() == 0
+
+
+async def test_what_the_first_process_finds_is_reported_once(tmp_path: Path) -> None:
+    """Its state folder is used by a hub that is no process of several."""
+    folder = tmp_path / "state"
+    await asyncio.to_thread(folder.mkdir)
+    held = await asyncio.to_thread(lock, folder / "lock")
+    variables = {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_STATE_DIR": str(folder)}
+    command = ("serve", "--port", "0", "--processes", "2")
+    with held:
+        async with Program.running(*command, environ=bare() | variables) as program:
+            assert await program.ended() == 2
+    error = f"gollama-proxy: state.dir = '{folder}': {folder}: used by another hub"
+    assert program.output.count(error) == 1
+    assert "started process 2" not in program.output
 
 
 async def test_a_second_signal_cuts_answers(tmp_path: Path) -> None:
