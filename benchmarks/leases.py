@@ -172,7 +172,7 @@ class Leases:
     def _free(self, ask: Ask, known: int) -> int:
         free = ask.slots - len(self.lines[ask.worker].leases)
         if self._careful:
-            free = min(free, ask.fair - len(ask.held) - known)
+            free = min(free, ask.fair - _holds(ask) - known)
         return max(free, 0)
 
     def _grant_free(
@@ -259,7 +259,7 @@ class Leases:
         own = sum(each.requests for each in line.waiting if each.hub == hub)
         others = sum(each.requests for each in line.waiting) - own
         line.unaware.discard(hub)
-        announce = len(line.leases) > len(ask.held) + known and (
+        announce = len(line.leases) > _holds(ask) + known and (
             line.announced is None
             or now - line.announced >= REPEAT
             or (own > 0 and bool(line.unaware))
@@ -270,6 +270,10 @@ class Leases:
         if own and not others:
             line.unaware.add(hub)
         return others, announce
+
+
+def _holds(ask: Ask) -> int:
+    return max(ask.holds, len(ask.held))
 
 
 def _key(hub: str, want: Want) -> Key:

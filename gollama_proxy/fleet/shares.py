@@ -59,6 +59,7 @@ class Share:
         "_back",
         "_before",
         "_made",
+        "_new",
         "_peak",
         "_returned",
         "_since",
@@ -80,6 +81,7 @@ class Share:
         self.least = 0  # leases to hold, as its model is in demand
         self.scarce = False  # no slot of it was free, as far as is known
         self._alerted = False  # since the last ask
+        self._new = set[str]()  # of them, those that no ask has named
         self._back: list[str] = []  # to be given back
         self._unused: list[str] = []  # the same, for which a subject has its turn again
         self._returned = BoundedDict[str, None](MOST_RETURNED)
@@ -139,12 +141,14 @@ class Share:
         wants: Sequence[Want] = (),
         *,
         in_use: bool = True,
+        renew: bool = True,
     ) -> Ask | None:
         """Return what to ask for this worker; None if there is nothing to ask or renew.
 
         `slots` is how many requests it can take from all hubs, of which `fair` are this
         hub's part; `running` is how many it has from this hub, and `wants` are those
-        that wait for it.  One that is not `in_use` gets no new request.
+        that wait for it.  One that is not `in_use` gets no new request.  Unless it is
+        to `renew` all leases, the ask names only those that are new.
         """
         self.cover(running)
         waiting = sum(want.requests for want in wants)
@@ -158,25 +162,33 @@ class Share:
             self.scarce = False  # for all that is known
             return None
         self._wants, self._alerted = tuple(wants), False
-        held, back, unused = map(tuple, (self.leases, self._back, self._unused))
-        return Ask(self.key, slots, fair, held, back, spare, self._wants, unused)
+        named = self.leases if renew else filter(self._new.__contains__, self.leases)
+        held, back, unused = map(tuple, (named, self._back, self._unused))
+        wants, holds = self._wants, len(self.leases)
+        return Ask(self.key, slots, fair, held, back, spare, wants, unused, holds)
 
     def cover(self, running: int) -> None:
         """Make leases for requests that were admitted without the store."""
         while len(self.leases) < running:
             self._made += 1
-            self.leases.append(f"{self.hub}:m{self._made}")
+            self._add(f"{self.hub}:m{self._made}")
+
+    def _add(self, lease: str) -> None:
+        self.leases.append(lease)
+        self._new.add(lease)
 
     def trim(self, most: int) -> None:
         """Give back all leases but so many."""
         while len(self.leases) > most:
             lease = self.leases.pop()
+            self._new.discard(lease)
             self._back.append(lease)
             self._returned[lease] = None
 
     def refuse(self, lease: str) -> None:
         """Give back a lease that was granted to a subject, and is not needed."""
         self.leases.remove(lease)
+        self._new.discard(lease)
         self._unused.append(lease)
         self._returned[lease] = None
 
@@ -213,6 +225,7 @@ class Share:
     def take(self, ask: Ask, reply: Reply) -> list[Grant]:
         """Take in the reply to what was asked; return what is new of the grants."""
         sent = {*ask.back, *ask.unused}
+        self._new.difference_update(ask.held)
         self._back = [lease for lease in self._back if lease not in sent]
         self._unused = [lease for lease in self._unused if lease not in sent]
         self.contended = reply.waiting > 0 or self._alerted
@@ -223,7 +236,7 @@ class Share:
         """Take a lease that was granted; False if it is not new."""
         if grant.lease in self._returned or grant.lease in self.leases:
             return False
-        self.leases.append(grant.lease)
+        self._add(grant.lease)
         if grant.subject:
             self._wants = tuple(_without(self._wants, grant.subject))
         return True

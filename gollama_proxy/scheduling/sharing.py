@@ -235,11 +235,18 @@ class Sharing(Listener):
         for worker in (*self._due, *self._spread(wants, now)):
             wants.setdefault(worker, ())
         self._due.clear()
-        asks = [self._ask(worker, some, now) for worker, some in wants.items()]
+        asks = [
+            self._ask(worker, some, now, renew=False) for worker, some in wants.items()
+        ]
         return [(share, ask) for share, ask in asks if ask is not None]
 
     def _ask(
-        self, worker: Worker, wants: Sequence[Want], now: float
+        self,
+        worker: Worker,
+        wants: Sequence[Want],
+        now: float,
+        *,
+        renew: bool = True,
     ) -> tuple[Share, Ask | None]:
         share, slots = self._shares[worker], worker.room
         share.note(worker.peak, now)
@@ -249,7 +256,8 @@ class Sharing(Listener):
             return share, share.ask(0, 0, 0)
         fair = fair_part(slots, *self._place, share.key)
         in_use = worker.admits
-        ask = share.ask(slots, fair, worker.running, wants, in_use=in_use)
+        running = worker.running
+        ask = share.ask(slots, fair, running, wants, in_use=in_use, renew=renew)
         self._allot(worker)
         return share, ask
 

@@ -279,7 +279,7 @@ end
 -- Return how many slots the caller could be granted, if no request went before it.
 local function free_of(ask)
   local free = ask.slots - ask.taken
-  if careful then free = math.min(free, ask.fair - #ask.held - #ask.granted) end
+  if careful then free = math.min(free, ask.fair - ask.holds - #ask.granted) end
   return math.max(free, 0)
 end
 
@@ -333,7 +333,7 @@ local function write_line(ask)
     forget_turns(line)
   end
   line.unaware[hub] = nil
-  local announce = own + others > 0 and ask.taken > #ask.held + #ask.granted
+  local announce = own + others > 0 and ask.taken > ask.holds + #ask.granted
     and (own > 0 and next(line.unaware) ~= nil
       or math.abs(now - (line.announced or 0)) >= REPEAT)
   if announce then line.announced, line.unaware = now, {} end
@@ -350,7 +350,7 @@ local lines = redis.call('MGET', unpack(line_keys))
 for i, row in ipairs(asks) do
   local ask = {
     worker = row[1], slots = row[2], fair = row[3], held = row[4], back = row[5],
-    spare = row[6], wants = row[7], unused = row[8], leases = KEYS[2 * i + 1], key = KEYS[2 * i + 2],
+    spare = row[6], wants = row[7], unused = row[8], holds = math.max(row[9], #row[4]), leases = KEYS[2 * i + 1], key = KEYS[2 * i + 2],
   }
   asks[i] = ask
   redis.call('ZREMRANGEBYSCORE', ask.leases, '-inf', now)

@@ -86,6 +86,9 @@ class Ask(NamedTuple):
     # Leases to give back that were granted to a subject, and no request has used.  The
     # subject has its turn again.
     unused: Sequence[str] = ()
+    # How many leases it holds, if `held` names only some: a call between two heartbeats
+    # need only name those that the store does not know to be held.
+    holds: int = 0
 
 
 class Grant(NamedTuple):

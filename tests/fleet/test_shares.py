@@ -134,6 +134,24 @@ def test_a_hub_that_has_every_slot_does_not_call_again_and_again() -> None:
     assert share.is_urgent([want])
 
 
+def test_calls_between_heartbeats_name_leases_once() -> None:
+    share = make("1", "2")
+
+    def ask() -> Ask:
+        made = share.ask(8, 4, 4, [Want("ann", 1, 1, "m")], renew=False)
+        assert made is not None
+        assert made.holds == len(share.leases) == 4
+        return made
+
+    share.receive(Grant("3", "ann"))
+    lost = ask()
+    assert lost.held == ("3", "a:m1")
+    again = ask()
+    assert again.held == lost.held
+    share.take(again, NOTHING)
+    assert ask().held == ()
+
+
 def test_while_no_other_hub_waits_numbers_may_be_late() -> None:
     share = make("1")
     share.take(asked(share, 4, 1, Want("ann", 1, 1, "m")), NOTHING)

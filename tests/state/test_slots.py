@@ -95,6 +95,18 @@ def test_what_runs_is_registered_again_even_above_the_slots(store: SlotStore) ->
     assert store.client.zcard("test:slots:leases:w") == 8
 
 
+def test_a_call_between_heartbeats_names_new_leases_only(store: SlotStore) -> None:
+    store.listen()
+    held = leases_of(store.ask("a", wants=[Want("s", 0, 4)]).granted)
+    store.ask("a", held=held)
+    reply = store.ask("a", holds=4, wants=[Want("s", 0, 1)])
+    assert (reply.granted, reply.free) == ([], 0)
+    assert store.heard() == {}  # no other hub holds a lease
+    store.client.flushall()
+    assert len(store.ask("a", holds=1, wants=[Want("s", 0, 1)]).granted) == 1
+    assert store.ask("a", holds=2, wants=[Want("s", 0, 2)]).free == 0
+
+
 def test_many_leases_are_renewed_at_once(store: SlotStore) -> None:
     held = [f"a:m{n}" for n in range(5000)]
     assert store.ask("a", slots=6000, held=held).free == 1000

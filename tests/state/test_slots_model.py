@@ -62,6 +62,7 @@ class Hub:
                 back=sorted(self.back[worker]),
                 unused=sorted(self.unused[worker]),
                 spare=spare,
+                holds=len(self.used[worker] | self.spare[worker]),
                 wants=[
                     Want(subject, rank, count, model)
                     for (subject, rank, model), count in sorted(self.waiting.items())
