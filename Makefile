@@ -32,7 +32,7 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 SOURCES := gollama_proxy tests examples benchmarks tools setup.py
 
 .DELETE_ON_ERROR:
-.PHONY: help install node run test debug cov lint types format docs screenshots soak fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate \
+.PHONY: help install node run test debug cov lint types format docs screenshots soak soak-cluster fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate \
 	lock wheel pyz man install-service install-program install-units uninstall-service
 
 help:
@@ -45,6 +45,8 @@ help:
 	@echo "make lint     ruff and the import contracts"
 	@echo "make types    mypy, strict"
 	@echo "make soak     20,000 requests with faults, and a check for leaks"
+	@echo "make soak-cluster  a minute of 200 clients on 4 slots through two hubs, while the"
+	@echo "              store and the hubs fail"
 	@echo "make fuzz     random bytes for every parser, a minute each"
 	@echo "make mutants  bugs inserted one by one, which the tests must detect"
 	@echo "make bench    the cost of requests, streams and tokens, compared with other proxies, in"
@@ -137,6 +139,9 @@ docs: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak
+
+soak-cluster: $(STAMP)
+	$(BIN)/python -m tests.cluster_soak
 
 # The code to mutate, as a pattern of mutmut; all of it by default.
 MUTANTS ?= gollama_proxy.*

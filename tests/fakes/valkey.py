@@ -239,7 +239,12 @@ class Partition:
         assert task is not None
         task.set_name("fake network")
         self._tasks.add(task)
-        there, back = await asyncio.open_unix_connection(str(self._target))
+        try:
+            there, back = await asyncio.open_unix_connection(str(self._target))
+        except OSError:  # the store is down
+            writer.close()
+            self._tasks.discard(task)
+            return
         flows = [
             asyncio.create_task(self._pass_on(*pair), name="fake network")
             for pair in ((reader, back), (there, writer))
