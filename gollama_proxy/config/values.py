@@ -125,7 +125,10 @@ def _range(unit: str, low: float, high: float) -> str:
 
 
 class SecretUrl(str):
-    """A URL that may hold a password, which is shown in no `repr`."""
+    """A URL that may hold a password, which no formatted text shows.
+
+    Only what reads it as a string, such as `urlsplit`, finds the password.
+    """
 
     __slots__ = ()
 
@@ -134,6 +137,12 @@ class SecretUrl(str):
         """The URL for people: with dots in place of the user and the password."""
         text = re.sub(r"//.*@", "//...@", self, flags=re.DOTALL)
         return re.sub(r"(?i)(\b(?:password|username)=)[^&]*", r"\1...", text)
+
+    def __str__(self) -> str:
+        return self.masked
+
+    def __format__(self, spec: str) -> str:
+        return format(self.masked, spec)
 
     def __repr__(self) -> str:
         return repr(self.masked)

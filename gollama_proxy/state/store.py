@@ -174,7 +174,7 @@ class Store:
         self._keeper = Periodic("store", self._keep, HEARTBEAT)
 
     def __repr__(self) -> str:
-        return f"<Store {self.url.masked} {self.mode.value}>"
+        return f"<Store {self.url} {self.mode.value}>"
 
     # --- Life -----------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class Store:
                 self._check_epoch(epoch)
         finally:
             await link.close()
-        found = f"{server} at {self.url.masked}, hubs of {self.prefix!r}: {hubs}"
+        found = f"{server} at {self.url}, hubs of {self.prefix!r}: {hubs}"
         return f"{found}; {link.concern}" if link.concern else found
 
     async def close(self) -> None:
@@ -328,7 +328,7 @@ class Store:
             self.outages += 1
             logger.warning("the store is down: %s; going on without it", reason)
         elif event is Event.ANSWERED:
-            logger.info("the store is up: %s at %s", self.server, self.url.masked)
+            logger.info("the store is up: %s at %s", self.server, self.url)
             self._complaint = ""
         for callback in self._mode_listeners:
             callback(following)
@@ -630,13 +630,20 @@ class _Link:
     def _suspect(self) -> None:
         """End the connection if it stays silent."""
         if self._check is None and self._error is None:
-            loop = asyncio.get_running_loop()
-            wait = max(0.0, SILENCE - TIMEOUT)
-            self._check = loop.call_later(wait, self._look, loop.time())
+            self._look_in(max(0.0, SILENCE - TIMEOUT))
 
-    def _look(self, since: float) -> None:
+    def _look_in(self, wait: float) -> None:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        self._check = loop.call_later(wait, self._look, begun, begun + wait)
+
+    def _look(self, since: float, due: float) -> None:
         self._check = None
-        if self._waiting and self._heard <= since:
+        if not self._waiting or self._heard > since:
+            return
+        if asyncio.get_running_loop().time() > due + PUNCTUAL:
+            self._look_in(SILENCE)  # sockets are read after timers, so not yet
+        else:
             text = f"no answer within {SILENCE * 1000:.0f} ms"
             self.end(StoreDownError(text))
 

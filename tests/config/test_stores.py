@@ -96,6 +96,10 @@ def test_a_password_is_hidden() -> None:
     changes, _ = compare(Config(), config)
     assert "state.url '' -> 'redis://...@a/1'" in str(changes)
     assert "hunter2" not in repr(changes) + str(changes)
+    url = SecretUrl("redis://me:hunter2@a")
+    assert f"{url} {url!s} {url!r} %s" % url == (
+        "redis://...@a redis://...@a 'redis://...@a' redis://...@a"
+    )
     assert SecretUrl("redis://a:1").masked == "redis://a:1"
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
+from valkey import Valkey
 
 from gollama_proxy.state.store import Mode, StoreDownError, StoreError
+from gollama_proxy.tasks import PUNCTUAL
 from tests.fakes.valkey import (
     ENGINES,
     Partition,
+    StoreServer,
     connected,
     is_down,
     is_up,
@@ -72,6 +76,28 @@ async def test_a_store_that_is_paused(tmp_path: Path) -> None:
         await until(lambda: store.outages > 0)
         server.go_on()
         await is_up(store)
+
+
+def hold_up(server: StoreServer) -> None:
+    """Block the event loop until a PING was answered, and all limits have passed."""
+    begun = time.monotonic()
+    with Valkey(unix_socket_path=str(server.socket)) as client:
+        while (
+            "cmdstat_ping" not in client.info("commandstats")
+            or time.monotonic() < begun + 4 * PUNCTUAL
+        ):
+            time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("usual_timeouts")
+async def test_a_hub_that_was_held_up_blames_no_store(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as server, connected(server.url) as store:
+        call = asyncio.create_task(store.call("PING"))
+        await asyncio.sleep(0)  # it is sent
+        hold_up(server)
+        # Its time limit passed long ago, and so did the answer.
+        assert await call == b"PONG"
+        assert (store.failures, store.outages) == (0, 0)
 
 
 @pytest.mark.usefixtures("usual_timeouts")
