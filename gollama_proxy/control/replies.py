@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from gollama_proxy import __version__
@@ -79,7 +79,7 @@ class Replies:
     def __init__(self, hub: Parts, views: Views) -> None:
         self._hub = hub
         self._views = views
-        self.table: Mapping[str, Callable[[Shown], Any]] = {
+        self.table: dict[str, Callable[[Shown], Any]] = {
             "hub": self._show_hub,
             "workers": lambda _: [*map(views.worker, hub.registry.workers)],
             "worker": self._show_worker,

@@ -1,12 +1,15 @@
 """What operators do with workers: `/admin/workers`, and one path below it for each.
 
 Workers that are added or changed here are kept in the state folder; those of the
-settings file return to its settings at the next reload or start.
+settings file return to its settings at the next reload or start.  With a store, all
+hubs that run follow a change: of added workers through the state that they share, of
+others because they are asked to.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -29,6 +32,8 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import StoredWorker
 from gollama_proxy.wire.errors import Code, RequestError
+
+logger = logging.getLogger(__name__)
 
 # These lead to files or variables of the hub's machine, whose content would be sent to
 # an address that the caller chooses.  The scope `admin` does not include the machine.
@@ -59,6 +64,8 @@ class Workers:
     def __init__(self, hub: Parts, views: Views) -> None:
         self._hub = hub
         self._views = views
+        hub.replies.table["change worker"] = self._change_here
+        hub.replies.table["remove worker"] = self._remove_here
 
     def __repr__(self) -> str:
         return f"<Workers of {self._hub!r}>"
@@ -127,18 +134,8 @@ class Workers:
         patch = await call.read()
         async with self._hub.changing:
             worker = self._worker(call.name)
-            _refuse_member(worker)
-            before, row = worker.config, self._row_of(worker)
-            if worker.source is Source.AGENT and not {"name", "url"}.isdisjoint(patch):
-                key = "name" if "name" in patch else "url"
-                text = f"workers.{key}: is set by the agent of this worker."
-                raise RequestError(Code.INVALID_VALUE, text, param=key)
-            row = {k: v for k, v in (row | patch).items() if v is not None}
-            config = _load(row, ours=patch.keys())
-            keyless = "api_key_env" not in row and "api_key_env" not in patch
-            if keyless and config.origin == before.origin:
-                # From the settings.  It is not sent to any other address.
-                config = replace(config, api_key=before.api_key)
+            before = worker.config
+            row, config = self._patched(worker, patch)
             await self._prepare(config)
             try:
                 worker = self._hub.registry.replace(config, before.name)
@@ -148,6 +145,8 @@ class Workers:
                 if worker.name != before.name:
                     await self._hub.state.forget(before.name)
                 await self._store(worker, row)
+        if worker.source is not Source.ADMIN:
+            await self._ask_others("change", before.name, patch)
         if config == before:
             return await self._show_changed(worker, note=False)
         changes = {key: _changed(before, config, key) for key in patch}
@@ -156,11 +155,65 @@ class Workers:
         self._hub.events.record_change(call.x, "change worker", before.name, old, new)
         return await self._show_changed(worker)
 
+    def _patched(
+        self, worker: Worker, patch: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], WorkerConfig]:
+        """Return the table and the settings of a worker with a change.
+
+        Raises:
+            RequestError: 400.
+        """
+        _refuse_member(worker)
+        before, row = worker.config, self._row_of(worker)
+        if worker.source is Source.AGENT and not {"name", "url"}.isdisjoint(patch):
+            key = "name" if "name" in patch else "url"
+            text = f"workers.{key}: is set by the agent of this worker."
+            raise RequestError(Code.INVALID_VALUE, text, param=key)
+        row = {k: v for k, v in {**row, **patch}.items() if v is not None}
+        config = _load(row, ours=patch.keys())
+        keyless = "api_key_env" not in row and "api_key_env" not in patch
+        if keyless and config.origin == before.origin:
+            # From the settings.  It is not sent to any other address.
+            config = replace(config, api_key=before.api_key)
+        return row, config
+
+    async def _ask_others(
+        self, what: str, name: str, patch: Mapping[str, Any] | None = None
+    ) -> None:
+        """Have other hubs do the same with a worker that is not kept in the state."""
+        arguments = {"name": name, "patch": patch}
+        await self._hub.replies.gather_others(f"{what} worker", None, arguments)
+
+    async def _change_here(self, arguments: Mapping[str, Any]) -> None:
+        """Follow a change at another hub, of a worker of the file or of an agent."""
+        name = str(arguments["name"])
+        try:
+            async with self._hub.changing:
+                worker = self._worker(name)
+                if worker.source is not Source.ADMIN:
+                    _, config = self._patched(worker, arguments["patch"])
+                    await self._prepare(config)
+                    self._hub.registry.replace(config, name)
+        except (RequestError, ConfigError) as exc:
+            text = "worker %s: a change at another hub does not fit here: %s"
+            logger.warning(text, name, exc)
+
+    async def _remove_here(self, arguments: Mapping[str, Any]) -> None:
+        """Follow the removal of a worker of the file at another hub."""
+        name = str(arguments["name"])
+        async with self._hub.changing:
+            for worker in self._hub.registry.workers:
+                if worker.name == name and worker.source is Source.FILE:
+                    self._hub.registry.remove(name)
+                    break
+
     async def _remove_worker(self, call: Call) -> Response:
         async with self._hub.changing:
             worker = self._worker(call.name)
             self._hub.registry.remove(worker.name)
             await self._hub.state.forget(worker.name)
+        if worker.source is Source.FILE:
+            await self._ask_others("remove", worker.name)
         self._hub.events.record_change(
             call.x, "remove worker", worker.name, old=worker.config.url
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from gollama_proxy.config.load import load_worker
 from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.fleet.state import Hold
 from gollama_proxy.fleet.worker import Worker
@@ -117,6 +118,30 @@ async def test_a_worker_of_the_settings_is_held_back_at_all_hubs(
                 await everywhere(later, name, is_held(hold))
                 assert (await admin(b, "POST", f"{path}/{end}")).status == 200
                 await everywhere([*running, *later], name, is_held(Hold.NONE))
+
+
+async def test_a_worker_of_the_settings_is_changed_at_all_hubs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_store(tmp_path) as server, ScriptedWorker() as worker:
+        async with hubs(server, worker, count=3) as running:
+            name = running[0].hub.registry.workers[0].name
+            path = f"/admin/workers/{name}"
+            taken = {"name": "taken", "url": "http://127.0.0.1:9"}
+            running[2].hub.registry.add(load_worker("workers", taken, {}))
+            assert (await admin(running[0], "PATCH", path, {"slots": 7})).status == 200
+            await everywhere(running, name, lambda w: w is not None and w.slots == 7)
+            answered = await admin(running[1], "PATCH", path, {"name": "taken"})
+            assert answered.status == 200
+            await everywhere(running[:2], name, lambda w: w is None)
+            await until(lambda: "at another hub does not fit here" in caplog.text)
+            assert worker_of(running[2], name) is not None
+            path = "/admin/workers/taken"
+            assert (await admin(running[0], "DELETE", path)).status == 200
+            await everywhere(running, "taken", lambda w: w is None)
+            # The settings take precedence at the next reload.
+            await running[0].hub.reload()
+            assert worker_of(running[0], name) is not None
 
 
 async def test_a_revocation_is_in_force_at_all_hubs(tmp_path: Path) -> None:
