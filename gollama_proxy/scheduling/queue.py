@@ -163,6 +163,7 @@ class Queue(Listener):
         free = [*filterfalse(_is_full, candidates)]  # a comprehension costs a call
         if not free:
             return None
+        new = request.ticket is None
         if request.ticket is None:
             request.ticket = admission.admit(
                 request.subject, model, request.priority, request.max_concurrency
@@ -174,7 +175,14 @@ class Queue(Listener):
             # It has room to wait for the worker that knows its conversation.
             patience = admission.patience
         worker = self._balancer.pick(plan, free, patience)
-        return None if worker is None or worker.short else worker.lease(model)
+        if worker is None:
+            return None
+        if worker.short:
+            if new:  # it has no claim to go before the requests of other hubs
+                admission.leave(request.ticket)
+                request.ticket = None
+            return None
+        return worker.lease(model)
 
     async def acquire(
         self, request: Request, patience: float = 0.0, notify: Notify | None = None

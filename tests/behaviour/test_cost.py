@@ -23,6 +23,7 @@ from tests.fakes.process import hub_process
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import Script, answer, close, pause, send
 from tests.fakes.tools import missing
+from tests.fakes.valkey import running_store
 from tests.fakes.worker import ScriptedWorker
 
 WARM_UP = 10
@@ -82,6 +83,42 @@ async def test_a_request_takes_no_more_frames_than(
     print(f"{cost.frames} frames, {cost.ours} of them ours; the limit is {limit}")
     frames = cost.frames
     assert frames <= limit, cost.table()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "script", "limit"),
+    [
+        pytest.param(EMBED, EMBEDDING, SHORT, 150, id="short request"),
+        pytest.param(CHAT, STREAM, ONE_TOKEN, 231, id="stream of one token"),
+    ],
+)
+async def test_a_request_takes_no_more_frames_where_hubs_share_a_store(
+    tmp_path: Path, path: str, body: dict[str, Any], script: Script, limit: int
+) -> None:
+    """The hub holds a slot for it, so nothing is asked of the store."""
+    counts = tmp_path / "frames"
+    async with (
+        ScriptedWorker() as worker,
+        running_store(tmp_path) as store,
+        hub_process(
+            worker.url,
+            module="tests.fakes.frames",
+            environ={**listening_at(counts), "GOLLAMA_STATE_URL": store.url},
+        ) as hub,
+        await Wire.connect("127.0.0.1", hub.port) as wire,
+    ):
+        worker.default(*script)
+        bearer = mint(sub="alice")
+
+        async def request() -> None:
+            await wire.post(path, body, bearer)
+            assert (await wire.read_response()).status == 200
+
+        for _ in range(WARM_UP):
+            await request()
+        cost = await count_frames(counts, request)
+    print(f"{cost.frames} frames; the limit is {limit}")
+    assert cost.frames <= limit, cost.table()
 
 
 TRACING = {

@@ -910,3 +910,22 @@ async def test_a_request_with_patience_leaves_a_slot_to_others() -> None:
         two.allot(1)
         assert hub.queue.grant(two, "bob")
         assert (await bob).worker is two
+
+
+async def test_a_request_that_prefers_a_worker_without_a_lease_waits_for_one() -> None:
+    hub = Hub("m", "m")
+    hub.balancer.policy = InOrder()
+    calls: list[None] = []
+    hub.queue.on_wait = lambda: calls.append(None)
+    one, two = hub.workers
+    one.allot(0, scarce=False)
+    two.allot(1)
+    async with hub.waiting(hub.request()) as task:
+        assert calls
+        [(ticket, workers)] = hub.queue.wants(9, lambda worker: worker is two)
+        assert workers == [one]
+        assert not ticket.first, "it goes before no request of another hub"
+        one.allot(0, scarce=True)
+        hub.queue.look_for_slots()
+        assert (await task).worker is two, "it was of no use to wait"
+    assert not hub.queue.admission.waiting
