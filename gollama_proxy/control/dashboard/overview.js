@@ -82,13 +82,13 @@ class Overview {
     this.list = el('div', { class: 'workers' });
     this.waiting = new Table(this.#app, 'Nothing waits for a slot.', [
       ['Place', 'num'], ['Subject'], ['Class', 'less'], ['Model', 'less'], ['Waited', 'num'],
-      ['Expected', 'num'], ['Hub', 'hub'], ...(admin ? [['', 'num']] : []),
+      ['Expected', 'num'], ['Hub', 'hub less'], ...(admin ? [['', 'num']] : []),
     ]);
     this.queueHead = el('h2', {}, 'Queue');
     this.queueSums = el('p', { class: 'hint' });
     this.flight = new Table(this.#app, 'No request is being answered.', [
       ['Subject'], ['Model', 'less'], ['Worker'], ['State', 'less'], ['Age', 'num'],
-      ['Tokens', 'num'], ['Hub', 'hub'],
+      ['Tokens', 'num'], ['Hub', 'hub less'],
       ...(admin ? [['', 'num']] : []),
     ]);
     this.flightHead = el('h2', {}, 'In flight');
