@@ -33,7 +33,11 @@ from gollama_proxy.scheduling.sharing import HEARTBEAT, MOST_PLACES
 from gollama_proxy.state.slots import Ask, Want, sync
 
 HUBS, WORKERS, STREAMS = 16, 1000, 1_000_000
-RELEASED = 8  # slots that come free during a call of a hub, in overload
+# In overload: slots that come free during a call of a hub, the requests that wait in
+# each line, and the calls of each hub that are measured.
+RELEASED = 8
+WANTS = [Want(f"subject-{n}", 1, 5, "model") for n in range(8)]
+ROUNDS = 20
 
 
 def main() -> int:
@@ -190,20 +194,20 @@ def _asks(
     slots: int,
     hub: str,
     held: range,
-    back: range = range(0),
-    wants: Sequence[Want] = (),
 ) -> list[Ask]:
     return [
         Ask(
-            f"http://10.0.{n // 256}.{n % 256}:8080",
+            _worker(n),
             slots,
             slots // HUBS,
             [_lease(hub, n, k) for k in held],
-            [_lease(hub, n, k) for k in back],
-            wants=wants,
         )
         for n in range(workers)
     ]
+
+
+def _worker(number: int) -> str:
+    return f"http://10.0.{number // 256}.{number % 256}:8080"
 
 
 def _lease(hub: str, worker: int, number: int) -> str:
@@ -230,35 +234,39 @@ async def show_size(store: _Store, workers: int) -> str:
         await sync(store, hub, _asks(workers, slots, hub, each))
     after = await store.used()
     cpu, commands, calls = (
-        (now - then) * scale / HEARTBEAT
+        (now - then) * scale / (2 * HEARTBEAT)
         for now, then in zip(after, before, strict=True)
     )
     rows.append(_row("renewals", store, cpu, commands, calls))
     memory = (await store.client.info("memory"))["used_memory"] * scale
     # More requests than slots: those of each hub wait for some of the workers, and the
     # slots that come free there are given back and granted again.
-    wants = [Want(f"subject-{n}", 1, 5, "model") for n in range(8)]
-    before, rounds = await store.used(), 10
+    before = await store.used()
     store.took.clear()
-    granted = 0
-    for number in range(rounds):
+    new: dict[tuple[str, str], list[str]] = {}
+    for number in range(ROUNDS):
         for place, hub in enumerate(hubs):
             first = place * workers // HUBS
-            asks = _asks(workers, slots, hub, each)[first : first + MOST_PLACES]
+            there = range(first, min(first + MOST_PLACES, workers))
             asks = [
-                ask._replace(
-                    held=(),
-                    back=ask.held[number : number + (n < RELEASED)],
-                    wants=wants,
+                Ask(
+                    _worker(n),
+                    slots,
+                    len(each),
+                    new.get((hub, _worker(n)), ()),
+                    [_lease(hub, n, number)] if n < first + RELEASED else (),
+                    wants=WANTS,
+                    holds=len(each),
                 )
-                for n, ask in enumerate(asks)
+                for n in there
             ]
-            granted += sum(len(reply.granted) for reply in await sync(store, hub, asks))
+            for reply in await sync(store, hub, asks):
+                new[hub, reply.worker] = [grant.lease for grant in reply.granted]
     after = await store.used()
     cpu, commands, calls = (now - then for now, then in zip(after, before, strict=True))
     times = 1 / cpu  # as much as one core can do
     rows.append(_row("overload", store, cpu * times, commands * times, calls * times))
-    handed = rounds * HUBS * RELEASED * times
+    handed = ROUNDS * HUBS * RELEASED * times
     headings = "each second", "commands", "calls", "CPU of the store", "call, longest"
     return markdown(headings, rows) + (
         f"\n\nmemory of the store: {memory / 2**20:.0f} MiB; "

@@ -78,7 +78,7 @@ end
 
 -- Lines ----------------------------------------------------------------------------
 --
--- {format, waiting = {hub: {seen, {{subject, rank, requests, queue, tick}, ...}}},
+-- {format, waiting = {hub: {seen, {{subject, rank, requests, queue, tick, key}, ..}}},
 --  rounds = {rank: {turn, had, {subject: {turn, tick}}}},
 --  sent = {lease: {hub, subject, expires, key, rank}}, tick,
 --  announced = when, unaware = {hub: true}}: hubs with no news since that others wait
@@ -86,7 +86,7 @@ end
 -- Hubs of another format have lines of their own; the leases are the same.
 
 local FORMAT = 1
-local SUBJECT, RANK, REQUESTS, QUEUE, TICK = 1, 2, 3, 4, 5
+local SUBJECT, RANK, REQUESTS, QUEUE, TICK, KEY = 1, 2, 3, 4, 5, 6
 
 local function read_line(packed)
   local readable, line = pcall(cmsgpack.unpack, packed or '')
@@ -101,30 +101,30 @@ local function next_tick(line)
   return line.tick
 end
 
--- Requests of one hub that are alike, wherever they wait.
-local function key_of(owner, want)
-  return table.concat({owner, want[QUEUE], want[RANK], want[SUBJECT]}, '\0')
-end
-
--- Requests that were granted a slot in this call; they still wait in other lines.
+-- Of each hub, the requests that were granted a slot in this call, by their key: they
+-- still wait in other lines.
 local served = {}
+
 local function left(owner, want)
-  return want[REQUESTS] - (served[key_of(owner, want)] or 0)
+  local done = served[owner]
+  return want[REQUESTS] - (done and done[want[KEY]] or 0)
 end
 
-local function serve(key)
-  served[key] = (served[key] or 0) + 1
+local function serve(owner, key)
+  local done = served[owner] or {}
+  served[owner] = done
+  done[key] = (done[key] or 0) + 1
 end
 
 local function replace_wants(line, wants)
   local ticks, before = {}, line.waiting[hub]
-  for _, want in ipairs(before and before[2] or {}) do
-    ticks[key_of(hub, want)] = want[TICK]
-  end
+  for _, want in ipairs(before and before[2] or {}) do ticks[want[KEY]] = want[TICK] end
   line.waiting[hub] = nil
   if #wants > 0 then
     for _, want in ipairs(wants) do
-      want[TICK] = ticks[key_of(hub, want)] or next_tick(line)
+      -- The same for requests that are alike, wherever they wait.
+      local key = want[RANK] .. '\0' .. want[QUEUE] .. '\0' .. want[SUBJECT]
+      want[TICK], want[KEY] = ticks[key] or next_tick(line), key
     end
     line.waiting[hub] = {now, wants}
   end
@@ -219,15 +219,19 @@ end
 
 -- Forget the turns of subjects that do not wait, unless they had theirs in this round.
 local function forget_turns(line)
+  if next(line.rounds) == nil then return end
   local waits = {}
   for _, entry in pairs(line.waiting) do
     for _, want in ipairs(entry[2]) do
-      waits[want[RANK] .. ':' .. want[SUBJECT]] = true
+      local rank = tostring(want[RANK])
+      waits[rank] = waits[rank] or {}
+      waits[rank][want[SUBJECT]] = true
     end
   end
   for rank, round in pairs(line.rounds) do
+    local there = waits[rank] or {}
     for name, mine in pairs(round[3]) do
-      if mine[1] <= round[1] and not waits[rank .. ':' .. name] then round[3][name] = nil end
+      if mine[1] <= round[1] and not there[name] then round[3][name] = nil end
     end
   end
 end
@@ -252,7 +256,7 @@ local function unseen(ask)
         line.sent[lease] = nil
       else
         found[#found + 1] = {lease, grant[2]}
-        serve(grant[4])
+        serve(hub, grant[4])
       end
     end
   end
@@ -263,11 +267,11 @@ local messages = {}  -- hub: grants that others than the caller get
 
 local function grant(ask, owner, expires, want)
   local lease, subject = new_lease(owner), want and want[SUBJECT] or ''
-  local key = want and key_of(owner, want) or ''
+  local key = want and want[KEY] or ''
   redis.call('ZADD', ask.leases, expires, lease)
   ask.line.sent[lease] = {owner, subject, expires, key, want and want[RANK] or 0}
   ask.taken = ask.taken + 1
-  serve(key)
+  serve(owner, key)
   if owner == hub then
     ask.granted[#ask.granted + 1] = {lease, subject}
   else
