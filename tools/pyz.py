@@ -54,7 +54,8 @@ def _clean(merged: Path) -> None:
     strip = os.environ.get("STRIP", "strip")
     subprocess.run([strip, "-S", *map(str, libraries)], check=True)
     for path in merged.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # whatever the umask is
+        runs = path.is_dir() or path.name == "valkey-server"
+        path.chmod(0o755 if runs else 0o644)  # whatever the umask is
 
 
 def pack(merged: Path, output: Path) -> None:
