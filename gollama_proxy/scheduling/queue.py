@@ -21,7 +21,7 @@ Where several hubs share the workers, each hands out only the slots that it hold
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Container, Iterator
 from functools import partial
 from itertools import filterfalse
 from operator import attrgetter
@@ -400,30 +400,34 @@ class Queue(Listener):
         return bool(self._waiters)
 
     def wants(
-        self, most: int, scarce: Callable[[Worker], bool]
+        self, most: int, asked: Container[Ticket] = ()
     ) -> Iterator[tuple[Ticket, list[Worker]]]:
         """Yield requests that wait for a slot, with the workers that they wait for.
 
         Those of each model in the order of their turns, at most `most` of them, after
         those that have had their turn and wait for a better worker.  A request waits
-        for the worker that its policy prefers, of those that are not `scarce`; if there
-        are only such, for any.
+        for the worker that its policy prefers, of those that are not full, and once
+        that has been `asked` in vain, for any.
         """
         for ticket in self._passed_over[:most]:
             yield ticket, self._acceptable(ticket)
+        # Most requests for a model have one list of candidates in common.
+        known: list[Worker] = []
+        free: list[Worker] = []
         for model in self.admission.wanted():
             for ticket in self.admission.in_turn(model, most):
-                yield ticket, self._preferred(ticket, scarce)
+                workers = self._waiters[ticket].plan.candidates()
+                if workers is not known:
+                    known, free = workers, [*filterfalse(_is_full, workers)]
+                if free and ticket not in asked:
+                    yield ticket, self._preferred(ticket, free)
+                else:
+                    yield ticket, workers
 
-    def _preferred(
-        self, ticket: Ticket, scarce: Callable[[Worker], bool]
-    ) -> list[Worker]:
+    def _preferred(self, ticket: Ticket, free: list[Worker]) -> list[Worker]:
+        """Return the one of some workers for which a request should wait, or others."""
         plan = self._waiters[ticket].plan
-        workers = plan.candidates()
-        free = [worker for worker in workers if not scarce(worker)]
-        if not free:
-            return workers
-        patience = self._patience(ticket, workers)
+        patience = self._patience(ticket, plan.candidates())
         worker = self._balancer.pick(plan, free, patience, dry=True)
         return self._acceptable(ticket) if worker is None else [worker]
 

@@ -47,6 +47,7 @@ WAITING: Final = 1.0  # the same of workers for which requests wait
 # Leases that a hub renews less often, as late as one failed call allows.
 MANY: Final = 10_000
 AGAIN: Final = 0.1  # seconds until a call is repeated that was not answered
+LATER: Final = 0.5  # the same, when the hub goes on by itself
 # Calls without an answer, one after the other, after which the hub goes on by itself.
 MOST_FAILURES: Final = 2
 # Workers that a request asks at once: in larger pools, others every second.
@@ -81,6 +82,9 @@ class Sharing(Listener):
         self._workers: dict[str, Worker] = {}  # by their keys
         self._former: dict[str, Share] = {}  # of workers that are gone, by their keys
         self._due: set[Worker] = set()  # about which the store has to know at once
+        # Requests that wait: those of the last call, and of the last look at the queue.
+        self._asked: set[Ticket] = set()
+        self._asking: set[Ticket] = set()
         self._parts: dict[str, int] | None = None  # while the hub is alone
         self._renewed_at = clock()  # when the last call for all workers began
         self._full_at = -math.inf  # when the next one is due
@@ -182,10 +186,12 @@ class Sharing(Listener):
                 logger.warning("the slots of workers cannot be shared: %s", exc)
             self._failures += 1
             self._full_at = -math.inf
-            alone = self.alone or self._failures >= MOST_FAILURES
-            return self._go_alone(now) if alone else AGAIN
+            if not self.alone and self._failures < MOST_FAILURES:
+                return AGAIN
+            return min(self._go_alone(now), LATER)
         self.calls += 1
         self._failures = 0
+        self._asked = self._asking
         self._look_at = now + WAITING
         if full:
             self._renewed_at = now
@@ -265,14 +271,19 @@ class Sharing(Listener):
         """Return what waits here for each worker, those first that are preferred."""
         if not self._queue.waits:
             return {}
-        shares, found = self._shares, dict[Worker, Counter[_Kind]]()
-        for ticket, workers in self._queue.wants(
-            MOST_WANTS, lambda worker: shares[worker].scarce
-        ):
+        found: dict[Worker, Counter[_Kind]] = {}
+        asked: set[Ticket] = set()
+        last: list[Worker] = []
+        places: Sequence[Worker] = ()
+        for ticket, workers in self._queue.wants(MOST_WANTS, self._asked):
+            asked.add(ticket)
+            if workers is not last:
+                last, places = workers, self._some(workers, now)
             kind = ticket.subject, _rank(ticket), ticket.model
-            for worker in self._some(workers, now):
+            for worker in places:
                 if worker.room is not None:
                     found.setdefault(worker, Counter())[kind] += 1
+        self._asking = asked
         return {
             worker: [
                 Want(subject, rank, count, model)
@@ -296,8 +307,12 @@ class Sharing(Listener):
     def _some(self, workers: Sequence[Worker], now: float) -> Sequence[Worker]:
         if len(workers) <= MOST_PLACES:
             return workers
+        workers = [each for each in workers if not each.full] or workers
+        if len(workers) <= MOST_PLACES:
+            return workers
         first = (crc32(self._hub.encode()) + int(now) * MOST_PLACES) % len(workers)
-        return [*workers[first:], *workers[:first]][:MOST_PLACES]
+        over = first + MOST_PLACES - len(workers)
+        return [*workers[first : first + MOST_PLACES], *workers[: max(0, over)]]
 
     def _standing(self) -> tuple[int, int]:
         """Return how many hubs there are, and the place of this one among them."""

@@ -840,14 +840,6 @@ class Play:
 # --- Slots that hubs share --------------------------------------------------------
 
 
-def never(worker: Worker) -> bool:
-    return False
-
-
-def always(worker: Worker) -> bool:
-    return True
-
-
 async def test_while_requests_wait_the_queue_reports_it() -> None:
     hub = Hub()
     calls: list[bool] = []
@@ -878,14 +870,16 @@ async def test_a_request_wants_the_worker_that_its_policy_prefers_or_any() -> No
     hub = Hub("m", "m")
     hub.balancer.policy = InOrder()
     for worker in hub.workers:
-        worker.allot(0)
+        worker.allot(0, scarce=False)
     one, two = hub.workers
     async with hub.waiting(hub.request()):
-        [(ticket, workers)] = hub.queue.wants(9, never)
+        [(ticket, workers)] = hub.queue.wants(9)
         assert (ticket.subject, workers) == ("ann", [one])
-        [(_, workers)] = hub.queue.wants(9, lambda worker: worker is one)
+        one.allot(0, scarce=True)
+        [(_, workers)] = hub.queue.wants(9)
         assert workers == [two]
-        [(_, workers)] = hub.queue.wants(9, always)
+        two.allot(0, scarce=True)
+        [(_, workers)] = hub.queue.wants(9)
         assert workers == [one, two]
 
 
@@ -896,13 +890,13 @@ async def test_a_request_with_patience_leaves_a_slot_to_others() -> None:
     for worker in hub.workers:
         worker.allot(0)
     async with hub.waiting(choosy(hub)) as bob:
-        [(_, workers)] = hub.queue.wants(9, always)
+        [(_, workers)] = hub.queue.wants(9)
         assert workers == [one, two]
         one.allot(1)
         assert not hub.queue.grant(one, "bob"), "it waits for the other one"
         one.allot(0)
         async with hub.waiting(hub.request("bob")) as other:
-            wants = [workers for _, workers in hub.queue.wants(9, always)]
+            wants = [workers for _, workers in hub.queue.wants(9)]
             assert wants == [[two], [one, two]]
             one.allot(1)
             assert hub.queue.grant(one, "bob")
@@ -922,7 +916,7 @@ async def test_a_request_that_prefers_a_worker_without_a_lease_waits_for_one() -
     two.allot(1)
     async with hub.waiting(hub.request()) as task:
         assert calls
-        [(ticket, workers)] = hub.queue.wants(9, lambda worker: worker is two)
+        [(ticket, workers)] = hub.queue.wants(9)
         assert workers == [one]
         assert not ticket.first, "it goes before no request of another hub"
         one.allot(0, scarce=True)
