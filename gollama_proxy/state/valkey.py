@@ -198,6 +198,8 @@ class SharedState:
 
     async def _exchange(self) -> bool:
         """Make one round trip; return whether another one has to follow."""
+        if self._store.mode is not Mode.UP:
+            raise StoreDownError(self._store.reason)  # and nothing is prepared
         parts = [part for parts in self._parts for part in parts()]
         batches = [(part, await part.entries()) for part in parts]
         commands = [part.journal.command(batch) for part, batch in batches]
@@ -241,6 +243,8 @@ class _Facts:
     async def entries(self) -> list[Entry]:
         local = self._local
         self._sent = []
+        if self._seen is not None or not self.journal.id:
+            return []  # first everything is read, and then what the store lacks is sent
         for key in [*local.unsent][:MOST_WRITTEN]:
             self._sent.append((key, local.stamp(key), local.text(key)))
         return [
