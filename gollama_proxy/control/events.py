@@ -38,8 +38,8 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from gollama_proxy.config.settings import WorkerConfig
-from gollama_proxy.control.elsewhere import Elsewhere
 from gollama_proxy.control.history import EVERY, History, Shown
+from gollama_proxy.control.merging import Elsewhere
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.response import CLOSE, KEEP, Sent, frame, head
 from gollama_proxy.fleet.registry import Listener

@@ -1,29 +1,86 @@
-"""The metrics of a group of processes: those of the whole, whichever one answers.
+"""What the operators' side of hubs keeps in their store: links, and counters.
 
-A counter must not fall when a process ends, or has no time to answer: Prometheus would
-take that for a restart, and count everything again.  So what each process has counted
-is kept in the store at each scrape, and counts from then on as long as the group lives.
-
-    key                    value
-    PREFIX:metrics:GROUP   hash: of each run of a process its counters, as compressed
-                           JSON; and as `ended` the sum of those that ended long ago
-
-Without the store, the page has what the process that answers has counted itself.
+key                    value
+PREFIX:link:DIGEST     a token, encrypted with the code of its link, for five minutes
+PREFIX:metrics:GROUP   hash: of each run of a process its counters, as compressed
+                       JSON; and as `ended` the sum of those that ended long ago
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from gollama_proxy.control.merging import Answers
+from gollama_proxy.control.page import LIFETIME
 from gollama_proxy.control.peers import MOST_READ, MOST_SENT, Peers
 from gollama_proxy.state.store import Store, StoreDownError
 from gollama_proxy.telemetry.exposition import Family
 from gollama_proxy.telemetry.summing import Part, Plain, Sums, to_plain
+
+# --- Links that sign in at any hub --------------------------------------------------
+
+_NONCE = 12  # bytes
+
+
+class LinksInStore:
+    """The links of all hubs, made at one and used at another.
+
+    The store has neither the code of a link nor its token: the name of the key and the
+    key of the cipher (ChaCha20-Poly1305, RFC 8439) are two hashes of the code, which is
+    random.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __repr__(self) -> str:
+        return f"<LinksInStore {self._store!r}>"
+
+    async def keep(self, code: str, token: str) -> bool:
+        """Keep the token of a code; return False if the store cannot be reached."""
+        nonce = os.urandom(_NONCE)
+        sealed = nonce + _cipher(code).encrypt(nonce, token.encode(), None)
+        try:
+            await self._store.call("SET", self._key(code), sealed, "EX", LIFETIME)
+        except StoreDownError:
+            return False
+        return True
+
+    async def take(self, code: str) -> str | None:
+        """Return the token of a code, and forget it; None if there is none."""
+        try:
+            sealed = await self._store.call("GETDEL", self._key(code))
+        except StoreDownError:
+            return None
+        if sealed is None:
+            return None
+        try:
+            token = _cipher(code).decrypt(sealed[:_NONCE], sealed[_NONCE:], None)
+        except (InvalidTag, ValueError):  # of another program
+            return None
+        return token.decode()
+
+    def _key(self, code: str) -> str:
+        return self._store.key(f"link:{_hash(code, b'name', 16).hex()}")
+
+
+def _cipher(code: str) -> ChaCha20Poly1305:
+    return ChaCha20Poly1305(_hash(code, b"cipher", 32))
+
+
+def _hash(code: str, use: bytes, size: int) -> bytes:
+    return hashlib.blake2b(code.encode(), digest_size=size, person=use).digest()
+
+
+# --- The metrics of a group of processes --------------------------------------------
 
 KEPT = 24 * 3600  # seconds after the last scrape
 MOST_ENDED = 32  # processes that are kept one by one
@@ -39,7 +96,14 @@ return 1
 
 
 class GroupMetrics:
-    """Collects what the other processes of a group have counted."""
+    """Collects what the other processes of a group have counted.
+
+    A counter must not fall when a process ends, or has no time to answer: Prometheus
+    would take that for a restart, and count everything again.  So what each process has
+    counted is kept in the store at each scrape, and counts from then on as long as the
+    group lives.  Without the store, the page has what the process that answers has
+    counted itself.
+    """
 
     def __init__(
         self, store: Store, peers: Peers, group: str, run: str, known: Iterable[Family]

@@ -1,4 +1,4 @@
-"""A group of processes has one page of metrics, whose counters never fall."""
+"""Links sign in at any hub, and the counters of a group of processes never fall."""
 
 from __future__ import annotations
 
@@ -10,14 +10,76 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.control import group as module
-from gollama_proxy.control.group import GroupMetrics
+from gollama_proxy.control import shared
+from gollama_proxy.control.page import LIFETIME, Links
+from gollama_proxy.control.shared import GroupMetrics, LinksInStore
 from gollama_proxy.state.store import Store
 from gollama_proxy.telemetry import exposition
 from gollama_proxy.telemetry.exposition import Family
 from gollama_proxy.telemetry.summing import Sums
+from tests.behaviour.test_hubs_as_one import two_hubs
+from tests.control.test_admin import call
 from tests.control.test_peers import Group, Hub
-from tests.fakes.valkey import StoreServer, connected, is_down, running_store
+from tests.fakes.valkey import (
+    ENGINES,
+    StoreServer,
+    connected,
+    is_down,
+    running_store,
+)
+
+# --- Links that sign in at any hub ------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_a_link_works_once_at_any_hub(tmp_path: Path, engine: str) -> None:
+    async with running_store(tmp_path, engine) as server:
+        async with connected(server.url) as one, connected(server.url) as two:
+            here, there = Links(), Links()
+            here.shared, there.shared = LinksInStore(one), LinksInStore(two)
+            code = await here.issue("a.secret.token")
+            [key] = await server.ask("KEYS", "gollama:link:*")
+            kept = await server.ask("GET", key)
+            assert b"secret" not in kept
+            assert code.encode() not in key + kept
+            assert 0 < await server.ask("TTL", key) <= LIFETIME
+            assert await there.redeem(code) == "a.secret.token"
+            assert await there.redeem(code) is None
+            assert await here.redeem(code) is None
+            assert repr(here.shared) == f"<LinksInStore {one!r}>"
+
+
+async def test_what_was_changed_in_the_store_signs_in_nobody(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as server, connected(server.url) as store:
+        links = Links()
+        links.shared = LinksInStore(store)
+        for forged in (b"", b"x", b"x" * 100):
+            code = await links.issue("token")
+            [key] = await server.ask("KEYS", "gollama:link:*")
+            await server.ask("SET", key, forged)
+            assert await links.redeem(code) is None
+
+
+async def test_without_the_store_a_link_works_where_it_was_made(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as server, connected(server.url) as store:
+        links = Links()
+        links.shared = LinksInStore(store)
+        await server.kill()
+        await is_down(store)
+        assert await links.redeem(await links.issue("token")) == "token"
+        assert await links.redeem("unknown") is None
+
+
+async def test_the_dashboard_of_another_hub_is_opened(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as server, two_hubs(server) as (one, two):
+        link = (await call(one, "POST", "/admin/links")).json()
+        answer = await two.post("/dashboard/sign-in", {"code": link["code"]}, None)
+        assert answer.status == 200
+        answer = await one.post("/dashboard/sign-in", {"code": link["code"]}, None)
+        assert answer.status == 401
+
+
+# --- The metrics of a group of processes ------------------------------------------
 
 COUNTED = Family("c_total", "counter", "Counted.")
 RUNS = Family("runs", "gauge", "Run.")
@@ -94,7 +156,7 @@ async def test_counters_of_ended_processes_stay(tmp_path: Path) -> None:
 async def test_many_ended_processes_become_one_sum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int
 ) -> None:
-    monkeypatch.setattr(module, "MOST_ENDED", 2)
+    monkeypatch.setattr(shared, "MOST_ENDED", 2)
     async with box(tmp_path, "1") as (group, [store], server):
         one = await group.process("1")
         group.counted["1"] = 1
