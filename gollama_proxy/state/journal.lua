@@ -26,7 +26,9 @@ if not id then
   redis.call('HSET', life, 'id', id)
 end
 local cursor = id == ARGV[2] and ARGV[3] or '0'
-local last = tonumber(redis.call('HGET', life, 'last') or '0')
+-- What is no number of this script is of another program.
+local last = tonumber(redis.call('HGET', life, 'last') or '0') or 0
+if not (last >= 0 and last < 2 ^ 53) then last = 0 end
 local first = last
 local results = {}
 for at = 12, #ARGV, 3 do
@@ -79,7 +81,8 @@ if tonumber(ARGV[9]) > 0 then
 end
 local most = tonumber(ARGV[5])
 local found = redis.call(
-  'ZRANGEBYSCORE', order, '(' .. cursor, '+inf', 'WITHSCORES', 'LIMIT', 0, most)
+  'ZRANGEBYSCORE', order, '(' .. cursor, text(math.max(now, last)), 'WITHSCORES',
+  'LIMIT', 0, most)
 local news = {}
 for at = 1, #found, 2 do
   local key = found[at]

@@ -9,7 +9,8 @@ Keys and channels, all after the prefix:
 
 A *run* is one life of a hub process.  Every hub renews its entry at each heartbeat, and
 removes it when it ends; one that dies counts as gone `LIFETIME` after its last
-heartbeat.  No clock of a hub takes part in that.
+heartbeat.  No clock of a hub takes part in that.  A hub whose entry cannot be read is
+of another release: it counts, and it has its run for a name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 import time
@@ -28,7 +30,7 @@ from msgspec import Struct, structs
 
 from gollama_proxy import __version__
 from gollama_proxy.config.settings import Process
-from gollama_proxy.state.store import HEARTBEAT, Mode, Store, StoreDownError
+from gollama_proxy.state.store import HEARTBEAT, Mode, Store, StoreDownError, StoreError
 from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)
@@ -41,10 +43,13 @@ _BEAT = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+-- What another program has written, or this one before the clock was set back.
+redis.call('ZREMRANGEBYSCORE', KEYS[1], now + ARGV[2] * 2, '+inf')
 redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
 redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2] * 2)
 return redis.call('ZRANGE', KEYS[1], 0, -1)
 """
+_RUN = re.compile(rb"[0-9a-f]{16}")
 _STABLE = "hub-id"  # the file with the stable id, in the state folder
 
 
@@ -79,6 +84,7 @@ class Members:
         self._key = store.key("hubs")
         # Until then, a hub that is missing may not have come back to the store yet.
         self._settled = 0.0
+        self._complaint = ""  # the last one that was logged
         self._joined: list[Callable[[Member], None]] = []
         self._left: list[Callable[[Member], None]] = []
         self._beats = Periodic("heartbeat of the hub", self._beat, HEARTBEAT, delay=0)
@@ -144,8 +150,14 @@ class Members:
         await self._store.publish(self._store.key("members"), f"+{self.me.run}")
 
     async def _beat(self) -> None:
-        with contextlib.suppress(StoreDownError):
+        try:
             await self._renew()
+        except StoreDownError:
+            pass
+        except StoreError as exc:
+            if str(exc) != self._complaint:
+                self._complaint = str(exc)
+                logger.error("this hub cannot be registered: %s", exc)
 
     async def _renew(self) -> None:
         keys = [self._key, self._key_of(self.me.run)]
@@ -153,7 +165,7 @@ class Members:
         runs = await self._store.run(
             _BEAT, keys, [self.me.run, round(LIFETIME * 1000), about]
         )
-        present = {run.decode() for run in runs} - {self.me.run}
+        present = {run.decode() for run in runs if _RUN.fullmatch(run)} - {self.me.run}
         # What is known of a hub changes only once, when it listens.
         fresh = [
             run
@@ -168,12 +180,12 @@ class Members:
 
     def _note(self, present: set[str], found: dict[str, bytes]) -> None:
         for run, text in found.items():
-            try:
-                member = msgspec.json.decode(text, type=Member)
-            except msgspec.MsgspecError:  # of another version
-                logger.warning("the hub %s cannot be understood: %s", run, text[:80])
-                continue
             before = self.others.get(run)
+            member = _read(run, text)
+            if member is None:
+                member = Member(run, run, run, "", 0, run, "", "", 0.0)
+                if before is None:
+                    logger.warning("the hub %s describes itself in another format", run)
             self.others[run] = member
             if member.url and (before is None or not before.url):
                 logger.info("another hub has joined: %s", member.name)
@@ -228,6 +240,15 @@ def describe_me(folder: Path | None, process: Process = _ALONE) -> Member:
         version=__version__,
         started=time.time(),
     )
+
+
+def _read(run: str, text: bytes) -> Member | None:
+    """Return what a hub has written about itself; None if it is of another format."""
+    try:
+        member = msgspec.json.decode(text, type=Member)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return member if member.run == run else None
 
 
 def _stable_id(folder: Path | None) -> str:

@@ -26,8 +26,9 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function cautious()
   local since, last = now, now
   local era = redis.call('GET', KEYS[1])
-  if era then
-    era = cmsgpack.unpack(era)
+  local readable
+  readable, era = pcall(cmsgpack.unpack, era or '')
+  if readable and type(era) == 'table' and tonumber(era[1]) and tonumber(era[2]) then
     if math.abs(now - era[2]) <= lifetime then since = era[1] end
   end
   redis.call('SET', KEYS[1], cmsgpack.pack({since, last}), 'PX', KEEP)
@@ -40,7 +41,7 @@ local careful = cautious()
 local serial
 local function new_lease(owner)
   if not serial then
-    local last = tonumber(redis.call('GET', KEYS[2]) or 0)
+    local last = tonumber(redis.call('GET', KEYS[2]) or 0) or 0
     serial = math.max(time[1] * 1000000 + time[2], last)
   end
   serial = serial + 1
@@ -91,7 +92,10 @@ local SUBJECT, RANK, REQUESTS, QUEUE, TICK, KEY = 1, 2, 3, 4, 5, 6
 local function read_line(packed)
   local readable, line = pcall(cmsgpack.unpack, packed or '')
   if packed and readable and type(line) == 'table' and line.format == FORMAT then
-    return line, true
+    for _, part in ipairs({'waiting', 'rounds', 'sent', 'unaware'}) do
+      readable = readable and type(line[part]) == 'table'
+    end
+    if readable and tonumber(line.tick) then return line, true end
   end
   return {format = FORMAT, waiting = {}, rounds = {}, sent = {}, tick = 0, unaware = {}}, false
 end

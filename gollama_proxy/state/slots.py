@@ -37,12 +37,16 @@ turns of one round; all keys expire when no hub uses them.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
+
+logger = logging.getLogger(__name__)
 
 LIFETIME = 7.0  # seconds of a lease after its hub was last heard of
 PATIENCE = 3.0  # seconds of a waiting request after its hub was last heard of
@@ -172,13 +176,30 @@ def wanted_channel(prefix: str) -> str:
 
 
 def decode_grants(message: bytes) -> list[tuple[str, Grant]]:
-    """Decode a message of `grants_channel()`: workers with what is granted there."""
-    return [
-        (worker, Grant(lease, subject))
-        for worker, lease, subject in _decode_grants(message)
-    ]
+    """Decode a message of `grants_channel()`: workers with what is granted there.
+
+    One of another program, or of another format, is ignored, and logged once.
+    """
+    try:
+        found = _decode_grants(message)
+    except msgspec.DecodeError:
+        _complain("grants")
+        return []
+    return [(worker, Grant(lease, subject)) for worker, lease, subject in found]
 
 
 def decode_wanted(message: bytes) -> list[str]:
-    """Decode a message of `wanted_channel()`: workers for which requests wait."""
-    return _decode_wanted(message)
+    """Decode a message of `wanted_channel()`: workers for which requests wait.
+
+    One of another program, or of another format, is ignored, and logged once.
+    """
+    try:
+        return _decode_wanted(message)
+    except msgspec.DecodeError:
+        _complain("wanted")
+        return []
+
+
+@cache
+def _complain(channel: str) -> None:
+    logger.warning("a message in the channel %s is ignored: it is malformed", channel)

@@ -336,9 +336,14 @@ class Store:
     async def _keep(self) -> float | None:
         """Send a heartbeat, or try to connect; return when to do so again."""
         if self.mode is Mode.UP:
-            with contextlib.suppress(StoreDownError):
+            try:
                 await self._beat()
                 self._attempts = 0
+            except StoreDownError:
+                pass
+            except StoreError as exc:  # something of another program has come
+                if self._link is not None:
+                    self._link.end(exc)
             return HEARTBEAT
         wait = self._again - asyncio.get_running_loop().time()
         if wait > 0:

@@ -103,15 +103,32 @@ async def test_a_store_that_is_gone_leaves_the_hubs_that_were_seen_last(
         assert a.last_seen == 1
 
 
-async def test_what_another_version_writes_is_left_out(
+async def test_a_hub_of_another_version_counts_though_it_cannot_be_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    run = "0123456789abcdef"
     async with running_store(tmp_path) as server, connected(server.url) as store:
-        await server.ask("ZADD", "gollama:hubs", 1 << 45, "x")
-        await server.ask("SET", "gollama:hub:x", "[]")
+        [seconds, _] = await server.ask("TIME")
+        soon = (int(seconds) + LIFETIME) * 1000
+        await server.ask("ZADD", "gollama:hubs", soon, run)
+        await server.ask("SET", f"gollama:hub:{run}", "[]")
+        async with joined(store) as a:
+            await a.listens_at("http://a", "a")  # another heartbeat
+            assert a.last_seen == 2
+            assert a.others[run].name == run
+    assert caplog.messages == [f"the hub {run} describes itself in another format"]
+
+
+@pytest.mark.parametrize("score", ["-inf", 0, 1 << 45, "inf"])
+@pytest.mark.parametrize("run", [b"0123456789abcdef", b"x", b"\xff" * 16, b""])
+async def test_garbage_among_the_hubs_is_no_hub(
+    tmp_path: Path, run: bytes, score: str | int
+) -> None:
+    async with running_store(tmp_path) as server, connected(server.url) as store:
+        await server.ask("ZADD", "gollama:hubs", score, run)
+        await server.ask("SET", b"gollama:hub:" + run, "[]")
         async with joined(store) as a:
             assert a.last_seen == 1
-        assert "the hub x cannot be understood: b'[]'" in caplog.text
 
 
 def test_the_stable_id_survives_a_restart(tmp_path: Path) -> None:
