@@ -101,6 +101,57 @@ async def test_what_clients_see_when_a_hub_is_killed(tmp_path: Path) -> None:
             await once.chat.completions.create(model=MODEL, messages=ask("new 0"))
 
 
+async def test_a_conversation_returns_to_its_worker_through_the_other_hub(
+    tmp_path: Path,
+) -> None:
+    gate = asyncio.Event()
+    async with (
+        CountingWorker(2, gate) as left,
+        CountingWorker(2, gate) as right,
+        gateways(tmp_path, left, right) as site,
+        sdk(site.front) as client,
+    ):
+
+        async def turn(messages: list[Any]) -> tuple[str, str]:
+            """Return the answer and the worker that gave it."""
+            raw = await client.chat.completions.with_raw_response.create(
+                model=MODEL, messages=messages
+            )
+            content = raw.parse().choices[0].message.content
+            return content or "", raw.headers["X-Gollama-Worker"]
+
+        openings = [ask(f"{n} " + f"word{n} " * 500) for n in range(4)]
+        async with asyncio.TaskGroup() as group:
+            first = [
+                group.create_task(turn(each), name="fake turn") for each in openings
+            ]
+            await until(lambda: left.running == right.running == 2)
+            gate.set()
+        places = [each.result()[1] for each in first]
+        assert sorted(places) == sorted([left.name, right.name] * 2)
+        turns = [
+            [
+                *opening,
+                {"role": "assistant", "content": each.result()[0]},
+                *ask("And then?"),
+            ]
+            for opening, each in zip(openings, first, strict=True)
+        ]
+        dead, alive = site.hubs
+        async with asyncio.timeout(DEADLINE):  # hubs exchange this every second
+            while [await chosen(alive, each) for each in turns] != places:
+                await asyncio.sleep(0.05)
+        os.kill(dead.pid, signal.SIGKILL)
+        assert [(await turn(each))[1] for each in turns] == places
+
+
+async def chosen(hub: HubProcess, messages: list[Any]) -> str:
+    """Return the worker that a request of alice would get at a hub."""
+    body = {"request": {"model": MODEL, "messages": messages}, "subject": "alice"}
+    shown = (await call(hub, "POST", "/admin/explain", body)).json()
+    return str(shown["worker"])
+
+
 async def test_a_hub_that_drains_breaks_nothing(tmp_path: Path) -> None:
     gate = asyncio.Event()
     async with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import time
 from collections import Counter
@@ -150,7 +151,9 @@ async def call(hub: HasPort, method: str, path: str, body: object = None) -> Res
         if method == "GET":
             await wire.get(path, token)
         else:
-            await wire.post(path, body or {}, token, method=method)
+            # Spelled as the SDKs spell it: prompts are compared byte by byte.
+            text = json.dumps(body or {}, separators=(",", ":"), ensure_ascii=False)
+            await wire.post(path, text.encode(), token, method=method)
         return await wire.read_response()
 
 
