@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,15 @@ import pytest
 
 from gollama_proxy.cluster import Cluster
 from gollama_proxy.control import events
-from tests.control.test_admin import CALM, begun, call, endless, error_of, get
+from tests.control.test_admin import (
+    CALM,
+    begun,
+    call,
+    complete,
+    endless,
+    error_of,
+    get,
+)
 from tests.control.test_events import Listener, listening
 from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.client import Wire
@@ -162,3 +171,27 @@ async def test_other_hubs_send_nothing_when_no_one_listens(tmp_path: Path) -> No
         async with listening(one):
             await until(lambda: two.hub.proxy.observer is not None)
         await until(lambda: not one.hub.events.active)
+
+
+async def test_the_keys_in_the_store_are_documented(tmp_path: Path) -> None:
+    """After a request, a link, a change of a worker and a scrape."""
+    page = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    _, _, section = page.partition("## Keys and channels")
+    columns = re.findall(r"^\| (`.+?`) \|", section, re.MULTILINE)
+    names = re.findall(r"`(.+?)`", " ".join(columns))
+    patterns = "|".join(re.sub("[A-Z]+(-[A-Z]+)?", "[^ ]+", name) for name in names)
+    known = re.compile(f"gollama:({patterns})(:order|:mortal|:life)?")
+    async with (
+        running_store(tmp_path) as server,
+        ScriptedWorker() as worker,
+        two_hubs(server, worker) as (one, two),
+    ):
+        worker.default(*complete())
+        for hub in (one, two):
+            assert (await hub.post(CHAT, STREAM)).status == 200
+        await call(one, "POST", "/admin/links")
+        [shown] = (await get(two, "/admin/workers")).json()["workers"]
+        await call(two, "POST", f"/admin/workers/{shown['name']}/pause")
+        keys = {key.decode() for key in await server.ask("KEYS", "*")}
+        assert {"gollama:hubs", "gollama:epoch"} <= keys
+        assert [key for key in keys if not known.fullmatch(key)] == []
