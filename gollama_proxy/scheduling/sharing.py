@@ -37,13 +37,14 @@ from gollama_proxy.state.slots import (
     sync,
     wanted_channel,
 )
-from gollama_proxy.state.store import Mode, Store, StoreDownError, StoreError
+from gollama_proxy.state.store import HEARTBEAT, Mode, Store, StoreDownError, StoreError
 from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT: Final = 2.0  # seconds between two renewals of all leases
-WAITING: Final = 1.0  # the same of workers for which requests wait
+# Seconds between two calls about workers for which requests wait; all leases are
+# renewed at each heartbeat.
+WAITING: Final = 1.0
 # Leases that a hub renews less often, as late as one failed call allows.
 MANY: Final = 10_000
 AGAIN: Final = 0.1  # seconds until a call is repeated that was not answered

@@ -30,14 +30,11 @@ from msgspec import Struct, structs
 
 from gollama_proxy import __version__
 from gollama_proxy.config.settings import Process
+from gollama_proxy.state.slots import LIFETIME
 from gollama_proxy.state.store import HEARTBEAT, Mode, Store, StoreDownError, StoreError
 from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)
-
-# Seconds after its last heartbeat at which a hub counts as gone.  What it held is free
-# within 10 s: that, and a heartbeat of another hub.
-LIFETIME = 7.0
 
 _BEAT = """
 local time = redis.call('TIME')

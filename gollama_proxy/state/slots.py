@@ -48,7 +48,9 @@ import msgspec
 
 logger = logging.getLogger(__name__)
 
-LIFETIME = 7.0  # seconds of a lease after its hub was last heard of
+# Seconds after its last heartbeat at which a hub counts as gone, and its leases end.
+# What it held is free within 10 s: that, and a heartbeat of another hub.
+LIFETIME = 7.0
 PATIENCE = 3.0  # seconds of a waiting request after its hub was last heard of
 CAUTION = 4.0  # seconds for which hubs register again after an outage: two heartbeats
 MOST_WANTS = 64  # that a hub may have in the line of a worker

@@ -25,9 +25,7 @@ from gollama_proxy.scheduling import sharing  # noqa: E402
 from gollama_proxy.state import members  # noqa: E402
 
 members.LIFETIME *= FACTOR
-vars(sharing).update(
-    HEARTBEAT=sharing.HEARTBEAT * FACTOR, WAITING=sharing.WAITING * FACTOR
-)
+vars(sharing).update(WAITING=sharing.WAITING * FACTOR)
 
 if __name__ == "__main__":
     sys.exit(main())
