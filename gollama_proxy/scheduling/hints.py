@@ -13,7 +13,8 @@ they are never waited for, and what a hub has found out itself comes first:
   (`Memory.note`).  They are hashes with a key that the hubs have in common.
 
 `gather()` puts into a report what is new, and `take()` takes what another hub reports.
-Requests only leave notes for it.
+Requests only leave notes for it.  A report names each worker and model once, in
+`places`, and refers to it by its number there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from typing import Annotated
+
+from msgspec import Meta, Struct
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.breaker import TRUSTED, Breaker, BreakerState
@@ -29,16 +33,63 @@ from gollama_proxy.fleet.speed import Learnt
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Turn
-from gollama_proxy.state.hints import Rates, Report, Visit
+from gollama_proxy.state.messages import Message
 
 VISITS = 500  # in one report, which keeps the event loop of the others for 2 ms
 KEPT = 1000  # turns, and as many speeds, that are kept for hubs that start later
 MOST = 20_000  # models on workers that are remembered
-CYCLE = 50  # calls of `gather` in which all speeds are looked at once
+EVERY = 10  # calls of `gather` of which one looks at speeds
+CYCLE = 10  # such calls in which all speeds are looked at once
 NEWS = 0.1  # the part by which a speed has to change to be news
 OLD = 15.0  # seconds after which an open breaker elsewhere says nothing any more
 
 Place = tuple[str, str]
+
+
+# --- What is sent -----------------------------------------------------------------
+#
+# Any program that has the password of the store can write into it, so numbers and
+# lengths are checked.
+
+_Name = Annotated[str, Meta(max_length=1024)]
+_Number = Annotated[int, Meta(ge=0, le=2**62)]
+_Key = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_Rate = Annotated[float, Meta(gt=0, le=1e12)]
+_Level = Annotated[int, Meta(ge=0, lt=64)]
+
+
+class Rates(Struct, array_like=True, frozen=True):
+    """How fast a worker reads and writes a model, as one hub has learnt it."""
+
+    place: _Number
+    reads: Annotated[float, Meta(ge=0, le=1e12)]  # bytes/s; 0 is not known
+    writes: dict[_Level, _Rate]  # tokens/s of each answer, by the number of answers
+    tokens: _Rate  # of an answer, on average
+
+
+class Visit(Struct, array_like=True, frozen=True):
+    """A turn of a conversation that a worker got.  The keys are hashes, not text."""
+
+    place: _Number
+    keys: Annotated[tuple[_Key, ...], Meta(min_length=1, max_length=64)]
+    before: _Key  # the longest one of the turn before; 0 if there was none
+    size: _Number  # bytes of the request
+
+
+class Report(Message):
+    """What one hub has found out in the last moments."""
+
+    hub: _Name  # the run id of the hub
+    name: _Name = ""  # for people
+    places: tuple[
+        tuple[_Name, _Name], ...
+    ] = ()  # worker, model; "" is the worker itself
+    opened: tuple[_Number, ...] = ()  # places whose breakers have opened
+    rates: tuple[Rates, ...] = ()
+    visits: tuple[Visit, ...] = ()
+
+
+# --- What is done with it ---------------------------------------------------------
 
 
 class Hints(Listener):
@@ -63,6 +114,7 @@ class Hints(Listener):
         self._openings = BoundedDict[tuple[Worker, str], int](MOST)  # that are known
         self._reported = BoundedDict[Place, Learnt](MOST)
         self._assumed = BoundedDict[str, BoundedDict[str, Learnt]](MOST)  # by worker
+        self._calls = 0  # of `gather`
         self._next = 0  # the worker whose speeds are looked at next
         self._kept: deque[Turn] = deque(maxlen=KEPT)  # since the last `copy`
         registry.subscribe(self)
@@ -95,7 +147,10 @@ class Hints(Listener):
         opened = [each for worker in stirred for each in self._newly_open(worker)]
         for worker in stirred:
             self._assume(worker)
-        rates = [*self._changed_rates(1 if last else CYCLE)]
+        self._calls += 1
+        rates: list[tuple[Worker, str, Learnt]] = []
+        if last or self._calls % EVERY == 0:
+            rates += self._changed_rates(1 if last else CYCLE)
         turns = self._balancer.turns
         some = [turns.pop(key) for key in [*islice(turns, VISITS)]]
         self._kept.extend(some)

@@ -29,8 +29,7 @@ from collections.abc import Callable, Iterator
 from msgspec.structs import replace
 
 from gollama_proxy.scheduling.balancer import Balancer
-from gollama_proxy.scheduling.hints import VISITS, Hints
-from gollama_proxy.state.hints import Report
+from gollama_proxy.scheduling.hints import VISITS, Hints, Report
 from gollama_proxy.state.members import Members
 from gollama_proxy.state.messages import decode, encode
 from gollama_proxy.state.store import Argument, Mode, Store, StoreDownError, StoreError

@@ -12,10 +12,9 @@ from gollama_proxy.config.settings import Routing
 from gollama_proxy.fleet.breaker import TRUSTED, BreakerState, Verdict
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling import hints
-from gollama_proxy.scheduling.hints import Hints
+from gollama_proxy.scheduling.hints import Hints, Rates, Report, Visit
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.policies.affinity import Affinity
-from gollama_proxy.state.hints import Rates, Report, Visit
 from gollama_proxy.state.messages import decode, encode
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
@@ -68,7 +67,7 @@ def two(count: int = 3) -> tuple[FakeHub, FakeHub, Clock]:
 def tell(hub: FakeHub, *others: FakeHub) -> Report | None:
     """Have other hubs take all that one has to report; return the last report."""
     report = None
-    for _ in range(hints.CYCLE):
+    for _ in range(hints.CYCLE * hints.EVERY):
         found = hub.hints.gather()
         if found is not None:
             report = decode(Report, encode(found), "here")
