@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.values import ConfigError
+from gollama_proxy.control.agents import Renewals
 from gollama_proxy.control.events import Events
 from gollama_proxy.control.following import Follower
 from gollama_proxy.control.limits import SharedLimits
 from gollama_proxy.control.page import Links
 from gollama_proxy.control.peers import Peers
-from gollama_proxy.control.renewals import Renewals
 from gollama_proxy.control.replies import Peers as Answering
 from gollama_proxy.control.replies import Replies
 from gollama_proxy.control.shared import GroupMetrics, LinksInStore

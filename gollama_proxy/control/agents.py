@@ -17,6 +17,13 @@ forgery).  So an address is used only if
 A DNS name is resolved once, here, and the worker has the address from then on.  A
 failed proof reports nothing of what is at an address, unless the agent connects from
 there itself.
+
+**With a store**, an agent may call any hub, and switch at any time.  A hub writes what
+was renewed there, with the report of the agent, and reads the renewals at other hubs,
+within a second.  The hub that an agent has called last is the first one that ends a
+silent lease; the others would do so `GRACE` seconds later, if that hub is gone as well.
+A hub that cannot reach the store does not know what is renewed elsewhere, and ends no
+lease until it can.
 """
 
 from __future__ import annotations
@@ -24,10 +31,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import itertools
 import logging
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -47,8 +55,17 @@ from gollama_proxy.fleet.agents import Agents, LeaseState, WorkerLease, answer_t
 from gollama_proxy.fleet.registry import Registry, check_distinct
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.state import messages
 from gollama_proxy.state.database import StateError
-from gollama_proxy.state.facts import StoredWorker
+from gollama_proxy.state.facts import (
+    MAX_WORKERS,
+    MOST_WRITTEN,
+    NEWS,
+    Answer,
+    Entry,
+    Journal,
+    StoredWorker,
+)
 from gollama_proxy.state.local import State
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.upstream import names
@@ -414,6 +431,74 @@ class AgentApi:
             await self._hub.state.put(replace(stored, settings={}, agent={}))
         else:
             await self._hub.state.forget(name)
+
+
+# --- Renewals at other hubs ---------------------------------------------------------
+
+# Seconds for which a renewal is kept in the store: more than the longest lease.
+RENEWED = 2 * 3600.0
+
+
+class Renewal(messages.Message):
+    """A renewal as the store has it, by the name of the worker."""
+
+    hub: str  # where it was renewed: different at each start of a hub
+    agent: str  # the digest of its secret
+    report: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class Renewals:
+    """Takes part in the rounds with other hubs (`state/valkey.py`)."""
+
+    def __init__(self, agents: Agents, prefix: str) -> None:
+        self.journal = Journal(
+            prefix,
+            "agents",
+            MAX_WORKERS,
+            life=RENEWED,
+            mortal="all",
+            channel=f"{prefix}:{NEWS}",
+        )
+        self._agents, self._me = agents, secrets.token_hex(8)
+        self._numbers = itertools.count()
+        self._pending: dict[str, int] = {}  # renewed here, and not sent yet
+        self._sent: dict[str, int] = {}  # by the current round
+        agents.on_renewed = self._note
+
+    def __repr__(self) -> str:
+        return f"<Renewals pending={len(self._pending)}>"
+
+    def _note(self, lease: WorkerLease) -> None:
+        self._pending[lease.name] = next(self._numbers)
+
+    @property
+    def due(self) -> bool:
+        return bool(self._pending)
+
+    async def entries(self) -> list[Entry]:
+        names = itertools.islice(self._pending, MOST_WRITTEN)
+        self._sent = {name: self._pending[name] for name in names}
+        found = []
+        for name in self._sent:
+            lease = self._agents.find(name)
+            if lease is not None:
+                row = Renewal(hub=self._me, agent=lease.agent, report=lease.report)
+                found.append(Entry(name, "a0", messages.encode(row).decode()))
+        return found
+
+    async def take(self, entries: Sequence[Entry], answer: Answer) -> bool:
+        for name, number in self._sent.items():
+            if self._pending.get(name) == number:
+                del self._pending[name]
+        for row in answer.rows:
+            found = messages.decode(Renewal, row.value, "agents")
+            if found is not None and found.hub != self._me:
+                age = max(0.0, (answer.now - row.number) / 1e6)
+                self._agents.hear(row.key, found.agent, found.report, age)
+        return answer.more or bool(self._pending)
+
+
+# --- Proofs and addresses -----------------------------------------------------------
 
 
 async def _challenge(worker: WorkerConfig, port: int, secret: bytes) -> str:

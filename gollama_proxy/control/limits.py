@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.edge.quotas import REMEMBERED, SECONDS, Quotas
 from gollama_proxy.scheduling.admission import Admission
-from gollama_proxy.state.journal import MOST_WRITTEN, Answer, Entry, Journal
+from gollama_proxy.state.facts import MOST_WRITTEN, NEWS, Answer, Entry, Journal
 from gollama_proxy.state.ledger import storable
 from gollama_proxy.state.messages import Message, decode, encode
 
@@ -85,7 +85,13 @@ class SharedLimits:
     ) -> None:
         """Begin; `run` names this hub, `freed` lets requests of a subject proceed."""
         self.journal = Journal(
-            prefix, "limits", MOST_ROWS, life=LIFE, mortal="all", skip=f"{run} "
+            prefix,
+            "limits",
+            MOST_ROWS,
+            life=LIFE,
+            mortal="all",
+            channel=f"{prefix}:{NEWS}",
+            skip=f"{run} ",
         )
         self._quotas, self._admission, self._freed = quotas, admission, freed
         self._run, self._clock = run, clock
@@ -104,6 +110,11 @@ class SharedLimits:
         return f"<SharedLimits due={len(self._due)} others={len(self._others)}>"
 
     # --- What is sent ---------------------------------------------------------------
+
+    @property
+    def due(self) -> bool:
+        self._look()
+        return bool(self._due)
 
     async def entries(self) -> list[Entry]:
         self._look()

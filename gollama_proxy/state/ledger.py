@@ -9,7 +9,7 @@ and is written later.
 Quotas per day and month rest on the same numbers.  They are in memory from the start,
 for every subject that has used something this month.
 
-With a store, hubs exchange totals (`usage.py`): each row is that of one ledger, which
+With a store, hubs exchange totals (`valkey.py`): each row is that of one ledger, which
 has an id in its file, for a day, a subject and a model.  The rows of others are kept in
 a table beside the own ones, so that an answer needs no other hub.
 """
@@ -414,6 +414,11 @@ class Ledger:
 
     # --- Other hubs -----------------------------------------------------------------
 
+    @property
+    def busy(self) -> bool:
+        """Whether something was used that is not saved yet."""
+        return bool(self._pending or self._unsaved)
+
     async def share(self, first: int) -> None:
         """Have all rows since a day be unshared, and those that change later.
 
@@ -509,14 +514,14 @@ def day_of(text: str) -> int:
     Raises:
         ValueError: it is not a date.
     """
-    return (date.fromisoformat(text) - _FIRST).days
+    return (date.fromisoformat(text) - FIRST).days
 
 
-_FIRST = date(1970, 1, 1)
+FIRST = date(1970, 1, 1)
 
 
 def _first_of_month(day: int) -> int:
-    return day - (_FIRST + timedelta(day)).day + 1
+    return day - (FIRST + timedelta(day)).day + 1
 
 
 # --- Jobs of the thread -----------------------------------------------------------
@@ -622,7 +627,7 @@ def _sums(
     for row in database.execute(_QUESTION, values):
         shown = dict(zip((*GROUPS, *SUMS), row, strict=True))
         if shown["day"] is not None:
-            shown["day"] = (_FIRST + timedelta(shown["day"])).isoformat()
+            shown["day"] = (FIRST + timedelta(shown["day"])).isoformat()
         shown["slot_seconds"] = round(shown["slot_seconds"], 3)
         rows.append({name: shown[name] for name in (*by, *SUMS)})
     return rows

@@ -2,23 +2,37 @@
 
 A hub answers from its copy (`LocalState`), which nothing waits for.  A change made here
 is written to the copy, and sent to the store in a *round*: one round trip that writes
-what is new here, and reads what is new elsewhere, of all journals (`journal.py`).  A
-round takes place every `PERIOD`, so that nothing is older than a second; at once after
-a change here; and at once when the store announces one.
+what is new here, and reads what is new elsewhere, of all journals (`facts.py`).  It
+takes place at once after a change of a fact here, or when the store announces one.  Of
+other rows it takes place within `PERIOD`, so that none is older than a second.  Without
+any news there is a round each `QUIET`, as an announcement may be lost.
 
 While the store is gone, changes stay in the copy as not sent, also over a restart.
 When it is back, they are merged by their age (`facts.py`).  A store that has lost its
 data is filled from the copies of all hubs.
+
+**Usage.**  Each hub writes the totals of its ledger, and reads the others'.  There is a
+journal for each month.  A row is the total of one ledger on one day, for a subject and
+a model: it is set and never incremented, so that it can be written twice.  A hub keeps
+what it has read in its own database, so it needs the store only for what is new; one
+that was away for longer than the journals are kept lacks that time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import secrets
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date, timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
+
+import msgspec
+from msgspec import Meta
 
 from gollama_proxy.config.settings import Revoked
 from gollama_proxy.state.database import StateError
@@ -26,8 +40,13 @@ from gollama_proxy.state.facts import (
     MAX_REVOCATIONS,
     MAX_TOMBSTONES,
     MAX_WORKERS,
+    MOST_WRITTEN,
+    NEWS,
+    Answer,
+    Entry,
     Fact,
     Gap,
+    Journal,
     Key,
     Stamp,
     StoredWorker,
@@ -35,25 +54,38 @@ from gollama_proxy.state.facts import (
     is_sound,
     left_over,
 )
-from gollama_proxy.state.journal import MOST_WRITTEN, Answer, Entry, Journal
-from gollama_proxy.state.ledger import Ledger
+from gollama_proxy.state.ledger import FIRST, Ledger, OtherRow, Sums
 from gollama_proxy.state.local import LocalState, State
+from gollama_proxy.state.messages import Message, decode, encode
 from gollama_proxy.state.store import Mode, Store, StoreDownError, StoreError
-from gollama_proxy.state.usage import Usage
 from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)
 
-PERIOD = 0.5  # seconds between two rounds
+PERIOD = 0.5  # seconds after which there is a round, if anything is new
+QUIET = 2.0  # seconds after which there is one in any case
 CATCHING_UP = 1.0  # seconds for a round trip that may bring thousands of rows
-CHANNEL = "facts"
+CHANNEL = "facts"  # has them announced, and read at once
 MOST_FACTS = 2 * MAX_WORKERS + MAX_REVOCATIONS + MAX_TOMBSTONES
+# Rows of a month, about 300 bytes each: of 16 hubs with 400 pairs of a subject and a
+# model on each day.
+MOST_TOTALS = 200_000
+# Seconds for which a month is kept after the last hub has looked at it: a hub looks at
+# the current month and the one before.
+EXPIRY = 40 * 86_400.0
+# Seconds after which the month before is looked at again, as a hub that was away may
+# come back with what it has used there.
+SELDOM = 60.0
 
 
 class Part(Protocol):
     """What takes part in the rounds: a journal, and what to do with its rows."""
 
     journal: Journal
+
+    @property
+    def due(self) -> bool:
+        """Whether there is something to write, as far as it is known."""
 
     async def entries(self) -> Sequence[Entry]:
         """Return the rows to write now, at most `MOST_WRITTEN`; it may be repeated."""
@@ -82,12 +114,15 @@ class SharedState:
         self.caught_up = False  # by the last attempt
         self.others: Callable[[], list[str]] = list  # the names of the other hubs
         self._store, self._clock, self._wall = store, clock, wall
+        self._me = secrets.token_hex(8)  # in what this hub announces
+        self._news = False  # announced by another hub, and not read yet
         self._facts = _Facts(local, store.prefix, wall)
         self._parts: list[Callable[[], Sequence[Part]]] = []
         self.add(lambda: [self._facts])
         self.add(Usage(local.ledger, store.prefix).parts)
         self._turn = asyncio.Lock()
         self._complaint = ""
+        self._tried_at = 0.0  # when the last round began, whatever the clock shows
         self._rounds = Periodic("rounds of shared state", self._step, PERIOD, delay=0)
 
     def __repr__(self) -> str:
@@ -156,6 +191,7 @@ class SharedState:
         self._store.subscribe_mode(self._note_mode)
         self._rounds.start()
         await self._store.listen(self._store.key(CHANNEL), self._wake)
+        await self._store.listen(self._store.key(NEWS), self._note_news)
 
     async def stop(self) -> None:
         """Send what is left, and end the rounds; the copy stays as it is."""
@@ -163,7 +199,13 @@ class SharedState:
         await self.round()
 
     def _wake(self, data: bytes) -> None:
-        self._rounds.wake()
+        self._note_news(data)
+        if self._news:
+            self._rounds.wake()
+
+    def _note_news(self, data: bytes) -> None:
+        if data != self._me.encode():
+            self._news = True
 
     def _note_mode(self, mode: Mode) -> None:
         self.caught_up = False
@@ -171,7 +213,13 @@ class SharedState:
             self._rounds.wake()
 
     async def _step(self) -> None:
+        quiet = self.caught_up and time.monotonic() - self._tried_at < QUIET
+        if quiet and not self._news and not any(part.due for part in self._all()):
+            return
         await self.round()
+
+    def _all(self) -> list[Part]:
+        return [part for parts in self._parts for part in parts()]
 
     async def round(self) -> bool:
         """Send what is new here, read what is new elsewhere, until nothing is left.
@@ -200,9 +248,9 @@ class SharedState:
         """Make one round trip; return whether another one has to follow."""
         if self._store.mode is not Mode.UP:
             raise StoreDownError(self._store.reason)  # and nothing is prepared
-        parts = [part for parts in self._parts for part in parts()]
-        batches = [(part, await part.entries()) for part in parts]
-        commands = [part.journal.command(batch) for part, batch in batches]
+        self._news, self._tried_at = False, time.monotonic()
+        batches = [(part, await part.entries()) for part in self._all()]
+        commands = [part.journal.command(batch, self._me) for part, batch in batches]
         within = None if self.caught_up else CATCHING_UP
         replies = await self._store.pipe(commands, within=within)
         more = False
@@ -239,6 +287,10 @@ class _Facts:
         return f"<_Facts {self.journal!r} unsent={len(self._local.unsent)}>"
 
     # --- What is sent -----------------------------------------------------------------
+
+    @property
+    def due(self) -> bool:
+        return bool(self._local.unsent)
 
     async def entries(self) -> list[Entry]:
         local = self._local
@@ -338,3 +390,148 @@ class _Facts:
                 gone.append(key)
         self.changed.update(key for key in gone if self._local.text(key))
         await self._local.drop(gone)
+
+
+# --- Usage ------------------------------------------------------------------------
+
+
+class Total(Message):
+    """The value of a row."""
+
+    sums: Sums
+
+
+class _Place(msgspec.Struct, array_like=True):
+    """The key of a row, behind the id of its ledger and a space."""
+
+    day: Annotated[int, Meta(ge=0, le=1_000_000)]
+    subject: Annotated[str, Meta(max_length=10_000)]
+    model: Annotated[str, Meta(max_length=10_000)]
+
+
+class Usage:
+    """The journals of two months, for the ledger of this hub."""
+
+    def __init__(self, ledger: Ledger, prefix: str) -> None:
+        self.full = False  # the store has no room for what this hub has used
+        self._ledger, self._prefix = ledger, prefix
+        self._months: dict[date, Month] = {}
+
+    def __repr__(self) -> str:
+        return f"<Usage {[*self._months.values()]!r}>"
+
+    def parts(self) -> list[Month]:
+        """Return what takes part in the next round."""
+        today = FIRST + timedelta(self._ledger.day)
+        this = today.replace(day=1)
+        before = (this - timedelta(1)).replace(day=1)
+        if self._months.keys() != {before, this}:
+            self._months = {
+                month: self._months.get(month)
+                or Month(self._ledger, self._prefix, month, self)
+                for month in (before, this)
+            }
+        old, new = self._months[before], self._months[this]
+        late = time.monotonic() - old.read_at >= SELDOM
+        return [old, new] if late or today.day <= 2 or old.open else [new]
+
+
+class Month:
+    """The journal of one month; a part of the rounds."""
+
+    def __init__(self, ledger: Ledger, prefix: str, month: date, usage: Usage) -> None:
+        self.journal = Journal(
+            prefix,
+            f"usage:{month:%Y-%m}",
+            MOST_TOTALS,
+            expiry=EXPIRY,
+            channel=f"{prefix}:{NEWS}",
+            skip=f"{ledger.id} ",
+        )
+        self._ledger, self._usage = ledger, usage
+        self._first = (month - FIRST).days
+        self._end = ((month + timedelta(31)).replace(day=1) - FIRST).days
+        self._sent: dict[tuple[int, str, str], int] = {}
+        self.read_at = 0.0  # monotonic seconds
+
+    def __repr__(self) -> str:
+        return f"<Month {self.journal!r}>"
+
+    @property
+    def open(self) -> bool:
+        """Whether this month was not read, or this hub has rows of it to write."""
+        return not self.journal.id or bool(self._to_send(1))
+
+    @property
+    def due(self) -> bool:
+        return self.open or self._ledger.busy
+
+    def _to_send(self, most: int) -> list[tuple[int, str, str]]:
+        mine = (
+            key
+            for key in self._ledger.unshared or ()
+            if self._first <= key[0] < self._end
+        )
+        return [*itertools.islice(mine, most)]
+
+    async def entries(self) -> list[Entry]:
+        """Return totals that have changed.  A disk that cannot be read delays them."""
+        self._sent = {}
+        unshared = self._ledger.unshared
+        if not self.journal.id or unshared is None:
+            return []  # all of them follow, once this life of the store is known
+        try:
+            await self._ledger.save()
+            keys = self._to_send(MOST_WRITTEN)
+            totals = await self._ledger.totals(keys)
+        except sqlite3.Error as exc:
+            logger.debug("usage cannot be read: %s", exc)
+            return []
+        self._sent = {key: unshared[key] for key in keys}
+        return [
+            Entry(
+                f"{self._ledger.id} {encode(_Place(*key)).decode()}",
+                "a0",
+                encode(Total(sums=sums)).decode(),
+            )
+            for key, sums in zip(keys, totals, strict=True)
+        ]
+
+    async def take(self, entries: Sequence[Entry], answer: Answer) -> bool:
+        try:
+            if answer.renewed:
+                await self._ledger.share(self._first)
+            await self._ledger.take_others([*self._others(answer)])
+        except sqlite3.Error as exc:
+            # The rows are read again from the start, when the disk takes them.
+            logger.debug("usage of other hubs cannot be kept: %s", exc)
+            self.journal.id, self.journal.cursor = "", 0
+            return False
+        self.read_at = time.monotonic()
+        unshared = self._ledger.unshared or {}
+        for (key, number), result in zip(
+            self._sent.items(), answer.results, strict=True
+        ):
+            if not result.version and not self._usage.full:
+                logger.error("the store has %d rows of usage in a month", MOST_TOTALS)
+            self._usage.full = not result.version
+            if unshared.get(key) == number:
+                del unshared[key]
+        # A disk that cannot be read leaves rows to send, and sends none.
+        progress = answer.renewed or bool(self._sent)
+        return answer.more or (progress and bool(self._to_send(1)))
+
+    def _others(self, answer: Answer) -> list[OtherRow]:
+        """Read the rows of other ledgers; what is malformed is left out."""
+        found = []
+        for row in answer.rows:
+            ledger, _, place = row.key.partition(" ")
+            total = decode(Total, row.value, "usage")
+            try:
+                where = msgspec.json.decode(place, type=_Place)
+            except (msgspec.DecodeError, UnicodeError):
+                continue
+            if total is not None and self._first <= where.day < self._end:
+                key = where.day, where.subject, where.model
+                found.append(OtherRow(ledger, *key, total.sums))
+        return found

@@ -28,6 +28,7 @@ from tests.fakes.valkey import (
     running_store,
 )
 from tests.fakes.waiting import until
+from tests.state.test_ledger import Ended
 
 ONE = StoredWorker("one", "admin", {"url": "http://10.0.0.1:1", "slots": 4}, "paused")
 TWO = StoredWorker(
@@ -359,7 +360,10 @@ async def test_a_store_that_is_full_is_logged_once(
 # --- By itself --------------------------------------------------------------------
 
 
-async def test_a_change_is_announced(tmp_path: Path) -> None:
+async def test_what_is_new_is_announced_and_else_there_is_no_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(valkey, "QUIET", 3600.0)
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
             for each in a, b:
@@ -368,8 +372,24 @@ async def test_a_change_is_announced(tmp_path: Path) -> None:
             await until(lambda: b.workers == [ONE], "the other hub has it")
             await b.forget("one")
             await until(lambda: not a.workers, "it is removed")
+            a.ledger.add(Ended())
+            await until(lambda: b.ledger.spent("alice").today == 25, "it is counted")
+            await until(lambda: not a.ledger.unshared, "it was sent")
             for each in a, b:
                 await each.stop()
+
+
+async def test_a_lost_announcement_delays_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(valkey, "QUIET", 0.0)
+    async with running_store(tmp_path) as server:
+        async with hub(server) as a, hub(server) as b:
+            monkeypatch.setattr(b, "_wake", lambda _: None)
+            await b.start()
+            await a.put(ONE)
+            await until(lambda: b.workers == [ONE], "the other hub has it")
+            await b.stop()
 
 
 async def test_the_rounds_go_on_after_the_store_was_gone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.state import store as stores
-from gollama_proxy.state.journal import MOST_NEWS, Answer, Entry, Journal
+from gollama_proxy.state.facts import MOST_NEWS, Answer, Entry, Journal
 from gollama_proxy.state.store import Store
 from tests.fakes.valkey import ENGINES, connected, running_store
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.state import store as stores
-from gollama_proxy.state import usage, valkey
+from gollama_proxy.state import valkey
 from gollama_proxy.state.ledger import DAY, Question, day_of
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.state.valkey import SharedState
@@ -185,7 +185,7 @@ async def test_a_ledger_that_was_deleted_is_another_one(tmp_path: Path) -> None:
 async def test_many_rows_take_several_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage, "MOST_WRITTEN", 50)
+    monkeypatch.setattr(valkey, "MOST_WRITTEN", 50)
     clock = Clock(NOON)
     async with running_store(tmp_path) as server:
         async with hub(server, clock) as a, hub(server, clock) as b:
@@ -197,9 +197,9 @@ async def test_many_rows_take_several_rounds(
 
 
 async def test_there_is_a_bound_for_a_month(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(usage, "MOST_ROWS", 2)
+    monkeypatch.setattr(valkey, "MOST_TOTALS", 2)
     clock = Clock(NOON)
     async with running_store(tmp_path) as server:
         async with hub(server, clock) as a, hub(server, clock) as b:
@@ -208,6 +208,7 @@ async def test_there_is_a_bound_for_a_month(
             await rounds(a, b)
             assert await a.total() == 3
             assert await b.total() == 2
+            assert "the store has 2 rows of usage in a month" in caplog.text
 
 
 async def test_rows_that_are_malformed_are_left_out(tmp_path: Path) -> None:
