@@ -50,11 +50,11 @@ class Sample:
 
 
 async def measure_answers(
-    proxy: Proxy, kind: Kind, tokens: int, seconds: float
+    proxy: Proxy, kind: Kind, tokens: int, seconds: float, clients: int = CLIENTS
 ) -> Sample:
     """Measure the CPU time of an answer, with clients that repeat their request."""
     lasting = WARM_UP + seconds + 0.2
-    job = Job(proxy.port, CLIENTS, kind, tokens, seconds=lasting, bearers=proxy.bearers)
+    job = Job(proxy.port, clients, kind, tokens, seconds=lasting, bearers=proxy.bearers)
     return await _measure(proxy, job, WARM_UP, seconds)
 
 

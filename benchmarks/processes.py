@@ -1,28 +1,36 @@
 """How much more several processes serve at one address than one does.
 
 The clients and the worker need the cores of this machine as well, so requests per
-second would measure them, too.  Counted is the CPU time of the hubs.  If each of N hubs
-has a core, they serve N times (CPU time of a request of one process / CPU time of a
-request of the N) as much as one does.  The parent and the store are counted apart.
+second would measure them, too.  Counted is the CPU time of the hubs: N processes at one
+address, and N hubs that know nothing of each other, with the same load divided among
+them.  If each hub has a core, the N processes serve N times (CPU time of a request
+apart / CPU time of a request together) as much as one hub does.  The parent and the
+store are counted separately.
 
-One process and several take turns within each round; a figure is the median.
+Both take turns within each round; a figure is the median.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 import psutil
 
 from benchmarks import command
 from benchmarks.load import Kind
-from benchmarks.measure import measure_answers, measure_tokens, paced_worker
+from benchmarks.measure import (
+    CLIENTS,
+    measure_answers,
+    measure_tokens,
+    paced_worker,
+)
 from benchmarks.proxies import Hub, cpu_seconds
 from benchmarks.report import markdown
 
@@ -84,56 +92,79 @@ LOADS = {
 }
 
 
-async def measure(group: Group, kind: Kind | None, seconds: float) -> Cost:
+async def measure_together(group: Group, kind: Kind | None, seconds: float) -> Cost:
     rest, hubs = group.of_the_rest(), group.of_hubs()
-    if kind is None:
-        sample = await measure_tokens(group, STREAMS, RATE, seconds)
-    else:
-        tokens = 20 if kind is Kind.CHAT else 1
-        sample = await measure_answers(group, kind, tokens, seconds)
+    microseconds = await _measure(group, kind, seconds, 1)
     used = [now - then for now, then in zip(group.of_hubs(), hubs, strict=True)]
     # The rest is also used while the clients start and end, as the hubs are.
-    rest = sample.microseconds * (group.of_the_rest() - rest) / sum(used)
-    return Cost(sample.microseconds, rest, max(used) / sum(used))
+    rest = microseconds * (group.of_the_rest() - rest) / sum(used)
+    return Cost(microseconds, rest, max(used) / sum(used))
+
+
+async def measure_apart(
+    hubs: Sequence[Group], kind: Kind | None, seconds: float
+) -> float:
+    """Return the CPU microseconds for each answer or token of hubs that run at once."""
+    part = len(hubs)
+    return fmean(
+        await asyncio.gather(*(_measure(each, kind, seconds, part) for each in hubs))
+    )
+
+
+async def _measure(group: Group, kind: Kind | None, seconds: float, part: int) -> float:
+    if kind is None:
+        sample = await measure_tokens(group, STREAMS // part, RATE, seconds)
+    else:
+        tokens = 20 if kind is Kind.CHAT else 1
+        clients = CLIENTS // part
+        sample = await measure_answers(group, kind, tokens, seconds, clients)
+    return sample.microseconds
 
 
 async def run(number: int, rounds: int, seconds: float) -> None:
-    costs: dict[tuple[str, int], list[Cost]] = {}
+    apart: dict[str, list[float]] = {load: [] for load in LOADS}
+    together: dict[str, list[Cost]] = {load: [] for load in LOADS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         async with contextlib.AsyncExitStack() as stack:
             port = await stack.enter_async_context(paced_worker(RATE, folder))
-            groups = [Group([port], folder / str(each), each) for each in (1, number)]
-            for group in groups:
-                await stack.enter_async_context(group.running())
+            group = Group([port], folder / "together", number)
+            hubs = [Group([port], folder / str(each), 1) for each in range(number)]
+            for each in (group, *hubs):
+                await stack.enter_async_context(each.running())
             for turn in range(rounds):
                 for load, kind in LOADS.items():
-                    for group in groups if turn % 2 else groups[::-1]:
-                        cost = await measure(group, kind, seconds)
-                        costs.setdefault((load, group.number), []).append(cost)
-            memory = groups[1].memory_of_all()
-    print(_table(costs, number))
+                    if turn % 2:
+                        apart[load].append(await measure_apart(hubs, kind, seconds))
+                    cost = await measure_together(group, kind, seconds)
+                    together[load].append(cost)
+                    if not turn % 2:
+                        apart[load].append(await measure_apart(hubs, kind, seconds))
+            memory = group.memory_of_all()
+    print(_table(apart, together, number))
     shown = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in memory)
     print(f"\nResident memory after that, MiB: {shown}.")
 
 
-def _table(costs: dict[tuple[str, int], list[Cost]], number: int) -> str:
+def _table(
+    apart: dict[str, list[float]], together: dict[str, list[Cost]], number: int
+) -> str:
     rows = []
     for load in LOADS:
-        one, several = costs[load, 1], costs[load, number]
-        factors = [number * a.hubs / b.hubs for a, b in zip(one, several, strict=True)]
+        one, several = apart[load], together[load]
+        factors = [number * a / b.hubs for a, b in zip(one, several, strict=True)]
         rows.append(
             [
                 load,
-                f"{median(each.hubs for each in one):.1f}",
+                f"{median(one):.1f}",
                 f"{median(each.hubs for each in several):.1f}",
                 f"{median(each.rest for each in several):.1f}",
                 f"{median(each.busiest for each in several):.0%}",
                 f"{median(factors):.2f} ({min(factors):.2f} - {max(factors):.2f})",
             ]
         )
-    titles = ["", "1 process, µs", f"{number} processes, µs", "parent and store, µs"]
-    return markdown([*titles, "busiest process", "throughput"], rows)
+    titles = ["", "apart, µs", "together, µs", "parent and store, µs"]
+    return markdown([*titles, "busiest hub", "throughput"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

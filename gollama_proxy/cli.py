@@ -408,11 +408,11 @@ def _serve_here(config: Config, reload: Callable[[], Config]) -> int:
 def _serve_by_processes(
     args: argparse.Namespace, config: Config, reload: Callable[[], Config]
 ) -> int:
-    from gollama_proxy import processes, shared, tasks
+    from gollama_proxy import processes, tasks
     from gollama_proxy.service import Service
     from gollama_proxy.telemetry import logs
 
-    if shared.number_of(config.server.processes) == 1:
+    if processes.number_of(config.server.processes) == 1:
         return _serve_here(config, reload)
     service = Service.take(os.environ)
     try:

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy import processes, shared
+from gollama_proxy import embedded, hub_process, processes
 from gollama_proxy.cli import main
 from gollama_proxy.config.settings import COUNTS, Config, Process, Server, State
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.processes import WATCHDOG, HubProcess, combine, total
+from gollama_proxy.hub_process import WATCHDOG, HubProcess, Inheritance
+from gollama_proxy.processes import combine, total
 from gollama_proxy.service import Listeners, Load
-from gollama_proxy.shared import Common
 from gollama_proxy.state.local import lock
 from tests.fakes.hub import SECRET
 from tests.fakes.process import bare
@@ -39,8 +39,8 @@ def test_auto_is_a_process_for_each_core(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
     if quota is not None:
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    assert shared.number_of(0, tmp_path) == number
-    assert shared.number_of(7, tmp_path) == 7
+    assert processes.number_of(0, tmp_path) == number
+    assert processes.number_of(7, tmp_path) == 7
 
 
 # --- What is refused ------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_a_server_that_does_not_start(
     program = tmp_path / "valkey-server"
     program.write_text("#!/bin/sh\necho 'wrong CPU'\nexit 1\n")
     program.chmod(0o700)
-    monkeypatch.setattr(shared, "find_program", lambda: program)
+    monkeypatch.setattr(embedded, "find_program", lambda: program)
     log = tmp_path / "state/processes/store.log"
     why = f"the embedded Valkey does not start: wrong CPU (from {log})"
     assert serve().endswith(f"{why}; state.url can name another server\n")
@@ -150,9 +150,9 @@ def test_the_variable_of_a_process_that_is_set_by_hand(
 # --- What the processes share ---------------------------------------------------------
 
 
-async def prepared(stack: AsyncExitStack, folder: Path) -> Common:
+async def prepared(stack: AsyncExitStack, folder: Path) -> Inheritance:
     config = Config(server=Server(port=0), state=State(dir=str(folder)))
-    return await shared.prepare(config, Listeners(), 2, stack)
+    return await hub_process.prepare(config, Listeners(), 2, stack)
 
 
 async def test_a_folder_whose_path_is_too_long_for_sockets(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ async def hub(tmp_path: Path) -> AsyncIterator[HubProcess]:
     """Start a program in place of a hub, which reports what the test receives."""
     memory = os.open(os.devnull, os.O_RDONLY)
     mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    common = Common(Listeners(), tmp_path, tmp_path, [mailbox], memory)
+    common = Inheritance(Listeners(), tmp_path, tmp_path, [mailbox], memory)
     made = await asyncio.to_thread(
         HubProcess,
         Process(1, 2, "group", 3),
@@ -264,7 +264,7 @@ async def test_reloads_of_a_hub(
     messages(hub, "READY=1", "X_GOLLAMA_RELOADED=nothing has changed")
     assert await reloading == "nothing has changed"
     assert len(sent) == 2
-    monkeypatch.setattr(processes, "RELOADS_WITHIN", 0.0)
+    monkeypatch.setattr(hub_process, "RELOADS_WITHIN", 0.0)
     assert await hub.reload() == "refused: no answer within 0 s"
 
 
