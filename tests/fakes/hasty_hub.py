@@ -22,9 +22,7 @@ store.HEARTBEAT *= FACTOR
 # What these import must have been changed before.
 from gollama_proxy.cli import main  # noqa: E402
 from gollama_proxy.scheduling import sharing  # noqa: E402
-from gollama_proxy.state import members  # noqa: E402
 
-members.LIFETIME *= FACTOR
 vars(sharing).update(WAITING=sharing.WAITING * FACTOR)
 
 if __name__ == "__main__":
