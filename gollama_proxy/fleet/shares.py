@@ -37,7 +37,7 @@ from gollama_proxy.state.slots import Ask, Grant, Reply, Want
 # Seconds for which the most requests at once are remembered; at most twice as long.
 RECENT: Final = 10.0
 # Leases that were given back and of which a late message may still arrive.
-MOST_RETURNED: Final = 256
+MOST_RETURNED: Final = 1024
 _LOCAL: Final = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -80,18 +80,17 @@ class Share:
         self.contended = False  # requests of other hubs wait for this worker
         self.least = 0  # leases to hold, as its model is in demand
         self.scarce = False  # no slot of it was free, as far as is known
+        self._new = set[str]()  # of the leases, those that no ask has named
         self._alerted = False  # since the last ask
-        self._new = set[str]()  # of them, those that no ask has named
         self._back: list[str] = []  # to be given back
         self._unused: list[str] = []  # the same, for which a subject has its turn again
         self._returned = BoundedDict[str, None](MOST_RETURNED)
         self._wants: tuple[Want, ...] = ()  # as the store knows them
         self._whole = False  # no other hub had a lease, at the last ask
         self._made = 0  # leases that the hub made itself
-        self._peak = self._before = (
-            0  # most requests at once, in this period and before
-        )
-        self._since = now  # when this period began
+        # Most requests at once in this period, which began at `_since`, and before.
+        self._peak = self._before = 0
+        self._since = now
 
     def __repr__(self) -> str:
         marks = [name for name in ("contended", "scarce") if getattr(self, name)]

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from gollama_proxy.scheduling import sharing
@@ -89,10 +90,17 @@ class Hubs:
             f"{waiting} requests wait",
         )
 
-    async def contended(self, number: int) -> None:
-        """Wait until one of the hubs knows that requests of others wait."""
-        [worker] = self.running[number].hub.registry.workers
+    async def known(self, *subjects: str) -> None:
+        """Wait until the store knows that requests of these wait, and the first hub."""
+        while not {*subjects} <= {*await self._waiting()}:
+            await asyncio.sleep(0.005)
+        [worker] = self.running[0].hub.registry.workers
         await until(lambda: worker.on_yield is not None, "others wait")
+
+    async def _waiting(self) -> list[str]:
+        [key] = await self.store.ask("KEYS", "gollama:slots:line:*")
+        line = msgspec.msgpack.decode(await self.store.ask("GET", key))
+        return [want[0] for _, wants in line["waiting"].values() for want in wants]
 
     async def held(self, worker: ScriptedWorker) -> int:
         """Return how many leases of a worker there are in the store."""
@@ -268,7 +276,7 @@ async def test_subjects_take_turns_over_all_hubs(tmp_path: Path) -> None:
         await worker.busy(1)
         clients += [chat(two, "b") for _ in range(3)]
         await both.queue(5, 3)
-        await both.contended(0)
+        await both.known("b")
         await serve(worker, clients)
         assert order(worker)[1:7].count("b") == 3, order(worker)
 
@@ -282,7 +290,7 @@ async def test_one_subject_has_one_turn_wherever_it_sends_its_requests(
         clients += [chat(two, "a") for _ in range(3)]
         clients += [chat(two, "b") for _ in range(3)]
         await both.queue(3, 6)
-        await both.contended(0)
+        await both.known("a", "b")
         await serve(worker, clients)
         turns = order(worker)
         assert turns[1:7].count("b") == 3, turns
@@ -296,7 +304,7 @@ async def test_classes_are_strict_over_all_hubs(tmp_path: Path) -> None:
         await both.queue(3, 0)
         urgent = [chat(two, "i") for _ in range(3)]
         await both.queue(3, 3)
-        await both.contended(0)
+        await both.known("i")
         await serve(worker, [first, *batch, *urgent])
         assert order(worker) == "xiiibbb"
 
