@@ -21,7 +21,8 @@ lease in particular, only their number counts.  One without a request is *spare*
 When the store cannot be reached, a hub uses what it holds, but no more than its fair
 part, and after the lifetime of all leases exactly its fair part: the slots divided by
 the hubs that were last seen (`fair_parts`).  Requests that run then are registered once
-the store is back, under leases that the hub makes itself.
+the store is back, under leases that the hub makes itself.  For some seconds, until all
+hubs are back, it then asks for no more than its part.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Share:
         "_alerted",
         "_back",
         "_before",
+        "_careful",
         "_made",
         "_new",
         "_peak",
@@ -86,6 +88,7 @@ class Share:
         self._unused: list[str] = []  # the same, for which a subject has its turn again
         self._returned = BoundedDict[str, None](MOST_RETURNED)
         self._wants: tuple[Want, ...] = ()  # as the store knows them
+        self._careful = False  # the last ask was
         self._whole = False  # no other hub had a lease, at the last ask
         self._made = 0  # leases that the hub made itself
         # Most requests at once in this period, which began at `_since`, and before.
@@ -126,8 +129,12 @@ class Share:
         While no other hub waits, it is enough that the store knows that these requests
         wait, and not how many there are.
         """
-        if self.owes or self.contended:
-            return self.owes or tuple(wants) != self._wants
+        if self.owes:
+            return True
+        if self._careful:
+            return False
+        if self.contended:
+            return tuple(wants) != self._wants
         if self._whole:
             return False
         return not {_kind(want) for want in wants} <= {*map(_kind, self._wants)}
@@ -141,22 +148,31 @@ class Share:
         *,
         in_use: bool = True,
         renew: bool = True,
+        careful: bool = False,
     ) -> Ask | None:
         """Return what to ask for this worker; None if there is nothing to ask or renew.
 
         `slots` is how many requests it can take from all hubs, of which `fair` are this
         hub's part; `running` is how many it has from this hub, and `wants` are those
         that wait for it.  One that is not `in_use` gets no new request.  Unless it is
-        to `renew` all leases, the ask names only those that are new.
+        to `renew` all leases, the ask names only those that are new.  While `careful`,
+        the hub wants no more than its part: leases of others may have ended while the
+        store was gone, and these may not be back yet.
         """
         self.cover(running)
         waiting = sum(want.requests for want in wants)
-        target = min(slots, max(self.target, running + waiting)) if in_use else 0
+        most = min(slots, fair) if careful else slots
+        target = min(most, max(self.target, running + waiting)) if in_use else 0
         self.trim(running if self.contended else max(running, target))
         self._whole = len(self.leases) >= slots and not self.contended
         if self._whole:
             wants = ()  # no other hub has a slot to give back
+        self._careful = careful
+        if careful:
+            wants = tuple(_first(wants, most - len(self.leases)))
         spare = 0 if self.contended else max(0, target - len(self.leases))
+        if careful and wants:
+            spare = 0
         if not (self.leases or self.owes or spare or wants or self._wants):
             self.scarce = False  # for all that is known
             return None
@@ -239,6 +255,14 @@ class Share:
         if grant.subject:
             self._wants = tuple(_without(self._wants, grant.subject))
         return True
+
+
+def _first(wants: Sequence[Want], most: int) -> Iterator[Want]:
+    """Yield the first of the requests that wait, at most so many."""
+    for want in wants:
+        if most > 0:
+            yield want._replace(requests=min(want.requests, most))
+        most -= want.requests
 
 
 def _without(wants: Sequence[Want], subject: str) -> Iterator[Want]:

@@ -26,6 +26,7 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.turns import Ticket
 from gollama_proxy.state.slots import (
+    CAUTION,
     LIFETIME,
     MOST_WANTS,
     Ask,
@@ -51,6 +52,8 @@ AGAIN: Final = 0.1  # seconds until a call is repeated that was not answered
 LATER: Final = 0.5  # the same, when the hub goes on by itself
 # Calls without an answer, one after the other, after which the hub goes on by itself.
 MOST_FAILURES: Final = 2
+# Seconds since the last renewal after which leases of other hubs may have ended, too.
+_ENDING: Final = LIFETIME - 2 * HEARTBEAT
 # Workers that a request asks at once: in larger pools, others every second.
 MOST_PLACES: Final = 32
 
@@ -93,6 +96,7 @@ class Sharing(Listener):
         self._place = 1, 0  # how many hubs there are, and which one of them this is
         self._failures = 0  # calls without an answer, since the last one
         self._expired = False  # no lease is valid any more
+        self._careful_until = -math.inf  # others may not be back at the store
         self._task = Periodic("slots", self._step, HEARTBEAT, delay=0.0)
         registry.subscribe(self)
         queue.on_wait = self._task.wake
@@ -174,6 +178,8 @@ class Sharing(Listener):
             for each, share in self._shares.items():
                 share.expire(each.running)
         self._place = self._standing()
+        if self.alone and self.calls and now - self._renewed_at >= _ENDING:
+            self._careful_until = now + CAUTION
         full = now >= self._full_at
         asks = self._collect_all(now) if full else self._collect_urgent(now)
         if not (asks or full):
@@ -264,7 +270,15 @@ class Sharing(Listener):
         fair = fair_part(slots, *self._place, share.key)
         in_use = worker.admits
         running = worker.running
-        ask = share.ask(slots, fair, running, wants, in_use=in_use, renew=renew)
+        ask = share.ask(
+            slots,
+            fair,
+            running,
+            wants,
+            in_use=in_use,
+            renew=renew,
+            careful=now < self._careful_until,
+        )
         self._allot(worker)
         return share, ask
 
@@ -408,8 +422,9 @@ class Sharing(Listener):
         """Count again what this hub holds in the store."""
         self.alone, self._parts = False, None
         for worker, share in self._shares.items():
-            if worker.room is not None:
-                share.cover(worker.running)
+            if worker.room is not None and worker.running > len(share.leases):
+                share.cover(worker.running)  # those that began during the call
+                self._due.add(worker)
             self._allot(worker)
 
 

@@ -38,7 +38,8 @@ def set_times(
     for module in slots, sharing:
         monkeypatch.setattr(module, "LIFETIME", lifetime)
     monkeypatch.setattr(slots, "PATIENCE", lifetime)
-    monkeypatch.setattr(slots, "CAUTION", 0.0)
+    for module in slots, sharing:
+        monkeypatch.setattr(module, "CAUTION", 0.0)
     monkeypatch.setattr(sharing, "HEARTBEAT", heartbeat)
     monkeypatch.setattr(sharing, "WAITING", heartbeat)
 

@@ -254,6 +254,17 @@ def test_leases_that_have_ended_are_not_used_and_not_given_back() -> None:
     assert (ask.held, ask.back) == (("1",), ())
 
 
+def test_until_all_are_back_a_hub_asks_for_no_more_than_its_part() -> None:
+    share = make("1")
+    wants = [Want("ann", 1, 1, "m"), Want("bob", 1, 5, "m"), Want("cid", 1, 1, "m")]
+    ask = share.ask(8, 4, 1, wants, careful=True)
+    assert ask is not None
+    assert ask.wants == (Want("ann", 1, 1, "m"), Want("bob", 1, 2, "m"))
+    assert ask.spare == 0
+    share.take(ask, NOTHING)
+    assert not share.is_urgent(wants), "it asks again at its heartbeat"
+
+
 @given(st.integers(0, 200), st.integers(1, 20), st.text(max_size=30))
 def test_the_parts_of_all_hubs_are_the_slots(slots: int, hubs: int, key: str) -> None:
     parts = [fair_part(slots, hubs, place, key) for place in range(hubs)]
