@@ -27,6 +27,7 @@ hubs are back, it then asks for no more than its part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 from zlib import crc32
@@ -61,6 +62,7 @@ class Share:
         "_before",
         "_careful",
         "_made",
+        "_most",
         "_new",
         "_peak",
         "_returned",
@@ -89,6 +91,7 @@ class Share:
         self._returned = BoundedDict[str, None](MOST_RETURNED)
         self._wants: tuple[Want, ...] = ()  # as the store knows them
         self._careful = False  # the last ask was
+        self._most = math.inf  # leases that it may hold, at the last ask
         self._whole = False  # no other hub had a lease, at the last ask
         self._made = 0  # leases that the hub made itself
         # Most requests at once in this period, which began at `_since`, and before.
@@ -167,7 +170,7 @@ class Share:
         self._whole = len(self.leases) >= slots and not self.contended
         if self._whole:
             wants = ()  # no other hub has a slot to give back
-        self._careful = careful
+        self._careful, self._most = careful, float(most)
         if careful:
             wants = tuple(_first(wants, most - len(self.leases)))
         spare = 0 if self.contended else max(0, target - len(self.leases))
@@ -248,10 +251,16 @@ class Share:
         return [each for each in reply.granted if self.receive(each)]
 
     def receive(self, grant: Grant) -> bool:
-        """Take a lease that was granted; False if it is not new."""
+        """Take a lease that was granted; False if it is not new, or too many.
+
+        A store that was paused may carry out calls on which the hub has given up.
+        """
         if grant.lease in self._returned or grant.lease in self.leases:
             return False
         self._add(grant.lease)
+        if len(self.leases) > self._most:
+            self.refuse(grant.lease)
+            return False
         if grant.subject:
             self._wants = tuple(_without(self._wants, grant.subject))
         return True

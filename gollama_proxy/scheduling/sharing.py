@@ -341,8 +341,7 @@ class Sharing(Listener):
             worker = self._workers.get(key)
             if worker is not None and not self.alone:
                 share = self._shares[worker]
-                if share.receive(grant):
-                    self._settle(worker, share, [grant])
+                self._settle(worker, share, [grant] if share.receive(grant) else [])
         self._queue.look_for_slots()
 
     def _on_wanted(self, message: bytes) -> None:

@@ -254,6 +254,16 @@ def test_leases_that_have_ended_are_not_used_and_not_given_back() -> None:
     assert (ask.held, ask.back) == (("1",), ())
 
 
+def test_grants_of_a_call_that_was_given_up_go_back_if_they_are_too_many() -> None:
+    share = make()
+    ask = share.ask(4, 2, 1, careful=True)
+    assert ask is not None
+    late = [Grant(str(n), "ann") for n in range(3)]
+    assert share.take(ask, Reply("w", late, 0, 0)) == late[:1]
+    assert share.leases == ["a:m1", "0"]
+    assert asked(share, 4, 2).unused == ("1", "2")
+
+
 def test_until_all_are_back_a_hub_asks_for_no_more_than_its_part() -> None:
     share = make("1")
     wants = [Want("ann", 1, 1, "m"), Want("bob", 1, 5, "m"), Want("cid", 1, 1, "m")]
