@@ -25,7 +25,7 @@ from gollama_proxy.proxy.state import State
 
 # Rows of all hubs that are merged on the event loop: a few milliseconds.
 MOST_ROWS = 500
-RELOAD = 30.0  # seconds that the processes of a group have for a reload
+RELOAD = 10.0  # seconds that the processes of a group have for a reload
 _MERGE: dict[str, Callable[[merging.ByHub], list[Shown]]] = {
     "workers": merging.merge_workers,
     "models": merging.merge_models,
