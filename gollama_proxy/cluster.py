@@ -33,9 +33,10 @@ from gollama_proxy.scheduling.hints import Hints
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.reports import Reports
 from gollama_proxy.scheduling.sharing import Sharing
+from gollama_proxy.state.link import StoreError
 from gollama_proxy.state.local import State
 from gollama_proxy.state.members import Members, describe_me
-from gollama_proxy.state.store import Mode, Store, StoreError
+from gollama_proxy.state.store import Mode, Store
 from gollama_proxy.state.valkey import SharedState
 from gollama_proxy.telemetry.families import METRICS
 from gollama_proxy.telemetry.metrics import Telemetry

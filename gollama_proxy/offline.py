@@ -275,7 +275,8 @@ def _check_store(config: Config) -> bool:
         return True
     import asyncio
 
-    from gollama_proxy.state.store import Store, StoreError
+    from gollama_proxy.state.link import StoreError
+    from gollama_proxy.state.store import Store
 
     store = Store(config.state.url, config.state.prefix)
     try:

@@ -18,14 +18,14 @@ from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
 
 from gollama_proxy.control import peers
-from gollama_proxy.state import store
+from gollama_proxy.state import link
 from tests.fakes.authority import Authority
 from tests.fakes.waiting import DEADLINE
 from tests.real.llama import LlamaServer
 
 # A busy machine may take any time to answer: tests of that have the fixture
 # `usual_timeouts`, and real hub processes have them in any case.
-store.TIMEOUT = peers.PATIENCE = DEADLINE
+link.TIMEOUT = peers.PATIENCE = DEADLINE
 
 # A settings file of this machine is no part of any test.
 os.environ["GOLLAMA_CONFIG"] = os.devnull
@@ -155,7 +155,7 @@ class _Losses(logging.Handler):
 @pytest.fixture
 def usual_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have hubs wait as long for the store as in production: 50 ms."""
-    monkeypatch.setattr(store, "TIMEOUT", 0.05)
+    monkeypatch.setattr(link, "TIMEOUT", 0.05)
 
 
 @pytest.fixture

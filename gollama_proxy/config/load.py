@@ -42,7 +42,6 @@ from gollama_proxy.config.settings import (
     WorkerConfig,
     settings,
 )
-from gollama_proxy.config.stores import parse_store_url
 from gollama_proxy.config.values import (
     Aliases,
     ConfigError,
@@ -486,7 +485,7 @@ def _check_processes(config: Config) -> None:
 
 def _check_store(config: Config) -> None:
     url = config.state.url
-    address = parse_store_url("state.url", url)
+    address = addresses.parse_store_url("state.url", url)
     if importlib.util.find_spec("valkey") is None:
         raise ConfigError(
             f"state.url = {url!r}: needs valkey; pip install 'gollama-proxy[cluster]'"

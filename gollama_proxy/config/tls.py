@@ -14,9 +14,9 @@ import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gollama_proxy.config.addresses import StoreAddress
 from gollama_proxy.config.keys import read_secret, stamp
 from gollama_proxy.config.settings import Server, WorkerConfig
-from gollama_proxy.config.stores import StoreAddress
 from gollama_proxy.config.values import ConfigError
 
 logger = logging.getLogger(__name__)

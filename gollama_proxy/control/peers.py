@@ -27,8 +27,9 @@ from msgspec import field
 
 from gollama_proxy.control.merging import Answers
 from gollama_proxy.state import messages
+from gollama_proxy.state.link import StoreDownError
 from gollama_proxy.state.messages import Message
-from gollama_proxy.state.store import Store, StoreDownError
+from gollama_proxy.state.store import Store
 from gollama_proxy.tasks import spawn
 
 logger = logging.getLogger(__name__)

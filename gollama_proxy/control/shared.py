@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from gollama_proxy.control.merging import Answers
 from gollama_proxy.control.page import LIFETIME
 from gollama_proxy.control.peers import MOST_READ, MOST_SENT, Peers
-from gollama_proxy.state.store import Store, StoreDownError
+from gollama_proxy.state.link import StoreDownError
+from gollama_proxy.state.store import Store
 from gollama_proxy.telemetry.exposition import Family
 from gollama_proxy.telemetry.summing import Part, Plain, Sums, to_plain
 

@@ -30,9 +30,10 @@ from msgspec.structs import replace
 
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.hints import VISITS, Hints, Report
+from gollama_proxy.state.link import Argument, StoreDownError, StoreError
 from gollama_proxy.state.members import Members
 from gollama_proxy.state.messages import decode, encode
-from gollama_proxy.state.store import Argument, Mode, Store, StoreDownError, StoreError
+from gollama_proxy.state.store import Mode, Store
 from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)

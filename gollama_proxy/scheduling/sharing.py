@@ -25,6 +25,7 @@ from gollama_proxy.fleet.shares import Share, fair_part, fair_parts, shared_key
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.turns import Ticket
+from gollama_proxy.state.link import StoreDownError, StoreError
 from gollama_proxy.state.slots import (
     CAUTION,
     LIFETIME,
@@ -38,7 +39,7 @@ from gollama_proxy.state.slots import (
     sync,
     wanted_channel,
 )
-from gollama_proxy.state.store import HEARTBEAT, Mode, Store, StoreDownError, StoreError
+from gollama_proxy.state.store import HEARTBEAT, Mode, Store
 from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)

@@ -30,8 +30,9 @@ from msgspec import Struct, structs
 
 from gollama_proxy import __version__
 from gollama_proxy.config.settings import Process
+from gollama_proxy.state.link import StoreDownError, StoreError
 from gollama_proxy.state.slots import LIFETIME
-from gollama_proxy.state.store import HEARTBEAT, Mode, Store, StoreDownError, StoreError
+from gollama_proxy.state.store import HEARTBEAT, Mode, Store
 from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)

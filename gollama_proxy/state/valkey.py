@@ -55,9 +55,10 @@ from gollama_proxy.state.facts import (
     left_over,
 )
 from gollama_proxy.state.ledger import FIRST, Ledger, OtherRow, Sums
+from gollama_proxy.state.link import StoreDownError, StoreError
 from gollama_proxy.state.local import LocalState, State
 from gollama_proxy.state.messages import Message, decode, encode
-from gollama_proxy.state.store import Mode, Store, StoreDownError, StoreError
+from gollama_proxy.state.store import Mode, Store
 from gollama_proxy.tasks import Periodic
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ import pytest
 from gollama_proxy.fleet.lease import Result
 from gollama_proxy.scheduling import sharing
 from gollama_proxy.scheduling.sharing import MOST_PLACES, WAITING, Sharing
+from gollama_proxy.state.link import StoreDownError, StoreError
 from gollama_proxy.state.slots import LIFETIME, Ask, Grant, Reply
-from gollama_proxy.state.store import Mode, StoreDownError, StoreError
+from gollama_proxy.state.store import Mode
 from tests.fakes.waiting import until
 from tests.scheduling.test_queue import Hub
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from valkey import Valkey
 
-from gollama_proxy.state.store import Mode, StoreDownError, StoreError
+from gollama_proxy.state.link import StoreDownError, StoreError
+from gollama_proxy.state.store import Mode
 from gollama_proxy.tasks import PUNCTUAL
 from tests.fakes.valkey import (
     ENGINES,

@@ -12,7 +12,8 @@ import pytest
 from gollama_proxy.config.load import load
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.llama import find_free_ports
-from gollama_proxy.state.store import COMMANDS, Mode, Store, StoreDownError, StoreError
+from gollama_proxy.state.link import StoreDownError, StoreError
+from gollama_proxy.state.store import COMMANDS, Mode, Store
 from tests.fakes.authority import Authority
 from tests.fakes.valkey import ENGINES, connected, is_up, running_store
 from tests.fakes.waiting import until
@@ -359,7 +360,7 @@ async def test_a_store_that_requires_a_certificate(
 async def test_tls_to_a_store_without_it(
     tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gollama_proxy.state.store.CONNECT", 0.1)
+    monkeypatch.setattr("gollama_proxy.state.link.CONNECT", 0.1)
     [port] = find_free_ports(1)
     async with running_store(tmp_path, "valkey", "--port", str(port)):
         url = f"rediss://127.0.0.1:{port}?ssl_ca_certs={authority.file}"
@@ -401,7 +402,7 @@ async def test_a_store_that_cannot_be_reached(
 async def test_a_network_that_is_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gollama_proxy.state.store.CONNECT", 0.05)
+    monkeypatch.setattr("gollama_proxy.state.link.CONNECT", 0.05)
     async with impostor(tmp_path, b"") as url, connected(url) as store:
         assert store.reason == "no answer within 0.05 s"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from gollama_proxy.config.addresses import StoreAddress, parse_store_url
 from gollama_proxy.config.load import load
 from gollama_proxy.config.settings import Config
-from gollama_proxy.config.stores import StoreAddress, parse_store_url
 from gollama_proxy.config.values import ConfigError, SecretUrl
 from gollama_proxy.config.watch import compare
 
