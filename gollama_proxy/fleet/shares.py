@@ -135,7 +135,7 @@ class Share:
         if self.owes:
             return True
         if self._careful:
-            return False
+            return bool(wants) and not self._wants and len(self.leases) < self._most
         if self.contended:
             return tuple(wants) != self._wants
         if self._whole:

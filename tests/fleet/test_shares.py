@@ -273,6 +273,14 @@ def test_until_all_are_back_a_hub_asks_for_no_more_than_its_part() -> None:
     assert ask.spare == 0
     share.take(ask, NOTHING)
     assert not share.is_urgent(wants), "it asks again at its heartbeat"
+    assert [share.receive(Grant(str(n), "bob")) for n in (2, 3)] == [True, True]
+    assert not share.is_urgent(wants)
+    assert share.receive(Grant("4", "ann"))
+    assert not share.is_urgent(wants), "it has its part"
+    share.trim(3)
+    share.take(asked(share, 8, 3), NOTHING)
+    share.ask(8, 4, 3, careful=True)
+    assert share.is_urgent(wants)
 
 
 @given(st.integers(0, 200), st.integers(1, 20), st.text(max_size=30))
