@@ -18,7 +18,6 @@ from tests.fakes.valkey import running_store
 from tests.fakes.waiting import DEADLINE, until
 
 SLOTS = 4
-HASTY = "tests.fakes.hasty_hub"  # its leases end after a second
 
 
 def kill(hub: HubProcess) -> None:
@@ -42,7 +41,7 @@ async def test_the_slots_of_a_killed_hub_become_free(tmp_path: Path) -> None:
     async with (
         running_store(tmp_path) as store,
         CountingWorker(SLOTS, gate := asyncio.Event()) as worker,
-        running_hubs(2, worker.url, module=HASTY, state__url=store.url) as hubs,
+        running_hubs(2, worker.url, times="hasty", state__url=store.url) as hubs,
     ):
         one, other = hubs
         lost, kept = Crowd(), Crowd()
@@ -108,7 +107,7 @@ async def test_hubs_whose_clocks_are_hours_apart_agree(tmp_path: Path) -> None:
     async with (
         running_store(tmp_path) as store,
         CountingWorker(SLOTS, 0.005) as worker,
-        running_hubs(2, worker.url, environs=environs, state__url=store.url) as hubs,
+        running_hubs(2, worker.url, environs=environs, times="patient", state__url=store.url) as hubs,
     ):
         for hub in hubs:
             await acts_with(hub, 2)

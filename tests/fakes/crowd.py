@@ -89,19 +89,23 @@ async def running_hubs(
     count: int,
     *urls: str,
     environs: Sequence[Mapping[str, str]] = (),
-    module: str = "gollama_proxy",
+    times: str = "",
     ready: bool = True,
     **settings: Any,
 ) -> AsyncIterator[list[HubProcess]]:
-    """Run hub processes with the same settings; `environs` add to those of each."""
+    """Run hub processes with the same settings; `environs` add to those of each.
+
+    Their `times` are "hasty" or "patient" (`timed_hub.py`), or those of production.
+    """
     each = [*environs, *({},) * (count - len(environs))]
+    module = "tests.fakes.timed_hub" if times else "gollama_proxy"
     async with contextlib.AsyncExitStack() as stack:
         yield await asyncio.gather(
             *(
                 stack.enter_async_context(
                     hub_process(
                         *urls,
-                        environ=environ,
+                        environ={"HUB_TIMES": times, **environ},
                         module=module,
                         ready=ready,
                         **PATIENT,
