@@ -107,7 +107,9 @@ async def test_hubs_whose_clocks_are_hours_apart_agree(tmp_path: Path) -> None:
     async with (
         running_store(tmp_path) as store,
         CountingWorker(SLOTS, 0.005) as worker,
-        running_hubs(2, worker.url, environs=environs, times="patient", state__url=store.url) as hubs,
+        running_hubs(
+            2, worker.url, environs=environs, times="patient", state__url=store.url
+        ) as hubs,
     ):
         for hub in hubs:
             await acts_with(hub, 2)

@@ -33,12 +33,9 @@ def main() -> int:
     # What these import must have been changed before.
     from gollama_proxy import cli
     from gollama_proxy.scheduling import sharing
-    from gollama_proxy.state import members
 
-    members.LIFETIME = slots.LIFETIME
     if hasty:
-        for name in ("HEARTBEAT", "WAITING"):
-            vars(sharing)[name] *= factor
+        vars(sharing)["WAITING"] *= factor
     return cli.main()
 
 
