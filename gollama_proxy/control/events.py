@@ -18,8 +18,8 @@ have no observer then.
 With other hubs (`control/peers.py`), a listener gets what happens at all of them.
 Requests and changes have their `hub` then, workers are shown with the requests of all,
 and a sample has the sum, the figures of each of the `hubs`, and the mode of the
-`store`.  Others send what happens there at most once a second, and only while someone
-listens anywhere else.
+`store`.  A hub sends what happens there to the others at most once a second, and only
+while it has listeners elsewhere.
 
 A listener that connects again gets what happens from then on: there are no ids.  Each
 event of a request costs it some microseconds, so of more than `MOST_REQUESTS` that
@@ -83,7 +83,7 @@ class Peers(Protocol):
     def store(self) -> dict[str, str]: ...
     @property
     def watched(self) -> bool:
-        """Whether someone follows events at another hub."""
+        """Whether events are followed at another hub."""
 
     async def watch(self, seconds: float) -> None:
         """Have the others send their events for so long."""
@@ -342,7 +342,7 @@ class Events(Listener):
         self._look()
 
     def _look(self) -> None:
-        """Observe requests if someone follows them."""
+        """Observe requests if they are followed anywhere."""
         self.active = bool(self.listeners) or self._news is not None
         self._proxy().observer = self.observe if self.active else None
         if not self.active:

@@ -4,8 +4,8 @@ Each function takes what the hubs have answered by their names, the asked hub fi
 worker is the same one on all hubs, by its name.  What a hub alone knows, such as its
 requests, is marked with it (`hub`).
 
-For those who follow events, hubs send what happens without being asked: a sample a
-second, and the events of their requests, which `Elsewhere` adds to those of this hub.
+While events are followed at one hub, the others send theirs without being asked: a
+sample a second, and what happens to requests.  `Elsewhere` adds them to its own.
 """
 
 from __future__ import annotations

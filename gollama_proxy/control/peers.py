@@ -6,8 +6,8 @@ second at most: what arrives by then is merged, and hubs without an answer are n
 
     channel            message
     PREFIX:peers       a question for all hubs, or for one group of processes
-    PREFIX:peers:RUN   answers for the hub with this run id; and while someone follows
-                       events there (the question `watch`), those of other hubs
+    PREFIX:peers:RUN   answers for the hub with this run id; and the events of
+                       other hubs, while they are followed there (`watch`)
 
 Nothing is kept in the store.  A message that is lost leaves a hub missing once.
 """
