@@ -21,6 +21,10 @@ local function text(number) return string.format('%.0f', number) end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
 local id = redis.call('HGET', life, 'id')
+if id and redis.call('HLEN', rows) ~= redis.call('ZCARD', order) then
+  redis.call('DEL', rows, order, mortal, life)  -- one was deleted: hubs write it again
+  id = false
+end
 if not id then
   id = ARGV[1]
   redis.call('HSET', life, 'id', id)

@@ -260,6 +260,25 @@ async def test_an_empty_store_is_filled_from_all_copies(
                 assert c.revoked.tokens == {"f00d"}
 
 
+@pytest.mark.parametrize("key", ["facts", "facts:order", "facts:life"])
+async def test_a_key_that_was_deleted_is_written_again(
+    tmp_path: Path, key: str
+) -> None:
+    async with running_store(tmp_path) as server:
+        async with hub(server) as a, hub(server) as b:
+            await a.put(ONE)
+            await a.revoke("sub", "alice")
+            await rounds(a, b)
+            await server.ask("DEL", f"gollama:{key}")
+            await rounds(a, b)
+            for each in a, b:
+                assert each.workers == [ONE]
+            async with hub(server) as c:
+                await c.round()
+                assert c.workers == [ONE]
+                assert c.revoked.subjects == {"alice"}
+
+
 async def test_a_hub_that_was_away_does_not_bring_back_what_was_removed(
     tmp_path: Path,
 ) -> None:
