@@ -1,6 +1,6 @@
 """What it costs to share slots among hubs: idle slots, and the work of the store.
 
-    python -m benchmarks.share            about four minutes
+    python -m benchmarks.share            about ten minutes
     python -m benchmarks.share --quick    one
 
 1. Hubs that share workers, in simulated time (`benchmarks/hubs.py`): how long a slot is
