@@ -4,7 +4,8 @@
 is the one call that carries it, for all workers at once.  Here is when that call is
 made: while no other hub waits, at each heartbeat, and when a request finds no lease; at
 once when a slot is owed to others.  Never two calls at a time: what happens during one
-is in the next.  No request waits for a call while this hub holds a spare lease.
+is in the next.  A request waits for a call only if this hub has no spare lease of the
+worker that its routing policy prefers.
 
 Grants arrive in replies and as messages.  Each names a subject, whose oldest request
 gets the slot (`Queue.grant`).

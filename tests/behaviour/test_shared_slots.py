@@ -545,7 +545,7 @@ async def test_a_store_that_comes_back_empty_learns_what_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_times(monkeypatch, lifetime=DEADLINE, heartbeat=0.1)
-    monkeypatch.setattr(slots, "CAUTION", 2.0)
+    monkeypatch.setattr(slots, "CAUTION", DEADLINE)
     async with pair(tmp_path) as (worker, one, two, both):
         clients = [chat(hub) for hub in (one, two) for _ in range(6)]
         await worker.busy(4)
