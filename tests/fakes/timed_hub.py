@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-from gollama_proxy.state import slots, store
+from gollama_proxy.state import link, slots, store
 
 
 def main() -> int:
@@ -27,8 +27,8 @@ def main() -> int:
         slots.CAUTION *= factor
         store.HEARTBEAT *= factor
     else:
-        store.TIMEOUT *= factor
-        store.SILENCE *= factor
+        link.TIMEOUT *= factor
+        link.SILENCE *= factor
 
     # What these import must have been changed before.
     from gollama_proxy import cli
