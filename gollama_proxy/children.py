@@ -230,7 +230,7 @@ class Supervised:
         self._restarts = Restarts()
         self._running: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[Child] | None = None
-        self._retired = False
+        self._retiring = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<Supervised {self._name} {self._child!r}>"
@@ -251,13 +251,13 @@ class Supervised:
 
     async def retire(self) -> None:
         """Send SIGTERM, and wait for its end, however long that takes."""
-        self._retired = True
+        self._retiring.set()
         if self._running is None:
             return
-        if self._starting is not None:
+        if self._starting is None:
+            self._running.cancel()  # it is not ready to start
+        else:
             (await self._starting).signal(signal.SIGTERM)
-        if self.pid is None:
-            self._running.cancel()  # it waits to start
         await asyncio.wait([self._running])
 
     async def stop(self) -> None:
@@ -272,6 +272,8 @@ class Supervised:
         loop = asyncio.get_running_loop()
         while True:
             await self._ready()
+            if self._retiring.is_set():
+                return
             started = loop.time()
             start = Child.start(
                 self._name,
@@ -286,10 +288,12 @@ class Supervised:
             logger.info("started %s, process %d", self._name, self._child.process.pid)
             status = await self._child.process.wait()
             self._child.end_rest()  # it would keep the port
-            if not self._again(status) or self._retired:
+            if not self._again(status) or self._retiring.is_set():
                 return
             wait = self._restarts.after(loop.time() - started)
             logger.error(
                 "%s ended with %s; again in %g s", self._name, how(status), wait
             )
-            await asyncio.sleep(wait)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._retiring.wait()

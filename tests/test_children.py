@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from gollama_proxy import children
-from gollama_proxy.children import Child, ChildError, environment
+from gollama_proxy.children import Child, ChildError, Supervised, environment
 from tests.fakes.waiting import until
 
 Start = Callable[[str], Awaitable[Child]]
@@ -150,3 +151,45 @@ def test_a_child_gets_no_settings_and_no_credentials(
     found = environment()
     assert found["LLAMA_ARG_PORT"] == "8080"
     assert not found.keys() & {"GOLLAMA_JWT_SECRET", "CREDENTIALS_DIRECTORY"}
+
+
+async def test_a_child_gets_sockets_as_from_systemd(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = "import os, sys; print(os.environ['LISTEN_PID'] == str(os.getpid()), "
+    script += "*(os.readlink(f'/proc/self/fd/{n}') for n in (3, 4)))"
+    readers = [os.pipe() for _ in range(2)]
+    inherited = [reader for reader, _ in reversed(readers)]
+    names = [f"pipe:[{os.fstat(each).st_ino}]" for each in inherited]
+    child = await Child.start(
+        *("it", [sys.executable, "-c", script], log, {"LISTEN_FDS": "2"}),
+        descriptors=inherited,
+    )
+    assert await child.process.wait() == 0
+    assert log.read_text() == " ".join(["True", *names]) + "\n"
+    for each in (*readers[0], *readers[1]):
+        os.close(each)
+
+
+async def test_a_command_that_retires_is_not_started_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ends: list[int] = []
+
+    def again(status: int) -> bool:
+        ends.append(status)
+        return True
+
+    make = partial(asyncio.to_thread, Supervised)  # it looks for the program
+    idle = await make(["/bin/sleep", "60"], again=again)
+    await idle.retire()  # it was never started
+    sleeping = await make(["/bin/sleep", "60"], again=again, name="a nap")
+    sleeping.start()
+    await until(lambda: sleeping.pid is not None)
+    await sleeping.retire()
+    assert (ends, sleeping.pid) == ([-signal.SIGTERM], None)
+    failing = await make(["/bin/false"], again=again)
+    failing.start()
+    await until(lambda: "false ended with status 1; again in 1 s" in caplog.text)
+    await failing.retire()  # while it waits to be started
+    assert ends == [-signal.SIGTERM, 1]
+    assert "a nap ended" not in caplog.text

@@ -914,3 +914,19 @@ def test_a_throttle_reports_repeated_events_once_in_a_while() -> None:
     assert throttle.count("a") == 4
     assert throttle.count("a") == 0
     assert repr(throttle) == "<Throttle unlogged=1>"
+
+
+def test_each_line_of_a_process_of_several_has_its_number() -> None:
+    fields = {"a": 1}
+    text = TextFormatter(2).line("now", logging.INFO, "m", fields)
+    assert text == "now info m process=2 a=1"
+    found = json.loads(JsonFormatter(2).line("now", logging.INFO, "m", fields))
+    assert found == {"time": "now", "level": "info", "message": "m"} | {
+        "process": 2,
+        "a": 1,
+    }
+    people = logs.TerminalFormatter(2, colours=False)
+    assert people.line("now", logging.INFO, "m", fields).endswith("a=1  process=2")
+    journal = logs.JournalFormatter(TextFormatter(2))
+    assert journal.line("now", logging.INFO, "m") == "<6>now info m process=2"
+    assert journal.process == 2
