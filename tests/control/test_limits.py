@@ -14,7 +14,7 @@ from gollama_proxy.control.limits import LIFE, REFRESH, SharedLimits
 from gollama_proxy.edge.quotas import SECONDS, Quotas
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.turns import Ticket
-from gollama_proxy.state import store as stores
+from gollama_proxy.state import link
 from gollama_proxy.state.ledger import Ledger
 from gollama_proxy.state.store import Store
 from tests.fakes.clock import Clock
@@ -80,7 +80,7 @@ def clock() -> Clock:
 async def server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[StoreServer]:
-    monkeypatch.setattr(stores, "SILENCE", 30.0)
+    monkeypatch.setattr(link, "SILENCE", 30.0)
     async with running_store(tmp_path) as server:
         yield server
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gollama_proxy.state import store as stores
-from gollama_proxy.state import valkey
+from gollama_proxy.state import link, valkey
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import Key, StoredWorker
 from gollama_proxy.state.local import LocalState, State
@@ -40,7 +39,7 @@ TWO = StoredWorker(
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     # A busy machine may need longer than the 50 ms after which a hub goes on alone.
     monkeypatch.setattr(valkey, "CATCHING_UP", 30.0)
-    monkeypatch.setattr(stores, "SILENCE", 30.0)
+    monkeypatch.setattr(link, "SILENCE", 30.0)
 
 
 class Copy(SharedState):

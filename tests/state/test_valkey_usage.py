@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.state import store as stores
-from gollama_proxy.state import valkey
+from gollama_proxy.state import link, valkey
 from gollama_proxy.state.ledger import DAY, Question, day_of
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.state.valkey import SharedState
@@ -34,7 +33,7 @@ NOON = TODAY * DAY + DAY / 2
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(valkey, "CATCHING_UP", 30.0)
-    monkeypatch.setattr(stores, "SILENCE", 30.0)
+    monkeypatch.setattr(link, "SILENCE", 30.0)
 
 
 class Hub(SharedState):
