@@ -88,17 +88,14 @@ async def test_a_request_takes_no_more_frames_than(
 @pytest.mark.parametrize(
     ("path", "body", "script", "limit"),
     [
-        pytest.param(EMBED, EMBEDDING, SHORT, 190, id="short request"),
-        pytest.param(CHAT, STREAM, ONE_TOKEN, 270, id="stream of one token"),
+        pytest.param(EMBED, EMBEDDING, SHORT, 150, id="short request"),
+        pytest.param(CHAT, STREAM, ONE_TOKEN, 231, id="stream of one token"),
     ],
 )
 async def test_where_hubs_share_a_store_a_request_takes_no_more_frames_than(
     tmp_path: Path, path: str, body: dict[str, Any], script: Script, limit: int
 ) -> None:
-    """The hub holds a slot for it, so nothing is asked of the store.
-
-    What it shows about its worker is a hint for the other hubs.
-    """
+    """The hub holds a slot for it, so nothing is asked of the store."""
     counts = tmp_path / "frames"
     async with (
         ScriptedWorker() as worker,
