@@ -118,7 +118,6 @@ async def test_a_hub_starts_without_its_store_and_uses_it_later(
             assert "the store cannot be reached: No such file" in caplog.text
             cluster = hub.hub.cluster
             assert cluster is not None
-            assert (await hub.post(CHAT, WHOLE)).status == 200
             async with running_store(tmp_path):
                 await is_up(cluster.store)
                 async with running_hub(worker, **settings) as other:
