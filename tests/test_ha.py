@@ -22,7 +22,7 @@ def config(tmp_path: Path) -> Config:
     secret.write_text("x" * 64)
     secret.chmod(0o600)
     text = (HA / "gollama.toml").read_text()
-    file.write_text(text.replace("/etc/gollama-proxy/jwt", str(secret)))
+    file.write_text(text.replace("/etc/gollama-proxy/gollama.secret", str(secret)))
     return load(file, {})
 
 
