@@ -77,6 +77,7 @@ class SimulatedStore:
 
     prefix = "gollama"
     mode = Mode.UP
+    epoch = "0" * 16
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -101,6 +102,9 @@ class SimulatedStore:
 
     def subscribe_mode(self, callback: Callable[[Mode], None]) -> None:
         """The mode never changes."""
+
+    def on_empty(self, callback: Callable[[], None]) -> None:
+        """No data is ever lost."""
 
 
 class Network:

@@ -99,6 +99,9 @@ class Sharing(Listener):
         self._failures = 0  # calls without an answer, since the last one
         self._expired = False  # no lease is valid any more
         self._careful_until = -math.inf  # others may not be back at the store
+        self._epoch = ""  # the data of the store that this hub knows
+        self._registered = False  # there, what this hub holds
+        self._awaits_until = -math.inf  # the other hubs, to register what they hold
         self._task = Periodic("slots", self._step, HEARTBEAT, delay=0.0)
         registry.subscribe(self)
         queue.on_wait = self._task.wake
@@ -113,6 +116,8 @@ class Sharing(Listener):
         await self._store.listen(grants_channel(prefix, self._hub), self._on_grants)
         await self._store.listen(wanted_channel(prefix), self._on_wanted)
         self._store.subscribe_mode(self._on_mode)
+        self._store.on_empty(self._note_empty)
+        self._note_empty()
         self._task.start()
 
     async def stop(self) -> None:
@@ -184,12 +189,20 @@ class Sharing(Listener):
             self._careful_until = now + CAUTION
         full = now >= self._full_at
         asks = self._collect_all(now) if full else self._collect_urgent(now)
+        epoch, whole = self._epoch, full and not self._registered
         if not (asks or full):
             if now >= self._look_at:
                 self._look_at = now + WAITING
             return self._next_in(now)
         try:
-            replies = await sync(self._store, self._hub, [ask for _, ask in asks])
+            replies = await sync(
+                self._store,
+                self._hub,
+                [ask for _, ask in asks],
+                epoch=epoch,
+                hubs=self._place[0] if now < self._awaits_until else 0,
+                whole=whole,
+            )
         except StoreError as exc:
             if not isinstance(exc, StoreDownError):
                 logger.warning("the slots of workers cannot be shared: %s", exc)
@@ -204,6 +217,7 @@ class Sharing(Listener):
         self._look_at = now + WAITING
         if full:
             self._renewed_at = now
+            self._registered = self._registered or epoch == self._epoch
             leases = sum(len(ask.held) for _, ask in asks)
             self._full_at = now + HEARTBEAT * (1 if leases <= MANY else 2)
         if self.alone:
@@ -352,6 +366,15 @@ class Sharing(Listener):
             if worker is not None and not self.alone:
                 self._shares[worker].alert()
                 self._yield(worker)
+
+    def _note_empty(self) -> None:
+        """Register all that this hub holds, as each hub does."""
+        before, self._epoch = self._epoch, self._store.epoch
+        self._registered = False
+        if before:
+            self._awaits_until = self._clock() + CAUTION
+        self._full_at = -math.inf
+        self._task.wake()
 
     def _on_mode(self, mode: Mode) -> None:
         self._full_at = -math.inf

@@ -2,10 +2,11 @@
 -- requests that wait, and grants free slots to those of all hubs.  `slots.py` encodes the
 -- request and decodes the reply; the theory is there.
 --
--- KEYS  era, serial, then for each ask: leases of the worker (sorted set: lease -> when
---       it expires), its line (packed: the requests that wait, and their turns)
+-- KEYS  era, serial, epoch, then for each ask: leases of the worker (sorted set: lease ->
+--       when it expires), its line (packed: the requests that wait, and their turns)
 -- ARGV  prefix of channels; run id of the hub; milliseconds that a lease, a line and the
---       caution after an outage last; the asks (msgpack)
+--       caution after an outage last; the epoch as the hub knows it, or ''; how many hubs
+--       have to register what they hold; 1 if this call has all of it; the asks (msgpack)
 --
 -- All times are milliseconds of the store's clock.  No decision relies on the expiry of a
 -- key: that only removes what no hub uses any more.
@@ -18,24 +19,32 @@ local REPEAT = 1000  -- milliseconds between two notices that requests wait for 
 
 local prefix, hub = ARGV[1], ARGV[2]
 local lifetime, patience, caution = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local asks = cmsgpack.unpack(ARGV[6])
+local epoch, hubs, whole = ARGV[6], tonumber(ARGV[7]), ARGV[8] == '1'
+local asks = cmsgpack.unpack(ARGV[9])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- Whether hubs may hold leases that are not registered: the store was empty or not used.
+-- Whether hubs may hold leases that are not registered, as the store was empty or not
+-- used; and whether some certainly have not registered theirs since it was empty.
 local function cautious()
-  local since, last = now, now
+  local since, registered = now, {}
   local era = redis.call('GET', KEYS[1])
   local readable
   readable, era = pcall(cmsgpack.unpack, era or '')
   if readable and type(era) == 'table' and tonumber(era[1]) and tonumber(era[2]) then
-    if math.abs(now - era[2]) <= lifetime then since = era[1] end
+    if math.abs(now - era[2]) <= lifetime then since, registered = era[1], era[3] end
   end
-  redis.call('SET', KEYS[1], cmsgpack.pack({since, last}), 'PX', KEEP)
-  return now - since < caution
+  local careful = now - since < caution
+  local blind = epoch ~= '' and redis.call('GET', KEYS[3]) ~= epoch
+  if not careful or type(registered) ~= 'table' then registered = {} end
+  if careful and whole and not blind then registered[hub] = true end
+  redis.call('SET', KEYS[1], cmsgpack.pack({since, now, registered}), 'PX', KEEP)
+  local count = 0
+  for _ in pairs(registered) do count = count + 1 end
+  return careful, blind or careful and count < hubs
 end
 
-local careful = cautious()
+local careful, blind = cautious()
 
 -- Numbers of leases are never used twice, also after the store has come back empty.
 local serial
@@ -287,6 +296,7 @@ end
 -- Return how many slots the caller could be granted, if no request went before it.
 local function free_of(ask)
   local free = ask.slots - ask.taken
+  if blind then free = 0 end
   if careful then free = math.min(free, ask.fair - ask.holds - #ask.granted) end
   return math.max(free, 0)
 end
@@ -353,12 +363,13 @@ end
 -- ----------------------------------------------------------------------------------
 
 local line_keys = {}
-for i = 4, #KEYS, 2 do line_keys[#line_keys + 1] = KEYS[i] end
-local lines = redis.call('MGET', unpack(line_keys))
+for i = 5, #KEYS, 2 do line_keys[#line_keys + 1] = KEYS[i] end
+local lines = #asks > 0 and redis.call('MGET', unpack(line_keys)) or {}
 for i, row in ipairs(asks) do
   local ask = {
     worker = row[1], slots = row[2], fair = row[3], held = row[4], back = row[5],
-    spare = row[6], wants = row[7], unused = row[8], holds = math.max(row[9], #row[4]), leases = KEYS[2 * i + 1], key = KEYS[2 * i + 2],
+    spare = row[6], wants = row[7], unused = row[8], holds = math.max(row[9], #row[4]),
+    leases = KEYS[2 * i + 2], key = KEYS[2 * i + 3],
   }
   asks[i] = ask
   redis.call('ZREMRANGEBYSCORE', ask.leases, '-inf', now)

@@ -29,7 +29,9 @@ a worker by their requests.
 
 **After an outage** (the store is empty, or no hub has called for `LIFETIME`) hubs may
 hold leases that are not registered.  For `CAUTION` seconds a hub is granted no more
-than its fair part, and slots that are given back wait for their hubs' next calls.
+than its fair part, and slots that are given back wait for their hubs' next calls.  A
+store that has lost its data grants nothing before all hubs have registered what they
+hold, for `CAUTION` at most: one of them may hold more than its part.
 
 The state of a worker is bounded by its slots, by `MOST_WANTS` for each hub, and by the
 turns of one round; all keys expire when no hub uses them.
@@ -124,11 +126,23 @@ class Store(Protocol):
     ) -> Any: ...
 
 
-async def sync(store: Store, hub: str, asks: Sequence[Ask]) -> list[Reply]:
+async def sync(
+    store: Store,
+    hub: str,
+    asks: Sequence[Ask],
+    *,
+    epoch: str = "",
+    hubs: int = 0,
+    whole: bool = False,
+) -> list[Reply]:
     """Renew, give back and ask for leases; return the replies, in the order of asks.
 
     All asks with wants or returned leases should be in one call.  Calls of one hub must
     not overlap.
+
+    If the store has another `epoch`, nothing is granted: the hub has to notice that the
+    data was lost.  In the caution after that, nothing is granted before so many `hubs`
+    have made a call that was `whole`: it names all that a hub holds.
 
     Raises:
         StoreDownError: the store did not answer, though it may have acted; then the
@@ -137,8 +151,9 @@ async def sync(store: Store, hub: str, asks: Sequence[Ask]) -> list[Reply]:
     """
     prefix, replies = store.prefix, []
     times = [f"{seconds * 1000:.0f}" for seconds in (LIFETIME, PATIENCE, CAUTION)]
-    for part in _split(asks):
-        keys = [f"{prefix}:slots", f"{prefix}:slots:serial"]
+    parts = [*_split(asks)] or [()] * whole
+    for number, part in enumerate(parts, 1):
+        keys = [f"{prefix}:{name}" for name in ("slots", "slots:serial", "epoch")]
         for ask in part:
             keys += (
                 f"{prefix}:slots:leases:{ask.worker}",
@@ -146,7 +161,9 @@ async def sync(store: Store, hub: str, asks: Sequence[Ask]) -> list[Reply]:
             )
         bounded = [ask._replace(wants=ask.wants[:MOST_WANTS]) for ask in part]
         packed = msgspec.msgpack.encode(bounded)
-        reply = await store.run(SCRIPT, keys, [prefix, hub, *times, packed])
+        last = f"{whole and number == len(parts):d}"
+        args: list[str | bytes] = [prefix, hub, *times, epoch, str(hubs), last, packed]
+        reply = await store.run(SCRIPT, keys, args)
         replies += _decode_replies(reply)
     return replies
 

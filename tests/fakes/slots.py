@@ -71,13 +71,14 @@ class SlotStore:
         seconds, rest = divmod(round(self.now * 1e6), 1_000_000)
         return self.client.eval(script, len(keys), *keys, *args, seconds, rest)
 
-    def sync(self, hub: str, *asks: Ask) -> list[Reply]:
-        return drive(slots.sync(self, hub, asks))
+    def sync(self, hub: str, *asks: Ask, **options: Any) -> list[Reply]:
+        """Call; `options` are those of the function."""
+        return drive(slots.sync(self, hub, asks, **options))
 
-    def ask(self, hub: str, **of: Any) -> Reply:
+    def ask(self, hub: str, *, options: Any = None, **of: Any) -> Reply:
         """Ask of one worker with four slots, of which each of two hubs has two."""
         ask = {"worker": "w", "slots": 4, "fair": 2} | of
-        [reply] = self.sync(hub, Ask(**ask))
+        [reply] = self.sync(hub, Ask(**ask), **(options or {}))
         return reply
 
     # --- Messages -----------------------------------------------------------------

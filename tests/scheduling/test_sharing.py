@@ -15,7 +15,7 @@ from gollama_proxy.fleet.lease import Result
 from gollama_proxy.scheduling import sharing
 from gollama_proxy.scheduling.sharing import MOST_PLACES, WAITING, Sharing
 from gollama_proxy.state.link import StoreDownError, StoreError
-from gollama_proxy.state.slots import LIFETIME, Ask, Grant, Reply
+from gollama_proxy.state.slots import CAUTION, LIFETIME, Ask, Grant, Reply
 from gollama_proxy.state.store import Mode
 from tests.fakes.waiting import until
 from tests.scheduling.test_queue import Hub
@@ -32,13 +32,23 @@ class Store:
         self.error: Exception | None = None
         self.calls: list[list[Ask]] = []
         self._granted = 0
+        self.epoch = "first"
+        self.sent: list[Sequence[Any]] = []  # how many hubs are awaited, and the like
         self._mode_listener: Callable[[Mode], None] = lambda mode: None
+        self._empty_listener: Callable[[], None] = lambda: None
 
     async def listen(self, channel: str, take: object) -> None:
         pass
 
     def subscribe_mode(self, callback: Callable[[Mode], None]) -> None:
         self._mode_listener = callback
+
+    def on_empty(self, callback: Callable[[], None]) -> None:
+        self._empty_listener = callback
+
+    def lose_data(self) -> None:
+        self.epoch = "second"
+        self._empty_listener()
 
     def turn(self, mode: Mode) -> None:
         self.mode = mode
@@ -47,6 +57,7 @@ class Store:
     async def run(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> bytes:
         asks = msgspec.msgpack.decode(args[-1], type=list[Ask])
         self.calls.append(asks)
+        self.sent.append(args[-4:-1])
         await asyncio.sleep(0)
         if self.error is not None:
             raise self.error
@@ -178,3 +189,20 @@ async def test_in_a_large_pool_other_workers_are_asked_after_a_while() -> None:
                 hub.queue.look_for_slots()
                 await until(lambda n=count: len(store.calls) > n)  # type: ignore[misc]
         assert len(asked) > 2 * MOST_PLACES
+
+
+async def test_a_hub_that_sees_the_loss_of_data_registers_and_awaits_the_others() -> (
+    None
+):
+    async with shared(hubs=("a", "b")) as (hub, store, made):
+        await until(lambda: not made.alone)
+        assert store.sent[0] == ["first", "0", "1"]
+        lease = await hub.acquire(hub.request())
+        assert store.sent[-1] == ["first", "0", "0"]
+        store.lose_data()
+        await until(lambda: store.sent[-1] == ["second", "2", "1"])
+        assert store.calls[-1][0].held
+        lease.release(Result.COMPLETE)
+        hub.clock.advance(CAUTION)
+        store.turn(Mode.UP)
+        await until(lambda: store.sent[-1] == ["second", "0", "0"])

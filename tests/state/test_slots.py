@@ -310,6 +310,40 @@ def test_after_an_outage_hubs_get_their_fair_part(
     assert len(store.ask("a", held=mine, wants=[Want("s", 0, 7)]).granted) == 1
 
 
+def test_a_store_that_lost_its_data_waits_for_all_hubs(store: SlotStore) -> None:
+    """One of them may hold more than its part."""
+    held = leases_of(store.ask("b", wants=[Want("t", 0, 3)]).granted)
+    store.client.flushall()
+    store.client.set("test:epoch", "new")
+    now = {"epoch": "new", "hubs": 2}
+    whole = {**now, "whole": True}
+    wants = [Want("s", 0, 4)]
+    # Hubs have to notice the loss, and to name all that they hold.
+    assert store.ask("b", held=held, options={"epoch": "old", "whole": True}).free == 0
+    assert store.ask("b", held=held[:1], holds=3, options=now).free == 0
+    assert store.ask("a", wants=wants, options=whole).granted == []
+    assert store.ask("b", held=held, options=whole).waiting == 4
+    assert len(store.ask("a", wants=wants, options=now).granted) == 1
+
+
+def test_a_hub_that_does_not_come_back_is_awaited_for_some_seconds(
+    store: SlotStore,
+) -> None:
+    store.client.flushall()
+    options = {"hubs": 2, "whole": True}
+    wants = [Want("s", 0, 4)]
+    assert store.ask("a", wants=wants, options=options).granted == []
+    store.now += CAUTION
+    assert len(store.ask("a", wants=wants, options=options).granted) == 4
+
+
+def test_a_hub_that_holds_nothing_registers_that(store: SlotStore) -> None:
+    store.client.flushall()
+    assert store.sync("b", hubs=2, whole=True) == []
+    reply = store.ask("a", wants=[Want("s", 0, 4)], options={"hubs": 2, "whole": True})
+    assert len(reply.granted) == 2
+
+
 def test_leases_of_another_life_of_the_store_are_not_granted_again(
     store: SlotStore,
 ) -> None:
