@@ -5,7 +5,6 @@ A hub without `state.url` has no cluster, and imports nothing of this.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
@@ -115,9 +114,7 @@ class Cluster:
         ends = self._ends
         ends.push_async_callback(self.store.close)
         await self.store.open()
-        me = await asyncio.to_thread(
-            describe_me, self._hub.state.folder, self._hub.config.process
-        )
+        me = describe_me(self._hub.config.process)
         self.members = Members(self.store, me, self._hub.clock)
         self._hub.telemetry.follow_store(self.store, lambda: self.members.last_seen)
         ends.push_async_callback(self.members.stop)

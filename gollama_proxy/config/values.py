@@ -148,6 +148,11 @@ class SecretUrl(str):
         return repr(self.masked)
 
 
+def masked(value: Any) -> Any:
+    """Return a value of a setting for people, also where it is written as a string."""
+    return value.masked if isinstance(value, SecretUrl) else value
+
+
 def _check_secret_url(url: str) -> SecretUrl:
     return SecretUrl(_check_printable(url))
 

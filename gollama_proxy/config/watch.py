@@ -27,7 +27,7 @@ from gollama_proxy.config.settings import (
     Server,
     WorkerConfig,
 )
-from gollama_proxy.config.values import SecretUrl, shown
+from gollama_proxy.config.values import masked, shown
 from gollama_proxy.tasks import Periodic
 
 PERIOD = 1.0  # seconds between two checks of a file, whatever the traffic
@@ -326,7 +326,7 @@ def compare(old: Config, new: Config) -> tuple[Changes, Config]:
             before, after = getattr(one, name), getattr(other, name)
             if before == after:
                 continue
-            change = Change(f"{section}.{name}", _masked(before), _masked(after))
+            change = Change(f"{section}.{name}", masked(before), masked(after))
             if change.key in fixed:
                 restart.append(change)
                 kept[name] = before
@@ -339,10 +339,6 @@ def compare(old: Config, new: Config) -> tuple[Changes, Config]:
     added, replaced, removed = _compare_workers(old.workers, new.workers)
     changes = Changes(tuple(settings), tuple(restart), added, replaced, removed)
     return changes, replace(new, **merged)
-
-
-def _masked(value: Any) -> Any:
-    return value.masked if isinstance(value, SecretUrl) else value
 
 
 def _compare_workers(

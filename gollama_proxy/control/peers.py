@@ -28,6 +28,7 @@ from msgspec import field
 from gollama_proxy.control.merging import Answers
 from gollama_proxy.state import messages
 from gollama_proxy.state.link import StoreDownError
+from gollama_proxy.state.members import Member
 from gollama_proxy.state.messages import Message
 from gollama_proxy.state.store import Store
 from gollama_proxy.tasks import spawn
@@ -43,22 +44,6 @@ MOST_READ = 64 << 20  # bytes of one that is decompressed
 MOST_HANDLED = 64  # messages at once; further ones are ignored
 
 Events = list[tuple[str, dict[str, Any]]]  # by name
-
-
-class Member(Protocol):
-    """A hub that is alive."""
-
-    @property
-    def run(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def pid(self) -> int: ...
-    @property
-    def group(self) -> str: ...
-    @property
-    def url(self) -> str:
-        """Where clients reach it; empty until it listens."""
 
 
 class Members(Protocol):

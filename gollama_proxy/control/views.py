@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gollama_proxy.config.settings import Config, settings
-from gollama_proxy.config.values import SecretUrl
+from gollama_proxy.config.values import masked
 from gollama_proxy.control.calls import Call, answer
 from gollama_proxy.control.history import Running, Shown, shown_steps
 from gollama_proxy.edge.auth import Authenticator
@@ -280,9 +280,7 @@ class Views:
                 source = "environment"
             elif given.startswith("--") or given == "flag":
                 source = "flag"
-            value = getattr(getattr(config, section), name)
-            if isinstance(value, SecretUrl):
-                value = value.masked
+            value = masked(getattr(getattr(config, section), name))
             rows.append(
                 {"key": row.key, "value": value, "source": source, "from": given}
             )

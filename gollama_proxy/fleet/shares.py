@@ -33,6 +33,7 @@ from typing import Final
 from zlib import crc32
 
 from gollama_proxy.bounded import BoundedDict
+from gollama_proxy.config.addresses import is_loopback
 from gollama_proxy.config.settings import Origin
 from gollama_proxy.state.slots import Ask, Grant, Reply, Want
 
@@ -40,7 +41,6 @@ from gollama_proxy.state.slots import Ask, Grant, Reply, Want
 RECENT: Final = 10.0
 # Leases that were given back and of which a late message may still arrive.
 MOST_RETURNED: Final = 1024
-_LOCAL: Final = {"localhost", "127.0.0.1", "::1"}
 
 
 def shared_key(origin: Origin, machine: str) -> str:
@@ -49,8 +49,7 @@ def shared_key(origin: Origin, machine: str) -> str:
     Two hubs may give it two names.  A loopback address leads to another server on each
     machine, so the machine's name belongs to it.
     """
-    local = origin.host in _LOCAL or origin.host.startswith("127.")
-    return f"{machine} {origin.url}" if local else origin.url
+    return f"{machine} {origin.url}" if is_loopback(origin.host) else origin.url
 
 
 class Share:

@@ -4,13 +4,13 @@ Keys and channels, all after the prefix:
 
     hubs        sorted set: the run of each hub, by when it counts as gone
                 (milliseconds since 1970, by the clock of the store)
-    hub:RUN     JSON of a `Member`, which expires soon after its hub is gone
+    hub:RUN     the `Member`, which expires soon after its hub is gone
     members     channel: +RUN of a hub that has come, -RUN of one that has ended
 
 A *run* is one life of a hub process.  Every hub renews its entry at each heartbeat, and
 removes it when it ends; one that dies counts as gone `LIFETIME` after its last
 heartbeat.  No clock of a hub takes part in that.  A hub whose entry cannot be read is
-of another release: it counts, and it has its run for a name.
+of another release: it counts, and its name is its run.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-import msgspec
-from msgspec import Struct, structs
+from msgspec import structs
 
-from gollama_proxy import __version__
 from gollama_proxy.config.settings import Process
 from gollama_proxy.state.link import StoreDownError, StoreError
+from gollama_proxy.state.messages import Message, decode, encode
 from gollama_proxy.state.slots import LIFETIME
 from gollama_proxy.state.store import HEARTBEAT, Mode, Store
 from gollama_proxy.tasks import Periodic
@@ -48,21 +46,18 @@ redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2] * 2)
 return redis.call('ZRANGE', KEYS[1], 0, -1)
 """
 _RUN = re.compile(rb"[0-9a-f]{16}")
-_STABLE = "hub-id"  # the file with the stable id, in the state folder
+_UNKNOWN = "unknown"
 
 
-class Member(Struct, frozen=True):
+class Member(Message):
     """One hub process."""
 
     run: str  # different at each start
-    stable: str  # the same at each start, as long as there is a state folder
     name: str  # for people: its machine and port
     host: str
     pid: int
     group: str  # the same for all processes of one `serve --processes`
-    url: str  # where clients reach it; empty until it listens
-    version: str
-    started: float  # seconds since 1970, by its own clock
+    url: str = ""  # where clients reach it; empty until it listens
 
 
 class Members:
@@ -159,10 +154,8 @@ class Members:
 
     async def _renew(self) -> None:
         keys = [self._key, self._key_of(self.me.run)]
-        about = msgspec.json.encode(self.me)
-        runs = await self._store.run(
-            _BEAT, keys, [self.me.run, round(LIFETIME * 1000), about]
-        )
+        args = (self.me.run, round(LIFETIME * 1000), encode(self.me))
+        runs = await self._store.run(_BEAT, keys, args)
         present = {run.decode() for run in runs if _RUN.fullmatch(run)} - {self.me.run}
         # What is known of a hub changes only once, when it listens.
         fresh = [
@@ -179,11 +172,11 @@ class Members:
     def _note(self, present: set[str], found: dict[str, bytes]) -> None:
         for run, text in found.items():
             before = self.others.get(run)
-            member = _read(run, text)
-            if member is None:
-                member = Member(run, run, run, "", 0, run, "", "", 0.0)
-                if before is None:
-                    logger.warning("the hub %s describes itself in another format", run)
+            member = decode(Member, text, self._store.key("hub"))
+            if member is None or member.run != run:
+                member = Member(
+                    run=run, name=run, host="", pid=0, group=run, url=_UNKNOWN
+                )
             self.others[run] = member
             if member.url and (before is None or not before.url):
                 logger.info("another hub has joined: %s", member.name)
@@ -221,46 +214,13 @@ class Members:
 _ALONE = Process()
 
 
-def describe_me(folder: Path | None, process: Process = _ALONE) -> Member:
-    """Describe this process; `folder` is the state folder, which keeps the stable id.
-
-    This blocks.
-    """
-    run, host, group = secrets.token_hex(8), socket.gethostname(), process.group
+def describe_me(process: Process = _ALONE) -> Member:
+    """Describe this process, which does not listen yet."""
+    run, host = secrets.token_hex(8), socket.gethostname()
     return Member(
         run=run,
-        stable=_stable_id(folder) or run,
         name=f"{host}/{process.number}" if process.number else host,
         host=host,
         pid=os.getpid(),
-        group=group or run,
-        url="",
-        version=__version__,
-        started=time.time(),
+        group=process.group or run,
     )
-
-
-def _read(run: str, text: bytes) -> Member | None:
-    """Return what a hub has written about itself; None if it is of another format."""
-    try:
-        member = msgspec.json.decode(text, type=Member)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    return member if member.run == run else None
-
-
-def _stable_id(folder: Path | None) -> str:
-    if folder is None:
-        return ""
-    file = folder / _STABLE
-    try:
-        if (text := file.read_text()[:100].strip()).isalnum():
-            return text
-    except (OSError, UnicodeDecodeError):
-        pass
-    text = secrets.token_hex(8)
-    try:
-        file.write_text(f"{text}\n")
-    except OSError as exc:
-        logger.warning("%s: cannot be written: %s", file, exc.strerror)
-    return text

@@ -9,13 +9,14 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from gollama_proxy.control import peers
 from gollama_proxy.control.merging import Answers
 from gollama_proxy.control.peers import MOST_SENT, Peers, inflate
+from gollama_proxy.state.members import Member
 from gollama_proxy.state.store import Store
 from tests.fakes.asks import RARELY
 from tests.fakes.clock import Clock
@@ -23,29 +24,27 @@ from tests.fakes.valkey import connected, is_down, running_store
 from tests.fakes.waiting import until
 
 
-class Hub(NamedTuple):
-    run: str
-    name: str
-    group: str = ""
-    pid: int = 1
-    url: str = "http://hub"
+def member(
+    run: str, name: str, group: str = "", pid: int = 1, url: str = "http://hub"
+) -> Member:
+    return Member(run=run, name=name, host="host", pid=pid, group=group, url=url)
 
 
 class Seen:
     """The members as one hub knows them."""
 
-    def __init__(self, me: Hub, hubs: Mapping[str, Hub]) -> None:
+    def __init__(self, me: Member, hubs: Mapping[str, Member]) -> None:
         self.me, self._hubs = me, hubs
 
     @property
-    def others(self) -> Mapping[str, Hub]:
+    def others(self) -> Mapping[str, Member]:
         return {run: each for run, each in self._hubs.items() if each != self.me}
 
 
 class Group:
     """All hubs, as each of them knows the others."""
 
-    def __init__(self, *hubs: Hub) -> None:
+    def __init__(self, *hubs: Member) -> None:
         self.hubs = {hub.run: hub for hub in hubs}
         self.news: dict[str, list[Any]] = {hub.run: [] for hub in hubs}
 
@@ -68,7 +67,7 @@ class Group:
         return made
 
 
-A, B, C = Hub("1", "a"), Hub("2", "b"), Hub("3", "c")
+A, B, C = member("1", "a"), member("2", "b"), member("3", "c")
 
 
 @contextlib.asynccontextmanager
@@ -103,7 +102,7 @@ async def test_a_hub_alone_asks_nobody() -> None:
 
 async def test_a_hub_that_does_not_listen_yet_is_not_asked(tmp_path: Path) -> None:
     async with stores(tmp_path, 1) as [store]:
-        asking = await Group(A, Hub("2", "b", url="")).peer(store, "1", {})
+        asking = await Group(A, member("2", "b", url="")).peer(store, "1", {})
         assert await asking.ask("x") == Answers({}, [])
 
 
@@ -149,7 +148,9 @@ async def test_long_answers_are_compressed(tmp_path: Path) -> None:
 
 async def test_only_the_processes_of_a_group_are_asked(tmp_path: Path) -> None:
     group = Group(
-        Hub("1", "box", "g", 11), Hub("2", "box", "g", 12), Hub("3", "c", "other")
+        member("1", "box", "g", 11),
+        member("2", "box", "g", 12),
+        member("3", "c", "other"),
     )
     async with stores(tmp_path, 3) as (one, two, three):
         asking = await group.peer(one, "1", {})
@@ -160,7 +161,12 @@ async def test_only_the_processes_of_a_group_are_asked(tmp_path: Path) -> None:
 
 
 async def test_hubs_of_one_name_are_distinguished(tmp_path: Path) -> None:
-    same = [Hub("1", "box"), Hub("2", "box"), Hub("3", "box", pid=7), Hub("4", "c")]
+    same = [
+        member("1", "box"),
+        member("2", "box"),
+        member("3", "box", pid=7),
+        member("4", "c"),
+    ]
     group = Group(*same)
     async with stores(tmp_path, 1) as [store]:
         names = [(await group.peer(store, hub.run, {})).name for hub in same]
