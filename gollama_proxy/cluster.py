@@ -77,10 +77,12 @@ class Cluster:
         # How to end what has been started, the last part first.
         self._ends = contextlib.AsyncExitStack()
         state = hub.config.state
+        self._me = describe_me(hub.config.process)
+        run = self._me.run
         self.store = Store(state.url, state.prefix, hub.clock)
-        self.shared = SharedState(hub.state, self.store, hub.clock)
+        self.shared = SharedState(hub.state, self.store, run, hub.clock)
         self.shared.on_change = hub.follower.follow
-        renewals = Renewals(hub.agents, state.prefix)
+        renewals = Renewals(hub.agents, state.prefix, run)
         self.shared.add(lambda: [renewals])
         self.shared.on_round = self._note_round
         hub.state = self.shared
@@ -114,8 +116,7 @@ class Cluster:
         ends = self._ends
         ends.push_async_callback(self.store.close)
         await self.store.open()
-        me = describe_me(self._hub.config.process)
-        self.members = Members(self.store, me, self._hub.clock)
+        self.members = Members(self.store, self._me, self._hub.clock)
         self._hub.telemetry.follow_store(self.store, lambda: self.members.last_seen)
         ends.push_async_callback(self.members.stop)
         await self.members.start()

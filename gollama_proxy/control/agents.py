@@ -442,7 +442,7 @@ RENEWED = 2 * 3600.0
 class Renewal(messages.Message):
     """A renewal as the store has it, by the name of the worker."""
 
-    hub: str  # where it was renewed: different at each start of a hub
+    hub: str  # the run id of the one where it was renewed
     agent: str  # the digest of its secret
     report: dict[str, Any] = msgspec.field(default_factory=dict)
 
@@ -450,7 +450,8 @@ class Renewal(messages.Message):
 class Renewals:
     """Takes part in the rounds with other hubs (`state/valkey.py`)."""
 
-    def __init__(self, agents: Agents, prefix: str) -> None:
+    def __init__(self, agents: Agents, prefix: str, run: str) -> None:
+        """Begin; `run` is the run id of this hub."""
         self.journal = Journal(
             prefix,
             "agents",
@@ -459,7 +460,7 @@ class Renewals:
             mortal="all",
             channel=f"{prefix}:{NEWS}",
         )
-        self._agents, self._me = agents, secrets.token_hex(8)
+        self._agents, self._run = agents, run
         self._numbers = itertools.count()
         self._pending: dict[str, int] = {}  # renewed here, and not sent yet
         self._sent: dict[str, int] = {}  # by the current round
@@ -482,7 +483,7 @@ class Renewals:
         for name in self._sent:
             lease = self._agents.find(name)
             if lease is not None:
-                row = Renewal(hub=self._me, agent=lease.agent, report=lease.report)
+                row = Renewal(hub=self._run, agent=lease.agent, report=lease.report)
                 found.append(Entry(name, "a0", messages.encode(row).decode()))
         return found
 
@@ -492,7 +493,7 @@ class Renewals:
                 del self._pending[name]
         for row in answer.rows:
             found = messages.decode(Renewal, row.value, "agents")
-            if found is not None and found.hub != self._me:
+            if found is not None and found.hub != self._run:
                 age = max(0.0, (answer.now - row.number) / 1e6)
                 self._agents.hear(row.key, found.agent, found.report, age)
         return answer.more or bool(self._pending)

@@ -33,13 +33,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from gollama_proxy.config.settings import WorkerConfig
 from gollama_proxy.control.history import EVERY, History, Shown
 from gollama_proxy.control.merging import Elsewhere
+from gollama_proxy.control.replies import Peers
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.response import CLOSE, KEEP, Sent, frame, head
 from gollama_proxy.fleet.registry import Listener
@@ -72,24 +73,6 @@ STREAM = "Content-Type: text/event-stream\r\n" + "".join(
 )
 
 # --- Events -----------------------------------------------------------------------
-
-
-class Peers(Protocol):
-    """The other hubs (`control/peers.py`)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def store(self) -> dict[str, str]: ...
-    @property
-    def watched(self) -> bool:
-        """Whether events are followed at another hub."""
-
-    async def watch(self, seconds: float) -> None:
-        """Have the others send their events for so long."""
-
-    async def send_news(self, events: list[tuple[str, Shown]]) -> None:
-        """Send what has happened to those that follow it."""
 
 
 class Events(Listener):

@@ -45,6 +45,10 @@ class Peers(Protocol):
     def store(self) -> dict[str, str]:
         """The mode of the store, and the reason of it."""
 
+    @property
+    def watched(self) -> bool:
+        """Whether events are followed at another hub."""
+
     async def ask(
         self,
         what: str,
@@ -54,6 +58,12 @@ class Peers(Protocol):
         patience: float | None = None,
     ) -> Answers:
         """Ask the others, or only the processes of this group."""
+
+    async def watch(self, seconds: float) -> None:
+        """Have the others send their events for so long."""
+
+    async def send_news(self, events: list[tuple[str, Shown]]) -> None:
+        """Send what has happened to those that follow it."""
 
 
 class Parts(views.Parts, Protocol):

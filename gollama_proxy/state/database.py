@@ -7,7 +7,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -117,6 +117,23 @@ class Database:
         if self._connection is not None:
             await loop.run_in_executor(thread, self._connection.close)
         thread.shutdown(wait=False)
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Carry out all statements of the block, or none of them.
+
+    Raises:
+        sqlite3.Error: they cannot be carried out.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
 
 
 # What SQLite reports of a file that is not a database, or only a part of one.

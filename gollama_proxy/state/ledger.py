@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from gollama_proxy.bounded import BoundedDict
-from gollama_proxy.state.database import Database, StateError
+from gollama_proxy.state.database import Database, StateError, transaction
 from gollama_proxy.tasks import spawn
 
 logger = logging.getLogger(__name__)
@@ -532,17 +532,11 @@ def _write(
 ) -> None:
     """Add rows, and delete days before the oldest one, together or not at all."""
     database.execute("PRAGMA synchronous = NORMAL")
-    database.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(database):
         database.executemany(_ADD, map(_values, rows.items()))
         if limits is not None:
             database.execute(_DELETE, limits)
             database.execute(_DELETE_OTHERS, limits)
-        database.execute("COMMIT")
-    except BaseException:
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        raise
 
 
 def _own_keys(first: int, database: sqlite3.Connection) -> list[_Key]:
@@ -562,19 +556,13 @@ def _write_others(
 ) -> dict[tuple[int, str], int]:
     """Keep totals, together or not at all; return by how many tokens they are more."""
     more: dict[tuple[int, str], int] = {}
-    database.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(database):
         for ledger, day, subject, model, sums in rows:
             place = day, subject, model, ledger
             (known,) = database.execute(_KNOWN_OTHER, place).fetchone() or (0,)
             change = sums[2] + sums[3] - known
             more[day, subject] = more.get((day, subject), 0) + change
             database.execute(_PUT_OTHER, (ledger, day, subject, model, *sums))
-        database.execute("COMMIT")
-    except BaseException:
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        raise
     return more
 
 

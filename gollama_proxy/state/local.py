@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from gollama_proxy.config.settings import Revoked
-from gollama_proxy.state.database import Database, StateError
+from gollama_proxy.state.database import Database, StateError, transaction
 from gollama_proxy.state.facts import (
     HOLDS,
     MAX_REVOCATIONS,
@@ -412,15 +412,9 @@ _Statement = tuple[str, tuple[Any, ...]]
 
 def _execute(statements: Iterable[_Statement], database: sqlite3.Connection) -> None:
     """Carry out statements together, or none of them."""
-    database.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(database):
         for statement, values in statements:
             database.execute(statement, values)
-        database.execute("COMMIT")
-    except BaseException:
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        raise
 
 
 def _row_of(worker: StoredWorker) -> _Statement:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -102,10 +101,13 @@ class SharedState:
         self,
         local: State,
         store: Store,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
+        run: str,
+        clock: Callable[[], float],
     ) -> None:
-        """Share what a hub has, its `LocalState`; nothing is sent before `start`."""
+        """Share what a hub has, its `LocalState`; nothing is sent before `start`.
+
+        `run` is the run id of the hub.
+        """
         assert isinstance(local, LocalState), local
         self.local = local
         self.on_change: Callable[[set[Key]], None] | None = None  # at other hubs
@@ -114,10 +116,9 @@ class SharedState:
         self.read_at = clock()
         self.caught_up = False  # by the last attempt
         self.others: Callable[[], list[str]] = list  # the names of the other hubs
-        self._store, self._clock, self._wall = store, clock, wall
-        self._me = secrets.token_hex(8)  # in what this hub announces
+        self._store, self._run, self._clock = store, run, clock
         self._news = False  # announced by another hub, and not read yet
-        self._facts = _Facts(local, store.prefix, wall)
+        self._facts = _Facts(local, store.prefix)
         self._parts: list[Callable[[], Sequence[Part]]] = []
         self.add(lambda: [self._facts])
         self.add(Usage(local.ledger, store.prefix).parts)
@@ -179,7 +180,7 @@ class SharedState:
     def gap(self) -> Gap | None:
         if self.caught_up:
             return None
-        return Gap(self.others(), self._wall() - (self._clock() - self.read_at))
+        return Gap(self.others(), time.time() - (self._clock() - self.read_at))
 
     # --- Rounds -----------------------------------------------------------------------
 
@@ -205,7 +206,7 @@ class SharedState:
             self._rounds.wake()
 
     def _note_news(self, data: bytes) -> None:
-        if data != self._me.encode():
+        if data != self._run.encode():
             self._news = True
 
     def _note_mode(self, mode: Mode) -> None:
@@ -251,7 +252,7 @@ class SharedState:
             raise StoreDownError(self._store.reason)  # and nothing is prepared
         self._news, self._tried_at = False, time.monotonic()
         batches = [(part, await part.entries()) for part in self._all()]
-        commands = [part.journal.command(batch, self._me) for part, batch in batches]
+        commands = [part.journal.command(batch, self._run) for part, batch in batches]
         within = None if self.caught_up else CATCHING_UP
         replies = await self._store.pipe(commands, within=within)
         more = False
@@ -269,14 +270,12 @@ class SharedState:
 class _Facts:
     """The workers, holds and revocations of a hub, in step with the store."""
 
-    def __init__(
-        self, local: LocalState, prefix: str, wall: Callable[[], float]
-    ) -> None:
+    def __init__(self, local: LocalState, prefix: str) -> None:
         channel = f"{prefix}:{CHANNEL}"
         self.journal = Journal(prefix, "facts", MOST_FACTS, channel=channel)
         self.added: set[Key] = set()  # workers that must be new for all hubs
         self.lost: set[Key] = set()  # those that were not
-        self._local, self._wall = local, wall
+        self._local = local
         self._sent: list[tuple[Key, Stamp | None, str]] = []  # by the current round
         # What was read since the start of this life of the store, until all of it is.
         self._seen: set[Key] | None = None
@@ -312,7 +311,7 @@ class _Facts:
             return "a0"
         if stamp.sent:
             return f"v{stamp.version}"
-        age = max(0.0, self._wall() - stamp.changed)
+        age = max(0.0, time.time() - stamp.changed)
         return f"a{int(age * 1e6) + 1}:{stamp.version}"
 
     # --- What has come ----------------------------------------------------------------

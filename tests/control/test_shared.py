@@ -19,7 +19,7 @@ from gollama_proxy.telemetry.exposition import Family
 from gollama_proxy.telemetry.summing import Sums
 from tests.behaviour.test_hubs_as_one import two_hubs
 from tests.control.test_admin import call
-from tests.control.test_peers import Group, Hub
+from tests.control.test_peers import Group, member
 from tests.fakes.valkey import (
     ENGINES,
     StoreServer,
@@ -123,7 +123,7 @@ class Box:
 async def box(
     folder: Path, *runs: str
 ) -> AsyncIterator[tuple[Box, list[Store], StoreServer]]:
-    group = Group(*(Hub(run, "box", "g", 10 + n) for n, run in enumerate(runs)))
+    group = Group(*(member(run, "box", "g", 10 + n) for n, run in enumerate(runs)))
     async with running_store(folder) as server, contextlib.AsyncExitStack() as stack:
         stores = [await stack.enter_async_context(connected(server.url)) for _ in runs]
         yield Box(group, stores[0]), stores, server
