@@ -15,13 +15,13 @@ from gollama_proxy.config.settings import Config
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.agents import Renewals
 from gollama_proxy.control.events import Events
-from gollama_proxy.control.following import Follower
+from gollama_proxy.control.follower import Follower
 from gollama_proxy.control.limits import SharedLimits
 from gollama_proxy.control.page import Links
 from gollama_proxy.control.peers import Peers
 from gollama_proxy.control.replies import Peers as Answering
 from gollama_proxy.control.replies import Replies
-from gollama_proxy.control.shared import GroupMetrics, LinksInStore
+from gollama_proxy.control.stored import GroupMetrics, LinksInStore
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.quotas import Quotas
 from gollama_proxy.fleet.agents import Agents
@@ -35,8 +35,8 @@ from gollama_proxy.scheduling.sharing import Sharing
 from gollama_proxy.state.link import StoreError
 from gollama_proxy.state.local import State
 from gollama_proxy.state.members import Members, describe_me
+from gollama_proxy.state.shared import SharedState
 from gollama_proxy.state.store import Mode, Store
-from gollama_proxy.state.valkey import SharedState
 from gollama_proxy.telemetry.families import METRICS
 from gollama_proxy.telemetry.metrics import Telemetry
 

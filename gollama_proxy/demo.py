@@ -29,7 +29,7 @@ from gollama_proxy import llama
 from gollama_proxy.children import Child, ChildError
 from gollama_proxy.config.settings import Config, Health
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.control.page import LIFETIME as LINK_LIFETIME
+from gollama_proxy.control.page import LINK_LIFETIME
 from gollama_proxy.edge.auth import mint
 from gollama_proxy.hub import Hub
 from gollama_proxy.serve import Announce, front

@@ -18,7 +18,7 @@ from gollama_proxy.config.watch import Changes, Files, compare
 from gollama_proxy.control.admin import Admin
 from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events
-from gollama_proxy.control.following import Follower
+from gollama_proxy.control.follower import Follower
 from gollama_proxy.control.history import History, Recent
 from gollama_proxy.control.page import Dashboard, Links
 from gollama_proxy.control.replies import Peers, Replies

@@ -22,7 +22,7 @@ from gollama_proxy.control.events import STREAM
 from gollama_proxy.control.explain import Question, explain
 from gollama_proxy.control.history import SAMPLES, Shown
 from gollama_proxy.control.merging import Answers
-from gollama_proxy.control.page import LIFETIME, Links, compress
+from gollama_proxy.control.page import LINK_LIFETIME, Links, compress
 from gollama_proxy.control.replies import Replies
 from gollama_proxy.control.views import Usage, Views
 from gollama_proxy.control.workers import Workers
@@ -299,7 +299,7 @@ class Admin:
         code = await self._hub.links.issue(token)
         self._hub.events.record_change(call.x, "make link", call.x.subject)
         link = {"code": code, "path": f"/#sign-in={code}"}
-        return answer(link | {"expires_in": LIFETIME}, status=201)
+        return answer(link | {"expires_in": LINK_LIFETIME}, status=201)
 
     async def _show_api(self, call: Call) -> Response:
         if not self._description:

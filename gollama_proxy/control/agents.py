@@ -448,7 +448,7 @@ class Renewal(messages.Message):
 
 
 class Renewals:
-    """Takes part in the rounds with other hubs (`state/valkey.py`)."""
+    """Takes part in the rounds with other hubs (`state/shared.py`)."""
 
     def __init__(self, agents: Agents, prefix: str, run: str) -> None:
         """Begin; `run` is the run id of this hub."""

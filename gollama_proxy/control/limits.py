@@ -4,7 +4,7 @@ Each hub writes what its subjects have used, if they have such limits: how many 
 and tokens since it started, how many of them in the last minute, and how many requests
 run.  These are totals, set and never incremented, so that a row can be written twice.
 Each hub adds what is new at the others to its own counts, in each round
-(`state/valkey.py`).
+(`state/shared.py`).
 
 **The error.**  A hub knows what others have used up to a second ago.  So a subject that
 sends to several hubs at once can exceed a limit by what it uses in that second at the

@@ -202,7 +202,7 @@ async def _lead_to_index(request: web.BaseRequest, record: Record) -> Response:
 
 # --- Links that sign in -----------------------------------------------------------
 
-LIFETIME = 300  # seconds
+LINK_LIFETIME = 300  # seconds
 MOST_LINKS = 100
 MOST_BODY = 1 << 10  # bytes
 
@@ -252,7 +252,7 @@ class Links:
         while len(self._links) >= MOST_LINKS:
             del self._links[next(iter(self._links))]
         code = secrets.token_urlsafe(24)
-        self._links[_digest_of(code)] = token, self._clock() + LIFETIME
+        self._links[_digest_of(code)] = token, self._clock() + LINK_LIFETIME
         return code
 
     def use(self, code: str) -> str | None:
@@ -271,7 +271,7 @@ class Links:
 
 
 class SharedLinks(Protocol):
-    """The codes that all hubs know (`control/shared.py`)."""
+    """The codes that all hubs know (`control/stored.py`)."""
 
     async def keep(self, code: str, token: str) -> bool:
         """Keep the token of a code; return whether it is kept."""

@@ -9,7 +9,7 @@ and is written later.
 Quotas per day and month rest on the same numbers.  They are in memory from the start,
 for every subject that has used something this month.
 
-With a store, hubs exchange totals (`valkey.py`): each row is that of one ledger, which
+With a store, hubs exchange totals (`shared.py`): each row is that of one ledger, which
 has an id in its file, for a day, a subject and a model.  The rows of others are kept in
 a table beside the own ones, so that an answer needs no other hub.
 """

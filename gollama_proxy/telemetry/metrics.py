@@ -23,7 +23,15 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.telemetry import accesslog, exposition
 from gollama_proxy.telemetry.accesslog import Record, Step
-from gollama_proxy.telemetry.exposition import Collected, Family, Histogram
+from gollama_proxy.telemetry.exposition import (
+    Collected,
+    Family,
+    Histogram,
+    Part,
+    Plain,
+    Sums,
+    to_plain,
+)
 from gollama_proxy.telemetry.families import (
     CACHED,
     DURATION,
@@ -60,7 +68,6 @@ from gollama_proxy.telemetry.gauges import (
     StoreMetrics,
     of_process,
 )
-from gollama_proxy.telemetry.summing import Part, Plain, Sums, to_plain
 from gollama_proxy.upstream.pool import ConnectionPool
 
 MOST_MODELS = 200

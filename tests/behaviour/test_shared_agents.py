@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy.fleet.agents import GRACE
+from gollama_proxy.state.shared import SharedState
 from gollama_proxy.state.store import Store
-from gollama_proxy.state.valkey import SharedState
 from tests.behaviour.test_shared_fleet import everywhere, hubs, worker_of
 from tests.fakes.agent import HandAgent
 from tests.fakes.asks import CHAT

@@ -19,12 +19,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from gollama_proxy.control.merging import Answers
-from gollama_proxy.control.page import LIFETIME
+from gollama_proxy.control.page import LINK_LIFETIME
 from gollama_proxy.control.peers import MOST_READ, MOST_SENT, Peers
 from gollama_proxy.state.link import StoreDownError
 from gollama_proxy.state.store import Store
-from gollama_proxy.telemetry.exposition import Family
-from gollama_proxy.telemetry.summing import Part, Plain, Sums, to_plain
+from gollama_proxy.telemetry.exposition import Family, Part, Plain, Sums, to_plain
 
 # --- Links that sign in at any hub --------------------------------------------------
 
@@ -50,7 +49,7 @@ class LinksInStore:
         nonce = os.urandom(_NONCE)
         sealed = nonce + _cipher(code).encrypt(nonce, token.encode(), None)
         try:
-            await self._store.call("SET", self._key(code), sealed, "EX", LIFETIME)
+            await self._store.call("SET", self._key(code), sealed, "EX", LINK_LIFETIME)
         except StoreDownError:
             return False
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from gollama_proxy.state import link, valkey
+from gollama_proxy.state import link, shared
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import Key, StoredWorker
 from gollama_proxy.state.local import LocalState, State
+from gollama_proxy.state.shared import SharedState
 from gollama_proxy.state.store import Store
-from gollama_proxy.state.valkey import SharedState
 from tests.fakes.clock import Clock
 from tests.fakes.valkey import (
     ENGINES,
@@ -38,7 +39,7 @@ TWO = StoredWorker(
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     # A busy machine may need longer than the 50 ms after which a hub goes on alone.
-    monkeypatch.setattr(valkey, "CATCHING_UP", 30.0)
+    monkeypatch.setattr(shared, "CATCHING_UP", 30.0)
     monkeypatch.setattr(link, "SILENCE", 30.0)
 
 
@@ -48,7 +49,7 @@ class Copy(SharedState):
     def __init__(
         self, local: State, store: Store, wall: Callable[[], float] = time.time
     ) -> None:
-        super().__init__(local, store, wall=wall)
+        super().__init__(local, store, secrets.token_hex(8), wall=wall)
         self.store = store
         self.changes: set[Key] = set()
         self.on_change = self.changes.update
@@ -327,7 +328,7 @@ async def test_changes_that_were_not_sent_outlive_a_restart(tmp_path: Path) -> N
 async def test_many_facts_come_in_several_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(valkey, "MOST_WRITTEN", 7)
+    monkeypatch.setattr(shared, "MOST_WRITTEN", 7)
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
             for number in range(600):
@@ -364,7 +365,7 @@ async def test_rows_of_other_programs_do_no_harm(tmp_path: Path) -> None:
 async def test_a_store_that_is_full_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(valkey, "MOST_FACTS", 2)
+    monkeypatch.setattr(shared, "MOST_FACTS", 2)
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
             for name in "abcd":
@@ -381,7 +382,7 @@ async def test_a_store_that_is_full_is_logged_once(
 async def test_what_is_new_is_announced_and_else_there_is_no_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(valkey, "QUIET", 3600.0)
+    monkeypatch.setattr(shared, "QUIET", 3600.0)
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
             for each in a, b:
@@ -400,7 +401,7 @@ async def test_what_is_new_is_announced_and_else_there_is_no_round(
 async def test_a_lost_announcement_delays_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(valkey, "QUIET", 0.0)
+    monkeypatch.setattr(shared, "QUIET", 0.0)
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
             monkeypatch.setattr(b, "_wake", lambda _: None)

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.control import shared
-from gollama_proxy.control.page import LIFETIME, Links
-from gollama_proxy.control.shared import GroupMetrics, LinksInStore
+from gollama_proxy.control import stored
+from gollama_proxy.control.page import LINK_LIFETIME, Links
+from gollama_proxy.control.stored import GroupMetrics, LinksInStore
 from gollama_proxy.state.store import Store
 from gollama_proxy.telemetry import exposition
-from gollama_proxy.telemetry.exposition import Family
-from gollama_proxy.telemetry.summing import Sums
+from gollama_proxy.telemetry.exposition import Family, Sums
 from tests.behaviour.test_hubs_as_one import two_hubs
 from tests.control.test_admin import call
 from tests.control.test_peers import Group, member
@@ -42,7 +41,7 @@ async def test_a_link_works_once_at_any_hub(tmp_path: Path, engine: str) -> None
             kept = await server.ask("GET", key)
             assert b"secret" not in kept
             assert code.encode() not in key + kept
-            assert 0 < await server.ask("TTL", key) <= LIFETIME
+            assert 0 < await server.ask("TTL", key) <= LINK_LIFETIME
             assert await there.redeem(code) == "a.secret.token"
             assert await there.redeem(code) is None
             assert await here.redeem(code) is None
@@ -156,7 +155,7 @@ async def test_counters_of_ended_processes_stay(tmp_path: Path) -> None:
 async def test_many_ended_processes_become_one_sum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int
 ) -> None:
-    monkeypatch.setattr(shared, "MOST_ENDED", 2)
+    monkeypatch.setattr(stored, "MOST_ENDED", 2)
     async with box(tmp_path, "1") as (group, [store], server):
         one = await group.process("1")
         group.counted["1"] = 1

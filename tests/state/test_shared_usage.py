@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.state import link, valkey
+from gollama_proxy.state import link, shared
 from gollama_proxy.state.ledger import DAY, Question, day_of
 from gollama_proxy.state.local import LocalState
-from gollama_proxy.state.valkey import SharedState
+from gollama_proxy.state.shared import SharedState
 from tests.fakes.clock import Clock
 from tests.fakes.valkey import (
     ENGINES,
@@ -32,7 +33,7 @@ NOON = TODAY * DAY + DAY / 2
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(valkey, "CATCHING_UP", 30.0)
+    monkeypatch.setattr(shared, "CATCHING_UP", 30.0)
     monkeypatch.setattr(link, "SILENCE", 30.0)
 
 
@@ -62,7 +63,7 @@ async def hub(
     local = await asyncio.to_thread(LocalState, folder, clock)
     try:
         async with connected(server.url) as store:
-            yield Hub(local, store, wall=clock)
+            yield Hub(local, store, secrets.token_hex(8), wall=clock)
     finally:
         await local.close()
 
@@ -184,7 +185,7 @@ async def test_a_ledger_that_was_deleted_is_another_one(tmp_path: Path) -> None:
 async def test_many_rows_take_several_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(valkey, "MOST_WRITTEN", 50)
+    monkeypatch.setattr(shared, "MOST_WRITTEN", 50)
     clock = Clock(NOON)
     async with running_store(tmp_path) as server:
         async with hub(server, clock) as a, hub(server, clock) as b:
@@ -198,7 +199,7 @@ async def test_many_rows_take_several_rounds(
 async def test_there_is_a_bound_for_a_month(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(valkey, "MOST_TOTALS", 2)
+    monkeypatch.setattr(shared, "MOST_TOTALS", 2)
     clock = Clock(NOON)
     async with running_store(tmp_path) as server:
         async with hub(server, clock) as a, hub(server, clock) as b:

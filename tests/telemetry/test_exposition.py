@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from gollama_proxy.telemetry import exposition
-from gollama_proxy.telemetry.exposition import Collected, Family, Histogram
+from gollama_proxy.telemetry.exposition import (
+    Collected,
+    Family,
+    Histogram,
+    Sums,
+    to_plain,
+)
 from gollama_proxy.telemetry.families import METRICS
-from gollama_proxy.telemetry.summing import Sums, to_plain
 
 COUNTED = Family("c_total", "counter", "Counted.", ("a",))
 TIMES = Family("t_seconds", "histogram", "Took.", ("a",), (1, 10))

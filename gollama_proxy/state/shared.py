@@ -102,7 +102,8 @@ class SharedState:
         local: State,
         store: Store,
         run: str,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         """Share what a hub has, its `LocalState`; nothing is sent before `start`.
 
@@ -116,9 +117,10 @@ class SharedState:
         self.read_at = clock()
         self.caught_up = False  # by the last attempt
         self.others: Callable[[], list[str]] = list  # the names of the other hubs
-        self._store, self._run, self._clock = store, run, clock
+        self._store, self._run = store, run
+        self._clock, self._wall = clock, wall
         self._news = False  # announced by another hub, and not read yet
-        self._facts = _Facts(local, store.prefix)
+        self._facts = _Facts(local, store.prefix, wall)
         self._parts: list[Callable[[], Sequence[Part]]] = []
         self.add(lambda: [self._facts])
         self.add(Usage(local.ledger, store.prefix).parts)
@@ -180,7 +182,7 @@ class SharedState:
     def gap(self) -> Gap | None:
         if self.caught_up:
             return None
-        return Gap(self.others(), time.time() - (self._clock() - self.read_at))
+        return Gap(self.others(), self._wall() - (self._clock() - self.read_at))
 
     # --- Rounds -----------------------------------------------------------------------
 
@@ -270,12 +272,14 @@ class SharedState:
 class _Facts:
     """The workers, holds and revocations of a hub, in step with the store."""
 
-    def __init__(self, local: LocalState, prefix: str) -> None:
+    def __init__(
+        self, local: LocalState, prefix: str, wall: Callable[[], float]
+    ) -> None:
         channel = f"{prefix}:{CHANNEL}"
         self.journal = Journal(prefix, "facts", MOST_FACTS, channel=channel)
         self.added: set[Key] = set()  # workers that must be new for all hubs
         self.lost: set[Key] = set()  # those that were not
-        self._local = local
+        self._local, self._wall = local, wall
         self._sent: list[tuple[Key, Stamp | None, str]] = []  # by the current round
         # What was read since the start of this life of the store, until all of it is.
         self._seen: set[Key] | None = None
@@ -311,7 +315,7 @@ class _Facts:
             return "a0"
         if stamp.sent:
             return f"v{stamp.version}"
-        age = max(0.0, time.time() - stamp.changed)
+        age = max(0.0, self._wall() - stamp.changed)
         return f"a{int(age * 1e6) + 1}:{stamp.version}"
 
     # --- What has come ----------------------------------------------------------------
