@@ -211,6 +211,8 @@ class Link:
             except (ValkeyError, OSError) as exc:
                 self.end(explain(exc))
                 return
+            if self._error is not None:  # it came as the connection was given up
+                return
             self._heard = asyncio.get_running_loop().time()
             future = self._waiting.popleft()
             if not future.done():

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from valkey import Valkey
 
-from gollama_proxy.state.link import StoreDownError, StoreError
+from gollama_proxy.config.addresses import parse_store_url
+from gollama_proxy.state.link import Link, StoreDownError, StoreError
 from gollama_proxy.state.store import Mode
 from gollama_proxy.tasks import PUNCTUAL
 from tests.fakes.valkey import (
@@ -79,13 +80,13 @@ async def test_a_store_that_is_paused(tmp_path: Path) -> None:
         await is_up(store)
 
 
-def hold_up(server: StoreServer) -> None:
-    """Block the event loop until a PING was answered, and all limits have passed."""
+def hold_up(server: StoreServer, seconds: float = 4 * PUNCTUAL) -> None:
+    """Block the event loop until a PING was answered, and some time has passed."""
     begun = time.monotonic()
     with Valkey(unix_socket_path=str(server.socket)) as client:
         while (
             "cmdstat_ping" not in client.info("commandstats")
-            or time.monotonic() < begun + 4 * PUNCTUAL
+            or time.monotonic() < begun + seconds
         ):
             time.sleep(0.01)
 
@@ -99,6 +100,29 @@ async def test_a_hub_that_was_held_up_blames_no_store(tmp_path: Path) -> None:
         # Its time limit passed long ago, and so did the answer.
         assert await call == b"PONG"
         assert (store.failures, store.outages) == (0, 0)
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_an_answer_that_comes_as_the_connection_is_given_up(
+    steps: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost: list[str] = []
+    async with running_store(tmp_path) as server:
+        address = parse_store_url("state.url", server.url)
+        link = Link(
+            address, lambda *_: None, lambda _, text: lost.append(text), time.monotonic
+        )
+        await link.open()
+        call = asyncio.create_task(link.ask([("PING",)]))
+        await asyncio.sleep(0)  # it is sent
+        hold_up(server, 0.0)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        link.end(StoreDownError("too late"))
+        await asyncio.gather(call, return_exceptions=True)
+        await link.close()
+        assert lost == ["too late"]
+    assert "failed" not in caplog.text
 
 
 @pytest.mark.usefixtures("usual_timeouts")
