@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import gollama_proxy
+from gollama_proxy.children import how
 from gollama_proxy.config.settings import Config, Process
 from gollama_proxy.config.values import MAX_PROCESSES, ConfigError
 from gollama_proxy.config.watch import SettingsFile, Watcher
@@ -227,7 +228,9 @@ class Parent:
     def _ended(self, hub: HubProcess, status: int) -> bool:
         """Take note of the end of a hub; return whether to start it again."""
         self._common.forget(hub.number)
-        if self._starting:  # it has reported why
+        if self._starting:
+            if status < 0:  # else it has reported why
+                logger.error("process %d ended with %s", hub.number, how(status))
             self.status = status if status > 0 else 1
             self._failed.set()
         return not self._starting

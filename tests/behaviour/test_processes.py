@@ -202,6 +202,22 @@ async def test_what_the_first_process_finds_is_reported_once(tmp_path: Path) -> 
     assert "started process 2" not in program.output
 
 
+async def test_a_process_that_is_killed_while_all_start_is_reported(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "if 'GOLLAMA_PROCESS' in os.environ:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environ = bare() | {"GOLLAMA_JWT_SECRET": SECRET, "PYTHONPATH": str(tmp_path)}
+    command = ("serve", "--port", "0", "--processes", "2")
+    async with Program.running(*command, environ=environ) as program:
+        assert await program.ended() == 1
+    assert "error process 1 ended with SIGKILL\n" in program.output
+    assert "started process 2" not in program.output
+
+
 async def test_a_second_signal_cuts_answers(tmp_path: Path) -> None:
     """Also if all processes get both, as from systemd or in a terminal."""
     async with ScriptedWorker() as worker, running(tmp_path, worker.url) as group:
