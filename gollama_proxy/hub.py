@@ -436,12 +436,15 @@ class Hub(Listener):
         self,
         listeners: Sequence[socket.socket] = (),
         for_metrics: Sequence[socket.socket] = (),
+        *,
+        accept: bool = True,
     ) -> None:
         """Listen for clients and start the health checks; no worker has to be up.
 
         With `listeners`, which listen already, the hub serves on these instead of
         `server.host` and `server.port`, and closes them when it drains; `for_metrics`
-        are in addition to `metrics.listen`.
+        are in addition to `metrics.listen`.  Unless it is to `accept` connections, they
+        wait until `accept()`, or for another process.
 
         Raises:
             OSError: the address is in use, or not one of this machine.
@@ -451,7 +454,7 @@ class Hub(Listener):
         if self.cluster is not None:
             await self.cluster.open()
         try:
-            self._server = await self._listen(listeners, for_metrics)
+            self._server = await self._listen(listeners, for_metrics, accept)
         except BaseException:
             if self.cluster is not None:
                 await self.cluster.close()
@@ -471,6 +474,7 @@ class Hub(Listener):
         self,
         listeners: Sequence[socket.socket],
         for_metrics: Sequence[socket.socket],
+        accept: bool,
     ) -> Server:
         server = self.config.server
         found = Server(
@@ -480,7 +484,7 @@ class Hub(Listener):
             self.clients,
             self.files.for_clients,
         )
-        await found.listen(server.host, server.port, listeners)
+        await found.listen(server.host, server.port, listeners, accept=accept)
         try:
             await self.scrapes.open(self.config, self.files.for_clients, for_metrics)
             if self.config.tracing.enabled:
@@ -506,6 +510,11 @@ class Hub(Listener):
         """The URLs for clients; one that begins with unix: is the path of a socket."""
         assert self._server is not None, self
         return self._server.urls
+
+    async def accept(self) -> None:
+        """Take the connections that wait; harmless when it does, or drains."""
+        if self._server is not None:
+            await self._server.accept()
 
     async def ready(self) -> None:
         """Wait until every worker has been checked once."""

@@ -80,7 +80,12 @@ async def front(
 
         again = load and (lambda: prepare(load()))
         hub = Hub(prepare(config), state=state, load=again)
-        await hub.start(service.listeners.clients, service.listeners.metrics)
+        await hub.start(
+            service.listeners.clients,
+            service.listeners.metrics,
+            # Beside other processes, one that knows no worker yet takes no clients.
+            accept=not config.process.number,
+        )
     except ConfigError:
         await state.close()
         raise
@@ -154,11 +159,13 @@ async def _become_ready(hub: Hub, service: Service) -> None:
     One that cannot be reached does not delay that: the others can serve meanwhile.
     """
     if not service.notifies:
+        await hub.accept()
         return
     service.describe(lambda: _describe(hub))
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_READY_WITHIN):
             await hub.ready()
+    await hub.accept()
     service.ready()
 
 

@@ -136,6 +136,27 @@ async def test_inherited_sockets_take_the_place_of_the_address() -> None:
             pass  # it still listens: the socket is not the hub's alone
 
 
+async def test_connections_can_be_left_to_other_processes_at_first() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as shared:
+        shared.setblocking(False)
+        port = shared.getsockname()[1]
+        hub = new_hub()
+        await hub.start([shared.dup()], accept=False)
+        try:
+            assert hub.url == f"http://127.0.0.1:{port}"
+            async with await Wire.connect("127.0.0.1", port):
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                shared.accept()[0].close()  # it waits for any process
+            await hub.accept()
+            async with await Wire.connect("127.0.0.1", port) as wire:
+                await wire.get("/livez", None)
+                assert (await wire.read_response()).status == 200
+        finally:
+            await hub.drain()
+        await hub.accept()
+
+
 async def test_if_one_socket_cannot_be_served_on_none_is() -> None:
     with socket.create_server(("127.0.0.1", 0)) as good:
         kept, closed = good.dup(), socket.socket()

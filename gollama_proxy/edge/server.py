@@ -133,9 +133,16 @@ class Server(web_server.Server):
     # --- Listening ------------------------------------------------------------------
 
     async def listen(
-        self, host: str, port: int, inherited: Sequence[socket.socket] = ()
+        self,
+        host: str,
+        port: int,
+        inherited: Sequence[socket.socket] = (),
+        *,
+        accept: bool = True,
     ) -> None:
         """Take connections at an address, or on inherited sockets instead.
+
+        Unless it is to `accept` them, they wait until `accept()`.
 
         Raises:
             OSError: the address is in use, or not one of this machine.
@@ -143,14 +150,23 @@ class Server(web_server.Server):
         loop = asyncio.get_running_loop()
         try:
             for each in inherited:
-                found = await loop.create_server(self, sock=each, backlog=BACKLOG)
+                found = await loop.create_server(
+                    self, sock=each, backlog=BACKLOG, start_serving=accept
+                )
                 self._listening.append(found)
             if not inherited:
-                found = await loop.create_server(self, host, port, backlog=BACKLOG)
+                found = await loop.create_server(
+                    self, host, port, backlog=BACKLOG, start_serving=accept
+                )
                 self._listening.append(found)
         except BaseException:
             self.stop_listening()
             raise
+
+    async def accept(self) -> None:
+        """Take the connections that wait; harmless when it does."""
+        for each in self._listening:
+            await each.start_serving()
 
     @property
     def addresses(self) -> list[Any]:
