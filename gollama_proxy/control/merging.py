@@ -62,7 +62,7 @@ def mark_hubs(shown: Shown, views: Mapping[str, Shown]) -> Shown:
         "slots": max(view["slots"] or 0 for view in views.values()) or None,
         "hubs": [
             {"hub": hub, **_condition(view), "running": view["running"]}
-            for hub, view in views.items()
+            for hub, view in sorted(views.items())
             if view["running"] or _condition(view) != seen
         ],
     }
@@ -202,7 +202,19 @@ def merge_histories(histories: Mapping[str, Shown]) -> Shown:
 
 SILENCE = 5.0  # seconds
 COUNTED = ("requests", "errors")  # in the second of a sample
-_OF_EACH = ("running", "waiting", "tokens_per_second")
+
+
+def figures_of_hub(name: str, sample: Shown) -> Shown:
+    """Return what a hub does now: a sample counts as running those that wait, too."""
+    running, waiting, rate = (
+        sample.get(key) or 0 for key in ("running", "waiting", "tokens_per_second")
+    )
+    return {
+        "hub": name,
+        "running": max(running - waiting, 0),
+        "waiting": waiting,
+        "tokens_per_second": rate,
+    }
 
 
 class _Other:
@@ -294,8 +306,5 @@ class Elsewhere:
         each = {hub: sample, **{name: o.figures for name, o in self._others.items()}}
         return merge_figures(figures) | {
             "workers": merge_samples({hub: workers, **by_hub}),
-            "hubs": [
-                {"hub": name, **{key: shown.get(key) or 0 for key in _OF_EACH}}
-                for name, shown in each.items()
-            ],
+            "hubs": [figures_of_hub(name, each[name]) for name in sorted(each)],
         }

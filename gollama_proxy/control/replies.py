@@ -151,24 +151,22 @@ class Replies:
         return merging.merge_worker(views) | gathered.note if views else None
 
     async def list_hubs(self) -> Shown:
-        """Return the hubs that are alive, this one first, and the mode of the store."""
+        """Return the hubs that are alive, by name, and the mode of the store."""
         peers, own = self._hub.peers, self._show_hub({})
         if peers is None:
-            return {"store": None, "hubs": [{"hub": "", **own}]}
+            return {"store": None, "hubs": [own]}
         found, missing = await peers.ask("hub")
-        hubs = [{"hub": name, **shown} for name, shown in found.items()]
+        found = {peers.name: own, **found}
         return {
             "store": peers.store,
-            "hubs": [{"hub": peers.name, **own}, *hubs],
+            "hubs": [found[name] | {"hub": name} for name in sorted(found)],
         } | Answers({}, missing).note
 
     # --- Of this hub --------------------------------------------------------------
 
     def _show_hub(self, _: Shown) -> Shown:
-        latest = self._hub.history.latest
-        names = ("running", "waiting", "tokens_per_second")
-        figures = {name: latest[name] or 0 for name in names}
-        return {"version": __version__, "draining": self._hub.draining, **figures}
+        figures = merging.figures_of_hub("", self._hub.history.latest)
+        return figures | {"version": __version__, "draining": self._hub.draining}
 
     def _show_worker(self, arguments: Shown) -> Shown | None:
         try:

@@ -69,6 +69,7 @@ GAIN = 1 / 8
 # while another one is free.  It does not grow with `queue.timeout`, which is the time
 # before a request fails; this request could be answered at once.
 MOST_PATIENCE = 30.0
+AT_ONCE = 0.1  # seconds; a shorter wait was for the store, not for a slot
 FRESH = 1.0  # seconds for which the places stay valid once they were counted
 # Before Python 3.12, it takes long to look up a member of an enum in its class.
 _RUNNING, _DONE = TicketState.RUNNING, TicketState.DONE
@@ -407,7 +408,8 @@ class Admission:
         for rounds in some:
             rounds.had_turn(ticket.subject)
         self.turns[ticket.priority] += 1
-        self._forecast(ticket.model).had_turn()
+        waited = self._clock() - ticket.joined_at
+        self._forecast(ticket.model).had_turn(at_once=waited < AT_ONCE)
         holder = self._subjects[ticket.subject]
         self._take_out(ticket, _RUNNING)
         holder.running += 1
@@ -530,10 +532,14 @@ class Forecast:
         mean = "?" if self._mean is None else f"{self._mean:.1f}"
         return f"<Forecast a turn every {mean} s>"
 
-    def had_turn(self) -> None:
-        """Record a turn of a request that had to wait."""
+    def had_turn(self, *, at_once: bool = False) -> None:
+        """Record a turn; one `at_once` only waited for a slot that was free already.
+
+        Hubs that share a store ask it for such a slot: that takes milliseconds, which
+        predict nothing.
+        """
         now = self._clock()
-        if self._last is not None:
+        if self._last is not None and not at_once:
             gap = now - self._last
             mean = gap if self._mean is None else self._mean
             self._mean = mean + GAIN * (gap - mean)

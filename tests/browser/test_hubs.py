@@ -75,6 +75,28 @@ async def test_a_hub_that_does_not_answer_is_named(browser: Browser) -> None:
             await expect(note).to_be_visible()
 
 
+async def test_requests_of_a_hub_that_answers_too_late_stay(browser: Browser) -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker) as one,
+        running_hub(worker) as two,
+    ):
+        join(one, b=two)
+        endless(worker)
+        async with (
+            running(two, "hello"),
+            dashboard(browser, one, operator(one)) as page,
+        ):
+            flight = page.page.get_by_role("region", name="Requests in flight")
+            await expect(flight.get_by_role("row")).to_have_count(2)
+            join(one, "b")
+            # The first one has been shown when the second one is asked for.
+            for _ in range(2):
+                async with page.page.expect_response("**/admin/exchanges"):
+                    pass
+            await expect(flight.get_by_role("row")).to_have_count(2)
+
+
 async def test_the_loss_of_the_store_is_explained(browser: Browser) -> None:
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
         peers = join(hub, "gateway-b")

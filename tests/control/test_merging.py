@@ -210,6 +210,18 @@ def test_the_figures_of_other_hubs_are_added() -> None:
     assert repr(elsewhere) == "<Elsewhere hubs=1>"
 
 
+def test_hubs_have_their_order_and_those_that_wait_do_not_run() -> None:
+    elsewhere = Elsewhere(Clock())
+    elsewhere.take("a", {**sample(7), "waiting": 3})
+    shown = elsewhere.sample("b", sample(1), [])
+    assert [
+        (each["hub"], each["running"], each["waiting"]) for each in shown["hubs"]
+    ] == [
+        ("a", 4, 3),
+        ("b", 1, 0),
+    ]
+
+
 def test_each_request_is_counted_once() -> None:
     elsewhere = Elsewhere(Clock())
     for _ in range(2):  # two have arrived since the last sample of this hub

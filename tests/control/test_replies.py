@@ -156,6 +156,9 @@ async def test_the_hubs_are_listed() -> None:
         assert answer["store"] == {"mode": "up", "reason": ""}
         assert [each["hub"] for each in answer["hubs"]] == ["a", "b"]
         assert answer["hubs"][1]["running"] == 0
+        join(one, A=two)  # by name, so that each hub lists them in the same order
+        answer = (await get(one, "/admin/hubs")).json()
+        assert [each["hub"] for each in answer["hubs"]] == ["A", "a"]
 
 
 async def test_an_explanation_names_its_hub() -> None:

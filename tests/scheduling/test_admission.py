@@ -971,6 +971,30 @@ def test_without_turns_the_old_pace_does_not_count() -> None:
     assert forecast.interval == 60
 
 
+def test_a_turn_at_once_predicts_nothing() -> None:
+    clock = Clock()
+    forecast = Forecast(clock)
+    for _ in range(4):
+        forecast.had_turn(at_once=True)
+        clock.advance(0.004)
+    assert forecast.interval is None
+    clock.advance(8)
+    forecast.had_turn()
+    assert forecast.interval == pytest.approx(8, abs=0.01)
+
+
+def test_a_request_that_got_a_free_slot_of_the_store_is_no_pace() -> None:
+    clock = Clock()
+    admission = make(clock=clock)
+    for _ in range(4):
+        admission.join("a", "m", Priority.INTERACTIVE)
+        clock.advance(0.004)
+        admission.next("m")
+    waiting = admission.join("a", "m", Priority.INTERACTIVE)
+    assert admission.place(waiting).eta is None
+    assert admission.expected_wait("m") is None
+
+
 def test_a_night_without_requests_does_not_change_the_pace() -> None:
     clock = Clock()
     forecast = Forecast(clock)

@@ -145,7 +145,7 @@ class Overview {
     const signal = this.#stopped.signal;
     const asked = now();
     try {
-      const [{ workers }, { exchanges }, { queue }, hubs] = await Promise.all([
+      const [{ workers }, exchanges, { queue }, hubs] = await Promise.all([
         api('/admin/workers', { signal }), api('/admin/exchanges', { signal }),
         api('/admin/queue', { signal }), api('/admin/hubs', { signal }),
       ]);
@@ -221,9 +221,15 @@ class Overview {
     for (const name of this.workers.keys()) this.#dirty.add(name);
   }
 
-  #setExchanges(exchanges) {
-    const touched = new Set([...this.exchanges.values()].map((each) => each.worker));
-    this.exchanges = new Map(exchanges.map((each) => [each.id, { ...each, at: now() }]));
+  // Of a hub that did not answer in time, the requests that are known stay.
+  #setExchanges({ exchanges, missing = [] }) {
+    const before = [...this.exchanges.values()];
+    const touched = new Set(before.map((each) => each.worker));
+    const kept = before.filter((each) => missing.includes(each.hub));
+    this.exchanges = new Map([
+      ...kept.map((each) => [each.id, each]),
+      ...exchanges.map((each) => [each.id, { ...each, at: now() }]),
+    ]);
     for (const each of exchanges) touched.add(each.worker);
     for (const name of touched) this.#dirty.add(name);
   }
@@ -306,12 +312,13 @@ class Overview {
     const often = (size) => (size > MOST_ROWS ? 5 : 2);
     const running = Math.max(this.exchanges.size, this.totals.running ?? 0);
     if (running && seconds % often(running) === 0) {
-      this.#refetch('exchanges', ({ exchanges }) => this.#setExchanges(exchanges));
+      this.#refetch('exchanges', (answer) => this.#setExchanges(answer));
     }
     const waiting = Math.max(this.queue.length, this.totals.waiting ?? 0);
     if (waiting && seconds % often(waiting) === 1) {
-      this.#refetch('queue', ({ queue }) => {
-        this.queue = queue.map((each) => ({ ...each, at: now() }));
+      this.#refetch('queue', ({ queue, missing = [] }) => {
+        const kept = this.queue.filter((each) => missing.includes(each.hub));
+        this.queue = [...queue.map((each) => ({ ...each, at: now() })), ...kept];
       });
     }
     if (this.cluster.store && seconds % 5 === 0) {
