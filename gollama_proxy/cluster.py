@@ -43,7 +43,7 @@ from gollama_proxy.telemetry.metrics import Telemetry
 logger = logging.getLogger(__name__)
 
 
-class Shares(Protocol):
+class Parts(Protocol):
     """The parts of a hub that share something."""
 
     config: Config
@@ -71,7 +71,7 @@ class Cluster:
     peers: Peers | None = None  # after `start`
     sharing: Sharing  # after `open`
 
-    def __init__(self, hub: Shares) -> None:
+    def __init__(self, hub: Parts) -> None:
         """Prepare; nothing happens before `open`."""
         self._hub = hub
         # How to end what has been started, the last part first.
@@ -117,7 +117,7 @@ class Cluster:
         ends.push_async_callback(self.store.close)
         await self.store.open()
         self.members = Members(self.store, self._me, self._hub.clock)
-        self._hub.telemetry.follow_store(self.store, lambda: self.members.last_seen)
+        self._hub.telemetry.follow_store(self.store, lambda: self.members.count)
         ends.push_async_callback(self.members.stop)
         await self.members.start()
         self.shared.others = lambda: [member.name for member in self.members.all[1:]]

@@ -51,7 +51,7 @@ REFUSED = "refused: "  # begins the outcome of a reload that has changed nothing
 
 
 class Load(NamedTuple):
-    """What a hub does, for its status; `parse` reads what `words` wrote."""
+    """What a hub does, for its status."""
 
     usable: int = 0  # workers
     workers: int = 0
@@ -60,6 +60,11 @@ class Load(NamedTuple):
 
     @classmethod
     def parse(cls, words: str) -> Self:
+        """Read what `words` wrote.
+
+        Raises:
+            ValueError, TypeError: it was not written by `words`.
+        """
         return cls(*map(int, words.split()))
 
     @property

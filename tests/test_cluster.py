@@ -63,7 +63,7 @@ async def test_two_hubs_in_one_process(tmp_path: Path) -> None:
                 assert other is not None
                 mine = one.members.me
                 await until(lambda: other.members.others == {mine.run: mine})
-                await until(lambda: one.members.last_seen == 2)
+                await until(lambda: one.members.count == 2)
 
 
 async def test_hubs_have_one_identity_for_agents(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ async def test_a_hub_starts_without_its_store_and_uses_it_later(
             async with running_store(tmp_path):
                 await is_up(cluster.store)
                 async with running_hub(worker, **settings) as other:
-                    await until(lambda: cluster.members.last_seen == 2)
+                    await until(lambda: cluster.members.count == 2)
                     for each in (hub, other):
                         assert (await each.post(CHAT, WHOLE)).status == 200
             await is_down(cluster.store)

@@ -481,7 +481,11 @@ class Process(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read what `str` wrote; empty: one without others."""
+        """Read what `str` wrote; empty: one without others.
+
+        Raises:
+            ConfigError: it was not written by `str`.
+        """
         if not text:
             return cls()
         match = re.fullmatch(r"(\d{1,4})/(\d{1,4}):(\w*):(\d{1,4})", text)

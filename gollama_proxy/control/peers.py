@@ -109,9 +109,9 @@ class Peers:
     """Asks the other hubs, and answers them.
 
     `replies` are what this hub answers, by the name of the question: functions of the
-    arguments, whose result may be awaitable.  `take_news`
-    gets what happens at other hubs while events are followed here.  `patience` is in
-    seconds, by default `PATIENCE`; `clock` returns monotonic ones.
+    arguments, whose result may be awaitable.  `take_news` gets what happens at other
+    hubs while events are followed here.  `patience` is in seconds, by default
+    `PATIENCE`; `clock` returns monotonic ones.
     """
 
     def __init__(

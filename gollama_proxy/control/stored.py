@@ -18,7 +18,6 @@ import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from gollama_proxy.control.merging import Answers
 from gollama_proxy.control.page import LINK_LIFETIME
 from gollama_proxy.control.peers import MOST_READ, MOST_SENT, Peers
 from gollama_proxy.state.link import StoreDownError
@@ -120,7 +119,7 @@ class GroupMetrics:
 
     async def collect(self, own: Sequence[Plain]) -> list[Part]:
         """Return what the others have, besides what this process has itself."""
-        answers: Answers = await self._peers.ask("metrics", group=True)
+        answers = await self._peers.ask("metrics", group=True)
         found = {each["run"]: each["families"] for each in answers.found.values()}
         parts: list[Part] = [(families, False) for families in found.values()]
         try:

@@ -41,7 +41,7 @@ MOST = 20_000  # models on workers that are remembered
 EVERY = 10  # calls of `gather` of which one looks at speeds
 CYCLE = 10  # such calls in which all speeds are looked at once
 NEWS = 0.1  # the part by which a speed has to change to be news
-OLD = 15.0  # seconds after which an open breaker elsewhere says nothing any more
+OLD = 15.0  # seconds after which an open breaker elsewhere means nothing any more
 
 Place = tuple[str, str]
 

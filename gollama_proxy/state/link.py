@@ -44,7 +44,7 @@ class StoreDownError(StoreError):
 
 
 class UnusableError(StoreError):
-    """It would reject every command, and will until somebody mends that."""
+    """It would reject every command, until an operator mends that."""
 
 
 class Link:
@@ -313,7 +313,7 @@ def _make_connection(address: StoreAddress) -> AbstractConnection:
         "db": address.database,
         "username": address.user or None,
         "password": address.password or None,
-        "socket_timeout": None,  # every call has a limit of its own
+        "socket_timeout": None,  # each call has its limit
         "socket_connect_timeout": CONNECT,
         "lib_name": None,  # to set them takes permissions
         "lib_version": None,

@@ -78,7 +78,6 @@ class Members:
         # Until then, a hub that is missing may not have come back to the store yet.
         self._settled = 0.0
         self._complaint = ""  # the last one that was logged
-        self._joined: list[Callable[[Member], None]] = []
         self._left: list[Callable[[Member], None]] = []
         self._beats = Periodic("heartbeat of the hub", self._beat, HEARTBEAT, delay=0)
         store.subscribe_mode(self._note_mode)
@@ -93,13 +92,9 @@ class Members:
         return [self.me, *(self.others[run] for run in sorted(self.others))]
 
     @property
-    def last_seen(self) -> int:
+    def count(self) -> int:
         """How many hubs there are, this one included, as far as it is known."""
         return 1 + len(self.others)
-
-    def on_join(self, callback: Callable[[Member], None]) -> None:
-        """Have a function called when another hub appears."""
-        self._joined.append(callback)
 
     def on_leave(self, callback: Callable[[Member], None]) -> None:
         """Have a function called when another hub has ended, or is silent."""
@@ -180,9 +175,6 @@ class Members:
             self.others[run] = member
             if member.url and (before is None or not before.url):
                 logger.info("another hub has joined: %s", member.name)
-            if before is None:
-                for callback in self._joined:
-                    callback(member)
         if self._clock() >= self._settled:
             for run in self.others.keys() - present:
                 self._forget(run)

@@ -10,7 +10,7 @@ found out without it.  Fields that are unknown are ignored, too.
 from __future__ import annotations
 
 import logging
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import msgspec
 
@@ -40,7 +40,7 @@ class _Head(msgspec.Struct):
 
 
 _head = msgspec.json.Decoder(_Head)
-_decoders: dict[type[Message], msgspec.json.Decoder[Message]] = {}
+_decoders: dict[type[Message], msgspec.json.Decoder[Any]] = {}
 _complaints = BoundedDict[tuple[str, bool], None]()
 
 encode = msgspec.json.Encoder().encode
@@ -52,9 +52,9 @@ def decode(
     """Return a message of this kind; None if it cannot be understood.
 
     `where` is the kind of key or channel that it comes from, such as "gollama:hints";
-    `most` is how many bytes it may have.
-    The first message from there that is malformed, and the first of another version, is
-    a warning in the log, which shows nothing of its contents.
+    `most` is how many bytes it may have.  The first message from there that is
+    malformed, and the first of another version, is a warning in the log, which shows
+    nothing of its contents.
     """
     decoder = _decoders.get(kind)
     if decoder is None:
@@ -64,7 +64,7 @@ def decode(
             raise msgspec.DecodeError("too long")
         version = _head.decode(data).v
         if version == kind.version:
-            return decoder.decode(data)  # type: ignore[return-value]
+            return cast(_M, decoder.decode(data))
         why = f"its format has version {version}, and this hub knows {kind.version}"
         known = True
     except (msgspec.DecodeError, UnicodeError, RecursionError):

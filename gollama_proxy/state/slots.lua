@@ -93,7 +93,7 @@ end
 --  sent = {lease: {hub, subject, expires, key, rank}}, tick,
 --  announced = when, unaware = {hub: true}}: hubs with no news since that others wait
 --
--- Hubs of another format have lines of their own; the leases are the same.
+-- Hubs of another format have other lines; the leases are the same.
 
 local FORMAT = 1
 local SUBJECT, RANK, REQUESTS, QUEUE, TICK, KEY = 1, 2, 3, 4, 5, 6

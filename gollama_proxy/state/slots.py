@@ -78,7 +78,7 @@ class Want(NamedTuple):
     subject: str
     rank: int  # of their class, the first one is 0
     requests: int
-    queue: str = ""  # what tells apart requests of one subject, as their model
+    queue: str = ""  # distinguishes requests of one subject, such as their model
 
 
 class Ask(NamedTuple):

@@ -91,7 +91,7 @@ async def share_again(hubs: Sequence[RunningHub]) -> None:
         await until(lambda: same.held is hold)  # noqa: B023
     assert one.cluster is not None
     assert other.cluster is not None
-    assert one.cluster.members.last_seen == other.cluster.members.last_seen == 2
+    assert one.cluster.members.count == other.cluster.members.count == 2
     assert not one.cluster.sharing.alone
     assert not other.cluster.sharing.alone
 

@@ -37,7 +37,7 @@ async def test_a_hub_of_a_later_release_in_the_same_store(
         ):
             cluster = hub.hub.cluster
             assert cluster is not None
-            await until(lambda: cluster.members.last_seen == 2)
+            await until(lambda: cluster.members.count == 2)
             for number in TURNS:
                 assert (await hub.post(CHAT, turn("x", number))).status == 200
                 assert await served(newer, number) == 200

@@ -64,7 +64,7 @@ def two(count: int = 3) -> tuple[FakeHub, FakeHub, Clock]:
     return FakeHub("a", clock, count), FakeHub("b", clock, count), clock
 
 
-def tell(hub: FakeHub, *others: FakeHub) -> Report | None:
+def deliver(hub: FakeHub, *others: FakeHub) -> Report | None:
     """Have other hubs take all that one has to report; return the last report."""
     report = None
     for _ in range(hints.CYCLE * hints.EVERY):
@@ -87,7 +87,7 @@ def test_an_open_breaker_is_doubted_elsewhere(caplog: pytest.LogCaptureFixture) 
     one.breaks(0)
     suspected: list[int] = []
     other.workers[0].on_suspicion = lambda: suspected.append(0)
-    tell(one, other)
+    deliver(one, other)
     assert [other.state(number) for number in range(3)] == [
         BreakerState.HALF_OPEN,
         BreakerState.CLOSED,
@@ -95,23 +95,23 @@ def test_an_open_breaker_is_doubted_elsewhere(caplog: pytest.LogCaptureFixture) 
     ]
     assert suspected == [0]
     assert "closed -> half-open (that of the hub 'a' is open)" in caplog.text
-    assert tell(other, one) is None  # a doubt is no verdict
+    assert deliver(other, one) is None  # a doubt is no verdict
 
 
 def test_each_opening_is_reported_once() -> None:
     one, _, clock = two()
     one.serve(1)
     one.breaks(0)
-    first = tell(one)
+    first = deliver(one)
     assert first is not None
     assert (first.places, first.opened) == (((one.workers[0].url, ""),), (0,))
-    assert tell(one) is None
+    assert deliver(one) is None
     clock.advance(one.workers[0].breaker.opens_in())
     permit = one.workers[0].breaker.permit()
     assert permit is not None
     permit.settle(False)
     one.serve(1)
-    again = tell(one)
+    again = deliver(one)
     assert again is not None
     assert again.opened == (0,)
 
@@ -121,7 +121,7 @@ def test_a_worker_that_has_just_answered_here_is_not_doubted() -> None:
     one.serve(1)
     one.breaks(0)
     other.serve(0)
-    tell(one, other)
+    deliver(one, other)
     assert other.state(0) is BreakerState.CLOSED
 
 
@@ -133,7 +133,7 @@ def test_a_worker_that_sends_tokens_here_is_not_doubted() -> None:
     clock.advance(100)
     lease.heard_at = clock() - TRUSTED + 1
     one.serve(1)
-    tell(one, other)
+    deliver(one, other)
     assert other.state(0) is BreakerState.CLOSED
 
 
@@ -146,7 +146,7 @@ def test_a_hub_to_which_most_workers_fail_keeps_that_for_itself(
         one.serve(number)
     for number in broken:
         one.breaks(number)
-    tell(one, other)
+    deliver(one, other)
     assert {other.state(number) for number in range(3)} == {BreakerState.CLOSED}
 
 
@@ -160,7 +160,7 @@ def test_a_hub_that_loses_its_network_poisons_no_other() -> None:
     for _ in range(10):
         for number in range(3):
             one.serve(number, Verdict.FAILURE)
-            tell(one, other)
+            deliver(one, other)
     assert {one.state(number) for number in range(3)} == {BreakerState.OPEN}
     assert {other.state(number) for number in range(3)} == {BreakerState.CLOSED}
 
@@ -168,7 +168,7 @@ def test_a_hub_that_loses_its_network_poisons_no_other() -> None:
 def test_a_hub_without_any_good_answer_keeps_its_verdicts_for_itself() -> None:
     one, other, _ = two()
     one.breaks(0)
-    tell(one, other)
+    deliver(one, other)
     assert other.state(0) is BreakerState.CLOSED
 
 
@@ -178,7 +178,7 @@ def test_the_breaker_of_a_model_is_doubted_for_that_model() -> None:
     for _ in range(5):
         one.workers[0].breaker_of(MODEL).record(Verdict.FAILURE)
         one.workers[0].breaker_of("unknown there").record(Verdict.FAILURE)
-    tell(one, other)
+    deliver(one, other)
     assert other.state(0) is BreakerState.CLOSED
     (found,) = other.workers[0].model_breakers.items()
     assert (found[0], found[1].state) == (MODEL, BreakerState.HALF_OPEN)
@@ -188,7 +188,7 @@ def test_an_old_verdict_says_nothing() -> None:
     one, other, _ = two()
     one.serve(1)
     one.breaks(0)
-    report = tell(one)
+    report = deliver(one)
     assert report is not None
     other.hints.take(report, age=hints.OLD)
     assert other.state(0) is BreakerState.CLOSED
@@ -210,7 +210,7 @@ def test_a_speed_is_assumed_where_nothing_was_learnt() -> None:
     teach(one.workers[0])
     teach(one.workers[1])
     teach(other.workers[1], 10, 5)
-    tell(one, other)
+    deliver(one, other)
     speeds = [worker.pace_of(MODEL).speed for worker in other.workers]
     assert [each.reads for each in speeds] == [1000, 10, None]
     assert [each.writes(1) for each in speeds] == [50, 5, None]
@@ -219,29 +219,29 @@ def test_a_speed_is_assumed_where_nothing_was_learnt() -> None:
 def test_what_was_assumed_is_not_reported_as_learnt() -> None:
     one, other, _ = two()
     teach(one.workers[0])
-    tell(one, other)
-    assert tell(other, one) is None
+    deliver(one, other)
+    assert deliver(other, one) is None
 
 
 def test_a_speed_is_reported_again_when_it_has_changed() -> None:
     one, _, _ = two()
     teach(one.workers[0])
-    assert tell(one) is not None
+    assert deliver(one) is not None
     teach(one.workers[0], 1010, 50.5)
-    assert tell(one) is None
+    assert deliver(one) is None
     teach(one.workers[0], 10, 50)
-    assert tell(one) is not None
+    assert deliver(one) is not None
     one.workers[0].pace_of(MODEL).speed.wrote(100, 4, beside=2)
-    assert tell(one) is not None
+    assert deliver(one) is not None
     one.hints.repeat()
-    assert tell(one) is not None
+    assert deliver(one) is not None
 
 
 def test_a_worker_that_lists_its_models_later_has_the_speed_by_then() -> None:
     clock = Clock()
     one, late = FakeHub("a", clock), FakeHub("b", clock, count=0)
     teach(one.workers[0])
-    tell(one, late)
+    deliver(one, late)
     worker = late.registry.add(one.workers[0].config)
     late.hints.gather()
     assert not worker.paces
@@ -253,7 +253,7 @@ def test_a_worker_that_lists_its_models_later_has_the_speed_by_then() -> None:
 def test_a_model_that_a_worker_does_not_have_is_not_assumed() -> None:
     one, other, _ = two()
     one.workers[0].pace_of("invented").speed.read(1000, 1)
-    tell(one, other)
+    deliver(one, other)
     assert not other.workers[0].paces
 
 
@@ -265,11 +265,11 @@ def test_the_next_turn_goes_to_the_worker_that_another_hub_has_chosen() -> None:
     for number in range(100, 120):
         first = one.pick(number)
         assert first is not None
-        tell(one, other)
+        deliver(one, other)
         second = other.pick(number, 1000 + number)
         assert second is not None
         assert second.name == first.name
-        tell(other, one)
+        deliver(other, one)
         third = one.pick(number, 1000 + number, 2000 + number)
         assert third is first
 
@@ -278,7 +278,7 @@ def test_a_turn_on_a_worker_that_is_unknown_here_is_ignored() -> None:
     clock = Clock()
     one, other = FakeHub("a", clock), FakeHub("b", clock, count=0)
     one.pick(1)
-    tell(one, other)
+    deliver(one, other)
     policy = other.balancer.policy
     assert isinstance(policy, Affinity)
     assert "Memory of 0" in repr(policy)
@@ -288,7 +288,7 @@ def test_a_worker_that_was_removed_gets_no_hints() -> None:
     one, other, _ = two(count=1)
     one.pick(1)
     other.registry.remove("w0")
-    tell(one, other)
+    deliver(one, other)
     assert "Memory of 0" in repr(other.balancer.policy)
 
 
@@ -310,7 +310,7 @@ def test_a_copy_has_the_turns_since_the_last_and_the_breakers_that_are_open() ->
     one.pick(1)
     one.serve(1)
     one.breaks(0)
-    tell(one)
+    deliver(one)
     copy = one.hints.copy()
     assert copy is not None
     assert len(copy.visits) == len(copy.opened) == 1
@@ -324,7 +324,7 @@ def test_a_copy_is_bounded() -> None:
     one, _, _ = two()
     for number in range(hints.KEPT + 50):
         one.pick(number)
-    tell(one)
+    deliver(one)
     copy = one.hints.copy()
     assert copy is not None
     assert len(copy.visits) == hints.KEPT
@@ -333,7 +333,7 @@ def test_a_copy_is_bounded() -> None:
 def test_what_has_arrived_already_changes_nothing() -> None:
     one, other, _ = two()
     one.pick(1)
-    tell(one, other)
+    deliver(one, other)
     before = repr(other.balancer.policy), len(other.balancer.turns)
     copy = one.hints.copy()
     assert copy is not None
