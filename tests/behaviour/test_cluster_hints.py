@@ -50,11 +50,6 @@ async def hubs(
         yield made
 
 
-def unshared() -> ScriptedWorker:
-    """Make a worker of unknown slots: each hub may use it at any time."""
-    return ScriptedWorker(slots=0)
-
-
 def key_of(hub: RunningHub) -> bytes:
     return hub.hub.balancer.key
 
@@ -89,9 +84,9 @@ async def test_a_turn_that_lands_on_another_hub_goes_to_the_worker_of_the_last_o
 ) -> None:
     async with (
         running_store(tmp_path, engine) as store,
-        unshared() as one,
-        unshared() as two,
-        unshared() as three,
+        ScriptedWorker() as one,
+        ScriptedWorker() as two,
+        ScriptedWorker() as three,
         hubs(store, (one, two, three), 3) as made,
     ):
         for number in (1, 2, 3, 4):
@@ -110,8 +105,8 @@ async def test_a_hub_that_is_restarted_knows_the_conversations_of_before(
 ) -> None:
     async with (
         running_store(tmp_path) as store,
-        unshared() as one,
-        unshared() as two,
+        ScriptedWorker() as one,
+        ScriptedWorker() as two,
     ):
         for number in (1, 2, 3):
             async with hubs(store, (one, two), 1) as (hub,):
@@ -127,8 +122,8 @@ async def test_other_subjects_do_not_meet_on_another_hub_either(
 ) -> None:
     async with (
         running_store(tmp_path) as store,
-        unshared() as one,
-        unshared() as two,
+        ScriptedWorker() as one,
+        ScriptedWorker() as two,
         hubs(store, (one, two)) as (here, there),
     ):
         await here.post(CHAT, turn("x", 1), here.token("alice"))
@@ -147,8 +142,8 @@ async def test_a_worker_that_fails_on_one_hub_proves_itself_on_the_others(
     more = {"breaker__consecutive": 2, "clock": clock, "routing__policy": "round_robin"}
     async with (
         running_store(tmp_path) as store,
-        unshared() as good,
-        unshared() as bad,
+        ScriptedWorker() as good,
+        ScriptedWorker() as bad,
         hubs(store, (good, bad), **more) as (here, there),
     ):
         bad.default(close())
@@ -176,8 +171,8 @@ async def test_a_hub_to_which_all_workers_fail_takes_none_from_the_others(
     more = {"breaker__consecutive": 2, "routing__policy": "round_robin"}
     async with (
         running_store(tmp_path) as store,
-        unshared() as one,
-        unshared() as two,
+        ScriptedWorker() as one,
+        ScriptedWorker() as two,
         hubs(store, (one, two), **more) as (here, there),
     ):
         one.default(close())
@@ -204,8 +199,8 @@ async def test_a_hub_that_starts_later_knows_how_fast_the_workers_are(
 ) -> None:
     async with (
         running_store(tmp_path) as store,
-        unshared() as worker,
-        unshared() as other,
+        ScriptedWorker() as worker,
+        ScriptedWorker() as other,
         hubs(store, (worker, other), 1) as (here,),
     ):
         for name in NAMES:
@@ -253,3 +248,5 @@ async def test_real_servers_find_each_turn_in_their_cache_whichever_hub_has_it(
                     new = len(asks) / sum(len(m["content"]) for m in messages[:-1])
                     shares.append(timings["cache_n"] / total / (1 - new))
         assert sum(shares) / len(shares) > 0.9
+        # And not because all went to one.
+        assert all(each.paces for each in made[0].hub.registry.workers)
