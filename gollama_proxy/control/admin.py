@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -176,7 +177,7 @@ class Admin:
         )
         if self._hub.peers is None:
             return answer({"requests": gathered.found[""]})
-        found = merging.merge_requests(gathered.found, limit)
+        found = gathered.merge(partial(merging.merge_requests, limit=limit))
         return answer({"requests": found} | gathered.note)
 
     async def _show_history(self, call: Call) -> Response:
@@ -202,7 +203,7 @@ class Admin:
         history = gathered.found[next(iter(gathered.found))]
         if len(gathered.found) > 1:
             merge = merging.merge_histories
-            history = await asyncio.to_thread(merge, gathered.found)
+            history = await asyncio.to_thread(gathered.merge, merge)
         for name in names:
             if name not in (*history["workers"], "*"):
                 text = f"No worker is named {name[:200]!r}."

@@ -10,9 +10,16 @@ sample a second, and what happens to requests.  `Elsewhere` adds them to its own
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+# What it raises to merge what has another shape.
+_NONSENSE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 Shown = dict[str, Any]
 ByHub = Mapping[str, Sequence[Shown]]
@@ -28,6 +35,25 @@ class Answers(NamedTuple):
     def note(self) -> Shown:
         """What an answer to an operator has besides, if it is not complete."""
         return {"missing": self.missing} if self.missing else {}
+
+    def merge(self, how: Callable[[dict[str, Any]], _T]) -> _T:
+        """Merge the answers; a hub whose answer makes no sense here is missing.
+
+        It may be of another release.  The first answer is this hub's own.
+        """
+        found = self.found
+        try:
+            return how(found)
+        except _NONSENSE:
+            own, *others = found
+            for name in others:
+                try:
+                    how({own: found[own], name: found[name]})
+                except _NONSENSE:
+                    logger.warning("an answer of the hub %s makes no sense", name)
+                    self.missing.append(name)
+                    del found[name]
+            return how(found)
 
 
 # --- Workers and models -------------------------------------------------------------
@@ -52,6 +78,12 @@ def merge_worker(views: Mapping[str, Shown]) -> Shown:
     errors = [view["last_error"] for view in views.values() if view["last_error"]]
     shown["last_error"] = min(errors, key=lambda error: error["ago"], default=None)
     return shown
+
+
+def merge_known(answers: Mapping[str, Shown | None]) -> Shown | None:
+    """Merge what hubs show of one worker; None if none of them knows it."""
+    views = {hub: view for hub, view in answers.items() if view}
+    return merge_worker(views) if views else None
 
 
 def mark_hubs(shown: Shown, views: Mapping[str, Shown]) -> Shown:

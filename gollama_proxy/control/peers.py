@@ -284,8 +284,10 @@ class Peers:
         if question is None or question.group not in ("", me.group):
             return
         if question.what == "watch":
-            seconds = float(question.arguments.get("seconds", 0))
-            self._watchers[question.hub] = self._clock() + min(seconds, MOST_WATCHED)
+            seconds = question.arguments.get("seconds")
+            if isinstance(seconds, int | float) and seconds > 0:
+                until = self._clock() + min(seconds, MOST_WATCHED)
+                self._watchers[question.hub] = until
             return
         answer = Answer(hub=me.run, number=question.number)
         reply = self._replies.get(question.what)

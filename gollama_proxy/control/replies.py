@@ -136,10 +136,11 @@ class Replies:
         if self._hub.peers is None:
             return answer({what: replies[""]})
         merge = _MERGE[what]
-        if sum(map(len, replies.values())) > MOST_ROWS:
-            rows = await asyncio.to_thread(merge, replies)
+        count = sum(len(each) for each in replies.values() if isinstance(each, list))
+        if count > MOST_ROWS:
+            rows = await asyncio.to_thread(gathered.merge, merge)
         else:
-            rows = merge(replies)
+            rows = gathered.merge(merge)
         return answer({what: rows} | gathered.note)
 
     async def show_worker(self, name: str, own: Shown | None) -> Shown | None:
@@ -147,8 +148,8 @@ class Replies:
         if self._hub.peers is None:
             return own
         gathered = await self.gather_others("worker", own, {"name": name})
-        views = {hub: view for hub, view in gathered.found.items() if view}
-        return merging.merge_worker(views) | gathered.note if views else None
+        shown = gathered.merge(merging.merge_known)
+        return None if shown is None else shown | gathered.note
 
     async def list_hubs(self) -> Shown:
         """Return the hubs that are alive, by name, and the mode of the store."""
@@ -156,11 +157,11 @@ class Replies:
         if peers is None:
             return {"store": None, "hubs": [own]}
         found, missing = await peers.ask("hub")
-        found = {peers.name: own, **found}
-        return {
-            "store": peers.store,
-            "hubs": [found[name] | {"hub": name} for name in sorted(found)],
-        } | Answers({}, missing).note
+        gathered = Answers({peers.name: own, **found}, missing)
+        hubs = gathered.merge(
+            lambda found: [found[name] | {"hub": name} for name in sorted(found)]
+        )
+        return {"store": peers.store, "hubs": hubs} | gathered.note
 
     # --- Of this hub --------------------------------------------------------------
 

@@ -6,6 +6,7 @@ is a mistake, and it costs hints and other conveniences, but no request.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -19,13 +20,29 @@ from gollama_proxy.fleet.state import Hold
 from gollama_proxy.scheduling import sharing
 from gollama_proxy.state import members
 from gollama_proxy.state import store as store_module
+from gollama_proxy.state.members import LIFETIME, Member
+from gollama_proxy.state.messages import encode
 from tests.behaviour.test_affinity import settings, turn
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub
-from tests.fakes.valkey import StoreServer, is_up, running_store
+from tests.fakes.valkey import StoreServer, connected, is_up, running_store
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
+READ = [
+    f"/admin/{name}"
+    for name in (
+        "hubs",
+        "models",
+        "queue",
+        "exchanges",
+        "requests",
+        "requests?id=x",
+        "history",
+        "usage",
+        "workers",
+    )
+]
 GARBAGE = [
     b"\x00\xff garbage",
     b"\x93\xa1a\xa1b\xa1c",  # msgpack
@@ -204,3 +221,62 @@ async def beats(hubs: Sequence[RunningHub]) -> None:
         before = cluster.store.operations + cluster.store.failures
         now = lambda: cluster.store.operations + cluster.store.failures  # noqa: E731, B023
         await until(lambda: now() > before + 10)  # noqa: B023
+
+
+# --- Answers that make no sense ---------------------------------------------------
+
+VALUES: list[Any] = [None, 7, "x", [], {}, [7], ["x"], {"x": 7}, [{"x": []}], [[1, 2]]]
+
+
+@contextlib.asynccontextmanager
+async def strange_hub(store: StoreServer, value: Any) -> AsyncIterator[str]:
+    """Register a hub that answers every question with the same value."""
+    run = "0123456789abcdef"
+    about = encode(
+        Member(
+            run=run,
+            name="strange",
+            host="host",
+            pid=1,
+            group=run,
+            url="http://strange",
+        )
+    )
+    [seconds, _] = await store.ask("TIME")
+    await store.ask("ZADD", "gollama:hubs", (int(seconds) + LIFETIME) * 1000, run)
+    await store.ask("SET", f"gollama:hub:{run}", about)
+
+    async with connected(store.url) as connection:
+        tasks: list[asyncio.Task[None]] = []
+
+        def take(data: bytes) -> None:
+            question = json.loads(peers.inflate(data))
+            answer = {"v": 1, "hub": run, "number": question["number"], "value": value}
+            channel = f"gollama:peers:{question['hub']}"
+            sending = connection.publish(channel, json.dumps(answer))
+            tasks.append(asyncio.create_task(sending, name="fake answer"))
+
+        await connection.listen("gollama:peers", take)
+        try:
+            yield run
+        finally:
+            await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+async def test_answers_of_another_hub_that_make_no_sense(
+    tmp_path: Path, value: Any
+) -> None:
+    async with (
+        running_store(tmp_path) as store,
+        ScriptedWorker() as worker,
+        running_hub(worker, state__url=store.url, **settings()) as hub,
+        strange_hub(store, value) as run,
+    ):
+        cluster = hub.hub.cluster
+        assert cluster is not None
+        await until(lambda: run in cluster.members.others)
+        await works(hub)
+        for path in READ:
+            response = await hub.get(path, admin(hub))
+            assert response.status in (200, 404), (path, response)

@@ -201,22 +201,13 @@ async def test_a_hub_that_starts_later_knows_how_fast_the_workers_are(
         running_store(tmp_path) as store,
         ScriptedWorker() as worker,
         ScriptedWorker() as other,
-        hubs(store, (worker, other), 1) as (here,),
     ):
-        for name in NAMES:
-            await here.post(CHAT, turn(name, 1))
-        learnt = worker_of(here, worker).pace_of(MODEL).speed.reads
-        assert learnt is not None
-
-        async def stored() -> int:
-            return int(await store.ask("HLEN", "gollama:hints:rates"))
-
-        while await stored() < 2:
-            pass
+        async with hubs(store, (worker, other), 1) as (here,):
+            teach(worker_of(here, worker), reads=700)
         async with hubs(store, (worker, other), 1) as (late,):
             speed = worker_of(late, worker).pace_of(MODEL).speed
-            await until(lambda: speed.reads == learnt)
-            await late.post(CHAT, turn("late", 1))
+            await until(lambda: speed.reads == 700)
+            assert (await late.post(CHAT, turn("late", 1))).status == 200
 
 
 # --- Real servers -----------------------------------------------------------------
