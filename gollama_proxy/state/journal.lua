@@ -25,7 +25,7 @@ if id and redis.call('HLEN', rows) ~= redis.call('ZCARD', order) then
   redis.call('DEL', rows, order, mortal, life)  -- one was deleted: hubs write it again
   id = false
 end
-if not id then
+if not (id and string.match(id, '^%x+$')) then  -- or of another program
   id = ARGV[1]
   redis.call('HSET', life, 'id', id)
 end
