@@ -13,6 +13,7 @@ gets the slot (`Queue.grant`).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections import Counter
@@ -98,6 +99,8 @@ class Sharing(Listener):
         self._place = 1, 0  # how many hubs there are, and which one of them this is
         self._failures = 0  # calls without an answer, since the last one
         self._expired = False  # no lease is valid any more
+        self._lapsed = False  # the same, and the store has not answered since
+        self._watch: asyncio.TimerHandle | None = None  # for that moment
         self._careful_until = -math.inf  # others may not be back at the store
         self._epoch = ""  # the data of the store that this hub knows
         self._registered = False  # there, what this hub holds
@@ -123,6 +126,8 @@ class Sharing(Listener):
     async def stop(self) -> None:
         """Give back everything, if the store can be reached."""
         await self._task.stop()
+        if self._watch is not None:
+            self._watch.cancel()
         self._queue.on_wait = None
         for worker, share in self._shares.items():
             worker.on_yield = None
@@ -182,6 +187,7 @@ class Sharing(Listener):
         if self._store.mode is not Mode.UP:
             return self._go_alone(now)
         if now - self._renewed_at >= LIFETIME:
+            self._lapsed = True
             for each, share in self._shares.items():
                 share.expire(each.running)
         self._place = self._standing()
@@ -216,7 +222,8 @@ class Sharing(Listener):
         self._asked = self._asking
         self._look_at = now + WAITING
         if full:
-            self._renewed_at = now
+            self._renewed_at, self._lapsed = now, False
+            self._watch_over(now + LIFETIME)
             self._registered = self._registered or epoch == self._epoch
             leases = sum(len(ask.held) for _, ask in asks)
             self._full_at = now + HEARTBEAT * (1 if leases <= MANY else 2)
@@ -232,6 +239,28 @@ class Sharing(Listener):
         self._former = {key: each for key, each in self._former.items() if each.owes}
         self._queue.look_for_slots()
         return 0.0 if self._due else self._next_in(self._clock())
+
+    def _watch_over(self, until: float) -> None:
+        """Have leases end in time, also while this process hardly gets to run."""
+        if self._watch is not None:
+            self._watch.cancel()
+        wait = max(0.0, until - self._clock())
+        self._watch = asyncio.get_running_loop().call_later(wait, self.lapse)
+
+    def lapse(self) -> None:
+        """If all leases have ended, use none of them before the store has answered.
+
+        A process that was stopped gets all that has arrived meanwhile at once: answers,
+        after which requests that wait would be next, and grants that others have now.
+        A timer runs before the tasks that read them.
+        """
+        if self.alone or self._clock() - self._renewed_at < LIFETIME:
+            return
+        self._lapsed = True
+        for worker in self._shares:
+            self._allot(worker)
+        self._full_at = -math.inf
+        self._task.wake()
 
     def _next_in(self, now: float) -> float:
         """Return the seconds until a call is due, even if nothing happens."""
@@ -353,6 +382,8 @@ class Sharing(Listener):
     # --- What other hubs cause ----------------------------------------------------
 
     def _on_grants(self, message: bytes) -> None:
+        if self._clock() - self._renewed_at >= LIFETIME:
+            return  # a reply will repeat those that have not ended
         for key, grant in decode_grants(message):
             worker = self._workers.get(key)
             if worker is not None and not self.alone:
@@ -404,7 +435,7 @@ class Sharing(Listener):
     def _allot(self, worker: Worker) -> None:
         """Limit a worker to what this hub may use of it now."""
         share = self._shares[worker]
-        most = len(share.leases)
+        most = 0 if self._lapsed and not self.alone else len(share.leases)
         if self.alone:
             part = self._part(share.key)
             most = part if self._expired else min(most, part)

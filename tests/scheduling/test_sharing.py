@@ -206,3 +206,19 @@ async def test_a_hub_that_sees_the_loss_of_data_registers_and_awaits_the_others(
         hub.clock.advance(CAUTION)
         store.turn(Mode.UP)
         await until(lambda: store.sent[-1] == ["second", "0", "0"])
+
+
+async def test_a_hub_that_was_stopped_uses_no_lease_that_others_may_have() -> None:
+    async with shared(hubs=("a", "b")) as (hub, _, made):
+        await until(lambda: not made.alone)
+        lease = await hub.acquire(hub.request())
+        [worker] = hub.workers
+        made.lapse()  # in time
+        assert worker.share
+        hub.clock.advance(LIFETIME)
+        made.lapse()
+        assert worker.share == 0
+        lease.release(Result.COMPLETE)
+        assert hub.queue.try_acquire(hub.request()) is None
+        await until(lambda: bool(worker.share))  # the store has granted it again
+        hub.lease().release(Result.COMPLETE)
