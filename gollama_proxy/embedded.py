@@ -14,7 +14,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from gollama_proxy.children import Supervised
+from gollama_proxy.children import Supervised, how
 from gollama_proxy.config.values import ConfigError
 
 SOCKET = "store.sock"
@@ -37,6 +37,7 @@ class EmbeddedStore:
         self._log = folder / LOG
         self._path = folder / SOCKET
         self._works = self._failed = False
+        self._killed = ""  # by which signal, before it has worked
         self._server = Supervised(
             command(find_program(), self._path),
             self._clear,
@@ -68,6 +69,8 @@ class EmbeddedStore:
         if not self._works:
             await self.stop()
             last = await asyncio.to_thread(_last_line, self._log)
+            if self._killed:
+                last = f"it ended with {self._killed} after {last!r}"
             raise ConfigError(
                 f"server.processes: the embedded Valkey does not start: {last} "
                 f"(from {self._log}); state.url can name another server"
@@ -76,6 +79,7 @@ class EmbeddedStore:
     def _ended(self, status: int) -> bool:
         """Return whether to start it again: not if it has never worked."""
         self._failed = not self._works
+        self._killed = how(status) if status < 0 else ""
         return self._works
 
     async def stop(self) -> None:

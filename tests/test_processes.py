@@ -101,15 +101,22 @@ def test_without_a_server_to_start(
     )
 
 
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("exit 1", "wrong CPU"),
+        ("kill -ILL $$", "it ended with SIGILL after 'wrong CPU'"),
+    ],
+)
 def test_a_server_that_does_not_start(
-    serve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    serve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str, reason: str
 ) -> None:
     program = tmp_path / "valkey-server"
-    program.write_text("#!/bin/sh\necho 'wrong CPU'\nexit 1\n")
+    program.write_text(f"#!/bin/sh\necho 'wrong CPU'\n{end}\n")
     program.chmod(0o700)
     monkeypatch.setattr(embedded, "find_program", lambda: program)
     log = tmp_path / "state/processes/store.log"
-    why = f"the embedded Valkey does not start: wrong CPU (from {log})"
+    why = f"the embedded Valkey does not start: {reason} (from {log})"
     assert serve().endswith(f"{why}; state.url can name another server\n")
 
 
