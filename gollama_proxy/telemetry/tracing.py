@@ -504,5 +504,7 @@ class _Reason(logging.Handler):
 
     def close(self) -> None:
         self._logger.removeHandler(self)
-        self._logger.propagate = True
+        # Another exporter may be at work, as this one ends in a thread.
+        others = any(isinstance(each, _Reason) for each in self._logger.handlers)
+        self._logger.propagate = not others
         super().close()

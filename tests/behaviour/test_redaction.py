@@ -293,6 +293,12 @@ async def _scraping(stage: Stage) -> Wire:
     return wire
 
 
+async def _without_the_store(stage: Stage) -> Wire:
+    """Send a request when the store has been gone for too long to trust tokens."""
+    stage.hub.hub.authenticator.suspend()
+    return await stage.ask()
+
+
 async def _in_a_drain(stage: Stage) -> Wire:
     wire = await stage.ask()
     await wire.read_head()
@@ -540,6 +546,7 @@ CASES: dict[str, Case] = {
     ),
     # The hub
     "cancelled": Case(Code.CANCELLED, ((*HALF, stall()),), _cancelled),
+    "store gone": Case(Code.STORE_DOWN, act=_without_the_store),
     "draining": Case(Code.DRAINING, ((*HALF, stall()),), _in_a_drain),
     "gone": Case(None, ((*HALF, stall()),), _and_leave),
     "fine": Case(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
+import socket
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -537,7 +538,9 @@ def test_spans_that_are_lost_are_logged_once_a_minute(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = Clock()
+    earlier = Exporter(Refusing(), clock)
     exporter = Exporter(Refusing(), clock)
+    earlier.shutdown()  # it may end late
     for _ in range(5):
         exporter.export([ReadableSpan("a"), ReadableSpan("b")])
     reason = "Failed. no route to http://host:4318/v1/traces"
@@ -568,12 +571,16 @@ async def test_a_collector_that_does_not_answer_holds_up_no_end(
 
 
 async def test_no_request_waits_for_a_collector_that_is_not_there(
-    unused_tcp_port: int,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.1")
-    url = f"http://127.0.0.1:{unused_tcp_port}"
+    with socket.socket() as reserved:  # so that no other program answers there
+        reserved.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{reserved.getsockname()[1]}"
+        await _lose_spans(url, caplog)
+
+
+async def _lose_spans(url: str, caplog: pytest.LogCaptureFixture) -> None:
     async with ScriptedWorker() as worker:
         worker.default(*complete())
         settings = {"tracing__enabled": True, "tracing__endpoint": url, **CALM}
