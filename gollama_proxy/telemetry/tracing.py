@@ -105,11 +105,15 @@ class Tracer:
         endpoint = tracing.endpoint.rstrip("/")
         # It quotes headers that it cannot read, and with them the key of a collector.
         logging.getLogger("opentelemetry.util.re").addFilter(_without_values)
+        exporter: Exporter | None = None
         try:
-            exporter = OTLPSpanExporter(f"{endpoint}/v1/traces" if endpoint else None)
+            sender = OTLPSpanExporter(f"{endpoint}/v1/traces" if endpoint else None)
             provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
-            spans = BatchSpanProcessor(Exporter(exporter, time.monotonic))
+            exporter = Exporter(sender, time.monotonic)
+            spans = BatchSpanProcessor(exporter)
         except (ValueError, RuntimeError) as exc:
+            if exporter is not None:
+                exporter.shutdown()
             raise ConfigError(
                 "tracing.enabled = true: OpenTelemetry rejects the OTEL_* variables of "
                 f"the environment: {str(exc)[:MOST_REASON]}"
