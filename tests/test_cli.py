@@ -204,11 +204,19 @@ class StageHub:
         return f"<StageHub {self.calls}>"
 
     async def start(
-        self, listeners: Sequence[socket.socket], for_metrics: Sequence[socket.socket]
+        self,
+        listeners: Sequence[socket.socket],
+        for_metrics: Sequence[socket.socket],
+        *,
+        accept: bool = True,
     ) -> None:
+        assert accept  # there is no other process
         self.calls.append("start")
         if self.start_error is not None:
             raise self.start_error
+
+    async def accept(self) -> None:
+        pass  # it does from its start
 
     async def ready(self) -> None:
         self.calls.append("ready")
