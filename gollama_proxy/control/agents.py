@@ -44,15 +44,15 @@ from msgspec import Meta, Struct
 
 from gollama_proxy.config import addresses
 from gollama_proxy.config.load import load_worker
-from gollama_proxy.config.settings import Config, Origin, WorkerConfig
+from gollama_proxy.config.settings import Origin, WorkerConfig
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.config.watch import Files
+from gollama_proxy.control import follower
 from gollama_proxy.control.calls import check_local, decode, receive
-from gollama_proxy.edge.auth import Authenticator, Principal
+from gollama_proxy.edge.auth import Principal
 from gollama_proxy.edge.response import Response
 from gollama_proxy.edge.router import Routes, name_in
 from gollama_proxy.fleet.agents import Agents, LeaseState, WorkerLease, answer_to
-from gollama_proxy.fleet.registry import Registry, check_distinct
+from gollama_proxy.fleet.registry import check_distinct
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state import messages
@@ -66,7 +66,6 @@ from gollama_proxy.state.facts import (
     Journal,
     StoredWorker,
 )
-from gollama_proxy.state.local import State
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.upstream import names
 from gollama_proxy.upstream.pool import Target
@@ -131,26 +130,11 @@ class Group(Protocol):
     def identity(self) -> str: ...
 
 
-class Parts(Protocol):
+class Parts(follower.Parts, Protocol):
     """The parts of a hub that registrations use and change."""
 
     @property
     def cluster(self) -> Group | None: ...
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def authenticator(self) -> Authenticator: ...
-    @property
-    def registry(self) -> Registry: ...
-    @property
-    def state(self) -> State: ...
-    @property
-    def agents(self) -> Agents: ...
-    @property
-    def changing(self) -> asyncio.Lock: ...
-    @property
-    def files(self) -> Files: ...
 
 
 class AgentApi:
