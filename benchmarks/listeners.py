@@ -1,6 +1,6 @@
 """Two ways for processes to accept connections at one address, compared.
 
-`reuseport`: each process has a socket of its own, and the kernel chooses one by a hash
+`reuseport`: each process has a separate socket, and the kernel chooses one by a hash
 of the client's address and port.  `shared`: all accept from one socket.  The processes
 run aiohttp's server on uvloop, as hubs do, and answer with their process number.
 

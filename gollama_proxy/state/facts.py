@@ -10,7 +10,7 @@ A fact has a kind, a name and a text; an empty text means that it was removed.
 Workers and holds are two facts, so that a drain at one hub and other settings at
 another one both stay in force.
 
-**Versions.**  The store gives each change a version: the microsecond of its own clock.
+**Versions.**  The version of a change is the store's time, in microseconds.
 The greatest version of a fact is its truth.  A change that the store does not have yet
 has the moment when it was made, and the version that it was made to.  When it is sent,
 its version is the store's time less its age, so that it loses to a later change at

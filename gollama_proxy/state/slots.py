@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 LIFETIME = 7.0
 PATIENCE = 3.0  # seconds of a waiting request after its hub was last heard of
 CAUTION = 4.0  # seconds for which hubs register again after an outage: two heartbeats
-MOST_WANTS = 64  # that a hub may have in the line of a worker
+MOST_WANTS = 64  # of one hub for one worker
 
 # What one call may carry, so that it takes the store few milliseconds: leases, with a
 # worker counted as `WORKER_WEIGHT`.

@@ -6,6 +6,7 @@ Real hub processes and real stores; the worker counts what it gets at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -174,57 +175,50 @@ async def test_turns_are_fair_over_both_hubs(tmp_path: Path) -> None:
 # --- The store fails --------------------------------------------------------------
 
 
-async def test_a_store_that_is_killed_and_comes_back_empty(site: Site) -> None:
-    worker, crowd, asked = site.worker, Crowd(), questions(CLIENTS)
+@contextlib.asynccontextmanager
+async def crowded(site: Site) -> AsyncIterator[CountingWorker]:
+    """Ask from all clients; what is done inside happens after a part was served.
+
+    No request may be lost, or be on the worker beyond its slots.
+    """
+    worker, crowd = site.worker, Crowd()
     began = time.monotonic()
     async with asyncio.TaskGroup() as group:
-        group.create_task(crowd.ask_all(site.hubs, asked), name="fake crowd")
+        asking = crowd.ask_all(site.hubs, questions(CLIENTS))
+        group.create_task(asking, name="fake crowd")
         await until(lambda: len(worker.began) >= 40)
+        yield worker
+    assert crowd.outcomes == {"complete": CLIENTS}
+    assert worker.most <= allowed(began)
+
+
+async def test_a_store_that_is_killed_and_comes_back_empty(site: Site) -> None:
+    async with crowded(site) as worker:
         await site.store.kill()
         await until(lambda: len(worker.began) >= 80)
         await site.store.start()
-    assert crowd.outcomes == {"complete": CLIENTS}
-    assert sorted(worker.began) == sorted(asked)
-    assert worker.most <= allowed(began)
+    assert sorted(worker.began) == sorted(questions(CLIENTS))
 
 
 async def test_a_store_that_restarts_empty_at_once(site: Site) -> None:
-    worker, crowd, asked = site.worker, Crowd(), questions(CLIENTS)
-    began = time.monotonic()
-    async with asyncio.TaskGroup() as group:
-        group.create_task(crowd.ask_all(site.hubs, asked), name="fake crowd")
-        await until(lambda: len(worker.began) >= 40)
+    async with crowded(site):
         await site.store.restart()
-    assert crowd.outcomes == {"complete": CLIENTS}
-    assert worker.most <= allowed(began)
 
 
 async def test_a_store_that_is_paused(site: Site) -> None:
-    worker, crowd, asked = site.worker, Crowd(), questions(CLIENTS)
-    began = time.monotonic()
-    async with asyncio.TaskGroup() as group:
-        group.create_task(crowd.ask_all(site.hubs, asked), name="fake crowd")
-        await until(lambda: len(worker.began) >= 40)
+    async with crowded(site) as worker:
         site.store.pause()
         try:
             await until(lambda: len(worker.began) >= 80)
         finally:
             site.store.go_on()
-    assert crowd.outcomes == {"complete": CLIENTS}
-    assert worker.most <= allowed(began)
 
 
 async def test_a_hub_that_is_cut_off_from_the_store(site: Site) -> None:
-    worker, crowd, asked = site.worker, Crowd(), questions(CLIENTS)
-    began = time.monotonic()
-    async with asyncio.TaskGroup() as group:
-        group.create_task(crowd.ask_all(site.hubs, asked), name="fake crowd")
-        await until(lambda: len(worker.began) >= 40)
+    async with crowded(site) as worker:
         site.network.drop()
         try:
             await until(lambda: len(worker.began) >= 80)
         finally:
             site.network.heal()
             site.network.cut()
-    assert crowd.outcomes == {"complete": CLIENTS}
-    assert worker.most <= allowed(began)

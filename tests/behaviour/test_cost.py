@@ -17,7 +17,7 @@ import pytest
 
 from tests.fakes.asks import CHAT, EMBED, STREAM, WHOLE
 from tests.fakes.client import Wire
-from tests.fakes.frames import count_frames, listening_at
+from tests.fakes.frames import Cost, count_frames, listening_at
 from tests.fakes.hub import mint, running_hub
 from tests.fakes.process import hub_process
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
@@ -49,6 +49,20 @@ TWO_TOKENS = (
 )
 
 
+async def warm_cost(wire: Wire, counts: Path, path: str, body: dict[str, Any]) -> Cost:
+    """Return what a request costs once the hub has answered some like it."""
+    bearer = mint(sub="alice")
+
+    async def request() -> None:
+        await wire.post(path, body, bearer)
+        response = await wire.read_response()
+        assert response.status == 200, response
+
+    for _ in range(WARM_UP):
+        await request()
+    return await count_frames(counts, request)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "script", "limit"),
     [
@@ -70,16 +84,7 @@ async def test_a_request_takes_no_more_frames_than(
         await Wire.connect("127.0.0.1", hub.port) as wire,
     ):
         worker.default(*script)
-        bearer = mint(sub="alice")
-
-        async def request() -> None:
-            await wire.post(path, body, bearer)
-            response = await wire.read_response()
-            assert response.status == 200, response
-
-        for _ in range(WARM_UP):
-            await request()
-        cost = await count_frames(counts, request)
+        cost = await warm_cost(wire, counts, path, body)
     print(f"{cost.frames} frames, {cost.ours} of them ours; the limit is {limit}")
     frames = cost.frames
     assert frames <= limit, cost.table()
@@ -108,15 +113,7 @@ async def test_where_hubs_share_a_store_a_request_takes_no_more_frames_than(
         await Wire.connect("127.0.0.1", hub.port) as wire,
     ):
         worker.default(*script)
-        bearer = mint(sub="alice")
-
-        async def request() -> None:
-            await wire.post(path, body, bearer)
-            assert (await wire.read_response()).status == 200
-
-        for _ in range(WARM_UP):
-            await request()
-        cost = await count_frames(counts, request)
+        cost = await warm_cost(wire, counts, path, body)
     print(f"{cost.frames} frames; the limit is {limit}")
     assert cost.frames <= limit, cost.table()
 
@@ -149,14 +146,8 @@ async def test_a_trace_takes_no_more_frames_than(
             await Wire.connect("127.0.0.1", hub.port) as wire,
         ):
             worker.default(*SHORT)
-
-            async def request(wire: Wire = wire) -> None:
-                await wire.post(EMBED, EMBEDDING, mint(sub="alice"))
-                assert (await wire.read_response()).status == 200
-
-            for _ in range(WARM_UP):
-                await request()
-            found.append((await count_frames(counts, request)).frames)
+            cost = await warm_cost(wire, counts, EMBED, EMBEDDING)
+            found.append(cost.frames)
     plain, traced = found
     print(f"{traced - plain} frames for a trace; the limit is {limit}")
     assert traced <= plain + limit
