@@ -28,9 +28,8 @@ from gollama_proxy.fleet.agents import Agents
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.shares import shared_key
 from gollama_proxy.scheduling.balancer import Balancer
-from gollama_proxy.scheduling.hints import Hints
+from gollama_proxy.scheduling.hints import Hints, Reports
 from gollama_proxy.scheduling.queue import Queue
-from gollama_proxy.scheduling.reports import Reports
 from gollama_proxy.scheduling.sharing import Sharing
 from gollama_proxy.state.link import StoreError
 from gollama_proxy.state.local import State

@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 
 from gollama_proxy.fleet.breaker import BreakerState
-from gollama_proxy.scheduling import reports
-from gollama_proxy.scheduling.reports import Reports
+from gollama_proxy.scheduling import hints
+from gollama_proxy.scheduling.hints import Reports
 from gollama_proxy.state.members import Members
 from gollama_proxy.state.store import Store
 from tests.fakes.clock import Clock
@@ -96,7 +96,7 @@ async def test_a_hub_that_starts_later_knows_it_too(server: StoreServer) -> None
         await shares_key(one)
         for number in range(3):  # each copy has the turns since the last one
             one.pick(number)
-            one.clock.advance(reports.COPY)
+            one.clock.advance(hints.COPY)
             await until(lambda: not one.balancer.turns)
         teach(one.workers[1])
     async with hub("b", server.url) as late:
@@ -118,8 +118,8 @@ async def test_what_is_in_the_store_is_bounded_and_expires(
             return [await server.ask("PTTL", f"gollama:{name}") for name in names]
 
         while min(await lifetimes()) < 0:
-            one.clock.advance(reports.COPY)
-        limits = [reports.RECENT_FOR, reports.RATES_FOR]
+            one.clock.advance(hints.COPY)
+        limits = [hints.RECENT_FOR, hints.RATES_FOR]
         for left, limit in zip(await lifetimes(), limits, strict=True):
             assert limit / 2 < left <= limit
 
@@ -127,7 +127,7 @@ async def test_what_is_in_the_store_is_bounded_and_expires(
 async def test_too_many_speeds_are_made_anew(
     server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reports, "MOST_RATES", 2)
+    monkeypatch.setattr(hints, "MOST_RATES", 2)
     for name in ("old", "older"):
         await server.ask("HSET", "gollama:hints:rates", name, "{}")
     async with hub("a", server.url) as one:
@@ -158,8 +158,8 @@ async def test_a_store_that_comes_back_empty_has_the_key_and_the_speeds_again(
 
         def has_caught_up() -> bool:
             """It may have listened too late for the report, but not for the copy."""
-            one.clock.advance(reports.COPY)
-            other.clock.advance(reports.COPY)
+            one.clock.advance(hints.COPY)
+            other.clock.advance(hints.COPY)
             return "Memory of 1 " in other.memory
 
         await until(has_caught_up)
