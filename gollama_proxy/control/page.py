@@ -271,7 +271,7 @@ class Links:
 
 
 class SharedLinks(Protocol):
-    """The codes that all hubs know (`control/stored.py`)."""
+    """The codes that all hubs know (`LinksInStore` in `cluster.py`)."""
 
     async def keep(self, code: str, token: str) -> bool:
         """Keep the token of a code; return whether it is kept."""

@@ -13,7 +13,7 @@ allowed.  Days and months are those of the calendar (UTC).  Their usage is store
 outlives a restart; that of the minute does not.
 
 With a store, what was used at other hubs is added as it becomes known, up to a second
-late (`add_others`); `control/limits.py` states the error.
+late (`add_others`); `SharedLimits` in `cluster.py` states the error.
 """
 
 from __future__ import annotations

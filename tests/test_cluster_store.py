@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.control import stored
+from gollama_proxy import cluster
+from gollama_proxy.cluster import GroupMetrics, LinksInStore
 from gollama_proxy.control.page import LINK_LIFETIME, Links
-from gollama_proxy.control.stored import GroupMetrics, LinksInStore
 from gollama_proxy.state.store import Store
 from gollama_proxy.telemetry import exposition
 from gollama_proxy.telemetry.exposition import Family, Sums
@@ -155,7 +155,7 @@ async def test_counters_of_ended_processes_stay(tmp_path: Path) -> None:
 async def test_many_ended_processes_become_one_sum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int
 ) -> None:
-    monkeypatch.setattr(stored, "MOST_ENDED", 2)
+    monkeypatch.setattr(cluster, "MOST_ENDED", 2)
     async with box(tmp_path, "1") as (group, [store], server):
         one = await group.process("1")
         group.counted["1"] = 1
