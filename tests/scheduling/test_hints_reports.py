@@ -58,6 +58,12 @@ async def hub(name: str, url: str, prefix: str = "gollama") -> AsyncIterator[Hub
             await made.reports.stop()
 
 
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have news sent so soon that nothing waits for them."""
+    monkeypatch.setattr(hints, "PERIOD", 0.005)
+
+
 @pytest.fixture(params=ENGINES)
 async def server(tmp_path: Path, request: Any) -> AsyncIterator[StoreServer]:
     async with running_store(tmp_path, request.param) as running:
