@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.children import spawn, until_answered
-from gollama_proxy import llama
+from gollama_proxy import demo
 from gollama_proxy.children import Child
+from gollama_proxy.machine import find_free_ports
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ async def llama_servers(
     async with contextlib.AsyncExitStack() as stack:
         servers = []
         for build in builds:
-            binary, model = llama.find(None, str(build.model(folder)))
-            [port] = llama.find_free_ports(1)
-            child = await llama.start(
+            binary, model = demo.find_files(None, str(build.model(folder)))
+            [port] = find_free_ports(1)
+            child = await demo.start_server(
                 binary, model, port, folder, slots=build.slots, context=build.context
             )
             stack.push_async_callback(child.end)

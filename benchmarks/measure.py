@@ -25,7 +25,7 @@ from benchmarks.children import (
 from benchmarks.load import Job, Kind
 from benchmarks.proxies import Proxy
 from gollama_proxy.children import Child
-from gollama_proxy.llama import find_free_ports
+from gollama_proxy.machine import find_free_ports
 
 CLIENTS = 32  # that repeat a request
 WARM_UP = 0.5

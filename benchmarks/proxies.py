@@ -30,7 +30,7 @@ from benchmarks.children import (
     until_answered,
 )
 from gollama_proxy.children import Child
-from gollama_proxy.llama import find_free_ports
+from gollama_proxy.machine import find_free_ports
 
 # Debian keeps nginx where only root's PATH looks.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])

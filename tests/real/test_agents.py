@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.llama import find_free_ports
+from gollama_proxy.machine import find_free_ports
 from tests.fakes.agent import AgentProcess
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Response

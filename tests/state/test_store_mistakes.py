@@ -11,7 +11,7 @@ import pytest
 
 from gollama_proxy.config.load import load
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.llama import find_free_ports
+from gollama_proxy.machine import find_free_ports
 from gollama_proxy.state.link import StoreDownError, StoreError
 from gollama_proxy.state.store import COMMANDS, Mode, Store
 from tests.fakes.authority import Authority
