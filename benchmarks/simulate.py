@@ -30,8 +30,8 @@ from benchmarks.simulation import (
     Result,
     simulate,
 )
-from gollama_proxy.scheduling.policies.affinity import Affinity
-from gollama_proxy.scheduling.policies.load import (
+from gollama_proxy.scheduling.affinity import Affinity
+from gollama_proxy.scheduling.policies import (
     Fastest,
     LeastBusy,
     RoundRobin,

@@ -25,8 +25,8 @@ from benchmarks.workload import (
     workload,
 )
 from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.scheduling.affinity import Affinity
 from gollama_proxy.scheduling.policies import Ask, Fits, Policy
-from gollama_proxy.scheduling.policies.affinity import Affinity
 
 WARM_UP = 0.2  # of the requests: not counted, as the workers are still unknown
 PICKS = 4000  # to measure, and how many times

@@ -20,7 +20,7 @@ SYSTEM = 300  # tokens at the beginning of all prompts; those below are averages
 NEW_TOKENS = 40  # of each turn
 FIRST_TOKENS = 1000  # of the first turn, and of a one-shot request
 ANSWER = 150
-BOUNDARIES = 8  # of a conversation, as in scheduling/policies
+BOUNDARIES = 8  # of a conversation, as in scheduling/affinity
 SUBJECTS = 50
 
 

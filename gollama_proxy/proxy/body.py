@@ -17,7 +17,7 @@ from aiohttp.web_request import BaseRequest
 from msgspec import UNSET
 
 from gollama_proxy.config.settings import Config
-from gollama_proxy.scheduling.policies import affinity
+from gollama_proxy.scheduling import affinity
 from gollama_proxy.wire import fields
 from gollama_proxy.wire.bodies import (
     CODINGS,

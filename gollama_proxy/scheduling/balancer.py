@@ -25,12 +25,14 @@ from gollama_proxy.config.values import matches
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask, Policy, Turn
-from gollama_proxy.scheduling.policies.affinity import Affinity
-from gollama_proxy.scheduling.policies.load import (
+from gollama_proxy.scheduling.affinity import Affinity
+from gollama_proxy.scheduling.policies import (
+    Ask,
     Fastest,
     LeastBusy,
+    Policy,
     RoundRobin,
+    Turn,
     Weighted,
 )
 from gollama_proxy.wire.answer import Prefill

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from gollama_proxy.config.settings import STREAMED
-from gollama_proxy.scheduling.policies.affinity import prefixes
+from gollama_proxy.scheduling.affinity import prefixes
 from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.wire import fields, sse
 from gollama_proxy.wire.answer import beginning, read_end, read_tail, read_usage

@@ -8,14 +8,16 @@ from collections import Counter
 import pytest
 
 from gollama_proxy.config.settings import POLICIES
+from gollama_proxy.scheduling.affinity import Affinity
 from gollama_proxy.scheduling.balancer import make
-from gollama_proxy.scheduling.policies import Ask, Policy, place_behind
-from gollama_proxy.scheduling.policies.affinity import Affinity
-from gollama_proxy.scheduling.policies.load import (
+from gollama_proxy.scheduling.policies import (
+    Ask,
     Fastest,
     LeastBusy,
+    Policy,
     RoundRobin,
     Weighted,
+    place_behind,
 )
 from tests.fakes.clock import Clock
 from tests.fakes.pool import MODEL, pool, worker

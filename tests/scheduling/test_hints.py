@@ -12,9 +12,9 @@ from gollama_proxy.config.settings import Routing
 from gollama_proxy.fleet.breaker import TRUSTED, BreakerState, Verdict
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling import hints
+from gollama_proxy.scheduling.affinity import Affinity
 from gollama_proxy.scheduling.hints import Hints, Rates, Report, Visit
 from gollama_proxy.scheduling.policies import Ask
-from gollama_proxy.scheduling.policies.affinity import Affinity
 from gollama_proxy.state.messages import decode, encode
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock

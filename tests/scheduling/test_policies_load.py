@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask
-from gollama_proxy.scheduling.policies.load import (
+from gollama_proxy.scheduling.policies import (
     FORGOTTEN,
     NEAR,
+    Ask,
     Fastest,
     LeastBusy,
     expected_seconds,

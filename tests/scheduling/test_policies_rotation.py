@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask, Policy
-from gollama_proxy.scheduling.policies.load import RoundRobin, Weighted
+from gollama_proxy.scheduling.policies import Ask, Policy, RoundRobin, Weighted
 from tests.fakes.pool import among, weighted, worker
 
 # --- Round robin ----------------------------------------------------------------------

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask, Fits, Policy
-from gollama_proxy.scheduling.policies.affinity import PRICE, RECENT, Affinity
-from gollama_proxy.scheduling.policies.load import (
+from gollama_proxy.scheduling.affinity import PRICE, RECENT, Affinity
+from gollama_proxy.scheduling.policies import (
+    Ask,
     Fastest,
+    Fits,
     LeastBusy,
+    Policy,
     RoundRobin,
     Weighted,
 )

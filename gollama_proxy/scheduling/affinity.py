@@ -75,8 +75,15 @@ import msgspec
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask, Fits, Policy, Turn, place_behind
-from gollama_proxy.scheduling.policies.load import expected_seconds, expected_tokens
+from gollama_proxy.scheduling.policies import (
+    Ask,
+    Fits,
+    Policy,
+    Turn,
+    expected_seconds,
+    expected_tokens,
+    place_behind,
+)
 
 BOUNDARIES = 8  # of one request, counted from its end
 SIZE = 32_768  # prefixes that are kept, in some 10 MB

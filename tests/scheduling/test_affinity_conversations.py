@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.scheduling.policies import Ask, Turn
-from gollama_proxy.scheduling.policies.affinity import (
+from gollama_proxy.scheduling.affinity import (
     BOUNDARIES,
     LEAST_TRUST,
     OUTBOX,
@@ -21,6 +20,7 @@ from gollama_proxy.scheduling.policies.affinity import (
     Memory,
     prefixes,
 )
+from gollama_proxy.scheduling.policies import Ask, Turn
 from tests.fakes.pool import MODEL, worker
 
 # --- Prefixes -------------------------------------------------------------------------
