@@ -21,7 +21,6 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
 from urllib.parse import urlsplit
 
 import msgspec
@@ -29,58 +28,27 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from gollama_proxy.bounded import BoundedDict
-from gollama_proxy.config.settings import Config
 from gollama_proxy.config.values import ConfigError
+from gollama_proxy.control import Parts
 from gollama_proxy.control.agents import Renewals
-from gollama_proxy.control.events import Events
-from gollama_proxy.control.follower import Follower
-from gollama_proxy.control.page import LINK_LIFETIME, Links
+from gollama_proxy.control.page import LINK_LIFETIME
 from gollama_proxy.control.peers import MOST_READ, MOST_SENT, Peers
-from gollama_proxy.control.replies import Peers as Answering
-from gollama_proxy.control.replies import Replies
-from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.quotas import REMEMBERED, SECONDS, Quotas
-from gollama_proxy.fleet.agents import Agents
-from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.shares import shared_key
 from gollama_proxy.scheduling.admission import Admission
-from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.hints import Hints, Reports
-from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.sharing import Sharing
 from gollama_proxy.state.facts import MOST_WRITTEN, NEWS, Answer, Entry, Journal
 from gollama_proxy.state.ledger import storable
 from gollama_proxy.state.link import StoreDownError, StoreError
-from gollama_proxy.state.local import State
 from gollama_proxy.state.members import Members, describe_me
 from gollama_proxy.state.messages import Message, decode, encode
 from gollama_proxy.state.shared import SharedState
 from gollama_proxy.state.store import Mode, Store
 from gollama_proxy.telemetry.exposition import Family, Part, Plain, Sums, to_plain
 from gollama_proxy.telemetry.families import METRICS
-from gollama_proxy.telemetry.metrics import Telemetry
 
 logger = logging.getLogger(__name__)
-
-
-class Parts(Protocol):
-    """The parts of a hub that share something."""
-
-    config: Config
-    state: State
-    clock: Callable[[], float]
-    follower: Follower
-    agents: Agents
-    authenticator: Authenticator
-    quotas: Quotas
-    replies: Replies
-    events: Events
-    peers: Answering | None
-    registry: Registry
-    queue: Queue
-    telemetry: Telemetry
-    links: Links
-    balancer: Balancer
 
 
 class Cluster:

@@ -15,14 +15,14 @@ from gollama_proxy.config.load import check_exposure
 from gollama_proxy.config.settings import Config, Revoked, WorkerConfig
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes, Files, compare
-from gollama_proxy.control.admin import Admin
+from gollama_proxy.control.admin import Admin, Usage
 from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events
-from gollama_proxy.control.follower import Follower
 from gollama_proxy.control.history import History, Recent
 from gollama_proxy.control.page import Dashboard, Links
 from gollama_proxy.control.replies import Peers, Replies
-from gollama_proxy.control.views import Usage, Views
+from gollama_proxy.control.views import Views
+from gollama_proxy.control.workers import Follower
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.connections import ConnectionLimiter, SharedCounts
 from gollama_proxy.edge.quotas import Quotas

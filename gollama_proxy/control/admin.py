@@ -7,32 +7,34 @@ The scope `monitor` is enough for what changes nothing: all that is read, and qu
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.control import merging, workers
-from gollama_proxy.control.calls import Call, CallHandler, answer, check_local, decode
+from gollama_proxy.control import Parts, merging
 from gollama_proxy.control.events import STREAM
-from gollama_proxy.control.explain import Question, explain
 from gollama_proxy.control.history import SAMPLES, Shown
 from gollama_proxy.control.merging import Answers
-from gollama_proxy.control.page import LINK_LIFETIME, Links, compress
-from gollama_proxy.control.replies import Replies
-from gollama_proxy.control.views import Usage, Views
+from gollama_proxy.control.page import LINK_LIFETIME, compress
+from gollama_proxy.control.replies import Call, CallHandler, answer, check_local, decode
+from gollama_proxy.control.views import Question, Views, explain
 from gollama_proxy.control.workers import Workers
 from gollama_proxy.edge.auth import Principal
 from gollama_proxy.edge.response import Response, Sent
 from gollama_proxy.edge.router import Handler, Routes
 from gollama_proxy.proxy.state import Exchange
+from gollama_proxy.state import ledger
 from gollama_proxy.state.database import StateError
-from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.state.ledger import DAY, GROUPS, day_of
+from gollama_proxy.telemetry.accesslog import Record
+from gollama_proxy.wire.errors import Code, HubError, RequestError
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -45,18 +47,6 @@ _HARMLESS = frozenset({"/admin/explain", "/admin/links"})
 # Samples of workers in one answer: a quarter of an hour of a hundred of them.
 _MOST_VALUES = 100_000
 _FILTERS = ("id", "trace", "subject", "model", "worker", "outcome")
-
-
-class Parts(workers.Parts, Protocol):
-    """The parts of a hub that operators see and change."""
-
-    @property
-    def links(self) -> Links: ...
-    @property
-    def replies(self) -> Replies: ...
-
-    async def revoke(self, kind: str, value: str) -> None:
-        """Revoke a token ("jti") or a subject ("sub")."""
 
 
 class Admin:
@@ -395,3 +385,133 @@ def _refuse_others(query: Collection[str], known: Sequence[str]) -> None:
         if name not in known:
             text = f"{name[:40]}: no such filter; known: {', '.join(known)}."
             raise RequestError(Code.INVALID_VALUE, text, param=name[:40])
+
+
+# --- Usage ------------------------------------------------------------------------
+
+# Questions about usage that wait at once.  The thread that answers them, one by one,
+# also saves usage.
+MOST_QUESTIONS = 16
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": DAY}
+_ALLOWED = "7d or 12h ago, a date such as 2026-11-30, or Unix seconds"
+_KNOWN = ("by", "since", "until")
+
+
+class Usage:
+    """Answers questions about usage.
+
+    It is shown to operators (`GET /admin/usage`, all subjects) and to each caller
+    (`GET /v1/usage`, the caller's own).  Usage is kept by day (UTC), so a range begins
+    and ends at midnight: `since=12h` begins with the day that it was twelve hours ago.
+    """
+
+    def __init__(self, hub: Parts) -> None:
+        self._hub = hub
+        self._asked = 0  # questions without an answer yet
+
+    def __repr__(self) -> str:
+        return f"<Usage of {self._hub!r} asked={self._asked}>"
+
+    def routes(self) -> Routes:
+        """Return the handlers for callers of any scope."""
+        return {"/v1/usage": {"GET": self._show_own}}
+
+    async def show(self, call: Call) -> Response:
+        """Answer an operator: the usage of all subjects."""
+        query = call.request.query
+        question = read_question(query, "subject", self._hub.ledger.clock())
+        return answer(await self._read(question))
+
+    async def _show_own(self, request: web.BaseRequest, record: Record) -> Response:
+        """Answer `GET /v1/usage`: the caller's usage, and what its limits leave."""
+        caller = self._hub.authenticator.identify(request, record)
+        question = read_question(request.query, "model", self._hub.ledger.clock())
+        shown = await self._read(question._replace(subject=caller.subject))
+        standing = self._hub.quotas.look(
+            caller.subject,
+            caller.rpm,
+            caller.tpm,
+            caller.tokens_per_day,
+            caller.tokens_per_month,
+        )
+        limits = {
+            claim: {
+                "limit": gauge.limit,
+                "remaining": gauge.remaining,
+                "resets_in": round(gauge.reset, 3),
+            }
+            for claim, _, gauge in standing.gauges()
+        }
+        return answer({"subject": caller.subject, **shown, "limits": limits})
+
+    async def _read(self, question: ledger.Question) -> dict[str, Any]:
+        if self._asked >= MOST_QUESTIONS:
+            text = "Too many questions about usage wait for their answers."
+            raise RequestError(Code.RATE_LIMITED, text, retry_after=1)
+        self._asked += 1
+        try:
+            found = await self._hub.ledger.read(question)
+        except StateError as exc:
+            raise HubError(Code.INTERNAL, f"{exc}.") from exc
+        finally:
+            self._asked -= 1
+        gap = self._hub.state.gap()
+        missing = {"missing": gap.hubs, "missing_since": gap.since} if gap else {}
+        return {
+            "by": question.by,
+            "since": question.first * DAY,
+            "until": question.end * DAY,
+            "rows": found.rows,
+            "total": found.total,
+            "complete": found.complete,
+            **missing,
+        }
+
+
+def read_question(query: Mapping[str, str], by: str, now: float) -> ledger.Question:
+    """Read the parameters of a call; `by` is the default, `now` is Unix time.
+
+    Raises:
+        RequestError: 400; it names the parameter.
+    """
+    for name in query:
+        if name not in _KNOWN:
+            text = f"{name[:40]}: no such parameter; known: {', '.join(_KNOWN)}."
+            raise RequestError(Code.INVALID_VALUE, text, param=name[:40])
+    by = query.get("by", by)
+    groups = tuple(by.split(","))
+    if not set(groups) <= set(GROUPS) or len(set(groups)) < len(groups):
+        text = f"by = {by[:40]!r}: must be some of {', '.join(GROUPS)}, each once."
+        raise RequestError(Code.INVALID_VALUE, text, param="by")
+    first = math.floor(_days(query, "since", "7d", now))
+    end = math.ceil(_days(query, "until", "0s", now))
+    if first >= end:
+        text = f"since = {query.get('since', '7d')[:40]!r}: must be before until."
+        raise RequestError(Code.INVALID_VALUE, text, param="since")
+    return ledger.Question(groups, first, end)
+
+
+def _days(query: Mapping[str, str], name: str, default: str, now: float) -> float:
+    """Return a moment in days since 1970; a date as `until` includes its day."""
+    text = query.get(name, default)
+    if match := re.fullmatch(r"([0-9]{1,9})([smhd])", text):
+        moment = (now - int(match[1]) * _UNITS[match[2]]) / DAY
+    elif re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,9})?", text):
+        moment = float(text) / DAY
+    elif re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        moment = _day_of(name, text) + (name == "until")
+    else:
+        raise _refusal(name, text)
+    return max(moment, 0.0)
+
+
+def _day_of(name: str, text: str) -> int:
+    try:
+        return day_of(text)
+    except ValueError:
+        raise _refusal(name, text) from None
+
+
+def _refusal(name: str, text: str) -> RequestError:
+    message = f"{name} = {text[:40]!r}: must be {_ALLOWED}."
+    return RequestError(Code.INVALID_VALUE, message, param=name)

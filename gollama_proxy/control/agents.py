@@ -37,7 +37,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -46,8 +46,8 @@ from gollama_proxy.config import addresses
 from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.settings import Origin, WorkerConfig
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.control import follower
-from gollama_proxy.control.calls import check_local, decode, receive
+from gollama_proxy.control import Parts
+from gollama_proxy.control.replies import check_local, decode, receive
 from gollama_proxy.edge.auth import Principal
 from gollama_proxy.edge.response import Response
 from gollama_proxy.edge.router import Routes, name_in
@@ -121,20 +121,6 @@ class Registration(Struct):
     proof_port: Annotated[int, Meta(ge=1024, le=65_535)]
     report: Report = msgspec.field(default_factory=Report)
     sleeping: bool = False  # the machine goes to sleep, if nothing runs on it
-
-
-class Group(Protocol):
-    """The hubs that share registrations with this one."""
-
-    @property
-    def identity(self) -> str: ...
-
-
-class Parts(follower.Parts, Protocol):
-    """The parts of a hub that registrations use and change."""
-
-    @property
-    def cluster(self) -> Group | None: ...
 
 
 class AgentApi:

@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import msgspec
 
 from gollama_proxy import __version__
-from gollama_proxy.config.settings import Config
-from gollama_proxy.control.calls import answer, check_local, decode, receive
-from gollama_proxy.control.events import Events
-from gollama_proxy.edge.auth import Authenticator, AuthError
+from gollama_proxy.control import Parts
+from gollama_proxy.control.replies import answer, check_local, decode, receive
+from gollama_proxy.edge.auth import AuthError
 from gollama_proxy.edge.response import JSON, Response
 from gollama_proxy.edge.router import Routes, name_in
 from gollama_proxy.telemetry.accesslog import Record
@@ -68,21 +67,6 @@ _LINKS = {
     "metrics": "/metrics",
     "admin": "/admin/openapi.json",
 }
-
-
-class Parts(Protocol):
-    """The parts of a hub that the dashboard needs."""
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def authenticator(self) -> Authenticator: ...
-    @property
-    def events(self) -> Events: ...
-    @property
-    def links(self) -> Links: ...
-    @property
-    def url(self) -> str: ...
 
 
 class Dashboard:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.config.load import load, load_worker
-from gollama_proxy.control.calls import LONG_BODY
+from gollama_proxy.control.replies import LONG_BODY
 from gollama_proxy.fleet.breaker import BreakerState
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.hub import Hub

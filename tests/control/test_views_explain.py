@@ -11,7 +11,7 @@ import pytest
 
 from gollama_proxy.config.settings import POLICIES, Retry, Routing, Wake
 from gollama_proxy.config.settings import Queue as Settings
-from gollama_proxy.control.explain import Case, Decision, decide, other_workers
+from gollama_proxy.control.views import Case, Decision, decide, other_workers
 from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.speed import Prefill
 from gollama_proxy.fleet.state import Hold

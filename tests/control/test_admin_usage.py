@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gollama_proxy.control import views
-from gollama_proxy.control.views import read_question
+from gollama_proxy.control import admin as module
+from gollama_proxy.control.admin import read_question
 from gollama_proxy.state.ledger import DAY, Answer, Question, day_of
 from gollama_proxy.wire.errors import RequestError
 from tests.fakes.asks import CHAT, RARELY, WHOLE
@@ -176,7 +176,7 @@ async def test_usage_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 async def test_questions_that_wait_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Users who ask much hold up neither operators nor the saving of usage."""
-    monkeypatch.setattr(views, "MOST_QUESTIONS", 2)
+    monkeypatch.setattr(module, "MOST_QUESTIONS", 2)
     async with running_hub(ready=False) as hub:
         let, ledger = asyncio.Event(), hub.hub.ledger
         read = ledger.read
