@@ -253,7 +253,7 @@ class Body:
     def forget(self) -> None:
         """Free the kept part: the answer has begun, so nothing is sent again."""
         if self.replayable:
-            self._kept, self._found, self._scanner = [], {}, None
+            self._kept, self._found, self._scanner = [], _NOTHING, None
             self.model = None
 
     # --- The part that streams through --------------------------------------------

@@ -418,6 +418,7 @@ class Proxy(Running):
                 x, connections, data, self._clock, chunked=length is None
             )
             x.enter(_STREAMING)
+            sent = data = b""  # a prompt may be long, and so may an answer take
             if not looks_right(x, worker, relay):
                 failure = await find_failure(x, relay, self._check_health)
                 if failure is not None:

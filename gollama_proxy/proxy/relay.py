@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gollama_proxy.edge.connections import WRITE_BUFFER
 from gollama_proxy.edge.response import Client, ClientStalledError, ReportedError
@@ -36,6 +36,7 @@ from gollama_proxy.wire.schema import Ending, Endpoint, EventError
 HOLD_LIMIT = 256 << 10
 MOST_HELD = 100  # pieces that are passed on one by one; more are joined
 _NOTHING = Transcript()  # of a relay that has passed nothing on
+_NO_PIECES: list[bytes] = []  # of one that holds nothing any more
 _COLON = ord(":")
 _BLANK = re.compile(rb"\n\r?\n")
 MOST_MESSAGE = 500  # characters of such an error that a client gets
@@ -92,7 +93,7 @@ class Relay:
         self.content_type = b""
         self.client_fields = ""  # the header lines for the client
         self.is_event_stream = False
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.headers: Sequence[tuple[bytes, bytes]] = ()
         self.opened_at: float | None = None
         self.end = NO_END  # known when `run` has returned or raised
         self.bytes = 0
@@ -234,14 +235,15 @@ class Relay:
             self.body_received = self._count
             self.chunk_received = self._count_chunk
         # Not needed any more, in what may last for minutes.
-        self.headers, self._gatherer = [], None
-        held, self._held = self._held, []
+        self.headers, self._gatherer = (), None
+        held, self._held = self._held, _NO_PIECES
         began = b""
         if self._ending is not Ending.DONE or not self.is_event_stream:
             began = answer.beginning(b"".join(held))
         try:
             for data in held if len(held) <= MOST_HELD else [b"".join(held)]:
                 self.body_received(data)
+            held, data = _NO_PIECES, b""
             while self._blocked or not (self._ended or self._error):
                 if self._blocked:
                     await self._drain(client, write_timeout)

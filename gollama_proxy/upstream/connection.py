@@ -27,6 +27,7 @@ from gollama_proxy.config.tls import explain
 # Bytes of an answer's head that are accepted; llama-server's has 250.
 MAX_HEAD = 64 << 10
 MAX_HEADERS = 128  # as many as aiohttp accepts from a client; llama-server sends 8
+_NO_HEADERS: list[tuple[bytes, bytes]] = []  # once the receiver has them
 _FRAMING = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
 # Bytes of framing that are accepted for each byte of the body.  The smallest chunk has
 # five, but extensions and trailers (RFC 9112, 7.1) can have any length; what is beyond
@@ -98,7 +99,6 @@ class Connection(asyncio.Protocol):
         "_ended",
         "_eof",
         "_fault",
-        "_feed",
         "_framing",
         "_head_done",
         "_headers",
@@ -141,7 +141,6 @@ class Connection(asyncio.Protocol):
         self._chunk_marks = [True, False]
         self.on_chunk_header = self.on_chunk_complete = self._chunk_marks.reverse
         self._parser = httptools.HttpResponseParser(self)
-        self._feed = self._parser.feed_data
         self._reset_answer()
         self._reusable = True
         self._eof = False  # in TLS this takes a close_notify, not just a FIN
@@ -219,7 +218,7 @@ class Connection(asyncio.Protocol):
         self.state = _CLOSED
         self._receiver = None
         # It refers to this object: only the garbage collector could free the two.
-        self._parser = self._feed = None  # type: ignore[assignment]
+        self._parser = None  # type: ignore[assignment]
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
@@ -245,7 +244,7 @@ class Connection(asyncio.Protocol):
     def _parse(self, data: bytes, receiver: Receiver) -> None:
         fault = ""
         try:
-            self._feed(data)
+            self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             fault = self._fault or f"malformed answer: {exc}"
         # Half a size line after the chunk would lack CRLF; a whole one has a callback.
@@ -314,7 +313,7 @@ class Connection(asyncio.Protocol):
         self._head_done = True
         if not self._parser.should_keep_alive() or not self._delimited:
             self._reusable = False
-        headers, self._headers = self._headers, []
+        headers, self._headers = self._headers, _NO_HEADERS
         if self._receiver is not None:
             self._receiver.head_received(status, headers)
 
