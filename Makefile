@@ -49,6 +49,7 @@ help:
 	@echo "              store and the hubs fail"
 	@echo "make fuzz     random bytes for every parser, a minute each"
 	@echo "make mutants  bugs inserted one by one, which the tests must detect"
+	@echo "              (MODULES='proxy/plan wire/resume': of these; EVERY=5: a fifth of them)"
 	@echo "make bench    the cost of requests, streams and tokens, compared with other proxies, in"
 	@echo "              benchmarks/RESULTS.md (QUICK=1: a minute, only printed; BEFORE=DIR:"
 	@echo "              the hub of another checkout, too; VLLM_ROUTER=PATH, SMG=PATH)"
@@ -145,8 +146,6 @@ soak: $(STAMP)
 soak-cluster: $(STAMP)
 	$(BIN)/python -m tests.cluster_soak
 
-# The code to mutate, as a pattern of mutmut; all of it by default.
-MUTANTS ?= gollama_proxy.*
 FUZZ    := request stream assembly renaming hiding transcript rescue answer
 SECONDS_EACH ?= 60
 
@@ -156,9 +155,7 @@ fuzz: $(STAMP)
 	  $(BIN)/python -m tests.fuzz $$target $(SECONDS_EACH) || exit 1; done
 
 mutants: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mutants]'
-	$(BIN)/mutmut run '$(MUTANTS)'
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.mutants $(MODULES) $(if $(EVERY),--every $(EVERY))
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.cost $(if $(QUICK),--quick,--output benchmarks) \
@@ -331,5 +328,5 @@ uninstall-service:
 	@echo "Left: $(SETTINGS), with the secret, and /var/lib/gollama-proxy"
 
 clean:
-	rm -rf $(VENV) build dist share *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis mutants
+	rm -rf $(VENV) build dist share *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
