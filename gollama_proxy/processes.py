@@ -3,6 +3,10 @@
 The parent binds, starts the store and the hubs, and starts again what ends.  It serves
 nothing itself, and imports nothing that does.
 
+To its hubs the parent is what systemd is to a service (`service.py`): they inherit its
+listening sockets (sd_listen_fds), report that they are ready, what they do and that
+they live (sd_notify), and read their settings again upon SIGHUP.
+
 All hubs accept connections from the same sockets.  With a socket for each
 (SO_REUSEPORT), the kernel would choose the hub of a connection by chance, also one that
 hangs, and what waits to be accepted would be lost when a hub ends.  Shared ones can
@@ -26,14 +30,15 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import gollama_proxy
-from gollama_proxy.children import how
+from gollama_proxy.children import Supervised, how
 from gollama_proxy.config.settings import Config, Process
 from gollama_proxy.config.values import MAX_PROCESSES, ConfigError
 from gollama_proxy.config.watch import SettingsFile, Watcher
-from gollama_proxy.embedded import EmbeddedStore
-from gollama_proxy.hub_process import HubProcess, Inheritance, prepare
+from gollama_proxy.inheritance import EmbeddedStore, Inheritance, prepare
 from gollama_proxy.service import (
     FIRST_DESCRIPTOR,
+    METRICS,
+    OUTCOME,
     REFUSED,
     Load,
     Service,
@@ -49,6 +54,8 @@ logger = logging.getLogger(__name__)
 LOOK = 5.0  # between two looks for hubs that hang
 STARTS_WITHIN = 30.0  # a hub, until it has read its settings and listens
 READY_WITHIN = 15.0  # all of them, before the parent reports that it is ready
+RELOADS_WITHIN = 60.0
+WATCHDOG = 30.0  # without a sign of life, after which a hub is started again
 BEYOND_DRAIN = 15.0  # for a hub to end after `server.drain`, before it is killed
 
 
@@ -345,3 +352,137 @@ def _import_path(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     before = environ.get("PYTHONPATH")
     return {"PYTHONPATH": os.pathsep.join([root, *([before] if before else [])])}
+
+
+# --- One hub ----------------------------------------------------------------------
+
+
+class HubProcess:
+    """A hub that the parent starts, and what it reports."""
+
+    def __init__(
+        self,
+        process: Process,
+        common: Inheritance,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        again: Callable[[HubProcess, int], bool],
+    ) -> None:
+        """Prepare it; `again` is called when it has ended, as for `Supervised`."""
+        self.number = process.number
+        self.status: int | None = None  # of its last end
+        self.load = Load()
+        self.started, self.ready = asyncio.Event(), asyncio.Event()
+        self.heard = math.inf  # when it last gave a sign of life
+        self._again = again
+        self._hangs = False
+        self._outdated = False  # it may have read the settings before they changed
+        self._outcome: asyncio.Future[str] | None = None  # of a reload
+        self._mailbox = common.mailboxes[self.number - 1]
+        self.server = Supervised(
+            command,
+            environ={**environ, **_variables(process, common)},
+            name=f"process {self.number}",
+            descriptors=common.descriptors,
+            again=self._ended,
+        )
+
+    def __repr__(self) -> str:
+        state = "ready" if self.ready.is_set() else "not ready"
+        return f"<HubProcess {self.number} {state}>"
+
+    def start(self, clock: Callable[[], float]) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._mailbox, self._read, clock)
+        self.server.start()
+
+    def close(self) -> None:
+        """Read no more of what it reports."""
+        asyncio.get_running_loop().remove_reader(self._mailbox)
+
+    def _read(self, clock: Callable[[], float]) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                message = self._mailbox.recv(1 << 16)
+                self.receive(message.decode(errors="replace"), clock())
+
+    def receive(self, message: str, now: float) -> None:
+        """Take what it reports; see sd_notify(3)."""
+        self.started.set()
+        self.heard = now
+        for line in message.splitlines():
+            name, _, value = line.partition("=")
+            if name == "READY":
+                self.ready.set()
+            elif name == "STOPPING":
+                self.ready.clear()
+            elif name == "STATUS":
+                with contextlib.suppress(ValueError, TypeError):
+                    self.load = Load.parse(value)
+            elif name == OUTCOME:
+                self._resolve(value)
+        if self._outdated:
+            self._outdated = False
+            self.server.signal(signal.SIGHUP)
+
+    def _ended(self, status: int) -> bool:
+        """Forget what it has reported."""
+        self.status, self.load = status, Load()
+        self.heard, self._hangs = math.inf, False
+        self.started.clear()
+        self.ready.clear()
+        self._resolve(f"ended with {how(status)}")
+        return self._again(self, status)
+
+    async def reload(self) -> str | None:
+        """Have it read its settings again; return what it reports.
+
+        None: it reads them anyway, as it starts.
+        """
+        if not self.started.is_set():
+            self._outdated = self.server.pid is not None
+            return None
+        self._outcome = asyncio.get_running_loop().create_future()
+        self.server.signal(signal.SIGHUP)
+        try:
+            async with asyncio.timeout(RELOADS_WITHIN):
+                return await self._outcome
+        except TimeoutError:
+            return f"{REFUSED}no answer within {RELOADS_WITHIN:g} s"
+        finally:
+            self._outcome = None
+
+    def _resolve(self, outcome: str) -> None:
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    def look(self, now: float) -> None:
+        """End it if it has given no sign of life for too long."""
+        if now - self.heard <= WATCHDOG:
+            return
+        logger.error("process %d hangs: ending it", self.number)
+        # The first signal has Python write where it hangs (PYTHONFAULTHANDLER).
+        self.server.signal(signal.SIGKILL if self._hangs else signal.SIGABRT)
+        self._hangs = True
+
+
+def _variables(process: Process, common: Inheritance) -> dict[str, str]:
+    """Return what systemd would set, and the place of a hub among the others.
+
+    The first one uses the state folder as a hub without others does, so that nothing is
+    lost when their number changes.
+    """
+    folder = common.folder
+    if folder is not None and not process.first:
+        folder = folder / f"process-{process.number}"
+    names = ["clients"] * len(common.listeners.clients)
+    names += [METRICS] * len(common.listeners.metrics)
+    return {
+        "GOLLAMA_PROCESS": str(process),
+        "GOLLAMA_STATE_DIR": str(folder or ""),
+        "LISTEN_FDS": str(len(names)),
+        "LISTEN_FDNAMES": ":".join(names),
+        "NOTIFY_SOCKET": common.mailboxes[process.number - 1].getsockname(),
+        "WATCHDOG_USEC": f"{WATCHDOG * 1e6:.0f}",
+        "PYTHONFAULTHANDLER": "1",
+    }

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy import embedded, hub_process, processes
+from gollama_proxy import inheritance, processes
 from gollama_proxy.cli import main
 from gollama_proxy.config.settings import COUNTS, Config, Process, Server, State
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.hub_process import WATCHDOG, HubProcess, Inheritance
-from gollama_proxy.processes import combine, total
+from gollama_proxy.inheritance import Inheritance
+from gollama_proxy.processes import WATCHDOG, HubProcess, combine, total
 from gollama_proxy.service import Listeners, Load
 from gollama_proxy.state.local import lock
 from tests.fakes.hub import SECRET
@@ -114,7 +114,7 @@ def test_a_server_that_does_not_start(
     program = tmp_path / "valkey-server"
     program.write_text(f"#!/bin/sh\necho 'wrong CPU'\n{end}\n")
     program.chmod(0o700)
-    monkeypatch.setattr(embedded, "find_program", lambda: program)
+    monkeypatch.setattr(inheritance, "find_program", lambda: program)
     log = tmp_path / "state/processes/store.log"
     why = f"the embedded Valkey does not start: {reason} (from {log})"
     assert serve().endswith(f"{why}; state.url can name another server\n")
@@ -159,7 +159,7 @@ def test_the_variable_of_a_process_that_is_set_by_hand(
 
 async def prepared(stack: AsyncExitStack, folder: Path) -> Inheritance:
     config = Config(server=Server(port=0), state=State(dir=str(folder)))
-    return await hub_process.prepare(config, Listeners(), 2, stack)
+    return await inheritance.prepare(config, Listeners(), 2, stack)
 
 
 async def test_a_folder_whose_path_is_too_long_for_sockets(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ async def test_reloads_of_a_hub(
     messages(hub, "READY=1", "X_GOLLAMA_RELOADED=nothing has changed")
     assert await reloading == "nothing has changed"
     assert len(sent) == 2
-    monkeypatch.setattr(hub_process, "RELOADS_WITHIN", 0.0)
+    monkeypatch.setattr(processes, "RELOADS_WITHIN", 0.0)
     assert await hub.reload() == "refused: no answer within 0 s"
 
 
