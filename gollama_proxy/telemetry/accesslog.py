@@ -7,10 +7,9 @@ client chose are quoted, so that they cannot forge a line.
 from __future__ import annotations
 
 import enum
-import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,7 +55,7 @@ _ERROR = Outcome.ERROR  # before Python 3.12, looking it up in its class takes l
 class Record:
     """The data of a request that telemetry needs, filled in along its path."""
 
-    id: str
+    id: str  # of letters, digits, ".", "_" and "-", which no log has to quote
     method: str
     route: str = "other"  # a route of the table, never a path that a client made up
     path: str = ""  # that path, if it has no route
@@ -135,8 +134,9 @@ def write(record: Record) -> None:
     """
     if record.routine:
         return
-    broken = record.outcome is _ERROR and record.status < 400
-    level = logging.WARNING if broken or record.status >= 500 else logging.INFO
+    status, level = record.status, logging.INFO
+    if status >= 500 or (status < 400 and record.outcome is _ERROR):
+        level = logging.WARNING
     if not access.isEnabledFor(level):
         return
     handlers = _root.handlers
@@ -159,10 +159,15 @@ def _all_handlers() -> Iterator[logging.Handler]:
 def line(record: Record, form: LineFormatter, level: int, now: float) -> str:
     """Return the line of a record, at a Unix time.
 
-    Every request pays for this, so what many have in common is written once.
+    Every request pays for this, so what many have in common is written once: all but
+    the time, the id and what was measured.
     """
-    path, detail = record.path, record.detail
-    common = (
+    path, detail, trace = record.path, record.detail, record.trace
+    first = (record.first_byte or 0.0) * 1000.0
+    took = (record.duration or 0.0) * 1000.0
+    prompt, cached = record.prompt_tokens, record.cached_tokens
+    tokens, size = record.tokens, record.bytes
+    kind = (
         record.remote,
         record.subject,
         record.method,
@@ -178,33 +183,41 @@ def line(record: Record, form: LineFormatter, level: int, now: float) -> str:
         record.rescued,
         record.fell_back,
         level,
+        # What it shows of the rest, in the order of `_MEASURED`
+        first >= SHORTEST,
+        took >= SHORTEST,
+        prompt > 0,
+        cached > 0,
+        tokens > 0,
+        size > 0,
+        trace is not None,
     )
-    parts = form.openings.get(common)
+    parts = form.openings.get(kind)
     if parts is None:
         opening = form.opening(level, "request", record.common())
         if opening is None:
             return form.line(form.stamp(now), level, "request", record.fields())
-        parts = form.openings[common] = (*opening, *_names(form.before, form.between))
-    before, after, first, took, prompt, cached, tokens, size, name, trace = parts
-    milliseconds = (record.first_byte or 0.0) * 1000
-    first = f"{first}{milliseconds:.1f}" if milliseconds >= SHORTEST else ""
-    milliseconds = (record.duration or 0.0) * 1000
-    took = f"{took}{milliseconds:.1f}" if milliseconds >= SHORTEST else ""
-    prompt = f"{prompt}{number}" if (number := record.prompt_tokens) else ""
-    cached = f"{cached}{number}" if (number := record.cached_tokens) else ""
-    tokens = f"{tokens}{number}" if (number := record.tokens) else ""
-    size = f"{size}{number}" if (number := record.bytes) else ""
-    context = record.trace
-    trace = "" if context is None else f"{trace}{form.quote(context.trace_id)}"
+        parts = form.openings[kind] = (*opening, *_names(form, kind[-7:]))
+    before, after, of_first, of_took, n1, n2, n3, n4, n5, n6, end = parts
     return (
-        f"{before}{form.stamp(now)}{after}{first}{took}{prompt}{cached}{tokens}{size}"
-        f"{name}{form.quote(record.id)}{trace}{form.end}"
+        f"{before}{form.stamp(now)}{after}"
+        f"{of_first}{f'{first:.1f}' if of_first else ''}"
+        f"{of_took}{f'{took:.1f}' if of_took else ''}"
+        f"{n1}{prompt or ''}{n2}{cached or ''}{n3}{tokens or ''}{n4}{size or ''}"
+        f"{n5}{record.id}{n6}{'' if trace is None else trace.trace_id}{end}"
     )
 
 
-@functools.lru_cache(maxsize=4)  # formats of the log
-def _names(before: str, between: str) -> tuple[str, ...]:
-    return tuple(f"{before}{name}{between}" for name in _MEASURED)
+def _names(form: LineFormatter, shown: Iterable[object]) -> Iterator[str]:
+    """Yield what is before each value of `_MEASURED`, and the end of the line."""
+    *numbers, name, trace = (f"{form.before}{each}{form.between}" for each in _MEASURED)
+    *measured, traced = shown
+    for each, show in zip(numbers, measured, strict=True):
+        yield each if show else ""
+    mark = form.mark
+    yield f"{name}{mark}"
+    yield f"{mark}{trace}{mark}" if traced else mark
+    yield f"{mark}{form.end}" if traced else form.end
 
 
 def _log_record(level: int, fields: Fields) -> logging.LogRecord:

@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as _in_quotes
+from math import floor
 from typing import TYPE_CHECKING, TextIO
 
 from gollama_proxy.bounded import BoundedDict
@@ -42,7 +43,7 @@ PATIENCE = 1.0  # seconds to wait for its reader when the process ends
 MOST_CAUSES = 5  # exceptions shown of a chain of causes
 QUIET = 10.0  # seconds without a repetition, after which a warning is written again
 SUMMARY = 60.0  # seconds after which the repetitions so far are counted in a line
-MOST_OPENINGS = 1024  # of lines, remembered as many have the same one
+MOST_OPENINGS = 2048  # of lines, remembered as many have the same one
 MOST_KINDS = 200  # of warnings whose repetitions are counted
 MOST_MESSAGE = 500  # characters of a warning that are repeated with their number
 
@@ -293,8 +294,18 @@ class BatchHandler(logging.Handler):
 
     def add(self, line: str) -> None:
         """Collect a line; it is written with others, at most `DELAY` later."""
-        self._collect(line)
-        if self._size >= BATCH or (self._loop is None and not self._flush_later()):
+        size = self._size
+        if size > MOST_UNWRITTEN:
+            self._lost += 1
+            return
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            when = self.form.stamp(time.time())
+            self.add(self.form.line(when, logging.WARNING, _LOST.format(lost)))
+            size = self._size
+        self._lines.append(line)
+        self._size = size = size + len(line) + 1
+        if size >= BATCH or (self._loop is None and not self._flush_later()):
             self.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -307,7 +318,7 @@ class BatchHandler(logging.Handler):
                 self._summarise_later()
                 return
             self._summarise()
-            self._collect(self.format(record))
+            self.add(self.format(record))
         except Exception:
             self.handleError(record)
         self.flush()
@@ -315,7 +326,7 @@ class BatchHandler(logging.Handler):
     def _summarise(self, *, all: bool = False) -> None:
         if self._bursts is not None:
             for summary in self._bursts.summaries(all=all):
-                self._collect(self.format(summary))
+                self.add(self.format(summary))
 
     def _summarise_later(self) -> None:
         """Set a timer; without an event loop, the next line has the summaries."""
@@ -337,17 +348,6 @@ class BatchHandler(logging.Handler):
             if self._bursts is not None and self._bursts.counting:
                 self._summarise_later()
         self.flush()
-
-    def _collect(self, line: str) -> None:
-        if self._size > MOST_UNWRITTEN:
-            self._lost += 1
-            return
-        if self._lost:
-            lost, self._lost = self._lost, 0
-            when = self.form.stamp(time.time())
-            self._collect(self.form.line(when, logging.WARNING, _LOST.format(lost)))
-        self._lines.append(line)
-        self._size += len(line) + 1
 
     def flush(self) -> None:
         """Write as much as the stream takes without waiting; retry the rest later.
@@ -471,13 +471,14 @@ class LineFormatter(logging.Formatter):
 
     before = between = end = ""  # the name of a field; it and its value; the line's end
     quote: Callable[[str], str]  # writes a text value
+    mark = ""  # around one that is a plain word
 
     def __init__(self, process: int = 0) -> None:
         """Make one; a `process` of several is a field of each line."""
         super().__init__()
         self.process = process
         self._source: Fields = {"process": process} if process else _NO_FIELDS
-        self._second, self._written = 0, ""  # the last one, and how it is written
+        self._second, self._written = 0.0, ""  # the last one, and how it is written
         self.openings: dict[Hashable, tuple[str, ...]] = BoundedDict(MOST_OPENINGS)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -490,12 +491,12 @@ class LineFormatter(logging.Formatter):
     def stamp(self, now: float) -> str:
         """Write a Unix time."""
         passed = now - self._second
-        if not 0.0 <= passed < 1.0:
-            self._second = int(now)
+        if passed >= 1.0 or passed < 0.0:
+            self._second = now // 1.0
             utc = time.gmtime(self._second)
             self._written = time.strftime("%Y-%m-%dT%H:%M:%S", utc)
             passed = now - self._second
-        return f"{self._written}{_FRACTIONS[int(passed * 1000)]}"
+        return self._written + _FRACTIONS[floor(passed * 1000.0)]
 
     def line(
         self,
@@ -549,7 +550,7 @@ class TextFormatter(LineFormatter):
 class JsonFormatter(LineFormatter):
     """One JSON object on a line, for machines."""
 
-    before, between, end = ',"', '":', "}"
+    before, between, end, mark = ',"', '":', "}", '"'
     quote = staticmethod(_in_quotes)
 
     def opening(self, level: int, message: str, fields: Fields) -> Opening:
@@ -646,7 +647,7 @@ class JournalFormatter(LineFormatter):
         super().__init__(formatter.process)
         self._formatter = formatter
         self.before, self.between = formatter.before, formatter.between
-        self.end = formatter.end
+        self.end, self.mark = formatter.end, formatter.mark
         self.quote = formatter.quote
 
     def line(

@@ -146,7 +146,7 @@ NUMBERS = st.integers(0, 1 << 40)
 SECONDS = st.floats(0, 1e6)
 RECORDS = st.builds(
     Record,
-    id=st.text(min_size=1),
+    id=st.from_regex(r"[A-Za-z0-9._-]{1,64}", fullmatch=True),
     method=st.text(min_size=1),
     route=st.text(min_size=1),
     path=TEXTS | st.text(min_size=150, max_size=250),
