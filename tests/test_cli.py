@@ -550,7 +550,7 @@ async def test_an_idle_hub_takes_little_memory() -> None:
     """45 MB; the limit allows for other versions of Python and of libraries."""
     environ = {"COVERAGE_PROCESS_START": ""}  # measured without what measures
     async with ScriptedWorker() as worker:
-        async with hub_process(worker.url, environ=environ) as hub:
+        async with hub_process(worker.url, environ=environ, forked=False) as hub:
             assert hub.resident() < 52e6
 
 

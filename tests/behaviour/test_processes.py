@@ -20,7 +20,7 @@ from tests.fakes.hub import SECRET, mint
 from tests.fakes.process import Program, bare
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, send, wait
-from tests.fakes.systemd import Systemd, listening, passing
+from tests.fakes.systemd import Systemd, listening
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
@@ -157,12 +157,10 @@ async def test_sockets_of_systemd_and_for_metrics_are_shared(tmp_path: Path) -> 
         "GOLLAMA_STATE_DIR": "",
     }
     with listening(socket.AF_UNIX, path) as unix, listening() as inet:
-        numbers = [unix.fileno(), inet.fileno()]
         async with Program.running(
             *("serve", "--processes", "2"),
             environ=environ,
-            program=passing(numbers),
-            descriptors=numbers,
+            descriptors=[unix.fileno(), inet.fileno()],
         ) as program:
             address = f"http://127.0.0.1:{inet.getsockname()[1]}"
             await program.until(f"listening on {address}, unix:{path}; ")

@@ -18,7 +18,7 @@ from tests.fakes.hub import SECRET, mint, running_hub
 from tests.fakes.process import Program, bare
 from tests.fakes.replies import chunk, done, finish, last_chunk, role, sse_head, token
 from tests.fakes.script import close, send, wait
-from tests.fakes.systemd import Systemd, listening, passing
+from tests.fakes.systemd import Systemd, listening
 from tests.fakes.tools import require
 from tests.fakes.worker import ScriptedWorker
 
@@ -40,10 +40,7 @@ async def serving(
     workers = [argument for url in urls for argument in ("--worker", url)]
     command = ("serve", "--port", "0", *workers)
     numbers = [each.fileno() for each in sockets]
-    program = passing(numbers) if sockets else ("-m", "gollama_proxy")
-    async with Program.running(
-        *command, environ=variables, program=program, descriptors=numbers
-    ) as it:
+    async with Program.running(*command, environ=variables, descriptors=numbers) as it:
         yield it
 
 
@@ -262,7 +259,6 @@ async def test_a_descriptor_that_cannot_be_served_on(
         async with Program.running(
             "serve",
             environ=bare() | {"GOLLAMA_JWT_SECRET": SECRET, "LISTEN_FDNAMES": "http"},
-            program=passing([number]),
             descriptors=[number],
         ) as program:
             assert await program.ended() == 2
@@ -289,7 +285,7 @@ async def agent(
     url: str,
     *arguments: str,
     granted: str = "",
-    program: Sequence[str] = ("-m", "gollama_proxy"),
+    program: Sequence[str] = (),
     **environ: str,
 ) -> AsyncIterator[Program]:
     variables = bare() | systemd.environ | {"GOLLAMA_TOKEN": granted} | environ

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import psutil
 
+from tests.fakes import forks
 from tests.fakes.client import DEADLINE, Wire, request_head
 from tests.fakes.hub import SECRET, mint
 
@@ -98,25 +99,23 @@ async def hub_process(
     environ: Mapping[str, str] | None = None,
     module: str = "gollama_proxy",
     ready: bool = True,
+    forked: bool = True,
     **settings: Any,
 ) -> AsyncIterator[HubProcess]:
     """Run `gollama-proxy serve` with these workers, and wait until it is ready.
 
-    Without `ready`, it need not have a worker yet.
-
-    Another `module` is one that runs the same command and does more.
+    Without `ready`, it need not have a worker yet, and without `forked` Python itself
+    is started.  Another `module` is one that runs the same command and does more.
     """
     variables = bare()
     variables |= {"GOLLAMA_JWT_SECRET": SECRET, "GOLLAMA_SERVER_DRAIN": "0"}
     for name, value in settings.items():
         variables[f"GOLLAMA_{name.replace('__', '_').upper()}"] = str(value)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, "serve", "--port", "0"),
-        *(argument for url in urls for argument in ("--worker", url)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        env=variables | dict(environ or {}),
-        cwd=Path(__file__).parent.parent.parent,
+    workers = [argument for url in urls for argument in ("--worker", url)]
+    process: asyncio.subprocess.Process | forks.Process
+    process = await (forks.start if forked else _start)(
+        *(module, "serve", "--port", "0", *workers),
+        environ=variables | dict(environ or {}),
     )
     listening: asyncio.Task[None] | None = None
     try:
@@ -147,6 +146,18 @@ async def hub_process(
                 process.kill()
 
 
+async def _start(
+    module: str, *arguments: str, environ: Mapping[str, str]
+) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", module, *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env=environ,
+        cwd=forks.ROOT,
+    )
+
+
 async def _ready(hub: HubProcess) -> None:
     while True:
         async with await Wire.connect("127.0.0.1", hub.port) as wire:
@@ -159,7 +170,7 @@ async def _ready(hub: HubProcess) -> None:
 class Program:
     """`gollama-proxy …`, or a script, as a process watched through what it writes."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | forks.Process) -> None:
         self.process = process
         self.output = ""
 
@@ -172,21 +183,30 @@ class Program:
         cls,
         *arguments: str,
         environ: Mapping[str, str],
-        program: Sequence[str] = ("-m", "gollama_proxy"),
+        program: Sequence[str] = (),
         python: str | Path = sys.executable,
-        cwd: Path = Path(__file__).parent.parent.parent,
+        cwd: Path = forks.ROOT,
         descriptors: Sequence[int] = (),
     ) -> AsyncIterator[Self]:
-        """Run it; `descriptors` are inherited under their numbers."""
-        process = await asyncio.create_subprocess_exec(
-            *(python, *program, *arguments),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=environ,
-            cwd=cwd,
-            pass_fds=descriptors,
-        )
+        """Run a program of Python, or else a fork with descriptors as of systemd."""
+        process: asyncio.subprocess.Process | forks.Process
+        if program:
+            process = await asyncio.create_subprocess_exec(
+                *(python, *program, *arguments),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env=environ,
+                cwd=cwd,
+            )
+        else:
+            process = await forks.start(
+                *("gollama_proxy", *arguments),
+                environ=environ,
+                cwd=cwd,
+                descriptors=descriptors,
+                both=True,
+            )
         try:
             yield cls(process)
         finally:

@@ -5,24 +5,11 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from tests.fakes.client import DEADLINE
-
-# Runs a command with these descriptors as 3, 4, and so on; systemd does the same.
-_PASS = """
-import os, sys
-number = int(sys.argv[1])
-for place, each in enumerate(sys.argv[2 : 2 + number]):
-    os.dup2(int(each), 100 + place)  # first out of the way of each other
-for place in range(number):
-    os.dup2(100 + place, 3 + place)
-os.environ |= {"LISTEN_FDS": str(number), "LISTEN_PID": str(os.getpid())}
-os.execv(sys.executable, [sys.executable, *sys.argv[2 + number :]])
-"""
 
 
 class Systemd:
@@ -94,12 +81,6 @@ class Systemd:
     def arrives_within(self, seconds: float) -> bool:
         """Block until a message arrives; return whether one did within the time."""
         return bool(select.select([self._socket], [], [], seconds)[0])
-
-
-def passing(descriptors: Sequence[int]) -> tuple[str, ...]:
-    """Return what starts the program with these descriptors as systemd would."""
-    numbers = [str(each) for each in descriptors]
-    return ("-c", _PASS, str(len(numbers)), *numbers, "-m", "gollama_proxy")
 
 
 def listening(family: int = socket.AF_INET, address: object = None) -> socket.socket:

@@ -14,29 +14,34 @@ from __future__ import annotations
 
 import os
 import sys
+from types import ModuleType
 
+from gollama_proxy import cli
+from gollama_proxy.scheduling import sharing
 from gollama_proxy.state import link, slots, store
 
 
 def main() -> int:
-    hasty = os.environ["HUB_TIMES"] == "hasty"
-    factor = 1 / 7 if hasty else 100
-    slots.LIFETIME *= factor
-    if hasty:
-        slots.PATIENCE *= factor
-        slots.CAUTION *= factor
-        store.HEARTBEAT *= factor
+    if os.environ["HUB_TIMES"] == "hasty":
+        factor = 1 / 7
+        multiply(slots, factor, "LIFETIME", "PATIENCE", "CAUTION")
+        multiply(store, factor, "HEARTBEAT")
+        multiply(sharing, factor, "WAITING")
     else:
-        link.TIMEOUT *= factor
-        link.SILENCE *= factor
-
-    # What these import must have been changed before.
-    from gollama_proxy import cli
-    from gollama_proxy.scheduling import sharing
-
-    if hasty:
-        vars(sharing)["WAITING"] *= factor
+        multiply(slots, 100, "LIFETIME")
+        multiply(link, 100, "TIMEOUT", "SILENCE")
+    vars(sharing)["_ENDING"] = slots.LIFETIME - 2 * store.HEARTBEAT
     return cli.main()
+
+
+def multiply(module: ModuleType, factor: float, *names: str) -> None:
+    """Change constants of a module, also in the modules that have imported them."""
+    program = [v for k, v in sys.modules.items() if k.startswith("gollama_proxy.")]
+    for name in names:
+        constant = vars(module)[name]
+        for each in program:
+            if vars(each).get(name) is constant:
+                vars(each)[name] = constant * factor
 
 
 if __name__ == "__main__":
