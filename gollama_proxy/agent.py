@@ -48,7 +48,7 @@ from gollama_proxy.control.client import (
     trust,
 )
 from gollama_proxy.fleet.agents import answer_to
-from gollama_proxy.registration import TIMEOUT, HubLink, Refusal
+from gollama_proxy.registration import TIMEOUT, HubLink, Refusal, find_hub
 from gollama_proxy.service import Service, count
 from gollama_proxy.tasks import Periodic, Signals, spawn
 from gollama_proxy.telemetry import logs
@@ -183,38 +183,6 @@ async def _run(options: Options, signals: Signals, service: Service) -> int:
         await asyncio.wait([leaving])
         logger.warning("second signal: not waiting for running answers")
         return 1
-
-
-async def find_hub(signals: Signals) -> str:
-    """Look for the hub on the local network; return "" if a signal comes first.
-
-    Raises:
-        ConfigError: there are several.
-    """
-    looking = spawn(_look_for_hub(), "search for a hub")
-    asked = spawn(signals.asked.wait(), "signal during the search for a hub")
-    try:
-        await asyncio.wait((looking, asked), return_when=asyncio.FIRST_COMPLETED)
-        return looking.result() if looking.done() else ""
-    finally:
-        looking.cancel()
-        asked.cancel()
-
-
-async def _look_for_hub() -> str:
-    from gollama_proxy import discovery  # zeroconf is optional
-
-    logger.info("looking for a hub on the local network")
-    while not (found := await discovery.discover()):
-        pass
-    if len(found) > 1:
-        # The token is for one of them, and the others must not see it.
-        text = (
-            f"found several hubs: {', '.join(found)}; must be one of them, with --hub"
-        )
-        raise ConfigError(f"--discover: {text}")
-    logger.info("found the hub %s", found[0])
-    return found[0]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The registration of a worker with one hub, as its agent keeps it.
+"""How an agent finds a hub, and keeps its worker registered with it.
 
 Hubs that share a store share the registration, too: their answers have the same
 `cluster`.  One of them is called, and the others stand by until it does not answer.
@@ -10,22 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import importlib
+import ipaddress
 import json
 import logging
 import math
 import os
 import random
+import socket
 import ssl
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
 
 import aiohttp
 
-from gollama_proxy import machine
+from gollama_proxy import __version__, machine
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.client import read_token
-from gollama_proxy.tasks import Periodic
+from gollama_proxy.tasks import Periodic, Signals, spawn
+
+if TYPE_CHECKING:
+    from zeroconf import ServiceInfo, Zeroconf
 
 logger = logging.getLogger(__name__)
 
@@ -313,3 +320,174 @@ class HubLink:
             number = getattr(exc, "errno", None)
             why = os.strerror(number) if number and number > 0 else str(exc)
             return Answer(0, f"cannot be reached: {why}")
+
+
+# --- Discovery --------------------------------------------------------------------
+
+# Multicast DNS (RFC 6762) and DNS-SD (RFC 6763) through the package zeroconf, which is
+# optional.  Anyone on the network can announce a hub, and an agent sends its token to
+# the hub that it finds: discovery is for networks whose machines are trusted.
+#
+# `interfaces` are addresses of this machine; None for all of them.
+SERVICE = "_gollama-proxy._tcp.local."
+LOOK_FOR = 3.0  # seconds in which hubs have to answer
+ASK_AGAIN = 1.0  # seconds that one hub has to describe itself
+
+
+async def find_hub(signals: Signals) -> str:
+    """Look for the hub on the local network; return "" if a signal comes first.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    looking = spawn(_look_for_hub(), "search for a hub")
+    asked = spawn(signals.asked.wait(), "signal during the search for a hub")
+    try:
+        await asyncio.wait((looking, asked), return_when=asyncio.FIRST_COMPLETED)
+        return looking.result() if looking.done() else ""
+    finally:
+        looking.cancel()
+        asked.cancel()
+
+
+async def _look_for_hub() -> str:
+    logger.info("looking for a hub on the local network")
+    while not (found := await discover()):
+        pass
+    if len(found) > 1:
+        # The token is for one of them, and the others must not see it.
+        text = (
+            f"found several hubs: {', '.join(found)}; must be one of them, with --hub"
+        )
+        raise ConfigError(f"--discover: {text}")
+    logger.info("found the hub %s", found[0])
+    return found[0]
+
+
+def announcement(url: str, addresses: Sequence[str]) -> ServiceInfo:
+    """Return the records of the hub at a URL, which has these addresses."""
+    from zeroconf import ServiceInfo
+
+    parts = urlsplit(url)
+    assert parts.port is not None, url
+    host = socket.gethostname().partition(".")[0] or "hub"
+    return ServiceInfo(
+        SERVICE,
+        f"{host}-{parts.port}.{SERVICE}",
+        port=parts.port,
+        properties={"scheme": parts.scheme, "version": __version__},
+        server=f"{host}.local.",
+        parsed_addresses=list(addresses),
+    )
+
+
+def url_of(info: ServiceInfo) -> str:
+    """Return the URL of a hub that announced itself; "" if it cannot be a hub.
+
+    With https it has the name of the machine, for which its certificate is more likely.
+    """
+    scheme = (info.properties.get(b"scheme") or b"").decode(errors="replace")
+    addresses = info.parsed_scoped_addresses()
+    if scheme not in ("http", "https") or not info.port or not addresses:
+        return ""
+    if scheme == "https":
+        host = (info.server or "").rstrip(".")
+    else:
+        best = min(addresses, key=lambda a: ":" in a)  # IPv4, if there is one
+        host = f"[{best}]" if ":" in best else best
+    return f"{scheme}://{host}:{info.port}"
+
+
+def addresses_of(host: str) -> list[str]:
+    """Return the addresses at which a hub that listens on `host` can be reached."""
+    import ifaddr
+
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return [str(found[4][0]) for found in socket.getaddrinfo(host, None)]
+    if not address.is_unspecified:
+        return [host]
+    every = [
+        ip.ip if isinstance(ip.ip, str) else ip.ip[0]
+        for adapter in ifaddr.get_adapters()
+        for ip in adapter.ips
+        if ip.is_IPv4 or address.version == 6
+    ]
+    return [ip for ip in every if not _is_local(ip)]
+
+
+def _is_local(ip: str) -> bool:
+    address = ipaddress.ip_address(ip)
+    return address.is_loopback or address.is_link_local
+
+
+@asynccontextmanager
+async def advertise(
+    url: str, addresses: Sequence[str], interfaces: Sequence[str] | None = None
+) -> AsyncIterator[None]:
+    """Announce the hub at a URL until the block is left.
+
+    Raises:
+        OSError: no interface can send to other machines.
+    """
+    await asyncio.to_thread(_import)
+    from zeroconf.asyncio import AsyncZeroconf
+
+    info = announcement(url, addresses)
+    zeroconf = AsyncZeroconf(**_choice(interfaces))
+    try:
+        # Two hubs of a machine have different ports, and so different names.
+        await (await zeroconf.async_register_service(info, allow_name_change=True))
+        yield
+        await (await zeroconf.async_unregister_service(info))
+    finally:
+        await zeroconf.async_close()
+
+
+async def discover(
+    seconds: float = LOOK_FOR, interfaces: Sequence[str] | None = None
+) -> list[str]:
+    """Return the URLs of the hubs that answer within some seconds.
+
+    Raises:
+        OSError: no interface can ask other machines.
+    """
+    await asyncio.to_thread(_import)
+    from zeroconf import ServiceStateChange
+    from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
+
+    names: set[str] = set()
+
+    def note(
+        zeroconf: Zeroconf, service_type: str, name: str, state_change: Any
+    ) -> None:
+        if state_change is ServiceStateChange.Removed:
+            names.discard(name)
+        else:
+            names.add(name)
+
+    zeroconf = AsyncZeroconf(**_choice(interfaces))
+    try:
+        browser = AsyncServiceBrowser(zeroconf.zeroconf, [SERVICE], handlers=[note])
+        await asyncio.sleep(seconds)
+        await browser.async_cancel()
+        infos = await asyncio.gather(
+            *(
+                zeroconf.async_get_service_info(SERVICE, name, int(ASK_AGAIN * 1000))
+                for name in sorted(names)
+            )
+        )
+        urls = {url_of(info) for info in infos if info is not None}
+        return sorted(urls - {""})
+    finally:
+        await zeroconf.async_close()
+
+
+def _import() -> None:
+    """Import what is needed; it starts ldconfig, so it would block the event loop."""
+    importlib.import_module("zeroconf.asyncio")
+
+
+def _choice(interfaces: Sequence[str] | None) -> dict[str, Any]:
+    return {} if interfaces is None else {"interfaces": list(interfaces)}

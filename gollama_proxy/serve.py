@@ -202,15 +202,15 @@ def _running(hub: Hub) -> int:
 
 async def _advertise(hub: Hub, signals: Signals) -> None:
     """Announce the hub on the local network until a signal ends it."""
-    from gollama_proxy import discovery  # zeroconf is optional
+    from gollama_proxy import registration  # its client is of use to few hubs
 
     try:
         host = hub.config.server.host
         if not hub.url.startswith("http"):
             logger.warning("server.advertise: the hub serves on Unix sockets only")
             return
-        addresses = await asyncio.to_thread(discovery.addresses_of, host)
-        async with discovery.advertise(hub.url, addresses):
+        addresses = await asyncio.to_thread(registration.addresses_of, host)
+        async with registration.advertise(hub.url, addresses):
             logger.info("agents can find this hub: %s", ", ".join(addresses))
             await signals.asked.wait()
     except OSError as exc:

@@ -274,7 +274,7 @@ def test_a_hub_is_advertised_until_it_drains(
         yield
         stage.calls.append("withdrawn")
 
-    monkeypatch.setattr("gollama_proxy.discovery.advertise", advertise)
+    monkeypatch.setattr("gollama_proxy.registration.advertise", advertise)
     flags = ["--advertise", "--host", "10.0.0.5"]
     assert main(["serve", *flags]) == 0
     assert "http://127.0.0.1:8000 at ['10.0.0.5']" in stage.calls
@@ -289,7 +289,7 @@ def test_a_network_without_multicast_is_only_a_warning(
     def advertise(*_: object) -> NoReturn:
         raise OSError(101, "Network is unreachable")
 
-    monkeypatch.setattr("gollama_proxy.discovery.advertise", advertise)
+    monkeypatch.setattr("gollama_proxy.registration.advertise", advertise)
     assert main(["serve", "--advertise", "--host", "10.0.0.5"]) == 0
     assert "server.advertise: Network is unreachable" in caplog.text
 

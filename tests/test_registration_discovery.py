@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from gollama_proxy import agent, discovery
+from gollama_proxy import agent, registration
 from gollama_proxy.config.load import load
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.tasks import Signals
@@ -37,16 +37,16 @@ def multicast() -> None:
 
 async def found(count: int) -> list[str]:
     async with asyncio.timeout(DEADLINE):
-        while len(urls := await discovery.discover(0.3, LOOPBACK)) != count:
+        while len(urls := await registration.discover(0.3, LOOPBACK)) != count:
             pass
     return urls
 
 
 async def test_a_hub_is_found_as_long_as_it_runs(multicast: None) -> None:
     one, two = "http://127.0.0.1:18000", "http://127.0.0.1:18001"
-    async with discovery.advertise(one, LOOPBACK, LOOPBACK):
+    async with registration.advertise(one, LOOPBACK, LOOPBACK):
         assert await found(1) == [one]
-        async with discovery.advertise(two, LOOPBACK, LOOPBACK):
+        async with registration.advertise(two, LOOPBACK, LOOPBACK):
             assert await found(2) == [one, two]
         assert await found(1) == [one]
     assert await found(0) == []
@@ -66,20 +66,20 @@ def test_records_lead_to_the_url(
     monkeypatch: pytest.MonkeyPatch, url: str, addresses: list[str], seen: str
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "gateway.lan")
-    info = discovery.announcement(url, addresses)
+    info = registration.announcement(url, addresses)
     assert info.name == f"gateway-{info.port}._gollama-proxy._tcp.local."
-    assert discovery.url_of(info) == seen
+    assert registration.url_of(info) == seen
 
 
 def test_another_scheme_is_no_hub() -> None:
-    info = discovery.announcement("ftp://10.0.0.5:21", ["10.0.0.5"])
-    assert discovery.url_of(info) == ""
+    info = registration.announcement("ftp://10.0.0.5:21", ["10.0.0.5"])
+    assert registration.url_of(info) == ""
 
 
 def test_the_addresses_of_a_hub() -> None:
-    assert discovery.addresses_of("127.0.0.1") == ["127.0.0.1"]
-    assert "127.0.0.1" in discovery.addresses_of("localhost")
-    assert "127.0.0.1" not in discovery.addresses_of("0.0.0.0")
+    assert registration.addresses_of("127.0.0.1") == ["127.0.0.1"]
+    assert "127.0.0.1" in registration.addresses_of("localhost")
+    assert "127.0.0.1" not in registration.addresses_of("0.0.0.0")
 
 
 async def test_an_agent_needs_one_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,11 +88,11 @@ async def test_an_agent_needs_one_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     async def discover() -> list[str]:
         return answers.pop(0)
 
-    monkeypatch.setattr(discovery, "discover", discover)
-    assert await agent.find_hub(Signals()) == "http://10.0.0.5:8000"
+    monkeypatch.setattr(registration, "discover", discover)
+    assert await registration.find_hub(Signals()) == "http://10.0.0.5:8000"
     answers.append(["http://10.0.0.5:8000", "http://10.0.0.6:8000"])
     with pytest.raises(ConfigError, match=r"found several hubs: .*; must be one of"):
-        await agent.find_hub(Signals())
+        await registration.find_hub(Signals())
 
 
 async def test_a_signal_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +103,8 @@ async def test_a_signal_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None
         await asyncio.Event().wait()
         return []
 
-    monkeypatch.setattr(discovery, "discover", discover)
-    assert await agent.find_hub(signals) == ""
+    monkeypatch.setattr(registration, "discover", discover)
+    assert await registration.find_hub(signals) == ""
 
 
 @pytest.mark.parametrize(
