@@ -34,7 +34,6 @@ from gollama_proxy.control.agents import Renewals
 from gollama_proxy.control.page import LINK_LIFETIME
 from gollama_proxy.control.peers import MOST_READ, MOST_SENT, Peers
 from gollama_proxy.edge.quotas import REMEMBERED, SECONDS, Quotas
-from gollama_proxy.fleet.shares import shared_key
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.hints import Hints, Reports
 from gollama_proxy.scheduling.sharing import Sharing
@@ -44,6 +43,7 @@ from gollama_proxy.state.link import StoreDownError, StoreError
 from gollama_proxy.state.members import Members, describe_me
 from gollama_proxy.state.messages import Message, decode, encode
 from gollama_proxy.state.shared import SharedState
+from gollama_proxy.state.slots import shared_key
 from gollama_proxy.state.store import Mode, Store
 from gollama_proxy.telemetry.exposition import Family, Part, Plain, Sums, to_plain
 from gollama_proxy.telemetry.families import METRICS

@@ -1,11 +1,11 @@
 """Shares the slots of all workers with other hubs, through the store.
 
-`fleet/shares.py` decides what this hub holds, asks for and gives back; `state/slots.py`
-is the one call that carries it, for all workers at once.  Here is when that call is
-made: while no other hub waits, at each heartbeat, and when a request finds no lease; at
-once when a slot is owed to others.  Never two calls at a time: what happens during one
-is in the next.  A request waits for a call only if this hub has no spare lease of the
-worker that its routing policy prefers.
+`state/slots.py` decides what this hub holds, asks for and gives back, and has the one
+call that carries it, for all workers at once.  Here is when that call is made: while no
+other hub waits, at each heartbeat, and when a request finds no lease; at once when a
+slot is owed to others.  Never two calls at a time: what happens during one is in the
+next.  A request waits for a call only if this hub has no spare lease of the worker that
+its routing policy prefers.
 
 Grants arrive in replies and as messages.  Each names a subject, whose oldest request
 gets the slot (`Queue.grant`).
@@ -23,7 +23,6 @@ from zlib import crc32
 
 from gollama_proxy.config.settings import WorkerConfig
 from gollama_proxy.fleet.registry import Listener, Registry
-from gollama_proxy.fleet.shares import Share, fair_part, fair_parts, shared_key
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.turns import Ticket
@@ -34,10 +33,14 @@ from gollama_proxy.state.slots import (
     MOST_WANTS,
     Ask,
     Grant,
+    Share,
     Want,
     decode_grants,
     decode_wanted,
+    fair_part,
+    fair_parts,
     grants_channel,
+    shared_key,
     sync,
     wanted_channel,
 )

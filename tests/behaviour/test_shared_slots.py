@@ -448,7 +448,7 @@ async def test_idle_hubs_hold_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_times(monkeypatch, lifetime=DEADLINE, heartbeat=0.05)
-    monkeypatch.setattr("gollama_proxy.fleet.shares.RECENT", 0.1)
+    monkeypatch.setattr("gollama_proxy.state.slots.RECENT", 0.1)
     async with pair(tmp_path) as (worker, *_, both):
         await serve(worker, [chat(hub) for hub in both for _ in range(4)])
         while await both.held(worker):

@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gollama_proxy.config.settings import Origin
-from gollama_proxy.fleet.shares import (
+from gollama_proxy.state.slots import (
     RECENT,
+    Ask,
+    Grant,
+    Reply,
     Share,
+    Want,
     fair_part,
     fair_parts,
     shared_key,
 )
-from gollama_proxy.state.slots import Ask, Grant, Reply, Want
 
 NOTHING = Reply("w", [], 0, 4)
 
