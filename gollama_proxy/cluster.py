@@ -37,11 +37,19 @@ from gollama_proxy.edge.quotas import REMEMBERED, SECONDS, Quotas
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.hints import Hints, Reports
 from gollama_proxy.scheduling.sharing import Sharing
-from gollama_proxy.state.facts import MOST_WRITTEN, NEWS, Answer, Entry, Journal
+from gollama_proxy.state.facts import (
+    MOST_WRITTEN,
+    NEWS,
+    Answer,
+    Entry,
+    Journal,
+    Message,
+    decode,
+    encode,
+)
 from gollama_proxy.state.ledger import storable
 from gollama_proxy.state.link import StoreDownError, StoreError
 from gollama_proxy.state.members import Members, describe_me
-from gollama_proxy.state.messages import Message, decode, encode
 from gollama_proxy.state.shared import SharedState
 from gollama_proxy.state.slots import shared_key
 from gollama_proxy.state.store import Mode, Store

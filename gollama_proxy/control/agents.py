@@ -55,7 +55,7 @@ from gollama_proxy.fleet.agents import Agents, LeaseState, WorkerLease, answer_t
 from gollama_proxy.fleet.registry import check_distinct
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.state import messages
+from gollama_proxy.state import facts
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import (
     MAX_WORKERS,
@@ -409,7 +409,7 @@ class AgentApi:
 RENEWED = 2 * 3600.0
 
 
-class Renewal(messages.Message):
+class Renewal(facts.Message):
     """A renewal as the store has it, by the name of the worker."""
 
     hub: str  # the run id of the one where it was renewed
@@ -454,7 +454,7 @@ class Renewals:
             lease = self._agents.find(name)
             if lease is not None:
                 row = Renewal(hub=self._run, agent=lease.agent, report=lease.report)
-                found.append(Entry(name, "a0", messages.encode(row).decode()))
+                found.append(Entry(name, "a0", facts.encode(row).decode()))
         return found
 
     async def take(self, entries: Sequence[Entry], answer: Answer) -> bool:
@@ -462,7 +462,7 @@ class Renewals:
             if self._pending.get(name) == number:
                 del self._pending[name]
         for row in answer.rows:
-            found = messages.decode(Renewal, row.value, "agents")
+            found = facts.decode(Renewal, row.value, "agents")
             if found is not None and found.hub != self._run:
                 age = max(0.0, (answer.now - row.number) / 1e6)
                 self._agents.hear(row.key, found.agent, found.report, age)

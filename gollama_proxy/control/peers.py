@@ -26,10 +26,10 @@ from typing import Any, Protocol, TypeVar
 from msgspec import field
 
 from gollama_proxy.control.merging import Answers
-from gollama_proxy.state import messages
+from gollama_proxy.state import facts
+from gollama_proxy.state.facts import Message
 from gollama_proxy.state.link import StoreDownError
 from gollama_proxy.state.members import Member
-from gollama_proxy.state.messages import Message
 from gollama_proxy.state.store import Store
 from gollama_proxy.tasks import spawn
 
@@ -79,7 +79,7 @@ class Answer(Message):
 
 async def encode(message: Message) -> bytes:
     """Write a message; a long one is compressed, in a thread."""
-    data = messages.encode(message)
+    data = facts.encode(message)
     if len(data) < LONG:
         return data
     return await asyncio.to_thread(zlib.compress, data, 1)
@@ -260,7 +260,7 @@ class Peers:
         """Read a message of another hub; a long one in a thread."""
 
         def read() -> M | None:
-            return messages.decode(kind, inflate(data), self._channel, MOST_READ)
+            return facts.decode(kind, inflate(data), self._channel, MOST_READ)
 
         message = read() if len(data) < LONG else await asyncio.to_thread(read)
         own = message is None or message.hub == self._members.me.run

@@ -54,9 +54,9 @@ from gollama_proxy.fleet.speed import Learnt
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Turn
+from gollama_proxy.state.facts import Message, decode, encode
 from gollama_proxy.state.link import Argument, StoreDownError, StoreError
 from gollama_proxy.state.members import Members
-from gollama_proxy.state.messages import Message, decode, encode
 from gollama_proxy.state.store import Mode, Store
 from gollama_proxy.tasks import Periodic
 

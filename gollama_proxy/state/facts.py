@@ -1,6 +1,13 @@
-"""What a hub keeps of its fleet and its callers, as facts that several hubs can share.
+"""What hubs write into the store for each other: messages, facts, and the journal.
 
-A fact has a kind, a name and a text; an empty text means that it was removed.
+**A message** is a JSON object with a `v`, the version of its format, which each kind of
+message counts by itself.  Hubs of two releases may share a store during an upgrade, and
+other programs can write into it as well.  So `decode` returns None for everything that
+this release does not understand, and such a message is ignored: what it was about is
+found out without it.  Fields that are unknown are ignored, too.
+
+**Facts** are what a hub keeps of its fleet and its callers, with or without a store.
+Each has a kind, a name and a text; an empty text means that it was removed.
 
     worker  a registered worker: its source, its `[[workers]]` table, its agent
     hold    "paused" or "draining", by the name of the worker
@@ -10,12 +17,12 @@ A fact has a kind, a name and a text; an empty text means that it was removed.
 Workers and holds are two facts, so that a drain at one hub and other settings at
 another one both stay in force.
 
-**Versions.**  The version of a change is the store's time, in microseconds.
-The greatest version of a fact is its truth.  A change that the store does not have yet
-has the moment when it was made, and the version that it was made to.  When it is sent,
-its version is the store's time less its age, so that it loses to a later change at
-another hub, but always wins over what it has replaced.  No clock of a hub is compared
-with another one's.
+**Versions.**  The version of a change is the store's time, in microseconds.  The
+greatest version of a fact is its truth.  A change that the store does not have yet has
+the moment when it was made, and the version that it was made to.  When it is sent, its
+version is the store's time less its age, so that it loses to a later change at another
+hub, but always wins over what it has replaced.  No clock of a hub is compared with
+another one's.
 
 A fact that was removed stays as an empty one for `TOMBSTONES` seconds, so that a hub
 that was away does not bring it back.
@@ -31,28 +38,84 @@ another one, and the answer reports that it is `renewed`.
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 
 import msgspec
 
-from gollama_proxy.state.messages import Message, decode
+from gollama_proxy.bounded import BoundedDict
+
+logger = logging.getLogger(__name__)
+
+MOST_BYTES = 4_000_000  # of a message; longer ones are not parsed
+
+
+class Message(msgspec.Struct, kw_only=True):
+    """The base of all messages; a subclass has another `version` if need be."""
+
+    version: ClassVar[int] = 1
+    v: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.v:
+            self.v = self.version
+
+
+_M = TypeVar("_M", bound=Message)
+
+
+class _Head(msgspec.Struct):
+    v: int
+
+
+_head = msgspec.json.Decoder(_Head)
+_decoders: dict[type[Message], msgspec.json.Decoder[Any]] = {}
+_complaints = BoundedDict[tuple[str, bool], None]()
+
+encode = msgspec.json.Encoder().encode
+
+
+def decode(
+    kind: type[_M], data: bytes | str, where: str, most: int = MOST_BYTES
+) -> _M | None:
+    """Return a message of this kind; None if it cannot be understood.
+
+    `where` is the kind of key or channel that it comes from, such as "gollama:hints";
+    `most` is how many bytes it may have.  The first message from there that is
+    malformed, and the first of another version, is a warning in the log, which shows
+    nothing of its contents.
+    """
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
+    try:
+        if len(data) > most:
+            raise msgspec.DecodeError("too long")
+        version = _head.decode(data).v
+        if version == kind.version:
+            return cast(_M, decoder.decode(data))
+        why = f"its format has version {version}, and this hub knows {kind.version}"
+        known = True
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        why, known = "it is malformed", False
+    if (where, known) not in _complaints:
+        _complaints[where, known] = None
+        logger.warning("a message in %s is ignored: %s", where, why)
+    return None
+
+
+# --- Facts ------------------------------------------------------------------------
 
 MAX_WORKERS = 10_000
 MAX_REVOCATIONS = 100_000
 TOMBSTONES = 30 * 86_400.0  # seconds
 MAX_TOMBSTONES = 10_000
 MAX_TEXT = 64 << 10  # characters of a fact; a larger one is not shared
-
-SCRIPT = resources.files(__package__).joinpath("journal.lua").read_text("utf-8")
-_NUMBER = re.compile(r"[0-9]{1,16}")
-NEWS = "news"  # the channel of rows that may be read half a second later
-MOST_NEWS = 500  # rows in one answer
-MOST_WRITTEN = 200  # rows in one step: the script holds up the store for about 1 ms
 
 Kind = Literal["worker", "hold", "jti", "sub"]
 KINDS: tuple[Kind, ...] = ("worker", "hold", "jti", "sub")
@@ -192,6 +255,12 @@ def left_over(mine: Stamp, *, same_life: bool) -> Verdict:
 
 
 # --- The journal ------------------------------------------------------------------
+
+SCRIPT = resources.files(__package__).joinpath("journal.lua").read_text("utf-8")
+_NUMBER = re.compile(r"[0-9]{1,16}")
+NEWS = "news"  # the channel of rows that may be read half a second later
+MOST_NEWS = 500  # rows in one answer
+MOST_WRITTEN = 200  # rows in one step: the script holds up the store for about 1 ms
 
 
 class Entry(NamedTuple):

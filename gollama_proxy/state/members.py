@@ -27,8 +27,8 @@ from collections.abc import Callable
 from msgspec import structs
 
 from gollama_proxy.config.settings import Process
+from gollama_proxy.state.facts import Message, decode, encode
 from gollama_proxy.state.link import StoreDownError, StoreError
-from gollama_proxy.state.messages import Message, decode, encode
 from gollama_proxy.state.slots import LIFETIME
 from gollama_proxy.state.store import HEARTBEAT, Mode, Store
 from gollama_proxy.tasks import Periodic

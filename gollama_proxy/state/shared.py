@@ -47,16 +47,18 @@ from gollama_proxy.state.facts import (
     Gap,
     Journal,
     Key,
+    Message,
     Stamp,
     StoredWorker,
     compare,
+    decode,
+    encode,
     is_sound,
     left_over,
 )
 from gollama_proxy.state.ledger import FIRST, Ledger, OtherRow, Sums
 from gollama_proxy.state.link import StoreDownError, StoreError
 from gollama_proxy.state.local import LocalState, State
-from gollama_proxy.state.messages import Message, decode, encode
 from gollama_proxy.state.store import Mode, Store
 from gollama_proxy.tasks import Periodic
 

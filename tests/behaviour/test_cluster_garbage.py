@@ -20,8 +20,8 @@ from gollama_proxy.fleet.state import Hold
 from gollama_proxy.scheduling import sharing
 from gollama_proxy.state import members
 from gollama_proxy.state import store as store_module
+from gollama_proxy.state.facts import encode
 from gollama_proxy.state.members import LIFETIME, Member
-from gollama_proxy.state.messages import encode
 from tests.behaviour.test_affinity import settings, turn
 from tests.fakes.asks import CHAT
 from tests.fakes.hub import RunningHub, running_hub

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from gollama_proxy.cli import main
-from gollama_proxy.state.messages import Message
+from gollama_proxy.state.facts import Message
 
 
 def formats(base: type[Message] = Message) -> Iterator[type[Message]]:

@@ -15,7 +15,7 @@ from gollama_proxy.scheduling import hints
 from gollama_proxy.scheduling.affinity import Affinity
 from gollama_proxy.scheduling.hints import Hints, Rates, Report, Visit
 from gollama_proxy.scheduling.policies import Ask
-from gollama_proxy.state.messages import decode, encode
+from gollama_proxy.state.facts import decode, encode
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
 from tests.fakes.pool import has_room

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gollama_proxy.state import messages
-from gollama_proxy.state.messages import Message, decode, encode
+from gollama_proxy.state import facts
+from gollama_proxy.state.facts import Message, decode, encode
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -31,7 +31,7 @@ class Note(Message):
 
 @pytest.fixture(autouse=True)
 def nothing_was_logged_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "_complaints", {})
+    monkeypatch.setattr(facts, "_complaints", {})
 
 
 def test_a_message_comes_back_as_it_was_with_its_version() -> None:
@@ -71,7 +71,7 @@ def test_another_version_is_ignored_and_logged_once(
         b"[" * 100_000,
         b'{"v": 3, "text": "x", "deep": ' + b"[" * 100_000,
         '{"v": 3, "text": "\ud800"}',
-        b'{"v": 3, "text": "' + b"x" * messages.MOST_BYTES + b'"}',
+        b'{"v": 3, "text": "' + b"x" * facts.MOST_BYTES + b'"}',
     ],
     ids=lambda data: repr(data[:30]),
 )
