@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -40,11 +40,11 @@ from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Again, Cause, rule_of
 from gollama_proxy.scheduling.balancer import RetryBudget
-from gollama_proxy.scheduling.context import too_long
 from gollama_proxy.scheduling.policies import Ask
-from gollama_proxy.wire.errors import Overflow, RequestError
+from gollama_proxy.wire.errors import OVERFLOW_TYPE, Code, Overflow, RequestError
 
 PAUSE = (0.05, 0.15)  # seconds, between two attempts on the same worker
+MOST_OFFERS = 8  # that the error of a prompt that fits nowhere lists
 _BELIEVED = 2  # workers with the same 5xx, after which the request is at fault
 
 
@@ -388,3 +388,58 @@ class Plan:
     def succeeded(self) -> list[Worker]:
         """Return the workers whose 5xx is their own fault: another one succeeded."""
         return [worker for worker in self._suspects if worker is not self.tried[-1]]
+
+
+# --- Prompts that fit nowhere -----------------------------------------------------
+
+
+def too_long(
+    pools: Iterable[Pool],
+    tokens: int,
+    refusal: Overflow | None = None,
+    *,
+    native: bool = False,
+) -> RequestError | None:
+    """Make the error of a prompt that fits nowhere, with the context of each worker.
+
+    `tokens` is 0 if they were not counted; `refusal` is that of the last worker, if
+    any.  None if no context is known, and no worker has refused.  With `native`,
+    it has llama-server's own type.
+    """
+    offers = {
+        (pool.model, worker.name): context
+        for pool in pools
+        for worker in pool.workers
+        if (context := worker.context_of(pool.model)) is not None
+    }
+    if not offers and refusal is None:
+        return None
+    reported = refusal or Overflow("")
+    tokens = reported.tokens or tokens
+    context = max(offers.values(), default=reported.context)
+    counts = {"n_prompt_tokens": tokens, "n_ctx": context}
+    fields: dict[str, object] = {name: n for name, n in counts.items() if n}
+    if native:
+        fields |= {"type": OVERFLOW_TYPE, "code": Code.CONTEXT_LENGTH.status}
+    text = reported.message or (
+        f"request{_in_words(tokens)} exceeds the available context size"
+        f"{_in_words(context)}, try increasing it"
+    )
+    if offers:
+        # Some clients detect this error by OpenAI's text, some by llama-server's.
+        listed = [f"{model} on {name} {n}" for (model, name), n in offers.items()]
+        more = (
+            f" and {len(listed) - MOST_OFFERS} more"
+            if len(listed) > MOST_OFFERS
+            else ""
+        )
+        text = (
+            f"This model's maximum context length is {context} tokens, and the prompt "
+            f"has {tokens or 'more'}: {text.rstrip('.')}. "
+            f"The workers offer: {', '.join(listed[:MOST_OFFERS])}{more}."
+        )
+    return RequestError(Code.CONTEXT_LENGTH, text, fields=fields)
+
+
+def _in_words(tokens: int) -> str:
+    return f" ({tokens} tokens)" if tokens else ""

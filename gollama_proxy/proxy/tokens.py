@@ -1,8 +1,21 @@
 """The tokens of a request: whether its prompt fits a context, and what it is charged.
 
-`Fitting` sends a prompt only to workers whose context is large enough.  Most requests
-are far below every limit and cost one comparison.  Those near a limit are counted once
-for each model, by one of its workers; see scheduling/context.py.
+`Fitting` sends a prompt only to workers whose context is large enough.  llama-server
+accepts one with fewer tokens than the context of a slot; the length of the answer does
+not matter, which ends where the context ends.  An exact count needs a worker's
+tokenizer, a few milliseconds and two requests, once for each model.  So the size in
+bytes decides if it can:
+
+    bytes ──▶ at most so many tokens ──▶ fewer than any context?   it fits
+                                         else                      count them
+
+A token of text has at least one byte, and a chat template adds less than the JSON
+around the messages.  This bound is safe, but four times too high for most texts, so it
+is replaced by counts from answers of the model (`prompt_tokens`), on the safe side:
+the densest prompt counts, others move the value only slowly, and half as many tokens
+again are assumed.  If that is too few, the worker refuses the prompt, and one with a
+larger context gets it.  There is no lower bound: a megabyte can be an image of 300
+tokens.  So a prompt is never rejected for its size, only after a count.
 
 `Charges` adds up the tokens that workers read and generated.  Each attempt that began
 to answer adds its tokens, whether it was complete or not, and the sum is charged at the
@@ -25,13 +38,17 @@ from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly
 from gollama_proxy.proxy.state import Exchange
-from gollama_proxy.scheduling.context import Prompts
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.answer import Usage, read_tail, read_usage
 from gollama_proxy.wire.schema import Api
 
 # Counts the tokens of a body on a worker, for a path and a model; None: it cannot.
 Count = Callable[[Worker, str, str, bytes], Awaitable[int | None]]
+
+MARGIN = 1.5
+LEAST_BYTES = 1024  # of a request that is learnt from; shorter ones are mostly syntax
+RISE = 0.05  # of the way to a less dense prompt, with each one
+DENSEST, THINNEST = 1.0, 8.0  # plausible bytes for each token
 
 
 class Fitting:
@@ -139,6 +156,35 @@ class Fitting:
 
 def _is_served(pool: Pool) -> bool:
     return any(worker.can_serve(pool.model) for worker in pool.workers)
+
+
+class Prompts:
+    """The learnt density of the prompts of each model, in bytes for each token."""
+
+    def __init__(self) -> None:
+        self._densities: dict[str, float] = {}
+
+    def __repr__(self) -> str:
+        known = ", ".join(f"{m} {d:.1f}" for m, d in self._densities.items())
+        return f"<Prompts with bytes/token {{{known}}}>"
+
+    def learn(self, model: str, size: int, tokens: int) -> None:
+        """Learn from a request of `size` bytes with `tokens` tokens (0: not known)."""
+        if size < LEAST_BYTES or tokens <= 0:
+            return
+        density = max(DENSEST, min(size / tokens, THINNEST))
+        known = self._densities.get(model, density)
+        rise = RISE * (density - known)
+        self._densities[model] = known + rise if rise > 0 else density
+
+    def most_tokens(self, model: str, size: int) -> float:
+        """Return an upper limit for the tokens of a request of `size` bytes."""
+        density = self._densities.get(model)
+        return size if density is None else size * MARGIN / density
+
+    def likely_tokens(self, model: str, size: int) -> int:
+        """Estimate the tokens of a request if it is text like earlier ones."""
+        return int(size / self._densities.get(model, 4 * DENSEST))
 
 
 # --- Charges ----------------------------------------------------------------------
