@@ -75,45 +75,20 @@ class WorkerEvent(enum.Enum):
     GIVEN_UP = "its machine did not wake"
 
 
+# By event: the state that follows (None: no other), and from which states another one.
+_STEPS: dict[WorkerEvent, tuple[WorkerState | None, dict[WorkerState, WorkerState]]] = {
+    WorkerEvent.ROSE: (WorkerState.READY, {}),
+    WorkerEvent.LOADING: (WorkerState.LOADING, {}),
+    # A machine that boots answers before its llama-server does.
+    WorkerEvent.FELL: (WorkerState.DOWN, {WorkerState.WAKING: WorkerState.WAKING}),
+    WorkerEvent.SLEPT: (WorkerState.ASLEEP, {WorkerState.WAKING: WorkerState.WAKING}),
+    WorkerEvent.WOKEN: (None, {WorkerState.ASLEEP: WorkerState.WAKING}),
+    WorkerEvent.GIVEN_UP: (None, {WorkerState.WAKING: WorkerState.ASLEEP}),
+}
 TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
-    (WorkerState.STARTING, WorkerEvent.ROSE): WorkerState.READY,
-    (WorkerState.STARTING, WorkerEvent.LOADING): WorkerState.LOADING,
-    (WorkerState.STARTING, WorkerEvent.FELL): WorkerState.DOWN,
-    (WorkerState.LOADING, WorkerEvent.ROSE): WorkerState.READY,
-    (WorkerState.LOADING, WorkerEvent.LOADING): WorkerState.LOADING,
-    (WorkerState.LOADING, WorkerEvent.FELL): WorkerState.DOWN,
-    (WorkerState.READY, WorkerEvent.ROSE): WorkerState.READY,
-    (WorkerState.READY, WorkerEvent.LOADING): WorkerState.LOADING,
-    (WorkerState.READY, WorkerEvent.FELL): WorkerState.DOWN,
-    (WorkerState.DOWN, WorkerEvent.ROSE): WorkerState.READY,
-    (WorkerState.DOWN, WorkerEvent.LOADING): WorkerState.LOADING,
-    (WorkerState.DOWN, WorkerEvent.FELL): WorkerState.DOWN,
-    (WorkerState.STARTING, WorkerEvent.SLEPT): WorkerState.ASLEEP,
-    (WorkerState.LOADING, WorkerEvent.SLEPT): WorkerState.ASLEEP,
-    (WorkerState.READY, WorkerEvent.SLEPT): WorkerState.ASLEEP,
-    (WorkerState.DOWN, WorkerEvent.SLEPT): WorkerState.ASLEEP,
-    (WorkerState.ASLEEP, WorkerEvent.ROSE): WorkerState.READY,
-    (WorkerState.ASLEEP, WorkerEvent.LOADING): WorkerState.LOADING,
-    (WorkerState.ASLEEP, WorkerEvent.FELL): WorkerState.DOWN,
-    (WorkerState.ASLEEP, WorkerEvent.SLEPT): WorkerState.ASLEEP,
-    (WorkerState.ASLEEP, WorkerEvent.WOKEN): WorkerState.WAKING,
-    (WorkerState.WAKING, WorkerEvent.ROSE): WorkerState.READY,
-    (WorkerState.WAKING, WorkerEvent.LOADING): WorkerState.LOADING,
-    # It boots: the machine answers before its llama-server does.
-    (WorkerState.WAKING, WorkerEvent.FELL): WorkerState.WAKING,
-    (WorkerState.WAKING, WorkerEvent.SLEPT): WorkerState.WAKING,
-    (WorkerState.WAKING, WorkerEvent.GIVEN_UP): WorkerState.ASLEEP,
-    # There is nothing to wake, or to give up.
-    (WorkerState.STARTING, WorkerEvent.WOKEN): WorkerState.STARTING,
-    (WorkerState.LOADING, WorkerEvent.WOKEN): WorkerState.LOADING,
-    (WorkerState.READY, WorkerEvent.WOKEN): WorkerState.READY,
-    (WorkerState.DOWN, WorkerEvent.WOKEN): WorkerState.DOWN,
-    (WorkerState.WAKING, WorkerEvent.WOKEN): WorkerState.WAKING,
-    (WorkerState.STARTING, WorkerEvent.GIVEN_UP): WorkerState.STARTING,
-    (WorkerState.LOADING, WorkerEvent.GIVEN_UP): WorkerState.LOADING,
-    (WorkerState.READY, WorkerEvent.GIVEN_UP): WorkerState.READY,
-    (WorkerState.DOWN, WorkerEvent.GIVEN_UP): WorkerState.DOWN,
-    (WorkerState.ASLEEP, WorkerEvent.GIVEN_UP): WorkerState.ASLEEP,
+    (state, event): elsewhere.get(state, usual or state)
+    for state in WorkerState
+    for event, (usual, elsewhere) in _STEPS.items()
 }
 OUT = frozenset({WorkerState.DOWN, WorkerState.ASLEEP, WorkerState.WAKING})
 

@@ -91,7 +91,6 @@ class Worker(Offer):
     retired: bool = False  # it was removed, and takes no new request
     held: Hold = Hold.NONE
     since: float = field(init=False)  # when it entered its state, in monotonic seconds
-    held_since: float | None = None
     deadline: float = math.inf  # when its running requests are broken off
     last_error: LastError | None = None
     _good: int = 0
@@ -477,7 +476,7 @@ class Worker(Offer):
         A worker that was gone has to be reached first, as if it was new.
         """
         self.retired, self.on_gone = False, None
-        self.held, self.held_since, self.deadline = Hold.NONE, None, math.inf
+        self.held, self.deadline = Hold.NONE, math.inf
         self.changed()
 
     def depart(self) -> None:
@@ -500,10 +499,7 @@ class Worker(Offer):
 
         Requests that still run at the deadline, in monotonic seconds, are broken off.
         """
-        if hold is not self.held:
-            self.held = hold
-            self.held_since = None if hold is Hold.NONE else self.clock()
-        self.deadline = deadline
+        self.held, self.deadline = hold, deadline
         self.changed()
 
     # --- Health checks ------------------------------------------------------------
