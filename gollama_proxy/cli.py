@@ -380,46 +380,40 @@ def _serve(args: argparse.Namespace) -> int:
     def load() -> Config:
         found = replace(_load(args, os.environ, args.worker), process=process)
         require_keys(found)
+        # Later the same file, even if it is gone, or another one takes precedence.
+        args.config = found.file or args.config
         return found
 
     config = load()
-
-    def reload() -> Config:
-        # The same file, even if it is gone, or another one takes precedence by now.
-        args.config = config.file or args.config
-        return load()
-
     if process.number or config.server.processes == 1:
-        return _serve_here(config, reload)
-    return _serve_by_processes(args, config, reload)
+        return _serve_here(config, load)
+    return _serve_by_processes(args, config, load)
 
 
-def _serve_here(config: Config, reload: Callable[[], Config]) -> int:
+def _serve_here(config: Config, load: Callable[[], Config]) -> int:
     _import_server()
     from gollama_proxy import serve as lifecycle
     from gollama_proxy.service import Service
 
     service, announce = Service.take(os.environ), lifecycle.log_address
     return lifecycle.run(
-        lambda signals: lifecycle.front(signals, config, announce, reload, service)
+        lambda signals: lifecycle.front(signals, config, announce, load, service)
     )
 
 
 def _serve_by_processes(
-    args: argparse.Namespace, config: Config, reload: Callable[[], Config]
+    args: argparse.Namespace, config: Config, load: Callable[[], Config]
 ) -> int:
     from gollama_proxy import processes, tasks
     from gollama_proxy.service import Service
     from gollama_proxy.telemetry import logs
 
     if processes.number_of(config.server.processes) == 1:
-        return _serve_here(config, reload)
+        return _serve_here(config, load)
     service = Service.take(os.environ)
     try:
         return tasks.run(
-            lambda signals: processes.front(
-                signals, config, args.words, reload, service
-            )
+            lambda signals: processes.front(signals, config, args.words, load, service)
         )
     finally:
         logs.flush()

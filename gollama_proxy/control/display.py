@@ -381,8 +381,10 @@ def _hub_lines(answers: Json) -> Iterator[tuple[str, str]]:
     )
     yield "hubs   " + "   ".join(hubs), ""
     if store["mode"] != "up":
-        text = f"the store is {store['mode']} ({store['reason']}): {ALONE}"
-        yield text, "red"
+        text = "the hub is connecting to the store"
+        if store["mode"] == "down":
+            text = f"the store cannot be reached ({store['reason']})"
+        yield f"{text}: {ALONE}", "red"
     elif missing := answers.get("missing"):
         yield f"without {', '.join(missing)}, which did not answer", "red"
 

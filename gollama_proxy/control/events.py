@@ -125,17 +125,17 @@ class Events(Listener):
     def record_change(
         self, x: Record, action: str, target: str, old: object = "", new: object = ""
     ) -> None:
-        """Log a change with its author, the old value and the new one."""
+        """Log a change with its author, the old value and the new one.
+
+        Where keys of a worker were changed, both are objects in JSON.
+        """
+        changed = ("old", old), ("new", new)
         fields = {
             "subject": x.subject,
             "remote": x.remote,
             "action": action,
             "target": target,
-            **{
-                name: str(value)
-                for name, value in (("old", old), ("new", new))
-                if value
-            },
+            **{name: _text(value) for name, value in changed if value},
             "id": x.id,
         }
         audit.info("admin", extra={"fields": fields})
@@ -385,3 +385,7 @@ class _Queue:
 
 def _event(name: str, data: Shown) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(data))
+
+
+def _text(value: object) -> str:
+    return msgspec.json.encode(value).decode() if type(value) is dict else str(value)

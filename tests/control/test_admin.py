@@ -404,7 +404,7 @@ async def test_each_change_is_logged_with_its_author(
         ("root", "change worker"),
         ("root", "hold worker"),
     ]
-    assert (found[0]["old"], found[0]["new"]) == ("{'weight': None}", "{'weight': 3.0}")
+    assert (found[0]["old"], found[0]["new"]) == ('{"weight":null}', '{"weight":3.0}')
     assert (found[1]["old"], found[1]["new"]) == ("none", "paused")
 
 

@@ -195,7 +195,10 @@ def test_hubs_that_do_not_answer_are_named() -> None:
     assert "without b, which did not answer" in printed(overview)
     hub.store = {"mode": "down", "reason": "closed"}
     overview.update()
-    assert "the store is down (closed): each hub goes on" in printed(overview)
+    assert "the store cannot be reached (closed): each hub goes on" in printed(overview)
+    hub.store = {"mode": "probing", "reason": "connecting"}
+    overview.update()
+    assert "the hub is connecting to the store: each hub goes on" in printed(overview)
 
 
 def test_the_hubs_of_a_worker_are_in_its_row() -> None:
