@@ -24,10 +24,17 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Container,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from gollama_proxy import __version__, offline
 from gollama_proxy.config.load import PLACES, load, locate, require_keys
@@ -42,6 +49,9 @@ from gollama_proxy.config.settings import (
     settings,
 )
 from gollama_proxy.config.values import ConfigError, convert, describe
+
+if TYPE_CHECKING:
+    from gollama_proxy.tasks import Signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,7 +406,7 @@ def _serve_here(config: Config, load: Callable[[], Config]) -> int:
     from gollama_proxy.service import Service
 
     service, announce = Service.take(os.environ), lifecycle.log_address
-    return lifecycle.run(
+    return run_loop(
         lambda signals: lifecycle.front(signals, config, announce, load, service)
     )
 
@@ -404,19 +414,26 @@ def _serve_here(config: Config, load: Callable[[], Config]) -> int:
 def _serve_by_processes(
     args: argparse.Namespace, config: Config, load: Callable[[], Config]
 ) -> int:
-    from gollama_proxy import processes, tasks
+    from gollama_proxy import processes
     from gollama_proxy.service import Service
-    from gollama_proxy.telemetry import logs
 
     if processes.number_of(config.server.processes) == 1:
         return _serve_here(config, load)
     service = Service.take(os.environ)
+    return run_loop(
+        lambda signals: processes.front(signals, config, args.words, load, service)
+    )
+
+
+def run_loop(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
+    """Run a command on uvloop, with signals; return its exit status."""
+    from gollama_proxy import tasks
+    from gollama_proxy.telemetry import logs
+
     try:
-        return tasks.run(
-            lambda signals: processes.front(signals, config, args.words, load, service)
-        )
+        return tasks.run(command)
     finally:
-        logs.flush()
+        logs.flush()  # before the traceback of a crash
 
 
 def _import_server() -> None:
@@ -450,10 +467,9 @@ def _import_server() -> None:
 
 def _agent(args: argparse.Namespace) -> int:
     _import_aiohttp()
-    from gollama_proxy import agent, tasks
+    from gollama_proxy import agent
     from gollama_proxy.control.client import split_hubs
     from gollama_proxy.service import Service
-    from gollama_proxy.telemetry import logs
 
     if args.exec != bool(args.following):
         missing = "a command after --" if args.exec else "--exec before --"
@@ -479,10 +495,7 @@ def _agent(args: argparse.Namespace) -> int:
     )
     agent.check_options(options, os.environ)
     service = Service.take(os.environ)
-    try:
-        return tasks.run(lambda signals: agent.run(options, signals, service))
-    finally:
-        logs.flush()
+    return run_loop(lambda signals: agent.run(options, signals, service))
 
 
 def _import_aiohttp() -> None:
@@ -570,13 +583,12 @@ def _operate(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     _import_server()
     from gollama_proxy import demo
-    from gollama_proxy import serve as lifecycle
     from gollama_proxy.children import ChildError
     from gollama_proxy.service import Service
 
     Service.take(os.environ)  # so that no llama-server takes itself for a service
     try:
-        return lifecycle.run(
+        return run_loop(
             lambda signals: demo.run(
                 partial(_load, args),
                 signals,

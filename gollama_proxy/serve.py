@@ -14,7 +14,6 @@ from typing import Any
 
 from msgspec import structs
 
-from gollama_proxy import tasks
 from gollama_proxy.config import addresses
 from gollama_proxy.config.load import check_exposure
 from gollama_proxy.config.settings import Config, Server
@@ -41,14 +40,6 @@ _READY_WITHIN = 3.0
 _KNOWN_WITHIN = 60.0
 
 Announce = Callable[[Hub], Coroutine[Any, Any, None]]
-
-
-def run(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
-    """Run a command on uvloop, with signals; return its exit status."""
-    try:
-        return tasks.run(command)
-    finally:
-        logs.flush()  # before the traceback of a crash
 
 
 async def front(

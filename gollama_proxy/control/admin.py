@@ -64,13 +64,14 @@ class Admin:
 
     def routes(self) -> Routes:
         """Return the handlers of all paths."""
+        listing = self._hub.replies.listing
         routes: dict[str, dict[str, CallHandler]] = {
             **self._workers.routes(),
             "/admin/hubs": {"GET": self._list_hubs},
-            "/admin/models": {"GET": self._list_models},
-            "/admin/queue": {"GET": self._list_queue},
+            "/admin/models": {"GET": listing("models")},
+            "/admin/queue": {"GET": listing("queue")},
             "/admin/queue/{id}": {"DELETE": self._remove_from_queue},
-            "/admin/exchanges": {"GET": self._list_exchanges},
+            "/admin/exchanges": {"GET": listing("exchanges")},
             "/admin/exchanges/{id}": {"DELETE": self._cancel},
             "/admin/requests": {"GET": self._list_requests},
             "/admin/history": {"GET": self._show_history},
@@ -120,15 +121,6 @@ class Admin:
         return caller
 
     # --- Requests -----------------------------------------------------------------
-
-    async def _list_models(self, call: Call) -> Response:
-        return await self._hub.replies.list_all("models")
-
-    async def _list_queue(self, call: Call) -> Response:
-        return await self._hub.replies.list_all("queue")
-
-    async def _list_exchanges(self, call: Call) -> Response:
-        return await self._hub.replies.list_all("exchanges")
 
     async def _cancel(self, call: Call) -> Response:
         return await self._end_request(call, "cancel request", "runs or waits")

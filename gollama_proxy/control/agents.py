@@ -146,7 +146,7 @@ class AgentApi:
         if lease is not None and lease.is_of(agent) and lease.table == body.worker:
             if addresses.is_plain(lease.worker.origin.host):
                 self._hub.agents.check_address(lease.worker.origin.host, peer)
-            found = self._find(name)
+            found = self._hub.registry.get(name)
         else:
             worker = await self._pinned(_load(name, body.worker), peer)
             self._refuse_clash(worker)
@@ -316,7 +316,7 @@ class AgentApi:
                 raise ConfigError(
                     f"the lease of {worker.name!r} has ended in the meantime"
                 )
-            known = self._find(worker.name)
+            known = self._hub.registry.get(worker.name)
             if known is None:
                 found = registry.add(worker, Source.AGENT)
                 stored = self._hub.state.find(worker.name)
@@ -337,12 +337,6 @@ class AgentApi:
             raise RequestError(Code.CONFLICT, f"{exc}.", param="name") from None
         await self._keep(lease)
         return found
-
-    def _find(self, name: str) -> Worker | None:
-        try:
-            return self._hub.registry.find(name)
-        except LookupError:
-            return None
 
     async def _put_to_sleep(
         self, lease: WorkerLease, worker: Worker, *, sleeping: bool
@@ -379,7 +373,7 @@ class AgentApi:
 
     def _asleep(self, lease: WorkerLease) -> dict[str, Any]:
         """Return what the next hub has to know of a machine that sleeps now."""
-        worker = self._find(lease.name)
+        worker = self._hub.registry.get(lease.name)
         if not lease.sleeping or worker is None:
             return {}
         return {"sleeping": True, "models": [model.name for model in worker.models]}
@@ -391,7 +385,7 @@ class AgentApi:
         if current is not None and current is not lease:
             return  # its agent is back
         self._hub.agents.release(name)  # before the registry notifies of it
-        worker = self._find(name)
+        worker = self._hub.registry.get(name)
         if worker is not None and worker.source is Source.AGENT:
             self._hub.registry.remove(name)
             logger.info("worker %s: removed, %s", name, why)

@@ -308,19 +308,22 @@ class Replies:
         )
         return Answers({peers.name: own, **found}, missing)
 
-    async def list_all(self, what: str) -> Response:
-        """Answer with the workers, models, queue or exchanges of all hubs."""
-        gathered = await self.gather(what)
-        replies = gathered.found
-        if self._hub.peers is None:
-            return answer({what: replies[""]})
-        merge = _MERGE[what]
-        count = sum(len(each) for each in replies.values() if isinstance(each, list))
-        if count > MOST_ROWS:
-            rows = await asyncio.to_thread(gathered.merge, merge)
-        else:
-            rows = gathered.merge(merge)
-        return answer({what: rows} | gathered.note)
+    def listing(self, what: str) -> CallHandler:
+        """Make the handler of a list: workers, models, queue or exchanges."""
+
+        async def show(_: Call) -> Response:
+            gathered = await self.gather(what)
+            replies, merge = gathered.found, _MERGE[what]
+            if self._hub.peers is None:
+                return answer({what: replies[""]})
+            counts = (len(each) for each in replies.values() if isinstance(each, list))
+            if sum(counts) > MOST_ROWS:
+                rows = await asyncio.to_thread(gathered.merge, merge)
+            else:
+                rows = gathered.merge(merge)
+            return answer({what: rows} | gathered.note)
+
+        return show
 
     async def show_worker(self, name: str, own: Shown | None) -> Shown | None:
         """Return how all hubs show a worker; None if none of them knows it."""
@@ -349,11 +352,8 @@ class Replies:
         return figures | {"version": __version__, "draining": self._hub.draining}
 
     def _show_worker(self, arguments: Shown) -> Shown | None:
-        try:
-            worker = self._hub.registry.find(str(arguments["name"]))
-        except LookupError:
-            return None
-        return self._views.worker(worker)
+        worker = self._hub.registry.get(str(arguments["name"]))
+        return None if worker is None else self._views.worker(worker)
 
     def _find_requests(self, arguments: Shown) -> list[Shown]:
         until = arguments["until"]
@@ -403,10 +403,8 @@ class Replies:
         return [x.id for x in running]
 
     def _reset(self, arguments: Shown) -> None:
-        try:
-            self._hub.registry.find(str(arguments["name"])).reset_breakers()
-        except LookupError:
-            return
+        if (worker := self._hub.registry.get(str(arguments["name"]))) is not None:
+            worker.reset_breakers()
 
     async def _reload(self, _: Shown) -> str:
         """Have the settings read again; return what is wrong with them, if anything."""

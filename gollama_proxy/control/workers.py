@@ -54,9 +54,9 @@ class Workers:
 
     def routes(self) -> dict[str, dict[str, CallHandler]]:
         """Return the handlers of all paths."""
-        registry = self._hub.registry
+        registry, listing = self._hub.registry, self._hub.replies.listing
         return {
-            "/admin/workers": {"GET": self._list_workers, "POST": self._add_worker},
+            "/admin/workers": {"GET": listing("workers"), "POST": self._add_worker},
             "/admin/workers/{name}": {
                 "GET": self._show_worker,
                 "PATCH": self._change_worker,
@@ -69,9 +69,6 @@ class Workers:
             "/admin/workers/{name}/reset-breaker": {"POST": self._reset_breaker},
             "/admin/workers/{name}/wake": {"POST": self._wake},
         }
-
-    async def _list_workers(self, call: Call) -> Response:
-        return await self._hub.replies.list_all("workers")
 
     async def _show_worker(self, call: Call) -> Response:
         name, local = call.name, self._hub.replies
@@ -86,10 +83,9 @@ class Workers:
         Raises:
             RequestError: 404, there is none.
         """
-        try:
-            return self._hub.registry.find(name)
-        except LookupError:
-            raise _unknown(name) from None
+        if (worker := self._hub.registry.get(name)) is None:
+            raise _unknown(name)
+        return worker
 
     async def _add_worker(self, call: Call) -> Response:
         row = await call.read()
@@ -184,10 +180,9 @@ class Workers:
         """Follow the removal of a worker of the file at another hub."""
         name = str(arguments["name"])
         async with self._hub.changing:
-            for worker in self._hub.registry.workers:
-                if worker.name == name and worker.source is Source.FILE:
-                    self._hub.registry.remove(name)
-                    break
+            worker = self._hub.registry.get(name)
+            if worker is not None and worker.source is Source.FILE:
+                self._hub.registry.remove(name)
 
     async def _remove_worker(self, call: Call) -> Response:
         async with self._hub.changing:
@@ -473,7 +468,7 @@ class Follower:
         source = Source(stored.source)
         try:
             config = self._load(stored)
-            worker = self._find(name)
+            worker = self._hub.registry.get(name)
             if worker is not None and worker.source is Source.FILE:
                 raise ConfigError("the settings file has a worker of this name")
             if worker is not None and worker.source is not source:
@@ -496,7 +491,7 @@ class Follower:
             self._settle_lease(config, stored)
 
     def _remove(self, name: str) -> None:
-        worker = self._find(name)
+        worker = self._hub.registry.get(name)
         if worker is not None and worker.source is not Source.FILE:
             self._hub.registry.remove(name)
             logger.info("worker %s: removed at another hub", name)
@@ -516,7 +511,7 @@ class Follower:
             self._hub.agents.restore(config, digest, sleeping=sleeping)
 
     def _settle_hold(self, name: str, stored: StoredWorker | None) -> None:
-        worker, registry = self._find(name), self._hub.registry
+        worker, registry = self._hub.registry.get(name), self._hub.registry
         hold = Hold(stored.hold) if stored is not None and stored.hold else Hold.NONE
         if worker is None or worker.held is hold:
             return
@@ -530,9 +525,3 @@ class Follower:
             registry.unpause(name)
         text = {Hold.NONE: "released", Hold.DRAINING: "drained", Hold.PAUSED: "paused"}
         logger.info("worker %s: %s at another hub", name, text[hold])
-
-    def _find(self, name: str) -> Worker | None:
-        try:
-            return self._hub.registry.find(name)
-        except LookupError:
-            return None

@@ -237,10 +237,13 @@ class Registry(Pools):
         Raises:
             LookupError: there is none.
         """
-        for worker in self.workers:
-            if worker.name == name:
-                return worker
-        raise LookupError(f"no worker is named {name!r}")
+        if (worker := self.get(name)) is None:
+            raise LookupError(f"no worker is named {name!r}")
+        return worker
+
+    def get(self, name: str) -> Worker | None:
+        """Return the worker of this name; None if there is none."""
+        return next((each for each in self.workers if each.name == name), None)
 
     @property
     def ready(self) -> bool:

@@ -878,8 +878,8 @@ def test_a_message_that_cannot_be_formatted_does_not_stop_the_log(
 )
 def test_lines_are_written_before_the_end_or_a_crash(end: str, status: int) -> None:
     program = f"""
+        from gollama_proxy.cli import run_loop
         from gollama_proxy.config.settings import Log
-        from gollama_proxy.serve import run
         from gollama_proxy.telemetry import accesslog, logs
 
         async def command(signals):
@@ -887,7 +887,7 @@ def test_lines_are_written_before_the_end_or_a_crash(end: str, status: int) -> N
             accesslog.write(accesslog.Record("the-id", "GET"))
             {end}
 
-        raise SystemExit(run(command))
+        raise SystemExit(run_loop(command))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
