@@ -22,7 +22,6 @@ import io
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import (
     Callable,
@@ -48,7 +47,7 @@ from gollama_proxy.config.settings import (
     Row,
     settings,
 )
-from gollama_proxy.config.values import ConfigError, convert, describe
+from gollama_proxy.config.values import ConfigError, convert, describe, parse_span
 
 if TYPE_CHECKING:
     from gollama_proxy.tasks import Signals
@@ -521,9 +520,7 @@ def _duration(flag: str, value: str | None) -> float:
     """Return the seconds of a time such as 30m; 0 for none."""
     if value is None:
         return 0.0
-    match = re.fullmatch(r"([0-9]{1,6})([smhd])", value)
-    scale = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-    found = int(match[1]) * scale[match[2]] if match else 0
+    found = parse_span(value) or 0
     if not 1 <= found <= 30 * 86_400:
         allowed = "a time such as 90s, 30m or 2h, from 1s to 30d"
         raise ConfigError(f"{flag} = {value!r}: must be {allowed}")

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gollama_proxy.config.values import ConfigError, cut, shown
+from gollama_proxy.config.values import ConfigError, cut, parse_span, shown
 from gollama_proxy.control.client import (
     DEFAULT_HUB,
     Access,
@@ -493,11 +493,10 @@ def _step_line(step: Json) -> str:
 
 def _ago(text: str) -> float:
     """Return the seconds that `--since` names."""
-    match = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
-    if match is None:
+    if (seconds := parse_span(text)) is None:
         text = f"--since = {shown(text)}: must be a time such as 45s, 90m, 12h or 30d"
         raise ConfigError(text)
-    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
+    return seconds
 
 
 def _cancel(args: argparse.Namespace, hub: AdminClient) -> None:

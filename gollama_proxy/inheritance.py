@@ -13,12 +13,9 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
-
-from msgspec import structs
 
 from gollama_proxy.children import Supervised, how
 from gollama_proxy.config import addresses
@@ -112,8 +109,7 @@ async def _listen(
         stack.callback(each.close)
     for each in clients:
         if each.family != socket.AF_UNIX:
-            host = each.getsockname()[0]
-            check_exposure(replace(config, server=structs.replace(server, host=host)))
+            check_exposure(config, each.getsockname()[0])
     try:
         if not clients:
             clients += await _bind(server.host, server.port, stack)

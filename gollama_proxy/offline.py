@@ -23,7 +23,7 @@ from gollama_proxy.config.keys import (
 )
 from gollama_proxy.config.load import require_keys
 from gollama_proxy.config.settings import Config
-from gollama_proxy.config.values import ConfigError, is_plain
+from gollama_proxy.config.values import ConfigError, is_plain, parse_span
 
 if TYPE_CHECKING:
     from gollama_proxy.fleet.worker import Worker
@@ -169,9 +169,7 @@ def _reject_unknown_scopes(scopes: Sequence[str]) -> None:
 
 
 def _parse_lifetime(text: str) -> float:
-    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
-    scale = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-    lifetime = int(match[1]) * scale[match[2]] if match else 0
+    lifetime = parse_span(text) or 0
     if not 0 < lifetime <= 3650 * 86_400:
         allowed = "45s, 90m, 12h or 30d, from 1s to 3650d"
         raise ConfigError(f"--expires = {text!r}: must be a time such as {allowed}")

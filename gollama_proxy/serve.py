@@ -66,7 +66,8 @@ async def front(
         files = raise_file_limit()
 
         def prepare(config: Config) -> Config:
-            _check_listeners(service, config)
+            for host in _hosts(service, config):  # also one of an inherited socket
+                check_exposure(config, host)
             return _fit(_for_process(config), files)
 
         again = load and (lambda: prepare(load()))
@@ -272,18 +273,6 @@ def _hosts(service: Service, config: Config) -> list[str]:
     if not inherited:
         return [config.server.host]
     return [x.getsockname()[0] for x in inherited if x.family != socket.AF_UNIX]
-
-
-def _check_listeners(service: Service, config: Config) -> None:
-    """Reject an inherited address that would be open to all, as a configured one is.
-
-    Raises:
-        ConfigError: clients would need no credentials.
-    """
-    for host in _hosts(service, config):
-        check_exposure(
-            replace(config, server=structs.replace(config.server, host=host))
-        )
 
 
 def _warn_of_plain_text(server: Server, hosts: Iterable[str]) -> None:

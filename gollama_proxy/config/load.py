@@ -410,8 +410,8 @@ def _check_aliases(table: Mapping[str, str]) -> None:
 # --- Settings that depend on each other -------------------------------------------
 
 
-def check_exposure(config: Config) -> None:
-    """Reject an open address without authentication.
+def check_exposure(config: Config, host: str | None = None) -> None:
+    """Reject an open address without authentication; `host`: not `server.host`.
 
     TLS alone does not authenticate clients, but mandatory client certificates do.
 
@@ -419,14 +419,13 @@ def check_exposure(config: Config) -> None:
         ConfigError: clients would need no credentials.
     """
     server = config.server
+    host = server.host if host is None else host
     guarded = (
-        addresses.is_loopback(server.host)
-        or server.insecure_bind
-        or server.tls_client_ca
+        addresses.is_loopback(host) or server.insecure_bind or server.tls_client_ca
     )
     if config.auth.mode == "off" and not guarded:
         raise ConfigError(
-            f"server.host = {server.host!r}: without authentication only "
+            f"server.host = {host!r}: without authentication only "
             "a loopback address is allowed, unless --insecure-bind is given "
             "or server.tls_client_ca set"
         )

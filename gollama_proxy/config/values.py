@@ -383,6 +383,13 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
     return getattr(hint, "__metadata__", ())
 
 
+def parse_span(text: str) -> int | None:
+    """Return the seconds of a time such as 45s, 90m, 12h or 30d; None if it is none."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+    return int(match[1]) * _SPANS[match[2]] if match else None
+
+
+_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _FLAGS = dict.fromkeys(("true", "1", "yes", "on"), True)
 _FLAGS |= dict.fromkeys(("false", "0", "no", "off"), False)
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

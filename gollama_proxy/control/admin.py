@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from gollama_proxy.config.values import ConfigError
+from gollama_proxy.config.values import ConfigError, parse_span
 from gollama_proxy.control import Parts, merging
 from gollama_proxy.control.events import STREAM
 from gollama_proxy.control.history import SAMPLES, Shown
@@ -384,7 +384,6 @@ def _refuse_others(query: Collection[str], known: Sequence[str]) -> None:
 # Questions about usage that wait at once.  The thread that answers them, one by one,
 # also saves usage.
 MOST_QUESTIONS = 16
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": DAY}
 _ALLOWED = "7d or 12h ago, a date such as 2026-11-30, or Unix seconds"
 _KNOWN = ("by", "since", "until")
 
@@ -486,8 +485,8 @@ def read_question(query: Mapping[str, str], by: str, now: float) -> ledger.Quest
 def _days(query: Mapping[str, str], name: str, default: str, now: float) -> float:
     """Return a moment in days since 1970; a date as `until` includes its day."""
     text = query.get(name, default)
-    if match := re.fullmatch(r"([0-9]{1,9})([smhd])", text):
-        moment = (now - int(match[1]) * _UNITS[match[2]]) / DAY
+    if (span := parse_span(text)) is not None:
+        moment = (now - span) / DAY
     elif re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,9})?", text):
         moment = float(text) / DAY
     elif re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
