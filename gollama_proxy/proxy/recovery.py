@@ -29,16 +29,17 @@ from gollama_proxy.proxy.response import Assembly, Stream, in_shape_of
 from gollama_proxy.proxy.rewrite import Rewriter
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome
-from gollama_proxy.wire.asking import (
+from gollama_proxy.wire.assemble import AssemblyError, UnfoldableError
+from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.partial import (
+    Partial,
     ask_for_rest,
     can_continue,
     can_rescue,
+    closing,
     exhausted,
     for_model,
 )
-from gollama_proxy.wire.assemble import AssemblyError, UnfoldableError
-from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.partial import Partial, closing
 from gollama_proxy.wire.resume import Resumer
 from gollama_proxy.wire.schema import Api
 

@@ -1,4 +1,4 @@
-"""The part of an answer that a client has, when its worker is lost.
+"""The part of an answer that a client has, when its worker is lost, and the rest.
 
 An answer is a sequence of spans: reasoning, text, a refusal, and the name and the
 arguments of each call.  Two streams give the same answer if their spans are the same,
@@ -21,9 +21,10 @@ from itertools import chain, groupby, islice
 from typing import Any, Final, Literal, NamedTuple, Self
 
 import msgspec
+from msgspec import Raw
 
 from gollama_proxy.wire.errors import Code, WorkerError
-from gollama_proxy.wire.schema import IN_STRING, WORD, Chunk
+from gollama_proxy.wire.schema import IN_STRING, WORD, Chunk, Private, raw_fields
 from gollama_proxy.wire.sse import DONE, data_of, error_in, split_events
 
 
@@ -314,3 +315,147 @@ def closing(partial: Partial, chat: bool) -> bytes:
         "choices": [{"index": 0, **nothing, "finish_reason": "length"}],
     }
     return b"data: %b\n\n%b" % (msgspec.json.encode(last), DONE)
+
+
+# --- The request for the rest -----------------------------------------------------
+
+# There are two requests for the rest of an answer.  The *continuation* has the text so
+# far, and the reasoning before it, as an assistant's message that is not finished, and
+# wants it repeated (`echo`), which proves that the worker goes on from there.
+# llama-server and vLLM repeat it, and so do builds of the former that do not know the
+# word.  Nothing else would prove as much: a worker that repeats nothing may have begun
+# a new turn, in words that fit by chance, and the prompt that `/apply-template` shows
+# belongs to llama-server alone, and costs one request more.
+#
+# The other one is the *original request*, for an answer that no message could begin: in
+# its reasoning, in a call of a tool, under a grammar, or too short for its repetition
+# to prove anything.  It costs the worker the whole answer once more, and it has to be
+# the same one, so it is of use with a `seed` or at temperature 0.  It also comes
+# second, where a continuation was refused or proved nothing.
+#
+# A text completion needs no proof: its prompt goes on.
+
+# Fields that rule a rescue out, and the values (beside null) that switch them off.
+_BARRED: dict[str, tuple[bytes, ...]] = {
+    "n": (b"1",),  # several answers, interleaved
+    "n_cmpl": (b"1",),  # llama-server's name for the same
+    "best_of": (b"1",),  # which one is the best is open until all are complete
+    "logprobs": (b"false",),  # those of the repeated text would be missing or doubled
+    "top_logprobs": (b"0",),
+    "n_probs": (b"0",),  # llama-server's name for the same
+    "audio": (),  # sound cannot be compared
+    "modalities": (b'["text"]',),
+}
+# The same for fields that rule a continuation out, so that the whole is asked for.
+_WHOLE: dict[str, tuple[bytes, ...]] = {
+    "tool_choice": (b'"auto"', b'"none"'),  # a call has to come first
+    "function_call": (b'"auto"', b'"none"'),  # the older name
+    "response_format": (b'{"type":"text"}',),  # its grammar would begin in mid-text
+    "json_schema": (),  # llama-server's name for the same
+    "grammar": (b'""',),  # the same
+    "structured_outputs": (),  # vLLM's names for the same, this one and the next five
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structural_tag": (),
+    "echo": (b"false",),  # the text begins with the prompt
+    "suffix": (b'""',),  # the text so far belongs in the middle, not at the end
+    "continue_final_message": (b"false",),  # the client itself has begun the answer
+    "add_generation_prompt": (b"true",),
+}
+_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
+
+
+class _Message(Private):
+    role: str
+
+
+def can_rescue(body: bytes, chat: bool) -> bool:
+    """Return whether the answer to this request can be resumed, in either way."""
+    try:
+        fields = raw_fields.decode(body)
+        for name in _LIMITS:
+            _limit(fields, name)
+        if chat:
+            return bool(_messages(fields)) and not _sets(fields, _BARRED)
+        prompt = msgspec.json.decode(fields["prompt"])
+    except (ValueError, KeyError, RecursionError):
+        return False
+    tokens = isinstance(prompt, list) and all(isinstance(n, int) for n in prompt)
+    one = isinstance(prompt, str) or tokens
+    return one and not _sets(fields, _BARRED)
+
+
+def can_continue(body: bytes, partial: Partial, chat: bool) -> bool:
+    """Return whether a continuation can be asked for, and proved.
+
+    `can_rescue` must be true of `body`, here and below.
+    """
+    fields = raw_fields.decode(body)
+    if not partial.is_plain or _sets(fields, _WHOLE):
+        return False
+    if not chat:  # a prompt of tokens cannot take the text
+        return isinstance(msgspec.json.decode(fields["prompt"]), str)
+    # One token, or a line of dashes, may come again without being a repetition.
+    proof = partial.pieces > 1 and len(set(partial.text) - set(" \t\r\n")) > 1
+    return proof and _messages(fields)[-1].role != "assistant"
+
+
+def _sets(fields: dict[str, Raw], barred: dict[str, tuple[bytes, ...]]) -> bool:
+    """Return whether any of these fields is present and not switched off."""
+    return any(
+        msgspec.json.encode(msgspec.json.decode(fields[name])) not in (b"null", *off)
+        for name, off in barred.items()
+        if name in fields
+    )
+
+
+def _messages(fields: dict[str, Raw]) -> list[_Message]:
+    return msgspec.json.decode(fields["messages"], type=list[_Message])
+
+
+def exhausted(body: bytes, partial: Partial) -> bool:
+    """Return whether nothing is left to generate: the client has its `max_tokens`."""
+    fields = raw_fields.decode(body)
+    limits = [limit for name in _LIMITS if (limit := _limit(fields, name)) > 0]
+    whole = partial.tokens - partial.halved
+    return bool(partial.spans) and any(limit <= whole for limit in limits)
+
+
+def for_model(body: bytes, model: str) -> bytes:
+    """Write the same request for another model."""
+    fields = raw_fields.decode(body)
+    fields["model"] = Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(fields)
+
+
+def ask_for_rest(body: bytes, partial: Partial, chat: bool) -> bytes:
+    """Write the request for the rest of an answer.
+
+    `can_continue` must be true of it, and `exhausted` false.
+    """
+    fields = raw_fields.decode(body)
+    for name in _LIMITS:
+        limit = _limit(fields, name)
+        if limit > 0:  # zero and below mean no limit
+            fields[name] = Raw(b"%d" % max(limit - partial.tokens, 1))
+    if chat:
+        messages = msgspec.json.decode(fields["messages"], type=list[Raw])
+        message: dict[str, Any] = {"role": "assistant", "content": partial.text}
+        if partial.reasoning.strip():
+            message["reasoning_content"] = partial.reasoning
+        messages.append(Raw(msgspec.json.encode(message)))
+        fields["messages"] = Raw(msgspec.json.encode(messages))
+        fields["continue_final_message"] = Raw(b"true")
+        fields["add_generation_prompt"] = Raw(b"false")
+        fields["echo"] = Raw(b"true")
+    else:
+        prompt = msgspec.json.decode(fields["prompt"], type=str)
+        fields["prompt"] = Raw(msgspec.json.encode(prompt + partial.text))
+    return msgspec.json.encode(fields)
+
+
+def _limit(fields: dict[str, Raw], name: str) -> int:
+    limit = msgspec.json.decode(fields.get(name, b"null"), type=int | None)
+    return limit or 0

@@ -2,7 +2,7 @@
 
 While an answer runs, a `Transcript` keeps the bytes that the client was sent.  When its
 worker is lost, they are read (partial.py), another worker is asked for the rest
-(asking.py), and a `Resumer` makes its stream the rest of the client's.
+(`partial.py`), and a `Resumer` makes its stream the rest of the client's.
 
     sent bytes ──▶ Transcript ──▶ Partial ──▶ request ──▶ another worker
                                      │                          │

@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from gollama_proxy.wire.asking import ask_for_rest, can_continue, exhausted
-from gollama_proxy.wire.partial import Partial
+from gollama_proxy.wire.partial import Partial, ask_for_rest, can_continue, exhausted
 from gollama_proxy.wire.resume import Resumer
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Ending, Response

@@ -16,18 +16,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from gollama_proxy.config.settings import STREAMED
+from gollama_proxy.proxy.rewrite import ask_for_stream, ask_for_usage
 from gollama_proxy.scheduling.affinity import prefixes
 from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.wire import fields, sse
 from gollama_proxy.wire.answer import beginning, read_end, read_tail, read_usage
-from gollama_proxy.wire.asking import (
-    ask_for_rest,
-    ask_for_stream,
-    ask_for_usage,
-    can_continue,
-    can_rescue,
-    exhausted,
-)
 from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.errors import RequestError, WorkerError
 from gollama_proxy.wire.fields import (
@@ -38,7 +31,14 @@ from gollama_proxy.wire.fields import (
     find_model,
     read_whole,
 )
-from gollama_proxy.wire.partial import Partial, Span
+from gollama_proxy.wire.partial import (
+    Partial,
+    Span,
+    ask_for_rest,
+    can_continue,
+    can_rescue,
+    exhausted,
+)
 from gollama_proxy.wire.resume import Resumer, Transcript
 from gollama_proxy.wire.schema import ENDPOINTS, Api, Ending
 from gollama_proxy.wire.sse import Renamer, UsageHider, renamed

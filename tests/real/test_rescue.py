@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.wire.asking import ask_for_rest, can_continue, can_rescue, exhausted
-from gollama_proxy.wire.partial import DivergedError, Partial, closing
+from gollama_proxy.wire.partial import (
+    DivergedError,
+    Partial,
+    ask_for_rest,
+    can_continue,
+    can_rescue,
+    closing,
+    exhausted,
+)
 from gollama_proxy.wire.resume import Resumer
 from tests.fakes.asks import CHAT, TEXT
 from tests.fakes.streams import read_calls
