@@ -42,6 +42,7 @@ from gollama_proxy.telemetry.families import (
     LAG,
     LIMITED,
     METRICS,
+    MOST_VALUES,
     OUTCOMES,
     PER_TOKEN,
     PROMPTS,
@@ -58,9 +59,6 @@ from gollama_proxy.telemetry.families import (
     USED_PROMPTS,
     USED_REQUESTS,
     USED_SLOTS,
-)
-from gollama_proxy.telemetry.gauges import (
-    MOST_VALUES,
     ClientMetrics,
     Clients,
     FleetMetrics,

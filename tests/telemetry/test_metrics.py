@@ -66,8 +66,10 @@ from gollama_proxy.telemetry.families import (
     USED_REQUESTS,
     USED_SLOTS,
     WRITES,
+    ClientMetrics,
+    FleetMetrics,
+    of_process,
 )
-from gollama_proxy.telemetry.gauges import ClientMetrics, FleetMetrics, of_process
 from gollama_proxy.telemetry.metrics import Names, RequestMetrics, Telemetry
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code
