@@ -37,17 +37,19 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy import recovery
 from gollama_proxy.proxy.attempt import (
     Failure,
+    Limits,
     failure_of_assembly,
     failure_to_connect,
     find_failure,
     look_late,
     looks_right,
+    notify_client,
     release,
     request_head,
     send,
+    takes_comments,
 )
 from gollama_proxy.proxy.body import Body, answer_expectation
-from gollama_proxy.proxy.limits import Limits, notify_client, takes_comments
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Stream, in_one_piece, open_answer

@@ -13,7 +13,7 @@ import pytest
 
 from gollama_proxy.config.settings import POLICIES
 from gollama_proxy.fleet import health
-from gollama_proxy.proxy import limits
+from gollama_proxy.proxy import attempt
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.upstream.pool import SPACING
 from tests.fakes.asks import CHAT, RARELY
@@ -455,7 +455,7 @@ async def test_a_client_is_notified_when_its_prompt_takes_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(health, "PERIOD", 0.02)
-    monkeypatch.setattr(limits, "PROCESSING_AFTER", 0.1)
+    monkeypatch.setattr(attempt, "PROCESSING_AFTER", 0.1)
     async with crowded() as (worker, hub, _):
         worker.script(wait("read"), *chat_stream(["a"]))
         async with await hub.open(CHAT, ask(**STREAM)) as wire:

@@ -13,8 +13,8 @@ from aiohttp.test_utils import make_mocked_request
 
 from gollama_proxy.config.settings import Config, Timeouts
 from gollama_proxy.fleet.worker import Worker
+from gollama_proxy.proxy.attempt import SUSPICIOUS
 from gollama_proxy.proxy.exchange import Proxy
-from gollama_proxy.proxy.limits import SUSPICIOUS
 from gollama_proxy.proxy.state import TRANSITIONS, Exchange, State
 from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.wire.description import Check

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.fleet import health
-from gollama_proxy.proxy import limits
+from gollama_proxy.proxy import attempt
 from gollama_proxy.proxy.response import Stream
 from tests.behaviour.test_queue import crowded, sent
 from tests.fakes.node_sdk import NodeSdk, find_node, node_sdk
@@ -24,8 +24,8 @@ TEXTS = ["a", ' "b"\n\n', " data: [DONE]\n\n", " : c", " é🦙"]
 def comments(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What a client gets while it waits, which is soon."""
     monkeypatch.setattr(health, "PERIOD", 0.02)
-    monkeypatch.setattr(limits, "PROCESSING_AFTER", 0.05)
-    monkeypatch.setattr(limits, "NOTICE_EVERY", 0.05)
+    monkeypatch.setattr(attempt, "PROCESSING_AFTER", 0.05)
+    monkeypatch.setattr(attempt, "NOTICE_EVERY", 0.05)
     comments: list[bytes] = []
     notify = Stream.notify
 
