@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 
 from tests.fakes.tools import require
@@ -35,20 +35,25 @@ class Reader:
     def __repr__(self) -> str:
         return f"<Reader {self._process.pid}>"
 
-    def read(
-        self, text: str, cuts: Iterable[int] = ()
-    ) -> tuple[list[Node], list[Node]]:
+    def read(self, text: str) -> list[Node]:
+        """Return the nodes of a text."""
+        return cast(list[Node], self._ask(text, None)["whole"])
+
+    def read_both(self, text: str, cuts: list[int]) -> tuple[list[Node], list[Node]]:
         """Return the nodes of a text, and those of it after it grew with these cuts."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        asked = json.dumps({"text": text, "cuts": list(cuts)})
-        print(asked, file=self._process.stdin, flush=True)
-        answer = json.loads(self._process.stdout.readline())
+        answer = self._ask(text, cuts)
         return answer["whole"], answer["grown"]
 
     def shown(self, text: str) -> str:
         """Return what a text becomes, in the notation of HTML."""
-        return "".join(map(drawn, self.read(text)[0]))
+        return "".join(map(drawn, self.read(text)))
+
+    def _ask(self, text: str, cuts: list[int] | None) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        asked = msgspec.json.encode({"text": text, "cuts": cuts}).decode()
+        print(asked, file=self._process.stdin, flush=True)
+        return msgspec.json.decode(self._process.stdout.readline())
 
     def close(self) -> None:
         self._process.kill()
@@ -65,10 +70,13 @@ def drawn(node: Node) -> str:
 
 
 def elements(nodes: Iterable[Node]) -> Iterator[dict[str, Any]]:
-    for node in nodes:
+    """Go through all elements; some texts have tens of thousands of them."""
+    left = list(nodes)
+    while left:
+        node = left.pop()
         if not isinstance(node, str):
             yield node
-            yield from elements(node["children"])
+            left += node["children"]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +206,8 @@ def is_harmless(nodes: Iterable[Node]) -> bool:
     for element in elements(nodes):
         given = element["attributes"]
         assert element["tag"] in TAGS
+        if not given and element["tag"] != "a":
+            continue
         assert given.keys() <= ATTRIBUTES
         assert given.get("class", "code") in CLASSES
         assert given.get("href", "https://").startswith(("http://", "https://"))
@@ -218,7 +228,7 @@ def test_markup_is_shown_as_text(reader: Reader, payload: str) -> None:
         "```{}\n{}",
     ]
     for place in places:
-        nodes, _ = reader.read(place.replace("{}", payload))
+        nodes = reader.read(place.replace("{}", payload))
         assert is_harmless(nodes)
         assert not any(
             element["tag"] == "a" and "evil" in element["attributes"]["href"]
@@ -248,7 +258,7 @@ def test_a_text_looks_the_same_however_it_arrived(reader: Reader) -> None:
         rng = random.Random(seed)
         text = "".join(rng.choices(PIECES, k=rng.randrange(1, 60)))
         cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(12)))
-        whole, grown = reader.read(text, cuts)
+        whole, grown = reader.read_both(text, cuts)
         assert grown == whole, (seed, text, cuts)
         assert is_harmless(whole)
 
@@ -290,4 +300,4 @@ def test_no_text_is_slow(reader: Reader, case: str) -> None:
     """With squares of the length this would take minutes."""
     text = SLOW[case]
     text = (text * (SIZE // len(text) + 1))[:SIZE]
-    assert is_harmless(reader.read(text)[0])
+    assert is_harmless(reader.read(text))

@@ -1,5 +1,6 @@
 // Reads texts in Markdown, one JSON object a line: {"text": …, "cuts": [offsets]}.
-// Writes for each the nodes of the whole, and those of the text as it grew in pieces.
+// Writes for each the nodes of the whole, or with cuts also those of the text as it grew
+// in pieces.
 
 import { readFileSync } from "node:fs";
 import { createInterface } from "node:readline";
@@ -24,6 +25,6 @@ function grow(text, cuts) {
 
 for await (const line of createInterface({ input: process.stdin })) {
   const { text, cuts } = JSON.parse(line);
-  const answer = { whole: parse(text), grown: grow(text, cuts) };
+  const answer = { whole: parse(text), grown: cuts && grow(text, cuts) };
   process.stdout.write(`${JSON.stringify(answer)}\n`);
 }
