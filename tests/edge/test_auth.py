@@ -15,7 +15,6 @@ from typing import Any
 
 import jwt
 import pytest
-from aiohttp.test_utils import make_mocked_request
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +32,7 @@ from gollama_proxy.edge.auth import (
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, RequestError
-from tests.fakes import tokens
+from tests.fakes import requests, tokens
 from tests.fakes.cases import case
 from tests.fakes.clock import Clock
 from tests.fakes.hub import SECRET as HUB_SECRET
@@ -1105,7 +1104,7 @@ def test_a_key_of_another_kind_is_named_by_its_file() -> None:
 async def test_the_record_of_a_request_names_its_subject() -> None:
     record = Record("1", "POST")
     headers = {"Authorization": f"Bearer {signed()}"}
-    request = make_mocked_request("POST", "/", headers=headers)
+    request = requests.request("POST", "/", headers=headers)
     assert authenticator().identify(request, record).subject == "alice"
     assert record.subject == "alice"
 

@@ -11,7 +11,6 @@ from unittest.mock import Mock
 
 import pytest
 from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
-from aiohttp.test_utils import make_mocked_request
 
 from gollama_proxy.edge.auth import AuthError
 from gollama_proxy.edge.response import (
@@ -32,6 +31,7 @@ from gollama_proxy.wire.errors import (
     RequestError,
     WorkerError,
 )
+from tests.fakes import requests
 from tests.fakes.replies import chunk
 
 
@@ -50,7 +50,7 @@ def written(
     """Write an answer; return what its client gets."""
     transport = Mock(spec=asyncio.Transport)
     transport.is_closing.return_value = False
-    request = make_mocked_request(method, "/", transport=transport)
+    request = requests.request(method, "/", transport=transport)
     write_whole(request, response, "X: y\r\n", keep_alive=keep_alive)
     parts = [call.args[0] for call in transport.write.call_args_list]
     for call in transport.writelines.call_args_list:
@@ -71,7 +71,7 @@ def written(
 def test_a_head_is_in_a_version_that_the_hub_speaks(
     version: HttpVersion, keep_alive: bool, begins: str, connection: str | None
 ) -> None:
-    request = make_mocked_request("GET", "/", version=version)
+    request = requests.request("GET", "/", version=version)
     text = head(request, 200, "X: y\r\n", keep_alive=keep_alive).decode()
     first, *lines = text.removesuffix("\r\n\r\n").split("\r\n")
     fields = dict(line.split(": ", 1) for line in lines)
@@ -80,7 +80,7 @@ def test_a_head_is_in_a_version_that_the_hub_speaks(
 
 
 def test_the_date_is_the_present_second() -> None:
-    request = make_mocked_request("GET", "/")
+    request = requests.request("GET", "/")
     before = int(time.time())
     text = head(request, 200, "", keep_alive=True).decode()
     dates = [
@@ -112,7 +112,7 @@ def test_some_statuses_have_neither_body_nor_length(status: int) -> None:
 
 
 def test_a_client_that_has_left_gets_nothing() -> None:
-    request = make_mocked_request("GET", "/")
+    request = requests.request("GET", "/")
     request.protocol.transport = None
     with pytest.raises(ConnectionResetError):
         write_whole(request, Response(), "", keep_alive=True)

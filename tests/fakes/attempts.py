@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from aiohttp.test_utils import make_mocked_request
 
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, WorkerConfig
@@ -18,6 +17,7 @@ from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.schema import ENDPOINTS
+from tests.fakes import requests
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker as a_worker
 from tests.fakes.waiting import DEADLINE
@@ -47,7 +47,7 @@ class Bench:
         rest: AsyncIterator[bytes] | None = None,
     ) -> AsyncIterator[Exchange]:
         """Begin an attempt; the `rest` of a body follows what is sent first."""
-        x = Exchange(make_mocked_request("POST", path), 0.0)
+        x = Exchange(requests.request("POST", path), 0.0)
         x.endpoint, x.worker = ENDPOINTS[path], "w"
         x.body = SimpleNamespace(replayable=rest is None, rest=lambda: rest)  # type: ignore[assignment]
         x.lease = self.worker.lease()

@@ -14,7 +14,6 @@ import pytest
 from aiohttp import HttpVersion, web
 from aiohttp.http_exceptions import TransferEncodingError
 from aiohttp.streams import StreamReader
-from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from gollama_proxy.proxy.body import LEAST_RATE, Body, answer_expectation
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.fields import WANTED
 from gollama_proxy.wire.schema import ENDPOINTS
+from tests.fakes import requests
 from tests.fakes.asks import CHAT, EMBED
 from tests.fakes.cases import case
 
@@ -91,7 +91,7 @@ def incoming(
 ) -> Body:
     headers = {} if length is None else {"Content-Length": str(length)}
     payload = cast(StreamReader, body)
-    request = make_mocked_request("POST", path, headers, payload=payload)
+    request = requests.request("POST", path, headers, payload=payload)
     limits, timeouts = Limits(body=limit), Timeouts(body=grace)
     return Body(request, ENDPOINTS[path], Config(limits=limits, timeouts=timeouts))
 
@@ -640,7 +640,7 @@ def expecting(
 ) -> tuple[web.Request, Mock]:
     transport = Mock(spec=asyncio.Transport)
     headers = {} if value is None else {"Expect": value}
-    request = make_mocked_request(
+    request = requests.request(
         "POST", CHAT, headers, version=HttpVersion(*version), transport=transport
     )
     return request, transport

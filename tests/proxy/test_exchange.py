@@ -9,7 +9,6 @@ from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
-from aiohttp.test_utils import make_mocked_request
 
 from gollama_proxy.config.settings import Config, Timeouts
 from gollama_proxy.fleet.worker import Worker
@@ -19,6 +18,7 @@ from gollama_proxy.proxy.state import TRANSITIONS, Exchange, State
 from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.errors import Code, RequestError
+from tests.fakes import requests
 from tests.fakes.asks import CHAT
 from tests.fakes.cases import case
 from tests.fakes.client import request_head
@@ -35,7 +35,7 @@ ASK = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
 
 
 def request() -> Exchange:
-    return Exchange(make_mocked_request("POST", "/"), 0.0)
+    return Exchange(requests.request("POST", "/"), 0.0)
 
 
 def test_a_state_follows_another_as_the_table_has_it() -> None:

@@ -11,7 +11,6 @@ from unittest.mock import Mock
 
 import pytest
 from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
-from aiohttp.test_utils import make_mocked_request
 
 from gollama_proxy.edge.response import Client, ReportedError
 from gollama_proxy.proxy.relay import Relay
@@ -22,6 +21,7 @@ from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.schema import ENDPOINTS
+from tests.fakes import requests
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker
 from tests.fakes.replies import chunk, error_event, role, token, usage_of
@@ -72,7 +72,7 @@ def exchange(
     route: str = CHAT, version: HttpVersion = HttpVersion11, alias: str = ""
 ) -> Exchange:
     """Make the exchange of a request whose client gets an answer now."""
-    request = make_mocked_request("POST", route, version=version, transport=Transport())
+    request = requests.request("POST", route, version=version, transport=Transport())
     x = Exchange(request, 0.0)
     x.route, x.endpoint, x.keep_alive = route, ENDPOINTS[route], True
     x.worker, x.attempts = "w", 1
