@@ -77,9 +77,9 @@ TOKENS: dict[str, str] = {
     "alg hs256": forge({"alg": "hs256"}, CLAIMS, KEY),
     "HS384": forge({"alg": "HS384"}, CLAIMS, KEY, hash_=hashlib.sha384),
     "HS512": forge({"alg": "HS512"}, CLAIMS, KEY, hash_=hashlib.sha512),
-    "RS256": jwt.encode(CLAIMS, _RSA.private, "RS256"),
-    "ES256": jwt.encode(CLAIMS, key_pair("ES256").private, "ES256"),
-    "EdDSA": jwt.encode(CLAIMS, key_pair("EdDSA").private, "EdDSA"),
+    "RS256": jwt.encode(CLAIMS, _RSA.key, "RS256"),
+    "ES256": jwt.encode(CLAIMS, key_pair("ES256").key, "ES256"),
+    "EdDSA": jwt.encode(CLAIMS, key_pair("EdDSA").key, "EdDSA"),
     "named RS256": forge({"alg": "RS256"}, CLAIMS, KEY),
     # The key
     "another key": forge(HS256, CLAIMS, _OTHER),
@@ -301,7 +301,7 @@ async def test_a_flipped_bit_makes_a_token_invalid_for_a_public_key(
     pair = key_pair(algorithm)
     file = tmp_path / "public.pem"
     file.write_text(pair.public)
-    token = jwt.encode({"sub": "a", "exp": NOW + 3_600}, pair.private, algorithm)
+    token = jwt.encode({"sub": "a", "exp": NOW + 3_600}, pair.key, algorithm)
     await flips_are_refused(
         token.encode(), auth__algorithm=algorithm, auth__public_key_file=file
     )
@@ -322,7 +322,7 @@ async def test_a_public_key_accepts_only_tokens_of_its_private_key(
         forge({"alg": configured}, claims, pair.public.encode()),
         forge({"alg": "none"}, claims, b"", signature=b""),
         *(
-            jwt.encode(claims, key_pair(other, 1).private, other)
+            jwt.encode(claims, key_pair(other, 1).key, other)
             for other in PUBLIC_KEY_ALGORITHMS
         ),
     ]
@@ -333,7 +333,7 @@ async def test_a_public_key_accepts_only_tokens_of_its_private_key(
             assert answer.status == 401
             assert answer.header("www-authenticate") == CHALLENGE
         untouched(worker)
-        good = jwt.encode(claims, pair.private, configured)
+        good = jwt.encode(claims, pair.key, configured)
         answer = await ask(hub, [("Authorization", f"Bearer {good}")])
         assert answer.status == 200
 

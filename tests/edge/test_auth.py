@@ -154,10 +154,10 @@ REFUSED: dict[str, str] = {
     "alg HS384": forge({"alg": "HS384"}, hash_=hashlib.sha384),
     "alg HS512": forge({"alg": "HS512"}, hash_=hashlib.sha512),
     "alg RS256, signed with the secret": forge({"alg": "RS256"}),
-    "alg RS256": jwt.encode(CLAIMS, key_pair("RS256").private, "RS256"),
-    "alg PS256": jwt.encode(CLAIMS, key_pair("RS256").private, "PS256"),
-    "alg ES256": jwt.encode(CLAIMS, key_pair("ES256").private, "ES256"),
-    "alg EdDSA": jwt.encode(CLAIMS, key_pair("EdDSA").private, "EdDSA"),
+    "alg RS256": jwt.encode(CLAIMS, key_pair("RS256").key, "RS256"),
+    "alg PS256": jwt.encode(CLAIMS, key_pair("RS256").key, "PS256"),
+    "alg ES256": jwt.encode(CLAIMS, key_pair("ES256").key, "ES256"),
+    "alg EdDSA": jwt.encode(CLAIMS, key_pair("EdDSA").key, "EdDSA"),
     # The key
     "another key": signed(key=OTHER_SECRET),
     "empty key": signed(key=b""),
@@ -594,9 +594,9 @@ def test_one_pem_file_may_hold_several_keys(algorithm: str, tmp_path: Path) -> N
     }
     who = Authenticator(config.load(None, environ), Clock(NOW))
     for number, pair in enumerate(pairs[:3]):
-        token = jwt.encode({**CLAIMS, "sub": f"user {number}"}, pair.private, algorithm)
+        token = jwt.encode({**CLAIMS, "sub": f"user {number}"}, pair.key, algorithm)
         assert who.authenticate(bearer(token)).subject == f"user {number}"
-    stranger = jwt.encode(CLAIMS, pairs[3].private, algorithm)
+    stranger = jwt.encode(CLAIMS, pairs[3].key, algorithm)
     assert "ignature" in refused(who, bearer(stranger)).detail
 
 
@@ -605,7 +605,7 @@ def test_one_pem_file_may_hold_several_keys(algorithm: str, tmp_path: Path) -> N
 def test_a_token_does_not_choose_its_algorithm(configured: str, used: str) -> None:
     """RFC 8725, 3.1: not even if the secret that it was signed with is known here."""
     who = authenticator_of(configured, key_pair(configured).public)
-    key = SECRET if used == "HS256" else key_pair(used).private
+    key = SECRET if used == "HS256" else key_pair(used).key
     token = jwt.encode(CLAIMS, key, used)
     if used == configured:
         assert who.authenticate(bearer(token)).subject == "alice"
@@ -664,7 +664,7 @@ def good_for(algorithm: str) -> tuple[Authenticator, bytes]:
     else:
         pair = key_pair(algorithm)
         who = authenticator_of(algorithm, pair.public)
-        token = jwt.encode(CLAIMS, pair.private, algorithm)
+        token = jwt.encode(CLAIMS, pair.key, algorithm)
     who.authenticate(bearer(token))
     return who, token.encode()
 

@@ -19,6 +19,7 @@ PUBLIC_KEY_ALGORITHMS = ("RS256", "ES256", "EdDSA")
 class KeyPair(NamedTuple):
     private: str  # PEM
     public: str
+    key: Any  # the private one, to sign with: PEM of RSA takes 50 ms to load
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def key_pair(algorithm: str, number: int = 0) -> KeyPair:
     public = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
-    return KeyPair(private.decode(), public.decode())
+    return KeyPair(private.decode(), public.decode(), key)
 
 
 def b64(data: bytes) -> str:
