@@ -38,7 +38,8 @@ settings.register_profile(
     "tests",
     deadline=None,
     derandomize=True,
-    max_examples=60,
+    max_examples=40,
+    stateful_step_count=30,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
-
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, WorkerConfig
 from gollama_proxy.fleet.worker import Worker

@@ -11,7 +11,6 @@ from itertools import pairwise, product
 from typing import ClassVar
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -914,7 +913,6 @@ class Breakers(RuleBasedStateMachine):
 
 
 TestBreakers = Breakers.TestCase
-TestBreakers.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 # --- Counts -----------------------------------------------------------------------

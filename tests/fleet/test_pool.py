@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -324,6 +323,3 @@ class Cached(RuleBasedStateMachine):
 
 
 TestCached = Cached.TestCase
-TestCached.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, database=None
-)

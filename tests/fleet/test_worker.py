@@ -13,7 +13,6 @@ from itertools import product
 from types import FrameType
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -1177,7 +1176,6 @@ class Leases(RuleBasedStateMachine):
 
 
 TestLeases = Leases.TestCase
-TestLeases.settings = settings(deadline=None, max_examples=50, stateful_step_count=30)
 
 
 # --- Bursts ---------------------------------------------------------------------

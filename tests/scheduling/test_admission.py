@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from typing import ClassVar
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -799,11 +799,6 @@ class Admissions(RuleBasedStateMachine):
 
 
 TestAdmissions = Admissions.TestCase
-TestAdmissions.settings = settings(
-    max_examples=60,
-    stateful_step_count=50,
-    suppress_health_check=[HealthCheck.too_slow],  # the machine may be busy
-)
 
 
 def test_a_turn_that_was_granted_counts_for_each_model_of_the_worker() -> None:

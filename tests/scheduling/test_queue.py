@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gollama_proxy.config.settings import Config, Origin, Retry, WorkerConfig
@@ -736,7 +736,6 @@ EVENTS = [
 @given(
     events=st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 5)), max_size=40)
 )
-@settings(max_examples=80, deadline=None)
 def test_whatever_happens_no_slot_is_lost_and_no_request_is_forgotten(
     events: list[tuple[str, int]],
 ) -> None:

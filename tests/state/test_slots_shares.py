@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -478,4 +478,3 @@ class Hubs(RuleBasedStateMachine):
 
 
 TestHubs = Hubs.TestCase
-TestHubs.settings = settings(max_examples=60, stateful_step_count=40)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import h11
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gollama_proxy.upstream.connection import (
@@ -47,8 +47,6 @@ TRAPS = (
     b"\r\n",
     b"\n",
 )
-
-properties = settings(deadline=None, database=None)
 
 
 class Link(asyncio.Transport):
@@ -189,7 +187,6 @@ def chunked_answers(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
     return body, cut(wire, draw(st.sets(places, max_size=30)))
 
 
-@settings(properties, max_examples=50)
 @given(chunked_answers())
 @example(
     (
@@ -207,7 +204,6 @@ def test_a_chunked_body_is_the_same_in_any_framing_and_any_reads(
     assert connection.reusable
 
 
-@settings(properties, max_examples=50)
 @given(st.lists(st.binary(min_size=1, max_size=300), max_size=5), st.data())
 def test_whole_chunks_are_not_parsed_wherever_they_come(
     bodies: list[bytes], data: st.DataObject
@@ -313,7 +309,6 @@ def test_a_chunk_of_a_body_with_a_length_is_text() -> None:
     assert recorder.ended
 
 
-@settings(properties, max_examples=40)
 @given(st.binary(max_size=300), st.sets(st.integers(0, 400)))
 def test_a_body_with_a_length_is_the_same_in_any_reads(
     body: bytes, ends: set[int]
@@ -324,7 +319,6 @@ def test_a_body_with_a_length_is_the_same_in_any_reads(
     assert connection.reusable
 
 
-@settings(properties, max_examples=40)
 @given(st.binary(max_size=300), st.sets(st.integers(0, 400)))
 def test_a_body_that_ends_with_the_connection(body: bytes, ends: set[int]) -> None:
     """As an HTTP/1.0 server sends it (RFC 9112, 6.3, 8)."""
@@ -554,7 +548,6 @@ def test_the_body_before_a_fault_is_passed_on() -> None:
     assert recorder.malformed
 
 
-@settings(properties, max_examples=50)
 @given(st.data())
 def test_garbage_raises_nothing(data: st.DataObject) -> None:
     """A good answer with some bytes changed: an end, a loss, or a wait for more.

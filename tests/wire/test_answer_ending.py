@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gollama_proxy.wire.answer import (
@@ -231,7 +231,6 @@ def test_generated_text_ends_no_stream(words: str) -> None:
             assert read_tail(api, tail[start:]) == Usage()
 
 
-@settings(deadline=None)
 @given(
     words=st.lists(st.text(max_size=5) | st.sampled_from(QUOTES), max_size=5),
     start=st.integers(0, 400),
@@ -459,7 +458,6 @@ PIECES = [
 ]
 
 
-@settings(deadline=None, max_examples=80)
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=14))
 @example([b"data: [DONE]\n", b"\n\n"])
 @example([b"\r", replies.done()])

@@ -73,7 +73,8 @@ HIDDEN = [
 @pytest.mark.parametrize("shown", SHOWN)
 def test_events_with_more_than_usage_are_passed_on(shown: bytes) -> None:
     assert fed([shown]) == shown
-    assert fed([shown[i : i + 1] for i in range(len(shown))]) == shown
+    size = 1 + len(shown) // 1000  # the one that is too long to hold comes in parts
+    assert fed([shown[i : i + size] for i in range(0, len(shown), size)]) == shown
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
