@@ -81,7 +81,6 @@ class Cluster:
         renewals = Renewals(hub.agents, state.prefix, run)
         self.shared.add(lambda: [renewals])
         self.shared.on_round = self._note_round
-        hub.state = self.shared
 
     def __repr__(self) -> str:
         return f"<Cluster {self.store!r}>"

@@ -39,7 +39,7 @@ from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.proxy.tokens import Fitting
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.queue import Queue
-from gollama_proxy.state.local import LocalState, State
+from gollama_proxy.state.local import LocalState
 from gollama_proxy.tasks import spawn
 from gollama_proxy.telemetry import logs
 from gollama_proxy.telemetry.accesslog import Outcome
@@ -80,7 +80,7 @@ class Hub(Listener):
         """
         self.config = config
         self._load = load
-        self.state: State = LocalState() if state is None else state
+        self.state = LocalState() if state is None else state
         self.ledger = self.state.ledger
         self.ledger.reconfigure(config.usage.days)
         self.draining = False

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gollama_proxy.scheduling.balancer import Balancer
     from gollama_proxy.scheduling.queue import Queue
     from gollama_proxy.state.ledger import Ledger
-    from gollama_proxy.state.local import State
+    from gollama_proxy.state.local import LocalState
     from gollama_proxy.telemetry.metrics import Telemetry
 
 
@@ -35,7 +35,7 @@ class Parts(Protocol):
 
     config: Config
     clock: Callable[[], float]
-    state: State
+    state: LocalState
     ledger: Ledger
     files: Files
     authenticator: Authenticator

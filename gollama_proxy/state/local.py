@@ -16,10 +16,10 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from gollama_proxy.config.settings import Revoked
 from gollama_proxy.state.database import Database, StateError, transaction
@@ -39,7 +39,7 @@ from gollama_proxy.state.facts import (
     texts_of,
     with_fact,
 )
-from gollama_proxy.state.ledger import Ledger, open_ledger
+from gollama_proxy.state.ledger import open_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -82,44 +82,11 @@ def folder_of(setting: str, environ: Mapping[str, str]) -> Path | None:
         return None
 
 
-class State(Protocol):
-    """What outlives a hub: of this hub alone, or shared with others."""
-
-    @property
-    def folder(self) -> Path | None: ...
-    @property
-    def ledger(self) -> Ledger: ...
-    @property
-    def workers(self) -> list[StoredWorker]: ...
-    @property
-    def revoked(self) -> Revoked: ...
-
-    def find(self, name: str) -> StoredWorker | None:
-        """Return what is kept of a worker."""
-
-    async def put(self, worker: StoredWorker) -> None:
-        """Keep a worker, in place of another one of its name; return when written.
-
-        Raises:
-            StateError: there are too many, or another hub has just added one.
-        """
-
-    async def forget(self, name: str) -> None:
-        """Remove a worker; return when written.  Harmless if there is none."""
-
-    async def revoke(self, kind: str, value: str) -> None:
-        """Keep that a token ("jti") or a subject ("sub") is revoked.
-
-        Raises:
-            StateError: there are too many.
-        """
-
-    def gap(self) -> Gap | None:
-        """Return what is not known of other hubs; None if everything is."""
-
-
 class LocalState:
-    """The stored workers and revocations; without a folder, they end with the hub."""
+    """The stored workers and revocations; without a folder, they end with the hub.
+
+    A hub that shares them with others (`shared.py`) sets what is called after a change.
+    """
 
     def __init__(
         self, folder: Path | None = None, wall: Callable[[], float] = time.time
@@ -133,6 +100,11 @@ class LocalState:
                 was written by a newer version.
         """
         self.folder = folder
+        # Shares a change before it is reported as made.  The name is that of a worker
+        # that has to be new at all hubs, else None.
+        self.share: Callable[[str | None], Awaitable[None]] | None = None
+        # Returns what is not known of other hubs; None if everything is.
+        self.gap: Callable[[], Gap | None] = lambda: None
         # Facts that the store does not have yet, if this hub shares them.
         self.unsent: dict[Key, None] = {}
         self.store_id = ""  # of the life of the store that was read last
@@ -159,13 +131,14 @@ class LocalState:
         return list(self._workers.values())
 
     def find(self, name: str) -> StoredWorker | None:
+        """Return what is kept of a worker."""
         return self._workers.get(name)
 
     async def put(self, worker: StoredWorker) -> None:
         """Keep a worker, in place of another one of its name; return when written.
 
         Raises:
-            StateError: there are too many.
+            StateError: there are too many, or another hub has just added one.
         """
         before = self._workers.get(worker.name)
         if before is None and len(self._workers) >= MAX_WORKERS:
@@ -174,12 +147,18 @@ class LocalState:
             return
         self._workers[worker.name] = worker
         await self._write(_row_of(worker), *self._stamp(worker.name, before, worker))
+        if self.share is not None:
+            known = before is not None and before.settings
+            new = worker.source == "admin" and worker.settings and not known
+            await self.share(worker.name if new else None)
 
     async def forget(self, name: str) -> None:
         """Remove a worker; return when written.  Harmless if there is none."""
         before = self._workers.pop(name, None)
         if before is not None:
             await self._write(_removal_of(name), *self._stamp(name, before, None))
+            if self.share is not None:
+                await self.share(None)
 
     def _stamp(
         self, name: str, before: StoredWorker | None, after: StoredWorker | None
@@ -234,9 +213,8 @@ class LocalState:
         self._revocations[key] = now = self._wall()
         self.unsent[key] = None
         await self._write((_PUT_REVOCATION, (*key, now)))
-
-    def gap(self) -> Gap | None:
-        return None
+        if self.share is not None:
+            await self.share(None)
 
     # --- For a hub that shares them -------------------------------------------------
 

@@ -27,13 +27,11 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, timedelta
-from pathlib import Path
 from typing import Annotated, Protocol
 
 import msgspec
 from msgspec import Meta
 
-from gollama_proxy.config.settings import Revoked
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import (
     MAX_REVOCATIONS,
@@ -49,7 +47,6 @@ from gollama_proxy.state.facts import (
     Key,
     Message,
     Stamp,
-    StoredWorker,
     compare,
     decode,
     encode,
@@ -58,7 +55,7 @@ from gollama_proxy.state.facts import (
 )
 from gollama_proxy.state.ledger import FIRST, Ledger, OtherRow, Sums
 from gollama_proxy.state.link import StoreDownError, StoreError
-from gollama_proxy.state.local import LocalState, State
+from gollama_proxy.state.local import LocalState
 from gollama_proxy.state.store import Mode, Store
 from gollama_proxy.tasks import Periodic
 
@@ -97,22 +94,22 @@ class Part(Protocol):
 
 
 class SharedState:
-    """The state of a hub among others.  `clock` returns monotonic seconds."""
+    """Shares the state of a hub with others.  `clock` returns monotonic seconds."""
 
     def __init__(
         self,
-        local: State,
+        local: LocalState,
         store: Store,
         run: str,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """Share what a hub has, its `LocalState`; nothing is sent before `start`.
+        """Share what a hub has; nothing is sent before `start`.
 
         `run` is the run id of the hub.
         """
-        assert isinstance(local, LocalState), local
         self.local = local
+        local.share, local.gap = self._share, self._gap
         self.on_change: Callable[[set[Key]], None] | None = None  # at other hubs
         self.on_round: Callable[[], None] | None = None  # after each attempt
         # When the store was read to its end last; before that, when this began.
@@ -134,35 +131,16 @@ class SharedState:
     def __repr__(self) -> str:
         return f"<SharedState {self.local!r} unsent={len(self.local.unsent)}>"
 
-    # --- The state --------------------------------------------------------------------
+    async def _share(self, name: str | None) -> None:
+        """Send a change that was made here.
 
-    @property
-    def folder(self) -> Path | None:
-        return self.local.folder
-
-    @property
-    def ledger(self) -> Ledger:
-        return self.local.ledger
-
-    @property
-    def workers(self) -> list[StoredWorker]:
-        return self.local.workers
-
-    @property
-    def revoked(self) -> Revoked:
-        return self.local.revoked
-
-    def find(self, name: str) -> StoredWorker | None:
-        return self.local.find(name)
-
-    async def put(self, worker: StoredWorker) -> None:
-        before = self.local.find(worker.name)
-        known = before is not None and before.settings
-        key = "worker", worker.name
-        await self.local.put(worker)
-        if worker.source != "admin" or not worker.settings or known:
+        Raises:
+            StateError: another hub has just added a worker with this name.
+        """
+        if name is None:
             await self.round()
             return
+        key = "worker", name
         self._facts.added.add(key)
         try:
             await self.round()
@@ -170,18 +148,10 @@ class SharedState:
             self._facts.added.discard(key)
         if key in self._facts.lost:
             self._facts.lost.discard(key)
-            text = f"another hub has just added a worker with the name {worker.name!r}"
+            text = f"another hub has just added a worker with the name {name!r}"
             raise StateError(text)
 
-    async def forget(self, name: str) -> None:
-        await self.local.forget(name)
-        await self.round()
-
-    async def revoke(self, kind: str, value: str) -> None:
-        await self.local.revoke(kind, value)
-        await self.round()
-
-    def gap(self) -> Gap | None:
+    def _gap(self) -> Gap | None:
         if self.caught_up:
             return None
         return Gap(self.others(), self._wall() - (self._clock() - self.read_at))

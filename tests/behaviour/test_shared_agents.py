@@ -29,9 +29,8 @@ def expires(hub: RunningHub) -> float:
 
 
 def state_of(hub: RunningHub) -> SharedState:
-    state = hub.hub.state
-    assert isinstance(state, SharedState)
-    return state
+    assert hub.hub.cluster is not None
+    return hub.hub.cluster.shared
 
 
 def store_of(hub: RunningHub) -> Store:

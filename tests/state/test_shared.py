@@ -15,7 +15,7 @@ import pytest
 from gollama_proxy.state import link, shared
 from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import Key, StoredWorker
-from gollama_proxy.state.local import LocalState, State
+from gollama_proxy.state.local import LocalState
 from gollama_proxy.state.shared import SharedState
 from gollama_proxy.state.store import Store
 from tests.fakes.clock import Clock
@@ -47,7 +47,7 @@ class Copy(SharedState):
     """The state of one hub, whose rounds take place when a test wants them."""
 
     def __init__(
-        self, local: State, store: Store, wall: Callable[[], float] = time.time
+        self, local: LocalState, store: Store, wall: Callable[[], float] = time.time
     ) -> None:
         super().__init__(local, store, secrets.token_hex(8), wall=wall)
         self.store = store
@@ -93,24 +93,27 @@ async def test_changes_at_one_hub_come_to_the_others(
 ) -> None:
     async with running_store(tmp_path, engine) as server:
         async with hub(server) as a, hub(server) as b, hub(server) as c:
-            await a.put(ONE)
-            await b.put(TWO)
-            await b.revoke("jti", "f00d")
-            await a.revoke("sub", "älice")
+            await a.local.put(ONE)
+            await b.local.put(TWO)
+            await b.local.revoke("jti", "f00d")
+            await a.local.revoke("sub", "älice")
             await rounds(a, b, c)
             for each in a, b, c:
-                assert sorted(each.workers, key=lambda one: one.name) == [ONE, TWO]
-                assert each.revoked.tokens == {"f00d"}
-                assert each.revoked.subjects == {"älice"}
+                assert sorted(each.local.workers, key=lambda one: one.name) == [
+                    ONE,
+                    TWO,
+                ]
+                assert each.local.revoked.tokens == {"f00d"}
+                assert each.local.revoked.subjects == {"älice"}
                 assert not each.local.unsent
             assert c.changes == {
                 *(("worker", "one"), ("hold", "one"), ("worker", "two")),
                 *(("jti", "f00d"), ("sub", "älice")),
             }
             assert ("worker", "one") not in a.changes  # it has made this one itself
-            await c.forget("one")
+            await c.local.forget("one")
             await rounds(a, b)
-            assert a.workers == b.workers == [TWO]
+            assert a.local.workers == b.local.workers == [TWO]
 
 
 async def test_a_hold_and_other_settings_at_two_hubs_are_both_in_force(
@@ -118,17 +121,19 @@ async def test_a_hold_and_other_settings_at_two_hubs_are_both_in_force(
 ) -> None:
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
-            await a.put(replace(ONE, hold=""))
+            await a.local.put(replace(ONE, hold=""))
             await b.round()
             await asyncio.gather(
-                a.put(replace(ONE, hold="draining")),
-                b.put(replace(ONE, hold="", settings={"url": "http://10.0.0.9:1"})),
+                a.local.put(replace(ONE, hold="draining")),
+                b.local.put(
+                    replace(ONE, hold="", settings={"url": "http://10.0.0.9:1"})
+                ),
             )
             await rounds(a, b)
             expected = replace(
                 ONE, hold="draining", settings={"url": "http://10.0.0.9:1"}
             )
-            assert a.workers == b.workers == [expected]
+            assert a.local.workers == b.local.workers == [expected]
 
 
 async def test_of_two_changes_of_one_fact_all_hubs_have_the_same(
@@ -136,17 +141,17 @@ async def test_of_two_changes_of_one_fact_all_hubs_have_the_same(
 ) -> None:
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b, hub(server) as c:
-            await a.put(ONE)
+            await a.local.put(ONE)
             await rounds(b, c)
             holds = "draining", "", "paused"
             for turn in range(9):
                 changes = (
-                    each.put(replace(ONE, hold=holds[(turn + at) % 3]))
+                    each.local.put(replace(ONE, hold=holds[(turn + at) % 3]))
                     for at, each in enumerate((a, b, c))
                 )
                 await asyncio.gather(*changes)
             await rounds(a, b, c)
-            assert a.workers == b.workers == c.workers
+            assert a.local.workers == b.local.workers == c.local.workers
 
 
 async def test_a_later_change_of_one_hub_replaces_its_earlier_one(
@@ -155,12 +160,15 @@ async def test_a_later_change_of_one_hub_replaces_its_earlier_one(
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
             for slots in range(1, 30):
-                await a.put(replace(ONE, settings={"slots": slots}))
+                await a.local.put(replace(ONE, settings={"slots": slots}))
             await asyncio.gather(
-                *(a.put(replace(ONE, settings={"slots": n})) for n in range(30, 60))
+                *(
+                    a.local.put(replace(ONE, settings={"slots": n}))
+                    for n in range(30, 60)
+                )
             )
             await b.round()
-            assert b.workers == [replace(ONE, settings={"slots": 59})]
+            assert b.local.workers == [replace(ONE, settings={"slots": 59})]
 
 
 async def test_of_two_hubs_that_add_one_name_the_second_one_is_refused(
@@ -168,17 +176,17 @@ async def test_of_two_hubs_that_add_one_name_the_second_one_is_refused(
 ) -> None:
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
-            await a.put(ONE)
+            await a.local.put(ONE)
             other = StoredWorker("one", "admin", {"url": "http://10.0.0.9:1"})
             with pytest.raises(StateError, match=r"just added a worker .* 'one'"):
-                await b.put(other)
-            assert b.workers == [ONE]
+                await b.local.put(other)
+            assert b.local.workers == [ONE]
             assert ("worker", "one") in b.changes
-            await a.forget("one")
+            await a.local.forget("one")
             await b.round()
-            await b.put(other)  # the name is free again
+            await b.local.put(other)  # the name is free again
             await a.round()
-            assert a.workers == [other]
+            assert a.local.workers == [other]
 
 
 # --- Without the store ------------------------------------------------------------
@@ -192,45 +200,47 @@ async def test_changes_while_the_store_is_gone_are_merged_by_their_age(
     early, late = Clock(1_000_000.0), Clock(1_003_600.0)
     async with running_store(tmp_path, engine) as server:
         async with hub(server, wall=early) as a, hub(server, wall=late) as b:
-            await a.put(ONE)
-            await a.put(TWO)
+            await a.local.put(ONE)
+            await a.local.put(TWO)
             await rounds(a, b)
             await lose(server, a, b)
-            await b.put(replace(ONE, hold="draining"))
-            await b.forget("two")
+            await b.local.put(replace(ONE, hold="draining"))
+            await b.local.forget("two")
             for clock in early, late:
                 clock.advance(10)
-            await a.put(replace(ONE, hold=""))  # the last one, at the earlier clock
-            await a.put(replace(TWO, hold="paused"))  # its hold alone
+            await a.local.put(
+                replace(ONE, hold="")
+            )  # the last one, at the earlier clock
+            await a.local.put(replace(TWO, hold="paused"))  # its hold alone
             for clock in early, late:
                 clock.advance(10)
             assert not await a.round()
             await find_again(server, a, b)
             await rounds(a, b)
-            assert a.workers == b.workers
-            assert a.find("one") == replace(ONE, hold="")
+            assert a.local.workers == b.local.workers
+            assert a.local.find("one") == replace(ONE, hold="")
             # The worker was removed; what holds it will hold it when it is back.
-            assert a.find("two") == StoredWorker("two", "file", hold="paused")
+            assert a.local.find("two") == StoredWorker("two", "file", hold="paused")
 
 
 async def test_a_partition_heals_with_the_newest_of_both_sides(tmp_path: Path) -> None:
     wall = Clock(1_000_000.0)
     async with running_store(tmp_path) as server:
         async with hub(server, wall=wall) as a:
-            await a.put(replace(ONE, hold=""))
+            await a.local.put(replace(ONE, hold=""))
             async with hub(server, wall=wall) as b:
                 await b.round()
             # The other one is away.
             await b.local.put(replace(ONE, hold="draining"))
             wall.advance(10)
-            await a.put(replace(ONE, hold="paused"))
+            await a.local.put(replace(ONE, hold="paused"))
             async with connected(server.url) as store:
                 back = Copy(b.local, store, wall=wall)
                 await back.round()
-                assert back.workers == [replace(ONE, hold="paused")]
+                assert back.local.workers == [replace(ONE, hold="paused")]
                 await back.local.put(replace(ONE, hold="draining"))
                 await rounds(back, a)
-                assert a.workers == [replace(ONE, hold="draining")]
+                assert a.local.workers == [replace(ONE, hold="draining")]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -239,11 +249,11 @@ async def test_an_empty_store_is_filled_from_all_copies(
 ) -> None:
     async with running_store(tmp_path, engine) as server:
         async with hub(server) as a, hub(server) as b:
-            await a.put(ONE)
-            await a.put(TWO)
-            await a.revoke("jti", "f00d")
+            await a.local.put(ONE)
+            await a.local.put(TWO)
+            await a.local.revoke("jti", "f00d")
             await rounds(a, b)
-            await b.forget("two")
+            await b.local.forget("two")
             await a.round()
             before = [await server.ask("HGETALL", "gollama:facts")]
             await lose(server, a, b)
@@ -256,8 +266,8 @@ async def test_an_empty_store_is_filled_from_all_copies(
             assert before == after
             async with hub(server) as c:
                 await c.round()
-                assert c.workers == [ONE]
-                assert c.revoked.tokens == {"f00d"}
+                assert c.local.workers == [ONE]
+                assert c.local.revoked.tokens == {"f00d"}
 
 
 @pytest.mark.parametrize("key", ["facts", "facts:order", "facts:life"])
@@ -266,17 +276,17 @@ async def test_a_key_that_was_deleted_is_written_again(
 ) -> None:
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
-            await a.put(ONE)
-            await a.revoke("sub", "alice")
+            await a.local.put(ONE)
+            await a.local.revoke("sub", "alice")
             await rounds(a, b)
             await server.ask("DEL", f"gollama:{key}")
             await rounds(a, b)
             for each in a, b:
-                assert each.workers == [ONE]
+                assert each.local.workers == [ONE]
             async with hub(server) as c:
                 await c.round()
-                assert c.workers == [ONE]
-                assert c.revoked.subjects == {"alice"}
+                assert c.local.workers == [ONE]
+                assert c.local.revoked.subjects == {"alice"}
 
 
 async def test_a_hub_that_was_away_does_not_bring_back_what_was_removed(
@@ -285,44 +295,44 @@ async def test_a_hub_that_was_away_does_not_bring_back_what_was_removed(
     async with running_store(tmp_path) as server:
         async with hub(server) as a:
             async with hub(server, tmp_path / "b") as b:
-                await a.put(ONE)
-                await a.put(TWO)
+                await a.local.put(ONE)
+                await a.local.put(TWO)
                 await rounds(a, b)
-            await a.forget("one")
+            await a.local.forget("one")
             # Also of a store that has lost its data in the meantime.
             await lose(server, a)
             await find_again(server, a)
             async with hub(server, tmp_path / "b") as b:
-                assert len(b.workers) == 2
+                assert len(b.local.workers) == 2
                 await rounds(b, a)
-                assert a.workers == b.workers == [TWO]
+                assert a.local.workers == b.local.workers == [TWO]
             # And of one that has forgotten the removal.
-            await a.forget("two")
+            await a.local.forget("two")
             for key in "facts", "facts:order", "facts:mortal":
                 await server.ask(
                     "HDEL" if key == "facts" else "ZREM", f"gollama:{key}", "worker two"
                 )
             async with hub(server, tmp_path / "b") as b:
                 await b.round()
-                assert b.workers == []
+                assert b.local.workers == []
 
 
 async def test_changes_that_were_not_sent_outlive_a_restart(tmp_path: Path) -> None:
     async with running_store(tmp_path) as server:
         async with hub(server) as a:
             async with hub(server, tmp_path / "b") as b:
-                await a.put(ONE)
+                await a.local.put(ONE)
                 await b.round()
                 await lose(server, a, b)
-                await b.put(replace(ONE, hold="draining"))
-                await b.put(TWO)
-                await b.revoke("sub", "alice")
+                await b.local.put(replace(ONE, hold="draining"))
+                await b.local.put(TWO)
+                await b.local.revoke("sub", "alice")
             await find_again(server, a)
             await a.round()
             async with hub(server, tmp_path / "b") as b:
                 await rounds(b, a)
-            assert a.workers == [replace(ONE, hold="draining"), TWO]
-            assert a.revoked.subjects == {"alice"}
+            assert a.local.workers == [replace(ONE, hold="draining"), TWO]
+            assert a.local.revoked.subjects == {"alice"}
 
 
 async def test_many_facts_come_in_several_rounds(
@@ -335,13 +345,13 @@ async def test_many_facts_come_in_several_rounds(
                 await a.local.revoke("jti", f"t{number}")
             await a.round()
             await b.round()
-            assert len(b.revoked.tokens) == 600
+            assert len(b.local.revoked.tokens) == 600
 
 
 async def test_rows_of_other_programs_do_no_harm(tmp_path: Path) -> None:
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
-            await a.put(ONE)
+            await a.local.put(ONE)
             for number, (key, row) in enumerate(
                 [
                     ("worker bad", "5 {"),
@@ -355,11 +365,11 @@ async def test_rows_of_other_programs_do_no_harm(tmp_path: Path) -> None:
                 order = 9e15 + number
                 await server.ask("ZADD", "gollama:facts:order", order, key)
             assert await b.round()
-            assert b.workers == [ONE]
+            assert b.local.workers == [ONE]
             three = StoredWorker("three", "file", hold="paused")
-            await b.put(three)
+            await b.local.put(three)
             await a.round()
-            assert a.workers == [ONE, three]
+            assert a.local.workers == [ONE, three]
 
 
 async def test_a_store_that_is_full_is_logged_once(
@@ -369,10 +379,10 @@ async def test_a_store_that_is_full_is_logged_once(
     async with running_store(tmp_path) as server:
         async with hub(server) as a, hub(server) as b:
             for name in "abcd":
-                await a.revoke("sub", name)
+                await a.local.revoke("sub", name)
             await b.round()
-            assert b.revoked.subjects == {"a", "b"}
-            assert a.revoked.subjects == set("abcd")  # here they are in force
+            assert b.local.revoked.subjects == {"a", "b"}
+            assert a.local.revoked.subjects == set("abcd")  # here they are in force
             assert caplog.text.count("the store has 2 facts; no more fit") == 1
 
 
@@ -387,13 +397,15 @@ async def test_what_is_new_is_announced_and_else_there_is_no_round(
         async with hub(server) as a, hub(server) as b:
             for each in a, b:
                 await each.start()
-            await a.put(ONE)
-            await until(lambda: b.workers == [ONE], "the other hub has it")
-            await b.forget("one")
-            await until(lambda: not a.workers, "it is removed")
-            a.ledger.add(Ended())
-            await until(lambda: b.ledger.spent("alice").today == 25, "it is counted")
-            await until(lambda: not a.ledger.unshared, "it was sent")
+            await a.local.put(ONE)
+            await until(lambda: b.local.workers == [ONE], "the other hub has it")
+            await b.local.forget("one")
+            await until(lambda: not a.local.workers, "it is removed")
+            a.local.ledger.add(Ended())
+            await until(
+                lambda: b.local.ledger.spent("alice").today == 25, "it is counted"
+            )
+            await until(lambda: not a.local.ledger.unshared, "it was sent")
             for each in a, b:
                 await each.stop()
 
@@ -406,8 +418,8 @@ async def test_a_lost_announcement_delays_a_change(
         async with hub(server) as a, hub(server) as b:
             monkeypatch.setattr(b, "_wake", lambda _: None)
             await b.start()
-            await a.put(ONE)
-            await until(lambda: b.workers == [ONE], "the other hub has it")
+            await a.local.put(ONE)
+            await until(lambda: b.local.workers == [ONE], "the other hub has it")
             await b.stop()
 
 
@@ -417,12 +429,12 @@ async def test_the_rounds_go_on_after_the_store_was_gone(tmp_path: Path) -> None
             for each in a, b:
                 await each.start()
             await lose(server, a, b)
-            await a.put(ONE)
-            await b.revoke("jti", "f00d")
+            await a.local.put(ONE)
+            await b.local.revoke("jti", "f00d")
             assert not a.caught_up
             await server.start()
-            await until(lambda: b.workers == [ONE], "the other hub has it")
-            await until(lambda: a.revoked.tokens == {"f00d"}, "it is revoked")
+            await until(lambda: b.local.workers == [ONE], "the other hub has it")
+            await until(lambda: a.local.revoked.tokens == {"f00d"}, "it is revoked")
             assert a.caught_up
             for each in a, b:
                 await each.stop()

@@ -43,16 +43,16 @@ class Hub(SharedState):
     def use(
         self, subject: str = "alice", tokens: int = 25, model: str = "tiny"
     ) -> None:
-        self.ledger.add(Ended(subject, model, prompt_tokens=0, tokens=tokens))
+        self.local.ledger.add(Ended(subject, model, prompt_tokens=0, tokens=tokens))
 
     async def total(self, **question: Any) -> int:
         """Return the tokens that all hubs have used, as far as this one knows."""
         asked = {"by": ("day",), "first": TODAY - 100, "end": TODAY + 100} | question
-        answer = await self.ledger.read(Question(**asked))
+        answer = await self.local.ledger.read(Question(**asked))
         return int(answer.total["completion_tokens"])
 
     def spent(self, subject: str = "alice") -> tuple[int, int]:
-        spent = self.ledger.spent(subject)
+        spent = self.local.ledger.spent(subject)
         return spent.today, spent.month
 
 
@@ -130,7 +130,7 @@ async def test_an_empty_store_is_filled_again(tmp_path: Path) -> None:
                 assert not await each.round()
                 each.use(tokens=4)
                 assert await each.total() == 7
-                gap = each.gap()
+                gap = each.local.gap()
                 assert gap is not None
                 assert gap.hubs == []  # nothing is known of the members here
                 assert gap.since == pytest.approx(clock(), abs=600)
@@ -139,10 +139,10 @@ async def test_an_empty_store_is_filled_again(tmp_path: Path) -> None:
                 await is_up(each._store)
             await rounds(a, b)
             async with hub(server, clock) as c:
-                assert c.gap() is not None
+                assert c.local.gap() is not None
                 await c.round()
                 for each in a, b, c:
-                    assert each.gap() is None
+                    assert each.local.gap() is None
                     assert await each.total() == 11
 
 
@@ -241,13 +241,13 @@ async def test_a_disk_that_cannot_be_read_delays_usage(tmp_path: Path) -> None:
             a.use(tokens=1)
             b.use(tokens=2)
             await rounds(a, b)
-            database = b.ledger._database
+            database = b.local.ledger._database
             await database.run(lambda each: each.execute("DROP TABLE others"))
             a.use(tokens=4)
             b.use(tokens=8)
             await rounds(a, b)
             assert await a.total() == 15
-            await database.run(b.ledger._load)
+            await database.run(b.local.ledger._load)
             await rounds(b)
             assert await b.total() == 15
 
@@ -264,7 +264,7 @@ async def test_a_ledger_that_cannot_be_read_sends_its_totals_later(
             await rounds(a, b)
             b.use(tokens=2)
             with monkeypatch.context() as broken:
-                broken.setattr(b.ledger, "totals", fail)
+                broken.setattr(b.local.ledger, "totals", fail)
                 await rounds(b, a)
                 assert await a.total() == 0
             await rounds(b, a)
