@@ -372,8 +372,6 @@ METRICS = tuple(chain.from_iterable(GROUPS.values()))
 
 # --- What is true at a scrape -----------------------------------------------------
 
-MOST_VALUES = 64  # of a series, until they are counted: a large fleet has many of them
-
 
 class FleetMetrics:
     """Reads the state of the workers and of the queue in front of them."""
@@ -532,10 +530,7 @@ class StoreMetrics:
         return f"<StoreMetrics of {self._store!r}>"
 
     def _observe(self, seconds: float) -> None:
-        values = self._seconds.values
-        values.append(seconds)
-        if len(values) >= MOST_VALUES:
-            self._seconds.count()
+        self._seconds.add((seconds,))
 
     def collect(self) -> Iterator[Collected]:
         """Return what there is at a scrape."""

@@ -24,6 +24,7 @@ from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.telemetry import accesslog, exposition
 from gollama_proxy.telemetry.accesslog import Record, Step
 from gollama_proxy.telemetry.exposition import (
+    MOST_VALUES,
     Collected,
     Family,
     Histogram,
@@ -42,7 +43,6 @@ from gollama_proxy.telemetry.families import (
     LAG,
     LIMITED,
     METRICS,
-    MOST_VALUES,
     OUTCOMES,
     PER_TOKEN,
     PROMPTS,
@@ -71,6 +71,7 @@ from gollama_proxy.upstream.pool import ConnectionPool
 MOST_MODELS = 200
 MOST_WORKERS = 2000
 MOST_PAIRS = 5000  # of a subject and a model
+MOST_KINDS = 200  # of requests that are not counted yet
 LONGEST = 256  # characters of a label; 200 histograms of longer ones fill a page
 OTHER = "other"
 
@@ -137,9 +138,7 @@ class Telemetry:
 
     def note_lag(self, seconds: float) -> None:
         """Record by how much the event loop was late; to be called once a second."""
-        self._lag.values.append(seconds)
-        if len(self._lag.values) >= MOST_VALUES:
-            self._lag.count()
+        self._lag.add((seconds,))
 
     async def page(self, *, open_metrics: bool = False) -> bytes:
         """Write the page of all metrics; other tasks run between its parts."""
@@ -202,7 +201,8 @@ class RequestMetrics:
         self.subjects = Names(subjects)
         self._workers = Names(MOST_WORKERS)
         # Where to count what; found again when it was forgotten.
-        self._series: dict[tuple[object, ...], _Series] = BoundedDict(MOST_PAIRS)
+        self._kinds: dict[tuple[object, ...], _Kind] = BoundedDict(MOST_PAIRS)
+        self._uncounted: list[_Kind] = []  # those with requests that are not counted
         # By label values, in the order of their first use.
         self._requests = _Table(REQUESTS, _Count)
         self._outcomes = _Table(OUTCOMES, _Count)
@@ -220,117 +220,100 @@ class RequestMetrics:
         self._limited = _Table(LIMITED, _Count)
 
     def __repr__(self) -> str:
-        return f"<RequestMetrics series={len(self._series)}>"
+        return f"<RequestMetrics series={len(self._kinds)}>"
 
     def observe(self, record: Record) -> None:
         """Count a request that has ended.
 
-        Every request pays for this, so it calls nothing that is written in Python
-        unless something unusual has happened.
+        Every request pays for this, so it only keeps what was measured, with that of
+        the others of its kind: what a kind has in common is counted for all at once.
         """
-        route, model, subject = record.route, record.model, record.subject
-        outcome, status = record.error or record.outcome, record.status
-        key = (subject, route, status, outcome, model, record.worker)
-        series = self._series.get(key)
-        if series is None:
-            series = self._series[key] = self._find(record)
-        number = series.requests.value = series.requests.value + 1
-        if not number % MOST_VALUES:
-            series.count()
-        series.outcome.value += 1
-        trace = record.trace
-        if trace is not None and not trace.sampled:
-            trace = None
+        first, lease, steps = record.first_byte, record.lease, record.steps
+        prompt, tokens = record.prompt_tokens, record.tokens
+        streamed, each = 0, None  # tokens, and seconds of one but the first
+        if lease is not None and first is not None:
+            streamed = lease.tokens
+            if streamed > 1:
+                each = lease.seconds / (streamed - 1)
+        key = (
+            record.subject,
+            record.route,
+            record.status,
+            record.error or record.outcome,
+            record.model,
+            record.worker,
+            record.attempts,
+            record.rescued,
+            record.fell_back,
+            # What was measured
+            first is None,
+            not (prompt or tokens),
+            streamed > 0,
+            not steps,
+        )
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = self._find(record, streamed)
         duration = record.duration or 0.0
-        series.duration.values.append(duration)
-        if trace is not None:
-            series.duration.exemplify(trace.trace_id, duration)
-        histogram: Histogram | None
-        first = record.first_byte
-        if first is not None:
-            histogram = series.first_byte
-            if histogram is None:
-                histogram = self._first_byte[route, series.model, series.worker]
-                series.first_byte = histogram
-            histogram.values.append(first)
-        if status == 429:
-            subject = self.subjects.label(subject)
-            self._limited[subject, str(outcome or "")].value += 1
-        if not model:
-            return
-        # What it has used
-        tokens, prompt = record.tokens, record.prompt_tokens
-        usage = series.usage
-        if usage is None:
-            usage = series.usage = self._find_usage(subject, series.model)
-        usage.requests += 1
-        usage.slots += record.slot_seconds
-        if tokens or prompt:
-            cached = record.cached_tokens
-            usage.prompts += prompt
-            usage.cached += cached
-            usage.generated += tokens
-            of_worker = series.tokens
-            if of_worker is None:
-                of_worker = series.begin_tokens(self._tokens, self._sizes)
-            of_worker.prompts += prompt
-            of_worker.cached += cached
-            of_worker.generated += tokens
-            series.prompts.values.append(prompt)
-            sizes = series.answers.values
-            sizes.append(tokens)
-            if len(sizes) >= MOST_VALUES:  # all workers of a model share these
-                series.prompts.count()
-                series.answers.count()
-        # How long it took
-        attempts = record.attempts
-        if attempts or record.steps:
-            histogram = series.queued
-            if histogram is None:
-                histogram = self._queued[series.model, series.worker]
-                series.queued = histogram
-            waited = _waited(record.steps, duration) if record.steps else 0.0
-            histogram.values.append(waited)
-            if trace is not None:
-                histogram.exemplify(trace.trace_id, waited)
-        lease = record.lease
-        if lease is not None and (number := lease.tokens) and first is not None:
-            histogram = series.first_token
-            if histogram is None:
-                histogram = self._first_token[series.model, series.worker]
-                series.first_token = histogram
-                series.per_token = self._per_token[series.model, series.worker]
-            histogram.values.append(first)
-            if trace is not None:
-                histogram.exemplify(trace.trace_id, first)
-            if number > 1:
-                each = lease.seconds / (number - 1)
-                histogram = series.per_token
-                histogram.values.append(each)
-                if trace is not None:
-                    histogram.exemplify(trace.trace_id, each)
-        # What went wrong
-        if attempts > 1:
-            self._retries[series.model,].value += attempts - 1
-        if record.rescued:
-            self._rescues[series.model, str(outcome or "")].value += record.rescued
-        if record.fell_back:
-            fell_back = self.models.label(record.fell_back)
-            self._fallbacks[fell_back, series.model].value += 1
+        kind.measured.append(
+            (
+                duration,
+                first,
+                _waited(steps, duration) if steps else 0.0,
+                prompt,
+                record.cached_tokens,
+                tokens,
+                record.slot_seconds,
+                each,
+            )
+        )
+        if record.trace is not None and record.trace.sampled:
+            kind.exemplify(record.trace.trace_id)
+        number = len(kind.measured)
+        if number == 1:
+            self._uncounted.append(kind)
+            if len(self._uncounted) > MOST_KINDS:
+                self._count()
+        elif number >= MOST_VALUES:
+            kind.count()
 
-    def _find(self, record: Record) -> _Series:
+    def _find(self, record: Record, streamed: int) -> _Kind:
         """Return where to count requests of this kind, by the labels of its names."""
-        route = record.route
+        route, prompt, tokens = record.route, record.prompt_tokens, record.tokens
         outcome = str(record.error or record.outcome or "")
         model = self.models.label(record.model)
         worker = self._workers.label(record.worker)
-        return _Series(
-            model,
-            worker,
+        kind = _Kind(
+            record,
             self._requests[route, str(record.status), model, worker],
             self._outcomes[outcome, model, worker],
             self._duration[route, model, worker],
         )
+        if record.first_byte is not None:
+            kind.first_byte = self._first_byte[route, model, worker]
+        if record.status == 429:
+            subject = self.subjects.label(record.subject)
+            kind.limited = self._limited[subject, outcome]
+        if not model:
+            return kind
+        kind.usage = self._find_usage(record.subject, model)
+        if prompt or tokens:
+            kind.tokens = self._tokens[model, worker]
+            kind.prompts = self._sizes[model, "input"]
+            kind.answers = self._sizes[model, "output"]
+        if record.attempts or record.steps:
+            kind.queued = self._queued[model, worker]
+        if streamed:
+            kind.first_token = self._first_token[model, worker]
+            kind.per_token = self._per_token[model, worker]
+        if record.attempts > 1:
+            kind.retries = self._retries[model,]
+        if record.rescued:
+            kind.rescues = self._rescues[model, outcome]
+        if record.fell_back:
+            fell_back = self.models.label(record.fell_back)
+            kind.fallbacks = self._fallbacks[fell_back, model]
+        return kind
 
     def _find_usage(self, subject: str, model: str) -> _Usage:
         subject = self.subjects.label(subject)
@@ -338,8 +321,14 @@ class RequestMetrics:
             subject, model = OTHER, OTHER
         return self._usage[subject, model]
 
+    def _count(self) -> None:
+        for kind in self._uncounted:
+            kind.count()
+        self._uncounted.clear()
+
     def collect(self) -> Iterator[Collected]:
         """Return the counts, for a scrape."""
+        self._count()
         for counts in (
             *(self._requests, self._outcomes, self._retries, self._rescues),
             *(self._fallbacks, self._limited),
@@ -440,72 +429,98 @@ class _Table(dict[tuple[str, ...], S]):
         return made
 
 
-class _Series:
-    """Where requests of one kind are counted.
+class _Kind:
+    """Where requests of one kind are counted, and what was measured of the last ones.
 
     Kinds share a part of their counts: the tokens of a worker are those of all routes.
     """
 
     __slots__ = (
-        "answers",
-        "duration",
-        "first_byte",
-        "first_token",
-        "model",
-        "outcome",
-        "per_token",
-        "prompts",
-        "queued",
-        "requests",
-        "tokens",
-        "usage",
-        "worker",
+        *("answers", "attempts", "duration", "fallbacks", "first_byte", "first_token"),
+        *("limited", "measured", "outcome", "per_token", "prompts", "queued"),
+        *("requests", "rescued", "rescues", "retries", "tokens", "usage"),
     )
 
-    # The last ones have no value before the first token.
-    per_token: Histogram
+    # With the first value of `tokens` and of `first_token`
     prompts: Histogram
     answers: Histogram
+    per_token: Histogram
 
     def __init__(
-        self,
-        model: str,
-        worker: str,
-        requests: _Count,
-        outcome: _Count,
-        duration: Histogram,
+        self, record: Record, requests: _Count, outcome: _Count, duration: Histogram
     ) -> None:
-        self.model, self.worker = model, worker  # their labels
+        self.attempts, self.rescued = record.attempts, record.rescued  # of each
+        # Of each one: its seconds, those to its first byte and in the queue; tokens of
+        # its prompt, cached ones, generated ones; seconds of a slot and for each token.
+        self.measured: list[_Measured] = []
         self.requests = requests
         self.outcome = outcome
         self.duration = duration
-        # These have no series before there is something to count.
+        # None: there is nothing to count.
         self.first_byte: Histogram | None = None
         self.queued: Histogram | None = None
         self.first_token: Histogram | None = None
         self.tokens: _Tokens | None = None
         self.usage: _Usage | None = None
+        self.limited: _Count | None = None
+        self.retries: _Count | None = None
+        self.rescues: _Count | None = None
+        self.fallbacks: _Count | None = None
 
     def __repr__(self) -> str:
-        return f"<Series {self.requests.value}>"
+        return f"<Kind {self.requests.value} + {len(self.measured)}>"
 
     def count(self) -> None:
-        """Count what its requests have measured."""
-        for histogram in (self.duration, self.first_byte, self.queued):
-            if histogram is not None:
-                histogram.count()
+        """Count what was measured, and forget it."""
+        if not (number := len(self.measured)):
+            return
+        durations, firsts, waits, prompts, cached, generated, slots, each = zip(
+            *self.measured, strict=True
+        )
+        self.measured.clear()
+        self.requests.value += number
+        self.outcome.value += number
+        self.duration.add(durations)
+        if self.first_byte is not None:
+            self.first_byte.add(firsts)
+        if self.queued is not None:
+            self.queued.add(waits)
+        if self.usage is not None:
+            self.usage.requests += number
+            self.usage.slots += sum(slots)
+        if self.tokens is not None and self.usage is not None:
+            for total in (self.usage, self.tokens):
+                total.prompts += sum(prompts)
+                total.cached += sum(cached)
+                total.generated += sum(generated)
+            self.prompts.add(prompts)
+            self.answers.add(generated)
         if self.first_token is not None:
-            self.first_token.count()
-            self.per_token.count()
+            self.first_token.add(firsts)
+            self.per_token.add([one for one in each if one is not None])
+        # What went wrong
+        if self.limited is not None:
+            self.limited.value += number
+        if self.retries is not None:
+            self.retries.value += number * (self.attempts - 1)
+        if self.rescues is not None:
+            self.rescues.value += number * self.rescued
+        if self.fallbacks is not None:
+            self.fallbacks.value += number
 
-    def begin_tokens(
-        self, tokens: _Table[_Tokens], sizes: _Table[Histogram]
-    ) -> _Tokens:
-        """Find the counts of tokens."""
-        self.prompts = sizes[self.model, "input"]
-        self.answers = sizes[self.model, "output"]
-        self.tokens = found = tokens[self.model, self.worker]
-        return found
+    def exemplify(self, trace: str) -> None:
+        """Keep the last request as the example of its buckets, until the next one."""
+        duration, first, waited, *_, each = self.measured[-1]
+        self.duration.exemplify(trace, duration)
+        if self.queued is not None:
+            self.queued.exemplify(trace, waited)
+        if self.first_token is not None and first is not None:
+            self.first_token.exemplify(trace, first)
+            if each is not None:
+                self.per_token.exemplify(trace, each)
+
+
+_Measured = tuple[float, float | None, float, int, int, int, float, float | None]
 
 
 def _waited(steps: tuple[Step, ...], duration: float) -> float:
