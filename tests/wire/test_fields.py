@@ -718,7 +718,8 @@ def test_skipped_bytes_take_no_memory(start: bytes, filler: bytes) -> None:
         now, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert now - before < 4096
+    # Of eight; a thread of pytest-xdist may need a few KB meanwhile.
+    assert now - before < len(filler)
     assert peak - before < 4 * len(filler)  # the decoded piece, while it is checked
 
 
