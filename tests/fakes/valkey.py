@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import gollama_proxy.cluster  # noqa: F401  # with its scripts, before a loop runs
 from benchmarks.children import last_words
-from gollama_proxy.children import Child
 from gollama_proxy.state.store import BASICS, COMMANDS, Mode, Store
 from tests.fakes.client import DEADLINE
 from tests.fakes.tools import missing, require
 from tests.fakes.waiting import until
+from tests.real.llama import LAUNCHER
 
 ENGINES = ("valkey", "redis")
 # What a hub may do, in all tests.
@@ -57,19 +63,73 @@ def program(engine: str) -> str:
     return str(found[0])
 
 
+# Commands after which a server is not as it was.
+_LASTING = {"ACL", "CONFIG", "REPLICAOF"}
+# What makes it as new, but for its age.
+_RENEWAL = (
+    ("FLUSHALL",),
+    ("SCRIPT", "FLUSH"),
+    ("ACL", "LOG", "RESET"),
+    ("CONFIG", "RESETSTAT"),
+    ("CLIENT", "KILL", "TYPE", "pubsub"),
+    ("CLIENT", "KILL", "TYPE", "normal"),
+)
+# Servers that tests are done with, by engine: a start takes as long as most tests.
+_idle = defaultdict[str, list["_Process"]](list)
+
+
+class _Process:
+    """A process of a server, in its own folder; it ends with the tests, or before."""
+
+    def __init__(self, engine: str, options: Sequence[str]) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="store-"))
+        atexit.register(shutil.rmtree, folder)
+        self.socket, self._log = folder / "sock", folder / "log"
+        command = [program(engine), *_QUIET, "--unixsocket", str(self.socket)]
+        tether = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
+        with self._log.open("wb") as output:
+            self._popen = subprocess.Popen(
+                [*tether, *command, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+            )
+        self.pid = self._popen.pid
+
+    def __repr__(self) -> str:
+        return f"<_Process {self.pid}>"
+
+    def listens(self) -> bool:
+        if self._popen.poll() is not None:
+            raise AssertionError(f"{self!r} has ended: {last_words(self._log)}")
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
+
+    def kill(self) -> None:
+        self._popen.kill()
+        self._popen.wait()  # its socket stays: connections are refused
+
+
+@atexit.register
+def _end() -> None:
+    for processes in _idle.values():
+        for process in processes:
+            process.kill()
+
+
 class StoreServer:
     """A server on a Unix socket, which can be killed, paused and started again."""
 
     def __init__(self, folder: Path, engine: str, options: Sequence[str]) -> None:
         self.engine = engine
         self.socket = folder / "store.sock"
-        self._folder = folder
         self._options = options
-        self._child: Child | None = None
-        self._starts = 0
+        self._process: _Process | None = None
+        self._as_new = not options  # but for what `_RENEWAL` removes
 
     def __repr__(self) -> str:
-        return f"<StoreServer {self.engine} {self._child}>"
+        return f"<StoreServer {self.engine} {self._process}>"
 
     @property
     def url(self) -> str:
@@ -82,40 +142,27 @@ class StoreServer:
 
     @property
     def pid(self) -> int:
-        assert self._child is not None, self
-        return self._child.process.pid
+        assert self._process is not None, self
+        return self._process.pid
 
     async def start(self) -> Self:
         """Start it, empty, and wait until it answers."""
-        self._starts += 1
-        log = self._folder / f"store-{self._starts}.log"
+        idle = _idle[self.engine]
+        if self._as_new and idle:
+            process = idle.pop()
+        else:
+            process = _Process(self.engine, self._options)
+        self._process = process
+        await until(process.listens, f"the socket of {self!r}")
         self.socket.unlink(missing_ok=True)
-        command = [program(self.engine), *_QUIET, "--unixsocket", str(self.socket)]
-        self._child = await Child.start(
-            self.engine,
-            [*command, *self._options],
-            log,
-            dict(os.environ),
-            folder=self._folder,
-        )
-
-        def listens() -> bool:
-            assert self._child is not None
-            if self._child.process.returncode is not None:
-                raise AssertionError(f"{self!r} has ended: {last_words(log)}")
-            with socket.socket(socket.AF_UNIX) as probe:
-                return probe.connect_ex(str(self.socket)) == 0
-
-        await until(listens, f"the socket of {self!r}")
+        self.socket.symlink_to(process.socket)
         return self
 
     async def kill(self) -> None:
         """Kill it; its data is lost."""
-        child, self._child = self._child, None
-        if child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.process.pid, signal.SIGKILL)
-            await child.process.wait()
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
 
     async def restart(self) -> None:
         """Kill it and start it again, empty."""
@@ -124,19 +171,29 @@ class StoreServer:
 
     def pause(self) -> None:
         """Stop the process: connections stay open, and nothing is answered."""
+        self._as_new = False
         os.kill(self.pid, signal.SIGSTOP)
 
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
+    async def end(self) -> None:
+        """Kill it, or keep it for another test if it is as it was when it started."""
+        if self._process is not None and self._as_new:
+            with contextlib.suppress(Exception):
+                await self._send(*_RENEWAL)
+                _idle[self.engine].append(self._process)
+                self._process = None
+        await self.kill()
+
     async def denied(self) -> set[bytes]:
         """Return the commands and keys for which hubs had no permission, if it runs."""
-        if self._child is None or "--requirepass" in self._options:
+        if self._process is None or "--requirepass" in self._options:
             return set()
         from valkey.exceptions import ConnectionError as RefusedError
 
         try:
-            rows = await self.ask("ACL", "LOG")
+            [rows] = await self._send(("ACL", "LOG"))
         except RefusedError:  # it is paused, or got a password meanwhile
             return set()
         facts = [dict(zip(row[::2], row[1::2], strict=True)) for row in rows]
@@ -144,11 +201,20 @@ class StoreServer:
 
     async def ask(self, *command: Any, **options: Any) -> Any:
         """Send a command past the hubs; `options` are those of the client."""
+        if command[0] in _LASTING:
+            self._as_new = False
+        [answer] = await self._send(command, **options)
+        return answer
+
+    async def _send(self, *commands: Sequence[Any], **options: Any) -> list[Any]:
         from valkey.asyncio import Valkey
 
-        client = Valkey(unix_socket_path=str(self.socket), **options)
-        async with asyncio.timeout(DEADLINE), client:
-            return await client.execute_command(*command)
+        path, one = str(self.socket), {"single_connection_client": True}
+        async with (
+            asyncio.timeout(DEADLINE),
+            Valkey(unix_socket_path=path, **one, **options) as client,
+        ):
+            return [await client.execute_command(*each) for each in commands]
 
 
 @contextlib.asynccontextmanager
@@ -164,6 +230,7 @@ async def running_store(
         yield await server.start()
         denied = await server.denied()
         assert not denied, f"missing in COMMANDS of store.py: {denied}"
+        await server.end()
     finally:
         await server.kill()
 

@@ -24,7 +24,7 @@ START_DEADLINE = 60.0
 _LISTENING = re.compile(rb"listening on http://127\.0\.0\.1:(\d+)")
 # Run in the child, in front of the server: the kernel kills it with its parent, even
 # one that was killed itself.  (A preexec_fn would fork Python among threads.)
-_LAUNCHER = """
+LAUNCHER = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 if sys.platform == "linux":
@@ -204,7 +204,7 @@ class RpcServer:
 
 def _launch(path: Path, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     log.unlink(missing_ok=True)
-    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
+    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
     with log.open("wb") as output:
         return subprocess.Popen(
             [*launcher, str(path), *arguments],

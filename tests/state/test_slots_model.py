@@ -279,7 +279,7 @@ def test_the_script_does_what_the_model_does(socket: Path) -> None:
     run_state_machine_as_test(
         Case,
         settings=settings(
-            max_examples=25,
+            max_examples=10,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
