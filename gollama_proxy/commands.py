@@ -21,7 +21,6 @@ from typing import Any
 from gollama_proxy.config.values import ConfigError, cut, parse_span, shown
 from gollama_proxy.control.client import (
     DEFAULT_HUB,
-    Access,
     AdminClient,
     CallError,
     Json,
@@ -186,8 +185,7 @@ def run(args: argparse.Namespace) -> int:
         CallError: no hub answers, or it refuses.
         ConfigError: a flag is wrong.
     """
-    access = Access(args.hub, args.token, args.token_file, args.ca_file)
-    hub = connect(access, os.environ)
+    hub = connect(args.hub, args.token, args.token_file, args.ca_file, os.environ)
     try:
         with contextlib.closing(hub):
             args.do(args, hub)

@@ -20,7 +20,7 @@ from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events
 from gollama_proxy.control.history import History, Recent
 from gollama_proxy.control.page import Dashboard, Links
-from gollama_proxy.control.replies import Peers, Replies
+from gollama_proxy.control.replies import Replies
 from gollama_proxy.control.views import Views
 from gollama_proxy.control.workers import Follower
 from gollama_proxy.edge.auth import Authenticator
@@ -51,6 +51,7 @@ from gollama_proxy.upstream.probe import send_magic
 
 if TYPE_CHECKING:
     from gollama_proxy.cluster import Cluster
+    from gollama_proxy.control.peers import Peers
     from gollama_proxy.telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)

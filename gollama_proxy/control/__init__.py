@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from gollama_proxy.control.events import Events
     from gollama_proxy.control.history import History, Recent
     from gollama_proxy.control.page import Links
-    from gollama_proxy.control.replies import Peers, Replies
+    from gollama_proxy.control.peers import Peers
+    from gollama_proxy.control.replies import Replies
     from gollama_proxy.control.workers import Follower
     from gollama_proxy.edge.auth import Authenticator
     from gollama_proxy.edge.quotas import Quotas

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from gollama_proxy.config.keys import TOKEN, find_credential, read_secret
@@ -158,40 +158,36 @@ class AdminClient:
 # --- Address and token ------------------------------------------------------------
 
 
-class Access(NamedTuple):
-    """How to reach a hub, as flags state it; None: not given."""
-
-    hub: str | None = None  # its URL, or several
-    token: str | None = None
-    token_file: str | None = None
-    ca_file: str | None = None
-
-    def __repr__(self) -> str:  # without the token
-        return f"<Access to {self.hub!r}>"
-
-
-def connect(access: Access, environ: Mapping[str, str]) -> AdminClient:
+def connect(
+    hub: str | None,
+    token: str | None,
+    token_file: str | None,
+    ca_file: str | None,
+    environ: Mapping[str, str],
+) -> AdminClient:
     """Make a client for the hub that flags or variables name; nothing is sent yet.
+
+    A flag that is not given is None; `hub` is a URL, or several.
 
     Raises:
         ConfigError: one of them is wrong.
     """
-    source, given = "--hub", access.hub
+    source, given = "--hub", hub
     if given is None:
         source, given = "GOLLAMA_HUB", environ.get("GOLLAMA_HUB") or DEFAULT_HUB
     urls = split_hubs(given) or [given]
     for url in urls:
         check_url(source, url)
-    if access.token is not None:
-        token = _check_token("--token", access.token)
+    if token is not None:
+        token = _check_token("--token", token)
     else:
-        token = read_token(access.token_file or "", environ)
+        token = read_token(token_file or "", environ)
     context = None
     if any(url.startswith("https:") for url in urls):
-        context = trust(access.ca_file or "")
-    elif access.ca_file:
+        context = trust(ca_file or "")
+    elif ca_file:
         text = f"is for an https hub only, and {source} = {shown(given)}"
-        raise ConfigError(f"--ca-file = {access.ca_file!r}: {text}")
+        raise ConfigError(f"--ca-file = {ca_file!r}: {text}")
     return AdminClient(urls[0], token, context, urls[1:])
 
 

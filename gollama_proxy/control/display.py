@@ -9,9 +9,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from gollama_proxy.control.client import CallError, Json
+from gollama_proxy.control.client import AdminClient, CallError, Json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -259,15 +259,6 @@ _OF_WAITING = ("waiting", "model", "subject", "class", "place", "for", "expected
 _OF_RUNNING = ("request", "model", "worker", "subject", "state", "for", "tokens")
 
 
-class Source(Protocol):
-    """A hub that answers."""
-
-    @property
-    def url(self) -> str: ...
-
-    def call(self, method: str, path: str) -> Json: ...
-
-
 class Overview:
     """The workers, the queue and the running requests of a hub, as of one moment.
 
@@ -275,7 +266,7 @@ class Overview:
     """
 
     def __init__(
-        self, hub: Source, clock: Callable[[], float] = time.monotonic
+        self, hub: AdminClient, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.answers: Json = {}
         self.error = ""  # why the answers are not those of this moment

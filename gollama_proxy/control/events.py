@@ -40,7 +40,6 @@ import msgspec
 from gollama_proxy.config.settings import WorkerConfig
 from gollama_proxy.control.history import EVERY, History, Shown
 from gollama_proxy.control.merging import Elsewhere
-from gollama_proxy.control.replies import Peers
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.response import CLOSE, KEEP, Sent, frame, head
 from gollama_proxy.fleet.registry import Listener
@@ -55,6 +54,8 @@ from gollama_proxy.wire.schema import ENDPOINTS
 
 if TYPE_CHECKING:
     from aiohttp import web
+
+    from gollama_proxy.control.peers import Peers  # only with a store
 
 logger = logging.getLogger(__name__)
 audit = logging.getLogger("gollama_proxy.audit")

@@ -21,7 +21,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from msgspec import field
 
@@ -29,7 +29,7 @@ from gollama_proxy.control.merging import Answers
 from gollama_proxy.state import facts
 from gollama_proxy.state.facts import Message
 from gollama_proxy.state.link import StoreDownError
-from gollama_proxy.state.members import Member
+from gollama_proxy.state.members import Members
 from gollama_proxy.state.store import Store
 from gollama_proxy.tasks import spawn
 
@@ -44,15 +44,6 @@ MOST_READ = 64 << 20  # bytes of one that is decompressed
 MOST_HANDLED = 64  # messages at once; further ones are ignored
 
 Events = list[tuple[str, dict[str, Any]]]  # by name
-
-
-class Members(Protocol):
-    """This hub and the others."""
-
-    @property
-    def me(self) -> Member: ...
-    @property
-    def others(self) -> Mapping[str, Member]: ...
 
 
 # --- Messages ---------------------------------------------------------------------

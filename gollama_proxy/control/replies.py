@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from aiohttp.http_exceptions import HttpProcessingError
@@ -228,38 +228,6 @@ _MERGE: dict[str, Callable[[merging.ByHub], list[Shown]]] = {
     "queue": merging.merge_queues,
     "exchanges": merging.merge_exchanges,
 }
-
-
-class Peers(Protocol):
-    """The other hubs (`control/peers.py`)."""
-
-    @property
-    def name(self) -> str:
-        """The name of this hub."""
-
-    @property
-    def store(self) -> dict[str, str]:
-        """The mode of the store, and the reason of it."""
-
-    @property
-    def watched(self) -> bool:
-        """Whether events are followed at another hub."""
-
-    async def ask(
-        self,
-        what: str,
-        arguments: Shown | None = None,
-        *,
-        group: bool = False,
-        patience: float | None = None,
-    ) -> Answers:
-        """Ask the others, or only the processes of this group."""
-
-    async def watch(self, seconds: float) -> None:
-        """Have the others send their events for so long."""
-
-    async def send_news(self, events: list[tuple[str, Shown]]) -> None:
-        """Send what has happened to those that follow it."""
 
 
 class Replies:
