@@ -55,6 +55,7 @@ class Admin:
     def __init__(self, hub: Parts, views: Views) -> None:
         self._hub = hub
         self._views = views
+        self._record = hub.events.record_change
         self._workers = Workers(hub, views)
         self._usage = Usage(hub)
         self._description = b""  # of the API, once it was read
@@ -145,7 +146,7 @@ class Admin:
             place = f" at {hub}" if hub else ""
             for state, subject in found:
                 old = f"{state} request of {subject}{place}"
-                self._hub.events.record_change(call.x, action, name, old)
+                self._record(call.x, action, name, old)
         return answer({"id": name, "state": "cancelled"} | gathered.note)
 
     async def _list_requests(self, call: Call) -> Response:
@@ -215,7 +216,7 @@ class Admin:
         except ConfigError as exc:
             text = "The settings are not valid, so nothing has changed: "
             raise RequestError(Code.BAD_REQUEST, text + "; ".join(exc.args)) from None
-        self._hub.events.record_change(call.x, "reload", "settings", new=changes)
+        self._record(call.x, "reload", "settings", new=changes)
         gathered = await self._hub.replies.gather_others("reload", "", {}, group=True)
         for hub, problem in gathered.found.items():
             if problem:  # it is found in the log of that process, too
@@ -248,7 +249,7 @@ class Admin:
             await self._hub.revoke("sub" if kind == "subject" else kind, value)
         except StateError as exc:
             raise RequestError(Code.CONFLICT, f"{exc}.") from None
-        self._hub.events.record_change(call.x, "revoke", f"{kind}:{value}")
+        self._record(call.x, "revoke", f"{kind}:{value}")
         gathered = Answers({}, [])
         if kind == "subject":
             gathered = await self._hub.replies.gather(
@@ -280,7 +281,7 @@ class Admin:
         if not token:  # authentication is off
             return answer({"code": None, "path": "/", "expires_in": None})
         code = await self._hub.links.issue(token)
-        self._hub.events.record_change(call.x, "make link", call.x.subject)
+        self._record(call.x, "make link", call.x.subject)
         link = {"code": code, "path": f"/#sign-in={code}"}
         return answer(link | {"expires_in": LINK_LIFETIME}, status=201)
 

@@ -46,6 +46,7 @@ class Workers:
     def __init__(self, hub: Parts, views: Views) -> None:
         self._hub = hub
         self._views = views
+        self._record = hub.events.record_change
         hub.replies.table["change worker"] = self._change_here
         hub.replies.table["remove worker"] = self._remove_here
 
@@ -101,9 +102,7 @@ class Workers:
             except RequestError:
                 self._hub.registry.remove(worker.name)
                 raise
-        self._hub.events.record_change(
-            call.x, "add worker", worker.name, new=config.url
-        )
+        self._record(call.x, "add worker", worker.name, new=config.url)
         own = self._views.worker(worker)
         shown = await self._hub.replies.show_worker(worker.name, own)
         return answer(shown, status=201)
@@ -130,7 +129,7 @@ class Workers:
         changes = {key: _changed(before, config, key) for key in patch}
         old = {key: pair[0] for key, pair in changes.items()}
         new = {key: pair[1] for key, pair in changes.items()}
-        self._hub.events.record_change(call.x, "change worker", before.name, old, new)
+        self._record(call.x, "change worker", before.name, old, new)
         return await self._show_changed(worker)
 
     def _patched(
@@ -191,9 +190,7 @@ class Workers:
             await self._hub.state.forget(worker.name)
         if worker.source is Source.FILE:
             await self._ask_others("remove", worker.name)
-        self._hub.events.record_change(
-            call.x, "remove worker", worker.name, old=worker.config.url
-        )
+        self._record(call.x, "remove worker", worker.name, old=worker.config.url)
         state = "draining" if worker.in_flight else "removed"
         note = _NOTES.get(worker.source)
         return answer({"name": worker.name, "state": state, "note": note})
@@ -209,9 +206,7 @@ class Workers:
                 if worker.held is not before:
                     await self._store(worker)
             if worker.held is not before:
-                self._hub.events.record_change(
-                    call.x, "hold worker", worker.name, before, worker.held
-                )
+                self._record(call.x, "hold worker", worker.name, before, worker.held)
             return await self._show_changed(worker, note=False)
 
         return hold
@@ -222,9 +217,7 @@ class Workers:
         worker.reset_breakers()
         arguments = {"name": worker.name}
         await self._hub.replies.gather_others("reset", None, arguments)
-        self._hub.events.record_change(
-            call.x, "reset breaker", worker.name, before, "closed"
-        )
+        self._record(call.x, "reset breaker", worker.name, before, "closed")
         return await self._show_changed(worker, note=False)
 
     async def _wake(self, call: Call) -> Response:
@@ -236,7 +229,7 @@ class Workers:
             text = f"{exc}, so its machine cannot be woken."
             raise RequestError(Code.INVALID_VALUE, text, param="mac") from None
         if worker.state is not before:
-            self._hub.events.record_change(
+            self._record(
                 call.x, "wake worker", worker.name, before.value, worker.state.value
             )
         return await self._show_changed(worker, note=False)
