@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy import children
-from gollama_proxy.children import Child, ChildError, Supervised, environment
+from gollama_proxy.children import Child, ChildError, Restarts, Supervised, environment
 from tests.fakes.waiting import until
 
 Start = Callable[[str], Awaitable[Child]]
@@ -193,3 +193,10 @@ async def test_a_command_that_retires_is_not_started_again(
     await failing.retire()  # while it waits to be started
     assert ends == [-signal.SIGTERM, 1]
     assert "a nap ended" not in caplog.text
+
+
+def test_a_server_that_ends_at_once_is_started_less_and_less_often() -> None:
+    restarts = Restarts()
+    assert [restarts.after(0.1) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    assert restarts.after(60) == 1
+    assert restarts.after(0.1) == 2

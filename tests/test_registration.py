@@ -1,4 +1,4 @@
-"""An agent with several hubs: of a cluster, one is called and the others stand by."""
+"""What an agent with hubs decides: of a cluster, one is called, others stand by."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 
 from gollama_proxy import registration
 from gollama_proxy.agent import Agent, Options
-from gollama_proxy.registration import HubLink
+from gollama_proxy.registration import Answer, HubLink, Refusal, Schedule
 from tests.fakes.script import answer
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
 PATH = "/agent/workers/desk"
+LATEST = max  # of a range of waits
 OFTEN = 0.3  # seconds of a lease, of which an agent lets a third pass
 
 
@@ -161,3 +162,65 @@ async def test_each_hub_of_a_cluster_lets_its_own_answers_end() -> None:
             grant(two, "c")
             await agent.leave()
             assert calls(one, "DELETE") == calls(two, "DELETE") == 1
+
+
+# --- Answers of hubs --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (200, "", Refusal.NONE),
+        (201, "", Refusal.NONE),
+        (0, "", Refusal.PASSING),
+        (429, "rate_limit_exceeded", Refusal.PASSING),
+        (500, "", Refusal.PASSING),
+        (503, "hub_draining", Refusal.PASSING),
+        (409, "conflict", Refusal.PATIENT),
+        (403, "address_refused", Refusal.PATIENT),
+        (403, "insufficient_scope", Refusal.LASTING),
+        (401, "invalid_api_key", Refusal.LASTING),
+        (400, "invalid_value", Refusal.LASTING),
+        (404, "unknown_url", Refusal.LASTING),
+        (301, "", Refusal.LASTING),
+    ],
+)
+def test_what_an_answer_means(status: int, code: str, expected: Refusal) -> None:
+    assert Answer(status, "", {"code": code}).refusal is expected
+
+
+def test_a_lease_is_renewed_three_times_in_its_life() -> None:
+    schedule = Schedule(LATEST)
+    assert schedule.after(Answer(200, "", {"lease": 30})) == 10
+    for lease in (None, "x", 0, -1, 1e9, float("nan"), True):
+        assert 0 < schedule.after(Answer(200, "", {"lease": lease})) <= 10
+
+
+def test_a_hub_that_is_away_is_tried_less_and_less_often() -> None:
+    schedule, away = Schedule(LATEST), Answer(0)
+    waits = [schedule.after(away) for _ in range(7)]
+    assert waits == [1, 2, 4, 8, 16, 30, 30]
+    schedule.after(Answer(200))
+    assert schedule.after(away) == 1
+    early = Schedule(min)
+    assert [early.after(away) for _ in range(3)] == [0.5, 1, 2]
+
+
+def test_a_refusal_is_tried_again_slowly() -> None:
+    schedule = Schedule(LATEST)
+    assert schedule.after(Answer(409)) == Schedule.SLOW
+    assert schedule.after(Answer(401)) == Schedule.LASTING
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "text"),
+    [
+        (401, b'{"error": {"message": "No\\n token."}}', "No token."),
+        (404, b"<html>", "answered 404; is it a hub?"),
+        (200, b"[]", "answered 200; is it a hub?"),
+        (500, b'{"error": 3}', "answered 500"),
+        (500, b'{"error": {"message": null}}', "answered 500"),
+    ],
+)
+def test_an_error_is_one_line(status: int, body: bytes, text: str) -> None:
+    assert registration.read_answer(status, body).text == text
