@@ -7,7 +7,6 @@ object that has nothing left to do (`Sent`).
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -24,7 +23,7 @@ from gollama_proxy.wire.schema import Api
 SERVER = "gollama-proxy"
 JSON = "Content-Type: application/json\r\n"
 
-_REASONS = {status.value: status.phrase for status in HTTPStatus}
+_FIRST = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n" for each in HTTPStatus}
 # Statuses whose answers have no body (RFC 9110, 6.4.1).
 _BODILESS = frozenset({204, 304})
 
@@ -78,11 +77,12 @@ def write_whole(
     transport, body, status = request.transport, response.body, response.status
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the client left")
-    framing = "" if status in _BODILESS else f"Content-Length: {len(body)}\r\n"
-    data = head(
-        request, status, response.fields + fields + framing, keep_alive=keep_alive
-    )
-    if request.method == "HEAD" or status in _BODILESS:
+    bodiless = status in _BODILESS
+    fields = f"{response.fields}{fields}"
+    if not bodiless:
+        fields = f"{fields}Content-Length: {len(body)}\r\n"
+    data = head(request, status, fields, keep_alive=keep_alive)
+    if bodiless or request.method == "HEAD":
         transport.write(data)
     elif len(body) > 64 << 10:  # a copy would cost more than a second buffer
         transport.writelines((data, body))
@@ -97,26 +97,43 @@ def head(request: BaseRequest, status: int, fields: str, *, keep_alive: bool) ->
     The version is the client's, if the hub conforms to it (RFC 9110, 6.2: a server must
     not claim any other).
     """
-    version, connection = "1.1", ""
+    first, connection = _FIRST.get(status) or f"HTTP/1.1 {status} \r\n", ""
     if request.version == (1, 0):
-        version = "1.0"
+        first = first.replace("1.1", "1.0", 1)
         connection = "Connection: keep-alive\r\n" if keep_alive else ""
     elif not keep_alive:
         connection = "Connection: close\r\n"
-    first = f"HTTP/{version} {status} {_REASONS.get(status, '')}\r\n"
-    date = _date_line(int(time.time()))
-    return f"{first}{fields}{connection}{date}\r\n".encode("latin-1")
+    now = time.time()
+    if now >= _date.ends or now < _date.begins:
+        _date.set(now)
+    return f"{first}{fields}{connection}{_date.line}\r\n".encode("latin-1")
 
 
-@functools.lru_cache(maxsize=1)
-def _date_line(second: int) -> str:
-    """Write the `Date` line of this second (RFC 9110, 6.6.1)."""
-    now = time.gmtime(second)
-    day, month = _DAYS[now.tm_wday], _MONTHS[now.tm_mon]
-    time_of_day = f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
-    return f"Date: {day}, {now.tm_mday:02} {month} {now.tm_year} {time_of_day} GMT\r\n"
+class _Date:
+    """The `Date` line of a second (RFC 9110, 6.6.1)."""
+
+    __slots__ = ("begins", "ends", "line")
+
+    def __init__(self) -> None:
+        self.begins = self.ends = 0.0  # Unix time
+        self.line = ""
+
+    def __repr__(self) -> str:
+        return f"<Date {self.line!r}>"
+
+    def set(self, second: float) -> None:
+        """Write the line of another second."""
+        now = time.gmtime(second)
+        self.begins = second // 1
+        self.ends = self.begins + 1
+        day, month = _DAYS[now.tm_wday], _MONTHS[now.tm_mon]
+        of_day = f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
+        self.line = (
+            f"Date: {day}, {now.tm_mday:02} {month} {now.tm_year} {of_day} GMT\r\n"
+        )
 
 
+_date = _Date()
 # In English, whatever the locale is.
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = (

@@ -18,6 +18,7 @@ import asyncio
 import enum
 import logging
 from collections.abc import Collection
+from math import floor
 from typing import TYPE_CHECKING
 
 from gollama_proxy.edge.response import SERVER
@@ -194,13 +195,12 @@ class Exchange(Record):
 
     def header_lines(self) -> str:
         """Return the header lines that the hub adds to the answer."""
-        lines = f"Server: {SERVER}\r\nX-Request-Id: {self.id}\r\n{self.lines}"
-        if not self.attempts:
-            return lines
+        if not (attempts := self.attempts):
+            return f"{_BEFORE_ID}{self.id}\r\n{self.lines}"
         return (
-            f"{lines}X-Gollama-Worker: {self.worker}\r\n"
-            f"X-Gollama-Attempts: {self.attempts}\r\n"
-            f"X-Gollama-Queue-Ms: {round(self.queued * 1000)}\r\n"
+            f"{_BEFORE_ID}{self.id}\r\n{self.lines}X-Gollama-Worker: {self.worker}\r\n"
+            f"X-Gollama-Attempts: {attempts}\r\n"
+            f"X-Gollama-Queue-Ms: {floor(self.queued * 1000.0 + 0.5)}\r\n"
         )
 
     @property
@@ -210,6 +210,7 @@ class Exchange(Record):
         return (model, self.alias) if self.alias and model == self.asked else None
 
 
+_BEFORE_ID = f"Server: {SERVER}\r\nX-Request-Id: "
 MOST_STEPS = 100  # of one request; more are not kept
 
 # --- The requests that run --------------------------------------------------------
