@@ -572,7 +572,7 @@ async def test_top_goes_on_until_q(environ: dict[str, str]) -> None:
         screen.resize(30, 120)
         process.send_signal(signal.SIGWINCH)
         await screen.until("mine")
-        hub.hub.registry.pause(names(hub)[0])
+        hub.hub.registry.hold(names(hub)[0], Hold.PAUSED)
         await screen.until("ready, paused")
         screen.type("xq")
         assert await asyncio.wait_for(process.wait(), DEADLINE) == 0

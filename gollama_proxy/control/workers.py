@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from gollama_proxy.bounded import BoundedDict
@@ -56,6 +57,11 @@ class Workers:
     def routes(self) -> dict[str, dict[str, CallHandler]]:
         """Return the handlers of all paths."""
         registry, listing = self._hub.registry, self._hub.replies.listing
+        pause, unpause, drain, undrain = (
+            self._holding(partial(change, hold=hold))
+            for hold in (Hold.PAUSED, Hold.DRAINING)
+            for change in (registry.hold, registry.release)
+        )
         return {
             "/admin/workers": {"GET": listing("workers"), "POST": self._add_worker},
             "/admin/workers/{name}": {
@@ -63,10 +69,10 @@ class Workers:
                 "PATCH": self._change_worker,
                 "DELETE": self._remove_worker,
             },
-            "/admin/workers/{name}/drain": {"POST": self._holding(registry.drain)},
-            "/admin/workers/{name}/undrain": {"POST": self._holding(registry.undrain)},
-            "/admin/workers/{name}/pause": {"POST": self._holding(registry.pause)},
-            "/admin/workers/{name}/unpause": {"POST": self._holding(registry.unpause)},
+            "/admin/workers/{name}/drain": {"POST": drain},
+            "/admin/workers/{name}/undrain": {"POST": undrain},
+            "/admin/workers/{name}/pause": {"POST": pause},
+            "/admin/workers/{name}/unpause": {"POST": unpause},
             "/admin/workers/{name}/reset-breaker": {"POST": self._reset_breaker},
             "/admin/workers/{name}/wake": {"POST": self._wake},
         }
@@ -508,13 +514,9 @@ class Follower:
         hold = Hold(stored.hold) if stored is not None and stored.hold else Hold.NONE
         if worker is None or worker.held is hold:
             return
-        if hold is Hold.DRAINING:
-            registry.drain(name)
-        elif hold is Hold.PAUSED:
-            registry.pause(name)
-        elif worker.held is Hold.DRAINING:
-            registry.undrain(name)
+        if hold is Hold.NONE:
+            registry.release(name, worker.held)
         else:
-            registry.unpause(name)
+            registry.hold(name, hold)
         text = {Hold.NONE: "released", Hold.DRAINING: "drained", Hold.PAUSED: "paused"}
         logger.info("worker %s: %s at another hub", name, text[hold])

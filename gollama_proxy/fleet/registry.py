@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -133,45 +134,26 @@ class Registry(Pools):
         self._retire(worker, self._deadline(within))
         return worker
 
-    def pause(self, name: str) -> Worker:
-        """Give a worker no new request; running ones go on.
+    def hold(self, name: str, hold: Hold, within: float | None = None) -> Worker:
+        """Give a worker no new request.
+
+        Running ones go on if it is PAUSED.  If it is DRAINING, they have some seconds
+        to end; what then still runs goes on elsewhere, as after `remove`.
 
         Raises:
             LookupError: there is no such worker.
         """
         worker = self.find(name)
-        worker.hold(Hold.PAUSED)
+        draining = hold is Hold.DRAINING
+        worker.hold(hold, self._deadline(within) if draining else math.inf)
         return worker
 
-    def drain(self, name: str, within: float | None = None) -> Worker:
-        """Give a worker no new request; running ones have some seconds to end.
-
-        What then still runs goes on elsewhere, as after `remove`.
+    def release(self, name: str, hold: Hold) -> Worker:
+        """End a hold; harmless for a worker that is not held, or for another reason.
 
         Raises:
             LookupError: there is no such worker.
         """
-        worker = self.find(name)
-        worker.hold(Hold.DRAINING, self._deadline(within))
-        return worker
-
-    def unpause(self, name: str) -> Worker:
-        """End a pause; harmless for a worker that is not paused.
-
-        Raises:
-            LookupError: there is no such worker.
-        """
-        return self._release(name, Hold.PAUSED)
-
-    def undrain(self, name: str) -> Worker:
-        """End a drain; harmless for a worker that is not draining.
-
-        Raises:
-            LookupError: there is no such worker.
-        """
-        return self._release(name, Hold.DRAINING)
-
-    def _release(self, name: str, hold: Hold) -> Worker:
         worker = self.find(name)
         if worker.held is hold:
             worker.hold(Hold.NONE)

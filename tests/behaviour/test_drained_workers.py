@@ -36,8 +36,11 @@ def first(hub: RunningHub) -> Worker:
 
 def take_out(hub: RunningHub, way: str, within: float | None = None) -> Worker:
     registry = hub.hub.registry
-    taken_out = registry.drain if way == "drain" else registry.remove
-    worker = taken_out(first(hub).name, within)
+    name = first(hub).name
+    if way == "drain":
+        worker = registry.hold(name, Hold.DRAINING, within)
+    else:
+        worker = registry.remove(name, within)
     hub.hub.watchdog.round()  # what checks the deadline, once a second
     return worker
 
@@ -123,13 +126,13 @@ async def test_a_pause_breaks_nothing_off() -> None:
         old.script(*partial(notify("begun"), wait("go"), *chat_stream([])[1:]))
         async with await hub.open(CHAT, BODY) as wire:
             await old.reached("begun")
-            hub.hub.registry.pause(first(hub).name)
+            hub.hub.registry.hold(first(hub).name, Hold.PAUSED)
             hub.hub.watchdog.round()
             new.script(*chat_stream([" b"]))
             assert (await hub.post(CHAT, BODY)).header("x-gollama-worker") == new.name
             old.release("go")
             assert (await wire.read_to_end()).clean
-        hub.hub.registry.unpause(first(hub).name)
+        hub.hub.registry.release(first(hub).name, Hold.PAUSED)
         old.script(*chat_stream([" a"]))
         assert (await hub.post(CHAT, BODY)).header("x-gollama-worker") == old.name
 
@@ -152,11 +155,11 @@ async def test_requests_that_wait_for_a_drained_worker_get_their_error() -> None
             await only.reached("begun")
             waiting = asyncio.create_task(hub.post(CHAT, STREAM))
             await until(lambda: hub.hub.queue.admission.waiting == 1)
-            hub.hub.registry.drain(first(hub).name)
+            hub.hub.registry.hold(first(hub).name, Hold.DRAINING)
             refused = await waiting
             assert refused.status == 503
             assert "(1 draining)" in refused.json()["error"]["message"]
-            hub.hub.registry.undrain(first(hub).name)
+            hub.hub.registry.release(first(hub).name, Hold.DRAINING)
             only.release("go")
             assert (await wire.read_to_end()).clean
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from gollama_proxy.config import load
-from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.state import Hold, WorkerState
 from tests.fakes.asks import CHAT
 from tests.fakes.cases import case
 from tests.fakes.client import Ending, Response
@@ -361,10 +361,10 @@ async def test_a_stream_does_not_wait_for_a_model_that_another_worker_has(
         behind(kind, tmp_path, spare, clock=Clock()) as (server, hub),
     ):
         server.holds = "loaded"
-        hub.hub.registry.pause(spare.name)
+        hub.hub.registry.hold(spare.name, Hold.PAUSED)
         async with await hub.open(CHAT, ask(kind)) as wire:
             await server.received()
-            hub.hub.registry.unpause(spare.name)
+            hub.hub.registry.release(spare.name, Hold.PAUSED)
             hub.pass_time(60)
             response = await wire.read_response()
         assert response.header("X-Gollama-Worker") in (spare.name, None)
@@ -449,14 +449,14 @@ async def test_an_answer_that_a_server_cannot_complete_is_continued(
         ScriptedWorker(kind.models[0]) as spare,
         behind(kind, tmp_path, spare) as (server, hub),
     ):
-        hub.hub.registry.pause(spare.name)
+        hub.hub.registry.hold(spare.name, Hold.PAUSED)
         if ends == "without a word":
             server.dies_after, server.pace = 2, "go"
         else:
             server.breaks_after, server.pace = 2, "go"
         async with await hub.open(CHAT, ask(kind)) as wire:
             await wire.read_head()
-            hub.hub.registry.unpause(spare.name)
+            hub.hub.registry.release(spare.name, Hold.PAUSED)
             server.release("go")
             ending = await wire.read_to_end()
         assert b'"error"' not in ending.response.body
@@ -489,11 +489,11 @@ async def test_an_error_is_found_in_other_forms_and_behind_other_events(
             before = [*server.events(TEXTS, kind.models[0], None)][-3]
         broken = before + b"data: " + error + b"\n\n"
         server.breaking = lambda: iter([broken, done()])  # type: ignore[method-assign]
-        hub.hub.registry.pause(spare.name)
+        hub.hub.registry.hold(spare.name, Hold.PAUSED)
         server.breaks_after, server.pace = 2, "go"
         async with await hub.open(CHAT, ask(kind)) as wire:
             await wire.read_head()
-            hub.hub.registry.unpause(spare.name)
+            hub.hub.registry.release(spare.name, Hold.PAUSED)
             server.release("go")
             ending = await wire.read_to_end()
         assert b'"error"' not in ending.response.body
@@ -511,10 +511,10 @@ async def test_a_stream_that_begins_with_too_many_requests_is_tried_elsewhere(
         busy = event({"error": {"message": "slow down", "code": 429}})
         server.breaking = lambda: iter([busy])  # type: ignore[method-assign]
         server.breaks_after = 0
-        hub.hub.registry.pause(spare.name)
+        hub.hub.registry.hold(spare.name, Hold.PAUSED)
         asking = asyncio.create_task(hub.post(CHAT, ask(kind)))
         await server.received()
-        hub.hub.registry.unpause(spare.name)
+        hub.hub.registry.release(spare.name, Hold.PAUSED)
         response = await asking
         assert response.status == 200
         assert text_of(events_of(response)) == "".join(TEXTS)
@@ -561,12 +561,12 @@ async def test_an_answer_of_llama_server_is_continued_by_any_of_them(
         behind(kind, tmp_path, first) as (_, hub),
     ):
         (worker,) = (w for w in hub.hub.registry.workers if w.name != first.name)
-        hub.hub.registry.pause(worker.name)
+        hub.hub.registry.hold(worker.name, Hold.PAUSED)
         begun = chunk(role(model=kind.models[0]) + token(" no", model=kind.models[0]))
         first.script(send(sse_head()), send(begun), wait("go"), close())
         async with await hub.open(CHAT, ask(kind)) as wire:
             await wire.read_head()
-            hub.hub.registry.unpause(worker.name)
+            hub.hub.registry.release(worker.name, Hold.PAUSED)
             first.release("go")
             ending = await wire.read_to_end()
         assert_continued(ending, 1, by=worker.name)
@@ -585,18 +585,18 @@ async def test_an_answer_survives_the_failures_of_two_servers(
     ):
         registry = hub.hub.registry
         (second,) = {each.name for each in registry.workers} - {first.name, last.name}
-        registry.pause(second)
-        registry.pause(last.name)
+        registry.hold(second, Hold.PAUSED)
+        registry.hold(last.name, Hold.PAUSED)
         begun = chunk(role(model=model) + token(" no", model=model))
         first.script(send(sse_head()), send(begun), wait("go"), close())
         server.breaks_after, server.pace = 2, "go"
         async with await hub.open(CHAT, ask(kind)) as wire:
             await wire.read_head()
-            registry.unpause(second)
+            registry.release(second, Hold.PAUSED)
             first.release("go")
             await server.received()
-            registry.pause(first.name)
-            registry.unpause(last.name)
+            registry.hold(first.name, Hold.PAUSED)
+            registry.release(last.name, Hold.PAUSED)
             server.release("go")
             ending = await wire.read_to_end()
         assert_continued(ending, 2, by=last.name)

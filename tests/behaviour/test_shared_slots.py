@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gollama_proxy.fleet.state import Hold
 from gollama_proxy.scheduling import sharing
 from gollama_proxy.scheduling.sharing import Sharing
 from gollama_proxy.state import slots
@@ -397,7 +398,7 @@ async def test_a_drained_worker_is_left_to_the_others(tmp_path: Path) -> None:
         await worker.busy(3)
         worker.finish(2)
         await until(lambda: worker.running == 1)
-        one.hub.registry.pause(worker.name)
+        one.hub.registry.hold(worker.name, Hold.PAUSED)
         clients = [chat(two) for _ in range(4)]
         await worker.busy(4)
         await both.queue(0, 1)

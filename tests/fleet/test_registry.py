@@ -823,7 +823,7 @@ def test_a_worker_that_was_gone_comes_back_with_what_was_learnt() -> None:
     trip(worker)
     breaker.busy(30)
     pace = worker.pace_of("a")
-    made.drain("w0")
+    made.hold("w0", Hold.DRAINING)
     made.remove("w0")
     assert made.leaving == []
     again = made.add(config_of(0, "again"))
@@ -946,15 +946,15 @@ def test_a_paused_worker_gets_no_new_request_until_the_pause_ends() -> None:
     made = registry("a", "a")
     first, second = made.workers
     lease = first.lease("a")
-    assert made.pause("w0") is first
-    made.pause("w0")
+    assert made.hold("w0", Hold.PAUSED) is first
+    made.hold("w0", Hold.PAUSED)
     assert (first.held, first.deadline) == (Hold.PAUSED, math.inf)
     assert made.pool("a").available == [second]
     assert (first.available, first.admits, first.can_serve("a")) == (False,) * 3
-    made.undrain("w0")  # it is paused, not draining
+    made.release("w0", Hold.DRAINING)  # it is paused, not draining
     assert first.held is Hold.PAUSED
-    made.unpause("w0")
-    made.unpause("w0")
+    made.release("w0", Hold.PAUSED)
+    made.release("w0", Hold.PAUSED)
     assert first.held is Hold.NONE
     assert made.pool("a").available == [first, second]
     lease.release(Result.COMPLETE)
@@ -964,21 +964,21 @@ def test_a_draining_worker_has_a_deadline() -> None:
     clock = Clock(5.0)
     made = registry("a", clock=clock)
     [worker] = made.workers
-    assert made.drain("w0") is worker
+    assert made.hold("w0", Hold.DRAINING) is worker
     assert (worker.held, worker.deadline) == (Hold.DRAINING, 35.0)
-    made.drain("w0", 3.0)
+    made.hold("w0", Hold.DRAINING, 3.0)
     assert (worker.held, worker.deadline) == (Hold.DRAINING, 8.0)
-    made.unpause("w0")
+    made.release("w0", Hold.PAUSED)
     assert worker.held is Hold.DRAINING
-    made.undrain("w0")
+    made.release("w0", Hold.DRAINING)
     assert (worker.held, worker.deadline) == (Hold.NONE, math.inf)
     assert made.ready
 
 
 def test_the_error_for_a_held_worker_names_the_hold() -> None:
     made = registry("a", "a")
-    made.pause("w0")
-    made.drain("w1")
+    made.hold("w0", Hold.PAUSED)
+    made.hold("w1", Hold.DRAINING)
     assert "2 serve it (1 paused, 1 draining)" in str(unavailable(made, "a"))
     assert not made.ready
 
@@ -988,8 +988,8 @@ def test_a_change_of_what_is_visible_is_notified_once() -> None:
     made.subscribe(notes)
     [worker] = made.workers
     changes: list[Callable[[], object]] = [
-        lambda: made.pause("w0"),
-        lambda: made.unpause("w0"),
+        lambda: made.hold("w0", Hold.PAUSED),
+        lambda: made.release("w0", Hold.PAUSED),
         lambda: see(worker, "a", "b"),
         lambda: take_out(worker),
         lambda: see(worker, "a", "b"),
@@ -1003,7 +1003,7 @@ def test_a_change_of_what_is_visible_is_notified_once() -> None:
         assert notes.seen == [("changed", "w0")]
     notes.seen.clear()
     see(worker, "a", "b")  # a check that finds nothing new
-    made.unpause("w0")
+    made.release("w0", Hold.PAUSED)
     made.apply([worker.config])
     assert notes.seen == []
     made.apply([config_of(0, weight=2.0)])
@@ -1101,14 +1101,18 @@ class Fleet(RuleBasedStateMachine):
         assert all(worker in self.made.workers for worker in others)
 
     @precondition(lambda self: self.made.workers)
-    @rule(data=st.data(), step=st.sampled_from(["remove", "pause", "drain", "free"]))
+    @rule(
+        data=st.data(), step=st.sampled_from(["remove", "paused", "draining", "free"])
+    )
     def hold(self, data: st.DataObject, step: str) -> None:
         name = data.draw(st.sampled_from(self.made.workers)).name
         if step == "free":
-            self.made.unpause(name)
-            self.made.undrain(name)
+            self.made.release(name, Hold.PAUSED)
+            self.made.release(name, Hold.DRAINING)
+        elif step == "remove":
+            self.made.remove(name)
         else:
-            getattr(self.made, step)(name)
+            self.made.hold(name, Hold(step))
 
     @precondition(lambda self: self.made.workers)
     @rule(data=st.data(), models=st.sampled_from(["a", "b", "a b", ""]))

@@ -7,7 +7,7 @@ import pytest
 from gollama_proxy.config.settings import Config, Health, Origin, Wake, WorkerConfig
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.state import Hold, WorkerState
 from gollama_proxy.fleet.wake import LONGEST_PAUSE, REPEAT, UNKNOWN, Waker
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.description import Check, Description, Model
@@ -100,7 +100,7 @@ def test_a_worker_that_does_not_suit_is_not_woken() -> None:
 
 
 def test_a_paused_worker_is_not_woken(fleet: Fleet) -> None:
-    fleet.registry.pause("w0")
+    fleet.registry.hold("w0", Hold.PAUSED)
     assert fleet.waker.wake_for(fleet.pool) is None
     assert not fleet.registry.ready
 

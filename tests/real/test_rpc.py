@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.fleet.state import WorkerState
+from gollama_proxy.fleet.state import Hold, WorkerState
 from tests.behaviour.test_agents import reserved
 from tests.fakes.agent import AgentProcess
 from tests.fakes.asks import CHAT
@@ -92,7 +92,7 @@ async def test_a_helper_that_dies_takes_its_server_and_no_answer_with_it(
             assert "Accepted client connection" in each.log.read_text()
         async with running_hub(split, spare, **EAGER) as hub:
             first, second = (each.name for each in hub.hub.registry.workers)
-            hub.hub.registry.pause(second)
+            hub.hub.registry.hold(second, Hold.PAUSED)
             assert await answered(hub) == first
 
             # Without another worker, the answer breaks off, and that is visible.
@@ -115,7 +115,7 @@ async def test_a_helper_that_dies_takes_its_server_and_no_answer_with_it(
 
             # With another one, the answer is continued there.
             async with begun(hub) as wire:
-                hub.hub.registry.unpause(second)
+                hub.hub.registry.release(second, Hold.PAUSED)
                 helpers[0].kill()
                 while (event := await wire.read_event()).startswith(b"data: {"):
                     assert b'"error"' not in event
