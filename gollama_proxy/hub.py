@@ -102,7 +102,7 @@ class Hub(Listener):
             self.clients,
             clock,
             self.connections,
-            self.fitting.likely_tokens,
+            self.fitting.prompts.likely_tokens,
             self._certificate_expires,
         )
         self.telemetry.reconfigure(config.metrics)

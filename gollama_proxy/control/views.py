@@ -118,7 +118,7 @@ class Views:
         writes = None if speed is None else speed.writes(max(worker.in_flight, 1))
         reads = None
         if speed is not None and speed.reads is not None:
-            reads = self._hub.fitting.likely_tokens(model, int(speed.reads))
+            reads = self._hub.fitting.prompts.likely_tokens(model, int(speed.reads))
         first = pace.first_token if pace is not None else 0.0
         return {
             "tokens_per_second": writes and round(writes, 2),

@@ -57,18 +57,10 @@ class Fitting:
     def __init__(self, registry: Registry, count: Count) -> None:
         self._registry = registry
         self._count = count
-        self._prompts = Prompts()
+        self.prompts = Prompts()
 
     def __repr__(self) -> str:
-        return f"<Fitting {self._prompts!r}>"
-
-    def learn(self, x: Exchange, tokens: int) -> None:
-        """Learn the number of tokens of a prompt from its answer."""
-        self._prompts.learn(x.model, x.body.size, tokens)
-
-    def likely_tokens(self, model: str, size: int) -> int:
-        """Estimate the tokens of a text of `size` bytes."""
-        return self._prompts.likely_tokens(model, size)
+        return f"<Fitting {self.prompts!r}>"
 
     def estimate(self, x: Exchange) -> int:
         """Estimate the tokens of a prompt whose worker reported no count."""
@@ -77,7 +69,7 @@ class Fitting:
         pool, body = x.plan.pool, x.body
         counted = x.plan.needs.get(pool.model)
         size = body.length or body.size
-        tokens = counted or self._prompts.likely_tokens(pool.model, size)
+        tokens = counted or self.prompts.likely_tokens(pool.model, size)
         return min(tokens, pool.largest_context or tokens)
 
     def is_certain(self, x: Exchange) -> bool:
@@ -116,7 +108,7 @@ class Fitting:
             return True
         body = x.body
         size = body.size if body.complete else body.length or body.size
-        return self._prompts.most_tokens(pool.model, size) < least
+        return self.prompts.most_tokens(pool.model, size) < least
 
     async def _judge(self, x: Exchange, pool: Pool) -> None:
         """Count the tokens of the prompt for a model, unless that is known."""
@@ -140,7 +132,7 @@ class Fitting:
                 needs[model] = self._guess(x, pool)
         else:
             needs[model] = tokens
-            self._prompts.learn(model, x.body.size, tokens)
+            self.prompts.learn(model, x.body.size, tokens)
 
     def _guess(self, x: Exchange, pool: Pool) -> int:
         """Estimate the tokens of a body that cannot be counted.
@@ -149,7 +141,7 @@ class Fitting:
         as images.
         """
         size = x.body.length or x.body.size
-        tokens = self._prompts.likely_tokens(pool.model, size)
+        tokens = self.prompts.likely_tokens(pool.model, size)
         largest = max(each.largest_context or 0 for each in x.plan.pools)
         return tokens if tokens < largest else 0
 
@@ -197,7 +189,7 @@ class Charges:
         self, quotas: Quotas, fitting: Fitting, clock: Callable[[], float]
     ) -> None:
         self._quotas = quotas
-        self._fitting = fitting
+        self._fitting, self._prompts = fitting, fitting.prompts
         self._clock = clock
 
     def __repr__(self) -> str:
@@ -228,18 +220,18 @@ class Charges:
             generated = generated or relay.events or _held_events(x, relay)
         elif generated is None and endpoint.generates:
             size = relay.bytes or len(relay.held)
-            generated = self._fitting.likely_tokens(x.model, size)
+            generated = self._prompts.likely_tokens(x.model, size)
         read = prompt = used.prompt or 0
         if body.prompts > 1:
             if used.reading is not None and used.reading.seconds:  # of one of them
-                likely = self._fitting.likely_tokens(x.model, body.size)
+                likely = self._prompts.likely_tokens(x.model, body.size)
                 prompt = max(prompt, likely)
         elif x.repeated:
             # What the client has of the answer is a part of this prompt, and not of
             # the request; it was counted when it was generated.
             prompt = max(prompt - x.repeated, 0)
         elif endpoint.prompt_has_size and prompt:
-            self._fitting.learn(x, prompt)
+            self._prompts.learn(x.model, body.size, prompt)
         x.answered = True
         x.tokens += generated or 0
         if prompt > x.prompt_tokens:
