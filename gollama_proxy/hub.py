@@ -117,7 +117,7 @@ class Hub(Listener):
         self.scrapes = MetricsServer(self.status, self.telemetry.ended, clock)
         self.health = HealthChecker(config.health, self._ping)
         self.loading = LoadingFeeds(self._follow_loading)
-        self.watchdog = Watchdog(self._prove, then=self._each_second)
+        self.watchdog = Watchdog(self.registry, self._prove, self._each_second)
         self.quotas = Quotas(clock, self.ledger)
         self.agents = Agents(config.agents, clock)
         self._agent_api = AgentApi(self)
@@ -152,7 +152,6 @@ class Hub(Listener):
         for part in (
             self,
             self.health,
-            self.watchdog,
             self.loading,
             self.waker,
             self.events,

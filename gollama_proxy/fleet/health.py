@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable
 
 from gollama_proxy.config.settings import Health
 from gollama_proxy.fleet.breaker import Breaker, Permit
+from gollama_proxy.fleet.pool import Pools
 from gollama_proxy.fleet.registry import Listener
 from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.worker import Worker
@@ -251,11 +252,12 @@ def _build(worker: Worker) -> str:
 # --- Canaries, and what else is checked once a second -----------------------------
 
 
-class Watchdog(Listener):
+class Watchdog:
     """Watches half-open breakers, and has the running requests checked."""
 
     def __init__(
         self,
+        registry: Pools,
         prove: Prove,
         then: Callable[[float], None] | None = None,
     ) -> None:
@@ -263,7 +265,7 @@ class Watchdog(Listener):
 
         `then` is called in each round, with the seconds by which the round is late.
         """
-        self._workers: list[Worker] = []
+        self._registry = registry
         self._prove = prove
         self._then = then
         self._canaries: set[asyncio.Task[None]] = set()
@@ -271,12 +273,6 @@ class Watchdog(Listener):
 
     def __repr__(self) -> str:
         return f"<Watchdog canaries={len(self._canaries)}>"
-
-    def added(self, worker: Worker) -> None:
-        self._workers.append(worker)
-
-    def removed(self, worker: Worker) -> None:
-        self._workers.remove(worker)
 
     def start(self) -> None:
         self._loop.start()
@@ -293,7 +289,7 @@ class Watchdog(Listener):
 
     def round(self, late: float = 0.0) -> None:
         """Look at every worker once, and call `then`."""
-        for worker in self._workers:
+        for worker in self._registry.workers:
             ready = worker.state is WorkerState.READY and worker.takes_requests
             if ready and worker.policy.canary:
                 self._send_canaries(worker)

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 
 from gollama_proxy.config.settings import Breaker as Policy
-from gollama_proxy.config.settings import Health, Origin, WorkerConfig
+from gollama_proxy.config.settings import Health, Models, Origin, WorkerConfig
 from gollama_proxy.fleet import health
 from gollama_proxy.fleet.breaker import Breaker, BreakerState, Verdict
 from gollama_proxy.fleet.health import Watchdog
 from gollama_proxy.fleet.lease import Result
+from gollama_proxy.fleet.pool import Pools
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.wire.description import Check, Description, Model
 from tests.fakes.clock import Clock
@@ -40,9 +41,9 @@ class Stage:
         self.clock = Clock()
         self.prove = Canaries()
         self.workers = [self.worker(name, models) for name in names or ("a",)]
-        self.watchdog = Watchdog(self.prove)
-        for worker in self.workers:
-            self.watchdog.added(worker)
+        pools = Pools(Models())
+        pools.workers = self.workers
+        self.watchdog = Watchdog(pools, self.prove)
 
     def worker(self, name: str, models: tuple[str, ...]) -> Worker:
         origin = Origin("http", "127.0.0.1", 8080, "")
