@@ -331,12 +331,8 @@ def _check_worker_name(where: str, name: str) -> None:
 
 
 def _check_resolver(where: str, url: str, origin: Origin) -> None:
-    needed = origin.scheme.startswith("dns+") and origin.host.startswith("_")
-    if needed and importlib.util.find_spec("dns") is None:
-        raise ConfigError(
-            f"{where}.url = {url!r}: needs dnspython for SRV records; "
-            "pip install 'gollama-proxy[dns]'"
-        )
+    if origin.scheme.startswith("dns+") and origin.host.startswith("_"):
+        _require("dns", f"{where}.url = {url!r}", "dnspython for SRV records", "dns")
 
 
 def _reject_second(
@@ -447,10 +443,7 @@ def _check_advertising(config: Config) -> None:
             f"server.advertise = true: other machines cannot reach server.host = "
             f"{server.host!r}; must be an address of the local network, or 0.0.0.0"
         )
-    if importlib.util.find_spec("zeroconf") is None:
-        raise ConfigError(
-            "server.advertise = true: needs zeroconf; pip install 'gollama-proxy[mdns]'"
-        )
+    _require("zeroconf", "server.advertise = true", "zeroconf", "mdns")
 
 
 def _check_tracing(config: Config) -> None:
@@ -460,39 +453,36 @@ def _check_tracing(config: Config) -> None:
             f"tracing.endpoint = {endpoint!r}: must be a URL such as "
             "http://localhost:4318"
         )
-    if not config.tracing.enabled:
-        return
-    try:
-        found = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http")
-    except ModuleNotFoundError:  # not even the packages around it
-        found = None
-    if found is None:
-        raise ConfigError(
-            "tracing.enabled = true: needs OpenTelemetry; pip install "
-            "'gollama-proxy[otel]'"
-        )
+    if config.tracing.enabled:
+        module = "opentelemetry.exporter.otlp.proto.http"
+        _require(module, "tracing.enabled = true", "OpenTelemetry", "otel")
 
 
 def _check_processes(config: Config) -> None:
-    if not config.state.url and importlib.util.find_spec("valkey") is None:
+    if not config.state.url:
         number = config.server.processes or "auto"
-        raise ConfigError(
-            f"server.processes = {number}: needs valkey; "
-            "pip install 'gollama-proxy[cluster]'"
-        )
+        _require("valkey", f"server.processes = {number}", "valkey", "cluster")
 
 
 def _check_store(config: Config) -> None:
     url = config.state.url
     address = addresses.parse_store_url("state.url", url)
-    if importlib.util.find_spec("valkey") is None:
-        raise ConfigError(
-            f"state.url = {url!r}: needs valkey; pip install 'gollama-proxy[cluster]'"
-        )
+    _require("valkey", f"state.url = {url!r}", "valkey", "cluster")
     if address.tls:
         from gollama_proxy.config import tls
 
         tls.store_context(address)
+
+
+def _require(module: str, setting: str, needed: str, extra: str) -> None:
+    """Check that what a setting needs is installed; `extra` is that of this package."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # not even the packages around it
+        found = None
+    if found is None:
+        hint = f"pip install 'gollama-proxy[{extra}]'"
+        raise ConfigError(f"{setting}: needs {needed}; {hint}")
 
 
 def _check_tls(config: Config) -> None:
