@@ -57,15 +57,10 @@ def worker_context(worker: WorkerConfig) -> ssl.SSLContext:
     Raises:
         ConfigError: a file cannot be used.
     """
-    where = f"worker {worker.name}: "
-    context = _client_context(f"{where}ca_file", worker.ca_file)
+    names = "ca_file", "client_certificate", "client_key"
+    files = worker.ca_file, worker.client_certificate, worker.client_key
+    context = _client_context(f"worker {worker.name}: ", names, files)
     context.set_alpn_protocols(_ALPN)
-    if worker.client_certificate:
-        _load_pair(
-            context,
-            (f"{where}client_certificate", worker.client_certificate),
-            (f"{where}client_key", worker.client_key),
-        )
     return context
 
 
@@ -77,24 +72,25 @@ def store_context(address: StoreAddress) -> ssl.SSLContext:
     Raises:
         ConfigError: a file cannot be used.
     """
-    where = "state.url: the option "
-    context = _client_context(f"{where}ssl_ca_certs", address.ca_file)
-    if address.certificate:
-        _load_pair(
-            context,
-            (f"{where}ssl_certfile", address.certificate),
-            (f"{where}ssl_keyfile", address.key),
-        )
-    return context
+    names = "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"
+    files = address.ca_file, address.certificate, address.key
+    return _client_context("state.url: the option ", names, files)
 
 
-def _client_context(name: str, ca_file: str) -> ssl.SSLContext:
-    if ca_file:
+def _client_context(
+    where: str, names: Sequence[str], files: Sequence[str]
+) -> ssl.SSLContext:
+    """Make the context for CAs, and the hub's certificate and key if there are any."""
+    keys = (where + name for name in names)
+    ca, certificate, key = zip(keys, files, strict=True)
+    if ca[1]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts no CA yet
-        _load_ca(context, name, ca_file)
+        _load_ca(context, *ca)
     else:
         context = ssl.create_default_context()
     context.minimum_version = _OLDEST
+    if certificate[1]:
+        _load_pair(context, certificate, key)
     return context
 
 
