@@ -278,6 +278,7 @@ async def beside_a_good_stream(**settings: Any) -> AsyncIterator[Scene]:
         "timeouts__first_token": 2,
         "timeouts__gap": GAP,
         "timeouts__silence": GAP,
+        "retry__patience": 0,
         **NO_BREAKER,
     } | settings
     async with (

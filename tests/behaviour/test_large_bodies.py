@@ -542,6 +542,8 @@ async def test_a_large_body_goes_elsewhere_if_its_worker_cannot_be_reached(
             timeouts__connect=0.1,
             breaker__ramp=0,
             models__aliases={"an-alias": "tiny"},
+            health__timeout=3600,
+            ready=way != "no answer",  # for which the first ping waits
             **quiet,
         ) as hub,
     ):

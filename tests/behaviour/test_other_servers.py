@@ -536,7 +536,7 @@ async def test_an_answer_that_is_only_an_error_costs_nothing(tmp_path: Path) -> 
 async def test_a_failure_without_help_is_reported_in_the_words_of_the_server(
     kind: Kind, tmp_path: Path
 ) -> None:
-    async with behind(kind, tmp_path) as (server, hub):
+    async with behind(kind, tmp_path, retry__patience=0) as (server, hub):
         server.breaks_after, server.pace = 2, "go"
         async with await hub.open(CHAT, ask(kind)) as wire:
             await wire.read_head()
