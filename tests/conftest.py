@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import importlib.util
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,16 +53,34 @@ _SERVERS = pytest.StashKey[list[LlamaServer]]()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     """Keep the garbage collector away from the thousands of tests.
 
     They stay until the end, and every collection would go through them.
     """
     gc.disable()
+    _compile_share(session.config)
     collected = yield
     gc.freeze()
     gc.enable()
     return collected
+
+
+def _compile_share(config: pytest.Config) -> None:
+    """Import a share of the tests first, if there are several processes of pytest.
+
+    Each of them imports all; what one has compiled, the others find compiled, which
+    takes twice as long as the rest of the collection.
+    """
+    number = os.environ.get("PYTEST_XDIST_WORKER", "")[2:]
+    if not number or sys.dont_write_bytecode:
+        return
+    folders = (config.rootpath / each for each in config.args)
+    files = sorted(file for each in folders for file in each.rglob("test_*.py"))
+    for file in files[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]:
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # reported later
+            name = ".".join(file.relative_to(config.rootpath).with_suffix("").parts)
+            importlib.import_module(name)
 
 
 def pytest_asyncio_loop_factories(
