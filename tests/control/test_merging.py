@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from gollama_proxy.control.merging import (
     SILENCE,
+    Answers,
     Elsewhere,
     merge_columns,
     merge_exchanges,
     merge_figures,
     merge_histories,
+    merge_known,
     merge_models,
     merge_queues,
     merge_requests,
@@ -39,6 +43,24 @@ def worker(name: str = "desk", **fields: Any) -> dict[str, Any]:
     return made | fields
 
 
+# --- Answers ----------------------------------------------------------------------
+
+
+def test_an_answer_that_makes_no_sense_is_missing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = {"a": [worker(running=1)], "b": [{}], "c": [worker(running=2)], "d": [3]}
+    answers = Answers(found, ["e"])
+    [shown] = answers.merge(merge_workers)
+    assert shown["running"] == 3
+    assert answers.note == {"missing": ["e", "b", "d"]}
+    assert caplog.messages == [
+        "an answer of the hub b makes no sense",
+        "an answer of the hub d makes no sense",
+    ]
+    assert Answers(found, []).note == {}
+
+
 # --- Workers and models -----------------------------------------------------------
 
 
@@ -57,8 +79,15 @@ def test_a_hub_that_sees_another_state_is_named() -> None:
     answers = {"a": [worker()], "b": [worker(state="down")]}
     [shown] = merge_workers(answers)
     assert shown["state"] == "ready"
-    [other] = shown["hubs"]
-    assert (other["hub"], other["state"]) == ("b", "down")
+    assert shown["hubs"] == [
+        {
+            "hub": "b",
+            "state": "down",
+            "hold": "none",
+            "breaker": "closed",
+            "running": 0,
+        }
+    ]
     tripped = {"a": [worker()], "b": [worker(breaker="open")]}
     assert merge_workers(tripped)[0]["hubs"][0]["breaker"] == "open"
 
@@ -89,6 +118,18 @@ def test_what_the_asked_hub_does_not_know_is_from_another() -> None:
     assert shown["last_error"] == newer
 
 
+def test_slots_that_no_hub_knows_stay_unknown() -> None:
+    answers = {"a": [worker(slots=None)], "b": [worker(slots=None)]}
+    assert merge_workers(answers)[0]["slots"] is None
+
+
+def test_one_worker_is_shown_if_a_hub_knows_it() -> None:
+    assert merge_known({"a": None, "b": None}) is None
+    shown = merge_known({"a": None, "b": worker(running=1), "c": worker(running=2)})
+    assert shown is not None
+    assert shown["running"] == 3
+
+
 def test_models_count_what_waits_on_all_hubs() -> None:
     def model(waiting: int) -> dict[str, Any]:
         return {"name": "qwen", "policy": "auto", "waiting": waiting}
@@ -109,14 +150,17 @@ def test_requests_have_their_hub() -> None:
 
 
 def test_the_queue_is_by_model_and_place() -> None:
-    def waits(number: str, model: str, position: int | None) -> dict[str, Any]:
-        return {"id": number, "model": model, "position": position, "waited": 1.0}
+    def waits(
+        number: str, model: str, position: int | None, waited: float = 1.0
+    ) -> dict[str, Any]:
+        return {"id": number, "model": model, "position": position, "waited": waited}
 
     answers = {
         "a": [waits("1", "x", 1), waits("2", "x", 2)],
-        "b": [waits("3", "w", None), waits("4", "x", 1)],
+        "b": [waits("3", "x", None), waits("4", "x", 1, 2.0), waits("5", "w", 3)],
     }
-    assert [each["id"] for each in merge_queues(answers)] == ["3", "1", "4", "2"]
+    order = [each["id"] for each in merge_queues(answers)]
+    assert order == ["5", "3", "4", "1", "2"]
 
 
 def test_the_newest_of_all_requests_are_listed() -> None:
@@ -145,6 +189,14 @@ def test_figures_are_summed_and_percentiles_are_not() -> None:
     assert merge_figures([one]) == one
 
 
+def test_sums_are_rounded_and_whole_ones_are_integers() -> None:
+    def merged(*rates: float) -> str:
+        return repr(merge_figures([{"tokens_per_second": rate} for rate in rates]))
+
+    assert merged(1.5, 2.5) == "{'tokens_per_second': 4}"
+    assert merged(1.25, 2.51) == "{'tokens_per_second': 3.8}"
+
+
 def test_samples_of_a_worker_are_one() -> None:
     def figures(running: int, **fields: Any) -> dict[str, Any]:
         state = {"state": "ready", "hold": "none", "breaker": "closed", "slots": 4}
@@ -159,6 +211,8 @@ def test_samples_of_a_worker_are_one() -> None:
 def test_columns_end_at_the_same_moment() -> None:
     one = {"running": [1, 2, 3], "state": ["ready", None, "down"]}
     two = {"running": [10, None], "state": ["down", "ready"]}
+    unknown = {"errors": [None, None], "breaker": [None, "open"]}
+    assert merge_columns([unknown, unknown]) == unknown
     assert merge_columns([one, two]) == {
         "running": [1, 12, 3],
         "state": ["ready", "down", "down"],
@@ -214,12 +268,17 @@ def test_hubs_have_their_order_and_those_that_wait_do_not_run() -> None:
     elsewhere = Elsewhere(Clock())
     elsewhere.take("a", {**sample(7), "waiting": 3})
     shown = elsewhere.sample("b", sample(1), [])
-    assert [
-        (each["hub"], each["running"], each["waiting"]) for each in shown["hubs"]
-    ] == [
-        ("a", 4, 3),
-        ("b", 1, 0),
+    assert shown["hubs"] == [
+        {"hub": "a", "running": 4, "waiting": 3, "tokens_per_second": 1.0},
+        {"hub": "b", "running": 1, "waiting": 0, "tokens_per_second": 1.0},
     ]
+    elsewhere.take("a", {**sample(), "tokens_per_second": None})
+    assert elsewhere.sample("b", sample(), [])["hubs"][0] == {
+        "hub": "a",
+        "running": 0,
+        "waiting": 0,
+        "tokens_per_second": 0,
+    }
 
 
 def test_each_request_is_counted_once() -> None:
@@ -228,6 +287,9 @@ def test_each_request_is_counted_once() -> None:
         elsewhere.take("b", sample(0, 5))
     assert elsewhere.sample("a", sample(0, 1), [])["requests"] == 11
     assert elsewhere.sample("a", sample(0, 1), [])["requests"] == 1
+    elsewhere.take("b", sample(0, 2) | {"errors": None})
+    shown = elsewhere.sample("a", sample(0, 1), [])
+    assert (shown["requests"], shown["errors"]) == (3, 0)
 
 
 def test_only_what_differs_has_changed() -> None:
@@ -244,7 +306,9 @@ def test_a_silent_hub_is_forgotten() -> None:
     elsewhere = Elsewhere(clock)
     elsewhere.take("b", sample(1, 0, figures(running=1)))
     assert elsewhere.changed() == {"desk"}
-    clock.advance(SILENCE + 0.1)
+    clock.advance(SILENCE)
+    assert elsewhere.changed() == set()
+    clock.advance(0.1)
     assert elsewhere.changed() == {"desk"}
     shown = elsewhere.sample("a", sample(0), [figures()])
     assert shown["running"] == 0
@@ -264,3 +328,15 @@ def test_the_state_of_a_worker_elsewhere_is_noted() -> None:
     assert shown["running"] == 2
     [other] = shown["hubs"]
     assert (other["hub"], other["breaker"]) == ("b", "open")
+
+
+def test_a_new_state_leaves_the_figures_of_a_worker_as_they_were() -> None:
+    elsewhere = Elsewhere(Clock())
+    elsewhere.take("b", sample(0, 0, figures(tokens_per_second=5.0)))
+    for name in ("desk", "new"):
+        view = figures(name) | {"breaker": {"state": "closed"}, "state": "down"}
+        elsewhere.take_worker("b", view)
+        [other] = elsewhere.worker("a", view | {"state": "ready"})["hubs"]
+        assert (other["hub"], other["state"]) == ("b", "down")
+    [shown] = elsewhere.sample("a", sample(), [figures()])["workers"]
+    assert shown["tokens_per_second"] == 5

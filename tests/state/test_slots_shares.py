@@ -82,6 +82,32 @@ def test_a_long_silence_ends_all_demand() -> None:
     assert share.target == 0
 
 
+def test_demand_is_counted_from_the_beginning_of_a_share() -> None:
+    share = Share("w", "a", 1000.0)
+    share.note(3, 1000.0)
+    for second in (1.0, 2.0):
+        share.note(0, 1000.0 + second)
+    assert share.target == 4
+
+
+def test_a_worker_stays_in_demand_for_a_while_after_one_request() -> None:
+    share = make()
+    share.note(1, 1.0)
+    share.note(0, RECENT + 1)
+    assert share.in_demand
+    share.note(0, 2 * RECENT + 1)
+    assert not share.in_demand
+
+
+def test_an_ask_names_the_worker_its_slots_and_the_part_of_the_hub() -> None:
+    share, want = make("1", "2"), Want("ann", 1, 1, "m")
+    share.trim(1)
+    share.note(3, 1.0)
+    ask = share.ask(8, 2, 1, [want])
+    assert ask == Ask("w", 8, 2, ("1",), ("2",), 3, (want,), (), 1)
+    assert share.waits
+
+
 def test_an_idle_worker_is_given_back_and_then_not_asked_for() -> None:
     share = make("1", "2")
     ask = asked(share)
@@ -90,6 +116,15 @@ def test_an_idle_worker_is_given_back_and_then_not_asked_for() -> None:
     assert share.take(ask, NOTHING) == []
     assert not share.owes
     assert share.ask(4, 4, 0) is None
+
+
+def test_a_worker_without_anything_to_ask_is_not_scarce() -> None:
+    share = make("1")
+    share.take(asked(share, 4, 1), Reply("w", [], 0, 0))
+    assert share.scarce
+    share.take(asked(share), Reply("w", [], 0, 0))
+    assert share.ask(4, 4, 0) is None
+    assert not share.scarce
 
 
 def test_no_more_is_asked_for_than_the_worker_has() -> None:
@@ -105,6 +140,9 @@ def test_a_worker_that_gets_no_request_keeps_what_runs() -> None:
     ask = share.ask(4, 4, 1, in_use=False)
     assert ask is not None
     assert (ask.held, ask.back, ask.spare) == (("1",), ("2",), 0)
+    ask = share.ask(4, 4, 0, in_use=False)
+    assert ask is not None
+    assert (ask.held, ask.back) == ((), ("2", "1"))
 
 
 # --- Requests that wait -----------------------------------------------------------
@@ -171,7 +209,7 @@ def test_a_worker_is_scarce_while_it_has_no_slot_for_a_request() -> None:
     ask = asked(share, 4, 0, Want("ann", 1, 1, "m"))
     share.take(ask, Reply("w", [], 0, 0))
     assert share.scarce
-    share.take(asked(share, 4, 0), NOTHING)
+    share.take(asked(share, 4, 0), Reply("w", [], 0, 1))
     assert not share.scarce
     share.take(asked(share, 4, 0, Want("ann", 1, 1, "m")), NOTHING)
     assert share.scarce, "it got none, so it can get none for now"
@@ -187,6 +225,20 @@ def test_spare_leases_go_back_when_another_hub_waits() -> None:
     assert share.contended
     ask = asked(share, 4, 1)
     assert (ask.held, ask.back, ask.spare) == (("1",), ("3", "2"), 0)
+
+
+def test_one_request_that_waits_elsewhere_is_enough() -> None:
+    share = make("1")
+    share.take(asked(share, 4, 1), Reply("w", [], 1, 0))
+    assert share.contended
+
+
+def test_what_goes_back_is_urgent() -> None:
+    share = make("1", "2")
+    share.take(asked(share, 4, 2), NOTHING)
+    assert not share.is_urgent([])
+    share.trim(1)
+    assert share.is_urgent([])
 
 
 def test_a_reply_does_not_undo_a_message_that_came_during_the_call() -> None:
@@ -229,6 +281,30 @@ def test_a_grant_counts_once_however_often_it_arrives() -> None:
     assert share.leases == ["1"]
 
 
+@pytest.mark.parametrize(
+    ("wants", "left"),
+    [
+        ([("ann", "m", 3), ("bob", "m", 2)], [("ann", "m", 2), ("bob", "m", 2)]),
+        ([("ann", "m", 1), ("bob", "m", 2)], [("bob", "m", 2)]),
+        ([("ann", "m", 3), ("bob", "m", 2), ("ann", "n", 3)], [("bob", "m", 2)]),
+    ],
+    ids=["one of many", "the only one", "of one of two kinds"],
+)
+def test_after_a_grant_the_store_knows_of_one_request_less(
+    wants: list[tuple[str, str, int]], left: list[tuple[str, str, int]]
+) -> None:
+    def waiting(these: list[tuple[str, str, int]]) -> list[Want]:
+        return [Want(subject, 1, number, queue) for subject, queue, number in these]
+
+    share = make()
+    share.take(asked(share, 4, 0, *waiting(wants)), Reply("w", [], 1, 0))
+    assert not share.is_urgent(waiting(wants))
+    assert share.receive(Grant("1", ""))
+    assert not share.is_urgent(waiting(wants)), "it was for none of them"
+    assert share.receive(Grant("2", "ann"))
+    assert not share.is_urgent(waiting(left))
+
+
 def test_a_grant_that_is_of_no_use_gives_the_subject_its_turn_again() -> None:
     share = make()
     assert share.receive(Grant("1", "ann"))
@@ -251,10 +327,16 @@ def test_requests_from_the_time_without_the_store_get_leases() -> None:
 
 def test_leases_that_have_ended_are_not_used_and_not_given_back() -> None:
     share = make("1", "2", "3")
-    share.trim(2)
+    want = Want("ann", 1, 1, "m")
+    asked(share, 4, 3, want)
+    share.refuse("3")
+    share.trim(1)
     share.expire(1)
+    assert not share.owes
+    assert not share.waits
+    assert share.is_urgent([want])
     ask = asked(share, 4, 1)
-    assert (ask.held, ask.back) == (("1",), ())
+    assert (ask.held, ask.back, ask.unused) == (("1",), (), ())
 
 
 def test_grants_of_a_call_that_was_given_up_go_back_if_they_are_too_many() -> None:
@@ -265,6 +347,13 @@ def test_grants_of_a_call_that_was_given_up_go_back_if_they_are_too_many() -> No
     assert share.take(ask, Reply("w", late, 0, 0)) == late[:1]
     assert share.leases == ["a:m1", "0"]
     assert asked(share, 4, 2).unused == ("1", "2")
+
+
+def test_a_hub_asks_for_as_many_requests_as_its_part_has_slots() -> None:
+    wants = [Want(subject, 1, 1, "m") for subject in ("ann", "bob", "cid")]
+    ask = make().ask(8, 2, 0, wants, careful=True)
+    assert ask is not None
+    assert ask.wants == tuple(wants[:2])
 
 
 def test_until_all_are_back_a_hub_asks_for_no_more_than_its_part() -> None:
@@ -311,6 +400,15 @@ def test_each_hub_can_use_each_model_and_no_slot_is_given_twice(
         held = sum(part[key] for part in parts)
         few = [pool for pool in pools if key in pool]
         assert held == most or (held > most and few and most < hubs)
+
+
+def test_a_slot_in_excess_is_only_for_a_model_that_would_have_none() -> None:
+    alone = [fair_parts({"x": 1}, [("x",)], 3, place) for place in range(3)]
+    assert alone == [{"x": 1}] * 3
+    slots = {"x": 4, "y": 1}
+    for place in range(2):
+        parts = {key: fair_part(most, 2, place, key) for key, most in slots.items()}
+        assert fair_parts(slots, [("x", "y")], 2, place) == parts
 
 
 def test_what_remains_goes_to_other_hubs_for_other_workers() -> None:
