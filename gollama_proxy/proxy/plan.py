@@ -95,7 +95,7 @@ class Plan:
         # A request that a worker may have begun is not retried.
         self.once = path in config.retry.once
         self._pools = pools
-        self._tried: list[list[Worker]] = [[]] if self.single else [[] for _ in pools]
+        self._tried: list[list[Worker]] = [[] for _ in pools]
         self._limits = config.retry
         self._budget = budget
         self._rng = rng
@@ -252,7 +252,7 @@ class Plan:
 
     def busy_for(self) -> float:
         """Return the seconds until some worker is no longer busy; inf if none is."""
-        return min((pool.busy_for() for pool in self.pools), default=math.inf)
+        return min(pool.busy_for() for pool in self.pools)
 
     def can_wait(self, seconds: float) -> bool:
         """Return whether a worker may become available within so many seconds.
@@ -294,9 +294,10 @@ class Plan:
     def _go_back(self) -> list[Worker]:
         """Return workers that may continue a broken answer that they failed before."""
         failed = self._failed() if self._resuming else {}
-        if failed:
-            self._turn_to(min(failed))
-        return failed.get(self._place, [])
+        if not failed:
+            return []
+        self._turn_to(min(failed))
+        return failed[self._place]
 
     def _turn_to(self, place: int) -> None:
         if place != self._place:

@@ -401,6 +401,9 @@ def test_each_model_counts_for_itself() -> None:
     assert "the prompt has 2000" in error.message
     assert "tiny on a 1024, other1 on b 1024" in error.message
     assert attempts(worker("a", None)).too_long() is None
+    error = attempts(worker("a")).too_long()
+    assert error is not None
+    assert "the prompt has more" in error.message
 
 
 # --- What is remembered -----------------------------------------------------------
@@ -445,6 +448,20 @@ def test_a_worker_may_be_waited_for_as_long_as_it_is_busy() -> None:
     assert made.can_wait(5.0)
     assert not made.can_wait(4.9)
     assert made.reopens_in() == 5.0
+
+
+def test_of_several_workers_the_first_that_comes_back_is_waited_for() -> None:
+    clock = Clock()
+    a, b, f = (worker(name, clock=clock) for name in "abf")
+    made = attempts(a, b, fallbacks=[[f]])
+    assert made.reopens_in() == math.inf
+    f.breaker.busy(0.5)
+    b.breaker.busy(5.0)
+    assert made.busy_for() == 0.5
+    assert made.reopens_in() == 0.5
+    clock.advance(1.0)
+    a.breaker_of("tiny").busy(3.0)
+    assert made.reopens_in() == 3.0
 
 
 def test_workers_of_every_pool_may_take_over() -> None:
@@ -604,6 +621,15 @@ def test_a_fallback_is_asked_before_a_believed_5xx_is_passed_on() -> None:
     assert made.candidates() == [d]
     made.begin(d)
     assert made.succeeded() == []
+
+
+def test_of_several_failures_before_a_success_the_5xx_is_blamed() -> None:
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = failed(attempts(a, b, c, attempts=9), a)
+    for failure, each in ((Cause.LOST, b), (Cause.STATUS, c)):
+        assert made.retry_after(failure) == 0.0
+        made.begin(each)
+    assert made.succeeded() == [b]
 
 
 def test_a_5xx_that_one_worker_sends_twice_is_not_believed() -> None:
@@ -837,6 +863,7 @@ def test_it_may_go_on_though_the_attempts_were_used_up() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     made = failed(attempts(a, b, c, attempts=2, continuations=5), a)
     resumed(made, b)
+    assert made.tried == [a, b]
     assert made.retry_after(Cause.LOST) == 0.0
     assert made.candidates() == [c]
 
@@ -872,6 +899,35 @@ def test_a_worker_that_declined_the_request_has_not_failed_its_answer(
     assert made.retry_after(Cause.LOST) == 0.0
     expected = [a] if failure in DECLINED else [f]
     assert made.candidates() == expected
+
+
+def test_all_workers_that_declined_the_request_may_continue_its_answer() -> None:
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = failed(attempts(a, b, c, continuations=5), a)
+    for each in (b, c):
+        assert made.retry_after(Cause.BUSY) == 0.0
+        made.begin(each)
+    made.resume()
+    assert made.candidates() == [a, b]
+
+
+def test_without_rescue_no_answer_is_continued() -> None:
+    config = Config(rescue=Rescue(enabled=False, attempts=2))
+    budget = RetryBudget(1.0, 1000, clock=Clock())
+    pools = [Pool("tiny", (worker("a"), worker("b")))]
+    made = Plan(pools, CHAT, config, budget, random.Random(7), Ask("tiny"))
+    resumed(made, pools[0].workers[0])
+    assert not made.some_left
+    assert made.candidates() == []
+
+
+def test_a_free_worker_may_take_over_though_one_that_failed_is_full() -> None:
+    a, b, c = worker("a"), worker("b"), worker("c")
+    made = failed(attempts(a, b, c, continuations=5), a)
+    made.resume()
+    resumed(made, b)
+    a.full = True
+    assert made.has_other()
 
 
 def test_an_answer_of_a_fallback_may_go_back_to_the_model_that_was_asked_for() -> None:

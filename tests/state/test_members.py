@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -33,7 +34,10 @@ async def expire(server: StoreServer, member: Member) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-async def test_hubs_come_and_go(tmp_path: Path, engine: str) -> None:
+async def test_hubs_come_and_go(
+    tmp_path: Path, engine: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gollama_proxy.state.members")
     async with (
         running_store(tmp_path, engine) as server,
         connected(server.url) as store,
@@ -52,6 +56,8 @@ async def test_hubs_come_and_go(tmp_path: Path, engine: str) -> None:
             assert a.all == [a.me, b.me]
         await until(lambda: a.count == 1)
         assert left == [b.me.run]
+    for text in ("another hub has joined: b:8000", "a hub has left: b:8000"):
+        assert caplog.messages.count(text) == 1
 
 
 async def test_a_hub_that_is_silent_counts_as_gone(tmp_path: Path) -> None:
