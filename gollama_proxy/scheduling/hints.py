@@ -175,9 +175,8 @@ class Hints(Listener):
         for worker in stirred:
             self._assume(worker)
         self._calls += 1
-        rates: list[tuple[Worker, str, Learnt]] = []
-        if last or self._calls % EVERY == 0:
-            rates += self._changed_rates(1 if last else CYCLE)
+        looks = last or self._calls % EVERY == 0
+        rates = self._changed_rates(1 if last else CYCLE) if looks else ()
         turns = self._balancer.turns
         some = [turns.pop(key) for key in [*islice(turns, VISITS)]]
         self._kept.extend(some)

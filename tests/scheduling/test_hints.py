@@ -241,13 +241,17 @@ def test_a_worker_that_lists_its_models_later_has_the_speed_by_then() -> None:
     clock = Clock()
     one, late = FakeHub("a", clock), FakeHub("b", clock, count=0)
     teach(one.workers[0])
+    one.workers[0].pace_of("other").speed.read(1000, 2)
     deliver(one, late)
     worker = late.registry.add(one.workers[0].config)
     late.hints.gather()
     assert not worker.paces
-    worker.observe(Check.OK, "ok", Description((Model(MODEL),), slots=4))
+    models = Model(MODEL), Model("other")
+    worker.observe(Check.OK, "ok", Description(models, slots=4))
     late.hints.gather()
     assert worker.pace_of(MODEL).speed.reads == 1000
+    assert worker.pace_of(MODEL).speed.tokens == 100
+    assert worker.pace_of("other").speed.reads == 500
 
 
 def test_a_model_that_a_worker_does_not_have_is_not_assumed() -> None:
@@ -270,6 +274,7 @@ def test_the_next_turn_goes_to_the_worker_that_another_hub_has_chosen() -> None:
         assert second is not None
         assert second.name == first.name
         deliver(other, one)
+        assert repr(one.balancer.policy) == repr(other.balancer.policy)
         third = one.pick(number, 1000 + number, 2000 + number)
         assert third is first
 
@@ -317,17 +322,32 @@ def test_a_copy_has_the_turns_since_the_last_and_the_breakers_that_are_open() ->
     other.hints.take(copy, age=5)
     assert other.state(0) is BreakerState.HALF_OPEN
     clock.advance(100)
+    one.serve(1)
     assert one.hints.copy() is None
+
+
+def test_a_copy_has_the_breakers_of_models() -> None:
+    one, _, _ = two()
+    one.serve(1)
+    for _ in range(5):
+        one.workers[0].breaker_of(MODEL).record(Verdict.FAILURE)
+    deliver(one)
+    copy = one.hints.copy()
+    assert copy is not None
+    assert [copy.places[place] for place in copy.opened] == [
+        (one.workers[0].url, MODEL)
+    ]
 
 
 def test_a_copy_is_bounded() -> None:
     one, _, _ = two()
-    for number in range(hints.KEPT + 50):
-        one.pick(number)
-    deliver(one)
-    copy = one.hints.copy()
-    assert copy is not None
-    assert len(copy.visits) == hints.KEPT
+    for _ in range(2):
+        for number in range(hints.KEPT + 50):
+            one.pick(number)
+        deliver(one)
+        copy = one.hints.copy()
+        assert copy is not None
+        assert len(copy.visits) == hints.KEPT
 
 
 def test_what_has_arrived_already_changes_nothing() -> None:
