@@ -17,6 +17,7 @@ from gollama_proxy.wire.answer import TAIL
 from gollama_proxy.wire.errors import Code, WorkerError
 from gollama_proxy.wire.partial import DivergedError, Span, UnreadableError, closing
 from gollama_proxy.wire.resume import MAX_EVENT, MOST_WORDS, Resumer, Transcript
+from gollama_proxy.wire.schema import Ending
 from tests.fakes import replies
 from tests.fakes.replies import chunk
 from tests.fakes.streams import (
@@ -152,6 +153,42 @@ def test_of_a_stream_beyond_the_limit_the_end_is_kept() -> None:
     assert len(transcript.tail()) >= TAIL
 
 
+def test_of_events_that_differ_the_end_is_kept_as_well() -> None:
+    transcript = Transcript(limit=10_000)
+    passed = [dump({"n": number, "x": "y" * 100}) for number in range(1000)]
+    for data in passed:
+        pass_on(transcript, data)
+    stream, body = b"".join(passed), transcript.body()
+    assert stream.endswith(body)
+    assert TAIL <= len(body) < 2 * 10_000
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_error_or_a_mark_long_before_the_end_is_noted(again: bool) -> None:
+    later = [replies.token(f" {number}") for number in range(50)]
+    failed = filled([replies.token("a"), replies.error_event("no")], later)
+    marked = Transcript(Ending.STOP, limit=1 << 20)
+    assert not failed.marked
+    for data in (dump({"content": "", "stop": True}), *later):
+        pass_on(marked, data)
+    for transcript in (failed, marked):
+        if again:
+            transcript.add(chunk(replies.token('an "error"')))
+        transcript.cut()
+        assert b'"no"' not in transcript.tail()
+        assert b"stop" not in transcript.tail()
+    assert (failed.failed, marked.failed) == (True, False)
+    assert marked.marked
+
+
+def test_no_mark_is_noted_before_it_has_come() -> None:
+    transcript = Transcript(Ending.STOP, limit=1 << 20)
+    for number in range(50):
+        pass_on(transcript, dump({"content": str(number), "stop": False}))
+    transcript.cut()
+    assert not transcript.marked
+
+
 def test_a_new_transcript_is_empty() -> None:
     assert Transcript().body() == b""
 
@@ -231,6 +268,16 @@ def test_control_characters_change_nothing(event: bytes, mark: bytes) -> None:
     for first in (event % mark, event % b""):
         transcript = filled([first], [event % mark] * 3, [event % b""])
         assert transcript.body() == first + event % mark * 3 + event % b""
+
+
+def test_a_word_in_which_a_line_ends_goes_before_what_follows() -> None:
+    events = [b'data: {"content":"%b"}\n\n' % word for word in (b"a", b"b", b"c\rd")]
+    transcript = filled(events[:2])
+    transcript.cut()
+    pass_on(transcript, events[2])
+    assert transcript.words == [b"c\rd"]
+    transcript.add(chunk(replies.ping()))
+    assert transcript.body() == b"".join([*events, replies.ping()])
 
 
 @pytest.mark.parametrize("length", [1, 99, 300, 5000])
@@ -360,6 +407,10 @@ def test_events_are_given_one_by_one() -> None:
         next(events)
 
 
+def test_a_comment_may_follow_an_empty_line() -> None:
+    assert fed(splice_behind(BEGUN), b"\r\n: hi\n\n") == b": hi\n\n"
+
+
 def test_a_cut_event_is_completed_from_others() -> None:
     """The hub writes it first; here it would come after events of a later worker."""
     relayed = chat_stream(["a", "b"], reason=None)[:-1]
@@ -385,6 +436,15 @@ def test_usage_is_that_of_one_answer() -> None:
     seen = read(spliced(chat_stream(["a", "b"], reason=None), stream))
     expected = {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25}
     assert seen.usages == [expected]
+
+
+def test_a_prompt_of_which_nothing_is_left_has_no_tokens() -> None:
+    usage = replies.usage_of(completion=3, prompt=2)
+    out = spliced(
+        chat_stream(["a", "b"], reason=None), chat_stream(["abc"], usage=usage)
+    )
+    [seen] = read(out).usages
+    assert (seen["prompt_tokens"], seen["total_tokens"]) == (0, 5)
 
 
 def test_usage_of_an_answer_that_was_repeated_is_right_as_it_is() -> None:
@@ -483,6 +543,13 @@ def test_thoughts_may_be_repeated_in_any_form_or_not_at_all(echo: list[bytes]) -
     assert parsed(out).reasoning == "hm.\n"
 
 
+def test_long_thoughts_may_be_repeated_in_the_text() -> None:
+    thoughts = "I have to think about foxes and crows. " * 20
+    relayed = chat_event(reasoning_content=thoughts) + chat_stream([TEXT], reason=None)
+    echo = chat_event(content=f"<think>\n{thoughts}\n</think>\n\n{TEXT} So")
+    assert read(spliced(relayed, echo + chat_event("stop"))).text == TEXT + " So"
+
+
 def test_thoughts_that_broke_off_go_on_where_they_were() -> None:
     thoughts = [chat_event(reasoning_content=text) for text in ("hm", ", so", "!")]
     relayed = replies.role() + b"".join(thoughts[:2])
@@ -570,6 +637,14 @@ def test_a_short_text_after_a_wrapper_is_no_repetition() -> None:
         fed(resumer, chat_event(content="<think></think>he"))
 
 
+def test_a_text_of_sixteen_characters_is_found_behind_a_wrapper() -> None:
+    resumer = splice_behind(chat_stream([TEXT[:16]], reason=None))
+    assert read(fed(resumer, chat_event(content="\n" + TEXT))).text == TEXT[16:]
+    resumer = splice_behind(chat_stream([TEXT[:15]], reason=None))
+    with pytest.raises(DivergedError):
+        fed(resumer, chat_event(content="\n" + TEXT))
+
+
 def test_an_answer_that_repeats_itself_is_no_repetition() -> None:
     """What does not echo goes on as it began, piece by piece."""
     resumer = splice_behind(chat_stream(["la ", "la "], reason=None))
@@ -640,7 +715,10 @@ def test_a_rescued_answer_can_be_rescued_again() -> None:
     second = fed(resumer, chat_stream(["abc", "d"], reason=None, id="chatcmpl-2"))
     known = parsed(first + second)
     assert (known.id, known.text, known.tokens) == ("chatcmpl-1", "abcd", 4)
-    seen = read(spliced(first + second, chat_stream(["abcde"], id="chatcmpl-3")))
+    third = chat_stream(["abcde"], id="chatcmpl-3")
+    third = third.replace(b'"created":1', b'"created":2')
+    assert third.count(b'"created":2') > 2
+    seen = read(spliced(first + second, third))
     assert seen == ("abcde", 1, ["stop"], {("chatcmpl-1", 1, "tiny")}, [], 1)
 
 
@@ -744,6 +822,23 @@ def test_a_call_may_follow_in_a_continuation() -> None:
     rest = fed(resumer, b"".join(stream))
     assert read_calls(rest) == read_calls(b"".join(SAME))
     assert resumer.partial.finished
+
+
+def test_only_a_call_that_the_client_knows_loses_its_new_id() -> None:
+    """And its type, which came with the first id."""
+
+    def more(index: int) -> bytes:
+        piece = {"index": index, "id": f"second-{index}", "type": "function"}
+        return chat_event(tool_calls=[piece | {"function": {"arguments": "1"}}])
+
+    resumer = splice_behind(b"".join(CALLS[:4]), regenerate=True)
+    fed(resumer, b"".join(CALLS[:4]))
+    known = fed(resumer, more(0))
+    assert known
+    assert b"second-0" not in known
+    assert b'"type"' not in known
+    assert b"wash" in fed(resumer, call("wash", "", id="second-1", index=1))
+    assert b'"second-1"' in fed(resumer, more(1))
 
 
 @pytest.mark.parametrize(
