@@ -57,7 +57,10 @@ MODULES: dict[str, list[str]] = {
         "behaviour/test_retries.py",
     ],
     "scheduling/admission": [],
-    "scheduling/balancer": ["scheduling/test_policies*.py"],
+    "scheduling/balancer": [
+        "scheduling/test_affinity*.py",
+        "scheduling/test_policies*.py",
+    ],
     "scheduling/hints": [],
     "scheduling/queue": [],
     "scheduling/turns": [],
