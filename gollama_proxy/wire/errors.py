@@ -33,7 +33,7 @@ import enum
 import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self, assert_never
+from typing import Any, NamedTuple, Self
 
 import msgspec
 
@@ -45,114 +45,63 @@ _SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d{1,8})(?![\d.eE])')
 
 
 class Code(enum.StrEnum):
-    """The `code` of an error body: stable, for programs."""
+    """The `code` of an error body: stable, for programs.
+
+    `status` is that of HTTP, which the official SDKs map to their exceptions.
+    """
+
+    _value_: str
+    status: int
+
+    def __new__(cls, code: str, status: int) -> Self:
+        member = str.__new__(cls, code)
+        member._value_, member.status = code, status
+        return member
 
     # The request
-    BAD_REQUEST = "bad_request"
-    INVALID_JSON = "invalid_json"
-    INVALID_VALUE = "invalid_value"
-    MODEL_MISSING = "model_missing"
-    CONTEXT_LENGTH = "context_length_exceeded"
-    INVALID_API_KEY = "invalid_api_key"
-    MODEL_NOT_ALLOWED = "model_not_allowed"
-    PRIORITY_NOT_ALLOWED = "priority_not_allowed"
-    CANCELLED = "request_cancelled"
-    INSUFFICIENT_SCOPE = "insufficient_scope"
-    LOCAL_ONLY = "local_only"
-    ADDRESS_REFUSED = "address_refused"
-    MODEL_NOT_FOUND = "model_not_found"
-    UNKNOWN_URL = "unknown_url"
-    NOT_FOUND = "not_found"
-    METHOD_NOT_ALLOWED = "method_not_allowed"
-    BODY_TIMEOUT = "body_timeout"
-    CONFLICT = "conflict"
-    BODY_TOO_LARGE = "body_too_large"
-    UNSUPPORTED_ENCODING = "unsupported_encoding"
-    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
-    EXPECTATION_FAILED = "expectation_failed"
-    RATE_LIMITED = "rate_limit_exceeded"
-    HEAD_TOO_LARGE = "head_too_large"
-    UNSUPPORTED_TRANSFER_ENCODING = "unsupported_transfer_encoding"
-    UNSUPPORTED_HTTP_VERSION = "unsupported_http_version"
+    BAD_REQUEST = "bad_request", 400
+    INVALID_JSON = "invalid_json", 400
+    INVALID_VALUE = "invalid_value", 400
+    MODEL_MISSING = "model_missing", 400
+    CONTEXT_LENGTH = "context_length_exceeded", 400
+    INVALID_API_KEY = "invalid_api_key", 401
+    MODEL_NOT_ALLOWED = "model_not_allowed", 403
+    PRIORITY_NOT_ALLOWED = "priority_not_allowed", 403
+    CANCELLED = "request_cancelled", 403
+    INSUFFICIENT_SCOPE = "insufficient_scope", 403
+    LOCAL_ONLY = "local_only", 403
+    ADDRESS_REFUSED = "address_refused", 403
+    MODEL_NOT_FOUND = "model_not_found", 404
+    UNKNOWN_URL = "unknown_url", 404
+    NOT_FOUND = "not_found", 404
+    METHOD_NOT_ALLOWED = "method_not_allowed", 405
+    BODY_TIMEOUT = "body_timeout", 408
+    CONFLICT = "conflict", 409
+    BODY_TOO_LARGE = "body_too_large", 413
+    UNSUPPORTED_ENCODING = "unsupported_encoding", 415
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type", 415
+    EXPECTATION_FAILED = "expectation_failed", 417
+    RATE_LIMITED = "rate_limit_exceeded", 429
+    HEAD_TOO_LARGE = "head_too_large", 431
+    UNSUPPORTED_TRANSFER_ENCODING = "unsupported_transfer_encoding", 501
+    UNSUPPORTED_HTTP_VERSION = "unsupported_http_version", 505
     # The queue
-    QUEUE_FULL = "queue_full"
-    QUEUE_TIMEOUT = "queue_timeout"
+    QUEUE_FULL = "queue_full", 429
+    QUEUE_TIMEOUT = "queue_timeout", 503
     # The workers
-    NO_WORKER = "no_worker_available"
-    WORKER_UNREACHABLE = "worker_unreachable"
-    WORKER_LOST = "worker_connection_lost"
-    WORKER_PROTOCOL = "worker_bad_response"
-    WORKER_INCOMPLETE = "worker_incomplete_answer"
-    WORKER_REFUSED_KEY = "worker_refused_key"
-    WORKER_TIMEOUT = "worker_timeout"
-    WORKER_SLOW = "worker_slow"
+    NO_WORKER = "no_worker_available", 503
+    WORKER_UNREACHABLE = "worker_unreachable", 502
+    WORKER_LOST = "worker_connection_lost", 502
+    WORKER_PROTOCOL = "worker_bad_response", 502
+    WORKER_INCOMPLETE = "worker_incomplete_answer", 502
+    WORKER_REFUSED_KEY = "worker_refused_key", 502
+    WORKER_TIMEOUT = "worker_timeout", 504
+    WORKER_SLOW = "worker_slow", 504
     # The hub
-    REQUEST_TIMEOUT = "request_timeout"
-    DRAINING = "hub_draining"
-    STORE_DOWN = "store_unavailable"
-    INTERNAL = "internal_error"
-
-    @property
-    def status(self) -> int:
-        """The HTTP status, which the official SDKs map to their exceptions."""
-        match self:
-            case (
-                Code.BAD_REQUEST
-                | Code.INVALID_JSON
-                | Code.INVALID_VALUE
-                | Code.MODEL_MISSING
-                | Code.CONTEXT_LENGTH
-            ):
-                return 400
-            case Code.INVALID_API_KEY:
-                return 401
-            case (
-                Code.MODEL_NOT_ALLOWED
-                | Code.PRIORITY_NOT_ALLOWED
-                | Code.CANCELLED
-                | Code.INSUFFICIENT_SCOPE
-                | Code.LOCAL_ONLY
-                | Code.ADDRESS_REFUSED
-            ):
-                return 403
-            case Code.MODEL_NOT_FOUND | Code.UNKNOWN_URL | Code.NOT_FOUND:
-                return 404
-            case Code.METHOD_NOT_ALLOWED:
-                return 405
-            case Code.BODY_TIMEOUT:
-                return 408
-            case Code.CONFLICT:
-                return 409
-            case Code.BODY_TOO_LARGE:
-                return 413
-            case Code.UNSUPPORTED_ENCODING | Code.UNSUPPORTED_MEDIA_TYPE:
-                return 415
-            case Code.EXPECTATION_FAILED:
-                return 417
-            case Code.RATE_LIMITED | Code.QUEUE_FULL:
-                return 429
-            case Code.HEAD_TOO_LARGE:
-                return 431
-            case Code.INTERNAL:
-                return 500
-            case Code.UNSUPPORTED_TRANSFER_ENCODING:
-                return 501
-            case (
-                Code.WORKER_UNREACHABLE
-                | Code.WORKER_LOST
-                | Code.WORKER_PROTOCOL
-                | Code.WORKER_INCOMPLETE
-                | Code.WORKER_REFUSED_KEY
-            ):
-                return 502
-            case Code.NO_WORKER | Code.QUEUE_TIMEOUT | Code.DRAINING | Code.STORE_DOWN:
-                return 503
-            case Code.WORKER_TIMEOUT | Code.WORKER_SLOW | Code.REQUEST_TIMEOUT:
-                return 504
-            case Code.UNSUPPORTED_HTTP_VERSION:
-                return 505
-            case _:
-                assert_never(self)
+    REQUEST_TIMEOUT = "request_timeout", 504
+    DRAINING = "hub_draining", 503
+    STORE_DOWN = "store_unavailable", 503
+    INTERNAL = "internal_error", 500
 
     @property
     def type(self) -> str:
@@ -252,23 +201,20 @@ def _is_anthropic(body: bytes) -> bool:
 
 def _anthropic_type(status: int) -> str:
     """Return the `type` that Anthropic's API has for an error of this status."""
-    match status:
-        case 401:
-            return "authentication_error"
-        case 403:
-            return "permission_error"
-        case 404:
-            return "not_found_error"
-        case 413:
-            return "request_too_large"
-        case 429:
-            return "rate_limit_error"
-        case 503 | 529:
-            return "overloaded_error"
-        case 504:
-            return "timeout_error"
-        case _:
-            return "invalid_request_error" if status < 500 else "api_error"
+    other = "invalid_request_error" if status < 500 else "api_error"
+    return _ANTHROPIC_TYPES.get(status, other)
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 
 # --- In the shape of an API: in a stream ------------------------------------------
