@@ -23,8 +23,7 @@ from gollama_proxy.config.load import check_exposure
 from gollama_proxy.config.settings import COUNTS, Config
 from gollama_proxy.config.values import ConfigError, host_and_port
 from gollama_proxy.service import Listeners
-from gollama_proxy.state.database import StateError
-from gollama_proxy.state.local import folder_of, lock
+from gollama_proxy.state.folder import StateError, folder_of, lock
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from gollama_proxy.config.watch import Changes
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
 from gollama_proxy.service import REFUSED, Load, Service, count, raise_file_limit
-from gollama_proxy.state.database import StateError
-from gollama_proxy.state.local import LocalState, folder_of
+from gollama_proxy.state.folder import StateError, folder_of
+from gollama_proxy.state.local import LocalState
 from gollama_proxy.tasks import Signals, spawn
 from gollama_proxy.telemetry import logs
 

@@ -21,7 +21,7 @@ from gollama_proxy.config.values import ConfigError
 from gollama_proxy.inheritance import Inheritance
 from gollama_proxy.processes import WATCHDOG, HubProcess, combine, total
 from gollama_proxy.service import Listeners, Load
-from gollama_proxy.state.local import lock
+from gollama_proxy.state.folder import lock
 from tests.fakes.hub import SECRET
 from tests.fakes.process import bare
 from tests.fakes.waiting import until

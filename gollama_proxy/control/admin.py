@@ -31,7 +31,7 @@ from gollama_proxy.edge.response import Response, Sent
 from gollama_proxy.edge.router import Handler, Routes
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.state import ledger
-from gollama_proxy.state.database import StateError
+from gollama_proxy.state.folder import StateError
 from gollama_proxy.state.ledger import DAY, GROUPS, day_of
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, HubError, RequestError

@@ -56,7 +56,6 @@ from gollama_proxy.fleet.registry import check_distinct
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.state import facts
-from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import (
     MAX_WORKERS,
     MOST_WRITTEN,
@@ -66,6 +65,7 @@ from gollama_proxy.state.facts import (
     Journal,
     StoredWorker,
 )
+from gollama_proxy.state.folder import StateError
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.upstream import names
 from gollama_proxy.upstream.pool import Target

@@ -28,8 +28,8 @@ from gollama_proxy.edge.response import Response
 from gollama_proxy.fleet.registry import check_single
 from gollama_proxy.fleet.state import Hold, Source
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import Key, StoredWorker
+from gollama_proxy.state.folder import StateError
 from gollama_proxy.tasks import spawn
 from gollama_proxy.wire.errors import Code, RequestError
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from gollama_proxy.bounded import BoundedDict
-from gollama_proxy.state.database import Database, StateError, transaction
+from gollama_proxy.state.folder import Database, StateError, transaction
 from gollama_proxy.tasks import spawn
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,8 @@ others do not have (`facts.py`).
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -22,7 +20,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gollama_proxy.config.settings import Revoked
-from gollama_proxy.state.database import Database, StateError, transaction
 from gollama_proxy.state.facts import (
     HOLDS,
     MAX_REVOCATIONS,
@@ -39,6 +36,7 @@ from gollama_proxy.state.facts import (
     texts_of,
     with_fact,
 )
+from gollama_proxy.state.folder import Database, StateError, lock, transaction
 from gollama_proxy.state.ledger import open_ledger
 
 logger = logging.getLogger(__name__)
@@ -67,19 +65,6 @@ _PUT_STAMP = "INSERT OR REPLACE INTO stamps VALUES (?, ?, ?, ?, ?)"
 _DROP_STAMP = "DELETE FROM stamps WHERE kind = ? AND name = ?"
 _PUT_WORKER = "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?)"
 _PUT_REVOCATION = "INSERT OR REPLACE INTO revocations VALUES (?, ?, ?)"
-
-
-def folder_of(setting: str, environ: Mapping[str, str]) -> Path | None:
-    """Return the folder that `state.dir` stands for; None for none."""
-    if setting != "auto":
-        return Path(setting) if setting else None
-    if named := environ.get("STATE_DIRECTORY"):  # of systemd, which lists them all
-        return Path(named.partition(":")[0])
-    base = environ.get("XDG_STATE_HOME") or "~/.local/state"
-    try:
-        return Path(base).expanduser() / "gollama-proxy"
-    except RuntimeError:  # this user has no home
-        return None
 
 
 class LocalState:
@@ -422,23 +407,3 @@ def _table(text: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ValueError("a table is not an object")
     return table
-
-
-def lock(file: Path) -> TextIO:
-    """Take the lock of a folder; it ends with the process, however that ends."""
-    stream = file.open("a+")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.seek(0)
-        pid = stream.read(20).strip()
-        stream.close()
-        text = f"{file.parent}: used by another hub" + (f" (process {pid})" * bool(pid))
-        raise StateError(f"{text}; each needs its own folder (state.dir)") from None
-    except OSError:
-        stream.close()
-        raise
-    stream.truncate(0)
-    stream.write(f"{os.getpid()}\n")
-    stream.flush()
-    return stream

@@ -32,7 +32,6 @@ from typing import Annotated, Protocol
 import msgspec
 from msgspec import Meta
 
-from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import (
     MAX_REVOCATIONS,
     MAX_TOMBSTONES,
@@ -53,6 +52,7 @@ from gollama_proxy.state.facts import (
     is_sound,
     left_over,
 )
+from gollama_proxy.state.folder import StateError
 from gollama_proxy.state.ledger import FIRST, Ledger, OtherRow, Sums
 from gollama_proxy.state.link import StoreDownError, StoreError
 from gollama_proxy.state.local import LocalState

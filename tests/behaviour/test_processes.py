@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from gollama_proxy.state.local import lock
+from gollama_proxy.state.folder import lock
 from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.client import Wire
 from tests.fakes.hub import SECRET, mint

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gollama_proxy.state import ledger as ledgers
-from gollama_proxy.state.database import StateError
+from gollama_proxy.state.folder import StateError
 from gollama_proxy.state.ledger import (
     DAY,
     OTHER,

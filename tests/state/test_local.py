@@ -15,9 +15,9 @@ import pytest
 
 from gollama_proxy.config.settings import Revoked
 from gollama_proxy.state import local
-from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import TOMBSTONES, Fact, Stamp, StoredWorker, texts_of
-from gollama_proxy.state.local import LocalState, folder_of
+from gollama_proxy.state.folder import StateError
+from gollama_proxy.state.local import LocalState
 from tests.fakes.clock import Clock
 
 ONE = StoredWorker("one", "admin", {"url": "http://10.0.0.1:1", "slots": 4}, "paused")
@@ -124,22 +124,6 @@ asyncio.run(main())
     state = await opened(tmp_path)
     assert state.workers == [StoredWorker("one", "admin", {"slots": 1})]
     await state.close()
-
-
-@pytest.mark.parametrize(
-    ("setting", "environ", "expected"),
-    [
-        ("", {"STATE_DIRECTORY": "/a"}, None),
-        ("here", {"STATE_DIRECTORY": "/a"}, Path("here")),
-        ("auto", {"STATE_DIRECTORY": "/a:/b", "XDG_STATE_HOME": "/x"}, Path("/a")),
-        ("auto", {"XDG_STATE_HOME": "/x"}, Path("/x/gollama-proxy")),
-        ("auto", {}, Path("~/.local/state/gollama-proxy").expanduser()),
-    ],
-)
-def test_the_folder_is_the_one_set_or_the_usual_one(
-    setting: str, environ: dict[str, str], expected: Path | None
-) -> None:
-    assert folder_of(setting, environ) == expected
 
 
 # --- A database that is not sound -------------------------------------------------

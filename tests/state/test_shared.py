@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy.state import link, shared
-from gollama_proxy.state.database import StateError
 from gollama_proxy.state.facts import Key, StoredWorker
+from gollama_proxy.state.folder import StateError
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.state.shared import SharedState
 from gollama_proxy.state.store import Store

@@ -1,16 +1,18 @@
-"""A SQLite database of the state folder, which one thread uses at a time."""
+"""The folder of a hub's state: its lock, and the SQLite databases in it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
+import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,42 @@ T = TypeVar("T")
 
 class StateError(Exception):
     """Why a folder cannot be used, or why nothing more can be kept; one line."""
+
+
+def folder_of(setting: str, environ: Mapping[str, str]) -> Path | None:
+    """Return the folder that `state.dir` stands for; None for none."""
+    if setting != "auto":
+        return Path(setting) if setting else None
+    if named := environ.get("STATE_DIRECTORY"):  # of systemd, which lists them all
+        return Path(named.partition(":")[0])
+    base = environ.get("XDG_STATE_HOME") or "~/.local/state"
+    try:
+        return Path(base).expanduser() / "gollama-proxy"
+    except RuntimeError:  # this user has no home
+        return None
+
+
+def lock(file: Path) -> TextIO:
+    """Take the lock of a folder; it ends with the process, however that ends."""
+    stream = file.open("a+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        pid = stream.read(20).strip()
+        stream.close()
+        text = f"{file.parent}: used by another hub" + (f" (process {pid})" * bool(pid))
+        raise StateError(f"{text}; each needs its own folder (state.dir)") from None
+    except OSError:
+        stream.close()
+        raise
+    stream.truncate(0)
+    stream.write(f"{os.getpid()}\n")
+    stream.flush()
+    return stream
+
+
+# --- A database -------------------------------------------------------------------
 
 
 class Database:
