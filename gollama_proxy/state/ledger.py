@@ -222,31 +222,39 @@ class Ledger:
     def add(self, ended: Ended, *, failed: bool = False) -> None:
         """Add a request that has ended; the request path calls this."""
         clock = self.clock  # on an object, it takes three times as long to call
-        if not self._begins <= clock() < self._ends:
+        now = clock()
+        if now >= self._ends or now < self._begins:
             self._turn()
-        key = ended.subject, ended.model
-        row = self._pending.get(key)
+        row = self._pending.get((ended.subject, ended.model))
         if row is None:
-            if key not in self._known:
-                key = self._admit(*key)
-            row = self._pending.get(key)
-            if row is None:
-                spent = self._spent.get(key[0])
-                if spent is None:
-                    spent = self._spent[key[0]] = Spent()
-                row = self._pending[key] = _Row(spent)
+            row = self._begin_row(ended.subject, ended.model)
         row.requests += 1
         if failed:
             row.errors += 1
-        tokens = ended.prompt_tokens + ended.tokens
-        if tokens:
-            row.prompt_tokens += ended.prompt_tokens
-            row.completion_tokens += ended.tokens
-            row.cached_tokens += ended.cached_tokens
+        prompt, answer = ended.prompt_tokens, ended.tokens
+        if tokens := prompt + answer:
+            row.prompt_tokens += prompt
+            if answer:
+                row.completion_tokens += answer
+            if cached := ended.cached_tokens:
+                row.cached_tokens += cached
             spent = row.spent
             spent.today += tokens
             spent.month += tokens
         row.slot_seconds += ended.slot_seconds
+
+    def _begin_row(self, subject: str, model: str) -> _Row:
+        """Return the row for a pair that is not among the rows to save."""
+        key = subject, model
+        if key not in self._known:
+            key = self._admit(*key)
+        row = self._pending.get(key)
+        if row is None:
+            spent = self._spent.get(key[0])
+            if spent is None:
+                spent = self._spent[key[0]] = Spent()
+            row = self._pending[key] = _Row(spent)
+        return row
 
     def _admit(self, subject: str, model: str) -> tuple[str, str]:
         """Return the row for a pair that has none today."""
@@ -282,7 +290,7 @@ class Ledger:
 
     def _set_day(self) -> None:
         self._day = self.day
-        self._begins = self._day * DAY
+        self._begins = float(self._day * DAY)
         self._ends = self._begins + DAY
         self._month = _first_of_month(self._day)
         self._turned = True  # numbers of this day may be in the database
