@@ -288,29 +288,23 @@ class _Request:
             "gollama.request_id": x.id,
             "gollama.attempts": x.attempts,
         }
-        if x.status:
-            attributes["http.response.status_code"] = x.status
-        if x.remote:
-            attributes["client.address"] = x.remote
-        if x.subject:
-            attributes["enduser.id"] = x.subject
-        if x.outcome is not None:
-            attributes["gollama.outcome"] = x.outcome.value
-        if x.rescued:
-            attributes["gollama.rescued"] = x.rescued
-        if operation:
-            attributes["gen_ai.operation.name"] = operation
-            attributes["gen_ai.provider.name"] = "gollama"
-        if x.model:
-            attributes["gen_ai.request.model"] = x.fell_back or x.model
-        if x.model and x.outcome is Outcome.COMPLETE:
-            attributes["gen_ai.response.model"] = x.model
-        if x.prompt_tokens:
-            attributes["gen_ai.usage.input_tokens"] = x.prompt_tokens
-        if x.cached_tokens:
-            attributes["gen_ai.usage.cache_read.input_tokens"] = x.cached_tokens
-        if x.tokens:
-            attributes["gen_ai.usage.output_tokens"] = x.tokens
+        complete = x.outcome is Outcome.COMPLETE
+        attributes |= _known(
+            {
+                "http.response.status_code": x.status,
+                "client.address": x.remote,
+                "enduser.id": x.subject,
+                "gollama.outcome": x.outcome.value if x.outcome is not None else "",
+                "gollama.rescued": x.rescued,
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": "gollama" if operation else "",
+                "gen_ai.request.model": x.model and (x.fell_back or x.model),
+                "gen_ai.response.model": x.model if complete else "",
+                "gen_ai.usage.input_tokens": x.prompt_tokens,
+                "gen_ai.usage.cache_read.input_tokens": x.cached_tokens,
+                "gen_ai.usage.output_tokens": x.tokens,
+            }
+        )
         if x.first_byte is not None and asked.get("gen_ai.request.stream"):
             attributes["gen_ai.response.time_to_first_chunk"] = x.first_byte
         attributes |= asked
@@ -356,17 +350,12 @@ class _Request:
             "server.address": origin.host,
             "gollama.worker": lease.worker.name,
             "gollama.attempt": number,
+            "server.port": origin.port,
+            "gollama.model": lease.model,
+            "gollama.outcome": lease.result.name.lower() if lease.result else "",
+            "error.type": attempt.cause,
         }
-        if origin.port:
-            attributes["server.port"] = origin.port
-        if lease.model:
-            attributes["gollama.model"] = lease.model
-        if lease.result is not None:
-            attributes["gollama.outcome"] = lease.result.name.lower()
-        status = _OK
-        if attempt.cause:
-            attributes["error.type"] = attempt.cause
-            status = Status(StatusCode.ERROR, attempt.reason)
+        status = Status(StatusCode.ERROR, attempt.reason) if attempt.cause else _OK
         links = []
         if before is not None:
             kind = "resumes" if attempt.resumes else "retries"
@@ -376,7 +365,7 @@ class _Request:
             context,
             self._context,
             (lease.taken_at, lease.released_at or self._ended),
-            attributes,
+            _known(attributes),
             kind=SpanKind.CLIENT,
             status=status,
             links=links,
@@ -392,7 +381,7 @@ class _Request:
             self._own(self._tracer.new_id()),
             context,
             (begun, lease.released_at or self._ended),
-            {"gollama.tokens": lease.tokens} if lease.tokens else {},
+            _known({"gollama.tokens": lease.tokens}),
             events=[first] if endpoint is not None and endpoint.generates else [],
         )
 
@@ -409,9 +398,8 @@ class _Request:
         )
 
     def _event(self, at: float, step: Step) -> Event:
-        attributes = {"gollama.worker": step.worker, "gollama.reason": step.reason}
-        shown = {name: value for name, value in attributes.items() if value}
-        return Event(step.step.replace("_", " "), shown, self._nanoseconds(at))
+        known = _known({"gollama.worker": step.worker, "gollama.reason": step.reason})
+        return Event(step.step.replace("_", " "), known, self._nanoseconds(at))
 
     def _span(
         self,
@@ -449,6 +437,11 @@ class _Request:
 
     def _nanoseconds(self, at: float) -> int:
         return self._epoch + round(at * 1e9)
+
+
+def _known(attributes: Attributes) -> Attributes:
+    """Leave out what is empty or zero, which means that it is not known."""
+    return {name: value for name, value in attributes.items() if value}
 
 
 # --- The collector ----------------------------------------------------------------
