@@ -112,12 +112,12 @@ def _is_name(text: str) -> bool:
 def describe(listing: Listing, props: bytes) -> Description:
     """Build a description; `props` is the answer to `/props`, or empty."""
     read = _read(props, _Props) or _Props()
-    settings = _read(read.default_generation_settings, _Settings) or _Settings()
-    context = _tokens(settings.n_ctx)  # 0 in a router, which has no model itself
+    # 0 in a router, which has no model itself.
+    context = _tokens(_part(read.default_generation_settings, "n_ctx"))
     own = [entry.context for entry in listing.entries]
     build = _read(read.build_info, str) or ""
-    takes = _read(read.modalities, dict[str, msgspec.Raw]) or {}
-    inputs = tuple(INPUTS[key] for key in INPUTS if _read(takes.get(key, b""), bool))
+    takes = read.modalities
+    inputs = tuple(INPUTS[key] for key in INPUTS if _read(_part(takes, key), bool))
     return Description(
         models=tuple(
             Model(entry.name, tokens or context, *entry.loaded, entry.inputs or inputs)
@@ -130,26 +130,6 @@ def describe(listing: Listing, props: bytes) -> Description:
 
 
 # --- The parts of the answers that are read ---------------------------------------
-
-
-class _Settings(msgspec.Struct):
-    n_ctx: msgspec.Raw = msgspec.Raw()
-
-
-class _Meta(msgspec.Struct):
-    n_ctx: msgspec.Raw = msgspec.Raw()
-
-
-class _Parameters(msgspec.Struct):
-    max_seq_len: msgspec.Raw = msgspec.Raw()
-
-
-class _Architecture(msgspec.Struct):
-    input_modalities: msgspec.Raw = msgspec.Raw()
-
-
-class _Status(msgspec.Struct):
-    value: msgspec.Raw = msgspec.Raw()
 
 
 class _Entry(msgspec.Struct):
@@ -173,12 +153,12 @@ class _Entry(msgspec.Struct):
     def context(self) -> int | None:
         """The tokens of its context, from the first field that has them."""
         fields = (
-            (_read(self.meta, _Meta) or _Meta()).n_ctx,
+            _part(self.meta, "n_ctx"),
             self.max_model_len,
             self.loaded_context_length,
             self.context_window,
             self.context_length,
-            (_read(self.parameters, _Parameters) or _Parameters()).max_seq_len,
+            _part(self.parameters, "max_seq_len"),
         )
         return next(filter(None, map(_tokens, fields)), None)
 
@@ -188,14 +168,14 @@ class _Entry(msgspec.Struct):
 
         A router reports `{"value": "loaded", …}`.
         """
-        value = _read((_read(self.status, _Status) or _Status()).value, str)
+        value = _read(_part(self.status, "value"), str)
         return (None if value is None else value == "loaded"), value == "loading"
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """What it takes besides text."""
-        read = _read(self.architecture, _Architecture) or _Architecture()
-        listed = _read(read.input_modalities, list[msgspec.Raw]) or []
+        modalities = _part(self.architecture, "input_modalities")
+        listed = _read(modalities, list[msgspec.Raw]) or []
         names = {_read(each, str) for each in listed}
         return tuple(name for name in INPUTS.values() if name in names)
 
@@ -257,6 +237,11 @@ _Slots = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 def _tokens(context: msgspec.Raw) -> int | None:
     tokens = _read(context, int)
     return tokens if tokens is not None and 0 < tokens <= MOST_CONTEXT else None
+
+
+def _part(raw: msgspec.Raw, name: str) -> msgspec.Raw:
+    """Return a field of a field; empty if there is none."""
+    return (_read(raw, dict[str, msgspec.Raw]) or {}).get(name, msgspec.Raw())
 
 
 def _read(raw: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
