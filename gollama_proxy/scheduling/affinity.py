@@ -84,6 +84,7 @@ from gollama_proxy.scheduling.policies import (
     expected_tokens,
     place_behind,
 )
+from gollama_proxy.wire.schema import UNREADABLE
 
 BOUNDARIES = 8  # of one request, counted from its end
 SIZE = 32_768  # prefixes that are kept, in some 10 MB
@@ -124,7 +125,7 @@ def prefixes(
     try:
         items = _array.decode(messages) if isinstance(messages, bytes) else messages
         roles = [_message.decode(item).role for item in items]
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return ()
     found: deque[int] = deque(maxlen=limit)
     rolled, digest = 0, sha256(key) if key else None

@@ -45,6 +45,7 @@ from gollama_proxy.wire.description import (
     read_models,
     read_progress,
 )
+from gollama_proxy.wire.schema import UNREADABLE
 from gollama_proxy.wire.sse import Gatherer, data_of
 
 # Bytes: a worker's lists are small; more is a mistake or an attack.
@@ -241,13 +242,7 @@ async def count_tokens(
             "parse_special": True,
         }
         answer = await _ask(target, "/tokenize", msgspec.json.encode(question))
-    except (
-        FetchError,
-        msgspec.DecodeError,
-        UnicodeDecodeError,
-        RecursionError,
-        _NoAnswer,
-    ):
+    except (FetchError, _NoAnswer, *UNREADABLE):
         return None
     return len(answer.tokens) or None
 

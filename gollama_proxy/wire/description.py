@@ -17,6 +17,8 @@ from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 
+from gollama_proxy.wire.schema import UNREADABLE
+
 MOST_MODELS = 1000  # of one worker; each request looks through their names
 MAX_NAME = 4000  # characters of a model's name: a path, and what a request can name
 MOST_CONTEXT = 1 << 30  # tokens
@@ -248,6 +250,5 @@ def _read(raw: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
     """Read a field, or a whole answer; None if it is missing, or of another shape."""
     try:
         return msgspec.json.decode(raw, type=kind)
-    # The last one for arrays in arrays in arrays.
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return None
